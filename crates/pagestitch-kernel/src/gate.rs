@@ -1,0 +1,101 @@
+//! A door that can be closed: after [`Gate::close`] nobody is inside, and nobody gets in.
+//!
+//! Entering and leaving are one atomic operation each, take no lock and allocate nothing.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// A door that visitors pass until it is closed.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Visitors inside, plus [`CLOSED`] once the door is shut.
+    state: AtomicUsize,
+    /// Wakes the closer when the last visitor leaves; unused until the door is shut.
+    left: (Mutex<()>, Condvar),
+}
+
+impl Gate {
+    /// An open gate.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Goes in, unless the gate is closed. The visit lasts until the value is dropped.
+    #[must_use]
+    pub fn enter(&self) -> Option<Visit<'_>> {
+        let before = self.state.fetch_add(1, Ordering::Acquire);
+        let visit = Visit { gate: self };
+        // Too late: the dropped visit takes the count back, and tells the closer if it waits for that.
+        (before & CLOSED == 0).then_some(visit)
+    }
+
+    /// Closes the gate and waits until the last visitor has left. A visitor that calls this waits for itself.
+    pub fn close(&self) {
+        self.state.fetch_or(CLOSED, Ordering::AcqRel);
+        let (lock, left) = &self.left;
+        let mut guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while self.state.load(Ordering::Acquire) != CLOSED {
+            guard = left.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Whether [`close`](Self::close) has been called.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Ordering::Acquire) & CLOSED != 0
+    }
+}
+
+/// The proof of being inside a [`Gate`].
+#[derive(Debug)]
+pub struct Visit<'g> {
+    gate: &'g Gate,
+}
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        if self.gate.state.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
+            // Under the lock, so that a closer between its check and its wait is not missed.
+            let _guard = self.gate.left.0.lock().unwrap_or_else(PoisonError::into_inner);
+            self.gate.left.1.notify_all();
+        }
+    }
+}
+
+const CLOSED: usize = 1 << (usize::BITS - 1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+
+    #[test]
+    fn a_closed_gate_lets_nobody_in() {
+        let gate = Gate::new();
+        assert!(gate.enter().is_some());
+        gate.close();
+        assert!(gate.is_closed());
+        assert!(gate.enter().is_none());
+    }
+
+    #[test]
+    fn closing_waits_for_the_last_visitor() {
+        let gate = Gate::new();
+        let gone = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let visit = gate.enter().expect("open");
+            let closer = scope.spawn(|| {
+                gate.close();
+                assert!(gone.load(Ordering::Acquire), "closed while a visitor was inside");
+            });
+            while !gate.is_closed() {
+                thread::yield_now();
+            }
+            gone.store(true, Ordering::Release);
+            drop(visit);
+            closer.join().expect("the closer saw the visitor gone");
+        });
+    }
+}

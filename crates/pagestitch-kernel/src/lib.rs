@@ -1,0 +1,43 @@
+//! The kernel under pagestitch, made honest. The only crate with unsafe code.
+//!
+//! | module | what it owns |
+//! |---|---|
+//! | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
+//! | [`uffd`] | the userfaultfd: open, register, and each fill operation, answering with an [`Outcome`] |
+//! | [`event`] | what the kernel says happened, decoded eagerly |
+//! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
+//! | [`reservation`] | an owned range of addresses behind one bounds check, and the [`View`] of its bytes |
+//! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
+//! | [`buffer`] | page-aligned staging memory and tables that cost nothing until touched |
+//! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
+//!
+//! # The safety argument, once
+//!
+//! A missing page *has no value*: whoever reads it is stopped by the kernel until it has one. Filling it is
+//! therefore never a write behind a reader's back, on two conditions, and both are made here:
+//!
+//! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
+//!   no allocator ever handed those pages out as zeros;
+//! * nothing in this crate's safe API takes a page that has been filled and fills it with other bytes. Taking
+//!   a page away for good ([`Reservation::revoke`], [`Reservation::seal`]) makes a later access a signal,
+//!   which ends the program; it does not show it different bytes.
+//!
+//! Hence [`View::as_slice`] is safe, and [`View::as_mut_slice`] is safe because there is one [`View`] of a
+//! reservation and it is borrowed mutably.
+
+pub mod buffer;
+pub mod event;
+pub mod gate;
+pub mod lend;
+mod mapping;
+pub mod page;
+pub mod reservation;
+pub mod support;
+pub mod uffd;
+
+pub use event::{Batch, Event, Fault, FaultKind};
+pub use nix::errno::Errno;
+pub use page::{AddressRange, Page, PageSize, Span};
+pub use reservation::{Access, Reservation, View};
+pub use support::Support;
+pub use uffd::{Outcome, Uffd};

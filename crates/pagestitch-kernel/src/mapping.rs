@@ -1,0 +1,50 @@
+//! An owned anonymous mapping: unmapped when dropped. The ground under reservations, buffers and tables.
+
+use nix::errno::Errno;
+use nix::libc::c_void;
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+/// Private anonymous memory of this process, not inherited by a forked child's writes.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    /// Invariant: the start of `bytes` bytes that were mapped by [`Mapping::new`] and not unmapped since.
+    start: NonNull<c_void>,
+    bytes: NonZeroUsize,
+}
+
+// SAFETY: the mapping is memory without thread affinity; who may access its bytes is its owners' concern.
+#[expect(unsafe_code, reason = "owns memory through a raw pointer")]
+unsafe impl Send for Mapping {}
+// SAFETY: as above; `&Mapping` gives out addresses only.
+#[expect(unsafe_code, reason = "owns memory through a raw pointer")]
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps fresh zero pages, without reserving swap for them: what is never touched costs nothing.
+    pub(crate) fn new(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping where the kernel chooses replaces nothing.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
+        Ok(Self { start, bytes })
+    }
+
+    pub(crate) const fn start(&self) -> NonNull<c_void> {
+        self.start
+    }
+
+    pub(crate) const fn bytes(&self) -> usize {
+        self.bytes.get()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: by the field's invariant it is ours, and with the owner gone nobody refers to it.
+        #[expect(unsafe_code, reason = "munmap")]
+        let answer = unsafe { munmap(self.start, self.bytes()) };
+        debug_assert!(answer.is_ok(), "munmap of an owned mapping: {answer:?}");
+    }
+}

@@ -1,0 +1,239 @@
+//! A reserved, contiguous range of addresses, and the one view of its bytes.
+//!
+//! ```text
+//!            ┌────────────┬─────────────┬───────────────┬─────────────┐
+//!   addresses│ filled     │ missing     │ revoked       │ missing     │   one mmap, PROT_READ or READ|WRITE
+//!            └────────────┴─────────────┴───────────────┴─────────────┘
+//!   a reader   sees bytes   waits for     gets SIGBUS
+//!                           the uffd
+//! ```
+//!
+//! A [`Reservation`] is shared with handler threads and knows addresses only; the [`View`] stays with the region
+//! and is the only way to the bytes. Every operation on part of the range passes one bounds check,
+//! [`Reservation::addresses`]. It is not inherited by a forked child (`MADV_DONTFORK`): without the handler, the
+//! child would read zeros.
+
+use crate::mapping::Mapping;
+use crate::page::{AddressRange, Page, PageSize, Span};
+use nix::errno::Errno;
+use nix::libc::{self, c_void};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::slice;
+use std::sync::Arc;
+
+/// What the process may do with a region's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Read them. Nothing changes a byte once it is there.
+    ReadOnly,
+    /// Read and write them; writes stay private to the region.
+    Writable,
+}
+
+/// An owned range of addresses, a whole number of pages, missing until filled.
+#[derive(Debug)]
+pub struct Reservation {
+    mapping: Mapping,
+    page: PageSize,
+}
+
+impl Reservation {
+    /// Reserves `pages` pages of addresses. No memory is used until a page is filled.
+    ///
+    /// # Errors
+    ///
+    /// [`ReserveError`] names the size and the limit that was in the way.
+    pub fn new(pages: NonZeroUsize, page: PageSize, access: Access) -> Result<(Arc<Self>, View), ReserveError> {
+        let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
+        let bytes = bytes.ok_or_else(|| ReserveError::new(usize::MAX, Errno::ENOMEM))?;
+        let protection = match access {
+            Access::ReadOnly => ProtFlags::PROT_READ,
+            Access::Writable => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+        };
+        let mapping = Mapping::new(bytes, protection).map_err(|errno| ReserveError::new(bytes.get(), errno))?;
+        // SAFETY: the advice concerns our own mapping, and what a child of fork sees of it.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe { madvise(mapping.start(), bytes.get(), MmapAdvise::MADV_DONTFORK) }
+            .map_err(|errno| ReserveError::new(bytes.get(), errno))?;
+        let reservation = Arc::new(Self { mapping, page });
+        let view = View { reservation: Arc::clone(&reservation), access };
+        Ok((reservation, view))
+    }
+
+    /// The size of its pages.
+    #[must_use]
+    pub const fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    /// How many pages it has.
+    #[must_use]
+    pub const fn pages(&self) -> usize {
+        self.mapping.bytes() / self.page.bytes()
+    }
+
+    /// All of its addresses.
+    #[must_use]
+    pub fn range(&self) -> AddressRange {
+        self.addresses(Span { first: Page(0), pages: self.pages() })
+    }
+
+    /// The addresses of a span of its pages: the one bounds check.
+    ///
+    /// # Panics
+    ///
+    /// If the span is not inside. Spans come from the region's layout, so that is a defect, not an input.
+    #[must_use]
+    pub fn addresses(&self, span: Span) -> AddressRange {
+        let inside = span.first.0.checked_add(span.pages).is_some_and(|end| end <= self.pages());
+        assert!(inside, "{span:?} is not inside a reservation of {} pages", self.pages());
+        let start = self.mapping.start().as_ptr().addr() + span.first.0 * self.page.bytes();
+        AddressRange::new(start, self.page.bytes_of(span), self.page).expect("whole pages of an aligned mapping")
+    }
+
+    /// The page that holds `address`, if it is inside.
+    #[must_use]
+    pub fn page_at(&self, address: usize) -> Option<Page> {
+        let offset = address.checked_sub(self.mapping.start().as_ptr().addr())?;
+        (offset < self.mapping.bytes()).then(|| self.page.page_at(offset as u64))
+    }
+
+    /// Which pages of a span are in memory: calls `each` with every page and whether it is there.
+    ///
+    /// A page that was swapped out, and a poisoned one, count as absent. See `mincore(2)`.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mincore(2)`.
+    pub fn residency(&self, span: Span, mut each: impl FnMut(Page, bool)) -> Result<(), Errno> {
+        let mut vector = [0u8; RESIDENCY_BATCH];
+        let mut rest = span;
+        while !rest.is_empty() {
+            let part = rest.prefix(RESIDENCY_BATCH);
+            let range = self.addresses(part);
+            // SAFETY: the range is ours, and `vector` has a byte for each of its pages.
+            #[expect(unsafe_code, reason = "mincore")]
+            let answer = unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), vector.as_mut_ptr()) };
+            Errno::result(answer)?;
+            part.iter().zip(vector).for_each(|(page, here)| each(page, here & 1 == 1));
+            rest = rest.without_prefix(part.pages);
+        }
+        Ok(())
+    }
+
+    /// Takes a span away for good: whoever touches it gets SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
+    ///
+    /// Maps an empty memfd over it, as an access past a file's end is SIGBUS. Threads that already wait there have
+    /// to be woken.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `memfd_create(2)` or `mmap(2)`: `ENOMEM` past `vm.max_map_count`, `EMFILE`.
+    pub fn revoke(&self, span: Span) -> Result<(), Errno> {
+        let range = self.addresses(span);
+        let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
+        let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC)?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        // SAFETY: the range is inside our own mapping. A reference to its bytes becomes one whose use ends the
+        // program; it never shows other bytes.
+        #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
+        unsafe { mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0) }.map(drop)
+    }
+
+    /// Closes the whole range for good: its pages are given back, and whoever touches it gets SIGSEGV.
+    ///
+    /// The last act before a uffd is closed: closing alone would show zeros to who waits. Threads that already
+    /// wait have to be woken; they meet the closed range. Takes time for the pages present, not for the range.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mmap(2)`; none is known to occur for one whole mapping.
+    pub fn seal(&self) -> Result<(), Errno> {
+        let bytes = NonZeroUsize::new(self.mapping.bytes()).expect("a reservation has pages");
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        let start = NonZeroUsize::new(self.mapping.start().as_ptr().addr());
+        // SAFETY: exactly our own mapping is replaced, by one that cannot be accessed at all.
+        #[expect(unsafe_code, reason = "mmap over an owned mapping")]
+        unsafe { mmap_anonymous(start, bytes, ProtFlags::PROT_NONE, flags) }.map(drop)
+    }
+}
+
+/// The one view of a reservation's bytes.
+///
+/// Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
+/// One that was never registered reads as zeros.
+#[derive(Debug)]
+pub struct View {
+    reservation: Arc<Reservation>,
+    access: Access,
+}
+
+impl View {
+    /// The bytes, all pages of them.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        let mapping = &self.reservation.mapping;
+        // SAFETY: mapped and readable as long as `self` keeps the reservation. A missing page gets its value when it
+        // is first read, and no safe operation gives a filled page other bytes (see the crate's safety argument);
+        // writes go through `as_mut_slice`, which excludes this borrow.
+        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
+        unsafe {
+            slice::from_raw_parts(mapping.start().as_ptr().cast(), mapping.bytes())
+        }
+    }
+
+    /// The bytes for writing, if the reservation was made writable.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
+        if self.access == Access::ReadOnly {
+            return None;
+        }
+        let mapping = &self.reservation.mapping;
+        // SAFETY: as in `as_slice`, mapped for writing; this is the only view, and it is borrowed mutably.
+        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
+        Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
+    }
+
+    /// The address of the first byte, for code that works with raw pointers.
+    #[must_use]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.reservation.mapping.start().cast()
+    }
+}
+
+/// A range of addresses could not be reserved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReserveError {
+    /// How many bytes were asked for.
+    pub bytes: usize,
+    /// What the kernel answered.
+    pub errno: Errno,
+    /// The process's limit on address space (`RLIMIT_AS`) in bytes, if it has one.
+    pub limit: Option<u64>,
+}
+
+impl ReserveError {
+    fn new(bytes: usize, errno: Errno) -> Self {
+        let limit = getrlimit(Resource::RLIMIT_AS).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
+        Self { bytes, errno, limit }
+    }
+}
+
+impl fmt::Display for ReserveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot reserve {} bytes of addresses: {}; ", self.bytes, self.errno)?;
+        match self.limit {
+            Some(limit) => write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v"),
+            None => write!(f, "make the region smaller, or raise vm.max_map_count or vm.overcommit_memory's limits"),
+        }
+    }
+}
+
+impl std::error::Error for ReserveError {}
+
+const RESIDENCY_BATCH: usize = 1024;

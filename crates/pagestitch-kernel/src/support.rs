@@ -1,0 +1,285 @@
+//! What this kernel and this process may do, asked at run time, with the reason and the remedy where they may not.
+//!
+//! Kernel support is never a Cargo feature: a binary runs on other kernels than the one it was built on.
+
+use crate::page::PageSize;
+use crate::uffd::{FaultMode, OpenError, OpenedBy, Uffd, handshake_probe};
+use std::ops::{BitAnd, BitOr};
+use std::sync::OnceLock;
+use std::{fmt, fs};
+
+/// A set of userfaultfd features, as `UFFDIO_API` speaks of them. Bits this version does not know are kept.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Features(u64);
+
+impl Features {
+    /// No feature.
+    pub const NONE: Self = Self(0);
+    /// Write-protect faults on anonymous memory.
+    pub const WRITE_PROTECT: Self = Self(1 << 0);
+    /// Fork events.
+    pub const EVENT_FORK: Self = Self(1 << 1);
+    /// Remap events.
+    pub const EVENT_REMAP: Self = Self(1 << 2);
+    /// Remove events (`MADV_DONTNEED`, `MADV_REMOVE`).
+    pub const EVENT_REMOVE: Self = Self(1 << 3);
+    /// Missing faults on hugetlbfs.
+    pub const MISSING_HUGETLBFS: Self = Self(1 << 4);
+    /// Missing faults on shared memory.
+    pub const MISSING_SHMEM: Self = Self(1 << 5);
+    /// Unmap events.
+    pub const EVENT_UNMAP: Self = Self(1 << 6);
+    /// SIGBUS to the faulting thread instead of an event.
+    pub const SIGBUS: Self = Self(1 << 7);
+    /// The faulting thread's id in the event.
+    pub const THREAD_ID: Self = Self(1 << 8);
+    /// Minor faults on hugetlbfs.
+    pub const MINOR_HUGETLBFS: Self = Self(1 << 9);
+    /// Minor faults on shared memory.
+    pub const MINOR_SHMEM: Self = Self(1 << 10);
+    /// The exact address of a fault, not its page's.
+    pub const EXACT_ADDRESS: Self = Self(1 << 11);
+    /// Write-protect faults on hugetlbfs and shared memory.
+    pub const WRITE_PROTECT_SHMEM: Self = Self(1 << 12);
+    /// Write protection of absent pages.
+    pub const WRITE_PROTECT_UNPOPULATED: Self = Self(1 << 13);
+    /// `UFFDIO_POISON`.
+    pub const POISON: Self = Self(1 << 14);
+    /// Write-protect faults that the kernel resolves itself.
+    pub const WRITE_PROTECT_ASYNC: Self = Self(1 << 15);
+    /// `UFFDIO_MOVE`.
+    pub const MOVE: Self = Self(1 << 16);
+
+    /// The set with these bits.
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// Its bits.
+    #[must_use]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Whether all of `other` is in it.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl BitAnd for Features {
+    type Output = Self;
+
+    fn bitand(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+}
+
+impl BitOr for Features {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+impl fmt::Debug for Features {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Features({:#x})", self.0)
+    }
+}
+
+/// What was found out about the running kernel and this process.
+#[derive(Debug, Clone)]
+pub struct Support {
+    kernel: String,
+    page: PageSize,
+    userfaultfd: Result<Opened, OpenError>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Opened {
+    by: OpenedBy,
+    mode: FaultMode,
+    features: Features,
+}
+
+/// One thing that may or may not be possible here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capability {
+    /// Its name, the kernel's where there is one.
+    pub name: &'static str,
+    /// The first Linux version that has it.
+    pub since: &'static str,
+    /// What it is good for.
+    pub unlocks: &'static str,
+    /// Whether it is to be had here.
+    pub verdict: Verdict,
+}
+
+/// Whether something is to be had here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Yes.
+    Yes,
+    /// Not here: why, and what to do about it.
+    No {
+        /// Why not.
+        reason: String,
+        /// What to do about it.
+        remedy: String,
+    },
+}
+
+impl Support {
+    /// Asks the kernel, on a userfaultfd that is closed again.
+    #[must_use]
+    pub fn probe() -> Self {
+        let userfaultfd = handshake_probe().and_then(|features| {
+            let uffd = Uffd::open(Features::NONE)?;
+            Ok(Opened { by: uffd.opened_by(), mode: uffd.mode(), features })
+        });
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_else(|_| String::from("unknown"));
+        Self { kernel: kernel.trim().to_owned(), page: PageSize::system(), userfaultfd }
+    }
+
+    /// What the first call in this process found out.
+    pub fn current() -> &'static Self {
+        static CURRENT: OnceLock<Support> = OnceLock::new();
+        CURRENT.get_or_init(Self::probe)
+    }
+
+    /// The running kernel's release, as `uname -r` prints it.
+    #[must_use]
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// The size of base pages.
+    #[must_use]
+    pub const fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    /// The userfaultfd features of this kernel, or why there is no userfaultfd.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] names the ways that were tried and the remedy.
+    pub fn features(&self) -> Result<Features, OpenError> {
+        self.userfaultfd.map(|opened| opened.features)
+    }
+
+    /// Whether this kernel has all of `features` and this process a userfaultfd.
+    #[must_use]
+    pub fn has(&self, features: Features) -> bool {
+        self.userfaultfd.is_ok_and(|opened| opened.features.contains(features))
+    }
+
+    /// Everything that was asked, in the order of the kernel versions that brought it.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        let mut all = vec![self.userfaultfd_itself(), self.device(), self.kernel_faults()];
+        all.extend(FEATURES.iter().map(|row| self.feature(row)));
+        all
+    }
+
+    fn userfaultfd_itself(&self) -> Capability {
+        let verdict = match self.userfaultfd {
+            Ok(_) => Verdict::Yes,
+            Err(error) => Verdict::No {
+                reason: format!("userfaultfd(2) answers {}", error.system_call),
+                remedy: error.remedy().to_owned(),
+            },
+        };
+        Capability { name: "userfaultfd", since: "4.3", unlocks: "regions filled on first touch", verdict }
+    }
+
+    fn device(&self) -> Capability {
+        let verdict = match self.userfaultfd {
+            Ok(Opened { by: OpenedBy::Device, .. }) => Verdict::Yes,
+            _ => Verdict::No {
+                reason: match fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+                    Ok(_) => String::from("opened, but it makes no userfaultfd"),
+                    Err(error) => error.to_string(),
+                },
+                remedy: String::from("give the user access to the node (chmod, udev); the system call is used meanwhile"),
+            },
+        };
+        Capability {
+            name: "/dev/userfaultfd",
+            since: "6.1",
+            unlocks: "serving the kernel's own faults without a capability",
+            verdict,
+        }
+    }
+
+    fn kernel_faults(&self) -> Capability {
+        let verdict = match self.userfaultfd {
+            Ok(Opened { mode: FaultMode::All, .. }) => Verdict::Yes,
+            Ok(_) => Verdict::No {
+                reason: String::from("an ordinary user: vm.unprivileged_userfaultfd is 0 and CAP_SYS_PTRACE is missing"),
+                remedy: String::from("populate() before a system call reads the region; or /dev/userfaultfd, or CAP_SYS_PTRACE"),
+            },
+            Err(_) => no_userfaultfd(),
+        };
+        Capability {
+            name: "kernel-mode faults",
+            since: "4.3",
+            unlocks: "handing absent pages to system calls (write(2) from a region)",
+            verdict,
+        }
+    }
+
+    fn feature(&self, row: &FeatureRow) -> Capability {
+        let verdict = match self.userfaultfd {
+            Ok(opened) if opened.features.contains(row.feature) => Verdict::Yes,
+            Ok(_) => Verdict::No {
+                reason: format!("Linux {} does not offer it", self.kernel),
+                remedy: row.without.to_owned(),
+            },
+            Err(_) => no_userfaultfd(),
+        };
+        Capability { name: row.name, since: row.since, unlocks: row.unlocks, verdict }
+    }
+}
+
+fn no_userfaultfd() -> Verdict {
+    Verdict::No { reason: String::from("no userfaultfd"), remedy: String::from("see userfaultfd above") }
+}
+
+struct FeatureRow {
+    name: &'static str,
+    feature: Features,
+    since: &'static str,
+    unlocks: &'static str,
+    without: &'static str,
+}
+
+macro_rules! feature_rows {
+    ($($name:literal $feature:ident $since:literal $unlocks:literal $without:literal;)*) => {
+        &[$(FeatureRow {
+            name: $name, feature: Features::$feature, since: $since, unlocks: $unlocks, without: $without,
+        }),*]
+    };
+}
+
+const FEATURES: &[FeatureRow] = feature_rows! {
+    "EVENT_REMOVE" EVENT_REMOVE "4.11" "knowing at once which pages were let go (MADV_DONTNEED)" "a page let go is filled anew when it is touched";
+    "EVENT_FORK" EVENT_FORK "4.11" "serving forked children" "children do not inherit regions";
+    "MISSING_SHMEM" MISSING_SHMEM "4.11" "missing faults on memfds" "use Linux 4.11 or newer";
+    "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "enable CONFIG_HUGETLBFS";
+    "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "use a pool";
+    "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "faults are reported without it";
+    "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "write-protect faults on anonymous memory" "use Linux 5.7 or newer";
+    "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "use Linux 5.13 or newer";
+    "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "use Linux 5.14 or newer";
+    "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page";
+    "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "write-protect faults on memfds" "use Linux 5.19 or newer";
+    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages" "populate first";
+    "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";
+    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "tracking dirty pages without a fault handler" "use soft-dirty, or Linux 6.7";
+    "MOVE" MOVE "6.8" "moving pages in without a copy" "pages are copied";
+};

@@ -1,0 +1,75 @@
+//! The ioctls as the kernel defines them, in `include/uapi/linux/userfaultfd.h`, through Linux 6.8.
+//!
+//! Written out because system headers lag behind the running kernel. Sizes are proved below; the request
+//! numbers follow from them.
+
+use crate::page::AddressRange;
+use nix::{ioctl_readwrite, ioctl_write_int_bad, request_code_none};
+
+const UFFDIO: u8 = 0xAA;
+
+#[repr(C)]
+pub(super) struct Api {
+    pub(super) api: u64,
+    pub(super) features: u64,
+    pub(super) ioctls: u64,
+}
+
+#[repr(C)]
+pub(super) struct Range {
+    start: u64,
+    len: u64,
+}
+
+/// `uffdio_copy`, and `uffdio_move`, which has the same fields.
+#[repr(C)]
+pub(super) struct Copy {
+    pub(super) dst: u64,
+    pub(super) src: u64,
+    pub(super) len: u64,
+    pub(super) mode: u64,
+    pub(super) copied: i64,
+}
+
+/// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison`, which have the same fields.
+#[repr(C)]
+pub(super) struct Progress {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+    pub(super) done: i64,
+}
+
+#[repr(C)]
+pub(super) struct WriteProtect {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+}
+
+pub(super) const API: u64 = 0xAA;
+pub(super) const USER_MODE_ONLY: i32 = 1;
+pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
+
+ioctl_readwrite!(api, UFFDIO, 0x3F, Api);
+ioctl_readwrite!(copy, UFFDIO, 0x03, Copy);
+ioctl_readwrite!(zeropage, UFFDIO, 0x04, Progress);
+ioctl_readwrite!(r#move, UFFDIO, 0x05, Copy);
+ioctl_readwrite!(write_protect, UFFDIO, 0x06, WriteProtect);
+ioctl_readwrite!(r#continue, UFFDIO, 0x07, Progress);
+ioctl_readwrite!(poison, UFFDIO, 0x08, Progress);
+// USERFAULTFD_IOC_NEW of /dev/userfaultfd: declared without an argument, but takes the syscall's flags.
+ioctl_write_int_bad!(new_from_device, request_code_none!(UFFDIO, 0x00));
+
+impl From<AddressRange> for Range {
+    fn from(range: AddressRange) -> Self {
+        Self { start: range.start() as u64, len: range.bytes() as u64 }
+    }
+}
+
+const _: () = assert!(size_of::<Api>() == 24);
+const _: () = assert!(size_of::<Range>() == 16);
+const _: () = assert!(size_of::<Copy>() == 40);
+const _: () = assert!(size_of::<Progress>() == 32);
+const _: () = assert!(size_of::<WriteProtect>() == 24);
+// The answer is the last field of each: the kernel does not read it, and writes nothing after it.
+const _: () = assert!(std::mem::offset_of!(Copy, copied) == 32);
+const _: () = assert!(std::mem::offset_of!(Progress, done) == 24);

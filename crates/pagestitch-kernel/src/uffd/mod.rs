@@ -1,0 +1,244 @@
+//! The userfaultfd: opened, registered, and asked to fill pages.
+//!
+//! Each fill operation takes a page-aligned [`AddressRange`] and answers with an [`Outcome`]: what the kernel said,
+//! as a value. Filling is safe because only missing pages are filled, and a missing page has no value yet (the
+//! crate's [safety argument](crate)); making pages *be* missing in somebody's memory is where care is due, and
+//! that is registering.
+//!
+//! Own ioctls on the `userfaultfd` crate's fd: that crate has no move, poison or feature query, and loses the
+//! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
+
+mod abi;
+mod open;
+mod outcome;
+
+pub use open::{FaultMode, OpenError, OpenedBy, handshake_probe};
+pub use outcome::Outcome;
+pub use userfaultfd::RegisterMode;
+
+use crate::page::AddressRange;
+use crate::reservation::Reservation;
+use crate::support::Features;
+use nix::errno::Errno;
+use nix::libc::{c_int, c_void};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+/// A userfaultfd of this process, or of another that sent it.
+#[derive(Debug)]
+pub struct Uffd {
+    fd: userfaultfd::Uffd,
+    opened_by: OpenedBy,
+    mode: FaultMode,
+    features: Features,
+}
+
+impl Uffd {
+    /// Opens a non-blocking, close-on-exec userfaultfd with those of the features `wanted` that this kernel has.
+    ///
+    /// `/dev/userfaultfd` is tried first, then the system call, which an ordinary user may make since Linux 5.11
+    /// if faults of the kernel itself (a `write(2)` from an absent page) need not be served: see [`Uffd::mode`].
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] says which way was refused, why, and what to do.
+    #[doc(alias = "UFFDIO_API")]
+    pub fn open(wanted: Features) -> Result<Self, OpenError> {
+        open::open(wanted)
+    }
+
+    /// Which of the wanted features are on.
+    #[must_use]
+    pub const fn features(&self) -> Features {
+        self.features
+    }
+
+    /// Whose faults are served.
+    #[must_use]
+    pub const fn mode(&self) -> FaultMode {
+        self.mode
+    }
+
+    /// Which way it was opened.
+    #[must_use]
+    pub const fn opened_by(&self) -> OpenedBy {
+        self.opened_by
+    }
+
+    /// Registers a whole reservation: from now on its missing pages are filled by whoever reads this uffd.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` where the mapping cannot have `modes`.
+    #[doc(alias = "UFFDIO_REGISTER")]
+    pub fn register(&self, reservation: &Reservation, modes: RegisterMode) -> Result<(), Errno> {
+        // SAFETY: the reservation is a range of its own, made by mmap: no allocator ever gave out its pages as zeros.
+        #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
+        unsafe {
+            self.register_range(reservation.range(), modes)
+        }
+    }
+
+    /// Registers a range of addresses that the caller vouches for.
+    ///
+    /// # Errors
+    ///
+    /// As [`register`](Self::register).
+    ///
+    /// # Safety
+    ///
+    /// - The range's missing pages must be nobody's: no Rust value lives there that counts on them to read as zeros
+    ///   (memory from `alloc_zeroed`, a fresh `mmap` already used as `&[u8]`).
+    #[expect(unsafe_code, reason = "declares an obligation; what it calls is safe")]
+    pub unsafe fn register_range(&self, range: AddressRange, modes: RegisterMode) -> Result<(), Errno> {
+        let answer = self.fd.register_with_mode(range.start() as *mut c_void, range.bytes(), modes);
+        answer.map(drop).map_err(|error| errno_of(&error))
+    }
+
+    /// Ends the registration of a range. Threads blocked in a missing page there read **zeros**: poison first.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's errno.
+    #[doc(alias = "UFFDIO_UNREGISTER")]
+    pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
+        let answer = self.fd.unregister(range.start() as *mut c_void, range.bytes());
+        answer.map_err(|error| errno_of(&error))
+    }
+
+    /// Fills the missing pages of `range` with `bytes` and wakes who waits for them. `bytes` needs no alignment.
+    ///
+    /// # Panics
+    ///
+    /// If `bytes` is not as long as `range`.
+    #[doc(alias = "UFFDIO_COPY")]
+    pub fn copy(&self, range: AddressRange, bytes: &[u8]) -> Outcome {
+        assert_eq!(bytes.len(), range.bytes(), "a copy fills its range exactly");
+        let mut request = abi::Copy {
+            dst: range.start() as u64,
+            src: bytes.as_ptr().addr() as u64,
+            len: range.bytes() as u64,
+            mode: 0,
+            copied: 0,
+        };
+        // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads `bytes`.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), request.copied)
+    }
+
+    /// Fills the missing pages of `range` with the zero page and wakes who waits for them. Not for hugetlbfs.
+    #[doc(alias = "UFFDIO_ZEROPAGE")]
+    pub fn zero(&self, range: AddressRange) -> Outcome {
+        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
+        // SAFETY: `request` is a uffdio_zeropage that lives through the call.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::zeropage(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), request.done)
+    }
+
+    /// Maps the pages that the file behind `range` has in its page cache (minor faults), and wakes. Linux 5.13.
+    #[doc(alias = "UFFDIO_CONTINUE")]
+    pub fn map_cached(&self, range: AddressRange) -> Outcome {
+        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
+        // SAFETY: `request` is a uffdio_continue that lives through the call.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::r#continue(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), request.done)
+    }
+
+    /// Makes the missing pages of `range` bad: whoever touches them, or waits for them, gets SIGBUS. Linux 6.6.
+    #[doc(alias = "UFFDIO_POISON")]
+    pub fn poison(&self, range: AddressRange) -> Outcome {
+        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
+        // SAFETY: `request` is a uffdio_poison that lives through the call.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::poison(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), request.done)
+    }
+
+    /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes. Linux 6.8.
+    ///
+    /// The pages at `source` are gone afterwards, those that were moved.
+    ///
+    /// # Safety
+    ///
+    /// - `source` is memory of this process that the caller owns, and no Rust reference to it exists during the
+    ///   call; what is read there later is zeros, or whatever then fills it.
+    ///
+    /// # Panics
+    ///
+    /// If the ranges differ in length.
+    #[doc(alias = "UFFDIO_MOVE")]
+    #[expect(unsafe_code, reason = "takes pages away")]
+    pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
+        assert_eq!(source.bytes(), range.bytes(), "as many pages move as are missing");
+        let mut request = abi::Copy {
+            dst: range.start() as u64,
+            src: source.start() as u64,
+            len: range.bytes() as u64,
+            mode: 0,
+            copied: 0,
+        };
+        // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
+        let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), request.copied)
+    }
+
+    /// Write-protects the present pages of `range`: a write then waits for [`unprotect`](Self::unprotect). Linux 5.7.
+    #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    pub fn write_protect(&self, range: AddressRange) -> Outcome {
+        self.set_protection(range, abi::WRITEPROTECT_MODE_WP)
+    }
+
+    /// Takes the write-protection of `range` away and wakes the writers that wait. Linux 5.7.
+    #[doc(alias = "UFFDIO_WRITEPROTECT")]
+    pub fn unprotect(&self, range: AddressRange) -> Outcome {
+        self.set_protection(range, 0)
+    }
+
+    fn set_protection(&self, range: AddressRange, mode: u64) -> Outcome {
+        let mut request = abi::WriteProtect { range: range.into(), mode };
+        // SAFETY: `request` is a uffdio_writeprotect that lives through the call.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::write_protect(self.raw(), &raw mut request) };
+        Outcome::interpret(answer, range.bytes(), 0)
+    }
+
+    /// Lets every thread that waits in `range` try its access again.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's errno; none is expected for a range of whole pages.
+    #[doc(alias = "UFFDIO_WAKE")]
+    pub fn wake(&self, range: AddressRange) -> Result<(), Errno> {
+        let answer = self.fd.wake(range.start() as *mut c_void, range.bytes());
+        answer.map_err(|error| errno_of(&error))
+    }
+
+    pub(crate) const fn events(&self) -> &userfaultfd::Uffd {
+        &self.fd
+    }
+
+    /// The child's uffd, from a fork event.
+    pub(crate) const fn of_child(fd: userfaultfd::Uffd, parent: &Self) -> Self {
+        Self { fd, opened_by: parent.opened_by, mode: parent.mode, features: parent.features }
+    }
+
+    fn raw(&self) -> c_int {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The errno inside an error of the `userfaultfd` crate, whose own Errno type is of another `nix`.
+pub(crate) fn errno_of(error: &userfaultfd::Error) -> Errno {
+    match error {
+        userfaultfd::Error::SystemError(errno) => Errno::from_raw(*errno as i32),
+        _ => Errno::EIO,
+    }
+}

@@ -1,0 +1,153 @@
+//! Opening a userfaultfd, by whichever way this process may.
+//!
+//! ```text
+//!   /dev/userfaultfd ──ok──▶ all faults          its mode decides who may
+//!        │ any refusal (ENOENT, EACCES, EPERM of a device cgroup ...)
+//!        ▼
+//!   userfaultfd(0) ──ok──▶ all faults            CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1
+//!        │ EPERM
+//!        ▼
+//!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       anybody, since Linux 5.11
+//! ```
+
+use super::{Uffd, abi};
+use crate::support::Features;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open as open_file};
+use nix::libc;
+use nix::sys::stat::Mode;
+use std::fmt;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Whose faults a uffd serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultMode {
+    /// Every fault: of user code, and of system calls that read or write an absent page.
+    All,
+    /// Faults of user code. A system call that touches an absent page gets `EFAULT`.
+    UserOnly,
+}
+
+/// Which way a uffd was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpenedBy {
+    /// `/dev/userfaultfd`, since Linux 6.1.
+    Device,
+    /// The `userfaultfd(2)` system call.
+    SystemCall,
+}
+
+/// No userfaultfd could be had: which way was refused with what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenError {
+    /// What opening `/dev/userfaultfd` answered.
+    pub device: Errno,
+    /// What the system call answered, asked for user faults only.
+    pub system_call: Errno,
+}
+
+impl OpenError {
+    /// What the person who runs the program can do about it.
+    #[must_use]
+    pub const fn remedy(&self) -> &'static str {
+        match self.system_call {
+            Errno::ENOSYS => "boot a kernel built with CONFIG_USERFAULTFD, or let the container's seccomp profile pass it",
+            Errno::EPERM | Errno::EACCES => {
+                "let the container's seccomp profile pass userfaultfd, hand it /dev/userfaultfd, \
+                 or on Linux before 5.11 set vm.unprivileged_userfaultfd=1"
+            }
+            Errno::EMFILE | Errno::ENFILE => "raise the limit on open files (ulimit -n): a region takes one",
+            Errno::EINVAL => "use Linux 4.11 or newer: this kernel does not know the UFFD_API handshake",
+            _ => "see userfaultfd(2)",
+        }
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no userfaultfd: the system call answers {}, /dev/userfaultfd {}; {}",
+            self.system_call,
+            self.device,
+            self.remedy()
+        )
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
+    // A second handshake on one fd is EINVAL, and asking for what a kernel lacks is too: ask on a throw-away.
+    let supported = handshake_probe()?;
+    let opened = open_fd()?;
+    let features = wanted & supported;
+    handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
+    // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
+    #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
+    let fd = unsafe { userfaultfd::Uffd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(opened.fd)) };
+    Ok(Uffd { fd, opened_by: opened.by, mode: opened.mode, features })
+}
+
+/// Opens a userfaultfd, asks which features this kernel has, and closes it.
+///
+/// # Errors
+///
+/// [`OpenError`], as [`Uffd::open`].
+pub fn handshake_probe() -> Result<Features, OpenError> {
+    let opened = open_fd()?;
+    handshake(&opened.fd, Features::NONE).map_err(|errno| OpenError { device: errno, system_call: errno })
+}
+
+struct Opened {
+    fd: OwnedFd,
+    by: OpenedBy,
+    mode: FaultMode,
+}
+
+fn open_fd() -> Result<Opened, OpenError> {
+    let device = match from_device() {
+        Ok(fd) => return Ok(Opened { fd, by: OpenedBy::Device, mode: FaultMode::All }),
+        Err(errno) => errno,
+    };
+    if let Ok(fd) = from_system_call(0) {
+        return Ok(Opened { fd, by: OpenedBy::SystemCall, mode: FaultMode::All });
+    }
+    match from_system_call(abi::USER_MODE_ONLY) {
+        Ok(fd) => Ok(Opened { fd, by: OpenedBy::SystemCall, mode: FaultMode::UserOnly }),
+        Err(system_call) => Err(OpenError { device, system_call }),
+    }
+}
+
+fn from_device() -> Result<OwnedFd, Errno> {
+    let device = open_file("/dev/userfaultfd", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and touches no memory of ours.
+    #[expect(unsafe_code, reason = "an ioctl")]
+    let fd = unsafe { abi::new_from_device(device.as_raw_fd(), FLAGS) }?;
+    Ok(own(fd))
+}
+
+fn from_system_call(mode: i32) -> Result<OwnedFd, Errno> {
+    // SAFETY: userfaultfd(2) takes flags by value and touches no memory of ours.
+    #[expect(unsafe_code, reason = "a system call without a wrapper")]
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS | mode) };
+    Errno::result(fd).map(|fd| own(i32::try_from(fd).expect("a descriptor is an int")))
+}
+
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    unsafe {
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Errno> {
+    let mut request = abi::Api { api: abi::API, features: features.bits(), ioctls: 0 };
+    // SAFETY: `request` is a uffdio_api that lives through the call.
+    #[expect(unsafe_code, reason = "an ioctl")]
+    unsafe { abi::api(fd.as_raw_fd(), &raw mut request) }?;
+    Ok(Features::from_bits(request.features))
+}
+
+const FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;

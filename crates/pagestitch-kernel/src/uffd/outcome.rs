@@ -1,0 +1,88 @@
+//! What the kernel answered to a fill, as a value.
+//!
+//! The output field is read before errno, because errno alone lies: `EAGAIN` with progress means "go on from
+//! there", `EAGAIN` without means "the map is changing". Casting the field to an unsigned number, as is often
+//! done, turns the `-EEXIST` in it into a length.
+
+use nix::errno::Errno;
+
+/// The kernel's answer to one fill operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The whole range was filled, and who waited for it runs.
+    Done,
+    /// The first `bytes` were filled; the rest was not tried. Go on from there to learn why.
+    Partial {
+        /// A positive multiple of the page size.
+        bytes: usize,
+    },
+    /// `EEXIST`: the first page is there already. Who waits for it may still sleep: wake it.
+    AlreadyThere,
+    /// `EAGAIN` without progress: a remove, unmap, remap or fork is in progress. Read events, then try again.
+    Changing,
+    /// `ENOENT`: the range is not registered, or leaves its mapping; to a move: the source is a hole.
+    NotRegistered,
+    /// `ESRCH`: the process that owned the memory is gone.
+    ProcessGone,
+    /// `EFAULT`: the source cannot be read; to a continue: the page cache has no such page.
+    SourceUnreadable,
+    /// `ENOMEM`: no memory for a page, or for page tables.
+    NoMemory,
+    /// `EBUSY`: to a move: a source page is pinned, or shared with a forked process.
+    Busy,
+    /// Anything else: a wrong argument, or a kernel without this operation.
+    Refused(Errno),
+}
+
+impl Outcome {
+    /// Reads the output field `done` before the errno of `answer`.
+    pub(super) fn interpret(answer: nix::Result<i32>, requested: usize, done: i64) -> Self {
+        let progress = usize::try_from(done).unwrap_or(0);
+        match answer {
+            Ok(_) if progress == 0 || progress >= requested => Self::Done,
+            Ok(_) => Self::Partial { bytes: progress },
+            Err(Errno::EAGAIN) if progress > 0 => Self::Partial { bytes: progress },
+            Err(Errno::EAGAIN) => Self::Changing,
+            Err(Errno::EEXIST) => Self::AlreadyThere,
+            Err(Errno::ENOENT) => Self::NotRegistered,
+            Err(Errno::ESRCH) => Self::ProcessGone,
+            Err(Errno::EFAULT) => Self::SourceUnreadable,
+            Err(Errno::ENOMEM) => Self::NoMemory,
+            Err(Errno::EBUSY) => Self::Busy,
+            Err(errno) => Self::Refused(errno),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_field_is_read_before_errno() {
+        let again = Err(Errno::EAGAIN);
+        assert_eq!(Outcome::interpret(again, 8192, 4096), Outcome::Partial { bytes: 4096 });
+        // Since Linux 6.15 the field repeats the error; before, it is 0.
+        assert_eq!(Outcome::interpret(again, 8192, -i64::from(Errno::EAGAIN as i32)), Outcome::Changing);
+        assert_eq!(Outcome::interpret(again, 8192, 0), Outcome::Changing);
+    }
+
+    #[test]
+    fn each_errno_has_its_own_value() {
+        let said = |errno: Errno| Outcome::interpret(Err(errno), 4096, -i64::from(errno as i32));
+        assert_eq!(said(Errno::EEXIST), Outcome::AlreadyThere);
+        assert_eq!(said(Errno::ENOENT), Outcome::NotRegistered);
+        assert_eq!(said(Errno::ESRCH), Outcome::ProcessGone);
+        assert_eq!(said(Errno::EFAULT), Outcome::SourceUnreadable);
+        assert_eq!(said(Errno::ENOMEM), Outcome::NoMemory);
+        assert_eq!(said(Errno::EBUSY), Outcome::Busy);
+        assert_eq!(said(Errno::EINVAL), Outcome::Refused(Errno::EINVAL));
+    }
+
+    #[test]
+    fn success_is_done() {
+        assert_eq!(Outcome::interpret(Ok(0), 8192, 8192), Outcome::Done);
+        // A write-protect has no output field.
+        assert_eq!(Outcome::interpret(Ok(0), 8192, 0), Outcome::Done);
+    }
+}

@@ -1,0 +1,266 @@
+//! Each operation of the kernel layer against the running kernel: one test for each answer that matters.
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use pagestitch_kernel::support::Features;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{
+    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd, View,
+};
+use std::fs::File;
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::{slice, thread};
+
+fn reserve(pages: usize, access: Access) -> (Arc<Reservation>, View, Uffd) {
+    let pages = NonZeroUsize::new(pages).unwrap();
+    let (reservation, view) = Reservation::new(pages, PageSize::system(), access).unwrap();
+    let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::WRITE_PROTECT).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+    (reservation, view, uffd)
+}
+
+fn page(index: usize) -> Span {
+    Page(index).span()
+}
+
+fn has(features: Features) -> bool {
+    let here = Support::current().has(features);
+    if !here {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: Linux {} lacks {features:?}", Support::current().kernel());
+    }
+    here
+}
+
+/// Waits until the uffd has something to read, and reads it.
+fn wait(uffd: &Uffd) -> Batch {
+    let mut batch = Batch::with_capacity(16);
+    loop {
+        batch.read(uffd, PageSize::system()).unwrap();
+        if !batch.faults().is_empty() {
+            return batch;
+        }
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn copy_fills_a_missing_page_once_and_needs_no_alignment() {
+    let (reservation, view, uffd) = reserve(2, Access::ReadOnly);
+    let size = PageSize::system().bytes();
+    let bytes: Vec<u8> = (0..=size).map(|i| (i % 251) as u8).collect();
+    let range = reservation.addresses(page(1));
+    assert_eq!(uffd.copy(range, &bytes[1..]), Outcome::Done);
+    assert_eq!(&view.as_slice()[size..], &bytes[1..]);
+    assert_eq!(uffd.copy(range, &bytes[..size]), Outcome::AlreadyThere);
+    assert_eq!(&view.as_slice()[size..], &bytes[1..], "a filled page keeps its bytes");
+}
+
+#[test]
+fn a_copy_that_meets_a_present_page_says_how_far_it_came() {
+    let (reservation, _view, uffd) = reserve(4, Access::ReadOnly);
+    let size = PageSize::system().bytes();
+    let bytes = vec![1u8; 4 * size];
+    assert_eq!(uffd.copy(reservation.addresses(page(2)), &bytes[..size]), Outcome::Done);
+    assert_eq!(uffd.copy(reservation.range(), &bytes), Outcome::Partial { bytes: 2 * size });
+    assert_eq!(uffd.zero(reservation.addresses(page(3))), Outcome::Done);
+}
+
+#[test]
+fn an_unregistered_range_is_told_apart() {
+    let (reservation, _view, uffd) = reserve(1, Access::ReadOnly);
+    let bytes = vec![1u8; PageSize::system().bytes()];
+    uffd.unregister(reservation.range()).unwrap();
+    assert_eq!(uffd.copy(reservation.range(), &bytes), Outcome::NotRegistered);
+}
+
+#[test]
+fn a_blocked_thread_is_seen_and_runs_on_with_the_bytes() {
+    let (reservation, view, uffd) = reserve(4, Access::ReadOnly);
+    let size = PageSize::system().bytes();
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| view.as_slice()[2 * size + 5]);
+        let batch = wait(&uffd);
+        let fault = batch.faults()[0];
+        assert_eq!(reservation.page_at(fault.address), Some(Page(2)));
+        assert_eq!((fault.kind, fault.write), (FaultKind::Missing, false));
+        assert_ne!(fault.thread, 0, "asked for with THREAD_ID");
+        assert_eq!(uffd.copy(reservation.addresses(page(2)), &vec![9u8; size]), Outcome::Done);
+        assert_eq!(toucher.join().unwrap(), 9);
+    });
+}
+
+#[test]
+fn writing_to_a_writable_reservation_faults_as_a_write_and_keeps_what_was_written() {
+    let (reservation, mut view, uffd) = reserve(1, Access::Writable);
+    let size = PageSize::system().bytes();
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| {
+            let bytes = view.as_mut_slice().expect("writable");
+            bytes[3] = 77;
+            (bytes[3], bytes[4])
+        });
+        assert!(wait(&uffd).faults()[0].write);
+        assert_eq!(uffd.copy(reservation.range(), &vec![9u8; size]), Outcome::Done);
+        assert_eq!(toucher.join().unwrap(), (77, 9));
+    });
+}
+
+#[test]
+fn a_read_only_view_gives_no_mutable_slice() {
+    let (_reservation, mut view, _uffd) = reserve(1, Access::ReadOnly);
+    assert!(view.as_mut_slice().is_none());
+}
+
+#[test]
+fn residency_tells_filled_from_missing() {
+    let (reservation, _view, uffd) = reserve(2000, Access::ReadOnly);
+    let bytes = vec![1u8; PageSize::system().bytes()];
+    for index in [0, 1023, 1024, 1999] {
+        assert_eq!(uffd.copy(reservation.addresses(page(index)), &bytes), Outcome::Done);
+    }
+    let mut here = Vec::new();
+    let all = Span { first: Page(0), pages: 2000 };
+    reservation.residency(all, |page, resident| here.extend(resident.then_some(page.0))).unwrap();
+    assert_eq!(here, [0, 1023, 1024, 1999]);
+}
+
+#[test]
+fn a_tebibyte_is_reserved_and_registered_at_once() {
+    let (reservation, view, uffd) = reserve(1 << 28, Access::ReadOnly);
+    let last = page((1 << 28) - 1);
+    assert_eq!(uffd.zero(reservation.addresses(last)), Outcome::Done);
+    assert_eq!(view.as_slice().last(), Some(&0));
+}
+
+#[test]
+#[should_panic(expected = "is not inside a reservation of 2 pages")]
+fn the_bounds_check_stops_a_span_that_leaves() {
+    let (reservation, _view, _uffd) = reserve(2, Access::ReadOnly);
+    let _ = reservation.addresses(Span { first: Page(1), pages: 2 });
+}
+
+#[test]
+fn a_remove_is_told_before_the_faults_of_the_same_batch() {
+    let (reservation, view, uffd) = reserve(8, Access::Writable);
+    let size = PageSize::system().bytes();
+    for index in 0..4 {
+        assert_eq!(uffd.copy(reservation.addresses(page(index)), &vec![1u8; size]), Outcome::Done);
+    }
+    let start = view.as_ptr().addr().get();
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| view.as_slice()[6 * size]);
+        scope.spawn(move || let_go(start, 4 * size));
+        let mut batch = Batch::with_capacity(16);
+        let (mut removes, mut faults) = (Vec::new(), Vec::new());
+        while removes.is_empty() || faults.is_empty() {
+            batch.read(&uffd, PageSize::system()).unwrap();
+            for event in batch.take_events() {
+                let Event::Remove { start, end } = event else { panic!("{event:?}") };
+                removes.push((start, end));
+            }
+            faults.extend_from_slice(batch.faults());
+        }
+        assert_eq!(removes, [(start, start + 4 * size)]);
+        assert_eq!(reservation.page_at(faults[0].address), Some(Page(6)));
+        while uffd.copy(reservation.addresses(page(6)), &vec![8u8; size]) == Outcome::Changing {
+            thread::yield_now();
+        }
+        assert_eq!(toucher.join().unwrap(), 8);
+    });
+}
+
+#[expect(unsafe_code, reason = "madvise on memory of the test's own reservation")]
+fn let_go(start: usize, bytes: usize) {
+    let start = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(start)).unwrap();
+    // SAFETY: pages of a reservation that the test made; nobody holds a reference to their bytes.
+    unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
+}
+
+#[test]
+fn poison_is_reported_once_and_a_copy_heals_it() {
+    if !has(Features::POISON) {
+        return;
+    }
+    let (reservation, view, uffd) = reserve(1, Access::ReadOnly);
+    assert_eq!(uffd.poison(reservation.range()), Outcome::Done);
+    assert_eq!(uffd.poison(reservation.range()), Outcome::AlreadyThere);
+    assert_eq!(uffd.copy(reservation.range(), &vec![4u8; PageSize::system().bytes()]), Outcome::Done);
+    assert_eq!(view.as_slice()[0], 4);
+}
+
+#[test]
+#[expect(unsafe_code, reason = "move_pages takes pages away")]
+fn move_takes_the_pages_of_the_source() {
+    if !has(Features::MOVE) {
+        return;
+    }
+    let (reservation, view, uffd) = reserve(2, Access::Writable);
+    let size = PageSize::system().bytes();
+    let mut source = pagestitch_kernel::buffer::Buffer::new(NonZeroUsize::new(2 * size).unwrap()).unwrap();
+    source.fill(5);
+    let from = AddressRange::new(source.as_ptr().addr(), 2 * size, PageSize::system()).unwrap();
+    // SAFETY: the source is the test's own buffer; no reference to it exists during the call.
+    let moved = unsafe { uffd.move_pages(reservation.range(), from) };
+    assert_eq!(moved, Outcome::Done);
+    assert!(view.as_slice().iter().all(|&byte| byte == 5));
+    assert!(source.iter().all(|&byte| byte == 0), "the source's pages are gone");
+}
+
+#[test]
+fn write_protection_stops_a_writer_until_it_is_taken_away() {
+    if !has(Features::WRITE_PROTECT) {
+        return;
+    }
+    let (reservation, mut view) =
+        Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
+    let uffd = Uffd::open(Features::WRITE_PROTECT).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT).unwrap();
+    assert_eq!(uffd.copy(reservation.range(), &vec![1u8; PageSize::system().bytes()]), Outcome::Done);
+    assert_eq!(uffd.write_protect(reservation.range()), Outcome::Done);
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| view.as_mut_slice().unwrap()[0] = 2);
+        assert_eq!(wait(&uffd).faults()[0].kind, FaultKind::WriteProtect);
+        assert_eq!(uffd.unprotect(reservation.range()), Outcome::Done);
+        writer.join().unwrap();
+    });
+    assert_eq!(view.as_slice()[0], 2);
+}
+
+#[test]
+#[expect(unsafe_code, reason = "maps and registers a memfd, which a reservation does not do")]
+fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
+    if !has(Features::MINOR_SHMEM) {
+        return;
+    }
+    let size = PageSize::system().bytes();
+    let file = File::from(memfd_create(c"minor", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.set_len(2 * size as u64).unwrap();
+    file.write_all_at(&vec![6u8; size], 0).unwrap();
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let bytes = NonZeroUsize::new(2 * size).unwrap();
+    // SAFETY: a new mapping where the kernel chooses.
+    let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
+    let range = AddressRange::new(start.as_ptr().addr(), 2 * size, PageSize::system()).unwrap();
+    let uffd = Uffd::open(Features::MINOR_SHMEM).unwrap();
+    // SAFETY: the mapping is new: no reference to its bytes exists.
+    unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }.unwrap();
+    let first = AddressRange::new(range.start(), size, PageSize::system()).unwrap();
+    let second = AddressRange::new(range.start() + size, size, PageSize::system()).unwrap();
+    assert_eq!(uffd.map_cached(second), Outcome::SourceUnreadable, "the cache has no such page");
+    assert_eq!(uffd.map_cached(first), Outcome::Done);
+    assert_eq!(uffd.map_cached(first), Outcome::AlreadyThere);
+    // SAFETY: the first page of the mapping, which is there and which nobody writes.
+    let seen = unsafe { slice::from_raw_parts(start.as_ptr().cast::<u8>(), size) };
+    assert_eq!(seen[0], 6);
+}
+
+#[test]
+fn reserving_more_than_there_is_names_size_and_remedy() {
+    let pages = NonZeroUsize::new(1 << 40).unwrap();
+    let error = Reservation::new(pages, PageSize::system(), Access::ReadOnly).unwrap_err();
+    let said = error.to_string();
+    assert!(said.contains("4503599627370496 bytes") && said.contains("make the region smaller"), "{said}");
+}
