@@ -147,7 +147,9 @@ fn decode(
         userfaultfd::Event::Remap { from, to, len } => {
             events.push(Event::Remap { from: from.addr(), to: to.addr(), bytes: len });
         }
-        userfaultfd::Event::Fork { uffd: child } => events.push(Event::Fork { child: Uffd::of_child(child, uffd) }),
+        userfaultfd::Event::Fork { uffd: child } => {
+            events.push(Event::Fork { child: Uffd::of_child(child, uffd) })
+        }
     }
 }
 
@@ -182,9 +184,6 @@ mod tests {
         ];
         order(&mut faults);
         let seen: Vec<_> = faults.iter().map(|f| (f.address, f.kind, f.write)).collect();
-        assert_eq!(
-            seen,
-            [(0x1000, Missing, false), (0x1000, WriteProtect, true), (0x3000, Missing, true)]
-        );
+        assert_eq!(seen, [(0x1000, Missing, false), (0x1000, WriteProtect, true), (0x3000, Missing, true)]);
     }
 }

@@ -8,7 +8,7 @@
 //! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
 //! | [`reservation`] | an owned range of addresses behind one bounds check, and the [`View`] of its bytes |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
-//! | [`buffer`] | page-aligned staging memory and tables that cost nothing until touched |
+//! | [`words`] | tables that cost nothing until they are touched |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
 //!
 //! # The safety argument, once
@@ -25,7 +25,6 @@
 //! Hence [`View::as_slice`] is safe, and [`View::as_mut_slice`] is safe because there is one [`View`] of a
 //! reservation and it is borrowed mutably.
 
-pub mod buffer;
 pub mod event;
 pub mod gate;
 pub mod lend;
@@ -34,6 +33,7 @@ pub mod page;
 pub mod reservation;
 pub mod support;
 pub mod uffd;
+pub mod words;
 
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use nix::errno::Errno;

@@ -22,7 +22,8 @@ impl PageSize {
     #[must_use]
     pub fn system() -> Self {
         use nix::unistd::{SysconfVar, sysconf};
-        let bytes = sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|bytes| usize::try_from(bytes).ok());
+        let bytes =
+            sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|bytes| usize::try_from(bytes).ok());
         bytes.and_then(Self::new).expect("Linux answers _SC_PAGESIZE with a power of two")
     }
 

@@ -48,14 +48,19 @@ impl Reservation {
     /// # Errors
     ///
     /// [`ReserveError`] names the size and the limit that was in the way.
-    pub fn new(pages: NonZeroUsize, page: PageSize, access: Access) -> Result<(Arc<Self>, View), ReserveError> {
+    pub fn new(
+        pages: NonZeroUsize,
+        page: PageSize,
+        access: Access,
+    ) -> Result<(Arc<Self>, View), ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::new(usize::MAX, Errno::ENOMEM))?;
         let protection = match access {
             Access::ReadOnly => ProtFlags::PROT_READ,
             Access::Writable => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
         };
-        let mapping = Mapping::new(bytes, protection).map_err(|errno| ReserveError::new(bytes.get(), errno))?;
+        let mapping =
+            Mapping::new(bytes, protection).map_err(|errno| ReserveError::new(bytes.get(), errno))?;
         // SAFETY: the advice concerns our own mapping, and what a child of fork sees of it.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe { madvise(mapping.start(), bytes.get(), MmapAdvise::MADV_DONTFORK) }
@@ -93,7 +98,8 @@ impl Reservation {
         let inside = span.first.0.checked_add(span.pages).is_some_and(|end| end <= self.pages());
         assert!(inside, "{span:?} is not inside a reservation of {} pages", self.pages());
         let start = self.mapping.start().as_ptr().addr() + span.first.0 * self.page.bytes();
-        AddressRange::new(start, self.page.bytes_of(span), self.page).expect("whole pages of an aligned mapping")
+        AddressRange::new(start, self.page.bytes_of(span), self.page)
+            .expect("whole pages of an aligned mapping")
     }
 
     /// The page that holds `address`, if it is inside.
@@ -118,7 +124,8 @@ impl Reservation {
             let range = self.addresses(part);
             // SAFETY: the range is ours, and `vector` has a byte for each of its pages.
             #[expect(unsafe_code, reason = "mincore")]
-            let answer = unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), vector.as_mut_ptr()) };
+            let answer =
+                unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), vector.as_mut_ptr()) };
             Errno::result(answer)?;
             part.iter().zip(vector).for_each(|(page, here)| each(page, here & 1 == 1));
             rest = rest.without_prefix(part.pages);
@@ -142,7 +149,8 @@ impl Reservation {
         // SAFETY: the range is inside our own mapping. A reference to its bytes becomes one whose use ends the
         // program; it never shows other bytes.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0) }.map(drop)
+        unsafe { mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0) }
+            .map(drop)
     }
 
     /// Closes the whole range for good: its pages are given back, and whoever touches it gets SIGSEGV.
@@ -219,7 +227,8 @@ pub struct ReserveError {
 
 impl ReserveError {
     fn new(bytes: usize, errno: Errno) -> Self {
-        let limit = getrlimit(Resource::RLIMIT_AS).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
+        let limit =
+            getrlimit(Resource::RLIMIT_AS).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
         Self { bytes, errno, limit }
     }
 }
@@ -228,8 +237,13 @@ impl fmt::Display for ReserveError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cannot reserve {} bytes of addresses: {}; ", self.bytes, self.errno)?;
         match self.limit {
-            Some(limit) => write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v"),
-            None => write!(f, "make the region smaller, or raise vm.max_map_count or vm.overcommit_memory's limits"),
+            Some(limit) => {
+                write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v")
+            }
+            None => write!(
+                f,
+                "make the region smaller, or raise vm.max_map_count or vm.overcommit_memory's limits"
+            ),
         }
     }
 }

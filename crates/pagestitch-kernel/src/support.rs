@@ -141,7 +141,8 @@ impl Support {
             let uffd = Uffd::open(Features::NONE)?;
             Ok(Opened { by: uffd.opened_by(), mode: uffd.mode(), features })
         });
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_else(|_| String::from("unknown"));
+        let kernel =
+            fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_else(|_| String::from("unknown"));
         Self { kernel: kernel.trim().to_owned(), page: PageSize::system(), userfaultfd }
     }
 
@@ -205,7 +206,9 @@ impl Support {
                     Ok(_) => String::from("opened, but it makes no userfaultfd"),
                     Err(error) => error.to_string(),
                 },
-                remedy: String::from("give the user access to the node (chmod, udev); the system call is used meanwhile"),
+                remedy: String::from(
+                    "give the user access to the node (chmod, udev); the system call is used meanwhile",
+                ),
             },
         };
         Capability {
@@ -220,8 +223,12 @@ impl Support {
         let verdict = match self.userfaultfd {
             Ok(Opened { mode: FaultMode::All, .. }) => Verdict::Yes,
             Ok(_) => Verdict::No {
-                reason: String::from("an ordinary user: vm.unprivileged_userfaultfd is 0 and CAP_SYS_PTRACE is missing"),
-                remedy: String::from("populate() before a system call reads the region; or /dev/userfaultfd, or CAP_SYS_PTRACE"),
+                reason: String::from(
+                    "an ordinary user: vm.unprivileged_userfaultfd is 0 and CAP_SYS_PTRACE is missing",
+                ),
+                remedy: String::from(
+                    "populate() before a system call reads the region; or /dev/userfaultfd, or CAP_SYS_PTRACE",
+                ),
             },
             Err(_) => no_userfaultfd(),
         };

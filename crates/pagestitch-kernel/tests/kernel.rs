@@ -5,7 +5,8 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{
-    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd, View,
+    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd,
+    View,
 };
 use std::fs::File;
 use std::io::Write;
@@ -29,7 +30,8 @@ fn page(index: usize) -> Span {
 fn has(features: Features) -> bool {
     let here = Support::current().has(features);
     if !here {
-        let _ = writeln!(std::io::stderr(), "SKIPPED: Linux {} lacks {features:?}", Support::current().kernel());
+        let _ =
+            writeln!(std::io::stderr(), "SKIPPED: Linux {} lacks {features:?}", Support::current().kernel());
     }
     here
 }
@@ -198,15 +200,14 @@ fn move_takes_the_pages_of_the_source() {
         return;
     }
     let (reservation, view, uffd) = reserve(2, Access::Writable);
-    let size = PageSize::system().bytes();
-    let mut source = pagestitch_kernel::buffer::Buffer::new(NonZeroUsize::new(2 * size).unwrap()).unwrap();
-    source.fill(5);
-    let from = AddressRange::new(source.as_ptr().addr(), 2 * size, PageSize::system()).unwrap();
-    // SAFETY: the source is the test's own buffer; no reference to it exists during the call.
-    let moved = unsafe { uffd.move_pages(reservation.range(), from) };
+    let (from, mut source) =
+        Reservation::new(NonZeroUsize::new(2).unwrap(), PageSize::system(), Access::Writable).unwrap();
+    source.as_mut_slice().unwrap().fill(5);
+    // SAFETY: the source is the test's own reservation; no reference to its bytes exists during the call.
+    let moved = unsafe { uffd.move_pages(reservation.range(), from.range()) };
     assert_eq!(moved, Outcome::Done);
     assert!(view.as_slice().iter().all(|&byte| byte == 5));
-    assert!(source.iter().all(|&byte| byte == 0), "the source's pages are gone");
+    assert!(source.as_slice().iter().all(|&byte| byte == 0), "the source's pages are gone");
 }
 
 #[test]

@@ -1,0 +1,63 @@
+//! Scattered memory, one contiguous region, filled on first touch.
+//!
+//! A program has many pieces of memory: heap buffers, files, ranges of an object in a store. It wants one pointer
+//! `base`, such that `base[i]` is the i-th byte of the pieces laid end to end, without copying all of it first.
+//! A [`Region`] reserves one contiguous range of addresses, lays the pieces out on it, and a [`Pool`] of threads
+//! makes each page appear when it is first touched, by way of Linux's `userfaultfd(2)`.
+//!
+//! ```
+//! use pagestitch::{Chunk, Pool, Region};
+//! use pagestitch::source::File;
+//!
+//! let pool = Pool::new()?;
+//! let region = Region::builder()
+//!     .chunk(vec![1u8; 10_000])                                  // memory: copied from where it lies
+//!     .chunk(Chunk::from(File::open("/proc/self/exe")?).range(0..3_000))    // a file: read where it is
+//!     .chunk(Chunk::hole(1 << 30))                               // a gigabyte of zeros
+//!     .chunk(bytes::Bytes::from_static(b"the end"))
+//!     .build(&pool)?;
+//!
+//! let bytes: &[u8] = region.as_slice();                          // nothing has been read yet
+//! assert_eq!(&bytes[10_001..10_004], b"ELF");                    // now three pages have
+//! assert_eq!(&bytes[bytes.len() - 7..], b"the end");
+//! # Ok::<(), pagestitch::Error>(())
+//! ```
+//!
+//! # The nouns
+//!
+//! | noun | what it is |
+//! |---|---|
+//! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
+//! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
+//! | [`Source`] | **what** bytes a range holds |
+//! | [`Plan`] | **how** each chunk is installed, with the reason |
+//! | [`Pool`] | **who** answers faults |
+//!
+//! # Promises
+//!
+//! * **Never zeros for bytes.** A page whose source fails is SIGBUS to who touches it, and an error from
+//!   [`Region::read_at`] and [`Region::populate`].
+//! * **Nobody waits on a lost page.** A fill that cannot be finished gives its page back and wakes who waits.
+//! * **Safe is sound.** This crate has no unsafe code; what is unsafe lives in `pagestitch-kernel`. Borrowed chunks
+//!   exist only inside a [`scope`](scope()).
+//! * **An ordinary user will do.** No capability is needed since Linux 5.11; what is lost then is told by
+//!   [`Region::serves_system_calls`].
+//!
+//! Linux 4.14 or newer; 6.6 or newer for poison marks, without which a failed page costs a mapping.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod metrics;
+mod region;
+mod scope;
+mod server;
+pub mod source;
+
+pub use error::{Error, ErrorKind};
+pub use metrics::Metrics;
+pub use pagestitch_kernel::Support;
+pub use region::{Builder, Chunk, How, Plan, Region, Run};
+pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
+pub use server::{Pool, PoolBuilder, Report};
+pub use source::Source;

@@ -206,7 +206,8 @@ const _: () = assert!(UFFDIO_WAKE == request::<uffdio_range>(READ, _UFFDIO_WAKE)
 const _: () = assert!(UFFDIO_COPY == request::<uffdio_copy>(READ_WRITE, _UFFDIO_COPY));
 const _: () = assert!(UFFDIO_ZEROPAGE == request::<uffdio_zeropage>(READ_WRITE, _UFFDIO_ZEROPAGE));
 #[cfg(feature = "linux5_7")]
-const _: () = assert!(UFFDIO_WRITEPROTECT == request::<uffdio_writeprotect>(READ_WRITE, _UFFDIO_WRITEPROTECT));
+const _: () =
+    assert!(UFFDIO_WRITEPROTECT == request::<uffdio_writeprotect>(READ_WRITE, _UFFDIO_WRITEPROTECT));
 #[cfg(feature = "linux5_13")]
 const _: () = assert!(UFFDIO_CONTINUE == request::<uffdio_continue>(READ_WRITE, _UFFDIO_CONTINUE));
 const _: () = assert!(size_of::<uffd_msg>() == 32 && align_of::<uffd_msg>() == 1);

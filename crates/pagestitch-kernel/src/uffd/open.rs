@@ -51,7 +51,9 @@ impl OpenError {
     #[must_use]
     pub const fn remedy(&self) -> &'static str {
         match self.system_call {
-            Errno::ENOSYS => "boot a kernel built with CONFIG_USERFAULTFD, or let the container's seccomp profile pass it",
+            Errno::ENOSYS => {
+                "boot a kernel built with CONFIG_USERFAULTFD, or let the container's seccomp profile pass it"
+            }
             Errno::EPERM | Errno::EACCES => {
                 "let the container's seccomp profile pass userfaultfd, hand it /dev/userfaultfd, \
                  or on Linux before 5.11 set vm.unprivileged_userfaultfd=1"

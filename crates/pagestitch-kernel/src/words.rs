@@ -1,58 +1,13 @@
-//! Page-aligned staging memory, and tables that cost nothing until they are touched.
+//! Tables that cost nothing until they are touched.
 
 use crate::mapping::Mapping;
 use nix::errno::Errno;
 use nix::sys::mman::ProtFlags;
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::ops::{Deref, DerefMut};
+use std::ops::Deref;
 use std::slice;
 use std::sync::atomic::AtomicU64;
-
-/// Page-aligned bytes, zero at first: where a handler thread puts a page together before it is copied in.
-pub struct Buffer {
-    mapping: Mapping,
-}
-
-impl Buffer {
-    /// A buffer of `bytes`.
-    ///
-    /// # Errors
-    ///
-    /// `ENOMEM` where the process may map no more.
-    pub fn new(bytes: NonZeroUsize) -> Result<Self, Errno> {
-        let mapping = Mapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        Ok(Self { mapping })
-    }
-}
-
-impl Deref for Buffer {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        // SAFETY: the mapping is readable, as long as its length says, lives as long as `self`, and any byte is a u8.
-        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        unsafe {
-            slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.mapping.bytes())
-        }
-    }
-}
-
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as in `deref`, writable, and borrowed mutably: nobody else has a reference.
-        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        unsafe {
-            slice::from_raw_parts_mut(self.mapping.start().as_ptr().cast(), self.mapping.bytes())
-        }
-    }
-}
-
-impl fmt::Debug for Buffer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffer").field("bytes", &self.mapping.bytes()).finish()
-    }
-}
 
 /// A table of atomic words, zero at first. Its size costs address space; only the pages that are touched cost
 /// memory, so a table for a region of a tebibyte is as cheap as the part of the region that is used.
@@ -98,16 +53,6 @@ const WORD: NonZeroUsize = NonZeroUsize::new(size_of::<AtomicU64>()).unwrap();
 mod tests {
     use super::*;
     use std::sync::atomic::Ordering;
-
-    #[test]
-    fn a_buffer_is_page_aligned_zero_and_writable() {
-        let mut buffer = Buffer::new(NonZeroUsize::new(10_000).unwrap()).unwrap();
-        assert_eq!(buffer.as_ptr().addr() % 4096, 0);
-        assert!(buffer.iter().all(|&byte| byte == 0));
-        buffer[9_999] = 7;
-        assert_eq!(buffer.len(), 10_000);
-        assert_eq!(buffer[9_999], 7);
-    }
 
     #[test]
     fn a_huge_table_costs_only_what_is_touched() {

@@ -1,0 +1,60 @@
+//! Tell: what has happened in a region, as numbers with one meaning each.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! metrics {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// A region's numbers at one moment. They only grow.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
+
+        /// The numbers as they are counted.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters { $(pub(crate) $name: Counter,)* }
+
+        impl Counters {
+            pub(crate) fn read(&self) -> Metrics {
+                Metrics { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Faults taken from the kernel, one for each page and batch. More than pages, where threads meet in a page.
+    faults,
+    /// Faults on a page that was there by the time they were looked at.
+    late,
+    /// Pages copied straight from a source's own memory.
+    pages_copied,
+    /// Pages read into staging from one source, and copied from there.
+    pages_read,
+    /// Pages gathered in staging from several chunks, and copied from there.
+    pages_gathered,
+    /// Pages of zeros.
+    pages_zeroed,
+    /// Pages that a source could not fill: poisoned.
+    pages_poisoned,
+    /// Bytes copied into the region.
+    bytes_copied,
+    /// Fills that met a change of the memory map and were given back to be tried again.
+    retries,
+}
+
+impl Metrics {
+    /// Pages installed, in whichever way.
+    #[must_use]
+    pub const fn pages_installed(&self) -> u64 {
+        self.pages_copied + self.pages_read + self.pages_gathered + self.pages_zeroed
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+}

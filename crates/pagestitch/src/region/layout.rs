@@ -1,0 +1,294 @@
+//! The layout: which chunk holds the byte at an offset. Sorted, immutable, 25 bytes a chunk.
+//!
+//! ```text
+//!   offset   0        5000      5300                 12288        total
+//!            |  chunk 0  | chunk 1 |      chunk 2       |  chunk 3  |
+//!   starts   0        5000      5300                 12288            one more: the total
+//!   origins  (source, offset in it) of each
+//!   buckets  the chunk at offset 0, 1 << shift, 2 << shift, ...       one for every four chunks
+//! ```
+//!
+//! To locate is to look into one bucket and to search among the few chunks that start in it: O(1) where chunks
+//! are about as long as each other, O(log n) however they are, and no allocation.
+
+use crate::error::{Error, ErrorKind};
+use crate::region::Chunk;
+use crate::source::{Backing, Failure};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
+
+/// Address -> chunk, offset.
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    /// Offset in the region of each chunk's first byte, ascending; the total at the end.
+    starts: Vec<u64>,
+    origins: Vec<Origin>,
+    sources: Vec<Backing>,
+    /// Sources that may come again, while the layout is made.
+    known: HashMap<(usize, u64), u32, BuildHasherDefault<IdentityHasher>>,
+    total: u64,
+    /// The chunk at each multiple of `1 << shift`.
+    buckets: Vec<u32>,
+    shift: u32,
+}
+
+/// Where a chunk's bytes come from.
+#[derive(Debug, Clone, Copy)]
+struct Origin {
+    /// The chunk's first byte in its source.
+    offset: u64,
+    source: u32,
+}
+
+/// A run of bytes of one chunk.
+pub(crate) struct Piece<'l> {
+    pub(crate) chunk: usize,
+    pub(crate) backing: &'l Backing,
+    /// The first byte's offset in the source.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Piece<'_> {
+    pub(crate) fn failed(&self, error: std::io::Error) -> Failure {
+        Failure { chunk: self.chunk, source: self.backing.source().name(), offset: self.offset, error }
+    }
+}
+
+impl Layout {
+    /// Lays one more chunk at the end.
+    pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
+        let Chunk { backing, range } = chunk;
+        let index = self.origins.len();
+        check(index, &backing, &range)?;
+        let bytes = range.end - range.start;
+        let total = self.total.checked_add(bytes).ok_or_else(|| {
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("chunk {index} takes the region past 2^64 bytes: split the region"),
+            )
+        })?;
+        let source = self.source_index(backing)?;
+        self.starts.push(self.total);
+        self.origins.push(Origin { offset: range.start, source });
+        self.total = total;
+        Ok(())
+    }
+
+    /// Seals the layout: from now on it is only read.
+    pub(crate) fn finish(&mut self) -> Result<(), Error> {
+        if self.origins.is_empty() {
+            return Err(Error::new(
+                ErrorKind::NoChunks,
+                "a region needs at least one chunk: the list is empty",
+            ));
+        }
+        self.known = HashMap::default();
+        self.starts.push(self.total);
+        self.index();
+        Ok(())
+    }
+
+    /// How many bytes the chunks hold together.
+    pub(crate) const fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// How many chunks there are.
+    pub(crate) const fn chunks(&self) -> usize {
+        self.origins.len()
+    }
+
+    /// The chunk that holds the byte at `offset`, which is inside.
+    pub(crate) fn locate(&self, offset: u64) -> usize {
+        let bucket = (offset >> self.shift) as usize;
+        let (low, high) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
+        low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
+    }
+
+    /// The bytes at `start` that one chunk holds, as far as `end`.
+    pub(crate) fn piece_at(&self, start: u64, end: u64) -> Piece<'_> {
+        self.piece(self.locate(start), &(start..end))
+    }
+
+    /// The pieces that make up `offsets`, as far as there are chunks.
+    pub(crate) fn pieces(&self, offsets: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
+        let first = self.locate(offsets.start);
+        (first..self.chunks())
+            .take_while(move |&chunk| self.starts[chunk] < offsets.end)
+            .map(move |chunk| self.piece(chunk, &offsets))
+    }
+
+    /// Where a chunk lies in the region.
+    pub(crate) fn offsets_of(&self, chunk: usize) -> Range<u64> {
+        self.starts[chunk]..self.starts[chunk + 1]
+    }
+
+    pub(crate) fn backing_of(&self, chunk: usize) -> &Backing {
+        &self.sources[self.origins[chunk].source as usize]
+    }
+
+    fn piece(&self, chunk: usize, within: &Range<u64>) -> Piece<'_> {
+        let own = self.offsets_of(chunk);
+        let (start, end) = (own.start.max(within.start), own.end.min(within.end));
+        let offset = self.origins[chunk].offset + (start - own.start);
+        Piece { chunk, backing: self.backing_of(chunk), offset, bytes: end - start }
+    }
+
+    fn source_index(&mut self, backing: Backing) -> Result<u32, Error> {
+        let identity = backing.identity();
+        if let Some(&known) = identity.and_then(|identity| self.known.get(&identity)) {
+            return Ok(known);
+        }
+        let index =
+            u32::try_from(self.sources.len()).ok().filter(|&index| index < u32::MAX).ok_or_else(|| {
+                Error::new(ErrorKind::TooLarge, "a region takes fewer than 2^32 sources: split the region")
+            })?;
+        self.sources.push(backing);
+        if let Some(identity) = identity {
+            self.known.insert(identity, index);
+        }
+        Ok(index)
+    }
+
+    /// One bucket for about every four chunks, however long they are.
+    fn index(&mut self) {
+        let wanted = (self.chunks() as u64 / 4).max(1);
+        self.shift = (u64::BITS - (self.total / wanted).leading_zeros()).min(u64::BITS - 1);
+        let buckets = ((self.total - 1) >> self.shift) + 1;
+        self.buckets = Vec::with_capacity(buckets as usize + 1);
+        let mut chunk = 0;
+        for bucket in 0..buckets {
+            while self.starts[chunk + 1] <= bucket << self.shift {
+                chunk += 1;
+            }
+            self.buckets.push(chunk as u32);
+        }
+        self.buckets.push(self.chunks() as u32 - 1);
+    }
+}
+
+fn check(index: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
+    let bad = |why: String| {
+        let name = backing.source().name();
+        Err(Error::new(ErrorKind::BadChunk, format!("chunk {index} ({name}) {why}")))
+    };
+    let size = backing.source().size();
+    if index >= u32::MAX as usize {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            "a region takes fewer than 2^32 chunks: split the region",
+        ));
+    }
+    if range.start >= range.end {
+        return bad(String::from("is empty: leave it out, or give it a length"));
+    }
+    if range.end > size {
+        return bad(format!(
+            "reaches to byte {} of a source of {size} bytes: end it at or before {size}",
+            range.end
+        ));
+    }
+    Ok(())
+}
+
+/// Mixes addresses well enough to spread them; they are no attacker's choice.
+#[derive(Debug, Default)]
+struct IdentityHasher(u64);
+
+impl Hasher for IdentityHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("an identity is two integers");
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.write_u64(value as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Memory;
+    use proptest::prelude::*;
+
+    fn layout(lengths: &[u64]) -> Layout {
+        let mut layout = Layout::default();
+        for &bytes in lengths {
+            layout.push(Chunk::hole(bytes)).unwrap();
+        }
+        layout.finish().unwrap();
+        layout
+    }
+
+    proptest! {
+        #[test]
+        fn every_offset_is_located_as_by_counting(lengths in prop::collection::vec(1u64..300, 1..200)) {
+            let layout = layout(&lengths);
+            let mut start = 0;
+            for (chunk, bytes) in lengths.iter().enumerate() {
+                prop_assert_eq!(layout.locate(start), chunk);
+                prop_assert_eq!(layout.locate(start + bytes - 1), chunk);
+                start += bytes;
+            }
+            prop_assert_eq!(layout.total(), start);
+        }
+
+        #[test]
+        fn lengths_of_any_size_are_located(exponents in prop::collection::vec(0u32..55, 1..100)) {
+            let lengths: Vec<u64> = exponents.iter().map(|&exponent| 1 << exponent).collect();
+            let layout = layout(&lengths);
+            for chunk in 0..lengths.len() {
+                let own = layout.offsets_of(chunk);
+                prop_assert_eq!(layout.locate(own.start), chunk);
+                prop_assert_eq!(layout.locate(own.end - 1), chunk);
+            }
+        }
+
+        #[test]
+        fn pieces_cover_what_was_asked(
+            lengths in prop::collection::vec(1u64..50, 1..50), cut in (0u64..1000, 1u64..1000),
+        ) {
+            let layout = layout(&lengths);
+            let start = cut.0 % layout.total();
+            let end = (start + cut.1).min(layout.total());
+            let sum: u64 = layout.pieces(start..end).map(|piece| piece.bytes).sum();
+            prop_assert_eq!(sum, end - start);
+        }
+    }
+
+    #[test]
+    fn chunks_of_one_source_share_it() {
+        let memory = Memory::from(vec![0u8; 100]);
+        let mut layout = Layout::default();
+        for start in 0..50 {
+            layout.push(Chunk::from(memory.clone()).range(start..start + 2)).unwrap();
+        }
+        layout.push(Chunk::from(vec![0u8; 100])).unwrap();
+        layout.finish().unwrap();
+        assert_eq!(layout.sources.len(), 2);
+    }
+
+    #[test]
+    fn bad_chunks_are_named() {
+        let mut layout = Layout::default();
+        layout.push(Chunk::from(vec![0u8; 10])).unwrap();
+        let said = layout.push(Chunk::from(vec![0u8; 10]).range(3..3)).unwrap_err().to_string();
+        assert!(said.starts_with("chunk 1 (memory) is empty"), "{said}");
+        let said = layout.push(Chunk::from(vec![0u8; 10]).range(3..11)).unwrap_err().to_string();
+        assert!(said.contains("reaches to byte 11 of a source of 10 bytes"), "{said}");
+        layout.push(Chunk::hole(u64::MAX - 10)).unwrap();
+        let said = layout.push(Chunk::hole(1)).unwrap_err().to_string();
+        assert!(said.starts_with("chunk 2 takes the region past 2^64 bytes"), "{said}");
+        assert_eq!(Layout::default().finish().unwrap_err().kind(), ErrorKind::NoChunks);
+    }
+}

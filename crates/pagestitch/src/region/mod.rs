@@ -1,0 +1,224 @@
+//! A region: scattered chunks as one contiguous range of addresses, filled on first touch.
+//!
+//! | file | step of a fault's journey |
+//! |---|---|
+//! | `chunk`, `layout` | locate: offset -> chunk |
+//! | `page_table` | claim, settle |
+//! | `served` | what the handler threads share with the region |
+//! | `builder`, `plan` | before the first fault: lay out, reserve, register |
+
+mod builder;
+mod chunk;
+mod layout;
+pub(crate) mod page_table;
+mod plan;
+mod served;
+
+pub use builder::Builder;
+pub use chunk::Chunk;
+pub(crate) use layout::Layout;
+pub use plan::{How, Plan, Run};
+pub(crate) use served::Served;
+
+use crate::error::{Error, ErrorKind};
+use crate::metrics::Metrics;
+use crate::server::{Pool, populate};
+use page_table::Wake;
+use pagestitch_kernel::{Page, Span, View};
+use std::fmt;
+use std::ops::{Bound, Range, RangeBounds};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Scattered memory as one contiguous slice, filled page by page on first touch.
+///
+/// ```text
+///   as_slice():  [ a a a a b b c c c c c c 0 0 0 ]     one range of addresses
+///                  │     │   │           │
+///                 Vec  &[u8] file       hole           the chunks, where they always were
+/// ```
+///
+/// A byte is copied when its page is first touched, by any thread; until then nothing is read and no memory
+/// used. A page whose source fails is never shown as zeros: touching it is SIGBUS, and [`read_at`](Self::read_at)
+/// and [`populate`](Self::populate) return the source's error instead.
+///
+/// # System calls
+///
+/// An ordinary user's region ([`serves_system_calls`](Self::serves_system_calls) is false) cannot hand absent pages to the
+/// kernel: `write(2)` from one is `EFAULT`. [`populate`](Self::populate) first. A forked child has no access to a region.
+///
+/// # Drop
+///
+/// Waits for sources that are being read for it, then gives everything back. A thread that is stopped in the
+/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros.
+///
+/// # Example
+///
+/// ```
+/// use pagestitch::{Chunk, Pool, Region};
+///
+/// let pool = Pool::new()?;
+/// let region = Region::builder()
+///     .chunk(b"scattered ".to_vec())
+///     .chunk(Chunk::hole(4096))
+///     .chunk(b"memory".to_vec())
+///     .build(&pool)?;
+/// assert_eq!(&region.as_slice()[..10], b"scattered ");
+/// assert_eq!(&region.as_slice()[10 + 4096..], b"memory");
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+pub struct Region {
+    view: View,
+    served: Arc<Served>,
+    /// Keeps the workers running as long as there is a region to serve.
+    pool: Pool,
+}
+
+impl Region {
+    /// Starts to describe a region.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    const fn new(view: View, served: Arc<Served>, pool: Pool) -> Self {
+        Self { view, served, pool }
+    }
+
+    const fn served(&self) -> &Arc<Served> {
+        &self.served
+    }
+
+    /// The name given to the builder, for errors, logs and plans.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.served.name
+    }
+
+    /// How many bytes the chunks hold together.
+    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        // What was reserved fits in usize.
+        self.served.layout.total() as usize
+    }
+
+    /// The bytes. Touching an absent page waits until it is filled; a page whose source fails is SIGBUS.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        &self.view.as_slice()[..self.len()]
+    }
+
+    /// The bytes for writing, of a region built [`writable`](Builder::writable). Writes stay in the region; the
+    /// sources do not see them.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
+        let len = self.len();
+        self.view.as_mut_slice().map(|bytes| &mut bytes[..len])
+    }
+
+    /// The address of the first byte. Valid until the region is dropped.
+    #[must_use]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.view.as_ptr()
+    }
+
+    /// Whether absent pages can be handed to system calls; see [above](Self#system-calls).
+    #[must_use]
+    pub fn serves_system_calls(&self) -> bool {
+        self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All
+    }
+
+    /// Copies the bytes at `offset` out, filling their pages first where they are absent.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Source`] names the chunk whose source failed; [`ErrorKind::OutOfRange`] if the range leaves the region.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        let range = self.inside(offset, offset.checked_add(into.len() as u64))?;
+        self.populate(range.clone())?;
+        into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
+        Ok(())
+    }
+
+    /// Fills the absent pages of a range of offsets now, in this thread.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at). Pages before the one that failed are filled.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// region.populate(4096..8192)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        let start = match range.start_bound() {
+            Bound::Included(&start) => Some(start),
+            Bound::Excluded(&before) => before.checked_add(1),
+            Bound::Unbounded => Some(0),
+        };
+        let end = match range.end_bound() {
+            Bound::Included(&last) => last.checked_add(1),
+            Bound::Excluded(&end) => Some(end),
+            Bound::Unbounded => Some(self.len() as u64),
+        };
+        let range = self.inside(start.unwrap_or(u64::MAX), end)?;
+        populate(&self.served, self.served.page_size().covering(&range)).map_err(|failure| {
+            Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
+        })
+    }
+
+    /// How each run of chunks is installed, and why.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        Plan::of(&self.served)
+    }
+
+    /// What has happened in the region so far.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        self.served.counters.read()
+    }
+
+    fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
+        let len = self.len() as u64;
+        match end {
+            Some(end) if start <= end && end <= len => Ok(start..end),
+            _ => {
+                let end = end.map_or_else(|| String::from("2^64"), |end| end.to_string());
+                let what =
+                    format!("bytes {start}..{end} are not inside region {} of {len} bytes", self.name());
+                Err(Error::new(ErrorKind::OutOfRange, what))
+            }
+        }
+    }
+}
+
+/// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
+///
+/// 1. stop intake: no worker looks at this uffd any more;
+/// 2. join: wait for those that are at work for the region; no source is called from here on;
+/// 3. seal: the whole range becomes inaccessible;
+/// 4. wake: whoever waits tries again and meets the sealed range;
+/// 5. close the uffd and unmap, when the last `Arc` goes.
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.pool.remove(&self.served);
+        self.served.close();
+        if let Err(errno) = self.served.reservation.seal() {
+            // Going on would show zeros for bytes. Not known to happen.
+            eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name());
+            std::process::abort();
+        }
+        self.served.wake(Span { first: Page(0), pages: self.served.reservation.pages() });
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("name", &self.name()).field("len", &self.len()).finish_non_exhaustive()
+    }
+}

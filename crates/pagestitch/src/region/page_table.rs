@@ -1,0 +1,287 @@
+//! The page table: which pages somebody is filling. Two bits a page, and a page of it costs nothing until used.
+//!
+//! ```text
+//!                      claim                      settle
+//!        ┌─ Absent ───────────────▶ Filling ───────────────┬──▶ Present ───┐
+//!        │    ▲                        │                   └──▶ Poisoned ──┤
+//!        │    └──── claim dropped ─────┘                                   │
+//!        │          (waiters woken: they fault again)                      │
+//!        └─────────────────────◀── forget (the page was let go) ───────────┘
+//! ```
+//!
+//! The kernel's own page table is the truth about what is present; this one says who is at work, and remembers
+//! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
+//! dropped unsettled, on whichever early exit, gives its pages back and wakes their waiters.
+
+use pagestitch_kernel::words::Words;
+use pagestitch_kernel::{Errno, Page, Span};
+use parking_lot::{Condvar, Mutex};
+use std::num::NonZeroUsize;
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+/// What was last done with a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Nothing, or it was let go.
+    Absent = 0,
+    /// Somebody is filling it.
+    Filling = 1,
+    /// It was filled.
+    Present = 2,
+    /// It was poisoned.
+    Poisoned = 3,
+}
+
+/// Wakes the threads that wait for pages of a span, so that they try again.
+pub(crate) trait Wake {
+    fn wake(&self, span: Span);
+}
+
+/// The states of a region's pages.
+#[derive(Debug)]
+pub(crate) struct PageTable {
+    words: Words,
+    /// How many threads wait for a page that somebody else fills; who settles looks here first.
+    waiting: AtomicUsize,
+    settled: (Mutex<()>, Condvar),
+}
+
+impl PageTable {
+    pub(crate) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
+        let words = NonZeroUsize::new(pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
+        Ok(Self { words: Words::new(words)?, waiting: AtomicUsize::new(0), settled: Default::default() })
+    }
+
+    pub(crate) fn state(&self, page: Page) -> State {
+        let (word, shift) = self.word(page);
+        State::from_bits(word.load(Ordering::SeqCst) >> shift)
+    }
+
+    /// Claims a page that is absent; says what it is otherwise.
+    pub(crate) fn claim<'t>(&'t self, page: Page, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
+        self.claim_from(page, State::Absent, waker)
+    }
+
+    /// Claims a page whose state is `from`: `Present`, when it turns out that the kernel has let it go since.
+    pub(crate) fn claim_from<'t>(
+        &'t self,
+        page: Page,
+        from: State,
+        waker: &'t dyn Wake,
+    ) -> Result<Claim<'t>, State> {
+        self.exchange(page, from, State::Filling)?;
+        Ok(Claim { table: self, waker, span: page.span() })
+    }
+
+    /// Claims the first page of `span` and those behind it that are absent too.
+    pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
+        let mut claim = self.claim(span.first, waker)?;
+        for page in span.without_prefix(1).iter() {
+            if self.exchange(page, State::Absent, State::Filling).is_err() {
+                break;
+            }
+            claim.span.pages += 1;
+        }
+        Ok(claim)
+    }
+
+    /// Waits as long as somebody fills the page.
+    pub(crate) fn wait_while_filling(&self, page: Page) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let mut guard = self.settled.0.lock();
+        while self.state(page) == State::Filling {
+            self.settled.1.wait(&mut guard);
+        }
+        drop(guard);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Takes note that the kernel has let go of a span. Pages being filled are left to who fills them.
+    pub(crate) fn forget(&self, span: Span) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let aligned = rest.first.0.is_multiple_of(PAGES_PER_WORD);
+            // A word of pages that nothing was done with is passed over at once: the span may be a tebibyte.
+            if aligned && self.word(rest.first).0.load(Ordering::SeqCst) == 0 {
+                rest = rest.without_prefix(PAGES_PER_WORD);
+                continue;
+            }
+            for settled in [State::Present, State::Poisoned] {
+                let _ = self.exchange(rest.first, settled, State::Absent);
+            }
+            rest = rest.without_prefix(1);
+        }
+    }
+
+    fn exchange(&self, page: Page, from: State, to: State) -> Result<(), State> {
+        let (word, shift) = self.word(page);
+        let mask = STATE_MASK << shift;
+        word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |bits| {
+            (State::from_bits(bits >> shift) == from).then_some(bits & !mask | (to as u64) << shift)
+        })
+        .map(drop)
+        .map_err(|bits| State::from_bits(bits >> shift))
+    }
+
+    fn settle(&self, span: Span, to: State) {
+        for page in span.iter() {
+            let settled = self.exchange(page, State::Filling, to);
+            debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
+        }
+        // SeqCst on both sides: either the waiter sees the new state, or we see the waiter.
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            let _guard = self.settled.0.lock();
+            self.settled.1.notify_all();
+        }
+    }
+
+    fn word(&self, page: Page) -> (&AtomicU64, u32) {
+        let shift = (page.0 % PAGES_PER_WORD) as u32 * STATE_BITS;
+        (&self.words.deref()[page.0 / PAGES_PER_WORD], shift)
+    }
+}
+
+impl State {
+    const fn from_bits(bits: u64) -> Self {
+        match bits & STATE_MASK {
+            0 => Self::Absent,
+            1 => Self::Filling,
+            2 => Self::Present,
+            _ => Self::Poisoned,
+        }
+    }
+}
+
+/// The right to fill some pages, and the duty to settle them. What is not settled is given back when it is dropped.
+#[must_use = "dropping a claim gives its pages back"]
+pub(crate) struct Claim<'t> {
+    table: &'t PageTable,
+    waker: &'t dyn Wake,
+    span: Span,
+}
+
+impl Claim<'_> {
+    /// The pages that are still to be settled.
+    pub(crate) const fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Settles the first `pages` of them.
+    pub(crate) fn settle(&mut self, pages: usize, to: State) {
+        self.table.settle(self.span.prefix(pages), to);
+        self.span = self.span.without_prefix(pages);
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        if !self.span.is_empty() {
+            self.table.settle(self.span, State::Absent);
+            self.waker.wake(self.span);
+        }
+    }
+}
+
+const STATE_BITS: u32 = 2;
+const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
+const PAGES_PER_WORD: usize = 32;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[derive(Default)]
+    struct Woken(Mutex<Vec<Span>>);
+
+    impl Wake for Woken {
+        fn wake(&self, span: Span) {
+            self.0.lock().push(span);
+        }
+    }
+
+    fn table(pages: usize) -> PageTable {
+        PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_page_is_claimed_by_one() {
+        let (table, woken) = (table(100), Woken::default());
+        let mut claim = table.claim(Page(40), &woken).ok().unwrap();
+        assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Filling));
+        assert_eq!(table.state(Page(39)), State::Absent);
+        claim.settle(1, State::Present);
+        drop(claim);
+        assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Present));
+        assert!(woken.0.lock().is_empty(), "settling leaves waking to the kernel's fill");
+    }
+
+    #[test]
+    fn a_dropped_claim_gives_back_and_wakes_what_was_not_settled() {
+        let (table, woken) = (table(100), Woken::default());
+        let mut claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
+        claim.settle(4, State::Present);
+        drop(claim);
+        assert_eq!(*woken.0.lock(), [Span { first: Page(34), pages: 6 }]);
+        assert_eq!((table.state(Page(33)), table.state(Page(34))), (State::Present, State::Absent));
+    }
+
+    #[test]
+    fn a_run_ends_before_what_is_not_absent() {
+        let (table, woken) = (table(100), Woken::default());
+        table.claim(Page(35), &woken).ok().unwrap().settle(1, State::Poisoned);
+        let claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
+        assert_eq!(claim.span(), Span { first: Page(30), pages: 5 });
+    }
+
+    #[test]
+    fn forgetting_makes_settled_pages_absent_and_leaves_claims_alone() {
+        let (table, woken) = (table(200), Woken::default());
+        table.claim_run(Span { first: Page(10), pages: 50 }, &woken).ok().unwrap().settle(50, State::Present);
+        let claim = table.claim(Page(70), &woken).ok().unwrap();
+        table.forget(Span { first: Page(0), pages: 200 });
+        assert!((0..70).all(|page| table.state(Page(page)) == State::Absent));
+        assert_eq!(table.state(Page(70)), State::Filling);
+        drop(claim);
+    }
+
+    #[test]
+    fn who_waits_for_a_page_goes_on_when_it_is_settled_or_given_back() {
+        for settle in [true, false] {
+            let (table, woken) = (table(1), Woken::default());
+            thread::scope(|scope| {
+                let mut claim = table.claim(Page(0), &woken).ok().unwrap();
+                let waiter = scope.spawn(|| table.wait_while_filling(Page(0)));
+                while table.waiting.load(Ordering::SeqCst) == 0 {
+                    thread::yield_now();
+                }
+                if settle {
+                    claim.settle(1, State::Present);
+                }
+                drop(claim);
+                waiter.join().unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn many_threads_claim_each_page_once() {
+        let (table, woken) = (table(10_000), Woken::default());
+        let claimed: usize = thread::scope(|scope| {
+            let claim_all = || {
+                let mut count = 0;
+                for page in 0..10_000 {
+                    if let Ok(mut claim) = table.claim(Page(page), &woken) {
+                        claim.settle(1, State::Present);
+                        count += 1;
+                    }
+                }
+                count
+            };
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(claim_all)).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert_eq!(claimed, 10_000);
+    }
+}

@@ -1,0 +1,84 @@
+//! The journey of a fault. Read this page first.
+
+use crate::region::Served;
+use crate::region::page_table::{Claim, State, Wake};
+use crate::server::resolve::{Stopped, fail, install, poison};
+use crate::source::{Failure, fill};
+use pagestitch_kernel::{Page, Span};
+use std::sync::Arc;
+use std::thread;
+
+/// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
+/// woken to fault again.
+pub(super) fn serve(region: &Served, page: Page, staging: &mut [u8]) {
+    region.counters.faults.add(1);
+    let Some(claim) = claim(region, page) else { return };
+    if let Err(Stopped::Changing) = supply(region, claim, staging) {
+        // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
+        thread::yield_now();
+    }
+}
+
+/// Fills and installs every page of a claim. On an early return the dropped claim gives back what is left and
+/// wakes its waiters.
+fn supply(region: &Served, mut claim: Claim<'_>, staging: &mut [u8]) -> Result<(), Stopped> {
+    while !claim.span().is_empty() {
+        match fill(&region.layout, region.page_size(), claim.span(), staging) {
+            Ok(filled) => install(region, &mut claim, &filled)?,
+            Err(failure) => return Err(fail(region, &mut claim, failure)),
+        }
+    }
+    Ok(())
+}
+
+/// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was woken.
+fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
+    match region.pages.claim(page, region) {
+        Ok(claim) => Some(claim),
+        // Whoever fills it wakes everybody who waits for it.
+        Err(State::Filling | State::Absent) => None,
+        Err(State::Present) if region.is_resident(page) => {
+            region.counters.late.add(1);
+            region.wake(page.span());
+            None
+        }
+        // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake would
+        // make the waiter fault for ever.
+        Err(State::Present) => region.pages.claim_from(page, State::Present, region).ok(),
+        Err(State::Poisoned) => {
+            // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also
+            // where the mark was let go since.
+            let _ = poison(region, page.span());
+            None
+        }
+    }
+}
+
+/// Fills the absent pages of a span in the calling thread. Stops at the first page whose source fails.
+pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
+    let mut staging = vec![0; STAGING_PAGES * region.page_size().bytes()];
+    let mut rest = span;
+    while !rest.is_empty() {
+        match region.pages.claim_run(rest.prefix(RUN_PAGES), region) {
+            Ok(claim) => {
+                let pages = claim.span().pages;
+                match supply(region, claim, &mut staging) {
+                    Ok(()) => rest = rest.without_prefix(pages),
+                    Err(Stopped::Changing) => thread::yield_now(),
+                    Err(Stopped::Failed(failure)) => return Err(failure),
+                }
+            }
+            Err(State::Present) => rest = rest.without_prefix(1),
+            Err(State::Filling) => region.pages.wait_while_filling(rest.first),
+            // Without a failure on record it was let go between the two looks: look again.
+            Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
+            Err(State::Absent) => {}
+        }
+    }
+    Ok(())
+}
+
+/// What one read of a source can fill.
+pub(super) const STAGING_PAGES: usize = 64;
+/// What populate claims at once: the 2 MiB at which the kernel's cost of a call no longer shows.
+const RUN_PAGES: usize = 512;

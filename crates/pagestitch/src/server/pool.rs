@@ -1,0 +1,328 @@
+//! The pool: workers, and the regions that they serve.
+//!
+//! ```text
+//!   region A: uffd ─┬──▶ epoll 0 ──▶ worker 0 ──┬─ hands on ─▶ channel ──┐
+//!   region B: uffd ─┼──▶ epoll 1 ──▶ worker 1 ──┘    rings ─▶ bell ─┐     │
+//!   stop, bell ─────┘                  ▲  ▲──────────────────────────┘     │
+//!                                      └───────────────────────────────────┘
+//! ```
+//!
+//! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them.
+
+use crate::error::{Error, ErrorKind};
+use crate::region::Served;
+use crate::server::worker::{Handed, Worker};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+/// The threads that serve faults. A handle: clone it freely; one pool serves any number of regions.
+///
+/// The workers run until the last handle is gone, and every region holds one, so a region is served for as long
+/// as it exists, whatever becomes of the pool it was built with.
+///
+/// ```
+/// use pagestitch::{Pool, Region};
+///
+/// let pool = Pool::builder().workers(2).name("restore").start()?;
+/// let region = Region::builder().chunk(vec![1u8; 100]).build(&pool)?;
+/// assert!(pool.clone().stop().is_err());        // a region is still served
+/// drop(region);
+/// assert_eq!(pool.stop()?.workers, 2);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Pool {
+    handle: Arc<Handle>,
+}
+
+impl Pool {
+    /// A pool with everything by default.
+    ///
+    /// # Errors
+    ///
+    /// As [`PoolBuilder::start`].
+    pub fn new() -> Result<Self, Error> {
+        Self::builder().start()
+    }
+
+    /// Starts to describe a pool.
+    pub fn builder() -> PoolBuilder {
+        PoolBuilder { workers: None, name: String::from("pagestitch") }
+    }
+
+    /// How many workers it has.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.handle.shared.epolls.len()
+    }
+
+    /// Stops the workers and waits for them.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] names the regions that are still served; drop them first. A region whose workers were
+    /// gone would have to hang or to lie.
+    pub fn stop(self) -> Result<Report, Error> {
+        self.handle.shared.refuse_regions()?;
+        Ok(self.handle.join())
+    }
+
+    pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        self.handle.shared.add(region)
+    }
+
+    pub(crate) fn remove(&self, region: &Arc<Served>) {
+        self.handle.shared.remove(region);
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("workers", &self.workers()).finish_non_exhaustive()
+    }
+}
+
+/// Describes a pool. Made by [`Pool::builder`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct PoolBuilder {
+    workers: Option<usize>,
+    name: String,
+}
+
+impl PoolBuilder {
+    /// How many threads serve faults. By default one for each CPU this process may use, at most eight.
+    ///
+    /// As many sources as there are workers can be waited for at once: ask for more where sources are slow.
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = Some(workers);
+        self
+    }
+
+    /// What the threads are called: this and their number, cut to the kernel's 15 bytes. By default `pagestitch/0`.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Starts the workers: all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BadOption`] for no workers; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
+    pub fn start(self) -> Result<Pool, Error> {
+        let by_default = || thread::available_parallelism().map_or(1, usize::from).min(DEFAULT_WORKERS_MAX);
+        let workers = self.workers.unwrap_or_else(by_default);
+        if workers == 0 {
+            return Err(Error::new(
+                ErrorKind::BadOption,
+                "a pool needs at least one worker: ask for 1 or more",
+            ));
+        }
+        let shared = Shared::new(workers).map_err(|errno| {
+            Error::because(ErrorKind::Resources, "cannot start a pool (descriptors: ulimit -n)", errno)
+        })?;
+        // Dropping the handle on an early return stops the workers that have started.
+        let handle = Handle { shared: Arc::new(shared), threads: Mutex::default() };
+        for (index, epoll) in handle.shared.epolls.iter().enumerate() {
+            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll));
+            let named = thread::Builder::new().name(thread_name(&self.name, index));
+            let thread = named.spawn(move || worker.run()).map_err(|error| {
+                let what = format!("cannot start worker {index} of {workers} (threads: ulimit -u)");
+                Error::because(ErrorKind::Resources, what, error)
+            })?;
+            handle.threads.lock().push(thread);
+        }
+        Ok(Pool { handle: Arc::new(handle) })
+    }
+}
+
+/// What a pool has done, told when it stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// How many workers were joined.
+    pub workers: usize,
+    /// How many faults they have served.
+    pub faults: u64,
+}
+
+/// Shared by all handles; the last one to go joins the workers.
+struct Handle {
+    shared: Arc<Shared>,
+    threads: Mutex<Vec<JoinHandle<u64>>>,
+}
+
+impl Handle {
+    fn join(&self) -> Report {
+        // One event for all: it stays readable, so every worker sees it.
+        self.shared.stop.write(1).expect("an eventfd takes a 1");
+        let threads = std::mem::take(&mut *self.threads.lock());
+        let mut report = Report { workers: threads.len(), faults: 0 };
+        for thread in threads {
+            // A source that owns the last region of its own pool ends here, in a worker: it cannot join itself.
+            if thread.thread().id() != thread::current().id() {
+                report.faults += thread.join().expect("a worker that panics aborts the process");
+            }
+        }
+        report
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        let report = self.join();
+        tracing::debug!(workers = report.workers, faults = report.faults, "pool stopped");
+    }
+}
+
+/// What the workers share.
+pub(super) struct Shared {
+    pub(super) stop: EventFd,
+    pub(super) bell: EventFd,
+    handed: (Sender<Handed>, Receiver<Handed>),
+    epolls: Vec<Arc<Epoll>>,
+    /// By the descriptor of their uffd, which is what epoll reports.
+    regions: RwLock<Regions>,
+}
+
+#[derive(Default)]
+struct Regions {
+    served: HashMap<RawFd, Arc<Served>>,
+    stopped: bool,
+}
+
+impl Shared {
+    fn new(workers: usize) -> Result<Self, Errno> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        // A semaphore: one ring wakes one more worker.
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+        let bell = EventFd::from_flags(flags)?;
+        let epolls = (0..workers).map(|_| {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            watch(&epoll, &stop)?;
+            watch(&epoll, &bell)?;
+            Ok(Arc::new(epoll))
+        });
+        let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
+        Ok(Self { stop, bell, handed: bounded(HANDED_MAX), epolls, regions: RwLock::default() })
+    }
+
+    /// The region whose uffd is `fd`, if it is still served.
+    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Served>> {
+        self.regions.read().served.get(&fd).cloned()
+    }
+
+    /// Hands a fault on; gives it back if the channel is full.
+    pub(super) fn hand_on(&self, fault: Handed) -> Result<(), Handed> {
+        self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
+    }
+
+    pub(super) fn take_handed(&self) -> Option<Handed> {
+        self.handed.1.try_recv().ok()
+    }
+
+    /// Wakes as many other workers as there are faults for them.
+    pub(super) fn ring(&self, faults: u64) {
+        let others = self.epolls.len() as u64 - 1;
+        if faults.min(others) > 0 {
+            self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
+        }
+    }
+
+    fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.stopped {
+            let what = format!("region {}: the pool has been stopped: start another", region.name);
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
+        drop(regions);
+        // A partial watch is undone when the region, which the caller owns by now, is dropped.
+        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd)).map_err(|errno| {
+            Error::because(
+                ErrorKind::Resources,
+                format_args!("region {}: cannot watch it", region.name),
+                errno,
+            )
+        })
+    }
+
+    fn remove(&self, region: &Served) {
+        let mut regions = self.regions.write();
+        let fd = region.uffd.as_fd().as_raw_fd();
+        if regions.served.get(&fd).is_some_and(|served| std::ptr::eq(served.as_ref(), region)) {
+            regions.served.remove(&fd);
+        }
+        drop(regions);
+        for epoll in &self.epolls {
+            // ENOENT where adding was refused half-way.
+            let _ = epoll.delete(&region.uffd);
+        }
+    }
+
+    fn refuse_regions(&self) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.served.is_empty() {
+            regions.stopped = true;
+            return Ok(());
+        }
+        let names: Vec<_> = regions.served.values().map(|region| region.name.as_str()).collect();
+        let what =
+            format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
+        Err(Error::new(ErrorKind::Busy, what))
+    }
+}
+
+fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
+    let token = fd.as_fd().as_raw_fd() as u64;
+    epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+}
+
+/// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
+fn thread_name(prefix: &str, index: usize) -> String {
+    let suffix = format!("/{index}");
+    let mut cut = prefix.len().min(15 - suffix.len());
+    while !prefix.is_char_boundary(cut) {
+        cut -= 1;
+    }
+    format!("{}{suffix}", &prefix[..cut])
+}
+
+const DEFAULT_WORKERS_MAX: usize = 8;
+/// Faults that may wait for a worker: past it, who reads them serves them.
+const HANDED_MAX: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_name_keeps_its_number() {
+        assert_eq!(thread_name("pagestitch", 0), "pagestitch/0");
+        assert_eq!(thread_name("a very long prefix", 123), "a very long/123");
+        assert_eq!(thread_name("ééééééééé", 7), "éééééé/7");
+    }
+
+    #[test]
+    fn no_workers_is_refused() {
+        let error = Pool::builder().workers(0).start().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadOption);
+    }
+
+    #[test]
+    fn a_stopped_pool_takes_no_region() {
+        let pool = Pool::builder().workers(3).start().unwrap();
+        assert_eq!(pool.clone().stop().unwrap(), Report { workers: 3, faults: 0 });
+        let error = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+    }
+}

@@ -1,0 +1,113 @@
+//! A worker: wakes up, reads a batch of events, serves the first fault itself and hands on the rest.
+//!
+//! The rest goes through a bounded channel, so that a slow source holds up one worker and not the region; with
+//! nobody free, the worker comes back for it. A worker allocates nothing between wake-up and wake-up, and never
+//! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
+
+use crate::region::Served;
+use crate::server::fault::{STAGING_PAGES, serve};
+use crate::server::pool::Shared;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
+use pagestitch_kernel::{Batch, Page, PageSize};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+
+/// A fault that was handed on.
+#[derive(Debug)]
+pub(super) struct Handed {
+    region: Arc<Served>,
+    page: Page,
+}
+
+/// What a worker owns: everything it needs was made before it started.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    ready: Arc<Epoll>,
+    batch: Batch,
+    staging: Vec<u8>,
+    served: u64,
+}
+
+impl Worker {
+    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>) -> Self {
+        let staging = vec![0; STAGING_PAGES * PageSize::system().bytes()];
+        Self { shared, ready, batch: Batch::with_capacity(BATCH), staging, served: 0 }
+    }
+
+    /// Works until the pool stops; says how many faults it has served.
+    pub(super) fn run(mut self) -> u64 {
+        let _abort = AbortOnPanic;
+        let mut ready = [EpollEvent::empty(); READY];
+        loop {
+            let count = match self.ready.wait(&mut ready, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(Errno::EINTR) => continue,
+                Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
+            };
+            for event in &ready[..count] {
+                let fd = event.data() as RawFd;
+                if fd == self.shared.stop.as_fd().as_raw_fd() {
+                    return self.served;
+                } else if fd == self.shared.bell.as_fd().as_raw_fd() {
+                    // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
+                    let _ = self.shared.bell.read();
+                } else if let Some(region) = self.shared.region(fd) {
+                    self.serve_batch(&region);
+                }
+                self.serve_handed();
+            }
+        }
+    }
+
+    fn serve_batch(&mut self, region: &Arc<Served>) {
+        let Some(_visit) = region.enter() else { return };
+        let Self { shared, batch, staging, served, .. } = self;
+        if let Err(errno) = batch.read(&region.uffd, region.page_size()) {
+            tracing::error!(region = region.name, %errno, "cannot read events");
+        }
+        for event in batch.take_events() {
+            region.note(event);
+        }
+        let mut pages = batch.faults().iter().filter_map(|fault| region.reservation.page_at(fault.address));
+        let Some(first) = pages.next() else { return };
+        let mut handed = 0;
+        for page in pages {
+            match shared.hand_on(Handed { region: Arc::clone(region), page }) {
+                Ok(()) => handed += 1,
+                // The channel is full, so all others have work: do it here.
+                Err(Handed { page, .. }) => serve(region, page, staging),
+            }
+        }
+        shared.ring(handed);
+        serve(region, first, staging);
+        *served += batch.faults().len() as u64 - handed;
+    }
+
+    fn serve_handed(&mut self) {
+        while let Some(Handed { region, page }) = self.shared.take_handed() {
+            // A region that is being dropped needs no page any more.
+            if let Some(_visit) = region.enter() {
+                serve(&region, page, &mut self.staging);
+                self.served += 1;
+            }
+        }
+    }
+}
+
+/// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("pagestitch: a worker panicked, and nobody would serve its faults: aborting");
+            std::process::abort();
+        }
+    }
+}
+
+/// Events read at once.
+const BATCH: usize = 64;
+/// Descriptors looked at after one wake-up.
+const READY: usize = 16;

@@ -1,0 +1,79 @@
+//! Bytes in a file, read where they are.
+
+use super::Source;
+use crate::error::{Error, ErrorKind};
+use std::fs;
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::{Path, PathBuf};
+
+/// A regular file or block device, read with `pread(2)` when its pages are touched.
+///
+/// Its length is taken when it is opened. If the file is shorter by the time a page is read, that page fails; it
+/// never reads as zeros. Bytes that change in the file after a page was read do not change the page.
+#[derive(Debug)]
+pub struct File {
+    file: fs::File,
+    size: u64,
+    path: PathBuf,
+}
+
+impl File {
+    /// Opens a file for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a directory, a pipe.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let file = fs::File::open(path).map_err(|error| {
+            Error::because(ErrorKind::File, format_args!("cannot open {}", path.display()), error)
+        })?;
+        Self::from_file(file, path)
+    }
+
+    /// Uses a file that is already open for reading; `path` is what to call it.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
+        let path = path.into();
+        let unusable = |why: &str| Error::new(ErrorKind::File, format!("{} {why}", path.display()));
+        let failed =
+            |error| Error::because(ErrorKind::File, format_args!("cannot use {}", path.display()), error);
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if kind.is_dir() {
+            return Err(unusable("is a directory: name a file in it"));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(unusable("cannot be read at an offset: use a regular file or a block device"));
+        }
+        // A block device's metadata says 0; where its end is, seeking tells for both.
+        let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        Ok(Self { file, size, path })
+    }
+}
+
+impl Source for File {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::new(
+                error.kind(),
+                format!(
+                    "the file ends before byte {}: it was truncated while in use",
+                    offset + into.len() as u64
+                ),
+            ),
+            _ => error,
+        })
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+}

@@ -1,0 +1,144 @@
+//! Fill: what bytes a span of pages holds, from however many chunks it takes.
+//!
+//! ```text
+//!   page:    |----- 0 -----|----- 1 -----|----- 2 -----|----- 3 -----|
+//!   chunks:  [ a            a            a  ][b ][ c       c       c  ...
+//!   fill:     straight      straight      gather        read / straight
+//! ```
+//!
+//! A page inside one chunk takes the shortest way its source has. A page over several, or with a ragged end, is
+//! gathered in the staging buffer. Nothing is allocated unless a source fails.
+
+use super::memory::MemoryBytes;
+use super::{Backing, Source};
+use crate::region::Layout;
+use pagestitch_kernel::{PageSize, Span};
+use std::error::Error as StdError;
+use std::ops::{Deref, Range};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::{fmt, io};
+
+/// The bytes of the first `pages` pages of the span that was asked for.
+pub(crate) struct Filled<'a> {
+    pub(crate) pages: usize,
+    pub(crate) content: Content<'a>,
+}
+
+/// Where the bytes of some pages are.
+pub(crate) enum Content<'a> {
+    /// In a source's own memory.
+    Straight(MemoryBytes<'a>, Range<usize>),
+    /// In the staging buffer: read there from one source.
+    Read(&'a [u8]),
+    /// In the staging buffer: gathered there from several chunks.
+    Gathered(&'a [u8]),
+    /// Nowhere: they are zeros.
+    Zero,
+}
+
+impl Content<'_> {
+    /// The bytes to copy in; `None` for zeros.
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Self::Straight(memory, range) => Some(&memory.deref()[range.clone()]),
+            Self::Read(bytes) | Self::Gathered(bytes) => Some(bytes),
+            Self::Zero => None,
+        }
+    }
+}
+
+/// Finds the bytes of as many pages as go one way, starting at the span's first; at least one page.
+///
+/// If a source fails for several pages at once, it is asked for the first alone: only the page that cannot be
+/// filled is lost.
+pub(crate) fn fill<'a>(
+    layout: &'a Layout,
+    page: PageSize,
+    span: Span,
+    staging: &'a mut [u8],
+) -> Result<Filled<'a>, Failure> {
+    let offsets = page.offsets(span);
+    let piece = layout.piece_at(offsets.start, offsets.end);
+    let whole = usize::try_from(piece.bytes / page.bytes() as u64).unwrap_or(usize::MAX).min(span.pages);
+    if whole == 0 {
+        return gather(layout, page.offsets(span.prefix(1)), staging);
+    }
+    match piece.backing {
+        Backing::Hole(_) => Ok(Filled { pages: whole, content: Content::Zero }),
+        Backing::Memory(memory) => {
+            let bytes = memory.bytes().map_err(|error| piece.failed(error))?;
+            // A chunk of memory lies inside it, and so do its offsets inside usize.
+            let start = piece.offset as usize;
+            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            Ok(Filled { pages: whole, content })
+        }
+        Backing::Read(source) => {
+            let mut pages = whole.min(staging.len() / page.bytes());
+            let mut answer = read(source.as_ref(), piece.offset, &mut staging[..pages * page.bytes()]);
+            if answer.is_err() && pages > 1 {
+                pages = 1;
+                answer = read(source.as_ref(), piece.offset, &mut staging[..page.bytes()]);
+            }
+            answer.map_err(|error| piece.failed(error))?;
+            Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
+        }
+    }
+}
+
+/// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.
+fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    let size = (offsets.end - offsets.start) as usize;
+    let mut filled = 0;
+    for piece in layout.pieces(offsets) {
+        let into = &mut staging[filled..filled + piece.bytes as usize];
+        read(piece.backing.source(), piece.offset, into).map_err(|error| piece.failed(error))?;
+        filled += piece.bytes as usize;
+    }
+    staging[filled..size].fill(0);
+    Ok(Filled { pages: 1, content: Content::Gathered(&staging[..size]) })
+}
+
+/// Asks a source, whose panic is its own error and not the end of the handler thread.
+fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    catch_unwind(AssertUnwindSafe(|| source.read_at(offset, into))).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<&str>().copied().map(str::to_owned);
+        let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(io::Error::other(format!("the source panicked: {}", said.as_deref().unwrap_or("(no message)"))))
+    })
+}
+
+/// A source did not give its bytes: which, where, and what it said.
+#[derive(Debug)]
+pub struct Failure {
+    pub(crate) chunk: usize,
+    pub(crate) source: String,
+    pub(crate) offset: u64,
+    pub(crate) error: io::Error,
+}
+
+impl Failure {
+    /// The chunk, counted from 0 in the order in which the region was built.
+    #[must_use]
+    pub const fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// What the source said.
+    #[must_use]
+    pub const fn io_error(&self) -> &io::Error {
+        &self.error
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { chunk, source, offset, error } = self;
+        write!(f, "chunk {chunk} ({source}), from its source's byte {offset} on: {error}")
+    }
+}
+
+impl StdError for Failure {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.error.source()
+    }
+}

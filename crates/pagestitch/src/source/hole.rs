@@ -1,0 +1,24 @@
+//! Zeros, without a byte of them stored.
+
+use super::Source;
+use std::io;
+
+/// Zeros. A page that lies wholly in a hole is the kernel's zero page.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Hole;
+
+impl Source for Hole {
+    /// As many as anybody wants: the chunk's range says how many.
+    fn size(&self) -> u64 {
+        u64::MAX
+    }
+
+    fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(0);
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        String::from("hole")
+    }
+}

@@ -1,0 +1,147 @@
+//! Bytes at a stable address: copied into a page straight from where they lie.
+
+use super::Source;
+use bytes::Bytes;
+use pagestitch_kernel::lend::{Lent, LentBytes};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::{fmt, io};
+
+/// Bytes in this process's memory, kept alive for as long as a region needs them.
+///
+/// Made from what owns bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `&'static [u8]`), or from anything
+/// else that is `AsRef<[u8]>` with [`Memory::new`], such as a memory-mapped file. Cloning it does not copy the bytes.
+/// Bytes that are only borrowed are lent inside a [`scope`](crate::scope()).
+///
+/// ```
+/// use pagestitch::source::Memory;
+/// use pagestitch::Chunk;
+///
+/// let memory = Memory::from(vec![0u8; 10_000]);
+/// let two_chunks_of_it = [Chunk::from(memory.clone()).range(5_000..10_000), Chunk::from(memory).range(0..5_000)];
+/// # let _ = two_chunks_of_it;
+/// ```
+#[derive(Clone)]
+pub struct Memory {
+    bytes: Stable,
+}
+
+#[derive(Clone)]
+enum Stable {
+    /// The address stays the same: the owner is neither moved nor touched again until the last clone is dropped.
+    Owned(Bytes),
+    Lent(Lent),
+}
+
+impl Memory {
+    /// Keeps `owner` and takes its bytes from where `as_ref` finds them. `as_ref` is called once.
+    pub fn new<T>(owner: T) -> Self
+    where
+        T: AsRef<[u8]> + Send + 'static,
+    {
+        Self { bytes: Stable::Owned(Bytes::from_owner(owner)) }
+    }
+
+    pub(crate) const fn lent(lent: Lent) -> Self {
+        Self { bytes: Stable::Lent(lent) }
+    }
+
+    /// The bytes, for as long as the guard lives.
+    pub(crate) fn bytes(&self) -> io::Result<MemoryBytes<'_>> {
+        match &self.bytes {
+            Stable::Owned(bytes) => Ok(MemoryBytes::Owned(bytes)),
+            Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent).ok_or_else(|| {
+                io::Error::other(
+                    "the scope that lent this memory has ended: drop the region inside the scope",
+                )
+            }),
+        }
+    }
+
+    /// Address and length: the same memory, whoever keeps it alive.
+    pub(crate) fn identity(&self) -> Option<(usize, u64)> {
+        match &self.bytes {
+            Stable::Owned(bytes) if bytes.is_unique() => None,
+            Stable::Owned(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
+            // Two scopes may lend the same bytes, and end at different times.
+            Stable::Lent(_) => None,
+        }
+    }
+}
+
+impl Source for Memory {
+    fn size(&self) -> u64 {
+        match &self.bytes {
+            Stable::Owned(bytes) => bytes.len() as u64,
+            Stable::Lent(lent) => lent.len() as u64,
+        }
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let bytes = self.bytes()?;
+        let wanted = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)?.get(..into.len()));
+        into.copy_from_slice(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        match &self.bytes {
+            Stable::Owned(_) => String::from("memory"),
+            Stable::Lent(_) => String::from("borrowed memory"),
+        }
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Never the bytes themselves: they end up in logs.
+        write!(f, "{} of {} bytes", self.name(), self.size())
+    }
+}
+
+/// Memory being read.
+pub(crate) enum MemoryBytes<'m> {
+    Owned(&'m [u8]),
+    Lent(LentBytes<'m>),
+}
+
+impl Deref for MemoryBytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => bytes,
+            Self::Lent(bytes) => bytes,
+        }
+    }
+}
+
+impl From<Bytes> for Memory {
+    fn from(bytes: Bytes) -> Self {
+        Self { bytes: Stable::Owned(bytes) }
+    }
+}
+
+impl From<Vec<u8>> for Memory {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self::from(Bytes::from(bytes))
+    }
+}
+
+impl From<Box<[u8]>> for Memory {
+    fn from(bytes: Box<[u8]>) -> Self {
+        Self::from(Bytes::from(bytes))
+    }
+}
+
+impl From<Arc<[u8]>> for Memory {
+    fn from(bytes: Arc<[u8]>) -> Self {
+        Self::new(bytes)
+    }
+}
+
+impl From<&'static [u8]> for Memory {
+    fn from(bytes: &'static [u8]) -> Self {
+        Self::from(Bytes::from_static(bytes))
+    }
+}

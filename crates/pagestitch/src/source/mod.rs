@@ -1,0 +1,111 @@
+//! What bytes a range holds. A source knows nothing of pages, faults or userfaultfd.
+//!
+//! | source | bytes | how a page gets them |
+//! |---|---|---|
+//! | [`Memory`] | at a stable address, owned or lent | copied straight from where they lie |
+//! | [`File`] | in a file, read at an offset | read into staging, then copied |
+//! | [`Hole`] | zeros | the kernel's zero page |
+//! | your own [`Source`] | wherever you get them | read into staging, then copied |
+
+mod file;
+mod fill;
+mod hole;
+mod memory;
+
+pub use file::File;
+pub use fill::Failure;
+pub(crate) use fill::{Content, Filled, fill};
+pub use hole::Hole;
+pub use memory::Memory;
+
+use std::sync::Arc;
+use std::{fmt, io};
+
+/// Bytes that can be read at an offset: the one thing to implement to bring your own.
+///
+/// # Contract
+///
+/// * **Threads.** Methods are called from any thread: the pool's workers, and whoever calls
+///   [`Region::populate`](crate::Region::populate) or [`Region::read_at`](crate::Region::read_at); several at once, also
+///   for the same offset.
+/// * **How often.** [`read_at`](Self::read_at) is called once for each page in the ordinary case, and for several pages at once
+///   when more is asked for. It is called again for a page that was let go (`MADV_DONTNEED`) and touched anew.
+///   The answer must not depend on how a range is split.
+/// * **Blocking.** It may block: it then occupies the worker that called it, not the region. While a region is
+///   dropped, the drop waits for calls in progress.
+/// * **Failing.** An error becomes the page's error: who touches the page gets SIGBUS, `read_at` and `populate` of
+///   the region return it. A panic is turned into such an error.
+/// * **Never** touch a region that the same pool serves, not even another one: the worker would wait for itself.
+///
+/// `pagestitch-testkit` has a conformance suite that checks what can be checked of this.
+///
+/// # Example
+///
+/// ```
+/// use std::io;
+/// use pagestitch::Source;
+///
+/// /// The same byte over and over.
+/// struct Pattern(u8, u64);
+///
+/// impl Source for Pattern {
+///     fn size(&self) -> u64 {
+///         self.1
+///     }
+///     fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+///         into.fill(self.0);
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Source: Send + Sync {
+    /// How many bytes there are. Asked when a chunk is made; a later change is not noticed.
+    fn size(&self) -> u64;
+
+    /// Fills all of `into` with the bytes from `offset` on.
+    ///
+    /// `offset + into.len()` is at most [`size`](Self::size). `into` holds arbitrary bytes before.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from filling *all* of `into`.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// What to call it in plans and errors: a path, a key, a kind. By default `"source"`.
+    fn name(&self) -> String {
+        String::from("source")
+    }
+}
+
+/// A source as the planner and the fill see it: what can be done with it better than to read it.
+#[derive(Clone)]
+pub(crate) enum Backing {
+    Memory(Memory),
+    Hole(Hole),
+    Read(Arc<dyn Source>),
+}
+
+impl Backing {
+    pub(crate) fn source(&self) -> &dyn Source {
+        match self {
+            Self::Memory(memory) => memory,
+            Self::Hole(hole) => hole,
+            Self::Read(source) => source.as_ref(),
+        }
+    }
+
+    /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.
+    pub(crate) fn identity(&self) -> Option<(usize, u64)> {
+        match self {
+            Self::Memory(memory) => memory.identity(),
+            Self::Hole(_) => Some((0, 0)),
+            Self::Read(source) => Some((Arc::as_ptr(source).addr(), u64::MAX)),
+        }
+    }
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} bytes", self.source().name(), self.source().size())
+    }
+}
