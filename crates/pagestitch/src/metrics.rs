@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! metrics {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// A region's numbers at one moment. They only grow.
+        /// A region's numbers at one moment. They only grow, and may lag: a thread runs on as soon as the kernel has
+        /// its page, which is a moment before the page is counted.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }

@@ -1,0 +1,79 @@
+//! A test's body in a process of its own: to see it die by a signal, or live under a limit that is not undone.
+//!
+//! The test binary starts itself again for the one test, so nothing is forked while threads run.
+//!
+//! ```no_run
+//! use pagestitch_testkit::child;
+//!
+//! #[test]
+//! fn a_null_pointer_is_a_segmentation_fault() {
+//!     let end = child::run("a_null_pointer_is_a_segmentation_fault", || { /* ... */ });
+//!     assert_eq!(end.signal(), Some(11));
+//! }
+//! ```
+
+use std::env;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Output, exit};
+
+/// How a child ended, and what it said.
+#[derive(Debug)]
+pub struct End(Output);
+
+impl End {
+    /// The signal that killed it.
+    #[must_use]
+    pub fn signal(&self) -> Option<i32> {
+        self.0.status.signal()
+    }
+
+    /// Whether its body returned.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.0.status.success()
+    }
+
+    /// What it wrote, to standard output and standard error.
+    #[must_use]
+    pub fn said(&self) -> String {
+        let Output { stdout, stderr, .. } = &self.0;
+        String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
+    }
+
+    /// Passes on the child's failure, with what it said.
+    ///
+    /// # Panics
+    ///
+    /// If the child did not pass.
+    pub fn expect_pass(&self) {
+        assert!(self.passed(), "the child ended with {}:\n{}", self.0.status, self.said());
+    }
+}
+
+/// Runs `body` in a child. `test` is the calling test's full name, as `cargo test` prints it.
+///
+/// Code of the test before this call runs in both processes. A panic in `body` makes the child fail.
+///
+/// # Panics
+///
+/// If the test binary cannot be started again.
+pub fn run(test: &str, body: impl FnOnce()) -> End {
+    if env::var_os(CHILD).is_some_and(|name| name == test) {
+        body();
+        exit(0);
+    }
+    let binary = env::current_exe().expect("a test knows its binary");
+    let mut command = Command::new(binary);
+    command
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .env(CHILD, test)
+        .env("RUST_BACKTRACE", "0");
+    let end = End(command.output().expect("a test binary can be started again"));
+    assert!(
+        !end.said().contains("running 0 tests"),
+        "there is no test of the name {test}: is its module missing?"
+    );
+    end
+}
+
+const CHILD: &str = "PAGESTITCH_TEST_CHILD";

@@ -1,0 +1,90 @@
+//! The contract of a source, checked as far as it can be.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use pagestitch::source::Memory;
+//! use pagestitch_testkit::conformance;
+//!
+//! let bytes: Vec<u8> = (0..20_000).map(|i| (i % 251) as u8).collect();
+//! conformance::check(Arc::new(Memory::from(bytes.clone())), &bytes);
+//! ```
+
+use pagestitch::{Chunk, Pool, Region, Source};
+use std::sync::Arc;
+use std::thread;
+
+/// Checks that `source` begins with the bytes `expected`, through every way in which pagestitch may ask for them.
+///
+/// A source of endless size, such as [`Hole`](pagestitch::source::Hole), is checked as far as `expected` goes.
+///
+/// # Panics
+///
+/// With a sentence that says which part of the contract does not hold.
+pub fn check<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
+    assert!(!expected.is_empty(), "give the suite some bytes to expect");
+    let size = source.size();
+    assert!(
+        size >= expected.len() as u64,
+        "size() is {size}, less than the {} bytes expected",
+        expected.len()
+    );
+    assert_eq!(size, source.size(), "size() must not change between two calls");
+    assert!(!source.name().is_empty(), "name() must say something: it stands in errors and plans");
+    fills_all_of_the_buffer(&*source, expected);
+    does_not_depend_on_the_split(&*source, expected);
+    answers_several_threads(&*source, expected);
+    shows_through_a_region(source, expected);
+}
+
+fn fills_all_of_the_buffer(source: &dyn Source, expected: &[u8]) {
+    for before in [0x00, 0xff] {
+        let mut into = vec![before; expected.len()];
+        source.read_at(0, &mut into).expect("read_at of the whole");
+        assert!(
+            into == expected,
+            "read_at must fill all of the buffer with the source's bytes, whatever it held"
+        );
+    }
+    source.read_at(expected.len() as u64, &mut []).expect("read_at of nothing, at the end");
+}
+
+fn does_not_depend_on_the_split(source: &dyn Source, expected: &[u8]) {
+    for step in [1, 7, 4096, 4099, 65_536] {
+        // Byte by byte would take long for a long source: its head will do.
+        let part = &expected[..expected.len().min(step * 1000)];
+        for (index, piece) in part.chunks(step).enumerate() {
+            let mut into = vec![0xaa; piece.len()];
+            let offset = (index * step) as u64;
+            source.read_at(offset, &mut into).unwrap_or_else(|error| panic!("read_at({offset}): {error}"));
+            assert!(
+                into == piece,
+                "{} bytes at {offset} differ from the same bytes of a longer read",
+                piece.len()
+            );
+        }
+    }
+}
+
+fn answers_several_threads(source: &dyn Source, expected: &[u8]) {
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| does_not_depend_on_the_split(source, expected));
+        }
+    });
+}
+
+fn shows_through_a_region<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
+    let pool = Pool::builder().workers(2).start().expect("a pool");
+    let len = expected.len() as u64;
+    // The odd byte in front makes every page of the second copy start inside a page of the source.
+    let region = Region::builder()
+        .chunk(Chunk::source(Arc::clone(&source)).range(0..len))
+        .chunk(vec![0x55])
+        .chunk(Chunk::source(source).range(0..len))
+        .build(&pool)
+        .expect("a region of the source");
+    assert!(region.as_slice()[..expected.len()] == *expected, "the bytes differ when touched in a region");
+    let mut second = vec![0; expected.len()];
+    region.read_at(len + 1, &mut second).expect("read_at of the region");
+    assert!(second == *expected, "the bytes differ when read at an odd offset of a region");
+}

@@ -1,0 +1,131 @@
+//! Sources that count, fail, panic or wait when told to: for tests without sleeps.
+
+use pagestitch::Source;
+use parking_lot::{Condvar, Mutex};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A source of known bytes that does as its script says.
+///
+/// ```
+/// use pagestitch::Source;
+/// use pagestitch_testkit::scripted::Scripted;
+///
+/// let source = Scripted::new(10_000).failing(4096..8192);
+/// assert!(source.read_at(0, &mut [0; 100]).is_ok());
+/// assert!(source.read_at(4000, &mut [0; 100]).is_err());
+/// assert_eq!(source.reads(), 2);
+/// ```
+#[derive(Debug)]
+pub struct Scripted {
+    size: u64,
+    failing: Range<u64>,
+    panicking: Range<u64>,
+    waiting: Range<u64>,
+    reads: AtomicU64,
+    gate: Gate,
+}
+
+impl Scripted {
+    /// A source of `size` bytes of [`byte_at`], which does nothing special yet.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        let gate = Gate::default();
+        Self { size, failing: 0..0, panicking: 0..0, waiting: 0..0, reads: AtomicU64::new(0), gate }
+    }
+
+    /// Fails reads that meet these bytes, with [`io::ErrorKind::ConnectionReset`].
+    #[must_use]
+    pub fn failing(self, bytes: Range<u64>) -> Self {
+        Self { failing: bytes, ..self }
+    }
+
+    /// Panics in reads that meet these bytes.
+    #[must_use]
+    pub fn panicking(self, bytes: Range<u64>) -> Self {
+        Self { panicking: bytes, ..self }
+    }
+
+    /// Holds reads that meet these bytes until [`open`](Self::open).
+    #[must_use]
+    pub fn waiting(self, bytes: Range<u64>) -> Self {
+        Self { waiting: bytes, ..self }
+    }
+
+    /// How many times it was read.
+    pub fn reads(&self) -> u64 {
+        self.reads.load(Ordering::SeqCst)
+    }
+
+    /// Waits until `n` reads are held.
+    pub fn wait_until_held(&self, n: usize) {
+        let mut state = self.gate.state.lock();
+        while state.held < n {
+            self.gate.changed.wait(&mut state);
+        }
+    }
+
+    /// Lets held reads go on, now and from now on.
+    pub fn open(&self) {
+        self.gate.state.lock().open = true;
+        self.gate.changed.notify_all();
+    }
+}
+
+impl Source for Scripted {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        let end = offset + into.len() as u64;
+        let meets = |range: &Range<u64>| offset < range.end && range.start < end;
+        if meets(&self.waiting) {
+            self.gate.pass();
+        }
+        assert!(!meets(&self.panicking), "scripted to panic");
+        if meets(&self.failing) {
+            return Err(io::Error::new(io::ErrorKind::ConnectionReset, "scripted to fail"));
+        }
+        for (byte, at) in into.iter_mut().zip(offset..) {
+            *byte = byte_at(at);
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        String::from("scripted")
+    }
+}
+
+/// The byte at an offset of a [`Scripted`] source: never 0, so that zeros for bytes are seen.
+#[must_use]
+pub const fn byte_at(offset: u64) -> u8 {
+    (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    open: bool,
+    held: usize,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut state = self.state.lock();
+        state.held += 1;
+        self.changed.notify_all();
+        while !state.open {
+            self.changed.wait(&mut state);
+        }
+        state.held -= 1;
+    }
+}

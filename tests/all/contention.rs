@@ -1,0 +1,55 @@
+//! Many threads at one page: it is read once, and everybody goes on.
+
+use crate::pattern;
+use pagestitch::{Chunk, Pool, Region};
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+#[test]
+fn a_page_that_many_touch_is_read_once() {
+    let source = Arc::new(Scripted::new(4096).waiting(0..1));
+    let region = Region::builder()
+        .chunk(Chunk::source(Arc::clone(&source)))
+        .build(&Pool::builder().workers(4).start().unwrap())
+        .unwrap();
+    thread::scope(|scope| {
+        let touchers: Vec<_> = (0..6)
+            .map(|i| {
+                scope.spawn({
+                    let region = &region;
+                    move || region.as_slice()[i]
+                })
+            })
+            .collect();
+        let populating = scope.spawn(|| region.populate(..));
+        source.wait_until_held(1);
+        source.open();
+        for (offset, toucher) in touchers.into_iter().enumerate() {
+            assert_eq!(toucher.join().unwrap(), byte_at(offset as u64));
+        }
+        populating.join().unwrap().unwrap();
+    });
+    assert_eq!(source.reads(), 1);
+}
+
+#[test]
+fn eight_threads_in_step_over_the_same_pages_lose_nobody() {
+    let bytes = pattern(5, 500 * 4096);
+    let region =
+        Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(3).start().unwrap()).unwrap();
+    let barrier = Barrier::new(8);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for offset in (0..bytes.len()).step_by(4096) {
+                    if offset % (32 * 4096) == 0 {
+                        barrier.wait();
+                    }
+                    assert_eq!(region.as_slice()[offset], bytes[offset]);
+                }
+            });
+        }
+    });
+    crate::until(|| region.metrics().pages_installed() == 500);
+}

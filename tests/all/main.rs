@@ -1,0 +1,52 @@
+//! The promises, each a named test on the running kernel. One file for each family of promises.
+
+mod conformance;
+mod contention;
+mod failure;
+mod journey;
+mod limits;
+mod reading;
+mod scale;
+mod teardown;
+
+use std::ptr::NonNull;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Touches a byte as an application with a raw pointer does, past every borrow.
+#[expect(unsafe_code, reason = "what an application may do wrong is part of what is tested")]
+fn touch(address: usize) -> u8 {
+    // SAFETY: an address of a region; what the access does is for the test to find out.
+    unsafe { std::ptr::with_exposed_provenance::<u8>(address).read_volatile() }
+}
+
+/// Lets pages go, as an application may with `madvise(MADV_DONTNEED)`.
+#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
+fn let_go(start: usize, bytes: usize) {
+    let start = NonNull::new(std::ptr::with_exposed_provenance_mut(start)).expect("an address");
+    // SAFETY: pages of a region whose sources give the same bytes again.
+    unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }
+        .expect("madvise");
+}
+
+/// Waits until `done`, without a sleep of a guessed length. Numbers may lag behind the bytes that they count: a
+/// thread runs on as soon as the kernel has its page.
+fn until(mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < Duration::from_secs(60), "what was waited for has not come about");
+        thread::yield_now();
+    }
+}
+
+/// Bytes without a zero among them, different for each seed: zeros for bytes, and bytes of another page, are seen.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8 | 1
+    };
+    (0..len).map(|_| next()).collect()
+}

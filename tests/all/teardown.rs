@@ -1,0 +1,148 @@
+//! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
+
+use crate::{pattern, touch};
+use pagestitch::{Chunk, ErrorKind, Pool, Region};
+use pagestitch_testkit::child;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::{fs, thread};
+
+const SIGSEGV: i32 = 11;
+
+/// Drops a region while a thread is stopped in it, through a raw pointer; the source has let go of the worker or not.
+#[test]
+fn a_thread_that_is_stopped_in_a_dropped_region_gets_a_signal() {
+    let end = child::run("teardown::a_thread_that_is_stopped_in_a_dropped_region_gets_a_signal", || {
+        let source = Arc::new(Scripted::new(3 * 4096).waiting(0..1));
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        // The first occupies the only worker; the second's fault is not even read.
+        let first = thread::spawn(move || touch(start));
+        source.wait_until_held(1);
+        let (send, asleep) = mpsc::channel();
+        let second = thread::spawn(move || {
+            send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            touch(start + 4096)
+        });
+        let task = std::path::Path::new("/proc").join(asleep.recv().unwrap()).join("wchan");
+        crate::until(|| {
+            fs::read_to_string(&task).is_ok_and(|at| at.contains("userfault") || at == "0")
+                || second.is_finished()
+        });
+        let dropped = thread::spawn(move || drop(region));
+        source.open();
+        dropped.join().unwrap();
+        println!("read bytes: {:?} {:?}", first.join(), second.join());
+    });
+    // The first may have been given its byte before the drop. The second can only be served, or killed; both are
+    // right; zero is not.
+    let served = end.said().contains(&format!("read bytes: Ok({}) Ok({})", byte_at(0), byte_at(4096)));
+    assert!(served || end.signal() == Some(SIGSEGV), "{:?} {}", end.signal(), end.said());
+}
+
+#[test]
+fn touching_a_dropped_region_is_a_signal() {
+    let end = child::run("teardown::touching_a_dropped_region_is_a_signal", || {
+        let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        drop(region);
+        println!("read a byte: {}", touch(start));
+    });
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
+}
+
+#[test]
+fn a_forked_child_gets_a_signal_and_not_zeros() {
+    let end = child::run("teardown::a_forked_child_gets_a_signal_and_not_zeros", || {
+        let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
+        let address = region.as_ptr().expose_provenance().get();
+        let died_by = fork_and_touch(address + 4096);
+        assert_eq!(died_by, Some(nix::sys::signal::Signal::SIGSEGV));
+        assert_ne!(region.as_slice()[4096], 0, "the parent is served as before");
+    });
+    end.expect_pass();
+}
+
+#[expect(unsafe_code, reason = "a fork by the application is part of what is tested")]
+fn fork_and_touch(address: usize) -> Option<nix::sys::signal::Signal> {
+    use nix::sys::wait::{WaitStatus, waitpid};
+    // SAFETY: the child only reads a byte and leaves: no lock and no allocation in between.
+    match unsafe { nix::unistd::fork() }.unwrap() {
+        nix::unistd::ForkResult::Child => std::process::exit(i32::from(touch(address))),
+        nix::unistd::ForkResult::Parent { child } => match waitpid(child, None).unwrap() {
+            WaitStatus::Signaled(_, signal, _) => Some(signal),
+            _ => None,
+        },
+    }
+}
+
+#[test]
+fn a_region_outlives_the_handle_of_its_pool() {
+    let bytes = pattern(2, 100_000);
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+    drop(pool);
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn a_pool_that_serves_does_not_stop() {
+    let pool = Pool::new().unwrap();
+    let region = Region::builder().name("kept").chunk(vec![5u8; 10]).build(&pool).unwrap();
+    let error = pool.clone().stop().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert_eq!(error.to_string(), "the pool still serves 1 (kept): drop the regions first");
+    assert_eq!(region.as_slice()[0], 5);
+    drop(region);
+    assert_eq!(pool.stop().unwrap().faults, 1);
+}
+
+#[test]
+fn a_leaked_region_goes_on_being_served() {
+    let bytes = pattern(3, 100_000);
+    let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
+    let leaked: &'static Region = Box::leak(Box::new(region));
+    assert!(leaked.as_slice() == bytes);
+}
+
+#[test]
+fn nothing_is_left_behind() {
+    let end = child::run("teardown::nothing_is_left_behind", || {
+        let round = || {
+            let pool = Pool::builder().workers(3).start().unwrap();
+            let regions: Vec<_> = (0..20)
+                .map(|seed| Region::builder().chunk(pattern(seed, 20_000)).build(&pool).unwrap())
+                .collect();
+            regions.iter().for_each(|region| assert_ne!(region.as_slice()[7000], 0));
+        };
+        let count = |what: &str| fs::read_dir(format!("/proc/self/{what}")).unwrap().count();
+        let maps = || fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+        round();
+        let before = (count("fd"), count("task"), maps());
+        (0..20).for_each(|_| round());
+        let after = (count("fd"), count("task"), maps());
+        assert_eq!((after.0, after.1), (before.0, before.1), "descriptors, threads");
+        assert!(after.2 <= before.2 + 4, "mappings: {} before, {} after", before.2, after.2);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn a_source_that_owns_the_last_region_of_another_pool_can_be_dropped() {
+    struct Nested(Region);
+    impl pagestitch::Source for Nested {
+        fn size(&self) -> u64 {
+            self.0.len() as u64
+        }
+        fn read_at(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+            self.0.read_at(offset, into).map_err(std::io::Error::other)
+        }
+    }
+    let bytes = pattern(4, 30_000);
+    let below = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
+    let above =
+        Region::builder().chunk(Chunk::source(Arc::new(Nested(below)))).build(&Pool::new().unwrap()).unwrap();
+    assert!(above.as_slice() == bytes);
+}
