@@ -1,0 +1,64 @@
+//! The baseline: the handler of the manual page, one thread that polls, reads and copies, on the `userfaultfd` crate.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch_kernel::{Access, PageSize, Reservation, View};
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use userfaultfd::{Event, Uffd, UffdBuilder};
+
+/// A region of pages filled from chunks of equal length by one plain thread.
+pub(crate) struct ManualPage {
+    view: View,
+    stop: Arc<EventFd>,
+    handler: Option<JoinHandle<()>>,
+}
+
+impl ManualPage {
+    /// Chunks are a whole number of pages long, all of them as many.
+    pub(crate) fn new(chunks: Vec<Arc<[u8]>>) -> Self {
+        let page = PageSize::system();
+        let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
+        let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+        let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).create().expect("a userfaultfd");
+        let range = reservation.range();
+        uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
+        let stopped = Arc::clone(&stop);
+        let handler = thread::spawn(move || handle(&uffd, &stopped, range.start(), &chunks));
+        Self { view, stop, handler: Some(handler) }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.view.as_slice()
+    }
+}
+
+fn handle(uffd: &Uffd, stop: &EventFd, base: usize, chunks: &[Arc<[u8]>]) {
+    let page = PageSize::system().bytes();
+    loop {
+        let mut ready =
+            [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ready, PollTimeout::NONE).expect("poll");
+        if ready[1].any().unwrap_or(false) {
+            return;
+        }
+        let Some(Event::Pagefault { addr, .. }) = uffd.read_event().expect("an event") else { continue };
+        let offset = (addr.addr() - base) / page * page;
+        let (chunk, within) = (offset / chunks[0].len(), offset % chunks[0].len());
+        let source = chunks[chunk][within..within + page].as_ptr();
+        let target = std::ptr::with_exposed_provenance_mut(base + offset);
+        // SAFETY: the kernel reads a page of a chunk, which is alive, and fills a missing page of the range.
+        #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]
+        unsafe { uffd.copy(source.cast(), target, page, true) }.expect("copy");
+    }
+}
+
+impl Drop for ManualPage {
+    fn drop(&mut self) {
+        self.stop.write(1).expect("an eventfd takes a 1");
+        self.handler.take().map(JoinHandle::join);
+    }
+}
