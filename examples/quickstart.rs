@@ -24,7 +24,12 @@ fn main() -> Result<(), Error> {
 
     // One contiguous slice. No byte has been copied yet.
     let bytes: &[u8] = region.as_slice();
-    println!("{} bytes at {:p}, {} pages filled", bytes.len(), bytes, region.metrics().pages_installed());
+    println!(
+        "{} bytes at {:p}, {} pages filled",
+        bytes.len(),
+        bytes.as_ptr(),
+        region.metrics().pages_installed()
+    );
 
     // Touching a byte fills its page.
     let text = String::from_utf8_lossy(&bytes[..65]);

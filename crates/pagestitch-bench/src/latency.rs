@@ -4,7 +4,7 @@ use crate::manual_page::ManualPage;
 use crate::touch::{first_touches, histogram, shuffled_pages};
 use crate::{Environment, median, warm};
 use hdrhistogram::Histogram;
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::{Chunk, Pool, PoolBuilder, Region};
 use std::fmt;
 use std::sync::Arc;
 
@@ -61,8 +61,8 @@ pub fn run(config: Config) -> Report {
     let chunks = shuffled_chunks(&config);
     type Measure = fn(&[Arc<[u8]>], &[usize]) -> Histogram<u64>;
     let measures: [(&'static str, Measure); 4] = [
-        ("pagestitch, pool of 1", |chunks, touches| pagestitch(1, chunks, touches)),
-        ("pagestitch, pool of 2", |chunks, touches| pagestitch(2, chunks, touches)),
+        ("pagestitch, pool of 1", |chunks, touches| pagestitch(Pool::builder().workers(1), chunks, touches)),
+        ("pagestitch, defaults", |chunks, touches| pagestitch(Pool::builder(), chunks, touches)),
         ("manual-page", |chunks, touches| first_touches(ManualPage::new(chunks.to_vec()).bytes(), touches)),
         ("kernel zero page", |chunks, touches| {
             first_touches(&vec![0; chunks.len() * chunks[0].len()], touches)
@@ -81,8 +81,8 @@ pub fn run(config: Config) -> Report {
     Report { config, environment: Environment::current(), systems }
 }
 
-fn pagestitch(workers: usize, chunks: &[Arc<[u8]>], touches: &[usize]) -> Histogram<u64> {
-    let pool = Pool::builder().workers(workers).start().expect("a pool");
+fn pagestitch(pool: PoolBuilder, chunks: &[Arc<[u8]>], touches: &[usize]) -> Histogram<u64> {
+    let pool = pool.start().expect("a pool");
     let chunks = chunks.iter().map(|chunk| Chunk::from(Arc::clone(chunk)));
     let region = Region::builder().chunks(chunks).build(&pool).expect("a region");
     first_touches(region.as_slice(), touches)

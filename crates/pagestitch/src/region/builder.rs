@@ -49,9 +49,11 @@ impl Builder {
     /// Lays chunks at the end, in order.
     #[must_use]
     pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl Into<Chunk>>) -> Self {
-        for chunk in chunks {
-            self.push(chunk.into());
+        let chunks = chunks.into_iter();
+        if let Ok(layout) = &mut self.layout {
+            layout.reserve(chunks.size_hint().0);
         }
+        chunks.for_each(|chunk| self.push(chunk.into()));
         self
     }
 

@@ -57,6 +57,12 @@ impl Piece<'_> {
 }
 
 impl Layout {
+    /// Makes room for that many more chunks, and the end.
+    pub(crate) fn reserve(&mut self, chunks: usize) {
+        self.starts.reserve(chunks.saturating_add(1));
+        self.origins.reserve(chunks);
+    }
+
     /// Lays one more chunk at the end.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
         let Chunk { backing, range } = chunk;
@@ -86,6 +92,8 @@ impl Layout {
         }
         self.known = HashMap::default();
         self.starts.push(self.total);
+        self.starts.shrink_to_fit();
+        self.origins.shrink_to_fit();
         self.index();
         Ok(())
     }

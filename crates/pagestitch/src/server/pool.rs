@@ -14,8 +14,10 @@ use crate::region::Served;
 use crate::server::worker::{Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::Pid;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fmt;
@@ -99,9 +101,11 @@ pub struct PoolBuilder {
 }
 
 impl PoolBuilder {
-    /// How many threads serve faults. By default one for each CPU this process may use, at most eight.
+    /// How many threads serve faults. By default one for each CPU this process may use, each at home on its own, at
+    /// most eight: a fault is then served on the CPU where it happened, and nobody has to be woken on another.
     ///
-    /// As many sources as there are workers can be waited for at once: ask for more where sources are slow.
+    /// Ask for a number where sources are slow (as many can be waited for at once as there are workers), or where
+    /// the threads are to run wherever the scheduler puts them: workers that were asked for are not pinned.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers);
         self
@@ -119,8 +123,8 @@ impl PoolBuilder {
     ///
     /// [`ErrorKind::BadOption`] for no workers; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
     pub fn start(self) -> Result<Pool, Error> {
-        let by_default = || thread::available_parallelism().map_or(1, usize::from).min(DEFAULT_WORKERS_MAX);
-        let workers = self.workers.unwrap_or_else(by_default);
+        let homes = homes();
+        let workers = self.workers.unwrap_or(homes.len());
         if workers == 0 {
             return Err(Error::new(
                 ErrorKind::BadOption,
@@ -133,7 +137,8 @@ impl PoolBuilder {
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle { shared: Arc::new(shared), threads: Mutex::default() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
-            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll));
+            let home = if self.workers.is_none() { Some(homes[index]) } else { None };
+            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home);
             let named = thread::Builder::new().name(thread_name(&self.name, index));
             let thread = named.spawn(move || worker.run()).map_err(|error| {
                 let what = format!("cannot start worker {index} of {workers} (threads: ulimit -u)");
@@ -285,6 +290,16 @@ impl Shared {
 fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
     let token = fd.as_fd().as_raw_fd() as u64;
     epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+}
+
+/// The CPUs that a pool by default has a worker on: those this process may use, as far as they make sense.
+fn homes() -> Vec<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
+    let homes: Vec<_> = (0..CpuSet::count())
+        .filter(|&cpu| allowed.is_set(cpu) == Ok(true))
+        .take(DEFAULT_WORKERS_MAX)
+        .collect();
+    if homes.is_empty() { vec![0] } else { homes }
 }
 
 /// The kernel cuts a name at 15 bytes, and the number at its end would be lost.

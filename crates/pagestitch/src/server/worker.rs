@@ -8,7 +8,9 @@ use crate::region::Served;
 use crate::server::fault::{STAGING_PAGES, serve};
 use crate::server::pool::Shared;
 use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
+use nix::unistd::Pid;
 use pagestitch_kernel::{Batch, Page, PageSize};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -24,20 +26,23 @@ pub(super) struct Handed {
 pub(super) struct Worker {
     shared: Arc<Shared>,
     ready: Arc<Epoll>,
+    /// The CPU it stays on; `None` for any.
+    home: Option<usize>,
     batch: Batch,
     staging: Vec<u8>,
     served: u64,
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>, home: Option<usize>) -> Self {
         let staging = vec![0; STAGING_PAGES * PageSize::system().bytes()];
-        Self { shared, ready, batch: Batch::with_capacity(BATCH), staging, served: 0 }
+        Self { shared, ready, home, batch: Batch::with_capacity(BATCH), staging, served: 0 }
     }
 
     /// Works until the pool stops; says how many faults it has served.
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic;
+        self.go_home();
         let mut ready = [EpollEvent::empty(); READY];
         loop {
             let count = match self.ready.wait(&mut ready, EpollTimeout::NONE) {
@@ -57,6 +62,15 @@ impl Worker {
                 }
                 self.serve_handed();
             }
+        }
+    }
+
+    fn go_home(&self) {
+        let Some(cpu) = self.home else { return };
+        let mut home = CpuSet::new();
+        let gone = home.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &home));
+        if let Err(errno) = gone {
+            tracing::debug!(cpu, %errno, "not pinned: served from any CPU, which is slower");
         }
     }
 

@@ -1,0 +1,197 @@
+//! `pagestitch demo`: the main job on real data, proved right.
+
+use crate::output::{bytes, nanoseconds, table};
+use crate::stitch::sha256;
+use crate::touch::Touch;
+use clap::Args;
+use hdrhistogram::Histogram;
+use pagestitch::source::{File, Memory};
+use pagestitch::{Chunk, Metrics, Pool, Region, Support};
+use pagestitch_bench::touch::first_touches;
+use pagestitch_bench::{timed, warm};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::error::Error;
+use std::fs;
+use std::io::{Write, stdout};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// The file to cut into pieces [default: this program]
+    #[arg(long, value_name = "FILE", default_value = "/proc/self/exe", hide_default_value = true)]
+    file: PathBuf,
+    /// Touch this share of the pages before everything is verified
+    #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:10%")]
+    touch: Touch,
+    /// Decides where the file is cut and what is touched
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// What was seen.
+struct Seen {
+    pieces: usize,
+    len: usize,
+    build_ns: u64,
+    touch_ns: u64,
+    eager_ns: u64,
+    latencies: Histogram<u64>,
+    after_touch: Metrics,
+    sha256: String,
+    expected: String,
+}
+
+pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+    let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
+    let file = Arc::new(File::open(&path)?);
+    let content = fs::read(&path)?;
+    if content.is_empty() {
+        return Err(format!("{} is empty: name a file with some bytes", path.display()).into());
+    }
+    let cuts = cut(content.len(), options.seed);
+    if !as_json {
+        writeln!(
+            stdout(),
+            "{} ({}) is cut into {} pieces at odd places.",
+            path.display(),
+            bytes(content.len() as u64),
+            cuts.len()
+        )?;
+        writeln!(
+            stdout(),
+            "Every other piece is a heap buffer of its own; the rest stays in the file. One region shows them as the whole.\n"
+        )?;
+    }
+    let seen = measure(options, &path, &file, &content, &cuts)?;
+    if as_json {
+        print_json(&seen)?
+    } else {
+        print(&seen)?
+    }
+    if seen.sha256 != seen.expected {
+        return Err(format!(
+            "the region's SHA-256 is {}, the file's {}: this is a defect",
+            seen.sha256, seen.expected
+        )
+        .into());
+    }
+    Ok(())
+}
+
+/// Cuts `len` bytes into some hundred pieces, from a few bytes to many pages long.
+fn cut(len: usize, seed: u64) -> Vec<Range<usize>> {
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut cuts = Vec::new();
+    let mut start = 0;
+    while start < len {
+        let longest = (len / 100).max(2) << random.usize(0..3) >> 1;
+        let end = (start + random.usize(1..=longest.max(1))).min(len);
+        cuts.push(start..end);
+        start = end;
+    }
+    cuts
+}
+
+fn measure(
+    options: &Options,
+    path: &Path,
+    file: &Arc<File>,
+    content: &[u8],
+    cuts: &[Range<usize>],
+) -> Result<Seen, Box<dyn Error>> {
+    let buffers: Vec<Memory> =
+        cuts.iter().step_by(2).map(|cut| Memory::from(content[cut.clone()].to_vec())).collect();
+    let pool = Pool::new()?;
+    let build = || {
+        let chunks = cuts.iter().enumerate().map(|(index, cut)| match index % 2 {
+            0 => Chunk::from(buffers[index / 2].clone()),
+            _ => Chunk::from(Arc::clone(file)).range(cut.start as u64..cut.end as u64),
+        });
+        Region::builder().name("demo").chunks(chunks).build(&pool)
+    };
+    warm(3 * content.len());
+    let (build_ns, region) = timed(build);
+    let region = region?;
+    let page = Support::current().page_size().bytes();
+    let offsets = options.touch.offsets(region.len(), page, options.seed);
+    let (touch_ns, latencies) = timed(|| first_touches(region.as_slice(), &offsets));
+    let after_touch = region.metrics();
+    let (eager_ns, copy) = timed(|| copy_eagerly(&buffers, path, cuts));
+    let expected = Sha256::digest(copy?).iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Seen {
+        pieces: cuts.len(),
+        len: region.len(),
+        build_ns,
+        touch_ns,
+        eager_ns,
+        latencies,
+        after_touch,
+        sha256: sha256(&region)?,
+        expected,
+    })
+}
+
+/// The plain way: everything into one buffer first.
+fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Result<Vec<u8>, Box<dyn Error>> {
+    use pagestitch::Source;
+    let file = File::open(path)?;
+    let mut copy = vec![0; cuts.last().map_or(0, |cut| cut.end)];
+    for (index, cut) in cuts.iter().enumerate() {
+        let into = &mut copy[cut.clone()];
+        match index % 2 {
+            0 => buffers[index / 2].read_at(0, into)?,
+            _ => file.read_at(cut.start as u64, into)?,
+        }
+    }
+    Ok(copy)
+}
+
+fn print(seen: &Seen) -> Result<(), Box<dyn Error>> {
+    let Seen { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } = seen;
+    let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
+    let pages = len.div_ceil(Support::current().page_size().bytes());
+    let mut out = stdout();
+    let verdict = if sha256 == expected { "equal" } else { "DIFFERENT" };
+    writeln!(out, "SHA-256 of the file    {expected}\nSHA-256 of the region  {sha256}  {verdict}\n")?;
+    let mut table = table(&["what happened", ""]);
+    let ratio = |lazy: u64| format!("{:.2} of the eager copy", lazy as f64 / *eager_ns as f64);
+    for (what, value) in [
+        ("pieces, pages in the region", format!("{pieces}, {pages}")),
+        ("pages touched", latencies.len().to_string()),
+        ("bytes copied for that", format!("{} of {}", bytes(after_touch.bytes_copied), bytes(*len as u64))),
+        ("pages straight, read, gathered", {
+            let Metrics { pages_copied, pages_read, pages_gathered, .. } = after_touch;
+            format!("{pages_copied}, {pages_read}, {pages_gathered}")
+        }),
+        (
+            "first touch: p50, p99, max",
+            format!("{}, {}, {}", at(0.5), at(0.99), nanoseconds(latencies.max())),
+        ),
+        ("copying it all first", nanoseconds(*eager_ns)),
+        ("region ready", format!("{}: {}", nanoseconds(*build_ns), ratio(*build_ns))),
+        (
+            "region ready and touched",
+            format!("{}: {}", nanoseconds(build_ns + touch_ns), ratio(build_ns + touch_ns)),
+        ),
+    ] {
+        table.add_row([what, &value]);
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}
+
+fn print_json(seen: &Seen) -> Result<(), Box<dyn Error>> {
+    let Seen { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } = seen;
+    let at = |quantile| latencies.value_at_quantile(quantile);
+    let all = json!({
+        "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,
+        "pages_copied": after_touch.pages_copied, "pages_read": after_touch.pages_read,
+        "pages_gathered": after_touch.pages_gathered, "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max(),
+        "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "right": sha256 == expected,
+    });
+    writeln!(stdout(), "{all}")?;
+    Ok(())
+}

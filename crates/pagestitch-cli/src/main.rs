@@ -1,0 +1,79 @@
+//! The `pagestitch` command.
+//!
+//! Exit status: 0 done; 1 it could not be done, and one line on standard error says why; 2 wrong arguments.
+
+mod demo;
+mod output;
+mod part;
+mod probe;
+mod stitch;
+mod touch;
+
+use clap::{ArgAction, Parser, Subcommand};
+use std::error::Error;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Scattered memory, one contiguous region, filled on first touch.
+#[derive(Debug, Parser)]
+#[command(name = "pagestitch", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+    /// Print one JSON object instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show what happens: -v events worth knowing, -vv each let-go page, -vvv each page installed
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Stitch scattered pieces of a real file and of memory together, touch them, and prove it right
+    Demo(demo::Options),
+    /// Tell what this kernel and this process may do, why not, and the remedy
+    Probe,
+    /// Show parts of files as one contiguous region; nothing is concatenated
+    Stitch(stitch::Options),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log_to_stderr(arguments.verbose);
+    let json = arguments.json;
+    let done = match arguments.command {
+        Command::Demo(options) => demo::run(&options, json),
+        Command::Probe => probe::run(json),
+        Command::Stitch(options) => stitch::run(&options, json),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        // Who reads our output has gone away, as `head` does: nothing to complain about.
+        Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "pagestitch: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::WARN,
+        1 => LevelFilter::INFO,
+        2 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

@@ -1,0 +1,92 @@
+//! What people see: sizes, times, tables, progress.
+
+use comfy_table::{ContentArrangement, LineStyle, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::time::{Duration, Instant};
+
+/// A table of left-aligned columns that fits the terminal.
+pub(crate) fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    let style = presets::NOTHING.header_separator(LineStyle::new('─', '─', '─', '─'));
+    table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
+    table.set_header(header);
+    table
+}
+
+/// `1536` as `1.5 KiB`.
+pub(crate) fn bytes(bytes: u64) -> String {
+    let exponent = (u64::BITS - bytes.leading_zeros()).saturating_sub(1) / 10;
+    match ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"].get(exponent as usize) {
+        Some(unit) if exponent > 0 => {
+            format!("{:.1} {unit}", bytes as f64 / f64::from(1 << 10).powi(exponent as i32))
+        }
+        _ => format!("{bytes} bytes"),
+    }
+}
+
+/// `1500` as `1.5 us`.
+pub(crate) fn nanoseconds(ns: u64) -> String {
+    match ns {
+        0..1_000 => format!("{ns} ns"),
+        1_000..1_000_000 => format!("{:.1} us", ns as f64 / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.1} ms", ns as f64 / 1e6),
+        _ => format!("{:.2} s", ns as f64 / 1e9),
+    }
+}
+
+/// A progress bar that appears when the work has taken a second, on a terminal only.
+pub(crate) struct Progress {
+    what: &'static str,
+    total: u64,
+    done: u64,
+    started: Instant,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    pub(crate) fn new(what: &'static str, total: u64) -> Self {
+        Self { what, total, done: 0, started: Instant::now(), bar: None }
+    }
+
+    /// Takes note of `bytes` more.
+    pub(crate) fn advance(&mut self, bytes: u64) {
+        self.done += bytes;
+        if self.bar.is_none() && self.started.elapsed() > PATIENCE {
+            let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
+                .expect("a template that indicatif takes");
+            let bar = ProgressBar::new(self.total).with_style(style).with_message(self.what);
+            self.bar = Some(bar.with_elapsed(self.started.elapsed()));
+        }
+        if let Some(bar) = &self.bar {
+            bar.set_position(self.done);
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_times_are_short() {
+        assert_eq!(bytes(0), "0 bytes");
+        assert_eq!(bytes(1023), "1023 bytes");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(1 << 40), "1.0 TiB");
+        assert_eq!(bytes(u64::MAX), "16.0 EiB");
+        assert_eq!(nanoseconds(999), "999 ns");
+        assert_eq!(nanoseconds(1_500), "1.5 us");
+        assert_eq!(nanoseconds(2_500_000), "2.5 ms");
+        assert_eq!(nanoseconds(3_210_000_000), "3.21 s");
+    }
+}

@@ -1,0 +1,213 @@
+//! `pagestitch stitch`: parts of files as one contiguous region.
+
+use crate::output::{Progress, bytes, nanoseconds};
+use crate::part::Part;
+use crate::touch::Touch;
+use clap::Args;
+use hdrhistogram::Histogram;
+use pagestitch::source::File as FileSource;
+use pagestitch::{Chunk, Metrics, Pool, Region};
+use pagestitch_bench::timed;
+use pagestitch_bench::touch::first_touches;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::error::Error;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Write, stdout};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH, in bytes
+    #[arg(required = true, value_name = "PART")]
+    parts: Vec<OsString>,
+    /// Print the SHA-256 of the whole region
+    #[arg(long)]
+    sha256: bool,
+    /// Print how each run of chunks is installed, and why
+    #[arg(long)]
+    explain: bool,
+    /// Touch pages and tell how long each took: sequential, random, or a share: random:10%. A file that shrinks
+    /// meanwhile ends the command with SIGBUS
+    #[arg(long, value_name = "ORDER[:SHARE]")]
+    touch: Option<Touch>,
+    /// Write the whole region to a file, or to standard output with -
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Handler threads [default: one a CPU, at most 8]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// Decides a random order
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// What was done, as far as it was asked for.
+struct Done {
+    bytes: usize,
+    chunks: usize,
+    build_ns: u64,
+    latencies: Option<Histogram<u64>>,
+    sha256: Option<String>,
+    metrics: Metrics,
+}
+
+pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+    let parts = options.parts.iter().map(|argument| Part::parse(argument)).collect::<Result<Vec<_>, _>>()?;
+    let mut pool = Pool::builder();
+    if let Some(workers) = options.workers {
+        pool = pool.workers(workers);
+    }
+    let pool = pool.start()?;
+    let (build_ns, region) = timed(|| build(&parts, &pool));
+    let region = region?;
+    if options.explain && !as_json {
+        write!(stdout(), "{}", region.plan())?;
+    }
+    let latencies = options.touch.map(|touch| {
+        let page = pagestitch::Support::current().page_size().bytes();
+        first_touches(region.as_slice(), &touch.offsets(region.len(), page, options.seed))
+    });
+    let sha256 = options.sha256.then(|| sha256(&region)).transpose()?;
+    if let Some(path) = &options.output {
+        write_out(&region, path)?;
+    }
+    // Asked for nothing in particular: show that every byte is to be had.
+    if !options.explain && latencies.is_none() && sha256.is_none() && options.output.is_none() {
+        each_block(&region, "stitching", |_| Ok(()))?;
+    }
+    let done = Done {
+        bytes: region.len(),
+        chunks: parts.len(),
+        build_ns,
+        latencies,
+        sha256,
+        metrics: region.metrics(),
+    };
+    if as_json { print_json(&done, options.explain.then(|| region.plan())) } else { print(&done, options) }
+}
+
+fn build(parts: &[Part], pool: &Pool) -> Result<Region, pagestitch::Error> {
+    let mut files: HashMap<&PathBuf, Arc<FileSource>> = HashMap::new();
+    let mut builder = Region::builder().name("stitched");
+    for part in parts {
+        let file = match files.get(&part.path) {
+            Some(file) => Arc::clone(file),
+            None => Arc::clone(files.entry(&part.path).or_insert(Arc::new(FileSource::open(&part.path)?))),
+        };
+        let chunk = Chunk::from(file);
+        builder = builder.chunk(match &part.range {
+            Some(range) => chunk.range(range.clone()),
+            None => chunk,
+        });
+    }
+    builder.build(pool)
+}
+
+/// The SHA-256 of a region, in hexadecimal.
+pub(crate) fn sha256(region: &Region) -> Result<String, Box<dyn Error>> {
+    let mut hash = Sha256::new();
+    each_block(region, "hashing", |block| {
+        hash.update(block);
+        Ok(())
+    })?;
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn write_out(region: &Region, path: &PathBuf) -> Result<(), Box<dyn Error>> {
+    let named = |error: io::Error| match error.kind() {
+        io::ErrorKind::BrokenPipe => error,
+        kind => io::Error::new(kind, format!("cannot write {}: {error}", path.display())),
+    };
+    let mut out: Box<dyn Write> = match path.to_str() {
+        Some("-") => Box::new(stdout().lock()),
+        _ => Box::new(File::create(path).map_err(named)?),
+    };
+    each_block(region, "writing", |block| out.write_all(block).map_err(named))?;
+    out.flush().map_err(named)?;
+    Ok(())
+}
+
+/// Fills block by block before it looks: a source's failure is an error then, not a signal, and the kernel finds
+/// the pages it is handed.
+fn each_block(
+    region: &Region,
+    what: &'static str,
+    mut work: impl FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), Box<dyn Error>> {
+    let mut progress = Progress::new(what, region.len() as u64);
+    for (index, block) in region.as_slice().chunks(BLOCK).enumerate() {
+        let start = (index * BLOCK) as u64;
+        region.populate(start..start + block.len() as u64)?;
+        work(block)?;
+        progress.advance(block.len() as u64);
+    }
+    Ok(())
+}
+
+fn print(done: &Done, options: &Options) -> Result<(), Box<dyn Error>> {
+    let Done { bytes: len, chunks, build_ns, latencies, sha256, metrics } = done;
+    // Standard output may be the region itself.
+    let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
+        Some("-") => Box::new(io::stderr()),
+        _ => Box::new(stdout()),
+    };
+    writeln!(
+        out,
+        "{chunks} chunks, {} ({len} bytes) in one region, built in {}",
+        bytes(*len as u64),
+        nanoseconds(*build_ns)
+    )?;
+    writeln!(
+        out,
+        "{} pages installed, {} of them gathered; {} copied; {} faults",
+        metrics.pages_installed(),
+        metrics.pages_gathered,
+        bytes(metrics.bytes_copied),
+        metrics.faults
+    )?;
+    if let Some(latencies) = latencies {
+        let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
+        writeln!(
+            out,
+            "{} pages touched: p50 {}, p99 {}, max {}",
+            latencies.len(),
+            at(0.5),
+            at(0.99),
+            nanoseconds(latencies.max())
+        )?;
+    }
+    if let Some(sha256) = sha256 {
+        writeln!(out, "{sha256}  stitched")?;
+    }
+    Ok(())
+}
+
+fn print_json(done: &Done, plan: Option<pagestitch::Plan>) -> Result<(), Box<dyn Error>> {
+    let Done { bytes, chunks, build_ns, latencies, sha256, metrics } = done;
+    let touch = latencies.as_ref().map(|latencies| {
+        let at = |quantile| latencies.value_at_quantile(quantile);
+        json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
+    });
+    let plan = plan.map(|plan| {
+        let run = |run: &pagestitch::Run| {
+            json!({
+                "offset": run.offsets.start, "bytes": run.offsets.end - run.offsets.start, "first_chunk": run.chunks.start,
+                "chunks": run.chunks.len(), "source": run.source, "how": run.how.to_string(), "why": run.why,
+            })
+        };
+        plan.runs().iter().map(run).collect::<Vec<_>>()
+    });
+    let all = json!({
+        "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "pages_installed": metrics.pages_installed(),
+        "pages_gathered": metrics.pages_gathered, "bytes_copied": metrics.bytes_copied, "faults": metrics.faults,
+        "touch": touch, "sha256": sha256, "plan": plan,
+    });
+    writeln!(stdout(), "{all}")?;
+    Ok(())
+}
+
+const BLOCK: usize = 4 << 20;
