@@ -27,7 +27,7 @@ fn page(index: usize) -> Span {
     Page(index).span()
 }
 
-fn has(features: Features) -> bool {
+fn has(test: &str, features: Features) -> bool {
     let here = Support::current().has(features);
     if !here {
         let _ =
@@ -183,7 +183,7 @@ fn let_go(start: usize, bytes: usize) {
 
 #[test]
 fn poison_is_reported_once_and_a_copy_heals_it() {
-    if !has(Features::POISON) {
+    if !has("poison_is_reported_once_and_a_copy_heals_it", Features::POISON) {
         return;
     }
     let (reservation, view, uffd) = reserve(1, Access::ReadOnly);
@@ -196,7 +196,7 @@ fn poison_is_reported_once_and_a_copy_heals_it() {
 #[test]
 #[expect(unsafe_code, reason = "move_pages takes pages away")]
 fn move_takes_the_pages_of_the_source() {
-    if !has(Features::MOVE) {
+    if !has("move_takes_the_pages_of_the_source", Features::MOVE) {
         return;
     }
     let (reservation, view, uffd) = reserve(2, Access::Writable);
@@ -212,7 +212,7 @@ fn move_takes_the_pages_of_the_source() {
 
 #[test]
 fn write_protection_stops_a_writer_until_it_is_taken_away() {
-    if !has(Features::WRITE_PROTECT) {
+    if !has("write_protection_stops_a_writer_until_it_is_taken_away", Features::WRITE_PROTECT) {
         return;
     }
     let (reservation, mut view) =
@@ -233,7 +233,7 @@ fn write_protection_stops_a_writer_until_it_is_taken_away() {
 #[test]
 #[expect(unsafe_code, reason = "maps and registers a memfd, which a reservation does not do")]
 fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
-    if !has(Features::MINOR_SHMEM) {
+    if !has("a_minor_fault_is_resolved_by_mapping_the_cached_page", Features::MINOR_SHMEM) {
         return;
     }
     let size = PageSize::system().bytes();

@@ -1,13 +1,20 @@
-//! The page table: which pages somebody is filling. Two bits a page, and a page of it costs nothing until used.
+//! The page table: which pages somebody is filling. Four bits a page, and a page of it costs nothing until used.
 //!
 //! ```text
-//!                      claim                      settle
-//!        ┌─ Absent ───────────────▶ Filling ───────────────┬──▶ Present ───┐
-//!        │    ▲                        │                   └──▶ Poisoned ──┤
-//!        │    └──── claim dropped ─────┘                                   │
-//!        │          (waiters woken: they fault again)                      │
-//!        └─────────────────────◀── forget (the page was let go) ───────────┘
+//!                      claim                       settle
+//!        ┌─ Absent ───────────────▶ Filling ────────────────┬──▶ Present ───┐
+//!        │    ▲                      │   │ another fault    └──▶ Poisoned ──┤
+//!        │    │                      │   ▼                  ▲               │
+//!        │    │                      │  Wanted ─────────────┘               │
+//!        │    │                      │   │      (and woken)                 │
+//!        │    └──── claim dropped ───┴───┘                                  │
+//!        │          (waiters woken: they fault again)                       │
+//!        └─────────────────────◀── forget (the page was let go) ────────────┘
 //! ```
+//!
+//! `Wanted` is for the fault that comes between the kernel's fill and its settling: the page was filled and its
+//! waiters woken, then let go and touched anew, and all that while the first claim stands. Who settles it wakes
+//! again; a wake-up too many does no harm.
 //!
 //! The kernel's own page table is the truth about what is present; this one says who is at work, and remembers
 //! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
@@ -27,10 +34,12 @@ pub(crate) enum State {
     Absent = 0,
     /// Somebody is filling it.
     Filling = 1,
+    /// Somebody is filling it, and somebody else has taken a fault on it since.
+    Wanted = 2,
     /// It was filled.
-    Present = 2,
+    Present = 3,
     /// It was poisoned.
-    Poisoned = 3,
+    Poisoned = 4,
 }
 
 /// Wakes the threads that wait for pages of a span, so that they try again.
@@ -63,6 +72,11 @@ impl PageTable {
         self.claim_from(page, State::Absent, waker)
     }
 
+    /// Has whoever fills the page wake its waiters once more when it is settled. False if nobody fills it any more.
+    pub(crate) fn want(&self, page: Page) -> bool {
+        matches!(self.exchange(page, State::Filling, State::Wanted), Ok(()) | Err(State::Wanted))
+    }
+
     /// Claims a page whose state is `from`: `Present`, when it turns out that the kernel has let it go since.
     pub(crate) fn claim_from<'t>(
         &'t self,
@@ -90,7 +104,7 @@ impl PageTable {
     pub(crate) fn wait_while_filling(&self, page: Page) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut guard = self.settled.0.lock();
-        while self.state(page) == State::Filling {
+        while matches!(self.state(page), State::Filling | State::Wanted) {
             self.settled.1.wait(&mut guard);
         }
         drop(guard);
@@ -124,11 +138,17 @@ impl PageTable {
         .map_err(|bits| State::from_bits(bits >> shift))
     }
 
-    fn settle(&self, span: Span, to: State) {
-        for page in span.iter() {
-            let settled = self.exchange(page, State::Filling, to);
-            debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
+    /// Settles a claimed page; says whether somebody has wanted it since.
+    fn settle(&self, page: Page, to: State) -> bool {
+        if self.exchange(page, State::Filling, to).is_ok() {
+            return false;
         }
+        let settled = self.exchange(page, State::Wanted, to);
+        debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
+        true
+    }
+
+    fn tell_waiting(&self) {
         // SeqCst on both sides: either the waiter sees the new state, or we see the waiter.
         if self.waiting.load(Ordering::SeqCst) > 0 {
             let _guard = self.settled.0.lock();
@@ -147,7 +167,8 @@ impl State {
         match bits & STATE_MASK {
             0 => Self::Absent,
             1 => Self::Filling,
-            2 => Self::Present,
+            2 => Self::Wanted,
+            3 => Self::Present,
             _ => Self::Poisoned,
         }
     }
@@ -169,7 +190,12 @@ impl Claim<'_> {
 
     /// Settles the first `pages` of them.
     pub(crate) fn settle(&mut self, pages: usize, to: State) {
-        self.table.settle(self.span.prefix(pages), to);
+        for page in self.span.prefix(pages).iter() {
+            if self.table.settle(page, to) {
+                self.waker.wake(page.span());
+            }
+        }
+        self.table.tell_waiting();
         self.span = self.span.without_prefix(pages);
     }
 }
@@ -177,15 +203,16 @@ impl Claim<'_> {
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !self.span.is_empty() {
-            self.table.settle(self.span, State::Absent);
-            self.waker.wake(self.span);
+            let span = self.span;
+            self.settle(span.pages, State::Absent);
+            self.waker.wake(span);
         }
     }
 }
 
-const STATE_BITS: u32 = 2;
+const STATE_BITS: u32 = 4;
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
-const PAGES_PER_WORD: usize = 32;
+const PAGES_PER_WORD: usize = 16;
 
 #[cfg(test)]
 mod tests {
@@ -215,6 +242,17 @@ mod tests {
         drop(claim);
         assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Present));
         assert!(woken.0.lock().is_empty(), "settling leaves waking to the kernel's fill");
+    }
+
+    #[test]
+    fn a_fault_on_a_page_being_filled_is_woken_when_it_is_settled() {
+        let (table, woken) = (table(100), Woken::default());
+        let mut claim = table.claim(Page(40), &woken).ok().unwrap();
+        assert!(table.want(Page(40)) && table.want(Page(40)));
+        assert_eq!(table.state(Page(40)), State::Wanted);
+        claim.settle(1, State::Present);
+        assert_eq!(*woken.0.lock(), [Page(40).span()]);
+        assert!(!table.want(Page(40)), "it was settled: look again");
     }
 
     #[test]

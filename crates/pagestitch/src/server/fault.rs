@@ -31,25 +31,32 @@ fn supply(region: &Served, mut claim: Claim<'_>, staging: &mut [u8]) -> Result<(
     Ok(())
 }
 
-/// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was woken.
+/// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
 fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
-    match region.pages.claim(page, region) {
-        Ok(claim) => Some(claim),
-        // Whoever fills it wakes everybody who waits for it.
-        Err(State::Filling | State::Absent) => None,
-        Err(State::Present) if region.is_resident(page) => {
-            region.counters.late.add(1);
-            region.wake(page.span());
-            None
-        }
-        // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake would
-        // make the waiter fault for ever.
-        Err(State::Present) => region.pages.claim_from(page, State::Present, region).ok(),
-        Err(State::Poisoned) => {
-            // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also
-            // where the mark was let go since.
-            let _ = poison(region, page.span());
-            None
+    loop {
+        match region.pages.claim(page, region) {
+            Ok(claim) => return Some(claim),
+            // Whoever fills it wakes everybody when it is settled; if that has just been, look again.
+            Err(State::Filling | State::Wanted) if region.pages.want(page) => return None,
+            Err(State::Filling | State::Wanted | State::Absent) => {}
+            Err(State::Present) if region.is_resident(page) => {
+                region.counters.late.add(1);
+                region.wake(page.span());
+                return None;
+            }
+            // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake
+            // would make the waiter fault for ever.
+            Err(State::Present) => {
+                if let Ok(claim) = region.pages.claim_from(page, State::Present, region) {
+                    return Some(claim);
+                }
+            }
+            Err(State::Poisoned) => {
+                // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right
+                // also where the mark was let go since.
+                let _ = poison(region, page.span());
+                return None;
+            }
         }
     }
 }
@@ -69,7 +76,7 @@ pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> 
                 }
             }
             Err(State::Present) => rest = rest.without_prefix(1),
-            Err(State::Filling) => region.pages.wait_while_filling(rest.first),
+            Err(State::Filling | State::Wanted) => region.pages.wait_while_filling(rest.first),
             // Without a failure on record it was let go between the two looks: look again.
             Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
             Err(State::Absent) => {}
