@@ -94,8 +94,14 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let mut programs: Vec<PathBuf> =
-        messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).collect();
+    // Not guest-init's own, empty, unit tests.
+    let wanted = |message: &serde_json::Value| {
+        message["target"]["kind"][0] == "test" || message["profile"]["test"] == false
+    };
+    let mut programs: Vec<PathBuf> = messages
+        .filter(wanted)
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .collect();
     programs.sort_by_key(|program| !program.ends_with("guest-init"));
     match programs.first() {
         Some(first) if first.ends_with("guest-init") => Ok(programs),

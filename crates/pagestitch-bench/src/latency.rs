@@ -5,7 +5,9 @@ use crate::touch::{first_touches, histogram, shuffled_pages};
 use crate::{Environment, median, warm};
 use hdrhistogram::Histogram;
 use pagestitch::{Chunk, Pool, PoolBuilder, Region};
+use pagestitch_kernel::{Access, PageSize, Reservation};
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 /// What to measure.
@@ -64,9 +66,7 @@ pub fn run(config: Config) -> Report {
         ("pagestitch, pool of 1", |chunks, touches| pagestitch(Pool::builder().workers(1), chunks, touches)),
         ("pagestitch, defaults", |chunks, touches| pagestitch(Pool::builder(), chunks, touches)),
         ("manual-page", |chunks, touches| first_touches(ManualPage::new(chunks.to_vec()).bytes(), touches)),
-        ("kernel zero page", |chunks, touches| {
-            first_touches(&vec![0; chunks.len() * chunks[0].len()], touches)
-        }),
+        ("kernel zero page", |chunks, touches| zero_pages(chunks.len() * chunks[0].len(), touches)),
     ];
     let mut systems: Vec<_> =
         measures.iter().map(|&(name, _)| System { name, all: histogram(), medians: Vec::new() }).collect();
@@ -86,6 +86,14 @@ fn pagestitch(pool: PoolBuilder, chunks: &[Arc<[u8]>], touches: &[usize]) -> His
     let chunks = chunks.iter().map(|chunk| Chunk::from(Arc::clone(chunk)));
     let region = Region::builder().chunks(chunks).build(&pool).expect("a region");
     first_touches(region.as_slice(), touches)
+}
+
+/// What the kernel takes for a page of its own: addresses of ours that nobody serves.
+fn zero_pages(bytes: usize, touches: &[usize]) -> Histogram<u64> {
+    let page = PageSize::system();
+    let pages = NonZeroUsize::new(bytes / page.bytes()).expect("some pages");
+    let (_reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+    first_touches(view.as_slice(), touches)
 }
 
 fn shuffled_chunks(config: &Config) -> Vec<Arc<[u8]>> {

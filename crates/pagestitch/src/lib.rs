@@ -61,3 +61,8 @@ pub use region::{Builder, Chunk, How, Plan, Region, Run};
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use server::{Pool, PoolBuilder, Report};
 pub use source::Source;
+
+/// The README's example is compiled and run with the doc tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -1,0 +1,35 @@
+//! The documents name files that exist, and stay readable.
+
+use std::fs;
+use std::path::Path;
+
+fn read(name: &str) -> String {
+    fs::read_to_string(Path::new(ROOT).join(name)).expect(name)
+}
+
+#[test]
+fn every_path_that_a_document_names_exists() {
+    for document in ["ARCHITECTURE.md", "README.md", "CONTRIBUTING.md"] {
+        let text = read(document);
+        let words = text.split(|c: char| c.is_whitespace() || "`()[],;".contains(c));
+        let paths = words.map(|word| word.trim_end_matches(['.', ':'])).filter(|word| {
+            ["crates/", "tests/", "examples/", "benches/", "ci/", ".ci/"]
+                .iter()
+                .any(|start| word.starts_with(start))
+        });
+        let mut seen = 0;
+        for path in paths {
+            assert!(Path::new(ROOT).join(path).exists(), "{document} names {path}, which does not exist");
+            seen += 1;
+        }
+        assert!(seen > 0, "{document} names no path: has the test lost its eyes?");
+    }
+}
+
+#[test]
+fn the_architecture_is_read_in_one_sitting() {
+    let lines = read("ARCHITECTURE.md").lines().count();
+    assert!(lines <= 250, "ARCHITECTURE.md has grown to {lines} lines");
+}
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
