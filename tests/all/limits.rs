@@ -3,28 +3,7 @@
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_testkit::child;
-use seccompiler::{
-    SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-};
-
-/// Denies this thread, and what it starts, every way to a userfaultfd, with EPERM: as a container's profile does.
-fn deny_userfaultfd() {
-    let new_from_device =
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0xaa00).unwrap();
-    let rules = [
-        (nix::libc::SYS_userfaultfd, vec![]),
-        (nix::libc::SYS_ioctl, vec![SeccompRule::new(vec![new_from_device]).unwrap()]),
-    ];
-    let denied = SeccompAction::Errno(nix::libc::EPERM as u32);
-    let filter = SeccompFilter::new(
-        rules.into(),
-        SeccompAction::Allow,
-        denied,
-        std::env::consts::ARCH.try_into().unwrap(),
-    );
-    let program: seccompiler::BpfProgram = filter.unwrap().try_into().unwrap();
-    seccompiler::apply_filter(&program).unwrap();
-}
+use pagestitch_testkit::deny::deny_userfaultfd;
 
 fn build(chunk: Chunk) -> Result<Region, Error> {
     Region::builder().name("limited").chunk(chunk).build(&Pool::builder().workers(1).start()?)

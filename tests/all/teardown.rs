@@ -1,6 +1,8 @@
 //! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
 
 use crate::{pattern, touch};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -58,23 +60,42 @@ fn a_forked_child_gets_a_signal_and_not_zeros() {
     let end = child::run("teardown::a_forked_child_gets_a_signal_and_not_zeros", || {
         let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
         let address = region.as_ptr().expose_provenance().get();
-        let died_by = fork_and_touch(address + 4096);
-        assert_eq!(died_by, Some(nix::sys::signal::Signal::SIGSEGV));
+        let ended = fork_and(|| i32::from(touch(address + 4096)));
+        assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
         assert_ne!(region.as_slice()[4096], 0, "the parent is served as before");
     });
     end.expect_pass();
 }
 
+#[test]
+fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
+    let end = child::run("teardown::a_forked_child_that_drops_a_region_leaves_the_parents_alone", || {
+        let bytes = pattern(5, 50_000);
+        let pool = Pool::builder().workers(2).start().unwrap();
+        let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+        assert_eq!(region.as_slice()[0], bytes[0]);
+        let dropped = fork_and(|| {
+            // SAFETY: the parent goes on using its own values; these are the child's copies, dropped once.
+            #[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+            drop(unsafe { std::ptr::read(&raw const region) });
+            // SAFETY: as above.
+            #[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+            drop(unsafe { std::ptr::read(&raw const pool) });
+            0
+        });
+        assert_eq!(dropped, WaitStatus::Exited(dropped.pid().unwrap(), 0));
+        assert!(region.as_slice() == bytes, "the parent is served as before");
+        assert!(pool.clone().stop().is_err(), "and its pool knows the region");
+    });
+    end.expect_pass();
+}
+
 #[expect(unsafe_code, reason = "a fork by the application is part of what is tested")]
-fn fork_and_touch(address: usize) -> Option<nix::sys::signal::Signal> {
-    use nix::sys::wait::{WaitStatus, waitpid};
-    // SAFETY: the child only reads a byte and leaves: no lock and no allocation in between.
+fn fork_and(body: impl FnOnce() -> i32) -> WaitStatus {
+    // SAFETY: the child of a process with one test thread allocates nothing that another thread could hold a lock of.
     match unsafe { nix::unistd::fork() }.unwrap() {
-        nix::unistd::ForkResult::Child => std::process::exit(i32::from(touch(address))),
-        nix::unistd::ForkResult::Parent { child } => match waitpid(child, None).unwrap() {
-            WaitStatus::Signaled(_, signal, _) => Some(signal),
-            _ => None,
-        },
+        nix::unistd::ForkResult::Child => std::process::exit(body()),
+        nix::unistd::ForkResult::Parent { child } => waitpid(child, None).unwrap(),
     }
 }
 

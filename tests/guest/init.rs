@@ -11,6 +11,7 @@ use std::env;
 use std::error::Error;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 fn main() {
@@ -36,20 +37,28 @@ fn run() -> Result<i32, Box<dyn Error>> {
     let mut programs: Vec<_> = fs::read_dir("/tests")?.filter_map(|entry| Some(entry.ok()?.path())).collect();
     programs.sort();
     for program in programs {
-        writeln!(serial, "GUEST-RUN {}", program.display())?;
-        let mut command = Command::new(&program);
-        command.arg("--test-threads=2").args(env::var("TEST_FILTER").ok().filter(|word| !word.is_empty()));
-        command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
-        let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
-        if !ended.success() {
-            writeln!(serial, "{} ended with {ended}", program.display())?;
-            status = 1;
+        for user in [ROOT, NOBODY] {
+            writeln!(serial, "GUEST-RUN {} as uid {user}", program.display())?;
+            let mut command = Command::new(&program);
+            command.uid(user).gid(user);
+            command
+                .arg("--test-threads=2")
+                .args(env::var("TEST_FILTER").ok().filter(|word| !word.is_empty()));
+            command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
+            let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
+            if !ended.success() {
+                writeln!(serial, "{} ended with {ended}", program.display())?;
+                status = 1;
+            }
         }
     }
     writeln!(serial, "GUEST-EXIT {status}")?;
     tcdrain(&serial)?;
     Ok(status)
 }
+
+const ROOT: u32 = 0;
+const NOBODY: u32 = 65534;
 
 /// The second serial line carries the tests' output alone; the first is the kernel's.
 fn open_serial() -> Result<File, Box<dyn Error>> {

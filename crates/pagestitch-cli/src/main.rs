@@ -10,6 +10,7 @@ mod stitch;
 mod touch;
 
 use clap::{ArgAction, Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -42,6 +43,7 @@ enum Command {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log_to_stderr(arguments.verbose);
+    raise_descriptor_limit();
     let json = arguments.json;
     let done = match arguments.command {
         Command::Demo(options) => demo::run(&options, json),
@@ -72,6 +74,13 @@ fn log_to_stderr(verbose: u8) {
         .with_target(false)
         .without_time()
         .init();
+}
+
+/// Every file takes a descriptor, and the soft limit is for programs that use select(2): we may have the hard one.
+fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {

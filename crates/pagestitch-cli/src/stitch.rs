@@ -6,7 +6,7 @@ use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::File as FileSource;
-use pagestitch::{Chunk, Metrics, Pool, Region};
+use pagestitch::{Chunk, Metrics, Plan, Pool, Region};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::first_touches;
 use serde_json::json;
@@ -14,9 +14,10 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::error::Error;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write, stdout};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 #[derive(Debug, Args)]
@@ -62,11 +63,11 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         pool = pool.workers(workers);
     }
     let pool = pool.start()?;
+    if let Some(path) = &options.output {
+        refuse_part_as_output(&parts, path)?;
+    }
     let (build_ns, region) = timed(|| build(&parts, &pool));
     let region = region?;
-    if options.explain && !as_json {
-        write!(stdout(), "{}", region.plan())?;
-    }
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
         first_touches(region.as_slice(), &touch.offsets(region.len(), page, options.seed))
@@ -87,7 +88,16 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         sha256,
         metrics: region.metrics(),
     };
-    if as_json { print_json(&done, options.explain.then(|| region.plan())) } else { print(&done, options) }
+    // Standard output may be the region itself.
+    let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
+        Some("-") => Box::new(io::stderr()),
+        _ => Box::new(stdout()),
+    };
+    match as_json {
+        true => print_json(&mut out, &done, options.explain.then(|| region.plan()))?,
+        false => print(&mut out, &done, options.explain.then(|| region.plan()))?,
+    }
+    Ok(())
 }
 
 fn build(parts: &[Part], pool: &Pool) -> Result<Region, pagestitch::Error> {
@@ -105,6 +115,20 @@ fn build(parts: &[Part], pool: &Pool) -> Result<Region, pagestitch::Error> {
         });
     }
     builder.build(pool)
+}
+
+/// Creating the output would empty the part, before a byte of it has been read.
+fn refuse_part_as_output(parts: &[Part], output: &Path) -> Result<(), String> {
+    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
+    let Some(written) = identity(output) else { return Ok(()) };
+    match parts.iter().find(|part| identity(&part.path) == Some(written)) {
+        Some(part) => Err(format!(
+            "the output {} is the part {}, which writing would destroy: name another file",
+            output.display(),
+            part.path.display()
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The SHA-256 of a region, in hexadecimal.
@@ -148,13 +172,11 @@ fn each_block(
     Ok(())
 }
 
-fn print(done: &Done, options: &Options) -> Result<(), Box<dyn Error>> {
+fn print(out: &mut dyn Write, done: &Done, plan: Option<Plan>) -> io::Result<()> {
     let Done { bytes: len, chunks, build_ns, latencies, sha256, metrics } = done;
-    // Standard output may be the region itself.
-    let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
-        Some("-") => Box::new(io::stderr()),
-        _ => Box::new(stdout()),
-    };
+    if let Some(plan) = plan {
+        write!(out, "{plan}")?;
+    }
     writeln!(
         out,
         "{chunks} chunks, {} ({len} bytes) in one region, built in {}",
@@ -186,7 +208,7 @@ fn print(done: &Done, options: &Options) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn print_json(done: &Done, plan: Option<pagestitch::Plan>) -> Result<(), Box<dyn Error>> {
+fn print_json(out: &mut dyn Write, done: &Done, plan: Option<Plan>) -> io::Result<()> {
     let Done { bytes, chunks, build_ns, latencies, sha256, metrics } = done;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
@@ -206,8 +228,7 @@ fn print_json(done: &Done, plan: Option<pagestitch::Plan>) -> Result<(), Box<dyn
         "pages_gathered": metrics.pages_gathered, "bytes_copied": metrics.bytes_copied, "faults": metrics.faults,
         "touch": touch, "sha256": sha256, "plan": plan,
     });
-    writeln!(stdout(), "{all}")?;
-    Ok(())
+    writeln!(out, "{all}")
 }
 
 const BLOCK: usize = 4 << 20;

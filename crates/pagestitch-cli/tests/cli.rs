@@ -1,9 +1,6 @@
 //! The command as a person uses it: what it prints, and one clear line for each thing that is wrong.
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    apply_filter,
-};
+use pagestitch_testkit::deny::deny_userfaultfd;
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
@@ -57,6 +54,9 @@ fn stitched_parts_hash_and_write_as_the_parts_end_to_end() {
     assert!(fs::read(directory.path().join("written")).unwrap() == whole);
     let piped = pagestitch(directory.path(), &["stitch", "a", "b", "c", "a", "--output", "-"]);
     assert!(piped.stdout == whole, "nothing but the bytes is on standard output");
+    let piped =
+        pagestitch(directory.path(), &["stitch", "a", "b", "c", "a", "--output", "-", "--json", "--explain"]);
+    assert!(piped.stdout == whole, "nor with what else is said");
 }
 
 #[test]
@@ -152,6 +152,7 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
     let directory = files();
     fs::create_dir(directory.path().join("folder")).unwrap();
     fs::write(directory.path().join("empty"), "").unwrap();
+    assert!(Command::new("mkfifo").arg("pipe").current_dir(directory.path()).status().unwrap().success());
     for (arguments, expected) in [
         (&["stitch", "missing"][..], "cannot open missing: No such file"),
         (&["stitch", "folder"], "folder is a directory: name a file in it"),
@@ -161,6 +162,8 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
         (&["stitch", "a:x+2000"], "the range 'x+2000' has an offset that is not a number"),
         (&["stitch", "a:12"], "the range '12' is not OFFSET+LENGTH"),
         (&["stitch", "a:1+0"], "the range '1+0' is empty"),
+        (&["stitch", "pipe"], "pipe cannot be read at an offset"),
+        (&["stitch", "b", "a", "-o", "./a"], "the output ./a is the part a, which writing would destroy"),
         (&["stitch", "a", "--workers", "0"], "a pool needs at least one worker"),
         (&["stitch", "a", "-o", "folder"], "cannot write folder"),
         (&["demo", "--file", "empty"], "is empty: name a file with some bytes"),
@@ -170,6 +173,7 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
         assert!(said.starts_with("pagestitch: ") && said.contains(expected), "{arguments:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
     }
+    assert_eq!(fs::read(directory.path().join("a")).unwrap().len(), 10_000, "no part was touched");
 }
 
 #[test]
@@ -217,20 +221,6 @@ fn without_userfaultfd_each_command_says_what_to_do() {
         assert!(said.contains("no userfaultfd") && said.contains("seccomp profile"), "{said}");
     }
     assert!(String::from_utf8_lossy(&outputs[2].stdout).contains("EPERM"), "probe still prints its table");
-}
-
-fn deny_userfaultfd() {
-    let new_from_device =
-        SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0xaa00).unwrap();
-    let rules = [
-        (nix::libc::SYS_userfaultfd, vec![]),
-        (nix::libc::SYS_ioctl, vec![SeccompRule::new(vec![new_from_device]).unwrap()]),
-    ];
-    let denied = SeccompAction::Errno(nix::libc::EPERM as u32);
-    let architecture = std::env::consts::ARCH.try_into().unwrap();
-    let filter = SeccompFilter::new(rules.into(), SeccompAction::Allow, denied, architecture);
-    let program: BpfProgram = filter.unwrap().try_into().unwrap();
-    apply_filter(&program).unwrap();
 }
 
 #[test]

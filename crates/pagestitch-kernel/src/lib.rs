@@ -9,6 +9,7 @@
 //! | [`reservation`] | an owned range of addresses behind one bounds check, and the [`View`] of its bytes |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
+//! | [`fork`] | whether this is still the process that made a thing |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
 //!
 //! # The safety argument, once
@@ -26,6 +27,7 @@
 //! reservation and it is borrowed mutably.
 
 pub mod event;
+pub mod fork;
 pub mod gate;
 pub mod lend;
 mod mapping;

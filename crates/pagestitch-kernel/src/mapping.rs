@@ -1,17 +1,19 @@
 //! An owned anonymous mapping: unmapped when dropped. The ground under reservations, buffers and tables.
 
+use crate::fork::Maker;
 use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
-/// Private anonymous memory of this process, not inherited by a forked child's writes.
+/// Private anonymous memory of this process.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     /// Invariant: the start of `bytes` bytes that were mapped by [`Mapping::new`] and not unmapped since.
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
+    maker: Maker,
 }
 
 // SAFETY: the mapping is memory without thread affinity; who may access its bytes is its owners' concern.
@@ -28,7 +30,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
-        Ok(Self { start, bytes })
+        Ok(Self { start, bytes, maker: Maker::current() })
     }
 
     pub(crate) const fn start(&self) -> NonNull<c_void> {
@@ -42,6 +44,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if !self.maker.is_current() {
+            // A forked child has no such mapping, or a copy that ends with it. Something else may be there by now.
+            return;
+        }
         // SAFETY: by the field's invariant it is ours, and with the owner gone nobody refers to it.
         #[expect(unsafe_code, reason = "munmap")]
         let answer = unsafe { munmap(self.start, self.bytes()) };

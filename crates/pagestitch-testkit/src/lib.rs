@@ -4,8 +4,10 @@
 //! |---|---|
 //! | [`conformance`] | the contract of [`Source`](pagestitch::Source), checked: run it on yours |
 //! | [`scripted`] | sources that count, fail, panic or wait when told to |
+//! | [`deny`] | take userfaultfd away, as a container does |
 //! | [`child`] | a test's body in a process of its own, to see it die by a signal or under a limit |
 
 pub mod child;
 pub mod conformance;
+pub mod deny;
 pub mod scripted;

@@ -206,6 +206,10 @@ impl Region {
 /// 5. close the uffd and unmap, when the last `Arc` goes.
 impl Drop for Region {
     fn drop(&mut self) {
+        if !self.pool.is_of_this_process() {
+            // A forked child: the range is not there, and what serves it belongs to the parent.
+            return;
+        }
         self.pool.remove(&self.served);
         self.served.close();
         if let Err(errno) = self.served.reservation.seal() {

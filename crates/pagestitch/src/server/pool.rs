@@ -18,6 +18,7 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
+use pagestitch_kernel::fork::Maker;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fmt;
@@ -75,6 +76,11 @@ impl Pool {
     pub fn stop(self) -> Result<Report, Error> {
         self.handle.shared.refuse_regions()?;
         Ok(self.handle.join())
+    }
+
+    /// False in a forked child, which has the handle and not the threads.
+    pub(crate) fn is_of_this_process(&self) -> bool {
+        self.handle.maker.is_current()
     }
 
     pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
@@ -135,7 +141,7 @@ impl PoolBuilder {
             Error::because(ErrorKind::Resources, "cannot start a pool (descriptors: ulimit -n)", errno)
         })?;
         // Dropping the handle on an early return stops the workers that have started.
-        let handle = Handle { shared: Arc::new(shared), threads: Mutex::default() };
+        let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
             let home = if self.workers.is_none() { Some(homes[index]) } else { None };
             let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home);
@@ -164,6 +170,7 @@ pub struct Report {
 struct Handle {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<u64>>>,
+    maker: Maker,
 }
 
 impl Handle {
@@ -184,6 +191,10 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        if !self.maker.is_current() {
+            // A forked child: the stop event is shared with the parent, and there are no threads to join.
+            return;
+        }
         let report = self.join();
         tracing::debug!(workers = report.workers, faults = report.faults, "pool stopped");
     }

@@ -2,9 +2,10 @@
 
 use super::Source;
 use crate::error::{Error, ErrorKind};
+use nix::libc::O_NONBLOCK;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// A regular file or block device, read with `pread(2)` when its pages are touched.
@@ -26,7 +27,9 @@ impl File {
     /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a directory, a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let file = fs::File::open(path).map_err(|error| {
+        // Non-blocking, or opening a named pipe would wait for somebody to write to it. Files do not care.
+        let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
+        let file = options.open(path).map_err(|error| {
             Error::because(ErrorKind::File, format_args!("cannot open {}", path.display()), error)
         })?;
         Self::from_file(file, path)
@@ -42,15 +45,17 @@ impl File {
         let unusable = |why: &str| Error::new(ErrorKind::File, format!("{} {why}", path.display()));
         let failed =
             |error| Error::because(ErrorKind::File, format_args!("cannot use {}", path.display()), error);
-        let kind = file.metadata().map_err(failed)?.file_type();
+        let metadata = file.metadata().map_err(failed)?;
+        let kind = metadata.file_type();
         if kind.is_dir() {
             return Err(unusable("is a directory: name a file in it"));
         }
         if !kind.is_file() && !kind.is_block_device() {
             return Err(unusable("cannot be read at an offset: use a regular file or a block device"));
         }
-        // A block device's metadata says 0; where its end is, seeking tells for both.
-        let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        // A block device's metadata says 0; where its end is, seeking tells.
+        let size =
+            if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
         Ok(Self { file, size, path })
     }
 }
