@@ -118,18 +118,19 @@ fn measure(
     let page = Support::current().page_size().bytes();
     let offsets = options.touch.offsets(region.len(), page, options.seed);
     let (touch_ns, latencies) = timed(|| first_touches(region.as_slice(), &offsets));
-    let after_touch = region.metrics();
+    let len = region.len();
+    let after_touch = region.close();
     let (eager_ns, copy) = timed(|| copy_eagerly(&buffers, path, cuts));
     let expected = Sha256::digest(copy?).iter().map(|byte| format!("{byte:02x}")).collect();
     Ok(Seen {
         pieces: cuts.len(),
-        len: region.len(),
+        len,
         build_ns,
         touch_ns,
         eager_ns,
         latencies,
         after_touch,
-        sha256: sha256(&region)?,
+        sha256: sha256(&build()?)?,
         expected,
     })
 }

@@ -53,6 +53,7 @@ struct Done {
     build_ns: u64,
     latencies: Option<Histogram<u64>>,
     sha256: Option<String>,
+    plan: Option<Plan>,
     metrics: Metrics,
 }
 
@@ -80,22 +81,17 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if !options.explain && latencies.is_none() && sha256.is_none() && options.output.is_none() {
         each_block(&region, "stitching", |_| Ok(()))?;
     }
-    let done = Done {
-        bytes: region.len(),
-        chunks: parts.len(),
-        build_ns,
-        latencies,
-        sha256,
-        metrics: region.metrics(),
-    };
+    let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
+    let done =
+        Done { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
     // Standard output may be the region itself.
     let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
         Some("-") => Box::new(io::stderr()),
         _ => Box::new(stdout()),
     };
     match as_json {
-        true => print_json(&mut out, &done, options.explain.then(|| region.plan()))?,
-        false => print(&mut out, &done, options.explain.then(|| region.plan()))?,
+        true => print_json(&mut out, &done)?,
+        false => print(&mut out, &done)?,
     }
     Ok(())
 }
@@ -172,8 +168,8 @@ fn each_block(
     Ok(())
 }
 
-fn print(out: &mut dyn Write, done: &Done, plan: Option<Plan>) -> io::Result<()> {
-    let Done { bytes: len, chunks, build_ns, latencies, sha256, metrics } = done;
+fn print(out: &mut dyn Write, done: &Done) -> io::Result<()> {
+    let Done { bytes: len, chunks, build_ns, latencies, sha256, plan, metrics } = done;
     if let Some(plan) = plan {
         write!(out, "{plan}")?;
     }
@@ -208,13 +204,13 @@ fn print(out: &mut dyn Write, done: &Done, plan: Option<Plan>) -> io::Result<()>
     Ok(())
 }
 
-fn print_json(out: &mut dyn Write, done: &Done, plan: Option<Plan>) -> io::Result<()> {
-    let Done { bytes, chunks, build_ns, latencies, sha256, metrics } = done;
+fn print_json(out: &mut dyn Write, done: &Done) -> io::Result<()> {
+    let Done { bytes, chunks, build_ns, latencies, sha256, plan, metrics } = done;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
         json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
     });
-    let plan = plan.map(|plan| {
+    let plan = plan.as_ref().map(|plan| {
         let run = |run: &pagestitch::Run| {
             json!({
                 "offset": run.offsets.start, "bytes": run.offsets.end - run.offsets.start, "first_chunk": run.chunks.start,

@@ -177,10 +177,26 @@ impl Region {
         Plan::of(&self.served)
     }
 
-    /// What has happened in the region so far.
+    /// What has happened in the region so far. [`close`](Self::close) tells it when nothing can happen any more.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.served.counters.read()
+    }
+
+    /// Gives everything back, as dropping does, and tells what has happened, to the last page.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[5_000], 7);
+    /// assert_eq!(region.close().pages_installed(), 1);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use = "to give everything back, dropping is enough"]
+    pub fn close(self) -> Metrics {
+        self.pool.remove(&self.served);
+        self.served.close();
+        self.metrics()
     }
 
     fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
