@@ -4,11 +4,14 @@ use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
-/// A table of left-aligned columns that fits the terminal.
+/// A table of left-aligned columns that fits the terminal, or a page where there is none.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     let style = presets::NOTHING.header_separator(LineStyle::new('─', '─', '─', '─'));
     table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
+    if !table.is_tty() {
+        table.set_width(WIDTH_OF_A_FILE);
+    }
     table.set_header(header);
     table
 }
@@ -71,6 +74,7 @@ impl Drop for Progress {
     }
 }
 
+const WIDTH_OF_A_FILE: u16 = 120;
 const PATIENCE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
