@@ -23,6 +23,12 @@ fn a_file_conforms() {
 }
 
 #[test]
+fn a_memfd_conforms() {
+    let bytes = pattern(3, 100_000);
+    check(Arc::new(crate::zero_copy::memfd(&bytes)), &bytes);
+}
+
+#[test]
 fn a_hole_conforms() {
     check(Arc::new(Hole), &[0; 50_000]);
 }

@@ -8,6 +8,7 @@ mod limits;
 mod reading;
 mod scale;
 mod teardown;
+mod zero_copy;
 
 use std::ptr::NonNull;
 use std::thread;

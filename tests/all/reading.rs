@@ -2,8 +2,9 @@
 //! end to end.
 
 use crate::pattern;
+use crate::zero_copy::memfd;
 use bytes::Bytes;
-use pagestitch::source::{File, Memory};
+use pagestitch::source::{File, Memfd, Memory};
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use proptest::prelude::*;
@@ -22,13 +23,15 @@ enum Kind {
     Owner,
     Shared,
     File,
+    Memfd,
+    MemfdInPlace,
     Hole,
     Own,
 }
 
-const KINDS: [Kind; 10] = {
-    use Kind::{Arc, Boxed, Bytes, File, Hole, Own, Owner, Shared, Static, Vec};
-    [Vec, Boxed, Arc, Bytes, Static, Owner, Shared, File, Hole, Own]
+const KINDS: [Kind; 12] = {
+    use Kind::{Arc, Boxed, Bytes, File, Hole, Memfd, MemfdInPlace, Own, Owner, Shared, Static, Vec};
+    [Vec, Boxed, Arc, Bytes, Static, Owner, Shared, File, Memfd, MemfdInPlace, Hole, Own]
 };
 
 /// A chunk to be: its kind, where it starts in its source, how long it is.
@@ -37,6 +40,7 @@ type Description = (Kind, usize, usize);
 const SOURCE_BYTES: usize = 64 << 10;
 static STATIC: LazyLock<&'static [u8]> = LazyLock::new(|| pattern(3, SOURCE_BYTES).leak());
 static SHARED: LazyLock<Memory> = LazyLock::new(|| Memory::from(pattern(4, SOURCE_BYTES)));
+static MEMFD: LazyLock<Memfd> = LazyLock::new(|| memfd(&pattern(6, SOURCE_BYTES)));
 static FILE: LazyLock<Arc<File>> = LazyLock::new(|| {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&pattern(5, SOURCE_BYTES)).unwrap();
@@ -59,6 +63,13 @@ fn make(&(kind, start, len): &Description) -> (Chunk, Vec<u8>) {
         }),
         Kind::Shared => (Chunk::from(SHARED.clone()).range(range), part(4)),
         Kind::File => (Chunk::from(Arc::clone(&FILE)).range(range), part(5)),
+        // Where it lies in a page of the region is up to what comes before it: now and then in place.
+        Kind::Memfd => (Chunk::from(MEMFD.clone()).range(range), part(6)),
+        Kind::MemfdInPlace => {
+            let start = start & !4095;
+            let chunk = Chunk::from(MEMFD.clone()).range(start as u64..(start + len) as u64);
+            (chunk, pattern(6, SOURCE_BYTES)[start..start + len].to_vec())
+        }
         Kind::Hole => (Chunk::hole(len as u64), vec![0; len]),
         Kind::Own => {
             let source = Arc::new(Scripted::new(SOURCE_BYTES as u64));
@@ -68,7 +79,9 @@ fn make(&(kind, start, len): &Description) -> (Chunk, Vec<u8>) {
 }
 
 fn descriptions() -> impl Strategy<Value = Vec<Description>> {
-    let len = prop_oneof![0usize..10, 10usize..300, 3000usize..20_000];
+    // Whole pages now and then, so that what follows begins on a page.
+    let whole_pages = (1usize..5).prop_map(|pages| pages * 4096);
+    let len = prop_oneof![0usize..10, 10usize..300, 3000usize..20_000, whole_pages];
     prop::collection::vec((prop::sample::select(&KINDS[..]), 0usize..40_000, len), 1..60)
 }
 

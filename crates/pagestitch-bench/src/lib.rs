@@ -4,6 +4,7 @@
 //! medians of the rounds are compared. Absolute times belong to one machine at one moment.
 
 pub mod build;
+pub mod in_place;
 pub mod latency;
 mod manual_page;
 pub mod touch;

@@ -7,6 +7,7 @@
 //! | [`event`] | what the kernel says happened, decoded eagerly |
 //! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
 //! | [`reservation`] | an owned range of addresses behind one bounds check, and the [`View`] of its bytes |
+//! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
@@ -15,10 +16,12 @@
 //! # The safety argument, once
 //!
 //! A missing page *has no value*: whoever reads it is stopped by the kernel until it has one. Filling it is
-//! therefore never a write behind a reader's back, on two conditions, and both are made here:
+//! therefore never a write behind a reader's back, on three conditions, and all are made here:
 //!
 //! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
 //!   no allocator ever handed those pages out as zeros;
+//! * only a [`memfd::SealedMemfd`], which nobody can write to, is mapped into a reservation, while its view is
+//!   borrowed mutably;
 //! * nothing in this crate's safe API takes a page that has been filled and fills it with other bytes. Taking
 //!   a page away for good ([`Reservation::revoke`], [`Reservation::seal`]) makes a later access a signal,
 //!   which ends the program; it does not show it different bytes.
@@ -31,6 +34,7 @@ pub mod fork;
 pub mod gate;
 pub mod lend;
 mod mapping;
+pub mod memfd;
 pub mod page;
 pub mod reservation;
 pub mod support;

@@ -1,13 +1,14 @@
-//! An owned anonymous mapping: unmapped when dropped. The ground under reservations, buffers and tables.
+//! An owned mapping: unmapped when dropped. The ground under reservations, buffers and tables.
 
 use crate::fork::Maker;
 use nix::errno::Errno;
 use nix::libc::c_void;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
-/// Private anonymous memory of this process.
+/// Private memory of this process.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     /// Invariant: the start of `bytes` bytes that were mapped by [`Mapping::new`] and not unmapped since.
@@ -30,6 +31,16 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
+        Ok(Self { start, bytes, maker: Maker::current() })
+    }
+
+    /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
+    pub(crate) fn of_file(file: BorrowedFd<'_>, bytes: NonZeroUsize) -> Result<Self, Errno> {
+        // Private: before Linux 6.7 a shared mapping of a memfd sealed against writing is EPERM. Who only reads
+        // sees the file's own pages either way.
+        // SAFETY: a new mapping where the kernel chooses replaces nothing.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap(None, bytes, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, file, 0) }?;
         Ok(Self { start, bytes, maker: Maker::current() })
     }
 

@@ -68,6 +68,17 @@ impl PageSize {
         Span { first, pages: last.0 - first.0 + 1 }
     }
 
+    /// The span of whole pages inside `offsets`; an empty one where there is none.
+    #[must_use]
+    pub const fn inside(self, offsets: &Range<u64>) -> Span {
+        let end = self.page_at(offsets.end);
+        let first = match self.round_up(offsets.start) {
+            Some(aligned) => self.page_at(aligned),
+            None => end,
+        };
+        Span { first, pages: end.0.saturating_sub(first.0) }
+    }
+
     /// The bytes that a span holds.
     #[must_use]
     pub const fn bytes_of(self, span: Span) -> usize {
@@ -226,6 +237,14 @@ mod tests {
             let offsets = PAGE.offsets(span);
             prop_assert!(offsets.start <= start && start < offsets.start + 4096);
             prop_assert!(offsets.end >= start + bytes && offsets.end - 4096 < start + bytes);
+        }
+
+        #[test]
+        fn the_span_inside_is_the_largest(start in 0u64..1 << 20, bytes in 0u64..1 << 16) {
+            let span = PAGE.inside(&(start..start + bytes));
+            let expected = (start.div_ceil(4096)..(start + bytes) / 4096).count();
+            prop_assert_eq!(span.pages, expected);
+            prop_assert!(span.is_empty() || PAGE.offset_of(span.first) >= start);
         }
 
         #[test]

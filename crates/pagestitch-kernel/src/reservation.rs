@@ -14,6 +14,7 @@
 //! child would read zeros.
 
 use crate::mapping::Mapping;
+use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
@@ -33,6 +34,15 @@ pub enum Access {
     ReadOnly,
     /// Read and write them; writes stay private to the region.
     Writable,
+}
+
+impl Access {
+    const fn protection(self) -> ProtFlags {
+        match self {
+            Self::ReadOnly => ProtFlags::PROT_READ,
+            Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
+        }
+    }
 }
 
 /// An owned range of addresses, a whole number of pages, missing until filled.
@@ -55,12 +65,8 @@ impl Reservation {
     ) -> Result<(Arc<Self>, View), ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::new(usize::MAX, Errno::ENOMEM))?;
-        let protection = match access {
-            Access::ReadOnly => ProtFlags::PROT_READ,
-            Access::Writable => ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-        };
-        let mapping =
-            Mapping::new(bytes, protection).map_err(|errno| ReserveError::new(bytes.get(), errno))?;
+        let mapping = Mapping::new(bytes, access.protection())
+            .map_err(|errno| ReserveError::new(bytes.get(), errno))?;
         // SAFETY: the advice concerns our own mapping, and what a child of fork sees of it.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe { madvise(mapping.start(), bytes.get(), MmapAdvise::MADV_DONTFORK) }
@@ -205,6 +211,34 @@ impl View {
         // SAFETY: as in `as_slice`, mapped for writing; this is the only view, and it is borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
+    }
+
+    /// Shows part of a sealed memfd in place: the span's pages are the memfd's own, there at once and not copied.
+    ///
+    /// In a writable reservation a page is copied when it is first written to; the memfd never changes.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is as it was; after another, none of
+    /// which is known to occur, it may be closed to every access.
+    ///
+    /// # Panics
+    ///
+    /// If the memfd does not have all of the span's bytes at `offset`, or `offset` is no multiple of the page size.
+    pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
+        let page = self.reservation.page;
+        let range = self.reservation.addresses(span);
+        let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
+        let inside = offset.checked_add(range.bytes() as u64).is_some_and(|end| end <= memfd.len() as u64);
+        assert!(inside && page.offset_of(page.page_at(offset)) == offset, "{span:?} from {offset}");
+        // Private, as a shared mapping of a memfd that is sealed against writing is EPERM before Linux 6.7.
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        let (start, offset) =
+            (NonZeroUsize::new(range.start()), i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?);
+        // SAFETY: the range is inside our own mapping, and `&mut self`, the one view, says that nobody has a
+        // reference to its bytes. What is mapped cannot be changed by anybody else: it is sealed.
+        #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
+        unsafe { mmap(start, bytes, self.access.protection(), flags, memfd, offset) }.map(drop)
     }
 
     /// The address of the first byte, for code that works with raw pointers.

@@ -2,6 +2,7 @@
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use pagestitch_kernel::memfd::Memfd;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{
@@ -116,6 +117,27 @@ fn writing_to_a_writable_reservation_faults_as_a_write_and_keeps_what_was_writte
 fn a_read_only_view_gives_no_mutable_slice() {
     let (_reservation, mut view, _uffd) = reserve(1, Access::ReadOnly);
     assert!(view.as_mut_slice().is_none());
+}
+
+#[test]
+fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
+    let size = PageSize::system().bytes();
+    let memfd = Memfd::create("shown", 3 * size as u64).unwrap();
+    memfd.file().write_all_at(&vec![8u8; 3 * size], 0).unwrap();
+    let sealed = memfd.seal().unwrap();
+    let (_reservation, mut view, _uffd) = reserve(4, Access::Writable);
+    view.map(Span { first: Page(1), pages: 2 }, &sealed, size as u64).unwrap();
+    assert!(view.as_slice()[size..3 * size].iter().all(|&byte| byte == 8), "no fault: nobody serves");
+    view.as_mut_slice().unwrap()[size] = 9;
+    assert_eq!((view.as_slice()[size], sealed.as_ref()[size]), (9, 8));
+}
+
+#[test]
+#[should_panic(expected = "from 8192")]
+fn mapping_past_the_end_of_a_memfd_is_stopped() {
+    let sealed = Memfd::create("short", 3 * 4096).unwrap().seal().unwrap();
+    let (_reservation, mut view, _uffd) = reserve(4, Access::ReadOnly);
+    let _ = view.map(Span { first: Page(0), pages: 2 }, &sealed, 8192);
 }
 
 #[test]

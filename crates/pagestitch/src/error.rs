@@ -31,6 +31,8 @@ pub enum ErrorKind {
     Source,
     /// An offset or range outside the region.
     OutOfRange,
+    /// A byte would have to be copied, and the builder was told to refuse that.
+    NotZeroCopy,
     /// The pool still serves regions.
     Busy,
     /// An option has a value that it cannot have.

@@ -33,6 +33,9 @@
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
 //! | [`Pool`] | **who** answers faults |
 //!
+//! Pages of a sealed [memfd](source::Memfd) are shown in place where they lie at the same place in a page: no copy, no
+//! fault. Everything else is copied, once, page by page.
+//!
 //! # Promises
 //!
 //! * **Never zeros for bytes.** A page whose source fails is SIGBUS to who touches it, and an error from

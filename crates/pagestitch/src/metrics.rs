@@ -27,6 +27,8 @@ metrics! {
     faults,
     /// Faults on a page that was there by the time they were looked at.
     late,
+    /// Pages shown in place when the region was built: no copy, no fault.
+    pages_in_place,
     /// Pages copied straight from a source's own memory.
     pages_copied,
     /// Pages read into staging from one source, and copied from there.
@@ -44,7 +46,7 @@ metrics! {
 }
 
 impl Metrics {
-    /// Pages installed, in whichever way.
+    /// Pages installed on a fault or by populating, in whichever way.
     #[must_use]
     pub const fn pages_installed(&self) -> u64 {
         self.pages_copied + self.pages_read + self.pages_gathered + self.pages_zeroed

@@ -1,11 +1,12 @@
 //! Building a region: lay out, reserve, open, register, hand to the pool. All or nothing.
 
 use crate::error::{Error, ErrorKind};
-use crate::region::{Chunk, Layout, Region, Served};
+use crate::region::in_place::{InPlaceRuns, memfd_of};
+use crate::region::{Chunk, How, Layout, Plan, Region, Run, Served};
 use crate::server::Pool;
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::support::{Features, mappings_left};
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
-use pagestitch_kernel::{Access, PageSize, Reservation, Uffd};
+use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -14,13 +15,14 @@ use std::sync::Arc;
 pub struct Builder {
     name: Option<String>,
     access: Access,
+    zero_copy: bool,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Self { name: None, access: Access::ReadOnly, layout: Ok(Layout::default()) }
+        Self { name: None, access: Access::ReadOnly, zero_copy: false, layout: Ok(Layout::default()) }
     }
 }
 
@@ -36,6 +38,13 @@ impl Builder {
     #[must_use]
     pub fn writable(mut self) -> Self {
         self.access = Access::Writable;
+        self
+    }
+
+    /// Makes it an error if a byte would have to be copied: [`ErrorKind::NotZeroCopy`] names the chunk and the reason.
+    #[must_use]
+    pub fn require_zero_copy(mut self) -> Self {
+        self.zero_copy = true;
         self
     }
 
@@ -70,7 +79,7 @@ impl Builder {
         layout.finish().map_err(in_region)?;
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
-        let (reservation, view) = Reservation::new(pages, page, self.access)
+        let (reservation, mut view) = Reservation::new(pages, page, self.access)
             .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
         let uffd = open(&name)?;
         uffd.register(&reservation, RegisterMode::MISSING).map_err(|errno| {
@@ -80,13 +89,24 @@ impl Builder {
                 errno,
             )
         })?;
-        let served = Served::new(name, layout, reservation, uffd).map_err(|errno| {
+        let in_place = show_in_place(&layout, page, &mut view).map_err(|errno| {
+            Error::because(
+                ErrorKind::Resources,
+                format_args!("region {name}: cannot map a memfd in place"),
+                errno,
+            )
+        })?;
+        let served = Served::new(name, layout, in_place, reservation, uffd).map_err(|errno| {
             Error::because(
                 ErrorKind::Resources,
                 "no address space for the page table (RLIMIT_AS: ulimit -v)",
                 errno,
             )
         })?;
+        if self.zero_copy {
+            refuse_copies(&served)?;
+        }
+        served.counters.pages_in_place.add(served.in_place.pages());
         let served = Arc::new(served);
         let region = Region::new(view, served, pool.clone());
         pool.add(region.served())?;
@@ -110,6 +130,34 @@ fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
     })
 }
 
+/// Maps what can be shown in place, over a part of the range that was registered: what is mapped there is not.
+fn show_in_place(layout: &Layout, page: PageSize, view: &mut View) -> Result<InPlaceRuns, Errno> {
+    let mut runs = InPlaceRuns::decide(layout, page, || mappings_left() / MAPPINGS_A_RUN / BUDGET_SHARE);
+    let mut mapped = 0;
+    for run in runs.iter() {
+        let memfd = memfd_of(layout, run.chunk).expect("only memfds are shown in place");
+        match view.map(run.span, memfd.sealed(), run.offset) {
+            Ok(()) => mapped += 1,
+            // Somebody was quicker, and there are no more mappings after all: the rest is copied.
+            Err(Errno::ENOMEM) => break,
+            Err(errno) => return Err(errno),
+        }
+    }
+    runs.truncate(mapped);
+    Ok(runs)
+}
+
+fn refuse_copies(served: &Served) -> Result<(), Error> {
+    match Plan::of(served).runs().iter().find(|run| !matches!(run.how, How::Map | How::Zero)) {
+        Some(Run { chunks, source, why, .. }) => {
+            let what =
+                format!("region {}: chunk {} ({source}) is not zero-copy: {why}", served.name, chunks.start);
+            Err(Error::new(ErrorKind::NotZeroCopy, what))
+        }
+        None => Ok(()),
+    }
+}
+
 fn open(name: &str) -> Result<Uffd, Error> {
     let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::POISON)
         .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
@@ -121,3 +169,8 @@ fn open(name: &str) -> Result<Uffd, Error> {
     }
     Ok(uffd)
 }
+
+/// A run is a mapping, and cuts the one around it in two.
+const MAPPINGS_A_RUN: usize = 2;
+/// One region takes no more than half of the mappings that are left.
+const BUDGET_SHARE: usize = 2;

@@ -1,6 +1,6 @@
 //! A chunk: a byte range of one source, to be laid into a region.
 
-use crate::source::{Backing, File, Hole, Memory, Source};
+use crate::source::{Backing, File, Hole, Memfd, Memory, Source};
 use bytes::Bytes;
 use std::ops::Range;
 use std::sync::Arc;
@@ -56,6 +56,12 @@ impl Chunk {
 impl From<Memory> for Chunk {
     fn from(memory: Memory) -> Self {
         Self::whole(Backing::Memory(memory))
+    }
+}
+
+impl From<Memfd> for Chunk {
+    fn from(memfd: Memfd) -> Self {
+        Self::whole(Backing::Memfd(memfd))
     }
 }
 

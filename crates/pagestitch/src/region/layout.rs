@@ -137,6 +137,18 @@ impl Layout {
         &self.sources[self.origins[chunk].source as usize]
     }
 
+    /// A chunk's first byte in its source.
+    pub(crate) fn source_offset(&self, chunk: usize) -> u64 {
+        self.origins[chunk].offset
+    }
+
+    /// Whether a chunk goes on in its source where the chunk before it ended.
+    pub(crate) fn continues(&self, chunk: usize) -> bool {
+        let before = self.offsets_of(chunk - 1);
+        let (last, this) = (self.origins[chunk - 1], self.origins[chunk]);
+        last.source == this.source && last.offset + (before.end - before.start) == this.offset
+    }
+
     fn piece(&self, chunk: usize, within: &Range<u64>) -> Piece<'_> {
         let own = self.offsets_of(chunk);
         let (start, end) = (own.start.max(within.start), own.end.min(within.end));

@@ -5,10 +5,11 @@
 //! | `chunk`, `layout` | locate: offset -> chunk |
 //! | `page_table` | claim, settle |
 //! | `served` | what the handler threads share with the region |
-//! | `builder`, `plan` | before the first fault: lay out, reserve, register |
+//! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
 
 mod builder;
 mod chunk;
+mod in_place;
 mod layout;
 pub(crate) mod page_table;
 mod plan;

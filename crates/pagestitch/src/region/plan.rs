@@ -1,8 +1,9 @@
 //! The plan: how each run of chunks is installed, and why not without a copy. For people to read.
 
 use crate::region::Served;
+use crate::region::in_place::is_aligned;
 use crate::source::Backing;
-use pagestitch_kernel::PageSize;
+use pagestitch_kernel::{PageSize, Span};
 use std::fmt;
 use std::ops::Range;
 
@@ -37,6 +38,8 @@ pub struct Run {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum How {
+    /// Mapped in place when the region is built: the source's own pages. No copy, no fault.
+    Map,
     /// Copied on first touch, straight from where the bytes lie. One copy.
     Copy,
     /// Read into staging on first touch, then copied. Two copies.
@@ -48,6 +51,7 @@ pub enum How {
 impl fmt::Display for How {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            Self::Map => "map",
             Self::Copy => "copy",
             Self::Read => "read",
             Self::Zero => "zero",
@@ -62,7 +66,7 @@ impl Plan {
         for chunk in 0..layout.chunks() {
             let run = run_of(served, chunk);
             match runs.last_mut() {
-                Some(last) if last.how == run.how && last.source == run.source => {
+                Some(last) if last.how == run.how && last.source == run.source && last.why == run.why => {
                     last.offsets.end = run.offsets.end;
                     last.chunks.end = run.chunks.end;
                 }
@@ -97,12 +101,32 @@ impl Plan {
 fn run_of(served: &Served, chunk: usize) -> Run {
     let backing = served.layout.backing_of(chunk);
     let (how, why) = match backing {
+        Backing::Memfd(_) => how_of_memfd(served, chunk),
         Backing::Memory(_) => (How::Copy, "private memory: copied once, from where it lies"),
         Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
         Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
     };
     let offsets = served.layout.offsets_of(chunk);
     Run { offsets, chunks: chunk..chunk + 1, source: backing.source().name(), how, why }
+}
+
+/// A chunk counts as mapped only if all of it is.
+fn how_of_memfd(served: &Served, chunk: usize) -> (How, &'static str) {
+    let page = served.page_size();
+    let offsets = served.layout.offsets_of(chunk);
+    let shown = |span: Span| served.in_place.next_gap(span).is_empty();
+    let whole = page.inside(&offsets);
+    if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
+        (How::Copy, "not at the same place in a page as in the memfd: copied from its memory")
+    } else if shown(page.covering(&offsets)) {
+        (How::Map, "mapped in place: the memfd's own pages")
+    } else if whole.is_empty() {
+        (How::Copy, "fills no page of its own: copied from the memfd's memory")
+    } else if shown(whole) {
+        (How::Copy, "an edge lies inside a page: its whole pages are mapped, the edge is copied")
+    } else {
+        (How::Copy, "no mapping left for it (vm.max_map_count): copied from the memfd's memory")
+    }
 }
 
 /// Pages in which a chunk ends before the page does.
@@ -112,7 +136,8 @@ fn count_gathered(served: &Served, page: PageSize) -> u64 {
     for chunk in 0..served.layout.chunks() {
         let end = served.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
-        if end != page.offset_of(holder.span().end()) && last != Some(holder) {
+        let ragged = end != page.offset_of(holder.span().end());
+        if ragged && last != Some(holder) && !served.in_place.contains(holder) {
             count += 1;
             last = Some(holder);
         }

@@ -2,6 +2,7 @@
 
 use crate::metrics::Counters;
 use crate::region::Layout;
+use crate::region::in_place::InPlaceRuns;
 use crate::region::page_table::{PageTable, Wake};
 use crate::source::Failure;
 use pagestitch_kernel::gate::{Gate, Visit};
@@ -16,6 +17,8 @@ use std::sync::Arc;
 pub(crate) struct Served {
     pub(crate) name: String,
     pub(crate) layout: Layout,
+    /// Pages that are there without us, and never fault.
+    pub(crate) in_place: InPlaceRuns,
     pub(crate) pages: PageTable,
     pub(crate) counters: Counters,
     pub(crate) reservation: Arc<Reservation>,
@@ -30,6 +33,7 @@ impl Served {
     pub(crate) fn new(
         name: String,
         layout: Layout,
+        in_place: InPlaceRuns,
         reservation: Arc<Reservation>,
         uffd: Uffd,
     ) -> Result<Self, pagestitch_kernel::Errno> {
@@ -37,6 +41,7 @@ impl Served {
         Ok(Self {
             name,
             layout,
+            in_place,
             pages: PageTable::new(pages)?,
             counters: Counters::default(),
             reservation,

@@ -65,8 +65,13 @@ fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
 pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
     let mut staging = vec![0; STAGING_PAGES * region.page_size().bytes()];
     let mut rest = span;
-    while !rest.is_empty() {
-        match region.pages.claim_run(rest.prefix(RUN_PAGES), region) {
+    loop {
+        let gap = region.in_place.next_gap(rest);
+        if gap.is_empty() {
+            return Ok(());
+        }
+        rest = rest.without_prefix(gap.first.0 - rest.first.0);
+        match region.pages.claim_run(gap.prefix(RUN_PAGES), region) {
             Ok(claim) => {
                 let pages = claim.span().pages;
                 match supply(region, claim, &mut staging) {
@@ -82,7 +87,6 @@ pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> 
             Err(State::Absent) => {}
         }
     }
-    Ok(())
 }
 
 /// What one read of a source can fill.

@@ -72,6 +72,12 @@ pub(crate) fn fill<'a>(
             let content = Content::Straight(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
+        Backing::Memfd(memfd) => {
+            let bytes = MemoryBytes::Owned(memfd.sealed().as_ref());
+            let start = piece.offset as usize;
+            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            Ok(Filled { pages: whole, content })
+        }
         Backing::Read(source) => {
             let mut pages = whole.min(staging.len() / page.bytes());
             let mut answer = read(source.as_ref(), piece.offset, &mut staging[..pages * page.bytes()]);

@@ -3,6 +3,7 @@
 //! | source | bytes | how a page gets them |
 //! |---|---|---|
 //! | [`Memory`] | at a stable address, owned or lent | copied straight from where they lie |
+//! | [`Memfd`] | in a sealed memfd | in place; copied straight where pages do not agree |
 //! | [`File`] | in a file, read at an offset | read into staging, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Source`] | wherever you get them | read into staging, then copied |
@@ -10,12 +11,14 @@
 mod file;
 mod fill;
 mod hole;
+mod memfd;
 mod memory;
 
 pub use file::File;
 pub use fill::Failure;
 pub(crate) use fill::{Content, Filled, fill};
 pub use hole::Hole;
+pub use memfd::Memfd;
 pub use memory::Memory;
 
 use std::sync::Arc;
@@ -81,6 +84,7 @@ pub trait Source: Send + Sync {
 #[derive(Clone)]
 pub(crate) enum Backing {
     Memory(Memory),
+    Memfd(Memfd),
     Hole(Hole),
     Read(Arc<dyn Source>),
 }
@@ -89,6 +93,7 @@ impl Backing {
     pub(crate) fn source(&self) -> &dyn Source {
         match self {
             Self::Memory(memory) => memory,
+            Self::Memfd(memfd) => memfd,
             Self::Hole(hole) => hole,
             Self::Read(source) => source.as_ref(),
         }
@@ -98,6 +103,7 @@ impl Backing {
     pub(crate) fn identity(&self) -> Option<(usize, u64)> {
         match self {
             Self::Memory(memory) => memory.identity(),
+            Self::Memfd(memfd) => Some(memfd.identity()),
             Self::Hole(_) => Some((0, 0)),
             Self::Read(source) => Some((Arc::as_ptr(source).addr(), u64::MAX)),
         }

@@ -1,0 +1,82 @@
+//! Pages shown in place against a plain `mmap` of the same memfd.
+
+use crate::{Environment, median, timed};
+use pagestitch::source::Memfd;
+use pagestitch::{Pool, Region};
+use pagestitch_kernel::memfd::{Memfd as Unsealed, SealedMemfd};
+use std::fmt;
+use std::hint::black_box;
+use std::os::fd::AsFd;
+
+/// What was measured: nanoseconds a page.
+#[derive(Debug)]
+pub struct Report {
+    environment: Environment,
+    bytes: usize,
+    region: Figures,
+    mmap: Figures,
+}
+
+#[derive(Debug, Default)]
+struct Figures {
+    first: Vec<f64>,
+    steady: Vec<f64>,
+}
+
+/// Reads a memfd of `bytes` through a region and through a mapping, in turn, as many `rounds`.
+///
+/// # Panics
+///
+/// Where this process has no userfaultfd.
+#[must_use]
+pub fn run(bytes: usize, rounds: usize) -> Report {
+    let unsealed = Unsealed::create("bench", bytes as u64).expect("a memfd");
+    for offset in (0..bytes).step_by(1 << 20) {
+        std::os::unix::fs::FileExt::write_all_at(unsealed.file(), &[7; 1 << 20], offset as u64)
+            .expect("memory");
+    }
+    let sealed = unsealed.seal().expect("a sealed memfd");
+    let again =
+        || SealedMemfd::try_from(sealed.as_fd().try_clone_to_owned().expect("a descriptor")).expect("sealed");
+    let pool = Pool::new().expect("a pool");
+    let (mut region, mut mmap) = (Figures::default(), Figures::default());
+    for _ in 0..rounds {
+        let shown = Region::builder().chunk(Memfd::from(again())).require_zero_copy().build(&pool);
+        region.measure(shown.expect("a region").as_slice());
+        mmap.measure(again().as_ref());
+    }
+    Report { environment: Environment::current(), bytes, region, mmap }
+}
+
+impl Figures {
+    fn measure(&mut self, bytes: &[u8]) {
+        let pages = bytes.len() as f64 / 4096.0;
+        let touch = || bytes.iter().step_by(4096).map(|&byte| u64::from(byte)).sum::<u64>();
+        let read = || {
+            bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word)).fold(0, u64::wrapping_add)
+        };
+        self.first.push(timed(|| black_box(touch())).0 as f64 / pages);
+        self.steady.push(timed(|| black_box(read())).0 as f64 / pages);
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rounds = self.region.first.len();
+        writeln!(
+            f,
+            "a memfd of {} MiB in place, in ns a page: medians of {rounds} rounds, interleaved",
+            self.bytes >> 20
+        )?;
+        writeln!(f, "{}", self.environment)?;
+        writeln!(f, "  {:12} {:>8} {:>8} {:>8}", "", "region", "mmap", "ratio")?;
+        let rows = [
+            ("first touch", &self.region.first, &self.mmap.first),
+            ("steady read", &self.region.steady, &self.mmap.steady),
+        ];
+        rows.iter().try_for_each(|(what, region, mmap)| {
+            let (region, mmap) = (median(region.to_vec()), median(mmap.to_vec()));
+            writeln!(f, "  {what:12} {region:>8.1} {mmap:>8.1} {:>8.2}", region / mmap)
+        })
+    }
+}

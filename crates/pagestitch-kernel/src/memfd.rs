@@ -1,0 +1,145 @@
+//! Sealed memfds: memory with a descriptor, that nobody can change any more and everybody can map.
+//!
+//! ```
+//! use std::os::unix::fs::FileExt;
+//! use pagestitch_kernel::memfd::Memfd;
+//!
+//! let memfd = Memfd::create("numbers", 8192)?;
+//! memfd.file().write_all_at(&[7; 8192], 0)?;
+//! let sealed = memfd.seal()?;
+//! assert_eq!(sealed.as_ref()[8191], 7);
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+use crate::mapping::Mapping;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::slice;
+
+/// A memfd that is being filled.
+#[derive(Debug)]
+pub struct Memfd {
+    file: File,
+}
+
+impl Memfd {
+    /// A memfd of `bytes` zeros. See `memfd_create(2)`.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers: a name with a NUL or of more than 249 bytes, no descriptor, no memory.
+    pub fn create(name: &str, bytes: u64) -> io::Result<Self> {
+        let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
+        file.set_len(bytes)?;
+        Ok(Self { file })
+    }
+
+    /// To fill it with.
+    #[must_use]
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Seals it against writing, growing, shrinking and further seals.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` while somebody has it mapped writable.
+    pub fn seal(self) -> io::Result<SealedMemfd> {
+        let all = SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_GROW | NEEDED;
+        fcntl(&self.file, FcntlArg::F_ADD_SEALS(all))?;
+        SealedMemfd::try_from(OwnedFd::from(self.file))
+    }
+}
+
+/// A memfd, of this process or another's, whose bytes can never change and never go.
+#[derive(Debug)]
+pub struct SealedMemfd {
+    fd: OwnedFd,
+    /// All of it. Invariant: the seals forbid everybody to write to it or to shorten it.
+    mapping: Mapping,
+    len: usize,
+}
+
+impl SealedMemfd {
+    /// How many bytes it has.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none: such a memfd cannot be made.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+/// Takes a descriptor, received from another process perhaps, if it is sealed against writing and shrinking.
+impl TryFrom<OwnedFd> for SealedMemfd {
+    type Error = io::Error;
+
+    fn try_from(fd: OwnedFd) -> io::Result<Self> {
+        // EINVAL from what is no memfd at all.
+        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
+        if !seals.contains(NEEDED) {
+            let why = "not sealed against writing and shrinking: add F_SEAL_WRITE and F_SEAL_SHRINK first";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        let file = File::from(fd);
+        let bytes = usize::try_from(file.metadata()?.len()).ok().and_then(NonZeroUsize::new);
+        let bytes = bytes
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty memfd shows nothing"))?;
+        let mapping = Mapping::of_file(file.as_fd(), bytes)?;
+        Ok(Self { fd: file.into(), mapping, len: bytes.get() })
+    }
+}
+
+impl AsRef<[u8]> for SealedMemfd {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: mapped readable for as long as `self` lives; by the field's invariant no byte of it changes.
+        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
+        unsafe {
+            slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
+        }
+    }
+}
+
+impl AsFd for SealedMemfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+const NEEDED: SealFlag = SealFlag::F_SEAL_WRITE.union(SealFlag::F_SEAL_SHRINK);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn a_sealed_memfd_refuses_writers_and_keeps_its_bytes() {
+        let memfd = Memfd::create("test", 10_000).unwrap();
+        memfd.file().write_all_at(b"bytes", 9_000).unwrap();
+        let other = memfd.file().try_clone().unwrap();
+        let sealed = memfd.seal().unwrap();
+        assert!(other.write_all_at(b"other", 9_000).is_err());
+        assert!(other.set_len(5).is_err());
+        assert_eq!((&sealed.as_ref()[9_000..9_005], sealed.len()), (&b"bytes"[..], 10_000));
+    }
+
+    #[test]
+    fn what_is_not_sealed_is_refused_with_the_remedy() {
+        let open = Memfd::create("open", 10).unwrap();
+        for file in [open.file().try_clone().unwrap(), File::open("/proc/self/exe").unwrap()] {
+            let said = SealedMemfd::try_from(OwnedFd::from(file)).unwrap_err().to_string();
+            assert!(said.contains("add F_SEAL_WRITE"), "{said}");
+        }
+        assert!(Memfd::create("empty", 0).unwrap().seal().is_err());
+    }
+}

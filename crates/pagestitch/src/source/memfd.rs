@@ -1,0 +1,88 @@
+//! Bytes in a sealed memfd: mapped in place where pages agree, copied straight from its memory elsewhere.
+
+use super::Source;
+use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::memfd::SealedMemfd;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+/// A memfd that nobody can change any more: made with [`pagestitch_kernel::memfd::Memfd`], or received.
+///
+/// A page of a chunk that begins at the same offset in a page of the memfd and in a page of the region is the
+/// memfd's own page: no copy, no fault. Cloning shares it.
+///
+/// ```
+/// use std::os::unix::fs::FileExt;
+/// use pagestitch::source::Memfd;
+/// use pagestitch::{Chunk, Pool, Region};
+/// use pagestitch_kernel::memfd::Memfd as Unsealed;
+///
+/// let unsealed = Unsealed::create("frames", 1 << 20)?;
+/// unsealed.file().write_all_at(b"in place", 65_536)?;
+/// let memfd = Memfd::from(unsealed.seal()?);
+/// let region = Region::builder()
+///     .chunk(Chunk::from(memfd.clone()).range(65_536..1 << 20))
+///     .chunk(Chunk::from(memfd).range(0..65_536))
+///     .require_zero_copy()
+///     .build(&Pool::new()?)?;
+/// assert_eq!(&region.as_slice()[..8], b"in place");
+/// assert_eq!(region.close().faults, 0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct Memfd {
+    sealed: Arc<SealedMemfd>,
+}
+
+impl Memfd {
+    /// Takes a descriptor, received from another process perhaps.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] if it is not a memfd, or not sealed against writing and shrinking: its bytes could then change
+    /// behind a `&[u8]`.
+    pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, Error> {
+        let sealed = SealedMemfd::try_from(fd);
+        sealed
+            .map(Self::from)
+            .map_err(|error| Error::because(ErrorKind::File, "cannot use the descriptor", error))
+    }
+
+    pub(crate) fn sealed(&self) -> &SealedMemfd {
+        &self.sealed
+    }
+
+    pub(crate) fn identity(&self) -> (usize, u64) {
+        (Arc::as_ptr(&self.sealed).addr(), self.sealed.len() as u64)
+    }
+}
+
+impl From<SealedMemfd> for Memfd {
+    fn from(sealed: SealedMemfd) -> Self {
+        Self { sealed: Arc::new(sealed) }
+    }
+}
+
+impl Source for Memfd {
+    fn size(&self) -> u64 {
+        self.sealed.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let bytes = self.sealed.as_ref().as_ref();
+        let wanted = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)?.get(..into.len()));
+        into.copy_from_slice(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        String::from("sealed memfd")
+    }
+}
+
+impl fmt::Debug for Memfd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} bytes", self.name(), self.size())
+    }
+}

@@ -1,0 +1,36 @@
+//! No copy at all: pages of a sealed memfd, in another order, as one slice. `cargo run --example sealed_memfd`.
+
+use pagestitch::source::Memfd;
+use pagestitch::{Chunk, Pool, Region};
+use pagestitch_kernel::memfd::Memfd as Unsealed;
+use std::error::Error;
+use std::os::unix::fs::FileExt;
+
+const PAGE: u64 = 4096;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    // A memfd of ten pages, filled and sealed: from here on nobody can change it, so a slice of it is safe.
+    let unsealed = Unsealed::create("pages", 10 * PAGE)?;
+    for page in 0..10 {
+        unsealed.file().write_all_at(format!("page {page} ").as_bytes(), page * PAGE)?;
+    }
+    let memfd = Memfd::from(unsealed.seal()?);
+
+    // The same pages backwards. Had one of them to be copied, building would fail and say which, and why.
+    let backwards =
+        (0..10).rev().map(|page| Chunk::from(memfd.clone()).range(page * PAGE..(page + 1) * PAGE));
+    let region =
+        Region::builder().name("backwards").chunks(backwards).require_zero_copy().build(&Pool::new()?)?;
+
+    for page in region.as_slice().chunks(PAGE as usize) {
+        print!("{}", String::from_utf8_lossy(&page[..7]));
+    }
+    println!("\n\n{}", region.plan());
+    let metrics = region.close();
+    println!(
+        "{} pages in place, {} faults, {} bytes copied",
+        metrics.pages_in_place, metrics.faults, metrics.bytes_copied
+    );
+    assert_eq!((metrics.pages_in_place, metrics.faults, metrics.bytes_copied), (10, 0, 0));
+    Ok(())
+}

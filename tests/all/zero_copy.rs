@@ -1,0 +1,207 @@
+//! What can be shown in place is: the same pages, no copy, no fault. What cannot says why.
+
+use crate::pattern;
+use pagestitch::source::Memfd;
+use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
+use pagestitch_kernel::memfd::{Memfd as Unsealed, SealedMemfd};
+use pagestitch_testkit::child;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+const PAGE: usize = 4096;
+
+/// A sealed memfd of these bytes.
+pub(crate) fn memfd(bytes: &[u8]) -> Memfd {
+    sealed(bytes).into()
+}
+
+fn sealed(bytes: &[u8]) -> SealedMemfd {
+    let unsealed = Unsealed::create("test", bytes.len() as u64).unwrap();
+    unsealed.file().write_all_at(bytes, 0).unwrap();
+    unsealed.seal().unwrap()
+}
+
+#[test]
+fn shuffled_pages_of_a_memfd_are_in_place_without_a_fault() {
+    let bytes = pattern(1, 10 * PAGE);
+    let memfd = memfd(&bytes);
+    let order = [3, 9, 0, 4, 5, 1, 8, 2, 7, 6];
+    let part =
+        |page: usize| Chunk::from(memfd.clone()).range((page * PAGE) as u64..((page + 1) * PAGE) as u64);
+    let builder = Region::builder().chunks(order.map(part)).require_zero_copy();
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    let expected: Vec<u8> =
+        order.iter().flat_map(|page| &bytes[page * PAGE..(page + 1) * PAGE]).copied().collect();
+    assert!(region.as_slice() == expected);
+    region.populate(..).unwrap();
+    let mut copied = vec![0; 5000];
+    region.read_at(1234, &mut copied).unwrap();
+    assert!(copied == expected[1234..6234]);
+    let seen = region.close();
+    assert_eq!((seen.pages_in_place, seen.pages_installed(), seen.faults, seen.bytes_copied), (10, 0, 0, 0));
+}
+
+#[test]
+fn pages_in_place_are_the_memfds_own_frames() {
+    let sealed = sealed(&pattern(2, 4 * PAGE));
+    let again = Memfd::from_fd(sealed.as_fd().try_clone_to_owned().unwrap()).unwrap();
+    let region = Region::builder().chunk(again).build(&Pool::new().unwrap()).unwrap();
+    let (theirs, ours) = (sealed.as_ref(), region.as_slice());
+    assert!(theirs == ours);
+    for page in 0..4 {
+        let (their_frame, our_frame) = (frame(&theirs[page * PAGE]), frame(&ours[page * PAGE]));
+        // An ordinary user sees no frame numbers: zeros, on both sides.
+        assert_eq!(their_frame, our_frame, "page {page}");
+    }
+}
+
+/// The page frame that holds a byte of this process, from /proc/self/pagemap; 0 without CAP_SYS_ADMIN.
+fn frame(byte: &u8) -> u64 {
+    let mut pagemap = File::open("/proc/self/pagemap").unwrap();
+    pagemap.seek(SeekFrom::Start(((&raw const *byte).addr() / PAGE * 8) as u64)).unwrap();
+    let mut entry = [0; 8];
+    pagemap.read_exact(&mut entry).unwrap();
+    u64::from_le_bytes(entry) & ((1 << 55) - 1)
+}
+
+#[test]
+fn a_region_in_place_takes_no_memory_of_its_own() {
+    let end = child::run("zero_copy::a_region_in_place_takes_no_memory_of_its_own", || {
+        let bytes = pattern(3, 64 << 20);
+        let region = Region::builder().chunk(memfd(&bytes)).build(&Pool::new().unwrap()).unwrap();
+        let before = anonymous_kib();
+        assert!(region.as_slice() == bytes);
+        let grown = anonymous_kib() - before;
+        assert!(grown < 1024, "{grown} KiB came with reading 64 MiB in place");
+    });
+    end.expect_pass();
+}
+
+/// Memory of this process that no file holds.
+fn anonymous_kib() -> i64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn edges_inside_a_page_are_copied_and_the_plan_says_so() {
+    let bytes = pattern(4, 10 * PAGE);
+    let memfd = memfd(&bytes);
+    let region = Region::builder()
+        .chunk(vec![1u8; 100])
+        .chunk(Chunk::from(memfd.clone()).range(100..5 * PAGE as u64 + 7)) // in place but for its edges
+        .chunk(Chunk::from(memfd).range(0..9 * PAGE as u64)) // elsewhere in its pages
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.why)).collect();
+    assert_eq!(whys.len(), 3);
+    assert!(whys[1].1.starts_with("an edge lies inside a page"), "{whys:?}");
+    assert!(whys[2].1.starts_with("not at the same place in a page"), "{whys:?}");
+    assert!(region.as_slice() == [&[1u8; 100], &bytes[100..5 * PAGE + 7], &bytes[..9 * PAGE]].concat());
+    let seen = region.close();
+    assert_eq!(seen.pages_in_place, 4);
+}
+
+#[test]
+fn require_zero_copy_names_the_chunk_and_the_reason() {
+    let (pool, memfd) = (Pool::new().unwrap(), memfd(&pattern(5, 10 * PAGE)));
+    for (chunk, why) in [
+        (Chunk::from(vec![1u8; PAGE]), "chunk 1 (memory) is not zero-copy: private memory"),
+        (
+            Chunk::from(memfd.clone()).range(1..8193),
+            "chunk 1 (sealed memfd) is not zero-copy: not at the same place",
+        ),
+        (
+            Chunk::from(memfd.clone()).range(0..100),
+            "chunk 1 (sealed memfd) is not zero-copy: fills no page of its own",
+        ),
+        (
+            Chunk::from(memfd.clone()).range(0..5000),
+            "chunk 1 (sealed memfd) is not zero-copy: an edge lies inside",
+        ),
+    ] {
+        let first = Chunk::from(memfd.clone()).range(4096..8192);
+        let error = Region::builder().chunk(first).chunk(chunk).require_zero_copy().build(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
+        assert!(error.to_string().contains(why), "{error}");
+    }
+    Region::builder().chunk(memfd).chunk(Chunk::hole(5000)).require_zero_copy().build(&pool).unwrap();
+}
+
+#[test]
+fn a_hundred_thousand_shuffled_pages_are_mapped_up_to_the_budget_and_copied_beyond() {
+    const PAGES: u64 = 100_000;
+    let unsealed = Unsealed::create("many", PAGES * PAGE as u64).unwrap();
+    for page in (0..PAGES).step_by(97) {
+        unsealed.file().write_all_at(&page.to_le_bytes(), page * PAGE as u64).unwrap();
+    }
+    let memfd = Memfd::from(unsealed.seal().unwrap());
+    // 7919 shares no factor with 100,000: every page once, and no two in order.
+    let page_at = |place: u64| place * 7919 % PAGES;
+    let chunks = (0..PAGES).map(|place| {
+        let start = page_at(place) * PAGE as u64;
+        Chunk::from(memfd.clone()).range(start..start + PAGE as u64)
+    });
+    let region = Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap();
+    let runs: Vec<_> = region.plan().runs().iter().map(|run| run.how).collect();
+    assert_eq!(runs, [How::Map, How::Copy]);
+    for place in (0..PAGES).filter(|&place| page_at(place) % 97 == 0) {
+        let start = place as usize * PAGE;
+        let seen = u64::from_le_bytes(region.as_slice()[start..start + 8].try_into().unwrap());
+        assert_eq!(seen, page_at(place));
+    }
+    let seen = region.close();
+    assert!(seen.pages_in_place > 1000 && seen.pages_copied > 100, "{seen:?}");
+}
+
+#[test]
+fn a_writable_region_leaves_the_memfd_as_it_is() {
+    let bytes = pattern(6, 3 * PAGE);
+    let sealed = memfd(&bytes);
+    let mut region = Region::builder().writable().chunk(sealed.clone()).build(&Pool::new().unwrap()).unwrap();
+    region.as_mut_slice().unwrap()[5000] = 0;
+    assert_eq!(region.as_slice()[5000], 0);
+    let other = Region::builder().chunk(sealed).build(&Pool::new().unwrap()).unwrap();
+    assert!(other.as_slice() == bytes);
+}
+
+#[test]
+fn a_memfd_received_through_a_socket_is_shown_in_place() {
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
+        socketpair,
+    };
+    use std::os::fd::{AsRawFd, FromRawFd};
+    let (ours, theirs) =
+        socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC).unwrap();
+    let bytes = pattern(7, 2 * PAGE);
+    let sealed = sealed(&bytes);
+    let fds = [sealed.as_fd().as_raw_fd()];
+    let message = [std::io::IoSlice::new(b"x")];
+    sendmsg::<()>(theirs.as_raw_fd(), &message, &[ControlMessage::ScmRights(&fds)], MsgFlags::empty(), None)
+        .unwrap();
+    drop(sealed);
+    let mut space = nix::cmsg_space!([i32; 1]);
+    let (mut byte, flags) = ([0], MsgFlags::MSG_CMSG_CLOEXEC);
+    let mut into = [std::io::IoSliceMut::new(&mut byte)];
+    let received = recvmsg::<()>(ours.as_raw_fd(), &mut into, Some(&mut space), flags).unwrap();
+    let Some(ControlMessageOwned::ScmRights(fds)) = received.cmsgs().unwrap().next() else {
+        panic!("no descriptor")
+    };
+    // SAFETY: a descriptor that the kernel has just made for us.
+    #[expect(unsafe_code, reason = "recvmsg gives raw descriptors")]
+    let fd = unsafe { OwnedFd::from_raw_fd(fds[0]) };
+    let memfd = Memfd::from_fd(fd).unwrap();
+    let region = Region::builder().chunk(memfd).require_zero_copy().build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn what_is_not_sealed_is_refused() {
+    let error = Memfd::from_fd(File::open("/proc/self/exe").unwrap().into()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::File);
+    assert!(error.to_string().contains("add F_SEAL_WRITE and F_SEAL_SHRINK first"), "{error}");
+}
