@@ -176,3 +176,33 @@ fn an_idle_pool_sleeps() {
         workers.len() == 2 && workers.iter().all(|stat| stat.contains(") S "))
     });
 }
+
+#[test]
+fn workers_take_no_signals_and_the_thread_that_starts_them_keeps_its_own() {
+    let blocked = |task: &std::path::Path| {
+        let status = std::fs::read_to_string(task.join("status")).ok()?;
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    };
+    let own = std::path::Path::new("/proc/thread-self");
+    let before = blocked(own);
+    let pool = Pool::builder().workers(1).name("no-signals").start().unwrap();
+    assert_eq!(blocked(own), before);
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let is_worker = |task: &std::path::PathBuf| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("no-signals/"))
+    };
+    // The new thread takes its name itself.
+    let mut worker = None;
+    let tasks: Vec<_> = tasks.collect();
+    until(|| {
+        worker = tasks.iter().find(|task| is_worker(task)).cloned();
+        worker.is_some()
+    });
+    let mask = blocked(&worker.unwrap()).unwrap();
+    let bit = |signal: nix::sys::signal::Signal| 1u64 << (signal as i32 - 1);
+    assert_ne!(mask & bit(nix::sys::signal::Signal::SIGALRM), 0);
+    assert_ne!(mask & bit(nix::sys::signal::Signal::SIGTERM), 0);
+    assert_eq!(mask & bit(nix::sys::signal::Signal::SIGSEGV), 0);
+    drop(pool);
+}

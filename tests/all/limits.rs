@@ -2,8 +2,12 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
+use pagestitch_kernel::memfd::Memfd;
+use pagestitch_kernel::{Access, Page, PageSize, Reservation};
 use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
 
 fn build(chunk: Chunk) -> Result<Region, Error> {
     Region::builder().name("limited").chunk(chunk).build(&Pool::builder().workers(1).start()?)
@@ -70,4 +74,26 @@ fn more_bytes_than_addresses_is_refused() {
         assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
     }
     assert_eq!(Region::builder().build(&Pool::new().unwrap()).unwrap_err().kind(), ErrorKind::NoChunks);
+}
+
+#[test]
+fn a_region_is_served_and_dropped_when_there_are_no_mappings_left() {
+    let end = child::run("limits::a_region_is_served_and_dropped_when_there_are_no_mappings_left", || {
+        let memfd = Memfd::create("every", 3 * 4096).unwrap().seal().unwrap();
+        let shown = pagestitch::source::Memfd::from(
+            pagestitch_kernel::memfd::SealedMemfd::try_from(memfd.as_fd().try_clone_to_owned().unwrap())
+                .unwrap(),
+        );
+        let pages = (0..50).map(|i| Chunk::from(shown.clone()).range(i % 2 * 8192..i % 2 * 8192 + 4096));
+        let region =
+            Region::builder().chunks(pages).chunk(vec![7u8; 100_000]).build(&Pool::new().unwrap()).unwrap();
+        // Every other page of a large range, until the kernel has no mappings left for this process.
+        let pages = NonZeroUsize::new(200_000).unwrap();
+        let (_reservation, mut view) = Reservation::new(pages, PageSize::system(), Access::ReadOnly).unwrap();
+        let mapped = (0..100_000).take_while(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok()).count();
+        assert!(mapped < 100_000, "vm.max_map_count is larger than this test thought of");
+        assert_eq!(region.as_slice()[60 * 4096], 7);
+        drop(region);
+    });
+    end.expect_pass();
 }

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
 use pagestitch_kernel::fork::Maker;
 use parking_lot::{Mutex, RwLock};
@@ -140,6 +141,7 @@ impl PoolBuilder {
         let shared = Shared::new(workers).map_err(|errno| {
             Error::because(ErrorKind::Resources, "cannot start a pool (descriptors: ulimit -n)", errno)
         })?;
+        let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
@@ -301,6 +303,33 @@ impl Shared {
 fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
     let token = fd.as_fd().as_raw_fd() as u64;
     epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+}
+
+/// Threads inherit their signal mask when they are started. An application's signal handler that ran on a worker and
+/// touched a region would wait for that same worker.
+struct NoSignals {
+    before: Option<SigSet>,
+}
+
+impl NoSignals {
+    fn until_dropped() -> Self {
+        let mut blocked = SigSet::all();
+        // What a thread does to itself is not blocked: the application may want a stack trace of it.
+        for own in
+            [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS]
+        {
+            blocked.remove(own);
+        }
+        Self { before: blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK).ok() }
+    }
+}
+
+impl Drop for NoSignals {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = before.thread_set_mask();
+        }
+    }
 }
 
 /// The CPUs that a pool by default has a worker on: those this process may use, as far as they make sense.
