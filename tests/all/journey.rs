@@ -1,7 +1,7 @@
 //! The journey of a fault, step by step: each is seen to do what the architecture says of it.
 
 use crate::{let_go, pattern, until};
-use pagestitch::{Chunk, How, Pool, Region};
+use pagestitch::{Chunk, How, Pool, Readahead, Region};
 use pagestitch_kernel::PageSize;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
@@ -27,6 +27,7 @@ fn each_page_goes_the_shortest_way_its_bytes_have() {
     let pool = Pool::new().unwrap();
     let size = page();
     let region = Region::builder()
+        .readahead(Readahead::None)
         .chunk(pattern(1, 2 * size)) //                           pages 0, 1: copied from where they lie
         .chunk(Chunk::hole(2 * size as u64)) //                   pages 2, 3: zero pages
         .chunk(Chunk::source(Arc::new(Scripted::new(2 * size as u64)))) // pages 4, 5: read, then copied

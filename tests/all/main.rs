@@ -5,6 +5,7 @@ mod contention;
 mod failure;
 mod journey;
 mod limits;
+mod readahead;
 mod reading;
 mod scale;
 mod teardown;

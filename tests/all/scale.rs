@@ -2,40 +2,47 @@
 
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Pool, Region};
+use pagestitch_testkit::child;
 use std::fs;
+
+// In processes of their own: what other tests take meanwhile is not to be counted.
 
 #[test]
 fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
-    let pool = Pool::builder().workers(1).start().unwrap();
-    let region = Region::builder()
-        .chunk(vec![1u8; 100])
-        .chunk(Chunk::hole(1 << 40))
-        .chunk(vec![2u8; 100])
-        .build(&pool)
-        .unwrap();
-    let before = resident_kib();
-    let bytes = region.as_slice();
-    assert_eq!((bytes[0], bytes[1 << 39], bytes[bytes.len() - 1]), (1, 0, 2));
-    assert!(resident_kib() < before + 1024, "a few pages were touched");
+    let end = child::run("scale::a_tebibyte_of_holes_is_reserved_served_and_dropped", || {
+        let region = Region::builder()
+            .chunk(vec![1u8; 100])
+            .chunk(Chunk::hole(1 << 40))
+            .chunk(vec![2u8; 100])
+            .build(&Pool::builder().workers(1).start().unwrap())
+            .unwrap();
+        let before = resident_kib();
+        let bytes = region.as_slice();
+        assert_eq!((bytes[0], bytes[1 << 39], bytes[bytes.len() - 1]), (1, 0, 2));
+        assert!(resident_kib() < before + 1024, "a few pages were touched");
+    });
+    end.expect_pass();
 }
 
 #[test]
 fn many_chunks_of_one_memory_cost_at_most_32_bytes_each() {
     const CHUNKS: u64 = 1_000_000;
-    let memory = Memory::from((0..1 << 20).map(|i| (i % 251) as u8 | 1).collect::<Vec<u8>>());
-    let before = resident_kib();
-    let chunks = (0..CHUNKS)
-        .map(|i| Chunk::from(memory.clone()).range(i * 7919 % 1_000_000..i * 7919 % 1_000_000 + 37));
-    let region =
-        Region::builder().chunks(chunks).build(&Pool::builder().workers(1).start().unwrap()).unwrap();
-    let each = (resident_kib() - before) as f64 * 1024.0 / CHUNKS as f64;
-    assert_eq!(region.len() as u64, CHUNKS * 37);
-    for chunk in (0..CHUNKS).step_by(9973) {
-        let source = (chunk * 7919 % 1_000_000 + 5) as usize;
-        assert_eq!(region.as_slice()[(chunk * 37 + 5) as usize], (source % 251) as u8 | 1);
-    }
-    // A growing Vec may hold twice what it uses; the capacity beyond is not resident, as it was never written.
-    assert!(each <= 32.0, "{each} bytes a chunk");
+    let end = child::run("scale::many_chunks_of_one_memory_cost_at_most_32_bytes_each", || {
+        let memory = Memory::from((0..1 << 20).map(|i| (i % 251) as u8 | 1).collect::<Vec<u8>>());
+        let source = |chunk: u64| chunk * 7919 % 1_000_000;
+        let chunk = |index: u64| Chunk::from(memory.clone()).range(source(index)..source(index) + 37);
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let before = resident_kib();
+        let region = Region::builder().chunks((0..CHUNKS).map(chunk)).build(&pool).unwrap();
+        let each = (resident_kib() - before) as f64 * 1024.0 / CHUNKS as f64;
+        assert_eq!(region.len() as u64, CHUNKS * 37);
+        for chunk in (0..CHUNKS).step_by(9973) {
+            let expected = ((source(chunk) + 5) % 251) as u8 | 1;
+            assert_eq!(region.as_slice()[(chunk * 37 + 5) as usize], expected);
+        }
+        assert!(each <= 32.0, "{each} bytes a chunk");
+    });
+    end.expect_pass();
 }
 
 fn resident_kib() -> i64 {

@@ -19,7 +19,7 @@ use crate::page::{AddressRange, Page, PageSize, Span};
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -159,21 +159,22 @@ impl Reservation {
             .map(drop)
     }
 
-    /// Closes the whole range for good: its pages are given back, and whoever touches it gets SIGSEGV.
+    /// Closes the whole range for good: whoever touches it gets SIGSEGV.
     ///
     /// The last act before a uffd is closed: closing alone would show zeros to who waits. Threads that already
     /// wait have to be woken; they meet the closed range. Takes time for the pages present, not for the range.
     ///
     /// # Errors
     ///
-    /// The errno of `mmap(2)`; none is known to occur for one whole mapping.
+    /// The errno of `mprotect(2)`; none is known to occur.
     pub fn seal(&self) -> Result<(), Errno> {
-        let bytes = NonZeroUsize::new(self.mapping.bytes()).expect("a reservation has pages");
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
-        let start = NonZeroUsize::new(self.mapping.start().as_ptr().addr());
-        // SAFETY: exactly our own mapping is replaced, by one that cannot be accessed at all.
-        #[expect(unsafe_code, reason = "mmap over an owned mapping")]
-        unsafe { mmap_anonymous(start, bytes, ProtFlags::PROT_NONE, flags) }.map(drop)
+        // Not by mapping something over it: a process that has all of its mappings (vm.max_map_count) could not.
+        // Protecting whole mappings needs no new one.
+        // SAFETY: exactly our own mapping; whoever still has a pointer into it is stopped, and reads nothing.
+        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+        unsafe {
+            mprotect(self.mapping.start(), self.mapping.bytes(), ProtFlags::PROT_NONE)
+        }
     }
 }
 

@@ -52,6 +52,7 @@
 
 mod error;
 mod metrics;
+mod policy;
 mod region;
 mod scope;
 mod server;
@@ -60,6 +61,7 @@ pub mod source;
 pub use error::{Error, ErrorKind};
 pub use metrics::Metrics;
 pub use pagestitch_kernel::Support;
+pub use policy::Readahead;
 pub use region::{Builder, Chunk, How, Plan, Region, Run};
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use server::{Pool, PoolBuilder, Report};

@@ -39,6 +39,8 @@ metrics! {
     pages_zeroed,
     /// Pages that a source could not fill: poisoned.
     pages_poisoned,
+    /// Of the pages above, those that were filled ahead of a sequential reader.
+    pages_ahead,
     /// Bytes copied into the region.
     bytes_copied,
     /// Fills that met a change of the memory map and were given back to be tried again.

@@ -1,6 +1,7 @@
 //! Building a region: lay out, reserve, open, register, hand to the pool. All or nothing.
 
 use crate::error::{Error, ErrorKind};
+use crate::policy::Readahead;
 use crate::region::in_place::{InPlaceRuns, memfd_of};
 use crate::region::{Chunk, How, Layout, Plan, Region, Run, Served};
 use crate::server::Pool;
@@ -16,13 +17,20 @@ pub struct Builder {
     name: Option<String>,
     access: Access,
     zero_copy: bool,
+    readahead: Readahead,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Self { name: None, access: Access::ReadOnly, zero_copy: false, layout: Ok(Layout::default()) }
+        Self {
+            name: None,
+            access: Access::ReadOnly,
+            zero_copy: false,
+            readahead: Readahead::Adaptive,
+            layout: Ok(Layout::default()),
+        }
     }
 }
 
@@ -38,6 +46,13 @@ impl Builder {
     #[must_use]
     pub fn writable(mut self) -> Self {
         self.access = Access::Writable;
+        self
+    }
+
+    /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
+    #[must_use]
+    pub fn readahead(mut self, readahead: Readahead) -> Self {
+        self.readahead = readahead;
         self
     }
 
@@ -96,13 +111,14 @@ impl Builder {
                 errno,
             )
         })?;
-        let served = Served::new(name, layout, in_place, reservation, uffd).map_err(|errno| {
-            Error::because(
-                ErrorKind::Resources,
-                "no address space for the page table (RLIMIT_AS: ulimit -v)",
-                errno,
-            )
-        })?;
+        let served =
+            Served::new(name, layout, in_place, self.readahead, reservation, uffd).map_err(|errno| {
+                Error::because(
+                    ErrorKind::Resources,
+                    "no address space for the page table (RLIMIT_AS: ulimit -v)",
+                    errno,
+                )
+            })?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }

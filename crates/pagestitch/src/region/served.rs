@@ -1,6 +1,7 @@
 //! A region as its handler threads see it: where to look, where to put it, who is at it. Not its bytes.
 
 use crate::metrics::Counters;
+use crate::policy::{Readahead, Streams};
 use crate::region::Layout;
 use crate::region::in_place::InPlaceRuns;
 use crate::region::page_table::{PageTable, Wake};
@@ -20,6 +21,8 @@ pub(crate) struct Served {
     /// Pages that are there without us, and never fault.
     pub(crate) in_place: InPlaceRuns,
     pub(crate) pages: PageTable,
+    /// `None` where nothing is to be filled ahead.
+    pub(crate) streams: Option<Streams>,
     pub(crate) counters: Counters,
     pub(crate) reservation: Arc<Reservation>,
     pub(crate) uffd: Uffd,
@@ -34,6 +37,7 @@ impl Served {
         name: String,
         layout: Layout,
         in_place: InPlaceRuns,
+        readahead: Readahead,
         reservation: Arc<Reservation>,
         uffd: Uffd,
     ) -> Result<Self, pagestitch_kernel::Errno> {
@@ -43,6 +47,7 @@ impl Served {
             layout,
             in_place,
             pages: PageTable::new(pages)?,
+            streams: Streams::new(readahead, pages.get()),
             counters: Counters::default(),
             reservation,
             uffd,

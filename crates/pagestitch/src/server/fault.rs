@@ -9,13 +9,40 @@ use std::sync::Arc;
 use std::thread;
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
-/// woken to fault again.
-pub(super) fn serve(region: &Served, page: Page, staging: &mut [u8]) {
+/// woken to fault again. Says which pages to fill ahead, if whoever it is seems to read on.
+pub(super) fn serve(region: &Served, page: Page, staging: &mut [u8]) -> Option<Span> {
     region.counters.faults.add(1);
-    let Some(claim) = claim(region, page) else { return };
+    let claim = claim(region, page)?;
     if let Err(Stopped::Changing) = supply(region, claim, staging) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
+    }
+    region.streams.as_ref()?.widen(page)
+}
+
+/// Fills absent pages of a span before anybody asks for them. Stops where a source fails: that page is nobody's yet,
+/// and asked for again when it is touched.
+pub(super) fn fill_ahead(region: &Served, span: Span, staging: &mut [u8]) {
+    let mut rest = span;
+    loop {
+        let gap = region.in_place.next_gap(rest);
+        if gap.is_empty() {
+            return;
+        }
+        rest = rest.without_prefix(gap.first.0 - rest.first.0);
+        // Somebody was quicker where there is no claim to be had.
+        let Ok(mut claim) = region.pages.claim_run(gap.prefix(STAGING_PAGES), region) else {
+            rest = rest.without_prefix(1);
+            continue;
+        };
+        rest = rest.without_prefix(claim.span().pages);
+        while !claim.span().is_empty() {
+            let Ok(filled) = fill(&region.layout, region.page_size(), claim.span(), staging) else { return };
+            if install(region, &mut claim, &filled).is_err() {
+                return;
+            }
+            region.counters.pages_ahead.add(filled.pages as u64);
+        }
     }
 }
 

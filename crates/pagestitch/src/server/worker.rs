@@ -5,21 +5,27 @@
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::region::Served;
-use crate::server::fault::{STAGING_PAGES, serve};
+use crate::server::fault::{STAGING_PAGES, fill_ahead, serve};
 use crate::server::pool::Shared;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Page, PageSize};
+use pagestitch_kernel::{Batch, Page, PageSize, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
-/// A fault that was handed on.
+/// Work that was handed on.
 #[derive(Debug)]
 pub(super) struct Handed {
     region: Arc<Served>,
-    page: Page,
+    work: Work,
+}
+
+#[derive(Debug)]
+enum Work {
+    Fault(Page),
+    Ahead(Span),
 }
 
 /// What a worker owns: everything it needs was made before it started.
@@ -87,24 +93,42 @@ impl Worker {
         let Some(first) = pages.next() else { return };
         let mut handed = 0;
         for page in pages {
-            match shared.hand_on(Handed { region: Arc::clone(region), page }) {
+            match shared.hand_on(Handed { region: Arc::clone(region), work: Work::Fault(page) }) {
                 Ok(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
-                Err(Handed { page, .. }) => serve(region, page, staging),
+                Err(_) => drop(serve(region, page, staging)),
             }
         }
         shared.ring(handed);
-        serve(region, first, staging);
         *served += batch.faults().len() as u64 - handed;
+        if let Some(span) = serve(region, first, staging) {
+            shared.hand_on_ahead(region, span);
+        }
     }
 
     fn serve_handed(&mut self) {
-        while let Some(Handed { region, page }) = self.shared.take_handed() {
+        while let Some(Handed { region, work }) = self.shared.take_handed() {
             // A region that is being dropped needs no page any more.
-            if let Some(_visit) = region.enter() {
-                serve(&region, page, &mut self.staging);
-                self.served += 1;
+            let Some(_visit) = region.enter() else { continue };
+            match work {
+                Work::Ahead(span) => fill_ahead(&region, span, &mut self.staging),
+                Work::Fault(page) => {
+                    self.served += 1;
+                    if let Some(span) = serve(&region, page, &mut self.staging) {
+                        self.shared.hand_on_ahead(&region, span);
+                    }
+                }
             }
+        }
+    }
+}
+
+impl Shared {
+    /// Has another worker fill ahead: this one is at home on the CPU of whoever reads, and would be in the way. With
+    /// the channel full there is enough to do without.
+    fn hand_on_ahead(&self, region: &Arc<Served>, span: Span) {
+        if self.hand_on(Handed { region: Arc::clone(region), work: Work::Ahead(span) }).is_ok() {
+            self.ring(1);
         }
     }
 }

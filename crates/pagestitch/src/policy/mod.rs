@@ -1,0 +1,6 @@
+//! When to install more than was asked for.
+
+mod readahead;
+
+pub use readahead::Readahead;
+pub(crate) use readahead::Streams;

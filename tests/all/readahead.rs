@@ -1,0 +1,84 @@
+//! Who reads on finds the next pages there; who does not is left alone; and what is filled ahead is never wrong.
+
+use crate::{pattern, until};
+use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::sync::Arc;
+use std::thread;
+
+const PAGE: usize = 4096;
+
+#[test]
+fn a_sequential_reader_takes_few_faults() {
+    let bytes = pattern(1, 8192 * PAGE);
+    let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
+    // Read by one thread, and given time: what is measured is how many faults it takes, not how fast they come.
+    for page in 0..8192 {
+        assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
+        if page % 64 == 0 {
+            let settled = || region.metrics().pages_installed();
+            let (mut last, mut quiet) = (settled(), 0);
+            until(|| {
+                thread::yield_now();
+                quiet = if settled() == last { quiet + 1 } else { 0 };
+                last = settled();
+                quiet > 200
+            });
+        }
+    }
+    let seen = region.close();
+    assert!(seen.faults < 8192 / 4, "{seen:?}");
+    assert!(seen.pages_ahead > 8192 / 2, "{seen:?}");
+    assert_eq!(seen.pages_installed(), 8192);
+}
+
+#[test]
+fn random_touches_fill_one_page_each() {
+    let region = Region::builder().chunk(vec![1u8; 10_000 * PAGE]).build(&Pool::new().unwrap()).unwrap();
+    for i in 0..500 {
+        assert_eq!(region.as_slice()[i * 7919 % 10_000 * PAGE], 1);
+    }
+    let seen = region.close();
+    assert_eq!((seen.faults, seen.pages_ahead, seen.pages_installed()), (500, 0, 500));
+}
+
+#[test]
+fn none_is_none() {
+    let builder = Region::builder().chunk(vec![1u8; 100 * PAGE]).readahead(Readahead::None);
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice().iter().all(|&byte| byte == 1));
+    assert_eq!(region.close().faults, 100);
+}
+
+#[test]
+fn a_page_whose_source_fails_ahead_of_the_reader_is_not_poisoned() {
+    let source = Arc::new(Scripted::new(100 * PAGE as u64).failing(20 * PAGE as u64..20 * PAGE as u64 + 1));
+    let region =
+        Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
+    for page in 0..10 {
+        assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
+    }
+    assert_eq!(region.metrics().pages_poisoned, 0, "nobody has asked for page 20");
+    region.read_at(20 * PAGE as u64, &mut [0]).unwrap_err();
+    until(|| region.metrics().pages_poisoned == 1);
+    assert_eq!(region.as_slice()[21 * PAGE], byte_at(21 * PAGE as u64));
+}
+
+#[test]
+fn many_readers_of_one_region_see_the_right_bytes() {
+    let bytes = pattern(2, 2000 * PAGE + 77);
+    let region = Region::builder()
+        .chunks(bytes.chunks(5_000).map(<[u8]>::to_vec))
+        .build(&Pool::builder().workers(3).start().unwrap())
+        .unwrap();
+    thread::scope(|scope| {
+        for reader in 0..6 {
+            let (region, bytes) = (&region, &bytes);
+            scope.spawn(move || {
+                let start = reader * 300 * PAGE;
+                assert!(region.as_slice()[start..] == bytes[start..]);
+            });
+        }
+    });
+    assert_eq!(region.close().pages_installed(), 2001);
+}
