@@ -4,7 +4,7 @@ use crate::manual_page::ManualPage;
 use crate::touch::{first_touches, histogram, shuffled_pages};
 use crate::{Environment, median, warm};
 use hdrhistogram::Histogram;
-use pagestitch::{Chunk, Pool, PoolBuilder, Region};
+use pagestitch::{Chunk, Pool, PoolBuilder, Readahead, Region};
 use pagestitch_kernel::{Access, PageSize, Reservation};
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -84,7 +84,7 @@ pub fn run(config: Config) -> Report {
 fn pagestitch(pool: PoolBuilder, chunks: &[Arc<[u8]>], touches: &[usize]) -> Histogram<u64> {
     let pool = pool.start().expect("a pool");
     let chunks = chunks.iter().map(|chunk| Chunk::from(Arc::clone(chunk)));
-    let region = Region::builder().chunks(chunks).build(&pool).expect("a region");
+    let region = Region::builder().chunks(chunks).readahead(Readahead::None).build(&pool).expect("a region");
     first_touches(region.as_slice(), touches)
 }
 

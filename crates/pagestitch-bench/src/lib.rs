@@ -7,6 +7,7 @@ pub mod build;
 pub mod in_place;
 pub mod latency;
 mod manual_page;
+pub mod scan;
 pub mod touch;
 
 use std::fmt;
