@@ -1,4 +1,4 @@
-//! Readahead: who reads page after page finds the next ones filled already, by another worker, while it reads.
+//! Readahead: who reads page after page finds the next ones filled already; the worker fills while the reader reads.
 //!
 //! ```text
 //!             marker                         end
@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Readahead {
-    /// Not at all: a fault fills one page. For sources that are dear to read, or where every page must be asked for.
+    /// Not at all: a fault fills one page. For sources that are dear or slow to read: filling ahead occupies the
+    /// worker that served the fault.
     None,
     /// As far as the reading so far suggests, up to 2 MiB at once, for up to eight readers of a region. The default.
     ///

@@ -15,17 +15,11 @@ use pagestitch_kernel::{Batch, Page, PageSize, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
-/// Work that was handed on.
+/// A fault that was handed on.
 #[derive(Debug)]
 pub(super) struct Handed {
     region: Arc<Served>,
-    work: Work,
-}
-
-#[derive(Debug)]
-enum Work {
-    Fault(Page),
-    Ahead(Span),
+    page: Page,
 }
 
 /// What a worker owns: everything it needs was made before it started.
@@ -93,7 +87,7 @@ impl Worker {
         let Some(first) = pages.next() else { return };
         let mut handed = 0;
         for page in pages {
-            match shared.hand_on(Handed { region: Arc::clone(region), work: Work::Fault(page) }) {
+            match shared.hand_on(Handed { region: Arc::clone(region), page }) {
                 Ok(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
                 Err(_) => drop(serve(region, page, staging)),
@@ -101,34 +95,26 @@ impl Worker {
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
-        if let Some(span) = serve(region, first, staging) {
-            shared.hand_on_ahead(region, span);
-        }
+        let ahead = serve(region, first, staging);
+        self.serve_handed();
+        self.fill_ahead(region, ahead);
     }
 
     fn serve_handed(&mut self) {
-        while let Some(Handed { region, work }) = self.shared.take_handed() {
+        while let Some(Handed { region, page }) = self.shared.take_handed() {
             // A region that is being dropped needs no page any more.
             let Some(_visit) = region.enter() else { continue };
-            match work {
-                Work::Ahead(span) => fill_ahead(&region, span, &mut self.staging),
-                Work::Fault(page) => {
-                    self.served += 1;
-                    if let Some(span) = serve(&region, page, &mut self.staging) {
-                        self.shared.hand_on_ahead(&region, span);
-                    }
-                }
-            }
+            self.served += 1;
+            let ahead = serve(&region, page, &mut self.staging);
+            self.fill_ahead(&region, ahead);
         }
     }
-}
 
-impl Shared {
-    /// Has another worker fill ahead: this one is at home on the CPU of whoever reads, and would be in the way. With
-    /// the channel full there is enough to do without.
-    fn hand_on_ahead(&self, region: &Arc<Served>, span: Span) {
-        if self.hand_on(Handed { region: Arc::clone(region), work: Work::Ahead(span) }).is_ok() {
-            self.ring(1);
+    /// Fills ahead, at once and here. The reader runs already; with this CPU busy, the scheduler lets it run on another.
+    /// To wake another worker instead takes longer than the reader needs for the pages in between: measured.
+    fn fill_ahead(&mut self, region: &Served, ahead: Option<Span>) {
+        if let Some(span) = ahead {
+            fill_ahead(region, span, &mut self.staging);
         }
     }
 }
