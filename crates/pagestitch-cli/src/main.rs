@@ -12,7 +12,7 @@ mod touch;
 use clap::{ArgAction, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::error::Error;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -25,7 +25,7 @@ struct Arguments {
     /// Print one JSON object instead of text
     #[arg(long, global = true)]
     json: bool,
-    /// Show what happens: -v events worth knowing, -vv each let-go page, -vvv each page installed
+    /// Show what happens: regions and pools; twice, each page that is installed
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 }
@@ -64,13 +64,13 @@ fn main() -> ExitCode {
 fn log_to_stderr(verbose: u8) {
     let level = match verbose {
         0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
+        1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .init();

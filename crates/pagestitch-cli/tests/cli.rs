@@ -192,6 +192,21 @@ fn wrong_arguments_are_status_2_and_say_what_is_right() {
 }
 
 #[test]
+fn verbose_shows_what_happens_on_standard_error() {
+    let directory = files();
+    let said = |flag: &str| {
+        let output = pagestitch(directory.path(), &["stitch", "a", "c", "--sha256", flag]);
+        assert_eq!(out(&output).lines().count(), 3);
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let (once, twice) = (said("-v"), said("-vv"));
+    for part in ["pool started", "region built", "chunks=2", "region dropped"] {
+        assert!(once.contains(part), "{part:?} is not in\n{once}");
+    }
+    assert!(!once.contains("installed how") && twice.contains("how=\"read\""), "{twice}");
+}
+
+#[test]
 fn an_unreadable_file_is_refused_to_an_ordinary_user() {
     use std::os::unix::fs::PermissionsExt;
     let directory = files();

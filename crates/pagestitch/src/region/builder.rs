@@ -126,6 +126,9 @@ impl Builder {
         let served = Arc::new(served);
         let region = Region::new(view, served, pool.clone());
         pool.add(region.served())?;
+        let (bytes, chunks, in_place) =
+            (region.len(), region.served().layout.chunks(), region.served().in_place.pages());
+        tracing::debug!(region = region.name(), bytes, chunks, pages_in_place = in_place, "region built");
         Ok(region)
     }
 

@@ -229,6 +229,7 @@ impl Drop for Region {
         }
         self.pool.remove(&self.served);
         self.served.close();
+        tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
         if let Err(errno) = self.served.reservation.seal() {
             // Going on would show zeros for bytes. Not known to happen.
             eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name());

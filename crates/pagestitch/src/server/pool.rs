@@ -154,6 +154,7 @@ impl PoolBuilder {
             })?;
             handle.threads.lock().push(thread);
         }
+        tracing::debug!(workers, pinned = self.workers.is_none(), "pool started");
         Ok(Pool { handle: Arc::new(handle) })
     }
 }
