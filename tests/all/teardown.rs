@@ -6,6 +6,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::{fs, thread};
@@ -25,20 +26,18 @@ fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
             thread::scope(|scope| {
                 scope.spawn(|| other.as_slice()[0]);
                 slow.wait_until_held(1);
-                scope.spawn(move || println!("read a byte: {}", touch(start + 5000)));
-                until(|| sleepers() == 4); // the main thread, who held the worker, the worker, who waits
+                let (send, waiter) = mpsc::channel();
+                scope.spawn(move || {
+                    send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+                    println!("read a byte: {}", touch(start + 5000));
+                });
+                let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
+                until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
                 drop(region);
             });
         });
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("read a byte"), "{}", end.said());
-}
-
-/// How many threads of this process sleep, without the one that asks.
-fn sleepers() -> usize {
-    let tasks = fs::read_dir("/proc/self/task").unwrap();
-    let stats = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
-    stats.filter(|stat| stat.contains(") S ")).count()
 }
 
 /// The source of the first fault is being read while the region goes: the drop waits for it.
