@@ -1,8 +1,7 @@
 //! No copy at all: pages of a sealed memfd, in another order, as one slice. `cargo run --example sealed_memfd`.
 
-use pagestitch::source::Memfd;
+use pagestitch::source::{Memfd, UnsealedMemfd};
 use pagestitch::{Chunk, Pool, Region};
-use pagestitch_kernel::memfd::Memfd as Unsealed;
 use std::error::Error;
 use std::os::unix::fs::FileExt;
 
@@ -10,7 +9,7 @@ const PAGE: u64 = 4096;
 
 fn main() -> Result<(), Box<dyn Error>> {
     // A memfd of ten pages, filled and sealed: from here on nobody can change it, so a slice of it is safe.
-    let unsealed = Unsealed::create("pages", 10 * PAGE)?;
+    let unsealed = UnsealedMemfd::create("pages", 10 * PAGE)?;
     for page in 0..10 {
         unsealed.file().write_all_at(format!("page {page} ").as_bytes(), page * PAGE)?;
     }

@@ -2,7 +2,7 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
-use pagestitch_kernel::memfd::Memfd;
+use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::{Access, Page, PageSize, Reservation};
 use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -79,7 +79,7 @@ fn more_bytes_than_addresses_is_refused() {
 #[test]
 fn a_region_is_served_and_dropped_when_there_are_no_mappings_left() {
     let end = child::run("limits::a_region_is_served_and_dropped_when_there_are_no_mappings_left", || {
-        let memfd = Memfd::create("every", 3 * 4096).unwrap().seal().unwrap();
+        let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();
         let shown = pagestitch::source::Memfd::from(
             pagestitch_kernel::memfd::SealedMemfd::try_from(memfd.as_fd().try_clone_to_owned().unwrap())
                 .unwrap(),

@@ -3,7 +3,7 @@
 use crate::pattern;
 use pagestitch::source::Memfd;
 use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
-use pagestitch_kernel::memfd::{Memfd as Unsealed, SealedMemfd};
+use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
 use pagestitch_testkit::child;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -18,7 +18,7 @@ pub(crate) fn memfd(bytes: &[u8]) -> Memfd {
 }
 
 fn sealed(bytes: &[u8]) -> SealedMemfd {
-    let unsealed = Unsealed::create("test", bytes.len() as u64).unwrap();
+    let unsealed = UnsealedMemfd::create("test", bytes.len() as u64).unwrap();
     unsealed.file().write_all_at(bytes, 0).unwrap();
     unsealed.seal().unwrap()
 }
@@ -134,7 +134,7 @@ fn require_zero_copy_names_the_chunk_and_the_reason() {
 #[test]
 fn a_hundred_thousand_shuffled_pages_are_mapped_up_to_the_budget_and_copied_beyond() {
     const PAGES: u64 = 100_000;
-    let unsealed = Unsealed::create("many", PAGES * PAGE as u64).unwrap();
+    let unsealed = UnsealedMemfd::create("many", PAGES * PAGE as u64).unwrap();
     for page in (0..PAGES).step_by(97) {
         unsealed.file().write_all_at(&page.to_le_bytes(), page * PAGE as u64).unwrap();
     }

@@ -3,7 +3,7 @@
 use crate::{Environment, median, timed};
 use pagestitch::source::Memfd;
 use pagestitch::{Pool, Region};
-use pagestitch_kernel::memfd::{Memfd as Unsealed, SealedMemfd};
+use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
 use std::fmt;
 use std::hint::black_box;
 use std::os::fd::AsFd;
@@ -30,7 +30,7 @@ struct Figures {
 /// Where this process has no userfaultfd.
 #[must_use]
 pub fn run(bytes: usize, rounds: usize) -> Report {
-    let unsealed = Unsealed::create("bench", bytes as u64).expect("a memfd");
+    let unsealed = UnsealedMemfd::create("bench", bytes as u64).expect("a memfd");
     for offset in (0..bytes).step_by(1 << 20) {
         std::os::unix::fs::FileExt::write_all_at(unsealed.file(), &[7; 1 << 20], offset as u64)
             .expect("memory");

@@ -2,9 +2,9 @@
 //!
 //! ```
 //! use std::os::unix::fs::FileExt;
-//! use pagestitch_kernel::memfd::Memfd;
+//! use pagestitch_kernel::memfd::UnsealedMemfd;
 //!
-//! let memfd = Memfd::create("numbers", 8192)?;
+//! let memfd = UnsealedMemfd::create("numbers", 8192)?;
 //! memfd.file().write_all_at(&[7; 8192], 0)?;
 //! let sealed = memfd.seal()?;
 //! assert_eq!(sealed.as_ref()[8191], 7);
@@ -22,11 +22,11 @@ use std::slice;
 
 /// A memfd that is being filled.
 #[derive(Debug)]
-pub struct Memfd {
+pub struct UnsealedMemfd {
     file: File,
 }
 
-impl Memfd {
+impl UnsealedMemfd {
     /// A memfd of `bytes` zeros. See `memfd_create(2)`.
     ///
     /// # Errors
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_sealed_memfd_refuses_writers_and_keeps_its_bytes() {
-        let memfd = Memfd::create("test", 10_000).unwrap();
+        let memfd = UnsealedMemfd::create("test", 10_000).unwrap();
         memfd.file().write_all_at(b"bytes", 9_000).unwrap();
         let other = memfd.file().try_clone().unwrap();
         let sealed = memfd.seal().unwrap();
@@ -135,11 +135,11 @@ mod tests {
 
     #[test]
     fn what_is_not_sealed_is_refused_with_the_remedy() {
-        let open = Memfd::create("open", 10).unwrap();
+        let open = UnsealedMemfd::create("open", 10).unwrap();
         for file in [open.file().try_clone().unwrap(), File::open("/proc/self/exe").unwrap()] {
             let said = SealedMemfd::try_from(OwnedFd::from(file)).unwrap_err().to_string();
             assert!(said.contains("add F_SEAL_WRITE"), "{said}");
         }
-        assert!(Memfd::create("empty", 0).unwrap().seal().is_err());
+        assert!(UnsealedMemfd::create("empty", 0).unwrap().seal().is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-use pagestitch_kernel::memfd::Memfd;
+use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{
@@ -122,7 +122,7 @@ fn a_read_only_view_gives_no_mutable_slice() {
 #[test]
 fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
     let size = PageSize::system().bytes();
-    let memfd = Memfd::create("shown", 3 * size as u64).unwrap();
+    let memfd = UnsealedMemfd::create("shown", 3 * size as u64).unwrap();
     memfd.file().write_all_at(&vec![8u8; 3 * size], 0).unwrap();
     let sealed = memfd.seal().unwrap();
     let (_reservation, mut view, _uffd) = reserve(4, Access::Writable);
@@ -135,7 +135,7 @@ fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
 #[test]
 #[should_panic(expected = "from 8192")]
 fn mapping_past_the_end_of_a_memfd_is_stopped() {
-    let sealed = Memfd::create("short", 3 * 4096).unwrap().seal().unwrap();
+    let sealed = UnsealedMemfd::create("short", 3 * 4096).unwrap().seal().unwrap();
     let (_reservation, mut view, _uffd) = reserve(4, Access::ReadOnly);
     let _ = view.map(Span { first: Page(0), pages: 2 }, &sealed, 8192);
 }

@@ -129,12 +129,12 @@ pub(crate) fn is_aligned(page: PageSize, region: u64, source: u64) -> bool {
 mod tests {
     use super::*;
     use crate::region::Chunk;
-    use pagestitch_kernel::memfd::Memfd as Unsealed;
+    use pagestitch_kernel::memfd::UnsealedMemfd;
 
     const PAGE: PageSize = PageSize::new(4096).unwrap();
 
     fn decide(chunks: &[(u64, u64)], before: u64, budget: usize) -> Vec<(usize, usize, u64)> {
-        let memfd = Memfd::from(Unsealed::create("test", 1 << 20).unwrap().seal().unwrap());
+        let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
         let mut layout = Layout::default();
         if before > 0 {
             layout.push(Chunk::hole(before)).unwrap();

@@ -7,18 +7,17 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-/// A memfd that nobody can change any more: made with [`pagestitch_kernel::memfd::Memfd`], or received.
+/// A memfd that nobody can change any more: made from an [`UnsealedMemfd`](super::UnsealedMemfd), or received.
 ///
 /// A page of a chunk that begins at the same offset in a page of the memfd and in a page of the region is the
 /// memfd's own page: no copy, no fault. Cloning shares it.
 ///
 /// ```
 /// use std::os::unix::fs::FileExt;
-/// use pagestitch::source::Memfd;
+/// use pagestitch::source::{Memfd, UnsealedMemfd};
 /// use pagestitch::{Chunk, Pool, Region};
-/// use pagestitch_kernel::memfd::Memfd as Unsealed;
 ///
-/// let unsealed = Unsealed::create("frames", 1 << 20)?;
+/// let unsealed = UnsealedMemfd::create("frames", 1 << 20)?;
 /// unsealed.file().write_all_at(b"in place", 65_536)?;
 /// let memfd = Memfd::from(unsealed.seal()?);
 /// let region = Region::builder()

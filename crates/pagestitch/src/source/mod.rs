@@ -20,6 +20,7 @@ pub(crate) use fill::{Content, Filled, fill};
 pub use hole::Hole;
 pub use memfd::Memfd;
 pub use memory::Memory;
+pub use pagestitch_kernel::memfd::UnsealedMemfd;
 
 use std::sync::Arc;
 use std::{fmt, io};
