@@ -110,8 +110,7 @@ impl Worker {
         }
     }
 
-    /// Fills ahead, at once and here. The reader runs already; with this CPU busy, the scheduler lets it run on another.
-    /// To wake another worker instead takes longer than the reader needs for the pages in between: measured.
+    /// Fills ahead, at once and here; the reader runs already. To wake another worker for it was measured to be slower.
     fn fill_ahead(&mut self, region: &Served, ahead: Option<Span>) {
         if let Some(span) = ahead {
             fill_ahead(region, span, &mut self.staging);
