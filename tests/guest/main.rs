@@ -10,10 +10,12 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -121,8 +123,11 @@ fn boot(kernel: &Path, version: &str, programs: &[PathBuf]) -> Result<(), String
         let _ = fs::remove_file(log);
     }
     let mut command = emulator(kernel, &folder);
-    let guest =
-        command.stdin(Stdio::null()).spawn().map_err(|error| format!("cannot start {QEMU}: {error}"))?;
+    let guest = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("cannot start {QEMU}: {error}"))?;
     let ended = wait(guest);
     let said = String::from_utf8_lossy(&fs::read(&tests).unwrap_or_default()).into_owned();
     for line in said.lines().filter(|line| line.starts_with("test result") || line.contains("SKIPPED")) {
@@ -159,16 +164,14 @@ fn emulator(kernel: &Path, folder: &Path) -> Command {
 
 /// Waits for the guest, as long as it makes sense; says how it ended.
 fn wait(mut guest: Child) -> &'static str {
-    let started = Instant::now();
-    while started.elapsed() < PATIENCE {
-        match guest.try_wait() {
-            Ok(None) => std::thread::sleep(Duration::from_millis(100)),
-            _ => return "died",
-        }
-    }
+    let (send, closed) = mpsc::channel();
+    let mut stdout = guest.stdout.take().expect("it was piped");
+    // The emulator says nothing there: it ends when the emulator does.
+    thread::spawn(move || send.send(io::copy(&mut stdout, &mut io::sink())));
+    let in_time = closed.recv_timeout(PATIENCE).is_ok();
     let _ = guest.kill();
     let _ = guest.wait();
-    "did not end in time"
+    if in_time { "died" } else { "did not end in time" }
 }
 
 fn tail(log: &Path) -> String {

@@ -200,7 +200,7 @@ fn verbose_shows_what_happens_on_standard_error() {
         String::from_utf8(output.stderr).unwrap()
     };
     let (once, twice) = (said("-v"), said("-vv"));
-    for part in ["pool started", "region built", "chunks=2", "region dropped"] {
+    for part in ["pool started", "region built", "bytes=15000", "region dropped"] {
         assert!(once.contains(part), "{part:?} is not in\n{once}");
     }
     assert!(!once.contains("installed how") && twice.contains("how=\"read\""), "{twice}");

@@ -96,29 +96,16 @@ impl Builder {
         let pages = pages_for(&layout, page).map_err(in_region)?;
         let (reservation, mut view) = Reservation::new(pages, page, self.access)
             .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+        let limit = |what, errno| {
+            Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
+        };
         let uffd = open(&name)?;
-        uffd.register(&reservation, RegisterMode::MISSING).map_err(|errno| {
-            Error::because(
-                ErrorKind::Resources,
-                format_args!("region {name}: cannot register its range"),
-                errno,
-            )
-        })?;
-        let in_place = show_in_place(&layout, page, &mut view).map_err(|errno| {
-            Error::because(
-                ErrorKind::Resources,
-                format_args!("region {name}: cannot map a memfd in place"),
-                errno,
-            )
-        })?;
-        let served =
-            Served::new(name, layout, in_place, self.readahead, reservation, uffd).map_err(|errno| {
-                Error::because(
-                    ErrorKind::Resources,
-                    "no address space for the page table (RLIMIT_AS: ulimit -v)",
-                    errno,
-                )
-            })?;
+        uffd.register(&reservation, RegisterMode::MISSING)
+            .map_err(|errno| limit("register its range", errno))?;
+        let in_place =
+            show_in_place(&layout, page, &mut view).map_err(|errno| limit("map a memfd in place", errno))?;
+        let served = Served::new(name.clone(), layout, in_place, self.readahead, reservation, uffd)
+            .map_err(|errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno))?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }
@@ -126,9 +113,7 @@ impl Builder {
         let served = Arc::new(served);
         let region = Region::new(view, served, pool.clone());
         pool.add(region.served())?;
-        let (bytes, chunks, in_place) =
-            (region.len(), region.served().layout.chunks(), region.served().in_place.pages());
-        tracing::debug!(region = region.name(), bytes, chunks, pages_in_place = in_place, "region built");
+        tracing::debug!(region = region.name(), bytes = region.len(), metrics = ?region.metrics(), "region built");
         Ok(region)
     }
 
