@@ -2,12 +2,16 @@
 
 mod conformance;
 mod contention;
+mod donated;
 mod failure;
 mod journey;
+mod lazy;
 mod limits;
+mod mixed;
 mod readahead;
 mod reading;
 mod scale;
+mod shared;
 mod teardown;
 mod zero_copy;
 

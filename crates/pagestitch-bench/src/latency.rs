@@ -93,6 +93,7 @@ fn zero_pages(bytes: usize, touches: &[usize]) -> Histogram<u64> {
     let page = PageSize::system();
     let pages = NonZeroUsize::new(bytes / page.bytes()).expect("some pages");
     let (_reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+    let view = view.into_stable().expect("nothing is shown in it");
     first_touches(view.as_slice(), touches)
 }
 

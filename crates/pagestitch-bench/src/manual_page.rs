@@ -2,7 +2,7 @@
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::{Access, PageSize, Reservation, View};
+use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use userfaultfd::{Event, Uffd, UffdBuilder};
 
 /// A region of pages filled from chunks of equal length by one plain thread.
 pub(crate) struct ManualPage {
-    view: View,
+    view: StableView,
     stop: Arc<EventFd>,
     handler: Option<JoinHandle<()>>,
 }
@@ -28,6 +28,7 @@ impl ManualPage {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
         let handler = thread::spawn(move || handle(&uffd, &stopped, range.start(), &chunks));
+        let view = view.into_stable().expect("nothing is shown in it");
         Self { view, stop, handler: Some(handler) }
     }
 

@@ -6,8 +6,12 @@
 //! | [`uffd`] | the userfaultfd: open, register, and each fill operation, answering with an [`Outcome`] |
 //! | [`event`] | what the kernel says happened, decoded eagerly |
 //! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
-//! | [`reservation`] | an owned range of addresses behind one bounds check, and the [`View`] of its bytes |
+//! | [`reservation`] | an owned range of addresses behind one bounds check |
+//! | [`view`] | the one view of a reservation's bytes, and what can be shown in it in place |
 //! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
+//! | [`shared`] | files, memfds and mappings that others may change |
+//! | [`pages`] | pages of private memory that can be given away |
+//! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
@@ -20,14 +24,16 @@
 //!
 //! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
 //!   no allocator ever handed those pages out as zeros;
-//! * only a [`memfd::SealedMemfd`], which nobody can write to, is mapped into a reservation, while its view is
-//!   borrowed mutably;
+//! * something else is put into a reservation only while its view is borrowed mutably. What nobody can change (a
+//!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leaves the view stable; whatever others may change does not,
+//!   and such a view never becomes a [`StableView`], which is what gives out slices;
 //! * nothing in this crate's safe API takes a page that has been filled and fills it with other bytes. Taking
 //!   a page away for good ([`Reservation::revoke`], [`Reservation::seal`]) makes a later access a signal,
 //!   which ends the program; it does not show it different bytes.
 //!
-//! Hence [`View::as_slice`] is safe, and [`View::as_mut_slice`] is safe because there is one [`View`] of a
-//! reservation and it is borrowed mutably.
+//! Hence [`StableView::as_slice`] is safe, and [`StableView::as_mut_slice`] is safe because there is one view of a
+//! reservation and it is borrowed mutably. A view that is not stable is read and written by the kernel
+//! ([`View::read_at`], [`View::write_at`]), to whom a race is none.
 
 pub mod event;
 pub mod fork;
@@ -36,14 +42,20 @@ pub mod lend;
 mod mapping;
 pub mod memfd;
 pub mod page;
+pub mod pages;
+pub mod physical;
 pub mod reservation;
+pub mod shared;
 pub mod support;
 pub mod uffd;
+pub mod view;
+mod volatile;
 pub mod words;
 
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use nix::errno::Errno;
 pub use page::{AddressRange, Page, PageSize, Span};
-pub use reservation::{Access, Reservation, View};
+pub use reservation::{Access, Reservation};
 pub use support::Support;
 pub use uffd::{Outcome, Uffd};
+pub use view::{StableView, View};

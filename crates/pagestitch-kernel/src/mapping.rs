@@ -1,9 +1,11 @@
 //! An owned mapping: unmapped when dropped. The ground under reservations, buffers and tables.
 
 use crate::fork::Maker;
+use crate::page::{HUGE, PageSize};
 use nix::errno::Errno;
 use nix::libc::c_void;
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
@@ -11,7 +13,7 @@ use std::ptr::NonNull;
 /// Private memory of this process.
 #[derive(Debug)]
 pub(crate) struct Mapping {
-    /// Invariant: the start of `bytes` bytes that were mapped by [`Mapping::new`] and not unmapped since.
+    /// Invariant: the start of `bytes` bytes that were mapped by one of the functions below, and not unmapped since.
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
     maker: Maker,
@@ -34,13 +36,78 @@ impl Mapping {
         Ok(Self { start, bytes, maker: Maker::current() })
     }
 
+    /// The same, at a multiple of [`HUGE`] if it is as large: the kernel can then have huge pages in it.
+    pub(crate) fn aligned(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
+        if bytes.get() < HUGE {
+            return Self::new(bytes, protection);
+        }
+        let page = PageSize::system().bytes();
+        let roomy = bytes.checked_add(HUGE - page).ok_or(Errno::ENOMEM)?;
+        let Self { start, bytes: all, maker } = *ManuallyDrop::new(Self::new(roomy, protection)?);
+        let first = start.addr().get().next_multiple_of(HUGE) - start.addr().get();
+        let end = first + bytes.get().next_multiple_of(page);
+        for edge in
+            [0..first, end..all.get().next_multiple_of(page)].into_iter().filter(|edge| !edge.is_empty())
+        {
+            // SAFETY: the offset is inside the mapping that was just made.
+            #[expect(unsafe_code, reason = "an address inside an owned mapping")]
+            let edge_start = unsafe { start.byte_add(edge.start) };
+            // SAFETY: whole pages of the mapping that was just made, which nobody has seen.
+            #[expect(unsafe_code, reason = "munmap")]
+            unsafe { munmap(edge_start, edge.len()) }?;
+        }
+        // SAFETY: the offset is inside the mapping that was just made.
+        #[expect(unsafe_code, reason = "an address inside an owned mapping")]
+        let start = unsafe { start.byte_add(first) };
+        Ok(Self { start, bytes, maker })
+    }
+
+    /// Advises the kernel of what is to become of the whole mapping. See `madvise(2)`.
+    pub(crate) fn advise(&self, advice: MmapAdvise) -> Result<(), Errno> {
+        debug_assert!(
+            !matches!(advice, MmapAdvise::MADV_DONTNEED | MmapAdvise::MADV_FREE),
+            "takes bytes away"
+        );
+        // SAFETY: our own mapping, and an advice that leaves its bytes as they are.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe {
+            madvise(self.start, self.bytes(), advice)
+        }
+    }
+
+    /// The address of the byte at `offset`.
+    ///
+    /// # Panics
+    ///
+    /// If that is past its end.
+    pub(crate) fn at(&self, offset: usize) -> NonNull<c_void> {
+        assert!(offset <= self.bytes(), "byte {offset} of a mapping of {}", self.bytes());
+        // SAFETY: inside the mapping, or one past its end.
+        #[expect(unsafe_code, reason = "an address inside an owned mapping")]
+        unsafe {
+            self.start.byte_add(offset)
+        }
+    }
+
     /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
     pub(crate) fn of_file(file: BorrowedFd<'_>, bytes: NonZeroUsize) -> Result<Self, Errno> {
         // Private: before Linux 6.7 a shared mapping of a memfd sealed against writing is EPERM. Who only reads
         // sees the file's own pages either way.
+        Self::of_file_at(file, 0, bytes, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE)
+    }
+
+    /// Maps a file's bytes from an offset on.
+    pub(crate) fn of_file_at(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: NonZeroUsize,
+        protection: ProtFlags,
+        flags: MapFlags,
+    ) -> Result<Self, Errno> {
+        let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap(None, bytes, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE, file, 0) }?;
+        let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }?;
         Ok(Self { start, bytes, maker: Maker::current() })
     }
 
@@ -63,5 +130,22 @@ impl Drop for Mapping {
         #[expect(unsafe_code, reason = "munmap")]
         let answer = unsafe { munmap(self.start, self.bytes()) };
         debug_assert!(answer.is_ok(), "munmap of an owned mapping: {answer:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_large_begins_at_a_huge_page() {
+        for bytes in [HUGE, HUGE + 4096, 5 * HUGE - 1] {
+            let bytes = NonZeroUsize::new(bytes).unwrap();
+            for _ in 0..3 {
+                let mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ).unwrap();
+                assert_eq!(mapping.start().addr().get() % HUGE, 0);
+                assert_eq!(mapping.bytes(), bytes.get());
+            }
+        }
     }
 }

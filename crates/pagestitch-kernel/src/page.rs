@@ -11,6 +11,9 @@
 use std::fmt;
 use std::ops::Range;
 
+/// The size of a huge page, in bytes: what one entry of a page table's second level covers where pages are 4 KiB.
+pub const HUGE: usize = 2 << 20;
+
 /// The size of a page: a power of two, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageSize {

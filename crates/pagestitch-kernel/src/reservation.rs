@@ -1,4 +1,4 @@
-//! A reserved, contiguous range of addresses, and the one view of its bytes.
+//! A reserved, contiguous range of addresses.
 //!
 //! ```text
 //!            ┌────────────┬─────────────┬───────────────┬─────────────┐
@@ -14,17 +14,15 @@
 //! child would read zeros.
 
 use crate::mapping::Mapping;
-use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, Page, PageSize, Span};
+use crate::view::View;
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, mmap, mprotect};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::ptr::NonNull;
-use std::slice;
 use std::sync::Arc;
 
 /// What the process may do with a region's bytes.
@@ -32,15 +30,18 @@ use std::sync::Arc;
 pub enum Access {
     /// Read them. Nothing changes a byte once it is there.
     ReadOnly,
+    /// Read them, too. The mapping can be written to, as the kernel moves pages only between such
+    /// ([`Uffd::give`](crate::Uffd::give)): it does not stop a stray pointer.
+    Unguarded,
     /// Read and write them; writes stay private to the region.
     Writable,
 }
 
 impl Access {
-    const fn protection(self) -> ProtFlags {
+    pub(crate) const fn protection(self) -> ProtFlags {
         match self {
             Self::ReadOnly => ProtFlags::PROT_READ,
-            Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
+            Self::Unguarded | Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
         }
     }
 }
@@ -48,7 +49,7 @@ impl Access {
 /// An owned range of addresses, a whole number of pages, missing until filled.
 #[derive(Debug)]
 pub struct Reservation {
-    mapping: Mapping,
+    pub(crate) mapping: Mapping,
     page: PageSize,
 }
 
@@ -65,14 +66,11 @@ impl Reservation {
     ) -> Result<(Arc<Self>, View), ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::new(usize::MAX, Errno::ENOMEM))?;
-        let mapping = Mapping::new(bytes, access.protection())
-            .map_err(|errno| ReserveError::new(bytes.get(), errno))?;
-        // SAFETY: the advice concerns our own mapping, and what a child of fork sees of it.
-        #[expect(unsafe_code, reason = "madvise")]
-        unsafe { madvise(mapping.start(), bytes.get(), MmapAdvise::MADV_DONTFORK) }
-            .map_err(|errno| ReserveError::new(bytes.get(), errno))?;
+        let refused = |errno| ReserveError::new(bytes.get(), errno);
+        let mapping = Mapping::aligned(bytes, access.protection()).map_err(refused)?;
+        mapping.advise(MmapAdvise::MADV_DONTFORK).map_err(refused)?;
         let reservation = Arc::new(Self { mapping, page });
-        let view = View { reservation: Arc::clone(&reservation), access };
+        let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
     }
 
@@ -175,77 +173,6 @@ impl Reservation {
         unsafe {
             mprotect(self.mapping.start(), self.mapping.bytes(), ProtFlags::PROT_NONE)
         }
-    }
-}
-
-/// The one view of a reservation's bytes.
-///
-/// Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
-/// One that was never registered reads as zeros.
-#[derive(Debug)]
-pub struct View {
-    reservation: Arc<Reservation>,
-    access: Access,
-}
-
-impl View {
-    /// The bytes, all pages of them.
-    #[must_use]
-    pub fn as_slice(&self) -> &[u8] {
-        let mapping = &self.reservation.mapping;
-        // SAFETY: mapped and readable as long as `self` keeps the reservation. A missing page gets its value when it
-        // is first read, and no safe operation gives a filled page other bytes (see the crate's safety argument);
-        // writes go through `as_mut_slice`, which excludes this borrow.
-        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        unsafe {
-            slice::from_raw_parts(mapping.start().as_ptr().cast(), mapping.bytes())
-        }
-    }
-
-    /// The bytes for writing, if the reservation was made writable.
-    #[must_use]
-    pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
-        if self.access == Access::ReadOnly {
-            return None;
-        }
-        let mapping = &self.reservation.mapping;
-        // SAFETY: as in `as_slice`, mapped for writing; this is the only view, and it is borrowed mutably.
-        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
-    }
-
-    /// Shows part of a sealed memfd in place: the span's pages are the memfd's own, there at once and not copied.
-    ///
-    /// In a writable reservation a page is copied when it is first written to; the memfd never changes.
-    ///
-    /// # Errors
-    ///
-    /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is as it was; after another, none of
-    /// which is known to occur, it may be closed to every access.
-    ///
-    /// # Panics
-    ///
-    /// If the memfd does not have all of the span's bytes at `offset`, or `offset` is no multiple of the page size.
-    pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
-        let page = self.reservation.page;
-        let range = self.reservation.addresses(span);
-        let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
-        let inside = offset.checked_add(range.bytes() as u64).is_some_and(|end| end <= memfd.len() as u64);
-        assert!(inside && page.offset_of(page.page_at(offset)) == offset, "{span:?} from {offset}");
-        // Private, as a shared mapping of a memfd that is sealed against writing is EPERM before Linux 6.7.
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
-        let (start, offset) =
-            (NonZeroUsize::new(range.start()), i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?);
-        // SAFETY: the range is inside our own mapping, and `&mut self`, the one view, says that nobody has a
-        // reference to its bytes. What is mapped cannot be changed by anybody else: it is sealed.
-        #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(start, bytes, self.access.protection(), flags, memfd, offset) }.map(drop)
-    }
-
-    /// The address of the first byte, for code that works with raw pointers.
-    #[must_use]
-    pub fn as_ptr(&self) -> NonNull<u8> {
-        self.reservation.mapping.start().cast()
     }
 }
 

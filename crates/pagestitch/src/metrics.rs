@@ -35,6 +35,10 @@ metrics! {
     pages_read,
     /// Pages gathered in staging from several chunks, and copied from there.
     pages_gathered,
+    /// Donated pages that were moved in: not copied.
+    pages_moved,
+    /// Pages of a memfd that is filled later, shown when it had them: not copied.
+    pages_cached,
     /// Pages of zeros.
     pages_zeroed,
     /// Pages that a source could not fill: poisoned.
@@ -51,7 +55,12 @@ impl Metrics {
     /// Pages installed on a fault or by populating, in whichever way.
     #[must_use]
     pub const fn pages_installed(&self) -> u64 {
-        self.pages_copied + self.pages_read + self.pages_gathered + self.pages_zeroed
+        self.pages_copied
+            + self.pages_read
+            + self.pages_gathered
+            + self.pages_moved
+            + self.pages_cached
+            + self.pages_zeroed
     }
 }
 

@@ -17,6 +17,7 @@ pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
 use crate::page::AddressRange;
+use crate::pages::Donated;
 use crate::reservation::Reservation;
 use crate::support::Features;
 use nix::errno::Errno;
@@ -113,14 +114,19 @@ impl Uffd {
     #[doc(alias = "UFFDIO_COPY")]
     pub fn copy(&self, range: AddressRange, bytes: &[u8]) -> Outcome {
         assert_eq!(bytes.len(), range.bytes(), "a copy fills its range exactly");
+        self.copy_from(range, bytes.as_ptr().addr())
+    }
+
+    /// Has the kernel copy from an address: it can be anything, and says so if it cannot be read.
+    fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
         let mut request = abi::Copy {
             dst: range.start() as u64,
-            src: bytes.as_ptr().addr() as u64,
+            src: source as u64,
             len: range.bytes() as u64,
             mode: 0,
             copied: 0,
         };
-        // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads `bytes`.
+        // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads its source.
         #[expect(unsafe_code, reason = "an ioctl")]
         let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
         Outcome::interpret(answer, range.bytes(), request.copied)
@@ -182,6 +188,37 @@ impl Uffd {
         // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
         let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
         Outcome::interpret(answer, range.bytes(), request.copied)
+    }
+
+    /// Moves donated pages in, as [`move_pages`](Self::move_pages) does: those from `offset` on, a multiple of the page
+    /// size. [`Outcome::NotRegistered`] if one of them was never touched, and is zeros, or has moved before. Both sides have to be
+    /// writable mappings. Linux 6.8.
+    ///
+    /// # Panics
+    ///
+    /// If the donation does not have as many pages there.
+    pub fn give(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
+        let span = donated.span(offset, range.bytes());
+        // SAFETY: pages that were given up: nobody has a slice of them.
+        #[expect(unsafe_code, reason = "the donation is the vouching owner that move_pages asks for")]
+        let outcome = unsafe { self.move_pages(range, donated.range(span)) };
+        match outcome {
+            Outcome::Done => donated.mark_moved(span),
+            Outcome::Partial { bytes } => donated.mark_moved(donated.span(offset, bytes)),
+            _ => {}
+        }
+        outcome
+    }
+
+    /// Copies donated pages in, for where they cannot be moved. As [`give`](Self::give) otherwise.
+    ///
+    /// # Panics
+    ///
+    /// As [`give`](Self::give); if a page has moved, and its bytes are elsewhere.
+    pub fn copy_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
+        let span = donated.span(offset, range.bytes());
+        assert!(!span.iter().any(|page| donated.has_moved(page)), "{span:?} of {donated:?} have moved");
+        self.copy_from(range, donated.range(span).start())
     }
 
     /// Write-protects the present pages of `range`: a write then waits for [`unprotect`](Self::unprotect). Linux 5.7.

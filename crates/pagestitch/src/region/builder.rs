@@ -2,8 +2,8 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::policy::Readahead;
-use crate::region::in_place::{InPlaceRuns, memfd_of};
-use crate::region::{Chunk, How, Layout, Plan, Region, Run, Served};
+use crate::region::in_place::{Abilities, Shown};
+use crate::region::{Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion};
 use crate::server::Pool;
 use pagestitch_kernel::support::{Features, mappings_left};
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
@@ -17,7 +17,9 @@ pub struct Builder {
     name: Option<String>,
     access: Access,
     zero_copy: bool,
+    aligned: bool,
     readahead: Readahead,
+    mappings: Option<usize>,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
@@ -28,7 +30,9 @@ impl Default for Builder {
             name: None,
             access: Access::ReadOnly,
             zero_copy: false,
+            aligned: false,
             readahead: Readahead::Adaptive,
+            mappings: None,
             layout: Ok(Layout::default()),
         }
     }
@@ -63,6 +67,30 @@ impl Builder {
         self
     }
 
+    /// Lays each chunk from here on on a page boundary: at the same place in a page as in its source, so that it can be
+    /// shown in place. What lies between is padding, whose bytes mean nothing; [`Region::offset_of`] tells where a
+    /// chunk is.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(vec![2u8; 5]).build(&Pool::new()?)?;
+    /// assert_eq!(region.offset_of(1), Some(4096));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn page_aligned(mut self) -> Self {
+        self.aligned = true;
+        self
+    }
+
+    /// How many mappings the region may take to show pages in place; what is beyond is copied. By default half of what
+    /// `vm.max_map_count` leaves this process, which other parts of the program need too.
+    #[must_use]
+    pub fn mappings(mut self, most: usize) -> Self {
+        self.mappings = Some(most);
+        self
+    }
+
     /// Lays a chunk at the end.
     #[must_use]
     pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
@@ -86,42 +114,76 @@ impl Builder {
     /// # Errors
     ///
     /// The first chunk that is [bad](ErrorKind::BadChunk) or [too much](ErrorKind::TooLarge); no chunk at all; no
-    /// [userfaultfd](ErrorKind::NoUserfaultfd); a [limit](ErrorKind::Resources) of the process. Each names the thing and what to do.
+    /// [userfaultfd](ErrorKind::NoUserfaultfd); a [limit](ErrorKind::Resources) of the process; a chunk that others may
+    /// [change](ErrorKind::Shared). Each names the thing and what to do.
     pub fn build(self, pool: &Pool) -> Result<Region, Error> {
-        let name = self.name.unwrap_or_else(|| String::from("unnamed"));
+        if let Ok(layout) = &self.layout
+            && let Some(shared) = layout.first_shared()
+        {
+            let name = self.name.as_deref().unwrap_or(UNNAMED);
+            let what =
+                format!("region {name}: others may change {shared}: build_shared() it, or seal or copy it");
+            return Err(Error::new(ErrorKind::Shared, what));
+        }
+        let (view, core) = self.make(pool)?;
+        let view = view.into_stable().expect("only what others may change makes a view unstable");
+        Ok(Region::new(view, core))
+    }
+
+    /// As [`build`](Self::build), for a region of which others may change parts: files, unsealed memfds, aliases,
+    /// physical memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`build`](Self::build); a file that cannot be shown as [`writable`](Self::writable).
+    pub fn build_shared(self, pool: &Pool) -> Result<SharedRegion, Error> {
+        let (view, core) = self.make(pool)?;
+        Ok(SharedRegion::new(view, core))
+    }
+
+    fn make(self, pool: &Pool) -> Result<(View, Core), Error> {
+        let name = self.name.unwrap_or_else(|| UNNAMED.to_owned());
         let in_region = |error: Error| error.inside(&name);
         let mut layout = self.layout.map_err(in_region)?;
         layout.finish().map_err(in_region)?;
-        let page = PageSize::system();
-        let pages = pages_for(&layout, page).map_err(in_region)?;
-        let (reservation, mut view) = Reservation::new(pages, page, self.access)
-            .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
         let limit = |what, errno| {
             Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
         };
-        let uffd = open(&name)?;
+        let uffd = open(&name, &layout)?;
+        let moves = layout.has_donated() && uffd.features().contains(Features::MOVE);
+        let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
+        let access = match self.access {
+            Access::ReadOnly if moves => Access::Unguarded,
+            access => access,
+        };
+        let page = PageSize::system();
+        let pages = pages_for(&layout, page).map_err(in_region)?;
+        let (reservation, mut view) = Reservation::new(pages, page, access)
+            .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
         uffd.register(&reservation, RegisterMode::MISSING)
             .map_err(|errno| limit("register its range", errno))?;
-        let in_place =
-            show_in_place(&layout, page, &mut view).map_err(|errno| limit("map a memfd in place", errno))?;
-        let served = Served::new(name.clone(), layout, in_place, self.readahead, reservation, uffd)
+        let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
+        let abilities = Abilities { moves, minor_faults };
+        let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
+            .map_err(|error| cannot_show(&name, &layout, error))?;
+        let served = Served::new(name.clone(), layout, shown, moves, self.readahead, reservation, uffd)
             .map_err(|errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno))?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }
         served.counters.pages_in_place.add(served.in_place.pages());
-        let served = Arc::new(served);
-        let region = Region::new(view, served, pool.clone());
-        pool.add(region.served())?;
-        tracing::debug!(region = region.name(), bytes = region.len(), metrics = ?region.metrics(), "region built");
-        Ok(region)
+        let core = Core { served: Arc::new(served), pool: pool.clone() };
+        pool.add(&core.served)?;
+        tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
+        Ok((view, core))
     }
 
     fn push(&mut self, chunk: Chunk) {
-        if let Ok(layout) = &mut self.layout
-            && let Err(error) = layout.push(chunk)
-        {
-            self.layout = Err(error);
+        if let Ok(layout) = &mut self.layout {
+            let padded = if self.aligned { layout.pad_for(&chunk, PageSize::system()) } else { Ok(()) };
+            if let Err(error) = padded.and_then(|()| layout.push(chunk)) {
+                self.layout = Err(error);
+            }
         }
     }
 }
@@ -134,25 +196,25 @@ fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
     })
 }
 
-/// Maps what can be shown in place, over a part of the range that was registered: what is mapped there is not.
-fn show_in_place(layout: &Layout, page: PageSize, view: &mut View) -> Result<InPlaceRuns, Errno> {
-    let mut runs = InPlaceRuns::decide(layout, page, || mappings_left() / MAPPINGS_A_RUN / BUDGET_SHARE);
-    let mut mapped = 0;
-    for run in runs.iter() {
-        let memfd = memfd_of(layout, run.chunk).expect("only memfds are shown in place");
-        match view.map(run.span, memfd.sealed(), run.offset) {
-            Ok(()) => mapped += 1,
-            // Somebody was quicker, and there are no more mappings after all: the rest is copied.
-            Err(Errno::ENOMEM) => break,
-            Err(errno) => return Err(errno),
+/// A run of pages was refused, with the run's first chunk to name.
+fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> Error {
+    let (number, source) = (layout.number_of(chunk), layout.backing_of(chunk).source().name());
+    let what = format!("region {name}: cannot show chunk {number} ({source}) in place");
+    match errno {
+        Errno::EACCES => {
+            let why = "it is open for reading only: open it for writing too, or show it copy-on-write";
+            Error::new(ErrorKind::File, format!("{what}: {why}"))
         }
+        errno => Error::because(ErrorKind::Resources, what, errno),
     }
-    runs.truncate(mapped);
-    Ok(runs)
 }
 
 fn refuse_copies(served: &Served) -> Result<(), Error> {
-    match Plan::of(served).runs().iter().find(|run| !matches!(run.how, How::Map | How::Zero)) {
+    match Plan::of(served)
+        .runs()
+        .iter()
+        .find(|run| !matches!(run.how, How::Map | How::Move | How::Continue | How::Zero))
+    {
         Some(Run { chunks, source, why, .. }) => {
             let what =
                 format!("region {}: chunk {} ({source}) is not zero-copy: {why}", served.name, chunks.start);
@@ -162,8 +224,12 @@ fn refuse_copies(served: &Served) -> Result<(), Error> {
     }
 }
 
-fn open(name: &str) -> Result<Uffd, Error> {
-    let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::POISON)
+fn open(name: &str, layout: &Layout) -> Result<Uffd, Error> {
+    let mut wanted = Features::EVENT_REMOVE | Features::THREAD_ID | Features::POISON | Features::MOVE;
+    if layout.has_lazy() {
+        wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
+    }
+    let uffd = Uffd::open(wanted)
         .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
     if uffd.mode() == FaultMode::UserOnly {
         tracing::debug!(
@@ -174,7 +240,6 @@ fn open(name: &str) -> Result<Uffd, Error> {
     Ok(uffd)
 }
 
-/// A run is a mapping, and cuts the one around it in two.
-const MAPPINGS_A_RUN: usize = 2;
+const UNNAMED: &str = "unnamed";
 /// One region takes no more than half of the mappings that are left.
 const BUDGET_SHARE: usize = 2;

@@ -1,7 +1,11 @@
 //! A chunk: a byte range of one source, to be laid into a region.
 
-use crate::source::{Backing, File, Hole, Memfd, Memory, Source};
+use crate::source::{
+    Alias, Backing, Donated, File, Hole, LazyMemfd, Memfd, Memory, Pages, Physical, Shared, SharedFile,
+    Source,
+};
 use bytes::Bytes;
+use pagestitch_kernel::shared::Sharing;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -38,6 +42,13 @@ impl Chunk {
         Self { backing: Backing::Hole(Hole), range: 0..bytes }
     }
 
+    /// All bytes of a file or memfd, of which the region keeps to itself what is written in it: `MAP_PRIVATE`. A page
+    /// that was not written to still shows what others write to the file.
+    #[must_use]
+    pub fn copy_on_write(file: impl Into<Arc<SharedFile>>) -> Self {
+        Self::whole(Backing::Shared(Shared::File(file.into(), Sharing::CopyOnWrite)))
+    }
+
     /// Only these bytes of the source, counted from the source's start.
     ///
     /// A range that is empty or reaches past the source's end is an error when the region is built.
@@ -62,6 +73,72 @@ impl From<Memory> for Chunk {
 impl From<Memfd> for Chunk {
     fn from(memfd: Memfd) -> Self {
         Self::whole(Backing::Memfd(memfd))
+    }
+}
+
+/// The pages move into the region: nothing is copied where the chunk lies on page boundaries.
+impl From<Pages> for Chunk {
+    fn from(pages: Pages) -> Self {
+        Donated::from(pages).into()
+    }
+}
+
+/// The pages move into the region: nothing is copied where the chunk lies on page boundaries.
+impl From<Donated> for Chunk {
+    fn from(donated: Donated) -> Self {
+        Arc::new(donated).into()
+    }
+}
+
+/// Clone the `Arc` to take several chunks, each byte in one of them.
+impl From<Arc<Donated>> for Chunk {
+    fn from(donated: Arc<Donated>) -> Self {
+        Self::whole(Backing::Donated(donated))
+    }
+}
+
+impl From<LazyMemfd> for Chunk {
+    fn from(memfd: LazyMemfd) -> Self {
+        Self::whole(Backing::Shared(Shared::Lazy(memfd)))
+    }
+}
+
+/// For a [`SharedRegion`](crate::SharedRegion): the others' writes are seen in it, and its in the file.
+impl From<Arc<SharedFile>> for Chunk {
+    fn from(file: Arc<SharedFile>) -> Self {
+        Self::whole(Backing::Shared(Shared::File(file, Sharing::Shared)))
+    }
+}
+
+impl From<SharedFile> for Chunk {
+    fn from(file: SharedFile) -> Self {
+        Arc::new(file).into()
+    }
+}
+
+/// For a [`SharedRegion`](crate::SharedRegion).
+impl From<Arc<Alias>> for Chunk {
+    fn from(alias: Arc<Alias>) -> Self {
+        Self::whole(Backing::Shared(Shared::Alias(alias)))
+    }
+}
+
+impl From<Alias> for Chunk {
+    fn from(alias: Alias) -> Self {
+        Arc::new(alias).into()
+    }
+}
+
+/// For a [`SharedRegion`](crate::SharedRegion).
+impl From<Arc<Physical>> for Chunk {
+    fn from(physical: Arc<Physical>) -> Self {
+        Self::whole(Backing::Shared(Shared::Physical(physical)))
+    }
+}
+
+impl From<Physical> for Chunk {
+    fn from(physical: Physical) -> Self {
+        Arc::new(physical).into()
     }
 }
 

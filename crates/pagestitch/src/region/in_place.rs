@@ -11,56 +11,139 @@
 //! one mapping. The kernel counts mappings, so there is a budget; what is beyond it is copied.
 
 use crate::region::Layout;
-use crate::source::{Backing, Memfd};
-use pagestitch_kernel::{Page, PageSize, Span};
+use crate::source::{Backing, Shared};
+use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd, View};
+use std::ops::Range;
 
-/// A run of pages that are a memfd's own.
+/// A run of pages that are a source's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct InPlace {
+pub(crate) struct Run {
     pub(crate) span: Span,
-    /// A chunk of the extent, to find the memfd by.
+    /// A chunk of the extent, to find the source by.
     pub(crate) chunk: usize,
-    /// The span's first byte in the memfd.
+    /// The span's first byte in the source.
     pub(crate) offset: u64,
 }
 
-/// The runs of pages that can be shown in place, in the order of the region.
-#[derive(Debug, Default)]
-pub(crate) struct InPlaceRuns {
-    runs: Vec<InPlace>,
+impl Run {
+    /// Where in the source one of its pages begins.
+    pub(crate) fn offset_of(&self, page: Page, size: PageSize) -> u64 {
+        self.offset + ((page.0 - self.span.first.0) * size.bytes()) as u64
+    }
 }
 
-impl InPlaceRuns {
-    /// At most `budget` runs: each is a mapping, and parts its neighbours.
-    pub(crate) fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize) -> Self {
-        let mut runs = Vec::new();
-        let mut budget = Some(budget);
-        let mut most = 0;
-        let mut chunk = 0;
-        while chunk < layout.chunks() {
-            let end = extent_end(layout, chunk);
-            if memfd_of(layout, chunk).is_some() {
-                // Asking for the budget reads /proc: only who has a memfd pays.
-                most = budget.take().map_or(most, |budget| budget());
-                runs.extend(whole_pages(layout, page, chunk, end).filter(|_| runs.len() < most));
-            }
-            chunk = end;
+/// What of the kernel's abilities decides how pages are shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Abilities {
+    /// Donated pages move when they are touched; without, they are taken when the region is built.
+    pub(crate) moves: bool,
+    /// Memfds may be filled later; without, they are copied.
+    pub(crate) minor_faults: bool,
+}
+
+impl Abilities {
+    /// Whether whole pages of a source are mapped when the region is built.
+    const fn map(self, backing: &Backing) -> bool {
+        match backing {
+            Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
+            Backing::Donated(_) => !self.moves,
+            Backing::Memfd(_) | Backing::Shared(_) => true,
+            Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) => false,
         }
-        Self { runs }
     }
+}
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &InPlace> {
-        self.runs.iter()
+/// Runs of pages, in the order of the region.
+#[derive(Debug, Default)]
+pub(crate) struct Runs {
+    runs: Vec<Run>,
+}
+
+/// What a region shows of its sources' own pages.
+#[derive(Debug, Default)]
+pub(crate) struct Shown {
+    /// There from the start: they never fault.
+    pub(crate) in_place: Runs,
+    /// There when the memfd has them: a fault each.
+    pub(crate) lazy: Runs,
+}
+
+impl Shown {
+    /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the range that was
+    /// registered. What the kernel would not map after all is copied. An error comes with the chunk that it is about.
+    pub(crate) fn map(
+        layout: &Layout,
+        page: PageSize,
+        budget: impl FnOnce() -> usize,
+        abilities: Abilities,
+        view: &mut View,
+        uffd: &Uffd,
+    ) -> Result<Self, (usize, Errno)> {
+        let mut shown = Self::default();
+        for run in decide(layout, page, budget, abilities) {
+            let backing = layout.backing_of(run.chunk);
+            match map(run, backing, view, uffd) {
+                Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
+                Ok(()) => shown.in_place.runs.push(run),
+                // Somebody was quicker, and there are no more mappings after all.
+                Err(Errno::ENOMEM) => break,
+                // Before Linux 5.7, pages cannot be taken away and leave their addresses.
+                Err(Errno::EINVAL) if matches!(backing, Backing::Donated(_)) => {}
+                Err(errno) => return Err((run.chunk, errno)),
+            }
+        }
+        Ok(shown)
     }
+}
 
-    /// Keeps only the first `count`: the kernel would map no more.
-    pub(crate) fn truncate(&mut self, count: usize) {
-        self.runs.truncate(count);
+fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), Errno> {
+    let Run { span, offset, .. } = run;
+    match backing {
+        Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
+        Backing::Donated(donated) => view.take(span, donated, offset),
+        Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
+        Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
+        Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
+        Backing::Shared(Shared::Lazy(memfd)) => view.map_lazy(span, memfd.memfd(), offset, uffd),
+        Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) => unreachable!("has no pages of its own"),
     }
+}
 
+/// The runs that are to be shown. Each is a mapping, and so is the gap before it, if there is one.
+fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abilities: Abilities) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut budget = Some(budget);
+    let mut left = 0_usize;
+    let mut chunk = 0;
+    while chunk < layout.chunks() {
+        let end = extent_end(layout, chunk);
+        if abilities.map(layout.backing_of(chunk)) {
+            // Asking for the budget reads /proc: only who has something to map pays.
+            left = budget.take().map_or(left, |budget| budget());
+            if let Some(run) = whole_pages(layout, page, chunk..end) {
+                let follows = runs.last().map_or(Page(0), |last| last.span.end()) == run.span.first;
+                let cost = if follows { 1 } else { 2 };
+                if cost <= left {
+                    left -= cost;
+                    runs.push(run);
+                }
+            }
+        }
+        chunk = end;
+    }
+    runs
+}
+
+impl Runs {
     /// How many pages they have together.
     pub(crate) fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.span.pages as u64).sum()
+    }
+
+    /// How many pages from `span`'s first on are in one run, if any, and which.
+    pub(crate) fn prefix(&self, span: Span) -> Option<(usize, &Run)> {
+        let run = self.after(span.first).filter(|run| run.span.first <= span.first)?;
+        Some(((run.span.end().0 - span.first.0).min(span.pages), run))
     }
 
     /// Whether a page is shown in place.
@@ -84,15 +167,8 @@ impl InPlaceRuns {
     }
 
     /// The run that holds a page, or the next one after it.
-    fn after(&self, page: Page) -> Option<&InPlace> {
+    fn after(&self, page: Page) -> Option<&Run> {
         self.runs.get(self.runs.partition_point(|run| run.span.end() <= page))
-    }
-}
-
-pub(crate) fn memfd_of(layout: &Layout, chunk: usize) -> Option<&Memfd> {
-    match layout.backing_of(chunk) {
-        Backing::Memfd(memfd) => Some(memfd),
-        _ => None,
     }
 }
 
@@ -105,19 +181,22 @@ fn extent_end(layout: &Layout, first: usize) -> usize {
     end
 }
 
-/// The whole pages of an extent, if it lies at the same place in pages of source and region.
-fn whole_pages(layout: &Layout, page: PageSize, first: usize, end: usize) -> Option<InPlace> {
-    let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(end - 1).end);
+/// The pages of an extent that it has to itself, if it lies at the same place in pages of source and region. Padding
+/// around it, and what is past the region's end, may be whatever the source has there.
+pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<Run> {
+    let (first, last) = (chunks.start, chunks.end - 1);
+    let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);
     let source = layout.source_offset(first);
     if !is_aligned(page, start, source) {
         return None;
     }
-    let span = page.inside(&(start..stop));
-    (!span.is_empty()).then(|| InPlace {
-        span,
-        chunk: first,
-        offset: source + (page.offset_of(span.first) - start),
-    })
+    let around = page.offsets(page.covering(&(start..stop)));
+    let from = if layout.is_free_before(first, around.start) { around.start } else { start };
+    let to = if layout.is_free_after(last, around.end) { around.end } else { stop };
+    let span = page.inside(&(from..to));
+    // Below the extent's start only by what lies in the same page of the source.
+    let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
+    (!span.is_empty()).then_some(Run { span, chunk: first, offset })
 }
 
 /// Whether an offset in a region and one in a source are at the same place in their pages.
@@ -129,9 +208,11 @@ pub(crate) fn is_aligned(page: PageSize, region: u64, source: u64) -> bool {
 mod tests {
     use super::*;
     use crate::region::Chunk;
-    use pagestitch_kernel::memfd::UnsealedMemfd;
+    use crate::source::{Memfd, UnsealedMemfd};
 
     const PAGE: PageSize = PageSize::new(4096).unwrap();
+
+    const ABILITIES: Abilities = Abilities { moves: true, minor_faults: true };
 
     fn decide(chunks: &[(u64, u64)], before: u64, budget: usize) -> Vec<(usize, usize, u64)> {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
@@ -143,16 +224,38 @@ mod tests {
             layout.push(Chunk::from(memfd.clone()).range(start..start + bytes)).unwrap();
         }
         layout.finish().unwrap();
-        let runs = InPlaceRuns::decide(&layout, PAGE, || budget);
+        let runs = super::decide(&layout, PAGE, || budget, ABILITIES);
         runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect()
     }
 
     #[test]
     fn whole_pages_are_in_place_and_ragged_edges_are_not() {
         assert_eq!(decide(&[(0, 8192)], 0, 9), [(0, 2, 0)]);
-        assert_eq!(decide(&[(100, 12_000)], 100, 9), [(1, 1, 4096)]);
-        assert_eq!(decide(&[(4096, 10_000)], 8192, 9), [(2, 2, 4096)]);
-        assert_eq!(decide(&[(0, 4095)], 0, 9), []);
+        assert_eq!(decide(&[(100, 12_000), (0, 1)], 100, 9), [(1, 1, 4096)]);
+        assert_eq!(decide(&[(4096, 10_000), (0, 100)], 8192, 9), [(2, 2, 4096)]);
+        assert_eq!(decide(&[(0, 4095), (0, 100)], 0, 9), []);
+    }
+
+    #[test]
+    fn the_last_page_may_go_on_past_the_region() {
+        assert_eq!(decide(&[(4096, 10_000)], 8192, 9), [(2, 3, 4096)]);
+        assert_eq!(decide(&[(0, 4095)], 0, 9), [(0, 1, 0)]);
+        assert_eq!(decide(&[(100, 5)], 100, 9), [], "what comes before it in its page is not its own");
+    }
+
+    #[test]
+    fn padding_around_an_extent_is_its_own() {
+        let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
+        let mut layout = Layout::default();
+        for (start, bytes) in [(100, 5000), (4096, 1), (0, 4096)] {
+            let chunk = Chunk::from(memfd.clone()).range(start..start + bytes);
+            layout.pad_for(&chunk, PAGE).unwrap();
+            layout.push(chunk).unwrap();
+        }
+        layout.finish().unwrap();
+        let runs = super::decide(&layout, PAGE, || 9, ABILITIES);
+        let runs: Vec<_> = runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect();
+        assert_eq!(runs, [(0, 2, 0), (2, 1, 4096), (3, 1, 0)]);
     }
 
     #[test]
@@ -169,12 +272,13 @@ mod tests {
     #[test]
     fn the_budget_is_kept() {
         assert_eq!(decide(&[(8192, 4096), (0, 4096), (16_384, 4096)], 0, 2), [(0, 1, 8192), (1, 1, 0)]);
+        assert_eq!(decide(&[(8192, 4096), (0, 4096)], 4096, 2), [(1, 1, 8192)], "a gap is a mapping too");
     }
 
     #[test]
     fn gaps_are_what_lies_between() {
-        let run = |first, pages| InPlace { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
-        let runs = InPlaceRuns { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
+        let run = |first, pages| Run { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
+        let runs = Runs { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
         let gap = |first, pages| {
             let gap = runs.next_gap(Span { first: Page(first), pages });
             (gap.first.0, gap.pages)

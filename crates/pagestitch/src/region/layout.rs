@@ -13,7 +13,8 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Chunk;
-use crate::source::{Backing, Failure};
+use crate::source::{Backing, Failure, Hole, Shared};
+use pagestitch_kernel::PageSize;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
@@ -28,6 +29,8 @@ pub(crate) struct Layout {
     /// Sources that may come again, while the layout is made.
     known: HashMap<(usize, u64), u32, BuildHasherDefault<IdentityHasher>>,
     total: u64,
+    /// The chunks that are only padding, ascending: users do not count them.
+    padding: Vec<u32>,
     /// The chunk at each multiple of `1 << shift`.
     buckets: Vec<u32>,
     shift: u32,
@@ -43,6 +46,7 @@ struct Origin {
 
 /// A run of bytes of one chunk.
 pub(crate) struct Piece<'l> {
+    /// As users count.
     pub(crate) chunk: usize,
     pub(crate) backing: &'l Backing,
     /// The first byte's offset in the source.
@@ -66,13 +70,28 @@ impl Layout {
     /// Lays one more chunk at the end.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
         let Chunk { backing, range } = chunk;
-        let index = self.origins.len();
-        check(index, &backing, &range)?;
-        let bytes = range.end - range.start;
-        let total = self.total.checked_add(bytes).ok_or_else(|| {
+        let number = self.number_of(self.origins.len());
+        check(number, &backing, &range)?;
+        self.lay(backing, &range)
+    }
+
+    /// Lays padding at the end, so that `chunk` begins at the same place in a page as in its source.
+    pub(crate) fn pad_for(&mut self, chunk: &Chunk, page: PageSize) -> Result<(), Error> {
+        let wanted = if chunk.backing.has_pages() { chunk.range.start } else { 0 };
+        let padding = wanted.wrapping_sub(self.total) % page.bytes() as u64;
+        if padding > 0 {
+            self.padding.push(self.origins.len() as u32);
+            self.lay(Backing::Hole(Hole), &(0..padding))?;
+        }
+        Ok(())
+    }
+
+    fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
+        let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
+            let number = self.number_of(self.origins.len());
             Error::new(
                 ErrorKind::TooLarge,
-                format!("chunk {index} takes the region past 2^64 bytes: split the region"),
+                format!("chunk {number} takes the region past 2^64 bytes: split the region"),
             )
         })?;
         let source = self.source_index(backing)?;
@@ -108,6 +127,40 @@ impl Layout {
         self.origins.len()
     }
 
+    /// What users call a chunk: they do not count padding.
+    pub(crate) fn number_of(&self, chunk: usize) -> usize {
+        chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
+    }
+
+    /// The chunk that users call by a number.
+    pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
+        // Each padding before it moves it by one; there is never one padding behind another.
+        let mut chunk = number;
+        for &padding in &self.padding {
+            if padding as usize > chunk {
+                break;
+            }
+            chunk += 1;
+        }
+        (chunk < self.chunks()).then_some(chunk)
+    }
+
+    /// Whether what comes between a chunk and `end`, an offset in its last page, means nothing.
+    pub(crate) fn is_free_after(&self, chunk: usize, end: u64) -> bool {
+        let next = chunk + 1;
+        let is_last = |chunk| chunk >= self.chunks();
+        is_last(next) || self.is_padding(next) && (is_last(next + 1) || self.offsets_of(next).end >= end)
+    }
+
+    /// Whether what comes between `start`, an offset in a chunk's first page, and the chunk means nothing.
+    pub(crate) fn is_free_before(&self, chunk: usize, start: u64) -> bool {
+        chunk > 0 && self.is_padding(chunk - 1) && self.offsets_of(chunk - 1).start <= start
+    }
+
+    pub(crate) fn is_padding(&self, chunk: usize) -> bool {
+        self.padding.binary_search(&(chunk as u32)).is_ok()
+    }
+
     /// The chunk that holds the byte at `offset`, which is inside.
     pub(crate) fn locate(&self, offset: u64) -> usize {
         let bucket = (offset >> self.shift) as usize;
@@ -137,6 +190,24 @@ impl Layout {
         &self.sources[self.origins[chunk].source as usize]
     }
 
+    /// Whether pages are given up in it.
+    pub(crate) fn has_donated(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
+    }
+
+    /// Whether there is a memfd in it that is filled later.
+    pub(crate) fn has_lazy(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Shared(Shared::Lazy(_))))
+    }
+
+    /// The first chunk that others may change, for people.
+    pub(crate) fn first_shared(&self) -> Option<String> {
+        // There are far fewer sources than chunks.
+        self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
+        let chunk = (0..self.chunks()).find(|&chunk| matches!(self.backing_of(chunk), Backing::Shared(_)))?;
+        Some(format!("chunk {} ({})", self.number_of(chunk), self.backing_of(chunk).source().name()))
+    }
+
     /// A chunk's first byte in its source.
     pub(crate) fn source_offset(&self, chunk: usize) -> u64 {
         self.origins[chunk].offset
@@ -153,7 +224,7 @@ impl Layout {
         let own = self.offsets_of(chunk);
         let (start, end) = (own.start.max(within.start), own.end.min(within.end));
         let offset = self.origins[chunk].offset + (start - own.start);
-        Piece { chunk, backing: self.backing_of(chunk), offset, bytes: end - start }
+        Piece { chunk: self.number_of(chunk), backing: self.backing_of(chunk), offset, bytes: end - start }
     }
 
     fn source_index(&mut self, backing: Backing) -> Result<u32, Error> {
@@ -189,16 +260,16 @@ impl Layout {
     }
 }
 
-fn check(index: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
+fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
     let bad = |why: String| {
         let name = backing.source().name();
-        Err(Error::new(ErrorKind::BadChunk, format!("chunk {index} ({name}) {why}")))
+        Err(Error::new(ErrorKind::BadChunk, format!("chunk {number} ({name}) {why}")))
     };
     let size = backing.source().size();
-    if index >= u32::MAX as usize {
+    if number >= u32::MAX as usize / 2 {
         return Err(Error::new(
             ErrorKind::TooLarge,
-            "a region takes fewer than 2^32 chunks: split the region",
+            "a region takes fewer than 2^31 chunks: split the region",
         ));
     }
     if range.start >= range.end {
@@ -210,7 +281,15 @@ fn check(index: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Erro
             range.end
         ));
     }
-    Ok(())
+    match backing {
+        Backing::Donated(donated) => donated.claim(range.clone()).or_else(|other| {
+            bad(format!(
+                "gives up bytes {}..{}, which a chunk gave up before: pages move once",
+                other.start, other.end
+            ))
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Mixes addresses well enough to spread them; they are no attacker's choice.
@@ -296,6 +375,24 @@ mod tests {
         layout.push(Chunk::from(vec![0u8; 100])).unwrap();
         layout.finish().unwrap();
         assert_eq!(layout.sources.len(), 2);
+    }
+
+    #[test]
+    fn padding_is_not_counted() {
+        let page = PageSize::new(4096).unwrap();
+        let mut layout = Layout::default();
+        for bytes in [5000, 4096, 1, 100, 8192] {
+            let chunk = Chunk::hole(bytes);
+            layout.pad_for(&chunk, page).unwrap();
+            layout.push(chunk).unwrap();
+        }
+        layout.finish().unwrap();
+        let place = |number| layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start);
+        assert_eq!([0, 1, 2, 3, 4].map(place), [0, 8192, 12288, 16384, 20480].map(Some));
+        assert_eq!(place(5), None);
+        for number in 0..5 {
+            assert_eq!(layout.number_of(layout.chunk_of(number).unwrap()), number);
+        }
     }
 
     #[test]

@@ -6,30 +6,33 @@
 //! | `page_table` | claim, settle |
 //! | `served` | what the handler threads share with the region |
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
+//! | `core` | what both kinds of region are; teardown |
+//! | `shared` | a region of which others may change parts |
 
 mod builder;
 mod chunk;
+mod core;
 mod in_place;
 mod layout;
 pub(crate) mod page_table;
 mod plan;
 mod served;
+mod shared;
 
+use self::core::Core;
 pub use builder::Builder;
 pub use chunk::Chunk;
 pub(crate) use layout::Layout;
 pub use plan::{How, Plan, Run};
 pub(crate) use served::Served;
+pub use shared::SharedRegion;
 
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::server::{Pool, populate};
-use page_table::Wake;
-use pagestitch_kernel::{Page, Span, View};
+use pagestitch_kernel::StableView;
 use std::fmt;
-use std::ops::{Bound, Range, RangeBounds};
+use std::ops::RangeBounds;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 /// Scattered memory as one contiguous slice, filled page by page on first touch.
 ///
@@ -69,10 +72,8 @@ use std::sync::Arc;
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
 pub struct Region {
-    view: View,
-    served: Arc<Served>,
-    /// Keeps the workers running as long as there is a region to serve.
-    pool: Pool,
+    view: StableView,
+    core: Core,
 }
 
 impl Region {
@@ -82,26 +83,27 @@ impl Region {
         Builder::default()
     }
 
-    const fn new(view: View, served: Arc<Served>, pool: Pool) -> Self {
-        Self { view, served, pool }
-    }
-
-    const fn served(&self) -> &Arc<Served> {
-        &self.served
+    const fn new(view: StableView, core: Core) -> Self {
+        Self { view, core }
     }
 
     /// The name given to the builder, for errors, logs and plans.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.served.name
+        self.core.name()
     }
 
     /// How many bytes the chunks hold together.
     #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
     #[must_use]
     pub fn len(&self) -> usize {
-        // What was reserved fits in usize.
-        self.served.layout.total() as usize
+        self.core.len()
+    }
+
+    /// Where a chunk begins, counted from 0 in the order in which they were laid; `None` if there are not so many.
+    #[must_use]
+    pub fn offset_of(&self, chunk: usize) -> Option<u64> {
+        self.core.offset_of(chunk)
     }
 
     /// The bytes. Touching an absent page waits until it is filled; a page whose source fails is SIGBUS.
@@ -127,7 +129,7 @@ impl Region {
     /// Whether absent pages can be handed to system calls; see [above](Self#system-calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
-        self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All
+        self.core.serves_system_calls()
     }
 
     /// Copies the bytes at `offset` out, filling their pages first where they are absent.
@@ -136,8 +138,8 @@ impl Region {
     ///
     /// [`ErrorKind::Source`] names the chunk whose source failed; [`ErrorKind::OutOfRange`] if the range leaves the region.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        let range = self.inside(offset, offset.checked_add(into.len() as u64))?;
-        self.populate(range.clone())?;
+        let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
+        self.core.populate(range.clone())?;
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
         Ok(())
     }
@@ -156,32 +158,19 @@ impl Region {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        let start = match range.start_bound() {
-            Bound::Included(&start) => Some(start),
-            Bound::Excluded(&before) => before.checked_add(1),
-            Bound::Unbounded => Some(0),
-        };
-        let end = match range.end_bound() {
-            Bound::Included(&last) => last.checked_add(1),
-            Bound::Excluded(&end) => Some(end),
-            Bound::Unbounded => Some(self.len() as u64),
-        };
-        let range = self.inside(start.unwrap_or(u64::MAX), end)?;
-        populate(&self.served, self.served.page_size().covering(&range)).map_err(|failure| {
-            Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
-        })
+        self.core.populate(range)
     }
 
     /// How each run of chunks is installed, and why.
     #[must_use]
     pub fn plan(&self) -> Plan {
-        Plan::of(&self.served)
+        self.core.plan()
     }
 
     /// What has happened in the region so far. [`close`](Self::close) tells it when nothing can happen any more.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
-        self.served.counters.read()
+        self.core.metrics()
     }
 
     /// Gives everything back, as dropping does, and tells what has happened, to the last page.
@@ -195,47 +184,7 @@ impl Region {
     /// ```
     #[must_use = "to give everything back, dropping is enough"]
     pub fn close(self) -> Metrics {
-        self.pool.remove(&self.served);
-        self.served.close();
-        self.metrics()
-    }
-
-    fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
-        let len = self.len() as u64;
-        match end {
-            Some(end) if start <= end && end <= len => Ok(start..end),
-            _ => {
-                let end = end.map_or_else(|| String::from("2^64"), |end| end.to_string());
-                let what =
-                    format!("bytes {start}..{end} are not inside region {} of {len} bytes", self.name());
-                Err(Error::new(ErrorKind::OutOfRange, what))
-            }
-        }
-    }
-}
-
-/// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
-///
-/// 1. stop intake: no worker looks at this uffd any more;
-/// 2. join: wait for those that are at work for the region; no source is called from here on;
-/// 3. seal: the whole range becomes inaccessible;
-/// 4. wake: whoever waits tries again and meets the sealed range;
-/// 5. close the uffd and unmap, when the last `Arc` goes.
-impl Drop for Region {
-    fn drop(&mut self) {
-        if !self.pool.is_of_this_process() {
-            // A forked child: the range is not there, and what serves it belongs to the parent.
-            return;
-        }
-        self.pool.remove(&self.served);
-        self.served.close();
-        tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
-        if let Err(errno) = self.served.reservation.seal() {
-            // Going on would show zeros for bytes. Not known to happen.
-            eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name());
-            std::process::abort();
-        }
-        self.served.wake(Span { first: Page(0), pages: self.served.reservation.pages() });
+        self.core.close()
     }
 }
 

@@ -5,16 +5,17 @@
 //!        ┌─ Absent ───────────────▶ Filling ────────────────┬──▶ Present ───┐
 //!        │    ▲                      │   │ another fault    └──▶ Poisoned ──┤
 //!        │    │                      │   ▼                  ▲               │
-//!        │    │                      │  Wanted ─────────────┘               │
-//!        │    │                      │   │      (and woken)                 │
-//!        │    └──── claim dropped ───┴───┘                                  │
-//!        │          (waiters woken: they fault again)                       │
+//!        │    │                      │  Wanted ─────────────┘ and woken     │
+//!        │    │                      ▼   ▼                                  │
+//!        │    └─ claim dropped ── or settled as Forgotten: the page was     │
+//!        │       let go under it (waiters woken: they fault again)          │
 //!        └─────────────────────◀── forget (the page was let go) ────────────┘
 //! ```
 //!
 //! `Wanted` is for the fault that comes between the kernel's fill and its settling: the page was filled and its
 //! waiters woken, then let go and touched anew, and all that while the first claim stands. Who settles it wakes
-//! again; a wake-up too many does no harm.
+//! again; a wake-up too many does no harm. `Forgotten` is for the letting go itself, if it is told while the claim stands:
+//! nobody knows whether it came before the fill or after, and absent is always safe to say.
 //!
 //! The kernel's own page table is the truth about what is present; this one says who is at work, and remembers
 //! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
@@ -40,6 +41,8 @@ pub(crate) enum State {
     Present = 3,
     /// It was poisoned.
     Poisoned = 4,
+    /// Somebody is filling it, and it was let go since.
+    Forgotten = 5,
 }
 
 /// Wakes the threads that wait for pages of a span, so that they try again.
@@ -74,7 +77,8 @@ impl PageTable {
 
     /// Has whoever fills the page wake its waiters once more when it is settled. False if nobody fills it any more.
     pub(crate) fn want(&self, page: Page) -> bool {
-        matches!(self.exchange(page, State::Filling, State::Wanted), Ok(()) | Err(State::Wanted))
+        let wanted = self.exchange(page, State::Filling, State::Wanted);
+        matches!(wanted, Ok(()) | Err(State::Wanted | State::Forgotten))
     }
 
     /// Claims a page whose state is `from`: `Present`, when it turns out that the kernel has let it go since.
@@ -104,14 +108,14 @@ impl PageTable {
     pub(crate) fn wait_while_filling(&self, page: Page) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let mut guard = self.settled.0.lock();
-        while matches!(self.state(page), State::Filling | State::Wanted) {
+        while self.state(page).is_claimed() {
             self.settled.1.wait(&mut guard);
         }
         drop(guard);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Takes note that the kernel has let go of a span. Pages being filled are left to who fills them.
+    /// Takes note that the kernel has let go of a span. Pages being filled will be absent when they have been.
     pub(crate) fn forget(&self, span: Span) {
         let mut rest = span;
         while !rest.is_empty() {
@@ -123,6 +127,9 @@ impl PageTable {
             }
             for settled in [State::Present, State::Poisoned] {
                 let _ = self.exchange(rest.first, settled, State::Absent);
+            }
+            for claimed in [State::Filling, State::Wanted] {
+                let _ = self.exchange(rest.first, claimed, State::Forgotten);
             }
             rest = rest.without_prefix(1);
         }
@@ -138,12 +145,13 @@ impl PageTable {
         .map_err(|bits| State::from_bits(bits >> shift))
     }
 
-    /// Settles a claimed page; says whether somebody has wanted it since.
+    /// Settles a claimed page; says whether somebody may have wanted it since.
     fn settle(&self, page: Page, to: State) -> bool {
         if self.exchange(page, State::Filling, to).is_ok() {
             return false;
         }
         let settled = self.exchange(page, State::Wanted, to);
+        let settled = settled.or_else(|_| self.exchange(page, State::Forgotten, State::Absent));
         debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
         true
     }
@@ -163,13 +171,19 @@ impl PageTable {
 }
 
 impl State {
+    /// Whether somebody is filling it.
+    pub(crate) const fn is_claimed(self) -> bool {
+        matches!(self, Self::Filling | Self::Wanted | Self::Forgotten)
+    }
+
     const fn from_bits(bits: u64) -> Self {
         match bits & STATE_MASK {
             0 => Self::Absent,
             1 => Self::Filling,
             2 => Self::Wanted,
             3 => Self::Present,
-            _ => Self::Poisoned,
+            4 => Self::Poisoned,
+            _ => Self::Forgotten,
         }
     }
 }
@@ -274,14 +288,17 @@ mod tests {
     }
 
     #[test]
-    fn forgetting_makes_settled_pages_absent_and_leaves_claims_alone() {
+    fn forgetting_makes_settled_pages_absent_and_claimed_ones_when_they_are_settled() {
         let (table, woken) = (table(200), Woken::default());
         table.claim_run(Span { first: Page(10), pages: 50 }, &woken).ok().unwrap().settle(50, State::Present);
         let claim = table.claim(Page(70), &woken).ok().unwrap();
         table.forget(Span { first: Page(0), pages: 200 });
         assert!((0..70).all(|page| table.state(Page(page)) == State::Absent));
-        assert_eq!(table.state(Page(70)), State::Filling);
-        drop(claim);
+        assert!(table.state(Page(70)).is_claimed() && table.want(Page(70)));
+        let mut claim = claim;
+        claim.settle(1, State::Present);
+        assert_eq!(table.state(Page(70)), State::Absent, "it may have been let go after it was filled");
+        assert_eq!(*woken.0.lock(), [Page(70).span()]);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The plan: how each run of chunks is installed, and why not without a copy. For people to read.
 
 use crate::region::Served;
-use crate::region::in_place::is_aligned;
-use crate::source::Backing;
+use crate::region::in_place::{is_aligned, whole_pages};
+use crate::source::{Backing, Shared};
+use pagestitch_kernel::shared::Sharing;
+use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{PageSize, Span};
 use std::fmt;
 use std::ops::Range;
@@ -24,7 +26,7 @@ pub struct Plan {
 pub struct Run {
     /// The offsets in the region that it covers.
     pub offsets: Range<u64>,
-    /// Its chunks, counted from 0.
+    /// Its chunks, counted from 0; none for padding.
     pub chunks: Range<usize>,
     /// What the source calls itself.
     pub source: String,
@@ -40,6 +42,10 @@ pub struct Run {
 pub enum How {
     /// Mapped in place when the region is built: the source's own pages. No copy, no fault.
     Map,
+    /// Moved from their owner: no copy. On first touch since Linux 6.8, when the region is built before that.
+    Move,
+    /// Shown on first touch, when the memfd has them: no copy.
+    Continue,
     /// Copied on first touch, straight from where the bytes lie. One copy.
     Copy,
     /// Read into staging on first touch, then copied. Two copies.
@@ -52,6 +58,8 @@ impl fmt::Display for How {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Map => "map",
+            Self::Move => "move",
+            Self::Continue => "continue",
             Self::Copy => "copy",
             Self::Read => "read",
             Self::Zero => "zero",
@@ -101,31 +109,62 @@ impl Plan {
 fn run_of(served: &Served, chunk: usize) -> Run {
     let backing = served.layout.backing_of(chunk);
     let (how, why) = match backing {
-        Backing::Memfd(_) => how_of_memfd(served, chunk),
+        Backing::Hole(_) if served.layout.is_padding(chunk) => {
+            (How::Zero, "padding up to the next chunk's place in a page")
+        }
         Backing::Memory(_) => (How::Copy, "private memory: copied once, from where it lies"),
         Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
         Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
+        Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) => how_of_pages(served, chunk, backing),
     };
     let offsets = served.layout.offsets_of(chunk);
-    Run { offsets, chunks: chunk..chunk + 1, source: backing.source().name(), how, why }
+    let number = served.layout.number_of(chunk);
+    let counted = usize::from(!served.layout.is_padding(chunk));
+    Run { offsets, chunks: number..number + counted, source: backing.source().name(), how, why }
 }
 
-/// A chunk counts as mapped only if all of it is.
-fn how_of_memfd(served: &Served, chunk: usize) -> (How, &'static str) {
+/// A source with pages of its own. A chunk counts as shown only if all of it is.
+fn how_of_pages(served: &Served, chunk: usize, backing: &Backing) -> (How, &'static str) {
     let page = served.page_size();
     let offsets = served.layout.offsets_of(chunk);
-    let shown = |span: Span| served.in_place.next_gap(span).is_empty();
-    let whole = page.inside(&offsets);
+    let copied = match backing {
+        Backing::Memfd(_) => How::Copy,
+        _ => How::Read,
+    };
+    let is_lazy = matches!(backing, Backing::Shared(Shared::Lazy(_)));
+    let is_donated = matches!(backing, Backing::Donated(_));
+    let runs = if is_lazy { &served.lazy } else { &served.in_place };
+    let own = whole_pages(&served.layout, page, chunk..chunk + 1);
+    let moves =
+        |span: Span| is_donated && served.moves && own.is_some_and(|own| own.span.pages >= span.pages);
+    let shown = |span: Span| runs.next_gap(span).is_empty() || moves(span);
+    let (whole, around) = (page.inside(&offsets), page.covering(&offsets));
     if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
-        (How::Copy, "not at the same place in a page as in the memfd: copied from its memory")
-    } else if shown(page.covering(&offsets)) {
-        (How::Map, "mapped in place: the memfd's own pages")
+        (copied, "not at the same place in a page as in its source: copied")
+    } else if shown(around) {
+        match backing {
+            Backing::Donated(_) if served.moves => {
+                (How::Move, "donated: its pages move in when they are touched")
+            }
+            Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
+            Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
+            Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => {
+                (How::Map, "mapped in place: the file's own pages, until they are written to")
+            }
+            Backing::Shared(Shared::Alias(_)) => {
+                (How::Map, "mapped in place: a second mapping of the same pages")
+            }
+            Backing::Shared(Shared::Physical(_)) => (How::Map, "mapped in place: the frames themselves"),
+            _ => (How::Map, "mapped in place: the source's own pages"),
+        }
     } else if whole.is_empty() {
-        (How::Copy, "fills no page of its own: copied from the memfd's memory")
+        (copied, "fills no page of its own: copied")
     } else if shown(whole) {
-        (How::Copy, "an edge lies inside a page: its whole pages are mapped, the edge is copied")
+        (copied, "an edge lies inside a page: its whole pages are shown in place, the edge is copied")
+    } else if is_lazy && served.lazy.pages() == 0 && !served.uffd.features().contains(Features::MINOR_SHMEM) {
+        (copied, "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied")
     } else {
-        (How::Copy, "no mapping left for it (vm.max_map_count): copied from the memfd's memory")
+        (copied, "no mapping left for it (vm.max_map_count): copied")
     }
 }
 
@@ -137,7 +176,8 @@ fn count_gathered(served: &Served, page: PageSize) -> u64 {
         let end = served.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
         let ragged = end != page.offset_of(holder.span().end());
-        if ragged && last != Some(holder) && !served.in_place.contains(holder) {
+        let shown = served.in_place.contains(holder) || served.lazy.contains(holder);
+        if ragged && last != Some(holder) && !shown {
             count += 1;
             last = Some(holder);
         }
@@ -166,6 +206,7 @@ impl fmt::Display for Plan {
 impl Run {
     fn cells(&self) -> [String; 5] {
         let chunks = match self.chunks.len() {
+            0 => String::from("-"),
             1 => self.chunks.start.to_string(),
             _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
         };

@@ -3,10 +3,11 @@
 use crate::metrics::Counters;
 use crate::policy::{Readahead, Streams};
 use crate::region::Layout;
-use crate::region::in_place::InPlaceRuns;
-use crate::region::page_table::{PageTable, Wake};
-use crate::source::Failure;
+use crate::region::in_place::{Runs, Shown, whole_pages};
+use crate::region::page_table::{PageTable, State, Wake};
+use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, Visit};
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Event, Page, PageSize, Reservation, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -19,7 +20,12 @@ pub(crate) struct Served {
     pub(crate) name: String,
     pub(crate) layout: Layout,
     /// Pages that are there without us, and never fault.
-    pub(crate) in_place: InPlaceRuns,
+    pub(crate) in_place: Runs,
+    /// Pages that a memfd is mapped at, to be shown when it has them.
+    pub(crate) lazy: Runs,
+    has_donated: bool,
+    /// Whether donated pages move.
+    pub(crate) moves: bool,
     pub(crate) pages: PageTable,
     /// `None` where nothing is to be filled ahead.
     pub(crate) streams: Option<Streams>,
@@ -36,16 +42,20 @@ impl Served {
     pub(crate) fn new(
         name: String,
         layout: Layout,
-        in_place: InPlaceRuns,
+        shown: Shown,
+        moves: bool,
         readahead: Readahead,
         reservation: Arc<Reservation>,
         uffd: Uffd,
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(reservation.pages()).expect("a reservation has pages");
         Ok(Self {
+            has_donated: layout.has_donated(),
             name,
             layout,
-            in_place,
+            in_place: shown.in_place,
+            lazy: shown.lazy,
+            moves,
             pages: PageTable::new(pages)?,
             streams: Streams::new(readahead, pages.get()),
             counters: Counters::default(),
@@ -58,6 +68,46 @@ impl Served {
 
     pub(crate) fn page_size(&self) -> PageSize {
         self.reservation.page_size()
+    }
+
+    /// How many pages of a span, from its first on, show a memfd that is filled later; which, and from where on.
+    pub(crate) fn lazy_pages(&self, span: Span) -> Option<(usize, &LazyMemfd, u64)> {
+        let (pages, run) = self.lazy.prefix(span)?;
+        match self.layout.backing_of(run.chunk) {
+            Backing::Shared(Shared::Lazy(memfd)) => {
+                Some((pages, memfd, run.offset_of(span.first, self.page_size())))
+            }
+            _ => unreachable!("only lazy memfds have lazy runs"),
+        }
+    }
+
+    /// How many pages of a span, from its first on, a donation has to give; which, and from where on.
+    pub(crate) fn movable_pages(&self, span: Span) -> Option<(usize, &Donated, u64)> {
+        if !self.has_donated {
+            return None;
+        }
+        let size = self.page_size();
+        let chunk = self.layout.locate(size.offset_of(span.first));
+        // Padding before a chunk may be in a page of the chunk's.
+        let chunk = if self.layout.is_padding(chunk) { chunk + 1 } else { chunk };
+        let Backing::Donated(donated) = self.layout.backing_of(chunk) else { return None };
+        let own = whole_pages(&self.layout, size, chunk..chunk + 1)?;
+        if span.first < own.span.first || own.span.end() <= span.first {
+            return None;
+        }
+        let pages = span.pages.min(own.span.end().0 - span.first.0);
+        Some((pages, donated, own.offset_of(span.first, size)))
+    }
+
+    /// The block of pages around one that are donated together and can move as one huge page.
+    pub(crate) fn movable_block(&self, page: Page) -> Option<Span> {
+        let pages = HUGE / self.page_size().bytes();
+        let block = Span { first: Page(page.0 / pages * pages), pages };
+        if !self.moves || block.end().0 > self.reservation.pages() {
+            return None;
+        }
+        let (movable, _, offset) = self.movable_pages(block)?;
+        (movable == pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
     }
 
     /// Goes to work for the region, unless it is being dropped.
@@ -94,6 +144,22 @@ impl Served {
     /// Nobody works for the region when this returns, and nobody will: sources are not called any more.
     pub(crate) fn close(&self) {
         self.gate.close();
+    }
+
+    /// Forgets pages that were filled and that the kernel has let go of since, of which we have not been told yet. Says
+    /// whether there were any.
+    ///
+    /// Who lets go of pages runs on as soon as the event is read, which is before it is taken note of.
+    pub(crate) fn forget_let_go(&self, span: Span) -> bool {
+        let mut any = false;
+        // Where the question fails, the table is believed.
+        let _ = self.reservation.residency(span, |page, here| {
+            if !here && self.pages.state(page) == State::Present {
+                self.pages.forget(page.span());
+                any = true;
+            }
+        });
+        any
     }
 
     /// Whether the kernel has the page.

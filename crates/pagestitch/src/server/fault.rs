@@ -12,7 +12,7 @@ use std::thread;
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to read on.
 pub(super) fn serve(region: &Served, page: Page, staging: &mut [u8]) -> Option<Span> {
     region.counters.faults.add(1);
-    let claim = claim(region, page)?;
+    let claim = claim_block(region, page).or_else(|| claim(region, page))?;
     if let Err(Stopped::Changing) = supply(region, claim, staging) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
@@ -37,7 +37,7 @@ pub(super) fn fill_ahead(region: &Served, span: Span, staging: &mut [u8]) {
         };
         rest = rest.without_prefix(claim.span().pages);
         while !claim.span().is_empty() {
-            let Ok(filled) = fill(&region.layout, region.page_size(), claim.span(), staging) else { return };
+            let Ok(filled) = fill(region, claim.span(), staging) else { return };
             if install(region, &mut claim, &filled).is_err() {
                 return;
             }
@@ -50,12 +50,20 @@ pub(super) fn fill_ahead(region: &Served, span: Span, staging: &mut [u8]) {
 /// wakes its waiters.
 fn supply(region: &Served, mut claim: Claim<'_>, staging: &mut [u8]) -> Result<(), Stopped> {
     while !claim.span().is_empty() {
-        match fill(&region.layout, region.page_size(), claim.span(), staging) {
+        match fill(region, claim.span(), staging) {
             Ok(filled) => install(region, &mut claim, &filled)?,
             Err(failure) => return Err(fail(region, &mut claim, failure)),
         }
     }
     Ok(())
+}
+
+/// Claims the whole block around a page whose pages can all move as one.
+fn claim_block(region: &Served, page: Page) -> Option<Claim<'_>> {
+    let block = region.movable_block(page)?;
+    let claim = region.pages.claim_run(block, region).ok()?;
+    // Dropped, it gives back what it has.
+    (claim.span().pages == block.pages).then_some(claim)
 }
 
 /// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
@@ -64,8 +72,8 @@ fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
         match region.pages.claim(page, region) {
             Ok(claim) => return Some(claim),
             // Whoever fills it wakes everybody when it is settled; if that has just been, look again.
-            Err(State::Filling | State::Wanted) if region.pages.want(page) => return None,
-            Err(State::Filling | State::Wanted | State::Absent) => {}
+            Err(claimed) if claimed.is_claimed() && region.pages.want(page) => return None,
+            Err(State::Filling | State::Wanted | State::Forgotten | State::Absent) => {}
             Err(State::Present) if region.is_resident(page) => {
                 region.counters.late.add(1);
                 region.wake(page.span());
@@ -91,6 +99,15 @@ fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
 /// Fills the absent pages of a span in the calling thread. Stops at the first page whose source fails.
 pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
     let mut staging = vec![0; STAGING_PAGES * region.page_size().bytes()];
+    populate_absent(region, span, &mut staging)?;
+    // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
+    if region.forget_let_go(span) {
+        populate_absent(region, span, &mut staging)?;
+    }
+    Ok(())
+}
+
+fn populate_absent(region: &Served, span: Span, staging: &mut [u8]) -> Result<(), Arc<Failure>> {
     let mut rest = span;
     loop {
         let gap = region.in_place.next_gap(rest);
@@ -101,17 +118,19 @@ pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> 
         match region.pages.claim_run(gap.prefix(RUN_PAGES), region) {
             Ok(claim) => {
                 let pages = claim.span().pages;
-                match supply(region, claim, &mut staging) {
+                match supply(region, claim, staging) {
                     Ok(()) => rest = rest.without_prefix(pages),
                     Err(Stopped::Changing) => thread::yield_now(),
                     Err(Stopped::Failed(failure)) => return Err(failure),
                 }
             }
             Err(State::Present) => rest = rest.without_prefix(1),
-            Err(State::Filling | State::Wanted) => region.pages.wait_while_filling(rest.first),
             // Without a failure on record it was let go between the two looks: look again.
             Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
             Err(State::Absent) => {}
+            Err(State::Filling | State::Wanted | State::Forgotten) => {
+                region.pages.wait_while_filling(rest.first);
+            }
         }
     }
 }

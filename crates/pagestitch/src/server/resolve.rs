@@ -3,7 +3,8 @@
 
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
-use crate::source::{Content, Failure, Filled};
+use crate::source::{Content, Failure, Filled, gone};
+use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Errno, Outcome, Span};
 use std::io;
@@ -18,17 +19,25 @@ pub(super) enum Stopped {
     Failed(Arc<Failure>),
 }
 
+/// How pages came to be there, for the counters.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    Copied,
+    Read,
+    Gathered,
+    Moved,
+    Cached,
+    Zeroed,
+}
+
 /// Installs what was filled in the first pages of the claim, and settles them.
 pub(super) fn install(region: &Served, claim: &mut Claim<'_>, filled: &Filled<'_>) -> Result<(), Stopped> {
     let page_bytes = region.page_size().bytes();
     let mut done = 0;
     while done < filled.pages {
         let span = claim.span().prefix(filled.pages - done);
-        let range = region.reservation.addresses(span);
-        let outcome = match filled.content.bytes() {
-            Some(bytes) => region.uffd.copy(range, &bytes[done * page_bytes..][..range.bytes()]),
-            None => region.uffd.zero(range),
-        };
+        let (outcome, way) = put(region, span, &filled.content, done * page_bytes)
+            .map_err(|error| fail(region, claim, failure(region, span, error)))?;
         let pages = match outcome {
             Outcome::Done => span.pages,
             Outcome::Partial { bytes } => bytes / page_bytes,
@@ -41,13 +50,54 @@ pub(super) fn install(region: &Served, claim: &mut Claim<'_>, filled: &Filled<'_
                 region.counters.retries.add(1);
                 return Err(Stopped::Changing);
             }
-            refused => return Err(fail(region, claim, refusal(region, span, refused))),
+            refused => return Err(fail(region, claim, failure(region, span, refusal(refused)))),
         };
         claim.settle(pages, State::Present);
-        tell(region, span.prefix(pages), &filled.content);
+        tell(region, span.prefix(pages), way);
         done += pages;
     }
     Ok(())
+}
+
+/// Has the kernel put content at a span, from the content's byte `done` on.
+fn put(region: &Served, span: Span, content: &Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
+    let range = region.reservation.addresses(span);
+    let part = done..done + range.bytes();
+    Ok(match content {
+        Content::Straight(memory, bytes) => {
+            (region.uffd.copy(range, &memory[bytes.clone()][part]), Way::Copied)
+        }
+        Content::Read(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Read),
+        Content::Gathered(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Gathered),
+        Content::Donated(donated, offset) => return give(region, span, donated, offset + done as u64),
+        Content::Cached => (region.uffd.map_cached(range), Way::Cached),
+        Content::Zero => (region.uffd.zero(range), Way::Zeroed),
+    })
+}
+
+/// Moves donated pages in; where the kernel will not, copies the first one.
+fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Result<(Outcome, Way)> {
+    if region.moves {
+        match region.uffd.give(region.reservation.addresses(span), donated, offset) {
+            // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
+            Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
+            outcome => return Ok((outcome, Way::Moved)),
+        }
+    }
+    let range = region.reservation.addresses(span.prefix(1));
+    if donated.has_moved(region.page_size().page_at(offset)) {
+        // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
+        return match region.uffd.poison(range) {
+            Outcome::AlreadyThere => Ok((Outcome::AlreadyThere, Way::Moved)),
+            _ => Err(gone()),
+        };
+    }
+    tracing::trace!(region = region.name, page = span.first.0, "a donated page is copied: it cannot move");
+    let outcome = match region.uffd.copy_donated(range, donated, offset) {
+        Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
+        outcome => outcome,
+    };
+    Ok((outcome, Way::Copied))
 }
 
 /// Poisons the claim's first page and keeps the reason. Never zeros for bytes.
@@ -87,14 +137,19 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
     Ok(())
 }
 
-/// A refusal of the kernel, as the failure of the page it concerns.
-fn refusal(region: &Served, span: Span, outcome: Outcome) -> Failure {
-    let error = match outcome {
+fn failure(region: &Served, span: Span, error: io::Error) -> Failure {
+    let offsets = region.page_size().offsets(span);
+    region.layout.piece_at(offsets.start, offsets.end).failed(error)
+}
+
+/// A refusal of the kernel, as an error for people.
+fn refusal(outcome: Outcome) -> io::Error {
+    match outcome {
         Outcome::NotRegistered | Outcome::ProcessGone => {
             io::Error::other("the page is not mapped any more: somebody unmapped or moved part of the region")
         }
         Outcome::SourceUnreadable => io::Error::other(
-            "the source's memory cannot be read: unmapped, or past a truncated file's end (EFAULT)",
+            "the source's memory cannot be read: unmapped, past a truncated file's end, or not filled (EFAULT)",
         ),
         Outcome::NoMemory => Errno::ENOMEM.into(),
         Outcome::Busy => Errno::EBUSY.into(),
@@ -102,23 +157,23 @@ fn refusal(region: &Served, span: Span, outcome: Outcome) -> Failure {
         Outcome::Done | Outcome::Partial { .. } | Outcome::AlreadyThere | Outcome::Changing => {
             unreachable!("{outcome:?} is not a refusal")
         }
-    };
-    let offsets = region.page_size().offsets(span);
-    region.layout.piece_at(offsets.start, offsets.end).failed(error)
+    }
 }
 
-fn tell(region: &Served, span: Span, content: &Content<'_>) {
+fn tell(region: &Served, span: Span, way: Way) {
     let counters = &region.counters;
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
-    let (how, counter) = match content {
-        Content::Straight(..) => ("copied", &counters.pages_copied),
-        Content::Read(_) => ("read", &counters.pages_read),
-        Content::Gathered(_) => ("gathered", &counters.pages_gathered),
-        Content::Zero => ("zeroed", &counters.pages_zeroed),
+    let counter = match way {
+        Way::Copied => &counters.pages_copied,
+        Way::Read => &counters.pages_read,
+        Way::Gathered => &counters.pages_gathered,
+        Way::Moved => &counters.pages_moved,
+        Way::Cached => &counters.pages_cached,
+        Way::Zeroed => &counters.pages_zeroed,
     };
     counter.add(pages);
-    if content.bytes().is_some() {
+    if matches!(way, Way::Copied | Way::Read | Way::Gathered) {
         counters.bytes_copied.add(bytes);
     }
-    tracing::trace!(region = region.name, page = span.first.0, pages, how, "installed");
+    tracing::trace!(region = region.name, page = span.first.0, pages, ?way, "installed");
 }

@@ -11,10 +11,11 @@
 
 use super::memory::MemoryBytes;
 use super::{Backing, Source};
-use crate::region::Layout;
-use pagestitch_kernel::{PageSize, Span};
+use crate::region::{Layout, Served};
+use pagestitch_kernel::Span;
+use pagestitch_kernel::pages::Donated;
 use std::error::Error as StdError;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fmt, io};
 
@@ -32,33 +33,30 @@ pub(crate) enum Content<'a> {
     Read(&'a [u8]),
     /// In the staging buffer: gathered there from several chunks.
     Gathered(&'a [u8]),
+    /// In donated pages, from an offset on: they can move.
+    Donated(&'a Donated, u64),
+    /// In the memfd that is mapped there: they only need to be shown.
+    Cached,
     /// Nowhere: they are zeros.
     Zero,
-}
-
-impl Content<'_> {
-    /// The bytes to copy in; `None` for zeros.
-    pub(crate) fn bytes(&self) -> Option<&[u8]> {
-        match self {
-            Self::Straight(memory, range) => Some(&memory.deref()[range.clone()]),
-            Self::Read(bytes) | Self::Gathered(bytes) => Some(bytes),
-            Self::Zero => None,
-        }
-    }
 }
 
 /// Finds the bytes of as many pages as go one way, starting at the span's first; at least one page.
 ///
 /// If a source fails for several pages at once, it is asked for the first alone: only the page that cannot be
 /// filled is lost.
-pub(crate) fn fill<'a>(
-    layout: &'a Layout,
-    page: PageSize,
-    span: Span,
-    staging: &'a mut [u8],
-) -> Result<Filled<'a>, Failure> {
+pub(crate) fn fill<'a>(region: &'a Served, span: Span, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    let (layout, page) = (&region.layout, region.page_size());
     let offsets = page.offsets(span);
     let piece = layout.piece_at(offsets.start, offsets.end);
+    if let Some((pages, memfd, offset)) = region.lazy_pages(span) {
+        let bytes = page.bytes() as u64 * pages as u64;
+        guarded(|| memfd.fill(offset..offset + bytes)).map_err(|error| piece.failed(error))?;
+        return Ok(Filled { pages, content: Content::Cached });
+    }
+    if let Some((pages, donated, offset)) = region.movable_pages(span) {
+        return Ok(Filled { pages, content: Content::Donated(donated, offset) });
+    }
     let whole = usize::try_from(piece.bytes / page.bytes() as u64).unwrap_or(usize::MAX).min(span.pages);
     if whole == 0 {
         return gather(layout, page.offsets(span.prefix(1)), staging);
@@ -78,12 +76,13 @@ pub(crate) fn fill<'a>(
             let content = Content::Straight(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
-        Backing::Read(source) => {
+        Backing::Read(_) | Backing::Donated(_) | Backing::Shared(_) => {
+            let source = piece.backing.source();
             let mut pages = whole.min(staging.len() / page.bytes());
-            let mut answer = read(source.as_ref(), piece.offset, &mut staging[..pages * page.bytes()]);
+            let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
             if answer.is_err() && pages > 1 {
                 pages = 1;
-                answer = read(source.as_ref(), piece.offset, &mut staging[..page.bytes()]);
+                answer = read(source, piece.offset, &mut staging[..page.bytes()]);
             }
             answer.map_err(|error| piece.failed(error))?;
             Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
@@ -104,9 +103,13 @@ fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) ->
     Ok(Filled { pages: 1, content: Content::Gathered(&staging[..size]) })
 }
 
-/// Asks a source, whose panic is its own error and not the end of the handler thread.
 fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
-    catch_unwind(AssertUnwindSafe(|| source.read_at(offset, into))).unwrap_or_else(|panic| {
+    guarded(|| source.read_at(offset, into))
+}
+
+/// Asks a source, whose panic is its own error and not the end of the handler thread.
+fn guarded(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|panic| {
         let said = panic.downcast_ref::<&str>().copied().map(str::to_owned);
         let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
         Err(io::Error::other(format!("the source panicked: {}", said.as_deref().unwrap_or("(no message)"))))

@@ -4,23 +4,37 @@
 //! |---|---|---|
 //! | [`Memory`] | at a stable address, owned or lent | copied straight from where they lie |
 //! | [`Memfd`] | in a sealed memfd | in place; copied straight where pages do not agree |
+//! | [`Pages`] | given up by their owner | moved; copied where pages do not agree |
+//! | [`SharedFile`] | in a regular file or an unsealed memfd | in place, and changing; else read |
+//! | [`Alias`] | in a shared mapping without a descriptor | in place, and changing; else copied |
+//! | [`Physical`] | in `/dev/mem`, or a PCI resource | in place, and changing; else copied |
+//! | [`LazyMemfd`] | in a memfd that is filled later | in place, when it has them |
 //! | [`File`] | in a file, read at an offset | read into staging, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Source`] | wherever you get them | read into staging, then copied |
 
+mod donated;
 mod file;
 mod fill;
 mod hole;
+mod lazy;
 mod memfd;
 mod memory;
+mod shared;
 
+pub(crate) use donated::gone;
 pub use file::File;
 pub use fill::Failure;
 pub(crate) use fill::{Content, Filled, fill};
 pub use hole::Hole;
+pub use lazy::{FillMemfd, LazyMemfd};
 pub use memfd::Memfd;
 pub use memory::Memory;
 pub use pagestitch_kernel::memfd::UnsealedMemfd;
+pub use pagestitch_kernel::pages::{Donated, Pages};
+pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
+pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
+pub(crate) use shared::Shared;
 
 use std::sync::Arc;
 use std::{fmt, io};
@@ -86,6 +100,8 @@ pub trait Source: Send + Sync {
 pub(crate) enum Backing {
     Memory(Memory),
     Memfd(Memfd),
+    Donated(Arc<Donated>),
+    Shared(Shared),
     Hole(Hole),
     Read(Arc<dyn Source>),
 }
@@ -95,9 +111,16 @@ impl Backing {
         match self {
             Self::Memory(memory) => memory,
             Self::Memfd(memfd) => memfd,
+            Self::Donated(donated) => donated.as_ref(),
+            Self::Shared(shared) => shared.source(),
             Self::Hole(hole) => hole,
             Self::Read(source) => source.as_ref(),
         }
+    }
+
+    /// Whether it has pages of its own, which may stand in a region as they are.
+    pub(crate) const fn has_pages(&self) -> bool {
+        matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_))
     }
 
     /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.
@@ -105,6 +128,8 @@ impl Backing {
         match self {
             Self::Memory(memory) => memory.identity(),
             Self::Memfd(memfd) => Some(memfd.identity()),
+            Self::Donated(donated) => Some((Arc::as_ptr(donated).addr(), u64::MAX)),
+            Self::Shared(shared) => Some(shared.identity()),
             Self::Hole(_) => Some((0, 0)),
             Self::Read(source) => Some((Arc::as_ptr(source).addr(), u64::MAX)),
         }

@@ -1,55 +1,17 @@
-//! Each operation of the kernel layer against the running kernel: one test for each answer that matters.
+//! The userfaultfd: each operation and its answers.
 
+use crate::{has, page, reserve, wait};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{
-    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd,
-    View,
+    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Uffd,
 };
 use std::fs::File;
-use std::io::Write;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::{slice, thread};
-
-fn reserve(pages: usize, access: Access) -> (Arc<Reservation>, View, Uffd) {
-    let pages = NonZeroUsize::new(pages).unwrap();
-    let (reservation, view) = Reservation::new(pages, PageSize::system(), access).unwrap();
-    let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::WRITE_PROTECT).unwrap();
-    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
-    (reservation, view, uffd)
-}
-
-fn page(index: usize) -> Span {
-    Page(index).span()
-}
-
-fn has(test: &str, features: Features) -> bool {
-    let support = Support::current();
-    let here = support.has(features);
-    if !here {
-        // One write, past the test runner's capture: so that skips can be counted.
-        let line = format!("SKIPPED {test}: Linux {} lacks {features:?}\n", support.kernel());
-        let _ = std::io::stderr().write_all(line.as_bytes());
-    }
-    here
-}
-
-/// Waits until the uffd has something to read, and reads it.
-fn wait(uffd: &Uffd) -> Batch {
-    let mut batch = Batch::with_capacity(16);
-    loop {
-        batch.read(uffd, PageSize::system()).unwrap();
-        if !batch.faults().is_empty() {
-            return batch;
-        }
-        thread::yield_now();
-    }
-}
 
 #[test]
 fn copy_fills_a_missing_page_once_and_needs_no_alignment() {
@@ -117,27 +79,6 @@ fn writing_to_a_writable_reservation_faults_as_a_write_and_keeps_what_was_writte
 fn a_read_only_view_gives_no_mutable_slice() {
     let (_reservation, mut view, _uffd) = reserve(1, Access::ReadOnly);
     assert!(view.as_mut_slice().is_none());
-}
-
-#[test]
-fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
-    let size = PageSize::system().bytes();
-    let memfd = UnsealedMemfd::create("shown", 3 * size as u64).unwrap();
-    memfd.file().write_all_at(&vec![8u8; 3 * size], 0).unwrap();
-    let sealed = memfd.seal().unwrap();
-    let (_reservation, mut view, _uffd) = reserve(4, Access::Writable);
-    view.map(Span { first: Page(1), pages: 2 }, &sealed, size as u64).unwrap();
-    assert!(view.as_slice()[size..3 * size].iter().all(|&byte| byte == 8), "no fault: nobody serves");
-    view.as_mut_slice().unwrap()[size] = 9;
-    assert_eq!((view.as_slice()[size], sealed.as_ref()[size]), (9, 8));
-}
-
-#[test]
-#[should_panic(expected = "from 8192")]
-fn mapping_past_the_end_of_a_memfd_is_stopped() {
-    let sealed = UnsealedMemfd::create("short", 3 * 4096).unwrap().seal().unwrap();
-    let (_reservation, mut view, _uffd) = reserve(4, Access::ReadOnly);
-    let _ = view.map(Span { first: Page(0), pages: 2 }, &sealed, 8192);
 }
 
 #[test]
@@ -224,8 +165,9 @@ fn move_takes_the_pages_of_the_source() {
         return;
     }
     let (reservation, view, uffd) = reserve(2, Access::Writable);
-    let (from, mut source) =
+    let (from, source) =
         Reservation::new(NonZeroUsize::new(2).unwrap(), PageSize::system(), Access::Writable).unwrap();
+    let mut source = source.into_stable().unwrap();
     source.as_mut_slice().unwrap().fill(5);
     // SAFETY: the source is the test's own reservation; no reference to its bytes exists during the call.
     let moved = unsafe { uffd.move_pages(reservation.range(), from.range()) };
@@ -239,8 +181,9 @@ fn write_protection_stops_a_writer_until_it_is_taken_away() {
     if !has("write_protection_stops_a_writer_until_it_is_taken_away", Features::WRITE_PROTECT) {
         return;
     }
-    let (reservation, mut view) =
+    let (reservation, view) =
         Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
+    let mut view = view.into_stable().unwrap();
     let uffd = Uffd::open(Features::WRITE_PROTECT).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT).unwrap();
     assert_eq!(uffd.copy(reservation.range(), &vec![1u8; PageSize::system().bytes()]), Outcome::Done);

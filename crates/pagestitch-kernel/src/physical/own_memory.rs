@@ -1,0 +1,143 @@
+//! Private memory of this process as physical memory: pinned, its frames looked up in `/proc/self/pagemap`.
+//!
+//! What makes the well-known recipe for this wrong is that a frame changes: `mlock(2)` keeps a page in memory, not in
+//! place, and the kernel's compaction moves it; the second view then shows a frame that is somebody else's. A
+//! long-term pin holds it, and registered buffers of an io_uring are such a pin that any process may have.
+
+use super::refusal::{CAP_SYS_ADMIN, PhysicalError, Refusal, has_capability};
+use super::{Caching, DEV_MEM, Physical, open, refusal};
+use crate::page::PageSize;
+use crate::reservation::Access;
+use nix::errno::Errno;
+use nix::libc::{self, c_long, c_void};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+impl Physical {
+    /// Memory of this process, private perhaps, as ranges of frames in order, so that it can be shown a second time at
+    /// another address, without a copy. The pages are pinned as long as one of the ranges lives.
+    ///
+    /// Needs `/dev/mem` on a kernel that lets it show System RAM, `CAP_SYS_RAWIO`, `CAP_SYS_ADMIN` (to see frame numbers),
+    /// and an io_uring.
+    ///
+    /// # Errors
+    ///
+    /// [`PhysicalError`], as of [`dev_mem`](Self::dev_mem); pages that cannot be pinned.
+    ///
+    /// # Safety
+    ///
+    /// - As long as one of the ranges lives, the memory stays mapped where it is (no `munmap`, no `MADV_DONTNEED`), nobody
+    ///   has a `&mut [u8]` to it, and nobody a `&[u8]` if it is written to.
+    #[expect(unsafe_code, reason = "declares an obligation")]
+    pub unsafe fn own_memory(
+        start: NonNull<u8>,
+        bytes: usize,
+        access: Access,
+    ) -> Result<Vec<Self>, PhysicalError> {
+        let name = format!("own memory at {:#x}", start.addr());
+        let refuse = |refusal| PhysicalError { name: name.clone(), refusal };
+        let page = PageSize::system().bytes();
+        if bytes == 0 || !start.addr().get().is_multiple_of(page) || !bytes.is_multiple_of(page) {
+            return Err(refuse(Refusal::NotWholePages));
+        }
+        refusal::before_dev_mem(&name)?;
+        if !has_capability(CAP_SYS_ADMIN) {
+            return Err(refuse(Refusal::NoCapability("CAP_SYS_ADMIN")));
+        }
+        let pin = Arc::new(Pin::new(start, bytes).map_err(|errno| refuse(Refusal::NoPin(errno)))?);
+        let look = || frames(start, bytes / page).map_err(|errno| refuse(Refusal::Other(errno)));
+        let frames = look()?;
+        let file = open(Path::new(DEV_MEM), access, Caching::Cached);
+        let file = Arc::new(file.map_err(|errno| refusal::of_open(&name, Path::new(DEV_MEM), errno))?);
+        let ranges = runs(&frames).map(|(first, pages)| {
+            let range = first * page as u64..(first + pages) * page as u64;
+            let name = format!("own memory at physical {:#x}..{:#x}", range.start, range.end);
+            Self::tried(Arc::clone(&file), range, access, name, Some(Arc::clone(&pin)))
+        });
+        let ranges = ranges.collect::<Result<Vec<_>, _>>()?;
+        // They are pinned; a kernel that moved one all the same must not go unnoticed.
+        let moved = look()?.iter().zip(&frames).position(|(now, then)| now != then);
+        moved.map_or(Ok(ranges), |moved| Err(refuse(Refusal::Moved(moved))))
+    }
+}
+
+/// The frames of some pages, in order.
+fn frames(start: NonNull<u8>, pages: usize) -> Result<Vec<u64>, Errno> {
+    let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+    let pagemap = File::open("/proc/self/pagemap").map_err(errno)?;
+    let mut entries = vec![0u8; pages * ENTRY];
+    let first = start.addr().get() / PageSize::system().bytes();
+    pagemap.read_exact_at(&mut entries, (first * ENTRY) as u64).map_err(errno)?;
+    let (entries, _) = entries.as_chunks::<ENTRY>();
+    let frame = |entry: &[u8; ENTRY]| {
+        let entry = u64::from_ne_bytes(*entry);
+        // A frame of 0 is what is shown to who may not see it.
+        (entry & PRESENT != 0 && entry & FRAME != 0).then_some(entry & FRAME).ok_or(Errno::EPERM)
+    };
+    entries.iter().map(frame).collect()
+}
+
+/// Runs of frames that follow each other: the first, and how many.
+fn runs(frames: &[u64]) -> impl Iterator<Item = (u64, u64)> {
+    frames.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], run.len() as u64))
+}
+
+/// Pages that stay in their frames: buffers registered with an io_uring that does nothing else.
+#[derive(Debug)]
+pub(super) struct Pin {
+    _ring: OwnedFd,
+}
+
+impl Pin {
+    fn new(start: NonNull<u8>, bytes: usize) -> Result<Self, Errno> {
+        // struct io_uring_params, all zero: defaults.
+        let mut parameters = [0u32; 30];
+        // SAFETY: the kernel reads and fills 120 bytes of parameters.
+        #[expect(unsafe_code, reason = "io_uring_setup has no wrapper")]
+        let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1 as c_long, parameters.as_mut_ptr()) };
+        let ring = Errno::result(ring)?;
+        // SAFETY: a descriptor that the kernel has just made for us.
+        #[expect(unsafe_code, reason = "takes a raw descriptor")]
+        let ring = unsafe { OwnedFd::from_raw_fd(ring as i32) };
+        let buffers: Vec<libc::iovec> = (0..bytes)
+            .step_by(BUFFER_MAX)
+            .map(|offset| libc::iovec {
+                iov_base: start.as_ptr().wrapping_add(offset).cast::<c_void>(),
+                iov_len: BUFFER_MAX.min(bytes - offset),
+            })
+            .collect();
+        let (fd, count) = (ring.as_raw_fd(), buffers.len() as c_long);
+        let register = REGISTER_BUFFERS;
+        // SAFETY: `buffers` has `count` entries; the kernel takes hold of pages, and changes none.
+        #[expect(unsafe_code, reason = "io_uring_register has no wrapper")]
+        let answer =
+            unsafe { libc::syscall(libc::SYS_io_uring_register, fd, register, buffers.as_ptr(), count) };
+        Errno::result(answer)?;
+        Ok(Self { _ring: ring })
+    }
+}
+
+/// `IORING_REGISTER_BUFFERS`.
+const REGISTER_BUFFERS: c_long = 0;
+/// The most that one registered buffer may hold.
+const BUFFER_MAX: usize = 1 << 30;
+/// An entry of the page map, in bytes; its bits. See `Documentation/admin-guide/mm/pagemap.rst` of the kernel.
+const ENTRY: usize = 8;
+const PRESENT: u64 = 1 << 63;
+const FRAME: u64 = (1 << 55) - 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_that_follow_each_other_are_one_run() {
+        let found: Vec<_> = runs(&[7, 8, 9, 3, 20, 21]).collect();
+        assert_eq!(found, [(7, 3), (3, 1), (20, 2)]);
+    }
+}

@@ -1,0 +1,303 @@
+//! Memory that others may change while it is shown: files, memfds that are not sealed, mappings whose descriptor is
+//! unknown.
+//!
+//! What changes behind a reader's back is nothing for a `&[u8]`. It is read and written by the kernel, on behalf of
+//! this process: a race is none there, and a page past a file's end is an error and not a signal.
+
+use crate::mapping::Mapping;
+use crate::page::{AddressRange, PageSize};
+use crate::reservation::Access;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc::{self, c_void};
+use nix::sys::mman::ProtFlags;
+use nix::unistd::{Whence, lseek};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::ptr::NonNull;
+use std::{fmt, fs, io};
+
+/// A regular file or a memfd, of this process or another's.
+#[derive(Debug)]
+pub struct SharedFile {
+    file: File,
+    len: u64,
+    writable: bool,
+}
+
+impl SharedFile {
+    /// Opens a file, for writing too where it is to be shown writable and shared.
+    ///
+    /// # Errors
+    ///
+    /// What `open(2)` says, and whatever is not a regular file or is empty.
+    pub fn open(path: impl AsRef<Path>, access: Access) -> io::Result<Self> {
+        // Non-blocking, or opening a named pipe would wait for somebody to write to it. Files do not care.
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(access == Access::Writable).custom_flags(OFlag::O_NONBLOCK.bits());
+        Self::try_from(OwnedFd::from(options.open(path)?))
+    }
+
+    /// How many bytes it had when it was taken.
+    #[must_use]
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has none: such a file is refused.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether its descriptor allows writing to it.
+    #[must_use]
+    pub const fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The first part of `range` that the file has no bytes for: of a memfd, pages that were never written.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `lseek(2)`; none is known to occur for a memfd.
+    pub fn next_hole(&self, range: &Range<u64>) -> Result<Option<Range<u64>>, Errno> {
+        let seek = |offset: u64, whence| match lseek(&self.file, offset as i64, whence) {
+            Ok(found) => Ok(found as u64),
+            // Past the end, or nothing but a hole up to it.
+            Err(Errno::ENXIO) => Ok(u64::MAX),
+            Err(errno) => Err(errno),
+        };
+        let hole = seek(range.start, Whence::SeekHole)?;
+        if hole >= range.end {
+            return Ok(None);
+        }
+        let data = seek(hole, Whence::SeekData)?;
+        Ok(Some(hole..data.min(range.end)))
+    }
+
+    /// To read it at an offset.
+    #[must_use]
+    pub const fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// Takes a descriptor, received from another process perhaps, if it is one that can be mapped for what it holds.
+impl TryFrom<OwnedFd> for SharedFile {
+    type Error = io::Error;
+
+    fn try_from(fd: OwnedFd) -> io::Result<Self> {
+        let file = File::from(fd);
+        let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let metadata = file.metadata()?;
+        // A device may give meanings of its own to being mapped.
+        if !metadata.is_file() {
+            return refuse("neither a regular file nor a memfd");
+        }
+        if metadata.len() == 0 {
+            return refuse("empty: there is nothing to show");
+        }
+        let mode = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL)?) & OFlag::O_ACCMODE;
+        if mode == OFlag::O_WRONLY {
+            return refuse("open for writing only: open it for reading too");
+        }
+        Ok(Self { len: metadata.len(), writable: mode == OFlag::O_RDWR, file })
+    }
+}
+
+impl AsFd for SharedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Who sees what is written to a file's pages in a view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Everybody who has the file: `MAP_SHARED`.
+    Shared,
+    /// Nobody: a page that is written to becomes this view's own. `MAP_PRIVATE`.
+    CopyOnWrite,
+}
+
+/// A second mapping of a *shared* mapping whose descriptor is not known: `mremap(2)` with an old size of 0.
+#[derive(Debug)]
+pub struct Alias {
+    pub(crate) mapping: Mapping,
+}
+
+impl Alias {
+    /// Makes an alias of `bytes` bytes at `start`. It outlives the mapping that it was made of.
+    ///
+    /// # Errors
+    ///
+    /// [`AliasError`] says what is in the way and what would work instead.
+    ///
+    /// # Safety
+    ///
+    /// - Nobody has, as long as the alias lives, a `&mut [u8]` to the bytes, nor a `&[u8]` if they are written to.
+    #[expect(unsafe_code, reason = "makes a second way to memory that may have references to it")]
+    pub unsafe fn of(start: NonNull<u8>, bytes: usize) -> Result<Self, AliasError> {
+        let address = start.addr().get();
+        let page = PageSize::system();
+        let range = AddressRange::new(address, bytes, page).filter(|range| range.bytes() > 0);
+        let range = range.ok_or(AliasError::Unaligned { start: address, bytes, page })?;
+        let parts = shared_parts(range, &fs::read_to_string("/proc/self/maps").unwrap_or_default())?;
+        let refused = |errno| AliasError::Refused { start: address, bytes, errno };
+        let bytes = std::num::NonZeroUsize::new(bytes).expect("checked above");
+        // What is to be replaced, part by part: until then it holds the place.
+        let mapping = Mapping::new(bytes, ProtFlags::PROT_NONE).map_err(refused)?;
+        for part in parts {
+            let to = mapping.at(part.start() - address);
+            duplicate(part, to).map_err(refused)?;
+        }
+        Ok(Self { mapping })
+    }
+
+    /// How many bytes it has: a multiple of the page size.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.mapping.bytes()
+    }
+
+    /// Whether it has none: such an alias cannot be made.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.mapping.bytes() == 0
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where they cannot be read: past the end of a file that was truncated.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+        crate::view::read_memory(&self.mapping, offset, into)
+    }
+}
+
+/// Maps the pages of a shared mapping a second time, over `to`.
+pub(crate) fn duplicate(part: AddressRange, to: NonNull<c_void>) -> Result<(), Errno> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let from = std::ptr::with_exposed_provenance_mut::<c_void>(part.start());
+    // SAFETY: an old size of 0 leaves `part` as it is; `to` lies in a mapping of the caller's that nobody looks at.
+    #[expect(unsafe_code, reason = "mremap")]
+    let answer = unsafe { libc::mremap(from, 0, part.bytes(), flags, to.as_ptr()) };
+    if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// The parts of a range, a mapping each, if all of them are shared.
+fn shared_parts(range: AddressRange, maps: &str) -> Result<Vec<AddressRange>, AliasError> {
+    let mut parts = Vec::new();
+    let mut next = range.start();
+    for (start, end, shared) in maps.lines().filter_map(mapping_of) {
+        if end <= next || start >= range.end() {
+            continue;
+        }
+        if start > next {
+            break;
+        }
+        if !shared {
+            return Err(AliasError::Private { address: next });
+        }
+        let end = end.min(range.end());
+        parts
+            .push(AddressRange::new(next, end - next, PageSize::system()).expect("mappings are whole pages"));
+        next = end;
+    }
+    if next < range.end() { Err(AliasError::Unmapped { address: next }) } else { Ok(parts) }
+}
+
+/// Start, end, and whether it is shared, of a line of `/proc/self/maps`: `7f00-7f10 rw-s ...`.
+fn mapping_of(line: &str) -> Option<(usize, usize, bool)> {
+    let (addresses, rest) = line.split_once(' ')?;
+    let (start, end) = addresses.split_once('-')?;
+    let address = |digits| usize::from_str_radix(digits, 16).ok();
+    Some((address(start)?, address(end)?, rest.as_bytes().get(3) == Some(&b's')))
+}
+
+/// Why there is no alias of some memory, and what would work instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AliasError {
+    /// Not whole pages.
+    Unaligned {
+        /// Its first address.
+        start: usize,
+        /// Its length.
+        bytes: usize,
+        /// What both have to be multiples of.
+        page: PageSize,
+    },
+    /// There is private memory in it.
+    Private {
+        /// The first such address.
+        address: usize,
+    },
+    /// There is nothing mapped in part of it.
+    Unmapped {
+        /// The first such address.
+        address: usize,
+    },
+    /// The kernel refused.
+    Refused {
+        /// Its first address.
+        start: usize,
+        /// Its length.
+        bytes: usize,
+        /// What the kernel said.
+        errno: Errno,
+    },
+}
+
+impl fmt::Display for AliasError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Unaligned { start, bytes, page } => write!(
+                f,
+                "{bytes} bytes at {start:#x} are not whole pages of {page}: an alias has whole pages; copy the edges"
+            ),
+            Self::Private { address } => write!(
+                f,
+                "the memory at {address:#x} is private to this process and cannot be mapped twice: donate it \
+                 (Pages), have it copied (Memory), or allocate it in a memfd"
+            ),
+            Self::Unmapped { address } => write!(f, "there is nothing mapped at {address:#x}"),
+            Self::Refused { start, bytes, errno } => {
+                write!(f, "cannot map {bytes} bytes at {start:#x} a second time: {errno}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for AliasError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAPS: &str = "10000-20000 rw-s 00000000 00:01 7 /memfd:a\n\
+                        20000-28000 r--s 00000000 00:01 8 /memfd:b\n\
+                        30000-38000 rw-p 00000000 00:00 0 \n";
+
+    fn parts(start: usize, bytes: usize) -> Result<Vec<(usize, usize)>, AliasError> {
+        let range = AddressRange::new(start, bytes, PageSize::system()).unwrap();
+        shared_parts(range, MAPS).map(|parts| parts.iter().map(|part| (part.start(), part.end())).collect())
+    }
+
+    #[test]
+    fn a_range_is_cut_at_the_mappings_that_it_crosses() {
+        assert_eq!(parts(0x12000, 0x2000), Ok(vec![(0x12000, 0x14000)]));
+        assert_eq!(parts(0x1f000, 0x3000), Ok(vec![(0x1f000, 0x20000), (0x20000, 0x22000)]));
+    }
+
+    #[test]
+    fn private_memory_and_gaps_are_named() {
+        assert_eq!(parts(0x30000, 0x1000), Err(AliasError::Private { address: 0x30000 }));
+        assert_eq!(parts(0x27000, 0x2000), Err(AliasError::Unmapped { address: 0x28000 }));
+        assert_eq!(parts(0x1000, 0x1000), Err(AliasError::Unmapped { address: 0x1000 }));
+    }
+}

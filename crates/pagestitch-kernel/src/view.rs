@@ -1,0 +1,385 @@
+//! The one view of a reservation's bytes, and what can be shown in it in place.
+//!
+//! ```text
+//!   View ──── map: a sealed memfd   take: donated pages ──────▶ into_stable() ──▶ StableView: &[u8]
+//!     └────── map_file   map_lazy   alias   map_physical ─────▶ others may change it: read_at, write_at, a pointer
+//! ```
+//!
+//! Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
+//! One that was never registered reads as zeros.
+
+use crate::mapping::Mapping;
+use crate::memfd::SealedMemfd;
+use crate::page::{AddressRange, Span};
+use crate::pages::Donated;
+use crate::physical::Physical;
+use crate::reservation::{Access, Reservation};
+use crate::shared::{Alias, SharedFile, Sharing, duplicate};
+use crate::uffd::Uffd;
+use crate::volatile;
+use nix::errno::Errno;
+use nix::libc::{self, c_void};
+use nix::sys::mman::{MapFlags, MmapAdvise, madvise, mmap, mprotect};
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
+use std::io::{IoSlice, IoSliceMut};
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+use std::slice;
+use std::sync::Arc;
+use userfaultfd::RegisterMode;
+
+/// The one view of a reservation, of whose bytes others may change some.
+#[derive(Debug)]
+pub struct View {
+    reservation: Arc<Reservation>,
+    access: Access,
+    /// Whether nobody else can change what it shows.
+    stable: bool,
+    /// Where a device may be behind the bytes: the kernel does not copy from there. Ascending.
+    physical: Vec<Span>,
+}
+
+impl View {
+    pub(crate) const fn of(reservation: Arc<Reservation>, access: Access) -> Self {
+        Self { reservation, access, stable: true, physical: Vec::new() }
+    }
+
+    /// Shows part of a sealed memfd in place: the span's pages are the memfd's own, there at once and not copied.
+    ///
+    /// In a writable reservation a page is copied when it is first written to; the memfd never changes.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is as it was; after another, none of
+    /// which is known to occur, it may be closed to every access. So for all of these functions.
+    ///
+    /// # Panics
+    ///
+    /// If the memfd does not have all of the span's pages at `offset`, the last one in part, or `offset` is no multiple
+    /// of the page size. So for all of these functions.
+    pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
+        // Private, as a shared mapping of a memfd that is sealed against writing is EPERM before Linux 6.7.
+        self.map_over(span, memfd, offset, memfd.len() as u64, MapFlags::MAP_PRIVATE)
+    }
+
+    /// Shows part of a file in place. It is the file's user who sees to it that the file keeps its length: a page past
+    /// its end is SIGBUS to who touches it.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); `EACCES` to show a file that is open for reading only, writable and shared.
+    pub fn map_file(
+        &mut self,
+        span: Span,
+        file: &SharedFile,
+        offset: u64,
+        sharing: Sharing,
+    ) -> Result<(), Errno> {
+        self.stable = false;
+        let flags = match sharing {
+            Sharing::Shared => MapFlags::MAP_SHARED,
+            Sharing::CopyOnWrite => MapFlags::MAP_PRIVATE,
+        };
+        self.map_over(span, file, offset, file.len(), flags)
+    }
+
+    /// Shows part of a memfd whose pages come later: to touch one that the memfd does not have, or that is not in this
+    /// view yet, is a fault of `uffd`, and [`Uffd::map_cached`] the answer. Linux 5.14.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); the errno of registering: `EINVAL` before Linux 5.14, and for a file that is not a memfd.
+    pub fn map_lazy(&mut self, span: Span, file: &SharedFile, offset: u64, uffd: &Uffd) -> Result<(), Errno> {
+        self.map_file(span, file, offset, Sharing::Shared)?;
+        let range = self.reservation.addresses(span);
+        // A forked child would read zeros where a page has not come.
+        // SAFETY: pages of our own mapping, and what a child of fork sees of them.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }?;
+        // SAFETY: pages of a reservation, which no allocator gave out as zeros.
+        #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
+        unsafe {
+            uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR)
+        }
+    }
+
+    /// Shows a mapping whose descriptor is not known a second time.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); `EACCES` to show writable what cannot be written to.
+    pub fn alias(&mut self, span: Span, alias: &Alias, offset: u64) -> Result<(), Errno> {
+        let Some((range, source)) = self.whole_pages(span, &alias.mapping, offset) else { return Ok(()) };
+        self.stable = false;
+        duplicate(source, at(range))?;
+        self.protect(range)
+    }
+
+    /// Shows part of physical memory in place.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); `EACCES` to show writable what was opened for reading.
+    pub fn map_physical(&mut self, span: Span, physical: &Physical, offset: u64) -> Result<(), Errno> {
+        self.stable = false;
+        self.map_over(
+            span,
+            physical,
+            physical.file_offset(offset),
+            physical.file_end(),
+            MapFlags::MAP_SHARED,
+        )?;
+        let place = self.physical.partition_point(|known| known.first < span.first);
+        self.physical.insert(place, span);
+        Ok(())
+    }
+
+    /// Moves donated pages in, at once: what is left in their old place are zeros. Linux 5.7.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); `EINVAL` before Linux 5.7. The pages have not moved then.
+    pub fn take(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
+        let Some((range, source)) = self.whole_pages(span, &donated.mapping, offset) else { return Ok(()) };
+        // The old addresses stay mapped: they are the donation's to unmap, and nobody else's to be given.
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        let bytes = range.bytes();
+        // SAFETY: the source is memory that was given up, without a slice of it; the target is inside our own
+        // mapping, and `&mut self`, the one view, says that nobody has a reference to its bytes.
+        #[expect(unsafe_code, reason = "mremap")]
+        let answer = unsafe { libc::mremap(at(source).as_ptr(), bytes, bytes, flags, at(range).as_ptr()) };
+        if answer == libc::MAP_FAILED {
+            return Err(Errno::last());
+        }
+        donated.mark_moved(donated.span(offset, bytes));
+        self.protect(range)
+    }
+
+    /// Copies bytes out, without a reference to them: they may be changing.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` where they cannot be read: past the end of a file that was truncated, in a poisoned page, or in an absent
+    /// one of an ordinary user's.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not inside the reservation.
+    pub fn read_at(&self, offset: u64, mut into: &mut [u8]) -> Result<(), Errno> {
+        let mut offset = offset;
+        while !into.is_empty() {
+            let (bytes, physical) = self.stretch(offset, into.len());
+            let (now, later) = into.split_at_mut(bytes);
+            if physical {
+                let from = self.reservation.mapping.at(offset as usize).cast::<u8>();
+                // SAFETY: `stretch` lies inside the mapping, of which every page there was mapped by `map_physical`.
+                #[expect(unsafe_code, reason = "reads through a raw pointer")]
+                unsafe {
+                    volatile::read(from.as_ptr(), now)
+                };
+            } else {
+                read_memory(&self.reservation.mapping, offset, now)?;
+            }
+            (offset, into) = (offset + bytes as u64, later);
+        }
+        Ok(())
+    }
+
+    /// Writes bytes, without a reference to what is there. Two writers at once are no race, and either may win.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at); `EACCES` if the reservation is read-only.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not inside the reservation.
+    pub fn write_at(&self, offset: u64, mut from: &[u8]) -> Result<(), Errno> {
+        if self.access != Access::Writable {
+            return Err(Errno::EACCES);
+        }
+        let mut offset = offset;
+        while !from.is_empty() {
+            let (bytes, physical) = self.stretch(offset, from.len());
+            let (now, later) = from.split_at(bytes);
+            if physical {
+                let to = self.reservation.mapping.at(offset as usize).cast::<u8>();
+                // SAFETY: as in `read_at`, and writable; who made the `Physical` vouches for what writing to it does.
+                #[expect(unsafe_code, reason = "writes through a raw pointer")]
+                unsafe {
+                    volatile::write(to.as_ptr(), now)
+                };
+            } else {
+                write_memory(&self.reservation.mapping, offset, now)?;
+            }
+            (offset, from) = (offset + bytes as u64, later);
+        }
+        Ok(())
+    }
+
+    /// The bytes, all pages of them.
+    ///
+    /// # Safety
+    ///
+    /// - As long as the slice lives, nobody writes to what is shown in it: not through this view, not through another
+    ///   mapping of the same file or physical memory, in this process or another; and no file is cut short.
+    #[must_use]
+    #[expect(unsafe_code, reason = "declares an obligation")]
+    pub unsafe fn as_slice(&self) -> &[u8] {
+        let mapping = &self.reservation.mapping;
+        // SAFETY: mapped and readable as long as `self` keeps the reservation; that it keeps its bytes is vouched for.
+        unsafe { slice::from_raw_parts(mapping.start().as_ptr().cast(), mapping.bytes()) }
+    }
+
+    /// The address of the first byte, for code that works with raw pointers.
+    #[must_use]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.reservation.mapping.start().cast()
+    }
+
+    /// As a view with slices, if nobody can change what it shows.
+    ///
+    /// # Errors
+    ///
+    /// The view itself, if somebody can.
+    pub fn into_stable(self) -> Result<StableView, Self> {
+        if self.stable { Ok(StableView { view: self }) } else { Err(self) }
+    }
+
+    /// Maps part of what a descriptor stands for over the span's pages.
+    fn map_over(
+        &self,
+        span: Span,
+        fd: &impl AsFd,
+        offset: u64,
+        end: u64,
+        flags: MapFlags,
+    ) -> Result<(), Errno> {
+        let page = self.reservation.page_size();
+        let range = self.reservation.addresses(span);
+        let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
+        let there = page.round_up(end).unwrap_or(u64::MAX);
+        let inside = offset.checked_add(range.bytes() as u64).is_some_and(|last| last <= there);
+        assert!(inside && page.offset_of(page.page_at(offset)) == offset, "{span:?} from {offset}");
+        let flags = flags | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
+        let start = NonZeroUsize::new(range.start());
+        // SAFETY: the range is inside our own mapping, and this is the one view of it, which the callers have
+        // borrowed mutably: nobody has a reference to its bytes.
+        #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
+        unsafe { mmap(start, bytes, self.access.protection(), flags, fd, offset) }.map(drop)
+    }
+
+    /// Gives pages that brought their own protection the view's.
+    fn protect(&self, range: AddressRange) -> Result<(), Errno> {
+        // SAFETY: pages of our own mapping, whose one view the callers have borrowed mutably.
+        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+        unsafe {
+            mprotect(at(range), range.bytes(), self.access.protection())
+        }
+    }
+
+    /// The addresses of a span, and of as many bytes of a mapping; `None` for no pages.
+    fn whole_pages(&self, span: Span, of: &Mapping, offset: u64) -> Option<(AddressRange, AddressRange)> {
+        let range = self.reservation.addresses(span);
+        let offset = usize::try_from(offset).expect("inside a mapping");
+        let end = of.at(offset.checked_add(range.bytes()).expect("inside a mapping"));
+        let source =
+            AddressRange::new(end.addr().get() - range.bytes(), range.bytes(), self.reservation.page_size());
+        (!span.is_empty()).then(|| (range, source.expect("a multiple of the page size")))
+    }
+
+    /// How many of the `most` bytes at `offset` are of one kind, and whether that is physical memory.
+    fn stretch(&self, offset: u64, most: usize) -> (usize, bool) {
+        let page = self.reservation.page_size();
+        let end =
+            offset.checked_add(most as u64).filter(|&end| end <= self.reservation.mapping.bytes() as u64);
+        let end = end.expect("inside the reservation");
+        let at = page.page_at(offset);
+        let next = self.physical.get(self.physical.partition_point(|span| span.end() <= at));
+        let (until, physical) = match next {
+            Some(span) if span.first <= at => (page.offset_of(span.end()), true),
+            Some(span) => (page.offset_of(span.first), false),
+            None => (end, false),
+        };
+        ((end.min(until) - offset) as usize, physical)
+    }
+}
+
+/// A view of bytes that nobody else can change.
+#[derive(Debug)]
+pub struct StableView {
+    /// Invariant: it is stable, and nothing is put into it any more.
+    view: View,
+}
+
+impl StableView {
+    /// The bytes, all pages of them.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: a missing page gets its value when it is first read, and no safe operation gives a filled page other
+        // bytes (see the crate's safety argument); writes go through `as_mut_slice`, which excludes this borrow.
+        #[expect(unsafe_code, reason = "the invariant is the vouching")]
+        unsafe {
+            self.view.as_slice()
+        }
+    }
+
+    /// The bytes for writing, if the reservation was made writable.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
+        if self.view.access != Access::Writable {
+            return None;
+        }
+        let mapping = &self.view.reservation.mapping;
+        // SAFETY: as in `as_slice`, mapped for writing; this is the only view, and it is borrowed mutably.
+        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
+        Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
+    }
+
+    /// The address of the first byte, for code that works with raw pointers.
+    #[must_use]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.view.as_ptr()
+    }
+}
+
+fn at(range: AddressRange) -> NonNull<c_void> {
+    NonNull::new(std::ptr::with_exposed_provenance_mut(range.start())).expect("mappings are not at 0")
+}
+
+/// Has the kernel copy bytes out of a mapping of ours.
+pub(crate) fn read_memory(mapping: &Mapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < into.len() {
+        let remote = remote(mapping, offset, done, into.len());
+        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut into[done..])], &[remote])? {
+            0 => return Err(Errno::EFAULT),
+            read => done += read,
+        }
+    }
+    Ok(())
+}
+
+/// Has the kernel copy bytes into a mapping of ours.
+fn write_memory(mapping: &Mapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < from.len() {
+        let remote = remote(mapping, offset, done, from.len());
+        match process_vm_writev(Pid::this(), &[IoSlice::new(&from[done..])], &[remote])? {
+            0 => return Err(Errno::EFAULT),
+            written => done += written,
+        }
+    }
+    Ok(())
+}
+
+fn remote(mapping: &Mapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
+    let start = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(done));
+    let start =
+        start.filter(|start| mapping.bytes().checked_sub(*start).is_some_and(|left| len - done <= left));
+    let start = start.expect("inside the mapping");
+    RemoteIoVec { base: mapping.at(start).addr().get(), len: len - done }
+}

@@ -1,0 +1,81 @@
+//! Copies in which every access is made once, in the order of addresses, and never by the compiler's own choice: for
+//! memory that a device may be behind.
+//!
+//! Aligned stretches go in words of eight bytes, edges in bytes.
+
+use std::ptr;
+
+/// Copies from `from` into `into`.
+///
+/// # Safety
+///
+/// - `from` is readable for `into.len()` bytes. What else is written there meanwhile is torn, at worst.
+#[expect(unsafe_code, reason = "reads through a raw pointer")]
+pub(crate) unsafe fn read(from: *const u8, into: &mut [u8]) {
+    let mut done = 0;
+    while done < into.len() {
+        // SAFETY: `done` is below the length that the caller vouches for.
+        let next = unsafe { from.add(done) };
+        if next.cast::<u64>().is_aligned() && into.len() - done >= WORD {
+            // SAFETY: aligned, and eight bytes of what the caller vouches for.
+            let word = unsafe { ptr::read_volatile(next.cast::<u64>()) };
+            into[done..done + WORD].copy_from_slice(&word.to_ne_bytes());
+            done += WORD;
+        } else {
+            // SAFETY: a byte of what the caller vouches for.
+            into[done] = unsafe { ptr::read_volatile(next) };
+            done += 1;
+        }
+    }
+}
+
+/// Copies from `from` to `to`.
+///
+/// # Safety
+///
+/// - `to` is writable for `from.len()` bytes, and nobody has a reference to them.
+#[expect(unsafe_code, reason = "writes through a raw pointer")]
+pub(crate) unsafe fn write(to: *mut u8, from: &[u8]) {
+    let mut done = 0;
+    while done < from.len() {
+        // SAFETY: `done` is below the length that the caller vouches for.
+        let next = unsafe { to.add(done) };
+        match from[done..].first_chunk::<WORD>() {
+            Some(&word) if next.cast::<u64>().is_aligned() => {
+                // SAFETY: aligned, and eight bytes of what the caller vouches for.
+                unsafe { ptr::write_volatile(next.cast::<u64>(), u64::from_ne_bytes(word)) };
+                done += WORD;
+            }
+            _ => {
+                // SAFETY: a byte of what the caller vouches for.
+                unsafe { ptr::write_volatile(next, from[done]) };
+                done += 1;
+            }
+        }
+    }
+}
+
+const WORD: usize = size_of::<u64>();
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_byte_is_copied_and_no_other(start in 0usize..20, len in 0usize..60) {
+            let from: Vec<u8> = (1..=100).collect();
+            let (mut there, mut back) = (vec![0u8; 100], vec![0u8; len]);
+            // SAFETY: start + len is below 100.
+            #[expect(unsafe_code, reason = "the function under test")]
+            unsafe { read(from.as_ptr().wrapping_add(start), &mut back) };
+            prop_assert_eq!(&back[..], &from[start..start + len]);
+            // SAFETY: as above, and `there` is not looked at meanwhile.
+            #[expect(unsafe_code, reason = "the function under test")]
+            unsafe { write(there.as_mut_ptr().wrapping_add(start), &back) };
+            prop_assert_eq!(&there[start..start + len], &from[start..start + len]);
+            prop_assert!(there[..start].iter().chain(&there[start + len..]).all(|&byte| byte == 0));
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! Each operation of the kernel layer against the running kernel: one test for each answer that matters.
+
+mod uffd;
+mod view;
+
+use pagestitch_kernel::support::Features;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{Access, Batch, Page, PageSize, Reservation, Span, StableView, Support, Uffd, View};
+use std::io::Write;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::thread;
+
+fn reserve(pages: usize, access: Access) -> (Arc<Reservation>, StableView, Uffd) {
+    let (reservation, view, uffd) = raw(pages, access);
+    (reservation, view.into_stable().unwrap(), uffd)
+}
+
+fn raw(pages: usize, access: Access) -> (Arc<Reservation>, View, Uffd) {
+    let pages = NonZeroUsize::new(pages).unwrap();
+    let (reservation, view) = Reservation::new(pages, PageSize::system(), access).unwrap();
+    let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::WRITE_PROTECT).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+    (reservation, view, uffd)
+}
+
+fn page(index: usize) -> Span {
+    Page(index).span()
+}
+
+fn has(test: &str, features: Features) -> bool {
+    let support = Support::current();
+    let here = support.has(features);
+    if !here {
+        // One write, past the test runner's capture: so that skips can be counted.
+        let line = format!("SKIPPED {test}: Linux {} lacks {features:?}\n", support.kernel());
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+    here
+}
+
+/// Waits until the uffd has something to read, and reads it.
+fn wait(uffd: &Uffd) -> Batch {
+    let mut batch = Batch::with_capacity(16);
+    loop {
+        batch.read(uffd, PageSize::system()).unwrap();
+        if !batch.faults().is_empty() {
+            return batch;
+        }
+        thread::yield_now();
+    }
+}

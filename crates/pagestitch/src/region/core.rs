@@ -1,0 +1,107 @@
+//! What regions of either kind are: layout and pages, served by a pool, torn down in order.
+
+use crate::error::{Error, ErrorKind};
+use crate::metrics::Metrics;
+use crate::region::page_table::Wake;
+use crate::region::{Plan, Served};
+use crate::server::{Pool, populate};
+use pagestitch_kernel::{Page, Span};
+use std::ops::{Bound, Range, RangeBounds};
+use std::sync::Arc;
+
+/// A region without its bytes.
+pub(crate) struct Core {
+    pub(super) served: Arc<Served>,
+    /// Keeps the workers running as long as there is a region to serve.
+    pub(super) pool: Pool,
+}
+
+impl Core {
+    pub(crate) fn name(&self) -> &str {
+        &self.served.name
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        // What was reserved fits in usize.
+        self.served.layout.total() as usize
+    }
+
+    pub(crate) fn offset_of(&self, number: usize) -> Option<u64> {
+        let layout = &self.served.layout;
+        layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start)
+    }
+
+    pub(crate) fn serves_system_calls(&self) -> bool {
+        self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All
+    }
+
+    pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        let start = match range.start_bound() {
+            Bound::Included(&start) => Some(start),
+            Bound::Excluded(&before) => before.checked_add(1),
+            Bound::Unbounded => Some(0),
+        };
+        let end = match range.end_bound() {
+            Bound::Included(&last) => last.checked_add(1),
+            Bound::Excluded(&end) => Some(end),
+            Bound::Unbounded => Some(self.len() as u64),
+        };
+        let range = self.inside(start.unwrap_or(u64::MAX), end)?;
+        populate(&self.served, self.served.page_size().covering(&range)).map_err(|failure| {
+            Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
+        })
+    }
+
+    pub(crate) fn plan(&self) -> Plan {
+        Plan::of(&self.served)
+    }
+
+    pub(crate) fn metrics(&self) -> Metrics {
+        self.served.counters.read()
+    }
+
+    pub(crate) fn close(self) -> Metrics {
+        self.pool.remove(&self.served);
+        self.served.close();
+        self.metrics()
+    }
+
+    /// The range from `start` to `end`, if it is inside; `None` stands for an end past 2^64.
+    pub(crate) fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
+        let len = self.len() as u64;
+        match end {
+            Some(end) if start <= end && end <= len => Ok(start..end),
+            _ => {
+                let end = end.map_or_else(|| String::from("2^64"), |end| end.to_string());
+                let what =
+                    format!("bytes {start}..{end} are not inside region {} of {len} bytes", self.name());
+                Err(Error::new(ErrorKind::OutOfRange, what))
+            }
+        }
+    }
+}
+
+/// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
+///
+/// 1. stop intake: no worker looks at this uffd any more;
+/// 2. join: wait for those that are at work for the region; no source is called from here on;
+/// 3. seal: the whole range becomes inaccessible;
+/// 4. wake: whoever waits tries again and meets the sealed range;
+/// 5. close the uffd and unmap, when the last `Arc` goes.
+impl Drop for Core {
+    fn drop(&mut self) {
+        if !self.pool.is_of_this_process() {
+            // A forked child: the range is not there, and what serves it belongs to the parent.
+            return;
+        }
+        self.pool.remove(&self.served);
+        self.served.close();
+        tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
+        if let Err(errno) = self.served.reservation.seal() {
+            // Going on would show zeros for bytes. Not known to happen.
+            eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name());
+            std::process::abort();
+        }
+        self.served.wake(Span { first: Page(0), pages: self.served.reservation.pages() });
+    }
+}

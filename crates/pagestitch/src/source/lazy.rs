@@ -1,0 +1,127 @@
+//! Bytes in a memfd that comes to have them later: one copy in memory, for all who map it.
+//!
+//! ```text
+//!   process A  region ──┐  a page is touched: the memfd has it? map it. No? have it filled, then map it.
+//!   process B  region ──┼──▶ memfd ◀── fill: A, or B, or whoever fills it
+//!   process C  region ──┘
+//! ```
+
+use super::Source;
+use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::PageSize;
+use pagestitch_kernel::shared::SharedFile;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::{fmt, io};
+
+/// Sees to it that a memfd has its bytes.
+pub trait FillMemfd: Send + Sync {
+    /// Returns when the memfd has the bytes of `range`: has written them, or has another process do so and waits for it.
+    ///
+    /// It is asked for whole pages, but for the memfd's end, and they have to come whole: with `pwrite(2)`, or with `UFFDIO_COPY`. One that is written through a mapping is there, and
+    /// zeros, from the first byte on, and may be seen so.
+    ///
+    /// It is called for pages that the memfd did not have a moment ago, from any thread, and for the same pages perhaps
+    /// by several processes at once. It never touches a region that shows the memfd.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from that: it becomes the error of the page that was touched.
+    fn fill(&self, memfd: &SharedFile, range: Range<u64>) -> io::Result<()>;
+}
+
+/// A memfd that is filled later, and shared with other processes. Linux 5.14; before that it is copied.
+///
+/// ```
+/// use std::io;
+/// use std::ops::Range;
+/// use std::os::unix::fs::FileExt;
+/// use std::sync::Arc;
+/// use pagestitch::source::{FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
+/// use pagestitch::{Pool, Region};
+///
+/// struct Sevens;
+/// impl FillMemfd for Sevens {
+///     fn fill(&self, memfd: &SharedFile, range: Range<u64>) -> io::Result<()> {
+///         memfd.file().write_all_at(&vec![7; (range.end - range.start) as usize], range.start)
+///     }
+/// }
+///
+/// let memfd = UnsealedMemfd::create("cache", 1 << 20)?;
+/// let lazy = LazyMemfd::new(memfd.file().try_clone()?.into(), Arc::new(Sevens))?;
+/// let region = Region::builder().chunk(lazy).build_shared(&Pool::new()?)?;
+/// let mut bytes = [0; 3];
+/// region.read_at(500_000, &mut bytes)?;
+/// assert_eq!(bytes, [7; 3]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone)]
+pub struct LazyMemfd {
+    shared: Arc<SharedFile>,
+    filler: Arc<dyn FillMemfd>,
+}
+
+impl LazyMemfd {
+    /// Takes a descriptor of a memfd, open for writing too.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] if it cannot be mapped shared and written to.
+    pub fn new(memfd: OwnedFd, filler: Arc<dyn FillMemfd>) -> Result<Self, Error> {
+        let shared = SharedFile::try_from(memfd)
+            .map_err(|error| Error::because(ErrorKind::File, "cannot use the descriptor", error))?;
+        if !shared.is_writable() {
+            let what =
+                "cannot use the descriptor: a memfd that is filled later has to be open for writing too";
+            return Err(Error::new(ErrorKind::File, what));
+        }
+        Ok(Self { shared: Arc::new(shared), filler })
+    }
+
+    /// The memfd.
+    #[must_use]
+    pub fn memfd(&self) -> &SharedFile {
+        &self.shared
+    }
+
+    /// Has what is not there yet of a range filled.
+    pub(crate) fn fill(&self, range: Range<u64>) -> io::Result<()> {
+        // Whole pages: one that was filled in part would count as there. The last one may go on past the memfd's end.
+        let page = PageSize::system();
+        let pages = page.offsets(page.covering(&range));
+        let mut rest = pages.start..pages.end.min(self.shared.len());
+        while let Some(hole) = self.shared.next_hole(&rest)? {
+            rest.start = hole.end;
+            self.filler.fill(&self.shared, hole)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.shared).addr()
+    }
+}
+
+/// For where it cannot be shown in place.
+impl Source for LazyMemfd {
+    fn size(&self) -> u64 {
+        self.shared.len()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.fill(offset..offset + into.len() as u64)?;
+        self.shared.file().read_exact_at(into, offset)
+    }
+
+    fn name(&self) -> String {
+        String::from("lazy memfd")
+    }
+}
+
+impl fmt::Debug for LazyMemfd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {} bytes", self.name(), self.size())
+    }
+}

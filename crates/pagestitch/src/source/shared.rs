@@ -1,0 +1,91 @@
+//! Bytes that others may change while they are shown: files, memfds that are not sealed, other mappings, physical memory.
+//!
+//! A region of them is a [`SharedRegion`](crate::SharedRegion), which has no `&[u8]`.
+
+use super::Source;
+use super::lazy::LazyMemfd;
+use pagestitch_kernel::physical::Physical;
+use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Something that others may change.
+#[derive(Clone)]
+pub(crate) enum Shared {
+    File(Arc<SharedFile>, Sharing),
+    Alias(Arc<Alias>),
+    Physical(Arc<Physical>),
+    Lazy(LazyMemfd),
+}
+
+impl Shared {
+    pub(super) fn source(&self) -> &dyn Source {
+        match self {
+            Self::File(file, _) => file.as_ref(),
+            Self::Alias(alias) => alias.as_ref(),
+            Self::Physical(physical) => physical.as_ref(),
+            Self::Lazy(memfd) => memfd,
+        }
+    }
+
+    /// Address and kind: two chunks have the same one if they have the same source, and show it the same way.
+    pub(super) fn identity(&self) -> (usize, u64) {
+        match self {
+            Self::File(file, Sharing::Shared) => (Arc::as_ptr(file).addr(), u64::MAX - 1),
+            Self::File(file, Sharing::CopyOnWrite) => (Arc::as_ptr(file).addr(), u64::MAX - 2),
+            Self::Alias(alias) => (Arc::as_ptr(alias).addr(), u64::MAX),
+            Self::Physical(physical) => (Arc::as_ptr(physical).addr(), u64::MAX),
+            Self::Lazy(memfd) => (memfd.identity(), u64::MAX),
+        }
+    }
+}
+
+/// Where it cannot be shown in place, it is read with `pread(2)` when its pages are touched.
+impl Source for SharedFile {
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file().read_exact_at(into, offset)
+    }
+
+    /// What the descriptor stands for: a path, or `/memfd:NAME`.
+    fn name(&self) -> String {
+        let link = fs::read_link(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()));
+        link.map_or_else(|_| String::from("shared file"), |path| path.display().to_string())
+    }
+}
+
+/// Where it cannot be shown in place, it is copied when its pages are touched.
+impl Source for Alias {
+    fn size(&self) -> u64 {
+        self.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Ok(Self::read_at(self, offset, into)?)
+    }
+
+    fn name(&self) -> String {
+        String::from("alias")
+    }
+}
+
+/// Where it cannot be shown in place, it is copied when its pages are touched.
+impl Source for Physical {
+    fn size(&self) -> u64 {
+        self.len()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        Ok(Self::read_at(self, offset, into)?)
+    }
+
+    fn name(&self) -> String {
+        Self::name(self).to_owned()
+    }
+}

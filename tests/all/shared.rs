@@ -1,0 +1,219 @@
+//! What others may change is the same memory for all of them, and never a `&[u8]`.
+
+use crate::{pattern, touch};
+use pagestitch::source::{Alias, SharedFile, UnsealedMemfd};
+use pagestitch::{Access, Chunk, ErrorKind, How, Pool, Region, SharedRegion};
+use pagestitch_testkit::child;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+const PAGE: usize = 4096;
+
+/// A file of these bytes, as a source and to look at from outside.
+fn file_of(bytes: &[u8]) -> (Arc<SharedFile>, tempfile::NamedTempFile) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    (Arc::new(SharedFile::open(file.path(), Access::Writable).unwrap()), file)
+}
+
+pub(crate) fn memfd_of(bytes: &[u8]) -> (Arc<SharedFile>, File) {
+    let memfd = UnsealedMemfd::create("shared", bytes.len() as u64).unwrap();
+    memfd.file().write_all_at(bytes, 0).unwrap();
+    let file = memfd.file().try_clone().unwrap();
+    (Arc::new(SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap()), file)
+}
+
+fn bytes_of(region: &SharedRegion) -> Vec<u8> {
+    let mut bytes = vec![0; region.len()];
+    region.read_at(0, &mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn pages_of_files_and_memfds_in_any_order_are_in_place_without_a_fault() {
+    let bytes = pattern(1, 4 * PAGE);
+    let ((file, _kept), (memfd, _)) = (file_of(&bytes), memfd_of(&bytes));
+    let page = |of: &Arc<SharedFile>, page: usize| {
+        Chunk::from(Arc::clone(of)).range((page * PAGE) as u64..((page + 1) * PAGE) as u64)
+    };
+    let order = [(&file, 3), (&memfd, 1), (&file, 0), (&memfd, 2)];
+    let region = Region::builder()
+        .chunks(order.map(|(of, number)| page(of, number)))
+        .require_zero_copy()
+        .build_shared(&Pool::new().unwrap())
+        .unwrap();
+    let expected = order.map(|(_, number)| &bytes[number * PAGE..(number + 1) * PAGE]).concat();
+    assert!(bytes_of(&region) == expected);
+    let seen = region.close();
+    assert_eq!((seen.pages_in_place, seen.faults, seen.bytes_copied), (4, 0, 0));
+}
+
+#[test]
+fn a_write_is_seen_on_both_sides() {
+    let bytes = pattern(2, 3 * PAGE);
+    for (shared, other) in [memfd_of(&bytes), {
+        let (shared, kept) = file_of(&bytes);
+        (shared, kept.into_file())
+    }] {
+        let region = Region::builder()
+            .chunk(Chunk::from(shared).range(PAGE as u64..3 * PAGE as u64))
+            .writable()
+            .build_shared(&Pool::new().unwrap())
+            .unwrap();
+        region.write_at(5000, b"ours").unwrap();
+        let mut seen = [0; 4];
+        other.read_exact_at(&mut seen, PAGE as u64 + 5000).unwrap();
+        assert_eq!(&seen, b"ours");
+        other.write_all_at(b"theirs", PAGE as u64).unwrap();
+        assert_eq!(touch(region.as_ptr().addr().get() + 5), b's');
+    }
+}
+
+#[test]
+fn two_regions_of_one_memfd_share_its_pages() {
+    let (memfd, _) = memfd_of(&pattern(3, 2 * PAGE));
+    let pool = Pool::new().unwrap();
+    let build = || Region::builder().chunk(Arc::clone(&memfd)).writable().build_shared(&pool).unwrap();
+    let (one, two) = (build(), build());
+    one.write_at(4094, b"seam").unwrap();
+    assert_eq!(&bytes_of(&two)[4094..4098], b"seam");
+    assert!(one.close().bytes_copied + two.close().bytes_copied == 0);
+}
+
+#[test]
+fn copy_on_write_keeps_writes_in_the_region() {
+    let bytes = pattern(4, 2 * PAGE);
+    let (memfd, other) = memfd_of(&bytes);
+    let region = Region::builder()
+        .chunk(Chunk::copy_on_write(memfd))
+        .writable()
+        .require_zero_copy()
+        .build_shared(&Pool::new().unwrap())
+        .unwrap();
+    assert!(region.plan().to_string().contains("until they are written to"));
+    region.write_at(10, b"mine").unwrap();
+    let mut theirs = [0; 4];
+    other.read_exact_at(&mut theirs, 10).unwrap();
+    assert_eq!(theirs, bytes[10..14]);
+    assert_eq!(&bytes_of(&region)[10..14], b"mine");
+}
+
+#[test]
+#[expect(unsafe_code, reason = "an alias is a second way to memory")]
+fn an_alias_is_the_same_memory() {
+    let bytes = pattern(5, 3 * PAGE);
+    let (memfd, other) = memfd_of(&bytes);
+    let pool = Pool::new().unwrap();
+    let first = Region::builder().chunk(memfd).build_shared(&pool).unwrap();
+    // SAFETY: the test has no reference to the bytes.
+    let alias = unsafe { Alias::of(first.as_ptr(), 3 * PAGE) }.unwrap();
+    let second = Region::builder()
+        .chunk(Chunk::from(alias).range(PAGE as u64..3 * PAGE as u64))
+        .require_zero_copy()
+        .build_shared(&pool)
+        .unwrap();
+    drop(first);
+    other.write_all_at(b"news", 2 * PAGE as u64).unwrap();
+    let seen = bytes_of(&second);
+    assert!(&seen[PAGE..PAGE + 4] == b"news" && seen[..PAGE] == bytes[PAGE..2 * PAGE]);
+    assert_eq!(second.close().faults, 0);
+}
+
+#[test]
+fn what_others_may_change_is_no_slice() {
+    let (memfd, _) = memfd_of(&pattern(6, PAGE));
+    let builder = Region::builder().name("r").chunk(vec![1u8; 100]).chunk(memfd);
+    let error = builder.build(&Pool::new().unwrap()).unwrap_err();
+    // Also here, where it would only have been copied: the chunk does not lie on a page boundary.
+    assert_eq!(error.kind(), ErrorKind::Shared);
+    assert!(error.to_string().starts_with("region r: others may change chunk 1 (/memfd:shared"), "{error}");
+}
+
+#[test]
+fn what_is_off_its_pages_is_copied_as_it_was_when_touched() {
+    let bytes = pattern(7, 2 * PAGE);
+    let (memfd, other) = memfd_of(&bytes);
+    let region =
+        Region::builder().chunk(vec![1u8; 100]).chunk(memfd).build_shared(&Pool::new().unwrap()).unwrap();
+    assert_eq!(region.plan().runs()[1].how, How::Read);
+    other.write_all_at(b"before", 0).unwrap();
+    assert_eq!(&bytes_of(&region)[100..106], b"before");
+    other.write_all_at(b"after!", 0).unwrap();
+    assert_eq!(&bytes_of(&region)[100..106], b"before", "it was copied when it was touched");
+}
+
+#[test]
+fn padding_puts_chunks_where_they_can_be_shown() {
+    let bytes = pattern(8, 5 * PAGE);
+    let (memfd, _) = memfd_of(&bytes);
+    let ranges = [100..5000, 4096..4097, 0..9000_u64];
+    let part = |range: &std::ops::Range<u64>| Chunk::from(Arc::clone(&memfd)).range(range.clone());
+    let region = Region::builder()
+        .page_aligned()
+        .chunks(ranges.iter().map(part))
+        .require_zero_copy()
+        .build_shared(&Pool::new().unwrap())
+        .unwrap();
+    let seen = bytes_of(&region);
+    for (number, range) in ranges.iter().enumerate() {
+        let start = region.offset_of(number).unwrap() as usize;
+        let expected = &bytes[range.start as usize..range.end as usize];
+        assert!(seen[start..start + expected.len()] == *expected, "chunk {number}");
+    }
+    assert_eq!(region.offset_of(3), None);
+    let plan = region.plan();
+    let mapped: Vec<_> =
+        plan.runs().iter().filter(|run| run.how == How::Map).map(|run| run.chunks.clone()).collect();
+    assert_eq!(mapped, [0..1, 1..2, 2..3], "padding is not counted:\n{plan}");
+    assert_eq!(region.close().bytes_copied, 0);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher() {
+    let (memfd, other) = memfd_of(&pattern(9, 3 * PAGE));
+    let region =
+        Region::builder().name("r").chunk(memfd).writable().build_shared(&Pool::new().unwrap()).unwrap();
+    other.set_len(PAGE as u64).unwrap();
+    region.read_at(0, &mut [0; PAGE]).unwrap();
+    for error in [
+        region.read_at(4000, &mut [0; 200]).unwrap_err(),
+        region.write_at(2 * PAGE as u64, &[0; 2]).unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), ErrorKind::Source);
+        assert!(error.to_string().contains("shorter than it was"), "{error}");
+    }
+    let end =
+        child::run("shared::a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher", || {
+            touch(region.as_ptr().addr().get() + 2 * PAGE);
+        });
+    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
+}
+
+#[test]
+fn a_read_only_file_is_shown_and_refused_for_writing() {
+    let exe = || SharedFile::open("/proc/self/exe", Access::ReadOnly).unwrap();
+    let pool = Pool::new().unwrap();
+    let region = Region::builder().name("r").chunk(exe()).require_zero_copy().build_shared(&pool).unwrap();
+    assert_eq!(&bytes_of(&region)[1..4], b"ELF");
+    let error = region.write_at(0, b"no").unwrap_err();
+    assert!(error.to_string().contains("region r is read-only: build it writable()"), "{error}");
+    let error = Region::builder().name("r").chunk(exe()).writable().build_shared(&pool).unwrap_err();
+    assert!(error.to_string().contains("open it for writing too, or show it copy-on-write"), "{error}");
+    let copied = Region::builder().chunk(Chunk::copy_on_write(exe())).writable().build_shared(&pool).unwrap();
+    copied.write_at(0, b"mine").unwrap();
+}
+
+#[test]
+fn the_budget_of_mappings_can_be_set() {
+    let (memfd, _) = memfd_of(&pattern(10, 8 * PAGE));
+    let pages = [7, 6, 5, 4, 3, 2, 1, 0_u64]
+        .map(|page| Chunk::from(Arc::clone(&memfd)).range(page * PAGE as u64..(page + 1) * PAGE as u64));
+    let region = Region::builder().chunks(pages).mappings(3).build_shared(&Pool::new().unwrap()).unwrap();
+    let hows: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.chunks.clone())).collect();
+    assert_eq!(hows, [(How::Map, 0..3), (How::Read, 3..8)]);
+    bytes_of(&region);
+    assert_eq!(region.close().pages_in_place, 3);
+}

@@ -1,0 +1,92 @@
+//! Where `/dev/mem` shows every page: this process's own memory a second time, at another address, without a copy.
+
+use crate::{PAGE, bytes_at};
+use pagestitch::source::{Pages, Physical};
+use pagestitch::{Access, Pool, Region, SharedRegion};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+
+const PAGES: usize = 256;
+
+/// Memory with the number of each page in its bytes.
+fn numbered() -> Pages {
+    let mut pages = Pages::new(PAGES * PAGE as usize).unwrap();
+    pages.chunks_mut(PAGE as usize).zip(0..).for_each(|(page, number)| page.fill(number as u8 | 1));
+    pages
+}
+
+/// The same pages, the last one first.
+#[expect(unsafe_code, reason = "memory is shown a second time")]
+fn backwards(pages: &mut Pages, pool: &Pool) -> SharedRegion {
+    let start = NonNull::from(&mut pages[0]);
+    let each = (0..PAGES).rev().flat_map(|page| {
+        // SAFETY: the pages stay where they are as long as the region; the tests look at them through pointers.
+        let start = unsafe { start.byte_add(page * PAGE as usize) };
+        // SAFETY: as above.
+        unsafe { Physical::own_memory(start, PAGE as usize, Access::Writable) }.unwrap()
+    });
+    Region::builder().chunks(each).writable().require_zero_copy().build_shared(pool).unwrap()
+}
+
+/// The frames of pages of this process.
+fn frames(pages: &Pages) -> Vec<u64> {
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    let first = pages.as_ptr().addr() as u64 / PAGE;
+    let mut entry = [0; 8];
+    (first..first + PAGES as u64)
+        .map(|page| {
+            pagemap.read_exact_at(&mut entry, page * 8).unwrap();
+            u64::from_ne_bytes(entry) & ((1 << 55) - 1)
+        })
+        .collect()
+}
+
+#[test]
+#[ignore = "needs the guest's module"]
+fn own_private_memory_is_shown_backwards_without_a_copy() {
+    let (mut pages, pool) = (numbered(), Pool::new().unwrap());
+    let region = backwards(&mut pages, &pool);
+    let byte = |page: usize| bytes_at(&region, (PAGES - 1 - page) as u64 * PAGE + 5, 1)[0];
+    assert!((0..PAGES).all(|page| byte(page) == page as u8 | 1));
+    region.write_at(100, b"seen in the memory").unwrap();
+    assert_eq!(&pages[(PAGES - 1) * PAGE as usize + 100..][..18], b"seen in the memory");
+    let seen = region.close();
+    assert_eq!((seen.pages_in_place, seen.faults, seen.bytes_copied), (PAGES as u64, 0, 0));
+}
+
+#[test]
+#[ignore = "needs the guest's module"]
+#[expect(unsafe_code, reason = "memory is shown a second time")]
+fn frames_that_follow_each_other_are_one_chunk() {
+    let (mut pages, pool) = (numbered(), Pool::new().unwrap());
+    let start = NonNull::from(&mut pages[0]);
+    // SAFETY: the memory stays where it is as long as the region, and is only read.
+    let ranges = unsafe { Physical::own_memory(start, PAGES * PAGE as usize, Access::ReadOnly) }.unwrap();
+    let follows = frames(&pages).windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
+    assert_eq!(ranges.len(), PAGES - follows);
+    let region = Region::builder().chunks(ranges).require_zero_copy().build_shared(&pool).unwrap();
+    assert!(bytes_at(&region, 0, region.len()) == *pages);
+}
+
+#[test]
+#[ignore = "needs the guest's module"]
+fn compaction_moves_no_frame_that_is_shown() {
+    let (mut shown, pool) = (numbered(), Pool::new().unwrap());
+    // Among many others, of which every second one goes: something to compact.
+    let mut others: Vec<_> = (0..100).map(|_| Some(numbered())).collect();
+    let region = backwards(&mut shown, &pool);
+    others.iter_mut().step_by(2).for_each(|other| *other = None);
+    let kept: Vec<_> = others.into_iter().flatten().collect();
+    let before = (frames(&shown), kept.iter().map(frames).collect::<Vec<_>>());
+    for _ in 0..5 {
+        fs::write("/proc/sys/vm/compact_memory", "1").unwrap();
+    }
+    let moved = |before: &[u64], after: &[u64]| before.iter().zip(after).filter(|(a, b)| a != b).count();
+    let others: usize = kept.iter().zip(&before.1).map(|(kept, before)| moved(before, &frames(kept))).sum();
+    println!("compaction moved {others} of {} pages that are not pinned", kept.len() * PAGES);
+    assert!(others > 0, "nothing was compacted: the test shows nothing");
+    assert_eq!(moved(&before.0, &frames(&shown)), 0, "pinned pages");
+    region.write_at(0, b"still the same").unwrap();
+    assert_eq!(&shown[(PAGES - 1) * PAGE as usize..][..14], b"still the same");
+}

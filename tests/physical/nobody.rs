@@ -1,0 +1,17 @@
+//! For who may not.
+
+use crate::{PAGE, RESERVED, dev_mem, pci_device, pci_resource};
+use pagestitch::Access;
+use pagestitch::source::Caching;
+use pagestitch_kernel::physical::Refusal;
+
+#[test]
+#[ignore = "needs the guest, as an ordinary user"]
+fn an_ordinary_user_is_told_what_is_missing() {
+    let error = dev_mem(RESERVED, PAGE, Access::ReadOnly, Caching::Cached).unwrap_err();
+    assert_eq!(error.refusal, Refusal::NoCapability("CAP_SYS_RAWIO"));
+    assert!(error.to_string().contains("become root, or grant it"), "{error}");
+    let (path, ..) = pci_device("0x1af4", "0x1110", 2);
+    let error = pci_resource(&path, Access::ReadOnly).unwrap_err();
+    assert_eq!(error.refusal, Refusal::NoPermission(path.display().to_string()), "{error}");
+}
