@@ -1,8 +1,9 @@
-//! Process 1 of a throw-away test guest: mounts what tests need, runs every program in `/tests`, tells how it ended
-//! on the second serial line, and lets the machine go.
+//! Process 1 of a throw-away test guest: mounts what tests need, runs the suite that the command line names, tells how it
+//! ended on the second serial line, and lets the machine go.
 //!
 //! The runner looks for `GUEST-EXIT <status>`; without that line the guest has died.
 
+use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -32,29 +33,54 @@ fn run() -> Result<i32, Box<dyn Error>> {
         mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
-    let mut serial = open_serial()?;
-    let mut status = 0;
-    let mut programs: Vec<_> = fs::read_dir("/tests")?.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    programs.sort();
-    for program in programs {
-        for user in [ROOT, NOBODY] {
-            writeln!(serial, "GUEST-RUN {} as uid {user}", program.display())?;
-            let mut command = Command::new(&program);
-            command.uid(user).gid(user);
-            command
-                .arg("--test-threads=2")
-                .args(env::var("TEST_FILTER").ok().filter(|word| !word.is_empty()));
-            command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
-            let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
-            if !ended.success() {
-                writeln!(serial, "{} ended with {ended}", program.display())?;
-                status = 1;
-            }
-        }
-    }
-    writeln!(serial, "GUEST-EXIT {status}")?;
+    let serial = open_serial()?;
+    let passed = match env::var("TEST_SUITE").as_deref() {
+        Ok("physical") => physical(&serial)?,
+        _ => promises(&serial)?,
+    };
+    let status = i32::from(!passed);
+    writeln!(&serial, "GUEST-EXIT {status}")?;
     tcdrain(&serial)?;
     Ok(status)
+}
+
+/// The promises, to root and to nobody.
+fn promises(serial: &File) -> Result<bool, Box<dyn Error>> {
+    let filter = env::var("TEST_FILTER").ok().filter(|word| !word.is_empty());
+    let arguments: Vec<&str> = filter.as_deref().into_iter().collect();
+    let mut passed = true;
+    for program in ["/tests/all", "/tests/kernel"] {
+        for user in [ROOT, NOBODY] {
+            passed &= test(serial, program, user, &arguments)?;
+        }
+    }
+    Ok(passed)
+}
+
+/// Physical memory: on the kernel as it is, then with the module that lets /dev/mem map any page.
+fn physical(serial: &File) -> Result<bool, Box<dyn Error>> {
+    const PROGRAM: &str = "/tests/physical";
+    let mut passed = test(serial, PROGRAM, ROOT, &["--ignored", "stock::"])?;
+    passed &= test(serial, PROGRAM, NOBODY, &["--ignored", "nobody::"])?;
+    finit_module(File::open("/modules/devmem_any.ko")?, c"", ModuleInitFlags::empty())?;
+    passed &= test(serial, PROGRAM, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
+    Ok(passed)
+}
+
+/// Runs tests as a user; says whether they passed.
+fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<bool, Box<dyn Error>> {
+    writeln!(&*serial, "GUEST-RUN {program} {} as uid {user}", arguments.join(" "))?;
+    let mut command = Command::new(program);
+    command.uid(user).gid(user).args(arguments);
+    if !arguments.iter().any(|argument| argument.starts_with("--test-threads")) {
+        command.arg("--test-threads=2");
+    }
+    command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
+    let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
+    if !ended.success() {
+        writeln!(&*serial, "{program} ended with {ended}")?;
+    }
+    Ok(ended.success())
 }
 
 const ROOT: u32 = 0;

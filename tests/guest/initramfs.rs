@@ -1,25 +1,35 @@
-//! An initramfs in the kernel's "newc" cpio format, uncompressed: `/init`, `/dev/console` and `/tests/*`.
+//! An initramfs in the kernel's "newc" cpio format, uncompressed: `/init`, `/dev/console`, `/tests/*`, `/modules/*`.
 //! See `Documentation/driver-api/early-userspace/buffer-format.rst` of the kernel.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// Packs the first program as `/init` and the others into `/tests`.
-pub(crate) fn with_programs(programs: &[PathBuf]) -> io::Result<Vec<u8>> {
+/// Packs programs into `/tests`, the one called `guest-init` as `/init`, and kernel modules into `/modules`.
+pub(crate) fn pack(programs: &[PathBuf], modules: &[PathBuf]) -> io::Result<Vec<u8>> {
     let mut archive = Archive::default();
-    for folder in ["dev", "tests", "tmp"] {
+    for folder in ["dev", "modules", "tests", "tmp"] {
         archive.entry(folder, FOLDER | 0o755, &[], (0, 0));
     }
     archive.entry("dev/console", CHARACTER_DEVICE | 0o600, &[], (5, 1));
-    for (index, program) in programs.iter().enumerate() {
-        let name = match index {
-            0 => String::from("init"),
-            _ => format!("tests/{}", program.file_name().unwrap_or_default().to_string_lossy()),
-        };
-        archive.entry(&name, FILE | 0o755, &fs::read(program)?, (0, 0));
+    for program in programs {
+        archive.entry(&name_in_guest(program), FILE | 0o755, &fs::read(program)?, (0, 0));
+    }
+    for module in modules {
+        let name = format!("modules/{}", module.file_name().unwrap_or_default().to_string_lossy());
+        archive.entry(&name, FILE | 0o644, &fs::read(module)?, (0, 0));
     }
     archive.entry("TRAILER!!!", 0, &[], (0, 0));
     Ok(archive.bytes)
+}
+
+/// Without the hash that cargo appends to a test's name.
+fn name_in_guest(program: &Path) -> String {
+    let file = program.file_name().unwrap_or_default().to_string_lossy();
+    match file.split_once('-') {
+        Some(("guest", "init")) => String::from("init"),
+        Some((name, _hash)) => format!("tests/{name}"),
+        None => format!("tests/{file}"),
+    }
 }
 
 #[derive(Default)]

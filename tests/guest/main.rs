@@ -1,7 +1,7 @@
-//! The promises on older kernels: the same test programs, statically linked, in an emulated guest.
+//! The promises on older kernels, and physical memory: the test programs, statically linked, in emulated guests.
 //!
-//! Needs `qemu-system-x86_64` and, for each kernel, a folder `target/guest/kernels/VERSION` with a `vmlinuz`;
-//! `ci/guest-kernels` fetches them. Without these the tests are counted as ignored, and a line says why;
+//! Needs `qemu-system-x86_64` and, for each kernel, a folder `target/guest/kernels/VERSION` with a `vmlinuz` and a
+//! `devmem_any.ko`; `ci/guest-kernels` fetches and builds them. Without these the tests are counted as ignored, and a line says why;
 //! `PAGESTITCH_REQUIRE_GUEST=1` makes that a failure. `PAGESTITCH_GUEST_FILTER=word` runs the tests with that word.
 
 mod initramfs;
@@ -9,12 +9,14 @@ mod initramfs;
 use libtest_mimic::{Arguments, Failed, Trial};
 use std::env;
 use std::ffi::OsStr;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 fn main() -> ExitCode {
@@ -24,11 +26,17 @@ fn main() -> ExitCode {
     let required = env::var_os("PAGESTITCH_REQUIRE_GUEST").is_some();
     let programs = Arc::new(OnceLock::new());
     let trials = match kernels() {
-        Ok(kernels) => kernels.into_iter().map(|kernel| on_kernel(kernel, Arc::clone(&programs))).collect(),
+        Ok(kernels) => {
+            let guests = kernels.iter().flat_map(|kernel| SUITES.map(|suite| Guest::new(kernel, suite)));
+            guests.map(|guest| guest.trial(Arc::clone(&programs))).collect()
+        }
         Err(missing) => {
             eprintln!("SKIPPED the tests in a guest: {missing}");
             let failed = Failed::from(missing);
-            vec![Trial::test("the_promises_in_a_guest", || Err(failed)).with_ignored_flag(!required)]
+            vec![
+                Trial::test("the_promises_and_physical_memory_in_a_guest", || Err(failed))
+                    .with_ignored_flag(!required),
+            ]
         }
     };
     libtest_mimic::run(&arguments, trials).exit_code()
@@ -45,7 +53,7 @@ fn kernels() -> Result<Vec<PathBuf>, String> {
     }
     let kernels = fs::read_dir(target().join("kernels")).map(|entries| {
         let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        folders.filter(|folder| folder.join("vmlinuz").exists()).collect::<Vec<_>>()
+        folders.filter(|folder| folder.join("devmem_any.ko").exists()).collect::<Vec<_>>()
     });
     match kernels {
         Ok(mut kernels) if !kernels.is_empty() => {
@@ -60,12 +68,20 @@ fn kernels() -> Result<Vec<PathBuf>, String> {
 
 type Programs = Arc<OnceLock<Result<Vec<PathBuf>, String>>>;
 
-fn on_kernel(kernel: PathBuf, programs: Programs) -> Trial {
-    let version = kernel.file_name().unwrap_or_else(|| OsStr::new("unknown")).to_string_lossy().into_owned();
-    Trial::test(format!("the_promises_on_linux_{}", version.replace('.', "_")), move || {
-        let programs = programs.get_or_init(build_programs).as_ref().map_err(String::as_str)?;
-        boot(&kernel, &version, programs).map_err(Failed::from)
-    })
+/// What is tested in a guest.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Suite {
+    Promises,
+    Physical,
+}
+
+const SUITES: [Suite; 2] = [Suite::Promises, Suite::Physical];
+
+/// A kernel, and what is tested on it.
+struct Guest {
+    kernel: PathBuf,
+    version: String,
+    suite: Suite,
 }
 
 /// Builds `guest-init` and the test programs statically, in a target folder of their own. `guest-init` comes first.
@@ -80,6 +96,8 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
         "guest-init",
         "--test",
         "all",
+        "--test",
+        "physical",
         "-p",
         "pagestitch-kernel",
         "--test",
@@ -100,66 +118,137 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
     let wanted = |message: &serde_json::Value| {
         message["target"]["kind"][0] == "test" || message["profile"]["test"] == false
     };
-    let mut programs: Vec<PathBuf> = messages
-        .filter(wanted)
-        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .collect();
-    programs.sort_by_key(|program| !program.ends_with("guest-init"));
-    match programs.first() {
-        Some(first) if first.ends_with("guest-init") => Ok(programs),
-        _ => Err(format!("cargo built no guest-init: {programs:?}")),
+    let programs = messages.filter(wanted);
+    let programs: Vec<PathBuf> =
+        programs.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).collect();
+    match programs.iter().any(|program| program.ends_with("guest-init")) {
+        true => Ok(programs),
+        false => Err(format!("cargo built no guest-init: {programs:?}")),
     }
 }
 
-/// Boots a guest, waits for it to end, and reads its verdict.
-fn boot(kernel: &Path, version: &str, programs: &[PathBuf]) -> Result<(), String> {
-    let folder = target().join("run").join(version);
-    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    let image =
-        initramfs::with_programs(programs).map_err(|error| format!("cannot pack the programs: {error}"))?;
-    fs::write(folder.join("initramfs"), image).map_err(|error| error.to_string())?;
-    let (console, tests) = (folder.join("console.log"), folder.join("tests.log"));
-    for log in [&console, &tests] {
-        let _ = fs::remove_file(log);
+impl Guest {
+    fn new(kernel: &Path, suite: Suite) -> Self {
+        let version =
+            kernel.file_name().unwrap_or_else(|| OsStr::new("unknown")).to_string_lossy().into_owned();
+        Self { kernel: kernel.to_owned(), version, suite }
     }
-    let mut command = emulator(kernel, &folder);
-    let guest = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|error| format!("cannot start {QEMU}: {error}"))?;
-    let ended = wait(guest);
-    let said = String::from_utf8_lossy(&fs::read(&tests).unwrap_or_default()).into_owned();
-    for line in said.lines().filter(|line| line.starts_with("test result") || line.contains("SKIPPED")) {
-        eprintln!("linux {version}: {line}");
+
+    fn trial(self, programs: Programs) -> Trial {
+        let suite = match self.suite {
+            Suite::Promises => "the_promises",
+            Suite::Physical => "physical_memory",
+        };
+        Trial::test(format!("{suite}_on_linux_{}", self.version.replace('.', "_")), move || {
+            let programs = programs.get_or_init(build_programs).as_ref().map_err(String::as_str)?;
+            self.boot(programs).map_err(Failed::from)
+        })
     }
-    match said.lines().find_map(|line| line.strip_prefix("GUEST-EXIT ")) {
-        Some("0") => Ok(()),
-        Some(_) => Err(format!("tests failed on Linux {version}:\n{}", tail(&tests))),
-        None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console))),
+
+    /// Boots, waits for the guest to end, and reads its verdict.
+    fn boot(&self, programs: &[PathBuf]) -> Result<(), String> {
+        let folder = target().join("run").join(format!("{}-{:?}", self.version, self.suite));
+        let failed = |error: io::Error| format!("{}: {error}", folder.display());
+        fs::create_dir_all(&folder).map_err(failed)?;
+        let image = initramfs::pack(programs, &[self.kernel.join("devmem_any.ko")]).map_err(failed)?;
+        fs::write(folder.join("initramfs"), image).map_err(failed)?;
+        let (console, tests) = (folder.join("console.log"), folder.join("tests.log"));
+        for log in [&console, &tests] {
+            let _ = fs::remove_file(log);
+        }
+        let host =
+            (self.suite == Suite::Physical).then(|| Host::start(&folder)).transpose().map_err(failed)?;
+        let guest = self.emulator(&folder).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
+        let ended = wait(guest.map_err(|error| format!("cannot start {QEMU}: {error}"))?);
+        let said = String::from_utf8_lossy(&fs::read(&tests).unwrap_or_default()).into_owned();
+        let telling = ["test result", "compaction", "SKIPPED"];
+        for line in said.lines().filter(|line| telling.iter().any(|word| line.contains(word))) {
+            eprintln!("linux {}: {line}", self.version);
+        }
+        match said.lines().find_map(|line| line.strip_prefix("GUEST-EXIT ")) {
+            Some("0") => host.map_or(Ok(()), Host::check),
+            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, tail(&tests))),
+            None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console))),
+        }
+    }
+
+    fn emulator(&self, folder: &Path) -> Command {
+        // What the kernel does not know of its command line becomes the environment of process 1.
+        let filter = env::var("PAGESTITCH_GUEST_FILTER").unwrap_or_default();
+        let serial = |log: &str| format!("file:{}", folder.join(log).display());
+        let mut append = format!("console=ttyS0 panic=-1 loglevel=4 TEST_FILTER={filter}");
+        let mut command = Command::new(QEMU);
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+        // 6.12 panics now and then on the emulated cmpxchg16b of QEMU 7.2.
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "2", "-m", "1024"]);
+        if self.suite == Suite::Physical {
+            let memory = format!(
+                "memory-backend-file,id=shm,size=1M,share=on,mem-path={}",
+                Host::path(folder).display()
+            );
+            command.args(["-object", &memory, "-device", "ivshmem-plain,memdev=shm"]);
+            // 16 MiB that the kernel leaves alone.
+            append += " TEST_SUITE=physical memmap=16M$0x8000000";
+        }
+        command.arg("-kernel").arg(self.kernel.join("vmlinuz")).arg("-initrd").arg(folder.join("initramfs"));
+        command.args([
+            "-append",
+            &append,
+            "-serial",
+            &serial("console.log"),
+            "-serial",
+            &serial("tests.log"),
+        ]);
+        command
     }
 }
 
-fn emulator(kernel: &Path, folder: &Path) -> Command {
-    // What the kernel does not know of its command line becomes the environment of process 1.
-    let filter = env::var("PAGESTITCH_GUEST_FILTER").unwrap_or_default();
-    let serial = |log: &str| format!("file:{}", folder.join(log).display());
-    let mut command = Command::new(QEMU);
-    command.args([
-        "-nodefaults",
-        "-no-user-config",
-        "-no-reboot",
-        "-display",
-        "none",
-        "-accel",
-        "tcg,thread=multi",
-    ]);
-    // 6.12 panics now and then on the emulated cmpxchg16b of QEMU 7.2.
-    command.args(["-cpu", "max,-cx16", "-smp", "2", "-m", "1024"]);
-    command.arg("-kernel").arg(kernel.join("vmlinuz")).arg("-initrd").arg(folder.join("initramfs"));
-    command.args(["-append", &format!("console=ttyS0 panic=-1 loglevel=4 TEST_FILTER={filter}")]);
-    command.args(["-serial", &serial("console.log"), "-serial", &serial("tests.log")]);
-    command
+/// The host's part in the test of shared device memory: the file behind it, and somebody who answers.
+struct Host {
+    file: File,
+    stop: Arc<AtomicBool>,
+    answering: JoinHandle<()>,
+}
+
+impl Host {
+    fn path(folder: &Path) -> PathBuf {
+        folder.join("device-memory")
+    }
+
+    /// Answers n at 0x2000 with n + 1 at 0x2008.
+    fn start(folder: &Path) -> io::Result<Self> {
+        let file =
+            File::options().read(true).write(true).create(true).truncate(true).open(Self::path(folder))?;
+        file.set_len(1 << 20)?;
+        file.write_all_at(b"from the host!", 0)?;
+        let (stop, memory) = (Arc::new(AtomicBool::new(false)), file.try_clone()?);
+        let stopped = Arc::clone(&stop);
+        let answering = thread::spawn(move || {
+            let mut word = [0; 8];
+            while !stopped.load(Ordering::Relaxed) {
+                if memory.read_exact_at(&mut word, 0x2000).is_ok() && word != [0; 8] {
+                    let _ = memory.write_all_at(&(u64::from_le_bytes(word) + 1).to_le_bytes(), 0x2008);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Ok(Self { file, stop, answering })
+    }
+
+    /// Whether the guest's bytes are there.
+    fn check(self) -> Result<(), String> {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.answering.join();
+        let mut seen = [0; 16 + 15];
+        let (first, last) = seen.split_at_mut(16);
+        let read = self.file.read_exact_at(first, 0x1000);
+        read.and_then(|()| self.file.read_exact_at(last, (1 << 20) - 15))
+            .map_err(|error| error.to_string())?;
+        match (&*first, &*last) {
+            (b"through /dev/mem", b"from the guest!") => Ok(()),
+            seen => Err(format!("the host does not see what the guest wrote: {seen:?}")),
+        }
+    }
 }
 
 /// Waits for the guest, as long as it makes sense; says how it ended.
