@@ -11,10 +11,16 @@ use std::time::Instant;
 /// If an offset is outside.
 #[must_use]
 pub fn first_touches(bytes: &[u8], offsets: &[usize]) -> Histogram<u64> {
+    touches(offsets, |offset| *black_box(&bytes[offset]))
+}
+
+/// The same, with a touch of one's own.
+#[must_use]
+pub fn touches(offsets: &[usize], touch: impl Fn(usize) -> u8) -> Histogram<u64> {
     let mut latencies = histogram();
     for &offset in offsets {
         let started = Instant::now();
-        black_box(*black_box(&bytes[offset]));
+        black_box(touch(offset));
         latencies.saturating_record(u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX));
     }
     latencies

@@ -1,7 +1,7 @@
 //! `pagestitch demo`: the main job on real data, proved right.
 
+use crate::output::hexadecimal;
 use crate::output::{bytes, nanoseconds, table};
-use crate::stitch::sha256;
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
@@ -121,7 +121,9 @@ fn measure(
     let len = region.len();
     let after_touch = region.close();
     let (eager_ns, copy) = timed(|| copy_eagerly(&buffers, path, cuts));
-    let expected = Sha256::digest(copy?).iter().map(|byte| format!("{byte:02x}")).collect();
+    let expected = hexadecimal(&Sha256::digest(copy?));
+    let again = build()?;
+    again.populate(..)?;
     Ok(Seen {
         pieces: cuts.len(),
         len,
@@ -130,7 +132,7 @@ fn measure(
         eager_ns,
         latencies,
         after_touch,
-        sha256: sha256(&build()?)?,
+        sha256: hexadecimal(&Sha256::digest(again.as_slice())),
         expected,
     })
 }

@@ -77,6 +77,11 @@ impl Drop for Progress {
 const WIDTH_OF_A_FILE: u16 = 120;
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Bytes as digits.
+pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

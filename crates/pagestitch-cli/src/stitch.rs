@@ -1,14 +1,14 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
-use crate::output::{Progress, bytes, nanoseconds};
+use crate::output::{Progress, bytes, hexadecimal, nanoseconds};
 use crate::part::Part;
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
-use pagestitch::source::File as FileSource;
-use pagestitch::{Chunk, Metrics, Plan, Pool, Region};
+use pagestitch::source::{File as FileSource, SharedFile};
+use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Region, SharedRegion};
 use pagestitch_bench::timed;
-use pagestitch_bench::touch::first_touches;
+use pagestitch_bench::touch::touches;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -18,7 +18,6 @@ use std::fs::{self, File};
 use std::io::{self, Write, stdout};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -28,6 +27,9 @@ pub(crate) struct Options {
     /// Print the SHA-256 of the whole region
     #[arg(long)]
     sha256: bool,
+    /// Copy every page when it is touched, also where the file's own pages could be mapped
+    #[arg(long)]
+    copy: bool,
     /// Print how each run of chunks is installed, and why
     #[arg(long)]
     explain: bool,
@@ -67,11 +69,11 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if let Some(path) = &options.output {
         refuse_part_as_output(&parts, path)?;
     }
-    let (build_ns, region) = timed(|| build(&parts, &pool));
+    let (build_ns, region) = timed(|| build(&parts, options.copy, &pool));
     let region = region?;
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
-        first_touches(region.as_slice(), &touch.offsets(region.len(), page, options.seed))
+        touches(&touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
     });
     let sha256 = options.sha256.then(|| sha256(&region)).transpose()?;
     if let Some(path) = &options.output {
@@ -96,21 +98,31 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     Ok(())
 }
 
-fn build(parts: &[Part], pool: &Pool) -> Result<Region, pagestitch::Error> {
-    let mut files: HashMap<&PathBuf, Arc<FileSource>> = HashMap::new();
+fn build(parts: &[Part], copy: bool, pool: &Pool) -> Result<SharedRegion, Box<dyn Error>> {
+    let mut files: HashMap<&PathBuf, Chunk> = HashMap::new();
     let mut builder = Region::builder().name("stitched");
     for part in parts {
-        let file = match files.get(&part.path) {
-            Some(file) => Arc::clone(file),
-            None => Arc::clone(files.entry(&part.path).or_insert(Arc::new(FileSource::open(&part.path)?))),
+        let chunk = match files.get(&part.path) {
+            Some(chunk) => chunk.clone(),
+            None => files.entry(&part.path).or_insert(open(&part.path, copy)?).clone(),
         };
-        let chunk = Chunk::from(file);
         builder = builder.chunk(match &part.range {
             Some(range) => chunk.range(range.clone()),
             None => chunk,
         });
     }
-    builder.build(pool)
+    Ok(builder.build_shared(pool)?)
+}
+
+/// A file as a chunk: to be mapped if it can be, unless it is to be copied.
+fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
+    // It knows how to say what is wrong with a file, and reads block devices too.
+    let read = FileSource::open(path)?;
+    if copy || !fs::metadata(path)?.is_file() || pagestitch::Source::size(&read) == 0 {
+        return Ok(read.into());
+    }
+    let shared = SharedFile::open(path, Access::ReadOnly);
+    Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
 }
 
 /// Creating the output would empty the part, before a byte of it has been read.
@@ -128,16 +140,16 @@ fn refuse_part_as_output(parts: &[Part], output: &Path) -> Result<(), String> {
 }
 
 /// The SHA-256 of a region, in hexadecimal.
-pub(crate) fn sha256(region: &Region) -> Result<String, Box<dyn Error>> {
+fn sha256(region: &SharedRegion) -> Result<String, Box<dyn Error>> {
     let mut hash = Sha256::new();
     each_block(region, "hashing", |block| {
         hash.update(block);
         Ok(())
     })?;
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hexadecimal(&hash.finalize()))
 }
 
-fn write_out(region: &Region, path: &PathBuf) -> Result<(), Box<dyn Error>> {
+fn write_out(region: &SharedRegion, path: &PathBuf) -> Result<(), Box<dyn Error>> {
     let named = |error: io::Error| match error.kind() {
         io::ErrorKind::BrokenPipe => error,
         kind => io::Error::new(kind, format!("cannot write {}: {error}", path.display())),
@@ -151,19 +163,19 @@ fn write_out(region: &Region, path: &PathBuf) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Fills block by block before it looks: a source's failure is an error then, not a signal, and the kernel finds
-/// the pages it is handed.
+/// Has the bytes copied out block by block: what cannot be read is an error then, not a signal.
 fn each_block(
-    region: &Region,
+    region: &SharedRegion,
     what: &'static str,
     mut work: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<(), Box<dyn Error>> {
     let mut progress = Progress::new(what, region.len() as u64);
-    for (index, block) in region.as_slice().chunks(BLOCK).enumerate() {
-        let start = (index * BLOCK) as u64;
-        region.populate(start..start + block.len() as u64)?;
-        work(block)?;
-        progress.advance(block.len() as u64);
+    let mut block = vec![0; BLOCK.min(region.len())];
+    for start in (0..region.len()).step_by(BLOCK) {
+        let bytes = &mut block[..BLOCK.min(region.len() - start)];
+        region.read_at(start as u64, bytes)?;
+        work(bytes)?;
+        progress.advance(bytes.len() as u64);
     }
     Ok(())
 }
@@ -181,7 +193,8 @@ fn print(out: &mut dyn Write, done: &Done) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "{} pages installed, {} of them gathered; {} copied; {} faults",
+        "{} pages in place, {} installed, {} of them gathered; {} copied; {} faults",
+        metrics.pages_in_place,
         metrics.pages_installed(),
         metrics.pages_gathered,
         bytes(metrics.bytes_copied),
@@ -220,7 +233,7 @@ fn print_json(out: &mut dyn Write, done: &Done) -> io::Result<()> {
         plan.runs().iter().map(run).collect::<Vec<_>>()
     });
     let all = json!({
-        "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "pages_installed": metrics.pages_installed(),
+        "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "pages_in_place": metrics.pages_in_place, "pages_installed": metrics.pages_installed(),
         "pages_gathered": metrics.pages_gathered, "bytes_copied": metrics.bytes_copied, "faults": metrics.faults,
         "touch": touch, "sha256": sha256, "plan": plan,
     });

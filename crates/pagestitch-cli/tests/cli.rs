@@ -203,7 +203,7 @@ fn verbose_shows_what_happens_on_standard_error() {
     for part in ["pool started", "region built", "bytes=15000", "region dropped"] {
         assert!(once.contains(part), "{part:?} is not in\n{once}");
     }
-    assert!(!once.contains("way=") && twice.contains("way=Read"), "{twice}");
+    assert!(!once.contains("way=") && twice.contains("way=Gathered"), "{twice}");
 }
 
 #[test]

@@ -219,6 +219,23 @@ impl View {
         Ok(())
     }
 
+    /// Touches the page of a byte, as a load of a program's does, and says what the byte is at that moment. A page that cannot
+    /// be had is a signal, here.
+    ///
+    /// # Panics
+    ///
+    /// If the byte is not inside the reservation.
+    #[must_use]
+    pub fn touch(&self, offset: usize) -> u8 {
+        assert!(offset < self.reservation.mapping.bytes(), "byte {offset} is not inside the reservation");
+        let byte = self.reservation.mapping.at(offset).cast::<u8>();
+        // SAFETY: mapped for reading; a byte cannot be torn, and may be changing.
+        #[expect(unsafe_code, reason = "reads through a raw pointer")]
+        unsafe {
+            byte.read_volatile()
+        }
+    }
+
     /// The bytes, all pages of them.
     ///
     /// # Safety
