@@ -94,6 +94,45 @@ fn large_file() -> Option<PathBuf> {
 const PART: usize = 7_777_777;
 
 #[test]
+fn aligned_parts_are_mapped_and_copied_when_asked_to() {
+    let directory = files();
+    fs::write(directory.path().join("pages"), vec![9; 3 * 4096]).unwrap();
+    let told = |arguments: &[&str]| {
+        let output = out(&pagestitch(directory.path(), arguments));
+        serde_json::from_str::<Value>(&output).unwrap()
+    };
+    let parts = ["stitch", "pages:8192+4096", "pages:0+8192", "a", "--sha256", "--explain", "--json"];
+    let mapped = told(&parts);
+    assert_eq!(
+        (&mapped["pages_in_place"], &mapped["bytes_copied"], &mapped["faults"]),
+        (&6.into(), &0.into(), &0.into())
+    );
+    assert_eq!(mapped["plan"][0]["how"], "map");
+    let copied = told(&[&parts[..], &["--copy"]].concat());
+    assert_eq!((&copied["pages_in_place"], &copied["pages_installed"]), (&0.into(), &6.into()));
+    assert_eq!(copied["plan"][0]["how"], "read");
+    assert_eq!(mapped["sha256"], copied["sha256"]);
+}
+
+#[test]
+fn a_file_that_shrinks_while_it_is_written_out_is_one_line() {
+    let directory = files();
+    let shrinking = directory.path().join("shrinking");
+    fs::write(&shrinking, vec![7; 64 << 20]).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+    command.current_dir(directory.path()).args(["stitch", "shrinking", "-o", "-"]);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    // It has begun, and waits for us to read on.
+    std::io::Read::read_exact(&mut stdout, &mut [0; 100]).unwrap();
+    fs::File::options().write(true).open(&shrinking).unwrap().set_len(4096).unwrap();
+    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+    let said = complaint(&child.wait_with_output().unwrap(), 1);
+    assert!(said.contains("shorter than it was"), "{said}");
+}
+
+#[test]
 fn ranges_are_those_bytes() {
     let directory = files();
     let parts = ["stitch", "a:4096+1000", "b", "c:0+4999", "-o", "-"];

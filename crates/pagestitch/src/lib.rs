@@ -28,13 +28,15 @@
 //! | noun | what it is |
 //! |---|---|
 //! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
+//! | [`SharedRegion`] | the same, of which others may change parts: without slices |
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
 //! | [`Pool`] | **who** answers faults |
 //!
-//! Pages of a sealed [memfd](source::Memfd) are shown in place where they lie at the same place in a page: no copy, no
-//! fault. Everything else is copied, once, page by page.
+//! Pages of a sealed [memfd](source::Memfd), and [pages](source::Pages) that are given up, are shown as they are where they
+//! lie at the same place in a page: no copy. So is what others may change (files, other memfds, aliases, physical memory), in
+//! a [`SharedRegion`]. Everything else is copied, once, page by page.
 //!
 //! # Promises
 //!

@@ -136,7 +136,8 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`] names the chunk whose source failed; [`ErrorKind::OutOfRange`] if the range leaves the region.
+    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the chunk whose source failed;
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
         self.core.populate(range.clone())?;

@@ -87,7 +87,7 @@ impl Plan {
             region: served.name.clone(),
             bytes: layout.total(),
             page,
-            chunks: layout.chunks(),
+            chunks: layout.number_of(layout.chunks()),
             runs,
             gathered_pages,
         }

@@ -1,0 +1,61 @@
+//! "I have non-contiguous chunks of memory. Can I make them appear contiguous, at another address, without a copy?"
+//! `cargo run --example alias_existing_memory`. The answers, one after the other:
+//!
+//! 1. if it is shared memory: yes, it can be mapped a second time, even if nobody knows the descriptor any more;
+//! 2. if it is private, and /dev/mem may show it: yes, through its frames, pinned;
+//! 3. if you can give it up: yes, its pages move;
+//! 4. else it is copied, once, when it is touched.
+
+use pagestitch::source::{Alias, Memory, Pages, Physical, SharedFile, UnsealedMemfd};
+use pagestitch::{Access, Pool, Region, SharedRegion};
+use std::error::Error;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+
+const BYTES: usize = 4 * 4096;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let pool = Pool::new()?;
+    shared_memory(&pool)?;
+    let mut private = Pages::new(BYTES)?;
+    private.fill(b'p');
+    if let Err(why) = through_its_frames(&mut private, &pool) {
+        println!("2. private memory, through its frames: {why}");
+    }
+    let region = Region::builder().chunk(private).require_zero_copy().build(&pool)?;
+    assert_eq!(region.as_slice()[BYTES - 1], b'p');
+    println!("3. private memory, given up: {} bytes copied", region.close().bytes_copied);
+    let region = Region::builder().chunk(Memory::from(vec![b'c'; BYTES])).build(&pool)?;
+    assert_eq!(region.as_slice()[BYTES - 1], b'c');
+    println!("4. any memory, copied on first touch: {} bytes copied", region.close().bytes_copied);
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "a second way to memory")]
+fn shared_memory(pool: &Pool) -> Result<(), Box<dyn Error>> {
+    // Somewhere in the program there is a shared mapping, whose descriptor is gone.
+    let memfd = UnsealedMemfd::create("existing", BYTES as u64)?;
+    memfd.file().write_all_at(&[b's'; BYTES], 0)?;
+    let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?;
+    let existing: SharedRegion = Region::builder().chunk(file).build_shared(pool)?;
+    drop(memfd);
+
+    // SAFETY: nobody has a reference to the bytes.
+    let alias = unsafe { Alias::of(existing.as_ptr(), BYTES) }?;
+    let region = Region::builder().chunk(alias).require_zero_copy().build_shared(pool)?;
+    assert_eq!(region.view().touch(BYTES - 1), b's');
+    println!("1. shared memory, mapped a second time: {} bytes copied", region.close().bytes_copied);
+    Ok(())
+}
+
+#[expect(unsafe_code, reason = "a second way to memory")]
+fn through_its_frames(private: &mut Pages, pool: &Pool) -> Result<(), Box<dyn Error>> {
+    let start = NonNull::from(&mut private[0]);
+    // SAFETY: the memory stays where it is as long as the region, and is only read meanwhile.
+    let frames = unsafe { Physical::own_memory(start, BYTES, Access::ReadOnly) }?;
+    let region = Region::builder().chunks(frames).require_zero_copy().build_shared(pool)?;
+    assert_eq!(region.view().touch(BYTES - 1), b'p');
+    println!("2. private memory, through its frames: {} bytes copied", region.close().bytes_copied);
+    Ok(())
+}
