@@ -39,7 +39,9 @@ fn donated_pages_are_not_copied() {
 #[test]
 fn a_huge_page_moves_as_one() {
     let bytes = pattern(2, 4 << 20);
-    let region = Region::builder().chunk(pages_of(&bytes)).build(&Pool::new().unwrap()).unwrap();
+    let pages = pages_of(&bytes);
+    let huge_before = huge_kib(&pages);
+    let region = Region::builder().chunk(pages).build(&Pool::new().unwrap()).unwrap();
     assert_eq!(region.as_slice()[3 << 20], bytes[3 << 20]);
     assert_eq!(region.as_slice()[(3 << 20) - 4096], bytes[(3 << 20) - 4096], "it came with the other");
     if moves() {
@@ -47,7 +49,27 @@ fn a_huge_page_moves_as_one() {
         assert_eq!(region.metrics().faults, 1);
     }
     assert!(region.as_slice() == bytes);
+    // Where there were huge pages (an ordinary user has them too; a small guest may have none left).
+    assert_eq!(huge_kib(region.as_slice()), huge_before);
     assert_eq!(region.close().bytes_copied, 0);
+}
+
+/// How much of the mapping that holds these bytes is in huge pages.
+fn huge_kib(bytes: &[u8]) -> u64 {
+    let address = bytes.as_ptr().addr();
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut inside = false;
+    for line in maps.lines() {
+        let range = line.split_once(' ').and_then(|(range, _)| range.split_once('-'));
+        let range = range.and_then(|(start, end)| {
+            Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
+        });
+        inside = range.map_or(inside, |range| range.contains(&address));
+        if let Some(kib) = line.strip_prefix("AnonHugePages:").filter(|_| inside) {
+            return kib.trim().trim_end_matches(" kB").parse().unwrap();
+        }
+    }
+    panic!("no mapping holds {address:#x}");
 }
 
 #[test]

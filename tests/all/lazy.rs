@@ -45,6 +45,16 @@ impl FillMemfd for Filler {
     }
 }
 
+/// A memfd of these bytes, which it has already or not.
+pub(crate) fn chunk_of(bytes: &[u8], filled: bool) -> Chunk {
+    let memfd = UnsealedMemfd::create("lazy", bytes.len() as u64).unwrap();
+    if filled {
+        memfd.file().write_all_at(bytes, 0).unwrap();
+    }
+    let filler = Filler { bytes: bytes.to_vec(), pages: AtomicU64::new(0), failing: None };
+    lazy(&memfd, &Arc::new(filler)).into()
+}
+
 fn continues() -> bool {
     Support::current().has(Features::MISSING_SHMEM | Features::MINOR_SHMEM)
 }

@@ -7,37 +7,68 @@ use pagestitch::{Chunk, ErrorKind, Pool, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::path::Path;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::{fs, thread};
 
 const SIGSEGV: i32 = 11;
 
-/// The only worker is held by another region, so that the fault is not even read; then the region goes.
 #[test]
 fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
     let end =
         child::run("teardown::a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal", || {
-            let pool = Pool::builder().workers(1).start().unwrap();
-            let slow = Arc::new(Scripted::new(10).waiting(0..1));
-            let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
-            let region = Region::builder().chunk(pattern(1, 10_000)).build(&pool).unwrap();
-            let start = region.as_ptr().expose_provenance().get();
-            thread::scope(|scope| {
-                scope.spawn(|| other.as_slice()[0]);
-                slow.wait_until_held(1);
-                let (send, waiter) = mpsc::channel();
-                scope.spawn(move || {
-                    send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
-                    println!("read a byte: {}", touch(start + 5000));
-                });
-                let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
-                until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
-                drop(region);
-            });
+            wait_in_dropped(
+                |pool| Region::builder().chunk(pattern(1, 10_000)).build(pool).unwrap(),
+                |region| region.as_ptr(),
+            );
         });
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("read a byte"), "{}", end.said());
+}
+
+#[test]
+fn a_thread_that_waits_for_a_minor_fault_when_its_region_is_dropped_gets_a_signal() {
+    wait_in_lazy(
+        "teardown::a_thread_that_waits_for_a_minor_fault_when_its_region_is_dropped_gets_a_signal",
+        true,
+    );
+}
+
+#[test]
+fn a_thread_that_waits_for_a_missing_page_of_a_memfd_gets_a_signal() {
+    wait_in_lazy("teardown::a_thread_that_waits_for_a_missing_page_of_a_memfd_gets_a_signal", false);
+}
+
+fn wait_in_lazy(test: &str, filled: bool) {
+    let end = child::run(test, || {
+        let chunk = crate::lazy::chunk_of(&pattern(2, 12_288), filled);
+        let build = |pool: &Pool| Region::builder().chunk(chunk).build_shared(pool).unwrap();
+        wait_in_dropped(build, |region| region.as_ptr());
+    });
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+}
+
+/// The only worker is held by another region, so that the fault is not even read; then the region goes.
+fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> NonNull<u8>) {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let slow = Arc::new(Scripted::new(10).waiting(0..1));
+    let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
+    let region = build(&pool);
+    let start = start(&region).expose_provenance().get();
+    thread::scope(|scope| {
+        scope.spawn(|| other.as_slice()[0]);
+        slow.wait_until_held(1);
+        let (send, waiter) = mpsc::channel();
+        scope.spawn(move || {
+            send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            println!("read a byte: {}", touch(start + 5000));
+        });
+        let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
+        until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
+        drop(region);
+    });
 }
 
 /// The source of the first fault is being read while the region goes: the drop waits for it.

@@ -137,6 +137,12 @@ impl Reservation {
         Ok(())
     }
 
+    /// Lets huge pages move in as they are. Without, the kernel prepares for small pages on the first fault in a block, and
+    /// splits what moves there. Where there are no huge pages, this changes nothing.
+    pub fn welcome_huge_pages(&self) {
+        let _ = self.mapping.advise(MmapAdvise::MADV_HUGEPAGE);
+    }
+
     /// Takes a span away for good: whoever touches it gets SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
     ///
     /// Maps an empty memfd over it, as an access past a file's end is SIGBUS. Threads that already wait there have

@@ -160,6 +160,9 @@ impl Builder {
         let pages = pages_for(&layout, page).map_err(in_region)?;
         let (reservation, mut view) = Reservation::new(pages, page, access)
             .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+        if moves {
+            reservation.welcome_huge_pages();
+        }
         uffd.register(&reservation, RegisterMode::MISSING)
             .map_err(|errno| limit("register its range", errno))?;
         let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
