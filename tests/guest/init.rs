@@ -36,6 +36,7 @@ fn run() -> Result<i32, Box<dyn Error>> {
     let serial = open_serial()?;
     let passed = match env::var("TEST_SUITE").as_deref() {
         Ok("physical") => physical(&serial)?,
+        Ok("lockdown") => test(&serial, PHYSICAL, ROOT, &["--ignored", "lockdown::"])?,
         _ => promises(&serial)?,
     };
     let status = i32::from(!passed);
@@ -59,11 +60,10 @@ fn promises(serial: &File) -> Result<bool, Box<dyn Error>> {
 
 /// Physical memory: on the kernel as it is, then with the module that lets /dev/mem map any page.
 fn physical(serial: &File) -> Result<bool, Box<dyn Error>> {
-    const PROGRAM: &str = "/tests/physical";
-    let mut passed = test(serial, PROGRAM, ROOT, &["--ignored", "stock::"])?;
-    passed &= test(serial, PROGRAM, NOBODY, &["--ignored", "nobody::"])?;
+    let mut passed = test(serial, PHYSICAL, ROOT, &["--ignored", "stock::"])?;
+    passed &= test(serial, PHYSICAL, NOBODY, &["--ignored", "nobody::"])?;
     finit_module(File::open("/modules/devmem_any.ko")?, c"", ModuleInitFlags::empty())?;
-    passed &= test(serial, PROGRAM, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
+    passed &= test(serial, PHYSICAL, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
     Ok(passed)
 }
 
@@ -83,6 +83,7 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
     Ok(ended.success())
 }
 
+const PHYSICAL: &str = "/tests/physical";
 const ROOT: u32 = 0;
 const NOBODY: u32 = 65534;
 

@@ -6,6 +6,7 @@
 #![cfg(target_arch = "x86_64")]
 
 mod lifted;
+mod lockdown;
 mod nobody;
 mod stock;
 

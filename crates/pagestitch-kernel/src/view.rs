@@ -141,8 +141,17 @@ impl View {
     /// # Errors
     ///
     /// As [`map`](Self::map); `EINVAL` before Linux 5.7. The pages have not moved then.
+    ///
+    /// # Panics
+    ///
+    /// As [`map`](Self::map); if one of the pages has moved before.
     pub fn take(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &donated.mapping, offset) else { return Ok(()) };
+        let moving = donated.span(offset, range.bytes());
+        assert!(
+            !moving.iter().any(|page| donated.has_moved(page)),
+            "{moving:?} of {donated:?} have moved before"
+        );
         // The old addresses stay mapped: they are the donation's to unmap, and nobody else's to be given.
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         let bytes = range.bytes();
@@ -153,7 +162,7 @@ impl View {
         if answer == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        donated.mark_moved(donated.span(offset, bytes));
+        donated.mark_moved(moving);
         self.protect(range)
     }
 

@@ -85,7 +85,8 @@ pub(super) fn of_open(name: &str, path: &Path, errno: Errno) -> PhysicalError {
     let refusal = match errno {
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => Refusal::NoNode(path),
         Errno::EACCES => Refusal::NoPermission(path),
-        Errno::EPERM if is_locked_down() => Refusal::Lockdown,
+        // Who has the capability is refused by lockdown alone, whether or not securityfs is there to tell.
+        Errno::EPERM if has_capability(CAP_SYS_RAWIO) => Refusal::Lockdown,
         Errno::EPERM => Refusal::NoCapability("CAP_SYS_RAWIO"),
         errno => Refusal::Other(errno),
     };
@@ -104,6 +105,8 @@ pub(super) fn of_mapping(name: &str, range: &Range<u64>, dev_mem: bool, errno: E
             [.., owner] => Refusal::Claimed(owner.clone()),
             [] => Refusal::Other(errno),
         },
+        // The only reason that a resource file has for it.
+        Errno::EPERM => Refusal::Lockdown,
         Errno::EINVAL => Refusal::Ports,
         errno => Refusal::Other(errno),
     };
