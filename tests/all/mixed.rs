@@ -77,7 +77,6 @@ fn chunk_of((kind, start, bytes): Piece) -> (Chunk, Vec<u8>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
     fn any_mix_of_chunks_is_its_bytes_end_to_end(
         pieces in prop::collection::vec(piece(), 1..12), threads in 1usize..9, aligned: bool, writable: bool,
@@ -112,7 +111,8 @@ proptest! {
             region.read_at(place as u64, &mut seen).unwrap();
             prop_assert!(seen == *expected);
         }
+        let planned = region.plan().gathered_pages();
         let seen = region.close();
-        prop_assert_eq!(seen.pages_poisoned, 0);
+        prop_assert_eq!((seen.pages_poisoned, seen.pages_gathered), (0, planned));
     }
 }

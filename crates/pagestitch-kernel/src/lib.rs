@@ -35,6 +35,7 @@
 //! reservation and it is borrowed mutably. A view that is not stable is read and written by the kernel
 //! ([`View::read_at`], [`View::write_at`]), to whom a race is none.
 
+mod copy;
 pub mod event;
 pub mod fork;
 pub mod gate;
@@ -49,7 +50,6 @@ pub mod shared;
 pub mod support;
 pub mod uffd;
 pub mod view;
-mod volatile;
 pub mod words;
 
 pub use event::{Batch, Event, Fault, FaultKind};

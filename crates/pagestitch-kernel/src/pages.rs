@@ -138,7 +138,7 @@ impl Donated {
         if span.iter().any(|page| self.has_moved(page)) {
             return Err(Errno::ENODATA);
         }
-        crate::view::read_memory(&self.mapping, offset, into)
+        crate::copy::read(&self.mapping, offset, into)
     }
 
     /// Whether a page has moved away.

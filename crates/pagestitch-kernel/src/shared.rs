@@ -176,7 +176,7 @@ impl Alias {
     ///
     /// `EFAULT` where they cannot be read: past the end of a file that was truncated.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
-        crate::view::read_memory(&self.mapping, offset, into)
+        crate::copy::read(&self.mapping, offset, into)
     }
 }
 

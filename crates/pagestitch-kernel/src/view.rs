@@ -8,6 +8,7 @@
 //! Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
 //! One that was never registered reads as zeros.
 
+use crate::copy;
 use crate::mapping::Mapping;
 use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, Span};
@@ -16,13 +17,9 @@ use crate::physical::Physical;
 use crate::reservation::{Access, Reservation};
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::Uffd;
-use crate::volatile;
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, madvise, mmap, mprotect};
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
-use nix::unistd::Pid;
-use std::io::{IoSlice, IoSliceMut};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -186,10 +183,10 @@ impl View {
                 // SAFETY: `stretch` lies inside the mapping, of which every page there was mapped by `map_physical`.
                 #[expect(unsafe_code, reason = "reads through a raw pointer")]
                 unsafe {
-                    volatile::read(from.as_ptr(), now)
+                    copy::read_words(from.as_ptr(), now)
                 };
             } else {
-                read_memory(&self.reservation.mapping, offset, now)?;
+                copy::read(&self.reservation.mapping, offset, now)?;
             }
             (offset, into) = (offset + bytes as u64, later);
         }
@@ -218,10 +215,10 @@ impl View {
                 // SAFETY: as in `read_at`, and writable; who made the `Physical` vouches for what writing to it does.
                 #[expect(unsafe_code, reason = "writes through a raw pointer")]
                 unsafe {
-                    volatile::write(to.as_ptr(), now)
+                    copy::write_words(to.as_ptr(), now)
                 };
             } else {
-                write_memory(&self.reservation.mapping, offset, now)?;
+                copy::write(&self.reservation.mapping, offset, now)?;
             }
             (offset, from) = (offset + bytes as u64, later);
         }
@@ -374,38 +371,4 @@ impl StableView {
 
 fn at(range: AddressRange) -> NonNull<c_void> {
     NonNull::new(std::ptr::with_exposed_provenance_mut(range.start())).expect("mappings are not at 0")
-}
-
-/// Has the kernel copy bytes out of a mapping of ours.
-pub(crate) fn read_memory(mapping: &Mapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < into.len() {
-        let remote = remote(mapping, offset, done, into.len());
-        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut into[done..])], &[remote])? {
-            0 => return Err(Errno::EFAULT),
-            read => done += read,
-        }
-    }
-    Ok(())
-}
-
-/// Has the kernel copy bytes into a mapping of ours.
-fn write_memory(mapping: &Mapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
-    let mut done = 0;
-    while done < from.len() {
-        let remote = remote(mapping, offset, done, from.len());
-        match process_vm_writev(Pid::this(), &[IoSlice::new(&from[done..])], &[remote])? {
-            0 => return Err(Errno::EFAULT),
-            written => done += written,
-        }
-    }
-    Ok(())
-}
-
-fn remote(mapping: &Mapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
-    let start = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(done));
-    let start =
-        start.filter(|start| mapping.bytes().checked_sub(*start).is_some_and(|left| len - done <= left));
-    let start = start.expect("inside the mapping");
-    RemoteIoVec { base: mapping.at(start).addr().get(), len: len - done }
 }

@@ -26,10 +26,10 @@ mod refusal;
 
 pub use refusal::{PhysicalError, Refusal};
 
+use crate::copy;
 use crate::mapping::Mapping;
 use crate::page::PageSize;
 use crate::reservation::Access;
-use crate::volatile;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{MapFlags, ProtFlags};
@@ -176,7 +176,7 @@ impl Physical {
         // SAFETY: mapped for reading, as many bytes; who made `self` vouches for what reading does.
         #[expect(unsafe_code, reason = "reads through a raw pointer")]
         unsafe {
-            volatile::read(from.as_ptr(), into)
+            copy::read_words(from.as_ptr(), into)
         };
         Ok(())
     }
@@ -202,7 +202,7 @@ impl Physical {
         // SAFETY: mapped for writing, as many bytes; who made `self` vouches for what writing does.
         #[expect(unsafe_code, reason = "writes through a raw pointer")]
         unsafe {
-            volatile::write(to.as_ptr(), from)
+            copy::write_words(to.as_ptr(), from)
         };
         Ok(())
     }

@@ -4,7 +4,6 @@ use crate::region::Served;
 use crate::region::in_place::{is_aligned, whole_pages};
 use crate::source::{Backing, Shared};
 use pagestitch_kernel::shared::Sharing;
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{PageSize, Span};
 use std::fmt;
 use std::ops::Range;
@@ -127,44 +126,47 @@ fn run_of(served: &Served, chunk: usize) -> Run {
 fn how_of_pages(served: &Served, chunk: usize, backing: &Backing) -> (How, &'static str) {
     let page = served.page_size();
     let offsets = served.layout.offsets_of(chunk);
-    let copied = match backing {
-        Backing::Memfd(_) => How::Copy,
-        _ => How::Read,
-    };
-    let is_lazy = matches!(backing, Backing::Shared(Shared::Lazy(_)));
-    let is_donated = matches!(backing, Backing::Donated(_));
-    let runs = if is_lazy { &served.lazy } else { &served.in_place };
-    let own = whole_pages(&served.layout, page, chunk..chunk + 1);
-    let moves =
-        |span: Span| is_donated && served.moves && own.is_some_and(|own| own.span.pages >= span.pages);
-    let shown = |span: Span| runs.next_gap(span).is_empty() || moves(span);
-    let (whole, around) = (page.inside(&offsets), page.covering(&offsets));
-    if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
-        (copied, "not at the same place in a page as in its source: copied")
-    } else if shown(around) {
-        match backing {
-            Backing::Donated(_) if served.moves => {
-                (How::Move, "donated: its pages move in when they are touched")
-            }
-            Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
-            Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
-            Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => {
-                (How::Map, "mapped in place: the file's own pages, until they are written to")
-            }
-            Backing::Shared(Shared::Alias(_)) => {
-                (How::Map, "mapped in place: a second mapping of the same pages")
-            }
-            Backing::Shared(Shared::Physical(_)) => (How::Map, "mapped in place: the frames themselves"),
-            _ => (How::Map, "mapped in place: the source's own pages"),
+    let is_shown = |span: Span| match backing {
+        Backing::Shared(Shared::Lazy(_)) => served.lazy.next_gap(span).is_empty(),
+        Backing::Donated(_) if served.moves => {
+            let own = whole_pages(&served.layout, page, chunk..chunk + 1);
+            own.is_some_and(|own| own.span.pages >= span.pages)
         }
+        _ => served.in_place.next_gap(span).is_empty(),
+    };
+    if is_shown(page.covering(&offsets)) {
+        return shown(served, backing);
+    }
+    let whole = page.inside(&offsets);
+    let why = if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
+        "not at the same place in a page as in its source: copied"
     } else if whole.is_empty() {
-        (copied, "fills no page of its own: copied")
-    } else if shown(whole) {
-        (copied, "an edge lies inside a page: its whole pages are shown in place, the edge is copied")
-    } else if is_lazy && served.lazy.pages() == 0 && !served.uffd.features().contains(Features::MINOR_SHMEM) {
-        (copied, "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied")
+        "fills no page of its own: copied"
+    } else if is_shown(whole) {
+        "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
+    } else if served.lacks_minor_faults(backing) {
+        "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied"
     } else {
-        (copied, "no mapping left for it (vm.max_map_count): copied")
+        "no mapping left for it (vm.max_map_count): copied"
+    };
+    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, why)
+}
+
+fn shown(served: &Served, backing: &Backing) -> (How, &'static str) {
+    match backing {
+        Backing::Donated(_) if served.moves => {
+            (How::Move, "donated: its pages move in when they are touched")
+        }
+        Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
+        Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
+        Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => {
+            (How::Map, "mapped in place: the file's own pages, until they are written to")
+        }
+        Backing::Shared(Shared::Alias(_)) => {
+            (How::Map, "mapped in place: a second mapping of the same pages")
+        }
+        Backing::Shared(Shared::Physical(_)) => (How::Map, "mapped in place: the frames themselves"),
+        _ => (How::Map, "mapped in place: the source's own pages"),
     }
 }
 
@@ -176,7 +178,8 @@ fn count_gathered(served: &Served, page: PageSize) -> u64 {
         let end = served.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
         let ragged = end != page.offset_of(holder.span().end());
-        let shown = served.in_place.contains(holder) || served.lazy.contains(holder);
+        let moved = || served.moves && served.movable_pages(holder.span()).is_some();
+        let shown = served.in_place.contains(holder) || served.lazy.contains(holder) || moved();
         if ragged && last != Some(holder) && !shown {
             count += 1;
             last = Some(holder);

@@ -8,6 +8,7 @@ use crate::region::page_table::{PageTable, State, Wake};
 use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, Visit};
 use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Event, Page, PageSize, Reservation, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -108,6 +109,12 @@ impl Served {
         }
         let (movable, _, offset) = self.movable_pages(block)?;
         (movable == pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
+    }
+
+    /// Whether a memfd that is filled later cannot be shown when it is, on this kernel.
+    pub(crate) fn lacks_minor_faults(&self, backing: &Backing) -> bool {
+        let lazy = matches!(backing, Backing::Shared(Shared::Lazy(_)));
+        lazy && !self.uffd.features().contains(Features::MINOR_SHMEM)
     }
 
     /// Goes to work for the region, unless it is being dropped.

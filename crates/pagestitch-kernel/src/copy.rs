@@ -1,17 +1,55 @@
-//! Copies in which every access is made once, in the order of addresses, and never by the compiler's own choice: for
-//! memory that a device may be behind.
-//!
-//! Aligned stretches go in words of eight bytes, edges in bytes.
+//! Copies of bytes that may change meanwhile, without a reference to them: by the kernel, to whom a race is none and a
+//! page that cannot be had an error; or, where the kernel does not copy (`/dev/mem`, devices), in volatile words.
 
+use crate::mapping::Mapping;
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::unistd::Pid;
+use std::io::{IoSlice, IoSliceMut};
 use std::ptr;
 
-/// Copies from `from` into `into`.
+/// Has the kernel copy bytes out of a mapping of ours.
+pub(crate) fn read(mapping: &Mapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < into.len() {
+        let remote = remote(mapping, offset, done, into.len());
+        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut into[done..])], &[remote])? {
+            0 => return Err(Errno::EFAULT),
+            read => done += read,
+        }
+    }
+    Ok(())
+}
+
+/// Has the kernel copy bytes into a mapping of ours.
+pub(crate) fn write(mapping: &Mapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
+    let mut done = 0;
+    while done < from.len() {
+        let remote = remote(mapping, offset, done, from.len());
+        match process_vm_writev(Pid::this(), &[IoSlice::new(&from[done..])], &[remote])? {
+            0 => return Err(Errno::EFAULT),
+            written => done += written,
+        }
+    }
+    Ok(())
+}
+
+fn remote(mapping: &Mapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
+    let start = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(done));
+    let start =
+        start.filter(|start| mapping.bytes().checked_sub(*start).is_some_and(|left| len - done <= left));
+    let start = start.expect("inside the mapping");
+    RemoteIoVec { base: mapping.at(start).addr().get(), len: len - done }
+}
+
+/// Copies from `from` into `into`, every access made once and in order: for memory that a device may be behind. Aligned
+/// stretches go in words of eight bytes, edges in bytes.
 ///
 /// # Safety
 ///
 /// - `from` is readable for `into.len()` bytes. What else is written there meanwhile is torn, at worst.
 #[expect(unsafe_code, reason = "reads through a raw pointer")]
-pub(crate) unsafe fn read(from: *const u8, into: &mut [u8]) {
+pub(crate) unsafe fn read_words(from: *const u8, into: &mut [u8]) {
     let mut done = 0;
     while done < into.len() {
         // SAFETY: `done` is below the length that the caller vouches for.
@@ -29,13 +67,13 @@ pub(crate) unsafe fn read(from: *const u8, into: &mut [u8]) {
     }
 }
 
-/// Copies from `from` to `to`.
+/// Copies from `from` to `to`, likewise.
 ///
 /// # Safety
 ///
 /// - `to` is writable for `from.len()` bytes, and nobody has a reference to them.
 #[expect(unsafe_code, reason = "writes through a raw pointer")]
-pub(crate) unsafe fn write(to: *mut u8, from: &[u8]) {
+pub(crate) unsafe fn write_words(to: *mut u8, from: &[u8]) {
     let mut done = 0;
     while done < from.len() {
         // SAFETY: `done` is below the length that the caller vouches for.
@@ -69,11 +107,11 @@ mod tests {
             let (mut there, mut back) = (vec![0u8; 100], vec![0u8; len]);
             // SAFETY: start + len is below 100.
             #[expect(unsafe_code, reason = "the function under test")]
-            unsafe { read(from.as_ptr().wrapping_add(start), &mut back) };
+            unsafe { read_words(from.as_ptr().wrapping_add(start), &mut back) };
             prop_assert_eq!(&back[..], &from[start..start + len]);
             // SAFETY: as above, and `there` is not looked at meanwhile.
             #[expect(unsafe_code, reason = "the function under test")]
-            unsafe { write(there.as_mut_ptr().wrapping_add(start), &back) };
+            unsafe { write_words(there.as_mut_ptr().wrapping_add(start), &back) };
             prop_assert_eq!(&there[start..start + len], &from[start..start + len]);
             prop_assert!(there[..start].iter().chain(&there[start + len..]).all(|&byte| byte == 0));
         }
