@@ -1,5 +1,6 @@
 //! What others may change is the same memory for all of them, and never a `&[u8]`.
 
+use crate::donated::pages_of;
 use crate::{pattern, touch};
 use pagestitch::source::{Alias, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, ErrorKind, How, Pool, Region, SharedRegion};
@@ -204,6 +205,16 @@ fn a_read_only_file_is_shown_and_refused_for_writing() {
     assert!(error.to_string().contains("open it for writing too, or show it copy-on-write"), "{error}");
     let copied = Region::builder().chunk(Chunk::copy_on_write(exe())).writable().build_shared(&pool).unwrap();
     copied.write_at(0, b"mine").unwrap();
+}
+
+#[test]
+fn a_read_only_file_beside_donated_pages_is_shown_read_only() {
+    // Pages move only between writable mappings; that is no reason to map the file so.
+    let file = SharedFile::open("/proc/self/exe", Access::ReadOnly).unwrap();
+    let builder = Region::builder().chunk(pages_of(&pattern(11, PAGE))).chunk(file).require_zero_copy();
+    let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+    assert_eq!(&bytes_of(&region)[PAGE + 1..PAGE + 4], b"ELF");
+    assert!(region.write_at(0, b"no").is_err());
 }
 
 #[test]

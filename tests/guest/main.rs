@@ -243,6 +243,7 @@ impl Host {
                 if memory.read_exact_at(&mut word, 0x2000).is_ok() && word != [0; 8] {
                     let _ = memory.write_all_at(&(u64::from_le_bytes(word) + 1).to_le_bytes(), 0x2008);
                 }
+                // Memory tells nobody that it has changed: it is looked at, as a device would.
                 thread::sleep(Duration::from_millis(1));
             }
         });

@@ -133,6 +133,10 @@ impl Donated {
     /// # Errors
     ///
     /// `ENODATA` if one of them has: its bytes are elsewhere.
+    ///
+    /// # Panics
+    ///
+    /// If they are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         let span = self.page.covering(&(offset..offset + into.len() as u64));
         if span.iter().any(|page| self.has_moved(page)) {

@@ -175,6 +175,10 @@ impl Alias {
     /// # Errors
     ///
     /// `EFAULT` where they cannot be read: past the end of a file that was truncated.
+    ///
+    /// # Panics
+    ///
+    /// If they are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         crate::copy::read(&self.mapping, offset, into)
     }

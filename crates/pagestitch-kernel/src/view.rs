@@ -19,7 +19,7 @@ use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::Uffd;
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
-use nix::sys::mman::{MapFlags, MmapAdvise, madvise, mmap, mprotect};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -292,7 +292,15 @@ impl View {
         // SAFETY: the range is inside our own mapping, and this is the one view of it, which the callers have
         // borrowed mutably: nobody has a reference to its bytes.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(start, bytes, self.access.protection(), flags, fd, offset) }.map(drop)
+        unsafe { mmap(start, bytes, self.protection(), flags, fd, offset) }.map(drop)
+    }
+
+    /// Of what is shown in place: the kernel moves nothing there, so what is only read is guarded.
+    fn protection(&self) -> ProtFlags {
+        match self.access {
+            Access::ReadOnly | Access::Unguarded => Access::ReadOnly.protection(),
+            Access::Writable => Access::Writable.protection(),
+        }
     }
 
     /// Gives pages that brought their own protection the view's.
@@ -300,7 +308,7 @@ impl View {
         // SAFETY: pages of our own mapping, whose one view the callers have borrowed mutably.
         #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
         unsafe {
-            mprotect(at(range), range.bytes(), self.access.protection())
+            mprotect(at(range), range.bytes(), self.protection())
         }
     }
 

@@ -134,14 +134,17 @@ impl Layout {
 
     /// The chunk that users call by a number.
     pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
-        // Each padding before it moves it by one; there is never one padding behind another.
-        let mut chunk = number;
-        for &padding in &self.padding {
-            if padding as usize > chunk {
-                break;
+        // Each padding before it moves it by one: the paddings with at most `number` chunks before them.
+        let (mut low, mut high) = (0, self.padding.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.padding[middle] as usize - middle <= number {
+                low = middle + 1;
+            } else {
+                high = middle;
             }
-            chunk += 1;
         }
+        let chunk = number.checked_add(low)?;
         (chunk < self.chunks()).then_some(chunk)
     }
 
