@@ -11,6 +11,7 @@
 //! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
 //! | [`shared`] | files, memfds and mappings that others may change |
 //! | [`pages`] | pages of private memory that can be given away |
+//! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
@@ -47,6 +48,7 @@ pub mod pages;
 pub mod physical;
 pub mod reservation;
 pub mod shared;
+pub mod staging;
 pub mod support;
 pub mod uffd;
 pub mod view;
@@ -56,6 +58,7 @@ pub use event::{Batch, Event, Fault, FaultKind};
 pub use nix::errno::Errno;
 pub use page::{AddressRange, Page, PageSize, Span};
 pub use reservation::{Access, Reservation};
+pub use staging::Staging;
 pub use support::Support;
 pub use uffd::{Outcome, Uffd};
 pub use view::{StableView, View};

@@ -35,6 +35,8 @@ metrics! {
     pages_read,
     /// Pages gathered in staging from several chunks, and copied from there.
     pages_gathered,
+    /// Pages of whole blocks, filled in a huge page of staging that was then moved in: copied once.
+    pages_staged,
     /// Donated pages that were moved in: not copied.
     pages_moved,
     /// Pages of a memfd that is filled later, shown when it had them: not copied.
@@ -58,6 +60,7 @@ impl Metrics {
         self.pages_copied
             + self.pages_read
             + self.pages_gathered
+            + self.pages_staged
             + self.pages_moved
             + self.pages_cached
             + self.pages_zeroed

@@ -1,6 +1,63 @@
 //! When to install more than was asked for.
+//!
+//! | file | says |
+//! |---|---|
+//! | `readahead` | who reads page after page finds the next ones there |
+//! | `dense` | a block whose faults have cost as much as filling it would is filled |
 
+mod dense;
 mod readahead;
 
+pub(crate) use dense::Dense;
 pub use readahead::Readahead;
-pub(crate) use readahead::Streams;
+use readahead::Streams;
+
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::{Errno, Page, PageSize, Span};
+
+/// A region's policies.
+#[derive(Debug)]
+pub(crate) struct Policy {
+    streams: Option<Streams>,
+    dense: Option<Dense>,
+}
+
+/// What to install beside the page of a fault.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wide {
+    /// Together with it: who waits for the page waits for these too.
+    pub(crate) now: Option<Span>,
+    /// After it, while whoever waited runs on.
+    pub(crate) ahead: Option<Span>,
+}
+
+impl Policy {
+    /// For a region of that many pages, whose whole blocks can be filled at once or not.
+    pub(crate) fn new(readahead: Readahead, pages: usize, size: PageSize, blocks: bool) -> Result<Self, Errno> {
+        let block = blocks.then(|| HUGE / size.bytes());
+        Ok(match readahead {
+            Readahead::None => Self { streams: None, dense: None },
+            Readahead::Adaptive => Self {
+                streams: Streams::new(pages, block),
+                dense: block.map(|block| Dense::new(pages, block)).transpose()?,
+            },
+        })
+    }
+
+    /// Takes note of a fault on `page`, which the caller is about to fill.
+    pub(crate) fn widen(&self, page: Page) -> Wide {
+        self.streams.as_ref().map(|streams| streams.widen(page)).unwrap_or_default()
+    }
+
+    /// Takes note of what it has cost to fill the page; says whether to fill the block that it is in.
+    pub(crate) fn spent(&self, page: Page, ns: u64) -> Option<Span> {
+        self.dense.as_ref()?.spent(page, ns)
+    }
+
+    /// Takes note of what it has cost to fill a whole block.
+    pub(crate) fn filled_block(&self, ns: u64) {
+        if let Some(dense) = &self.dense {
+            dense.filled_block(ns);
+        }
+    }
+}

@@ -1,16 +1,20 @@
 //! Readahead: who reads page after page finds the next ones filled already; the worker fills while the reader reads.
 //!
 //! ```text
-//!             marker                         end
-//!   ... read |  m  |  filled ahead  ........  |          a fault at m says: half-way, go on
-//!                                             m'  |  filled ahead, twice as far ......... | end'
+//!   pages:        marker                         end
+//!     ... read |    m    |  filled ahead  ........  |       a fault at m says: half-way, go on
+//!                                               m'  |  filled ahead, twice as far ......... | end'
+//!   blocks:                                                 marker
+//!     ... read | block filled with the fault | blocks filled ahead | m'    a fault at m': go on from there
 //! ```
 //!
-//! The marker is a page left out on purpose. Nobody tells us of a page that is touched when it is there; the fault
-//! at the marker does, and it comes while the pages behind it are still to be read, so that filling and reading
-//! overlap. A stream begins with two faults in a row, and its window doubles at each marker. Random touches meet no
-//! marker and stay at one page each.
+//! Nobody tells us of a page that is touched when it is there; the fault at the marker does. As long as the window is
+//! smaller than a block, the marker is a page left out on purpose *before* what is filled, so that it is touched while the
+//! rest is still to be read. From a block on, nothing is left out, as only a whole block can move in at once: the
+//! marker is the first page *after* the window. A stream begins with two faults in a row, and its window doubles at each
+//! marker. Random touches meet no marker and stay at one page each.
 
+use super::Wide;
 use pagestitch_kernel::{Page, Span};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -21,7 +25,8 @@ pub enum Readahead {
     /// Not at all: a fault fills one page. For sources that are dear or slow to read: filling ahead occupies the
     /// worker that served the fault.
     None,
-    /// As far as the reading so far suggests, up to 2 MiB at once, for up to eight readers of a region. The default.
+    /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region; and a whole block of
+    /// 2 MiB where its faults have cost as much as filling it would, in whatever order they came. The default.
     ///
     /// A page whose source fails is left alone, and asked for again when it is touched.
     #[default]
@@ -30,60 +35,102 @@ pub enum Readahead {
 
 /// The sequential readers of one region.
 #[derive(Debug)]
-pub(crate) struct Streams {
-    /// Marker and end of each, 32 bits a page; 0 for none, as no stream has its marker at page 0.
+pub(super) struct Streams {
+    /// A [`Stream`] each, packed; 0 for none, as no stream has its marker at page 0.
     streams: [AtomicU64; STREAMS],
     oldest: AtomicUsize,
     pages: usize,
+    /// Pages in a block, where whole blocks can be filled at once.
+    block: Option<usize>,
+}
+
+/// One reader: the page whose fault tells where it is, and how much was filled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stream {
+    marker: usize,
+    /// How many pages were filled behind the marker; or, with `whole`, before it.
+    window: usize,
+    whole: bool,
 }
 
 impl Streams {
-    pub(crate) fn new(readahead: Readahead, pages: usize) -> Option<Self> {
-        match readahead {
-            Readahead::None => None,
-            // 8 TiB in pages of 4 KiB: farther, streams are not told apart.
-            Readahead::Adaptive => (pages <= (u32::MAX / 2) as usize).then(|| Self {
-                streams: Default::default(),
-                oldest: AtomicUsize::new(0),
-                pages,
-            }),
-        }
+    pub(super) fn new(pages: usize, block: Option<usize>) -> Option<Self> {
+        // 4 TiB in pages of 4 KiB: farther, streams are not told apart.
+        let told_apart = pages <= (u32::MAX / 4) as usize;
+        told_apart.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
     }
 
     /// Takes note of a fault that fills `page`; says what else to fill.
-    pub(crate) fn widen(&self, page: Page) -> Option<Span> {
-        for stream in &self.streams {
-            let seen = stream.load(Ordering::Relaxed);
-            let (marker, end) = unpack(seen);
-            if marker != page.0 || seen == 0 {
+    pub(super) fn widen(&self, page: Page) -> Wide {
+        for slot in &self.streams {
+            let seen = slot.load(Ordering::Relaxed);
+            let stream = Stream::unpack(seen);
+            if stream.marker != page.0 || seen == 0 {
                 continue;
             }
-            let window = (2 * (end - marker)).clamp(WINDOW_MIN, WINDOW_MAX);
-            let next = pack(end, end + 1 + window);
+            let (next, wide) = self.advance(stream);
             // Two workers cannot both have claimed the marker's page; if another stream took the slot, leave it.
-            stream.compare_exchange(seen, next, Ordering::Relaxed, Ordering::Relaxed).ok()?;
-            let first = (end + 1).min(self.pages);
-            return Some(Span { first: Page(first), pages: window.min(self.pages - first) });
+            let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
+            return if taken.is_ok() { wide } else { Wide::default() };
         }
         let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
         // The next page is a marker with nothing filled behind it.
-        self.streams[slot].store(pack(page.0 + 1, page.0 + 2), Ordering::Relaxed);
-        None
+        let begun = Stream { marker: page.0 + 1, window: 0, whole: false };
+        self.streams[slot].store(begun.pack(), Ordering::Relaxed);
+        Wide::default()
+    }
+
+    /// The reader has come to its marker.
+    fn advance(&self, Stream { marker, window, whole }: Stream) -> (Stream, Wide) {
+        let twice = (2 * window).max(WINDOW_MIN);
+        match self.block {
+            Some(block) if whole => {
+                let window = twice.min(BLOCKS_MAX * block);
+                let wide = Wide {
+                    now: self.inside(marker, marker + block),
+                    ahead: self.inside(marker + block, marker + window),
+                };
+                (Stream { marker: marker + window, window, whole }, wide)
+            }
+            Some(block) if twice >= block => {
+                let filled = marker + 1 + window;
+                let end = (filled + twice).next_multiple_of(block);
+                let wide = Wide { now: None, ahead: self.inside(filled, end) };
+                (Stream { marker: end, window: twice, whole: true }, wide)
+            }
+            _ => {
+                let filled = marker + 1 + window;
+                let window = twice.min(WINDOW_MAX);
+                let wide = Wide { now: None, ahead: self.inside(filled + 1, filled + 1 + window) };
+                (Stream { marker: filled, window, whole }, wide)
+            }
+        }
+    }
+
+    /// As much of some pages as there is in the region.
+    fn inside(&self, first: usize, end: usize) -> Option<Span> {
+        let end = end.min(self.pages);
+        (first < end).then(|| Span { first: Page(first), pages: end - first })
     }
 }
 
-const fn pack(marker: usize, end: usize) -> u64 {
-    (marker as u64) << 32 | (end as u64 & 0xffff_ffff)
-}
+impl Stream {
+    const fn pack(self) -> u64 {
+        (self.marker as u64) << 32 | (self.window as u64) << 1 | self.whole as u64
+    }
 
-const fn unpack(packed: u64) -> (usize, usize) {
-    ((packed >> 32) as usize, (packed & 0xffff_ffff) as usize)
+    const fn unpack(packed: u64) -> Self {
+        let (marker, window) = ((packed >> 32) as usize, (packed & 0xffff_ffff) as usize >> 1);
+        Self { marker, window, whole: packed & 1 == 1 }
+    }
 }
 
 const STREAMS: usize = 8;
 const WINDOW_MIN: usize = 8;
 /// 2 MiB of pages of 4 KiB: past it, a call's own cost no longer shows.
 const WINDOW_MAX: usize = 512;
+/// 32 MiB: past it, neither does that of a fault for each window.
+const BLOCKS_MAX: usize = 16;
 
 #[cfg(test)]
 mod tests {
@@ -97,7 +144,9 @@ mod tests {
                 continue;
             }
             faults += 1;
-            if let Some(ahead) = streams.widen(Page(page)) {
+            let Wide { now, ahead } = streams.widen(Page(page));
+            present.extend(now.into_iter().flat_map(Span::iter).map(|page| page.0));
+            if let Some(ahead) = ahead {
                 present.extend(ahead.iter().map(|page| page.0));
                 windows.push(ahead.pages);
             }
@@ -107,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_sequential_reader_faults_once_a_window_and_its_window_doubles() {
-        let streams = Streams::new(Readahead::Adaptive, 10_000).unwrap();
+        let streams = Streams::new(10_000, None).unwrap();
         let (faults, windows) = read(&streams, 0..10_000);
         assert!(faults < 40, "{faults} faults for 10,000 pages");
         assert!(windows.is_sorted_by(|a, b| b >= a || *b < 512), "{windows:?}");
@@ -115,12 +164,29 @@ mod tests {
     }
 
     #[test]
+    fn from_a_block_on_whole_blocks_are_filled_and_nothing_is_left_out() {
+        let streams = Streams::new(100 * 512, Some(512)).unwrap();
+        let (faults, windows) = read(&streams, 0..100 * 512);
+        assert!(faults < 25, "{faults} faults for 100 blocks");
+        assert_eq!(windows.iter().max(), Some(&(15 * 512)));
+        let mut stream = Stream { marker: 3 * 512, window: 512, whole: true };
+        for blocks in [2, 4, 8, 16, 16] {
+            let (next, wide) = streams.advance(stream);
+            assert_eq!(wide.now, streams.inside(stream.marker, stream.marker + 512));
+            assert_eq!((next.marker, next.window), (stream.marker + blocks * 512, blocks * 512));
+            assert_eq!(Stream::unpack(next.pack()), next);
+            stream = next;
+        }
+    }
+
+    #[test]
     fn nothing_is_read_past_the_end() {
-        for pages in 1..50 {
-            let streams = Streams::new(Readahead::Adaptive, pages).unwrap();
+        for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
+            let streams = Streams::new(pages, block).unwrap();
             for page in 0..pages {
-                if let Some(ahead) = streams.widen(Page(page)) {
-                    assert!(ahead.end().0 <= pages, "{ahead:?} of {pages}");
+                let wide = streams.widen(Page(page));
+                for span in [wide.now, wide.ahead].into_iter().flatten() {
+                    assert!(span.end().0 <= pages && !span.is_empty(), "{span:?} of {pages}");
                 }
             }
         }
@@ -128,14 +194,14 @@ mod tests {
 
     #[test]
     fn random_touches_stay_at_one_page() {
-        let streams = Streams::new(Readahead::Adaptive, 100_000).unwrap();
+        let streams = Streams::new(100_000, Some(512)).unwrap();
         let (_, windows) = read(&streams, (0..5_000).map(|i| i * 7919 % 100_000));
         assert!(windows.is_empty(), "{windows:?}");
     }
 
     #[test]
     fn several_readers_are_told_apart() {
-        let streams = Streams::new(Readahead::Adaptive, 1 << 20).unwrap();
+        let streams = Streams::new(1 << 20, None).unwrap();
         let interleaved = (0..4_000).flat_map(|page| (0..8).map(move |reader| reader * 100_000 + page));
         let (faults, _) = read(&streams, interleaved);
         assert!(faults < 8 * 40, "{faults} faults for 8 times 4,000 pages");

@@ -1,10 +1,12 @@
 //! Building a region: lay out, reserve, open, register, hand to the pool. All or nothing.
 
 use crate::error::{Error, ErrorKind};
-use crate::policy::Readahead;
+use crate::policy::{Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::{Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion};
 use crate::server::Pool;
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
 use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
@@ -16,6 +18,7 @@ use std::sync::Arc;
 pub struct Builder {
     name: Option<String>,
     access: Access,
+    guarded: bool,
     zero_copy: bool,
     aligned: bool,
     readahead: Readahead,
@@ -29,6 +32,7 @@ impl Default for Builder {
         Self {
             name: None,
             access: Access::ReadOnly,
+            guarded: false,
             zero_copy: false,
             aligned: false,
             readahead: Readahead::Adaptive,
@@ -50,6 +54,17 @@ impl Builder {
     #[must_use]
     pub fn writable(mut self) -> Self {
         self.access = Access::Writable;
+        self
+    }
+
+    /// Has the hardware stop stray writes to a region that is not [writable](Self::writable). The kernel moves pages only
+    /// between mappings that can be written to, so that whole blocks of such a region are copied in, page by page, which
+    /// takes more than twice as long. Not for donated pages, which have to move.
+    ///
+    /// Safe code never writes to such a region, guarded or not.
+    #[must_use]
+    pub fn guarded(mut self) -> Self {
+        self.guarded = true;
         self
     }
 
@@ -152,15 +167,20 @@ impl Builder {
         let uffd = open(&name, &layout)?;
         let moves = layout.has_donated() && uffd.features().contains(Features::MOVE);
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
-        let access = match self.access {
-            Access::ReadOnly if moves => Access::Unguarded,
-            access => access,
-        };
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
+        let staged = match self.access {
+            Access::ReadOnly if self.guarded => Err("the region is guarded: pages move only between writable mappings"),
+            _ if pages.get() < HUGE / page.bytes() => Err("the region is smaller than a huge page"),
+            _ => staging::available(uffd.features()),
+        };
+        let access = match self.access {
+            Access::ReadOnly if moves || staged.is_ok() => Access::Unguarded,
+            access => access,
+        };
         let (reservation, mut view) = Reservation::new(pages, page, access)
             .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
-        if moves {
+        if moves || staged.is_ok() {
             reservation.welcome_huge_pages();
         }
         uffd.register(&reservation, RegisterMode::MISSING)
@@ -169,8 +189,11 @@ impl Builder {
         let abilities = Abilities { moves, minor_faults };
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
             .map_err(|error| cannot_show(&name, &layout, error))?;
-        let served = Served::new(name.clone(), layout, shown, moves, self.readahead, reservation, uffd)
-            .map_err(|errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno))?;
+        let no_table = |errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno);
+        let policy = Policy::new(self.readahead, pages.get(), page, staged.is_ok()).map_err(no_table)?;
+        let served =
+            Served::new(name.clone(), (layout, shown), (moves, staged), policy, (reservation, uffd))
+                .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }

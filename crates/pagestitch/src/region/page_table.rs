@@ -94,14 +94,9 @@ impl PageTable {
 
     /// Claims the first page of `span` and those behind it that are absent too.
     pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
-        let mut claim = self.claim(span.first, waker)?;
-        for page in span.without_prefix(1).iter() {
-            if self.exchange(page, State::Absent, State::Filling).is_err() {
-                break;
-            }
-            claim.span.pages += 1;
-        }
-        Ok(claim)
+        let pages = self.exchange_run(span, State::Absent, State::Filling);
+        let span = span.prefix(pages);
+        if span.is_empty() { self.claim(span.first, waker) } else { Ok(Claim { table: self, waker, span }) }
     }
 
     /// Waits as long as somebody fills the page.
@@ -145,6 +140,28 @@ impl PageTable {
         .map_err(|bits| State::from_bits(bits >> shift))
     }
 
+    /// Changes the pages from the span's first on that are `from`, as far as they are; says how many. Sixteen at a time.
+    fn exchange_run(&self, span: Span, from: State, to: State) -> usize {
+        let mut done = 0;
+        while done < span.pages {
+            let page = Page(span.first.0 + done);
+            let most = (PAGES_PER_WORD - page.0 % PAGES_PER_WORD).min(span.pages - done);
+            let (word, shift) = self.word(page);
+            let mut pages = 0;
+            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |bits| {
+                let same = ((bits >> shift) ^ from.repeated()).trailing_zeros() / STATE_BITS;
+                pages = most.min(same as usize);
+                let mask = (u64::MAX >> (u64::BITS - STATE_BITS * pages.max(1) as u32)) << shift;
+                (pages > 0).then_some(bits & !mask | to.repeated() << shift & mask)
+            });
+            done += pages;
+            if pages < most {
+                break;
+            }
+        }
+        done
+    }
+
     /// Settles a claimed page; says whether somebody may have wanted it since.
     fn settle(&self, page: Page, to: State) -> bool {
         if self.exchange(page, State::Filling, to).is_ok() {
@@ -176,6 +193,11 @@ impl State {
         matches!(self, Self::Filling | Self::Wanted | Self::Forgotten)
     }
 
+    /// The state in every place of a word.
+    const fn repeated(self) -> u64 {
+        self as u64 * (u64::MAX / STATE_MASK)
+    }
+
     const fn from_bits(bits: u64) -> Self {
         match bits & STATE_MASK {
             0 => Self::Absent,
@@ -202,12 +224,37 @@ impl Claim<'_> {
         self.span
     }
 
+    /// Claims the rest of `block`, which holds this claim, if all of it is absent; claims no more otherwise.
+    pub(crate) fn grow(&mut self, block: Span) {
+        let before = block.prefix(self.span.first.0 - block.first.0);
+        let after = block.without_prefix(before.pages + self.span.pages);
+        let Some(mut before) = self.beside(before) else { return };
+        let Some(mut after) = self.beside(after) else { return };
+        // They are this claim's now, and have nothing to give back.
+        (before.span.pages, after.span.pages) = (0, 0);
+        self.span = block;
+    }
+
+    /// A claim of all of a span. On an early return, the dropped claim gives back what it has.
+    fn beside(&self, span: Span) -> Option<Self> {
+        let (table, waker) = (self.table, self.waker);
+        let pages = table.exchange_run(span, State::Absent, State::Filling);
+        let claim = Self { table, waker, span: span.prefix(pages) };
+        (pages == span.pages).then_some(claim)
+    }
+
     /// Settles the first `pages` of them.
     pub(crate) fn settle(&mut self, pages: usize, to: State) {
-        for page in self.span.prefix(pages).iter() {
-            if self.table.settle(page, to) {
-                self.waker.wake(page.span());
+        let mut rest = self.span.prefix(pages);
+        loop {
+            rest = rest.without_prefix(self.table.exchange_run(rest, State::Filling, to));
+            if rest.is_empty() {
+                break;
             }
+            if self.table.settle(rest.first, to) {
+                self.waker.wake(rest.first.span());
+            }
+            rest = rest.without_prefix(1);
         }
         self.table.tell_waiting();
         self.span = self.span.without_prefix(pages);

@@ -17,6 +17,7 @@ pub struct Plan {
     chunks: usize,
     runs: Vec<Run>,
     gathered_pages: u64,
+    staged: Result<(), &'static str>,
 }
 
 /// A run of chunks next to each other that are installed the same way from sources of the same name.
@@ -89,6 +90,7 @@ impl Plan {
             chunks: layout.number_of(layout.chunks()),
             runs,
             gathered_pages,
+            staged: served.staged,
         }
     }
 
@@ -96,6 +98,16 @@ impl Plan {
     #[must_use]
     pub fn runs(&self) -> &[Run] {
         &self.runs
+    }
+
+    /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in, which takes less than half
+    /// the time; else the reason why not.
+    ///
+    /// # Errors
+    ///
+    /// The reason.
+    pub const fn staged(&self) -> Result<(), &'static str> {
+        self.staged
     }
 
     /// How many pages several chunks meet in, or end in: these are gathered in staging, then copied.
@@ -190,12 +202,18 @@ fn count_gathered(served: &Served, page: PageSize) -> u64 {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { region, bytes, page, chunks, runs, gathered_pages } = self;
+        let Self { region, bytes, page, chunks, runs, gathered_pages, staged } = self;
         let pages = bytes.div_ceil(page.bytes() as u64);
         writeln!(
             f,
             "region {region}: {bytes} bytes, {pages} pages of {page}, {chunks} chunks; {gathered_pages} pages are gathered"
         )?;
+        if runs.iter().any(|run| matches!(run.how, How::Copy | How::Read)) {
+            match staged {
+                Ok(()) => writeln!(f, "  whole blocks of 2 MiB are filled in a huge page and moved in"),
+                Err(why) => writeln!(f, "  whole blocks are copied page by page: {why}"),
+            }?;
+        }
         let rows: Vec<[String; 5]> = runs.iter().map(Run::cells).collect();
         let widths = std::array::from_fn(|column| {
             let cells = rows.iter().map(|row| row[column].chars().count());

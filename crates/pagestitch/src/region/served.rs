@@ -1,7 +1,7 @@
 //! A region as its handler threads see it: where to look, where to put it, who is at it. Not its bytes.
 
 use crate::metrics::Counters;
-use crate::policy::{Readahead, Streams};
+use crate::policy::Policy;
 use crate::region::Layout;
 use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::page_table::{PageTable, State, Wake};
@@ -28,8 +28,9 @@ pub(crate) struct Served {
     /// Whether donated pages move.
     pub(crate) moves: bool,
     pub(crate) pages: PageTable,
-    /// `None` where nothing is to be filled ahead.
-    pub(crate) streams: Option<Streams>,
+    pub(crate) policy: Policy,
+    /// Whether whole blocks are filled in staging, and moved in; else why not.
+    pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Counters,
     pub(crate) reservation: Arc<Reservation>,
     pub(crate) uffd: Uffd,
@@ -40,14 +41,13 @@ pub(crate) struct Served {
 }
 
 impl Served {
+    /// `layout` and `shown` are of the same region, and so is all else.
     pub(crate) fn new(
         name: String,
-        layout: Layout,
-        shown: Shown,
-        moves: bool,
-        readahead: Readahead,
-        reservation: Arc<Reservation>,
-        uffd: Uffd,
+        (layout, shown): (Layout, Shown),
+        (moves, staged): (bool, Result<(), &'static str>),
+        policy: Policy,
+        (reservation, uffd): (Arc<Reservation>, Uffd),
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(reservation.pages()).expect("a reservation has pages");
         Ok(Self {
@@ -58,7 +58,8 @@ impl Served {
             lazy: shown.lazy,
             moves,
             pages: PageTable::new(pages)?,
-            streams: Streams::new(readahead, pages.get()),
+            policy,
+            staged,
             counters: Counters::default(),
             reservation,
             uffd,
@@ -102,13 +103,23 @@ impl Served {
 
     /// The block of pages around one that are donated together and can move as one huge page.
     pub(crate) fn movable_block(&self, page: Page) -> Option<Span> {
+        let block = self.block_of(page).filter(|_| self.moves)?;
+        let (movable, _, offset) = self.movable_pages(block)?;
+        (movable == block.pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
+    }
+
+    /// The block that a span begins with, if it can be filled in staging and moved in.
+    pub(crate) fn stageable_block(&self, span: Span) -> Option<Span> {
+        let block = self.block_of(span.first).filter(|_| self.staged.is_ok())?;
+        let whole = block.first == span.first && block.pages <= span.pages;
+        (whole && self.lazy.next_gap(block) == block && self.in_place.next_gap(block) == block).then_some(block)
+    }
+
+    /// The aligned block of [`HUGE`] bytes that holds a page, if all of it is in the region.
+    pub(crate) fn block_of(&self, page: Page) -> Option<Span> {
         let pages = HUGE / self.page_size().bytes();
         let block = Span { first: Page(page.0 / pages * pages), pages };
-        if !self.moves || block.end().0 > self.reservation.pages() {
-            return None;
-        }
-        let (movable, _, offset) = self.movable_pages(block)?;
-        (movable == pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
+        (block.end().0 <= self.reservation.pages()).then_some(block)
     }
 
     /// Whether a memfd that is filled later cannot be shown when it is, on this kernel.

@@ -3,67 +3,79 @@
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::server::resolve::{Stopped, fail, install, poison};
-use crate::source::{Failure, fill};
-use pagestitch_kernel::{Page, Span};
+use crate::source::{Buffers, Failure, fill};
+use pagestitch_kernel::{Errno, Page, Span};
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
-/// woken to fault again. Says which pages to fill ahead, if whoever it is seems to read on.
-pub(super) fn serve(region: &Served, page: Page, staging: &mut [u8]) -> Option<Span> {
+/// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
+pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Option<Span> {
     region.counters.faults.add(1);
-    let claim = claim_block(region, page).or_else(|| claim(region, page))?;
-    if let Err(Stopped::Changing) = supply(region, claim, staging) {
+    let started = Instant::now();
+    let mut claim = claim(region, page)?;
+    let wide = region.policy.widen(page);
+    if let Some(block) = region.movable_block(page).or(wide.now) {
+        claim.grow(block);
+    }
+    if let Err(Stopped::Changing) = supply(region, claim, buffers) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
     }
-    region.streams.as_ref()?.widen(page)
+    wide.ahead.or_else(|| region.policy.spent(page, nanoseconds(started)))
 }
 
-/// Fills absent pages of a span before anybody asks for them. Stops where a source fails: that page is nobody's yet,
-/// and asked for again when it is touched.
-pub(super) fn fill_ahead(region: &Served, span: Span, staging: &mut [u8]) {
+/// Fills absent pages of a span before anybody asks for them, as far as one block; says what is left of it. Stops where a
+/// source fails: that page is nobody's yet, and asked for again when it is touched.
+pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) -> Option<Span> {
+    let block = region.block_of(span.first).unwrap_or(span);
+    let now = span.prefix(block.end().0 - span.first.0);
+    let started = Instant::now();
+    let pages = fill_absent(region, now, buffers)?;
+    if pages == BLOCK_PAGES {
+        region.policy.filled_block(nanoseconds(started));
+    }
+    let later = span.without_prefix(now.pages);
+    (!later.is_empty()).then_some(later)
+}
+
+/// Fills what is absent of a span and says how many pages that were; `None` where a source fails.
+fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usize> {
     let mut rest = span;
+    let mut pages = 0;
     loop {
         let gap = region.in_place.next_gap(rest);
         if gap.is_empty() {
-            return;
+            return Some(pages);
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
         // Somebody was quicker where there is no claim to be had.
-        let Ok(mut claim) = region.pages.claim_run(gap.prefix(STAGING_PAGES), region) else {
+        let Ok(mut claim) = region.pages.claim_run(gap, region) else {
             rest = rest.without_prefix(1);
             continue;
         };
         rest = rest.without_prefix(claim.span().pages);
         while !claim.span().is_empty() {
-            let Ok(filled) = fill(region, claim.span(), staging) else { return };
-            if install(region, &mut claim, &filled).is_err() {
-                return;
-            }
-            region.counters.pages_ahead.add(filled.pages as u64);
+            let filled = fill(region, claim.span(), buffers).ok()?;
+            let ahead = filled.pages;
+            install(region, &mut claim, filled).ok()?;
+            region.counters.pages_ahead.add(ahead as u64);
+            pages += ahead;
         }
     }
 }
 
 /// Fills and installs every page of a claim. On an early return the dropped claim gives back what is left and
 /// wakes its waiters.
-fn supply(region: &Served, mut claim: Claim<'_>, staging: &mut [u8]) -> Result<(), Stopped> {
+fn supply(region: &Served, mut claim: Claim<'_>, buffers: &mut Buffers) -> Result<(), Stopped> {
     while !claim.span().is_empty() {
-        match fill(region, claim.span(), staging) {
-            Ok(filled) => install(region, &mut claim, &filled)?,
+        match fill(region, claim.span(), buffers) {
+            Ok(filled) => install(region, &mut claim, filled)?,
             Err(failure) => return Err(fail(region, &mut claim, failure)),
         }
     }
     Ok(())
-}
-
-/// Claims the whole block around a page whose pages can all move as one.
-fn claim_block(region: &Served, page: Page) -> Option<Claim<'_>> {
-    let block = region.movable_block(page)?;
-    let claim = region.pages.claim_run(block, region).ok()?;
-    // Dropped, it gives back what it has.
-    (claim.span().pages == block.pages).then_some(claim)
 }
 
 /// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
@@ -98,16 +110,16 @@ fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
 
 /// Fills the absent pages of a span in the calling thread. Stops at the first page whose source fails.
 pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
-    let mut staging = vec![0; STAGING_PAGES * region.page_size().bytes()];
-    populate_absent(region, span, &mut staging)?;
+    let mut buffers = Buffers::new().map_err(|errno| no_buffers(region, span, errno))?;
+    populate_absent(region, span, &mut buffers)?;
     // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
     if region.forget_let_go(span) {
-        populate_absent(region, span, &mut staging)?;
+        populate_absent(region, span, &mut buffers)?;
     }
     Ok(())
 }
 
-fn populate_absent(region: &Served, span: Span, staging: &mut [u8]) -> Result<(), Arc<Failure>> {
+fn populate_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
     let mut rest = span;
     loop {
         let gap = region.in_place.next_gap(rest);
@@ -115,10 +127,11 @@ fn populate_absent(region: &Served, span: Span, staging: &mut [u8]) -> Result<()
             return Ok(());
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
-        match region.pages.claim_run(gap.prefix(RUN_PAGES), region) {
+        let to_block_end = BLOCK_PAGES - rest.first.0 % BLOCK_PAGES;
+        match region.pages.claim_run(gap.prefix(to_block_end), region) {
             Ok(claim) => {
                 let pages = claim.span().pages;
-                match supply(region, claim, staging) {
+                match supply(region, claim, buffers) {
                     Ok(()) => rest = rest.without_prefix(pages),
                     Err(Stopped::Changing) => thread::yield_now(),
                     Err(Stopped::Failed(failure)) => return Err(failure),
@@ -135,7 +148,14 @@ fn populate_absent(region: &Served, span: Span, staging: &mut [u8]) -> Result<()
     }
 }
 
-/// What one read of a source can fill.
-pub(super) const STAGING_PAGES: usize = 64;
-/// What populate claims at once: the 2 MiB at which the kernel's cost of a call no longer shows.
-const RUN_PAGES: usize = 512;
+fn no_buffers(region: &Served, span: Span, errno: Errno) -> Arc<Failure> {
+    let offsets = region.page_size().offsets(span);
+    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(errno.into()))
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
+const BLOCK_PAGES: usize = 512;

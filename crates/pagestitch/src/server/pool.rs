@@ -138,15 +138,15 @@ impl PoolBuilder {
                 "a pool needs at least one worker: ask for 1 or more",
             ));
         }
-        let shared = Shared::new(workers).map_err(|errno| {
-            Error::because(ErrorKind::Resources, "cannot start a pool (descriptors: ulimit -n)", errno)
-        })?;
+        let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
+        let shared = Shared::new(workers).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
             let home = if self.workers.is_none() { Some(homes[index]) } else { None };
-            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home);
+            let worker =
+                Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home).map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
             let named = thread::Builder::new().name(thread_name(&self.name, index));
             let thread = named.spawn(move || worker.run()).map_err(|error| {
                 let what = format!("cannot start worker {index} of {workers} (threads: ulimit -u)");

@@ -25,18 +25,19 @@ enum Way {
     Copied,
     Read,
     Gathered,
+    Staged,
     Moved,
     Cached,
     Zeroed,
 }
 
 /// Installs what was filled in the first pages of the claim, and settles them.
-pub(super) fn install(region: &Served, claim: &mut Claim<'_>, filled: &Filled<'_>) -> Result<(), Stopped> {
+pub(super) fn install(region: &Served, claim: &mut Claim<'_>, mut filled: Filled<'_>) -> Result<(), Stopped> {
     let page_bytes = region.page_size().bytes();
     let mut done = 0;
     while done < filled.pages {
         let span = claim.span().prefix(filled.pages - done);
-        let (outcome, way) = put(region, span, &filled.content, done * page_bytes)
+        let (outcome, way) = put(region, span, &mut filled.content, done * page_bytes)
             .map_err(|error| fail(region, claim, failure(region, span, error)))?;
         let pages = match outcome {
             Outcome::Done => span.pages,
@@ -60,7 +61,7 @@ pub(super) fn install(region: &Served, claim: &mut Claim<'_>, filled: &Filled<'_
 }
 
 /// Has the kernel put content at a span, from the content's byte `done` on.
-fn put(region: &Served, span: Span, content: &Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
+fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
     let range = region.reservation.addresses(span);
     let part = done..done + range.bytes();
     Ok(match content {
@@ -69,7 +70,14 @@ fn put(region: &Served, span: Span, content: &Content<'_>, done: usize) -> io::R
         }
         Content::Read(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Read),
         Content::Gathered(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Gathered),
-        Content::Donated(donated, offset) => return give(region, span, donated, offset + done as u64),
+        Content::Staged(staging) => match region.uffd.move_staged(range, staging, done) {
+            // It can always be copied instead: what has not moved is still there.
+            Outcome::Busy | Outcome::NoMemory | Outcome::Refused(_) => {
+                (region.uffd.copy(range, &staging.bytes()[part]), Way::Read)
+            }
+            outcome => (outcome, Way::Staged),
+        },
+        Content::Donated(donated, offset) => return give(region, span, donated, *offset + done as u64),
         Content::Cached => (region.uffd.map_cached(range), Way::Cached),
         Content::Zero => (region.uffd.zero(range), Way::Zeroed),
     })
@@ -167,12 +175,13 @@ fn tell(region: &Served, span: Span, way: Way) {
         Way::Copied => &counters.pages_copied,
         Way::Read => &counters.pages_read,
         Way::Gathered => &counters.pages_gathered,
+        Way::Staged => &counters.pages_staged,
         Way::Moved => &counters.pages_moved,
         Way::Cached => &counters.pages_cached,
         Way::Zeroed => &counters.pages_zeroed,
     };
     counter.add(pages);
-    if matches!(way, Way::Copied | Way::Read | Way::Gathered) {
+    if matches!(way, Way::Copied | Way::Read | Way::Gathered | Way::Staged) {
         counters.bytes_copied.add(bytes);
     }
     tracing::trace!(region = region.name, page = span.first.0, pages, ?way, "installed");

@@ -5,13 +5,15 @@
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::region::Served;
-use crate::server::fault::{STAGING_PAGES, fill_ahead, serve};
+use crate::server::fault::{fill_ahead, serve};
 use crate::server::pool::Shared;
+use crate::source::Buffers;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Page, PageSize, Span};
+use pagestitch_kernel::{Batch, Page, Span};
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -22,6 +24,13 @@ pub(super) struct Handed {
     page: Page,
 }
 
+/// Pages to be filled before anybody asks for them.
+#[derive(Debug)]
+struct Ahead {
+    region: Arc<Served>,
+    span: Span,
+}
+
 /// What a worker owns: everything it needs was made before it started.
 pub(super) struct Worker {
     shared: Arc<Shared>,
@@ -29,14 +38,16 @@ pub(super) struct Worker {
     /// The CPU it stays on; `None` for any.
     home: Option<usize>,
     batch: Batch,
-    staging: Vec<u8>,
+    buffers: Buffers,
+    /// What is filled when there is no fault to serve, a block at a time.
+    ahead: VecDeque<Ahead>,
     served: u64,
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>, home: Option<usize>) -> Self {
-        let staging = vec![0; STAGING_PAGES * PageSize::system().bytes()];
-        Self { shared, ready, home, batch: Batch::with_capacity(BATCH), staging, served: 0 }
+    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>, home: Option<usize>) -> Result<Self, Errno> {
+        let (batch, ahead) = (Batch::with_capacity(BATCH), VecDeque::with_capacity(AHEAD_MAX));
+        Ok(Self { shared, ready, home, batch, buffers: Buffers::new()?, ahead, served: 0 })
     }
 
     /// Works until the pool stops; says how many faults it has served.
@@ -45,7 +56,9 @@ impl Worker {
         self.go_home();
         let mut ready = [EpollEvent::empty(); READY];
         loop {
-            let count = match self.ready.wait(&mut ready, EpollTimeout::NONE) {
+            // Faults come first; to fill ahead is what to do while there are none.
+            let wait = if self.ahead.is_empty() { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+            let count = match self.ready.wait(&mut ready, wait) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
@@ -62,6 +75,7 @@ impl Worker {
                 }
                 self.serve_handed();
             }
+            self.fill_ahead();
         }
     }
 
@@ -76,7 +90,7 @@ impl Worker {
 
     fn serve_batch(&mut self, region: &Arc<Served>) {
         let Some(_visit) = region.enter() else { return };
-        let Self { shared, batch, staging, served, .. } = self;
+        let Self { shared, batch, buffers, served, .. } = self;
         if let Err(errno) = batch.read(&region.uffd, region.page_size()) {
             tracing::error!(region = region.name, %errno, "cannot read events");
         }
@@ -90,14 +104,13 @@ impl Worker {
             match shared.hand_on(Handed { region: Arc::clone(region), page }) {
                 Ok(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
-                Err(_) => drop(serve(region, page, staging)),
+                Err(_) => drop(serve(region, page, buffers)),
             }
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
-        let ahead = serve(region, first, staging);
-        self.serve_handed();
-        self.fill_ahead(region, ahead);
+        let ahead = serve(region, first, buffers);
+        self.remember(region, ahead);
     }
 
     fn serve_handed(&mut self) {
@@ -105,15 +118,27 @@ impl Worker {
             // A region that is being dropped needs no page any more.
             let Some(_visit) = region.enter() else { continue };
             self.served += 1;
-            let ahead = serve(&region, page, &mut self.staging);
-            self.fill_ahead(&region, ahead);
+            let ahead = serve(&region, page, &mut self.buffers);
+            self.remember(&region, ahead);
         }
     }
 
-    /// Fills ahead, at once and here; the reader runs already. To wake another worker for it was measured to be slower.
-    fn fill_ahead(&mut self, region: &Served, ahead: Option<Span>) {
-        if let Some(span) = ahead {
-            fill_ahead(region, span, &mut self.staging);
+    /// Fills ahead later, here: to wake another worker for it was measured to be slower.
+    fn remember(&mut self, region: &Arc<Served>, ahead: Option<Span>) {
+        let Some(span) = ahead else { return };
+        if self.ahead.len() == AHEAD_MAX {
+            // More than can be kept up with: the oldest is least likely to be in time.
+            self.ahead.pop_front();
+        }
+        self.ahead.push_back(Ahead { region: Arc::clone(region), span });
+    }
+
+    /// Fills one block of what is to be filled ahead.
+    fn fill_ahead(&mut self) {
+        let Some(Ahead { region, span }) = self.ahead.pop_front() else { return };
+        let rest = region.enter().and_then(|_visit| fill_ahead(&region, span, &mut self.buffers));
+        if let Some(span) = rest {
+            self.ahead.push_front(Ahead { region, span });
         }
     }
 }
@@ -132,5 +157,7 @@ impl Drop for AbortOnPanic {
 
 /// Events read at once.
 const BATCH: usize = 64;
+/// Spans that wait to be filled ahead.
+const AHEAD_MAX: usize = 64;
 /// Descriptors looked at after one wake-up.
 const READY: usize = 16;

@@ -7,13 +7,14 @@
 //! ```
 //!
 //! A page inside one chunk takes the shortest way its source has. A page over several, or with a ragged end, is
-//! gathered in the staging buffer. Nothing is allocated unless a source fails.
+//! gathered in a buffer. A whole block is staged: filled in a huge page, to move in at once. Nothing is allocated unless a
+//! source fails.
 
 use super::memory::MemoryBytes;
 use super::{Backing, Source};
 use crate::region::{Layout, Served};
-use pagestitch_kernel::Span;
 use pagestitch_kernel::pages::Donated;
+use pagestitch_kernel::{Errno, PageSize, Span, Staging};
 use std::error::Error as StdError;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,10 +30,12 @@ pub(crate) struct Filled<'a> {
 pub(crate) enum Content<'a> {
     /// In a source's own memory.
     Straight(MemoryBytes<'a>, Range<usize>),
-    /// In the staging buffer: read there from one source.
+    /// In the buffer: read there from one source.
     Read(&'a [u8]),
-    /// In the staging buffer: gathered there from several chunks.
+    /// In the buffer: gathered there from several chunks.
     Gathered(&'a [u8]),
+    /// In a huge page that can move.
+    Staged(&'a mut Staging),
     /// In donated pages, from an offset on: they can move.
     Donated(&'a Donated, u64),
     /// In the memfd that is mapped there: they only need to be shown.
@@ -41,12 +44,35 @@ pub(crate) enum Content<'a> {
     Zero,
 }
 
+/// Where whoever fills puts bytes together. Made before the first fault: nothing is allocated later.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    pages: Vec<u8>,
+    block: Staging,
+}
+
+impl Buffers {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self { pages: vec![0; PAGES * PageSize::system().bytes()], block: Staging::new()? })
+    }
+}
+
 /// Finds the bytes of as many pages as go one way, starting at the span's first; at least one page.
 ///
 /// If a source fails for several pages at once, it is asked for the first alone: only the page that cannot be
 /// filled is lost.
-pub(crate) fn fill<'a>(region: &'a Served, span: Span, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+pub(crate) fn fill<'a>(
+    region: &'a Served,
+    span: Span,
+    buffers: &'a mut Buffers,
+) -> Result<Filled<'a>, Failure> {
     let (layout, page) = (&region.layout, region.page_size());
+    let Buffers { pages: staging, block } = buffers;
+    if let Some(whole) = region.stageable_block(span)
+        && stage(layout, page.offsets(whole), block.fresh()).is_some()
+    {
+        return Ok(Filled { pages: whole.pages, content: Content::Staged(block) });
+    }
     let offsets = page.offsets(span);
     let piece = layout.piece_at(offsets.start, offsets.end);
     if let Some((pages, memfd, offset)) = region.lazy_pages(span) {
@@ -88,6 +114,25 @@ pub(crate) fn fill<'a>(region: &'a Served, span: Span, staging: &'a mut [u8]) ->
             Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
         }
     }
+}
+
+/// Fills a whole block from however many chunks it takes. `None` where that is not the best way, or not possible: where
+/// there are pages of zeros in it, which need no memory; where pages can move or be shown themselves; where a source
+/// fails, to find out for which page.
+fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()> {
+    for piece in layout.pieces(offsets) {
+        let (now, later) = into.split_at_mut(piece.bytes as usize);
+        match piece.backing {
+            // A fresh block holds zeros.
+            Backing::Hole(_) if now.len() < HOLE_MAX => {}
+            Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) => return None,
+            Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
+                read(piece.backing.source(), piece.offset, now).ok()?;
+            }
+        }
+        into = later;
+    }
+    Some(())
 }
 
 /// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.
@@ -151,3 +196,8 @@ impl StdError for Failure {
         self.error.source()
     }
 }
+
+/// Pages that one read of a source can fill where no block can be staged.
+const PAGES: usize = 64;
+/// Zeros that are not worth a page of their own.
+const HOLE_MAX: usize = 4096;
