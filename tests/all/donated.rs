@@ -55,7 +55,7 @@ fn a_huge_page_moves_as_one() {
 }
 
 /// How much of the mapping that holds these bytes is in huge pages.
-fn huge_kib(bytes: &[u8]) -> u64 {
+pub(crate) fn huge_kib(bytes: &[u8]) -> u64 {
     let address = bytes.as_ptr().addr();
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let mut inside = false;

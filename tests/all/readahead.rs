@@ -35,11 +35,11 @@ fn a_sequential_reader_takes_few_faults() {
 #[test]
 fn random_touches_fill_one_page_each() {
     let region = Region::builder().chunk(vec![1u8; 10_000 * PAGE]).build(&Pool::new().unwrap()).unwrap();
-    for i in 0..500 {
+    for i in 0..40 {
         assert_eq!(region.as_slice()[i * 7919 % 10_000 * PAGE], 1);
     }
     let seen = region.close();
-    assert_eq!((seen.faults, seen.pages_ahead, seen.pages_installed()), (500, 0, 500));
+    assert_eq!((seen.faults, seen.pages_ahead, seen.pages_installed()), (40, 0, 40));
 }
 
 #[test]

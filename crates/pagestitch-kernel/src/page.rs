@@ -142,6 +142,12 @@ impl Span {
         self.pages == 0
     }
 
+    /// Whether it holds a page.
+    #[must_use]
+    pub const fn contains(self, page: Page) -> bool {
+        self.first.0 <= page.0 && page.0 < self.end().0
+    }
+
     /// Its pages, in order.
     pub fn iter(self) -> impl DoubleEndedIterator<Item = Page> + ExactSizeIterator {
         (self.first.0..self.end().0).map(Page)

@@ -114,6 +114,8 @@ pub fn available(features: Features) -> Result<(), &'static str> {
     if mode.contains("[always]") || mode.contains("[madvise]") {
         Ok(())
     } else {
-        Err("there are no transparent huge pages: write madvise to /sys/kernel/mm/transparent_hugepage/enabled")
+        Err(
+            "there are no transparent huge pages: write madvise to /sys/kernel/mm/transparent_hugepage/enabled",
+        )
     }
 }

@@ -33,7 +33,12 @@ pub(crate) struct Wide {
 
 impl Policy {
     /// For a region of that many pages, whose whole blocks can be filled at once or not.
-    pub(crate) fn new(readahead: Readahead, pages: usize, size: PageSize, blocks: bool) -> Result<Self, Errno> {
+    pub(crate) fn new(
+        readahead: Readahead,
+        pages: usize,
+        size: PageSize,
+        blocks: bool,
+    ) -> Result<Self, Errno> {
         let block = blocks.then(|| HUGE / size.bytes());
         Ok(match readahead {
             Readahead::None => Self { streams: None, dense: None },

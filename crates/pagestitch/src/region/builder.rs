@@ -170,7 +170,9 @@ impl Builder {
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
         let staged = match self.access {
-            Access::ReadOnly if self.guarded => Err("the region is guarded: pages move only between writable mappings"),
+            Access::ReadOnly if self.guarded => {
+                Err("the region is guarded: pages move only between writable mappings")
+            }
             _ if pages.get() < HUGE / page.bytes() => Err("the region is smaller than a huge page"),
             _ => staging::available(uffd.features()),
         };
@@ -191,9 +193,8 @@ impl Builder {
             .map_err(|error| cannot_show(&name, &layout, error))?;
         let no_table = |errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno);
         let policy = Policy::new(self.readahead, pages.get(), page, staged.is_ok()).map_err(no_table)?;
-        let served =
-            Served::new(name.clone(), (layout, shown), (moves, staged), policy, (reservation, uffd))
-                .map_err(no_table)?;
+        let served = Served::new(name.clone(), (layout, shown), (moves, staged), policy, (reservation, uffd))
+            .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }

@@ -112,7 +112,15 @@ impl Served {
     pub(crate) fn stageable_block(&self, span: Span) -> Option<Span> {
         let block = self.block_of(span.first).filter(|_| self.staged.is_ok())?;
         let whole = block.first == span.first && block.pages <= span.pages;
-        (whole && self.lazy.next_gap(block) == block && self.in_place.next_gap(block) == block).then_some(block)
+        (whole && self.lazy.next_gap(block) == block && self.in_place.next_gap(block) == block)
+            .then_some(block)
+    }
+
+    /// A span as far as the end of its first block, and what is behind it.
+    pub(crate) fn first_block(&self, span: Span) -> (Span, Span) {
+        let block = self.block_of(span.first).unwrap_or(span);
+        let pages = block.end().0 - span.first.0;
+        (span.prefix(pages), span.without_prefix(pages))
     }
 
     /// The aligned block of [`HUGE`] bytes that holds a page, if all of it is in the region.

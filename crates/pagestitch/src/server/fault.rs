@@ -3,9 +3,8 @@
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::server::resolve::{Stopped, fail, install, poison};
-use crate::source::{Buffers, Failure, fill};
-use pagestitch_kernel::{Errno, Page, Span};
-use std::sync::Arc;
+use crate::source::{Buffers, fill};
+use pagestitch_kernel::{Page, Span};
 use std::thread;
 use std::time::Instant;
 
@@ -19,25 +18,20 @@ pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Optio
     if let Some(block) = region.movable_block(page).or(wide.now) {
         claim.grow(block);
     }
-    if let Err(Stopped::Changing) = supply(region, claim, buffers) {
+    if let Err(Stopped::Changing) = supply(region, claim, page.span(), buffers) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
     }
     wide.ahead.or_else(|| region.policy.spent(page, nanoseconds(started)))
 }
 
-/// Fills absent pages of a span before anybody asks for them, as far as one block; says what is left of it. Stops where a
-/// source fails: that page is nobody's yet, and asked for again when it is touched.
-pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) -> Option<Span> {
-    let block = region.block_of(span.first).unwrap_or(span);
-    let now = span.prefix(block.end().0 - span.first.0);
+/// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
+/// nobody's yet, and asked for again when it is touched.
+pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) {
     let started = Instant::now();
-    let pages = fill_absent(region, now, buffers)?;
-    if pages == BLOCK_PAGES {
+    if fill_absent(region, span, buffers) == Some(BLOCK_PAGES) {
         region.policy.filled_block(nanoseconds(started));
     }
-    let later = span.without_prefix(now.pages);
-    (!later.is_empty()).then_some(later)
 }
 
 /// Fills what is absent of a span and says how many pages that were; `None` where a source fails.
@@ -67,12 +61,20 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usi
 }
 
 /// Fills and installs every page of a claim. On an early return the dropped claim gives back what is left and
-/// wakes its waiters.
-fn supply(region: &Served, mut claim: Claim<'_>, buffers: &mut Buffers) -> Result<(), Stopped> {
+/// wakes its waiters; so where a source fails for a page that was not asked for.
+pub(super) fn supply(
+    region: &Served,
+    mut claim: Claim<'_>,
+    asked: Span,
+    buffers: &mut Buffers,
+) -> Result<(), Stopped> {
     while !claim.span().is_empty() {
         match fill(region, claim.span(), buffers) {
             Ok(filled) => install(region, &mut claim, filled)?,
-            Err(failure) => return Err(fail(region, &mut claim, failure)),
+            Err(failure) if asked.contains(claim.span().first) => {
+                return Err(fail(region, &mut claim, failure));
+            }
+            Err(_) => return Ok(()),
         }
     }
     Ok(())
@@ -108,54 +110,9 @@ fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
     }
 }
 
-/// Fills the absent pages of a span in the calling thread. Stops at the first page whose source fails.
-pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
-    let mut buffers = Buffers::new().map_err(|errno| no_buffers(region, span, errno))?;
-    populate_absent(region, span, &mut buffers)?;
-    // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
-    if region.forget_let_go(span) {
-        populate_absent(region, span, &mut buffers)?;
-    }
-    Ok(())
-}
-
-fn populate_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
-    let mut rest = span;
-    loop {
-        let gap = region.in_place.next_gap(rest);
-        if gap.is_empty() {
-            return Ok(());
-        }
-        rest = rest.without_prefix(gap.first.0 - rest.first.0);
-        let to_block_end = BLOCK_PAGES - rest.first.0 % BLOCK_PAGES;
-        match region.pages.claim_run(gap.prefix(to_block_end), region) {
-            Ok(claim) => {
-                let pages = claim.span().pages;
-                match supply(region, claim, buffers) {
-                    Ok(()) => rest = rest.without_prefix(pages),
-                    Err(Stopped::Changing) => thread::yield_now(),
-                    Err(Stopped::Failed(failure)) => return Err(failure),
-                }
-            }
-            Err(State::Present) => rest = rest.without_prefix(1),
-            // Without a failure on record it was let go between the two looks: look again.
-            Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
-            Err(State::Absent) => {}
-            Err(State::Filling | State::Wanted | State::Forgotten) => {
-                region.pages.wait_while_filling(rest.first);
-            }
-        }
-    }
-}
-
-fn no_buffers(region: &Served, span: Span, errno: Errno) -> Arc<Failure> {
-    let offsets = region.page_size().offsets(span);
-    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(errno.into()))
-}
-
 fn nanoseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
-const BLOCK_PAGES: usize = 512;
+pub(super) const BLOCK_PAGES: usize = 512;

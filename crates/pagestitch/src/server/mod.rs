@@ -6,11 +6,13 @@
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `resolve` | tell the kernel, and read its answer |
+//! | `populate` | the same steps for pages that nobody has touched |
 
 mod fault;
 mod pool;
+mod populate;
 mod resolve;
 mod worker;
 
-pub(crate) use fault::populate;
 pub use pool::{Pool, PoolBuilder, Report};
+pub(crate) use populate::populate;

@@ -11,7 +11,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
-use crate::server::worker::{Handed, Worker};
+use crate::server::worker::{Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -19,6 +19,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
+use pagestitch_kernel::Span;
 use pagestitch_kernel::fork::Maker;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
@@ -145,8 +146,8 @@ impl PoolBuilder {
         let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
             let home = if self.workers.is_none() { Some(homes[index]) } else { None };
-            let worker =
-                Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home).map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
+            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home)
+                .map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
             let named = thread::Builder::new().name(thread_name(&self.name, index));
             let thread = named.spawn(move || worker.run()).map_err(|error| {
                 let what = format!("cannot start worker {index} of {workers} (threads: ulimit -u)");
@@ -208,6 +209,8 @@ pub(super) struct Shared {
     pub(super) stop: EventFd,
     pub(super) bell: EventFd,
     handed: (Sender<Handed>, Receiver<Handed>),
+    /// What is filled when there are no faults, by workers that are awake.
+    pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
     epolls: Vec<Arc<Epoll>>,
     /// By the descriptor of their uffd, which is what epoll reports.
     regions: RwLock<Regions>,
@@ -232,7 +235,8 @@ impl Shared {
             Ok(Arc::new(epoll))
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
-        Ok(Self { stop, bell, handed: bounded(HANDED_MAX), epolls, regions: RwLock::default() })
+        let (handed, ahead) = (bounded(HANDED_MAX), bounded(AHEAD_MAX));
+        Ok(Self { stop, bell, handed, ahead, epolls, regions: RwLock::default() })
     }
 
     /// The region whose uffd is `fd`, if it is still served.
@@ -247,6 +251,14 @@ impl Shared {
 
     pub(super) fn take_handed(&self) -> Option<Handed> {
         self.handed.1.try_recv().ok()
+    }
+
+    /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
+    pub(super) fn remember(&self, region: &Arc<Served>, ahead: Option<Span>) {
+        if let Some(span) = ahead {
+            // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
+            let _ = self.ahead.0.try_send(Ahead::new(Arc::clone(region), span));
+        }
     }
 
     /// Wakes as many other workers as there are faults for them.
@@ -308,12 +320,12 @@ fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
 
 /// Threads inherit their signal mask when they are started. An application's signal handler that ran on a worker and
 /// touched a region would wait for that same worker.
-struct NoSignals {
+pub(super) struct NoSignals {
     before: Option<SigSet>,
 }
 
 impl NoSignals {
-    fn until_dropped() -> Self {
+    pub(super) fn until_dropped() -> Self {
         let mut blocked = SigSet::all();
         // What a thread does to itself is not blocked: the application may want a stack trace of it.
         for own in
@@ -356,6 +368,8 @@ fn thread_name(prefix: &str, index: usize) -> String {
 const DEFAULT_WORKERS_MAX: usize = 8;
 /// Faults that may wait for a worker: past it, who reads them serves them.
 const HANDED_MAX: usize = 1024;
+/// Spans that may wait to be filled ahead.
+const AHEAD_MAX: usize = 64;
 
 #[cfg(test)]
 mod tests {

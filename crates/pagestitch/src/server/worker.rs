@@ -1,6 +1,8 @@
 //! A worker: wakes up, reads a batch of events, serves the first fault itself and hands on the rest.
 //!
-//! The rest goes through a bounded channel, so that a slow source holds up one worker and not the region; with
+//! What is to be filled ahead waits until there is no fault to serve, and goes block by block to whoever is free.
+//!
+//! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; with
 //! nobody free, the worker comes back for it. A worker allocates nothing between wake-up and wake-up, and never
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
@@ -13,7 +15,6 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
 use pagestitch_kernel::{Batch, Page, Span};
-use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -26,7 +27,7 @@ pub(super) struct Handed {
 
 /// Pages to be filled before anybody asks for them.
 #[derive(Debug)]
-struct Ahead {
+pub(super) struct Ahead {
     region: Arc<Served>,
     span: Span,
 }
@@ -39,15 +40,25 @@ pub(super) struct Worker {
     home: Option<usize>,
     batch: Batch,
     buffers: Buffers,
-    /// What is filled when there is no fault to serve, a block at a time.
-    ahead: VecDeque<Ahead>,
     served: u64,
+}
+
+impl Ahead {
+    pub(super) const fn new(region: Arc<Served>, span: Span) -> Self {
+        Self { region, span }
+    }
 }
 
 impl Worker {
     pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>, home: Option<usize>) -> Result<Self, Errno> {
-        let (batch, ahead) = (Batch::with_capacity(BATCH), VecDeque::with_capacity(AHEAD_MAX));
-        Ok(Self { shared, ready, home, batch, buffers: Buffers::new()?, ahead, served: 0 })
+        Ok(Self {
+            shared,
+            ready,
+            home,
+            batch: Batch::with_capacity(BATCH),
+            buffers: Buffers::new()?,
+            served: 0,
+        })
     }
 
     /// Works until the pool stops; says how many faults it has served.
@@ -57,7 +68,8 @@ impl Worker {
         let mut ready = [EpollEvent::empty(); READY];
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
-            let wait = if self.ahead.is_empty() { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+            let idle = self.shared.ahead.1.is_empty();
+            let wait = if idle { EpollTimeout::NONE } else { EpollTimeout::ZERO };
             let count = match self.ready.wait(&mut ready, wait) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
@@ -110,7 +122,7 @@ impl Worker {
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
         let ahead = serve(region, first, buffers);
-        self.remember(region, ahead);
+        self.shared.remember(region, ahead);
     }
 
     fn serve_handed(&mut self) {
@@ -119,27 +131,17 @@ impl Worker {
             let Some(_visit) = region.enter() else { continue };
             self.served += 1;
             let ahead = serve(&region, page, &mut self.buffers);
-            self.remember(&region, ahead);
+            self.shared.remember(&region, ahead);
         }
     }
 
-    /// Fills ahead later, here: to wake another worker for it was measured to be slower.
-    fn remember(&mut self, region: &Arc<Served>, ahead: Option<Span>) {
-        let Some(span) = ahead else { return };
-        if self.ahead.len() == AHEAD_MAX {
-            // More than can be kept up with: the oldest is least likely to be in time.
-            self.ahead.pop_front();
-        }
-        self.ahead.push_back(Ahead { region: Arc::clone(region), span });
-    }
-
-    /// Fills one block of what is to be filled ahead.
+    /// Fills one block of what is to be filled ahead. What is left of it is there for whoever is free first.
     fn fill_ahead(&mut self) {
-        let Some(Ahead { region, span }) = self.ahead.pop_front() else { return };
-        let rest = region.enter().and_then(|_visit| fill_ahead(&region, span, &mut self.buffers));
-        if let Some(span) = rest {
-            self.ahead.push_front(Ahead { region, span });
-        }
+        let Ok(Ahead { region, span }) = self.shared.ahead.1.try_recv() else { return };
+        let Some(_visit) = region.enter() else { return };
+        let (now, later) = region.first_block(span);
+        self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
+        fill_ahead(&region, now, &mut self.buffers);
     }
 }
 
@@ -157,7 +159,5 @@ impl Drop for AbortOnPanic {
 
 /// Events read at once.
 const BATCH: usize = 64;
-/// Spans that wait to be filled ahead.
-const AHEAD_MAX: usize = 64;
 /// Descriptors looked at after one wake-up.
 const READY: usize = 16;

@@ -1,0 +1,160 @@
+//! Whole blocks of 2 MiB: filled in a huge page and moved in, in whatever way they come to be wanted, and never wrong.
+
+use crate::donated::huge_kib;
+use crate::{let_go, pattern, touch, until};
+use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_testkit::child;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::sync::Arc;
+
+const PAGE: usize = 4096;
+const BLOCK: usize = 2 << 20;
+const BLOCK_PAGES: u64 = 512;
+
+/// A region of bytes in many small chunks, so that most pages are met by several.
+fn stitched(bytes: &[u8]) -> Region {
+    let chunks = bytes.chunks(10_007).map(<[u8]>::to_vec);
+    Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap()
+}
+
+/// Whether this machine has what moving blocks takes; says so where it does not.
+fn staged(region: &Region) -> bool {
+    region.plan().staged().inspect_err(|why| println!("SKIPPED in part: {why}")).is_ok()
+}
+
+#[test]
+fn a_whole_block_moves_in_as_a_huge_page() {
+    let bytes = pattern(1, 4 * BLOCK + 5000);
+    let region = stitched(&bytes);
+    region.populate(..).unwrap();
+    assert!(region.as_slice() == bytes);
+    if staged(&region) {
+        assert_eq!(region.metrics().pages_staged, 4 * BLOCK_PAGES);
+        assert!(region.plan().to_string().contains("filled in a huge page and moved in"));
+        // A machine may have none left, but not here and now.
+        assert!(huge_kib(region.as_slice()) > 0, "moved as small pages");
+    }
+    assert_eq!(region.close().pages_installed(), 4 * BLOCK_PAGES + 2);
+}
+
+#[test]
+fn a_reader_has_whole_blocks_filled_ahead() {
+    let bytes = pattern(2, 16 * BLOCK);
+    let region = stitched(&bytes);
+    assert!(region.as_slice() == bytes);
+    let staged = staged(&region);
+    let seen = region.close();
+    assert!(!staged || seen.pages_staged > 8 * BLOCK_PAGES, "{seen:?}");
+}
+
+#[test]
+fn a_dense_block_is_filled_whatever_the_order() {
+    let bytes = pattern(3, 4 * BLOCK);
+    let region = stitched(&bytes);
+    // Every page of one block, in an order that no reader has, and one page of another.
+    assert_eq!(region.as_slice()[3 * BLOCK], bytes[3 * BLOCK]);
+    let staged = staged(&region);
+    for page in (0..512).map(|i| BLOCK + i * 201 % 512 * PAGE) {
+        assert_eq!(region.as_slice()[page], bytes[page]);
+    }
+    if staged {
+        until(|| region.metrics().pages_installed() == BLOCK_PAGES + 1);
+        assert!(region.metrics().faults < 300, "{:?}", region.metrics());
+    }
+    assert!(region.as_slice()[BLOCK..2 * BLOCK] == bytes[BLOCK..2 * BLOCK]);
+}
+
+#[test]
+fn what_was_written_is_kept_when_its_block_is_filled() {
+    let bytes = pattern(4, 2 * BLOCK);
+    let chunks = bytes.chunks(10_007).map(<[u8]>::to_vec);
+    let mut region = Region::builder().chunks(chunks).writable().build(&Pool::new().unwrap()).unwrap();
+    let written = region.as_mut_slice().unwrap();
+    for page in (0..512).map(|i| i * 201 % 512 * PAGE) {
+        written[page] = 0;
+    }
+    region.populate(..).unwrap();
+    let expected = |i: usize| if i < BLOCK && i % PAGE == 0 { 0 } else { bytes[i] };
+    assert!(region.as_slice().iter().enumerate().all(|(i, &byte)| byte == expected(i)));
+}
+
+#[test]
+fn holes_in_a_block_take_no_memory() {
+    let region = Region::builder()
+        .chunk(vec![1u8; PAGE])
+        .chunk(Chunk::hole((2 * BLOCK - 2 * PAGE) as u64))
+        .chunk(vec![2u8; PAGE])
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    region.populate(..).unwrap();
+    let seen = region.close();
+    assert_eq!((seen.pages_copied, seen.pages_zeroed, seen.pages_staged), (2, 2 * BLOCK_PAGES - 2, 0));
+}
+
+#[test]
+fn a_page_that_fails_is_the_only_one_lost_of_its_block() {
+    let bad = (BLOCK + 7 * PAGE) as u64;
+    let source = Arc::new(Scripted::new(3 * BLOCK as u64).failing(bad..bad + 1));
+    let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+    let error = region.populate(..).unwrap_err().to_string();
+    assert!(error.contains("chunk 0 (scripted)") && error.contains("scripted to fail"), "{error}");
+    for page in (0..3 * 512).filter(|page| *page != 512 + 7) {
+        assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
+    }
+    assert_eq!(region.close().pages_poisoned, 1);
+}
+
+#[test]
+fn many_threads_populate_and_what_comes_before_a_failure_is_filled() {
+    let (blocks, bad) = (40, (30 * BLOCK + 5) as u64);
+    let source = Arc::new(Scripted::new((blocks * BLOCK) as u64).failing(bad..bad + 1));
+    let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+    region.populate(..).unwrap_err();
+    let before = region.metrics().faults;
+    for page in 0..30 * 512 {
+        assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
+    }
+    assert_eq!(region.metrics().faults, before, "all pages before it were there");
+}
+
+#[test]
+fn a_block_that_was_let_go_is_filled_again() {
+    let bytes = pattern(5, 3 * BLOCK);
+    let region = stitched(&bytes);
+    for _ in 0..3 {
+        region.populate(..).unwrap();
+        let_go(region.as_ptr().addr().get() + BLOCK / 2, BLOCK);
+        assert!(region.as_slice() == bytes);
+    }
+}
+
+#[test]
+fn readahead_none_fills_no_more_than_was_asked_for() {
+    let builder = Region::builder().chunk(pattern(6, 2 * BLOCK)).readahead(Readahead::None);
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    let touched = (0..200).map(|i| i * 201 % 512 * PAGE);
+    assert!(touched.map(|page| region.as_slice()[page]).all(|byte| byte != 0));
+    assert_eq!(region.close().pages_installed(), 200);
+}
+
+#[test]
+fn a_stray_write_to_a_guarded_region_is_stopped() {
+    let end = child::run("blocks::a_stray_write_to_a_guarded_region_is_stopped", || {
+        let bytes = pattern(7, 2 * BLOCK);
+        let region = Region::builder().chunk(bytes).guarded().build(&Pool::new().unwrap()).unwrap();
+        assert!(region.plan().to_string().contains("copied page by page: the region is guarded"));
+        region.populate(..).unwrap();
+        assert_eq!(region.metrics().pages_staged, 0);
+        assert_ne!(touch(region.as_ptr().addr().get()), 0);
+        stray_write(region.as_ptr().addr().get());
+        println!("written");
+    });
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
+    assert!(!end.said().contains("written"));
+}
+
+#[expect(unsafe_code, reason = "what an application may do wrong is part of what is tested")]
+fn stray_write(address: usize) {
+    // SAFETY: an address of a region, which is not to let this happen.
+    unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(0) }
+}
