@@ -74,7 +74,7 @@ fn what_was_written_is_kept_when_its_block_is_filled() {
         written[page] = 0;
     }
     region.populate(..).unwrap();
-    let expected = |i: usize| if i < BLOCK && i % PAGE == 0 { 0 } else { bytes[i] };
+    let expected = |i: usize| if i < BLOCK && i.is_multiple_of(PAGE) { 0 } else { bytes[i] };
     assert!(region.as_slice().iter().enumerate().all(|(i, &byte)| byte == expected(i)));
 }
 

@@ -5,6 +5,7 @@ mod conformance;
 mod contention;
 mod donated;
 mod failure;
+mod inline;
 mod journey;
 mod lazy;
 mod limits;

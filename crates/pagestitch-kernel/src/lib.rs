@@ -11,6 +11,7 @@
 //! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
 //! | [`shared`] | files, memfds and mappings that others may change |
 //! | [`pages`] | pages of private memory that can be given away |
+//! | [`sigbus`] | faults served by the thread that takes them, in a signal handler |
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
@@ -48,6 +49,7 @@ pub mod pages;
 pub mod physical;
 pub mod reservation;
 pub mod shared;
+pub mod sigbus;
 pub mod staging;
 pub mod support;
 pub mod uffd;

@@ -33,6 +33,8 @@ pub enum ErrorKind {
     OutOfRange,
     /// A byte would have to be copied, and the builder was told to refuse that.
     NotZeroCopy,
+    /// A chunk cannot be served by the thread that touches it.
+    NotInline,
     /// A chunk's bytes may be changed by others, and the region was to give out `&[u8]`.
     Shared,
     /// The pool still serves regions.

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::region::{Builder, Chunk, Region};
-use crate::server::Pool;
+use crate::server::Server;
 use crate::source::Memory;
 use pagestitch_kernel::lend::{self, LendScope};
 use std::marker::PhantomData;
@@ -102,8 +102,8 @@ impl<'scope> ScopedBuilder<'scope, '_> {
     /// # Errors
     ///
     /// As [`Builder::build`].
-    pub fn build(self, pool: &Pool) -> Result<ScopedRegion<'scope>, Error> {
-        Ok(ScopedRegion { region: self.builder.build(pool)?, scope: PhantomData })
+    pub fn build(self, server: impl Into<Server>) -> Result<ScopedRegion<'scope>, Error> {
+        Ok(ScopedRegion { region: self.builder.build(server)?, scope: PhantomData })
     }
 }
 

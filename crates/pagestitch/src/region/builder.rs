@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::policy::{Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::{Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion};
-use crate::server::Pool;
+use crate::server::Server;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
@@ -124,14 +124,14 @@ impl Builder {
         self
     }
 
-    /// Reserves the addresses and starts to serve them. Reads no source.
+    /// Reserves the addresses and starts to serve them: by a pool (`&pool`), or [inline](Server::Inline). Reads no source.
     ///
     /// # Errors
     ///
     /// The first chunk that is [bad](ErrorKind::BadChunk) or [too much](ErrorKind::TooLarge); no chunk at all; no
     /// [userfaultfd](ErrorKind::NoUserfaultfd); a [limit](ErrorKind::Resources) of the process; a chunk that others may
     /// [change](ErrorKind::Shared). Each names the thing and what to do.
-    pub fn build(self, pool: &Pool) -> Result<Region, Error> {
+    pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
         if let Ok(layout) = &self.layout
             && let Some(shared) = layout.first_shared()
         {
@@ -140,7 +140,7 @@ impl Builder {
                 format!("region {name}: others may change {shared}: build_shared() it, or seal or copy it");
             return Err(Error::new(ErrorKind::Shared, what));
         }
-        let (view, core) = self.make(pool)?;
+        let (view, core) = self.make(server.into())?;
         let view = view.into_stable().expect("only what others may change makes a view unstable");
         Ok(Region::new(view, core))
     }
@@ -151,12 +151,12 @@ impl Builder {
     /// # Errors
     ///
     /// As [`build`](Self::build); a file that cannot be shown as [`writable`](Self::writable).
-    pub fn build_shared(self, pool: &Pool) -> Result<SharedRegion, Error> {
-        let (view, core) = self.make(pool)?;
+    pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
+        let (view, core) = self.make(server.into())?;
         Ok(SharedRegion::new(view, core))
     }
 
-    fn make(self, pool: &Pool) -> Result<(View, Core), Error> {
+    fn make(self, server: Server) -> Result<(View, Core), Error> {
         let name = self.name.unwrap_or_else(|| UNNAMED.to_owned());
         let in_region = |error: Error| error.inside(&name);
         let mut layout = self.layout.map_err(in_region)?;
@@ -164,7 +164,7 @@ impl Builder {
         let limit = |what, errno| {
             Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
         };
-        let uffd = open(&name, &layout)?;
+        let uffd = open(&name, &layout, &server)?;
         let moves = layout.has_donated() && uffd.features().contains(Features::MOVE);
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
         let page = PageSize::system();
@@ -199,8 +199,8 @@ impl Builder {
             refuse_copies(&served)?;
         }
         served.counters.pages_in_place.add(served.in_place.pages());
-        let core = Core { served: Arc::new(served), pool: pool.clone() };
-        pool.add(&core.served)?;
+        let served = Arc::new(served);
+        let core = Core { server: server.attach(&served)?, served };
         tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
         Ok((view, core))
     }
@@ -251,13 +251,22 @@ fn refuse_copies(served: &Served) -> Result<(), Error> {
     }
 }
 
-fn open(name: &str, layout: &Layout) -> Result<Uffd, Error> {
-    let mut wanted = Features::EVENT_REMOVE | Features::THREAD_ID | Features::POISON | Features::MOVE;
+fn open(name: &str, layout: &Layout, server: &Server) -> Result<Uffd, Error> {
+    // Who asks for events and does not read them stops whoever lets go of pages.
+    let events = match server {
+        Server::Pool(_) => Features::EVENT_REMOVE | Features::THREAD_ID,
+        Server::Inline => Features::SIGBUS,
+    };
+    let mut wanted = events | Features::POISON | Features::MOVE;
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
     }
     let uffd = Uffd::open(wanted)
         .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
+    if matches!(server, Server::Inline) && !uffd.features().contains(Features::SIGBUS) {
+        let what = format!("region {name}: this kernel cannot serve faults inline (Linux 4.14): use a pool");
+        return Err(Error::new(ErrorKind::NotInline, what));
+    }
     if uffd.mode() == FaultMode::UserOnly {
         tracing::debug!(
             region = name,

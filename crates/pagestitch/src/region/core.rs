@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::metrics::Metrics;
 use crate::region::page_table::Wake;
 use crate::region::{Plan, Served};
-use crate::server::{Pool, populate};
+use crate::server::{Attached, populate};
 use pagestitch_kernel::{Page, Span};
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
@@ -12,8 +12,7 @@ use std::sync::Arc;
 /// A region without its bytes.
 pub(crate) struct Core {
     pub(super) served: Arc<Served>,
-    /// Keeps the workers running as long as there is a region to serve.
-    pub(super) pool: Pool,
+    pub(super) server: Attached,
 }
 
 impl Core {
@@ -32,7 +31,8 @@ impl Core {
     }
 
     pub(crate) fn serves_system_calls(&self) -> bool {
-        self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All
+        let all = self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All;
+        all && !self.server.is_inline()
     }
 
     pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
@@ -61,7 +61,7 @@ impl Core {
     }
 
     pub(crate) fn close(self) -> Metrics {
-        self.pool.remove(&self.served);
+        self.server.detach(&self.served);
         self.served.close();
         self.metrics()
     }
@@ -83,18 +83,18 @@ impl Core {
 
 /// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
 ///
-/// 1. stop intake: no worker looks at this uffd any more;
+/// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
 /// 2. join: wait for those that are at work for the region; no source is called from here on;
 /// 3. seal: the whole range becomes inaccessible;
 /// 4. wake: whoever waits tries again and meets the sealed range;
 /// 5. close the uffd and unmap, when the last `Arc` goes.
 impl Drop for Core {
     fn drop(&mut self) {
-        if !self.pool.is_of_this_process() {
+        if !self.server.is_of_this_process() {
             // A forked child: the range is not there, and what serves it belongs to the parent.
             return;
         }
-        self.pool.remove(&self.served);
+        self.server.detach(&self.served);
         self.served.close();
         tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
         if let Err(errno) = self.served.reservation.seal() {

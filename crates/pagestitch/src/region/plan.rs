@@ -68,7 +68,7 @@ impl fmt::Display for How {
 }
 
 impl Plan {
-    pub(super) fn of(served: &Served) -> Self {
+    pub(crate) fn of(served: &Served) -> Self {
         let layout = &served.layout;
         let mut runs: Vec<Run> = Vec::new();
         for chunk in 0..layout.chunks() {

@@ -81,7 +81,7 @@ pub(super) fn supply(
 }
 
 /// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
-fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
+pub(super) fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
     loop {
         match region.pages.claim(page, region) {
             Ok(claim) => return Some(claim),

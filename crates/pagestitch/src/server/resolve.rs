@@ -60,6 +60,21 @@ pub(super) fn install(region: &Served, claim: &mut Claim<'_>, mut filled: Filled
     Ok(())
 }
 
+/// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
+pub(super) fn install_inline(region: &Served, claim: &mut Claim<'_>, mut content: Content<'_>) -> bool {
+    let span = claim.span();
+    match put(region, span, &mut content, 0) {
+        Ok((Outcome::Done | Outcome::AlreadyThere, way)) => {
+            claim.settle(1, State::Present);
+            count(region, span, way);
+            true
+        }
+        // The thread touches it again, and the claim that is dropped lets it.
+        Ok((Outcome::Changing, _)) => true,
+        _ => false,
+    }
+}
+
 /// Has the kernel put content at a span, from the content's byte `done` on.
 fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
     let range = region.reservation.addresses(span);
@@ -100,7 +115,6 @@ fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Resu
             _ => Err(gone()),
         };
     }
-    tracing::trace!(region = region.name, page = span.first.0, "a donated page is copied: it cannot move");
     let outcome = match region.uffd.copy_donated(range, donated, offset) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
         outcome => outcome,
@@ -169,6 +183,11 @@ fn refusal(outcome: Outcome) -> io::Error {
 }
 
 fn tell(region: &Served, span: Span, way: Way) {
+    count(region, span, way);
+    tracing::trace!(region = region.name, page = span.first.0, pages = span.pages, ?way, "installed");
+}
+
+fn count(region: &Served, span: Span, way: Way) {
     let counters = &region.counters;
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
     let counter = match way {
@@ -184,5 +203,4 @@ fn tell(region: &Served, span: Span, way: Way) {
     if matches!(way, Way::Copied | Way::Read | Way::Gathered | Way::Staged) {
         counters.bytes_copied.add(bytes);
     }
-    tracing::trace!(region = region.name, page = span.first.0, pages, ?way, "installed");
 }

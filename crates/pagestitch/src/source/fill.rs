@@ -14,7 +14,7 @@ use super::memory::MemoryBytes;
 use super::{Backing, Source};
 use crate::region::{Layout, Served};
 use pagestitch_kernel::pages::Donated;
-use pagestitch_kernel::{Errno, PageSize, Span, Staging};
+use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::error::Error as StdError;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -133,6 +133,47 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
         into = later;
     }
     Some(())
+}
+
+/// Finds the bytes of one page without a lock, an allocation or a source's code: for the thread that has touched it, in a
+/// signal handler. `None` where that cannot be, and where a scope that lent memory has ended.
+pub(crate) fn fill_inline<'a>(region: &'a Served, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
+    let offsets = region.page_size().offsets(page.span());
+    let size = buffer.len();
+    if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
+        return Some(Content::Donated(donated, offset));
+    }
+    let piece = region.layout.piece_at(offsets.start, offsets.end);
+    if piece.bytes == size as u64 {
+        if let Backing::Hole(_) = piece.backing {
+            return Some(Content::Zero);
+        }
+        let start = piece.offset as usize;
+        return Some(Content::Straight(stable_bytes(piece.backing)?, start..start + size));
+    }
+    let mut filled = 0;
+    for piece in region.layout.pieces(offsets) {
+        let into = &mut buffer[filled..filled + piece.bytes as usize];
+        filled += into.len();
+        match piece.backing {
+            Backing::Hole(_) => into.fill(0),
+            backing => {
+                let start = piece.offset as usize;
+                into.copy_from_slice(&stable_bytes(backing)?[start..start + into.len()]);
+            }
+        }
+    }
+    buffer[filled..].fill(0);
+    Some(Content::Gathered(buffer))
+}
+
+/// Bytes at a stable address, of what has any.
+fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
+    match backing {
+        Backing::Memory(memory) => memory.bytes_if_lent(),
+        Backing::Memfd(memfd) => Some(MemoryBytes::Owned(memfd.sealed().as_ref())),
+        Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Read(_) => None,
+    }
 }
 
 /// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.

@@ -48,13 +48,16 @@ impl Memory {
 
     /// The bytes, for as long as the guard lives.
     pub(crate) fn bytes(&self) -> io::Result<MemoryBytes<'_>> {
+        self.bytes_if_lent().ok_or_else(|| {
+            io::Error::other("the scope that lent this memory has ended: drop the region inside the scope")
+        })
+    }
+
+    /// The same, without an error to allocate: `None` if the scope that lent them has ended.
+    pub(crate) fn bytes_if_lent(&self) -> Option<MemoryBytes<'_>> {
         match &self.bytes {
-            Stable::Owned(bytes) => Ok(MemoryBytes::Owned(bytes)),
-            Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent).ok_or_else(|| {
-                io::Error::other(
-                    "the scope that lent this memory has ended: drop the region inside the scope",
-                )
-            }),
+            Stable::Owned(bytes) => Some(MemoryBytes::Owned(bytes)),
+            Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent),
         }
     }
 

@@ -1,0 +1,74 @@
+//! Inline: the thread that touches a page fills it, in a signal handler. No other thread, no wake-up, no event.
+//!
+//! The same journey as in `fault`, a page at a time: claim, fill, resolve, settle, count. What runs here takes no lock,
+//! allocates nothing and calls no source's code, as whoever was interrupted may be in the middle of anything; hence only
+//! sources whose bytes lie at a stable address, or that are mapped.
+
+use crate::error::{Error, ErrorKind};
+use crate::region::page_table::State;
+use crate::region::{How, Plan, Run, Served};
+use crate::server::fault::claim;
+use crate::server::resolve::install_inline;
+use crate::source::fill_inline;
+use pagestitch_kernel::Page;
+use pagestitch_kernel::sigbus::{OnFault, Registration};
+use std::sync::Arc;
+use std::thread;
+
+/// Starts to serve a region so.
+pub(super) fn attach(region: &Arc<Served>) -> Result<Registration, Error> {
+    refuse_what_blocks(region)?;
+    let range = region.reservation.range();
+    Registration::new(range, Arc::new(Inline(Arc::clone(region)))).map_err(|errno| {
+        let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
+        Error::because(ErrorKind::Resources, what, errno)
+    })
+}
+
+fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
+    let refused =
+        |what: String| Err(Error::new(ErrorKind::NotInline, format!("region {}: {what}", region.name)));
+    if region.page_size().bytes() != PAGE {
+        return refused(format!(
+            "pages of {} are too large to gather on a stack: use a pool",
+            region.page_size()
+        ));
+    }
+    match Plan::of(region).runs().iter().find(|run| matches!(run.how, How::Read | How::Continue)) {
+        Some(Run { chunks, source, .. }) => refused(format!(
+            "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
+             into memory first",
+            chunks.start
+        )),
+        None => Ok(()),
+    }
+}
+
+struct Inline(Arc<Served>);
+
+impl OnFault for Inline {
+    fn serve(&self, address: usize) -> bool {
+        let region = self.0.as_ref();
+        // A region that is being dropped has no pages to give any more.
+        let Some(_visit) = region.enter() else { return false };
+        region.reservation.page_at(address).is_some_and(|page| serve(region, page))
+    }
+}
+
+/// Whether to touch the page again is worth it.
+fn serve(region: &Served, page: Page) -> bool {
+    if region.pages.state(page) == State::Poisoned {
+        return false;
+    }
+    region.counters.faults.add(1);
+    let Some(mut claim) = claim(region, page) else {
+        // It is there, or another thread is filling it.
+        thread::yield_now();
+        return true;
+    };
+    let mut buffer = [0; PAGE];
+    // What fails is absent again: this access is a signal, and `populate` will tell why.
+    fill_inline(region, page, &mut buffer).is_some_and(|content| install_inline(region, &mut claim, content))
+}
+
+const PAGE: usize = 4096;

@@ -1,0 +1,209 @@
+//! The thread that touches a page fills it itself: the same bytes, from many threads, with other handlers about, to the end.
+
+use crate::donated::pages_of;
+use crate::{let_go, pattern, touch, until};
+use pagestitch::source::{File, SharedFile, UnsealedMemfd};
+use pagestitch::{Chunk, ErrorKind, Pool, Region, Server};
+use pagestitch_testkit::child;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+const PAGE: usize = 4096;
+
+fn stitched(bytes: &[u8]) -> Region {
+    let chunks = bytes.chunks(1500).map(<[u8]>::to_vec);
+    Region::builder().chunks(chunks).build(Server::Inline).unwrap()
+}
+
+#[test]
+fn every_byte_is_right_and_no_thread_is_needed() {
+    let bytes = pattern(1, 300 * PAGE + 77);
+    let region = stitched(&bytes);
+    assert!(region.as_slice() == bytes);
+    let seen = region.close();
+    assert_eq!((seen.faults, seen.pages_installed(), seen.pages_ahead), (301, 301, 0));
+}
+
+#[test]
+fn every_sort_of_chunk_that_can_be_served_is() {
+    let memfd = pagestitch::source::UnsealedMemfd::create("inline", 2 * PAGE as u64).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(memfd.file(), &[5; 2 * PAGE], 0).unwrap();
+    let memfd = pagestitch::source::Memfd::from(memfd.seal().unwrap());
+    let donated = pattern(2, 3 * PAGE);
+    let region = Region::builder()
+        .chunk(Chunk::from(memfd.clone()))
+        .chunk(pages_of(&donated))
+        .chunk(vec![6u8; 100])
+        .chunk(Chunk::from(memfd).range(1..PAGE as u64))
+        .chunk(Chunk::hole(3 * PAGE as u64))
+        .chunk(vec![7u8; PAGE])
+        .build(Server::Inline)
+        .unwrap();
+    let mut expected = vec![5; 2 * PAGE];
+    expected.extend(donated);
+    expected.extend([6; 100]);
+    expected.extend([5; PAGE - 1]);
+    expected.extend([0; 3 * PAGE]);
+    expected.extend([7; PAGE]);
+    assert!(region.as_slice() == expected);
+}
+
+#[test]
+fn borrowed_memory_is_served_inline_too() {
+    let bytes = pattern(3, 10 * PAGE);
+    pagestitch::scope(|scope| {
+        let region = scope.region().borrow(&bytes).build(Server::Inline).unwrap();
+        assert!(region.as_slice() == bytes);
+    });
+}
+
+#[test]
+fn what_a_signal_handler_must_not_read_is_refused() {
+    let chunk = Chunk::from(File::open("/proc/self/exe").unwrap()).range(0..100);
+    let builder = Region::builder().name("fast").chunk(vec![1u8; 10]).chunk(chunk);
+    let error = builder.build(Server::Inline).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotInline);
+    let said = error.to_string();
+    assert!(said.starts_with("region fast: chunk 1 (") && said.contains("use a pool"), "{said}");
+}
+
+#[test]
+fn many_threads_fill_the_same_pages() {
+    let bytes = pattern(4, 2000 * PAGE);
+    let region = stitched(&bytes);
+    thread::scope(|scope| {
+        for reader in 0..8usize {
+            let (region, bytes) = (&region, &bytes);
+            scope.spawn(move || {
+                // Half of them from the other end.
+                for i in 0..2000 {
+                    let page = PAGE * if reader.is_multiple_of(2) { i } else { 1999 - i };
+                    assert!(region.as_slice()[page..page + PAGE] == bytes[page..page + PAGE]);
+                }
+            });
+        }
+    });
+    assert_eq!(region.close().pages_installed(), 2000);
+}
+
+#[test]
+fn regions_come_and_go_while_others_are_served() {
+    let bytes = pattern(5, 100 * PAGE);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                for _ in 0..100 {
+                    let region = stitched(&bytes[..20 * PAGE]);
+                    assert!(region.as_slice() == &bytes[..20 * PAGE]);
+                }
+                done.store(true, Ordering::SeqCst);
+            });
+        }
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                assert!(stitched(&bytes).as_slice() == bytes);
+            }
+        });
+    });
+}
+
+#[test]
+fn a_page_that_was_let_go_is_filled_again() {
+    let bytes = pattern(6, 50 * PAGE);
+    let region = stitched(&bytes);
+    for _ in 0..3 {
+        assert!(region.as_slice() == bytes);
+        let_go(region.as_ptr().addr().get() + 10 * PAGE, 20 * PAGE);
+    }
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn populate_and_a_writable_region_work_as_with_a_pool() {
+    let bytes = pattern(7, 1200 * PAGE);
+    let mut region = Region::builder().chunk(bytes.clone()).writable().build(Server::Inline).unwrap();
+    assert!(!region.serves_system_calls());
+    region.as_mut_slice().unwrap()[700 * PAGE] = 0;
+    region.populate(..).unwrap();
+    let before = region.metrics().faults;
+    assert_eq!(region.as_slice()[700 * PAGE], 0);
+    assert!(region.as_slice()[..700 * PAGE] == bytes[..700 * PAGE]);
+    assert_eq!(region.metrics().faults, before);
+}
+
+#[test]
+fn errno_is_as_it_was() {
+    let region = stitched(&pattern(8, 10 * PAGE));
+    nix::errno::Errno::set_raw(77);
+    std::hint::black_box(region.as_slice()[5 * PAGE]);
+    assert_eq!(nix::errno::Errno::last_raw(), 77);
+}
+
+#[test]
+fn a_handler_that_was_there_before_gets_what_is_not_ours() {
+    let end = child::run("inline::a_handler_that_was_there_before_gets_what_is_not_ours", || {
+        install_counting_handler();
+        let region = stitched(&pattern(9, 10 * PAGE));
+        assert_ne!(region.as_slice()[PAGE], 0);
+        assert_eq!(SEEN.load(Ordering::SeqCst), 0, "ours is not theirs");
+        nix::sys::signal::raise(nix::sys::signal::Signal::SIGBUS).unwrap();
+        assert_eq!(SEEN.load(Ordering::SeqCst), 1);
+        assert_ne!(region.as_slice()[2 * PAGE], 0, "and ours is still there");
+        assert_eq!(SEEN.load(Ordering::SeqCst), 1);
+    });
+    end.expect_pass();
+}
+
+static SEEN: AtomicU32 = AtomicU32::new(0);
+
+extern "C" fn count(_signal: i32) {
+    SEEN.fetch_add(1, Ordering::SeqCst);
+}
+
+#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+fn install_counting_handler() {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+    let action = SigAction::new(SigHandler::Handler(count), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler adds to an atomic.
+    unsafe { sigaction(Signal::SIGBUS, &action) }.unwrap();
+}
+
+#[test]
+fn a_bus_error_that_is_not_ours_still_ends_the_process() {
+    let end = child::run("inline::a_bus_error_that_is_not_ours_still_ends_the_process", || {
+        let region = stitched(&pattern(10, 10 * PAGE));
+        assert_ne!(region.as_slice()[PAGE], 0);
+        // Past the end of a file that was cut short.
+        let memfd = UnsealedMemfd::create("short", PAGE as u64).unwrap();
+        let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+        let shared = Region::builder().chunk(Arc::new(file)).build_shared(Server::Inline).unwrap();
+        memfd.file().set_len(0).unwrap();
+        println!("read {}", touch(shared.as_ptr().addr().get()));
+    });
+    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
+}
+
+#[test]
+fn a_dropped_region_is_a_signal_and_not_zeros() {
+    let end = child::run("inline::a_dropped_region_is_a_signal_and_not_zeros", || {
+        let region = stitched(&pattern(11, 10 * PAGE));
+        let address = region.as_ptr().addr().get();
+        drop(region);
+        println!("read {}", touch(address));
+    });
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
+}
+
+#[test]
+fn an_inline_region_and_a_pool_know_nothing_of_each_other() {
+    let bytes = pattern(12, 100 * PAGE);
+    let pool = Pool::new().unwrap();
+    let (inline, pooled) =
+        (Arc::new(stitched(&bytes)), Region::builder().chunk(bytes.clone()).build(&pool).unwrap());
+    assert!(inline.as_slice() == pooled.as_slice());
+    until(|| pooled.metrics().pages_installed() == 100);
+    assert_eq!(inline.metrics().pages_installed(), 100);
+}
