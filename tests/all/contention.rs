@@ -1,7 +1,7 @@
 //! Many threads at one page: it is read once, and everybody goes on.
 
 use crate::pattern;
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -52,4 +52,28 @@ fn eight_threads_in_step_over_the_same_pages_lose_nobody() {
         }
     });
     crate::until(|| region.metrics().pages_installed() == 500);
+}
+
+#[test]
+fn a_fault_wakes_one_of_the_workers_that_are_anywhere() {
+    const PAGES: usize = 2000;
+    let pool = Pool::builder().workers(4).placement(Placement::Anywhere).name("herd").start().unwrap();
+    let builder = Region::builder().chunk(vec![1u8; PAGES * 4096]).readahead(Readahead::None);
+    let region = builder.build(&pool).unwrap();
+    assert!(region.as_slice().iter().step_by(4096).all(|&byte| byte == 1));
+    // Each of them goes to sleep, and is woken, so often.
+    let slept: usize = threads_named("herd").iter().map(|status| sleeps(status)).sum();
+    assert!(slept < 2 * PAGES, "{slept} sleeps for {PAGES} faults");
+}
+
+/// `/proc/self/task/*/status` of threads of a pool.
+fn threads_named(pool: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let statuses = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+    statuses.filter(|status| status.starts_with(&format!("Name:\t{pool}/"))).collect()
+}
+
+fn sleeps(status: &str) -> usize {
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    line.unwrap().trim().parse().unwrap()
 }

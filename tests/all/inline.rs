@@ -2,7 +2,7 @@
 
 use crate::donated::pages_of;
 use crate::{let_go, pattern, touch, until};
-use pagestitch::source::{File, SharedFile, UnsealedMemfd};
+use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Pool, Region, Server};
 use pagestitch_testkit::child;
 use std::os::fd::OwnedFd;
@@ -28,9 +28,9 @@ fn every_byte_is_right_and_no_thread_is_needed() {
 
 #[test]
 fn every_sort_of_chunk_that_can_be_served_is() {
-    let memfd = pagestitch::source::UnsealedMemfd::create("inline", 2 * PAGE as u64).unwrap();
+    let memfd = UnsealedMemfd::create("inline", 2 * PAGE as u64).unwrap();
     std::os::unix::fs::FileExt::write_all_at(memfd.file(), &[5; 2 * PAGE], 0).unwrap();
-    let memfd = pagestitch::source::Memfd::from(memfd.seal().unwrap());
+    let memfd = Memfd::from(memfd.seal().unwrap());
     let donated = pattern(2, 3 * PAGE);
     let region = Region::builder()
         .chunk(Chunk::from(memfd.clone()))

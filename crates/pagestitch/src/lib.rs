@@ -67,7 +67,7 @@ pub use pagestitch_kernel::{Access, View};
 pub use policy::Readahead;
 pub use region::{Builder, Chunk, How, Plan, Region, Run, SharedRegion};
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
-pub use server::{Pool, PoolBuilder, Report, Server};
+pub use server::{Placement, Pool, PoolBuilder, Report, Server};
 pub use source::Source;
 
 /// The README's example is compiled and run with the doc tests.

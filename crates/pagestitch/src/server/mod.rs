@@ -3,6 +3,7 @@
 //! | file | step of a fault's journey |
 //! |---|---|
 //! | `pool` | the workers and what they share; regions come and go |
+//! | `placement` | where workers run |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `resolve` | tell the kernel, and read its answer |
@@ -11,11 +12,13 @@
 
 mod fault;
 mod inline;
+mod placement;
 mod pool;
 mod populate;
 mod resolve;
 mod worker;
 
+pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, Report};
 pub(crate) use populate::populate;
 

@@ -11,14 +11,13 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
+use crate::server::placement::{Placement, Places};
 use crate::server::worker::{Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
-use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use nix::unistd::Pid;
 use pagestitch_kernel::Span;
 use pagestitch_kernel::fork::Maker;
 use parking_lot::{Mutex, RwLock};
@@ -60,7 +59,7 @@ impl Pool {
 
     /// Starts to describe a pool.
     pub fn builder() -> PoolBuilder {
-        PoolBuilder { workers: None, name: String::from("pagestitch") }
+        PoolBuilder { workers: None, placement: Placement::Auto, name: String::from("pagestitch") }
     }
 
     /// How many workers it has.
@@ -105,17 +104,24 @@ impl fmt::Debug for Pool {
 #[must_use]
 pub struct PoolBuilder {
     workers: Option<usize>,
+    placement: Placement,
     name: String,
 }
 
 impl PoolBuilder {
-    /// How many threads serve faults. By default one for each CPU this process may use, each at home on its own, at
-    /// most eight: a fault is then served on the CPU where it happened, and nobody has to be woken on another.
+    /// How many threads serve faults. By default as many as the [placement](Self::placement) suggests: one for each CPU, at
+    /// most eight.
     ///
-    /// Ask for a number where sources are slow (as many can be waited for at once as there are workers), or where
-    /// the threads are to run wherever the scheduler puts them: workers that were asked for are not pinned.
+    /// Ask for a number where sources are slow: as many can be waited for at once as there are workers. By default they run
+    /// wherever the scheduler puts them then.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers);
+        self
+    }
+
+    /// Where they run. By default [`Placement::Auto`].
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
         self
     }
 
@@ -129,33 +135,26 @@ impl PoolBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for no workers; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
+    /// [`ErrorKind::BadOption`] for no workers, or a CPU that this process may not use; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
     pub fn start(self) -> Result<Pool, Error> {
-        let homes = homes();
-        let workers = self.workers.unwrap_or(homes.len());
-        if workers == 0 {
-            return Err(Error::new(
-                ErrorKind::BadOption,
-                "a pool needs at least one worker: ask for 1 or more",
-            ));
-        }
+        let places = Places::decide(self.workers, &self.placement)?;
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
-        let shared = Shared::new(workers).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+        let shared = Shared::new(&places).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
-            let home = if self.workers.is_none() { Some(homes[index]) } else { None };
-            let worker = Worker::new(Arc::clone(&handle.shared), Arc::clone(epoll), home)
+            let (shared, home) = (Arc::clone(&handle.shared), places.home(index));
+            let worker = Worker::new(shared, Arc::clone(epoll), home)
                 .map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
             let named = thread::Builder::new().name(thread_name(&self.name, index));
             let thread = named.spawn(move || worker.run()).map_err(|error| {
-                let what = format!("cannot start worker {index} of {workers} (threads: ulimit -u)");
+                let what = format!("cannot start worker {index} of {} (threads: ulimit -u)", places.workers);
                 Error::because(ErrorKind::Resources, what, error)
             })?;
             handle.threads.lock().push(thread);
         }
-        tracing::debug!(workers, pinned = self.workers.is_none(), "pool started");
+        tracing::debug!(?places, "pool started");
         Ok(Pool { handle: Arc::new(handle) })
     }
 }
@@ -212,6 +211,8 @@ pub(super) struct Shared {
     /// What is filled when there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
     epolls: Vec<Arc<Epoll>>,
+    /// How a fault wakes workers: all of them, or one.
+    wakes: EpollFlags,
     /// By the descriptor of their uffd, which is what epoll reports.
     regions: RwLock<Regions>,
 }
@@ -223,20 +224,23 @@ struct Regions {
 }
 
 impl Shared {
-    fn new(workers: usize) -> Result<Self, Errno> {
+    fn new(places: &Places) -> Result<Self, Errno> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let bell = EventFd::from_flags(flags)?;
-        let epolls = (0..workers).map(|_| {
+        let epolls = (0..places.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-            watch(&epoll, &stop)?;
-            watch(&epoll, &bell)?;
+            watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
+            watch(&epoll, &bell, EpollFlags::EPOLLIN)?;
             Ok(Arc::new(epoll))
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
         let (handed, ahead) = (bounded(HANDED_MAX), bounded(AHEAD_MAX));
-        Ok(Self { stop, bell, handed, ahead, epolls, regions: RwLock::default() })
+        // Who is at home on the CPU of a fault is to be woken; of those that are anywhere, one.
+        let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
+        let wakes = EpollFlags::EPOLLIN | one;
+        Ok(Self { stop, bell, handed, ahead, epolls, wakes, regions: RwLock::default() })
     }
 
     /// The region whose uffd is `fd`, if it is still served.
@@ -278,7 +282,7 @@ impl Shared {
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
-        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd)).map_err(|errno| {
+        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, self.wakes)).map_err(|errno| {
             Error::because(
                 ErrorKind::Resources,
                 format_args!("region {}: cannot watch it", region.name),
@@ -313,9 +317,9 @@ impl Shared {
     }
 }
 
-fn watch(epoll: &Epoll, fd: impl AsFd) -> Result<(), Errno> {
+fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(), Errno> {
     let token = fd.as_fd().as_raw_fd() as u64;
-    epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))
+    epoll.add(fd, EpollEvent::new(flags, token))
 }
 
 /// Threads inherit their signal mask when they are started. An application's signal handler that ran on a worker and
@@ -345,16 +349,6 @@ impl Drop for NoSignals {
     }
 }
 
-/// The CPUs that a pool by default has a worker on: those this process may use, as far as they make sense.
-fn homes() -> Vec<usize> {
-    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
-    let homes: Vec<_> = (0..CpuSet::count())
-        .filter(|&cpu| allowed.is_set(cpu) == Ok(true))
-        .take(DEFAULT_WORKERS_MAX)
-        .collect();
-    if homes.is_empty() { vec![0] } else { homes }
-}
-
 /// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
 fn thread_name(prefix: &str, index: usize) -> String {
     let suffix = format!("/{index}");
@@ -365,7 +359,6 @@ fn thread_name(prefix: &str, index: usize) -> String {
     format!("{}{suffix}", &prefix[..cut])
 }
 
-const DEFAULT_WORKERS_MAX: usize = 8;
 /// Faults that may wait for a worker: past it, who reads them serves them.
 const HANDED_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.
@@ -380,12 +373,6 @@ mod tests {
         assert_eq!(thread_name("pagestitch", 0), "pagestitch/0");
         assert_eq!(thread_name("a very long prefix", 123), "a very long/123");
         assert_eq!(thread_name("ééééééééé", 7), "éééééé/7");
-    }
-
-    #[test]
-    fn no_workers_is_refused() {
-        let error = Pool::builder().workers(0).start().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::BadOption);
     }
 
     #[test]

@@ -1,0 +1,133 @@
+//! Placement: where workers run, which decides most of what a fault costs.
+
+use crate::error::{Error, ErrorKind};
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+
+/// Where the workers of a pool run.
+///
+/// To wake a worker on another, idle CPU costs more than all the rest of a fault together; on the CPU of the fault it takes a
+/// switch of threads. No CPU time is spent on waiting, whichever it is: workers sleep, and do not spin.
+///
+/// | | workers | choose it |
+/// |---|---|---|
+/// | [`Auto`](Self::Auto) | per CPU up to eight CPUs, anywhere beyond, or if a number was asked for | unless you have measured |
+/// | [`PerCpu`](Self::PerCpu) | one at home on each CPU | when faults come from everywhere and have to be quick |
+/// | [`Cpus`](Self::Cpus) | one at home on each of these CPUs | when the touching threads are pinned: name their CPUs |
+/// | [`Anywhere`](Self::Anywhere) | wherever the scheduler puts them | when sources are slow, or CPUs are many |
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Placement {
+    /// What suits the machine. The default.
+    #[default]
+    Auto,
+    /// One worker at home on each CPU that the process may use. A fault wakes all of them, and is served by the first: the
+    /// one on its own CPU.
+    PerCpu,
+    /// One worker at home on each of these CPUs.
+    Cpus(Vec<usize>),
+    /// Wherever the scheduler puts them. A fault wakes one.
+    Anywhere,
+}
+
+/// How many workers, and where each is at home.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Places {
+    pub(super) workers: usize,
+    /// Worker `i` is at home on the `i`-th, and again from the start; none for anywhere.
+    homes: Vec<usize>,
+}
+
+impl Places {
+    /// What an asked-for number of workers and a placement come to, here.
+    pub(super) fn decide(workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
+        Self::on(&allowed(), workers, placement)
+    }
+
+    fn on(allowed: &[usize], workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
+        let homes = match placement {
+            Placement::Auto if workers.is_some() || allowed.len() > WORKERS_MAX => Vec::new(),
+            Placement::Auto | Placement::PerCpu => allowed.to_vec(),
+            Placement::Cpus(cpus) => {
+                refuse_others(allowed, cpus)?;
+                cpus.clone()
+            }
+            Placement::Anywhere => Vec::new(),
+        };
+        let by_default = if homes.is_empty() { allowed.len().min(WORKERS_MAX) } else { homes.len() };
+        match workers.unwrap_or(by_default) {
+            0 => Err(Error::new(ErrorKind::BadOption, "a pool needs at least one worker: ask for 1 or more")),
+            workers => Ok(Self { workers, homes }),
+        }
+    }
+
+    /// Whether workers are at home somewhere, and all of them are to be woken: the nearest is quickest.
+    pub(super) const fn pinned(&self) -> bool {
+        !self.homes.is_empty()
+    }
+
+    pub(super) fn home(&self, worker: usize) -> Option<usize> {
+        self.homes.get(worker.checked_rem(self.homes.len())?).copied()
+    }
+}
+
+fn refuse_others(allowed: &[usize], cpus: &[usize]) -> Result<(), Error> {
+    if cpus.is_empty() {
+        return Err(Error::new(ErrorKind::BadOption, "a pool on no CPU: name at least one"));
+    }
+    match cpus.iter().find(|cpu| !allowed.contains(cpu)) {
+        Some(cpu) => {
+            let what =
+                format!("CPU {cpu} is not one that this process may use: it has {allowed:?} (taskset -p)");
+            Err(Error::new(ErrorKind::BadOption, what))
+        }
+        None => Ok(()),
+    }
+}
+
+/// The CPUs that this process may use, or the first where that cannot be asked.
+fn allowed() -> Vec<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
+    let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
+    if cpus.is_empty() { vec![0] } else { cpus }
+}
+
+/// So many are enough for memory, and past it waking all of them for a fault costs more than it brings.
+const WORKERS_MAX: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on(cpus: usize, workers: Option<usize>, placement: &Placement) -> Result<Places, Error> {
+        Places::on(&(0..cpus).collect::<Vec<_>>(), workers, placement)
+    }
+
+    #[test]
+    fn by_default_there_is_one_at_home_on_each_of_few_cpus_and_a_few_anywhere_on_many() {
+        let places = on(2, None, &Placement::Auto).unwrap();
+        assert_eq!((places.workers, places.home(0), places.home(1)), (2, Some(0), Some(1)));
+        let places = on(64, None, &Placement::Auto).unwrap();
+        assert_eq!((places.workers, places.home(0), places.pinned()), (8, None, false));
+        let places = on(2, Some(5), &Placement::Auto).unwrap();
+        assert_eq!((places.workers, places.home(4)), (5, None));
+    }
+
+    #[test]
+    fn what_is_asked_for_is_done() {
+        assert_eq!(on(64, None, &Placement::PerCpu).unwrap().workers, 64);
+        let places = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
+        assert_eq!((places.home(0), places.home(1), places.home(2)), (Some(3), Some(1), Some(3)));
+        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), Places { workers: 4, homes: vec![] });
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        for (workers, placement) in
+            [(Some(0), Placement::Auto), (None, Placement::Cpus(vec![])), (None, Placement::Cpus(vec![0, 4]))]
+        {
+            let error = on(4, workers, &placement).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::BadOption, "{error}");
+        }
+    }
+}
