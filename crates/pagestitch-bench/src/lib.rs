@@ -1,48 +1,41 @@
 //! What a fault costs, measured against the plain ways in the same run.
 //!
-//! Ratios are what to keep of a measurement: rounds of all systems are interleaved, on warmed memory, and the
-//! medians of the rounds are compared. Absolute times belong to one machine at one moment.
+//! | module | what it is |
+//! |---|---|
+//! | [`workloads`] | what is measured: a list of cases for each, with their baselines |
+//! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
+//! | [`row`] | a result: one line of a table, one JSON object |
+//! | [`report`] | tables, a comparison with an earlier run, a page with curves |
+//! | [`touch`] | first touches, timed one by one |
+//!
+//! Ratios are what to keep of a measurement: in each round every case runs once, right after the others, on memory that was
+//! warmed, and the ratio of a case is the median of its ratios to the baseline *of the same round*. Absolute times belong
+//! to one machine at one moment.
 
-pub mod build;
-pub mod in_place;
-pub mod latency;
+pub mod environment;
 mod manual_page;
-pub mod scan;
+pub mod report;
+pub mod row;
+pub mod runner;
+mod systems;
 pub mod touch;
+pub mod workloads;
 
-use std::fmt;
-use std::fs;
-use std::time::Instant;
+use nix::time::{ClockId, clock_gettime};
+use std::time::{Duration, Instant};
 
-/// What a measurement was made on, for the head of a report.
-#[derive(Debug, Clone)]
-pub struct Environment {
-    kernel: String,
-    cpus: usize,
-    huge_pages: String,
-    load: String,
-}
-
-impl Environment {
-    /// Of this machine, now.
-    #[must_use]
-    pub fn current() -> Self {
-        let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        Self {
-            kernel: pagestitch::Support::current().kernel().to_owned(),
-            cpus: std::thread::available_parallelism().map_or(1, usize::from),
-            huge_pages: read("/sys/kernel/mm/transparent_hugepage/enabled"),
-            load: read("/proc/loadavg").split(' ').take(3).collect::<Vec<_>>().join(" "),
-        }
-    }
-}
-
-impl fmt::Display for Environment {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { kernel, cpus, huge_pages, load } = self;
-        let page = pagestitch::Support::current().page_size();
-        write!(f, "Linux {kernel}, {cpus} CPUs, pages of {page}, huge pages {huge_pages}, load {load}")
-    }
+/// Measures a workload and prints its table: what `cargo bench` runs. `--quick` among the arguments makes it a smoke run.
+///
+/// # Panics
+///
+/// If there is no such workload, or no userfaultfd.
+pub fn print(workload: &str) {
+    let quick = std::env::args().any(|argument| argument == "--quick");
+    let options = runner::Options { quick, ..runner::Options::default() };
+    let workload = workloads::ALL.iter().find(|known| known.name == workload).expect("a workload's name");
+    println!("{}", environment::Environment::current());
+    let measured = runner::run(workload, &options, &mut runner::Silent);
+    print!("{}", report::table::table(workload, &measured));
 }
 
 /// Touches as much memory as will be measured, and gives it back: a virtual machine's first use of a page of its
@@ -58,6 +51,12 @@ pub fn timed<T>(work: impl FnOnce() -> T) -> (u64, T) {
     let started = Instant::now();
     let result = work();
     (u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX), result)
+}
+
+/// The processor time of this process so far, all threads together.
+fn processor_time() -> Duration {
+    // A clock that every process has.
+    clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 
 /// The middle one of some figures.

@@ -1,5 +1,6 @@
 //! The baseline: the handler of the manual page, one thread that polls, reads and copies, on the `userfaultfd` crate.
 
+use crate::systems::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
@@ -17,8 +18,8 @@ pub(crate) struct ManualPage {
 }
 
 impl ManualPage {
-    /// Chunks are a whole number of pages long, all of them as many.
-    pub(crate) fn new(chunks: Vec<Arc<[u8]>>) -> Self {
+    /// Chunks are a whole number of pages long, all of them as many. The handler stays on a CPU, if one is named.
+    pub(crate) fn new(chunks: Vec<Arc<[u8]>>, cpu: Option<usize>) -> Self {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
         let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
@@ -27,7 +28,10 @@ impl ManualPage {
         uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
-        let handler = thread::spawn(move || handle(&uffd, &stopped, range.start(), &chunks));
+        let handler = thread::spawn(move || {
+            cpu.inspect(|&cpu| pin(cpu));
+            handle(&uffd, &stopped, range.start(), &chunks);
+        });
         let view = view.into_stable().expect("nothing is shown in it");
         Self { view, stop, handler: Some(handler) }
     }

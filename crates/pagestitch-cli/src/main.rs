@@ -2,6 +2,7 @@
 //!
 //! Exit status: 0 done; 1 it could not be done, and one line on standard error says why; 2 wrong arguments.
 
+mod bench;
 mod demo;
 mod output;
 mod part;
@@ -22,7 +23,7 @@ use tracing_subscriber::filter::LevelFilter;
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Print one JSON object instead of text
+    /// Print JSON instead of text: one object, or one a line for bench
     #[arg(long, global = true)]
     json: bool,
     /// Show what happens: regions and pools; twice, each page that is installed
@@ -38,6 +39,8 @@ enum Command {
     Probe,
     /// Show parts of files as one contiguous region; nothing is concatenated
     Stitch(stitch::Options),
+    /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options, json),
         Command::Probe => probe::run(json),
         Command::Stitch(options) => stitch::run(&options, json),
+        Command::Bench(options) => bench::run(&options, json),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -36,15 +36,26 @@ impl Pages {
     ///
     /// `EINVAL` for no bytes; the errno of `mmap(2)`: `ENOMEM`.
     pub fn new(bytes: usize) -> Result<Self, Errno> {
+        // Where there are no huge pages (EINVAL), they are small.
+        Self::advised(bytes, (bytes >= HUGE).then_some(MmapAdvise::MADV_HUGEPAGE))
+    }
+
+    /// The same, never in huge pages.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn small(bytes: usize) -> Result<Self, Errno> {
+        Self::advised(bytes, Some(MmapAdvise::MADV_NOHUGEPAGE))
+    }
+
+    fn advised(bytes: usize, advice: Option<MmapAdvise>) -> Result<Self, Errno> {
         let whole = PageSize::system().round_up(bytes as u64).and_then(|whole| usize::try_from(whole).ok());
         let whole = NonZeroUsize::new(whole.ok_or(Errno::ENOMEM)?).ok_or(Errno::EINVAL)?;
         let mapping = Mapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
         mapping.advise(MmapAdvise::MADV_DONTFORK)?;
-        if bytes >= HUGE {
-            // Where there are no huge pages (EINVAL), they are small.
-            let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
-        }
+        let _ = advice.map(|advice| mapping.advise(advice));
         let words = whole.get().div_ceil(PageSize::system().bytes() * 64);
         let moved = Words::new(NonZeroUsize::new(words).expect("has a page"))?;
         Ok(Self { mapping, len: bytes, moved })

@@ -30,6 +30,12 @@ impl Core {
         layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start)
     }
 
+    pub(crate) fn chunk_at(&self, offset: u64) -> Option<usize> {
+        let layout = &self.served.layout;
+        let chunk = (offset < layout.total()).then(|| layout.locate(offset))?;
+        (!layout.is_padding(chunk)).then(|| layout.number_of(chunk))
+    }
+
     pub(crate) fn serves_system_calls(&self) -> bool {
         let all = self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All;
         all && !self.server.is_inline()

@@ -106,6 +106,13 @@ impl Region {
         self.core.offset_of(chunk)
     }
 
+    /// The chunk that holds the byte at `offset`, counted as [`offset_of`](Self::offset_of) does; `None` past the end and in
+    /// padding.
+    #[must_use]
+    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
+        self.core.chunk_at(offset)
+    }
+
     /// The bytes. Touching an absent page waits until it is filled; a page whose source fails is SIGBUS.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {

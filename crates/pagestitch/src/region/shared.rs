@@ -74,6 +74,12 @@ impl SharedRegion {
         self.core.offset_of(chunk)
     }
 
+    /// As [`Region::chunk_at`].
+    #[must_use]
+    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
+        self.core.chunk_at(offset)
+    }
+
     /// The address of the first byte. Valid until the region is dropped.
     #[must_use]
     pub fn as_ptr(&self) -> NonNull<u8> {

@@ -1,0 +1,41 @@
+//! What is computed on the way, without the kernel: to locate a byte, to be answered that a page is there, to plan.
+
+use divan::{Bencher, black_box};
+use pagestitch::{Chunk, Region, Server};
+
+fn main() {
+    if std::env::args().any(|argument| argument == "--quick") {
+        divan::Divan::default().sample_count(1).sample_size(1).run_benches();
+    } else {
+        divan::main();
+    }
+}
+
+/// A region of so many chunks of 1 to 97 bytes.
+fn region(chunks: usize) -> Region {
+    let chunk = |i: usize| Chunk::hole((i * 31 % 97 + 1) as u64);
+    Region::builder().chunks((0..chunks).map(chunk)).build(Server::Inline).expect("a region")
+}
+
+#[divan::bench(args = [1_000, 100_000, 1_000_000])]
+fn locate(bencher: Bencher<'_, '_>, chunks: usize) {
+    let region = region(chunks);
+    let mut random = fastrand::Rng::with_seed(1);
+    let offsets: Vec<u64> = (0..4096).map(|_| random.u64(..region.len() as u64)).collect();
+    let mut next = offsets.iter().cycle();
+    bencher.bench_local(|| region.chunk_at(black_box(*next.next().expect("endless"))));
+}
+
+/// A claim that is answered: it is there. With the question to the kernel whether that is so.
+#[divan::bench]
+fn claim_a_present_page(bencher: Bencher<'_, '_>) {
+    let region = region(1_000);
+    region.populate(..).expect("zeros");
+    bencher.bench_local(|| region.populate(black_box(4096..8192)));
+}
+
+#[divan::bench(args = [1_000, 100_000])]
+fn plan(bencher: Bencher<'_, '_>, chunks: usize) {
+    let region = region(chunks);
+    bencher.bench_local(|| black_box(region.plan()));
+}

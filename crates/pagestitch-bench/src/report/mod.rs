@@ -1,0 +1,6 @@
+//! Results for people.
+
+mod chart;
+pub mod compare;
+pub mod page;
+pub mod table;

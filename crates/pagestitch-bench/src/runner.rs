@@ -1,0 +1,210 @@
+//! Runs the cases of a workload in turn, round by round, and sums up.
+
+use crate::row::{Measured, Row};
+use crate::touch::histogram;
+use crate::workloads::Workload;
+use crate::{median, processor_time, timed};
+use hdrhistogram::Histogram;
+use std::time::Duration;
+
+/// How to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// In each, every case runs once.
+    pub rounds: usize,
+    /// Decides every order: of chunks, of touches.
+    pub seed: u64,
+    /// Small enough for a smoke run; the figures are worth little.
+    pub quick: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { rounds: 5, seed: 1, quick: false }
+    }
+}
+
+impl Options {
+    /// A size, or a much smaller one for a smoke run.
+    pub(crate) const fn size(&self, full: usize) -> usize {
+        if self.quick { full / 16 } else { full }
+    }
+}
+
+/// One system at one point of a workload.
+pub(crate) struct Case {
+    pub(crate) system: &'static str,
+    pub(crate) point: String,
+    pub(crate) threads: usize,
+    pub(crate) chunk_size: usize,
+    /// System and point of what it is compared with; the first is the one that matters.
+    pub(crate) baselines: Vec<(&'static str, String)>,
+    /// Runs it once; the number is another one for each round.
+    pub(crate) run: Box<dyn FnMut(u64) -> Sample>,
+}
+
+impl Case {
+    pub(crate) fn new(system: &'static str, run: impl FnMut(u64) -> Sample + 'static) -> Self {
+        let (point, baselines) = (String::new(), Vec::new());
+        Self { system, point, threads: 1, chunk_size: 0, baselines, run: Box::new(run) }
+    }
+
+    pub(crate) fn at(self, point: impl Into<String>) -> Self {
+        Self { point: point.into(), ..self }
+    }
+
+    /// To be compared with other systems at the same point, which has been set.
+    pub(crate) fn against(mut self, systems: &[&'static str]) -> Self {
+        self.baselines = systems.iter().map(|&system| (system, self.point.clone())).collect();
+        self
+    }
+
+    /// To be compared with the same system at another point.
+    pub(crate) fn against_point(mut self, point: impl Into<String>) -> Self {
+        self.baselines = vec![(self.system, point.into())];
+        self
+    }
+
+    pub(crate) fn chunks_of(self, chunk_size: usize) -> Self {
+        Self { chunk_size, ..self }
+    }
+
+    pub(crate) fn by(self, threads: usize) -> Self {
+        Self { threads, ..self }
+    }
+}
+
+/// What one run of a case came to.
+#[derive(Debug, Default)]
+pub(crate) struct Sample {
+    pub(crate) time: Duration,
+    pub(crate) processor: Duration,
+    pub(crate) pages: u64,
+    pub(crate) bytes: u64,
+    pub(crate) latencies: Option<Histogram<u64>>,
+    pub(crate) bytes_each: Option<f64>,
+}
+
+impl Sample {
+    /// Times `work`, which is about so many pages and bytes.
+    pub(crate) fn of<T>(pages: usize, bytes: usize, work: impl FnOnce() -> T) -> Self {
+        let before = processor_time();
+        let (ns, result) = timed(work);
+        let processor = processor_time() - before;
+        drop(result);
+        let (pages, bytes, time) = (pages as u64, bytes as u64, Duration::from_nanos(ns));
+        Self { time, processor, pages, bytes, ..Self::default() }
+    }
+
+    /// Times touches one by one, by `work`.
+    pub(crate) fn of_touches(bytes: usize, work: impl FnOnce() -> Histogram<u64>) -> Self {
+        let mut latencies = None;
+        let sample = Self::of(0, bytes, || latencies = Some(work()));
+        let pages = latencies.as_ref().map_or(0, Histogram::len);
+        Self { pages, latencies, ..sample }
+    }
+}
+
+/// Who is told how far a run has come, and may end it.
+pub trait Watcher {
+    /// A run of a case is about to begin, of so many. False ends the measurement after the rounds that are complete.
+    fn next(&mut self, done: usize, of: usize, what: &str) -> bool;
+}
+
+/// Nobody.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Watcher for Silent {
+    fn next(&mut self, _done: usize, _of: usize, _what: &str) -> bool {
+        true
+    }
+}
+
+/// Measures a workload. Fewer rounds, or none, if the watcher ends it.
+pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) -> Vec<Measured> {
+    let mut cases = (workload.cases)(options);
+    let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
+    let count = cases.len();
+    'rounds: for round in 0..options.rounds {
+        for turn in 0..count {
+            // Each round begins with another case: none is always the first after a pause.
+            let index = (turn + round) % count;
+            let what = format!("{} {} {}", workload.name, cases[index].system, cases[index].point);
+            if !watcher.next(round * count + turn, options.rounds * count, what.trim_end()) {
+                // Every case has as many rounds as the others.
+                samples.iter_mut().for_each(|samples| samples.truncate(round));
+                break 'rounds;
+            }
+            samples[index].push((cases[index].run)(options.seed + round as u64));
+        }
+    }
+    let complete = samples.iter().all(|samples| !samples.is_empty());
+    if complete {
+        (0..count).map(|index| sum_up(workload, &cases, &samples, index)).collect()
+    } else {
+        Vec::new()
+    }
+}
+
+fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: usize) -> Measured {
+    let (case, own) = (&cases[index], &samples[index]);
+    let seconds: Vec<f64> = own.iter().map(|sample| sample.time.as_secs_f64()).collect();
+    let (pages, bytes) = (own[0].pages, own[0].bytes);
+    let middle = median(seconds.clone());
+    let ratios: Vec<(String, f64)> = case
+        .baselines
+        .iter()
+        .filter_map(|(system, point)| {
+            let other = cases.iter().position(|other| other.system == *system && other.point == *point)?;
+            let of_rounds = own.iter().zip(&samples[other]).map(|(own, other)| cost(own) / cost(other));
+            let name = if *point == case.point { (*system).to_owned() } else { format!("{system} {point}") };
+            Some((name, median(of_rounds.collect())))
+        })
+        .collect();
+    let latencies = own.iter().filter_map(|sample| sample.latencies.as_ref()).fold(None, |all, one| {
+        let mut all: Histogram<u64> = all.unwrap_or_else(histogram);
+        all += one;
+        Some(all)
+    });
+    let at = |quantile: f64| latencies.as_ref().map(|latencies| latencies.value_at_quantile(quantile));
+    let cpu = median(own.iter().map(|sample| sample.processor.as_secs_f64()).collect());
+    // The most, as later rounds are built in what the allocator has kept of earlier ones.
+    let bytes_each = own.iter().filter_map(|sample| sample.bytes_each).max_by(f64::total_cmp);
+    let row = Row {
+        workload: workload.name.to_owned(),
+        system: case.system.to_owned(),
+        point: case.point.clone(),
+        page_size: pagestitch::Support::current().page_size().bytes(),
+        chunk_size: case.chunk_size,
+        threads: case.threads,
+        bytes,
+        pages,
+        rounds: own.len(),
+        seconds: middle,
+        seconds_min: seconds.iter().copied().fold(f64::MAX, f64::min),
+        seconds_max: seconds.iter().copied().fold(0.0, f64::max),
+        faults_per_s: pages as f64 / middle,
+        gib_per_s: bytes as f64 / f64::from(1 << 30) / middle,
+        cpu_ns_per_fault: cpu * 1e9 / pages.max(1) as f64,
+        p50_ns: latencies.is_some().then(|| median(own.iter().map(cost).collect()) as u64),
+        p90_ns: at(0.9),
+        p99_ns: at(0.99),
+        p999_ns: at(0.999),
+        max_ns: latencies.as_ref().map(Histogram::max),
+        bytes_each,
+        baseline: ratios.first().map(|(name, _)| name.clone()),
+        ratio: ratios.first().map(|(_, ratio)| *ratio),
+        ratios,
+    };
+    Measured { row, latencies }
+}
+
+/// What is compared: the median latency where touches were timed one by one, else the time.
+fn cost(sample: &Sample) -> f64 {
+    match &sample.latencies {
+        Some(latencies) => latencies.value_at_quantile(0.5) as f64,
+        // For each page, as points may differ in how many they have.
+        None => sample.time.as_secs_f64() / sample.pages.max(1) as f64,
+    }
+}

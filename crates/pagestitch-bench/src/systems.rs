@@ -1,0 +1,101 @@
+//! What is measured against each other: regions, eager copies, and the data that they all show.
+
+use crate::manual_page::ManualPage;
+use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
+use pagestitch::source::{Memory, Pages};
+use pagestitch::{Chunk, Readahead, Region, Server, Source};
+use std::hint::black_box;
+use std::sync::Arc;
+
+/// Chunks of 64 KiB in heap buffers, in an order that only the seed decides.
+pub(crate) struct Data {
+    pub(crate) chunks: Vec<Memory>,
+    plain: Vec<Arc<[u8]>>,
+}
+
+impl Data {
+    pub(crate) fn new(bytes: usize, seed: u64) -> Arc<Self> {
+        let mut plain: Vec<Arc<[u8]>> =
+            (0..(bytes / CHUNK).max(1)).map(|index| vec![index as u8 | 1; CHUNK].into()).collect();
+        fastrand::Rng::with_seed(seed).shuffle(&mut plain);
+        let chunks = plain.iter().map(|chunk| Memory::from(Arc::clone(chunk))).collect();
+        Arc::new(Self { chunks, plain })
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.chunks.len() * CHUNK
+    }
+
+    pub(crate) fn pages(&self) -> usize {
+        self.bytes() / PAGE
+    }
+
+    pub(crate) fn region(&self, readahead: Readahead, server: impl Into<Server>) -> Region {
+        let chunks = self.chunks.iter().map(|chunk| Chunk::from(chunk.clone()));
+        Region::builder().chunks(chunks).readahead(readahead).build(server).expect("a region")
+    }
+
+    /// All of it, copied at once into huge pages.
+    pub(crate) fn eager_huge(&self) -> Pages {
+        self.copy_into(Pages::new(self.bytes()).expect("memory"))
+    }
+
+    /// The same, into pages of the base size.
+    pub(crate) fn eager_small(&self) -> Pages {
+        self.copy_into(Pages::small(self.bytes()).expect("memory"))
+    }
+
+    fn copy_into(&self, mut pages: Pages) -> Pages {
+        for (chunk, into) in self.chunks.iter().zip(pages.chunks_mut(CHUNK)) {
+            chunk.read_at(0, into).expect("memory");
+        }
+        pages
+    }
+
+    /// Served by the handler of the manual page.
+    pub(crate) fn manual_page(&self, cpu: Option<usize>) -> ManualPage {
+        ManualPage::new(self.plain.clone(), cpu)
+    }
+}
+
+/// The sum of all words.
+pub(crate) fn sum(bytes: &[u8]) -> u64 {
+    let words = bytes.as_chunks::<8>().0.iter();
+    black_box(words.map(|word| u64::from_le_bytes(*word)).fold(0, u64::wrapping_add))
+}
+
+/// Reads a byte of each page, in order.
+pub(crate) fn touch_all(bytes: &[u8], offsets: &[usize]) -> u64 {
+    black_box(offsets.iter().map(|&offset| u64::from(bytes[offset])).sum())
+}
+
+/// Stays on the CPU that it runs on, until it is dropped.
+pub(crate) struct Pinned {
+    before: CpuSet,
+    pub(crate) cpu: usize,
+}
+
+impl Pinned {
+    pub(crate) fn here() -> Self {
+        let this = Pid::from_raw(0);
+        let (before, cpu) = (sched_getaffinity(this).expect("an affinity"), sched_getcpu().expect("a CPU"));
+        pin(cpu);
+        Self { before, cpu }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(Pid::from_raw(0), &self.before);
+    }
+}
+
+pub(crate) fn pin(cpu: usize) {
+    let mut only = CpuSet::new();
+    only.set(cpu).expect("a CPU that there is");
+    sched_setaffinity(Pid::from_raw(0), &only).expect("a CPU that this process may use");
+}
+
+pub(crate) const CHUNK: usize = 64 << 10;
+pub(crate) const PAGE: usize = 4096;

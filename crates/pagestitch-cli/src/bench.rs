@@ -1,0 +1,138 @@
+//! `pagestitch bench`: what a fault costs, against the plain ways in the same run.
+
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use indicatif::{ProgressBar, ProgressStyle};
+use pagestitch_bench::environment::Environment;
+use pagestitch_bench::report::{compare, page::page, table::table};
+use pagestitch_bench::row::{Measured, Row};
+use pagestitch_bench::runner::{self, Watcher};
+use pagestitch_bench::workloads::{self, Workload};
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{IsTerminal, Write, stderr, stdout};
+use std::path::{Path, PathBuf};
+use std::process::exit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// What to measure [default: all]
+    #[arg(value_name = "WORKLOAD", value_parser = PossibleValuesParser::new(workloads::ALL.iter().map(|known| known.name)))]
+    workloads: Vec<String>,
+    /// Rounds; in each, every system runs once, right after the others
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Decides the order of chunks and of touches
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Small: to see that it runs, not what comes out
+    #[arg(long)]
+    quick: bool,
+    /// Write a page with tables and curves, which needs nothing else
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// Compare with what an earlier run with --json has printed
+    #[arg(long, value_name = "FILE.json")]
+    compare: Option<PathBuf>,
+}
+
+pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+    pagestitch::Support::probe().features()?;
+    let earlier = options.compare.as_deref().map(read_earlier).transpose()?;
+    // What cannot be written is to be known before minutes of measuring.
+    let report = options.report.as_deref().map(create).transpose()?;
+    let measuring =
+        runner::Options { rounds: usize::from(options.rounds), seed: options.seed, quick: options.quick };
+    let environment = Environment::current();
+    if !as_json {
+        writeln!(stdout(), "{environment}")?;
+    }
+    let mut watcher = Bar::new()?;
+    let mut runs: Vec<(&Workload, Vec<Measured>)> = Vec::new();
+    for workload in workloads::ALL.iter().filter(|known| options.wants(known)) {
+        if watcher.ended() {
+            break;
+        }
+        let measured = runner::run(workload, &measuring, &mut watcher);
+        watcher.bar.finish_and_clear();
+        print(workload, &measured, as_json)?;
+        runs.push((workload, measured));
+    }
+    if let Some(earlier) = earlier {
+        let rows: Vec<Row> = runs.iter().flat_map(|(_, run)| run).map(|one| one.row.clone()).collect();
+        // Standard output may be the rows, for a machine.
+        let mut out: Box<dyn Write> = if as_json { Box::new(stderr()) } else { Box::new(stdout()) };
+        out.write_all(compare::table(&earlier, &rows).as_bytes())?;
+    }
+    if let Some((mut file, path)) = report {
+        let written = file.write_all(page(&environment, &runs)?.as_bytes());
+        written.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        writeln!(stderr(), "wrote {}", path.display())?;
+    }
+    Ok(())
+}
+
+impl Options {
+    fn wants(&self, workload: &Workload) -> bool {
+        self.workloads.is_empty() || self.workloads.iter().any(|name| name == workload.name)
+    }
+}
+
+fn read_earlier(path: &Path) -> Result<Vec<Row>, String> {
+    compare::read(path).map_err(|error| format!("cannot compare with {}: {error}", path.display()))
+}
+
+fn create(path: &Path) -> Result<(File, &Path), String> {
+    let file = fs::OpenOptions::new().create(true).write(true).truncate(true).open(path);
+    Ok((file.map_err(|error| format!("cannot write {}: {error}", path.display()))?, path))
+}
+
+fn print(workload: &Workload, measured: &[Measured], as_json: bool) -> Result<(), Box<dyn Error>> {
+    let mut out = stdout().lock();
+    if !as_json {
+        return Ok(write!(out, "{}", table(workload, measured))?);
+    }
+    for Measured { row, .. } in measured {
+        writeln!(out, "{}", serde_json::to_string(row)?)?;
+    }
+    Ok(())
+}
+
+/// A progress bar on a terminal, and Ctrl-C: once to end after what is complete, twice to end at once.
+struct Bar {
+    bar: ProgressBar,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Bar {
+    fn new() -> Result<Self, Box<dyn Error>> {
+        let interrupted = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&interrupted);
+        ctrlc::set_handler(move || {
+            if seen.swap(true, Ordering::Relaxed) {
+                exit(130);
+            }
+            let _ = writeln!(stderr(), "\nending with what is complete; again to end at once");
+        })?;
+        Ok(Self { bar: ProgressBar::hidden(), interrupted })
+    }
+
+    fn ended(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
+    }
+}
+
+impl Watcher for Bar {
+    fn next(&mut self, done: usize, of: usize, what: &str) -> bool {
+        if done == 0 && stderr().is_terminal() {
+            let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
+            self.bar =
+                ProgressBar::new(of as u64).with_style(style.expect("a template that indicatif takes"));
+        }
+        self.bar.set_position(done as u64);
+        self.bar.set_message(what.to_owned());
+        !self.ended()
+    }
+}
