@@ -1,6 +1,6 @@
 //! Many threads at one page: it is read once, and everybody goes on.
 
-use crate::pattern;
+use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::{Arc, Barrier};
@@ -51,7 +51,7 @@ fn eight_threads_in_step_over_the_same_pages_lose_nobody() {
             });
         }
     });
-    crate::until(|| region.metrics().pages_installed() == 500);
+    until(|| region.metrics().pages_installed() == 500);
 }
 
 #[test]
@@ -76,4 +76,33 @@ fn threads_named(pool: &str) -> Vec<String> {
 fn sleeps(status: &str) -> usize {
     let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
     line.unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn an_idle_pool_sleeps_without_a_timeout() {
+    let pool = Pool::builder().placement(Placement::PerCpu).name("idle").start().unwrap();
+    let region = Region::builder().chunk(vec![1u8; 4 << 20]).build(&pool).unwrap();
+    assert!(region.as_slice().iter().all(|&byte| byte == 1));
+    until(|| {
+        let calls = system_calls_of("idle");
+        calls.len() == pool.workers() && calls.iter().all(|call| waits_for_ever(call))
+    });
+}
+
+/// `/proc/self/task/*/syscall` of threads of a pool: a number, and its arguments.
+fn system_calls_of(pool: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
+    let ours = tasks.filter(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        name.starts_with(&format!("{pool}/"))
+    });
+    ours.filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok()).collect()
+}
+
+/// Whether it is an `epoll_wait` whose timeout, the fourth argument, is -1.
+fn waits_for_ever(call: &str) -> bool {
+    let mut words = call.split_whitespace();
+    let number: Option<i64> = words.next().and_then(|number| number.parse().ok());
+    let timeout = words.nth(3).and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    number == Some(nix::libc::SYS_epoll_wait) && timeout.is_some_and(|timeout| timeout as i32 == -1)
 }

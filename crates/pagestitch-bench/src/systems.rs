@@ -5,7 +5,9 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use pagestitch::source::{Memory, Pages};
 use pagestitch::{Chunk, Readahead, Region, Server, Source};
+use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::hint::black_box;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 /// Chunks of 64 KiB in heap buffers, in an order that only the seed decides.
@@ -57,6 +59,14 @@ impl Data {
     pub(crate) fn manual_page(&self, cpu: Option<usize>) -> ManualPage {
         ManualPage::new(self.plain.clone(), cpu)
     }
+}
+
+/// Addresses of ours that nobody serves: what a page of its own costs the kernel.
+pub(crate) fn zero_pages(pages: usize) -> (Arc<Reservation>, StableView) {
+    let page = PageSize::new(PAGE).expect("a power of two");
+    let pages = NonZeroUsize::new(pages).expect("some pages");
+    let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+    (reservation, view.into_stable().expect("nothing is shown in it"))
 }
 
 /// The sum of all words.

@@ -299,3 +299,41 @@ fn a_reader_that_leaves_early_is_no_error() {
     let output = Command::new("sh").args(["-c", &piped]).current_dir(directory.path()).output().unwrap();
     assert_eq!((output.stdout.len(), String::from_utf8_lossy(&output.stderr).as_ref()), (10, ""));
 }
+
+#[test]
+fn a_benchmark_prints_a_row_for_each_system_and_writes_a_page() {
+    let directory = TempDir::new().unwrap();
+    let arguments = ["bench", "latency", "populate", "--quick", "--rounds", "1"];
+    let said = out(&pagestitch(directory.path(), &arguments));
+    assert!(said.starts_with("Linux ") && said.contains("\npopulate: filling"), "{said}");
+    assert!(said.lines().any(|line| line.trim_start().starts_with("inline ")), "{said}");
+    let json =
+        out(&pagestitch(directory.path(), &[&arguments[..], &["--json", "--report", "r.html"]].concat()));
+    let rows: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.iter().filter(|row| row["workload"] == "populate").count(), 3);
+    let inline = rows.iter().find(|row| row["system"] == "inline").unwrap();
+    for field in ["p50_ns", "p99_ns", "max_ns", "ratio", "seconds", "faults_per_s", "cpu_ns_per_fault"] {
+        assert!(inline[field].as_f64().unwrap() > 0.0, "{field}: {inline}");
+    }
+    let page = fs::read_to_string(directory.path().join("r.html")).unwrap();
+    assert!(page.contains("<svg") && page.contains("<h2>latency</h2>"));
+    fs::write(directory.path().join("old.json"), json).unwrap();
+    let said = out(&pagestitch(directory.path(), &[&arguments[..], &["--compare", "old.json"]].concat()));
+    assert!(said.contains("compared with the earlier run"), "{said}");
+}
+
+#[test]
+fn what_is_wrong_with_a_benchmark_is_said_before_it_is_run() {
+    let directory = TempDir::new().unwrap();
+    fs::write(directory.path().join("bad.json"), "no rows\n").unwrap();
+    for (arguments, status, about) in [
+        (&["bench", "speed"][..], 2, "[possible values: build, latency,"),
+        (&["bench", "--rounds", "0"], 2, "--rounds"),
+        (&["bench", "--compare", "missing.json"], 1, "cannot compare with missing.json: No such file"),
+        (&["bench", "--compare", "bad.json"], 1, "bad.json: line 1 is no row of `pagestitch bench --json`"),
+        (&["bench", "--report", "no/where.html"], 1, "cannot write no/where.html: No such file"),
+    ] {
+        let said = complaint(&pagestitch(directory.path(), arguments), status);
+        assert!(said.contains(about), "{said}");
+    }
+}

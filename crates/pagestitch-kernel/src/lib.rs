@@ -14,6 +14,7 @@
 //! | [`sigbus`] | faults served by the thread that takes them, in a signal handler |
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
+//! | [`lanes`] | a value for each of a few threads, in cache lines of its own |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
@@ -41,6 +42,7 @@ mod copy;
 pub mod event;
 pub mod fork;
 pub mod gate;
+pub mod lanes;
 pub mod lend;
 mod mapping;
 pub mod memfd;

@@ -11,6 +11,7 @@
 //! hold. Since Linux 4.14. See `userfaultfd(2)`, `UFFD_FEATURE_SIGBUS`, and `signal-safety(7)`.
 
 use crate::fork::Maker;
+use crate::lanes::Lanes;
 use crate::page::AddressRange;
 use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
@@ -142,19 +143,20 @@ fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_voi
 
 /// What a handler sees: the ranges at one moment, kept as long as it looks at them.
 struct Visit {
-    epoch: usize,
+    visitors: &'static AtomicUsize,
 }
 
 impl Visit {
     fn enter() -> Self {
         loop {
             let epoch = EPOCH.load(Ordering::SeqCst);
-            VISITORS[epoch % 2].fetch_add(1, Ordering::SeqCst);
+            let visitors = VISITORS[epoch % 2].here();
+            visitors.fetch_add(1, Ordering::SeqCst);
+            let visit = Self { visitors };
             // Seen before the epoch ends: whoever ends it waits for us.
             if EPOCH.load(Ordering::SeqCst) == epoch {
-                return Self { epoch };
+                return visit;
             }
-            VISITORS[epoch % 2].fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -170,7 +172,7 @@ impl Visit {
 
 impl Drop for Visit {
     fn drop(&mut self) {
-        VISITORS[self.epoch % 2].fetch_sub(1, Ordering::SeqCst);
+        self.visitors.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -186,7 +188,7 @@ fn snapshot(_guard: &MutexGuard<'_, ()>) -> Vec<Entry> {
 fn publish(_guard: &MutexGuard<'_, ()>, ranges: Vec<Entry>) {
     let old = RANGES.swap(Box::into_raw(Box::new(ranges)), Ordering::SeqCst);
     let epoch = EPOCH.fetch_add(1, Ordering::SeqCst);
-    while VISITORS[epoch % 2].load(Ordering::SeqCst) > 0 {
+    while VISITORS[epoch % 2].iter().any(|visitors| visitors.load(Ordering::SeqCst) > 0) {
         // A handler does not block: it is a matter of microseconds.
         thread::yield_now();
     }
@@ -206,4 +208,4 @@ static WRITER: Mutex<()> = Mutex::new(());
 static RANGES: AtomicPtr<Vec<Entry>> = AtomicPtr::new(ptr::null_mut());
 static EPOCH: AtomicUsize = AtomicUsize::new(0);
 /// Handlers at work, by the parity of the epoch in which they began.
-static VISITORS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+static VISITORS: [Lanes<AtomicUsize>; 2] = [Lanes::zero(), Lanes::zero()];

@@ -1,5 +1,8 @@
 //! Tell: what has happened in a region, as numbers with one meaning each.
+//!
+//! Threads that count at the same time do so in different cache lines: which, their stacks decide.
 
+use pagestitch_kernel::lanes::Lanes;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! metrics {
@@ -10,16 +13,29 @@ macro_rules! metrics {
         #[non_exhaustive]
         pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
 
-        /// The numbers as they are counted.
+        /// The numbers as one thread counts them.
         #[derive(Debug, Default)]
-        pub(crate) struct Counters { $(pub(crate) $name: Counter,)* }
+        pub(crate) struct Counted { $(pub(crate) $name: Counter,)* }
 
         impl Counters {
             pub(crate) fn read(&self) -> Metrics {
-                Metrics { $($name: self.$name.0.load(Ordering::Relaxed),)* }
+                Metrics { $($name: self.lanes.iter().map(|counted| counted.$name.0.load(Ordering::Relaxed)).sum(),)* }
             }
         }
     };
+}
+
+/// The numbers as they are counted.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    lanes: Lanes<Counted>,
+}
+
+impl Counters {
+    /// Where the calling thread counts.
+    pub(crate) fn here(&self) -> &Counted {
+        self.lanes.here()
+    }
 }
 
 metrics! {

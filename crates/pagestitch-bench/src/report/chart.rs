@@ -53,6 +53,7 @@ impl Chart<'_> {
             .configure_mesh()
             .light_line_style(RGBColor(245, 245, 245))
             .bold_line_style(RGBColor(225, 225, 225))
+            .x_labels(8)
             .x_desc(self.x)
             .y_desc(self.y)
             .x_label_formatter(&|value| (self.x_label)(*value))
@@ -61,7 +62,13 @@ impl Chart<'_> {
             .draw()?;
         for ((name, points), color) in self.lines.iter().zip(COLORS.iter().cycle()) {
             let style = color.stroke_width(2);
-            let line = chart.draw_series(LineSeries::new(points.iter().copied(), style).point_size(2))?;
+            let line = chart.draw_series(
+                LineSeries::new(points.iter().copied(), style).point_size(if points.len() < 20 {
+                    2
+                } else {
+                    0
+                }),
+            )?;
             line.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
         }
         chart

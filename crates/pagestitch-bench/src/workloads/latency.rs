@@ -1,13 +1,11 @@
 //! The latency of a first touch.
 
 use crate::runner::{Case, Options, Sample};
-use crate::systems::{CHUNK, Data, PAGE, Pinned};
+use crate::systems::{CHUNK, Data, Pinned, zero_pages};
 use crate::touch::{first_touches, shuffled_pages};
 use crate::warm;
 use hdrhistogram::Histogram;
-use pagestitch::{Pool, Readahead, Server};
-use pagestitch_kernel::{Access, PageSize, Reservation};
-use std::num::NonZeroUsize;
+use pagestitch::{Placement, Pool, Readahead, Server};
 use std::sync::Arc;
 
 pub(super) fn cases(options: &Options) -> Vec<Case> {
@@ -24,6 +22,11 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     vec![
         case("inline", |data, touches| served(data, touches, Server::Inline)),
         case("pool, defaults", |data, touches| served(data, touches, &Pool::new().expect("a pool"))),
+        case("pool, same CPU", |data, touches| {
+            let pinned = Pinned::here();
+            let pool = Pool::builder().placement(Placement::Cpus(vec![pinned.cpu]));
+            served(data, touches, &pool.start().expect("a pool"))
+        }),
         case("pool of 1", |data, touches| {
             served(data, touches, &Pool::builder().workers(1).start().expect("a pool"))
         }),
@@ -32,19 +35,13 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             first_touches(data.manual_page(Some(pinned.cpu)).bytes(), touches)
         }),
         case("manual-page", |data, touches| first_touches(data.manual_page(None).bytes(), touches)),
-        case("kernel zero page", |data, touches| zero_pages(data.pages(), touches)),
+        case("kernel zero page", |data, touches| {
+            let (_reservation, view) = zero_pages(data.pages());
+            first_touches(view.as_slice(), touches)
+        }),
     ]
 }
 
 fn served(data: &Data, touches: &[usize], server: impl Into<Server>) -> Histogram<u64> {
     first_touches(data.region(Readahead::None, server).as_slice(), touches)
-}
-
-/// What the kernel takes for a page of its own: addresses of ours that nobody serves.
-fn zero_pages(pages: usize, touches: &[usize]) -> Histogram<u64> {
-    let page = PageSize::new(PAGE).expect("a power of two");
-    let pages = NonZeroUsize::new(pages).expect("some pages");
-    let (_reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
-    let view = view.into_stable().expect("nothing is shown in it");
-    first_touches(view.as_slice(), touches)
 }

@@ -41,6 +41,14 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         );
         case("mmap", Box::new(|sealed| Box::new(again(sealed))));
     }
+    cases
+}
+
+/// Many small chunks.
+pub(super) fn many(options: &Options) -> Vec<Case> {
+    let bytes = options.size(256 << 20);
+    let sealed = sealed(bytes);
+    let pool = Pool::new().expect("a pool");
     // As many as a process may have by default, but for what the program itself needs.
     let chunks = CHUNKS_MAX.min(bytes / PAGE);
     let memfd = Memfd::from(again(&sealed));
@@ -53,9 +61,10 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         })
     };
     let bare = move |_| Sample::of(chunks, chunks * PAGE, || map_bare(&sealed, chunks));
-    cases.push(Case::new("region", region).at("build").chunks_of(PAGE).against(&["mmap"]));
-    cases.push(Case::new("mmap", bare).at("build").chunks_of(PAGE).against(&["mmap"]));
-    cases
+    vec![
+        Case::new("region", region).chunks_of(PAGE).against(&["mmap"]),
+        Case::new("mmap", bare).chunks_of(PAGE).against(&["mmap"]),
+    ]
 }
 
 /// Maps a memfd anew.

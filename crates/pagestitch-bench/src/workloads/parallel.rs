@@ -1,10 +1,10 @@
 //! Several threads that touch at once.
 
 use crate::runner::{Case, Options, Sample};
-use crate::systems::{CHUNK, Data, touch_all};
+use crate::systems::{CHUNK, Data, PAGE, touch_all, zero_pages};
 use crate::touch::shuffled_pages;
 use crate::warm;
-use pagestitch::{Pool, Readahead, Region, Server};
+use pagestitch::{Pool, Readahead, Server};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -15,17 +15,16 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     let mut cases = Vec::new();
     for (system, server) in [("inline", Server::Inline), ("pool, defaults", Server::from(&pool))] {
         for pages in ["disjoint", "contended"] {
-            for threads in [1, 2, 4, 8] {
+            for threads in THREADS {
                 let (data, server) = (Arc::clone(&data), server.clone());
                 let run = move |seed| {
                     let touches = shuffled_pages(data.bytes(), seed);
                     let region = data.region(Readahead::None, server.clone());
-                    match pages {
-                        "disjoint" => {
-                            all_at_once(&region, touches.chunks(touches.len() / threads), data.pages())
-                        }
-                        _ => all_at_once(&region, (0..threads).map(|_| touches.as_slice()), data.pages()),
-                    }
+                    let lists = match pages {
+                        "disjoint" => disjoint(&touches, threads),
+                        _ => vec![touches.as_slice(); threads],
+                    };
+                    all_at_once(region.as_slice(), lists)
                 };
                 let case =
                     Case::new(system, run).at(format!("{threads} {pages}")).chunks_of(CHUNK).by(threads);
@@ -33,29 +32,41 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             }
         }
     }
+    // What the kernel itself makes of more threads, here.
+    for threads in THREADS {
+        let bytes = data.bytes();
+        let run = move |seed| {
+            let (_reservation, view) = zero_pages(bytes / PAGE);
+            let touches = shuffled_pages(bytes, seed);
+            all_at_once(view.as_slice(), disjoint(&touches, threads))
+        };
+        let case = Case::new("kernel zero page", run).at(format!("{threads} disjoint")).by(threads);
+        cases.push(case.against_point("1 disjoint"));
+    }
     cases
 }
 
+fn disjoint(touches: &[usize], threads: usize) -> Vec<&[usize]> {
+    touches.chunks(touches.len() / threads).collect()
+}
+
 /// Has a thread touch each list of offsets; says how long the last one took.
-fn all_at_once<'t>(
-    region: &Region,
-    lists: impl ExactSizeIterator<Item = &'t [usize]>,
-    pages: usize,
-) -> Sample {
+fn all_at_once(bytes: &[u8], lists: Vec<&[usize]>) -> Sample {
     let start = Barrier::new(lists.len() + 1);
     thread::scope(|scope| {
-        let threads: Vec<_> = lists
-            .map(|offsets| {
-                let (region, start) = (&region, &start);
-                scope.spawn(move || {
-                    start.wait();
-                    touch_all(region.as_slice(), offsets)
-                })
+        let touching = |offsets| {
+            let start = &start;
+            scope.spawn(move || {
+                start.wait();
+                touch_all(bytes, offsets)
             })
-            .collect();
-        Sample::of(pages, region.len(), || {
+        };
+        let threads: Vec<_> = lists.into_iter().map(touching).collect();
+        Sample::of(bytes.len() / PAGE, bytes.len(), || {
             start.wait();
             threads.into_iter().map(|thread| thread.join().expect("reads only")).sum::<u64>()
         })
     })
 }
+
+const THREADS: [usize; 4] = [1, 2, 4, 8];

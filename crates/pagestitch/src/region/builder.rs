@@ -198,7 +198,7 @@ impl Builder {
         if self.zero_copy {
             refuse_copies(&served)?;
         }
-        served.counters.pages_in_place.add(served.in_place.pages());
+        served.counters.here().pages_in_place.add(served.in_place.pages());
         let served = Arc::new(served);
         let core = Core { server: server.attach(&served)?, served };
         tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");

@@ -11,7 +11,7 @@ use std::time::Instant;
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
 pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Option<Span> {
-    region.counters.faults.add(1);
+    region.counters.here().faults.add(1);
     let started = Instant::now();
     let mut claim = claim(region, page)?;
     let wide = region.policy.widen(page);
@@ -22,7 +22,8 @@ pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Optio
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
     }
-    wide.ahead.or_else(|| region.policy.spent(page, nanoseconds(started)))
+    // A dense block is more than a reader's next pages in it.
+    region.policy.spent(page, nanoseconds(started)).or(wide.ahead)
 }
 
 /// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
@@ -54,7 +55,7 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usi
             let filled = fill(region, claim.span(), buffers).ok()?;
             let ahead = filled.pages;
             install(region, &mut claim, filled).ok()?;
-            region.counters.pages_ahead.add(ahead as u64);
+            region.counters.here().pages_ahead.add(ahead as u64);
             pages += ahead;
         }
     }
@@ -89,7 +90,7 @@ pub(super) fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
             Err(claimed) if claimed.is_claimed() && region.pages.want(page) => return None,
             Err(State::Filling | State::Wanted | State::Forgotten | State::Absent) => {}
             Err(State::Present) if region.is_resident(page) => {
-                region.counters.late.add(1);
+                region.counters.here().late.add(1);
                 region.wake(page.span());
                 return None;
             }

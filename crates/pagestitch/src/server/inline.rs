@@ -5,11 +5,11 @@
 //! sources whose bytes lie at a stable address, or that are mapped.
 
 use crate::error::{Error, ErrorKind};
-use crate::region::page_table::State;
+use crate::region::page_table::{Claim, State};
 use crate::region::{How, Plan, Run, Served};
 use crate::server::fault::claim;
 use crate::server::resolve::install_inline;
-use crate::source::fill_inline;
+use crate::source::{fill_inline, gather_inline};
 use pagestitch_kernel::Page;
 use pagestitch_kernel::sigbus::{OnFault, Registration};
 use std::sync::Arc;
@@ -49,8 +49,7 @@ struct Inline(Arc<Served>);
 impl OnFault for Inline {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
-        // A region that is being dropped has no pages to give any more.
-        let Some(_visit) = region.enter() else { return false };
+        // No visit: whoever takes the registration back waits for those that are here.
         region.reservation.page_at(address).is_some_and(|page| serve(region, page))
     }
 }
@@ -60,15 +59,24 @@ fn serve(region: &Served, page: Page) -> bool {
     if region.pages.state(page) == State::Poisoned {
         return false;
     }
-    region.counters.faults.add(1);
+    region.counters.here().faults.add(1);
     let Some(mut claim) = claim(region, page) else {
         // It is there, or another thread is filling it.
         thread::yield_now();
         return true;
     };
-    let mut buffer = [0; PAGE];
     // What fails is absent again: this access is a signal, and `populate` will tell why.
-    fill_inline(region, page, &mut buffer).is_some_and(|content| install_inline(region, &mut claim, content))
+    match fill_inline(region, page) {
+        Some(content) => install_inline(region, &mut claim, content),
+        None => gather(region, page, &mut claim),
+    }
+}
+
+/// Apart, so that only pages that chunks meet in need the room on the stack.
+#[inline(never)]
+fn gather(region: &Served, page: Page, claim: &mut Claim<'_>) -> bool {
+    let mut buffer = [0; PAGE];
+    gather_inline(region, page, &mut buffer).is_some_and(|content| install_inline(region, claim, content))
 }
 
 const PAGE: usize = 4096;

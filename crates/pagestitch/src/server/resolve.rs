@@ -48,7 +48,7 @@ pub(super) fn install(region: &Served, claim: &mut Claim<'_>, mut filled: Filled
                 1
             }
             Outcome::Changing => {
-                region.counters.retries.add(1);
+                region.counters.here().retries.add(1);
                 return Err(Stopped::Changing);
             }
             refused => return Err(fail(region, claim, failure(region, span, refusal(refused)))),
@@ -132,7 +132,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
         return stopped;
     }
     claim.settle(1, State::Poisoned);
-    region.counters.pages_poisoned.add(1);
+    region.counters.here().pages_poisoned.add(1);
     tracing::warn!(region = region.name, page = page.0, %failure, "page poisoned");
     Stopped::Failed(failure)
 }
@@ -188,7 +188,7 @@ fn tell(region: &Served, span: Span, way: Way) {
 }
 
 fn count(region: &Served, span: Span, way: Way) {
-    let counters = &region.counters;
+    let counters = region.counters.here();
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
     let counter = match way {
         Way::Copied => &counters.pages_copied,

@@ -136,23 +136,25 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
 }
 
 /// Finds the bytes of one page without a lock, an allocation or a source's code: for the thread that has touched it, in a
-/// signal handler. `None` where that cannot be, and where a scope that lent memory has ended.
-pub(crate) fn fill_inline<'a>(region: &'a Served, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
+/// signal handler. `None` where they are to be gathered.
+pub(crate) fn fill_inline(region: &Served, page: Page) -> Option<Content<'_>> {
     let offsets = region.page_size().offsets(page.span());
-    let size = buffer.len();
     if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
         return Some(Content::Donated(donated, offset));
     }
     let piece = region.layout.piece_at(offsets.start, offsets.end);
-    if piece.bytes == size as u64 {
-        if let Backing::Hole(_) = piece.backing {
-            return Some(Content::Zero);
-        }
-        let start = piece.offset as usize;
-        return Some(Content::Straight(stable_bytes(piece.backing)?, start..start + size));
+    let (start, size) = (piece.offset as usize, region.page_size().bytes());
+    match piece.backing {
+        _ if piece.bytes < size as u64 => None,
+        Backing::Hole(_) => Some(Content::Zero),
+        backing => Some(Content::Straight(stable_bytes(backing)?, start..start + size)),
     }
+}
+
+/// Puts a page together, likewise. `None` where a scope that lent memory has ended.
+pub(crate) fn gather_inline<'a>(region: &Served, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
     let mut filled = 0;
-    for piece in region.layout.pieces(offsets) {
+    for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
         let into = &mut buffer[filled..filled + piece.bytes as usize];
         filled += into.len();
         match piece.backing {

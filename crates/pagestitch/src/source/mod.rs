@@ -25,7 +25,7 @@ mod shared;
 pub(crate) use donated::gone;
 pub use file::File;
 pub use fill::Failure;
-pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline};
+pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline, gather_inline};
 pub use hole::Hole;
 pub use lazy::{FillMemfd, LazyMemfd};
 pub use memfd::Memfd;
