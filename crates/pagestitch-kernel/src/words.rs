@@ -2,7 +2,7 @@
 
 use crate::mapping::Mapping;
 use nix::errno::Errno;
-use nix::sys::mman::ProtFlags;
+use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -25,6 +25,8 @@ impl Words {
     pub fn new(len: NonZeroUsize) -> Result<Self, Errno> {
         let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
         let mapping = Mapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        // One word is not to cost two megabytes. Where there are no huge pages anyway: EINVAL.
+        let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
         Ok(Self { mapping, len: len.get() })
     }
 }

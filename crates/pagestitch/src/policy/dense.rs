@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub(crate) struct Dense {
     /// For each block: nanoseconds spent on faults in it.
     rents: Words,
-    /// What filling a block costs, in nanoseconds: an average that forgets.
+    /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been filled.
     price: AtomicU64,
     /// How many blocks have been touched, and how many of them were filled for it.
     touched: AtomicU64,
@@ -34,7 +34,7 @@ impl Dense {
         let blocks = NonZeroUsize::new(pages.div_ceil(block)).expect("a region has pages");
         Ok(Self {
             rents: Words::new(blocks)?,
-            price: AtomicU64::new(FIRST_PRICE),
+            price: AtomicU64::new(0),
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
             block,
@@ -50,7 +50,7 @@ impl Dense {
         if before == 0 {
             self.touched.fetch_add(1, Ordering::Relaxed);
         }
-        let threshold = self.threshold();
+        let threshold = self.threshold(rent);
         // Whoever takes it past the threshold has it filled; a block that was filled stays there.
         if before >= FILLED || before + rent < threshold {
             return None;
@@ -63,29 +63,94 @@ impl Dense {
         Some(Span { first: Page(first), pages: self.block.min(self.pages - first) })
     }
 
-    /// Takes note of what it has cost to fill a block.
-    pub(crate) fn filled_block(&self, ns: u64) {
-        let price = self.price.load(Ordering::Relaxed);
-        self.price.store(price - price / 8 + ns / 8, Ordering::Relaxed);
+    /// Takes note of what it has cost to fill so many pages of a block.
+    pub(crate) fn filled(&self, pages: usize, ns: u64) {
+        // Of a few pages, most is not the pages' cost.
+        if pages < self.block / 2 {
+            return;
+        }
+        let whole = (u128::from(ns) * self.block as u128 / pages as u128) as u64;
+        let before = self.price.load(Ordering::Relaxed);
+        let price = if before == 0 { whole } else { before - before / 8 + whole / 8 };
+        self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The rent at which a block is bought.
-    fn threshold(&self) -> u64 {
-        let price = self.price.load(Ordering::Relaxed);
+    /// The rent at which a block is bought, when a fault costs `rent`.
+    fn threshold(&self, rent: u64) -> u64 {
+        let price = match self.price.load(Ordering::Relaxed) {
+            0 => FIRST_PRICE * rent,
+            price => price,
+        };
         let touched = self.touched.load(Ordering::Relaxed);
         let filled = self.filled.load(Ordering::Relaxed).min(touched);
-        let sparse = touched - filled;
         // With few blocks seen, nothing is known.
-        (price as u128 * u128::from(sparse + UNKNOWN) / u128::from(touched + UNKNOWN)) as u64
+        let sparse = u128::from(touched - filled + UNKNOWN);
+        let threshold = u128::from(price) * sparse / u128::from(touched + UNKNOWN);
+        // A single fault says nothing of others.
+        (threshold as u64).max(2 * rent)
     }
 }
 
 /// What a fault costs beside our own work: the trap, the wake-up of a worker, and back. As measured where the worker is at
 /// home on the CPU of the fault.
 const WAKE_UP: u64 = 5_000;
-/// 512 pages of memory, until one has been measured.
-const FIRST_PRICE: u64 = 200_000;
+/// What filling a block of memory costs, in faults, as measured on one machine: until it is known here.
+const FIRST_PRICE: u64 = 24;
 /// Blocks that count as sparse before any was touched.
 const UNKNOWN: u64 = 8;
 /// Set in the rent of a block that was filled.
 const FILLED: u64 = 1 << 63;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: usize = 512;
+
+    fn dense() -> Dense {
+        Dense::new(100 * BLOCK + 7, BLOCK).unwrap()
+    }
+
+    /// How many faults of `ns` each it takes until a block is filled.
+    fn faults_until_filled(dense: &Dense, block: usize, ns: u64) -> usize {
+        1 + (0..BLOCK)
+            .position(|page| dense.spent(Page(block * BLOCK + page), ns).is_some())
+            .expect("it is filled")
+    }
+
+    #[test]
+    fn a_block_is_filled_once_when_its_faults_have_cost_as_much() {
+        let dense = dense();
+        dense.filled(BLOCK, 300_000);
+        assert_eq!(faults_until_filled(&dense, 3, 5_000), 30, "of 10 us each, with the wake-up");
+        assert!((0..BLOCK).all(|page| dense.spent(Page(3 * BLOCK + page), 5_000).is_none()));
+    }
+
+    #[test]
+    fn slow_sources_find_their_own_threshold() {
+        let dense = dense();
+        assert_eq!(faults_until_filled(&dense, 0, 10_000_000), FIRST_PRICE as usize, "nothing is known yet");
+        dense.filled(BLOCK / 2, 10_000_000);
+        assert_eq!(faults_until_filled(&dense, 1, 10_000_000), 2, "a block costs two reads");
+    }
+
+    #[test]
+    fn the_others_are_filled_sooner_when_many_were() {
+        let dense = dense();
+        dense.filled(BLOCK, 300_000);
+        let faults: Vec<_> = (0..50).map(|block| faults_until_filled(&dense, block, 5_000)).collect();
+        assert!(faults.is_sorted_by(|earlier, later| later <= earlier), "{faults:?}");
+        assert!(faults[49] < faults[0] / 3, "{faults:?}");
+    }
+
+    #[test]
+    fn sparse_blocks_stay_sparse_and_the_last_one_ends_with_the_region() {
+        let dense = dense();
+        dense.filled(BLOCK, 300_000);
+        for block in 0..100 {
+            assert!((0..10).all(|page| dense.spent(Page(block * BLOCK + 40 * page), 5_000).is_none()));
+        }
+        let last = (0..500).find_map(|_| dense.spent(Page(100 * BLOCK + 3), 5_000)).unwrap();
+        assert_eq!(last, Span { first: Page(100 * BLOCK), pages: 7 });
+    }
+}

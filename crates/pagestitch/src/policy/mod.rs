@@ -59,10 +59,10 @@ impl Policy {
         self.dense.as_ref()?.spent(page, ns)
     }
 
-    /// Takes note of what it has cost to fill a whole block.
-    pub(crate) fn filled_block(&self, ns: u64) {
+    /// Takes note of what it has cost to fill so many pages of a block.
+    pub(crate) fn filled(&self, pages: usize, ns: u64) {
         if let Some(dense) = &self.dense {
-            dense.filled_block(ns);
+            dense.filled(pages, ns);
         }
     }
 }

@@ -30,8 +30,8 @@ pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Optio
 /// nobody's yet, and asked for again when it is touched.
 pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) {
     let started = Instant::now();
-    if fill_absent(region, span, buffers) == Some(BLOCK_PAGES) {
-        region.policy.filled_block(nanoseconds(started));
+    if let Some(pages) = fill_absent(region, span, buffers) {
+        region.policy.filled(pages, nanoseconds(started));
     }
 }
 
