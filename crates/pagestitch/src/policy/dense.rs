@@ -3,7 +3,7 @@
 //! That is the ski-rental rule: who rents until the rent has reached the price, and then buys, never pays more than
 //! twice what the best decision in hindsight would have cost. Here the rent is what the faults of a block have cost, and
 //! the price what filling a block has cost lately; both are measured, so that slow sources and fast memory each find
-//! their own threshold.
+//! their own threshold. Where there is more than one CPU the price is half of that: a worker fills, and who touches runs on.
 //!
 //! A region learns from its blocks: the larger the share of touched blocks that came to be filled, the sooner the others
 //! are.
@@ -13,6 +13,7 @@ use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 
 /// What the blocks of a region have cost so far.
 #[derive(Debug)]
@@ -27,6 +28,8 @@ pub(crate) struct Dense {
     /// Pages in a block, and in the region.
     block: usize,
     pages: usize,
+    /// What part of the cost of filling is at the expense of who touches.
+    share: u64,
 }
 
 impl Dense {
@@ -39,6 +42,7 @@ impl Dense {
             filled: AtomicU64::new(0),
             block,
             pages,
+            share: if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) { 2 } else { 1 },
         })
     }
 
@@ -79,7 +83,7 @@ impl Dense {
     fn threshold(&self, rent: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
             0 => FIRST_PRICE * rent,
-            price => price,
+            price => price / self.share,
         };
         let touched = self.touched.load(Ordering::Relaxed);
         let filled = self.filled.load(Ordering::Relaxed).min(touched);
@@ -108,7 +112,7 @@ mod tests {
     const BLOCK: usize = 512;
 
     fn dense() -> Dense {
-        Dense::new(100 * BLOCK + 7, BLOCK).unwrap()
+        Dense { share: 1, ..Dense::new(100 * BLOCK + 7, BLOCK).unwrap() }
     }
 
     /// How many faults of `ns` each it takes until a block is filled.

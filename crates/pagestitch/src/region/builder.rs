@@ -173,6 +173,7 @@ impl Builder {
             Access::ReadOnly if self.guarded => {
                 Err("the region is guarded: pages move only between writable mappings")
             }
+            _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
             _ if pages.get() < HUGE / page.bytes() => Err("the region is smaller than a huge page"),
             _ => staging::available(uffd.features()),
         };

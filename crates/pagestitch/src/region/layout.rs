@@ -198,6 +198,11 @@ impl Layout {
         self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
     }
 
+    /// Whether there are chunks in it whose every byte is copied.
+    pub(crate) fn has_copied(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_)))
+    }
+
     /// Whether there is a memfd in it that is filled later.
     pub(crate) fn has_lazy(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Shared(Shared::Lazy(_))))
