@@ -1,7 +1,7 @@
 //! The thread that touches a page fills it itself: the same bytes, from many threads, with other handlers about, to the end.
 
 use crate::donated::pages_of;
-use crate::{let_go, pattern, touch, until};
+use crate::{handle_bus_errors, let_go, pattern, touch, until};
 use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Pool, Region, Server};
 use pagestitch_testkit::child;
@@ -145,7 +145,7 @@ fn errno_is_as_it_was() {
 #[test]
 fn a_handler_that_was_there_before_gets_what_is_not_ours() {
     let end = child::run("inline::a_handler_that_was_there_before_gets_what_is_not_ours", || {
-        install_counting_handler();
+        handle_bus_errors(count);
         let region = stitched(&pattern(9, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
         assert_eq!(SEEN.load(Ordering::SeqCst), 0, "ours is not theirs");
@@ -161,14 +161,6 @@ static SEEN: AtomicU32 = AtomicU32::new(0);
 
 extern "C" fn count(_signal: i32) {
     SEEN.fetch_add(1, Ordering::SeqCst);
-}
-
-#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
-fn install_counting_handler() {
-    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-    let action = SigAction::new(SigHandler::Handler(count), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handler adds to an atomic.
-    unsafe { sigaction(Signal::SIGBUS, &action) }.unwrap();
 }
 
 #[test]

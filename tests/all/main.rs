@@ -28,6 +28,22 @@ fn touch(address: usize) -> u8 {
     unsafe { std::ptr::with_exposed_provenance::<u8>(address).read_volatile() }
 }
 
+/// Writes a byte as a defect of an application does.
+#[expect(unsafe_code, reason = "what an application may do wrong is part of what is tested")]
+fn stray_write(address: usize) {
+    // SAFETY: an address of a region; what the access does is for the test to find out.
+    unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(0) }
+}
+
+/// Installs an application's handler of SIGBUS, which must do no more than to use atomics.
+#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+fn handle_bus_errors(handler: extern "C" fn(i32)) {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+    let action = SigAction::new(SigHandler::Handler(handler), SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handlers of these tests add to an atomic.
+    unsafe { sigaction(Signal::SIGBUS, &action) }.expect("a handler");
+}
+
 /// Lets pages go, as an application may with `madvise(MADV_DONTNEED)`.
 #[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
 fn let_go(start: usize, bytes: usize) {

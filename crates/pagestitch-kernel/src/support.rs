@@ -3,6 +3,7 @@
 //! Kernel support is never a Cargo feature: a binary runs on other kernels than the one it was built on.
 
 use crate::page::PageSize;
+use crate::staging;
 use crate::uffd::{FaultMode, OpenError, OpenedBy, Uffd, handshake_probe};
 use std::ops::{BitAnd, BitOr};
 use std::sync::OnceLock;
@@ -184,6 +185,7 @@ impl Support {
     pub fn capabilities(&self) -> Vec<Capability> {
         let mut all = vec![self.userfaultfd_itself(), self.device(), self.kernel_faults()];
         all.extend(FEATURES.iter().map(|row| self.feature(row)));
+        all.push(self.staging());
         all
     }
 
@@ -238,6 +240,21 @@ impl Support {
             unlocks: "handing absent pages to system calls (write(2) from a region)",
             verdict,
         }
+    }
+
+    fn staging(&self) -> Capability {
+        let verdict = match self.userfaultfd.map(|opened| staging::available(opened.features)) {
+            Ok(Ok(())) => Verdict::Yes,
+            Ok(Err(why)) => Verdict::No {
+                reason: why.to_owned(),
+                remedy: String::from(
+                    "nothing breaks: whole blocks are copied in, page by page, which takes longer",
+                ),
+            },
+            Err(_) => no_userfaultfd(),
+        };
+        let unlocks = "filling whole blocks of 2 MiB in a huge page, and moving them in at once";
+        Capability { name: "huge staging", since: "6.8", unlocks, verdict }
     }
 
     fn feature(&self, row: &FeatureRow) -> Capability {

@@ -32,19 +32,19 @@ pub(crate) struct Wide {
 }
 
 impl Policy {
-    /// For a region of that many pages, whose whole blocks can be filled at once or not.
+    /// For a region of that many pages, whose whole blocks are filled at once or not.
     pub(crate) fn new(
         readahead: Readahead,
         pages: usize,
         size: PageSize,
         blocks: bool,
     ) -> Result<Self, Errno> {
-        let block = blocks.then(|| HUGE / size.bytes());
+        let block = HUGE / size.bytes();
         Ok(match readahead {
             Readahead::None => Self { streams: None, dense: None },
             Readahead::Adaptive => Self {
-                streams: Streams::new(pages, block),
-                dense: block.map(|block| Dense::new(pages, block)).transpose()?,
+                streams: Streams::new(pages, blocks.then_some(block)),
+                dense: (pages >= block).then(|| Dense::new(pages, block)).transpose()?,
             },
         })
     }
