@@ -3,12 +3,13 @@
 use crate::systems::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use userfaultfd::{Event, Uffd, UffdBuilder};
+use userfaultfd::{Event, Uffd};
 
 /// A region of pages filled from chunks of equal length by one plain thread.
 pub(crate) struct ManualPage {
@@ -23,7 +24,7 @@ impl ManualPage {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
         let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
-        let uffd = UffdBuilder::new().close_on_exec(true).non_blocking(true).create().expect("a userfaultfd");
+        let uffd = open();
         let range = reservation.range();
         uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
@@ -38,6 +39,17 @@ impl ManualPage {
 
     pub(crate) fn bytes(&self) -> &[u8] {
         self.view.as_slice()
+    }
+}
+
+/// Opened by us, as the crate has no way for an ordinary user; all else is the crate's.
+fn open() -> Uffd {
+    let opened = pagestitch_kernel::Uffd::open(Features::NONE).expect("a userfaultfd");
+    let fd = opened.as_fd().try_clone_to_owned().expect("a descriptor");
+    // SAFETY: a userfaultfd that nobody else owns: a descriptor of our own.
+    #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
+    unsafe {
+        Uffd::from_raw_fd(fd.into_raw_fd())
     }
 }
 

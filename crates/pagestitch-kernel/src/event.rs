@@ -71,6 +71,9 @@ pub struct Batch {
     messages: userfaultfd::EventBuffer,
     events: Vec<Event>,
     faults: Vec<Fault>,
+    /// How many messages the last read took, of at most `capacity`.
+    read: usize,
+    capacity: usize,
 }
 
 impl Batch {
@@ -78,7 +81,7 @@ impl Batch {
     #[must_use]
     pub fn with_capacity(capacity: usize) -> Self {
         let (events, faults) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
-        Self { messages: userfaultfd::EventBuffer::new(capacity), events, faults }
+        Self { messages: userfaultfd::EventBuffer::new(capacity), events, faults, read: 0, capacity }
     }
 
     /// Reads what is there, without waiting. Nothing to read gives an empty batch.
@@ -89,9 +92,11 @@ impl Batch {
     pub fn read(&mut self, uffd: &Uffd, page: PageSize) -> Result<(), Errno> {
         self.events.clear();
         self.faults.clear();
+        self.read = 0;
         let messages = uffd.events().read_events(&mut self.messages).map_err(|error| errno_of(&error))?;
         let mut unknown = Ok(());
         for message in messages {
+            self.read += 1;
             match message {
                 Ok(message) => decode(message, uffd, page, &mut self.events, &mut self.faults),
                 // Decode the others all the same: they hold descriptors and waiting threads.
@@ -100,6 +105,12 @@ impl Batch {
         }
         order(&mut self.faults);
         unknown
+    }
+
+    /// Whether it has no room left: there may be more to read.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.read == self.capacity
     }
 
     /// What changed the map, to be acted on before the faults.

@@ -100,8 +100,18 @@ impl Worker {
         }
     }
 
+    /// Serves what there is: nobody is woken again for it.
     fn serve_batch(&mut self, region: &Arc<Served>) {
         let Some(_visit) = region.enter() else { return };
+        loop {
+            self.serve_read(region);
+            if !self.batch.is_full() {
+                return;
+            }
+        }
+    }
+
+    fn serve_read(&mut self, region: &Arc<Served>) {
         let Self { shared, batch, buffers, served, .. } = self;
         if let Err(errno) = batch.read(&region.uffd, region.page_size()) {
             tracing::error!(region = region.name, %errno, "cannot read events");
