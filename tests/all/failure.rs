@@ -138,3 +138,45 @@ fn memory_whose_scope_has_ended_is_an_error_and_not_a_dangling_read() {
     let error = escaped.populate(..).unwrap_err().to_string();
     assert!(error.contains("the scope that lent this memory has ended"), "{error}");
 }
+
+#[test]
+fn a_page_that_failed_is_healed_when_its_source_gives_it() {
+    let (source, region) = failing();
+    region.read_at(4 * PAGE, &mut [0]).unwrap_err();
+    let failures = region.failures();
+    assert_eq!(failures.len(), 1);
+    let (offset, failure) = &failures[0];
+    assert_eq!((*offset, failure.chunk(), failure.source_name()), (4 * PAGE, 0, "scripted"));
+    assert_eq!(failure.source_offset(), 4 * PAGE);
+
+    let error = region.heal(..).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Source, "it fails again: {error}");
+    source.mend();
+    region.heal(..4 * PAGE).unwrap();
+    assert_eq!(region.failures().len(), 1, "another range");
+    if !pagestitch::Support::current().has(pagestitch_kernel::support::Features::POISON) {
+        println!("SKIPPED in part: a_page_that_failed_is_healed_when_its_source_gives_it: no poison marks");
+        let error = region.heal(..).unwrap_err().to_string();
+        assert!(error.contains("before Linux 6.6"), "{error}");
+        return;
+    }
+    region.heal(..).unwrap();
+    assert!(region.failures().is_empty());
+    assert_eq!(region.as_slice()[4 * PAGE as usize], byte_at(4 * PAGE));
+    let mut bytes = [0; 8];
+    region.read_at(4 * PAGE + 100, &mut bytes).unwrap();
+    assert_eq!(bytes[0], byte_at(4 * PAGE + 100));
+    assert_eq!(region.metrics().pages_healed, 1);
+}
+
+#[test]
+fn a_page_that_fails_again_stays_poisoned() {
+    let end = child::run("failure::a_page_that_fails_again_stays_poisoned", || {
+        let (_, region) = failing();
+        region.read_at(4 * PAGE, &mut [0]).unwrap_err();
+        region.heal(..).unwrap_err();
+        println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
+    });
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    assert!(!end.said().contains("read a byte"));
+}

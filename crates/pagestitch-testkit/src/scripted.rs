@@ -4,7 +4,7 @@ use pagestitch::Source;
 use parking_lot::{Condvar, Mutex};
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// A source of known bytes that does as its script says.
 ///
@@ -24,6 +24,7 @@ pub struct Scripted {
     panicking: Range<u64>,
     waiting: Range<u64>,
     reads: AtomicU64,
+    mended: AtomicBool,
     gate: Gate,
 }
 
@@ -32,7 +33,15 @@ impl Scripted {
     #[must_use]
     pub fn new(size: u64) -> Self {
         let gate = Gate::default();
-        Self { size, failing: 0..0, panicking: 0..0, waiting: 0..0, reads: AtomicU64::new(0), gate }
+        Self {
+            size,
+            failing: 0..0,
+            panicking: 0..0,
+            waiting: 0..0,
+            reads: AtomicU64::new(0),
+            mended: AtomicBool::new(false),
+            gate,
+        }
     }
 
     /// Fails reads that meet these bytes, with [`io::ErrorKind::ConnectionReset`].
@@ -51,6 +60,11 @@ impl Scripted {
     #[must_use]
     pub fn waiting(self, bytes: Range<u64>) -> Self {
         Self { waiting: bytes, ..self }
+    }
+
+    /// Fails no more from now on.
+    pub fn mend(&self) {
+        self.mended.store(true, Ordering::SeqCst);
     }
 
     /// How many times it was read.
@@ -86,7 +100,7 @@ impl Source for Scripted {
             self.gate.pass();
         }
         assert!(!meets(&self.panicking), "scripted to panic");
-        if meets(&self.failing) {
+        if meets(&self.failing) && !self.mended.load(Ordering::SeqCst) {
             return Err(io::Error::new(io::ErrorKind::ConnectionReset, "scripted to fail"));
         }
         for (byte, at) in into.iter_mut().zip(offset..) {

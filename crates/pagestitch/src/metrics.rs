@@ -61,6 +61,8 @@ metrics! {
     pages_zeroed,
     /// Pages that a source could not fill: poisoned.
     pages_poisoned,
+    /// Poisoned pages that were filled after all, by `heal`.
+    pages_healed,
     /// Of the pages above, those that were filled ahead of a sequential reader.
     pages_ahead,
     /// Bytes copied into the region.

@@ -4,7 +4,8 @@ use crate::error::{Error, ErrorKind};
 use crate::metrics::Metrics;
 use crate::region::page_table::Wake;
 use crate::region::{Plan, Served};
-use crate::server::{Attached, populate};
+use crate::server::{Attached, heal, populate};
+use crate::source::Failure;
 use pagestitch_kernel::{Page, Span};
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
@@ -42,6 +43,25 @@ impl Core {
     }
 
     pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        populate(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
+    }
+
+    pub(crate) fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        heal(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
+    }
+
+    pub(crate) fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
+        let size = self.served.page_size();
+        let all = Span { first: Page(0), pages: self.served.reservation.pages() };
+        self.served.failures(all).into_iter().map(|(page, failure)| (size.offset_of(page), failure)).collect()
+    }
+
+    fn failed(&self, failure: Arc<Failure>) -> Error {
+        Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
+    }
+
+    /// The pages of a range of offsets.
+    fn span(&self, range: impl RangeBounds<u64>) -> Result<Span, Error> {
         let start = match range.start_bound() {
             Bound::Included(&start) => Some(start),
             Bound::Excluded(&before) => before.checked_add(1),
@@ -53,9 +73,7 @@ impl Core {
             Bound::Unbounded => Some(self.len() as u64),
         };
         let range = self.inside(start.unwrap_or(u64::MAX), end)?;
-        populate(&self.served, self.served.page_size().covering(&range)).map_err(|failure| {
-            Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
-        })
+        Ok(self.served.page_size().covering(&range))
     }
 
     pub(crate) fn plan(&self) -> Plan {

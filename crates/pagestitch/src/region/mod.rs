@@ -29,10 +29,12 @@ pub use shared::SharedRegion;
 
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::source::Failure;
 use pagestitch_kernel::StableView;
 use std::fmt;
 use std::ops::RangeBounds;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Scattered memory as one contiguous slice, filled page by page on first touch.
 ///
@@ -167,6 +169,24 @@ impl Region {
     /// ```
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.populate(range)
+    }
+
+    /// Asks again for the pages of a range whose source has failed, and fills those that it gives now. A page that is healed
+    /// is as if it had never failed; touching it is no signal any more.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the first chunk whose source fails again; pages before it are
+    /// healed. Before Linux 6.6 a page that has failed is gone for good, and this says so.
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
+    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.heal(range)
+    }
+
+    /// The pages that have failed and are poisoned, by their offsets in the region, and why each has.
+    #[must_use]
+    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
+        self.core.failures()
     }
 
     /// How each run of chunks is installed, and why.

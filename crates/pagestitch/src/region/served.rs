@@ -163,6 +163,17 @@ impl Served {
         self.failures.lock().get(&page).cloned()
     }
 
+    /// The pages of a span that have failed, and why; ascending.
+    pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
+        let failures = self.failures.lock();
+        failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure))).collect()
+    }
+
+    /// A page has been filled after all.
+    pub(crate) fn forget_failure(&self, page: Page) {
+        self.failures.lock().remove(&page);
+    }
+
     pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {
         self.failures.lock().insert(page, failure);
     }

@@ -3,10 +3,12 @@
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Metrics;
 use crate::region::{Builder, Core, Plan, Region};
+use crate::source::Failure;
 use pagestitch_kernel::{Errno, View};
 use std::fmt;
 use std::ops::{Range, RangeBounds};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// Scattered memory as one contiguous range of addresses, of which others may change parts: files, memfds that are not
 /// sealed, aliases of other mappings, physical memory. What of it is on page boundaries is *the same memory*: no copy.
@@ -129,6 +131,21 @@ impl SharedRegion {
     /// As [`Region::populate`].
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.populate(range)
+    }
+
+    /// As [`Region::heal`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Region::heal`].
+    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.heal(range)
+    }
+
+    /// As [`Region::failures`].
+    #[must_use]
+    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
+        self.core.failures()
     }
 
     /// As [`Region::plan`].

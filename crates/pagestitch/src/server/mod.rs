@@ -8,9 +8,11 @@
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `resolve` | tell the kernel, and read its answer |
 //! | `inline` | the same steps in the thread that takes the fault |
+//! | `heal` | asks again for pages whose source has failed |
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod fault;
+mod heal;
 mod inline;
 mod placement;
 mod pool;
@@ -18,6 +20,7 @@ mod populate;
 mod resolve;
 mod worker;
 
+pub(crate) use heal::heal;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, Report};
 pub(crate) use populate::populate;

@@ -214,6 +214,23 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// Another error of the same bytes.
+    pub(crate) fn again(&self, error: io::Error) -> Self {
+        Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error }
+    }
+
+    /// What the source calls itself.
+    #[must_use]
+    pub fn source_name(&self) -> &str {
+        &self.source
+    }
+
+    /// The offset in the source from which on it was asked for bytes.
+    #[must_use]
+    pub const fn source_offset(&self) -> u64 {
+        self.offset
+    }
+
     /// The chunk, counted from 0 in the order in which the region was built.
     #[must_use]
     pub const fn chunk(&self) -> usize {

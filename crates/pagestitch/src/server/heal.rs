@@ -1,0 +1,52 @@
+//! Heal: asks again for pages whose source has failed. A poison mark has no bytes, so to fill it is no write behind a reader's
+//! back: whoever touched the page before got a signal, and nothing else.
+
+use crate::region::Served;
+use crate::region::page_table::State;
+use crate::server::resolve::{Stopped, install};
+use crate::source::{Buffers, Failure, fill};
+use pagestitch_kernel::support::Features;
+use pagestitch_kernel::{Errno, Page, Span};
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+/// Fills the poisoned pages of a span. Stops at the first whose source fails again.
+pub(crate) fn heal(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
+    let failures = region.failures(span);
+    let Some((_, first)) = failures.first() else { return Ok(()) };
+    if !region.uffd.features().contains(Features::POISON) {
+        let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";
+        return Err(Arc::new(first.again(io::Error::other(why))));
+    }
+    let mut buffers = Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno))))?;
+    failures.into_iter().try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
+}
+
+fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
+    loop {
+        // Where there is no claim to be had, somebody else has healed it, or it was let go.
+        let Ok(mut claim) = region.pages.claim_from(page, State::Poisoned, region) else { return Ok(()) };
+        let installed = match fill(region, page.span(), buffers) {
+            Ok(filled) => install(region, &mut claim, filled),
+            Err(failure) => {
+                let failure = Arc::new(failure);
+                region.keep_failure(page, Arc::clone(&failure));
+                Err(Stopped::Failed(failure))
+            }
+        };
+        // The mark is still there: given back as absent, the page would be touched without anybody being told.
+        if !claim.span().is_empty() {
+            claim.settle(1, State::Poisoned);
+        }
+        match installed {
+            Ok(()) => {
+                region.forget_failure(page);
+                region.counters.here().pages_healed.add(1);
+                return Ok(());
+            }
+            Err(Stopped::Changing) => thread::yield_now(),
+            Err(Stopped::Failed(failure)) => return Err(failure),
+        }
+    }
+}
