@@ -53,7 +53,7 @@ impl Chart<'_> {
             .configure_mesh()
             .light_line_style(RGBColor(245, 245, 245))
             .bold_line_style(RGBColor(225, 225, 225))
-            .x_labels(8)
+            .x_labels(if self.y_logarithmic { 12 } else { 8 })
             .x_desc(self.x)
             .y_desc(self.y)
             .x_label_formatter(&|value| (self.x_label)(*value))
@@ -91,11 +91,12 @@ fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
 
 const SIZE: (u32, u32) = (760, 420);
 /// Told apart by those who see few colours, too.
-const COLORS: [RGBColor; 6] = [
+const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
     RGBColor(86, 180, 233),
+    RGBColor(230, 159, 0),
     RGBColor(120, 120, 120),
 ];
