@@ -1,7 +1,7 @@
 //! What is computed on the way, without the kernel: to locate a byte, to be answered that a page is there, to plan.
 
 use divan::{Bencher, black_box};
-use pagestitch::{Chunk, Region, Server};
+use pagestitch::{Chunk, Inline, Region};
 
 fn main() {
     if std::env::args().any(|argument| argument == "--quick") {
@@ -14,7 +14,7 @@ fn main() {
 /// A region of so many chunks of 1 to 97 bytes.
 fn region(chunks: usize) -> Region {
     let chunk = |i: usize| Chunk::hole((i * 31 % 97 + 1) as u64);
-    Region::builder().chunks((0..chunks).map(chunk)).build(Server::Inline).expect("a region")
+    Region::builder().chunks((0..chunks).map(chunk)).build(Inline).expect("a region")
 }
 
 #[divan::bench(args = [1_000, 100_000, 1_000_000])]

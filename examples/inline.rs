@@ -1,7 +1,7 @@
 //! No thread but your own: the one that touches a page fills it. `cargo run --release --example inline`.
 
 use pagestitch::source::Memory;
-use pagestitch::{Chunk, Error, Pool, Readahead, Region, Server};
+use pagestitch::{Chunk, Error, Inline, Pool, Readahead, Region};
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ fn main() -> Result<(), Error> {
         (0..PAGES).map(|i| Memory::from(vec![i as u8 | 1; PAGE - 100 + i % 200])).collect();
     let chunks = || records.iter().map(|record| Chunk::from(record.clone()));
 
-    let inline = Region::builder().chunks(chunks()).build(Server::Inline)?;
+    let inline = Region::builder().chunks(chunks()).build(Inline)?;
     let pool = Pool::new()?;
     let pooled = Region::builder().chunks(chunks()).readahead(Readahead::None).build(&pool)?;
 

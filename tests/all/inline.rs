@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::{handle_bus_errors, let_go, pattern, touch, until};
 use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
-use pagestitch::{Chunk, ErrorKind, Pool, Region, Server};
+use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::child;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ const PAGE: usize = 4096;
 
 fn stitched(bytes: &[u8]) -> Region {
     let chunks = bytes.chunks(1500).map(<[u8]>::to_vec);
-    Region::builder().chunks(chunks).build(Server::Inline).unwrap()
+    Region::builder().chunks(chunks).build(Inline).unwrap()
 }
 
 #[test]
@@ -39,7 +39,7 @@ fn every_sort_of_chunk_that_can_be_served_is() {
         .chunk(Chunk::from(memfd).range(1..PAGE as u64))
         .chunk(Chunk::hole(3 * PAGE as u64))
         .chunk(vec![7u8; PAGE])
-        .build(Server::Inline)
+        .build(Inline)
         .unwrap();
     let mut expected = vec![5; 2 * PAGE];
     expected.extend(donated);
@@ -54,7 +54,7 @@ fn every_sort_of_chunk_that_can_be_served_is() {
 fn borrowed_memory_is_served_inline_too() {
     let bytes = pattern(3, 10 * PAGE);
     pagestitch::scope(|scope| {
-        let region = scope.region().borrow(&bytes).build(Server::Inline).unwrap();
+        let region = scope.region().borrow(&bytes).build(Inline).unwrap();
         assert!(region.as_slice() == bytes);
     });
 }
@@ -63,7 +63,7 @@ fn borrowed_memory_is_served_inline_too() {
 fn what_a_signal_handler_must_not_read_is_refused() {
     let chunk = Chunk::from(File::open("/proc/self/exe").unwrap()).range(0..100);
     let builder = Region::builder().name("fast").chunk(vec![1u8; 10]).chunk(chunk);
-    let error = builder.build(Server::Inline).unwrap_err();
+    let error = builder.build(Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotInline);
     let said = error.to_string();
     assert!(said.starts_with("region fast: chunk 1 (") && said.contains("use a pool"), "{said}");
@@ -124,7 +124,7 @@ fn a_page_that_was_let_go_is_filled_again() {
 #[test]
 fn populate_and_a_writable_region_work_as_with_a_pool() {
     let bytes = pattern(7, 1200 * PAGE);
-    let mut region = Region::builder().chunk(bytes.clone()).writable().build(Server::Inline).unwrap();
+    let mut region = Region::builder().chunk(bytes.clone()).writable().build(Inline).unwrap();
     assert!(!region.serves_system_calls());
     region.as_mut_slice().unwrap()[700 * PAGE] = 0;
     region.populate(..).unwrap();
@@ -171,7 +171,7 @@ fn a_bus_error_that_is_not_ours_still_ends_the_process() {
         // Past the end of a file that was cut short.
         let memfd = UnsealedMemfd::create("short", PAGE as u64).unwrap();
         let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
-        let shared = Region::builder().chunk(Arc::new(file)).build_shared(Server::Inline).unwrap();
+        let shared = Region::builder().chunk(Arc::new(file)).build_shared(Inline).unwrap();
         memfd.file().set_len(0).unwrap();
         println!("read {}", touch(shared.as_ptr().addr().get()));
     });

@@ -9,6 +9,7 @@ mod inline;
 mod journey;
 mod lazy;
 mod limits;
+mod manual;
 mod mixed;
 mod readahead;
 mod reading;

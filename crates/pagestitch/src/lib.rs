@@ -32,7 +32,7 @@
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
-//! | [`Server`] | **who** answers faults: the threads of a [`Pool`], or the thread that takes them |
+//! | [`Server`] | **who** answers faults: the threads of a [`Pool`], the thread that takes them ([`Inline`]), the caller's loop ([`Manual`]) |
 //!
 //! Pages of a sealed [memfd](source::Memfd), and [pages](source::Pages) that are given up, are shown as they are where they
 //! lie at the same place in a page: no copy. So is what others may change (files, other memfds, aliases, physical memory), in
@@ -67,7 +67,7 @@ pub use pagestitch_kernel::{Access, View};
 pub use policy::Readahead;
 pub use region::{Builder, Chunk, How, Plan, Region, Run, SharedRegion};
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
-pub use server::{Placement, Pool, PoolBuilder, Report, Server};
+pub use server::{Inline, Manual, Placement, Pool, PoolBuilder, Report, Server};
 pub use source::Source;
 
 /// The README's example is compiled and run with the doc tests.

@@ -5,7 +5,7 @@ use crate::systems::{CHUNK, Data, Pinned, zero_pages};
 use crate::touch::{first_touches, shuffled_pages};
 use crate::warm;
 use hdrhistogram::Histogram;
-use pagestitch::{Placement, Pool, Readahead, Server};
+use pagestitch::{Inline, Placement, Pool, Readahead, Server};
 use std::sync::Arc;
 
 pub(super) fn cases(options: &Options) -> Vec<Case> {
@@ -20,7 +20,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         Case::new(system, run).chunks_of(CHUNK).against(&["manual-page, same CPU", "manual-page"])
     };
     vec![
-        case("inline", |data, touches| served(data, touches, Server::Inline)),
+        case("inline", |data, touches| served(data, touches, Inline)),
         case("pool, defaults", |data, touches| served(data, touches, &Pool::new().expect("a pool"))),
         case("pool, same CPU", |data, touches| {
             let pinned = Pinned::here();

@@ -4,7 +4,7 @@ use crate::runner::{Case, Options, Sample};
 use crate::systems::{CHUNK, Data, PAGE, touch_all, zero_pages};
 use crate::touch::shuffled_pages;
 use crate::warm;
-use pagestitch::{Pool, Readahead, Server};
+use pagestitch::{Inline, Pool, Readahead, Server};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -13,7 +13,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     warm(3 * data.bytes());
     let pool = Pool::new().expect("a pool");
     let mut cases = Vec::new();
-    for (system, server) in [("inline", Server::Inline), ("pool, defaults", Server::from(&pool))] {
+    for (system, server) in [("inline", Server::from(Inline)), ("pool, defaults", Server::from(&pool))] {
         for pages in ["disjoint", "contended"] {
             for threads in THREADS {
                 let (data, server) = (Arc::clone(&data), server.clone());

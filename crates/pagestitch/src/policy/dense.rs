@@ -22,6 +22,9 @@ pub(crate) struct Dense {
     rents: Words,
     /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been filled.
     price: AtomicU64,
+    /// How many faults there were, and what they have cost together.
+    faults: AtomicU64,
+    spent: AtomicU64,
     /// How many blocks have been touched, and how many of them were filled for it.
     touched: AtomicU64,
     filled: AtomicU64,
@@ -38,6 +41,8 @@ impl Dense {
         Ok(Self {
             rents: Words::new(blocks)?,
             price: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            spent: AtomicU64::new(0),
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
             block,
@@ -54,7 +59,10 @@ impl Dense {
         if before == 0 {
             self.touched.fetch_add(1, Ordering::Relaxed);
         }
-        let threshold = self.threshold(rent);
+        let faults = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
+        // Not this one's rent: a single fault may cost many times as much as most, or as little.
+        let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
+        let threshold = self.threshold(typical);
         // Whoever takes it past the threshold has it filled; a block that was filled stays there.
         if before >= FILLED || before + rent < threshold {
             return None;
@@ -79,10 +87,10 @@ impl Dense {
         self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The rent at which a block is bought, when a fault costs `rent`.
-    fn threshold(&self, rent: u64) -> u64 {
+    /// The rent at which a block is bought, when most faults cost `typical`.
+    fn threshold(&self, typical: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
-            0 => FIRST_PRICE * rent,
+            0 => FIRST_PRICE * typical,
             price => price / self.share,
         };
         let touched = self.touched.load(Ordering::Relaxed);
@@ -91,7 +99,7 @@ impl Dense {
         let sparse = u128::from(touched - filled + UNKNOWN);
         let threshold = u128::from(price) * sparse / u128::from(touched + UNKNOWN);
         // A single fault says nothing of others.
-        (threshold as u64).max(2 * rent)
+        (threshold as u64).max(2 * typical)
     }
 }
 
@@ -136,6 +144,13 @@ mod tests {
         assert_eq!(faults_until_filled(&dense, 0, 10_000_000), FIRST_PRICE as usize, "nothing is known yet");
         dense.filled(BLOCK / 2, 10_000_000);
         assert_eq!(faults_until_filled(&dense, 1, 10_000_000), 2, "a block costs two reads");
+    }
+
+    #[test]
+    fn one_slow_fault_does_not_make_a_block_dense() {
+        let dense = dense();
+        assert_eq!(dense.spent(Page(0), 10_000_000), None);
+        assert!((1..20).all(|page| dense.spent(Page(page), 1_000).is_none()));
     }
 
     #[test]

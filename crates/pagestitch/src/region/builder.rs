@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::policy::{Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::{Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion};
-use crate::server::Server;
+use crate::server::{Server, Who};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
@@ -124,7 +124,8 @@ impl Builder {
         self
     }
 
-    /// Reserves the addresses and starts to serve them: by a pool (`&pool`), or [inline](Server::Inline). Reads no source.
+    /// Reserves the addresses and starts to serve them: by a pool (`&pool`), [inline](crate::Inline), or by
+    /// the [caller's own loop](crate::Manual). Reads no source.
     ///
     /// # Errors
     ///
@@ -254,9 +255,9 @@ fn refuse_copies(served: &Served) -> Result<(), Error> {
 
 fn open(name: &str, layout: &Layout, server: &Server) -> Result<Uffd, Error> {
     // Who asks for events and does not read them stops whoever lets go of pages.
-    let events = match server {
-        Server::Pool(_) => Features::EVENT_REMOVE | Features::THREAD_ID,
-        Server::Inline => Features::SIGBUS,
+    let events = match server.who {
+        Who::Pool(_) | Who::Manual(_) => Features::EVENT_REMOVE | Features::THREAD_ID,
+        Who::Inline => Features::SIGBUS,
     };
     let mut wanted = events | Features::POISON | Features::MOVE;
     if layout.has_lazy() {
@@ -264,7 +265,7 @@ fn open(name: &str, layout: &Layout, server: &Server) -> Result<Uffd, Error> {
     }
     let uffd = Uffd::open(wanted)
         .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
-    if matches!(server, Server::Inline) && !uffd.features().contains(Features::SIGBUS) {
+    if matches!(server.who, Who::Inline) && !uffd.features().contains(Features::SIGBUS) {
         let what = format!("region {name}: this kernel cannot serve faults inline (Linux 4.14): use a pool");
         return Err(Error::new(ErrorKind::NotInline, what));
     }

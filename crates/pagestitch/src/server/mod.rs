@@ -8,12 +8,14 @@
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `resolve` | tell the kernel, and read its answer |
 //! | `inline` | the same steps in the thread that takes the fault |
+//! | `manual` | the same steps when the caller's own loop says so |
 //! | `heal` | asks again for pages whose source has failed |
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod fault;
 mod heal;
 mod inline;
+mod manual;
 mod placement;
 mod pool;
 mod populate;
@@ -21,6 +23,8 @@ mod resolve;
 mod worker;
 
 pub(crate) use heal::heal;
+pub use manual::Manual;
+use manual::Seats;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, Report};
 pub(crate) use populate::populate;
@@ -32,60 +36,86 @@ use pagestitch_kernel::sigbus::Registration;
 use parking_lot::Mutex;
 use std::sync::Arc;
 
-/// Who answers the faults of a region.
+/// Who answers the faults of a region. Where one is asked for, any of these will do:
 ///
-/// | | choose it when |
-/// |---|---|
-/// | a [`Pool`] | in general: any source, readahead, system calls on absent pages |
-/// | [`Inline`](Self::Inline) | single touches have to be quick, and bytes lie in memory |
-///
-/// `&pool` is one where a server is asked for.
+/// | | who | choose it when |
+/// |---|---|---|
+/// | `&`[`Pool`] | threads of their own | in general: any source, readahead, system calls on absent pages |
+/// | [`Inline`] | the thread that takes the fault | single touches have to be quick, and bytes lie in memory |
+/// | `&`[`Manual`] | the caller's own loop | the program has an event loop, or threads of its own |
 #[derive(Debug, Clone)]
-pub enum Server {
-    /// Threads of their own.
-    Pool(Pool),
-    /// The thread that touches a page fills it itself, in a SIGBUS handler, which takes about half the time: nobody is
-    /// woken. Linux 4.14.
-    ///
-    /// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
-    ///   those that are mapped; others are refused when the region is built
-    ///   ([`ErrorKind::NotInline`](crate::ErrorKind::NotInline)).
-    /// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
-    /// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
-    /// * **Signals**: a SIGBUS handler of the application's, installed before the first such region, is called for what is not
-    ///   ours; one installed later has to pass on what is not its own. A thread that blocks SIGBUS cannot touch
-    ///   absent pages.
-    /// * A page that cannot be had is SIGBUS, as ever.
-    ///
-    /// ```
-    /// use pagestitch::{Region, Server};
-    ///
-    /// let region = Region::builder().chunk(vec![7u8; 100_000]).build(Server::Inline)?;
-    /// assert_eq!(region.as_slice()[50_000], 7);
-    /// assert_eq!(region.metrics().pages_copied, 1);
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    Inline,
+pub struct Server {
+    pub(crate) who: Who,
 }
+
+#[derive(Debug, Clone)]
+pub(crate) enum Who {
+    Pool(Pool),
+    Inline,
+    Manual(Arc<Seats>),
+}
+
+/// The thread that touches a page fills it itself, in a SIGBUS handler, which takes about half the time: nobody is
+/// woken. Linux 4.14.
+///
+/// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
+///   those that are mapped; others are refused when the region is built
+///   ([`ErrorKind::NotInline`](crate::ErrorKind::NotInline)).
+/// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
+/// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
+/// * **Signals**: a SIGBUS handler of the application's, installed before the first such region, is called for what is not
+///   ours; one installed later has to pass on what is not its own. A thread that blocks SIGBUS cannot touch
+///   absent pages.
+/// * A page that cannot be had is SIGBUS, as ever.
+///
+/// ```
+/// use pagestitch::{Inline, Region};
+///
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).build(Inline)?;
+/// assert_eq!(region.as_slice()[50_000], 7);
+/// assert_eq!(region.metrics().pages_copied, 1);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Inline;
 
 impl From<&Pool> for Server {
     fn from(pool: &Pool) -> Self {
-        Self::Pool(pool.clone())
+        Self { who: Who::Pool(pool.clone()) }
+    }
+}
+
+impl From<Inline> for Server {
+    fn from(_: Inline) -> Self {
+        Self { who: Who::Inline }
+    }
+}
+
+impl From<&Manual> for Server {
+    fn from(manual: &Manual) -> Self {
+        Self { who: Who::Manual(Arc::clone(manual.seats())) }
     }
 }
 
 impl Server {
     /// Starts to serve a region.
     pub(crate) fn attach(self, region: &Arc<Served>) -> Result<Attached, Error> {
-        Ok(match self {
-            Self::Pool(pool) => {
-                let attached = Attached::Pool(pool.clone());
-                // A partial start is undone.
-                pool.add(region).inspect_err(|_| attached.detach(region))?;
-                attached
+        let attached = match self.who {
+            Who::Pool(pool) => Attached::Pool(pool),
+            Who::Manual(seats) => Attached::Manual(seats),
+            Who::Inline => {
+                let registration = inline::attach(region)?;
+                return Ok(Attached::Inline(Mutex::new(Some(registration)), Maker::current()));
             }
-            Self::Inline => Attached::Inline(Mutex::new(Some(inline::attach(region)?)), Maker::current()),
-        })
+        };
+        let added = match &attached {
+            Attached::Pool(pool) => pool.add(region),
+            Attached::Manual(seats) => seats.add(region),
+            Attached::Inline(..) => Ok(()),
+        };
+        // A partial start is undone.
+        added.inspect_err(|_| attached.detach(region))?;
+        Ok(attached)
     }
 }
 
@@ -94,6 +124,7 @@ impl Server {
 pub(crate) enum Attached {
     /// Keeps the workers running as long as there is a region to serve.
     Pool(Pool),
+    Manual(Arc<Seats>),
     Inline(Mutex<Option<Registration>>, Maker),
 }
 
@@ -102,6 +133,7 @@ impl Attached {
     pub(crate) fn is_of_this_process(&self) -> bool {
         match self {
             Self::Pool(pool) => pool.is_of_this_process(),
+            Self::Manual(seats) => seats.is_of_this_process(),
             Self::Inline(_, maker) => maker.is_current(),
         }
     }
@@ -110,6 +142,7 @@ impl Attached {
     pub(crate) fn detach(&self, region: &Arc<Served>) {
         match self {
             Self::Pool(pool) => pool.remove(region),
+            Self::Manual(seats) => seats.remove(region),
             Self::Inline(registration, _) => drop(registration.lock().take()),
         }
     }

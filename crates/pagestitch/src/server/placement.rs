@@ -61,6 +61,11 @@ impl Places {
         }
     }
 
+    /// So many, wherever whoever works happens to run.
+    pub(super) const fn anywhere(workers: usize) -> Self {
+        Self { workers, homes: Vec::new() }
+    }
+
     /// Whether workers are at home somewhere, and all of them are to be woken: the nearest is quickest.
     pub(super) const fn pinned(&self) -> bool {
         !self.homes.is_empty()

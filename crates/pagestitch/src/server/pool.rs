@@ -204,6 +204,7 @@ impl Drop for Handle {
 }
 
 /// What the workers share.
+#[derive(Debug)]
 pub(super) struct Shared {
     pub(super) stop: EventFd,
     pub(super) bell: EventFd,
@@ -217,14 +218,14 @@ pub(super) struct Shared {
     regions: RwLock<Regions>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Regions {
     served: HashMap<RawFd, Arc<Served>>,
     stopped: bool,
 }
 
 impl Shared {
-    fn new(places: &Places) -> Result<Self, Errno> {
+    pub(super) fn new(places: &Places) -> Result<Self, Errno> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
@@ -274,7 +275,21 @@ impl Shared {
         }
     }
 
-    fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+    /// Has the one who works, or another, look once more.
+    pub(super) fn ring_self(&self) {
+        self.bell.write(1).expect("an eventfd takes small numbers");
+    }
+
+    /// The regions that are served at this moment.
+    pub(super) fn regions(&self) -> Vec<Arc<Served>> {
+        self.regions.read().served.values().cloned().collect()
+    }
+
+    pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
+        &self.epolls
+    }
+
+    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
         let mut regions = self.regions.write();
         if regions.stopped {
             let what = format!("region {}: the pool has been stopped: start another", region.name);
@@ -292,7 +307,7 @@ impl Shared {
         })
     }
 
-    fn remove(&self, region: &Served) {
+    pub(super) fn remove(&self, region: &Served) {
         let mut regions = self.regions.write();
         let fd = region.uffd.as_fd().as_raw_fd();
         if regions.served.get(&fd).is_some_and(|served| std::ptr::eq(served.as_ref(), region)) {

@@ -43,6 +43,17 @@ pub(super) struct Worker {
     served: u64,
 }
 
+/// What came of one turn.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    /// There was something to serve.
+    Busy,
+    /// There was nothing.
+    Quiet,
+    /// The pool is being stopped.
+    Stopped,
+}
+
 impl Ahead {
     pub(super) const fn new(region: Arc<Served>, span: Span) -> Self {
         Self { region, span }
@@ -63,32 +74,57 @@ impl Worker {
 
     /// Works until the pool stops; says how many faults it has served.
     pub(super) fn run(mut self) -> u64 {
-        let _abort = AbortOnPanic;
+        let _abort = AbortOnPanic::armed();
         self.go_home();
-        let mut ready = [EpollEvent::empty(); READY];
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
             let idle = self.shared.ahead.1.is_empty();
             let wait = if idle { EpollTimeout::NONE } else { EpollTimeout::ZERO };
-            let count = match self.ready.wait(&mut ready, wait) {
-                Ok(count) => count,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
-            };
-            for event in &ready[..count] {
-                let fd = event.data() as RawFd;
-                if fd == self.shared.stop.as_fd().as_raw_fd() {
-                    return self.served;
-                } else if fd == self.shared.bell.as_fd().as_raw_fd() {
-                    // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
-                    let _ = self.shared.bell.read();
-                } else if let Some(region) = self.shared.region(fd) {
-                    self.serve_batch(&region);
-                }
-                self.serve_handed();
+            if self.turn(wait) == Turn::Stopped {
+                return self.served;
             }
-            self.fill_ahead();
         }
+    }
+
+    /// Works without waiting until nothing is left to do, or so many faults have been served; says how many were.
+    pub(super) fn serve_ready(&mut self, budget: u64) -> u64 {
+        let _abort = AbortOnPanic::armed();
+        let before = self.served;
+        while self.served - before < budget {
+            let left = !self.shared.ahead.1.is_empty();
+            if self.turn(EpollTimeout::ZERO) == Turn::Quiet && !left {
+                break;
+            }
+        }
+        if !self.shared.ahead.1.is_empty() {
+            // Who waits for this is to be told that there is more to do.
+            self.shared.ring_self();
+        }
+        self.served - before
+    }
+
+    /// Waits for events as long as it may, serves them, and fills one block ahead.
+    fn turn(&mut self, wait: EpollTimeout) -> Turn {
+        let mut ready = [EpollEvent::empty(); READY];
+        let count = match self.ready.wait(&mut ready, wait) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => return Turn::Busy,
+            Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
+        };
+        for event in &ready[..count] {
+            let fd = event.data() as RawFd;
+            if fd == self.shared.stop.as_fd().as_raw_fd() {
+                return Turn::Stopped;
+            } else if fd == self.shared.bell.as_fd().as_raw_fd() {
+                // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
+                let _ = self.shared.bell.read();
+            } else if let Some(region) = self.shared.region(fd) {
+                self.serve_batch(&region);
+            }
+            self.serve_handed();
+        }
+        self.fill_ahead();
+        if count == 0 { Turn::Quiet } else { Turn::Busy }
     }
 
     fn go_home(&self) {
@@ -156,11 +192,20 @@ impl Worker {
 }
 
 /// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
-struct AbortOnPanic;
+struct AbortOnPanic {
+    /// Somebody else's panic, which whoever calls us is unwinding from.
+    already: bool,
+}
+
+impl AbortOnPanic {
+    fn armed() -> Self {
+        Self { already: std::thread::panicking() }
+    }
+}
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if std::thread::panicking() && !self.already {
             eprintln!("pagestitch: a worker panicked, and nobody would serve its faults: aborting");
             std::process::abort();
         }

@@ -1,0 +1,156 @@
+//! Manual: no thread of ours. The caller's own loop waits for a descriptor, and serves what there is.
+
+use crate::error::{Error, ErrorKind};
+use crate::region::Served;
+use crate::region::page_table::Wake;
+use crate::server::placement::Places;
+use crate::server::pool::Shared;
+use crate::server::worker::Worker;
+use nix::errno::Errno;
+use pagestitch_kernel::fork::Maker;
+use pagestitch_kernel::{Page, Span};
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Serves faults when it is told to: for a program that has an event loop, or threads of its own.
+///
+/// Its descriptor is readable when there is something to do: watch it with `poll(2)`, `epoll(7)`, or a runtime, and call
+/// [`serve_ready`](Self::serve_ready) then. The thread that serves must not touch the regions: it would wait for itself.
+///
+/// Dropping the last one while regions are still served closes these: whoever touches an absent page of them, or waits for one,
+/// gets SIGSEGV, not zeros, and does not hang. Drop the regions first.
+///
+/// ```
+/// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+/// use pagestitch::{Manual, Region};
+/// use std::os::fd::AsFd;
+///
+/// let mut manual = Manual::new()?;
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).build(&manual)?;
+/// std::thread::scope(|scope| {
+///     let reader = scope.spawn(|| region.as_slice().iter().all(|&byte| byte == 7));
+///     while !reader.is_finished() {                          // the caller's loop
+///         let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+///         poll(&mut ready, PollTimeout::from(10u8)).expect("poll");
+///         manual.serve_ready(64);
+///     }
+///     assert!(reader.join().unwrap());
+/// });
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+pub struct Manual {
+    worker: Worker,
+    seats: Arc<Seats>,
+    seat: usize,
+}
+
+/// What all that serve the same regions share; the last one to go closes what is still served.
+#[derive(Debug)]
+pub(crate) struct Seats {
+    shared: Arc<Shared>,
+    taken: AtomicUsize,
+    maker: Maker,
+}
+
+impl Seats {
+    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        self.shared.add(region)
+    }
+
+    pub(super) fn remove(&self, region: &Served) {
+        self.shared.remove(region);
+    }
+
+    pub(super) fn is_of_this_process(&self) -> bool {
+        self.maker.is_current()
+    }
+}
+
+impl Manual {
+    /// For one thread.
+    ///
+    /// # Errors
+    ///
+    /// As [`several`](Self::several).
+    pub fn new() -> Result<Self, Error> {
+        let mut one = Self::several(1)?;
+        Ok(one.pop().expect("one was asked for"))
+    }
+
+    /// For as many threads, which serve the same regions together: each takes one. A region that is built with one of
+    /// them is served by all.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BadOption`] for none; [`ErrorKind::Resources`] if descriptors or memory cannot be had.
+    pub fn several(threads: usize) -> Result<Vec<Self>, Error> {
+        if threads == 0 {
+            return Err(Error::new(ErrorKind::BadOption, "nobody would serve: ask for 1 or more"));
+        }
+        let refused = |errno: Errno| {
+            Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
+        };
+        let shared = Arc::new(Shared::new(&Places::anywhere(threads)).map_err(refused)?);
+        let seats =
+            Seats { shared: Arc::clone(&shared), taken: AtomicUsize::new(0), maker: Maker::current() };
+        let seats = Arc::new(seats);
+        let take = |seat: usize| {
+            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[seat]), None);
+            let worker = worker.map_err(refused)?;
+            seats.taken.fetch_add(1, Ordering::SeqCst);
+            Ok(Self { worker, seats: Arc::clone(&seats), seat })
+        };
+        (0..threads).map(take).collect()
+    }
+
+    /// Serves the faults that there are, and fills ahead, without waiting for more. Stops when nothing is left to do or
+    /// `budget` faults have been served, give or take a batch of 64; if something is left, the descriptor stays
+    /// readable. Says how many faults it has served.
+    ///
+    /// It waits for sources: one that is slow holds up the caller.
+    pub fn serve_ready(&mut self, budget: usize) -> usize {
+        self.worker.serve_ready(budget as u64) as usize
+    }
+
+    pub(super) fn seats(&self) -> &Arc<Seats> {
+        &self.seats
+    }
+}
+
+impl AsFd for Manual {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.seats.shared.epolls()[self.seat].0.as_fd()
+    }
+}
+
+impl fmt::Debug for Manual {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manual").field("seat", &self.seat).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Manual {
+    fn drop(&mut self) {
+        // Regions hold what is shared, but serve nobody: what counts is who sits here.
+        let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.seats.maker.is_current() {
+            self.seats.shared.regions().iter().for_each(close);
+        }
+    }
+}
+
+/// Nobody serves the region any more: who waits in it, and who touches it, gets a signal.
+fn close(region: &Arc<Served>) {
+    if let Err(errno) = region.reservation.seal() {
+        // Going on would leave them to hang.
+        eprintln!("pagestitch: cannot close region {} ({errno}): aborting", region.name);
+        std::process::abort();
+    }
+    region.wake(Span { first: Page(0), pages: region.reservation.pages() });
+    tracing::warn!(
+        region = region.name,
+        "closed: nobody is left to serve it; drop regions before their server"
+    );
+}

@@ -1,0 +1,134 @@
+//! A server without threads of ours: it serves when it is told to, tells when there is something to do, and leaves nobody behind.
+
+use crate::{pattern, touch, until};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch::{Chunk, ErrorKind, Manual, Region};
+use pagestitch_testkit::child;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+const PAGE: usize = 4096;
+
+fn is_ready(manual: &Manual) -> bool {
+    let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ready, PollTimeout::ZERO).unwrap() == 1
+}
+
+#[test]
+fn nothing_is_served_before_it_is_asked_to_and_the_descriptor_tells() {
+    let bytes = pattern(1, 10 * PAGE);
+    let mut manual = Manual::new().unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
+    assert!(!is_ready(&manual));
+    assert_eq!(manual.serve_ready(100), 0);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
+        until(|| is_ready(&manual));
+        assert_eq!(region.metrics().faults, 0);
+        assert!(!reader.is_finished());
+        assert_eq!(manual.serve_ready(100), 1);
+        assert_eq!(reader.join().unwrap(), bytes[5 * PAGE]);
+    });
+    assert!(!is_ready(&manual));
+}
+
+#[test]
+fn a_small_budget_leaves_the_descriptor_readable_until_all_is_done() {
+    let bytes = pattern(2, 32 << 20);
+    let mut manual = Manual::new().unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| region.as_slice() == bytes);
+        until(|| {
+            // As a loop does: only when it is told to.
+            if is_ready(&manual) {
+                manual.serve_ready(1);
+            }
+            reader.is_finished()
+        });
+        assert!(reader.join().unwrap());
+    });
+    let ahead = region.metrics().pages_ahead;
+    assert!(ahead > 500, "{ahead} pages were filled ahead");
+    until(|| {
+        manual.serve_ready(1);
+        !is_ready(&manual)
+    });
+}
+
+#[test]
+fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
+    let source = Arc::new(Scripted::new(100 * PAGE as u64).waiting(0..1));
+    let seats = Manual::several(2).unwrap();
+    let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&seats[0]).unwrap();
+    let done = &AtomicBool::new(false);
+    thread::scope(|scope| {
+        let readers = [0, 50].map(|page| {
+            let region = &region;
+            move || region.as_slice()[page * PAGE]
+        });
+        let [slow, quick] = readers;
+        let slow = scope.spawn(slow);
+        for mut seat in seats {
+            scope.spawn(move || {
+                while !done.load(Ordering::SeqCst) {
+                    seat.serve_ready(64);
+                    thread::yield_now();
+                }
+                seat
+            });
+        }
+        source.wait_until_held(1);
+        assert_eq!(scope.spawn(quick).join().unwrap(), byte_at(50 * PAGE as u64));
+        assert!(!slow.is_finished());
+        source.open();
+        assert_eq!(slow.join().unwrap(), byte_at(0));
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn who_waits_when_the_last_server_goes_gets_a_signal() {
+    let end = child::run("manual::who_waits_when_the_last_server_goes_gets_a_signal", || {
+        let manual = Manual::new().unwrap();
+        let region = Region::builder().chunk(pattern(3, 10 * PAGE)).build(&manual).unwrap();
+        let address = region.as_ptr().addr().get();
+        let reader = thread::spawn(move || println!("read a byte: {}", touch(address)));
+        until(|| is_ready(&manual));
+        drop(manual);
+        reader.join().unwrap();
+    });
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
+    assert!(!end.said().contains("read a byte"));
+}
+
+#[test]
+fn regions_outlive_all_but_the_last_server_and_go_in_peace_after_it() {
+    let bytes = pattern(4, 10 * PAGE);
+    let mut seats = Manual::several(2).unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&seats[1]).unwrap();
+    drop(seats.pop());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| region.as_slice() == bytes);
+        until(|| {
+            seats[0].serve_ready(64);
+            reader.is_finished()
+        });
+        assert!(reader.join().unwrap());
+    });
+    drop(seats);
+    drop(region);
+    assert_eq!(Manual::several(0).unwrap_err().kind(), ErrorKind::BadOption);
+}
+
+#[test]
+fn populate_needs_nobody_to_serve() {
+    let bytes = pattern(5, 100 * PAGE);
+    let manual = Manual::new().unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
+    region.populate(..).unwrap();
+    assert!(region.as_slice() == bytes);
+}
