@@ -11,20 +11,22 @@ use std::time::{Duration, Instant};
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
-pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> Option<Span> {
+pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> [Option<Span>; 2] {
     region.counters.here().faults.add(1);
     let started = Instant::now();
-    let mut claim = claim(region, page)?;
+    let Some(mut claim) = claim(region, page) else { return [None; 2] };
     let wide = region.policy.widen(page);
-    if let Some(block) = region.movable_block(page).or(wide.now) {
+    let block = region.movable_block(page).or(wide.now);
+    if let Some(block) = block {
         claim.grow(block);
     }
     if let Err(Stopped::Changing) = supply(region, claim, page.span(), buffers) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
     }
-    // A dense block is more than a reader's next pages in it.
-    region.policy.spent(page, nanoseconds(started)).or(wide.ahead)
+    // What a whole block has cost is no fault's rent.
+    let dense = block.is_none().then(|| region.policy.spent(page, nanoseconds(started))).flatten();
+    [dense, wide.ahead]
 }
 
 /// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is

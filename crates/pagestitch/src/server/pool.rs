@@ -260,8 +260,8 @@ impl Shared {
     }
 
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
-    pub(super) fn remember(&self, region: &Arc<Served>, ahead: Option<Span>) {
-        if let Some(span) = ahead {
+    pub(super) fn remember(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
+        for span in ahead {
             // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
             let _ = self.ahead.0.try_send(Ahead::new(Arc::clone(region), span));
         }

@@ -162,13 +162,15 @@ impl Worker {
             match shared.hand_on(Handed { region: Arc::clone(region), page }) {
                 Ok(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
-                Err(_) => drop(serve(region, page, buffers)),
+                Err(_) => {
+                    serve(region, page, buffers);
+                }
             }
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
         let ahead = serve(region, first, buffers);
-        self.shared.remember(region, ahead);
+        self.shared.remember(region, ahead.into_iter().flatten());
     }
 
     fn serve_handed(&mut self) {
@@ -177,7 +179,7 @@ impl Worker {
             let Some(_visit) = region.enter() else { continue };
             self.served += 1;
             let ahead = serve(&region, page, &mut self.buffers);
-            self.shared.remember(&region, ahead);
+            self.shared.remember(&region, ahead.into_iter().flatten());
         }
     }
 
