@@ -1,15 +1,15 @@
 //! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
 
-use crate::{pattern, touch, until};
+use crate::{let_go, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
-use pagestitch::{Chunk, ErrorKind, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::path::Path;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::{fs, thread};
 
 const SIGSEGV: i32 = 11;
@@ -132,6 +132,36 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
         assert_eq!(dropped, WaitStatus::Exited(dropped.pid().unwrap(), 0));
         assert!(region.as_slice() == bytes, "the parent is served as before");
         assert!(pool.clone().stop().is_err(), "and its pool knows the region");
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn a_forked_child_serves_itself_inline_whatever_its_parent_was_doing() {
+    let name = "teardown::a_forked_child_serves_itself_inline_whatever_its_parent_was_doing";
+    let end = child::run(name, || {
+        let bytes = pattern(6, 200 * 4096);
+        let busy = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // A thread that is in the signal handler at most moments, and so at most forks.
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    assert!(busy.as_slice() == bytes);
+                    let_go(busy.as_ptr().addr().get(), 200 * 4096);
+                }
+            });
+            for _ in 0..20 {
+                let ended = fork_and(|| {
+                    // A child that hangs ends by this signal.
+                    nix::unistd::alarm::set(30);
+                    let own = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
+                    i32::from(own.as_slice() != bytes)
+                });
+                assert_eq!(ended, WaitStatus::Exited(ended.pid().unwrap(), 0));
+            }
+            done.store(true, Ordering::SeqCst);
+        });
     });
     end.expect_pass();
 }

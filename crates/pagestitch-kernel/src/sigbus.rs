@@ -17,8 +17,9 @@ use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use std::fmt;
+use std::process;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
@@ -200,11 +201,21 @@ fn publish(_guard: &MutexGuard<'_, ()>, ranges: Vec<Entry>) {
 }
 
 fn lock() -> MutexGuard<'static, ()> {
-    WRITER.lock().unwrap_or_else(PoisonError::into_inner)
+    let guard = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+    let process = process::id();
+    if OWNER.swap(process, Ordering::SeqCst) != process {
+        // A forked child: the ranges are not there, and something else may be. Whoever was at work in the parent at that
+        // moment is not here either, and would be waited for for ever.
+        RANGES.store(ptr::null_mut(), Ordering::SeqCst);
+        VISITORS.iter().flat_map(Lanes::iter).for_each(|visitors| visitors.store(0, Ordering::SeqCst));
+    }
+    guard
 }
 
 static BEFORE: OnceLock<SigAction> = OnceLock::new();
 static WRITER: Mutex<()> = Mutex::new(());
+/// The process that the visitors are counted in.
+static OWNER: AtomicU32 = AtomicU32::new(0);
 static RANGES: AtomicPtr<Vec<Entry>> = AtomicPtr::new(ptr::null_mut());
 static EPOCH: AtomicUsize = AtomicUsize::new(0);
 /// Handlers at work, by the parity of the epoch in which they began.
