@@ -2,7 +2,7 @@
 
 use crate::{pattern, touch, until};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pagestitch::{Chunk, ErrorKind, Manual, Region};
+use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::os::fd::AsFd;
@@ -131,4 +131,14 @@ fn populate_needs_nobody_to_serve() {
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
     region.populate(..).unwrap();
     assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn a_region_that_nobody_would_serve_is_refused() {
+    let manual = Manual::new().unwrap();
+    let server = Server::from(&manual);
+    drop(manual);
+    let error = Region::builder().name("late").chunk(vec![1u8]).build(server).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().starts_with("region late: nobody serves any more"), "{error}");
 }

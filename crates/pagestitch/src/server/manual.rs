@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Its descriptor is readable when there is something to do: watch it with `poll(2)`, `epoll(7)`, or a runtime, and call
 /// [`serve_ready`](Self::serve_ready) then. The thread that serves must not touch the regions: it would wait for itself.
 ///
-/// Dropping the last one while regions are still served closes these: whoever touches an absent page of them, or waits for one,
-/// gets SIGSEGV, not zeros, and does not hang. Drop the regions first.
+/// Dropping the last one while regions are still served closes these: whoever touches them from then on, or waits in them,
+/// gets SIGSEGV, not zeros, and does not hang. Drop the regions first. None can be built with it afterwards.
 ///
 /// ```
 /// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -136,7 +136,7 @@ impl Drop for Manual {
         // Regions hold what is shared, but serve nobody: what counts is who sits here.
         let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.seats.maker.is_current() {
-            self.seats.shared.regions().iter().for_each(close);
+            self.seats.shared.end().iter().for_each(close);
         }
     }
 }

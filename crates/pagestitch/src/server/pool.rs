@@ -280,9 +280,11 @@ impl Shared {
         self.bell.write(1).expect("an eventfd takes small numbers");
     }
 
-    /// The regions that are served at this moment.
-    pub(super) fn regions(&self) -> Vec<Arc<Served>> {
-        self.regions.read().served.values().cloned().collect()
+    /// Takes no region any more; says which there are.
+    pub(super) fn end(&self) -> Vec<Arc<Served>> {
+        let mut regions = self.regions.write();
+        regions.stopped = true;
+        regions.served.values().cloned().collect()
     }
 
     pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
@@ -292,7 +294,10 @@ impl Shared {
     pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
         let mut regions = self.regions.write();
         if regions.stopped {
-            let what = format!("region {}: the pool has been stopped: start another", region.name);
+            let what = format!(
+                "region {}: nobody serves any more: the pool was stopped, or the server dropped; start another",
+                region.name
+            );
             return Err(Error::new(ErrorKind::Busy, what));
         }
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
