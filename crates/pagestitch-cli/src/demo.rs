@@ -24,7 +24,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE", default_value = "/proc/self/exe", hide_default_value = true)]
     file: PathBuf,
     /// Touch this share of the pages before everything is verified
-    #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:10%")]
+    #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%")]
     touch: Touch,
     /// Decides where the file is cut and what is touched
     #[arg(long, default_value_t = 1)]

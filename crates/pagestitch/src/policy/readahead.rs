@@ -28,6 +28,9 @@ pub enum Readahead {
     /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region; and a whole block of
     /// 2 MiB where its faults have cost as much as filling it would, in whatever order they came. The default.
     ///
+    /// Who touches a page that is being filled so waits for that fill, up to a block of it: where the slowest touch matters
+    /// more than the time of all, choose [`None`](Self::None).
+    ///
     /// A page whose source fails is left alone, and asked for again when it is touched.
     #[default]
     Adaptive,
