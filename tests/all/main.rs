@@ -1,5 +1,6 @@
 //! The promises, each a named test on the running kernel. One file for each family of promises.
 
+mod adopted;
 mod blocks;
 mod conformance;
 mod contention;

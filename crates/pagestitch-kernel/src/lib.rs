@@ -13,6 +13,8 @@
 //! | [`pages`] | pages of private memory that can be given away |
 //! | [`sigbus`] | faults served by the thread that takes them, in a signal handler |
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
+//! | [`process`] | another process, by a descriptor that stays with it |
+//! | [`rights`] | descriptors through a UNIX socket |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lanes`] | a value for each of a few threads, in cache lines of its own |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
@@ -26,7 +28,8 @@
 //! therefore never a write behind a reader's back, on three conditions, and all are made here:
 //!
 //! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
-//!   no allocator ever handed those pages out as zeros;
+//!   no allocator ever handed those pages out as zeros; whoever hands over a uffd that is registered already
+//!   ([`Uffd::adopt`]) has vouched for its ranges, or is another process;
 //! * something else is put into a reservation only while its view is borrowed mutably. What nobody can change (a
 //!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leaves the view stable; whatever others may change does not,
 //!   and such a view never becomes a [`StableView`], which is what gives out slices;
@@ -49,7 +52,9 @@ pub mod memfd;
 pub mod page;
 pub mod pages;
 pub mod physical;
+pub mod process;
 pub mod reservation;
+pub mod rights;
 pub mod shared;
 pub mod sigbus;
 pub mod staging;

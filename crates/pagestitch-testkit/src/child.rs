@@ -14,7 +14,7 @@
 
 use std::env;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Output, exit};
+use std::process::{Child, Command, Output, Stdio, exit};
 
 /// How a child ended, and what it said.
 #[derive(Debug)]
@@ -50,6 +50,53 @@ impl End {
     }
 }
 
+/// A child that runs beside the test.
+#[derive(Debug)]
+pub struct Beside(Child);
+
+impl Beside {
+    /// Waits for its end.
+    ///
+    /// # Panics
+    ///
+    /// If that cannot be had.
+    pub fn end(self) -> End {
+        End(self.0.wait_with_output().expect("a child ends"))
+    }
+
+    /// Ends it with SIGKILL.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel refuses.
+    pub fn kill(&mut self) {
+        self.0.kill().expect("a child can be killed");
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+/// Starts `body` in a child, which is given `argument`, and goes on. `test` is the calling test's full name.
+///
+/// Code of the test before this call runs in both processes: call it first.
+///
+/// # Panics
+///
+/// If the test binary cannot be started again.
+pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
+    if env::var_os(CHILD).is_some_and(|name| name == test) {
+        body(&env::var(ARGUMENT).unwrap_or_default());
+        exit(0);
+    }
+    let mut command = again(test);
+    command.env(ARGUMENT, argument).stdout(Stdio::piped()).stderr(Stdio::piped());
+    Beside(command.spawn().expect("a test binary can be started again"))
+}
+
 /// Runs `body` in a child. `test` is the calling test's full name, as `cargo test` prints it.
 ///
 /// Code of the test before this call runs in both processes. A panic in `body` makes the child fail.
@@ -62,13 +109,7 @@ pub fn run(test: &str, body: impl FnOnce()) -> End {
         body();
         exit(0);
     }
-    let binary = env::current_exe().expect("a test knows its binary");
-    let mut command = Command::new(binary);
-    command
-        .args([test, "--exact", "--nocapture", "--test-threads=1"])
-        .env(CHILD, test)
-        .env("RUST_BACKTRACE", "0");
-    let end = End(command.output().expect("a test binary can be started again"));
+    let end = End(again(test).output().expect("a test binary can be started again"));
     assert!(
         !end.said().contains("running 0 tests"),
         "there is no test of the name {test}: is its module missing?"
@@ -76,4 +117,14 @@ pub fn run(test: &str, body: impl FnOnce()) -> End {
     end
 }
 
+fn again(test: &str) -> Command {
+    let mut command = Command::new(env::current_exe().expect("a test knows its binary"));
+    command
+        .args([test, "--exact", "--nocapture", "--test-threads=1"])
+        .env(CHILD, test)
+        .env("RUST_BACKTRACE", "0");
+    command
+}
+
+const ARGUMENT: &str = "PAGESTITCH_TEST_ARGUMENT";
 const CHILD: &str = "PAGESTITCH_TEST_CHILD";

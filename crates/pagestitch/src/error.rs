@@ -37,6 +37,8 @@ pub enum ErrorKind {
     NotInline,
     /// A chunk's bytes may be changed by others, and the region was to give out `&[u8]`.
     Shared,
+    /// A descriptor is no userfaultfd.
+    NotUserfaultfd,
     /// The pool still serves regions.
     Busy,
     /// An option has a value that it cannot have.

@@ -29,6 +29,7 @@
 //! |---|---|
 //! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
 //! | [`SharedRegion`] | the same, of which others may change parts: without slices |
+//! | [`AdoptedRegion`] | memory of another process, that it has registered and handed over |
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
@@ -63,9 +64,12 @@ pub mod source;
 pub use error::{Error, ErrorKind};
 pub use metrics::Metrics;
 pub use pagestitch_kernel::Support;
+pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::{Access, View};
 pub use policy::Readahead;
-pub use region::{Builder, Chunk, How, Plan, Region, Run, SharedRegion};
+pub use region::{
+    AdoptedMemory, AdoptedRegion, Builder, Chunk, How, LetGo, Loss, Plan, Region, Run, SharedRegion,
+};
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use server::{Inline, Manual, Placement, Pool, PoolBuilder, Report, Server};
 pub use source::Source;

@@ -12,7 +12,7 @@ mod abi;
 mod open;
 mod outcome;
 
-pub use open::{FaultMode, OpenError, OpenedBy, handshake_probe};
+pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, handshake_probe};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
@@ -22,7 +22,7 @@ use crate::reservation::Reservation;
 use crate::support::Features;
 use nix::errno::Errno;
 use nix::libc::{c_int, c_void};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// A userfaultfd of this process, or of another that sent it.
 #[derive(Debug)]
@@ -45,6 +45,18 @@ impl Uffd {
     #[doc(alias = "UFFDIO_API")]
     pub fn open(wanted: Features) -> Result<Self, OpenError> {
         open::open(wanted)
+    }
+
+    /// Takes over a userfaultfd that is registered already: by another part of this program, or by another process that sent
+    /// it ([`rights`](crate::rights)). It is made non-blocking, for all who hold it.
+    ///
+    /// Which events were asked for is not known; [`features`](Self::features) are the kernel's operations.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]: the descriptor is something else, or cannot be asked what it is.
+    pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
+        open::adopt(fd)
     }
 
     /// Which of the wanted features are on.

@@ -13,11 +13,11 @@
 use super::{Uffd, abi};
 use crate::support::Features;
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open as open_file};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open as open_file};
 use nix::libc;
 use nix::sys::stat::Mode;
 use std::fmt;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Whose faults a uffd serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +35,8 @@ pub enum OpenedBy {
     Device,
     /// The `userfaultfd(2)` system call.
     SystemCall,
+    /// Somebody else, who handed it over.
+    Other,
 }
 
 /// No userfaultfd could be had: which way was refused with what.
@@ -79,16 +81,63 @@ impl fmt::Display for OpenError {
 
 impl std::error::Error for OpenError {}
 
+/// A descriptor could not be taken over as a userfaultfd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AdoptError {
+    /// It is a descriptor of this, instead.
+    NotUserfaultfd(String),
+    /// The kernel would not tell, or not make it non-blocking.
+    Refused(Errno),
+}
+
+impl fmt::Display for AdoptError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotUserfaultfd(what) => {
+                write!(
+                    f,
+                    "the descriptor is no userfaultfd but {what}: send the one that the memory is registered with"
+                )
+            }
+            Self::Refused(errno) => write!(f, "the descriptor cannot be taken over: {errno}"),
+        }
+    }
+}
+
+impl std::error::Error for AdoptError {}
+
+pub(super) fn adopt(fd: OwnedFd) -> Result<Uffd, AdoptError> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let link =
+        link.map_err(|error| AdoptError::Refused(Errno::from_raw(error.raw_os_error().unwrap_or(0))))?;
+    if link.as_os_str() != "anon_inode:[userfaultfd]" {
+        return Err(AdoptError::NotUserfaultfd(link.display().to_string()));
+    }
+    // A blocking one can be read, but not waited for: poll(2) answers POLLERR.
+    let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(AdoptError::Refused)?;
+    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+    fcntl(&fd, FcntlArg::F_SETFL(flags)).map_err(AdoptError::Refused)?;
+    // What the kernel can fill does not depend on what the owner asked for. Who may not open one finds out by
+    // trying.
+    let features = handshake_probe().unwrap_or(Features::POISON);
+    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features })
+}
+
 pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     // A second handshake on one fd is EINVAL, and asking for what a kernel lacks is too: ask on a throw-away.
     let supported = handshake_probe()?;
     let opened = open_fd()?;
     let features = wanted & supported;
     handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
+    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features })
+}
+
+fn wrap(fd: OwnedFd) -> userfaultfd::Uffd {
     // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
-    let fd = unsafe { userfaultfd::Uffd::from_raw_fd(std::os::fd::IntoRawFd::into_raw_fd(opened.fd)) };
-    Ok(Uffd { fd, opened_by: opened.by, mode: opened.mode, features })
+    unsafe {
+        userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd())
+    }
 }
 
 /// Opens a userfaultfd, asks which features this kernel has, and closes it.

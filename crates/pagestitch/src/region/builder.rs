@@ -3,7 +3,10 @@
 use crate::error::{Error, ErrorKind};
 use crate::policy::{Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
-use crate::region::{Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion};
+use crate::region::place::Place;
+use crate::region::{
+    AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion,
+};
 use crate::server::{Server, Who};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
@@ -157,6 +160,43 @@ impl Builder {
         Ok(SharedRegion::new(view, core))
     }
 
+    /// As [`build`](Self::build), for memory that somebody else has registered already: another part of this program, or another
+    /// process. The chunks have to hold exactly as many bytes as its ranges; they are copied, whatever they are.
+    ///
+    /// # Errors
+    ///
+    /// As [`build`](Self::build); [`ErrorKind::BadOption`] for ranges that are not whole pages, overlap, or do not add up;
+    /// [`ErrorKind::NotInline`] for a server that is [`Inline`](crate::Inline).
+    pub fn build_adopted(
+        self,
+        memory: AdoptedMemory,
+        server: impl Into<Server>,
+    ) -> Result<AdoptedRegion, Error> {
+        let (server, name) = (server.into(), self.name.unwrap_or_else(|| UNNAMED.to_owned()));
+        let in_region = |error: Error| error.inside(&name);
+        if matches!(server.who, Who::Inline) {
+            let what =
+                "adopted memory cannot be served inline: its owner has registered it for events; use a pool";
+            return Err(in_region(Error::new(ErrorKind::NotInline, what)));
+        }
+        let mut layout = self.layout.map_err(in_region)?;
+        layout.finish().map_err(in_region)?;
+        let (adopted, uffd) = memory.settle(layout.total()).map_err(in_region)?;
+        let place = Place::Adopted(adopted);
+        // Neither a window nor a block is made up of huge pages: each is its own.
+        let readahead =
+            if place.page_size() == PageSize::system() { self.readahead } else { Readahead::None };
+        let no_table = |errno| no_table(&name, errno);
+        let policy = Policy::new(readahead, place.all().pages, place.page_size(), false).map_err(no_table)?;
+        let copied = (false, Err("the kernel moves pages only inside a process"));
+        let served = Served::new(name.clone(), (layout, Shown::default()), copied, policy, (place, uffd))
+            .map_err(no_table)?;
+        if self.zero_copy {
+            refuse_copies(&served)?;
+        }
+        Ok(AdoptedRegion::new(attach(served, server)?))
+    }
+
     fn make(self, server: Server) -> Result<(View, Core), Error> {
         let name = self.name.unwrap_or_else(|| UNNAMED.to_owned());
         let in_region = |error: Error| error.inside(&name);
@@ -193,18 +233,16 @@ impl Builder {
         let abilities = Abilities { moves, minor_faults };
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
             .map_err(|error| cannot_show(&name, &layout, error))?;
-        let no_table = |errno| limit("reserve its page table (RLIMIT_AS: ulimit -v)", errno);
+        let no_table = |errno| no_table(&name, errno);
         let policy = Policy::new(self.readahead, pages.get(), page, staged.is_ok()).map_err(no_table)?;
-        let served = Served::new(name.clone(), (layout, shown), (moves, staged), policy, (reservation, uffd))
+        let place = Place::Reserved(reservation);
+        let served = Served::new(name.clone(), (layout, shown), (moves, staged), policy, (place, uffd))
             .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }
         served.counters.here().pages_in_place.add(served.in_place.pages());
-        let served = Arc::new(served);
-        let core = Core { server: server.attach(&served)?, served };
-        tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
-        Ok((view, core))
+        Ok((view, attach(served, server)?))
     }
 
     fn push(&mut self, chunk: Chunk) {
@@ -215,6 +253,19 @@ impl Builder {
             }
         }
     }
+}
+
+/// Starts to serve.
+fn attach(served: Served, server: Server) -> Result<Core, Error> {
+    let served = Arc::new(served);
+    let core = Core { server: server.attach(&served)?, served };
+    tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
+    Ok(core)
+}
+
+fn no_table(name: &str, errno: Errno) -> Error {
+    let what = format_args!("region {name}: cannot reserve its page table (RLIMIT_AS: ulimit -v)");
+    Error::because(ErrorKind::Resources, what, errno)
 }
 
 fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {

@@ -2,11 +2,10 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::Metrics;
-use crate::region::page_table::Wake;
 use crate::region::{Plan, Served};
 use crate::server::{Attached, heal, populate};
 use crate::source::Failure;
-use pagestitch_kernel::{Page, Span};
+use pagestitch_kernel::Span;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 
@@ -52,8 +51,11 @@ impl Core {
 
     pub(crate) fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
         let size = self.served.page_size();
-        let all = Span { first: Page(0), pages: self.served.reservation.pages() };
-        self.served.failures(all).into_iter().map(|(page, failure)| (size.offset_of(page), failure)).collect()
+        self.served
+            .failures(self.served.place.all())
+            .into_iter()
+            .map(|(page, failure)| (size.offset_of(page), failure))
+            .collect()
     }
 
     fn failed(&self, failure: Arc<Failure>) -> Error {
@@ -109,8 +111,8 @@ impl Core {
 ///
 /// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
 /// 2. join: wait for those that are at work for the region; no source is called from here on;
-/// 3. seal: the whole range becomes inaccessible;
-/// 4. wake: whoever waits tries again and meets the sealed range;
+/// 3. seal: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
+/// 4. wake: whoever waits tries again and meets that;
 /// 5. close the uffd and unmap, when the last `Arc` goes.
 impl Drop for Core {
     fn drop(&mut self) {
@@ -121,11 +123,6 @@ impl Drop for Core {
         self.server.detach(&self.served);
         self.served.close();
         tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
-        if let Err(errno) = self.served.reservation.seal() {
-            // Going on would show zeros for bytes. Not known to happen.
-            eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name());
-            std::process::abort();
-        }
-        self.served.wake(Span { first: Page(0), pages: self.served.reservation.pages() });
+        self.served.shut();
     }
 }

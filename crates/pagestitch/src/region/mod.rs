@@ -8,18 +8,23 @@
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
+//! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
+mod adopted;
 mod builder;
 mod chunk;
 mod core;
 mod in_place;
 mod layout;
 pub(crate) mod page_table;
+mod place;
 mod plan;
 mod served;
 mod shared;
 
 use self::core::Core;
+pub(crate) use adopted::Adopted;
+pub use adopted::{AdoptedMemory, AdoptedRegion, LetGo, Loss};
 pub use builder::Builder;
 pub use chunk::Chunk;
 pub(crate) use layout::Layout;

@@ -150,7 +150,9 @@ fn how_of_pages(served: &Served, chunk: usize, backing: &Backing) -> (How, &'sta
         return shown(served, backing);
     }
     let whole = page.inside(&offsets);
-    let why = if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
+    let why = if served.place.adopted().is_some() {
+        "somebody else's memory: copied into it"
+    } else if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
         "not at the same place in a page as in its source: copied"
     } else if whole.is_empty() {
         "fills no page of its own: copied"

@@ -3,16 +3,19 @@
 use crate::metrics::Counters;
 use crate::policy::Policy;
 use crate::region::Layout;
+use crate::region::adopted::{Adopted, abandon};
 use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::page_table::{PageTable, State, Wake};
+use crate::region::place::Place;
 use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, Visit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
-use pagestitch_kernel::{Event, Page, PageSize, Reservation, Span, Uffd};
+use pagestitch_kernel::{Batch, Event, Page, PageSize, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 /// What the server shares with the region that it serves.
@@ -32,7 +35,7 @@ pub(crate) struct Served {
     /// Whether whole blocks are filled in staging, and moved in; else why not.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Counters,
-    pub(crate) reservation: Arc<Reservation>,
+    pub(crate) place: Place,
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
     failures: Mutex<BTreeMap<Page, Arc<Failure>>>,
@@ -47,9 +50,9 @@ impl Served {
         (layout, shown): (Layout, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
         policy: Policy,
-        (reservation, uffd): (Arc<Reservation>, Uffd),
+        (place, uffd): (Place, Uffd),
     ) -> Result<Self, pagestitch_kernel::Errno> {
-        let pages = NonZeroUsize::new(reservation.pages()).expect("a reservation has pages");
+        let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
         Ok(Self {
             has_donated: layout.has_donated(),
             name,
@@ -61,7 +64,7 @@ impl Served {
             policy,
             staged,
             counters: Counters::default(),
-            reservation,
+            place,
             uffd,
             failures: Mutex::default(),
             gate: Gate::new(),
@@ -69,7 +72,7 @@ impl Served {
     }
 
     pub(crate) fn page_size(&self) -> PageSize {
-        self.reservation.page_size()
+        self.place.page_size()
     }
 
     /// How many pages of a span, from its first on, show a memfd that is filled later; which, and from where on.
@@ -127,7 +130,7 @@ impl Served {
     pub(crate) fn block_of(&self, page: Page) -> Option<Span> {
         let pages = HUGE / self.page_size().bytes();
         let block = Span { first: Page(page.0 / pages * pages), pages };
-        (block.end().0 <= self.reservation.pages()).then_some(block)
+        (block.end() <= self.place.all().end()).then_some(block)
     }
 
     /// Whether a memfd that is filled later cannot be shown when it is, on this kernel.
@@ -141,22 +144,63 @@ impl Served {
         self.gate.enter()
     }
 
-    /// Acts on a change of the memory map.
-    pub(crate) fn note(&self, event: Event) {
-        let Event::Remove { start, end } = event else {
-            // Only remove events are asked for.
-            return tracing::warn!(region = self.name, ?event, "unexpected event");
-        };
-        let range = self.reservation.range();
-        let (start, end) = (start.max(range.start()), end.min(range.end()));
-        if start >= end {
-            return;
+    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch.
+    pub(crate) fn read_events(&self, batch: &mut Batch) {
+        // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
+        let _alone = self.place.adopted().map(Adopted::change);
+        if let Err(errno) = batch.read(&self.uffd, self.page_size()) {
+            tracing::error!(region = self.name, %errno, "cannot read events");
         }
-        let base = range.start();
-        let span = self.page_size().covering(&((start - base) as u64..(end - base) as u64));
-        tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
-        self.pages.forget(span);
-        self.failures.lock().retain(|page, _| *page < span.first || *page >= span.end());
+        for event in batch.take_events() {
+            self.note(event);
+        }
+    }
+
+    fn note(&self, event: Event) {
+        let (Event::Remove { start, end } | Event::Unmap { start, end }) = event else {
+            // Of a region of our own, only remove events are asked for.
+            return tracing::error!(region = self.name, ?event, "cannot be followed: it was not asked for");
+        };
+        for span in self.place.pages_in(start, end) {
+            tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
+            if let Place::Adopted(adopted) = &self.place {
+                adopted.remove(span);
+            }
+            self.pages.forget(span);
+            self.failures.lock().retain(|page, _| *page < span.first || *page >= span.end());
+        }
+    }
+
+    /// The first pages of a span that are filled before anybody asks for them: neither there from the start, nor taken by a
+    /// balloon.
+    pub(crate) fn next_gap(&self, span: Span) -> Span {
+        match &self.place {
+            Place::Reserved(_) => self.in_place.next_gap(span),
+            Place::Adopted(adopted) => adopted.next_kept(span),
+        }
+    }
+
+    /// Nobody serves any more: who waits in the region, and who touches it, gets a signal.
+    ///
+    /// For a region of our own: **seal**, so that the whole range is inaccessible, then wake whoever waits, who tries again and
+    /// meets the sealed range. Of adopted memory, what is missing is poisoned instead.
+    pub(crate) fn shut(&self) {
+        match &self.place {
+            Place::Reserved(reservation) => {
+                if let Err(errno) = reservation.seal() {
+                    // Going on would show zeros for bytes, or leave them to hang. Not known to happen.
+                    eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name);
+                    std::process::abort();
+                }
+            }
+            Place::Adopted(adopted) => abandon(self, adopted),
+        }
+        self.wake(self.place.all());
+    }
+
+    /// Never closes the uffd: to whom waits there, that would be zeros.
+    pub(crate) fn keep_open(&self) {
+        let _ = self.uffd.as_fd().try_clone_to_owned().map(std::mem::forget);
     }
 
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
@@ -189,8 +233,8 @@ impl Served {
     /// Who lets go of pages runs on as soon as the event is read, which is before it is taken note of.
     pub(crate) fn forget_let_go(&self, span: Span) -> bool {
         let mut any = false;
-        // Where the question fails, the table is believed.
-        let _ = self.reservation.residency(span, |page, here| {
+        // Where the question cannot be answered, the table is believed.
+        self.place.residency(span, |page, here| {
             if !here && self.pages.state(page) == State::Present {
                 self.pages.forget(page.span());
                 any = true;
@@ -202,16 +246,21 @@ impl Served {
     /// Whether the kernel has the page.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
         let mut resident = false;
-        // Where the question fails, the page counts as absent: filling it again is then answered with EEXIST.
-        let _ = self.reservation.residency(page.span(), |_, here| resident = here);
+        // Where the question cannot be answered, it counts as absent: filling it again is then answered with EEXIST.
+        self.place.residency(page.span(), |_, here| resident = here);
         resident
     }
 }
 
 impl Wake for Served {
     fn wake(&self, span: Span) {
-        if let Err(errno) = self.uffd.wake(self.reservation.addresses(span)) {
-            tracing::error!(region = self.name, %errno, "cannot wake");
+        let mut rest = span;
+        while !rest.is_empty() {
+            let now = self.place.contiguous(rest);
+            rest = rest.without_prefix(now.pages);
+            if let Err(errno) = self.uffd.wake(self.place.addresses(now)) {
+                tracing::error!(region = self.name, %errno, "cannot wake");
+            }
         }
     }
 }

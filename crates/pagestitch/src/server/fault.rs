@@ -45,7 +45,7 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usi
     let mut rest = span;
     let mut pages = 0;
     loop {
-        let gap = region.in_place.next_gap(rest);
+        let gap = region.next_gap(rest);
         if gap.is_empty() {
             return Some(pages);
         }

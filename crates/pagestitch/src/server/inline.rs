@@ -18,7 +18,7 @@ use std::thread;
 /// Starts to serve a region so.
 pub(super) fn attach(region: &Arc<Served>) -> Result<Registration, Error> {
     refuse_what_blocks(region)?;
-    let range = region.reservation.range();
+    let range = region.place.addresses(region.place.all());
     Registration::new(range, Arc::new(Inline(Arc::clone(region)))).map_err(|errno| {
         let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
         Error::because(ErrorKind::Resources, what, errno)
@@ -50,7 +50,7 @@ impl OnFault for Inline {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
         // No visit: whoever takes the registration back waits for those that are here.
-        region.reservation.page_at(address).is_some_and(|page| serve(region, page))
+        region.place.page_at(address).is_some_and(|page| serve(region, page))
     }
 }
 

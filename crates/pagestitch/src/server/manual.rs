@@ -2,13 +2,11 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
-use crate::region::page_table::Wake;
 use crate::server::placement::Places;
 use crate::server::pool::Shared;
 use crate::server::worker::Worker;
 use nix::errno::Errno;
 use pagestitch_kernel::fork::Maker;
-use pagestitch_kernel::{Page, Span};
 use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -143,12 +141,7 @@ impl Drop for Manual {
 
 /// Nobody serves the region any more: who waits in it, and who touches it, gets a signal.
 fn close(region: &Arc<Served>) {
-    if let Err(errno) = region.reservation.seal() {
-        // Going on would leave them to hang.
-        eprintln!("pagestitch: cannot close region {} ({errno}): aborting", region.name);
-        std::process::abort();
-    }
-    region.wake(Span { first: Page(0), pages: region.reservation.pages() });
+    region.shut();
     tracing::warn!(
         region = region.name,
         "closed: nobody is left to serve it; drop regions before their server"

@@ -80,7 +80,7 @@ impl Work<'_> {
 fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Result<(), Arc<Failure>> {
     let mut rest = span;
     loop {
-        let gap = region.in_place.next_gap(rest);
+        let gap = region.next_gap(rest);
         if gap.is_empty() {
             return Ok(());
         }

@@ -1,12 +1,14 @@
 //! Resolve and settle: tell the kernel what a page is, and read its answer. The one place where an [`Outcome`]
 //! is interpreted.
 
+use crate::region::Adopted;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::source::{Content, Failure, Filled, gone};
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::support::Features;
-use pagestitch_kernel::{Errno, Outcome, Span};
+use pagestitch_kernel::{Errno, Outcome, Page, Span};
+use parking_lot::RwLockReadGuard;
 use std::io;
 use std::sync::Arc;
 
@@ -33,31 +35,72 @@ enum Way {
 
 /// Installs what was filled in the first pages of the claim, and settles them.
 pub(super) fn install(region: &Served, claim: &mut Claim<'_>, mut filled: Filled<'_>) -> Result<(), Stopped> {
-    let page_bytes = region.page_size().bytes();
     let mut done = 0;
     while done < filled.pages {
         let span = claim.span().prefix(filled.pages - done);
-        let (outcome, way) = put(region, span, &mut filled.content, done * page_bytes)
-            .map_err(|error| fail(region, claim, failure(region, span, error)))?;
-        let pages = match outcome {
-            Outcome::Done => span.pages,
-            Outcome::Partial { bytes } => bytes / page_bytes,
-            Outcome::AlreadyThere => {
-                // The kernel wakes nobody then, and the waiter may have come before the page.
-                region.wake(span.prefix(1));
-                1
+        match install_some(region, claim, span, &mut filled.content, done) {
+            Ok(pages) => done += pages,
+            Err(NotInstalled::Stopped(stopped)) => return Err(stopped),
+            Err(NotInstalled::Refused(error)) => {
+                return Err(fail(region, claim, failure(region, span, error)));
             }
-            Outcome::Changing => {
-                region.counters.here().retries.add(1);
-                return Err(Stopped::Changing);
-            }
-            refused => return Err(fail(region, claim, failure(region, span, refusal(refused)))),
-        };
-        claim.settle(pages, State::Present);
-        tell(region, span.prefix(pages), way);
-        done += pages;
+        }
     }
     Ok(())
+}
+
+/// Why pages were not installed.
+enum NotInstalled {
+    Stopped(Stopped),
+    Refused(io::Error),
+}
+
+/// Installs as many of a span as the kernel takes at once; says how many.
+fn install_some(
+    region: &Served,
+    claim: &mut Claim<'_>,
+    span: Span,
+    content: &mut Content<'_>,
+    done: usize,
+) -> Result<usize, NotInstalled> {
+    // Until it is settled, nothing that its owner lets go of is taken note of.
+    let adopted = region.place.adopted();
+    let _held =
+        adopted.map(|adopted| held(region, adopted, span)).transpose().map_err(NotInstalled::Stopped)?;
+    let page_bytes = region.page_size().bytes();
+    let (outcome, way) = put(region, span, content, done * page_bytes).map_err(NotInstalled::Refused)?;
+    let pages = match outcome {
+        Outcome::Done => span.pages,
+        Outcome::Partial { bytes } => bytes / page_bytes,
+        Outcome::AlreadyThere => {
+            // The kernel wakes nobody then, and the waiter may have come before the page.
+            region.wake(span.prefix(1));
+            1
+        }
+        Outcome::Changing => {
+            region.counters.here().retries.add(1);
+            return Err(NotInstalled::Stopped(Stopped::Changing));
+        }
+        // Nobody is there any more to be told.
+        Outcome::ProcessGone if adopted.is_some() => {
+            let failure = Arc::new(failure(region, span, owner_ended()));
+            return Err(NotInstalled::Stopped(Stopped::Failed(failure)));
+        }
+        refused => return Err(NotInstalled::Refused(refusal(refused))),
+    };
+    claim.settle(pages, State::Present);
+    tell(region, span.prefix(pages), way);
+    Ok(pages)
+}
+
+/// Keeps what a span holds as it is. `Changing` if it was let go since it was claimed: what was filled is not what it holds.
+fn held<'a>(region: &Served, adopted: &'a Adopted, span: Span) -> Result<RwLockReadGuard<'a, ()>, Stopped> {
+    let guard = adopted.hold();
+    if span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
+        region.counters.here().retries.add(1);
+        return Err(Stopped::Changing);
+    }
+    Ok(guard)
 }
 
 /// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
@@ -77,7 +120,7 @@ pub(super) fn install_inline(region: &Served, claim: &mut Claim<'_>, mut content
 
 /// Has the kernel put content at a span, from the content's byte `done` on.
 fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
-    let range = region.reservation.addresses(span);
+    let range = region.place.addresses(span);
     let part = done..done + range.bytes();
     Ok(match content {
         Content::Straight(memory, bytes) => {
@@ -101,13 +144,13 @@ fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> i
 /// Moves donated pages in; where the kernel will not, copies the first one.
 fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Result<(Outcome, Way)> {
     if region.moves {
-        match region.uffd.give(region.reservation.addresses(span), donated, offset) {
+        match region.uffd.give(region.place.addresses(span), donated, offset) {
             // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
             outcome => return Ok((outcome, Way::Moved)),
         }
     }
-    let range = region.reservation.addresses(span.prefix(1));
+    let range = region.place.addresses(span.prefix(1));
     if donated.has_moved(region.page_size().page_at(offset)) {
         // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
         return match region.uffd.poison(range) {
@@ -128,6 +171,14 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     let failure = Arc::new(failure);
     // Kept first: who finds the page poisoned finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
+    let mut _held = None;
+    if let Some(adopted) = region.place.adopted() {
+        match held(region, adopted, page.span()) {
+            Ok(guard) => _held = Some(guard),
+            Err(stopped) => return stopped,
+        }
+        adopted.lose(&region.name);
+    }
     if let Err(stopped) = poison(region, page.span()) {
         return stopped;
     }
@@ -140,7 +191,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
 /// Makes a span bad: who waits there, or touches it later, gets SIGBUS. Doing it twice does no harm.
 pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
     if region.uffd.features().contains(Features::POISON) {
-        match region.uffd.poison(region.reservation.addresses(span)) {
+        match region.uffd.poison(region.place.addresses(span)) {
             Outcome::Changing => return Err(Stopped::Changing),
             Outcome::Done | Outcome::AlreadyThere => {
                 region.wake(span);
@@ -150,13 +201,30 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
             _ => {}
         }
     }
-    if let Err(errno) = region.reservation.revoke(span) {
+    if let Err(errno) = region.place.revoke(span) {
+        if errno == Errno::ESRCH && region.place.adopted().is_some() {
+            // The owner has ended meanwhile.
+            return Ok(());
+        }
         // The waiter can neither be given bytes nor a signal: what is left is zeros or a hang.
         eprintln!("pagestitch: region {}: cannot take a failed page away ({errno}): aborting", region.name);
         std::process::abort();
     }
     region.wake(span);
     Ok(())
+}
+
+/// Shows a page that a file of its owner's has in its page cache.
+pub(super) fn show(region: &Served, page: Page) {
+    // Where it is there by now, or gone, the waiter tries again.
+    let _ = region.uffd.map_cached(region.place.addresses(page.span()));
+    region.wake(page.span());
+}
+
+/// Lets a writer through that somebody else's protection has stopped.
+pub(super) fn release(region: &Served, page: Page) {
+    let _ = region.uffd.unprotect(region.place.addresses(page.span()));
+    region.wake(page.span());
 }
 
 fn failure(region: &Served, span: Span, error: io::Error) -> Failure {
@@ -167,7 +235,8 @@ fn failure(region: &Served, span: Span, error: io::Error) -> Failure {
 /// A refusal of the kernel, as an error for people.
 fn refusal(outcome: Outcome) -> io::Error {
     match outcome {
-        Outcome::NotRegistered | Outcome::ProcessGone => {
+        Outcome::ProcessGone => owner_ended(),
+        Outcome::NotRegistered => {
             io::Error::other("the page is not mapped any more: somebody unmapped or moved part of the region")
         }
         Outcome::SourceUnreadable => io::Error::other(
@@ -180,6 +249,10 @@ fn refusal(outcome: Outcome) -> io::Error {
             unreachable!("{outcome:?} is not a refusal")
         }
     }
+}
+
+fn owner_ended() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the process that owns the memory has ended")
 }
 
 fn tell(region: &Served, span: Span, way: Way) {

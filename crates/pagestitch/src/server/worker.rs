@@ -9,12 +9,13 @@
 use crate::region::Served;
 use crate::server::fault::{fill_ahead, serve};
 use crate::server::pool::Shared;
+use crate::server::resolve::{release, show};
 use crate::source::Buffers;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Page, Span};
+use pagestitch_kernel::{Batch, Fault, FaultKind, Page, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
@@ -149,13 +150,8 @@ impl Worker {
 
     fn serve_read(&mut self, region: &Arc<Served>) {
         let Self { shared, batch, buffers, served, .. } = self;
-        if let Err(errno) = batch.read(&region.uffd, region.page_size()) {
-            tracing::error!(region = region.name, %errno, "cannot read events");
-        }
-        for event in batch.take_events() {
-            region.note(event);
-        }
-        let mut pages = batch.faults().iter().filter_map(|fault| region.reservation.page_at(fault.address));
+        region.read_events(batch);
+        let mut pages = batch.faults().iter().filter_map(|fault| page_of(region, fault));
         let Some(first) = pages.next() else { return };
         let mut handed = 0;
         for page in pages {
@@ -191,6 +187,18 @@ impl Worker {
         self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
         fill_ahead(&region, now, &mut self.buffers);
     }
+}
+
+/// The page to be served for a fault; `None` where that was all that there is to do.
+fn page_of(region: &Served, fault: &Fault) -> Option<Page> {
+    let page = region.place.page_at(fault.address)?;
+    match fault.kind {
+        FaultKind::WriteProtect => release(region, page),
+        // Only somebody else's registration asks for these beside memfds that are filled later.
+        FaultKind::Minor if region.place.adopted().is_some() => show(region, page),
+        FaultKind::Minor | FaultKind::Missing => return Some(page),
+    }
+    None
 }
 
 /// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.

@@ -67,6 +67,14 @@ pub(crate) fn fill<'a>(
     buffers: &'a mut Buffers,
 ) -> Result<Filled<'a>, Failure> {
     let (layout, page) = (&region.layout, region.page_size());
+    let span = region.place.contiguous(span);
+    if page.bytes() > PageSize::system().bytes() {
+        return fill_huge(region, span.prefix(1), buffers.block.fresh());
+    }
+    let (span, removed) = as_it_is(region, span);
+    if removed {
+        return Ok(Filled { pages: span.pages, content: Content::Zero });
+    }
     let Buffers { pages: staging, block } = buffers;
     if let Some(whole) = region.stageable_block(span)
         && stage(layout, page.offsets(whole), block.fresh()).is_some()
@@ -114,6 +122,22 @@ pub(crate) fn fill<'a>(
             Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
         }
     }
+}
+
+/// The first pages of a span that are alike: let go by their owner, and zeros since, or not.
+fn as_it_is(region: &Served, span: Span) -> (Span, bool) {
+    let Some(adopted) = region.place.adopted() else { return (span, false) };
+    let (pages, removed) = adopted.removed_prefix(span);
+    (span.prefix(pages), removed)
+}
+
+/// One page of hugetlbfs. There is no zero page of that size: zeros are copied, too.
+fn fill_huge<'a>(region: &'a Served, span: Span, fresh: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    let page = &mut fresh[..region.page_size().bytes()];
+    if as_it_is(region, span).1 {
+        return Ok(Filled { pages: 1, content: Content::Gathered(page) });
+    }
+    gather(&region.layout, region.page_size().offsets(span), page)
 }
 
 /// Fills a whole block from however many chunks it takes. `None` where that is not the best way, or not possible: where

@@ -1,0 +1,83 @@
+//! Descriptors through a UNIX socket (`SCM_RIGHTS`, see `unix(7)`).
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use std::io::{self, IoSlice};
+use std::mem::size_of;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Reads what there is, and takes the descriptors that came with it; waits for it where the socket does. `(0, [])` at the
+/// end of a stream.
+///
+/// # Errors
+///
+/// Those of `recvmsg(2)`; `InvalidData` where the kernel dropped descriptors, as this process may have no more. Those that came
+/// are closed then: nix's `recvmsg` would leave them open, for a hostile peer to use up.
+pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut control = Control([0; CONTROL]);
+    let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: a msghdr is integers and pointers, all of which may be 0.
+    #[expect(unsafe_code, reason = "a C struct with private padding")]
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    (header.msg_iov, header.msg_iovlen) = (&raw mut part, 1);
+    (header.msg_control, header.msg_controllen) = ((&raw mut control).cast(), CONTROL);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: `header` points to one part and to `control`, both of which live through the call, with their true lengths.
+    #[expect(unsafe_code, reason = "recvmsg")]
+    let answer = unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+    let bytes = usize::try_from(Errno::result(answer)?).expect("recvmsg answers a length");
+    let fds = descriptors(&control.0[..header.msg_controllen]);
+    if header.msg_flags & libc::MSG_CTRUNC != 0 {
+        let what = "not all descriptors could be taken: raise the limit on open files (ulimit -n)";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    Ok((bytes, fds))
+}
+
+/// Sends bytes, at least one, and descriptors with them; says how many bytes went.
+///
+/// # Errors
+///
+/// Those of `sendmsg(2)`.
+pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&raw)];
+    let control = if raw.is_empty() { &[][..] } else { &rights };
+    let parts = [IoSlice::new(bytes)];
+    Ok(sendmsg::<()>(socket.as_fd().as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None)?)
+}
+
+/// The descriptors in control messages: each a header of its length, level and type, then its data, padded.
+fn descriptors(mut control: &[u8]) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    while let Some((header, rest)) = control.split_at_checked(HEADER) {
+        let word = |at: usize| i32::from_ne_bytes(header[at..at + 4].try_into().expect("four bytes"));
+        let length = usize::from_ne_bytes(header[..size_of::<usize>()].try_into().expect("a word"));
+        let Some(data) = length.checked_sub(HEADER).and_then(|length| rest.get(..length)) else { break };
+        let (level, kind) = (word(size_of::<usize>()), word(size_of::<usize>() + 4));
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let raw = data.as_chunks().0.iter().map(|&bytes| RawFd::from_ne_bytes(bytes));
+            fds.extend(raw.map(own));
+        }
+        control = rest.get(data.len().next_multiple_of(size_of::<usize>())..).unwrap_or_default();
+    }
+    fds
+}
+
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just made this descriptor for us, and recvmsg named it once.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    unsafe {
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+/// Room for control messages, aligned as the kernel wants it.
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+/// As many as the kernel lets through at once (`SCM_MAX_FD`), and credentials that nobody asked for.
+const CONTROL: usize = HEADER + 253 * size_of::<RawFd>() + 4 + 64;
+const HEADER: usize = size_of::<libc::cmsghdr>();
+const _: () = assert!(HEADER == 16 && CONTROL.is_multiple_of(8), "the layout of cmsg(3) on 64-bit Linux");

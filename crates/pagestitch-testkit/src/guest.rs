@@ -1,0 +1,170 @@
+//! Plays the owner of memory that somebody else fills: a VMM restoring a guest from a snapshot, as Firecracker does.
+//!
+//! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX socket, and touches its memory
+//! from threads, as virtual CPUs do. What is touched before anybody serves waits.
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::support::Features;
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{AddressRange, PageSize, Uffd, rights};
+use std::ffi::c_void;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::ptr::NonNull;
+
+/// Memory of a guest, in one or more ranges, missing until somebody fills it.
+#[derive(Debug)]
+pub struct Guest {
+    uffd: Uffd,
+    page: PageSize,
+    ranges: Vec<Range>,
+}
+
+/// A part of a guest's memory.
+#[derive(Debug)]
+pub struct Range {
+    start: NonNull<c_void>,
+    bytes: usize,
+    /// Where it begins in the guest's memory, counted through.
+    offset: usize,
+}
+
+// The pointers are addresses of mappings that live as long as the guest.
+#[expect(unsafe_code, reason = "a guest's memory is shared by its virtual CPUs")]
+// SAFETY: nothing is ever borrowed from the memory: it is read and written a byte at a time.
+unsafe impl Sync for Guest {}
+#[expect(unsafe_code, reason = "as above")]
+// SAFETY: as above.
+unsafe impl Send for Guest {}
+
+impl Guest {
+    /// A guest with these ranges of memory, in bytes; `huge`: of hugetlbfs pages of 2 MiB.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel answers: no userfaultfd, no memory, no huge pages reserved (`vm.nr_hugepages`).
+    pub fn new(ranges: &[usize], huge: bool) -> io::Result<Self> {
+        let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS;
+        let uffd = Uffd::open(wanted).map_err(io::Error::other)?;
+        let page = if huge { PageSize::new(HUGE).expect("a power of two") } else { PageSize::system() };
+        let mut guest = Self { uffd, page, ranges: Vec::new() };
+        let mut offset = 0;
+        for &bytes in ranges {
+            guest.ranges.push(Range { start: map(bytes, huge)?, bytes, offset });
+            offset += bytes;
+        }
+        for range in &guest.ranges {
+            let addresses = AddressRange::new(range.start.as_ptr().addr(), range.bytes, page);
+            let addresses = addresses.ok_or_else(|| io::Error::other("not whole pages"))?;
+            // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+            #[expect(unsafe_code, reason = "the guest vouches for its memory")]
+            unsafe { guest.uffd.register_range(addresses, RegisterMode::MISSING) }?;
+        }
+        Ok(guest)
+    }
+
+    /// Its userfaultfd.
+    #[must_use]
+    pub fn uffd(&self) -> BorrowedFd<'_> {
+        self.uffd.as_fd()
+    }
+
+    /// Where its ranges are: address and bytes of each.
+    #[must_use]
+    pub fn ranges(&self) -> Vec<(usize, usize)> {
+        self.ranges.iter().map(|range| (range.start.as_ptr().addr(), range.bytes)).collect()
+    }
+
+    /// What Firecracker (1.12) sends: a JSON array with an object for each range.
+    #[must_use]
+    pub fn handshake(&self) -> String {
+        let page = self.page.bytes();
+        let object = |range: &Range| {
+            let (address, bytes, offset) = (range.start.as_ptr().addr(), range.bytes, range.offset);
+            format!(
+                r#"{{"base_host_virt_addr":{address},"size":{bytes},"offset":{offset},"page_size":{page},"page_size_kib":{page}}}"#
+            )
+        };
+        format!("[{}]", self.ranges.iter().map(object).collect::<Vec<_>>().join(","))
+    }
+
+    /// Connects, and hands its memory over as Firecracker does: one message, one descriptor, no answer. The stream has to stay
+    /// open: its end may overtake the message.
+    ///
+    /// # Errors
+    ///
+    /// Those of `connect(2)` and `sendmsg(2)`.
+    pub fn hand_over(&self, socket: &std::path::Path) -> io::Result<UnixStream> {
+        let stream = UnixStream::connect(socket)?;
+        rights::send(&stream, self.handshake().as_bytes(), &[self.uffd()])?;
+        Ok(stream)
+    }
+
+    /// Reads a byte of its memory, as a virtual CPU does.
+    ///
+    /// # Panics
+    ///
+    /// If the guest has no such byte.
+    #[must_use]
+    pub fn read(&self, offset: usize) -> u8 {
+        // SAFETY: inside a mapping of ours that lives as long as `self`; bytes have no invalid values.
+        #[expect(unsafe_code, reason = "a virtual CPU reads memory that others fill")]
+        unsafe {
+            self.at(offset).cast::<u8>().read_volatile()
+        }
+    }
+
+    /// Writes a byte of its memory.
+    ///
+    /// # Panics
+    ///
+    /// If the guest has no such byte.
+    pub fn write(&self, offset: usize, byte: u8) {
+        // SAFETY: as in `read`; no reference to the memory exists.
+        #[expect(unsafe_code, reason = "a virtual CPU writes its memory")]
+        unsafe {
+            self.at(offset).cast::<u8>().write_volatile(byte);
+        }
+    }
+
+    /// Gives memory back to the host, as a balloon does (`MADV_DONTNEED`). Waits until whoever serves knows.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`.
+    pub fn balloon(&self, offset: usize, bytes: usize) -> io::Result<()> {
+        // SAFETY: pages of our own mapping, of which nothing is borrowed.
+        #[expect(unsafe_code, reason = "madvise")]
+        Ok(unsafe { madvise(self.at(offset), bytes, MmapAdvise::MADV_DONTNEED) }?)
+    }
+
+    fn at(&self, offset: usize) -> NonNull<c_void> {
+        let range =
+            self.ranges.iter().find(|range| (range.offset..range.offset + range.bytes).contains(&offset));
+        let range = range.expect("an offset in the guest's memory");
+        range.start.map_addr(|start| start.checked_add(offset - range.offset).expect("inside the mapping"))
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        for range in &self.ranges {
+            // SAFETY: the mapping is ours, and nobody has a pointer to it any more.
+            #[expect(unsafe_code, reason = "munmap")]
+            let _ = unsafe { munmap(range.start, range.bytes) };
+        }
+    }
+}
+
+fn map(bytes: usize, huge: bool) -> io::Result<NonNull<c_void>> {
+    let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("an empty range"))?;
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let mut flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    flags.set(MapFlags::MAP_HUGETLB, huge);
+    // SAFETY: a new mapping, wherever the kernel likes.
+    #[expect(unsafe_code, reason = "mmap")]
+    Ok(unsafe { mmap_anonymous(None, bytes, protection, flags) }?)
+}

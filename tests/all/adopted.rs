@@ -1,0 +1,370 @@
+//! Memory that another process has registered and handed over: its bytes, its balloons, and its end or ours.
+
+use crate::{pattern, until};
+use nix::sys::socket::{SockFlag, SockType};
+use nix::unistd::Pid;
+use pagestitch::{AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Region};
+use pagestitch_kernel::rights;
+use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{fs, thread};
+
+const SIGBUS: i32 = 7;
+const SIGKILL: i32 = 9;
+const PAGE: usize = 4096;
+/// Two ranges with a gap between, as a guest has below and above 4 GiB.
+const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];
+const TOTAL: usize = 1000 * PAGE;
+
+/// A guest in another process, and its memory, handed over. The process lives until the stream is closed.
+struct Other {
+    process: Beside,
+    stream: UnixStream,
+    memory: AdoptedMemory,
+}
+
+/// Starts `test` again as a guest, which lives through `life`.
+fn other(test: &str, life: impl FnOnce(&Guest, UnixStream)) -> Other {
+    other_with(test, &RANGES, false, life)
+}
+
+fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest, UnixStream)) -> Other {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let process = child::beside(test, path.to_str().unwrap(), |path| {
+        let guest = Guest::new(ranges, huge).unwrap();
+        until(|| fs::exists(path).unwrap());
+        until(|| UnixStream::connect(path).is_ok());
+        let stream = guest.hand_over(path.as_ref()).unwrap();
+        life(&guest, stream);
+    });
+    let listener = UnixListener::bind(&path).unwrap();
+    // The first connection only finds out whether anybody listens.
+    let _ = listener.accept().unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let mut message = vec![0; 4096];
+    let (bytes, mut fds) = rights::receive(&stream, &mut message).unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
+    let memory = AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
+    let memory = told.as_array().unwrap().iter().fold(memory, |memory, range| {
+        let number = |name: &str| range[name].as_u64().unwrap() as usize;
+        memory.range(number("base_host_virt_addr"), number("size"))
+    });
+    let memory = memory.owner(Process::peer(&stream).unwrap());
+    Other { process, stream, memory }
+}
+
+/// Pieces of odd lengths that hold `pattern(9, TOTAL)`.
+fn pieces() -> Vec<Vec<u8>> {
+    let whole = pattern(9, TOTAL);
+    let mut rest = &whole[..];
+    let mut pieces = Vec::new();
+    while !rest.is_empty() {
+        let (piece, later) = rest.split_at(rest.len().min(70_001));
+        pieces.push(piece.to_vec());
+        rest = later;
+    }
+    pieces
+}
+
+fn build(memory: AdoptedMemory, pool: &Pool) -> AdoptedRegion {
+    Region::builder().name("guest").chunks(pieces()).build_adopted(memory, pool).unwrap()
+}
+
+/// Tells the other side to go on, and is told by it.
+fn tell(mut stream: &UnixStream) {
+    stream.write_all(b"!").unwrap();
+}
+
+fn wait_for(mut stream: &UnixStream) {
+    stream.read_exact(&mut [0]).unwrap();
+}
+
+#[test]
+fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
+    let other =
+        other("adopted::another_process_finds_the_bytes_of_the_chunks_in_its_memory", |guest, _stream| {
+            let expected = pattern(9, TOTAL);
+            thread::scope(|scope| {
+                for cpu in 0..4 {
+                    let expected = &expected;
+                    scope.spawn(move || {
+                        // Each in an order of its own, all over both ranges.
+                        for at in (0..TOTAL).step_by(997) {
+                            let at = (at * 7919 + cpu * 104_729) % TOTAL;
+                            assert_eq!(guest.read(at), expected[at], "byte {at}");
+                        }
+                        (cpu..TOTAL)
+                            .step_by(4)
+                            .for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+                    });
+                }
+            });
+        });
+    let region = build(other.memory, &Pool::new().unwrap());
+    other.process.end().expect_pass();
+    let metrics = region.close();
+    assert_eq!(metrics.pages_installed(), 1000);
+    assert!(metrics.faults < 1000, "readahead: {metrics:?}");
+}
+
+/// Balloons while other virtual CPUs touch the same memory: a page that was given back is never the snapshot's again.
+#[test]
+fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
+    let other = other("adopted::what_its_owner_has_let_go_of_is_zeros_from_then_on", |guest, _stream| {
+        let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for cpu in 0..2 {
+                let (expected, stop) = (&expected, &stop);
+                scope.spawn(move || {
+                    // What is seen is the snapshot's, or zero; and once zero, always zero.
+                    let mut gone = vec![false; TOTAL / PAGE];
+                    let mut at = cpu;
+                    while !stop.load(Ordering::Relaxed) {
+                        at = (at + 7919 * PAGE + 1) % TOTAL;
+                        let byte = guest.read(at);
+                        assert!(byte == expected[at] && !gone[at / PAGE] || byte == 0, "byte {at}: {byte}");
+                        gone[at / PAGE] |= byte == 0;
+                    }
+                });
+            }
+            for page in (0..TOTAL / PAGE).filter(|page| page % 3 == 0) {
+                guest.balloon(page * PAGE, PAGE).unwrap();
+                assert_eq!(guest.read(page * PAGE), 0, "page {page}");
+            }
+            guest.balloon(0, 100 * PAGE).unwrap();
+            assert!((0..100).all(|page| guest.read(page * PAGE + 5) == 0));
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(
+            (0..TOTAL / PAGE)
+                .filter(|page| page % 3 == 1 && *page > 100)
+                .all(|page| guest.read(page * PAGE) != 0)
+        );
+    });
+    let region = build(other.memory, &Pool::builder().workers(3).start().unwrap());
+    other.process.end().expect_pass();
+    assert!(region.close().pages_zeroed >= 334);
+}
+
+#[test]
+fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
+    let test = "adopted::what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros";
+    let other = other(test, |guest, stream| {
+        let expected = pattern(9, TOTAL);
+        assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE]);
+        guest.balloon(900 * PAGE, PAGE).unwrap();
+        tell(&stream);
+        wait_for(&stream);
+        assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE], "what was filled stays");
+        assert_eq!(guest.read(900 * PAGE), 0, "what a balloon took is zeros");
+        println!("as expected");
+        println!("read a byte: {}", guest.read(100 * PAGE));
+    });
+    let region = build(other.memory, &Pool::new().unwrap());
+    wait_for(&other.stream);
+    drop(region);
+    tell(&other.stream);
+    let end = other.process.end();
+    assert!(end.said().contains("as expected"), "{}", end.said());
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+}
+
+#[test]
+fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
+    let other =
+        other("adopted::a_thread_that_waits_when_the_region_is_dropped_gets_a_signal", |guest, _stream| {
+            println!("read a byte: {}", guest.read(0));
+        });
+    // Nobody serves: the thread waits.
+    let manual = pagestitch::Manual::new().unwrap();
+    let region = Region::builder().chunks(pieces()).build_adopted(other.memory, &manual).unwrap();
+    let stat = format!("/proc/{}/task", other.process.id());
+    let waits = |stat: String| stat.contains(") S ");
+    until(|| {
+        let tasks = fs::read_dir(&stat).unwrap().filter_map(Result::ok);
+        tasks
+            .filter_map(|task| fs::read_to_string(task.path().join("wchan")).ok())
+            .any(|at| at == "handle_userfault")
+            || fs::read_dir(&stat)
+                .unwrap()
+                .filter_map(Result::ok)
+                .all(|task| fs::read_to_string(task.path().join("stat")).is_ok_and(waits))
+    });
+    drop(region);
+    let end = other.process.end();
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+}
+
+#[test]
+fn a_finished_region_leaves_its_owner_with_everything() {
+    let other = other("adopted::a_finished_region_leaves_its_owner_with_everything", |guest, stream| {
+        guest.balloon(10 * PAGE, PAGE).unwrap();
+        tell(&stream);
+        wait_for(&stream);
+        let expected = pattern(9, TOTAL);
+        for (at, &byte) in expected.iter().enumerate() {
+            let here = if at / PAGE == 10 { 0 } else { byte };
+            assert_eq!(guest.read(at), here, "byte {at}");
+        }
+    });
+    let region = build(other.memory, &Pool::new().unwrap());
+    wait_for(&other.stream);
+    let metrics = region.finish().unwrap();
+    assert_eq!(metrics.pages_installed(), 999, "what a balloon took is left alone: {metrics:?}");
+    tell(&other.stream);
+    other.process.end().expect_pass();
+}
+
+#[test]
+fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_owner() {
+    let test = "adopted::a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_owner";
+    for (loss, signal) in [(Loss::Poison, SIGBUS), (Loss::Kill, SIGKILL)] {
+        let other = other(test, |guest, _stream| {
+            assert_eq!(guest.read(0), byte_at(0));
+            println!("read a byte: {}", guest.read(400 * PAGE));
+        });
+        let source = Arc::new(Scripted::new(TOTAL as u64).failing(400 * PAGE as u64..401 * PAGE as u64));
+        let region = Region::builder()
+            .chunk(Chunk::source(source))
+            .build_adopted(other.memory.on_loss(loss), &Pool::new().unwrap())
+            .unwrap();
+        let end = other.process.end();
+        assert!(!end.said().contains("read a byte"), "{}", end.said());
+        assert_eq!(end.signal(), Some(signal), "{loss:?}: {}", end.said());
+        assert_eq!(region.failures().len(), 1);
+        assert_eq!(region.failures()[0].0, 400 * PAGE as u64);
+    }
+}
+
+#[test]
+fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
+    let other = other(
+        "adopted::an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop",
+        |_, stream| {
+            wait_for(&stream);
+        },
+    );
+    let Other { mut process, memory, .. } = other;
+    let region = build(memory, &Pool::new().unwrap());
+    region.populate(0..PAGE as u64).unwrap();
+    process.kill();
+    process.end();
+    let error = region.populate(..).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Source);
+    assert!(error.to_string().contains("has ended"), "{error}");
+    drop(region);
+}
+
+/// The same program may hand memory to itself: a part of it that does not know pagestitch.
+#[test]
+fn memory_of_the_same_process_is_served_too() {
+    let guest = Guest::new(&RANGES, false).unwrap();
+    let uffd = guest.uffd().try_clone_to_owned().unwrap();
+    let memory = AdoptedMemory::new(uffd).unwrap();
+    let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
+    let memory = memory.owner(Process::open(Pid::this()).unwrap());
+    let region = build(memory, &Pool::new().unwrap());
+    let expected = pattern(9, TOTAL);
+    assert!((0..TOTAL).step_by(1001).all(|at| guest.read(at) == expected[at]));
+    guest.write(5, 77);
+    assert_eq!(guest.read(5), 77);
+    region.finish().unwrap();
+    assert_eq!(guest.read(TOTAL - 1), expected[TOTAL - 1]);
+}
+
+#[test]
+fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
+    const HUGE: usize = 2 << 20;
+    let reserved = HugePages::reserve(8);
+    if reserved.is_none() {
+        println!("skipped: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+        return;
+    }
+    let test = "adopted::a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time";
+    let other = other_with(test, &[HUGE, 3 * HUGE], true, |guest, _stream| {
+        let expected = pattern(4, 3 * HUGE);
+        for at in [5, HUGE, 2 * HUGE + 4097, 3 * HUGE - 1] {
+            assert_eq!(guest.read(at), expected[at], "byte {at}");
+        }
+        assert_eq!(guest.read(3 * HUGE + 5), 0, "a hole");
+        guest.balloon(HUGE, HUGE).unwrap();
+        assert_eq!(guest.read(HUGE + 1), 0, "a balloon");
+    });
+    let memory = other.memory.page_size(HUGE).unwrap();
+    let region = Region::builder()
+        .chunk(pattern(4, 3 * HUGE))
+        .chunk(Chunk::hole(HUGE as u64))
+        .build_adopted(memory, &Pool::new().unwrap())
+        .unwrap();
+    other.process.end().expect_pass();
+    assert_eq!(region.close().pages_installed(), 5);
+}
+
+/// Huge pages of hugetlbfs, reserved as long as it lives. Needs root.
+struct HugePages(String);
+
+impl HugePages {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    fn reserve(pages: usize) -> Option<Self> {
+        let before = fs::read_to_string(Self::PATH).ok()?;
+        fs::write(Self::PATH, pages.to_string()).ok()?;
+        let reserved = Self(before);
+        let there: usize = fs::read_to_string(Self::PATH).ok()?.trim().parse().ok()?;
+        (there >= pages).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.0);
+    }
+}
+
+#[test]
+fn what_cannot_be_adopted_is_refused_by_name() {
+    let pool = Pool::new().unwrap();
+    let no_uffd = OwnedFd::from(fs::File::open("/proc/self/exe").unwrap());
+    let error = AdoptedMemory::new(no_uffd).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotUserfaultfd);
+    assert!(error.to_string().contains("is no userfaultfd but /"), "{error}");
+    let (socket, _) = nix::sys::socket::socketpair(
+        nix::sys::socket::AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::empty(),
+    )
+    .unwrap();
+    assert!(AdoptedMemory::new(socket).unwrap_err().to_string().contains("socket:"));
+
+    let guest = Guest::new(&RANGES, false).unwrap();
+    let [(first, _), (second, _)] = guest.ranges()[..] else { panic!("two ranges") };
+    let memory = || AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
+    let owned = || memory().owner(Process::open(Pid::this()).unwrap());
+    let refused = |memory: AdoptedMemory| {
+        let error = Region::builder().chunks(pieces()).build_adopted(memory, &pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BadOption);
+        error.to_string()
+    };
+    assert!(refused(owned()).contains("no range"));
+    let short = refused(owned().range(first, RANGES[0]));
+    assert!(short.contains("4096000 bytes") && short.contains("1228800"), "{short}");
+    assert!(refused(owned().range(first + 1, RANGES[0]).range(second, RANGES[1])).contains("whole pages"));
+    assert!(refused(owned().range(first, RANGES[0]).range(first + PAGE, RANGES[1])).contains("overlaps"));
+    assert!(refused(owned().range(usize::MAX - PAGE + 1, PAGE)).contains("whole pages"));
+    let nobody = memory().on_loss(Loss::Kill).range(first, RANGES[0]).range(second, RANGES[1]);
+    assert!(refused(nobody).contains("owner()"));
+    assert!(memory().page_size(3000).is_err() && memory().page_size(1 << 30).is_err());
+    let whole = owned().range(first, RANGES[0]).range(second, RANGES[1]);
+    let error = Region::builder().chunks(pieces()).build_adopted(whole, Inline).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotInline);
+}
