@@ -6,6 +6,7 @@ mod conformance;
 mod contention;
 mod donated;
 mod failure;
+mod firecracker;
 mod inline;
 mod journey;
 mod lazy;

@@ -7,6 +7,7 @@ mod demo;
 mod output;
 mod part;
 mod probe;
+mod serve;
 mod stitch;
 mod touch;
 
@@ -39,6 +40,9 @@ enum Command {
     Probe,
     /// Show parts of files as one contiguous region; nothing is concatenated
     Stitch(stitch::Options),
+    /// Fill the memory of other processes on first touch
+    #[command(subcommand)]
+    Serve(serve::Peer),
     /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
     Bench(bench::Options),
 }
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options, json),
         Command::Probe => probe::run(json),
         Command::Stitch(options) => stitch::run(&options, json),
+        Command::Serve(peer) => serve::run(peer, json),
         Command::Bench(options) => bench::run(&options, json),
     };
     match done {

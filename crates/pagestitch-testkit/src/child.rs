@@ -80,6 +80,12 @@ impl Beside {
     }
 }
 
+/// Whether this is the child of a test.
+#[must_use]
+pub fn is_child(test: &str) -> bool {
+    env::var_os(CHILD).is_some_and(|name| name == test)
+}
+
 /// Starts `body` in a child, which is given `argument`, and goes on. `test` is the calling test's full name.
 ///
 /// Code of the test before this call runs in both processes: call it first.
@@ -88,7 +94,7 @@ impl Beside {
 ///
 /// If the test binary cannot be started again.
 pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
-    if env::var_os(CHILD).is_some_and(|name| name == test) {
+    if is_child(test) {
         body(&env::var(ARGUMENT).unwrap_or_default());
         exit(0);
     }
@@ -105,7 +111,7 @@ pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
 ///
 /// If the test binary cannot be started again.
 pub fn run(test: &str, body: impl FnOnce()) -> End {
-    if env::var_os(CHILD).is_some_and(|name| name == test) {
+    if is_child(test) {
         body();
         exit(0);
     }

@@ -35,7 +35,7 @@ pub struct AdoptedMemory {
     pub(super) uffd: Uffd,
     page: PageSize,
     ranges: Vec<(usize, usize)>,
-    owner: Option<Process>,
+    owner: Option<Arc<Process>>,
     loss: Loss,
     let_go: LetGo,
 }
@@ -96,8 +96,8 @@ impl AdoptedMemory {
     }
 
     /// Whose memory it is, to be ended where there is no other way.
-    pub fn owner(mut self, owner: Process) -> Self {
-        self.owner = Some(owner);
+    pub fn owner(mut self, owner: impl Into<Arc<Process>>) -> Self {
+        self.owner = Some(owner.into());
         self
     }
 
@@ -173,7 +173,7 @@ pub(crate) struct Adopted {
     /// Held by all who install, and alone by who reads events: what is installed is what the page holds *now*. Who lets
     /// go of pages runs on as soon as its event is read, and old bytes must not come after.
     map: RwLock<()>,
-    owner: Option<Process>,
+    owner: Option<Arc<Process>>,
     loss: Loss,
     let_go: LetGo,
 }

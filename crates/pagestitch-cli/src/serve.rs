@@ -1,0 +1,128 @@
+//! `pagestitch serve`: fills the memory of other processes.
+
+use crate::output::bytes;
+use clap::{Args, Subcommand, ValueEnum};
+use pagestitch::{Loss, Pool, Readahead};
+use pagestitch_firecracker::{Event, Handler, OnStop, Snapshot};
+use serde_json::{Value, json};
+use std::error::Error;
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+use std::time::Duration;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Peer {
+    /// Restore Firecracker guests from a snapshot: their page-fault handler ("backend_type": "Uffd")
+    ///
+    /// SIGTERM: the memory of each guest is filled, and they go on without a handler; a second one does not wait for that.
+    Firecracker(Options),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Where to listen: the "backend_path" of PUT /snapshot/load
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// The snapshot's memory file, then diffs over it, oldest first
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    memory: Vec<PathBuf>,
+    /// What becomes of a guest when bytes of its memory cannot be had: SIGBUS where they are touched, or its end
+    #[arg(long, value_enum, default_value_t)]
+    on_loss: LossOption,
+    /// What becomes of guests when the handler is told to stop: their memory is filled, or lost
+    #[arg(long, value_enum, default_value_t)]
+    on_stop: StopOption,
+    /// Fill only what is touched, nothing ahead of it
+    #[arg(long)]
+    no_readahead: bool,
+    /// Handler threads [default: one a CPU, at most 8]
+    #[arg(long, value_name = "N")]
+    workers: Option<usize>,
+    /// How many seconds a client may take to send where its memory is
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    patience: u16,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum LossOption {
+    #[default]
+    Poison,
+    Kill,
+}
+
+#[derive(Debug, Clone, Copy, Default, ValueEnum)]
+enum StopOption {
+    #[default]
+    Finish,
+    Abandon,
+}
+
+pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
+    let Peer::Firecracker(options) = peer;
+    let mut pool = Pool::builder().name("firecracker");
+    if let Some(workers) = options.workers {
+        pool = pool.workers(workers);
+    }
+    let snapshot = Snapshot::open(&options.memory)?;
+    let (len, pieces) = (snapshot.bytes(), snapshot.pieces());
+    let handler = Handler::builder(snapshot)
+        .pool(&pool.start()?)
+        .on_loss(options.on_loss.into())
+        .on_stop(options.on_stop.into())
+        .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
+        .patience(Duration::from_secs(options.patience.into()))
+        .bind(&options.socket)?;
+    let stopper = handler.stopper();
+    ctrlc::set_handler(move || stopper.stop())?;
+    let path = handler.path().display().to_string();
+    if as_json {
+        say(&json!({"event": "listening", "socket": path, "bytes": len, "pieces": pieces}).to_string());
+    } else {
+        say(&format!("listening at {path}: {} of memory in {pieces} pieces", bytes(len)));
+    }
+    handler.run(|event| say(&if as_json { to_json(event).to_string() } else { event.to_string() }))?;
+    Ok(())
+}
+
+/// Who reads this may have gone: guests are served all the same.
+fn say(line: &str) {
+    let mut out = stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn to_json(event: &Event<'_>) -> Value {
+    match event {
+        Event::Restored { owner, bytes } => {
+            json!({"event": "restored", "pid": owner.pid().as_raw(), "bytes": bytes})
+        }
+        Event::Refused { owner, why } => json!({"event": "refused", "pid": owner, "why": why.to_string()}),
+        Event::Ended { owner, metrics, lost } => json!({
+            "event": "ended", "pid": owner.pid().as_raw(), "faults": metrics.faults,
+            "pages": metrics.pages_installed(), "pages_lost": lost,
+        }),
+        Event::Left { owner, outcome } => json!({
+            "event": "left", "pid": owner.pid().as_raw(),
+            "pages": outcome.as_ref().ok().map(pagestitch::Metrics::pages_installed),
+            "error": outcome.as_ref().err().map(ToString::to_string),
+        }),
+        _ => json!({"event": event.to_string()}),
+    }
+}
+
+impl From<LossOption> for Loss {
+    fn from(option: LossOption) -> Self {
+        match option {
+            LossOption::Poison => Self::Poison,
+            LossOption::Kill => Self::Kill,
+        }
+    }
+}
+
+impl From<StopOption> for OnStop {
+    fn from(option: StopOption) -> Self {
+        match option {
+            StopOption::Finish => Self::Finish,
+            StopOption::Abandon => Self::Abandon,
+        }
+    }
+}

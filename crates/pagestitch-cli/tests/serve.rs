@@ -1,0 +1,113 @@
+//! `pagestitch serve`: the handler as it is put in production, with signals, and what it says when it cannot start.
+
+use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::guest::Guest;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const PAGES: usize = 3000;
+const PAGE: usize = 4096;
+
+/// Memory of which each page tells its number, and the first byte of none is zero.
+fn memory(path: &Path) {
+    let file = File::create(path).unwrap();
+    for page in 0..PAGES {
+        file.write_all_at(&[(page % 251) as u8 + 1; PAGE], (page * PAGE) as u64).unwrap();
+    }
+}
+
+fn serve(folder: &Path, more: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_pagestitch"))
+        .current_dir(folder)
+        .args(["serve", "firecracker", "--socket", "socket", "--memory", "memory"])
+        .args(more)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// A guest that reads a few pages, waits for the handler to go, and reads them all.
+fn guest(test: &str, folder: &Path) -> Beside {
+    child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+        let _stream = guest.hand_over(path.as_ref()).unwrap();
+        let check = |page: usize| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1, "page {page}");
+        (0..PAGES).step_by(97).for_each(check);
+        fs::write(format!("{path}.ready"), "").unwrap();
+        while fs::exists(path).unwrap() {
+            (0..PAGES).step_by(31).for_each(check);
+        }
+        (0..PAGES).for_each(check);
+    })
+}
+
+fn wait_for(path: &Path) {
+    let started = Instant::now();
+    while !path.exists() {
+        assert!(started.elapsed() < Duration::from_secs(30), "{} never came", path.display());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn told_to_stop_under_load_it_leaves_its_guests_complete() {
+    let test = "told_to_stop_under_load_it_leaves_its_guests_complete";
+    if child::is_child(test) {
+        guest(test, Path::new(""));
+    }
+    for more in [&[][..], &["--json"]] {
+        let folder = tempfile::tempdir().unwrap();
+        memory(&folder.path().join("memory"));
+        let mut handler = serve(folder.path(), more);
+        wait_for(&folder.path().join("socket"));
+        let guest = guest(test, folder.path());
+        wait_for(&folder.path().join("socket.ready"));
+        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
+        assert!(handler.wait().unwrap().success());
+        guest.end().expect_pass();
+        let said: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
+        let words = ["listening", "serving", "left to itself"];
+        let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"left""#];
+        let expected = if more.is_empty() { words } else { keys };
+        assert_eq!(said.len(), 3, "{said:?}");
+        assert!(said.iter().zip(expected).all(|(line, word)| line.contains(word)), "{said:?}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_one_line() {
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let complaint = |more: &[&str], status: i32| {
+        let output = serve(folder.path(), more).wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(status));
+        String::from_utf8(output.stderr).unwrap()
+    };
+    assert_eq!(
+        complaint(&["no-such-diff"], 1),
+        "pagestitch: cannot open no-such-diff: No such file or directory (os error 2)\n"
+    );
+    fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
+    assert!(complaint(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
+    assert!(complaint(&["--patience", "0"], 2).contains("0 is not in 1.."));
+    assert!(complaint(&["--workers", "0"], 1).contains("1 or more"));
+    assert!(complaint(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
+    let mut first = serve(folder.path(), &[]);
+    wait_for(&folder.path().join("socket"));
+    assert!(complaint(&[], 1).contains("socket is in use: another handler listens there"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    // After a SIGKILL the socket is left behind, and is no obstacle.
+    assert!(folder.path().join("socket").exists());
+    let mut second = serve(folder.path(), &[]);
+    let mut line = String::new();
+    BufReader::new(second.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert!(line.starts_with("listening at socket"), "{line}");
+    second.kill().unwrap();
+    second.wait().unwrap();
+}

@@ -1,0 +1,105 @@
+//! One guest: its memory, as it is served.
+
+use crate::handshake::{HandshakeError, Mappings};
+use crate::{OnStop, Snapshot};
+use pagestitch::{
+    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, Pool, Process, Readahead, Region, Source,
+};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// A guest that is being served.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    region: AdoptedRegion,
+    owner: Arc<Process>,
+    /// Kept open, as Firecracker keeps its end.
+    _stream: UnixStream,
+}
+
+/// How the memory of guests is served.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) snapshot: Snapshot,
+    pub(crate) pool: Pool,
+    pub(crate) loss: Loss,
+    pub(crate) readahead: Readahead,
+}
+
+impl Guest {
+    /// Starts to serve a guest whose handshake is complete. One that cannot be served is told by a signal: it would wait for
+    /// its first page for ever.
+    pub(crate) fn new(
+        service: &Service,
+        stream: UnixStream,
+        mappings: &Mappings,
+        uffd: OwnedFd,
+    ) -> Result<Self, HandshakeError> {
+        let Service { snapshot, pool, loss, readahead } = service;
+        let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
+        let owner = Arc::new(owner);
+        let memory = AdoptedMemory::new(uffd)?.page_size(mappings.page_bytes() as usize)?;
+        let memory = mappings.ranges().iter().fold(memory, |memory, range| {
+            memory.range(range.base_host_virt_addr as usize, range.size as usize)
+        });
+        let memory = memory.owner(Arc::clone(&owner)).on_loss(*loss);
+        let builder = Region::builder().name(owner.to_string()).readahead(*readahead);
+        if mappings.bytes() != snapshot.bytes() {
+            let nothing = Chunk::source(Arc::new(Nothing(mappings.bytes())));
+            drop(builder.chunk(nothing).build_adopted(memory, pool)?);
+            return Err(HandshakeError::Size { guest: mappings.bytes(), file: snapshot.bytes() });
+        }
+        let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
+        Ok(Self { region, owner, _stream: stream })
+    }
+
+    /// Its VMM, readable when that has ended.
+    pub(crate) const fn owner(&self) -> &Arc<Process> {
+        &self.owner
+    }
+
+    pub(crate) const fn region(&self) -> &AdoptedRegion {
+        &self.region
+    }
+
+    /// Nobody is there any more.
+    pub(crate) fn close(self) -> Metrics {
+        self.region.close()
+    }
+
+    /// Leaves the guest to itself. `hurry` is asked now and then, and ends the filling when it is true.
+    pub(crate) fn leave(self, how: OnStop, hurry: impl Fn() -> bool) -> Result<Metrics, pagestitch::Error> {
+        if how == OnStop::Abandon {
+            return Ok(self.region.close());
+        }
+        let bytes = self.region.len() as u64;
+        for start in (0..bytes).step_by(SLICE) {
+            if hurry() {
+                return Ok(self.region.close());
+            }
+            if self.region.populate(start..bytes.min(start + SLICE as u64)).is_err() {
+                // What else there is, finish() fills, and tells of this again.
+                break;
+            }
+        }
+        self.region.finish()
+    }
+}
+
+/// The memory of a guest that has none here.
+struct Nothing(u64);
+
+impl Source for Nothing {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::other("the guest was refused"))
+    }
+}
+
+/// Filled before it is asked again whether to hurry.
+const SLICE: usize = 64 << 20;

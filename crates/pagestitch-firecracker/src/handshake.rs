@@ -1,0 +1,316 @@
+//! What Firecracker sends when it connects: where the guest's memory is, and the userfaultfd that it is registered with.
+//!
+//! ```text
+//!   [{"base_host_virt_addr": 139968, "size": 536870912, "offset": 0, "page_size": 4096, "page_size_kib": 4096}, ...]
+//!                                                               + one descriptor (SCM_RIGHTS), no answer
+//! ```
+//!
+//! | version | page size in |
+//! |---|---|
+//! | up to 1.6 | nothing: 4 KiB |
+//! | from 1.7 | `page_size_kib`, which holds bytes, whatever it is called |
+//! | from 1.12 | `page_size`, in bytes, beside it |
+
+use serde::Deserialize;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+/// A range of a guest's memory, as its VMM has mapped it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Mapping {
+    /// Where it is, in the VMM.
+    pub base_host_virt_addr: u64,
+    /// How many bytes it has.
+    pub size: u64,
+    /// Where its bytes are in the memory file.
+    pub offset: u64,
+    #[serde(default)]
+    page_size: Option<u64>,
+    #[serde(default)]
+    page_size_kib: Option<u64>,
+}
+
+/// All of a guest's memory: ranges that lie end to end in the memory file, in its order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mappings {
+    ranges: Vec<Mapping>,
+    page_bytes: u64,
+}
+
+/// A client is not served. `Display` is a line for a person: what came, and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HandshakeError {
+    /// What it sent is no JSON array of mappings.
+    #[error("sent no list of memory mappings ({0}): expected the JSON array that Firecracker sends")]
+    Garbage(#[source] serde_json::Error),
+    /// It goes on and on.
+    #[error("sent more than {} KiB, which is no list of memory mappings", LONGEST / 1024)]
+    TooLong,
+    /// It hung up in between.
+    #[error(
+        "closed the connection after {bytes} bytes and {fds} descriptors: expected a JSON array and one userfaultfd"
+    )]
+    Closed {
+        /// How many bytes had come.
+        bytes: usize,
+        /// How many descriptors had.
+        fds: usize,
+    },
+    /// It has not sent all in time.
+    #[error("sent nothing complete within {0:?}: {bytes} bytes and {fds} descriptors", bytes = .1, fds = .2)]
+    Late(Duration, usize, usize),
+    /// It sent several descriptors.
+    #[error("sent {0} descriptors: expected one, the userfaultfd")]
+    Descriptors(usize),
+    /// The array is empty.
+    #[error("sent an empty list: a guest has memory")]
+    Empty,
+    /// Mappings of several page sizes.
+    #[error("mixes page sizes of {0} and {1} bytes: all memory of a guest has one")]
+    MixedPages(u64, u64),
+    /// A page size that cannot be served.
+    #[error("has pages of {0} bytes: 4096 and 2097152 can be served")]
+    PageSize(u64),
+    /// Mappings that are not the memory file's.
+    #[error(
+        "maps bytes {start:#x}..{end:#x} of the memory file where {expected:#x} was to come next: ranges have to lie end to end"
+    )]
+    Gap {
+        /// Where a mapping begins in the file.
+        start: u64,
+        /// Where it ends.
+        end: u64,
+        /// Where the one before it ended.
+        expected: u64,
+    },
+    /// Mappings that are more or less than the memory file.
+    #[error("has {guest} bytes of memory, and the memory file {file}: this is another guest's snapshot")]
+    Size {
+        /// What the guest has.
+        guest: u64,
+        /// What the file has.
+        file: u64,
+    },
+    /// An address or length past 2^64.
+    #[error("has a mapping of {size:#x} bytes at {address:#x}, past the end of all addresses")]
+    Overflow {
+        /// Its address.
+        address: u64,
+        /// Its length.
+        size: u64,
+    },
+    /// The connection failed.
+    #[error("cannot be read from: {0}")]
+    Io(#[from] io::Error),
+    /// Its memory cannot be served.
+    #[error("cannot be served: {0}")]
+    Adopt(#[from] pagestitch::Error),
+    /// Its process cannot be held.
+    #[error("cannot be told from other processes ({0}): it ended meanwhile, or is in another PID namespace")]
+    Peer(#[source] io::Error),
+}
+
+impl Mapping {
+    /// The size of its pages, in bytes.
+    fn page_bytes(&self) -> u64 {
+        self.page_size.or(self.page_size_kib).unwrap_or(4096)
+    }
+
+    fn end(&self) -> Result<u64, HandshakeError> {
+        let past = HandshakeError::Overflow { address: self.base_host_virt_addr, size: self.size };
+        let fits =
+            self.base_host_virt_addr.checked_add(self.size).and_then(|_| self.offset.checked_add(self.size));
+        fits.ok_or(past)
+    }
+}
+
+impl Mappings {
+    /// Reads the message. `Ok(None)`: it is not complete.
+    ///
+    /// # Errors
+    ///
+    /// [`HandshakeError`] where it can never become a list of mappings, or is one that cannot be.
+    pub fn parse(message: &[u8]) -> Result<Option<Self>, HandshakeError> {
+        match serde_json::from_slice::<Vec<Mapping>>(message) {
+            Ok(ranges) => Self::check(ranges).map(Some),
+            Err(error) if error.is_eof() && message.len() < LONGEST => Ok(None),
+            Err(error) if error.is_eof() => Err(HandshakeError::TooLong),
+            Err(error) => Err(HandshakeError::Garbage(error)),
+        }
+    }
+
+    fn check(mut ranges: Vec<Mapping>) -> Result<Self, HandshakeError> {
+        ranges.sort_by_key(|range| range.offset);
+        let page_bytes = ranges.first().ok_or(HandshakeError::Empty)?.page_bytes();
+        let mut expected = 0;
+        for range in &ranges {
+            let end = range.end()?;
+            if range.page_bytes() != page_bytes {
+                return Err(HandshakeError::MixedPages(page_bytes, range.page_bytes()));
+            }
+            if range.offset != expected {
+                return Err(HandshakeError::Gap { start: range.offset, end, expected });
+            }
+            expected = end;
+        }
+        if !matches!(page_bytes, 4096 | HUGE) {
+            return Err(HandshakeError::PageSize(page_bytes));
+        }
+        Ok(Self { ranges, page_bytes })
+    }
+
+    /// The ranges, in the order of the memory file, end to end from its start.
+    #[must_use]
+    pub fn ranges(&self) -> &[Mapping] {
+        &self.ranges
+    }
+
+    /// The size of the guest's pages, in bytes.
+    #[must_use]
+    pub const fn page_bytes(&self) -> u64 {
+        self.page_bytes
+    }
+
+    /// How many bytes of memory the guest has.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.ranges.iter().map(|range| range.size).sum()
+    }
+}
+
+/// What has come of a handshake so far.
+#[derive(Debug, Default)]
+pub(crate) struct Arriving {
+    message: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+impl Arriving {
+    /// Takes what came; `Some` when it is all there. In whatever parts, and the descriptor with whichever.
+    pub(crate) fn take(
+        &mut self,
+        bytes: &[u8],
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<(Mappings, OwnedFd)>, HandshakeError> {
+        self.fds.extend(fds);
+        if self.fds.len() > 1 {
+            return Err(HandshakeError::Descriptors(self.fds.len()));
+        }
+        if bytes.is_empty() {
+            return Err(HandshakeError::Closed { bytes: self.message.len(), fds: self.fds.len() });
+        }
+        self.message.extend_from_slice(bytes);
+        let Some(mappings) = Mappings::parse(&self.message)? else { return Ok(None) };
+        Ok(self.fds.pop().map(|fd| (mappings, fd)))
+    }
+
+    pub(crate) fn late(&self, after: Duration) -> HandshakeError {
+        HandshakeError::Late(after, self.message.len(), self.fds.len())
+    }
+}
+
+/// Longer than any list: some 10,000 mappings.
+const LONGEST: usize = 1 << 20;
+const HUGE: u64 = 2 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs::File;
+
+    fn parse(message: &str) -> Result<Option<Mappings>, HandshakeError> {
+        Mappings::parse(message.as_bytes())
+    }
+
+    fn said(message: &str) -> String {
+        parse(message).unwrap_err().to_string()
+    }
+
+    fn mapping(offset: u64, size: u64, rest: &str) -> String {
+        format!(r#"{{"base_host_virt_addr":4096000,"size":{size},"offset":{offset}{rest}}}"#)
+    }
+
+    fn fd() -> OwnedFd {
+        File::open("/dev/null").unwrap().into()
+    }
+
+    #[test]
+    fn every_version_of_the_message_is_understood() {
+        for (rest, page) in [
+            ("", 4096),
+            (r#","page_size_kib":4096"#, 4096),
+            (r#","page_size":2097152,"page_size_kib":2097152"#, 2 << 20),
+            (r#","page_size":4096,"page_size_kib":4,"from_the_future":{"a":[1,2]}"#, 4096),
+            (r#","page_size":null"#, 4096),
+        ] {
+            let message = format!("[{}, {}]", mapping(8192, 4096, rest), mapping(0, 8192, rest));
+            let mappings = parse(&message).unwrap().unwrap();
+            assert_eq!((mappings.page_bytes(), mappings.bytes()), (page, 12_288), "{rest}");
+            assert_eq!(mappings.ranges()[0].offset, 0, "in the file's order");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_by_name() {
+        assert!(said("[]").contains("empty"));
+        assert!(said("GET / HTTP/1.1").contains("JSON array"));
+        assert!(said("{}").contains("JSON array"));
+        assert!(said(r#"[{"size":1}]"#).contains("missing field"));
+        assert!(said(&format!("[{}]", mapping(4096, 4096, ""))).contains("0x0 was to come next"));
+        let mixed = format!("[{},{}]", mapping(0, 4096, ""), mapping(4096, 4096, r#","page_size":2097152"#));
+        assert!(said(&mixed).contains("mixes page sizes of 4096 and 2097152"));
+        assert!(
+            said(&format!("[{}]", mapping(0, 4096, r#","page_size":1073741824"#))).contains("1073741824")
+        );
+        assert!(said(&format!("[{}]", mapping(0, u64::MAX, ""))).contains("past the end"));
+        assert!(said(&format!("[{}] trailing", mapping(0, 4096, ""))).contains("trailing"));
+    }
+
+    #[test]
+    fn an_endless_message_is_refused() {
+        let endless = "[".to_owned() + &" ".repeat(LONGEST);
+        assert!(said(&endless).contains("more than 1024 KiB"));
+    }
+
+    #[test]
+    fn one_descriptor_has_to_come_and_may_come_late() {
+        let message = format!("[{}]", mapping(0, 4096, ""));
+        let mut arriving = Arriving::default();
+        assert!(arriving.take(message.as_bytes(), vec![]).unwrap().is_none());
+        assert!(arriving.take(b" ", vec![fd()]).unwrap().is_some());
+        let two = Arriving::default().take(message.as_bytes(), vec![fd(), fd()]).unwrap_err();
+        assert!(two.to_string().contains("2 descriptors"));
+        let mut gone = Arriving::default();
+        gone.take(message.as_bytes(), vec![]).unwrap();
+        assert!(gone.take(b"", vec![]).unwrap_err().to_string().contains("0 descriptors"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_message_may_come_in_any_parts(cuts in prop::collection::vec(1usize..200, 1..20), ranges in 1u64..40) {
+            let message: Vec<_> = (0..ranges).map(|range| mapping(range * 4096, 4096, "")).collect();
+            let message = format!("[{}]", message.join(","));
+            let mut arriving = Arriving::default();
+            let (mut rest, mut cuts) = (message.as_bytes(), cuts.into_iter().cycle());
+            arriving.fds.push(fd());
+            loop {
+                let (now, later) = rest.split_at(cuts.next().unwrap().min(rest.len()));
+                let taken = arriving.take(now, vec![]).unwrap();
+                prop_assert_eq!(taken.is_some(), later.is_empty());
+                if later.is_empty() {
+                    prop_assert_eq!(taken.unwrap().0.bytes(), ranges * 4096);
+                    break;
+                }
+                rest = later;
+            }
+        }
+
+        #[test]
+        fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Mappings::parse(&bytes);
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Serves the memory of [Firecracker](https://firecracker-microvm.github.io) guests that are restored from snapshots.
+//!
+//! ```text
+//!   firecracker ── PUT /snapshot/load {"mem_backend": {"backend_type": "Uffd", "backend_path": SOCKET}} ──┐
+//!        │                                                                                               ▼
+//!        │   one message: a JSON array that says where its memory is, and its userfaultfd          Handler
+//!        └──────────────────────────────────────────────────────────────────────────────────────▶     │
+//!   virtual CPUs touch memory ── faults ──────────────────────────────────────────────────────▶  Pool ◀┘
+//!                             ◀── pages: the base snapshot's, or those of the last diff that has them ──
+//! ```
+//!
+//! | file | what |
+//! |---|---|
+//! | `handshake` | the message, as every version of Firecracker sends it; and everything that is no such message |
+//! | `snapshot` | memory files: a base, and diffs over it |
+//! | `handler` | listens, takes guests in, sees them end; drains |
+//! | `guest` | one guest: its memory, as it is served |
+//!
+//! Firecracker hangs for ever if its handler dies, and so would its guest. Hence the promises: a handler that is told to stop
+//! [fills](OnStop::Finish) what is missing of each guest first, and lets them go on without it; a page whose bytes
+//! cannot be had is an error where it is touched, or the [end](pagestitch::Loss) of that guest, never zeros; no guest and no
+//! stranger at the socket holds up another.
+//!
+//! ```no_run
+//! use pagestitch_firecracker::{Handler, Snapshot};
+//!
+//! let memory = Snapshot::open(["base.mem", "monday.diff"])?;
+//! let handler = Handler::builder(memory).bind("/run/vm/uffd.sock")?;
+//! let stop = handler.stopper();                        // for a signal handler, or another thread
+//! handler.run(|event| println!("{event}"))?;
+//! # drop(stop);
+//! # Ok::<(), pagestitch_firecracker::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod guest;
+mod handler;
+mod handshake;
+mod snapshot;
+
+pub use handler::{Builder, Event, Handler, OnStop, Stopper};
+pub use handshake::{HandshakeError, Mapping, Mappings};
+pub use snapshot::Snapshot;
+
+use std::io;
+use std::path::PathBuf;
+
+/// A handler cannot start, or go on. `Display` is a line for a person.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// No memory file was named.
+    #[error(
+        "a snapshot needs at least one memory file: name the base first, then the diffs over it, oldest first"
+    )]
+    NoFiles,
+    /// A memory file cannot be used.
+    #[error(transparent)]
+    Memory(#[from] pagestitch::Error),
+    /// A memory file's extents cannot be asked for.
+    #[error("cannot find the data in {path}: {source}")]
+    Extents {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// A diff is not as long as its base.
+    #[error("{path} has {bytes} bytes and its base {base}: a diff is as long as the memory that it changes")]
+    Length {
+        /// The diff.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The base's length.
+        base: u64,
+    },
+    /// A memory file is not whole pages.
+    #[error("{path} has {bytes} bytes, which is not whole pages: it is no memory file, or was cut short")]
+    Ragged {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// Somebody else listens at the socket's path.
+    #[error("{0} is in use: another handler listens there; stop it, or choose another path")]
+    InUse(PathBuf),
+    /// Something that is no socket is at the socket's path.
+    #[error("{0} exists and is no socket: choose another path, or remove it")]
+    NoSocket(PathBuf),
+    /// The socket cannot be had.
+    #[error("cannot listen at {path}: {source}")]
+    Listen {
+        /// Its path.
+        path: PathBuf,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+    /// The handler's own descriptors.
+    #[error("the handler cannot go on: {0}")]
+    Wait(#[source] io::Error),
+}

@@ -1,0 +1,401 @@
+//! A handler for guests restored from snapshots: bytes, balloons, strangers at its socket, and every way in which either side
+//! ends.
+
+use crate::{pattern, until};
+use pagestitch::Loss;
+use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
+use pagestitch_kernel::rights;
+use pagestitch_testkit::child;
+use pagestitch_testkit::guest::Guest;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const SIGBUS: i32 = 7;
+const SIGKILL: i32 = 9;
+const PAGE: usize = 4096;
+const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
+const PAGES: usize = 2000;
+const TOTAL: usize = PAGES * PAGE;
+
+/// A handler in a thread, with what it told.
+struct Running {
+    folder: TempDir,
+    stop: Stopper,
+    told: Arc<Mutex<Vec<String>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    fn start() -> Self {
+        Self::with(Loss::Poison, OnStop::Finish)
+    }
+
+    fn with(loss: Loss, on_stop: OnStop) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let files = snapshot_in(folder.path());
+        let snapshot = Snapshot::open(files).unwrap();
+        let builder = Handler::builder(snapshot).on_loss(loss).on_stop(on_stop);
+        let handler =
+            builder.patience(Duration::from_millis(500)).bind(folder.path().join("socket")).unwrap();
+        let (stop, told) = (handler.stopper(), Arc::default());
+        let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
+        let thread = thread::spawn(move || {
+            handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
+        });
+        Self { folder, stop, told, thread: Some(thread) }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("socket")
+    }
+
+    fn has_told(&self, what: &str) -> bool {
+        self.told.lock().unwrap().iter().any(|line| line.contains(what))
+    }
+
+    fn expect(&self, what: &str) {
+        until(|| self.has_told(what));
+    }
+
+    fn stop(&mut self) {
+        self.stop.stop();
+        self.join();
+    }
+
+    fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.stop.stop();
+        if !thread::panicking() {
+            self.join();
+        }
+    }
+}
+
+/// A base with a hole in it, and a diff over it.
+fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
+    let expected = expected();
+    let (base, diff) = (folder.join("base"), folder.join("diff"));
+    let write = |path: &Path, pages: &[usize], bytes: &[u8]| {
+        let file = File::create(path).unwrap();
+        file.set_len(TOTAL as u64).unwrap();
+        for &page in pages {
+            file.write_all_at(&bytes[page * PAGE..(page + 1) * PAGE], (page * PAGE) as u64).unwrap();
+        }
+    };
+    let stale = pattern(77, TOTAL);
+    let in_base: Vec<_> = (0..PAGES).filter(|page| !(1000..1200).contains(page)).collect();
+    let in_diff: Vec<_> = (0..PAGES).filter(|page| page % 50 == 7 && !(1000..1200).contains(page)).collect();
+    let mut old = expected.clone();
+    for &page in &in_diff {
+        old[page * PAGE..(page + 1) * PAGE].copy_from_slice(&stale[..PAGE]);
+    }
+    write(&base, &in_base, &old);
+    write(&diff, &in_diff, &expected);
+    [base, diff]
+}
+
+/// What a guest is to find.
+fn expected() -> Vec<u8> {
+    let mut bytes = pattern(31, TOTAL);
+    bytes[1000 * PAGE..1200 * PAGE].fill(0);
+    bytes
+}
+
+fn connect(path: &str) -> (Guest, UnixStream) {
+    connect_with(path, &RANGES)
+}
+
+fn connect_with(path: &str, ranges: &[usize]) -> (Guest, UnixStream) {
+    let guest = Guest::new(ranges, false).unwrap();
+    let stream = guest.hand_over(path.as_ref()).unwrap();
+    (guest, stream)
+}
+
+fn wait_for_nothing() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+#[test]
+fn guests_find_the_snapshot_in_their_memory() {
+    let test = "firecracker::guests_find_the_snapshot_in_their_memory";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        let expected = expected();
+        thread::scope(|scope| {
+            for cpu in 0..4 {
+                let (guest, expected) = (&guest, &expected);
+                scope.spawn(move || {
+                    for step in 0..PAGES {
+                        let at = (step * 7919 + cpu * 500) % PAGES * PAGE + step % PAGE;
+                        assert_eq!(guest.read(at), expected[at], "byte {at}");
+                    }
+                });
+            }
+        });
+        guest.balloon(700 * PAGE, 300 * PAGE).unwrap();
+        assert!((700..1000).all(|page| guest.read(page * PAGE) == 0));
+    };
+    // In the child, there is a handler's path, and no handler is started.
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let mut running = Running::start();
+    let path = running.socket();
+    let guests: Vec<_> = (0..3).map(|_| child::beside(test, path.to_str().unwrap(), life)).collect();
+    guests.into_iter().for_each(|guest| guest.end().expect_pass());
+    until(|| running.told.lock().unwrap().iter().filter(|line| line.contains("ended after")).count() == 3);
+    running.stop();
+    assert!(!path.exists());
+}
+
+/// Told to stop, it fills what is missing; guests go on without it, balloons and all.
+#[test]
+fn a_guest_outlives_a_handler_that_is_told_to_stop() {
+    let test = "firecracker::a_guest_outlives_a_handler_that_is_told_to_stop";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        let expected = expected();
+        assert_eq!(guest.read(5), expected[5]);
+        guest.balloon(20 * PAGE, PAGE).unwrap();
+        println!("ready");
+        // Under load all the while.
+        let mut at = 0;
+        while fs::exists(path).unwrap() || at < 10 * TOTAL {
+            at += 12_345;
+            let at = at % TOTAL;
+            let here = if at / PAGE == 20 { 0 } else { expected[at] };
+            assert_eq!(guest.read(at), here, "byte {at}");
+        }
+        guest.balloon(30 * PAGE, PAGE).unwrap();
+        assert_eq!((guest.read(20 * PAGE), guest.read(30 * PAGE)), (0, 0));
+        let kept = |at: &usize| !matches!(at / PAGE, 20 | 30);
+        (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let mut running = Running::start();
+    let guest = child::beside(test, running.socket().to_str().unwrap(), life);
+    running.expect("serving");
+    running.stop();
+    running.expect("left to itself");
+    guest.end().expect_pass();
+}
+
+#[test]
+fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
+    let test = "firecracker::an_abandoned_guest_gets_a_signal_and_no_zeros";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        assert_eq!(guest.read(0), expected()[0]);
+        until(|| !fs::exists(path).unwrap());
+        (0..PAGES).rev().for_each(|page| assert_ne!(guest.read(page * PAGE), 0, "page {page}"));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    for (loss, signal) in [(Loss::Poison, SIGBUS), (Loss::Kill, SIGKILL)] {
+        let mut running = Running::with(loss, OnStop::Abandon);
+        let guest = child::beside(test, running.socket().to_str().unwrap(), life);
+        running.expect("serving");
+        running.stop();
+        let end = guest.end();
+        assert_eq!(end.signal(), Some(signal), "{}", end.said());
+    }
+}
+
+/// A memory file that is cut short while guests are restored from it.
+#[test]
+fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
+    let test = "firecracker::a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        let far = (PAGES - 1) * PAGE;
+        assert_eq!(guest.read(0), expected()[0]);
+        println!("{}", guest.read(far));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let running = Running::start();
+    let base = File::options().write(true).open(running.folder.path().join("base")).unwrap();
+    base.set_len((TOTAL / 2) as u64).unwrap();
+    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    running.expect("could not be had");
+    base.set_len(TOTAL as u64).unwrap();
+    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
+    end.expect_pass();
+}
+
+#[test]
+fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
+    let test = "firecracker::a_guest_of_another_snapshot_is_refused_and_gets_a_signal";
+    let life = |path: &str| {
+        let (guest, _stream) = connect_with(path, &[100 * PAGE]);
+        println!("read a byte: {}", guest.read(0));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let running = Running::start();
+    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    running
+        .expect("has 409600 bytes of memory, and the memory file 8192000: this is another guest's snapshot");
+}
+
+#[test]
+fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
+    let test = "firecracker::a_guest_that_is_killed_while_it_waits_harms_nobody";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        thread::scope(|scope| {
+            for cpu in 0..4 {
+                let guest = &guest;
+                scope.spawn(move || {
+                    (cpu * 400..PAGES)
+                        .for_each(|page| assert_eq!(guest.read(page * PAGE), guest.read(page * PAGE)))
+                });
+            }
+        });
+        wait_for_nothing();
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let mut running = Running::start();
+    for _ in 0..5 {
+        let mut guest = child::beside(test, running.socket().to_str().unwrap(), life);
+        let told = || running.told.lock().unwrap().len();
+        let before = told();
+        until(|| told() > before);
+        guest.kill();
+        assert_eq!(guest.end().signal(), Some(SIGKILL));
+        until(|| told() > before + 1);
+    }
+    running.stop();
+    assert!(running.has_told("ended"));
+}
+
+/// Whatever strangers do, the next guest is served.
+#[test]
+fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
+    let test = "firecracker::strangers_at_the_socket_are_told_apart_and_harm_nobody";
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path);
+        let expected = expected();
+        (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let running = Running::start();
+    let path = running.socket();
+    let say = |message: &[u8]| {
+        let mut stream = UnixStream::connect(&path).unwrap();
+        // The handler may have hung up before all of it was sent.
+        let _ = stream.write_all(message);
+        stream
+    };
+    let null = File::open("/dev/null").unwrap();
+    let list = |size: usize| format!(r#"[{{"base_host_virt_addr":4096,"size":{size},"offset":0}}]"#);
+    let hand = |message: &str, fds: usize| {
+        let stream = UnixStream::connect(&path).unwrap();
+        rights::send(&stream, message.as_bytes(), &vec![null.as_fd(); fds]).unwrap();
+        stream
+    };
+    let silent = say(b"");
+    drop(say(b""));
+    running.expect("closed the connection after 0 bytes");
+    drop(say(b"[{\"size\":"));
+    running.expect("closed the connection after 9 bytes and 0 descriptors");
+    let _garbage = say(b"GET / HTTP/1.1\r\n\r\n");
+    running.expect("sent no list of memory mappings (expected");
+    let _two = hand(&list(TOTAL), 2);
+    running.expect("sent 2 descriptors");
+    let _none = say(list(TOTAL).as_bytes());
+    let _wrong = hand(&list(TOTAL), 1);
+    running.expect("is no userfaultfd but /dev/null");
+    let _many = hand(&list(TOTAL), 100);
+    running.expect("sent 100 descriptors");
+    let _endless = say(&vec![b' '; 2 << 20]);
+    running.expect("more than 1024 KiB");
+    let end = child::beside(test, path.to_str().unwrap(), life);
+    end.end().expect_pass();
+    // Who says nothing has half a second.
+    running.expect("sent nothing complete within 500ms: 0 bytes and 0 descriptors");
+    running.expect(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
+    assert_eq!((&silent).read(&mut [0; 10]).unwrap(), 0, "hung up");
+}
+
+#[test]
+fn a_hundred_guests_at_once_are_served() {
+    let test = "firecracker::a_hundred_guests_at_once_are_served";
+    let life = |path: &str| {
+        // In one process: a hundred are too many for a small machine. Their memory is as separate.
+        let guests: Vec<_> = (0..100).map(|_| connect(path)).collect();
+        let expected = expected();
+        thread::scope(|scope| {
+            for (number, (guest, _)) in guests.iter().enumerate() {
+                let expected = &expected;
+                scope.spawn(move || {
+                    for step in 0..20 {
+                        let at = (step * 7919 + number * 31) % PAGES * PAGE + 9;
+                        assert_eq!(guest.read(at), expected[at]);
+                    }
+                });
+            }
+        });
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let mut running = Running::start();
+    child::beside(test, running.socket().to_str().unwrap(), life).end().expect_pass();
+    let count = |what: &str| running.told.lock().unwrap().iter().filter(|line| line.contains(what)).count();
+    until(|| count("ended after") == 100);
+    assert_eq!(count("serving 7 MiB"), 100);
+    running.stop();
+}
+
+#[test]
+fn a_socket_that_is_in_use_is_refused_and_one_left_behind_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let snapshot = || Snapshot::open(snapshot_in(folder.path())).unwrap();
+    let path = folder.path().join("socket");
+    let handler = Handler::builder(snapshot()).bind(&path).unwrap();
+    let error = Handler::builder(snapshot()).bind(&path).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .ends_with("is in use: another handler listens there; stop it, or choose another path")
+    );
+    drop(handler);
+    assert!(path.exists(), "as after a SIGKILL");
+    drop(Handler::builder(snapshot()).bind(&path).unwrap());
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "precious").unwrap();
+    let error = Handler::builder(snapshot()).bind(&path).unwrap_err();
+    assert!(error.to_string().contains("is no socket"), "{error}");
+    assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+    let error = Handler::builder(snapshot()).bind(folder.path().join("no/such/folder")).unwrap_err();
+    assert!(error.to_string().contains("cannot listen at"), "{error}");
+}
