@@ -7,12 +7,14 @@
 //! | [`row`] | a result: one line of a table, one JSON object |
 //! | [`report`] | tables, a comparison with an earlier run, a page with curves |
 //! | [`touch`] | first touches, timed one by one |
+//! | [`guest`] | the other process, where there is one |
 //!
 //! Ratios are what to keep of a measurement: in each round every case runs once, right after the others, on memory that was
 //! warmed, and the ratio of a case is the median of its ratios to the baseline *of the same round*. Absolute times belong
 //! to one machine at one moment.
 
 pub mod environment;
+pub mod guest;
 mod manual_page;
 pub mod report;
 pub mod row;
@@ -30,6 +32,7 @@ use std::time::{Duration, Instant};
 ///
 /// If there is no such workload, or no userfaultfd.
 pub fn print(workload: &str) {
+    guest::play_if_asked();
     let quick = std::env::args().any(|argument| argument == "--quick");
     let options = runner::Options { quick, ..runner::Options::default() };
     let workload = workloads::ALL.iter().find(|known| known.name == workload).expect("a workload's name");

@@ -6,7 +6,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use userfaultfd::{Event, Uffd};
@@ -24,14 +24,17 @@ impl ManualPage {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
         let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
-        let uffd = open();
+        let opened = pagestitch_kernel::Uffd::open(Features::NONE).expect("a userfaultfd");
+        let uffd = of_the_crate(opened.as_fd().try_clone_to_owned().expect("a descriptor"));
         let range = reservation.range();
         uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
         let handler = thread::spawn(move || {
             cpu.inspect(|&cpu| pin(cpu));
-            handle(&uffd, &stopped, range.start(), &chunks);
+            let size = chunks[0].len();
+            let page_at = |offset: usize| &chunks[offset / size][offset % size..offset % size + page.bytes()];
+            handle(&uffd, &stopped, range.start(), &page_at);
         });
         let view = view.into_stable().expect("nothing is shown in it");
         Self { view, stop, handler: Some(handler) }
@@ -42,10 +45,18 @@ impl ManualPage {
     }
 }
 
+/// Serves memory of another process, whose userfaultfd this is.
+pub(crate) fn serve_plainly<'a>(
+    fd: OwnedFd,
+    stop: &EventFd,
+    base: usize,
+    page_at: &dyn Fn(usize) -> &'a [u8],
+) {
+    handle(&of_the_crate(fd), stop, base, page_at);
+}
+
 /// Opened by us, as the crate has no way for an ordinary user; all else is the crate's.
-fn open() -> Uffd {
-    let opened = pagestitch_kernel::Uffd::open(Features::NONE).expect("a userfaultfd");
-    let fd = opened.as_fd().try_clone_to_owned().expect("a descriptor");
+fn of_the_crate(fd: OwnedFd) -> Uffd {
     // SAFETY: a userfaultfd that nobody else owns: a descriptor of our own.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
     unsafe {
@@ -53,7 +64,7 @@ fn open() -> Uffd {
     }
 }
 
-fn handle(uffd: &Uffd, stop: &EventFd, base: usize, chunks: &[Arc<[u8]>]) {
+fn handle<'a>(uffd: &Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) -> &'a [u8]) {
     let page = PageSize::system().bytes();
     loop {
         let mut ready =
@@ -64,8 +75,7 @@ fn handle(uffd: &Uffd, stop: &EventFd, base: usize, chunks: &[Arc<[u8]>]) {
         }
         let Some(Event::Pagefault { addr, .. }) = uffd.read_event().expect("an event") else { continue };
         let offset = (addr.addr() - base) / page * page;
-        let (chunk, within) = (offset / chunks[0].len(), offset % chunks[0].len());
-        let source = chunks[chunk][within..within + page].as_ptr();
+        let source = page_at(offset).as_ptr();
         let target = std::ptr::with_exposed_provenance_mut(base + offset);
         // SAFETY: the kernel reads a page of a chunk, which is alive, and fills a missing page of the range.
         #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]

@@ -48,6 +48,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    pagestitch_bench::guest::play_if_asked();
     let arguments = Arguments::parse();
     log_to_stderr(arguments.verbose);
     raise_descriptor_limit();

@@ -6,6 +6,7 @@ mod mapped;
 mod parallel;
 mod populate;
 mod regions;
+mod restore;
 mod scan;
 mod sparse;
 
@@ -41,7 +42,7 @@ pub(crate) struct Curve {
 }
 
 /// All of them, in the order in which they are run.
-pub static ALL: [Workload; 9] = [
+pub static ALL: [Workload; 10] = [
     // First, as it counts memory: an allocator that has kept some of an earlier one would seem to need none.
     Workload {
         name: "build",
@@ -111,6 +112,12 @@ pub static ALL: [Workload; 9] = [
             label: seconds,
         }),
         cases: regions::cases,
+    },
+    Workload {
+        name: "restore",
+        about: "a guest in another process, restored from a memory file of 2 GiB: four threads touch a tenth of it, at random",
+        curve: None,
+        cases: restore::cases,
     },
     Workload { name: "populate", about: "filling 512 MiB at once", curve: None, cases: populate::cases },
 ];

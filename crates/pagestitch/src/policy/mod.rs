@@ -22,6 +22,17 @@ pub(crate) struct Policy {
     dense: Option<Dense>,
 }
 
+/// What is done with blocks of [`HUGE`] bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Blocks {
+    /// They are filled in staging, and moved in.
+    Whole,
+    /// They are copied, page by page.
+    Copied,
+    /// Adopted memory: those who wait for one page of a block would wait for all others to be copied.
+    Never,
+}
+
 /// What to install beside the page of a fault.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Wide {
@@ -32,19 +43,21 @@ pub(crate) struct Wide {
 }
 
 impl Policy {
-    /// For a region of that many pages, whose whole blocks are filled at once or not.
+    /// For a region of that many pages. Whole blocks are filled at once, copied page by page, or not at all.
     pub(crate) fn new(
         readahead: Readahead,
         pages: usize,
         size: PageSize,
-        blocks: bool,
+        blocks: Blocks,
     ) -> Result<Self, Errno> {
         let block = HUGE / size.bytes();
         Ok(match readahead {
             Readahead::None => Self { streams: None, dense: None },
             Readahead::Adaptive => Self {
-                streams: Streams::new(pages, blocks.then_some(block)),
-                dense: (pages >= block).then(|| Dense::new(pages, block)).transpose()?,
+                streams: Streams::new(pages, (blocks == Blocks::Whole).then_some(block)),
+                dense: (pages >= block && blocks != Blocks::Never)
+                    .then(|| Dense::new(pages, block))
+                    .transpose()?,
             },
         })
     }

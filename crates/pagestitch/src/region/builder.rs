@@ -1,7 +1,7 @@
 //! Building a region: lay out, reserve, open, register, hand to the pool. All or nothing.
 
 use crate::error::{Error, ErrorKind};
-use crate::policy::{Policy, Readahead};
+use crate::policy::{Blocks, Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::place::Place;
 use crate::region::{
@@ -187,7 +187,8 @@ impl Builder {
         let readahead =
             if place.page_size() == PageSize::system() { self.readahead } else { Readahead::None };
         let no_table = |errno| no_table(&name, errno);
-        let policy = Policy::new(readahead, place.all().pages, place.page_size(), false).map_err(no_table)?;
+        let policy =
+            Policy::new(readahead, place.all().pages, place.page_size(), Blocks::Never).map_err(no_table)?;
         let copied = (false, Err("the kernel moves pages only inside a process"));
         let served = Served::new(name.clone(), (layout, Shown::default()), copied, policy, (place, uffd))
             .map_err(no_table)?;
@@ -234,7 +235,8 @@ impl Builder {
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
             .map_err(|error| cannot_show(&name, &layout, error))?;
         let no_table = |errno| no_table(&name, errno);
-        let policy = Policy::new(self.readahead, pages.get(), page, staged.is_ok()).map_err(no_table)?;
+        let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
+        let policy = Policy::new(self.readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
         let served = Served::new(name.clone(), (layout, shown), (moves, staged), policy, (place, uffd))
             .map_err(no_table)?;

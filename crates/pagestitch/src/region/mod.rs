@@ -8,6 +8,7 @@
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
+//! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
 mod adopted;
@@ -16,6 +17,7 @@ mod chunk;
 mod core;
 mod in_place;
 mod layout;
+mod pace;
 pub(crate) mod page_table;
 mod place;
 mod plan;
@@ -28,6 +30,7 @@ pub use adopted::{AdoptedMemory, AdoptedRegion, LetGo, Loss};
 pub use builder::Builder;
 pub use chunk::Chunk;
 pub(crate) use layout::Layout;
+pub(crate) use pace::Reading;
 pub use plan::{How, Plan, Run};
 pub(crate) use served::Served;
 pub use shared::SharedRegion;

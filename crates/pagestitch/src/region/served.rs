@@ -5,6 +5,7 @@ use crate::policy::Policy;
 use crate::region::Layout;
 use crate::region::adopted::{Adopted, abandon};
 use crate::region::in_place::{Runs, Shown, whole_pages};
+use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
 use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
@@ -35,6 +36,7 @@ pub(crate) struct Served {
     /// Whether whole blocks are filled in staging, and moved in; else why not.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Counters,
+    pub(crate) pace: Pace,
     pub(crate) place: Place,
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
@@ -64,6 +66,7 @@ impl Served {
             policy,
             staged,
             counters: Counters::default(),
+            pace: Pace::default(),
             place,
             uffd,
             failures: Mutex::default(),
@@ -142,6 +145,14 @@ impl Served {
     /// Goes to work for the region, unless it is being dropped.
     pub(crate) fn enter(&self) -> Option<Visit<'_>> {
         self.gate.enter()
+    }
+
+    /// The right to read what the kernel has to tell, if nobody has it who will.
+    pub(crate) fn turn(&self) -> Option<Reading<'_>> {
+        match &self.place {
+            Place::Reserved(_) => Some(Reading::free()),
+            Place::Adopted(_) => self.pace.turn(),
+        }
     }
 
     /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch.

@@ -24,8 +24,10 @@ pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> [Opti
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         thread::yield_now();
     }
+    let spent = nanoseconds(started);
+    region.pace.took(spent);
     // What a whole block has cost is no fault's rent.
-    let dense = block.is_none().then(|| region.policy.spent(page, nanoseconds(started))).flatten();
+    let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
     [dense, wide.ahead]
 }
 

@@ -303,7 +303,11 @@ impl Shared {
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
-        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, self.wakes)).map_err(|errno| {
+        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
+        let alone =
+            if region.place.adopted().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
+        let wakes = self.wakes | alone;
+        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)).map_err(|errno| {
             Error::because(
                 ErrorKind::Resources,
                 format_args!("region {}: cannot watch it", region.name),

@@ -6,7 +6,7 @@
 //! nobody free, the worker comes back for it. A worker allocates nothing between wake-up and wake-up, and never
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
-use crate::region::Served;
+use crate::region::{Reading, Served};
 use crate::server::fault::{fill_ahead, serve};
 use crate::server::pool::Shared;
 use crate::server::resolve::{release, show};
@@ -140,33 +140,37 @@ impl Worker {
     /// Serves what there is: nobody is woken again for it.
     fn serve_batch(&mut self, region: &Arc<Served>) {
         let Some(_visit) = region.enter() else { return };
+        // Who comes while somebody reads from adopted memory leaves it to that one.
+        let Some(mut turn) = region.turn() else { return };
         loop {
-            self.serve_read(region);
-            if !self.batch.is_full() {
+            self.serve_read(region, &mut turn);
+            if turn.ends(self.batch.is_full()) {
                 return;
             }
         }
     }
 
-    fn serve_read(&mut self, region: &Arc<Served>) {
+    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
         let Self { shared, batch, buffers, served, .. } = self;
         region.read_events(batch);
+        let read_again = turn.has_read();
         let mut pages = batch.faults().iter().filter_map(|fault| page_of(region, fault));
-        let Some(first) = pages.next() else { return };
+        let first = if read_again { None } else { pages.next() };
         let mut handed = 0;
-        for page in pages {
-            match shared.hand_on(Handed { region: Arc::clone(region), page }) {
-                Ok(()) => handed += 1,
+        for (index, page) in pages.enumerate() {
+            let kept = index < turn.keeps();
+            match if kept { None } else { shared.hand_on(Handed { region: Arc::clone(region), page }).ok() } {
+                Some(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
-                Err(_) => {
+                None => {
                     serve(region, page, buffers);
                 }
             }
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
-        let ahead = serve(region, first, buffers);
-        self.shared.remember(region, ahead.into_iter().flatten());
+        let ahead = first.map(|first| serve(region, first, buffers));
+        self.shared.remember(region, ahead.into_iter().flatten().flatten());
     }
 
     fn serve_handed(&mut self) {

@@ -1,0 +1,119 @@
+//! The other process: a guest that is restored from a snapshot. The benchmark starts itself again for it.
+
+use crate::timed;
+use crate::touch::{histogram, shuffled_pages, touches};
+use hdrhistogram::Histogram;
+use pagestitch::source::Pages;
+use pagestitch_testkit::guest::Guest;
+use serde::{Deserialize, Serialize};
+use std::env;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio, exit};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a guest is to do.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Task {
+    /// Where its memory comes from.
+    pub(crate) memory: Memory,
+    pub(crate) bytes: usize,
+    pub(crate) touches: usize,
+    pub(crate) threads: usize,
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Memory {
+    /// A handler that listens there.
+    Handler(PathBuf),
+    /// It copies the file itself, before anything else.
+    Eager(PathBuf),
+}
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Restored {
+    /// Until the first byte was read.
+    pub(crate) first: Duration,
+    /// Until all were.
+    pub(crate) all: Duration,
+    pub(crate) latencies: Histogram<u64>,
+}
+
+/// Plays a guest, if that is what this process was started for. To be called first in a program that measures.
+pub fn play_if_asked() {
+    let Ok(task) = env::var(TASK) else { return };
+    let task: Task = serde_json::from_str(&task).expect("a task");
+    io::stdout().write_all(&play(&task).expect("a guest")).expect("a parent");
+    exit(0);
+}
+
+/// Starts a guest.
+pub(crate) fn start(task: &Task) -> Child {
+    let mut command = Command::new(env::current_exe().expect("a program knows its file"));
+    command.env(TASK, serde_json::to_string(task).expect("a task")).stdout(Stdio::piped());
+    command.spawn().expect("a guest")
+}
+
+/// Waits for its end.
+pub(crate) fn join(mut guest: Child) -> Restored {
+    let mut said = Vec::new();
+    guest.stdout.take().expect("a pipe").read_to_end(&mut said).expect("a guest that speaks");
+    guest.wait().expect("a guest that ends");
+    let mut words = said.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+    let mut duration = || Duration::from_nanos(words.next().expect("a guest that has done its task"));
+    let (first, all) = (duration(), duration());
+    let mut latencies = histogram();
+    words.for_each(|ns| latencies.saturating_record(ns));
+    Restored { first, all, latencies }
+}
+
+/// The times as words: of the first touch, of all, of each.
+fn play(task: &Task) -> io::Result<Vec<u8>> {
+    let mut order = shuffled_pages(task.bytes, task.seed);
+    order.truncate(task.touches);
+    let started = Instant::now();
+    let (first, latencies) = match &task.memory {
+        Memory::Handler(socket) => {
+            let guest = Guest::new(&[task.bytes], false)?;
+            let _stream = guest.hand_over(socket)?;
+            touch(&order, task.threads, started, |offset| guest.read(offset))
+        }
+        Memory::Eager(file) => {
+            let mut pages = Pages::new(task.bytes)?;
+            File::open(file)?.read_exact(&mut pages)?;
+            touch(&order, task.threads, started, |offset| pages[offset])
+        }
+    };
+    let all = started.elapsed();
+    let words = [first, all].map(|time| time.as_nanos() as u64).into_iter().chain(latencies);
+    Ok(words.flat_map(u64::to_le_bytes).collect())
+}
+
+/// Touches from several threads; says how long it took to the first byte, and each took.
+fn touch(
+    order: &[usize],
+    threads: usize,
+    started: Instant,
+    read: impl Fn(usize) -> u8 + Sync,
+) -> (Duration, Vec<u64>) {
+    let (ns, _) = timed(|| read(order[0]));
+    let first = started.elapsed();
+    let mut latencies = vec![ns];
+    thread::scope(|scope| {
+        let parts = order[1..].chunks(order.len().div_ceil(threads));
+        let threads: Vec<_> = parts.map(|part| scope.spawn(|| touches(part, &read))).collect();
+        for thread in threads {
+            let touched = thread.join().expect("a virtual CPU");
+            latencies.extend(touched.iter_recorded().flat_map(|value| {
+                std::iter::repeat_n(value.value_iterated_to(), value.count_at_value() as usize)
+            }));
+        }
+    });
+    (first, latencies)
+}
+
+const TASK: &str = "PAGESTITCH_BENCH_GUEST";

@@ -1,0 +1,165 @@
+//! A guest restored from a memory file: another process, four virtual CPUs, a tenth of its memory.
+
+use crate::guest::{Memory, Restored, Task, join, start};
+use crate::manual_page::serve_plainly;
+use crate::runner::{Case, Options, Sample};
+use crate::{processor_time, warm};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch::source::{File, UnsealedMemfd};
+use pagestitch::{AdoptedMemory, Pool, Readahead, Region};
+use pagestitch_kernel::memfd::SealedMemfd;
+use pagestitch_kernel::rights;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use std::{env, fs, process, thread};
+
+pub(super) fn cases(options: &Options) -> Vec<Case> {
+    let bytes = options.size(2 << 30);
+    warm(2 * bytes);
+    let snapshot = Arc::new(Snapshot::new(bytes));
+    let pool = Pool::new().expect("a pool");
+    let mut cases = Vec::new();
+    for point in [FIRST, ALL, EACH] {
+        let mut case = |system: &'static str, restore: Box<Restore>| {
+            let snapshot = Arc::clone(&snapshot);
+            let case =
+                Case::new(system, move |seed| sample(&snapshot, point, seed, &restore)).at(point).by(THREADS);
+            let others: &[&str] = if point == EACH { &[PLAIN] } else { &[EAGER, PLAIN] };
+            cases.push(case.against(others));
+        };
+        for (system, readahead) in [(OURS, Readahead::Adaptive), (BARE, Readahead::None)] {
+            let pool = pool.clone();
+            case(
+                system,
+                Box::new(move |snapshot, seed| {
+                    snapshot.restore(seed, |fd, start| {
+                        let memory =
+                            AdoptedMemory::new(fd).expect("a userfaultfd").range(start, snapshot.bytes());
+                        let file = File::open(snapshot.path()).expect("the snapshot");
+                        let builder = Region::builder().readahead(readahead).chunk(file);
+                        let region = builder.build_adopted(memory, &pool).expect("a region");
+                        move || drop(region)
+                    })
+                }),
+            );
+        }
+        case(PLAIN, Box::new(|snapshot, seed| snapshot.restore(seed, |fd, start| snapshot.serve(fd, start))));
+        // Its touches find everything there.
+        if point != EACH {
+            case(
+                EAGER,
+                Box::new(|snapshot, seed| join(start(&snapshot.task(Memory::Eager(snapshot.path()), seed)))),
+            );
+        }
+    }
+    cases
+}
+
+fn sample(
+    snapshot: &Snapshot,
+    point: &str,
+    seed: u64,
+    restore: &dyn Fn(&Snapshot, u64) -> Restored,
+) -> Sample {
+    let before = processor_time();
+    let Restored { first, all, latencies } = restore(snapshot, seed);
+    let processor = processor_time() - before;
+    // Whoever serves goes on after the first touch.
+    let (time, pages, processor) = match point {
+        FIRST => (first, 1, Duration::ZERO),
+        _ => (all, snapshot.touches() as u64, processor),
+    };
+    let latencies = (point == EACH).then_some(latencies);
+    Sample { time, processor, pages, bytes: snapshot.bytes() as u64, latencies, ..Sample::default() }
+}
+
+/// Restores a guest, which touches its memory in an order that the seed decides.
+type Restore = dyn Fn(&Snapshot, u64) -> Restored;
+
+/// A memory file, all of it in the page cache.
+struct Snapshot {
+    memfd: Arc<SealedMemfd>,
+}
+
+impl Snapshot {
+    fn new(bytes: usize) -> Self {
+        let memfd = UnsealedMemfd::create("snapshot", bytes as u64).expect("a memfd");
+        let block = vec![7; 1 << 20];
+        for start in (0..bytes).step_by(block.len()) {
+            memfd
+                .file()
+                .write_all_at(&block[..block.len().min(bytes - start)], start as u64)
+                .expect("memory");
+        }
+        Self { memfd: Arc::new(memfd.seal().expect("nobody else has it")) }
+    }
+
+    fn bytes(&self) -> usize {
+        self.memfd.as_ref().as_ref().len()
+    }
+
+    fn touches(&self) -> usize {
+        self.bytes() / 4096 / 10
+    }
+
+    /// As another process finds it, too.
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.memfd.as_fd().as_raw_fd()))
+    }
+
+    fn task(&self, memory: Memory, seed: u64) -> Task {
+        Task { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
+    }
+
+    /// Starts a guest, has somebody serve it, and ends that when the guest has ended.
+    fn restore<E: FnOnce()>(&self, seed: u64, serve: impl FnOnce(OwnedFd, usize) -> E) -> Restored {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = env::temp_dir().join(format!("pagestitch-bench-{}-{number}", process::id()));
+        let listener = UnixListener::bind(&path).expect("a socket");
+        let guest = start(&self.task(Memory::Handler(path.clone()), seed));
+        let (stream, _) = listener.accept().expect("a guest");
+        let _ = fs::remove_file(&path);
+        let (fd, start) = handshake(&stream);
+        let end = serve(fd, start);
+        let restored = join(guest);
+        end();
+        restored
+    }
+
+    /// The plain way: one thread, the file mapped, a page at a time.
+    fn serve(&self, fd: OwnedFd, start: usize) -> impl FnOnce() + use<> {
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
+        let (stopped, memfd) = (Arc::clone(&stop), Arc::clone(&self.memfd));
+        let thread = thread::spawn(move || {
+            serve_plainly(fd, &stopped, start, &|offset| &memfd.as_ref().as_ref()[offset..offset + 4096]);
+        });
+        move || {
+            stop.write(1).expect("an eventfd takes a 1");
+            thread.join().expect("a handler");
+        }
+    }
+}
+
+fn handshake(stream: &UnixStream) -> (OwnedFd, usize) {
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let mut message = [0; 1024];
+    let (bytes, mut fds) = rights::receive(stream, &mut message).expect("a handshake");
+    let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).expect("JSON");
+    let start = told[0]["base_host_virt_addr"].as_u64().expect("an address") as usize;
+    (fds.pop().expect("a userfaultfd"), start)
+}
+
+const THREADS: usize = 4;
+const OURS: &str = "pool, defaults";
+const BARE: &str = "pool, no readahead";
+const PLAIN: &str = "plain handler";
+const EAGER: &str = "eager copy";
+const FIRST: &str = "to the first touch";
+const ALL: &str = "to the last touch";
+const EACH: &str = "each touch";
