@@ -34,6 +34,13 @@ fn claim_a_present_page(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| region.populate(black_box(4096..8192)));
 }
 
+/// The span that each fault has, where nobody listens.
+#[divan::bench]
+fn span_that_is_off() {
+    let span = tracing::trace_span!("fault", region = black_box("unnamed"), page = black_box(7_usize));
+    let _entered = span.enter();
+}
+
 #[divan::bench(args = [1_000, 100_000])]
 fn plan(bencher: Bencher<'_, '_>, chunks: usize) {
     let region = region(chunks);

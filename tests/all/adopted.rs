@@ -111,7 +111,6 @@ fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
     other.process.end().expect_pass();
     let metrics = region.close();
     assert_eq!(metrics.pages_installed(), 1000);
-    assert!(metrics.faults < 1000, "readahead: {metrics:?}");
 }
 
 /// Balloons while other virtual CPUs touch the same memory: a page that was given back is never the snapshot's again.

@@ -4,7 +4,7 @@ use crate::manual_page::ManualPage;
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use pagestitch::source::{Memory, Pages};
-use pagestitch::{Chunk, Readahead, Region, Server, Source};
+use pagestitch::{Builder, Chunk, Readahead, Region, Server, Source};
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::hint::black_box;
 use std::num::NonZeroUsize;
@@ -34,8 +34,12 @@ impl Data {
     }
 
     pub(crate) fn region(&self, readahead: Readahead, server: impl Into<Server>) -> Region {
+        self.builder(readahead).build(server).expect("a region")
+    }
+
+    pub(crate) fn builder(&self, readahead: Readahead) -> Builder {
         let chunks = self.chunks.iter().map(|chunk| Chunk::from(chunk.clone()));
-        Region::builder().chunks(chunks).readahead(readahead).build(server).expect("a region")
+        Region::builder().chunks(chunks).readahead(readahead)
     }
 
     /// All of it, copied at once into huge pages.

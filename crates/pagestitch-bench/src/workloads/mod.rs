@@ -9,6 +9,7 @@ mod regions;
 mod restore;
 mod scan;
 mod sparse;
+mod telling;
 
 use crate::report::table::seconds;
 use crate::row::Row;
@@ -42,7 +43,7 @@ pub(crate) struct Curve {
 }
 
 /// All of them, in the order in which they are run.
-pub static ALL: [Workload; 10] = [
+pub static ALL: [Workload; 11] = [
     // First, as it counts memory: an allocator that has kept some of an earlier one would seem to need none.
     Workload {
         name: "build",
@@ -118,6 +119,12 @@ pub static ALL: [Workload; 10] = [
         about: "a guest in another process, restored from a memory file of 2 GiB: four threads touch a tenth of it, at random",
         curve: None,
         cases: restore::cases,
+    },
+    Workload {
+        name: "telling",
+        about: "what it costs to take the time of each fault's parts, beside counting them: random first touches of 64 MiB",
+        curve: None,
+        cases: telling::cases,
     },
     Workload { name: "populate", about: "filling 512 MiB at once", curve: None, cases: populate::cases },
 ];

@@ -10,7 +10,7 @@
 //! known. What its owner lets go of is zeros from then on, as it is in any memory: the source has lost it.
 
 use crate::error::{Error, ErrorKind};
-use crate::metrics::Metrics;
+use crate::metrics::{Meter, Metrics};
 use crate::region::page_table::State;
 use crate::region::{Core, Plan, Served};
 use crate::source::Failure;
@@ -360,6 +360,12 @@ impl AdoptedRegion {
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.core.metrics()
+    }
+
+    /// As [`Region::meter`](crate::Region::meter).
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        self.core.meter()
     }
 
     /// Fills all that is missing, and lets the memory go: its owner needs nobody from then on.

@@ -5,7 +5,7 @@ use crate::policy::{Blocks, Policy, Readahead};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::place::Place;
 use crate::region::{
-    AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Plan, Region, Run, Served, SharedRegion,
+    AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Manner, Plan, Region, Run, Served, SharedRegion,
 };
 use crate::server::{Server, Who};
 use pagestitch_kernel::page::HUGE;
@@ -26,6 +26,8 @@ pub struct Builder {
     aligned: bool,
     readahead: Readahead,
     mappings: Option<usize>,
+    timed: bool,
+    in_flight: Option<usize>,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
@@ -40,6 +42,8 @@ impl Default for Builder {
             aligned: false,
             readahead: Readahead::Adaptive,
             mappings: None,
+            timed: false,
+            in_flight: None,
             layout: Ok(Layout::default()),
         }
     }
@@ -106,6 +110,28 @@ impl Builder {
     #[must_use]
     pub fn mappings(mut self, most: usize) -> Self {
         self.mappings = Some(most);
+        self
+    }
+
+    /// How many of its faults may be served at once; those beyond wait for the others, and hold up no worker. By default as many
+    /// as there are workers; where a pool serves several regions and faults take longer than a millisecond, the slow regions
+    /// together leave one worker to the others.
+    ///
+    /// # Panics
+    ///
+    /// If it is none.
+    #[must_use]
+    pub fn in_flight(mut self, most: usize) -> Self {
+        assert!(most > 0, "nobody would serve it");
+        self.in_flight = Some(most);
+        self
+    }
+
+    /// Takes the time of the parts of each fault, for [`Meter::latency`](crate::Meter::latency): some five looks at the clock a
+    /// fault. By default faults are only counted.
+    #[must_use]
+    pub fn timed(mut self) -> Self {
+        self.timed = true;
         self
     }
 
@@ -190,8 +216,14 @@ impl Builder {
         let policy =
             Policy::new(readahead, place.all().pages, place.page_size(), Blocks::Never).map_err(no_table)?;
         let copied = (false, Err("the kernel moves pages only inside a process"));
-        let served = Served::new(name.clone(), (layout, Shown::default()), copied, policy, (place, uffd))
-            .map_err(no_table)?;
+        let served = Served::new(
+            name.clone(),
+            (layout, Shown::default()),
+            copied,
+            Manner { policy, timed: self.timed, in_flight: self.in_flight },
+            (place, uffd),
+        )
+        .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }
@@ -238,8 +270,14 @@ impl Builder {
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
         let policy = Policy::new(self.readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
-        let served = Served::new(name.clone(), (layout, shown), (moves, staged), policy, (place, uffd))
-            .map_err(no_table)?;
+        let served = Served::new(
+            name.clone(),
+            (layout, shown),
+            (moves, staged),
+            Manner { policy, timed: self.timed, in_flight: self.in_flight },
+            (place, uffd),
+        )
+        .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }

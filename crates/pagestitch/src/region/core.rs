@@ -1,7 +1,7 @@
 //! What regions of either kind are: layout and pages, served by a pool, torn down in order.
 
 use crate::error::{Error, ErrorKind};
-use crate::metrics::Metrics;
+use crate::metrics::{Meter, Metrics};
 use crate::region::{Plan, Served};
 use crate::server::{Attached, heal, populate};
 use crate::source::Failure;
@@ -84,6 +84,10 @@ impl Core {
 
     pub(crate) fn metrics(&self) -> Metrics {
         self.served.counters.read()
+    }
+
+    pub(crate) fn meter(&self) -> Meter {
+        Meter::new(Arc::clone(&self.served.counters))
     }
 
     pub(crate) fn close(self) -> Metrics {

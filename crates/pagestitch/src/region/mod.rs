@@ -32,11 +32,11 @@ pub use chunk::Chunk;
 pub(crate) use layout::Layout;
 pub(crate) use pace::Reading;
 pub use plan::{How, Plan, Run};
-pub(crate) use served::Served;
+pub(crate) use served::{Manner, Served};
 pub use shared::SharedRegion;
 
 use crate::error::Error;
-use crate::metrics::Metrics;
+use crate::metrics::{Meter, Metrics};
 use crate::source::Failure;
 use pagestitch_kernel::StableView;
 use std::fmt;
@@ -207,6 +207,12 @@ impl Region {
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.core.metrics()
+    }
+
+    /// The same as a handle, for whoever looks while the region is at work, or when it has gone.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        self.core.meter()
     }
 
     /// Gives everything back, as dropping does, and tells what has happened, to the last page.

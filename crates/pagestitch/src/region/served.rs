@@ -8,6 +8,7 @@ use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
+use crate::server::{Asked, Berths};
 use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, Visit};
 use pagestitch_kernel::page::HUGE;
@@ -35,8 +36,10 @@ pub(crate) struct Served {
     pub(crate) policy: Policy,
     /// Whether whole blocks are filled in staging, and moved in; else why not.
     pub(crate) staged: Result<(), &'static str>,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
     pub(crate) pace: Pace,
+    /// How many faults may be served at once, and those that wait for that.
+    pub(crate) limit: Option<(usize, Berths<Asked>)>,
     pub(crate) place: Place,
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
@@ -45,17 +48,30 @@ pub(crate) struct Served {
     gate: Gate,
 }
 
+/// How a region is served.
+#[derive(Debug)]
+pub(crate) struct Manner {
+    pub(crate) policy: Policy,
+    /// Whether the parts of faults are timed.
+    pub(crate) timed: bool,
+    /// How many faults are served at once, where there is a limit.
+    pub(crate) in_flight: Option<usize>,
+}
+
 impl Served {
     /// `layout` and `shown` are of the same region, and so is all else.
     pub(crate) fn new(
         name: String,
         (layout, shown): (Layout, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
-        policy: Policy,
+        manner: Manner,
         (place, uffd): (Place, Uffd),
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
+        let Manner { policy, timed, in_flight } = manner;
+        let counters = Arc::new(Counters::new(name.clone(), place.page_size(), timed));
         Ok(Self {
+            counters,
             has_donated: layout.has_donated(),
             name,
             layout,
@@ -65,8 +81,8 @@ impl Served {
             pages: PageTable::new(pages)?,
             policy,
             staged,
-            counters: Counters::default(),
             pace: Pace::default(),
+            limit: in_flight.map(|most| (most, Berths::new(ROOM))),
             place,
             uffd,
             failures: Mutex::default(),
@@ -275,3 +291,6 @@ impl Wake for Served {
         }
     }
 }
+
+/// Faults that may wait for a berth before room has to be made.
+const ROOM: usize = 256;

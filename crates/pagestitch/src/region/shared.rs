@@ -1,7 +1,7 @@
 //! A region of which others may change parts while it is shown.
 
 use crate::error::{Error, ErrorKind};
-use crate::metrics::Metrics;
+use crate::metrics::{Meter, Metrics};
 use crate::region::{Builder, Core, Plan, Region};
 use crate::source::Failure;
 use pagestitch_kernel::{Errno, View};
@@ -158,6 +158,12 @@ impl SharedRegion {
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.core.metrics()
+    }
+
+    /// As [`Region::meter`].
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        self.core.meter()
     }
 
     /// As [`Region::close`].

@@ -1,5 +1,6 @@
 //! The journey of a fault. Read this page first.
 
+use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::server::resolve::{Stopped, fail, install, poison};
@@ -9,10 +10,19 @@ use pagestitch_kernel::{Page, Span};
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// What a fault asks for: a page. And when a worker read of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asked {
+    pub(super) page: Page,
+    pub(super) read: Instant,
+}
+
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
-pub(super) fn serve(region: &Served, page: Page, buffers: &mut Buffers) -> [Option<Span>; 2] {
-    region.counters.here().faults.add(1);
+pub(super) fn serve(region: &Served, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
+    let Asked { page, read } = asked;
+    let span = tracing::trace_span!("fault", region = region.name, page = page.0);
+    let (_entered, _flight) = (span.enter(), region.counters.begin(page, read));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
     let wide = region.policy.widen(page);
@@ -77,8 +87,16 @@ pub(super) fn supply(
     buffers: &mut Buffers,
 ) -> Result<(), Stopped> {
     while !claim.span().is_empty() {
-        match fill(region, claim.span(), buffers) {
-            Ok(filled) => install(region, &mut claim, filled)?,
+        let began = region.counters.clock();
+        let filled = fill(region, claim.span(), buffers);
+        region.counters.took(Part::Fill, began);
+        match filled {
+            Ok(filled) => {
+                let began = region.counters.clock();
+                let installed = install(region, &mut claim, filled);
+                region.counters.took(Part::Resolve, began);
+                installed?;
+            }
             Err(failure) if asked.contains(claim.span().first) => {
                 return Err(fail(region, &mut claim, failure));
             }

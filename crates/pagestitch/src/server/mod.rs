@@ -5,6 +5,7 @@
 //! | `pool` | the workers and what they share; regions come and go |
 //! | `placement` | where workers run |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
+//! | `berths` | how many workers one region, or slow ones together, may hold up |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `resolve` | tell the kernel, and read its answer |
 //! | `inline` | the same steps in the thread that takes the fault |
@@ -12,6 +13,7 @@
 //! | `heal` | asks again for pages whose source has failed |
 //! | `populate` | the same steps for pages that nobody has touched |
 
+mod berths;
 mod fault;
 mod heal;
 mod inline;
@@ -22,6 +24,8 @@ mod populate;
 mod resolve;
 mod worker;
 
+pub(crate) use berths::Berths;
+pub(crate) use fault::Asked;
 pub(crate) use heal::heal;
 pub use manual::Manual;
 use manual::Seats;

@@ -11,6 +11,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
+use crate::server::berths::Berths;
 use crate::server::placement::{Placement, Places};
 use crate::server::worker::{Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -211,6 +212,8 @@ pub(super) struct Shared {
     handed: (Sender<Handed>, Receiver<Handed>),
     /// What is filled when there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
+    /// Workers that slow regions hold up, and their faults that wait.
+    pub(super) slow: Berths<Handed>,
     epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
@@ -242,7 +245,8 @@ impl Shared {
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        Ok(Self { stop, bell, handed, ahead, epolls, wakes, regions: RwLock::default() })
+        let slow = Berths::new(HANDED_MAX);
+        Ok(Self { stop, bell, handed, ahead, slow, epolls, wakes, regions: RwLock::default() })
     }
 
     /// The region whose uffd is `fd`, if it is still served.
@@ -278,6 +282,12 @@ impl Shared {
     /// Has the one who works, or another, look once more.
     pub(super) fn ring_self(&self) {
         self.bell.write(1).expect("an eventfd takes small numbers");
+    }
+
+    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait.
+    pub(super) fn slow_most(&self) -> usize {
+        let workers = self.epolls.len();
+        if workers > 1 && self.regions.read().served.len() > 1 { workers - 1 } else { workers }
     }
 
     /// Takes no region any more; says which there are.

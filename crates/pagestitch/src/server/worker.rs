@@ -7,7 +7,7 @@
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::region::{Reading, Served};
-use crate::server::fault::{fill_ahead, serve};
+use crate::server::fault::{Asked, fill_ahead, serve};
 use crate::server::pool::Shared;
 use crate::server::resolve::{release, show};
 use crate::source::Buffers;
@@ -15,15 +15,16 @@ use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Fault, FaultKind, Page, Span};
+use pagestitch_kernel::{Batch, Fault, FaultKind, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// A fault that was handed on.
 #[derive(Debug)]
 pub(super) struct Handed {
     region: Arc<Served>,
-    page: Page,
+    asked: Asked,
 }
 
 /// Pages to be filled before anybody asks for them.
@@ -153,33 +154,64 @@ impl Worker {
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
         let Self { shared, batch, buffers, served, .. } = self;
         region.read_events(batch);
+        let read = Instant::now();
         let read_again = turn.has_read();
-        let mut pages = batch.faults().iter().filter_map(|fault| page_of(region, fault));
+        let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
         let first = if read_again { None } else { pages.next() };
         let mut handed = 0;
-        for (index, page) in pages.enumerate() {
+        for (index, asked) in pages.enumerate() {
             let kept = index < turn.keeps();
-            match if kept { None } else { shared.hand_on(Handed { region: Arc::clone(region), page }).ok() } {
+            match if kept { None } else { shared.hand_on(Handed { region: Arc::clone(region), asked }).ok() }
+            {
                 Some(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
-                    serve(region, page, buffers);
+                    serve(region, asked, buffers);
                 }
             }
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed;
-        let ahead = first.map(|first| serve(region, first, buffers));
-        self.shared.remember(region, ahead.into_iter().flatten().flatten());
+        if let Some(first) = first {
+            self.serve_in_berth(region, first);
+        }
+    }
+
+    /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
+    fn serve_in_berth(&mut self, region: &Arc<Served>, asked: Asked) {
+        if let Some((most, berths)) = &region.limit {
+            let mut next = berths.enter(*most, asked);
+            while let Some(asked) = next {
+                self.serve_now(region, asked);
+                next = berths.leave(*most);
+            }
+        } else if region.pace.is_slow() {
+            let shared = Arc::clone(&self.shared);
+            let mut next =
+                shared.slow.enter(shared.slow_most(), Handed { region: Arc::clone(region), asked });
+            while let Some(Handed { region, asked }) = next {
+                // A region that is being dropped needs no page any more.
+                if let Some(_visit) = region.enter() {
+                    self.serve_now(&region, asked);
+                }
+                next = shared.slow.leave(shared.slow_most());
+            }
+        } else {
+            self.serve_now(region, asked);
+        }
+    }
+
+    fn serve_now(&mut self, region: &Arc<Served>, asked: Asked) {
+        let ahead = serve(region, asked, &mut self.buffers);
+        self.shared.remember(region, ahead.into_iter().flatten());
     }
 
     fn serve_handed(&mut self) {
-        while let Some(Handed { region, page }) = self.shared.take_handed() {
+        while let Some(Handed { region, asked }) = self.shared.take_handed() {
             // A region that is being dropped needs no page any more.
             let Some(_visit) = region.enter() else { continue };
             self.served += 1;
-            let ahead = serve(&region, page, &mut self.buffers);
-            self.shared.remember(&region, ahead.into_iter().flatten());
+            self.serve_in_berth(&region, asked);
         }
     }
 
@@ -193,14 +225,17 @@ impl Worker {
     }
 }
 
-/// The page to be served for a fault; `None` where that was all that there is to do.
-fn page_of(region: &Served, fault: &Fault) -> Option<Page> {
+/// What is to be served for a fault; `None` where that was all that there is to do.
+fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
     let page = region.place.page_at(fault.address)?;
+    let counters = region.counters.here();
+    counters.faults_writing.add(u64::from(fault.write));
+    counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {
         FaultKind::WriteProtect => release(region, page),
         // Only somebody else's registration asks for these beside memfds that are filled later.
         FaultKind::Minor if region.place.adopted().is_some() => show(region, page),
-        FaultKind::Minor | FaultKind::Missing => return Some(page),
+        FaultKind::Minor | FaultKind::Missing => return Some(Asked { page, read }),
     }
     None
 }

@@ -66,6 +66,10 @@ pub(crate) fn fill<'a>(
     span: Span,
     buffers: &'a mut Buffers,
 ) -> Result<Filled<'a>, Failure> {
+    find(region, span, buffers).inspect_err(|_| region.counters.here().source_errors.add(1))
+}
+
+fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, Failure> {
     let (layout, page) = (&region.layout, region.page_size());
     let span = region.place.contiguous(span);
     if page.bytes() > PageSize::system().bytes() {

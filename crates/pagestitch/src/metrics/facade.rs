@@ -1,0 +1,38 @@
+//! The numbers of a region for the `metrics` facade, and whichever exporter the program has installed.
+
+use super::{Histogram, Latency, Meter};
+use metrics::{counter, gauge};
+
+impl Meter {
+    /// Tells the recorder of the [`metrics`] crate all numbers as they are now, by the names that they have here, after
+    /// `pagestitch_`, with the region's name as a label. Call it when they are about to be read: on a timer, or for a scrape.
+    ///
+    /// Nothing is told while a fault is served, so that this costs nothing in between. Needs the feature `metrics`.
+    pub fn publish(&self) {
+        let region = || self.region().to_owned();
+        for (name, value) in self.metrics().all() {
+            counter!(format!("pagestitch_{name}_total"), "region" => region()).absolute(value);
+        }
+        counter!("pagestitch_bytes_moved_total", "region" => region()).absolute(self.bytes_moved());
+        counter!("pagestitch_bytes_mapped_total", "region" => region()).absolute(self.bytes_mapped());
+        gauge!("pagestitch_faults_in_flight", "region" => region()).set(self.in_flight() as f64);
+        let oldest = self.oldest().map_or(0.0, |(_, age)| age.as_secs_f64());
+        gauge!("pagestitch_oldest_fault_seconds", "region" => region()).set(oldest);
+        if let Some(Latency { queue, fill, resolve }) = self.latency() {
+            for (part, histogram) in [("queue", queue), ("fill", fill), ("resolve", resolve)] {
+                self.publish_quantiles(part, &histogram);
+            }
+        }
+    }
+
+    fn publish_quantiles(&self, part: &'static str, histogram: &Histogram) {
+        for (label, share) in [("0.5", 0.5), ("0.9", 0.9), ("0.99", 0.99), ("1", 1.0)] {
+            let labels = [
+                ("region", self.region().to_owned()),
+                ("part", part.to_owned()),
+                ("quantile", label.to_owned()),
+            ];
+            gauge!("pagestitch_fault_seconds", &labels).set(histogram.quantile(share).as_secs_f64());
+        }
+    }
+}

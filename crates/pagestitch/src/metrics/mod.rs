@@ -1,0 +1,262 @@
+//! Tell: what has happened in a region, as numbers with one meaning each.
+//!
+//! | file | what |
+//! |---|---|
+//! | `flights` | the faults that are being served at this moment |
+//! | `facade` | the numbers for the `metrics` crate |
+//! | `histogram` | how long faults took, where that is asked for |
+//!
+//! Threads that count at the same time do so in different cache lines: which, their stacks decide.
+
+#[cfg(feature = "metrics")]
+mod facade;
+mod flights;
+mod histogram;
+
+use flights::{Flight, Flights};
+pub use histogram::Histogram;
+use histogram::Recorder;
+use pagestitch_kernel::lanes::Lanes;
+use pagestitch_kernel::{Page, PageSize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+macro_rules! metrics {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// A region's numbers at one moment. They only grow, and may lag: a thread runs on as soon as the kernel has
+        /// its page, which is a moment before the page is counted.
+        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        #[non_exhaustive]
+        pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
+
+        /// The numbers as one thread counts them.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counted { $(pub(crate) $name: Counter,)* }
+
+        impl Counters {
+            pub(crate) fn read(&self) -> Metrics {
+                Metrics { $($name: self.lanes.iter().map(|counted| counted.$name.0.load(Ordering::Relaxed)).sum(),)* }
+            }
+        }
+
+        /// A number each.
+        impl Meter {
+            $($(#[$doc])* #[must_use] pub fn $name(&self) -> u64 { self.metrics().$name })*
+        }
+
+        impl Metrics {
+            /// All numbers by their names, as they are called here.
+            pub fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)*].into_iter()
+            }
+        }
+    };
+}
+
+/// The numbers as they are counted.
+#[derive(Debug)]
+pub(crate) struct Counters {
+    region: String,
+    page: PageSize,
+    lanes: Lanes<Counted>,
+    flights: Flights,
+    timings: Option<Box<Timings>>,
+}
+
+/// How long the parts of a fault took.
+#[derive(Debug)]
+struct Timings {
+    queue: Recorder,
+    fill: Recorder,
+    resolve: Recorder,
+}
+
+/// A part of a fault.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Part {
+    Fill,
+    Resolve,
+}
+
+impl Counters {
+    pub(crate) fn new(region: String, page: PageSize, timed: bool) -> Self {
+        let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
+        let timings = timed.then(|| Box::new(timings()));
+        Self { region, page, lanes: Lanes::default(), flights: Flights::new(), timings }
+    }
+
+    /// Counts a fault that was read from the kernel at a moment, and is served from now on until the flight is dropped.
+    pub(crate) fn begin(&self, page: Page, read: Instant) -> Option<Flight<'_>> {
+        self.here().faults.add(1);
+        if let Some(timings) = &self.timings {
+            timings.queue.record(read.elapsed());
+        }
+        self.flights.begin(page, read)
+    }
+
+    /// The time, where parts are timed.
+    pub(crate) fn clock(&self) -> Option<Instant> {
+        self.timings.as_ref().map(|_| Instant::now())
+    }
+
+    /// A part that began at a time has come to its end.
+    pub(crate) fn took(&self, part: Part, began: Option<Instant>) {
+        if let (Some(timings), Some(began)) = (&self.timings, began) {
+            match part {
+                Part::Fill => timings.fill.record(began.elapsed()),
+                Part::Resolve => timings.resolve.record(began.elapsed()),
+            }
+        }
+    }
+
+    /// Where the calling thread counts.
+    pub(crate) fn here(&self) -> &Counted {
+        self.lanes.here()
+    }
+}
+
+metrics! {
+    /// Faults taken from the kernel, one for each page and batch. More than pages, where threads meet in a page.
+    faults,
+    /// Of these, faults of writers.
+    faults_writing,
+    /// Of these, faults on pages that a file's page cache has, and that are not mapped yet.
+    faults_minor,
+    /// Faults on a page that was there by the time they were looked at.
+    late,
+    /// Pages shown in place when the region was built: no copy, no fault.
+    pages_in_place,
+    /// Pages copied straight from a source's own memory.
+    pages_copied,
+    /// Pages read into staging from one source, and copied from there.
+    pages_read,
+    /// Pages gathered in staging from several chunks, and copied from there.
+    pages_gathered,
+    /// Pages of whole blocks, filled in a huge page of staging that was then moved in: copied once.
+    pages_staged,
+    /// Donated pages that were moved in: not copied.
+    pages_moved,
+    /// Pages of a memfd that is filled later, shown when it had them: not copied.
+    pages_cached,
+    /// Pages of zeros.
+    pages_zeroed,
+    /// Pages that a source could not fill: poisoned.
+    pages_poisoned,
+    /// Poisoned pages that were filled after all, by `heal`.
+    pages_healed,
+    /// Of the pages above, those that were filled ahead of a sequential reader.
+    pages_ahead,
+    /// Bytes copied into the region.
+    bytes_copied,
+    /// Times that a source was asked and failed, also ahead of a reader, where that loses nothing.
+    source_errors,
+    /// Fills that met a change of the memory map and were given back to be tried again.
+    retries,
+}
+
+impl Metrics {
+    /// Pages installed on a fault or by populating, in whichever way.
+    #[must_use]
+    pub const fn pages_installed(&self) -> u64 {
+        self.pages_copied
+            + self.pages_read
+            + self.pages_gathered
+            + self.pages_staged
+            + self.pages_moved
+            + self.pages_cached
+            + self.pages_zeroed
+    }
+}
+
+/// A region's numbers as they are: clone it freely, hand it to whoever looks. It outlives the region, and keeps nothing of it.
+///
+/// ```
+/// use pagestitch::{Pool, Region};
+///
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).timed().build(&Pool::new()?)?;
+/// let meter = region.meter();
+/// assert_eq!(region.as_slice()[50_000], 7);
+/// assert!(region.close().pages_copied >= 1);
+/// assert!(meter.faults() >= 1 && meter.in_flight() == 0);
+/// let latency = meter.latency().expect("it is timed");
+/// println!("99 of 100 fills took no more than {:?}", latency.fill.quantile(0.99));
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Meter {
+    counters: Arc<Counters>,
+}
+
+/// How long the parts of faults took. Where several pages were filled for one fault, all of that counts as its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Latency {
+    /// From when a worker read the fault to when it was taken up. What went before, only the kernel knows.
+    pub queue: Histogram,
+    /// The source saying what the bytes are.
+    pub fill: Histogram,
+    /// The kernel installing them.
+    pub resolve: Histogram,
+}
+
+impl Meter {
+    pub(crate) const fn new(counters: Arc<Counters>) -> Self {
+        Self { counters }
+    }
+
+    /// The region's name.
+    #[must_use]
+    pub fn region(&self) -> &str {
+        &self.counters.region
+    }
+
+    /// All numbers at one moment.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        self.counters.read()
+    }
+
+    /// Bytes that were moved in: of donated pages, and of whole blocks that were filled in staging.
+    #[must_use]
+    pub fn bytes_moved(&self) -> u64 {
+        let metrics = self.metrics();
+        (metrics.pages_moved + metrics.pages_staged) * self.counters.page.bytes() as u64
+    }
+
+    /// Bytes shown in place: when the region was built, or when a memfd had them.
+    #[must_use]
+    pub fn bytes_mapped(&self) -> u64 {
+        let metrics = self.metrics();
+        (metrics.pages_in_place + metrics.pages_cached) * self.counters.page.bytes() as u64
+    }
+
+    /// How many faults are being served at this moment, at most 64.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.counters.flights.count()
+    }
+
+    /// The oldest of these: the offset of its page in the region, and how long ago it was read.
+    #[must_use]
+    pub fn oldest(&self) -> Option<(u64, Duration)> {
+        let (page, age) = self.counters.flights.oldest()?;
+        Some((self.counters.page.offset_of(page), age))
+    }
+
+    /// How long the parts of faults took, of a region that is [timed](crate::Builder::timed).
+    #[must_use]
+    pub fn latency(&self) -> Option<Latency> {
+        let Timings { queue, fill, resolve } = self.counters.timings.as_deref()?;
+        Some(Latency { queue: queue.read(), fill: fill.read(), resolve: resolve.read() })
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+}

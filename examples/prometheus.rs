@@ -1,0 +1,29 @@
+//! What happens in a region, for Prometheus: through the `metrics` facade, so that any other exporter would do.
+
+use metrics_exporter_prometheus::PrometheusBuilder;
+use pagestitch::{Chunk, Pool, Region};
+use std::sync::Arc;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // The program's exporter. One that listens on a port is `PrometheusBuilder::new().install()`, with its feature.
+    let exporter = PrometheusBuilder::new().install_recorder()?;
+
+    let shared: Arc<[u8]> = vec![7; 1 << 20].into();
+    let region = Region::builder()
+        .name("example")
+        .timed()
+        .chunks((0..16).map(|_| Chunk::from(Arc::clone(&shared))))
+        .build(&Pool::new()?)?;
+    let sum: u64 = region.as_slice().iter().step_by(4096).map(|&byte| u64::from(byte)).sum();
+    assert_eq!(sum, 7 * (16 << 20) / 4096);
+
+    // When a scrape comes, or on a timer. The handle outlives the region.
+    let meter = region.meter();
+    drop(region);
+    meter.publish();
+    let page = exporter.render();
+    println!("{page}");
+    assert!(page.contains(r#"pagestitch_pages_staged_total{region="example"}"#));
+    assert!(page.contains(r#"pagestitch_fault_seconds{region="example",part="fill",quantile="0.99"}"#));
+    Ok(())
+}

@@ -1,0 +1,83 @@
+//! What is told of a region: while it is at work, and when it has gone.
+
+use crate::until;
+use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_testkit::child;
+use pagestitch_testkit::scripted::Scripted;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+const PAGE: usize = 4096;
+
+#[test]
+fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
+    let source = Arc::new(Scripted::new(10 * PAGE as u64).waiting(5 * PAGE as u64..6 * PAGE as u64));
+    let region = Region::builder()
+        .chunk(Chunk::source(Arc::clone(&source)))
+        .readahead(Readahead::None)
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    let meter = region.meter();
+    assert_eq!((meter.in_flight(), meter.oldest()), (0, None));
+    thread::scope(|scope| {
+        scope.spawn(|| region.as_slice()[5 * PAGE + 7]);
+        source.wait_until_held(1);
+        assert_eq!(meter.in_flight(), 1);
+        thread::sleep(Duration::from_millis(3));
+        let (offset, age) = meter.oldest().unwrap();
+        assert_eq!(offset, 5 * PAGE as u64);
+        assert!(age >= Duration::from_millis(3), "{age:?}");
+        source.open();
+    });
+    until(|| meter.in_flight() == 0 && meter.oldest().is_none());
+}
+
+#[test]
+fn a_meter_outlives_its_region_and_each_number_has_a_method() {
+    let pool = Pool::new().unwrap();
+    let mut region =
+        Region::builder().name("told").chunk(vec![1; 20 * PAGE]).writable().timed().build(&pool).unwrap();
+    let meter = region.meter();
+    region.as_mut_slice().unwrap()[3 * PAGE] = 2;
+    region.populate(10 * PAGE as u64..20 * PAGE as u64).unwrap();
+    let metrics = region.close();
+    let again = meter.clone();
+    assert_eq!(again.metrics(), metrics);
+    assert_eq!((again.region(), again.faults(), again.faults_writing()), ("told", 1, 1));
+    assert_eq!(again.pages_copied(), metrics.pages_copied);
+    assert_eq!(again.bytes_copied(), metrics.pages_copied * PAGE as u64);
+    assert_eq!((again.bytes_mapped(), again.source_errors(), again.faults_minor()), (0, 0, 0));
+    let named: u64 = metrics.all().filter(|(name, _)| *name == "pages_copied").map(|(_, value)| value).sum();
+    assert_eq!(named, metrics.pages_copied);
+    let latency = again.latency().unwrap();
+    assert_eq!(latency.queue.count(), 1);
+    assert!(latency.fill.count() >= 2 && latency.fill.count() == latency.resolve.count());
+    assert!(
+        latency.resolve.max() >= latency.resolve.quantile(0.5)
+            && latency.resolve.quantile(0.5) > Duration::ZERO
+    );
+    pool.stop().expect("a meter holds no region");
+}
+
+#[test]
+fn a_source_that_fails_is_counted_each_time_it_is_asked() {
+    let test = "metering::a_source_that_fails_is_counted_each_time_it_is_asked";
+    child::run(test, || {
+        let source = Arc::new(Scripted::new(10 * PAGE as u64).failing(5 * PAGE as u64..6 * PAGE as u64));
+        let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+        let meter = region.meter();
+        region.populate(..).unwrap_err();
+        region.heal(..).unwrap_err();
+        assert!(meter.source_errors() >= 2);
+        assert_eq!(meter.pages_poisoned(), 1);
+    })
+    .expect_pass();
+}
+
+#[test]
+fn a_region_that_is_not_timed_has_no_latency() {
+    let region = Region::builder().chunk(vec![1; 10]).build(&Pool::new().unwrap()).unwrap();
+    assert_eq!(region.as_slice()[5], 1);
+    assert!(region.meter().latency().is_none());
+}
