@@ -17,6 +17,7 @@ mod metering;
 mod mixed;
 mod readahead;
 mod reading;
+mod recording;
 mod scale;
 mod shared;
 mod teardown;

@@ -2,7 +2,7 @@
 
 use crate::output::bytes;
 use clap::{Args, Subcommand, ValueEnum};
-use pagestitch::{Loss, Pool, Readahead};
+use pagestitch::{Loss, Pool, Readahead, Recording};
 use pagestitch_firecracker::{Event, Handler, OnStop, Snapshot};
 use serde_json::{Value, json};
 use std::error::Error;
@@ -35,6 +35,12 @@ pub(crate) struct Options {
     /// Fill only what is touched, nothing ahead of it
     #[arg(long)]
     no_readahead: bool,
+    /// Write in which order the first guest touches its memory
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
+    /// Fill the pages of a recording for each guest, as soon as it is there
+    #[arg(long, value_name = "FILE")]
+    replay: Option<PathBuf>,
     /// Handler threads [default: one a CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -65,7 +71,11 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     }
     let snapshot = Snapshot::open(&options.memory)?;
     let (len, pieces) = (snapshot.bytes(), snapshot.pieces());
-    let handler = Handler::builder(snapshot)
+    let replay = options.replay.as_ref().map(Recording::read).transpose()?;
+    let builder = Handler::builder(snapshot);
+    let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
+    let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
+    let handler = builder
         .pool(&pool.start()?)
         .on_loss(options.on_loss.into())
         .on_stop(options.on_stop.into())
@@ -99,6 +109,10 @@ fn to_json(event: &Event<'_>) -> Value {
         Event::Ended { owner, metrics, lost } => json!({
             "event": "ended", "pid": owner.pid().as_raw(), "faults": metrics.faults,
             "pages": metrics.pages_installed(), "pages_lost": lost,
+        }),
+        Event::Recorded { owner, path, outcome } => json!({
+            "event": "recorded", "pid": owner.pid().as_raw(), "path": path.display().to_string(),
+            "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
         }),
         Event::Left { owner, outcome } => json!({
             "event": "left", "pid": owner.pid().as_raw(),

@@ -6,7 +6,7 @@ use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::{File as FileSource, SharedFile};
-use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Region, SharedRegion};
+use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
 use serde_json::json;
@@ -43,6 +43,12 @@ pub(crate) struct Options {
     /// Handler threads [default: one a CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
+    /// Write in which order pages are first touched, as --touch does it; with --copy, as what is mapped is not touched by us
+    #[arg(long, value_name = "FILE", requires = "copy")]
+    record: Option<PathBuf>,
+    /// Have the pages of a recording there before they are asked for
+    #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
+    replay: Option<PathBuf>,
     /// Decides a random order
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -69,12 +75,16 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if let Some(path) = &options.output {
         refuse_part_as_output(&parts, path)?;
     }
-    let (build_ns, region) = timed(|| build(&parts, options.copy, &pool));
+    let (build_ns, region) = timed(|| build(&parts, options, &pool));
     let region = region?;
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
         touches(&touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
     });
+    // What is hashed or written out afterwards is populated, and no touch.
+    if let (Some(path), Some(recording)) = (&options.record, region.recording()) {
+        recording.write(path)?;
+    }
     let sha256 = options.sha256.then(|| sha256(&region)).transpose()?;
     if let Some(path) = &options.output {
         write_out(&region, path)?;
@@ -98,18 +108,24 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     Ok(())
 }
 
-fn build(parts: &[Part], copy: bool, pool: &Pool) -> Result<SharedRegion, Box<dyn Error>> {
+fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion, Box<dyn Error>> {
     let mut files: HashMap<&PathBuf, Chunk> = HashMap::new();
     let mut builder = Region::builder().name("stitched");
     for part in parts {
         let chunk = match files.get(&part.path) {
             Some(chunk) => chunk.clone(),
-            None => files.entry(&part.path).or_insert(open(&part.path, copy)?).clone(),
+            None => files.entry(&part.path).or_insert(open(&part.path, options.copy)?).clone(),
         };
         builder = builder.chunk(match &part.range {
             Some(range) => chunk.range(range.clone()),
             None => chunk,
         });
+    }
+    if options.record.is_some() {
+        builder = builder.record();
+    }
+    if let Some(path) = &options.replay {
+        builder = builder.replay(&Recording::read(path)?);
     }
     Ok(builder.build_shared(pool)?)
 }

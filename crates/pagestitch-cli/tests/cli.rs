@@ -337,3 +337,22 @@ fn what_is_wrong_with_a_benchmark_is_said_before_it_is_run() {
         assert!(said.contains(about), "{said}");
     }
 }
+
+#[test]
+fn first_touches_are_recorded_and_replayed() {
+    let directory = files();
+    let big = directory.path().join("big");
+    fs::write(&big, vec![5; 200 * 4096]).unwrap();
+    let touch = ["stitch", "--copy", "big", "--touch", "random:50%", "--json"];
+    let run = |more: &[&str]| -> Value {
+        serde_json::from_str(&out(&pagestitch(directory.path(), &[&touch[..], more].concat()))).unwrap()
+    };
+    let first = run(&["--record", "touches"]);
+    assert_eq!(first["faults"], 100);
+    let second = run(&["--replay", "touches"]);
+    assert!(second["faults"].as_u64().unwrap() <= 100);
+    let said = complaint(&pagestitch(directory.path(), &["stitch", "--copy", "a", "--replay", "touches"]), 1);
+    assert!(said.contains("the recording is of a region of 819200 bytes"), "{said}");
+    let said = complaint(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
+    assert!(said.contains("--copy"), "{said}");
+}

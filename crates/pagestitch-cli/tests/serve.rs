@@ -111,3 +111,38 @@ fn what_is_wrong_is_one_line() {
     second.kill().unwrap();
     second.wait().unwrap();
 }
+
+#[test]
+fn what_the_first_guest_touches_is_there_for_the_next_one() {
+    let test = "what_the_first_guest_touches_is_there_for_the_next_one";
+    let life = |folder: &Path| {
+        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+            let _stream = guest.hand_over(path.as_ref()).unwrap();
+            for page in (0..PAGES).step_by(29) {
+                assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1);
+            }
+        })
+    };
+    if child::is_child(test) {
+        life(Path::new(""));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let touched = PAGES.div_ceil(29);
+    for (option, told) in
+        [("--record", format!("{touched} first touches recorded in touches")), ("--replay", "ended".into())]
+    {
+        let mut handler = serve(folder.path(), &[option, "touches"]);
+        wait_for(&folder.path().join("socket"));
+        life(folder.path()).end().expect_pass();
+        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.any(|line| line.contains(&told)), "{told}");
+        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
+        assert!(handler.wait().unwrap().success());
+    }
+    fs::write(folder.path().join("touches"), "garbage").unwrap();
+    let output = serve(folder.path(), &["--replay", "touches"]).wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said, "pagestitch: touches is no recording of first touches\n");
+}

@@ -3,7 +3,7 @@
 use crate::handshake::{HandshakeError, Mappings};
 use crate::{OnStop, Snapshot};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, Pool, Process, Readahead, Region, Source,
+    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, Pool, Process, Readahead, Recording, Region, Source,
 };
 use std::io;
 use std::os::fd::OwnedFd;
@@ -26,6 +26,9 @@ pub(crate) struct Service {
     pub(crate) pool: Pool,
     pub(crate) loss: Loss,
     pub(crate) readahead: Readahead,
+    /// Whether first touches are taken down.
+    pub(crate) record: bool,
+    pub(crate) replay: Option<Recording>,
 }
 
 impl Guest {
@@ -37,7 +40,7 @@ impl Guest {
         mappings: &Mappings,
         uffd: OwnedFd,
     ) -> Result<Self, HandshakeError> {
-        let Service { snapshot, pool, loss, readahead } = service;
+        let Service { snapshot, pool, loss, readahead, record, replay } = service;
         let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
         let owner = Arc::new(owner);
         let memory = AdoptedMemory::new(uffd)?.page_size(mappings.page_bytes() as usize)?;
@@ -51,6 +54,8 @@ impl Guest {
             drop(builder.chunk(nothing).build_adopted(memory, pool)?);
             return Err(HandshakeError::Size { guest: mappings.bytes(), file: snapshot.bytes() });
         }
+        let builder = if *record { builder.record() } else { builder };
+        let builder = replay.iter().fold(builder, |builder, recording| builder.replay(recording));
         let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
         Ok(Self { region, owner, _stream: stream })
     }

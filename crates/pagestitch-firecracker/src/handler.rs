@@ -13,7 +13,7 @@ use crate::{Error, Snapshot};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::{Loss, Metrics, Pool, Process, Readahead};
+use pagestitch::{Loss, Metrics, Pool, Process, Readahead, Recording};
 use pagestitch_kernel::rights;
 use std::fmt;
 use std::fs;
@@ -45,6 +45,8 @@ pub struct Builder {
     on_stop: OnStop,
     readahead: Readahead,
     patience: Duration,
+    record: Option<PathBuf>,
+    replay: Option<Recording>,
 }
 
 impl Builder {
@@ -78,6 +80,19 @@ impl Builder {
         self
     }
 
+    /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
+    /// is filled ahead.
+    pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
+        self.record = Some(path.into());
+        self
+    }
+
+    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there.
+    pub fn replay(mut self, recording: Recording) -> Self {
+        self.replay = Some(recording);
+        self
+    }
+
     /// Listens at a path. A socket that nobody listens at any more is replaced.
     ///
     /// # Errors
@@ -94,14 +109,15 @@ impl Builder {
         make_room(&path)?;
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        let Self { snapshot, loss, on_stop, readahead, patience, .. } = self;
-        let service = Service { snapshot, pool, loss, readahead };
+        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, .. } = self;
+        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay };
         Ok(Handler {
             listener: Some(listener),
             path,
             service,
             on_stop,
             patience,
+            record,
             stop,
             clients: vec![],
             guests: vec![],
@@ -136,6 +152,7 @@ pub struct Handler {
     service: Service,
     on_stop: OnStop,
     patience: Duration,
+    record: Option<PathBuf>,
     stop: Arc<EventFd>,
     clients: Vec<Client>,
     guests: Vec<Guest>,
@@ -176,6 +193,15 @@ pub enum Event<'a> {
         /// Pages whose bytes could not be had.
         lost: usize,
     },
+    /// The first touches of a guest were written to a file.
+    Recorded {
+        /// Its VMM.
+        owner: &'a Process,
+        /// The file.
+        path: &'a Path,
+        /// How many pages, or why it could not be written.
+        outcome: Result<usize, pagestitch::Error>,
+    },
     /// A guest was left to itself, with all of its memory or, if it is an error, without.
     Left {
         /// Its VMM.
@@ -201,6 +227,12 @@ impl fmt::Display for Event<'_> {
             }
             Self::Ended { owner, lost, .. } => {
                 write!(f, "{owner}: ended; {lost} pages of it could not be had")
+            }
+            Self::Recorded { owner, path, outcome: Ok(pages) } => {
+                write!(f, "{owner}: {pages} first touches recorded in {}", path.display())
+            }
+            Self::Recorded { owner, outcome: Err(error), .. } => {
+                write!(f, "{owner}: its first touches are lost: {error}")
             }
             Self::Left { owner, outcome: Ok(metrics) } => {
                 write!(f, "{owner}: left to itself, {} pages filled", metrics.pages_installed())
@@ -228,6 +260,8 @@ impl Handler {
             snapshot,
             pool: None,
             loss: Loss::Poison,
+            record: None,
+            replay: None,
             on_stop: OnStop::Finish,
             readahead: Readahead::Adaptive,
             patience: Duration::from_secs(5),
@@ -343,6 +377,8 @@ impl Handler {
         match Guest::new(&self.service, stream, mappings, uffd) {
             Ok(guest) => {
                 tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes() });
+                // One is enough.
+                self.service.record = false;
                 self.guests.push(guest);
             }
             Err(why) => tell(&Event::Refused { owner, why: &why }),
@@ -358,6 +394,7 @@ impl Handler {
             }
             let lost = guest.region().failures().len();
             let owner = Arc::clone(guest.owner());
+            keep_recording(self.record.as_deref(), &guest, tell);
             let metrics = guest.close();
             tell(&Event::Ended { owner: &owner, metrics, lost });
         }
@@ -373,9 +410,17 @@ impl Handler {
             let hurry =
                 || poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
             let owner = Arc::clone(guest.owner());
+            keep_recording(self.record.as_deref(), &guest, tell);
             let outcome = guest.leave(how, hurry);
             tell(&Event::Left { owner: &owner, outcome });
         }
+    }
+}
+
+fn keep_recording(path: Option<&Path>, guest: &Guest, tell: &mut impl FnMut(&Event<'_>)) {
+    if let (Some(path), Some(recording)) = (path, guest.region().recording()) {
+        let outcome = recording.write(path).map(|()| recording.len());
+        tell(&Event::Recorded { owner: guest.owner(), path, outcome });
     }
 }
 

@@ -6,9 +6,10 @@ use crate::runner::{Case, Options, Sample};
 use crate::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::source::{File, UnsealedMemfd};
-use pagestitch::{AdoptedMemory, Pool, Readahead, Region};
+use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Pool, Readahead, Region};
 use pagestitch_kernel::memfd::SealedMemfd;
 use pagestitch_kernel::rights;
+use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -34,20 +35,31 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         };
         for (system, readahead) in [(OURS, Readahead::Adaptive), (BARE, Readahead::None)] {
             let pool = pool.clone();
-            case(
-                system,
-                Box::new(move |snapshot, seed| {
-                    snapshot.restore(seed, |fd, start| {
-                        let memory =
-                            AdoptedMemory::new(fd).expect("a userfaultfd").range(start, snapshot.bytes());
-                        let file = File::open(snapshot.path()).expect("the snapshot");
-                        let builder = Region::builder().readahead(readahead).chunk(file);
-                        let region = builder.build_adopted(memory, &pool).expect("a region");
-                        move || drop(region)
-                    })
-                }),
-            );
+            let serve = move |snapshot: &Snapshot, seed| {
+                snapshot.restore(seed, |fd, start| {
+                    let region = snapshot.region(fd, start, &pool, |builder| builder.readahead(readahead));
+                    move || drop(region)
+                })
+            };
+            case(system, Box::new(serve));
         }
+        let pool = pool.clone();
+        case(
+            REPLAY,
+            Box::new(move |snapshot, seed| {
+                let recording = RefCell::new(None);
+                snapshot.restore(seed, |fd, start| {
+                    let region = snapshot.region(fd, start, &pool, Builder::record);
+                    let recording = &recording;
+                    move || *recording.borrow_mut() = region.recording()
+                });
+                let recording = recording.take().expect("it was recorded");
+                snapshot.restore(seed, |fd, start| {
+                    let region = snapshot.region(fd, start, &pool, |builder| builder.replay(&recording));
+                    move || drop(region)
+                })
+            }),
+        );
         case(PLAIN, Box::new(|snapshot, seed| snapshot.restore(seed, |fd, start| snapshot.serve(fd, start))));
         // Its touches find everything there.
         if point != EACH {
@@ -112,6 +124,19 @@ impl Snapshot {
         PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.memfd.as_fd().as_raw_fd()))
     }
 
+    /// Serves a guest as the builder says.
+    fn region(
+        &self,
+        fd: OwnedFd,
+        start: usize,
+        pool: &Pool,
+        how: impl FnOnce(Builder) -> Builder,
+    ) -> AdoptedRegion {
+        let memory = AdoptedMemory::new(fd).expect("a userfaultfd").range(start, self.bytes());
+        let file = File::open(self.path()).expect("the snapshot");
+        how(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
+    }
+
     fn task(&self, memory: Memory, seed: u64) -> Task {
         Task { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
     }
@@ -157,6 +182,7 @@ fn handshake(stream: &UnixStream) -> (OwnedFd, usize) {
 
 const THREADS: usize = 4;
 const OURS: &str = "pool, defaults";
+const REPLAY: &str = "pool, replaying";
 const BARE: &str = "pool, no readahead";
 const PLAIN: &str = "plain handler";
 const EAGER: &str = "eager copy";

@@ -3,14 +3,18 @@
 //! | file | says |
 //! |---|---|
 //! | `readahead` | who reads page after page finds the next ones there |
+//! | `recording` | in which order pages were first touched, to have them there sooner the next time |
 //! | `dense` | a block whose faults have cost as much as filling it would is filled |
 
 mod dense;
 mod readahead;
+mod recording;
 
 pub(crate) use dense::Dense;
 pub use readahead::Readahead;
 use readahead::Streams;
+pub use recording::Recording;
+pub(crate) use recording::{Recorder, Replay};
 
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};

@@ -11,6 +11,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
+use crate::policy::Recording;
 use crate::region::page_table::State;
 use crate::region::{Core, Plan, Served};
 use crate::source::Failure;
@@ -366,6 +367,12 @@ impl AdoptedRegion {
     #[must_use]
     pub fn meter(&self) -> Meter {
         self.core.meter()
+    }
+
+    /// As [`Region::recording`](crate::Region::recording).
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
+        self.core.recording()
     }
 
     /// Fills all that is missing, and lets the memory go: its owner needs nobody from then on.

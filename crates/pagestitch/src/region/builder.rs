@@ -1,7 +1,7 @@
 //! Building a region: lay out, reserve, open, register, hand to the pool. All or nothing.
 
 use crate::error::{Error, ErrorKind};
-use crate::policy::{Blocks, Policy, Readahead};
+use crate::policy::{Blocks, Policy, Readahead, Recording};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::place::Place;
 use crate::region::{
@@ -28,6 +28,8 @@ pub struct Builder {
     mappings: Option<usize>,
     timed: bool,
     in_flight: Option<usize>,
+    record: bool,
+    replay: Option<Recording>,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
@@ -44,6 +46,8 @@ impl Default for Builder {
             mappings: None,
             timed: false,
             in_flight: None,
+            record: false,
+            replay: None,
             layout: Ok(Layout::default()),
         }
     }
@@ -124,6 +128,22 @@ impl Builder {
     pub fn in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "nobody would serve it");
         self.in_flight = Some(most);
+        self
+    }
+
+    /// Takes down in which order pages are first touched, for [`Region::recording`]. Only a fault tells of a touch: nothing is
+    /// filled ahead meanwhile.
+    #[must_use]
+    pub fn record(mut self) -> Self {
+        self.record = true;
+        self
+    }
+
+    /// Fills the pages of a recording, in its order, from when the region is built: by workers that are awake, after faults. What
+    /// cannot be filled is asked for again when it is touched.
+    #[must_use]
+    pub fn replay(mut self, recording: &Recording) -> Self {
+        self.replay = Some(recording.clone());
         self
     }
 
@@ -220,7 +240,13 @@ impl Builder {
             name.clone(),
             (layout, Shown::default()),
             copied,
-            Manner { policy, timed: self.timed, in_flight: self.in_flight },
+            Manner {
+                policy,
+                timed: self.timed,
+                in_flight: self.in_flight,
+                record: self.record,
+                replay: self.replay,
+            },
             (place, uffd),
         )
         .map_err(no_table)?;
@@ -268,13 +294,21 @@ impl Builder {
             .map_err(|error| cannot_show(&name, &layout, error))?;
         let no_table = |errno| no_table(&name, errno);
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
-        let policy = Policy::new(self.readahead, pages.get(), page, blocks).map_err(no_table)?;
+        let readahead = if self.record { Readahead::None } else { self.readahead };
+        let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
+        check_replay(self.replay.as_ref(), &place, &layout).map_err(in_region)?;
         let served = Served::new(
             name.clone(),
             (layout, shown),
             (moves, staged),
-            Manner { policy, timed: self.timed, in_flight: self.in_flight },
+            Manner {
+                policy,
+                timed: self.timed,
+                in_flight: self.in_flight,
+                record: self.record,
+                replay: self.replay,
+            },
             (place, uffd),
         )
         .map_err(no_table)?;
@@ -293,6 +327,10 @@ impl Builder {
             }
         }
     }
+}
+
+fn check_replay(replay: Option<&Recording>, place: &Place, layout: &Layout) -> Result<(), Error> {
+    replay.map_or(Ok(()), |recording| recording.check(place.page_size(), layout.total()))
 }
 
 /// Starts to serve.

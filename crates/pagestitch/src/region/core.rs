@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
+use crate::policy::Recording;
 use crate::region::{Plan, Served};
 use crate::server::{Attached, heal, populate};
 use crate::source::Failure;
@@ -84,6 +85,11 @@ impl Core {
 
     pub(crate) fn metrics(&self) -> Metrics {
         self.served.counters.read()
+    }
+
+    pub(crate) fn recording(&self) -> Option<Recording> {
+        let served = &self.served;
+        Some(served.recorder.as_ref()?.read(served.page_size(), served.layout.total()))
     }
 
     pub(crate) fn meter(&self) -> Meter {

@@ -37,6 +37,7 @@ pub use shared::SharedRegion;
 
 use crate::error::Error;
 use crate::metrics::{Meter, Metrics};
+use crate::policy::Recording;
 use crate::source::Failure;
 use pagestitch_kernel::StableView;
 use std::fmt;
@@ -213,6 +214,12 @@ impl Region {
     #[must_use]
     pub fn meter(&self) -> Meter {
         self.core.meter()
+    }
+
+    /// In which order pages were touched so far, of a region that [records](Builder::record).
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
+        self.core.recording()
     }
 
     /// Gives everything back, as dropping does, and tells what has happened, to the last page.

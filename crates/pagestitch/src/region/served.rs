@@ -1,7 +1,7 @@
 //! A region as its handler threads see it: where to look, where to put it, who is at it. Not its bytes.
 
 use crate::metrics::Counters;
-use crate::policy::Policy;
+use crate::policy::{Policy, Recorder, Recording, Replay};
 use crate::region::Layout;
 use crate::region::adopted::{Adopted, abandon};
 use crate::region::in_place::{Runs, Shown, whole_pages};
@@ -34,6 +34,8 @@ pub(crate) struct Served {
     pub(crate) moves: bool,
     pub(crate) pages: PageTable,
     pub(crate) policy: Policy,
+    pub(crate) recorder: Option<Recorder>,
+    pub(crate) replay: Option<Replay>,
     /// Whether whole blocks are filled in staging, and moved in; else why not.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Arc<Counters>,
@@ -56,6 +58,8 @@ pub(crate) struct Manner {
     pub(crate) timed: bool,
     /// How many faults are served at once, where there is a limit.
     pub(crate) in_flight: Option<usize>,
+    pub(crate) record: bool,
+    pub(crate) replay: Option<Recording>,
 }
 
 impl Served {
@@ -68,7 +72,7 @@ impl Served {
         (place, uffd): (Place, Uffd),
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
-        let Manner { policy, timed, in_flight } = manner;
+        let Manner { policy, timed, in_flight, record, replay } = manner;
         let counters = Arc::new(Counters::new(name.clone(), place.page_size(), timed));
         Ok(Self {
             counters,
@@ -80,6 +84,8 @@ impl Served {
             moves,
             pages: PageTable::new(pages)?,
             policy,
+            recorder: record.then(|| Recorder::new(pages)).transpose()?,
+            replay: replay.map(Replay::new),
             staged,
             pace: Pace::default(),
             limit: in_flight.map(|most| (most, Berths::new(ROOM))),

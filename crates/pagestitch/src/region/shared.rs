@@ -2,6 +2,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
+use crate::policy::Recording;
 use crate::region::{Builder, Core, Plan, Region};
 use crate::source::Failure;
 use pagestitch_kernel::{Errno, View};
@@ -164,6 +165,12 @@ impl SharedRegion {
     #[must_use]
     pub fn meter(&self) -> Meter {
         self.core.meter()
+    }
+
+    /// As [`Region::recording`].
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
+        self.core.recording()
     }
 
     /// As [`Region::close`].

@@ -25,6 +25,9 @@ pub(super) fn serve(region: &Served, asked: Asked, buffers: &mut Buffers) -> [Op
     let (_entered, _flight) = (span.enter(), region.counters.begin(page, read));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
+    if let Some(recorder) = &region.recorder {
+        recorder.note(page);
+    }
     let wide = region.policy.widen(page);
     let block = region.movable_block(page).or(wide.now);
     if let Some(block) = block {
@@ -50,6 +53,12 @@ pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) {
         let spent = processor_time().saturating_sub(before);
         region.policy.filled(pages, u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX));
     }
+}
+
+/// Fills absent pages that a recording tells of.
+pub(super) fn replay(region: &Served, span: Span, buffers: &mut Buffers) {
+    // What fails, or is changing, is asked for again when it is touched.
+    let _ = fill_absent(region, span, buffers);
 }
 
 /// Fills what is absent of a span and says how many pages that were; `None` where a source fails.

@@ -34,6 +34,9 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
             region.page_size()
         ));
     }
+    if region.replay.is_some() || region.recorder.is_some() {
+        return refused(String::from("a recording needs workers, to be taken or replayed: use a pool"));
+    }
     match Plan::of(region).runs().iter().find(|run| matches!(run.how, How::Read | How::Continue)) {
         Some(Run { chunks, source, .. }) => refused(format!(
             "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \

@@ -271,6 +271,20 @@ impl Shared {
         }
     }
 
+    /// Has some more of a recording filled, likewise.
+    pub(super) fn replay(&self, region: &Arc<Served>) {
+        // Full: what is not replayed is asked for when it is touched.
+        let _ = self.ahead.0.try_send(Ahead::replay(Arc::clone(region)));
+    }
+
+    /// Starts to fill what a region's recording tells, with all hands.
+    pub(super) fn begin_replay(&self, region: &Arc<Served>) {
+        for _ in &self.epolls {
+            self.replay(region);
+            self.ring_self();
+        }
+    }
+
     /// Wakes as many other workers as there are faults for them.
     pub(super) fn ring(&self, faults: u64) {
         let others = self.epolls.len() as u64 - 1;
@@ -317,7 +331,11 @@ impl Shared {
         let alone =
             if region.place.adopted().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
         let wakes = self.wakes | alone;
-        self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)).map_err(|errno| {
+        let watched = self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes));
+        if watched.is_ok() && region.replay.is_some() {
+            self.begin_replay(region);
+        }
+        watched.map_err(|errno| {
             Error::because(
                 ErrorKind::Resources,
                 format_args!("region {}: cannot watch it", region.name),

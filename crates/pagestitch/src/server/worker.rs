@@ -6,8 +6,9 @@
 //! nobody free, the worker comes back for it. A worker allocates nothing between wake-up and wake-up, and never
 //! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
+use crate::policy::Replay;
 use crate::region::{Reading, Served};
-use crate::server::fault::{Asked, fill_ahead, serve};
+use crate::server::fault::{Asked, fill_ahead, replay, serve};
 use crate::server::pool::Shared;
 use crate::server::resolve::{release, show};
 use crate::source::Buffers;
@@ -27,11 +28,11 @@ pub(super) struct Handed {
     asked: Asked,
 }
 
-/// Pages to be filled before anybody asks for them.
+/// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
 #[derive(Debug)]
 pub(super) struct Ahead {
     region: Arc<Served>,
-    span: Span,
+    span: Option<Span>,
 }
 
 /// What a worker owns: everything it needs was made before it started.
@@ -58,7 +59,11 @@ enum Turn {
 
 impl Ahead {
     pub(super) const fn new(region: Arc<Served>, span: Span) -> Self {
-        Self { region, span }
+        Self { region, span: Some(span) }
+    }
+
+    pub(super) const fn replay(region: Arc<Served>) -> Self {
+        Self { region, span: None }
     }
 }
 
@@ -219,9 +224,17 @@ impl Worker {
     fn fill_ahead(&mut self) {
         let Ok(Ahead { region, span }) = self.shared.ahead.1.try_recv() else { return };
         let Some(_visit) = region.enter() else { return };
+        let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
         self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
         fill_ahead(&region, now, &mut self.buffers);
+    }
+
+    /// Fills a few pages of a recording, and leaves the rest to whoever is free.
+    fn replay(&mut self, region: &Arc<Served>) {
+        let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
+        runs.for_each(|run| replay(region, run, &mut self.buffers));
+        self.shared.replay(region);
     }
 }
 

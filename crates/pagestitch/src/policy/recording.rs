@@ -1,0 +1,320 @@
+//! Recordings: in which order the pages of a region were first touched, to have them there sooner the next time.
+//!
+//! ```text
+//!   magic "pgstrec1" | page size | bytes of the region | runs  | for each run of pages ... | checksum of all before
+//!                      varint      varint                varint  the distance from the end of the one before (zigzag),
+//!                                                              and how many pages, if it is more than one
+//! ```
+
+use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::words::Words;
+use pagestitch_kernel::{Errno, Page, PageSize, Span};
+use parking_lot::Mutex;
+use std::fs;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// In which order the pages of a region were first touched. Taken by [`Region::recording`](crate::Region::recording) of a region
+/// that [records](crate::Builder::record), for a region of the same bytes that [replays](crate::Builder::replay) it.
+///
+/// ```
+/// use pagestitch::{Pool, Recording, Region};
+///
+/// let pool = Pool::new()?;
+/// let build = || Region::builder().chunk(vec![7u8; 100_000]);
+/// let first = build().record().build(&pool)?;
+/// assert_eq!(first.as_slice()[50_000] + first.as_slice()[9_000], 14);
+/// let recording = first.recording().expect("it records");
+/// assert_eq!(recording.offsets().collect::<Vec<_>>(), [49_152, 8192]);
+///
+/// let second = build().replay(&recording).build(&pool)?;      // has these pages soon, whether anybody asks or not
+/// # drop(second);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recording {
+    page: PageSize,
+    bytes: u64,
+    /// As they follow each other: what a recording takes in memory, its file has in bytes.
+    runs: Arc<[Span]>,
+}
+
+impl Recording {
+    /// How many pages were touched.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.runs.iter().map(|run| run.pages).sum()
+    }
+
+    /// Whether none was.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// The offsets of the pages in the region, in the order in which they were touched.
+    pub fn offsets(&self) -> impl Iterator<Item = u64> + '_ {
+        self.runs.iter().flat_map(|run| run.iter()).map(|page| self.page.offset_of(page))
+    }
+
+    /// Writes it to a file, some three bytes a page, all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] names the path and what the kernel answered.
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let failed =
+            |error| Error::because(ErrorKind::File, format_args!("cannot write {}", path.display()), error);
+        // Who reads it meanwhile, or after we were interrupted, finds the old one or the new one.
+        let mut part = path.as_os_str().to_owned();
+        part.push(format!(".{}.part", std::process::id()));
+        fs::write(&part, self.encode()).map_err(failed)?;
+        fs::rename(&part, path).map_err(failed).inspect_err(|_| drop(fs::remove_file(&part)))
+    }
+
+    /// Reads a file that [`write`](Self::write) has written.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] names the path, and says whether it cannot be read, is no recording, or is damaged.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let failed =
+            |error| Error::because(ErrorKind::File, format_args!("cannot read {}", path.display()), error);
+        let encoded = fs::read(path).map_err(failed)?;
+        Self::decode(&encoded).map_err(|why| Error::new(ErrorKind::File, format!("{} {why}", path.display())))
+    }
+
+    fn of(page: PageSize, bytes: u64, pages: &[Page]) -> Self {
+        let runs = pages.chunk_by(|before, page| page.0 == before.0 + 1);
+        let runs = runs.map(|run| Span { first: run[0], pages: run.len() }).collect();
+        Self { page, bytes, runs }
+    }
+
+    /// Refuses a region that it was not taken of.
+    pub(crate) fn check(&self, page: PageSize, bytes: u64) -> Result<(), Error> {
+        if (self.page, self.bytes) == (page, bytes) {
+            return Ok(());
+        }
+        let what = format!(
+            "the recording is of a region of {} bytes in pages of {}, and this has {bytes} in pages of {page}: record it anew",
+            self.bytes, self.page
+        );
+        Err(Error::new(ErrorKind::BadOption, what))
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = MAGIC.to_vec();
+        for number in [self.page.bytes() as u64, self.bytes, self.runs.len() as u64] {
+            put(&mut out, number);
+        }
+        let mut end = 0;
+        for run in self.runs.iter() {
+            let distance = (run.first.0 as i64).wrapping_sub(end);
+            let several = run.pages > 1;
+            put(&mut out, ((distance << 1) ^ (distance >> 63)).cast_unsigned() << 1 | u64::from(several));
+            if several {
+                put(&mut out, run.pages as u64);
+            }
+            end = run.end().0 as i64;
+        }
+        let sum = checksum(&out);
+        out.extend(sum.to_le_bytes());
+        out
+    }
+
+    pub(crate) fn decode(encoded: &[u8]) -> Result<Self, &'static str> {
+        let damaged = "is damaged or cut short: record it anew";
+        let rest = encoded.strip_prefix(MAGIC).ok_or("is no recording of first touches")?;
+        let (rest, sum) = rest.split_last_chunk::<8>().ok_or(damaged)?;
+        if checksum(&encoded[..encoded.len() - 8]) != u64::from_le_bytes(*sum) {
+            return Err(damaged);
+        }
+        let mut rest = rest;
+        let mut next = || take(&mut rest).ok_or(damaged);
+        let page = usize::try_from(next()?).ok().and_then(PageSize::new).ok_or(damaged)?;
+        let (bytes, count) = (next()?, next()?);
+        let all = page.round_up(bytes).ok_or(damaged)? / page.bytes() as u64;
+        let mut runs = Vec::new();
+        let mut end = 0_i64;
+        for _ in 0..count {
+            let head = next()?;
+            let distance = (head >> 2).cast_signed() ^ -((head >> 1 & 1).cast_signed());
+            let length = if head & 1 == 1 { next()? } else { 1 };
+            let first =
+                end.checked_add(distance).and_then(|first| u64::try_from(first).ok()).ok_or(damaged)?;
+            let last = first.checked_add(length).filter(|&last| length > 0 && last <= all);
+            end = last.and_then(|last| i64::try_from(last).ok()).ok_or(damaged)?;
+            runs.push(Span { first: Page(first as usize), pages: length as usize });
+        }
+        if rest.is_empty() { Ok(Self { page, bytes, runs: runs.into() }) } else { Err(damaged) }
+    }
+}
+
+/// Takes down the pages of faults, without a lock or an allocation. As many as the region has; what is touched anew after it
+/// was let go is taken down anew, as long as there is room.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    next: AtomicUsize,
+    /// Each page and one; 0 where it is still being written.
+    pages: Words,
+}
+
+impl Recorder {
+    pub(crate) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
+        Ok(Self { next: AtomicUsize::new(0), pages: Words::new(pages)? })
+    }
+
+    pub(crate) fn note(&self, page: Page) {
+        if let Some(word) = self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+            word.store(page.0 as u64 + 1, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn read(&self, page: PageSize, bytes: u64) -> Recording {
+        let noted = self.next.load(Ordering::Relaxed).min(self.pages.len());
+        let words = self.pages[..noted].iter().map(|word| word.load(Ordering::Acquire));
+        let pages: Vec<Page> = words.filter(|&word| word > 0).map(|word| Page(word as usize - 1)).collect();
+        Recording::of(page, bytes, &pages)
+    }
+}
+
+/// What is still to be replayed.
+#[derive(Debug)]
+pub(crate) struct Replay {
+    recording: Recording,
+    /// The run that is next, and how much of it has been replayed.
+    next: Mutex<(usize, usize)>,
+}
+
+impl Replay {
+    pub(crate) const fn new(recording: Recording) -> Self {
+        Self { recording, next: Mutex::new((0, 0)) }
+    }
+
+    /// The next few pages, by their addresses, in runs; none when it is over.
+    pub(crate) fn next(&self) -> Option<impl Iterator<Item = Span>> {
+        let mut few = [Span { first: Page(0), pages: 0 }; AT_ONCE];
+        let (mut runs, mut left) = (0, AT_ONCE);
+        let mut next = self.next.lock();
+        while left > 0
+            && let Some(run) = self.recording.runs.get(next.0)
+        {
+            few[runs] = run.without_prefix(next.1).prefix(left);
+            left -= few[runs].pages;
+            *next = if few[runs].end() == run.end() {
+                (next.0 + 1, 0)
+            } else {
+                (next.0, next.1 + few[runs].pages)
+            };
+            runs += 1;
+        }
+        few[..runs].sort_unstable_by_key(|run| run.first);
+        (runs > 0).then(|| few.into_iter().take(runs))
+    }
+}
+
+fn put(out: &mut Vec<u8>, mut number: u64) {
+    while number >= 0x80 {
+        out.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    out.push(number as u8);
+}
+
+fn take(rest: &mut &[u8]) -> Option<u64> {
+    let mut number = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, later) = rest.split_first()?;
+        *rest = later;
+        let bits = u64::from(byte & 0x7f);
+        number |= bits.checked_shl(shift).filter(|shifted| shifted >> shift == bits)?;
+        if byte < 0x80 {
+            return Some(number);
+        }
+    }
+    None
+}
+
+/// FNV-1a: against what breaks by itself, not against people.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |sum, &byte| (sum ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+const MAGIC: &[u8] = b"pgstrec1";
+/// Replayed between two looks for faults.
+const AT_ONCE: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn recording(bytes: u64, pages: Vec<usize>) -> Recording {
+        let pages: Vec<Page> = pages.into_iter().map(Page).collect();
+        Recording::of(PageSize::new(4096).unwrap(), bytes, &pages)
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read(pages in prop::collection::vec(0usize..10_000, 0..300), run in 0usize..50) {
+            let pages = pages.into_iter().chain(9_000..9_000 + run).collect();
+            let recording = recording(10_000 * 4096 - 5, pages);
+            prop_assert_eq!(Recording::decode(&recording.encode()), Ok(recording));
+        }
+
+        #[test]
+        fn what_is_damaged_is_refused(cut in 0usize..60, flip in 0usize..60, bit in 0u8..8) {
+            let whole = recording(1 << 30, (0..20).map(|page| page * 37 % 1000).collect()).encode();
+            prop_assert!(Recording::decode(&whole[..cut.min(whole.len() - 1)]).is_err());
+            let mut flipped = whole.clone();
+            flipped[flip % whole.len()] ^= 1 << bit;
+            prop_assert!(Recording::decode(&flipped).is_err());
+        }
+
+        /// Whoever knows the checksum, too: an answer, without more memory than the file is worth.
+        #[test]
+        fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let mut whole = [MAGIC, &bytes].concat();
+            whole.extend(checksum(&whole).to_le_bytes());
+            let _ = Recording::decode(&whole);
+        }
+    }
+
+    #[test]
+    fn all_of_it_is_replayed_a_few_pages_at_a_time() {
+        let pages: Vec<usize> = (0..100).chain([500, 400]).chain(300..340).collect();
+        let replay = Replay::new(recording(1 << 30, pages.clone()));
+        let mut replayed = Vec::new();
+        while let Some(runs) = replay.next() {
+            let few: Vec<usize> = runs.flat_map(|run| run.iter().map(|page| page.0)).collect();
+            assert!(few.len() <= AT_ONCE && few.is_sorted());
+            replayed.extend(few);
+        }
+        replayed.sort_unstable();
+        let mut pages = pages;
+        pages.sort_unstable();
+        assert_eq!(replayed, pages);
+    }
+
+    #[test]
+    fn it_is_compact() {
+        let random: Vec<usize> = (0..50_000).map(|i: usize| i.wrapping_mul(0x9e37_79b9) % 500_000).collect();
+        let encoded = recording(2 << 30, random).encode();
+        assert!(encoded.len() < 50_000 * 7 / 2, "{} bytes", encoded.len());
+        assert!(recording(2 << 30, (0..500_000).collect()).encode().len() < 40);
+    }
+
+    #[test]
+    fn a_run_past_the_region_is_refused() {
+        let mut out = MAGIC.to_vec();
+        [4096, 8192, 1, 1, u64::MAX].into_iter().for_each(|number| put(&mut out, number));
+        out.extend(checksum(&out).to_le_bytes());
+        assert!(Recording::decode(&out).is_err());
+    }
+}
