@@ -3,7 +3,7 @@
 //! Entering and leaving are one atomic operation each, take no lock and allocate nothing.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A door that visitors pass until it is closed.
 #[derive(Debug, Default)]
@@ -30,6 +30,15 @@ impl Gate {
         (before & CLOSED == 0).then_some(visit)
     }
 
+    /// The same, for a visit that outlives the caller.
+    #[must_use]
+    pub fn enter_owned(self: &Arc<Self>) -> Option<OwnedVisit> {
+        let visit = self.enter()?;
+        // Left when the owned visit is dropped.
+        std::mem::forget(visit);
+        Some(OwnedVisit { gate: Arc::clone(self) })
+    }
+
     /// Closes the gate and waits until the last visitor has left. A visitor that calls this waits for itself.
     pub fn close(&self) {
         self.state.fetch_or(CLOSED, Ordering::AcqRel);
@@ -51,6 +60,18 @@ impl Gate {
 #[derive(Debug)]
 pub struct Visit<'g> {
     gate: &'g Gate,
+}
+
+/// The proof of being inside a [`Gate`], kept for as long as it takes.
+#[derive(Debug)]
+pub struct OwnedVisit {
+    gate: Arc<Gate>,
+}
+
+impl Drop for OwnedVisit {
+    fn drop(&mut self) {
+        drop(Visit { gate: &self.gate });
+    }
 }
 
 impl Drop for Visit<'_> {

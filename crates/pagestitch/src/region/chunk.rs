@@ -1,8 +1,8 @@
 //! A chunk: a byte range of one source, to be laid into a region.
 
 use crate::source::{
-    Alias, Backing, Donated, File, Hole, LazyMemfd, Memfd, Memory, Pages, Physical, Shared, SharedFile,
-    Source,
+    Alias, Backing, Donated, Fetch, Fetched, File, Hole, LazyMemfd, Memfd, Memory, Pages, Physical, Shared,
+    SharedFile, Source,
 };
 use bytes::Bytes;
 use pagestitch_kernel::shared::Sharing;
@@ -34,6 +34,12 @@ impl Chunk {
     #[must_use]
     pub fn source<S: Source + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::Read(source))
+    }
+
+    /// All bytes of a source that answers later. Clone the `Arc` to take several chunks of it.
+    #[must_use]
+    pub fn fetch<F: Fetch + 'static>(source: Arc<F>) -> Self {
+        Self::whole(Backing::Fetched(Fetched(source)))
     }
 
     /// `bytes` zeros.

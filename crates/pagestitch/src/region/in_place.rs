@@ -48,7 +48,7 @@ impl Abilities {
             Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
             Backing::Donated(_) => !self.moves,
             Backing::Memfd(_) | Backing::Shared(_) => true,
-            Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) => false,
+            Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) | Backing::Fetched(_) => false,
         }
     }
 }
@@ -105,7 +105,9 @@ fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), 
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
         Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
         Backing::Shared(Shared::Lazy(memfd)) => view.map_lazy(span, memfd.memfd(), offset, uffd),
-        Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) => unreachable!("has no pages of its own"),
+        Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) | Backing::Fetched(_) => {
+            unreachable!("has no pages of its own")
+        }
     }
 }
 

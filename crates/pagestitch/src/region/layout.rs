@@ -198,9 +198,16 @@ impl Layout {
         self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
     }
 
+    /// Whether there are chunks in it whose bytes come later.
+    pub(crate) fn has_fetched(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Fetched(_)))
+    }
+
     /// Whether there are chunks in it whose every byte is copied.
     pub(crate) fn has_copied(&self) -> bool {
-        self.sources.iter().any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_)))
+        self.sources
+            .iter()
+            .any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_) | Backing::Fetched(_)))
     }
 
     /// Whether there is a memfd in it that is filled later.

@@ -92,6 +92,11 @@ impl PageTable {
         Ok(Claim { table: self, waker, span: page.span() })
     }
 
+    /// A claim that was [kept](Claim::keep).
+    pub(crate) fn resume<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Claim<'t> {
+        Claim { table: self, waker, span }
+    }
+
     /// Claims the first page of `span` and those behind it that are absent too.
     pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
         let pages = self.exchange_run(span, State::Absent, State::Filling);
@@ -241,6 +246,20 @@ impl Claim<'_> {
         let pages = table.exchange_run(span, State::Absent, State::Filling);
         let claim = Self { table, waker, span: span.prefix(pages) };
         (pages == span.pages).then_some(claim)
+    }
+
+    /// Keeps its pages claimed until it is [resumed](PageTable::resume).
+    pub(crate) fn keep(mut self) -> Span {
+        let span = self.span;
+        self.span.pages = 0;
+        span
+    }
+
+    /// Splits the first `pages` of them off.
+    pub(crate) fn split_off(&mut self, pages: usize) -> Self {
+        let first = Self { table: self.table, waker: self.waker, span: self.span.prefix(pages) };
+        self.span = self.span.without_prefix(pages);
+        first
     }
 
     /// Settles the first `pages` of them.

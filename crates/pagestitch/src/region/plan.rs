@@ -124,6 +124,7 @@ fn run_of(served: &Served, chunk: usize) -> Run {
             (How::Zero, "padding up to the next chunk's place in a page")
         }
         Backing::Memory(_) => (How::Copy, "private memory: copied once, from where it lies"),
+        Backing::Fetched(_) => (How::Read, "comes later: fetched, then copied; no worker waits"),
         Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
         Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
         Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) => how_of_pages(served, chunk, backing),

@@ -9,8 +9,8 @@ use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
 use crate::server::{Asked, Berths};
-use crate::source::{Backing, Donated, Failure, LazyMemfd, Shared};
-use pagestitch_kernel::gate::{Gate, Visit};
+use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
+use pagestitch_kernel::gate::{Gate, OwnedVisit, Visit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Batch, Event, Page, PageSize, Span, Uffd};
@@ -30,6 +30,7 @@ pub(crate) struct Served {
     /// Pages that a memfd is mapped at, to be shown when it has them.
     pub(crate) lazy: Runs,
     has_donated: bool,
+    has_fetched: bool,
     /// Whether donated pages move.
     pub(crate) moves: bool,
     pub(crate) pages: PageTable,
@@ -47,7 +48,7 @@ pub(crate) struct Served {
     /// Why a page was poisoned. Grows by an entry for each page that fails.
     failures: Mutex<BTreeMap<Page, Arc<Failure>>>,
     /// Whoever works for the region is inside; dropping the region closes it.
-    gate: Gate,
+    gate: Arc<Gate>,
 }
 
 /// How a region is served.
@@ -77,6 +78,7 @@ impl Served {
         Ok(Self {
             counters,
             has_donated: layout.has_donated(),
+            has_fetched: layout.has_fetched(),
             name,
             layout,
             in_place: shown.in_place,
@@ -92,7 +94,7 @@ impl Served {
             place,
             uffd,
             failures: Mutex::default(),
-            gate: Gate::new(),
+            gate: Arc::new(Gate::new()),
         })
     }
 
@@ -109,6 +111,24 @@ impl Served {
             }
             _ => unreachable!("only lazy memfds have lazy runs"),
         }
+    }
+
+    /// How many pages of a span, from its first on, lie in one chunk whose bytes come later; of which source, and from where on.
+    pub(crate) fn fetched_pages(&self, span: Span) -> Option<(usize, &Fetched, u64)> {
+        if !self.has_fetched || self.page_size() != PageSize::system() {
+            return None;
+        }
+        let (first, span) = (span.first, self.place.contiguous(span));
+        // What a balloon has taken is zeros.
+        let span = self.place.adopted().map_or(span, |adopted| adopted.next_kept(span));
+        if span.is_empty() || span.first != first {
+            return None;
+        }
+        let offsets = self.page_size().offsets(span);
+        let piece = self.layout.piece_at(offsets.start, offsets.end);
+        let Backing::Fetched(fetched) = piece.backing else { return None };
+        let pages = usize::try_from(piece.bytes / self.page_size().bytes() as u64).unwrap_or(usize::MAX);
+        (pages > 0).then_some((pages.min(FETCH_PAGES), fetched, piece.offset))
     }
 
     /// How many pages of a span, from its first on, a donation has to give; which, and from where on.
@@ -255,6 +275,11 @@ impl Served {
         self.failures.lock().insert(page, failure);
     }
 
+    /// Goes to work for as long as it takes, in whichever thread.
+    pub(crate) fn enter_owned(&self) -> Option<OwnedVisit> {
+        self.gate.enter_owned()
+    }
+
     /// Nobody works for the region when this returns, and nobody will: sources are not called any more.
     pub(crate) fn close(&self) {
         self.gate.close();
@@ -298,5 +323,7 @@ impl Wake for Served {
     }
 }
 
+/// Pages asked of a source at once whose bytes come later.
+const FETCH_PAGES: usize = 64;
 /// Faults that may wait for a berth before room has to be made.
 const ROOM: usize = 256;

@@ -3,10 +3,12 @@
 use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
+use crate::server::pending::fetch;
 use crate::server::resolve::{Stopped, fail, install, poison};
 use crate::source::{Buffers, fill};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,7 @@ pub(crate) struct Asked {
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
-pub(super) fn serve(region: &Served, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
+pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
     let Asked { page, read } = asked;
     let span = tracing::trace_span!("fault", region = region.name, page = page.0);
     let (_entered, _flight) = (span.enter(), region.counters.begin(page, read));
@@ -29,6 +31,10 @@ pub(super) fn serve(region: &Served, asked: Asked, buffers: &mut Buffers) -> [Op
         recorder.note(page);
     }
     let wide = region.policy.widen(page);
+    if let Some((_, source, offset)) = region.fetched_pages(page.span()) {
+        fetch(region, claim, (source, offset), true);
+        return [wide.now, wide.ahead];
+    }
     let block = region.movable_block(page).or(wide.now);
     if let Some(block) = block {
         claim.grow(block);
@@ -46,7 +52,7 @@ pub(super) fn serve(region: &Served, asked: Asked, buffers: &mut Buffers) -> [Op
 
 /// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
 /// nobody's yet, and asked for again when it is touched.
-pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) {
+pub(super) fn fill_ahead(region: &Arc<Served>, span: Span, buffers: &mut Buffers) {
     // Not the time on the clock: who reads on takes this CPU now and then.
     let before = processor_time();
     if let Some(pages) = fill_absent(region, span, buffers) {
@@ -56,13 +62,13 @@ pub(super) fn fill_ahead(region: &Served, span: Span, buffers: &mut Buffers) {
 }
 
 /// Fills absent pages that a recording tells of.
-pub(super) fn replay(region: &Served, span: Span, buffers: &mut Buffers) {
+pub(super) fn replay(region: &Arc<Served>, span: Span, buffers: &mut Buffers) {
     // What fails, or is changing, is asked for again when it is touched.
     let _ = fill_absent(region, span, buffers);
 }
 
 /// Fills what is absent of a span and says how many pages that were; `None` where a source fails.
-fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usize> {
+fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Option<usize> {
     let mut rest = span;
     let mut pages = 0;
     loop {
@@ -72,12 +78,16 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Buffers) -> Option<usi
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
         // Somebody was quicker where there is no claim to be had.
-        let Ok(mut claim) = region.pages.claim_run(gap, region) else {
+        let Ok(mut claim) = region.pages.claim_run(gap, region.as_ref()) else {
             rest = rest.without_prefix(1);
             continue;
         };
         rest = rest.without_prefix(claim.span().pages);
         while !claim.span().is_empty() {
+            if let Some((some, source, offset)) = region.fetched_pages(claim.span()) {
+                fetch(region, claim.split_off(some), (source, offset), false);
+                continue;
+            }
             let filled = fill(region, claim.span(), buffers).ok()?;
             let ahead = filled.pages;
             install(region, &mut claim, filled).ok()?;

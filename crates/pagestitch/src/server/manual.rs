@@ -8,7 +8,7 @@ use crate::server::worker::Worker;
 use nix::errno::Errno;
 use pagestitch_kernel::fork::Maker;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -120,6 +120,13 @@ impl Manual {
 impl AsFd for Manual {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.seats.shared.epolls()[self.seat].0.as_fd()
+    }
+}
+
+/// For event loops that take raw descriptors.
+impl AsRawFd for Manual {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 }
 

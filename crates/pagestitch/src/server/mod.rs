@@ -7,6 +7,7 @@
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `berths` | how many workers one region, or slow ones together, may hold up |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
+//! | `pending` | pages whose source answers later |
 //! | `resolve` | tell the kernel, and read its answer |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
@@ -18,6 +19,7 @@ mod fault;
 mod heal;
 mod inline;
 mod manual;
+mod pending;
 mod placement;
 mod pool;
 mod populate;
@@ -29,6 +31,7 @@ pub(crate) use fault::Asked;
 pub(crate) use heal::heal;
 pub use manual::Manual;
 use manual::Seats;
+pub(crate) use pending::Pending;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, Report};
 pub(crate) use populate::populate;

@@ -254,13 +254,13 @@ fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
 }
 
 /// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
-struct AbortOnPanic {
+pub(super) struct AbortOnPanic {
     /// Somebody else's panic, which whoever calls us is unwinding from.
     already: bool,
 }
 
 impl AbortOnPanic {
-    fn armed() -> Self {
+    pub(super) fn armed() -> Self {
         Self { already: std::thread::panicking() }
     }
 }

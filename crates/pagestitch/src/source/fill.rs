@@ -114,7 +114,7 @@ fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<
             let content = Content::Straight(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
-        Backing::Read(_) | Backing::Donated(_) | Backing::Shared(_) => {
+        Backing::Read(_) | Backing::Fetched(_) | Backing::Donated(_) | Backing::Shared(_) => {
             let source = piece.backing.source();
             let mut pages = whole.min(staging.len() / page.bytes());
             let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
@@ -153,7 +153,7 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
         match piece.backing {
             // A fresh block holds zeros.
             Backing::Hole(_) if now.len() < HOLE_MAX => {}
-            Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) => return None,
+            Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Fetched(_) => return None,
             Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
                 read(piece.backing.source(), piece.offset, now).ok()?;
             }
@@ -202,7 +202,11 @@ fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
     match backing {
         Backing::Memory(memory) => memory.bytes_if_lent(),
         Backing::Memfd(memfd) => Some(MemoryBytes::Owned(memfd.sealed().as_ref())),
-        Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Read(_) => None,
+        Backing::Hole(_)
+        | Backing::Donated(_)
+        | Backing::Shared(_)
+        | Backing::Read(_)
+        | Backing::Fetched(_) => None,
     }
 }
 

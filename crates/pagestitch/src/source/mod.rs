@@ -11,9 +11,11 @@
 //! | [`LazyMemfd`] | in a memfd that is filled later | in place, when it has them |
 //! | [`File`] | in a file, read at an offset | read into staging, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
+//! | your own [`Fetch`] | from whoever answers later | fetched while others go on, then copied |
 //! | your own [`Source`] | wherever you get them | read into staging, then copied |
 
 mod donated;
+mod fetch;
 mod file;
 mod fill;
 mod hole;
@@ -23,6 +25,8 @@ mod memory;
 mod shared;
 
 pub(crate) use donated::gone;
+pub(crate) use fetch::Fetched;
+pub use fetch::{Fetch, Reply};
 pub use file::File;
 pub use fill::Failure;
 pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline, gather_inline};
@@ -104,6 +108,7 @@ pub(crate) enum Backing {
     Shared(Shared),
     Hole(Hole),
     Read(Arc<dyn Source>),
+    Fetched(Fetched),
 }
 
 impl Backing {
@@ -115,6 +120,7 @@ impl Backing {
             Self::Shared(shared) => shared.source(),
             Self::Hole(hole) => hole,
             Self::Read(source) => source.as_ref(),
+            Self::Fetched(source) => source,
         }
     }
 
@@ -132,6 +138,7 @@ impl Backing {
             Self::Shared(shared) => Some(shared.identity()),
             Self::Hole(_) => Some((0, 0)),
             Self::Read(source) => Some((Arc::as_ptr(source).addr(), u64::MAX)),
+            Self::Fetched(source) => Some((Arc::as_ptr(&source.0).addr(), u64::MAX)),
         }
     }
 }

@@ -1,0 +1,165 @@
+//! Fetches overlap, up to the limit; what a runtime gives up is an error; a task serves.
+
+use bytes::Bytes;
+use pagestitch::{ErrorKind, Manual, Pool, Readahead, Region};
+use pagestitch_tokio::{AsyncSource, chunk, serve};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::runtime::{Builder, Runtime};
+
+const PAGE: usize = 4096;
+const PAGES: usize = 64;
+
+/// Bytes that are as far away as it says, and how many were asked for at once.
+struct Far {
+    takes: Duration,
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Far {
+    fn new(takes: Duration) -> Arc<Self> {
+        Arc::new(Self { takes, now: AtomicUsize::new(0), most: AtomicUsize::new(0) })
+    }
+}
+
+impl AsyncSource for Far {
+    fn size(&self) -> u64 {
+        (PAGES * PAGE) as u64
+    }
+
+    async fn read(&self, offset: u64, len: usize) -> io::Result<Bytes> {
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        tokio::time::sleep(self.takes).await;
+        self.now.fetch_sub(1, Ordering::SeqCst);
+        match offset as usize / PAGE {
+            13 => Err(io::Error::other("unlucky")),
+            14 => Ok(Bytes::from_static(b"short")),
+            15 => panic!("a defect of the source"),
+            _ => Ok((offset..offset + len as u64).map(byte_at).collect()),
+        }
+    }
+
+    fn name(&self) -> String {
+        String::from("far")
+    }
+}
+
+fn byte_at(offset: u64) -> u8 {
+    (offset / 7) as u8 | 1
+}
+
+fn runtime() -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
+}
+
+/// Touches all pages that can be had, each in a thread of its own, at once; says how long it took.
+fn touch_all(region: &Region) -> Duration {
+    let started = Instant::now();
+    thread::scope(|scope| {
+        for page in (0..PAGES).filter(|page| !(13..16).contains(page)) {
+            scope.spawn(move || {
+                assert_eq!(region.as_slice()[page * PAGE + 5], byte_at((page * PAGE) as u64 + 5))
+            });
+        }
+    });
+    started.elapsed()
+}
+
+#[test]
+fn sixty_four_faults_take_as_long_as_their_number_by_the_concurrency() {
+    let runtime = runtime();
+    for (concurrency, rounds) in [(16, 4), (64, 1)] {
+        let far = Far::new(Duration::from_millis(50));
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let region = Region::builder()
+            .chunk(chunk(Arc::clone(&far), runtime.handle(), concurrency))
+            .readahead(Readahead::None)
+            .build(&pool)
+            .unwrap();
+        let took = touch_all(&region);
+        println!("{concurrency} at once: {took:?}");
+        assert!(took >= Duration::from_millis(50 * rounds), "{took:?}");
+        assert!(took < Duration::from_millis(50 * (rounds + 2)), "{concurrency} at once: {took:?}");
+        let most = far.most.load(Ordering::SeqCst);
+        assert!(most <= concurrency && most > concurrency / 2, "{most} at once");
+        assert_eq!(region.close().pages_read, 61);
+    }
+}
+
+#[test]
+fn what_fails_is_an_error_whichever_way() {
+    let runtime = runtime();
+    let far = chunk(Far::new(Duration::from_millis(1)), runtime.handle(), 4);
+    let region = Region::builder().name("sky").chunk(far).build(&Pool::new().unwrap()).unwrap();
+    let said = |page: usize| {
+        let error = region.read_at((page * PAGE) as u64, &mut [0; 10]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Source);
+        error.to_string()
+    };
+    assert!(said(13).ends_with("unlucky"));
+    assert!(said(14).contains("gave 5 bytes where 4096 were asked for"));
+    assert!(said(15).contains("gave no answer"));
+    assert!(region.plan().to_string().contains("far"));
+    region.populate(0..13 * PAGE as u64).unwrap();
+    // What comes later and what was asked for before the runtime went is told apart by nobody.
+    drop(runtime);
+    assert!(said(20).contains("gave no answer: it dropped the request"));
+}
+
+/// A reader's pages are fetched ahead of it, many at once, and in fewer requests than pages.
+#[test]
+fn a_reader_is_kept_ahead_of() {
+    let runtime = runtime();
+    let (reads, len) = (Arc::new(AtomicUsize::new(0)), 2000 * PAGE as u64);
+    struct Counted(Arc<AtomicUsize>, u64);
+    impl AsyncSource for Counted {
+        fn size(&self) -> u64 {
+            self.1
+        }
+        async fn read(&self, offset: u64, len: usize) -> io::Result<Bytes> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            Ok((offset..offset + len as u64).map(byte_at).collect())
+        }
+    }
+    let source = Arc::new(Counted(Arc::clone(&reads), len));
+    let region =
+        Region::builder().chunk(chunk(source, runtime.handle(), 8)).build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice().iter().zip(0..).all(|(&byte, offset)| byte == byte_at(offset)));
+    let reads = reads.load(Ordering::SeqCst);
+    assert!(reads < 400, "{reads} requests for 2000 pages");
+}
+
+#[test]
+fn a_task_serves_beside_others() {
+    let runtime = runtime();
+    let manual = Manual::new().unwrap();
+    let region = Region::builder()
+        .chunk(chunk(Far::new(Duration::from_millis(5)), runtime.handle(), 64))
+        .chunk(vec![9; 100 * PAGE])
+        .readahead(Readahead::None)
+        .build(&manual)
+        .unwrap();
+    let server = runtime.spawn(serve(manual));
+    touch_all(&region);
+    assert!(region.as_slice()[PAGES * PAGE..].iter().all(|&byte| byte == 9));
+    assert_eq!(region.close().pages_installed(), 61 + 100);
+    server.abort();
+}
+
+/// Dropping a region waits for what its source has not answered.
+#[test]
+fn a_region_may_go_while_pages_are_fetched() {
+    let runtime = runtime();
+    let pool = Pool::new().unwrap();
+    for _ in 0..20 {
+        let far = chunk(Far::new(Duration::from_millis(3)), runtime.handle(), 2);
+        let region = Region::builder().chunk(far).build(&pool).unwrap();
+        assert_eq!(region.as_slice()[0], byte_at(0));
+    }
+}

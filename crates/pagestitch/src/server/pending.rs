@@ -1,0 +1,71 @@
+//! Pages whose bytes come later: the claim on them, held until the source answers. The rest of the fault's journey is that of any.
+
+use crate::metrics::Part;
+use crate::region::Served;
+use crate::region::page_table::Claim;
+use crate::server::resolve::{fail, install};
+use crate::server::worker::AbortOnPanic;
+use crate::source::{Content, Failure, Fetched, Filled, Reply};
+use pagestitch_kernel::Span;
+use pagestitch_kernel::gate::OwnedVisit;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Pages that somebody is getting the bytes of.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    region: Arc<Served>,
+    /// Dropping the region waits for the answer.
+    _visit: OwnedVisit,
+    span: Span,
+    /// Whether somebody waits for them; else they are asked for ahead.
+    asked: bool,
+    began: Option<Instant>,
+}
+
+/// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
+pub(super) fn fetch(region: &Arc<Served>, claim: Claim<'_>, (source, offset): (&Fetched, u64), asked: bool) {
+    // A region that is being dropped needs no page any more: the claim is given back.
+    let Some(visit) = region.enter_owned() else { return };
+    let began = region.counters.clock();
+    let span = claim.keep();
+    let pending = Pending { region: Arc::clone(region), _visit: visit, span, asked, began };
+    let reply = Reply::to_pages(pending, region.page_size().bytes_of(span));
+    // If it panics, the reply is dropped on the way, which is an answer.
+    let _ = catch_unwind(AssertUnwindSafe(|| source.0.fetch(offset, reply)));
+}
+
+impl Pending {
+    /// The source has answered: in whichever thread.
+    pub(crate) fn settle(self, answer: io::Result<&[u8]>) {
+        let _abort = AbortOnPanic::armed();
+        let Self { region, span, asked, began, .. } = &self;
+        region.counters.took(Part::Fill, *began);
+        let mut claim = region.pages.resume(*span, region.as_ref());
+        // Where it is not settled to its end, the claim is given back when it is dropped, and who waits faults again.
+        let began = region.counters.clock();
+        match answer {
+            Ok(bytes) => {
+                let ahead = if *asked { 0 } else { span.pages as u64 };
+                let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
+                if install(region, &mut claim, filled).is_ok() {
+                    region.counters.here().pages_ahead.add(ahead);
+                }
+            }
+            Err(error) => {
+                region.counters.here().source_errors.add(1);
+                if *asked {
+                    let _ = fail(region, &mut claim, self.failure(error));
+                }
+            }
+        }
+        region.counters.took(Part::Resolve, began);
+    }
+
+    fn failure(&self, error: io::Error) -> Failure {
+        let offsets = self.region.page_size().offsets(self.span);
+        self.region.layout.piece_at(offsets.start, offsets.end).failed(error)
+    }
+}

@@ -1,0 +1,132 @@
+//! Bytes that come later: a source that is asked by one thread and answered by another, for runtimes and completion queues.
+
+use super::Source;
+use crate::server::Pending;
+use crossbeam_channel::{Sender, bounded};
+use std::io;
+use std::sync::Arc;
+
+/// Bytes that come later. The thread that asks does not wait: as many faults are under way at once as the source takes.
+///
+/// Implement it for what has its own way to wait: a runtime (`pagestitch-tokio` does it for any `async` source), an io_uring,
+/// a connection with many requests in flight. For all else [`Source`] is simpler.
+///
+/// Pages that lie in one chunk are fetched so. A page that chunks meet in, [`populate`](crate::Region::populate) and
+/// [`read_at`](crate::Region::read_at) ask and wait, in the thread that needs the bytes: never call them, or touch the region, in
+/// a thread that is to answer.
+///
+/// ```
+/// use pagestitch::source::{Fetch, Reply};
+/// use pagestitch::{Chunk, Pool, Region};
+/// use std::sync::Arc;
+///
+/// struct Sevens;
+/// impl Fetch for Sevens {
+///     fn size(&self) -> u64 {
+///         1 << 20
+///     }
+///     fn fetch(&self, _offset: u64, reply: Reply) {
+///         std::thread::spawn(move || reply.answer(&vec![7; reply.len()]));    // from wherever, whenever
+///     }
+/// }
+/// let region = Region::builder().chunk(Chunk::fetch(Arc::new(Sevens))).build(&Pool::new()?)?;
+/// assert_eq!(region.as_slice()[500_000], 7);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+pub trait Fetch: Send + Sync {
+    /// As [`Source::size`].
+    fn size(&self) -> u64;
+
+    /// Begins to get the [`reply.len()`](Reply::len) bytes from `offset` on, and returns without waiting for them. Called from
+    /// any thread, several at once.
+    fn fetch(&self, offset: u64, reply: Reply);
+
+    /// As [`Source::name`]. By default `"source"`.
+    fn name(&self) -> String {
+        String::from("source")
+    }
+}
+
+/// Where bytes that were asked for are to go. Dropped without an answer, it is an error of the source: nobody waits for ever.
+#[derive(Debug)]
+#[must_use = "somebody waits for the answer"]
+pub struct Reply {
+    to: Option<To>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+enum To {
+    /// Pages of a region.
+    Pages(Pending),
+    /// A thread that waits.
+    Thread(Sender<io::Result<Vec<u8>>>),
+}
+
+impl Reply {
+    pub(crate) const fn to_pages(pending: Pending, bytes: usize) -> Self {
+        Self { to: Some(To::Pages(pending)), bytes }
+    }
+
+    /// How many bytes are asked for.
+    #[expect(clippy::len_without_is_empty, reason = "at least one byte is asked for")]
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Here they are: they are installed now, in this thread, and whoever waits runs on. Other than as many as were asked for are
+    /// an error.
+    pub fn answer(mut self, bytes: &[u8]) {
+        let wrong = || {
+            io::Error::other(format!(
+                "the source gave {} bytes where {} were asked for",
+                bytes.len(),
+                self.bytes
+            ))
+        };
+        let answer = if bytes.len() == self.bytes { Ok(bytes) } else { Err(wrong()) };
+        self.give(answer);
+    }
+
+    /// They cannot be had.
+    pub fn fail(mut self, error: io::Error) {
+        self.give(Err(error));
+    }
+
+    fn give(&mut self, answer: io::Result<&[u8]>) {
+        match self.to.take() {
+            Some(To::Pages(pending)) => pending.settle(answer),
+            // Nobody waits any more where that fails.
+            Some(To::Thread(sender)) => drop(sender.send(answer.map(<[u8]>::to_vec))),
+            None => {}
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        self.give(Err(io::Error::other("the source gave no answer: it dropped the request")));
+    }
+}
+
+/// A source that is asked, and waited for.
+#[derive(Clone)]
+pub(crate) struct Fetched(pub(crate) Arc<dyn Fetch>);
+
+impl Source for Fetched {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let (sender, answer) = bounded(1);
+        self.0.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len() });
+        into.copy_from_slice(&answer.recv().expect("a reply is answered, or says so when it is dropped")?);
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        self.0.name()
+    }
+}
