@@ -33,8 +33,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-#![forbid(unsafe_code)]
-
 use bytes::Bytes;
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{Chunk, Manual};
@@ -116,7 +114,10 @@ impl<S: AsyncSource + 'static> Fetch for InTasks<S> {
 ///
 /// If the runtime cannot watch its descriptor: it has no I/O driver (`enable_io`), or the process no descriptors.
 pub async fn serve(manual: Manual) -> io::Result<Infallible> {
-    let mut ready = AsyncFd::register_with_interest(manual, Interest::READABLE)?;
+    // SAFETY: a Manual has one descriptor, an epoll of its own that stays open as long as it lives.
+    #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
+    let ready = unsafe { AsyncFd::register_with_interest(manual, Interest::READABLE) };
+    let mut ready = ready?;
     loop {
         let mut guard = ready.readable_mut().await?;
         if guard.get_inner_mut().serve_ready(AT_ONCE) == 0 {
