@@ -81,3 +81,20 @@ fn a_region_that_is_not_timed_has_no_latency() {
     assert_eq!(region.as_slice()[5], 1);
     assert!(region.meter().latency().is_none());
 }
+
+#[test]
+fn coverage_tells_which_parts_are_there_and_which_are_lost() {
+    let source = Arc::new(Scripted::new(100 * PAGE as u64).failing(95 * PAGE as u64..96 * PAGE as u64));
+    let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+    region.populate(0..25 * PAGE as u64).unwrap();
+    region.populate(95 * PAGE as u64..96 * PAGE as u64).unwrap_err();
+    let meter = region.meter();
+    let seen = |parts: usize| -> Vec<_> {
+        meter.coverage(parts).iter().map(|part| (part.pages, part.present, part.poisoned)).collect()
+    };
+    assert_eq!(seen(4), [(25, 25, 0), (25, 0, 0), (25, 0, 0), (25, 0, 1)]);
+    assert_eq!(seen(3), [(33, 25, 0), (33, 0, 0), (34, 0, 1)]);
+    assert_eq!(seen(1000).len(), 100, "no more parts than pages");
+    drop(region);
+    assert_eq!(seen(1), [(100, 25, 1)]);
+}

@@ -4,6 +4,7 @@
 
 mod bench;
 mod demo;
+mod live;
 mod output;
 mod part;
 mod probe;

@@ -1,10 +1,13 @@
 //! `pagestitch serve`: fills the memory of other processes.
 
+use crate::live::{Live, Scene};
 use crate::output::bytes;
+use crate::stitch::write_heatmap;
 use clap::{Args, Subcommand, ValueEnum};
-use pagestitch::{Loss, Pool, Readahead, Recording};
+use pagestitch::{Loss, Meter, Pool, Readahead, Recording};
 use pagestitch_firecracker::{Event, Handler, OnStop, Snapshot};
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::error::Error;
 use std::io::{Write, stdout};
 use std::path::PathBuf;
@@ -41,6 +44,12 @@ pub(crate) struct Options {
     /// Fill the pages of a recording for each guest, as soon as it is there
     #[arg(long, value_name = "FILE")]
     replay: Option<PathBuf>,
+    /// Show maps of the guests' memory, and their numbers
+    #[arg(long, conflicts_with = "json")]
+    live: bool,
+    /// Write a map of the memory that the last guest was given, when it has ended
+    #[arg(long, value_name = "FILE.svg")]
+    heatmap: Option<PathBuf>,
     /// Handler threads [default: one a CPU, at most 8]
     #[arg(long, value_name = "N")]
     workers: Option<usize>,
@@ -75,6 +84,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let builder = Handler::builder(snapshot);
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
     let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
+    let builder = if options.live { builder.timed() } else { builder };
     let handler = builder
         .pool(&pool.start()?)
         .on_loss(options.on_loss.into())
@@ -83,14 +93,37 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
         .patience(Duration::from_secs(options.patience.into()))
         .bind(&options.socket)?;
     let stopper = handler.stopper();
+    let enough = stopper.clone();
     ctrlc::set_handler(move || stopper.stop())?;
     let path = handler.path().display().to_string();
-    if as_json {
-        say(&json!({"event": "listening", "socket": path, "bytes": len, "pieces": pieces}).to_string());
-    } else {
-        say(&format!("listening at {path}: {} of memory in {pieces} pieces", bytes(len)));
-    }
-    handler.run(|event| say(&if as_json { to_json(event).to_string() } else { event.to_string() }))?;
+    let listening = match as_json {
+        true => json!({"event": "listening", "socket": path, "bytes": len, "pieces": pieces}).to_string(),
+        false => format!("listening at {path}: {} of memory in {pieces} pieces", bytes(len)),
+    };
+    let scene = Scene::default();
+    let live = options.live.then(|| Live::show(&scene, move || enough.stop())).transpose()?;
+    let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
+    say(listening);
+    let mut meters: HashMap<i32, Meter> = HashMap::new();
+    handler.run(|event| {
+        say(if as_json { to_json(event).to_string() } else { event.to_string() });
+        match event {
+            Event::Restored { owner, meter, .. } => {
+                scene.add(meter.clone());
+                meters.insert(owner.pid().as_raw(), meter.clone());
+            }
+            Event::Ended { owner, .. } | Event::Left { owner, .. } => {
+                scene.remove(&owner.to_string());
+                let meter = meters.remove(&owner.pid().as_raw());
+                if let (Some(path), Some(meter)) = (&options.heatmap, meter)
+                    && let Err(error) = write_heatmap(path, &meter)
+                {
+                    say(error);
+                }
+            }
+            _ => {}
+        }
+    })?;
     Ok(())
 }
 
@@ -102,7 +135,7 @@ fn say(line: &str) {
 
 fn to_json(event: &Event<'_>) -> Value {
     match event {
-        Event::Restored { owner, bytes } => {
+        Event::Restored { owner, bytes, .. } => {
             json!({"event": "restored", "pid": owner.pid().as_raw(), "bytes": bytes})
         }
         Event::Refused { owner, why } => json!({"event": "refused", "pid": owner, "why": why.to_string()}),

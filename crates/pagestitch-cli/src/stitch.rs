@@ -1,12 +1,13 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
+use crate::live::{Live, Scene, heatmap, quit};
 use crate::output::{Progress, bytes, hexadecimal, nanoseconds};
 use crate::part::Part;
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::{File as FileSource, SharedFile};
-use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
+use pagestitch::{Access, Chunk, Meter, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
 use serde_json::json;
@@ -49,6 +50,12 @@ pub(crate) struct Options {
     /// Have the pages of a recording there before they are asked for
     #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
     replay: Option<PathBuf>,
+    /// Show a map of the region and its numbers while it is touched, hashed or written
+    #[arg(long, conflicts_with = "json")]
+    live: bool,
+    /// Write a map of what was filled at the end
+    #[arg(long, value_name = "FILE.svg")]
+    heatmap: Option<PathBuf>,
     /// Decides a random order
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -77,6 +84,9 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     }
     let (build_ns, region) = timed(|| build(&parts, options, &pool));
     let region = region?;
+    let scene = Scene::default();
+    scene.add(region.meter());
+    let live = options.live.then(|| Live::show(&scene, quit)).transpose()?;
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
         touches(&touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
@@ -92,6 +102,10 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     // Asked for nothing in particular: show that every byte is to be had.
     if !options.explain && latencies.is_none() && sha256.is_none() && options.output.is_none() {
         each_block(&region, "stitching", |_| Ok(()))?;
+    }
+    drop(live);
+    if let Some(path) = &options.heatmap {
+        write_heatmap(path, &region.meter())?;
     }
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
     let done =
@@ -127,6 +141,9 @@ fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion,
     if let Some(path) = &options.replay {
         builder = builder.replay(&Recording::read(path)?);
     }
+    if options.live {
+        builder = builder.timed();
+    }
     Ok(builder.build_shared(pool)?)
 }
 
@@ -153,6 +170,10 @@ fn refuse_part_as_output(parts: &[Part], output: &Path) -> Result<(), String> {
         )),
         None => Ok(()),
     }
+}
+
+pub(crate) fn write_heatmap(path: &Path, meter: &Meter) -> Result<(), String> {
+    fs::write(path, heatmap(meter)).map_err(|error| format!("cannot write {}: {error}", path.display()))
 }
 
 /// The SHA-256 of a region, in hexadecimal.

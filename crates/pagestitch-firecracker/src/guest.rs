@@ -29,6 +29,7 @@ pub(crate) struct Service {
     /// Whether first touches are taken down.
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
+    pub(crate) timed: bool,
 }
 
 impl Guest {
@@ -40,7 +41,7 @@ impl Guest {
         mappings: &Mappings,
         uffd: OwnedFd,
     ) -> Result<Self, HandshakeError> {
-        let Service { snapshot, pool, loss, readahead, record, replay } = service;
+        let Service { snapshot, pool, loss, readahead, record, replay, timed } = service;
         let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
         let owner = Arc::new(owner);
         let memory = AdoptedMemory::new(uffd)?.page_size(mappings.page_bytes() as usize)?;
@@ -55,6 +56,7 @@ impl Guest {
             return Err(HandshakeError::Size { guest: mappings.bytes(), file: snapshot.bytes() });
         }
         let builder = if *record { builder.record() } else { builder };
+        let builder = if *timed { builder.timed() } else { builder };
         let builder = replay.iter().fold(builder, |builder, recording| builder.replay(recording));
         let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
         Ok(Self { region, owner, _stream: stream })

@@ -13,7 +13,7 @@ use crate::{Error, Snapshot};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::{Loss, Metrics, Pool, Process, Readahead, Recording};
+use pagestitch::{Loss, Meter, Metrics, Pool, Process, Readahead, Recording};
 use pagestitch_kernel::rights;
 use std::fmt;
 use std::fs;
@@ -47,6 +47,7 @@ pub struct Builder {
     patience: Duration,
     record: Option<PathBuf>,
     replay: Option<Recording>,
+    timed: bool,
 }
 
 impl Builder {
@@ -71,6 +72,12 @@ impl Builder {
     /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
     pub const fn readahead(mut self, readahead: Readahead) -> Self {
         self.readahead = readahead;
+        self
+    }
+
+    /// Takes the time of the parts of each fault: see [`Meter::latency`].
+    pub const fn timed(mut self) -> Self {
+        self.timed = true;
         self
     }
 
@@ -109,8 +116,8 @@ impl Builder {
         make_room(&path)?;
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, .. } = self;
-        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay };
+        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, .. } = self;
+        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay, timed };
         Ok(Handler {
             listener: Some(listener),
             path,
@@ -176,6 +183,8 @@ pub enum Event<'a> {
         owner: &'a Process,
         /// How much memory it has.
         bytes: u64,
+        /// What happens in it.
+        meter: Meter,
     },
     /// A client is not served.
     Refused {
@@ -214,7 +223,7 @@ pub enum Event<'a> {
 impl fmt::Display for Event<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Restored { owner, bytes } => write!(f, "{owner}: serving {} MiB", bytes >> 20),
+            Self::Restored { owner, bytes, .. } => write!(f, "{owner}: serving {} MiB", bytes >> 20),
             Self::Refused { owner: Some(pid), why } => write!(f, "process {pid}: refused: it {why}"),
             Self::Refused { owner: None, why } => write!(f, "a client: refused: it {why}"),
             Self::Ended { owner, metrics, lost: 0 } => {
@@ -261,6 +270,7 @@ impl Handler {
             pool: None,
             loss: Loss::Poison,
             record: None,
+            timed: false,
             replay: None,
             on_stop: OnStop::Finish,
             readahead: Readahead::Adaptive,
@@ -376,7 +386,8 @@ impl Handler {
         let owner = Process::peer(&stream).ok().map(|owner| owner.pid().as_raw());
         match Guest::new(&self.service, stream, mappings, uffd) {
             Ok(guest) => {
-                tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes() });
+                let meter = guest.region().meter();
+                tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
                 // One is enough.
                 self.service.record = false;
                 self.guests.push(guest);

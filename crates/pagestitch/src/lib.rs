@@ -62,7 +62,7 @@ mod server;
 pub mod source;
 
 pub use error::{Error, ErrorKind};
-pub use metrics::{Histogram, Latency, Meter, Metrics};
+pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::{Access, View};

@@ -2,17 +2,22 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `coverage` | which parts of a region are there |
 //! | `flights` | the faults that are being served at this moment |
 //! | `facade` | the numbers for the `metrics` crate |
 //! | `histogram` | how long faults took, where that is asked for |
 //!
 //! Threads that count at the same time do so in different cache lines: which, their stacks decide.
 
+mod coverage;
 #[cfg(feature = "metrics")]
 mod facade;
 mod flights;
 mod histogram;
 
+use crate::region::in_place::Runs;
+use crate::region::page_table::PageTable;
+pub use coverage::Coverage;
 use flights::{Flight, Flights};
 pub use histogram::Histogram;
 use histogram::Recorder;
@@ -59,6 +64,7 @@ macro_rules! metrics {
 pub(crate) struct Counters {
     region: String,
     page: PageSize,
+    pages: usize,
     lanes: Lanes<Counted>,
     flights: Flights,
     timings: Option<Box<Timings>>,
@@ -80,10 +86,10 @@ pub(crate) enum Part {
 }
 
 impl Counters {
-    pub(crate) fn new(region: String, page: PageSize, timed: bool) -> Self {
+    pub(crate) fn new(region: String, (page, pages): (PageSize, usize), timed: bool) -> Self {
         let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
         let timings = timed.then(|| Box::new(timings()));
-        Self { region, page, lanes: Lanes::default(), flights: Flights::new(), timings }
+        Self { region, page, pages, lanes: Lanes::default(), flights: Flights::new(), timings }
     }
 
     /// Counts a fault that was read from the kernel at a moment, and is served from now on until the flight is dropped.
@@ -169,7 +175,8 @@ impl Metrics {
     }
 }
 
-/// A region's numbers as they are: clone it freely, hand it to whoever looks. It outlives the region, and keeps nothing of it.
+/// A region's numbers as they are: clone it freely, hand it to whoever looks. It outlives the region, and keeps nothing of it but
+/// its numbers.
 ///
 /// ```
 /// use pagestitch::{Pool, Region};
@@ -186,6 +193,8 @@ impl Metrics {
 #[derive(Debug, Clone)]
 pub struct Meter {
     counters: Arc<Counters>,
+    pages: Arc<PageTable>,
+    in_place: Arc<Runs>,
 }
 
 /// How long the parts of faults took. Where several pages were filled for one fault, all of that counts as its own.
@@ -201,8 +210,15 @@ pub struct Latency {
 }
 
 impl Meter {
-    pub(crate) const fn new(counters: Arc<Counters>) -> Self {
-        Self { counters }
+    pub(crate) const fn new(counters: Arc<Counters>, pages: Arc<PageTable>, in_place: Arc<Runs>) -> Self {
+        Self { counters, pages, in_place }
+    }
+
+    /// The region in so many parts, as equal as can be, in its order, and how much of each is there; no more parts than pages. For
+    /// each page, this looks at half a byte.
+    #[must_use]
+    pub fn coverage(&self, parts: usize) -> Vec<Coverage> {
+        coverage::parts(&self.pages, &self.in_place, self.counters.pages, parts.min(self.counters.pages))
     }
 
     /// The region's name.

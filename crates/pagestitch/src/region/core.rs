@@ -93,7 +93,8 @@ impl Core {
     }
 
     pub(crate) fn meter(&self) -> Meter {
-        Meter::new(Arc::clone(&self.served.counters))
+        let Served { counters, pages, in_place, .. } = self.served.as_ref();
+        Meter::new(Arc::clone(counters), Arc::clone(pages), Arc::clone(in_place))
     }
 
     pub(crate) fn close(self) -> Metrics {

@@ -15,7 +15,7 @@ mod adopted;
 mod builder;
 mod chunk;
 mod core;
-mod in_place;
+pub(crate) mod in_place;
 mod layout;
 mod pace;
 pub(crate) mod page_table;

@@ -26,14 +26,14 @@ pub(crate) struct Served {
     pub(crate) name: String,
     pub(crate) layout: Layout,
     /// Pages that are there without us, and never fault.
-    pub(crate) in_place: Runs,
+    pub(crate) in_place: Arc<Runs>,
     /// Pages that a memfd is mapped at, to be shown when it has them.
     pub(crate) lazy: Runs,
     has_donated: bool,
     has_fetched: bool,
     /// Whether donated pages move.
     pub(crate) moves: bool,
-    pub(crate) pages: PageTable,
+    pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) replay: Option<Replay>,
@@ -74,17 +74,17 @@ impl Served {
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
         let Manner { policy, timed, in_flight, record, replay } = manner;
-        let counters = Arc::new(Counters::new(name.clone(), place.page_size(), timed));
+        let counters = Arc::new(Counters::new(name.clone(), (place.page_size(), pages.get()), timed));
         Ok(Self {
             counters,
             has_donated: layout.has_donated(),
             has_fetched: layout.has_fetched(),
             name,
             layout,
-            in_place: shown.in_place,
+            in_place: Arc::new(shown.in_place),
             lazy: shown.lazy,
             moves,
-            pages: PageTable::new(pages)?,
+            pages: Arc::new(PageTable::new(pages)?),
             policy,
             recorder: record.then(|| Recorder::new(pages)).transpose()?,
             replay: replay.map(Replay::new),
