@@ -1,7 +1,7 @@
 //! A handler for guests restored from snapshots: bytes, balloons, strangers at its socket, and every way in which either side
 //! ends.
 
-use crate::{pattern, until};
+use crate::{SIGKILL, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_kernel::rights;
@@ -18,8 +18,6 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tempfile::TempDir;
 
-const SIGBUS: i32 = 7;
-const SIGKILL: i32 = 9;
 const PAGE: usize = 4096;
 const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
 const PAGES: usize = 2000;
@@ -211,7 +209,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
     if child::is_child(test) {
         child::beside(test, "", life);
     }
-    for (loss, signal) in [(Loss::Poison, SIGBUS), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
         let mut running = Running::with(loss, OnStop::Abandon);
         let guest = child::beside(test, running.socket().to_str().unwrap(), life);
         running.expect("serving");
@@ -238,7 +236,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     let base = File::options().write(true).open(running.folder.path().join("base")).unwrap();
     base.set_len((TOTAL / 2) as u64).unwrap();
     let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
     running.expect("could not be had");
     base.set_len(TOTAL as u64).unwrap();
     let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
@@ -257,7 +255,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
     }
     let running = Running::start();
     let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
     running
         .expect("has 409600 bytes of memory, and the memory file 8192000: this is another guest's snapshot");
 }

@@ -59,6 +59,16 @@ fn let_go(start: usize, bytes: usize) {
         .expect("madvise");
 }
 
+/// What the owner of adopted memory gets for bytes that cannot be had: SIGBUS where it touches them or, where there are no poison
+/// marks (before Linux 6.6), SIGKILL.
+fn signal_of_loss() -> i32 {
+    let features = pagestitch_kernel::uffd::handshake_probe().expect("a userfaultfd");
+    if features.contains(pagestitch_kernel::support::Features::POISON) { SIGBUS } else { SIGKILL }
+}
+
+const SIGKILL: i32 = 9;
+const SIGBUS: i32 = 7;
+
 /// Waits until `done`, without a sleep of a guessed length. Numbers may lag behind the bytes that they count: a
 /// thread runs on as soon as the kernel has its page.
 fn until(mut done: impl FnMut() -> bool) {

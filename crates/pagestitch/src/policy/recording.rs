@@ -71,7 +71,7 @@ impl Recording {
         // Who reads it meanwhile, or after we were interrupted, finds the old one or the new one.
         let mut part = path.as_os_str().to_owned();
         part.push(format!(".{}.part", std::process::id()));
-        fs::write(&part, self.encode()).map_err(failed)?;
+        fs::write(&part, self.to_bytes()).map_err(failed)?;
         fs::rename(&part, path).map_err(failed).inspect_err(|_| drop(fs::remove_file(&part)))
     }
 
@@ -86,6 +86,15 @@ impl Recording {
             |error| Error::because(ErrorKind::File, format_args!("cannot read {}", path.display()), error);
         let encoded = fs::read(path).map_err(failed)?;
         Self::decode(&encoded).map_err(|why| Error::new(ErrorKind::File, format!("{} {why}", path.display())))
+    }
+
+    /// From what [`to_bytes`](Self::to_bytes) has made: to keep it elsewhere than in a file.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::File`] if these are no recording, or a damaged one.
+    pub fn from_bytes(encoded: &[u8]) -> Result<Self, Error> {
+        Self::decode(encoded).map_err(|why| Error::new(ErrorKind::File, format!("what was read {why}")))
     }
 
     fn of(page: PageSize, bytes: u64, pages: &[Page]) -> Self {
@@ -106,7 +115,9 @@ impl Recording {
         Err(Error::new(ErrorKind::BadOption, what))
     }
 
-    pub(crate) fn encode(&self) -> Vec<u8> {
+    /// What [`write`](Self::write) writes.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
         for number in [self.page.bytes() as u64, self.bytes, self.runs.len() as u64] {
             put(&mut out, number);
@@ -126,7 +137,7 @@ impl Recording {
         out
     }
 
-    pub(crate) fn decode(encoded: &[u8]) -> Result<Self, &'static str> {
+    fn decode(encoded: &[u8]) -> Result<Self, &'static str> {
         let damaged = "is damaged or cut short: record it anew";
         let rest = encoded.strip_prefix(MAGIC).ok_or("is no recording of first touches")?;
         let (rest, sum) = rest.split_last_chunk::<8>().ok_or(damaged)?;
@@ -265,12 +276,12 @@ mod tests {
         fn what_was_written_is_read(pages in prop::collection::vec(0usize..10_000, 0..300), run in 0usize..50) {
             let pages = pages.into_iter().chain(9_000..9_000 + run).collect();
             let recording = recording(10_000 * 4096 - 5, pages);
-            prop_assert_eq!(Recording::decode(&recording.encode()), Ok(recording));
+            prop_assert_eq!(Recording::decode(&recording.to_bytes()), Ok(recording));
         }
 
         #[test]
         fn what_is_damaged_is_refused(cut in 0usize..60, flip in 0usize..60, bit in 0u8..8) {
-            let whole = recording(1 << 30, (0..20).map(|page| page * 37 % 1000).collect()).encode();
+            let whole = recording(1 << 30, (0..20).map(|page| page * 37 % 1000).collect()).to_bytes();
             prop_assert!(Recording::decode(&whole[..cut.min(whole.len() - 1)]).is_err());
             let mut flipped = whole.clone();
             flipped[flip % whole.len()] ^= 1 << bit;
@@ -305,9 +316,9 @@ mod tests {
     #[test]
     fn it_is_compact() {
         let random: Vec<usize> = (0..50_000).map(|i: usize| i.wrapping_mul(0x9e37_79b9) % 500_000).collect();
-        let encoded = recording(2 << 30, random).encode();
+        let encoded = recording(2 << 30, random).to_bytes();
         assert!(encoded.len() < 50_000 * 7 / 2, "{} bytes", encoded.len());
-        assert!(recording(2 << 30, (0..500_000).collect()).encode().len() < 40);
+        assert!(recording(2 << 30, (0..500_000).collect()).to_bytes().len() < 40);
     }
 
     #[test]
