@@ -281,9 +281,9 @@ fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
     }
     let mut running = Running::start();
     for _ in 0..5 {
-        let mut guest = child::beside(test, running.socket().to_str().unwrap(), life);
         let told = || running.told.lock().unwrap().len();
         let before = told();
+        let mut guest = child::beside(test, running.socket().to_str().unwrap(), life);
         until(|| told() > before);
         guest.kill();
         assert_eq!(guest.end().signal(), Some(SIGKILL));
