@@ -1,7 +1,7 @@
 //! A handler for guests restored from snapshots: bytes, balloons, strangers at its socket, and every way in which either side
 //! ends.
 
-use crate::{SIGKILL, pattern, signal_of_loss, until};
+use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_kernel::rights;
@@ -38,8 +38,12 @@ impl Running {
 
     fn with(loss: Loss, on_stop: OnStop) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let files = snapshot_in(folder.path());
-        let snapshot = Snapshot::open(files).unwrap();
+        snapshot_in(folder.path());
+        Self::of(folder, &["base", "diff"], loss, on_stop)
+    }
+
+    fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
+        let snapshot = Snapshot::open(files.iter().map(|file| folder.path().join(file))).unwrap();
         let builder = Handler::builder(snapshot).on_loss(loss).on_stop(on_stop);
         let handler =
             builder.patience(Duration::from_millis(500)).bind(folder.path().join("socket")).unwrap();
@@ -239,6 +243,8 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
     running.expect("could not be had");
     base.set_len(TOTAL as u64).unwrap();
+    // What disappears is still open.
+    fs::remove_file(running.folder.path().join("base")).unwrap();
     let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
     end.expect_pass();
 }
@@ -258,6 +264,32 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
     running
         .expect("has 409600 bytes of memory, and the memory file 8192000: this is another guest's snapshot");
+}
+
+#[test]
+fn a_guest_of_huge_pages_is_restored() {
+    const HUGE: usize = 2 << 20;
+    let test = "firecracker::a_guest_of_huge_pages_is_restored";
+    let life = |path: &str| {
+        let guest = Guest::new(&[HUGE, 2 * HUGE], true).unwrap();
+        let _stream = guest.hand_over(path.as_ref()).unwrap();
+        let expected = pattern(5, 3 * HUGE);
+        (0..3 * HUGE).step_by(4001).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+        guest.balloon(HUGE, HUGE).unwrap();
+        assert_eq!(guest.read(HUGE + 5), 0);
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let Some(_reserved) = HugePages::reserve(8) else {
+        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("memory"), pattern(5, 3 * HUGE)).unwrap();
+    let mut running = Running::of(folder, &["memory"], Loss::Poison, OnStop::Finish);
+    child::beside(test, running.socket().to_str().unwrap(), life).end().expect_pass();
+    running.stop();
 }
 
 #[test]

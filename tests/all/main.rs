@@ -23,7 +23,9 @@ mod shared;
 mod teardown;
 mod zero_copy;
 
+use std::fs;
 use std::ptr::NonNull;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -68,6 +70,33 @@ fn signal_of_loss() -> i32 {
 
 const SIGKILL: i32 = 9;
 const SIGBUS: i32 = 7;
+
+/// Huge pages of hugetlbfs, reserved as long as it lives. Needs root.
+struct HugePages {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl HugePages {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// Reserves them, if that can be; one test at a time has them.
+    fn reserve(pages: usize) -> Option<Self> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = fs::read_to_string(Self::PATH).ok()?;
+        fs::write(Self::PATH, pages.to_string()).ok()?;
+        let reserved = Self { before, _alone: alone };
+        let there: usize = fs::read_to_string(Self::PATH).ok()?.trim().parse().ok()?;
+        (there >= pages).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.before);
+    }
+}
 
 /// Waits until `done`, without a sleep of a guessed length. Numbers may lag behind the bytes that they count: a
 /// thread runs on as soon as the kernel has its page.

@@ -98,3 +98,17 @@ fn coverage_tells_which_parts_are_there_and_which_are_lost() {
     drop(region);
     assert_eq!(seen(1), [(100, 25, 1)]);
 }
+
+#[test]
+fn what_was_filled_ahead_of_a_reader_is_told_from_what_was_for_nothing() {
+    let pool = Pool::new().unwrap();
+    let build = || Region::builder().chunk(vec![1; 8 << 20]).build(&pool).unwrap();
+    let (all, little) = (build(), build());
+    assert!(all.as_slice().iter().all(|&byte| byte == 1));
+    assert!(little.as_slice()[..100 * PAGE].iter().all(|&byte| byte == 1));
+    let (all, little) = (all.meter(), little.meter());
+    let used = |meter: &pagestitch::Meter| meter.pages_ahead_used() as f64 / meter.pages_ahead() as f64;
+    assert!(used(&all) > 0.25 && used(&all) <= 1.0, "{:?}", all.metrics());
+    assert!(little.pages_ahead_unused() > 0 && used(&little) < 0.9, "{:?}", little.metrics());
+    assert_eq!(all.pages_ahead_used() + all.pages_ahead_unused(), all.pages_ahead());
+}

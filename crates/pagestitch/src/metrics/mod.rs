@@ -153,6 +153,9 @@ metrics! {
     pages_healed,
     /// Of the pages above, those that were filled ahead of a sequential reader.
     pages_ahead,
+    /// Of these, those that a reader has passed by: it came to the page that follows them. The rest was for nothing, or is still to be
+    /// read; only a fault tells of a touch.
+    pages_ahead_used,
     /// Bytes copied into the region.
     bytes_copied,
     /// Times that a source was asked and failed, also ahead of a reader, where that loses nothing.
@@ -245,6 +248,13 @@ impl Meter {
     pub fn bytes_mapped(&self) -> u64 {
         let metrics = self.metrics();
         (metrics.pages_in_place + metrics.pages_cached) * self.counters.page.bytes() as u64
+    }
+
+    /// Pages that were filled ahead, and that no reader is known to have passed by.
+    #[must_use]
+    pub fn pages_ahead_unused(&self) -> u64 {
+        let metrics = self.metrics();
+        metrics.pages_ahead.saturating_sub(metrics.pages_ahead_used)
     }
 
     /// How many faults are being served at this moment, at most 64.

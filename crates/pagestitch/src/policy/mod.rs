@@ -44,6 +44,8 @@ pub(crate) struct Wide {
     pub(crate) now: Option<Span>,
     /// After it, while whoever waited runs on.
     pub(crate) ahead: Option<Span>,
+    /// How many pages that were filled ahead the reader has passed by since it was last heard of.
+    pub(crate) passed: usize,
 }
 
 impl Policy {

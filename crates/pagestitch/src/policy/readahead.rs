@@ -86,25 +86,32 @@ impl Streams {
     /// The reader has come to its marker.
     fn advance(&self, Stream { marker, window, whole }: Stream) -> (Stream, Wide) {
         let twice = (2 * window).max(WINDOW_MIN);
+        // A marker behind its window says that all of it was read; one before, that the window before it was, half as long.
+        let passed = match window {
+            _ if whole => window,
+            ..=WINDOW_MIN => 0,
+            _ => window / 2,
+        };
         match self.block {
             Some(block) if whole => {
                 let window = twice.min(BLOCKS_MAX * block);
                 let wide = Wide {
                     now: self.inside(marker, marker + block),
                     ahead: self.inside(marker + block, marker + window),
+                    passed,
                 };
                 (Stream { marker: marker + window, window, whole }, wide)
             }
             Some(block) if twice >= block => {
                 let filled = marker + 1 + window;
                 let end = (filled + twice).next_multiple_of(block);
-                let wide = Wide { now: None, ahead: self.inside(filled, end) };
+                let wide = Wide { now: None, ahead: self.inside(filled, end), passed };
                 (Stream { marker: end, window: twice, whole: true }, wide)
             }
             _ => {
                 let filled = marker + 1 + window;
                 let window = twice.min(WINDOW_MAX);
-                let wide = Wide { now: None, ahead: self.inside(filled + 1, filled + 1 + window) };
+                let wide = Wide { now: None, ahead: self.inside(filled + 1, filled + 1 + window), passed };
                 (Stream { marker: filled, window, whole }, wide)
             }
         }
@@ -147,7 +154,7 @@ mod tests {
                 continue;
             }
             faults += 1;
-            let Wide { now, ahead } = streams.widen(Page(page));
+            let Wide { now, ahead, .. } = streams.widen(Page(page));
             present.extend(now.into_iter().flat_map(Span::iter).map(|page| page.0));
             if let Some(ahead) = ahead {
                 present.extend(ahead.iter().map(|page| page.0));

@@ -418,17 +418,13 @@ impl fmt::Debug for AdoptedRegion {
 pub(super) fn abandon(region: &Served, adopted: &Adopted) {
     let mut rest = region.place.all();
     let mut lost = 0;
-    while !rest.is_empty() {
-        let kept = adopted.next_kept(rest);
-        let absent = Some(kept).filter(|kept| !kept.is_empty()).map(|kept| first_absent(region, kept));
-        let Some(absent) = absent else { break };
-        if absent.is_empty() {
-            rest = rest.without_prefix(kept.end().0 - rest.first.0);
-            continue;
+    while let Some(absent) = next_absent(region, adopted, rest) {
+        // Before it meets a page that is bad.
+        if adopted.loss == Loss::Kill {
+            return end(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);
-        let span = adopted.contiguous(absent.prefix(POISON_PAGES));
-        match lose(region, adopted, span) {
+        match lose(region, adopted, adopted.contiguous(absent.prefix(POISON_PAGES))) {
             Ok((pages, bad)) => {
                 lost += bad;
                 rest = rest.without_prefix(pages);
@@ -438,9 +434,24 @@ pub(super) fn abandon(region: &Served, adopted: &Adopted) {
     }
     if lost > 0 {
         tracing::warn!(region = region.name, pages = lost, "abandoned before it was filled: poisoned");
-        adopted.lose(&region.name);
     }
     release(region, adopted);
+}
+
+/// The next pages of a span that are to have bytes and have none.
+fn next_absent(region: &Served, adopted: &Adopted, span: Span) -> Option<Span> {
+    let mut rest = span;
+    loop {
+        let kept = adopted.next_kept(rest);
+        if kept.is_empty() {
+            return None;
+        }
+        let absent = first_absent(region, kept);
+        if !absent.is_empty() {
+            return Some(absent);
+        }
+        rest = rest.without_prefix(kept.end().0 - rest.first.0);
+    }
 }
 
 /// Ends the registration: its owner may hold the uffd, too, and would wait for ever for what nobody reads from it.

@@ -117,8 +117,9 @@ impl Builder {
         self
     }
 
-    /// How many of its faults may be served at once; those beyond wait for the others, and hold up no worker. By default as many
-    /// as there are workers; where a pool serves several regions and faults take longer than a millisecond, the slow regions
+    /// How many of its faults may be served at once; those beyond wait for the others, and hold up no worker. A source that
+    /// answers later ([`Fetch`](crate::source::Fetch)) is waited for then. By default as many as there are workers, which is the
+    /// limit of a pool, and as many fetches as the source takes; where a pool serves several regions and faults take longer than a millisecond, the slow regions
     /// together leave one worker to the others.
     ///
     /// # Panics

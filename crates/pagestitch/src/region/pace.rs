@@ -65,7 +65,12 @@ impl Reading<'_> {
             return false;
         }
         self.held = false;
-        pace.turn.swap(FREE, Ordering::AcqRel) == CALLED && self.again()
+        let called = pace.turn.swap(FREE, Ordering::AcqRel) == CALLED && self.again();
+        if called {
+            // Still to be answered: the turn does not end before.
+            pace.turn.store(CALLED, Ordering::Release);
+        }
+        called
     }
 
     /// Called when a batch has been served. False: read again; `full` if there may be more.
@@ -100,3 +105,82 @@ const CALLED: u8 = 2;
 const SLOW: u64 = Duration::from_millis(1).as_nanos() as u64;
 /// As many are served in the time that it takes to wake another worker.
 const KEPT: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pace(ns: u64) -> Pace {
+        let pace = Pace::default();
+        pace.took(ns);
+        pace
+    }
+
+    #[test]
+    fn one_reads_and_whoever_calls_has_it_read_again() {
+        let pace = pace(1_000);
+        let mut turn = pace.turn().unwrap();
+        assert!(!turn.has_read(), "quick: it is kept");
+        assert!(pace.turn().is_none());
+        assert!(!turn.ends(false), "somebody has called");
+        assert!(!turn.has_read() && turn.ends(false));
+        assert!(pace.turn().is_some());
+    }
+
+    /// A call between the reading and the giving on is answered by reading again, before anything slow is done.
+    #[test]
+    fn a_slow_one_gives_its_turn_on_and_forgets_no_call() {
+        for pace in [pace(50_000_000), Pace::default()] {
+            let mut turn = pace.turn().unwrap();
+            assert!(!turn.has_read());
+            let mut other = pace.turn().expect("it was given on");
+            assert!(turn.ends(false));
+            assert!(pace.turn().is_none());
+            assert!(other.has_read(), "called");
+            assert!(!other.ends(false), "the call is still to be answered");
+            assert!(!other.has_read() && other.ends(false));
+            assert!(pace.turn().is_some());
+        }
+    }
+
+    #[test]
+    fn a_full_batch_is_read_on_by_whoever_has_the_turn() {
+        let pace = pace(50_000_000);
+        let mut turn = pace.turn().unwrap();
+        assert!(!turn.has_read() && !turn.ends(true), "taken again");
+        assert!(!turn.has_read());
+        let other = pace.turn().unwrap();
+        assert!(turn.ends(true), "the other one reads, and was called");
+        let mut other = other;
+        assert!(other.has_read());
+    }
+
+    /// Every event that anybody was woken for is read, whoever reads: threads at random, as workers do it.
+    #[test]
+    fn no_event_is_left_unread() {
+        for ns in [1_000, 50_000_000] {
+            let (pace, events, read) = (pace(ns), AtomicU64::new(0), AtomicU64::new(0));
+            let work = || {
+                let Some(mut turn) = pace.turn() else { return };
+                loop {
+                    read.fetch_max(events.load(Ordering::SeqCst), Ordering::SeqCst);
+                    turn.has_read();
+                    if turn.ends(false) {
+                        return;
+                    }
+                }
+            };
+            for _ in 0..2_000 {
+                std::thread::scope(|scope| {
+                    for _ in 0..3 {
+                        scope.spawn(|| {
+                            events.fetch_add(1, Ordering::SeqCst);
+                            work();
+                        });
+                    }
+                });
+                assert_eq!(read.load(Ordering::SeqCst), events.load(Ordering::SeqCst));
+            }
+        }
+    }
+}

@@ -31,7 +31,11 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
         recorder.note(page);
     }
     let wide = region.policy.widen(page);
-    if let Some((_, source, offset)) = region.fetched_pages(page.span()) {
+    region.counters.here().pages_ahead_used.add(wide.passed as u64);
+    // Where there is a limit on faults, the source is waited for.
+    if region.limit.is_none()
+        && let Some((_, source, offset)) = region.fetched_pages(page.span())
+    {
         fetch(region, claim, (source, offset), true);
         return [wide.now, wide.ahead];
     }
