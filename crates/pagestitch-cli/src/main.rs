@@ -10,6 +10,7 @@ mod part;
 mod probe;
 mod serve;
 mod stitch;
+mod stress;
 mod touch;
 
 use clap::{ArgAction, Parser, Subcommand};
@@ -44,6 +45,8 @@ enum Command {
     /// Fill the memory of other processes on first touch
     #[command(subcommand)]
     Serve(serve::Peer),
+    /// Random regions, sources, servers and threads, failing on purpose, and every byte verified
+    Stress(stress::Options),
     /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
     Bench(bench::Options),
 }
@@ -51,7 +54,9 @@ enum Command {
 fn main() -> ExitCode {
     pagestitch_bench::guest::play_if_asked();
     let arguments = Arguments::parse();
-    log_to_stderr(arguments.verbose);
+    // A stress test makes pages fail by the thousand.
+    let quiet = matches!(arguments.command, Command::Stress(_));
+    log_to_stderr(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN });
     raise_descriptor_limit();
     let json = arguments.json;
     let done = match arguments.command {
@@ -59,6 +64,7 @@ fn main() -> ExitCode {
         Command::Probe => probe::run(json),
         Command::Stitch(options) => stitch::run(&options, json),
         Command::Serve(peer) => serve::run(peer, json),
+        Command::Stress(options) => stress::run(&options, json),
         Command::Bench(options) => bench::run(&options, json),
     };
     match done {
@@ -72,9 +78,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn log_to_stderr(verbose: u8) {
+fn log_to_stderr(verbose: u8, least: LevelFilter) {
     let level = match verbose {
-        0 => LevelFilter::WARN,
+        0 => least,
         1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };

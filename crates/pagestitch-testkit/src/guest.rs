@@ -149,6 +149,24 @@ impl Guest {
     }
 }
 
+/// Lets pages of a region go, as `madvise(MADV_DONTNEED)` by an application does: they are asked for again when they are touched.
+///
+/// # Panics
+///
+/// If the bytes are not inside the region.
+pub fn let_go(region: &pagestitch::Region, bytes: std::ops::Range<usize>) {
+    assert!(bytes.end <= region.len(), "inside");
+    let page = PageSize::system().bytes();
+    let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
+    if start >= end {
+        return;
+    }
+    let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
+    // SAFETY: whole pages of a region, which holds the same bytes again once they are touched; until then who reads waits.
+    #[expect(unsafe_code, reason = "madvise")]
+    let _ = unsafe { madvise(address.cast(), end - start, MmapAdvise::MADV_DONTNEED) };
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         for range in &self.ranges {

@@ -1,0 +1,141 @@
+//! `pagestitch stress`: random regions, sources, servers and threads, everything that may fail failing now and then, and every byte
+//! verified.
+//!
+//! | file | what |
+//! |---|---|
+//! | `model` | a random list of chunks, the bytes that it has to show, and which of them may fail |
+//! | `sources` | sources that fail, panic, drop requests, and take their time, as declared |
+//! | `round` | one region: built, touched from several threads, let go of, dropped |
+
+mod model;
+mod round;
+mod sources;
+
+use clap::Args;
+use serde_json::json;
+use std::error::Error;
+use std::io::{Write, stdout};
+use std::process::exit;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// How long
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    seconds: u64,
+    /// Decides everything but the scheduling of threads [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Only this round, again and again: to repeat what an earlier run has found
+    #[arg(long, value_name = "N", requires = "seed")]
+    round: Option<u64>,
+}
+
+macro_rules! tally {
+    ($($(#[doc = $doc:literal])+ $name:ident,)*) => {
+        /// What was done, over all rounds.
+        #[derive(Debug, Default)]
+        pub(crate) struct Tally { $($(#[doc = $doc])+ $name: AtomicU64,)* }
+
+        impl Tally {
+            fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)*]
+            }
+        }
+    };
+}
+
+tally! {
+    /// Regions built and dropped.
+    regions,
+    /// Faults that were served.
+    faults,
+    /// Pages that were installed.
+    pages,
+    /// Bytes that were compared with what they have to be.
+    bytes_verified,
+    /// Reads that failed where a source was declared to.
+    errors_as_declared,
+    /// Failures, panics and dropped requests of sources.
+    failures_injected,
+    /// Answers that were delayed.
+    delays_injected,
+    /// Ranges that were let go of while others touched them.
+    let_go,
+    /// Ranges that a guest gave back.
+    balloons,
+    /// Processes that were started meanwhile.
+    forks,
+    /// Pages that were healed.
+    healed,
+}
+
+impl Tally {
+    pub(crate) fn count(counter: &AtomicU64, n: u64) {
+        counter.fetch_add(n, Ordering::Relaxed);
+    }
+}
+
+pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+    pagestitch::Support::probe().features()?;
+    let time = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
+    let seed = options.seed.unwrap_or_else(time);
+    // What sources do on purpose is not to be told of each time.
+    std::panic::set_hook(Box::new(|panic| {
+        if panic.payload_as_str().is_none_or(|said| said != sources::ON_PURPOSE) {
+            eprintln!("{panic}");
+        }
+    }));
+    let (tally, started) = (Arc::new(Tally::default()), Instant::now());
+    let pulse = Arc::new(AtomicU64::new(0));
+    watch(seed, Arc::clone(&pulse));
+    let mut round = options.round.unwrap_or(0);
+    while started.elapsed() < Duration::from_secs(options.seconds) {
+        pulse.store(round << 32, Ordering::Relaxed);
+        round::run(seed, round, &tally, &pulse).map_err(|wrong| {
+            format!("{wrong}\n  to repeat it: pagestitch stress --seed {seed} --round {round}")
+        })?;
+        round += u64::from(options.round.is_none());
+    }
+    report(&tally, seed, started.elapsed(), as_json)?;
+    Ok(())
+}
+
+/// Ends the process when nothing has happened for long: somebody waits for ever.
+fn watch(seed: u64, pulse: Arc<AtomicU64>) {
+    thread::spawn(move || {
+        let mut last = (0, Instant::now());
+        loop {
+            thread::sleep(Duration::from_secs(1));
+            let now = pulse.load(Ordering::Relaxed);
+            if now != last.0 {
+                last = (now, Instant::now());
+            } else if last.1.elapsed() > PATIENCE {
+                eprintln!("pagestitch: a thread is stuck: nothing has happened for {PATIENCE:?}");
+                eprintln!("  to repeat it: pagestitch stress --seed {seed} --round {}", now >> 32);
+                exit(1);
+            }
+        }
+    });
+}
+
+fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::Result<()> {
+    let mut out = stdout().lock();
+    if as_json {
+        let mut all = json!({"seed": seed, "seconds": took.as_secs_f64()});
+        for (name, value) in tally.all() {
+            all[name] = value.into();
+        }
+        return writeln!(out, "{all}");
+    }
+    writeln!(out, "seed {seed}, {:.1} s: no wrong byte, nobody stuck", took.as_secs_f64())?;
+    tally
+        .all()
+        .into_iter()
+        .try_for_each(|(name, value)| writeln!(out, "  {value:>14}  {}", name.replace('_', " ")))
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);

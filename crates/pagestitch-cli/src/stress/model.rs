@@ -1,0 +1,136 @@
+//! A random list of chunks, and what a region of it has to show.
+
+use super::Tally;
+use super::sources::{Chaotic, Later};
+use fastrand::Rng;
+use pagestitch::source::{File, Memfd, Pages, UnsealedMemfd};
+use pagestitch::{Builder, Chunk};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// What a region of some chunks has to show.
+pub(super) struct Model {
+    pub(super) bytes: Vec<u8>,
+    /// Byte ranges of the region whose source may fail.
+    bad: Vec<Range<usize>>,
+    chaotic: Vec<Arc<Chaotic>>,
+    /// Whether all of it lies in memory, or is mapped.
+    pub(super) inline: bool,
+    /// Whether a page that is let go of can be had again.
+    pub(super) again: bool,
+}
+
+impl Model {
+    /// Lays random chunks; `whole`: whole pages together, as a guest has them.
+    pub(super) fn lay(
+        rng: &mut Rng,
+        tally: &Arc<Tally>,
+        whole: bool,
+        mut builder: Builder,
+    ) -> io::Result<(Self, Builder)> {
+        let mut model = Self { bytes: vec![], bad: vec![], chaotic: vec![], inline: true, again: true };
+        let largest = if rng.u8(..4) == 0 { 3 << 20 } else { 100_000 };
+        for _ in 0..rng.usize(1..20) {
+            let len = rng.usize(1..largest);
+            builder = builder.chunk(model.chunk(rng, tally, len)?);
+        }
+        let ragged = model.bytes.len() % PAGE;
+        if whole && ragged > 0 {
+            builder = builder.chunk(model.memory(rng, PAGE - ragged));
+        }
+        Ok((model, builder))
+    }
+
+    /// Whether an error of bytes in a range, which are read by whole pages, was declared.
+    pub(super) fn may_fail(&self, range: &Range<usize>) -> bool {
+        let pages = range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE);
+        self.bad.iter().any(|bad| bad.start < pages.end && pages.start < bad.end)
+    }
+
+    /// From now on nothing fails.
+    pub(super) fn mend(&self) {
+        self.chaotic.iter().for_each(|source| source.mended.store(true, Ordering::Relaxed));
+    }
+
+    fn chunk(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> io::Result<Chunk> {
+        Ok(match rng.u8(..9) {
+            0 => {
+                self.bytes.resize(self.bytes.len() + len, 0);
+                Chunk::hole(len as u64)
+            }
+            1 => {
+                let memfd = UnsealedMemfd::create("stress", len as u64)?;
+                memfd.file().write_all_at(self.random(rng, len), 0)?;
+                Chunk::from(Memfd::from(memfd.seal()?))
+            }
+            2 => {
+                let mut pages = Pages::new(len)?;
+                pages[..len].copy_from_slice(self.random(rng, len));
+                // What moved and was let go is gone; and at the edges they are read.
+                (self.again, self.inline) = (false, false);
+                Chunk::from(pages).range(0..len as u64)
+            }
+            3 => {
+                // A file that has a name as long as it is open, and no longer.
+                let memfd = UnsealedMemfd::create("file", len as u64)?;
+                memfd.file().write_all_at(self.random(rng, len), 0)?;
+                self.inline = false;
+                let file = memfd.file().try_clone()?;
+                File::from_file(file, "file").map_err(io::Error::other)?.into()
+            }
+            4 => Chunk::source(self.chaotic(rng, tally, len)),
+            5 => Chunk::fetch(Arc::new(Later(self.chaotic(rng, tally, len)))),
+            _ => self.memory(rng, len),
+        })
+    }
+
+    fn memory(&mut self, rng: &mut Rng, len: usize) -> Chunk {
+        let start = rng.usize(..5000);
+        let padding = vec![0xaa; start];
+        let bytes = [&padding, self.random(rng, len), &[0xaa]].concat();
+        Chunk::from(bytes).range(start as u64..(start + len) as u64)
+    }
+
+    fn chaotic(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Arc<Chaotic> {
+        let offset = self.bytes.len();
+        let bytes = Arc::from(self.random(rng, len));
+        let bad = if rng.bool() {
+            0..0
+        } else {
+            let start = rng.usize(..len);
+            start..rng.usize(start + 1..=len).min(start + 30_000)
+        };
+        if !bad.is_empty() {
+            self.bad.push(offset + bad.start..offset + bad.end);
+        }
+        let chaotic = Arc::new(Chaotic {
+            bytes,
+            bad: bad.start as u64..bad.end as u64,
+            mended: AtomicBool::new(false),
+            slow: rng.u64(5..200),
+            reads: AtomicU64::new(0),
+            tally: Arc::clone(tally),
+        });
+        self.chaotic.push(Arc::clone(&chaotic));
+        self.inline = false;
+        chaotic
+    }
+
+    /// Lays bytes without a zero among them.
+    fn random(&mut self, rng: &mut Rng, len: usize) -> &[u8] {
+        let start = self.bytes.len();
+        let mut state = rng.u64(..) | 1;
+        self.bytes.extend((0..len).map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8 | 1
+        }));
+        &self.bytes[start..]
+    }
+}
+
+pub(super) const PAGE: usize = 4096;

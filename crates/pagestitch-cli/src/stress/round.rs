@@ -1,0 +1,314 @@
+//! One round: a region is built, touched from several threads, let go of, and dropped.
+
+use super::Tally;
+use super::model::{Model, PAGE};
+use fastrand::Rng;
+use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
+use pagestitch_testkit::guest::{Guest, let_go};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::thread;
+
+type Wrong = String;
+
+pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) -> Result<(), Wrong> {
+    let mut rng = Rng::with_seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round);
+    let adopted = rng.u8(..4) == 0;
+    let builder = Region::builder().name(format!("round {round}"));
+    let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
+    let builder = if rng.u8(..4) == 0 { builder.timed() } else { builder };
+    let builder = if rng.u8(..5) == 0 { builder.in_flight(rng.usize(1..3)) } else { builder };
+    let builder = if rng.u8(..4) == 0 { builder.guarded() } else { builder };
+    let told = |error: &dyn std::fmt::Display| format!("round {round}: {error}");
+    let (model, builder) = Model::lay(&mut rng, tally, adopted, builder).map_err(|error| told(&error))?;
+    let serving = Serving::start(&mut rng, model.inline && !adopted).map_err(|error| told(&error))?;
+    let done = if adopted {
+        let guest = Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| told(&error))?;
+        let memory = adopt(&guest).map_err(|error| told(&error))?;
+        let region = builder.build_adopted(memory, serving.server()).map_err(|error| told(&error))?;
+        touch_guest(&mut rng, &guest, &region, &model, tally, pulse)
+    } else {
+        let region = builder.build(serving.server()).map_err(|error| told(&error))?;
+        touch(&mut rng, (&region, !serving.is_inline()), &model, tally, pulse)
+    };
+    drop(serving);
+    Tally::count(&tally.regions, 1);
+    done.map_err(|wrong| told(&wrong))
+}
+
+/// Who serves, until it is dropped.
+struct Serving {
+    pool: Option<Pool>,
+    manual: Option<Server>,
+    stop: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Serving {
+    fn start(rng: &mut Rng, inline: bool) -> Result<Self, pagestitch::Error> {
+        let mut serving = Self { pool: None, manual: None, stop: Arc::default(), threads: vec![] };
+        match rng.u8(..5) {
+            0 if inline => {}
+            1 => {
+                let seats = Manual::several(rng.usize(1..3))?;
+                serving.manual = Some(Server::from(&seats[0]));
+                serving.threads =
+                    seats.into_iter().map(|seat| seated(seat, Arc::clone(&serving.stop))).collect();
+            }
+            _ => {
+                let pool = Pool::builder();
+                let pool = if rng.bool() { pool.workers(rng.usize(1..5)) } else { pool };
+                serving.pool = Some(pool.start()?);
+            }
+        }
+        Ok(serving)
+    }
+
+    /// Then nobody is told of what is let go.
+    const fn is_inline(&self) -> bool {
+        self.pool.is_none() && self.manual.is_none()
+    }
+
+    fn server(&self) -> Server {
+        match (&self.pool, &self.manual) {
+            (Some(pool), _) => pool.into(),
+            (_, Some(manual)) => manual.clone(),
+            _ => Inline.into(),
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.threads.drain(..).for_each(|thread| drop(thread.join()));
+    }
+}
+
+fn seated(mut seat: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    thread::spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            let _ = poll(&mut [PollFd::new(seat.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5_u8));
+            seat.serve_ready(64);
+        }
+    })
+}
+
+fn touch(
+    rng: &mut Rng,
+    (region, events): (&Region, bool),
+    model: &Model,
+    tally: &Tally,
+    pulse: &AtomicU64,
+) -> Result<(), Wrong> {
+    let threads = rng.usize(1..6);
+    let forks = rng.u8(..8) == 0;
+    let outcome = thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads)
+            .map(|_| {
+                let mut rng = rng.fork();
+                scope.spawn(move || act(&mut rng, (region, events), model, tally, pulse))
+            })
+            .collect();
+        if forks {
+            Tally::count(&tally.forks, 1);
+            let _ = Command::new("true").status();
+        }
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().map_err(|_| String::from("a thread panicked"))?)
+    });
+    outcome?;
+    // What has failed can be had once it is mended.
+    model.mend();
+    heal(region, model, tally)?;
+    let metrics = region.metrics();
+    Tally::count(&tally.faults, metrics.faults);
+    Tally::count(&tally.pages, metrics.pages_installed());
+    Ok(())
+}
+
+fn act(
+    rng: &mut Rng,
+    (region, events): (&Region, bool),
+    model: &Model,
+    tally: &Tally,
+    pulse: &AtomicU64,
+) -> Result<(), Wrong> {
+    for _ in 0..rng.usize(10..150) {
+        pulse.fetch_add(1, Ordering::Relaxed);
+        let range = range(rng, model.bytes.len());
+        match rng.u8(..10) {
+            0..5 if !model.may_fail(&range) => {
+                verify(&region.as_slice()[range.clone()], &range, model, tally)?;
+            }
+            5 => check(region.populate(range.start as u64..range.end as u64), &range, model, tally)?,
+            6 if model.again && events => {
+                let_go(region, range.clone());
+                Tally::count(&tally.let_go, 1);
+            }
+            _ => {
+                let mut read = vec![0; range.len()];
+                let done = region.read_at(range.start as u64, &mut read);
+                if done.is_ok() {
+                    verify(&read, &range, model, tally)?;
+                }
+                check(done, &range, model, tally)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn heal(region: &Region, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+    let failed = region.failures().len();
+    match region.heal(..) {
+        Ok(()) => {
+            Tally::count(&tally.healed, failed as u64);
+            let mut read = vec![0; model.bytes.len()];
+            region.read_at(0, &mut read).map_err(|error| format!("healed, and still: {error}"))?;
+            verify(&read, &(0..read.len()), model, tally)
+        }
+        // Before Linux 6.6 it is gone for good, and says so.
+        Err(error) if error.to_string().contains("Linux 6.6") => Ok(()),
+        Err(error) => Err(format!("cannot be healed: {error}")),
+    }
+}
+
+fn verify(read: &[u8], range: &Range<usize>, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+    let expected = &model.bytes[range.clone()];
+    if let Some(at) = read.iter().zip(expected).position(|(read, expected)| read != expected) {
+        let (read, expected) = (read[at], expected[at]);
+        return Err(format!("byte {} is {read:#x} and has to be {expected:#x}", range.start + at));
+    }
+    Tally::count(&tally.bytes_verified, read.len() as u64);
+    Ok(())
+}
+
+fn check(
+    done: Result<(), pagestitch::Error>,
+    range: &Range<usize>,
+    model: &Model,
+    tally: &Tally,
+) -> Result<(), Wrong> {
+    match done {
+        Err(error) if !model.may_fail(range) => {
+            Err(format!("bytes {range:?} fail, which was not declared: {error}"))
+        }
+        Err(_) => {
+            Tally::count(&tally.errors_as_declared, 1);
+            Ok(())
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+fn range(rng: &mut Rng, len: usize) -> Range<usize> {
+    let start = rng.usize(..len);
+    let most = if rng.u8(..8) == 0 { len } else { 20_000 };
+    start..(start + rng.usize(1..=most)).min(len)
+}
+
+/// One or two ranges of so many bytes together.
+fn ranges(rng: &mut Rng, bytes: usize) -> Vec<usize> {
+    let pages = bytes / PAGE;
+    let first = if pages > 1 && rng.bool() { rng.usize(1..pages) } else { pages };
+    [first, pages - first].into_iter().filter(|&pages| pages > 0).map(|pages| pages * PAGE).collect()
+}
+
+fn adopt(guest: &Guest) -> Result<AdoptedMemory, Box<dyn std::error::Error>> {
+    let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned()?)?;
+    let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
+    // Itself: what is lost ends the test, as it has to.
+    Ok(memory.owner(Process::open(nix::unistd::Pid::this())?))
+}
+
+/// A guest in this process: virtual CPUs that touch all but what may fail, and give pages of their own back.
+fn touch_guest(
+    rng: &mut Rng,
+    guest: &Guest,
+    region: &AdoptedRegion,
+    model: &Model,
+    tally: &Tally,
+    pulse: &AtomicU64,
+) -> Result<(), Wrong> {
+    let pages = model.bytes.len() / PAGE;
+    let cpus = rng.usize(1..6);
+    // For each page: nothing, or given back: then it is zeros.
+    let gone: Vec<AtomicU8> = (0..pages).map(|_| AtomicU8::new(0)).collect();
+    let outcome = thread::scope(|scope| {
+        let threads: Vec<_> = (0..cpus)
+            .map(|cpu| {
+                let (mut rng, gone) = (rng.fork(), &gone);
+                scope.spawn(move || run_cpu(&mut rng, (cpu, cpus), guest, model, gone, tally, pulse))
+            })
+            .collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().map_err(|_| String::from("a thread panicked"))?)
+    });
+    outcome?;
+    model.mend();
+    let all = 0..model.bytes.len() as u64;
+    region
+        .heal(all.clone())
+        .and_then(|()| region.populate(all))
+        .map_err(|error| format!("mended, and still: {error}"))?;
+    for (page, gone) in gone.iter().enumerate() {
+        let is_gone = gone.load(Ordering::Relaxed) == 1;
+        let expected = if is_gone { 0 } else { model.bytes[page * PAGE + 7] };
+        // What may have failed, and what is given back, is as it is told by whoever serves.
+        let read = guest.read(page * PAGE + 7);
+        if read != expected {
+            return Err(format!(
+                "byte 7 of page {page} is {read:#x} and has to be {expected:#x}, at the end"
+            ));
+        }
+    }
+    let metrics = region.metrics();
+    Tally::count(&tally.faults, metrics.faults);
+    Tally::count(&tally.pages, metrics.pages_installed());
+    Ok(())
+}
+
+/// Each virtual CPU has pages of its own to give back, and touches all.
+fn run_cpu(
+    rng: &mut Rng,
+    (cpu, cpus): (usize, usize),
+    guest: &Guest,
+    model: &Model,
+    gone: &[AtomicU8],
+    tally: &Tally,
+    pulse: &AtomicU64,
+) -> Result<(), Wrong> {
+    for _ in 0..rng.usize(20..400) {
+        pulse.fetch_add(1, Ordering::Relaxed);
+        let page = rng.usize(..gone.len());
+        if model.may_fail(&(page * PAGE..page * PAGE + 1)) {
+            continue;
+        }
+        if page % cpus == cpu && rng.u8(..6) == 0 {
+            guest.balloon(page * PAGE, PAGE).map_err(|error| format!("a balloon fails: {error}"))?;
+            gone[page].store(1, Ordering::SeqCst);
+            Tally::count(&tally.balloons, 1);
+        }
+        let before = gone[page].load(Ordering::SeqCst);
+        let at = page * PAGE + rng.usize(..PAGE);
+        let read = guest.read(at);
+        // Somebody may give it back at this very moment: zeros are right then, too.
+        let after = page % cpus != cpu;
+        let right = if before == 1 { read == 0 } else { read == model.bytes[at] || after && read == 0 };
+        if !right {
+            return Err(format!(
+                "byte {at} is {read:#x} and has to be {:#x}, given back: {before}",
+                model.bytes[at]
+            ));
+        }
+        Tally::count(&tally.bytes_verified, 1);
+    }
+    Ok(())
+}

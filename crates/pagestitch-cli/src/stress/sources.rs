@@ -1,0 +1,110 @@
+//! Sources that fail, panic, drop requests, and take their time: in the ranges that were declared, and only there.
+
+use super::Tally;
+use pagestitch::Source;
+use pagestitch::source::{Fetch, Reply};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+/// Bytes, and what goes wrong with them.
+pub(super) struct Chaotic {
+    pub(super) bytes: Arc<[u8]>,
+    /// Reads that meet these fail, one way or another, as long as they are not mended.
+    pub(super) bad: Range<u64>,
+    pub(super) mended: AtomicBool,
+    /// One of so many reads is slow.
+    pub(super) slow: u64,
+    pub(super) reads: AtomicU64,
+    pub(super) tally: Arc<Tally>,
+}
+
+impl Chaotic {
+    /// Which way to fail, or none; sleeps first where that is due.
+    fn fate(&self, range: &Range<u64>) -> Option<u64> {
+        let number = self.reads.fetch_add(1, Ordering::Relaxed);
+        if number % self.slow == self.slow - 1 {
+            Tally::count(&self.tally.delays_injected, 1);
+            thread::sleep(Duration::from_micros(300 + number % 7 * 500));
+        }
+        let bad =
+            range.start < self.bad.end && self.bad.start < range.end && !self.mended.load(Ordering::Relaxed);
+        bad.then(|| {
+            Tally::count(&self.tally.failures_injected, 1);
+            number
+        })
+    }
+
+    fn slice(&self, range: &Range<u64>) -> &[u8] {
+        &self.bytes[range.start as usize..range.end as usize]
+    }
+}
+
+impl Source for Chaotic {
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let range = offset..offset + into.len() as u64;
+        match self.fate(&range) {
+            None => into.copy_from_slice(self.slice(&range)),
+            Some(number) if number % 3 == 0 => panic!("{ON_PURPOSE}"),
+            Some(_) => {
+                // Half of it, and then an error: none of that may be seen.
+                into[..range.end.saturating_sub(range.start) as usize / 2].fill(0xee);
+                return Err(io::Error::from(io::ErrorKind::ConnectionReset));
+            }
+        }
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        String::from("chaotic")
+    }
+}
+
+/// The same, answering later, from another thread.
+pub(super) struct Later(pub(super) Arc<Chaotic>);
+
+impl Fetch for Later {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn fetch(&self, offset: u64, reply: Reply) {
+        let chaotic = Arc::clone(&self.0);
+        let answer = move || {
+            let range = offset..offset + reply.len() as u64;
+            match chaotic.fate(&range) {
+                None => reply.answer(chaotic.slice(&range)),
+                Some(number) if number % 3 == 0 => drop(reply),
+                Some(number) if number % 3 == 1 => reply.answer(b"too short"),
+                Some(_) => reply.fail(io::Error::from(io::ErrorKind::TimedOut)),
+            }
+        };
+        // Where no thread is to be had, in this one.
+        if let Err(unstarted) = start(answer) {
+            unstarted();
+        }
+    }
+
+    fn name(&self) -> String {
+        String::from("later")
+    }
+}
+
+fn start<F: FnOnce() + Send + 'static>(work: F) -> Result<(), F> {
+    let work = Arc::new(parking_lot::Mutex::new(Some(work)));
+    let given = Arc::clone(&work);
+    let started = thread::Builder::new().spawn(move || given.lock().take().map(|work| work()));
+    match started {
+        Ok(_) => Ok(()),
+        Err(_) => work.lock().take().map_or(Ok(()), Err),
+    }
+}
+
+pub(super) const ON_PURPOSE: &str = "a source panics on purpose";
