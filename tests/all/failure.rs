@@ -180,3 +180,101 @@ fn a_page_that_fails_again_stays_poisoned() {
     assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
     assert!(!end.said().contains("read a byte"));
 }
+
+/// Fails so many times, wherever it is asked, and then no more.
+struct Flaky {
+    left: std::sync::atomic::AtomicU32,
+    asked: std::sync::atomic::AtomicU32,
+}
+
+impl Flaky {
+    fn failing(times: u32) -> Arc<Self> {
+        Arc::new(Self { left: times.into(), asked: 0.into() })
+    }
+}
+
+impl pagestitch::Source for Flaky {
+    fn size(&self) -> u64 {
+        10_000
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> std::io::Result<()> {
+        use std::sync::atomic::Ordering;
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        into.fill(7);
+        let fails =
+            self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
+        if fails { Err(std::io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+    }
+}
+
+fn quickly(times: u32) -> pagestitch::OnFailure {
+    use std::time::Duration;
+    pagestitch::OnFailure::Retry(
+        pagestitch::Retry::times(times).pause(Duration::from_micros(100), Duration::from_millis(1)),
+    )
+}
+
+#[test]
+fn a_source_is_asked_again_as_often_as_was_declared() {
+    let pool = Pool::new().unwrap();
+    let patient = Flaky::failing(3);
+    let region = Region::builder().chunk(Chunk::source(patient).on_failure(quickly(3))).build(&pool).unwrap();
+    assert_eq!(region.as_slice()[5], 7, "the fourth time it is there");
+    let metrics = region.close();
+    assert_eq!((metrics.source_retries, metrics.pages_poisoned), (3, 0));
+
+    let hopeless = Flaky::failing(u32::MAX);
+    let chunk = Chunk::source(Arc::clone(&hopeless)).on_failure(quickly(4));
+    let region = Region::builder().chunk(chunk).build(&pool).unwrap();
+    let error = region.read_at(5000, &mut [0]).unwrap_err();
+    assert!(error.to_string().ends_with("(asked 5 times)"), "{error}");
+    assert_eq!(region.failures()[0].1.attempts(), 5);
+    assert_eq!(region.metrics().pages_poisoned, 1);
+}
+
+/// Zeros where they were asked for, and nowhere else: also not in the same page.
+#[test]
+fn bytes_that_may_be_zeros_are_and_those_beside_them_are_not() {
+    let pool = Pool::new().unwrap();
+    let hopeless = || Chunk::source(Flaky::failing(u32::MAX));
+    let region = Region::builder()
+        .chunk(vec![1; 1000])
+        .chunk(hopeless().on_failure(pagestitch::OnFailure::Zeros))
+        .chunk(vec![2; 5000])
+        .build(&pool)
+        .unwrap();
+    let expected = [vec![1; 1000], vec![0; 10_000], vec![2; 5000]].concat();
+    assert!(region.as_slice() == expected);
+    let metrics = region.close();
+    assert_eq!((metrics.pages_given_up, metrics.pages_poisoned), (3, 0));
+    // Next to one that may not: the page that both are in is lost.
+    let region = Region::builder()
+        .chunk(hopeless().on_failure(pagestitch::OnFailure::Zeros))
+        .chunk(hopeless())
+        .build(&pool)
+        .unwrap();
+    region.populate(0..8192).unwrap();
+    let error = region.read_at(9000, &mut [0]).unwrap_err();
+    assert!(error.to_string().contains("chunk 1"), "{error}");
+}
+
+#[test]
+fn failures_are_reported_as_they_happen_and_a_panic_in_there_harms_nobody() {
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let telling = Arc::clone(&told);
+    let source = Arc::new(Scripted::new(100_000).failing(50_000..50_001));
+    let region = Region::builder()
+        .chunk(Chunk::source(source))
+        .report_failures(move |offset, failure| {
+            telling.lock().unwrap().push((offset, failure.to_string()));
+            panic!("a defect of the application");
+        })
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    region.populate(..).unwrap_err();
+    let told = told.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].0, 49_152);
+    assert!(told[0].1.starts_with("chunk 0 (scripted)"), "{told:?}");
+}

@@ -66,7 +66,7 @@ pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::{Access, View};
-pub use policy::{Readahead, Recording};
+pub use policy::{OnFailure, Readahead, Recording, Retry};
 pub use region::{
     AdoptedMemory, AdoptedRegion, Builder, Chunk, How, LetGo, Loss, Plan, Region, Run, SharedRegion,
 };

@@ -160,6 +160,10 @@ metrics! {
     bytes_copied,
     /// Times that a source was asked and failed, also ahead of a reader, where that loses nothing.
     source_errors,
+    /// Times that a source was asked again, as it was declared.
+    source_retries,
+    /// Pages in which bytes are zeros because their source failed, as it was declared.
+    pages_given_up,
     /// Fills that met a change of the memory map and were given back to be tried again.
     retries,
 }

@@ -1,16 +1,19 @@
-//! When to install more than was asked for.
+//! When to install more than was asked for, and what to do where that fails.
 //!
 //! | file | says |
 //! |---|---|
 //! | `readahead` | who reads page after page finds the next ones there |
+//! | `failure` | what to do about a page whose source has failed |
 //! | `recording` | in which order pages were first touched, to have them there sooner the next time |
 //! | `dense` | a block whose faults have cost as much as filling it would is filled |
 
 mod dense;
+mod failure;
 mod readahead;
 mod recording;
 
 pub(crate) use dense::Dense;
+pub use failure::{OnFailure, Retry};
 pub use readahead::Readahead;
 use readahead::Streams;
 pub use recording::Recording;

@@ -5,9 +5,11 @@ use crate::policy::{Blocks, Policy, Readahead, Recording};
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::place::Place;
 use crate::region::{
-    AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Manner, Plan, Region, Run, Served, SharedRegion,
+    AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Manner, Plan, Region, Reporter, Run, Served,
+    SharedRegion,
 };
 use crate::server::{Server, Who};
+use crate::source::Failure;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
@@ -26,10 +28,7 @@ pub struct Builder {
     aligned: bool,
     readahead: Readahead,
     mappings: Option<usize>,
-    timed: bool,
-    in_flight: Option<usize>,
-    record: bool,
-    replay: Option<Recording>,
+    manner: Manner,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
 }
@@ -44,10 +43,7 @@ impl Default for Builder {
             aligned: false,
             readahead: Readahead::Adaptive,
             mappings: None,
-            timed: false,
-            in_flight: None,
-            record: false,
-            replay: None,
+            manner: Manner::default(),
             layout: Ok(Layout::default()),
         }
     }
@@ -128,7 +124,7 @@ impl Builder {
     #[must_use]
     pub fn in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "nobody would serve it");
-        self.in_flight = Some(most);
+        self.manner.in_flight = Some(most);
         self
     }
 
@@ -136,7 +132,7 @@ impl Builder {
     /// filled ahead meanwhile.
     #[must_use]
     pub fn record(mut self) -> Self {
-        self.record = true;
+        self.manner.record = true;
         self
     }
 
@@ -144,7 +140,15 @@ impl Builder {
     /// cannot be filled is asked for again when it is touched.
     #[must_use]
     pub fn replay(mut self, recording: &Recording) -> Self {
-        self.replay = Some(recording.clone());
+        self.manner.replay = Some(recording.clone());
+        self
+    }
+
+    /// Has whoever is told know of each page whose bytes cannot be had, by its offset in the region, when that is found: in the thread
+    /// that serves, which must not touch the region. [`Region::failures`] lists those that there are.
+    #[must_use]
+    pub fn report_failures(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
+        self.manner.reporter = Some(Reporter(Arc::new(tell)));
         self
     }
 
@@ -152,7 +156,7 @@ impl Builder {
     /// fault. By default faults are only counted.
     #[must_use]
     pub fn timed(mut self) -> Self {
-        self.timed = true;
+        self.manner.timed = true;
         self
     }
 
@@ -241,13 +245,7 @@ impl Builder {
             name.clone(),
             (layout, Shown::default()),
             copied,
-            Manner {
-                policy,
-                timed: self.timed,
-                in_flight: self.in_flight,
-                record: self.record,
-                replay: self.replay,
-            },
+            (policy, self.manner),
             (place, uffd),
         )
         .map_err(no_table)?;
@@ -295,24 +293,13 @@ impl Builder {
             .map_err(|error| cannot_show(&name, &layout, error))?;
         let no_table = |errno| no_table(&name, errno);
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
-        let readahead = if self.record { Readahead::None } else { self.readahead };
+        let readahead = if self.manner.record { Readahead::None } else { self.readahead };
         let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
-        check_replay(self.replay.as_ref(), &place, &layout).map_err(in_region)?;
-        let served = Served::new(
-            name.clone(),
-            (layout, shown),
-            (moves, staged),
-            Manner {
-                policy,
-                timed: self.timed,
-                in_flight: self.in_flight,
-                record: self.record,
-                replay: self.replay,
-            },
-            (place, uffd),
-        )
-        .map_err(no_table)?;
+        check_replay(self.manner.replay.as_ref(), &place, &layout).map_err(in_region)?;
+        let served =
+            Served::new(name.clone(), (layout, shown), (moves, staged), (policy, self.manner), (place, uffd))
+                .map_err(no_table)?;
         if self.zero_copy {
             refuse_copies(&served)?;
         }

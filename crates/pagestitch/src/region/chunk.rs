@@ -1,5 +1,6 @@
 //! A chunk: a byte range of one source, to be laid into a region.
 
+use crate::policy::OnFailure;
 use crate::source::{
     Alias, Backing, Donated, Fetch, Fetched, File, Hole, LazyMemfd, Memfd, Memory, Pages, Physical, Shared,
     SharedFile, Source,
@@ -27,6 +28,7 @@ use std::sync::Arc;
 pub struct Chunk {
     pub(super) backing: Backing,
     pub(super) range: Range<u64>,
+    pub(super) on_failure: OnFailure,
 }
 
 impl Chunk {
@@ -45,7 +47,7 @@ impl Chunk {
     /// `bytes` zeros.
     #[must_use]
     pub const fn hole(bytes: u64) -> Self {
-        Self { backing: Backing::Hole(Hole), range: 0..bytes }
+        Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison }
     }
 
     /// All bytes of a file or memfd, of which the region keeps to itself what is written in it: `MAP_PRIVATE`. A page
@@ -64,9 +66,16 @@ impl Chunk {
         self
     }
 
+    /// What becomes of its pages when its source fails. By default they are [bad](OnFailure::Poison).
+    #[must_use]
+    pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
+        self.on_failure = on_failure;
+        self
+    }
+
     fn whole(backing: Backing) -> Self {
         let range = 0..backing.source().size();
-        Self { backing, range }
+        Self { backing, range, on_failure: OnFailure::Poison }
     }
 }
 

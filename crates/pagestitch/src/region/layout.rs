@@ -12,6 +12,7 @@
 //! are about as long as each other, O(log n) however they are, and no allocation.
 
 use crate::error::{Error, ErrorKind};
+use crate::policy::OnFailure;
 use crate::region::Chunk;
 use crate::source::{Backing, Failure, Hole, Shared};
 use pagestitch_kernel::PageSize;
@@ -31,6 +32,8 @@ pub(crate) struct Layout {
     total: u64,
     /// The chunks that are only padding, ascending: users do not count them.
     padding: Vec<u32>,
+    /// Chunks, as users count, with another policy than the default, in runs; ascending.
+    policies: Vec<(Range<usize>, OnFailure)>,
     /// The chunk at each multiple of `1 << shift`.
     buckets: Vec<u32>,
     shift: u32,
@@ -56,7 +59,13 @@ pub(crate) struct Piece<'l> {
 
 impl Piece<'_> {
     pub(crate) fn failed(&self, error: std::io::Error) -> Failure {
-        Failure { chunk: self.chunk, source: self.backing.source().name(), offset: self.offset, error }
+        Failure {
+            chunk: self.chunk,
+            source: self.backing.source().name(),
+            offset: self.offset,
+            error,
+            attempts: 1,
+        }
     }
 }
 
@@ -69,9 +78,14 @@ impl Layout {
 
     /// Lays one more chunk at the end.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
-        let Chunk { backing, range } = chunk;
+        let Chunk { backing, range, on_failure } = chunk;
         let number = self.number_of(self.origins.len());
         check(number, &backing, &range)?;
+        match self.policies.last_mut() {
+            _ if on_failure == OnFailure::Poison => {}
+            Some((run, same)) if run.end == number && *same == on_failure => run.end += 1,
+            _ => self.policies.push((number..number + 1, on_failure)),
+        }
         self.lay(backing, &range)
     }
 
@@ -115,6 +129,18 @@ impl Layout {
         self.origins.shrink_to_fit();
         self.index();
         Ok(())
+    }
+
+    /// What becomes of a page when the source of a chunk, as users count, fails.
+    pub(crate) fn on_failure(&self, number: usize) -> OnFailure {
+        let next = self.policies.partition_point(|(run, _)| run.end <= number);
+        let policy = self.policies.get(next).filter(|(run, _)| run.contains(&number));
+        policy.map_or(OnFailure::Poison, |(_, policy)| *policy)
+    }
+
+    /// Whether a failure is always a page that is bad.
+    pub(crate) const fn only_poisons(&self) -> bool {
+        self.policies.is_empty()
     }
 
     /// How many bytes the chunks hold together.

@@ -32,7 +32,7 @@ pub use chunk::Chunk;
 pub(crate) use layout::Layout;
 pub(crate) use pace::Reading;
 pub use plan::{How, Plan, Run};
-pub(crate) use served::{Manner, Served};
+pub(crate) use served::{Manner, Reporter, Served};
 pub use shared::SharedRegion;
 
 use crate::error::Error;

@@ -16,8 +16,10 @@ use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Batch, Event, Page, PageSize, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// What the server shares with the region that it serves.
@@ -35,6 +37,7 @@ pub(crate) struct Served {
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
+    reporter: Option<Reporter>,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) replay: Option<Replay>,
     /// Whether whole blocks are filled in staging, and moved in; else why not.
@@ -52,15 +55,27 @@ pub(crate) struct Served {
 }
 
 /// How a region is served.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Manner {
-    pub(crate) policy: Policy,
     /// Whether the parts of faults are timed.
     pub(crate) timed: bool,
     /// How many faults are served at once, where there is a limit.
     pub(crate) in_flight: Option<usize>,
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
+    pub(crate) reporter: Option<Reporter>,
+}
+
+/// Whom to tell of a page that is bad: its offset, and why.
+#[derive(Clone)]
+pub(crate) struct Reporter(pub(crate) Arc<Tell>);
+
+type Tell = dyn Fn(u64, &Failure) + Send + Sync;
+
+impl fmt::Debug for Reporter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reporter")
+    }
 }
 
 impl Served {
@@ -69,11 +84,11 @@ impl Served {
         name: String,
         (layout, shown): (Layout, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
-        manner: Manner,
+        (policy, manner): (Policy, Manner),
         (place, uffd): (Place, Uffd),
     ) -> Result<Self, pagestitch_kernel::Errno> {
         let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
-        let Manner { policy, timed, in_flight, record, replay } = manner;
+        let Manner { timed, in_flight, record, replay, reporter } = manner;
         let counters = Arc::new(Counters::new(name.clone(), (place.page_size(), pages.get()), timed));
         Ok(Self {
             counters,
@@ -86,6 +101,7 @@ impl Served {
             moves,
             pages: Arc::new(PageTable::new(pages)?),
             policy,
+            reporter,
             recorder: record.then(|| Recorder::new(pages)).transpose()?,
             replay: replay.map(Replay::new),
             staged,
@@ -264,6 +280,18 @@ impl Served {
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         let failures = self.failures.lock();
         failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure))).collect()
+    }
+
+    /// Tells whoever asked to be told that a page is bad.
+    pub(crate) fn report(&self, page: Page, failure: &Failure) {
+        if let Some(Reporter(tell)) = &self.reporter {
+            let offset = self.page_size().offset_of(page);
+            // A panic in there is no reason for a thread to wait for ever.
+            let told = catch_unwind(AssertUnwindSafe(|| tell(offset, failure)));
+            if told.is_err() {
+                tracing::error!(region = self.name, "whoever was told of a failure panicked");
+            }
+        }
     }
 
     /// A page has been filled after all.

@@ -1,11 +1,12 @@
 //! The journey of a fault. Read this page first.
 
 use crate::metrics::Part;
+use crate::policy::OnFailure;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::server::pending::fetch;
 use crate::server::resolve::{Stopped, fail, install, poison};
-use crate::source::{Buffers, fill};
+use crate::source::{Buffers, Failure, fill, fill_zeroing};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
 use std::sync::Arc;
@@ -32,8 +33,9 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     }
     let wide = region.policy.widen(page);
     region.counters.here().pages_ahead_used.add(wide.passed as u64);
-    // Where there is a limit on faults, the source is waited for.
+    // Where there is a limit on faults, or something to be done about failures, the source is waited for.
     if region.limit.is_none()
+        && region.layout.only_poisons()
         && let Some((_, source, offset)) = region.fetched_pages(page.span())
     {
         fetch(region, claim, (source, offset), true);
@@ -109,24 +111,72 @@ pub(super) fn supply(
     asked: Span,
     buffers: &mut Buffers,
 ) -> Result<(), Stopped> {
+    let mut failures = 0;
     while !claim.span().is_empty() {
-        let began = region.counters.clock();
-        let filled = fill(region, claim.span(), buffers);
-        region.counters.took(Part::Fill, began);
-        match filled {
-            Ok(filled) => {
-                let began = region.counters.clock();
-                let installed = install(region, &mut claim, filled);
-                region.counters.took(Part::Resolve, began);
-                installed?;
-            }
+        match fill_some(region, &mut claim, buffers)? {
+            Ok(()) => failures = 0,
             Err(failure) if asked.contains(claim.span().first) => {
-                return Err(fail(region, &mut claim, failure));
+                failures += 1;
+                endure(region, &mut claim, Failure { attempts: failures, ..failure }, buffers)?;
             }
             Err(_) => return Ok(()),
         }
     }
     Ok(())
+}
+
+/// Fills and installs as many of the claim's first pages as go one way, or says why a source would not.
+fn fill_some(
+    region: &Served,
+    claim: &mut Claim<'_>,
+    buffers: &mut Buffers,
+) -> Result<Result<(), Failure>, Stopped> {
+    let began = region.counters.clock();
+    let filled = fill(region, claim.span(), buffers);
+    region.counters.took(Part::Fill, began);
+    match filled {
+        Ok(filled) => {
+            let began = region.counters.clock();
+            let installed = install(region, claim, filled);
+            region.counters.took(Part::Resolve, began);
+            installed.map(Ok)
+        }
+        Err(failure) => Ok(Err(failure)),
+    }
+}
+
+/// Does about a failure of the claim's first page what was declared. `Ok`: go on, with the same page or the next.
+fn endure(
+    region: &Served,
+    claim: &mut Claim<'_>,
+    mut failure: Failure,
+    buffers: &mut Buffers,
+) -> Result<(), Stopped> {
+    match region.layout.on_failure(failure.chunk) {
+        OnFailure::Poison => {}
+        OnFailure::Retry(retry) => {
+            let random = Instant::now().elapsed().as_nanos() as u64
+                ^ (claim.span().first.0 as u64).wrapping_mul(GOLDEN);
+            if let Some(pause) = retry.after(failure.attempts, random) {
+                region.counters.here().source_retries.add(1);
+                thread::sleep(pause);
+                return Ok(());
+            }
+        }
+        OnFailure::Zeros => {
+            match fill_zeroing(region, claim.span().first, buffers) {
+                Ok(filled) => {
+                    install(region, claim, filled)?;
+                    region.counters.here().pages_given_up.add(1);
+                    tracing::warn!(region = region.name, %failure, "zeros, as it was asked for");
+                    return Ok(());
+                }
+                // Another chunk of the page, of which that was not asked.
+                Err(worse) => failure = worse,
+            }
+        }
+    }
+    Err(fail(region, claim, failure))
 }
 
 /// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
@@ -171,3 +221,5 @@ fn nanoseconds(since: Instant) -> u64 {
 
 /// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
 pub(super) const BLOCK_PAGES: usize = 512;
+/// Spreads numbers that are close to each other.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -185,6 +185,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     claim.settle(1, State::Poisoned);
     region.counters.here().pages_poisoned.add(1);
     tracing::warn!(region = region.name, page = page.0, %failure, "page poisoned");
+    region.report(page, &failure);
     Stopped::Failed(failure)
 }
 

@@ -12,6 +12,7 @@
 
 use super::memory::MemoryBytes;
 use super::{Backing, Source};
+use crate::policy::OnFailure;
 use crate::region::{Layout, Served};
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
@@ -210,13 +211,42 @@ fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
     }
 }
 
+/// Puts one page together, with zeros for those chunks whose sources fail and that are to be zeros then.
+pub(crate) fn fill_zeroing<'a>(
+    region: &'a Served,
+    page: Page,
+    buffers: &'a mut Buffers,
+) -> Result<Filled<'a>, Failure> {
+    let size = region.page_size().bytes();
+    let staging = if size > buffers.pages.len() { buffers.block.fresh() } else { &mut buffers.pages };
+    gather_or(&region.layout, region.page_size().offsets(page.span()), staging, |failure, into| {
+        if region.layout.on_failure(failure.chunk) != OnFailure::Zeros {
+            return Err(failure);
+        }
+        into.fill(0);
+        Ok(())
+    })
+}
+
 /// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.
 fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    gather_or(layout, offsets, staging, |failure, _| Err(failure))
+}
+
+/// The same; what fails, `otherwise` fills, or not.
+fn gather_or<'a>(
+    layout: &Layout,
+    offsets: Range<u64>,
+    staging: &'a mut [u8],
+    mut otherwise: impl FnMut(Failure, &mut [u8]) -> Result<(), Failure>,
+) -> Result<Filled<'a>, Failure> {
     let size = (offsets.end - offsets.start) as usize;
     let mut filled = 0;
     for piece in layout.pieces(offsets) {
         let into = &mut staging[filled..filled + piece.bytes as usize];
-        read(piece.backing.source(), piece.offset, into).map_err(|error| piece.failed(error))?;
+        if let Err(error) = read(piece.backing.source(), piece.offset, into) {
+            otherwise(piece.failed(error), into)?;
+        }
         filled += piece.bytes as usize;
     }
     staging[filled..size].fill(0);
@@ -243,12 +273,15 @@ pub struct Failure {
     pub(crate) source: String,
     pub(crate) offset: u64,
     pub(crate) error: io::Error,
+    /// How many times it was asked.
+    pub(crate) attempts: u32,
 }
 
 impl Failure {
     /// Another error of the same bytes.
     pub(crate) fn again(&self, error: io::Error) -> Self {
-        Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error }
+        let attempts = self.attempts.saturating_add(1);
+        Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error, attempts }
     }
 
     /// What the source calls itself.
@@ -269,6 +302,12 @@ impl Failure {
         self.chunk
     }
 
+    /// How many times the source was asked for the page.
+    #[must_use]
+    pub const fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
     /// What the source said.
     #[must_use]
     pub const fn io_error(&self) -> &io::Error {
@@ -278,8 +317,9 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { chunk, source, offset, error } = self;
-        write!(f, "chunk {chunk} ({source}), from its source's byte {offset} on: {error}")
+        let Self { chunk, source, offset, error, attempts } = self;
+        write!(f, "chunk {chunk} ({source}), from its source's byte {offset} on: {error}")?;
+        if *attempts > 1 { write!(f, " (asked {attempts} times)") } else { Ok(()) }
     }
 }
 

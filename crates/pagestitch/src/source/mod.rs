@@ -29,7 +29,7 @@ pub(crate) use fetch::Fetched;
 pub use fetch::{Fetch, Reply};
 pub use file::File;
 pub use fill::Failure;
-pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline, gather_inline};
+pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline, fill_zeroing, gather_inline};
 pub use hole::Hole;
 pub use lazy::{FillMemfd, LazyMemfd};
 pub use memfd::Memfd;

@@ -1,0 +1,69 @@
+//! What to do about a page whose source has failed.
+
+use std::time::Duration;
+
+/// What becomes of a page when the source of a chunk fails to give its bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnFailure {
+    /// It is bad: who touches it gets SIGBUS, `read_at` and `populate` return the error. Never zeros for bytes.
+    #[default]
+    Poison,
+    /// The source is asked again, and what fails then is [bad](Self::Poison). Whoever touches the page waits meanwhile, and so does the
+    /// worker that serves it.
+    Retry(Retry),
+    /// The bytes of this chunk read as zeros: for what is not needed, and only where that was asked for. Counted by
+    /// [`pages_given_up`](crate::Meter::pages_given_up).
+    Zeros,
+}
+
+/// How to ask again: after a pause that doubles each time up to a cap, and of which a random half is left out, so that those who have
+/// failed together do not come back together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retry {
+    times: u32,
+    first: Duration,
+    most: Duration,
+}
+
+impl Retry {
+    /// So many times more, after 10 ms at first, and after a second at most.
+    #[must_use]
+    pub const fn times(times: u32) -> Self {
+        Self { times, first: Duration::from_millis(10), most: Duration::from_secs(1) }
+    }
+
+    /// After such a pause at first, and such a one at most.
+    #[must_use]
+    pub const fn pause(self, first: Duration, most: Duration) -> Self {
+        Self { first, most, ..self }
+    }
+
+    /// How long to wait after so many failures; `None` to give up. `random` decides how much of a pause is left out.
+    pub(crate) fn after(self, failures: u32, random: u64) -> Option<Duration> {
+        let pause = self.first.saturating_mul(1 << failures.saturating_sub(1).min(30)).min(self.most);
+        let half = u64::try_from(pause.as_nanos() / 2).unwrap_or(u64::MAX);
+        (failures <= self.times).then(|| pause - Duration::from_nanos(random % half.max(1)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_cap_and_end() {
+        let retry = Retry::times(4).pause(Duration::from_millis(10), Duration::from_millis(35));
+        let pauses: Vec<_> = (1..=5).map(|failures| retry.after(failures, 0)).collect();
+        let ms = |ms| Some(Duration::from_millis(ms));
+        assert_eq!(pauses, [ms(10), ms(20), ms(35), ms(35), None]);
+        for random in [1, 12_345, u64::MAX] {
+            let pause = retry.after(1, random).unwrap();
+            assert!(pause > Duration::from_millis(5) && pause <= Duration::from_millis(10), "{pause:?}");
+        }
+        assert_eq!(
+            Retry::times(100).pause(Duration::ZERO, Duration::ZERO).after(90, 7),
+            Some(Duration::ZERO)
+        );
+    }
+}
