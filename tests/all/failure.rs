@@ -278,3 +278,26 @@ fn failures_are_reported_as_they_happen_and_a_panic_in_there_harms_nobody() {
     assert_eq!(told[0].0, 49_152);
     assert!(told[0].1.starts_with("chunk 0 (scripted)"), "{told:?}");
 }
+
+/// Whoever finds a page bad finds the reason, also while the page is let go of and lost anew, or would look for it for ever.
+#[test]
+fn a_page_that_is_lost_while_it_is_let_go_of_is_an_error_each_time() {
+    let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));
+    let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+    let start = region.as_ptr().expose_provenance().get();
+    let done = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in 0..400_000_u64 {
+                region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        crate::until(|| {
+            // Not all the time: while something is let go, nothing can be made bad.
+            crate::let_go(start, 16 * 4096);
+            thread::sleep(std::time::Duration::from_micros(50));
+            done.load(std::sync::atomic::Ordering::Relaxed)
+        });
+    });
+}

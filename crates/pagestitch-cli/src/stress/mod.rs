@@ -115,11 +115,21 @@ fn watch(seed: u64, pulse: Arc<AtomicU64>) {
                 last = (now, Instant::now());
             } else if last.1.elapsed() > PATIENCE {
                 eprintln!("pagestitch: a thread is stuck: nothing has happened for {PATIENCE:?}");
+                tell_where_threads_wait();
                 eprintln!("  to repeat it: pagestitch stress --seed {seed} --round {}", now >> 32);
                 exit(1);
             }
         }
     });
+}
+
+/// What each thread waits for in the kernel, as far as we are told.
+fn tell_where_threads_wait() {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
+    for task in tasks {
+        let said = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        eprintln!("  {} waits in {}", said("comm").trim_end(), said("wchan").trim_end());
+    }
 }
 
 fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::Result<()> {

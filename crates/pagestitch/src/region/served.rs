@@ -235,8 +235,9 @@ impl Served {
             if let Place::Adopted(adopted) = &self.place {
                 adopted.remove(span);
             }
-            self.pages.forget(span);
+            // Reasons first: a page that fails in between keeps its own.
             self.failures.lock().retain(|page, _| *page < span.first || *page >= span.end());
+            self.pages.forget(span);
         }
     }
 
@@ -279,7 +280,8 @@ impl Served {
     /// The pages of a span that have failed, and why; ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         let failures = self.failures.lock();
-        failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure))).collect()
+        let bad = failures.range(span.first..span.end()).filter(|(page, _)| self.is_poisoned(**page));
+        bad.map(|(&page, failure)| (page, Arc::clone(failure))).collect()
     }
 
     /// Tells whoever asked to be told that a page is bad.
@@ -296,7 +298,26 @@ impl Served {
 
     /// A page has been filled after all.
     pub(crate) fn forget_failure(&self, page: Page) {
-        self.failures.lock().remove(&page);
+        let mut failures = self.failures.lock();
+        // Unless it was let go and lost anew since.
+        if !self.is_poisoned(page) {
+            failures.remove(&page);
+        }
+    }
+
+    fn is_poisoned(&self, page: Page) -> bool {
+        self.pages.state(page) == State::Poisoned
+    }
+
+    /// A page that has failed was settled. It was let go meanwhile, or healed and lost again: a page that is poisoned has a
+    /// reason, or whoever asks for it would look for one for ever; one that is not has none.
+    pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
+        let mut failures = self.failures.lock();
+        if self.is_poisoned(page) {
+            failures.entry(page).or_insert_with(|| Arc::clone(failure));
+        } else {
+            failures.remove(&page);
+        }
     }
 
     pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {

@@ -46,7 +46,10 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
                 return Ok(());
             }
             Err(Stopped::Changing) => thread::yield_now(),
-            Err(Stopped::Failed(failure)) => return Err(failure),
+            Err(Stopped::Failed(failure)) => {
+                region.settle_failure(page, &failure);
+                return Err(failure);
+            }
         }
     }
 }

@@ -183,6 +183,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
         return stopped;
     }
     claim.settle(1, State::Poisoned);
+    region.settle_failure(page, &failure);
     region.counters.here().pages_poisoned.add(1);
     tracing::warn!(region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, &failure);
