@@ -21,6 +21,7 @@ mod recording;
 mod scale;
 mod shared;
 mod teardown;
+mod watchdog;
 mod zero_copy;
 
 use std::fs;

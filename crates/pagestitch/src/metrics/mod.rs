@@ -18,7 +18,8 @@ mod histogram;
 use crate::region::in_place::Runs;
 use crate::region::page_table::PageTable;
 pub use coverage::Coverage;
-use flights::{Flight, Flights};
+use flights::Flights;
+pub(crate) use flights::{Flight, Overdue};
 pub use histogram::Histogram;
 use histogram::Recorder;
 use pagestitch_kernel::lanes::Lanes;
@@ -93,12 +94,34 @@ impl Counters {
     }
 
     /// Counts a fault that was read from the kernel at a moment, and is served from now on until the flight is dropped.
-    pub(crate) fn begin(&self, page: Page, read: Instant) -> Option<Flight<'_>> {
+    pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<Flight<'_>> {
         self.here().faults.add(1);
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
         }
-        self.flights.begin(page, read)
+        self.flights.begin(page, thread, read)
+    }
+
+    /// Faults that have been in flight for so long.
+    pub(crate) fn overdue(&self, age: Duration) -> impl Iterator<Item = Overdue> {
+        self.flights.overdue(age)
+    }
+
+    /// True once for each fault.
+    pub(crate) fn tell_once(&self, fault: &Overdue) -> bool {
+        self.flights.first(fault, flights::TOLD)
+    }
+
+    /// True once for each fault.
+    pub(crate) fn give_up_once(&self, fault: &Overdue) -> bool {
+        self.flights.first(fault, flights::GIVEN_UP)
+    }
+
+    /// Ends a flight that was kept.
+    pub(crate) fn land(&self, place: Option<usize>) {
+        if let Some(place) = place {
+            self.flights.land(place);
+        }
     }
 
     /// The time, where parts are timed.
@@ -129,6 +152,10 @@ metrics! {
     faults_writing,
     /// Of these, faults on pages that a file's page cache has, and that are not mapped yet.
     faults_minor,
+    /// Faults that took longer than they may, and were told of: see [`PoolBuilder::overdue_after`](crate::PoolBuilder::overdue_after).
+    faults_overdue,
+    /// Of these, faults whose pages were made bad for it: see [`PoolBuilder::give_up_after`](crate::PoolBuilder::give_up_after).
+    faults_given_up,
     /// Faults on a page that was there by the time they were looked at.
     late,
     /// Pages shown in place when the region was built: no copy, no fault.

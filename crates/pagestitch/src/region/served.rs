@@ -280,7 +280,10 @@ impl Served {
     /// The pages of a span that have failed, and why; ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         let failures = self.failures.lock();
-        let bad = failures.range(span.first..span.end()).filter(|(page, _)| self.is_poisoned(**page));
+        // A page that was given up is still claimed by whoever asks for it.
+        let bad = failures
+            .range(span.first..span.end())
+            .filter(|(page, _)| !matches!(self.pages.state(**page), State::Present | State::Absent));
         bad.map(|(&page, failure)| (page, Arc::clone(failure))).collect()
     }
 

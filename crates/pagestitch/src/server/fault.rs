@@ -1,6 +1,6 @@
 //! The journey of a fault. Read this page first.
 
-use crate::metrics::Part;
+use crate::metrics::{Flight, Part};
 use crate::policy::OnFailure;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
@@ -18,14 +18,16 @@ use std::time::{Duration, Instant};
 pub(crate) struct Asked {
     pub(super) page: Page,
     pub(super) read: Instant,
+    /// The thread that waits, by the kernel's number.
+    pub(super) thread: u32,
 }
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
 pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
-    let Asked { page, read } = asked;
+    let Asked { page, read, thread } = asked;
     let span = tracing::trace_span!("fault", region = region.name, page = page.0);
-    let (_entered, _flight) = (span.enter(), region.counters.begin(page, read));
+    let (_entered, flight) = (span.enter(), region.counters.begin(page, thread, read));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
     if let Some(recorder) = &region.recorder {
@@ -38,7 +40,7 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
         && region.layout.only_poisons()
         && let Some((_, source, offset)) = region.fetched_pages(page.span())
     {
-        fetch(region, claim, (source, offset), true);
+        fetch(region, claim, (source, offset), Some(flight.map(Flight::keep)));
         return [wide.now, wide.ahead];
     }
     let block = region.movable_block(page).or(wide.now);
@@ -91,7 +93,7 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
         rest = rest.without_prefix(claim.span().pages);
         while !claim.span().is_empty() {
             if let Some((some, source, offset)) = region.fetched_pages(claim.span()) {
-                fetch(region, claim.split_off(some), (source, offset), false);
+                fetch(region, claim.split_off(some), (source, offset), None);
                 continue;
             }
             let filled = fill(region, claim.span(), buffers).ok()?;

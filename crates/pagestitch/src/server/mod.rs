@@ -12,6 +12,7 @@
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `heal` | asks again for pages whose source has failed |
+//! | `watchdog` | tells of faults that take too long, and gives them up |
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod berths;
@@ -24,6 +25,7 @@ mod placement;
 mod pool;
 mod populate;
 mod resolve;
+mod watchdog;
 mod worker;
 
 pub(crate) use berths::Berths;

@@ -20,15 +20,20 @@ pub(crate) struct Pending {
     /// Dropping the region waits for the answer.
     _visit: OwnedVisit,
     span: Span,
-    /// Whether somebody waits for them; else they are asked for ahead.
-    asked: bool,
+    /// Whether somebody waits for them, and the place of that fault in flight; else they are asked for ahead.
+    asked: Option<Option<usize>>,
     began: Option<Instant>,
 }
 
 /// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
-pub(super) fn fetch(region: &Arc<Served>, claim: Claim<'_>, (source, offset): (&Fetched, u64), asked: bool) {
+pub(super) fn fetch(
+    region: &Arc<Served>,
+    claim: Claim<'_>,
+    (source, offset): (&Fetched, u64),
+    asked: Option<Option<usize>>,
+) {
     // A region that is being dropped needs no page any more: the claim is given back.
-    let Some(visit) = region.enter_owned() else { return };
+    let Some(visit) = region.enter_owned() else { return region.counters.land(asked.flatten()) };
     let began = region.counters.clock();
     let span = claim.keep();
     let pending = Pending { region: Arc::clone(region), _visit: visit, span, asked, began };
@@ -48,7 +53,7 @@ impl Pending {
         let began = region.counters.clock();
         match answer {
             Ok(bytes) => {
-                let ahead = if *asked { 0 } else { span.pages as u64 };
+                let ahead = if asked.is_some() { 0 } else { span.pages as u64 };
                 let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
                 if install(region, &mut claim, filled).is_ok() {
                     region.counters.here().pages_ahead.add(ahead);
@@ -56,12 +61,13 @@ impl Pending {
             }
             Err(error) => {
                 region.counters.here().source_errors.add(1);
-                if *asked {
+                if asked.is_some() {
                     let _ = fail(region, &mut claim, self.failure(error));
                 }
             }
         }
         region.counters.took(Part::Resolve, began);
+        region.counters.land(asked.flatten());
     }
 
     fn failure(&self, error: io::Error) -> Failure {

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind};
 use crate::region::Served;
 use crate::server::berths::Berths;
 use crate::server::placement::{Placement, Places};
+use crate::server::watchdog::Limits;
 use crate::server::worker::{Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
@@ -27,6 +28,7 @@ use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 /// The threads that serve faults. A handle: clone it freely; one pool serves any number of regions.
 ///
@@ -60,7 +62,12 @@ impl Pool {
 
     /// Starts to describe a pool.
     pub fn builder() -> PoolBuilder {
-        PoolBuilder { workers: None, placement: Placement::Auto, name: String::from("pagestitch") }
+        PoolBuilder {
+            workers: None,
+            placement: Placement::Auto,
+            name: String::from("pagestitch"),
+            limits: Limits::default(),
+        }
     }
 
     /// How many workers it has.
@@ -107,6 +114,7 @@ pub struct PoolBuilder {
     workers: Option<usize>,
     placement: Placement,
     name: String,
+    limits: Limits,
 }
 
 impl PoolBuilder {
@@ -132,6 +140,20 @@ impl PoolBuilder {
         self
     }
 
+    /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
+    /// waiting thread; and counts it. Takes a thread that looks four times in that time.
+    pub fn overdue_after(mut self, age: Duration) -> Self {
+        self.limits.overdue = Some(age);
+        self
+    }
+
+    /// Makes the page of a fault bad that has taken so long: its waiter gets SIGBUS. Whoever serves it is not called back; if its source answers
+    /// after all, the page is good from then on. `populate` and `read_at` wait as long as the source takes.
+    pub fn give_up_after(mut self, age: Duration) -> Self {
+        self.limits.hard = Some(age);
+        self
+    }
+
     /// Starts the workers: all of them or none.
     ///
     /// # Errors
@@ -143,7 +165,12 @@ impl PoolBuilder {
         let shared = Shared::new(&places).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
-        let handle = Handle { shared: Arc::new(shared), threads: Mutex::default(), maker: Maker::current() };
+        let handle = Handle {
+            shared: Arc::new(shared),
+            threads: Mutex::default(),
+            watch: Mutex::default(),
+            maker: Maker::current(),
+        };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
             let (shared, home) = (Arc::clone(&handle.shared), places.home(index));
             let worker = Worker::new(shared, Arc::clone(epoll), home)
@@ -154,6 +181,14 @@ impl PoolBuilder {
                 Error::because(ErrorKind::Resources, what, error)
             })?;
             handle.threads.lock().push(thread);
+        }
+        if self.limits.any() {
+            let (shared, limits) = (Arc::clone(&handle.shared), self.limits);
+            let named = thread::Builder::new().name(String::from("pagestitch/dog"));
+            let watch = named.spawn(move || limits.watch(&shared)).map_err(|error| {
+                Error::because(ErrorKind::Resources, "cannot start the watchdog (threads: ulimit -u)", error)
+            })?;
+            *handle.watch.lock() = Some(watch);
         }
         tracing::debug!(?places, "pool started");
         Ok(Pool { handle: Arc::new(handle) })
@@ -174,6 +209,7 @@ pub struct Report {
 struct Handle {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<u64>>>,
+    watch: Mutex<Option<JoinHandle<()>>>,
     maker: Maker,
 }
 
@@ -181,6 +217,9 @@ impl Handle {
     fn join(&self) -> Report {
         // One event for all: it stays readable, so every worker sees it.
         self.shared.stop.write(1).expect("an eventfd takes a 1");
+        if let Some(watch) = self.watch.lock().take() {
+            watch.join().expect("the watchdog does not panic");
+        }
         let threads = std::mem::take(&mut *self.threads.lock());
         let mut report = Report { workers: threads.len(), faults: 0 };
         for thread in threads {
@@ -296,6 +335,11 @@ impl Shared {
     /// Has the one who works, or another, look once more.
     pub(super) fn ring_self(&self) {
         self.bell.write(1).expect("an eventfd takes small numbers");
+    }
+
+    /// Those that are served.
+    pub(super) fn regions(&self) -> Vec<Arc<Served>> {
+        self.regions.read().served.values().cloned().collect()
     }
 
     /// How many workers slow regions may hold up together: all but one, if there is another region that would wait.

@@ -248,7 +248,9 @@ fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
         FaultKind::WriteProtect => release(region, page),
         // Only somebody else's registration asks for these beside memfds that are filled later.
         FaultKind::Minor if region.place.adopted().is_some() => show(region, page),
-        FaultKind::Minor | FaultKind::Missing => return Some(Asked { page, read }),
+        FaultKind::Minor | FaultKind::Missing => {
+            return Some(Asked { page, read, thread: fault.thread.cast_unsigned() });
+        }
     }
     None
 }
