@@ -163,3 +163,18 @@ fn a_region_may_go_while_pages_are_fetched() {
         assert_eq!(region.as_slice()[0], byte_at(0));
     }
 }
+
+#[test]
+fn a_pool_has_no_more_in_flight_than_it_may() {
+    let runtime = runtime();
+    let far = Far::new(Duration::from_millis(10));
+    let pool = Pool::builder().workers(2).in_flight(6).start().unwrap();
+    let region = Region::builder()
+        .chunk(chunk(Arc::clone(&far), runtime.handle(), 64))
+        .readahead(Readahead::None)
+        .build(&pool)
+        .unwrap();
+    touch_all(&region);
+    let most = far.most.load(Ordering::SeqCst);
+    assert!((5..=6).contains(&most), "{most} at once");
+}

@@ -8,7 +8,7 @@ use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
-use crate::server::{Asked, Berths};
+use crate::server::{Asked, Berths, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, OwnedVisit, Visit};
 use pagestitch_kernel::page::HUGE;
@@ -20,7 +20,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// What the server shares with the region that it serves.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ pub(crate) struct Served {
     pub(crate) pace: Pace,
     /// How many faults may be served at once, and those that wait for that.
     pub(crate) limit: Option<(usize, Berths<Asked>)>,
+    /// How many fetches its pool may have under way, where there is a limit.
+    pub(crate) permits: OnceLock<Arc<Permits>>,
     pub(crate) place: Place,
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
@@ -106,6 +108,7 @@ impl Served {
             replay: replay.map(Replay::new),
             staged,
             pace: Pace::default(),
+            permits: OnceLock::new(),
             limit: in_flight.map(|most| (most, Berths::new(ROOM))),
             place,
             uffd,
@@ -145,6 +148,18 @@ impl Served {
         let Backing::Fetched(fetched) = piece.backing else { return None };
         let pages = usize::try_from(piece.bytes / self.page_size().bytes() as u64).unwrap_or(usize::MAX);
         (pages > 0).then_some((pages.min(FETCH_PAGES), fetched, piece.offset))
+    }
+
+    /// Whether one more fetch may be under way, and the permission where there is a limit. Where there is a limit on faults, or
+    /// something to be done about failures, sources are waited for.
+    pub(crate) fn may_fetch(&self) -> Option<Option<Permit>> {
+        if self.limit.is_some() || !self.layout.only_poisons() {
+            return None;
+        }
+        match self.permits.get() {
+            Some(permits) => permits.take().map(Some),
+            None => Some(None),
+        }
     }
 
     /// How many pages of a span, from its first on, a donation has to give; which, and from where on.

@@ -1,7 +1,9 @@
-//! Berths: how many workers may be held up by the same thing at once. Who finds none waits for whoever leaves.
+//! Limits. Berths: how many workers may be held up by the same thing at once. Who finds none waits for whoever leaves.
 
 use parking_lot::Mutex;
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Some berths, and what waits for one.
 #[derive(Debug)]
@@ -40,6 +42,35 @@ impl<T> Berths<T> {
     }
 }
 
+/// How many fetches may be under way at once, over all regions of a pool.
+#[derive(Debug)]
+pub(crate) struct Permits {
+    left: AtomicUsize,
+}
+
+/// The permission for one, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit(Arc<Permits>);
+
+impl Permits {
+    pub(crate) const fn new(most: usize) -> Self {
+        Self { left: AtomicUsize::new(most) }
+    }
+
+    /// One more, if it may be.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Permit> {
+        let one_less = |left: usize| left.checked_sub(1);
+        let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
+        taken.is_ok().then(|| Permit(Arc::clone(self)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.left.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,5 +96,14 @@ mod tests {
             (berths.leave(1), berths.leave(1), berths.leave(1), berths.leave(1)),
             (None, None, Some(9), None)
         );
+    }
+
+    #[test]
+    fn there_are_as_many_permits_as_were_given() {
+        let permits = Arc::new(Permits::new(2));
+        let both = (permits.take().unwrap(), permits.take().unwrap());
+        assert!(permits.take().is_none());
+        drop(both);
+        assert!(permits.take().is_some());
     }
 }

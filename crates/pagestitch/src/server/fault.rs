@@ -35,12 +35,10 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     }
     let wide = region.policy.widen(page);
     region.counters.here().pages_ahead_used.add(wide.passed as u64);
-    // Where there is a limit on faults, or something to be done about failures, the source is waited for.
-    if region.limit.is_none()
-        && region.layout.only_poisons()
-        && let Some((_, source, offset)) = region.fetched_pages(page.span())
+    if let Some((_, source, offset)) = region.fetched_pages(page.span())
+        && let Some(permit) = region.may_fetch()
     {
-        fetch(region, claim, (source, offset), Some(flight.map(Flight::keep)));
+        fetch(region, claim, (source, offset), Some(flight.map(Flight::keep)), permit);
         return [wide.now, wide.ahead];
     }
     let block = region.movable_block(page).or(wide.now);
@@ -92,8 +90,10 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
         };
         rest = rest.without_prefix(claim.span().pages);
         while !claim.span().is_empty() {
-            if let Some((some, source, offset)) = region.fetched_pages(claim.span()) {
-                fetch(region, claim.split_off(some), (source, offset), None);
+            if let Some((some, source, offset)) = region.fetched_pages(claim.span())
+                && let Some(permit) = region.may_fetch()
+            {
+                fetch(region, claim.split_off(some), (source, offset), None, permit);
                 continue;
             }
             let filled = fill(region, claim.span(), buffers).ok()?;

@@ -28,7 +28,7 @@ mod resolve;
 mod watchdog;
 mod worker;
 
-pub(crate) use berths::Berths;
+pub(crate) use berths::{Berths, Permit, Permits};
 pub(crate) use fault::Asked;
 pub(crate) use heal::heal;
 pub use manual::Manual;

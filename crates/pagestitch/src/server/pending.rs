@@ -3,6 +3,7 @@
 use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::Claim;
+use crate::server::berths::Permit;
 use crate::server::resolve::{fail, install};
 use crate::server::worker::AbortOnPanic;
 use crate::source::{Content, Failure, Fetched, Filled, Reply};
@@ -23,6 +24,7 @@ pub(crate) struct Pending {
     /// Whether somebody waits for them, and the place of that fault in flight; else they are asked for ahead.
     asked: Option<Option<usize>>,
     began: Option<Instant>,
+    _permit: Option<Permit>,
 }
 
 /// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
@@ -31,12 +33,13 @@ pub(super) fn fetch(
     claim: Claim<'_>,
     (source, offset): (&Fetched, u64),
     asked: Option<Option<usize>>,
+    permit: Option<Permit>,
 ) {
     // A region that is being dropped needs no page any more: the claim is given back.
     let Some(visit) = region.enter_owned() else { return region.counters.land(asked.flatten()) };
     let began = region.counters.clock();
     let span = claim.keep();
-    let pending = Pending { region: Arc::clone(region), _visit: visit, span, asked, began };
+    let pending = Pending { region: Arc::clone(region), _visit: visit, span, asked, began, _permit: permit };
     let reply = Reply::to_pages(pending, region.page_size().bytes_of(span));
     // If it panics, the reply is dropped on the way, which is an answer.
     let _ = catch_unwind(AssertUnwindSafe(|| source.0.fetch(offset, reply)));

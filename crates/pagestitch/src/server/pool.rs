@@ -11,7 +11,7 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
-use crate::server::berths::Berths;
+use crate::server::berths::{Berths, Permits};
 use crate::server::placement::{Placement, Places};
 use crate::server::watchdog::Limits;
 use crate::server::worker::{Ahead, Handed, Worker};
@@ -67,6 +67,7 @@ impl Pool {
             placement: Placement::Auto,
             name: String::from("pagestitch"),
             limits: Limits::default(),
+            in_flight: None,
         }
     }
 
@@ -115,6 +116,7 @@ pub struct PoolBuilder {
     placement: Placement,
     name: String,
     limits: Limits,
+    in_flight: Option<usize>,
 }
 
 impl PoolBuilder {
@@ -140,6 +142,14 @@ impl PoolBuilder {
         self
     }
 
+    /// How many faults may be in flight at once, over all regions: each worker has one, and those beyond are fetches of sources that answer
+    /// later ([`Fetch`](crate::source::Fetch)). Where there are as many, a worker waits for such a source as for any other. By default as
+    /// many as the sources take. No less than the workers.
+    pub fn in_flight(mut self, most: usize) -> Self {
+        self.in_flight = Some(most);
+        self
+    }
+
     /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
     /// waiting thread; and counts it. Takes a thread that looks four times in that time.
     pub fn overdue_after(mut self, age: Duration) -> Self {
@@ -162,7 +172,10 @@ impl PoolBuilder {
     pub fn start(self) -> Result<Pool, Error> {
         let places = Places::decide(self.workers, &self.placement)?;
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
-        let shared = Shared::new(&places).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+        let mut shared =
+            Shared::new(&places).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+        let fetches = self.in_flight.map(|most| most.saturating_sub(places.workers));
+        shared.permits = fetches.map(|most| Arc::new(Permits::new(most)));
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle {
@@ -253,6 +266,7 @@ pub(super) struct Shared {
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
     /// Workers that slow regions hold up, and their faults that wait.
     pub(super) slow: Berths<Handed>,
+    permits: Option<Arc<Permits>>,
     epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
@@ -285,7 +299,7 @@ impl Shared {
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
         let slow = Berths::new(HANDED_MAX);
-        Ok(Self { stop, bell, handed, ahead, slow, epolls, wakes, regions: RwLock::default() })
+        Ok(Self { stop, bell, handed, ahead, slow, permits: None, epolls, wakes, regions: RwLock::default() })
     }
 
     /// The region whose uffd is `fd`, if it is still served.
@@ -367,6 +381,9 @@ impl Shared {
                 region.name
             );
             return Err(Error::new(ErrorKind::Busy, what));
+        }
+        if let Some(permits) = &self.permits {
+            let _ = region.permits.set(Arc::clone(permits));
         }
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
         drop(regions);
