@@ -1,10 +1,10 @@
 //! The journey of a fault. Read this page first.
 
 use crate::metrics::{Flight, Part};
-use crate::policy::OnFailure;
+use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
-use crate::server::pending::fetch;
+use crate::server::pending::{Wanted, fetch};
 use crate::server::resolve::{Stopped, fail, install, poison};
 use crate::source::{Buffers, Failure, fill, fill_zeroing};
 use nix::time::{ClockId, clock_gettime};
@@ -30,15 +30,11 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     let (_entered, flight) = (span.enter(), region.counters.begin(page, thread, read));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
-    if let Some(recorder) = &region.recorder {
-        recorder.note(page);
-    }
-    let wide = region.policy.widen(page);
-    region.counters.here().pages_ahead_used.add(wide.passed as u64);
+    let wide = widen(region, page);
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
     {
-        fetch(region, claim, (source, offset), Some(flight.map(Flight::keep)), permit);
+        fetch(region, claim, (source, offset), Wanted::Now(flight.map(Flight::keep)), permit);
         return [wide.now, wide.ahead];
     }
     let block = region.movable_block(page).or(wide.now);
@@ -54,6 +50,16 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     // What a whole block has cost is no fault's rent.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
     [dense, wide.ahead]
+}
+
+/// Takes note of a first touch; says what to fill beside the page.
+fn widen(region: &Served, page: Page) -> Wide {
+    if let Some(recorder) = &region.recorder {
+        recorder.note(page);
+    }
+    let wide = region.policy.widen(page);
+    region.counters.here().pages_ahead_used.add(wide.passed as u64);
+    wide
 }
 
 /// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
@@ -93,7 +99,7 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
             if let Some((some, source, offset)) = region.fetched_pages(claim.span())
                 && let Some(permit) = region.may_fetch()
             {
-                fetch(region, claim.split_off(some), (source, offset), None, permit);
+                fetch(region, claim.split_off(some), (source, offset), Wanted::Ahead, permit);
                 continue;
             }
             let filled = fill(region, claim.span(), buffers).ok()?;

@@ -21,10 +21,26 @@ pub(crate) struct Pending {
     /// Dropping the region waits for the answer.
     _visit: OwnedVisit,
     span: Span,
-    /// Whether somebody waits for them, and the place of that fault in flight; else they are asked for ahead.
-    asked: Option<Option<usize>>,
+    wanted: Wanted,
     began: Option<Instant>,
     _permit: Option<Permit>,
+}
+
+/// Why pages are fetched.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Wanted {
+    /// Somebody waits for them: the place of that fault among those in flight, if it has one.
+    Now(Option<usize>),
+    /// A reader is on its way.
+    Ahead,
+}
+
+impl Wanted {
+    fn land(self, region: &Served) {
+        if let Self::Now(place) = self {
+            region.counters.land(place);
+        }
+    }
 }
 
 /// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
@@ -32,14 +48,14 @@ pub(super) fn fetch(
     region: &Arc<Served>,
     claim: Claim<'_>,
     (source, offset): (&Fetched, u64),
-    asked: Option<Option<usize>>,
+    wanted: Wanted,
     permit: Option<Permit>,
 ) {
     // A region that is being dropped needs no page any more: the claim is given back.
-    let Some(visit) = region.enter_owned() else { return region.counters.land(asked.flatten()) };
+    let Some(visit) = region.enter_owned() else { return wanted.land(region) };
     let began = region.counters.clock();
     let span = claim.keep();
-    let pending = Pending { region: Arc::clone(region), _visit: visit, span, asked, began, _permit: permit };
+    let pending = Pending { region: Arc::clone(region), _visit: visit, span, wanted, began, _permit: permit };
     let reply = Reply::to_pages(pending, region.page_size().bytes_of(span));
     // If it panics, the reply is dropped on the way, which is an answer.
     let _ = catch_unwind(AssertUnwindSafe(|| source.0.fetch(offset, reply)));
@@ -49,14 +65,14 @@ impl Pending {
     /// The source has answered: in whichever thread.
     pub(crate) fn settle(self, answer: io::Result<&[u8]>) {
         let _abort = AbortOnPanic::armed();
-        let Self { region, span, asked, began, .. } = &self;
+        let Self { region, span, wanted, began, .. } = &self;
         region.counters.took(Part::Fill, *began);
         let mut claim = region.pages.resume(*span, region.as_ref());
         // Where it is not settled to its end, the claim is given back when it is dropped, and who waits faults again.
         let began = region.counters.clock();
         match answer {
             Ok(bytes) => {
-                let ahead = if asked.is_some() { 0 } else { span.pages as u64 };
+                let ahead = if matches!(wanted, Wanted::Ahead) { span.pages as u64 } else { 0 };
                 let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
                 if install(region, &mut claim, filled).is_ok() {
                     region.counters.here().pages_ahead.add(ahead);
@@ -64,13 +80,13 @@ impl Pending {
             }
             Err(error) => {
                 region.counters.here().source_errors.add(1);
-                if asked.is_some() {
+                if matches!(wanted, Wanted::Now(_)) {
                     let _ = fail(region, &mut claim, self.failure(error));
                 }
             }
         }
         region.counters.took(Part::Resolve, began);
-        region.counters.land(asked.flatten());
+        wanted.land(region);
     }
 
     fn failure(&self, error: io::Error) -> Failure {
