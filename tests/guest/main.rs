@@ -289,4 +289,4 @@ fn target() -> PathBuf {
 }
 
 const QEMU: &str = "qemu-system-x86_64";
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(600);
