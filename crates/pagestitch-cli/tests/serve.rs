@@ -146,3 +146,40 @@ fn what_the_first_guest_touches_is_there_for_the_next_one() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(said, "pagestitch: touches is no recording of first touches\n");
 }
+
+/// With descriptors for a few guests, the others wait until these have ended: none is lost.
+#[test]
+fn guests_wait_for_descriptors() {
+    let test = "guests_wait_for_descriptors";
+    let life = |folder: &Path| {
+        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+            let _stream = guest.hand_over(path.as_ref()).unwrap();
+            assert_eq!(guest.read(1000 * PAGE), (1000 % 251) as u8 + 1);
+            std::thread::sleep(Duration::from_millis(30));
+            assert_eq!(guest.read(2000 * PAGE), (2000 % 251) as u8 + 1);
+        })
+    };
+    if child::is_child(test) {
+        life(Path::new(""));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let command = format!(
+        "ulimit -n 28 && exec {} serve firecracker --socket socket --memory memory --workers 2 --patience 30",
+        env!("CARGO_BIN_EXE_pagestitch")
+    );
+    let mut handler = Command::new("sh")
+        .args(["-c", &command])
+        .current_dir(folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    wait_for(&folder.path().join("socket"));
+    let guests: Vec<_> = (0..12).map(|_| life(folder.path())).collect();
+    guests.into_iter().for_each(|guest| guest.end().expect_pass());
+    handler.kill().unwrap();
+    let said = handler.wait_with_output().unwrap();
+    println!("{}", String::from_utf8_lossy(&said.stderr));
+}

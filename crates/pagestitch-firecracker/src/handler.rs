@@ -341,6 +341,12 @@ impl Handler {
     fn accept(&mut self) {
         let Some(listener) = &self.listener else { return };
         loop {
+            if !self.has_room() {
+                // A guest whose descriptor cannot be taken would wait for ever: it waits in the backlog until others end.
+                tracing::warn!("no descriptor left for another guest (ulimit -n): it waits until one ends");
+                std::thread::sleep(SHORTLY);
+                return;
+            }
             match listener.accept() {
                 Ok((stream, _)) => {
                     if stream.set_nonblocking(true).is_ok() {
@@ -352,11 +358,18 @@ impl Handler {
                 Err(error) => {
                     // No descriptor left: who is refused now waits in the backlog until one is.
                     tracing::error!(%error, "cannot accept a client: raise the limit on open files (ulimit -n)");
-                    std::thread::sleep(Duration::from_millis(50));
+                    std::thread::sleep(SHORTLY);
                     return;
                 }
             }
         }
+    }
+
+    /// Whether descriptors can be had for those who have connected, and one more.
+    fn has_room(&self) -> bool {
+        let needed = (self.clients.len() + 1) * DESCRIPTORS;
+        let tried: Result<Vec<_>, _> = (0..needed).map(|_| self.stop.as_fd().try_clone_to_owned()).collect();
+        tried.is_ok()
     }
 
     fn read_handshakes(&mut self, ready: &[bool], tell: &mut impl FnMut(&Event<'_>)) {
@@ -455,3 +468,8 @@ fn refuse(stream: &UnixStream, why: &HandshakeError, tell: &mut impl FnMut(&Even
 fn readable(fd: std::os::fd::BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
+
+/// What a guest takes: its connection, its userfaultfd, its process, and one that is soon given back.
+const DESCRIPTORS: usize = 4;
+/// Before it is looked again whether there are descriptors.
+const SHORTLY: Duration = Duration::from_millis(50);
