@@ -69,7 +69,9 @@ fn a_source_that_fails_is_counted_each_time_it_is_asked() {
         let meter = region.meter();
         region.populate(..).unwrap_err();
         region.heal(..).unwrap_err();
-        assert!(meter.source_errors() >= 2);
+        // Where there are no poison marks, it need not be asked again.
+        let least = if crate::signal_of_loss() == crate::SIGBUS { 2 } else { 1 };
+        assert!(meter.source_errors() >= least, "{:?}", meter.metrics());
         assert_eq!(meter.pages_poisoned(), 1);
     })
     .expect_pass();
