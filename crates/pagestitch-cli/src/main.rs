@@ -26,7 +26,7 @@ use tracing_subscriber::filter::LevelFilter;
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Print JSON instead of text: one object, or one a line for bench
+    /// Print JSON instead of text: one object, or one a line for bench and serve
     #[arg(long, global = true)]
     json: bool,
     /// Show what happens: regions and pools; twice, each page that is installed

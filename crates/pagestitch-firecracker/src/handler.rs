@@ -9,146 +9,19 @@
 
 use crate::guest::{Guest, Service};
 use crate::handshake::{Arriving, HandshakeError, Mappings};
-use crate::{Error, Snapshot};
+use crate::{Builder, Error, Event, OnStop, Snapshot};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::{Loss, Meter, Metrics, Pool, Process, Readahead, Recording};
+use nix::sys::eventfd::EventFd;
+use pagestitch::Process;
 use pagestitch_kernel::rights;
-use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// What becomes of guests when their handler is told to stop.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum OnStop {
-    /// What is missing of their memory is filled; they go on without a handler.
-    #[default]
-    Finish,
-    /// What is missing is lost: see [`Loss`].
-    Abandon,
-}
-
-/// Describes a handler. Made by [`Handler::builder`].
-#[derive(Debug)]
-#[must_use]
-pub struct Builder {
-    snapshot: Snapshot,
-    pool: Option<Pool>,
-    loss: Loss,
-    on_stop: OnStop,
-    readahead: Readahead,
-    patience: Duration,
-    record: Option<PathBuf>,
-    replay: Option<Recording>,
-    timed: bool,
-}
-
-impl Builder {
-    /// Who answers faults: by default a pool of its own.
-    pub fn pool(mut self, pool: &Pool) -> Self {
-        self.pool = Some(pool.clone());
-        self
-    }
-
-    /// What becomes of a guest when bytes of its memory cannot be had. By default whoever touches them gets SIGBUS.
-    pub const fn on_loss(mut self, loss: Loss) -> Self {
-        self.loss = loss;
-        self
-    }
-
-    /// What becomes of guests when the handler is told to stop. By default their memory is filled.
-    pub const fn on_stop(mut self, on_stop: OnStop) -> Self {
-        self.on_stop = on_stop;
-        self
-    }
-
-    /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
-    pub const fn readahead(mut self, readahead: Readahead) -> Self {
-        self.readahead = readahead;
-        self
-    }
-
-    /// Takes the time of the parts of each fault: see [`Meter::latency`].
-    pub const fn timed(mut self) -> Self {
-        self.timed = true;
-        self
-    }
-
-    /// How long a client may take to send its handshake. By default 5 seconds.
-    pub const fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
-        self
-    }
-
-    /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
-    /// is filled ahead.
-    pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
-        self.record = Some(path.into());
-        self
-    }
-
-    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there.
-    pub fn replay(mut self, recording: Recording) -> Self {
-        self.replay = Some(recording);
-        self
-    }
-
-    /// Listens at a path. A socket that nobody listens at any more is replaced.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::InUse`] if another handler listens there; [`Error::NoSocket`] if something else is there;
-    /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had.
-    pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
-        let path = path.into();
-        let failed = |source| Error::Listen { path: path.clone(), source };
-        let pool = self.pool.map_or_else(Pool::new, Ok)?;
-        let stop =
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
-        let stop = Arc::new(stop.map_err(|errno| Error::Wait(errno.into()))?);
-        make_room(&path)?;
-        let listener = UnixListener::bind(&path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, .. } = self;
-        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay, timed };
-        Ok(Handler {
-            listener: Some(listener),
-            path,
-            service,
-            on_stop,
-            patience,
-            record,
-            stop,
-            clients: vec![],
-            guests: vec![],
-        })
-    }
-}
-
-/// Removes a socket that was left behind.
-fn make_room(path: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Listen { path: path.into(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-        Ok(there) if !there.file_type().is_socket() => return Err(Error::NoSocket(path.into())),
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Error::InUse(path.into())),
-    }
-}
 
 /// Serves any number of guests that are restored from one snapshot.
 #[derive(Debug)]
@@ -173,84 +46,6 @@ struct Client {
     until: Instant,
 }
 
-/// What has happened. `Display` is a line for a person.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum Event<'a> {
-    /// A guest is served.
-    Restored {
-        /// Its VMM.
-        owner: &'a Process,
-        /// How much memory it has.
-        bytes: u64,
-        /// What happens in it.
-        meter: Meter,
-    },
-    /// A client is not served.
-    Refused {
-        /// Its process, if it can be told.
-        owner: Option<i32>,
-        /// Why not.
-        why: &'a HandshakeError,
-    },
-    /// A guest's VMM has ended.
-    Ended {
-        /// It.
-        owner: &'a Process,
-        /// What was done for it.
-        metrics: Metrics,
-        /// Pages whose bytes could not be had.
-        lost: usize,
-    },
-    /// The first touches of a guest were written to a file.
-    Recorded {
-        /// Its VMM.
-        owner: &'a Process,
-        /// The file.
-        path: &'a Path,
-        /// How many pages, or why it could not be written.
-        outcome: Result<usize, pagestitch::Error>,
-    },
-    /// A guest was left to itself, with all of its memory or, if it is an error, without.
-    Left {
-        /// Its VMM.
-        owner: &'a Process,
-        /// What was done for it.
-        outcome: Result<Metrics, pagestitch::Error>,
-    },
-}
-
-impl fmt::Display for Event<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Restored { owner, bytes, .. } => write!(f, "{owner}: serving {} MiB", bytes >> 20),
-            Self::Refused { owner: Some(pid), why } => write!(f, "process {pid}: refused: it {why}"),
-            Self::Refused { owner: None, why } => write!(f, "a client: refused: it {why}"),
-            Self::Ended { owner, metrics, lost: 0 } => {
-                write!(
-                    f,
-                    "{owner}: ended after {} faults, {} pages",
-                    metrics.faults,
-                    metrics.pages_installed()
-                )
-            }
-            Self::Ended { owner, lost, .. } => {
-                write!(f, "{owner}: ended; {lost} pages of it could not be had")
-            }
-            Self::Recorded { owner, path, outcome: Ok(pages) } => {
-                write!(f, "{owner}: {pages} first touches recorded in {}", path.display())
-            }
-            Self::Recorded { owner, outcome: Err(error), .. } => {
-                write!(f, "{owner}: its first touches are lost: {error}")
-            }
-            Self::Left { owner, outcome: Ok(metrics) } => {
-                write!(f, "{owner}: left to itself, {} pages filled", metrics.pages_installed())
-            }
-            Self::Left { owner, outcome: Err(error) } => write!(f, "{owner}: left incomplete: {error}"),
-        }
-    }
-}
-
 /// Tells a handler to stop: from a signal handler or another thread. A second time: not to wait for what is missing.
 #[derive(Debug, Clone)]
 pub struct Stopper(Arc<EventFd>);
@@ -263,19 +58,21 @@ impl Stopper {
 }
 
 impl Handler {
+    /// Listens, with nobody there yet.
+    pub(crate) fn new(
+        listener: UnixListener,
+        path: PathBuf,
+        service: Service,
+        (on_stop, patience, record): (OnStop, Duration, Option<PathBuf>),
+        stop: Arc<EventFd>,
+    ) -> Self {
+        let (clients, guests) = (vec![], vec![]);
+        Self { listener: Some(listener), path, service, on_stop, patience, record, stop, clients, guests }
+    }
+
     /// Starts to describe a handler for guests restored from a snapshot.
     pub const fn builder(snapshot: Snapshot) -> Builder {
-        Builder {
-            snapshot,
-            pool: None,
-            loss: Loss::Poison,
-            record: None,
-            timed: false,
-            replay: None,
-            on_stop: OnStop::Finish,
-            readahead: Readahead::Adaptive,
-            patience: Duration::from_secs(5),
-        }
+        Builder::new(snapshot)
     }
 
     /// What to stop it by.

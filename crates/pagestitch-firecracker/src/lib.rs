@@ -13,7 +13,9 @@
 //! |---|---|
 //! | `handshake` | the message, as every version of Firecracker sends it; and everything that is no such message |
 //! | `snapshot` | memory files: a base, and diffs over it |
-//! | `handler` | listens, takes guests in, sees them end; drains |
+//! | `builder` | describes a handler, and has it listen |
+//! | `handler` | takes guests in, sees them end; drains |
+//! | `event` | what it tells |
 //! | `guest` | one guest: its memory, as it is served |
 //!
 //! Firecracker hangs for ever if its handler dies, and so would its guest. Hence the promises: a handler that is told to stop
@@ -34,12 +36,16 @@
 
 #![forbid(unsafe_code)]
 
+mod builder;
+mod event;
 mod guest;
 mod handler;
 mod handshake;
 mod snapshot;
 
-pub use handler::{Builder, Event, Handler, OnStop, Stopper};
+pub use builder::{Builder, OnStop};
+pub use event::Event;
+pub use handler::{Handler, Stopper};
 pub use handshake::{HandshakeError, Mapping, Mappings};
 pub use snapshot::Snapshot;
 

@@ -1,0 +1,142 @@
+//! Describing a handler, and having it listen.
+
+use crate::guest::Service;
+use crate::{Error, Handler, Snapshot};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch::{Loss, Pool, Readahead, Recording};
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What becomes of guests when their handler is told to stop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnStop {
+    /// What is missing of their memory is filled; they go on without a handler.
+    #[default]
+    Finish,
+    /// What is missing is lost: see [`Loss`].
+    Abandon,
+}
+
+/// Describes a handler. Made by [`Handler::builder`].
+#[derive(Debug)]
+#[must_use]
+pub struct Builder {
+    snapshot: Snapshot,
+    pool: Option<Pool>,
+    loss: Loss,
+    on_stop: OnStop,
+    readahead: Readahead,
+    patience: Duration,
+    record: Option<PathBuf>,
+    replay: Option<Recording>,
+    timed: bool,
+}
+
+impl Builder {
+    pub(crate) const fn new(snapshot: Snapshot) -> Self {
+        Self {
+            snapshot,
+            pool: None,
+            loss: Loss::Poison,
+            on_stop: OnStop::Finish,
+            readahead: Readahead::Adaptive,
+            patience: Duration::from_secs(5),
+            record: None,
+            replay: None,
+            timed: false,
+        }
+    }
+
+    /// Who answers faults: by default a pool of its own.
+    pub fn pool(mut self, pool: &Pool) -> Self {
+        self.pool = Some(pool.clone());
+        self
+    }
+
+    /// What becomes of a guest when bytes of its memory cannot be had. By default whoever touches them gets SIGBUS.
+    pub const fn on_loss(mut self, loss: Loss) -> Self {
+        self.loss = loss;
+        self
+    }
+
+    /// What becomes of guests when the handler is told to stop. By default their memory is filled.
+    pub const fn on_stop(mut self, on_stop: OnStop) -> Self {
+        self.on_stop = on_stop;
+        self
+    }
+
+    /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
+    pub const fn readahead(mut self, readahead: Readahead) -> Self {
+        self.readahead = readahead;
+        self
+    }
+
+    /// Takes the time of the parts of each fault: see [`Meter::latency`](pagestitch::Meter::latency).
+    pub const fn timed(mut self) -> Self {
+        self.timed = true;
+        self
+    }
+
+    /// How long a client may take to send its handshake. By default 5 seconds.
+    pub const fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
+    /// is filled ahead.
+    pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
+        self.record = Some(path.into());
+        self
+    }
+
+    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there.
+    pub fn replay(mut self, recording: Recording) -> Self {
+        self.replay = Some(recording);
+        self
+    }
+
+    /// Listens at a path. A socket that nobody listens at any more is replaced.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InUse`] if another handler listens there; [`Error::NoSocket`] if something else is there;
+    /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had.
+    pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
+        let path = path.into();
+        let failed = |source| Error::Listen { path: path.clone(), source };
+        let pool = self.pool.map_or_else(Pool::new, Ok)?;
+        let stop =
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
+        let stop = Arc::new(stop.map_err(|errno| Error::Wait(errno.into()))?);
+        make_room(&path)?;
+        let listener = UnixListener::bind(&path).map_err(failed)?;
+        listener.set_nonblocking(true).map_err(failed)?;
+        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, .. } = self;
+        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay, timed };
+        Ok(Handler::new(listener, path, service, (on_stop, patience, record), stop))
+    }
+}
+
+/// Removes a socket that was left behind.
+fn make_room(path: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Listen { path: path.into(), source };
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(there) if !there.file_type().is_socket() => return Err(Error::NoSocket(path.into())),
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(Error::InUse(path.into())),
+    }
+}

@@ -1,0 +1,110 @@
+//! Leaving: what was not filled is made bad, and the memory is its owner's again.
+
+use super::memory::Loss;
+use super::pages::Adopted;
+use crate::region::Served;
+use crate::region::page_table::State;
+use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
+use std::thread;
+use std::time::Duration;
+
+/// The last act before the uffd of adopted memory is closed, when nobody works for the region any more: what was not filled
+/// is made bad, as it would be zeros. What the owner let go of is zeros, and is left.
+pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
+    let mut rest = region.place.all();
+    let mut lost = 0;
+    while let Some(absent) = next_absent(region, adopted, rest) {
+        // Before it meets a page that is bad.
+        if adopted.loss == Loss::Kill {
+            return end(region, adopted, Outcome::Refused(Errno::ENODATA));
+        }
+        rest = rest.without_prefix(absent.first.0 - rest.first.0);
+        match lose(region, adopted, adopted.contiguous(absent.prefix(POISON_PAGES))) {
+            Ok((pages, bad)) => {
+                lost += bad;
+                rest = rest.without_prefix(pages);
+            }
+            Err(outcome) => return end(region, adopted, outcome),
+        }
+    }
+    if lost > 0 {
+        tracing::warn!(region = region.name, pages = lost, "abandoned before it was filled: poisoned");
+    }
+    release(region, adopted);
+}
+
+/// The next pages of a span that are to have bytes and have none.
+fn next_absent(region: &Served, adopted: &Adopted, span: Span) -> Option<Span> {
+    let mut rest = span;
+    loop {
+        let kept = adopted.next_kept(rest);
+        if kept.is_empty() {
+            return None;
+        }
+        let absent = first_absent(region, kept);
+        if !absent.is_empty() {
+            return Some(absent);
+        }
+        rest = rest.without_prefix(kept.end().0 - rest.first.0);
+    }
+}
+
+/// Ends the registration: its owner may hold the uffd, too, and would wait for ever for what nobody reads from it.
+fn release(region: &Served, adopted: &Adopted) {
+    for part in &adopted.parts {
+        // What is refused was unmapped, or its owner has ended.
+        let _ = region.uffd.unregister(adopted.addresses(part.span));
+    }
+    // Who was on the way to let go of something waits until that is read.
+    let mut batch = Batch::with_capacity(POISON_PAGES);
+    for _ in 0..2 {
+        region.read_events(&mut batch);
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The absent pages of a span up to the next that is not.
+fn first_absent(region: &Served, span: Span) -> Span {
+    let here = |page: &Page| matches!(region.pages.state(*page), State::Present | State::Poisoned);
+    let before = span.iter().take_while(here).count();
+    let rest = span.without_prefix(before);
+    rest.prefix(rest.iter().take_while(|page| !here(page)).count())
+}
+
+/// Makes pages bad that are missing: how many were looked at, and how many of these were.
+fn lose(region: &Served, adopted: &Adopted, span: Span) -> Result<(usize, usize), Outcome> {
+    match region.uffd.poison(adopted.addresses(span)) {
+        Outcome::Done => Ok((span.pages, span.pages)),
+        Outcome::Partial { bytes } => Ok((bytes / adopted.page.bytes(), bytes / adopted.page.bytes())),
+        Outcome::AlreadyThere => Ok((1, 0)),
+        Outcome::Changing => {
+            // The owner lets go of something, and waits for us to know.
+            region.read_events(&mut Batch::with_capacity(POISON_PAGES));
+            thread::yield_now();
+            Ok((0, 0))
+        }
+        // Unmapped since: nobody can touch it.
+        Outcome::NotRegistered => Ok((1, 0)),
+        outcome => Err(outcome),
+    }
+}
+
+/// There is no way to mark pages: the owner has to end, or it would read zeros or wait for ever.
+fn end(region: &Served, adopted: &Adopted, why: Outcome) {
+    if why == Outcome::ProcessGone {
+        return;
+    }
+    match adopted.end_owner() {
+        Ok(()) => {
+            tracing::warn!(region = region.name, ?why, "abandoned before it was filled: its owner was ended")
+        }
+        Err(errno) => {
+            tracing::error!(region = region.name, ?why, %errno, "abandoned, and its owner cannot be ended: it may wait for ever");
+            // Closing would show it zeros: better that it waits.
+            region.keep_open();
+        }
+    }
+}
+
+/// Pages marked at once.
+const POISON_PAGES: usize = 512;

@@ -1,0 +1,141 @@
+//! Adopted memory as it is served: where each page is, which were let go, and who may install.
+
+use super::memory::{LetGo, Loss};
+use pagestitch_kernel::process::Process;
+use pagestitch_kernel::words::Words;
+use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Adopted memory as it is served.
+#[derive(Debug)]
+pub(crate) struct Adopted {
+    pub(super) page: PageSize,
+    pages: usize,
+    /// In the order of the pages.
+    pub(super) parts: Vec<Part>,
+    /// A bit for each page that its owner has let go of: zeros since.
+    removed: Words,
+    /// Held by all who install, and alone by who reads events: what is installed is what the page holds *now*. Who lets
+    /// go of pages runs on as soon as its event is read, and old bytes must not come after.
+    map: RwLock<()>,
+    owner: Option<Arc<Process>>,
+    pub(super) loss: Loss,
+    let_go: LetGo,
+}
+
+/// A range of addresses and the pages that it holds.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub(super) span: Span,
+    pub(super) start: usize,
+}
+
+impl Adopted {
+    pub(super) fn new(
+        page: PageSize,
+        parts: Vec<Part>,
+        owner: Option<Arc<Process>>,
+        loss: Loss,
+        let_go: LetGo,
+    ) -> Result<Self, Errno> {
+        let pages = parts.last().map_or(0, |part| part.span.end().0);
+        let words = NonZeroUsize::new(pages.div_ceil(64)).expect("at least one page");
+        let removed = Words::new(words)?;
+        Ok(Self { page, pages, parts, removed, map: RwLock::new(()), owner, loss, let_go })
+    }
+
+    pub(crate) const fn page_size(&self) -> PageSize {
+        self.page
+    }
+
+    pub(crate) const fn pages(&self) -> usize {
+        self.pages
+    }
+
+    pub(crate) fn addresses(&self, span: Span) -> AddressRange {
+        let part = self.part_of(span.first);
+        assert!(span.end() <= part.span.end(), "{span:?} is not inside {part:?}");
+        let start = part.start + (span.first.0 - part.span.first.0) * self.page.bytes();
+        AddressRange::new(start, self.page.bytes_of(span), self.page)
+            .expect("whole pages of an aligned range")
+    }
+
+    pub(crate) fn contiguous(&self, span: Span) -> Span {
+        span.prefix(self.part_of(span.first).span.end().0 - span.first.0)
+    }
+
+    pub(crate) fn page_at(&self, address: usize) -> Option<Page> {
+        // A few, as a rule: guests have one or two.
+        self.parts.iter().find_map(|part| {
+            let offset = address.checked_sub(part.start)?;
+            let page = Page(part.span.first.0 + offset / self.page.bytes());
+            (page < part.span.end()).then_some(page)
+        })
+    }
+
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (Span, usize)> {
+        self.parts.iter().map(|part| (part.span, part.start))
+    }
+
+    /// Until it is dropped, no event is read.
+    pub(crate) fn hold(&self) -> RwLockReadGuard<'_, ()> {
+        self.map.read()
+    }
+
+    /// Until it is dropped, nothing is installed.
+    pub(crate) fn change(&self) -> RwLockWriteGuard<'_, ()> {
+        self.map.write()
+    }
+
+    /// Takes note that the owner has let go of a span.
+    pub(crate) fn remove(&self, span: Span) {
+        if self.let_go == LetGo::Zeros {
+            for page in span.iter() {
+                self.removed[page.0 / 64].fetch_or(1 << (page.0 % 64), Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// How many pages of a span, from its first on, were let go alike, or not; and which of the two.
+    pub(crate) fn removed_prefix(&self, span: Span) -> (usize, bool) {
+        let is_removed =
+            |page: Page| self.removed[page.0 / 64].load(Ordering::SeqCst) >> (page.0 % 64) & 1 == 1;
+        let first = is_removed(span.first);
+        let same = |page: Page| is_removed(page) == first;
+        (span.iter().take_while(|&page| same(page)).count(), first)
+    }
+
+    /// The first pages of a span that are to have bytes: not what a balloon has taken.
+    pub(crate) fn next_kept(&self, span: Span) -> Span {
+        let mut rest = span;
+        while !rest.is_empty() {
+            match self.removed_prefix(rest) {
+                (pages, false) => return rest.prefix(pages),
+                (pages, true) => rest = rest.without_prefix(pages),
+            }
+        }
+        rest
+    }
+
+    /// Bytes of a page were lost: whether its owner was to be ended for it.
+    pub(crate) fn lose(&self, region: &str) {
+        if self.loss == Loss::Kill
+            && let Err(errno) = self.end_owner()
+        {
+            tracing::error!(region, %errno, "cannot end the owner");
+        }
+    }
+
+    /// Ends whoever owns the memory.
+    pub(crate) fn end_owner(&self) -> Result<(), Errno> {
+        self.owner.as_ref().ok_or(Errno::ESRCH)?.kill()
+    }
+
+    fn part_of(&self, page: Page) -> &Part {
+        let part = self.parts.iter().find(|part| part.span.contains(page));
+        part.expect("a page of the region")
+    }
+}
