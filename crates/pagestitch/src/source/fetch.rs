@@ -26,7 +26,8 @@ use std::sync::Arc;
 ///         1 << 20
 ///     }
 ///     fn fetch(&self, _offset: u64, reply: Reply) {
-///         std::thread::spawn(move || reply.answer(&vec![7; reply.len()]));    // from wherever, whenever
+///         let sevens = vec![7; reply.len()];
+///         std::thread::spawn(move || reply.answer(&sevens));       // from wherever, whenever
 ///     }
 /// }
 /// let region = Region::builder().chunk(Chunk::fetch(Arc::new(Sevens))).build(&Pool::new()?)?;
