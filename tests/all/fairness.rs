@@ -61,7 +61,7 @@ fn a_region_with_a_slow_source_does_not_hold_up_the_others() {
             });
         }
         // Until it is known to be slow.
-        thread::sleep(Duration::from_millis(100));
+        crate::until(|| slow_region.metrics().pages_read >= 3);
         let mut latencies: Vec<Duration> = (0..300)
             .map(|page| {
                 let started = Instant::now();
