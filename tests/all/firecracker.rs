@@ -368,6 +368,17 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
     running.expect("sent 100 descriptors");
     let _endless = say(&vec![b' '; 2 << 20]);
     running.expect("more than 1024 KiB");
+    // More memory than there are addresses in use: nobody looks at each page of it.
+    let huge = Guest::new(&[PAGE], false).unwrap();
+    let stream = UnixStream::connect(&path).unwrap();
+    rights::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
+    running.expect("has 70368744177664 bytes of memory");
+    // Who sends a byte now and then has no more time than others.
+    let mut trickling = say(b"[");
+    until(|| {
+        thread::sleep(Duration::from_millis(10));
+        trickling.write_all(b" ").is_err()
+    });
     let end = child::beside(test, path.to_str().unwrap(), life);
     end.end().expect_pass();
     // Who says nothing has half a second.

@@ -173,10 +173,11 @@ impl Handler {
         let now = Instant::now();
         let clients = std::mem::take(&mut self.clients);
         for (mut client, &ready) in clients.into_iter().zip(ready) {
-            let answer = match ready {
-                true => client.read(),
-                false if client.until <= now => Err(client.arriving.late(self.patience)),
-                false => Ok(None),
+            let answer = if ready { client.read() } else { Ok(None) };
+            // Also who sends a byte now and then.
+            let answer = match answer {
+                Ok(None) if client.until <= now => Err(client.arriving.late(self.patience)),
+                answer => answer,
             };
             match answer {
                 Ok(None) => self.clients.push(client),

@@ -19,7 +19,7 @@ pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
             return end(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);
-        match lose(region, adopted, adopted.contiguous(absent.prefix(POISON_PAGES))) {
+        match lose(region, adopted, adopted.contiguous(absent)) {
             Ok((pages, bad)) => {
                 lost += bad;
                 rest = rest.without_prefix(pages);
@@ -33,20 +33,21 @@ pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
     release(region, adopted);
 }
 
-/// The next pages of a span that are to have bytes and have none.
+/// The next pages of a span that are to have bytes and have none, as many as are marked at once.
 fn next_absent(region: &Served, adopted: &Adopted, span: Span) -> Option<Span> {
     let mut rest = span;
-    loop {
-        let kept = adopted.next_kept(rest);
-        if kept.is_empty() {
-            return None;
-        }
-        let absent = first_absent(region, kept);
+    while !rest.is_empty() {
+        // No farther than it is used: who looks at all that is left each time looks for ever in a large guest.
+        let window = rest.prefix(POISON_PAGES);
+        let kept = adopted.next_kept(window);
+        let absent = if kept.is_empty() { kept } else { first_absent(region, kept) };
         if !absent.is_empty() {
             return Some(absent);
         }
-        rest = rest.without_prefix(kept.end().0 - rest.first.0);
+        let seen = if kept.is_empty() { window } else { kept };
+        rest = rest.without_prefix(seen.end().0 - rest.first.0);
     }
+    None
 }
 
 /// Ends the registration: its owner may hold the uffd, too, and would wait for ever for what nobody reads from it.

@@ -8,7 +8,6 @@
 //!
 //! Nothing can be mapped there, moved there, or asked of its pages: they are copied, and what the kernel says is all that is
 //! known. What its owner lets go of is zeros from then on, as it is in any memory: the source has lost it.
-
 //!
 //! | file | what |
 //! |---|---|
