@@ -367,7 +367,10 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
     let _many = hand(&list(TOTAL), 100);
     running.expect("sent 100 descriptors");
     let _endless = say(&vec![b' '; 2 << 20]);
-    running.expect("more than 1024 KiB");
+    // Where the machine is slow, its time is over first.
+    until(|| {
+        running.has_told("more than 1024 KiB") || running.has_told("sent nothing complete within 500ms: ")
+    });
     // More memory than there are addresses in use: nobody looks at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
     let stream = UnixStream::connect(&path).unwrap();
