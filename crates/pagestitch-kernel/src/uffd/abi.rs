@@ -3,6 +3,7 @@
 //! Written out because system headers lag behind the running kernel. Sizes are proved below; the request
 //! numbers follow from them.
 
+use super::outcome::Waiters;
 use crate::page::AddressRange;
 use nix::{ioctl_readwrite, ioctl_write_int_bad, request_code_none};
 
@@ -37,6 +38,19 @@ pub(super) struct Progress {
     pub(super) range: Range,
     pub(super) mode: u64,
     pub(super) done: i64,
+}
+
+impl Copy {
+    pub(super) fn new(range: AddressRange, source: usize, waiters: Waiters) -> Self {
+        let (dst, len) = (range.start() as u64, range.bytes() as u64);
+        Self { dst, src: source as u64, len, mode: waiters.mode(), copied: 0 }
+    }
+}
+
+impl Progress {
+    pub(super) fn new(range: AddressRange, waiters: Waiters) -> Self {
+        Self { range: range.into(), mode: waiters.mode(), done: 0 }
+    }
 }
 
 #[repr(C)]

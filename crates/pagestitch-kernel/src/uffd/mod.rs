@@ -9,12 +9,16 @@
 //! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
 
 mod abi;
+#[cfg(feature = "inject")]
+pub mod inject;
 mod open;
 mod outcome;
 
 pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, handshake_probe};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
+
+use outcome::{Operation, Waiters};
 
 use crate::page::AddressRange;
 use crate::pages::Donated;
@@ -131,47 +135,49 @@ impl Uffd {
 
     /// Has the kernel copy from an address: it can be anything, and says so if it cannot be read.
     fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
-        let mut request = abi::Copy {
-            dst: range.start() as u64,
-            src: source as u64,
-            len: range.bytes() as u64,
-            mode: 0,
-            copied: 0,
-        };
-        // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads its source.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
-        Outcome::interpret(answer, range.bytes(), request.copied)
+        self.fill(Operation::Copy, range, |range, waiters| {
+            let mut request = abi::Copy::new(range, source, waiters);
+            // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads its source.
+            #[expect(unsafe_code, reason = "an ioctl")]
+            let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
+            Outcome::interpret(answer, range.bytes(), request.copied)
+        })
     }
 
     /// Fills the missing pages of `range` with the zero page and wakes who waits for them. Not for hugetlbfs.
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     pub fn zero(&self, range: AddressRange) -> Outcome {
-        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
-        // SAFETY: `request` is a uffdio_zeropage that lives through the call.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        let answer = unsafe { abi::zeropage(self.raw(), &raw mut request) };
-        Outcome::interpret(answer, range.bytes(), request.done)
+        self.fill(Operation::Zero, range, |range, waiters| {
+            let mut request = abi::Progress::new(range, waiters);
+            // SAFETY: `request` is a uffdio_zeropage that lives through the call.
+            #[expect(unsafe_code, reason = "an ioctl")]
+            let answer = unsafe { abi::zeropage(self.raw(), &raw mut request) };
+            Outcome::interpret(answer, range.bytes(), request.done)
+        })
     }
 
     /// Maps the pages that the file behind `range` has in its page cache (minor faults), and wakes. Linux 5.13.
     #[doc(alias = "UFFDIO_CONTINUE")]
     pub fn map_cached(&self, range: AddressRange) -> Outcome {
-        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
-        // SAFETY: `request` is a uffdio_continue that lives through the call.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        let answer = unsafe { abi::r#continue(self.raw(), &raw mut request) };
-        Outcome::interpret(answer, range.bytes(), request.done)
+        self.fill(Operation::Continue, range, |range, waiters| {
+            let mut request = abi::Progress::new(range, waiters);
+            // SAFETY: `request` is a uffdio_continue that lives through the call.
+            #[expect(unsafe_code, reason = "an ioctl")]
+            let answer = unsafe { abi::r#continue(self.raw(), &raw mut request) };
+            Outcome::interpret(answer, range.bytes(), request.done)
+        })
     }
 
     /// Makes the missing pages of `range` bad: whoever touches them, or waits for them, gets SIGBUS. Linux 6.6.
     #[doc(alias = "UFFDIO_POISON")]
     pub fn poison(&self, range: AddressRange) -> Outcome {
-        let mut request = abi::Progress { range: range.into(), mode: 0, done: 0 };
-        // SAFETY: `request` is a uffdio_poison that lives through the call.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        let answer = unsafe { abi::poison(self.raw(), &raw mut request) };
-        Outcome::interpret(answer, range.bytes(), request.done)
+        self.fill(Operation::Poison, range, |range, waiters| {
+            let mut request = abi::Progress::new(range, waiters);
+            // SAFETY: `request` is a uffdio_poison that lives through the call.
+            #[expect(unsafe_code, reason = "an ioctl")]
+            let answer = unsafe { abi::poison(self.raw(), &raw mut request) };
+            Outcome::interpret(answer, range.bytes(), request.done)
+        })
     }
 
     /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes. Linux 6.8.
@@ -190,16 +196,12 @@ impl Uffd {
     #[expect(unsafe_code, reason = "takes pages away")]
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
         assert_eq!(source.bytes(), range.bytes(), "as many pages move as are missing");
-        let mut request = abi::Copy {
-            dst: range.start() as u64,
-            src: source.start() as u64,
-            len: range.bytes() as u64,
-            mode: 0,
-            copied: 0,
-        };
-        // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
-        let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
-        Outcome::interpret(answer, range.bytes(), request.copied)
+        self.fill(Operation::Move, range, |range, waiters| {
+            let mut request = abi::Copy::new(range, source.start(), waiters);
+            // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
+            let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
+            Outcome::interpret(answer, range.bytes(), request.copied)
+        })
     }
 
     /// Moves donated pages in, as [`move_pages`](Self::move_pages) does: those from `offset` on, a multiple of the page
@@ -262,6 +264,20 @@ impl Uffd {
     pub fn wake(&self, range: AddressRange) -> Result<(), Errno> {
         let answer = self.fd.wake(range.start() as *mut c_void, range.bytes());
         answer.map_err(|error| errno_of(&error))
+    }
+
+    /// Has the kernel fill a range; or, in a test, something else happen there.
+    fn fill(
+        &self,
+        operation: Operation,
+        range: AddressRange,
+        ask: impl Fn(AddressRange, Waiters) -> Outcome,
+    ) -> Outcome {
+        #[cfg(feature = "inject")]
+        let outcome = inject::around(operation, range, self.opened_by != OpenedBy::Other, ask);
+        #[cfg(not(feature = "inject"))]
+        let (outcome, _) = (ask(range, Waiters::Woken), operation);
+        outcome
     }
 
     pub(crate) const fn events(&self) -> &userfaultfd::Uffd {

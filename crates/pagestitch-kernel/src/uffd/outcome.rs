@@ -34,6 +34,36 @@ pub enum Outcome {
     Refused(Errno),
 }
 
+/// What is answered with an outcome.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Operation {
+    Copy,
+    Zero,
+    Continue,
+    Poison,
+    Move,
+}
+
+/// Whether a fill wakes whoever waits for its pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiters {
+    Woken,
+    /// As if somebody else had filled them, without a thought of us.
+    #[cfg(feature = "inject")]
+    LeftAsleep,
+}
+
+impl Waiters {
+    /// `UFFDIO_*_MODE_DONTWAKE` is the same bit for each operation.
+    pub(super) const fn mode(self) -> u64 {
+        match self {
+            Self::Woken => 0,
+            #[cfg(feature = "inject")]
+            Self::LeftAsleep => 1,
+        }
+    }
+}
+
 impl Outcome {
     /// Reads the output field `done` before the errno of `answer`.
     pub(super) fn interpret(answer: nix::Result<i32>, requested: usize, done: i64) -> Self {

@@ -25,7 +25,6 @@ mod served;
 mod shared;
 
 use self::core::Core;
-pub(crate) use adopted::Adopted;
 pub use adopted::{AdoptedMemory, AdoptedRegion, LetGo, Loss};
 pub use builder::Builder;
 pub use chunk::Chunk;

@@ -5,7 +5,7 @@ use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::server::pending::{Wanted, fetch};
-use crate::server::resolve::{Stopped, fail, install, poison};
+use crate::server::resolve::{NotInstalled, Stopped, fail, given_up, install, poison};
 use crate::source::{Buffers, Failure, fill, fill_zeroing};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
@@ -121,36 +121,49 @@ pub(super) fn supply(
 ) -> Result<(), Stopped> {
     let mut failures = 0;
     while !claim.span().is_empty() {
-        match fill_some(region, &mut claim, buffers)? {
+        let wanted = asked.contains(claim.span().first);
+        match fill_some(region, &mut claim, buffers) {
             Ok(()) => failures = 0,
-            Err(failure) if asked.contains(claim.span().first) => {
+            Err(Unfilled::Changing) => return Err(Stopped::Changing),
+            Err(Unfilled::Source(failure)) if wanted => {
                 failures += 1;
                 endure(region, &mut claim, Failure { attempts: failures, ..failure }, buffers)?;
             }
+            Err(Unfilled::Kernel(failure)) if wanted => return Err(fail(region, &mut claim, failure)),
             Err(_) => return Ok(()),
         }
     }
     Ok(())
 }
 
-/// Fills and installs as many of the claim's first pages as go one way, or says why a source would not.
-fn fill_some(
-    region: &Served,
-    claim: &mut Claim<'_>,
-    buffers: &mut Buffers,
-) -> Result<Result<(), Failure>, Stopped> {
+/// Why the first page of a claim could not be filled.
+enum Unfilled {
+    Changing,
+    /// Its source does not give its bytes.
+    Source(Failure),
+    /// The kernel does not take them.
+    Kernel(Failure),
+}
+
+impl From<NotInstalled> for Unfilled {
+    fn from(not: NotInstalled) -> Self {
+        match not {
+            NotInstalled::Changing => Self::Changing,
+            NotInstalled::Refused(failure) => Self::Kernel(failure),
+        }
+    }
+}
+
+/// Fills and installs as many of the claim's first pages as go one way.
+fn fill_some(region: &Served, claim: &mut Claim<'_>, buffers: &mut Buffers) -> Result<(), Unfilled> {
     let began = region.counters.clock();
     let filled = fill(region, claim.span(), buffers);
     region.counters.took(Part::Fill, began);
-    match filled {
-        Ok(filled) => {
-            let began = region.counters.clock();
-            let installed = install(region, claim, filled);
-            region.counters.took(Part::Resolve, began);
-            installed.map(Ok)
-        }
-        Err(failure) => Ok(Err(failure)),
-    }
+    let filled = filled.map_err(Unfilled::Source)?;
+    let began = region.counters.clock();
+    let installed = install(region, claim, filled);
+    region.counters.took(Part::Resolve, began);
+    Ok(installed?)
 }
 
 /// Does about a failure of the claim's first page what was declared. `Ok`: go on, with the same page or the next.
@@ -174,7 +187,7 @@ fn endure(
         OnFailure::Zeros => {
             match fill_zeroing(region, claim.span().first, buffers) {
                 Ok(filled) => {
-                    install(region, claim, filled)?;
+                    install(region, claim, filled).map_err(|not| given_up(region, claim, not))?;
                     region.counters.here().pages_given_up.add(1);
                     tracing::warn!(region = region.name, %failure, "zeros, as it was asked for");
                     return Ok(());

@@ -3,7 +3,7 @@
 
 use crate::region::Served;
 use crate::region::page_table::State;
-use crate::server::resolve::{Stopped, install};
+use crate::server::resolve::{Stopped, given_up, install};
 use crate::source::{Buffers, Failure, fill};
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Errno, Page, Span};
@@ -28,7 +28,9 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
         // Where there is no claim to be had, somebody else has healed it, or it was let go.
         let Ok(mut claim) = region.pages.claim_from(page, State::Poisoned, region) else { return Ok(()) };
         let installed = match fill(region, page.span(), buffers) {
-            Ok(filled) => install(region, &mut claim, filled),
+            Ok(filled) => {
+                install(region, &mut claim, filled).map_err(|not| given_up(region, &mut claim, not))
+            }
             Err(failure) => {
                 let failure = Arc::new(failure);
                 region.keep_failure(page, Arc::clone(&failure));

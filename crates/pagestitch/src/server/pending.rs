@@ -4,7 +4,7 @@ use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::Claim;
 use crate::server::berths::Permit;
-use crate::server::resolve::{fail, install};
+use crate::server::resolve::{fail, given_up, install};
 use crate::server::worker::AbortOnPanic;
 use crate::source::{Content, Failure, Fetched, Filled, Reply};
 use pagestitch_kernel::Span;
@@ -72,10 +72,11 @@ impl Pending {
         let began = region.counters.clock();
         match answer {
             Ok(bytes) => {
-                let ahead = if matches!(wanted, Wanted::Ahead) { span.pages as u64 } else { 0 };
                 let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
-                if install(region, &mut claim, filled).is_ok() {
-                    region.counters.here().pages_ahead.add(ahead);
+                match (install(region, &mut claim, filled), wanted) {
+                    (Ok(()), Wanted::Ahead) => region.counters.here().pages_ahead.add(span.pages as u64),
+                    (Err(not), Wanted::Now(_)) => drop(given_up(region, &mut claim, not)),
+                    _ => {}
                 }
             }
             Err(error) => {

@@ -1,7 +1,6 @@
 //! Resolve and settle: tell the kernel what a page is, and read its answer. The one place where an [`Outcome`]
 //! is interpreted.
 
-use crate::region::Adopted;
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::source::{Content, Failure, Filled, gone};
@@ -11,6 +10,8 @@ use pagestitch_kernel::{Errno, Outcome, Page, Span};
 use parking_lot::RwLockReadGuard;
 use std::io;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 /// Why a claim was not settled to its end.
 #[derive(Debug)]
@@ -19,6 +20,15 @@ pub(super) enum Stopped {
     Changing,
     /// Its first page has failed, and was poisoned.
     Failed(Arc<Failure>),
+}
+
+/// Why the kernel has not installed the first page of a claim.
+#[derive(Debug)]
+pub(super) enum NotInstalled {
+    /// The memory map is changing: events have to be read first.
+    Changing,
+    /// It will not, and that is not the source's fault.
+    Refused(Failure),
 }
 
 /// How pages came to be there, for the counters.
@@ -34,25 +44,34 @@ enum Way {
 }
 
 /// Installs what was filled in the first pages of the claim, and settles them.
-pub(super) fn install(region: &Served, claim: &mut Claim<'_>, mut filled: Filled<'_>) -> Result<(), Stopped> {
+pub(super) fn install(
+    region: &Served,
+    claim: &mut Claim<'_>,
+    mut filled: Filled<'_>,
+) -> Result<(), NotInstalled> {
     let mut done = 0;
+    let mut pauses = SHORT_OF_MEMORY.into_iter();
     while done < filled.pages {
         let span = claim.span().prefix(filled.pages - done);
         match install_some(region, claim, span, &mut filled.content, done) {
             Ok(pages) => done += pages,
-            Err(NotInstalled::Stopped(stopped)) => return Err(stopped),
-            Err(NotInstalled::Refused(error)) => {
-                return Err(fail(region, claim, failure(region, span, error)));
-            }
+            Err(Refusal::Changing) => return Err(NotInstalled::Changing),
+            Err(Refusal::NoMemory) => match pauses.next() {
+                Some(pause) => thread::sleep(pause),
+                None => return Err(refused(region, span, Errno::ENOMEM.into())),
+            },
+            Err(Refusal::Other(error)) => return Err(refused(region, span, error)),
         }
     }
     Ok(())
 }
 
 /// Why pages were not installed.
-enum NotInstalled {
-    Stopped(Stopped),
-    Refused(io::Error),
+enum Refusal {
+    Changing,
+    /// There may be some again, when others have been reclaimed.
+    NoMemory,
+    Other(io::Error),
 }
 
 /// Installs as many of a span as the kernel takes at once; says how many.
@@ -62,13 +81,11 @@ fn install_some(
     span: Span,
     content: &mut Content<'_>,
     done: usize,
-) -> Result<usize, NotInstalled> {
+) -> Result<usize, Refusal> {
     // Until it is settled, nothing that its owner lets go of is taken note of.
-    let adopted = region.place.adopted();
-    let _held =
-        adopted.map(|adopted| held(region, adopted, span)).transpose().map_err(NotInstalled::Stopped)?;
+    let _held = held(region, span).map_err(|Changing| Refusal::Changing)?;
     let page_bytes = region.page_size().bytes();
-    let (outcome, way) = put(region, span, content, done * page_bytes).map_err(NotInstalled::Refused)?;
+    let (outcome, way) = put(region, span, content, done * page_bytes).map_err(Refusal::Other)?;
     let pages = match outcome {
         Outcome::Done => span.pages,
         Outcome::Partial { bytes } => bytes / page_bytes,
@@ -79,28 +96,32 @@ fn install_some(
         }
         Outcome::Changing => {
             region.counters.here().retries.add(1);
-            return Err(NotInstalled::Stopped(Stopped::Changing));
+            return Err(Refusal::Changing);
         }
-        // Nobody is there any more to be told.
-        Outcome::ProcessGone if adopted.is_some() => {
-            let failure = Arc::new(failure(region, span, owner_ended()));
-            return Err(NotInstalled::Stopped(Stopped::Failed(failure)));
+        Outcome::NoMemory => {
+            region.counters.here().retries.add(1);
+            return Err(Refusal::NoMemory);
         }
-        refused => return Err(NotInstalled::Refused(refusal(refused))),
+        refused => return Err(Refusal::Other(refusal(refused))),
     };
     claim.settle(pages, State::Present);
     tell(region, span.prefix(pages), way);
     Ok(pages)
 }
 
-/// Keeps what a span holds as it is. `Changing` if it was let go since it was claimed: what was filled is not what it holds.
-fn held<'a>(region: &Served, adopted: &'a Adopted, span: Span) -> Result<RwLockReadGuard<'a, ()>, Stopped> {
+/// What a page holds is not known any more: events have to be read first.
+struct Changing;
+
+/// Keeps what a span holds as it is, where others may change that. `Changing` if it was let go since it was claimed: what was
+/// filled is not what it holds.
+fn held(region: &Served, span: Span) -> Result<Option<RwLockReadGuard<'_, ()>>, Changing> {
+    let Some(adopted) = region.place.adopted() else { return Ok(None) };
     let guard = adopted.hold();
     if span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
         region.counters.here().retries.add(1);
-        return Err(Stopped::Changing);
+        return Err(Changing);
     }
-    Ok(guard)
+    Ok(Some(guard))
 }
 
 /// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
@@ -171,12 +192,8 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     let failure = Arc::new(failure);
     // Kept first: who finds the page poisoned finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
-    let mut _held = None;
+    let Ok(_held) = held(region, page.span()) else { return Stopped::Changing };
     if let Some(adopted) = region.place.adopted() {
-        match held(region, adopted, page.span()) {
-            Ok(guard) => _held = Some(guard),
-            Err(stopped) => return stopped,
-        }
         adopted.lose(&region.name);
     }
     if let Err(stopped) = poison(region, page.span()) {
@@ -190,6 +207,14 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     Stopped::Failed(failure)
 }
 
+/// What becomes of a page that the kernel has not installed, and that was asked for.
+pub(super) fn given_up(region: &Served, claim: &mut Claim<'_>, not: NotInstalled) -> Stopped {
+    match not {
+        NotInstalled::Changing => Stopped::Changing,
+        NotInstalled::Refused(failure) => fail(region, claim, failure),
+    }
+}
+
 /// Makes a span bad: who waits there, or touches it later, gets SIGBUS. Doing it twice does no harm.
 pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
     if region.uffd.features().contains(Features::POISON) {
@@ -199,6 +224,8 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
                 region.wake(span);
                 return Ok(());
             }
+            // Nobody is there any more to be told.
+            Outcome::ProcessGone if region.place.adopted().is_some() => return Ok(()),
             // No memory for the mark, or no such mapping: fall through to what needs neither.
             _ => {}
         }
@@ -229,32 +256,33 @@ pub(super) fn release(region: &Served, page: Page) {
     region.wake(page.span());
 }
 
-fn failure(region: &Served, span: Span, error: io::Error) -> Failure {
+fn refused(region: &Served, span: Span, error: io::Error) -> NotInstalled {
     let offsets = region.page_size().offsets(span);
-    region.layout.piece_at(offsets.start, offsets.end).failed(error)
+    NotInstalled::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error))
 }
 
 /// A refusal of the kernel, as an error for people.
 fn refusal(outcome: Outcome) -> io::Error {
     match outcome {
-        Outcome::ProcessGone => owner_ended(),
+        Outcome::ProcessGone => {
+            io::Error::new(io::ErrorKind::BrokenPipe, "the process that owns the memory has ended")
+        }
         Outcome::NotRegistered => {
             io::Error::other("the page is not mapped any more: somebody unmapped or moved part of the region")
         }
         Outcome::SourceUnreadable => io::Error::other(
             "the source's memory cannot be read: unmapped, past a truncated file's end, or not filled (EFAULT)",
         ),
-        Outcome::NoMemory => Errno::ENOMEM.into(),
         Outcome::Busy => Errno::EBUSY.into(),
         Outcome::Refused(errno) => errno.into(),
-        Outcome::Done | Outcome::Partial { .. } | Outcome::AlreadyThere | Outcome::Changing => {
+        Outcome::Done
+        | Outcome::Partial { .. }
+        | Outcome::AlreadyThere
+        | Outcome::Changing
+        | Outcome::NoMemory => {
             unreachable!("{outcome:?} is not a refusal")
         }
     }
-}
-
-fn owner_ended() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the process that owns the memory has ended")
 }
 
 fn tell(region: &Served, span: Span, way: Way) {
@@ -279,3 +307,7 @@ fn count(region: &Served, span: Span, way: Way) {
         counters.bytes_copied.add(bytes);
     }
 }
+
+/// How long to wait for memory, each time there is none, before that is the page's error.
+const SHORT_OF_MEMORY: [Duration; 3] =
+    [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
