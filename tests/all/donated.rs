@@ -132,6 +132,10 @@ fn a_moved_page_that_is_let_go_is_an_error_and_not_zeros() {
     let error = region.read_at(0, &mut vec![0; 3 * PAGE]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source);
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
+    // The mark of the bad page is not a page that has moved.
+    let error = region.heal(..).unwrap_err();
+    assert!(error.to_string().contains("the bytes are gone"), "{error}");
+    assert_eq!(region.failures().len(), 1);
 }
 
 #[test]

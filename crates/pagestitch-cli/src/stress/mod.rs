@@ -4,14 +4,17 @@
 //! | file | what |
 //! |---|---|
 //! | `model` | a random list of chunks, the bytes that it has to show, and which of them may fail |
+//! | `kernel` | answers of the kernel that are injected, in a build for that |
 //! | `sources` | sources that fail, panic, drop requests, and take their time, as declared |
 //! | `round` | one region: built, touched from several threads, let go of, dropped |
 
+mod kernel;
 mod model;
 mod round;
 mod sources;
 
 use clap::Args;
+use kernel::Answers;
 use serde_json::json;
 use std::error::Error;
 use std::io::{Write, stdout};
@@ -59,6 +62,8 @@ tally! {
     bytes_verified,
     /// Reads that failed where a source was declared to.
     errors_as_declared,
+    /// Reads that failed because the kernel was made to refuse something.
+    errors_as_injected,
     /// Failures, panics and dropped requests of sources.
     failures_injected,
     /// Answers that were delayed.
@@ -134,18 +139,17 @@ fn tell_where_threads_wait() {
 
 fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::Result<()> {
     let mut out = stdout().lock();
+    let counts = tally.all().into_iter().map(|(name, count)| (name.to_owned(), count));
+    let counts = counts.chain(Answers::told());
     if as_json {
         let mut all = json!({"seed": seed, "seconds": took.as_secs_f64()});
-        for (name, value) in tally.all() {
-            all[name] = value.into();
-        }
+        counts.for_each(|(name, count)| all[name] = count.into());
         return writeln!(out, "{all}");
     }
     writeln!(out, "seed {seed}, {:.1} s: no wrong byte, nobody stuck", took.as_secs_f64())?;
-    tally
-        .all()
+    counts
         .into_iter()
-        .try_for_each(|(name, value)| writeln!(out, "  {value:>14}  {}", name.replace('_', " ")))
+        .try_for_each(|(name, count)| writeln!(out, "  {count:>14}  {}", name.replace('_', " ")))
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);

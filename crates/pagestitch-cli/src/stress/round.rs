@@ -1,6 +1,7 @@
 //! One round: a region is built, touched from several threads, let go of, and dropped.
 
 use super::Tally;
+use super::kernel::Answers;
 use super::model::{Model, PAGE};
 use fastrand::Rng;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
@@ -24,6 +25,7 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
     let builder = if rng.u8(..4) == 0 { builder.guarded() } else { builder };
     let told = |error: &dyn std::fmt::Display| format!("round {round}: {error}");
     let (model, builder) = Model::lay(&mut rng, tally, adopted, builder).map_err(|error| told(&error))?;
+    let answers = Answers::begin(&mut rng, !adopted);
     let serving = Serving::start(&mut rng, model.inline && !adopted).map_err(|error| told(&error))?;
     let done = if adopted {
         let guest = Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| told(&error))?;
@@ -32,8 +34,9 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
         touch_guest(&mut rng, &guest, &region, &model, tally, pulse)
     } else {
         let region = builder.build(serving.server()).map_err(|error| told(&error))?;
-        touch(&mut rng, (&region, !serving.is_inline()), &model, tally, pulse)
+        touch(&mut rng, (&region, !serving.is_inline(), answers), &model, tally, pulse)
     };
+    Answers::end();
     drop(serving);
     Tally::count(&tally.regions, 1);
     done.map_err(|wrong| told(&wrong))
@@ -100,7 +103,7 @@ fn seated(mut seat: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
 
 fn touch(
     rng: &mut Rng,
-    (region, events): (&Region, bool),
+    (region, events, answers): (&Region, bool, Answers),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -111,7 +114,7 @@ fn touch(
         let threads: Vec<_> = (0..threads)
             .map(|_| {
                 let mut rng = rng.fork();
-                scope.spawn(move || act(&mut rng, (region, events), model, tally, pulse))
+                scope.spawn(move || act(&mut rng, (region, events, answers), model, tally, pulse))
             })
             .collect();
         if forks {
@@ -125,7 +128,8 @@ fn touch(
     outcome?;
     // What has failed can be had once it is mended.
     model.mend();
-    heal(region, model, tally)?;
+    Answers::end();
+    heal(region, answers, model, tally)?;
     let metrics = region.metrics();
     Tally::count(&tally.faults, metrics.faults);
     Tally::count(&tally.pages, metrics.pages_installed());
@@ -134,7 +138,7 @@ fn touch(
 
 fn act(
     rng: &mut Rng,
-    (region, events): (&Region, bool),
+    (region, events, answers): (&Region, bool, Answers),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -142,12 +146,17 @@ fn act(
     for _ in 0..rng.usize(10..150) {
         pulse.fetch_add(1, Ordering::Relaxed);
         let range = range(rng, model.bytes.len());
+        // Where any page may be bad, to touch one is a signal.
+        let fatal = answers == Answers::Fatal;
         match rng.u8(..10) {
-            0..5 if !model.may_fail(&range) => {
+            0..5 if !fatal && !model.may_fail(&range) => {
                 verify(&region.as_slice()[range.clone()], &range, model, tally)?;
             }
-            5 => check(region.populate(range.start as u64..range.end as u64), &range, model, tally)?,
-            6 if model.again && events => {
+            5 => {
+                let done = region.populate(range.start as u64..range.end as u64);
+                check(done, fatal, &range, model, tally)?;
+            }
+            6 if !fatal && model.again && events => {
                 let_go(region, range.clone());
                 Tally::count(&tally.let_go, 1);
             }
@@ -157,14 +166,14 @@ fn act(
                 if done.is_ok() {
                     verify(&read, &range, model, tally)?;
                 }
-                check(done, &range, model, tally)?;
+                check(done, fatal, &range, model, tally)?;
             }
         }
     }
     Ok(())
 }
 
-fn heal(region: &Region, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+fn heal(region: &Region, answers: Answers, model: &Model, tally: &Tally) -> Result<(), Wrong> {
     let failed = region.failures().len();
     match region.heal(..) {
         Ok(()) => {
@@ -175,6 +184,10 @@ fn heal(region: &Region, model: &Model, tally: &Tally) -> Result<(), Wrong> {
         }
         // Before Linux 6.6 it is gone for good, and says so.
         Err(error) if error.to_string().contains("Linux 6.6") => Ok(()),
+        // Where there was no memory for a mark, the page was taken away.
+        Err(error) if answers == Answers::Fatal && error.to_string().contains("not mapped any more") => {
+            Ok(())
+        }
         Err(error) => Err(format!("cannot be healed: {error}")),
     }
 }
@@ -191,11 +204,16 @@ fn verify(read: &[u8], range: &Range<usize>, model: &Model, tally: &Tally) -> Re
 
 fn check(
     done: Result<(), pagestitch::Error>,
+    fatal: bool,
     range: &Range<usize>,
     model: &Model,
     tally: &Tally,
 ) -> Result<(), Wrong> {
     match done {
+        Err(_) if fatal => {
+            Tally::count(&tally.errors_as_injected, 1);
+            Ok(())
+        }
         Err(error) if !model.may_fail(range) => {
             Err(format!("bytes {range:?} fail, which was not declared: {error}"))
         }

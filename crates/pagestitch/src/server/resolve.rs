@@ -4,6 +4,7 @@
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::source::{Content, Failure, Filled, gone};
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Errno, Outcome, Page, Span};
@@ -154,11 +155,17 @@ fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> i
             Outcome::Busy | Outcome::NoMemory | Outcome::Refused(_) => {
                 (region.uffd.copy(range, &staging.bytes()[part]), Way::Read)
             }
+            Outcome::AlreadyThere if is_marked(region, span) => {
+                (region.uffd.copy(range, &staging.bytes()[part]), Way::Read)
+            }
             outcome => (outcome, Way::Staged),
         },
         Content::Donated(donated, offset) => return give(region, span, donated, *offset + done as u64),
         Content::Cached => (region.uffd.map_cached(range), Way::Cached),
-        Content::Zero => (region.uffd.zero(range), Way::Zeroed),
+        Content::Zero => match region.uffd.zero(range) {
+            Outcome::AlreadyThere if is_marked(region, span) => (zero_marked(region, span), Way::Zeroed),
+            outcome => (outcome, Way::Zeroed),
+        },
     })
 }
 
@@ -168,14 +175,18 @@ fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Resu
         match region.uffd.give(region.place.addresses(span), donated, offset) {
             // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
+            Outcome::AlreadyThere if is_marked(region, span) => {}
             outcome => return Ok((outcome, Way::Moved)),
         }
     }
     let range = region.place.addresses(span.prefix(1));
     if donated.has_moved(region.page_size().page_at(offset)) {
+        if is_marked(region, span) {
+            return Err(gone());
+        }
         // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
         return match region.uffd.poison(range) {
-            Outcome::AlreadyThere => Ok((Outcome::AlreadyThere, Way::Moved)),
+            outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Ok((outcome, Way::Moved)),
             _ => Err(gone()),
         };
     }
@@ -184,6 +195,20 @@ fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Resu
         outcome => outcome,
     };
     Ok((outcome, Way::Copied))
+}
+
+/// Makes a span's first page zeros, which has the mark of a bad one.
+fn zero_marked(region: &Served, span: Span) -> Outcome {
+    match region.uffd.copy(region.place.addresses(span.prefix(1)), &ZEROS[..region.page_size().bytes()]) {
+        Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: region.page_size().bytes() },
+        outcome => outcome,
+    }
+}
+
+/// Whether a span's first page has the mark of a bad one. To a move, and to what makes zeros, that counts as a page; a copy
+/// replaces it.
+fn is_marked(region: &Served, span: Span) -> bool {
+    region.failure(span.first).is_some()
 }
 
 /// Poisons the claim's first page and keeps the reason. Never zeros for bytes.
@@ -311,3 +336,5 @@ fn count(region: &Served, span: Span, way: Way) {
 /// How long to wait for memory, each time there is none, before that is the page's error.
 const SHORT_OF_MEMORY: [Duration; 3] =
     [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
+/// A page of them, of the largest kind.
+static ZEROS: [u8; HUGE] = [0; HUGE];

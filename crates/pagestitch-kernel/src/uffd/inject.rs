@@ -1,0 +1,130 @@
+//! A kernel that answers what it hardly ever does: for tests, behind the feature `inject`.
+//!
+//! Between us and each operation that fills pages sits [`around`]. Now and then it has the operation do less, nothing, or be too
+//! late, and hands on the answer that the kernel gives then. What it does is what the kernel can do, so whoever asked has to
+//! come right: the page has to be filled, or be bad, and nobody may wait for ever. Not for pages of hugetlbfs.
+
+use super::outcome::{Operation, Outcome, Waiters};
+use crate::page::{AddressRange, PageSize};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+/// An answer that is injected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Injected {
+    /// `EAGAIN` without progress: the map is changing.
+    Again,
+    /// Some pages of several are filled, then `EAGAIN`.
+    Partial,
+    /// `EEXIST`: somebody else was quicker, and has woken nobody.
+    Exists,
+    /// `EBUSY`, to a move: a page is pinned.
+    Busy,
+    /// `ENOMEM`, to whatever fills a page.
+    NoMemory,
+    /// `ENOMEM`, to the mark of a bad page. Not for memory that somebody else registered: its owner is ended then.
+    NoMark,
+    /// `ESRCH`: the process that owned the memory has gone. Not for memory that somebody else registered, of which it would be
+    /// believed.
+    ProcessGone,
+}
+
+impl Injected {
+    const ALL: [Self; 7] = [
+        Self::Again,
+        Self::Partial,
+        Self::Exists,
+        Self::Busy,
+        Self::NoMemory,
+        Self::NoMark,
+        Self::ProcessGone,
+    ];
+
+    /// Whether the kernel can give this answer to the operation, on these pages.
+    fn suits(self, operation: Operation, range: AddressRange, own: bool) -> bool {
+        match self {
+            Self::Again => true,
+            Self::Partial => range.bytes() > PageSize::system().bytes(),
+            // What moves is gone from where it was: nobody else can have filled the page with it.
+            Self::Exists => operation != Operation::Move,
+            Self::Busy => operation == Operation::Move,
+            Self::NoMemory => operation != Operation::Poison,
+            Self::NoMark => own && operation == Operation::Poison,
+            Self::ProcessGone => own && operation != Operation::Poison,
+        }
+    }
+}
+
+/// From now on one answer of `one_of` is injected, in the whole process: among `kinds`, as `seed` decides. 0: none.
+pub fn inject(one_of: u32, kinds: &[Injected], seed: u64) {
+    let mask = kinds.iter().fold(0, |mask, &kind| mask | 1 << kind as u32);
+    KINDS.store(mask, Ordering::SeqCst);
+    RANDOM.store(seed, Ordering::SeqCst);
+    ONE_OF.store(one_of, Ordering::SeqCst);
+}
+
+/// How many of each kind were injected so far.
+#[must_use]
+pub fn injected() -> [(Injected, u64); 7] {
+    Injected::ALL.map(|kind| (kind, COUNTS[kind as usize].load(Ordering::Relaxed)))
+}
+
+/// Has an operation done, or something else happen.
+pub(super) fn around(
+    operation: Operation,
+    range: AddressRange,
+    own: bool,
+    ask: impl Fn(AddressRange, Waiters) -> Outcome,
+) -> Outcome {
+    let Some(kind) = fate().filter(|kind| kind.suits(operation, range, own)) else {
+        return ask(range, Waiters::Woken);
+    };
+    COUNTS[kind as usize].fetch_add(1, Ordering::Relaxed);
+    match kind {
+        Injected::Again => Outcome::Changing,
+        Injected::Busy => Outcome::Busy,
+        Injected::NoMemory | Injected::NoMark => Outcome::NoMemory,
+        Injected::ProcessGone => Outcome::ProcessGone,
+        Injected::Partial => match ask(half(range), Waiters::Woken) {
+            Outcome::Done => Outcome::Partial { bytes: half(range).bytes() },
+            outcome => outcome,
+        },
+        Injected::Exists => {
+            let _ = ask(first(range, 1), Waiters::LeftAsleep);
+            ask(range, Waiters::Woken)
+        }
+    }
+}
+
+fn fate() -> Option<Injected> {
+    let one_of = ONE_OF.load(Ordering::Relaxed);
+    if one_of == 0 {
+        return None;
+    }
+    let random = random();
+    let mask = KINDS.load(Ordering::Relaxed);
+    let mut wanted = Injected::ALL.into_iter().filter(|kind| mask & 1 << *kind as u32 != 0);
+    let kind = wanted.nth((random >> 32) as usize % (mask.count_ones().max(1) as usize));
+    kind.filter(|_| (random as u32).is_multiple_of(one_of))
+}
+
+/// The next number of a sequence that all threads share (splitmix64).
+fn random() -> u64 {
+    let mut z = RANDOM.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+fn half(range: AddressRange) -> AddressRange {
+    first(range, (range.bytes() / PageSize::system().bytes() / 2).max(1))
+}
+
+fn first(range: AddressRange, pages: usize) -> AddressRange {
+    let page = PageSize::system();
+    AddressRange::new(range.start(), pages * page.bytes(), page).expect("whole pages of a range of such")
+}
+
+static ONE_OF: AtomicU32 = AtomicU32::new(0);
+static KINDS: AtomicU32 = AtomicU32::new(0);
+static RANDOM: AtomicU64 = AtomicU64::new(0);
+static COUNTS: [AtomicU64; 7] = [const { AtomicU64::new(0) }; 7];
