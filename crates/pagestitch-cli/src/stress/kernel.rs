@@ -6,6 +6,7 @@ use pagestitch_kernel::uffd::inject::{Injected, inject, injected};
 
 /// What may be injected in a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(feature = "inject"), expect(dead_code, reason = "there is one, then"))]
 pub(super) enum Answers {
     /// Those that the kernel gives by itself.
     Own,
