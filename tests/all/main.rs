@@ -2,6 +2,7 @@
 
 mod adopted;
 mod blocks;
+mod children;
 mod conformance;
 mod contention;
 mod donated;

@@ -22,7 +22,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, mmap, mprotect};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use std::fmt;
+use std::fs;
 use std::num::NonZeroUsize;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// What the process may do with a region's bytes.
@@ -143,6 +145,31 @@ impl Reservation {
         let _ = self.mapping.advise(MmapAdvise::MADV_HUGEPAGE);
     }
 
+    /// Lets children of `fork(2)` have the range, too: where nothing is filled for *their* pages, they read zeros. Whoever asks for
+    /// this serves them, by the uffds that come with [`Event::Fork`](crate::Event::Fork).
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`; none is known to occur.
+    pub fn show_to_children(&self) -> Result<(), Errno> {
+        self.mapping.advise(MmapAdvise::MADV_DOFORK)
+    }
+
+    /// Touches the pages of a span, in the process that this is called in, without a signal for those that are bad. Linux 5.14.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)` with `MADV_POPULATE_READ`: `EHWPOISON` or `EFAULT` for a bad page, `ENOMEM` where the range is
+    /// not there, as in a forked child.
+    pub fn touch(&self, span: Span) -> Result<(), Errno> {
+        let range = self.addresses(span);
+        // SAFETY: our own addresses, which are read from, and that only by the kernel.
+        #[expect(unsafe_code, reason = "madvise")]
+        let answer =
+            unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_POPULATE_READ) };
+        Errno::result(answer).map(drop)
+    }
+
     /// Takes a span away for good: whoever touches it gets SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
     ///
     /// Maps an empty memfd over it, as an access past a file's end is SIGBUS. Threads that already wait there have
@@ -172,13 +199,24 @@ impl Reservation {
     ///
     /// The errno of `mprotect(2)`; none is known to occur.
     pub fn seal(&self) -> Result<(), Errno> {
-        // Not by mapping something over it: a process that has all of its mappings (vm.max_map_count) could not.
-        // Protecting whole mappings needs no new one.
-        // SAFETY: exactly our own mapping; whoever still has a pointer into it is stopped, and reads nothing.
-        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
-        unsafe {
-            mprotect(self.mapping.start(), self.mapping.bytes(), ProtFlags::PROT_NONE)
+        match close(self.range()) {
+            // Somebody has unmapped or moved part of it: what is left is closed.
+            Err(Errno::ENOMEM) => self.mapped_parts().into_iter().try_for_each(close),
+            closed => closed,
         }
+    }
+
+    /// The parts of it that something is mapped at.
+    fn mapped_parts(&self) -> Vec<AddressRange> {
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let own = self.range();
+        let parts = maps.lines().filter_map(|line| {
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            let start = usize::from_str_radix(start, 16).ok()?.max(own.start());
+            let end = usize::from_str_radix(end, 16).ok()?.min(own.end());
+            AddressRange::new(start, end.checked_sub(start).filter(|&bytes| bytes > 0)?, self.page)
+        });
+        parts.collect()
     }
 }
 
@@ -217,5 +255,16 @@ impl fmt::Display for ReserveError {
 }
 
 impl std::error::Error for ReserveError {}
+
+fn close(range: AddressRange) -> Result<(), Errno> {
+    let Some(start) = NonNull::new(range.start() as *mut c_void) else { return Ok(()) };
+    // Not by mapping something over it: a process that has all of its mappings (vm.max_map_count) could not.
+    // Protecting whole mappings needs no new one.
+    // SAFETY: our own mapping; whoever still has a pointer into it is stopped, and reads nothing.
+    #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+    unsafe {
+        mprotect(start, range.bytes(), ProtFlags::PROT_NONE)
+    }
+}
 
 const RESIDENCY_BATCH: usize = 1024;

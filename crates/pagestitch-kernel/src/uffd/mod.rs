@@ -286,7 +286,7 @@ impl Uffd {
 
     /// The child's uffd, from a fork event.
     pub(crate) const fn of_child(fd: userfaultfd::Uffd, parent: &Self) -> Self {
-        Self { fd, opened_by: parent.opened_by, mode: parent.mode, features: parent.features }
+        Self { fd, opened_by: OpenedBy::Other, mode: parent.mode, features: parent.features }
     }
 
     fn raw(&self) -> c_int {

@@ -156,6 +156,8 @@ metrics! {
     faults_overdue,
     /// Of these, faults whose pages were made bad for it: see [`PoolBuilder::give_up_after`](crate::PoolBuilder::give_up_after).
     faults_given_up,
+    /// Forked children that were served from then on: see [`Builder::serve_children`](crate::Builder::serve_children).
+    children,
     /// Faults on a page that was there by the time they were looked at.
     late,
     /// Pages shown in place when the region was built: no copy, no fault.

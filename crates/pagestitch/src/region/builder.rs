@@ -2,18 +2,19 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead, Recording};
+use crate::region::family::Family;
 use crate::region::in_place::{Abilities, Shown};
 use crate::region::place::Place;
 use crate::region::{
     AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Manner, Plan, Region, Reporter, Run, Served,
-    SharedRegion,
+    SharedRegion, Tables,
 };
 use crate::server::{Server, Who};
 use crate::source::Failure;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
-use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
+use pagestitch_kernel::uffd::{self, FaultMode, RegisterMode};
 use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -28,6 +29,7 @@ pub struct Builder {
     aligned: bool,
     readahead: Readahead,
     mappings: Option<usize>,
+    children: bool,
     manner: Manner,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
@@ -43,6 +45,7 @@ impl Default for Builder {
             aligned: false,
             readahead: Readahead::Adaptive,
             mappings: None,
+            children: false,
             manner: Manner::default(),
             layout: Ok(Layout::default()),
         }
@@ -160,6 +163,32 @@ impl Builder {
         self
     }
 
+    /// Has children of `fork(2)` inherit the region, and theirs. What was filled by then is theirs as any memory is; what was not
+    /// is filled from the same sources when they touch it, in a page of their own. By default a child does not have the
+    /// region: to touch it there is SIGSEGV.
+    ///
+    /// * By a pool, which has one more thread for it: `fork(2)` waits until somebody has read of it, and holds the allocator
+    ///   meanwhile. A fault takes one more hand on the way.
+    /// * In a child, [`Region`] reads as ever (`as_slice`, `read_at`, `populate`); to drop it there does nothing. What a child has
+    ///   not touched when its parent drops the region, or ends, is bad: SIGBUS, never zeros.
+    /// * Donated pages are moved in when the region is built, as a child needs them, too. Memfds that are filled later are refused.
+    /// * Takes `CAP_SYS_PTRACE`, and Linux 6.6.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # if !pagestitch::Support::probe().features().is_ok_and(|f| f.contains(pagestitch_kernel::support::Features::POISON)) { return Ok(()) }
+    /// let pool = Pool::new()?;
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).serve_children().build(&pool)?;
+    /// // From here on fork(2) as you like: a worker process for each request, a snapshot to write out.
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn serve_children(mut self) -> Self {
+        self.children = true;
+        self
+    }
+
     /// Lays a chunk at the end.
     #[must_use]
     pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
@@ -241,14 +270,16 @@ impl Builder {
         let policy =
             Policy::new(readahead, place.all().pages, place.page_size(), Blocks::Never).map_err(no_table)?;
         let copied = (false, Err("the kernel moves pages only inside a process"));
+        let tables = Tables::new(place.all().pages, &self.manner).map_err(no_table)?;
         let served = Served::new(
             name.clone(),
-            (layout, Shown::default()),
+            (Arc::new(layout), Shown::default()),
             copied,
-            (policy, self.manner),
+            (policy, self.manner, tables),
             (place, uffd),
-        )
-        .map_err(no_table)?;
+            // Those of somebody else's process cannot be followed: what its balloons have taken is not known of them.
+            None::<Family>,
+        );
         if self.zero_copy {
             refuse_copies(&served)?;
         }
@@ -263,8 +294,11 @@ impl Builder {
         let limit = |what, errno| {
             Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
         };
-        let uffd = open(&name, &layout, &server)?;
-        let moves = layout.has_donated() && uffd.features().contains(Features::MOVE);
+        if self.children {
+            refuse_children(&name, &layout, &server)?;
+        }
+        let uffd = open(&name, &layout, &server, self.children)?;
+        let moves = layout.has_donated() && !self.children && uffd.features().contains(Features::MOVE);
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
@@ -280,11 +314,8 @@ impl Builder {
             Access::ReadOnly if moves || staged.is_ok() => Access::Unguarded,
             access => access,
         };
-        let (reservation, mut view) = Reservation::new(pages, page, access)
-            .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
-        if moves || staged.is_ok() {
-            reservation.welcome_huge_pages();
-        }
+        let huge = moves || staged.is_ok();
+        let (reservation, mut view) = reserve(&name, (pages, page), access, huge, self.children)?;
         uffd.register(&reservation, RegisterMode::MISSING)
             .map_err(|errno| limit("register its range", errno))?;
         let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
@@ -297,9 +328,17 @@ impl Builder {
         let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
         check_replay(self.manner.replay.as_ref(), &place, &layout).map_err(in_region)?;
-        let served =
-            Served::new(name.clone(), (layout, shown), (moves, staged), (policy, self.manner), (place, uffd))
-                .map_err(no_table)?;
+        let tables = Tables::new(place.all().pages, &self.manner).map_err(no_table)?;
+        let family = self.children.then(Family::new).transpose();
+        let family = family.map_err(|errno| limit("serve children (descriptors: ulimit -n)", errno))?;
+        let served = Served::new(
+            name.clone(),
+            (Arc::new(layout), shown),
+            (moves, staged),
+            (policy, self.manner, tables),
+            (place, uffd),
+            family,
+        );
         if self.zero_copy {
             refuse_copies(&served)?;
         }
@@ -370,12 +409,70 @@ fn refuse_copies(served: &Served) -> Result<(), Error> {
     }
 }
 
-fn open(name: &str, layout: &Layout, server: &Server) -> Result<Uffd, Error> {
+/// Reserves the addresses; `huge`: huge pages may move in; `children`: those of `fork(2)` have them, too.
+fn reserve(
+    name: &str,
+    (pages, page): (NonZeroUsize, PageSize),
+    access: Access,
+    huge: bool,
+    children: bool,
+) -> Result<(Arc<Reservation>, View), Error> {
+    let (reservation, view) = Reservation::new(pages, page, access)
+        .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+    if huge {
+        reservation.welcome_huge_pages();
+    }
+    if children {
+        reservation.show_to_children().map_err(|errno| {
+            let what = format_args!("region {name}: cannot let children have its range");
+            Error::because(ErrorKind::Resources, what, errno)
+        })?;
+    }
+    Ok((reservation, view))
+}
+
+/// What cannot be served in children: said before anything is reserved.
+fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), Error> {
+    let bad = |kind, what: &str| Err(Error::new(kind, format!("region {name}: {what}")));
+    match server.who {
+        Who::Pool(_) => {}
+        Who::Inline => {
+            return bad(ErrorKind::NotInline, "children are served by who is told of them: use a pool");
+        }
+        Who::Manual(_) => {
+            let what = "fork(2) waits for who serves, who may wait for the allocator that it holds: use a pool to serve children";
+            return bad(ErrorKind::BadOption, what);
+        }
+    }
+    if layout.has_lazy() {
+        let what = "children cannot be served a memfd that is filled later: seal it first, or copy it";
+        return bad(ErrorKind::BadOption, what);
+    }
+    let features = uffd::handshake_probe()
+        .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
+    if !features.contains(Features::POISON) {
+        return bad(
+            ErrorKind::BadOption,
+            "children can be served from Linux 6.6 on, which has marks for bad pages",
+        );
+    }
+    // Not a matter of the kernel but of who asks: the only feature of which that is so.
+    match Uffd::open(Features::EVENT_FORK) {
+        Ok(_) => Ok(()),
+        Err(_) => {
+            bad(ErrorKind::BadOption, "to serve children takes CAP_SYS_PTRACE: run as root, or do without")
+        }
+    }
+}
+
+fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<Uffd, Error> {
     // Who asks for events and does not read them stops whoever lets go of pages.
     let events = match server.who {
-        Who::Pool(_) | Who::Manual(_) => Features::EVENT_REMOVE | Features::THREAD_ID,
+        // Somewhere else, what was not filled would be zeros.
+        Who::Pool(_) | Who::Manual(_) => Features::EVENT_REMOVE | Features::EVENT_REMAP | Features::THREAD_ID,
         Who::Inline => Features::SIGBUS,
     };
+    let events = if children { events | Features::EVENT_FORK } else { events };
     let mut wanted = events | Features::POISON | Features::MOVE;
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;

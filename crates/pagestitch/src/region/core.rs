@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
+use crate::region::place::Place;
 use crate::region::{Plan, Served};
 use crate::server::{Attached, heal, populate};
 use crate::source::Failure;
@@ -43,7 +44,22 @@ impl Core {
     }
 
     pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        populate(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
+        let span = self.span(range)?;
+        if !self.server.is_of_this_process() {
+            return self.touch(span);
+        }
+        populate(&self.served, span).map_err(|failure| self.failed(failure))
+    }
+
+    /// As a forked child has it: who serves is in another process, and what is filled is here.
+    fn touch(&self, span: Span) -> Result<(), Error> {
+        match &self.served.place {
+            Place::Reserved(reservation) if !span.is_empty() => reservation.touch(span).map_err(|errno| {
+                let why = "in a forked child: its source has failed, its parent has dropped it, or does not serve_children()";
+                Error::because(ErrorKind::Source, format_args!("region {}: {why}", self.name()), errno)
+            }),
+            _ => Ok(()),
+        }
     }
 
     pub(crate) fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
@@ -121,7 +137,8 @@ impl Core {
 /// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
 ///
 /// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
-/// 2. join: wait for those that are at work for the region; no source is called from here on;
+/// 2. join: wait for those that are at work for the region; no source is called from here on; forked children likewise, in which
+///    what is missing becomes bad;
 /// 3. seal: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
 /// 4. wake: whoever waits tries again and meets that;
 /// 5. close the uffd and unmap, when the last `Arc` goes.
@@ -133,6 +150,7 @@ impl Drop for Core {
         }
         self.server.detach(&self.served);
         self.served.close();
+        self.server.leave_family(&self.served);
         tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
         self.served.shut();
     }

@@ -9,12 +9,14 @@
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
 //! | `pace` | how long faults take, and whose turn it is to read them |
+//! | `family` | forked children, whose pages are filled likewise |
 //! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
 mod adopted;
 mod builder;
 mod chunk;
 mod core;
+mod family;
 pub(crate) mod in_place;
 mod layout;
 mod pace;
@@ -31,7 +33,7 @@ pub use chunk::Chunk;
 pub(crate) use layout::Layout;
 pub(crate) use pace::Reading;
 pub use plan::{How, Plan, Run};
-pub(crate) use served::{Manner, Reporter, Served};
+pub(crate) use served::{Manner, Reporter, Served, Tables};
 pub use shared::SharedRegion;
 
 use crate::error::Error;

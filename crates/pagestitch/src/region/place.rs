@@ -54,17 +54,19 @@ impl Place {
         }
     }
 
+    /// Its pages, and where each run of them begins.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (Span, usize)> {
+        let reserved = match self {
+            Self::Reserved(reservation) => Some((self.all(), reservation.range().start())),
+            Self::Adopted(_) => None,
+        };
+        reserved.into_iter().chain(self.adopted().into_iter().flat_map(Adopted::ranges))
+    }
+
     /// The pages of a range of addresses, which may lie inside or not.
     pub(crate) fn pages_in(&self, start: usize, end: usize) -> impl Iterator<Item = Span> {
-        let ranges = match self {
-            Self::Reserved(reservation) => {
-                let whole = Span { first: Page(0), pages: reservation.pages() };
-                vec![(whole, reservation.range().start())]
-            }
-            Self::Adopted(adopted) => adopted.ranges().collect(),
-        };
         let size = self.page_size();
-        ranges.into_iter().filter_map(move |(span, first)| {
+        self.ranges().filter_map(move |(span, first)| {
             let inside = start.max(first)..end.min(first + size.bytes_of(span));
             (inside.start < inside.end).then(|| {
                 let covered = size.covering(&((inside.start - first) as u64..(inside.end - first) as u64));

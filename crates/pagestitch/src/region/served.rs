@@ -3,7 +3,8 @@
 use crate::metrics::Counters;
 use crate::policy::{Policy, Recorder, Recording, Replay};
 use crate::region::Layout;
-use crate::region::adopted::{Adopted, abandon};
+use crate::region::adopted::{Adopted, Stray, abandon};
+use crate::region::family::{Family, refuse_births};
 use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
@@ -13,7 +14,7 @@ use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, OwnedVisit, Visit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
-use pagestitch_kernel::{Batch, Event, Page, PageSize, Span, Uffd};
+use pagestitch_kernel::{Batch, Errno, Event, Outcome, Page, PageSize, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub(crate) struct Served {
     pub(crate) name: String,
-    pub(crate) layout: Layout,
+    pub(crate) layout: Arc<Layout>,
     /// Pages that are there without us, and never fault.
     pub(crate) in_place: Arc<Runs>,
     /// Pages that a memfd is mapped at, to be shown when it has them.
@@ -37,7 +38,7 @@ pub(crate) struct Served {
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
-    reporter: Option<Reporter>,
+    pub(super) reporter: Option<Reporter>,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) replay: Option<Replay>,
     /// Whether whole blocks are filled in staging, and moved in; else why not.
@@ -52,6 +53,10 @@ pub(crate) struct Served {
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
     failures: Mutex<BTreeMap<Page, Arc<Failure>>>,
+    /// Its forked children, where they are served.
+    pub(crate) family: Option<Arc<Family>>,
+    /// Where somebody has moved parts of it to, until they have been seen to.
+    strays: Mutex<Vec<Stray>>,
     /// Whoever works for the region is inside; dropping the region closes it.
     gate: Arc<Gate>,
 }
@@ -66,6 +71,20 @@ pub(crate) struct Manner {
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<Reporter>,
+}
+
+/// What is a table with a place for each page.
+pub(crate) struct Tables {
+    pages: Arc<PageTable>,
+    recorder: Option<Recorder>,
+}
+
+impl Tables {
+    pub(crate) fn new(pages: usize, manner: &Manner) -> Result<Self, Errno> {
+        let pages = NonZeroUsize::new(pages).expect("a region has pages");
+        let recorder = manner.record.then(|| Recorder::new(pages)).transpose()?;
+        Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder })
+    }
 }
 
 /// Whom to tell of a page that is bad: its offset, and why.
@@ -84,16 +103,16 @@ impl Served {
     /// `layout` and `shown` are of the same region, and so is all else.
     pub(crate) fn new(
         name: String,
-        (layout, shown): (Layout, Shown),
+        (layout, shown): (Arc<Layout>, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
-        (policy, manner): (Policy, Manner),
+        (policy, manner, tables): (Policy, Manner, Tables),
         (place, uffd): (Place, Uffd),
-    ) -> Result<Self, pagestitch_kernel::Errno> {
-        let pages = NonZeroUsize::new(place.all().pages).expect("a region has pages");
-        let Manner { timed, in_flight, record, replay, reporter } = manner;
-        let counters = Arc::new(Counters::new(name.clone(), (place.page_size(), pages.get()), timed));
-        Ok(Self {
-            counters,
+        family: Option<impl Into<Arc<Family>>>,
+    ) -> Self {
+        let Manner { timed, in_flight, replay, reporter, .. } = manner;
+        let counters = Counters::new(name.clone(), (place.page_size(), place.all().pages), timed);
+        Self {
+            counters: Arc::new(counters),
             has_donated: layout.has_donated(),
             has_fetched: layout.has_fetched(),
             name,
@@ -101,10 +120,10 @@ impl Served {
             in_place: Arc::new(shown.in_place),
             lazy: shown.lazy,
             moves,
-            pages: Arc::new(PageTable::new(pages)?),
+            pages: tables.pages,
             policy,
             reporter,
-            recorder: record.then(|| Recorder::new(pages)).transpose()?,
+            recorder: tables.recorder,
             replay: replay.map(Replay::new),
             staged,
             pace: Pace::default(),
@@ -113,8 +132,10 @@ impl Served {
             place,
             uffd,
             failures: Mutex::default(),
+            family: family.map(Into::into),
+            strays: Mutex::new(Vec::with_capacity(STRAYS)),
             gate: Arc::new(Gate::new()),
-        })
+        }
     }
 
     pub(crate) fn page_size(&self) -> PageSize {
@@ -228,24 +249,68 @@ impl Served {
         }
     }
 
-    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch.
-    pub(crate) fn read_events(&self, batch: &mut Batch) {
+    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch, and forked children,
+    /// by their uffds, to `born`. True if something could not be done yet: it is to be read again in a moment.
+    ///
+    /// Where a region has a family, it allocates nothing, and waits for nobody who does: whoever forks may hold the allocator.
+    pub(crate) fn read_events(&self, batch: &mut Batch, born: &mut dyn FnMut(Uffd)) -> bool {
         // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
-        let _alone = self.place.adopted().map(Adopted::change);
-        if let Err(errno) = batch.read(&self.uffd, self.page_size()) {
-            tracing::error!(region = self.name, %errno, "cannot read events");
+        let _alone = self.place.adopted().and_then(Adopted::change);
+        let mut again = false;
+        match batch.read(&self.uffd, self.page_size()) {
+            Ok(()) => {}
+            // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
+            Err(Errno::EMFILE | Errno::ENFILE) => {
+                again = true;
+                if self.family.as_ref().is_some_and(|family| family.make_room()) {
+                    let _ = batch.read(&self.uffd, self.page_size());
+                }
+            }
+            Err(errno) => tracing::error!(region = self.name, %errno, "cannot read events"),
         }
         for event in batch.take_events() {
-            self.note(event);
+            match event {
+                Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
+                Event::Remap { to, bytes, .. } => self.stray(to, bytes),
+                Event::Fork { child } => born(child),
+            }
         }
+        self.close_strays() || again
     }
 
-    fn note(&self, event: Event) {
-        let (Event::Remove { start, end } | Event::Unmap { start, end }) = event else {
-            // Of a region of our own, only remove events are asked for.
-            return tracing::error!(region = self.name, ?event, "cannot be followed: it was not asked for");
-        };
+    /// Part of the region was moved to somewhere else.
+    fn stray(&self, to: usize, bytes: usize) {
+        tracing::error!(
+            region = self.name,
+            to,
+            bytes,
+            "moved by mremap(2): what was not filled is bad there"
+        );
+        self.strays.lock().push(Stray::new(to, bytes));
+    }
+
+    /// Sees to where parts of the region were moved to. True if that is to be tried again.
+    pub(crate) fn close_strays(&self) -> bool {
+        let mut strays = self.strays.lock();
+        strays.retain_mut(|stray| match stray.close(&self.uffd, self.page_size()) {
+            Ok(done) => !done,
+            Err(Outcome::NoMemory) => true,
+            Err(refused) => {
+                // Going on would show zeros for bytes.
+                eprintln!("pagestitch: region {} was moved, and {refused:?}: aborting", self.name);
+                std::process::abort();
+            }
+        });
+        !strays.is_empty()
+    }
+
+    fn let_go(&self, start: usize, end: usize) {
         for span in self.place.pages_in(start, end) {
+            if self.family.is_some() {
+                // A reason that is left does no harm: a page without a mark has none.
+                self.pages.forget(span);
+                continue;
+            }
             tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
             if let Place::Adopted(adopted) = &self.place {
                 adopted.remove(span);
@@ -279,6 +344,9 @@ impl Served {
                 }
             }
             Place::Adopted(adopted) => abandon(self, adopted),
+        }
+        if self.family.is_some() {
+            refuse_births(self);
         }
         self.wake(self.place.all());
     }
@@ -392,5 +460,7 @@ impl Wake for Served {
 
 /// Pages asked of a source at once whose bytes come later.
 const FETCH_PAGES: usize = 64;
+/// Places that parts of a region are moved to at a time, before room has to be made.
+const STRAYS: usize = 8;
 /// Faults that may wait for a berth before room has to be made.
 const ROOM: usize = 256;

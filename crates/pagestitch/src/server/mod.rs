@@ -13,6 +13,7 @@
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `heal` | asks again for pages whose source has failed |
 //! | `watchdog` | tells of faults that take too long, and gives them up |
+//! | `usher` | reads the events of regions whose children are served |
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod berths;
@@ -25,6 +26,7 @@ mod placement;
 mod pool;
 mod populate;
 mod resolve;
+mod usher;
 mod watchdog;
 mod worker;
 
@@ -153,6 +155,24 @@ impl Attached {
             Self::Pool(pool) => pool.remove(region),
             Self::Manual(seats) => seats.remove(region),
             Self::Inline(registration, _) => drop(registration.lock().take()),
+        }
+    }
+
+    /// Serves a child no more.
+    fn leave(&self, child: &Served) {
+        match self {
+            Self::Pool(pool) => pool.leave(child),
+            // Only a pool serves children.
+            Self::Manual(_) | Self::Inline(..) => {}
+        }
+    }
+
+    /// Serves none of a region's children any more.
+    pub(crate) fn leave_family(&self, region: &Served) {
+        let Some(family) = &region.family else { return };
+        family.close().iter().for_each(|child| self.leave(child));
+        if let Self::Pool(pool) = self {
+            pool.follow_all();
         }
     }
 

@@ -11,22 +11,25 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
+use crate::region::page_table::Wake;
 use crate::server::berths::{Berths, Permits};
+use crate::server::fault::Asked;
 use crate::server::placement::{Placement, Places};
+use crate::server::usher::Usher;
 use crate::server::watchdog::Limits;
-use crate::server::worker::{Ahead, Handed, Worker};
+use crate::server::worker::{AbortOnPanic, Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use pagestitch_kernel::Span;
 use pagestitch_kernel::fork::Maker;
+use pagestitch_kernel::{Span, Uffd};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -94,11 +97,25 @@ impl Pool {
     }
 
     pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        if region.family.is_some() {
+            self.handle.start_usher()?;
+        }
         self.handle.shared.add(region)
     }
 
     pub(crate) fn remove(&self, region: &Arc<Served>) {
         self.handle.shared.remove(region);
+    }
+
+    pub(super) fn leave(&self, child: &Served) {
+        self.handle.shared.leave(child);
+    }
+
+    /// Sees to children that no worker has seen to yet.
+    pub(super) fn follow_all(&self) {
+        while let Some((parent, child)) = self.handle.shared.take_birth() {
+            self.handle.shared.follow(&parent, child);
+        }
     }
 }
 
@@ -182,6 +199,7 @@ impl PoolBuilder {
             shared: Arc::new(shared),
             threads: Mutex::default(),
             watch: Mutex::default(),
+            usher: Mutex::default(),
             maker: Maker::current(),
         };
         for (index, epoll) in handle.shared.epolls.iter().enumerate() {
@@ -223,15 +241,42 @@ struct Handle {
     shared: Arc<Shared>,
     threads: Mutex<Vec<JoinHandle<u64>>>,
     watch: Mutex<Option<JoinHandle<()>>>,
+    usher: Mutex<Option<JoinHandle<()>>>,
     maker: Maker,
 }
 
 impl Handle {
+    /// Where there is none yet.
+    fn start_usher(&self) -> Result<(), Error> {
+        let mut usher = self.usher.lock();
+        if usher.is_some() {
+            return Ok(());
+        }
+        let what = "cannot serve children (descriptors: ulimit -n, threads: ulimit -u)";
+        let reads = Usher::new(&self.shared.stop)
+            .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
+        let _ = self.shared.usher.set(reads);
+        let _quiet = NoSignals::until_dropped();
+        let (shared, begins) = (Arc::clone(&self.shared), Arc::new(Barrier::new(2)));
+        let named = thread::Builder::new().name(String::from("pagestitch/kin"));
+        let begun = Arc::clone(&begins);
+        let started = named.spawn(move || {
+            let _abort = AbortOnPanic::armed();
+            shared.usher.get().expect("set before").run(&shared, &begun);
+        });
+        *usher = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
+        begins.wait();
+        Ok(())
+    }
+
     fn join(&self) -> Report {
         // One event for all: it stays readable, so every worker sees it.
         self.shared.stop.write(1).expect("an eventfd takes a 1");
         if let Some(watch) = self.watch.lock().take() {
             watch.join().expect("the watchdog does not panic");
+        }
+        if let Some(usher) = self.usher.lock().take() {
+            usher.join().expect("one that panics aborts the process");
         }
         let threads = std::mem::take(&mut *self.threads.lock());
         let mut report = Report { workers: threads.len(), faults: 0 };
@@ -267,12 +312,18 @@ pub(super) struct Shared {
     /// Workers that slow regions hold up, and their faults that wait.
     pub(super) slow: Berths<Handed>,
     permits: Option<Arc<Permits>>,
+    /// Forked children that are to be served.
+    births: (Sender<Birth>, Receiver<Birth>),
+    usher: OnceLock<Usher>,
     epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
     /// By the descriptor of their uffd, which is what epoll reports.
     regions: RwLock<Regions>,
 }
+
+/// A region, and the uffd of a child of it.
+type Birth = (Arc<Served>, Uffd);
 
 #[derive(Debug, Default)]
 struct Regions {
@@ -299,7 +350,20 @@ impl Shared {
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
         let slow = Berths::new(HANDED_MAX);
-        Ok(Self { stop, bell, handed, ahead, slow, permits: None, epolls, wakes, regions: RwLock::default() })
+        let (births, usher) = (bounded(BIRTHS_MAX), OnceLock::new());
+        Ok(Self {
+            births,
+            usher,
+            stop,
+            bell,
+            handed,
+            ahead,
+            slow,
+            permits: None,
+            epolls,
+            wakes,
+            regions: RwLock::default(),
+        })
     }
 
     /// The region whose uffd is `fd`, if it is still served.
@@ -310,6 +374,29 @@ impl Shared {
     /// Hands a fault on; gives it back if the channel is full.
     pub(super) fn hand_on(&self, fault: Handed) -> Result<(), Handed> {
         self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
+    }
+
+    /// Hands a fault on, or lets whoever waits fault again, where too many wait for a worker.
+    pub(super) fn hand_on_or_wake(&self, region: &Arc<Served>, asked: Asked) {
+        if self.hand_on(Handed::new(Arc::clone(region), asked)).is_err() {
+            region.wake(asked.page.span());
+        }
+    }
+
+    /// Has a worker serve a forked child.
+    pub(super) fn announce(&self, parent: &Arc<Served>, child: Uffd) {
+        // There is room: whoever reads of children looks first.
+        let _ = self.births.0.send((Arc::clone(parent), child));
+        self.ring_self();
+    }
+
+    /// How many births can be announced.
+    pub(super) fn births_left(&self) -> usize {
+        BIRTHS_MAX - self.births.0.len()
+    }
+
+    pub(super) fn take_birth(&self) -> Option<Birth> {
+        self.births.1.try_recv().ok()
     }
 
     pub(super) fn take_handed(&self) -> Option<Handed> {
@@ -343,6 +430,13 @@ impl Shared {
         let others = self.epolls.len() as u64 - 1;
         if faults.min(others) > 0 {
             self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// Wakes as many workers as there are faults for them.
+    pub(super) fn ring_all(&self, faults: u64) {
+        if faults > 0 {
+            self.bell.write(faults.min(self.epolls.len() as u64)).expect("an eventfd takes small numbers");
         }
     }
 
@@ -388,11 +482,11 @@ impl Shared {
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
-        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
-        let alone =
-            if region.place.adopted().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
-        let wakes = self.wakes | alone;
-        let watched = self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes));
+        let wakes = self.wakes_of(region);
+        let watched = match (&region.family, self.usher.get()) {
+            (Some(_), Some(usher)) => usher.add(region),
+            _ => self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)),
+        };
         if watched.is_ok() && region.replay.is_some() {
             self.begin_replay(region);
         }
@@ -405,6 +499,60 @@ impl Shared {
         })
     }
 
+    /// Serves a forked child of a region's, from now on.
+    pub(super) fn follow(&self, parent: &Served, child: Uffd) {
+        let Some(family) = &parent.family else { return parent.forsake_child(&child) };
+        for dead in family.take_dead() {
+            tracing::debug!(region = dead.name, "has ended");
+            self.remove(&dead);
+        }
+        if !family.has_room() {
+            tracing::error!(
+                region = parent.name,
+                "no descriptor is left (ulimit -n): a child cannot be served; what it does not have is bad"
+            );
+            parent.forsake_child(&child);
+            drop(child);
+            family.has_room();
+            return;
+        }
+        match parent.child(child) {
+            Ok(child) => {
+                let child = Arc::new(child);
+                parent.counters.here().children.add(1);
+                let served = family.take_in(&child) && self.add(&child).is_ok();
+                if !served {
+                    self.leave(&child);
+                }
+            }
+            Err((child, errno)) => {
+                tracing::error!(region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
+                parent.forsake_child(&child);
+            }
+        }
+    }
+
+    /// Serves a child no more: what it has not touched is bad.
+    pub(super) fn leave(&self, child: &Served) {
+        self.remove(child);
+        child.close();
+        child.shut();
+    }
+
+    /// Has whoever waits for it look once more at a region.
+    pub(super) fn look_again(&self, epoll: &Epoll, region: &Served) {
+        // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
+        let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
+    }
+
+    /// How a region's faults wake workers.
+    fn wakes_of(&self, region: &Served) -> EpollFlags {
+        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
+        let alone =
+            if region.place.adopted().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
+        self.wakes | alone
+    }
+
     pub(super) fn remove(&self, region: &Served) {
         let mut regions = self.regions.write();
         let fd = region.uffd.as_fd().as_raw_fd();
@@ -412,6 +560,9 @@ impl Shared {
             regions.served.remove(&fd);
         }
         drop(regions);
+        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
+            return usher.remove(region);
+        }
         for epoll in &self.epolls {
             // ENOENT where adding was refused half-way.
             let _ = epoll.delete(&region.uffd);
@@ -431,7 +582,7 @@ impl Shared {
     }
 }
 
-fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(), Errno> {
+pub(super) fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(), Errno> {
     let token = fd.as_fd().as_raw_fd() as u64;
     epoll.add(fd, EpollEvent::new(flags, token))
 }
@@ -473,6 +624,8 @@ fn thread_name(prefix: &str, index: usize) -> String {
     format!("{}{suffix}", &prefix[..cut])
 }
 
+/// Forked children that may wait for a worker.
+const BIRTHS_MAX: usize = 1024;
 /// Faults that may wait for a worker: past it, who reads them serves them.
 const HANDED_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.

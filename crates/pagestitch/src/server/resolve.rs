@@ -117,7 +117,7 @@ struct Changing;
 /// filled is not what it holds.
 fn held(region: &Served, span: Span) -> Result<Option<RwLockReadGuard<'_, ()>>, Changing> {
     let Some(adopted) = region.place.adopted() else { return Ok(None) };
-    let guard = adopted.hold();
+    let Some(guard) = adopted.hold() else { return Ok(None) };
     if span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
         region.counters.here().retries.add(1);
         return Err(Changing);
@@ -256,6 +256,10 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
         }
     }
     if let Err(errno) = region.place.revoke(span) {
+        if errno == Errno::EAGAIN && region.place.adopted().is_some() {
+            // A child, and nobody to be ended: the waiter tries again, when there may be memory for the mark.
+            return Err(Stopped::Changing);
+        }
         if errno == Errno::ESRCH && region.place.adopted().is_some() {
             // The owner has ended meanwhile.
             return Ok(());

@@ -19,7 +19,8 @@ use nix::unistd::Pid;
 use pagestitch_kernel::{Batch, Fault, FaultKind, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// A fault that was handed on.
 #[derive(Debug)]
@@ -55,6 +56,12 @@ enum Turn {
     Quiet,
     /// The pool is being stopped.
     Stopped,
+}
+
+impl Handed {
+    pub(super) const fn new(region: Arc<Served>, asked: Asked) -> Self {
+        Self { region, asked }
+    }
 }
 
 impl Ahead {
@@ -157,8 +164,12 @@ impl Worker {
     }
 
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
-        let Self { shared, batch, buffers, served, .. } = self;
-        region.read_events(batch);
+        let Self { shared, ready, batch, buffers, served, .. } = self;
+        // Regions whose children are served are not read here.
+        if region.read_events(batch, &mut |child| region.forsake_child(&child)) {
+            thread::sleep(MOMENT);
+            shared.look_again(ready, region);
+        }
         let read = Instant::now();
         let read_again = turn.has_read();
         let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
@@ -212,6 +223,9 @@ impl Worker {
     }
 
     fn serve_handed(&mut self) {
+        while let Some((parent, child)) = self.shared.take_birth() {
+            self.shared.follow(&parent, child);
+        }
         while let Some(Handed { region, asked }) = self.shared.take_handed() {
             // A region that is being dropped needs no page any more.
             let Some(_visit) = region.enter() else { continue };
@@ -239,7 +253,7 @@ impl Worker {
 }
 
 /// What is to be served for a fault; `None` where that was all that there is to do.
-fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
+pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
     let page = region.place.page_at(fault.address)?;
     let counters = region.counters.here();
     counters.faults_writing.add(u64::from(fault.write));
@@ -263,19 +277,21 @@ pub(super) struct AbortOnPanic {
 
 impl AbortOnPanic {
     pub(super) fn armed() -> Self {
-        Self { already: std::thread::panicking() }
+        Self { already: thread::panicking() }
     }
 }
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
-        if std::thread::panicking() && !self.already {
+        if thread::panicking() && !self.already {
             eprintln!("pagestitch: a worker panicked, and nobody would serve its faults: aborting");
             std::process::abort();
         }
     }
 }
 
+/// Until what could not be done is tried again.
+const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
 const BATCH: usize = 64;
 /// Descriptors looked at after one wake-up.

@@ -47,6 +47,12 @@ impl Adopted {
         Ok(Self { page, pages, parts, removed, map: RwLock::new(()), owner, loss, let_go })
     }
 
+    /// The memory of a forked child, at these addresses. What it lets go of is filled again.
+    pub(crate) fn inherited(page: PageSize, ranges: Vec<(Span, usize)>) -> Result<Self, Errno> {
+        let parts = ranges.into_iter().map(|(span, start)| Part { span, start }).collect();
+        Self::new(page, parts, None, Loss::Poison, LetGo::Refill)
+    }
+
     pub(crate) const fn page_size(&self) -> PageSize {
         self.page
     }
@@ -80,14 +86,15 @@ impl Adopted {
         self.parts.iter().map(|part| (part.span, part.start))
     }
 
-    /// Until it is dropped, no event is read.
-    pub(crate) fn hold(&self) -> RwLockReadGuard<'_, ()> {
-        self.map.read()
+    /// Until it is dropped, no event is read. None where pages that are let go of hold what they held before: then it does not
+    /// matter.
+    pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        (self.let_go == LetGo::Zeros).then(|| self.map.read())
     }
 
-    /// Until it is dropped, nothing is installed.
-    pub(crate) fn change(&self) -> RwLockWriteGuard<'_, ()> {
-        self.map.write()
+    /// Until it is dropped, nothing is installed. None as above.
+    pub(crate) fn change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        (self.let_go == LetGo::Zeros).then(|| self.map.write())
     }
 
     /// Takes note that the owner has let go of a span.
@@ -129,9 +136,9 @@ impl Adopted {
         }
     }
 
-    /// Ends whoever owns the memory.
+    /// Ends whoever owns the memory. `EAGAIN` if nobody knows who that is.
     pub(crate) fn end_owner(&self) -> Result<(), Errno> {
-        self.owner.as_ref().ok_or(Errno::ESRCH)?.kill()
+        self.owner.as_ref().ok_or(Errno::EAGAIN)?.kill()
     }
 
     fn part_of(&self, page: Page) -> &Part {

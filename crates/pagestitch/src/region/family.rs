@@ -1,0 +1,143 @@
+//! A region's children: the same bytes in processes that were forked from the one that built it.
+//!
+//! ```text
+//!   fork(2) ── waits until a worker has read ──▶ Event::Fork { the child's own uffd }
+//!                                                      │
+//!        the same layout, addresses and sources ──▶ a Served of its own: adopted memory, all absent
+//! ```
+//!
+//! What was there at the fork is the child's, too, as of any memory. What was not is a fault of the child's, and filled from the
+//! sources in the parent: a page of its own. A child that forks is a parent likewise; all of them are one family, which ends with
+//! the region: what a child has not touched by then is bad.
+
+use crate::policy::{Blocks, Policy, Readahead};
+use crate::region::adopted::{Adopted, forsake};
+use crate::region::in_place::Shown;
+use crate::region::place::Place;
+use crate::region::served::{Manner, Served, Tables};
+use nix::sys::eventfd::EventFd;
+use pagestitch_kernel::{AddressRange, Batch, Errno, Outcome, Page, Uffd};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::thread;
+
+/// All children of a region, and theirs.
+#[derive(Debug)]
+pub(crate) struct Family {
+    members: Mutex<Members>,
+    /// A descriptor for the one child too many. Until that can be told of, nothing can be filled in its parent, either.
+    spare: Mutex<Option<EventFd>>,
+}
+
+#[derive(Debug, Default)]
+struct Members {
+    served: Vec<Arc<Served>>,
+    /// The region is being dropped.
+    closed: bool,
+}
+
+impl Family {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self { members: Mutex::default(), spare: Mutex::new(Some(EventFd::new()?)) })
+    }
+
+    /// There is no descriptor left for a child: makes one free. False if it had been used before.
+    pub(crate) fn make_room(&self) -> bool {
+        self.spare.lock().take().is_some()
+    }
+
+    /// Whether there is room for one more child, after this one.
+    pub(crate) fn has_room(&self) -> bool {
+        let mut spare = self.spare.lock();
+        if spare.is_none() {
+            *spare = EventFd::new().ok();
+        }
+        spare.is_some()
+    }
+
+    /// Takes a child in. False if the region is being dropped: nobody would serve it.
+    pub(crate) fn take_in(&self, child: &Arc<Served>) -> bool {
+        let mut members = self.members.lock();
+        if !members.closed {
+            members.served.push(Arc::clone(child));
+        }
+        !members.closed
+    }
+
+    /// Those whose processes have ended, or do not have the region any more.
+    pub(crate) fn take_dead(&self) -> Vec<Arc<Served>> {
+        let mut members = self.members.lock();
+        let (dead, alive) = members.served.drain(..).partition(|child| is_dead(child));
+        members.served = alive;
+        dead
+    }
+
+    /// Takes no more in; says who there is.
+    pub(crate) fn close(&self) -> Vec<Arc<Served>> {
+        let mut members = self.members.lock();
+        members.closed = true;
+        std::mem::take(&mut members.served)
+    }
+}
+
+impl Served {
+    /// The same region in a child, that `uffd` tells of.
+    pub(crate) fn child(&self, uffd: Uffd) -> Result<Self, (Uffd, Errno)> {
+        match self.prepare_child() {
+            Ok((tables, policy, adopted)) => {
+                let manner = Manner { reporter: self.reporter.clone(), ..Manner::default() };
+                Ok(Self::new(
+                    format!("{} in a child", self.name),
+                    (Arc::clone(&self.layout), Shown::default()),
+                    (false, Err("the kernel moves pages only inside a process")),
+                    (policy, manner, tables),
+                    (Place::Adopted(adopted), uffd),
+                    self.family.clone(),
+                ))
+            }
+            Err(errno) => Err((uffd, errno)),
+        }
+    }
+
+    /// What may be refused.
+    fn prepare_child(&self) -> Result<(Tables, Policy, Adopted), Errno> {
+        let (pages, size) = (self.place.all().pages, self.page_size());
+        let tables = Tables::new(pages, &Manner::default())?;
+        let policy = Policy::new(Readahead::None, pages, size, Blocks::Never)?;
+        Ok((tables, policy, Adopted::inherited(size, self.place.ranges().collect())?))
+    }
+
+    /// A child cannot be served: what it does not have yet is bad there.
+    pub(crate) fn forsake_child(&self, child: &Uffd) {
+        for (span, start) in self.place.ranges() {
+            forsake(child, start, self.page_size().bytes_of(span), self.page_size());
+        }
+    }
+}
+
+/// Whoever forks at this moment has a child that nobody will serve. To be called when no new page can be had any more, and before
+/// the uffd is closed, which would show zeros to that child.
+pub(super) fn refuse_births(region: &Served) {
+    let mut batch = Batch::with_capacity(BATCH);
+    loop {
+        region.read_events(&mut batch, &mut |child| region.forsake_child(&child));
+        // As long as a fork is under way, the kernel fills nothing.
+        if region.uffd.map_cached(first_page(region)) != Outcome::Changing {
+            return;
+        }
+        thread::yield_now();
+    }
+}
+
+/// Whether the process that a child's memory belonged to has ended, or does something else by now.
+fn is_dead(child: &Served) -> bool {
+    // To show what a page cache has is refused for memory without one, where there is somebody to refuse it to.
+    child.uffd.map_cached(first_page(child)) == Outcome::ProcessGone
+}
+
+fn first_page(region: &Served) -> AddressRange {
+    region.place.addresses(Page(0).span())
+}
+
+/// Events read at once.
+const BATCH: usize = 64;

@@ -1,0 +1,287 @@
+//! Forked children have a region, too, where that was asked for: each its own pages, filled from the same sources.
+
+use crate::{let_go, pattern, touch, until};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, alarm, fork};
+use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
+use pagestitch_testkit::child;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
+use std::thread;
+
+const PAGE: usize = 4096;
+
+/// Whether this process may, and this kernel can; `None` says so.
+fn built(bytes: &[u8]) -> Option<Region> {
+    let pool = Pool::builder().workers(2).start().unwrap();
+    match Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).serve_children().build(&pool) {
+        Ok(region) => Some(region),
+        Err(error) => refused(&error),
+    }
+}
+
+fn refused(error: &Error) -> Option<Region> {
+    let said = error.to_string();
+    assert_eq!(error.kind(), ErrorKind::BadOption, "{said}");
+    assert!(said.contains("Linux 6.6") || said.contains("CAP_SYS_PTRACE"), "{said}");
+    None
+}
+
+/// Starts a child that ends with what `body` says, or by a signal; at the latest after half a minute.
+#[expect(unsafe_code, reason = "a fork by the application is what is tested")]
+fn forked(body: impl FnOnce() -> i32) -> Pid {
+    // SAFETY: the child touches memory and exits.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => child,
+        ForkResult::Child => {
+            alarm::set(30);
+            std::process::exit(body());
+        }
+    }
+}
+
+fn ended(child: Pid) -> WaitStatus {
+    waitpid(child, None).unwrap()
+}
+
+fn passes(child: Pid) {
+    assert_eq!(ended(child), WaitStatus::Exited(child, 0));
+}
+
+#[test]
+fn parent_and_child_have_the_same_bytes_and_pages_of_their_own() {
+    let end = child::run("children::parent_and_child_have_the_same_bytes_and_pages_of_their_own", || {
+        let bytes = pattern(1, 500 * PAGE + 77);
+        let Some(region) = built(&bytes) else { return };
+        assert!(region.as_slice()[..100 * PAGE] == bytes[..100 * PAGE]);
+        let child = forked(|| {
+            let mut read = vec![0; 9 * PAGE];
+            let done =
+                region.read_at(300 * PAGE as u64, &mut read).is_ok() && read == bytes[300 * PAGE..309 * PAGE];
+            i32::from(!done || region.as_slice() != bytes)
+        });
+        assert!(region.as_slice() == bytes);
+        passes(child);
+        assert_eq!(region.metrics().children, 1);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn what_a_parent_writes_is_not_seen_by_its_child() {
+    let end = child::run("children::what_a_parent_writes_is_not_seen_by_its_child", || {
+        let bytes = pattern(2, 64 * PAGE);
+        let builder = Region::builder().chunk(bytes.clone()).writable().serve_children();
+        let mut region = match builder.build(&Pool::new().unwrap()) {
+            Ok(region) => region,
+            Err(error) => return drop(refused(&error)),
+        };
+        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        let child = forked(|| {
+            told.read_exact(&mut [0]).unwrap();
+            i32::from(region.as_slice() != bytes)
+        });
+        region.as_mut_slice().unwrap().fill(0xee);
+        tells.write_all(&[1]).unwrap();
+        passes(child);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn children_of_children_have_it_too() {
+    let end = child::run("children::children_of_children_have_it_too", || {
+        let bytes = pattern(3, 200 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        let right = |pages: std::ops::Range<usize>| {
+            let range = pages.start * PAGE..pages.end * PAGE;
+            region.as_slice()[range.clone()] == bytes[range]
+        };
+        let child = forked(|| {
+            let before = right(0..50);
+            let grandchild = forked(|| {
+                let great = forked(|| i32::from(!right(0..200)));
+                i32::from(!right(25..175) || ended(great) != WaitStatus::Exited(great, 0))
+            });
+            i32::from(!before || !right(50..200) || ended(grandchild) != WaitStatus::Exited(grandchild, 0))
+        });
+        passes(child);
+        assert!(right(0..200));
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn forks_while_threads_fault_and_let_go() {
+    let end = child::run("children::forks_while_threads_fault_and_let_go", || {
+        let bytes = pattern(4, 300 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
+        let (before, done) = (descriptors(), AtomicBool::new(false));
+        thread::scope(|scope| {
+            for first in 0..3 {
+                let (region, bytes, done) = (&region, &bytes, &done);
+                scope.spawn(move || {
+                    let start = region.as_ptr().expose_provenance().get();
+                    while !done.load(Ordering::SeqCst) {
+                        let_go(start + first * 100 * PAGE, 100 * PAGE);
+                        assert!(region.as_slice() == bytes);
+                    }
+                });
+            }
+            for _ in 0..30 {
+                passes(forked(|| i32::from(region.as_slice() != bytes)));
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+        assert_eq!(region.metrics().children, 30);
+        assert!(descriptors() < before + 5, "those that have ended are let go of");
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
+    let end =
+        child::run("children::a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros", || {
+            let bytes = pattern(5, 300 * PAGE);
+            let Some(region) = built(&bytes) else { return };
+            let address = region.as_ptr().expose_provenance().get();
+            assert_eq!(touch(address), bytes[0]);
+            let (mut told, mut tells) = UnixStream::pair().unwrap();
+            let child = forked(|| {
+                if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
+                    return 1;
+                }
+                told.read_exact(&mut [0]).unwrap();
+                // What was there stays; what was not is no zeros.
+                if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
+                    return 2;
+                }
+                i32::from(touch(address + 200 * PAGE)) + 100
+            });
+            until(|| region.metrics().children == 1);
+            // The child has what it has touched.
+            thread::sleep(std::time::Duration::from_millis(200));
+            drop(region);
+            tells.write_all(&[1]).unwrap();
+            let ended = ended(child);
+            assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
+        });
+    end.expect_pass();
+}
+
+#[test]
+fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
+    let end = child::run("children::a_child_that_waits_when_the_region_is_dropped_gets_a_signal", || {
+        // A source that answers nobody until the end.
+        let (hold, held) = (Arc::new(Barrier::new(2)), Arc::new(AtomicBool::new(false)));
+        let source = Arc::new(Held(Arc::clone(&hold), Arc::clone(&held)));
+        let builder =
+            Region::builder().chunk(Chunk::source(source)).readahead(Readahead::None).serve_children();
+        let region = match builder.build(&Pool::builder().workers(2).start().unwrap()) {
+            Ok(region) => region,
+            Err(error) => return drop(refused(&error)),
+        };
+        let address = region.as_ptr().expose_provenance().get();
+        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        // One that waits for its source, and one that nobody has asked for.
+        let child = forked(|| {
+            told.read_exact(&mut [0]).unwrap();
+            i32::from(touch(address + PAGE)) + 100
+        });
+        tells.write_all(&[1]).unwrap();
+        until(|| held.load(Ordering::SeqCst));
+        thread::scope(|scope| {
+            let dropping = scope.spawn(move || drop(region));
+            hold.wait();
+            dropping.join().unwrap();
+        });
+        // It was answered in time, with an error.
+        let ended = ended(child);
+        assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
+    });
+    end.expect_pass();
+}
+
+/// Waits, and then fails.
+struct Held(Arc<Barrier>, Arc<AtomicBool>);
+
+impl Source for Held {
+    fn size(&self) -> u64 {
+        3 * PAGE as u64
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        self.1.store(true, Ordering::SeqCst);
+        self.0.wait();
+        Err(io::Error::other("too late"))
+    }
+}
+
+#[test]
+fn children_that_execute_something_else_are_let_go_of() {
+    let end = child::run("children::children_that_execute_something_else_are_let_go_of", || {
+        let bytes = pattern(7, 100 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        let before = fs::read_dir("/proc/self/fd").unwrap().count();
+        for _ in 0..20 {
+            // A hook in the child has the library fork, and not share its memory.
+            let mut command = Command::new("true");
+            assert!(with_fork(&mut command).status().unwrap().success());
+        }
+        assert_eq!(region.metrics().children, 20);
+        assert!(fs::read_dir("/proc/self/fd").unwrap().count() < before + 5);
+        assert!(region.as_slice() == bytes);
+    });
+    end.expect_pass();
+}
+
+#[expect(unsafe_code, reason = "a hook before exec is unsafe to ask for")]
+fn with_fork(command: &mut Command) -> &mut Command {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: it does nothing.
+    unsafe { command.pre_exec(|| Ok(())) }
+}
+
+#[test]
+fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
+    let end = child::run("children::without_descriptors_a_child_gets_a_signal_and_nobody_waits", || {
+        let bytes = pattern(8, 100 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+        assert!(taken.len() > 10);
+        for _ in 0..3 {
+            let ended = ended(forked(|| i32::from(region.as_slice() != bytes)));
+            assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
+        }
+        drop(taken);
+        passes(forked(|| i32::from(region.as_slice() != bytes)));
+        assert!(region.as_slice() == bytes);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn what_cannot_be_served_in_children_is_refused_by_name() {
+    let bytes = vec![1u8; 10];
+    let error =
+        Region::builder().name("inline").chunk(bytes.clone()).serve_children().build(Inline).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotInline);
+    assert!(error.to_string().starts_with("region inline: children are served by who is told"), "{error}");
+    let manual = Manual::new().unwrap();
+    let error = Region::builder().chunk(bytes).serve_children().build(&manual).unwrap_err();
+    assert!(error.to_string().contains("use a pool to serve children"), "{error}");
+    // Donated pages are there when the region is built.
+    let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
+    pages.fill(7);
+    match Region::builder().chunk(Chunk::from(pages)).serve_children().build(&Pool::new().unwrap()) {
+        Ok(region) => assert_eq!(region.metrics().pages_in_place, 3),
+        Err(error) => drop(refused(&error)),
+    }
+}
