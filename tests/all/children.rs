@@ -2,15 +2,15 @@
 
 use crate::{let_go, pattern, touch, until};
 use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, alarm, fork};
+use nix::sys::wait::WaitStatus;
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
 use pagestitch_testkit::child;
+use pagestitch_testkit::forked::Forked;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -32,25 +32,13 @@ fn refused(error: &Error) -> Option<Region> {
     None
 }
 
-/// Starts a child that ends with what `body` says, or by a signal; at the latest after half a minute.
-#[expect(unsafe_code, reason = "a fork by the application is what is tested")]
-fn forked(body: impl FnOnce() -> i32) -> Pid {
-    // SAFETY: the child touches memory and exits.
-    match unsafe { fork() }.unwrap() {
-        ForkResult::Parent { child } => child,
-        ForkResult::Child => {
-            alarm::set(30);
-            std::process::exit(body());
-        }
-    }
+fn forked(body: impl FnOnce() -> i32) -> Forked {
+    Forked::start(body)
 }
 
-fn ended(child: Pid) -> WaitStatus {
-    waitpid(child, None).unwrap()
-}
-
-fn passes(child: Pid) {
-    assert_eq!(ended(child), WaitStatus::Exited(child, 0));
+fn passes(child: Forked) {
+    let id = child.id();
+    assert_eq!(child.end(), WaitStatus::Exited(id, 0));
 }
 
 #[test]
@@ -106,9 +94,9 @@ fn children_of_children_have_it_too() {
             let before = right(0..50);
             let grandchild = forked(|| {
                 let great = forked(|| i32::from(!right(0..200)));
-                i32::from(!right(25..175) || ended(great) != WaitStatus::Exited(great, 0))
+                i32::from(!right(25..175) || !great.passes())
             });
-            i32::from(!before || !right(50..200) || ended(grandchild) != WaitStatus::Exited(grandchild, 0))
+            i32::from(!before || !right(50..200) || !grandchild.passes())
         });
         passes(child);
         assert!(right(0..200));
@@ -170,9 +158,42 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
             thread::sleep(std::time::Duration::from_millis(200));
             drop(region);
             tells.write_all(&[1]).unwrap();
-            let ended = ended(child);
+            let ended = child.end();
             assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
         });
+    end.expect_pass();
+}
+
+/// Whatever moment a fork meets of the region's end: bytes or a signal, and nobody waits.
+#[test]
+fn forks_while_regions_come_and_go() {
+    let end = child::run("children::forks_while_regions_come_and_go", || {
+        let bytes = pattern(9, 40 * PAGE);
+        if built(&bytes).is_none() {
+            return;
+        }
+        let (address, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let region = built(&bytes).unwrap();
+                    address.store(region.as_ptr().expose_provenance().get(), Ordering::SeqCst);
+                    assert_eq!(region.as_slice()[3 * PAGE], bytes[3 * PAGE]);
+                    address.store(0, Ordering::SeqCst);
+                }
+            });
+            for _ in 0..200 {
+                let ended = forked(|| match address.load(Ordering::SeqCst) {
+                    0 => 0,
+                    start => i32::from(touch(start + 17 * PAGE) != bytes[17 * PAGE]),
+                })
+                .end();
+                let signal = matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS | Signal::SIGSEGV, _));
+                assert!(signal || matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+            }
+            done.store(true, Ordering::SeqCst);
+        });
+    });
     end.expect_pass();
 }
 
@@ -203,7 +224,7 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
             dropping.join().unwrap();
         });
         // It was answered in time, with an error.
-        let ended = ended(child);
+        let ended = child.end();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
     });
     end.expect_pass();
@@ -257,7 +278,7 @@ fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
         let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
         assert!(taken.len() > 10);
         for _ in 0..3 {
-            let ended = ended(forked(|| i32::from(region.as_slice() != bytes)));
+            let ended = forked(|| i32::from(region.as_slice() != bytes)).end();
             assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
         }
         drop(taken);
@@ -281,7 +302,10 @@ fn what_cannot_be_served_in_children_is_refused_by_name() {
     let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
     pages.fill(7);
     match Region::builder().chunk(Chunk::from(pages)).serve_children().build(&Pool::new().unwrap()) {
-        Ok(region) => assert_eq!(region.metrics().pages_in_place, 3),
+        Ok(region) => {
+            assert_eq!(region.metrics().pages_in_place, 3);
+            passes(forked(|| i32::from(region.as_slice() != [7; 3 * PAGE])));
+        }
         Err(error) => drop(refused(&error)),
     }
 }

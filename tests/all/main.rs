@@ -1,6 +1,7 @@
 //! The promises, each a named test on the running kernel. One file for each family of promises.
 
 mod adopted;
+mod application;
 mod blocks;
 mod children;
 mod conformance;

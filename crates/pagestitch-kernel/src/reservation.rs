@@ -26,6 +26,7 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What the process may do with a region's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,6 +54,8 @@ impl Access {
 pub struct Reservation {
     pub(crate) mapping: Mapping,
     page: PageSize,
+    /// Whether children of `fork(2)` have it.
+    inherited: AtomicBool,
 }
 
 impl Reservation {
@@ -71,7 +74,7 @@ impl Reservation {
         let refused = |errno| ReserveError::new(bytes.get(), errno);
         let mapping = Mapping::aligned(bytes, access.protection()).map_err(refused)?;
         mapping.advise(MmapAdvise::MADV_DONTFORK).map_err(refused)?;
-        let reservation = Arc::new(Self { mapping, page });
+        let reservation = Arc::new(Self { mapping, page, inherited: AtomicBool::new(false) });
         let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
     }
@@ -152,7 +155,13 @@ impl Reservation {
     ///
     /// The errno of `madvise(2)`; none is known to occur.
     pub fn show_to_children(&self) -> Result<(), Errno> {
+        self.inherited.store(true, Ordering::Relaxed);
         self.mapping.advise(MmapAdvise::MADV_DOFORK)
+    }
+
+    /// Whether children of `fork(2)` have it.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.inherited.load(Ordering::Relaxed)
     }
 
     /// Touches the pages of a span, in the process that this is called in, without a signal for those that are bad. Linux 5.14.

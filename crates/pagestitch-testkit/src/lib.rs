@@ -6,10 +6,12 @@
 //! | [`scripted`] | sources that count, fail, panic or wait when told to |
 //! | [`deny`] | take userfaultfd away, as a container does |
 //! | [`guest`] | memory that another process fills: a VMM restoring a guest from a snapshot |
+//! | [`forked`] | children of `fork(2)` |
 //! | [`child`] | a test's body in a process of its own, to see it die by a signal or under a limit |
 
 pub mod child;
 pub mod conformance;
 pub mod deny;
+pub mod forked;
 pub mod guest;
 pub mod scripted;

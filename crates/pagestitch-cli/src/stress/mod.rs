@@ -74,6 +74,8 @@ tally! {
     balloons,
     /// Processes that were started meanwhile.
     forks,
+    /// Forked children that looked at a region.
+    children,
     /// Pages that were healed.
     healed,
 }

@@ -4,13 +4,15 @@ use super::Tally;
 use super::kernel::Answers;
 use super::model::{Model, PAGE};
 use fastrand::Rng;
+use nix::sys::wait::WaitStatus;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
+use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::guest::{Guest, let_go};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 type Wrong = String;
@@ -27,6 +29,8 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
     let (model, builder) = Model::lay(&mut rng, tally, adopted, builder).map_err(|error| told(&error))?;
     let answers = Answers::begin(&mut rng, !adopted);
     let serving = Serving::start(&mut rng, model.inline && !adopted).map_err(|error| told(&error))?;
+    let children = !adopted && serving.pool.is_some() && rng.u8(..3) == 0 && may_serve_children();
+    let builder = if children { builder.serve_children() } else { builder };
     let done = if adopted {
         let guest = Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| told(&error))?;
         let memory = adopt(&guest).map_err(|error| told(&error))?;
@@ -34,12 +38,38 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
         touch_guest(&mut rng, &guest, &region, &model, tally, pulse)
     } else {
         let region = builder.build(serving.server()).map_err(|error| told(&error))?;
-        touch(&mut rng, (&region, !serving.is_inline(), answers), &model, tally, pulse)
+        touch(
+            &mut rng,
+            (&region, Ways { events: !serving.is_inline(), answers, children }),
+            &model,
+            tally,
+            pulse,
+        )
     };
     Answers::end();
     drop(serving);
     Tally::count(&tally.regions, 1);
     done.map_err(|wrong| told(&wrong))
+}
+
+/// What is possible in a round.
+#[derive(Debug, Clone, Copy)]
+struct Ways {
+    /// Who serves is told of what is let go.
+    events: bool,
+    answers: Answers,
+    /// Forked children have the region.
+    children: bool,
+}
+
+/// Whether this process may, on this kernel.
+fn may_serve_children() -> bool {
+    static MAY: OnceLock<bool> = OnceLock::new();
+    *MAY.get_or_init(|| {
+        let built =
+            Pool::new().and_then(|pool| Region::builder().chunk(vec![1]).serve_children().build(&pool));
+        built.is_ok()
+    })
 }
 
 /// Who serves, until it is dropped.
@@ -103,7 +133,7 @@ fn seated(mut seat: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
 
 fn touch(
     rng: &mut Rng,
-    (region, events, answers): (&Region, bool, Answers),
+    (region, ways): (&Region, Ways),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -114,22 +144,35 @@ fn touch(
         let threads: Vec<_> = (0..threads)
             .map(|_| {
                 let mut rng = rng.fork();
-                scope.spawn(move || act(&mut rng, (region, events, answers), model, tally, pulse))
+                scope.spawn(move || act(&mut rng, (region, ways), model, tally, pulse))
             })
             .collect();
         if forks {
             Tally::count(&tally.forks, 1);
             let _ = Command::new("true").status();
         }
-        threads
+        let children: Result<(), Wrong> = (0..if ways.children { 3 } else { 0 }).try_for_each(|_| {
+            Tally::count(&tally.children, 1);
+            // What it counts and takes note of is its own, and lost.
+            let child =
+                Forked::start(|| i32::from(look(&mut rng.fork(), region, ways, model, tally).is_err()));
+            let ended = child.end();
+            if matches!(ended, WaitStatus::Exited(_, 0)) {
+                Ok(())
+            } else {
+                Err(format!("a child: {ended:?}"))
+            }
+        });
+        let joined = threads
             .into_iter()
-            .try_for_each(|thread| thread.join().map_err(|_| String::from("a thread panicked"))?)
+            .try_for_each(|thread| thread.join().map_err(|_| String::from("a thread panicked"))?);
+        children.and(joined)
     });
     outcome?;
     // What has failed can be had once it is mended.
     model.mend();
     Answers::end();
-    heal(region, answers, model, tally)?;
+    heal(region, ways.answers, model, tally)?;
     let metrics = region.metrics();
     Tally::count(&tally.faults, metrics.faults);
     Tally::count(&tally.pages, metrics.pages_installed());
@@ -138,7 +181,7 @@ fn touch(
 
 fn act(
     rng: &mut Rng,
-    (region, events, answers): (&Region, bool, Answers),
+    (region, ways): (&Region, Ways),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -147,7 +190,7 @@ fn act(
         pulse.fetch_add(1, Ordering::Relaxed);
         let range = range(rng, model.bytes.len());
         // Where any page may be bad, to touch one is a signal.
-        let fatal = answers == Answers::Fatal;
+        let fatal = ways.answers == Answers::Fatal;
         match rng.u8(..10) {
             0..5 if !fatal && !model.may_fail(&range) => {
                 verify(&region.as_slice()[range.clone()], &range, model, tally)?;
@@ -156,7 +199,7 @@ fn act(
                 let done = region.populate(range.start as u64..range.end as u64);
                 check(done, fatal, &range, model, tally)?;
             }
-            6 if !fatal && model.again && events => {
+            6 if !fatal && model.again && ways.events => {
                 let_go(region, range.clone());
                 Tally::count(&tally.let_go, 1);
             }
@@ -168,6 +211,17 @@ fn act(
                 }
                 check(done, fatal, &range, model, tally)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// A forked child looks at what cannot fail.
+fn look(rng: &mut Rng, region: &Region, ways: Ways, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+    for _ in 0..10 {
+        let range = range(rng, model.bytes.len());
+        if ways.answers != Answers::Fatal && !model.may_fail(&range) {
+            verify(&region.as_slice()[range.clone()], &range, model, tally)?;
         }
     }
     Ok(())

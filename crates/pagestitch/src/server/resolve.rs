@@ -245,13 +245,14 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
     if region.uffd.features().contains(Features::POISON) {
         match region.uffd.poison(region.place.addresses(span)) {
             Outcome::Changing => return Err(Stopped::Changing),
-            Outcome::Done | Outcome::AlreadyThere => {
+            // Not registered: unmapped, moved, or taken away before. Something else may be there by now, and is left alone.
+            Outcome::Done | Outcome::AlreadyThere | Outcome::NotRegistered => {
                 region.wake(span);
                 return Ok(());
             }
             // Nobody is there any more to be told.
             Outcome::ProcessGone if region.place.adopted().is_some() => return Ok(()),
-            // No memory for the mark, or no such mapping: fall through to what needs neither.
+            // No memory for the mark: fall through to what needs none.
             _ => {}
         }
     }
