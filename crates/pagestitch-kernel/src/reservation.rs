@@ -26,7 +26,6 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What the process may do with a region's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +53,6 @@ impl Access {
 pub struct Reservation {
     pub(crate) mapping: Mapping,
     page: PageSize,
-    /// Whether children of `fork(2)` have it.
-    inherited: AtomicBool,
 }
 
 impl Reservation {
@@ -74,7 +71,7 @@ impl Reservation {
         let refused = |errno| ReserveError::new(bytes.get(), errno);
         let mapping = Mapping::aligned(bytes, access.protection()).map_err(refused)?;
         mapping.advise(MmapAdvise::MADV_DONTFORK).map_err(refused)?;
-        let reservation = Arc::new(Self { mapping, page, inherited: AtomicBool::new(false) });
+        let reservation = Arc::new(Self { mapping, page });
         let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
     }
@@ -155,13 +152,32 @@ impl Reservation {
     ///
     /// The errno of `madvise(2)`; none is known to occur.
     pub fn show_to_children(&self) -> Result<(), Errno> {
-        self.inherited.store(true, Ordering::Relaxed);
-        self.mapping.advise(MmapAdvise::MADV_DOFORK)
+        self.advise_parts(MmapAdvise::MADV_DOFORK)
     }
 
-    /// Whether children of `fork(2)` have it.
-    pub(crate) fn is_inherited(&self) -> bool {
-        self.inherited.load(Ordering::Relaxed)
+    /// From now on, children of `fork(2)` do not have the range.
+    ///
+    /// # Errors
+    ///
+    /// As [`show_to_children`](Self::show_to_children).
+    pub fn hide_from_children(&self) -> Result<(), Errno> {
+        self.advise_parts(MmapAdvise::MADV_DONTFORK)
+    }
+
+    fn advise_parts(&self, advice: MmapAdvise) -> Result<(), Errno> {
+        match self.mapping.advise(advice) {
+            // Of a device's memory it is not to be said, and somebody may have unmapped a part: the rest, one by one.
+            Err(Errno::EINVAL | Errno::ENOMEM) => {
+                for part in self.mapped_parts() {
+                    let start = part.start() as *mut c_void;
+                    // SAFETY: part of our own mapping, and what children of fork see of it.
+                    #[expect(unsafe_code, reason = "madvise")]
+                    let _ = unsafe { libc::madvise(start, part.bytes(), advice as i32) };
+                }
+                Ok(())
+            }
+            advised => advised,
+        }
     }
 
     /// Touches the pages of a span, in the process that this is called in, without a signal for those that are bad. Linux 5.14.

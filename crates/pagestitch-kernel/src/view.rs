@@ -160,12 +160,6 @@ impl View {
             return Err(Errno::last());
         }
         donated.mark_moved(moving);
-        if self.reservation.is_inherited() {
-            // They came as what no child has.
-            // SAFETY: pages of our own mapping, and what a child of fork sees of them.
-            #[expect(unsafe_code, reason = "madvise")]
-            unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DOFORK) }?;
-        }
         self.protect(range)
     }
 

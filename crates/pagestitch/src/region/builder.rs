@@ -315,7 +315,7 @@ impl Builder {
             access => access,
         };
         let huge = moves || staged.is_ok();
-        let (reservation, mut view) = reserve(&name, (pages, page), access, huge, self.children)?;
+        let (reservation, mut view) = reserve(&name, (pages, page), access, huge)?;
         uffd.register(&reservation, RegisterMode::MISSING)
             .map_err(|errno| limit("register its range", errno))?;
         let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
@@ -364,6 +364,8 @@ fn check_replay(replay: Option<&Recording>, place: &Place, layout: &Layout) -> R
 fn attach(served: Served, server: Server) -> Result<Core, Error> {
     let served = Arc::new(served);
     let core = Core { server: server.attach(&served)?, served };
+    // Not before somebody reads of them: who builds may wait for the allocator, and that for a fork.
+    core.show_to_children()?;
     tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
     Ok(core)
 }
@@ -409,24 +411,17 @@ fn refuse_copies(served: &Served) -> Result<(), Error> {
     }
 }
 
-/// Reserves the addresses; `huge`: huge pages may move in; `children`: those of `fork(2)` have them, too.
+/// Reserves the addresses; `huge`: huge pages may move in.
 fn reserve(
     name: &str,
     (pages, page): (NonZeroUsize, PageSize),
     access: Access,
     huge: bool,
-    children: bool,
 ) -> Result<(Arc<Reservation>, View), Error> {
     let (reservation, view) = Reservation::new(pages, page, access)
         .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
     if huge {
         reservation.welcome_huge_pages();
-    }
-    if children {
-        reservation.show_to_children().map_err(|errno| {
-            let what = format_args!("region {name}: cannot let children have its range");
-            Error::because(ErrorKind::Resources, what, errno)
-        })?;
     }
     Ok((reservation, view))
 }

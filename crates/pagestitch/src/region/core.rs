@@ -3,6 +3,7 @@
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
+use crate::region::family::refuse_births;
 use crate::region::place::Place;
 use crate::region::{Plan, Served};
 use crate::server::{Attached, heal, populate};
@@ -49,6 +50,17 @@ impl Core {
             return self.touch(span);
         }
         populate(&self.served, span).map_err(|failure| self.failed(failure))
+    }
+
+    /// From now on forked children have the region, where they are served.
+    pub(super) fn show_to_children(&self) -> Result<(), Error> {
+        match (&self.served.family, &self.served.place) {
+            (Some(_), Place::Reserved(reservation)) => reservation.show_to_children().map_err(|errno| {
+                let what = format_args!("region {}: cannot let children have its range", self.name());
+                Error::because(ErrorKind::Resources, what, errno)
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// As a forked child has it: who serves is in another process, and what is filled is here.
@@ -136,6 +148,7 @@ impl Core {
 
 /// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
 ///
+/// 0. forked children do not have the region any more; those that are just being made are served;
 /// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
 /// 2. join: wait for those that are at work for the region; no source is called from here on; forked children likewise, in which
 ///    what is missing becomes bad;
@@ -148,10 +161,12 @@ impl Drop for Core {
             // A forked child: the range is not there, and what serves it belongs to the parent.
             return;
         }
+        refuse_births(&self.served);
         self.server.detach(&self.served);
         self.served.close();
         self.server.leave_family(&self.served);
         tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
         self.served.shut();
+        self.server.retire(&self.served);
     }
 }

@@ -115,15 +115,26 @@ impl Served {
     }
 }
 
-/// Whoever forks at this moment has a child that nobody will serve. To be called when no new page can be had any more, and before
-/// the uffd is closed, which would show zeros to that child.
+/// Nobody forks with the region any more when this returns: closing its uffd would show zeros to a child that is just being made.
+/// For a region of ours, before its teardown begins: this thread may wait for the allocator in it, and whoever forks holds that until
+/// the usher has read of it. For a child's, at its end: it has nothing to do with our allocator.
 pub(super) fn refuse_births(region: &Served) {
-    let mut batch = Batch::with_capacity(BATCH);
-    loop {
-        region.read_events(&mut batch, &mut |child| region.forsake_child(&child));
-        // As long as a fork is under way, the kernel fills nothing.
-        if region.uffd.map_cached(first_page(region)) != Outcome::Changing {
-            return;
+    if region.family.is_none() {
+        return;
+    }
+    match &region.place {
+        Place::Reserved(reservation) => {
+            let _ = reservation.hide_from_children();
+        }
+        // What is refused was unmapped, or its owner has ended.
+        Place::Adopted(_) => region.place.ranges().for_each(|(span, _)| {
+            let _ = region.uffd.unregister(region.place.addresses(span));
+        }),
+    }
+    // As long as a fork is under way, the kernel fills nothing.
+    while region.uffd.map_cached(first_page(region)) == Outcome::Changing {
+        if region.place.adopted().is_some() {
+            region.read_events(&mut Batch::with_capacity(BATCH), &mut |child| region.forsake_child(&child));
         }
         thread::yield_now();
     }

@@ -345,10 +345,10 @@ impl Served {
             }
             Place::Adopted(adopted) => abandon(self, adopted),
         }
-        if self.family.is_some() {
+        self.wake(self.place.all());
+        if self.place.adopted().is_some() {
             refuse_births(self);
         }
-        self.wake(self.place.all());
     }
 
     /// Never closes the uffd: to whom waits there, that would be zeros.

@@ -125,7 +125,10 @@ impl Server {
             Attached::Inline(..) => Ok(()),
         };
         // A partial start is undone.
-        added.inspect_err(|_| attached.detach(region))?;
+        added.inspect_err(|_| {
+            attached.detach(region);
+            attached.retire(region);
+        })?;
         Ok(attached)
     }
 }
@@ -164,6 +167,13 @@ impl Attached {
             Self::Pool(pool) => pool.leave(child),
             // Only a pool serves children.
             Self::Manual(_) | Self::Inline(..) => {}
+        }
+    }
+
+    /// The last of a region whose children were served.
+    pub(crate) fn retire(&self, region: &Served) {
+        if let Self::Pool(pool) = self {
+            pool.retire(region);
         }
     }
 

@@ -111,6 +111,10 @@ impl Pool {
         self.handle.shared.leave(child);
     }
 
+    pub(super) fn retire(&self, region: &Served) {
+        self.handle.shared.retire(region);
+    }
+
     /// Sees to children that no worker has seen to yet.
     pub(super) fn follow_all(&self) {
         while let Some((parent, child)) = self.handle.shared.take_birth() {
@@ -505,6 +509,7 @@ impl Shared {
         for dead in family.take_dead() {
             tracing::debug!(region = dead.name, "has ended");
             self.remove(&dead);
+            self.retire(&dead);
         }
         if !family.has_room() {
             tracing::error!(
@@ -532,9 +537,17 @@ impl Shared {
         }
     }
 
+    /// Reads no more of a region whose children were served: nobody can fork with it any more.
+    pub(super) fn retire(&self, region: &Served) {
+        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
+            usher.remove(region);
+        }
+    }
+
     /// Serves a child no more: what it has not touched is bad.
     pub(super) fn leave(&self, child: &Served) {
         self.remove(child);
+        self.retire(child);
         child.close();
         child.shut();
     }
@@ -560,8 +573,8 @@ impl Shared {
             regions.served.remove(&fd);
         }
         drop(regions);
-        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
-            return usher.remove(region);
+        if region.family.is_some() {
+            return;
         }
         for epoll in &self.epolls {
             // ENOENT where adding was refused half-way.

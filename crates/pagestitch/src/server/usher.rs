@@ -96,7 +96,7 @@ impl Usher {
         let regions = self.lock();
         let Ok(index) = regions.binary_search_by_key(&fd, |(fd, _)| *fd) else { return false };
         let region = &regions[index].1;
-        let Some(_visit) = region.enter() else { return false };
+        // Also of a region that is being dropped, until its last: whoever forks may hold the allocator, and who drops waits for that.
         if shared.births_left() < BATCH {
             // Who forks waits meanwhile.
             return true;
