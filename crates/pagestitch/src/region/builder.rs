@@ -174,9 +174,8 @@ impl Builder {
     /// * Donated pages are moved in when the region is built, as a child needs them, too. Memfds that are filled later are refused.
     /// * Takes `CAP_SYS_PTRACE`, and Linux 6.6.
     ///
-    /// ```
+    /// ```no_run
     /// # use pagestitch::{Pool, Region};
-    /// # if !pagestitch::Support::probe().features().is_ok_and(|f| f.contains(pagestitch_kernel::support::Features::POISON)) { return Ok(()) }
     /// let pool = Pool::new()?;
     /// let region = Region::builder().chunk(vec![7u8; 100_000]).serve_children().build(&pool)?;
     /// // From here on fork(2) as you like: a worker process for each request, a snapshot to write out.
