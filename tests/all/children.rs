@@ -146,6 +146,7 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
                 if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
                     return 1;
                 }
+                told.write_all(&[1]).unwrap();
                 told.read_exact(&mut [0]).unwrap();
                 // What was there stays; what was not is no zeros.
                 if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
@@ -153,9 +154,8 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
                 }
                 i32::from(touch(address + 200 * PAGE)) + 100
             });
-            until(|| region.metrics().children == 1);
             // The child has what it has touched.
-            thread::sleep(std::time::Duration::from_millis(200));
+            tells.read_exact(&mut [0]).unwrap();
             drop(region);
             tells.write_all(&[1]).unwrap();
             let ended = child.end();
