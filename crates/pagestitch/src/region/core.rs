@@ -162,11 +162,12 @@ impl Drop for Core {
             return;
         }
         refuse_births(&self.served);
+        // What the usher has read of children is announced by then.
+        self.server.retire(&self.served);
         self.server.detach(&self.served);
         self.served.close();
         self.server.leave_family(&self.served);
         tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
         self.served.shut();
-        self.server.retire(&self.served);
     }
 }
