@@ -150,7 +150,6 @@ fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
                     // One that was unmapped is found out when its fault is served.
                 });
                 drop(region);
-                thread::sleep(std::time::Duration::from_secs(20));
             });
         // On kernels without marks, what cannot be had is covered by what is SIGBUS.
         let expected: &[_] = if has_marks() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };

@@ -525,7 +525,8 @@ impl Shared {
             Ok(child) => {
                 let child = Arc::new(child);
                 parent.counters.here().children.add(1);
-                let served = family.take_in(&child) && self.add(&child).is_ok();
+                // In this order: whoever ends the family finds it served, and leaves it.
+                let served = self.add(&child).is_ok() && family.take_in(&child);
                 if !served {
                     self.leave(&child);
                 }
