@@ -64,8 +64,9 @@ impl Dense {
         // Not this one's rent: a single fault may cost many times as much as most, or as little.
         let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
         let threshold = self.threshold(typical);
-        // Whoever takes it past the threshold has it filled; a block that was filled stays there.
-        if before >= FILLED || before + rent < threshold {
+        // A single fault says nothing of others: it may have waited for a CPU. Whoever takes it past the threshold
+        // has it filled; a block that was filled stays there.
+        if before == 0 || before >= FILLED || before + rent < threshold {
             return None;
         }
         if self.rents.deref()[block].fetch_or(FILLED, Ordering::Relaxed) & FILLED != 0 {
@@ -99,7 +100,6 @@ impl Dense {
         // With few blocks seen, nothing is known.
         let sparse = u128::from(touched - filled + UNKNOWN);
         let threshold = u128::from(price) * sparse / u128::from(touched + UNKNOWN);
-        // A single fault says nothing of others.
         (threshold as u64).max(2 * typical)
     }
 }
@@ -152,6 +152,12 @@ mod tests {
         let dense = dense();
         assert_eq!(dense.spent(Page(0), 10_000_000), None);
         assert!((1..20).all(|page| dense.spent(Page(page), 1_000).is_none()));
+        let blocks = (1..100).map(|block| Page(block * BLOCK));
+        assert!(blocks.clone().take(60).all(|page| dense.spent(page, 1_000).is_none()));
+        assert!(
+            blocks.skip(60).all(|page| dense.spent(page, 10_000_000).is_none()),
+            "each is its block's only one"
+        );
     }
 
     #[test]
