@@ -10,7 +10,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -161,6 +161,48 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
             let ended = child.end();
             assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
         });
+    end.expect_pass();
+}
+
+/// Tells others to end, also on a failure.
+struct Done<'d>(&'d AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Whatever moment a fork meets of the region's end: bytes or a signal, and nobody waits.
+#[test]
+fn forks_while_regions_come_and_go() {
+    let end = child::run("children::forks_while_regions_come_and_go", || {
+        let bytes = pattern(9, 40 * PAGE);
+        if built(&bytes).is_none() {
+            return;
+        }
+        let (address, done) = (AtomicUsize::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    let region = built(&bytes).unwrap();
+                    address.store(region.as_ptr().expose_provenance().get(), Ordering::SeqCst);
+                    assert_eq!(region.as_slice()[3 * PAGE], bytes[3 * PAGE]);
+                    address.store(0, Ordering::SeqCst);
+                }
+            });
+            let _done = Done(&done);
+            for _ in 0..100 {
+                let ended = forked(|| match address.load(Ordering::SeqCst) {
+                    0 => 0,
+                    start => i32::from(touch(start + 17 * PAGE) != bytes[17 * PAGE]),
+                })
+                .end();
+                let signal = matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS | Signal::SIGSEGV, _));
+                assert!(signal || matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
+            }
+        });
+    });
     end.expect_pass();
 }
 

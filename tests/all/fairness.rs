@@ -43,11 +43,11 @@ fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
     most.into_iter().fold(builder, |builder, most| builder.in_flight(most)).build(pool).unwrap()
 }
 
-/// Eight threads wait for a source of 20 ms all the time; single touches of another region's memory do not wait for them.
+/// Eight threads wait for a source of 100 ms all the time; single touches of another region's memory do not wait for them.
 #[test]
 fn a_region_with_a_slow_source_does_not_hold_up_the_others() {
     let pool = Pool::builder().workers(3).start().unwrap();
-    let slow = Slow::new(4000, Duration::from_millis(20));
+    let slow = Slow::new(4000, Duration::from_millis(100));
     let (slow_region, stop) = (region(&slow, &pool, None), AtomicBool::new(false));
     let quick_region =
         Region::builder().chunk(vec![1; 300 * PAGE]).readahead(Readahead::None).build(&pool).unwrap();
@@ -72,7 +72,7 @@ fn a_region_with_a_slow_source_does_not_hold_up_the_others() {
         stop.store(true, Ordering::Relaxed);
         latencies.sort();
         println!("p50 {:?}, p99 {:?}, max {:?}", latencies[150], latencies[297], latencies[299]);
-        assert!(latencies[270] < Duration::from_millis(10), "nine of ten in half of what the source takes");
+        assert!(latencies[270] < Duration::from_millis(50), "nine of ten in half of what the source takes");
     });
     assert_eq!(slow.most.load(Ordering::SeqCst).min(3), slow.most.load(Ordering::SeqCst));
 }

@@ -2,16 +2,17 @@
 //!
 //! Entering and leaving are one atomic operation each, take no lock and allocate nothing.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use crate::sync::WaitingRoom;
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Arc;
 
 /// A door that visitors pass until it is closed.
 #[derive(Debug, Default)]
 pub struct Gate {
     /// Visitors inside, plus [`CLOSED`] once the door is shut.
     state: AtomicUsize,
-    /// Wakes the closer when the last visitor leaves; unused until the door is shut.
-    left: (Mutex<()>, Condvar),
+    /// Where the closer waits for the last visitor.
+    left: WaitingRoom,
 }
 
 impl Gate {
@@ -24,7 +25,7 @@ impl Gate {
     /// Goes in, unless the gate is closed. The visit lasts until the value is dropped.
     #[must_use]
     pub fn enter(&self) -> Option<Visit<'_>> {
-        let before = self.state.fetch_add(1, Ordering::Acquire);
+        let before = self.state.fetch_add(1, Ordering::SeqCst);
         let visit = Visit { gate: self };
         // Too late: the dropped visit takes the count back, and tells the closer if it waits for that.
         (before & CLOSED == 0).then_some(visit)
@@ -41,12 +42,8 @@ impl Gate {
 
     /// Closes the gate and waits until the last visitor has left. A visitor that calls this waits for itself.
     pub fn close(&self) {
-        self.state.fetch_or(CLOSED, Ordering::AcqRel);
-        let (lock, left) = &self.left;
-        let mut guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        while self.state.load(Ordering::Acquire) != CLOSED {
-            guard = left.wait(guard).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.state.fetch_or(CLOSED, Ordering::SeqCst);
+        self.left.wait_while(|| self.state.load(Ordering::SeqCst) != CLOSED);
     }
 
     /// Whether [`close`](Self::close) has been called.
@@ -76,10 +73,8 @@ impl Drop for OwnedVisit {
 
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
-        if self.gate.state.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
-            // Under the lock, so that a closer between its check and its wait is not missed.
-            let _guard = self.gate.left.0.lock().unwrap_or_else(PoisonError::into_inner);
-            self.gate.left.1.notify_all();
+        if self.gate.state.fetch_sub(1, Ordering::SeqCst) == CLOSED + 1 {
+            self.gate.left.tell();
         }
     }
 }
@@ -117,6 +112,34 @@ mod tests {
             gone.store(true, Ordering::Release);
             drop(visit);
             closer.join().expect("the closer saw the visitor gone");
+        });
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod models {
+    use super::*;
+    use crate::sync::atomic::AtomicBool;
+    use crate::sync::model::explore_all;
+    use shuttle::thread;
+
+    #[test]
+    fn nobody_is_inside_when_it_is_closed_and_the_closer_does_not_wait_for_ever() {
+        explore_all("a gate", || {
+            let shared = Arc::new((Gate::new(), AtomicBool::new(false)));
+            let visitors: Vec<_> = (0..2)
+                .map(|_| {
+                    let shared = Arc::clone(&shared);
+                    thread::spawn(move || {
+                        let visit = shared.0.enter();
+                        assert!(visit.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
+                    })
+                })
+                .collect();
+            shared.0.close();
+            shared.1.store(true, Ordering::SeqCst);
+            visitors.into_iter().for_each(|visitor| visitor.join().unwrap());
+            assert!(shared.0.enter().is_none());
         });
     }
 }

@@ -3,8 +3,8 @@
 //! Which lane a thread is in, its stack decides, which needs no system call, no thread-local and no allocation: a signal
 //! handler may ask.
 
+use crate::sync::atomic::AtomicUsize;
 use std::hint::black_box;
-use std::sync::atomic::AtomicUsize;
 
 /// Eight values, each in cache lines of its own.
 #[derive(Debug, Default)]

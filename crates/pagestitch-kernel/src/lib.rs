@@ -20,6 +20,8 @@
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
+//! | [`sync`] | atomics, locks and a waiting room: the standard library's, or a model checker's |
+//! | [`published`] | a value that writers replace and readers never wait for |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
 //!
 //! # The safety argument, once
@@ -53,12 +55,14 @@ pub mod page;
 pub mod pages;
 pub mod physical;
 pub mod process;
+pub mod published;
 pub mod reservation;
 pub mod rights;
 pub mod shared;
 pub mod sigbus;
 pub mod staging;
 pub mod support;
+pub mod sync;
 pub mod uffd;
 pub mod view;
 pub mod words;

@@ -6,22 +6,20 @@
 //!                                                              └─ nobody's ─▶ the handler that was there before us
 //! ```
 //!
-//! The handler is installed once a process, and passes on what is not ours. Ranges are looked up in a sorted snapshot that
-//! writers replace and readers never wait for: a handler must not take a lock that the thread which it interrupted may
+//! The handler is installed once a process, and passes on what is not ours. Ranges are looked up in a sorted list that
+//! is [published](crate::published), so that readers wait for nobody: a handler must not take a lock that the thread which it interrupted may
 //! hold. Since Linux 4.14. See `userfaultfd(2)`, `UFFD_FEATURE_SIGBUS`, and `signal-safety(7)`.
 
 use crate::fork::Maker;
-use crate::lanes::Lanes;
 use crate::page::AddressRange;
+use crate::published::{Published, Writer};
 use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use std::fmt;
 use std::process;
-use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Who fills a missing page in the thread that has touched it.
 pub trait OnFault: Send + Sync {
@@ -49,11 +47,10 @@ impl Registration {
     /// The errno of `sigaction(2)`; none is known to occur.
     pub fn new(range: AddressRange, on_fault: Arc<dyn OnFault>) -> Result<Self, Errno> {
         install()?;
-        let guard = lock();
-        let mut ranges = snapshot(&guard);
-        let place = ranges.partition_point(|other| other.range.start() < range.start());
-        ranges.insert(place, Entry { range, on_fault });
-        publish(&guard, ranges);
+        change(|ranges| {
+            let place = ranges.partition_point(|other| other.range.start() < range.start());
+            ranges.insert(place, Entry { range, on_fault });
+        });
         Ok(Self { range, maker: Maker::current() })
     }
 }
@@ -64,10 +61,7 @@ impl Drop for Registration {
             // A forked child: the range is not there, and who was at work at that moment never leaves here.
             return;
         }
-        let guard = lock();
-        let mut ranges = snapshot(&guard);
-        ranges.retain(|entry| entry.range != self.range);
-        publish(&guard, ranges);
+        change(|ranges| ranges.retain(|entry| entry.range != self.range));
     }
 }
 
@@ -85,7 +79,7 @@ struct Entry {
 
 /// Installs the handler, once.
 fn install() -> Result<(), Errno> {
-    let _guard = lock();
+    let _alone = write();
     if BEFORE.get().is_some() {
         return Ok(());
     }
@@ -118,8 +112,8 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
 }
 
 fn serve(address: usize) -> bool {
-    let visit = Visit::enter();
-    visit.find(address).is_some_and(|entry| entry.on_fault.serve(address))
+    let seen = RANGES.see();
+    seen.value().and_then(|ranges| find(ranges, address)).is_some_and(|entry| entry.on_fault.serve(address))
 }
 
 /// Does what would have been done without us.
@@ -142,81 +136,31 @@ fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_voi
     }
 }
 
-/// What a handler sees: the ranges at one moment, kept as long as it looks at them.
-struct Visit {
-    visitors: &'static AtomicUsize,
+/// Whoever's range holds an address.
+fn find(ranges: &[Entry], address: usize) -> Option<&Entry> {
+    let after = ranges.partition_point(|entry| entry.range.start() <= address);
+    ranges.get(after.checked_sub(1)?).filter(|entry| address < entry.range.end())
 }
 
-impl Visit {
-    fn enter() -> Self {
-        loop {
-            let epoch = EPOCH.load(Ordering::SeqCst);
-            let visitors = VISITORS[epoch % 2].here();
-            visitors.fetch_add(1, Ordering::SeqCst);
-            let visit = Self { visitors };
-            // Seen before the epoch ends: whoever ends it waits for us.
-            if EPOCH.load(Ordering::SeqCst) == epoch {
-                return visit;
-            }
-        }
-    }
-
-    fn find(&self, address: usize) -> Option<&Entry> {
-        let ranges = RANGES.load(Ordering::SeqCst);
-        // SAFETY: null, or what `publish` has put there; it is freed only after this epoch's visitors have left.
-        #[expect(unsafe_code, reason = "a snapshot behind a pointer")]
-        let ranges = unsafe { ranges.as_ref() }?;
-        let after = ranges.partition_point(|entry| entry.range.start() <= address);
-        ranges.get(after.checked_sub(1)?).filter(|entry| address < entry.range.end())
-    }
+/// Changes the ranges.
+fn change(change: impl FnOnce(&mut Vec<Entry>)) {
+    let mut writer = write();
+    let mut ranges = writer.now().cloned().unwrap_or_default();
+    change(&mut ranges);
+    writer.publish(ranges);
 }
 
-impl Drop for Visit {
-    fn drop(&mut self) {
-        self.visitors.fetch_sub(1, Ordering::SeqCst);
-    }
-}
-
-/// A copy of the ranges. Writers come one at a time.
-fn snapshot(_guard: &MutexGuard<'_, ()>) -> Vec<Entry> {
-    let ranges = RANGES.load(Ordering::SeqCst);
-    // SAFETY: null, or what `publish` has put there; only who holds the lock frees it.
-    #[expect(unsafe_code, reason = "a snapshot behind a pointer")]
-    unsafe { ranges.as_ref() }.cloned().unwrap_or_default()
-}
-
-/// Replaces the ranges, and waits until nobody looks at the old ones.
-fn publish(_guard: &MutexGuard<'_, ()>, ranges: Vec<Entry>) {
-    let old = RANGES.swap(Box::into_raw(Box::new(ranges)), Ordering::SeqCst);
-    let epoch = EPOCH.fetch_add(1, Ordering::SeqCst);
-    while VISITORS[epoch % 2].iter().any(|visitors| visitors.load(Ordering::SeqCst) > 0) {
-        // A handler does not block: it is a matter of microseconds.
-        thread::yield_now();
-    }
-    if !old.is_null() {
-        // SAFETY: it came from Box::into_raw, and whoever came after the swap has the new one.
-        #[expect(unsafe_code, reason = "frees a snapshot behind a pointer")]
-        drop(unsafe { Box::from_raw(old) });
-    }
-}
-
-fn lock() -> MutexGuard<'static, ()> {
-    let guard = WRITER.lock().unwrap_or_else(PoisonError::into_inner);
+fn write() -> Writer<'static, Vec<Entry>> {
+    let mut writer = RANGES.write();
     let process = process::id();
     if OWNER.swap(process, Ordering::SeqCst) != process {
-        // A forked child: the ranges are not there, and something else may be. Whoever was at work in the parent at that
-        // moment is not here either, and would be waited for for ever.
-        RANGES.store(ptr::null_mut(), Ordering::SeqCst);
-        VISITORS.iter().flat_map(Lanes::iter).for_each(|visitors| visitors.store(0, Ordering::SeqCst));
+        // A forked child: the ranges are not there, and something else may be.
+        writer.forget();
     }
-    guard
+    writer
 }
 
 static BEFORE: OnceLock<SigAction> = OnceLock::new();
-static WRITER: Mutex<()> = Mutex::new(());
-/// The process that the visitors are counted in.
+/// The process that the ranges are of.
 static OWNER: AtomicU32 = AtomicU32::new(0);
-static RANGES: AtomicPtr<Vec<Entry>> = AtomicPtr::new(ptr::null_mut());
-static EPOCH: AtomicUsize = AtomicUsize::new(0);
-/// Handlers at work, by the parity of the epoch in which they began.
-static VISITORS: [Lanes<AtomicUsize>; 2] = [Lanes::zero(), Lanes::zero()];
+static RANGES: Published<Vec<Entry>> = Published::nothing();

@@ -1,19 +1,15 @@
 //! Tables that cost nothing until they are touched.
 
-use crate::mapping::Mapping;
+use crate::sync::atomic::AtomicU64;
 use nix::errno::Errno;
-use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::slice;
-use std::sync::atomic::AtomicU64;
 
 /// A table of atomic words, zero at first. Its size costs address space; only the pages that are touched cost
 /// memory, so a table for a region of a tebibyte is as cheap as the part of the region that is used.
 pub struct Words {
-    mapping: Mapping,
-    len: usize,
+    table: Table,
 }
 
 impl Words {
@@ -23,11 +19,7 @@ impl Words {
     ///
     /// `ENOMEM` where the process may map no more.
     pub fn new(len: NonZeroUsize) -> Result<Self, Errno> {
-        let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
-        let mapping = Mapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        // One word is not to cost two megabytes. Where there are no huge pages anyway: EINVAL.
-        let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
-        Ok(Self { mapping, len: len.get() })
+        Table::new(len).map(|table| Self { table })
     }
 }
 
@@ -35,23 +27,74 @@ impl Deref for Words {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping holds `len` words of zeros or of what was stored, page-aligned, and lives as long as `self`.
-        #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        unsafe {
-            slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
-        }
+        self.table.words()
     }
 }
 
 impl fmt::Debug for Words {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Words").field("len", &self.len).finish()
+        f.debug_struct("Words").field("len", &self.len()).finish()
     }
 }
 
-const WORD: NonZeroUsize = NonZeroUsize::new(size_of::<AtomicU64>()).unwrap();
+#[cfg(any(miri, shuttle))]
+use in_vec::Table;
+#[cfg(not(any(miri, shuttle)))]
+use mapped::Table;
 
-#[cfg(test)]
+#[cfg(not(any(miri, shuttle)))]
+mod mapped {
+    use super::{AtomicU64, Errno, NonZeroUsize};
+    use crate::mapping::Mapping;
+    use nix::sys::mman::{MmapAdvise, ProtFlags};
+    use std::slice;
+
+    pub(super) struct Table {
+        mapping: Mapping,
+        len: usize,
+    }
+
+    impl Table {
+        pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
+            let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
+            let mapping = Mapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+            // One word is not to cost two megabytes. Where there are no huge pages anyway: EINVAL.
+            let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
+            Ok(Self { mapping, len: len.get() })
+        }
+
+        pub(super) fn words(&self) -> &[AtomicU64] {
+            // SAFETY: the mapping holds `len` words of zeros or of what was stored, page-aligned, and lives as long as `self`.
+            #[expect(unsafe_code, reason = "owned memory becomes a slice")]
+            unsafe {
+                slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
+            }
+        }
+    }
+
+    const WORD: NonZeroUsize = NonZeroUsize::new(size_of::<AtomicU64>()).unwrap();
+}
+
+/// Where no memory can be mapped, or its words have to be the model checker's.
+#[cfg(any(miri, shuttle))]
+mod in_vec {
+    use super::{AtomicU64, Errno, NonZeroUsize};
+
+    pub(super) struct Table(Vec<AtomicU64>);
+
+    impl Table {
+        #[expect(clippy::unnecessary_wraps, reason = "as where it may be refused")]
+        pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
+            Ok(Self((0..len.get()).map(|_| AtomicU64::new(0)).collect()))
+        }
+
+        pub(super) fn words(&self) -> &[AtomicU64] {
+            &self.0
+        }
+    }
+}
+
+#[cfg(all(test, not(any(miri, shuttle))))]
 mod tests {
     use super::*;
     use std::sync::atomic::Ordering;

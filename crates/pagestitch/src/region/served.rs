@@ -306,17 +306,14 @@ impl Served {
 
     fn let_go(&self, start: usize, end: usize) {
         for span in self.place.pages_in(start, end) {
-            if self.family.is_some() {
-                // A reason that is left does no harm: a page without a mark has none.
-                self.pages.forget(span);
-                continue;
+            // Who forks may hold the allocator.
+            if self.family.is_none() {
+                tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
             }
-            tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
             if let Place::Adopted(adopted) = &self.place {
                 adopted.remove(span);
             }
-            // Reasons first: a page that fails in between keeps its own.
-            self.failures.lock().retain(|page, _| *page < span.first || *page >= span.end());
+            // Why a page was bad is kept: who let go of it runs on before this, and it may have failed anew since.
             self.pages.forget(span);
         }
     }
@@ -362,12 +359,16 @@ impl Served {
 
     /// The pages of a span that have failed, and why; ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
+        // One that was let go is not bad any more. One that was given up is still claimed by whoever asks for it.
+        self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != State::Absent).collect()
+    }
+
+    /// The pages of a span that have failed and were not filled since, though they may have been let go; and why; ascending.
+    pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
         let failures = self.failures.lock();
-        // A page that was given up is still claimed by whoever asks for it.
-        let bad = failures
-            .range(span.first..span.end())
-            .filter(|(page, _)| !matches!(self.pages.state(**page), State::Present | State::Absent));
-        bad.map(|(&page, failure)| (page, Arc::clone(failure))).collect()
+        let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
+        let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != State::Present).collect();
+        bad.into_iter()
     }
 
     /// Tells whoever asked to be told that a page is bad.

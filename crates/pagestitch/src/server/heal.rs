@@ -13,20 +13,23 @@ use std::thread;
 
 /// Fills the poisoned pages of a span. Stops at the first whose source fails again.
 pub(crate) fn heal(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
-    let failures = region.failures(span);
-    let Some((_, first)) = failures.first() else { return Ok(()) };
+    let mut bad = region.once_bad(span).peekable();
+    let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
         let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";
         return Err(Arc::new(first.again(io::Error::other(why))));
     }
     let mut buffers = Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno))))?;
-    failures.into_iter().try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
+    bad.try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
 }
 
 fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
     loop {
-        // Where there is no claim to be had, somebody else has healed it, or it was let go.
-        let Ok(mut claim) = region.pages.claim_from(page, State::Poisoned, region) else { return Ok(()) };
+        // If it was let go and has failed anew before that was noted, it is absent here, and has its mark.
+        let claim = region.pages.claim_from(page, State::Poisoned, region);
+        let claim = claim.or_else(|_| region.pages.claim(page, region));
+        // Where there is no claim to be had, somebody else has healed it.
+        let Ok(mut claim) = claim else { return Ok(()) };
         let installed = match fill(region, page.span(), buffers) {
             Ok(filled) => {
                 install(region, &mut claim, filled).map_err(|not| given_up(region, &mut claim, not))

@@ -1,0 +1,75 @@
+//! A waiting room: where threads wait for what other threads say by atomics, and do not lock for.
+
+use super::atomic::{AtomicUsize, Ordering};
+use super::{Condvar, Mutex};
+use std::sync::PoisonError;
+
+/// Where threads wait until atomics say something else. Whoever changes these, without a lock, [tells](Self::tell) then.
+#[derive(Debug, Default)]
+pub struct WaitingRoom {
+    /// How many threads are inside; who tells looks here first.
+    inside: AtomicUsize,
+    changed: (Mutex<()>, Condvar),
+}
+
+impl WaitingRoom {
+    /// An empty one.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Waits as long as `condition` holds, which reads with [`Ordering::SeqCst`].
+    pub fn wait_while(&self, condition: impl Fn() -> bool) {
+        let (lock, changed) = &self.changed;
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        let mut guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        while condition() {
+            guard = changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(guard);
+        self.inside.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Called when something has changed, by a write with [`Ordering::SeqCst`]. Where nobody waits, that is one load.
+    pub fn tell(&self) {
+        // Sequentially consistent on both sides: either who waits sees what has changed, or we see who waits.
+        if self.is_occupied() {
+            // Under the lock, so that one between its check and its wait is not missed.
+            let _guard = self.changed.0.lock().unwrap_or_else(PoisonError::into_inner);
+            self.changed.1.notify_all();
+        }
+    }
+
+    /// Whether somebody waits.
+    #[must_use]
+    pub fn is_occupied(&self) -> bool {
+        self.inside.load(Ordering::SeqCst) > 0
+    }
+}
+
+#[cfg(all(test, shuttle))]
+mod models {
+    use super::*;
+    use crate::sync::model::explore_all;
+    use shuttle::thread;
+    use std::sync::Arc;
+
+    #[test]
+    fn nobody_is_left_waiting() {
+        explore_all("a waiting room", || {
+            let shared = Arc::new((WaitingRoom::new(), AtomicUsize::new(0)));
+            let waiting = Arc::clone(&shared);
+            let waiter = thread::spawn(move || waiting.0.wait_while(|| waiting.1.load(Ordering::SeqCst) < 2));
+            let telling = Arc::clone(&shared);
+            let teller = thread::spawn(move || {
+                telling.1.fetch_add(1, Ordering::SeqCst);
+                telling.0.tell();
+            });
+            shared.1.fetch_add(1, Ordering::SeqCst);
+            shared.0.tell();
+            teller.join().unwrap();
+            waiter.join().unwrap();
+        });
+    }
+}
