@@ -120,26 +120,32 @@ mod tests {
 mod models {
     use super::*;
     use crate::sync::atomic::AtomicBool;
-    use crate::sync::model::explore_all;
+    use crate::sync::model::{explore, explore_all};
     use shuttle::thread;
 
+    /// Visitors come and go while it is closed: nobody is inside then, and who closes it does not wait for ever.
+    fn closed_among(visitors: usize) {
+        let shared = Arc::new((Gate::new(), AtomicBool::new(false)));
+        let visit = |shared: Arc<(Gate, AtomicBool)>| {
+            move || {
+                let visit = shared.0.enter();
+                assert!(visit.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
+            }
+        };
+        let visitors: Vec<_> = (0..visitors).map(|_| thread::spawn(visit(Arc::clone(&shared)))).collect();
+        shared.0.close();
+        shared.1.store(true, Ordering::SeqCst);
+        visitors.into_iter().for_each(|visitor| visitor.join().unwrap());
+        assert!(shared.0.enter().is_none());
+    }
+
     #[test]
-    fn nobody_is_inside_when_it_is_closed_and_the_closer_does_not_wait_for_ever() {
-        explore_all("a gate", || {
-            let shared = Arc::new((Gate::new(), AtomicBool::new(false)));
-            let visitors: Vec<_> = (0..2)
-                .map(|_| {
-                    let shared = Arc::clone(&shared);
-                    thread::spawn(move || {
-                        let visit = shared.0.enter();
-                        assert!(visit.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
-                    })
-                })
-                .collect();
-            shared.0.close();
-            shared.1.store(true, Ordering::SeqCst);
-            visitors.into_iter().for_each(|visitor| visitor.join().unwrap());
-            assert!(shared.0.enter().is_none());
-        });
+    fn a_gate_is_closed_while_somebody_comes() {
+        explore_all("a gate and a visitor", || closed_among(1));
+    }
+
+    #[test]
+    fn a_gate_is_closed_while_several_come() {
+        explore("a gate and three visitors", || closed_among(3));
     }
 }

@@ -55,6 +55,8 @@
 
 mod error;
 mod metrics;
+#[cfg(all(test, shuttle))]
+mod models;
 mod policy;
 mod region;
 mod scope;

@@ -51,13 +51,26 @@ impl WaitingRoom {
 #[cfg(all(test, shuttle))]
 mod models {
     use super::*;
-    use crate::sync::model::explore_all;
+    use crate::sync::model::{explore, explore_all};
     use shuttle::thread;
     use std::sync::Arc;
 
     #[test]
+    fn who_waits_is_told() {
+        explore_all("a waiting room for one", || {
+            let shared = Arc::new((WaitingRoom::new(), AtomicUsize::new(0)));
+            let waiting = Arc::clone(&shared);
+            let waiter =
+                thread::spawn(move || waiting.0.wait_while(|| waiting.1.load(Ordering::SeqCst) == 0));
+            shared.1.store(1, Ordering::SeqCst);
+            shared.0.tell();
+            waiter.join().unwrap();
+        });
+    }
+
+    #[test]
     fn nobody_is_left_waiting() {
-        explore_all("a waiting room", || {
+        explore("a waiting room", || {
             let shared = Arc::new((WaitingRoom::new(), AtomicUsize::new(0)));
             let waiting = Arc::clone(&shared);
             let waiter = thread::spawn(move || waiting.0.wait_while(|| waiting.1.load(Ordering::SeqCst) < 2));

@@ -19,7 +19,7 @@ mod core;
 mod family;
 pub(crate) mod in_place;
 mod layout;
-mod pace;
+pub(crate) mod pace;
 pub(crate) mod page_table;
 mod place;
 mod plan;

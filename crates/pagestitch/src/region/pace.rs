@@ -4,7 +4,7 @@
 //! nobody installs while events are read. Where sources are quick, one who does both is quicker than two; where they are
 //! slow, whoever has read gives the next one its turn before it fills.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use pagestitch_kernel::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What a fault of the region has taken lately.
@@ -30,7 +30,7 @@ impl Pace {
     }
 
     /// The turn to read, if nobody has it; whoever has it looks once more then.
-    pub(super) fn turn(&self) -> Option<Reading<'_>> {
+    pub(crate) fn turn(&self) -> Option<Reading<'_>> {
         let next = |state| Some(if state == FREE { TAKEN } else { CALLED });
         let before = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
         (before == Ok(FREE)).then_some(Reading { pace: Some(self), held: true })
@@ -106,7 +106,7 @@ const SLOW: u64 = Duration::from_millis(1).as_nanos() as u64;
 /// As many are served in the time that it takes to wake another worker.
 const KEPT: usize = 8;
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 
@@ -170,7 +170,7 @@ mod tests {
                     }
                 }
             };
-            for _ in 0..2_000 {
+            for _ in 0..if cfg!(miri) { 10 } else { 2_000 } {
                 std::thread::scope(|scope| {
                     for _ in 0..3 {
                         scope.spawn(|| {

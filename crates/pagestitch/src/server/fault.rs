@@ -3,7 +3,7 @@
 use crate::metrics::{Flight, Part};
 use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
-use crate::region::page_table::{Claim, State, Wake};
+use crate::region::page_table::{Claim, Unclaimed, Wake};
 use crate::server::pending::{Wanted, fetch};
 use crate::server::resolve::{NotInstalled, Stopped, fail, given_up, install, poison};
 use crate::source::{Buffers, Failure, fill, fill_zeroing};
@@ -202,32 +202,18 @@ fn endure(
 
 /// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
 pub(super) fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
-    loop {
-        match region.pages.claim(page, region) {
-            Ok(claim) => return Some(claim),
-            // Whoever fills it wakes everybody when it is settled; if that has just been, look again.
-            Err(claimed) if claimed.is_claimed() && region.pages.want(page) => return None,
-            Err(State::Filling | State::Wanted | State::Forgotten | State::Absent) => {}
-            Err(State::Present) if region.is_resident(page) => {
-                region.counters.here().late.add(1);
-                region.wake(page.span());
-                return None;
-            }
-            // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake
-            // would make the waiter fault for ever.
-            Err(State::Present) => {
-                if let Ok(claim) = region.pages.claim_from(page, State::Present, region) {
-                    return Some(claim);
-                }
-            }
-            Err(State::Poisoned) => {
-                // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right
-                // also where the mark was let go since.
-                let _ = poison(region, page.span());
-                return None;
-            }
+    match region.pages.claim_touched(page, region, || region.is_resident(page)) {
+        Ok(claim) => return Some(claim),
+        Err(Unclaimed::Filling) => {}
+        Err(Unclaimed::Resident) => {
+            region.counters.here().late.add(1);
+            region.wake(page.span());
         }
+        // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also where the
+        // mark was let go since.
+        Err(Unclaimed::Poisoned) => drop(poison(region, page.span())),
     }
+    None
 }
 
 /// That this thread has used so far.

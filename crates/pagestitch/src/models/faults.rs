@@ -1,0 +1,181 @@
+//! Faults: threads touch pages and let go of them, workers fill, somebody populates. One page's source fails.
+
+use super::kernel::{Answer, Found, Kernel};
+use crate::region::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use pagestitch_kernel::sync::model::explore;
+use pagestitch_kernel::{Page, Span};
+use shuttle::thread;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+/// A region: what is known of its pages, and the kernel's side of it.
+pub(super) struct Region {
+    pub(super) table: PageTable,
+    pub(super) kernel: Kernel,
+    /// Its source fails.
+    bad: Option<Page>,
+}
+
+impl Region {
+    pub(super) fn new(pages: usize, bad: Option<Page>) -> Arc<Self> {
+        let table = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
+        Arc::new(Self { table, kernel: Kernel::new(pages), bad })
+    }
+
+    /// As a worker does: what has changed first, then the faults.
+    fn work(&self) {
+        while let Some(events) = self.kernel.read() {
+            events.removed.into_iter().for_each(|page| self.table.forget(page.span()));
+            events.faults.into_iter().for_each(|page| self.serve(page));
+        }
+    }
+
+    pub(super) fn serve(&self, page: Page) {
+        let claim = self.table.claim_touched(page, &self.kernel, || self.kernel.is_resident(page));
+        match claim {
+            Ok(claim) => {
+                if !self.fill(claim) {
+                    // Whoever changes the map is to get on.
+                    thread::yield_now();
+                }
+            }
+            Err(Unclaimed::Filling) => {}
+            Err(Unclaimed::Resident) => self.kernel.wake(page.span()),
+            Err(Unclaimed::Poisoned) => drop(self.poison(page)),
+        }
+    }
+
+    /// Fills a claim page by page; false if the map is changing, and what is left was given back.
+    fn fill(&self, mut claim: Claim<'_>) -> bool {
+        while !claim.span().is_empty() {
+            let page = claim.span().first;
+            let (answer, state) = match self.bad {
+                Some(bad) if bad == page => (self.poison(page), State::Poisoned),
+                _ => (self.kernel.copy(page), State::Present),
+            };
+            match answer {
+                Answer::Changing => return false,
+                Answer::AlreadyThere => self.kernel.wake(page.span()),
+                Answer::Done => {}
+            }
+            claim.settle(1, state);
+        }
+        true
+    }
+
+    fn poison(&self, page: Page) -> Answer {
+        let answer = self.kernel.poison(page);
+        if answer != Answer::Changing {
+            self.kernel.wake(page.span());
+        }
+        answer
+    }
+
+    fn populate(&self, span: Span) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            match self.table.claim_run(rest, &self.kernel) {
+                Ok(claim) => {
+                    let claimed = claim.span();
+                    if self.fill(claim) {
+                        rest = rest.without_prefix(claimed.pages);
+                    } else {
+                        thread::yield_now();
+                    }
+                }
+                Err(State::Present | State::Poisoned) => rest = rest.without_prefix(1),
+                Err(State::Absent) => {}
+                Err(State::Filling | State::Wanted | State::Forgotten) => {
+                    self.table.wait_while_filling(rest.first);
+                }
+            }
+        }
+    }
+
+    fn expect(&self, page: Page) {
+        let wanted = if self.bad == Some(page) { Found::Signal } else { Found::Bytes };
+        assert_eq!(self.kernel.touch(page), wanted, "{page:?}");
+    }
+}
+
+/// Runs some threads beside `workers`; when they have ended, nothing is claimed any more.
+fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region); N]) {
+    let spawn = |body: fn(&Region)| {
+        let region = Arc::clone(region);
+        thread::spawn(move || body(&region))
+    };
+    let workers: Vec<_> = (0..workers).map(|_| spawn(Region::work)).collect();
+    let others = bodies.map(spawn);
+    others.into_iter().for_each(|thread| thread.join().unwrap());
+    region.kernel.stop();
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+}
+
+const BOTH: Span = Span { first: Page(0), pages: 2 };
+
+#[test]
+fn one_page_one_worker_and_who_lets_go_of_it() {
+    explore("a page that is let go", || {
+        run(
+            &Region::new(1, None),
+            1,
+            [|region| region.expect(Page(0)), |region| region.kernel.remove(Page(0))],
+        );
+    });
+}
+
+#[test]
+fn two_workers_one_page_two_threads_and_who_lets_go_of_it() {
+    explore("two workers, and a page that is let go", || {
+        let touches = |region: &Region| region.expect(Page(0));
+        run(
+            &Region::new(1, None),
+            2,
+            [touches, touches, |region| {
+                region.kernel.remove(Page(0));
+                region.expect(Page(0));
+            }],
+        );
+    });
+}
+
+#[test]
+fn populate_and_faults_and_letting_go() {
+    explore("populate, faults and letting go", || {
+        run(
+            &Region::new(2, None),
+            2,
+            [
+                |region| region.populate(BOTH),
+                |region| {
+                    region.expect(Page(1));
+                    region.expect(Page(0));
+                },
+                |region| {
+                    region.kernel.remove(Page(1));
+                    region.expect(Page(1));
+                },
+            ],
+        );
+    });
+}
+
+#[test]
+fn a_page_whose_source_fails_is_a_signal_whatever_becomes_of_it() {
+    explore("a bad page", || {
+        run(
+            &Region::new(2, Some(Page(1))),
+            2,
+            [
+                |region| region.expect(Page(1)),
+                |region| region.populate(BOTH),
+                |region| {
+                    region.expect(Page(1));
+                    region.kernel.remove(Page(1));
+                    region.expect(Page(1));
+                    region.expect(Page(0));
+                },
+            ],
+        );
+    });
+}

@@ -1,0 +1,221 @@
+//! The kernel, as far as a fault is concerned: what `userfaultfd(2)` and `mm/userfaultfd.c` say, under one lock.
+
+use crate::region::page_table::Wake;
+use pagestitch_kernel::{Page, Span};
+use shuttle::sync::{Condvar, Mutex, MutexGuard};
+use std::mem;
+
+/// What a thread finds at an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Found {
+    Bytes,
+    /// SIGBUS, or SIGSEGV.
+    Signal,
+    /// What the kernel shows where a uffd was closed over a missing page: what must never be seen.
+    Zeros,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Answer {
+    Done,
+    AlreadyThere,
+    Changing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Missing,
+    Present,
+    Marked,
+}
+
+/// What has happened, in the order in which it is to be acted on.
+#[derive(Debug, Default)]
+pub(super) struct Events {
+    pub(super) removed: Vec<Page>,
+    pub(super) faults: Vec<Page>,
+}
+
+#[derive(Debug)]
+pub(super) struct Kernel {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    entries: Vec<Entry>,
+    /// Pages that somebody has waited in.
+    touched: Vec<Page>,
+    /// Threads that wait in a page; each has a number.
+    waiting: Vec<(usize, Page)>,
+    /// Those of them, by number, of which nobody has read yet.
+    unread: Vec<(usize, Page)>,
+    /// Removals of which nobody has read yet.
+    removals: Vec<(usize, Page)>,
+    /// Removals that were begun and whose event was not taken note of by who removes.
+    changing: usize,
+    next: usize,
+    sealed: bool,
+    closed: bool,
+    stopped: bool,
+}
+
+impl Kernel {
+    pub(super) fn new(pages: usize) -> Self {
+        let state = State {
+            entries: vec![Entry::Missing; pages],
+            touched: Vec::new(),
+            waiting: Vec::new(),
+            unread: Vec::new(),
+            removals: Vec::new(),
+            changing: 0,
+            next: 0,
+            sealed: false,
+            closed: false,
+            stopped: false,
+        };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// A thread touches a page, and waits as long as it is missing and nobody wakes it.
+    pub(super) fn touch(&self, page: Page) -> Found {
+        let mut state = self.lock();
+        loop {
+            match state.entries[page.0] {
+                _ if state.sealed => return Found::Signal,
+                Entry::Present => return Found::Bytes,
+                Entry::Marked => return Found::Signal,
+                Entry::Missing if state.closed => return Found::Zeros,
+                Entry::Missing => {}
+            }
+            let number = state.number();
+            state.touched.push(page);
+            state.waiting.push((number, page));
+            state.unread.push((number, page));
+            self.changed.notify_all();
+            while state.waiting.iter().any(|(other, _)| *other == number) {
+                state = self.changed.wait(state).unwrap();
+            }
+        }
+    }
+
+    /// `madvise(MADV_DONTNEED)`: the event first, and the page when somebody has read of it.
+    pub(super) fn remove(&self, page: Page) {
+        let mut state = self.lock();
+        let number = state.number();
+        state.changing += 1;
+        state.removals.push((number, page));
+        self.changed.notify_all();
+        while state.removals.iter().any(|(other, _)| *other == number) {
+            state = self.changed.wait(state).unwrap();
+        }
+        state.changing -= 1;
+        drop(state);
+        self.lock().entries[page.0] = Entry::Missing;
+    }
+
+    /// `read(2)`: waits until there is something, or it is over.
+    pub(super) fn read(&self) -> Option<Events> {
+        let mut state = self.lock();
+        while state.unread.is_empty() && state.removals.is_empty() {
+            if state.stopped {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap();
+        }
+        Some(self.take(&mut state))
+    }
+
+    /// Epoll: waits until somebody has touched a page.
+    pub(super) fn wait_for_fault(&self, page: Page) {
+        let mut state = self.lock();
+        while !state.touched.contains(&page) {
+            state = self.changed.wait(state).unwrap();
+        }
+    }
+
+    /// `read(2)`, of a descriptor that does not block.
+    pub(super) fn read_now(&self) -> Events {
+        let mut state = self.lock();
+        self.take(&mut state)
+    }
+
+    fn take(&self, state: &mut State) -> Events {
+        let pages =
+            |list: &mut Vec<(usize, Page)>| mem::take(list).into_iter().map(|(_, page)| page).collect();
+        let events = Events { removed: pages(&mut state.removals), faults: pages(&mut state.unread) };
+        self.changed.notify_all();
+        events
+    }
+
+    /// UFFDIO_COPY: wakes who waits, but not where the page is there already.
+    pub(super) fn copy(&self, page: Page) -> Answer {
+        self.set(page, Entry::Present, |entry| entry == Entry::Present)
+    }
+
+    /// UFFDIO_POISON.
+    pub(super) fn poison(&self, page: Page) -> Answer {
+        self.set(page, Entry::Marked, |entry| entry != Entry::Missing)
+    }
+
+    fn set(&self, page: Page, to: Entry, is_there: impl Fn(Entry) -> bool) -> Answer {
+        let mut state = self.lock();
+        if state.changing > 0 {
+            return Answer::Changing;
+        }
+        if is_there(state.entries[page.0]) {
+            return Answer::AlreadyThere;
+        }
+        state.entries[page.0] = to;
+        self.wake_in(&mut state, page.span());
+        Answer::Done
+    }
+
+    pub(super) fn is_resident(&self, page: Page) -> bool {
+        self.lock().entries[page.0] == Entry::Present
+    }
+
+    /// The range becomes inaccessible. Who waits goes on waiting.
+    pub(super) fn seal(&self) {
+        self.lock().sealed = true;
+    }
+
+    /// `close(2)` of the uffd: who waits goes on, as in any memory.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let all = Span { first: Page(0), pages: state.entries.len() };
+        self.wake_in(&mut state, all);
+    }
+
+    /// Nobody touches anything any more: who reads goes home.
+    pub(super) fn stop(&self) {
+        self.lock().stopped = true;
+        self.changed.notify_all();
+    }
+
+    fn wake_in(&self, state: &mut State, span: Span) {
+        let stays = |(_, page): &(usize, Page)| !span.contains(*page);
+        state.waiting.retain(stays);
+        state.unread.retain(stays);
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+}
+
+impl State {
+    fn number(&mut self) -> usize {
+        self.next += 1;
+        self.next
+    }
+}
+
+impl Wake for Kernel {
+    fn wake(&self, span: Span) {
+        self.wake_in(&mut self.lock(), span);
+    }
+}

@@ -1,0 +1,13 @@
+//! Models, for a model checker: the page table, its claims, the gate and the turns as they are, with a kernel that is a dozen lines.
+//! `ci/models` runs them.
+//!
+//! | model | what has to hold in every order of steps |
+//! |---|---|
+//! | `faults` | who touches a page gets its bytes, or a signal where its source fails; nobody waits for ever |
+//! | `teardown` | who waits when a region is dropped gets a signal, and never zeros |
+//! | `turns` | no event is left unread |
+
+mod faults;
+mod kernel;
+mod teardown;
+mod turns;
