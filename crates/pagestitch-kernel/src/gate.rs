@@ -81,7 +81,7 @@ impl Drop for Visit<'_> {
 
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicBool;

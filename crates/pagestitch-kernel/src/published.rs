@@ -170,7 +170,7 @@ mod tests {
                     let mut last = 0;
                     while !done.load(Ordering::SeqCst) {
                         let seen = published.see();
-                        let [first, second] = **seen.value().unwrap_or(&Box::new([0, 0]));
+                        let [first, second] = seen.value().copied().unwrap_or_default();
                         assert!(first == second && first >= last, "{first} {second} after {last}");
                         last = first;
                     }
@@ -179,7 +179,7 @@ mod tests {
             for value in 1..=if cfg!(miri) { 20 } else { 2_000 } {
                 let mut writer = published.write();
                 assert_eq!(writer.now().map_or(0, |now| now[0]), value - 1);
-                writer.publish(Box::new([value, value]));
+                writer.publish([value, value]);
             }
             done.store(true, Ordering::SeqCst);
         });

@@ -3,9 +3,15 @@
 //! Between us and each operation that fills pages sits [`around`]. Now and then it has the operation do less, nothing, or be too
 //! late, and hands on the answer that the kernel gives then. What it does is what the kernel can do, so whoever asked has to
 //! come right: the page has to be filled, or be bad, and nobody may wait for ever. Not for pages of hugetlbfs.
+//!
+//! And what it says of faults and events may be [made up](pretend).
 
+use super::open::wrap;
 use super::outcome::{Operation, Outcome, Waiters};
+use super::{FaultMode, OpenedBy, Uffd};
 use crate::page::{AddressRange, PageSize};
+use crate::support::Features;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// An answer that is injected.
@@ -51,6 +57,18 @@ impl Injected {
             Self::NoMark => own && operation == Operation::Poison,
             Self::ProcessGone => own && operation != Operation::Poison,
         }
+    }
+}
+
+/// A descriptor that is taken for a userfaultfd, to be read from: by tests of what is made of the kernel's messages. What is read
+/// of a fork has to hold a descriptor that is nobody's.
+#[must_use]
+pub fn pretend(fd: OwnedFd) -> Uffd {
+    Uffd {
+        fd: wrap(fd),
+        opened_by: OpenedBy::Other,
+        mode: FaultMode::UserOnly,
+        features: Features::default(),
     }
 }
 

@@ -132,7 +132,7 @@ pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features })
 }
 
-fn wrap(fd: OwnedFd) -> userfaultfd::Uffd {
+pub(super) fn wrap(fd: OwnedFd) -> userfaultfd::Uffd {
     // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
     unsafe {

@@ -1,0 +1,53 @@
+//! Whatever is said on the command line of a part of a file is that part, by arithmetic that does not overflow, or refused.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+#[path = "../../crates/pagestitch-cli/src/part.rs"]
+#[expect(dead_code, reason = "part of a program")]
+mod part;
+
+use part::Part;
+
+fuzz_target!(|argument: &[u8]| {
+    let whole = OsStr::from_bytes(argument);
+    let parsed = Part::parse(whole);
+    // A name that is there is that file, whatever it looks like.
+    if std::path::Path::new(whole).exists() {
+        assert!(parsed.is_ok_and(|part| part.path == whole && part.range.is_none()));
+        return;
+    }
+    let colon = argument.iter().rposition(|&byte| byte == b':');
+    let Some(colon) = colon.filter(|&colon| !argument[colon..].contains(&b'/')) else {
+        let part = parsed.expect("without a range it is a name");
+        assert!(part.path == whole && part.range.is_none());
+        return;
+    };
+    let expected = model(&argument[colon + 1..]);
+    match (parsed, expected) {
+        (Ok(part), Some((offset, end))) => {
+            assert_eq!(part.path.as_os_str().as_bytes(), &argument[..colon]);
+            assert_eq!(part.range, Some(offset..end));
+        }
+        (Err(refused), None) => assert!(!refused.to_string().is_empty()),
+        (parsed, expected) => panic!("{parsed:?}, expected {expected:?}"),
+    }
+});
+
+/// `OFFSET+LENGTH`, by numbers of any size.
+fn model(range: &[u8]) -> Option<(u64, u64)> {
+    let plus = range.iter().position(|&byte| byte == b'+')?;
+    let number = |digits: &[u8]| {
+        let value = digits.iter().try_fold(0_u128, |value, digit| {
+            let digit = digit.is_ascii_digit().then(|| u128::from(digit - b'0'))?;
+            Some((value * 10 + digit).min(1 << 100))
+        });
+        value.filter(|_| !digits.is_empty())
+    };
+    let (offset, length) = (number(&range[..plus])?, number(&range[plus + 1..])?);
+    let fits = |value: u128| u64::try_from(value).ok();
+    let (offset, length) = (fits(offset)?, fits(length)?);
+    (length > 0).then_some((offset, offset.checked_add(length)?))
+}
