@@ -2,7 +2,7 @@
 
 use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
 use nix::sys::socket::{SockFlag, SockType};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 use pagestitch::{AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Region};
 use pagestitch_kernel::rights;
 use pagestitch_testkit::child::{self, Beside};
@@ -11,8 +11,8 @@ use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::{fs, thread};
 
 const PAGE: usize = 4096;
@@ -187,7 +187,16 @@ fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
     // Nobody serves: the thread waits.
     let manual = pagestitch::Manual::new().unwrap();
     let region = Region::builder().chunks(pieces()).build_adopted(other.memory, &manual).unwrap();
-    let stat = format!("/proc/{}/task", other.process.id());
+    until_it_waits(other.process.id());
+    drop(region);
+    let end = other.process.end();
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+}
+
+/// Until a thread of a process waits in a page, as far as can be seen from outside.
+fn until_it_waits(process: u32) {
+    let stat = format!("/proc/{process}/task");
     let waits = |stat: String| stat.contains(") S ");
     until(|| {
         let tasks = fs::read_dir(&stat).unwrap().filter_map(Result::ok);
@@ -199,10 +208,6 @@ fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
                 .filter_map(Result::ok)
                 .all(|task| fs::read_to_string(task.path().join("stat")).is_ok_and(waits))
     });
-    drop(region);
-    let end = other.process.end();
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
 }
 
 #[test]
@@ -269,14 +274,57 @@ fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
 }
 
 /// The same program may hand memory to itself: a part of it that does not know pagestitch.
-#[test]
-fn memory_of_the_same_process_is_served_too() {
-    let guest = Guest::new(&RANGES, false).unwrap();
+/// Memory of this process, as if it were another's.
+fn memory_of(guest: &Guest) -> AdoptedMemory {
     let uffd = guest.uffd().try_clone_to_owned().unwrap();
     let memory = AdoptedMemory::new(uffd).unwrap();
     let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
-    let memory = memory.owner(Process::open(Pid::this()).unwrap());
-    let region = build(memory, &Pool::new().unwrap());
+    memory.owner(Process::open(Pid::this()).unwrap())
+}
+
+#[test]
+fn a_writer_that_its_owner_has_stopped_goes_on_when_it_is_served_and_when_the_region_is_dropped() {
+    for served in [true, false] {
+        let guest = Guest::protectable(&RANGES).unwrap();
+        let (pool, manual) = (Pool::new().unwrap(), pagestitch::Manual::new().unwrap());
+        let builder = Region::builder().chunks(pieces());
+        let region = if served {
+            builder.build_adopted(memory_of(&guest), &pool)
+        } else {
+            builder.build_adopted(memory_of(&guest), &manual)
+        }
+        .unwrap();
+        region.populate(..).unwrap();
+        guest.protect().unwrap();
+        thread::scope(|scope| {
+            let (tell, told) = mpsc::channel();
+            let guest = &guest;
+            let writer = scope.spawn(move || {
+                tell.send(gettid().as_raw()).unwrap();
+                guest.write(5 * PAGE, 77);
+            });
+            if served {
+                writer.join().unwrap();
+            } else {
+                let task = format!("/proc/self/task/{}/stat", told.recv().unwrap());
+                until(|| fs::read_to_string(&task).unwrap().contains(") S "));
+                assert!(!writer.is_finished());
+                drop(region);
+                writer.join().unwrap();
+            }
+        });
+        let expected = pattern(9, TOTAL);
+        assert_eq!((guest.read(5 * PAGE), guest.read(5 * PAGE + 1)), (77, expected[5 * PAGE + 1]));
+        assert!((0..TOTAL).step_by(1001).all(|at| at == 5 * PAGE || guest.read(at) == expected[at]));
+        guest.write(700 * PAGE, 78);
+        assert_eq!(guest.read(700 * PAGE), 78);
+    }
+}
+
+#[test]
+fn memory_of_the_same_process_is_served_too() {
+    let guest = Guest::new(&RANGES, false).unwrap();
+    let region = build(memory_of(&guest), &Pool::new().unwrap());
     let expected = pattern(9, TOTAL);
     assert!((0..TOTAL).step_by(1001).all(|at| guest.read(at) == expected[at]));
     guest.write(5, 77);
@@ -311,6 +359,33 @@ fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
         .unwrap();
     other.process.end().expect_pass();
     assert_eq!(region.close().pages_installed(), 5);
+}
+
+#[test]
+fn a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal() {
+    const HUGE: usize = 2 << 20;
+    let test = "adopted::a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal";
+    let reserved = if child::is_child(test) { None } else { HugePages::reserve(4) };
+    if reserved.is_none() && !child::is_child(test) {
+        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+        return;
+    }
+    let other = other_with(test, &[2 * HUGE], true, |guest, stream| {
+        wait_for(&stream);
+        assert_eq!(guest.read(HUGE - 1), 3, "what was filled");
+        println!("read a byte: {}", guest.read(HUGE));
+    });
+    // Nobody serves: the thread waits.
+    let manual = pagestitch::Manual::new().unwrap();
+    let memory = other.memory.page_size(HUGE).unwrap();
+    let region = Region::builder().chunk(vec![3u8; 2 * HUGE]).build_adopted(memory, &manual).unwrap();
+    region.populate(..HUGE as u64).unwrap();
+    tell(&other.stream);
+    until_it_waits(other.process.id());
+    drop(region);
+    let end = other.process.end();
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
 }
 
 #[test]

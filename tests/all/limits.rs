@@ -1,13 +1,18 @@
 //! What the process may not do is one clear line: no userfaultfd, no address space, no descriptors.
 
+use crate::zero_copy::memfd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::{Access, Page, PageSize, Reservation};
 use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
+use std::fs;
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 fn build(chunk: Chunk) -> Result<Region, Error> {
     Region::builder().name("limited").chunk(chunk).build(&Pool::builder().workers(1).start()?)
@@ -65,6 +70,132 @@ fn running_out_of_descriptors_is_an_error_at_whichever_step() {
         assert!(refused > 2, "the limits were met");
     });
     end.expect_pass();
+}
+
+/// From the address space that there is by now upwards: whatever does not fit says which limit it is, and what fits is right. The
+/// threads are there before: one without addresses for a signal stack is the end of any program of Rust's.
+#[test]
+fn running_out_of_addresses_is_an_error_at_whichever_step() {
+    let end = child::run("limits::running_out_of_addresses_is_an_error_at_whichever_step", || {
+        let (mut refused, mut built) = (0, 0);
+        let pool = Pool::builder().workers(2).start().unwrap();
+        let chunks = || [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 300]))];
+        let chunks: Vec<_> = (0..200).map(|_| chunks()).collect();
+        // What is small is had from what was freed: without a byte of it, any program of Rust's is aborted.
+        let mut small: Vec<_> = (0..10_000).map(|_| vec![1u8; 1000]).collect();
+        small.drain(..9_999);
+        for (kibibytes, chunks) in (0..).step_by(4).zip(chunks) {
+            let limit = address_space() + kibibytes * 1024;
+            setrlimit(Resource::RLIMIT_AS, limit, getrlimit(Resource::RLIMIT_AS).unwrap().1).unwrap();
+            match Region::builder().chunks(chunks).build(&pool) {
+                Ok(region) => {
+                    built += 1;
+                    let (copied, shown) = region.as_slice().split_at(100_000);
+                    assert!(copied == [7; 100_000] && shown == [9; 300]);
+                }
+                Err(error) => {
+                    refused += 1;
+                    let said = error.to_string();
+                    assert!(said.contains("ulimit -v") || said.contains("RLIMIT_AS"), "{kibibytes}: {said}");
+                }
+            }
+        }
+        assert!(refused > 2 && built > 2, "{refused} refused, {built} built: the limit was met, and passed");
+    });
+    end.expect_pass();
+}
+
+/// Root may have as many threads as it likes.
+#[test]
+fn running_out_of_threads_is_an_error_at_whichever_step() {
+    let end = child::run("limits::running_out_of_threads_is_an_error_at_whichever_step", || {
+        become_nobody();
+        let mut refused = 0;
+        let (_, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
+        // Others of the same user count, too, and come and go.
+        for limit in 0.. {
+            setrlimit(Resource::RLIMIT_NPROC, limit, hard).unwrap();
+            let started = Pool::builder().workers(3).overdue_after(Duration::from_secs(9)).start();
+            match started.and_then(|pool| Region::builder().chunk(vec![7u8; 10]).build(&pool)) {
+                Ok(region) => {
+                    assert_eq!(region.as_slice(), [7; 10]);
+                    break;
+                }
+                Err(error) => {
+                    refused += 1;
+                    let said = error.to_string();
+                    assert!(said.contains("(threads: ulimit -u;"), "{limit}: {said}");
+                }
+            }
+        }
+        assert!(refused > 2, "the limit was met {refused} times");
+    });
+    end.expect_pass();
+}
+
+/// Nothing is locked into memory.
+#[test]
+fn no_memory_that_may_be_locked_is_enough() {
+    let end = child::run("limits::no_memory_that_may_be_locked_is_enough", || {
+        become_nobody();
+        setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).unwrap();
+        let chunks = [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 5000]))];
+        let region = Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap();
+        assert!(region.as_slice()[..100_000] == [7; 100_000]);
+        assert!(region.as_slice()[100_000..] == [9; 5000]);
+    });
+    end.expect_pass();
+}
+
+/// `vm.unprivileged_userfaultfd` lets an ordinary user serve system calls, too; without it, everything else.
+#[test]
+fn an_ordinary_user_is_served_whatever_the_administrator_says() {
+    let test = "limits::an_ordinary_user_is_served_whatever_the_administrator_says";
+    let path = "/proc/sys/vm/unprivileged_userfaultfd";
+    let before = if child::is_child(test) { None } else { fs::read_to_string(path).ok() };
+    let before = before.filter(|before| fs::write(path, before.trim()).is_ok());
+    // Who may not say so finds it as it is.
+    for setting in if before.is_some() { &["0", "1"][..] } else { &[""] } {
+        if before.is_some() {
+            fs::write(path, setting).unwrap();
+        }
+        let end = child::beside(test, setting, |setting| {
+            become_nobody();
+            let region = build(vec![7u8; 10_000].into()).unwrap();
+            match setting {
+                "0" => assert!(!region.serves_system_calls()),
+                "1" => assert!(region.serves_system_calls()),
+                _ => {}
+            }
+            if region.serves_system_calls() {
+                // write(2) reads a page that nobody has touched.
+                let mut file = tempfile::tempfile().unwrap();
+                file.write_all(&region.as_slice()[4096..]).unwrap();
+            }
+            assert!(region.as_slice() == [7; 10_000]);
+        })
+        .end();
+        if let Some(before) = &before {
+            fs::write(path, before.trim()).unwrap();
+        }
+        end.expect_pass();
+    }
+}
+
+/// Gives up what root may do.
+fn become_nobody() {
+    if geteuid().is_root() {
+        let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
+        setgroups(&[]).unwrap();
+        setresgid(group, group, group).unwrap();
+        setresuid(user, user, user).unwrap();
+    }
+}
+
+/// Bytes of addresses that are mapped.
+fn address_space() -> u64 {
+    let pages = fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096
 }
 
 #[test]

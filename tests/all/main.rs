@@ -15,6 +15,7 @@ mod journey;
 mod lazy;
 mod limits;
 mod manual;
+mod memory;
 mod metering;
 mod mixed;
 mod readahead;

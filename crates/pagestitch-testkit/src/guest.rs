@@ -7,7 +7,7 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, m
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
-use pagestitch_kernel::{AddressRange, PageSize, Uffd, rights};
+use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, rights};
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
@@ -47,7 +47,20 @@ impl Guest {
     ///
     /// What the kernel answers: no userfaultfd, no memory, no huge pages reserved (`vm.nr_hugepages`).
     pub fn new(ranges: &[usize], huge: bool) -> io::Result<Self> {
-        let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS;
+        Self::registered(ranges, huge, RegisterMode::MISSING)
+    }
+
+    /// A guest that can [protect](Self::protect) its memory from itself, as to take a snapshot of it. Linux 5.7.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn protectable(ranges: &[usize]) -> io::Result<Self> {
+        Self::registered(ranges, false, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
+    }
+
+    fn registered(ranges: &[usize], huge: bool, modes: RegisterMode) -> io::Result<Self> {
+        let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS | Features::WRITE_PROTECT;
         let uffd = Uffd::open(wanted).map_err(io::Error::other)?;
         let page = if huge { PageSize::new(HUGE).expect("a power of two") } else { PageSize::system() };
         let mut guest = Self { uffd, page, ranges: Vec::new() };
@@ -61,7 +74,7 @@ impl Guest {
             let addresses = addresses.ok_or_else(|| io::Error::other("not whole pages"))?;
             // SAFETY: a fresh mapping of our own, of which nothing was ever read.
             #[expect(unsafe_code, reason = "the guest vouches for its memory")]
-            unsafe { guest.uffd.register_range(addresses, RegisterMode::MISSING) }?;
+            unsafe { guest.uffd.register_range(addresses, modes) }?;
         }
         Ok(guest)
     }
@@ -128,6 +141,22 @@ impl Guest {
         unsafe {
             self.at(offset).cast::<u8>().write_volatile(byte);
         }
+    }
+
+    /// Protects all of its memory that is there: who writes waits until that is taken away.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's refusal.
+    pub fn protect(&self) -> io::Result<()> {
+        for range in &self.ranges {
+            let addresses = AddressRange::new(range.start.as_ptr().addr(), range.bytes, self.page);
+            match self.uffd.write_protect(addresses.expect("whole pages")) {
+                Outcome::Done => {}
+                refused => return Err(io::Error::other(format!("{refused:?}"))),
+            }
+        }
+        Ok(())
     }
 
     /// Gives memory back to the host, as a balloon does (`MADV_DONTNEED`). Waits until whoever serves knows.

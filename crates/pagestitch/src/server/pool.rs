@@ -212,7 +212,10 @@ impl PoolBuilder {
                 .map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
             let named = thread::Builder::new().name(thread_name(&self.name, index));
             let thread = named.spawn(move || worker.run()).map_err(|error| {
-                let what = format!("cannot start worker {index} of {} (threads: ulimit -u)", places.workers);
+                let what = format!(
+                    "cannot start worker {index} of {} (threads: ulimit -u; addresses: ulimit -v)",
+                    places.workers
+                );
                 Error::because(ErrorKind::Resources, what, error)
             })?;
             handle.threads.lock().push(thread);
@@ -221,7 +224,11 @@ impl PoolBuilder {
             let (shared, limits) = (Arc::clone(&handle.shared), self.limits);
             let named = thread::Builder::new().name(String::from("pagestitch/dog"));
             let watch = named.spawn(move || limits.watch(&shared)).map_err(|error| {
-                Error::because(ErrorKind::Resources, "cannot start the watchdog (threads: ulimit -u)", error)
+                Error::because(
+                    ErrorKind::Resources,
+                    "cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)",
+                    error,
+                )
             })?;
             *handle.watch.lock() = Some(watch);
         }
@@ -256,7 +263,7 @@ impl Handle {
         if usher.is_some() {
             return Ok(());
         }
-        let what = "cannot serve children (descriptors: ulimit -n, threads: ulimit -u)";
+        let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
         let reads = Usher::new(&self.shared.stop)
             .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
         let _ = self.shared.usher.set(reads);

@@ -1,0 +1,164 @@
+//! Memory runs out while pages are filled: an error that says so, or the end of the process, but never zeros and never a hang.
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::unistd::geteuid;
+use pagestitch::{Chunk, Pool, Process, Region};
+use pagestitch_kernel::rights;
+use pagestitch_testkit::child;
+use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const PAGE: usize = 4096;
+const TOTAL: usize = 96 << 20;
+const LIMIT: u64 = 48 << 20;
+const SIGKILL: i32 = 9;
+
+/// A control group of a limited amount of memory; of version 1, as only there nobody has to be killed for it. Needs root.
+struct Group {
+    folder: PathBuf,
+    mounted: Option<tempfile::TempDir>,
+}
+
+impl Group {
+    fn new(name: &str, kills: bool) -> Option<Self> {
+        if !geteuid().is_root() {
+            println!("SKIPPED: a control group is made by root");
+            return None;
+        }
+        let (root, mounted) = match Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes") {
+            there if there.exists() => (PathBuf::from("/sys/fs/cgroup/memory"), None),
+            _ => {
+                let folder = tempfile::tempdir().unwrap();
+                let none = MsFlags::empty();
+                if let Err(errno) = mount(Some("cgroup"), folder.path(), Some("cgroup"), none, Some("memory"))
+                {
+                    println!("SKIPPED: no memory control groups of version 1 here ({errno})");
+                    return None;
+                }
+                (folder.path().to_owned(), Some(folder))
+            }
+        };
+        let folder = root.join(format!("pagestitch-{name}-{}", std::process::id()));
+        fs::create_dir(&folder).unwrap();
+        let group = Self { folder, mounted };
+        group.limit(LIMIT);
+        if !kills {
+            fs::write(group.folder.join("memory.oom_control"), "1").unwrap();
+        }
+        Some(group)
+    }
+
+    fn limit(&self, bytes: u64) {
+        // What may be swapped out is no memory, either. The larger one of the two first.
+        let files = ["memory.memsw.limit_in_bytes", "memory.limit_in_bytes"];
+        for _ in 0..2 {
+            for file in files {
+                let _ = fs::write(self.folder.join(file), bytes.to_string());
+            }
+        }
+        let now = fs::read_to_string(self.folder.join(files[1])).unwrap();
+        assert_eq!(now.trim(), bytes.to_string());
+    }
+
+    fn path(&self) -> &str {
+        self.folder.to_str().unwrap()
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Whoever was in it has ended a moment ago.
+        for _ in 0..1000 {
+            if fs::remove_dir(&self.folder).is_ok() {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        if let Some(folder) = &self.mounted {
+            let _ = umount2(folder.path(), MntFlags::MNT_DETACH);
+        }
+    }
+}
+
+fn join(group: &str) {
+    fs::write(Path::new(group).join("cgroup.procs"), "0").unwrap();
+}
+
+/// A process whose own memory runs out, for which the kernel kills: it does not read on past its last page.
+#[test]
+fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
+    let test = "memory::a_process_without_memory_is_killed_or_told_and_reads_no_zeros";
+    let Some(group) = group_of(test, "own", true) else { return };
+    let child = child::beside(test, group.as_ref().map_or("", Group::path), |group| {
+        join(group);
+        let source = Arc::new(Scripted::new(TOTAL as u64));
+        let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
+        let zeros = region.as_slice().iter().enumerate().find(|(at, byte)| **byte != byte_at(*at as u64));
+        println!("read all of it: {zeros:?}");
+    });
+    let end = child.end();
+    assert!(!end.said().contains("read all of it"), "{}", end.said());
+    assert!(matches!(end.signal(), Some(SIGKILL | crate::SIGBUS)), "{}", end.said());
+}
+
+/// Memory of another process runs out: its pages are errors, until there is more, and heal then.
+#[test]
+fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
+    let test = "memory::adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more";
+    let Some(group) = group_of(test, "adopted", false) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let argument = format!("{}\n{}", path.display(), group.as_ref().map_or("", Group::path));
+    let process = child::beside(test, &argument, |argument| {
+        let (socket, group) = argument.split_once('\n').unwrap();
+        let guest = Guest::new(&[TOTAL], false).unwrap();
+        join(group);
+        let mut stream = guest.hand_over(socket.as_ref()).unwrap();
+        stream.read_exact(&mut [0]).unwrap();
+        for at in 0..TOTAL / PAGE {
+            let at = at * PAGE + at % PAGE;
+            assert_eq!(guest.read(at), byte_at(at as u64), "byte {at}");
+        }
+    });
+    let group = group.expect("only the child has none");
+    let (mut stream, region) = adopt(&listener);
+    let error = region.populate(..).unwrap_err();
+    assert!(error.to_string().contains("Cannot allocate memory"), "{error}");
+    let bad = region.failures().len();
+    assert!(
+        (1..=4).contains(&bad),
+        "{bad}: the first page that there was no memory for, of each thread that filled"
+    );
+    let some = region.metrics().pages_installed() * PAGE as u64;
+    assert!((LIMIT / 2..LIMIT).contains(&some), "{some} bytes of {LIMIT}");
+    group.limit(2 * TOTAL as u64);
+    region.heal(..).unwrap();
+    let metrics = region.finish().unwrap();
+    assert_eq!(metrics.pages_installed(), (TOTAL / PAGE) as u64);
+    stream.write_all(b"!").unwrap();
+    process.end().expect_pass();
+}
+
+/// `Some(None)` in the child, to which the group's path was told.
+fn group_of(test: &str, name: &str, kills: bool) -> Option<Option<Group>> {
+    if child::is_child(test) { Some(None) } else { Group::new(name, kills).map(Some) }
+}
+
+fn adopt(listener: &UnixListener) -> (UnixStream, pagestitch::AdoptedRegion) {
+    let (stream, _) = listener.accept().unwrap();
+    let mut message = vec![0; 4096];
+    let (bytes, mut fds) = rights::receive(&stream, &mut message).unwrap();
+    let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
+    let number = |name: &str| told[0][name].as_u64().unwrap() as usize;
+    let memory = pagestitch::AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
+    let memory = memory.range(number("base_host_virt_addr"), number("size"));
+    let memory = memory.owner(Process::peer(&stream).unwrap());
+    let source = Chunk::source(Arc::new(Scripted::new(TOTAL as u64)));
+    (stream, Region::builder().chunk(source).build_adopted(memory, &Pool::new().unwrap()).unwrap())
+}
