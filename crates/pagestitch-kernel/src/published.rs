@@ -214,8 +214,11 @@ mod models {
                     thread::spawn(move || {
                         for _ in 0..2 {
                             let seen = published.see();
-                            let live = seen.value().expect("it was published before");
-                            assert_eq!(live.0.load(Ordering::SeqCst), 0, "freed while it was looked at");
+                            let freed = Arc::clone(&seen.value().expect("it was published before").0);
+                            for _ in 0..3 {
+                                assert_eq!(freed.load(Ordering::SeqCst), 0, "freed while it was looked at");
+                            }
+                            drop(seen);
                         }
                     })
                 })

@@ -10,12 +10,12 @@ pub use waiting_room::WaitingRoom;
 
 #[cfg(shuttle)]
 pub use shuttle::{
-    sync::{Condvar, Mutex, MutexGuard, atomic},
+    sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic},
     thread::yield_now,
 };
 #[cfg(not(shuttle))]
 pub use std::{
-    sync::{Condvar, Mutex, MutexGuard, atomic},
+    sync::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic},
     thread::yield_now,
 };
 

@@ -1,6 +1,6 @@
 //! Faults: threads touch pages and let go of them, workers fill, somebody populates. One page's source fails.
 
-use super::kernel::{Answer, Found, Kernel};
+use super::kernel::{Answer, Content, Found, Kernel};
 use crate::region::page_table::{Claim, PageTable, State, Unclaimed, Wake};
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
@@ -51,7 +51,7 @@ impl Region {
             let page = claim.span().first;
             let (answer, state) = match self.bad {
                 Some(bad) if bad == page => (self.poison(page), State::Poisoned),
-                _ => (self.kernel.copy(page), State::Present),
+                _ => (self.kernel.copy(page, Content::Bytes), State::Present),
             };
             match answer {
                 Answer::Changing => return false,
@@ -111,7 +111,7 @@ fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region
     workers.into_iter().for_each(|worker| worker.join().unwrap());
 }
 
-const BOTH: Span = Span { first: Page(0), pages: 2 };
+pub(super) const BOTH: Span = Span { first: Page(0), pages: 2 };
 
 #[test]
 fn one_page_one_worker_and_who_lets_go_of_it() {
@@ -134,6 +134,22 @@ fn two_workers_one_page_two_threads_and_who_lets_go_of_it() {
             [touches, touches, |region| {
                 region.kernel.remove(Page(0));
                 region.expect(Page(0));
+            }],
+        );
+    });
+}
+
+#[test]
+fn a_page_that_somebody_else_shows_wakes_its_waiters() {
+    explore("a page that appears", || {
+        let touches = |region: &Region| region.expect(Page(0));
+        run(
+            &Region::new(1, None),
+            2,
+            [touches, touches, |region| {
+                region.kernel.appear(Page(0));
+                region.kernel.remove(Page(0));
+                region.kernel.appear(Page(0));
             }],
         );
     });

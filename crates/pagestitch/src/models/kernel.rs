@@ -8,7 +8,10 @@ use std::mem;
 /// What a thread finds at an address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Found {
+    /// Those of its source.
     Bytes,
+    /// Zeros that were put there, as what its owner let go of holds.
+    LetGo,
     /// SIGBUS, or SIGSEGV.
     Signal,
     /// What the kernel shows where a uffd was closed over a missing page: what must never be seen.
@@ -22,10 +25,17 @@ pub(super) enum Answer {
     Changing,
 }
 
+/// What is put into a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Content {
+    Bytes,
+    Zeros,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Entry {
     Missing,
-    Present,
+    Present(Content),
     Marked,
 }
 
@@ -84,7 +94,8 @@ impl Kernel {
         loop {
             match state.entries[page.0] {
                 _ if state.sealed => return Found::Signal,
-                Entry::Present => return Found::Bytes,
+                Entry::Present(Content::Bytes) => return Found::Bytes,
+                Entry::Present(Content::Zeros) => return Found::LetGo,
                 Entry::Marked => return Found::Signal,
                 Entry::Missing if state.closed => return Found::Zeros,
                 Entry::Missing => {}
@@ -115,16 +126,21 @@ impl Kernel {
         self.lock().entries[page.0] = Entry::Missing;
     }
 
-    /// `read(2)`: waits until there is something, or it is over.
+    /// Waits until there is something to read, and reads it, unless somebody else was quicker; none if it is over.
     pub(super) fn read(&self) -> Option<Events> {
+        self.wait_for_event().then(|| self.read_now())
+    }
+
+    /// Epoll: waits until there is something to read; false if it is over.
+    pub(super) fn wait_for_event(&self) -> bool {
         let mut state = self.lock();
         while state.unread.is_empty() && state.removals.is_empty() {
             if state.stopped {
-                return None;
+                return false;
             }
             state = self.changed.wait(state).unwrap();
         }
-        Some(self.take(&mut state))
+        true
     }
 
     /// Epoll: waits until somebody has touched a page.
@@ -138,10 +154,6 @@ impl Kernel {
     /// `read(2)`, of a descriptor that does not block.
     pub(super) fn read_now(&self) -> Events {
         let mut state = self.lock();
-        self.take(&mut state)
-    }
-
-    fn take(&self, state: &mut State) -> Events {
         let pages =
             |list: &mut Vec<(usize, Page)>| mem::take(list).into_iter().map(|(_, page)| page).collect();
         let events = Events { removed: pages(&mut state.removals), faults: pages(&mut state.unread) };
@@ -150,8 +162,16 @@ impl Kernel {
     }
 
     /// UFFDIO_COPY: wakes who waits, but not where the page is there already.
-    pub(super) fn copy(&self, page: Page) -> Answer {
-        self.set(page, Entry::Present, |entry| entry == Entry::Present)
+    pub(super) fn copy(&self, page: Page, content: Content) -> Answer {
+        self.set(page, Entry::Present(content), |entry| matches!(entry, Entry::Present(_)))
+    }
+
+    /// Somebody else shows the page, as of a memfd, and wakes nobody.
+    pub(super) fn appear(&self, page: Page) {
+        let entry = &mut self.lock().entries[page.0];
+        if *entry == Entry::Missing {
+            *entry = Entry::Present(Content::Bytes);
+        }
     }
 
     /// UFFDIO_POISON.
@@ -173,7 +193,7 @@ impl Kernel {
     }
 
     pub(super) fn is_resident(&self, page: Page) -> bool {
-        self.lock().entries[page.0] == Entry::Present
+        matches!(self.lock().entries[page.0], Entry::Present(_))
     }
 
     /// The range becomes inaccessible. Who waits goes on waiting.

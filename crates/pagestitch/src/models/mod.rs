@@ -5,8 +5,10 @@
 //! |---|---|
 //! | `faults` | who touches a page gets its bytes, or a signal where its source fails; nobody waits for ever |
 //! | `teardown` | who waits when a region is dropped gets a signal, and never zeros |
+//! | `balloon` | what the owner of adopted memory lets go of holds zeros from then on, and never again what it held |
 //! | `turns` | no event is left unread |
 
+mod balloon;
 mod faults;
 mod kernel;
 mod teardown;

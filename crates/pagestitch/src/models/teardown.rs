@@ -1,24 +1,32 @@
 //! Teardown: threads wait in pages while the region is dropped, step by step as in `region/core.rs`.
 
-use super::faults::Region;
+use super::faults::{BOTH, Region};
 use super::kernel::Found;
 use crate::region::page_table::Wake;
+use pagestitch_kernel::Page;
 use pagestitch_kernel::gate::Gate;
+use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
 use pagestitch_kernel::sync::model::explore;
-use pagestitch_kernel::{Page, Span};
 use shuttle::thread;
 use std::sync::Arc;
 
 struct Dropped {
     region: Arc<Region>,
     gate: Gate,
+    /// Sources may be gone, too.
+    gone: AtomicBool,
+    /// Memory of somebody else's: what is missing is made bad, instead of all being sealed.
+    adopted: bool,
 }
 
 impl Dropped {
     fn work(&self) {
         while let Some(events) = self.region.kernel.read() {
             let Some(_visit) = self.gate.enter() else { return };
-            events.faults.into_iter().for_each(|page| self.region.serve(page));
+            for page in events.faults {
+                assert!(!self.gone.load(Ordering::SeqCst), "a source is called that may be gone");
+                self.region.serve(page);
+            }
         }
     }
 
@@ -26,14 +34,22 @@ impl Dropped {
         // Intake stops, and who is at work is waited for.
         self.region.kernel.stop();
         self.gate.close();
-        self.region.kernel.seal();
-        self.region.kernel.wake(Span { first: Page(0), pages: 2 });
+        self.gone.store(true, Ordering::SeqCst);
+        if self.adopted {
+            for page in BOTH.iter() {
+                self.region.kernel.poison(page);
+            }
+        } else {
+            self.region.kernel.seal();
+        }
+        self.region.kernel.wake(BOTH);
         self.region.kernel.close();
     }
 }
 
-fn run(touchers: usize, workers: usize) {
-    let shared = Arc::new(Dropped { region: Region::new(2, None), gate: Gate::new() });
+fn run(touchers: usize, workers: usize, adopted: bool) {
+    let (region, gone) = (Region::new(2, None), AtomicBool::new(false));
+    let shared = Arc::new(Dropped { region, gate: Gate::new(), gone, adopted });
     let spawn = |body: fn(&Dropped)| {
         let shared = Arc::clone(&shared);
         thread::spawn(move || body(&shared))
@@ -54,10 +70,15 @@ fn run(touchers: usize, workers: usize) {
 
 #[test]
 fn a_thread_that_waits_gets_a_signal_or_its_bytes() {
-    explore("a drop while a thread waits", || run(1, 1));
+    explore("a drop while a thread waits", || run(1, 1, false));
 }
 
 #[test]
 fn threads_that_wait_get_a_signal_or_their_bytes() {
-    explore("a drop while threads wait", || run(3, 2));
+    explore("a drop while threads wait", || run(3, 2, false));
+}
+
+#[test]
+fn threads_that_wait_in_adopted_memory_get_a_signal_or_their_bytes() {
+    explore("a drop of adopted memory", || run(3, 2, true));
 }

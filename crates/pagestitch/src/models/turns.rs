@@ -1,6 +1,6 @@
 //! Turns: of those that are woken for adopted memory one reads at a time, and no event is left unread.
 
-use super::kernel::Kernel;
+use super::kernel::{Content, Kernel};
 use crate::region::pace::Pace;
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
@@ -17,7 +17,7 @@ fn wake_up(pace: &Pace, kernel: &Kernel) {
             faults.extend(kernel.read_now().faults);
         }
         for page in faults {
-            kernel.copy(page);
+            kernel.copy(page, Content::Bytes);
             kernel.wake(Span { first: page, pages: 1 });
         }
         if turn.ends(false) {

@@ -12,7 +12,7 @@
 //! | `family` | forked children, whose pages are filled likewise |
 //! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
-mod adopted;
+pub(crate) mod adopted;
 mod builder;
 mod chunk;
 mod core;

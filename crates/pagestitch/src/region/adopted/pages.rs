@@ -2,12 +2,12 @@
 
 use super::memory::{LetGo, Loss};
 use pagestitch_kernel::process::Process;
+use pagestitch_kernel::sync::atomic::Ordering;
+use pagestitch_kernel::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::num::NonZeroUsize;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 /// Adopted memory as it is served.
 #[derive(Debug)]
@@ -53,6 +53,13 @@ impl Adopted {
         Self::new(page, parts, None, Loss::Poison, LetGo::Refill)
     }
 
+    /// A few pages, for a model.
+    #[cfg(all(test, shuttle))]
+    pub(crate) fn of_pages(pages: usize) -> Self {
+        let part = Part { span: Span { first: Page(0), pages }, start: 0 };
+        Self::new(PageSize::system(), vec![part], None, Loss::Poison, LetGo::Zeros).unwrap()
+    }
+
     pub(crate) const fn page_size(&self) -> PageSize {
         self.page
     }
@@ -89,12 +96,12 @@ impl Adopted {
     /// Until it is dropped, no event is read. None where pages that are let go of hold what they held before: then it does not
     /// matter.
     pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        (self.let_go == LetGo::Zeros).then(|| self.map.read())
+        (self.let_go == LetGo::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Until it is dropped, nothing is installed. None as above.
     pub(crate) fn change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
-        (self.let_go == LetGo::Zeros).then(|| self.map.write())
+        (self.let_go == LetGo::Zeros).then(|| self.map.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes note that the owner has let go of a span.

@@ -1,0 +1,93 @@
+//! Balloons: the owner of adopted memory lets go of a page while workers fill it. It runs on as soon as its event is read, so what is put
+//! into the page from then on has to be zeros.
+
+use super::kernel::{Answer, Content, Found, Kernel};
+use crate::region::adopted::Adopted;
+use crate::region::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use pagestitch_kernel::Page;
+use pagestitch_kernel::sync::model::explore;
+use shuttle::thread;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+struct Owned {
+    table: PageTable,
+    adopted: Adopted,
+    kernel: Kernel,
+}
+
+impl Owned {
+    fn work(&self) {
+        while self.kernel.wait_for_event() {
+            let events = {
+                let _alone = self.adopted.change();
+                let events = self.kernel.read_now();
+                for page in &events.removed {
+                    self.adopted.remove(page.span());
+                    self.table.forget(page.span());
+                }
+                events
+            };
+            events.faults.into_iter().for_each(|page| self.serve(page));
+        }
+    }
+
+    fn serve(&self, page: Page) {
+        match self.table.claim_touched(page, &self.kernel, || self.kernel.is_resident(page)) {
+            Ok(claim) => self.fill(claim),
+            Err(Unclaimed::Filling | Unclaimed::Poisoned) => {}
+            Err(Unclaimed::Resident) => self.kernel.wake(page.span()),
+        }
+    }
+
+    /// As `fill` and `install` do: what the page is to hold, then whether it still is.
+    fn fill(&self, mut claim: Claim<'_>) {
+        let page = claim.span().first;
+        let (_, removed) = self.adopted.removed_prefix(page.span());
+        let content = if removed { Content::Zeros } else { Content::Bytes };
+        let held = self.adopted.hold();
+        if self.table.state(page) == State::Forgotten {
+            return;
+        }
+        match self.kernel.copy(page, content) {
+            Answer::Changing => {
+                drop((held, claim));
+                return thread::yield_now();
+            }
+            Answer::AlreadyThere => self.kernel.wake(page.span()),
+            Answer::Done => {}
+        }
+        claim.settle(1, State::Present);
+    }
+}
+
+#[test]
+fn what_was_let_go_of_is_zeros_from_then_on() {
+    explore("a balloon", || {
+        let table = PageTable::new(NonZeroUsize::MIN).unwrap();
+        let owned = Arc::new(Owned { table, adopted: Adopted::of_pages(1), kernel: Kernel::new(1) });
+        let spawn = |body: fn(&Owned)| {
+            let owned = Arc::clone(&owned);
+            thread::spawn(move || body(&owned))
+        };
+        let workers = [spawn(Owned::work), spawn(Owned::work)];
+        let owners = [
+            spawn(|owned| {
+                // Another processor of the guest's: what it has seen to be zeros stays so.
+                let mut gone = false;
+                for _ in 0..2 {
+                    let found = owned.kernel.touch(Page(0));
+                    assert!(found == Found::LetGo || found == Found::Bytes && !gone, "{found:?}");
+                    gone = found == Found::LetGo;
+                }
+            }),
+            spawn(|owned| {
+                owned.kernel.remove(Page(0));
+                assert_eq!(owned.kernel.touch(Page(0)), Found::LetGo);
+            }),
+        ];
+        owners.into_iter().for_each(|thread| thread.join().unwrap());
+        owned.kernel.stop();
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+    });
+}
