@@ -21,6 +21,7 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// What the server shares with the region that it serves.
@@ -53,6 +54,8 @@ pub(crate) struct Served {
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
     failures: Mutex<BTreeMap<Page, Arc<Failure>>>,
+    /// Whether there ever was one.
+    any_failed: AtomicBool,
     /// Its forked children, where they are served.
     pub(crate) family: Option<Arc<Family>>,
     /// Where somebody has moved parts of it to, until they have been seen to.
@@ -132,6 +135,7 @@ impl Served {
             place,
             uffd,
             failures: Mutex::default(),
+            any_failed: AtomicBool::new(false),
             family: family.map(Into::into),
             strays: Mutex::new(Vec::with_capacity(STRAYS)),
             gate: Arc::new(Gate::new()),
@@ -383,31 +387,29 @@ impl Served {
         }
     }
 
-    /// A page has been filled after all.
-    pub(crate) fn forget_failure(&self, page: Page) {
-        let mut failures = self.failures.lock();
-        // Unless it was let go and lost anew since.
-        if !self.is_poisoned(page) {
-            failures.remove(&page);
+    /// Pages have been filled, after all if they had failed.
+    pub(crate) fn forget_failures(&self, span: Span) {
+        if self.any_failed.load(Ordering::Relaxed) {
+            let mut failures = self.failures.lock();
+            let failed = failures.range(span.first..span.end()).map(|(&page, _)| page);
+            // Unless they were let go and lost anew since.
+            let filled: Vec<_> = failed.filter(|page| self.pages.state(*page) == State::Present).collect();
+            filled.iter().for_each(|page| drop(failures.remove(page)));
         }
     }
 
-    fn is_poisoned(&self, page: Page) -> bool {
-        self.pages.state(page) == State::Poisoned
-    }
-
-    /// A page that has failed was settled. It was let go meanwhile, or healed and lost again: a page that is poisoned has a
-    /// reason, or whoever asks for it would look for one for ever; one that is not has none.
+    /// A page that has failed was settled. Somebody may have healed it before, and forgotten the reason, and it has failed anew: a page
+    /// that is bad has one, or whoever asks for it would look for it for ever. So has one that is absent by now: it may have been let
+    /// go before it was marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
         let mut failures = self.failures.lock();
-        if self.is_poisoned(page) {
+        if self.pages.state(page) != State::Present {
             failures.entry(page).or_insert_with(|| Arc::clone(failure));
-        } else {
-            failures.remove(&page);
         }
     }
 
     pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {
+        self.any_failed.store(true, Ordering::Relaxed);
         self.failures.lock().insert(page, failure);
     }
 

@@ -46,7 +46,6 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
         }
         match installed {
             Ok(()) => {
-                region.forget_failure(page);
                 region.counters.here().pages_healed.add(1);
                 return Ok(());
             }

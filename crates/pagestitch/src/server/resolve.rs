@@ -106,6 +106,9 @@ fn install_some(
         refused => return Err(Refusal::Other(refusal(refused))),
     };
     claim.settle(pages, State::Present);
+    if outcome != Outcome::AlreadyThere {
+        region.forget_failures(span.prefix(pages));
+    }
     tell(region, span.prefix(pages), way);
     Ok(pages)
 }
