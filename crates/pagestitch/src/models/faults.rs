@@ -71,7 +71,18 @@ impl Region {
         answer
     }
 
+    /// Fills what is absent, and once more what turns out to be missing then.
     fn populate(&self, span: Span) {
+        self.populate_once(span);
+        let missing = |page: &Page| !self.kernel.is_resident(*page);
+        let missing: Vec<_> = span.iter().filter(missing).collect();
+        missing.iter().for_each(|page| self.table.forget_present(*page));
+        if !missing.is_empty() {
+            self.populate_once(span);
+        }
+    }
+
+    fn populate_once(&self, span: Span) {
         let mut rest = span;
         while !rest.is_empty() {
             match self.table.claim_run(rest, &self.kernel) {
@@ -171,6 +182,26 @@ fn populate_and_faults_and_letting_go() {
                     region.kernel.remove(Page(1));
                     region.expect(Page(1));
                 },
+            ],
+        );
+    });
+}
+
+#[test]
+fn what_was_let_go_of_is_there_when_it_was_populated() {
+    explore("letting go, and populate", || {
+        run(
+            &Region::new(2, None),
+            2,
+            [
+                |region| {
+                    region.populate(BOTH);
+                    region.kernel.remove(Page(1));
+                    region.populate(BOTH);
+                    // Nobody else lets go of anything.
+                    assert!(region.kernel.is_resident(Page(0)) && region.kernel.is_resident(Page(1)));
+                },
+                |region| region.expect(Page(1)),
             ],
         );
     });

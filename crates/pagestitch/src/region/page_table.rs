@@ -165,6 +165,11 @@ impl PageTable {
         }
     }
 
+    /// The kernel does not have the page: it was let go, if it was filled.
+    pub(crate) fn forget_present(&self, page: Page) {
+        let _ = self.exchange(page, State::Present, State::Absent);
+    }
+
     fn exchange(&self, page: Page, from: State, to: State) -> Result<(), State> {
         let (word, shift) = self.word(page);
         let mask = STATE_MASK << shift;

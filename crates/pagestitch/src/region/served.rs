@@ -423,16 +423,15 @@ impl Served {
         self.gate.close();
     }
 
-    /// Forgets pages that were filled and that the kernel has let go of since, of which we have not been told yet. Says
-    /// whether there were any.
+    /// Whether the kernel lacks pages of a span; those that were filled are forgotten.
     ///
-    /// Who lets go of pages runs on as soon as the event is read, which is before it is taken note of.
-    pub(crate) fn forget_let_go(&self, span: Span) -> bool {
+    /// Who lets go of pages runs on as soon as the event is read, which is before it is taken note of: in this very moment, maybe.
+    pub(crate) fn lacks_any(&self, span: Span) -> bool {
         let mut any = false;
         // Where the question cannot be answered, the table is believed.
         self.place.residency(span, |page, here| {
-            if !here && self.pages.state(page) == State::Present {
-                self.pages.forget(page.span());
+            if !here {
+                self.pages.forget_present(page);
                 any = true;
             }
         });

@@ -17,7 +17,7 @@ use std::thread;
 pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
     populate_once(region, span)?;
     // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
-    if region.forget_let_go(span) { populate_once(region, span) } else { Ok(()) }
+    if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
 }
 
 fn populate_once(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
