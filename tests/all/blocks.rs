@@ -6,6 +6,7 @@ use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
+use std::thread;
 
 const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
@@ -44,7 +45,9 @@ fn a_reader_has_whole_blocks_filled_ahead() {
     assert!(region.as_slice() == bytes);
     let staged = staged(&region);
     let seen = region.close();
-    assert!(!staged || seen.pages_staged > 8 * BLOCK_PAGES, "{seen:?}");
+    // On one CPU, who reads keeps it as long as it may.
+    let beside = thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
+    assert!(!staged || !beside || seen.pages_staged > 8 * BLOCK_PAGES, "{seen:?}");
 }
 
 #[test]

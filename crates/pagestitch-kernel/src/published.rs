@@ -101,7 +101,12 @@ impl<T: Send + Sync> Writer<'_, T> {
 
     /// In a forked child: what there was is not known to be true here, and whoever looked at it in the parent at that moment is not here,
     /// and would be waited for for ever. What there was is not freed.
-    pub fn forget(&mut self) {
+    ///
+    /// # Safety
+    ///
+    /// Nobody in this process is looking: there is no [`Seen`] but those of threads that are not here.
+    #[expect(unsafe_code, reason = "who is looking is not counted any more")]
+    pub unsafe fn forget(&mut self) {
         self.published.value.store(ptr::null_mut(), Ordering::SeqCst);
         self.published
             .visitors

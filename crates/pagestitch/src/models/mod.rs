@@ -1,4 +1,4 @@
-//! Models, for a model checker: the page table, its claims, the gate and the turns as they are, with a kernel that is a dozen lines.
+//! Models, for a model checker: the page table, its claims, the gate and the turns as they are, with a kernel of a few lines.
 //! `ci/models` runs them.
 //!
 //! | model | what has to hold in every order of steps |
