@@ -1,10 +1,12 @@
 //! What the process may not do is one clear line: no userfaultfd, no address space, no descriptors.
 
 use crate::zero_copy::memfd;
+use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::memfd::UnsealedMemfd;
+use pagestitch_kernel::support::Verdict;
 use pagestitch_kernel::{Access, Page, PageSize, Reservation};
 use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -20,19 +22,28 @@ fn build(chunk: Chunk) -> Result<Region, Error> {
 
 #[test]
 fn without_userfaultfd_the_error_names_the_remedy() {
-    let end = child::run("limits::without_userfaultfd_the_error_names_the_remedy", || {
-        deny_userfaultfd();
-        let error = build(vec![1u8].into()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::NoUserfaultfd);
-        let said = error.to_string();
-        assert!(said.starts_with("region limited: no userfaultfd: the system call answers EPERM"), "{said}");
-        assert!(said.contains("let the container's seccomp profile pass userfaultfd"), "{said}");
-        let support = Support::probe();
-        assert!(support.features().is_err());
-        let no = |verdict| matches!(verdict, pagestitch_kernel::support::Verdict::No { .. });
-        assert!(support.capabilities().into_iter().all(|capability| no(capability.verdict)));
-    });
-    end.expect_pass();
+    let test = "limits::without_userfaultfd_the_error_names_the_remedy";
+    let end = |errno| child::beside(test, errno, without_userfaultfd).end();
+    end("EPERM").expect_pass();
+    end("ENOSYS").expect_pass();
+}
+
+/// What a container's seccomp profile answers, or an old runtime's.
+fn without_userfaultfd(errno: &str) {
+    let denied = if errno == "EPERM" { Errno::EPERM } else { Errno::ENOSYS };
+    deny_userfaultfd(denied);
+    let error = build(vec![1u8].into()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoUserfaultfd);
+    let said = error.to_string();
+    assert!(
+        said.starts_with(&format!("region limited: no userfaultfd: the system call answers {errno}")),
+        "{said}"
+    );
+    assert!(said.contains("let the container's seccomp profile pass"), "{said}");
+    let support = Support::probe();
+    assert!(support.features().is_err());
+    let no = |verdict| matches!(verdict, Verdict::No { .. });
+    assert!(support.capabilities().into_iter().all(|capability| no(capability.verdict)));
 }
 
 #[test]

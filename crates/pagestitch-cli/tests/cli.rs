@@ -1,5 +1,6 @@
 //! The command as a person uses it: what it prints, and one clear line for each thing that is wrong.
 
+use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
 use serde_json::Value;
 use std::fs;
@@ -264,7 +265,7 @@ fn without_userfaultfd_each_command_says_what_to_do() {
     let outputs = thread::scope(|scope| {
         let run = || {
             // A filter is a thread's own, and inherited by what the thread starts.
-            deny_userfaultfd();
+            deny_userfaultfd(Errno::EPERM);
             [&["demo"][..], &["stitch", "a"], &["probe"]]
                 .map(|arguments| pagestitch(directory.path(), arguments))
         };

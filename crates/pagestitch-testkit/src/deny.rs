@@ -1,28 +1,32 @@
 //! Takes userfaultfd away from a thread, as a container's seccomp profile does.
 
+use nix::errno::Errno;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     apply_filter,
 };
 use std::env::consts::ARCH;
 
-/// Answers this thread, and all that it starts, with EPERM for every way to a userfaultfd. It cannot be undone.
+/// Answers this thread, and all that it starts, with `errno` for every way to a userfaultfd. It cannot be undone.
 ///
 /// # Panics
 ///
 /// If the kernel takes no filter.
-pub fn deny_userfaultfd() {
+pub fn deny_userfaultfd(errno: Errno) {
     let device = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, USERFAULTFD_IOC_NEW);
     let device = SeccompRule::new(vec![device.expect("a condition")]).expect("a rule");
     let rules = [(SYS_USERFAULTFD, vec![]), (SYS_IOCTL, vec![device])];
     let architecture = ARCH.try_into().expect("an architecture that seccompiler knows");
-    let filter =
-        SeccompFilter::new(rules.into(), SeccompAction::Allow, SeccompAction::Errno(EPERM), architecture);
+    let filter = SeccompFilter::new(
+        rules.into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno as u32),
+        architecture,
+    );
     let program: BpfProgram = filter.expect("a filter").try_into().expect("a program");
     apply_filter(&program).expect("the kernel takes the filter");
 }
 
-const EPERM: u32 = 1;
 const USERFAULTFD_IOC_NEW: u64 = 0xaa00;
 const SYS_USERFAULTFD: i64 = nix::libc::SYS_userfaultfd;
 const SYS_IOCTL: i64 = nix::libc::SYS_ioctl;
