@@ -1,68 +1,60 @@
 //! Memory runs out while pages are filled: an error that says so, or the end of the process, but never zeros and never a hang.
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::unistd::geteuid;
 use pagestitch::{Chunk, Pool, Process, Region};
 use pagestitch_kernel::rights;
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+use tempfile::TempDir;
 
 const PAGE: usize = 4096;
 const TOTAL: usize = 96 << 20;
 const LIMIT: u64 = 48 << 20;
 const SIGKILL: i32 = 9;
 
-/// A control group of a limited amount of memory; of version 1, as only there nobody has to be killed for it. Needs root.
+/// A control group of a limited amount of memory; of version 1, as only there nobody has to be killed for it.
 struct Group {
     folder: PathBuf,
-    mounted: Option<tempfile::TempDir>,
+    mounted: Option<TempDir>,
 }
 
 impl Group {
     fn new(name: &str, kills: bool) -> Option<Self> {
-        if !geteuid().is_root() {
-            println!("SKIPPED: a control group is made by root");
-            return None;
-        }
-        let (root, mounted) = match Path::new("/sys/fs/cgroup/memory/memory.limit_in_bytes") {
-            there if there.exists() => (PathBuf::from("/sys/fs/cgroup/memory"), None),
-            _ => {
-                let folder = tempfile::tempdir().unwrap();
-                let none = MsFlags::empty();
-                if let Err(errno) = mount(Some("cgroup"), folder.path(), Some("cgroup"), none, Some("memory"))
-                {
-                    println!("SKIPPED: no memory control groups of version 1 here ({errno})");
-                    return None;
-                }
-                (folder.path().to_owned(), Some(folder))
-            }
-        };
-        let folder = root.join(format!("pagestitch-{name}-{}", std::process::id()));
-        fs::create_dir(&folder).unwrap();
-        let group = Self { folder, mounted };
-        group.limit(LIMIT);
-        if !kills {
-            fs::write(group.folder.join("memory.oom_control"), "1").unwrap();
-        }
-        Some(group)
+        let made = Self::make(name, kills);
+        made.inspect_err(|why| {
+            println!("SKIPPED: no memory control group of version 1 can be made here ({why})")
+        })
+        .ok()
     }
 
-    fn limit(&self, bytes: u64) {
-        // What may be swapped out is no memory, either. The larger one of the two first.
-        let files = ["memory.memsw.limit_in_bytes", "memory.limit_in_bytes"];
-        for _ in 0..2 {
-            for file in files {
-                let _ = fs::write(self.folder.join(file), bytes.to_string());
-            }
+    fn make(name: &str, kills: bool) -> io::Result<Self> {
+        let (root, mounted) = hierarchy()?;
+        let folder = root.join(format!("pagestitch-{name}-{}", std::process::id()));
+        fs::create_dir(&folder)?;
+        let group = Self { folder, mounted };
+        group.limit(LIMIT)?;
+        if !kills {
+            fs::write(group.folder.join("memory.oom_control"), "1")?;
         }
-        let now = fs::read_to_string(self.folder.join(files[1])).unwrap();
-        assert_eq!(now.trim(), bytes.to_string());
+        Ok(group)
+    }
+
+    fn limit(&self, bytes: u64) -> io::Result<()> {
+        // What may be swapped out is no memory, either, where that is counted. Never the smaller one of the two before the other.
+        let swap =
+            |bytes: u64| drop(fs::write(self.folder.join("memory.memsw.limit_in_bytes"), bytes.to_string()));
+        swap(bytes);
+        fs::write(self.folder.join("memory.limit_in_bytes"), bytes.to_string())?;
+        swap(bytes);
+        Ok(())
     }
 
     fn path(&self) -> &str {
@@ -77,12 +69,23 @@ impl Drop for Group {
             if fs::remove_dir(&self.folder).is_ok() {
                 break;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         if let Some(folder) = &self.mounted {
             let _ = umount2(folder.path(), MntFlags::MNT_DETACH);
         }
     }
+}
+
+/// Where control groups for memory are; mounted for as long as that lives, where they were not.
+fn hierarchy() -> io::Result<(PathBuf, Option<TempDir>)> {
+    let there = Path::new("/sys/fs/cgroup/memory");
+    if there.join("memory.limit_in_bytes").exists() {
+        return Ok((there.to_owned(), None));
+    }
+    let folder = tempfile::tempdir()?;
+    mount(Some("cgroup"), folder.path(), Some("cgroup"), MsFlags::empty(), Some("memory"))?;
+    Ok((folder.path().to_owned(), Some(folder)))
 }
 
 fn join(group: &str) {
@@ -142,7 +145,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
     );
     let some = region.metrics().pages_installed() * PAGE as u64;
     assert!((LIMIT / 2..LIMIT).contains(&some), "{some} bytes of {LIMIT}");
-    group.limit(2 * TOTAL as u64);
+    group.limit(2 * TOTAL as u64).unwrap();
     region.heal(..).unwrap();
     let metrics = region.finish().unwrap();
     assert_eq!(metrics.pages_installed(), (TOTAL / PAGE) as u64);
