@@ -1,5 +1,6 @@
 //! Memory runs out while pages are filled: an error that says so, or the end of the process, but never zeros and never a hang.
 
+use crate::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pagestitch::{Chunk, Pool, Process, Region};
 use pagestitch_kernel::rights;
@@ -12,7 +13,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
@@ -64,12 +64,9 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Whoever was in it has ended a moment ago.
-        for _ in 0..1000 {
-            if fs::remove_dir(&self.folder).is_ok() {
-                break;
-            }
-            thread::sleep(Duration::from_millis(1));
+        if !thread::panicking() {
+            // Whoever was in it has ended a moment ago.
+            until(|| fs::remove_dir(&self.folder).is_ok());
         }
         if let Some(folder) = &self.mounted {
             let _ = umount2(folder.path(), MntFlags::MNT_DETACH);
