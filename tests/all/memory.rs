@@ -16,8 +16,8 @@ use std::thread;
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
-const TOTAL: usize = 96 << 20;
-const LIMIT: u64 = 48 << 20;
+const TOTAL: usize = 32 << 20;
+const LIMIT: u64 = 16 << 20;
 const SIGKILL: i32 = 9;
 
 /// A control group of a limited amount of memory; of version 1, as only there nobody has to be killed for it.
