@@ -107,6 +107,8 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
         "kernel",
     ]);
     command.arg("--target-dir").arg(target().join("build")).env("RUSTFLAGS", "-C target-feature=+crt-static");
+    // Emulation is slow enough; what is asserted stays.
+    command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
     // A runner for this machine's tests is not one for the build.
     command
         .env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER")
