@@ -1,21 +1,36 @@
-//! Nothing is allocated on the way of a fault: seen by an allocator that counts.
+//! Nothing is allocated on the way of a fault, nor by who lets others fork: seen by an allocator that counts.
 
-use pagestitch::{Chunk, Pool, Region};
+use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mremap};
+use nix::unistd::gettid;
+use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
+use pagestitch_testkit::child;
+use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::Scripted;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::fs;
+use std::num::NonZeroUsize;
+use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::thread;
+
+const PAGE: usize = 4096;
 
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+/// The thread whose allocations are counted beside, and these.
+static WATCHED: AtomicI32 = AtomicI32::new(0);
+static BY_WATCHED: AtomicUsize = AtomicUsize::new(0);
 
 // SAFETY: the system's allocator, with a counter beside it.
 #[expect(unsafe_code, reason = "GlobalAlloc is an unsafe interface")]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+        if WATCHED.load(Ordering::SeqCst) == gettid().as_raw() {
+            BY_WATCHED.fetch_add(1, Ordering::SeqCst);
+        }
         // SAFETY: the caller keeps the contract of `alloc`, which is the same.
         unsafe { System.alloc(layout) }
     }
@@ -29,10 +44,13 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// The only test of its program: nobody else allocates meanwhile.
 #[test]
 fn nothing_is_allocated_on_the_way_of_a_fault() {
-    const PAGE: usize = 4096;
+    // In a process of its own: nobody else allocates meanwhile.
+    child::run("nothing_is_allocated_on_the_way_of_a_fault", serve_all_pages).expect_pass();
+}
+
+fn serve_all_pages() {
     let region = Region::builder()
         .chunk(vec![1u8; 300 * PAGE]) // copied from where it lies
         .chunks((0..300).map(|_| vec![2u8; 1000])) // gathered
@@ -55,4 +73,90 @@ fn nothing_is_allocated_on_the_way_of_a_fault() {
     }
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     assert_eq!(after, warm, "{} in the first half", warm - before);
+}
+
+/// `fork(2)` holds the locks of the allocator until the usher has read of it: an usher that allocates waits for ever.
+#[test]
+fn who_reads_of_forks_allocates_nothing() {
+    child::run("who_reads_of_forks_allocates_nothing", fork_in_every_way).expect_pass();
+}
+
+fn fork_in_every_way() {
+    tracing::subscriber::set_global_default(Allocates).unwrap();
+    let pool = Pool::builder().workers(2).start().unwrap();
+    let builder = Region::builder().chunk(vec![1; 4000 * PAGE]).readahead(Readahead::None).serve_children();
+    let region = match builder.build(&pool) {
+        Ok(region) => region,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::BadOption, "{error}");
+            return println!("SKIPPED the allocations of the usher: {error}");
+        }
+    };
+    WATCHED.store(thread_called("pagestitch/kin"), Ordering::SeqCst);
+    let start = region.as_ptr().expose_provenance().get();
+    let read_all = || i32::from(region.as_slice()[2000 * PAGE..].iter().any(|&byte| byte != 1));
+    let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
+    for _ in 0..30 {
+        assert!(!Forked::start(read_all).passes(), "there is no descriptor for it");
+    }
+    drop(taken);
+    thread::scope(|scope| {
+        scope.spawn(|| region.as_slice()[..1000 * PAGE].iter().map(|&byte| usize::from(byte)).sum::<usize>());
+        scope.spawn(|| (1000..1500).for_each(|page| let_go(start + page * PAGE, PAGE)));
+        scope.spawn(|| (1500..2000).for_each(|page| move_away(start + page * PAGE, PAGE)));
+        for _ in 0..20 {
+            assert!(Forked::start(read_all).passes());
+        }
+    });
+    assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);
+}
+
+/// Lets pages go, as an application may.
+#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
+fn let_go(start: usize, bytes: usize) {
+    let start = NonNull::new(with_exposed_provenance_mut(start)).expect("an address");
+    // SAFETY: pages of a region, which nobody reads meanwhile.
+    unsafe { madvise(start, bytes, MmapAdvise::MADV_DONTNEED) }.expect("madvise");
+}
+
+/// Moves pages to where nobody looks for them.
+#[expect(unsafe_code, reason = "mremap by an application is part of what is tested")]
+fn move_away(start: usize, bytes: usize) {
+    let length = NonZeroUsize::new(bytes).expect("at least a page");
+    // SAFETY: a new mapping, which the pages replace.
+    let to =
+        unsafe { mmap_anonymous(None, length, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }.expect("mmap");
+    let start = NonNull::new(with_exposed_provenance_mut(start)).expect("an address");
+    let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
+    // SAFETY: pages of a region, which nobody has a slice of, to the mapping just made.
+    unsafe { mremap(start, bytes, bytes, flags, Some(to)) }.expect("mremap");
+}
+
+fn thread_called(name: &str) -> i32 {
+    let tasks = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let mut named = tasks.filter(|task| fs::read_to_string(task.join("comm")).unwrap().trim_end() == name);
+    let task = named.next().expect("a thread of that name");
+    task.file_name().unwrap().to_str().unwrap().parse().unwrap()
+}
+
+/// Hears of what is worth telling, and allocates for it.
+struct Allocates;
+
+impl tracing::Subscriber for Allocates {
+    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        std::hint::black_box(format!("{event:?}"));
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+    fn enter(&self, _: &tracing::span::Id) {}
+    fn exit(&self, _: &tracing::span::Id) {}
 }

@@ -11,22 +11,26 @@
 //! the region: what a child has not touched by then is bad.
 
 use crate::policy::{Blocks, Policy, Readahead};
-use crate::region::adopted::{Adopted, forsake};
+use crate::region::adopted::Adopted;
 use crate::region::in_place::Shown;
 use crate::region::place::Place;
 use crate::region::served::{Manner, Served, Tables};
 use nix::sys::eventfd::EventFd;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Outcome, Page, Uffd};
 use parking_lot::Mutex;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use std::thread;
 
 /// All children of a region, and theirs.
 #[derive(Debug)]
 pub(crate) struct Family {
     members: Mutex<Members>,
-    /// A descriptor for the one child too many. Until that can be told of, nothing can be filled in its parent, either.
-    spare: Mutex<Option<EventFd>>,
+    /// A descriptor for the one child too many. Until that can be told of, nothing can be filled in its parent, either. The standard
+    /// library's lock, as the usher takes it, and waiting for it does not allocate.
+    spare: StdMutex<Option<EventFd>>,
+    /// How often there was none, in a row.
+    short: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -38,21 +42,32 @@ struct Members {
 
 impl Family {
     pub(crate) fn new() -> Result<Self, Errno> {
-        Ok(Self { members: Mutex::default(), spare: Mutex::new(Some(EventFd::new()?)) })
+        let spare = StdMutex::new(Some(EventFd::new()?));
+        Ok(Self { members: Mutex::default(), spare, short: AtomicUsize::new(0) })
     }
 
-    /// There is no descriptor left for a child: makes one free. False if it had been used before.
+    /// There is no descriptor left for a child: makes one free, if asked so often that those of children who have ended are not
+    /// to be had. False if not.
     pub(crate) fn make_room(&self) -> bool {
-        self.spare.lock().take().is_some()
+        self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE && self.spare().take().is_some()
     }
 
     /// Whether there is room for one more child, after this one.
     pub(crate) fn has_room(&self) -> bool {
-        let mut spare = self.spare.lock();
+        let mut spare = self.spare();
         if spare.is_none() {
             *spare = EventFd::new().ok();
         }
         spare.is_some()
+    }
+
+    /// A child could be told of.
+    pub(crate) fn had_room(&self) {
+        self.short.store(0, Ordering::Relaxed);
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Option<EventFd>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes a child in. False if the region is being dropped: nobody would serve it.
@@ -106,13 +121,6 @@ impl Served {
         let policy = Policy::new(Readahead::None, pages, size, Blocks::Never)?;
         Ok((tables, policy, Adopted::inherited(size, self.place.ranges().collect())?))
     }
-
-    /// A child cannot be served: what it does not have yet is bad there.
-    pub(crate) fn forsake_child(&self, child: &Uffd) {
-        for (span, start) in self.place.ranges() {
-            forsake(child, start, self.page_size().bytes_of(span), self.page_size());
-        }
-    }
 }
 
 /// Nobody forks with the region any more when this returns: closing its uffd would show zeros to a child that is just being made.
@@ -134,7 +142,7 @@ pub(super) fn refuse_births(region: &Served) {
     // As long as a fork is under way, the kernel fills nothing.
     while region.uffd.map_cached(first_page(region)) == Outcome::Changing {
         if region.place.adopted().is_some() {
-            region.read_events(&mut Batch::with_capacity(BATCH), &mut |child| region.forsake_child(&child));
+            region.read_events(&mut Batch::with_capacity(BATCH), &mut |news| region.hear(news));
         }
         thread::yield_now();
     }
@@ -150,5 +158,7 @@ fn first_page(region: &Served) -> AddressRange {
     region.place.addresses(Page(0).span())
 }
 
+/// How often a descriptor is asked for, a millisecond apart, before a child is given up.
+const PATIENCE: usize = 20;
 /// Events read at once.
 const BATCH: usize = 64;

@@ -8,14 +8,17 @@
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
+//! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `family` | forked children, whose pages are filled likewise |
+//! | `strays` | what nobody serves: moved parts, children too many |
 //! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
 pub(crate) mod adopted;
 mod builder;
 mod chunk;
 mod core;
+mod events;
 mod family;
 pub(crate) mod in_place;
 mod layout;
@@ -25,16 +28,19 @@ mod place;
 mod plan;
 mod served;
 mod shared;
+mod strays;
 
 use self::core::Core;
 pub use adopted::{AdoptedMemory, AdoptedRegion, LetGo, Loss};
 pub use builder::Builder;
 pub use chunk::Chunk;
+pub(crate) use events::News;
 pub(crate) use layout::Layout;
 pub(crate) use pace::Reading;
 pub use plan::{How, Plan, Run};
 pub(crate) use served::{Manner, Reporter, Served, Tables};
 pub use shared::SharedRegion;
+pub(crate) use strays::Rest;
 
 use crate::error::Error;
 use crate::metrics::{Meter, Metrics};

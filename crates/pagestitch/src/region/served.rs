@@ -3,18 +3,19 @@
 use crate::metrics::Counters;
 use crate::policy::{Policy, Recorder, Recording, Replay};
 use crate::region::Layout;
-use crate::region::adopted::{Adopted, Stray, abandon};
+use crate::region::adopted::abandon;
 use crate::region::family::{Family, refuse_births};
 use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
+use crate::region::strays::{Rest, Strays};
 use crate::server::{Asked, Berths, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, OwnedVisit, Visit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
-use pagestitch_kernel::{Batch, Errno, Event, Outcome, Page, PageSize, Span, Uffd};
+use pagestitch_kernel::{Batch, Errno, Page, PageSize, Span, Uffd};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -23,6 +24,7 @@ use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::thread;
 
 /// What the server shares with the region that it serves.
 #[derive(Debug)]
@@ -58,8 +60,8 @@ pub(crate) struct Served {
     any_failed: AtomicBool,
     /// Its forked children, where they are served.
     pub(crate) family: Option<Arc<Family>>,
-    /// Where somebody has moved parts of it to, until they have been seen to.
-    strays: Mutex<Vec<Stray>>,
+    /// What nobody serves, until it has been seen to.
+    pub(crate) strays: Strays,
     /// Whoever works for the region is inside; dropping the region closes it.
     gate: Arc<Gate>,
 }
@@ -136,8 +138,8 @@ impl Served {
             uffd,
             failures: Mutex::default(),
             any_failed: AtomicBool::new(false),
+            strays: Strays::new(family.is_none()),
             family: family.map(Into::into),
-            strays: Mutex::new(Vec::with_capacity(STRAYS)),
             gate: Arc::new(Gate::new()),
         }
     }
@@ -253,75 +255,6 @@ impl Served {
         }
     }
 
-    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch, and forked children,
-    /// by their uffds, to `born`. True if something could not be done yet: it is to be read again in a moment.
-    ///
-    /// Where a region has a family, it allocates nothing, and waits for nobody who does: whoever forks may hold the allocator.
-    pub(crate) fn read_events(&self, batch: &mut Batch, born: &mut dyn FnMut(Uffd)) -> bool {
-        // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
-        let _alone = self.place.adopted().and_then(Adopted::change);
-        let mut again = false;
-        match batch.read(&self.uffd, self.page_size()) {
-            Ok(()) => {}
-            // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
-            Err(Errno::EMFILE | Errno::ENFILE) => {
-                again = true;
-                if self.family.as_ref().is_some_and(|family| family.make_room()) {
-                    let _ = batch.read(&self.uffd, self.page_size());
-                }
-            }
-            Err(errno) => tracing::error!(region = self.name, %errno, "cannot read events"),
-        }
-        for event in batch.take_events() {
-            match event {
-                Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
-                Event::Remap { to, bytes, .. } => self.stray(to, bytes),
-                Event::Fork { child } => born(child),
-            }
-        }
-        self.close_strays() || again
-    }
-
-    /// Part of the region was moved to somewhere else.
-    fn stray(&self, to: usize, bytes: usize) {
-        tracing::error!(
-            region = self.name,
-            to,
-            bytes,
-            "moved by mremap(2): what was not filled is bad there"
-        );
-        self.strays.lock().push(Stray::new(to, bytes));
-    }
-
-    /// Sees to where parts of the region were moved to. True if that is to be tried again.
-    pub(crate) fn close_strays(&self) -> bool {
-        let mut strays = self.strays.lock();
-        strays.retain_mut(|stray| match stray.close(&self.uffd, self.page_size()) {
-            Ok(done) => !done,
-            Err(Outcome::NoMemory) => true,
-            Err(refused) => {
-                // Going on would show zeros for bytes.
-                eprintln!("pagestitch: region {} was moved, and {refused:?}: aborting", self.name);
-                std::process::abort();
-            }
-        });
-        !strays.is_empty()
-    }
-
-    fn let_go(&self, start: usize, end: usize) {
-        for span in self.place.pages_in(start, end) {
-            // Who forks may hold the allocator.
-            if self.family.is_none() {
-                tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
-            }
-            if let Place::Adopted(adopted) = &self.place {
-                adopted.remove(span);
-            }
-            // Why a page was bad is kept: who let go of it runs on before this, and it may have failed anew since.
-            self.pages.forget(span);
-        }
-    }
-
     /// The first pages of a span that are filled before anybody asks for them: neither there from the start, nor taken by a
     /// balloon.
     pub(crate) fn next_gap(&self, span: Span) -> Span {
@@ -349,6 +282,10 @@ impl Served {
         self.wake(self.place.all());
         if self.place.adopted().is_some() {
             refuse_births(self);
+        }
+        while self.close_strays() != Rest::None {
+            self.read_events(&mut Batch::with_capacity(STRAY_EVENTS), &mut |news| self.hear(news));
+            thread::yield_now();
         }
     }
 
@@ -462,7 +399,7 @@ impl Wake for Served {
 
 /// Pages asked of a source at once whose bytes come later.
 const FETCH_PAGES: usize = 64;
-/// Places that parts of a region are moved to at a time, before room has to be made.
-const STRAYS: usize = 8;
+/// Events read at once, while what nobody serves is seen to.
+const STRAY_EVENTS: usize = 16;
 /// Faults that may wait for a berth before room has to be made.
 const ROOM: usize = 256;

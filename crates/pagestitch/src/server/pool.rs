@@ -10,8 +10,8 @@
 //! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them.
 
 use crate::error::{Error, ErrorKind};
-use crate::region::Served;
 use crate::region::page_table::Wake;
+use crate::region::{News, Served};
 use crate::server::berths::{Berths, Permits};
 use crate::server::fault::Asked;
 use crate::server::placement::{Placement, Places};
@@ -117,9 +117,7 @@ impl Pool {
 
     /// Sees to children that no worker has seen to yet.
     pub(super) fn follow_all(&self) {
-        while let Some((parent, child)) = self.handle.shared.take_birth() {
-            self.handle.shared.follow(&parent, child);
-        }
+        self.handle.shared.hear_news();
     }
 }
 
@@ -323,8 +321,8 @@ pub(super) struct Shared {
     /// Workers that slow regions hold up, and their faults that wait.
     pub(super) slow: Berths<Handed>,
     permits: Option<Arc<Permits>>,
-    /// Forked children that are to be served.
-    births: (Sender<Birth>, Receiver<Birth>),
+    /// What the usher leaves to workers.
+    news: (Sender<NewsOf>, Receiver<NewsOf>),
     usher: OnceLock<Usher>,
     epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
@@ -333,8 +331,8 @@ pub(super) struct Shared {
     regions: RwLock<Regions>,
 }
 
-/// A region, and the uffd of a child of it.
-type Birth = (Arc<Served>, Uffd);
+/// A region, and what is to be done about it.
+type NewsOf = (Arc<Served>, News);
 
 #[derive(Debug, Default)]
 struct Regions {
@@ -361,9 +359,9 @@ impl Shared {
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
         let slow = Berths::new(HANDED_MAX);
-        let (births, usher) = (bounded(BIRTHS_MAX), OnceLock::new());
+        let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
         Ok(Self {
-            births,
+            news,
             usher,
             stop,
             bell,
@@ -394,20 +392,22 @@ impl Shared {
         }
     }
 
-    /// Has a worker serve a forked child.
-    pub(super) fn announce(&self, parent: &Arc<Served>, child: Uffd) {
-        // There is room: whoever reads of children looks first.
-        let _ = self.births.0.send((Arc::clone(parent), child));
+    /// Has a worker see to what the kernel told of a region. Gives it back if there is no room, as workers may wait for whoever forks.
+    pub(super) fn pass_on(&self, region: &Arc<Served>, news: News) -> Result<(), News> {
+        let passed = self.news.0.try_send((Arc::clone(region), news));
         self.ring_self();
+        passed.map_err(|refused| refused.into_inner().1)
     }
 
-    /// How many births can be announced.
-    pub(super) fn births_left(&self) -> usize {
-        BIRTHS_MAX - self.births.0.len()
-    }
-
-    pub(super) fn take_birth(&self) -> Option<Birth> {
-        self.births.1.try_recv().ok()
+    /// Sees to all that was passed on.
+    pub(super) fn hear_news(&self) {
+        while let Ok((region, news)) = self.news.1.try_recv() {
+            match news {
+                News::Child(child) => self.follow(&region, child),
+                News::NoDescriptor => self.bury(&region),
+                told => drop(region.hear(told)),
+            }
+        }
     }
 
     pub(super) fn take_handed(&self) -> Option<Handed> {
@@ -512,21 +512,11 @@ impl Shared {
 
     /// Serves a forked child of a region's, from now on.
     pub(super) fn follow(&self, parent: &Served, child: Uffd) {
-        let Some(family) = &parent.family else { return parent.forsake_child(&child) };
-        for dead in family.take_dead() {
-            tracing::debug!(region = dead.name, "has ended");
-            self.remove(&dead);
-            self.retire(&dead);
-        }
+        let Some(family) = &parent.family else { return parent.forsake(child) };
+        self.bury(parent);
         if !family.has_room() {
-            tracing::error!(
-                region = parent.name,
-                "no descriptor is left (ulimit -n): a child cannot be served; what it does not have is bad"
-            );
-            parent.forsake_child(&child);
-            drop(child);
-            family.has_room();
-            return;
+            let _ = parent.hear(News::GivenUp);
+            return parent.forsake(child);
         }
         match parent.child(child) {
             Ok(child) => {
@@ -540,8 +530,17 @@ impl Shared {
             }
             Err((child, errno)) => {
                 tracing::error!(region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
-                parent.forsake_child(&child);
+                parent.forsake(child);
             }
+        }
+    }
+
+    /// Lets go of children whose processes have ended.
+    fn bury(&self, parent: &Served) {
+        for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
+            tracing::debug!(region = dead.name, "has ended");
+            self.remove(&dead);
+            self.retire(&dead);
         }
     }
 
@@ -645,8 +644,8 @@ fn thread_name(prefix: &str, index: usize) -> String {
     format!("{}{suffix}", &prefix[..cut])
 }
 
-/// Forked children that may wait for a worker.
-const BIRTHS_MAX: usize = 1024;
+/// News that may wait for a worker.
+const NEWS_MAX: usize = 1024;
 /// Faults that may wait for a worker: past it, who reads them serves them.
 const HANDED_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.

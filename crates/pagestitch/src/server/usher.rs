@@ -4,7 +4,7 @@
 //! that waits for one of these reads nothing, and sources allocate; so they could wait for each other, and for ever. The usher
 //! allocates nothing, frees nothing, logs nothing, and takes no lock under which somebody else does.
 
-use crate::region::Served;
+use crate::region::{Rest, Served};
 use crate::server::pool::{Shared, watch};
 use crate::server::worker::asked_of;
 use nix::errno::Errno;
@@ -12,7 +12,8 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use pagestitch_kernel::Batch;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What it reads.
 #[derive(Debug)]
@@ -67,27 +68,33 @@ impl Usher {
     pub(super) fn run(&self, shared: &Shared, begins: &Barrier) {
         let mut batch = Batch::with_capacity(BATCH);
         begins.wait();
-        let mut wait = EpollTimeout::NONE;
+        let mut left = false;
         loop {
+            let wait = if left { EpollTimeout::ZERO } else { EpollTimeout::NONE };
             let mut ready = [EpollEvent::empty(); READY];
             let count = match self.ready.wait(&mut ready, wait) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
             };
-            let mut again = false;
             for event in &ready[..count] {
                 let fd = event.data() as RawFd;
                 if fd == shared.stop.as_fd().as_raw_fd() {
                     return;
                 }
-                again |= self.read(fd, shared, &mut batch);
+                left |= self.read(fd, shared, &mut batch);
             }
-            if count == 0 {
-                again = self.lock().iter().fold(false, |again, (_, region)| region.close_strays() || again);
+            if left {
+                thread::sleep(MOMENT);
+                left = self.close_strays();
             }
-            wait = if again { EpollTimeout::from(MOMENT_MS) } else { EpollTimeout::NONE };
         }
+    }
+
+    /// Sees to what nobody serves. True if something is left of it.
+    fn close_strays(&self) -> bool {
+        let regions = self.lock();
+        regions.iter().fold(false, |left, (_, region)| region.close_strays() != Rest::None || left)
     }
 
     /// Hands on what there is. True if something could not be done yet.
@@ -97,11 +104,11 @@ impl Usher {
         let Ok(index) = regions.binary_search_by_key(&fd, |(fd, _)| *fd) else { return false };
         let region = &regions[index].1;
         // Also of a region that is being dropped, until its last: whoever forks may hold the allocator, and who drops waits for that.
-        if shared.births_left() < BATCH {
+        if region.strays.is_full() {
             // Who forks waits meanwhile.
             return true;
         }
-        let again = region.read_events(batch, &mut |child| shared.announce(region, child));
+        let again = region.read_events(batch, &mut |news| shared.pass_on(region, news));
         let read = Instant::now();
         for asked in batch.faults().iter().filter_map(|fault| asked_of(region, fault, read)) {
             shared.hand_on_or_wake(region, asked);
@@ -115,4 +122,4 @@ impl Usher {
 const BATCH: usize = 64;
 /// Descriptors looked at after one wake-up.
 const READY: usize = 16;
-const MOMENT_MS: u8 = 1;
+const MOMENT: Duration = Duration::from_millis(1);

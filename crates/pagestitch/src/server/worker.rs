@@ -166,7 +166,7 @@ impl Worker {
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
         let Self { shared, ready, batch, buffers, served, .. } = self;
         // Regions whose children are served are not read here.
-        if region.read_events(batch, &mut |child| region.forsake_child(&child)) {
+        if region.read_events(batch, &mut |news| region.hear(news)) {
             thread::sleep(MOMENT);
             shared.look_again(ready, region);
         }
@@ -223,9 +223,7 @@ impl Worker {
     }
 
     fn serve_handed(&mut self) {
-        while let Some((parent, child)) = self.shared.take_birth() {
-            self.shared.follow(&parent, child);
-        }
+        self.shared.hear_news();
         while let Some(Handed { region, asked }) = self.shared.take_handed() {
             // A region that is being dropped needs no page any more.
             let Some(_visit) = region.enter() else { continue };

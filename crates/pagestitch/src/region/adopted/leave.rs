@@ -4,7 +4,7 @@ use super::memory::Loss;
 use super::pages::Adopted;
 use crate::region::Served;
 use crate::region::page_table::State;
-use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, PageSize, Span, Uffd};
+use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
 use std::thread;
 use std::time::Duration;
 
@@ -50,63 +50,6 @@ fn next_absent(region: &Served, adopted: &Adopted, span: Span) -> Option<Span> {
     None
 }
 
-/// Addresses that somebody has moved part of a region to, with what of it is registered: they are not the region's any more.
-#[derive(Debug)]
-pub(crate) struct Stray {
-    start: usize,
-    bytes: usize,
-    /// How many of them have been seen to.
-    seen: usize,
-}
-
-impl Stray {
-    pub(crate) const fn new(start: usize, bytes: usize) -> Self {
-        Self { start, bytes, seen: 0 }
-    }
-
-    /// Makes what is missing there bad, and ends the registration, which wakes whoever waits. False: the map is changing, and
-    /// it is to be tried again when events have been read.
-    ///
-    /// An error where there are no marks, and what is missing would be zeros.
-    pub(crate) fn close(&mut self, uffd: &Uffd, page: PageSize) -> Result<bool, Outcome> {
-        while self.seen < self.bytes {
-            let bytes = (self.bytes - self.seen).min(POISON_PAGES * page.bytes());
-            let part =
-                AddressRange::new(self.start + self.seen, bytes, page).ok_or(Outcome::NotRegistered)?;
-            self.seen += match uffd.poison(part) {
-                Outcome::Done => bytes,
-                Outcome::Partial { bytes } => bytes,
-                // It is there; or nobody is.
-                Outcome::AlreadyThere | Outcome::NotRegistered => page.bytes(),
-                Outcome::Changing => return Ok(false),
-                Outcome::ProcessGone => return Ok(true),
-                refused => return Err(refused),
-            };
-        }
-        let all = AddressRange::new(self.start, self.bytes, page).ok_or(Outcome::NotRegistered)?;
-        // What is refused was unmapped, or its owner has ended.
-        let _ = uffd.unregister(all);
-        Ok(true)
-    }
-}
-
-/// Makes bad what is missing of some addresses, and ends their registration: nobody reads this uffd.
-pub(crate) fn forsake(uffd: &Uffd, start: usize, bytes: usize, page: PageSize) {
-    let mut stray = Stray::new(start, bytes);
-    let mut batch = Batch::with_capacity(POISON_PAGES);
-    // Also where there is no memory for a mark: there may be some in a moment.
-    while matches!(stray.close(uffd, page), Ok(false) | Err(Outcome::NoMemory)) {
-        // Who changes the map waits until that is read.
-        let _ = batch.read(uffd, page);
-        for event in batch.take_events() {
-            if let Event::Fork { child } = event {
-                forsake(&child, start, bytes, page);
-            }
-        }
-        thread::yield_now();
-    }
-}
-
 /// Ends the registration: its owner may hold the uffd, too, and would wait for ever for what nobody reads from it.
 fn release(region: &Served, adopted: &Adopted) {
     for part in &adopted.parts {
@@ -121,7 +64,7 @@ fn release(region: &Served, adopted: &Adopted) {
 }
 
 fn read_without_serving(region: &Served) {
-    region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |child| region.forsake_child(&child));
+    region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |news| region.hear(news));
 }
 
 /// The absent pages of a span up to the next that is not.

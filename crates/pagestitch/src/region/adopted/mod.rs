@@ -19,7 +19,7 @@ mod leave;
 mod memory;
 mod pages;
 
-pub(super) use leave::{Stray, abandon, forsake};
+pub(super) use leave::abandon;
 pub use memory::{AdoptedMemory, LetGo, Loss};
 pub(crate) use pages::Adopted;
 

@@ -1,0 +1,155 @@
+//! What the kernel tells of a region but for faults: pages that are let go, unmapped or moved, and forks.
+
+use crate::region::Served;
+use crate::region::adopted::Adopted;
+use crate::region::place::Place;
+use crate::region::strays::Rest;
+use pagestitch_kernel::{Batch, Errno, Event, Uffd};
+use std::thread;
+
+/// What the kernel has told, and may wait until nobody forks.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// There is a forked child, with a uffd of its own.
+    Child(Uffd),
+    /// There is one, and no descriptor for it: those of children that have ended are to be let go of.
+    NoDescriptor,
+    /// There was none after all: what the child does not have is bad.
+    GivenUp,
+    /// `mremap(2)` has moved part of the region to somewhere else.
+    Moved {
+        /// Its new address.
+        to: usize,
+        /// Its length.
+        bytes: usize,
+    },
+}
+
+/// What has been read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Read {
+    All,
+    /// With the last descriptor: it has to be free again before there is another child.
+    OneTooMany,
+    Nothing,
+}
+
+impl Served {
+    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch, and what takes time or
+    /// memory to `told`, which may refuse it. True if something could not be done yet: it is to be read again in a moment.
+    ///
+    /// Where a region has a family, it allocates nothing, and waits for nobody who does: whoever forks may hold the allocator.
+    pub(crate) fn read_events(
+        &self,
+        batch: &mut Batch,
+        told: &mut dyn FnMut(News) -> Result<(), News>,
+    ) -> bool {
+        // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
+        let _alone = self.place.adopted().and_then(Adopted::change);
+        let read = self.read(batch);
+        if read != Read::Nothing {
+            self.family.iter().for_each(|family| family.had_room());
+        }
+        for event in batch.take_events() {
+            match event {
+                Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
+                Event::Remap { to, bytes, .. } => {
+                    self.strays.moved(to, bytes);
+                    let _ = told(News::Moved { to, bytes });
+                }
+                Event::Fork { child } if read == Read::OneTooMany => {
+                    self.strays.child(child);
+                    let _ = told(News::GivenUp);
+                }
+                Event::Fork { child } => {
+                    if let Err(News::Child(child)) = told(News::Child(child)) {
+                        self.strays.child(child);
+                    }
+                }
+            }
+        }
+        if read == Read::Nothing {
+            let _ = told(News::NoDescriptor);
+        }
+        // Who reads of a family has more to do than this, and comes again.
+        let rest = if self.family.is_some() { self.close_strays() } else { self.close_all_strays() };
+        rest != Rest::None || read != Read::All
+    }
+
+    fn read(&self, batch: &mut Batch) -> Read {
+        match batch.read(&self.uffd, self.page_size()) {
+            Ok(()) => Read::All,
+            // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
+            Err(Errno::EMFILE | Errno::ENFILE) => {
+                let room = self.family.as_ref().is_some_and(|family| family.make_room());
+                match room.then(|| batch.read(&self.uffd, self.page_size())) {
+                    Some(Ok(())) => Read::OneTooMany,
+                    _ => Read::Nothing,
+                }
+            }
+            Err(errno) => {
+                tracing::error!(region = self.name, %errno, "cannot read events");
+                Read::All
+            }
+        }
+    }
+
+    /// Takes note of what the kernel has told. A child is not served.
+    pub(crate) fn hear(&self, news: News) -> Result<(), News> {
+        match news {
+            News::Child(_) => return Err(news),
+            News::NoDescriptor => {}
+            News::GivenUp => tracing::error!(
+                region = self.name,
+                "no descriptor is left (ulimit -n): a child cannot be served; what it does not have is bad"
+            ),
+            News::Moved { to, bytes } => tracing::error!(
+                region = self.name,
+                to,
+                bytes,
+                "moved by mremap(2): what was not filled is bad there"
+            ),
+        }
+        Ok(())
+    }
+
+    /// A child is not served: what it does not have yet is bad there.
+    pub(crate) fn forsake(&self, child: Uffd) {
+        self.strays.child(child);
+        self.close_all_strays();
+    }
+
+    /// Makes what nobody serves bad, but for what is blocked.
+    fn close_all_strays(&self) -> Rest {
+        loop {
+            match self.close_strays() {
+                Rest::Some => thread::yield_now(),
+                rest => return rest,
+            }
+        }
+    }
+
+    /// Makes some more of what nobody serves bad.
+    pub(crate) fn close_strays(&self) -> Rest {
+        let rest = self.strays.close_some(self);
+        // With the descriptor of a child that has been seen to, perhaps.
+        if let Some(family) = &self.family {
+            family.has_room();
+        }
+        rest
+    }
+
+    fn let_go(&self, start: usize, end: usize) {
+        for span in self.place.pages_in(start, end) {
+            // Who forks may hold the allocator.
+            if self.family.is_none() {
+                tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
+            }
+            if let Place::Adopted(adopted) = &self.place {
+                adopted.remove(span);
+            }
+            // Why a page was bad is kept: who let go of it runs on before this, and it may have failed anew since.
+            self.pages.forget(span);
+        }
+    }
+}
