@@ -42,7 +42,10 @@ macro_rules! metrics {
 
         impl Counters {
             pub(crate) fn read(&self) -> Metrics {
-                Metrics { $($name: self.lanes.iter().map(|counted| counted.$name.0.load(Ordering::Relaxed)).sum(),)* }
+                let sum = |of: fn(&Counted) -> &Counter| {
+                    self.lanes.iter().map(|counted| of(counted).0.load(Ordering::Relaxed)).sum()
+                };
+                Metrics { $($name: sum(|counted| &counted.$name),)* }.bounded()
             }
         }
 
@@ -243,6 +246,13 @@ pub struct Latency {
     pub fill: Histogram,
     /// The kernel installing them.
     pub resolve: Histogram,
+}
+
+impl Metrics {
+    /// Who reads faster than pages are filled ahead passes by more than were.
+    fn bounded(self) -> Self {
+        Self { pages_ahead_used: self.pages_ahead_used.min(self.pages_ahead), ..self }
+    }
 }
 
 impl Meter {
