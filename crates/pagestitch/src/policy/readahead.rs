@@ -53,6 +53,8 @@ struct Stream {
     marker: usize,
     /// How many pages were filled behind the marker; or, with `whole`, before it.
     window: usize,
+    /// How many pages were filled ahead between the marker before and this one: the reader has passed them when it comes here.
+    due: usize,
     whole: bool,
 }
 
@@ -78,20 +80,14 @@ impl Streams {
         }
         let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
         // The next page is a marker with nothing filled behind it.
-        let begun = Stream { marker: page.0 + 1, window: 0, whole: false };
+        let begun = Stream { marker: page.0 + 1, window: 0, due: 0, whole: false };
         self.streams[slot].store(begun.pack(), Ordering::Relaxed);
         Wide::default()
     }
 
     /// The reader has come to its marker.
-    fn advance(&self, Stream { marker, window, whole }: Stream) -> (Stream, Wide) {
+    fn advance(&self, Stream { marker, window, due: passed, whole }: Stream) -> (Stream, Wide) {
         let twice = (2 * window).max(WINDOW_MIN);
-        // A marker behind its window says that all of it was read; one before, that the window before it was, half as long.
-        let passed = match window {
-            _ if whole => window,
-            ..=WINDOW_MIN => 0,
-            _ => window / 2,
-        };
         match self.block {
             Some(block) if whole => {
                 let window = twice.min(BLOCKS_MAX * block);
@@ -100,19 +96,21 @@ impl Streams {
                     ahead: self.inside(marker + block, marker + window),
                     passed,
                 };
-                (Stream { marker: marker + window, window, whole }, wide)
+                // The first block is the fault's own.
+                (Stream { marker: marker + window, window, due: window - block, whole }, wide)
             }
             Some(block) if twice >= block => {
                 let filled = marker + 1 + window;
                 let end = (filled + twice).next_multiple_of(block);
                 let wide = Wide { now: None, ahead: self.inside(filled, end), passed };
-                (Stream { marker: end, window: twice, whole: true }, wide)
+                let due = window + (end - filled);
+                (Stream { marker: end, window: twice, due, whole: true }, wide)
             }
             _ => {
                 let filled = marker + 1 + window;
-                let window = twice.min(WINDOW_MAX);
+                let (window, due) = (twice.min(WINDOW_MAX), window);
                 let wide = Wide { now: None, ahead: self.inside(filled + 1, filled + 1 + window), passed };
-                (Stream { marker: filled, window, whole }, wide)
+                (Stream { marker: filled, window, due, whole }, wide)
             }
         }
     }
@@ -125,13 +123,15 @@ impl Streams {
 }
 
 impl Stream {
+    /// 32 bits, 16, 15 and 1: a window is no more than 16 blocks of 512 pages.
     const fn pack(self) -> u64 {
-        (self.marker as u64) << 32 | (self.window as u64) << 1 | self.whole as u64
+        let Self { marker, window, due, whole } = self;
+        (marker as u64) << 32 | (due as u64) << 16 | (window as u64) << 1 | whole as u64
     }
 
     const fn unpack(packed: u64) -> Self {
-        let (marker, window) = ((packed >> 32) as usize, (packed & 0xffff_ffff) as usize >> 1);
-        Self { marker, window, whole: packed & 1 == 1 }
+        let (marker, due) = ((packed >> 32) as usize, (packed >> 16 & 0xffff) as usize);
+        Self { marker, window: (packed & 0xffff) as usize >> 1, due, whole: packed & 1 == 1 }
     }
 }
 
@@ -145,6 +145,7 @@ const BLOCKS_MAX: usize = 16;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     /// Reads pages in order; says which were faults, and which of those read ahead how much.
     fn read(streams: &Streams, pages: impl Iterator<Item = usize>) -> (usize, Vec<usize>) {
@@ -179,13 +180,34 @@ mod tests {
         let (faults, windows) = read(&streams, 0..100 * 512);
         assert!(faults < 25, "{faults} faults for 100 blocks");
         assert_eq!(windows.iter().max(), Some(&(15 * 512)));
-        let mut stream = Stream { marker: 3 * 512, window: 512, whole: true };
+        let mut stream = Stream { marker: 3 * 512, window: 512, due: 512, whole: true };
         for blocks in [2, 4, 8, 16, 16] {
             let (next, wide) = streams.advance(stream);
             assert_eq!(wide.now, streams.inside(stream.marker, stream.marker + 512));
             assert_eq!((next.marker, next.window), (stream.marker + blocks * 512, blocks * 512));
             assert_eq!(Stream::unpack(next.pack()), next);
             stream = next;
+        }
+    }
+
+    #[test]
+    fn at_each_marker_it_is_known_what_the_reader_has_passed_of_what_was_filled_ahead() {
+        for block in [None, Some(512)] {
+            let streams = Streams::new(100 * 512, block).unwrap();
+            let (mut present, mut ahead, mut passed) = (BTreeSet::new(), BTreeSet::<usize>::new(), 0);
+            for page in 0..100 * 512 {
+                if present.contains(&page) {
+                    continue;
+                }
+                let wide = streams.widen(Page(page));
+                passed += wide.passed;
+                assert_eq!(passed, ahead.range(..page).count(), "at page {page}");
+                present.extend(wide.now.into_iter().flat_map(Span::iter).map(|page| page.0));
+                let filled: Vec<_> = wide.ahead.into_iter().flat_map(Span::iter).map(|page| page.0).collect();
+                present.extend(&filled);
+                ahead.extend(&filled);
+            }
+            assert!(passed > 100 * 512 / 2);
         }
     }
 
