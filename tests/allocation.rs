@@ -11,7 +11,7 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
 
 const PAGE: usize = 4096;
@@ -96,9 +96,19 @@ fn fork_in_every_way() {
     let start = region.as_ptr().expose_provenance().get();
     let read_all = || i32::from(region.as_slice()[2000 * PAGE..].iter().any(|&byte| byte != 1));
     let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
-    for _ in 0..30 {
-        assert!(!Forked::start(read_all).passes(), "there is no descriptor for it");
-    }
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Faults come all the time: they are read before forks are.
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let_go(start, PAGE);
+                assert_eq!(std::hint::black_box(region.as_slice())[0], 1);
+            }
+        });
+        let served = (0..30).filter(|_| Forked::start(read_all).passes()).count();
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(served, 0, "there is no descriptor for them");
+    });
     drop(taken);
     thread::scope(|scope| {
         scope.spawn(|| region.as_slice()[..1000 * PAGE].iter().map(|&byte| usize::from(byte)).sum::<usize>());

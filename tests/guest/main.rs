@@ -291,4 +291,4 @@ fn target() -> PathBuf {
 }
 
 const QEMU: &str = "qemu-system-x86_64";
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(900);

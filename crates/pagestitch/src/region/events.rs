@@ -14,7 +14,7 @@ pub(crate) enum News {
     Child(Uffd),
     /// There is one, and no descriptor for it: those of children that have ended are to be let go of.
     NoDescriptor,
-    /// There was none after all: what the child does not have is bad.
+    /// There was none after all, or nobody to serve it: what the child does not have is bad.
     GivenUp,
     /// `mremap(2)` has moved part of the region to somewhere else.
     Moved {
@@ -47,9 +47,6 @@ impl Served {
         // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
         let _alone = self.place.adopted().and_then(Adopted::change);
         let read = self.read(batch);
-        if read != Read::Nothing {
-            self.family.iter().for_each(|family| family.had_room());
-        }
         for event in batch.take_events() {
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
@@ -57,13 +54,16 @@ impl Served {
                     self.strays.moved(to, bytes);
                     let _ = told(News::Moved { to, bytes });
                 }
-                Event::Fork { child } if read == Read::OneTooMany => {
-                    self.strays.child(child);
-                    let _ = told(News::GivenUp);
-                }
                 Event::Fork { child } => {
-                    if let Err(News::Child(child)) = told(News::Child(child)) {
+                    self.family.iter().for_each(|family| family.had_room());
+                    let news = if read == Read::OneTooMany {
+                        Err(News::Child(child))
+                    } else {
+                        told(News::Child(child))
+                    };
+                    if let Err(News::Child(child)) = news {
                         self.strays.child(child);
+                        let _ = told(News::GivenUp);
                     }
                 }
             }
@@ -99,10 +99,19 @@ impl Served {
         match news {
             News::Child(_) => return Err(news),
             News::NoDescriptor => {}
-            News::GivenUp => tracing::error!(
-                region = self.name,
-                "no descriptor is left (ulimit -n): a child cannot be served; what it does not have is bad"
-            ),
+            News::GivenUp => {
+                let served = self.family.is_some();
+                let why = if served {
+                    "no descriptor is left (ulimit -n)"
+                } else {
+                    "its parent's memory is adopted"
+                };
+                tracing::error!(
+                    region = self.name,
+                    why,
+                    "a child cannot be served: what it does not have is bad"
+                );
+            }
             News::Moved { to, bytes } => tracing::error!(
                 region = self.name,
                 to,
