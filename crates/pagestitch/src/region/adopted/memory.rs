@@ -11,6 +11,11 @@ use std::sync::Arc;
 
 /// Memory that is registered with a userfaultfd already, and whoever owns it. For
 /// [`Builder::build_adopted`](crate::Builder::build_adopted).
+///
+/// Children that its owner forks are not served. Where the userfaultfd was opened with `UFFD_FEATURE_EVENT_FORK`, what a child does
+/// not have is bad there (Linux 6.6); without, the kernel shows it zeros, so the owner is to keep children from having the memory
+/// (`MADV_DONTFORK`, see madvise(2)). Memory of *this* process is always to be kept from them so: `fork(2)` would wait for a worker
+/// that may wait for the allocator, which `fork(2)` holds.
 #[derive(Debug)]
 #[must_use]
 pub struct AdoptedMemory {
