@@ -1,6 +1,8 @@
 //! Nothing is allocated on the way of a fault, nor by who lets others fork: seen by an allocator that counts.
 
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mremap};
+use nix::sys::signal::Signal::SIGBUS;
+use nix::sys::wait::WaitStatus;
 use nix::unistd::gettid;
 use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
 use pagestitch_testkit::child;
@@ -105,9 +107,15 @@ fn fork_in_every_way() {
                 assert_eq!(std::hint::black_box(region.as_slice())[0], 1);
             }
         });
-        let served = (0..30).filter(|_| Forked::start(read_all).passes()).count();
+        let ends: Vec<_> = (0..30).map(|_| Forked::start(read_all).end()).collect();
+        // Nor for their children, which they may have before they are seen to.
+        let fork_on =
+            || i32::from(matches!(Forked::start(read_all).end(), WaitStatus::Signaled(_, SIGBUS, _)));
+        let forked_on: Vec<_> = (0..30).map(|_| Forked::start(fork_on).end()).collect();
         stop.store(true, Ordering::Relaxed);
-        assert_eq!(served, 0, "there is no descriptor for them");
+        // There is no descriptor for them.
+        assert!(ends.iter().all(|end| matches!(end, WaitStatus::Signaled(_, SIGBUS, _))), "{ends:?}");
+        assert!(forked_on.iter().all(|end| matches!(end, WaitStatus::Exited(_, 1))), "{forked_on:?}");
     });
     drop(taken);
     thread::scope(|scope| {

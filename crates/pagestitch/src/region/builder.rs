@@ -172,7 +172,7 @@ impl Builder {
     /// * In a child, [`Region`] reads as ever (`as_slice`, `read_at`, `populate`); to drop it there does nothing. What a child has
     ///   not touched when its parent drops the region, or ends, is bad: SIGBUS, never zeros.
     /// * A child takes a descriptor of this process until it ends. Where there is none (`ulimit -n`), what it does not have is bad
-    ///   there, which is logged.
+    ///   there, which is logged; for that, the region keeps four.
     /// * Donated pages are moved in when the region is built, as a child needs them, too. Memfds that are filled later are refused.
     /// * Takes `CAP_SYS_PTRACE`, and Linux 6.6.
     ///

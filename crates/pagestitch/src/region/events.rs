@@ -2,9 +2,11 @@
 
 use crate::region::Served;
 use crate::region::adopted::Adopted;
+use crate::region::family::Family;
 use crate::region::place::Place;
 use crate::region::strays::Rest;
 use pagestitch_kernel::{Batch, Errno, Event, Uffd};
+use std::sync::Arc;
 use std::thread;
 
 /// What the kernel has told, and may wait until nobody forks.
@@ -81,8 +83,12 @@ impl Served {
             Ok(()) => Read::All,
             // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
             Err(Errno::EMFILE | Errno::ENFILE) => {
-                let room = self.family.as_ref().is_some_and(|family| family.make_room());
-                match room.then(|| batch.read(&self.uffd, self.page_size())) {
+                // One after the other: such a child may have children before it is seen to.
+                let room = |family: &Arc<Family>| {
+                    family.is_short() && !self.strays.have_children() && family.make_room()
+                };
+                match self.family.as_ref().is_some_and(room).then(|| batch.read(&self.uffd, self.page_size()))
+                {
                     Some(Ok(())) => Read::OneTooMany,
                     _ => Read::Nothing,
                 }

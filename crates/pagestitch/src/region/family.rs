@@ -26,9 +26,9 @@ use std::thread;
 #[derive(Debug)]
 pub(crate) struct Family {
     members: Mutex<Members>,
-    /// A descriptor for the one child too many. Until that can be told of, nothing can be filled in its parent, either. The standard
-    /// library's lock, as the usher takes it, and waiting for it does not allocate.
-    spare: StdMutex<Option<EventFd>>,
+    /// Descriptors for the one child too many, and children that it forks before it is seen to. Until these can be told of, nothing
+    /// can be filled in their parents, either. The standard library's lock, as the usher takes it, and waiting for it does not allocate.
+    spare: StdMutex<Vec<EventFd>>,
     /// How often there was none, in a row.
     short: AtomicUsize,
 }
@@ -42,23 +42,31 @@ struct Members {
 
 impl Family {
     pub(crate) fn new() -> Result<Self, Errno> {
-        let spare = StdMutex::new(Some(EventFd::new()?));
-        Ok(Self { members: Mutex::default(), spare, short: AtomicUsize::new(0) })
+        let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>()?;
+        Ok(Self { members: Mutex::default(), spare: StdMutex::new(spare), short: AtomicUsize::new(0) })
     }
 
-    /// There is no descriptor left for a child: makes one free, if asked so often that those of children who have ended are not
-    /// to be had. False if not.
+    /// There is no descriptor left for a child. True if that has been so for so long that those of children who have ended are not to
+    /// be had.
+    pub(crate) fn is_short(&self) -> bool {
+        self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE
+    }
+
+    /// Makes a descriptor free. False if there is none to be made free.
     pub(crate) fn make_room(&self) -> bool {
-        self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE && self.spare().take().is_some()
+        self.spare().pop().is_some()
     }
 
     /// Whether there is room for one more child, after this one.
     pub(crate) fn has_room(&self) -> bool {
         let mut spare = self.spare();
-        if spare.is_none() {
-            *spare = EventFd::new().ok();
+        // Never beyond: the usher allocates nothing.
+        while spare.len() < SPARE
+            && let Ok(event) = EventFd::new()
+        {
+            spare.push(event);
         }
-        spare.is_some()
+        !spare.is_empty()
     }
 
     /// A child could be told of.
@@ -66,7 +74,7 @@ impl Family {
         self.short.store(0, Ordering::Relaxed);
     }
 
-    fn spare(&self) -> MutexGuard<'_, Option<EventFd>> {
+    fn spare(&self) -> MutexGuard<'_, Vec<EventFd>> {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -158,6 +166,8 @@ fn first_page(region: &Served) -> AddressRange {
     region.place.addresses(Page(0).span())
 }
 
+/// Descriptors that are kept for children too many.
+const SPARE: usize = 4;
 /// How often a descriptor is asked for, a millisecond apart, before a child is given up.
 const PATIENCE: usize = 20;
 /// Events read at once.

@@ -5,7 +5,7 @@
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
 use crate::region::Served;
-use pagestitch_kernel::{AddressRange, Batch, Event, Outcome, Page, Span, Uffd};
+use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// All strays of a region.
@@ -35,6 +35,11 @@ impl Strays {
     /// A child is not served.
     pub(crate) fn child(&self, uffd: Uffd) {
         self.add(Whose::Child(uffd));
+    }
+
+    /// Whether there are children.
+    pub(crate) fn have_children(&self) -> bool {
+        self.lock().strays.iter().any(|stray| !stray.is_in_region())
     }
 
     /// Whether there are as many children as can be taken note of without allocating.
@@ -152,8 +157,13 @@ impl Stray {
         match &self.whose {
             Whose::Region { .. } => Rest::Blocked,
             Whose::Child(uffd) => {
-                // Where there is no descriptor for a child of its: in a moment.
-                let _ = batch.read(uffd, region.page_size());
+                let read = batch.read(uffd, region.page_size());
+                // Where there is no descriptor for a child of its, either: in a moment.
+                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(family)) = (read, &region.family)
+                    && family.make_room()
+                {
+                    let _ = batch.read(uffd, region.page_size());
+                }
                 Rest::Some
             }
         }
