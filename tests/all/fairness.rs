@@ -49,39 +49,52 @@ fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
     most.into_iter().fold(builder, |builder, most| builder.in_flight(most)).build(pool).unwrap()
 }
 
-/// Eight threads wait for a source that does not answer; touches of another region's memory do not wait for it.
-#[test]
-fn a_region_with_a_slow_source_does_not_hold_up_the_others() {
+/// Eight threads wait for a source that does not answer, or not any more. Whether another region of the pool is read meanwhile.
+fn is_read_beside_one_that_hangs(hangs_at_once: bool, other: impl FnOnce(&Pool) -> Region) -> bool {
     let pool = Pool::builder().workers(3).start().unwrap();
-    let slow = Slow::new(800, Duration::from_millis(5));
-    let (slow_region, stop) = (region(&slow, &pool, None), AtomicBool::new(false));
-    let quick_region =
-        Region::builder().chunk(vec![1; 300 * PAGE]).readahead(Readahead::None).build(&pool).unwrap();
-    let served = thread::scope(|scope| {
+    let hanging = Slow::new(800, Duration::from_millis(5));
+    hanging.held.store(hangs_at_once, Ordering::SeqCst);
+    let (hanging_region, other, stop) = (region(&hanging, &pool, None), other(&pool), AtomicBool::new(false));
+    thread::scope(|scope| {
         for thread in 0..8 {
-            let (slow_region, stop) = (&slow_region, &stop);
+            let (region, stop) = (&hanging_region, &stop);
             scope.spawn(move || {
                 for page in (thread * 100..(thread + 1) * 100).take_while(|_| !stop.load(Ordering::Relaxed)) {
-                    assert_eq!(slow_region.as_slice()[page * PAGE], 7);
+                    assert_eq!(region.as_slice()[page * PAGE], 7);
                 }
             });
         }
         // Until it is known to be slow.
-        crate::until(|| slow_region.metrics().pages_read >= 3);
-        slow.held.store(true, Ordering::SeqCst);
-        crate::until(|| slow.now.load(Ordering::SeqCst) >= 2);
-        let quick =
-            scope.spawn(|| quick_region.as_slice().iter().map(|&byte| usize::from(byte)).sum::<usize>());
+        crate::until(|| hangs_at_once || hanging_region.metrics().pages_read >= 3);
+        hanging.held.store(true, Ordering::SeqCst);
+        crate::until(|| hanging.now.load(Ordering::SeqCst) >= 2);
+        let reader = scope.spawn(|| other.as_slice().iter().map(|&byte| usize::from(byte)).sum::<usize>());
         let started = Instant::now();
-        while !quick.is_finished() && started.elapsed() < Duration::from_secs(30) {
+        while !reader.is_finished() && started.elapsed() < Duration::from_secs(30) {
             thread::yield_now();
         }
-        let served = quick.is_finished();
+        let read = reader.is_finished();
         stop.store(true, Ordering::Relaxed);
-        slow.held.store(false, Ordering::SeqCst);
-        served
-    });
-    assert!(served, "all workers wait for the slow source");
+        hanging.held.store(false, Ordering::SeqCst);
+        read
+    })
+}
+
+#[test]
+fn a_region_with_a_source_that_hangs_does_not_hold_up_quick_ones() {
+    let quick = |pool: &Pool| {
+        Region::builder().chunk(vec![1; 300 * PAGE]).readahead(Readahead::None).build(pool).unwrap()
+    };
+    assert!(is_read_beside_one_that_hangs(false, quick));
+    assert!(is_read_beside_one_that_hangs(true, quick));
+}
+
+/// Nor those that are slow themselves, or seem so: there is a worker that the one that hangs may not have.
+#[test]
+fn a_region_with_a_source_that_hangs_does_not_hold_up_slow_ones() {
+    let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
+    assert!(is_read_beside_one_that_hangs(false, slow));
+    assert!(is_read_beside_one_that_hangs(true, slow));
 }
 
 #[test]

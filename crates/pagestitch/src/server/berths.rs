@@ -7,7 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Some berths, and what waits for one.
 #[derive(Debug)]
-pub(crate) struct Berths<T>(Mutex<State<T>>);
+pub(crate) struct Berths<T> {
+    state: Mutex<State<T>>,
+    /// How many wait, to be looked at without the lock.
+    waiting: AtomicUsize,
+}
 
 #[derive(Debug)]
 struct State<T> {
@@ -18,26 +22,44 @@ struct State<T> {
 impl<T> Berths<T> {
     /// With room for so many to wait; more than that, and room is made.
     pub(crate) fn new(room: usize) -> Self {
-        Self(Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) }))
+        let state = Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) });
+        Self { state, waiting: AtomicUsize::new(0) }
     }
 
     /// Takes one of `most` berths for `item`, which is given back to be worked on. `None`: it waits, and is given to whoever
     /// leaves.
     pub(crate) fn enter(&self, most: usize, item: T) -> Option<T> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         if state.taken < most {
             state.taken += 1;
             return Some(item);
         }
         state.waiting.push_back(item);
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
         None
+    }
+
+    /// Whether somebody waits, who is not to wait too long.
+    pub(crate) fn are_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// One more berth than there are, for the first that waits and is `wanted`.
+    pub(crate) fn enter_beyond(&self, wanted: impl Fn(&T) -> bool) -> Option<T> {
+        let mut state = self.state.lock();
+        let place = state.waiting.iter().position(wanted)?;
+        state.taken += 1;
+        let item = state.waiting.remove(place);
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
+        item
     }
 
     /// Leaves the berth, or stays in it for the next that waits.
     pub(crate) fn leave(&self, most: usize) -> Option<T> {
-        let mut state = self.0.lock();
+        let mut state = self.state.lock();
         let next = if state.taken <= most { state.waiting.pop_front() } else { None };
         state.taken -= usize::from(next.is_none());
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
         next
     }
 }
@@ -96,6 +118,19 @@ mod tests {
             (berths.leave(1), berths.leave(1), berths.leave(1), berths.leave(1)),
             (None, None, Some(9), None)
         );
+    }
+
+    #[test]
+    fn who_may_not_wait_any_longer_gets_one_beyond() {
+        let berths = Berths::new(4);
+        assert!(berths.enter(1, 1).is_some() && !berths.are_waited_for());
+        assert!(berths.enter(1, 2).is_none() && berths.enter(1, 3).is_none() && berths.are_waited_for());
+        assert_eq!(
+            (berths.enter_beyond(|item| *item > 3), berths.enter_beyond(|item| *item > 2)),
+            (None, Some(3))
+        );
+        assert_eq!((berths.leave(1), berths.leave(1), berths.leave(1)), (None, Some(2), None));
+        assert!(!berths.are_waited_for());
     }
 
     #[test]

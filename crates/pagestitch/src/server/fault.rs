@@ -35,6 +35,8 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
         && let Some(permit) = region.may_fetch()
     {
         fetch(region, claim, (source, offset), Wanted::Now(flight.map(Flight::keep)), permit);
+        // The worker is back; the bytes take as long as they take.
+        region.pace.took(nanoseconds(started));
         return [wide.now, wide.ahead];
     }
     let block = region.movable_block(page).or(wide.now);

@@ -93,7 +93,11 @@ impl Worker {
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
             let idle = self.shared.ahead.1.is_empty();
-            let wait = if idle { EpollTimeout::NONE } else { EpollTimeout::ZERO };
+            let wait = match (idle, self.shared.slow.are_waited_for()) {
+                (true, false) => EpollTimeout::NONE,
+                (true, true) => EpollTimeout::from(LOOK_MS),
+                (false, _) => EpollTimeout::ZERO,
+            };
             if self.turn(wait) == Turn::Stopped {
                 return self.served;
             }
@@ -136,6 +140,9 @@ impl Worker {
                 self.serve_batch(&region);
             }
             self.serve_handed();
+        }
+        if self.shared.slow.are_waited_for() {
+            self.serve_due();
         }
         self.fill_ahead();
         if count == 0 { Turn::Quiet } else { Turn::Busy }
@@ -201,20 +208,32 @@ impl Worker {
                 self.serve_now(region, asked);
                 next = berths.leave(*most);
             }
-        } else if region.pace.is_slow() {
-            let shared = Arc::clone(&self.shared);
-            let mut next =
-                shared.slow.enter(shared.slow_most(), Handed { region: Arc::clone(region), asked });
-            while let Some(Handed { region, asked }) = next {
-                // A region that is being dropped needs no page any more.
-                if let Some(_visit) = region.enter() {
-                    self.serve_now(&region, asked);
-                }
-                next = shared.slow.leave(shared.slow_most());
-            }
-        } else {
+        } else if region.pace.is_quick() {
             self.serve_now(region, asked);
+        } else {
+            let handed = Handed { region: Arc::clone(region), asked };
+            let first = self.shared.slow.enter(self.shared.slow_most(), handed);
+            self.serve_slow(first);
         }
+    }
+
+    /// Serves a fault in a berth, and those that wait for it.
+    fn serve_slow(&mut self, first: Option<Handed>) {
+        let mut next = first;
+        while let Some(Handed { region, asked }) = next {
+            // A region that is being dropped needs no page any more.
+            if let Some(_visit) = region.enter() {
+                region.pace.in_berth(|| self.serve_now(&region, asked));
+            }
+            next = self.shared.slow.leave(self.shared.slow_most());
+        }
+    }
+
+    /// Serves a fault that has waited too long for others to leave their berths.
+    fn serve_due(&mut self) {
+        let due = |handed: &Handed| handed.region.pace.is_due(handed.asked.read.elapsed());
+        let first = self.shared.slow.enter_beyond(due);
+        self.serve_slow(first);
     }
 
     fn serve_now(&mut self, region: &Arc<Served>, asked: Asked) {
@@ -288,6 +307,8 @@ impl Drop for AbortOnPanic {
     }
 }
 
+/// How often somebody looks whether a fault has waited for too long.
+const LOOK_MS: u8 = 10;
 /// Until what could not be done is tried again.
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
