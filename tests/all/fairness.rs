@@ -2,10 +2,10 @@
 
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -14,7 +14,8 @@ struct Slow {
     pages: usize,
     takes: Duration,
     /// Whoever begins to read now waits until it is not set any more.
-    held: AtomicBool,
+    held: Mutex<bool>,
+    released: Condvar,
     now: AtomicUsize,
     most: AtomicUsize,
 }
@@ -22,7 +23,12 @@ struct Slow {
 impl Slow {
     fn new(pages: usize, takes: Duration) -> Arc<Self> {
         let (now, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Arc::new(Self { pages, takes, held: AtomicBool::new(false), now, most })
+        Arc::new(Self { pages, takes, held: Mutex::new(false), released: Condvar::new(), now, most })
+    }
+
+    fn hold(&self, held: bool) {
+        *self.held.lock().unwrap() = held;
+        self.released.notify_all();
     }
 }
 
@@ -34,9 +40,7 @@ impl Source for Slow {
     fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
-        while self.held.load(Ordering::SeqCst) {
-            thread::sleep(Duration::from_millis(1));
-        }
+        drop(self.released.wait_while(self.held.lock().unwrap(), |held| *held).unwrap());
         thread::sleep(self.takes);
         into.fill(7);
         self.now.fetch_sub(1, Ordering::SeqCst);
@@ -53,7 +57,7 @@ fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
 fn is_read_beside_one_that_hangs(hangs_at_once: bool, other: impl FnOnce(&Pool) -> Region) -> bool {
     let pool = Pool::builder().workers(3).start().unwrap();
     let hanging = Slow::new(800, Duration::from_millis(5));
-    hanging.held.store(hangs_at_once, Ordering::SeqCst);
+    hanging.hold(hangs_at_once);
     let (hanging_region, other, stop) = (region(&hanging, &pool, None), other(&pool), AtomicBool::new(false));
     thread::scope(|scope| {
         for thread in 0..8 {
@@ -66,17 +70,15 @@ fn is_read_beside_one_that_hangs(hangs_at_once: bool, other: impl FnOnce(&Pool) 
         }
         // Until it is known to be slow.
         crate::until(|| hangs_at_once || hanging_region.metrics().pages_read >= 3);
-        hanging.held.store(true, Ordering::SeqCst);
+        hanging.hold(true);
         crate::until(|| hanging.now.load(Ordering::SeqCst) >= 2);
-        let reader = scope.spawn(|| other.as_slice().iter().map(|&byte| usize::from(byte)).sum::<usize>());
-        let started = Instant::now();
-        while !reader.is_finished() && started.elapsed() < Duration::from_secs(30) {
-            thread::sleep(Duration::from_millis(1));
-        }
-        let read = reader.is_finished();
+        let (done, reader) = mpsc::channel();
+        let other = &other;
+        scope.spawn(move || done.send(other.as_slice().iter().map(|&byte| usize::from(byte)).sum::<usize>()));
+        let read = reader.recv_timeout(Duration::from_secs(30));
         stop.store(true, Ordering::Relaxed);
-        hanging.held.store(false, Ordering::SeqCst);
-        read
+        hanging.hold(false);
+        read.is_ok()
     })
 }
 
