@@ -1,10 +1,15 @@
 //! What was touched in one run is there in the next.
 
 use crate::until;
-use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
+use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
+use pagestitch_firecracker::{Handler, Snapshot, Stopper};
+use pagestitch_testkit::child;
+use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::fs;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 
 const PAGE: usize = 4096;
 
@@ -90,4 +95,181 @@ fn a_recording_of_something_else_is_refused_by_name() {
     assert!(Recording::read(&path).unwrap_err().to_string().contains("is damaged or cut short"));
     assert!(recorded.write(folder.path().join("no/folder")).is_err());
     assert!(Region::builder().chunk(vec![1; 10]).build(&pool).unwrap().recording().is_none());
+}
+
+fn adopt(guest: &Guest) -> AdoptedMemory {
+    use std::os::fd::AsFd;
+    let memory = AdoptedMemory::new(guest.uffd().as_fd().try_clone_to_owned().unwrap()).unwrap();
+    let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
+    memory.owner(Process::open(nix::unistd::Pid::this()).unwrap())
+}
+
+#[test]
+fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
+    let end = child::run("recording::a_recording_of_larger_memory_is_refused_for_adopted_memory", || {
+        let pool = Pool::new().unwrap();
+        let recorded = recording(&pool);
+        let guest = Guest::new(&[5 * PAGE], false).unwrap();
+        let builder = Region::builder().name("guest").chunk(vec![1; 5 * PAGE]).replay(&recorded);
+        match builder.build_adopted(adopt(&guest), &pool) {
+            Err(error) => {
+                let expected = "region guest: the recording is of a region of 8192000 bytes in pages of 4 KiB, and this has 20480";
+                assert!(error.to_string().starts_with(expected), "{error}");
+                assert_eq!(error.kind(), ErrorKind::BadOption);
+            }
+            Ok(region) => {
+                (0..5).for_each(|page| assert_eq!(guest.read(page * PAGE), 1));
+                panic!("it was built: {region:?}");
+            }
+        }
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn nothing_is_filled_ahead_while_adopted_memory_is_recorded() {
+    let guest = Guest::new(&[400 * PAGE], false).unwrap();
+    let source = Scripted::new(400 * PAGE as u64);
+    let builder = Region::builder().chunk(Chunk::source(Arc::new(source))).record();
+    let region = builder.build_adopted(adopt(&guest), &Pool::new().unwrap()).unwrap();
+    for page in 0..300 {
+        assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
+    }
+    let recorded: Vec<u64> = region.recording().unwrap().offsets().collect();
+    let metrics = region.close();
+    assert_eq!(recorded, (0..300).map(|page| page * PAGE as u64).collect::<Vec<_>>(), "{metrics:?}");
+    assert_eq!(metrics.pages_ahead, 0);
+}
+
+/// A handler that records, in a thread, with what it told.
+struct Recorder {
+    folder: tempfile::TempDir,
+    stop: Stopper,
+    told: Arc<Mutex<Vec<String>>>,
+    thread: JoinHandle<()>,
+}
+
+impl Recorder {
+    fn start(folder: tempfile::TempDir) -> Self {
+        let builder = handler(folder.path()).record(folder.path().join("touches"));
+        let handler = builder.bind(folder.path().join("socket")).unwrap();
+        let (stop, told) = (handler.stopper(), Arc::default());
+        let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
+        let thread = thread::spawn(move || {
+            handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
+        });
+        Self { folder, stop, told, thread }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("touches")
+    }
+
+    fn has_told(&self, what: &str) -> usize {
+        self.told.lock().unwrap().iter().filter(|line| line.contains(what)).count()
+    }
+
+    /// Stops it; gives back its folder, and all that it told.
+    fn end(self) -> (tempfile::TempDir, Vec<String>) {
+        self.stop.stop();
+        self.thread.join().unwrap();
+        (self.folder, std::mem::take(&mut *self.told.lock().unwrap()))
+    }
+}
+
+/// A handler for guests of 100 pages.
+fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
+    let memory = folder.join("memory");
+    fs::write(&memory, vec![7; 100 * PAGE]).unwrap();
+    Handler::builder(Snapshot::open([memory]).unwrap())
+}
+
+/// A guest that touches some pages, one of them twice, and ends when its stream is closed.
+fn guest(test: &str, socket: &Path, touches: &str) -> child::Beside {
+    child::beside(test, &format!("{}:{touches}", socket.display()), |argument| {
+        let (socket, touches) = argument.rsplit_once(':').unwrap();
+        // The parent ends it; so does this, if the parent has failed.
+        nix::unistd::alarm::set(60);
+        let guest = Guest::new(&[100 * PAGE], false).unwrap();
+        let _stream = guest.hand_over(socket.as_ref()).unwrap();
+        let pages =
+            touches.split(',').filter(|page| !page.is_empty()).map(|page| page.parse::<usize>().unwrap());
+        pages.for_each(|page| assert_eq!(guest.read(page * PAGE), 7));
+        fs::write(format!("{socket}.{touches}"), "").unwrap();
+        // Until it is killed.
+        loop {
+            thread::park();
+        }
+    })
+}
+
+#[test]
+fn a_guest_that_touches_nothing_leaves_the_recording_to_the_next_one() {
+    let test = "recording::a_guest_that_touches_nothing_leaves_the_recording_to_the_next_one";
+    if child::is_child(test) {
+        guest(test, Path::new(""), "");
+    }
+    let recorder = Recorder::start(tempfile::tempdir().unwrap());
+    let good = recording(&Pool::new().unwrap());
+    good.write(recorder.path()).unwrap();
+    let guest = |touches| guest(test, &recorder.folder.path().join("socket"), touches);
+    // One that ends, and one that stays, before the one that is recorded.
+    let mut first = guest("");
+    until(|| recorder.has_told("serving") == 1);
+    first.kill();
+    until(|| recorder.has_told("ended") == 1);
+    assert_eq!(Recording::read(recorder.path()).unwrap(), good, "an empty recording replaces none");
+    assert_eq!(recorder.has_told("nothing was touched"), 1);
+    let mut idle = guest("");
+    until(|| recorder.has_told("serving") == 2);
+    let mut busy = guest("70,3,9,4");
+    until(|| recorder.has_told("serving") == 3);
+    let has_touched = |touches| recorder.folder.path().join(format!("socket.{touches}")).exists();
+    until(|| has_touched("70,3,9,4"));
+    let mut late = guest("1");
+    until(|| has_touched("1"));
+    for (count, guest) in [&mut late, &mut busy, &mut idle].into_iter().enumerate() {
+        guest.kill();
+        until(|| recorder.has_told("ended") == count + 2);
+    }
+    let recorded: Vec<u64> = Recording::read(recorder.path()).unwrap().offsets().collect();
+    assert_eq!(recorded, [70, 3, 9, 4].map(|page| page * PAGE as u64));
+    let (folder, told) = recorder.end();
+    assert_eq!(told.iter().filter(|line| line.contains("4 first touches recorded")).count(), 1, "{told:?}");
+    let left = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().ends_with(".part")));
+}
+
+#[test]
+fn a_handler_refuses_a_recording_that_it_cannot_replay_or_write() {
+    let folder = tempfile::tempdir().unwrap();
+    let recorded = recording(&Pool::new().unwrap());
+    let socket = folder.path().join("socket");
+    let error = handler(folder.path()).replay(recorded).bind(&socket).unwrap_err().to_string();
+    assert!(error.contains("8192000 bytes") && error.contains("409600"), "{error}");
+    for bad in [folder.path().join("no/where"), folder.path().into()] {
+        let error = handler(folder.path()).record(&bad).bind(&socket).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("cannot write {}", bad.display())), "{error}");
+    }
+    assert!(!socket.exists(), "nothing is left behind");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_recording_is_written_to_where_a_link_points_and_into_what_is_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let recorded = recording(&Pool::new().unwrap());
+    let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    recorded.write(&link).unwrap();
+    assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(Recording::read(&file).unwrap(), recorded);
+    let pipe = folder.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let reading = thread::spawn({
+        let pipe = pipe.clone();
+        move || fs::read(pipe).unwrap()
+    });
+    recorded.write(&pipe).unwrap();
+    assert_eq!(reading.join().unwrap(), recorded.to_bytes());
 }

@@ -89,13 +89,14 @@ impl Builder {
     }
 
     /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
-    /// is filled ahead.
+    /// is filled ahead. A guest that touches nothing leaves the recording to the next one, and the file as it is.
     pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
         self.record = Some(path.into());
         self
     }
 
-    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there.
+    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there. A guest with pages of another size
+    /// than the recorded ones is served without.
     pub fn replay(mut self, recording: Recording) -> Self {
         self.replay = Some(recording);
         self
@@ -106,10 +107,12 @@ impl Builder {
     /// # Errors
     ///
     /// [`Error::InUse`] if another handler listens there; [`Error::NoSocket`] if something else is there;
-    /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had.
+    /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had, or a recording could not be written;
+    /// [`Error::Recording`] if the one to replay is of other memory.
     pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
         let path = path.into();
         let failed = |source| Error::Listen { path: path.clone(), source };
+        check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
         let pool = self.pool.map_or_else(Pool::new, Ok)?;
         let stop =
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
@@ -118,9 +121,23 @@ impl Builder {
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, .. } = self;
-        let service = Service { snapshot, pool, loss, readahead, record: record.is_some(), replay, timed };
+        let service = Service { snapshot, pool, loss, readahead, replay, timed };
         Ok(Handler::new(listener, path, service, (on_stop, patience, record), stop))
     }
+}
+
+/// Fails now, and not when guests are there.
+fn check_recordings(
+    snapshot: &Snapshot,
+    replay: Option<&Recording>,
+    record: Option<&Path>,
+) -> Result<(), Error> {
+    let bytes = snapshot.bytes();
+    let recorded = replay.map(Recording::region_bytes);
+    if let Some(recorded) = recorded.filter(|&recorded| recorded != bytes) {
+        return Err(Error::Recording { recorded, bytes });
+    }
+    record.map_or(Ok(()), |path| Ok(Recording::can_write(path)?))
 }
 
 /// Removes a socket that was left behind.

@@ -34,7 +34,7 @@ pub enum Event<'a> {
         /// Pages whose bytes could not be had.
         lost: usize,
     },
-    /// The first touches of a guest were written to a file.
+    /// The first touches of a guest were written to a file; of a guest that touched nothing, they were not.
     Recorded {
         /// Its VMM.
         owner: &'a Process,
@@ -68,6 +68,9 @@ impl fmt::Display for Event<'_> {
             }
             Self::Ended { owner, lost, .. } => {
                 write!(f, "{owner}: ended; {lost} pages of it could not be had")
+            }
+            Self::Recorded { owner, path, outcome: Ok(0) } => {
+                write!(f, "{owner}: nothing was touched: {} is left as it was", path.display())
             }
             Self::Recorded { owner, path, outcome: Ok(pages) } => {
                 write!(f, "{owner}: {pages} first touches recorded in {}", path.display())

@@ -15,6 +15,8 @@ use std::sync::Arc;
 pub(crate) struct Guest {
     region: AdoptedRegion,
     owner: Arc<Process>,
+    /// Whether its first touches are taken down.
+    recorded: bool,
     /// Kept open, as Firecracker keeps its end.
     _stream: UnixStream,
 }
@@ -26,22 +28,21 @@ pub(crate) struct Service {
     pub(crate) pool: Pool,
     pub(crate) loss: Loss,
     pub(crate) readahead: Readahead,
-    /// Whether first touches are taken down.
-    pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) timed: bool,
 }
 
 impl Guest {
     /// Starts to serve a guest whose handshake is complete. One that cannot be served is told by a signal: it would wait for
-    /// its first page for ever.
+    /// its first page for ever. `record`: its first touches are taken down.
     pub(crate) fn new(
         service: &Service,
+        record: bool,
         stream: UnixStream,
         mappings: &Mappings,
         uffd: OwnedFd,
     ) -> Result<Self, HandshakeError> {
-        let Service { snapshot, pool, loss, readahead, record, replay, timed } = service;
+        let Service { snapshot, pool, loss, readahead, replay, timed } = service;
         let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
         let owner = Arc::new(owner);
         let memory = AdoptedMemory::new(uffd)?.page_size(mappings.page_bytes() as usize)?;
@@ -58,16 +59,22 @@ impl Guest {
             }
             return Err(HandshakeError::Size { guest: mappings.bytes(), file: snapshot.bytes() });
         }
-        let builder = if *record { builder.record() } else { builder };
+        let builder = if record { builder.record() } else { builder };
         let builder = if *timed { builder.timed() } else { builder };
-        let builder = replay.iter().fold(builder, |builder, recording| builder.replay(recording));
+        let replay = replay.iter().filter(|recording| has_pages_of(recording, mappings, &owner));
+        let builder = replay.fold(builder, |builder, recording| builder.replay(recording));
         let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
-        Ok(Self { region, owner, _stream: stream })
+        Ok(Self { region, owner, recorded: record, _stream: stream })
     }
 
     /// Its VMM, readable when that has ended.
     pub(crate) const fn owner(&self) -> &Arc<Process> {
         &self.owner
+    }
+
+    /// Whether first touches are taken down, and there are some.
+    pub(crate) fn is_recorded(&self) -> bool {
+        self.recorded && self.region.metrics().faults > 0
     }
 
     pub(crate) const fn region(&self) -> &AdoptedRegion {
@@ -96,6 +103,15 @@ impl Guest {
         }
         self.region.finish()
     }
+}
+
+/// Whether a recording is of pages as this guest has them. If not, the guest is better served without it than refused.
+fn has_pages_of(recording: &Recording, mappings: &Mappings, owner: &Process) -> bool {
+    let (recorded, has) = (recording.page_bytes() as u64, mappings.page_bytes());
+    if recorded != has {
+        tracing::warn!(guest = %owner, recorded, has, "the recording is of pages of another size: not replayed");
+    }
+    recorded == has
 }
 
 /// The memory of a guest that has none here.

@@ -195,12 +195,11 @@ impl Handler {
         tell: &mut impl FnMut(&Event<'_>),
     ) {
         let owner = Process::peer(&stream).ok().map(|owner| owner.pid().as_raw());
-        match Guest::new(&self.service, stream, mappings, uffd) {
+        let record = self.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
+        match Guest::new(&self.service, record, stream, mappings, uffd) {
             Ok(guest) => {
                 let meter = guest.region().meter();
                 tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
-                // One is enough.
-                self.service.record = false;
                 self.guests.push(guest);
             }
             Err(why) => tell(&Event::Refused { owner, why: &why }),
@@ -216,7 +215,7 @@ impl Handler {
             }
             let lost = guest.region().failures().len();
             let owner = Arc::clone(guest.owner());
-            keep_recording(self.record.as_deref(), &guest, tell);
+            keep_recording(&mut self.record, &guest, tell);
             let metrics = guest.close();
             tell(&Event::Ended { owner: &owner, metrics, lost });
         }
@@ -232,17 +231,23 @@ impl Handler {
             let hurry =
                 || poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
             let owner = Arc::clone(guest.owner());
-            keep_recording(self.record.as_deref(), &guest, tell);
+            keep_recording(&mut self.record, &guest, tell);
             let outcome = guest.leave(how, hurry);
             tell(&Event::Left { owner: &owner, outcome });
         }
     }
 }
 
-fn keep_recording(path: Option<&Path>, guest: &Guest, tell: &mut impl FnMut(&Event<'_>)) {
-    if let (Some(path), Some(recording)) = (path, guest.region().recording()) {
-        let outcome = recording.write(path).map(|()| recording.len());
-        tell(&Event::Recorded { owner: guest.owner(), path, outcome });
+/// Writes the recording of the first guest that has touched its memory, if it is this one.
+fn keep_recording(record: &mut Option<PathBuf>, guest: &Guest, tell: &mut impl FnMut(&Event<'_>)) {
+    let (Some(path), Some(recording)) = (record.as_deref(), guest.region().recording()) else { return };
+    // An empty recording would replace a good one.
+    let written = if recording.is_empty() { Ok(()) } else { recording.write(path) };
+    let outcome = written.map(|()| recording.len());
+    let kept = outcome.as_ref().is_ok_and(|&pages| pages > 0);
+    tell(&Event::Recorded { owner: guest.owner(), path, outcome });
+    if kept {
+        *record = None;
     }
 }
 

@@ -61,7 +61,7 @@ pub enum Error {
         "a snapshot needs at least one memory file: name the base first, then the diffs over it, oldest first"
     )]
     NoFiles,
-    /// A memory file cannot be used.
+    /// A memory file, or a recording's path, cannot be used.
     #[error(transparent)]
     Memory(#[from] pagestitch::Error),
     /// A memory file's extents cannot be asked for.
@@ -88,6 +88,16 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// Its length.
+        bytes: u64,
+    },
+    /// A recording to replay is of other memory.
+    #[error(
+        "the recording is of {recorded} bytes of memory, and the memory file has {bytes}: record the guest of this snapshot"
+    )]
+    Recording {
+        /// The bytes of the recorded memory.
+        recorded: u64,
+        /// The bytes of the snapshot.
         bytes: u64,
     },
     /// Somebody else listens at the socket's path.

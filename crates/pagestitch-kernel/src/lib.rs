@@ -22,6 +22,7 @@
 //! | [`fork`] | whether this is still the process that made a thing |
 //! | [`sync`] | atomics, locks and a waiting room: the standard library's, or a model checker's |
 //! | [`published`] | a value that writers replace and readers never wait for |
+//! | [`replace`] | a file that is written, all or nothing |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
 //!
 //! # The safety argument, once
@@ -56,6 +57,7 @@ pub mod pages;
 pub mod physical;
 pub mod process;
 pub mod published;
+pub mod replace;
 pub mod reservation;
 pub mod rights;
 pub mod shared;

@@ -7,10 +7,12 @@
 //! ```
 
 use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::replace::{can_replace, replace};
 use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::fs;
+use std::io;
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
@@ -66,13 +68,18 @@ impl Recording {
     /// [`ErrorKind::File`] names the path and what the kernel answered.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
-        let failed =
-            |error| Error::because(ErrorKind::File, format_args!("cannot write {}", path.display()), error);
-        // Who reads it meanwhile, or after we were interrupted, finds the old one or the new one.
-        let mut part = path.as_os_str().to_owned();
-        part.push(format!(".{}.part", std::process::id()));
-        fs::write(&part, self.to_bytes()).map_err(failed)?;
-        fs::rename(&part, path).map_err(failed).inspect_err(|_| drop(fs::remove_file(&part)))
+        replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
+    }
+
+    /// Tries whether [`write`](Self::write) can work at this path, without writing: to fail before the run that is recorded, and
+    /// not after it.
+    ///
+    /// # Errors
+    ///
+    /// As [`write`](Self::write), as far as the errors can be foreseen: no such directory, no permission.
+    pub fn can_write(path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        can_replace(path).map_err(|error| cannot_write(path, error))
     }
 
     /// Reads a file that [`write`](Self::write) has written.
@@ -101,6 +108,18 @@ impl Recording {
         let runs = pages.chunk_by(|before, page| page.0 == before.0 + 1);
         let runs = runs.map(|run| Span { first: run[0], pages: run.len() }).collect();
         Self { page, bytes, runs }
+    }
+
+    /// How many bytes the recorded region has.
+    #[must_use]
+    pub const fn region_bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The size of the recorded pages, in bytes.
+    #[must_use]
+    pub const fn page_bytes(&self) -> usize {
+        self.page.bytes()
     }
 
     /// Refuses a region that it was not taken of.
@@ -226,6 +245,10 @@ impl Replay {
         few[..runs].sort_unstable_by_key(|run| run.first);
         (runs > 0).then(|| few.into_iter().take(runs))
     }
+}
+
+fn cannot_write(path: &Path, error: io::Error) -> Error {
+    Error::because(ErrorKind::File, format_args!("cannot write {}", path.display()), error)
 }
 
 fn put(out: &mut Vec<u8>, mut number: u64) {

@@ -264,9 +264,9 @@ impl Builder {
         layout.finish().map_err(in_region)?;
         let (adopted, uffd) = memory.settle(layout.total()).map_err(in_region)?;
         let place = Place::Adopted(adopted);
+        let readahead = settle_recording(self.readahead, &self.manner, &place, &layout).map_err(in_region)?;
         // Neither a window nor a block is made up of huge pages: each is its own.
-        let readahead =
-            if place.page_size() == PageSize::system() { self.readahead } else { Readahead::None };
+        let readahead = if place.page_size() == PageSize::system() { readahead } else { Readahead::None };
         let no_table = |errno| no_table(&name, errno);
         let policy =
             Policy::new(readahead, place.all().pages, place.page_size(), Blocks::Never).map_err(no_table)?;
@@ -325,10 +325,9 @@ impl Builder {
             .map_err(|error| cannot_show(&name, &layout, error))?;
         let no_table = |errno| no_table(&name, errno);
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
-        let readahead = if self.manner.record { Readahead::None } else { self.readahead };
-        let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let place = Place::Reserved(reservation);
-        check_replay(self.manner.replay.as_ref(), &place, &layout).map_err(in_region)?;
+        let readahead = settle_recording(self.readahead, &self.manner, &place, &layout).map_err(in_region)?;
+        let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let tables = Tables::new(place.all().pages, &self.manner).map_err(no_table)?;
         let family = self.children.then(Family::new).transpose();
         let family = family.map_err(|errno| limit("serve children (descriptors: ulimit -n)", errno))?;
@@ -357,8 +356,18 @@ impl Builder {
     }
 }
 
-fn check_replay(replay: Option<&Recording>, place: &Place, layout: &Layout) -> Result<(), Error> {
-    replay.map_or(Ok(()), |recording| recording.check(place.page_size(), layout.total()))
+/// Checks that the recording to replay is of this region. Returns how far to read ahead: a page that is filled ahead has no first
+/// touch, so a region that is recorded reads nothing ahead.
+fn settle_recording(
+    readahead: Readahead,
+    manner: &Manner,
+    place: &Place,
+    layout: &Layout,
+) -> Result<Readahead, Error> {
+    if let Some(recording) = &manner.replay {
+        recording.check(place.page_size(), layout.total())?;
+    }
+    Ok(if manner.record { Readahead::None } else { readahead })
 }
 
 /// Starts to serve.
