@@ -239,3 +239,10 @@ fn a_region_is_served_and_dropped_when_there_are_no_mappings_left() {
     });
     end.expect_pass();
 }
+
+#[test]
+fn a_pool_name_with_a_nul_byte_is_an_error() {
+    let error = Pool::builder().name("a\0b").start().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadOption);
+    assert!(error.to_string().contains(r#""a\0b" has a NUL byte"#), "{error}");
+}

@@ -43,6 +43,8 @@ pub enum ErrorKind {
     Busy,
     /// An option has a value that it cannot have.
     BadOption,
+    /// A server that was made before `fork(2)` is used in the child: its threads and descriptors are the parent's.
+    ForkedChild,
 }
 
 impl Error {

@@ -215,7 +215,7 @@ impl Builder {
     ///
     /// The first chunk that is [bad](ErrorKind::BadChunk) or [too much](ErrorKind::TooLarge); no chunk at all; no
     /// [userfaultfd](ErrorKind::NoUserfaultfd); a [limit](ErrorKind::Resources) of the process; a chunk that others may
-    /// [change](ErrorKind::Shared). Each names the thing and what to do.
+    /// [change](ErrorKind::Shared); a server that was made [before `fork(2)`](ErrorKind::ForkedChild). Each names the thing and what to do.
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
         if let Ok(layout) = &self.layout
             && let Some(shared) = layout.first_shared()

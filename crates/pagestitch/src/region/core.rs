@@ -75,6 +75,14 @@ impl Core {
     }
 
     pub(crate) fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        if !self.server.is_of_this_process() {
+            // The uffd is the parent's: what it installs goes into the parent's memory.
+            let what = format!(
+                "region {}: it belongs to the parent process: after fork(2), the child cannot heal() it",
+                self.name()
+            );
+            return Err(Error::new(ErrorKind::ForkedChild, what));
+        }
         heal(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
     }
 

@@ -107,8 +107,12 @@ impl Manual {
     /// `budget` faults have been served, give or take a batch of 64; if something is left, the descriptor stays
     /// readable. Says how many faults it has served.
     ///
-    /// It waits for sources: one that is slow holds up the caller.
+    /// It waits for sources: one that is slow holds up the caller. In a forked child it serves nothing and says 0, because the regions
+    /// and their faults are the parent's.
     pub fn serve_ready(&mut self, budget: usize) -> usize {
+        if !self.seats.is_of_this_process() {
+            return 0;
+        }
         self.worker.serve_ready(budget as u64) as usize
     }
 

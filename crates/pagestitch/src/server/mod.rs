@@ -40,7 +40,7 @@ pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, Report};
 pub(crate) use populate::populate;
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::region::Served;
 use pagestitch_kernel::fork::Maker;
 use pagestitch_kernel::sigbus::Registration;
@@ -111,6 +111,7 @@ impl From<&Manual> for Server {
 impl Server {
     /// Starts to serve a region.
     pub(crate) fn attach(self, region: &Arc<Served>) -> Result<Attached, Error> {
+        self.refuse_inherited(&region.name)?;
         let attached = match self.who {
             Who::Pool(pool) => Attached::Pool(pool),
             Who::Manual(seats) => Attached::Manual(seats),
@@ -130,6 +131,25 @@ impl Server {
             attached.retire(region);
         })?;
         Ok(attached)
+    }
+}
+
+impl Server {
+    /// A server that a forked child inherits has no threads there, and its descriptors are the parent's: a region that was added to
+    /// them would have its faults unread for ever.
+    fn refuse_inherited(&self, region: &str) -> Result<(), Error> {
+        let (inherited, server) = match &self.who {
+            Who::Pool(pool) => (!pool.is_of_this_process(), "pool"),
+            Who::Manual(seats) => (!seats.is_of_this_process(), "Manual"),
+            Who::Inline => (false, ""),
+        };
+        if inherited {
+            let what = format!(
+                "region {region}: the {server} belongs to the parent process: after fork(2), make a {server} in the child"
+            );
+            return Err(Error::new(ErrorKind::ForkedChild, what));
+        }
+        Ok(())
     }
 }
 

@@ -85,8 +85,12 @@ impl Pool {
     /// # Errors
     ///
     /// [`ErrorKind::Busy`] names the regions that are still served; drop them first. A region whose workers were
-    /// gone would have to hang or to lie.
+    /// gone would have to hang or to lie. [`ErrorKind::ForkedChild`] in a forked child, because the workers are the parent's.
     pub fn stop(self) -> Result<Report, Error> {
+        if !self.is_of_this_process() {
+            let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
+            return Err(Error::new(ErrorKind::ForkedChild, what));
+        }
         self.handle.shared.refuse_regions()?;
         Ok(self.handle.join())
     }
@@ -187,8 +191,15 @@ impl PoolBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for no workers, or a CPU that this process may not use; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
+    /// [`ErrorKind::BadOption`] for no workers, a name with a NUL byte, or a CPU that this process may not use; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
     pub fn start(self) -> Result<Pool, Error> {
+        if self.name.contains('\0') {
+            let what = format!(
+                "the pool's name {:?} has a NUL byte, which a thread's name cannot have: leave it out",
+                self.name
+            );
+            return Err(Error::new(ErrorKind::BadOption, what));
+        }
         let places = Places::decide(self.workers, &self.placement)?;
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
         let mut shared =

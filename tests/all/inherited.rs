@@ -1,0 +1,115 @@
+//! Servers that a forked child inherits: they belong to the parent, and an error says so.
+
+use crate::{pattern, until};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
+use pagestitch_kernel::Uffd;
+use pagestitch_kernel::support::Features;
+use pagestitch_testkit::child;
+use pagestitch_testkit::forked::Forked;
+use std::os::fd::AsFd;
+use std::thread;
+
+const PAGE: usize = 4096;
+
+/// 0 if `result` is the error of a server that another process made.
+fn is_refused<T>(result: Result<T, Error>, thing: &str) -> i32 {
+    match result {
+        Ok(_) => 1,
+        Err(error) => {
+            println!("{error}");
+            let said = error.to_string();
+            let names_all = said.contains(thing) && said.contains("after fork(2)") && said.contains("child");
+            i32::from(error.kind() != ErrorKind::ForkedChild || !names_all)
+        }
+    }
+}
+
+fn build_in_child(server: impl Into<Server>) -> i32 {
+    is_refused(Region::builder().name("late").chunk(vec![7; 10 * PAGE]).build(server), "region late")
+}
+
+#[test]
+fn a_region_of_an_inherited_pool_is_refused_in_the_child() {
+    let pool = Pool::builder().workers(2).start().unwrap();
+    let before = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
+    assert!(Forked::start(|| build_in_child(&pool)).passes());
+    assert!(before.as_slice().iter().all(|&byte| byte == 7), "the parent's pool serves as before");
+}
+
+#[test]
+fn a_region_of_an_inherited_manual_is_refused_in_the_child() {
+    let mut manual = Manual::new().unwrap();
+    assert!(Forked::start(|| build_in_child(&manual)).passes());
+    assert_eq!(manual.serve_ready(64), 0);
+}
+
+#[test]
+fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let shared = Forked::start(|| {
+        let builder = Region::builder().name("shown").chunk(vec![7; PAGE]);
+        is_refused(builder.build_shared(&pool), "region shown")
+    });
+    assert!(shared.passes());
+    let adopted = Forked::start(|| {
+        let uffd = Uffd::open(Features::NONE).unwrap().as_fd().try_clone_to_owned().unwrap();
+        let memory = AdoptedMemory::new(uffd).unwrap().range(1 << 30, PAGE);
+        let builder = Region::builder().name("guest").chunk(vec![7; PAGE]);
+        is_refused(builder.build_adopted(memory, &pool), "region guest")
+    });
+    assert!(adopted.passes());
+}
+
+/// The events that stop a pool and that ring its bell are shared with the parent.
+#[test]
+fn a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone() {
+    let end = child::run(
+        "inherited::a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone",
+        || {
+            let pool = Pool::builder().workers(1).start().unwrap();
+            let stopped = pool.clone();
+            assert!(Forked::start(|| is_refused(stopped.stop(), "pool")).passes());
+            let region = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
+            assert_eq!(region.as_slice()[5 * PAGE], 7, "the workers run on");
+
+            let mut manual = Manual::new().unwrap();
+            let bytes = pattern(1, 10 * PAGE);
+            let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
+            thread::scope(|scope| {
+                let reader = scope.spawn(|| region.as_slice() == bytes);
+                let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+                assert_eq!(poll(&mut ready, PollTimeout::from(30_000u16)), Ok(1));
+                assert!(Forked::start(|| i32::from(manual.serve_ready(64) != 0)).passes());
+                until(|| {
+                    manual.serve_ready(64);
+                    reader.is_finished()
+                });
+                assert!(reader.join().unwrap());
+            });
+        },
+    );
+    end.expect_pass();
+}
+
+#[test]
+fn a_child_builds_regions_of_its_own() {
+    let end = child::run("inherited::a_child_builds_regions_of_its_own", || {
+        let bytes = pattern(2, 10 * PAGE);
+        let before = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
+        assert_eq!(before.as_slice()[PAGE], bytes[PAGE]);
+        let inline = Forked::start(|| {
+            let region = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
+            i32::from(region.as_slice() != bytes)
+        });
+        assert!(inline.passes());
+        let pool = Forked::start(|| {
+            let pool = Pool::builder().workers(2).start().unwrap();
+            let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+            i32::from(region.as_slice() != bytes)
+        });
+        assert!(pool.passes());
+        assert!(before.as_slice() == bytes, "the parent's own is served as before");
+    });
+    end.expect_pass();
+}
