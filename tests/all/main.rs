@@ -15,6 +15,7 @@ mod inline;
 mod journey;
 mod lazy;
 mod limits;
+mod locked;
 mod manual;
 mod memory;
 mod metering;
@@ -64,6 +65,14 @@ fn let_go(start: usize, bytes: usize) {
     // SAFETY: pages of a region whose sources give the same bytes again.
     unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }
         .expect("madvise");
+}
+
+/// Locks the pages that bytes lie in, as `mlockall(2)` does with all of them.
+#[expect(unsafe_code, reason = "mlock by an application is part of what is tested")]
+fn lock_pages(bytes: &[u8]) {
+    let start = NonNull::from(bytes).cast();
+    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    unsafe { nix::sys::mman::mlock(start, bytes.len()) }.expect("mlock");
 }
 
 /// What the owner of adopted memory gets for bytes that cannot be had: SIGBUS where it touches them or, where there are no poison

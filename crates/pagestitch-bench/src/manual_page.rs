@@ -28,6 +28,7 @@ impl ManualPage {
         let uffd = of_the_crate(opened.as_fd().try_clone_to_owned().expect("a descriptor"));
         let range = reservation.range();
         uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
+        reservation.open().expect("memory");
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
         let handler = thread::spawn(move || {

@@ -70,6 +70,7 @@ pub(crate) fn zero_pages(pages: usize) -> (Arc<Reservation>, StableView) {
     let page = PageSize::new(PAGE).expect("a power of two");
     let pages = NonZeroUsize::new(pages).expect("some pages");
     let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+    reservation.open().expect("memory");
     (reservation, view.into_stable().expect("nothing is shown in it"))
 }
 

@@ -7,6 +7,7 @@
 //! | [`event`] | what the kernel says happened, decoded eagerly |
 //! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
 //! | [`reservation`] | an owned range of addresses behind one bounds check |
+//! | [`limits`] | which limit of the process was in the way of a mapping |
 //! | [`view`] | the one view of a reservation's bytes, and what can be shown in it in place |
 //! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
 //! | [`shared`] | files, memfds and mappings that others may change |
@@ -50,6 +51,7 @@ pub mod fork;
 pub mod gate;
 pub mod lanes;
 pub mod lend;
+pub mod limits;
 mod mapping;
 pub mod memfd;
 pub mod page;

@@ -4,7 +4,9 @@ use crate::fork::Maker;
 use crate::page::{HUGE, PageSize};
 use nix::errno::Errno;
 use nix::libc::c_void;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use nix::sys::mman::{
+    MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munlock, munmap,
+};
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
@@ -27,23 +29,43 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps fresh zero pages, without reserving swap for them: what is never touched costs nothing.
+    /// Maps fresh zero pages, without reserving swap for them: what is never touched costs nothing, also in a process that locks its
+    /// memory.
     pub(crate) fn new(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
-        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping where the kernel chooses replaces nothing.
-        #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
-        Ok(Self { start, bytes, maker: Maker::current() })
+        let mapping = Self::closed(bytes)?;
+        mapping.open(protection)?;
+        Ok(mapping)
     }
 
     /// The same, at a multiple of [`HUGE`] if it is as large: the kernel can then have huge pages in it.
     pub(crate) fn aligned(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
+        let mapping = Self::closed_aligned(bytes)?;
+        mapping.open(protection)?;
+        Ok(mapping)
+    }
+
+    /// Reserves addresses that are closed to every access until they are [opened](Self::open).
+    ///
+    /// Under `mlockall(MCL_FUTURE)` the kernel populates what is mapped for access, with zeros: before a uffd can be registered, and
+    /// all pages of a table of which few are ever touched. Closed addresses cannot be populated, and are not locked when they are opened.
+    fn closed(bytes: NonZeroUsize) -> Result<Self, Errno> {
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping where the kernel chooses replaces nothing.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
+        let mapping = Self { start, bytes, maker: Maker::current() };
+        unlock(mapping.start, mapping.bytes())?;
+        Ok(mapping)
+    }
+
+    /// The same, at a multiple of [`HUGE`] if it is as large.
+    pub(crate) fn closed_aligned(bytes: NonZeroUsize) -> Result<Self, Errno> {
         if bytes.get() < HUGE {
-            return Self::new(bytes, protection);
+            return Self::closed(bytes);
         }
         let page = PageSize::system().bytes();
         let roomy = bytes.checked_add(HUGE - page).ok_or(Errno::ENOMEM)?;
-        let Self { start, bytes: all, maker } = *ManuallyDrop::new(Self::new(roomy, protection)?);
+        let Self { start, bytes: all, maker } = *ManuallyDrop::new(Self::closed(roomy)?);
         let first = start.addr().get().next_multiple_of(HUGE) - start.addr().get();
         let end = first + bytes.get().next_multiple_of(page);
         for edge in
@@ -60,6 +82,19 @@ impl Mapping {
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
         let start = unsafe { start.byte_add(first) };
         Ok(Self { start, bytes, maker })
+    }
+
+    /// Lets all of it be accessed. `ENOMEM` where writable memory is counted, and there may be no more (`RLIMIT_DATA`,
+    /// `vm.overcommit_memory=2`).
+    pub(crate) fn open(&self, protection: ProtFlags) -> Result<(), Errno> {
+        if protection == ProtFlags::PROT_NONE {
+            return Ok(());
+        }
+        // SAFETY: our own mapping, which only gains accesses.
+        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+        unsafe {
+            mprotect(self.start, self.bytes(), protection)
+        }
     }
 
     /// Advises the kernel of what is to become of the whole mapping. See `madvise(2)`.
@@ -130,6 +165,15 @@ impl Drop for Mapping {
         #[expect(unsafe_code, reason = "munmap")]
         let answer = unsafe { munmap(self.start, self.bytes()) };
         debug_assert!(answer.is_ok(), "munmap of an owned mapping: {answer:?}");
+    }
+}
+
+/// Pages there are locked no longer, and the kernel populates none when they are opened.
+pub(crate) fn unlock(start: NonNull<c_void>, bytes: usize) -> Result<(), Errno> {
+    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    #[expect(unsafe_code, reason = "munlock")]
+    unsafe {
+        munlock(start, bytes)
     }
 }
 

@@ -13,6 +13,7 @@
 //! [`Reservation::addresses`]. It is not inherited by a forked child (`MADV_DONTFORK`): without the handler, the
 //! child would read zeros.
 
+use crate::limits::ReserveError;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::view::View;
@@ -20,8 +21,6 @@ use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, mmap, mprotect};
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use std::fmt;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
@@ -53,10 +52,12 @@ impl Access {
 pub struct Reservation {
     pub(crate) mapping: Mapping,
     page: PageSize,
+    access: Access,
 }
 
 impl Reservation {
-    /// Reserves `pages` pages of addresses. No memory is used until a page is filled.
+    /// Reserves `pages` pages of addresses, closed to every access until they are [registered](crate::Uffd::register). No memory is used
+    /// until a page is filled.
     ///
     /// # Errors
     ///
@@ -67,13 +68,23 @@ impl Reservation {
         access: Access,
     ) -> Result<(Arc<Self>, View), ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
-        let bytes = bytes.ok_or_else(|| ReserveError::new(usize::MAX, Errno::ENOMEM))?;
-        let refused = |errno| ReserveError::new(bytes.get(), errno);
-        let mapping = Mapping::aligned(bytes, access.protection()).map_err(refused)?;
+        let bytes = bytes.ok_or_else(|| ReserveError::met(usize::MAX, Errno::ENOMEM))?;
+        let refused = |errno| ReserveError::met(bytes.get(), errno);
+        let mapping = Mapping::closed_aligned(bytes).map_err(refused)?;
         mapping.advise(MmapAdvise::MADV_DONTFORK).map_err(refused)?;
-        let reservation = Arc::new(Self { mapping, page });
+        let reservation = Arc::new(Self { mapping, page, access });
         let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
+    }
+
+    /// Lets the range be accessed as it was reserved for. [`Uffd::register`](crate::Uffd::register) does so. Where it was not registered,
+    /// missing pages read as zeros from now on.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` where writable memory is counted and there may be no more: [`ReserveError::met`] names the limit.
+    pub fn open(&self) -> Result<(), Errno> {
+        self.mapping.open(self.access.protection())
     }
 
     /// The size of its pages.
@@ -244,42 +255,6 @@ impl Reservation {
         parts.collect()
     }
 }
-
-/// A range of addresses could not be reserved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ReserveError {
-    /// How many bytes were asked for.
-    pub bytes: usize,
-    /// What the kernel answered.
-    pub errno: Errno,
-    /// The process's limit on address space (`RLIMIT_AS`) in bytes, if it has one.
-    pub limit: Option<u64>,
-}
-
-impl ReserveError {
-    fn new(bytes: usize, errno: Errno) -> Self {
-        let limit =
-            getrlimit(Resource::RLIMIT_AS).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
-        Self { bytes, errno, limit }
-    }
-}
-
-impl fmt::Display for ReserveError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot reserve {} bytes of addresses: {}; ", self.bytes, self.errno)?;
-        match self.limit {
-            Some(limit) => {
-                write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v")
-            }
-            None => write!(
-                f,
-                "make the region smaller, or raise vm.max_map_count or vm.overcommit_memory's limits"
-            ),
-        }
-    }
-}
-
-impl std::error::Error for ReserveError {}
 
 fn close(range: AddressRange) -> Result<(), Errno> {
     let Some(start) = NonNull::new(range.start() as *mut c_void) else { return Ok(()) };

@@ -10,7 +10,7 @@
 //! Filling 2 MiB so takes less than half the time of copying 512 small pages in: the kernel takes one fault, one page
 //! and one entry instead of 512 of each.
 
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, unlock};
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::support::Features;
 use crate::uffd::{Outcome, Uffd};
@@ -47,13 +47,32 @@ impl Staging {
     /// Its bytes, to be filled: zeros, in a huge page if there is one to be had.
     pub fn fresh(&mut self) -> &mut [u8] {
         if self.used {
-            // What has not moved is in small pages by now, and the next block is to have a huge one.
-            // SAFETY: our own memory without a slice of it: `&mut self`. It reads as zeros afterwards.
-            #[expect(unsafe_code, reason = "madvise")]
-            let cleared = unsafe { madvise(self.mapping.start(), HUGE, MmapAdvise::MADV_DONTNEED) };
-            debug_assert!(cleared.is_ok(), "MADV_DONTNEED of an owned mapping: {cleared:?}");
+            self.clear();
         }
         self.used = true;
+        self.bytes_mut()
+    }
+
+    /// Makes all of it zeros. What has not moved is in small pages by now, and the next block is to have a huge one: the pages are
+    /// given back. Those of a process that has locked its memory since (`mlockall(2)`) cannot be, unless they are unlocked.
+    fn clear(&mut self) {
+        if self.give_back().is_err() {
+            let given = unlock(self.mapping.start(), HUGE).and_then(|()| self.give_back());
+            if given.is_err() {
+                self.bytes_mut().fill(0);
+            }
+        }
+    }
+
+    fn give_back(&mut self) -> Result<(), Errno> {
+        // SAFETY: our own memory without a slice of it: `&mut self`. It reads as zeros afterwards.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe {
+            madvise(self.mapping.start(), HUGE, MmapAdvise::MADV_DONTNEED)
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: our own memory, readable and writable, and borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {

@@ -6,10 +6,10 @@
 //! ```
 //!
 //! Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
-//! One that was never registered reads as zeros.
+//! The view is closed, and a touch is SIGSEGV, until its reservation is registered.
 
 use crate::copy;
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, unlock};
 use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, Span};
 use crate::pages::Donated;
@@ -89,17 +89,22 @@ impl View {
     ///
     /// As [`map`](Self::map); the errno of registering: `EINVAL` before Linux 5.14, and for a file that is not a memfd.
     pub fn map_lazy(&mut self, span: Span, file: &SharedFile, offset: u64, uffd: &Uffd) -> Result<(), Errno> {
-        self.map_file(span, file, offset, Sharing::Shared)?;
+        self.stable = false;
+        // Closed until it is registered: a process that locks its memory (`mlockall(2)`) would have its holes filled with zeros.
+        self.map_closed(span, file, offset, file.len(), MapFlags::MAP_SHARED)?;
         let range = self.reservation.addresses(span);
+        if range.bytes() == 0 {
+            return Ok(());
+        }
+        unlock(at(range), range.bytes())?;
         // A forked child would read zeros where a page has not come.
         // SAFETY: pages of our own mapping, and what a child of fork sees of them.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }?;
         // SAFETY: pages of a reservation, which no allocator gave out as zeros.
         #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
-        unsafe {
-            uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR)
-        }
+        unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }?;
+        self.protect(range)
     }
 
     /// Shows a mapping whose descriptor is not known a second time.
@@ -280,6 +285,28 @@ impl View {
         end: u64,
         flags: MapFlags,
     ) -> Result<(), Errno> {
+        self.map_with(self.protection(), span, (fd, offset, end), flags)
+    }
+
+    /// The same, closed to every access.
+    fn map_closed(
+        &self,
+        span: Span,
+        fd: &impl AsFd,
+        offset: u64,
+        end: u64,
+        flags: MapFlags,
+    ) -> Result<(), Errno> {
+        self.map_with(ProtFlags::PROT_NONE, span, (fd, offset, end), flags)
+    }
+
+    fn map_with(
+        &self,
+        protection: ProtFlags,
+        span: Span,
+        (fd, offset, end): (&impl AsFd, u64, u64),
+        flags: MapFlags,
+    ) -> Result<(), Errno> {
         let page = self.reservation.page_size();
         let range = self.reservation.addresses(span);
         let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
@@ -292,7 +319,7 @@ impl View {
         // SAFETY: the range is inside our own mapping, and this is the one view of it, which the callers have
         // borrowed mutably: nobody has a reference to its bytes.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(start, bytes, self.protection(), flags, fd, offset) }.map(drop)
+        unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop)
     }
 
     /// Of what is shown in place: the kernel moves nothing there, so what is only read is guarded.

@@ -3,7 +3,7 @@
 //! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX socket, and touches its memory
 //! from threads, as virtual CPUs do. What is touched before anybody serves waits.
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
@@ -75,6 +75,10 @@ impl Guest {
             // SAFETY: a fresh mapping of our own, of which nothing was ever read.
             #[expect(unsafe_code, reason = "the guest vouches for its memory")]
             unsafe { guest.uffd.register_range(addresses, modes) }?;
+            // Not before: in a process that locks its memory, what can be accessed is populated, with zeros.
+            // SAFETY: as above; it only gains accesses.
+            #[expect(unsafe_code, reason = "mprotect")]
+            unsafe { mprotect(range.start, range.bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE) }?;
         }
         Ok(guest)
     }
@@ -208,10 +212,13 @@ impl Drop for Guest {
 
 fn map(bytes: usize, huge: bool) -> io::Result<NonNull<c_void>> {
     let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("an empty range"))?;
-    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let mut flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     flags.set(MapFlags::MAP_HUGETLB, huge);
     // SAFETY: a new mapping, wherever the kernel likes.
     #[expect(unsafe_code, reason = "mmap")]
-    Ok(unsafe { mmap_anonymous(None, bytes, protection, flags) }?)
+    let start = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
+    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    #[expect(unsafe_code, reason = "munlock")]
+    unsafe { munlock(start, bytes.get()) }?;
+    Ok(start)
 }

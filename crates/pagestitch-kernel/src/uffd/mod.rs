@@ -81,18 +81,20 @@ impl Uffd {
         self.opened_by
     }
 
-    /// Registers a whole reservation: from now on its missing pages are filled by whoever reads this uffd.
+    /// Registers a whole reservation, and [opens](Reservation::open) it: from now on its missing pages are filled by whoever reads this
+    /// uffd. Nothing has been shown in the reservation before.
     ///
     /// # Errors
     ///
-    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` where the mapping cannot have `modes`.
+    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` where the mapping cannot have `modes`; those of
+    /// [`Reservation::open`].
     #[doc(alias = "UFFDIO_REGISTER")]
     pub fn register(&self, reservation: &Reservation, modes: RegisterMode) -> Result<(), Errno> {
         // SAFETY: the reservation is a range of its own, made by mmap: no allocator ever gave out its pages as zeros.
         #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
-        unsafe {
-            self.register_range(reservation.range(), modes)
-        }
+        unsafe { self.register_range(reservation.range(), modes) }?;
+        // In this order: a page that is there before the range is registered never faults.
+        reservation.open()
     }
 
     /// Registers a range of addresses that the caller vouches for.

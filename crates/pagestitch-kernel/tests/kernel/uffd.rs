@@ -167,6 +167,7 @@ fn move_takes_the_pages_of_the_source() {
     let (reservation, view, uffd) = reserve(2, Access::Writable);
     let (from, source) =
         Reservation::new(NonZeroUsize::new(2).unwrap(), PageSize::system(), Access::Writable).unwrap();
+    from.open().unwrap();
     let mut source = source.into_stable().unwrap();
     source.as_mut_slice().unwrap().fill(5);
     // SAFETY: the source is the test's own reservation; no reference to its bytes exists during the call.

@@ -11,6 +11,7 @@ use crate::region::{
 };
 use crate::server::{Server, Who};
 use crate::source::Failure;
+use pagestitch_kernel::limits::{Limit, ReserveError};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
@@ -317,8 +318,7 @@ impl Builder {
         };
         let huge = moves || staged.is_ok();
         let (reservation, mut view) = reserve(&name, (pages, page), access, huge)?;
-        uffd.register(&reservation, RegisterMode::MISSING)
-            .map_err(|errno| limit("register its range", errno))?;
+        register(&name, &uffd, &reservation)?;
         let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
         let abilities = Abilities { moves, minor_faults };
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
@@ -381,7 +381,8 @@ fn attach(served: Served, server: Server) -> Result<Core, Error> {
 }
 
 fn no_table(name: &str, errno: Errno) -> Error {
-    let what = format_args!("region {name}: cannot reserve its page table (RLIMIT_AS: ulimit -v)");
+    let limit = Limit::met(0, errno);
+    let what = format_args!("region {name}: cannot reserve its page table: {limit}");
     Error::because(ErrorKind::Resources, what, errno)
 }
 
@@ -401,6 +402,9 @@ fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> E
         Errno::EACCES => {
             let why = "it is open for reading only: open it for writing too, or show it copy-on-write";
             Error::new(ErrorKind::File, format!("{what}: {why}"))
+        }
+        Errno::EAGAIN => {
+            Error::because(ErrorKind::Resources, format_args!("{what}: {}", Limit::met(0, errno)), errno)
         }
         errno => Error::because(ErrorKind::Resources, what, errno),
     }
@@ -434,6 +438,21 @@ fn reserve(
         reservation.welcome_huge_pages();
     }
     Ok((reservation, view))
+}
+
+/// Registers the range, and opens it.
+fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Error> {
+    uffd.register(reservation, RegisterMode::MISSING).map_err(|errno| match errno {
+        Errno::ENOMEM | Errno::EAGAIN => {
+            let met = ReserveError::met(reservation.range().bytes(), errno);
+            Error::because(ErrorKind::TooLarge, format_args!("region {name}"), met)
+        }
+        errno => Error::because(
+            ErrorKind::Resources,
+            format_args!("region {name}: cannot register its range"),
+            errno,
+        ),
+    })
 }
 
 /// What cannot be served in children: said before anything is reserved.

@@ -69,6 +69,13 @@ use std::sync::Arc;
 /// An ordinary user's region ([`serves_system_calls`](Self::serves_system_calls) is false) cannot hand absent pages to the
 /// kernel: `write(2)` from one is `EFAULT`. [`populate`](Self::populate) first. A forked child has no access to a region.
 ///
+/// # Locked memory
+///
+/// `mlockall(MCL_FUTURE)` neither fills a region nor locks it: its pages come from its sources, on first touch, and can be swapped out.
+/// `mlock2(MLOCK_ONFAULT)` on the region locks each page when it is filled; whole blocks are then copied in, because the kernel
+/// moves pages only between mappings that are locked alike. Files and memfds that are shown in place are locked as any mapping is.
+/// `mlockall(MCL_CURRENT)` touches every page of a region that a pool serves: it returns when all of it is filled.
+///
 /// # Drop
 ///
 /// Waits for sources that are being read for it, then gives everything back. A thread that is stopped in the

@@ -16,6 +16,9 @@ use std::sync::Arc;
 /// not have is bad there (Linux 6.6); without, the kernel shows it zeros, so the owner is to keep children from having the memory
 /// (`MADV_DONTFORK`, see madvise(2)). Memory of *this* process is always to be kept from them so: `fork(2)` would wait for a worker
 /// that may wait for the allocator, which `fork(2)` holds.
+///
+/// An owner that locks its memory (`mlockall(MCL_FUTURE)`) has pages populated with zeros when it maps them, and these never fault: it has
+/// to map the memory `PROT_NONE`, `munlock(2)` and register it, and make it accessible only then.
 #[derive(Debug)]
 #[must_use]
 pub struct AdoptedMemory {

@@ -1,0 +1,117 @@
+//! Which limit is in the way of a mapping: the kernel says `ENOMEM` or `EAGAIN` for all of them.
+
+use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use std::{fmt, fs};
+
+/// A range of addresses could not be reserved, or opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReserveError {
+    /// How many bytes were asked for.
+    pub bytes: usize,
+    /// What the kernel answered.
+    pub errno: Errno,
+    /// The limit that was in the way, as far as can be told.
+    pub limit: Limit,
+}
+
+/// A limit on what a process may map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// `RLIMIT_AS`, in bytes: on all mappings.
+    AddressSpace(u64),
+    /// `RLIMIT_DATA`, in bytes: on private writable mappings.
+    Data(u64),
+    /// `RLIMIT_MEMLOCK`, in bytes: in a process that locks what it maps (`mlockall(MCL_FUTURE)`), on all mappings.
+    Locked(u64),
+    /// `vm.overcommit_memory` is 2: the kernel charges private writable mappings in full.
+    Commit,
+    /// Another: the addresses that there are, or the number of mappings (`vm.max_map_count`).
+    Other,
+}
+
+impl ReserveError {
+    /// The kernel has refused to map `bytes` bytes: finds out which limit that was.
+    #[must_use]
+    pub fn met(bytes: usize, errno: Errno) -> Self {
+        Self { bytes, errno, limit: Limit::met(bytes as u64, errno) }
+    }
+}
+
+impl fmt::Display for ReserveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot reserve {} bytes of addresses: {}; {}", self.bytes, self.errno, self.limit)
+    }
+}
+
+impl std::error::Error for ReserveError {}
+
+impl Limit {
+    /// The limit that `bytes` more bytes meet, if the kernel has answered with `errno`.
+    #[must_use]
+    pub fn met(bytes: u64, errno: Errno) -> Self {
+        let limit_of =
+            |resource| getrlimit(resource).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
+        if errno == Errno::EAGAIN {
+            return Self::Locked(limit_of(Resource::RLIMIT_MEMLOCK).unwrap_or(0));
+        }
+        let used = Used::now().unwrap_or_default();
+        let passed = |used: u64, limit: u64| used.saturating_add(bytes) > limit;
+        let space = limit_of(Resource::RLIMIT_AS);
+        let data = limit_of(Resource::RLIMIT_DATA).filter(|&limit| passed(used.data, limit));
+        match (space, data) {
+            (Some(limit), _) if passed(used.addresses, limit) => Self::AddressSpace(limit),
+            (_, Some(limit)) => Self::Data(limit),
+            _ if commits_in_full() => Self::Commit,
+            (Some(limit), None) => Self::AddressSpace(limit),
+            (None, None) => Self::Other,
+        }
+    }
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const GUARDED: &str = "a region that is only read is not counted if it is built guarded()";
+        match self {
+            Self::AddressSpace(limit) => {
+                write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v")
+            }
+            Self::Data(limit) => write!(
+                f,
+                "writable memory of this process is limited to {limit} (RLIMIT_DATA): raise it with ulimit -d; {GUARDED}"
+            ),
+            Self::Locked(limit) => write!(
+                f,
+                "this process locks what it maps (mlockall), and may lock {limit} (RLIMIT_MEMLOCK): raise it with ulimit -l, or build \
+                 before mlockall(MCL_FUTURE)"
+            ),
+            Self::Commit => write!(
+                f,
+                "vm.overcommit_memory=2 charges writable memory in full: set it to 1, or raise vm.overcommit_ratio; {GUARDED}"
+            ),
+            Self::Other => f.write_str("make the region smaller, or raise vm.max_map_count"),
+        }
+    }
+}
+
+/// What counts against the limits, in bytes.
+#[derive(Default)]
+struct Used {
+    addresses: u64,
+    data: u64,
+}
+
+impl Used {
+    fn now() -> Option<Self> {
+        let status = fs::read_to_string("/proc/self/status").ok()?;
+        let kibibytes = |name: &str| -> Option<u64> {
+            let line = status.lines().find(|line| line.starts_with(name))?;
+            line.split_ascii_whitespace().nth(1)?.parse().ok()
+        };
+        Some(Self { addresses: kibibytes("VmSize:")? * 1024, data: kibibytes("VmData:")? * 1024 })
+    }
+}
+
+fn commits_in_full() -> bool {
+    fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "2")
+}

@@ -1,0 +1,265 @@
+//! A process that locks its memory (`mlockall(2)`): pages are filled by their sources, and never populated by the kernel.
+
+use crate::donated::pages_of;
+use crate::zero_copy::memfd;
+use crate::{HugePages, lazy, lock_pages, pattern};
+use nix::libc;
+use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+use pagestitch::source::{File, SharedFile};
+use pagestitch::{
+    AdoptedMemory, Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source,
+};
+use pagestitch_kernel::Access;
+use pagestitch_testkit::child;
+use pagestitch_testkit::guest::Guest;
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+const PAGE: usize = 4096;
+const HUGE: usize = 2 << 20;
+
+/// Locks what is mapped from now on, or by now; `MCL_ONFAULT` has no name in the wrapper.
+fn lock(how: &str) {
+    let flags = match how {
+        "future" => MlockAllFlags::MCL_FUTURE,
+        "future on fault" => MlockAllFlags::MCL_FUTURE | MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT),
+        "current" => MlockAllFlags::MCL_CURRENT,
+        _ => unreachable!("{how}"),
+    };
+    mlockall(flags).expect("memory can be locked");
+}
+
+/// Whether this process may lock as much as it likes.
+fn may_lock(test: &str) -> bool {
+    let may = geteuid().is_root();
+    if !may {
+        println!("SKIPPED {test}: an ordinary user may not lock all of its memory (RLIMIT_MEMLOCK)");
+    }
+    may
+}
+
+/// Runs `body` with each kind of server.
+fn with_servers(body: impl Fn(&str, Server)) {
+    body("pool", Server::from(&Pool::builder().workers(2).start().unwrap()));
+    body("inline", Inline.into());
+    let mut manual = Manual::new().unwrap();
+    let done = AtomicBool::new(false);
+    let server = Server::from(&manual);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                if manual.serve_ready(100) == 0 {
+                    thread::yield_now();
+                }
+            }
+        });
+        body("manual", server);
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
+/// Chunks of each kind that every server takes, and their bytes.
+fn chunks() -> (Vec<Chunk>, Vec<u8>) {
+    let (scattered, donated) = (pattern(1, 3 * HUGE + 777), pattern(2, HUGE));
+    let (sealed, hole) = (pattern(3, 20 * PAGE), 100_000);
+    let mut chunks = vec![Chunk::from(pages_of(&donated))];
+    chunks.extend(scattered.chunks(70_001).map(|piece| Chunk::from(piece.to_vec())));
+    chunks.extend([Chunk::from(memfd(&sealed)), Chunk::hole(hole as u64)]);
+    (chunks, [donated, scattered, sealed, vec![0; hole]].concat())
+}
+
+type Set = fn(Builder) -> Builder;
+
+const OPTIONS: [(&str, Set); 3] =
+    [("plain", |builder| builder), ("guarded", Builder::guarded), ("writable", Builder::writable)];
+
+fn differing(found: &[u8], expected: &[u8]) -> usize {
+    found.iter().zip(expected).filter(|(found, expected)| found != expected).count()
+}
+
+/// Touches, `read_at` and `populate` show the sources' bytes.
+fn every_way_to_the_bytes(how: &str) {
+    lock(how);
+    with_servers(|server, served| {
+        for (option, set) in OPTIONS {
+            let (chunks, expected) = chunks();
+            let built = set(Region::builder().chunks(chunks)).build(served.clone());
+            let region = built.unwrap();
+            let here = format!("{server}, {option}, locked {how}");
+            let mut read = vec![0; 3 * PAGE];
+            region.read_at(PAGE as u64 + 5, &mut read).unwrap();
+            assert_eq!(differing(&read, &expected[PAGE + 5..]), 0, "read_at: {here}");
+            assert_eq!(region.as_slice()[9 * PAGE], expected[9 * PAGE], "touched: {here}");
+            region.populate(..(2 * HUGE) as u64).unwrap();
+            assert_eq!(differing(region.as_slice(), &expected), 0, "wrong bytes: {here}");
+        }
+    });
+}
+
+#[test]
+fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
+    let test = "locked::a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources";
+    if !may_lock(test) {
+        return;
+    }
+    for how in ["future", "future on fault"] {
+        child::beside(test, how, every_way_to_the_bytes).end().expect_pass();
+    }
+}
+
+#[test]
+fn files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings() {
+    let test = "locked::files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings";
+    if !may_lock(test) {
+        return;
+    }
+    child::run(test, || {
+        lock("future");
+        let bytes = pattern(5, 64 * PAGE);
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&bytes).unwrap();
+        let shown = SharedFile::open(file.path(), Access::ReadOnly).unwrap();
+        let region = Region::builder()
+            .chunk(File::open(file.path()).unwrap())
+            .chunk(shown)
+            .chunk(lazy::chunk_of(&bytes, false))
+            .chunk(lazy::chunk_of(&bytes, true))
+            .readahead(Readahead::None)
+            .build_shared(&Pool::new().unwrap())
+            .unwrap();
+        let mut read = vec![0; region.len()];
+        region.read_at(0, &mut read).unwrap();
+        for (chunk, part) in read.chunks(bytes.len()).enumerate() {
+            assert_eq!(differing(part, &bytes), 0, "chunk {chunk}");
+        }
+    })
+    .expect_pass();
+}
+
+/// The region and the pool were there before: the kernel's walk over the region is a touch of each page.
+#[test]
+fn memory_that_is_locked_later_keeps_its_bytes_and_holes() {
+    let test = "locked::memory_that_is_locked_later_keeps_its_bytes_and_holes";
+    if !may_lock(test) {
+        return;
+    }
+    child::run(test, || {
+        with_servers(|server, served| {
+            let (chunks, expected) = chunks();
+            let early = Region::builder().chunks(chunks).build(served.clone()).unwrap();
+            assert_eq!(early.as_slice()[0], expected[0]);
+            lock("current");
+            assert_eq!(differing(early.as_slice(), &expected), 0, "before: {server}");
+            let late = Region::builder().chunks(self::chunks().0).build(served).unwrap();
+            assert_eq!(differing(late.as_slice(), &expected), 0, "after: {server}");
+        });
+    })
+    .expect_pass();
+}
+
+/// Bytes of a pattern, whose reader locks the memory that it reads into: a staging block, as a rule.
+struct Locking(Vec<u8>);
+
+impl Source for Locking {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        lock_pages(into);
+        into.copy_from_slice(&self.0[offset as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+/// A staging block is used again and again: its holes are zeros each time.
+#[test]
+fn holes_between_chunks_are_zeros_when_staging_is_locked() {
+    let test = "locked::holes_between_chunks_are_zeros_when_staging_is_locked";
+    if !may_lock(test) {
+        return;
+    }
+    child::run(test, || {
+        let source = Arc::new(Locking(pattern(1, 8000 * 1900)));
+        let bytes = |i: usize| i * 1900..(i + 1) * 1900;
+        let chunk = |i: usize| {
+            let bytes = bytes(i).start as u64..bytes(i).end as u64;
+            [Chunk::source(Arc::clone(&source)).range(bytes), Chunk::hole(100)]
+        };
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let region = Region::builder().chunks((0..8000).flat_map(chunk)).build(&pool).unwrap();
+        region.populate(..).unwrap();
+        for (found, i) in region.as_slice().chunks(2000).zip(0..) {
+            assert_eq!(differing(&found[..1900], &source.0[bytes(i)]), 0, "chunk {i}");
+            assert_eq!(differing(&found[1900..], &[0; 100]), 0, "the hole after chunk {i}");
+        }
+    })
+    .expect_pass();
+}
+
+/// A worker fills pages of 2 MiB of several guests in the same block.
+#[test]
+fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes() {
+    let test = "locked::a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes";
+    if !may_lock(test) {
+        return;
+    }
+    let pages = (!child::is_child(test)).then(|| HugePages::reserve(8));
+    if matches!(pages, Some(None)) {
+        println!("SKIPPED {test}: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+        return;
+    }
+    child::run(test, || {
+        let pool = Pool::builder().workers(1).start().unwrap();
+        lock("current");
+        let adopt = |seed| {
+            let guest = Guest::new(&[2 * HUGE], true).unwrap();
+            let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
+            let memory = memory.page_size(HUGE).unwrap();
+            let memory =
+                guest.ranges().iter().fold(memory, |memory, &(start, bytes)| memory.range(start, bytes));
+            let region =
+                Region::builder().chunk(pattern(seed, 2 * HUGE)).build_adopted(memory, &pool).unwrap();
+            (guest, region)
+        };
+        let (first, second) = (adopt(1), adopt(2));
+        assert_eq!(second.0.read(5), pattern(2, HUGE)[5]);
+        assert_eq!(first.0.read(9), pattern(1, HUGE)[9]);
+        second.0.balloon(0, HUGE).unwrap();
+        assert!((0..HUGE).step_by(511).all(|at| second.0.read(at) == 0), "bytes of another guest");
+    })
+    .expect_pass();
+}
+
+/// An ordinary user's limit on locked memory is an error by its name; below it, the bytes are right.
+#[test]
+fn a_limit_on_locked_memory_is_named() {
+    let test = "locked::a_limit_on_locked_memory_is_named";
+    child::run(test, || {
+        if geteuid().is_root() {
+            let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+            setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(64 << 20), hard.min(64 << 20)).unwrap();
+            let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
+            setgroups(&[]).unwrap();
+            setresgid(group, group, group).unwrap();
+            setresuid(user, user, user).unwrap();
+        }
+        let pool = Pool::builder().workers(1).start().unwrap();
+        if mlockall(MlockAllFlags::MCL_FUTURE).is_err() {
+            println!("SKIPPED {test}: this user may lock no memory (RLIMIT_MEMLOCK)");
+            return;
+        }
+        let error = Region::builder().name("large").chunk(Chunk::hole(1 << 40)).build(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TooLarge);
+        let said = error.to_string();
+        assert!(said.contains("RLIMIT_MEMLOCK") && said.contains("ulimit -l"), "{said}");
+        let bytes = pattern(7, 300_000);
+        let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+        assert_eq!(differing(region.as_slice(), &bytes), 0);
+    })
+    .expect_pass();
+}
