@@ -10,6 +10,7 @@ mod donated;
 mod failure;
 mod fairness;
 mod firecracker;
+mod hostile_memory;
 mod inherited;
 mod inline;
 mod journey;

@@ -5,9 +5,10 @@
 //! faults, one per page, by address. It is read again and again without allocating.
 
 use crate::page::PageSize;
-use crate::uffd::{Uffd, errno_of};
+use crate::uffd::Uffd;
 use nix::errno::Errno;
 use std::fmt;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// A thread stopped at a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +69,7 @@ pub enum Event {
 
 /// The events of one read, sorted. Holds a fixed number; the rest stays in the kernel for the next read.
 pub struct Batch {
-    messages: userfaultfd::EventBuffer,
+    messages: Box<[u8]>,
     events: Vec<Event>,
     faults: Vec<Fault>,
     /// How many messages the last read took, of at most `capacity`.
@@ -81,7 +82,8 @@ impl Batch {
     #[must_use]
     pub fn with_capacity(capacity: usize) -> Self {
         let (events, faults) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
-        Self { messages: userfaultfd::EventBuffer::new(capacity), events, faults, read: 0, capacity }
+        let messages = vec![0; capacity * MESSAGE].into_boxed_slice();
+        Self { messages, events, faults, read: 0, capacity }
     }
 
     /// Reads what is there, without waiting. Nothing to read gives an empty batch.
@@ -93,14 +95,14 @@ impl Batch {
         self.events.clear();
         self.faults.clear();
         self.read = 0;
-        let messages = uffd.events().read_events(&mut self.messages).map_err(|error| errno_of(&error))?;
+        let bytes = uffd.read(&mut self.messages)?;
+        let (messages, _) = self.messages[..bytes].as_chunks();
         let mut unknown = Ok(());
         for message in messages {
             self.read += 1;
-            match message {
-                Ok(message) => decode(message, uffd, page, &mut self.events, &mut self.faults),
-                // Decode the others all the same: they hold descriptors and waiting threads.
-                Err(error) => unknown = Err(errno_of(&error)),
+            // Decode the others all the same: they hold descriptors and waiting threads.
+            if let Err(errno) = decode(message, uffd, page, &mut self.events, &mut self.faults) {
+                unknown = Err(errno);
             }
         }
         order(&mut self.faults);
@@ -131,36 +133,51 @@ impl fmt::Debug for Batch {
     }
 }
 
+/// Takes a `uffd_msg` apart: an event's number, 7 bytes of padding, and three words whose meaning depends on the event.
 fn decode(
-    message: userfaultfd::Event,
+    message: &[u8; MESSAGE],
     uffd: &Uffd,
     page: PageSize,
     events: &mut Vec<Event>,
     faults: &mut Vec<Fault>,
-) {
-    match message {
-        userfaultfd::Event::Pagefault { kind, rw, addr, thread_id } => faults.push(Fault {
-            address: addr.addr() & !(page.bytes() - 1),
-            kind: match kind {
-                userfaultfd::FaultKind::Missing => FaultKind::Missing,
-                userfaultfd::FaultKind::Minor => FaultKind::Minor,
-                userfaultfd::FaultKind::WriteProtected => FaultKind::WriteProtect,
-            },
-            write: rw == userfaultfd::ReadWrite::Write,
-            thread: thread_id.as_raw(),
+) -> Result<(), Errno> {
+    let word = |index: usize| u64::from_ne_bytes(message.as_chunks().0[1 + index]);
+    let number = |index: usize| word(index) as usize;
+    match message[0] {
+        PAGEFAULT => faults.push(Fault {
+            address: number(1) & !(page.bytes() - 1),
+            kind: kind_of(word(0)),
+            write: word(0) & FLAG_WRITE != 0,
+            // The first half of its word, whichever byte order.
+            thread: i32::from_ne_bytes(*message[24..].first_chunk().expect("32 bytes")),
         }),
-        userfaultfd::Event::Remove { start, end } => {
-            events.push(Event::Remove { start: start.addr(), end: end.addr() });
+        REMOVE => events.push(Event::Remove { start: number(0), end: number(1) }),
+        UNMAP => events.push(Event::Unmap { start: number(0), end: number(1) }),
+        REMAP => events.push(Event::Remap { from: number(0), to: number(1), bytes: number(2) }),
+        FORK => {
+            let child = own(RawFd::from_ne_bytes(*message[8..].first_chunk().expect("32 bytes")));
+            events.push(Event::Fork { child: Uffd::of_child(child, uffd) });
         }
-        userfaultfd::Event::Unmap { start, end } => {
-            events.push(Event::Unmap { start: start.addr(), end: end.addr() });
-        }
-        userfaultfd::Event::Remap { from, to, len } => {
-            events.push(Event::Remap { from: from.addr(), to: to.addr(), bytes: len });
-        }
-        userfaultfd::Event::Fork { uffd: child } => {
-            events.push(Event::Fork { child: Uffd::of_child(child, uffd) })
-        }
+        _ => return Err(Errno::EIO),
+    }
+    Ok(())
+}
+
+const fn kind_of(flags: u64) -> FaultKind {
+    if flags & FLAG_MINOR != 0 {
+        FaultKind::Minor
+    } else if flags & FLAG_WP != 0 {
+        FaultKind::WriteProtect
+    } else {
+        FaultKind::Missing
+    }
+}
+
+fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: `read(2)` of the event has just made this descriptor in this process.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    unsafe {
+        OwnedFd::from_raw_fd(fd)
     }
 }
 
@@ -175,6 +192,17 @@ fn order(faults: &mut Vec<Fault>) {
         same
     });
 }
+
+/// The bytes of a message: `struct uffd_msg`.
+pub(crate) const MESSAGE: usize = 32;
+const PAGEFAULT: u8 = 0x12;
+const FORK: u8 = 0x13;
+const REMAP: u8 = 0x14;
+const REMOVE: u8 = 0x15;
+const UNMAP: u8 = 0x16;
+const FLAG_WRITE: u64 = 1 << 0;
+const FLAG_WP: u64 = 1 << 1;
+const FLAG_MINOR: u64 = 1 << 2;
 
 #[cfg(test)]
 mod tests {

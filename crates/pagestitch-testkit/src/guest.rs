@@ -3,6 +3,7 @@
 //! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX socket, and touches its memory
 //! from threads, as virtual CPUs do. What is touched before anybody serves waits.
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
@@ -87,6 +88,16 @@ impl Guest {
     #[must_use]
     pub fn uffd(&self) -> BorrowedFd<'_> {
         self.uffd.as_fd()
+    }
+
+    /// Makes reads of its userfaultfd wait, for all who hold it.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `fcntl(2)`.
+    pub fn make_blocking(&self) -> io::Result<()> {
+        let flags = OFlag::from_bits_retain(fcntl(&self.uffd, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
+        Ok(fcntl(&self.uffd, FcntlArg::F_SETFL(flags)).map(drop)?)
     }
 
     /// Where its ranges are: address and bytes of each.

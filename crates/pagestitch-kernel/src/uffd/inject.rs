@@ -8,6 +8,7 @@
 
 use super::open::wrap;
 use super::outcome::{Operation, Outcome, Waiters};
+use super::read::Reading;
 use super::{FaultMode, OpenedBy, Uffd};
 use crate::page::{AddressRange, PageSize};
 use crate::support::Features;
@@ -69,6 +70,7 @@ pub fn pretend(fd: OwnedFd) -> Uffd {
         opened_by: OpenedBy::Other,
         mode: FaultMode::UserOnly,
         features: Features::default(),
+        reading: Reading::Own,
     }
 }
 

@@ -13,12 +13,14 @@ mod abi;
 pub mod inject;
 mod open;
 mod outcome;
+mod read;
 
 pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, handshake_probe};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
 use outcome::{Operation, Waiters};
+use read::Reading;
 
 use crate::page::AddressRange;
 use crate::pages::Donated;
@@ -35,6 +37,7 @@ pub struct Uffd {
     opened_by: OpenedBy,
     mode: FaultMode,
     features: Features,
+    reading: Reading,
 }
 
 impl Uffd {
@@ -282,13 +285,17 @@ impl Uffd {
         outcome
     }
 
-    pub(crate) const fn events(&self) -> &userfaultfd::Uffd {
-        &self.fd
+    /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever others do with the descriptor. Says how
+    /// many bytes came; none if there is nothing to read.
+    pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
+        self.reading.read(&self.fd, into)
     }
 
     /// The child's uffd, from a fork event.
-    pub(crate) const fn of_child(fd: userfaultfd::Uffd, parent: &Self) -> Self {
-        Self { fd, opened_by: OpenedBy::Other, mode: parent.mode, features: parent.features }
+    pub(crate) fn of_child(fd: OwnedFd, parent: &Self) -> Self {
+        let reading = Reading::of_child(&fd);
+        let (fd, opened_by) = (open::wrap(fd), OpenedBy::Other);
+        Self { fd, opened_by, mode: parent.mode, features: parent.features, reading }
     }
 
     fn raw(&self) -> c_int {

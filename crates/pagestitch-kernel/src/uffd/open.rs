@@ -10,10 +10,11 @@
 //!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       anybody, since Linux 5.11
 //! ```
 
+use super::read::{Reading, set_nonblocking};
 use super::{Uffd, abi};
 use crate::support::Features;
 use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, OFlag, fcntl, open as open_file};
+use nix::fcntl::{OFlag, open as open_file};
 use nix::libc;
 use nix::sys::stat::Mode;
 use std::fmt;
@@ -114,13 +115,12 @@ pub(super) fn adopt(fd: OwnedFd) -> Result<Uffd, AdoptError> {
         return Err(AdoptError::NotUserfaultfd(link.display().to_string()));
     }
     // A blocking one can be read, but not waited for: poll(2) answers POLLERR.
-    let flags = fcntl(&fd, FcntlArg::F_GETFL).map_err(AdoptError::Refused)?;
-    let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-    fcntl(&fd, FcntlArg::F_SETFL(flags)).map_err(AdoptError::Refused)?;
+    set_nonblocking(&fd).map_err(AdoptError::Refused)?;
     // What the kernel can fill does not depend on what the owner asked for. Who may not open one finds out by
     // trying.
     let features = handshake_probe().unwrap_or(Features::POISON);
-    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features })
+    let reading = Reading::shared();
+    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, reading })
 }
 
 pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
@@ -129,7 +129,8 @@ pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     let opened = open_fd()?;
     let features = wanted & supported;
     handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
-    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features })
+    let reading = Reading::Own;
+    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features, reading })
 }
 
 pub(super) fn wrap(fd: OwnedFd) -> userfaultfd::Uffd {

@@ -1,8 +1,14 @@
 //! The userfaultfd: each operation and its answers.
 
 use crate::{has, page, reserve, wait};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, fork, pause};
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{
@@ -10,7 +16,10 @@ use pagestitch_kernel::{
 };
 use std::fs::File;
 use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc;
+use std::time::Duration;
 use std::{slice, thread};
 
 #[test]
@@ -232,4 +241,78 @@ fn reserving_more_than_there_is_names_size_and_remedy() {
     let error = Reservation::new(pages, PageSize::system(), Access::ReadOnly).unwrap_err();
     let said = error.to_string();
     assert!(said.contains("4503599627370496 bytes") && said.contains("make the region smaller"), "{said}");
+}
+
+/// Reads what a peer holds, too, in a thread: `None` if that has not come back after a time that is long for any read.
+fn read_of_peer(uffd: OwnedFd) -> Option<usize> {
+    let (done, read) = mpsc::channel();
+    thread::spawn(move || {
+        let uffd = Uffd::adopt(uffd).unwrap();
+        let mut batch = Batch::with_capacity(4);
+        let blocking = OFlag::from_bits_retain(fcntl(&uffd, FcntlArg::F_GETFL).unwrap()) - OFlag::O_NONBLOCK;
+        fcntl(&uffd, FcntlArg::F_SETFL(blocking)).unwrap();
+        batch.read(&uffd, PageSize::system()).unwrap();
+        done.send(batch.take_events().count() + batch.faults().len())
+    });
+    read.recv_timeout(Duration::from_secs(20)).ok()
+}
+
+/// The flag belongs to all who hold the open file description.
+#[test]
+fn a_read_of_a_uffd_that_its_peer_has_made_blocking_does_not_wait() {
+    let uffd = Uffd::open(Features::NONE).unwrap();
+    assert_eq!(read_of_peer(uffd.as_fd().try_clone_to_owned().unwrap()), Some(0));
+}
+
+/// The kernel does not know RWF_NOWAIT for a uffd that a fork event has made, and opens it as its parent's was opened: a peer may pass
+/// it on, and one's own child may have a blocking one.
+#[test]
+#[expect(unsafe_code, reason = "forks, as a peer does")]
+fn a_read_of_a_forked_childs_uffd_does_not_wait() {
+    let Ok(uffd) = opened_blocking(Features::EVENT_FORK) else {
+        println!("SKIPPED a_read_of_a_forked_childs_uffd_does_not_wait: EVENT_FORK takes CAP_SYS_PTRACE");
+        return;
+    };
+    let (reservation, _view) =
+        Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+    reservation.show_to_children().unwrap();
+    let mut batch = Batch::with_capacity(4);
+    let (child, process) = thread::scope(|scope| {
+        // SAFETY: the child makes two system calls and nothing else.
+        let forker = scope.spawn(|| match unsafe { fork() }.unwrap() {
+            ForkResult::Child => loop {
+                pause();
+            },
+            ForkResult::Parent { child } => child,
+        });
+        let child = loop {
+            batch.read(&uffd, PageSize::system()).unwrap();
+            match batch.take_events().next() {
+                Some(Event::Fork { child }) => break child,
+                _ => thread::yield_now(),
+            }
+        };
+        (child, forker.join().unwrap())
+    });
+    let flags = fcntl(&child, FcntlArg::F_GETFL).unwrap();
+    let read = read_of_peer(child.as_fd().try_clone_to_owned().unwrap());
+    kill(process, Signal::SIGKILL).unwrap();
+    waitpid(process, None).unwrap();
+    assert!(OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK), "{flags:#x}");
+    assert_eq!(read, Some(0));
+}
+
+/// A userfaultfd that was opened to be waited for, as a peer may open it.
+#[expect(unsafe_code, reason = "system calls without a wrapper")]
+fn opened_blocking(features: Features) -> Result<Uffd, Errno> {
+    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+    // SAFETY: userfaultfd(2) takes flags by value.
+    let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
+    // SAFETY: the kernel has just made it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let mut request = [0xaa, features.bits(), 0u64];
+    // SAFETY: `request` is a uffdio_api that lives through the call.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, request.as_mut_ptr()) })?;
+    Ok(Uffd::adopt(fd).unwrap())
 }

@@ -1,0 +1,170 @@
+//! Reading messages without waiting.
+//!
+//! `O_NONBLOCK` belongs to the open file description. A process that has sent its userfaultfd still holds that description,
+//! and can clear the flag at any time: a plain `read(2)` would then wait for ever.
+//!
+//! | the description is | how it is read |
+//! |---|---|
+//! | of this process alone: opened here, or made here by a fork event | `read(2)`: nothing else can clear the flag |
+//! | shared, Linux 6.10 | `preadv2(2)` with `RWF_NOWAIT`, which does not look at the flag |
+//! | shared, before Linux 6.10; or a forked child's, on every kernel: `EOPNOTSUPP` | `poll(2)`, then `read(2)` that a timer's signal ends |
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{
+    SaFlags, SigAction, SigEvent, SigHandler, SigSet, SigevNotify, SigmaskHow, Signal, sigaction,
+};
+use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
+use nix::time::ClockId;
+use nix::unistd::{gettid, read};
+use std::cell::RefCell;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// How messages are read from a descriptor.
+#[derive(Debug)]
+pub(super) enum Reading {
+    /// The open file description is this process's alone.
+    Own,
+    /// Another process holds the description, too.
+    Shared {
+        /// The kernel does not know `RWF_NOWAIT` for it.
+        bounded: AtomicBool,
+    },
+}
+
+impl Reading {
+    pub(super) const fn shared() -> Self {
+        Self::Shared { bounded: AtomicBool::new(false) }
+    }
+
+    /// Of a descriptor that a fork event has made in this process. Its flags are those that its parent's was *opened* with.
+    pub(super) fn of_child(fd: impl AsFd) -> Self {
+        // Nothing is known to refuse this; where the flag stays as it was, the read has a bound.
+        if set_nonblocking(fd).is_ok() { Self::Own } else { Self::shared() }
+    }
+
+    /// Reads without waiting; 0 if there is nothing.
+    pub(super) fn read(&self, fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
+        let answer = match self {
+            Self::Own => read(fd, into),
+            Self::Shared { bounded } if bounded.load(Ordering::Relaxed) => read_bounded(fd.as_fd(), into),
+            Self::Shared { bounded } => match read_nowait(fd.as_fd(), into) {
+                Err(Errno::EOPNOTSUPP) => {
+                    bounded.store(true, Ordering::Relaxed);
+                    read_bounded(fd.as_fd(), into)
+                }
+                answer => answer,
+            },
+        };
+        match answer {
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(0),
+            answer => answer,
+        }
+    }
+}
+
+pub(super) fn set_nonblocking(fd: impl AsFd) -> Result<(), Errno> {
+    let flags = OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?) | OFlag::O_NONBLOCK;
+    fcntl(fd, FcntlArg::F_SETFL(flags)).map(drop)
+}
+
+fn read_nowait(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
+    let part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+    // SAFETY: one part, which is `into`, writable for its whole length; an offset of -1 reads as `readv(2)` does.
+    #[expect(unsafe_code, reason = "a system call without a wrapper")]
+    let read = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+    Errno::result(read).map(|bytes| usize::try_from(bytes).expect("an answer is not negative"))
+}
+
+/// Waits [`BOUND`] at most, and only where another process clears the flag and takes the message, both in the moment between the
+/// calls of this function.
+fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
+    set_nonblocking(&fd)?;
+    let mut readable = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    // POLLERR: the flag has been cleared again.
+    if poll(&mut readable, PollTimeout::ZERO)? == 0 || readable[0].revents() != Some(PollFlags::POLLIN) {
+        return Err(Errno::EAGAIN);
+    }
+    interruptibly(|| read(fd.as_fd(), into))
+}
+
+/// Makes a system call that a signal ends after [`BOUND`], with `EINTR`. The signal comes again and again until the call has
+/// returned: one that came before the call began to wait would end nothing.
+fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
+    install()?;
+    TIMER.with_borrow_mut(|slot| {
+        let timer = match slot {
+            Some(timer) => timer,
+            None => slot.insert(timer_of_this_thread()?),
+        };
+        // Workers block all signals but those of their own defects.
+        let before = SigSet::from(SIGNAL).thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
+        let armed = timer.set(Expiration::Interval(BOUND.into()), TimerSetTimeFlags::empty());
+        let answer = armed.and_then(|()| call());
+        // No time: never. Refused to a timer that there is not: there is one, and what was read is not to be lost.
+        let _ = timer.set(Expiration::OneShot(Duration::ZERO.into()), TimerSetTimeFlags::empty());
+        let _ = before.thread_set_mask();
+        answer
+    })
+}
+
+fn timer_of_this_thread() -> Result<Timer, Errno> {
+    let to = SigevNotify::SigevThreadId { signal: SIGNAL, thread_id: gettid().as_raw(), si_value: 0 };
+    Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(to))
+}
+
+/// Has the signal interrupt system calls, once a process. `EBUSY` where the program uses it for something else.
+fn install() -> Result<(), Errno> {
+    static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
+    *INSTALLED.get_or_init(|| {
+        // Without SA_RESTART: the call is to end.
+        let ours = SigAction::new(SigHandler::Handler(do_nothing), SaFlags::SA_ONSTACK, SigSet::empty());
+        // SAFETY: the handler does nothing.
+        #[expect(unsafe_code, reason = "installs a signal handler")]
+        let before = unsafe { sigaction(SIGNAL, &ours) }?;
+        if matches!(before.handler(), SigHandler::SigDfl) {
+            return Ok(());
+        }
+        // SAFETY: what was there before is there again.
+        #[expect(unsafe_code, reason = "installs a signal handler")]
+        unsafe { sigaction(SIGNAL, &before) }?;
+        Err(Errno::EBUSY)
+    })
+}
+
+extern "C" fn do_nothing(_: libc::c_int) {}
+
+thread_local! {
+    static TIMER: RefCell<Option<Timer>> = const { RefCell::new(None) };
+}
+
+/// Of no use to the kernel, to a C library, or to any known program: the coprocessor that it was made for is gone.
+const SIGNAL: Signal = Signal::SIGSTKFLT;
+/// How long a read may wait.
+const BOUND: Duration = Duration::from_millis(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::unistd::{pipe, write};
+    use std::time::Instant;
+
+    #[test]
+    fn a_read_that_would_wait_for_ever_is_interrupted() {
+        let (from, to) = pipe().unwrap();
+        let began = Instant::now();
+        for _ in 0..3 {
+            assert_eq!(interruptibly(|| read(&from, &mut [0])), Err(Errno::EINTR));
+        }
+        assert!(began.elapsed() >= 3 * BOUND);
+        write(&to, b"!").unwrap();
+        let mut byte = [0];
+        assert_eq!((interruptibly(|| read(&from, &mut byte)), byte), (Ok(1), *b"!"));
+        assert_eq!(read_bounded(&from, &mut byte), Err(Errno::EAGAIN));
+    }
+}
