@@ -1,6 +1,7 @@
 //! A memfd that is filled later: one copy in memory for all who map it, filled once, whoever needs it first.
 
 use crate::{pattern, touch};
+use nix::mount::MsFlags;
 use pagestitch::source::{FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
 use pagestitch_kernel::Support;
@@ -11,7 +12,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -170,4 +171,165 @@ fn a_memfd_that_cannot_be_written_to_is_refused() {
     let error = LazyMemfd::new(fs::File::open(path).unwrap().into(), Filler::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::File);
     assert!(error.to_string().contains("open for writing too"), "{error}");
+}
+
+/// A tmpfs of its own, for as long as it lives. Needs root.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn mount(huge: &str) -> Option<Self> {
+        let folder = tempfile::tempdir().unwrap();
+        Self::remount(folder.path(), huge, MsFlags::empty()).ok().map(|()| Self(folder))
+    }
+
+    fn remount(path: &Path, huge: &str, flags: MsFlags) -> nix::Result<()> {
+        let options = format!("huge={huge}");
+        nix::mount::mount(Some("pagestitch"), path, Some("tmpfs"), flags, Some(options.as_str()))
+    }
+
+    fn file(&self) -> fs::File {
+        let path = self.0.path().join("lazy");
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        file.set_len(HUGE_BYTES as u64).unwrap();
+        file
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+/// Eight megabytes that fill themselves a page at a time.
+const HUGE_BYTES: usize = 8 << 20;
+
+fn filler_of(bytes: usize) -> Arc<Filler> {
+    Arc::new(Filler { bytes: pattern(2, bytes), pages: AtomicU64::new(0), failing: None })
+}
+
+/// One write makes a whole huge page present, and the rest of it zeros.
+#[test]
+fn a_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
+    for huge in ["always", "within_size"] {
+        let Some(tmpfs) = Tmpfs::mount(huge) else { return println!("SKIPPED huge tmpfs: no mount") };
+        let filler = filler_of(HUGE_BYTES);
+        match LazyMemfd::new(tmpfs.file().into(), Arc::clone(&filler) as _) {
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::File);
+                let said = error.to_string();
+                assert!(said.contains("huge=never") && said.contains("shmem_enabled"), "{said}");
+            }
+            Ok(lazy) => {
+                let region = Region::builder().chunk(lazy).build_shared(&Pool::new().unwrap()).unwrap();
+                let mut all = vec![0; HUGE_BYTES];
+                region.read_at(4 << 20, &mut all[..1]).unwrap();
+                region.read_at(0, &mut all).unwrap();
+                let wrong = all.chunks(PAGE).zip(filler.bytes.chunks(PAGE)).filter(|(a, b)| a != b).count();
+                panic!("huge={huge}: not refused, and {wrong} pages are wrong");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_that_comes_to_have_huge_pages_is_an_error_and_not_zeros() {
+    let Some(tmpfs) = Tmpfs::mount("never") else { return println!("SKIPPED huge tmpfs: no mount") };
+    let (filler, pool) = (filler_of(HUGE_BYTES), Pool::new().unwrap());
+    let lazy = LazyMemfd::new(tmpfs.file().into(), Arc::clone(&filler) as _).unwrap();
+    let region = Region::builder().chunk(lazy).readahead(Readahead::None).build_shared(&pool).unwrap();
+    let mut byte = [0];
+    region.read_at(5, &mut byte).unwrap();
+    assert_eq!(byte[0], filler.bytes[5]);
+    Tmpfs::remount(tmpfs.0.path(), "always", MsFlags::MS_REMOUNT).unwrap();
+    for offset in [4 << 20, (4 << 20) + PAGE] {
+        match region.read_at(offset as u64, &mut byte) {
+            Ok(()) => assert_eq!(byte[0], filler.bytes[offset], "page {}", offset / PAGE),
+            Err(error) => assert!(error.to_string().contains("huge=never"), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn huge_pages_of_hugetlbfs_and_files_on_disk_are_refused() {
+    let filler = filler_of(PAGE);
+    let hugetlb = nix::sys::memfd::memfd_create("huge", nix::sys::memfd::MFdFlags::MFD_HUGETLB);
+    if let Ok(hugetlb) = hugetlb {
+        let hugetlb = fs::File::from(hugetlb);
+        if hugetlb.set_len(2 << 20).is_ok() {
+            let error = LazyMemfd::new(hugetlb.into(), Arc::clone(&filler) as _).unwrap_err();
+            assert!(error.to_string().contains("pages of 2097152 bytes"), "{error}");
+        }
+    }
+    // Other file systems tell of holes in pieces of their own, or not at all.
+    let other = fs::File::options().read(true).write(true).open("/proc/self/comm").unwrap();
+    let error = LazyMemfd::new(other.into(), Arc::clone(&filler) as _).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::File);
+}
+
+/// Space that was allocated for a file is no page of its bytes.
+#[test]
+fn pages_that_were_only_allocated_are_filled() {
+    let (memfd, filler) = (memfd(), Filler::new());
+    nix::fcntl::fallocate(memfd.file(), nix::fcntl::FallocateFlags::empty(), 0, (PAGES * PAGE) as i64)
+        .unwrap();
+    let pool = Pool::new().unwrap();
+    let builder = Region::builder().chunk(lazy(&memfd, &filler)).readahead(Readahead::None);
+    let region = builder.build_shared(&pool).unwrap();
+    assert_eq!(touch(region.as_ptr().addr().get() + 3 * PAGE + 9), filler.bytes[3 * PAGE + 9]);
+    let mut all = vec![0; PAGES * PAGE];
+    region.read_at(0, &mut all).unwrap();
+    assert!(all == filler.bytes);
+}
+
+/// Another mapping of the memfd is made huge pages of, while pages of it are still to come.
+#[test]
+fn a_collapse_by_another_mapping_shows_no_zeros() {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    if (numbers.next(), numbers.next()) < (Some(6), Some(4)) {
+        return println!("SKIPPED collapse: Linux {release} fills holes with zeros then, as is documented");
+    }
+    let memfd = UnsealedMemfd::create("lazy", HUGE_BYTES as u64).unwrap();
+    let (filler, pool) = (filler_of(HUGE_BYTES), Pool::new().unwrap());
+    let lazy = LazyMemfd::new(memfd.file().try_clone().unwrap().into(), Arc::clone(&filler) as _).unwrap();
+    let region = Region::builder().chunk(lazy).readahead(Readahead::None).build_shared(&pool).unwrap();
+    if region.plan().runs()[0].how != How::Continue {
+        return println!("SKIPPED collapse: the memfd is copied here");
+    }
+    let mut byte = [0];
+    for block in 0..4 {
+        region.read_at(block << 21, &mut byte).unwrap();
+    }
+    if let Err(errno) = crate::shared::collapse(memfd.file(), HUGE_BYTES) {
+        println!("the kernel refuses to collapse: {errno}");
+    }
+    let mut all = vec![0; HUGE_BYTES];
+    region.read_at(0, &mut all).unwrap();
+    let wrong = all.chunks(PAGE).zip(filler.bytes.chunks(PAGE)).filter(|(a, b)| a != b).count();
+    assert_eq!(wrong, 0, "pages that differ");
+}
+
+/// What a page takes does not depend on how much of the memfd is filled.
+#[test]
+fn the_time_of_a_first_touch_does_not_grow_with_what_is_filled() {
+    let bytes = 512 << 20;
+    let memfd = UnsealedMemfd::create("lazy", bytes as u64).unwrap();
+    let chunk = vec![7; 1 << 20];
+    (0..bytes >> 20).for_each(|mib| memfd.file().write_all_at(&chunk, (mib << 20) as u64).unwrap());
+    let file = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+    let quickest = |offset: u64| {
+        let ask = || {
+            let began = std::time::Instant::now();
+            assert_eq!(file.next_hole(&(offset..offset + PAGE as u64)).unwrap(), None);
+            began.elapsed()
+        };
+        (0..50).map(|_| ask()).min().unwrap()
+    };
+    let (before_all, before_little) = (quickest(0), quickest((bytes - 2 * PAGE) as u64));
+    println!("before 512 MiB: {before_all:?}, before two pages: {before_little:?}");
+    assert!(
+        before_all < before_little * 20,
+        "{before_all:?} before 512 MiB, {before_little:?} before two pages"
+    );
 }

@@ -228,3 +228,28 @@ fn the_budget_of_mappings_can_be_set() {
     bytes_of(&region);
     assert_eq!(region.close().pages_in_place, 3);
 }
+
+/// Has the kernel make huge pages of a file, through a mapping of its own.
+#[expect(unsafe_code, reason = "maps a file as another process does")]
+pub(crate) fn collapse(file: &File, bytes: usize) -> nix::Result<()> {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+    const MADV_COLLAPSE: i32 = 25;
+    let (length, huge) = (std::num::NonZeroUsize::new(bytes + (2 << 20)).expect("bytes"), 2 << 20);
+    let (protection, flags) = (ProtFlags::PROT_READ, MapFlags::MAP_SHARED);
+    // SAFETY: a new mapping where the kernel chooses, past whose file's end nothing is touched.
+    let start = unsafe { mmap(None, length, protection, flags, file, 0) }?;
+    // As the file's offsets are: whole blocks of both.
+    let aligned = start.as_ptr().addr().next_multiple_of(huge);
+    // SAFETY: addresses of that mapping, of which nothing is borrowed.
+    let start_of_file = unsafe {
+        let length = std::num::NonZeroUsize::new(bytes).expect("bytes");
+        mmap(std::num::NonZeroUsize::new(aligned), length, protection, flags | MapFlags::MAP_FIXED, file, 0)
+    };
+    // SAFETY: the kernel rearranges pages, and changes none.
+    let answer =
+        start_of_file.map(|start| unsafe { nix::libc::madvise(start.as_ptr(), bytes, MADV_COLLAPSE) });
+    let answer = answer.and_then(|answer| nix::errno::Errno::result(answer).map(drop));
+    // SAFETY: that mapping, of which nothing is borrowed.
+    let _ = unsafe { munmap(start, length.get()) };
+    answer
+}

@@ -11,11 +11,12 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::{fmt, fs, io};
@@ -61,22 +62,48 @@ impl SharedFile {
 
     /// The first part of `range` that the file has no bytes for: of a memfd, pages that were never written.
     ///
+    /// The time depends on the pages of the range, not on how much the file has: `SEEK_DATA` stops at the first page that is
+    /// there, where `SEEK_HOLE` walks all pages that follow each other.
+    ///
     /// # Errors
     ///
     /// The errno of `lseek(2)`; none is known to occur for a memfd.
     pub fn next_hole(&self, range: &Range<u64>) -> Result<Option<Range<u64>>, Errno> {
-        let seek = |offset: u64, whence| match lseek(&self.file, offset as i64, whence) {
-            Ok(found) => Ok(found as u64),
-            // Past the end, or nothing but a hole up to it.
-            Err(Errno::ENXIO) => Ok(u64::MAX),
-            Err(errno) => Err(errno),
-        };
-        let hole = seek(range.start, Whence::SeekHole)?;
-        if hole >= range.end {
-            return Ok(None);
+        let page = PageSize::system().bytes() as u64;
+        let mut at = range.start;
+        while at < range.end {
+            let data = match lseek(&self.file, at as i64, Whence::SeekData) {
+                Ok(data) => data as u64,
+                // Nothing but a hole up to the end.
+                Err(Errno::ENXIO) => u64::MAX,
+                Err(errno) => return Err(errno),
+            };
+            if data > at {
+                return Ok(Some(at..data.min(range.end)));
+            }
+            at = (at / page + 1) * page;
         }
-        let data = seek(hole, Whence::SeekData)?;
-        Ok(Some(hole..data.min(range.end)))
+        Ok(None)
+    }
+
+    /// Whether the file is one of tmpfs or hugetlbfs, as memfds are: its pages are the only place of its bytes.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `fstatfs(2)`.
+    pub fn is_in_memory(&self) -> Result<bool, Errno> {
+        let kind = fstatfs(&self.file)?.filesystem_type();
+        Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
+    }
+
+    /// The size of the pages that a write to the file may bring, in bytes: those of tmpfs are larger than the system's where huge
+    /// pages are on *now* (`huge=` of its mount; of a memfd, `shmem_enabled`). A page is present as a whole from its first byte on.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `fstat(2)`.
+    pub fn page_bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.blksize())
     }
 
     /// To read it at an offset.

@@ -375,8 +375,13 @@ impl Served {
         any
     }
 
-    /// Whether the kernel has the page.
+    /// Whether a page that was touched is there.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
+        // `mincore(2)` says that the memfd has it, not that it is mapped: reclaim and a collapse take it out of the page table. To map
+        // it again is answered with EEXIST where it is there.
+        if self.lazy.contains(page) {
+            return false;
+        }
         let mut resident = false;
         // Where the question cannot be answered, it counts as absent: filling it again is then answered with EEXIST.
         self.place.residency(page.span(), |_, here| resident = here);

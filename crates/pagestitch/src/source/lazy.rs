@@ -20,8 +20,8 @@ use std::{fmt, io};
 pub trait FillMemfd: Send + Sync {
     /// Returns when the memfd has the bytes of `range`: has written them, or has another process do so and waits for it.
     ///
-    /// It is asked for whole pages, but for the memfd's end, and they have to come whole: with `pwrite(2)`, or with `UFFDIO_COPY`. One that is written through a mapping is there, and
-    /// zeros, from the first byte on, and may be seen so.
+    /// It is asked for whole pages, but for the memfd's end, and they have to come whole: with `pwrite(2)`, or with `UFFDIO_COPY`.
+    /// A page that is written through a mapping is there, and zeros, from the first byte on, and may be seen so.
     ///
     /// It is called for pages that the memfd did not have a moment ago, from any thread, and for the same pages perhaps
     /// by several processes at once. It never touches a region that shows the memfd.
@@ -32,7 +32,20 @@ pub trait FillMemfd: Send + Sync {
     fn fill(&self, memfd: &SharedFile, range: Range<u64>) -> io::Result<()>;
 }
 
-/// A memfd that is filled later, and shared with other processes. Linux 5.14; before that it is copied.
+/// A memfd that is filled later, and shared with other processes. Linux 5.14; before that it is copied. A file of a tmpfs is one, too.
+///
+/// # Pages
+///
+/// The kernel's page cache says which pages are filled, for all processes that share the memfd. Hence each page comes by itself:
+///
+/// * **No huge pages.** The first byte of a huge page makes 2 MiB present, and zeros. A file whose pages may be huge is refused
+///   ([`ErrorKind::File`]): one of a tmpfs that is mounted with `huge=always` or `huge=within_size`, a memfd where
+///   `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `always`, `within_size` or `force`, and hugetlbfs. Where these change
+///   later, pages that are touched from then on fail, with that reason. Pages that another process has filled *while* they were
+///   different, before this process looked, cannot be told from others.
+/// * **No `MADV_HUGEPAGE` and no `MADV_COLLAPSE`** on the memfd in any process until all of it is filled. Since Linux 6.4 the kernel
+///   refuses to collapse what a region shows in place; before 6.4, and where no region shows it, a collapse fills holes with zeros.
+/// * Space that was allocated with `fallocate(2)` counts as not filled.
 ///
 /// ```
 /// use std::io;
@@ -68,16 +81,22 @@ impl LazyMemfd {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if it cannot be mapped shared and written to.
+    /// [`ErrorKind::File`] if it cannot be mapped shared and written to, is on a disk, or may have [huge pages](Self#pages).
     pub fn new(memfd: OwnedFd, filler: Arc<dyn FillMemfd>) -> Result<Self, Error> {
-        let shared = SharedFile::try_from(memfd)
-            .map_err(|error| Error::because(ErrorKind::File, "cannot use the descriptor", error))?;
+        let unusable = |error| Error::because(ErrorKind::File, "cannot use the descriptor", error);
+        let shared = SharedFile::try_from(memfd).map_err(unusable)?;
         if !shared.is_writable() {
             let what =
                 "cannot use the descriptor: a memfd that is filled later has to be open for writing too";
             return Err(Error::new(ErrorKind::File, what));
         }
-        Ok(Self { shared: Arc::new(shared), filler })
+        if !shared.is_in_memory().map_err(|errno| unusable(errno.into()))? {
+            let what = "cannot use the descriptor: only a memfd, or a file of a tmpfs, tells which of its pages are filled";
+            return Err(Error::new(ErrorKind::File, what));
+        }
+        let lazy = Self { shared: Arc::new(shared), filler };
+        lazy.refuse_huge_pages().map_err(unusable)?;
+        Ok(lazy)
     }
 
     /// The memfd.
@@ -88,6 +107,8 @@ impl LazyMemfd {
 
     /// Has what is not there yet of a range filled.
     pub(crate) fn fill(&self, range: Range<u64>) -> io::Result<()> {
+        // Before anything is believed to be there, or is written.
+        self.refuse_huge_pages()?;
         // Whole pages: one that was filled in part would count as there. The last one may go on past the memfd's end.
         let page = PageSize::system();
         let pages = page.offsets(page.covering(&range));
@@ -95,8 +116,23 @@ impl LazyMemfd {
         while let Some(hole) = self.shared.next_hole(&rest)? {
             rest.start = hole.end;
             self.filler.fill(&self.shared, hole)?;
+            // It may have been switched on meanwhile.
+            self.refuse_huge_pages()?;
         }
         Ok(())
+    }
+
+    /// A huge page is present as a whole as soon as a byte of it is written: the page cache tells nothing then.
+    fn refuse_huge_pages(&self) -> io::Result<()> {
+        let bytes = self.shared.page_bytes()?;
+        if bytes <= PageSize::system().bytes() as u64 {
+            return Ok(());
+        }
+        let what = format!(
+            "the memfd may have pages of {bytes} bytes, of which one write makes all present, and zeros: mount its tmpfs with \
+             huge=never, set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise, create it without MFD_HUGETLB"
+        );
+        Err(io::Error::new(io::ErrorKind::InvalidInput, what))
     }
 
     pub(crate) fn identity(&self) -> usize {
