@@ -26,6 +26,7 @@ mod reading;
 mod recording;
 mod scale;
 mod shared;
+mod splits;
 mod teardown;
 mod watchdog;
 mod zero_copy;

@@ -172,6 +172,7 @@ impl Span {
 pub struct AddressRange {
     start: usize,
     bytes: usize,
+    page: PageSize,
 }
 
 impl AddressRange {
@@ -182,7 +183,7 @@ impl AddressRange {
         if start & mask != 0 || bytes & mask != 0 || start.checked_add(bytes).is_none() {
             return None;
         }
-        Some(Self { start, bytes })
+        Some(Self { start, bytes, page })
     }
 
     /// The first address.
@@ -201,6 +202,18 @@ impl AddressRange {
     #[must_use]
     pub const fn end(self) -> usize {
         self.start + self.bytes
+    }
+
+    /// At most `pages` pages from its byte `offset` on, which is a multiple of the page size and not past its end.
+    pub(crate) const fn part(self, offset: usize, pages: usize) -> Self {
+        let (left, wanted) = (self.bytes - offset, pages.saturating_mul(self.page.bytes()));
+        let bytes = if wanted < left { wanted } else { left };
+        Self { start: self.start + offset, bytes, page: self.page }
+    }
+
+    /// Whether it is one page, or none.
+    pub(crate) const fn is_one_page(self) -> bool {
+        self.bytes <= self.page.bytes()
     }
 }
 

@@ -140,12 +140,12 @@ impl Uffd {
 
     /// Has the kernel copy from an address: it can be anything, and says so if it cannot be read.
     fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
-        self.fill(Operation::Copy, range, |range, waiters| {
-            let mut request = abi::Copy::new(range, source, waiters);
+        self.fill(Operation::Copy, range, |part, waiters| {
+            let mut request = abi::Copy::new(part, source + (part.start() - range.start()), waiters);
             // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads its source.
             #[expect(unsafe_code, reason = "an ioctl")]
             let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
-            Outcome::interpret(answer, range.bytes(), request.copied)
+            Outcome::interpret(answer, part.bytes(), request.copied)
         })
     }
 
@@ -201,11 +201,11 @@ impl Uffd {
     #[expect(unsafe_code, reason = "takes pages away")]
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
         assert_eq!(source.bytes(), range.bytes(), "as many pages move as are missing");
-        self.fill(Operation::Move, range, |range, waiters| {
-            let mut request = abi::Copy::new(range, source.start(), waiters);
+        self.fill(Operation::Move, range, |part, waiters| {
+            let mut request = abi::Copy::new(part, source.start() + (part.start() - range.start()), waiters);
             // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
             let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
-            Outcome::interpret(answer, range.bytes(), request.copied)
+            Outcome::interpret(answer, part.bytes(), request.copied)
         })
     }
 
@@ -271,13 +271,14 @@ impl Uffd {
         answer.map_err(|error| errno_of(&error))
     }
 
-    /// Has the kernel fill a range; or, in a test, something else happen there.
+    /// Has the kernel fill a range; or, in a test, something else happen there. The range may lie in several mappings.
     fn fill(
         &self,
         operation: Operation,
         range: AddressRange,
         ask: impl Fn(AddressRange, Waiters) -> Outcome,
     ) -> Outcome {
+        let ask = |range, waiters| across_mappings(operation, range, |part| ask(part, waiters));
         #[cfg(feature = "inject")]
         let outcome = inject::around(operation, range, self.opened_by != OpenedBy::Other, ask);
         #[cfg(not(feature = "inject"))]
@@ -307,6 +308,33 @@ impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Asks the kernel for a range that may lie in several mappings: a call of the application (`madvise`, `mbind`, `mprotect`,
+/// `mlock`) splits one, and the kernel refuses what crosses the border. Where it refuses a range, a page is tried, then two,
+/// four, and so on up to the border. Only a refusal of the first page alone is the answer.
+fn across_mappings(
+    operation: Operation,
+    range: AddressRange,
+    ask: impl Fn(AddressRange) -> Outcome,
+) -> Outcome {
+    let outcome = ask(range);
+    if !operation.may_cross(outcome) || range.is_one_page() {
+        return outcome;
+    }
+    let (mut done, mut pages) = (0, 1);
+    while done < range.bytes() {
+        let part = range.part(done, pages);
+        match ask(part) {
+            Outcome::Done => done += part.bytes(),
+            Outcome::Partial { bytes } => return Outcome::Partial { bytes: done + bytes },
+            outcome if done == 0 => return outcome,
+            // The caller goes on from there, and learns why.
+            _ => return Outcome::Partial { bytes: done },
+        }
+        pages *= 2;
+    }
+    Outcome::Done
 }
 
 /// The errno inside an error of the `userfaultfd` crate, whose own Errno type is of another `nix`.

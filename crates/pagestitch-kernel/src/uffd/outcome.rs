@@ -20,7 +20,7 @@ pub enum Outcome {
     AlreadyThere,
     /// `EAGAIN` without progress: a remove, unmap, remap or fork is in progress. Read events, then try again.
     Changing,
-    /// `ENOENT`: the range is not registered, or leaves its mapping; to a move: the source is a hole.
+    /// `ENOENT`: the first page is not registered, or not mapped at all; to a move: the source is a hole.
     NotRegistered,
     /// `ESRCH`: the process that owned the memory is gone.
     ProcessGone,
@@ -42,6 +42,18 @@ pub(super) enum Operation {
     Continue,
     Poison,
     Move,
+}
+
+impl Operation {
+    /// Whether an answer may mean that the range leaves the mapping that it begins in. A move says `EINVAL` then, all others
+    /// `ENOENT`.
+    pub(super) fn may_cross(self, outcome: Outcome) -> bool {
+        match outcome {
+            Outcome::NotRegistered => true,
+            Outcome::Refused(errno) => self == Self::Move && errno == Errno::EINVAL,
+            _ => false,
+        }
+    }
 }
 
 /// Whether a fill wakes whoever waits for its pages.

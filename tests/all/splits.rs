@@ -1,0 +1,202 @@
+//! A call that changes a part of a region splits its mapping in the kernel. To copy, to move, to show zeros or to poison across
+//! the border is ENOENT then, although all of it is mapped: every page is filled all the same.
+
+use crate::donated::pages_of;
+use crate::lazy::chunk_of;
+use crate::{pattern, signal_of_loss};
+use nix::errno::Errno;
+use nix::libc;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+use pagestitch::source::Donated;
+use pagestitch::{AdoptedMemory, Chunk, Inline, Manual, Pool, Readahead, Region, Server};
+use pagestitch_kernel::process::Process;
+use pagestitch_testkit::guest::Guest;
+use std::io::IoSliceMut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+const PAGE: usize = 4096;
+const BLOCK: usize = 2 << 20;
+const PAGES: usize = 1024 + 5;
+
+/// A call of an application that splits a mapping.
+#[derive(Debug, Clone, Copy)]
+enum Split {
+    Advise,
+    Protect,
+    Bind,
+    Lock,
+}
+
+const SPLITS: [Split; 4] = [Split::Advise, Split::Protect, Split::Bind, Split::Lock];
+
+impl Split {
+    /// Splits a mapping at both ends of a range; says whether the kernel has done so.
+    #[expect(unsafe_code, reason = "what an application may call is what is tested")]
+    fn at(self, start: usize, bytes: usize) -> bool {
+        let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(start);
+        // MPOL_BIND to node 0.
+        let nodes = 1_u64;
+        // SAFETY: pages of a region; none of these calls changes a byte.
+        let answer = unsafe {
+            match self {
+                Self::Advise => i64::from(libc::madvise(address, bytes, libc::MADV_RANDOM)),
+                Self::Protect => i64::from(libc::mprotect(address, bytes, libc::PROT_READ)),
+                Self::Bind => libc::syscall(libc::SYS_mbind, address, bytes, 2, &raw const nodes, 64, 0),
+                Self::Lock => i64::from(libc::mlock2(address, bytes, libc::MLOCK_ONFAULT as _)),
+            }
+        };
+        if answer != 0 {
+            println!("SKIPPED in part: {self:?}: {}", std::io::Error::last_os_error());
+        }
+        answer == 0
+    }
+
+    /// Splits a region of whole blocks in the midst of each.
+    fn within(self, region: &Region) -> bool {
+        let start = region.as_ptr().addr().get();
+        self.at(start + 100 * PAGE, 3 * PAGE) && self.at(start + BLOCK + 211 * PAGE, 33 * PAGE)
+    }
+}
+
+/// Chunks of every kind of content that the kernel installs: bytes that lie somewhere, donated pages, and a hole.
+fn pieces() -> (Vec<Chunk>, Vec<u8>) {
+    let memory = pattern(1, PAGES * PAGE);
+    let donated = pattern(2, PAGES * PAGE);
+    let given = Donated::from(pages_of(&donated));
+    let expected = [&memory[..], &donated, &vec![0; PAGES * PAGE]].concat();
+    (vec![memory.into(), Arc::new(given).into(), Chunk::hole((PAGES * PAGE) as u64)], expected)
+}
+
+fn check(server: impl Into<Server>, split: Split, read: impl Fn(&Region, &[u8])) {
+    let (chunks, expected) = pieces();
+    let region = Region::builder().chunks(chunks).build(server).unwrap();
+    if split.within(&region) && split.at(region.as_ptr().addr().get() + 3 * BLOCK + PAGE, BLOCK) {
+        read(&region, &expected);
+        assert!(region.failures().is_empty(), "{split:?}: {:?}", region.failures());
+        assert_eq!(region.metrics().pages_poisoned, 0, "{split:?}");
+    }
+}
+
+#[test]
+fn a_split_region_is_populated() {
+    let pool = Pool::new().unwrap();
+    for split in SPLITS {
+        check(&pool, split, |region, expected| {
+            region.populate(..).unwrap_or_else(|error| panic!("{split:?}: {error}"));
+            assert!(region.as_slice() == expected, "{split:?}");
+        });
+    }
+}
+
+#[test]
+fn a_split_region_is_read_in_order() {
+    let pool = Pool::new().unwrap();
+    for split in SPLITS {
+        check(&pool, split, |region, expected| assert!(region.as_slice() == expected, "{split:?}"));
+    }
+}
+
+#[test]
+fn a_split_region_is_served_inline() {
+    for split in SPLITS {
+        check(Inline, split, |region, expected| {
+            assert!(region.as_slice()[..BLOCK] == expected[..BLOCK], "{split:?}");
+            region.populate(..).unwrap_or_else(|error| panic!("{split:?}: {error}"));
+            assert!(region.as_slice() == expected, "{split:?}");
+        });
+    }
+}
+
+#[test]
+fn a_split_region_is_served_by_the_callers_loop() {
+    for split in SPLITS {
+        let mut manual = Manual::new().unwrap();
+        let (chunks, expected) = pieces();
+        let region = Region::builder().chunks(chunks).build(&manual).unwrap();
+        if !split.within(&region) {
+            continue;
+        }
+        let read = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(region.as_slice() == expected, "{split:?}");
+                read.store(true, Ordering::SeqCst);
+            });
+            crate::until(|| {
+                manual.serve_ready(10);
+                read.load(Ordering::SeqCst)
+            });
+        });
+        assert_eq!(region.metrics().pages_poisoned, 0, "{split:?}");
+    }
+}
+
+#[test]
+fn a_split_region_shows_a_memfd_that_is_filled_later() {
+    let bytes = pattern(3, PAGES * PAGE);
+    for split in SPLITS {
+        let chunk = chunk_of(&bytes, true);
+        let region = Region::builder().chunk(chunk).build_shared(&Pool::new().unwrap()).unwrap();
+        if split.at(region.as_ptr().addr().get() + 100 * PAGE, 3 * PAGE) {
+            let mut seen = vec![0; bytes.len()];
+            region.read_at(0, &mut seen).unwrap_or_else(|error| panic!("{split:?}: {error}"));
+            assert!(seen == bytes, "{split:?}");
+        }
+    }
+}
+
+#[test]
+fn a_split_region_moves_the_pages_up_to_the_border_and_behind_it() {
+    let bytes = pattern(4, 2 * BLOCK);
+    let builder = Region::builder().chunk(pages_of(&bytes)).readahead(Readahead::None);
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    let start = region.as_ptr().addr().get();
+    if !Split::Advise.at(start + 100 * PAGE, 3 * PAGE) {
+        return;
+    }
+    region.populate(..).unwrap();
+    assert!(region.as_slice() == bytes);
+    assert_eq!(region.close().pages_copied, 0, "the kernel moves pages on either side of a border");
+}
+
+/// Memory of a guest, split in its midst, and adopted; two blocks of it are not filled when it is abandoned.
+fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
+    let guest = Guest::new(&[expected.len()], false).unwrap();
+    let [(start, bytes)] = guest.ranges()[..] else { panic!("one range") };
+    assert!(Split::Advise.at(start + 100 * PAGE, 3 * PAGE));
+    let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
+    let memory = memory.owner(Process::open(Pid::this()).unwrap()).range(start, bytes);
+    let region = Region::builder().chunk(expected.to_vec()).build_adopted(memory, &Pool::new().unwrap());
+    (guest, region.unwrap())
+}
+
+#[test]
+fn split_memory_of_another_owner_is_populated() {
+    let expected = pattern(5, BLOCK);
+    let (guest, region) = adopt(&expected);
+    region.populate(..).unwrap();
+    assert!((0..BLOCK).step_by(PAGE).all(|at| guest.read(at) == expected[at]));
+    assert_eq!(region.close().pages_poisoned, 0);
+}
+
+#[test]
+fn split_memory_that_is_abandoned_has_no_zeros() {
+    if signal_of_loss() != crate::SIGBUS {
+        println!(
+            "SKIPPED: no poison marks here (Linux 6.6): its owner would be ended, which is this process"
+        );
+        return;
+    }
+    let (guest, region) = adopt(&pattern(6, BLOCK));
+    drop(region);
+    let [(start, _)] = guest.ranges()[..] else { panic!("one range") };
+    for page in 0..BLOCK / PAGE {
+        let mut byte = [0xff];
+        let from = RemoteIoVec { base: start + page * PAGE, len: 1 };
+        let read = process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut byte)], &[from]);
+        assert_eq!(read, Err(Errno::EFAULT), "page {page} reads as {byte:?}");
+    }
+}
