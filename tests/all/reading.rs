@@ -4,8 +4,8 @@
 use crate::pattern;
 use crate::zero_copy::memfd;
 use bytes::Bytes;
-use pagestitch::source::{File, Memfd, Memory};
-use pagestitch::{Chunk, ErrorKind, Pool, Region};
+use pagestitch::source::{Fetch, File, Memfd, Memory, Reply};
+use pagestitch::{Chunk, ErrorKind, Pool, Region, Source};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use proptest::prelude::*;
 use std::io::Write;
@@ -183,6 +183,44 @@ fn a_writable_region_keeps_what_is_written_and_leaves_the_source_alone() {
     assert!(seen == expected);
     expected[12_345] = 0;
     assert!(region.as_slice() == expected);
+}
+
+/// A source whose bytes tell which of its traits was asked.
+struct Both;
+
+impl Source for Both {
+    fn size(&self) -> u64 {
+        20_000
+    }
+
+    fn read_at(&self, _offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.fill(1);
+        Ok(())
+    }
+}
+
+impl Fetch for Both {
+    fn size(&self) -> u64 {
+        10_000
+    }
+
+    fn fetch(&self, _offset: u64, reply: Reply) {
+        let bytes = vec![2; reply.len()];
+        reply.answer(&bytes);
+    }
+}
+
+#[test]
+fn an_arc_that_is_a_source_and_a_fetch_is_asked_as_each_chunk_says() {
+    let both = Arc::new(Both);
+    let chunks = || (Chunk::source(Arc::clone(&both)), Chunk::fetch(Arc::clone(&both)));
+    let expected = [vec![1; 20_000], vec![2; 10_000]];
+    let (read, fetched) = chunks();
+    let region = Region::builder().chunk(read).chunk(fetched).build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice() == expected.concat());
+    let (read, fetched) = chunks();
+    let region = Region::builder().chunk(fetched).chunk(read).build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice()[..10_000] == expected[1] && region.as_slice()[10_000..] == expected[0]);
 }
 
 #[test]

@@ -14,7 +14,7 @@
 use crate::error::{Error, ErrorKind};
 use crate::policy::OnFailure;
 use crate::region::Chunk;
-use crate::source::{Backing, Failure, Hole, Shared};
+use crate::source::{Backing, Failure, Hole, Identity, Shared};
 use pagestitch_kernel::PageSize;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -28,7 +28,7 @@ pub(crate) struct Layout {
     origins: Vec<Origin>,
     sources: Vec<Backing>,
     /// Sources that may come again, while the layout is made.
-    known: HashMap<(usize, u64), u32, BuildHasherDefault<IdentityHasher>>,
+    known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
     total: u64,
     /// The chunks that are only padding, ascending: users do not count them.
     padding: Vec<u32>,
@@ -343,7 +343,11 @@ impl Hasher for IdentityHasher {
     }
 
     fn write(&mut self, _bytes: &[u8]) {
-        unreachable!("an identity is two integers");
+        unreachable!("an identity is integers");
+    }
+
+    fn write_isize(&mut self, value: isize) {
+        self.write_u64(value as u64);
     }
 
     fn write_u64(&mut self, value: u64) {

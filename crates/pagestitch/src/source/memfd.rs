@@ -52,8 +52,8 @@ impl Memfd {
         &self.sealed
     }
 
-    pub(crate) fn identity(&self) -> (usize, u64) {
-        (Arc::as_ptr(&self.sealed).addr(), self.sealed.len() as u64)
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.sealed).addr()
     }
 }
 

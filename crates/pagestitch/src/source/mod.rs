@@ -39,6 +39,7 @@ pub use pagestitch_kernel::pages::{Donated, Pages};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
 pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
 pub(crate) use shared::Shared;
+use shared::SharedKind;
 
 use std::sync::Arc;
 use std::{fmt, io};
@@ -130,17 +131,42 @@ impl Backing {
     }
 
     /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.
-    pub(crate) fn identity(&self) -> Option<(usize, u64)> {
+    pub(crate) fn identity(&self) -> Option<Identity> {
+        let of = |kind, address| Some(Identity { kind, address, len: 0 });
         match self {
-            Self::Memory(memory) => memory.identity(),
-            Self::Memfd(memfd) => Some(memfd.identity()),
-            Self::Donated(donated) => Some((Arc::as_ptr(donated).addr(), u64::MAX)),
-            Self::Shared(shared) => Some(shared.identity()),
-            Self::Hole(_) => Some((0, 0)),
-            Self::Read(source) => Some((Arc::as_ptr(source).addr(), u64::MAX)),
-            Self::Fetched(source) => Some((Arc::as_ptr(&source.0).addr(), u64::MAX)),
+            Self::Memory(memory) => {
+                memory.identity().map(|(address, len)| Identity { kind: Kind::Memory, address, len })
+            }
+            Self::Memfd(memfd) => of(Kind::Memfd, memfd.identity()),
+            Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
+            Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
+            Self::Hole(_) => of(Kind::Hole, 0),
+            Self::Read(source) => of(Kind::Read, Arc::as_ptr(source).addr()),
+            Self::Fetched(source) => of(Kind::Fetched, Arc::as_ptr(&source.0).addr()),
         }
     }
+}
+
+/// A source among those of a region: two chunks with the same one are of the same source, and read it the same way. The same
+/// `Arc` can be a [`Source`] and a [`Fetch`], whose bytes differ, so its address alone does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Identity {
+    kind: Kind,
+    address: usize,
+    /// Of memory, which is known by where it lies.
+    len: u64,
+}
+
+/// Which way a source is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    Memory,
+    Memfd,
+    Donated,
+    Shared(SharedKind),
+    Hole,
+    Read,
+    Fetched,
 }
 
 impl fmt::Debug for Backing {

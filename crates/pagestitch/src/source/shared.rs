@@ -31,16 +31,36 @@ impl Shared {
         }
     }
 
-    /// Address and kind: two chunks have the same one if they have the same source, and show it the same way.
-    pub(super) fn identity(&self) -> (usize, u64) {
+    /// The address that tells it from others of its kind.
+    pub(super) fn identity(&self) -> usize {
         match self {
-            Self::File(file, Sharing::Shared) => (Arc::as_ptr(file).addr(), u64::MAX - 1),
-            Self::File(file, Sharing::CopyOnWrite) => (Arc::as_ptr(file).addr(), u64::MAX - 2),
-            Self::Alias(alias) => (Arc::as_ptr(alias).addr(), u64::MAX),
-            Self::Physical(physical) => (Arc::as_ptr(physical).addr(), u64::MAX),
-            Self::Lazy(memfd) => (memfd.identity(), u64::MAX),
+            Self::File(file, _) => Arc::as_ptr(file).addr(),
+            Self::Alias(alias) => Arc::as_ptr(alias).addr(),
+            Self::Physical(physical) => Arc::as_ptr(physical).addr(),
+            Self::Lazy(memfd) => memfd.identity(),
         }
     }
+
+    /// Which way it is shown.
+    pub(super) const fn kind(&self) -> SharedKind {
+        match self {
+            Self::File(_, Sharing::Shared) => SharedKind::File,
+            Self::File(_, Sharing::CopyOnWrite) => SharedKind::CopyOnWrite,
+            Self::Alias(_) => SharedKind::Alias,
+            Self::Physical(_) => SharedKind::Physical,
+            Self::Lazy(_) => SharedKind::Lazy,
+        }
+    }
+}
+
+/// A way to show what others may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum SharedKind {
+    File,
+    CopyOnWrite,
+    Alias,
+    Physical,
+    Lazy,
 }
 
 /// Where it cannot be shown in place, it is read with `pread(2)` when its pages are touched.
