@@ -5,7 +5,11 @@ use pagestitch::source::{Donated, Pages};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
 use pagestitch_kernel::Support;
 use pagestitch_kernel::support::Features;
+use proptest::prelude::*;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 const PAGE: usize = 4096;
 
@@ -114,6 +118,118 @@ fn a_byte_is_given_up_once() {
     assert_eq!(error.kind(), ErrorKind::BadChunk);
     let said = "chunk 1 (donated pages) gives up bytes 0..5000, which a chunk gave up before";
     assert!(error.to_string().contains(said), "{error}");
+}
+
+/// Bytes `start..end` of a donation for each part, in a region each or all in one.
+fn rotations() -> impl Strategy<Value = (usize, Vec<usize>, bool)> {
+    let cuts = prop::collection::vec(1usize..5 * PAGE, 1..6);
+    (1usize..5 * PAGE, cuts, any::<bool>())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Chunks that meet in a page of one donation, in any order: a page that moves takes only its own chunk's bytes along.
+    #[test]
+    fn chunks_that_share_a_page_of_a_donation_show_their_own_bytes(
+        (len, cuts, aligned) in rotations(), seed in any::<u64>(), rotation in 0usize..6,
+    ) {
+        let bytes = pattern(seed, len);
+        let donated = Arc::new(Donated::from(pages_of(&bytes)));
+        let mut ends: Vec<usize> = cuts.iter().map(|cut| cut % len).chain([0, len]).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let mut parts: Vec<_> = ends.windows(2).map(|ends| ends[0]..ends[1]).collect();
+        let turn = rotation % parts.len();
+        parts.rotate_left(turn);
+        let chunk = |part: &Range<usize>| {
+            Chunk::from(Arc::clone(&donated)).range(part.start as u64..part.end as u64)
+        };
+        let builder = if aligned { Region::builder().page_aligned() } else { Region::builder() };
+        let builder = builder.chunks(parts.iter().map(chunk));
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        // Two readers at once: one page of the donation is copied for one of them while it moves for the other.
+        thread::scope(|scope| {
+            for backwards in [false, true] {
+                let (region, parts, bytes) = (&region, &parts, &bytes);
+                scope.spawn(move || {
+                    let mut order: Vec<usize> = (0..parts.len()).collect();
+                    if backwards { order.reverse(); }
+                    for chunk in order {
+                        let at = region.offset_of(chunk).unwrap() as usize;
+                        let part = parts[chunk].clone();
+                        assert!(region.as_slice()[at..at + part.len()] == bytes[part.clone()], "{part:?} of {parts:?}");
+                    }
+                });
+            }
+        });
+        prop_assert!(region.failures().is_empty());
+    }
+}
+
+#[test]
+fn a_chunk_behind_one_of_the_same_page_keeps_its_bytes() {
+    for round in 0..50 {
+        let bytes = pattern(round, 13_192);
+        let donated = Arc::new(Donated::from(pages_of(&bytes)));
+        let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
+        let builder = Region::builder().chunk(part(5000, 13_192)).chunk(part(0, 5000));
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        let expected = [&bytes[5000..], &bytes[..5000]].concat();
+        thread::scope(|scope| {
+            scope.spawn(|| assert!(region.as_slice()[8192..] == expected[8192..], "round {round}"));
+            scope.spawn(|| assert!(region.as_slice()[..8192] == expected[..8192], "round {round}"));
+        });
+        assert!(region.failures().is_empty());
+    }
+}
+
+#[test]
+fn chunks_of_one_page_are_served_in_children_too() {
+    let bytes = pattern(7, 3 * PAGE);
+    let donated = Arc::new(Donated::from(pages_of(&bytes)));
+    let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
+    let builder = Region::builder().page_aligned().chunk(part(5000, 3 * PAGE as u64)).chunk(part(0, 5000));
+    match builder.serve_children().build(&Pool::new().unwrap()) {
+        Ok(region) => {
+            let at = |chunk| region.offset_of(chunk).unwrap() as usize;
+            assert!(region.as_slice()[at(0)..][..3 * PAGE - 5000] == bytes[5000..]);
+            assert!(region.as_slice()[at(1)..][..5000] == bytes[..5000]);
+        }
+        Err(error) => println!("SKIPPED: {error}"),
+    }
+}
+
+/// A reader of the donation itself learns that a page has moved, and never sees the zeros that it leaves behind.
+#[test]
+fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
+    if !moves() {
+        return;
+    }
+    for round in 0..20 {
+        let bytes = pattern(round, 64 * PAGE);
+        let donated = Arc::new(Donated::from(pages_of(&bytes)));
+        let builder = Region::builder().chunk(Arc::clone(&donated)).readahead(Readahead::None);
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut page = vec![0; PAGE];
+                while !done.load(Ordering::SeqCst) {
+                    for at in (0..bytes.len()).step_by(PAGE) {
+                        if donated.read_at(at as u64, &mut page).is_ok() {
+                            assert!(page == bytes[at..at + PAGE], "page at {at} reads as {}", page[0]);
+                        }
+                    }
+                }
+            });
+            scope.spawn(|| {
+                let read = region.as_slice() == bytes;
+                done.store(true, Ordering::SeqCst);
+                assert!(read);
+            });
+        });
+    }
 }
 
 #[test]

@@ -10,6 +10,7 @@
 
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::words::Words;
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, ProtFlags};
@@ -18,15 +19,15 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut, Range};
 use std::slice;
-use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 /// Private, page-aligned memory of this process, zeros at first. A forked child does not have it.
 pub struct Pages {
     mapping: Mapping,
     len: usize,
     /// For when they are given up: that cannot fail, then.
-    moved: Words,
+    states: Words,
 }
 
 impl Pages {
@@ -56,9 +57,9 @@ impl Pages {
         // A page that a child shares cannot be moved.
         mapping.advise(MmapAdvise::MADV_DONTFORK)?;
         let _ = advice.map(|advice| mapping.advise(advice));
-        let words = whole.get().div_ceil(PageSize::system().bytes() * 64);
-        let moved = Words::new(NonZeroUsize::new(words).expect("has a page"))?;
-        Ok(Self { mapping, len: bytes, moved })
+        let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
+        let states = Words::new(NonZeroUsize::new(words).expect("has a page"))?;
+        Ok(Self { mapping, len: bytes, states })
     }
 }
 
@@ -98,14 +99,15 @@ pub struct Donated {
     page: PageSize,
     /// Start and end of what has been spoken for.
     claimed: Mutex<BTreeMap<u64, u64>>,
-    /// A bit for each page that has moved away: what is left in its place are zeros, which are not its bytes.
-    moved: Words,
+    /// Two bits a page: [`TAKEN`] while it is being moved or copied into a region, [`MOVED`] when it has moved away. What is left
+    /// in its place then are zeros, which are not its bytes.
+    states: Words,
 }
 
 impl From<Pages> for Donated {
     fn from(pages: Pages) -> Self {
-        let Pages { mapping, len, moved } = pages;
-        Self { mapping, len, page: PageSize::system(), claimed: Mutex::default(), moved }
+        let Pages { mapping, len, states } = pages;
+        Self { mapping, len, page: PageSize::system(), claimed: Mutex::default(), states }
     }
 }
 
@@ -122,12 +124,15 @@ impl Donated {
         self.len == 0
     }
 
-    /// Speaks for a range of them, once: what has moved cannot be in two places.
+    /// Speaks for a range of them, once: what has moved cannot be in two places. An empty range speaks for nothing.
     ///
     /// # Errors
     ///
     /// A range that was spoken for before, and meets this one.
     pub fn claim(&self, range: Range<u64>) -> Result<(), Range<u64>> {
+        if range.is_empty() {
+            return Ok(());
+        }
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         // The last one that begins before this one's end is the only one that can meet it.
         match claimed.range(..range.end).next_back() {
@@ -150,22 +155,70 @@ impl Donated {
     /// If they are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         let span = self.page.covering(&(offset..offset + into.len() as u64));
-        if span.iter().any(|page| self.has_moved(page)) {
-            return Err(Errno::ENODATA);
+        loop {
+            match self.settled(span) {
+                Some(true) => return Err(Errno::ENODATA),
+                // A page that is on its way either moves, or stays.
+                None => {
+                    thread::yield_now();
+                    continue;
+                }
+                Some(false) => {}
+            }
+            crate::copy::read(&self.mapping, offset, into)?;
+            // A page that was taken meanwhile may have read as zeros.
+            if self.settled(span) == Some(false) {
+                return Ok(());
+            }
         }
-        crate::copy::read(&self.mapping, offset, into)
     }
 
     /// Whether a page has moved away.
     #[must_use]
     pub fn has_moved(&self, page: Page) -> bool {
-        self.moved[page.0 / 64].load(Ordering::Acquire) & 1 << (page.0 % 64) != 0
+        self.words(page.span()).any(|(word, pages)| word.load(Ordering::SeqCst) & pages.moved() != 0)
     }
 
-    pub(crate) fn mark_moved(&self, span: Span) {
-        for page in span.iter() {
-            self.moved[page.0 / 64].fetch_or(1 << (page.0 % 64), Ordering::AcqRel);
+    /// Takes the first pages of a span, to move or to copy them: as many as are there and no other thread has taken. Until the
+    /// guard is dropped no other thread takes them, and readers wait. `None` where that is none.
+    pub(crate) fn take(&self, span: Span) -> Option<Taken<'_>> {
+        let mut taken = Taken { donated: self, span: span.prefix(0) };
+        for (word, pages) in self.words(span) {
+            let mut free = pages;
+            let _ = word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |bits| {
+                free = pages.before((bits | bits >> 1) & pages.units);
+                (free.units != 0).then_some(bits | free.taken())
+            });
+            taken.span.pages += free.count();
+            if free.units != pages.units {
+                break;
+            }
         }
+        (!taken.span.is_empty()).then_some(taken)
+    }
+
+    /// Whether a page of a span has moved; `None` if that is not decided yet.
+    fn settled(&self, span: Span) -> Option<bool> {
+        let mut taken = false;
+        for (word, pages) in self.words(span) {
+            let bits = word.load(Ordering::SeqCst);
+            if bits & pages.moved() != 0 {
+                return Some(true);
+            }
+            taken |= bits & pages.taken() != 0;
+        }
+        (!taken).then_some(false)
+    }
+
+    /// The words that hold the states of a span, and which pages each holds of it.
+    fn words(&self, span: Span) -> impl Iterator<Item = (&AtomicU64, Units)> {
+        let mut rest = span;
+        std::iter::from_fn(move || {
+            let (word, first) = (rest.first.0 / PAGES_PER_WORD, rest.first.0 % PAGES_PER_WORD);
+            let now = rest.prefix(PAGES_PER_WORD - first);
+            rest = rest.without_prefix(now.pages);
+            (!now.is_empty()).then(|| (&self.states[word], Units::of(first, now.pages)))
+        })
     }
 
     /// The addresses of some of the pages.
@@ -187,6 +240,71 @@ impl Donated {
     }
 }
 
+/// Pages of a donation that one thread moves or copies. Dropped, those that have not moved are there again.
+#[derive(Debug)]
+pub(crate) struct Taken<'d> {
+    donated: &'d Donated,
+    span: Span,
+}
+
+impl Taken<'_> {
+    pub(crate) const fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Takes note that the first `pages` of them have moved away.
+    pub(crate) fn moved(&self, pages: usize) {
+        for (word, pages) in self.donated.words(self.span.prefix(pages)) {
+            word.fetch_or(pages.moved(), Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        for (word, pages) in self.donated.words(self.span) {
+            word.fetch_and(!pages.taken(), Ordering::SeqCst);
+        }
+    }
+}
+
+/// Pages of one word, next to each other: the lower bit of each.
+#[derive(Debug, Clone, Copy)]
+struct Units {
+    units: u64,
+}
+
+impl Units {
+    const ALL: u64 = u64::MAX / (TAKEN | MOVED);
+
+    /// `pages` of them, at least one, from `first` on.
+    const fn of(first: usize, pages: usize) -> Self {
+        Self { units: Self::ALL >> ((PAGES_PER_WORD - pages) * BITS) << (first * BITS) }
+    }
+
+    /// Those before the first of `busy`.
+    const fn before(self, busy: u64) -> Self {
+        Self { units: self.units & (busy & busy.wrapping_neg()).wrapping_sub(1) }
+    }
+
+    const fn taken(self) -> u64 {
+        self.units * TAKEN
+    }
+
+    const fn moved(self) -> u64 {
+        self.units * MOVED
+    }
+
+    const fn count(self) -> usize {
+        self.units.count_ones() as usize
+    }
+}
+
+const BITS: usize = 2;
+const TAKEN: u64 = 1;
+const MOVED: u64 = 2;
+const PAGES_PER_WORD: usize = u64::BITS as usize / BITS;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,16 +321,28 @@ mod tests {
     }
 
     #[test]
-    fn donated_bytes_can_be_read_until_they_move() {
-        let mut pages = Pages::new(10_000).unwrap();
-        pages[8191..8193].copy_from_slice(&[1, 2]);
-        let donated = Donated::from(pages);
-        let mut bytes = [0; 2];
-        donated.read_at(8191, &mut bytes).unwrap();
-        assert_eq!(bytes, [1, 2]);
-        donated.mark_moved(Page(2).span());
-        assert_eq!(donated.read_at(8191, &mut bytes), Err(Errno::ENODATA));
-        assert_eq!(donated.read_at(8190, &mut bytes), Ok(()));
+    fn an_empty_range_erases_no_claim() {
+        let donated = Donated::from(Pages::new(100_000).unwrap());
+        assert_eq!(donated.claim(100..200), Ok(()));
+        assert_eq!(donated.claim(100..100), Ok(()));
+        assert_eq!(donated.claim(150..150), Ok(()));
+        assert_eq!(donated.claim(150..160), Err(100..200));
+    }
+
+    #[test]
+    fn a_page_is_taken_by_one_thread_at_a_time_and_moves_once() {
+        let donated = Donated::from(Pages::new(100 * 4096).unwrap());
+        let span = |first, pages| Span { first: Page(first), pages };
+        let taken = donated.take(span(10, 60)).unwrap();
+        assert_eq!(taken.span(), span(10, 60));
+        assert!(donated.take(span(60, 20)).is_none());
+        assert_eq!(donated.take(span(0, 100)).unwrap().span(), span(0, 10), "up to what is taken");
+        assert_eq!(donated.take(span(70, 20)).unwrap().span(), span(70, 20));
+        taken.moved(5);
+        drop(taken);
+        assert!(donated.has_moved(Page(14)) && !donated.has_moved(Page(15)));
+        assert_eq!(donated.take(span(5, 20)).unwrap().span(), span(5, 5), "page 10 has moved");
+        assert_eq!(donated.take(span(15, 85)).unwrap().span(), span(15, 85));
     }
 
     #[test]

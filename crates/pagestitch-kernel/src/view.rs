@@ -150,10 +150,8 @@ impl View {
     pub fn take(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &donated.mapping, offset) else { return Ok(()) };
         let moving = donated.span(offset, range.bytes());
-        assert!(
-            !moving.iter().any(|page| donated.has_moved(page)),
-            "{moving:?} of {donated:?} have moved before"
-        );
+        let taken = donated.take(moving).filter(|taken| taken.span() == moving);
+        let taken = taken.unwrap_or_else(|| panic!("{moving:?} of {donated:?} have moved before"));
         // The old addresses stay mapped: they are the donation's to unmap, and nobody else's to be given.
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         let bytes = range.bytes();
@@ -164,7 +162,7 @@ impl View {
         if answer == libc::MAP_FAILED {
             return Err(Errno::last());
         }
-        donated.mark_moved(moving);
+        taken.moved(moving.pages);
         self.protect(range)
     }
 

@@ -210,34 +210,38 @@ impl Uffd {
     }
 
     /// Moves donated pages in, as [`move_pages`](Self::move_pages) does: those from `offset` on, a multiple of the page
-    /// size. [`Outcome::NotRegistered`] if one of them was never touched, and is zeros, or has moved before. Both sides have to be
-    /// writable mappings. Linux 6.8.
+    /// size. [`Outcome::NotRegistered`] if the first was never touched, and is zeros, has moved before, or is taken by another
+    /// thread at this moment. Both sides have to be writable mappings. Linux 6.8.
     ///
     /// # Panics
     ///
     /// If the donation does not have as many pages there.
     pub fn give(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
         let span = donated.span(offset, range.bytes());
+        let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
+        let part = range.part(0, taken.span().pages);
         // SAFETY: pages that were given up: nobody has a slice of them.
         #[expect(unsafe_code, reason = "the donation is the vouching owner that move_pages asks for")]
-        let outcome = unsafe { self.move_pages(range, donated.range(span)) };
+        let outcome = unsafe { self.move_pages(part, donated.range(taken.span())) };
         match outcome {
-            Outcome::Done => donated.mark_moved(span),
-            Outcome::Partial { bytes } => donated.mark_moved(donated.span(offset, bytes)),
+            Outcome::Done => taken.moved(taken.span().pages),
+            Outcome::Partial { bytes } => taken.moved(donated.span(offset, bytes).pages),
             _ => {}
         }
-        outcome
+        outcome.of_part(part.bytes(), range.bytes())
     }
 
     /// Copies donated pages in, for where they cannot be moved. As [`give`](Self::give) otherwise.
     ///
     /// # Panics
     ///
-    /// As [`give`](Self::give); if a page has moved, and its bytes are elsewhere.
+    /// As [`give`](Self::give).
     pub fn copy_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
         let span = donated.span(offset, range.bytes());
-        assert!(!span.iter().any(|page| donated.has_moved(page)), "{span:?} of {donated:?} have moved");
-        self.copy_from(range, donated.range(span).start())
+        let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
+        let part = range.part(0, taken.span().pages);
+        let outcome = self.copy_from(part, donated.range(taken.span()).start());
+        outcome.of_part(part.bytes(), range.bytes())
     }
 
     /// Write-protects the present pages of `range`: a write then waits for [`unprotect`](Self::unprotect). Linux 5.7.

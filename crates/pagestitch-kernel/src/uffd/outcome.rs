@@ -77,6 +77,14 @@ impl Waiters {
 }
 
 impl Outcome {
+    /// The answer for `whole` bytes, of which the first `part` were asked for.
+    pub(super) const fn of_part(self, part: usize, whole: usize) -> Self {
+        match self {
+            Self::Done if part < whole => Self::Partial { bytes: part },
+            outcome => outcome,
+        }
+    }
+
     /// Reads the output field `done` before the errno of `answer`.
     pub(super) fn interpret(answer: nix::Result<i32>, requested: usize, done: i64) -> Self {
         let progress = usize::try_from(done).unwrap_or(0);

@@ -186,19 +186,34 @@ fn extent_end(layout: &Layout, first: usize) -> usize {
 /// The pages of an extent that it has to itself, if it lies at the same place in pages of source and region. Padding
 /// around it, and what is past the region's end, may be whatever the source has there.
 pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<Run> {
-    let (first, last) = (chunks.start, chunks.end - 1);
-    let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);
+    let first = chunks.start;
+    let start = layout.offsets_of(first).start;
     let source = layout.source_offset(first);
     if !is_aligned(page, start, source) {
         return None;
     }
-    let around = page.offsets(page.covering(&(start..stop)));
-    let from = if layout.is_free_before(first, around.start) { around.start } else { start };
-    let to = if layout.is_free_after(last, around.end) { around.end } else { stop };
-    let span = page.inside(&(from..to));
+    let span = page.inside(&with_padding(layout, page, chunks));
     // Below the extent's start only by what lies in the same page of the source.
     let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
     (!span.is_empty()).then_some(Run { span, chunk: first, offset })
+}
+
+/// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A donated page moves with all of its
+/// bytes: another chunk, of any region, may have spoken for those that are not the extent's, or come to.
+fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<u64> {
+    let (first, last) = (chunks.start, chunks.end - 1);
+    let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);
+    let around = page.offsets(page.covering(&(start..stop)));
+    let (before, after) = match layout.backing_of(first) {
+        Backing::Donated(donated) => {
+            let end = layout.source_offset(first) + (stop - start);
+            (false, end == donated.len() as u64)
+        }
+        _ => (true, true),
+    };
+    let from = if before && layout.is_free_before(first, around.start) { around.start } else { start };
+    let to = if after && layout.is_free_after(last, around.end) { around.end } else { stop };
+    from..to
 }
 
 /// Whether an offset in a region and one in a source are at the same place in their pages.

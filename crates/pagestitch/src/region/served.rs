@@ -196,8 +196,6 @@ impl Served {
         }
         let size = self.page_size();
         let chunk = self.layout.locate(size.offset_of(span.first));
-        // Padding before a chunk may be in a page of the chunk's.
-        let chunk = if self.layout.is_padding(chunk) { chunk + 1 } else { chunk };
         let Backing::Donated(donated) = self.layout.backing_of(chunk) else { return None };
         let own = whole_pages(&self.layout, size, chunk..chunk + 1)?;
         if span.first < own.span.first || own.span.end() <= span.first {
