@@ -81,6 +81,9 @@ fn a_recording_of_something_else_is_refused_by_name() {
     let expected =
         "region other: the recording is of a region of 8192000 bytes in pages of 4 KiB, and this has 20480";
     assert!(error.to_string().starts_with(expected), "{error}");
+    let both = builder(&Arc::new(Scripted::new(2000 * PAGE as u64))).record().replay(&recorded);
+    let error = both.build(&pool).unwrap_err();
+    assert!(error.to_string().contains("a page that is replayed has no first touch"), "{error}");
     let error = Region::builder().chunk(vec![1; 10]).record().build(Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotInline);
 

@@ -89,7 +89,7 @@ impl Builder {
     }
 
     /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
-    /// is filled ahead. A guest that touches nothing leaves the recording to the next one, and the file as it is.
+    /// is filled ahead or replayed. A guest that touches nothing leaves the recording to the next one, and the file as it is.
     pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
         self.record = Some(path.into());
         self

@@ -61,7 +61,9 @@ impl Guest {
         }
         let builder = if record { builder.record() } else { builder };
         let builder = if *timed { builder.timed() } else { builder };
-        let replay = replay.iter().filter(|recording| has_pages_of(recording, mappings, &owner));
+        // A page that is replayed has no first touch.
+        let replay = replay.iter().filter(|_| !record);
+        let replay = replay.filter(|recording| has_pages_of(recording, mappings, &owner));
         let builder = replay.fold(builder, |builder, recording| builder.replay(recording));
         let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
         Ok(Self { region, owner, recorded: record, _stream: stream })

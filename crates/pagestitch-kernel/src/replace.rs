@@ -68,7 +68,10 @@ impl Place {
 /// The file that a dangling symbolic link names, or else the path itself.
 fn target(path: &Path) -> PathBuf {
     let link = fs::read_link(path);
-    link.map_or_else(|_| path.to_owned(), |target| path.parent().unwrap_or(Path::new("")).join(target))
+    link.map_or_else(
+        |_| path.to_owned(),
+        |target| path.parent().unwrap_or_else(|| Path::new("")).join(target),
+    )
 }
 
 fn create(part: &Path) -> io::Result<File> {

@@ -133,7 +133,7 @@ impl Builder {
     }
 
     /// Takes down in which order pages are first touched, for [`Region::recording`]. Only a fault tells of a touch: nothing is
-    /// filled ahead meanwhile.
+    /// filled ahead meanwhile, and a region that [replays](Self::replay) cannot be recorded: `build` refuses it.
     #[must_use]
     pub fn record(mut self) -> Self {
         self.manner.record = true;
@@ -366,6 +366,11 @@ fn settle_recording(
 ) -> Result<Readahead, Error> {
     if let Some(recording) = &manner.replay {
         recording.check(place.page_size(), layout.total())?;
+        if manner.record {
+            let what =
+                "a page that is replayed has no first touch: record() another region, without replay()";
+            return Err(Error::new(ErrorKind::BadOption, what));
+        }
     }
     Ok(if manner.record { Readahead::None } else { readahead })
 }
