@@ -103,9 +103,10 @@ fn touch(
     let (ns, _) = timed(|| read(order[0]));
     let first = started.elapsed();
     let mut latencies = vec![ns];
+    let read = &read;
     thread::scope(|scope| {
         let parts = order[1..].chunks(order.len().div_ceil(threads));
-        let threads: Vec<_> = parts.map(|part| scope.spawn(|| touches(part, &read))).collect();
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || touches(part, read))).collect();
         for thread in threads {
             let touched = thread.join().expect("a virtual CPU");
             latencies.extend(touched.iter_recorded().flat_map(|value| {

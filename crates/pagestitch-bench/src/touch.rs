@@ -1,6 +1,7 @@
 //! First touches, timed one by one.
 
 use hdrhistogram::Histogram;
+use std::borrow::Borrow;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -10,17 +11,20 @@ use std::time::Instant;
 ///
 /// If an offset is outside.
 #[must_use]
-pub fn first_touches(bytes: &[u8], offsets: &[usize]) -> Histogram<u64> {
+pub fn first_touches(bytes: &[u8], offsets: impl IntoIterator<Item: Borrow<usize>>) -> Histogram<u64> {
     touches(offsets, |offset| *black_box(&bytes[offset]))
 }
 
 /// The same, with a touch of one's own.
 #[must_use]
-pub fn touches(offsets: &[usize], touch: impl Fn(usize) -> u8) -> Histogram<u64> {
+pub fn touches(
+    offsets: impl IntoIterator<Item: Borrow<usize>>,
+    touch: impl Fn(usize) -> u8,
+) -> Histogram<u64> {
     let mut latencies = histogram();
-    for &offset in offsets {
+    for offset in offsets {
         let started = Instant::now();
-        black_box(touch(offset));
+        black_box(touch(*offset.borrow()));
         latencies.saturating_record(u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX));
     }
     latencies

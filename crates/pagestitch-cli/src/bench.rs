@@ -1,5 +1,6 @@
 //! `pagestitch bench`: what a fault costs, against the plain ways in the same run.
 
+use crate::files;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -9,7 +10,6 @@ use pagestitch_bench::row::{Measured, Row};
 use pagestitch_bench::runner::{self, Watcher};
 use pagestitch_bench::workloads::{self, Workload};
 use std::error::Error;
-use std::fs::{self, File};
 use std::io::{IsTerminal, Write, stderr, stdout};
 use std::path::{Path, PathBuf};
 use std::process::exit;
@@ -40,9 +40,10 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
     pagestitch::Support::probe().features()?;
+    // Before minutes of measuring.
+    let inputs: Vec<_> = options.compare.as_deref().map(|path| ("earlier run", path)).into_iter().collect();
+    files::check(options.report.as_deref().map(|path| ("report", path)), &inputs)?;
     let earlier = options.compare.as_deref().map(read_earlier).transpose()?;
-    // What cannot be written is to be known before minutes of measuring.
-    let report = options.report.as_deref().map(create).transpose()?;
     let measuring =
         runner::Options { rounds: usize::from(options.rounds), seed: options.seed, quick: options.quick };
     let environment = Environment::current();
@@ -66,9 +67,8 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         let mut out: Box<dyn Write> = if as_json { Box::new(stderr()) } else { Box::new(stdout()) };
         out.write_all(compare::table(&earlier, &rows).as_bytes())?;
     }
-    if let Some((mut file, path)) = report {
-        let written = file.write_all(page(&environment, &runs)?.as_bytes());
-        written.map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    if let Some(path) = &options.report {
+        files::write(path, page(&environment, &runs)?.as_bytes())?;
         writeln!(stderr(), "wrote {}", path.display())?;
     }
     Ok(())
@@ -82,11 +82,6 @@ impl Options {
 
 fn read_earlier(path: &Path) -> Result<Vec<Row>, String> {
     compare::read(path).map_err(|error| format!("cannot compare with {}: {error}", path.display()))
-}
-
-fn create(path: &Path) -> Result<(File, &Path), String> {
-    let file = fs::OpenOptions::new().create(true).write(true).truncate(true).open(path);
-    Ok((file.map_err(|error| format!("cannot write {}: {error}", path.display()))?, path))
 }
 
 fn print(workload: &Workload, measured: &[Measured], as_json: bool) -> Result<(), Box<dyn Error>> {

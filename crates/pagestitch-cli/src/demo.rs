@@ -117,7 +117,7 @@ fn measure(
     let region = region?;
     let page = Support::current().page_size().bytes();
     let offsets = options.touch.offsets(region.len(), page, options.seed);
-    let (touch_ns, latencies) = timed(|| first_touches(region.as_slice(), &offsets));
+    let (touch_ns, latencies) = timed(|| first_touches(region.as_slice(), offsets));
     let len = region.len();
     let after_touch = region.close();
     let (eager_ns, copy) = timed(|| copy_eagerly(&buffers, path, cuts));

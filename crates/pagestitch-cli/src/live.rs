@@ -1,5 +1,6 @@
 //! `--live`: what happens, while it happens. A heat map of each region, faults a second, and how long their parts take.
 
+use crate::log;
 use crate::output::{bytes, nanoseconds};
 use pagestitch::{Coverage, Histogram, Meter, Metrics};
 use parking_lot::Mutex;
@@ -72,8 +73,14 @@ impl Live {
         if !io::stdout().is_terminal() {
             return Err(String::from("--live needs a terminal: standard output is none"));
         }
+        if log::is_dumb() {
+            return Err(String::from(
+                "--live needs a terminal that can move its cursor: TERM is dumb or not set",
+            ));
+        }
         let mut terminal =
             ratatui::try_init().map_err(|error| format!("--live cannot have the terminal: {error}"))?;
+        log::show_in(Some(scene));
         let over = Arc::new(AtomicBool::new(false));
         let (scene, ended) = (scene.clone(), Arc::clone(&over));
         let thread = thread::spawn(move || {
@@ -97,6 +104,7 @@ impl Drop for Live {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         self.thread.take().map(JoinHandle::join);
+        log::show_in(None);
     }
 }
 
@@ -215,7 +223,8 @@ fn time(time: Duration) -> String {
 /// A part of a region: dark for absent, bright for present, red where something was lost.
 fn cell(part: &Coverage) -> Span<'static> {
     let (glyph, color) = match part {
-        Coverage { poisoned: 1.., .. } => ("█", Color::Red),
+        // A glyph of its own: not every terminal has colours.
+        Coverage { poisoned: 1.., .. } => ("×", Color::Red),
         Coverage { present: 0, .. } => ("·", Color::DarkGray),
         Coverage { present, pages, .. } => {
             let ramp = [

@@ -1,10 +1,13 @@
 //! The `pagestitch` command.
 //!
-//! Exit status: 0 done; 1 it could not be done, and one line on standard error says why; 2 wrong arguments.
+//! Exit status: 0 done; 1 it could not be done, and one line on standard error says why; 2 wrong arguments: arguments that are wrong
+//! whatever the files hold and the machine allows.
 
 mod bench;
 mod demo;
+mod files;
 mod live;
+mod log;
 mod output;
 mod part;
 mod probe;
@@ -16,7 +19,8 @@ mod touch;
 use clap::{ArgAction, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::error::Error;
-use std::io::{self, IsTerminal, Write};
+use std::fmt;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -51,12 +55,24 @@ enum Command {
     Bench(bench::Options),
 }
 
+/// Arguments that contradict each other, each of which is right by itself.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for Usage {}
+
 fn main() -> ExitCode {
     pagestitch_bench::guest::play_if_asked();
     let arguments = Arguments::parse();
     // A stress test makes pages fail by the thousand.
     let quiet = matches!(arguments.command, Command::Stress(_));
-    log_to_stderr(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN });
+    log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN });
     raise_descriptor_limit();
     let json = arguments.json;
     let done = match arguments.command {
@@ -73,24 +89,9 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "pagestitch: {error}");
-            ExitCode::FAILURE
+            if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
-}
-
-fn log_to_stderr(verbose: u8, least: LevelFilter) {
-    let level = match verbose {
-        0 => least,
-        1 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
-    };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .without_time()
-        .init();
 }
 
 /// Every file takes a descriptor, and the soft limit is for programs that use select(2): we may have the hard one.

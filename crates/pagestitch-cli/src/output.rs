@@ -1,5 +1,6 @@
 //! What people see: sizes, times, tables, progress.
 
+use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
@@ -37,24 +38,31 @@ pub(crate) fn nanoseconds(ns: u64) -> String {
     }
 }
 
-/// A progress bar that appears when the work has taken a second, on a terminal only.
+/// A number of handler threads.
+pub(crate) fn workers() -> impl TypedValueParser<Value = usize> {
+    RangedU64ValueParser::<usize>::new().range(1..)
+}
+
+/// A progress bar that appears when the work has taken a second, on a terminal only, and never over another picture.
 pub(crate) struct Progress {
     what: &'static str,
     total: u64,
     done: u64,
     started: Instant,
+    hidden: bool,
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
-    pub(crate) fn new(what: &'static str, total: u64) -> Self {
-        Self { what, total, done: 0, started: Instant::now(), bar: None }
+    /// Of so many bytes; `hidden`: something else is drawn on the terminal.
+    pub(crate) fn new(what: &'static str, total: u64, hidden: bool) -> Self {
+        Self { what, total, done: 0, started: Instant::now(), hidden, bar: None }
     }
 
     /// Takes note of `bytes` more.
     pub(crate) fn advance(&mut self, bytes: u64) {
         self.done += bytes;
-        if self.bar.is_none() && self.started.elapsed() > PATIENCE {
+        if self.bar.is_none() && !self.hidden && self.started.elapsed() > PATIENCE {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
                 .expect("a template that indicatif takes");
             let bar = ProgressBar::new(self.total).with_style(style).with_message(self.what);

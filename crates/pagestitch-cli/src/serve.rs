@@ -1,7 +1,8 @@
 //! `pagestitch serve`: fills the memory of other processes.
 
+use crate::files;
 use crate::live::{Live, Scene};
-use crate::output::bytes;
+use crate::output::{bytes, workers};
 use crate::stitch::write_heatmap;
 use clap::{Args, Subcommand, ValueEnum};
 use pagestitch::{Loss, Meter, Pool, Readahead, Recording};
@@ -51,7 +52,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
     /// Handler threads [default: one a CPU, at most 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = workers())]
     workers: Option<usize>,
     /// How many seconds a client may take to send where its memory is
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
@@ -74,6 +75,7 @@ enum StopOption {
 
 pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let Peer::Firecracker(options) = peer;
+    check_outputs(&options)?;
     let mut pool = Pool::builder().name("firecracker");
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
@@ -105,6 +107,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
     say(listening);
     let mut meters: HashMap<i32, Meter> = HashMap::new();
+    let mut lost = Lost::default();
     handler.run(|event| {
         say(if as_json { to_json(event).to_string() } else { event.to_string() });
         match event {
@@ -115,16 +118,35 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
             Event::Ended { owner, .. } | Event::Left { owner, .. } => {
                 scene.remove(&owner.to_string());
                 let meter = meters.remove(&owner.pid().as_raw());
-                if let (Some(path), Some(meter)) = (&options.heatmap, meter)
-                    && let Err(error) = write_heatmap(path, &meter)
-                {
-                    say(error);
+                if let (Some(path), Some(meter)) = (&options.heatmap, meter) {
+                    lost.map = write_heatmap(path, &meter).err();
+                    lost.map.iter().for_each(|error| say(error.clone()));
                 }
+            }
+            Event::Recorded { outcome, .. } => {
+                lost.recording = outcome.as_ref().err().map(ToString::to_string);
             }
             _ => {}
         }
     })?;
-    Ok(())
+    lost.recording.or(lost.map).map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Why files that were asked for are not there at the end.
+#[derive(Debug, Default)]
+struct Lost {
+    recording: Option<String>,
+    map: Option<String>,
+}
+
+/// Finds outputs that cannot be written before guests are there, whose touches and maps would be lost.
+fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
+    let memory = options.memory.iter().map(|path| ("memory file", path.as_path()));
+    let mut inputs: Vec<_> = memory.collect();
+    files::check(options.record.as_deref().map(|path| ("recording", path)), &inputs)?;
+    // A recording that is replayed may be recorded anew: it has been read by then.
+    inputs.extend(options.replay.as_deref().map(|path| ("recording", path)));
+    files::check(options.heatmap.as_deref().map(|path| ("map", path)), &inputs)
 }
 
 /// Who reads this may have gone: guests are served all the same.

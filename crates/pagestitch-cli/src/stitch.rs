@@ -1,7 +1,9 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
+use crate::Usage;
+use crate::files::{self, cannot_write, refuse_input};
 use crate::live::{Live, Scene, heatmap, quit};
-use crate::output::{Progress, bytes, hexadecimal, nanoseconds};
+use crate::output::{Progress, bytes, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::touch::Touch;
 use clap::Args;
@@ -14,17 +16,15 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::error::Error;
-use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write, stdout};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH, in bytes
-    #[arg(required = true, value_name = "PART")]
-    parts: Vec<OsString>,
+    #[arg(required = true, value_name = "PART", value_parser = Part::parser())]
+    parts: Vec<Part>,
     /// Print the SHA-256 of the whole region
     #[arg(long)]
     sha256: bool,
@@ -42,10 +42,10 @@ pub(crate) struct Options {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Handler threads [default: one a CPU, at most 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = workers())]
     workers: Option<usize>,
-    /// Write in which order pages are first touched, as --touch does it; with --copy, as what is mapped is not touched by us
-    #[arg(long, value_name = "FILE", requires = "copy")]
+    /// Write in which order pages are first touched by --touch; with --copy, because the touch of a mapped page is not seen
+    #[arg(long, value_name = "FILE", requires_all = ["copy", "touch"])]
     record: Option<PathBuf>,
     /// Have the pages of a recording there before they are asked for
     #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
@@ -73,35 +73,35 @@ struct Done {
 }
 
 pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
-    let parts = options.parts.iter().map(|argument| Part::parse(argument)).collect::<Result<Vec<_>, _>>()?;
+    let parts = &options.parts;
+    check_outputs(options)?;
     let mut pool = Pool::builder();
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
     }
     let pool = pool.start()?;
-    if let Some(path) = &options.output {
-        refuse_part_as_output(&parts, path)?;
-    }
-    let (build_ns, region) = timed(|| build(&parts, options, &pool));
+    let (build_ns, region) = timed(|| build(parts, options, &pool));
     let region = region?;
+    let output = options.output.as_deref().map(Output::open).transpose()?;
     let scene = Scene::default();
     scene.add(region.meter());
     let live = options.live.then(|| Live::show(&scene, quit)).transpose()?;
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
-        touches(&touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
+        touches(touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
     });
     // What is hashed or written out afterwards is populated, and no touch.
     if let (Some(path), Some(recording)) = (&options.record, region.recording()) {
         recording.write(path)?;
     }
-    let sha256 = options.sha256.then(|| sha256(&region)).transpose()?;
-    if let Some(path) = &options.output {
-        write_out(&region, path)?;
+    let blocks = Blocks { region: &region, hidden: options.live };
+    let sha256 = options.sha256.then(|| blocks.sha256()).transpose()?;
+    if let Some(output) = output {
+        blocks.write_out(output)?;
     }
     // Asked for nothing in particular: show that every byte is to be had.
     if !options.explain && latencies.is_none() && sha256.is_none() && options.output.is_none() {
-        each_block(&region, "stitching", |_| Ok(()))?;
+        blocks.each("stitching", |_| Ok(()))?;
     }
     drop(live);
     if let Some(path) = &options.heatmap {
@@ -158,63 +158,95 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
 }
 
-/// Creating the output would empty the part, before a byte of it has been read.
-fn refuse_part_as_output(parts: &[Part], output: &Path) -> Result<(), String> {
-    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    let Some(written) = identity(output) else { return Ok(()) };
-    match parts.iter().find(|part| identity(&part.path) == Some(written)) {
-        Some(part) => Err(format!(
-            "the output {} is the part {}, which writing would destroy: name another file",
-            output.display(),
-            part.path.display()
-        )),
-        None => Ok(()),
+/// Finds outputs that cannot be written before any work is done for them.
+fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
+    let to_stdout = options.output.as_deref() == Some(Path::new("-"));
+    if options.live && to_stdout {
+        return Err(Usage(String::from("--live draws on standard output: write the region to a file")).into());
+    }
+    let parts = options.parts.iter().map(|part| ("part", part.path.as_path()));
+    let inputs: Vec<_> = parts.chain(options.replay.as_deref().map(|path| ("recording", path))).collect();
+    if let Some(output) = options.output.as_deref().filter(|_| !to_stdout) {
+        refuse_input(&inputs, "output", output)?;
+    }
+    let record = options.record.as_deref().map(|path| ("recording", path));
+    let heatmap = options.heatmap.as_deref().map(|path| ("map", path));
+    files::check(record.into_iter().chain(heatmap), &inputs)
+}
+
+/// Where the region is written: standard output, or a file that was opened before the work began, and keeps its bytes until
+/// there are others.
+struct Output<'a> {
+    path: &'a Path,
+    file: Option<File>,
+}
+
+impl<'a> Output<'a> {
+    fn open(path: &'a Path) -> Result<Self, String> {
+        let open = || File::options().write(true).create(true).truncate(false).open(path);
+        let file = (path != Path::new("-")).then(open).transpose();
+        Ok(Self { path, file: file.map_err(|error| cannot_write(path, &error))? })
+    }
+
+    /// Standard output, or the file, emptied.
+    fn begin(&self) -> io::Result<Box<dyn Write + '_>> {
+        let Some(file) = &self.file else { return Ok(Box::new(stdout().lock())) };
+        if file.metadata()?.is_file() {
+            file.set_len(0)?;
+        }
+        Ok(Box::new(file))
     }
 }
 
 pub(crate) fn write_heatmap(path: &Path, meter: &Meter) -> Result<(), String> {
-    fs::write(path, heatmap(meter)).map_err(|error| format!("cannot write {}: {error}", path.display()))
+    files::write(path, heatmap(meter).as_bytes())
 }
 
-/// The SHA-256 of a region, in hexadecimal.
-fn sha256(region: &SharedRegion) -> Result<String, Box<dyn Error>> {
-    let mut hash = Sha256::new();
-    each_block(region, "hashing", |block| {
-        hash.update(block);
-        Ok(())
-    })?;
-    Ok(hexadecimal(&hash.finalize()))
+/// A region as blocks that are copied out: what cannot be read is an error then, not a signal.
+struct Blocks<'a> {
+    region: &'a SharedRegion,
+    /// Whether progress is hidden.
+    hidden: bool,
 }
 
-fn write_out(region: &SharedRegion, path: &PathBuf) -> Result<(), Box<dyn Error>> {
-    let named = |error: io::Error| match error.kind() {
-        io::ErrorKind::BrokenPipe => error,
-        kind => io::Error::new(kind, format!("cannot write {}: {error}", path.display())),
-    };
-    let mut out: Box<dyn Write> = match path.to_str() {
-        Some("-") => Box::new(stdout().lock()),
-        _ => Box::new(File::create(path).map_err(named)?),
-    };
-    each_block(region, "writing", |block| out.write_all(block).map_err(named))?;
-    out.flush().map_err(named)?;
-    Ok(())
-}
-
-/// Has the bytes copied out block by block: what cannot be read is an error then, not a signal.
-fn each_block(
-    region: &SharedRegion,
-    what: &'static str,
-    mut work: impl FnMut(&[u8]) -> io::Result<()>,
-) -> Result<(), Box<dyn Error>> {
-    let mut progress = Progress::new(what, region.len() as u64);
-    let mut block = vec![0; BLOCK.min(region.len())];
-    for start in (0..region.len()).step_by(BLOCK) {
-        let bytes = &mut block[..BLOCK.min(region.len() - start)];
-        region.read_at(start as u64, bytes)?;
-        work(bytes)?;
-        progress.advance(bytes.len() as u64);
+impl Blocks<'_> {
+    /// The SHA-256 of the region, in hexadecimal.
+    fn sha256(&self) -> Result<String, Box<dyn Error>> {
+        let mut hash = Sha256::new();
+        self.each("hashing", |block| {
+            hash.update(block);
+            Ok(())
+        })?;
+        Ok(hexadecimal(&hash.finalize()))
     }
-    Ok(())
+
+    fn write_out(&self, output: Output<'_>) -> Result<(), Box<dyn Error>> {
+        let named = |error: io::Error| match error.kind() {
+            io::ErrorKind::BrokenPipe => error,
+            kind => io::Error::new(kind, cannot_write(output.path, &error)),
+        };
+        let mut out = output.begin().map_err(named)?;
+        self.each("writing", |block| out.write_all(block).map_err(named))?;
+        out.flush().map_err(named)?;
+        Ok(())
+    }
+
+    fn each(
+        &self,
+        what: &'static str,
+        mut work: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<(), Box<dyn Error>> {
+        let len = self.region.len();
+        let mut progress = Progress::new(what, len as u64, self.hidden);
+        let mut block = vec![0; BLOCK.min(len)];
+        for start in (0..len).step_by(BLOCK) {
+            let bytes = &mut block[..BLOCK.min(len - start)];
+            self.region.read_at(start as u64, bytes)?;
+            work(bytes)?;
+            progress.advance(bytes.len() as u64);
+        }
+        Ok(())
+    }
 }
 
 fn print(out: &mut dyn Write, done: &Done) -> io::Result<()> {

@@ -199,15 +199,20 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
         (&["stitch", "/dev/null"], "/dev/null cannot be read at an offset: use a regular file"),
         (&["stitch", "a", "empty"], "chunk 1 (empty) is empty: leave it out"),
         (&["stitch", "a:9000+2000"], "reaches to byte 11000 of a source of 10000 bytes"),
-        (&["stitch", "a:x+2000"], "the range 'x+2000' has an offset that is not a number"),
-        (&["stitch", "a:12"], "the range '12' is not OFFSET+LENGTH"),
-        (&["stitch", "a:1+0"], "the range '1+0' is empty"),
         (&["stitch", "pipe"], "pipe cannot be read at an offset"),
-        (&["stitch", "b", "a", "-o", "./a"], "the output ./a is the part a, which writing would destroy"),
-        (&["stitch", "a", "--workers", "0"], "a pool needs at least one worker"),
-        (&["stitch", "a", "-o", "folder"], "cannot write folder"),
+        (&["stitch", "a", "-o", "folder"], "cannot write folder: Is a directory"),
+        (&["stitch", "a", "-o", "no/where"], "cannot write no/where: No such file"),
+        (&["stitch", "a", "--heatmap", "no/where"], "cannot write no/where: No such file"),
+        (&["stitch", "a", "--heatmap", "folder"], "cannot write folder"),
+        (
+            &["stitch", "a", "--copy", "--touch", "random", "--record", "no/where"],
+            "cannot write no/where: No such file",
+        ),
+        (&["stitch", "a", "--copy", "--replay", "missing"], "cannot read missing: No such file"),
+        (&["stitch", "a", "--live"], "--live needs a terminal: standard output is none"),
         (&["demo", "--file", "empty"], "is empty: name a file with some bytes"),
         (&["demo", "--file", "missing"], "cannot open missing"),
+        (&["demo", "--file", "folder"], "folder is a directory"),
     ] {
         let said = complaint(&pagestitch(directory.path(), arguments), 1);
         assert!(said.starts_with("pagestitch: ") && said.contains(expected), "{arguments:?}: {said}");
@@ -218,17 +223,145 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
 
 #[test]
 fn wrong_arguments_are_status_2_and_say_what_is_right() {
+    let directory = files();
+    let serve = ["serve", "firecracker", "--socket", "s", "--memory", "a"];
+    let serve = |more: &[&'static str]| [&serve[..], more].concat();
+    let stitch = |more: &[&'static str]| [&["stitch", "b", "a"], more].concat();
     for (arguments, expected) in [
-        (&[][..], "Usage: pagestitch"),
-        (&["stitch"], "PART"),
-        (&["stitch", "a", "--touch", "backwards"], "say sequential or random"),
-        (&["stitch", "a", "--touch", "random:200%"], "not a share"),
-        (&["stitch", "a", "--workers", "many"], "invalid value 'many'"),
-        (&["frobnicate"], "unrecognized subcommand"),
+        (vec![], "Usage: pagestitch"),
+        (vec!["frobnicate"], "unrecognized subcommand"),
+        (vec!["probe", "all"], "unexpected argument 'all'"),
+        (vec!["stitch"], "PART"),
+        (vec!["stitch", "a:x+2000"], "the range 'x+2000' has an offset that is not a number"),
+        (vec!["stitch", "a:12"], "the range '12' is not OFFSET+LENGTH"),
+        (vec!["stitch", "a:1+0"], "the range '1+0' is empty"),
+        (stitch(&["--touch", "backwards"]), "say sequential or random"),
+        (stitch(&["--touch", "random:200%"]), "not a share"),
+        (stitch(&["--workers", "many"]), "invalid value 'many'"),
+        (stitch(&["--workers", "0"]), "0 is not in 1.."),
+        (stitch(&["--seed", "-1"]), "unexpected argument '-1'"),
+        (stitch(&["--live", "--json"]), "cannot be used with"),
+        (stitch(&["--live", "-o", "-"]), "--live draws on standard output"),
+        (stitch(&["--record", "new", "--touch", "random"]), "--copy"),
+        (stitch(&["--record", "new", "--copy"]), "--touch"),
+        (stitch(&["-o", "./a"]), "the output ./a is the part a, which writing would destroy"),
+        (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
+        (stitch(&["--copy", "--touch", "random", "--record", "a"]), "the recording a is the part a, which"),
+        (stitch(&["--copy", "--replay", "c", "--heatmap", "c"]), "the map c is the recording c, which"),
+        (vec!["demo", "--touch", "all"], "say sequential or random"),
+        (vec!["stress", "--seconds", "0"], "0 is not in 1.."),
+        (vec!["stress", "--round", "1"], "--seed"),
+        (vec!["bench", "--rounds", "0"], "0 is not in 1.."),
+        (vec!["bench", "--compare", "a", "--report", "a"], "the report a is the earlier run a, which"),
+        (serve(&["--workers", "0"]), "0 is not in 1.."),
+        (serve(&["--patience", "0"]), "0 is not in 1.."),
+        (serve(&["--on-stop", "pray"]), "[possible values: finish, abandon]"),
+        (serve(&["--live", "--json"]), "cannot be used with"),
+        (serve(&["--record", "./a"]), "the recording ./a is the memory file a, which"),
+        (serve(&["--heatmap", "./a"]), "the map ./a is the memory file a, which"),
+        (vec!["serve", "firecracker", "--socket", "s"], "--memory"),
+        (vec!["serve", "qemu"], "unrecognized subcommand"),
     ] {
-        let said = complaint(&pagestitch(Path::new("/"), arguments), 2);
+        let said = complaint(&pagestitch(directory.path(), &arguments), 2);
         assert!(said.contains(expected), "{arguments:?}: {said}");
     }
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3, "nothing was written");
+    assert!(fs::read(directory.path().join("a")).unwrap() == concatenated(directory.path(), &["a"]));
+    assert_eq!(fs::metadata(directory.path().join("a")).unwrap().len(), 10_000, "no part was touched");
+}
+
+/// Runs the command with standard output and standard error on a terminal of its own; says what the terminal was shown.
+fn on_terminal(directory: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
+    let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
+    let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(&size, None).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+    command.current_dir(directory).args(arguments).env("TERM", "xterm-256color").env_remove("NO_COLOR");
+    command.envs(environment.iter().copied()).stdin(slave.try_clone().unwrap());
+    command.stdout(slave.try_clone().unwrap()).stderr(slave);
+    let mut child = command.spawn().unwrap();
+    // The command holds the only other descriptors of the terminal: its end is the end of what can be read (EIO).
+    drop(command);
+    let (mut shown, mut master) = (Vec::new(), fs::File::from(master));
+    let mut some = [0; 4096];
+    while let Ok(count @ 1..) = std::io::Read::read(&mut master, &mut some) {
+        shown.extend(&some[..count]);
+    }
+    (child.wait().unwrap().code(), String::from_utf8_lossy(&shown).into_owned())
+}
+
+#[test]
+fn verbose_has_colours_on_a_terminal_that_wants_them() {
+    let directory = files();
+    let shown = |environment| {
+        let (status, shown) = on_terminal(directory.path(), &["stitch", "a", "-v"], environment);
+        assert!(status == Some(0) && shown.contains("region built"), "{shown:?}");
+        shown.contains('\x1b')
+    };
+    assert!(shown(&[]));
+    assert!(shown(&[("NO_COLOR", "")]), "only a value counts");
+    assert!(!shown(&[("NO_COLOR", "1")]));
+    assert!(!shown(&[("TERM", "dumb")]));
+}
+
+#[test]
+fn the_live_picture_has_the_terminal_to_itself() {
+    let directory = files();
+    // Larger than is hashed in the second after which a progress bar appears.
+    fs::write(directory.path().join("big"), "").unwrap();
+    let big = fs::File::options().write(true).open(directory.path().join("big")).unwrap();
+    big.set_len(2 << 30).unwrap();
+    let arguments = ["stitch", "--copy", "big", "--sha256", "--live", "-v"];
+    let (status, shown) = on_terminal(directory.path(), &arguments, &[]);
+    assert_eq!(status, Some(0), "{shown:?}");
+    let (picture, after) = shown.rsplit_once("\x1b[?1049l").expect("an alternate screen, left at the end");
+    let (_, picture) = picture.split_once("\x1b[?1049h").expect("an alternate screen");
+    assert!(picture.contains("q quits") && !picture.contains("hashing"), "a progress bar is in the picture");
+    assert!(!picture.contains('\n'), "a line was written across the picture");
+    assert!(after.contains("region dropped") && after.contains("  stitched"), "{after:?}");
+    let (status, shown) = on_terminal(directory.path(), &arguments, &[("TERM", "dumb")]);
+    assert!(status == Some(1) && shown.contains("TERM is dumb"), "{shown:?}");
+}
+
+#[test]
+fn a_share_of_a_tebibyte_is_touched_without_a_list_of_its_pages() {
+    let directory = TempDir::new().unwrap();
+    let huge = fs::File::create(directory.path().join("huge")).unwrap();
+    if huge.set_len(1 << 40).is_err() {
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED a_share_of_a_tebibyte_is_touched_without_a_list_of_its_pages: no file of a tebibyte here"
+        );
+        return;
+    }
+    // A list of its pages is 2 GiB.
+    let limited = format!(
+        "ulimit -d 524288; exec {} stitch huge --touch random:0.0001% --json",
+        env!("CARGO_BIN_EXE_pagestitch")
+    );
+    let output = Command::new("sh").args(["-c", &limited]).current_dir(directory.path()).output().unwrap();
+    let said: Value = serde_json::from_str(&out(&output)).unwrap();
+    assert_eq!((&said["touch"]["pages"], &said["bytes"]), (&269.into(), &(1_u64 << 40).into()));
+}
+
+#[test]
+fn a_file_that_can_be_written_is_replaced_whole_and_an_old_one_is_kept_until_then() {
+    let directory = files();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("map.svg"), "old").unwrap();
+    fs::write(path("written"), vec![1; 20_000]).unwrap();
+    // A part that is refused at build leaves what was there.
+    complaint(
+        &pagestitch(directory.path(), &["stitch", "a:0+99999", "-o", "written", "--heatmap", "map.svg"]),
+        1,
+    );
+    assert_eq!(
+        (fs::read(path("map.svg")).unwrap(), fs::metadata(path("written")).unwrap().len()),
+        (b"old".to_vec(), 20_000)
+    );
+    out(&pagestitch(directory.path(), &["stitch", "a", "-o", "written", "--heatmap", "map.svg"]));
+    assert!(fs::read_to_string(path("map.svg")).unwrap().ends_with("</svg>\n"));
+    assert!(fs::read(path("written")).unwrap() == concatenated(directory.path(), &["a"]));
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5, "nothing else is left");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! `pagestitch serve`: the handler as it is put in production, with signals, and what it says when it cannot start.
 
+use pagestitch::{Pool, Region};
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use std::fs::{self, File};
@@ -95,8 +96,12 @@ fn what_is_wrong_is_one_line() {
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
     assert!(complaint(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
     assert!(complaint(&["--patience", "0"], 2).contains("0 is not in 1.."));
-    assert!(complaint(&["--workers", "0"], 1).contains("1 or more"));
+    assert!(complaint(&["--workers", "0"], 2).contains("0 is not in 1.."));
     assert!(complaint(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
+    assert!(complaint(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
+    assert!(complaint(&["--heatmap", "no/where"], 1).contains("cannot write no/where: No such file"));
+    record_other(&folder.path().join("other"));
+    assert!(complaint(&["--replay", "other"], 1).contains("the recording is of 40960 bytes of memory"));
     let mut first = serve(folder.path(), &[]);
     wait_for(&folder.path().join("socket"));
     assert!(complaint(&[], 1).contains("socket is in use: another handler listens there"));
@@ -110,6 +115,44 @@ fn what_is_wrong_is_one_line() {
     assert!(line.starts_with("listening at socket"), "{line}");
     second.kill().unwrap();
     second.wait().unwrap();
+}
+
+/// A recording of ten pages, which are not a guest's.
+fn record_other(path: &Path) {
+    let region = Region::builder().chunk(vec![7; 10 * PAGE]).record().build(&Pool::new().unwrap()).unwrap();
+    assert_eq!(region.as_slice()[5 * PAGE], 7);
+    region.recording().unwrap().write(path).unwrap();
+}
+
+#[test]
+fn a_recording_or_a_map_that_is_lost_is_no_success() {
+    let test = "a_recording_or_a_map_that_is_lost_is_no_success";
+    let life = |folder: &Path| {
+        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+            let _stream = guest.hand_over(path.as_ref()).unwrap();
+            assert_eq!(guest.read(7 * PAGE), 8);
+        })
+    };
+    if child::is_child(test) {
+        life(Path::new(""));
+    }
+    for option in ["--record", "--heatmap"] {
+        let folder = tempfile::tempdir().unwrap();
+        memory(&folder.path().join("memory"));
+        fs::create_dir(folder.path().join("sub")).unwrap();
+        let mut handler = serve(folder.path(), &[option, "sub/file"]);
+        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.next().unwrap().starts_with("listening"));
+        fs::remove_dir(folder.path().join("sub")).unwrap();
+        life(folder.path()).end().expect_pass();
+        assert!(lines.any(|line| line.contains("cannot write sub/file")), "{option}");
+        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
+        let output = handler.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{option}: {said}");
+        assert!(said.contains("pagestitch: cannot write sub/file: No such file"), "{option}: {said}");
+    }
 }
 
 #[test]

@@ -1,0 +1,75 @@
+//! Events on standard error, or among the lines of `--live` while that has the terminal.
+
+use crate::live::Scene;
+use parking_lot::Mutex;
+use std::env;
+use std::io::{self, IsTerminal, Write};
+use tracing_subscriber::filter::LevelFilter;
+
+pub(crate) fn start(verbose: u8, least: LevelFilter) {
+    let level = match verbose {
+        0 => least,
+        1 => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(|| Log)
+        .with_ansi(io::stderr().is_terminal() && may_color())
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+/// Whether the terminal is one that obeys escape sequences.
+pub(crate) fn is_dumb() -> bool {
+    env::var_os("TERM").is_none_or(|terminal| terminal == "dumb")
+}
+
+/// Whether the user wants colours, as <https://no-color.org> asks.
+fn may_color() -> bool {
+    !is_dumb() && env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+}
+
+/// Shows events in a scene from now on, if standard error is the terminal that the scene is drawn on; `None`: no longer.
+pub(crate) fn show_in(scene: Option<&Scene>) {
+    *SCENE.lock() = scene.filter(|_| io::stderr().is_terminal()).cloned();
+}
+
+static SCENE: Mutex<Option<Scene>> = Mutex::new(None);
+
+/// Where an event goes. The subscriber writes each in one piece.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        match &*SCENE.lock() {
+            Some(scene) => scene.say(plain(&String::from_utf8_lossy(event))),
+            None => io::stderr().write_all(event)?,
+        }
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A line without its end and without escape sequences, which the picture would show as text.
+fn plain(event: &str) -> String {
+    let mut parts = event.trim_end().split('\x1b');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    parts.for_each(|part| plain += part.split_once('m').map_or(part, |(_, text)| text));
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_a_scene_has_no_escape_sequences() {
+        assert_eq!(plain("\x1b[32m INFO\x1b[0m the pool \x1b[3mname\x1b[0m\n"), " INFO the pool name");
+        assert_eq!(plain("plain\n"), "plain");
+    }
+}
