@@ -2,7 +2,7 @@
 //! ever. Random mixtures of them are `pagestitch stress`, built with the same feature.
 
 use pagestitch::source::{File, FillMemfd, LazyMemfd, Pages, SharedFile, UnsealedMemfd};
-use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Server};
+use pagestitch::{Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Server};
 use pagestitch_kernel::Support;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::inject::Injected::{
@@ -138,8 +138,7 @@ fn what_is_no_error_costs_no_byte_in_memory_of_others() {
     for kind in [Again, Exists] {
         let expected = bytes(64 * PAGE);
         let guest = Guest::new(&[64 * PAGE], false).unwrap();
-        let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
-        let memory = guest.ranges().into_iter().fold(memory, |memory, (start, len)| memory.range(start, len));
+        let memory = guest.memory().unwrap();
         let memory = memory.owner(Process::open(nix::unistd::Pid::this()).unwrap());
         let region = Region::builder()
             .chunk(expected.clone())

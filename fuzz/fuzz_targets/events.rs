@@ -44,7 +44,8 @@ fuzz_target!(|messages: Vec<Message>| {
     messages.truncate(20);
     let (mut kernel, ours) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    let uffd = pretend(OwnedFd::from(ours));
+    // SAFETY: a socket; each fork that it tells of has a descriptor that is opened for it below, and given up.
+    let uffd = unsafe { pretend(OwnedFd::from(ours)) };
     for message in messages.iter_mut().filter(|message| message.event == FORK) {
         let child = File::open("/dev/null").unwrap().into_raw_fd();
         message.words[0] = message.words[0] & !0xffff_ffff | child as u64;

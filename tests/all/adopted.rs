@@ -274,12 +274,9 @@ fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
     drop(region);
 }
 
-/// The same program may hand memory to itself: a part of it that does not know pagestitch.
-/// Memory of this process, as if it were another's.
+/// Memory of this process, as if it were another's: of a part of the program that does not know pagestitch.
 fn memory_of(guest: &Guest) -> AdoptedMemory {
-    let uffd = guest.uffd().try_clone_to_owned().unwrap();
-    let memory = AdoptedMemory::new(uffd).unwrap();
-    let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
+    let memory = guest.memory().unwrap();
     memory.owner(Process::open(Pid::this()).unwrap())
 }
 
@@ -407,7 +404,7 @@ fn what_cannot_be_adopted_is_refused_by_name() {
 
     let guest = Guest::new(&RANGES, false).unwrap();
     let [(first, _), (second, _)] = guest.ranges()[..] else { panic!("two ranges") };
-    let memory = || AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
+    let memory = || guest.memory_without_ranges().unwrap();
     let owned = || memory().owner(Process::open(Pid::this()).unwrap());
     let refused = |memory: AdoptedMemory| {
         let error = Region::builder().chunks(pieces()).build_adopted(memory, &pool).unwrap_err();
@@ -426,4 +423,22 @@ fn what_cannot_be_adopted_is_refused_by_name() {
     let whole = owned().range(first, RANGES[0]).range(second, RANGES[1]);
     let error = Region::builder().chunks(pieces()).build_adopted(whole, Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotInline);
+}
+
+/// Filling it would write behind the back of whatever safe code has registered it.
+#[test]
+fn memory_of_this_process_is_refused_without_a_promise() {
+    let guest = Guest::new(&RANGES, false).unwrap();
+    // Also if it comes from elsewhere: only the kernel knows whose it is.
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    rights::send(&theirs, b"memory", &[guest.uffd()]).unwrap();
+    let (_, mut received) = rights::receive(&ours, &mut [0; 10]).unwrap();
+    for uffd in [guest.uffd().try_clone_to_owned().unwrap(), received.pop().unwrap()] {
+        let error = AdoptedMemory::new(uffd).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::NotUserfaultfd);
+        assert!(
+            error.to_string().contains("memory of this process") && error.to_string().contains("OwnMemory"),
+            "{error}"
+        );
+    }
 }

@@ -1,7 +1,7 @@
 //! A handler for guests restored from snapshots: bytes, balloons, strangers at its socket, and every way in which either side
 //! ends.
 
-use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
+use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_kernel::rights;
@@ -44,7 +44,7 @@ impl Running {
 
     fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
         let snapshot = Snapshot::open(files.iter().map(|file| folder.path().join(file))).unwrap();
-        let builder = Handler::builder(snapshot).on_loss(loss).on_stop(on_stop);
+        let builder = Handler::builder(snapshot).on_loss(loss).on_stop(on_stop).own_memory(own_memory());
         let handler =
             builder.patience(Duration::from_millis(500)).bind(folder.path().join("socket")).unwrap();
         let (stop, told) = (handler.stopper(), Arc::default());

@@ -1,6 +1,6 @@
 //! Owners of adopted memory that mean harm: they may harm their own guest, and neither the handler nor another guest.
 
-use crate::{pattern, until};
+use crate::{own_memory, pattern, until};
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
@@ -32,7 +32,8 @@ impl Running {
         let (file, expected) = (folder.path().join("snapshot"), pattern(3, written));
         fs::write(&file, &expected).unwrap();
         fs::File::options().write(true).open(&file).unwrap().set_len(bytes as u64).unwrap();
-        let handler = Handler::builder(Snapshot::open([file]).unwrap()).on_stop(on_stop);
+        let handler =
+            Handler::builder(Snapshot::open([file]).unwrap()).on_stop(on_stop).own_memory(own_memory());
         let handler = handler.bind(folder.path().join("socket")).unwrap();
         let stop = handler.stopper();
         let thread = thread::spawn(move || handler.run(|_| {}).unwrap());

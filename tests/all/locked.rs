@@ -8,9 +8,7 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::source::{File, SharedFile};
-use pagestitch::{
-    AdoptedMemory, Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source,
-};
+use pagestitch::{Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source};
 use pagestitch_kernel::Access;
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
@@ -218,10 +216,7 @@ fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes()
         lock("current");
         let adopt = |seed| {
             let guest = Guest::new(&[2 * HUGE], true).unwrap();
-            let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
-            let memory = memory.page_size(HUGE).unwrap();
-            let memory =
-                guest.ranges().iter().fold(memory, |memory, &(start, bytes)| memory.range(start, bytes));
+            let memory = guest.memory().unwrap().page_size(HUGE).unwrap();
             let region =
                 Region::builder().chunk(pattern(seed, 2 * HUGE)).build_adopted(memory, &pool).unwrap();
             (guest, region)

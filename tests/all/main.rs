@@ -77,6 +77,13 @@ fn lock_pages(bytes: &[u8]) {
     unsafe { nix::sys::mman::mlock(start, bytes.len()) }.expect("mlock");
 }
 
+/// That guests in this process may be filled.
+#[expect(unsafe_code, reason = "makes a promise")]
+const fn own_memory() -> pagestitch::OwnMemory {
+    // SAFETY: the memory of a guest is a mapping of its own, from which nothing is ever borrowed.
+    unsafe { pagestitch::OwnMemory::promise() }
+}
+
 /// What the owner of adopted memory gets for bytes that cannot be had: SIGBUS where it touches them or, where there are no poison
 /// marks (before Linux 6.6), SIGKILL.
 fn signal_of_loss() -> i32 {

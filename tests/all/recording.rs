@@ -101,9 +101,7 @@ fn a_recording_of_something_else_is_refused_by_name() {
 }
 
 fn adopt(guest: &Guest) -> AdoptedMemory {
-    use std::os::fd::AsFd;
-    let memory = AdoptedMemory::new(guest.uffd().as_fd().try_clone_to_owned().unwrap()).unwrap();
-    let memory = guest.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes));
+    let memory = guest.memory().unwrap();
     memory.owner(Process::open(nix::unistd::Pid::this()).unwrap())
 }
 

@@ -3,7 +3,7 @@
 use crate::guest::Service;
 use crate::{Error, Handler, Snapshot};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::{Loss, Pool, Readahead, Recording};
+use pagestitch::{Loss, OwnMemory, Pool, Readahead, Recording};
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileTypeExt;
@@ -35,6 +35,7 @@ pub struct Builder {
     record: Option<PathBuf>,
     replay: Option<Recording>,
     timed: bool,
+    own: Option<OwnMemory>,
 }
 
 impl Builder {
@@ -49,6 +50,7 @@ impl Builder {
             record: None,
             replay: None,
             timed: false,
+            own: None,
         }
     }
 
@@ -79,6 +81,12 @@ impl Builder {
     /// Takes the time of the parts of each fault: see [`Meter::latency`](pagestitch::Meter::latency).
     pub const fn timed(mut self) -> Self {
         self.timed = true;
+        self
+    }
+
+    /// Serves guests in *this* process, too, whose memory is promised for: in a test, say. By default they are refused.
+    pub const fn own_memory(mut self, promise: OwnMemory) -> Self {
+        self.own = Some(promise);
         self
     }
 
@@ -120,8 +128,8 @@ impl Builder {
         make_room(&path)?;
         let listener = UnixListener::bind(&path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, .. } = self;
-        let service = Service { snapshot, pool, loss, readahead, replay, timed };
+        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, own, .. } = self;
+        let service = Service { snapshot, pool, loss, readahead, replay, timed, own };
         Ok(Handler::new(listener, path, service, (on_stop, patience, record), stop))
     }
 }

@@ -3,7 +3,8 @@
 use crate::handshake::{HandshakeError, Mappings};
 use crate::{OnStop, Snapshot};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, Pool, Process, Readahead, Recording, Region, Source,
+    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording,
+    Region, Source,
 };
 use std::io;
 use std::os::fd::OwnedFd;
@@ -30,6 +31,8 @@ pub(crate) struct Service {
     pub(crate) readahead: Readahead,
     pub(crate) replay: Option<Recording>,
     pub(crate) timed: bool,
+    /// Whether guests of this process are served.
+    pub(crate) own: Option<OwnMemory>,
 }
 
 impl Guest {
@@ -42,10 +45,14 @@ impl Guest {
         mappings: &Mappings,
         uffd: OwnedFd,
     ) -> Result<Self, HandshakeError> {
-        let Service { snapshot, pool, loss, readahead, replay, timed } = service;
+        let Service { snapshot, pool, loss, readahead, replay, timed, own } = service;
         let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
         let owner = Arc::new(owner);
-        let memory = AdoptedMemory::new(uffd)?.page_size(mappings.page_bytes() as usize)?;
+        let memory = match own {
+            Some(promise) => AdoptedMemory::of_this_process(uffd, *promise)?,
+            None => AdoptedMemory::new(uffd)?,
+        };
+        let memory = memory.page_size(mappings.page_bytes() as usize)?;
         let memory = mappings.ranges().iter().fold(memory, |memory, range| {
             memory.range(range.base_host_virt_addr as usize, range.size as usize)
         });

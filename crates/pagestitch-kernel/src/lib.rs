@@ -32,8 +32,8 @@
 //! therefore never a write behind a reader's back, on three conditions, and all are made here:
 //!
 //! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
-//!   no allocator ever handed those pages out as zeros; whoever hands over a uffd that is registered already
-//!   ([`Uffd::adopt`]) has vouched for its ranges, or is another process;
+//!   no allocator ever handed those pages out as zeros. A uffd that is registered already ([`Uffd::adopt`]) is one of another
+//!   process, which the kernel is asked, or its ranges are promised for ([`uffd::OwnMemory`]);
 //! * something else is put into a reservation only while its view is borrowed mutably. What nobody can change (a
 //!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leaves the view stable; whatever others may change does not,
 //!   and such a view never becomes a [`StableView`], which is what gives out slices;

@@ -124,6 +124,18 @@ impl Mapping {
         }
     }
 
+    /// Maps anonymous memory as the flags say.
+    pub(crate) fn anonymous(
+        bytes: NonZeroUsize,
+        protection: ProtFlags,
+        flags: MapFlags,
+    ) -> Result<Self, Errno> {
+        // SAFETY: a new mapping where the kernel chooses replaces nothing: the callers' flags do not say where.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
+        Ok(Self { start, bytes, maker: Maker::current() })
+    }
+
     /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
     pub(crate) fn of_file(file: BorrowedFd<'_>, bytes: NonZeroUsize) -> Result<Self, Errno> {
         // Private: before Linux 6.7 a shared mapping of a memfd sealed against writing is EPERM. Who only reads

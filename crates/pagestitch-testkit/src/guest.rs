@@ -5,10 +5,12 @@
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
+use pagestitch::{AdoptedMemory, OwnMemory};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, rights};
+use std::error::Error;
 use std::ffi::c_void;
 use std::io;
 use std::num::NonZeroUsize;
@@ -98,6 +100,28 @@ impl Guest {
     pub fn make_blocking(&self) -> io::Result<()> {
         let flags = OFlag::from_bits_retain(fcntl(&self.uffd, FcntlArg::F_GETFL)?) - OFlag::O_NONBLOCK;
         Ok(fcntl(&self.uffd, FcntlArg::F_SETFL(flags)).map(drop)?)
+    }
+
+    /// Its memory, to be served by the process that it is in.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AdoptedMemory::of_this_process`].
+    pub fn memory(&self) -> Result<AdoptedMemory, Box<dyn Error>> {
+        let memory = self.memory_without_ranges()?;
+        Ok(self.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes)))
+    }
+
+    /// The same, whose ranges are still to be told.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`AdoptedMemory::of_this_process`].
+    pub fn memory_without_ranges(&self) -> Result<AdoptedMemory, Box<dyn Error>> {
+        // SAFETY: all that is registered are mappings of the guest's own, from which nothing is ever borrowed.
+        #[expect(unsafe_code, reason = "the guest vouches for its memory")]
+        let promise = unsafe { OwnMemory::promise() };
+        Ok(AdoptedMemory::of_this_process(self.uffd().try_clone_to_owned()?, promise)?)
     }
 
     /// Where its ranges are: address and bytes of each.

@@ -67,6 +67,7 @@ pub use error::{Error, ErrorKind};
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::process::Process;
+pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, View};
 pub use policy::{OnFailure, Readahead, Recording, Retry};
 pub use region::{

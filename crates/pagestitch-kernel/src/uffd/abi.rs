@@ -5,7 +5,7 @@
 
 use super::outcome::Waiters;
 use crate::page::AddressRange;
-use nix::{ioctl_readwrite, ioctl_write_int_bad, request_code_none};
+use nix::{ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none};
 
 const UFFDIO: u8 = 0xAA;
 
@@ -59,11 +59,23 @@ pub(super) struct WriteProtect {
     pub(super) mode: u64,
 }
 
+#[repr(C)]
+pub(super) struct Register {
+    pub(super) range: Range,
+    pub(super) mode: u64,
+    pub(super) ioctls: u64,
+}
+
 pub(super) const API: u64 = 0xAA;
 pub(super) const USER_MODE_ONLY: i32 = 1;
+pub(super) const REGISTER_MODE_MISSING: u64 = 1;
 pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
 
 ioctl_readwrite!(api, UFFDIO, 0x3F, Api);
+ioctl_readwrite!(register, UFFDIO, 0x00, Register);
+// Both are declared as if they read.
+ioctl_read!(unregister, UFFDIO, 0x01, Range);
+ioctl_read!(wake, UFFDIO, 0x02, Range);
 ioctl_readwrite!(copy, UFFDIO, 0x03, Copy);
 ioctl_readwrite!(zeropage, UFFDIO, 0x04, Progress);
 ioctl_readwrite!(r#move, UFFDIO, 0x05, Copy);
@@ -84,6 +96,7 @@ const _: () = assert!(size_of::<Range>() == 16);
 const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<Progress>() == 32);
 const _: () = assert!(size_of::<WriteProtect>() == 24);
+const _: () = assert!(size_of::<Register>() == 32);
 // The answer is the last field of each: the kernel does not read it, and writes nothing after it.
 const _: () = assert!(std::mem::offset_of!(Copy, copied) == 32);
 const _: () = assert!(std::mem::offset_of!(Progress, done) == 24);

@@ -61,10 +61,15 @@ impl Injected {
     }
 }
 
-/// A descriptor that is taken for a userfaultfd, to be read from: by tests of what is made of the kernel's messages. What is read
-/// of a fork has to hold a descriptor that is nobody's.
+/// A descriptor that is taken for a userfaultfd, to be read from: by tests of what is made of the kernel's messages.
+///
+/// # Safety
+///
+/// - What is read of a fork holds a descriptor that has no owner: it is closed with the child's [`Uffd`].
+/// - If it is a userfaultfd, of this process, its memory is promised for as by [`OwnMemory`](super::OwnMemory).
 #[must_use]
-pub fn pretend(fd: OwnedFd) -> Uffd {
+#[expect(unsafe_code, reason = "declares an obligation")]
+pub unsafe fn pretend(fd: OwnedFd) -> Uffd {
     Uffd {
         fd: wrap(fd),
         opened_by: OpenedBy::Other,

@@ -1,9 +1,11 @@
 //! The userfaultfd: opened, registered, and asked to fill pages.
 //!
 //! Each fill operation takes a page-aligned [`AddressRange`] and answers with an [`Outcome`]: what the kernel said,
-//! as a value. Filling is safe because only missing pages are filled, and a missing page has no value yet (the
-//! crate's [safety argument](crate)); making pages *be* missing in somebody's memory is where care is due, and
-//! that is registering.
+//! as a value. Filling is a safe function of any range because the kernel fills only missing pages of memory that is
+//! registered with *this* userfaultfd ([`Outcome::NotRegistered`] else), and a missing page has no value yet (the
+//! crate's [safety argument](crate)). Making pages *be* missing in somebody's memory is where care is due, and that is
+//! registering: [`Uffd::register`] takes a reservation, [`Uffd::register_range`] and [`OwnMemory`] an `unsafe` promise, and
+//! what other processes have registered is no memory of this one.
 //!
 //! Own ioctls on the `userfaultfd` crate's fd: that crate has no move, poison or feature query, and loses the
 //! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
@@ -14,8 +16,9 @@ pub mod inject;
 mod open;
 mod outcome;
 mod read;
+mod whose;
 
-pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, handshake_probe};
+pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_probe};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
@@ -54,16 +57,26 @@ impl Uffd {
         open::open(wanted)
     }
 
-    /// Takes over a userfaultfd that is registered already: by another part of this program, or by another process that sent
-    /// it ([`rights`](crate::rights)). It is made non-blocking, for all who hold it.
+    /// Takes over a userfaultfd of another process that sent it ([`rights`](crate::rights)). It is made non-blocking, for all who
+    /// hold it.
     ///
     /// Which events were asked for is not known; [`features`](Self::features) are the kernel's operations.
     ///
     /// # Errors
     ///
-    /// [`AdoptError`]: the descriptor is something else, or cannot be asked what it is.
+    /// [`AdoptError`]: the descriptor is something else, cannot be asked what it is, or fills memory of *this* process, whichever
+    /// process has sent it: see [`adopt_own`](Self::adopt_own).
     pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
-        open::adopt(fd)
+        open::adopt(fd, None)
+    }
+
+    /// The same, for memory of this process too: another part of the program has registered it.
+    ///
+    /// # Errors
+    ///
+    /// As [`adopt`](Self::adopt), but for the last.
+    pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
+        open::adopt(fd, Some(promise))
     }
 
     /// Which of the wanted features are on.

@@ -11,6 +11,7 @@
 //! ```
 
 use super::read::{Reading, set_nonblocking};
+use super::whose::is_of_this_process;
 use super::{Uffd, abi};
 use crate::support::Features;
 use nix::errno::Errno;
@@ -18,7 +19,7 @@ use nix::fcntl::{OFlag, open as open_file};
 use nix::libc;
 use nix::sys::stat::Mode;
 use std::fmt;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 /// Whose faults a uffd serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +90,37 @@ pub enum AdoptError {
     NotUserfaultfd(String),
     /// The kernel would not tell, or not make it non-blocking.
     Refused(Errno),
+    /// It fills memory of this process, for which a promise has to be made: see [`OwnMemory`].
+    OwnMemory,
+    /// It was not asked for its features yet (`UFFDIO_API`): so it has no memory.
+    NotReady,
+}
+
+/// The promise that memory of *this* process which is registered with a userfaultfd may be filled.
+///
+/// Memory of other processes needs none: what is filled there is nothing that this process has a reference to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OwnMemory(());
+
+impl OwnMemory {
+    /// Makes the promise.
+    ///
+    /// # Safety
+    ///
+    /// For each userfaultfd that is adopted with it ([`Uffd::adopt_own`]), as long as it is used:
+    ///
+    /// - no missing page of the memory that is, or will be, registered with it belongs to a Rust value or a reference which counts on
+    ///   what missing pages read as: zeros. Memory of an allocator (`Vec`, `Box`) does; a mapping of its own, of which nothing was ever
+    ///   read as a slice, does not. Registering is a safe function in some crates, and is no such promise.
+    ///
+    /// ```compile_fail,E0133
+    /// let promise = pagestitch_kernel::uffd::OwnMemory::promise();
+    /// ```
+    #[must_use]
+    #[expect(unsafe_code, reason = "declares an obligation")]
+    pub const unsafe fn promise() -> Self {
+        Self(())
+    }
 }
 
 impl fmt::Display for AdoptError {
@@ -101,18 +133,37 @@ impl fmt::Display for AdoptError {
                 )
             }
             Self::Refused(errno) => write!(f, "the descriptor cannot be taken over: {errno}"),
+            Self::OwnMemory => write!(
+                f,
+                "the userfaultfd fills memory of this process, not of another: to fill it, make the promise of OwnMemory"
+            ),
+            Self::NotReady => {
+                write!(
+                    f,
+                    "the userfaultfd has no memory yet: call UFFDIO_API and register memory before it is handed over"
+                )
+            }
         }
     }
 }
 
 impl std::error::Error for AdoptError {}
 
-pub(super) fn adopt(fd: OwnedFd) -> Result<Uffd, AdoptError> {
+/// Takes over one that fills memory of another process, or of this one, for which `own` is promised then.
+pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let link =
         link.map_err(|error| AdoptError::Refused(Errno::from_raw(error.raw_os_error().unwrap_or(0))))?;
     if link.as_os_str() != "anon_inode:[userfaultfd]" {
         return Err(AdoptError::NotUserfaultfd(link.display().to_string()));
+    }
+    if own.is_none() {
+        match is_of_this_process(fd.as_fd()) {
+            Ok(false) => {}
+            Ok(true) => return Err(AdoptError::OwnMemory),
+            Err(Errno::EINVAL) => return Err(AdoptError::NotReady),
+            Err(errno) => return Err(AdoptError::Refused(errno)),
+        }
     }
     // A blocking one can be read, but not waited for: poll(2) answers POLLERR.
     set_nonblocking(&fd).map_err(AdoptError::Refused)?;
@@ -151,13 +202,13 @@ pub fn handshake_probe() -> Result<Features, OpenError> {
     handshake(&opened.fd, Features::NONE).map_err(|errno| OpenError { device: errno, system_call: errno })
 }
 
-struct Opened {
-    fd: OwnedFd,
+pub(super) struct Opened {
+    pub(super) fd: OwnedFd,
     by: OpenedBy,
     mode: FaultMode,
 }
 
-fn open_fd() -> Result<Opened, OpenError> {
+pub(super) fn open_fd() -> Result<Opened, OpenError> {
     let device = match from_device() {
         Ok(fd) => return Ok(Opened { fd, by: OpenedBy::Device, mode: FaultMode::All }),
         Err(errno) => errno,
@@ -194,7 +245,7 @@ fn own(fd: RawFd) -> OwnedFd {
     }
 }
 
-fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Errno> {
+pub(super) fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Errno> {
     let mut request = abi::Api { api: abi::API, features: features.bits(), ioctls: 0 };
     // SAFETY: `request` is a uffdio_api that lives through the call.
     #[expect(unsafe_code, reason = "an ioctl")]

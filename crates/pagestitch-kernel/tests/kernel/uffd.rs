@@ -10,9 +10,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, pause};
 use pagestitch_kernel::support::Features;
-use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::uffd::{AdoptError, OwnMemory, RegisterMode};
 use pagestitch_kernel::{
-    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Uffd,
+    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd,
 };
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -243,11 +243,18 @@ fn reserving_more_than_there_is_names_size_and_remedy() {
     assert!(said.contains("4503599627370496 bytes") && said.contains("make the region smaller"), "{said}");
 }
 
+/// That memory of this process may be filled.
+#[expect(unsafe_code, reason = "makes the promise")]
+const fn own_memory() -> OwnMemory {
+    // SAFETY: these tests register reservations, of which nothing is borrowed.
+    unsafe { OwnMemory::promise() }
+}
+
 /// Reads what a peer holds, too, in a thread: `None` if that has not come back after a time that is long for any read.
 fn read_of_peer(uffd: OwnedFd) -> Option<usize> {
     let (done, read) = mpsc::channel();
     thread::spawn(move || {
-        let uffd = Uffd::adopt(uffd).unwrap();
+        let uffd = Uffd::adopt_own(uffd, own_memory()).unwrap();
         let mut batch = Batch::with_capacity(4);
         let blocking = OFlag::from_bits_retain(fcntl(&uffd, FcntlArg::F_GETFL).unwrap()) - OFlag::O_NONBLOCK;
         fcntl(&uffd, FcntlArg::F_SETFL(blocking)).unwrap();
@@ -314,5 +321,52 @@ fn opened_blocking(features: Features) -> Result<Uffd, Errno> {
     let mut request = [0xaa, features.bits(), 0u64];
     // SAFETY: `request` is a uffdio_api that lives through the call.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, request.as_mut_ptr()) })?;
-    Ok(Uffd::adopt(fd).unwrap())
+    Ok(Uffd::adopt_own(fd, own_memory()).unwrap())
+}
+
+/// What is not registered with it, a userfaultfd does not fill, protect or poison: so its fills are safe functions of any range.
+#[test]
+fn memory_that_is_not_registered_stays_as_it_is() {
+    let page = PageSize::system();
+    let bytes = vec![1u8; 4 * page.bytes()];
+    let start = bytes.as_ptr().addr().next_multiple_of(page.bytes());
+    let range = AddressRange::new(start, page.bytes(), page).unwrap();
+    let (other, _view) = Reservation::new(NonZeroUsize::MIN, page, Access::Writable).unwrap();
+    let uffd = Uffd::open(Support::current().features().unwrap_or_default()).unwrap();
+    uffd.register(&other, RegisterMode::MISSING).unwrap();
+    let ff = vec![0xff; page.bytes()];
+    for outcome in [uffd.copy(range, &ff), uffd.zero(range), uffd.map_cached(range), uffd.poison(range)] {
+        assert!(matches!(outcome, Outcome::NotRegistered | Outcome::Refused(_)), "{outcome:?}");
+    }
+    for outcome in [uffd.write_protect(range), uffd.unprotect(range)] {
+        assert!(matches!(outcome, Outcome::NotRegistered | Outcome::Refused(_)), "{outcome:?}");
+    }
+    assert!(bytes.iter().all(|&byte| byte == 1));
+}
+
+#[test]
+fn a_userfaultfd_of_this_process_is_adopted_only_with_a_promise() {
+    let page = PageSize::system();
+    let (reservation, _view) = Reservation::new(NonZeroUsize::MIN, page, Access::Writable).unwrap();
+    let uffd = Uffd::open(Features::NONE).unwrap();
+    uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+    let again = || uffd.as_fd().try_clone_to_owned().unwrap();
+    assert_eq!(Uffd::adopt(again()).err(), Some(AdoptError::OwnMemory));
+    let own = Uffd::adopt_own(again(), own_memory()).unwrap();
+    assert_eq!(own.copy(reservation.range(), &vec![3; page.bytes()]), Outcome::Done);
+}
+
+/// It could be registered with memory of this process as soon as it was taken for another's.
+#[test]
+fn a_userfaultfd_without_its_handshake_is_not_adopted() {
+    // SAFETY: it takes flags, and touches no memory.
+    #[expect(unsafe_code, reason = "a system call without a wrapper")]
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) };
+    if fd < 0 {
+        return println!("SKIPPED a_userfaultfd_without_its_handshake_is_not_adopted: {}", Errno::last());
+    }
+    // SAFETY: the kernel has just made this descriptor.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    assert_eq!(Uffd::adopt(fd).err(), Some(AdoptError::NotReady));
 }

@@ -5,6 +5,7 @@ use crate::error::{Error, ErrorKind};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::support::Features;
+use pagestitch_kernel::uffd::{AdoptError, OwnMemory};
 use pagestitch_kernel::{AddressRange, Page, PageSize, Span, Uffd};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -52,14 +53,50 @@ pub enum LetGo {
 }
 
 impl AdoptedMemory {
-    /// Takes over a userfaultfd. The memory's ranges, at least one, have to be [told](Self::range).
+    /// Takes over a userfaultfd of another process. The memory's ranges, at least one, have to be [told](Self::range).
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NotUserfaultfd`] if it is another descriptor, or fills memory of *this* process: see
+    /// [`of_this_process`](Self::of_this_process).
+    pub fn new(uffd: OwnedFd) -> Result<Self, Error> {
+        Self::of(Uffd::adopt(uffd))
+    }
+
+    /// Takes over a userfaultfd whose memory may be this process's own: another part of the program has registered it. To promise
+    /// that it may be filled is `unsafe`.
+    ///
+    /// ```
+    /// use std::os::fd::OwnedFd;
+    /// use pagestitch::{AdoptedMemory, Error, OwnMemory};
+    ///
+    /// fn adopt(uffd: OwnedFd) -> Result<AdoptedMemory, Error> {
+    ///     // SAFETY: the memory is a mapping of its own, of which nothing was read before it was registered.
+    ///     let promise = unsafe { OwnMemory::promise() };
+    ///     AdoptedMemory::of_this_process(uffd, promise)
+    /// }
+    /// ```
+    ///
+    /// Not so without the promise:
+    ///
+    /// ```compile_fail,E0133
+    /// # use std::os::fd::OwnedFd;
+    /// # use pagestitch::{AdoptedMemory, Error, OwnMemory};
+    /// fn adopt(uffd: OwnedFd) -> Result<AdoptedMemory, Error> {
+    ///     AdoptedMemory::of_this_process(uffd, OwnMemory::promise())
+    /// }
+    /// ```
     ///
     /// # Errors
     ///
     /// [`ErrorKind::NotUserfaultfd`] if it is another descriptor.
-    pub fn new(uffd: OwnedFd) -> Result<Self, Error> {
-        let uffd = Uffd::adopt(uffd)
-            .map_err(|error| Error::because(ErrorKind::NotUserfaultfd, "cannot adopt memory", error))?;
+    pub fn of_this_process(uffd: OwnedFd, promise: OwnMemory) -> Result<Self, Error> {
+        Self::of(Uffd::adopt_own(uffd, promise))
+    }
+
+    fn of(uffd: Result<Uffd, AdoptError>) -> Result<Self, Error> {
+        let uffd =
+            uffd.map_err(|error| Error::because(ErrorKind::NotUserfaultfd, "cannot adopt memory", error))?;
         let page = PageSize::system();
         Ok(Self { uffd, page, ranges: Vec::new(), owner: None, loss: Loss::Poison, let_go: LetGo::Zeros })
     }
