@@ -3,9 +3,9 @@
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 
@@ -55,10 +55,13 @@ fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
 
 /// Eight threads wait for a source that does not answer, or not any more. Whether another region of the pool is read meanwhile.
 fn is_read_beside_one_that_hangs(hangs_at_once: bool, other: impl FnOnce(&Pool) -> Region) -> bool {
-    let pool = Pool::builder().workers(3).start().unwrap();
+    is_read_by(&Pool::builder().workers(3).start().unwrap(), hangs_at_once, other)
+}
+
+fn is_read_by(pool: &Pool, hangs_at_once: bool, other: impl FnOnce(&Pool) -> Region) -> bool {
     let hanging = Slow::new(800, Duration::from_millis(5));
     hanging.hold(hangs_at_once);
-    let (hanging_region, other, stop) = (region(&hanging, &pool, None), other(&pool), AtomicBool::new(false));
+    let (hanging_region, other, stop) = (region(&hanging, pool, None), other(pool), AtomicBool::new(false));
     thread::scope(|scope| {
         for thread in 0..8 {
             let (region, stop) = (&hanging_region, &stop);
@@ -97,6 +100,18 @@ fn a_region_with_a_source_that_hangs_does_not_hold_up_slow_ones() {
     let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
     assert!(is_read_beside_one_that_hangs(false, slow));
     assert!(is_read_beside_one_that_hangs(true, slow));
+}
+
+/// Where no worker may be added, the last one serves a region that holds up none.
+#[test]
+fn where_no_worker_may_be_added_one_is_left_for_regions_that_hold_up_none() {
+    for hangs_at_once in [false, true] {
+        let pool = || Pool::builder().workers(3).max_workers(3).start().unwrap();
+        let quick = |pool: &Pool| Region::builder().chunk(vec![1; 60 * PAGE]).build(pool).unwrap();
+        assert!(is_read_by(&pool(), hangs_at_once, quick));
+        let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
+        assert!(is_read_by(&pool(), hangs_at_once, slow));
+    }
 }
 
 #[test]
@@ -139,4 +154,42 @@ fn regions_come_and_go_beside_a_slow_one() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// As many sources hang as there are workers, and more: a worker that is held up is replaced.
+#[test]
+fn regions_that_hang_one_after_the_other_do_not_starve_a_quick_one_that_is_built_later() {
+    let pool = Pool::builder().workers(2).start().unwrap();
+    let hanging: Vec<_> = (0..5).map(|_| Slow::new(1, Duration::ZERO)).collect();
+    hanging.iter().for_each(|source| source.hold(true));
+    let regions: Vec<_> = hanging.iter().map(|source| region(source, &pool, None)).collect();
+    let later = OnceLock::new();
+    thread::scope(|scope| {
+        regions.iter().for_each(|region| drop(scope.spawn(|| assert_eq!(region.as_slice()[0], 7))));
+        let held = |source: &Arc<Slow>| source.now.load(Ordering::SeqCst) == 1;
+        let all_held = is_done_in_time(|| hanging.iter().all(held));
+        let quick = || Region::builder().chunk(vec![1; 60 * PAGE]).build(&pool).unwrap();
+        let quick = later.get_or_init(quick);
+        let (done, reader) = mpsc::channel();
+        scope.spawn(move || done.send(quick.as_slice().iter().all(|&byte| byte == 1)));
+        let read = reader.recv_timeout(Duration::from_secs(10));
+        let metrics = pool.metrics();
+        hanging.iter().for_each(|source| source.hold(false));
+        assert!(all_held, "each fault has a worker");
+        assert_eq!(read, Ok(true), "a quick region is served beside them");
+        assert!(metrics.working > 5 && metrics.replacements >= 4, "{metrics:?}");
+    });
+    crate::until(|| pool.metrics().working == 2 && pool.metrics().held_up == 0);
+    assert_eq!(pool.metrics().shortages, 0);
+    drop(regions);
+    drop(later);
+    assert_eq!(pool.stop().unwrap().workers, 2);
+}
+
+fn is_done_in_time(done: impl Fn() -> bool) -> bool {
+    let started = Instant::now();
+    while !done() && started.elapsed() < Duration::from_secs(10) {
+        thread::yield_now();
+    }
+    done()
 }

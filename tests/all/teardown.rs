@@ -284,3 +284,60 @@ fn a_source_that_owns_the_last_region_of_another_pool_can_be_dropped() {
         Region::builder().chunk(Chunk::source(Arc::new(Nested(below)))).build(&Pool::new().unwrap()).unwrap();
     assert!(above.as_slice() == bytes);
 }
+
+/// A fault of the region waits in a channel for the only worker, which another source holds up.
+#[test]
+fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
+    if !crate::watchdog::waits_in_the_kernel() {
+        return;
+    }
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let hanging = Arc::new(Scripted::new(4096).waiting(0..1));
+    let held = Region::builder().chunk(Chunk::source(Arc::clone(&hanging))).build(&pool).unwrap();
+    let source = Arc::new(Scripted::new(10 * 4096));
+    let alive = Arc::downgrade(&source);
+    let region = Region::builder().chunk(Chunk::source(source)).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| held.as_slice()[0]);
+        hanging.wait_until_held(1);
+        let address = region.as_ptr().expose_provenance().get();
+        let asks = scope.spawn(move || crate::watchdog::ask_the_kernel(address));
+        until(|| region.meter().in_flight() == 1);
+        drop(region);
+        let is_alive = alive.upgrade().is_some();
+        let asked = asks.join().unwrap();
+        hanging.open();
+        assert_eq!(reader.join().unwrap(), byte_at(0));
+        assert!(asked.is_err(), "the waiter is told");
+        assert!(!is_alive, "the source went with its region");
+    });
+}
+
+/// Sources that own the pool which serves them, while its watchdog looks at them.
+#[test]
+fn a_source_may_own_the_last_handle_of_its_own_pool() {
+    let end = child::run("teardown::a_source_may_own_the_last_handle_of_its_own_pool", || {
+        for _ in 0..30 {
+            let pool = Pool::builder().workers(2).overdue_after(std::time::Duration::ZERO).start().unwrap();
+            let source = Arc::new(Owns(pool.clone()));
+            let region = Region::builder().chunk(Chunk::source(source)).build(&pool).unwrap();
+            drop(pool);
+            assert_eq!(region.as_slice()[0], 7);
+            drop(region);
+        }
+    });
+    end.expect_pass();
+}
+
+struct Owns(Pool);
+
+impl pagestitch::Source for Owns {
+    fn size(&self) -> u64 {
+        self.0.workers() as u64 * 4096
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> std::io::Result<()> {
+        into.fill(7);
+        Ok(())
+    }
+}

@@ -1,18 +1,22 @@
 //! Faults that take too long: told of once, and given up where that was declared.
 
 use crate::{touch, until};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::source::{Fetch, Reply};
+use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Readahead, Region};
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::FaultMode;
 use pagestitch_testkit::child;
+use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::IoSliceMut;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
 const SIGBUS: i32 = 7;
@@ -55,21 +59,14 @@ fn a_fault_that_was_given_up_is_a_signal_to_its_waiter() {
 /// The waiter is the kernel, which gets an error and no signal; and the source answers after all.
 #[test]
 fn a_source_that_answers_after_all_mends_the_page() {
-    let mode = Uffd::open(Features::NONE).unwrap().mode();
-    if crate::signal_of_loss() != SIGBUS || mode == FaultMode::UserOnly {
-        println!(
-            "SKIPPED: no poison marks here (Linux 6.6), or an ordinary user, for whom the kernel does not wait"
-        );
+    if !waits_in_the_kernel() {
         return;
     }
     let source = hanging();
     let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
     let address = region.as_ptr().expose_provenance().get() + 3 * PAGE;
-    let asked = thread::spawn(move || {
-        let (mut byte, from) = ([0], [RemoteIoVec { base: address, len: 1 }]);
-        process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut byte)], &from)
-    });
+    let asked = thread::spawn(move || ask_the_kernel(address));
     until(|| region.meter().faults_given_up() == 1);
     let failed = region.failures();
     assert_eq!((failed.len(), failed[0].0), (1, 3 * PAGE as u64));
@@ -79,4 +76,144 @@ fn a_source_that_answers_after_all_mends_the_page() {
     until(|| region.failures().is_empty());
     assert_eq!(touch(address), byte_at(3 * PAGE as u64));
     assert_eq!(region.close().faults_given_up, 1);
+}
+
+/// Whether a thread can wait in a page without a signal when it is lost: in the kernel, which then gets an error.
+pub(crate) fn waits_in_the_kernel() -> bool {
+    let mode = Uffd::open(Features::NONE).unwrap().mode();
+    let waits = crate::signal_of_loss() == SIGBUS && mode == FaultMode::All;
+    if !waits {
+        println!(
+            "SKIPPED: no poison marks here (Linux 6.6), or an ordinary user, for whom the kernel does not wait"
+        );
+    }
+    waits
+}
+
+/// Has the kernel read a byte: it waits in a missing page, and gets an error where a thread would get a signal.
+pub(crate) fn ask_the_kernel(address: usize) -> Result<usize, Errno> {
+    let (mut byte, from) = ([0], [RemoteIoVec { base: address, len: 1 }]);
+    process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut byte)], &from)
+}
+
+/// Asks the kernel for a byte of the first so many pages, a thread each. Whether all of them are given up, and whether each thread
+/// got an error.
+fn are_given_up(region: &Region, pages: usize) -> bool {
+    let start = region.as_ptr().expose_provenance().get();
+    let ask = |page: usize| thread::spawn(move || ask_the_kernel(start + page * PAGE).is_err());
+    let threads: Vec<_> = (0..pages).map(ask).collect();
+    let started = Instant::now();
+    let given_up = || region.metrics().faults_given_up as usize;
+    while given_up() < pages && started.elapsed() < Duration::from_secs(20) {
+        thread::yield_now();
+    }
+    assert_eq!(given_up(), pages);
+    threads.into_iter().all(|thread| thread.join().unwrap())
+}
+
+/// Five pages of a source that hangs.
+fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) -> Builder) {
+    if !waits_in_the_kernel() {
+        return;
+    }
+    let pool = pool.give_up_after(Duration::from_millis(60)).start().unwrap();
+    let source = Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..10 * PAGE as u64));
+    let chunk = Chunk::source(Arc::clone(&source));
+    let region = builder(Region::builder().chunk(chunk).readahead(Readahead::None)).build(&pool).unwrap();
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 5)));
+    source.open();
+    assert!(all.expect("five faults are given up"), "each waiter got an error");
+    let shortages = pool.metrics().shortages;
+    assert_eq!(shortages > 0, is_short, "{:?}", pool.metrics());
+    // What no worker had begun is bad until it is asked for again.
+    until(|| {
+        region.heal(..).unwrap();
+        region.failures().is_empty() && region.meter().in_flight() == 0
+    });
+    assert!((0..10).all(|page| region.as_slice()[page * PAGE] == byte_at((page * PAGE) as u64)));
+}
+
+#[test]
+fn more_faults_than_there_are_workers_are_given_up() {
+    five_hang(Pool::builder().workers(2), false, |builder| builder);
+}
+
+/// Those that no worker has begun: queued, or not even read.
+#[test]
+fn faults_that_no_worker_is_left_for_are_given_up() {
+    five_hang(Pool::builder().workers(2).max_workers(2), true, |builder| builder);
+    five_hang(Pool::builder().workers(1).max_workers(1), true, |builder| builder);
+}
+
+#[test]
+fn faults_that_wait_for_a_regions_limit_are_given_up() {
+    five_hang(Pool::builder().workers(3), false, |builder| builder.in_flight(1));
+}
+
+/// A source that keeps what it is asked for, and answers when it is dropped.
+struct Keeps(Mutex<Vec<Reply>>);
+
+impl Fetch for Keeps {
+    fn size(&self) -> u64 {
+        200 * PAGE as u64
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        self.0.lock().unwrap().push(reply);
+    }
+}
+
+#[test]
+fn more_fetches_than_a_table_first_has_room_for_are_given_up() {
+    if !waits_in_the_kernel() {
+        return;
+    }
+    let pool = Pool::builder().workers(2).give_up_after(Duration::from_millis(60)).start().unwrap();
+    let source = Arc::new(Keeps(Mutex::default()));
+    let chunk = Chunk::fetch(Arc::clone(&source));
+    let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 100)));
+    source.0.lock().unwrap().clear();
+    assert!(all.expect("a hundred faults are given up"), "each waiter got an error");
+}
+
+/// Only time in which the watchdog itself runs counts: a process that was stopped is not to blame.
+#[test]
+fn a_process_that_was_stopped_gives_nothing_up_when_it_goes_on() {
+    let end = child::run("watchdog::a_process_that_was_stopped_gives_nothing_up_when_it_goes_on", || {
+        let limit = Duration::from_secs(1);
+        let pool = Pool::builder().overdue_after(limit).give_up_after(limit).start().unwrap();
+        let source = hanging();
+        let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| region.as_slice()[3 * PAGE]);
+            source.wait_until_held(1);
+            be_stopped_for(limit * 3);
+            // As the other threads go on at the same time, so does the watchdog.
+            thread::sleep(limit / 10);
+            source.open();
+            assert_eq!(reader.join().unwrap(), byte_at(3 * PAGE as u64));
+        });
+        let metrics = region.metrics();
+        assert_eq!((metrics.faults_overdue, metrics.faults_given_up), (0, 0));
+    });
+    end.expect_pass();
+}
+
+/// Stops this process; a child has it go on.
+fn be_stopped_for(time: Duration) {
+    let parent = Pid::this();
+    let wakes = Forked::start(|| {
+        let stopped = || {
+            let stat = std::fs::read_to_string(format!("/proc/{parent}/stat")).unwrap();
+            stat.rsplit(')').next().unwrap().trim_start().starts_with('T')
+        };
+        while !stopped() {
+            thread::yield_now();
+        }
+        thread::sleep(time);
+        i32::from(kill(parent, Signal::SIGCONT).is_err())
+    });
+    kill(parent, Signal::SIGSTOP).unwrap();
+    assert!(wakes.passes());
 }

@@ -74,7 +74,7 @@ pub use region::{
     AdoptedMemory, AdoptedRegion, Builder, Chunk, How, LetGo, Loss, Plan, Region, Run, SharedRegion,
 };
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
-pub use server::{Inline, Manual, Placement, Pool, PoolBuilder, Report, Server};
+pub use server::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
 
 /// The README's example is compiled and run with the doc tests.

@@ -1,20 +1,37 @@
-//! The faults that are being served at this moment: how many, and since when.
+//! The faults that have been read and are not settled yet: which, and since when. Those that wait for a worker are among them.
 
 use pagestitch_kernel::Page;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A place for each fault in flight. Workers are few; who finds no place is not counted.
+/// A place for each fault in flight, in segments: each has twice as many as the one before it, and is made when these are taken.
 #[derive(Debug)]
 pub(crate) struct Flights {
-    /// Since when, in nanoseconds; 0 where nobody is.
-    since: [AtomicU64; PLACES],
-    page: [AtomicU64; PLACES],
-    /// Who waits, by the kernel's number; 0 where that is not known.
-    thread: [AtomicU32; PLACES],
+    segments: [OnceLock<Box<[Group]>>; SEGMENTS],
+    /// Whether a segment may be made when a fault is read.
+    grows: bool,
+}
+
+/// As many places as a word has bits.
+#[derive(Debug)]
+struct Group {
+    taken: AtomicU64,
+    places: [Place; GROUP],
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    /// Since when, in nanoseconds; 0 where there is no fault.
+    since: AtomicU64,
+    page: AtomicU64,
+    /// The thread that waits, by the kernel's number; 0 where that is not known.
+    thread: AtomicU32,
     /// What was done about it: [`TOLD`], [`GIVEN_UP`].
-    done: [AtomicU8; PLACES],
+    done: AtomicU8,
+    /// The fault that the watchdog has seen here, by its `since`, and for how long it has watched it.
+    watched: AtomicU64,
+    age: AtomicU64,
 }
 
 /// A fault that has been in flight for long.
@@ -35,59 +52,161 @@ pub(crate) struct Flight<'f> {
 }
 
 impl Flights {
+    /// With room for a few, and more when that is taken.
     pub(super) fn new() -> Self {
-        let zeros = || std::array::from_fn(|_| AtomicU64::new(0));
-        let (thread, done) =
-            (std::array::from_fn(|_| AtomicU32::new(0)), std::array::from_fn(|_| AtomicU8::new(0)));
-        Self { since: zeros(), page: zeros(), thread, done }
+        let flights = Self { segments: std::array::from_fn(|_| OnceLock::new()), grows: true };
+        flights.make(0);
+        flights
     }
 
-    /// Takes a place for a fault on a page that was read at a moment.
-    pub(super) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<Flight<'_>> {
-        let now = nanoseconds(read);
-        let free =
-            |since: &AtomicU64| since.compare_exchange(0, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-        let place = self.since.iter().position(free)?;
-        self.page[place].store(page.0 as u64, Ordering::Relaxed);
-        self.thread[place].store(thread, Ordering::Relaxed);
-        self.done[place].store(0, Ordering::Relaxed);
-        Some(Flight { flights: self, place })
+    /// With room for as many as can be queued, and never more: the thread that reads them may not allocate.
+    pub(super) fn fixed() -> Self {
+        let flights = Self { grows: false, ..Self::new() };
+        for segment in 0..FIXED_SEGMENTS {
+            flights.make(segment);
+        }
+        flights
+    }
+
+    fn make(&self, segment: usize) -> &[Group] {
+        self.segments[segment].get_or_init(|| (0..1 << segment).map(|_| Group::new()).collect())
+    }
+
+    /// Takes a place for a fault on a page that was read at a moment. `None` where there is none left.
+    pub(super) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
+        let number = self.take()?;
+        let place = self.place(number);
+        place.page.store(page.0 as u64, Ordering::Relaxed);
+        place.thread.store(thread, Ordering::Relaxed);
+        place.done.store(0, Ordering::Relaxed);
+        place.since.store(nanoseconds(read), Ordering::Release);
+        Some(number)
+    }
+
+    fn take(&self) -> Option<usize> {
+        (0..SEGMENTS).find_map(|segment| {
+            let groups = match self.segments[segment].get() {
+                Some(groups) => groups,
+                None if self.grows => self.make(segment),
+                None => return None,
+            };
+            let (index, bit) =
+                groups.iter().enumerate().find_map(|(index, group)| Some((index, group.take()?)))?;
+            Some((groups.len() - 1 + index) * GROUP + bit)
+        })
+    }
+
+    fn place(&self, number: usize) -> &Place {
+        let (group, bit) = self.group(number);
+        &group.places[bit]
+    }
+
+    fn group(&self, number: usize) -> (&Group, usize) {
+        let group = number / GROUP + 1;
+        let segment = group.ilog2() as usize;
+        let groups = self.segments[segment].get().expect("a place of it was taken");
+        (&groups[group - (1 << segment)], number % GROUP)
+    }
+
+    /// The place that a fault was given, as a guard.
+    pub(super) fn flight(&self, place: usize) -> Flight<'_> {
+        Flight { flights: self, place }
+    }
+
+    fn groups(&self) -> impl Iterator<Item = (usize, &Group)> {
+        self.segments.iter().map_while(OnceLock::get).flatten().enumerate()
+    }
+
+    /// Those in flight: their places, since when, and what is known of them.
+    fn all(&self) -> impl Iterator<Item = (usize, u64, &Place)> {
+        self.groups().filter(|(_, group)| group.taken.load(Ordering::Relaxed) > 0).flat_map(
+            |(index, group)| {
+                group.places.iter().enumerate().filter_map(move |(bit, place)| {
+                    let since = place.since.load(Ordering::Acquire);
+                    (since > 0).then_some((index * GROUP + bit, since, place))
+                })
+            },
+        )
     }
 
     pub(super) fn count(&self) -> usize {
-        self.since.iter().filter(|since| since.load(Ordering::Relaxed) > 0).count()
+        self.all().count()
     }
 
-    /// Those that are as old, or older.
-    pub(super) fn overdue(&self, age: Duration) -> impl Iterator<Item = Overdue> {
+    /// Has each grow older by the time that has been watched since the last call; tells of those that are as old as `limit`, or
+    /// older. For one watchdog.
+    pub(super) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
         let now = nanoseconds(Instant::now());
-        self.since.iter().enumerate().filter_map(move |(place, since)| {
-            let since = Some(since.load(Ordering::Relaxed)).filter(|&since| since > 0)?;
-            let old = Duration::from_nanos(now.saturating_sub(since));
-            let page = Page(self.page[place].load(Ordering::Relaxed) as usize);
-            let thread = self.thread[place].load(Ordering::Relaxed);
-            (old >= age).then_some(Overdue { page, age: old, thread, place, since })
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        self.all().filter_map(move |(number, since, place)| {
+            let age = if place.watched.load(Ordering::Relaxed) == since {
+                place.age.load(Ordering::Relaxed).saturating_add(passed)
+            } else {
+                place.watched.store(since, Ordering::Relaxed);
+                now.saturating_sub(since).min(passed)
+            };
+            place.age.store(age, Ordering::Relaxed);
+            let page = Page(place.page.load(Ordering::Relaxed) as usize);
+            let (age, thread) = (Duration::from_nanos(age), place.thread.load(Ordering::Relaxed));
+            (age >= limit).then_some(Overdue { page, age, thread, place: number, since })
         })
     }
 
     /// True the first time that this is done about it, if it is still in flight.
     pub(super) fn first(&self, fault: &Overdue, what: u8) -> bool {
-        let before = self.done[fault.place].fetch_or(what, Ordering::Relaxed);
-        before & what == 0 && self.since[fault.place].load(Ordering::Relaxed) == fault.since
+        let place = self.place(fault.place);
+        let before = place.done.fetch_or(what, Ordering::Relaxed);
+        let is_same = place.since.load(Ordering::Relaxed) == fault.since;
+        if !is_same {
+            // Another fault has the place by now, about which nothing was done.
+            self.undo(fault, what);
+        }
+        before & what == 0 && is_same
     }
 
-    /// Ends a flight that was [kept](Flight::keep).
+    /// Takes back that something was done about it.
+    pub(super) fn undo(&self, fault: &Overdue, what: u8) {
+        self.place(fault.place).done.fetch_and(!what, Ordering::Relaxed);
+    }
+
+    /// Ends a flight by its place.
     pub(super) fn land(&self, place: usize) {
-        self.since[place].store(0, Ordering::Relaxed);
+        let (group, bit) = self.group(place);
+        group.places[bit].since.store(0, Ordering::Relaxed);
+        group.taken.fetch_and(!(1 << bit), Ordering::Release);
+    }
+
+    /// Ends all: no worker comes for those that are queued.
+    pub(super) fn land_all(&self) {
+        let taken: Vec<_> = self.all().map(|(place, ..)| place).collect();
+        taken.into_iter().for_each(|place| self.land(place));
     }
 
     /// The oldest: its page, and its age.
     pub(super) fn oldest(&self) -> Option<(Page, Duration)> {
         let now = nanoseconds(Instant::now());
-        let all = self.since.iter().map(|since| since.load(Ordering::Relaxed)).enumerate();
-        let (place, since) = all.filter(|&(_, since)| since > 0).min_by_key(|&(_, since)| since)?;
-        let page = Page(self.page[place].load(Ordering::Relaxed) as usize);
+        let (_, since, place) = self.all().min_by_key(|&(_, since, _)| since)?;
+        let page = Page(place.page.load(Ordering::Relaxed) as usize);
         Some((page, Duration::from_nanos(now.saturating_sub(since))))
+    }
+}
+
+impl Group {
+    fn new() -> Self {
+        Self { taken: AtomicU64::new(0), places: std::array::from_fn(|_| Place::default()) }
+    }
+
+    fn take(&self) -> Option<usize> {
+        loop {
+            let free = !self.taken.load(Ordering::Relaxed);
+            let bit = free.trailing_zeros() as usize;
+            if bit == GROUP {
+                return None;
+            }
+            if self.taken.fetch_or(1 << bit, Ordering::Acquire) & (1 << bit) == 0 {
+                return Some(bit);
+            }
+        }
     }
 }
 
@@ -115,19 +234,27 @@ fn nanoseconds(moment: Instant) -> u64 {
 
 pub(super) const TOLD: u8 = 1;
 pub(super) const GIVEN_UP: u8 = 2;
-const PLACES: usize = 64;
+const GROUP: usize = u64::BITS as usize;
+/// 131,008 places: more than there are threads in a process to wait in them.
+const SEGMENTS: usize = 11;
+/// 4,032 places: more than faults that can be queued, and workers.
+const FIXED_SEGMENTS: usize = 6;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn begin(flights: &Flights, page: usize) -> usize {
+        flights.begin(Page(page), 42, Instant::now()).unwrap()
+    }
+
     #[test]
     fn the_oldest_in_flight_is_told_until_it_lands() {
         let flights = Flights::new();
         assert!(flights.oldest().is_none());
-        let first = flights.begin(Page(7), 1, Instant::now()).unwrap();
+        let first = flights.flight(begin(&flights, 7));
         std::thread::sleep(Duration::from_millis(2));
-        let second = flights.begin(Page(9), 1, Instant::now()).unwrap();
+        let second = flights.flight(begin(&flights, 9));
         assert_eq!(flights.count(), 2);
         let (page, age) = flights.oldest().unwrap();
         assert!(page == Page(7) && age >= Duration::from_millis(2), "{page:?} {age:?}");
@@ -141,15 +268,14 @@ mod tests {
     fn what_is_overdue_is_told_once_each_time_it_flies() {
         let flights = Flights::new();
         for _ in 0..2 {
-            let flight = flights.begin(Page(7), 42, Instant::now()).unwrap();
-            assert_eq!(flights.overdue(Duration::from_secs(1)).count(), 0);
-            let fault = flights.overdue(Duration::ZERO).next().unwrap();
+            let flight = flights.flight(begin(&flights, 7));
+            assert_eq!(flights.watch(Duration::from_secs(9), Duration::from_secs(5)).count(), 0);
+            let fault = flights.watch(Duration::ZERO, Duration::ZERO).next().unwrap();
             assert_eq!((fault.page, fault.thread), (Page(7), 42));
-            assert!(
-                flights.first(&fault, TOLD)
-                    && !flights.first(&fault, TOLD)
-                    && flights.first(&fault, GIVEN_UP)
-            );
+            assert!(flights.first(&fault, TOLD) && !flights.first(&fault, TOLD));
+            assert!(flights.first(&fault, GIVEN_UP));
+            flights.undo(&fault, GIVEN_UP);
+            assert!(flights.first(&fault, GIVEN_UP), "once more");
             let place = flight.keep();
             assert_eq!(flights.count(), 1);
             flights.land(place);
@@ -157,13 +283,37 @@ mod tests {
         }
     }
 
+    /// What passes while nobody watches does not count, whatever the clock says.
     #[test]
-    fn more_than_there_are_places_for_are_not_counted_and_harm_nothing() {
+    fn a_fault_grows_older_by_what_was_watched() {
         let flights = Flights::new();
-        let taken: Vec<_> =
-            (0..100).filter_map(|page| flights.begin(Page(page), 1, Instant::now())).collect();
-        assert_eq!((taken.len(), flights.count()), (PLACES, PLACES));
-        drop(taken);
+        let second = Duration::from_secs(1);
+        begin(&flights, 7);
+        assert_eq!(flights.watch(second, second).count(), 0, "it has just come");
+        assert_eq!(flights.watch(second / 2, second).count(), 0);
+        assert_eq!(flights.watch(second / 2, second).count(), 1);
+    }
+
+    #[test]
+    fn there_is_room_for_more_when_all_places_are_taken() {
+        let flights = Flights::new();
+        let mut taken: Vec<_> = (0..1000).map(|page| begin(&flights, page)).collect();
+        taken.sort_unstable();
+        taken.dedup();
+        assert_eq!((taken.len(), flights.count()), (1000, 1000));
+        let pages: std::collections::BTreeSet<_> =
+            flights.watch(Duration::ZERO, Duration::ZERO).map(|fault| fault.page.0).collect();
+        assert_eq!(pages.len(), 1000);
+        taken.iter().for_each(|&place| flights.land(place));
+        assert_eq!((flights.count(), begin(&flights, 1)), (0, 0));
+        flights.land_all();
         assert_eq!(flights.count(), 0);
+    }
+
+    #[test]
+    fn a_table_that_may_not_grow_says_when_it_is_full() {
+        let flights = Flights::fixed();
+        let taken = (0..10_000).filter_map(|page| flights.begin(Page(page), 1, Instant::now())).count();
+        assert_eq!((taken, flights.count()), (4032, 4032));
     }
 }

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `coverage` | which parts of a region are there |
-//! | `flights` | the faults that are being served at this moment |
+//! | `flights` | the faults that have been read and are not settled |
 //! | `facade` | the numbers for the `metrics` crate |
 //! | `histogram` | how long faults took, where that is asked for |
 //!
@@ -90,24 +90,36 @@ pub(crate) enum Part {
 }
 
 impl Counters {
-    pub(crate) fn new(region: String, (page, pages): (PageSize, usize), timed: bool) -> Self {
+    /// `quiet`: faults are read by a thread that may not allocate.
+    pub(crate) fn new(region: String, (page, pages): (PageSize, usize), timed: bool, quiet: bool) -> Self {
         let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
         let timings = timed.then(|| Box::new(timings()));
-        Self { region, page, pages, lanes: Lanes::default(), flights: Flights::new(), timings }
+        let flights = if quiet { Flights::fixed() } else { Flights::new() };
+        Self { region, page, pages, lanes: Lanes::default(), flights, timings }
     }
 
-    /// Counts a fault that was read from the kernel at a moment, and is served from now on until the flight is dropped.
-    pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<Flight<'_>> {
+    /// A fault was read from the kernel at a moment: it is in flight from now on. Its place, if there is one left.
+    pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
+        self.flights.begin(page, thread, read)
+    }
+
+    /// A fault that has begun is served from now on, until the flight is dropped.
+    pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<Flight<'_>> {
         self.here().faults.add(1);
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
         }
-        self.flights.begin(page, thread, read)
+        place.map(|place| self.flights.flight(place))
     }
 
-    /// Faults that have been in flight for so long.
-    pub(crate) fn overdue(&self, age: Duration) -> impl Iterator<Item = Overdue> {
-        self.flights.overdue(age)
+    /// Faults that have been watched for so long, `passed` after the last call.
+    pub(crate) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
+        self.flights.watch(passed, limit)
+    }
+
+    /// No fault is served any more.
+    pub(crate) fn land_all(&self) {
+        self.flights.land_all();
     }
 
     /// True once for each fault.
@@ -118,6 +130,11 @@ impl Counters {
     /// True once for each fault.
     pub(crate) fn give_up_once(&self, fault: &Overdue) -> bool {
         self.flights.first(fault, flights::GIVEN_UP)
+    }
+
+    /// Takes back that a fault was given up.
+    pub(crate) fn keep_on(&self, fault: &Overdue) {
+        self.flights.undo(fault, flights::GIVEN_UP);
     }
 
     /// Ends a flight that was kept.
@@ -300,7 +317,7 @@ impl Meter {
         metrics.pages_ahead.saturating_sub(metrics.pages_ahead_used)
     }
 
-    /// How many faults are being served at this moment, at most 64.
+    /// How many faults have been read and are not settled at this moment: those that are served, and those that wait for a worker.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.counters.flights.count()

@@ -8,6 +8,7 @@
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
+//! | `door` | what a server keeps of a region |
 //! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `family` | forked children, whose pages are filled likewise |
@@ -18,6 +19,7 @@ pub(crate) mod adopted;
 mod builder;
 mod chunk;
 mod core;
+mod door;
 mod events;
 mod family;
 pub(crate) mod in_place;
@@ -34,6 +36,7 @@ use self::core::Core;
 pub use adopted::{AdoptedMemory, AdoptedRegion, LetGo, Loss};
 pub use builder::Builder;
 pub use chunk::Chunk;
+pub(crate) use door::Door;
 pub(crate) use events::News;
 pub(crate) use layout::Layout;
 pub(crate) use pace::Reading;

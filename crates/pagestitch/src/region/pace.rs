@@ -4,7 +4,7 @@
 //! nobody installs while events are read. Where sources are quick, one who does both is quicker than two; where they are
 //! slow, whoever has read gives the next one its turn before it fills.
 
-use pagestitch_kernel::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What a fault of the region has taken lately.
@@ -12,8 +12,6 @@ use std::time::Duration;
 pub(crate) struct Pace {
     /// Nanoseconds: an average that forgets; 0 before the first.
     average: AtomicU64,
-    /// How many of its faults hold up a worker each, in a berth.
-    berths: AtomicUsize,
     turn: AtomicU8,
 }
 
@@ -29,21 +27,6 @@ impl Pace {
     /// Whether a worker that serves it is back soon, for all that is known.
     pub(crate) fn is_quick(&self) -> bool {
         (1..=SLOW).contains(&self.average.load(Ordering::Relaxed))
-    }
-
-    /// Takes note of a worker that serves it in a berth.
-    pub(crate) fn in_berth<T>(&self, serve: impl FnOnce() -> T) -> T {
-        self.berths.fetch_add(1, Ordering::Relaxed);
-        let done = serve();
-        self.berths.fetch_sub(1, Ordering::Relaxed);
-        done
-    }
-
-    /// Whether a fault has waited for others to leave their berths long enough: many times what it takes itself. They may never.
-    pub(crate) fn is_due(&self, waited: Duration) -> bool {
-        let patience =
-            Duration::from_nanos(PATIENCE * self.average.load(Ordering::Relaxed)).max(PATIENCE_MIN);
-        self.berths.load(Ordering::Relaxed) == 0 && waited > patience
     }
 
     /// The turn to read, if nobody has it; whoever has it looks once more then.
@@ -119,9 +102,6 @@ const TAKEN: u8 = 1;
 const CALLED: u8 = 2;
 /// Past it, a worker is better not held up by a region.
 const SLOW: u64 = Duration::from_millis(1).as_nanos() as u64;
-/// A region that holds up nobody waits for a berth so many times as long as its faults take.
-const PATIENCE: u64 = 10;
-const PATIENCE_MIN: Duration = Duration::from_millis(20);
 /// As many are served in the time that it takes to wake another worker.
 const KEPT: usize = 8;
 

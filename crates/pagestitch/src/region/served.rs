@@ -2,7 +2,6 @@
 
 use crate::metrics::Counters;
 use crate::policy::{Policy, Recorder, Recording, Replay};
-use crate::region::Layout;
 use crate::region::adopted::abandon;
 use crate::region::family::{Family, refuse_births};
 use crate::region::in_place::{Runs, Shown, whole_pages};
@@ -10,9 +9,10 @@ use crate::region::pace::{Pace, Reading};
 use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
 use crate::region::strays::{Rest, Strays};
+use crate::region::{Door, Layout};
 use crate::server::{Asked, Berths, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
-use pagestitch_kernel::gate::{Gate, OwnedVisit, Visit};
+use pagestitch_kernel::gate::{Gate, OwnedVisit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Batch, Errno, Page, PageSize, Span, Uffd};
@@ -64,6 +64,8 @@ pub(crate) struct Served {
     pub(crate) strays: Strays,
     /// Whoever works for the region is inside; dropping the region closes it.
     gate: Arc<Gate>,
+    /// What its server keeps of it.
+    door: OnceLock<Arc<Door>>,
 }
 
 /// How a region is served.
@@ -115,7 +117,8 @@ impl Served {
         family: Option<impl Into<Arc<Family>>>,
     ) -> Self {
         let Manner { timed, in_flight, replay, reporter, .. } = manner;
-        let counters = Counters::new(name.clone(), (place.page_size(), place.all().pages), timed);
+        let size = (place.page_size(), place.all().pages);
+        let counters = Counters::new(name.clone(), size, timed, family.is_some());
         Self {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),
@@ -141,6 +144,7 @@ impl Served {
             strays: Strays::new(family.is_none()),
             family: family.map(Into::into),
             gate: Arc::new(Gate::new()),
+            door: OnceLock::new(),
         }
     }
 
@@ -240,9 +244,9 @@ impl Served {
         lazy && !self.uffd.features().contains(Features::MINOR_SHMEM)
     }
 
-    /// Goes to work for the region, unless it is being dropped.
-    pub(crate) fn enter(&self) -> Option<Visit<'_>> {
-        self.gate.enter()
+    /// The way in, for its server to keep.
+    pub(crate) fn door(self: &Arc<Self>) -> &Arc<Door> {
+        self.door.get_or_init(|| Arc::new(Door::new(&self.gate, self)))
     }
 
     /// The right to read what the kernel has to tell, if nobody has it who will.
@@ -356,6 +360,8 @@ impl Served {
     /// Nobody works for the region when this returns, and nobody will: sources are not called any more.
     pub(crate) fn close(&self) {
         self.gate.close();
+        // No worker comes for the faults that are queued.
+        self.counters.land_all();
     }
 
     /// Whether the kernel lacks pages of a span; those that were filled are forgotten.

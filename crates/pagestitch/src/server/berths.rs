@@ -1,4 +1,4 @@
-//! Limits. Berths: how many workers may be held up by the same thing at once. Who finds none waits for whoever leaves.
+//! Limits. Berths: how many workers a region may hold up at once. A fault that finds none waits for one that leaves.
 
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -9,8 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub(crate) struct Berths<T> {
     state: Mutex<State<T>>,
-    /// How many wait, to be looked at without the lock.
-    waiting: AtomicUsize,
 }
 
 #[derive(Debug)]
@@ -23,7 +21,7 @@ impl<T> Berths<T> {
     /// With room for so many to wait; more than that, and room is made.
     pub(crate) fn new(room: usize) -> Self {
         let state = Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) });
-        Self { state, waiting: AtomicUsize::new(0) }
+        Self { state }
     }
 
     /// Takes one of `most` berths for `item`, which is given back to be worked on. `None`: it waits, and is given to whoever
@@ -35,23 +33,7 @@ impl<T> Berths<T> {
             return Some(item);
         }
         state.waiting.push_back(item);
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
         None
-    }
-
-    /// Whether somebody waits, who is not to wait too long.
-    pub(crate) fn are_waited_for(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > 0
-    }
-
-    /// One more berth than there are, for the first that waits and is `wanted`.
-    pub(crate) fn enter_beyond(&self, wanted: impl Fn(&T) -> bool) -> Option<T> {
-        let mut state = self.state.lock();
-        let place = state.waiting.iter().position(wanted)?;
-        state.taken += 1;
-        let item = state.waiting.remove(place);
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
-        item
     }
 
     /// Leaves the berth, or stays in it for the next that waits.
@@ -59,7 +41,6 @@ impl<T> Berths<T> {
         let mut state = self.state.lock();
         let next = if state.taken <= most { state.waiting.pop_front() } else { None };
         state.taken -= usize::from(next.is_none());
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
         next
     }
 }
@@ -118,19 +99,6 @@ mod tests {
             (berths.leave(1), berths.leave(1), berths.leave(1), berths.leave(1)),
             (None, None, Some(9), None)
         );
-    }
-
-    #[test]
-    fn who_may_not_wait_any_longer_gets_one_beyond() {
-        let berths = Berths::new(4);
-        assert!(berths.enter(1, 1).is_some() && !berths.are_waited_for());
-        assert!(berths.enter(1, 2).is_none() && berths.enter(1, 3).is_none() && berths.are_waited_for());
-        assert_eq!(
-            (berths.enter_beyond(|item| *item > 3), berths.enter_beyond(|item| *item > 2)),
-            (None, Some(3))
-        );
-        assert_eq!((berths.leave(1), berths.leave(1), berths.leave(1)), (None, Some(2), None));
-        assert!(!berths.are_waited_for());
     }
 
     #[test]

@@ -20,14 +20,18 @@ pub(crate) struct Asked {
     pub(super) read: Instant,
     /// The thread that waits, by the kernel's number.
     pub(super) thread: u32,
+    /// Its place among the faults in flight, if it has one. It lands there when it is served.
+    pub(super) place: Option<usize>,
 }
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
 pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
-    let Asked { page, read, thread } = asked;
+    let Asked { page, read, .. } = asked;
+    let begin = || region.counters.begin(page, asked.thread, read);
+    let flight = region.counters.take_up(asked.place.or_else(begin), read);
     let span = tracing::trace_span!("fault", region = region.name, page = page.0);
-    let (_entered, flight) = (span.enter(), region.counters.begin(page, thread, read));
+    let _entered = span.enter();
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
     let wide = widen(region, page);

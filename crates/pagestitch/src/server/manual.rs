@@ -90,12 +90,14 @@ impl Manual {
         let refused = |errno: Errno| {
             Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
         };
-        let shared = Arc::new(Shared::new(&Places::anywhere(threads)).map_err(refused)?);
+        let shared =
+            Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
         let seats =
             Seats { shared: Arc::clone(&shared), taken: AtomicUsize::new(0), maker: Maker::current() };
         let seats = Arc::new(seats);
         let take = |seat: usize| {
-            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[seat]), None);
+            let place = shared.crew.join(seat).expect("there is a place for each");
+            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[seat]), None, place);
             let worker = worker.map_err(refused)?;
             seats.taken.fetch_add(1, Ordering::SeqCst);
             Ok(Self { worker, seats: Arc::clone(&seats), seat })
@@ -145,7 +147,7 @@ impl Drop for Manual {
         // Regions hold what is shared, but serve nobody: what counts is who sits here.
         let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.seats.maker.is_current() {
-            self.seats.shared.end().iter().for_each(close);
+            self.seats.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
         }
     }
 }

@@ -5,7 +5,9 @@
 //! | `pool` | the workers and what they share; regions come and go |
 //! | `placement` | where workers run |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
-//! | `berths` | how many workers one region, or slow ones together, may hold up |
+//! | `crew` | which workers get on, and which are to be replaced |
+//! | `berths` | how many workers one region may hold up |
+//! | `slow` | how many workers slow regions may hold up together |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `pending` | pages whose source answers later |
 //! | `resolve` | tell the kernel, and read its answer |
@@ -17,6 +19,7 @@
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod berths;
+mod crew;
 mod fault;
 mod heal;
 mod inline;
@@ -26,6 +29,7 @@ mod placement;
 mod pool;
 mod populate;
 mod resolve;
+mod slow;
 mod usher;
 mod watchdog;
 mod worker;
@@ -37,7 +41,7 @@ pub use manual::Manual;
 use manual::Seats;
 pub(crate) use pending::Pending;
 pub use placement::Placement;
-pub use pool::{Pool, PoolBuilder, Report};
+pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::populate;
 
 use crate::error::{Error, ErrorKind};

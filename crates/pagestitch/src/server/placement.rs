@@ -31,7 +31,7 @@ pub enum Placement {
 }
 
 /// How many workers, and where each is at home.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Places {
     pub(super) workers: usize,
     /// Worker `i` is at home on the `i`-th, and again from the start; none for anywhere.

@@ -7,16 +7,19 @@
 //!                                      └───────────────────────────────────┘
 //! ```
 //!
-//! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them.
+//! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them. A worker that a source
+//! holds up is replaced at its epoll by another one.
 
 use crate::error::{Error, ErrorKind};
 use crate::region::page_table::Wake;
-use crate::region::{News, Served};
-use crate::server::berths::{Berths, Permits};
+use crate::region::{Door, News, Served};
+use crate::server::berths::Permits;
+use crate::server::crew::{self, Crew};
 use crate::server::fault::Asked;
 use crate::server::placement::{Placement, Places};
+use crate::server::slow::Slow;
 use crate::server::usher::Usher;
-use crate::server::watchdog::Limits;
+use crate::server::watchdog::{Limits, Watchdog};
 use crate::server::worker::{AbortOnPanic, Ahead, Handed, Worker};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
@@ -29,6 +32,7 @@ use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -71,13 +75,26 @@ impl Pool {
             name: String::from("pagestitch"),
             limits: Limits::default(),
             in_flight: None,
+            max_workers: crew::MOST_BY_DEFAULT,
         }
     }
 
-    /// How many workers it has.
+    /// How many workers it has, but for those that [stand in](PoolBuilder::max_workers) for others.
     #[must_use]
     pub fn workers(&self) -> usize {
         self.handle.shared.epolls.len()
+    }
+
+    /// How its workers are at this moment.
+    #[must_use]
+    pub fn metrics(&self) -> PoolMetrics {
+        let crew = &self.handle.shared.crew;
+        PoolMetrics {
+            working: crew.working(),
+            held_up: crew.held_up.load(Ordering::Relaxed),
+            replacements: crew.replacements.load(Ordering::Relaxed),
+            shortages: crew.shortages.load(Ordering::Relaxed),
+        }
     }
 
     /// Stops the workers and waits for them.
@@ -140,16 +157,29 @@ pub struct PoolBuilder {
     name: String,
     limits: Limits,
     in_flight: Option<usize>,
+    max_workers: usize,
 }
 
 impl PoolBuilder {
     /// How many threads serve faults. By default as many as the [placement](Self::placement) suggests: one for each CPU, at
     /// most eight.
     ///
-    /// Ask for a number where sources are slow: as many can be waited for at once as there are workers. By default they run
-    /// wherever the scheduler puts them then.
+    /// Ask for a number where sources are slow: as many can be waited for at once as there are workers, and more only where each takes
+    /// longer than 10 ms ([`max_workers`](Self::max_workers)). By default they run wherever the scheduler puts them then.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers);
+        self
+    }
+
+    /// How many threads there may be when sources hang: 64 by default, 4,096 at most, and no less than the [workers](Self::workers).
+    ///
+    /// A worker that has been in one source for 10 ms is replaced by another thread, so that a source that hangs holds up no other
+    /// region. Where a worker comes back, one that has found nothing to do for a second ends. When as many threads as there may be are
+    /// held up, a log line and [`PoolMetrics::shortages`] tell; faults then wait for a source to answer, or for
+    /// [`give_up_after`](Self::give_up_after). A source that takes longer than that is so asked by as many threads at once as wait for
+    /// it: where that is too much, limit the region ([`Builder::in_flight`](crate::Builder::in_flight)).
+    pub fn max_workers(mut self, most: usize) -> Self {
+        self.max_workers = most;
         self
     }
 
@@ -174,14 +204,17 @@ impl PoolBuilder {
     }
 
     /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
-    /// waiting thread; and counts it. Takes a thread that looks four times in that time.
+    /// waiting thread; and counts it. Faults that wait for a worker are among them. Only time in which the process runs counts: a
+    /// process that was stopped (SIGSTOP) has no fault that is overdue for it.
     pub fn overdue_after(mut self, age: Duration) -> Self {
         self.limits.overdue = Some(age);
         self
     }
 
     /// Makes the page of a fault bad that has taken so long: its waiter gets SIGBUS. Whoever serves it is not called back; if its source answers
-    /// after all, the page is good from then on. `populate` and `read_at` wait as long as the source takes.
+    /// after all, the page is good from then on. The page of a fault that no worker has begun stays bad until
+    /// [`heal`](crate::Region::heal). `populate` and `read_at` wait as long as the source takes. Time counts as for
+    /// [`overdue_after`](Self::overdue_after).
     pub fn give_up_after(mut self, age: Duration) -> Self {
         self.limits.hard = Some(age);
         self
@@ -202,45 +235,31 @@ impl PoolBuilder {
         }
         let places = Places::decide(self.workers, &self.placement)?;
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
-        let mut shared =
-            Shared::new(&places).map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+        let mut shared = Shared::new(&places, self.max_workers, self.name)
+            .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
         let fetches = self.in_flight.map(|most| most.saturating_sub(places.workers));
         shared.permits = fetches.map(|most| Arc::new(Permits::new(most)));
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle {
             shared: Arc::new(shared),
-            threads: Mutex::default(),
             watch: Mutex::default(),
             usher: Mutex::default(),
             maker: Maker::current(),
         };
-        for (index, epoll) in handle.shared.epolls.iter().enumerate() {
-            let (shared, home) = (Arc::clone(&handle.shared), places.home(index));
-            let worker = Worker::new(shared, Arc::clone(epoll), home)
-                .map_err(refused("cannot start a pool (memory: ulimit -v)"))?;
-            let named = thread::Builder::new().name(thread_name(&self.name, index));
-            let thread = named.spawn(move || worker.run()).map_err(|error| {
-                let what = format!(
-                    "cannot start worker {index} of {} (threads: ulimit -u; addresses: ulimit -v)",
-                    places.workers
-                );
-                Error::because(ErrorKind::Resources, what, error)
-            })?;
-            handle.threads.lock().push(thread);
+        for post in 0..places.workers {
+            Shared::start_worker(&handle.shared, post)?;
         }
-        if self.limits.any() {
-            let (shared, limits) = (Arc::clone(&handle.shared), self.limits);
-            let named = thread::Builder::new().name(String::from("pagestitch/dog"));
-            let watch = named.spawn(move || limits.watch(&shared)).map_err(|error| {
-                Error::because(
-                    ErrorKind::Resources,
-                    "cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)",
-                    error,
-                )
-            })?;
-            *handle.watch.lock() = Some(watch);
-        }
+        let watchdog = Watchdog::new(Arc::clone(&handle.shared), self.limits);
+        let named = thread::Builder::new().name(String::from("pagestitch/dog"));
+        let watch = named.spawn(move || watchdog.run()).map_err(|error| {
+            Error::because(
+                ErrorKind::Resources,
+                "cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)",
+                error,
+            )
+        })?;
+        *handle.watch.lock() = Some(watch);
         tracing::debug!(?places, "pool started");
         Ok(Pool { handle: Arc::new(handle) })
     }
@@ -256,10 +275,23 @@ pub struct Report {
     pub faults: u64,
 }
 
+/// How the workers of a pool are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PoolMetrics {
+    /// How many there are, with those that stand in for others.
+    pub working: usize,
+    /// How many of these a source holds up: they have been in it for 10 ms, or more.
+    pub held_up: usize,
+    /// How many were started, so far, in place of one that a source held up.
+    pub replacements: u64,
+    /// How often, so far, a worker was held up and no more could be started: see [`PoolBuilder::max_workers`].
+    pub shortages: u64,
+}
+
 /// Shared by all handles; the last one to go joins the workers.
 struct Handle {
     shared: Arc<Shared>,
-    threads: Mutex<Vec<JoinHandle<u64>>>,
     watch: Mutex<Option<JoinHandle<()>>>,
     usher: Mutex<Option<JoinHandle<()>>>,
     maker: Maker,
@@ -292,21 +324,42 @@ impl Handle {
     fn join(&self) -> Report {
         // One event for all: it stays readable, so every worker sees it.
         self.shared.stop.write(1).expect("an eventfd takes a 1");
-        if let Some(watch) = self.watch.lock().take() {
-            watch.join().expect("the watchdog does not panic");
+        // First those that start others. One of them may be what ends here: a source that owns the last region of its own pool is
+        // dropped in it, and cannot join itself.
+        if let Some(watch) = self.watch.lock().take().filter(is_another) {
+            watch.join().expect("one that panics aborts the process");
         }
-        if let Some(usher) = self.usher.lock().take() {
+        if let Some(usher) = self.usher.lock().take().filter(is_another) {
             usher.join().expect("one that panics aborts the process");
         }
-        let threads = std::mem::take(&mut *self.threads.lock());
-        let mut report = Report { workers: threads.len(), faults: 0 };
-        for thread in threads {
-            // A source that owns the last region of its own pool ends here, in a worker: it cannot join itself.
-            if thread.thread().id() != thread::current().id() {
-                report.faults += thread.join().expect("a worker that panics aborts the process");
-            }
-        }
-        report
+        let (threads, gone) = self.shared.threads.lock().take();
+        let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());
+        let faults: u64 = faults.map(|served| served.expect("a worker that panics aborts the process")).sum();
+        Report { workers: self.shared.epolls.len(), faults: gone + faults }
+    }
+}
+
+fn is_another<T>(thread: &JoinHandle<T>) -> bool {
+    thread.thread().id() != thread::current().id()
+}
+
+/// The threads of workers.
+#[derive(Debug, Default)]
+struct Threads {
+    running: Vec<JoinHandle<u64>>,
+    /// Faults that those have served that have ended.
+    served: u64,
+}
+
+impl Threads {
+    fn push(&mut self, thread: JoinHandle<u64>) {
+        let ended = self.running.extract_if(.., |thread| thread.is_finished());
+        self.served += ended.filter_map(|thread| thread.join().ok()).sum::<u64>();
+        self.running.push(thread);
+    }
+
+    fn take(&mut self) -> (Vec<JoinHandle<u64>>, u64) {
+        (std::mem::take(&mut self.running), self.served)
     }
 }
 
@@ -329,8 +382,12 @@ pub(super) struct Shared {
     handed: (Sender<Handed>, Receiver<Handed>),
     /// What is filled when there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
-    /// Workers that slow regions hold up, and their faults that wait.
-    pub(super) slow: Berths<Handed>,
+    pub(super) slow: Slow,
+    /// Which workers there are.
+    pub(super) crew: Crew,
+    threads: Mutex<Threads>,
+    pub(super) name: String,
+    places: Places,
     permits: Option<Arc<Permits>>,
     /// What the usher leaves to workers.
     news: (Sender<NewsOf>, Receiver<NewsOf>),
@@ -347,12 +404,13 @@ type NewsOf = (Arc<Served>, News);
 
 #[derive(Debug, Default)]
 struct Regions {
-    served: HashMap<RawFd, Arc<Served>>,
+    served: HashMap<RawFd, Arc<Door>>,
     stopped: bool,
 }
 
 impl Shared {
-    pub(super) fn new(places: &Places) -> Result<Self, Errno> {
+    /// For workers at these places, at most so many, that are called so.
+    pub(super) fn new(places: &Places, most: usize, name: String) -> Result<Self, Errno> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
@@ -369,7 +427,7 @@ impl Shared {
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        let slow = Berths::new(HANDED_MAX);
+        let (slow, crew) = (Slow::new(HANDED_MAX), Crew::new(places.workers, most)?);
         let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
         Ok(Self {
             news,
@@ -379,6 +437,10 @@ impl Shared {
             handed,
             ahead,
             slow,
+            crew,
+            threads: Mutex::default(),
+            name,
+            places: places.clone(),
             permits: None,
             epolls,
             wakes,
@@ -386,8 +448,33 @@ impl Shared {
         })
     }
 
-    /// The region whose uffd is `fd`, if it is still served.
-    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Served>> {
+    /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
+    pub(super) fn start_worker(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
+        let Some(place) = shared.crew.join(post) else {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "a pool has as many workers as it may have: max_workers()",
+            ));
+        };
+        let refused = |what, error| {
+            shared.crew.never_came(place);
+            Error::because(ErrorKind::Resources, what, error)
+        };
+        let ready = Arc::clone(&shared.epolls[post]);
+        let worker =
+            Worker::new(Arc::clone(shared), ready, shared.places.home(post), place).map_err(|errno| {
+                refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
+            })?;
+        let named = thread::Builder::new().name(thread_name(&shared.name, place));
+        let thread = named.spawn(move || worker.run()).map_err(|error| {
+            refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
+        })?;
+        shared.threads.lock().push(thread);
+        Ok(())
+    }
+
+    /// The way into the region whose uffd is `fd`, if it is still served.
+    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Door>> {
         self.regions.read().served.get(&fd).cloned()
     }
 
@@ -398,7 +485,8 @@ impl Shared {
 
     /// Hands a fault on, or lets whoever waits fault again, where too many wait for a worker.
     pub(super) fn hand_on_or_wake(&self, region: &Arc<Served>, asked: Asked) {
-        if self.hand_on(Handed::new(Arc::clone(region), asked)).is_err() {
+        if self.hand_on(Handed::new(region, asked)).is_err() {
+            region.counters.land(asked.place);
             region.wake(asked.page.span());
         }
     }
@@ -425,18 +513,23 @@ impl Shared {
         self.handed.1.try_recv().ok()
     }
 
+    /// Whether there is something to do that no descriptor tells of.
+    pub(super) fn has_more(&self) -> bool {
+        !self.ahead.1.is_empty() || !self.handed.1.is_empty()
+    }
+
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
     pub(super) fn remember(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
         for span in ahead {
             // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
-            let _ = self.ahead.0.try_send(Ahead::new(Arc::clone(region), span));
+            let _ = self.ahead.0.try_send(Ahead::new(region, span));
         }
     }
 
     /// Has some more of a recording filled, likewise.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // Full: what is not replayed is asked for when it is touched.
-        let _ = self.ahead.0.try_send(Ahead::replay(Arc::clone(region)));
+        let _ = self.ahead.0.try_send(Ahead::replay(region));
     }
 
     /// Starts to fill what a region's recording tells, with all hands.
@@ -449,7 +542,7 @@ impl Shared {
 
     /// Wakes as many other workers as there are faults for them.
     pub(super) fn ring(&self, faults: u64) {
-        let others = self.epolls.len() as u64 - 1;
+        let others = self.crew.working().saturating_sub(1) as u64;
         if faults.min(others) > 0 {
             self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
         }
@@ -458,7 +551,9 @@ impl Shared {
     /// Wakes as many workers as there are faults for them.
     pub(super) fn ring_all(&self, faults: u64) {
         if faults > 0 {
-            self.bell.write(faults.min(self.epolls.len() as u64)).expect("an eventfd takes small numbers");
+            self.bell
+                .write(faults.min(self.crew.working() as u64).max(1))
+                .expect("an eventfd takes small numbers");
         }
     }
 
@@ -467,19 +562,19 @@ impl Shared {
         self.bell.write(1).expect("an eventfd takes small numbers");
     }
 
-    /// Those that are served.
-    pub(super) fn regions(&self) -> Vec<Arc<Served>> {
+    /// The ways into those that are served.
+    pub(super) fn regions(&self) -> Vec<Arc<Door>> {
         self.regions.read().served.values().cloned().collect()
     }
 
     /// How many workers slow regions may hold up together: all but one, if there is another region that would wait.
     pub(super) fn slow_most(&self) -> usize {
-        let workers = self.epolls.len();
+        let workers = self.crew.working();
         if workers > 1 && self.regions.read().served.len() > 1 { workers - 1 } else { workers }
     }
 
     /// Takes no region any more; says which there are.
-    pub(super) fn end(&self) -> Vec<Arc<Served>> {
+    pub(super) fn end(&self) -> Vec<Arc<Door>> {
         let mut regions = self.regions.write();
         regions.stopped = true;
         regions.served.values().cloned().collect()
@@ -501,7 +596,7 @@ impl Shared {
         if let Some(permits) = &self.permits {
             let _ = region.permits.set(Arc::clone(permits));
         }
-        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region));
+        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.door()));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
         let wakes = self.wakes_of(region);
@@ -587,7 +682,7 @@ impl Shared {
     pub(super) fn remove(&self, region: &Served) {
         let mut regions = self.regions.write();
         let fd = region.uffd.as_fd().as_raw_fd();
-        if regions.served.get(&fd).is_some_and(|served| std::ptr::eq(served.as_ref(), region)) {
+        if regions.served.get(&fd).is_some_and(|door| door.is_of(region)) {
             regions.served.remove(&fd);
         }
         drop(regions);
@@ -606,7 +701,8 @@ impl Shared {
             regions.stopped = true;
             return Ok(());
         }
-        let names: Vec<_> = regions.served.values().map(|region| region.name.as_str()).collect();
+        let name = |door: &Arc<Door>| door.enter().map_or_else(String::new, |region| region.name.clone());
+        let names: Vec<_> = regions.served.values().map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
         Err(Error::new(ErrorKind::Busy, what))

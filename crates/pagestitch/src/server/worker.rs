@@ -3,11 +3,11 @@
 //! What is to be filled ahead waits until there is no fault to serve, and goes block by block to whoever is free.
 //!
 //! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; with
-//! nobody free, the worker comes back for it. A worker allocates nothing between wake-up and wake-up, and never
-//! touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
+//! nobody free, the worker comes back for it, or another one that is started at its post. A worker allocates nothing between wake-up
+//! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::policy::Replay;
-use crate::region::{Reading, Served};
+use crate::region::{Door, Reading, Served};
 use crate::server::fault::{Asked, fill_ahead, replay, serve};
 use crate::server::pool::Shared;
 use crate::server::resolve::{release, show};
@@ -19,20 +19,21 @@ use nix::unistd::Pid;
 use pagestitch_kernel::{Batch, Fault, FaultKind, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// A fault that was handed on.
 #[derive(Debug)]
 pub(super) struct Handed {
-    region: Arc<Served>,
+    pub(super) door: Arc<Door>,
     asked: Asked,
 }
 
 /// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
 #[derive(Debug)]
 pub(super) struct Ahead {
-    region: Arc<Served>,
+    door: Arc<Door>,
     span: Option<Span>,
 }
 
@@ -42,6 +43,8 @@ pub(super) struct Worker {
     ready: Arc<Epoll>,
     /// The CPU it stays on; `None` for any.
     home: Option<usize>,
+    /// Its place in the crew.
+    place: usize,
     batch: Batch,
     buffers: Buffers,
     served: u64,
@@ -59,47 +62,59 @@ enum Turn {
 }
 
 impl Handed {
-    pub(super) const fn new(region: Arc<Served>, asked: Asked) -> Self {
-        Self { region, asked }
+    pub(super) fn new(region: &Arc<Served>, asked: Asked) -> Self {
+        Self { door: Arc::clone(region.door()), asked }
     }
 }
 
 impl Ahead {
-    pub(super) const fn new(region: Arc<Served>, span: Span) -> Self {
-        Self { region, span: Some(span) }
+    pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
+        Self { door: Arc::clone(region.door()), span: Some(span) }
     }
 
-    pub(super) const fn replay(region: Arc<Served>) -> Self {
-        Self { region, span: None }
+    pub(super) fn replay(region: &Arc<Served>) -> Self {
+        Self { door: Arc::clone(region.door()), span: None }
     }
 }
 
 impl Worker {
-    pub(super) fn new(shared: Arc<Shared>, ready: Arc<Epoll>, home: Option<usize>) -> Result<Self, Errno> {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        ready: Arc<Epoll>,
+        home: Option<usize>,
+        place: usize,
+    ) -> Result<Self, Errno> {
         Ok(Self {
             shared,
             ready,
             home,
+            place,
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
             served: 0,
         })
     }
 
-    /// Works until the pool stops; says how many faults it has served.
+    /// Works until the pool stops, or another worker does at its post; says how many faults it has served.
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
         self.go_home();
+        // What those have left that it stands in for: no descriptor tells of it.
+        self.shared.crew.works(self.place);
+        self.serve_handed();
+        self.shared.crew.waits(self.place);
+        let linger = EpollTimeout::from(LINGER_MS);
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
-            let idle = self.shared.ahead.1.is_empty();
-            let wait = match (idle, self.shared.slow.are_waited_for()) {
-                (true, false) => EpollTimeout::NONE,
-                (true, true) => EpollTimeout::from(LOOK_MS),
-                (false, _) => EpollTimeout::ZERO,
+            let wait = match (self.shared.has_more(), self.shared.crew.is_large()) {
+                (true, _) => EpollTimeout::ZERO,
+                (false, true) => linger,
+                (false, false) => EpollTimeout::NONE,
             };
-            if self.turn(wait) == Turn::Stopped {
-                return self.served;
+            match self.turn(wait) {
+                Turn::Stopped => return self.served,
+                Turn::Quiet if wait == linger && self.shared.crew.leave(self.place) => return self.served,
+                Turn::Quiet | Turn::Busy => self.shared.crew.waits(self.place),
             }
         }
     }
@@ -109,43 +124,45 @@ impl Worker {
         let _abort = AbortOnPanic::armed();
         let before = self.served;
         while self.served - before < budget {
-            let left = !self.shared.ahead.1.is_empty();
-            if self.turn(EpollTimeout::ZERO) == Turn::Quiet && !left {
+            let left = self.shared.has_more();
+            let turn = self.turn(EpollTimeout::ZERO);
+            self.shared.crew.waits(self.place);
+            if turn == Turn::Quiet && !left {
                 break;
             }
         }
-        if !self.shared.ahead.1.is_empty() {
+        if self.shared.has_more() {
             // Who waits for this is to be told that there is more to do.
             self.shared.ring_self();
         }
         self.served - before
     }
 
-    /// Waits for events as long as it may, serves them, and fills one block ahead.
+    /// Waits for events as long as it may, serves those of one descriptor, and fills one block ahead. It is at work from then on.
     fn turn(&mut self, wait: EpollTimeout) -> Turn {
-        let mut ready = [EpollEvent::empty(); READY];
-        let count = match self.ready.wait(&mut ready, wait) {
-            Ok(count) => count,
+        // One at a time: what else is ready stays so for the worker that takes this post over.
+        let mut ready = [EpollEvent::empty()];
+        let count = self.ready.wait(&mut ready, wait);
+        self.shared.crew.works(self.place);
+        match count {
+            Ok(0) => {}
+            Ok(_) => {
+                let fd = ready[0].data() as RawFd;
+                if fd == self.shared.stop.as_fd().as_raw_fd() {
+                    return Turn::Stopped;
+                } else if fd == self.shared.bell.as_fd().as_raw_fd() {
+                    // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
+                    let _ = self.shared.bell.read();
+                } else if let Some(door) = self.shared.region(fd) {
+                    self.serve_batch(&door);
+                }
+            }
             Err(Errno::EINTR) => return Turn::Busy,
             Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
-        };
-        for event in &ready[..count] {
-            let fd = event.data() as RawFd;
-            if fd == self.shared.stop.as_fd().as_raw_fd() {
-                return Turn::Stopped;
-            } else if fd == self.shared.bell.as_fd().as_raw_fd() {
-                // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
-                let _ = self.shared.bell.read();
-            } else if let Some(region) = self.shared.region(fd) {
-                self.serve_batch(&region);
-            }
-            self.serve_handed();
         }
-        if self.shared.slow.are_waited_for() {
-            self.serve_due();
-        }
+        self.serve_handed();
         self.fill_ahead();
-        if count == 0 { Turn::Quiet } else { Turn::Busy }
+        if count == Ok(0) { Turn::Quiet } else { Turn::Busy }
     }
 
     fn go_home(&self) {
@@ -158,12 +175,12 @@ impl Worker {
     }
 
     /// Serves what there is: nobody is woken again for it.
-    fn serve_batch(&mut self, region: &Arc<Served>) {
-        let Some(_visit) = region.enter() else { return };
+    fn serve_batch(&mut self, door: &Door) {
+        let Some(region) = door.enter() else { return };
         // Who comes while somebody reads from adopted memory leaves it to that one.
         let Some(mut turn) = region.turn() else { return };
         loop {
-            self.serve_read(region, &mut turn);
+            self.serve_read(&region, &mut turn);
             if turn.ends(self.batch.is_full()) {
                 return;
             }
@@ -171,7 +188,7 @@ impl Worker {
     }
 
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
-        let Self { shared, ready, batch, buffers, served, .. } = self;
+        let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Regions whose children are served are not read here.
         if region.read_events(batch, &mut |news| region.hear(news)) {
             thread::sleep(MOMENT);
@@ -184,11 +201,11 @@ impl Worker {
         let mut handed = 0;
         for (index, asked) in pages.enumerate() {
             let kept = index < turn.keeps();
-            match if kept { None } else { shared.hand_on(Handed { region: Arc::clone(region), asked }).ok() }
-            {
+            match if kept { None } else { shared.hand_on(Handed::new(region, asked)).ok() } {
                 Some(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
+                    shared.crew.steps(*place);
                     serve(region, asked, buffers);
                 }
             }
@@ -211,8 +228,8 @@ impl Worker {
         } else if region.pace.is_quick() {
             self.serve_now(region, asked);
         } else {
-            let handed = Handed { region: Arc::clone(region), asked };
-            let first = self.shared.slow.enter(self.shared.slow_most(), handed);
+            let most = self.shared.slow_most();
+            let first = self.shared.slow.enter(most, Handed::new(region, asked));
             self.serve_slow(first);
         }
     }
@@ -220,41 +237,44 @@ impl Worker {
     /// Serves a fault in a berth, and those that wait for it.
     fn serve_slow(&mut self, first: Option<Handed>) {
         let mut next = first;
-        while let Some(Handed { region, asked }) = next {
+        while let Some(Handed { door, asked }) = next {
             // A region that is being dropped needs no page any more.
-            if let Some(_visit) = region.enter() {
-                region.pace.in_berth(|| self.serve_now(&region, asked));
+            if let Some(region) = door.enter() {
+                self.serve_now(&region, asked);
             }
-            next = self.shared.slow.leave(self.shared.slow_most());
+            next = self.shared.slow.leave(self.shared.slow_most(), &door);
         }
     }
 
-    /// Serves a fault that has waited too long for others to leave their berths.
-    fn serve_due(&mut self) {
-        let due = |handed: &Handed| handed.region.pace.is_due(handed.asked.read.elapsed());
-        let first = self.shared.slow.enter_beyond(due);
-        self.serve_slow(first);
-    }
-
     fn serve_now(&mut self, region: &Arc<Served>, asked: Asked) {
+        self.shared.crew.steps(self.place);
         let ahead = serve(region, asked, &mut self.buffers);
         self.shared.remember(region, ahead.into_iter().flatten());
     }
 
+    /// Serves what was handed on, and what waits for a berth that is free by now.
     fn serve_handed(&mut self) {
         self.shared.hear_news();
-        while let Some(Handed { region, asked }) = self.shared.take_handed() {
+        // Then it looks at the regions again, whose faults are in no channel yet.
+        for _ in 0..HANDED_AT_ONCE {
+            let Some(Handed { door, asked }) = self.shared.take_handed() else { break };
             // A region that is being dropped needs no page any more.
-            let Some(_visit) = region.enter() else { continue };
+            let Some(region) = door.enter() else { continue };
             self.served += 1;
             self.serve_in_berth(&region, asked);
+        }
+        if self.shared.slow.are_waited_for() {
+            let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
+            let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
+            self.serve_slow(next);
         }
     }
 
     /// Fills one block of what is to be filled ahead. What is left of it is there for whoever is free first.
     fn fill_ahead(&mut self) {
-        let Ok(Ahead { region, span }) = self.shared.ahead.1.try_recv() else { return };
-        let Some(_visit) = region.enter() else { return };
+        let Ok(Ahead { door, span }) = self.shared.ahead.1.try_recv() else { return };
+        let Some(region) = door.enter() else { return };
+        self.shared.crew.steps(self.place);
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
         self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
@@ -280,7 +300,8 @@ pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<
         // Only somebody else's registration asks for these beside memfds that are filled later.
         FaultKind::Minor if region.place.adopted().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
-            return Some(Asked { page, read, thread: fault.thread.cast_unsigned() });
+            let thread = fault.thread.cast_unsigned();
+            return Some(Asked { page, read, thread, place: region.counters.begin(page, thread, read) });
         }
     }
     None
@@ -307,11 +328,11 @@ impl Drop for AbortOnPanic {
     }
 }
 
-/// How often somebody looks whether a fault has waited for too long.
-const LOOK_MS: u8 = 10;
+/// How long a worker waits for something to do where there are more than there are posts.
+const LINGER_MS: u16 = 1000;
+/// Faults that were handed on, and are served before the worker looks at the regions again.
+const HANDED_AT_ONCE: usize = 64;
 /// Until what could not be done is tried again.
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
 const BATCH: usize = 64;
-/// Descriptors looked at after one wake-up.
-const READY: usize = 16;
