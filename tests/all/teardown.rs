@@ -1,15 +1,19 @@
 //! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
 
 use crate::{let_go, pattern, touch, until};
-use nix::sys::signal::Signal;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::child;
+use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 const SIGSEGV: i32 = 11;
@@ -172,6 +176,59 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
         assert!(pool.clone().stop().is_err(), "and its pool knows the region");
     });
     end.expect_pass();
+}
+
+/// Each is number 1 in a PID namespace of its own, so that the child has its parent's number.
+#[test]
+fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
+    let test = "teardown::a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone";
+    let end = child::run(test, || {
+        if let Err(errno) = unshare(CloneFlags::CLONE_NEWPID) {
+            println!("SKIPPED {test}: a PID namespace cannot be made here ({errno})");
+            return;
+        }
+        let parent = Forked::start(|| {
+            let bytes = pattern(8, 50_000);
+            let pool = Pool::builder().workers(1).start().unwrap();
+            let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+            let inline = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
+            unshare(CloneFlags::CLONE_NEWPID).unwrap();
+            let number = std::process::id();
+            let left_alone = Forked::start(|| {
+                drop(copy_of(&region));
+                drop(copy_of(&inline));
+                drop(copy_of(&pool));
+                i32::from(std::process::id() != number)
+            });
+            // No panic: it would unwind into the test that was forked away from.
+            let right = left_alone.passes() && region.as_slice() == bytes && inline.as_slice() == bytes;
+            i32::from(!right)
+        });
+        let id = parent.id();
+        assert_eq!(ended_in_time(id), WaitStatus::Exited(id, 0), "the parent is served as before");
+    });
+    end.expect_pass();
+}
+
+/// How a child ends, by SIGKILL where it hangs: number 1 of a namespace cannot set an alarm for itself.
+fn ended_in_time(child: Pid) -> WaitStatus {
+    let started = Instant::now();
+    loop {
+        match waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap() {
+            WaitStatus::StillAlive if started.elapsed() > Duration::from_secs(20) => {
+                kill(child, Signal::SIGKILL).unwrap();
+            }
+            WaitStatus::StillAlive => thread::yield_now(),
+            ended => return ended,
+        }
+    }
+}
+
+/// The child's own value of what its parent has.
+#[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+const fn copy_of<T>(value: &T) -> T {
+    // SAFETY: the parent goes on using its own value; this is the child's, dropped once.
+    unsafe { std::ptr::read(&raw const *value) }
 }
 
 #[test]

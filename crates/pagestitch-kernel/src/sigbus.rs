@@ -17,8 +17,7 @@ use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use std::fmt;
-use std::process;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// Who fills a missing page in the thread that has touched it.
@@ -152,7 +151,7 @@ fn change(change: impl FnOnce(&mut Vec<Entry>)) {
 
 fn write() -> Writer<'static, Vec<Entry>> {
     let mut writer = RANGES.write();
-    let process = process::id();
+    let process = Maker::current().number();
     if OWNER.swap(process, Ordering::SeqCst) != process {
         // A forked child: the ranges are not there, and something else may be.
         // SAFETY: its only thread is here, and not in the handler, which does not fork and changes no ranges; or this is the first
@@ -167,5 +166,5 @@ fn write() -> Writer<'static, Vec<Entry>> {
 
 static BEFORE: OnceLock<SigAction> = OnceLock::new();
 /// The process that the ranges are of.
-static OWNER: AtomicU32 = AtomicU32::new(0);
+static OWNER: AtomicU64 = AtomicU64::new(0);
 static RANGES: Published<Vec<Entry>> = Published::nothing();
