@@ -37,17 +37,16 @@ impl Split {
     #[expect(unsafe_code, reason = "what an application may call is what is tested")]
     fn at(self, start: usize, bytes: usize) -> bool {
         let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(start);
-        // MPOL_BIND to node 0.
-        let nodes = 1_u64;
-        // SAFETY: pages of a region; none of these calls changes a byte.
-        let answer = unsafe {
-            match self {
-                Self::Advise => i64::from(libc::madvise(address, bytes, libc::MADV_RANDOM)),
-                Self::Protect => i64::from(libc::mprotect(address, bytes, libc::PROT_READ)),
-                Self::Bind => libc::syscall(libc::SYS_mbind, address, bytes, 2, &raw const nodes, 64, 0),
-                Self::Lock => i64::from(libc::mlock2(address, bytes, libc::MLOCK_ONFAULT as _)),
-            }
+        // All are `name(address, bytes, argument, ...)`. MPOL_BIND takes a mask of nodes: node 0.
+        let (number, argument, nodes) = match self {
+            Self::Advise => (libc::SYS_madvise, libc::MADV_RANDOM as i64, None),
+            Self::Protect => (libc::SYS_mprotect, i64::from(libc::PROT_READ), None),
+            Self::Bind => (libc::SYS_mbind, 2, Some(&1_u64)),
+            Self::Lock => (libc::SYS_mlock2, libc::MLOCK_ONFAULT as i64, None),
         };
+        let nodes = nodes.map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: pages of a region; none of these calls changes a byte.
+        let answer = unsafe { libc::syscall(number, address, bytes, argument, nodes, 64_i64, 0_i64) };
         if answer != 0 {
             println!("SKIPPED in part: {self:?}: {}", std::io::Error::last_os_error());
         }
