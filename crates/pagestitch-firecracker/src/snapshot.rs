@@ -11,8 +11,8 @@
 use crate::Error;
 use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
-use pagestitch::Chunk;
 use pagestitch::source::File;
+use pagestitch::{Chunk, Source};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
@@ -102,9 +102,9 @@ struct Layer {
 impl Layer {
     fn open(path: &Path) -> Result<Self, Error> {
         let file = Arc::new(File::open(path)?);
-        let opened = fs::File::open(path).and_then(|file| Ok((file.metadata()?.len(), file)));
         let extents = |source| Error::Extents { path: path.into(), source };
-        let (bytes, data) = opened.map_err(extents)?;
+        // The metadata of a block device says 0 bytes.
+        let (bytes, data) = (file.size(), fs::File::open(path).map_err(extents)?);
         if bytes == 0 || !bytes.is_multiple_of(4096) {
             return Err(Error::Ragged { path: path.into(), bytes });
         }
