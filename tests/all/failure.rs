@@ -302,3 +302,37 @@ fn a_page_that_is_lost_while_it_is_let_go_of_is_an_error_each_time() {
         });
     });
 }
+
+#[test]
+fn a_descriptor_that_cannot_be_read_at_any_offset_is_refused_with_the_remedy() {
+    use nix::fcntl::OFlag;
+    use pagestitch::Access;
+    use pagestitch::source::SharedFile;
+    use std::fs::OpenOptions;
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), [7; 10_000]).unwrap();
+    let opened = |flags: OFlag| {
+        let mut options = OpenOptions::new();
+        let write = flags.contains(OFlag::O_WRONLY);
+        options.read(!write).write(write).custom_flags((flags & !OFlag::O_ACCMODE).bits());
+        options.open(file.path())
+    };
+    for (flags, said) in [
+        (OFlag::O_WRONLY, "open for writing only"),
+        (OFlag::O_PATH, "open with O_PATH"),
+        (OFlag::O_DIRECT, "open with O_DIRECT"),
+    ] {
+        let (Ok(first), Ok(second)) = (opened(flags), opened(flags)) else {
+            println!("SKIPPED in part: this file system has no {flags:?}");
+            continue;
+        };
+        let error = File::from_file(first, file.path()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::File);
+        let name = file.path().display();
+        assert!(error.to_string().starts_with(&format!("{name} is {said}")), "{error}");
+        let error = SharedFile::try_from(std::os::fd::OwnedFd::from(second)).unwrap_err();
+        assert!(error.to_string().contains(said), "{error}");
+    }
+    assert!(SharedFile::open(file.path(), Access::ReadOnly).is_ok());
+}

@@ -11,6 +11,7 @@ mod failure;
 mod fairness;
 mod firecracker;
 mod hostile_memory;
+mod huge_parts;
 mod inherited;
 mod inline;
 mod journey;

@@ -49,6 +49,7 @@ mod copy;
 pub mod event;
 pub mod fork;
 pub mod gate;
+mod granule;
 pub mod lanes;
 pub mod lend;
 pub mod limits;

@@ -139,8 +139,9 @@ impl Mapping {
     /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
     pub(crate) fn of_file(file: BorrowedFd<'_>, bytes: NonZeroUsize) -> Result<Self, Errno> {
         // Private: before Linux 6.7 a shared mapping of a memfd sealed against writing is EPERM. Who only reads
-        // sees the file's own pages either way.
-        Self::of_file_at(file, 0, bytes, ProtFlags::PROT_READ, MapFlags::MAP_PRIVATE)
+        // sees the file's own pages either way, and needs no huge page reserved for a copy.
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        Self::of_file_at(file, 0, bytes, ProtFlags::PROT_READ, flags)
     }
 
     /// Maps a file's bytes from an offset on.

@@ -11,7 +11,9 @@
 //! # Ok::<(), std::io::Error>(())
 //! ```
 
+use crate::granule::granule_of;
 use crate::mapping::Mapping;
+use crate::page::PageSize;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
@@ -63,6 +65,7 @@ pub struct SealedMemfd {
     /// All of it. Invariant: the seals forbid everybody to write to it or to shorten it.
     mapping: Mapping,
     len: usize,
+    granule: PageSize,
 }
 
 impl SealedMemfd {
@@ -70,6 +73,12 @@ impl SealedMemfd {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len
+    }
+
+    /// What it is mapped in multiples of: the system's page size or, made with `MFD_HUGETLB`, that of its huge pages.
+    #[must_use]
+    pub const fn granule(&self) -> PageSize {
+        self.granule
     }
 
     /// Whether it has none: such a memfd cannot be made.
@@ -94,8 +103,9 @@ impl TryFrom<OwnedFd> for SealedMemfd {
         let bytes = usize::try_from(file.metadata()?.len()).ok().and_then(NonZeroUsize::new);
         let bytes = bytes
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty memfd shows nothing"))?;
+        let granule = granule_of(&file)?;
         let mapping = Mapping::of_file(file.as_fd(), bytes)?;
-        Ok(Self { fd: file.into(), mapping, len: bytes.get() })
+        Ok(Self { fd: file.into(), mapping, len: bytes.get(), granule })
     }
 }
 

@@ -4,8 +4,9 @@
 //! What changes behind a reader's back is nothing for a `&[u8]`. It is read and written by the kernel, on behalf of
 //! this process: a race is none there, and a page past a file's end is an error and not a signal.
 
+use crate::granule::granule_of;
 use crate::mapping::Mapping;
-use crate::page::{AddressRange, PageSize};
+use crate::page::{AddressRange, HUGE, PageSize};
 use crate::reservation::Access;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -27,6 +28,7 @@ pub struct SharedFile {
     file: File,
     len: u64,
     writable: bool,
+    granule: PageSize,
 }
 
 impl SharedFile {
@@ -52,6 +54,12 @@ impl SharedFile {
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// What it is mapped in multiples of: the system's page size, or that of its huge pages where it is of hugetlbfs.
+    #[must_use]
+    pub const fn granule(&self) -> PageSize {
+        self.granule
     }
 
     /// Whether its descriptor allows writing to it.
@@ -128,12 +136,30 @@ impl TryFrom<OwnedFd> for SharedFile {
         if metadata.len() == 0 {
             return refuse("empty: there is nothing to show");
         }
-        let mode = OFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GETFL)?) & OFlag::O_ACCMODE;
-        if mode == OFlag::O_WRONLY {
-            return refuse("open for writing only: open it for reading too");
-        }
-        Ok(Self { len: metadata.len(), writable: mode == OFlag::O_RDWR, file })
+        let mode = readable(&file)?;
+        let granule = granule_of(&file)?;
+        Ok(Self { len: metadata.len(), writable: mode == OFlag::O_RDWR, file, granule })
     }
+}
+
+/// The access mode of a descriptor that can be read from at any offset into any buffer.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::InvalidInput`] with the reason: `O_WRONLY`, `O_PATH`, `O_DIRECT`.
+pub fn readable(file: &impl AsFd) -> io::Result<OFlag> {
+    let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_PATH) {
+        return refuse("open with O_PATH, which only names a file: open it for reading");
+    }
+    if flags & OFlag::O_ACCMODE == OFlag::O_WRONLY {
+        return refuse("open for writing only: open it for reading too");
+    }
+    if flags.contains(OFlag::O_DIRECT) {
+        return refuse("open with O_DIRECT, which reads aligned blocks only: open it without");
+    }
+    Ok(flags & OFlag::O_ACCMODE)
 }
 
 impl AsFd for SharedFile {
@@ -173,7 +199,9 @@ impl Alias {
         let page = PageSize::system();
         let range = AddressRange::new(address, bytes, page).filter(|range| range.bytes() > 0);
         let range = range.ok_or(AliasError::Unaligned { start: address, bytes, page })?;
-        let parts = shared_parts(range, &fs::read_to_string("/proc/self/maps").unwrap_or_default())?;
+        let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let parts = shared_parts(range, &maps)?;
+        refuse_huge(range, &maps)?;
         let refused = |errno| AliasError::Refused { start: address, bytes, errno };
         let bytes = std::num::NonZeroUsize::new(bytes).expect("checked above");
         // What is to be replaced, part by part: until then it holds the place.
@@ -219,6 +247,36 @@ pub(crate) fn duplicate(part: AddressRange, to: NonNull<c_void>) -> Result<(), E
     #[expect(unsafe_code, reason = "mremap")]
     let answer = unsafe { libc::mremap(from, 0, part.bytes(), flags, to.as_ptr()) };
     if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// Huge pages of hugetlbfs are mapped as wholes: what is duplicated of them would replace what is behind it.
+fn refuse_huge(range: AddressRange, maps: &str) -> Result<(), AliasError> {
+    let met = maps.lines().filter_map(mapping_of).filter(|(start, end, _)| {
+        *start < range.end() && range.start() < *end && (start | end).is_multiple_of(HUGE)
+    });
+    for (start, _, _) in met {
+        if is_huge(start) {
+            return Err(AliasError::Huge { address: start.max(range.start()) });
+        }
+    }
+    Ok(())
+}
+
+/// Whether the shared mapping of at least [`HUGE`] bytes that begins at `start` has to be duplicated in huge pages: asked by
+/// duplicating its second small page.
+fn is_huge(start: usize) -> bool {
+    let page = PageSize::system().bytes();
+    let from = std::ptr::with_exposed_provenance_mut::<c_void>(start + page);
+    // SAFETY: an old size of 0 leaves what is there as it is, and the kernel chooses where the second mapping is.
+    #[expect(unsafe_code, reason = "mremap")]
+    let answer = unsafe { libc::mremap(from, 0, page, libc::MREMAP_MAYMOVE) };
+    if answer == libc::MAP_FAILED {
+        return Errno::last() == Errno::EINVAL;
+    }
+    // SAFETY: the page that was just mapped, which nobody has seen.
+    #[expect(unsafe_code, reason = "munmap")]
+    let _ = unsafe { libc::munmap(answer, page) };
+    false
 }
 
 /// The parts of a range, a mapping each, if all of them are shared.
@@ -268,6 +326,11 @@ pub enum AliasError {
         /// The first such address.
         address: usize,
     },
+    /// There are huge pages of hugetlbfs in it, or a device's memory.
+    Huge {
+        /// The first such address.
+        address: usize,
+    },
     /// There is nothing mapped in part of it.
     Unmapped {
         /// The first such address.
@@ -295,6 +358,11 @@ impl fmt::Display for AliasError {
                 f,
                 "the memory at {address:#x} is private to this process and cannot be mapped twice: donate it \
                  (Pages), have it copied (Memory), or allocate it in a memfd"
+            ),
+            Self::Huge { address } => write!(
+                f,
+                "the memory at {address:#x} is in huge pages of hugetlbfs, or a device's, and cannot be mapped twice a page at a \
+                 time: show its descriptor (SharedFile, Memfd, Physical)"
             ),
             Self::Unmapped { address } => write!(f, "there is nothing mapped at {address:#x}"),
             Self::Refused { start, bytes, errno } => {

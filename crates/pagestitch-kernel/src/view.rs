@@ -11,7 +11,7 @@
 use crate::copy;
 use crate::mapping::{Mapping, unlock};
 use crate::memfd::SealedMemfd;
-use crate::page::{AddressRange, Span};
+use crate::page::{AddressRange, PageSize, Span};
 use crate::pages::Donated;
 use crate::physical::Physical;
 use crate::reservation::{Access, Reservation};
@@ -54,11 +54,12 @@ impl View {
     ///
     /// # Panics
     ///
-    /// If the memfd does not have all of the span's pages at `offset`, the last one in part, or `offset` is no multiple
-    /// of the page size. So for all of these functions.
+    /// If the memfd does not have all of the span's pages at `offset`, the last one in part; if the span's addresses or `offset` are no
+    /// multiples of the memfd's [granule](SealedMemfd::granule). So for all of these functions.
     pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
         // Private, as a shared mapping of a memfd that is sealed against writing is EPERM before Linux 6.7.
-        self.map_over(span, memfd, offset, memfd.len() as u64, MapFlags::MAP_PRIVATE)
+        let part = Part { fd: memfd, offset, end: memfd.len() as u64, granule: memfd.granule() };
+        self.map_over(span, part, MapFlags::MAP_PRIVATE)
     }
 
     /// Shows part of a file in place. It is the file's user who sees to it that the file keeps its length: a page past
@@ -79,7 +80,7 @@ impl View {
             Sharing::Shared => MapFlags::MAP_SHARED,
             Sharing::CopyOnWrite => MapFlags::MAP_PRIVATE,
         };
-        self.map_over(span, file, offset, file.len(), flags)
+        self.map_over(span, Part::of(file, offset), flags)
     }
 
     /// Shows part of a memfd whose pages come later: to touch one that the memfd does not have, or that is not in this
@@ -91,7 +92,7 @@ impl View {
     pub fn map_lazy(&mut self, span: Span, file: &SharedFile, offset: u64, uffd: &Uffd) -> Result<(), Errno> {
         self.stable = false;
         // Closed until it is registered: a process that locks its memory (`mlockall(2)`) would have its holes filled with zeros.
-        self.map_closed(span, file, offset, file.len(), MapFlags::MAP_SHARED)?;
+        self.map_closed(span, Part::of(file, offset), MapFlags::MAP_SHARED)?;
         let range = self.reservation.addresses(span);
         if range.bytes() == 0 {
             return Ok(());
@@ -126,13 +127,13 @@ impl View {
     /// As [`map`](Self::map); `EACCES` to show writable what was opened for reading.
     pub fn map_physical(&mut self, span: Span, physical: &Physical, offset: u64) -> Result<(), Errno> {
         self.stable = false;
-        self.map_over(
-            span,
-            physical,
-            physical.file_offset(offset),
-            physical.file_end(),
-            MapFlags::MAP_SHARED,
-        )?;
+        let part = Part {
+            fd: physical,
+            offset: physical.file_offset(offset),
+            end: physical.file_end(),
+            granule: self.reservation.page_size(),
+        };
+        self.map_over(span, part, MapFlags::MAP_SHARED)?;
         let place = self.physical.partition_point(|known| known.first < span.first);
         self.physical.insert(place, span);
         Ok(())
@@ -275,49 +276,44 @@ impl View {
     }
 
     /// Maps part of what a descriptor stands for over the span's pages.
-    fn map_over(
-        &self,
-        span: Span,
-        fd: &impl AsFd,
-        offset: u64,
-        end: u64,
-        flags: MapFlags,
-    ) -> Result<(), Errno> {
-        self.map_with(self.protection(), span, (fd, offset, end), flags)
+    fn map_over(&self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
+        self.map_with(self.protection(), span, part, flags)
     }
 
     /// The same, closed to every access.
-    fn map_closed(
-        &self,
-        span: Span,
-        fd: &impl AsFd,
-        offset: u64,
-        end: u64,
-        flags: MapFlags,
-    ) -> Result<(), Errno> {
-        self.map_with(ProtFlags::PROT_NONE, span, (fd, offset, end), flags)
+    fn map_closed(&self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
+        self.map_with(ProtFlags::PROT_NONE, span, part, flags)
     }
 
     fn map_with(
         &self,
         protection: ProtFlags,
         span: Span,
-        (fd, offset, end): (&impl AsFd, u64, u64),
+        Part { fd, offset, end, granule }: Part<'_, impl AsFd>,
         flags: MapFlags,
     ) -> Result<(), Errno> {
-        let page = self.reservation.page_size();
         let range = self.reservation.addresses(span);
         let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
-        let there = page.round_up(end).unwrap_or(u64::MAX);
+        let there = granule.round_up(end).unwrap_or(u64::MAX);
         let inside = offset.checked_add(range.bytes() as u64).is_some_and(|last| last <= there);
-        assert!(inside && page.offset_of(page.page_at(offset)) == offset, "{span:?} from {offset}");
-        let flags = flags | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
+        // The kernel would round the length up, and replace what is behind the span.
+        let whole = AddressRange::new(range.start(), range.bytes(), granule).is_some()
+            && granule.offset_of(granule.page_at(offset)) == offset;
+        assert!(inside && whole, "{span:?} from {offset}, in multiples of {granule}");
+        let flags = flags | MapFlags::MAP_FIXED | self.reserving(granule, flags);
         let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         let start = NonZeroUsize::new(range.start());
         // SAFETY: the range is inside our own mapping, and this is the one view of it, which the callers have
         // borrowed mutably: nobody has a reference to its bytes.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
         unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop)
+    }
+
+    /// Memory is reserved for no page that is shown in place, but for huge pages that are copied when they are written to: there may
+    /// be none left then, which is a signal to the writer.
+    fn reserving(&self, granule: PageSize, flags: MapFlags) -> MapFlags {
+        let copied = flags.contains(MapFlags::MAP_PRIVATE) && self.access == Access::Writable;
+        if copied && granule != PageSize::system() { MapFlags::empty() } else { MapFlags::MAP_NORESERVE }
     }
 
     /// Of what is shown in place: the kernel moves nothing there, so what is only read is guarded.
@@ -399,6 +395,22 @@ impl StableView {
     #[must_use]
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.view.as_ptr()
+    }
+}
+
+/// Part of what a descriptor stands for.
+struct Part<'f, F> {
+    fd: &'f F,
+    offset: u64,
+    /// How much there is.
+    end: u64,
+    /// What it is mapped in multiples of.
+    granule: PageSize,
+}
+
+impl<'f> Part<'f, SharedFile> {
+    const fn of(file: &'f SharedFile, offset: u64) -> Self {
+        Self { fd: file, offset, end: file.len(), granule: file.granule() }
     }
 }
 

@@ -12,6 +12,7 @@
 
 use crate::region::Layout;
 use crate::source::{Backing, Shared};
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd, View};
 use std::ops::Range;
 
@@ -66,6 +67,8 @@ pub(crate) struct Shown {
     pub(crate) in_place: Runs,
     /// There when the memfd has them: a fault each.
     pub(crate) lazy: Runs,
+    /// What the kernel would not map, and why: copied. Ascending.
+    pub(crate) refused: Vec<(Span, &'static str)>,
 }
 
 impl Shown {
@@ -85,14 +88,31 @@ impl Shown {
             match map(run, backing, view, uffd) {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
-                // Somebody was quicker, and there are no more mappings after all.
-                Err(Errno::ENOMEM) => break,
-                // Before Linux 5.7, pages cannot be taken away and leave their addresses.
-                Err(Errno::EINVAL) if matches!(backing, Backing::Donated(_)) => {}
-                Err(errno) => return Err((run.chunk, errno)),
+                Err(errno) => match why_refused(backing, page, errno) {
+                    Some(why) => shown.refused.push((run.span, why)),
+                    // Somebody was quicker, and there are no more mappings after all.
+                    None if errno == Errno::ENOMEM => break,
+                    None => return Err((run.chunk, errno)),
+                },
             }
         }
         Ok(shown)
+    }
+}
+
+/// Why the kernel would not map one source, which is copied then; `None` where it is not for that source's sake.
+fn why_refused(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
+    match (backing, errno) {
+        (Backing::Donated(_), Errno::EINVAL) => {
+            Some("pages cannot be taken and leave their addresses (Linux 5.7): copied")
+        }
+        (Backing::Memfd(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
+            Some("its file system does not map files (ENODEV: FUSE with direct_io, sysfs): copied")
+        }
+        (_, Errno::ENOMEM) if backing.granule() != page => {
+            Some("no huge pages are left for what is written in it (vm.nr_hugepages): copied")
+        }
+        _ => None,
     }
 }
 
@@ -192,10 +212,26 @@ pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>)
     if !is_aligned(page, start, source) {
         return None;
     }
-    let span = page.inside(&with_padding(layout, page, chunks));
+    let granule = layout.backing_of(first).granule();
+    let span = if granule == page {
+        page.inside(&with_padding(layout, page, chunks))
+    } else {
+        let stop = layout.offsets_of(chunks.end - 1).end;
+        whole_granules((page, granule), start..stop, source)
+    };
     // Below the extent's start only by what lies in the same page of the source.
     let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
     (!span.is_empty()).then_some(Run { span, chunk: first, offset })
+}
+
+/// The huge pages of an extent that it has to itself, if it lies at the same place in them in source and region: hugetlbfs shows no
+/// less. A region begins at a multiple of [`HUGE`].
+fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, source: u64) -> Span {
+    let whole = granule.inside(&offsets);
+    if granule.bytes() > HUGE || whole.is_empty() || !is_aligned(granule, offsets.start, source) {
+        return Span { first: page.page_at(offsets.start), pages: 0 };
+    }
+    page.covering(&granule.offsets(whole))
 }
 
 /// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A donated page moves with all of its

@@ -3,6 +3,7 @@
 use crate::region::Served;
 use crate::region::in_place::{is_aligned, whole_pages};
 use crate::source::{Backing, Shared};
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{PageSize, Span};
 use std::fmt;
@@ -150,21 +151,52 @@ fn how_of_pages(served: &Served, chunk: usize, backing: &Backing) -> (How, &'sta
     if is_shown(page.covering(&offsets)) {
         return shown(served, backing);
     }
-    let whole = page.inside(&offsets);
-    let why = if served.place.adopted().is_some() {
+    let why = why_copied(served, chunk, backing, is_shown);
+    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, why)
+}
+
+/// Why not all of a chunk is shown, whose source has pages of its own.
+fn why_copied(
+    served: &Served,
+    chunk: usize,
+    backing: &Backing,
+    is_shown: impl Fn(Span) -> bool,
+) -> &'static str {
+    let (page, granule) = (served.page_size(), backing.granule());
+    let offsets = served.layout.offsets_of(chunk);
+    let huge = granule.bytes() > page.bytes();
+    let whole = page.covering(&granule.offsets(granule.inside(&offsets)));
+    let all = page.covering(&offsets);
+    let refused = served.refused.iter().find(|(span, _)| span.first < all.end() && all.first < span.end());
+    if served.place.adopted().is_some() {
         "somebody else's memory: copied into it"
-    } else if !is_aligned(page, offsets.start, served.layout.source_offset(chunk)) {
-        "not at the same place in a page as in its source: copied"
+    } else if !is_aligned(granule, offsets.start, served.layout.source_offset(chunk)) {
+        if huge {
+            "not at the same place in a huge page (hugetlbfs) as in its source: copied"
+        } else {
+            "not at the same place in a page as in its source: copied"
+        }
+    } else if let Some((_, why)) = refused {
+        why
     } else if whole.is_empty() {
-        "fills no page of its own: copied"
+        if huge {
+            "fills no huge page (hugetlbfs) of its own: copied"
+        } else {
+            "fills no page of its own: copied"
+        }
+    } else if granule.bytes() > HUGE {
+        "its huge pages (hugetlbfs) are larger than those that a region is aligned to: copied"
     } else if is_shown(whole) {
-        "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
+        if huge {
+            "an edge lies inside a huge page: whole huge pages (hugetlbfs) are shown in place, the edge is copied"
+        } else {
+            "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
+        }
     } else if served.lacks_minor_faults(backing) {
         "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied"
     } else {
         "no mapping left for it (vm.max_map_count): copied"
-    };
-    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, why)
+    }
 }
 
 fn shown(served: &Served, backing: &Backing) -> (How, &'static str) {

@@ -35,6 +35,8 @@ pub(crate) struct Served {
     pub(crate) in_place: Arc<Runs>,
     /// Pages that a memfd is mapped at, to be shown when it has them.
     pub(crate) lazy: Runs,
+    /// What the kernel would not show in place, and why.
+    pub(crate) refused: Vec<(Span, &'static str)>,
     has_donated: bool,
     has_fetched: bool,
     /// Whether donated pages move.
@@ -127,6 +129,7 @@ impl Served {
             layout,
             in_place: Arc::new(shown.in_place),
             lazy: shown.lazy,
+            refused: shown.refused,
             moves,
             pages: tables.pages,
             policy,

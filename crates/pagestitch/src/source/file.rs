@@ -3,6 +3,7 @@
 use super::Source;
 use crate::error::{Error, ErrorKind};
 use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
@@ -39,7 +40,7 @@ impl File {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
+    /// As [`open`](Self::open); a file that is open with `O_WRONLY`, `O_PATH` or `O_DIRECT`.
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         let unusable = |why: &str| Error::new(ErrorKind::File, format!("{} {why}", path.display()));
@@ -52,6 +53,9 @@ impl File {
         }
         if !kind.is_file() && !kind.is_block_device() {
             return Err(unusable("cannot be read at an offset: use a regular file or a block device"));
+        }
+        if let Err(error) = readable(&file) {
+            return Err(unusable(&format!("is {error}")));
         }
         // A block device's metadata says 0; where its end is, seeking tells.
         let size =

@@ -41,6 +41,7 @@ pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
 pub(crate) use shared::Shared;
 use shared::SharedKind;
 
+use pagestitch_kernel::PageSize;
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -128,6 +129,16 @@ impl Backing {
     /// Whether it has pages of its own, which may stand in a region as they are.
     pub(crate) const fn has_pages(&self) -> bool {
         matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_))
+    }
+
+    /// What its pages are shown in multiples of.
+    pub(crate) fn granule(&self) -> PageSize {
+        match self {
+            Self::Memfd(memfd) => memfd.sealed().granule(),
+            Self::Shared(Shared::File(file, _)) => file.granule(),
+            Self::Shared(Shared::Lazy(memfd)) => memfd.memfd().granule(),
+            _ => PageSize::system(),
+        }
     }
 
     /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.

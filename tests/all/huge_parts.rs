@@ -1,0 +1,151 @@
+//! Memfds of huge pages (`MFD_HUGETLB`): the kernel maps them two megabytes at a time. What is less is copied, and nothing
+//! beside it is touched.
+
+use crate::{HugePages, pattern, touch};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use pagestitch::source::{Alias, AliasError, Memfd, SharedFile};
+use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+const MIB: usize = 1 << 20;
+const HUGE: usize = 2 * MIB;
+
+/// A memfd of whole huge pages that holds these bytes. They are written through a mapping: `write(2)` is EINVAL there.
+#[expect(unsafe_code, reason = "hugetlbfs cannot be written to but through a mapping")]
+fn huge_memfd(bytes: &[u8]) -> File {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_HUGETLB;
+    let file = File::from(memfd_create("huge", flags).unwrap());
+    let whole = NonZeroUsize::new(bytes.len().next_multiple_of(HUGE)).unwrap();
+    file.set_len(whole.get() as u64).unwrap();
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping where the kernel chooses.
+    let start = unsafe { mmap(None, whole, protection, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
+    // SAFETY: as many bytes as were just mapped, or fewer.
+    unsafe {
+        start.cast::<u8>().copy_from_nonoverlapping(std::ptr::NonNull::from(bytes).cast(), bytes.len())
+    };
+    // SAFETY: the mapping from above.
+    unsafe { nix::sys::mman::munmap(start, whole.get()) }.unwrap();
+    file
+}
+
+fn sealed(bytes: &[u8]) -> Memfd {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    let file = huge_memfd(bytes);
+    let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    Memfd::from_fd(file.into()).unwrap()
+}
+
+fn shared(bytes: &[u8]) -> Arc<SharedFile> {
+    Arc::new(SharedFile::try_from(OwnedFd::from(huge_memfd(bytes))).unwrap())
+}
+
+fn reserved() -> Option<HugePages> {
+    let reserved = HugePages::reserve(16);
+    if reserved.is_none() {
+        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+    }
+    reserved
+}
+
+#[test]
+fn a_chunk_behind_a_part_of_a_huge_page_keeps_its_bytes() {
+    let Some(_reserved) = reserved() else { return };
+    let (huge, other) = (pattern(1, 4 * MIB), pattern(2, MIB + 77));
+    let memfd = sealed(&huge);
+    let chunk = Chunk::from(memfd).range(0..3 * MIB as u64);
+    let region = Region::builder().chunk(chunk).chunk(other.clone()).build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice()[..3 * MIB] == huge[..3 * MIB]);
+    assert!(region.as_slice()[3 * MIB..] == other);
+    assert!(region.plan().to_string().contains("huge pages"), "{}", region.plan());
+    assert_eq!(region.close().pages_in_place, 512, "its first huge page is shown");
+}
+
+#[test]
+fn a_shared_part_of_a_huge_page_leaves_what_is_behind_it() {
+    let Some(_reserved) = reserved() else { return };
+    let (huge, other) = (pattern(3, 4 * MIB), pattern(4, MIB));
+    let file = shared(&huge);
+    for first in [Chunk::from(Arc::clone(&file)), Chunk::copy_on_write(file)] {
+        let builder = Region::builder().chunk(first.range(0..3 * MIB as u64)).chunk(other.clone());
+        let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+        let mut seen = vec![0; 4 * MIB];
+        region.read_at(0, &mut seen).unwrap();
+        assert!(seen[..3 * MIB] == huge[..3 * MIB]);
+        assert!(seen[3 * MIB..] == other);
+    }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "another mapping behind the region is what is tested")]
+fn a_mapping_behind_the_region_is_left_alone() {
+    let Some(_reserved) = reserved() else { return };
+    let huge = pattern(5, 4 * MIB);
+    let chunk = || Chunk::from(sealed(&huge)).range(0..3 * MIB as u64);
+    let region = Region::builder().chunk(chunk()).build(&Pool::new().unwrap()).unwrap();
+    let end = region.as_ptr().addr().get() + 3 * MIB;
+    drop(region);
+    // Where the kernel puts a region of that size once more: with something behind it.
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
+    let (mib, protection) = (NonZeroUsize::new(MIB).unwrap(), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
+    // SAFETY: a new mapping that replaces nothing.
+    let behind = unsafe { nix::sys::mman::mmap_anonymous(NonZeroUsize::new(end), mib, protection, flags) };
+    let Ok(behind) = behind else { return println!("SKIPPED: something is behind the region already") };
+    // SAFETY: the mapping from above.
+    unsafe { behind.cast::<u8>().write_bytes(7, MIB) };
+    let region = Region::builder().chunk(chunk()).build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice() == &huge[..3 * MIB]);
+    drop(region);
+    assert!((0..MIB).step_by(4096).all(|at| touch(end + at) == 7));
+    // SAFETY: the mapping from above.
+    unsafe { nix::sys::mman::munmap(behind, MIB) }.unwrap();
+}
+
+#[test]
+fn whole_huge_pages_are_in_place_and_what_is_elsewhere_in_them_is_copied() {
+    let Some(_reserved) = reserved() else { return };
+    let bytes = pattern(6, 6 * MIB);
+    let memfd = sealed(&bytes);
+    let part = |start: usize, end: usize| Chunk::from(memfd.clone()).range(start as u64..end as u64);
+    let pool = Pool::new().unwrap();
+    let whole = Region::builder().chunk(part(HUGE, 3 * HUGE)).chunk(part(0, HUGE)).require_zero_copy();
+    let region = whole.build(&pool).unwrap();
+    assert_eq!(region.plan().runs()[0].how, How::Map);
+    assert!(region.as_slice() == [&bytes[HUGE..], &bytes[..HUGE]].concat());
+    // A multiple of the system's page, but not of the memfd's.
+    let off = Region::builder().chunk(part(MIB, 6 * MIB)).build(&pool).unwrap();
+    assert!(off.as_slice() == &bytes[MIB..]);
+    let why = off.plan().runs()[0].why;
+    assert!(why.contains("huge page"), "{why}");
+    let error = Region::builder().chunk(part(MIB, 3 * MIB)).require_zero_copy().build(&pool).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
+    assert!(error.to_string().contains("huge page"), "{error}");
+}
+
+#[test]
+#[expect(unsafe_code, reason = "an alias is unsafe to make")]
+fn an_alias_of_huge_pages_is_refused_by_name() {
+    let Some(_reserved) = reserved() else { return };
+    let file = huge_memfd(&pattern(7, 2 * HUGE));
+    let bytes = NonZeroUsize::new(2 * HUGE).unwrap();
+    // SAFETY: a new mapping where the kernel chooses.
+    let start = unsafe { mmap(None, bytes, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
+    for (at, len) in [(0, HUGE), (0, 3 * MIB), (HUGE, MIB), (4096, 4096)] {
+        // SAFETY: part of the mapping from above.
+        let part = unsafe { start.byte_add(at) };
+        // SAFETY: nothing has a reference to the memory.
+        let error = unsafe { Alias::of(part.cast(), len) }.unwrap_err();
+        assert!(
+            matches!(error, AliasError::Huge { address } if address == part.as_ptr().addr()),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains("show its descriptor"), "{error}");
+    }
+    // SAFETY: the mapping from above.
+    unsafe { nix::sys::mman::munmap(start, bytes.get()) }.unwrap();
+}
