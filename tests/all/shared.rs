@@ -253,3 +253,54 @@ pub(crate) fn collapse(file: &File, bytes: usize) -> nix::Result<()> {
     let _ = unsafe { munmap(start, length.get()) };
     answer
 }
+
+#[test]
+fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
+    // A file of sysfs, which has no mmap, and says how long it is.
+    let path = "/sys/kernel/notes";
+    let Ok(bytes) = std::fs::read(path) else { return println!("SKIPPED: there is no {path}") };
+    let file = Arc::new(SharedFile::open(path, Access::ReadOnly).unwrap());
+    if file.len() != bytes.len() as u64 {
+        return println!("SKIPPED: {path} does not say how long it is");
+    }
+    for chunk in [Chunk::from(Arc::clone(&file)), Chunk::copy_on_write(Arc::clone(&file))] {
+        let builder = Region::builder().chunk(chunk).chunk(vec![7; 10]);
+        let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+        assert!(bytes_of(&region) == [&bytes[..], &[7; 10]].concat());
+    }
+    let region = Region::builder().chunk(Arc::clone(&file)).build_shared(&Pool::new().unwrap()).unwrap();
+    let plan = region.plan();
+    assert!(plan.runs()[0].why.starts_with("its file system does not map files (ENODEV"), "{plan}");
+    let strict = Region::builder().chunk(file).require_zero_copy();
+    let error = strict.build_shared(&Pool::new().unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
+    assert!(error.to_string().contains("ENODEV"), "{error}");
+}
+
+#[test]
+fn a_write_that_finds_no_space_on_the_file_system_says_so() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let folder = tempfile::tempdir().unwrap();
+    let options = Some("size=64k");
+    if let Err(errno) = mount(Some("none"), folder.path(), Some("tmpfs"), MsFlags::empty(), options) {
+        return println!("SKIPPED: no file system can be mounted here ({errno})");
+    }
+    let said = std::panic::catch_unwind(|| {
+        let path = folder.path().join("sparse");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let file = SharedFile::open(&path, Access::Writable).unwrap();
+        let builder = Region::builder().name("sparse").chunk(file).writable();
+        let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+        region.write_at(0, &[1; PAGE]).unwrap();
+        let error = region.write_at(0, &[1; 1 << 19]).unwrap_err();
+        // Half of it is a file of another length by now, which is another error.
+        File::options().write(true).open(&path).unwrap().set_len(PAGE as u64).unwrap();
+        let shorter = region.read_at(1 << 19, &mut [0]).unwrap_err();
+        (error.kind(), error.to_string(), shorter.to_string())
+    });
+    umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
+    let (kind, said, shorter) = said.unwrap();
+    assert_eq!(kind, ErrorKind::Source);
+    assert!(said.contains("ENOSPC") && !said.contains("shorter"), "{said}");
+    assert!(shorter.contains("is shorter than it was"), "{shorter}");
+}

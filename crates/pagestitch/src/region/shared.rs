@@ -3,11 +3,14 @@
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
+use crate::region::layout::Piece;
 use crate::region::{Builder, Core, Plan, Region};
-use crate::source::Failure;
-use pagestitch_kernel::{Errno, View};
+use crate::source::{Backing, Failure, Shared};
+use nix::sys::statvfs::fstatvfs;
+use pagestitch_kernel::{Errno, PageSize, View};
 use std::fmt;
 use std::ops::{Range, RangeBounds};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -188,8 +191,20 @@ impl SharedRegion {
             }
             Errno::EFAULT => {
                 let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
-                let why = "a file that is shown there is shorter than it was, or a page was let go meanwhile";
+                let why = self.core.served.layout.pieces(range.clone()).find_map(|piece| why_not(&piece));
+                let why = why.unwrap_or_else(|| {
+                    String::from(
+                        "a page is bad, was let go meanwhile, or could not be had from its file (EFAULT)",
+                    )
+                });
                 Error::new(ErrorKind::Source, format!("{what}: {why}"))
+            }
+            Errno::EPERM | Errno::ENOSYS => {
+                let what = format!(
+                    "region {name}: bytes {start}..{end} cannot be {done}: process_vm_readv(2) and process_vm_writev(2) are not \
+                     allowed here ({errno}): let the container's seccomp profile pass them"
+                );
+                Error::new(ErrorKind::Resources, what)
             }
             errno => {
                 let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
@@ -197,6 +212,25 @@ impl SharedRegion {
             }
         }
     }
+}
+
+/// Why the bytes of a file that is shown in place cannot be had. The kernel says no more than `EFAULT` of a mapping: to read the file
+/// tells. `None` if they can be read.
+fn why_not(piece: &Piece<'_>) -> Option<String> {
+    let Backing::Shared(Shared::File(file, _)) = piece.backing else { return None };
+    let (source, expected) = (piece.backing.source().name(), piece.offset + piece.bytes);
+    let metadata = file.file().metadata().ok()?;
+    if metadata.len() < expected {
+        return Some(format!("{source} is shorter than it was: {} bytes", metadata.len()));
+    }
+    let page = PageSize::system().bytes();
+    let read = |offset| file.file().read_exact_at(&mut [0], offset);
+    let failed = (piece.offset..expected).step_by(page).chain([expected - 1]).find_map(|at| read(at).err());
+    if let Some(error) = failed {
+        return Some(format!("{source}: {error}"));
+    }
+    let free = fstatvfs(file.file()).ok()?.blocks_available();
+    (free == 0).then(|| format!("no space is left for {source} on its file system (ENOSPC)"))
 }
 
 impl fmt::Debug for SharedRegion {
