@@ -10,6 +10,7 @@ mod donated;
 mod failure;
 mod fairness;
 mod firecracker;
+mod foreign;
 mod hostile_memory;
 mod huge_parts;
 mod inherited;

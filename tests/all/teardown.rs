@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 const SIGSEGV: i32 = 11;
-const SIGABRT: i32 = 6;
 
 #[test]
 fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
@@ -30,43 +29,6 @@ fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
         });
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("read a byte"), "{}", end.said());
-}
-
-/// Nobody would serve its faults any more: who waits is not left behind.
-#[test]
-fn a_worker_that_panics_ends_the_process() {
-    let end = child::run("teardown::a_worker_that_panics_ends_the_process", || {
-        tracing::subscriber::set_global_default(PanicsInWorkers).unwrap();
-        let region = Region::builder().chunk(pattern(1, 10_000)).build(&Pool::new().unwrap()).unwrap();
-        println!("read a byte: {}", region.as_slice()[0]);
-    });
-    assert_eq!(end.signal(), Some(SIGABRT), "{}", end.said());
-    assert!(
-        end.said().contains("a worker panicked, and nobody would serve its faults: aborting"),
-        "{}",
-        end.said()
-    );
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
-}
-
-/// Hears of everything, and panics where a fault is served.
-struct PanicsInWorkers;
-
-impl tracing::Subscriber for PanicsInWorkers {
-    fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
-        true
-    }
-
-    fn new_span(&self, span: &tracing::span::Attributes<'_>) -> tracing::span::Id {
-        assert_ne!(span.metadata().name(), "fault", "a defect");
-        tracing::span::Id::from_u64(1)
-    }
-
-    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
-    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
-    fn event(&self, _: &tracing::Event<'_>) {}
-    fn enter(&self, _: &tracing::span::Id) {}
-    fn exit(&self, _: &tracing::span::Id) {}
 }
 
 #[test]

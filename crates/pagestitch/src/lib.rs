@@ -53,6 +53,8 @@
 
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod guard;
 mod error;
 mod metrics;
 #[cfg(all(test, shuttle))]

@@ -381,7 +381,7 @@ fn attach(served: Served, server: Server) -> Result<Core, Error> {
     let core = Core { server: server.attach(&served)?, served };
     // Not before somebody reads of them: who builds may wait for the allocator, and that for a fork.
     core.show_to_children()?;
-    tracing::debug!(region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
+    log!(debug, region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
     Ok(core)
 }
 
@@ -513,7 +513,8 @@ fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<
         return Err(Error::new(ErrorKind::NotInline, what));
     }
     if uffd.mode() == FaultMode::UserOnly {
-        tracing::debug!(
+        log!(
+            debug,
             region = name,
             "faults of system calls are not served: populate() before one reads the region"
         );

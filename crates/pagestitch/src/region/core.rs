@@ -175,7 +175,7 @@ impl Drop for Core {
         self.server.detach(&self.served);
         self.served.close();
         self.server.leave_family(&self.served);
-        tracing::debug!(region = self.name(), metrics = ?self.metrics(), "region dropped");
+        log!(debug, region = self.name(), metrics = ?self.metrics(), "region dropped");
         self.served.shut();
     }
 }

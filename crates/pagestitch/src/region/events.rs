@@ -94,7 +94,7 @@ impl Served {
                 }
             }
             Err(errno) => {
-                tracing::error!(region = self.name, %errno, "cannot read events");
+                log!(error, region = self.name, %errno, "cannot read events");
                 Read::All
             }
         }
@@ -112,13 +112,15 @@ impl Served {
                 } else {
                     "its parent's memory is adopted"
                 };
-                tracing::error!(
+                log!(
+                    error,
                     region = self.name,
                     why,
                     "a child cannot be served: what it does not have is bad"
                 );
             }
-            News::Moved { to, bytes } => tracing::error!(
+            News::Moved { to, bytes } => log!(
+                error,
                 region = self.name,
                 to,
                 bytes,
@@ -158,7 +160,7 @@ impl Served {
         for span in self.place.pages_in(start, end) {
             // Who forks may hold the allocator.
             if self.family.is_none() {
-                tracing::debug!(region = self.name, first = span.first.0, pages = span.pages, "let go");
+                log!(debug, region = self.name, first = span.first.0, pages = span.pages, "let go");
             }
             if let Place::Adopted(adopted) = &self.place {
                 adopted.remove(span);

@@ -12,6 +12,7 @@
 //! are about as long as each other, O(log n) however they are, and no allocation.
 
 use crate::error::{Error, ErrorKind};
+use crate::guard::{Foreign, guarded};
 use crate::policy::OnFailure;
 use crate::region::Chunk;
 use crate::source::{Backing, Failure, Hole, Identity, Shared};
@@ -61,9 +62,10 @@ impl Piece<'_> {
     pub(crate) fn failed(&self, error: std::io::Error) -> Failure {
         Failure {
             chunk: self.chunk,
-            source: self.backing.source().name(),
+            source: guarded(|| self.backing.source().name())
+                .unwrap_or_else(|said| format!("a source whose name panics: {said}")),
             offset: self.offset,
-            error,
+            error: Foreign::new(error),
             attempts: 1,
         }
     }

@@ -1,5 +1,6 @@
 //! A region as its handler threads see it: where to look, where to put it, who is at it. Not its bytes.
 
+use crate::guard::guarded;
 use crate::metrics::Counters;
 use crate::policy::{Policy, Recorder, Recording, Replay};
 use crate::region::adopted::abandon;
@@ -21,7 +22,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -322,9 +322,8 @@ impl Served {
         if let Some(Reporter(tell)) = &self.reporter {
             let offset = self.page_size().offset_of(page);
             // A panic in there is no reason for a thread to wait for ever.
-            let told = catch_unwind(AssertUnwindSafe(|| tell(offset, failure)));
-            if told.is_err() {
-                tracing::error!(region = self.name, "whoever was told of a failure panicked");
+            if guarded(|| tell(offset, failure)).is_err() {
+                log!(error, region = self.name, "whoever was told of a failure panicked");
             }
         }
     }
@@ -403,7 +402,7 @@ impl Wake for Served {
             let now = self.place.contiguous(rest);
             rest = rest.without_prefix(now.pages);
             if let Err(errno) = self.uffd.wake(self.place.addresses(now)) {
-                tracing::error!(region = self.name, %errno, "cannot wake");
+                log!(error, region = self.name, %errno, "cannot wake");
             }
         }
     }

@@ -208,7 +208,8 @@ impl Stray {
                 std::process::abort();
             }
             Whose::Child(_) => {
-                tracing::error!(
+                log!(
+                    error,
                     region = region.name,
                     ?refused,
                     "a forked child cannot be served: it may wait for ever"

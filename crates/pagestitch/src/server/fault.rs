@@ -1,5 +1,6 @@
 //! The journey of a fault. Read this page first.
 
+use crate::guard::Entered;
 use crate::metrics::{Flight, Part};
 use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
@@ -30,8 +31,7 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     let Asked { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
     let flight = region.counters.take_up(asked.place.or_else(begin), read);
-    let span = tracing::trace_span!("fault", region = region.name, page = page.0);
-    let _entered = span.enter();
+    let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else { return [None; 2] };
     let wide = widen(region, page);
@@ -195,7 +195,7 @@ fn endure(
                 Ok(filled) => {
                     install(region, claim, filled).map_err(|not| given_up(region, claim, not))?;
                     region.counters.here().pages_given_up.add(1);
-                    tracing::warn!(region = region.name, %failure, "zeros, as it was asked for");
+                    log!(warn, region = region.name, %failure, "zeros, as it was asked for");
                     return Ok(());
                 }
                 // Another chunk of the page, of which that was not asked.

@@ -155,8 +155,5 @@ impl Drop for Manual {
 /// Nobody serves the region any more: who waits in it, and who touches it, gets a signal.
 fn close(region: &Arc<Served>) {
     region.shut();
-    tracing::warn!(
-        region = region.name,
-        "closed: nobody is left to serve it; drop regions before their server"
-    );
+    log!(warn, region = region.name, "closed: nobody is left to serve it; drop regions before their server");
 }

@@ -1,5 +1,6 @@
 //! Pages whose bytes come later: the claim on them, held until the source answers. The rest of the fault's journey is that of any.
 
+use crate::guard::{discard, quietly};
 use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::Claim;
@@ -10,7 +11,6 @@ use crate::source::{Content, Failure, Fetched, Filled, Reply};
 use pagestitch_kernel::Span;
 use pagestitch_kernel::gate::OwnedVisit;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -58,7 +58,7 @@ pub(super) fn fetch(
     let pending = Pending { region: Arc::clone(region), _visit: visit, span, wanted, began, _permit: permit };
     let reply = Reply::to_pages(pending, region.page_size().bytes_of(span));
     // If it panics, the reply is dropped on the way, which is an answer.
-    let _ = catch_unwind(AssertUnwindSafe(|| source.0.fetch(offset, reply)));
+    quietly(|| source.0.fetch(offset, reply));
 }
 
 impl Pending {
@@ -81,8 +81,9 @@ impl Pending {
             }
             Err(error) => {
                 region.counters.here().source_errors.add(1);
-                if matches!(wanted, Wanted::Now(_)) {
-                    let _ = fail(region, &mut claim, self.failure(error));
+                match wanted {
+                    Wanted::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
+                    Wanted::Ahead => discard(error),
                 }
             }
         }

@@ -11,6 +11,7 @@
 //! holds up is replaced at its epoll by another one.
 
 use crate::error::{Error, ErrorKind};
+use crate::guard::discard;
 use crate::region::page_table::Wake;
 use crate::region::{Door, News, Served};
 use crate::server::berths::Permits;
@@ -260,7 +261,7 @@ impl PoolBuilder {
             )
         })?;
         *handle.watch.lock() = Some(watch);
-        tracing::debug!(?places, "pool started");
+        log!(debug, ?places, "pool started");
         Ok(Pool { handle: Arc::new(handle) })
     }
 }
@@ -370,7 +371,7 @@ impl Drop for Handle {
             return;
         }
         let report = self.join();
-        tracing::debug!(workers = report.workers, faults = report.faults, "pool stopped");
+        log!(debug, workers = report.workers, faults = report.faults, "pool stopped");
     }
 }
 
@@ -506,6 +507,8 @@ impl Shared {
                 News::NoDescriptor => self.bury(&region),
                 told => drop(region.hear(told)),
             }
+            // It may be the last to hold the region.
+            discard(region);
         }
     }
 
@@ -635,7 +638,7 @@ impl Shared {
                 }
             }
             Err((child, errno)) => {
-                tracing::error!(region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
+                log!(error, region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
                 parent.forsake(child);
             }
         }
@@ -644,7 +647,7 @@ impl Shared {
     /// Lets go of children whose processes have ended.
     fn bury(&self, parent: &Served) {
         for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
-            tracing::debug!(region = dead.name, "has ended");
+            log!(debug, region = dead.name, "has ended");
             self.remove(&dead);
             self.retire(&dead);
         }

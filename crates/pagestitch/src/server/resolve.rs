@@ -230,7 +230,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     claim.settle(1, State::Poisoned);
     region.settle_failure(page, &failure);
     region.counters.here().pages_poisoned.add(1);
-    tracing::warn!(region = region.name, page = page.0, %failure, "page poisoned");
+    log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, &failure);
     Stopped::Failed(failure)
 }
@@ -320,7 +320,7 @@ fn refusal(outcome: Outcome) -> io::Error {
 
 fn tell(region: &Served, span: Span, way: Way) {
     count(region, span, way);
-    tracing::trace!(region = region.name, page = span.first.0, pages = span.pages, ?way, "installed");
+    log!(trace, region = region.name, page = span.first.0, pages = span.pages, ?way, "installed");
 }
 
 fn count(region: &Served, span: Span, way: Way) {

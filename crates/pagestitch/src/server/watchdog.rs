@@ -157,7 +157,7 @@ impl Watchdog {
             }
             Err(error) => {
                 if !self.short {
-                    tracing::warn!(%error, "a worker that a source holds up cannot be replaced");
+                    log!(warn, %error, "a worker that a source holds up cannot be replaced");
                 }
                 false
             }
@@ -168,7 +168,8 @@ impl Watchdog {
         if short && !self.short {
             let crew = &self.shared.crew;
             crew.shortages.fetch_add(1, Ordering::Relaxed);
-            tracing::error!(
+            log!(
+                error,
                 pool = self.shared.name,
                 workers = crew.working(),
                 held_up,
@@ -216,7 +217,7 @@ impl Watchdog {
 fn tell(region: &Served, fault: &Overdue) {
     let Failure { chunk, source, .. } = &failure(region, fault);
     let (offset, age, thread) = (region.page_size().offset_of(fault.page), fault.age, fault.thread);
-    tracing::warn!(region = region.name, offset, chunk, source, ?age, thread, "a fault is overdue");
+    log!(warn, region = region.name, offset, chunk, source, ?age, thread, "a fault is overdue");
     region.counters.here().faults_overdue.add(1);
 }
 
@@ -237,7 +238,8 @@ fn give_up(region: &Served, fault: &Overdue) {
         return region.counters.keep_on(fault);
     }
     region.counters.here().faults_given_up.add(1);
-    tracing::error!(
+    log!(
+        error,
         region = region.name,
         failure = said,
         thread = fault.thread,

@@ -170,7 +170,7 @@ impl Worker {
         let mut home = CpuSet::new();
         let gone = home.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &home));
         if let Err(errno) = gone {
-            tracing::debug!(cpu, %errno, "not pinned: served from any CPU, which is slower");
+            log!(debug, cpu, %errno, "not pinned: served from any CPU, which is slower");
         }
     }
 
@@ -336,3 +336,26 @@ const HANDED_AT_ONCE: usize = 64;
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
 const BATCH: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::env;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::Command;
+
+    /// Nobody would serve its faults any more: the threads that wait are not left behind.
+    #[test]
+    fn a_worker_that_panics_ends_the_process() {
+        const HERE: &str = "server::worker::tests::a_worker_that_panics_ends_the_process";
+        if env::var_os("PANIC").is_some() {
+            let _abort = AbortOnPanic::armed();
+            panic!("a defect");
+        }
+        let mut again = Command::new(env::current_exe().unwrap());
+        let end = again.args([HERE, "--exact", "--nocapture"]).env("PANIC", "1").output().unwrap();
+        assert_eq!(end.status.signal(), Some(6), "SIGABRT: {end:?}");
+        let said = String::from_utf8_lossy(&end.stderr);
+        assert!(said.contains("a worker panicked, and nobody would serve its faults: aborting"), "{said}");
+    }
+}

@@ -12,13 +12,13 @@
 
 use super::memory::MemoryBytes;
 use super::{Backing, Source};
+use crate::guard::{Foreign, discard, guarded};
 use crate::policy::OnFailure;
 use crate::region::{Layout, Served};
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::error::Error as StdError;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::{fmt, io};
 
 /// The bytes of the first `pages` pages of the span that was asked for.
@@ -90,7 +90,7 @@ fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<
     let piece = layout.piece_at(offsets.start, offsets.end);
     if let Some((pages, memfd, offset)) = region.lazy_pages(span) {
         let bytes = page.bytes() as u64 * pages as u64;
-        guarded(|| memfd.fill(offset..offset + bytes)).map_err(|error| piece.failed(error))?;
+        asked(|| memfd.fill(offset..offset + bytes)).map_err(|error| piece.failed(error))?;
         return Ok(Filled { pages, content: Content::Cached });
     }
     if let Some((pages, donated, offset)) = region.movable_pages(span) {
@@ -120,6 +120,7 @@ fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<
             let mut pages = whole.min(staging.len() / page.bytes());
             let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
             if answer.is_err() && pages > 1 {
+                discard(answer);
                 pages = 1;
                 answer = read(source, piece.offset, &mut staging[..page.bytes()]);
             }
@@ -156,7 +157,7 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
             Backing::Hole(_) if now.len() < HOLE_MAX => {}
             Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Fetched(_) => return None,
             Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
-                read(piece.backing.source(), piece.offset, now).ok()?;
+                read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
             }
         }
         into = later;
@@ -254,16 +255,12 @@ fn gather_or<'a>(
 }
 
 fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
-    guarded(|| source.read_at(offset, into))
+    asked(|| source.read_at(offset, into))
 }
 
 /// Asks a source, whose panic is its own error and not the end of the handler thread.
-fn guarded(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    catch_unwind(AssertUnwindSafe(ask)).unwrap_or_else(|panic| {
-        let said = panic.downcast_ref::<&str>().copied().map(str::to_owned);
-        let said = said.or_else(|| panic.downcast_ref::<String>().cloned());
-        Err(io::Error::other(format!("the source panicked: {}", said.as_deref().unwrap_or("(no message)"))))
-    })
+fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    guarded(ask).unwrap_or_else(|said| Err(io::Error::other(format!("the source panicked: {said}"))))
 }
 
 /// A source did not give its bytes: which, where, and what it said.
@@ -272,7 +269,7 @@ pub struct Failure {
     pub(crate) chunk: usize,
     pub(crate) source: String,
     pub(crate) offset: u64,
-    pub(crate) error: io::Error,
+    pub(crate) error: Foreign<io::Error>,
     /// How many times it was asked.
     pub(crate) attempts: u32,
 }
@@ -280,7 +277,7 @@ pub struct Failure {
 impl Failure {
     /// Another error of the same bytes.
     pub(crate) fn again(&self, error: io::Error) -> Self {
-        let attempts = self.attempts.saturating_add(1);
+        let (error, attempts) = (Foreign::new(error), self.attempts.saturating_add(1));
         Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error, attempts }
     }
 
@@ -311,7 +308,7 @@ impl Failure {
     /// What the source said.
     #[must_use]
     pub const fn io_error(&self) -> &io::Error {
-        &self.error
+        self.error.get()
     }
 }
 
@@ -325,7 +322,7 @@ impl fmt::Display for Failure {
 
 impl StdError for Failure {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.error.source()
+        self.error.get().source()
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
         }
     }
     if lost > 0 {
-        tracing::warn!(region = region.name, pages = lost, "abandoned before it was filled: poisoned");
+        log!(warn, region = region.name, pages = lost, "abandoned before it was filled: poisoned");
     }
     release(region, adopted);
 }
@@ -100,10 +100,10 @@ fn end(region: &Served, adopted: &Adopted, why: Outcome) {
     }
     match adopted.end_owner() {
         Ok(()) => {
-            tracing::warn!(region = region.name, ?why, "abandoned before it was filled: its owner was ended")
+            log!(warn, region = region.name, ?why, "abandoned before it was filled: its owner was ended")
         }
         Err(errno) => {
-            tracing::error!(region = region.name, ?why, %errno, "abandoned, and its owner cannot be ended: it may wait for ever");
+            log!(error, region = region.name, ?why, %errno, "abandoned, and its owner cannot be ended: it may wait for ever");
             // Closing would show it zeros: better that it waits.
             region.keep_open();
         }

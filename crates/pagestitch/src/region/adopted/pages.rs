@@ -139,7 +139,7 @@ impl Adopted {
         if self.loss == Loss::Kill
             && let Err(errno) = self.end_owner()
         {
-            tracing::error!(region, %errno, "cannot end the owner");
+            log!(error, region, %errno, "cannot end the owner");
         }
     }
 

@@ -1,0 +1,220 @@
+//! Code of the application's that panics where a worker calls it: the worker serves on, and no page is lost for it.
+
+use crate::{SIGBUS, pattern, signal_of_loss, until};
+use pagestitch::source::{Fetch, Reply};
+use pagestitch::{Builder, Chunk, OnFailure, Pool, Readahead, Region, Source};
+use pagestitch_testkit::child;
+use pagestitch_testkit::scripted::Scripted;
+use std::fmt;
+use std::io;
+use std::panic::panic_any;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+const PAGE: usize = 4096;
+
+/// Panics when it is shown, and when it is dropped.
+#[derive(Debug)]
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        panic!("a destructor panics");
+    }
+}
+
+impl fmt::Display for Bomb {
+    fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+        panic!("a Display panics");
+    }
+}
+
+impl std::error::Error for Bomb {}
+
+/// What goes wrong in a source, beside its name.
+#[derive(Clone, Copy)]
+enum Wrong {
+    Fails,
+    Panics,
+}
+
+struct Bad(Wrong);
+
+impl Source for Bad {
+    fn size(&self) -> u64 {
+        10 * PAGE as u64
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        match self.0 {
+            Wrong::Fails => Err(io::Error::other(Bomb)),
+            Wrong::Panics => panic_any(Bomb),
+        }
+    }
+
+    fn name(&self) -> String {
+        panic!("a name panics")
+    }
+}
+
+/// Asks for what it is asked no more.
+struct BadFetch;
+
+impl Fetch for BadFetch {
+    fn size(&self) -> u64 {
+        10 * PAGE as u64
+    }
+
+    fn fetch(&self, _: u64, _: Reply) {
+        panic_any(Bomb)
+    }
+
+    fn name(&self) -> String {
+        panic!("a name panics")
+    }
+}
+
+/// Shows the fields of every event, as subscribers do.
+struct Shows;
+
+impl tracing::field::Visit for Shows {
+    fn record_debug(&mut self, _: &tracing::field::Field, value: &dyn fmt::Debug) {
+        let _ = format!("{value:?}");
+    }
+}
+
+impl Subscriber for Shows {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut Self);
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+/// Panics whatever it hears of.
+struct Panics;
+
+impl Subscriber for Panics {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, span: &Attributes<'_>) -> Id {
+        // Some spans begin, so that their ends are heard of.
+        assert_ne!(span.metadata().name().len() % 2, 0, "a span");
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, _: &Event<'_>) {
+        panic_any(Bomb)
+    }
+
+    fn enter(&self, _: &Id) {
+        panic_any(Bomb)
+    }
+
+    fn exit(&self, _: &Id) {
+        panic_any(Bomb)
+    }
+}
+
+fn build(chunk: Chunk, more: impl FnOnce(Builder) -> Builder) -> Region {
+    let builder = Region::builder().chunk(pattern(1, 10 * PAGE)).chunk(chunk).readahead(Readahead::None);
+    more(builder).build(&Pool::builder().workers(2).start().unwrap()).unwrap()
+}
+
+/// In a process of its own: a page of a bad chunk is lost, and its toucher gets a signal; the other pages are served.
+fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chunk: impl FnOnce() -> Chunk) {
+    let end = child::run(name, || {
+        tracing::subscriber::set_global_default(subscriber).unwrap();
+        let region = build(chunk(), |builder| builder.report_failures(|_, _| panic_any(Bomb)));
+        assert!(region.as_slice()[..10 * PAGE] == pattern(1, 10 * PAGE));
+        println!("served");
+        println!("read a byte: {}", region.as_slice()[15 * PAGE]);
+    });
+    let lost = if signal_of_loss() == SIGBUS { SIGBUS } else { end.signal().unwrap_or(0) };
+    assert_eq!(end.signal(), Some(lost), "{}", end.said());
+    assert!(end.said().contains("served") && !end.said().contains("read a byte"), "{}", end.said());
+}
+
+#[test]
+fn a_name_an_error_and_its_destructor_that_panic_lose_the_page_that_failed() {
+    let name = "foreign::a_name_an_error_and_its_destructor_that_panic_lose_the_page_that_failed";
+    is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
+}
+
+#[test]
+fn a_panic_whose_payload_panics_when_it_is_dropped_loses_the_page_that_failed() {
+    let name = "foreign::a_panic_whose_payload_panics_when_it_is_dropped_loses_the_page_that_failed";
+    is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Panics))));
+}
+
+#[test]
+fn a_fetch_that_panics_loses_the_page_that_failed() {
+    let name = "foreign::a_fetch_that_panics_loses_the_page_that_failed";
+    is_lost(name, Shows, || Chunk::fetch(Arc::new(BadFetch)));
+}
+
+#[test]
+fn a_subscriber_that_panics_loses_nothing() {
+    let name = "foreign::a_subscriber_that_panics_loses_nothing";
+    is_lost(name, Panics, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
+}
+
+/// The error is dropped by the worker, which goes on.
+#[test]
+fn an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for() {
+    let name = "foreign::an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for";
+    let end = child::run(name, || {
+        let chunk = Chunk::source(Arc::new(Bad(Wrong::Fails))).on_failure(OnFailure::Zeros);
+        let region = build(chunk, |builder| builder);
+        assert_eq!(region.as_slice()[15 * PAGE], 0);
+        until(|| region.metrics().pages_given_up == 1);
+        region.populate(..).unwrap();
+        std::mem::forget(region);
+    });
+    end.expect_pass();
+}
+
+/// The watchdog tells of a fault by the name of its source, to a subscriber that panics, and gives it up.
+#[test]
+fn the_watchdog_outlives_a_subscriber_and_a_callback_that_panic() {
+    let name = "foreign::the_watchdog_outlives_a_subscriber_and_a_callback_that_panic";
+    let end = child::run(name, || {
+        tracing::subscriber::set_global_default(Panics).unwrap();
+        let limit = Duration::from_millis(20);
+        let pool = Pool::builder()
+            .workers(2)
+            .max_workers(2)
+            .overdue_after(limit)
+            .give_up_after(2 * limit)
+            .start()
+            .unwrap();
+        let hanging = || Chunk::source(Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..u64::MAX)));
+        let builder = Region::builder().chunk(hanging()).report_failures(|_, _| panic_any(Bomb));
+        let region = builder.build(&pool).unwrap();
+        println!("read a byte: {}", region.as_slice()[5 * PAGE]);
+    });
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    assert!(!end.said().contains("read a byte"), "{}", end.said());
+}
