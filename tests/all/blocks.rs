@@ -152,3 +152,19 @@ fn a_stray_write_to_a_guarded_region_is_stopped() {
     assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("written"));
 }
+
+#[test]
+fn a_process_without_huge_pages_is_promised_none() {
+    let end = child::run("blocks::a_process_without_huge_pages_is_promised_none", || {
+        nix::sys::prctl::set_thp_disable(true).unwrap();
+        let bytes = pattern(8, 2 * BLOCK);
+        let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
+        let why = region.plan().staged().unwrap_err();
+        // Older kernels have another reason.
+        assert!(why.contains("PR_SET_THP_DISABLE") || why.contains("cannot move"), "{why}");
+        region.populate(..).unwrap();
+        assert!(region.as_slice() == bytes);
+        assert_eq!(region.close().pages_staged, 0);
+    });
+    end.expect_pass();
+}

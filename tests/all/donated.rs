@@ -258,6 +258,23 @@ fn a_moved_page_that_is_let_go_is_an_error_and_not_zeros() {
 }
 
 #[test]
+fn pages_that_were_locked_move_too() {
+    let bytes = pattern(8, 3 * PAGE);
+    let pages = pages_of(&bytes);
+    let start = std::ptr::NonNull::from(&pages[..]).cast();
+    // SAFETY: that pages are locked changes none of their bytes.
+    #[expect(unsafe_code, reason = "mlock by an application is part of what is tested")]
+    let locked = unsafe { nix::sys::mman::mlock(start, pages.len()) };
+    if let Err(errno) = locked {
+        return println!("SKIPPED: no memory can be locked here ({errno})");
+    }
+    let builder = Region::builder().chunk(pages).require_zero_copy().readahead(Readahead::None);
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice() == bytes);
+    assert_eq!(region.close().bytes_copied, 0);
+}
+
+#[test]
 fn pinned_pages_are_copied_instead() {
     if !moves() {
         return;

@@ -29,6 +29,7 @@ mod recording;
 mod scale;
 mod shared;
 mod splits;
+mod swap;
 mod teardown;
 mod watchdog;
 mod zero_copy;

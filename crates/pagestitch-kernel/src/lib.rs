@@ -21,6 +21,7 @@
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
+//! | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | [`sync`] | atomics, locks and a waiting room: the standard library's, or a model checker's |
 //! | [`published`] | a value that writers replace and readers never wait for |
 //! | [`replace`] | a file that is written, all or nothing |
@@ -67,6 +68,7 @@ pub mod shared;
 pub mod sigbus;
 pub mod staging;
 pub mod support;
+pub mod swap;
 pub mod sync;
 pub mod uffd;
 pub mod view;

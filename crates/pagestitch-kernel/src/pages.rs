@@ -8,7 +8,7 @@
 //! # Ok::<(), nix::errno::Errno>(())
 //! ```
 
-use crate::mapping::Mapping;
+use crate::mapping::{Mapping, unlock};
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::words::Words;
@@ -142,6 +142,16 @@ impl Donated {
                 Ok(())
             }
         }
+    }
+
+    /// Lets the kernel swap them out again where they were locked (`mlock(2)`): it moves pages only between mappings that are both locked
+    /// or both not.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `munlock(2)`; none is known to occur.
+    pub fn unlock(&self) -> Result<(), Errno> {
+        unlock(self.mapping.start(), self.mapping.bytes())
     }
 
     /// Copies bytes out of pages that have not moved.

@@ -16,6 +16,7 @@
 use crate::limits::ReserveError;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
+use crate::swap;
 use crate::view::View;
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
@@ -126,9 +127,10 @@ impl Reservation {
         (offset < self.mapping.bytes()).then(|| self.page.page_at(offset as u64))
     }
 
-    /// Which pages of a span are in memory: calls `each` with every page and whether it is there.
+    /// Which pages of a span are there: calls `each` with every page and whether it is in memory or swapped out.
     ///
-    /// A page that was swapped out, and a poisoned one, count as absent. See `mincore(2)`.
+    /// `mincore(2)` calls a page that was swapped out absent; for those, `/proc/self/pagemap` is asked too. Where that cannot be read,
+    /// they count as absent. A page that is bad is one or the other.
     ///
     /// # Errors
     ///
@@ -144,7 +146,12 @@ impl Reservation {
             let answer =
                 unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), vector.as_mut_ptr()) };
             Errno::result(answer)?;
-            part.iter().zip(vector).for_each(|(page, here)| each(page, here & 1 == 1));
+            let there = &mut vector[..part.pages];
+            there.iter_mut().for_each(|here| *here &= 1);
+            if there.contains(&0) {
+                swap::find(range, there);
+            }
+            part.iter().zip(&*there).for_each(|(page, &here)| each(page, here != 0));
             rest = rest.without_prefix(part.pages);
         }
         Ok(())

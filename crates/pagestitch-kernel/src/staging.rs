@@ -13,8 +13,10 @@
 use crate::mapping::{Mapping, unlock};
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::support::Features;
+use crate::swap;
 use crate::uffd::{Outcome, Uffd};
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise};
 use std::fmt;
 use std::fs;
@@ -129,6 +131,12 @@ pub fn available(features: Features) -> Result<(), &'static str> {
     if PageSize::system().bytes() != 4096 {
         return Err("huge pages are not 2 MiB here");
     }
+    swap::moves_safely()?;
+    if thp_is_disabled() {
+        return Err(
+            "huge pages are off for this process (prctl PR_SET_THP_DISABLE): switch them on, or do without",
+        );
+    }
     let mode = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     if mode.contains("[always]") || mode.contains("[madvise]") {
         Ok(())
@@ -137,4 +145,13 @@ pub fn available(features: Features) -> Result<(), &'static str> {
             "there are no transparent huge pages: write madvise to /sys/kernel/mm/transparent_hugepage/enabled",
         )
     }
+}
+
+/// Whether this process has no transparent huge pages, whatever it advises.
+fn thp_is_disabled() -> bool {
+    // SAFETY: it takes no argument, and touches no memory.
+    #[expect(unsafe_code, reason = "prctl")]
+    let answer = unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) };
+    // 3: but where they are advised (Linux 6.18).
+    answer == 1
 }

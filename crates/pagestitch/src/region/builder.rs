@@ -13,10 +13,10 @@ use crate::server::{Server, Who};
 use crate::source::Failure;
 use pagestitch_kernel::limits::{Limit, ReserveError};
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::staging;
 use pagestitch_kernel::support::{Features, mappings_left};
 use pagestitch_kernel::uffd::{self, FaultMode, RegisterMode};
 use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
+use pagestitch_kernel::{staging, swap};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
@@ -300,7 +300,8 @@ impl Builder {
             refuse_children(&name, &layout, &server)?;
         }
         let uffd = open(&name, &layout, &server, self.children)?;
-        let moves = layout.has_donated() && !self.children && uffd.features().contains(Features::MOVE);
+        layout.unlock_donated().map_err(|errno| limit("unlock donated pages", errno))?;
+        let moves = layout.has_donated() && !self.children && can_move(&uffd);
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
@@ -492,6 +493,12 @@ fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), E
             bad(ErrorKind::BadOption, "to serve children takes CAP_SYS_PTRACE: run as root, or do without")
         }
     }
+}
+
+/// Whether donated pages move when they are touched. Where they may be swapped out, and lost on the way, they move when the region is
+/// built.
+fn can_move(uffd: &Uffd) -> bool {
+    uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()
 }
 
 fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<Uffd, Error> {

@@ -91,7 +91,8 @@ impl From<Memfd> for Chunk {
     }
 }
 
-/// The pages move into the region: nothing is copied where the chunk lies on page boundaries.
+/// The pages move into the region: nothing is copied where the chunk lies on page boundaries. Locked pages are unlocked when the region is
+/// built, as the kernel would not move them; lock the region instead.
 impl From<Pages> for Chunk {
     fn from(pages: Pages) -> Self {
         Donated::from(pages).into()
@@ -105,7 +106,7 @@ impl From<Donated> for Chunk {
     }
 }
 
-/// Clone the `Arc` to take several chunks, each byte in one of them.
+/// Clone the `Arc` to take several chunks, each byte in one of them. A page whose bytes are not all in one chunk is copied.
 impl From<Arc<Donated>> for Chunk {
     fn from(donated: Arc<Donated>) -> Self {
         Self::whole(Backing::Donated(donated))

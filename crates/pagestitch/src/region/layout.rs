@@ -16,7 +16,7 @@ use crate::guard::{Foreign, guarded};
 use crate::policy::OnFailure;
 use crate::region::Chunk;
 use crate::source::{Backing, Failure, Hole, Identity, Shared};
-use pagestitch_kernel::PageSize;
+use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
@@ -224,6 +224,14 @@ impl Layout {
     /// Whether pages are given up in it.
     pub(crate) fn has_donated(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
+    }
+
+    /// Unlocks what was given up, and could not move into a region that is not locked.
+    pub(crate) fn unlock_donated(&self) -> Result<(), Errno> {
+        self.sources.iter().try_for_each(|source| match source {
+            Backing::Donated(donated) => donated.unlock(),
+            _ => Ok(()),
+        })
     }
 
     /// Whether there are chunks in it whose bytes come later.

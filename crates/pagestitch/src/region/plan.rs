@@ -104,6 +104,9 @@ impl Plan {
     /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in, which takes less than half
     /// the time; else the reason why not.
     ///
+    /// Decided when the region is built. On Linux before 6.16 (6.12.37), a page that moves while it is swapped out may be lost: pages do
+    /// not move there if swap is on by then. Do not switch it on later.
+    ///
     /// # Errors
     ///
     /// The reason.

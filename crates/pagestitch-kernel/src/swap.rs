@@ -1,0 +1,85 @@
+//! Swap: which pages of this process are swapped out, and whether this kernel moves such pages whole.
+
+use crate::page::AddressRange;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::sys::uio::pread;
+use nix::sys::utsname::uname;
+use std::fs;
+
+/// Marks the pages of a range that are not there, and are mapped or swapped out all the same. Allocates nothing, so that a signal handler
+/// may ask. Where the kernel does not tell, none is marked.
+pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
+    let Ok(pagemap) = open(c"/proc/self/pagemap", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
+        return;
+    };
+    let page = range.bytes() / there.len();
+    let mut first = range.start() / page;
+    for there in there.chunks_mut(BATCH) {
+        let mut entries = [0; BATCH * ENTRY];
+        let wanted = &mut entries[..there.len() * ENTRY];
+        if pread(&pagemap, wanted, (first * ENTRY) as i64) != Ok(wanted.len()) {
+            return;
+        }
+        for (there, entry) in there.iter_mut().zip(wanted.chunks_exact(ENTRY)) {
+            // Bit 63: present; bit 62: swapped out.
+            *there |= u8::from(entry[ENTRY - 1] >> 6 != 0);
+        }
+        first += there.len();
+    }
+}
+
+/// Whether pages that may be swapped out can be moved (`UFFDIO_MOVE`): until Linux 6.16, and 6.12.37, a move races with the swap cache,
+/// and pages come to hold other bytes.
+///
+/// # Errors
+///
+/// The reason and the remedy, for a person: swap is on, and this is such a kernel. To be asked anew, as swap may be switched on.
+pub fn moves_safely() -> Result<(), &'static str> {
+    let racing = uname().is_ok_and(|names| races(&names.release().to_string_lossy()));
+    if racing && is_on() {
+        return Err(
+            "swap is on, and this kernel may lose a page that moves while it is swapped out: swapoff -a, or Linux 6.16 or 6.12.37",
+        );
+    }
+    Ok(())
+}
+
+/// Whether something is swapped to.
+fn is_on() -> bool {
+    // A line of headings, and one for each device or file.
+    fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().nth(1).is_some())
+}
+
+/// Whether a kernel of this release has the race. One that does not say its version in the usual way has.
+fn races(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let mut next = || numbers.next().and_then(Result::ok);
+    match (next(), next(), next()) {
+        (Some(6), Some(12), Some(patch)) => patch < 37,
+        (Some(major), Some(minor), _) => (major, minor) < (6, 16),
+        _ => true,
+    }
+}
+
+/// Bytes of a page in `/proc/self/pagemap`.
+const ENTRY: usize = 8;
+/// Pages that are asked for at once, on the stack.
+const BATCH: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_with_the_race_are_told_from_those_without() {
+        for release in
+            ["6.8.0-60-generic", "6.12.36", "6.12.30+deb13-amd64", "6.15.9-arch1-1", "6.9", "?", ""]
+        {
+            assert!(races(release), "{release}");
+        }
+        for release in ["6.16.0", "6.12.37", "6.12.74+deb13-amd64", "6.18", "6.18.0-rc1", "7.0.1"] {
+            assert!(!races(release), "{release}");
+        }
+    }
+}

@@ -1,0 +1,218 @@
+//! A page that is swapped out is there: it is not asked for again, not lost, and what was written in it stays. `mincore(2)` calls it
+//! absent.
+
+use crate::donated::pages_of;
+use crate::{pattern, until};
+use nix::libc;
+use pagestitch::source::Donated;
+use pagestitch::{Chunk, Pool, Region, Source};
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+const PAGE: usize = 4096;
+const BLOCK: usize = 2 << 20;
+
+/// A compressed block device in memory that is swapped to as long as it lives. Needs root.
+struct Swap {
+    number: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Swap {
+    fn on() -> Option<Self> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = fs::read_to_string("/sys/class/zram-control/hot_add").ok()?.trim().to_owned();
+        let swap = Self { number, _alone: alone };
+        fs::write(format!("/sys/block/zram{}/disksize", swap.number), "256M").ok()?;
+        let device = format!("/dev/zram{}", swap.number);
+        let done = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+        (done(Command::new("mkswap").arg(&device)) && done(Command::new("swapon").arg(&device)))
+            .then_some(swap)
+    }
+
+    fn or_skip() -> Option<Self> {
+        let swap = Self::on();
+        if swap.is_none() {
+            println!("SKIPPED: no zram device can be added and swapped to here");
+        }
+        swap
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        let _ = Command::new("swapoff").arg(format!("/dev/zram{}", self.number)).output();
+        let _ = fs::write(format!("/sys/block/zram{}/reset", self.number), "1");
+        // A device manager may be looking at the device.
+        let mut remove = || fs::write("/sys/class/zram-control/hot_remove", &self.number).is_ok();
+        let _ = (0..1000).any(|_| {
+            remove() || {
+                thread::yield_now();
+                false
+            }
+        });
+    }
+}
+
+/// Has the kernel swap out what it can of a range.
+#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
+fn page_out(start: usize, bytes: usize) {
+    let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(start);
+    // SAFETY: it changes no byte; what is not mapped is an error.
+    let _ = unsafe { libc::madvise(address, bytes, libc::MADV_PAGEOUT) };
+}
+
+/// How many pages of a range are swapped out.
+fn swapped(start: usize, bytes: usize) -> usize {
+    let mut entries = vec![0; bytes / PAGE * 8];
+    fs::File::open("/proc/self/pagemap")
+        .unwrap()
+        .read_exact_at(&mut entries, (start / PAGE * 8) as u64)
+        .unwrap();
+    entries.chunks_exact(8).filter(|entry| entry[7] & 1 << 6 != 0).count()
+}
+
+fn swap_out(region: *const u8, bytes: usize) {
+    // A page that another processor has just touched is left out.
+    until(|| {
+        page_out(region.addr(), bytes);
+        swapped(region.addr(), bytes) > bytes / PAGE / 2
+    });
+}
+
+/// A source that gives each byte once.
+struct Once {
+    bytes: Vec<u8>,
+    given: Mutex<Vec<bool>>,
+}
+
+impl Once {
+    fn new(bytes: &[u8]) -> Arc<Self> {
+        Arc::new(Self { bytes: bytes.to_vec(), given: Mutex::new(vec![false; bytes.len().div_ceil(PAGE)]) })
+    }
+}
+
+impl Source for Once {
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let start = offset as usize;
+        let pages = start / PAGE..(start + into.len()).div_ceil(PAGE);
+        let mut given = self.given.lock().unwrap();
+        if given[pages.clone()].iter().any(|given| *given) {
+            return Err(io::Error::other("asked for twice"));
+        }
+        given[pages].fill(true);
+        into.copy_from_slice(&self.bytes[start..start + into.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_page_that_is_swapped_out_is_not_asked_for_again() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    let bytes = pattern(1, BLOCK + 40 * PAGE);
+    let chunk = Chunk::source(Once::new(&bytes));
+    let region = Region::builder().chunk(chunk).build(&Pool::new().unwrap()).unwrap();
+    region.populate(..).unwrap();
+    swap_out(region.as_ptr().as_ptr(), bytes.len());
+    region.populate(..).unwrap();
+    let mut seen = vec![0; bytes.len()];
+    region.read_at(0, &mut seen).unwrap();
+    assert!(seen == bytes);
+    assert!(region.failures().is_empty());
+    assert_eq!(region.close().pages_poisoned, 0);
+}
+
+#[test]
+fn what_was_written_and_swapped_out_is_not_filled_again() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    let bytes = pattern(2, BLOCK + 40 * PAGE);
+    let mut region = Region::builder().chunk(bytes.clone()).writable().build(&Pool::new().unwrap()).unwrap();
+    let written = pattern(3, bytes.len());
+    region.as_mut_slice().unwrap().copy_from_slice(&written);
+    let all = (bytes.len() / PAGE) as u64;
+    until(|| region.metrics().pages_installed() == all);
+    swap_out(region.as_ptr().as_ptr(), bytes.len());
+    region.populate(..).unwrap();
+    assert!(region.as_slice() == written);
+    assert_eq!(region.close().pages_installed(), all, "nothing was absent");
+}
+
+#[test]
+fn donated_pages_that_are_swapped_out_are_neither_gone_nor_zeros() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    let bytes = pattern(4, BLOCK + 40 * PAGE);
+    let pages = pages_of(&bytes);
+    // Before they move, and after.
+    swap_out(pages.as_ptr(), bytes.len());
+    let region =
+        Region::builder().chunk(Arc::new(Donated::from(pages))).build(&Pool::new().unwrap()).unwrap();
+    assert_eq!(region.as_slice()[BLOCK], bytes[BLOCK]);
+    region.populate(..).unwrap();
+    swap_out(region.as_ptr().as_ptr(), bytes.len());
+    region.populate(..).unwrap();
+    assert!(region.as_slice() == bytes);
+    assert!(region.failures().is_empty());
+}
+
+/// All memory of this process that is its own.
+fn page_out_everything() {
+    let maps = fs::read_to_string("/proc/self/maps").unwrap();
+    for line in maps.lines().filter(|line| line.contains(" rw-p ") && line.contains(" 00:00 0")) {
+        let Some((start, end)) = line.split(' ').next().unwrap().split_once('-') else { continue };
+        let address = |digits| usize::from_str_radix(digits, 16).unwrap();
+        page_out(address(start), address(end) - address(start));
+    }
+}
+
+#[test]
+fn a_process_whose_memory_is_swapped_out_all_the_time_reads_the_right_bytes() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let pressure = scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                page_out_everything();
+            }
+        });
+        let ends = Ends(&done);
+        for round in 0..6 {
+            let (memory, donated) = (pattern(round, 2 * BLOCK + 5000), pattern(round + 100, 2 * BLOCK));
+            // A claim may be given back while the map is changing: such a source is asked again.
+            let read = Chunk::source(Arc::new(Scripted::new(BLOCK as u64)));
+            let builder = Region::builder().chunk(memory.clone()).chunk(pages_of(&donated)).page_aligned();
+            let region = builder.chunk(read).writable().build(&Pool::new().unwrap()).unwrap();
+            let at = |chunk| region.offset_of(chunk).unwrap() as usize;
+            if round % 2 == 0 {
+                region.populate(..).unwrap();
+            }
+            assert!(region.as_slice()[..memory.len()] == memory, "round {round}: memory");
+            assert!(region.as_slice()[at(1)..][..donated.len()] == donated, "round {round}: donated");
+            region.populate(..).unwrap();
+            let read = &region.as_slice()[at(2)..];
+            assert!((0..).zip(read).all(|(at, &byte)| byte == byte_at(at)), "round {round}: read");
+            assert!(region.failures().is_empty(), "round {round}: {:?}", region.failures());
+        }
+        drop(ends);
+        pressure.join().unwrap();
+    });
+}
+
+/// Ends the pressure also where the test fails.
+struct Ends<'d>(&'d AtomicBool);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
