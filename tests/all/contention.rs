@@ -2,6 +2,7 @@
 
 use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
+use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::{Arc, Barrier};
 use std::thread;
@@ -87,6 +88,29 @@ fn an_idle_pool_sleeps_without_a_timeout() {
         let calls = system_calls_of("idle");
         calls.len() == pool.workers() && calls.iter().all(|call| waits_for_ever(call))
     });
+}
+
+/// Its watchdog looks at no worker while none works.
+#[test]
+fn the_watchdog_of_an_idle_pool_sleeps_without_a_timeout() {
+    let end = child::run("contention::the_watchdog_of_an_idle_pool_sleeps_without_a_timeout", || {
+        let pool = Pool::builder().name("idle").start().unwrap();
+        let region = Region::builder().chunk(vec![1u8; 4 << 20]).build(&pool).unwrap();
+        assert!(region.as_slice().iter().all(|&byte| byte == 1));
+        until(|| {
+            let calls = system_calls_of("pagestitch");
+            calls.len() == 1 && calls.iter().all(|call| polls_for_ever(call))
+        });
+    });
+    end.expect_pass();
+}
+
+/// Whether it is a `poll` whose timeout, the third argument, is -1.
+fn polls_for_ever(call: &str) -> bool {
+    let mut words = call.split_whitespace();
+    let number: Option<i64> = words.next().and_then(|number| number.parse().ok());
+    let timeout = words.nth(2).and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    number == Some(nix::libc::SYS_poll) && timeout.is_some_and(|timeout| timeout as i32 == -1)
 }
 
 /// `/proc/self/task/*/syscall` of threads of a pool: a number, and its arguments.

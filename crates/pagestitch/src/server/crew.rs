@@ -50,6 +50,8 @@ pub(super) struct Seen {
 pub(super) struct Look {
     /// Workers that are held up.
     pub(super) held_up: usize,
+    /// Workers that wait for something to do.
+    pub(super) waiting: usize,
     /// Whether anything was done since the last look, or is being done.
     pub(super) busy: bool,
 }
@@ -172,7 +174,7 @@ impl Crew {
     /// Looks at all workers, `passed` after the last look.
     pub(super) fn look(&self, seen: &mut Vec<Seen>, passed: Duration) -> Look {
         seen.resize(self.places.len(), Seen::default());
-        let mut look = Look { held_up: 0, busy: false };
+        let mut look = Look { held_up: 0, waiting: 0, busy: false };
         for (place, seen) in self.places.iter().zip(seen) {
             let steps = place.steps.load(Ordering::SeqCst);
             let at_work = !steps.is_multiple_of(2);
@@ -180,6 +182,7 @@ impl Crew {
             let still = if at_work && steps == seen.steps { seen.still + passed } else { Duration::ZERO };
             *seen = Seen { steps, still };
             look.held_up += usize::from(seen.is_held_up());
+            look.waiting += usize::from(steps != VACANT && !at_work);
         }
         self.held_up.store(look.held_up, Ordering::Relaxed);
         look
@@ -223,14 +226,14 @@ mod tests {
         let [first, second] = [0, 1].map(|post| crew.join(post).unwrap());
         crew.works(first);
         crew.works(second);
-        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 0, busy: true });
+        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 0, waiting: 0, busy: true });
         crew.steps(second);
-        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 1, busy: true });
+        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 1, waiting: 0, busy: true });
         assert_eq!(crew.abandoned(&seen).collect::<Vec<_>>(), [0]);
         let third = crew.join(0).unwrap();
         assert_eq!((crew.join(0), crew.working(), crew.is_large()), (None, 3, true));
         crew.waits(second);
-        assert_eq!(crew.look(&mut seen, BOUND).held_up, 1);
+        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 1, waiting: 2, busy: true });
         assert_eq!(crew.abandoned(&seen).count(), 0);
         crew.works(third);
         assert!(!crew.leave(third), "no other worker waits at the post");

@@ -198,7 +198,7 @@ impl PoolBuilder {
 
     /// How many faults may be in flight at once, over all regions: each worker has one, and those beyond are fetches of sources that answer
     /// later ([`Fetch`](crate::source::Fetch)). Where there are as many, a worker waits for such a source as for any other. By default as
-    /// many as the sources take. No less than the workers.
+    /// many as the sources take. No less than the workers; those that [stand in](Self::max_workers) for others are not counted.
     pub fn in_flight(mut self, most: usize) -> Self {
         self.in_flight = Some(most);
         self

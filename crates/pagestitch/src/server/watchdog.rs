@@ -180,11 +180,12 @@ impl Watchdog {
     }
 
     /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
-    fn last_resort(&self, Look { held_up, .. }: Look) {
+    fn last_resort(&self, Look { held_up, waiting, .. }: Look) {
         let crew = &self.shared.crew;
         let last = (self.short || crew.working() >= crew.most()) && held_up + 1 >= crew.working();
         crew.last_resort.store(last, Ordering::Relaxed);
-        if self.shared.slow.are_waited_for() {
+        // With none to answer, the bell would ring for all that time afterwards.
+        if waiting > 0 && self.shared.slow.are_waited_for() {
             self.shared.ring_self();
         }
     }
