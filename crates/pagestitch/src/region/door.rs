@@ -28,6 +28,12 @@ impl Door {
         Self { gate: Arc::clone(gate), region: Arc::downgrade(region), berths: AtomicUsize::new(0) }
     }
 
+    /// Of no region.
+    #[cfg(test)]
+    pub(crate) fn nowhere() -> Arc<Self> {
+        Arc::new(Self { gate: Arc::default(), region: Weak::new(), berths: AtomicUsize::new(0) })
+    }
+
     /// Goes to work for the region, unless it is being dropped.
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
         let visit = self.gate.enter()?;

@@ -80,3 +80,42 @@ fn take(state: &mut State, fault: Handed) -> Handed {
     fault.door.berths.fetch_add(1, Ordering::Relaxed);
     fault
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn is_of(fault: Option<&Handed>, door: &Arc<Door>) -> bool {
+        fault.is_some_and(|fault| Arc::ptr_eq(&fault.door, door))
+    }
+
+    /// Two workers are in berths of one region, and a third fault of it waits before one of another.
+    #[test]
+    fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
+        let (hangs, other, slow) = (Door::nowhere(), Door::nowhere(), Slow::new(4));
+        let held = |door: &Door| door.berths.load(Ordering::Relaxed);
+        assert!(slow.enter(2, Handed::at(&hangs)).is_some() && slow.enter(2, Handed::at(&hangs)).is_some());
+        assert!(slow.enter(2, Handed::at(&hangs)).is_none() && slow.enter(2, Handed::at(&other)).is_none());
+        assert!(slow.are_waited_for() && slow.enter_next(2, false).is_none());
+        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
+        assert_eq!((held(&hangs), held(&other)), (2, 0));
+        assert!(slow.enter(2, Handed::at(&hangs)).is_none());
+        assert!(
+            is_of(slow.enter_next(2, true).as_ref(), &other),
+            "as a last resort, of a region that holds none"
+        );
+        assert!(slow.enter_next(2, true).is_none());
+        assert!(slow.leave(2, &other).is_none(), "it was one beyond");
+        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
+        assert!(slow.leave(2, &hangs).is_none() && slow.leave(2, &hangs).is_none());
+        assert_eq!((held(&hangs), held(&other), slow.are_waited_for()), (0, 0, false));
+    }
+
+    #[test]
+    fn a_berth_that_is_new_is_for_the_first_that_waits() {
+        let (slow, door) = (Slow::new(4), Door::nowhere());
+        assert!(slow.enter(1, Handed::at(&door)).is_some() && slow.enter(1, Handed::at(&door)).is_none());
+        assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
+    }
+}

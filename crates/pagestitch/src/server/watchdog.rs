@@ -203,6 +203,8 @@ impl Watchdog {
                 self.shared.look_again(&self.shared.epolls()[0], &region);
             }
         }
+        // Children that are to be served, too, wait for a worker.
+        self.shared.hear_news();
         let mut handed = 0;
         while let Some(fault) = self.read.pop_front() {
             if let Err(fault) = self.shared.hand_on(fault) {

@@ -67,6 +67,16 @@ impl Handed {
     }
 }
 
+#[cfg(test)]
+impl Handed {
+    /// A fault of a region that there is not.
+    pub(super) fn at(door: &Arc<Door>) -> Self {
+        let page = pagestitch_kernel::Page(0);
+        let asked = Asked { page, read: Instant::now(), thread: 1, place: None };
+        Self { door: Arc::clone(door), asked }
+    }
+}
+
 impl Ahead {
     pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
         Self { door: Arc::clone(region.door()), span: Some(span) }
