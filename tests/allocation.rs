@@ -4,7 +4,8 @@ use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap
 use nix::sys::signal::Signal::SIGBUS;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::gettid;
-use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
+use pagestitch::source::Pages;
+use pagestitch::{Chunk, ErrorKind, Inline, Pool, Readahead, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::Scripted;
@@ -75,6 +76,38 @@ fn serve_all_pages() {
     }
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     assert_eq!(after, warm, "{} in the first half", warm - before);
+}
+
+/// A signal handler may have interrupted the allocator.
+#[test]
+fn nothing_is_allocated_by_a_thread_that_fills_its_own_pages() {
+    child::run("nothing_is_allocated_by_a_thread_that_fills_its_own_pages", fill_own_pages).expect_pass();
+}
+
+fn fill_own_pages() {
+    let region = Region::builder()
+        .chunk(vec![1u8; 300 * PAGE]) // copied from where it lies
+        .chunk(donated(&vec![3u8; 300 * PAGE])) // moved
+        .chunks((0..300).map(|_| vec![2u8; 1000])) // gathered
+        .chunk(Chunk::hole(300 * PAGE as u64)) // zeroed
+        .build(Inline)
+        .unwrap();
+    let start = region.as_ptr().addr().get();
+    let pages = region.as_slice().len() / PAGE;
+    let touch_all = || (0..pages).map(|page| usize::from(region.as_slice()[page * PAGE])).sum::<usize>();
+    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    assert!(touch_all() > 0);
+    let_go(start, 300 * PAGE);
+    assert!(touch_all() > 0);
+    let after = ALLOCATIONS.load(Ordering::SeqCst);
+    assert_eq!(after, before);
+    assert!(region.metrics().faults >= 300 + pages as u64);
+}
+
+fn donated(bytes: &[u8]) -> Pages {
+    let mut pages = Pages::new(bytes.len()).expect("memory");
+    pages.copy_from_slice(bytes);
+    pages
 }
 
 /// `fork(2)` holds the locks of the allocator until the usher has read of it: an usher that allocates waits for ever.

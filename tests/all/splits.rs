@@ -9,7 +9,7 @@ use nix::libc;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pagestitch::source::Donated;
-use pagestitch::{Chunk, Inline, Manual, Pool, Readahead, Region, Server};
+use pagestitch::{AdoptedMemory, Chunk, Inline, Manual, Pool, Readahead, Region, Server};
 use pagestitch_kernel::process::Process;
 use pagestitch_testkit::guest::Guest;
 use std::io::IoSliceMut;
@@ -164,9 +164,10 @@ fn a_split_region_moves_the_pages_up_to_the_border_and_behind_it() {
 /// Memory of a guest, split in its midst, and adopted; two blocks of it are not filled when it is abandoned.
 fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
     let guest = Guest::new(&[expected.len()], false).unwrap();
-    let [(start, _)] = guest.ranges()[..] else { panic!("one range") };
+    let [(start, bytes)] = guest.ranges()[..] else { panic!("one range") };
     assert!(Split::Advise.at(start + 100 * PAGE, 3 * PAGE));
-    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
+    let memory = AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap();
+    let memory = memory.owner(Process::open(Pid::this()).unwrap()).range(start, bytes);
     let region = Region::builder().chunk(expected.to_vec()).build_adopted(memory, &Pool::new().unwrap());
     (guest, region.unwrap())
 }

@@ -157,6 +157,20 @@ impl Reservation {
         Ok(())
     }
 
+    /// Whether a page is in memory, as [`residency`](Self::residency) says it; with next to no stack, for a signal handler.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mincore(2)`.
+    pub fn is_resident(&self, page: Page) -> Result<bool, Errno> {
+        let range = self.addresses(page.span());
+        let mut here = 0u8;
+        // SAFETY: the range is a page of ours, and `here` has the byte for it.
+        #[expect(unsafe_code, reason = "mincore")]
+        let answer = unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), &raw mut here) };
+        Errno::result(answer).map(|_| here & 1 == 1)
+    }
+
     /// Lets huge pages move in as they are. Without, the kernel prepares for small pages on the first fault in a block, and
     /// splits what moves there. Where there are no huge pages, this changes nothing.
     pub fn welcome_huge_pages(&self) {

@@ -4,6 +4,7 @@
 //! so the models in this crate and in `pagestitch` are tried in a great many orders (`ci/models`). What is sequentially consistent is
 //! explored as it is; weaker orderings are for Miri.
 
+mod futex;
 mod waiting_room;
 
 pub use waiting_room::WaitingRoom;

@@ -27,6 +27,12 @@ impl End {
         self.0.status.signal()
     }
 
+    /// What it exited with, if no signal has killed it.
+    #[must_use]
+    pub fn exit_code(&self) -> Option<i32> {
+        self.0.status.code()
+    }
+
     /// Whether its body returned.
     #[must_use]
     pub fn passed(&self) -> bool {

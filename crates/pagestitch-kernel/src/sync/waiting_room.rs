@@ -1,15 +1,16 @@
 //! A waiting room: where threads wait for what other threads say by atomics, and do not lock for.
 
 use super::atomic::{AtomicUsize, Ordering};
-use super::{Condvar, Mutex};
-use std::sync::PoisonError;
+use super::futex::Futex;
 
 /// Where threads wait until atomics say something else. Whoever changes these, without a lock, [tells](Self::tell) then.
+///
+/// Neither side takes a lock: a signal handler tells also where it has interrupted a thread that waits.
 #[derive(Debug, Default)]
 pub struct WaitingRoom {
     /// How many threads are inside; who tells looks here first.
     inside: AtomicUsize,
-    changed: (Mutex<()>, Condvar),
+    told: Futex,
 }
 
 impl WaitingRoom {
@@ -21,13 +22,15 @@ impl WaitingRoom {
 
     /// Waits as long as `condition` holds, which reads with [`Ordering::SeqCst`].
     pub fn wait_while(&self, condition: impl Fn() -> bool) {
-        let (lock, changed) = &self.changed;
         self.inside.fetch_add(1, Ordering::SeqCst);
-        let mut guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        while condition() {
-            guard = changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        loop {
+            // Seen before the condition is looked at: whoever changes that later changes this, too.
+            let seen = self.told.now();
+            if !condition() {
+                break;
+            }
+            self.told.wait(seen);
         }
-        drop(guard);
         self.inside.fetch_sub(1, Ordering::SeqCst);
     }
 
@@ -35,9 +38,7 @@ impl WaitingRoom {
     pub fn tell(&self) {
         // Sequentially consistent on both sides: either who waits sees what has changed, or we see who waits.
         if self.is_occupied() {
-            // Under the lock, so that one between its check and its wait is not missed.
-            let _guard = self.changed.0.lock().unwrap_or_else(PoisonError::into_inner);
-            self.changed.1.notify_all();
+            self.told.change();
         }
     }
 

@@ -1,5 +1,6 @@
 //! Each operation of the kernel layer against the running kernel: one test for each answer that matters.
 
+mod sync;
 mod uffd;
 mod view;
 

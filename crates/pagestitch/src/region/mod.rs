@@ -105,6 +105,11 @@ pub struct Region {
 }
 
 impl Region {
+    #[cfg(all(test, not(shuttle)))]
+    pub(crate) const fn served(&self) -> &Arc<Served> {
+        &self.core.served
+    }
+
     /// Starts to describe a region.
     #[must_use]
     pub fn builder() -> Builder {

@@ -83,6 +83,14 @@ impl Place {
         }
     }
 
+    /// Whether a page is there. Where that cannot be asked it counts as absent.
+    pub(crate) fn is_resident(&self, page: Page) -> bool {
+        match self {
+            Self::Reserved(reservation) => reservation.is_resident(page).unwrap_or(false),
+            Self::Adopted(_) => false,
+        }
+    }
+
     pub(crate) const fn adopted(&self) -> Option<&Adopted> {
         match self {
             Self::Reserved(_) => None,

@@ -11,16 +11,17 @@ use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
 use crate::region::strays::{Rest, Strays};
 use crate::region::{Door, Layout};
-use crate::server::{Asked, Berths, Permit, Permits};
+use crate::server::{Asked, Berths, NoSignals, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, OwnedVisit};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Batch, Errno, Page, PageSize, Span, Uffd};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
+use std::ops::{Deref, DerefMut};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -68,6 +69,28 @@ pub(crate) struct Served {
     gate: Arc<Gate>,
     /// What its server keeps of it.
     door: OnceLock<Arc<Door>>,
+}
+
+/// Why pages were poisoned, for one thread at a time. No signal handler interrupts that thread: the worker that serves what a
+/// handler touches may need them, too.
+struct LockedFailures<'s> {
+    // The lock is left first.
+    failures: MutexGuard<'s, BTreeMap<Page, Arc<Failure>>>,
+    _quiet: NoSignals,
+}
+
+impl Deref for LockedFailures<'_> {
+    type Target = BTreeMap<Page, Arc<Failure>>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.failures
+    }
+}
+
+impl DerefMut for LockedFailures<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.failures
+    }
 }
 
 /// How a region is served.
@@ -300,7 +323,23 @@ impl Served {
     }
 
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
-        self.failures.lock().get(&page).cloned()
+        // As a rule there is none, and no lock to be taken.
+        if !self.any_failed.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.locked_failures().get(&page).cloned()
+    }
+
+    /// Keeps the lock of failures, for as long as `body` runs.
+    #[cfg(all(test, not(shuttle)))]
+    pub(crate) fn with_failures_locked<R>(&self, body: impl FnOnce() -> R) -> R {
+        let _failures = self.locked_failures();
+        body()
+    }
+
+    fn locked_failures(&self) -> LockedFailures<'_> {
+        let quiet = NoSignals::until_dropped();
+        LockedFailures { failures: self.failures.lock(), _quiet: quiet }
     }
 
     /// The pages of a span that have failed, and why; ascending.
@@ -311,7 +350,7 @@ impl Served {
 
     /// The pages of a span that have failed and were not filled since, though they may have been let go; and why; ascending.
     pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
-        let failures = self.failures.lock();
+        let failures = self.locked_failures();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
         let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != State::Present).collect();
         bad.into_iter()
@@ -331,7 +370,7 @@ impl Served {
     /// Pages have been filled, after all if they had failed.
     pub(crate) fn forget_failures(&self, span: Span) {
         if self.any_failed.load(Ordering::Relaxed) {
-            let mut failures = self.failures.lock();
+            let mut failures = self.locked_failures();
             let failed = failures.range(span.first..span.end()).map(|(&page, _)| page);
             // Unless they were let go and lost anew since.
             let filled: Vec<_> = failed.filter(|page| self.pages.state(*page) == State::Present).collect();
@@ -343,15 +382,15 @@ impl Served {
     /// that is bad has one, or whoever asks for it would look for it for ever. So has one that is absent by now: it may have been let
     /// go before it was marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
-        let mut failures = self.failures.lock();
+        let mut failures = self.locked_failures();
         if self.pages.state(page) != State::Present {
             failures.entry(page).or_insert_with(|| Arc::clone(failure));
         }
     }
 
     pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {
-        self.any_failed.store(true, Ordering::Relaxed);
-        self.failures.lock().insert(page, failure);
+        self.any_failed.store(true, Ordering::SeqCst);
+        self.locked_failures().insert(page, failure);
     }
 
     /// Goes to work for as long as it takes, in whichever thread.
@@ -388,10 +427,8 @@ impl Served {
         if self.lazy.contains(page) {
             return false;
         }
-        let mut resident = false;
-        // Where the question cannot be answered, it counts as absent: filling it again is then answered with EEXIST.
-        self.place.residency(page.span(), |_, here| resident = here);
-        resident
+        // Where the question cannot be answered, filling it again is answered with EEXIST.
+        self.place.is_resident(page)
     }
 }
 

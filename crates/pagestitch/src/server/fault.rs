@@ -5,8 +5,9 @@ use crate::metrics::{Flight, Part};
 use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
 use crate::region::page_table::{Claim, Unclaimed, Wake};
+use crate::server::callers;
 use crate::server::pending::{Wanted, fetch};
-use crate::server::resolve::{NotInstalled, Stopped, fail, given_up, install, poison};
+use crate::server::resolve::{NotInstalled, Stopped, fail, given_up, install, install_beside, poison};
 use crate::source::{Buffers, Failure, fill, fill_zeroing};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
@@ -33,7 +34,12 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     let flight = region.counters.take_up(asked.place.or_else(begin), read);
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
-    let Some(mut claim) = claim(region, page) else { return [None; 2] };
+    let Some(mut claim) = claim(region, page) else {
+        if region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
+            fill_beside(region, page, buffers);
+        }
+        return [None; 2];
+    };
     let wide = widen(region, page);
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
@@ -56,6 +62,23 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     // What a whole block has cost is no fault's rent.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
     [dense, wide.ahead]
+}
+
+/// Fills a page whose claim waits for it: a signal handler touches what the thread that it has interrupted is filling. Where that
+/// cannot be done beside the claim, the handler gets a signal.
+#[cold]
+fn fill_beside(region: &Served, page: Page, buffers: &mut Buffers) {
+    let filled = fill(region, page.span(), buffers);
+    if filled.is_ok_and(|filled| install_beside(region, page.span(), filled.content)) {
+        region.wake(page.span());
+    } else {
+        tracing::error!(
+            region = region.name,
+            page = page.0,
+            "a signal handler touches a page that its thread is filling: it gets SIGBUS"
+        );
+        let _ = poison(region, page.span());
+    }
 }
 
 /// Takes note of a first touch; says what to fill beside the page.

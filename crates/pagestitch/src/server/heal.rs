@@ -3,6 +3,7 @@
 
 use crate::region::Served;
 use crate::region::page_table::State;
+use crate::server::callers::Mark;
 use crate::server::resolve::{Stopped, given_up, install};
 use crate::source::{Buffers, Failure, fill};
 use pagestitch_kernel::support::Features;
@@ -24,6 +25,7 @@ pub(crate) fn heal(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
 }
 
 fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
+    let _mark = Mark::new(region, page.span());
     loop {
         // If it was let go and has failed anew before that was noted, it is absent here, and has its mark.
         let claim = region.pages.claim_from(page, State::Poisoned, region);

@@ -5,13 +5,14 @@
 //! sources whose bytes lie at a stable address, or that are mapped.
 
 use crate::error::{Error, ErrorKind};
-use crate::region::page_table::{Claim, State};
+use crate::region::page_table::{State, Unclaimed, Wake};
 use crate::region::{How, Plan, Run, Served};
-use crate::server::fault::claim;
-use crate::server::resolve::install_inline;
-use crate::source::{fill_inline, gather_inline};
-use pagestitch_kernel::Page;
+use crate::server::callers;
+use crate::server::resolve::{install_beside, install_inline};
+use crate::source::{Content, fill_inline, gather_inline};
 use pagestitch_kernel::sigbus::{OnFault, Registration};
+use pagestitch_kernel::{Page, Span};
+use parking_lot::Mutex;
 use std::sync::Arc;
 use std::thread;
 
@@ -49,7 +50,10 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
 
 struct Inline(Arc<Served>);
 
-impl OnFault for Inline {
+// SAFETY: what `serve` calls makes system calls and uses atomics and what is immutable. It allocates nothing: `Filled` and `Failure`
+// are not made here. It takes no lock: the buffers are tried, claims wake by the futex of a waiting room, and `Quiet` does not log.
+#[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
+unsafe impl OnFault for Inline {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
         // No visit: whoever takes the registration back waits for those that are here.
@@ -63,23 +67,84 @@ fn serve(region: &Served, page: Page) -> bool {
         return false;
     }
     region.counters.here().faults.add(1);
-    let Some(mut claim) = claim(region, page) else {
-        // It is there, or another thread is filling it.
-        thread::yield_now();
-        return true;
-    };
-    // What fails is absent again: this access is a signal, and `populate` will tell why.
-    match fill_inline(region, page) {
-        Some(content) => install_inline(region, &mut claim, content),
-        None => gather(region, page, &mut claim),
+    let quiet = Quiet(region);
+    match region.pages.claim_touched(page, &quiet, || region.is_resident(page)) {
+        // What fails is absent again: this access is a signal, and `populate` will tell why.
+        Ok(mut claim) => with_content(region, page, |content| install_inline(region, &mut claim, content)),
+        // A handler that has interrupted this thread while it fills the page.
+        Err(Unclaimed::Filling) if callers::fills(callers::this_thread(), region, page) => {
+            with_content(region, page, |content| install_beside(region, page.span(), content))
+        }
+        Err(unclaimed) => {
+            // It is there, another thread is filling it, or the mark of a bad page is on its way.
+            if unclaimed == Unclaimed::Resident {
+                region.counters.here().late.add(1);
+            }
+            thread::yield_now();
+            true
+        }
     }
 }
 
-/// Apart, so that only pages that chunks meet in need the room on the stack.
-#[inline(never)]
-fn gather(region: &Served, page: Page, claim: &mut Claim<'_>) -> bool {
-    let mut buffer = [0; PAGE];
-    gather_inline(region, page, &mut buffer).is_some_and(|content| install_inline(region, claim, content))
+/// Finds the bytes of a page, and has them installed. False where there are none.
+fn with_content(region: &Served, page: Page, install: impl FnOnce(Content<'_>) -> bool) -> bool {
+    if let Some(content) = fill_inline(region, page) {
+        return install(content);
+    }
+    // Not on the stack: it may be a small one.
+    let Some(mut buffer) = BUFFERS.iter().find_map(Mutex::try_lock) else {
+        // Others are about to leave theirs: the page is touched again.
+        thread::yield_now();
+        return true;
+    };
+    gather_inline(region, page, buffer.as_mut_slice()).is_some_and(install)
+}
+
+/// Wakes without a word: to log is to take locks.
+struct Quiet<'r>(&'r Served);
+
+impl Wake for Quiet<'_> {
+    fn wake(&self, span: Span) {
+        let _ = self.0.uffd.wake(self.0.place.addresses(span));
+    }
 }
 
 const PAGE: usize = 4096;
+/// Where pages that chunks meet in are put together. They are only ever tried, so nothing waits for one.
+static BUFFERS: [Mutex<[u8; PAGE]>; 16] = [const { Mutex::new([0; PAGE]) }; 16];
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::{Chunk, Inline as Server, Region};
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    /// A page of each kind, present in the kernel and not in the table: as it is for a thread that comes second.
+    fn region() -> Region {
+        let builder = Region::builder().chunk(vec![7u8; PAGE]).chunk(Chunk::hole(PAGE as u64));
+        builder.chunks([vec![8u8; 1000], vec![9u8; PAGE - 1000]]).build(Server).unwrap()
+    }
+
+    #[test]
+    fn a_fault_is_served_while_other_threads_have_the_locks() {
+        let region = region();
+        region.populate(..).unwrap();
+        let served = Arc::clone(region.served());
+        served.keep_failure(
+            Page(1),
+            Arc::new(served.layout.piece_at(0, 1).failed(std::io::Error::other("once"))),
+        );
+        (0..3).for_each(|page| served.pages.forget_present(Page(page)));
+        let (done, is_done) = mpsc::channel();
+        served.with_failures_locked(|| {
+            let busy: Vec<_> = BUFFERS[1..].iter().map(Mutex::lock).collect();
+            let serves = Arc::clone(&served);
+            thread::spawn(move || (0..3).for_each(|page| done.send(serve(&serves, Page(page))).unwrap()));
+            for page in 0..3 {
+                assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok(true), "page {page}");
+            }
+            drop(busy);
+        });
+    }
+}

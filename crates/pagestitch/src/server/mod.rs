@@ -16,9 +16,11 @@
 //! | `heal` | asks again for pages whose source has failed |
 //! | `watchdog` | tells of faults that take too long, and gives them up |
 //! | `usher` | reads the events of regions whose children are served |
+//! | `callers` | which pages callers' threads are filling |
 //! | `populate` | the same steps for pages that nobody has touched |
 
 mod berths;
+mod callers;
 mod crew;
 mod fault;
 mod heal;
@@ -41,6 +43,7 @@ pub use manual::Manual;
 use manual::Seats;
 pub(crate) use pending::Pending;
 pub use placement::Placement;
+pub(crate) use pool::NoSignals;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::populate;
 
@@ -78,10 +81,16 @@ pub(crate) enum Who {
 ///   ([`ErrorKind::NotInline`](crate::ErrorKind::NotInline)).
 /// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
 /// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
-/// * **Signals**: a SIGBUS handler of the application's, installed before the first such region, is called for what is not
-///   ours; one installed later has to pass on what is not its own. A thread that blocks SIGBUS cannot touch
-///   absent pages.
-/// * A page that cannot be had is SIGBUS, as ever.
+/// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
+///   they ask for. One that is installed later, as by a runtime that is loaded later (Go, a JVM, a sanitizer), has to pass on what is
+///   not its own, with `SA_SIGINFO`, and without unblocking signals: faults of regions come to it first, and what it does with
+///   them is what happens. Load such a runtime before the first region. A thread that blocks SIGBUS cannot touch absent pages.
+/// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`), and takes less than 4 KiB of it
+///   beside what the kernel puts there; where the handler before it was installed without `SA_ONSTACK`, on the thread's own.
+/// * **Signal handlers** of the application may touch a region. All signals wait while a page is filled; a handler that interrupts
+///   `populate` or `read_at` gets pages that its thread is filling, too, but for donated ones, which are SIGBUS then.
+/// * A page that cannot be had is SIGBUS, as ever. So is a page that the handler itself touches: the memory of a source must not be
+///   a region that is served inline. A line on standard error tells of that.
 ///
 /// ```
 /// use pagestitch::{Inline, Region};

@@ -719,12 +719,12 @@ pub(super) fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(
 
 /// Threads inherit their signal mask when they are started. An application's signal handler that ran on a worker and
 /// touched a region would wait for that same worker.
-pub(super) struct NoSignals {
+pub(crate) struct NoSignals {
     before: Option<SigSet>,
 }
 
 impl NoSignals {
-    pub(super) fn until_dropped() -> Self {
+    pub(crate) fn until_dropped() -> Self {
         let mut blocked = SigSet::all();
         // What a thread does to itself is not blocked: the application may want a stack trace of it.
         for own in

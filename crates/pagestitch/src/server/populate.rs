@@ -3,12 +3,14 @@
 
 use crate::region::Served;
 use crate::region::page_table::State;
+use crate::server::callers::{self, Mark};
 use crate::server::fault::{BLOCK_PAGES, supply};
 use crate::server::pool::NoSignals;
 use crate::server::resolve::Stopped;
 use crate::source::{Buffers, Failure};
-use pagestitch_kernel::{Errno, Span};
+use pagestitch_kernel::Span;
 use parking_lot::Mutex;
+use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
@@ -85,14 +87,21 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Re
             return Ok(());
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
+        if region.pages.state(rest.first) == State::Present {
+            rest = rest.without_prefix(1);
+            continue;
+        }
         let to_block_end = BLOCK_PAGES - rest.first.0 % BLOCK_PAGES;
-        match region.pages.claim_run(gap.prefix(to_block_end), region) {
+        let wanted = gap.prefix(to_block_end);
+        let mark = Mark::new(region, wanted);
+        match region.pages.claim_run(wanted, region) {
             Ok(claim) => {
                 let claimed = claim.span();
                 // Who finds everything there needs none.
                 let buffers = match buffers {
                     Some(buffers) => buffers,
-                    None => buffers.insert(Buffers::new().map_err(|errno| no_buffers(region, rest, errno))?),
+                    None => buffers
+                        .insert(Buffers::new().map_err(|errno| failure_of(region, rest, errno.into()))?),
                 };
                 match supply(region, claim, claimed, buffers) {
                     Ok(()) => rest = rest.without_prefix(claimed.pages),
@@ -105,16 +114,23 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Re
             Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
             Err(State::Absent) => {}
             Err(State::Filling | State::Wanted | State::Forgotten) => {
+                drop(mark);
+                if callers::fills(callers::this_thread(), region, rest.first) {
+                    return Err(failure_of(region, rest, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
+                }
                 region.pages.wait_while_filling(rest.first);
             }
         }
     }
 }
 
-fn no_buffers(region: &Served, span: Span, errno: Errno) -> Arc<Failure> {
+fn failure_of(region: &Served, span: Span, error: io::Error) -> Arc<Failure> {
     let offsets = region.page_size().offsets(span);
-    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(errno.into()))
+    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(error))
 }
+
+const NESTED: &str = "this thread is filling the page already, below a signal handler or a source that has called for it: let it \
+                      return first";
 
 /// From here on, other threads help: to start one has to be worth it.
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;

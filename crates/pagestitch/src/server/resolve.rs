@@ -86,7 +86,8 @@ fn install_some(
     // Until it is settled, nothing that its owner lets go of is taken note of.
     let _held = held(region, span).map_err(|Changing| Refusal::Changing)?;
     let page_bytes = region.page_size().bytes();
-    let (outcome, way) = put(region, span, content, done * page_bytes).map_err(Refusal::Other)?;
+    let put = put(region, span, content, done * page_bytes);
+    let (outcome, way) = put.ok_or_else(|| Refusal::Other(gone()))?;
     let pages = match outcome {
         Outcome::Done => span.pages,
         Outcome::Partial { bytes } => bytes / page_bytes,
@@ -129,25 +130,52 @@ fn held(region: &Served, span: Span) -> Result<Option<RwLockReadGuard<'_, ()>>, 
 }
 
 /// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
-pub(super) fn install_inline(region: &Served, claim: &mut Claim<'_>, mut content: Content<'_>) -> bool {
+pub(super) fn install_inline(region: &Served, claim: &mut Claim<'_>, content: Content<'_>) -> bool {
     let span = claim.span();
-    match put(region, span, &mut content, 0) {
-        Ok((Outcome::Done | Outcome::AlreadyThere, way)) => {
+    match put_inline(region, span, content) {
+        Some((Outcome::Done | Outcome::AlreadyThere, way)) => {
             claim.settle(1, State::Present);
             count(region, span, way);
             true
         }
         // The thread touches it again, and the claim that is dropped lets it.
-        Ok((Outcome::Changing, _)) => true,
+        Some((Outcome::Changing, _)) => true,
         _ => false,
     }
 }
 
-/// Has the kernel put content at a span, from the content's byte `done` on.
-fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> io::Result<(Outcome, Way)> {
+/// Installs one page that another call claims, and that waits for this one. Whichever comes second is told that it is there. Donated
+/// pages are not for two.
+pub(super) fn install_beside(region: &Served, span: Span, mut content: Content<'_>) -> bool {
+    let put = match content {
+        Content::Donated(..) => None,
+        Content::Read(_) | Content::Staged(_) | Content::Cached => put(region, span, &mut content, 0),
+        inline => put_inline(region, span, inline),
+    };
+    matches!(put, Some((Outcome::Done | Outcome::AlreadyThere | Outcome::Changing, _)))
+}
+
+/// [`put`], of what can be had in a signal handler, with little of its stack. A page that has just been missing has no mark; one that
+/// gets it meanwhile is a signal when it is touched again. To look for its failure would take a lock.
+fn put_inline(region: &Served, span: Span, content: Content<'_>) -> Option<(Outcome, Way)> {
+    match content {
+        Content::Straight(memory, bytes) => Some((copy_inline(region, span, &memory[bytes]), Way::Copied)),
+        Content::Gathered(bytes) => Some((copy_inline(region, span, bytes), Way::Gathered)),
+        Content::Donated(donated, offset) => give(region, span, donated, offset, |_, _| false),
+        Content::Zero => Some((region.uffd.zero(region.place.addresses(span)), Way::Zeroed)),
+        Content::Read(_) | Content::Staged(_) | Content::Cached => None,
+    }
+}
+
+fn copy_inline(region: &Served, span: Span, bytes: &[u8]) -> Outcome {
+    region.uffd.copy(region.place.addresses(span), bytes)
+}
+
+/// Has the kernel put content at a span, from the content's byte `done` on. `None` where donated pages are gone.
+fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> Option<(Outcome, Way)> {
     let range = region.place.addresses(span);
     let part = done..done + range.bytes();
-    Ok(match content {
+    Some(match content {
         Content::Straight(memory, bytes) => {
             (region.uffd.copy(range, &memory[bytes.clone()][part]), Way::Copied)
         }
@@ -163,7 +191,9 @@ fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> i
             }
             outcome => (outcome, Way::Staged),
         },
-        Content::Donated(donated, offset) => return give(region, span, donated, *offset + done as u64),
+        Content::Donated(donated, offset) => {
+            return give(region, span, donated, *offset + done as u64, is_marked);
+        }
         Content::Cached => (region.uffd.map_cached(range), Way::Cached),
         Content::Zero => match region.uffd.zero(range) {
             Outcome::AlreadyThere if is_marked(region, span) => (zero_marked(region, span), Way::Zeroed),
@@ -172,32 +202,39 @@ fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> i
     })
 }
 
-/// Moves donated pages in; where the kernel will not, copies the first one.
-fn give(region: &Served, span: Span, donated: &Donated, offset: u64) -> io::Result<(Outcome, Way)> {
+/// Moves donated pages in; where the kernel will not, copies the first one. `None` where they are gone. `marked`: whether the span's first
+/// page has the mark of a bad one.
+fn give(
+    region: &Served,
+    span: Span,
+    donated: &Donated,
+    offset: u64,
+    marked: fn(&Served, Span) -> bool,
+) -> Option<(Outcome, Way)> {
     if region.moves {
         match region.uffd.give(region.place.addresses(span), donated, offset) {
             // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
-            Outcome::AlreadyThere if is_marked(region, span) => {}
-            outcome => return Ok((outcome, Way::Moved)),
+            Outcome::AlreadyThere if marked(region, span) => {}
+            outcome => return Some((outcome, Way::Moved)),
         }
     }
     let range = region.place.addresses(span.prefix(1));
     if donated.has_moved(region.page_size().page_at(offset)) {
-        if is_marked(region, span) {
-            return Err(gone());
+        if marked(region, span) {
+            return None;
         }
         // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
         return match region.uffd.poison(range) {
-            outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Ok((outcome, Way::Moved)),
-            _ => Err(gone()),
+            outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Way::Moved)),
+            _ => None,
         };
     }
     let outcome = match region.uffd.copy_donated(range, donated, offset) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
         outcome => outcome,
     };
-    Ok((outcome, Way::Copied))
+    Some((outcome, Way::Copied))
 }
 
 /// Makes a span's first page zeros, which has the mark of a bad one.

@@ -1,0 +1,359 @@
+//! Signals, beside those of regions: handlers that touch regions themselves, and handlers that want the same signal.
+
+use crate::{handle_bus_errors, let_go, pattern, touch, until};
+use nix::libc::{self, c_int, c_void, siginfo_t};
+use nix::sys::pthread::{pthread_kill, pthread_self};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+use pagestitch::{Chunk, Inline, Pool, Readahead, Region, Source};
+use pagestitch_testkit::child;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+const PAGE: usize = 4096;
+const SIGBUS: i32 = 7;
+
+/// An address that the handler of SIGUSR1 reads, and how often that gave a byte of the region.
+static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+static READ: AtomicUsize = AtomicUsize::new(0);
+static WRONG: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn read_a_byte(_signal: c_int) {
+    match ADDRESS.load(Ordering::SeqCst) {
+        0 => {}
+        address if touch(address) == 0 => drop(WRONG.fetch_add(1, Ordering::SeqCst)),
+        _ => drop(READ.fetch_add(1, Ordering::SeqCst)),
+    }
+}
+
+/// Installs a handler as an application does.
+#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> SigAction {
+    // SAFETY: the handlers of these tests use atomics, and touch memory.
+    unsafe { sigaction(signal, &SigAction::new(handler, flags, SigSet::empty())) }.expect("a handler")
+}
+
+fn handle_user_signal(handler: extern "C" fn(c_int)) {
+    handle(Signal::SIGUSR1, SigHandler::Handler(handler), SaFlags::SA_RESTART);
+}
+
+/// Calls, in the thread that reads it, for the signal.
+struct Raises(Vec<u8>);
+
+impl Source for Raises {
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if thread::current().name().is_some_and(|name| name.starts_with("populates")) {
+            raise(Signal::SIGUSR1).unwrap();
+        }
+        into.copy_from_slice(&self.0[offset as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+fn populating(body: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name(String::from("populates"))
+            .spawn_scoped(scope, body)
+            .unwrap()
+            .join()
+            .unwrap();
+    });
+}
+
+#[test]
+fn a_handler_gets_the_page_that_the_thread_below_it_populates() {
+    let end = child::run("signals::a_handler_gets_the_page_that_the_thread_below_it_populates", || {
+        nix::unistd::alarm::set(20);
+        handle_user_signal(read_a_byte);
+        let bytes = pattern(1, 8 * PAGE);
+        let builder = Region::builder().chunk(Chunk::source(Arc::new(Raises(bytes.clone()))));
+        let region =
+            builder.readahead(Readahead::None).build(&Pool::builder().workers(1).start().unwrap()).unwrap();
+        ADDRESS.store(region.as_ptr().addr().get() + 3 * PAGE, Ordering::SeqCst);
+        populating(|| region.populate(2 * PAGE as u64..5 * PAGE as u64).unwrap());
+        assert!(READ.load(Ordering::SeqCst) > 0 && WRONG.load(Ordering::SeqCst) == 0);
+        assert!(region.as_slice() == bytes);
+    });
+    end.expect_pass();
+}
+
+static REGION: OnceLock<Region> = OnceLock::new();
+static ERROR: AtomicPtr<String> = AtomicPtr::new(std::ptr::null_mut());
+
+extern "C" fn populate_all(_signal: c_int) {
+    // Not what a handler should do: it allocates. Here the thread below it does not.
+    let region = REGION.get().expect("a region");
+    if let Err(error) = region.populate(..) {
+        ERROR.store(Box::into_raw(Box::new(error.to_string())), Ordering::SeqCst);
+    }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "what a handler has left behind a pointer")]
+fn a_call_from_a_handler_for_pages_that_its_thread_populates_is_an_error() {
+    let test = "signals::a_call_from_a_handler_for_pages_that_its_thread_populates_is_an_error";
+    let end = child::run(test, || {
+        nix::unistd::alarm::set(20);
+        handle_user_signal(populate_all);
+        let bytes = pattern(2, 8 * PAGE);
+        let builder = Region::builder().chunk(Chunk::source(Arc::new(Raises(bytes.clone()))));
+        let region =
+            builder.readahead(Readahead::None).build(&Pool::builder().workers(1).start().unwrap()).unwrap();
+        REGION.set(region).unwrap();
+        populating(|| REGION.get().unwrap().populate(..).unwrap());
+        let error = ERROR.load(Ordering::SeqCst);
+        assert!(!error.is_null(), "the call in the handler has returned without an error");
+        // SAFETY: the handler has put it there, and is done.
+        let error = unsafe { Box::from_raw(error) };
+        assert!(error.contains("filling the page already"), "{error}");
+        assert!(REGION.get().unwrap().as_slice() == bytes);
+    });
+    end.expect_pass();
+}
+
+/// Sends signals to the calling thread for as long as `body` runs in it.
+fn in_a_storm(body: impl FnOnce()) {
+    let (me, done) = (pthread_self(), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let _ = pthread_kill(me, Signal::SIGUSR1);
+                thread::yield_now();
+            }
+        });
+        body();
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
+/// Chunks that meet in pages, and holes.
+fn inline_region(bytes: &[u8]) -> Region {
+    Region::builder().chunks(bytes.chunks(1500).map(<[u8]>::to_vec)).build(Inline).unwrap()
+}
+
+#[test]
+fn handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler() {
+    let end = child::run(
+        "signals::handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler",
+        || {
+            nix::unistd::alarm::set(60);
+            handle_user_signal(read_a_byte);
+            let region = inline_region(&pattern(3, 64 * PAGE));
+            let start = region.as_ptr().addr().get();
+            in_a_storm(|| {
+                for round in 0.. {
+                    if READ.load(Ordering::SeqCst) >= 100 {
+                        break;
+                    }
+                    for page in 0..64 {
+                        ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
+                        assert_ne!(touch(start + page * PAGE), 0);
+                        // The other half, too, so that the handler finds pages absent.
+                        let_go(start + (page + round) % 64 * PAGE, PAGE);
+                    }
+                }
+                ADDRESS.store(0, Ordering::SeqCst);
+            });
+            let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
+            assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+        },
+    );
+    end.expect_pass();
+}
+
+#[test]
+fn handlers_touch_pages_that_their_thread_populates_in_an_inline_region() {
+    let end =
+        child::run("signals::handlers_touch_pages_that_their_thread_populates_in_an_inline_region", || {
+            nix::unistd::alarm::set(60);
+            handle_user_signal(read_a_byte);
+            let region = inline_region(&pattern(4, 64 * PAGE));
+            let start = region.as_ptr().addr().get();
+            in_a_storm(|| {
+                for round in 0.. {
+                    if READ.load(Ordering::SeqCst) >= 100 {
+                        break;
+                    }
+                    ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
+                    region.populate(..).unwrap();
+                    let_go(start, 64 * PAGE);
+                }
+                ADDRESS.store(0, Ordering::SeqCst);
+            });
+            let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
+            assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+        });
+    end.expect_pass();
+}
+
+/// Memory that cannot be read any more, as that of a region that is served inline.
+struct CutShort(usize, usize);
+
+impl AsRef<[u8]> for CutShort {
+    #[expect(unsafe_code, reason = "memory that faults is part of what is tested")]
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: mapped for ever; that its file is cut short is what is tested.
+        unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(self.0), self.1) }
+    }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "maps a file that is cut short")]
+fn a_fault_inside_the_handler_ends_with_a_line_and_a_signal() {
+    use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+    let end = child::run("signals::a_fault_inside_the_handler_ends_with_a_line_and_a_signal", || {
+        nix::unistd::alarm::set(20);
+        let memfd = pagestitch::source::UnsealedMemfd::create("short", PAGE as u64).unwrap();
+        let length = std::num::NonZeroUsize::new(PAGE).unwrap();
+        // SAFETY: a new mapping where the kernel chooses.
+        let start =
+            unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, memfd.file(), 0) };
+        let memory = CutShort(start.unwrap().as_ptr().expose_provenance(), PAGE);
+        let builder = Region::builder().chunk(vec![1u8; 100]).chunk(pagestitch::source::Memory::new(memory));
+        let region = builder.build(Inline).unwrap();
+        memfd.file().set_len(0).unwrap();
+        println!("read {}", touch(region.as_ptr().addr().get() + 200));
+    });
+    // Where the alternate stack has no room for two signals, the kernel ends it.
+    assert!(matches!(end.signal(), Some(SIGBUS | libc::SIGSEGV)), "{}", end.said());
+    let lines = end.said().matches("the SIGBUS handler itself touches").count();
+    assert_eq!(lines, 1, "{}", end.said());
+}
+
+static BEFORE: OnceLock<SigAction> = OnceLock::new();
+static PASSED_ON: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn passes_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
+    PASSED_ON.fetch_add(1, Ordering::SeqCst);
+    if let Some(SigHandler::SigAction(before)) = BEFORE.get().map(SigAction::handler) {
+        before(signal, info, context);
+    }
+}
+
+#[test]
+fn a_handler_that_is_installed_later_and_passes_on_keeps_regions_served() {
+    let end =
+        child::run("signals::a_handler_that_is_installed_later_and_passes_on_keeps_regions_served", || {
+            let bytes = pattern(5, 20 * PAGE);
+            let region = inline_region(&bytes);
+            let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
+            BEFORE.set(handle(Signal::SIGBUS, SigHandler::SigAction(passes_on), flags)).unwrap();
+            // Another region does not take it away.
+            let other = inline_region(&bytes);
+            assert!(region.as_slice() == bytes && other.as_slice() == bytes);
+            assert_eq!(PASSED_ON.load(Ordering::SeqCst), 40);
+        });
+    end.expect_pass();
+}
+
+#[expect(unsafe_code, reason = "ends the process in a signal handler")]
+extern "C" fn keeps(_signal: c_int) {
+    // SAFETY: it takes a number, and ends the process.
+    unsafe { libc::_exit(3) }
+}
+
+#[test]
+fn a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no_zeros_are_read() {
+    let test = "signals::a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no_zeros_are_read";
+    let end = child::run(test, || {
+        let region = inline_region(&pattern(6, 20 * PAGE));
+        handle_bus_errors(keeps);
+        println!("the byte is {}", touch(region.as_ptr().addr().get()));
+    });
+    assert!(end.exit_code() == Some(3) && !end.said().contains("the byte is"), "{}", end.said());
+}
+
+static SENT: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn count(_signal: c_int) {
+    SENT.fetch_add(1, Ordering::SeqCst);
+}
+
+/// Signals come all the while that the first region is built, and each finds a handler.
+#[test]
+fn no_signal_is_lost_while_the_handler_is_installed() {
+    for _ in 0..if cfg!(debug_assertions) { 20 } else { 5 } {
+        let end = child::run("signals::no_signal_is_lost_while_the_handler_is_installed", || {
+            handle_bus_errors(count);
+            let (done, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    while !done.load(Ordering::SeqCst) {
+                        raise(Signal::SIGBUS).unwrap();
+                        sent.fetch_add(1, Ordering::SeqCst);
+                    }
+                });
+                until(|| SENT.load(Ordering::SeqCst) > 0);
+                let region = inline_region(&pattern(7, PAGE));
+                assert_ne!(region.as_slice()[0], 0);
+                done.store(true, Ordering::SeqCst);
+            });
+            assert_eq!(SENT.load(Ordering::SeqCst), sent.load(Ordering::SeqCst));
+        });
+        end.expect_pass();
+    }
+}
+
+/// Gives this thread an alternate stack of which the used part is known.
+#[expect(unsafe_code, reason = "an alternate stack is part of what is tested")]
+fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
+    const PAINT: u8 = 0xa5;
+    let stack = Box::leak(vec![PAINT; bytes].into_boxed_slice());
+    let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: bytes };
+    let mut old = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+    let painted = stack.as_ptr();
+    // SAFETY: the stack lives for ever, and nothing else is there.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const new, &raw mut old) }, 0);
+    body();
+    // SAFETY: what was there before.
+    assert_eq!(unsafe { libc::sigaltstack(&raw const old, std::ptr::null_mut()) }, 0);
+    // SAFETY: the same bytes, which no handler uses any more.
+    let untouched = (0..bytes).take_while(|&at| unsafe { painted.add(at).read_volatile() } == PAINT).count();
+    bytes - untouched
+}
+
+#[test]
+#[expect(unsafe_code, reason = "asks for what the kernel puts on a stack")]
+fn a_fault_is_served_on_a_small_alternate_stack() {
+    let end = child::run("signals::a_fault_is_served_on_a_small_alternate_stack", || {
+        let mut deepest = 0;
+        thread::scope(|scope| {
+            let measure = || {
+                // SAFETY: it takes a number.
+                let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+                let nothing = with_alternate_stack(64 << 10, || {
+                    handle(Signal::SIGUSR2, SigHandler::Handler(count), SaFlags::SA_ONSTACK);
+                    raise(Signal::SIGUSR2).unwrap();
+                });
+                let used = with_alternate_stack(64 << 10, || {
+                    let donated = crate::donated::pages_of(&pattern(9, 2 * PAGE));
+                    let builder = Region::builder().chunk(donated).chunk(Chunk::hole(2 * PAGE as u64));
+                    let builder = builder.chunks(pattern(8, 20 * PAGE).chunks(700).map(<[u8]>::to_vec));
+                    let region = builder.build(Inline).unwrap();
+                    let read: usize = (0..24)
+                        .map(|page| usize::from(touch(region.as_ptr().addr().get() + page * PAGE)))
+                        .sum();
+                    assert!(read > 0);
+                    // A page that another thread was quicker to fill.
+                    let_go(region.as_ptr().addr().get() + 5 * PAGE, PAGE);
+                    assert_ne!(touch(region.as_ptr().addr().get() + 5 * PAGE), 0);
+                });
+                println!(
+                    "AT_MINSIGSTKSZ {frame}, an empty handler {nothing}, a fault {used} bytes of the stack"
+                );
+                used.saturating_sub(nothing)
+            };
+            deepest = scope.spawn(measure).join().unwrap();
+        });
+        assert!(deepest > 0, "the handler did not run on the alternate stack");
+        assert!(deepest <= pagestitch_kernel::sigbus::STACK_BYTES, "{deepest} bytes");
+    });
+    end.expect_pass();
+    println!("{}", end.said());
+}
