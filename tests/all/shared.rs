@@ -304,3 +304,24 @@ fn a_write_that_finds_no_space_on_the_file_system_says_so() {
     assert!(said.contains("ENOSPC") && !said.contains("shorter"), "{said}");
     assert!(shorter.contains("is shorter than it was"), "{shorter}");
 }
+
+#[test]
+fn bytes_are_copied_where_the_kernel_may_not_copy_between_processes() {
+    let end = child::run("shared::bytes_are_copied_where_the_kernel_may_not_copy_between_processes", || {
+        pagestitch_testkit::deny::deny_copies(nix::errno::Errno::EPERM);
+        let (bytes, donated) = (pattern(9, 3 * PAGE), pattern(10, 2 * PAGE));
+        let (file, other) = memfd_of(&bytes);
+        // The donation lies off its pages, and is copied.
+        let builder = Region::builder().chunk(file).chunk(vec![1; 10]).chunk(pages_of(&donated)).writable();
+        let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+        assert!(bytes_of(&region) == [&bytes[..], &[1; 10], &donated].concat());
+        region.write_at(PAGE as u64 - 2, b"across").unwrap();
+        let mut seen = [0; 6];
+        other.read_exact_at(&mut seen, PAGE as u64 - 2).unwrap();
+        assert_eq!(&seen, b"across");
+        other.set_len(PAGE as u64).unwrap();
+        let error = region.read_at(2 * PAGE as u64, &mut [0]).unwrap_err();
+        assert!(error.to_string().contains("is shorter than it was"), "{error}");
+    });
+    end.expect_pass();
+}

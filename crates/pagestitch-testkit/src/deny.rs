@@ -1,4 +1,4 @@
-//! Takes userfaultfd away from a thread, as a container's seccomp profile does.
+//! Takes system calls away from a thread, as a container's seccomp profile does.
 
 use nix::errno::Errno;
 use seccompiler::{
@@ -15,10 +15,23 @@ use std::env::consts::ARCH;
 pub fn deny_userfaultfd(errno: Errno) {
     let device = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, USERFAULTFD_IOC_NEW);
     let device = SeccompRule::new(vec![device.expect("a condition")]).expect("a rule");
-    let rules = [(SYS_USERFAULTFD, vec![]), (SYS_IOCTL, vec![device])];
+    deny(errno, &[(SYS_USERFAULTFD, vec![]), (SYS_IOCTL, vec![device])]);
+}
+
+/// Answers this thread, and all that it starts, with `errno` where it asks the kernel to copy between processes, or within this one. It
+/// cannot be undone.
+///
+/// # Panics
+///
+/// If the kernel takes no filter.
+pub fn deny_copies(errno: Errno) {
+    deny(errno, &[(nix::libc::SYS_process_vm_readv, vec![]), (nix::libc::SYS_process_vm_writev, vec![])]);
+}
+
+fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
     let architecture = ARCH.try_into().expect("an architecture that seccompiler knows");
     let filter = SeccompFilter::new(
-        rules.into(),
+        rules.iter().cloned().collect(),
         SeccompAction::Allow,
         SeccompAction::Errno(errno as u32),
         architecture,

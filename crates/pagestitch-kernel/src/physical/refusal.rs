@@ -167,7 +167,7 @@ impl fmt::Display for Refusal {
             ),
             Self::NoNode(path) => write!(f, "there is no {path}"),
             Self::NoPermission(path) => write!(f, "{path} may not be opened: become root, or a member of its group"),
-            Self::NoCapability(name) => write!(f, "this process lacks {name}: become root, or grant it"),
+            Self::NoCapability(name) => write!(f, "this process lacks {name}: become root, or grant it (setcap; root of a container: --cap-add)"),
             Self::Lockdown => f.write_str("the kernel is locked down (Secure Boot, lockdown=): boot without"),
             Self::NotWholePages => f.write_str("not whole pages, or none: align its start and its end to the page size"),
             Self::SystemRam(_) => f.write_str(

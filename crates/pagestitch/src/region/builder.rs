@@ -14,7 +14,7 @@ use crate::source::Failure;
 use pagestitch_kernel::limits::{Limit, ReserveError};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::{Features, mappings_left};
-use pagestitch_kernel::uffd::{self, FaultMode, RegisterMode};
+use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
 use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
 use pagestitch_kernel::{staging, swap};
 use std::num::NonZeroUsize;
@@ -489,9 +489,11 @@ fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), E
     // Not a matter of the kernel but of who asks: the only feature of which that is so.
     match Uffd::open(Features::EVENT_FORK) {
         Ok(_) => Ok(()),
-        Err(_) => {
-            bad(ErrorKind::BadOption, "to serve children takes CAP_SYS_PTRACE: run as root, or do without")
+        Err(OpenError { system_call: Errno::EPERM, .. }) => {
+            let what = "to serve children takes CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or do without";
+            bad(ErrorKind::BadOption, what)
         }
+        Err(error) => Err(Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)),
     }
 }
 

@@ -201,8 +201,8 @@ impl SharedRegion {
             }
             Errno::EPERM | Errno::ENOSYS => {
                 let what = format!(
-                    "region {name}: bytes {start}..{end} cannot be {done}: process_vm_readv(2) and process_vm_writev(2) are not \
-                     allowed here ({errno}): let the container's seccomp profile pass them"
+                    "region {name}: bytes {start}..{end} cannot be {done}: neither process_vm_readv(2) and process_vm_writev(2) nor \
+                     /proc/self/mem are allowed here ({errno}): let the container's seccomp profile pass them"
                 );
                 Error::new(ErrorKind::Resources, what)
             }
