@@ -1,14 +1,15 @@
 //! Owners of adopted memory that mean harm: they may harm their own guest, and neither the handler nor another guest.
 
 use crate::{own_memory, pattern, until};
+use pagestitch::Pool;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
-use pagestitch_testkit::child;
+use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use std::fs;
-use std::io::Read;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -16,42 +17,79 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 /// Long for anything that is not waited for.
 const LONG: Duration = Duration::from_secs(30);
+/// What a snapshot holds; the rest of it are zeros.
+const WRITTEN: usize = 500 * PAGE;
 
 /// A handler in a thread, for guests with so much memory.
 struct Running {
     folder: TempDir,
-    expected: Vec<u8>,
+    bytes: usize,
     stop: Stopper,
     thread: Option<JoinHandle<()>>,
+    /// Their memory is to be left to them when the handler stops.
+    innocent: Mutex<Vec<(Arc<Guest>, UnixStream)>>,
 }
 
 impl Running {
-    /// The snapshot is a file without holes as far as `written`, and of `bytes` bytes.
-    fn start(bytes: usize, written: usize, on_stop: OnStop) -> Self {
+    fn start(bytes: usize) -> Self {
+        Self::with(&Pool::new().unwrap(), bytes, OnStop::Abandon, |_| {})
+    }
+
+    fn with(pool: &Pool, bytes: usize, on_stop: OnStop, write: impl FnOnce(&fs::File)) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let (file, expected) = (folder.path().join("snapshot"), pattern(3, written));
-        fs::write(&file, &expected).unwrap();
-        fs::File::options().write(true).open(&file).unwrap().set_len(bytes as u64).unwrap();
-        let handler =
-            Handler::builder(Snapshot::open([file]).unwrap()).on_stop(on_stop).own_memory(own_memory());
+        let path = folder.path().join("snapshot");
+        fs::write(&path, pattern(3, WRITTEN)).unwrap();
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(bytes as u64).unwrap();
+        write(&file);
+        let handler = Handler::builder(Snapshot::open([path]).unwrap())
+            .on_stop(on_stop)
+            .pool(pool)
+            .own_memory(own_memory());
         let handler = handler.bind(folder.path().join("socket")).unwrap();
         let stop = handler.stopper();
         let thread = thread::spawn(move || handler.run(|_| {}).unwrap());
-        Self { folder, expected, stop, thread: Some(thread) }
+        Self { folder, bytes, stop, thread: Some(thread), innocent: Mutex::default() }
     }
 
     fn socket(&self) -> PathBuf {
         self.folder.path().join("socket")
     }
 
-    /// Whether the handler comes to its end when it is told to stop.
-    fn stops(&mut self) -> bool {
+    /// Starts a guest that goes through `life` in a process of its own, and waits until it [is ready](ready).
+    fn hostile(&self, test: &str, life: impl FnOnce(&str)) -> Beside {
+        let hostile = child::beside(test, self.socket().to_str().unwrap(), life);
+        until(|| self.folder.path().join("ready").exists());
+        hostile
+    }
+
+    /// What 400 touches of another guest took, one after the other: the longest, and all. `None` if they take too long.
+    fn touches_of_an_innocent_guest(&self) -> Option<(Duration, Duration)> {
+        let (guest, stream) = connect(&self.socket(), self.bytes);
+        self.innocent.lock().unwrap().push((Arc::clone(&guest), stream));
+        let (done, touched) = mpsc::channel();
+        thread::spawn(move || {
+            let (expected, began) = (pattern(3, WRITTEN), Instant::now());
+            let touch = |page: usize| {
+                let began = Instant::now();
+                assert_eq!(guest.read(page * PAGE), expected[page * PAGE]);
+                began.elapsed()
+            };
+            // Not one after the other: they are not to be filled ahead.
+            let worst = (0..400).map(|touched| touch(touched * 89 % 500)).max().unwrap();
+            done.send((worst, began.elapsed()))
+        });
+        touched.recv_timeout(LONG).ok()
+    }
+
+    /// How long the handler takes to its end when it is told to stop.
+    fn stop(&mut self) -> Option<Duration> {
         self.stop.stop();
         let (thread, began) = (self.thread.take().unwrap(), Instant::now());
         while !thread.is_finished() && began.elapsed() < LONG {
             thread::sleep(Duration::from_millis(1));
         }
-        thread.is_finished() && thread.join().is_ok()
+        (thread.is_finished() && thread.join().is_ok()).then(|| began.elapsed())
     }
 }
 
@@ -61,33 +99,127 @@ fn connect(path: &Path, bytes: usize) -> (Arc<Guest>, UnixStream) {
     (Arc::new(guest), stream)
 }
 
-/// A handler is told to stop while a guest has cleared the flag.
+/// Tells the parent that the attack goes on.
+fn ready(socket: &str) {
+    fs::write(Path::new(socket).with_file_name("ready"), "").unwrap();
+}
+
+fn for_ever() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
+/// The flag belongs to all who hold the open file description. The handler leaves the guest's memory afterwards.
 #[test]
 fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
     let test = "hostile_memory::a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody";
-    const BYTES: usize = 100 * PAGE;
+    const BYTES: usize = 600 * PAGE;
     let life = |path: &str| {
-        let (guest, mut stream) = connect(path.as_ref(), BYTES);
+        let (guest, _stream) = connect(path.as_ref(), BYTES);
         assert_eq!(guest.read(0), pattern(3, 1)[0]);
         guest.make_blocking().unwrap();
-        fs::write(Path::new(path).with_file_name("done"), "").unwrap();
-        let _ = stream.read(&mut [0]);
-        loop {
-            thread::park();
-        }
+        ready(path);
+        for_ever();
     };
     if child::is_child(test) {
         child::beside(test, "", life);
     }
-    let mut running = Running::start(BYTES, BYTES, OnStop::Finish);
-    let mut hostile = child::beside(test, running.socket().to_str().unwrap(), life);
-    until(|| running.folder.path().join("done").exists());
-    let (innocent, _stream) = connect(&running.socket(), BYTES);
-    let (done, read) = mpsc::channel();
-    let (guest, expected) = (Arc::clone(&innocent), running.expected.clone());
-    thread::spawn(move || done.send((0..BYTES).step_by(PAGE).all(|at| guest.read(at) == expected[at])));
-    assert_eq!(read.recv_timeout(LONG), Ok(true), "the innocent guest");
-    let stops = running.stops();
+    let mut running = Running::start(BYTES);
+    let mut hostile = running.hostile(test, life);
+    let innocent = running.touches_of_an_innocent_guest();
+    let stopped = running.stop();
     hostile.kill();
-    assert!(stops, "the handler waits for ever");
+    assert!(innocent.is_some() && stopped.is_some(), "innocent: {innocent:?}, stopped: {stopped:?}");
+}
+
+/// What an event costs does not depend on how many pages it is about, and a worker does not read one guest's for ever.
+#[test]
+fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
+    let test = "hostile_memory::a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others";
+    const BYTES: usize = 16 << 30;
+    let life = |path: &str| {
+        // More than there are workers, and more threads than events are read at once.
+        let guests: Vec<_> = (0..2).map(|_| connect(path.as_ref(), BYTES)).collect();
+        for (guest, _) in guests.iter().flat_map(|guest| [guest; 80]) {
+            let guest = Arc::clone(guest);
+            thread::spawn(move || {
+                loop {
+                    guest.balloon(0, BYTES).unwrap();
+                }
+            });
+        }
+        ready(path);
+        for_ever();
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let mut running = Running::with(&pool, BYTES, OnStop::Abandon, |_| {});
+    let alone = running.touches_of_an_innocent_guest().expect("without an attack");
+    let mut hostile = running.hostile(test, life);
+    let innocent = running.touches_of_an_innocent_guest();
+    hostile.kill();
+    println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
+    assert!(innocent.is_some_and(|(_, all)| all < Duration::from_secs(5)), "{innocent:?}");
+    assert!(running.stop().is_some());
+}
+
+/// Only what was announced is the handler's business.
+#[test]
+fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
+    let test = "hostile_memory::memory_that_was_never_announced_is_left_alone_when_it_moves";
+    const BYTES: usize = 600 * PAGE;
+    let life = |path: &str| {
+        let guest = Guest::movable(&[BYTES]).unwrap();
+        let _stream = guest.hand_over(path.as_ref()).unwrap();
+        let mut more = guest.register_more(40 << 30).unwrap();
+        ready(path);
+        for _ in 0..10 {
+            more = guest.move_more(more).unwrap();
+        }
+        // What was told before a fault is seen to before it.
+        assert_eq!(guest.read(0), pattern(3, 1)[0]);
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let tables = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
+        let kilobytes: usize = tables.trim().trim_end_matches(" kB").parse().unwrap();
+        assert!(kilobytes < 8 << 10, "{kilobytes} kB of page tables");
+        assert!(guest.fill_more(&more), "it is bad");
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let mut running = Running::start(BYTES);
+    let hostile = running.hostile(test, life);
+    let innocent = running.touches_of_an_innocent_guest();
+    println!("400 touches, the longest and all: {innocent:?} beside the attack");
+    hostile.end().expect_pass();
+    assert!(innocent.is_some() && running.stop().is_some());
+}
+
+/// The handler is told to stop, and a guest dies while it is filled.
+#[test]
+fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
+    let test = "hostile_memory::a_guest_that_dies_while_it_is_filled_is_left_at_once";
+    const BYTES: usize = 256 << 20;
+    let life = |path: &str| {
+        let (guest, _stream) = connect(path.as_ref(), BYTES);
+        assert_eq!(guest.read(0), pattern(3, 1)[0]);
+        ready(path);
+        for_ever();
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let bytes = vec![1; 1 << 20];
+    let mut running = Running::with(&Pool::new().unwrap(), BYTES, OnStop::Finish, |file| {
+        (1..256).for_each(|at| file.write_all_at(&bytes, at << 20).unwrap());
+    });
+    let mut hostile = running.hostile(test, life);
+    running.stop.stop();
+    hostile.kill();
+    let stopped = running.stop();
+    println!("stopped after {stopped:?}");
+    assert!(stopped.is_some_and(|took| took < Duration::from_secs(2)), "{stopped:?}");
 }

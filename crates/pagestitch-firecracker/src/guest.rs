@@ -96,21 +96,15 @@ impl Guest {
     }
 
     /// Leaves the guest to itself. `hurry` is asked now and then, and ends the filling when it is true.
-    pub(crate) fn leave(self, how: OnStop, hurry: impl Fn() -> bool) -> Result<Metrics, pagestitch::Error> {
-        if how == OnStop::Abandon {
-            return Ok(self.region.close());
+    pub(crate) fn leave(
+        self,
+        how: OnStop,
+        hurry: impl Fn() -> bool + Sync,
+    ) -> Result<Metrics, pagestitch::Error> {
+        match how {
+            OnStop::Abandon => Ok(self.region.close()),
+            OnStop::Finish => self.region.finish_while(|| !hurry()),
         }
-        let bytes = self.region.len() as u64;
-        for start in (0..bytes).step_by(SLICE) {
-            if hurry() {
-                return Ok(self.region.close());
-            }
-            if self.region.populate(start..bytes.min(start + SLICE as u64)).is_err() {
-                // What else there is, finish() fills, and tells of this again.
-                break;
-            }
-        }
-        self.region.finish()
     }
 }
 
@@ -138,5 +132,3 @@ impl Source for Nothing {
 
 /// A guest with so many times the memory of the snapshot is refused, and not told by a signal.
 const MUCH_LARGER: u64 = 8;
-/// Filled before it is asked again whether to hurry.
-const SLICE: usize = 64 << 20;

@@ -92,9 +92,7 @@ impl Batch {
     ///
     /// The errno of `read(2)`; `EIO` if the kernel sent an event that this version does not know.
     pub fn read(&mut self, uffd: &Uffd, page: PageSize) -> Result<(), Errno> {
-        self.events.clear();
-        self.faults.clear();
-        self.read = 0;
+        self.clear();
         let bytes = uffd.read(&mut self.messages)?;
         let (messages, _) = self.messages[..bytes].as_chunks();
         let mut unknown = Ok(());
@@ -107,6 +105,13 @@ impl Batch {
         }
         order(&mut self.faults);
         unknown
+    }
+
+    /// Forgets what was read.
+    pub fn clear(&mut self) {
+        self.events.clear();
+        self.faults.clear();
+        self.read = 0;
     }
 
     /// Whether it has no room left: there may be more to read.

@@ -4,7 +4,10 @@
 //! from threads, as virtual CPUs do. What is touched before anybody serves waits.
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
+use nix::sys::mman::{
+    MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, mremap, munlock,
+    munmap,
+};
 use pagestitch::{AdoptedMemory, OwnMemory};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
@@ -35,6 +38,18 @@ pub struct Range {
     offset: usize,
 }
 
+impl Range {
+    /// Reads its first byte.
+    #[must_use]
+    pub fn read(&self) -> u8 {
+        // SAFETY: a mapping of ours that nothing unmaps; bytes have no invalid values.
+        #[expect(unsafe_code, reason = "a virtual CPU reads memory that others fill")]
+        unsafe {
+            self.start.cast::<u8>().read_volatile()
+        }
+    }
+}
+
 // The pointers are addresses of mappings that live as long as the guest.
 #[expect(unsafe_code, reason = "a guest's memory is shared by its virtual CPUs")]
 // SAFETY: nothing is ever borrowed from the memory: it is read and written a byte at a time.
@@ -62,8 +77,40 @@ impl Guest {
         Self::registered(ranges, false, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
     }
 
+    /// A guest that has moves of its memory told (`UFFD_FEATURE_EVENT_REMAP`).
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn movable(ranges: &[usize]) -> io::Result<Self> {
+        Self::with(ranges, false, RegisterMode::MISSING, Features::EVENT_REMOVE | Features::EVENT_REMAP)
+    }
+
+    /// A guest with one range of memory, which is a file's on a tmpfs.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn in_file(file: impl AsFd, bytes: usize) -> io::Result<Self> {
+        let uffd = Uffd::open(Features::MISSING_SHMEM).map_err(io::Error::other)?;
+        let (page, size) = (PageSize::system(), NonZeroUsize::new(bytes).expect("some bytes"));
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0) }?;
+        let addresses = AddressRange::new(start.as_ptr().addr(), bytes, page).expect("whole pages");
+        // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+        #[expect(unsafe_code, reason = "the guest vouches for its memory")]
+        unsafe { uffd.register_range(addresses, RegisterMode::MISSING) }?;
+        Ok(Self { uffd, page, ranges: vec![Range { start, bytes, offset: 0 }] })
+    }
+
     fn registered(ranges: &[usize], huge: bool, modes: RegisterMode) -> io::Result<Self> {
         let wanted = Features::EVENT_REMOVE | Features::MISSING_HUGETLBFS | Features::WRITE_PROTECT;
+        Self::with(ranges, huge, modes, wanted)
+    }
+
+    fn with(ranges: &[usize], huge: bool, modes: RegisterMode, wanted: Features) -> io::Result<Self> {
         let uffd = Uffd::open(wanted).map_err(io::Error::other)?;
         let page = if huge { PageSize::new(HUGE).expect("a power of two") } else { PageSize::system() };
         let mut guest = Self { uffd, page, ranges: Vec::new() };
@@ -207,6 +254,63 @@ impl Guest {
         // SAFETY: pages of our own mapping, of which nothing is borrowed.
         #[expect(unsafe_code, reason = "madvise")]
         Ok(unsafe { madvise(self.at(offset), bytes, MmapAdvise::MADV_DONTNEED) }?)
+    }
+
+    /// Registers memory with its userfaultfd that [`ranges`](Self::ranges) does not tell of.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's refusal.
+    pub fn register_more(&self, bytes: usize) -> io::Result<Range> {
+        let start = map(bytes, false)?;
+        let addresses = AddressRange::new(start.as_ptr().addr(), bytes, self.page).expect("whole pages");
+        // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+        #[expect(unsafe_code, reason = "the guest vouches for its memory")]
+        unsafe { self.uffd.register_range(addresses, RegisterMode::MISSING) }?;
+        Ok(Range { start, bytes, offset: 0 })
+    }
+
+    /// Moves memory of [`register_more`](Self::register_more) to other addresses. Waits until whoever serves knows.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mremap(2)`.
+    pub fn move_more(&self, range: Range) -> io::Result<Range> {
+        let (to, flags) = (map(range.bytes, false)?, MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED);
+        // SAFETY: one mapping of our own takes the place of another, and nothing is borrowed of either.
+        #[expect(unsafe_code, reason = "mremap")]
+        let start = unsafe { mremap(range.start, range.bytes, range.bytes, flags, Some(to)) }?;
+        Ok(Range { start, ..range })
+    }
+
+    /// Fills the first page of such memory itself. False if it was not missing any more.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel gives another answer.
+    #[must_use]
+    pub fn fill_more(&self, range: &Range) -> bool {
+        let page = self.page.bytes();
+        let first = AddressRange::new(range.start.as_ptr().addr(), page, self.page).expect("a page");
+        match self.uffd.zero(first) {
+            Outcome::Done => true,
+            Outcome::AlreadyThere => false,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Moves one of its ranges to other addresses, likewise, and says where that is. Its memory is not there any more.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `mremap(2)`.
+    ///
+    /// # Panics
+    ///
+    /// If it has no such range.
+    pub fn move_range(&mut self, index: usize) -> io::Result<Range> {
+        let range = self.ranges.remove(index);
+        self.move_more(range)
     }
 
     fn at(&self, offset: usize) -> NonNull<c_void> {

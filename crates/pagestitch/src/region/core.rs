@@ -6,7 +6,7 @@ use crate::policy::Recording;
 use crate::region::family::refuse_births;
 use crate::region::place::Place;
 use crate::region::{Plan, Served};
-use crate::server::{Attached, heal, populate};
+use crate::server::{Attached, fill_rest, heal, populate};
 use crate::source::Failure;
 use pagestitch_kernel::Span;
 use std::ops::{Bound, Range, RangeBounds};
@@ -50,6 +50,11 @@ impl Core {
             return self.touch(span);
         }
         populate(&self.served, span).map_err(|failure| self.failed(failure))
+    }
+
+    /// Fills what can be filled, as long as it is told to go on.
+    pub(super) fn fill_rest(&self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
+        fill_rest(&self.served, go_on).map_err(|failure| self.failed(failure))
     }
 
     /// From now on forked children have the region, where they are served.

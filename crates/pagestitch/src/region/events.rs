@@ -48,14 +48,16 @@ impl Served {
     ) -> bool {
         // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
         let _alone = self.place.adopted().and_then(Adopted::change);
+        // An owner that forks or moves without end waits until some of it has been seen to.
+        if self.family.is_none() && self.strays.are_many() && self.close_strays() == Rest::Some {
+            batch.clear();
+            return true;
+        }
         let read = self.read(batch);
         for event in batch.take_events() {
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
-                Event::Remap { to, bytes, .. } => {
-                    self.strays.moved(to, bytes);
-                    let _ = told(News::Moved { to, bytes });
-                }
+                Event::Remap { from, to, bytes } => self.moved((from, to, bytes), told),
                 Event::Fork { child } => {
                     self.family.iter().for_each(|family| family.had_room());
                     let news = if read == Read::OneTooMany {
@@ -73,9 +75,24 @@ impl Served {
         if read == Read::Nothing {
             let _ = told(News::NoDescriptor);
         }
-        // Who reads of a family has more to do than this, and comes again.
-        let rest = if self.family.is_some() { self.close_strays() } else { self.close_all_strays() };
-        rest != Rest::None || read != Read::All
+        // Whoever reads has more to do than this, and comes again.
+        self.close_strays() != Rest::None || read != Read::All
+    }
+
+    /// Part of the region is somewhere else. What else the owner of adopted memory has registered with its userfaultfd is its own
+    /// business.
+    fn moved(
+        &self,
+        (from, to, bytes): (usize, usize, usize),
+        told: &mut dyn FnMut(News) -> Result<(), News>,
+    ) {
+        for span in self.place.pages_in(from, from.saturating_add(bytes)) {
+            let range = self.place.addresses(span);
+            // As far behind the new address as it was behind the old one.
+            let to = range.start().wrapping_sub(from).wrapping_add(to);
+            self.strays.moved(to, range.bytes());
+            let _ = told(News::Moved { to, bytes: range.bytes() });
+        }
     }
 
     fn read(&self, batch: &mut Batch) -> Read {
@@ -94,7 +111,9 @@ impl Served {
                 }
             }
             Err(errno) => {
-                log!(error, region = self.name, %errno, "cannot read events");
+                if let Some(untold) = self.strays.told.again() {
+                    log!(error, region = self.name, %errno, untold, "cannot read events");
+                }
                 Read::All
             }
         }
@@ -112,20 +131,28 @@ impl Served {
                 } else {
                     "its parent's memory is adopted"
                 };
-                log!(
-                    error,
-                    region = self.name,
-                    why,
-                    "a child cannot be served: what it does not have is bad"
-                );
+                if let Some(untold) = self.strays.told.again() {
+                    log!(
+                        error,
+                        region = self.name,
+                        why,
+                        untold,
+                        "a child cannot be served: what it does not have is bad"
+                    );
+                }
             }
-            News::Moved { to, bytes } => log!(
-                error,
-                region = self.name,
-                to,
-                bytes,
-                "moved by mremap(2): what was not filled is bad there"
-            ),
+            News::Moved { to, bytes } => {
+                if let Some(untold) = self.strays.told.again() {
+                    log!(
+                        error,
+                        region = self.name,
+                        to,
+                        bytes,
+                        untold,
+                        "moved by mremap(2): what was not filled is bad there"
+                    );
+                }
+            }
         }
         Ok(())
     }

@@ -12,6 +12,7 @@
 //! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `family` | forked children, whose pages are filled likewise |
+//! | `seldom` | log lines that something else can cause |
 //! | `strays` | what nobody serves: moved parts, children too many |
 //! | `place`, `adopted` | where its pages are: a reservation of ours, or memory that somebody else has registered |
 
@@ -28,6 +29,7 @@ pub(crate) mod pace;
 pub(crate) mod page_table;
 mod place;
 mod plan;
+mod seldom;
 mod served;
 mod shared;
 mod strays;

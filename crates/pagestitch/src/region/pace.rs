@@ -89,6 +89,14 @@ impl Reading<'_> {
         }
     }
 
+    /// Gives the turn on though there may be more to read: whoever does so has the region looked at again.
+    pub(crate) fn give_on(&mut self) {
+        if let (Some(pace), true) = (self.pace, self.held) {
+            self.held = false;
+            pace.turn.store(FREE, Ordering::Release);
+        }
+    }
+
     /// Takes the turn once more, unless somebody else has it, who will look then.
     fn again(&mut self) -> bool {
         self.held = self.pace.and_then(Pace::turn).is_some();

@@ -53,7 +53,9 @@ pub(crate) trait Wake {
 /// The states of a region's pages.
 #[derive(Debug)]
 pub(crate) struct PageTable {
+    /// First a bit for each [`BLOCK`] of pages, set where a word of its states may be other than 0; then the states.
     words: Words,
+    blocks: usize,
     /// Where threads wait for a page that somebody else fills.
     settled: WaitingRoom,
 }
@@ -71,8 +73,10 @@ pub(crate) enum Unclaimed {
 
 impl PageTable {
     pub(crate) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
-        let words = NonZeroUsize::new(pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
-        Ok(Self { words: Words::new(words)?, settled: WaitingRoom::new() })
+        let blocks = pages.get().div_ceil(BLOCK * u64::BITS as usize);
+        let words =
+            NonZeroUsize::new(blocks + pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
+        Ok(Self { words: Words::new(words)?, blocks, settled: WaitingRoom::new() })
     }
 
     pub(crate) fn state(&self, page: Page) -> State {
@@ -146,22 +150,50 @@ impl PageTable {
     }
 
     /// Takes note that the kernel has let go of a span. Pages being filled will be absent when they have been.
+    ///
+    /// Takes time by what was done with pages of it, not by how many there are: who lets go of a tebibyte may do so again and again.
     pub(crate) fn forget(&self, span: Span) {
         let mut rest = span;
         while !rest.is_empty() {
-            let aligned = rest.first.0.is_multiple_of(PAGES_PER_WORD);
-            // A word of pages that nothing was done with is passed over at once: the span may be a tebibyte.
-            if aligned && self.word(rest.first).0.load(Ordering::SeqCst) == 0 {
-                rest = rest.without_prefix(PAGES_PER_WORD);
-                continue;
-            }
-            for settled in [State::Present, State::Poisoned] {
-                let _ = self.exchange(rest.first, settled, State::Absent);
-            }
-            for claimed in [State::Filling, State::Wanted] {
-                let _ = self.exchange(rest.first, claimed, State::Forgotten);
-            }
-            rest = rest.without_prefix(1);
+            let at = rest.first.0;
+            let (used, bit) = self.used(rest.first);
+            let pages =
+                if at.is_multiple_of(BLOCKS) && rest.pages >= BLOCKS && used.load(Ordering::SeqCst) == 0 {
+                    BLOCKS
+                } else if at.is_multiple_of(BLOCK) && rest.pages >= BLOCK {
+                    if used.load(Ordering::SeqCst) & bit != 0 {
+                        self.forget_block(rest.first);
+                    }
+                    BLOCK
+                } else {
+                    let pages = rest.pages.min(PAGES_PER_WORD - at % PAGES_PER_WORD);
+                    self.forget_in_word(rest.first, pages);
+                    pages
+                };
+            rest = rest.without_prefix(pages);
+        }
+    }
+
+    fn forget_block(&self, first: Page) {
+        let (used, bit) = self.used(first);
+        // First: a claim that is made from now on, and not seen below, sets it again.
+        used.fetch_and(!bit, Ordering::SeqCst);
+        let words = (0..BLOCK).step_by(PAGES_PER_WORD);
+        let left = words.fold(0, |left, at| left | self.forget_in_word(Page(first.0 + at), PAGES_PER_WORD));
+        if left != 0 {
+            used.fetch_or(bit, Ordering::SeqCst);
+        }
+    }
+
+    /// For pages of one word, from `first` on. The word as it is then.
+    fn forget_in_word(&self, first: Page, pages: usize) -> u64 {
+        let (word, shift) = self.word(first);
+        let mask = (u64::MAX >> (u64::BITS - STATE_BITS * pages as u32)) << shift;
+        let after = |bits: u64| bits & !mask | forgotten(bits) & mask;
+        let changed = |bits: u64| Some(after(bits)).filter(|&after| after != bits);
+        match word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, changed) {
+            Ok(before) => after(before),
+            Err(same) => same,
         }
     }
 
@@ -176,7 +208,7 @@ impl PageTable {
         word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |bits| {
             (State::from_bits(bits >> shift) == from).then_some(bits & !mask | (to as u64) << shift)
         })
-        .map(drop)
+        .map(|_| self.use_block(page))
         .map_err(|bits| State::from_bits(bits >> shift))
     }
 
@@ -194,6 +226,9 @@ impl PageTable {
                 let mask = (u64::MAX >> (u64::BITS - STATE_BITS * pages.max(1) as u32)) << shift;
                 (pages > 0).then_some(bits & !mask | to.repeated() << shift & mask)
             });
+            if pages > 0 {
+                self.use_block(page);
+            }
             done += pages;
             if pages < most {
                 break;
@@ -215,7 +250,20 @@ impl PageTable {
 
     fn word(&self, page: Page) -> (&AtomicU64, u32) {
         let shift = (page.0 % PAGES_PER_WORD) as u32 * STATE_BITS;
-        (&self.words.deref()[page.0 / PAGES_PER_WORD], shift)
+        (&self.words.deref()[self.blocks + page.0 / PAGES_PER_WORD], shift)
+    }
+
+    /// Where it says whether a page's block is used.
+    fn used(&self, page: Page) -> (&AtomicU64, u64) {
+        (&self.words.deref()[page.0 / BLOCKS], 1 << (page.0 / BLOCK % u64::BITS as usize))
+    }
+
+    /// After a state has changed: before it, somebody who forgets the block could take that back.
+    fn use_block(&self, page: Page) {
+        let (used, bit) = self.used(page);
+        if used.load(Ordering::SeqCst) & bit == 0 {
+            used.fetch_or(bit, Ordering::SeqCst);
+        }
     }
 }
 
@@ -317,6 +365,18 @@ impl Drop for Claim<'_> {
     }
 }
 
+/// What the states of a word are when all of its pages are let go: absent, or forgotten by whoever fills them.
+const fn forgotten(bits: u64) -> u64 {
+    let ones = u64::MAX / STATE_MASK;
+    let (low, middle, high) = (bits & ones, bits >> 1 & ones, bits >> 2 & ones);
+    // Filling is 1, Wanted 2, Forgotten 5.
+    let claimed = (low ^ middle) & !high | low & high;
+    claimed * State::Forgotten as u64
+}
+
+/// Pages that are passed over at once where nothing was done with any of them, and blocks of them that a word tells of.
+const BLOCK: usize = 1024;
+const BLOCKS: usize = BLOCK * u64::BITS as usize;
 const STATE_BITS: u32 = 4;
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const PAGES_PER_WORD: usize = 16;
@@ -325,6 +385,7 @@ const PAGES_PER_WORD: usize = 16;
 mod tests {
     use super::*;
     use parking_lot::Mutex;
+    use proptest::prelude::*;
     use std::thread;
 
     #[derive(Default)]
@@ -338,6 +399,36 @@ mod tests {
 
     fn table(pages: usize) -> PageTable {
         PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap()
+    }
+
+    proptest! {
+        /// As page by page; and what was forgotten is forgotten again after it has been claimed anew.
+        #[test]
+        fn a_span_is_forgotten_as_its_pages_are(
+            states in prop::collection::vec((0usize..200_000, 0usize..6), 0..50), cut in (0usize..200_000, 0usize..200_000),
+        ) {
+            let (table, woken) = (table(200_000), Woken::default());
+            let span = Span { first: Page(cut.0.min(cut.1)), pages: cut.0.abs_diff(cut.1) };
+            let all = [
+                State::Absent, State::Filling, State::Wanted, State::Present, State::Poisoned, State::Forgotten,
+            ];
+            for _ in 0..2 {
+                for &(page, state) in &states {
+                    let _ = table.exchange(Page(page), State::Absent, all[state]);
+                }
+                let before: Vec<_> = states.iter().map(|&(page, _)| table.state(Page(page))).collect();
+                table.forget(span);
+                for (&(page, _), before) in states.iter().zip(before) {
+                    let after = match before {
+                        before if !span.contains(Page(page)) => before,
+                        State::Absent | State::Present | State::Poisoned => State::Absent,
+                        State::Filling | State::Wanted | State::Forgotten => State::Forgotten,
+                    };
+                    prop_assert_eq!(table.state(Page(page)), after, "page {}", page);
+                }
+            }
+            prop_assert!(woken.0.lock().is_empty());
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::guard::guarded;
 use crate::metrics::Counters;
 use crate::policy::{Policy, Recorder, Recording, Replay};
-use crate::region::adopted::abandon;
+use crate::region::adopted::{Adopted, abandon};
 use crate::region::family::{Family, refuse_births};
 use crate::region::in_place::{Runs, Shown, whole_pages};
 use crate::region::pace::{Pace, Reading};
@@ -26,6 +26,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// What the server shares with the region that it serves.
 #[derive(Debug)]
@@ -311,10 +312,21 @@ impl Served {
         if self.place.adopted().is_some() {
             refuse_births(self);
         }
+        let began = Instant::now();
         while self.close_strays() != Rest::None {
+            if self.place.adopted().is_some() && began.elapsed() > STRAYS_MAX {
+                // An owner that moves or forks without end.
+                let _ = self.place.revoke(self.place.all());
+                break;
+            }
             self.read_events(&mut Batch::with_capacity(STRAY_EVENTS), &mut |news| self.hear(news));
             thread::yield_now();
         }
+    }
+
+    /// Whether the process that adopted memory belongs to has ended, as far as it is known.
+    pub(crate) fn owner_has_ended(&self) -> bool {
+        self.place.adopted().is_some_and(Adopted::has_ended)
     }
 
     /// Never closes the uffd: to whom waits there, that would be zeros.
@@ -447,6 +459,8 @@ impl Wake for Served {
 
 /// Pages asked of a source at once whose bytes come later.
 const FETCH_PAGES: usize = 64;
+/// How long what the owner of adopted memory leaves behind may keep a region from its end.
+const STRAYS_MAX: Duration = Duration::from_secs(5);
 /// Events read at once, while what nobody serves is seen to.
 const STRAY_EVENTS: usize = 16;
 /// Faults that may wait for a berth before room has to be made.

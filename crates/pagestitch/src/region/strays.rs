@@ -5,13 +5,20 @@
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
 use crate::region::Served;
+use crate::region::seldom::Seldom;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// All strays of a region.
 #[derive(Debug)]
-// The standard library's lock: waiting for it does not allocate.
-pub(crate) struct Strays(Mutex<Known>);
+pub(crate) struct Strays {
+    // The standard library's lock: waiting for it does not allocate.
+    known: Mutex<Known>,
+    many: AtomicBool,
+    /// When they were told of.
+    pub(super) told: Seldom,
+}
 
 #[derive(Debug)]
 struct Known {
@@ -24,7 +31,9 @@ impl Strays {
     /// None as yet. Where `allocates` is false, there is room from the start.
     pub(crate) fn new(allocates: bool) -> Self {
         let room = if allocates { 0 } else { ROOM };
-        Self(Mutex::new(Known { strays: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) }))
+        let known =
+            Mutex::new(Known { strays: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
+        Self { known, many: AtomicBool::new(false), told: Seldom::default() }
     }
 
     /// Part of the region is at `to` now.
@@ -47,6 +56,11 @@ impl Strays {
         let known = self.lock();
         known.strays.len() > ROOM / 2
             && known.strays.iter().filter(|stray| !stray.is_in_region()).count() > ROOM / 2
+    }
+
+    /// Whether there are more than anybody but a hostile owner makes at once. Each child takes a descriptor.
+    pub(crate) fn are_many(&self) -> bool {
+        self.many.load(Ordering::Relaxed)
     }
 
     /// Makes some more of them bad.
@@ -76,6 +90,7 @@ impl Strays {
             });
             strays.extend(born);
         }
+        self.many.store(strays.len() >= MANY, Ordering::Relaxed);
         rest
     }
 
@@ -84,7 +99,7 @@ impl Strays {
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -230,6 +245,8 @@ impl Stray {
 /// Strays at a time, before room has to be made for more. Each is a mapping or a descriptor, of which a process has no more by default
 /// (`vm.max_map_count`). It is memory only when it is used.
 const ROOM: usize = 65_536;
+/// Strays that are seen to before anything else is read of a region that has no family.
+const MANY: usize = 64;
 /// Pages marked at once.
 const PAGES: usize = 512;
 /// Steps of a stray before it is the next one's turn: so long do the region's faults wait.

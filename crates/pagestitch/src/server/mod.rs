@@ -45,7 +45,7 @@ pub(crate) use pending::Pending;
 pub use placement::Placement;
 pub(crate) use pool::NoSignals;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
-pub(crate) use populate::populate;
+pub(crate) use populate::{fill_rest, populate};
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;

@@ -14,6 +14,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 /// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it are filled.
 pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
@@ -22,11 +23,21 @@ pub(crate) fn populate(region: &Served, span: Span) -> Result<(), Arc<Failure>> 
     if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
 }
 
+/// Fills all that is absent of a region, also behind pages that cannot be filled; asks now and then whether to go on. The first
+/// page that could not be filled is the error.
+pub(crate) fn fill_rest(region: &Served, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
+    fill_blocks(region, region.place.all(), Extent::All(go_on))
+}
+
 fn populate_once(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
     if span.pages < PARALLEL_PAGES {
-        return fill_absent(region, span, &mut None);
+        return fill_absent(region, span, &mut None, Extent::ToFailure);
     }
-    let work = Work { region, rest: Mutex::new(Rest { span, failed: None }) };
+    fill_blocks(region, span, Extent::ToFailure)
+}
+
+fn fill_blocks(region: &Served, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
+    let work = Work { region, extent, rest: Mutex::new(Rest { span, failed: None }) };
     thread::scope(|scope| {
         let quiet = NoSignals::until_dropped();
         let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
@@ -41,9 +52,38 @@ fn populate_once(region: &Served, span: Span) -> Result<(), Arc<Failure>> {
     work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
 }
 
+/// How much of a span is filled.
+#[derive(Clone, Copy)]
+enum Extent<'a> {
+    /// What is before the first page that cannot be.
+    ToFailure,
+    /// Each page that can be, as long as this says so.
+    All(&'a (dyn Fn() -> bool + Sync)),
+}
+
+impl Extent<'_> {
+    fn goes_on(self) -> bool {
+        match self {
+            Self::ToFailure => true,
+            Self::All(go_on) => go_on(),
+        }
+    }
+
+    /// Whether to wait for a map that has been changing since then.
+    fn waits(self, since: &Instant) -> bool {
+        matches!(self, Self::ToFailure) || self.goes_on() && since.elapsed() < CHANGING_MAX
+    }
+
+    /// Whether a failure ends it: a process that has ended needs no page any more.
+    fn ends_at_failure(self, region: &Served) -> bool {
+        matches!(self, Self::ToFailure) || region.owner_has_ended()
+    }
+}
+
 /// A span that several threads fill, block by block from its start.
 struct Work<'r> {
     region: &'r Served,
+    extent: Extent<'r>,
     rest: Mutex<Rest>,
 }
 
@@ -57,7 +97,7 @@ impl Work<'_> {
     fn help(&self) {
         let mut buffers = None;
         while let Some(block) = self.next_block() {
-            if let Err(failure) = fill_absent(self.region, block, &mut buffers) {
+            if let Err(failure) = fill_absent(self.region, block, &mut buffers, self.extent) {
                 let failed = &mut self.rest.lock().failed;
                 if failed.as_ref().is_none_or(|(other, _)| block.first < other.first) {
                     *failed = Some((block, failure));
@@ -66,10 +106,14 @@ impl Work<'_> {
         }
     }
 
-    /// None is taken after a failure; those before it have been, and whoever took them fills them.
+    /// None is taken after a failure that ends it; those before it have been, and whoever took them fills them.
     fn next_block(&self) -> Option<Span> {
+        if !self.extent.goes_on() {
+            return None;
+        }
         let mut rest = self.rest.lock();
-        if rest.failed.is_some() || rest.span.is_empty() {
+        let ended = rest.failed.is_some() && self.extent.ends_at_failure(self.region);
+        if ended || rest.span.is_empty() {
             return None;
         }
         let (block, later) = self.region.first_block(rest.span);
@@ -78,13 +122,19 @@ impl Work<'_> {
     }
 }
 
-/// Fills the absent pages of a span in this thread, and waits for those that others are filling.
-fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Result<(), Arc<Failure>> {
-    let mut rest = span;
+/// Fills the absent pages of a span in this thread, and waits for those that others are filling. The first page that cannot be
+/// filled is the error.
+fn fill_absent(
+    region: &Served,
+    span: Span,
+    buffers: &mut Option<Buffers>,
+    extent: Extent<'_>,
+) -> Result<(), Arc<Failure>> {
+    let (mut rest, mut first, mut changing) = (span, Ok(()), None);
     loop {
         let gap = region.next_gap(rest);
         if gap.is_empty() {
-            return Ok(());
+            return first;
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
         if region.pages.state(rest.first) == State::Present {
@@ -94,7 +144,7 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Re
         let to_block_end = BLOCK_PAGES - rest.first.0 % BLOCK_PAGES;
         let wanted = gap.prefix(to_block_end);
         let mark = Mark::new(region, wanted);
-        match region.pages.claim_run(wanted, region) {
+        let failure = match region.pages.claim_run(wanted, region) {
             Ok(claim) => {
                 let claimed = claim.span();
                 // Who finds everything there needs none.
@@ -104,24 +154,54 @@ fn fill_absent(region: &Served, span: Span, buffers: &mut Option<Buffers>) -> Re
                         .insert(Buffers::new().map_err(|errno| failure_of(region, rest, errno.into()))?),
                 };
                 match supply(region, claim, claimed, buffers) {
-                    Ok(()) => rest = rest.without_prefix(claimed.pages),
-                    Err(Stopped::Changing) => thread::yield_now(),
-                    Err(Stopped::Failed(failure)) => return Err(failure),
+                    Ok(()) => {
+                        (rest, changing) = (rest.without_prefix(claimed.pages), None);
+                        continue;
+                    }
+                    Err(Stopped::Changing) if extent.waits(changing.get_or_insert_with(Instant::now)) => {
+                        thread::yield_now();
+                        continue;
+                    }
+                    Err(Stopped::Changing) => {
+                        first?;
+                        return Err(no_rest(region, rest));
+                    }
+                    Err(Stopped::Failed(failure)) => failure,
                 }
             }
-            Err(State::Present) => rest = rest.without_prefix(1),
-            // Without a failure on record it was let go between the two looks: look again.
-            Err(State::Poisoned) => region.failure(rest.first).map_or(Ok(()), Err)?,
-            Err(State::Absent) => {}
+            Err(State::Present) => {
+                rest = rest.without_prefix(1);
+                continue;
+            }
+            Err(State::Poisoned) => match region.failure(rest.first) {
+                Some(failure) => {
+                    rest = rest.without_prefix(1);
+                    failure
+                }
+                // Without a failure on record it was let go between the two looks: look again.
+                None => continue,
+            },
+            Err(State::Absent) => continue,
             Err(State::Filling | State::Wanted | State::Forgotten) => {
                 drop(mark);
                 if callers::fills(callers::this_thread(), region, rest.first) {
                     return Err(failure_of(region, rest, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
                 }
                 region.pages.wait_while_filling(rest.first);
+                continue;
             }
+        };
+        if extent.ends_at_failure(region) {
+            return Err(failure);
         }
+        first = first.and(Err(failure));
     }
+}
+
+/// The owner of adopted memory lets go of pages without end, and the kernel fills none meanwhile.
+fn no_rest(region: &Served, rest: Span) -> Arc<Failure> {
+    let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
+    failure_of(region, rest, io::Error::new(io::ErrorKind::TimedOut, why))
 }
 
 fn failure_of(region: &Served, span: Span, error: io::Error) -> Arc<Failure> {
@@ -136,3 +216,5 @@ const NESTED: &str = "this thread is filling the page already, below a signal ha
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
 /// Past it, memory is what is waited for.
 const THREADS_MAX: usize = 4;
+/// How long the map of memory that is left to its owner may be changing without a page that can be filled.
+const CHANGING_MAX: Duration = Duration::from_secs(5);

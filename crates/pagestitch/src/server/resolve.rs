@@ -104,7 +104,12 @@ fn install_some(
             region.counters.here().retries.add(1);
             return Err(Refusal::NoMemory);
         }
-        refused => return Err(Refusal::Other(refusal(refused))),
+        refused => {
+            if let (Outcome::ProcessGone, Some(adopted)) = (refused, region.place.adopted()) {
+                adopted.end();
+            }
+            return Err(Refusal::Other(refusal(refused)));
+        }
     };
     claim.settle(pages, State::Present);
     if outcome != Outcome::AlreadyThere {
@@ -255,6 +260,10 @@ fn is_marked(region: &Served, span: Span) -> bool {
 pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> Stopped {
     let page = claim.span().first;
     let failure = Arc::new(failure);
+    if region.owner_has_ended() {
+        // A page that nothing can touch is not lost, and there may be millions.
+        return Stopped::Failed(failure);
+    }
     // Kept first: who finds the page poisoned finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
     let Ok(_held) = held(region, page.span()) else { return Stopped::Changing };

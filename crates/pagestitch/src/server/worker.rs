@@ -189,12 +189,15 @@ impl Worker {
         let Some(region) = door.enter() else { return };
         // Who comes while somebody reads from adopted memory leaves it to that one.
         let Some(mut turn) = region.turn() else { return };
-        loop {
+        for _ in 0..BATCHES {
             self.serve_read(&region, &mut turn);
             if turn.ends(self.batch.is_full()) {
                 return;
             }
         }
+        // There may always be more to read: other regions come first.
+        turn.give_on();
+        self.shared.look_again(&self.ready, &region);
     }
 
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
@@ -346,6 +349,8 @@ const HANDED_AT_ONCE: usize = 64;
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
 const BATCH: usize = 64;
+/// Batches read of a region before others are looked at.
+const BATCHES: usize = 8;
 
 #[cfg(test)]
 mod tests {

@@ -6,13 +6,16 @@ use crate::region::Served;
 use crate::region::page_table::State;
 use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The last act before the uffd of adopted memory is closed, when nobody works for the region any more: what was not filled
 /// is made bad, as it would be zeros. What the owner let go of is zeros, and is left.
 pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
-    let mut rest = region.place.all();
-    let mut lost = 0;
+    if adopted.has_ended() {
+        return;
+    }
+    let (mut rest, mut lost) = (region.place.all(), 0);
+    let mut progress = Instant::now();
     while let Some(absent) = next_absent(region, adopted, rest) {
         // Before it meets a page that is bad.
         if adopted.loss == Loss::Kill {
@@ -20,9 +23,13 @@ pub(crate) fn abandon(region: &Served, adopted: &Adopted) {
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);
         match lose(region, adopted, adopted.contiguous(absent)) {
+            Ok((0, _)) if progress.elapsed() > CHANGING_MAX => {
+                return end(region, adopted, Outcome::Changing);
+            }
+            Ok((0, _)) => {}
             Ok((pages, bad)) => {
                 lost += bad;
-                rest = rest.without_prefix(pages);
+                (rest, progress) = (rest.without_prefix(pages), Instant::now());
             }
             Err(outcome) => return end(region, adopted, outcome),
         }
@@ -112,3 +119,5 @@ fn end(region: &Served, adopted: &Adopted, why: Outcome) {
 
 /// Pages marked at once.
 const POISON_PAGES: usize = 512;
+/// How long an owner may discard pages without end, which nothing can be marked under, before it is ended.
+const CHANGING_MAX: Duration = Duration::from_secs(1);

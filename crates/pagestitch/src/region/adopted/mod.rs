@@ -13,11 +13,13 @@
 //! |---|---|
 //! | `memory` | what is adopted: a userfaultfd, ranges, an owner |
 //! | `pages` | the same as it is served: where each page is, and which were let go |
+//! | `removed` | the pages that were let go, as a set |
 //! | `leave` | what becomes of it when its region is dropped |
 
 mod leave;
 mod memory;
 mod pages;
+mod removed;
 
 pub(super) use leave::abandon;
 pub use memory::{AdoptedMemory, LetGo, Loss};
@@ -132,21 +134,21 @@ impl AdoptedRegion {
     /// # Errors
     ///
     /// The first source that failed; what could be filled is filled, and what could not is lost, as by
-    /// [dropping](Self#drop).
+    /// [dropping](Self#drop). Also where the owner has ended, or discards pages without end.
     pub fn finish(self) -> Result<Metrics, Error> {
-        let size = self.core.served.page_size();
-        let mut rest = 0..self.len() as u64;
-        let mut first = None;
-        while let Err(error) = self.populate(rest.clone()) {
-            let failed =
-                self.failures().into_iter().map(|(offset, _)| offset).find(|offset| rest.contains(offset));
-            first.get_or_insert(error);
-            // Go on behind the page that failed; where none did, the owner is gone.
-            let Some(offset) = failed else { break };
-            rest.start = (offset + size.bytes() as u64).min(rest.end);
-        }
+        self.finish_while(|| true)
+    }
+
+    /// As [`finish`](Self::finish), as long as `go_on` says so: it is asked before each block of 2 MiB, by several threads. What is not
+    /// filled by then is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`finish`](Self::finish); that `go_on` has ended it is none.
+    pub fn finish_while(self, go_on: impl Fn() -> bool + Sync) -> Result<Metrics, Error> {
+        let filled = self.core.fill_rest(&go_on);
         let metrics = self.core.close();
-        first.map_or(Ok(metrics), Err)
+        filled.map(|()| metrics)
     }
 
     /// As [`Region::close`](crate::Region::close).

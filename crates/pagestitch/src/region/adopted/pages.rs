@@ -1,12 +1,11 @@
 //! Adopted memory as it is served: where each page is, which were let go, and who may install.
 
 use super::memory::{LetGo, Loss};
+use super::removed::Removed;
 use pagestitch_kernel::process::Process;
-use pagestitch_kernel::sync::atomic::Ordering;
+use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
 use pagestitch_kernel::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
-use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
-use std::num::NonZeroUsize;
 use std::sync::{Arc, PoisonError};
 
 /// Adopted memory as it is served.
@@ -16,12 +15,14 @@ pub(crate) struct Adopted {
     pages: usize,
     /// In the order of the pages.
     pub(super) parts: Vec<Part>,
-    /// A bit for each page that its owner has let go of: zeros since.
-    removed: Words,
+    /// The pages that its owner has let go of: zeros since.
+    removed: Removed,
     /// Held by all who install, and alone by who reads events: what is installed is what the page holds *now*. Who lets
     /// go of pages runs on as soon as its event is read, and old bytes must not come after.
     map: RwLock<()>,
     owner: Option<Arc<Process>>,
+    /// The kernel has said that the process is not there any more.
+    ended: AtomicBool,
     pub(super) loss: Loss,
     let_go: LetGo,
 }
@@ -42,9 +43,9 @@ impl Adopted {
         let_go: LetGo,
     ) -> Result<Self, Errno> {
         let pages = parts.last().map_or(0, |part| part.span.end().0);
-        let words = NonZeroUsize::new(pages.div_ceil(64)).expect("at least one page");
-        let removed = Words::new(words)?;
-        Ok(Self { page, pages, parts, removed, map: RwLock::new(()), owner, loss, let_go })
+        let removed = Removed::new(pages)?;
+        let ended = AtomicBool::new(false);
+        Ok(Self { page, pages, parts, removed, map: RwLock::new(()), owner, ended, loss, let_go })
     }
 
     /// The memory of a forked child, at these addresses. What it lets go of is filled again.
@@ -107,19 +108,13 @@ impl Adopted {
     /// Takes note that the owner has let go of a span.
     pub(crate) fn remove(&self, span: Span) {
         if self.let_go == LetGo::Zeros {
-            for page in span.iter() {
-                self.removed[page.0 / 64].fetch_or(1 << (page.0 % 64), Ordering::SeqCst);
-            }
+            self.removed.add(span);
         }
     }
 
-    /// How many pages of a span, from its first on, were let go alike, or not; and which of the two.
+    /// How many pages of a span, from its first on, were let go alike, or not; and which of the two. Not all of a run that is long.
     pub(crate) fn removed_prefix(&self, span: Span) -> (usize, bool) {
-        let is_removed =
-            |page: Page| self.removed[page.0 / 64].load(Ordering::SeqCst) >> (page.0 % 64) & 1 == 1;
-        let first = is_removed(span.first);
-        let same = |page: Page| is_removed(page) == first;
-        (span.iter().take_while(|&page| same(page)).count(), first)
+        self.removed.prefix(span)
     }
 
     /// The first pages of a span that are to have bytes: not what a balloon has taken.
@@ -141,6 +136,15 @@ impl Adopted {
         {
             log!(error, region, %errno, "cannot end the owner");
         }
+    }
+
+    /// Takes note that the process is not there any more: no page of it is needed.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
     }
 
     /// Ends whoever owns the memory. `EAGAIN` if nobody knows who that is.

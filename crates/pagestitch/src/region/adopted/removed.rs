@@ -1,0 +1,121 @@
+//! Which pages of adopted memory were let go: a bit each. Once set it stays, so what is set in whole is passed over.
+
+use pagestitch_kernel::sync::atomic::Ordering;
+use pagestitch_kernel::words::Words;
+use pagestitch_kernel::{Errno, Span};
+use std::num::NonZeroUsize;
+
+/// A set of pages that only grows. To add a span again takes time by a 262,144th of its pages.
+#[derive(Debug)]
+pub(super) struct Removed {
+    /// A bit a page.
+    pages: Words,
+    /// A bit for each [`GROUP`] of pages that are all set.
+    full: Words,
+}
+
+impl Removed {
+    /// None of so many pages.
+    pub(super) fn new(pages: usize) -> Result<Self, Errno> {
+        let words =
+            |bits: usize| Words::new(NonZeroUsize::new(bits.div_ceil(WORD)).expect("at least one page"));
+        Ok(Self { pages: words(pages.div_ceil(GROUP) * GROUP)?, full: words(pages.div_ceil(GROUP))? })
+    }
+
+    pub(super) fn add(&self, span: Span) {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let at = rest.first.0;
+            let full = self.full_at(at);
+            let pages = if full > 0 {
+                full
+            } else if at.is_multiple_of(GROUP) && rest.pages >= GROUP {
+                self.pages[at / WORD..(at + GROUP) / WORD]
+                    .iter()
+                    .for_each(|word| word.store(u64::MAX, Ordering::SeqCst));
+                let group = at / GROUP;
+                self.full[group / WORD].fetch_or(1 << (group % WORD), Ordering::SeqCst);
+                GROUP
+            } else {
+                let pages = rest.pages.min(WORD - at % WORD);
+                let bits = (u64::MAX >> (WORD - pages)) << (at % WORD);
+                self.pages[at / WORD].fetch_or(bits, Ordering::SeqCst);
+                pages
+            };
+            rest = rest.without_prefix(pages.min(rest.pages));
+        }
+    }
+
+    /// Whether a span's first page is in the set, and how many from there on are so, too. Not beyond [`LOOK`] where they are not.
+    pub(super) fn prefix(&self, span: Span) -> (usize, bool) {
+        let (first, end) = (span.first.0, span.end().0);
+        let set = self.pages[first / WORD].load(Ordering::SeqCst) >> (first % WORD) & 1 == 1;
+        let end = if set { end } else { end.min(first + LOOK) };
+        let mut at = first;
+        while at < end {
+            if set && self.full_at(at) > 0 {
+                at += self.full_at(at);
+                continue;
+            }
+            let word = self.pages[at / WORD].load(Ordering::SeqCst);
+            let others = if set { !word } else { word } >> (at % WORD);
+            let same = (others.trailing_zeros() as usize).min(WORD - at % WORD);
+            at += same;
+            if same == 0 || !at.is_multiple_of(WORD) {
+                break;
+            }
+        }
+        (at.min(end) - first, set)
+    }
+
+    /// How many pages from here to the end of its group, or of 64 groups, are known to be all set.
+    fn full_at(&self, at: usize) -> usize {
+        let group = at / GROUP;
+        let groups = self.full[group / WORD].load(Ordering::SeqCst);
+        if groups == u64::MAX {
+            GROUP * WORD - at % (GROUP * WORD)
+        } else if groups >> (group % WORD) & 1 == 1 {
+            GROUP - at % GROUP
+        } else {
+            0
+        }
+    }
+}
+
+const WORD: usize = u64::BITS as usize;
+const GROUP: usize = 64 * WORD;
+/// Pages that are looked at for the end of a run that is not set: as many as are ever filled at once.
+const LOOK: usize = 1 << 15;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use pagestitch_kernel::Page;
+    use proptest::prelude::*;
+
+    const PAGES: usize = 1 << 20;
+
+    proptest! {
+        #[test]
+        fn a_set_of_spans_is_as_page_by_page(
+            spans in prop::collection::vec((0..PAGES, 1..PAGES), 1..5), small in prop::collection::vec((0..PAGES, 1usize..200), 0..20),
+            looks in prop::collection::vec(0..PAGES, 20),
+        ) {
+            let removed = Removed::new(PAGES).unwrap();
+            let spans: Vec<_> = spans.iter().chain(&small).chain(&spans)
+                .map(|&(first, pages)| Span { first: Page(first), pages: pages.min(PAGES - first) }).collect();
+            let mut naive = vec![false; PAGES];
+            for span in &spans {
+                removed.add(*span);
+                naive[span.first.0..span.end().0].fill(true);
+            }
+            for look in looks {
+                prop_assert_eq!(removed.prefix(Page(look).span()).1, naive[look]);
+                let (pages, set) = removed.prefix(Span { first: Page(look), pages: PAGES - look });
+                prop_assert!(naive[look..look + pages].iter().all(|&is| is == set));
+                let ends = look + pages == PAGES || naive[look + pages] != set || !set && pages == LOOK;
+                prop_assert!(pages > 0 && ends, "{} pages from {}, {}", pages, look, set);
+            }
+        }
+    }
+}
