@@ -1,9 +1,11 @@
 //! What the process may not do is one clear line: no userfaultfd, no address space, no descriptors.
 
+use crate::pattern;
 use crate::zero_copy::memfd;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+use pagestitch::source::{File, SharedFile};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::support::Verdict;
@@ -245,4 +247,38 @@ fn a_pool_name_with_a_nul_byte_is_an_error() {
     let error = Pool::builder().name("a\0b").start().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::BadOption);
     assert!(error.to_string().contains(r#""a\0b" has a NUL byte"#), "{error}");
+}
+
+#[test]
+fn a_region_of_many_files_takes_few_descriptors_where_they_are_mapped() {
+    let test = "limits::a_region_of_many_files_takes_few_descriptors_where_they_are_mapped";
+    let end = child::run(test, || {
+        const FILES: usize = 300;
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        if hard < 2 * FILES as u64 {
+            return println!("SKIPPED: no more than {hard} descriptors are allowed here");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = |number: usize| folder.path().join(number.to_string());
+        (0..FILES).for_each(|number| fs::write(path(number), pattern(number as u64, 5000)).unwrap());
+        // As by default, where the soft limit is for programs that use select(2).
+        setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
+        let mapped = (0..FILES).map(|number| SharedFile::open(path(number), Access::ReadOnly).unwrap());
+        let builder = Region::builder().page_aligned().chunks(mapped).require_zero_copy().mappings(2 * FILES);
+        let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
+        let open = fs::read_dir("/proc/self/fd").unwrap().count();
+        assert!(open < 64, "{open} descriptors are open");
+        let mut seen = vec![0; 5000];
+        for number in 0..FILES {
+            region.read_at(region.offset_of(number).unwrap(), &mut seen).unwrap();
+            assert!(seen == pattern(number as u64, 5000), "file {number}");
+        }
+        assert!(region.plan().to_string().contains(&format!("{}", path(7).display())), "{}", region.plan());
+        let read: Vec<_> = (0..FILES).map(|number| File::open(path(number)).unwrap()).collect();
+        let expected: Vec<u8> = (0..FILES).flat_map(|number| pattern(number as u64, 5000)).collect();
+        let region = Region::builder().chunks(read).build(&Pool::new().unwrap()).unwrap();
+        assert!(region.as_slice() == expected);
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+    });
+    end.expect_pass();
 }

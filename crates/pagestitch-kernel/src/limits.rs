@@ -1,8 +1,26 @@
 //! Which limit is in the way of a mapping: the kernel says `ENOMEM` or `EAGAIN` for all of them.
 
 use nix::errno::Errno;
-use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
-use std::{fmt, fs};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use std::{fmt, fs, io};
+
+/// Opens something, once more with the hard limit on descriptors where the soft one is in the way (`EMFILE`). The soft limit is for programs
+/// that use `select(2)`, and stays as it is as long as it is enough.
+///
+/// # Errors
+///
+/// What opening says.
+pub fn with_descriptors<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    match open() {
+        Err(error) if error.raw_os_error() == Some(Errno::EMFILE as i32) => {
+            let raised = getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, hard)| {
+                soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok()
+            });
+            if raised { open() } else { Err(error) }
+        }
+        opened => opened,
+    }
+}
 
 /// A range of addresses could not be reserved, or opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //! this process: a race is none there, and a page past a file's end is an error and not a signal.
 
 use crate::granule::granule_of;
+use crate::limits::with_descriptors;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::reservation::Access;
@@ -32,7 +33,8 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// Opens a file, for writing too where it is to be shown writable and shared.
+    /// Opens a file, for writing too where it is to be shown writable and shared. Where the soft limit on descriptors is in the way, it is
+    /// raised to the hard one.
     ///
     /// # Errors
     ///
@@ -41,7 +43,8 @@ impl SharedFile {
         // Non-blocking, or opening a named pipe would wait for somebody to write to it. Files do not care.
         let mut options = fs::OpenOptions::new();
         options.read(true).write(access == Access::Writable).custom_flags(OFlag::O_NONBLOCK.bits());
-        Self::try_from(OwnedFd::from(options.open(path)?))
+        let path = path.as_ref();
+        Self::try_from(OwnedFd::from(with_descriptors(|| options.open(path))?))
     }
 
     /// How many bytes it had when it was taken.

@@ -324,6 +324,9 @@ impl Builder {
         let abilities = Abilities { moves, minor_faults };
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
             .map_err(|error| cannot_show(&name, &layout, error))?;
+        if shown.in_place.pages() > 0 {
+            layout.let_go_of_mapped(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());
+        }
         let no_table = |errno| no_table(&name, errno);
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
         let place = Place::Reserved(reservation);

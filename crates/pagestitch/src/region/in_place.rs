@@ -49,7 +49,11 @@ impl Abilities {
             Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
             Backing::Donated(_) => !self.moves,
             Backing::Memfd(_) | Backing::Shared(_) => true,
-            Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) | Backing::Fetched(_) => false,
+            Backing::Memory(_)
+            | Backing::Hole(_)
+            | Backing::Read(_)
+            | Backing::Fetched(_)
+            | Backing::Mapped(_) => false,
         }
     }
 }
@@ -125,7 +129,11 @@ fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), 
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
         Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
         Backing::Shared(Shared::Lazy(memfd)) => view.map_lazy(span, memfd.memfd(), offset, uffd),
-        Backing::Memory(_) | Backing::Hole(_) | Backing::Read(_) | Backing::Fetched(_) => {
+        Backing::Memory(_)
+        | Backing::Hole(_)
+        | Backing::Read(_)
+        | Backing::Fetched(_)
+        | Backing::Mapped(_) => {
             unreachable!("has no pages of its own")
         }
     }

@@ -15,11 +15,12 @@ use crate::error::{Error, ErrorKind};
 use crate::guard::{Foreign, guarded};
 use crate::policy::OnFailure;
 use crate::region::Chunk;
-use crate::source::{Backing, Failure, Hole, Identity, Shared};
+use crate::source::{Backing, Failure, Hole, Identity, Mapped, Shared};
 use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Address -> chunk, offset.
 #[derive(Debug, Default)]
@@ -232,6 +233,21 @@ impl Layout {
             Backing::Donated(donated) => donated.unlock(),
             _ => Ok(()),
         })
+    }
+
+    /// Lets go of the sources of which nothing is read any more, as all of their chunks are shown in place: the kernel keeps the pages of
+    /// what is mapped. A region of thousands of files does not take as many descriptors.
+    pub(crate) fn let_go_of_mapped(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
+        let mut needed = vec![false; self.sources.len()];
+        for chunk in 0..self.chunks() {
+            let source = self.origins[chunk].source as usize;
+            needed[source] = needed[source] || !is_shown(self.offsets_of(chunk));
+        }
+        for (source, _) in self.sources.iter_mut().zip(needed).filter(|(_, needed)| !needed) {
+            if let Some(mapped) = Mapped::of(source) {
+                *source = Backing::Mapped(Arc::new(mapped));
+            }
+        }
     }
 
     /// Whether there are chunks in it whose bytes come later.

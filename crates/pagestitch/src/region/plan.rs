@@ -131,7 +131,9 @@ fn run_of(served: &Served, chunk: usize) -> Run {
         Backing::Fetched(_) => (How::Read, "comes later: fetched, then copied; no worker waits"),
         Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
         Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
-        Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) => how_of_pages(served, chunk, backing),
+        Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
+            how_of_pages(served, chunk, backing)
+        }
     };
     let offsets = served.layout.offsets_of(chunk);
     let number = served.layout.number_of(chunk);
@@ -209,9 +211,8 @@ fn shown(served: &Served, backing: &Backing) -> (How, &'static str) {
         }
         Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
         Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
-        Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => {
-            (How::Map, "mapped in place: the file's own pages, until they are written to")
-        }
+        Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
+        Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
         Backing::Shared(Shared::Alias(_)) => {
             (How::Map, "mapped in place: a second mapping of the same pages")
         }
@@ -219,6 +220,9 @@ fn shown(served: &Served, backing: &Backing) -> (How, &'static str) {
         _ => (How::Map, "mapped in place: the source's own pages"),
     }
 }
+
+const MAPPED_COPY_ON_WRITE: (How, &str) =
+    (How::Map, "mapped in place: the file's own pages, until they are written to");
 
 /// Pages in which a chunk ends before the page does.
 fn count_gathered(served: &Served, page: PageSize) -> u64 {

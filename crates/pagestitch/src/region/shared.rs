@@ -217,19 +217,27 @@ impl SharedRegion {
 /// Why the bytes of a file that is shown in place cannot be had. The kernel says no more than `EFAULT` of a mapping: to read the file
 /// tells. `None` if they can be read.
 fn why_not(piece: &Piece<'_>) -> Option<String> {
-    let Backing::Shared(Shared::File(file, _)) = piece.backing else { return None };
+    let reopened;
+    let file = match piece.backing {
+        Backing::Shared(Shared::File(file, _)) => file.file(),
+        Backing::Mapped(mapped) => {
+            reopened = mapped.reopen()?;
+            &reopened
+        }
+        _ => return None,
+    };
     let (source, expected) = (piece.backing.source().name(), piece.offset + piece.bytes);
-    let metadata = file.file().metadata().ok()?;
+    let metadata = file.metadata().ok()?;
     if metadata.len() < expected {
         return Some(format!("{source} is shorter than it was: {} bytes", metadata.len()));
     }
     let page = PageSize::system().bytes();
-    let read = |offset| file.file().read_exact_at(&mut [0], offset);
+    let read = |offset| file.read_exact_at(&mut [0], offset);
     let failed = (piece.offset..expected).step_by(page).chain([expected - 1]).find_map(|at| read(at).err());
     if let Some(error) = failed {
         return Some(format!("{source}: {error}"));
     }
-    let free = fstatvfs(file.file()).ok()?.blocks_available();
+    let free = fstatvfs(file).ok()?.blocks_available();
     (free == 0).then(|| format!("no space is left for {source} on its file system (ENOSPC)"))
 }
 

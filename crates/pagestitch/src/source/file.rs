@@ -3,6 +3,7 @@
 use super::Source;
 use crate::error::{Error, ErrorKind};
 use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
@@ -21,7 +22,7 @@ pub struct File {
 }
 
 impl File {
-    /// Opens a file for reading.
+    /// Opens a file for reading. Where the soft limit on descriptors is in the way, it is raised to the hard one.
     ///
     /// # Errors
     ///
@@ -30,7 +31,7 @@ impl File {
         let path = path.as_ref();
         // Non-blocking, or opening a named pipe would wait for somebody to write to it. Files do not care.
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
-        let file = options.open(path).map_err(|error| {
+        let file = with_descriptors(|| options.open(path)).map_err(|error| {
             Error::because(ErrorKind::File, format_args!("cannot open {}", path.display()), error)
         })?;
         Self::from_file(file, path)

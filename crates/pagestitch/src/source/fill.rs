@@ -115,7 +115,11 @@ fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<
             let content = Content::Straight(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
-        Backing::Read(_) | Backing::Fetched(_) | Backing::Donated(_) | Backing::Shared(_) => {
+        Backing::Read(_)
+        | Backing::Fetched(_)
+        | Backing::Donated(_)
+        | Backing::Shared(_)
+        | Backing::Mapped(_) => {
             let source = piece.backing.source();
             let mut pages = whole.min(staging.len() / page.bytes());
             let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
@@ -155,7 +159,11 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
         match piece.backing {
             // A fresh block holds zeros.
             Backing::Hole(_) if now.len() < HOLE_MAX => {}
-            Backing::Hole(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Fetched(_) => return None,
+            Backing::Hole(_)
+            | Backing::Donated(_)
+            | Backing::Shared(_)
+            | Backing::Fetched(_)
+            | Backing::Mapped(_) => return None,
             Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
                 read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
             }
@@ -208,7 +216,8 @@ fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Read(_)
-        | Backing::Fetched(_) => None,
+        | Backing::Fetched(_)
+        | Backing::Mapped(_) => None,
     }
 }
 

@@ -38,8 +38,8 @@ pub use pagestitch_kernel::memfd::UnsealedMemfd;
 pub use pagestitch_kernel::pages::{Donated, Pages};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
 pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
-pub(crate) use shared::Shared;
 use shared::SharedKind;
+pub(crate) use shared::{Mapped, Shared};
 
 use pagestitch_kernel::PageSize;
 use std::sync::Arc;
@@ -111,6 +111,7 @@ pub(crate) enum Backing {
     Hole(Hole),
     Read(Arc<dyn Source>),
     Fetched(Fetched),
+    Mapped(Arc<Mapped>),
 }
 
 impl Backing {
@@ -123,12 +124,13 @@ impl Backing {
             Self::Hole(hole) => hole,
             Self::Read(source) => source.as_ref(),
             Self::Fetched(source) => source,
+            Self::Mapped(mapped) => mapped.as_ref(),
         }
     }
 
     /// Whether it has pages of its own, which may stand in a region as they are.
     pub(crate) const fn has_pages(&self) -> bool {
-        matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_))
+        matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_) | Self::Mapped(_))
     }
 
     /// What its pages are shown in multiples of.
@@ -154,6 +156,7 @@ impl Backing {
             Self::Hole(_) => of(Kind::Hole, 0),
             Self::Read(source) => of(Kind::Read, Arc::as_ptr(source).addr()),
             Self::Fetched(source) => of(Kind::Fetched, Arc::as_ptr(&source.0).addr()),
+            Self::Mapped(_) => None,
         }
     }
 }

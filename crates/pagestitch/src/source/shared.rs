@@ -2,14 +2,15 @@
 //!
 //! A region of them is a [`SharedRegion`](crate::SharedRegion), which has no `&[u8]`.
 
-use super::Source;
 use super::lazy::LazyMemfd;
+use super::{Backing, Source};
+use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
 /// Something that others may change.
@@ -50,6 +51,64 @@ impl Shared {
             Self::Physical(_) => SharedKind::Physical,
             Self::Lazy(_) => SharedKind::Lazy,
         }
+    }
+}
+
+/// A file or memfd all of whose chunks are shown in place: the kernel keeps its pages, and the region its name. Its descriptor is closed.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    name: String,
+    size: u64,
+    /// Of a file that others may change: how it is shown, and which it is (device and inode).
+    file: Option<(Sharing, (u64, u64))>,
+}
+
+impl Mapped {
+    /// What is left of a source that is not needed any more, where it is one with a descriptor. A file without a name that others can
+    /// cut short keeps its descriptor: nothing else tells why its bytes cannot be had.
+    pub(crate) fn of(backing: &Backing) -> Option<Self> {
+        let of = |file| Self { name: backing.source().name(), size: backing.source().size(), file };
+        match backing {
+            Backing::Memfd(_) => Some(of(None)),
+            Backing::Shared(Shared::File(file, sharing)) => {
+                let identity = identity(file.file())?;
+                Some(of(Some((*sharing, identity))))
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_copy_on_write(&self) -> bool {
+        matches!(self.file, Some((Sharing::CopyOnWrite, _)))
+    }
+
+    /// Opens the file once more, if the one of that name is still the same: to find out why its bytes cannot be had.
+    pub(crate) fn reopen(&self) -> Option<fs::File> {
+        let (_, known) = self.file?;
+        let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
+        let file = options.open(&self.name).ok()?;
+        (identity(&file)? == known).then_some(file)
+    }
+}
+
+/// Device and inode of a file that has a name.
+fn identity(file: &fs::File) -> Option<(u64, u64)> {
+    let metadata = file.metadata().ok()?;
+    (metadata.nlink() > 0).then(|| (metadata.dev(), metadata.ino()))
+}
+
+/// None of its pages is ever filled.
+impl Source for Mapped {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::other("it is shown in place, and its descriptor is closed"))
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
     }
 }
 
