@@ -90,6 +90,43 @@ fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
     });
 }
 
+/// No thread of ours looks after the two: the second one serves a region that holds up none of them.
+#[test]
+fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
+    let hanging = Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..10 * PAGE as u64));
+    let seats = Manual::several(2).unwrap();
+    let build = |source: &Arc<Scripted>| {
+        Region::builder().chunk(Chunk::source(Arc::clone(source))).build(&seats[0]).unwrap()
+    };
+    let (hangs, other) = (build(&hanging), build(&Arc::new(Scripted::new(100 * PAGE as u64))));
+    let done = &AtomicBool::new(false);
+    thread::scope(|scope| {
+        let waits: Vec<_> = [0, 5]
+            .map(|page| {
+                scope.spawn({
+                    let hangs = &hangs;
+                    move || hangs.as_slice()[page * PAGE]
+                })
+            })
+            .into();
+        for mut seat in seats {
+            scope.spawn(move || {
+                while !done.load(Ordering::SeqCst) {
+                    seat.serve_ready(64);
+                    thread::yield_now();
+                }
+                // The last one to go would close the regions.
+                seat
+            });
+        }
+        hanging.wait_until_held(1);
+        assert_eq!(scope.spawn(|| other.as_slice()[50 * PAGE]).join().unwrap(), byte_at(50 * PAGE as u64));
+        hanging.open();
+        waits.into_iter().for_each(|reader| assert!(reader.join().unwrap() > 0));
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
 #[test]
 fn who_waits_when_the_last_server_goes_gets_a_signal() {
     let end = child::run("manual::who_waits_when_the_last_server_goes_gets_a_signal", || {

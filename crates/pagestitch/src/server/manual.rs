@@ -92,6 +92,8 @@ impl Manual {
         };
         let shared =
             Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
+        // No watchdog adds a worker: the last one serves also slow regions that hold up none.
+        shared.crew.last_resort.store(true, Ordering::Relaxed);
         let seats =
             Seats { shared: Arc::clone(&shared), taken: AtomicUsize::new(0), maker: Maker::current() };
         let seats = Arc::new(seats);
