@@ -18,35 +18,43 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use tempfile::TempDir;
 
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
-const PAGES: usize = 2000;
+pub(crate) const PAGES: usize = 2000;
 const TOTAL: usize = PAGES * PAGE;
 
 /// A handler in a thread, with what it told.
-struct Running {
-    folder: TempDir,
+pub(crate) struct Running {
+    pub(crate) folder: TempDir,
     stop: Stopper,
-    told: Arc<Mutex<Vec<String>>>,
+    pub(crate) told: Arc<Mutex<Vec<String>>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Running {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::with(Loss::Poison, OnStop::Finish)
     }
 
-    fn with(loss: Loss, on_stop: OnStop) -> Self {
+    pub(crate) fn with(loss: Loss, on_stop: OnStop) -> Self {
         let folder = tempfile::tempdir().unwrap();
         snapshot_in(folder.path());
         Self::of(folder, &["base", "diff"], loss, on_stop)
     }
 
-    fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
-        let snapshot = Snapshot::open(files.iter().map(|file| folder.path().join(file))).unwrap();
-        let builder = Handler::builder(snapshot).on_loss(loss).on_stop(on_stop).own_memory(own_memory());
-        let handler =
-            builder.patience(Duration::from_millis(500)).bind(folder.path().join("socket")).unwrap();
+    pub(crate) fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
+        let files: Vec<_> = files.iter().map(|file| folder.path().join(file)).collect();
+        let handler = describe(&files).on_loss(loss).on_stop(on_stop).patience(Duration::from_millis(500));
+        let handler = handler.bind(folder.path().join("socket")).unwrap();
+        Self::run(folder, handler)
+    }
+
+    pub(crate) fn patient(folder: TempDir, files: &[PathBuf], patience: Duration) -> Self {
+        let handler = describe(files).patience(patience).bind(folder.path().join("socket")).unwrap();
+        Self::run(folder, handler)
+    }
+
+    pub(crate) fn run(folder: TempDir, handler: Handler) -> Self {
         let (stop, told) = (handler.stopper(), Arc::default());
         let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
         let thread = thread::spawn(move || {
@@ -55,28 +63,37 @@ impl Running {
         Self { folder, stop, told, thread: Some(thread) }
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("socket")
     }
 
-    fn has_told(&self, what: &str) -> bool {
+    pub(crate) fn has_told(&self, what: &str) -> bool {
         self.told.lock().unwrap().iter().any(|line| line.contains(what))
     }
 
-    fn expect(&self, what: &str) {
+    pub(crate) fn expect(&self, what: &str) {
         until(|| self.has_told(what));
     }
 
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.stop.stop();
         self.join();
     }
 
-    fn join(&mut self) {
+    pub(crate) fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
             thread.join().unwrap();
         }
     }
+}
+
+fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
+    Handler::builder(Snapshot::open(files).unwrap()).own_memory(own_memory())
+}
+
+/// A handler at the path `socket` that does not run yet.
+pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: Loss, on_stop: OnStop) -> Handler {
+    describe(files).on_loss(loss).on_stop(on_stop).bind(folder.join("socket")).unwrap()
 }
 
 impl Drop for Running {
@@ -89,7 +106,7 @@ impl Drop for Running {
 }
 
 /// A base with a hole in it, and a diff over it.
-fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
+pub(crate) fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
     let expected = expected();
     let (base, diff) = (folder.join("base"), folder.join("diff"));
     let write = |path: &Path, pages: &[usize], bytes: &[u8]| {
@@ -112,13 +129,13 @@ fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
 }
 
 /// What a guest is to find.
-fn expected() -> Vec<u8> {
+pub(crate) fn expected() -> Vec<u8> {
     let mut bytes = pattern(31, TOTAL);
     bytes[1000 * PAGE..1200 * PAGE].fill(0);
     bytes
 }
 
-fn connect(path: &str) -> (Guest, UnixStream) {
+pub(crate) fn connect(path: &str) -> (Guest, UnixStream) {
     connect_with(path, &RANGES)
 }
 

@@ -6,8 +6,11 @@ use pagestitch_testkit::guest::Guest;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 const PAGES: usize = 3000;
@@ -51,7 +54,7 @@ fn wait_for(path: &Path) {
     let started = Instant::now();
     while !path.exists() {
         assert!(started.elapsed() < Duration::from_secs(30), "{} never came", path.display());
-        std::thread::sleep(Duration::from_millis(5));
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -199,7 +202,7 @@ fn guests_wait_for_descriptors() {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             assert_eq!(guest.read(1000 * PAGE), (1000 % 251) as u8 + 1);
-            std::thread::sleep(Duration::from_millis(30));
+            thread::sleep(Duration::from_millis(30));
             assert_eq!(guest.read(2000 * PAGE), (2000 % 251) as u8 + 1);
         })
     };
@@ -225,4 +228,113 @@ fn guests_wait_for_descriptors() {
     handler.kill().unwrap();
     let said = handler.wait_with_output().unwrap();
     println!("{}", String::from_utf8_lossy(&said.stderr));
+}
+
+/// A peer that connects and hangs up in a loop, and one that connects and says nothing.
+#[test]
+fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
+    let test = "a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end";
+    let life = |folder: &Path| {
+        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+            let _stream = guest.hand_over(path.as_ref()).unwrap();
+            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
+        })
+    };
+    if child::is_child(test) {
+        life(Path::new(""));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let mut handler = serve(folder.path(), &["--patience", "30"]);
+    let said = handler.stdout.take().unwrap();
+    let reader = thread::spawn(move || BufReader::new(said).lines().map_while(Result::ok).count());
+    let socket = folder.path().join("socket");
+    wait_for(&socket);
+    let stop = AtomicBool::new(false);
+    let most = thread::scope(|scope| {
+        let silent = |kept: usize| {
+            let mut streams = std::collections::VecDeque::new();
+            while !stop.load(Ordering::Relaxed) {
+                streams.extend(UnixStream::connect(&socket).ok());
+                streams.truncate(kept);
+            }
+        };
+        for kept in [0, 0, 0, 500] {
+            scope.spawn(move || silent(kept));
+        }
+        let descriptors = || fs::read_dir(format!("/proc/{}/fd", handler.id())).map_or(0, Iterator::count);
+        let mut most = 0;
+        for _ in 0..3 {
+            life(folder.path()).end().expect_pass();
+            most = most.max(descriptors());
+        }
+        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
+        let told = Instant::now();
+        while handler.try_wait().unwrap().is_none() && told.elapsed() < Duration::from_secs(20) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        stop.store(true, Ordering::Relaxed);
+        let ended = handler.try_wait().unwrap();
+        let _ = handler.kill();
+        assert!(
+            ended.is_some_and(|status| status.success()),
+            "{:?} after it was told: {ended:?}",
+            told.elapsed()
+        );
+        most
+    });
+    println!("{most} descriptors at most, {} lines", reader.join().unwrap());
+    assert!(most < 1500, "{most} descriptors");
+}
+
+/// A guest whose process cannot be seen from the handler's PID namespace is served; where it would have to be ended, it is refused
+/// at once, and does not hang.
+#[test]
+fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
+    let test = "a_guest_of_another_pid_namespace_is_served_or_refused_at_once";
+    let life = |folder: &Path| {
+        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+            let _stream = guest.hand_over(path.as_ref()).unwrap();
+            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
+        })
+    };
+    if child::is_child(test) {
+        life(Path::new(""));
+    }
+    for (loss, expected) in
+        [("poison", "a process of another PID namespace: ended after"), ("kill", "cannot be ended")]
+    {
+        let folder = tempfile::tempdir().unwrap();
+        memory(&folder.path().join("memory"));
+        let mut handler = Command::new("unshare")
+            .current_dir(folder.path())
+            .args([
+                "--pid",
+                "--fork",
+                "--kill-child",
+                env!("CARGO_BIN_EXE_pagestitch"),
+                "serve",
+                "firecracker",
+            ])
+            .args(["--socket", "socket", "--memory", "memory", "--on-loss", loss])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let listens = lines.next().is_some_and(|line| line.starts_with("listening"));
+        let end = listens.then(|| life(folder.path()).end());
+        let told = lines.find(|line| line.contains("ended after") || line.contains("refused"));
+        let _ = handler.kill();
+        handler.wait().unwrap();
+        let Some((end, told)) = end.zip(told) else {
+            println!("SKIPPED: no PID namespace can be made here (root, unshare(1))");
+            return;
+        };
+        // Before Linux 6.5, no process of another namespace is known for certain.
+        assert!(told.contains(expected) || told.contains("before Linux 6.5"), "{told}");
+        assert_eq!(end.passed(), told.contains("ended after"), "{}", end.said());
+    }
 }

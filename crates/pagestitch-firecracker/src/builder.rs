@@ -1,13 +1,10 @@
 //! Describing a handler, and having it listen.
 
 use crate::guest::Service;
+use crate::socket::Socket;
 use crate::{Error, Handler, Snapshot};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::{Loss, OwnMemory, Pool, Readahead, Recording};
-use std::fs;
-use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,18 +116,15 @@ impl Builder {
     /// [`Error::Recording`] if the one to replay is of other memory.
     pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
         let path = path.into();
-        let failed = |source| Error::Listen { path: path.clone(), source };
         check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
         let pool = self.pool.map_or_else(Pool::new, Ok)?;
         let stop =
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
         let stop = Arc::new(stop.map_err(|errno| Error::Wait(errno.into()))?);
-        make_room(&path)?;
-        let listener = UnixListener::bind(&path).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
+        let socket = Socket::bind(path)?;
         let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, own, .. } = self;
         let service = Service { snapshot, pool, loss, readahead, replay, timed, own };
-        Ok(Handler::new(listener, path, service, (on_stop, patience, record), stop))
+        Handler::new(socket, service, (on_stop, patience, record), stop).map_err(Error::Wait)
     }
 }
 
@@ -146,22 +140,4 @@ fn check_recordings(
         return Err(Error::Recording { recorded, bytes });
     }
     record.map_or(Ok(()), |path| Ok(Recording::can_write(path)?))
-}
-
-/// Removes a socket that was left behind.
-fn make_room(path: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Listen { path: path.into(), source };
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-        Ok(there) if !there.file_type().is_socket() => return Err(Error::NoSocket(path.into())),
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(Error::InUse(path.into())),
-    }
 }

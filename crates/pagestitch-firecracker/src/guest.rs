@@ -3,10 +3,8 @@
 use crate::handshake::{HandshakeError, Mappings};
 use crate::{OnStop, Snapshot};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Chunk, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording,
-    Region, Source,
+    AdoptedMemory, AdoptedRegion, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording, Region,
 };
-use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -35,19 +33,16 @@ pub(crate) struct Service {
     pub(crate) own: Option<OwnMemory>,
 }
 
-impl Guest {
-    /// Starts to serve a guest whose handshake is complete. One that cannot be served is told by a signal: it would wait for
-    /// its first page for ever. `record`: its first touches are taken down.
-    pub(crate) fn new(
-        service: &Service,
+impl Service {
+    /// Starts to serve a guest's memory. `record`: its first touches are taken down.
+    pub(crate) fn serve(
+        &self,
         record: bool,
-        stream: UnixStream,
+        owner: &Arc<Process>,
         mappings: &Mappings,
         uffd: OwnedFd,
-    ) -> Result<Self, HandshakeError> {
-        let Service { snapshot, pool, loss, readahead, replay, timed, own } = service;
-        let owner = Process::peer(&stream).map_err(|errno| HandshakeError::Peer(errno.into()))?;
-        let owner = Arc::new(owner);
+    ) -> Result<AdoptedRegion, HandshakeError> {
+        let Self { snapshot, pool, loss, readahead, replay, timed, own } = self;
         let memory = match own {
             Some(promise) => AdoptedMemory::of_this_process(uffd, *promise)?,
             None => AdoptedMemory::new(uffd)?,
@@ -56,24 +51,26 @@ impl Guest {
         let memory = mappings.ranges().iter().fold(memory, |memory, range| {
             memory.range(range.base_host_virt_addr as usize, range.size as usize)
         });
-        let memory = memory.owner(Arc::clone(&owner)).on_loss(*loss);
+        let memory = memory.owner(Arc::clone(owner)).on_loss(*loss);
         let builder = Region::builder().name(owner.to_string()).readahead(*readahead);
-        if mappings.bytes() != snapshot.bytes() {
-            // Not for whatever anybody claims to have: each of its pages is looked at.
-            if mappings.bytes() / MUCH_LARGER <= snapshot.bytes() {
-                let nothing = Chunk::source(Arc::new(Nothing(mappings.bytes())));
-                drop(builder.chunk(nothing).build_adopted(memory, pool)?);
-            }
-            return Err(HandshakeError::Size { guest: mappings.bytes(), file: snapshot.bytes() });
-        }
         let builder = if record { builder.record() } else { builder };
         let builder = if *timed { builder.timed() } else { builder };
         // A page that is replayed has no first touch.
         let replay = replay.iter().filter(|_| !record);
-        let replay = replay.filter(|recording| has_pages_of(recording, mappings, &owner));
+        let replay = replay.filter(|recording| has_pages_of(recording, mappings, owner));
         let builder = replay.fold(builder, |builder, recording| builder.replay(recording));
-        let region = builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?;
-        Ok(Self { region, owner, recorded: record, _stream: stream })
+        Ok(builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?)
+    }
+}
+
+impl Guest {
+    pub(crate) const fn new(
+        region: AdoptedRegion,
+        owner: Arc<Process>,
+        recorded: bool,
+        stream: UnixStream,
+    ) -> Self {
+        Self { region, owner, recorded, _stream: stream }
     }
 
     /// Its VMM, readable when that has ended.
@@ -116,19 +113,3 @@ fn has_pages_of(recording: &Recording, mappings: &Mappings, owner: &Process) -> 
     }
     recorded == has
 }
-
-/// The memory of a guest that has none here.
-struct Nothing(u64);
-
-impl Source for Nothing {
-    fn size(&self) -> u64 {
-        self.0
-    }
-
-    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-        Err(io::Error::other("the guest was refused"))
-    }
-}
-
-/// A guest with so many times the memory of the snapshot is refused, and not told by a signal.
-const MUCH_LARGER: u64 = 8;

@@ -7,43 +7,42 @@
 //!               └─ guests ────── its process has ended: forget it
 //! ```
 
+use crate::client::{Arrived, Client, Seen, Terms};
+use crate::errands::Errands;
 use crate::guest::{Guest, Service};
-use crate::handshake::{Arriving, HandshakeError, Mappings};
+use crate::handshake::{Handed, HandshakeError, MOST_CLIENTS};
+use crate::socket::Socket;
 use crate::{Builder, Error, Event, OnStop, Snapshot};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use pagestitch::Process;
-use pagestitch_kernel::rights;
-use std::fs;
+use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Serves any number of guests that are restored from one snapshot.
 #[derive(Debug)]
 pub struct Handler {
     /// None while it drains.
-    listener: Option<UnixListener>,
+    socket: Option<Socket>,
     path: PathBuf,
     service: Service,
     on_stop: OnStop,
     patience: Duration,
     record: Option<PathBuf>,
     stop: Arc<EventFd>,
+    /// In the order in which they came.
     clients: Vec<Client>,
+    errands: Errands<Seen>,
+    /// Clients that an errand has, and has not told of.
+    away: usize,
     guests: Vec<Guest>,
-}
-
-/// Somebody who has connected, and has not sent all.
-#[derive(Debug)]
-struct Client {
-    stream: UnixStream,
-    arriving: Arriving,
-    until: Instant,
+    /// Where there was no descriptor for another client: when that is tried again.
+    full_until: Option<Instant>,
 }
 
 /// Tells a handler to stop: from a signal handler or another thread. A second time: not to wait for what is missing.
@@ -58,16 +57,29 @@ impl Stopper {
 }
 
 impl Handler {
-    /// Listens, with nobody there yet.
+    /// Listens, with no guest yet.
     pub(crate) fn new(
-        listener: UnixListener,
-        path: PathBuf,
+        socket: Socket,
         service: Service,
         (on_stop, patience, record): (OnStop, Duration, Option<PathBuf>),
         stop: Arc<EventFd>,
-    ) -> Self {
-        let (clients, guests) = (vec![], vec![]);
-        Self { listener: Some(listener), path, service, on_stop, patience, record, stop, clients, guests }
+    ) -> io::Result<Self> {
+        let (clients, guests, path) = (vec![], vec![], socket.path().to_owned());
+        let (errands, socket) = (Errands::new()?, Some(socket));
+        Ok(Self {
+            socket,
+            path,
+            service,
+            on_stop,
+            patience,
+            record,
+            stop,
+            clients,
+            errands,
+            away: 0,
+            guests,
+            full_until: None,
+        })
     }
 
     /// Starts to describe a handler for guests restored from a snapshot.
@@ -105,104 +117,164 @@ impl Handler {
         end
     }
 
-    /// Waits for something to do, and does it. False when it is told to stop.
+    /// Waits for something to do, and does some of it: no peer can keep it in one turn. False when it is told to stop.
     fn turn(&mut self, tell: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
-        let Some(listener) = &self.listener else { return Ok(false) };
-        let mut fds = vec![readable(self.stop.as_fd()), readable(listener.as_fd())];
-        fds.extend(self.clients.iter().map(|client| readable(client.stream.as_fd())));
-        fds.extend(self.guests.iter().map(|guest| readable(guest.owner().as_fd())));
-        let now = Instant::now();
-        let next = self.clients.iter().map(|client| client.until.saturating_duration_since(now)).min();
-        // Rounded up: not to look a moment too early again and again.
-        let wait = next.map_or(PollTimeout::NONE, |next| {
-            PollTimeout::try_from(next + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
-        });
-        match poll(&mut fds, wait) {
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(Error::Wait(errno.into())),
-        }
-        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        if ready[0] {
+        let Ready { stop, connection, ended } = self.wait(None)?;
+        if stop {
             let _ = self.stop.read();
             return Ok(false);
         }
-        let (clients, guests) = ready[2..].split_at(self.clients.len());
-        self.see_ended(guests, tell);
-        self.read_handshakes(clients, tell);
-        if ready[1] {
+        self.see_ended(&ended, tell);
+        self.see_clients(tell);
+        if connection {
             self.accept();
         }
         Ok(true)
     }
 
-    fn accept(&mut self) {
-        let Some(listener) = &self.listener else { return };
-        loop {
-            if !self.has_room() {
-                // A guest whose descriptor cannot be taken would wait for ever: it waits in the backlog until others end.
-                tracing::warn!("no descriptor left for another guest (ulimit -n): it waits until one ends");
-                std::thread::sleep(SHORTLY);
-                return;
-            }
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    if stream.set_nonblocking(true).is_ok() {
-                        let until = Instant::now() + self.patience;
-                        self.clients.push(Client { stream, arriving: Arriving::default(), until });
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => {
-                    // No descriptor left: who is refused now waits in the backlog until one is.
-                    tracing::error!(%error, "cannot accept a client: raise the limit on open files (ulimit -n)");
-                    std::thread::sleep(SHORTLY);
-                    return;
-                }
-            }
+    /// Waits, not past a moment, and takes note of which clients have sent something.
+    fn wait(&mut self, until: Option<Instant>) -> Result<Ready, Error> {
+        let wait = self.time_to_wait(until);
+        let socket = self.socket.as_ref().filter(|_| self.takes_clients());
+        let waiting: Vec<usize> =
+            (0..self.clients.len()).filter(|&client| !self.clients[client].is_ready()).collect();
+        let mut fds = vec![readable(self.stop.as_fd()), readable(self.errands.as_fd())];
+        fds.extend(socket.map(|socket| readable(socket.as_fd())));
+        fds.extend(waiting.iter().map(|&client| readable(self.clients[client].as_fd())));
+        fds.extend(self.guests.iter().map(|guest| readable(guest.owner().as_fd())));
+        match poll(&mut fds, wait) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::Wait(errno.into())),
         }
+        let listens = usize::from(socket.is_some());
+        let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        let (clients, ended) = ready[2 + listens..].split_at(waiting.len());
+        for (&client, _) in waiting.iter().zip(clients).filter(|(_, ready)| **ready) {
+            self.clients[client].has_sent();
+        }
+        Ok(Ready { stop: ready[0], connection: listens == 1 && ready[2], ended: ended.to_vec() })
     }
 
-    /// Whether descriptors can be had for those who have connected, and one more.
-    fn has_room(&self) -> bool {
-        let needed = (self.clients.len() + 1) * DESCRIPTORS;
-        let tried: Result<Vec<_>, _> = (0..needed).map(|_| self.stop.as_fd().try_clone_to_owned()).collect();
-        tried.is_ok()
-    }
-
-    fn read_handshakes(&mut self, ready: &[bool], tell: &mut impl FnMut(&Event<'_>)) {
+    fn time_to_wait(&self, until: Option<Instant>) -> PollTimeout {
         let now = Instant::now();
-        let clients = std::mem::take(&mut self.clients);
-        for (mut client, &ready) in clients.into_iter().zip(ready) {
-            let answer = if ready { client.read() } else { Ok(None) };
-            // Also who sends a byte now and then.
-            let answer = match answer {
-                Ok(None) if client.until <= now => Err(client.arriving.late(self.patience)),
-                answer => answer,
-            };
-            match answer {
-                Ok(None) => self.clients.push(client),
-                Ok(Some((mappings, uffd))) => self.begin(client.stream, &mappings, uffd, tell),
-                Err(why) => refuse(&client.stream, &why, tell),
+        // A client for which there is no thread is tried again.
+        let again = self.clients.iter().any(Client::is_ready).then(|| now + SHORTLY);
+        let deadlines = self.clients.iter().filter_map(Client::deadline);
+        let next = deadlines.chain(again).chain(self.full_until).chain(until).min();
+        let wait = next.map(|next| next.saturating_duration_since(now));
+        // Rounded up: not to look a moment too early again and again.
+        let wait = wait.map(|wait| wait.saturating_add(Duration::from_millis(1)));
+        wait.map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX))
+    }
+
+    /// Whether another client can be taken in now.
+    fn takes_clients(&self) -> bool {
+        self.full_until.is_none_or(|until| until <= Instant::now()) && self.clients.len() < 2 * MOST_CLIENTS
+    }
+
+    /// Takes a few of those that have connected.
+    fn accept(&mut self) {
+        let room = self.room();
+        for _ in 0..room {
+            let Some(socket) = &self.socket else { return };
+            match socket.accept() {
+                Ok(stream) => self.clients.push(Client::new(stream, self.patience)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => return self.wait_for_descriptors(&error),
+            }
+            self.crowd_out();
+        }
+        if room == 0 {
+            self.wait_for_descriptors(&Errno::EMFILE.into());
+        }
+    }
+
+    /// A guest whose descriptor cannot be taken would wait for ever: it waits in the backlog until others end.
+    fn wait_for_descriptors(&mut self, error: &io::Error) {
+        // Once, and not each time it is tried.
+        if self.full_until.is_none() {
+            tracing::warn!(%error, "no descriptor left for another guest: it waits until one ends; raise the limit (ulimit -n)");
+        }
+        self.full_until = Some(Instant::now() + SHORTLY);
+    }
+
+    /// For how many more clients descriptors can be had, up to as many as are taken in a turn.
+    fn room(&mut self) -> usize {
+        let others = self.clients.len() + self.errands.running();
+        let wanted = (others + AT_ONCE) * DESCRIPTORS;
+        let clone = |_| self.stop.as_fd().try_clone_to_owned().ok();
+        let had = (0..wanted).map_while(clone).collect::<Vec<OwnedFd>>().len();
+        let room = (had / DESCRIPTORS).saturating_sub(others);
+        if room > 0 {
+            self.full_until = None;
+        }
+        room
+    }
+
+    /// Where there are too many clients: the user that has the most of them loses the oldest.
+    fn crowd_out(&mut self) {
+        let waiting = || self.clients.iter().filter(|client| !client.is_refused());
+        if waiting().count() <= MOST_CLIENTS {
+            return;
+        }
+        let mut users: HashMap<u32, usize> = HashMap::new();
+        waiting().for_each(|client| *users.entry(client.user()).or_default() += 1);
+        let most = users.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
+        let mut clients = self.clients.iter_mut().filter(|client| !client.is_refused());
+        if let Some(oldest) = clients.find(|client| Some(client.user()) == most) {
+            oldest.refuse(HandshakeError::Crowded);
+        }
+    }
+
+    /// Has clients seen to for which there is something to do, and takes in what was found out.
+    fn see_clients(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
+        let seen = self.errands.results();
+        self.away -= seen.len();
+        for seen in seen {
+            match seen {
+                Seen::Waiting(client) => self.clients.push(client),
+                Seen::Complete(arrived) => self.begin(*arrived, tell),
+                Seen::Refused { owner, why } => tell(&Event::Refused { owner, why: &why }),
+            }
+        }
+        let (now, terms) = (Instant::now(), self.terms());
+        for mut client in std::mem::take(&mut self.clients) {
+            client.expire(now, self.patience);
+            if !client.is_ready() {
+                self.clients.push(client);
+                continue;
+            }
+            match self.errands.start(client.user(), (client, terms), Client::see_to) {
+                Ok(()) => self.away += 1,
+                Err((client, _)) => self.clients.push(client),
             }
         }
     }
 
-    fn begin(
-        &mut self,
-        stream: UnixStream,
-        mappings: &Mappings,
-        uffd: OwnedFd,
-        tell: &mut impl FnMut(&Event<'_>),
-    ) {
-        let owner = Process::peer(&stream).ok().map(|owner| owner.pid().as_raw());
+    const fn terms(&self) -> Terms {
+        Terms { loss: self.service.loss, bytes: self.service.snapshot.bytes() }
+    }
+
+    fn begin(&mut self, arrived: Arrived, tell: &mut impl FnMut(&Event<'_>)) {
+        let Arrived { client, owner, mappings, uffd } = arrived;
         let record = self.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
-        match Guest::new(&self.service, record, stream, mappings, uffd) {
-            Ok(guest) => {
+        // Where it is refused after all, its memory is to be settled by a userfaultfd.
+        let kept = uffd.try_clone();
+        match self.service.serve(record, &owner, &mappings, uffd) {
+            Ok(region) => {
+                let guest = Guest::new(region, owner, record, client.into_stream());
                 let meter = guest.region().meter();
                 tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
                 self.guests.push(guest);
             }
-            Err(why) => tell(&Event::Refused { owner, why: &why }),
+            Err(why) => match kept {
+                Ok(uffd) => self.clients.push(client.refused(Handed { mappings, uffd }, why)),
+                Err(error) => {
+                    tracing::error!(guest = %owner, %error, "refused without a descriptor to settle its memory by: ended");
+                    let _ = owner.kill();
+                    tell(&Event::Refused { owner: None, why: &why });
+                }
+            },
         }
     }
 
@@ -222,20 +294,77 @@ impl Handler {
     }
 
     fn drain(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
-        self.listener = None;
-        let _ = fs::remove_file(&self.path);
-        self.clients.clear();
+        self.close_socket();
+        self.finish_handshakes(tell);
         let (how, stop) = (self.on_stop, Arc::clone(&self.stop));
         for guest in self.guests.drain(..) {
             // Told again: whatever is left of the event's count.
-            let hurry =
-                || poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0);
+            let hurry = || is_told(&stop);
             let owner = Arc::clone(guest.owner());
             keep_recording(&mut self.record, &guest, tell);
             let outcome = guest.leave(how, hurry);
             tell(&Event::Left { owner: &owner, outcome });
         }
     }
+
+    /// Takes those that have connected, and no more.
+    fn close_socket(&mut self) {
+        let Some(socket) = self.socket.take() else { return };
+        socket.close();
+        loop {
+            match socket.accept() {
+                Ok(stream) => self.clients.push(Client::new(stream, self.patience)),
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(nix::libc::EINTR | nix::libc::ECONNABORTED)) => {}
+                Err(_) => break,
+            }
+        }
+        // Where descriptors are short, connections are left, which the kernel closes: that may wait.
+        thread::spawn(move || drop(socket));
+    }
+
+    /// Serves guests whose handshakes are complete, and refuses the others: those would wait for ever.
+    fn finish_handshakes(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
+        let started = Instant::now();
+        for (until, last) in [(self.patience.min(LAST), false), (LAST, true)] {
+            let until = started + until;
+            if last {
+                self.clients.iter_mut().for_each(|client| client.refuse(HandshakeError::Stopping));
+            }
+            self.see_clients(tell);
+            while (!self.clients.is_empty() || self.away > 0)
+                && Instant::now() < until
+                && !is_told(&self.stop)
+            {
+                let Ok(Ready { ended, .. }) = self.wait(Some(until)) else { break };
+                self.see_ended(&ended, tell);
+                self.see_clients(tell);
+            }
+        }
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        // To close what peers have sent may wait.
+        let seen = self.errands.end();
+        let (clients, socket) = (std::mem::take(&mut self.clients), self.socket.take());
+        if !seen.is_empty() || !clients.is_empty() || socket.is_some() {
+            let _ = thread::Builder::new().spawn(move || drop((seen, clients, socket)));
+        }
+    }
+}
+
+/// What there is to do.
+struct Ready {
+    stop: bool,
+    connection: bool,
+    /// Which guests have ended.
+    ended: Vec<bool>,
+}
+
+fn is_told(stop: &EventFd) -> bool {
+    poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Writes the recording of the first guest that has touched its memory, if it is this one.
@@ -251,28 +380,15 @@ fn keep_recording(record: &mut Option<PathBuf>, guest: &Guest, tell: &mut impl F
     }
 }
 
-impl Client {
-    /// Reads what has come.
-    fn read(&mut self) -> Result<Option<(Mappings, OwnedFd)>, HandshakeError> {
-        let mut buffer = [0; 16 << 10];
-        match rights::receive(&self.stream, &mut buffer) {
-            Ok((bytes, fds)) => self.arriving.take(&buffer[..bytes], fds),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-fn refuse(stream: &UnixStream, why: &HandshakeError, tell: &mut impl FnMut(&Event<'_>)) {
-    let owner = Process::peer(stream).ok().map(|owner| owner.pid().as_raw());
-    tell(&Event::Refused { owner, why });
-}
-
-fn readable(fd: std::os::fd::BorrowedFd<'_>) -> PollFd<'_> {
+fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
 
 /// What a guest takes: its connection, its userfaultfd, its process, and one that is soon given back.
 const DESCRIPTORS: usize = 4;
-/// Before it is looked again whether there are descriptors.
+/// Before it is looked again whether there are descriptors, or a thread.
 const SHORTLY: Duration = Duration::from_millis(50);
+/// Clients that are taken in before it is looked what else there is to do.
+const AT_ONCE: usize = 16;
+/// How long handshakes that have begun may take when the handler is told to stop.
+const LAST: Duration = Duration::from_secs(1);

@@ -11,9 +11,12 @@
 //! | from 1.7 | `page_size_kib`, which holds bytes, whatever it is called |
 //! | from 1.12 | `page_size`, in bytes, beside it |
 
+use pagestitch_kernel::rights::Received;
 use serde::Deserialize;
+use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 /// A range of a guest's memory, as its VMM has mapped it.
@@ -42,9 +45,9 @@ pub struct Mappings {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
-    /// What it sent is no JSON array of mappings.
+    /// What it sent is no JSON array of mappings: why, in a few words.
     #[error("sent no list of memory mappings ({0}): expected the JSON array that Firecracker sends")]
-    Garbage(#[source] serde_json::Error),
+    Garbage(String),
     /// It goes on and on.
     #[error("sent more than {} KiB, which is no list of memory mappings", LONGEST / 1024)]
     TooLong,
@@ -64,6 +67,14 @@ pub enum HandshakeError {
     /// It sent several descriptors.
     #[error("sent {0} descriptors: expected one, the userfaultfd")]
     Descriptors(usize),
+    /// It sent more descriptors than this process may have.
+    #[error("sent descriptors that this process cannot have: raise the limit on open files (ulimit -n)")]
+    NoDescriptors,
+    /// It sent a descriptor of this.
+    #[error(
+        "sent a descriptor that is no userfaultfd but {0}: expected the one that its memory is registered with"
+    )]
+    NotUserfaultfd(String),
     /// The array is empty.
     #[error("sent an empty list: a guest has memory")]
     Empty,
@@ -108,8 +119,34 @@ pub enum HandshakeError {
     #[error("cannot be served: {0}")]
     Adopt(#[from] pagestitch::Error),
     /// Its process cannot be held.
-    #[error("cannot be told from other processes ({0}): it ended meanwhile, or is in another PID namespace")]
+    #[error(
+        "cannot be told from other processes ({0}): it ended meanwhile, or, before Linux 6.5, is in another PID namespace or of \
+         another user: run the handler as root, in the host's"
+    )]
     Peer(#[source] io::Error),
+    /// Its process cannot be ended, which is what was declared for bytes that cannot be had.
+    #[error(
+        "cannot be ended ({0}) where its bytes cannot be had: run the handler as its user or root, and in its PID namespace or the \
+         host's, or declare that lost pages are poisoned (Linux 6.6)"
+    )]
+    CannotEnd(#[source] io::Error),
+    /// Other peers of its user came after it, and it was not done.
+    #[error("was not done when {MOST_CLIENTS} others had come: send the handshake at once")]
+    Crowded,
+    /// The handler was told to stop.
+    #[error("was not done when the handler was told to stop")]
+    Stopping,
+}
+
+/// What a peer has sent, as it can be written to a log: in a few words, and on one line.
+pub(crate) fn brief(what: impl fmt::Display) -> String {
+    let escaped = what.to_string();
+    let mut short: String = escaped.chars().take(BRIEF).flat_map(char::escape_debug).collect();
+    if short.len() > BRIEF || escaped.chars().nth(BRIEF).is_some() {
+        short.truncate(short.floor_char_boundary(BRIEF));
+        short.push_str("...");
+    }
+    short
 }
 
 impl Mapping {
@@ -137,7 +174,7 @@ impl Mappings {
             Ok(ranges) => Self::check(ranges).map(Some),
             Err(error) if error.is_eof() && message.len() < LONGEST => Ok(None),
             Err(error) if error.is_eof() => Err(HandshakeError::TooLong),
-            Err(error) => Err(HandshakeError::Garbage(error)),
+            Err(error) => Err(HandshakeError::Garbage(brief(error))),
         }
     }
 
@@ -167,6 +204,14 @@ impl Mappings {
         &self.ranges
     }
 
+    /// The addresses of the ranges.
+    pub(crate) fn addresses(&self) -> Vec<Range<usize>> {
+        let range = |range: &Mapping| {
+            range.base_host_virt_addr as usize..(range.base_host_virt_addr + range.size) as usize
+        };
+        self.ranges.iter().map(range).collect()
+    }
+
     /// The size of the guest's pages, in bytes.
     #[must_use]
     pub const fn page_bytes(&self) -> u64 {
@@ -180,11 +225,20 @@ impl Mappings {
     }
 }
 
+/// A handshake that is complete.
+#[derive(Debug)]
+pub(crate) struct Handed {
+    pub(crate) mappings: Mappings,
+    pub(crate) uffd: OwnedFd,
+}
+
 /// What has come of a handshake so far.
 #[derive(Debug, Default)]
 pub(crate) struct Arriving {
     message: Vec<u8>,
     fds: Vec<OwnedFd>,
+    mappings: Option<Mappings>,
+    reader: Reader,
 }
 
 impl Arriving {
@@ -192,18 +246,41 @@ impl Arriving {
     pub(crate) fn take(
         &mut self,
         bytes: &[u8],
-        fds: Vec<OwnedFd>,
-    ) -> Result<Option<(Mappings, OwnedFd)>, HandshakeError> {
-        self.fds.extend(fds);
+        received: Received,
+    ) -> Result<Option<Handed>, HandshakeError> {
+        self.fds.extend(received.fds);
+        if received.cut {
+            return Err(HandshakeError::NoDescriptors);
+        }
         if self.fds.len() > 1 {
             return Err(HandshakeError::Descriptors(self.fds.len()));
         }
         if bytes.is_empty() {
             return Err(HandshakeError::Closed { bytes: self.message.len(), fds: self.fds.len() });
         }
+        if let Some(other) = self.fds.first().and_then(other_than_userfaultfd) {
+            return Err(HandshakeError::NotUserfaultfd(other));
+        }
         self.message.extend_from_slice(bytes);
-        let Some(mappings) = Mappings::parse(&self.message)? else { return Ok(None) };
-        Ok(self.fds.pop().map(|fd| (mappings, fd)))
+        if self.reader.is_worth_parsing(bytes, self.message.len()) {
+            self.mappings = Mappings::parse(&self.message)?;
+        }
+        if self.mappings.is_none() || self.fds.is_empty() {
+            return Ok(None);
+        }
+        Ok(self.mappings.take().zip(self.fds.pop()).map(|(mappings, uffd)| Handed { mappings, uffd }))
+    }
+
+    /// The userfaultfds that came, and where the memory is, if that has come. Other descriptors stay: to close them may wait.
+    pub(crate) fn give_up(&mut self) -> (Vec<OwnedFd>, Vec<Range<usize>>) {
+        let told = self.mappings.take().map(|mappings| mappings.addresses()).unwrap_or_default();
+        let userfaultfds = self.fds.extract_if(.., |fd| other_than_userfaultfd(fd).is_none());
+        (userfaultfds.collect(), told)
+    }
+
+    /// What is left of a handshake that was complete, and cannot be served.
+    pub(crate) fn of(handed: Handed) -> Self {
+        Self { fds: vec![handed.uffd], mappings: Some(handed.mappings), ..Self::default() }
     }
 
     pub(crate) fn late(&self, after: Duration) -> HandshakeError {
@@ -211,6 +288,59 @@ impl Arriving {
     }
 }
 
+/// What a descriptor is, if it is no userfaultfd. To ask for that waits for nothing, whatever it is.
+fn other_than_userfaultfd(fd: &OwnedFd) -> Option<String> {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    match link {
+        Ok(link) if link.as_os_str() == "anon_inode:[userfaultfd]" => None,
+        Ok(link) => Some(brief(link.display())),
+        Err(error) => Some(format!("cannot be told ({error})")),
+    }
+}
+
+/// Finds out when a message may be complete without parsing it anew for each byte of it.
+#[derive(Debug, Default)]
+struct Reader {
+    depth: usize,
+    in_string: bool,
+    escaped: bool,
+    /// How long the message was when it was parsed.
+    parsed: usize,
+}
+
+impl Reader {
+    /// Whether the message, with these bytes at its end, may be a list, or has doubled since that was tried.
+    fn is_worth_parsing(&mut self, bytes: &[u8], length: usize) -> bool {
+        let closed = bytes.iter().filter(|&&byte| self.closes(byte)).count() > 0;
+        let outside = self.depth == 0 && !self.in_string && !bytes.trim_ascii().is_empty();
+        let worth = closed || outside || length >= (self.parsed * 2).min(LONGEST);
+        if worth {
+            self.parsed = length;
+        }
+        worth
+    }
+
+    /// Whether a byte ends the list.
+    fn closes(&mut self, byte: u8) -> bool {
+        if self.in_string {
+            self.in_string = self.escaped || byte != b'"';
+            self.escaped = !self.escaped && byte == b'\\';
+            return false;
+        }
+        match byte {
+            b'"' => self.in_string = true,
+            b'[' | b'{' => self.depth += 1,
+            b']' | b'}' => self.depth = self.depth.saturating_sub(1),
+            _ => {}
+        }
+        matches!(byte, b']' | b'}') && self.depth == 0
+    }
+}
+
+/// Handshakes that are not complete, at most.
+pub(crate) const MOST_CLIENTS: usize = 128;
+/// As much as a line tells of what a peer sent, in bytes.
+const BRIEF: usize = 160;
 /// Longer than any list: some 10,000 mappings.
 const LONGEST: usize = 1 << 20;
 const HUGE: u64 = 2 << 20;
@@ -219,7 +349,6 @@ const HUGE: u64 = 2 << 20;
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::fs::File;
 
     fn parse(message: &str) -> Result<Option<Mappings>, HandshakeError> {
         Mappings::parse(message.as_bytes())
@@ -233,8 +362,15 @@ mod tests {
         format!(r#"{{"base_host_virt_addr":4096000,"size":{size},"offset":{offset}{rest}}}"#)
     }
 
-    fn fd() -> OwnedFd {
-        File::open("/dev/null").unwrap().into()
+    fn fds(count: usize) -> Received {
+        let fd = || -> OwnedFd {
+            pagestitch_testkit::guest::Guest::new(&[4096], false)
+                .unwrap()
+                .uffd()
+                .try_clone_to_owned()
+                .unwrap()
+        };
+        Received { bytes: 0, fds: std::iter::repeat_with(fd).take(count).collect(), cut: false }
     }
 
     #[test]
@@ -276,16 +412,45 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_that_is_no_userfaultfd_is_refused_by_name() {
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let received = Received { bytes: 1, fds: vec![null.into()], cut: false };
+        let said = Arriving::default().take(b"[", received).unwrap_err().to_string();
+        assert!(said.contains("is no userfaultfd but /dev/null"), "{said}");
+    }
+
+    #[test]
+    fn an_error_tells_a_few_words_of_what_was_sent() {
+        for hostile in ["\n\u{1b}".repeat(300_000), "\u{fe0f}".repeat(300_000), "\u{10ffff}".repeat(300_000)]
+        {
+            let said = said(&format!("[{}]", serde_json::to_string(&hostile).unwrap()));
+            assert!(said.len() < 300 && !said.contains(['\n', '\u{1b}']), "{} bytes", said.len());
+        }
+        assert_eq!(brief("as it is"), "as it is");
+    }
+
+    /// A message that comes byte by byte is parsed a few times, not once for each byte.
+    #[test]
+    fn a_message_is_parsed_when_it_may_be_complete() {
+        let message = format!("[{},", mapping(0, 4096, r#","note":"]]}}\\\"]""#)).repeat(1000);
+        let mut reader = Reader::default();
+        let parsed = (1..=message.len())
+            .filter(|&length| reader.is_worth_parsing(&message.as_bytes()[length - 1..length], length))
+            .count();
+        assert!(parsed <= 20, "{parsed} times");
+    }
+
+    #[test]
     fn one_descriptor_has_to_come_and_may_come_late() {
         let message = format!("[{}]", mapping(0, 4096, ""));
         let mut arriving = Arriving::default();
-        assert!(arriving.take(message.as_bytes(), vec![]).unwrap().is_none());
-        assert!(arriving.take(b" ", vec![fd()]).unwrap().is_some());
-        let two = Arriving::default().take(message.as_bytes(), vec![fd(), fd()]).unwrap_err();
+        assert!(arriving.take(message.as_bytes(), fds(0)).unwrap().is_none());
+        assert!(arriving.take(b" ", fds(1)).unwrap().is_some());
+        let two = Arriving::default().take(message.as_bytes(), fds(2)).unwrap_err();
         assert!(two.to_string().contains("2 descriptors"));
         let mut gone = Arriving::default();
-        gone.take(message.as_bytes(), vec![]).unwrap();
-        assert!(gone.take(b"", vec![]).unwrap_err().to_string().contains("0 descriptors"));
+        gone.take(message.as_bytes(), fds(0)).unwrap();
+        assert!(gone.take(b"", fds(0)).unwrap_err().to_string().contains("0 descriptors"));
     }
 
     proptest! {
@@ -295,13 +460,13 @@ mod tests {
             let message = format!("[{}]", message.join(","));
             let mut arriving = Arriving::default();
             let (mut rest, mut cuts) = (message.as_bytes(), cuts.into_iter().cycle());
-            arriving.fds.push(fd());
+            arriving.fds = fds(1).fds;
             loop {
                 let (now, later) = rest.split_at(cuts.next().unwrap().min(rest.len()));
-                let taken = arriving.take(now, vec![]).unwrap();
+                let taken = arriving.take(now, fds(0)).unwrap();
                 prop_assert_eq!(taken.is_some(), later.is_empty());
                 if later.is_empty() {
-                    prop_assert_eq!(taken.unwrap().0.bytes(), ranges * 4096);
+                    prop_assert_eq!(taken.unwrap().mappings.bytes(), ranges * 4096);
                     break;
                 }
                 rest = later;

@@ -15,6 +15,10 @@
 //! | `snapshot` | memory files: a base, and diffs over it |
 //! | `builder` | describes a handler, and has it listen |
 //! | `handler` | takes guests in, sees them end; drains |
+//! | `socket` | where it listens: taken over from a handler that ended, left to one that follows |
+//! | `client` | a peer that has connected, until it is a guest or refused |
+//! | `errands` | threads for what a peer can make wait |
+//! | `refusal` | what becomes of the memory of a guest that is refused |
 //! | `event` | what it tells |
 //! | `guest` | one guest: its memory, as it is served |
 //!
@@ -37,11 +41,15 @@
 #![forbid(unsafe_code)]
 
 mod builder;
+mod client;
+mod errands;
 mod event;
 mod guest;
 mod handler;
 mod handshake;
+mod refusal;
 mod snapshot;
+mod socket;
 
 pub use builder::{Builder, OnStop};
 pub use event::Event;

@@ -7,14 +7,41 @@ use std::io::{self, IoSlice};
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+/// A message, with the descriptors that came with it.
+#[derive(Debug)]
+pub struct Received {
+    /// How many bytes were read.
+    pub bytes: usize,
+    /// The descriptors.
+    pub fds: Vec<OwnedFd>,
+    /// Whether the kernel dropped descriptors, because this process may have no more.
+    pub cut: bool,
+}
+
 /// Reads what there is, and takes the descriptors that came with it; waits for it where the socket does. `(0, [])` at the
 /// end of a stream.
 ///
 /// # Errors
 ///
 /// Those of `recvmsg(2)`; `InvalidData` where the kernel dropped descriptors, as this process may have no more. Those that came
-/// are closed then: nix's `recvmsg` would leave them open, for a hostile peer to use up.
+/// are closed then: nix's `recvmsg` would leave them open, for a hostile peer to use up. The last close of a descriptor may wait,
+/// for as long as its sender likes (a socket with `SO_LINGER`, a file of FUSE), and so may this call, where the kernel closes
+/// what it drops: a thread that must not wait leaves both to another.
 pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let Received { bytes, fds, cut } = receive_all(socket, into)?;
+    if cut {
+        let what = "not all descriptors could be taken: raise the limit on open files (ulimit -n)";
+        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    }
+    Ok((bytes, fds))
+}
+
+/// As [`receive`], and gives also the descriptors of a message from which the kernel dropped some.
+///
+/// # Errors
+///
+/// Those of `recvmsg(2)`.
+pub fn receive_all(socket: impl AsFd, into: &mut [u8]) -> io::Result<Received> {
     let mut control = Control([0; CONTROL]);
     let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     // SAFETY: a msghdr is integers and pointers, all of which may be 0.
@@ -28,11 +55,7 @@ pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<Own
     let answer = unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_CMSG_CLOEXEC) };
     let bytes = usize::try_from(Errno::result(answer)?).expect("recvmsg answers a length");
     let fds = descriptors(&control.0[..header.msg_controllen]);
-    if header.msg_flags & libc::MSG_CTRUNC != 0 {
-        let what = "not all descriptors could be taken: raise the limit on open files (ulimit -n)";
-        return Err(io::Error::new(io::ErrorKind::InvalidData, what));
-    }
-    Ok((bytes, fds))
+    Ok(Received { bytes, fds, cut: header.msg_flags & libc::MSG_CTRUNC != 0 })
 }
 
 /// Sends bytes, at least one, and descriptors with them; says how many bytes went.

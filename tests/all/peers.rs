@@ -1,0 +1,293 @@
+//! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and nothing else.
+
+use crate::firecracker::{PAGE, PAGES, Running, bound, connect, expected, snapshot_in};
+use crate::{SIGKILL, signal_of_loss, until};
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
+use pagestitch::Loss;
+use pagestitch_firecracker::{Handler, OnStop, Snapshot};
+use pagestitch_kernel::rights;
+use pagestitch_testkit::child;
+use pagestitch_testkit::guest::Guest;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Child, Command};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// A guest that reads a byte of each page.
+fn innocent(path: &str) {
+    let (guest, _stream) = connect(path);
+    let expected = expected();
+    (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
+}
+
+/// A TCP socket whose last `close(2)` waits for half a minute, as the other end does not read.
+fn lingering(port: &str) -> OwnedFd {
+    let mut socket = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while socket.write(&[7; 1 << 16]).is_ok() {}
+    // close(2) of a non-blocking socket does not linger.
+    socket.set_nonblocking(false).unwrap();
+    setsockopt(&socket, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 30 }).unwrap();
+    socket.into()
+}
+
+/// Sends descriptors that are read, and others that are closed unread, and ends: the handler has the last of each.
+fn sends_lingering_sockets(argument: &str) {
+    let (path, port) = argument.split_once(' ').unwrap();
+    for _ in 0..2 {
+        let stream = UnixStream::connect(path).unwrap();
+        let (read, unread) = (lingering(port), lingering(port));
+        rights::send(&stream, b"[", &[read.as_fd()]).unwrap();
+        rights::send(&stream, b"no list", &[unread.as_fd()]).unwrap();
+        // The end of a process does not linger.
+        std::mem::forget((stream, read, unread));
+    }
+}
+
+#[test]
+fn a_descriptor_whose_close_hangs_holds_up_no_guest() {
+    let test = "peers::a_descriptor_whose_close_hangs_holds_up_no_guest";
+    let life = |argument: &str| match argument.split_once(' ') {
+        Some(_) => sends_lingering_sockets(argument),
+        None => innocent(argument),
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
+    let path = folder.path().join("socket").display().to_string();
+    let deaf = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = deaf.local_addr().unwrap().port();
+    child::beside(test, &format!("{path} {port}"), life).end().expect_pass();
+    let mut running = Running::run(folder, handler);
+    let started = Instant::now();
+    child::beside(test, &path, life).end().expect_pass();
+    running.stop();
+    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    assert!(running.has_told("is no userfaultfd but socket:"), "{:?}", running.told.lock().unwrap());
+}
+
+/// Starts a process with this number, if the kernel lets that be chosen.
+fn process_with(pid: u32) -> Option<Child> {
+    for _ in 0..200 {
+        fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string()).ok()?;
+        let mut child = Command::new("sleep").arg("60").spawn().ok()?;
+        if child.id() == pid {
+            return Some(child);
+        }
+        child.kill().ok()?;
+        child.wait().ok()?;
+    }
+    None
+}
+
+#[test]
+fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_named() {
+    let test = "peers::a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_named";
+    // Connects, gives the connection away, and ends.
+    let life = |paths: &str| {
+        let (handler, heir) = paths.split_once(' ').unwrap();
+        let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
+        rights::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    let running = Running::with(Loss::Kill, OnStop::Finish);
+    let heir = running.folder.path().join("heir");
+    let listener = UnixListener::bind(&heir).unwrap();
+    let paths = format!("{} {}", running.socket().display(), heir.display());
+    let peer = child::beside(test, &paths, life);
+    let pid = peer.id();
+    let (_, mut fds) = rights::receive(listener.accept().unwrap().0, &mut [0; 10]).unwrap();
+    peer.end().expect_pass();
+    let Some(mut innocent) = process_with(pid) else {
+        println!(
+            "SKIPPED: the number of the next process cannot be chosen here (/proc/sys/kernel/ns_last_pid)"
+        );
+        return;
+    };
+    let stream = UnixStream::from(fds.pop().unwrap());
+    let guest = Guest::new(&[100 * PAGE], false).unwrap();
+    rights::send(&stream, guest.handshake().as_bytes(), &[guest.uffd()]).unwrap();
+    running.expect("refused");
+    assert!(!running.has_told(&pid.to_string()), "{:?}", running.told.lock().unwrap());
+    assert!(innocent.try_wait().unwrap().is_none(), "killed");
+    innocent.kill().unwrap();
+    innocent.wait().unwrap();
+}
+
+#[test]
+fn a_line_of_the_log_is_short_whatever_a_peer_sends() {
+    let mut running = Running::start();
+    let hostile = "A\n\u{1b}[31m".repeat(90_000);
+    let text = serde_json::to_string(&hostile).unwrap();
+    for message in [format!("[{text}]"), format!("[{{\"size\":{text}}}]"), format!("[{{{text}:1}}]")] {
+        let mut stream = UnixStream::connect(running.socket()).unwrap();
+        let _ = stream.write_all(message.as_bytes());
+        let _ = stream.read(&mut [0; 1]);
+    }
+    let file = running.folder.path().join("n\nl".repeat(80));
+    let stream = UnixStream::connect(running.socket()).unwrap();
+    rights::send(&stream, b"[", &[File::create(&file).unwrap().as_fd()]).unwrap();
+    let list = format!(r#"{{"base_host_virt_addr":4096,"size":{},"offset":0}}]"#, PAGES * PAGE);
+    let _ = rights::send(&stream, list.as_bytes(), &[]);
+    let _ = (&stream).read(&mut [0; 1]);
+    until(|| running.told.lock().unwrap().len() == 4);
+    running.stop();
+    for line in running.told.lock().unwrap().iter() {
+        assert!(line.len() < 400 && !line.contains(['\n', '\u{1b}']), "{} bytes: {:.300}", line.len(), line);
+    }
+}
+
+#[test]
+fn a_handler_that_drains_leaves_the_socket_of_its_successor() {
+    let mut running = Running::start();
+    let path = running.socket();
+    fs::remove_file(&path).unwrap();
+    let snapshot = Snapshot::open([running.folder.path().join("base")]).unwrap();
+    let successor = Handler::builder(snapshot).bind(&path).unwrap();
+    running.stop();
+    assert!(path.exists(), "removed");
+    drop(successor);
+}
+
+#[test]
+fn a_successor_does_not_wait_at_a_full_backlog() {
+    let folder = tempfile::tempdir().unwrap();
+    snapshot_in(folder.path());
+    let path = folder.path().join("socket");
+    let _stopped = UnixListener::bind(&path).unwrap();
+    let mut waiting = Vec::new();
+    while let Ok(stream) = connect_at_once(&path) {
+        waiting.push(stream);
+    }
+    let (answer, answered) = mpsc::channel();
+    let snapshot = Snapshot::open([folder.path().join("base")]).unwrap();
+    let bind = path.clone();
+    thread::spawn(move || answer.send(Handler::builder(snapshot).bind(bind).unwrap_err().to_string()));
+    let said = answered.recv_timeout(Duration::from_secs(20)).expect("it hangs");
+    assert!(said.contains("is in use"), "{said}");
+}
+
+/// Connects, or fails where that would wait.
+fn connect_at_once(path: &std::path::Path) -> nix::Result<OwnedFd> {
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    use std::os::fd::AsRawFd;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None)?;
+    connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd)
+}
+
+/// What a guest sends in place of its handshake.
+fn wrong_handshake(guest: &Guest, what: &str) -> Vec<u8> {
+    match what {
+        "garbage" => b"HELO".to_vec(),
+        "incomplete" => b"[".to_vec(),
+        "gap" => guest.handshake().replace("\"offset\":0", "\"offset\":4096").into(),
+        _ => guest.handshake().into(),
+    }
+}
+
+/// A guest that is refused gets the signal that was declared, and no page for which it waits for ever.
+#[test]
+fn a_guest_that_is_refused_gets_a_signal() {
+    let test = "peers::a_guest_that_is_refused_gets_a_signal";
+    let life = |argument: &str| {
+        let (what, path) = argument.split_once(' ').unwrap();
+        let pages = if what == "larger" { 20 * PAGES } else { 100 };
+        let guest = Guest::new(&[pages * PAGE], false).unwrap();
+        let stream = UnixStream::connect(path).unwrap();
+        rights::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
+        println!("read a byte: {}", guest.read((pages - 1) * PAGE));
+    };
+    if child::is_child(test) {
+        child::beside(test, "", life);
+    }
+    for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
+        let running = Running::with(loss, OnStop::Finish);
+        let start = |what: &str| {
+            (what.to_owned(), child::beside(test, &format!("{what} {}", running.socket().display()), life))
+        };
+        let guests: Vec<_> = ["garbage", "incomplete", "gap", "smaller", "larger"].map(start).into();
+        for (what, mut guest) in guests {
+            let end = until_ended(&mut guest);
+            let died = end.then(|| guest.end().signal()).flatten();
+            let larger = what == "larger" && died == Some(SIGKILL);
+            assert!(
+                larger || died == Some(signal),
+                "{what} with {loss:?}: {died:?}, {:?}",
+                running.told.lock().unwrap()
+            );
+        }
+    }
+}
+
+/// Whether a child ends within twenty seconds; it is killed where it does not.
+fn until_ended(child: &mut child::Beside) -> bool {
+    let started = Instant::now();
+    let ended = || {
+        fs::read_to_string(format!("/proc/{}/stat", child.id())).map_or(true, |stat| stat.contains(") Z "))
+    };
+    while !ended() {
+        if started.elapsed() > Duration::from_secs(20) {
+            child.kill();
+            return false;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    true
+}
+
+/// A connection that the handler has not taken in when it is told to stop.
+#[test]
+fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
+    let test = "peers::a_guest_in_the_backlog_is_served_by_a_handler_that_stops";
+    if child::is_child(test) {
+        child::beside(test, "", |path| {
+            let (guest, _stream) = connect(path);
+            println!("ready");
+            fs::write(format!("{path}.ready"), "").unwrap();
+            let expected = expected();
+            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
+        });
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
+    let mut guest =
+        child::beside(test, path.to_str().unwrap(), |_| unreachable!("the child's body is above"));
+    until(|| folder.path().join("socket.ready").exists());
+    handler.stopper().stop();
+    handler.run(|_| {}).unwrap();
+    let ended = until_ended(&mut guest);
+    let end = guest.end();
+    assert!(ended && end.passed(), "{}", end.said());
+}
+
+#[test]
+fn any_patience_is_a_patience() {
+    let test = "peers::any_patience_is_a_patience";
+    if child::is_child(test) {
+        child::beside(test, "", innocent);
+    }
+    for patience in [Duration::MAX, Duration::from_secs(u64::MAX / 1000), Duration::ZERO] {
+        let folder = tempfile::tempdir().unwrap();
+        let files = snapshot_in(folder.path());
+        let mut running = Running::patient(folder, &files, patience);
+        if patience > Duration::ZERO {
+            child::beside(test, running.socket().to_str().unwrap(), innocent).end().expect_pass();
+        } else {
+            let _silent = UnixStream::connect(running.socket()).unwrap();
+            running.expect("sent nothing complete within 0ns");
+        }
+        running.stop();
+    }
+}
