@@ -3,7 +3,7 @@
 
 use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
-use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
+use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot, Stopper};
 use pagestitch_kernel::rights;
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
@@ -88,7 +88,7 @@ impl Running {
 }
 
 fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
-    Handler::builder(Snapshot::open(files).unwrap()).own_memory(own_memory())
+    Handler::builder(Snapshot::open_with(files, Holes::Unchanged).unwrap()).own_memory(own_memory())
 }
 
 /// A handler at the path `socket` that does not run yet.
@@ -440,7 +440,7 @@ fn a_hundred_guests_at_once_are_served() {
 #[test]
 fn a_socket_that_is_in_use_is_refused_and_one_left_behind_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
-    let snapshot = || Snapshot::open(snapshot_in(folder.path())).unwrap();
+    let snapshot = || Snapshot::open_with(snapshot_in(folder.path()), Holes::Unchanged).unwrap();
     let path = folder.path().join("socket");
     let handler = Handler::builder(snapshot()).bind(&path).unwrap();
     let error = Handler::builder(snapshot()).bind(&path).unwrap_err();
@@ -459,4 +459,21 @@ fn a_socket_that_is_in_use_is_refused_and_one_left_behind_is_replaced() {
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     let error = Handler::builder(snapshot()).bind(folder.path().join("no/such/folder")).unwrap_err();
     assert!(error.to_string().contains("cannot listen at"), "{error}");
+}
+
+/// A tmpfs of huge pages tells a hole inside a huge page as data: silent zeros, where that were trusted.
+#[test]
+fn the_holes_of_a_diff_are_not_trusted_where_the_file_system_has_large_blocks() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let folder = tempfile::tempdir().unwrap();
+    let options = Some("huge=always,size=64m");
+    if let Err(errno) = mount(Some("tmpfs"), folder.path(), Some("tmpfs"), MsFlags::empty(), options) {
+        println!("SKIPPED: no tmpfs of huge pages can be mounted here: {errno}");
+        return;
+    }
+    let files = snapshot_in(folder.path());
+    let refused =
+        Snapshot::open_with(&files, Holes::Unchanged).map(|_| ()).map_err(|error| error.to_string());
+    umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
+    assert!(refused.as_ref().is_err_and(|said| said.contains("blocks larger than a page")), "{refused:?}");
 }

@@ -49,6 +49,8 @@ enum Command {
     /// Fill the memory of other processes on first touch
     #[command(subcommand)]
     Serve(serve::Peer),
+    /// Write which bytes of a diff snapshot are its own to DIFF.extents, where Firecracker has written it: a copy may lose its holes
+    Extents(serve::ExtentsOptions),
     /// Random regions, sources, servers and threads, failing on purpose, and every byte verified
     Stress(stress::Options),
     /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
@@ -80,6 +82,7 @@ fn main() -> ExitCode {
         Command::Probe => probe::run(json),
         Command::Stitch(options) => stitch::run(&options, json),
         Command::Serve(peer) => serve::run(peer, json),
+        Command::Extents(options) => serve::extents(&options, json),
         Command::Stress(options) => stress::run(&options, json),
         Command::Bench(options) => bench::run(&options, json),
     };

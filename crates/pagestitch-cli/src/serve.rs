@@ -6,7 +6,7 @@ use crate::output::{bytes, workers};
 use crate::stitch::write_heatmap;
 use clap::{Args, Subcommand, ValueEnum};
 use pagestitch::{Loss, Meter, Pool, Readahead, Recording};
-use pagestitch_firecracker::{Event, Handler, OnStop, Snapshot};
+use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::error::Error;
@@ -27,9 +27,13 @@ pub(crate) struct Options {
     /// Where to listen: the "backend_path" of PUT /snapshot/load
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// The snapshot's memory file, then diffs over it, oldest first
+    /// The snapshot's memory file, then diffs over it, oldest first, each with its DIFF.extents
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     memory: Vec<PathBuf>,
+    /// Take the holes of a diff without DIFF.extents (see pagestitch extents) for memory that did not change: true of the files
+    /// that Firecracker has written, and of no copy
+    #[arg(long)]
+    assume_holes: bool,
     /// What becomes of a guest when bytes of its memory cannot be had: SIGBUS where they are touched, or its end
     #[arg(long, value_enum, default_value_t)]
     on_loss: LossOption,
@@ -73,6 +77,28 @@ enum StopOption {
     Abandon,
 }
 
+/// The options of `pagestitch extents`.
+#[derive(Debug, Args)]
+pub(crate) struct ExtentsOptions {
+    /// Diffs, as Firecracker has written them
+    #[arg(required = true, value_name = "DIFF")]
+    diffs: Vec<PathBuf>,
+}
+
+/// Writes the extents of diffs.
+pub(crate) fn extents(options: &ExtentsOptions, as_json: bool) -> Result<(), Box<dyn Error>> {
+    for diff in &options.diffs {
+        let extents = Extents::of(diff)?;
+        let path = extents.write(diff)?.display().to_string();
+        let changed: u64 = extents.ranges().iter().map(|range| range.end - range.start).sum();
+        say(&match as_json {
+            true => json!({"extents": path, "ranges": extents.ranges().len(), "bytes": changed}).to_string(),
+            false => format!("{path}: {} of memory in {} ranges", bytes(changed), extents.ranges().len()),
+        });
+    }
+    Ok(())
+}
+
 pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let Peer::Firecracker(options) = peer;
     check_outputs(&options)?;
@@ -80,7 +106,8 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
     }
-    let snapshot = Snapshot::open(&options.memory)?;
+    let holes = if options.assume_holes { Holes::Unchanged } else { Holes::NoProof };
+    let snapshot = Snapshot::open_with(&options.memory, holes)?;
     let (len, pieces) = (snapshot.bytes(), snapshot.pieces());
     let replay = options.replay.as_ref().map(Recording::read).transpose()?;
     let builder = Handler::builder(snapshot);

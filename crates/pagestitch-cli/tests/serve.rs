@@ -96,6 +96,16 @@ fn what_is_wrong_is_one_line() {
         complaint(&["no-such-diff"], 1),
         "pagestitch: cannot open no-such-diff: No such file or directory (os error 2)\n"
     );
+    let diff = File::create(folder.path().join("diff")).unwrap();
+    diff.set_len((PAGES * PAGE) as u64).unwrap();
+    diff.write_all_at(&[9; PAGE], PAGE as u64).unwrap();
+    assert!(complaint(&["diff"], 1).contains("pagestitch extents"));
+    let extents = Command::new(env!("CARGO_BIN_EXE_pagestitch"))
+        .current_dir(folder.path())
+        .args(["extents", "diff"])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&extents.stdout), "diff.extents: 4.0 KiB of memory in 1 ranges\n");
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
     assert!(complaint(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
     assert!(complaint(&["--patience", "0"], 2).contains("0 is not in 1.."));

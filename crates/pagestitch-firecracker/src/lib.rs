@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `handshake` | the message, as every version of Firecracker sends it; and everything that is no such message |
 //! | `snapshot` | memory files: a base, and diffs over it |
+//! | `extents` | which bytes of a diff are its own |
 //! | `builder` | describes a handler, and has it listen |
 //! | `handler` | takes guests in, sees them end; drains |
 //! | `socket` | where it listens: taken over from a handler that ended, left to one that follows |
@@ -44,6 +45,7 @@ mod builder;
 mod client;
 mod errands;
 mod event;
+mod extents;
 mod guest;
 mod handler;
 mod handshake;
@@ -53,9 +55,10 @@ mod socket;
 
 pub use builder::{Builder, OnStop};
 pub use event::Event;
+pub use extents::Extents;
 pub use handler::{Handler, Stopper};
 pub use handshake::{HandshakeError, Mapping, Mappings};
-pub use snapshot::Snapshot;
+pub use snapshot::{Holes, Snapshot};
 
 use std::io;
 use std::path::PathBuf;
@@ -73,13 +76,32 @@ pub enum Error {
     #[error(transparent)]
     Memory(#[from] pagestitch::Error),
     /// A memory file's extents cannot be asked for.
-    #[error("cannot find the data in {path}: {source}")]
+    #[error("cannot read or write the extents of {path}: {source}")]
     Extents {
         /// The file.
         path: PathBuf,
         /// What the kernel answered.
         source: io::Error,
     },
+    /// A diff has no proof of which of its bytes are its own.
+    #[error(
+        "{0} is a diff, and its holes prove nothing, because a copy may add and fill some: write its extents where Firecracker made \
+         it (pagestitch extents), or trust its holes (--assume-holes, Holes::Unchanged)"
+    )]
+    NoProof(PathBuf),
+    /// The holes of a diff are not known.
+    #[error(
+        "the holes of {path} are not known: {why}; write its extents where Firecracker made it (pagestitch extents)"
+    )]
+    Holes {
+        /// The diff.
+        path: PathBuf,
+        /// Why not.
+        why: &'static str,
+    },
+    /// A file of extents is damaged, or another diff's.
+    #[error("{0} is no list of extents of this diff, or was cut short: write it anew (pagestitch extents)")]
+    NoExtents(PathBuf),
     /// A diff is not as long as its base.
     #[error("{path} has {bytes} bytes and its base {base}: a diff is as long as the memory that it changes")]
     Length {

@@ -2,20 +2,18 @@
 //!
 //! ```text
 //!   base     |aaaaaaaaaaaaaaaa|................|aaaaaaaa|     what is sparse in the base is zeros
-//!   monday   |        bbbb    |                |  bb    |     what is sparse in a diff is as before
+//!   monday   |        bbbb    |                |  bb    |     what a diff's extents leave out is as before
 //!   tuesday  |  cc            |                |  c     |
 //!            ------------------------------------------
 //!   memory   |aaccaaaabbbbaaaa|0000000000000000|aacbaaaa|     one list of pieces, over all of them
 //! ```
 
-use crate::Error;
-use nix::errno::Errno;
-use nix::unistd::{Whence, lseek};
+use crate::extents::data_in;
+use crate::{Error, Extents};
 use pagestitch::source::File;
 use pagestitch::{Chunk, Source};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -34,23 +32,36 @@ pub struct Snapshot {
 type Pieces = BTreeMap<u64, Option<Arc<File>>>;
 
 impl Snapshot {
-    /// Opens the base, then the diffs over it, oldest first: sparse files as long as the base, whose data replaces what was
-    /// before.
+    /// Opens the base, then the diffs over it, oldest first: files as long as the base, whose [extents](Extents) replace what was
+    /// before. The holes of a base are zeros.
+    ///
+    /// The extents of a diff are those that are kept beside it, in `DIFF.extents`. A diff without them is refused, because its
+    /// holes prove nothing: a page may be a hole since a copy left zeros out, and data since a copy has filled a hole. To trust the
+    /// holes of the very files that Firecracker has written: [`open_with`](Self::open_with).
     ///
     /// # Errors
     ///
     /// [`Error`] names the file and what is wrong with it.
     pub fn open(files: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self, Error> {
+        Self::open_with(files, Holes::NoProof)
+    }
+
+    /// As [`open`](Self::open), and says what the holes of a diff are where no extents are kept beside it.
+    ///
+    /// # Errors
+    ///
+    /// As there; [`Error::Holes`] where the file system does not tell of holes page by page, or the file has none.
+    pub fn open_with(files: impl IntoIterator<Item = impl AsRef<Path>>, holes: Holes) -> Result<Self, Error> {
         let mut snapshot: Option<(u64, Pieces)> = None;
         for path in files {
             let path = path.as_ref();
-            let layer = Layer::open(path)?;
+            let layer = Layer::open(path, snapshot.is_some().then_some(holes))?;
             let (bytes, pieces) = snapshot.get_or_insert_with(|| (layer.bytes, Pieces::from([(0, None)])));
             if layer.bytes != *bytes {
                 return Err(Error::Length { path: path.into(), bytes: layer.bytes, base: *bytes });
             }
-            for extent in &layer.extents {
-                lay(pieces, *bytes, extent, &layer.file);
+            for extent in layer.extents()? {
+                lay(pieces, *bytes, &extent, &layer.file);
             }
         }
         let (bytes, pieces) = snapshot.ok_or(Error::NoFiles)?;
@@ -93,54 +104,65 @@ fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<File>) {
     }
 }
 
-struct Layer {
-    file: Arc<File>,
-    bytes: u64,
-    extents: Vec<Range<u64>>,
+/// What the holes of a diff are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Holes {
+    /// No proof of anything: a diff needs its [extents](Extents).
+    #[default]
+    NoProof,
+    /// Memory that did not change, because these are the very files that Firecracker has written.
+    Unchanged,
 }
 
-impl Layer {
-    fn open(path: &Path) -> Result<Self, Error> {
+struct Layer<'a> {
+    path: &'a Path,
+    file: Arc<File>,
+    bytes: u64,
+    /// Of a diff.
+    holes: Option<Holes>,
+}
+
+impl<'a> Layer<'a> {
+    fn open(path: &'a Path, holes: Option<Holes>) -> Result<Self, Error> {
         let file = Arc::new(File::open(path)?);
-        let extents = |source| Error::Extents { path: path.into(), source };
         // The metadata of a block device says 0 bytes.
-        let (bytes, data) = (file.size(), fs::File::open(path).map_err(extents)?);
+        let bytes = file.size();
         if bytes == 0 || !bytes.is_multiple_of(4096) {
             return Err(Error::Ragged { path: path.into(), bytes });
         }
-        let extents = data_in(&data, bytes).map_err(extents)?;
-        Ok(Self { file, bytes, extents })
+        Ok(Self { path, file, bytes, holes })
     }
-}
 
-/// The ranges of a file that are not sparse, whole pages. See `lseek(2)`.
-fn data_in(file: &fs::File, bytes: u64) -> io::Result<Vec<Range<u64>>> {
-    let mut extents = Vec::new();
-    let mut at = 0;
-    while at < bytes {
-        let start = match lseek(file, at.cast_signed(), Whence::SeekData) {
-            Ok(start) => start.cast_unsigned(),
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => break,
-            // A file system that does not know of holes: all of it is data.
-            Err(Errno::EINVAL) if at == 0 => return Ok(std::iter::once(0..bytes).collect()),
-            Err(errno) => return Err(errno.into()),
+    /// The ranges that are the layer's own.
+    fn extents(&self) -> Result<Vec<Range<u64>>, Error> {
+        let Some(holes) = self.holes else { return self.data() };
+        let extents = match (Extents::beside(self.path)?, holes) {
+            (Some(extents), _) => extents,
+            (None, Holes::Unchanged) => Extents::of(self.path)?,
+            (None, Holes::NoProof) => return Err(Error::NoProof(self.path.into())),
         };
-        let end = lseek(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned();
-        // A hole is seen by blocks of the file system, which may be smaller than a page, where all is told.
-        extents.push(start / PAGE * PAGE..end.next_multiple_of(PAGE).min(bytes));
-        at = end;
+        if extents.bytes() == self.bytes {
+            Ok(extents.ranges().to_vec())
+        } else {
+            Err(Error::NoExtents(Extents::path_for(self.path)))
+        }
     }
-    Ok(extents)
-}
 
-const PAGE: u64 = 4096;
+    /// Of a base: all but its holes, which are zeros either way.
+    fn data(&self) -> Result<Vec<Range<u64>>, Error> {
+        let data = fs::File::open(self.path).and_then(|file| data_in(&file, self.bytes));
+        let data = data.map_err(|source| Error::Extents { path: self.path.into(), source })?;
+        Ok(data.unwrap_or_else(|| std::iter::once(0..self.bytes).collect()))
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
     use std::path::PathBuf;
+
+    const PAGE: u64 = 4096;
 
     fn sparse(folder: &Path, name: &str, pages: u64, data: &[Range<u64>], byte: u8) -> PathBuf {
         let path = folder.join(name);
@@ -171,7 +193,7 @@ mod tests {
         let base = sparse(folder.path(), "base", 20, &[0..8, 12..20], 1);
         let monday = sparse(folder.path(), "monday", 20, &[4..6, 14..16], 2);
         let tuesday = sparse(folder.path(), "tuesday", 20, &[5..7, 0..1, 19..20], 3);
-        let snapshot = Snapshot::open([base, monday, tuesday]).unwrap();
+        let snapshot = Snapshot::open_with([base, monday, tuesday], Holes::Unchanged).unwrap();
         assert_eq!(snapshot.bytes(), 20 * PAGE);
         let expected: Vec<_> = (0..20)
             .map(|page| match page {
@@ -186,10 +208,37 @@ mod tests {
         assert_eq!(snapshot.chunks().count(), snapshot.pieces());
     }
 
+    /// The bytes that a guest finds are those of its extents, whatever has become of the diff's holes on the way.
+    #[test]
+    fn a_diff_needs_proof_of_its_extents() {
+        let folder = tempfile::tempdir().unwrap();
+        let base = sparse(folder.path(), "base", 20, &[0..10, 10..20], 1);
+        let diff = sparse(folder.path(), "diff", 20, &[4..6, 14..16], 2);
+        let refused = |diff: &Path, holes| Snapshot::open_with([&base, diff], holes).unwrap_err().to_string();
+        assert!(refused(&diff, Holes::NoProof).contains("pagestitch extents"));
+        let trusted = layers(&Snapshot::open_with([&base, &diff], Holes::Unchanged).unwrap());
+        // A copy without holes, and one that lacks a page of zeros.
+        let filled = folder.path().join("filled");
+        fs::write(&filled, fs::read(&diff).unwrap()).unwrap();
+        let lost = sparse(folder.path(), "lost", 20, &[4..5, 15..16], 2);
+        assert!(refused(&filled, Holes::Unchanged).contains("a copy has filled them"));
+        let extents = Extents::of(&diff).unwrap();
+        for copy in [&diff, &filled, &lost] {
+            extents.write(copy).unwrap();
+            let name = copy.file_name().unwrap().to_str().unwrap();
+            let expected =
+                trusted.iter().map(|layer| layer.as_ref().map(|layer| layer.replace("diff", name)));
+            assert_eq!(layers(&Snapshot::open([&base, copy]).unwrap()), expected.collect::<Vec<_>>());
+        }
+        let text = fs::read_to_string(Extents::path_for(&diff)).unwrap();
+        fs::write(Extents::path_for(&diff), text.replace("bytes 81920", "bytes 40960")).unwrap();
+        assert!(refused(&diff, Holes::Unchanged).contains("diff.extents is no list of extents of this diff"));
+    }
+
     #[test]
     fn what_is_no_snapshot_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
-        let refused = |files: &[&Path]| Snapshot::open(files).unwrap_err().to_string();
+        let refused = |files: &[&Path]| Snapshot::open_with(files, Holes::Unchanged).unwrap_err().to_string();
         assert!(refused(&[]).contains("at least one"));
         assert!(refused(&[&folder.path().join("none")]).contains("none"));
         assert!(refused(&[folder.path()]).contains("is a directory"));

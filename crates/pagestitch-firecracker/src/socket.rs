@@ -78,7 +78,8 @@ impl AsFd for Socket {
 /// Locks the folder of a path against other handlers, if that can be done soon: a process that holds the lock for long must not
 /// keep a handler from its work.
 fn lock_folder(path: &Path) -> Option<Flock<File>> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder =
+        path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let mut folder = File::open(folder).ok()?;
     let started = Instant::now();
     while started.elapsed() < LOCKED {

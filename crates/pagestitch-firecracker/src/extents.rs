@@ -1,0 +1,214 @@
+//! Which bytes of a diff are its own. The file itself does not prove that: a hole may be memory that did not change, or a page of
+//! zeros that a copy left out; and data may be a page that changed, or a hole that a copy filled, or that the file system does not
+//! tell.
+//!
+//! ```text
+//!   pagestitch-extents 1
+//!   bytes 536870912            the diff's length
+//!   4096 12288                 from, to: bytes, whole pages, in order
+//!   1048576 1052672
+//!   end 2                      as many lines, so that a file that was cut short is no proof
+//! ```
+
+use crate::Error;
+use nix::errno::Errno;
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::{Whence, lseek};
+use pagestitch_kernel::replace::replace;
+use std::fmt::Write;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// The ranges of a diff that hold changed memory. Written to a file beside the diff, `DIFF.extents`, they are the proof that
+/// [`Snapshot::open`](crate::Snapshot::open) asks for, and survive every way of copying the two.
+///
+/// ```no_run
+/// use pagestitch_firecracker::Extents;
+///
+/// // Where Firecracker has just written it, before it is copied or compressed:
+/// Extents::of("monday.diff")?.write("monday.diff")?;          // monday.diff.extents
+/// # Ok::<(), pagestitch_firecracker::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Extents {
+    bytes: u64,
+    ranges: Vec<Range<u64>>,
+}
+
+impl Extents {
+    /// Asks the file system for the holes of a diff, and takes each hole for memory that did not change. True of the file that
+    /// Firecracker has written; a copy may have lost holes, or have others.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Holes`] where the file system does not tell of holes page by page, or the file has none; [`Error::Extents`].
+    pub fn of(diff: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = diff.as_ref();
+        let failed = |source| Error::Extents { path: path.into(), source };
+        let file = File::open(path).map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        let refused = |why| Err(Error::Holes { path: path.into(), why });
+        if !metadata.is_file() {
+            return refused("only a regular file has holes");
+        }
+        let system = fstatfs(&file).map_err(|errno| failed(errno.into()))?;
+        // A tmpfs of huge pages tells only its file's.
+        let huge = system.filesystem_type() == TMPFS_MAGIC && metadata.blksize() > PAGE;
+        if huge || u64::try_from(system.block_size()).is_ok_and(|bytes| bytes > PAGE) {
+            return refused(
+                "its file system has blocks larger than a page: a hole inside one is told as data",
+            );
+        }
+        let bytes = metadata.len();
+        let ranges = data_in(&file, bytes).map_err(failed)?;
+        match ranges.as_deref() {
+            None => refused("its file system does not tell of holes"),
+            Some([all]) if *all == (0..bytes) && metadata.blocks() * 512 < bytes => {
+                refused("it takes less space than it has bytes, and its file system tells of no hole")
+            }
+            Some([all]) if *all == (0..bytes) => refused(
+                "it has no hole: a copy has filled them; or it is all of the memory: name it as the base",
+            ),
+            Some(_) => Ok(Self { bytes, ranges: ranges.unwrap_or_default() }),
+        }
+    }
+
+    /// Where the extents of a diff are kept: `DIFF.extents`.
+    #[must_use]
+    pub fn path_for(diff: impl AsRef<Path>) -> PathBuf {
+        let mut path = diff.as_ref().as_os_str().to_owned();
+        path.push(".extents");
+        path.into()
+    }
+
+    /// Writes them beside the diff, all or nothing. The path is that of the diff.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Extents`] names the file and what the kernel answered.
+    pub fn write(&self, diff: impl AsRef<Path>) -> Result<PathBuf, Error> {
+        let path = Self::path_for(diff);
+        match replace(&path, self.to_text().as_bytes()) {
+            Ok(()) => Ok(path),
+            Err(source) => Err(Error::Extents { path, source }),
+        }
+    }
+
+    /// Those that are kept beside a diff, if there are any.
+    pub(crate) fn beside(diff: &Path) -> Result<Option<Self>, Error> {
+        let path = Self::path_for(diff);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Extents { path, source }),
+        };
+        Self::parse(&text).map(Some).ok_or(Error::NoExtents(path))
+    }
+
+    /// How many bytes the diff has.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The ranges, in order.
+    #[must_use]
+    pub fn ranges(&self) -> &[Range<u64>] {
+        &self.ranges
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = format!("{MAGIC}\nbytes {}\n", self.bytes);
+        for Range { start, end } in &self.ranges {
+            let _ = writeln!(text, "{start} {end}");
+        }
+        let _ = writeln!(text, "end {}", self.ranges.len());
+        text
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut lines = text.strip_prefix(MAGIC)?.strip_prefix('\n')?.strip_suffix('\n')?.lines();
+        let bytes = lines.next()?.strip_prefix("bytes ")?.parse().ok()?;
+        let count: usize = lines.next_back()?.strip_prefix("end ")?.parse().ok()?;
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        for line in lines {
+            let (start, end) = line.split_once(' ')?;
+            let range: Range<u64> = start.parse().ok()?..end.parse().ok()?;
+            let before = ranges.last().map_or(0, |range| range.end);
+            let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
+            if !whole || range.is_empty() || range.start < before || range.end > bytes {
+                return None;
+            }
+            ranges.push(range);
+        }
+        (ranges.len() == count).then_some(Self { bytes, ranges })
+    }
+}
+
+/// The ranges of a file that are not sparse, whole pages; None where the file system does not know of holes. See `lseek(2)`.
+pub(crate) fn data_in(file: &File, bytes: u64) -> io::Result<Option<Vec<Range<u64>>>> {
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while at < bytes {
+        let start = match lseek(file, at.cast_signed(), Whence::SeekData) {
+            Ok(start) => start.cast_unsigned(),
+            // Nothing but a hole up to the end.
+            Err(Errno::ENXIO) => break,
+            Err(Errno::EINVAL) if at == 0 => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        };
+        let end = lseek(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned();
+        // A hole is seen by blocks of the file system, which may be smaller than a page, where all is told.
+        extents.push(start / PAGE * PAGE..end.next_multiple_of(PAGE).min(bytes));
+        at = end;
+    }
+    Ok(Some(extents))
+}
+
+const MAGIC: &str = "pagestitch-extents 1";
+const PAGE: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn extents_that_were_written_are_read(lengths in prop::collection::vec((1u64..9, 1u64..9), 0..50)) {
+            let mut at = 0;
+            let ranges = lengths.iter().map(|(gap, pages)| {
+                let start = at + gap * PAGE;
+                at = start + pages * PAGE;
+                start..at
+            });
+            let ranges: Vec<_> = ranges.collect();
+            let extents = Extents { bytes: at + PAGE, ranges };
+            let text = extents.to_text();
+            prop_assert_eq!(Extents::parse(&text), Some(extents));
+            for cut in 0..text.len() {
+                prop_assert_eq!(Extents::parse(&text[..cut]), None);
+            }
+        }
+    }
+
+    #[test]
+    fn extents_that_cannot_be_are_refused() {
+        for ranges in [
+            "4096 4096",
+            "4096 8191",
+            "8192 12288\n4096 8192",
+            "0 20480",
+            "8192 4096",
+            "0 4096 8192",
+            "x 4096",
+        ] {
+            let text = format!("{MAGIC}\nbytes 16384\n{ranges}\nend {}\n", ranges.lines().count());
+            assert_eq!(Extents::parse(&text), None, "{ranges}");
+        }
+        assert_eq!(Extents::parse("pagestitch-extents 2\nbytes 4096\nend 0\n"), None);
+    }
+}
