@@ -70,6 +70,8 @@ tally! {
     delays_injected,
     /// Ranges that were let go of while others touched them.
     let_go,
+    /// Parts of regions whose mappings were split, or merged again.
+    splits,
     /// Ranges that a guest gave back.
     balloons,
     /// Processes that were started meanwhile.

@@ -3,7 +3,7 @@
 use super::Tally;
 use super::sources::{Chaotic, Later};
 use fastrand::Rng;
-use pagestitch::source::{File, Memfd, Pages, UnsealedMemfd};
+use pagestitch::source::{Donated, File, Memfd, Pages, UnsealedMemfd};
 use pagestitch::{Builder, Chunk};
 use std::io;
 use std::ops::Range;
@@ -21,6 +21,8 @@ pub(super) struct Model {
     pub(super) inline: bool,
     /// Whether a page that is let go of can be had again.
     pub(super) again: bool,
+    /// A donation of which the end was laid: its beginning, and the bytes of that.
+    head: Option<(Arc<Donated>, Vec<u8>)>,
 }
 
 impl Model {
@@ -31,7 +33,8 @@ impl Model {
         whole: bool,
         mut builder: Builder,
     ) -> io::Result<(Self, Builder)> {
-        let mut model = Self { bytes: vec![], bad: vec![], chaotic: vec![], inline: true, again: true };
+        let mut model =
+            Self { bytes: vec![], bad: vec![], chaotic: vec![], inline: true, again: true, head: None };
         let largest = if rng.u8(..4) == 0 { 3 << 20 } else { 100_000 };
         for _ in 0..rng.usize(1..20) {
             let len = rng.usize(1..largest);
@@ -66,13 +69,7 @@ impl Model {
                 memfd.file().write_all_at(self.random(rng, len), 0)?;
                 Chunk::from(Memfd::from(memfd.seal()?))
             }
-            2 => {
-                let mut pages = Pages::new(len)?;
-                pages[..len].copy_from_slice(self.random(rng, len));
-                // What moved and was let go is gone; and at the edges they are read.
-                (self.again, self.inline) = (false, false);
-                Chunk::from(pages).range(0..len as u64)
-            }
+            2 => self.donated(rng, len)?,
             3 => {
                 // A file that has a name as long as it is open, and no longer.
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
@@ -85,6 +82,27 @@ impl Model {
             5 => Chunk::fetch(Arc::new(Later(self.chaotic(rng, tally, len)))),
             _ => self.memory(rng, len),
         })
+    }
+
+    /// The end of a donation or, of one whose end was laid before, its beginning: they share a page, as a rule.
+    fn donated(&mut self, rng: &mut Rng, len: usize) -> io::Result<Chunk> {
+        // What moved and was let go is gone; and at the edges they are read.
+        (self.again, self.inline) = (false, false);
+        if let Some((donated, head)) = self.head.take() {
+            self.bytes.extend(&head);
+            return Ok(Chunk::from(donated).range(0..head.len() as u64));
+        }
+        let cut = if rng.bool() { 0 } else { rng.usize(..len) };
+        let mut pages = Pages::new(len)?;
+        let (offset, all) = (self.bytes.len(), self.random(rng, len));
+        pages[..len].copy_from_slice(all);
+        let head = all[..cut].to_vec();
+        self.bytes.drain(offset..offset + cut);
+        let donated = Arc::new(Donated::from(pages));
+        if cut > 0 {
+            self.head = Some((Arc::clone(&donated), head));
+        }
+        Ok(Chunk::from(donated).range(cut as u64..len as u64))
     }
 
     fn memory(&mut self, rng: &mut Rng, len: usize) -> Chunk {

@@ -7,7 +7,7 @@ use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
 use pagestitch_testkit::forked::Forked;
-use pagestitch_testkit::guest::{Guest, let_go};
+use pagestitch_testkit::guest::{Guest, let_go, split};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -202,6 +202,10 @@ fn act(
             6 if !fatal && model.again && ways.events => {
                 let_go(region, range.clone());
                 Tally::count(&tally.let_go, 1);
+            }
+            7 => {
+                split(region, range, rng.u8(..));
+                Tally::count(&tally.splits, 1);
             }
             _ => {
                 let mut read = vec![0; range.len()];
