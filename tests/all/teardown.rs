@@ -1,14 +1,19 @@
 //! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
 
+use crate::zero_copy::memfd;
 use crate::{let_go, pattern, touch, until};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
-use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
+use pagestitch::source::Pages;
+use pagestitch::{Chunk, ErrorKind, How, Inline, Pool, Region};
 use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +34,67 @@ fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
         });
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("read a byte"), "{}", end.said());
+}
+
+/// A region whose addresses are mapped anew as soon as it has gone.
+struct MappedAnew(Option<Region>);
+
+impl Drop for MappedAnew {
+    fn drop(&mut self) {
+        let Some(region) = self.0.take() else { return };
+        let (start, bytes) = (region.as_ptr().addr(), region.len());
+        drop(region);
+        map_zeros(Some(start), bytes);
+    }
+}
+
+/// The thread that waits runs on only after the drop, when its page would be another mapping's.
+#[test]
+fn a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_after_it() {
+    let test = "teardown::a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_after_it";
+    for _ in 0..if child::is_child(test) { 1 } else { 40 } {
+        let end = child::run(test, || {
+            const PAGES: usize = 20;
+            wait_in_dropped(
+                |pool| {
+                    // The threads that are started from here on share a CPU: the one that is woken runs late.
+                    let mut one = CpuSet::new();
+                    one.set(0).unwrap();
+                    let _ = sched_setaffinity(Pid::from_raw(0), &one);
+                    MappedAnew(Region::builder().chunk(pattern(1, PAGES * 4096)).build(pool).ok())
+                },
+                |region| region.0.as_ref().unwrap().as_ptr(),
+            );
+        });
+        assert!(!end.said().contains("read a byte"), "{}", end.said());
+        assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
+    }
+}
+
+/// Maps zeros for good, at the first free addresses, or where it is said if that is free.
+#[expect(unsafe_code, reason = "mmap by an application is part of what is tested")]
+fn map_zeros(start: Option<NonZeroUsize>, bytes: usize) {
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+    let bytes = NonZeroUsize::new(bytes).unwrap();
+    // SAFETY: a new mapping replaces nothing: the address is a hint.
+    unsafe { mmap_anonymous(start, bytes, ProtFlags::PROT_READ, flags) }.unwrap();
+}
+
+/// Regions that were dropped keep their addresses for a moment, and not for good.
+#[test]
+fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
+    let end =
+        child::run("teardown::addresses_of_dropped_regions_are_free_again_where_they_are_short", || {
+            let pool = Pool::builder().workers(1).start().unwrap();
+            let hard = getrlimit(Resource::RLIMIT_AS).unwrap().1;
+            setrlimit(Resource::RLIMIT_AS, 64 << 30, hard).unwrap();
+            for seed in 0..20 {
+                let chunks = [Chunk::from(pattern(seed, 10_000)), Chunk::hole(20 << 30)];
+                let region = Region::builder().chunks(chunks).build(&pool).unwrap();
+                assert_eq!(region.as_slice()[..10_000], pattern(seed, 10_000));
+            }
+        });
+    end.expect_pass();
 }
 
 #[test]
@@ -72,6 +138,7 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
         let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
         until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
         drop(region);
+        slow.open();
     });
 }
 
@@ -137,6 +204,46 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
         assert!(region.as_slice() == bytes, "the parent is served as before");
         assert!(pool.clone().stop().is_err(), "and its pool knows the region");
     });
+    end.expect_pass();
+}
+
+/// The region's addresses, and those of donated pages, stay closed in a child, but for what is shown in place there.
+#[test]
+fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
+    let end =
+        child::run("teardown::a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is", || {
+            const PAGES: usize = 20;
+            let bytes = pattern(9, PAGES * 4096);
+            let pool = Pool::builder().workers(1).start().unwrap();
+            let copied = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+            let shown =
+                || [Chunk::from(vec![7u8; 5 * 4096]), memfd(&bytes).into(), vec![7u8; 5 * 4096].into()];
+            let partly = Region::builder().chunks(shown()).build(&pool).unwrap();
+            let donated = Pages::new(PAGES * 4096).unwrap();
+            let start = |bytes: &[u8]| bytes.as_ptr().expose_provenance();
+            let (first, second, third) =
+                (copied.as_ptr().addr().get(), partly.as_ptr().addr().get(), start(&donated));
+            let in_place = second + 5 * 4096;
+            assert_eq!(partly.plan().runs()[1].how, How::Map);
+            // 0 for what a child finds in place; a signal for the rest.
+            let after_mapping = |address: usize, expected: u8| {
+                Forked::start(move || {
+                    map_zeros(NonZeroUsize::new(address & !4095), 4096);
+                    (0..2000).for_each(|_| map_zeros(None, PAGES * 4096));
+                    i32::from(touch(address) != expected)
+                })
+            };
+            for address in
+                [first, first + (PAGES - 1) * 4096, second, in_place - 1, in_place + PAGES * 4096, third]
+            {
+                let ended = after_mapping(address, 0).end();
+                assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
+            }
+            for at in [0, 4096, (PAGES - 1) * 4096] {
+                assert!(after_mapping(in_place + at, bytes[at]).passes(), "shown in place");
+            }
+            assert!(copied.as_slice() == bytes, "the parent is served as before");
+        });
     end.expect_pass();
 }
 
@@ -277,11 +384,14 @@ fn nothing_is_left_behind() {
         until(|| count("task") <= 2);
         let before = (count("fd"), count("task"), maps());
         (0..20).for_each(|_| round());
-        let after = (count("fd"), maps());
-        assert_eq!(after.0, before.0, "descriptors");
+        assert_eq!(count("fd"), before.0, "descriptors");
         // A thread that has been joined may be listed a moment longer.
         until(|| count("task") <= before.1);
-        assert!(after.1 <= before.2 + 4, "mappings: {} before, {} after", before.2, after.1);
+        // Regions keep their addresses for a moment after their drop.
+        until(|| {
+            drop(Region::builder().chunk(pattern(1, 20_000)).build(&Pool::new().unwrap()));
+            maps() <= before.2 + 4
+        });
     });
     end.expect_pass();
 }

@@ -8,6 +8,7 @@
 //! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
 //! | [`reservation`] | an owned range of addresses behind one bounds check |
 //! | [`limits`] | which limit of the process was in the way of a mapping |
+//! | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
 //! | [`view`] | the one view of a reservation's bytes, and what can be shown in it in place |
 //! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
 //! | [`shared`] | files, memfds and mappings that others may change |
@@ -61,6 +62,7 @@ pub mod pages;
 pub mod physical;
 pub mod process;
 pub mod published;
+pub mod ranges;
 pub mod replace;
 pub mod reservation;
 pub mod rights;

@@ -2,6 +2,7 @@
 
 use crate::fork::Maker;
 use crate::page::{HUGE, PageSize};
+use crate::ranges;
 use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{
@@ -9,8 +10,10 @@ use nix::sys::mman::{
 };
 use std::mem::ManuallyDrop;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Private memory of this process.
 #[derive(Debug)]
@@ -19,6 +22,10 @@ pub(crate) struct Mapping {
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
     maker: Maker,
+    /// Whether children of fork do not have it.
+    hidden: bool,
+    /// Whether threads may wait in it when it is dropped.
+    lingers: AtomicBool,
 }
 
 // SAFETY: the mapping is memory without thread affinity; who may access its bytes is its owners' concern.
@@ -52,8 +59,12 @@ impl Mapping {
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
-        let mapping = Self { start, bytes, maker: Maker::current() };
+        let map = || unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) };
+        let start = match map() {
+            Err(Errno::ENOMEM | Errno::EAGAIN) if ranges::release_all() => map(),
+            answer => answer,
+        }?;
+        let mapping = Self::at_address(start, bytes, Maker::current());
         unlock(mapping.start, mapping.bytes())?;
         Ok(mapping)
     }
@@ -65,7 +76,7 @@ impl Mapping {
         }
         let page = PageSize::system().bytes();
         let roomy = bytes.checked_add(HUGE - page).ok_or(Errno::ENOMEM)?;
-        let Self { start, bytes: all, maker } = *ManuallyDrop::new(Self::closed(roomy)?);
+        let Self { start, bytes: all, maker, .. } = *ManuallyDrop::new(Self::closed(roomy)?);
         let first = start.addr().get().next_multiple_of(HUGE) - start.addr().get();
         let end = first + bytes.get().next_multiple_of(page);
         for edge in
@@ -81,7 +92,7 @@ impl Mapping {
         // SAFETY: the offset is inside the mapping that was just made.
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
         let start = unsafe { start.byte_add(first) };
-        Ok(Self { start, bytes, maker })
+        Ok(Self::at_address(start, bytes, maker))
     }
 
     /// Lets all of it be accessed. `ENOMEM` where writable memory is counted, and there may be no more (`RLIMIT_DATA`,
@@ -95,6 +106,28 @@ impl Mapping {
         unsafe {
             mprotect(self.start, self.bytes(), protection)
         }
+    }
+
+    const fn at_address(start: NonNull<c_void>, bytes: NonZeroUsize, maker: Maker) -> Self {
+        Self { start, bytes, maker, hidden: false, lingers: AtomicBool::new(false) }
+    }
+
+    /// Keeps the mapping from children of `fork(2)`, and its addresses from other mappings there.
+    pub(crate) fn hide_from_children(&mut self) -> Result<(), Errno> {
+        self.advise(MmapAdvise::MADV_DONTFORK)?;
+        ranges::hide(self.addresses());
+        self.hidden = true;
+        Ok(())
+    }
+
+    /// Threads may wait in it from now on: when it is dropped, its addresses are not given to another mapping at once.
+    pub(crate) fn linger(&self) {
+        self.lingers.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        let start = self.start.addr().get();
+        start..start + self.bytes().next_multiple_of(PageSize::system().bytes())
     }
 
     /// Advises the kernel of what is to become of the whole mapping. See `madvise(2)`.
@@ -133,7 +166,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing: the callers' flags do not say where.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
-        Ok(Self { start, bytes, maker: Maker::current() })
+        Ok(Self::at_address(start, bytes, Maker::current()))
     }
 
     /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
@@ -156,7 +189,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }?;
-        Ok(Self { start, bytes, maker: Maker::current() })
+        Ok(Self::at_address(start, bytes, Maker::current()))
     }
 
     pub(crate) const fn start(&self) -> NonNull<c_void> {
@@ -172,6 +205,13 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         if !self.maker.is_current() {
             // A forked child has no such mapping, or a copy that ends with it. Something else may be there by now.
+            return;
+        }
+        if self.hidden {
+            ranges::forget(self.start.addr().get());
+        }
+        if self.lingers.load(Ordering::Relaxed) {
+            ranges::set_aside(self.addresses());
             return;
         }
         // SAFETY: by the field's invariant it is ours, and with the owner gone nobody refers to it.

@@ -53,9 +53,9 @@ impl Pages {
     fn advised(bytes: usize, advice: Option<MmapAdvise>) -> Result<Self, Errno> {
         let whole = PageSize::system().round_up(bytes as u64).and_then(|whole| usize::try_from(whole).ok());
         let whole = NonZeroUsize::new(whole.ok_or(Errno::ENOMEM)?).ok_or(Errno::EINVAL)?;
-        let mapping = Mapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let mut mapping = Mapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
-        mapping.advise(MmapAdvise::MADV_DONTFORK)?;
+        mapping.hide_from_children()?;
         let _ = advice.map(|advice| mapping.advise(advice));
         let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
         let states = Words::new(NonZeroUsize::new(words).expect("has a page"))?;

@@ -11,11 +11,13 @@
 //! A [`Reservation`] is shared with handler threads and knows addresses only; the [`View`] stays with the region
 //! and is the only way to the bytes. Every operation on part of the range passes one bounds check,
 //! [`Reservation::addresses`]. It is not inherited by a forked child (`MADV_DONTFORK`): without the handler, the
-//! child would read zeros.
+//! child would read zeros. Its addresses are closed there, and after its drop they are kept from other mappings for a while
+//! ([`ranges`]).
 
 use crate::limits::ReserveError;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
+use crate::ranges::{self, Served};
 use crate::swap;
 use crate::view::View;
 use nix::errno::Errno;
@@ -71,8 +73,9 @@ impl Reservation {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::met(usize::MAX, Errno::ENOMEM))?;
         let refused = |errno| ReserveError::met(bytes.get(), errno);
-        let mapping = Mapping::closed_aligned(bytes).map_err(refused)?;
-        mapping.advise(MmapAdvise::MADV_DONTFORK).map_err(refused)?;
+        ranges::release_old();
+        let mut mapping = Mapping::closed_aligned(bytes).map_err(refused)?;
+        mapping.hide_from_children().map_err(refused)?;
         let reservation = Arc::new(Self { mapping, page, access });
         let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
@@ -85,7 +88,13 @@ impl Reservation {
     ///
     /// `ENOMEM` where writable memory is counted and there may be no more: [`ReserveError::met`] names the limit.
     pub fn open(&self) -> Result<(), Errno> {
+        self.mapping.linger();
         self.mapping.open(self.access.protection())
+    }
+
+    /// Notes what serves the range: who is about to copy from it asks ([`ranges::served_in`]).
+    pub fn serve(&self, served: Served) {
+        ranges::serve(self.range().start(), served);
     }
 
     /// The size of its pages.

@@ -38,9 +38,9 @@ impl Staging {
     /// The errno of `mmap(2)`: `ENOMEM`.
     pub fn new() -> Result<Self, Errno> {
         let bytes = NonZeroUsize::new(HUGE).expect("a huge page has bytes");
-        let mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let mut mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
-        mapping.advise(MmapAdvise::MADV_DONTFORK)?;
+        mapping.hide_from_children()?;
         // Where there are no huge pages (EINVAL), it is 512 small ones, which move too.
         let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
         Ok(Self { mapping, used: false })

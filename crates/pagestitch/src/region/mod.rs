@@ -72,7 +72,13 @@ use std::sync::Arc;
 /// # System calls
 ///
 /// An ordinary user's region ([`serves_system_calls`](Self::serves_system_calls) is false) cannot hand absent pages to the
-/// kernel: `write(2)` from one is `EFAULT`. [`populate`](Self::populate) first. A forked child has no access to a region.
+/// kernel: `write(2)` from one is `EFAULT`. [`populate`](Self::populate) first.
+///
+/// # Children
+///
+/// A forked child has no access to a region that does not [`serve_children`](Builder::serve_children), but for pages that are shown in
+/// place: a touch is SIGSEGV, and no mapping of the child's comes to lie there. In a child of a raw `clone(2)`, which runs no fork handlers,
+/// the region's addresses are free for other mappings: the child must not use a pointer into the region.
 ///
 /// # Locked memory
 ///
@@ -84,7 +90,8 @@ use std::sync::Arc;
 /// # Drop
 ///
 /// Waits for sources that are being read for it, then gives everything back. A thread that is stopped in the
-/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros.
+/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros: the addresses stay reserved for
+/// another second, or for 10 ms where the process has no others left.
 ///
 /// # Example
 ///
