@@ -19,6 +19,9 @@ pub(crate) enum Peer {
     /// Restore Firecracker guests from a snapshot: their page-fault handler ("backend_type": "Uffd")
     ///
     /// SIGTERM: the memory of each guest is filled, and they go on without a handler; a second one does not wait for that.
+    ///
+    /// SIGKILL, or out of memory: pages that are missing are never filled. Firecracker keeps a descriptor of its userfaultfd, so that a
+    /// guest that touches one waits: end it. A VMM that has closed its own reads zeros: keep one in it, or in a supervisor.
     Firecracker(Options),
 }
 

@@ -18,6 +18,11 @@ use std::sync::Arc;
 /// (`MADV_DONTFORK`, see madvise(2)). Memory of *this* process is always to be kept from them so: `fork(2)` would wait for a worker
 /// that may wait for the allocator, which `fork(2)` holds.
 ///
+/// **If this process dies** (SIGKILL, out of memory), nothing is filled or poisoned any more, and the kernel gives the userfaultfd up
+/// with its last descriptor: a page that is missing then *reads as zeros*, in silence. As long as there is another descriptor, a thread
+/// that touches such a page waits instead. So the owner keeps a descriptor of its own open for as long as it has the memory, or a
+/// supervisor does, which fills or poisons what is missing, or ends the owner.
+///
 /// An owner that locks its memory (`mlockall(MCL_FUTURE)`) has pages populated with zeros when it maps them, and these never fault: it has
 /// to map the memory `PROT_NONE`, `munlock(2)` and register it, and make it accessible only then.
 #[derive(Debug)]
