@@ -3,8 +3,8 @@
 //! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX socket, and touches its memory
 //! from threads, as virtual CPUs do. What is touched before anybody serves waits.
 
+use crate::memory::Split;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::libc;
 use nix::sys::mman::{
     MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, mremap, munlock,
     munmap,
@@ -314,6 +314,11 @@ impl Guest {
         self.move_more(range)
     }
 
+    /// Splits its mapping around some pages, which changes no byte of them.
+    pub fn split(&self, offset: usize, bytes: usize, how: Split) {
+        how.at(self.at(offset), bytes);
+    }
+
     fn at(&self, offset: usize) -> NonNull<c_void> {
         let range =
             self.ranges.iter().find(|range| (range.offset..range.offset + range.bytes).contains(&offset));
@@ -338,31 +343,6 @@ pub fn let_go(region: &pagestitch::Region, bytes: std::ops::Range<usize>) {
     // SAFETY: whole pages of a region, which holds the same bytes again once they are touched; until then who reads waits.
     #[expect(unsafe_code, reason = "madvise")]
     let _ = unsafe { madvise(address.cast(), end - start, MmapAdvise::MADV_DONTNEED) };
-}
-
-/// Splits the mapping of a region, or has its parts merge again, as calls of an application on a part of it do: `madvise`, `mlock2`,
-/// `munlock`. What the kernel refuses is left.
-///
-/// # Panics
-///
-/// If the bytes are not inside the region.
-pub fn split(region: &pagestitch::Region, bytes: std::ops::Range<usize>, way: u8) {
-    assert!(bytes.end <= region.len(), "inside");
-    let page = PageSize::system().bytes();
-    let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
-    if start >= end {
-        return;
-    }
-    let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
-    let (number, argument) = match way % 4 {
-        0 => (libc::SYS_madvise, libc::MADV_RANDOM as i64),
-        1 => (libc::SYS_madvise, libc::MADV_NORMAL as i64),
-        2 => (libc::SYS_mlock2, libc::MLOCK_ONFAULT as i64),
-        _ => (libc::SYS_munlock, 0),
-    };
-    // SAFETY: whole pages of a region, of which none of these calls changes a byte.
-    #[expect(unsafe_code, reason = "system calls on an address")]
-    let _ = unsafe { libc::syscall(number, address.as_ptr(), end - start, argument) };
 }
 
 impl Drop for Guest {

@@ -4,14 +4,18 @@
 //! | file | what |
 //! |---|---|
 //! | `model` | a random list of chunks, the bytes that it has to show, and which of them may fail |
+//! | `locked` | memory that the process locks, by then or meanwhile |
+//! | `stopped` | a process that is stopped and continued while its faults have a time limit |
 //! | `kernel` | answers of the kernel that are injected, in a build for that |
 //! | `sources` | sources that fail, panic, drop requests, and take their time, as declared |
 //! | `round` | one region: built, touched from several threads, let go of, dropped |
 
 mod kernel;
+mod locked;
 mod model;
 mod round;
 mod sources;
+mod stopped;
 
 use clap::Args;
 use kernel::Answers;
@@ -35,6 +39,9 @@ pub(crate) struct Options {
     /// Only this round, again and again: to repeat what an earlier run has found
     #[arg(long, value_name = "N", requires = "seed")]
     round: Option<u64>,
+    /// The life of a process that is stopped and continued: this command starts it
+    #[arg(long, hide = true, requires = "seed")]
+    stopped: bool,
 }
 
 macro_rules! tally {
@@ -70,8 +77,6 @@ tally! {
     delays_injected,
     /// Ranges that were let go of while others touched them.
     let_go,
-    /// Parts of regions whose mappings were split, or merged again.
-    splits,
     /// Ranges that a guest gave back.
     balloons,
     /// Processes that were started meanwhile.
@@ -80,6 +85,20 @@ tally! {
     children,
     /// Pages that were healed.
     healed,
+    /// Times that all memory of the process was locked.
+    locked,
+    /// Rounds that would have locked it, in a process that may not.
+    locked_skipped,
+    /// Calls on a part of a region that split its mapping.
+    splits,
+    /// Donations whose chunks lie in another order, and share pages.
+    donated_rotations,
+    /// Parts of memfds of huge pages.
+    hugetlb_parts,
+    /// Those that could not be had: there are no huge pages (vm.nr_hugepages).
+    hugetlb_parts_skipped,
+    /// Times that a process with a time limit was stopped.
+    stopped,
 }
 
 impl Tally {
@@ -92,6 +111,9 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     pagestitch::Support::probe().features()?;
     let time = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
     let seed = options.seed.unwrap_or_else(time);
+    if options.stopped {
+        return Ok(stopped::live(seed)?);
+    }
     // What sources do on purpose is not to be told of each time.
     std::panic::set_hook(Box::new(|panic| {
         if panic.payload_as_str().is_none_or(|said| said != sources::ON_PURPOSE) {

@@ -5,6 +5,7 @@ use super::sources::{Chaotic, Later};
 use fastrand::Rng;
 use pagestitch::source::{Donated, File, Memfd, Pages, UnsealedMemfd};
 use pagestitch::{Builder, Chunk};
+use pagestitch_testkit::memory::huge_memfd;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -35,10 +36,21 @@ impl Model {
     ) -> io::Result<(Self, Builder)> {
         let mut model =
             Self { bytes: vec![], bad: vec![], chaotic: vec![], inline: true, again: true, head: None };
-        let largest = if rng.u8(..4) == 0 { 3 << 20 } else { 100_000 };
-        for _ in 0..rng.usize(1..20) {
+        // Few large ones, some, or so many that whole blocks are gathered of them.
+        let (most, largest) = match rng.u8(..8) {
+            0 | 1 => (20, 3 << 20),
+            2 => (2000, 4000),
+            _ => (20, 100_000),
+        };
+        if rng.u8(..8) == 0 {
+            // First, where it is at the same place in a huge page of both.
+            builder = builder.chunks(model.huge_part(rng, tally));
+        }
+        for _ in 0..rng.usize(1..most) {
             let len = rng.usize(1..largest);
-            builder = builder.chunk(model.chunk(rng, tally, len)?);
+            // So many of memory and holes only: each donation is a mapping, and each failing source takes its time.
+            let kind = if most > 20 { [HOLE, MEMORY, MEMORY][rng.usize(..3)] } else { rng.u8(..KINDS) };
+            builder = builder.chunks(model.chunk(rng, tally, kind, len)?);
         }
         let ragged = model.bytes.len() % PAGE;
         if whole && ragged > 0 {
@@ -58,9 +70,10 @@ impl Model {
         self.chaotic.iter().for_each(|source| source.mended.store(true, Ordering::Relaxed));
     }
 
-    fn chunk(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> io::Result<Chunk> {
-        Ok(match rng.u8(..9) {
-            0 => {
+    /// A chunk, or several of one donation.
+    fn chunk(&mut self, rng: &mut Rng, tally: &Arc<Tally>, kind: u8, len: usize) -> io::Result<Vec<Chunk>> {
+        Ok(vec![match kind {
+            HOLE => {
                 self.bytes.resize(self.bytes.len() + len, 0);
                 Chunk::hole(len as u64)
             }
@@ -80,8 +93,58 @@ impl Model {
             }
             4 => Chunk::source(self.chaotic(rng, tally, len)),
             5 => Chunk::fetch(Arc::new(Later(self.chaotic(rng, tally, len)))),
+            6 => return self.rotation(rng, tally, len),
             _ => self.memory(rng, len),
-        })
+        }])
+    }
+
+    /// Parts of one donation, cut anywhere, in another order than theirs.
+    fn rotation(&mut self, rng: &mut Rng, tally: &Tally, len: usize) -> io::Result<Vec<Chunk>> {
+        Tally::count(&tally.donated_rotations, 1);
+        let start = self.bytes.len();
+        let bytes = self.random(rng, len).to_vec();
+        let mut pages = Pages::new(len)?;
+        pages[..len].copy_from_slice(&bytes);
+        let mut ends: Vec<usize> = (0..rng.usize(1..6)).map(|_| rng.usize(..len)).chain([0, len]).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let mut parts: Vec<Range<usize>> = ends.windows(2).map(|ends| ends[0]..ends[1]).collect();
+        let by = rng.usize(..parts.len());
+        if rng.bool() {
+            parts.rotate_left(by)
+        } else {
+            rng.shuffle(&mut parts)
+        }
+        self.bytes.truncate(start);
+        (self.again, self.inline) = (false, false);
+        let (donated, aligned) = (Arc::new(Donated::from(pages)), rng.bool());
+        let mut chunks = Vec::new();
+        for part in parts {
+            // A page moves only to the same place in a page.
+            let gap = (part.start + PAGE - self.bytes.len() % PAGE) % PAGE;
+            chunks.extend((aligned && gap > 0).then(|| self.memory(rng, gap)));
+            self.bytes.extend(&bytes[part.clone()]);
+            chunks.push(Chunk::from(Arc::clone(&donated)).range(part.start as u64..part.end as u64));
+        }
+        Ok(chunks)
+    }
+
+    /// A part of a memfd of huge pages, which ends inside one; none where there are no huge pages.
+    fn huge_part(&mut self, rng: &mut Rng, tally: &Tally) -> Option<Chunk> {
+        let (start, len) = (self.bytes.len(), rng.usize(1..4 << 20));
+        let len = if rng.bool() { len.next_multiple_of(PAGE) } else { len };
+        let memfd = huge_memfd(self.random(rng, len));
+        match memfd.and_then(|memfd| Memfd::from_fd(memfd).map_err(io::Error::other)) {
+            Ok(memfd) => {
+                Tally::count(&tally.hugetlb_parts, 1);
+                Some(Chunk::from(memfd).range(0..len as u64))
+            }
+            Err(_) => {
+                Tally::count(&tally.hugetlb_parts_skipped, 1);
+                self.bytes.truncate(start);
+                None
+            }
+        }
     }
 
     /// The end of a donation or, of one whose end was laid before, its beginning: they share a page, as a rule.
@@ -152,3 +215,6 @@ impl Model {
 }
 
 pub(super) const PAGE: usize = 4096;
+const HOLE: u8 = 0;
+const MEMORY: u8 = 9;
+const KINDS: u8 = 10;

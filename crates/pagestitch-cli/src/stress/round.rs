@@ -2,12 +2,15 @@
 
 use super::Tally;
 use super::kernel::Answers;
+use super::locked::Locked;
 use super::model::{Model, PAGE};
+use super::stopped;
 use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
 use pagestitch_testkit::forked::Forked;
-use pagestitch_testkit::guest::{Guest, let_go, split};
+use pagestitch_testkit::guest::{Guest, let_go};
+use pagestitch_testkit::memory::Split;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::process::Command;
@@ -19,7 +22,12 @@ type Wrong = String;
 
 pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) -> Result<(), Wrong> {
     let mut rng = Rng::with_seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round);
+    if rng.u8(..) == 0 {
+        return stopped::run(rng.u64(..), tally).map_err(|wrong| format!("round {round}: {wrong}"));
+    }
     let adopted = rng.u8(..4) == 0;
+    // The owner of adopted memory has to register it before the kernel populates it: a matter of that owner.
+    let locked = if adopted { None } else { Some(Locked::begin(&mut rng, tally)) };
     let builder = Region::builder().name(format!("round {round}"));
     let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
     let builder = if rng.u8(..4) == 0 { builder.timed() } else { builder };
@@ -40,7 +48,7 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
         let region = builder.build(serving.server()).map_err(|error| told(&error))?;
         touch(
             &mut rng,
-            (&region, Ways { events: !serving.is_inline(), answers, children }),
+            (&region, Ways { events: !serving.is_inline(), answers, children, locked: locked.as_ref() }),
             &model,
             tally,
             pulse,
@@ -54,12 +62,14 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
 
 /// What is possible in a round.
 #[derive(Debug, Clone, Copy)]
-struct Ways {
+struct Ways<'a> {
     /// Who serves is told of what is let go.
     events: bool,
     answers: Answers,
     /// Forked children have the region.
     children: bool,
+    /// What is locked meanwhile.
+    locked: Option<&'a Locked>,
 }
 
 /// Whether this process may, on this kernel.
@@ -133,7 +143,7 @@ fn seated(mut seat: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
 
 fn touch(
     rng: &mut Rng,
-    (region, ways): (&Region, Ways),
+    (region, ways): (&Region, Ways<'_>),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -147,6 +157,7 @@ fn touch(
                 scope.spawn(move || act(&mut rng, (region, ways), model, tally, pulse))
             })
             .collect();
+        ways.locked.iter().for_each(|locked| locked.meanwhile(tally));
         if forks {
             Tally::count(&tally.forks, 1);
             let _ = Command::new("true").status();
@@ -181,7 +192,7 @@ fn touch(
 
 fn act(
     rng: &mut Rng,
-    (region, ways): (&Region, Ways),
+    (region, ways): (&Region, Ways<'_>),
     model: &Model,
     tally: &Tally,
     pulse: &AtomicU64,
@@ -191,7 +202,7 @@ fn act(
         let range = range(rng, model.bytes.len());
         // Where any page may be bad, to touch one is a signal.
         let fatal = ways.answers == Answers::Fatal;
-        match rng.u8(..10) {
+        match rng.u8(..11) {
             0..5 if !fatal && !model.may_fail(&range) => {
                 verify(&region.as_slice()[range.clone()], &range, model, tally)?;
             }
@@ -203,8 +214,8 @@ fn act(
                 let_go(region, range.clone());
                 Tally::count(&tally.let_go, 1);
             }
-            7 => {
-                split(region, range, rng.u8(..));
+            7 if rng.bool() => {
+                split(rng).region(region, range);
                 Tally::count(&tally.splits, 1);
             }
             _ => {
@@ -220,8 +231,17 @@ fn act(
     Ok(())
 }
 
+/// A call that splits a mapping.
+fn split(rng: &mut Rng) -> Split {
+    match rng.u8(..6) {
+        0 => Split::Protect,
+        1 | 2 => Split::Lock(rng.bool()),
+        _ => Split::Advise(rng.bool()),
+    }
+}
+
 /// A forked child looks at what cannot fail.
-fn look(rng: &mut Rng, region: &Region, ways: Ways, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+fn look(rng: &mut Rng, region: &Region, ways: Ways<'_>, model: &Model, tally: &Tally) -> Result<(), Wrong> {
     for _ in 0..10 {
         let range = range(rng, model.bytes.len());
         if ways.answers != Answers::Fatal && !model.may_fail(&range) {
@@ -370,6 +390,13 @@ fn run_cpu(
             guest.balloon(page * PAGE, PAGE).map_err(|error| format!("a balloon fails: {error}"))?;
             gone[page].store(1, Ordering::SeqCst);
             Tally::count(&tally.balloons, 1);
+        }
+        if rng.u8(..12) == 0 {
+            // Not locked: a balloon takes no locked pages.
+            let how = if rng.u8(..4) == 0 { Split::Protect } else { Split::Advise(rng.bool()) };
+            let first = rng.usize(..gone.len());
+            guest.split(first * PAGE, PAGE, how);
+            Tally::count(&tally.splits, 1);
         }
         let before = gone[page].load(Ordering::SeqCst);
         let at = page * PAGE + rng.usize(..PAGE);

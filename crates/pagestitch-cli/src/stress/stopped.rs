@@ -1,0 +1,98 @@
+//! A process that is stopped and continued while its pool has a time limit: no page of a healthy source may be given up.
+//!
+//! The process is a child, which runs this command again: a shell would take a stopped parent for a suspended job.
+
+use super::Tally;
+use super::model::PAGE;
+use fastrand::Rng;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pagestitch::{Chunk, Pool, Readahead, Region, Source};
+use std::io;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Starts a child, and stops it for longer than its limit, several times.
+pub(super) fn run(seed: u64, tally: &Tally) -> Result<(), String> {
+    let told = |what: &str, error: &dyn std::fmt::Display| format!("a stopped process: {what}: {error}");
+    let program = std::env::current_exe().map_err(|error| told("cannot find this program", &error))?;
+    let mut command = Command::new(program);
+    command.args(["stress", "--stopped", "--seed", &seed.to_string()]).stdin(Stdio::null());
+    let child = command.spawn().map_err(|error| told("cannot start it", &error))?;
+    let mut child = Killed(child);
+    let pid = Pid::from_raw(child.0.id().cast_signed());
+    for _ in 0..STOPS {
+        thread::sleep(LIMIT / 2);
+        kill(pid, Signal::SIGSTOP).map_err(|error| told("cannot stop it", &error))?;
+        thread::sleep(LIMIT * 2);
+        kill(pid, Signal::SIGCONT).map_err(|error| told("cannot continue it", &error))?;
+        Tally::count(&tally.stopped, 1);
+    }
+    let ended = child.0.wait().map_err(|error| told("cannot wait for it", &error))?;
+    if ended.success() { Ok(()) } else { Err(told("its sources answer in time, and it ended with", &ended)) }
+}
+
+/// A child that does not outlive the round.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The life of the child: threads that touch pages of a healthy source, under a limit.
+pub(super) fn live(seed: u64) -> Result<(), String> {
+    let told = |error: pagestitch::Error| error.to_string();
+    let ended = Instant::now() + (LIMIT / 2 + LIMIT * 2) * STOPS + LIMIT;
+    let pool = Pool::builder().workers(4).give_up_after(LIMIT).start().map_err(told)?;
+    let mut rng = Rng::with_seed(seed);
+    while Instant::now() < ended {
+        let builder = Region::builder().name("stopped").readahead(Readahead::None);
+        let region = builder.chunk(Chunk::source(Arc::new(Slow))).build(&pool).map_err(told)?;
+        thread::scope(|scope| {
+            for _ in 0..THREADS {
+                let (mut rng, region) = (rng.fork(), &region);
+                scope.spawn(move || {
+                    for _ in 0..TOUCHES {
+                        let page = rng.usize(..PAGES);
+                        assert_eq!(region.as_slice()[page * PAGE], byte_of(page), "page {page}");
+                    }
+                });
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Pages that take a moment each.
+struct Slow;
+
+impl Source for Slow {
+    fn size(&self) -> u64 {
+        (PAGES * PAGE) as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        thread::sleep(MOMENT);
+        for (index, page) in into.chunks_mut(PAGE).enumerate() {
+            page.fill(byte_of(offset as usize / PAGE + index));
+        }
+        Ok(())
+    }
+}
+
+const fn byte_of(page: usize) -> u8 {
+    (page % 251) as u8 + 1
+}
+
+/// Of a fault; a healthy one takes a thirtieth of it.
+const LIMIT: Duration = Duration::from_millis(300);
+const MOMENT: Duration = Duration::from_millis(5);
+const STOPS: u32 = 3;
+const THREADS: usize = 4;
+const TOUCHES: usize = 40;
+const PAGES: usize = 1000;
