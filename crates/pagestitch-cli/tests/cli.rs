@@ -490,3 +490,14 @@ fn first_touches_are_recorded_and_replayed() {
     let said = complaint(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
     assert!(said.contains("--copy"), "{said}");
 }
+
+#[test]
+fn a_second_of_stress_finds_nothing_and_counts_what_it_did() {
+    let said = out(&pagestitch(Path::new("/"), &["stress", "--seconds", "1", "--seed", "5", "--json"]));
+    let counts: Value = serde_json::from_str(&said).unwrap();
+    assert!(counts["regions"].as_u64() > Some(0) && counts["bytes_verified"].as_u64() > Some(0), "{said}");
+    let counted = |name: &str| counts[name].is_u64();
+    let parts =
+        ["locked", "locked_skipped", "splits", "donated_rotations", "hugetlb_parts", "hugetlb_parts_skipped"];
+    assert!(parts.into_iter().chain(["stopped"]).all(counted), "{said}");
+}
