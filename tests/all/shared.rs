@@ -325,3 +325,56 @@ fn bytes_are_copied_where_the_kernel_may_not_copy_between_processes() {
     });
     end.expect_pass();
 }
+
+/// A file system whose disk fails, and a file in it of which nothing was read yet.
+struct FailingDisk {
+    folder: tempfile::TempDir,
+}
+
+impl FailingDisk {
+    fn of(bytes: &[u8]) -> Option<Self> {
+        use std::process::Command;
+        let folder = tempfile::tempdir().unwrap();
+        let (disk, mounted) = (folder.path().join("disk"), folder.path().join("mounted"));
+        std::fs::create_dir(&mounted).unwrap();
+        File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+        let done = |command: &mut Command| command.output().is_ok_and(|output| output.status.success());
+        let mount = |options| done(Command::new("mount").args(["-o", options]).arg(&disk).arg(&mounted));
+        let unmount = || done(Command::new("umount").arg(&mounted));
+        let made = done(Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^has_journal"]).arg(&disk));
+        if !made || !mount("loop") {
+            return None;
+        }
+        std::fs::write(mounted.join("file"), bytes).unwrap();
+        (unmount() && mount("loop,ro")).then_some(Self { folder })
+    }
+
+    fn file(&self) -> std::path::PathBuf {
+        self.folder.path().join("mounted/file")
+    }
+
+    /// From now on, what was not read yet is an error.
+    fn fail(&self) {
+        File::options().write(true).open(self.folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
+    }
+}
+
+impl Drop for FailingDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.folder.path().join("mounted"), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn an_error_of_the_disk_behind_a_file_is_told_as_it_is() {
+    let Some(disk) = FailingDisk::of(&pattern(11, 4 << 20)) else {
+        return println!("SKIPPED: no file system can be made and mounted here");
+    };
+    let file = SharedFile::open(disk.file(), Access::ReadOnly).unwrap();
+    let region = Region::builder().chunk(file).build_shared(&Pool::new().unwrap()).unwrap();
+    disk.fail();
+    let error = region.read_at(2 << 20, &mut [0; PAGE]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Source);
+    assert!(error.to_string().contains("nput/output error"), "{error}");
+    assert!(!error.to_string().contains("shorter"), "{error}");
+}

@@ -172,7 +172,8 @@ fn why_copied(
     let huge = granule.bytes() > page.bytes();
     let whole = page.covering(&granule.offsets(granule.inside(&offsets)));
     let all = page.covering(&offsets);
-    let refused = served.refused.iter().find(|(span, _)| span.first < all.end() && all.first < span.end());
+    let next = served.refused.partition_point(|(span, _)| span.end() <= all.first);
+    let refused = served.refused.get(next).filter(|(span, _)| span.first < all.end());
     if served.place.adopted().is_some() {
         "somebody else's memory: copied into it"
     } else if !is_aligned(granule, offsets.start, served.layout.source_offset(chunk)) {

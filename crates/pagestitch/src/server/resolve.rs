@@ -350,7 +350,7 @@ fn refusal(outcome: Outcome) -> io::Error {
             io::Error::other("the page is not mapped any more: somebody unmapped or moved part of the region")
         }
         Outcome::SourceUnreadable => io::Error::other(
-            "the source's memory cannot be read: unmapped, past a truncated file's end, or not filled (EFAULT)",
+            "the source's memory cannot be read: unmapped, past a truncated file's end, an I/O error of a mapped file, or not filled (EFAULT)",
         ),
         Outcome::Busy => Errno::EBUSY.into(),
         Outcome::Refused(errno) => errno.into(),
