@@ -100,7 +100,8 @@ pub(crate) fn ask_the_kernel(address: usize) -> Result<usize, Errno> {
 /// got an error.
 fn are_given_up(region: &Region, pages: usize) -> bool {
     let start = region.as_ptr().expose_provenance().get();
-    let ask = |page: usize| thread::spawn(move || ask_the_kernel(start + page * PAGE).is_err());
+    let small = || thread::Builder::new().stack_size(64 << 10);
+    let ask = |page: usize| small().spawn(move || ask_the_kernel(start + page * PAGE).is_err()).unwrap();
     let threads: Vec<_> = (0..pages).map(ask).collect();
     let started = Instant::now();
     let given_up = || region.metrics().faults_given_up as usize;
@@ -148,6 +149,25 @@ fn faults_that_no_worker_is_left_for_are_given_up() {
 #[test]
 fn faults_that_wait_for_a_regions_limit_are_given_up() {
     five_hang(Pool::builder().workers(3), false, |builder| builder.in_flight(1));
+}
+
+/// As many wait as a queue has room for, and more. The thread that reads them may not make room.
+#[test]
+fn more_faults_than_can_be_queued_of_a_region_that_serves_children_are_given_up() {
+    if !waits_in_the_kernel() {
+        return;
+    }
+    let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(500));
+    let pool = pool.start().unwrap();
+    let source = Arc::new(Scripted::new(1100 * PAGE as u64).waiting(0..u64::MAX));
+    let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
+    let region = match builder.serve_children().build(&pool) {
+        Ok(region) => region,
+        Err(error) => return println!("SKIPPED: {error}"),
+    };
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 1100)));
+    source.open();
+    assert!(all.expect("all faults are given up"), "each waiter got an error");
 }
 
 /// A source that keeps what it is asked for, and answers when it is dropped.

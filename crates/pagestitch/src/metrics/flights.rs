@@ -27,7 +27,7 @@ struct Place {
     page: AtomicU64,
     /// The thread that waits, by the kernel's number; 0 where that is not known.
     thread: AtomicU32,
-    /// What was done about it: [`TOLD`], [`GIVEN_UP`].
+    /// What was done about it: [`TOLD`], [`GIVEN_UP`], [`LEFT`].
     done: AtomicU8,
     /// The fault that the watchdog has seen here, by its `since`, and for how long it has watched it.
     watched: AtomicU64,
@@ -164,6 +164,20 @@ impl Flights {
         before & what == 0 && is_same
     }
 
+    /// There is no room in a queue for a fault: the watchdog is to [take](Self::take_left) it.
+    pub(super) fn leave(&self, place: usize) {
+        self.place(place).done.fetch_or(LEFT, Ordering::Release);
+    }
+
+    /// The faults that were left: their pages, the threads that wait, and their places.
+    pub(super) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
+        self.all().filter_map(|(number, _, place)| {
+            let left = place.done.fetch_and(!LEFT, Ordering::Acquire) & LEFT > 0;
+            let page = Page(place.page.load(Ordering::Relaxed) as usize);
+            left.then_some((page, place.thread.load(Ordering::Relaxed), number))
+        })
+    }
+
     /// Takes back that something was done about it.
     pub(super) fn undo(&self, fault: &Overdue, what: u8) {
         self.place(fault.place).done.fetch_and(!what, Ordering::Relaxed);
@@ -234,6 +248,7 @@ fn nanoseconds(moment: Instant) -> u64 {
 
 pub(super) const TOLD: u8 = 1;
 pub(super) const GIVEN_UP: u8 = 2;
+const LEFT: u8 = 4;
 const GROUP: usize = u64::BITS as usize;
 /// 131,008 places: more than there are threads in a process to wait in them.
 const SEGMENTS: usize = 11;
@@ -279,7 +294,7 @@ mod tests {
             let place = flight.keep();
             assert_eq!(flights.count(), 1);
             flights.land(place);
-            assert!(flights.count() == 0 && !flights.first(&fault, 4), "it has landed");
+            assert!(flights.count() == 0 && !flights.first(&fault, TOLD), "it has landed");
         }
     }
 
@@ -308,6 +323,15 @@ mod tests {
         assert_eq!((flights.count(), begin(&flights, 1)), (0, 0));
         flights.land_all();
         assert_eq!(flights.count(), 0);
+    }
+
+    #[test]
+    fn a_fault_that_was_left_is_taken_once() {
+        let flights = Flights::new();
+        let [_, left] = [7, 9].map(|page| begin(&flights, page));
+        flights.leave(left);
+        assert_eq!(flights.take_left().collect::<Vec<_>>(), [(Page(9), 42, left)]);
+        assert_eq!((flights.take_left().count(), flights.count()), (0, 2));
     }
 
     #[test]

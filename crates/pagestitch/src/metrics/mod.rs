@@ -117,6 +117,16 @@ impl Counters {
         self.flights.watch(passed, limit)
     }
 
+    /// There is no room in a queue for a fault.
+    pub(crate) fn leave(&self, place: usize) {
+        self.flights.leave(place);
+    }
+
+    /// The faults that were left: their pages, the threads that wait, and their places.
+    pub(crate) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
+        self.flights.take_left()
+    }
+
     /// No fault is served any more.
     pub(crate) fn land_all(&self) {
         self.flights.land_all();

@@ -33,7 +33,7 @@ use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -386,6 +386,8 @@ pub(super) struct Shared {
     pub(super) slow: Slow,
     /// Which workers there are.
     pub(super) crew: Crew,
+    /// There are faults that no queue has room for.
+    pub(super) left: AtomicBool,
     threads: Mutex<Threads>,
     pub(super) name: String,
     places: Places,
@@ -439,6 +441,7 @@ impl Shared {
             ahead,
             slow,
             crew,
+            left: AtomicBool::new(false),
             threads: Mutex::default(),
             name,
             places: places.clone(),
@@ -484,11 +487,18 @@ impl Shared {
         self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
     }
 
-    /// Hands a fault on, or lets whoever waits fault again, where too many wait for a worker.
-    pub(super) fn hand_on_or_wake(&self, region: &Arc<Served>, asked: Asked) {
-        if self.hand_on(Handed::new(region, asked)).is_err() {
-            region.counters.land(asked.place);
-            region.wake(asked.page.span());
+    /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
+    pub(super) fn hand_on_or_leave(&self, region: &Arc<Served>, asked: Asked) {
+        if self.hand_on(Handed::new(region, asked)).is_ok() {
+            return;
+        }
+        match asked.place {
+            Some(place) => {
+                region.counters.leave(place);
+                self.left.store(true, Ordering::SeqCst);
+            }
+            // The waiter faults again.
+            None => region.wake(asked.page.span()),
         }
     }
 

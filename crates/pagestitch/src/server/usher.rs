@@ -111,7 +111,7 @@ impl Usher {
         let again = region.read_events(batch, &mut |news| shared.pass_on(region, news));
         let read = Instant::now();
         for asked in batch.faults().iter().filter_map(|fault| asked_of(region, fault, read)) {
-            shared.hand_on_or_wake(region, asked);
+            shared.hand_on_or_leave(region, asked);
         }
         shared.ring_all(batch.faults().len() as u64);
         again

@@ -16,6 +16,7 @@ use crate::metrics::Overdue;
 use crate::region::Served;
 use crate::region::page_table::{Unclaimed, Wake};
 use crate::server::crew::{BOUND, Look, Seen};
+use crate::server::fault::Asked;
 use crate::server::pool::Shared;
 use crate::server::resolve::{Stopped, fail, poison};
 use crate::server::worker::{AbortOnPanic, Handed, asked_of};
@@ -141,7 +142,8 @@ impl Watchdog {
         let short = !posts.into_iter().all(|post| self.replace(post));
         self.tell_shortage(short, look);
         self.last_resort(look);
-        if short || !self.read.is_empty() {
+        let left = self.shared.left.swap(false, Ordering::SeqCst);
+        if short || left || !self.read.is_empty() {
             self.read_all();
         } else if self.quiet >= QUIET && self.shared.crew.doze() {
             self.quiet = 0;
@@ -193,14 +195,15 @@ impl Watchdog {
     /// Reads the faults of all regions, and queues them: where no worker is left to read them, they would not be known.
     fn read_all(&mut self) {
         for door in self.shared.regions() {
-            // Another thread reads the events of a region whose children are served.
-            let Some(region) = door.enter().filter(|region| region.family.is_none()) else { continue };
-            let again = region.read_events(&mut self.batch, &mut |news| region.hear(news));
-            let read = Instant::now();
-            let asked = self.batch.faults().iter().filter_map(|fault| asked_of(&region, fault, read));
-            self.read.extend(asked.map(|asked| Handed::new(&region, asked)));
-            if again || self.batch.is_full() {
-                self.shared.look_again(&self.shared.epolls()[0], &region);
+            let Some(region) = door.enter() else { continue };
+            if region.family.is_none() {
+                self.read_one(&region);
+            } else {
+                // The usher has read its events.
+                let read = Instant::now();
+                let asked = |(page, thread, place)| Asked { page, read, thread, place: Some(place) };
+                let left = region.counters.take_left().map(asked);
+                self.read.extend(left.map(|asked| Handed::new(&region, asked)));
             }
         }
         // Children that are to be served, too, wait for a worker.
@@ -214,6 +217,16 @@ impl Watchdog {
             handed += 1;
         }
         self.shared.ring_all(handed);
+    }
+
+    fn read_one(&mut self, region: &Arc<Served>) {
+        let again = region.read_events(&mut self.batch, &mut |news| region.hear(news));
+        let read = Instant::now();
+        let asked = self.batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
+        self.read.extend(asked.map(|asked| Handed::new(region, asked)));
+        if again || self.batch.is_full() {
+            self.shared.look_again(&self.shared.epolls()[0], region);
+        }
     }
 }
 
