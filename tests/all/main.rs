@@ -23,6 +23,7 @@ mod manual;
 mod memory;
 mod metering;
 mod mixed;
+mod nesting;
 mod peers;
 mod readahead;
 mod reading;

@@ -1,5 +1,6 @@
 //! A region costs what is used of it, not what it spans.
 
+use crate::zero_copy::memfd;
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Pool, Region};
 use pagestitch_testkit::child;
@@ -22,6 +23,40 @@ fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
         assert!(resident_kib() < before + 1024, "a few pages were touched");
     });
     end.expect_pass();
+}
+
+/// The kernel walks all addresses of what it dumps: half a minute for a tebibyte of holes.
+#[test]
+fn a_region_is_left_out_of_core_dumps_unless_it_is_asked_for() {
+    let end = child::run("scale::a_region_is_left_out_of_core_dumps_unless_it_is_asked_for", || {
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let chunks = || [Chunk::hole(1 << 30), memfd(&[5; 8192]).into(), vec![1u8; 100].into()];
+        let region = Region::builder().chunks(chunks()).build(&pool).unwrap();
+        assert!(parts(&region).len() > 1, "a part is shown in place");
+        assert!(parts(&region).iter().all(|flags| flags.contains(" dd")), "{:?}", parts(&region));
+        let dumped = Region::builder().chunks(chunks()).dumped().build(&pool).unwrap();
+        assert!(parts(&dumped).iter().all(|flags| !flags.contains(" dd")), "{:?}", parts(&dumped));
+    });
+    end.expect_pass();
+}
+
+/// The kernel's flags of each mapping of a region.
+fn parts(region: &Region) -> Vec<String> {
+    let maps = fs::read_to_string("/proc/self/smaps").unwrap();
+    let start = region.as_ptr().addr().get();
+    let mut inside = false;
+    let mut parts = Vec::new();
+    for line in maps.lines() {
+        let first = line.split(['-', ' ']).next().and_then(|first| usize::from_str_radix(first, 16).ok());
+        match (first, line.strip_prefix("VmFlags:")) {
+            (Some(address), _) if line.contains('-') => {
+                inside = (start..start + region.len()).contains(&address);
+            }
+            (_, Some(flags)) if inside => parts.push(flags.to_owned()),
+            _ => {}
+        }
+    }
+    parts
 }
 
 #[test]

@@ -65,16 +65,18 @@ pub(crate) fn serve(start: usize, served: Served) {
     }
 }
 
-/// The served ranges that some addresses lie in.
+/// The served ranges that any of some addresses lie in, each with the number that comes with these.
 #[must_use]
-pub fn served_in(addresses: Range<usize>) -> Vec<Served> {
+pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> Vec<(usize, Served)> {
     let ranges = lock();
-    let below = ranges.hidden.range(..addresses.end).rev();
-    // Ranges do not overlap: the first that ends before the addresses begin is the last to look at.
-    below
-        .take_while(|(_, hidden)| hidden.end > addresses.start)
-        .filter_map(|(_, hidden)| hidden.served.clone())
-        .collect()
+    let mut found = Vec::new();
+    for (number, addresses) in addresses {
+        // Ranges do not overlap: the first that ends before the addresses begin is the last to look at.
+        let below = ranges.hidden.range(..addresses.end).rev();
+        let meeting = below.take_while(|(_, hidden)| hidden.end > addresses.start);
+        found.extend(meeting.filter_map(|(_, hidden)| Some((number, hidden.served.clone()?))));
+    }
+    found
 }
 
 /// Gives a range's pages back, and its addresses later. The range is an owned mapping that nothing refers to.

@@ -205,6 +205,15 @@ impl Reservation {
         self.advise_parts(MmapAdvise::MADV_DONTFORK)
     }
 
+    /// Leaves the range out of core dumps, with what is shown in it by now: the kernel would walk all of its addresses.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`; none is known to occur.
+    pub fn hide_from_dumps(&self) -> Result<(), Errno> {
+        self.advise_parts(MmapAdvise::MADV_DONTDUMP)
+    }
+
     fn advise_parts(&self, advice: MmapAdvise) -> Result<(), Errno> {
         match self.mapping.advise(advice) {
             // Of a device's memory it is not to be said, and somebody may have unmapped a part: the rest, one by one.

@@ -4,6 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead, Recording};
 use crate::region::family::Family;
 use crate::region::in_place::{Abilities, Shown};
+use crate::region::nesting::Below;
 use crate::region::place::Place;
 use crate::region::{
     AdoptedMemory, AdoptedRegion, Chunk, Core, How, Layout, Manner, Plan, Region, Reporter, Run, Served,
@@ -26,6 +27,7 @@ pub struct Builder {
     name: Option<String>,
     access: Access,
     guarded: bool,
+    dumped: bool,
     zero_copy: bool,
     aligned: bool,
     readahead: Readahead,
@@ -42,6 +44,7 @@ impl Default for Builder {
             name: None,
             access: Access::ReadOnly,
             guarded: false,
+            dumped: false,
             zero_copy: false,
             aligned: false,
             readahead: Readahead::Adaptive,
@@ -76,6 +79,14 @@ impl Builder {
     #[must_use]
     pub fn guarded(mut self) -> Self {
         self.guarded = true;
+        self
+    }
+
+    /// Includes the region in core dumps of the process. By default it is left out: the kernel walks all addresses of what it dumps, which
+    /// takes half a minute for a tebibyte of absent pages, and the bytes are in the sources.
+    #[must_use]
+    pub fn dumped(mut self) -> Self {
+        self.dumped = true;
         self
     }
 
@@ -263,6 +274,7 @@ impl Builder {
         }
         let mut layout = self.layout.map_err(in_region)?;
         layout.finish().map_err(in_region)?;
+        Below::of(&layout).check(&name, &layout, &server)?;
         let (adopted, uffd) = memory.settle(layout.total()).map_err(in_region)?;
         let place = Place::Adopted(adopted);
         let readahead = settle_recording(self.readahead, &self.manner, &place, &layout).map_err(in_region)?;
@@ -288,14 +300,16 @@ impl Builder {
         Ok(AdoptedRegion::new(attach(served, server)?))
     }
 
-    fn make(self, server: Server) -> Result<(View, Core), Error> {
-        let name = self.name.unwrap_or_else(|| UNNAMED.to_owned());
+    fn make(mut self, server: Server) -> Result<(View, Core), Error> {
+        let name = self.name.take().unwrap_or_else(|| UNNAMED.to_owned());
         let in_region = |error: Error| error.inside(&name);
-        let mut layout = self.layout.map_err(in_region)?;
+        let mut layout = std::mem::replace(&mut self.layout, Ok(Layout::default())).map_err(in_region)?;
         layout.finish().map_err(in_region)?;
         let limit = |what, errno| {
             Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
         };
+        let below = Below::of(&layout);
+        below.check(&name, &layout, &server)?;
         if self.children {
             refuse_children(&name, &layout, &server)?;
         }
@@ -305,14 +319,7 @@ impl Builder {
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
-        let staged = match self.access {
-            Access::ReadOnly if self.guarded => {
-                Err("the region is guarded: pages move only between writable mappings")
-            }
-            _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
-            _ if pages.get() < HUGE / page.bytes() => Err("the region is smaller than a huge page"),
-            _ => staging::available(uffd.features()),
-        };
+        let staged = self.stages(&layout, pages.get() * page.bytes(), &uffd);
         let access = match self.access {
             Access::ReadOnly if moves || staged.is_ok() => Access::Unguarded,
             access => access,
@@ -329,6 +336,12 @@ impl Builder {
         }
         let no_table = |errno| no_table(&name, errno);
         let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
+        if !self.dumped {
+            reservation.hide_from_dumps().map_err(|errno| limit("keep it out of core dumps", errno))?;
+        }
+        if shown.in_place.pages() < pages.get() as u64 {
+            reservation.serve(below.served_by(&name, &server));
+        }
         let place = Place::Reserved(reservation);
         let readahead = settle_recording(self.readahead, &self.manner, &place, &layout).map_err(in_region)?;
         let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
@@ -348,6 +361,18 @@ impl Builder {
         }
         served.counters.here().pages_in_place.add(served.in_place.pages());
         Ok((view, attach(served, server)?))
+    }
+
+    /// Whether whole blocks of a region of so many bytes are filled in staging; else why not.
+    fn stages(&self, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
+        match self.access {
+            Access::ReadOnly if self.guarded => {
+                Err("the region is guarded: pages move only between writable mappings")
+            }
+            _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
+            _ if bytes < HUGE => Err("the region is smaller than a huge page"),
+            _ => staging::available(uffd.features()),
+        }
     }
 
     fn push(&mut self, chunk: Chunk) {

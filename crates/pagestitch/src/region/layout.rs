@@ -250,6 +250,20 @@ impl Layout {
         }
     }
 
+    /// The addresses of memory that is copied from, by the numbers of its sources.
+    pub(crate) fn memory(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.sources.iter().enumerate().filter_map(|(number, source)| match source {
+            Backing::Memory(memory) => Some((number, memory.addresses()?)),
+            _ => None,
+        })
+    }
+
+    /// The first chunk of a source, as users count.
+    pub(crate) fn first_chunk_of(&self, source: usize) -> usize {
+        let chunk = self.origins.iter().position(|origin| origin.source as usize == source);
+        self.number_of(chunk.unwrap_or(0))
+    }
+
     /// Whether there are chunks in it whose bytes come later.
     pub(crate) fn has_fetched(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Fetched(_)))

@@ -6,6 +6,7 @@
 //! | `page_table` | claim, settle |
 //! | `served` | what the handler threads share with the region |
 //! | `builder`, `in_place`, `plan` | before the first fault: lay out, reserve, register, map |
+//! | `nesting` | memory of one region as a chunk of another |
 //! | `core` | what both kinds of region are; teardown |
 //! | `shared` | a region of which others may change parts |
 //! | `door` | what a server keeps of a region |
@@ -25,6 +26,7 @@ mod events;
 mod family;
 pub(crate) mod in_place;
 mod layout;
+mod nesting;
 pub(crate) mod pace;
 pub(crate) mod page_table;
 mod place;

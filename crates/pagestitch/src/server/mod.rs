@@ -122,6 +122,18 @@ impl From<&Manual> for Server {
 }
 
 impl Server {
+    /// The number of all threads that fill their own pages.
+    pub(crate) const INLINE: usize = 0;
+
+    /// A number that no other server has.
+    pub(crate) fn number(&self) -> usize {
+        match &self.who {
+            Who::Pool(pool) => pool.number(),
+            Who::Manual(seats) => Arc::as_ptr(seats).addr(),
+            Who::Inline => Self::INLINE,
+        }
+    }
+
     /// Starts to serve a region.
     pub(crate) fn attach(self, region: &Arc<Served>) -> Result<Attached, Error> {
         self.refuse_inherited(&region.name)?;

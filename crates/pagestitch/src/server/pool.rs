@@ -114,6 +114,11 @@ impl Pool {
     }
 
     /// False in a forked child, which has the handle and not the threads.
+    /// The same for all handles of a pool, and no other's.
+    pub(super) fn number(&self) -> usize {
+        Arc::as_ptr(&self.handle).addr()
+    }
+
     pub(crate) fn is_of_this_process(&self) -> bool {
         self.handle.maker.is_current()
     }

@@ -3,7 +3,7 @@
 use super::Source;
 use bytes::Bytes;
 use pagestitch_kernel::lend::{Lent, LentBytes};
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -12,6 +12,10 @@ use std::{fmt, io};
 /// Made from what owns bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `&'static [u8]`), or from anything
 /// else that is `AsRef<[u8]>` with [`Memory::new`], such as a memory-mapped file. Cloning it does not copy the bytes.
 /// Bytes that are only borrowed are lent inside a [`scope`](crate::scope()).
+///
+/// **Memory of a region** can be a chunk of another only where the two have servers of their own: a server that waits for itself may wait
+/// for ever, and is refused when the second region is built. So is memory of a region that is served [inline](crate::Inline). For an
+/// ordinary user the kernel copies no absent page of a region: [`populate`](crate::Region::populate) it first.
 ///
 /// ```
 /// use pagestitch::source::Memory;
@@ -59,6 +63,13 @@ impl Memory {
             Stable::Owned(bytes) => Some(MemoryBytes::Owned(bytes)),
             Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent),
         }
+    }
+
+    /// Where the bytes are. `None` if the scope that lent them has ended.
+    pub(crate) fn addresses(&self) -> Option<Range<usize>> {
+        let bytes = self.bytes_if_lent()?;
+        let start = bytes.as_ptr().addr();
+        Some(start..start + bytes.len())
     }
 
     /// Address and length: the same memory, whoever keeps it alive.

@@ -1,0 +1,90 @@
+//! Memory of one region as a chunk of another: filled where another server does it, and refused where one would wait for itself.
+
+use crate::pattern;
+use pagestitch::source::Memory;
+use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
+use pagestitch_testkit::child;
+use std::sync::Arc;
+
+const BYTES: usize = 3 << 20;
+
+/// A region as the owner of its bytes.
+struct Owner(Arc<Region>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_slice()
+    }
+}
+
+fn named(name: &str, chunk: impl Into<Chunk>, server: impl Into<Server>) -> Result<Arc<Region>, Error> {
+    Region::builder().name(name).chunk(chunk).build(server).map(Arc::new)
+}
+
+fn over(region: &Arc<Region>) -> Memory {
+    Memory::new(Owner(Arc::clone(region)))
+}
+
+fn one_worker() -> Pool {
+    Pool::builder().workers(1).start().unwrap()
+}
+
+fn refused(built: Result<Arc<Region>, Error>, other: &str) {
+    let error = built.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::BadChunk, "{error}");
+    let said = error.to_string();
+    assert!(said.contains(&format!("region upper: chunk 0 is memory of region {other}, which")), "{said}");
+    assert!(said.contains("read_at()"), "{said}");
+}
+
+#[test]
+fn memory_of_a_region_of_the_same_server_is_refused() {
+    let pool = one_worker();
+    let lower = named("lower", vec![7u8; BYTES], &pool).unwrap();
+    refused(named("upper", over(&lower), &pool), "lower");
+    refused(named("upper", Chunk::from(over(&lower)).range(5..100), &pool.clone()), "lower");
+    let manual = Manual::new().unwrap();
+    let lower = named("lower", vec![7u8; BYTES], &manual).unwrap();
+    refused(named("upper", over(&lower), &manual), "lower");
+    let lower = named("lower", vec![7u8; BYTES], &pool).unwrap();
+    pagestitch::scope(|scope| {
+        let built = scope.region().name("upper").borrow(&lower.as_slice()[100..5000]).build(&pool);
+        refused(built.map(|_| lower.clone()), "lower");
+    });
+}
+
+#[test]
+fn memory_of_a_region_that_is_served_inline_is_refused() {
+    let lower = named("lower", vec![7u8; BYTES], Inline).unwrap();
+    refused(named("upper", over(&lower), &one_worker()), "lower");
+    refused(named("upper", over(&lower), Inline), "lower");
+}
+
+#[test]
+fn a_server_below_the_server_below_is_refused_too() {
+    let (first, second) = (one_worker(), one_worker());
+    let lowest = named("lowest", vec![7u8; BYTES], &first).unwrap();
+    let lower = named("lower", over(&lowest), &second).unwrap();
+    refused(named("upper", over(&lower), &first), "lower");
+    drop((lowest, lower));
+    let bytes = pattern(1, BYTES);
+    let upper = named("upper", bytes.clone(), &first).unwrap();
+    assert!(upper.as_slice() == bytes, "the addresses are other memory's by now");
+}
+
+#[test]
+fn memory_of_a_region_of_another_server_is_filled_through_both() {
+    child::run("nesting::memory_of_a_region_of_another_server_is_filled_through_both", || {
+        let bytes = pattern(2, BYTES);
+        let lower = named("lower", bytes.clone(), &one_worker()).unwrap();
+        if !lower.serves_system_calls() {
+            // An ordinary user's: the kernel copies no absent page.
+            lower.populate(..).unwrap();
+        }
+        let upper = named("upper", over(&lower), &one_worker()).unwrap();
+        assert!(upper.as_slice() == bytes);
+        let inline = named("inline", over(&lower), Inline).unwrap();
+        assert!(inline.as_slice() == bytes);
+    })
+    .expect_pass();
+}
