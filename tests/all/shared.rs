@@ -124,6 +124,30 @@ fn an_alias_is_the_same_memory() {
 }
 
 #[test]
+#[expect(unsafe_code, reason = "an alias is a second way to memory")]
+fn an_alias_of_mappings_next_to_each_other_shows_each_of_them() {
+    let (first, second) = (pattern(12, 3 * PAGE), pattern(13, 2 * PAGE));
+    let [(one, _), (two, _)] = [memfd_of(&first), memfd_of(&second)];
+    let pool = Pool::new().unwrap();
+    // Pages of two memfds, one of them not in the order of the file.
+    let page = |of: &Arc<SharedFile>, page: usize| {
+        Chunk::from(Arc::clone(of)).range((page * PAGE) as u64..((page + 1) * PAGE) as u64)
+    };
+    let chunks = [page(&one, 0), page(&one, 2), page(&two, 0), page(&two, 1), page(&one, 1)];
+    let shown = Region::builder().chunks(chunks).require_zero_copy().build_shared(&pool).unwrap();
+    let expected = bytes_of(&shown);
+    // SAFETY: the test has no reference to the bytes.
+    let alias = Arc::new(unsafe { Alias::of(shown.as_ptr(), 5 * PAGE) }.unwrap());
+    for range in [0..5 * PAGE, PAGE..4 * PAGE] {
+        let part = Chunk::from(Arc::clone(&alias)).range(range.start as u64..range.end as u64);
+        let region = Region::builder().chunk(part).require_zero_copy().build_shared(&pool).unwrap();
+        let mut seen = vec![0; range.len()];
+        region.read_at(0, &mut seen).unwrap();
+        assert!(seen == expected[range.clone()], "{range:?}");
+    }
+}
+
+#[test]
 fn what_others_may_change_is_no_slice() {
     let (memfd, _) = memfd_of(&pattern(6, PAGE));
     let builder = Region::builder().name("r").chunk(vec![1u8; 100]).chunk(memfd);

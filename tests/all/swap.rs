@@ -51,7 +51,7 @@ impl Drop for Swap {
         let _ = Command::new("swapoff").arg(format!("/dev/zram{}", self.number)).output();
         let _ = fs::write(format!("/sys/block/zram{}/reset", self.number), "1");
         // A device manager may be looking at the device.
-        let mut remove = || fs::write("/sys/class/zram-control/hot_remove", &self.number).is_ok();
+        let remove = || fs::write("/sys/class/zram-control/hot_remove", &self.number).is_ok();
         let _ = (0..1000).any(|_| {
             remove() || {
                 thread::yield_now();
