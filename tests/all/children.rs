@@ -3,12 +3,14 @@
 use crate::{let_go, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
+use nix::unistd::{getpid, getppid};
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
 use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
@@ -317,4 +319,110 @@ fn what_cannot_be_served_in_children_is_refused_by_name() {
         }
         Err(error) => drop(refused(&error)),
     }
+}
+
+/// Starts a process that builds a region and forks a child, and kills it. The child writes what `body` says, once its parent has ended.
+/// `None` where children cannot be served; the child's number otherwise.
+fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Option<i32> {
+    let mut parent = child::beside(test, folder.to_str().unwrap(), |folder| {
+        let note = |name: &str, what: &str| {
+            let path = Path::new(folder).join(name);
+            fs::write(path.with_extension("new"), what).unwrap();
+            fs::rename(path.with_extension("new"), path).unwrap();
+        };
+        let Some(region) = built(&pattern(7, 64 * PAGE)) else { return note("skipped", "") };
+        assert_ne!(region.as_slice()[0], 0);
+        let parent = getpid();
+        let child = forked(|| {
+            note("child", &getpid().to_string());
+            while getppid() == parent {
+                thread::yield_now();
+            }
+            note("touches", "");
+            note("said", &body(&region));
+            0
+        });
+        passes(child);
+    });
+    until(|| ["child", "skipped"].iter().any(|name| folder.join(name).exists()));
+    let child = fs::read_to_string(folder.join("child")).ok();
+    if child.is_some() {
+        parent.kill();
+    } else {
+        println!("SKIPPED {test}: children cannot be served here");
+    }
+    // Its end is not waited for: the child has its output, too.
+    Some(child?.parse().unwrap())
+}
+
+/// Whether a process waits for a page.
+fn waits_for_a_page(process: i32) -> bool {
+    let read = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}")).unwrap_or_default();
+    // Where it does not say for what it waits, it waits for nothing else.
+    (0..20).all(|_| {
+        thread::yield_now();
+        read("stat").contains(") S ") && ["handle_userfault", "0", ""].contains(&read("wchan").as_str())
+    })
+}
+
+#[test]
+fn a_child_whose_parent_is_killed_waits_and_reads_no_zeros() {
+    let test = "children::a_child_whose_parent_is_killed_waits_and_reads_no_zeros";
+    let folder = tempfile::tempdir().unwrap();
+    let touches = |region: &Region| touch(region.as_ptr().addr().get() + 30 * PAGE).to_string();
+    let Some(process) = orphan(test, folder.path(), touches) else { return };
+    until(|| folder.path().join("touches").exists());
+    until(|| folder.path().join("said").exists() || waits_for_a_page(process));
+    let said = fs::read_to_string(folder.path().join("said")).ok();
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process), Signal::SIGKILL);
+    assert_eq!(said, None, "a byte of {} was expected", pattern(7, 64 * PAGE)[30 * PAGE]);
+}
+
+#[test]
+fn a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors() {
+    let test = "children::a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors";
+    let folder = tempfile::tempdir().unwrap();
+    let asks = |region: &Region| {
+        let mut read = [0];
+        let first = region.read_at(0, &mut read).map(|()| read[0]);
+        format!(
+            "{first:?} {:?}",
+            region.populate(30 * PAGE as u64..40 * PAGE as u64).map_err(|error| error.to_string())
+        )
+    };
+    if orphan(test, folder.path(), asks).is_none() {
+        return;
+    }
+    until(|| folder.path().join("said").exists());
+    let said = fs::read_to_string(folder.path().join("said")).unwrap();
+    let first = pattern(7, PAGE)[0];
+    assert!(
+        said.starts_with(&format!("Ok({first}) Err(")) && said.contains("whose parent has ended"),
+        "{said}"
+    );
+}
+
+/// Descriptors of children that have ended are let go of, and those of many that live are kept.
+#[test]
+fn more_children_than_one_socket_has_room_for_are_served() {
+    let end = child::run("children::more_children_than_one_socket_has_room_for_are_served", || {
+        let bytes = pattern(8, 8 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        // One after the other: none is left behind.
+        for _ in 0..300 {
+            passes(forked(|| i32::from(region.as_slice() != bytes)));
+        }
+        let (told, tells) = nix::unistd::pipe().unwrap();
+        let all: Vec<_> = (0..200)
+            .map(|_| {
+                forked(|| {
+                    let _ = nix::unistd::read(&told, &mut [0]);
+                    i32::from(region.as_slice() != bytes)
+                })
+            })
+            .collect();
+        nix::unistd::write(&tells, &[1; 200]).unwrap();
+        all.into_iter().for_each(passes);
+    });
+    end.expect_pass();
 }

@@ -17,6 +17,7 @@
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`process`] | another process, by a descriptor that stays with it |
 //! | [`rights`] | descriptors through a UNIX socket |
+//! | [`in_flight`] | descriptors that outlive the process that has them |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lanes`] | a value for each of a few threads, in cache lines of its own |
 //! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
@@ -52,6 +53,7 @@ pub mod event;
 pub mod fork;
 pub mod gate;
 mod granule;
+pub mod in_flight;
 pub mod lanes;
 pub mod lend;
 pub mod limits;

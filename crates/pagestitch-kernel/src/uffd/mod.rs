@@ -186,6 +186,15 @@ impl Uffd {
         })
     }
 
+    /// Whether the process whose memory a userfaultfd fills has ended, or has another program by now; `range` was registered with it.
+    pub fn has_no_process(fd: BorrowedFd<'_>, range: AddressRange) -> bool {
+        let mut request = abi::Progress::new(range, Waiters::Woken);
+        // SAFETY: `request` is a uffdio_continue that lives through the call. It maps what a page cache has, where there is one.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::r#continue(fd.as_raw_fd(), &raw mut request) };
+        answer == Err(Errno::ESRCH)
+    }
+
     /// Makes the missing pages of `range` bad: whoever touches them, or waits for them, gets SIGBUS. Linux 6.6.
     #[doc(alias = "UFFDIO_POISON")]
     pub fn poison(&self, range: AddressRange) -> Outcome {

@@ -182,8 +182,14 @@ impl Builder {
     /// * By a pool, which has one more thread for it: `fork(2)` waits until somebody has read of it, and holds the allocator
     ///   meanwhile. A fault takes one more hand on the way.
     /// * In a child, [`Region`] reads as ever (`as_slice`, `read_at`, `populate`); to drop it there does nothing. What a child has
-    ///   not touched when its parent drops the region, or ends, is bad: SIGBUS, never zeros.
-    /// * A child takes a descriptor of this process until it ends. Where there is none (`ulimit -n`), what it does not have is bad
+    ///   not touched when its parent drops the region is bad: SIGBUS, never zeros.
+    /// * If the parent is killed, or ends without dropping the region, a touch of a page that the child does not have waits until the
+    ///   child is ended, and `read_at` and `populate` are errors. For that, children inherit a socket in which their userfaultfds
+    ///   are in flight: a child that closes descriptors it does not know (`close_range(2)`) reads zeros then, as does one that
+    ///   is being forked in the very moment in which its parent is killed. A child that is not to wait asks for its parent's end
+    ///   itself (`getppid(2)`, or a pidfd).
+    /// * A child takes a descriptor of this process until it ends; the region takes seven, and two more for each 128 children that live
+    ///   at the same time. Where there is none (`ulimit -n`), what it does not have is bad
     ///   there, which is logged; for that, the region keeps four.
     /// * Donated pages are moved in when the region is built, as a child needs them, too. Memfds that are filled later are refused.
     /// * Takes `CAP_SYS_PTRACE`, and Linux 6.6.

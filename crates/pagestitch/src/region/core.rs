@@ -70,6 +70,13 @@ impl Core {
 
     /// As a forked child has it: who serves is in another process, and what is filled is here.
     fn touch(&self, span: Span) -> Result<(), Error> {
+        if self.served.family.as_ref().is_some_and(|family| family.has_no_server()) && !self.has_all(span) {
+            let what = format_args!(
+                "region {}: in a forked child whose parent has ended: what it has not read by then is not to be had",
+                self.name()
+            );
+            return Err(Error::new(ErrorKind::Source, what.to_string()));
+        }
         match &self.served.place {
             Place::Reserved(reservation) if !span.is_empty() => reservation.touch(span).map_err(|errno| {
                 let why = "in a forked child: its source has failed, its parent has dropped it, or does not serve_children()";
@@ -77,6 +84,13 @@ impl Core {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Whether the kernel has all pages of a span.
+    fn has_all(&self, span: Span) -> bool {
+        let mut all = true;
+        self.served.place.residency(span, |_, here| all &= here);
+        all
     }
 
     pub(crate) fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {

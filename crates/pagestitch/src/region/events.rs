@@ -2,10 +2,11 @@
 
 use crate::region::Served;
 use crate::region::adopted::Adopted;
-use crate::region::family::Family;
+use crate::region::family::{Family, first_page};
 use crate::region::place::Place;
 use crate::region::strays::Rest;
 use pagestitch_kernel::{Batch, Errno, Event, Uffd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 
@@ -60,7 +61,9 @@ impl Served {
                 Event::Remap { from, to, bytes } => self.moved((from, to, bytes), told),
                 Event::Fork { child } => {
                     self.family.iter().for_each(|family| family.had_room());
-                    let news = if read == Read::OneTooMany {
+                    let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(self));
+                    let kept = self.family.as_ref().is_none_or(keep);
+                    let news = if read == Read::OneTooMany || !kept {
                         Err(News::Child(child))
                     } else {
                         told(News::Child(child))

@@ -9,17 +9,25 @@
 //! What was there at the fork is the child's, too, as of any memory. What was not is a fault of the child's, and filled from the
 //! sources in the parent: a page of its own. A child that forks is a parent likewise; all of them are one family, which ends with
 //! the region: what a child has not touched by then is bad.
+//!
+//! If this process ends first, the children's uffds would close with it, and show zeros. So they are in flight in a socket that the
+//! children have inherited, too: what a child has not touched waits for ever then.
 
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::region::adopted::Adopted;
 use crate::region::in_place::Shown;
 use crate::region::place::Place;
 use crate::region::served::{Manner, Served, Tables};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use nix::unistd::Pid;
+use pagestitch_kernel::in_flight::InFlight;
+use pagestitch_kernel::process::Process;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Outcome, Page, Uffd};
 use parking_lot::Mutex;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 
 /// All children of a region, and theirs.
@@ -31,6 +39,11 @@ pub(crate) struct Family {
     spare: StdMutex<Vec<EventFd>>,
     /// How often there was none, in a row.
     short: AtomicUsize,
+    /// The children's userfaultfds, in sockets that the children have, too: they outlive this process. A socket has room for some
+    /// hundreds; the next one is there before it is needed, so that a child has inherited it.
+    kept: [OnceLock<InFlight>; KEPT],
+    /// This process, as its children ask for it.
+    server: Option<Process>,
 }
 
 #[derive(Debug, Default)]
@@ -43,7 +56,49 @@ struct Members {
 impl Family {
     pub(crate) fn new() -> Result<Self, Errno> {
         let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>()?;
-        Ok(Self { members: Mutex::default(), spare: StdMutex::new(spare), short: AtomicUsize::new(0) })
+        let kept = [const { OnceLock::new() }; KEPT];
+        let _ = kept[0].set(InFlight::new()?);
+        Ok(Self {
+            members: Mutex::default(),
+            spare: StdMutex::new(spare),
+            short: AtomicUsize::new(0),
+            kept,
+            server: Process::open(Pid::this()).ok(),
+        })
+    }
+
+    /// Keeps a child's userfaultfd open as long as the child lives, also if this process ends: closed, it would show zeros. False where
+    /// there is no room. Allocates nothing. `first`: an address range of the region's.
+    pub(crate) fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
+        let queues = || self.kept.iter().filter_map(OnceLock::get);
+        let put = |queue: &InFlight| {
+            // Two for one that comes: those of children that have ended are found before they are many.
+            for _ in 0..2 {
+                queue.turn(|other| !Uffd::has_no_process(other, first));
+            }
+            // With room left to go round.
+            queue.len() < KEPT_IN_ONE && queue.put(child).is_ok()
+        };
+        // The oldest first: a child that was being forked when the newest was made does not have that.
+        let kept = queues().any(put);
+        if let Some(next) = self.kept.get(queues().count())
+            && queues().last().is_some_and(|newest| newest.len() >= KEPT_IN_ONE / 2)
+            // Not with the descriptors that are kept for children.
+            && self.spare().len() == SPARE
+            && let Ok(queue) = InFlight::new()
+        {
+            let _ = next.set(queue);
+        }
+        kept
+    }
+
+    /// In a child: whether the process that serves it has ended.
+    pub(crate) fn has_no_server(&self) -> bool {
+        let ended = |server: &Process| {
+            let mut polled = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
+            poll(&mut polled, PollTimeout::ZERO).is_ok_and(|ended| ended > 0)
+        };
+        self.server.as_ref().is_some_and(ended)
     }
 
     /// There is no descriptor left for a child. True if that has been so for so long that those of children who have ended are not to
@@ -162,10 +217,14 @@ fn is_dead(child: &Served) -> bool {
     child.uffd.map_cached(first_page(child)) == Outcome::ProcessGone
 }
 
-fn first_page(region: &Served) -> AddressRange {
+pub(super) fn first_page(region: &Served) -> AddressRange {
     region.place.addresses(Page(0).span())
 }
 
+/// Userfaultfds of children in one socket: a few less than there is room for.
+const KEPT_IN_ONE: usize = 128;
+/// Such sockets at most.
+const KEPT: usize = 64;
 /// Descriptors that are kept for children too many.
 const SPARE: usize = 4;
 /// How often a descriptor is asked for, a millisecond apart, before a child is given up.

@@ -5,10 +5,12 @@
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
 use crate::region::Served;
+use crate::region::family::{Family, first_page};
 use crate::region::seldom::Seldom;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// All strays of a region.
 #[derive(Debug)]
@@ -85,7 +87,12 @@ impl Strays {
             }
             // A child's children are nobody's, either.
             let born = batch.take_events().filter_map(|event| match event {
-                Event::Fork { child } => Some(Stray::new(Whose::Child(child))),
+                Event::Fork { child } => {
+                    let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(region));
+                    // Until it is bad, this process must not end; without room for it, there is nothing to be done.
+                    let _ = region.family.as_ref().map(keep);
+                    Some(Stray::new(Whose::Child(child)))
+                }
                 _ => None,
             });
             strays.extend(born);
