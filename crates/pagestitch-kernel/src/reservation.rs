@@ -21,11 +21,13 @@ use crate::ranges::{self, Served};
 use crate::swap;
 use crate::view::View;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, mmap, mprotect};
 use std::fs;
 use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -245,24 +247,28 @@ impl Reservation {
         Errno::result(answer).map(drop)
     }
 
-    /// Takes a span away for good: whoever touches it gets SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
+    /// Takes a span away for good: a touch is SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
     ///
-    /// Maps an empty memfd over it, as an access past a file's end is SIGBUS. Threads that already wait there have
+    /// Maps an empty memfd over it, sealed against growing, as an access past a file's end is SIGBUS. Where the kernel maps no more
+    /// (`vm.max_map_count`, descriptors), the span is closed instead, and a touch is SIGSEGV. Threads that already wait there have
     /// to be woken.
     ///
     /// # Errors
     ///
-    /// The errno of `memfd_create(2)` or `mmap(2)`: `ENOMEM` past `vm.max_map_count`, `EMFILE`.
+    /// The errno of `mprotect(2)`: `ENOMEM` past `vm.max_map_count`.
     pub fn revoke(&self, span: Span) -> Result<(), Errno> {
         let range = self.addresses(span);
         let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
-        let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC)?;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-        // SAFETY: the range is inside our own mapping. A reference to its bytes becomes one whose use ends the
-        // program; it never shows other bytes.
-        #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0) }
-            .map(drop)
+        let covered = always_empty().and_then(|empty| {
+            // SAFETY: the range is inside our own mapping. A reference to its bytes becomes one whose use ends the
+            // program; it never shows other bytes.
+            #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
+            unsafe {
+                mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0)
+            }
+        });
+        covered.map(drop).or_else(|_| close(range))
     }
 
     /// Closes the whole range for good: whoever touches it gets SIGSEGV.
@@ -293,6 +299,14 @@ impl Reservation {
         });
         parts.collect()
     }
+}
+
+/// A memfd without a byte, that never has one.
+fn always_empty() -> Result<OwnedFd, Errno> {
+    let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
+    fcntl(&empty, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(empty)
 }
 
 fn close(range: AddressRange) -> Result<(), Errno> {

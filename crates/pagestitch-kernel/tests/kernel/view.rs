@@ -241,3 +241,21 @@ fn physical_memory_that_is_not_to_be_had_says_why() {
     let error = unsafe { Physical::pci_resource(path, Access::ReadOnly, Caching::Uncached) }.unwrap_err();
     assert_eq!(error.refusal, Refusal::NoNode(path.to_owned()));
 }
+
+/// The memfd that covers a page without poison marks (before Linux 6.6) can be opened through `/proc`, and not be given a byte.
+#[test]
+fn a_revoked_page_never_has_bytes_again() {
+    let (reservation, view, _uffd) = raw(2, Access::Writable);
+    reservation.revoke(page(1)).unwrap();
+    let range = reservation.addresses(page(1));
+    let link = format!("/proc/self/map_files/{:x}-{:x}", range.start(), range.end());
+    match File::options().read(true).write(true).open(link) {
+        Ok(file) => {
+            assert_eq!(file.set_len(SIZE as u64).unwrap_err().raw_os_error(), Some(Errno::EPERM as i32))
+        }
+        Err(error) => {
+            println!("SKIPPED a_revoked_page_never_has_bytes_again: map_files cannot be opened ({error})")
+        }
+    }
+    assert_eq!(view.read_at(SIZE as u64, &mut [0]), Err(Errno::EFAULT));
+}
