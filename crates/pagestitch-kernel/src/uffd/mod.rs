@@ -18,7 +18,7 @@ mod outcome;
 mod read;
 mod whose;
 
-pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_probe};
+pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_probe, kernel_features};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 

@@ -20,6 +20,7 @@ use nix::libc;
 use nix::sys::stat::Mode;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Whose faults a uffd serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,14 +170,14 @@ pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptEr
     set_nonblocking(&fd).map_err(AdoptError::Refused)?;
     // What the kernel can fill does not depend on what the owner asked for. Who may not open one finds out by
     // trying.
-    let features = handshake_probe().unwrap_or(Features::POISON);
+    let features = kernel_features().unwrap_or(Features::POISON);
     let reading = Reading::shared();
     Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, reading })
 }
 
 pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     // A second handshake on one fd is EINVAL, and asking for what a kernel lacks is too: ask on a throw-away.
-    let supported = handshake_probe()?;
+    let supported = kernel_features()?;
     let opened = open_fd()?;
     let features = wanted & supported;
     handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
@@ -202,6 +203,20 @@ pub fn handshake_probe() -> Result<Features, OpenError> {
     handshake(&opened.fd, Features::NONE).map_err(|errno| OpenError { device: errno, system_call: errno })
 }
 
+/// Which features this kernel has: asked once, because the answer stays the same, and each uffd that is closed again takes time for all
+/// mappings of the process. A forked child has the same kernel.
+///
+/// # Errors
+///
+/// As [`handshake_probe`].
+pub fn kernel_features() -> Result<Features, OpenError> {
+    static KNOWN: AtomicU64 = AtomicU64::new(0);
+    match KNOWN.load(Ordering::Relaxed) {
+        0 => handshake_probe().inspect(|features| KNOWN.store(features.bits(), Ordering::Relaxed)),
+        known => Ok(Features::from_bits(known)),
+    }
+}
+
 pub(super) struct Opened {
     pub(super) fd: OwnedFd,
     by: OpenedBy,
@@ -209,6 +224,8 @@ pub(super) struct Opened {
 }
 
 pub(super) fn open_fd() -> Result<Opened, OpenError> {
+    #[cfg(test)]
+    tests::OPENED.set(tests::OPENED.get() + 1);
     let device = match from_device() {
         Ok(fd) => return Ok(Opened { fd, by: OpenedBy::Device, mode: FaultMode::All }),
         Err(errno) => errno,
@@ -254,3 +271,25 @@ pub(super) fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Er
 }
 
 const FLAGS: i32 = libc::O_CLOEXEC | libc::O_NONBLOCK;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        pub(super) static OPENED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[test]
+    fn the_kernel_is_asked_once_for_its_features() {
+        let Ok(features) = kernel_features() else {
+            println!("SKIPPED the_kernel_is_asked_once_for_its_features: no userfaultfd");
+            return;
+        };
+        let before = OPENED.get();
+        let opened: Vec<_> = (0..3).map(|_| open(Features::POISON).unwrap()).collect();
+        assert_eq!(OPENED.get(), before + 3, "no userfaultfd is opened to be thrown away");
+        assert_eq!(opened[0].features(), features & Features::POISON);
+    }
+}

@@ -512,7 +512,7 @@ fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), E
         let what = "children cannot be served a memfd that is filled later: seal it first, or copy it";
         return bad(ErrorKind::BadOption, what);
     }
-    let features = uffd::handshake_probe()
+    let features = uffd::kernel_features()
         .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
     if !features.contains(Features::POISON) {
         return bad(
@@ -520,15 +520,17 @@ fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), E
             "children can be served from Linux 6.6 on, which has marks for bad pages",
         );
     }
-    // Not a matter of the kernel but of who asks: the only feature of which that is so.
-    match Uffd::open(Features::EVENT_FORK) {
-        Ok(_) => Ok(()),
-        Err(OpenError { system_call: Errno::EPERM, .. }) => {
-            let what = "to serve children takes CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or do without";
-            bad(ErrorKind::BadOption, what)
-        }
-        Err(error) => Err(Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)),
+    Ok(())
+}
+
+/// Says which way no userfaultfd was to be had. To be told of forks is not a matter of the kernel but of who asks: the only feature
+/// of which that is so.
+fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
+    if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
+        let what = "to serve children takes CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or do without";
+        return Error::new(ErrorKind::BadOption, format!("region {name}: {what}"));
     }
+    Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)
 }
 
 /// Whether donated pages move when they are touched. Where they may be swapped out, and lost on the way, they move when the region is
@@ -549,8 +551,7 @@ fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
     }
-    let uffd = Uffd::open(wanted)
-        .map_err(|error| Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error))?;
+    let uffd = Uffd::open(wanted).map_err(|error| cannot_open(name, children, error))?;
     if matches!(server.who, Who::Inline) && !uffd.features().contains(Features::SIGBUS) {
         let what = format!("region {name}: this kernel cannot serve faults inline (Linux 4.14): use a pool");
         return Err(Error::new(ErrorKind::NotInline, what));
