@@ -8,8 +8,8 @@ use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::source::{File, SharedFile};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::memfd::UnsealedMemfd;
-use pagestitch_kernel::support::Verdict;
-use pagestitch_kernel::{Access, Page, PageSize, Reservation};
+use pagestitch_kernel::support::{Features, Verdict};
+use pagestitch_kernel::{Access, Page, PageSize, Reservation, Uffd};
 use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
 use std::fs;
@@ -114,6 +114,38 @@ fn running_out_of_addresses_is_an_error_at_whichever_step() {
             }
         }
         assert!(refused > 2 && built > 2, "{refused} refused, {built} built: the limit was met, and passed");
+    });
+    end.expect_pass();
+}
+
+/// Writable memory counts against it, also of a region that is only read, unless it is guarded.
+#[test]
+fn a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded() {
+    let end = child::run("limits::a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded", || {
+        let hard = getrlimit(Resource::RLIMIT_DATA).unwrap().1;
+        setrlimit(Resource::RLIMIT_DATA, 1 << 32, hard).unwrap();
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let chunks = || [Chunk::from(vec![7u8; 100]), Chunk::hole(1 << 33)];
+        let error = Region::builder().name("limited").writable().chunks(chunks()).build(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::TooLarge);
+        let said = error.to_string();
+        assert!(said.contains("4294967296 (RLIMIT_DATA)") && said.contains("guarded()"), "{said}");
+        let region = Region::builder().guarded().chunks(chunks()).build(&pool).unwrap();
+        assert_eq!(region.as_slice()[..101], [&[7; 100][..], &[0]].concat());
+    });
+    end.expect_pass();
+}
+
+/// What is asked of the kernel is answered for this user, and not for root.
+#[test]
+fn following_forks_is_offered_only_to_a_process_that_may() {
+    let end = child::run("limits::following_forks_is_offered_only_to_a_process_that_may", || {
+        become_nobody();
+        let support = Support::probe();
+        let capability = |name| support.capabilities().into_iter().find(|one| one.name == name).unwrap();
+        let may = Uffd::open(Features::EVENT_FORK).is_ok();
+        assert_eq!(capability("EVENT_FORK").verdict == Verdict::Yes, may);
+        assert_eq!(capability("POISON").verdict == Verdict::Yes, support.has(Features::POISON));
     });
     end.expect_pass();
 }

@@ -105,6 +105,8 @@ struct Opened {
     by: OpenedBy,
     mode: FaultMode,
     features: Features,
+    /// Whether this process may be told of forks.
+    follows_forks: bool,
 }
 
 /// One thing that may or may not be possible here.
@@ -140,7 +142,8 @@ impl Support {
     pub fn probe() -> Self {
         let userfaultfd = handshake_probe().and_then(|features| {
             let uffd = Uffd::open(Features::NONE)?;
-            Ok(Opened { by: uffd.opened_by(), mode: uffd.mode(), features })
+            let follows_forks = Uffd::open(Features::EVENT_FORK).is_ok();
+            Ok(Opened { by: uffd.opened_by(), mode: uffd.mode(), features, follows_forks })
         });
         let kernel =
             fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_else(|_| String::from("unknown"));
@@ -259,6 +262,14 @@ impl Support {
 
     fn feature(&self, row: &FeatureRow) -> Capability {
         let verdict = match self.userfaultfd {
+            Ok(opened) if row.feature == Features::EVENT_FORK && !opened.follows_forks => Verdict::No {
+                reason: String::from(
+                    "the kernel tells of forks only with CAP_SYS_PTRACE, which this process lacks",
+                ),
+                remedy: String::from(
+                    "grant CAP_SYS_PTRACE (setcap, --cap-add); until then, children do not inherit regions",
+                ),
+            },
             Ok(opened) if opened.features.contains(row.feature) => Verdict::Yes,
             Ok(_) => Verdict::No {
                 reason: format!("Linux {} does not offer it", self.kernel),
@@ -307,13 +318,13 @@ const FEATURES: &[FeatureRow] = feature_rows! {
     "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "enable CONFIG_HUGETLBFS";
     "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "use a pool";
     "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "faults are reported without it";
-    "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "write-protect faults on anonymous memory" "use Linux 5.7 or newer";
+    "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "letting writers into adopted memory that its owner has protected" "use Linux 5.7 or newer";
     "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "use Linux 5.13 or newer";
     "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "use Linux 5.14 or newer";
     "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page";
-    "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "write-protect faults on memfds" "use Linux 5.19 or newer";
-    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages" "populate first";
+    "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "use Linux 5.19 or newer";
+    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages; not used yet" "nothing is lost";
     "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";
-    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "tracking dirty pages without a fault handler" "use soft-dirty, or Linux 6.7";
+    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "marks of written pages that the kernel keeps; not used yet" "nothing is lost";
     "MOVE" MOVE "6.8" "moving pages in without a copy" "pages are copied";
 };
