@@ -3,7 +3,9 @@
 use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::{Pid, gettid};
-use pagestitch::{AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Region};
+use pagestitch::{
+    AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region,
+};
 use pagestitch_kernel::rights;
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
@@ -13,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 use std::{fs, thread};
 
 const PAGE: usize = 4096;
@@ -231,6 +234,42 @@ fn a_finished_region_leaves_its_owner_with_everything() {
     assert_eq!(with_bytes, 999, "what a balloon took gets no bytes: {metrics:?}");
     tell(&other.stream);
     other.process.end().expect_pass();
+}
+
+/// The worker that reads of faults serves them, too, as long as that is quick, and the others leave the region to it. Of several faults
+/// at once, some are read together with the one that hangs.
+#[test]
+fn a_page_whose_source_hangs_holds_up_no_other_page() {
+    const HANGS: usize = 300;
+    let test = "adopted::a_page_whose_source_hangs_holds_up_no_other_page";
+    let other = other(test, |guest, stream| {
+        let expect = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
+        // Until it is known to be quick.
+        (0..100).for_each(expect);
+        thread::scope(|scope| {
+            let at_once = (HANGS - 4..HANGS + 4).map(|page| (page, scope.spawn(move || expect(page))));
+            for (page, thread) in at_once.collect::<Vec<_>>() {
+                if page != HANGS {
+                    thread.join().unwrap();
+                }
+            }
+            (0..1000).filter(|page| *page != HANGS).for_each(expect);
+            tell(&stream);
+        });
+    });
+    let hangs = (HANGS * PAGE) as u64;
+    let source = Arc::new(Scripted::new(TOTAL as u64).waiting(hangs..hangs + 1));
+    let region = Region::builder()
+        .chunk(Chunk::source(Arc::clone(&source)))
+        .readahead(Readahead::None)
+        .build_adopted(other.memory, &Pool::builder().workers(4).start().unwrap())
+        .unwrap();
+    other.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let served = (&other.stream).read_exact(&mut [0]);
+    source.open();
+    served.expect("all other pages are served");
+    other.process.end().expect_pass();
+    drop(region);
 }
 
 #[test]

@@ -13,7 +13,7 @@ fn wake_up(pace: &Pace, kernel: &Kernel) {
     let Some(mut turn) = pace.turn() else { return };
     loop {
         let mut faults = kernel.read_now().faults;
-        if turn.has_read() {
+        if turn.has_read(std::time::Instant::now()) {
             faults.extend(kernel.read_now().faults);
         }
         for page in faults {

@@ -4,15 +4,23 @@
 //! nobody installs while events are read. Where sources are quick, one who does both is quicker than two; where they are
 //! slow, whoever has read gives the next one its turn before it fills.
 
-use pagestitch_kernel::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 /// What a fault of the region has taken lately.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     /// Nanoseconds: an average that forgets; 0 before the first.
     average: AtomicU64,
-    turn: AtomicU8,
+    /// [`FREE`], or the number of the turn that is taken, doubled, and 1 if somebody has called since: there is more to read.
+    turn: AtomicU64,
+    /// How many turns there were.
+    turns: AtomicU64,
+    /// When whoever has the turn has read last, in nanoseconds.
+    read: AtomicU64,
+    /// Whether a worker looks at the region in a moment.
+    look: AtomicBool,
 }
 
 impl Pace {
@@ -29,12 +37,43 @@ impl Pace {
         (1..=SLOW).contains(&self.average.load(Ordering::Relaxed))
     }
 
-    /// The turn to read, if nobody has it; whoever has it looks once more then.
+    /// The turn to read, if nobody has it, or a worker that does not come back from a source; whoever has it looks once more then.
     pub(crate) fn turn(&self) -> Option<Reading<'_>> {
-        let next = |state| Some(if state == FREE { TAKEN } else { CALLED });
-        let before = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
-        (before == Ok(FREE)).then_some(Reading { pace: Some(self), held: true })
+        let mine = (self.turns.fetch_add(1, Ordering::Relaxed) + 1) << 1;
+        let mut taken = false;
+        let next = |state| {
+            taken = state == FREE || self.is_late();
+            Some(if taken { mine } else { state | CALLED })
+        };
+        let _ = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
+        taken.then(|| {
+            self.read.store(NOT_YET, Ordering::Relaxed);
+            Reading { pace: Some(self), held: Some(mine) }
+        })
     }
+
+    /// Whether whoever has the turn has read so long ago that it may never come back. Where it does, it finds that out.
+    fn is_late(&self) -> bool {
+        // A model is to go the same way each time.
+        !cfg!(shuttle) && nanoseconds(Instant::now()).saturating_sub(self.read.load(Ordering::Relaxed)) > LATE
+    }
+
+    /// Whether the region is to be looked at in a moment, and was not to be before.
+    pub(crate) fn asks_for_look(&self) -> bool {
+        !self.look.swap(true, Ordering::Relaxed)
+    }
+
+    /// Called before it is looked at.
+    pub(crate) fn is_looked_at(&self) {
+        self.look.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Since a moment before all others of this process.
+fn nanoseconds(moment: Instant) -> u64 {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let since = moment.saturating_duration_since(*BEGAN.get_or_init(|| moment));
+    u64::try_from(since.as_nanos()).unwrap_or(NOT_YET)
 }
 
 /// The turn to read the faults of a region. It has to be [ended](Reading::ends), or is not there to be taken again.
@@ -42,32 +81,33 @@ impl Pace {
 pub(crate) struct Reading<'p> {
     /// None where workers need not take turns.
     pace: Option<&'p Pace>,
-    held: bool,
+    /// As the turn is while it is held, and nobody has called.
+    held: Option<u64>,
 }
 
 impl Reading<'_> {
     /// Anybody's.
     pub(super) const fn free() -> Self {
-        Self { pace: None, held: false }
+        Self { pace: None, held: None }
     }
 
     /// How many faults of a batch are not worth another worker.
     pub(crate) fn keeps(&self) -> usize {
-        if self.held { KEPT } else { 0 }
+        if self.held.is_some() { KEPT } else { 0 }
     }
 
     /// Called when a batch has been read: gives the turn on, where serving it takes long. True if somebody has called meanwhile,
     /// so that there is to be read again first.
-    pub(crate) fn has_read(&mut self) -> bool {
-        let Some(pace) = self.pace else { return false };
-        if pace.is_quick() || !self.held {
+    pub(crate) fn has_read(&mut self, now: Instant) -> bool {
+        let (Some(pace), Some(_)) = (self.pace, self.held) else { return false };
+        if pace.is_quick() {
+            pace.read.store(nanoseconds(now), Ordering::Relaxed);
             return false;
         }
-        self.held = false;
-        let called = pace.turn.swap(FREE, Ordering::AcqRel) == CALLED && self.again();
-        if called {
+        let called = self.lets_go() && self.again();
+        if let (true, Some(mine)) = (called, self.held) {
             // Still to be answered: the turn does not end before.
-            pace.turn.store(CALLED, Ordering::Release);
+            let _ = pace.turn.compare_exchange(mine, mine | CALLED, Ordering::AcqRel, Ordering::Acquire);
         }
         called
     }
@@ -75,39 +115,51 @@ impl Reading<'_> {
     /// Called when a batch has been served. False: read again; `full` if there may be more.
     pub(crate) fn ends(&mut self, full: bool) -> bool {
         let Some(pace) = self.pace else { return !full };
-        match self.held {
-            true if !full
-                && pace.turn.compare_exchange(TAKEN, FREE, Ordering::AcqRel, Ordering::Acquire).is_ok() =>
-            {
-                true
-            }
-            true => {
-                pace.turn.store(TAKEN, Ordering::Release);
-                false
-            }
-            false => !full || !self.again(),
+        let Some(mine) = self.held else { return !full || !self.again() };
+        let exchange = |from, to| pace.turn.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        if full {
+            let kept = exchange(mine, mine).or_else(|_| exchange(mine | CALLED, mine)).is_ok();
+            self.held = self.held.filter(|_| kept);
+            return !kept;
         }
+        if exchange(mine, FREE).is_ok() {
+            self.held = None;
+            return true;
+        }
+        // Somebody has called, or has taken the turn: that one reads then.
+        let kept = exchange(mine | CALLED, mine).is_ok();
+        self.held = self.held.filter(|_| kept);
+        !kept
     }
 
     /// Gives the turn on though there may be more to read: whoever does so has the region looked at again.
     pub(crate) fn give_on(&mut self) {
-        if let (Some(pace), true) = (self.pace, self.held) {
-            self.held = false;
-            pace.turn.store(FREE, Ordering::Release);
-        }
+        self.lets_go();
+    }
+
+    /// Ends the turn, if it is held still. Whether somebody has called.
+    fn lets_go(&mut self) -> bool {
+        let (Some(pace), Some(mine)) = (self.pace, self.held.take()) else { return false };
+        let free = |state: u64| (state & !CALLED == mine).then_some(FREE);
+        pace.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, free) == Ok(mine | CALLED)
     }
 
     /// Takes the turn once more, unless somebody else has it, who will look then.
     fn again(&mut self) -> bool {
-        self.held = self.pace.and_then(Pace::turn).is_some();
-        self.held
+        self.held = self.pace.and_then(Pace::turn).and_then(|turn| turn.held);
+        self.held.is_some()
     }
 }
 
-const FREE: u8 = 0;
-const TAKEN: u8 = 1;
+const FREE: u64 = 0;
 /// Somebody else came: there is more to read.
-const CALLED: u8 = 2;
+const CALLED: u64 = 1;
+/// Whoever has taken the turn has not read yet, which takes no time.
+const NOT_YET: u64 = u64::MAX;
+/// A worker that has not come back since it has read so long ago may hang.
+const LATE: u64 = TURN_MAX.as_nanos() as u64;
+/// How long the turn is left to a worker that serves what it has read.
+pub(crate) const TURN_MAX: Duration = Duration::from_millis(10);
 /// Past it, a worker is better not held up by a region.
 const SLOW: u64 = Duration::from_millis(1).as_nanos() as u64;
 /// As many are served in the time that it takes to wake another worker.
@@ -127,10 +179,10 @@ mod tests {
     fn one_reads_and_whoever_calls_has_it_read_again() {
         let pace = pace(1_000);
         let mut turn = pace.turn().unwrap();
-        assert!(!turn.has_read(), "quick: it is kept");
+        assert!(!turn.has_read(Instant::now()), "quick: it is kept");
         assert!(pace.turn().is_none());
         assert!(!turn.ends(false), "somebody has called");
-        assert!(!turn.has_read() && turn.ends(false));
+        assert!(!turn.has_read(Instant::now()) && turn.ends(false));
         assert!(pace.turn().is_some());
     }
 
@@ -139,13 +191,13 @@ mod tests {
     fn a_slow_one_gives_its_turn_on_and_forgets_no_call() {
         for pace in [pace(50_000_000), Pace::default()] {
             let mut turn = pace.turn().unwrap();
-            assert!(!turn.has_read());
+            assert!(!turn.has_read(Instant::now()));
             let mut other = pace.turn().expect("it was given on");
             assert!(turn.ends(false));
             assert!(pace.turn().is_none());
-            assert!(other.has_read(), "called");
+            assert!(other.has_read(Instant::now()), "called");
             assert!(!other.ends(false), "the call is still to be answered");
-            assert!(!other.has_read() && other.ends(false));
+            assert!(!other.has_read(Instant::now()) && other.ends(false));
             assert!(pace.turn().is_some());
         }
     }
@@ -154,12 +206,31 @@ mod tests {
     fn a_full_batch_is_read_on_by_whoever_has_the_turn() {
         let pace = pace(50_000_000);
         let mut turn = pace.turn().unwrap();
-        assert!(!turn.has_read() && !turn.ends(true), "taken again");
-        assert!(!turn.has_read());
+        assert!(!turn.has_read(Instant::now()) && !turn.ends(true), "taken again");
+        assert!(!turn.has_read(Instant::now()));
         let other = pace.turn().unwrap();
         assert!(turn.ends(true), "the other one reads, and was called");
         let mut other = other;
-        assert!(other.has_read());
+        assert!(other.has_read(Instant::now()));
+    }
+
+    #[test]
+    fn a_turn_is_taken_from_a_worker_that_does_not_come_back() {
+        let pace = pace(1_000);
+        let mut hanging = pace.turn().unwrap();
+        assert!(!hanging.has_read(Instant::now()), "quick: it is kept");
+        assert!(pace.turn().is_none());
+        let mut other = loop {
+            match pace.turn() {
+                Some(turn) => break turn,
+                None => std::thread::yield_now(),
+            }
+        };
+        assert!(pace.turn().is_none(), "it has not read yet");
+        assert!(hanging.ends(false) && hanging.keeps() == 0, "it is another's");
+        assert!(!other.has_read(Instant::now()) && !other.ends(false), "somebody has called");
+        assert!(!other.has_read(Instant::now()) && other.ends(false));
+        assert!(pace.turn().is_some());
     }
 
     /// Every event that anybody was woken for is read, whoever reads: threads at random, as workers do it.
@@ -171,7 +242,7 @@ mod tests {
                 let Some(mut turn) = pace.turn() else { return };
                 loop {
                     read.fetch_max(events.load(Ordering::SeqCst), Ordering::SeqCst);
-                    turn.has_read();
+                    turn.has_read(Instant::now());
                     if turn.ends(false) {
                         return;
                     }

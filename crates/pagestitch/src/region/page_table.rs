@@ -330,6 +330,11 @@ impl Claim<'_> {
         span
     }
 
+    /// Gives its pages back, and wakes only those whose faults have met it. Whoever it was for is to be served or woken later.
+    pub(crate) fn give_back_asleep(mut self) {
+        self.settle(self.span.pages, State::Absent);
+    }
+
     /// Splits the first `pages` of them off.
     pub(crate) fn split_off(&mut self, pages: usize) -> Self {
         let first = Self { table: self.table, waker: self.waker, span: self.span.prefix(pages) };

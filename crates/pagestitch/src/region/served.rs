@@ -11,7 +11,7 @@ use crate::region::page_table::{PageTable, State, Wake};
 use crate::region::place::Place;
 use crate::region::strays::{Rest, Strays};
 use crate::region::{Door, Layout};
-use crate::server::{Asked, Berths, NoSignals, Permit, Permits};
+use crate::server::{Asked, Berths, Later, NoSignals, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
 use pagestitch_kernel::gate::{Gate, OwnedVisit};
 use pagestitch_kernel::page::HUGE;
@@ -56,6 +56,8 @@ pub(crate) struct Served {
     pub(crate) limit: Option<(usize, Berths<Asked>)>,
     /// How many fetches its pool may have under way, where there is a limit.
     pub(crate) permits: OnceLock<Arc<Permits>>,
+    /// Where what is to be done in a moment is kept.
+    pub(crate) later: OnceLock<Arc<Later>>,
     pub(crate) place: Place,
     pub(crate) uffd: Uffd,
     /// Why a page was poisoned. Grows by an entry for each page that fails.
@@ -163,6 +165,7 @@ impl Served {
             staged,
             pace: Pace::default(),
             permits: OnceLock::new(),
+            later: OnceLock::new(),
             limit: in_flight.map(|most| (most, Berths::new(ROOM))),
             place,
             uffd,

@@ -6,8 +6,13 @@ use crate::policy::{OnFailure, Wide};
 use crate::region::Served;
 use crate::region::page_table::{Claim, Unclaimed, Wake};
 use crate::server::callers;
+use crate::server::later::What;
 use crate::server::pending::{Wanted, fetch};
-use crate::server::resolve::{NotInstalled, Stopped, fail, given_up, install, install_beside, poison};
+use crate::server::resolve::{
+    NotInstalled, SHORT_OF_MEMORY, Short, Stopped, fail, fail_without_memory, given_up, install,
+    install_beside, poison,
+};
+use crate::server::worker::Handed;
 use crate::source::{Buffers, Failure, fill, fill_zeroing};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
@@ -24,10 +29,32 @@ pub(crate) struct Asked {
     pub(super) thread: u32,
     /// Its place among the faults in flight, if it has one. It lands there when it is served.
     pub(super) place: Option<usize>,
+    /// How often there was no memory for it.
+    pub(super) tries: usize,
+}
+
+impl Asked {
+    /// What to do where there is no memory for its page.
+    pub(super) const fn short(&self) -> Short {
+        if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
+    }
+}
+
+/// Has a fault served once more when there may be memory for its page. Where too many wait for that, the page fails.
+pub(super) fn serve_later(region: &Arc<Served>, asked: Asked) {
+    let wait = SHORT_OF_MEMORY[asked.tries];
+    let again = Handed::new(region, Asked { tries: asked.tries + 1, ..asked });
+    let kept = region.later.get().is_some_and(|later| later.add(What::Serve(again), wait).is_ok());
+    if !kept {
+        if let Some(mut claim) = claim(region, asked.page) {
+            fail_without_memory(region, &mut claim);
+        }
+        region.counters.land(asked.place);
+    }
 }
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
-/// woken to fault again. Says which pages to fill ahead, if whoever it is seems to want more.
+/// woken to fault again, or sleeps until it is served once more. Says which pages to fill ahead, if whoever it is seems to want more.
 pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
     let Asked { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
@@ -44,18 +71,22 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
     {
-        fetch(region, claim, (source, offset), Wanted::Now(flight.map(Flight::keep)), permit);
+        let asked = Asked { place: flight.map(Flight::keep), ..asked };
+        fetch(region, claim, (source, offset), Wanted::Now(asked), permit);
         // The worker is back; the bytes take as long as they take.
         region.pace.took(nanoseconds(started));
         return [wide.now, wide.ahead];
     }
-    let block = region.movable_block(page).or(wide.now);
+    // Alone, where there was no memory for it.
+    let block = region.movable_block(page).or(wide.now).filter(|_| asked.tries == 0);
     if let Some(block) = block {
         claim.grow(block);
     }
-    if let Err(Stopped::Changing) = supply(region, claim, page.span(), buffers) {
+    match supply(region, claim, page.span(), buffers, asked.short()) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
-        thread::yield_now();
+        Err(Stopped::Changing) => thread::yield_now(),
+        Err(Stopped::NoMemory) => serve_later(region, Asked { place: flight.map(Flight::keep), ..asked }),
+        Ok(()) | Err(Stopped::Failed(_)) => {}
     }
     let spent = nanoseconds(started);
     region.pace.took(spent);
@@ -133,7 +164,7 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
             }
             let filled = fill(region, claim.span(), buffers).ok()?;
             let ahead = filled.pages;
-            install(region, &mut claim, filled).ok()?;
+            install(region, &mut claim, filled, Short::Tell).ok()?;
             region.counters.here().pages_ahead.add(ahead as u64);
             pages += ahead;
         }
@@ -147,16 +178,22 @@ pub(super) fn supply(
     mut claim: Claim<'_>,
     asked: Span,
     buffers: &mut Buffers,
+    short: Short,
 ) -> Result<(), Stopped> {
     let mut failures = 0;
     while !claim.span().is_empty() {
         let wanted = asked.contains(claim.span().first);
-        match fill_some(region, &mut claim, buffers) {
+        match fill_some(region, &mut claim, buffers, short) {
             Ok(()) => failures = 0,
             Err(Unfilled::Changing) => return Err(Stopped::Changing),
+            Err(Unfilled::NoMemory) => return without_memory(claim, asked),
             Err(Unfilled::Source(failure)) if wanted => {
                 failures += 1;
-                endure(region, &mut claim, Failure { attempts: failures, ..failure }, buffers)?;
+                let failure = Failure { attempts: failures, ..failure };
+                match endure(region, &mut claim, failure, buffers, short) {
+                    Err(Stopped::NoMemory) => return without_memory(claim, asked),
+                    endured => endured?,
+                }
             }
             Err(Unfilled::Kernel(failure)) if wanted => return Err(fail(region, &mut claim, failure)),
             Err(_) => return Ok(()),
@@ -165,9 +202,20 @@ pub(super) fn supply(
     Ok(())
 }
 
+/// There is no memory for the first page of a claim. If what was asked for is still to come, it is given back, and nobody woken who
+/// would only fault again.
+fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), Stopped> {
+    if !claim.span().contains(asked.first) {
+        return Ok(());
+    }
+    claim.give_back_asleep();
+    Err(Stopped::NoMemory)
+}
+
 /// Why the first page of a claim could not be filled.
 enum Unfilled {
     Changing,
+    NoMemory,
     /// Its source does not give its bytes.
     Source(Failure),
     /// The kernel does not take them.
@@ -178,19 +226,25 @@ impl From<NotInstalled> for Unfilled {
     fn from(not: NotInstalled) -> Self {
         match not {
             NotInstalled::Changing => Self::Changing,
+            NotInstalled::NoMemory => Self::NoMemory,
             NotInstalled::Refused(failure) => Self::Kernel(failure),
         }
     }
 }
 
 /// Fills and installs as many of the claim's first pages as go one way.
-fn fill_some(region: &Served, claim: &mut Claim<'_>, buffers: &mut Buffers) -> Result<(), Unfilled> {
+fn fill_some(
+    region: &Served,
+    claim: &mut Claim<'_>,
+    buffers: &mut Buffers,
+    short: Short,
+) -> Result<(), Unfilled> {
     let began = region.counters.clock();
     let filled = fill(region, claim.span(), buffers);
     region.counters.took(Part::Fill, began);
     let filled = filled.map_err(Unfilled::Source)?;
     let began = region.counters.clock();
-    let installed = install(region, claim, filled);
+    let installed = install(region, claim, filled, short);
     region.counters.took(Part::Resolve, began);
     Ok(installed?)
 }
@@ -201,6 +255,7 @@ fn endure(
     claim: &mut Claim<'_>,
     mut failure: Failure,
     buffers: &mut Buffers,
+    short: Short,
 ) -> Result<(), Stopped> {
     match region.layout.on_failure(failure.chunk) {
         OnFailure::Poison => {}
@@ -216,7 +271,7 @@ fn endure(
         OnFailure::Zeros => {
             match fill_zeroing(region, claim.span().first, buffers) {
                 Ok(filled) => {
-                    install(region, claim, filled).map_err(|not| given_up(region, claim, not))?;
+                    install(region, claim, filled, short).map_err(|not| given_up(region, claim, not))?;
                     region.counters.here().pages_given_up.add(1);
                     log!(warn, region = region.name, %failure, "zeros, as it was asked for");
                     return Ok(());

@@ -4,7 +4,7 @@
 use crate::region::Served;
 use crate::region::page_table::State;
 use crate::server::callers::Mark;
-use crate::server::resolve::{Stopped, given_up, install};
+use crate::server::resolve::{Short, Stopped, given_up, install};
 use crate::source::{Buffers, Failure, fill};
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Errno, Page, Span};
@@ -33,9 +33,8 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
         // Where there is no claim to be had, somebody else has healed it.
         let Ok(mut claim) = claim else { return Ok(()) };
         let installed = match fill(region, page.span(), buffers) {
-            Ok(filled) => {
-                install(region, &mut claim, filled).map_err(|not| given_up(region, &mut claim, not))
-            }
+            Ok(filled) => install(region, &mut claim, filled, Short::Wait)
+                .map_err(|not| given_up(region, &mut claim, not)),
             Err(failure) => {
                 let failure = Arc::new(failure);
                 region.keep_failure(page, Arc::clone(&failure));
@@ -51,7 +50,7 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
                 region.counters.here().pages_healed.add(1);
                 return Ok(());
             }
-            Err(Stopped::Changing) => thread::yield_now(),
+            Err(Stopped::Changing | Stopped::NoMemory) => thread::yield_now(),
             Err(Stopped::Failed(failure)) => {
                 region.settle_failure(page, &failure);
                 return Err(failure);

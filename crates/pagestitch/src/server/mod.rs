@@ -8,6 +8,7 @@
 //! | `crew` | which workers get on, and which are to be replaced |
 //! | `berths` | how many workers one region may hold up |
 //! | `slow` | how many workers slow regions may hold up together |
+//! | `later` | what is done in a moment, instead of waiting for it |
 //! | `fault` | **the journey in one function**: claim, fill, resolve, settle, tell |
 //! | `pending` | pages whose source answers later |
 //! | `resolve` | tell the kernel, and read its answer |
@@ -25,6 +26,7 @@ mod crew;
 mod fault;
 mod heal;
 mod inline;
+mod later;
 mod manual;
 mod pending;
 mod placement;
@@ -39,6 +41,7 @@ mod worker;
 pub(crate) use berths::{Berths, Permit, Permits};
 pub(crate) use fault::Asked;
 pub(crate) use heal::heal;
+pub(crate) use later::Later;
 pub use manual::Manual;
 use manual::Seats;
 pub(crate) use pending::Pending;

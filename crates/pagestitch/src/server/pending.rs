@@ -5,7 +5,8 @@ use crate::metrics::Part;
 use crate::region::Served;
 use crate::region::page_table::Claim;
 use crate::server::berths::Permit;
-use crate::server::resolve::{fail, given_up, install};
+use crate::server::fault::{Asked, serve_later};
+use crate::server::resolve::{NotInstalled, Short, fail, given_up, install};
 use crate::server::worker::AbortOnPanic;
 use crate::source::{Content, Failure, Fetched, Filled, Reply};
 use pagestitch_kernel::Span;
@@ -29,16 +30,16 @@ pub(crate) struct Pending {
 /// Why pages are fetched.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Wanted {
-    /// Somebody waits for them: the place of that fault among those in flight, if it has one.
-    Now(Option<usize>),
+    /// A thread waits for them: its fault.
+    Now(Asked),
     /// A reader is on its way.
     Ahead,
 }
 
 impl Wanted {
     fn land(self, region: &Served) {
-        if let Self::Now(place) = self {
-            region.counters.land(place);
+        if let Self::Now(asked) = self {
+            region.counters.land(asked.place);
         }
     }
 }
@@ -73,8 +74,14 @@ impl Pending {
         match answer {
             Ok(bytes) => {
                 let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
-                match (install(region, &mut claim, filled), wanted) {
+                let short = if let Wanted::Now(asked) = wanted { asked.short() } else { Short::Tell };
+                match (install(region, &mut claim, filled, short), wanted) {
                     (Ok(()), Wanted::Ahead) => region.counters.here().pages_ahead.add(span.pages as u64),
+                    (Err(NotInstalled::NoMemory), Wanted::Now(asked)) => {
+                        claim.give_back_asleep();
+                        region.counters.took(Part::Resolve, began);
+                        return serve_later(region, *asked);
+                    }
                     (Err(not), Wanted::Now(_)) => drop(given_up(region, &mut claim, not)),
                     _ => {}
                 }

@@ -17,6 +17,7 @@ use crate::region::{Door, News, Served};
 use crate::server::berths::Permits;
 use crate::server::crew::{self, Crew};
 use crate::server::fault::Asked;
+use crate::server::later::{Later, What};
 use crate::server::placement::{Placement, Places};
 use crate::server::slow::Slow;
 use crate::server::usher::Usher;
@@ -397,6 +398,7 @@ pub(super) struct Shared {
     pub(super) name: String,
     places: Places,
     permits: Option<Arc<Permits>>,
+    pub(super) later: Arc<Later>,
     /// What the usher leaves to workers.
     news: (Sender<NewsOf>, Receiver<NewsOf>),
     usher: OnceLock<Usher>,
@@ -423,8 +425,11 @@ impl Shared {
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let bell = EventFd::from_flags(flags)?;
+        let later = Arc::new(Later::new()?);
+        let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
         let epolls = (0..places.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            watch(&epoll, &*later, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
             watch(&epoll, &bell, EpollFlags::EPOLLIN)?;
             Ok(Arc::new(epoll))
@@ -451,6 +456,7 @@ impl Shared {
             name,
             places: places.clone(),
             permits: None,
+            later,
             epolls,
             wakes,
             regions: RwLock::default(),
@@ -614,6 +620,7 @@ impl Shared {
         if let Some(permits) = &self.permits {
             let _ = region.permits.set(Arc::clone(permits));
         }
+        let _ = region.later.set(Arc::clone(&self.later));
         regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.door()));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
@@ -681,6 +688,14 @@ impl Shared {
         self.retire(child);
         child.close();
         child.shut();
+    }
+
+    /// Has a worker look at a region in a moment.
+    pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
+        if region.pace.asks_for_look() && self.later.add(What::Look(Arc::clone(region.door())), wait).is_err()
+        {
+            region.pace.is_looked_at();
+        }
     }
 
     /// Has whoever waits for it look once more at a region.

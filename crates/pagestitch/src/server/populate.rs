@@ -6,7 +6,7 @@ use crate::region::page_table::State;
 use crate::server::callers::{self, Mark};
 use crate::server::fault::{BLOCK_PAGES, supply};
 use crate::server::pool::NoSignals;
-use crate::server::resolve::Stopped;
+use crate::server::resolve::{Short, Stopped};
 use crate::source::{Buffers, Failure};
 use pagestitch_kernel::Span;
 use parking_lot::Mutex;
@@ -137,64 +137,76 @@ fn fill_absent(
             return first;
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
-        if region.pages.state(rest.first) == State::Present {
-            rest = rest.without_prefix(1);
-            continue;
-        }
-        let to_block_end = BLOCK_PAGES - rest.first.0 % BLOCK_PAGES;
-        let wanted = gap.prefix(to_block_end);
-        let mark = Mark::new(region, wanted);
-        let failure = match region.pages.claim_run(wanted, region) {
-            Ok(claim) => {
-                let claimed = claim.span();
-                // Who finds everything there needs none.
-                let buffers = match buffers {
-                    Some(buffers) => buffers,
-                    None => buffers
-                        .insert(Buffers::new().map_err(|errno| failure_of(region, rest, errno.into()))?),
-                };
-                match supply(region, claim, claimed, buffers) {
-                    Ok(()) => {
-                        (rest, changing) = (rest.without_prefix(claimed.pages), None);
-                        continue;
-                    }
-                    Err(Stopped::Changing) if extent.waits(changing.get_or_insert_with(Instant::now)) => {
-                        thread::yield_now();
-                        continue;
-                    }
-                    Err(Stopped::Changing) => {
-                        first?;
-                        return Err(no_rest(region, rest));
-                    }
-                    Err(Stopped::Failed(failure)) => failure,
-                }
+        let pages = match fill_run(region, gap, buffers)? {
+            Run::Filled(0) => 0,
+            Run::Filled(pages) => {
+                changing = None;
+                pages
             }
-            Err(State::Present) => {
-                rest = rest.without_prefix(1);
-                continue;
+            Run::Changing if extent.waits(changing.get_or_insert_with(Instant::now)) => {
+                thread::yield_now();
+                0
             }
-            Err(State::Poisoned) => match region.failure(rest.first) {
-                Some(failure) => {
-                    rest = rest.without_prefix(1);
-                    failure
-                }
-                // Without a failure on record it was let go between the two looks: look again.
-                None => continue,
-            },
-            Err(State::Absent) => continue,
-            Err(State::Filling | State::Wanted | State::Forgotten) => {
-                drop(mark);
-                if callers::fills(callers::this_thread(), region, rest.first) {
-                    return Err(failure_of(region, rest, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
-                }
-                region.pages.wait_while_filling(rest.first);
-                continue;
+            Run::Changing => return first.and_then(|()| Err(no_rest(region, rest))),
+            Run::Failed(failure, _) if extent.ends_at_failure(region) => return Err(failure),
+            Run::Failed(failure, pages) => {
+                first = first.and(Err(failure));
+                pages
             }
         };
-        if extent.ends_at_failure(region) {
-            return Err(failure);
+        rest = rest.without_prefix(pages);
+    }
+}
+
+/// What came of a run of pages.
+enum Run {
+    /// So many are filled, or were before; none: look again.
+    Filled(usize),
+    /// The map is changing.
+    Changing,
+    /// One of them cannot be; so many are to be passed over.
+    Failed(Arc<Failure>, usize),
+}
+
+/// Fills the first pages of a gap, or waits for whoever does.
+fn fill_run(region: &Served, gap: Span, buffers: &mut Option<Buffers>) -> Result<Run, Arc<Failure>> {
+    if region.pages.state(gap.first) == State::Present {
+        return Ok(Run::Filled(1));
+    }
+    let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
+    let mark = Mark::new(region, wanted);
+    match region.pages.claim_run(wanted, region) {
+        Ok(claim) => {
+            let claimed = claim.span();
+            // Who finds everything there needs none.
+            let buffers = match buffers {
+                Some(buffers) => buffers,
+                None => {
+                    buffers.insert(Buffers::new().map_err(|errno| failure_of(region, gap, errno.into()))?)
+                }
+            };
+            Ok(match supply(region, claim, claimed, buffers, Short::Wait) {
+                Ok(()) => Run::Filled(claimed.pages),
+                Err(Stopped::Changing | Stopped::NoMemory) => Run::Changing,
+                // It is found when the gap is looked at again.
+                Err(Stopped::Failed(failure)) => Run::Failed(failure, 0),
+            })
         }
-        first = first.and(Err(failure));
+        Err(State::Present) => Ok(Run::Filled(1)),
+        // Without a failure on record it was let go between the two looks: look again.
+        Err(State::Poisoned) => {
+            let failure = region.failure(gap.first);
+            Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
+        }
+        Err(State::Absent) => Ok(Run::Filled(0)),
+        Err(State::Filling | State::Wanted | State::Forgotten) => {
+            drop(mark);
+            if callers::fills(callers::this_thread(), region, gap.first) {
+                return Err(failure_of(region, gap, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
+            }
+            region.pages.wait_while_filling(gap.first);
+            Ok(Run::Filled(0))
+        }
     }
 }
 

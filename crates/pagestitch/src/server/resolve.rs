@@ -19,8 +19,21 @@ use std::time::Duration;
 pub(super) enum Stopped {
     /// The memory map is changing: events have to be read first.
     Changing,
+    /// The kernel has no memory for the page that was asked for. Whoever waits for it sleeps on.
+    NoMemory,
     /// Its first page has failed, and was poisoned.
     Failed(Arc<Failure>),
+}
+
+/// What to do where the kernel has no memory for a page, though there may be some in a moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Short {
+    /// Waits: in a thread of the caller's.
+    Wait,
+    /// Says so: a worker that waits is missing elsewhere.
+    Tell,
+    /// It has been waited for.
+    Fail,
 }
 
 /// Why the kernel has not installed the first page of a claim.
@@ -28,6 +41,8 @@ pub(super) enum Stopped {
 pub(super) enum NotInstalled {
     /// The memory map is changing: events have to be read first.
     Changing,
+    /// There is no memory for it, and it was not waited for.
+    NoMemory,
     /// It will not, and that is not the source's fault.
     Refused(Failure),
 }
@@ -49,6 +64,7 @@ pub(super) fn install(
     region: &Served,
     claim: &mut Claim<'_>,
     mut filled: Filled<'_>,
+    short: Short,
 ) -> Result<(), NotInstalled> {
     let mut done = 0;
     let mut pauses = SHORT_OF_MEMORY.into_iter();
@@ -57,7 +73,8 @@ pub(super) fn install(
         match install_some(region, claim, span, &mut filled.content, done) {
             Ok(pages) => done += pages,
             Err(Refusal::Changing) => return Err(NotInstalled::Changing),
-            Err(Refusal::NoMemory) => match pauses.next() {
+            Err(Refusal::NoMemory) if short == Short::Tell => return Err(NotInstalled::NoMemory),
+            Err(Refusal::NoMemory) => match pauses.next().filter(|_| short == Short::Wait) {
                 Some(pause) => thread::sleep(pause),
                 None => return Err(refused(region, span, Errno::ENOMEM.into())),
             },
@@ -285,6 +302,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
 pub(super) fn given_up(region: &Served, claim: &mut Claim<'_>, not: NotInstalled) -> Stopped {
     match not {
         NotInstalled::Changing => Stopped::Changing,
+        NotInstalled::NoMemory => Stopped::NoMemory,
         NotInstalled::Refused(failure) => fail(region, claim, failure),
     }
 }
@@ -333,6 +351,12 @@ pub(super) fn show(region: &Served, page: Page) {
 pub(super) fn release(region: &Served, page: Page) {
     let _ = region.uffd.unprotect(region.place.addresses(page.span()));
     region.wake(page.span());
+}
+
+/// Has a page fail for which there was no memory each time that it was asked for.
+pub(super) fn fail_without_memory(region: &Served, claim: &mut Claim<'_>) {
+    let refused = refused(region, claim.span(), Errno::ENOMEM.into());
+    drop(given_up(region, claim, refused));
 }
 
 fn refused(region: &Served, span: Span, error: io::Error) -> NotInstalled {
@@ -388,7 +412,7 @@ fn count(region: &Served, span: Span, way: Way) {
 }
 
 /// How long to wait for memory, each time there is none, before that is the page's error.
-const SHORT_OF_MEMORY: [Duration; 3] =
+pub(super) const SHORT_OF_MEMORY: [Duration; 3] =
     [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
 /// A page of them, of the largest kind.
 static ZEROS: [u8; HUGE] = [0; HUGE];

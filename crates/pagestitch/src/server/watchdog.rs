@@ -201,7 +201,8 @@ impl Watchdog {
             } else {
                 // The usher has read its events.
                 let read = Instant::now();
-                let asked = |(page, thread, place)| Asked { page, read, thread, place: Some(place) };
+                let asked =
+                    |(page, thread, place)| Asked { page, read, thread, place: Some(place), tries: 0 };
                 let left = region.counters.take_left().map(asked);
                 self.read.extend(left.map(|asked| Handed::new(&region, asked)));
             }

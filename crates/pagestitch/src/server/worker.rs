@@ -7,8 +7,10 @@
 //! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::policy::Replay;
+use crate::region::pace::TURN_MAX;
 use crate::region::{Door, Reading, Served};
 use crate::server::fault::{Asked, fill_ahead, replay, serve};
+use crate::server::later::What;
 use crate::server::pool::Shared;
 use crate::server::resolve::{release, show};
 use crate::source::Buffers;
@@ -72,7 +74,7 @@ impl Handed {
     /// A fault of a region that there is not.
     pub(super) fn at(door: &Arc<Door>) -> Self {
         let page = pagestitch_kernel::Page(0);
-        let asked = Asked { page, read: Instant::now(), thread: 1, place: None };
+        let asked = Asked { page, read: Instant::now(), thread: 1, place: None, tries: 0 };
         Self { door: Arc::clone(door), asked }
     }
 }
@@ -163,6 +165,8 @@ impl Worker {
                 } else if fd == self.shared.bell.as_fd().as_raw_fd() {
                     // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
                     let _ = self.shared.bell.read();
+                } else if fd == self.shared.later.fd() {
+                    self.serve_later();
                 } else if let Some(door) = self.shared.region(fd) {
                     self.serve_batch(&door);
                 }
@@ -187,8 +191,8 @@ impl Worker {
     /// Serves what there is: nobody is woken again for it.
     fn serve_batch(&mut self, door: &Door) {
         let Some(region) = door.enter() else { return };
-        // Who comes while somebody reads from adopted memory leaves it to that one.
-        let Some(mut turn) = region.turn() else { return };
+        // Who comes while somebody reads from adopted memory leaves it to that one, which may hang in a source.
+        let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
             self.serve_read(&region, &mut turn);
             if turn.ends(self.batch.is_full()) {
@@ -201,20 +205,20 @@ impl Worker {
     }
 
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
-        let Self { shared, ready, batch, buffers, served, place, .. } = self;
+        let Self { shared, batch, buffers, served, place, .. } = self;
         // Regions whose children are served are not read here.
         if region.read_events(batch, &mut |news| region.hear(news)) {
-            thread::sleep(MOMENT);
-            shared.look_again(ready, region);
+            shared.look_later(region, MOMENT);
         }
         let read = Instant::now();
-        let read_again = turn.has_read();
+        let read_again = turn.has_read(read);
         let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
         let first = if read_again { None } else { pages.next() };
-        let mut handed = 0;
+        let (mut handed, mut kept) = (0, 0);
         for (index, asked) in pages.enumerate() {
-            let kept = index < turn.keeps();
-            match if kept { None } else { shared.hand_on(Handed::new(region, asked)).ok() } {
+            match shared.hand_on(Handed::new(region, asked)).ok() {
+                // Not worth another worker, but one that stands in for this one has to find them.
+                Some(()) if index < turn.keeps() => kept += 1,
                 Some(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
@@ -224,10 +228,11 @@ impl Worker {
             }
         }
         shared.ring(handed);
-        *served += batch.faults().len() as u64 - handed;
+        *served += batch.faults().len() as u64 - handed - kept;
         if let Some(first) = first {
             self.serve_in_berth(region, first);
         }
+        self.serve_some_handed(kept);
     }
 
     /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
@@ -269,17 +274,42 @@ impl Worker {
     fn serve_handed(&mut self) {
         self.shared.hear_news();
         // Then it looks at the regions again, whose faults are in no channel yet.
-        for _ in 0..HANDED_AT_ONCE {
+        self.serve_some_handed(HANDED_AT_ONCE);
+        if self.shared.slow.are_waited_for() {
+            let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
+            let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
+            self.serve_slow(next);
+        }
+    }
+
+    fn serve_some_handed(&mut self, most: u64) {
+        for _ in 0..most {
             let Some(Handed { door, asked }) = self.shared.take_handed() else { break };
             // A region that is being dropped needs no page any more.
             let Some(region) = door.enter() else { continue };
             self.served += 1;
             self.serve_in_berth(&region, asked);
         }
-        if self.shared.slow.are_waited_for() {
-            let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
-            let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
-            self.serve_slow(next);
+    }
+
+    /// Does what it is time for by now.
+    fn serve_later(&mut self) {
+        self.shared.later.seen();
+        for _ in 0..HANDED_AT_ONCE {
+            match self.shared.later.take() {
+                Some(What::Serve(Handed { door, asked })) => {
+                    // A region that is being dropped needs no page any more.
+                    let Some(region) = door.enter() else { continue };
+                    self.serve_in_berth(&region, asked);
+                }
+                Some(What::Look(door)) => {
+                    if let Some(region) = door.enter() {
+                        region.pace.is_looked_at();
+                    }
+                    self.serve_batch(&door);
+                }
+                None => break,
+            }
         }
     }
 
@@ -314,7 +344,8 @@ pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<
         FaultKind::Minor if region.place.adopted().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();
-            return Some(Asked { page, read, thread, place: region.counters.begin(page, thread, read) });
+            let place = region.counters.begin(page, thread, read);
+            return Some(Asked { page, read, thread, place, tries: 0 });
         }
     }
     None
@@ -344,7 +375,7 @@ impl Drop for AbortOnPanic {
 /// How long a worker waits for something to do where there are more than there are posts.
 const LINGER_MS: u16 = 1000;
 /// Faults that were handed on, and are served before the worker looks at the regions again.
-const HANDED_AT_ONCE: usize = 64;
+const HANDED_AT_ONCE: u64 = 64;
 /// Until what could not be done is tried again.
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.
