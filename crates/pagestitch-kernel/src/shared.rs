@@ -184,6 +184,8 @@ pub enum Sharing {
 #[derive(Debug)]
 pub struct Alias {
     pub(crate) mapping: Mapping,
+    /// Where each mapping that it was made of ends, ascending. What is duplicated of one goes on in its file, not in the next mapping.
+    ends: Vec<usize>,
 }
 
 impl Alias {
@@ -209,11 +211,23 @@ impl Alias {
         let bytes = std::num::NonZeroUsize::new(bytes).expect("checked above");
         // What is to be replaced, part by part: until then it holds the place.
         let mapping = Mapping::new(bytes, ProtFlags::PROT_NONE).map_err(refused)?;
+        let ends = parts.iter().map(|part| part.end() - address).collect();
         for part in parts {
             let to = mapping.at(part.start() - address);
             duplicate(part, to).map_err(refused)?;
         }
-        Ok(Self { mapping })
+        Ok(Self { mapping, ends })
+    }
+
+    /// How many mappings it was made of: as many show it a second time.
+    #[must_use]
+    pub const fn mappings(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// The end of the mapping that holds the byte at `offset`.
+    pub(crate) fn end_of(&self, offset: usize) -> usize {
+        self.ends[self.ends.partition_point(|&end| end <= offset)]
     }
 
     /// How many bytes it has: a multiple of the page size.

@@ -116,7 +116,14 @@ impl View {
     pub fn alias(&mut self, span: Span, alias: &Alias, offset: u64) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &alias.mapping, offset) else { return Ok(()) };
         self.stable = false;
-        duplicate(source, at(range))?;
+        let (page, mut done) = (self.reservation.page_size().bytes(), 0);
+        while done < range.bytes() {
+            let at_source = offset as usize + done;
+            let pages = (alias.end_of(at_source) - at_source) / page;
+            let part = source.part(done, pages);
+            duplicate(part, at(range.part(done, pages)))?;
+            done += part.bytes();
+        }
         self.protect(range)
     }
 
@@ -153,15 +160,18 @@ impl View {
         let moving = donated.span(offset, range.bytes());
         let taken = donated.take(moving).filter(|taken| taken.span() == moving);
         let taken = taken.unwrap_or_else(|| panic!("{moving:?} of {donated:?} have moved before"));
-        // The old addresses stay mapped: they are the donation's to unmap, and nobody else's to be given.
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
-        let bytes = range.bytes();
-        // SAFETY: the source is memory that was given up, without a slice of it; the target is inside our own
-        // mapping, and `&mut self`, the one view, says that nobody has a reference to its bytes.
-        #[expect(unsafe_code, reason = "mremap")]
-        let answer = unsafe { libc::mremap(at(source).as_ptr(), bytes, bytes, flags, at(range).as_ptr()) };
-        if answer == libc::MAP_FAILED {
-            return Err(Errno::last());
+        let page = self.reservation.page_size().bytes();
+        let (mut done, mut pages) = (0, moving.pages);
+        while done < range.bytes() {
+            match remap(source.part(done, pages), range.part(done, pages)) {
+                Ok(()) => done += source.part(done, pages).bytes(),
+                // Before Linux 6.17, what lies in several mappings does not move at once: an application may have split the donation's.
+                Err(Errno::EFAULT) if pages > 1 => pages /= 2,
+                Err(errno) => {
+                    taken.moved(done / page);
+                    return Err(errno);
+                }
+            }
         }
         taken.moved(moving.pages);
         self.protect(range)
@@ -396,6 +406,17 @@ impl StableView {
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.view.as_ptr()
     }
+}
+
+/// Moves donated pages over part of a reservation. The old addresses stay mapped: they are the donation's to unmap, and no other mapping's.
+fn remap(source: AddressRange, target: AddressRange) -> Result<(), Errno> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let bytes = source.bytes();
+    // SAFETY: the source is memory that was given up, without a slice of it; the target is inside the reservation of the caller, which has
+    // borrowed its one view mutably: nothing has a reference to its bytes.
+    #[expect(unsafe_code, reason = "mremap")]
+    let answer = unsafe { libc::mremap(at(source).as_ptr(), bytes, bytes, flags, at(target).as_ptr()) };
+    if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
 /// Part of what a descriptor stands for.

@@ -152,7 +152,7 @@ fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abili
             left = budget.take().map_or(left, |budget| budget());
             if let Some(run) = whole_pages(layout, page, chunk..end) {
                 let follows = runs.last().map_or(Page(0), |last| last.span.end()) == run.span.first;
-                let cost = if follows { 1 } else { 2 };
+                let cost = usize::from(!follows) + layout.backing_of(chunk).mappings();
                 if cost <= left {
                     left -= cost;
                     runs.push(run);

@@ -143,6 +143,14 @@ impl Backing {
         }
     }
 
+    /// How many mappings it takes at most to show a part of it.
+    pub(crate) fn mappings(&self) -> usize {
+        match self {
+            Self::Shared(Shared::Alias(alias)) => alias.mappings(),
+            _ => 1,
+        }
+    }
+
     /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.
     pub(crate) fn identity(&self) -> Option<Identity> {
         let of = |kind, address| Some(Identity { kind, address, len: 0 });
