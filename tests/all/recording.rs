@@ -1,6 +1,7 @@
 //! What was touched in one run is there in the next.
 
-use crate::until;
+use crate::donated::pages_of;
+use crate::{pattern, until};
 use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
 use pagestitch_firecracker::{Handler, Snapshot, Stopper};
 use pagestitch_testkit::child;
@@ -273,4 +274,42 @@ fn a_recording_is_written_to_where_a_link_points_and_into_what_is_no_file() {
     });
     recorded.write(&pipe).unwrap();
     assert_eq!(reading.join().unwrap(), recorded.to_bytes());
+}
+
+#[test]
+fn a_donated_huge_page_is_recorded_page_by_page() {
+    let bytes = pattern(3, 4 << 20);
+    let region = Region::builder().chunk(pages_of(&bytes)).record().build(&Pool::new().unwrap()).unwrap();
+    // Where pages are moved in at build, no fault tells of a touch.
+    if region.metrics().pages_in_place > 0 {
+        println!(
+            "SKIPPED a_donated_huge_page_is_recorded_page_by_page: the kernel moves pages at build (Linux 6.8)"
+        );
+        return;
+    }
+    let touched = [700, 3, 900, 701].map(|page| page * PAGE);
+    touched.into_iter().for_each(|at| assert_eq!(region.as_slice()[at], bytes[at]));
+    let recorded: Vec<u64> = region.recording().unwrap().offsets().collect();
+    assert_eq!(recorded, touched.map(|at| at as u64));
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn a_run_of_a_recording_is_replayed_over_the_border_of_two_ranges() {
+    const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];
+    let pool = Pool::new().unwrap();
+    let source = Arc::new(Scripted::new(1000 * PAGE as u64));
+    let build =
+        |guest: &Guest, builder: pagestitch::Builder| builder.build_adopted(adopt(guest), &pool).unwrap();
+    let touched = [290..310, 0..2, 998..1000].map(Iterator::collect::<Vec<usize>>).concat();
+    let first = Guest::new(&RANGES, false).unwrap();
+    let region = build(&first, builder(&source).record());
+    touched.iter().for_each(|page| assert_eq!(first.read(page * PAGE), byte_at((page * PAGE) as u64)));
+    let recorded = region.recording().unwrap();
+    assert_eq!(recorded.offsets().count(), touched.len());
+    let second = Guest::new(&RANGES, false).unwrap();
+    let region = build(&second, builder(&source).replay(&recorded));
+    until(|| region.metrics().pages_installed() == touched.len() as u64);
+    (0..1000)
+        .for_each(|page| assert_eq!(second.read(page * PAGE), byte_at((page * PAGE) as u64), "page {page}"));
 }

@@ -239,9 +239,10 @@ impl Served {
         Some((pages, donated, own.offset_of(span.first, size)))
     }
 
-    /// The block of pages around one that are donated together and can move as one huge page.
+    /// The block of pages around one that are donated together and can move as one huge page. A region that is recorded moves
+    /// each page by itself: those that come along have no first touch.
     pub(crate) fn movable_block(&self, page: Page) -> Option<Span> {
-        let block = self.block_of(page).filter(|_| self.moves)?;
+        let block = self.block_of(page).filter(|_| self.moves && self.recorder.is_none())?;
         let (movable, _, offset) = self.movable_pages(block)?;
         (movable == block.pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
     }
