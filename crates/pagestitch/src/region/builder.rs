@@ -160,7 +160,8 @@ impl Builder {
     }
 
     /// Has whoever is told know of each page whose bytes cannot be had, by its offset in the region, when that is found: in the thread
-    /// that serves, which must not touch the region. [`Region::failures`] lists those that there are.
+    /// that serves, which must not touch the region, or in the one that gives faults up, which gives up no other one until `tell` returns.
+    /// [`Region::failures`] lists those that there are.
     #[must_use]
     pub fn report_failures(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.manner.reporter = Some(Reporter(Arc::new(tell)));

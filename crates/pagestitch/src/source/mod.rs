@@ -58,7 +58,9 @@ use std::{fmt, io};
 /// * **Blocking.** It may block: it then occupies the worker that called it, not the region. While a region is
 ///   dropped, the drop waits for calls in progress.
 /// * **Failing.** An error becomes the page's error: who touches the page gets SIGBUS, `read_at` and `populate` of
-///   the region return it. A panic is turned into such an error.
+///   the region return it. A panic is turned into such an error, also one of [`name`](Source::name), of the error or of a destructor.
+/// * **Hanging.** A call that takes 10 ms or more holds up a thread, which the pool replaces up to
+///   [`max_workers`](crate::PoolBuilder::max_workers).
 /// * **Never** touch a region that the same pool serves, not even another one: the worker would wait for itself.
 ///
 /// `pagestitch-testkit` has a conformance suite that checks what can be checked of this.
