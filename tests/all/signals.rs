@@ -314,7 +314,8 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
     // SAFETY: what was there before.
     assert_eq!(unsafe { libc::sigaltstack(&raw const old, std::ptr::null_mut()) }, 0);
     // SAFETY: the same bytes, which no handler uses any more.
-    let untouched = (0..bytes).take_while(|&at| unsafe { painted.add(at).read_volatile() } == PAINT).count();
+    let untouched = (0..bytes).take_while(|&at| unsafe { painted.wrapping_add(at).read_volatile() } == PAINT);
+    let untouched = untouched.count();
     bytes - untouched
 }
 

@@ -21,7 +21,7 @@ use parking_lot::{Mutex, MutexGuard};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
-use std::ops::{Deref, DerefMut};
+use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -434,6 +434,13 @@ impl Served {
             }
         });
         any
+    }
+
+    /// Forgets that pages of memfds that are filled later were shown. False if there are none in a range.
+    pub(crate) fn forget_lazy(&self, range: &Range<u64>) -> bool {
+        let lazy = |page: &Page| self.lazy.contains(*page);
+        let shown = self.page_size().covering(range).iter().filter(lazy);
+        shown.map(|page| self.pages.forget_present(page)).count() > 0
     }
 
     /// Whether a page that was touched is there.

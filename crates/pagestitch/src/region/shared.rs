@@ -112,7 +112,8 @@ impl SharedRegion {
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
         self.core.populate(range.clone())?;
-        self.view.read_at(offset, into).map_err(|errno| self.refused("read", &range, errno))
+        let read = self.shown(&range, || self.view.read_at(offset, into));
+        read.map_err(|errno| self.refused("read", &range, errno))
     }
 
     /// Writes bytes at `offset`, to where they are shown from: whoever else has the file, the mapping or the physical
@@ -125,7 +126,20 @@ impl SharedRegion {
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(bytes.len() as u64))?;
         self.core.populate(range.clone())?;
-        self.view.write_at(offset, bytes).map_err(|errno| self.refused("written", &range, errno))
+        let written = self.shown(&range, || self.view.write_at(offset, bytes));
+        written.map_err(|errno| self.refused("written", &range, errno))
+    }
+
+    /// Pages that a memfd has and that were shown may have left the page table, by reclaim or a collapse. The kernel's own access does
+    /// not bring them back for an ordinary user: they are shown once more.
+    fn shown(&self, range: &Range<u64>, mut access: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+        match access() {
+            Err(Errno::EFAULT) if self.core.served.forget_lazy(range) => {
+                let _ = self.core.populate(range.clone());
+                access()
+            }
+            answer => answer,
+        }
     }
 
     /// As [`Region::populate`].
