@@ -11,7 +11,7 @@ use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
@@ -368,6 +368,32 @@ fn memory_of_the_same_process_is_served_too() {
     assert_eq!(guest.read(5), 77);
     region.finish().unwrap();
     assert_eq!(guest.read(TOTAL - 1), expected[TOTAL - 1]);
+}
+
+/// Each fault would be given to one of the two, and the threads that the other is meant for would wait for ever.
+#[test]
+fn a_userfaultfd_is_served_by_one_region_at_a_time() {
+    let (guest, pool) = (Guest::new(&RANGES, false).unwrap(), Pool::new().unwrap());
+    let [(first, _), (second, _)] = guest.ranges()[..] else { panic!("two ranges") };
+    let build = |name: &str, start: usize, bytes: usize| {
+        let memory = guest.memory_without_ranges().unwrap().range(start, bytes);
+        let memory = memory.owner(Process::open(Pid::this()).unwrap());
+        Region::builder().name(name).chunk(pattern(9, bytes)).build_adopted(memory, &pool)
+    };
+    let region = build("low", first, RANGES[0]).unwrap();
+    // The kernel may not tell (CONFIG_KCMP, or a container that does not allow it).
+    let (one, same) = (guest.uffd(), guest.uffd().try_clone_to_owned().unwrap());
+    if !pagestitch_kernel::process::is_same_file(one, same.as_raw_fd()) {
+        return println!("SKIPPED a_userfaultfd_is_served_by_one_region_at_a_time: no kcmp(2)");
+    }
+    let error = build("high", second, RANGES[1]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert!(error.to_string().contains("high") && error.to_string().contains("low serves this"), "{error}");
+    assert_eq!(guest.read(5), pattern(9, 6)[5]);
+    drop(region);
+    let region = build("high", second, RANGES[1]).unwrap();
+    assert_eq!(guest.read(RANGES[0] + 5), pattern(9, 6)[5]);
+    region.finish().unwrap();
 }
 
 #[test]

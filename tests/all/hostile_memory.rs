@@ -3,8 +3,8 @@
 use crate::{handle_bus_errors, own_memory, pattern, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{getgid, getuid, pause};
-use pagestitch::Pool;
+use nix::unistd::{Pid, getgid, getuid, pause};
+use pagestitch::{Manual, Pool, Process, Region};
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
@@ -12,6 +12,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -299,4 +300,58 @@ fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
     let stopped = running.stop();
     println!("stopped after {stopped:?}");
     assert!(stopped.is_some_and(|took| took < Duration::from_secs(10)), "{stopped:?}");
+}
+
+/// Counts the lines that it is told.
+#[derive(Clone, Default)]
+struct Lines(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Lines {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.level() <= &tracing::Level::INFO
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// An owner cannot fill the disk with log lines: neither by moving what it has announced, nor what it has not.
+#[test]
+fn a_guest_that_moves_its_memory_again_and_again_is_told_of_seldom() {
+    const MOVES: usize = 200;
+    // One for each move that is told of.
+    let mut guest = Guest::movable(&[PAGE; MOVES]).unwrap();
+    let mut manual = Manual::new().unwrap();
+    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
+    let region = Region::builder().chunk(vec![1; MOVES * PAGE]).build_adopted(memory, &manual).unwrap();
+    let (lines, began) = (Lines::default(), Instant::now());
+    let mover = thread::spawn(move || {
+        let mut more = guest.register_more(PAGE).unwrap();
+        for _ in 0..MOVES {
+            more = guest.move_more(more).unwrap();
+            guest.move_range(0).unwrap();
+        }
+    });
+    tracing::subscriber::with_default(lines.clone(), || {
+        while !mover.is_finished() {
+            manual.serve_ready(64);
+        }
+    });
+    mover.join().unwrap();
+    let (told, seconds) = (lines.0.load(Ordering::Relaxed), began.elapsed().as_secs() as usize);
+    assert!((1..=seconds + 2).contains(&told), "{told} lines in {seconds} s");
+    drop(region);
 }

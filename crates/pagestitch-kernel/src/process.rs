@@ -5,7 +5,7 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socketpair};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpid};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -155,6 +155,19 @@ fn same_file(pid: Pid, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errn
 
 fn errno_of(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// Whether two descriptors of this process are of one open file description. False also where the kernel does not say (`kcmp(2)` is
+/// not built in, or not allowed), and for a number that is no descriptor's.
+#[must_use]
+pub fn is_same_file(one: impl AsRawFd, other: impl AsRawFd) -> bool {
+    const KCMP_FILE: libc::c_int = 0;
+    let here = getpid().as_raw();
+    let (one, other) = (one.as_raw_fd(), other.as_raw_fd());
+    // SAFETY: kcmp(2) takes numbers, and touches no memory of ours.
+    #[expect(unsafe_code, reason = "a system call without a wrapper")]
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, here, here, KCMP_FILE, one, other) };
+    order == 0
 }
 
 impl AsFd for Process {

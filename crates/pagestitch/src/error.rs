@@ -39,7 +39,7 @@ pub enum ErrorKind {
     Shared,
     /// A descriptor is no userfaultfd.
     NotUserfaultfd,
-    /// The pool still serves regions.
+    /// The pool still serves regions, or another region the userfaultfd.
     Busy,
     /// An option has a value that it cannot have.
     BadOption,

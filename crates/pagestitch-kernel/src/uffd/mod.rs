@@ -27,11 +27,12 @@ use read::Reading;
 
 use crate::page::AddressRange;
 use crate::pages::Donated;
+use crate::process::is_same_file;
 use crate::reservation::Reservation;
 use crate::support::Features;
 use nix::errno::Errno;
 use nix::libc::{c_int, c_void};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// A userfaultfd of this process, or of another that sent it.
 #[derive(Debug)]
@@ -77,6 +78,12 @@ impl Uffd {
     /// As [`adopt`](Self::adopt), but for the last.
     pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
         open::adopt(fd, Some(promise))
+    }
+
+    /// Whether another descriptor of this process, by its number, is of the same userfaultfd. As [`is_same_file`].
+    #[must_use]
+    pub fn is_also(&self, other: RawFd) -> bool {
+        is_same_file(self.raw(), other)
     }
 
     /// Which of the wanted features are on.

@@ -282,7 +282,7 @@ impl Builder {
         let mut layout = self.layout.map_err(in_region)?;
         layout.finish().map_err(in_region)?;
         Below::of(&layout).check(&name, &layout, &server)?;
-        let (adopted, uffd) = memory.settle(layout.total()).map_err(in_region)?;
+        let (adopted, uffd) = memory.settle(&name, layout.total()).map_err(in_region)?;
         let place = Place::Adopted(adopted);
         let readahead = settle_recording(self.readahead, &self.manner, &place, &layout).map_err(in_region)?;
         // Neither a window nor a block is made up of huge pages: each is its own.

@@ -1,5 +1,6 @@
 //! What is adopted: a userfaultfd, the ranges that are registered with it, and whose they are.
 
+use super::listed::Listed;
 use super::pages::{Adopted, Part};
 use crate::error::{Error, ErrorKind};
 use pagestitch_kernel::page::HUGE;
@@ -145,8 +146,8 @@ impl AdoptedMemory {
         self
     }
 
-    /// Checks what was said of it: its ranges hold `bytes` together.
-    pub(crate) fn settle(self, bytes: u64) -> Result<(Adopted, Uffd), Error> {
+    /// Checks what was said of it for a region: its ranges hold `bytes` together, and no other region serves it.
+    pub(crate) fn settle(self, region: &str, bytes: u64) -> Result<(Adopted, Uffd), Error> {
         let can_poison = self.uffd.features().contains(Features::POISON);
         if self.owner.is_none() && (self.loss == Loss::Kill || !can_poison) {
             let what = "where bytes cannot be had, its owner is to be ended, and nobody knows who that is: name the owner() \
@@ -163,9 +164,14 @@ impl AdoptedMemory {
             return Err(Error::new(ErrorKind::BadOption, what));
         }
         let Self { uffd, page, owner, loss, let_go, .. } = self;
-        let adopted = Adopted::new(page, parts, owner, loss, let_go).map_err(|errno| {
+        let listed = Listed::new(&uffd, region).map_err(|other| {
+            let what = format!("region {other} serves this userfaultfd already: drop that first");
+            Error::new(ErrorKind::Busy, what)
+        })?;
+        let mut adopted = Adopted::new(page, parts, owner, loss, let_go).map_err(|errno| {
             Error::because(ErrorKind::Resources, "cannot reserve a table of its pages", errno)
         })?;
+        adopted.listed = Some(listed);
         Ok((adopted, uffd))
     }
 }

@@ -14,9 +14,11 @@
 //! | `memory` | what is adopted: a userfaultfd, ranges, an owner |
 //! | `pages` | the same as it is served: where each page is, and which were let go |
 //! | `removed` | the pages that were let go, as a set |
+//! | `listed` | all that is adopted, so that nothing is twice |
 //! | `leave` | what becomes of it when its region is dropped |
 
 mod leave;
+mod listed;
 mod memory;
 mod pages;
 mod removed;

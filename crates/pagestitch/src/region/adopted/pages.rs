@@ -1,5 +1,6 @@
 //! Adopted memory as it is served: where each page is, which were let go, and who may install.
 
+use super::listed::Listed;
 use super::memory::{LetGo, Loss};
 use super::removed::Removed;
 use pagestitch_kernel::process::Process;
@@ -25,6 +26,8 @@ pub(crate) struct Adopted {
     ended: AtomicBool,
     pub(super) loss: Loss,
     let_go: LetGo,
+    /// None of a forked child's, which nothing else can adopt.
+    pub(super) listed: Option<Listed>,
 }
 
 /// A range of addresses and the pages that it holds.
@@ -45,7 +48,18 @@ impl Adopted {
         let pages = parts.last().map_or(0, |part| part.span.end().0);
         let removed = Removed::new(pages)?;
         let ended = AtomicBool::new(false);
-        Ok(Self { page, pages, parts, removed, map: RwLock::new(()), owner, ended, loss, let_go })
+        Ok(Self {
+            page,
+            pages,
+            parts,
+            removed,
+            map: RwLock::new(()),
+            owner,
+            ended,
+            loss,
+            let_go,
+            listed: None,
+        })
     }
 
     /// The memory of a forked child, at these addresses. What it lets go of is filled again.
