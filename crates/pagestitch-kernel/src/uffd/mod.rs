@@ -11,6 +11,7 @@
 //! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
 
 mod abi;
+mod closing;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod open;
@@ -22,6 +23,7 @@ pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
+use closing::Closing;
 use outcome::{Operation, Waiters};
 use read::Reading;
 
@@ -37,7 +39,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 /// A userfaultfd of this process, or of another that sent it.
 #[derive(Debug)]
 pub struct Uffd {
-    fd: userfaultfd::Uffd,
+    fd: Closing,
     opened_by: OpenedBy,
     mode: FaultMode,
     features: Features,
@@ -322,7 +324,7 @@ impl Uffd {
     /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever others do with the descriptor. Says how
     /// many bytes came; none if there is nothing to read.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        self.reading.read(&self.fd, into)
+        self.reading.read(&*self.fd, into)
     }
 
     /// The child's uffd, from a fork event.
@@ -330,6 +332,11 @@ impl Uffd {
         let reading = Reading::of_child(&fd);
         let (fd, opened_by) = (open::wrap(fd), OpenedBy::Other);
         Self { fd, opened_by, mode: parent.mode, features: parent.features, reading }
+    }
+
+    /// Leaves the descriptor open when this is dropped: closed, it would show zeros to the threads that wait for it.
+    pub fn keep_open(&self) {
+        self.fd.keep();
     }
 
     fn raw(&self) -> c_int {

@@ -10,6 +10,7 @@
 //!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       anybody, since Linux 5.11
 //! ```
 
+use super::closing::Closing;
 use super::read::{Reading, set_nonblocking};
 use super::whose::is_of_this_process;
 use super::{Uffd, abi};
@@ -185,12 +186,11 @@ pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features, reading })
 }
 
-pub(super) fn wrap(fd: OwnedFd) -> userfaultfd::Uffd {
+pub(super) fn wrap(fd: OwnedFd) -> Closing {
     // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
-    unsafe {
-        userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd())
-    }
+    let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
+    Closing::new(uffd)
 }
 
 /// Opens a userfaultfd, asks which features this kernel has, and closes it.
@@ -279,6 +279,18 @@ mod tests {
 
     thread_local! {
         pub(super) static OPENED: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[test]
+    fn a_userfaultfd_that_is_kept_stays_open_after_its_drop() {
+        let Ok(uffd) = open(Features::NONE) else {
+            println!("SKIPPED a_userfaultfd_that_is_kept_stays_open_after_its_drop: no userfaultfd");
+            return;
+        };
+        let link = format!("/proc/self/fd/{}", uffd.as_fd().as_raw_fd());
+        uffd.keep_open();
+        drop(uffd);
+        assert_eq!(std::fs::read_link(link).unwrap().as_os_str(), "anon_inode:[userfaultfd]");
     }
 
     #[test]

@@ -22,7 +22,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut, Range};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -335,7 +334,7 @@ impl Served {
 
     /// Never closes the uffd: to whom waits there, that would be zeros.
     pub(crate) fn keep_open(&self) {
-        let _ = self.uffd.as_fd().try_clone_to_owned().map(std::mem::forget);
+        self.uffd.keep_open();
     }
 
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
