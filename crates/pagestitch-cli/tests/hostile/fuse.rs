@@ -1,0 +1,121 @@
+//! A file system in user space whose daemon never answers a `close(2)`: just enough of the protocol to open one file.
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use pagestitch_testkit::child::{self, Beside};
+use std::error::Error;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::parent_id;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+const DAEMON: &str = "fuse::a_deaf_daemon";
+
+/// Mounts the file system and serves it, as long as a handler listens at a socket and `until` is not there. A process of its own: one
+/// that holds a file of its own daemon cannot end.
+#[test]
+fn a_deaf_daemon() {
+    if child::is_child(DAEMON) {
+        child::beside(DAEMON, "", |paths| {
+            let (path, until) = paths.split_once(' ').unwrap();
+            mount_and_serve(Path::new(path)).unwrap();
+            let began = Instant::now();
+            let parent = parent_id();
+            while !Path::new(until).exists()
+                && parent_id() == parent
+                && began.elapsed() < Duration::from_secs(60)
+            {
+                thread::sleep(Duration::from_millis(5));
+            }
+            let _ = umount2(path, MntFlags::MNT_DETACH);
+        });
+    }
+}
+
+/// Starts a daemon; its files are in the folder.
+pub(crate) fn start(folder: &Path, until: &Path) -> Result<Beside, Box<dyn Error>> {
+    fs::create_dir_all(folder)?;
+    let paths = format!("{} {}", folder.display(), until.display());
+    let mut daemon = child::beside(DAEMON, &paths, |_| unreachable!("the child's body is above"));
+    let began = Instant::now();
+    while !folder.join("file").exists() {
+        if began.elapsed() > Duration::from_secs(10) {
+            daemon.kill();
+            return Err("no file system of FUSE can be mounted here".into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(daemon)
+}
+
+fn mount_and_serve(path: &Path) -> Result<(), Box<dyn Error>> {
+    let device = File::options().read(true).write(true).open("/dev/fuse")?;
+    let options = format!("fd={},rootmode=40000,user_id=0,group_id=0", device.as_raw_fd());
+    mount(Some("deaf"), path, Some("fuse"), MsFlags::empty(), Some(options.as_str()))?;
+    thread::spawn(move || serve(&device));
+    Ok(())
+}
+
+/// Answers requests until the device is gone.
+fn serve(mut device: &File) {
+    let mut buffer = vec![0; 1 << 20];
+    while let Ok(length) = device.read(&mut buffer) {
+        let word = |at: usize| u32::from_ne_bytes(buffer[at..at + 4].try_into().expect("four bytes"));
+        let (opcode, unique) = (word(4), buffer[8..16].to_vec());
+        if length < 40 {
+            continue;
+        }
+        let answer = match opcode {
+            INIT => init(),
+            LOOKUP => entry(),
+            GETATTR => attributes(16, u64::from(word(16))),
+            OPEN => vec![0; 16],
+            // As deaf as it is named.
+            FLUSH | RELEASE | FORGET => continue,
+            _ => vec![],
+        };
+        let error = if answer.is_empty() { -38_i32 } else { 0 };
+        let mut message = ((answer.len() + 16) as u32).to_ne_bytes().to_vec();
+        message.extend(error.to_ne_bytes());
+        message.extend(unique);
+        message.extend(answer);
+        let _ = device.write_all(&message);
+    }
+}
+
+/// `fuse_init_out`: version 7.31, and nothing more than that takes.
+fn init() -> Vec<u8> {
+    let mut out = vec![0; 64];
+    out[..4].copy_from_slice(&7_u32.to_ne_bytes());
+    out[4..8].copy_from_slice(&31_u32.to_ne_bytes());
+    out[20..24].copy_from_slice(&(1_u32 << 16).to_ne_bytes());
+    out
+}
+
+/// `fuse_entry_out`: the node of the file.
+fn entry() -> Vec<u8> {
+    let mut out = vec![0; 40];
+    out[..8].copy_from_slice(&2_u64.to_ne_bytes());
+    out.extend(&attributes(0, 2));
+    out
+}
+
+/// `fuse_attr` behind as many bytes: of the folder, which is node 1, or of the file.
+fn attributes(before: usize, node: u64) -> Vec<u8> {
+    let mut attributes = vec![0; 88];
+    let mode: u32 = if node == 1 { 0o040_755 } else { 0o100_644 };
+    attributes[..8].copy_from_slice(&node.to_ne_bytes());
+    attributes[60..64].copy_from_slice(&mode.to_ne_bytes());
+    attributes[64..68].copy_from_slice(&1_u32.to_ne_bytes());
+    [vec![0; before], attributes].concat()
+}
+
+const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
+const GETATTR: u32 = 3;
+const OPEN: u32 = 14;
+const RELEASE: u32 = 18;
+const FLUSH: u32 = 25;
+const INIT: u32 = 26;
