@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-/// A call on a part of a mapping. The kernel splits the mapping at both ends, and no byte changes.
+/// A call on a part of a mapping. The kernel splits the mapping at both ends, as a rule, and no byte changes.
 #[derive(Debug, Clone, Copy)]
 pub enum Split {
     /// `madvise(2)` with advice about readahead, or none.
@@ -22,6 +22,8 @@ pub enum Split {
     Protect,
     /// `mlock2(2)` of the pages that are there and come, or `munlock(2)`.
     Lock(bool),
+    /// `madvise(MADV_PAGEOUT)`: pages go to the swap space, where there is one. Nothing is split.
+    PageOut,
 }
 
 impl Split {
@@ -58,6 +60,7 @@ impl Split {
         let _ = match self {
             Self::Advise(true) => advise(libc::MADV_RANDOM),
             Self::Advise(false) => advise(libc::MADV_NORMAL),
+            Self::PageOut => advise(libc::MADV_PAGEOUT),
             Self::Protect => protect(),
             Self::Lock(true) => lock(),
             Self::Lock(false) => unlock(),

@@ -89,7 +89,7 @@ tally! {
     locked,
     /// Rounds that would have locked it, in a process that may not.
     locked_skipped,
-    /// Calls on a part of a region that split its mapping.
+    /// Calls on a part of a region: they split its mapping, as a rule, or page it out.
     splits,
     /// Donations whose chunks lie in another order, and share pages.
     donated_rotations,

@@ -233,9 +233,10 @@ fn act(
 
 /// A call that splits a mapping.
 fn split(rng: &mut Rng) -> Split {
-    match rng.u8(..6) {
+    match rng.u8(..7) {
         0 => Split::Protect,
         1 | 2 => Split::Lock(rng.bool()),
+        3 => Split::PageOut,
         _ => Split::Advise(rng.bool()),
     }
 }
@@ -393,7 +394,11 @@ fn run_cpu(
         }
         if rng.u8(..12) == 0 {
             // Not locked: a balloon takes no locked pages.
-            let how = if rng.u8(..4) == 0 { Split::Protect } else { Split::Advise(rng.bool()) };
+            let how = match rng.u8(..4) {
+                0 => Split::Protect,
+                1 => Split::PageOut,
+                _ => Split::Advise(rng.bool()),
+            };
             let first = rng.usize(..gone.len());
             guest.split(first * PAGE, PAGE, how);
             Tally::count(&tally.splits, 1);
