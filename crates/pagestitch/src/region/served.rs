@@ -317,9 +317,9 @@ impl Served {
         }
         let began = Instant::now();
         while self.close_strays() != Rest::None {
-            if self.place.adopted().is_some() && began.elapsed() > STRAYS_MAX {
-                // An owner that moves or forks without end.
-                let _ = self.place.revoke(self.place.all());
+            // An owner that moves or forks without end is ended, where it is known.
+            let is_stuck = || self.place.adopted().is_some() && began.elapsed() > STRAYS_MAX;
+            if is_stuck() && self.place.revoke(self.place.all()).is_ok() {
                 break;
             }
             self.read_events(&mut Batch::with_capacity(STRAY_EVENTS), &mut |news| self.hear(news));
