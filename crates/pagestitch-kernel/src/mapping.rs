@@ -120,7 +120,7 @@ impl Mapping {
         Ok(())
     }
 
-    /// Threads may wait in it from now on: when it is dropped, its addresses are not given to another mapping at once.
+    /// Threads wait in it: when it is dropped, its addresses are not given to another mapping at once.
     pub(crate) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }

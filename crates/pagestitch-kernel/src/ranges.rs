@@ -3,9 +3,9 @@
 //! * **Hidden**: a child of `fork(2)` does not have the mapping (`MADV_DONTFORK`), so its addresses are free there, and another mapping
 //!   of the child's could land at an address that an inherited pointer names. A fork handler maps `PROT_NONE` over them in the
 //!   child: a touch is SIGSEGV. A child of a raw `clone(2)` has no such handlers.
-//! * **Set aside**: a thread that waited in a range runs on when the range is dropped, and touches the address once more. Were it
+//! * **Set aside**: a thread that waits in a range when it is dropped runs on afterwards, and touches the address once more. Were it
 //!   unmapped at once, another mapping could be there by then. It stays `PROT_NONE` for a second ([`LINGER`]), and is unmapped by a later
-//!   build or drop; at once where addresses are short.
+//!   build or drop; at once where addresses are short. A range in which no thread waits is unmapped by its drop.
 
 use crate::page::PageSize;
 use nix::errno::Errno;
@@ -29,6 +29,8 @@ struct Ranges {
 
 struct Hidden {
     end: usize,
+    /// Parts that children have all the same, ascending: what is shown in place there.
+    shown: Vec<Range<usize>>,
     served: Option<Served>,
 }
 
@@ -50,12 +52,20 @@ struct Aside {
 /// Keeps a range's addresses from other mappings in children of `fork(2)`, until [`forget`].
 pub(crate) fn hide(range: Range<usize>) {
     guard_forks();
-    lock().hidden.insert(range.start, Hidden { end: range.end, served: None });
+    lock().hidden.insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None });
 }
 
 /// The range that begins at `start` is about to be unmapped.
 pub(crate) fn forget(start: usize) {
     lock().hidden.remove(&start);
+}
+
+/// Notes that children have a part of the hidden range that begins at `start`.
+pub(crate) fn show(start: usize, part: Range<usize>) {
+    if let Some(hidden) = lock().hidden.get_mut(&start) {
+        let place = hidden.shown.partition_point(|other| other.start < part.start);
+        hidden.shown.insert(place, part);
+    }
 }
 
 /// Notes what serves the hidden range that begins at `start`.
@@ -208,7 +218,26 @@ extern "C" fn in_child() {
     #[expect(unsafe_code, reason = "takes the lock back")]
     let guard = unsafe { &mut *HELD.0.get() }.take();
     for (&start, hidden) in guard.iter().flat_map(|ranges| &ranges.hidden) {
-        close_free_parts(start..hidden.end);
+        hidden.close(start);
+    }
+}
+
+impl Hidden {
+    /// Closes what is free of the range in a child: the gaps between what is shown in place, a system call each.
+    fn close(&self, start: usize) {
+        if close_if_free(&(start..self.end)) || is_mapped(&(start..self.end)) {
+            return;
+        }
+        let mut from = start;
+        for part in &self.shown {
+            if from < part.start {
+                close_free_parts(from..part.start);
+            }
+            from = from.max(part.end);
+        }
+        if from < self.end {
+            close_free_parts(from..self.end);
+        }
     }
 }
 
@@ -217,7 +246,7 @@ fn close_free_parts(range: Range<usize>) {
     if close_if_free(&range) || is_mapped(&range) {
         return;
     }
-    // A part of it is: shown in place, which a child inherits.
+    // The application, or an alias, has something in a part of it.
     let page = PageSize::system().bytes();
     let middle = range.start + (range.len() / 2).next_multiple_of(page);
     if middle < range.end {

@@ -90,8 +90,18 @@ impl Reservation {
     ///
     /// `ENOMEM` where writable memory is counted and there may be no more: [`ReserveError::met`] names the limit.
     pub fn open(&self) -> Result<(), Errno> {
-        self.mapping.linger();
         self.mapping.open(self.access.protection())
+    }
+
+    /// Keeps the addresses from other mappings for a while after the drop, because a thread that waits in the range now may run only then.
+    pub fn linger(&self) {
+        self.mapping.linger();
+    }
+
+    /// Notes that children of fork inherit a span, as something is shown in it in place.
+    pub(crate) fn show(&self, span: Span) {
+        let range = self.addresses(span);
+        ranges::show(self.range().start(), range.start()..range.end());
     }
 
     /// Notes what serves the range: who is about to copy from it asks ([`ranges::served_in`]).

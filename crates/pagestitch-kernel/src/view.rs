@@ -287,7 +287,9 @@ impl View {
 
     /// Maps part of what a descriptor stands for over the span's pages.
     fn map_over(&self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
-        self.map_with(self.protection(), span, part, flags)
+        self.map_with(self.protection(), span, part, flags)?;
+        self.reservation.show(span);
+        Ok(())
     }
 
     /// The same, closed to every access.

@@ -334,6 +334,14 @@ impl Uffd {
         Self { fd, opened_by, mode: parent.mode, features: parent.features, reading }
     }
 
+    /// Whether a thread waits for a page, as far as can be told: an event of its own that was not read, or a page that was not filled.
+    #[must_use]
+    pub fn has_waiters(&self) -> bool {
+        let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.raw())).unwrap_or_default();
+        let total = about.lines().find_map(|line| line.strip_prefix("total:")?.trim().parse::<u64>().ok());
+        total.is_none_or(|total| total > 0)
+    }
+
     /// Leaves the descriptor open when this is dropped: closed, it would show zeros to the threads that wait for it.
     pub fn keep_open(&self) {
         self.fd.keep();

@@ -181,8 +181,8 @@ impl Core {
 ///    what is missing becomes bad;
 /// 3. seal: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
 /// 4. wake: whoever waits tries again and meets that;
-/// 5. give the pages back and close the uffd, when the last `Arc` goes. The addresses stay closed for a second
-///    ([`ranges`](pagestitch_kernel::ranges)): a thread that was woken may run after all of this, and must not meet another mapping there.
+/// 5. close the uffd and unmap, when the last `Arc` goes. Where a thread waited at 3, the addresses stay closed for a second
+///    ([`ranges`](pagestitch_kernel::ranges)): the thread may run after all of this, and must not meet another mapping there.
 impl Drop for Core {
     fn drop(&mut self) {
         if !self.server.is_of_this_process() {

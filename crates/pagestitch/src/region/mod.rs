@@ -92,8 +92,9 @@ use std::sync::Arc;
 /// # Drop
 ///
 /// Waits for sources that are being read for it, then gives everything back. A thread that is stopped in the
-/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros: the addresses stay reserved for
-/// another second, or for 10 ms where the process has no others left.
+/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros: the addresses then stay reserved for
+/// another second, or for 10 ms where the process has no others left. A later build or drop gives them back. Those of a region that is
+/// served [inline](crate::Inline) always do.
 ///
 /// # Example
 ///

@@ -308,6 +308,10 @@ impl Served {
                     eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name);
                     std::process::abort();
                 }
+                // No thread begins to wait any more. One that waits runs on when it is woken, which may be after the drop.
+                if self.uffd.has_waiters() {
+                    reservation.linger();
+                }
             }
             Place::Adopted(adopted) => abandon(self, adopted),
         }
@@ -330,6 +334,13 @@ impl Served {
     /// Whether the process that adopted memory belongs to has ended, as far as it is known.
     pub(crate) fn owner_has_ended(&self) -> bool {
         self.place.adopted().is_some_and(Adopted::has_ended)
+    }
+
+    /// Keeps a region's addresses from other mappings for a while after its drop.
+    pub(crate) fn linger(&self) {
+        if let Place::Reserved(reservation) = &self.place {
+            reservation.linger();
+        }
     }
 
     /// Never closes the uffd: to whom waits there, that would be zeros.

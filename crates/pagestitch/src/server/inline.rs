@@ -20,6 +20,8 @@ use std::thread;
 pub(super) fn attach(region: &Arc<Served>) -> Result<Registration, Error> {
     refuse_what_blocks(region)?;
     let range = region.place.addresses(region.place.all());
+    // A thread in the signal handler does not wait for the kernel: it may run on after the drop at any time.
+    region.linger();
     Registration::new(range, Arc::new(Inline(Arc::clone(region)))).map_err(|errno| {
         let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
         Error::because(ErrorKind::Resources, what, errno)
