@@ -87,7 +87,7 @@ pub fn huge_memfd(bytes: &[u8]) -> io::Result<OwnedFd> {
     // SAFETY: a new mapping, wherever the kernel likes. It reserves its pages: a write to it finds them.
     #[expect(unsafe_code, reason = "hugetlbfs has no write(2)")]
     let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, &file, 0) }?;
-    // SAFETY: the mapping has as many bytes at least, and is nobody else's.
+    // SAFETY: the mapping has as many bytes at least, and no other code refers to it.
     #[expect(unsafe_code, reason = "as above")]
     unsafe {
         start.cast::<u8>().copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len());
