@@ -187,7 +187,11 @@ fn fills_a_tmpfs(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> 
     thread::scope(|scope| {
         for number in 0..16 {
             let guest = &guest;
-            scope.spawn(move || (0..).for_each(|page| touch(guest, (page * 16 + number) % 100_000)));
+            scope.spawn(move || {
+                for page in 0.. {
+                    touch(guest, (page * 16 + number) % 100_000);
+                }
+            });
         }
         ready();
     });
