@@ -4,7 +4,7 @@
 //!   of the child's could land at an address that an inherited pointer names. A fork handler maps `PROT_NONE` over them in the
 //!   child: a touch is SIGSEGV. A child of a raw `clone(2)` has no such handlers.
 //! * **Set aside**: a thread that waits in a range when it is dropped runs on afterwards, and touches the address once more. Were it
-//!   unmapped at once, another mapping could be there by then. It stays `PROT_NONE` for a second ([`LINGER`]), and is unmapped by a later
+//!   unmapped at once, another mapping could be there by then. It stays `PROT_NONE` for a second, and is unmapped by a later
 //!   build or drop; at once where addresses are short. A range in which no thread waits is unmapped by its drop.
 
 use crate::page::PageSize;

@@ -81,7 +81,7 @@ pub(crate) enum Who {
 ///
 /// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
 ///   those that are mapped; others are refused when the region is built
-///   ([`ErrorKind::NotInline`](crate::ErrorKind::NotInline)).
+///   ([`ErrorKind::NotInline`]).
 /// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
 /// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
 /// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
