@@ -154,10 +154,7 @@ impl Stray {
     /// Makes some more bad of what is missing.
     fn close_some(&mut self, region: &Served, batch: &mut Batch) -> Progress {
         for _ in 0..STEPS {
-            let Some(part) = self.next(region) else {
-                self.unregister(region);
-                return Progress::Done;
-            };
+            let Some(part) = self.next(region) else { return self.end(region, batch) };
             let page = region.page_size().bytes();
             self.seen += match self.uffd(region).poison(part) {
                 Outcome::Done => part.bytes() / page,
@@ -172,6 +169,18 @@ impl Stray {
             };
         }
         Progress::Left(Rest::Some)
+    }
+
+    /// Ends the registration. A child that has begun to fork before waits until that is read: its userfaultfd is in flight
+    /// ([`Family::keep`]), so that to drop it here closes nothing and wakes no thread.
+    fn end(&self, region: &Served, batch: &mut Batch) -> Progress {
+        self.unregister(region);
+        match &self.whose {
+            Whose::Child(uffd) if uffd.map_cached(first_page(region)) == Outcome::Changing => {
+                Progress::Left(self.read(region, batch))
+            }
+            _ => Progress::Done,
+        }
     }
 
     /// Who changes the memory waits until that is read.
