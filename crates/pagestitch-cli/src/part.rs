@@ -1,6 +1,5 @@
 //! A part of a file on the command line: `PATH` or `PATH:OFFSET+LENGTH`, in bytes.
 
-use clap::builder::{OsStringValueParser, TypedValueParser};
 use std::ffi::OsStr;
 use std::fmt;
 use std::ops::Range;
@@ -22,11 +21,6 @@ pub(crate) struct BadPart {
 }
 
 impl Part {
-    /// For clap: a range that is not one is a wrong argument.
-    pub(crate) fn parser() -> impl TypedValueParser<Value = Self> {
-        OsStringValueParser::new().try_map(|argument| Self::parse(&argument))
-    }
-
     /// Reads an argument. A file whose name looks like a part, and exists, is that file.
     pub(crate) fn parse(argument: &OsStr) -> Result<Self, BadPart> {
         if Path::new(argument).exists() {

@@ -7,6 +7,7 @@ use crate::output::{Progress, bytes, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::touch::Touch;
 use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use pagestitch::source::{File as FileSource, SharedFile};
 use pagestitch::{Access, Chunk, Meter, Metrics, Plan, Pool, Recording, Region, SharedRegion};
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH, in bytes
-    #[arg(required = true, value_name = "PART", value_parser = Part::parser())]
+    #[arg(required = true, value_name = "PART", value_parser = parts())]
     parts: Vec<Part>,
     /// Print the SHA-256 of the whole region
     #[arg(long)]
@@ -120,6 +121,11 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         false => print(&mut out, &done)?,
     }
     Ok(())
+}
+
+/// A range that is not one is a wrong argument.
+fn parts() -> impl TypedValueParser<Value = Part> {
+    OsStringValueParser::new().try_map(|argument| Part::parse(&argument))
 }
 
 fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion, Box<dyn Error>> {
