@@ -80,7 +80,8 @@ use std::sync::Arc;
 ///
 /// A forked child has no access to a region that does not [`serve_children`](Builder::serve_children), but for pages that are shown in
 /// place: a touch is SIGSEGV, and no mapping of the child's comes to lie there. In a child of a raw `clone(2)`, which runs no fork handlers,
-/// the region's addresses are free for other mappings: the child must not use a pointer into the region.
+/// the region's addresses are free for other mappings: the child must not use a pointer into the region. `fork(2)` waits for a build or
+/// drop of a region that is under way: a fork handler (`pthread_atfork(3)`) must not take a lock that is held around one.
 ///
 /// # Locked memory
 ///

@@ -426,6 +426,10 @@ impl Served {
 
     /// Nobody works for the region when this returns, and nobody will: sources are not called any more.
     pub(crate) fn close(&self) {
+        // A thread that waits now may be woken before the gate is closed, and run after the drop.
+        if self.uffd.has_waiters() {
+            self.linger();
+        }
         self.gate.close();
         // No worker comes for the faults that are queued.
         self.counters.land_all();
