@@ -102,6 +102,15 @@ fn a_region_with_a_source_that_hangs_does_not_hold_up_slow_ones() {
     assert!(is_read_beside_one_that_hangs(true, slow));
 }
 
+/// The worker that stands in for the only one serves all regions, also such as seem slow.
+#[test]
+fn a_region_that_hangs_in_the_only_worker_of_a_pool_does_not_hold_up_others() {
+    for hangs_at_once in [false, true] {
+        let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
+        assert!(is_read_by(&Pool::builder().workers(1).start().unwrap(), hangs_at_once, slow));
+    }
+}
+
 /// Where no worker may be added, the last one serves a region that holds up none.
 #[test]
 fn where_no_worker_may_be_added_one_is_left_for_regions_that_hold_up_none() {

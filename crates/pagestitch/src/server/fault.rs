@@ -62,7 +62,9 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else {
-        if region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
+        // Numbers of another process's threads mean nothing here.
+        let own = region.place.adopted().is_none();
+        if own && region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
             fill_beside(region, page, buffers);
         }
         return [None; 2];
@@ -103,11 +105,12 @@ fn fill_beside(region: &Served, page: Page, buffers: &mut Buffers) {
     if filled.is_ok_and(|filled| install_beside(region, page.span(), filled.content)) {
         region.wake(page.span());
     } else {
-        tracing::error!(
-            region = region.name,
-            page = page.0,
-            "a signal handler touches a page that its thread is filling: it gets SIGBUS"
-        );
+        let what = "a signal handler touches a page that its thread is filling: it gets SIGBUS";
+        log!(error, region = region.name, page = page.0, what);
+        let offsets = region.page_size().offsets(page.span());
+        let failure = region.layout.piece_at(offsets.start, offsets.end).failed(std::io::Error::other(what));
+        // Kept first: the call that has the claim finds the mark, and the reason.
+        region.keep_failure(page, Arc::new(failure));
         let _ = poison(region, page.span());
     }
 }

@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind};
 use crate::guard::discard;
 use crate::region::page_table::Wake;
 use crate::region::{Door, News, Served};
-use crate::server::berths::Permits;
+use crate::server::berths::{Permit, Permits};
 use crate::server::crew::{self, Crew};
 use crate::server::fault::Asked;
 use crate::server::later::{Later, What};
@@ -202,9 +202,9 @@ impl PoolBuilder {
         self
     }
 
-    /// How many faults may be in flight at once, over all regions: each worker has one, and those beyond are fetches of sources that answer
-    /// later ([`Fetch`](crate::source::Fetch)). Where there are as many, a worker waits for such a source as for any other. By default as
-    /// many as the sources take. No less than the workers; those that [stand in](Self::max_workers) for others are not counted.
+    /// How many faults may be in flight at once, over all regions: each worker has one, also one that [stands in](Self::max_workers) for
+    /// another, and those beyond are fetches of sources that answer later ([`Fetch`](crate::source::Fetch)). At the limit a worker waits
+    /// for such a source as for any other, and none is replaced. By default as many as the sources take. No less than the workers.
     pub fn in_flight(mut self, most: usize) -> Self {
         self.in_flight = Some(most);
         self
@@ -255,7 +255,7 @@ impl PoolBuilder {
             maker: Maker::current(),
         };
         for post in 0..places.workers {
-            Shared::start_worker(&handle.shared, post)?;
+            Shared::start_worker(&handle.shared, post, None)?;
         }
         let watchdog = Watchdog::new(Arc::clone(&handle.shared), self.limits);
         let named = thread::Builder::new().name(String::from("pagestitch/dog"));
@@ -463,8 +463,17 @@ impl Shared {
         })
     }
 
+    /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
+    pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
+        let permit = shared.permits.as_ref().map(|permits| {
+            let what = "a pool has as many faults in flight as it may have: in_flight()";
+            permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
+        });
+        Self::start_worker(shared, post, permit.transpose()?)
+    }
+
     /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
-    pub(super) fn start_worker(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
+    fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
         let Some(place) = shared.crew.join(post) else {
             return Err(Error::new(
                 ErrorKind::Busy,
@@ -481,7 +490,11 @@ impl Shared {
                 refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
             })?;
         let named = thread::Builder::new().name(thread_name(&shared.name, place));
-        let thread = named.spawn(move || worker.run()).map_err(|error| {
+        let work = move || {
+            let _until_it_ends = permit;
+            worker.run()
+        };
+        let thread = named.spawn(work).map_err(|error| {
             refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
         })?;
         shared.threads.lock().push(thread);
@@ -591,10 +604,12 @@ impl Shared {
         self.regions.read().served.values().cloned().collect()
     }
 
-    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait.
+    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
+    /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
     pub(super) fn slow_most(&self) -> usize {
         let workers = self.crew.working();
-        if workers > 1 && self.regions.read().served.len() > 1 { workers - 1 } else { workers }
+        let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
+        if keeps_one { workers - 1 } else { workers }
     }
 
     /// Takes no region any more; says which there are.

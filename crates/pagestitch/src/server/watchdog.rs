@@ -152,7 +152,7 @@ impl Watchdog {
 
     /// Starts a worker at a post where none gets on. False if there can be no more.
     fn replace(&self, post: usize) -> bool {
-        match Shared::start_worker(&self.shared, post) {
+        match Shared::start_replacement(&self.shared, post) {
             Ok(()) => {
                 self.shared.crew.replacements.fetch_add(1, Ordering::Relaxed);
                 true

@@ -205,7 +205,7 @@ impl Worker {
     }
 
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
-        let Self { shared, batch, buffers, served, place, .. } = self;
+        let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Regions whose children are served are not read here.
         if region.read_events(batch, &mut |news| region.hear(news)) {
             shared.look_later(region, MOMENT);
@@ -229,6 +229,10 @@ impl Worker {
         }
         shared.ring(handed);
         *served += batch.faults().len() as u64 - handed - kept;
+        if batch.is_full() {
+            // There is more to read, and a source may hold this worker up first: another one reads on.
+            shared.look_again(ready, region);
+        }
         if let Some(first) = first {
             self.serve_in_berth(region, first);
         }
