@@ -8,7 +8,8 @@
 //! A userfaultfd that closes shows zeros. That of a forked child comes to its parent, and would close with it; in flight in a socket
 //! that the child has inherited it does not. See `unix(7)`, `SCM_RIGHTS`.
 //!
-//! Nothing here allocates or takes a lock: the parent waits in `fork(2)` meanwhile, and may hold the allocator.
+//! Nothing here allocates, or takes a lock under which anything does: the parent waits in `fork(2)` meanwhile, and may hold the
+//! allocator.
 
 use nix::errno::Errno;
 use nix::libc::{self, iovec, msghdr};
@@ -16,6 +17,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socket
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::{fmt, mem, ptr};
 
 /// A queue of descriptors, as old as the processes that are to keep them alive.
@@ -23,6 +25,8 @@ pub struct InFlight {
     sends: OwnedFd,
     queue: OwnedFd,
     len: AtomicUsize,
+    /// Held while the oldest goes round: another thread would take the next one out. The standard library's, which allocates nothing.
+    turns: Mutex<()>,
 }
 
 impl InFlight {
@@ -34,7 +38,7 @@ impl InFlight {
     pub fn new() -> Result<Self, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (sends, queue) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-        Ok(Self { sends, queue, len: AtomicUsize::new(0) })
+        Ok(Self { sends, queue, len: AtomicUsize::new(0), turns: Mutex::new(()) })
     }
 
     /// How many there are, as this process counts them.
@@ -70,6 +74,7 @@ impl InFlight {
     /// Looks at the oldest: makes it the newest where `keeps` says so, and lets go of it else. It stays in flight all the while. False
     /// where there is none, or no descriptor to look with.
     pub fn turn(&self, keeps: impl FnOnce(BorrowedFd<'_>) -> bool) -> bool {
+        let _turn = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(oldest) = self.peek() else { return false };
         if keeps(oldest.as_fd()) && self.put(oldest.as_fd()).is_err() {
             return false;

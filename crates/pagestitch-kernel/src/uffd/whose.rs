@@ -13,6 +13,7 @@
 use super::abi::{self, Copy, Range, Register};
 use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
+use crate::fork::Maker;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, PageSize};
 use crate::support::Features;
@@ -29,23 +30,30 @@ use std::sync::OnceLock;
 /// Whether a userfaultfd fills memory of this process. `EINVAL`: its `UFFDIO_API` is still to come, so that nobody can tell.
 pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     static PROBE: OnceLock<Result<Probe, Errno>> = OnceLock::new();
-    PROBE.get_or_init(Probe::new).as_ref().map_err(|errno| *errno)?.ask(fd)
+    match PROBE.get_or_init(Probe::new) {
+        Ok(probe) if probe.maker.is_current() => probe.ask(fd),
+        Err(errno) => Err(*errno),
+        // A forked child has the parent's answers, and not its mappings.
+        Ok(_) => Probe::new()?.ask(fd),
+    }
 }
 
 #[derive(Debug)]
 struct Probe {
     /// Nothing is mapped in the pages below it, and nothing will be: the kernel keeps them free for it to grow into.
     below: Mapping,
-    /// A page that cannot be made writable.
+    /// A page that cannot be made writable. Children of fork do not have it: their memory is not this process's.
     read_only: Mapping,
+    maker: Maker,
     /// Whether a move tells.
     moves: bool,
 }
 
 impl Probe {
     fn new() -> Result<Self, Errno> {
-        let (below, read_only) = (growing()?, read_only()?);
-        let mut probe = Self { below, read_only, moves: false };
+        let (below, mut read_only) = (growing()?, read_only()?);
+        read_only.hide_from_children()?;
+        let mut probe = Self { below, read_only, maker: Maker::current(), moves: false };
         // Where none can be had, the other way is left.
         if let Ok(own) = open_fd()
             && handshake(&own.fd, Features::NONE).is_ok()
