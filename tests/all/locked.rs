@@ -235,9 +235,9 @@ fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes()
 fn a_limit_on_locked_memory_is_named() {
     let test = "locked::a_limit_on_locked_memory_is_named";
     child::run(test, || {
+        let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(64 << 20), hard.min(64 << 20)).unwrap();
         if geteuid().is_root() {
-            let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
-            setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(64 << 20), hard.min(64 << 20)).unwrap();
             let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
             setgroups(&[]).unwrap();
             setresgid(group, group, group).unwrap();

@@ -150,7 +150,7 @@ impl Extents {
 
 /// The ranges of a file that are not sparse, whole pages; None where the file system does not know of holes. See `lseek(2)`.
 pub(crate) fn data_in(file: &File, bytes: u64) -> io::Result<Option<Vec<Range<u64>>>> {
-    let mut extents = Vec::new();
+    let mut extents: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
     while at < bytes {
         let start = match lseek(file, at.cast_signed(), Whence::SeekData) {
@@ -162,7 +162,11 @@ pub(crate) fn data_in(file: &File, bytes: u64) -> io::Result<Option<Vec<Range<u6
         };
         let end = lseek(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned();
         // A hole is seen by blocks of the file system, which may be smaller than a page, where all is told.
-        extents.push(start / PAGE * PAGE..end.next_multiple_of(PAGE).min(bytes));
+        let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(bytes));
+        match extents.last_mut() {
+            Some(before) if before.end >= first => before.end = last,
+            _ => extents.push(first..last),
+        }
         at = end;
     }
     Ok(Some(extents))

@@ -24,7 +24,14 @@ pub(crate) struct Refused<'a> {
 impl Refused<'_> {
     /// Sees to it that no thread of the guest waits for ever for memory of this userfaultfd.
     pub(crate) fn settle(&self, uffd: OwnedFd) {
-        let Ok(uffd) = Uffd::adopt(uffd) else { return };
+        let guest = self.owner.map_or_else(|| String::from("a guest"), ToString::to_string);
+        let uffd = match Uffd::adopt(uffd) {
+            Ok(uffd) => uffd,
+            // It may be this process, which is not to be ended.
+            Err(why) => {
+                return tracing::error!(guest, %why, "refused, and its memory cannot be marked: it waits for ever; end it");
+            }
+        };
         // The other way is better than to wait for ever: a process of another PID namespace cannot be ended, and before Linux 6.6
         // no page can be marked.
         let settled = match self.loss {
@@ -32,7 +39,6 @@ impl Refused<'_> {
             Loss::Poison => self.mark(&uffd).or_else(|_| self.end()),
         };
         if let Err(why) = settled {
-            let guest = self.owner.map_or_else(|| String::from("a guest"), ToString::to_string);
             tracing::error!(guest, %why, "refused, and cannot be ended: it waits for its memory for ever; end it");
         }
     }
@@ -47,6 +53,10 @@ impl Refused<'_> {
             return Err(Outcome::Refused(Errno::EOPNOTSUPP));
         }
         let mapped = self.owner.and_then(mapped_by);
+        if mapped.is_none() && self.told.is_empty() {
+            // Nothing tells where its memory is.
+            return Err(Outcome::Refused(Errno::ENODATA));
+        }
         let mut marks = Marks { uffd, left: self.most, until: Instant::now() + LONGEST };
         for range in mapped.as_ref().unwrap_or(&self.told) {
             marks.range(range)?;
