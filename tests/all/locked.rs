@@ -236,7 +236,7 @@ fn a_limit_on_locked_memory_is_named() {
     let test = "locked::a_limit_on_locked_memory_is_named";
     child::run(test, || {
         let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
-        setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(64 << 20), hard.min(64 << 20)).unwrap();
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(1 << 30), hard.min(1 << 30)).unwrap();
         if geteuid().is_root() {
             let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
             setgroups(&[]).unwrap();

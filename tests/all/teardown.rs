@@ -128,7 +128,7 @@ fn wait_in_lazy(test: &str, filled: bool) {
 
 /// The only worker is held by another region, so that the fault is not even read; then the region goes.
 fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> NonNull<u8>) {
-    let pool = Pool::builder().workers(1).start().unwrap();
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
     let slow = Arc::new(Scripted::new(10).waiting(0..1));
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
     let region = build(&pool);
