@@ -119,7 +119,7 @@ fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
     for moves in [false, true] {
         let end =
             child::run("application::who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal", || {
-                let pool = Pool::builder().workers(1).start().unwrap();
+                let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
                 let slow = Arc::new(Scripted::new(10).waiting(0..1));
                 let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
                 let region = region(&pattern(3, 10 * PAGE), &pool);
