@@ -1,13 +1,11 @@
 //! Owners of adopted memory that mean harm: they may harm their own guest, and neither the handler nor another guest.
 
-use crate::{handle_bus_errors, own_memory, pattern, until};
+use crate::{handle_bus_errors, lacks_marks, own_memory, pattern, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
 use pagestitch::{Manual, Pool, Process, Region};
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
-use pagestitch_kernel::Support;
-use pagestitch_kernel::support::Features;
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use std::fs;
@@ -108,15 +106,6 @@ fn connect(path: &Path, bytes: usize) -> (Arc<Guest>, UnixStream) {
 /// Tells the parent that the attack goes on.
 fn ready(socket: &str) {
     fs::write(Path::new(socket).with_file_name("ready"), "").unwrap();
-}
-
-/// Where there are no poison marks (before Linux 6.6), memory that is left ends its owner: here that is this process.
-fn lacks_marks(test: &str) -> bool {
-    let lacks = !Support::current().has(Features::POISON);
-    if lacks {
-        println!("SKIPPED {test}: this kernel has no poison marks (Linux 6.6)");
-    }
-    lacks
 }
 
 extern "C" fn stay(_: i32) {

@@ -202,6 +202,11 @@ fn holes_between_chunks_are_zeros_when_staging_is_locked() {
 /// A worker fills pages of 2 MiB of several guests in the same block.
 #[test]
 fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes() {
+    if crate::lacks_marks(
+        "locked::a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes",
+    ) {
+        return;
+    }
     let test = "locked::a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes";
     if !may_lock(test) {
         return;

@@ -127,6 +127,15 @@ impl Drop for HugePages {
     }
 }
 
+/// Where there are no poison marks (before Linux 6.6), memory that is left ends its owner: here that is this process.
+fn lacks_marks(test: &str) -> bool {
+    let lacks = !pagestitch_kernel::Support::current().has(pagestitch_kernel::support::Features::POISON);
+    if lacks {
+        println!("SKIPPED {test}: this kernel has no poison marks (Linux 6.6)");
+    }
+    lacks
+}
+
 /// Waits until `done`, without a sleep of a guessed length. Numbers may lag behind the bytes that they count: a
 /// thread runs on as soon as the kernel has its page.
 fn until(mut done: impl FnMut() -> bool) {

@@ -193,6 +193,9 @@ fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
 
 #[test]
 fn split_memory_of_another_owner_is_populated() {
+    if crate::lacks_marks("splits::split_memory_of_another_owner_is_populated") {
+        return;
+    }
     let expected = pattern(5, BLOCK);
     let (guest, region) = adopt(&expected);
     region.populate(..).unwrap();
@@ -202,6 +205,9 @@ fn split_memory_of_another_owner_is_populated() {
 
 #[test]
 fn split_memory_that_is_abandoned_has_no_zeros() {
+    if crate::lacks_marks("splits::split_memory_that_is_abandoned_has_no_zeros") {
+        return;
+    }
     if signal_of_loss() != crate::SIGBUS {
         println!(
             "SKIPPED: no poison marks here (Linux 6.6): its owner would be ended, which is this process"
