@@ -6,9 +6,9 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::gettid;
 use pagestitch::source::Pages;
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Readahead, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::Scripted;
+use pagestitch_testkit::{child, this_test};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::num::NonZeroUsize;
@@ -50,7 +50,7 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn nothing_is_allocated_on_the_way_of_a_fault() {
     // In a process of its own: nobody else allocates meanwhile.
-    child::run("nothing_is_allocated_on_the_way_of_a_fault", serve_all_pages).expect_pass();
+    child::run(this_test!(), serve_all_pages).expect_pass();
 }
 
 fn serve_all_pages() {
@@ -81,7 +81,7 @@ fn serve_all_pages() {
 /// A signal handler may have interrupted the allocator.
 #[test]
 fn nothing_is_allocated_by_a_thread_that_fills_its_own_pages() {
-    child::run("nothing_is_allocated_by_a_thread_that_fills_its_own_pages", fill_own_pages).expect_pass();
+    child::run(this_test!(), fill_own_pages).expect_pass();
 }
 
 fn fill_own_pages() {
@@ -113,7 +113,7 @@ fn donated(bytes: &[u8]) -> Pages {
 /// `fork(2)` holds the locks of the allocator until the usher has read of it: an usher that allocates waits for ever.
 #[test]
 fn who_reads_of_forks_allocates_nothing() {
-    child::run("who_reads_of_forks_allocates_nothing", fork_in_every_way).expect_pass();
+    child::run(this_test!(), fork_in_every_way).expect_pass();
 }
 
 fn fork_in_every_way() {

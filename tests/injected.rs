@@ -9,8 +9,8 @@ use pagestitch_kernel::uffd::inject::Injected::{
     self, Again, Busy, Exists, NoMark, NoMemory, Partial, ProcessGone,
 };
 use pagestitch_kernel::uffd::inject::{inject, injected};
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -212,7 +212,7 @@ fn what_is_refused_is_an_error_and_heals() {
 
 #[test]
 fn where_there_is_no_memory_for_a_mark_the_page_is_taken_away() {
-    let end = child::run("where_there_is_no_memory_for_a_mark_the_page_is_taken_away", || {
+    let end = child::run(this_test!(), || {
         let region = built(
             vec![bytes(PAGE).into(), Chunk::source(Arc::new(Never)), bytes(PAGE).into()],
             false,

@@ -10,6 +10,7 @@ use pagestitch_kernel::rights;
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::this_test;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -89,25 +90,24 @@ fn wait_for(mut stream: &UnixStream) {
 
 #[test]
 fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
-    let other =
-        other("adopted::another_process_finds_the_bytes_of_the_chunks_in_its_memory", |guest, _stream| {
-            let expected = pattern(9, TOTAL);
-            thread::scope(|scope| {
-                for cpu in 0..4 {
-                    let expected = &expected;
-                    scope.spawn(move || {
-                        // Each in an order of its own, all over both ranges.
-                        for at in (0..TOTAL).step_by(997) {
-                            let at = (at * 7919 + cpu * 104_729) % TOTAL;
-                            assert_eq!(guest.read(at), expected[at], "byte {at}");
-                        }
-                        (cpu..TOTAL)
-                            .step_by(4)
-                            .for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
-                    });
-                }
-            });
+    let other = other(this_test!(), |guest, _stream| {
+        let expected = pattern(9, TOTAL);
+        thread::scope(|scope| {
+            for cpu in 0..4 {
+                let expected = &expected;
+                scope.spawn(move || {
+                    // Each in an order of its own, all over both ranges.
+                    for at in (0..TOTAL).step_by(997) {
+                        let at = (at * 7919 + cpu * 104_729) % TOTAL;
+                        assert_eq!(guest.read(at), expected[at], "byte {at}");
+                    }
+                    (cpu..TOTAL)
+                        .step_by(4)
+                        .for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+                });
+            }
         });
+    });
     let region = build(other.memory, &Pool::new().unwrap());
     other.process.end().expect_pass();
     let metrics = region.close();
@@ -118,7 +118,7 @@ fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
 /// Balloons while other virtual CPUs touch the same memory: a page that was given back is never the snapshot's again.
 #[test]
 fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
-    let other = other("adopted::what_its_owner_has_let_go_of_is_zeros_from_then_on", |guest, _stream| {
+    let other = other(this_test!(), |guest, _stream| {
         let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
         thread::scope(|scope| {
             for cpu in 0..2 {
@@ -156,7 +156,7 @@ fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
 
 #[test]
 fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
-    let test = "adopted::what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros";
+    let test = this_test!();
     let other = other(test, |guest, stream| {
         let expected = pattern(9, TOTAL);
         assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE]);
@@ -184,10 +184,9 @@ fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
 
 #[test]
 fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
-    let other =
-        other("adopted::a_thread_that_waits_when_the_region_is_dropped_gets_a_signal", |guest, _stream| {
-            println!("read a byte: {}", guest.read(0));
-        });
+    let other = other(this_test!(), |guest, _stream| {
+        println!("read a byte: {}", guest.read(0));
+    });
     // Nobody serves: the thread waits.
     let manual = pagestitch::Manual::new().unwrap();
     let region = Region::builder().chunks(pieces()).build_adopted(other.memory, &manual).unwrap();
@@ -216,7 +215,7 @@ fn until_it_waits(process: u32) {
 
 #[test]
 fn a_finished_region_leaves_its_owner_with_everything() {
-    let other = other("adopted::a_finished_region_leaves_its_owner_with_everything", |guest, stream| {
+    let other = other(this_test!(), |guest, stream| {
         guest.balloon(10 * PAGE, PAGE).unwrap();
         tell(&stream);
         wait_for(&stream);
@@ -241,7 +240,7 @@ fn a_finished_region_leaves_its_owner_with_everything() {
 #[test]
 fn a_page_whose_source_hangs_holds_up_no_other_page() {
     const HANGS: usize = 300;
-    let test = "adopted::a_page_whose_source_hangs_holds_up_no_other_page";
+    let test = this_test!();
     let other = other(test, |guest, stream| {
         let expect = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
         // Until it is known to be quick.
@@ -274,7 +273,7 @@ fn a_page_whose_source_hangs_holds_up_no_other_page() {
 
 #[test]
 fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_owner() {
-    let test = "adopted::a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_owner";
+    let test = this_test!();
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
         let other = other(test, |guest, _stream| {
             assert_eq!(guest.read(0), byte_at(0));
@@ -296,12 +295,9 @@ fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_own
 
 #[test]
 fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
-    let other = other(
-        "adopted::an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop",
-        |_, stream| {
-            wait_for(&stream);
-        },
-    );
+    let other = other(this_test!(), |_, stream| {
+        wait_for(&stream);
+    });
     let Other { mut process, memory, .. } = other;
     let region = build(memory, &Pool::new().unwrap());
     region.populate(0..PAGE as u64).unwrap();
@@ -400,7 +396,7 @@ fn a_userfaultfd_is_served_by_one_region_at_a_time() {
 #[test]
 fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
     const HUGE: usize = 2 << 20;
-    let test = "adopted::a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time";
+    let test = this_test!();
     let reserved = if child::is_child(test) { None } else { HugePages::reserve(8) };
     if reserved.is_none() && !child::is_child(test) {
         println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
@@ -428,7 +424,7 @@ fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
 #[test]
 fn a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal() {
     const HUGE: usize = 2 << 20;
-    let test = "adopted::a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal";
+    let test = this_test!();
     let reserved = if child::is_child(test) { None } else { HugePages::reserve(4) };
     if reserved.is_none() && !child::is_child(test) {
         println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");

@@ -8,8 +8,8 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_kernel::Support;
 use pagestitch_kernel::support::Features;
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
@@ -71,7 +71,7 @@ fn has_marks() -> bool {
 
 #[test]
 fn what_was_filled_is_moved_along_and_what_was_not_is_a_signal() {
-    let end = child::run("application::what_was_filled_is_moved_along_and_what_was_not_is_a_signal", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(1, 10 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
         let start = region.as_ptr().expose_provenance().get();
@@ -96,7 +96,7 @@ fn what_was_filled_is_moved_along_and_what_was_not_is_a_signal() {
 
 #[test]
 fn a_region_with_holes_is_dropped_and_nobody_is_left_waiting() {
-    let end = child::run("application::a_region_with_holes_is_dropped_and_nobody_is_left_waiting", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(2, 10 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
         let start = region.as_ptr().expose_provenance().get();
@@ -117,40 +117,39 @@ fn a_region_with_holes_is_dropped_and_nobody_is_left_waiting() {
 #[test]
 fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
     for moves in [false, true] {
-        let end =
-            child::run("application::who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal", || {
-                let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-                let slow = Arc::new(Scripted::new(10).waiting(0..1));
-                let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
-                let region = region(&pattern(3, 10 * PAGE), &pool);
-                let start = region.as_ptr().expose_provenance().get();
-                thread::scope(|scope| {
-                    scope.spawn(|| other.as_slice()[0]);
-                    slow.wait_until_held(1);
-                    let (send, waiter) = mpsc::channel();
+        let end = child::run(this_test!(), || {
+            let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+            let slow = Arc::new(Scripted::new(10).waiting(0..1));
+            let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
+            let region = region(&pattern(3, 10 * PAGE), &pool);
+            let start = region.as_ptr().expose_provenance().get();
+            thread::scope(|scope| {
+                scope.spawn(|| other.as_slice()[0]);
+                slow.wait_until_held(1);
+                let (send, waiter) = mpsc::channel();
+                scope.spawn(move || {
+                    send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+                    println!("read a byte: {}", touch(start + 5 * PAGE));
+                });
+                let waiter = waiter.recv().unwrap();
+                until(|| waits(&waiter));
+                if moves {
+                    // Who moves waits until somebody has read of it.
+                    let (send, mover) = mpsc::channel();
                     scope.spawn(move || {
                         send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
-                        println!("read a byte: {}", touch(start + 5 * PAGE));
+                        moved(start + 4 * PAGE, 3 * PAGE)
                     });
-                    let waiter = waiter.recv().unwrap();
-                    until(|| waits(&waiter));
-                    if moves {
-                        // Who moves waits until somebody has read of it.
-                        let (send, mover) = mpsc::channel();
-                        scope.spawn(move || {
-                            send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
-                            moved(start + 4 * PAGE, 3 * PAGE)
-                        });
-                        let mover = mover.recv().unwrap();
-                        until(|| waits(&mover));
-                    } else {
-                        unmapped(start + 4 * PAGE, 3 * PAGE);
-                    }
-                    slow.open();
-                    // One that was unmapped is found out when its fault is served.
-                });
-                drop(region);
+                    let mover = mover.recv().unwrap();
+                    until(|| waits(&mover));
+                } else {
+                    unmapped(start + 4 * PAGE, 3 * PAGE);
+                }
+                slow.open();
+                // One that was unmapped is found out when its fault is served.
             });
+            drop(region);
+        });
         // On kernels without marks, what cannot be had is covered by what is SIGBUS.
         let expected: &[_] = if has_marks() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };
         assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.said());
@@ -167,7 +166,7 @@ fn letting_go_from_a_signal_handler_while_pages_are_faulted() {
         let_go(ADDRESS.load(Ordering::SeqCst) as usize, 20 * PAGE);
         HANDLED.fetch_add(1, Ordering::SeqCst);
     }
-    let end = child::run("application::letting_go_from_a_signal_handler_while_pages_are_faulted", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(4, 100 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
         ADDRESS.store(region.as_ptr().expose_provenance().get() as u64, Ordering::SeqCst);
@@ -217,7 +216,7 @@ fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
 
 #[test]
 fn a_process_that_waits_in_a_page_executes_something_else() {
-    let end = child::run("application::a_process_that_waits_in_a_page_executes_something_else", || {
+    let end = child::run(this_test!(), || {
         // There is no other program in a guest.
         waiting(|_| panic!("not executed: {}", Command::new("/proc/self/exe").arg("--help").exec()));
     });
@@ -226,7 +225,7 @@ fn a_process_that_waits_in_a_page_executes_something_else() {
 
 #[test]
 fn a_process_that_waits_in_a_page_can_be_killed() {
-    let end = child::run("application::a_process_that_waits_in_a_page_can_be_killed", || {
+    let end = child::run(this_test!(), || {
         waiting(|_| nix::sys::signal::kill(nix::unistd::Pid::this(), Signal::SIGKILL).unwrap());
     });
     assert_eq!(end.signal(), Some(SIGKILL));
@@ -238,30 +237,27 @@ fn a_thread_that_waits_in_a_page_handles_signals_and_goes_on_waiting() {
     extern "C" fn handler(_: i32) {
         HANDLED.fetch_add(1, Ordering::SeqCst);
     }
-    let end =
-        child::run("application::a_thread_that_waits_in_a_page_handles_signals_and_goes_on_waiting", || {
-            on_user_signal(handler);
-            let source = Arc::new(Scripted::new(10).waiting(0..1));
-            let region = Region::builder()
-                .chunk(Chunk::source(Arc::clone(&source)))
-                .build(&Pool::new().unwrap())
-                .unwrap();
-            thread::scope(|scope| {
-                let (send, thread) = mpsc::channel();
-                let region = &region;
-                let reader = scope.spawn(move || {
-                    send.send(pthread_self()).unwrap();
-                    region.as_slice()[0]
-                });
-                let thread: Pthread = thread.recv().unwrap();
-                source.wait_until_held(1);
-                for handled in 1..5 {
-                    pthread_kill(thread, Signal::SIGUSR1).unwrap();
-                    until(|| HANDLED.load(Ordering::SeqCst) == handled);
-                }
-                source.open();
-                assert_eq!(reader.join().unwrap(), byte_at(0));
+    let end = child::run(this_test!(), || {
+        on_user_signal(handler);
+        let source = Arc::new(Scripted::new(10).waiting(0..1));
+        let region =
+            Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
+        thread::scope(|scope| {
+            let (send, thread) = mpsc::channel();
+            let region = &region;
+            let reader = scope.spawn(move || {
+                send.send(pthread_self()).unwrap();
+                region.as_slice()[0]
             });
+            let thread: Pthread = thread.recv().unwrap();
+            source.wait_until_held(1);
+            for handled in 1..5 {
+                pthread_kill(thread, Signal::SIGUSR1).unwrap();
+                until(|| HANDLED.load(Ordering::SeqCst) == handled);
+            }
+            source.open();
+            assert_eq!(reader.join().unwrap(), byte_at(0));
         });
+    });
     end.expect_pass();
 }

@@ -3,8 +3,8 @@
 use crate::donated::huge_kib;
 use crate::{let_go, pattern, stray_write, touch, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::thread;
 
@@ -139,7 +139,7 @@ fn readahead_none_fills_no_more_than_was_asked_for() {
 
 #[test]
 fn a_stray_write_to_a_guarded_region_is_stopped() {
-    let end = child::run("blocks::a_stray_write_to_a_guarded_region_is_stopped", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(7, 2 * BLOCK);
         let region = Region::builder().chunk(bytes).guarded().build(&Pool::new().unwrap()).unwrap();
         assert!(region.plan().to_string().contains("copied page by page: the region is guarded"));
@@ -155,7 +155,7 @@ fn a_stray_write_to_a_guarded_region_is_stopped() {
 
 #[test]
 fn a_process_without_huge_pages_is_promised_none() {
-    let end = child::run("blocks::a_process_without_huge_pages_is_promised_none", || {
+    let end = child::run(this_test!(), || {
         nix::sys::prctl::set_thp_disable(true).unwrap();
         let bytes = pattern(8, 2 * BLOCK);
         let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();

@@ -5,8 +5,8 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{getpid, getppid};
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
-use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -45,7 +45,7 @@ fn passes(child: Forked) {
 
 #[test]
 fn parent_and_child_have_the_same_bytes_and_pages_of_their_own() {
-    let end = child::run("children::parent_and_child_have_the_same_bytes_and_pages_of_their_own", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(1, 500 * PAGE + 77);
         let Some(region) = built(&bytes) else { return };
         assert!(region.as_slice()[..100 * PAGE] == bytes[..100 * PAGE]);
@@ -64,7 +64,7 @@ fn parent_and_child_have_the_same_bytes_and_pages_of_their_own() {
 
 #[test]
 fn what_a_parent_writes_is_not_seen_by_its_child() {
-    let end = child::run("children::what_a_parent_writes_is_not_seen_by_its_child", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(2, 64 * PAGE);
         let builder = Region::builder().chunk(bytes.clone()).writable().serve_children();
         let mut region = match builder.build(&Pool::new().unwrap()) {
@@ -85,7 +85,7 @@ fn what_a_parent_writes_is_not_seen_by_its_child() {
 
 #[test]
 fn children_of_children_have_it_too() {
-    let end = child::run("children::children_of_children_have_it_too", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(3, 200 * PAGE);
         let Some(region) = built(&bytes) else { return };
         let right = |pages: std::ops::Range<usize>| {
@@ -108,7 +108,7 @@ fn children_of_children_have_it_too() {
 
 #[test]
 fn forks_while_threads_fault_and_let_go() {
-    let end = child::run("children::forks_while_threads_fault_and_let_go", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(4, 300 * PAGE);
         let Some(region) = built(&bytes) else { return };
         let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
@@ -137,32 +137,31 @@ fn forks_while_threads_fault_and_let_go() {
 
 #[test]
 fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
-    let end =
-        child::run("children::a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros", || {
-            let bytes = pattern(5, 300 * PAGE);
-            let Some(region) = built(&bytes) else { return };
-            let address = region.as_ptr().expose_provenance().get();
-            assert_eq!(touch(address), bytes[0]);
-            let (mut told, mut tells) = UnixStream::pair().unwrap();
-            let child = forked(|| {
-                if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
-                    return 1;
-                }
-                told.write_all(&[1]).unwrap();
-                told.read_exact(&mut [0]).unwrap();
-                // What was there stays; what was not is no zeros.
-                if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
-                    return 2;
-                }
-                i32::from(touch(address + 200 * PAGE)) + 100
-            });
-            // The child has what it has touched.
-            tells.read_exact(&mut [0]).unwrap();
-            drop(region);
-            tells.write_all(&[1]).unwrap();
-            let ended = child.end();
-            assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
+    let end = child::run(this_test!(), || {
+        let bytes = pattern(5, 300 * PAGE);
+        let Some(region) = built(&bytes) else { return };
+        let address = region.as_ptr().expose_provenance().get();
+        assert_eq!(touch(address), bytes[0]);
+        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        let child = forked(|| {
+            if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
+                return 1;
+            }
+            told.write_all(&[1]).unwrap();
+            told.read_exact(&mut [0]).unwrap();
+            // What was there stays; what was not is no zeros.
+            if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
+                return 2;
+            }
+            i32::from(touch(address + 200 * PAGE)) + 100
         });
+        // The child has what it has touched.
+        tells.read_exact(&mut [0]).unwrap();
+        drop(region);
+        tells.write_all(&[1]).unwrap();
+        let ended = child.end();
+        assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
+    });
     end.expect_pass();
 }
 
@@ -178,7 +177,7 @@ impl Drop for Done<'_> {
 /// Whatever moment a fork meets of the region's end: bytes or a signal, and nobody waits.
 #[test]
 fn forks_while_regions_come_and_go() {
-    let end = child::run("children::forks_while_regions_come_and_go", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(9, 40 * PAGE);
         if built(&bytes).is_none() {
             return;
@@ -210,7 +209,7 @@ fn forks_while_regions_come_and_go() {
 
 #[test]
 fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
-    let end = child::run("children::a_child_that_waits_when_the_region_is_dropped_gets_a_signal", || {
+    let end = child::run(this_test!(), || {
         // A source that answers nobody until the end.
         let (hold, held) = (Arc::new(Barrier::new(2)), Arc::new(AtomicBool::new(false)));
         let source = Arc::new(Held(Arc::clone(&hold), Arc::clone(&held)));
@@ -258,7 +257,7 @@ impl Source for Held {
 
 #[test]
 fn children_that_execute_something_else_are_let_go_of() {
-    let end = child::run("children::children_that_execute_something_else_are_let_go_of", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(7, 100 * PAGE);
         let Some(region) = built(&bytes) else { return };
         let before = fs::read_dir("/proc/self/fd").unwrap().count();
@@ -283,7 +282,7 @@ fn with_fork(command: &mut Command) -> &mut Command {
 
 #[test]
 fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
-    let end = child::run("children::without_descriptors_a_child_gets_a_signal_and_nobody_waits", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(8, 100 * PAGE);
         let Some(region) = built(&bytes) else { return };
         let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
@@ -367,7 +366,7 @@ fn waits_for_a_page(process: i32) -> bool {
 
 #[test]
 fn a_child_whose_parent_is_killed_waits_and_reads_no_zeros() {
-    let test = "children::a_child_whose_parent_is_killed_waits_and_reads_no_zeros";
+    let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
     let touches = |region: &Region| touch(region.as_ptr().addr().get() + 30 * PAGE).to_string();
     let Some(process) = orphan(test, folder.path(), touches) else { return };
@@ -380,7 +379,7 @@ fn a_child_whose_parent_is_killed_waits_and_reads_no_zeros() {
 
 #[test]
 fn a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors() {
-    let test = "children::a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors";
+    let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
     let asks = |region: &Region| {
         let mut read = [0];
@@ -405,7 +404,7 @@ fn a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors() {
 /// Descriptors of children that have ended are let go of, and those of many that live are kept.
 #[test]
 fn more_children_than_one_socket_has_room_for_are_served() {
-    let end = child::run("children::more_children_than_one_socket_has_room_for_are_served", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(8, 8 * PAGE);
         let Some(region) = built(&bytes) else { return };
         // One after the other: none is left behind.

@@ -2,8 +2,8 @@
 
 use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -93,7 +93,7 @@ fn an_idle_pool_sleeps_without_a_timeout() {
 /// Its watchdog looks at no worker while none works.
 #[test]
 fn the_watchdog_of_an_idle_pool_sleeps_without_a_timeout() {
-    let end = child::run("contention::the_watchdog_of_an_idle_pool_sleeps_without_a_timeout", || {
+    let end = child::run(this_test!(), || {
         let pool = Pool::builder().name("idle").start().unwrap();
         let region = Region::builder().chunk(vec![1u8; 4 << 20]).build(&pool).unwrap();
         assert!(region.as_slice().iter().all(|&byte| byte == 1));

@@ -2,8 +2,8 @@
 
 use pagestitch::source::File;
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::io::{ErrorKind as IoErrorKind, Write};
 use std::sync::Arc;
 use std::thread;
@@ -25,7 +25,7 @@ fn failing() -> (Arc<Scripted>, Region) {
 
 #[test]
 fn touching_a_page_whose_source_fails_is_sigbus() {
-    let end = child::run("failure::touching_a_page_whose_source_fails_is_sigbus", || {
+    let end = child::run(this_test!(), || {
         let (_, region) = failing();
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
@@ -35,7 +35,7 @@ fn touching_a_page_whose_source_fails_is_sigbus() {
 
 #[test]
 fn touching_it_again_or_from_many_threads_is_sigbus_too() {
-    let end = child::run("failure::touching_it_again_or_from_many_threads_is_sigbus_too", || {
+    let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
         thread::scope(|scope| {
@@ -94,7 +94,7 @@ fn a_panic_in_a_source_is_its_pages_error() {
     let error = region.read_at(4 * PAGE, &mut [0; 10]).unwrap_err();
     assert!(error.to_string().ends_with("the source panicked: scripted to panic"), "{error}");
     assert_eq!(region.as_slice()[0], byte_at(0));
-    let end = child::run("failure::a_panic_in_a_source_is_its_pages_error", || {
+    let end = child::run(this_test!(), || {
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
     assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
@@ -171,7 +171,7 @@ fn a_page_that_failed_is_healed_when_its_source_gives_it() {
 
 #[test]
 fn a_page_that_fails_again_stays_poisoned() {
-    let end = child::run("failure::a_page_that_fails_again_stays_poisoned", || {
+    let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
         region.heal(..).unwrap_err();

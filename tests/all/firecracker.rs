@@ -5,8 +5,8 @@ use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot, Stopper};
 use pagestitch_kernel::rights;
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -153,7 +153,7 @@ fn wait_for_nothing() -> ! {
 
 #[test]
 fn guests_find_the_snapshot_in_their_memory() {
-    let test = "firecracker::guests_find_the_snapshot_in_their_memory";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         let expected = expected();
@@ -187,7 +187,7 @@ fn guests_find_the_snapshot_in_their_memory() {
 /// Told to stop, it fills what is missing; guests go on without it, balloons and all.
 #[test]
 fn a_guest_outlives_a_handler_that_is_told_to_stop() {
-    let test = "firecracker::a_guest_outlives_a_handler_that_is_told_to_stop";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         let expected = expected();
@@ -220,7 +220,7 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
 
 #[test]
 fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
-    let test = "firecracker::an_abandoned_guest_gets_a_signal_and_no_zeros";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         assert_eq!(guest.read(0), expected()[0]);
@@ -243,7 +243,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
 /// A memory file that is cut short while guests are restored from it.
 #[test]
 fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
-    let test = "firecracker::a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         let far = (PAGES - 1) * PAGE;
@@ -268,7 +268,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
 
 #[test]
 fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
-    let test = "firecracker::a_guest_of_another_snapshot_is_refused_and_gets_a_signal";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect_with(path, &[100 * PAGE]);
         println!("read a byte: {}", guest.read(0));
@@ -286,7 +286,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
 #[test]
 fn a_guest_of_huge_pages_is_restored() {
     const HUGE: usize = 2 << 20;
-    let test = "firecracker::a_guest_of_huge_pages_is_restored";
+    let test = this_test!();
     let life = |path: &str| {
         let guest = Guest::new(&[HUGE, 2 * HUGE], true).unwrap();
         let _stream = guest.hand_over(path.as_ref()).unwrap();
@@ -311,7 +311,7 @@ fn a_guest_of_huge_pages_is_restored() {
 
 #[test]
 fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
-    let test = "firecracker::a_guest_that_is_killed_while_it_waits_harms_nobody";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         thread::scope(|scope| {
@@ -345,7 +345,7 @@ fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
 /// Whatever strangers do, the next guest is served.
 #[test]
 fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
-    let test = "firecracker::strangers_at_the_socket_are_told_apart_and_harm_nobody";
+    let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
         let expected = expected();
@@ -409,7 +409,7 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
 
 #[test]
 fn a_hundred_guests_at_once_are_served() {
-    let test = "firecracker::a_hundred_guests_at_once_are_served";
+    let test = this_test!();
     let life = |path: &str| {
         // In one process: a hundred are too many for a small machine. Their memory is as separate.
         let guests: Vec<_> = (0..100).map(|_| connect(path)).collect();

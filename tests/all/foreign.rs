@@ -3,8 +3,8 @@
 use crate::{SIGBUS, pattern, signal_of_loss, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{Builder, Chunk, OnFailure, Pool, Readahead, Region, Source};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::Scripted;
+use pagestitch_testkit::{child, this_test};
 use std::fmt;
 use std::io;
 use std::panic::panic_any;
@@ -159,32 +159,32 @@ fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chun
 
 #[test]
 fn a_name_an_error_and_its_destructor_that_panic_lose_the_page_that_failed() {
-    let name = "foreign::a_name_an_error_and_its_destructor_that_panic_lose_the_page_that_failed";
+    let name = this_test!();
     is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
 }
 
 #[test]
 fn a_panic_whose_payload_panics_when_it_is_dropped_loses_the_page_that_failed() {
-    let name = "foreign::a_panic_whose_payload_panics_when_it_is_dropped_loses_the_page_that_failed";
+    let name = this_test!();
     is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Panics))));
 }
 
 #[test]
 fn a_fetch_that_panics_loses_the_page_that_failed() {
-    let name = "foreign::a_fetch_that_panics_loses_the_page_that_failed";
+    let name = this_test!();
     is_lost(name, Shows, || Chunk::fetch(Arc::new(BadFetch)));
 }
 
 #[test]
 fn a_subscriber_that_panics_loses_nothing() {
-    let name = "foreign::a_subscriber_that_panics_loses_nothing";
+    let name = this_test!();
     is_lost(name, Panics, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
 }
 
 /// The error is dropped by the worker, which goes on.
 #[test]
 fn an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for() {
-    let name = "foreign::an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for";
+    let name = this_test!();
     let end = child::run(name, || {
         let chunk = Chunk::source(Arc::new(Bad(Wrong::Fails))).on_failure(OnFailure::Zeros);
         let region = build(chunk, |builder| builder);
@@ -199,7 +199,7 @@ fn an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for() {
 /// The watchdog tells of a fault by the name of its source, to a subscriber that panics, and gives it up.
 #[test]
 fn the_watchdog_outlives_a_subscriber_and_a_callback_that_panic() {
-    let name = "foreign::the_watchdog_outlives_a_subscriber_and_a_callback_that_panic";
+    let name = this_test!();
     let end = child::run(name, || {
         tracing::subscriber::set_global_default(Panics).unwrap();
         let limit = Duration::from_millis(20);

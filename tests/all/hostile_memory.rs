@@ -8,6 +8,7 @@ use pagestitch::{Manual, Pool, Process, Region};
 use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::this_test;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -123,10 +124,10 @@ fn for_ever() -> ! {
 /// The flag belongs to all who hold the open file description. The handler leaves the guest's memory afterwards.
 #[test]
 fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
-    if lacks_marks("hostile_memory::a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody") {
+    if lacks_marks(this_test!()) {
         return;
     }
-    let test = "hostile_memory::a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody";
+    let test = this_test!();
     const BYTES: usize = 600 * PAGE;
     let life = |path: &str| {
         let (guest, _stream) = connect(path.as_ref(), BYTES);
@@ -149,11 +150,10 @@ fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
 /// What an event costs does not depend on how many pages it is about, and a worker does not read one guest's for ever.
 #[test]
 fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
-    if lacks_marks("hostile_memory::a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others")
-    {
+    if lacks_marks(this_test!()) {
         return;
     }
-    let test = "hostile_memory::a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others";
+    let test = this_test!();
     const BYTES: usize = 16 << 30;
     let life = |path: &str| {
         // More than there are workers, and more threads than events are read at once.
@@ -186,10 +186,10 @@ fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
 /// Only what was announced is the handler's business.
 #[test]
 fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
-    if lacks_marks("hostile_memory::memory_that_was_never_announced_is_left_alone_when_it_moves") {
+    if lacks_marks(this_test!()) {
         return;
     }
-    let test = "hostile_memory::memory_that_was_never_announced_is_left_alone_when_it_moves";
+    let test = this_test!();
     const BYTES: usize = 600 * PAGE;
     let life = |path: &str| {
         let guest = Guest::movable(&[BYTES]).unwrap();
@@ -221,10 +221,10 @@ fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
 /// A worker does not wait for memory of a guest's that is not to be had.
 #[test]
 fn a_guest_without_memory_leaves_the_workers_to_others() {
-    if lacks_marks("hostile_memory::a_guest_without_memory_leaves_the_workers_to_others") {
+    if lacks_marks(this_test!()) {
         return;
     }
-    let test = "hostile_memory::a_guest_without_memory_leaves_the_workers_to_others";
+    let test = this_test!();
     const BYTES: usize = 1 << 30;
     let life = |path: &str| {
         let Some(file) = file_on_a_full_tmpfs(Path::new(path).parent().unwrap(), BYTES as u64) else {
@@ -292,10 +292,10 @@ fn file_on_a_full_tmpfs(folder: &Path, bytes: u64) -> Option<fs::File> {
 /// The handler is told to stop, and a guest dies while it is filled.
 #[test]
 fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
-    if lacks_marks("hostile_memory::a_guest_that_dies_while_it_is_filled_is_left_at_once") {
+    if lacks_marks(this_test!()) {
         return;
     }
-    let test = "hostile_memory::a_guest_that_dies_while_it_is_filled_is_left_at_once";
+    let test = this_test!();
     const BYTES: usize = 256 << 20;
     let life = |path: &str| {
         let (guest, _stream) = connect(path.as_ref(), BYTES);
@@ -347,7 +347,7 @@ impl tracing::Subscriber for Lines {
 /// An owner cannot fill the disk with log lines: neither by moving what it has announced, nor what it has not.
 #[test]
 fn a_guest_that_moves_its_memory_again_and_again_is_told_of_seldom() {
-    if lacks_marks("hostile_memory::a_guest_that_moves_its_memory_again_and_again_is_told_of_seldom") {
+    if lacks_marks(this_test!()) {
         return;
     }
     const MOVES: usize = 200;

@@ -5,8 +5,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::support::Features;
-use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;
 use std::thread;
 
@@ -64,37 +64,34 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
 /// The events that stop a pool and that ring its bell are shared with the parent.
 #[test]
 fn a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone() {
-    let end = child::run(
-        "inherited::a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone",
-        || {
-            let pool = Pool::builder().workers(1).start().unwrap();
-            let stopped = pool.clone();
-            assert!(Forked::start(|| is_refused(stopped.stop(), "pool")).passes());
-            let region = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
-            assert_eq!(region.as_slice()[5 * PAGE], 7, "the workers run on");
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let stopped = pool.clone();
+        assert!(Forked::start(|| is_refused(stopped.stop(), "pool")).passes());
+        let region = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
+        assert_eq!(region.as_slice()[5 * PAGE], 7, "the workers run on");
 
-            let mut manual = Manual::new().unwrap();
-            let bytes = pattern(1, 10 * PAGE);
-            let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
-            thread::scope(|scope| {
-                let reader = scope.spawn(|| region.as_slice() == bytes);
-                let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
-                assert_eq!(poll(&mut ready, PollTimeout::from(30_000u16)), Ok(1));
-                assert!(Forked::start(|| i32::from(manual.serve_ready(64) != 0)).passes());
-                until(|| {
-                    manual.serve_ready(64);
-                    reader.is_finished()
-                });
-                assert!(reader.join().unwrap());
+        let mut manual = Manual::new().unwrap();
+        let bytes = pattern(1, 10 * PAGE);
+        let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| region.as_slice() == bytes);
+            let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut ready, PollTimeout::from(30_000u16)), Ok(1));
+            assert!(Forked::start(|| i32::from(manual.serve_ready(64) != 0)).passes());
+            until(|| {
+                manual.serve_ready(64);
+                reader.is_finished()
             });
-        },
-    );
+            assert!(reader.join().unwrap());
+        });
+    });
     end.expect_pass();
 }
 
 #[test]
 fn a_child_builds_regions_of_its_own() {
-    let end = child::run("inherited::a_child_builds_regions_of_its_own", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(2, 10 * PAGE);
         let before = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
         assert_eq!(before.as_slice()[PAGE], bytes[PAGE]);

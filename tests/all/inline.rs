@@ -4,7 +4,7 @@ use crate::donated::pages_of;
 use crate::{handle_bus_errors, let_go, pattern, touch, until};
 use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -144,7 +144,7 @@ fn errno_is_as_it_was() {
 
 #[test]
 fn a_handler_that_was_there_before_gets_what_is_not_ours() {
-    let end = child::run("inline::a_handler_that_was_there_before_gets_what_is_not_ours", || {
+    let end = child::run(this_test!(), || {
         handle_bus_errors(count);
         let region = stitched(&pattern(9, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
@@ -165,7 +165,7 @@ extern "C" fn count(_signal: i32) {
 
 #[test]
 fn a_bus_error_that_is_not_ours_still_ends_the_process() {
-    let end = child::run("inline::a_bus_error_that_is_not_ours_still_ends_the_process", || {
+    let end = child::run(this_test!(), || {
         let region = stitched(&pattern(10, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
         // Past the end of a file that was cut short.
@@ -180,7 +180,7 @@ fn a_bus_error_that_is_not_ours_still_ends_the_process() {
 
 #[test]
 fn a_dropped_region_is_a_signal_and_not_zeros() {
-    let end = child::run("inline::a_dropped_region_is_a_signal_and_not_zeros", || {
+    let end = child::run(this_test!(), || {
         let region = stitched(&pattern(11, 10 * PAGE));
         let address = region.as_ptr().addr().get();
         drop(region);

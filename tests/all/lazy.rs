@@ -6,7 +6,7 @@ use pagestitch::source::{FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
 use pagestitch_kernel::Support;
 use pagestitch_kernel::support::Features;
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -107,7 +107,7 @@ fn two_processes_share_one_copy() {
     let note = |process: u32| -> PathBuf { std::env::temp_dir().join(format!("pagestitch-lazy-{process}")) };
     let path = format!("/proc/{}/fd/{}", std::process::id(), memfd.file().as_raw_fd());
     fs::write(note(std::process::id()), path).unwrap();
-    let end = child::run("lazy::two_processes_share_one_copy", || {
+    let end = child::run(this_test!(), || {
         let path = fs::read_to_string(note(std::os::unix::process::parent_id())).unwrap();
         let theirs = OpenOptions::new().read(true).write(true).open(path).unwrap();
         let filler = Filler::new();
@@ -139,7 +139,7 @@ fn what_cannot_be_filled_is_an_error_and_sigbus() {
         .unwrap();
     let base = region.as_ptr().addr().get() + PAGE;
     assert_eq!(touch(base + 6 * PAGE), filler.bytes[6 * PAGE]);
-    let end = child::run("lazy::what_cannot_be_filled_is_an_error_and_sigbus", || {
+    let end = child::run(this_test!(), || {
         touch(base + 7 * PAGE);
     });
     assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());

@@ -10,8 +10,8 @@ use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::support::{Features, Verdict};
 use pagestitch_kernel::{Access, Page, PageSize, Reservation, Uffd};
-use pagestitch_testkit::child;
 use pagestitch_testkit::deny::deny_userfaultfd;
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::Write;
 use std::num::NonZeroUsize;
@@ -24,7 +24,7 @@ fn build(chunk: Chunk) -> Result<Region, Error> {
 
 #[test]
 fn without_userfaultfd_the_error_names_the_remedy() {
-    let test = "limits::without_userfaultfd_the_error_names_the_remedy";
+    let test = this_test!();
     let end = |errno| child::beside(test, errno, without_userfaultfd).end();
     end("EPERM").expect_pass();
     end("ENOSYS").expect_pass();
@@ -50,7 +50,7 @@ fn without_userfaultfd(errno: &str) {
 
 #[test]
 fn a_region_past_rlimit_as_is_refused_by_name() {
-    let end = child::run("limits::a_region_past_rlimit_as_is_refused_by_name", || {
+    let end = child::run(this_test!(), || {
         setrlimit(Resource::RLIMIT_AS, 1 << 32, 1 << 32).unwrap();
         let error = build(Chunk::hole(1 << 33)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TooLarge);
@@ -66,7 +66,7 @@ fn a_region_past_rlimit_as_is_refused_by_name() {
 
 #[test]
 fn running_out_of_descriptors_is_an_error_at_whichever_step() {
-    let end = child::run("limits::running_out_of_descriptors_is_an_error_at_whichever_step", || {
+    let end = child::run(this_test!(), || {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         let mut refused = 0;
         for limit in 3..40 {
@@ -89,7 +89,7 @@ fn running_out_of_descriptors_is_an_error_at_whichever_step() {
 /// threads are there before: one without addresses for a signal stack is the end of any program of Rust's.
 #[test]
 fn running_out_of_addresses_is_an_error_at_whichever_step() {
-    let end = child::run("limits::running_out_of_addresses_is_an_error_at_whichever_step", || {
+    let end = child::run(this_test!(), || {
         let (mut refused, mut built) = (0, 0);
         let pool = Pool::builder().workers(2).start().unwrap();
         let chunks = || [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 300]))];
@@ -121,7 +121,7 @@ fn running_out_of_addresses_is_an_error_at_whichever_step() {
 /// Writable memory counts against it, also of a region that is only read, unless it is guarded.
 #[test]
 fn a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded() {
-    let end = child::run("limits::a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded", || {
+    let end = child::run(this_test!(), || {
         let hard = getrlimit(Resource::RLIMIT_DATA).unwrap().1;
         setrlimit(Resource::RLIMIT_DATA, 1 << 32, hard).unwrap();
         let pool = Pool::builder().workers(1).start().unwrap();
@@ -139,7 +139,7 @@ fn a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded() {
 /// What is asked of the kernel is answered for this user, and not for root.
 #[test]
 fn following_forks_is_offered_only_to_a_process_that_may() {
-    let end = child::run("limits::following_forks_is_offered_only_to_a_process_that_may", || {
+    let end = child::run(this_test!(), || {
         become_nobody();
         let support = Support::probe();
         let capability = |name| support.capabilities().into_iter().find(|one| one.name == name).unwrap();
@@ -153,7 +153,7 @@ fn following_forks_is_offered_only_to_a_process_that_may() {
 /// Root may have as many threads as it likes.
 #[test]
 fn running_out_of_threads_is_an_error_at_whichever_step() {
-    let end = child::run("limits::running_out_of_threads_is_an_error_at_whichever_step", || {
+    let end = child::run(this_test!(), || {
         become_nobody();
         let mut refused = 0;
         let (_, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
@@ -181,7 +181,7 @@ fn running_out_of_threads_is_an_error_at_whichever_step() {
 /// Nothing is locked into memory.
 #[test]
 fn no_memory_that_may_be_locked_is_enough() {
-    let end = child::run("limits::no_memory_that_may_be_locked_is_enough", || {
+    let end = child::run(this_test!(), || {
         become_nobody();
         setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).unwrap();
         let chunks = [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 5000]))];
@@ -195,7 +195,7 @@ fn no_memory_that_may_be_locked_is_enough() {
 /// `vm.unprivileged_userfaultfd` lets an ordinary user serve system calls, too; without it, everything else.
 #[test]
 fn an_ordinary_user_is_served_whatever_the_administrator_says() {
-    let test = "limits::an_ordinary_user_is_served_whatever_the_administrator_says";
+    let test = this_test!();
     let path = "/proc/sys/vm/unprivileged_userfaultfd";
     let before = if child::is_child(test) { None } else { fs::read_to_string(path).ok() };
     let before = before.filter(|before| fs::write(path, before.trim()).is_ok());
@@ -254,7 +254,7 @@ fn more_bytes_than_addresses_is_refused() {
 
 #[test]
 fn a_region_is_served_and_dropped_when_there_are_no_mappings_left() {
-    let end = child::run("limits::a_region_is_served_and_dropped_when_there_are_no_mappings_left", || {
+    let end = child::run(this_test!(), || {
         let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();
         let shown = pagestitch::source::Memfd::from(
             pagestitch_kernel::memfd::SealedMemfd::try_from(memfd.as_fd().try_clone_to_owned().unwrap())
@@ -283,7 +283,7 @@ fn a_pool_name_with_a_nul_byte_is_an_error() {
 
 #[test]
 fn a_region_of_many_files_takes_few_descriptors_where_they_are_mapped() {
-    let test = "limits::a_region_of_many_files_takes_few_descriptors_where_they_are_mapped";
+    let test = this_test!();
     let end = child::run(test, || {
         const FILES: usize = 300;
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();

@@ -10,8 +10,8 @@ use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::source::{File, SharedFile};
 use pagestitch::{Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source};
 use pagestitch_kernel::Access;
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::{child, this_test};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -100,7 +100,7 @@ fn every_way_to_the_bytes(how: &str) {
 
 #[test]
 fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
-    let test = "locked::a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources";
+    let test = this_test!();
     if !may_lock(test) {
         return;
     }
@@ -111,7 +111,7 @@ fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
 
 #[test]
 fn files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings() {
-    let test = "locked::files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings";
+    let test = this_test!();
     if !may_lock(test) {
         return;
     }
@@ -141,7 +141,7 @@ fn files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings()
 /// The region and the pool were there before: the kernel's walk over the region is a touch of each page.
 #[test]
 fn memory_that_is_locked_later_keeps_its_bytes_and_holes() {
-    let test = "locked::memory_that_is_locked_later_keeps_its_bytes_and_holes";
+    let test = this_test!();
     if !may_lock(test) {
         return;
     }
@@ -177,7 +177,7 @@ impl Source for Locking {
 /// A staging block is used again and again: its holes are zeros each time.
 #[test]
 fn holes_between_chunks_are_zeros_when_staging_is_locked() {
-    let test = "locked::holes_between_chunks_are_zeros_when_staging_is_locked";
+    let test = this_test!();
     if !may_lock(test) {
         return;
     }
@@ -202,12 +202,10 @@ fn holes_between_chunks_are_zeros_when_staging_is_locked() {
 /// A worker fills pages of 2 MiB of several guests in the same block.
 #[test]
 fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes() {
-    if crate::lacks_marks(
-        "locked::a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes",
-    ) {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
-    let test = "locked::a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes";
+    let test = this_test!();
     if !may_lock(test) {
         return;
     }
@@ -238,7 +236,7 @@ fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes()
 /// An ordinary user's limit on locked memory is an error by its name; below it, the bytes are right.
 #[test]
 fn a_limit_on_locked_memory_is_named() {
-    let test = "locked::a_limit_on_locked_memory_is_named";
+    let test = this_test!();
     child::run(test, || {
         let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
         setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(1 << 30), hard.min(1 << 30)).unwrap();

@@ -3,8 +3,8 @@
 use crate::{pattern, touch, until};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -129,7 +129,7 @@ fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
 
 #[test]
 fn who_waits_when_the_last_server_goes_gets_a_signal() {
-    let end = child::run("manual::who_waits_when_the_last_server_goes_gets_a_signal", || {
+    let end = child::run(this_test!(), || {
         let manual = Manual::new().unwrap();
         let region = Region::builder().chunk(pattern(3, 10 * PAGE)).build(&manual).unwrap();
         let address = region.as_ptr().addr().get();

@@ -4,9 +4,9 @@ use crate::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pagestitch::{Chunk, Pool, Process, Region};
 use pagestitch_kernel::rights;
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -92,7 +92,7 @@ fn join(group: &str) {
 /// A process whose own memory runs out, for which the kernel kills: it does not read on past its last page.
 #[test]
 fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
-    let test = "memory::a_process_without_memory_is_killed_or_told_and_reads_no_zeros";
+    let test = this_test!();
     let Some(group) = group_of(test, "own", true) else { return };
     let child = child::beside(test, group.as_ref().map_or("", Group::path), |group| {
         join(group);
@@ -109,7 +109,7 @@ fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
 /// Memory of another process runs out: its pages are errors, until there is more, and heal then.
 #[test]
 fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
-    let test = "memory::adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more";
+    let test = this_test!();
     let Some(group) = group_of(test, "adopted", false) else { return };
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");

@@ -3,8 +3,8 @@
 use crate::readahead::read_slowly;
 use crate::{pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::scripted::Scripted;
+use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -63,7 +63,7 @@ fn a_meter_outlives_its_region_and_each_number_has_a_method() {
 
 #[test]
 fn a_source_that_fails_is_counted_each_time_it_is_asked() {
-    let test = "metering::a_source_that_fails_is_counted_each_time_it_is_asked";
+    let test = this_test!();
     child::run(test, || {
         let source = Arc::new(Scripted::new(10 * PAGE as u64).failing(5 * PAGE as u64..6 * PAGE as u64));
         let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();

@@ -3,7 +3,7 @@
 use crate::pattern;
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 
 const BYTES: usize = 3 << 20;
@@ -74,7 +74,7 @@ fn a_server_below_the_server_below_is_refused_too() {
 
 #[test]
 fn memory_of_a_region_of_another_server_is_filled_through_both() {
-    child::run("nesting::memory_of_a_region_of_another_server_is_filled_through_both", || {
+    child::run(this_test!(), || {
         let bytes = pattern(2, BYTES);
         let lower = named("lower", bytes.clone(), &one_worker()).unwrap();
         if !lower.serves_system_calls() {

@@ -7,8 +7,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot};
 use pagestitch_kernel::rights;
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -52,7 +52,7 @@ fn sends_lingering_sockets(argument: &str) {
 
 #[test]
 fn a_descriptor_whose_close_hangs_holds_up_no_guest() {
-    let test = "peers::a_descriptor_whose_close_hangs_holds_up_no_guest";
+    let test = this_test!();
     let life = |argument: &str| match argument.split_once(' ') {
         Some(_) => sends_lingering_sockets(argument),
         None => innocent(argument),
@@ -94,7 +94,7 @@ fn process_with(pid: u32) -> Option<Child> {
 
 #[test]
 fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_named() {
-    let test = "peers::a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_named";
+    let test = this_test!();
     // Connects, gives the connection away, and ends.
     let life = |paths: &str| {
         let (handler, heir) = paths.split_once(' ').unwrap();
@@ -203,7 +203,7 @@ fn wrong_handshake(guest: &Guest, what: &str) -> Vec<u8> {
 /// A guest that is refused gets the signal that was declared, and no page for which it waits for ever.
 #[test]
 fn a_guest_that_is_refused_gets_a_signal() {
-    let test = "peers::a_guest_that_is_refused_gets_a_signal";
+    let test = this_test!();
     let life = |argument: &str| {
         let (what, path) = argument.split_once(' ').unwrap();
         let pages = if what == "larger" { 20 * PAGES } else { 100 };
@@ -253,7 +253,7 @@ fn until_ended(child: &mut child::Beside) -> bool {
 /// A connection that the handler has not taken in when it is told to stop.
 #[test]
 fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
-    let test = "peers::a_guest_in_the_backlog_is_served_by_a_handler_that_stops";
+    let test = this_test!();
     if child::is_child(test) {
         child::beside(test, "", |path| {
             let (guest, _stream) = connect(path);
@@ -278,7 +278,7 @@ fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
 
 #[test]
 fn any_patience_is_a_patience() {
-    let test = "peers::any_patience_is_a_patience";
+    let test = this_test!();
     if child::is_child(test) {
         child::beside(test, "", innocent);
     }

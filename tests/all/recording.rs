@@ -4,9 +4,9 @@ use crate::donated::pages_of;
 use crate::{pattern, until};
 use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
 use pagestitch_firecracker::{Handler, Snapshot, Stopper};
-use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -108,10 +108,10 @@ fn adopt(guest: &Guest) -> AdoptedMemory {
 
 #[test]
 fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
-    if crate::lacks_marks("recording::a_recording_of_larger_memory_is_refused_for_adopted_memory") {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
-    let end = child::run("recording::a_recording_of_larger_memory_is_refused_for_adopted_memory", || {
+    let end = child::run(this_test!(), || {
         let pool = Pool::new().unwrap();
         let recorded = recording(&pool);
         let guest = Guest::new(&[5 * PAGE], false).unwrap();
@@ -133,7 +133,7 @@ fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
 
 #[test]
 fn nothing_is_filled_ahead_while_adopted_memory_is_recorded() {
-    if crate::lacks_marks("recording::nothing_is_filled_ahead_while_adopted_memory_is_recorded") {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
     let guest = Guest::new(&[400 * PAGE], false).unwrap();
@@ -213,7 +213,7 @@ fn guest(test: &str, socket: &Path, touches: &str) -> child::Beside {
 
 #[test]
 fn a_guest_that_touches_nothing_leaves_the_recording_to_the_next_one() {
-    let test = "recording::a_guest_that_touches_nothing_leaves_the_recording_to_the_next_one";
+    let test = this_test!();
     if child::is_child(test) {
         guest(test, Path::new(""), "");
     }
@@ -302,7 +302,7 @@ fn a_donated_huge_page_is_recorded_page_by_page() {
 
 #[test]
 fn a_run_of_a_recording_is_replayed_over_the_border_of_two_ranges() {
-    if crate::lacks_marks("recording::a_run_of_a_recording_is_replayed_over_the_border_of_two_ranges") {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
     const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];

@@ -3,14 +3,14 @@
 use crate::zero_copy::memfd;
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Pool, Region};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 
 // In processes of their own: what other tests take meanwhile is not to be counted.
 
 #[test]
 fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
-    let end = child::run("scale::a_tebibyte_of_holes_is_reserved_served_and_dropped", || {
+    let end = child::run(this_test!(), || {
         let region = Region::builder()
             .chunk(vec![1u8; 100])
             .chunk(Chunk::hole(1 << 40))
@@ -28,7 +28,7 @@ fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
 /// The kernel walks all addresses of what it dumps: half a minute for a tebibyte of holes.
 #[test]
 fn a_region_is_left_out_of_core_dumps_unless_it_is_asked_for() {
-    let end = child::run("scale::a_region_is_left_out_of_core_dumps_unless_it_is_asked_for", || {
+    let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).start().unwrap();
         let chunks = || [Chunk::hole(1 << 30), memfd(&[5; 8192]).into(), vec![1u8; 100].into()];
         let region = Region::builder().chunks(chunks()).build(&pool).unwrap();
@@ -62,7 +62,7 @@ fn parts(region: &Region) -> Vec<String> {
 #[test]
 fn many_chunks_of_one_memory_cost_at_most_32_bytes_each() {
     const CHUNKS: u64 = 1_000_000;
-    let end = child::run("scale::many_chunks_of_one_memory_cost_at_most_32_bytes_each", || {
+    let end = child::run(this_test!(), || {
         let memory = Memory::from((0..1 << 20).map(|i| (i % 251) as u8 | 1).collect::<Vec<u8>>());
         let source = |chunk: u64| chunk * 7919 % 1_000_000;
         let chunk = |index: u64| Chunk::from(memory.clone()).range(source(index)..source(index) + 37);

@@ -4,7 +4,7 @@ use crate::donated::pages_of;
 use crate::{pattern, touch};
 use pagestitch::source::{Alias, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, ErrorKind, How, Pool, Region, SharedRegion};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -210,10 +210,9 @@ fn a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher() {
         assert_eq!(error.kind(), ErrorKind::Source);
         assert!(error.to_string().contains("shorter than it was"), "{error}");
     }
-    let end =
-        child::run("shared::a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher", || {
-            touch(region.as_ptr().addr().get() + 2 * PAGE);
-        });
+    let end = child::run(this_test!(), || {
+        touch(region.as_ptr().addr().get() + 2 * PAGE);
+    });
     assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
 }
 
@@ -331,7 +330,7 @@ fn a_write_that_finds_no_space_on_the_file_system_says_so() {
 
 #[test]
 fn bytes_are_copied_where_the_kernel_may_not_copy_between_processes() {
-    let end = child::run("shared::bytes_are_copied_where_the_kernel_may_not_copy_between_processes", || {
+    let end = child::run(this_test!(), || {
         pagestitch_testkit::deny::deny_copies(nix::errno::Errno::EPERM);
         let (bytes, donated) = (pattern(9, 3 * PAGE), pattern(10, 2 * PAGE));
         let (file, other) = memfd_of(&bytes);

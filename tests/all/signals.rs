@@ -5,7 +5,7 @@ use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use pagestitch::{Chunk, Inline, Pool, Readahead, Region, Source};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -68,7 +68,7 @@ fn populating(body: impl FnOnce() + Send) {
 
 #[test]
 fn a_handler_gets_the_page_that_the_thread_below_it_populates() {
-    let end = child::run("signals::a_handler_gets_the_page_that_the_thread_below_it_populates", || {
+    let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(20);
         handle_user_signal(read_a_byte);
         let bytes = pattern(1, 8 * PAGE);
@@ -97,7 +97,7 @@ extern "C" fn populate_all(_signal: c_int) {
 #[test]
 #[expect(unsafe_code, reason = "what a handler has left behind a pointer")]
 fn a_call_from_a_handler_for_pages_that_its_thread_populates_is_an_error() {
-    let test = "signals::a_call_from_a_handler_for_pages_that_its_thread_populates_is_an_error";
+    let test = this_test!();
     let end = child::run(test, || {
         nix::unistd::alarm::set(20);
         handle_user_signal(populate_all);
@@ -139,56 +139,52 @@ fn inline_region(bytes: &[u8]) -> Region {
 
 #[test]
 fn handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler() {
-    let end = child::run(
-        "signals::handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler",
-        || {
-            nix::unistd::alarm::set(60);
-            handle_user_signal(read_a_byte);
-            let region = inline_region(&pattern(3, 64 * PAGE));
-            let start = region.as_ptr().addr().get();
-            in_a_storm(|| {
-                for round in 0.. {
-                    if READ.load(Ordering::SeqCst) >= 100 {
-                        break;
-                    }
-                    for page in 0..64 {
-                        ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
-                        assert_ne!(touch(start + page * PAGE), 0);
-                        // The other half, too, so that the handler finds pages absent.
-                        let_go(start + (page + round) % 64 * PAGE, PAGE);
-                    }
+    let end = child::run(this_test!(), || {
+        nix::unistd::alarm::set(60);
+        handle_user_signal(read_a_byte);
+        let region = inline_region(&pattern(3, 64 * PAGE));
+        let start = region.as_ptr().addr().get();
+        in_a_storm(|| {
+            for round in 0.. {
+                if READ.load(Ordering::SeqCst) >= 100 {
+                    break;
                 }
-                ADDRESS.store(0, Ordering::SeqCst);
-            });
-            let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
-            assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
-        },
-    );
+                for page in 0..64 {
+                    ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
+                    assert_ne!(touch(start + page * PAGE), 0);
+                    // The other half, too, so that the handler finds pages absent.
+                    let_go(start + (page + round) % 64 * PAGE, PAGE);
+                }
+            }
+            ADDRESS.store(0, Ordering::SeqCst);
+        });
+        let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
+        assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+    });
     end.expect_pass();
 }
 
 #[test]
 fn handlers_touch_pages_that_their_thread_populates_in_an_inline_region() {
-    let end =
-        child::run("signals::handlers_touch_pages_that_their_thread_populates_in_an_inline_region", || {
-            nix::unistd::alarm::set(60);
-            handle_user_signal(read_a_byte);
-            let region = inline_region(&pattern(4, 64 * PAGE));
-            let start = region.as_ptr().addr().get();
-            in_a_storm(|| {
-                for round in 0.. {
-                    if READ.load(Ordering::SeqCst) >= 100 {
-                        break;
-                    }
-                    ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
-                    region.populate(..).unwrap();
-                    let_go(start, 64 * PAGE);
+    let end = child::run(this_test!(), || {
+        nix::unistd::alarm::set(60);
+        handle_user_signal(read_a_byte);
+        let region = inline_region(&pattern(4, 64 * PAGE));
+        let start = region.as_ptr().addr().get();
+        in_a_storm(|| {
+            for round in 0.. {
+                if READ.load(Ordering::SeqCst) >= 100 {
+                    break;
                 }
-                ADDRESS.store(0, Ordering::SeqCst);
-            });
-            let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
-            assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+                ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
+                region.populate(..).unwrap();
+                let_go(start, 64 * PAGE);
+            }
+            ADDRESS.store(0, Ordering::SeqCst);
         });
+        let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
+        assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+    });
     end.expect_pass();
 }
 
@@ -207,7 +203,7 @@ impl AsRef<[u8]> for CutShort {
 #[expect(unsafe_code, reason = "maps a file that is cut short")]
 fn a_fault_inside_the_handler_ends_with_a_line_and_a_signal() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
-    let end = child::run("signals::a_fault_inside_the_handler_ends_with_a_line_and_a_signal", || {
+    let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(20);
         let memfd = pagestitch::source::UnsealedMemfd::create("short", PAGE as u64).unwrap();
         let length = std::num::NonZeroUsize::new(PAGE).unwrap();
@@ -238,17 +234,16 @@ extern "C" fn passes_on(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
 
 #[test]
 fn a_handler_that_is_installed_later_and_passes_on_keeps_regions_served() {
-    let end =
-        child::run("signals::a_handler_that_is_installed_later_and_passes_on_keeps_regions_served", || {
-            let bytes = pattern(5, 20 * PAGE);
-            let region = inline_region(&bytes);
-            let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
-            BEFORE.set(handle(Signal::SIGBUS, SigHandler::SigAction(passes_on), flags)).unwrap();
-            // Another region does not take it away.
-            let other = inline_region(&bytes);
-            assert!(region.as_slice() == bytes && other.as_slice() == bytes);
-            assert_eq!(PASSED_ON.load(Ordering::SeqCst), 40);
-        });
+    let end = child::run(this_test!(), || {
+        let bytes = pattern(5, 20 * PAGE);
+        let region = inline_region(&bytes);
+        let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
+        BEFORE.set(handle(Signal::SIGBUS, SigHandler::SigAction(passes_on), flags)).unwrap();
+        // Another region does not take it away.
+        let other = inline_region(&bytes);
+        assert!(region.as_slice() == bytes && other.as_slice() == bytes);
+        assert_eq!(PASSED_ON.load(Ordering::SeqCst), 40);
+    });
     end.expect_pass();
 }
 
@@ -260,7 +255,7 @@ extern "C" fn keeps(_signal: c_int) {
 
 #[test]
 fn a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no_zeros_are_read() {
-    let test = "signals::a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no_zeros_are_read";
+    let test = this_test!();
     let end = child::run(test, || {
         let region = inline_region(&pattern(6, 20 * PAGE));
         handle_bus_errors(keeps);
@@ -279,7 +274,7 @@ extern "C" fn count(_signal: c_int) {
 #[test]
 fn no_signal_is_lost_while_the_handler_is_installed() {
     for _ in 0..if cfg!(debug_assertions) { 20 } else { 5 } {
-        let end = child::run("signals::no_signal_is_lost_while_the_handler_is_installed", || {
+        let end = child::run(this_test!(), || {
             handle_bus_errors(count);
             let (done, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
             thread::scope(|scope| {
@@ -322,7 +317,7 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
 #[test]
 #[expect(unsafe_code, reason = "asks for what the kernel puts on a stack")]
 fn a_fault_is_served_on_a_small_alternate_stack() {
-    let end = child::run("signals::a_fault_is_served_on_a_small_alternate_stack", || {
+    let end = child::run(this_test!(), || {
         let mut deepest = 0;
         thread::scope(|scope| {
             let measure = || {

@@ -12,6 +12,7 @@ use pagestitch::source::Donated;
 use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server};
 use pagestitch_kernel::process::Process;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::this_test;
 use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -193,7 +194,7 @@ fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
 
 #[test]
 fn split_memory_of_another_owner_is_populated() {
-    if crate::lacks_marks("splits::split_memory_of_another_owner_is_populated") {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
     let expected = pattern(5, BLOCK);
@@ -205,7 +206,7 @@ fn split_memory_of_another_owner_is_populated() {
 
 #[test]
 fn split_memory_that_is_abandoned_has_no_zeros() {
-    if crate::lacks_marks("splits::split_memory_that_is_abandoned_has_no_zeros") {
+    if crate::lacks_marks(this_test!()) {
         return;
     }
     if signal_of_loss() != crate::SIGBUS {

@@ -10,9 +10,9 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pagestitch::source::Pages;
 use pagestitch::{Chunk, ErrorKind, How, Inline, Pool, Region};
-use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::num::NonZeroUsize;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -25,13 +25,12 @@ const SIGSEGV: i32 = 11;
 
 #[test]
 fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
-    let end =
-        child::run("teardown::a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal", || {
-            wait_in_dropped(
-                |pool| Region::builder().chunk(pattern(1, 10_000)).build(pool).unwrap(),
-                |region| region.as_ptr(),
-            );
-        });
+    let end = child::run(this_test!(), || {
+        wait_in_dropped(
+            |pool| Region::builder().chunk(pattern(1, 10_000)).build(pool).unwrap(),
+            |region| region.as_ptr(),
+        );
+    });
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
     assert!(!end.said().contains("read a byte"), "{}", end.said());
 }
@@ -51,7 +50,7 @@ impl Drop for MappedAnew {
 /// The thread that waits runs on only after the drop, when its page would be another mapping's.
 #[test]
 fn a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_after_it() {
-    let test = "teardown::a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_after_it";
+    let test = this_test!();
     for _ in 0..if child::is_child(test) { 1 } else { 40 } {
         let end = child::run(test, || {
             const PAGES: usize = 20;
@@ -83,37 +82,33 @@ fn map_zeros(start: Option<NonZeroUsize>, bytes: usize) {
 /// Regions that were dropped give their addresses back; those that are kept for a moment, where addresses are short.
 #[test]
 fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
-    let end =
-        child::run("teardown::addresses_of_dropped_regions_are_free_again_where_they_are_short", || {
-            let pool = Pool::builder().workers(1).start().unwrap();
-            let hard = getrlimit(Resource::RLIMIT_AS).unwrap().1;
-            setrlimit(Resource::RLIMIT_AS, 64 << 30, hard).unwrap();
-            let chunks = || [Chunk::from(pattern(1, 10_000)), Chunk::hole(20 << 30)];
-            let region = Region::builder().chunks(chunks()).build(&pool).unwrap();
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let hard = getrlimit(Resource::RLIMIT_AS).unwrap().1;
+        setrlimit(Resource::RLIMIT_AS, 64 << 30, hard).unwrap();
+        let chunks = || [Chunk::from(pattern(1, 10_000)), Chunk::hole(20 << 30)];
+        let region = Region::builder().chunks(chunks()).build(&pool).unwrap();
+        assert_eq!(region.as_slice()[..10_000], pattern(1, 10_000));
+        drop(region);
+        // No thread waited: the addresses are there for others at once.
+        map_zeros(None, 50 << 30);
+        setrlimit(Resource::RLIMIT_AS, 114 << 30, hard).unwrap();
+        for _ in 0..20 {
+            let region = Region::builder().chunks(chunks()).build(Inline).unwrap();
             assert_eq!(region.as_slice()[..10_000], pattern(1, 10_000));
-            drop(region);
-            // No thread waited: the addresses are there for others at once.
-            map_zeros(None, 50 << 30);
-            setrlimit(Resource::RLIMIT_AS, 114 << 30, hard).unwrap();
-            for _ in 0..20 {
-                let region = Region::builder().chunks(chunks()).build(Inline).unwrap();
-                assert_eq!(region.as_slice()[..10_000], pattern(1, 10_000));
-            }
-        });
+        }
+    });
     end.expect_pass();
 }
 
 #[test]
 fn a_thread_that_waits_for_a_minor_fault_when_its_region_is_dropped_gets_a_signal() {
-    wait_in_lazy(
-        "teardown::a_thread_that_waits_for_a_minor_fault_when_its_region_is_dropped_gets_a_signal",
-        true,
-    );
+    wait_in_lazy(this_test!(), true);
 }
 
 #[test]
 fn a_thread_that_waits_for_a_missing_page_of_a_memfd_gets_a_signal() {
-    wait_in_lazy("teardown::a_thread_that_waits_for_a_missing_page_of_a_memfd_gets_a_signal", false);
+    wait_in_lazy(this_test!(), false);
 }
 
 fn wait_in_lazy(test: &str, filled: bool) {
@@ -169,7 +164,7 @@ fn a_drop_waits_for_the_source_that_is_being_read() {
 
 #[test]
 fn touching_a_dropped_region_is_a_signal() {
-    let end = child::run("teardown::touching_a_dropped_region_is_a_signal", || {
+    let end = child::run(this_test!(), || {
         let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
         let start = region.as_ptr().expose_provenance().get();
         drop(region);
@@ -180,7 +175,7 @@ fn touching_a_dropped_region_is_a_signal() {
 
 #[test]
 fn a_forked_child_gets_a_signal_and_not_zeros() {
-    let end = child::run("teardown::a_forked_child_gets_a_signal_and_not_zeros", || {
+    let end = child::run(this_test!(), || {
         let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
         let address = region.as_ptr().expose_provenance().get();
         let ended = fork_and(|| i32::from(touch(address + 4096)));
@@ -192,7 +187,7 @@ fn a_forked_child_gets_a_signal_and_not_zeros() {
 
 #[test]
 fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
-    let end = child::run("teardown::a_forked_child_that_drops_a_region_leaves_the_parents_alone", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(5, 50_000);
         let pool = Pool::builder().workers(2).start().unwrap();
         let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
@@ -216,47 +211,45 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
 /// The region's addresses, and those of donated pages, stay closed in a child, but for what is shown in place there.
 #[test]
 fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
-    let end =
-        child::run("teardown::a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is", || {
-            const PAGES: usize = 20;
-            let bytes = pattern(9, PAGES * 4096);
-            let pool = Pool::builder().workers(1).start().unwrap();
-            let copied = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
-            let shown =
-                || [Chunk::from(vec![7u8; 5 * 4096]), memfd(&bytes).into(), vec![7u8; 5 * 4096].into()];
-            let partly = Region::builder().chunks(shown()).build(&pool).unwrap();
-            let donated = Pages::new(PAGES * 4096).unwrap();
-            let start = |bytes: &[u8]| bytes.as_ptr().expose_provenance();
-            let (first, second, third) =
-                (copied.as_ptr().addr().get(), partly.as_ptr().addr().get(), start(&donated));
-            let in_place = second + 5 * 4096;
-            assert_eq!(partly.plan().runs()[1].how, How::Map);
-            // 0 for what a child finds in place; a signal for the rest.
-            let after_mapping = |address: usize, expected: u8| {
-                Forked::start(move || {
-                    map_zeros(NonZeroUsize::new(address & !4095), 4096);
-                    (0..2000).for_each(|_| map_zeros(None, PAGES * 4096));
-                    i32::from(touch(address) != expected)
-                })
-            };
-            for address in
-                [first, first + (PAGES - 1) * 4096, second, in_place - 1, in_place + PAGES * 4096, third]
-            {
-                let ended = after_mapping(address, 0).end();
-                assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
-            }
-            for at in [0, 4096, (PAGES - 1) * 4096] {
-                assert!(after_mapping(in_place + at, bytes[at]).passes(), "shown in place");
-            }
-            assert!(copied.as_slice() == bytes, "the parent is served as before");
-        });
+    let end = child::run(this_test!(), || {
+        const PAGES: usize = 20;
+        let bytes = pattern(9, PAGES * 4096);
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let copied = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+        let shown = || [Chunk::from(vec![7u8; 5 * 4096]), memfd(&bytes).into(), vec![7u8; 5 * 4096].into()];
+        let partly = Region::builder().chunks(shown()).build(&pool).unwrap();
+        let donated = Pages::new(PAGES * 4096).unwrap();
+        let start = |bytes: &[u8]| bytes.as_ptr().expose_provenance();
+        let (first, second, third) =
+            (copied.as_ptr().addr().get(), partly.as_ptr().addr().get(), start(&donated));
+        let in_place = second + 5 * 4096;
+        assert_eq!(partly.plan().runs()[1].how, How::Map);
+        // 0 for what a child finds in place; a signal for the rest.
+        let after_mapping = |address: usize, expected: u8| {
+            Forked::start(move || {
+                map_zeros(NonZeroUsize::new(address & !4095), 4096);
+                (0..2000).for_each(|_| map_zeros(None, PAGES * 4096));
+                i32::from(touch(address) != expected)
+            })
+        };
+        for address in
+            [first, first + (PAGES - 1) * 4096, second, in_place - 1, in_place + PAGES * 4096, third]
+        {
+            let ended = after_mapping(address, 0).end();
+            assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
+        }
+        for at in [0, 4096, (PAGES - 1) * 4096] {
+            assert!(after_mapping(in_place + at, bytes[at]).passes(), "shown in place");
+        }
+        assert!(copied.as_slice() == bytes, "the parent is served as before");
+    });
     end.expect_pass();
 }
 
 /// Each is number 1 in a PID namespace of its own, so that the child has its parent's number.
 #[test]
 fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
-    let test = "teardown::a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone";
+    let test = this_test!();
     let end = child::run(test, || {
         if let Err(errno) = unshare(CloneFlags::CLONE_NEWPID) {
             println!("SKIPPED {test}: a PID namespace cannot be made here ({errno})");
@@ -308,7 +301,7 @@ const fn copy_of<T>(value: &T) -> T {
 
 #[test]
 fn a_forked_child_serves_itself_inline_whatever_its_parent_was_doing() {
-    let name = "teardown::a_forked_child_serves_itself_inline_whatever_its_parent_was_doing";
+    let name = this_test!();
     let end = child::run(name, || {
         let bytes = pattern(6, 200 * 4096);
         let busy = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
@@ -376,7 +369,7 @@ fn a_leaked_region_goes_on_being_served() {
 
 #[test]
 fn nothing_is_left_behind() {
-    let end = child::run("teardown::nothing_is_left_behind", || {
+    let end = child::run(this_test!(), || {
         let round = || {
             let pool = Pool::builder().workers(3).start().unwrap();
             let regions: Vec<_> = (0..20)
@@ -452,7 +445,7 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
 /// Sources that own the pool which serves them, while its watchdog looks at them.
 #[test]
 fn a_source_may_own_the_last_handle_of_its_own_pool() {
-    let end = child::run("teardown::a_source_may_own_the_last_handle_of_its_own_pool", || {
+    let end = child::run(this_test!(), || {
         for _ in 0..30 {
             let pool = Pool::builder().workers(2).overdue_after(Duration::ZERO).start().unwrap();
             let source = Arc::new(Owns(pool.clone()));

@@ -10,9 +10,9 @@ use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Readahead, Region};
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::FaultMode;
-use pagestitch_testkit::child;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::{child, this_test};
 use std::io::IoSliceMut;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -47,7 +47,7 @@ fn a_fault_that_takes_too_long_is_told_of_once() {
 
 #[test]
 fn a_fault_that_was_given_up_is_a_signal_to_its_waiter() {
-    let end = child::run("watchdog::a_fault_that_was_given_up_is_a_signal_to_its_waiter", || {
+    let end = child::run(this_test!(), || {
         let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
         let region = Region::builder().chunk(Chunk::source(hanging())).build(&pool).unwrap();
         println!("read a byte: {}", region.as_slice()[3 * PAGE]);
@@ -200,7 +200,7 @@ fn more_fetches_than_a_table_first_has_room_for_are_given_up() {
 /// Only time in which the watchdog itself runs counts: a process that was stopped is not to blame.
 #[test]
 fn a_process_that_was_stopped_gives_nothing_up_when_it_goes_on() {
-    let end = child::run("watchdog::a_process_that_was_stopped_gives_nothing_up_when_it_goes_on", || {
+    let end = child::run(this_test!(), || {
         let limit = Duration::from_secs(1);
         let pool = Pool::builder().overdue_after(limit).give_up_after(limit).start().unwrap();
         let source = hanging();

@@ -4,7 +4,7 @@ use crate::pattern;
 use pagestitch::source::Memfd;
 use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
 use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
-use pagestitch_testkit::child;
+use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
@@ -68,7 +68,7 @@ fn frame(byte: &u8) -> u64 {
 
 #[test]
 fn a_region_in_place_takes_no_memory_of_its_own() {
-    let end = child::run("zero_copy::a_region_in_place_takes_no_memory_of_its_own", || {
+    let end = child::run(this_test!(), || {
         let bytes = pattern(3, 64 << 20);
         let region = Region::builder().chunk(memfd(&bytes)).build(&Pool::new().unwrap()).unwrap();
         let before = anonymous_kib();

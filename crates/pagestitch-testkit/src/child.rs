@@ -3,11 +3,11 @@
 //! The test binary starts itself again for the one test, so nothing is forked while threads run.
 //!
 //! ```no_run
-//! use pagestitch_testkit::child;
+//! use pagestitch_testkit::{child, this_test};
 //!
 //! #[test]
 //! fn a_null_pointer_is_a_segmentation_fault() {
-//!     let end = child::run("a_null_pointer_is_a_segmentation_fault", || { /* ... */ });
+//!     let end = child::run(this_test!(), || { /* ... */ });
 //!     assert_eq!(end.signal(), Some(11));
 //! }
 //! ```
@@ -46,6 +46,12 @@ impl End {
         String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
     }
 
+    /// A test binary passes where it has no test of the name that it is asked for.
+    fn of_a_test(self, test: &str) -> Self {
+        assert!(!self.said().contains("running 0 tests"), "the test binary has no test of the name {test}");
+        self
+    }
+
     /// Passes on the child's failure, with what it said.
     ///
     /// # Panics
@@ -56,18 +62,18 @@ impl End {
     }
 }
 
-/// A child that runs beside the test.
+/// A child that runs beside the test, and the test's name.
 #[derive(Debug)]
-pub struct Beside(Child);
+pub struct Beside(Child, String);
 
 impl Beside {
     /// Waits for its end.
     ///
     /// # Panics
     ///
-    /// If that cannot be had.
+    /// If `wait(2)` fails, or if the test binary has no test of that name.
     pub fn end(self) -> End {
-        End(self.0.wait_with_output().expect("a child ends"))
+        End(self.0.wait_with_output().expect("a child ends")).of_a_test(&self.1)
     }
 
     /// Ends it with SIGKILL.
@@ -84,6 +90,24 @@ impl Beside {
     pub fn id(&self) -> u32 {
         self.0.id()
     }
+}
+
+/// The name of the calling test, as `cargo test` prints it: [`run`](child::run) and [`beside`](child::beside) take it.
+///
+/// The call belongs into the test itself, because in a helper it names the helper. A closure in the test is as good.
+#[macro_export]
+macro_rules! this_test {
+    () => {
+        $crate::child::name_of(std::any::type_name_of_val(&|| ()))
+    };
+}
+
+/// The name of the function that a closure is in, without its crate.
+#[doc(hidden)]
+#[must_use]
+pub fn name_of(closure: &'static str) -> &'static str {
+    let function = closure.split("::{{closure}}").next().unwrap_or(closure);
+    function.split_once("::").map_or(function, |(_, name)| name)
 }
 
 /// Whether this is the child of a test.
@@ -106,7 +130,7 @@ pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
     }
     let mut command = again(test);
     command.env(ARGUMENT, argument).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Beside(command.spawn().expect("a test binary can be started again"))
+    Beside(command.spawn().expect("a test binary can be started again"), String::from(test))
 }
 
 /// Runs `body` in a child. `test` is the calling test's full name, as `cargo test` prints it.
@@ -121,12 +145,7 @@ pub fn run(test: &str, body: impl FnOnce()) -> End {
         body();
         exit(0);
     }
-    let end = End(again(test).output().expect("a test binary can be started again"));
-    assert!(
-        !end.said().contains("running 0 tests"),
-        "there is no test of the name {test}: is its module missing?"
-    );
-    end
+    End(again(test).output().expect("a test binary can be started again")).of_a_test(test)
 }
 
 fn again(test: &str) -> Command {
