@@ -2,10 +2,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use pagestitch_firecracker::Mappings;
+use pagestitch_firecracker::GuestMappings;
 
 fuzz_target!(|message: &[u8]| {
-    let Ok(Some(mappings)) = Mappings::parse(message) else { return };
+    let Ok(Some(mappings)) = GuestMappings::parse(message) else { return };
     let mut expected = 0;
     for range in mappings.ranges() {
         assert_eq!(range.offset, expected);

@@ -3,7 +3,7 @@
 
 use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
-use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot, Stopper};
+use pagestitch_firecracker::{Handler, Holes, OnStop, ShutdownHandle, Snapshot};
 use pagestitch_kernel::rights;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
@@ -26,7 +26,7 @@ const TOTAL: usize = PAGES * PAGE;
 /// A handler in a thread, with what it told.
 pub(crate) struct Running {
     pub(crate) folder: TempDir,
-    stop: Stopper,
+    stop: ShutdownHandle,
     pub(crate) told: Arc<Mutex<Vec<String>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -44,18 +44,19 @@ impl Running {
 
     pub(crate) fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
         let files: Vec<_> = files.iter().map(|file| folder.path().join(file)).collect();
-        let handler = describe(&files).on_loss(loss).on_stop(on_stop).patience(Duration::from_millis(500));
+        let handler =
+            describe(&files).on_loss(loss).on_stop(on_stop).handshake_timeout(Duration::from_millis(500));
         let handler = handler.bind(folder.path().join("socket")).unwrap();
         Self::run(folder, handler)
     }
 
     pub(crate) fn patient(folder: TempDir, files: &[PathBuf], patience: Duration) -> Self {
-        let handler = describe(files).patience(patience).bind(folder.path().join("socket")).unwrap();
+        let handler = describe(files).handshake_timeout(patience).bind(folder.path().join("socket")).unwrap();
         Self::run(folder, handler)
     }
 
     pub(crate) fn run(folder: TempDir, handler: Handler) -> Self {
-        let (stop, told) = (handler.stopper(), Arc::default());
+        let (stop, told) = (handler.shutdown_handle(), Arc::default());
         let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
         let thread = thread::spawn(move || {
             handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
@@ -76,7 +77,7 @@ impl Running {
     }
 
     pub(crate) fn stop(&mut self) {
-        self.stop.stop();
+        self.stop.shutdown();
         self.join();
     }
 
@@ -98,7 +99,7 @@ pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: Loss, on_stop: OnSto
 
 impl Drop for Running {
     fn drop(&mut self) {
-        self.stop.stop();
+        self.stop.shutdown();
         if !thread::panicking() {
             self.join();
         }

@@ -5,7 +5,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
 use pagestitch::{Manual, Pool, Process, Region};
-use pagestitch_firecracker::{Handler, OnStop, Snapshot, Stopper};
+use pagestitch_firecracker::{Handler, OnStop, ShutdownHandle, Snapshot};
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::this_test;
@@ -29,7 +29,7 @@ const WRITTEN: usize = 500 * PAGE;
 struct Running {
     folder: TempDir,
     bytes: usize,
-    stop: Stopper,
+    stop: ShutdownHandle,
     thread: Option<JoinHandle<()>>,
     /// Their memory is to be left to them when the handler stops.
     innocent: Mutex<Vec<(Arc<Guest>, UnixStream)>>,
@@ -52,7 +52,7 @@ impl Running {
             .pool(pool)
             .own_memory(own_memory());
         let handler = handler.bind(folder.path().join("socket")).unwrap();
-        let stop = handler.stopper();
+        let stop = handler.shutdown_handle();
         let thread = thread::spawn(move || handler.run(|_| {}).unwrap());
         Self { folder, bytes, stop, thread: Some(thread), innocent: Mutex::default() }
     }
@@ -89,7 +89,7 @@ impl Running {
 
     /// How long the handler takes to its end when it is told to stop.
     fn stop(&mut self) -> Option<Duration> {
-        self.stop.stop();
+        self.stop.shutdown();
         let (thread, began) = (self.thread.take().unwrap(), Instant::now());
         while !thread.is_finished() && began.elapsed() < LONG {
             thread::sleep(Duration::from_millis(1));
@@ -311,7 +311,7 @@ fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
         (1..256).for_each(|at| file.write_all_at(&bytes, at << 20).unwrap());
     });
     let mut hostile = running.hostile(test, life);
-    running.stop.stop();
+    running.stop.shutdown();
     hostile.kill();
     let stopped = running.stop();
     println!("stopped after {stopped:?}");

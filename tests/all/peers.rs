@@ -269,7 +269,7 @@ fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
     let mut guest =
         child::beside(test, path.to_str().unwrap(), |_| unreachable!("the child's body is above"));
     until(|| folder.path().join("socket.ready").exists());
-    handler.stopper().stop();
+    handler.shutdown_handle().shutdown();
     handler.run(|_| {}).unwrap();
     let ended = until_ended(&mut guest);
     let end = guest.end();

@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::{pattern, until};
 use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
-use pagestitch_firecracker::{Handler, Snapshot, Stopper};
+use pagestitch_firecracker::{Handler, ShutdownHandle, Snapshot};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -152,7 +152,7 @@ fn nothing_is_filled_ahead_while_adopted_memory_is_recorded() {
 /// A handler that records, in a thread, with what it told.
 struct Recorder {
     folder: tempfile::TempDir,
-    stop: Stopper,
+    stop: ShutdownHandle,
     told: Arc<Mutex<Vec<String>>>,
     thread: JoinHandle<()>,
 }
@@ -161,7 +161,7 @@ impl Recorder {
     fn start(folder: tempfile::TempDir) -> Self {
         let builder = handler(folder.path()).record(folder.path().join("touches"));
         let handler = builder.bind(folder.path().join("socket")).unwrap();
-        let (stop, told) = (handler.stopper(), Arc::default());
+        let (stop, told) = (handler.shutdown_handle(), Arc::default());
         let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
         let thread = thread::spawn(move || {
             handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
@@ -179,7 +179,7 @@ impl Recorder {
 
     /// Stops it; gives back its folder, and all that it told.
     fn end(self) -> (tempfile::TempDir, Vec<String>) {
-        self.stop.stop();
+        self.stop.shutdown();
         self.thread.join().unwrap();
         (self.folder, std::mem::take(&mut *self.told.lock().unwrap()))
     }

@@ -63,7 +63,7 @@ pub(crate) struct Options {
     workers: Option<usize>,
     /// How many seconds a client may take to send where its memory is
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
-    patience: u16,
+    handshake_timeout: u16,
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
@@ -109,7 +109,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
     }
-    let holes = if options.assume_holes { Holes::Unchanged } else { Holes::NoProof };
+    let holes = if options.assume_holes { Holes::Unchanged } else { Holes::Untrusted };
     let snapshot = Snapshot::open_with(&options.memory, holes)?;
     let (len, pieces) = (snapshot.bytes(), snapshot.pieces());
     let replay = options.replay.as_ref().map(Recording::read).transpose()?;
@@ -122,18 +122,18 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
         .on_loss(options.on_loss.into())
         .on_stop(options.on_stop.into())
         .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
-        .patience(Duration::from_secs(options.patience.into()))
+        .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()))
         .bind(&options.socket)?;
-    let stopper = handler.stopper();
-    let enough = stopper.clone();
-    ctrlc::set_handler(move || stopper.stop())?;
+    let shutdown = handler.shutdown_handle();
+    let quit = shutdown.clone();
+    ctrlc::set_handler(move || shutdown.shutdown())?;
     let path = handler.path().display().to_string();
     let listening = match as_json {
         true => json!({"event": "listening", "socket": path, "bytes": len, "pieces": pieces}).to_string(),
         false => format!("listening at {path}: {} of memory in {pieces} pieces", bytes(len)),
     };
     let scene = Scene::default();
-    let live = options.live.then(|| Live::show(&scene, move || enough.stop())).transpose()?;
+    let live = options.live.then(|| Live::show(&scene, move || quit.shutdown())).transpose()?;
     let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
     say(listening);
     let mut meters: HashMap<i32, Meter> = HashMap::new();
@@ -145,7 +145,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
                 scene.add(meter.clone());
                 meters.insert(owner.pid().as_raw(), meter.clone());
             }
-            Event::Ended { owner, .. } | Event::Left { owner, .. } => {
+            Event::Ended { owner, .. } | Event::Detached { owner, .. } => {
                 scene.remove(&owner.to_string());
                 let meter = meters.remove(&owner.pid().as_raw());
                 if let (Some(path), Some(meter)) = (&options.heatmap, meter) {
@@ -199,8 +199,8 @@ fn to_json(event: &Event<'_>) -> Value {
             "event": "recorded", "pid": owner.pid().as_raw(), "path": path.display().to_string(),
             "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
         }),
-        Event::Left { owner, outcome } => json!({
-            "event": "left", "pid": owner.pid().as_raw(),
+        Event::Detached { owner, outcome } => json!({
+            "event": "detached", "pid": owner.pid().as_raw(),
             "pages": outcome.as_ref().ok().map(pagestitch::Metrics::pages_installed),
             "error": outcome.as_ref().err().map(ToString::to_string),
         }),

@@ -254,7 +254,7 @@ fn wrong_arguments_are_status_2_and_say_what_is_right() {
         (vec!["bench", "--rounds", "0"], "0 is not in 1.."),
         (vec!["bench", "--compare", "a", "--report", "a"], "the report a is the earlier run a, which"),
         (serve(&["--workers", "0"]), "0 is not in 1.."),
-        (serve(&["--patience", "0"]), "0 is not in 1.."),
+        (serve(&["--handshake-timeout", "0"]), "0 is not in 1.."),
         (serve(&["--on-stop", "pray"]), "[possible values: finish, abandon]"),
         (serve(&["--live", "--json"]), "cannot be used with"),
         (serve(&["--record", "./a"]), "the recording ./a is the memory file a, which"),

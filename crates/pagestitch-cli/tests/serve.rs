@@ -76,7 +76,7 @@ fn told_to_stop_under_load_it_leaves_its_guests_complete() {
         guest.end().expect_pass();
         let said: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
         let words = ["listening", "serving", "left to itself"];
-        let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"left""#];
+        let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"detached""#];
         let expected = if more.is_empty() { words } else { keys };
         assert_eq!(said.len(), 3, "{said:?}");
         assert!(said.iter().zip(expected).all(|(line, word)| line.contains(word)), "{said:?}");
@@ -108,7 +108,7 @@ fn what_is_wrong_is_one_line() {
     assert_eq!(String::from_utf8_lossy(&extents.stdout), "diff.extents: 4.0 KiB of memory in 1 ranges\n");
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
     assert!(complaint(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
-    assert!(complaint(&["--patience", "0"], 2).contains("0 is not in 1.."));
+    assert!(complaint(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
     assert!(complaint(&["--workers", "0"], 2).contains("0 is not in 1.."));
     assert!(complaint(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
     assert!(complaint(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
@@ -222,7 +222,7 @@ fn guests_wait_for_descriptors() {
     let folder = tempfile::tempdir().unwrap();
     memory(&folder.path().join("memory"));
     let command = format!(
-        "ulimit -n 28 && exec {} serve firecracker --socket socket --memory memory --workers 2 --patience 30",
+        "ulimit -n 28 && exec {} serve firecracker --socket socket --memory memory --workers 2 --handshake-timeout 30",
         env!("CARGO_BIN_EXE_pagestitch")
     );
     let mut handler = Command::new("sh")
@@ -256,7 +256,7 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
     }
     let folder = tempfile::tempdir().unwrap();
     memory(&folder.path().join("memory"));
-    let mut handler = serve(folder.path(), &["--patience", "30"]);
+    let mut handler = serve(folder.path(), &["--handshake-timeout", "30"]);
     let said = handler.stdout.take().unwrap();
     let reader = thread::spawn(move || BufReader::new(said).lines().map_while(Result::ok).count());
     let socket = folder.path().join("socket");

@@ -28,7 +28,7 @@ pub struct Builder {
     loss: Loss,
     on_stop: OnStop,
     readahead: Readahead,
-    patience: Duration,
+    handshake_timeout: Duration,
     record: Option<PathBuf>,
     replay: Option<Recording>,
     timed: bool,
@@ -43,7 +43,7 @@ impl Builder {
             loss: Loss::Poison,
             on_stop: OnStop::Finish,
             readahead: Readahead::Adaptive,
-            patience: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
             record: None,
             replay: None,
             timed: false,
@@ -88,8 +88,8 @@ impl Builder {
     }
 
     /// How long a client may take to send its handshake. By default 5 seconds.
-    pub const fn patience(mut self, patience: Duration) -> Self {
-        self.patience = patience;
+    pub const fn handshake_timeout(mut self, handshake_timeout: Duration) -> Self {
+        self.handshake_timeout = handshake_timeout;
         self
     }
 
@@ -111,20 +111,22 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] if another handler listens there; [`Error::NoSocket`] if something else is there;
+    /// [`Error::InUse`] if another handler listens there; [`Error::NotASocket`] if something else is there;
     /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had, or a recording could not be written;
-    /// [`Error::Recording`] if the one to replay is of other memory.
+    /// [`Error::RecordingMismatch`] if the one to replay is of other memory.
     pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
         let path = path.into();
         check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
         let pool = self.pool.map_or_else(Pool::new, Ok)?;
         let stop =
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
-        let stop = Arc::new(stop.map_err(|errno| Error::Wait(errno.into()))?);
+        let stop = Arc::new(stop.map_err(|errno| Error::Poll(errno.into()))?);
         let socket = Socket::bind(path)?;
-        let Self { snapshot, loss, on_stop, readahead, patience, record, replay, timed, own, .. } = self;
+        let Self {
+            snapshot, loss, on_stop, readahead, handshake_timeout, record, replay, timed, own, ..
+        } = self;
         let service = Service { snapshot, pool, loss, readahead, replay, timed, own };
-        Handler::new(socket, service, (on_stop, patience, record), stop).map_err(Error::Wait)
+        Handler::new(socket, service, (on_stop, handshake_timeout, record), stop).map_err(Error::Poll)
     }
 }
 
@@ -137,7 +139,7 @@ fn check_recordings(
     let bytes = snapshot.bytes();
     let recorded = replay.map(Recording::region_bytes);
     if let Some(recorded) = recorded.filter(|&recorded| recorded != bytes) {
-        return Err(Error::Recording { recorded, bytes });
+        return Err(Error::RecordingMismatch { recorded, bytes });
     }
     record.map_or(Ok(()), |path| Ok(Recording::can_write(path)?))
 }

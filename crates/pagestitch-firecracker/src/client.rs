@@ -1,9 +1,9 @@
 //! A peer that has connected, until it is a guest or refused. What it sends is read, and closed, in a thread of its own: see
-//! `errands`.
+//! `peer_threads`.
 
-use crate::errands::Report;
-use crate::handshake::{Arriving, Handed, HandshakeError, Mappings};
-use crate::refusal::Refused;
+use crate::handshake::{GuestMappings, Handshake, HandshakeError, PartialHandshake};
+use crate::peer_threads::ResultSender;
+use crate::refusal::RefusedGuest;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use pagestitch::{Loss, Process};
@@ -25,7 +25,7 @@ pub(crate) struct Client {
     process: Result<Arc<Process>, Errno>,
     /// Whether that is the process that connected, whatever has become of its number.
     certain: bool,
-    arriving: Arriving,
+    handshake: PartialHandshake,
     /// None: it may take for ever.
     until: Option<Instant>,
     /// Whether there is something to read.
@@ -36,7 +36,7 @@ pub(crate) struct Client {
 
 /// What is declared for all clients.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Terms {
+pub(crate) struct Requirements {
     pub(crate) loss: Loss,
     /// How much memory a guest has.
     pub(crate) bytes: u64,
@@ -44,19 +44,19 @@ pub(crate) struct Terms {
 
 /// A guest that can be served.
 #[derive(Debug)]
-pub(crate) struct Arrived {
+pub(crate) struct ReadyGuest {
     pub(crate) client: Client,
     pub(crate) owner: Arc<Process>,
-    pub(crate) mappings: Mappings,
+    pub(crate) mappings: GuestMappings,
     pub(crate) uffd: OwnedFd,
 }
 
 /// What a look at a client has found.
 #[derive(Debug)]
-pub(crate) enum Seen {
+pub(crate) enum ClientOutcome {
     /// There is more to come.
     Waiting(Client),
-    Complete(Box<Arrived>),
+    Complete(Box<ReadyGuest>),
     Refused {
         owner: Option<i32>,
         why: HandshakeError,
@@ -64,13 +64,13 @@ pub(crate) enum Seen {
 }
 
 impl Client {
-    pub(crate) fn new(stream: UnixStream, patience: Duration) -> Self {
+    pub(crate) fn new(stream: UnixStream, handshake_timeout: Duration) -> Self {
         let user = getsockopt(&stream, PeerCredentials).map_or(u32::MAX, |peer| peer.uid());
         let process = Process::peer(&stream).map(Arc::new);
         // Too far off to be told: never.
-        let until = Instant::now().checked_add(patience);
-        let (arriving, certain) = (Arriving::default(), peers_are_certain());
-        Self { stream, user, process, certain, arriving, until, readable: false, verdict: None }
+        let until = Instant::now().checked_add(handshake_timeout);
+        let (handshake, certain) = (PartialHandshake::default(), peers_are_certain());
+        Self { stream, user, process, certain, handshake, until, readable: false, verdict: None }
     }
 
     pub(crate) const fn user(&self) -> u32 {
@@ -95,7 +95,7 @@ impl Client {
         self.verdict.is_some()
     }
 
-    pub(crate) const fn has_sent(&mut self) {
+    pub(crate) const fn set_readable(&mut self) {
         self.readable = true;
     }
 
@@ -105,58 +105,68 @@ impl Client {
     }
 
     /// Refuses it where its time is over: also a client that sends a byte now and then.
-    pub(crate) fn expire(&mut self, now: Instant, patience: Duration) {
+    pub(crate) fn expire(&mut self, now: Instant, handshake_timeout: Duration) {
         if self.until.is_some_and(|until| until <= now) {
-            self.refuse(self.arriving.late(patience));
+            self.refuse(self.handshake.late(handshake_timeout));
         }
     }
 
     /// A complete handshake that cannot be served after all.
-    pub(crate) fn refused(mut self, handed: Handed, why: HandshakeError) -> Self {
-        self.arriving = Arriving::of(handed);
+    pub(crate) fn refused(mut self, handed: Handshake, why: HandshakeError) -> Self {
+        self.handshake = PartialHandshake::of(handed);
         self.refuse(why);
         self
     }
 
     /// Reads what has come, and tells what it is; refuses the client where that is no handshake, and closes what it has sent: this
     /// may take as long as the client likes.
-    pub(crate) fn see_to((mut client, terms): (Self, Terms), report: &Report<Seen>) {
-        match client.look(terms) {
-            Ok(None) => report.tell(Seen::Waiting(client)),
-            Ok(Some((owner, Handed { mappings, uffd }))) => {
-                report.tell(Seen::Complete(Box::new(Arrived { client, owner, mappings, uffd })));
+    pub(crate) fn handle(
+        (mut client, requirements): (Self, Requirements),
+        results: &ResultSender<ClientOutcome>,
+    ) {
+        match client.advance(requirements) {
+            Ok(None) => results.send(ClientOutcome::Waiting(client)),
+            Ok(Some((owner, Handshake { mappings, uffd }))) => {
+                results.send(ClientOutcome::Complete(Box::new(ReadyGuest { client, owner, mappings, uffd })));
             }
             Err(why) => {
-                client.settle(terms);
-                report.tell(Seen::Refused { owner: client.name(), why });
+                client.poison_or_kill(requirements);
+                results.send(ClientOutcome::Refused { owner: client.name(), why });
             }
         }
     }
 
-    fn look(&mut self, terms: Terms) -> Result<Option<(Arc<Process>, Handed)>, HandshakeError> {
+    fn advance(
+        &mut self,
+        requirements: Requirements,
+    ) -> Result<Option<(Arc<Process>, Handshake)>, HandshakeError> {
         let handed = if std::mem::take(&mut self.readable) { self.read()? } else { None };
         let Some(handed) = handed else { return self.verdict.take().map_or(Ok(None), Err) };
-        match self.check(terms, &handed) {
+        match self.check(requirements, &handed) {
             Ok(owner) => Ok(Some((owner, handed))),
             Err(why) => {
-                self.arriving = Arriving::of(handed);
+                self.handshake = PartialHandshake::of(handed);
                 Err(why)
             }
         }
     }
 
     /// Reads what has come.
-    fn read(&mut self) -> Result<Option<Handed>, HandshakeError> {
+    fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
         match rights::receive_all(&self.stream, &mut buffer) {
-            Ok(received) => self.arriving.take(&buffer[..received.bytes], received),
+            Ok(received) => self.handshake.take(&buffer[..received.bytes], received),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
 
     /// The process of a guest, if all is there that serving it takes.
-    fn check(&mut self, terms: Terms, handed: &Handed) -> Result<Arc<Process>, HandshakeError> {
+    fn check(
+        &mut self,
+        requirements: Requirements,
+        handed: &Handshake,
+    ) -> Result<Arc<Process>, HandshakeError> {
         let guest = handed.mappings.bytes();
         let process = self.process.clone().map_err(|errno| HandshakeError::Peer(errno.into()))?;
         if !self.certain {
@@ -165,26 +175,30 @@ impl Client {
         if !self.certain {
             return Err(HandshakeError::Peer(Errno::ESRCH.into()));
         }
-        if guest != terms.bytes {
-            return Err(HandshakeError::Size { guest, file: terms.bytes });
+        if guest != requirements.bytes {
+            return Err(HandshakeError::Size { guest, file: requirements.bytes });
         }
-        if terms.loss == Loss::Kill || !pages_can_be_poisoned() {
-            process.can_kill().map_err(|errno| HandshakeError::CannotEnd(errno.into()))?;
+        if requirements.loss == Loss::Kill || !pages_can_be_poisoned() {
+            process.can_kill().map_err(|errno| HandshakeError::CannotKill(errno.into()))?;
         }
         Ok(process)
     }
 
     /// Sees to it that a guest that is refused does not wait for its memory for ever.
-    fn settle(&mut self, terms: Terms) {
-        let (fds, told) = self.arriving.give_up();
+    fn poison_or_kill(&mut self, requirements: Requirements) {
+        let (fds, announced) = self.handshake.give_up();
         let process = self.process.as_ref().ok().map(Arc::as_ref);
         for uffd in fds {
             // A process that has the number of one that has ended holds no userfaultfd of it.
             let certain = |process: &&Process| self.certain || process.holds(&uffd) == Ok(true);
-            let most = terms.bytes.saturating_mul(MUCH_LARGER);
-            let refused =
-                Refused { owner: process.filter(certain), told: told.clone(), loss: terms.loss, most };
-            refused.settle(uffd);
+            let max_bytes = requirements.bytes.saturating_mul(MAX_POISON_FACTOR);
+            let refused = RefusedGuest {
+                owner: process.filter(certain),
+                announced: announced.clone(),
+                loss: requirements.loss,
+                max_bytes,
+            };
+            refused.poison_or_kill(uffd);
         }
     }
 
@@ -212,4 +226,4 @@ fn pages_can_be_poisoned() -> bool {
 }
 
 /// A refused guest with so many times the memory of the snapshot is ended: each of its pages would have to be marked.
-const MUCH_LARGER: u64 = 8;
+const MAX_POISON_FACTOR: u64 = 8;

@@ -44,7 +44,7 @@ pub enum Event<'a> {
         outcome: Result<usize, pagestitch::Error>,
     },
     /// A guest was left to itself, with all of its memory or, if it is an error, without.
-    Left {
+    Detached {
         /// Its VMM.
         owner: &'a Process,
         /// What was done for it.
@@ -78,10 +78,10 @@ impl fmt::Display for Event<'_> {
             Self::Recorded { owner, outcome: Err(error), .. } => {
                 write!(f, "{owner}: its first touches are lost: {error}")
             }
-            Self::Left { owner, outcome: Ok(metrics) } => {
+            Self::Detached { owner, outcome: Ok(metrics) } => {
                 write!(f, "{owner}: left to itself, {} pages filled", metrics.pages_installed())
             }
-            Self::Left { owner, outcome: Err(error) } => write!(f, "{owner}: left incomplete: {error}"),
+            Self::Detached { owner, outcome: Err(error) } => write!(f, "{owner}: left incomplete: {error}"),
         }
     }
 }

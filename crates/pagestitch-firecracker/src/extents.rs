@@ -44,13 +44,13 @@ impl Extents {
     ///
     /// # Errors
     ///
-    /// [`Error::Holes`] where the file system does not tell of holes page by page, or the file has none; [`Error::Extents`].
+    /// [`Error::UnknownHoles`] where the file system does not tell of holes page by page, or the file has none; [`Error::Extents`].
     pub fn of(diff: impl AsRef<Path>) -> Result<Self, Error> {
         let path = diff.as_ref();
         let failed = |source| Error::Extents { path: path.into(), source };
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
-        let refused = |why| Err(Error::Holes { path: path.into(), why });
+        let refused = |why| Err(Error::UnknownHoles { path: path.into(), why });
         if !metadata.is_file() {
             return refused("only a regular file has holes");
         }
@@ -105,7 +105,7 @@ impl Extents {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Extents { path, source }),
         };
-        Self::parse(&text).map(Some).ok_or(Error::NoExtents(path))
+        Self::parse(&text).map(Some).ok_or(Error::BadExtents(path))
     }
 
     /// How many bytes the diff has.

@@ -1,6 +1,6 @@
 //! One guest: its memory, as it is served.
 
-use crate::handshake::{HandshakeError, Mappings};
+use crate::handshake::{GuestMappings, HandshakeError};
 use crate::{OnStop, Snapshot};
 use pagestitch::{
     AdoptedMemory, AdoptedRegion, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording, Region,
@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// A guest that is being served.
 #[derive(Debug)]
-pub(crate) struct Guest {
+pub(crate) struct ServedGuest {
     region: AdoptedRegion,
     owner: Arc<Process>,
     /// Whether its first touches are taken down.
@@ -39,7 +39,7 @@ impl Service {
         &self,
         record: bool,
         owner: &Arc<Process>,
-        mappings: &Mappings,
+        mappings: &GuestMappings,
         uffd: OwnedFd,
     ) -> Result<AdoptedRegion, HandshakeError> {
         let Self { snapshot, pool, loss, readahead, replay, timed, own } = self;
@@ -63,7 +63,7 @@ impl Service {
     }
 }
 
-impl Guest {
+impl ServedGuest {
     pub(crate) const fn new(
         region: AdoptedRegion,
         owner: Arc<Process>,
@@ -93,7 +93,7 @@ impl Guest {
     }
 
     /// Leaves the guest to itself. `hurry` is asked now and then, and ends the filling when it is true.
-    pub(crate) fn leave(
+    pub(crate) fn detach(
         self,
         how: OnStop,
         hurry: impl Fn() -> bool + Sync,
@@ -106,7 +106,7 @@ impl Guest {
 }
 
 /// Whether a recording is of pages as this guest has them. If not, the guest is better served without it than refused.
-fn has_pages_of(recording: &Recording, mappings: &Mappings, owner: &Process) -> bool {
+fn has_pages_of(recording: &Recording, mappings: &GuestMappings, owner: &Process) -> bool {
     let (recorded, has) = (recording.page_bytes() as u64, mappings.page_bytes());
     if recorded != has {
         tracing::warn!(guest = %owner, recorded, has, "the recording is of pages of another size: not replayed");

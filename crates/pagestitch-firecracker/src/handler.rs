@@ -7,10 +7,10 @@
 //!               └─ guests ────── its process has ended: forget it
 //! ```
 
-use crate::client::{Arrived, Client, Seen, Terms};
-use crate::errands::Errands;
-use crate::guest::{Guest, Service};
-use crate::handshake::{Handed, HandshakeError, MOST_CLIENTS};
+use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
+use crate::guest::{ServedGuest, Service};
+use crate::handshake::{Handshake, HandshakeError, MAX_CLIENTS};
+use crate::peer_threads::PeerThreads;
 use crate::socket::Socket;
 use crate::{Builder, Error, Event, OnStop, Snapshot};
 use nix::errno::Errno;
@@ -32,26 +32,26 @@ pub struct Handler {
     path: PathBuf,
     service: Service,
     on_stop: OnStop,
-    patience: Duration,
+    handshake_timeout: Duration,
     record: Option<PathBuf>,
     stop: Arc<EventFd>,
     /// In the order in which they came.
     clients: Vec<Client>,
-    errands: Errands<Seen>,
+    peer_threads: PeerThreads<ClientOutcome>,
     /// Clients that an errand has, and has not told of.
-    away: usize,
-    guests: Vec<Guest>,
+    in_progress: usize,
+    guests: Vec<ServedGuest>,
     /// Where there was no descriptor for another client: when that is tried again.
-    full_until: Option<Instant>,
+    accept_paused_until: Option<Instant>,
 }
 
 /// Tells a handler to stop: from a signal handler or another thread. A second time: not to wait for what is missing.
 #[derive(Debug, Clone)]
-pub struct Stopper(Arc<EventFd>);
+pub struct ShutdownHandle(Arc<EventFd>);
 
-impl Stopper {
+impl ShutdownHandle {
     /// Tells it. Async-signal-safe.
-    pub fn stop(&self) {
+    pub fn shutdown(&self) {
         let _ = self.0.write(1);
     }
 }
@@ -61,24 +61,24 @@ impl Handler {
     pub(crate) fn new(
         socket: Socket,
         service: Service,
-        (on_stop, patience, record): (OnStop, Duration, Option<PathBuf>),
+        (on_stop, handshake_timeout, record): (OnStop, Duration, Option<PathBuf>),
         stop: Arc<EventFd>,
     ) -> io::Result<Self> {
         let (clients, guests, path) = (vec![], vec![], socket.path().to_owned());
-        let (errands, socket) = (Errands::new()?, Some(socket));
+        let (peer_threads, socket) = (PeerThreads::new()?, Some(socket));
         Ok(Self {
             socket,
             path,
             service,
             on_stop,
-            patience,
+            handshake_timeout,
             record,
             stop,
             clients,
-            errands,
-            away: 0,
+            peer_threads,
+            in_progress: 0,
             guests,
-            full_until: None,
+            accept_paused_until: None,
         })
     }
 
@@ -89,8 +89,8 @@ impl Handler {
 
     /// What to stop it by.
     #[must_use]
-    pub fn stopper(&self) -> Stopper {
-        Stopper(Arc::clone(&self.stop))
+    pub fn shutdown_handle(&self) -> ShutdownHandle {
+        ShutdownHandle(Arc::clone(&self.stop))
     }
 
     /// Where it listens.
@@ -103,29 +103,29 @@ impl Handler {
     ///
     /// # Errors
     ///
-    /// [`Error::Wait`] if the kernel refuses to wait for its descriptors.
-    pub fn run(mut self, mut tell: impl FnMut(&Event<'_>)) -> Result<(), Error> {
+    /// [`Error::Poll`] if the kernel refuses to wait for its descriptors.
+    pub fn run(mut self, mut on_event: impl FnMut(&Event<'_>)) -> Result<(), Error> {
         let end = loop {
-            match self.turn(&mut tell) {
+            match self.run_once(&mut on_event) {
                 Ok(true) => {}
                 Ok(false) => break Ok(()),
                 Err(error) => break Err(error),
             }
         };
         // Whatever the reason: guests hang if nobody leaves them.
-        self.drain(&mut tell);
+        self.drain(&mut on_event);
         end
     }
 
     /// Waits for something to do, and does some of it: no peer can keep it in one turn. False when it is told to stop.
-    fn turn(&mut self, tell: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
+    fn run_once(&mut self, on_event: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
         let Ready { stop, connection, ended } = self.wait(None)?;
         if stop {
             let _ = self.stop.read();
             return Ok(false);
         }
-        self.see_ended(&ended, tell);
-        self.see_clients(tell);
+        self.reap_guests(&ended, on_event);
+        self.advance_clients(on_event);
         if connection {
             self.accept();
         }
@@ -138,19 +138,19 @@ impl Handler {
         let socket = self.socket.as_ref().filter(|_| self.takes_clients());
         let waiting: Vec<usize> =
             (0..self.clients.len()).filter(|&client| !self.clients[client].is_ready()).collect();
-        let mut fds = vec![readable(self.stop.as_fd()), readable(self.errands.as_fd())];
+        let mut fds = vec![readable(self.stop.as_fd()), readable(self.peer_threads.as_fd())];
         fds.extend(socket.map(|socket| readable(socket.as_fd())));
         fds.extend(waiting.iter().map(|&client| readable(self.clients[client].as_fd())));
         fds.extend(self.guests.iter().map(|guest| readable(guest.owner().as_fd())));
         match poll(&mut fds, wait) {
             Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(Error::Wait(errno.into())),
+            Err(errno) => return Err(Error::Poll(errno.into())),
         }
         let listens = usize::from(socket.is_some());
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
         let (clients, ended) = ready[2 + listens..].split_at(waiting.len());
         for (&client, _) in waiting.iter().zip(clients).filter(|(_, ready)| **ready) {
-            self.clients[client].has_sent();
+            self.clients[client].set_readable();
         }
         Ok(Ready { stop: ready[0], connection: listens == 1 && ready[2], ended: ended.to_vec() })
     }
@@ -158,9 +158,9 @@ impl Handler {
     fn time_to_wait(&self, until: Option<Instant>) -> PollTimeout {
         let now = Instant::now();
         // A client for which there is no thread is tried again.
-        let again = self.clients.iter().any(Client::is_ready).then(|| now + SHORTLY);
+        let again = self.clients.iter().any(Client::is_ready).then(|| now + RETRY_INTERVAL);
         let deadlines = self.clients.iter().filter_map(Client::deadline);
-        let next = deadlines.chain(again).chain(self.full_until).chain(until).min();
+        let next = deadlines.chain(again).chain(self.accept_paused_until).chain(until).min();
         let wait = next.map(|next| next.saturating_duration_since(now));
         // Rounded up: not to look a moment too early again and again.
         let wait = wait.map(|wait| wait.saturating_add(Duration::from_millis(1)));
@@ -169,116 +169,117 @@ impl Handler {
 
     /// Whether another client can be taken in now.
     fn takes_clients(&self) -> bool {
-        self.full_until.is_none_or(|until| until <= Instant::now()) && self.clients.len() < 2 * MOST_CLIENTS
+        self.accept_paused_until.is_none_or(|until| until <= Instant::now())
+            && self.clients.len() < 2 * MAX_CLIENTS
     }
 
     /// Takes a few of those that have connected.
     fn accept(&mut self) {
-        let room = self.room();
+        let room = self.descriptor_room();
         for _ in 0..room {
             let Some(socket) = &self.socket else { return };
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.patience)),
+                Ok(stream) => self.clients.push(Client::new(stream, self.handshake_timeout)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return self.wait_for_descriptors(&error),
+                Err(error) => return self.pause_accepting(&error),
             }
-            self.crowd_out();
+            self.refuse_excess();
         }
         if room == 0 {
-            self.wait_for_descriptors(&Errno::EMFILE.into());
+            self.pause_accepting(&Errno::EMFILE.into());
         }
     }
 
     /// A guest whose descriptor cannot be taken would wait for ever: it waits in the backlog until others end.
-    fn wait_for_descriptors(&mut self, error: &io::Error) {
+    fn pause_accepting(&mut self, error: &io::Error) {
         // Once, and not each time it is tried.
-        if self.full_until.is_none() {
+        if self.accept_paused_until.is_none() {
             tracing::warn!(%error, "no descriptor left for another guest: it waits until one ends; raise the limit (ulimit -n)");
         }
-        self.full_until = Some(Instant::now() + SHORTLY);
+        self.accept_paused_until = Some(Instant::now() + RETRY_INTERVAL);
     }
 
     /// For how many more clients descriptors can be had, up to as many as are taken in a turn.
-    fn room(&mut self) -> usize {
-        let others = self.clients.len() + self.errands.running();
-        let wanted = (others + AT_ONCE) * DESCRIPTORS;
+    fn descriptor_room(&mut self) -> usize {
+        let others = self.clients.len() + self.peer_threads.running();
+        let wanted = (others + MAX_ACCEPTS_PER_TURN) * DESCRIPTORS_PER_GUEST;
         let clone = |_| self.stop.as_fd().try_clone_to_owned().ok();
         let had = (0..wanted).map_while(clone).collect::<Vec<OwnedFd>>().len();
-        let room = (had / DESCRIPTORS).saturating_sub(others);
+        let room = (had / DESCRIPTORS_PER_GUEST).saturating_sub(others);
         if room > 0 {
-            self.full_until = None;
+            self.accept_paused_until = None;
         }
         room
     }
 
     /// Where there are too many clients: the user that has the most of them loses the oldest.
-    fn crowd_out(&mut self) {
+    fn refuse_excess(&mut self) {
         let waiting = || self.clients.iter().filter(|client| !client.is_refused());
-        if waiting().count() <= MOST_CLIENTS {
+        if waiting().count() <= MAX_CLIENTS {
             return;
         }
         let mut users: HashMap<u32, usize> = HashMap::new();
         waiting().for_each(|client| *users.entry(client.user()).or_default() += 1);
-        let most = users.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
+        let crowding = users.into_iter().max_by_key(|&(_, count)| count).map(|(user, _)| user);
         let mut clients = self.clients.iter_mut().filter(|client| !client.is_refused());
-        if let Some(oldest) = clients.find(|client| Some(client.user()) == most) {
-            oldest.refuse(HandshakeError::Crowded);
+        if let Some(oldest) = clients.find(|client| Some(client.user()) == crowding) {
+            oldest.refuse(HandshakeError::TooManyClients);
         }
     }
 
     /// Has clients seen to for which there is something to do, and takes in what was found out.
-    fn see_clients(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
-        let seen = self.errands.results();
-        self.away -= seen.len();
+    fn advance_clients(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
+        let seen = self.peer_threads.take_results();
+        self.in_progress -= seen.len();
         for seen in seen {
             match seen {
-                Seen::Waiting(client) => self.clients.push(client),
-                Seen::Complete(arrived) => self.begin(*arrived, tell),
-                Seen::Refused { owner, why } => tell(&Event::Refused { owner, why: &why }),
+                ClientOutcome::Waiting(client) => self.clients.push(client),
+                ClientOutcome::Complete(ready) => self.start_guest(*ready, on_event),
+                ClientOutcome::Refused { owner, why } => on_event(&Event::Refused { owner, why: &why }),
             }
         }
-        let (now, terms) = (Instant::now(), self.terms());
+        let (now, requirements) = (Instant::now(), self.requirements());
         for mut client in std::mem::take(&mut self.clients) {
-            client.expire(now, self.patience);
+            client.expire(now, self.handshake_timeout);
             if !client.is_ready() {
                 self.clients.push(client);
                 continue;
             }
-            match self.errands.start(client.user(), (client, terms), Client::see_to) {
-                Ok(()) => self.away += 1,
+            match self.peer_threads.start(client.user(), (client, requirements), Client::handle) {
+                Ok(()) => self.in_progress += 1,
                 Err((client, _)) => self.clients.push(client),
             }
         }
     }
 
-    const fn terms(&self) -> Terms {
-        Terms { loss: self.service.loss, bytes: self.service.snapshot.bytes() }
+    const fn requirements(&self) -> Requirements {
+        Requirements { loss: self.service.loss, bytes: self.service.snapshot.bytes() }
     }
 
-    fn begin(&mut self, arrived: Arrived, tell: &mut impl FnMut(&Event<'_>)) {
-        let Arrived { client, owner, mappings, uffd } = arrived;
+    fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {
+        let ReadyGuest { client, owner, mappings, uffd } = ready;
         let record = self.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
         // Where it is refused after all, its memory is to be settled by a userfaultfd.
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
             Ok(region) => {
-                let guest = Guest::new(region, owner, record, client.into_stream());
+                let guest = ServedGuest::new(region, owner, record, client.into_stream());
                 let meter = guest.region().meter();
-                tell(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
+                on_event(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
                 self.guests.push(guest);
             }
             Err(why) => match kept {
-                Ok(uffd) => self.clients.push(client.refused(Handed { mappings, uffd }, why)),
+                Ok(uffd) => self.clients.push(client.refused(Handshake { mappings, uffd }, why)),
                 Err(error) => {
                     tracing::error!(guest = %owner, %error, "refused without a descriptor to settle its memory by: ended");
                     let _ = owner.kill();
-                    tell(&Event::Refused { owner: None, why: &why });
+                    on_event(&Event::Refused { owner: None, why: &why });
                 }
             },
         }
     }
 
-    fn see_ended(&mut self, ended: &[bool], tell: &mut impl FnMut(&Event<'_>)) {
+    fn reap_guests(&mut self, ended: &[bool], on_event: &mut impl FnMut(&Event<'_>)) {
         let guests = std::mem::take(&mut self.guests);
         for (guest, &ended) in guests.into_iter().zip(ended) {
             if !ended {
@@ -287,23 +288,23 @@ impl Handler {
             }
             let lost = guest.region().failures().len();
             let owner = Arc::clone(guest.owner());
-            keep_recording(&mut self.record, &guest, tell);
+            keep_recording(&mut self.record, &guest, on_event);
             let metrics = guest.close();
-            tell(&Event::Ended { owner: &owner, metrics, lost });
+            on_event(&Event::Ended { owner: &owner, metrics, lost });
         }
     }
 
-    fn drain(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
+    fn drain(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         self.close_socket();
-        self.finish_handshakes(tell);
+        self.finish_handshakes(on_event);
         let (how, stop) = (self.on_stop, Arc::clone(&self.stop));
         for guest in self.guests.drain(..) {
             // Told again: whatever is left of the event's count.
-            let hurry = || is_told(&stop);
+            let hurry = || is_requested(&stop);
             let owner = Arc::clone(guest.owner());
-            keep_recording(&mut self.record, &guest, tell);
-            let outcome = guest.leave(how, hurry);
-            tell(&Event::Left { owner: &owner, outcome });
+            keep_recording(&mut self.record, &guest, on_event);
+            let outcome = guest.detach(how, hurry);
+            on_event(&Event::Detached { owner: &owner, outcome });
         }
     }
 
@@ -313,7 +314,7 @@ impl Handler {
         socket.close();
         loop {
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.patience)),
+                Ok(stream) => self.clients.push(Client::new(stream, self.handshake_timeout)),
                 Err(error)
                     if matches!(error.raw_os_error(), Some(nix::libc::EINTR | nix::libc::ECONNABORTED)) => {}
                 Err(_) => break,
@@ -324,21 +325,24 @@ impl Handler {
     }
 
     /// Serves guests whose handshakes are complete, and refuses the others: those would wait for ever.
-    fn finish_handshakes(&mut self, tell: &mut impl FnMut(&Event<'_>)) {
+    fn finish_handshakes(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         let started = Instant::now();
-        for (until, last) in [(self.patience.min(LAST), false), (LAST, true)] {
+        for (until, last) in [
+            (self.handshake_timeout.min(SHUTDOWN_HANDSHAKE_TIMEOUT), false),
+            (SHUTDOWN_HANDSHAKE_TIMEOUT, true),
+        ] {
             let until = started + until;
             if last {
-                self.clients.iter_mut().for_each(|client| client.refuse(HandshakeError::Stopping));
+                self.clients.iter_mut().for_each(|client| client.refuse(HandshakeError::ShuttingDown));
             }
-            self.see_clients(tell);
-            while (!self.clients.is_empty() || self.away > 0)
+            self.advance_clients(on_event);
+            while (!self.clients.is_empty() || self.in_progress > 0)
                 && Instant::now() < until
-                && !is_told(&self.stop)
+                && !is_requested(&self.stop)
             {
                 let Ok(Ready { ended, .. }) = self.wait(Some(until)) else { break };
-                self.see_ended(&ended, tell);
-                self.see_clients(tell);
+                self.reap_guests(&ended, on_event);
+                self.advance_clients(on_event);
             }
         }
     }
@@ -347,7 +351,7 @@ impl Handler {
 impl Drop for Handler {
     fn drop(&mut self) {
         // To close what peers have sent may wait.
-        let seen = self.errands.end();
+        let seen = self.peer_threads.close();
         let (clients, socket) = (std::mem::take(&mut self.clients), self.socket.take());
         if !seen.is_empty() || !clients.is_empty() || socket.is_some() {
             let _ = thread::Builder::new().spawn(move || drop((seen, clients, socket)));
@@ -363,18 +367,18 @@ struct Ready {
     ended: Vec<bool>,
 }
 
-fn is_told(stop: &EventFd) -> bool {
+fn is_requested(stop: &EventFd) -> bool {
     poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Writes the recording of the first guest that has touched its memory, if it is this one.
-fn keep_recording(record: &mut Option<PathBuf>, guest: &Guest, tell: &mut impl FnMut(&Event<'_>)) {
+fn keep_recording(record: &mut Option<PathBuf>, guest: &ServedGuest, on_event: &mut impl FnMut(&Event<'_>)) {
     let (Some(path), Some(recording)) = (record.as_deref(), guest.region().recording()) else { return };
     // An empty recording would replace a good one.
     let written = if recording.is_empty() { Ok(()) } else { recording.write(path) };
     let outcome = written.map(|()| recording.len());
     let kept = outcome.as_ref().is_ok_and(|&pages| pages > 0);
-    tell(&Event::Recorded { owner: guest.owner(), path, outcome });
+    on_event(&Event::Recorded { owner: guest.owner(), path, outcome });
     if kept {
         *record = None;
     }
@@ -385,10 +389,10 @@ fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
 }
 
 /// What a guest takes: its connection, its userfaultfd, its process, and one that is soon given back.
-const DESCRIPTORS: usize = 4;
+const DESCRIPTORS_PER_GUEST: usize = 4;
 /// Before it is looked again whether there are descriptors, or a thread.
-const SHORTLY: Duration = Duration::from_millis(50);
+const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// Clients that are taken in before it is looked what else there is to do.
-const AT_ONCE: usize = 16;
+const MAX_ACCEPTS_PER_TURN: usize = 16;
 /// How long handshakes that have begun may take when the handler is told to stop.
-const LAST: Duration = Duration::from_secs(1);
+const SHUTDOWN_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 /// A range of a guest's memory, as its VMM has mapped it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-pub struct Mapping {
+pub struct GuestMapping {
     /// Where it is, in the VMM.
     pub base_host_virt_addr: u64,
     /// How many bytes it has.
@@ -36,8 +36,8 @@ pub struct Mapping {
 
 /// All of a guest's memory: ranges that lie end to end in the memory file, in its order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mappings {
-    ranges: Vec<Mapping>,
+pub struct GuestMappings {
+    ranges: Vec<GuestMapping>,
     page_bytes: u64,
 }
 
@@ -63,7 +63,7 @@ pub enum HandshakeError {
     },
     /// It has not sent all in time.
     #[error("sent nothing complete within {0:?}: {bytes} bytes and {fds} descriptors", bytes = .1, fds = .2)]
-    Late(Duration, usize, usize),
+    TimedOut(Duration, usize, usize),
     /// It sent several descriptors.
     #[error("sent {0} descriptors: expected one, the userfaultfd")]
     Descriptors(usize),
@@ -78,13 +78,13 @@ pub enum HandshakeError {
     /// The array is empty.
     #[error("sent an empty list: a guest has memory")]
     Empty,
-    /// Mappings of several page sizes.
+    /// GuestMappings of several page sizes.
     #[error("mixes page sizes of {0} and {1} bytes: all memory of a guest has one")]
     MixedPages(u64, u64),
     /// A page size that cannot be served.
     #[error("has pages of {0} bytes: 4096 and 2097152 can be served")]
     PageSize(u64),
-    /// Mappings that are not the memory file's.
+    /// GuestMappings that are not the memory file's.
     #[error(
         "maps bytes {start:#x}..{end:#x} of the memory file where {expected:#x} was to come next: ranges have to lie end to end"
     )]
@@ -96,7 +96,7 @@ pub enum HandshakeError {
         /// Where the one before it ended.
         expected: u64,
     },
-    /// Mappings that are more or less than the memory file.
+    /// GuestMappings that are more or less than the memory file.
     #[error("has {guest} bytes of memory, and the memory file {file}: this is another guest's snapshot")]
     Size {
         /// What the guest has.
@@ -129,13 +129,13 @@ pub enum HandshakeError {
         "cannot be ended ({0}) where its bytes cannot be had: run the handler as its user or root, and in its PID namespace or the \
          host's, or declare that lost pages are poisoned (Linux 6.6)"
     )]
-    CannotEnd(#[source] io::Error),
+    CannotKill(#[source] io::Error),
     /// Other peers of its user came after it, and it was not done.
-    #[error("was not done when {MOST_CLIENTS} others had come: send the handshake at once")]
-    Crowded,
+    #[error("was not done when {MAX_CLIENTS} others had come: send the handshake at once")]
+    TooManyClients,
     /// The handler was told to stop.
     #[error("was not done when the handler was told to stop")]
-    Stopping,
+    ShuttingDown,
 }
 
 /// What a peer has sent, as it can be written to a log: in a few words, and on one line.
@@ -149,7 +149,7 @@ pub(crate) fn brief(what: impl fmt::Display) -> String {
     short
 }
 
-impl Mapping {
+impl GuestMapping {
     /// The size of its pages, in bytes.
     fn page_bytes(&self) -> u64 {
         self.page_size.or(self.page_size_kib).unwrap_or(4096)
@@ -163,14 +163,14 @@ impl Mapping {
     }
 }
 
-impl Mappings {
+impl GuestMappings {
     /// Reads the message. `Ok(None)`: it is not complete.
     ///
     /// # Errors
     ///
     /// [`HandshakeError`] where it can never become a list of mappings, or is one that cannot be.
     pub fn parse(message: &[u8]) -> Result<Option<Self>, HandshakeError> {
-        match serde_json::from_slice::<Vec<Mapping>>(message) {
+        match serde_json::from_slice::<Vec<GuestMapping>>(message) {
             Ok(ranges) => Self::check(ranges).map(Some),
             Err(error) if error.is_eof() && message.len() < LONGEST => Ok(None),
             Err(error) if error.is_eof() => Err(HandshakeError::TooLong),
@@ -178,7 +178,7 @@ impl Mappings {
         }
     }
 
-    fn check(mut ranges: Vec<Mapping>) -> Result<Self, HandshakeError> {
+    fn check(mut ranges: Vec<GuestMapping>) -> Result<Self, HandshakeError> {
         ranges.sort_by_key(|range| range.offset);
         let page_bytes = ranges.first().ok_or(HandshakeError::Empty)?.page_bytes();
         let mut expected = 0;
@@ -200,13 +200,13 @@ impl Mappings {
 
     /// The ranges, in the order of the memory file, end to end from its start.
     #[must_use]
-    pub fn ranges(&self) -> &[Mapping] {
+    pub fn ranges(&self) -> &[GuestMapping] {
         &self.ranges
     }
 
     /// The addresses of the ranges.
     pub(crate) fn addresses(&self) -> Vec<Range<usize>> {
-        let range = |range: &Mapping| {
+        let range = |range: &GuestMapping| {
             range.base_host_virt_addr as usize..(range.base_host_virt_addr + range.size) as usize
         };
         self.ranges.iter().map(range).collect()
@@ -227,27 +227,27 @@ impl Mappings {
 
 /// A handshake that is complete.
 #[derive(Debug)]
-pub(crate) struct Handed {
-    pub(crate) mappings: Mappings,
+pub(crate) struct Handshake {
+    pub(crate) mappings: GuestMappings,
     pub(crate) uffd: OwnedFd,
 }
 
 /// What has come of a handshake so far.
 #[derive(Debug, Default)]
-pub(crate) struct Arriving {
+pub(crate) struct PartialHandshake {
     message: Vec<u8>,
     fds: Vec<OwnedFd>,
-    mappings: Option<Mappings>,
+    mappings: Option<GuestMappings>,
     reader: Reader,
 }
 
-impl Arriving {
+impl PartialHandshake {
     /// Takes what came; `Some` when it is all there. In whatever parts, and the descriptor with whichever.
     pub(crate) fn take(
         &mut self,
         bytes: &[u8],
         received: Received,
-    ) -> Result<Option<Handed>, HandshakeError> {
+    ) -> Result<Option<Handshake>, HandshakeError> {
         self.fds.extend(received.fds);
         if received.cut {
             return Err(HandshakeError::NoDescriptors);
@@ -263,12 +263,12 @@ impl Arriving {
         }
         self.message.extend_from_slice(bytes);
         if self.reader.is_worth_parsing(bytes, self.message.len()) {
-            self.mappings = Mappings::parse(&self.message)?;
+            self.mappings = GuestMappings::parse(&self.message)?;
         }
         if self.mappings.is_none() || self.fds.is_empty() {
             return Ok(None);
         }
-        Ok(self.mappings.take().zip(self.fds.pop()).map(|(mappings, uffd)| Handed { mappings, uffd }))
+        Ok(self.mappings.take().zip(self.fds.pop()).map(|(mappings, uffd)| Handshake { mappings, uffd }))
     }
 
     /// The userfaultfds that came, and where the memory is, if that has come. Other descriptors stay: to close them may wait.
@@ -279,12 +279,12 @@ impl Arriving {
     }
 
     /// What is left of a handshake that was complete, and cannot be served.
-    pub(crate) fn of(handed: Handed) -> Self {
+    pub(crate) fn of(handed: Handshake) -> Self {
         Self { fds: vec![handed.uffd], mappings: Some(handed.mappings), ..Self::default() }
     }
 
     pub(crate) fn late(&self, after: Duration) -> HandshakeError {
-        HandshakeError::Late(after, self.message.len(), self.fds.len())
+        HandshakeError::TimedOut(after, self.message.len(), self.fds.len())
     }
 }
 
@@ -338,7 +338,7 @@ impl Reader {
 }
 
 /// Handshakes that are not complete, at most.
-pub(crate) const MOST_CLIENTS: usize = 128;
+pub(crate) const MAX_CLIENTS: usize = 128;
 /// As much as a line tells of what a peer sent, in bytes.
 const BRIEF: usize = 160;
 /// Longer than any list: some 10,000 mappings.
@@ -350,8 +350,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn parse(message: &str) -> Result<Option<Mappings>, HandshakeError> {
-        Mappings::parse(message.as_bytes())
+    fn parse(message: &str) -> Result<Option<GuestMappings>, HandshakeError> {
+        GuestMappings::parse(message.as_bytes())
     }
 
     fn said(message: &str) -> String {
@@ -415,7 +415,7 @@ mod tests {
     fn a_descriptor_that_is_no_userfaultfd_is_refused_by_name() {
         let null = std::fs::File::open("/dev/null").unwrap();
         let received = Received { bytes: 1, fds: vec![null.into()], cut: false };
-        let said = Arriving::default().take(b"[", received).unwrap_err().to_string();
+        let said = PartialHandshake::default().take(b"[", received).unwrap_err().to_string();
         assert!(said.contains("is no userfaultfd but /dev/null"), "{said}");
     }
 
@@ -443,12 +443,12 @@ mod tests {
     #[test]
     fn one_descriptor_has_to_come_and_may_come_late() {
         let message = format!("[{}]", mapping(0, 4096, ""));
-        let mut arriving = Arriving::default();
-        assert!(arriving.take(message.as_bytes(), fds(0)).unwrap().is_none());
-        assert!(arriving.take(b" ", fds(1)).unwrap().is_some());
-        let two = Arriving::default().take(message.as_bytes(), fds(2)).unwrap_err();
+        let mut handshake = PartialHandshake::default();
+        assert!(handshake.take(message.as_bytes(), fds(0)).unwrap().is_none());
+        assert!(handshake.take(b" ", fds(1)).unwrap().is_some());
+        let two = PartialHandshake::default().take(message.as_bytes(), fds(2)).unwrap_err();
         assert!(two.to_string().contains("2 descriptors"));
-        let mut gone = Arriving::default();
+        let mut gone = PartialHandshake::default();
         gone.take(message.as_bytes(), fds(0)).unwrap();
         assert!(gone.take(b"", fds(0)).unwrap_err().to_string().contains("0 descriptors"));
     }
@@ -458,12 +458,12 @@ mod tests {
         fn a_message_may_come_in_any_parts(cuts in prop::collection::vec(1usize..200, 1..20), ranges in 1u64..40) {
             let message: Vec<_> = (0..ranges).map(|range| mapping(range * 4096, 4096, "")).collect();
             let message = format!("[{}]", message.join(","));
-            let mut arriving = Arriving::default();
+            let mut handshake = PartialHandshake::default();
             let (mut rest, mut cuts) = (message.as_bytes(), cuts.into_iter().cycle());
-            arriving.fds = fds(1).fds;
+            handshake.fds = fds(1).fds;
             loop {
                 let (now, later) = rest.split_at(cuts.next().unwrap().min(rest.len()));
-                let taken = arriving.take(now, fds(0)).unwrap();
+                let taken = handshake.take(now, fds(0)).unwrap();
                 prop_assert_eq!(taken.is_some(), later.is_empty());
                 if later.is_empty() {
                     prop_assert_eq!(taken.unwrap().mappings.bytes(), ranges * 4096);
@@ -475,7 +475,7 @@ mod tests {
 
         #[test]
         fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Mappings::parse(&bytes);
+            let _ = GuestMappings::parse(&bytes);
         }
     }
 }

@@ -18,7 +18,7 @@
 //! | `handler` | takes guests in, sees them end; drains |
 //! | `socket` | where it listens: taken over from a handler that ended, left to one that follows |
 //! | `client` | a peer that has connected, until it is a guest or refused |
-//! | `errands` | threads for what a peer can make wait |
+//! | `peer_threads` | threads for what a peer can make wait |
 //! | `refusal` | what becomes of the memory of a guest that is refused |
 //! | `event` | what it tells |
 //! | `guest` | one guest: its memory, as it is served |
@@ -56,7 +56,7 @@
 //!
 //! let memory = Snapshot::open(["base.mem", "monday.diff"])?;      // and monday.diff.extents: see Extents
 //! let handler = Handler::builder(memory).bind("/run/vm/uffd.sock")?;
-//! let stop = handler.stopper();                        // for a signal handler, or another thread
+//! let stop = handler.shutdown_handle();                        // for a signal handler, or another thread
 //! handler.run(|event| println!("{event}"))?;
 //! # drop(stop);
 //! # Ok::<(), pagestitch_firecracker::Error>(())
@@ -66,12 +66,12 @@
 
 mod builder;
 mod client;
-mod errands;
 mod event;
 mod extents;
 mod guest;
 mod handler;
 mod handshake;
+mod peer_threads;
 mod refusal;
 mod snapshot;
 mod socket;
@@ -79,8 +79,8 @@ mod socket;
 pub use builder::{Builder, OnStop};
 pub use event::Event;
 pub use extents::Extents;
-pub use handler::{Handler, Stopper};
-pub use handshake::{HandshakeError, Mapping, Mappings};
+pub use handler::{Handler, ShutdownHandle};
+pub use handshake::{GuestMapping, GuestMappings, HandshakeError};
 pub use snapshot::{Holes, Snapshot};
 
 use std::io;
@@ -111,12 +111,12 @@ pub enum Error {
         "{0} is a diff, and its holes prove nothing, because a copy may add and fill some: write its extents where Firecracker made \
          it (pagestitch extents), or trust its holes (--assume-holes, Holes::Unchanged)"
     )]
-    NoProof(PathBuf),
+    MissingExtents(PathBuf),
     /// The holes of a diff are not known.
     #[error(
         "the holes of {path} are not known: {why}; write its extents where Firecracker made it (pagestitch extents)"
     )]
-    Holes {
+    UnknownHoles {
         /// The diff.
         path: PathBuf,
         /// Why not.
@@ -124,10 +124,10 @@ pub enum Error {
     },
     /// A file of extents is damaged, or another diff's.
     #[error("{0} is no list of extents of this diff, or was cut short: write it anew (pagestitch extents)")]
-    NoExtents(PathBuf),
+    BadExtents(PathBuf),
     /// A diff is not as long as its base.
     #[error("{path} has {bytes} bytes and its base {base}: a diff is as long as the memory that it changes")]
-    Length {
+    LengthMismatch {
         /// The diff.
         path: PathBuf,
         /// Its length.
@@ -137,7 +137,7 @@ pub enum Error {
     },
     /// A memory file is not whole pages.
     #[error("{path} has {bytes} bytes, which is not whole pages: it is no memory file, or was cut short")]
-    Ragged {
+    NotPageAligned {
         /// The file.
         path: PathBuf,
         /// Its length.
@@ -147,7 +147,7 @@ pub enum Error {
     #[error(
         "the recording is of {recorded} bytes of memory, and the memory file has {bytes}: record the guest of this snapshot"
     )]
-    Recording {
+    RecordingMismatch {
         /// The bytes of the recorded memory.
         recorded: u64,
         /// The bytes of the snapshot.
@@ -158,7 +158,7 @@ pub enum Error {
     InUse(PathBuf),
     /// Something that is no socket is at the socket's path.
     #[error("{0} exists and is no socket: choose another path, or remove it")]
-    NoSocket(PathBuf),
+    NotASocket(PathBuf),
     /// The socket cannot be had.
     #[error("cannot listen at {path}: {source}")]
     Listen {
@@ -169,5 +169,5 @@ pub enum Error {
     },
     /// The handler's own descriptors.
     #[error("the handler cannot go on: {0}")]
-    Wait(#[source] io::Error),
+    Poll(#[source] io::Error),
 }

@@ -11,19 +11,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// A guest that is refused.
-pub(crate) struct Refused<'a> {
+pub(crate) struct RefusedGuest<'a> {
     /// Its process, if it is known for certain.
     pub(crate) owner: Option<&'a Process>,
     /// Where it says that its memory is, if it says so.
-    pub(crate) told: Vec<Range<usize>>,
+    pub(crate) announced: Vec<Range<usize>>,
     pub(crate) loss: Loss,
-    /// The most bytes that are marked.
-    pub(crate) most: u64,
+    /// The max_bytes bytes that are marked.
+    pub(crate) max_bytes: u64,
 }
 
-impl Refused<'_> {
+impl RefusedGuest<'_> {
     /// Sees to it that no thread of the guest waits for ever for memory of this userfaultfd.
-    pub(crate) fn settle(&self, uffd: OwnedFd) {
+    pub(crate) fn poison_or_kill(&self, uffd: OwnedFd) {
         let guest = self.owner.map_or_else(|| String::from("a guest"), ToString::to_string);
         let uffd = match Uffd::adopt(uffd) {
             Ok(uffd) => uffd,
@@ -35,31 +35,31 @@ impl Refused<'_> {
         // The other way is better than to wait for ever: a process of another PID namespace cannot be ended, and before Linux 6.6
         // no page can be marked.
         let settled = match self.loss {
-            Loss::Kill => self.end().or_else(|why| self.mark(&uffd).map_err(|_| why)),
-            Loss::Poison => self.mark(&uffd).or_else(|_| self.end()),
+            Loss::Kill => self.kill().or_else(|why| self.poison_all(&uffd).map_err(|_| why)),
+            Loss::Poison => self.poison_all(&uffd).or_else(|_| self.kill()),
         };
         if let Err(why) = settled {
             tracing::error!(guest, %why, "refused, and cannot be ended: it waits for its memory for ever; end it");
         }
     }
 
-    fn end(&self) -> Result<(), Errno> {
+    fn kill(&self) -> Result<(), Errno> {
         self.owner.ok_or(Errno::ESRCH)?.kill()
     }
 
-    /// Marks all memory that is registered with the userfaultfd, wherever the guest says that it is.
-    fn mark(&self, uffd: &Uffd) -> Result<(), Outcome> {
+    /// PoisonPass all memory that is registered with the userfaultfd, wherever the guest says that it is.
+    fn poison_all(&self, uffd: &Uffd) -> Result<(), Outcome> {
         if !uffd.features().contains(Features::POISON) {
             return Err(Outcome::Refused(Errno::EOPNOTSUPP));
         }
         let mapped = self.owner.and_then(mapped_by);
-        if mapped.is_none() && self.told.is_empty() {
+        if mapped.is_none() && self.announced.is_empty() {
             // Nothing tells where its memory is.
             return Err(Outcome::Refused(Errno::ENODATA));
         }
-        let mut marks = Marks { uffd, left: self.most, until: Instant::now() + LONGEST };
-        for range in mapped.as_ref().unwrap_or(&self.told) {
-            marks.range(range)?;
+        let mut pass = PoisonPass { uffd, left: self.max_bytes, until: Instant::now() + TIME_LIMIT };
+        for range in mapped.as_ref().unwrap_or(&self.announced) {
+            pass.range(range)?;
         }
         Ok(())
     }
@@ -72,7 +72,7 @@ fn mapped_by(process: &Process) -> Option<Vec<Range<usize>>> {
     }
     let maps = fs::read(format!("/proc/{}/maps", process.pid())).ok()?;
     let ranges = maps.split(|&byte| byte == b'\n').filter_map(range_of).collect();
-    // Its number may be another process's by now. The marks would do no harm there, and no good here.
+    // Its number may be another process's by now. The pass would do no harm there, and no good here.
     (!process.has_ended()).then_some(ranges)
 }
 
@@ -83,19 +83,19 @@ fn range_of(line: &[u8]) -> Option<Range<usize>> {
     Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
-/// Marks pages, until there are too many of them.
-struct Marks<'a> {
+/// PoisonPass pages, until there are too many of them.
+struct PoisonPass<'a> {
     uffd: &'a Uffd,
     left: u64,
     until: Instant,
 }
 
-impl Marks<'_> {
-    /// Marks what is missing of a range, if it is registered with this userfaultfd.
+impl PoisonPass<'_> {
+    /// PoisonPass what is missing of a range, if it is registered with this userfaultfd.
     fn range(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
         let mut at = range.start;
         while at < range.end {
-            let end = (at / BLOCK + 1).saturating_mul(BLOCK).min(range.end);
+            let end = (at / HUGE_PAGE + 1).saturating_mul(HUGE_PAGE).min(range.end);
             let Some(addresses) = AddressRange::new(at, end - at, PageSize::system()) else { return Ok(()) };
             if self.left == 0 || Instant::now() >= self.until {
                 return Err(Outcome::NoMemory);
@@ -105,7 +105,7 @@ impl Marks<'_> {
                 Outcome::Partial { bytes } => bytes,
                 Outcome::AlreadyThere => PageSize::system().bytes(),
                 // A page that is there, of a range of huge pages.
-                Outcome::Refused(Errno::EINVAL) if !at.is_multiple_of(BLOCK) => end - at,
+                Outcome::Refused(Errno::EINVAL) if !at.is_multiple_of(HUGE_PAGE) => end - at,
                 // Some other memory of the process.
                 Outcome::NotRegistered | Outcome::Refused(Errno::EINVAL) if at == range.start => {
                     return Ok(());
@@ -127,9 +127,9 @@ impl Marks<'_> {
 }
 
 /// Marked at once: a huge page.
-const BLOCK: usize = 2 << 20;
+const HUGE_PAGE: usize = 2 << 20;
 /// How long it may take.
-const LONGEST: Duration = Duration::from_secs(5);
+const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {

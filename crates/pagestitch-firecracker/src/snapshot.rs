@@ -43,14 +43,14 @@ impl Snapshot {
     ///
     /// [`Error`] names the file and what is wrong with it.
     pub fn open(files: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self, Error> {
-        Self::open_with(files, Holes::NoProof)
+        Self::open_with(files, Holes::Untrusted)
     }
 
     /// As [`open`](Self::open), and says what the holes of a diff are where no extents are kept beside it.
     ///
     /// # Errors
     ///
-    /// As there; [`Error::Holes`] where the file system does not tell of holes page by page, or the file has none.
+    /// As there; [`Error::UnknownHoles`] where the file system does not tell of holes page by page, or the file has none.
     pub fn open_with(files: impl IntoIterator<Item = impl AsRef<Path>>, holes: Holes) -> Result<Self, Error> {
         let mut snapshot: Option<(u64, Pieces)> = None;
         for path in files {
@@ -58,7 +58,7 @@ impl Snapshot {
             let layer = Layer::open(path, snapshot.is_some().then_some(holes))?;
             let (bytes, pieces) = snapshot.get_or_insert_with(|| (layer.bytes, Pieces::from([(0, None)])));
             if layer.bytes != *bytes {
-                return Err(Error::Length { path: path.into(), bytes: layer.bytes, base: *bytes });
+                return Err(Error::LengthMismatch { path: path.into(), bytes: layer.bytes, base: *bytes });
             }
             for extent in layer.extents()? {
                 lay(pieces, *bytes, &extent, &layer.file);
@@ -109,7 +109,7 @@ fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<File>) {
 pub enum Holes {
     /// No proof of anything: a diff needs its [extents](Extents).
     #[default]
-    NoProof,
+    Untrusted,
     /// Memory that did not change, because these are the very files that Firecracker has written.
     Unchanged,
 }
@@ -128,7 +128,7 @@ impl<'a> Layer<'a> {
         // The metadata of a block device says 0 bytes.
         let bytes = file.size();
         if bytes == 0 || !bytes.is_multiple_of(4096) {
-            return Err(Error::Ragged { path: path.into(), bytes });
+            return Err(Error::NotPageAligned { path: path.into(), bytes });
         }
         Ok(Self { path, file, bytes, holes })
     }
@@ -139,12 +139,12 @@ impl<'a> Layer<'a> {
         let extents = match (Extents::beside(self.path)?, holes) {
             (Some(extents), _) => extents,
             (None, Holes::Unchanged) => Extents::of(self.path)?,
-            (None, Holes::NoProof) => return Err(Error::NoProof(self.path.into())),
+            (None, Holes::Untrusted) => return Err(Error::MissingExtents(self.path.into())),
         };
         if extents.bytes() == self.bytes {
             Ok(extents.ranges().to_vec())
         } else {
-            Err(Error::NoExtents(Extents::path_for(self.path)))
+            Err(Error::BadExtents(Extents::path_for(self.path)))
         }
     }
 
@@ -215,7 +215,7 @@ mod tests {
         let base = sparse(folder.path(), "base", 20, &[0..10, 10..20], 1);
         let diff = sparse(folder.path(), "diff", 20, &[4..6, 14..16], 2);
         let refused = |diff: &Path, holes| Snapshot::open_with([&base, diff], holes).unwrap_err().to_string();
-        assert!(refused(&diff, Holes::NoProof).contains("pagestitch extents"));
+        assert!(refused(&diff, Holes::Untrusted).contains("pagestitch extents"));
         let trusted = layers(&Snapshot::open_with([&base, &diff], Holes::Unchanged).unwrap());
         // A copy without holes, and one that lacks a page of zeros.
         let filled = folder.path().join("filled");

@@ -99,7 +99,7 @@ fn make_room(path: &Path) -> Result<(), Error> {
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
-        Ok(there) if !there.file_type().is_socket() => return Err(Error::NoSocket(path.into())),
+        Ok(there) if !there.file_type().is_socket() => return Err(Error::NotASocket(path.into())),
         Ok(_) => {}
     }
     match knock(path) {

@@ -44,7 +44,7 @@ impl Handler {
         let mut process = Command::new(env!("CARGO_BIN_EXE_pagestitch"))
             .current_dir(folder.path())
             .args(["serve", "firecracker", "--socket", "socket", "--memory", "memory"])
-            .args(["--on-stop", "abandon", "--patience", "1"])
+            .args(["--on-stop", "abandon", "--handshake-timeout", "1"])
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()

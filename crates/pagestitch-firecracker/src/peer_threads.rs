@@ -15,11 +15,11 @@ use std::thread;
 
 /// Threads that read, refuse and close, and what they have found out.
 #[derive(Debug)]
-pub(crate) struct Errands<T>(Arc<Shared<T>>);
+pub(crate) struct PeerThreads<T>(Arc<Shared<T>>);
 
 /// Tells what an errand has found out, before it closes what it has.
 #[derive(Debug)]
-pub(crate) struct Report<T>(Arc<Shared<T>>);
+pub(crate) struct ResultSender<T>(Arc<Shared<T>>);
 
 #[derive(Debug)]
 struct Shared<T> {
@@ -28,20 +28,21 @@ struct Shared<T> {
     /// None where no handler asks for them any more.
     results: Mutex<Option<Vec<T>>>,
     /// Readable where one has ended or reported.
-    bell: EventFd,
+    wake_fd: EventFd,
 }
 
-impl<T: Send + 'static> Errands<T> {
+impl<T: Send + 'static> PeerThreads<T> {
     pub(crate) fn new() -> io::Result<Self> {
-        let bell = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let wake_fd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let (running, results) = (Mutex::default(), Mutex::new(Some(Vec::new())));
-        Ok(Self(Arc::new(Shared { running, results, bell })))
+        Ok(Self(Arc::new(Shared { running, results, wake_fd })))
     }
 
     /// Whether a thread can be had for a user's peer.
     pub(crate) fn has_room(&self, user: u32) -> bool {
         let running = self.0.running();
-        running.values().sum::<usize>() < MOST && running.get(&user).is_none_or(|&count| count < MOST_OF_ONE)
+        running.values().sum::<usize>() < MAX_THREADS
+            && running.get(&user).is_none_or(|&count| count < MAX_THREADS_PER_USER)
     }
 
     /// How many run.
@@ -54,20 +55,20 @@ impl<T: Send + 'static> Errands<T> {
         &self,
         user: u32,
         thing: A,
-        work: fn(A, &Report<T>),
+        work: fn(A, &ResultSender<T>),
     ) -> Result<(), A> {
         if !self.has_room(user) {
             return Err(thing);
         }
         // Where no thread can be had, what was to go into it comes back.
         let (give, take) = channel();
-        let report = Report(Arc::clone(&self.0));
+        let results = ResultSender(Arc::clone(&self.0));
         *self.0.running().entry(user).or_default() += 1;
-        let ends = Ends { shared: Arc::clone(&self.0), user };
+        let ends = CountGuard { shared: Arc::clone(&self.0), user };
         let run = move || {
             let _ends = ends;
             if let Ok(thing) = take.recv() {
-                work(thing, &report);
+                work(thing, &results);
             }
         };
         match thread::Builder::new().name("firecracker/peer".into()).stack_size(STACK).spawn(run) {
@@ -80,32 +81,32 @@ impl<T: Send + 'static> Errands<T> {
     }
 
     /// What has been found out since it was last asked.
-    pub(crate) fn results(&self) -> Vec<T> {
-        let _ = self.0.bell.read();
+    pub(crate) fn take_results(&self) -> Vec<T> {
+        let _ = self.0.wake_fd.read();
         self.0.results().as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The same, for the last time: from now on an errand closes what it would have told.
-    pub(crate) fn end(&self) -> Vec<T> {
+    pub(crate) fn close(&self) -> Vec<T> {
         self.0.results().take().unwrap_or_default()
     }
 }
 
-impl<T> Report<T> {
-    pub(crate) fn tell(&self, result: T) {
+impl<T> ResultSender<T> {
+    pub(crate) fn send(&self, result: T) {
         let mut result = Some(result);
         if let Some(results) = self.0.results().as_mut() {
             results.extend(result.take());
         }
         // What is closed here is closed without the lock: that may wait.
         drop(result);
-        let _ = self.0.bell.write(1);
+        let _ = self.0.wake_fd.write(1);
     }
 }
 
-impl<T> AsFd for Errands<T> {
+impl<T> AsFd for PeerThreads<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.bell.as_fd()
+        self.0.wake_fd.as_fd()
     }
 }
 
@@ -120,12 +121,12 @@ impl<T> Shared<T> {
 }
 
 /// Counts a thread out, however it ends.
-struct Ends<T> {
+struct CountGuard<T> {
     shared: Arc<Shared<T>>,
     user: u32,
 }
 
-impl<T> Drop for Ends<T> {
+impl<T> Drop for CountGuard<T> {
     fn drop(&mut self) {
         let mut running = self.shared.running();
         if let Some(count) = running.get_mut(&self.user) {
@@ -135,14 +136,14 @@ impl<T> Drop for Ends<T> {
             }
         }
         drop(running);
-        let _ = self.shared.bell.write(1);
+        let _ = self.shared.wake_fd.write(1);
     }
 }
 
 /// Threads that wait for peers, at most.
-const MOST: usize = 32;
+const MAX_THREADS: usize = 32;
 /// And those of one user.
-const MOST_OF_ONE: usize = 8;
+const MAX_THREADS_PER_USER: usize = 8;
 /// A thread parses a message, which is read onto the heap.
 const STACK: usize = 256 << 10;
 
@@ -153,25 +154,25 @@ mod tests {
 
     #[test]
     fn threads_that_wait_for_one_user_leave_threads_to_another() {
-        let errands = Errands::new().unwrap();
+        let peer_threads = PeerThreads::new().unwrap();
         let (release, held) = channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let wait = |held: Arc<Mutex<Receiver<()>>>, _: &Report<u32>| {
+        let wait = |held: Arc<Mutex<Receiver<()>>>, _: &ResultSender<u32>| {
             let _ = held.lock().unwrap().recv();
         };
-        for _ in 0..MOST_OF_ONE {
-            errands.start(1, Arc::clone(&held), wait).unwrap();
+        for _ in 0..MAX_THREADS_PER_USER {
+            peer_threads.start(1, Arc::clone(&held), wait).unwrap();
         }
-        assert!(!errands.has_room(1));
-        assert!(errands.start(1, Arc::clone(&held), wait).is_err());
-        errands.start(2, 7, |thing, report| report.tell(thing)).unwrap();
-        while errands.results() != [7] {
+        assert!(!peer_threads.has_room(1));
+        assert!(peer_threads.start(1, Arc::clone(&held), wait).is_err());
+        peer_threads.start(2, 7, |thing, results| results.send(thing)).unwrap();
+        while peer_threads.take_results() != [7] {
             thread::yield_now();
         }
         drop(release);
-        while errands.running() > 0 {
+        while peer_threads.running() > 0 {
             thread::yield_now();
         }
-        assert!(errands.has_room(1));
+        assert!(peer_threads.has_room(1));
     }
 }
