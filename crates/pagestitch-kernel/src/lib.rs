@@ -25,7 +25,7 @@
 //! | [`fork`] | whether this is still the process that made a thing |
 //! | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | [`sync`] | atomics, locks and a waiting room: the standard library's, or a model checker's |
-//! | [`published`] | a value that writers replace and readers never wait for |
+//! | [`rcu`] | a value that writers replace and readers never wait for |
 //! | [`replace`] | a file that is written, all or nothing |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
 //!
@@ -63,8 +63,8 @@ pub mod page;
 pub mod pages;
 pub mod physical;
 pub mod process;
-pub mod published;
 pub mod ranges;
+pub mod rcu;
 pub mod replace;
 pub mod reservation;
 pub mod rights;

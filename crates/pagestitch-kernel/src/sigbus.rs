@@ -6,8 +6,8 @@
 //!                                                              └─ nobody's ─▶ the handler that was there before us
 //! ```
 //!
-//! The handler is installed once a process, and passes on what is not ours. Ranges are looked up in a sorted list that
-//! is [published](crate::published), so that readers wait for nobody: a handler must not take a lock that the thread which it interrupted may
+//! The handler is installed once a process, and passes on what is not ours. Ranges are looked up in a sorted list in an
+//! [`Rcu`] cell, so that readers wait for nobody: a handler must not take a lock that the thread which it interrupted may
 //! hold. Since Linux 4.14. See `userfaultfd(2)`, `UFFD_FEATURE_SIGBUS`, and `signal-safety(7)`.
 //!
 //! All signals are blocked while it runs, so that no other handler interrupts it. What it touches itself must not fault in this way: a
@@ -19,7 +19,7 @@
 
 use crate::fork::Maker;
 use crate::page::AddressRange;
-use crate::published::{Published, Writer};
+use crate::rcu::{Rcu, Writer};
 use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -240,7 +240,7 @@ fn end_by_default() {
 }
 
 fn serve(address: usize) -> bool {
-    let seen = RANGES.see();
+    let seen = RANGES.read();
     seen.value().and_then(|ranges| find(ranges, address)).is_some_and(|entry| entry.on_fault.serve(address))
 }
 
@@ -308,7 +308,7 @@ fn find(ranges: &[Entry], address: usize) -> Option<&Entry> {
 /// Changes the ranges.
 fn change(change: impl FnOnce(&mut Vec<Entry>)) {
     let mut writer = write();
-    let mut ranges = writer.now().cloned().unwrap_or_default();
+    let mut ranges = writer.current().cloned().unwrap_or_default();
     change(&mut ranges);
     writer.publish(ranges);
 }
@@ -322,7 +322,7 @@ fn write() -> Writer<'static, Vec<Entry>> {
         // time, and there is no range that a handler could look for.
         #[expect(unsafe_code, reason = "nobody is looking")]
         unsafe {
-            writer.forget();
+            writer.reset_in_child();
         }
     }
     writer
@@ -339,4 +339,4 @@ static INSTALLED: AtomicBool = AtomicBool::new(false);
 static BEFORE: OnceLock<Before> = OnceLock::new();
 /// The process that the ranges are of.
 static OWNER: AtomicU64 = AtomicU64::new(0);
-static RANGES: Published<Vec<Entry>> = Published::nothing();
+static RANGES: Rcu<Vec<Entry>> = Rcu::empty();

@@ -12,51 +12,51 @@ use std::ptr;
 use std::sync::PoisonError;
 
 /// A value that is replaced as a whole, or nothing.
-pub struct Published<T> {
+pub struct Rcu<T> {
     value: AtomicPtr<T>,
     epoch: AtomicUsize,
     /// Readers at work, by the parity of the epoch in which they began.
-    visitors: [Lanes<AtomicUsize>; 2],
+    readers: [Lanes<AtomicUsize>; 2],
     writer: Mutex<()>,
     owns: PhantomData<T>,
 }
 
 /// What there was when a reader looked. It lives as long as this.
-pub struct Seen<'p, T> {
+pub struct ReadGuard<'p, T> {
     value: Option<&'p T>,
-    visitors: &'p AtomicUsize,
+    readers: &'p AtomicUsize,
 }
 
 /// The right to replace it, one thread's at a time.
 pub struct Writer<'p, T> {
-    published: &'p Published<T>,
+    rcu: &'p Rcu<T>,
     _alone: MutexGuard<'p, ()>,
 }
 
-impl<T: Send + Sync> Published<T> {
+impl<T: Send + Sync> Rcu<T> {
     /// Nothing, to begin with.
     #[must_use]
-    pub const fn nothing() -> Self {
+    pub const fn empty() -> Self {
         Self {
             value: AtomicPtr::new(ptr::null_mut()),
             epoch: AtomicUsize::new(0),
-            visitors: [Lanes::zero(), Lanes::zero()],
+            readers: [Lanes::zero(), Lanes::zero()],
             writer: Mutex::new(()),
             owns: PhantomData,
         }
     }
 
     /// What there is. Takes no lock, and allocates nothing.
-    pub fn see(&self) -> Seen<'_, T> {
+    pub fn read(&self) -> ReadGuard<'_, T> {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let visitors = self.visitors[epoch % 2].here();
-            visitors.fetch_add(1, Ordering::SeqCst);
-            let mut seen = Seen { value: None, visitors };
+            let readers = self.readers[epoch % 2].here();
+            readers.fetch_add(1, Ordering::SeqCst);
+            let mut seen = ReadGuard { value: None, readers };
             // Seen before the epoch ends: whoever ends it waits for us.
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 let value = self.value.load(Ordering::SeqCst);
-                // SAFETY: null, or what `publish` has put there; it is freed only after this epoch's visitors have left.
+                // SAFETY: null, or what `publish` has put there; it is freed only after this epoch's readers have left.
                 #[expect(unsafe_code, reason = "a value behind a pointer")]
                 let value = unsafe { value.as_ref() };
                 seen.value = value;
@@ -67,15 +67,15 @@ impl<T: Send + Sync> Published<T> {
 
     /// Waits for its turn to replace it.
     pub fn write(&self) -> Writer<'_, T> {
-        Writer { published: self, _alone: self.writer.lock().unwrap_or_else(PoisonError::into_inner) }
+        Writer { rcu: self, _alone: self.writer.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
 impl<T: Send + Sync> Writer<'_, T> {
     /// What there is.
     #[must_use]
-    pub fn now(&self) -> Option<&T> {
-        let value = self.published.value.load(Ordering::SeqCst);
+    pub fn current(&self) -> Option<&T> {
+        let value = self.rcu.value.load(Ordering::SeqCst);
         // SAFETY: null, or what `publish` has put there; only a writer frees it, and there is no other.
         #[expect(unsafe_code, reason = "a value behind a pointer")]
         unsafe {
@@ -85,10 +85,10 @@ impl<T: Send + Sync> Writer<'_, T> {
 
     /// Replaces it, and waits until nobody looks at the old one.
     pub fn publish(&mut self, value: T) {
-        let Published { value: place, epoch, visitors, .. } = self.published;
+        let Rcu { value: place, epoch, readers, .. } = self.rcu;
         let old = place.swap(Box::into_raw(Box::new(value)), Ordering::SeqCst);
         let ended = epoch.fetch_add(1, Ordering::SeqCst);
-        while visitors[ended % 2].iter().any(|visitors| visitors.load(Ordering::SeqCst) > 0) {
+        while readers[ended % 2].iter().any(|readers| readers.load(Ordering::SeqCst) > 0) {
             // A handler does not block: it is a matter of microseconds.
             yield_now();
         }
@@ -104,19 +104,15 @@ impl<T: Send + Sync> Writer<'_, T> {
     ///
     /// # Safety
     ///
-    /// Nobody in this process is looking: there is no [`Seen`] but those of threads that are not here.
+    /// Nobody in this process is looking: there is no [`ReadGuard`] but those of threads that are not here.
     #[expect(unsafe_code, reason = "who is looking is not counted any more")]
-    pub unsafe fn forget(&mut self) {
-        self.published.value.store(ptr::null_mut(), Ordering::SeqCst);
-        self.published
-            .visitors
-            .iter()
-            .flat_map(Lanes::iter)
-            .for_each(|visitors| visitors.store(0, Ordering::SeqCst));
+    pub unsafe fn reset_in_child(&mut self) {
+        self.rcu.value.store(ptr::null_mut(), Ordering::SeqCst);
+        self.rcu.readers.iter().flat_map(Lanes::iter).for_each(|readers| readers.store(0, Ordering::SeqCst));
     }
 }
 
-impl<T> Seen<'_, T> {
+impl<T> ReadGuard<'_, T> {
     /// The value, or nothing.
     #[must_use]
     pub const fn value(&self) -> Option<&T> {
@@ -124,13 +120,13 @@ impl<T> Seen<'_, T> {
     }
 }
 
-impl<T> Drop for Seen<'_, T> {
+impl<T> Drop for ReadGuard<'_, T> {
     fn drop(&mut self) {
-        self.visitors.fetch_sub(1, Ordering::SeqCst);
+        self.readers.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-impl<T> Drop for Published<T> {
+impl<T> Drop for Rcu<T> {
     fn drop(&mut self) {
         let value = self.value.load(Ordering::SeqCst);
         if !value.is_null() {
@@ -141,15 +137,15 @@ impl<T> Drop for Published<T> {
     }
 }
 
-impl<T> fmt::Debug for Published<T> {
+impl<T> fmt::Debug for Rcu<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Published").field("epoch", &self.epoch).finish_non_exhaustive()
+        f.debug_struct("Rcu").field("epoch", &self.epoch).finish_non_exhaustive()
     }
 }
 
-impl<T> fmt::Debug for Seen<'_, T> {
+impl<T> fmt::Debug for ReadGuard<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Seen").finish_non_exhaustive()
+        f.debug_struct("ReadGuard").finish_non_exhaustive()
     }
 }
 
@@ -167,14 +163,14 @@ mod tests {
 
     #[test]
     fn readers_see_whole_values_and_each_is_freed_once() {
-        let (published, done) = (Published::nothing(), AtomicBool::new(false));
-        assert!(published.see().value().is_none());
+        let (rcu, done) = (Rcu::empty(), AtomicBool::new(false));
+        assert!(rcu.read().value().is_none());
         thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {
                     let mut last = 0;
                     while !done.load(Ordering::SeqCst) {
-                        let seen = published.see();
+                        let seen = rcu.read();
                         let [first, second] = seen.value().copied().unwrap_or_default();
                         assert!(first == second && first >= last, "{first} {second} after {last}");
                         last = first;
@@ -182,8 +178,8 @@ mod tests {
                 });
             }
             for value in 1..=if cfg!(miri) { 20 } else { 2_000 } {
-                let mut writer = published.write();
-                assert_eq!(writer.now().map_or(0, |now| now[0]), value - 1);
+                let mut writer = rcu.write();
+                assert_eq!(writer.current().map_or(0, |now| now[0]), value - 1);
                 writer.publish([value, value]);
             }
             done.store(true, Ordering::SeqCst);
@@ -208,17 +204,17 @@ mod models {
     }
 
     #[test]
-    fn what_is_looked_at_is_not_freed() {
-        explore("a published value", || {
-            let published = Arc::new(Published::nothing());
+    fn a_value_with_a_reader_is_not_freed() {
+        explore("an RCU cell", || {
+            let rcu = Arc::new(Rcu::empty());
             let first = Arc::new(AtomicUsize::new(0));
-            published.write().publish(Live(Arc::clone(&first)));
+            rcu.write().publish(Live(Arc::clone(&first)));
             let readers: Vec<_> = (0..2)
                 .map(|_| {
-                    let published = Arc::clone(&published);
+                    let rcu = Arc::clone(&rcu);
                     thread::spawn(move || {
                         for _ in 0..2 {
-                            let seen = published.see();
+                            let seen = rcu.read();
                             let freed = Arc::clone(&seen.value().expect("it was published before").0);
                             for _ in 0..3 {
                                 assert_eq!(freed.load(Ordering::SeqCst), 0, "freed while it was looked at");
@@ -229,7 +225,7 @@ mod models {
                 })
                 .collect();
             for _ in 0..3 {
-                published.write().publish(Live(Arc::default()));
+                rcu.write().publish(Live(Arc::default()));
             }
             assert_eq!(first.load(Ordering::SeqCst), 1, "freed once");
             readers.into_iter().for_each(|reader| reader.join().unwrap());
