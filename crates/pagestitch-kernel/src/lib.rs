@@ -20,7 +20,7 @@
 //! | [`in_flight`] | descriptors that outlive the process that has them |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`lanes`] | a value for each of a few threads, in cache lines of its own |
-//! | [`lend`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
+//! | [`revocable`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
 //! | [`swap`] | which pages are swapped out, and whether such pages can move |
@@ -55,7 +55,6 @@ pub mod gate;
 mod granule;
 pub mod in_flight;
 pub mod lanes;
-pub mod lend;
 pub mod limits;
 mod mapping;
 pub mod memfd;
@@ -67,6 +66,7 @@ pub mod ranges;
 pub mod rcu;
 pub mod replace;
 pub mod reservation;
+pub mod revocable;
 pub mod rights;
 pub mod shared;
 pub mod sigbus;

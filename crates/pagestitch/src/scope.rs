@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::region::{Builder, Chunk, Region};
 use crate::server::Server;
 use crate::source::Memory;
-use pagestitch_kernel::lend::{self, LendScope};
+use pagestitch_kernel::revocable::{self, RevocableScope};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
@@ -45,13 +45,13 @@ use std::ops::{Deref, DerefMut, Range};
 /// });
 /// ```
 pub fn scope<'env, R>(body: impl for<'scope> FnOnce(Scope<'scope, 'env>) -> R) -> R {
-    lend::scope(|lend| body(Scope { lend }))
+    revocable::scope(|lend| body(Scope { lend }))
 }
 
 /// A scope in which memory is borrowed. Made by [`scope`].
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'scope, 'env: 'scope> {
-    lend: &'scope LendScope<'scope, 'env>,
+    lend: &'scope RevocableScope<'scope, 'env>,
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {

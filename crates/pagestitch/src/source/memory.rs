@@ -2,7 +2,7 @@
 
 use super::Source;
 use bytes::Bytes;
-use pagestitch_kernel::lend::{Lent, LentBytes};
+use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::{fmt, io};
@@ -34,7 +34,7 @@ pub struct Memory {
 enum Stable {
     /// The address stays the same: the owner is neither moved nor touched again until the last clone is dropped.
     Owned(Bytes),
-    Lent(Lent),
+    Lent(RevocableSlice),
 }
 
 impl Memory {
@@ -46,7 +46,7 @@ impl Memory {
         Self { bytes: Stable::Owned(Bytes::from_owner(owner)) }
     }
 
-    pub(crate) const fn lent(lent: Lent) -> Self {
+    pub(crate) const fn lent(lent: RevocableSlice) -> Self {
         Self { bytes: Stable::Lent(lent) }
     }
 
@@ -116,7 +116,7 @@ impl fmt::Debug for Memory {
 /// Memory being read.
 pub(crate) enum MemoryBytes<'m> {
     Owned(&'m [u8]),
-    Lent(LentBytes<'m>),
+    Lent(RevocableGuard<'m>),
 }
 
 impl Deref for MemoryBytes<'_> {

@@ -1,14 +1,14 @@
 //! Borrowed bytes for threads that may outlive the borrow: revoked, not merely forgotten, when it ends.
 //!
 //! A handler thread cannot hold a `&'env [u8]`: it is `'static`, and a value that holds the borrow can be leaked
-//! past its end. So the thread holds a [`Lent`], which is a pointer behind a [`Gate`]; the lender's last act
-//! is to close the gate, and that waits for whoever is reading. After it, [`Lent::read`] answers `None`.
+//! past its end. So the thread holds a [`RevocableSlice`], which is a pointer behind a [`Gate`]; the lender's last act
+//! is to close the gate, and that waits for whoever is reading. After it, [`RevocableSlice::read`] answers `None`.
 //!
 //! ```
-//! use pagestitch_kernel::lend;
+//! use pagestitch_kernel::revocable;
 //!
 //! let data = vec![7u8; 100];
-//! let kept = lend::scope(|scope| {
+//! let kept = revocable::scope(|scope| {
 //!     let lent = scope.lend(&data);
 //!     assert_eq!(lent.read().unwrap()[0], 7);
 //!     lent                                  // escapes, as a leak would let it
@@ -24,38 +24,38 @@ use std::sync::Arc;
 
 /// Runs `body` with a scope that lends borrowed bytes, and revokes all of them before it returns or unwinds.
 ///
-/// Returning waits for readers that are inside [`Lent::read`] at that moment.
-pub fn scope<'env, R>(body: impl for<'scope> FnOnce(&'scope LendScope<'scope, 'env>) -> R) -> R {
-    let scope = LendScope { gate: Arc::new(Gate::new()), scope: PhantomData, env: PhantomData };
+/// Returning waits for readers that are inside [`RevocableSlice::read`] at that moment.
+pub fn scope<'env, R>(body: impl for<'scope> FnOnce(&'scope RevocableScope<'scope, 'env>) -> R) -> R {
+    let scope = RevocableScope { gate: Arc::new(Gate::new()), scope: PhantomData, env: PhantomData };
     let _closes = CloseOnDrop(&scope.gate);
     body(&scope)
 }
 
 /// Lends bytes that live at least as long as `'scope`. Made by [`scope`].
-pub struct LendScope<'scope, 'env: 'scope> {
+pub struct RevocableScope<'scope, 'env: 'scope> {
     gate: Arc<Gate>,
     // Invariant in both, as in std::thread::scope: 'scope may be neither shortened nor stretched.
     scope: PhantomData<&'scope mut &'scope ()>,
     env: PhantomData<&'env mut &'env ()>,
 }
 
-impl<'scope> LendScope<'scope, '_> {
+impl<'scope> RevocableScope<'scope, '_> {
     /// Lends `bytes` until the scope ends.
     #[must_use]
-    pub fn lend(&'scope self, bytes: &'scope [u8]) -> Lent {
-        Lent { bytes, gate: Arc::clone(&self.gate) }
+    pub fn lend(&'scope self, bytes: &'scope [u8]) -> RevocableSlice {
+        RevocableSlice { bytes, gate: Arc::clone(&self.gate) }
     }
 }
 
-impl fmt::Debug for LendScope<'_, '_> {
+impl fmt::Debug for RevocableScope<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LendScope").field("ended", &self.gate.is_closed()).finish()
+        f.debug_struct("RevocableScope").field("ended", &self.gate.is_closed()).finish()
     }
 }
 
 /// Bytes that were lent: they can be read until the scope that lent them ends.
 #[derive(Clone)]
-pub struct Lent {
+pub struct RevocableSlice {
     /// Invariant: valid for reads, and not written, as long as `gate` is open or has a visitor.
     bytes: *const [u8],
     gate: Arc<Gate>,
@@ -63,20 +63,20 @@ pub struct Lent {
 
 // SAFETY: the pointer is only read through, and only as a `&[u8]`, which is Send.
 #[expect(unsafe_code, reason = "a raw pointer is what outlives the borrow")]
-unsafe impl Send for Lent {}
+unsafe impl Send for RevocableSlice {}
 // SAFETY: as above; shared reads of bytes that nobody writes.
 #[expect(unsafe_code, reason = "a raw pointer is what outlives the borrow")]
-unsafe impl Sync for Lent {}
+unsafe impl Sync for RevocableSlice {}
 
-impl Lent {
+impl RevocableSlice {
     /// The bytes, if their scope has not ended. It will not end before the guard is dropped.
     #[must_use]
-    pub fn read(&self) -> Option<LentBytes<'_>> {
+    pub fn read(&self) -> Option<RevocableGuard<'_>> {
         let visit = self.gate.enter()?;
         // SAFETY: the visit keeps `scope()` from returning, so 'scope, for which the lender borrowed the bytes, goes on.
         #[expect(unsafe_code, reason = "the borrow's lifetime is replaced by the gate")]
         let bytes = unsafe { &*self.bytes };
-        Some(LentBytes { bytes, _visit: visit })
+        Some(RevocableGuard { bytes, _visit: visit })
     }
 
     /// How many bytes were lent.
@@ -92,20 +92,23 @@ impl Lent {
     }
 }
 
-impl fmt::Debug for Lent {
+impl fmt::Debug for RevocableSlice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lent").field("len", &self.len()).field("ended", &self.gate.is_closed()).finish()
+        f.debug_struct("RevocableSlice")
+            .field("len", &self.len())
+            .field("ended", &self.gate.is_closed())
+            .finish()
     }
 }
 
 /// A read of lent bytes in progress: derefs to them and keeps their scope from ending.
 #[derive(Debug)]
-pub struct LentBytes<'l> {
+pub struct RevocableGuard<'l> {
     bytes: &'l [u8],
     _visit: Visit<'l>,
 }
 
-impl Deref for LentBytes<'_> {
+impl Deref for RevocableGuard<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
