@@ -2,7 +2,7 @@
 //!
 //! Entering and leaving are one atomic operation each, take no lock and allocate nothing.
 
-use crate::sync::WaitingRoom;
+use crate::sync::EventCount;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ pub struct Gate {
     /// Visitors inside, plus [`CLOSED`] once the door is shut.
     state: AtomicUsize,
     /// Where the closer waits for the last visitor.
-    left: WaitingRoom,
+    left: EventCount,
 }
 
 impl Gate {
@@ -74,7 +74,7 @@ impl Drop for OwnedVisit {
 impl Drop for Visit<'_> {
     fn drop(&mut self) {
         if self.gate.state.fetch_sub(1, Ordering::SeqCst) == CLOSED + 1 {
-            self.gate.left.tell();
+            self.gate.left.notify_all();
         }
     }
 }

@@ -24,7 +24,7 @@
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
 //! | [`swap`] | which pages are swapped out, and whether such pages can move |
-//! | [`sync`] | atomics, locks and a waiting room: the standard library's, or a model checker's |
+//! | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
 //! | [`rcu`] | a value that writers replace and readers never wait for |
 //! | [`replace`] | a file that is written, all or nothing |
 //! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |

@@ -1,13 +1,13 @@
-//! What threads meet in: atomics, locks, and the waiting room. The standard library's, except where a model checker runs them.
+//! What threads meet in: atomics, locks, and the event count. The standard library's, except where a model checker runs them.
 //!
 //! Built with `--cfg shuttle`, they are those of [shuttle](https://docs.rs/shuttle), which decides at each of them which thread goes on;
 //! so the models in this crate and in `pagestitch` are tried in a great many orders (`ci/models`). What is sequentially consistent is
 //! explored as it is; weaker orderings are for Miri.
 
+mod event_count;
 mod futex;
-mod waiting_room;
 
-pub use waiting_room::WaitingRoom;
+pub use event_count::EventCount;
 
 #[cfg(shuttle)]
 pub use shuttle::{

@@ -1,18 +1,18 @@
 //! What threads wait in, told by a signal handler.
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
-use pagestitch_kernel::sync::WaitingRoom;
+use pagestitch_kernel::sync::EventCount;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{LazyLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
-static ROOM: LazyLock<WaitingRoom> = LazyLock::new(WaitingRoom::new);
+static EVENTS: LazyLock<EventCount> = LazyLock::new(EventCount::new);
 static OPEN: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn open(_signal: i32) {
     OPEN.store(true, Ordering::SeqCst);
-    ROOM.tell();
+    EVENTS.notify_all();
 }
 
 /// A handler that fills a page tells, and may have interrupted a thread at any step of its waiting.
@@ -22,11 +22,11 @@ fn a_handler_tells_the_thread_that_it_has_interrupted_in_its_wait() {
     let action = SigAction::new(SigHandler::Handler(open), SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler changes atomics, and makes a system call.
     unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
-    LazyLock::force(&ROOM);
+    LazyLock::force(&EVENTS);
     let (done, is_done) = mpsc::channel();
     thread::spawn(move || {
         let looks = AtomicUsize::new(0);
-        ROOM.wait_while(|| {
+        EVENTS.wait_while(|| {
             if looks.fetch_add(1, Ordering::SeqCst) == 0 {
                 raise(Signal::SIGUSR2).unwrap();
                 return true;

@@ -21,7 +21,7 @@
 //! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
 //! dropped unsettled, on whichever early exit, gives its pages back and wakes their waiters.
 
-use pagestitch_kernel::sync::WaitingRoom;
+use pagestitch_kernel::sync::EventCount;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{Errno, Page, Span};
@@ -57,7 +57,7 @@ pub(crate) struct PageTable {
     words: Words,
     blocks: usize,
     /// Where threads wait for a page that somebody else fills.
-    settled: WaitingRoom,
+    settled: EventCount,
 }
 
 /// Why a page that was touched is not to be filled by who was told of it.
@@ -76,7 +76,7 @@ impl PageTable {
         let blocks = pages.get().div_ceil(BLOCK * u64::BITS as usize);
         let words =
             NonZeroUsize::new(blocks + pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
-        Ok(Self { words: Words::new(words)?, blocks, settled: WaitingRoom::new() })
+        Ok(Self { words: Words::new(words)?, blocks, settled: EventCount::new() })
     }
 
     pub(crate) fn state(&self, page: Page) -> State {
@@ -355,7 +355,7 @@ impl Claim<'_> {
             }
             rest = rest.without_prefix(1);
         }
-        self.table.settled.tell();
+        self.table.settled.notify_all();
         self.span = self.span.without_prefix(pages);
     }
 }
@@ -498,7 +498,7 @@ mod tests {
             thread::scope(|scope| {
                 let mut claim = table.claim(Page(0), &woken).ok().unwrap();
                 let waiter = scope.spawn(|| table.wait_while_filling(Page(0)));
-                while !table.settled.is_occupied() {
+                while !table.settled.has_waiters() {
                     thread::yield_now();
                 }
                 if settle {

@@ -53,7 +53,7 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
 struct Inline(Arc<Served>);
 
 // SAFETY: what `serve` calls makes system calls and uses atomics and what is immutable. It allocates nothing: `Filled` and `Failure`
-// are not made here. It takes no lock: the buffers are tried, claims wake by the futex of a waiting room, and `Quiet` does not log.
+// are not made here. It takes no lock: the buffers are tried, claims wake by the futex of an event count, and `Quiet` does not log.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl OnFault for Inline {
     fn serve(&self, address: usize) -> bool {
