@@ -22,22 +22,22 @@ impl Gate {
         Self::default()
     }
 
-    /// Goes in, unless the gate is closed. The visit lasts until the value is dropped.
+    /// Goes in, unless the gate is closed. The guard lasts until the value is dropped.
     #[must_use]
-    pub fn enter(&self) -> Option<Visit<'_>> {
+    pub fn enter(&self) -> Option<GateGuard<'_>> {
         let before = self.state.fetch_add(1, Ordering::SeqCst);
-        let visit = Visit { gate: self };
-        // Too late: the dropped visit takes the count back, and tells the closer if it waits for that.
-        (before & CLOSED == 0).then_some(visit)
+        let guard = GateGuard { gate: self };
+        // Too late: the dropped guard takes the count back, and tells the closer if it waits for that.
+        (before & CLOSED == 0).then_some(guard)
     }
 
-    /// The same, for a visit that outlives the caller.
+    /// The same, for a guard that outlives the caller.
     #[must_use]
-    pub fn enter_owned(self: &Arc<Self>) -> Option<OwnedVisit> {
-        let visit = self.enter()?;
-        // Left when the owned visit is dropped.
-        std::mem::forget(visit);
-        Some(OwnedVisit { gate: Arc::clone(self) })
+    pub fn enter_owned(self: &Arc<Self>) -> Option<OwnedGateGuard> {
+        let guard = self.enter()?;
+        // Left when the owned guard is dropped.
+        std::mem::forget(guard);
+        Some(OwnedGateGuard { gate: Arc::clone(self) })
     }
 
     /// Closes the gate and waits until the last visitor has left. A visitor that calls this waits for itself.
@@ -55,23 +55,23 @@ impl Gate {
 
 /// The proof of being inside a [`Gate`].
 #[derive(Debug)]
-pub struct Visit<'g> {
+pub struct GateGuard<'g> {
     gate: &'g Gate,
 }
 
 /// The proof of being inside a [`Gate`], kept for as long as it takes.
 #[derive(Debug)]
-pub struct OwnedVisit {
+pub struct OwnedGateGuard {
     gate: Arc<Gate>,
 }
 
-impl Drop for OwnedVisit {
+impl Drop for OwnedGateGuard {
     fn drop(&mut self) {
-        drop(Visit { gate: &self.gate });
+        drop(GateGuard { gate: &self.gate });
     }
 }
 
-impl Drop for Visit<'_> {
+impl Drop for GateGuard<'_> {
     fn drop(&mut self) {
         if self.gate.state.fetch_sub(1, Ordering::SeqCst) == CLOSED + 1 {
             self.gate.left.notify_all();
@@ -101,7 +101,7 @@ mod tests {
         let gate = Gate::new();
         let gone = AtomicBool::new(false);
         thread::scope(|scope| {
-            let visit = gate.enter().expect("open");
+            let guard = gate.enter().expect("open");
             let closer = scope.spawn(|| {
                 gate.close();
                 assert!(gone.load(Ordering::Acquire), "closed while a visitor was inside");
@@ -110,7 +110,7 @@ mod tests {
                 thread::yield_now();
             }
             gone.store(true, Ordering::Release);
-            drop(visit);
+            drop(guard);
             closer.join().expect("the closer saw the visitor gone");
         });
     }
@@ -126,13 +126,13 @@ mod models {
     /// Visitors come and go while it is closed: nobody is inside then, and who closes it does not wait for ever.
     fn closed_among(visitors: usize) {
         let shared = Arc::new((Gate::new(), AtomicBool::new(false)));
-        let visit = |shared: Arc<(Gate, AtomicBool)>| {
+        let guard = |shared: Arc<(Gate, AtomicBool)>| {
             move || {
-                let visit = shared.0.enter();
-                assert!(visit.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
+                let guard = shared.0.enter();
+                assert!(guard.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
             }
         };
-        let visitors: Vec<_> = (0..visitors).map(|_| thread::spawn(visit(Arc::clone(&shared)))).collect();
+        let visitors: Vec<_> = (0..visitors).map(|_| thread::spawn(guard(Arc::clone(&shared)))).collect();
         shared.0.close();
         shared.1.store(true, Ordering::SeqCst);
         visitors.into_iter().for_each(|visitor| visitor.join().unwrap());

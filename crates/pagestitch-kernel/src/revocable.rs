@@ -16,7 +16,7 @@
 //! assert!(kept.read().is_none());           // and is of no use
 //! ```
 
-use crate::gate::{Gate, Visit};
+use crate::gate::{Gate, GateGuard};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -72,11 +72,11 @@ impl RevocableSlice {
     /// The bytes, if their scope has not ended. It will not end before the guard is dropped.
     #[must_use]
     pub fn read(&self) -> Option<RevocableGuard<'_>> {
-        let visit = self.gate.enter()?;
-        // SAFETY: the visit keeps `scope()` from returning, so 'scope, for which the lender borrowed the bytes, goes on.
+        let guard = self.gate.enter()?;
+        // SAFETY: the guard keeps `scope()` from returning, so 'scope, for which the lender borrowed the bytes, goes on.
         #[expect(unsafe_code, reason = "the borrow's lifetime is replaced by the gate")]
         let bytes = unsafe { &*self.bytes };
-        Some(RevocableGuard { bytes, _visit: visit })
+        Some(RevocableGuard { bytes, _guard: guard })
     }
 
     /// How many bytes were lent.
@@ -105,7 +105,7 @@ impl fmt::Debug for RevocableSlice {
 #[derive(Debug)]
 pub struct RevocableGuard<'l> {
     bytes: &'l [u8],
-    _visit: Visit<'l>,
+    _guard: GateGuard<'l>,
 }
 
 impl Deref for RevocableGuard<'_> {

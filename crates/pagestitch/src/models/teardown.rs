@@ -22,7 +22,7 @@ struct Dropped {
 impl Dropped {
     fn work(&self) {
         while let Some(events) = self.region.kernel.read() {
-            let Some(_visit) = self.gate.enter() else { return };
+            let Some(_guard) = self.gate.enter() else { return };
             for page in events.faults {
                 assert!(!self.gone.load(Ordering::SeqCst), "a source is called that may be gone");
                 self.region.serve(page);

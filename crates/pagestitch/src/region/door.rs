@@ -1,7 +1,7 @@
 //! What a server keeps of a region: a way in. It keeps no source alive, and holds no region back from its end.
 
 use crate::region::Served;
-use pagestitch_kernel::gate::{Gate, Visit};
+use pagestitch_kernel::gate::{Gate, GateGuard};
 use std::ops::Deref;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Weak};
@@ -18,9 +18,9 @@ pub(crate) struct Door {
 /// A region, while a thread is at work for it.
 #[derive(Debug)]
 pub(crate) struct Inside<'d> {
-    /// Let go of before the visit ends: the thread that closes the gate is the last to hold the region.
+    /// Let go of before the guard is dropped: the thread that closes the gate is the last to hold the region.
     region: Arc<Served>,
-    _visit: Visit<'d>,
+    _guard: GateGuard<'d>,
 }
 
 impl Door {
@@ -36,8 +36,8 @@ impl Door {
 
     /// Goes to work for the region, unless it is being dropped.
     pub(crate) fn enter(&self) -> Option<Inside<'_>> {
-        let visit = self.gate.enter()?;
-        Some(Inside { region: self.region.upgrade()?, _visit: visit })
+        let guard = self.gate.enter()?;
+        Some(Inside { region: self.region.upgrade()?, _guard: guard })
     }
 
     /// Whether it is a region's.

@@ -13,7 +13,7 @@ use crate::region::strays::{Rest, Strays};
 use crate::region::{Door, Layout};
 use crate::server::{Asked, Berths, Later, NoSignals, Permit, Permits};
 use crate::source::{Backing, Donated, Failure, Fetched, LazyMemfd, Shared};
-use pagestitch_kernel::gate::{Gate, OwnedVisit};
+use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Batch, Errno, Page, PageSize, Span, Uffd};
@@ -420,7 +420,7 @@ impl Served {
     }
 
     /// Goes to work for as long as it takes, in whichever thread.
-    pub(crate) fn enter_owned(&self) -> Option<OwnedVisit> {
+    pub(crate) fn enter_owned(&self) -> Option<OwnedGateGuard> {
         self.gate.enter_owned()
     }
 

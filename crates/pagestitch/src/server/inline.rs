@@ -58,7 +58,7 @@ struct Inline(Arc<Served>);
 unsafe impl OnFault for Inline {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
-        // No visit: whoever takes the registration back waits for those that are here.
+        // No gate guard: whoever takes the registration back waits for those that are here.
         region.place.page_at(address).is_some_and(|page| serve(region, page))
     }
 }

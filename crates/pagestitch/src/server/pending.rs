@@ -10,7 +10,7 @@ use crate::server::resolve::{NotInstalled, Short, fail, given_up, install};
 use crate::server::worker::AbortOnPanic;
 use crate::source::{Content, Failure, Fetched, Filled, Reply};
 use pagestitch_kernel::Span;
-use pagestitch_kernel::gate::OwnedVisit;
+use pagestitch_kernel::gate::OwnedGateGuard;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,7 +20,7 @@ use std::time::Instant;
 pub(crate) struct Pending {
     region: Arc<Served>,
     /// Dropping the region waits for the answer.
-    _visit: OwnedVisit,
+    _guard: OwnedGateGuard,
     span: Span,
     wanted: Wanted,
     began: Option<Instant>,
@@ -53,10 +53,10 @@ pub(super) fn fetch(
     permit: Option<Permit>,
 ) {
     // A region that is being dropped needs no page any more: the claim is given back.
-    let Some(visit) = region.enter_owned() else { return wanted.land(region) };
+    let Some(guard) = region.enter_owned() else { return wanted.land(region) };
     let began = region.counters.clock();
     let span = claim.keep();
-    let pending = Pending { region: Arc::clone(region), _visit: visit, span, wanted, began, _permit: permit };
+    let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
     let reply = Reply::to_pages(pending, region.page_size().bytes_of(span));
     // If it panics, the reply is dropped on the way, which is an answer.
     quietly(|| source.0.fetch(offset, reply));
