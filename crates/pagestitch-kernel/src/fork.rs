@@ -15,15 +15,15 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
 /// Remembers the process that it was made in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Maker {
-    generation: u64,
+pub struct ForkGeneration {
+    number: u64,
 }
 
-impl Maker {
+impl ForkGeneration {
     /// This process. Takes no lock and allocates nothing, so that a signal handler may ask.
     #[must_use]
     pub fn current() -> Self {
-        Self { generation: generation() }
+        Self { number: current_number() }
     }
 
     /// Whether this is that process. False in a forked child.
@@ -34,11 +34,11 @@ impl Maker {
 
     /// A number that no ancestor of this process has, and is never 0.
     pub(crate) const fn number(self) -> u64 {
-        self.generation
+        self.number
     }
 }
 
-fn generation() -> u64 {
+fn current_number() -> u64 {
     let Some(wiped) = wiped_page() else { return NUMBERED | u64::from(process::id()) };
     match wiped.load(Ordering::SeqCst) {
         // The page is new here: in the first process, or in a child.
@@ -116,9 +116,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_process_is_one_maker_in_all_of_its_threads() {
-        let makers: Vec<_> = (0..8).map(|_| std::thread::spawn(Maker::current)).collect();
-        assert!(makers.into_iter().all(|maker| maker.join().unwrap().is_current()));
+    fn all_threads_of_a_process_are_of_one_fork_generation() {
+        let generations: Vec<_> = (0..8).map(|_| std::thread::spawn(ForkGeneration::current)).collect();
+        assert!(generations.into_iter().all(|generation| generation.join().unwrap().is_current()));
         assert!(wiped_page().is_some(), "process ids do where there is no such page");
     }
 }

@@ -1,6 +1,6 @@
 //! An owned mapping: unmapped when dropped. The ground under reservations, buffers and tables.
 
-use crate::fork::Maker;
+use crate::fork::ForkGeneration;
 use crate::page::{HUGE, PageSize};
 use crate::ranges;
 use nix::errno::Errno;
@@ -21,7 +21,7 @@ pub(crate) struct Mapping {
     /// Invariant: the start of `bytes` bytes that were mapped by one of the functions below, and not unmapped since.
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
-    maker: Maker,
+    generation: ForkGeneration,
     /// Whether children of fork do not have it.
     hidden: bool,
     /// Whether threads may wait in it when it is dropped.
@@ -64,7 +64,7 @@ impl Mapping {
             Err(Errno::ENOMEM | Errno::EAGAIN) if ranges::release_all() => map(),
             answer => answer,
         }?;
-        let mapping = Self::at_address(start, bytes, Maker::current());
+        let mapping = Self::at_address(start, bytes, ForkGeneration::current());
         unlock(mapping.start, mapping.bytes())?;
         Ok(mapping)
     }
@@ -76,7 +76,7 @@ impl Mapping {
         }
         let page = PageSize::system().bytes();
         let roomy = bytes.checked_add(HUGE - page).ok_or(Errno::ENOMEM)?;
-        let Self { start, bytes: all, maker, .. } = *ManuallyDrop::new(Self::closed(roomy)?);
+        let Self { start, bytes: all, generation, .. } = *ManuallyDrop::new(Self::closed(roomy)?);
         let first = start.addr().get().next_multiple_of(HUGE) - start.addr().get();
         let end = first + bytes.get().next_multiple_of(page);
         for edge in
@@ -92,7 +92,7 @@ impl Mapping {
         // SAFETY: the offset is inside the mapping that was just made.
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
         let start = unsafe { start.byte_add(first) };
-        Ok(Self::at_address(start, bytes, maker))
+        Ok(Self::at_address(start, bytes, generation))
     }
 
     /// Lets all of it be accessed. `ENOMEM` where writable memory is counted, and there may be no more (`RLIMIT_DATA`,
@@ -108,8 +108,8 @@ impl Mapping {
         }
     }
 
-    const fn at_address(start: NonNull<c_void>, bytes: NonZeroUsize, maker: Maker) -> Self {
-        Self { start, bytes, maker, hidden: false, lingers: AtomicBool::new(false) }
+    const fn at_address(start: NonNull<c_void>, bytes: NonZeroUsize, generation: ForkGeneration) -> Self {
+        Self { start, bytes, generation, hidden: false, lingers: AtomicBool::new(false) }
     }
 
     /// Keeps the mapping from children of `fork(2)`, and its addresses from other mappings there.
@@ -166,7 +166,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing: the callers' flags do not say where.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
-        Ok(Self::at_address(start, bytes, Maker::current()))
+        Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
     /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
@@ -189,7 +189,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel chooses replaces nothing.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }?;
-        Ok(Self::at_address(start, bytes, Maker::current()))
+        Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
     pub(crate) const fn start(&self) -> NonNull<c_void> {
@@ -203,7 +203,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if !self.maker.is_current() {
+        if !self.generation.is_current() {
             // A forked child has no such mapping, or a copy that ends with it. Something else may be there by now.
             return;
         }

@@ -17,7 +17,7 @@
 //! [`STACK_BYTES`] there; except where the handler that it passes on to was installed without that flag, and counts on the stack of the
 //! thread.
 
-use crate::fork::Maker;
+use crate::fork::ForkGeneration;
 use crate::page::AddressRange;
 use crate::rcu::{Rcu, Writer};
 use nix::errno::Errno;
@@ -47,7 +47,7 @@ pub unsafe trait OnFault: Send + Sync {
 /// A range whose faults are served. They are not any more when it is dropped, and nobody is at it then.
 pub struct Registration {
     range: AddressRange,
-    maker: Maker,
+    generation: ForkGeneration,
 }
 
 impl Registration {
@@ -65,13 +65,13 @@ impl Registration {
             let place = ranges.partition_point(|other| other.range.start() < range.start());
             ranges.insert(place, Entry { range, on_fault });
         });
-        Ok(Self { range, maker: Maker::current() })
+        Ok(Self { range, generation: ForkGeneration::current() })
     }
 }
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        if !self.maker.is_current() {
+        if !self.generation.is_current() {
             // A forked child: the range is not there, and who was at work at that moment never leaves here.
             return;
         }
@@ -315,7 +315,7 @@ fn change(change: impl FnOnce(&mut Vec<Entry>)) {
 
 fn write() -> Writer<'static, Vec<Entry>> {
     let mut writer = RANGES.write();
-    let process = Maker::current().number();
+    let process = ForkGeneration::current().number();
     if OWNER.swap(process, Ordering::SeqCst) != process {
         // A forked child: the ranges are not there, and something else may be.
         // SAFETY: its only thread is here, and not in the handler, which does not fork and changes no ranges; or this is the first

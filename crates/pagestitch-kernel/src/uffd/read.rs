@@ -9,7 +9,7 @@
 //! | shared, Linux 6.10 | `preadv2(2)` with `RWF_NOWAIT`, which does not look at the flag |
 //! | shared, before Linux 6.10; or a forked child's, on every kernel: `EOPNOTSUPP` | `poll(2)`, then `read(2)` that a timer's signal ends |
 
-use crate::fork::Maker;
+use crate::fork::ForkGeneration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
@@ -99,13 +99,13 @@ fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
 fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     install()?;
     TIMER.with_borrow_mut(|slot| {
-        if let Some((_, parents)) = slot.take_if(|(maker, _)| !maker.is_current()) {
+        if let Some((_, parents)) = slot.take_if(|(generation, _)| !generation.is_current()) {
             // A forked child has no timers: its parent's number may be another one's by now, which is not to be deleted.
             std::mem::forget(parents);
         }
         let timer = match slot {
             Some((_, timer)) => timer,
-            None => &mut slot.insert((Maker::current(), timer_of_this_thread()?)).1,
+            None => &mut slot.insert((ForkGeneration::current(), timer_of_this_thread()?)).1,
         };
         // Workers block all signals but those of their own defects.
         let before = SigSet::from(SIGNAL).thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
@@ -146,7 +146,7 @@ extern "C" fn do_nothing(_: libc::c_int) {}
 
 thread_local! {
     /// And the process that it is of.
-    static TIMER: RefCell<Option<(Maker, Timer)>> = const { RefCell::new(None) };
+    static TIMER: RefCell<Option<(ForkGeneration, Timer)>> = const { RefCell::new(None) };
 }
 
 /// Of no use to the kernel, to a C library, or to any known program: the coprocessor that it was made for is gone.

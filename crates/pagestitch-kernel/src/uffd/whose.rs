@@ -13,7 +13,7 @@
 use super::abi::{self, Copy, Range, Register};
 use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
-use crate::fork::Maker;
+use crate::fork::ForkGeneration;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, PageSize};
 use crate::support::Features;
@@ -31,7 +31,7 @@ use std::sync::OnceLock;
 pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     static PROBE: OnceLock<Result<Probe, Errno>> = OnceLock::new();
     match PROBE.get_or_init(Probe::new) {
-        Ok(probe) if probe.maker.is_current() => probe.ask(fd),
+        Ok(probe) if probe.generation.is_current() => probe.ask(fd),
         Err(errno) => Err(*errno),
         // A forked child has the parent's answers, and not its mappings.
         Ok(_) => Probe::new()?.ask(fd),
@@ -44,7 +44,7 @@ struct Probe {
     below: Mapping,
     /// A page that cannot be made writable. Children of fork do not have it: their memory is not this process's.
     read_only: Mapping,
-    maker: Maker,
+    generation: ForkGeneration,
     /// Whether a move tells.
     moves: bool,
 }
@@ -53,7 +53,7 @@ impl Probe {
     fn new() -> Result<Self, Errno> {
         let (below, mut read_only) = (growing()?, read_only()?);
         read_only.hide_from_children()?;
-        let mut probe = Self { below, read_only, maker: Maker::current(), moves: false };
+        let mut probe = Self { below, read_only, generation: ForkGeneration::current(), moves: false };
         // Where none can be had, the other way is left.
         if let Ok(own) = open_fd()
             && handshake(&own.fd, Features::NONE).is_ok()

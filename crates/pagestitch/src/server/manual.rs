@@ -6,7 +6,7 @@ use crate::server::placement::Places;
 use crate::server::pool::Shared;
 use crate::server::worker::Worker;
 use nix::errno::Errno;
-use pagestitch_kernel::fork::Maker;
+use pagestitch_kernel::fork::ForkGeneration;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -49,7 +49,7 @@ pub struct Manual {
 pub(crate) struct Seats {
     shared: Arc<Shared>,
     taken: AtomicUsize,
-    maker: Maker,
+    generation: ForkGeneration,
 }
 
 impl Seats {
@@ -62,7 +62,7 @@ impl Seats {
     }
 
     pub(super) fn is_of_this_process(&self) -> bool {
-        self.maker.is_current()
+        self.generation.is_current()
     }
 }
 
@@ -94,8 +94,11 @@ impl Manual {
             Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
         // No watchdog adds a worker: the last one serves also slow regions that hold up none.
         shared.crew.last_resort.store(true, Ordering::Relaxed);
-        let seats =
-            Seats { shared: Arc::clone(&shared), taken: AtomicUsize::new(0), maker: Maker::current() };
+        let seats = Seats {
+            shared: Arc::clone(&shared),
+            taken: AtomicUsize::new(0),
+            generation: ForkGeneration::current(),
+        };
         let seats = Arc::new(seats);
         let take = |seat: usize| {
             let place = shared.crew.join(seat).expect("there is a place for each");
@@ -148,7 +151,7 @@ impl Drop for Manual {
     fn drop(&mut self) {
         // Regions hold what is shared, but serve nobody: what counts is who sits here.
         let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
-        if last && self.seats.maker.is_current() {
+        if last && self.seats.generation.is_current() {
             self.seats.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
         }
     }

@@ -52,7 +52,7 @@ pub(crate) use populate::{fill_rest, populate};
 
 use crate::error::{Error, ErrorKind};
 use crate::region::Served;
-use pagestitch_kernel::fork::Maker;
+use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::Registration;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -145,7 +145,7 @@ impl Server {
             Who::Manual(seats) => Attached::Manual(seats),
             Who::Inline => {
                 let registration = inline::attach(region)?;
-                return Ok(Attached::Inline(Mutex::new(Some(registration)), Maker::current()));
+                return Ok(Attached::Inline(Mutex::new(Some(registration)), ForkGeneration::current()));
             }
         };
         let added = match &attached {
@@ -187,7 +187,7 @@ pub(crate) enum Attached {
     /// Keeps the workers running as long as there is a region to serve.
     Pool(Pool),
     Manual(Arc<Seats>),
-    Inline(Mutex<Option<Registration>>, Maker),
+    Inline(Mutex<Option<Registration>>, ForkGeneration),
 }
 
 impl Attached {
@@ -196,7 +196,7 @@ impl Attached {
         match self {
             Self::Pool(pool) => pool.is_of_this_process(),
             Self::Manual(seats) => seats.is_of_this_process(),
-            Self::Inline(_, maker) => maker.is_current(),
+            Self::Inline(_, generation) => generation.is_current(),
         }
     }
 

@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
-use pagestitch_kernel::fork::Maker;
+use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::{Span, Uffd};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
@@ -121,7 +121,7 @@ impl Pool {
     }
 
     pub(crate) fn is_of_this_process(&self) -> bool {
-        self.handle.maker.is_current()
+        self.handle.generation.is_current()
     }
 
     pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
@@ -252,7 +252,7 @@ impl PoolBuilder {
             shared: Arc::new(shared),
             watch: Mutex::default(),
             usher: Mutex::default(),
-            maker: Maker::current(),
+            generation: ForkGeneration::current(),
         };
         for post in 0..places.workers {
             Shared::start_worker(&handle.shared, post, None)?;
@@ -301,7 +301,7 @@ struct Handle {
     shared: Arc<Shared>,
     watch: Mutex<Option<JoinHandle<()>>>,
     usher: Mutex<Option<JoinHandle<()>>>,
-    maker: Maker,
+    generation: ForkGeneration,
 }
 
 impl Handle {
@@ -372,7 +372,7 @@ impl Threads {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        if !self.maker.is_current() {
+        if !self.generation.is_current() {
             // A forked child: the stop event is shared with the parent, and there are no threads to join.
             return;
         }
