@@ -19,7 +19,7 @@
 //! | [`rights`] | descriptors through a UNIX socket |
 //! | [`in_flight`] | descriptors that outlive the process that has them |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
-//! | [`lanes`] | a value for each of a few threads, in cache lines of its own |
+//! | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | [`revocable`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
 //! | [`words`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
@@ -54,7 +54,6 @@ pub mod fork;
 pub mod gate;
 mod granule;
 pub mod in_flight;
-pub mod lanes;
 pub mod limits;
 mod mapping;
 pub mod memfd;
@@ -71,6 +70,7 @@ pub mod rights;
 pub mod shared;
 pub mod sigbus;
 pub mod staging;
+pub mod striped;
 pub mod support;
 pub mod swap;
 pub mod sync;

@@ -3,7 +3,7 @@
 //! A reader counts itself in, under the epoch's parity, before it looks. A writer swaps the value, ends the epoch, and waits until
 //! those have left who came in it: only they may look at the old value, which is freed then.
 
-use crate::lanes::Lanes;
+use crate::striped::Striped;
 use crate::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, yield_now};
 use std::fmt;
@@ -16,7 +16,7 @@ pub struct Rcu<T> {
     value: AtomicPtr<T>,
     epoch: AtomicUsize,
     /// Readers at work, by the parity of the epoch in which they began.
-    readers: [Lanes<AtomicUsize>; 2],
+    readers: [Striped<AtomicUsize>; 2],
     writer: Mutex<()>,
     owns: PhantomData<T>,
 }
@@ -40,7 +40,7 @@ impl<T: Send + Sync> Rcu<T> {
         Self {
             value: AtomicPtr::new(ptr::null_mut()),
             epoch: AtomicUsize::new(0),
-            readers: [Lanes::zero(), Lanes::zero()],
+            readers: [Striped::zero(), Striped::zero()],
             writer: Mutex::new(()),
             owns: PhantomData,
         }
@@ -50,7 +50,7 @@ impl<T: Send + Sync> Rcu<T> {
     pub fn read(&self) -> ReadGuard<'_, T> {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let readers = self.readers[epoch % 2].here();
+            let readers = self.readers[epoch % 2].local();
             readers.fetch_add(1, Ordering::SeqCst);
             let mut seen = ReadGuard { value: None, readers };
             // Seen before the epoch ends: whoever ends it waits for us.
@@ -108,7 +108,11 @@ impl<T: Send + Sync> Writer<'_, T> {
     #[expect(unsafe_code, reason = "who is looking is not counted any more")]
     pub unsafe fn reset_in_child(&mut self) {
         self.rcu.value.store(ptr::null_mut(), Ordering::SeqCst);
-        self.rcu.readers.iter().flat_map(Lanes::iter).for_each(|readers| readers.store(0, Ordering::SeqCst));
+        self.rcu
+            .readers
+            .iter()
+            .flat_map(Striped::iter)
+            .for_each(|readers| readers.store(0, Ordering::SeqCst));
     }
 }
 

@@ -22,7 +22,7 @@ use flights::Flights;
 pub(crate) use flights::{Flight, Overdue};
 pub use histogram::Histogram;
 use histogram::Recorder;
-use pagestitch_kernel::lanes::Lanes;
+use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -43,7 +43,7 @@ macro_rules! metrics {
         impl Counters {
             pub(crate) fn read(&self) -> Metrics {
                 let sum = |of: fn(&Counted) -> &Counter| {
-                    self.lanes.iter().map(|counted| of(counted).0.load(Ordering::Relaxed)).sum()
+                    self.striped.iter().map(|counted| of(counted).0.load(Ordering::Relaxed)).sum()
                 };
                 Metrics { $($name: sum(|counted| &counted.$name),)* }.bounded()
             }
@@ -69,7 +69,7 @@ pub(crate) struct Counters {
     region: String,
     page: PageSize,
     pages: usize,
-    lanes: Lanes<Counted>,
+    striped: Striped<Counted>,
     flights: Flights,
     timings: Option<Box<Timings>>,
 }
@@ -95,7 +95,7 @@ impl Counters {
         let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
         let timings = timed.then(|| Box::new(timings()));
         let flights = if quiet { Flights::fixed() } else { Flights::new() };
-        Self { region, page, pages, lanes: Lanes::default(), flights, timings }
+        Self { region, page, pages, striped: Striped::default(), flights, timings }
     }
 
     /// A fault was read from the kernel at a moment: it is in flight from now on. Its place, if there is one left.
@@ -105,7 +105,7 @@ impl Counters {
 
     /// A fault that has begun is served from now on, until the flight is dropped.
     pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<Flight<'_>> {
-        self.here().faults.add(1);
+        self.local().faults.add(1);
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
         }
@@ -170,8 +170,8 @@ impl Counters {
     }
 
     /// Where the calling thread counts.
-    pub(crate) fn here(&self) -> &Counted {
-        self.lanes.here()
+    pub(crate) fn local(&self) -> &Counted {
+        self.striped.local()
     }
 }
 

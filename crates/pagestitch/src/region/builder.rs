@@ -366,7 +366,7 @@ impl Builder {
         if self.zero_copy {
             refuse_copies(&served)?;
         }
-        served.counters.here().pages_in_place.add(served.in_place.pages());
+        served.counters.local().pages_in_place.add(served.in_place.pages());
         Ok((view, attach(served, server)?))
     }
 

@@ -121,7 +121,7 @@ fn widen(region: &Served, page: Page) -> Wide {
         recorder.note(page);
     }
     let wide = region.policy.widen(page);
-    region.counters.here().pages_ahead_used.add(wide.passed as u64);
+    region.counters.local().pages_ahead_used.add(wide.passed as u64);
     wide
 }
 
@@ -168,7 +168,7 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
             let filled = fill(region, claim.span(), buffers).ok()?;
             let ahead = filled.pages;
             install(region, &mut claim, filled, Short::Tell).ok()?;
-            region.counters.here().pages_ahead.add(ahead as u64);
+            region.counters.local().pages_ahead.add(ahead as u64);
             pages += ahead;
         }
     }
@@ -266,7 +266,7 @@ fn endure(
             let random = Instant::now().elapsed().as_nanos() as u64
                 ^ (claim.span().first.0 as u64).wrapping_mul(GOLDEN);
             if let Some(pause) = retry.after(failure.attempts, random) {
-                region.counters.here().source_retries.add(1);
+                region.counters.local().source_retries.add(1);
                 thread::sleep(pause);
                 return Ok(());
             }
@@ -275,7 +275,7 @@ fn endure(
             match fill_zeroing(region, claim.span().first, buffers) {
                 Ok(filled) => {
                     install(region, claim, filled, short).map_err(|not| given_up(region, claim, not))?;
-                    region.counters.here().pages_given_up.add(1);
+                    region.counters.local().pages_given_up.add(1);
                     log!(warn, region = region.name, %failure, "zeros, as it was asked for");
                     return Ok(());
                 }
@@ -293,7 +293,7 @@ pub(super) fn claim(region: &Served, page: Page) -> Option<Claim<'_>> {
         Ok(claim) => return Some(claim),
         Err(Unclaimed::Filling) => {}
         Err(Unclaimed::Resident) => {
-            region.counters.here().late.add(1);
+            region.counters.local().late.add(1);
             region.wake(page.span());
         }
         // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also where the

@@ -47,7 +47,7 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
         }
         match installed {
             Ok(()) => {
-                region.counters.here().pages_healed.add(1);
+                region.counters.local().pages_healed.add(1);
                 return Ok(());
             }
             Err(Stopped::Changing | Stopped::NoMemory) => thread::yield_now(),

@@ -68,7 +68,7 @@ fn serve(region: &Served, page: Page) -> bool {
     if region.pages.state(page) == State::Poisoned {
         return false;
     }
-    region.counters.here().faults.add(1);
+    region.counters.local().faults.add(1);
     let quiet = Quiet(region);
     match region.pages.claim_touched(page, &quiet, || region.is_resident(page)) {
         // What fails is absent again: this access is a signal, and `populate` will tell why.
@@ -80,7 +80,7 @@ fn serve(region: &Served, page: Page) -> bool {
         Err(unclaimed) => {
             // It is there, another thread is filling it, or the mark of a bad page is on its way.
             if unclaimed == Unclaimed::Resident {
-                region.counters.here().late.add(1);
+                region.counters.local().late.add(1);
             }
             thread::yield_now();
             true

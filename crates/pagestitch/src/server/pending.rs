@@ -76,7 +76,7 @@ impl Pending {
                 let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
                 let short = if let Wanted::Now(asked) = wanted { asked.short() } else { Short::Tell };
                 match (install(region, &mut claim, filled, short), wanted) {
-                    (Ok(()), Wanted::Ahead) => region.counters.here().pages_ahead.add(span.pages as u64),
+                    (Ok(()), Wanted::Ahead) => region.counters.local().pages_ahead.add(span.pages as u64),
                     (Err(NotInstalled::NoMemory), Wanted::Now(asked)) => {
                         claim.give_back_asleep();
                         region.counters.took(Part::Resolve, began);
@@ -87,7 +87,7 @@ impl Pending {
                 }
             }
             Err(error) => {
-                region.counters.here().source_errors.add(1);
+                region.counters.local().source_errors.add(1);
                 match wanted {
                     Wanted::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
                     Wanted::Ahead => discard(error),

@@ -667,7 +667,7 @@ impl Shared {
         match parent.child(child) {
             Ok(child) => {
                 let child = Arc::new(child);
-                parent.counters.here().children.add(1);
+                parent.counters.local().children.add(1);
                 // In this order: whoever ends the family finds it served, and leaves it.
                 let served = self.add(&child).is_ok() && family.take_in(&child);
                 if !served {

@@ -114,11 +114,11 @@ fn install_some(
             1
         }
         Outcome::Changing => {
-            region.counters.here().retries.add(1);
+            region.counters.local().retries.add(1);
             return Err(Refusal::Changing);
         }
         Outcome::NoMemory => {
-            region.counters.here().retries.add(1);
+            region.counters.local().retries.add(1);
             return Err(Refusal::NoMemory);
         }
         refused => {
@@ -145,7 +145,7 @@ fn held(region: &Served, span: Span) -> Result<Option<RwLockReadGuard<'_, ()>>, 
     let Some(adopted) = region.place.adopted() else { return Ok(None) };
     let Some(guard) = adopted.hold() else { return Ok(None) };
     if span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
-        region.counters.here().retries.add(1);
+        region.counters.local().retries.add(1);
         return Err(Changing);
     }
     Ok(Some(guard))
@@ -292,7 +292,7 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     }
     claim.settle(1, State::Poisoned);
     region.settle_failure(page, &failure);
-    region.counters.here().pages_poisoned.add(1);
+    region.counters.local().pages_poisoned.add(1);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, &failure);
     Stopped::Failed(failure)
@@ -394,7 +394,7 @@ fn tell(region: &Served, span: Span, way: Way) {
 }
 
 fn count(region: &Served, span: Span, way: Way) {
-    let counters = region.counters.here();
+    let counters = region.counters.local();
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
     let counter = match way {
         Way::Copied => &counters.pages_copied,

@@ -235,7 +235,7 @@ fn tell(region: &Served, fault: &Overdue) {
     let Failure { chunk, source, .. } = &failure(region, fault);
     let (offset, age, thread) = (region.page_size().offset_of(fault.page), fault.age, fault.thread);
     log!(warn, region = region.name, offset, chunk, source, ?age, thread, "a fault is overdue");
-    region.counters.here().faults_overdue.add(1);
+    region.counters.local().faults_overdue.add(1);
 }
 
 /// Has the waiter run into a signal, and keeps the reason.
@@ -254,7 +254,7 @@ fn give_up(region: &Served, fault: &Overdue) {
         // The map is changing: it is tried again at the next look.
         return region.counters.keep_on(fault);
     }
-    region.counters.here().faults_given_up.add(1);
+    region.counters.local().faults_given_up.add(1);
     log!(
         error,
         region = region.name,

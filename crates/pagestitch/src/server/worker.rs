@@ -339,7 +339,7 @@ impl Worker {
 /// What is to be served for a fault; `None` where that was all that there is to do.
 pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Asked> {
     let page = region.place.page_at(fault.address)?;
-    let counters = region.counters.here();
+    let counters = region.counters.local();
     counters.faults_writing.add(u64::from(fault.write));
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {

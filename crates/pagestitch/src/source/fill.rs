@@ -67,7 +67,7 @@ pub(crate) fn fill<'a>(
     span: Span,
     buffers: &'a mut Buffers,
 ) -> Result<Filled<'a>, Failure> {
-    find(region, span, buffers).inspect_err(|_| region.counters.here().source_errors.add(1))
+    find(region, span, buffers).inspect_err(|_| region.counters.local().source_errors.add(1))
 }
 
 fn find<'a>(region: &'a Served, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, Failure> {
