@@ -21,7 +21,7 @@
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | [`revocable`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
-//! | [`words`] | tables that cost nothing until they are touched |
+//! | [`atomic_table`] | tables that cost nothing until they are touched |
 //! | [`fork`] | whether this is still the process that made a thing |
 //! | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
@@ -48,6 +48,7 @@
 //! reservation and it is borrowed mutably. A view that is not stable is read and written by the kernel
 //! ([`View::read_at`], [`View::write_at`]), to whom a race is none.
 
+pub mod atomic_table;
 mod copy;
 pub mod event;
 pub mod fork;
@@ -76,7 +77,6 @@ pub mod swap;
 pub mod sync;
 pub mod uffd;
 pub mod view;
-pub mod words;
 
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use nix::errno::Errno;

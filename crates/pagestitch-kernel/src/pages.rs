@@ -8,10 +8,10 @@
 //! # Ok::<(), nix::errno::Errno>(())
 //! ```
 
+use crate::atomic_table::AtomicTable;
 use crate::mapping::{Mapping, unlock};
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use crate::words::Words;
 use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::collections::BTreeMap;
@@ -27,7 +27,7 @@ pub struct Pages {
     mapping: Mapping,
     len: usize,
     /// For when they are given up: that cannot fail, then.
-    states: Words,
+    states: AtomicTable,
 }
 
 impl Pages {
@@ -58,7 +58,7 @@ impl Pages {
         mapping.hide_from_children()?;
         let _ = advice.map(|advice| mapping.advise(advice));
         let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
-        let states = Words::new(NonZeroUsize::new(words).expect("has a page"))?;
+        let states = AtomicTable::new(NonZeroUsize::new(words).expect("has a page"))?;
         Ok(Self { mapping, len: bytes, states })
     }
 }
@@ -101,7 +101,7 @@ pub struct Donated {
     claimed: Mutex<BTreeMap<u64, u64>>,
     /// Two bits a page: [`TAKEN`] while it is being moved or copied into a region, [`MOVED`] when it has moved away. What is left
     /// in its place then are zeros, which are not its bytes.
-    states: Words,
+    states: AtomicTable,
 }
 
 impl From<Pages> for Donated {

@@ -9,7 +9,7 @@
 //! are. The bound of twice is the plain rule's; halving the price and learning give some of it up for what was measured to
 //! be quicker.
 
-use pagestitch_kernel::words::Words;
+use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -20,7 +20,7 @@ use std::thread;
 #[derive(Debug)]
 pub(crate) struct Dense {
     /// For each block: nanoseconds spent on faults in it.
-    rents: Words,
+    rents: AtomicTable,
     /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been filled.
     price: AtomicU64,
     /// How many faults there were, and what they have cost together.
@@ -40,7 +40,7 @@ impl Dense {
     pub(crate) fn new(pages: usize, block: usize) -> Result<Self, Errno> {
         let blocks = NonZeroUsize::new(pages.div_ceil(block)).expect("a region has pages");
         Ok(Self {
-            rents: Words::new(blocks)?,
+            rents: AtomicTable::new(blocks)?,
             price: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             spent: AtomicU64::new(0),

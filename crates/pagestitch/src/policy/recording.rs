@@ -7,8 +7,8 @@
 //! ```
 
 use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::replace::{can_replace, replace};
-use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::fs;
@@ -190,12 +190,12 @@ impl Recording {
 pub(crate) struct Recorder {
     next: AtomicUsize,
     /// Each page and one; 0 where it is still being written.
-    pages: Words,
+    pages: AtomicTable,
 }
 
 impl Recorder {
     pub(crate) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
-        Ok(Self { next: AtomicUsize::new(0), pages: Words::new(pages)? })
+        Ok(Self { next: AtomicUsize::new(0), pages: AtomicTable::new(pages)? })
     }
 
     pub(crate) fn note(&self, page: Page) {

@@ -21,9 +21,9 @@
 //! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
 //! dropped unsettled, on whichever early exit, gives its pages back and wakes their waiters.
 
+use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::EventCount;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
-use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -54,7 +54,7 @@ pub(crate) trait Wake {
 #[derive(Debug)]
 pub(crate) struct PageTable {
     /// First a bit for each [`BLOCK`] of pages, set where a word of its states may be other than 0; then the states.
-    words: Words,
+    words: AtomicTable,
     blocks: usize,
     /// Where threads wait for a page that somebody else fills.
     settled: EventCount,
@@ -76,7 +76,7 @@ impl PageTable {
         let blocks = pages.get().div_ceil(BLOCK * u64::BITS as usize);
         let words =
             NonZeroUsize::new(blocks + pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
-        Ok(Self { words: Words::new(words)?, blocks, settled: EventCount::new() })
+        Ok(Self { words: AtomicTable::new(words)?, blocks, settled: EventCount::new() })
     }
 
     pub(crate) fn state(&self, page: Page) -> State {

@@ -1,7 +1,7 @@
 //! Which pages of adopted memory were let go: a bit each. Once set it stays, so what is set in whole is passed over.
 
+use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::Ordering;
-use pagestitch_kernel::words::Words;
 use pagestitch_kernel::{Errno, Span};
 use std::num::NonZeroUsize;
 
@@ -9,16 +9,17 @@ use std::num::NonZeroUsize;
 #[derive(Debug)]
 pub(super) struct Removed {
     /// A bit a page.
-    pages: Words,
+    pages: AtomicTable,
     /// A bit for each [`GROUP`] of pages that are all set.
-    full: Words,
+    full: AtomicTable,
 }
 
 impl Removed {
     /// None of so many pages.
     pub(super) fn new(pages: usize) -> Result<Self, Errno> {
-        let words =
-            |bits: usize| Words::new(NonZeroUsize::new(bits.div_ceil(WORD)).expect("at least one page"));
+        let words = |bits: usize| {
+            AtomicTable::new(NonZeroUsize::new(bits.div_ceil(WORD)).expect("at least one page"))
+        };
         Ok(Self { pages: words(pages.div_ceil(GROUP) * GROUP)?, full: words(pages.div_ceil(GROUP))? })
     }
 

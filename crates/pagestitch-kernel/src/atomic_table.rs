@@ -8,11 +8,11 @@ use std::ops::Deref;
 
 /// A table of atomic words, zero at first. Its size costs address space; only the pages that are touched cost
 /// memory, so a table for a region of a tebibyte is as cheap as the part of the region that is used.
-pub struct Words {
+pub struct AtomicTable {
     table: Table,
 }
 
-impl Words {
+impl AtomicTable {
     /// A table of `len` words.
     ///
     /// # Errors
@@ -23,7 +23,7 @@ impl Words {
     }
 }
 
-impl Deref for Words {
+impl Deref for AtomicTable {
     type Target = [AtomicU64];
 
     fn deref(&self) -> &[AtomicU64] {
@@ -31,9 +31,9 @@ impl Deref for Words {
     }
 }
 
-impl fmt::Debug for Words {
+impl fmt::Debug for AtomicTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Words").field("len", &self.len()).finish()
+        f.debug_struct("AtomicTable").field("len", &self.len()).finish()
     }
 }
 
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn a_huge_table_costs_only_what_is_touched() {
-        let words = Words::new(NonZeroUsize::new(1 << 36).unwrap()).unwrap(); // 512 GiB of addresses
+        let words = AtomicTable::new(NonZeroUsize::new(1 << 36).unwrap()).unwrap(); // 512 GiB of addresses
         words[(1 << 36) - 1].store(5, Ordering::Relaxed);
         assert_eq!(words[(1 << 36) - 1].load(Ordering::Relaxed), 5);
         assert_eq!(words[1 << 35].load(Ordering::Relaxed), 0);
