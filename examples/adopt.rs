@@ -2,7 +2,7 @@
 //! `cargo run --example adopt`. The other process is this program, started again.
 
 use pagestitch::{AdoptedMemory, Pool, Process, Region};
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use std::error::Error;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -27,7 +27,7 @@ fn serve() -> Result<(), Box<dyn Error>> {
     fs::remove_file(&path)?;
 
     let mut address = [0; 8];
-    let (_, mut fds) = rights::receive(&stream, &mut address)?;
+    let (_, mut fds) = fd_passing::receive(&stream, &mut address)?;
     let memory = AdoptedMemory::new(fds.pop().ok_or("no descriptor")?)?
         .range(usize::from_ne_bytes(address), BYTES)
         .owner(Process::peer(&stream)?); // ended, where there is no other way not to lie to it
@@ -49,7 +49,7 @@ fn own(socket: &str) -> Result<(), Box<dyn Error>> {
     let memory = Guest::new(&[BYTES], false)?;
     let stream = UnixStream::connect(socket)?;
     let address = memory.ranges()[0].0.to_ne_bytes();
-    rights::send(&stream, &address, &[memory.uffd()])?;
+    fd_passing::send(&stream, &address, &[memory.uffd()])?;
     for offset in (0..BYTES).step_by(40_000) {
         assert_eq!(usize::from(memory.read(offset)), (offset >> 20) + 1);
     }

@@ -6,7 +6,7 @@ use nix::unistd::{Pid, gettid};
 use pagestitch::{
     AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region,
 };
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, Beside};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -51,7 +51,7 @@ fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest
     let _ = listener.accept().unwrap();
     let (stream, _) = listener.accept().unwrap();
     let mut message = vec![0; 4096];
-    let (bytes, mut fds) = rights::receive(&stream, &mut message).unwrap();
+    let (bytes, mut fds) = fd_passing::receive(&stream, &mut message).unwrap();
     let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
     let memory = AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
     let memory = told.as_array().unwrap().iter().fold(memory, |memory, range| {
@@ -493,8 +493,8 @@ fn memory_of_this_process_is_refused_without_a_promise() {
     let guest = Guest::new(&RANGES, false).unwrap();
     // Also if it comes from elsewhere: only the kernel knows whose it is.
     let (ours, theirs) = UnixStream::pair().unwrap();
-    rights::send(&theirs, b"memory", &[guest.uffd()]).unwrap();
-    let (_, mut received) = rights::receive(&ours, &mut [0; 10]).unwrap();
+    fd_passing::send(&theirs, b"memory", &[guest.uffd()]).unwrap();
+    let (_, mut received) = fd_passing::receive(&ours, &mut [0; 10]).unwrap();
     for uffd in [guest.uffd().try_clone_to_owned().unwrap(), received.pop().unwrap()] {
         let error = AdoptedMemory::new(uffd).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotUserfaultfd);

@@ -4,7 +4,7 @@
 use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, Holes, OnStop, ShutdownHandle, Snapshot};
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
@@ -367,7 +367,7 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
     let list = |size: usize| format!(r#"[{{"base_host_virt_addr":4096,"size":{size},"offset":0}}]"#);
     let hand = |message: &str, fds: usize| {
         let stream = UnixStream::connect(&path).unwrap();
-        rights::send(&stream, message.as_bytes(), &vec![null.as_fd(); fds]).unwrap();
+        fd_passing::send(&stream, message.as_bytes(), &vec![null.as_fd(); fds]).unwrap();
         stream
     };
     let silent = say(b"");
@@ -392,7 +392,7 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
     // More memory than there are addresses in use: nobody looks at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
     let stream = UnixStream::connect(&path).unwrap();
-    rights::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
+    fd_passing::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
     running.expect("has 70368744177664 bytes of memory");
     // Who sends a byte now and then has no more time than others.
     let mut trickling = say(b"[");

@@ -3,7 +3,7 @@
 use crate::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pagestitch::{Chunk, Pool, Process, Region};
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -158,7 +158,7 @@ fn group_of(test: &str, name: &str, kills: bool) -> Option<Option<Group>> {
 fn adopt(listener: &UnixListener) -> (UnixStream, pagestitch::AdoptedRegion) {
     let (stream, _) = listener.accept().unwrap();
     let mut message = vec![0; 4096];
-    let (bytes, mut fds) = rights::receive(&stream, &mut message).unwrap();
+    let (bytes, mut fds) = fd_passing::receive(&stream, &mut message).unwrap();
     let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
     let number = |name: &str| told[0][name].as_u64().unwrap() as usize;
     let memory = pagestitch::AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();

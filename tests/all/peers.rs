@@ -6,7 +6,7 @@ use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot};
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
@@ -43,8 +43,8 @@ fn sends_lingering_sockets(argument: &str) {
     for _ in 0..2 {
         let stream = UnixStream::connect(path).unwrap();
         let (read, unread) = (lingering(port), lingering(port));
-        rights::send(&stream, b"[", &[read.as_fd()]).unwrap();
-        rights::send(&stream, b"no list", &[unread.as_fd()]).unwrap();
+        fd_passing::send(&stream, b"[", &[read.as_fd()]).unwrap();
+        fd_passing::send(&stream, b"no list", &[unread.as_fd()]).unwrap();
         // The end of a process does not linger.
         std::mem::forget((stream, read, unread));
     }
@@ -99,7 +99,7 @@ fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_name
     let life = |paths: &str| {
         let (handler, heir) = paths.split_once(' ').unwrap();
         let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
-        rights::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
+        fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
     };
     if child::is_child(test) {
         child::beside(test, "", life);
@@ -110,7 +110,7 @@ fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_name
     let paths = format!("{} {}", running.socket().display(), heir.display());
     let peer = child::beside(test, &paths, life);
     let pid = peer.id();
-    let (_, mut fds) = rights::receive(listener.accept().unwrap().0, &mut [0; 10]).unwrap();
+    let (_, mut fds) = fd_passing::receive(listener.accept().unwrap().0, &mut [0; 10]).unwrap();
     peer.end().expect_pass();
     let Some(mut innocent) = process_with(pid) else {
         println!(
@@ -120,7 +120,7 @@ fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_name
     };
     let stream = UnixStream::from(fds.pop().unwrap());
     let guest = Guest::new(&[100 * PAGE], false).unwrap();
-    rights::send(&stream, guest.handshake().as_bytes(), &[guest.uffd()]).unwrap();
+    fd_passing::send(&stream, guest.handshake().as_bytes(), &[guest.uffd()]).unwrap();
     running.expect("refused");
     assert!(!running.has_told(&pid.to_string()), "{:?}", running.told.lock().unwrap());
     assert!(innocent.try_wait().unwrap().is_none(), "killed");
@@ -140,9 +140,9 @@ fn a_line_of_the_log_is_short_whatever_a_peer_sends() {
     }
     let file = running.folder.path().join("n\nl".repeat(80));
     let stream = UnixStream::connect(running.socket()).unwrap();
-    rights::send(&stream, b"[", &[File::create(&file).unwrap().as_fd()]).unwrap();
+    fd_passing::send(&stream, b"[", &[File::create(&file).unwrap().as_fd()]).unwrap();
     let list = format!(r#"{{"base_host_virt_addr":4096,"size":{},"offset":0}}]"#, PAGES * PAGE);
-    let _ = rights::send(&stream, list.as_bytes(), &[]);
+    let _ = fd_passing::send(&stream, list.as_bytes(), &[]);
     let _ = (&stream).read(&mut [0; 1]);
     until(|| running.told.lock().unwrap().len() == 4);
     running.stop();
@@ -209,7 +209,7 @@ fn a_guest_that_is_refused_gets_a_signal() {
         let pages = if what == "larger" { 20 * PAGES } else { 100 };
         let guest = Guest::new(&[pages * PAGE], false).unwrap();
         let stream = UnixStream::connect(path).unwrap();
-        rights::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
+        fd_passing::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
     };
     if child::is_child(test) {

@@ -7,8 +7,8 @@ use crate::refusal::RefusedGuest;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use pagestitch::{Loss, Process};
-use pagestitch_kernel::rights;
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
+use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::uffd::handshake_probe;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -154,7 +154,7 @@ impl Client {
     /// Reads what has come.
     fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
-        match rights::receive_all(&self.stream, &mut buffer) {
+        match fd_passing::receive_all(&self.stream, &mut buffer) {
             Ok(received) => self.handshake.take(&buffer[..received.bytes], received),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error.into()),

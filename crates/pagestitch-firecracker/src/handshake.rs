@@ -11,7 +11,7 @@
 //! | from 1.7 | `page_size_kib`, which holds bytes, whatever it is called |
 //! | from 1.12 | `page_size`, in bytes, beside it |
 
-use pagestitch_kernel::rights::Received;
+use pagestitch_kernel::fd_passing::Received;
 use serde::Deserialize;
 use std::fmt;
 use std::io;

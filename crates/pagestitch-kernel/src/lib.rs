@@ -16,7 +16,7 @@
 //! | [`sigbus`] | faults served by the thread that takes them, in a signal handler |
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`process`] | another process, by a descriptor that stays with it |
-//! | [`rights`] | descriptors through a UNIX socket |
+//! | [`fd_passing`] | descriptors through a UNIX socket |
 //! | [`in_flight`] | descriptors that outlive the process that has them |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`striped`] | a value for each of a few threads, in cache lines of its own |
@@ -51,6 +51,7 @@
 pub mod atomic_table;
 mod copy;
 pub mod event;
+pub mod fd_passing;
 pub mod fork;
 pub mod gate;
 mod granule;
@@ -67,7 +68,6 @@ pub mod rcu;
 pub mod replace;
 pub mod reservation;
 pub mod revocable;
-pub mod rights;
 pub mod shared;
 pub mod sigbus;
 pub mod staging;

@@ -13,7 +13,7 @@ use pagestitch::{AdoptedMemory, OwnMemory};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
-use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, rights};
+use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, fd_passing};
 use std::error::Error;
 use std::ffi::c_void;
 use std::io;
@@ -199,7 +199,7 @@ impl Guest {
     /// Those of `connect(2)` and `sendmsg(2)`.
     pub fn hand_over(&self, socket: &std::path::Path) -> io::Result<UnixStream> {
         let stream = UnixStream::connect(socket)?;
-        rights::send(&stream, self.handshake().as_bytes(), &[self.uffd()])?;
+        fd_passing::send(&stream, self.handshake().as_bytes(), &[self.uffd()])?;
         Ok(stream)
     }
 

@@ -7,8 +7,8 @@ use crate::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::source::{File, UnsealedMemfd};
 use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Pool, Readahead, Region};
+use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::memfd::SealedMemfd;
-use pagestitch_kernel::rights;
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -174,7 +174,7 @@ impl Snapshot {
 fn handshake(stream: &UnixStream) -> (OwnedFd, usize) {
     stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
     let mut message = [0; 1024];
-    let (bytes, mut fds) = rights::receive(stream, &mut message).expect("a handshake");
+    let (bytes, mut fds) = fd_passing::receive(stream, &mut message).expect("a handshake");
     let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).expect("JSON");
     let start = told[0]["base_host_virt_addr"].as_u64().expect("an address") as usize;
     (fds.pop().expect("a userfaultfd"), start)

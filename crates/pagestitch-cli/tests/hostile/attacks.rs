@@ -3,7 +3,7 @@
 use crate::{BYTES, PAGE, fuse};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
-use pagestitch_kernel::rights;
+use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
 use std::error::Error;
@@ -88,8 +88,8 @@ fn sends_lingering_sockets(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dy
         tcp.set_nonblocking(false)?;
         setsockopt(&tcp, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 10 })?;
         let stream = UnixStream::connect(socket)?;
-        rights::send(&stream, b"[", &[tcp.as_fd()])?;
-        let _ = rights::send(&stream, b"[", &[tcp.as_fd()]);
+        fd_passing::send(&stream, b"[", &[tcp.as_fd()])?;
+        let _ = fd_passing::send(&stream, b"[", &[tcp.as_fd()]);
         // Where this is the last descriptor, it waits itself.
         thread::spawn(move || drop(tcp));
         Ok(())
@@ -109,7 +109,7 @@ fn sends_fuse_files(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error
     for _ in 0..6 {
         let file = fs::File::open(folder.join("file"))?;
         let stream = UnixStream::connect(socket)?;
-        rights::send(&stream, b"[", &[file.as_fd()])?;
+        fd_passing::send(&stream, b"[", &[file.as_fd()])?;
         std::mem::forget(file);
     }
     ready();
@@ -127,7 +127,7 @@ fn a_peer_that_ends() {
         child::beside(PEER, "", |paths| {
             let (handler, heir) = paths.split_once(' ').unwrap();
             let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
-            rights::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
+            fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
         });
     }
 }
@@ -140,10 +140,10 @@ fn ends_and_lets_others_speak(socket: &Path, ready: &dyn Fn()) -> Result<(), Box
     let work = || {
         let peer =
             child::beside(PEER, &format!("{} {}", socket.display(), path.display()), |_| unreachable!());
-        let (_, mut fds) = rights::receive(heir.accept().unwrap().0, &mut [0; 10]).unwrap();
+        let (_, mut fds) = fd_passing::receive(heir.accept().unwrap().0, &mut [0; 10]).unwrap();
         peer.end();
         for guest in [&wrong, &right] {
-            let _ = rights::send(fds.last().unwrap(), guest.handshake().as_bytes(), &[guest.uffd()]);
+            let _ = fd_passing::send(fds.last().unwrap(), guest.handshake().as_bytes(), &[guest.uffd()]);
         }
         fds.clear();
     };
@@ -252,7 +252,7 @@ fn is_refused(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
     let work = || {
         for message in ["HELO".to_owned(), guest.handshake()] {
             let Ok(mut stream) = UnixStream::connect(socket) else { continue };
-            let _ = rights::send(&stream, message.as_bytes(), &[guest.uffd()]);
+            let _ = fd_passing::send(&stream, message.as_bytes(), &[guest.uffd()]);
             let _ = stream.read(&mut [0; 1]);
         }
     };

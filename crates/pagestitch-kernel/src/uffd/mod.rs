@@ -60,7 +60,7 @@ impl Uffd {
         open::open(wanted)
     }
 
-    /// Takes over a userfaultfd of another process that sent it ([`rights`](crate::rights)). It is made non-blocking, for all who
+    /// Takes over a userfaultfd of another process that sent it ([`fd_passing`](crate::fd_passing)). It is made non-blocking, for all who
     /// hold it.
     ///
     /// Which events were asked for is not known; [`features`](Self::features) are the kernel's operations.
