@@ -3,8 +3,8 @@
 
 use pagestitch::source::{File, FillMemfd, LazyMemfd, Pages, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Server};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::inject::Injected::{
     self, Again, Busy, Exists, NoMark, NoMemory, Partial, ProcessGone,
 };

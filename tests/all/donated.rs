@@ -3,8 +3,8 @@
 use crate::{let_go, pattern, until};
 use pagestitch::source::{Donated, Pages};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
-use pagestitch_kernel::support::Features;
 use proptest::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;

@@ -154,7 +154,7 @@ fn a_page_that_failed_is_healed_when_its_source_gives_it() {
     source.mend();
     region.heal(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
-    if !pagestitch::Support::current().has(pagestitch_kernel::support::Features::POISON) {
+    if !pagestitch::Support::current().has(pagestitch_kernel::Features::POISON) {
         println!("SKIPPED in part: a_page_that_failed_is_healed_when_its_source_gives_it: no poison marks");
         let error = region.heal(..).unwrap_err().to_string();
         assert!(error.contains("before Linux 6.6"), "{error}");

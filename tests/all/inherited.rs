@@ -3,8 +3,8 @@
 use crate::{pattern, until};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
-use pagestitch_kernel::support::Features;
 use pagestitch_testkit::forked::Forked;
 use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;

@@ -94,7 +94,7 @@ const fn own_memory() -> pagestitch::OwnMemory {
 /// marks (before Linux 6.6), SIGKILL.
 fn signal_of_loss() -> i32 {
     let features = pagestitch_kernel::uffd::handshake_probe().expect("a userfaultfd");
-    if features.contains(pagestitch_kernel::support::Features::POISON) { SIGBUS } else { SIGKILL }
+    if features.contains(pagestitch_kernel::Features::POISON) { SIGBUS } else { SIGKILL }
 }
 
 const SIGKILL: i32 = 9;
@@ -129,7 +129,7 @@ impl Drop for HugePages {
 
 /// Where there are no poison marks (before Linux 6.6), memory that is left ends its owner: here that is this process.
 fn lacks_marks(test: &str) -> bool {
-    let lacks = !pagestitch_kernel::Support::current().has(pagestitch_kernel::support::Features::POISON);
+    let lacks = !pagestitch_kernel::Support::current().has(pagestitch_kernel::Features::POISON);
     if lacks {
         println!("SKIPPED {test}: this kernel has no poison marks (Linux 6.6)");
     }

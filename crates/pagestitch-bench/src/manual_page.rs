@@ -3,7 +3,7 @@
 use crate::systems::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};

@@ -2,7 +2,7 @@
 
 use crate::output::table;
 use pagestitch::Support;
-use pagestitch_kernel::support::{Capability, Verdict};
+use pagestitch_kernel::capabilities::{Capability, Verdict};
 use serde_json::json;
 use std::error::Error;
 use std::io::{Write, stdout};

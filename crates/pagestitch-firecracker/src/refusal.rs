@@ -2,7 +2,7 @@
 //! marked as bad, or its process is ended, as was declared for bytes that cannot be had.
 
 use pagestitch::{Loss, Process};
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
 use pagestitch_kernel::{AddressRange, Errno, Outcome, PageSize, Uffd};
 use std::fs;
 use std::ops::Range;

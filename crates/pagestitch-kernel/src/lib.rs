@@ -5,7 +5,7 @@
 //! | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
 //! | [`uffd`] | the userfaultfd: open, register, and each fill operation, answering with an [`Outcome`] |
 //! | [`event`] | what the kernel says happened, decoded eagerly |
-//! | [`support`] | what this kernel and this process may do, asked at run time, with reason and remedy |
+//! | [`capabilities`] | what this kernel and this process may do, asked at run time, with reason and remedy |
 //! | [`reservation`] | an owned range of addresses behind one bounds check |
 //! | [`limits`] | which limit of the process was in the way of a mapping |
 //! | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
@@ -49,9 +49,11 @@
 //! ([`View::read_at`], [`View::write_at`]), to whom a race is none.
 
 pub mod atomic_table;
+pub mod capabilities;
 mod copy;
 pub mod event;
 pub mod fd_passing;
+pub mod features;
 pub mod fork;
 pub mod gate;
 mod granule;
@@ -72,17 +74,17 @@ pub mod shared;
 pub mod sigbus;
 pub mod staging;
 pub mod striped;
-pub mod support;
 pub mod swap;
 pub mod sync;
 pub mod uffd;
 pub mod view;
 
+pub use capabilities::Support;
 pub use event::{Batch, Event, Fault, FaultKind};
+pub use features::Features;
 pub use nix::errno::Errno;
 pub use page::{AddressRange, Page, PageSize, Span};
 pub use reservation::{Access, Reservation};
 pub use staging::Staging;
-pub use support::Support;
 pub use uffd::{Outcome, Uffd};
 pub use view::{StableView, View};

@@ -130,6 +130,16 @@ impl Used {
     }
 }
 
+/// How many more mappings this process may have (`vm.max_map_count`).
+#[must_use]
+pub fn mappings_left() -> usize {
+    let most =
+        fs::read_to_string("/proc/sys/vm/max_map_count").ok().and_then(|most| most.trim().parse().ok());
+    let present =
+        fs::read("/proc/self/maps").map_or(0, |maps| maps.iter().filter(|&&byte| byte == b'\n').count());
+    most.unwrap_or(65_530_usize).saturating_sub(present)
+}
+
 fn commits_in_full() -> bool {
     fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "2")
 }

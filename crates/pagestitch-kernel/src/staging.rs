@@ -10,9 +10,9 @@
 //! Filling 2 MiB so takes less than half the time of copying 512 small pages in: the kernel takes one fault, one page
 //! and one entry instead of 512 of each.
 
+use crate::features::Features;
 use crate::mapping::{Mapping, unlock};
 use crate::page::{AddressRange, HUGE, PageSize};
-use crate::support::Features;
 use crate::swap;
 use crate::uffd::{Outcome, Uffd};
 use nix::errno::Errno;

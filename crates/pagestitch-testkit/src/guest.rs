@@ -10,8 +10,8 @@ use nix::sys::mman::{
     munmap,
 };
 use pagestitch::{AdoptedMemory, OwnMemory};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd, fd_passing};
 use std::error::Error;

@@ -10,8 +10,8 @@ use super::open::wrap;
 use super::outcome::{Operation, Outcome, Waiters};
 use super::read::Reading;
 use super::{FaultMode, OpenedBy, Uffd};
+use crate::features::Features;
 use crate::page::{AddressRange, PageSize};
-use crate::support::Features;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 

@@ -27,11 +27,11 @@ use closing::Closing;
 use outcome::{Operation, Waiters};
 use read::Reading;
 
+use crate::features::Features;
 use crate::page::AddressRange;
 use crate::pages::Donated;
 use crate::process::is_same_file;
 use crate::reservation::Reservation;
-use crate::support::Features;
 use nix::errno::Errno;
 use nix::libc::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

@@ -14,7 +14,7 @@ use super::closing::Closing;
 use super::read::{Reading, set_nonblocking};
 use super::whose::is_of_this_process;
 use super::{Uffd, abi};
-use crate::support::Features;
+use crate::features::Features;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open as open_file};
 use nix::libc;

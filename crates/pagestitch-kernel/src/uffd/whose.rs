@@ -13,10 +13,10 @@
 use super::abi::{self, Copy, Range, Register};
 use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
+use crate::features::Features;
 use crate::fork::ForkGeneration;
 use crate::mapping::Mapping;
 use crate::page::{AddressRange, PageSize};
-use crate::support::Features;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::libc::MAP_GROWSDOWN;

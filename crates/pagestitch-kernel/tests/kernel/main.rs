@@ -4,7 +4,7 @@ mod sync;
 mod uffd;
 mod view;
 
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{Access, Batch, Page, PageSize, Reservation, Span, StableView, Support, Uffd, View};
 use std::io::Write;

@@ -9,7 +9,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, pause};
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
 use pagestitch_kernel::uffd::{AdoptError, OwnMemory, RegisterMode};
 use pagestitch_kernel::{
     Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd,

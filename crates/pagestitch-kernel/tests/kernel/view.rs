@@ -1,11 +1,11 @@
 //! What can be shown in a view in place, and what it is worth.
 
 use crate::{has, page, raw, reserve};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::pages::{Donated, Pages};
 use pagestitch_kernel::physical::{Caching, Physical, Refusal};
 use pagestitch_kernel::shared::{Alias, AliasError, SharedFile, Sharing};
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::{Access, Errno, Outcome, Page, PageSize, Span};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};

@@ -12,9 +12,10 @@ use crate::region::{
 };
 use crate::server::{Server, Who};
 use crate::source::Failure;
+use pagestitch_kernel::Features;
+use pagestitch_kernel::limits::mappings_left;
 use pagestitch_kernel::limits::{Limit, ReserveError};
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::support::{Features, mappings_left};
 use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
 use pagestitch_kernel::{Access, Errno, PageSize, Reservation, Uffd, View};
 use pagestitch_kernel::{staging, swap};

@@ -6,7 +6,7 @@ use crate::region::page_table::State;
 use crate::server::callers::Mark;
 use crate::server::resolve::{Short, Stopped, given_up, install};
 use crate::source::{Buffers, Failure, fill};
-use pagestitch_kernel::support::Features;
+use pagestitch_kernel::Features;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::io;
 use std::sync::Arc;

@@ -4,9 +4,9 @@
 use crate::region::Served;
 use crate::region::page_table::{Claim, State, Wake};
 use crate::source::{Content, Failure, Filled, gone};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::sync::RwLockReadGuard;
 use pagestitch_kernel::{Errno, Outcome, Page, Span};
 use std::io;

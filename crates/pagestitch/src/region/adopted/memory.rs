@@ -3,9 +3,9 @@
 use super::listed::Listed;
 use super::pages::{Adopted, Part};
 use crate::error::{Error, ErrorKind};
+use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::process::Process;
-use pagestitch_kernel::support::Features;
 use pagestitch_kernel::uffd::{AdoptError, OwnMemory};
 use pagestitch_kernel::{AddressRange, Page, PageSize, Span, Uffd};
 use std::os::fd::OwnedFd;
