@@ -41,7 +41,7 @@
 //!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leaves the view stable; whatever others may change does not,
 //!   and such a view never becomes a [`StableView`], which is what gives out slices;
 //! * nothing in this crate's safe API takes a page that has been filled and fills it with other bytes. Taking
-//!   a page away for good ([`Reservation::revoke`], [`Reservation::seal`]) makes a later access a signal,
+//!   a page away for good ([`Reservation::revoke`], [`Reservation::fence`]) makes a later access a signal,
 //!   which ends the program; it does not show it different bytes.
 //!
 //! Hence [`StableView::as_slice`] is safe, and [`StableView::as_mut_slice`] is safe because there is one view of a

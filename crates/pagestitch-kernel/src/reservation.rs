@@ -289,7 +289,7 @@ impl Reservation {
     /// # Errors
     ///
     /// The errno of `mprotect(2)`; none is known to occur.
-    pub fn seal(&self) -> Result<(), Errno> {
+    pub fn fence(&self) -> Result<(), Errno> {
         match close(self.range()) {
             // Somebody has unmapped or moved part of it: what is left is closed.
             Err(Errno::ENOMEM) => self.mapped_parts().into_iter().try_for_each(close),

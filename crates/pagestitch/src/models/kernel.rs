@@ -66,7 +66,7 @@ struct State {
     /// Removals that were begun and whose event was not taken note of by who removes.
     changing: usize,
     next: usize,
-    sealed: bool,
+    fenced: bool,
     closed: bool,
     stopped: bool,
 }
@@ -81,7 +81,7 @@ impl Kernel {
             removals: Vec::new(),
             changing: 0,
             next: 0,
-            sealed: false,
+            fenced: false,
             closed: false,
             stopped: false,
         };
@@ -93,7 +93,7 @@ impl Kernel {
         let mut state = self.lock();
         loop {
             match state.entries[page.0] {
-                _ if state.sealed => return Found::Signal,
+                _ if state.fenced => return Found::Signal,
                 Entry::Present(Content::Bytes) => return Found::Bytes,
                 Entry::Present(Content::Zeros) => return Found::LetGo,
                 Entry::Marked => return Found::Signal,
@@ -197,8 +197,8 @@ impl Kernel {
     }
 
     /// The range becomes inaccessible. Who waits goes on waiting.
-    pub(super) fn seal(&self) {
-        self.lock().sealed = true;
+    pub(super) fn fence(&self) {
+        self.lock().fenced = true;
     }
 
     /// `close(2)` of the uffd: who waits goes on, as in any memory.

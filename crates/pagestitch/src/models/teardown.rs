@@ -15,7 +15,7 @@ struct Dropped {
     gate: Gate,
     /// Sources may be gone, too.
     gone: AtomicBool,
-    /// Memory of somebody else's: what is missing is made bad, instead of all being sealed.
+    /// Memory of somebody else's: what is missing is made bad, instead of all being fenced.
     adopted: bool,
 }
 
@@ -40,7 +40,7 @@ impl Dropped {
                 self.region.kernel.poison(page);
             }
         } else {
-            self.region.kernel.seal();
+            self.region.kernel.fence();
         }
         self.region.kernel.wake(BOTH);
         self.region.kernel.close();

@@ -179,7 +179,7 @@ impl Core {
 /// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
 /// 2. join: wait for those that are at work for the region; no source is called from here on; forked children likewise, in which
 ///    what is missing becomes bad;
-/// 3. seal: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
+/// 3. fence: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
 /// 4. wake: whoever waits tries again and meets that;
 /// 5. close the uffd and unmap, when the last `Arc` goes. Where a thread waited at 3, the addresses stay closed for a second
 ///    ([`ranges`](pagestitch_kernel::ranges)): the thread may run after all of this, and must not meet another mapping there.

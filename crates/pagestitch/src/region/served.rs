@@ -298,14 +298,14 @@ impl Served {
 
     /// Nobody serves any more: who waits in the region, and who touches it, gets a signal.
     ///
-    /// For a region of our own: **seal**, so that the whole range is inaccessible, then wake whoever waits, who tries again and
-    /// meets the sealed range. Of adopted memory, what is missing is poisoned instead.
+    /// For a region of our own: **fence**, so that the whole range is inaccessible, then wake whoever waits, who tries again and
+    /// meets the fenced range. Of adopted memory, what is missing is poisoned instead.
     pub(crate) fn shut(&self) {
         match &self.place {
             Place::Reserved(reservation) => {
-                if let Err(errno) = reservation.seal() {
+                if let Err(errno) = reservation.fence() {
                     // Going on would show zeros for bytes, or leave them to hang. Not known to happen.
-                    eprintln!("pagestitch: cannot seal region {} ({errno}): aborting", self.name);
+                    eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);
                     std::process::abort();
                 }
                 // No thread begins to wait any more. One that waits runs on when it is woken, which may be after the drop.
