@@ -6,7 +6,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::gettid;
 use pagestitch::source::Pages;
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Readahead, Region};
-use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -140,11 +140,11 @@ fn fork_in_every_way() {
                 assert_eq!(std::hint::black_box(region.as_slice())[0], 1);
             }
         });
-        let ends: Vec<_> = (0..30).map(|_| Forked::start(read_all).end()).collect();
+        let ends: Vec<_> = (0..30).map(|_| ForkedChild::start(read_all).wait()).collect();
         // Nor for their children, which they may have before they are seen to.
         let fork_on =
-            || i32::from(matches!(Forked::start(read_all).end(), WaitStatus::Signaled(_, SIGBUS, _)));
-        let forked_on: Vec<_> = (0..30).map(|_| Forked::start(fork_on).end()).collect();
+            || i32::from(matches!(ForkedChild::start(read_all).wait(), WaitStatus::Signaled(_, SIGBUS, _)));
+        let forked_on: Vec<_> = (0..30).map(|_| ForkedChild::start(fork_on).wait()).collect();
         stop.store(true, Ordering::Relaxed);
         // There is no descriptor for them.
         assert!(ends.iter().all(|end| matches!(end, WaitStatus::Signaled(_, SIGBUS, _))), "{ends:?}");
@@ -156,7 +156,7 @@ fn fork_in_every_way() {
         scope.spawn(|| (1000..1500).for_each(|page| let_go(start + page * PAGE, PAGE)));
         scope.spawn(|| (1500..2000).for_each(|page| move_away(start + page * PAGE, PAGE)));
         for _ in 0..20 {
-            assert!(Forked::start(read_all).passes());
+            assert!(ForkedChild::start(read_all).succeeds());
         }
     });
     assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);

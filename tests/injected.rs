@@ -225,7 +225,7 @@ fn where_there_is_no_memory_for_a_mark_the_page_is_taken_away() {
         assert!(region.as_slice()[..PAGE] == bytes(PAGE) && region.as_slice()[2 * PAGE..] == bytes(PAGE));
         std::hint::black_box(region.as_slice()[PAGE]);
     });
-    assert_eq!(end.signal(), Some(7), "{}", end.said());
+    assert_eq!(end.signal(), Some(7), "{}", end.output());
 }
 
 /// Writes bytes when it is asked for them.

@@ -7,7 +7,7 @@ use pagestitch::{
     AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region,
 };
 use pagestitch_kernel::fd_passing;
-use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::this_test;
@@ -26,7 +26,7 @@ const TOTAL: usize = 1000 * PAGE;
 
 /// A guest in another process, and its memory, handed over. The process lives until the stream is closed.
 struct Other {
-    process: Beside,
+    process: ChildTest,
     stream: UnixStream,
     memory: AdoptedMemory,
 }
@@ -39,7 +39,7 @@ fn other(test: &str, life: impl FnOnce(&Guest, UnixStream)) -> Other {
 fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest, UnixStream)) -> Other {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let process = child::beside(test, path.to_str().unwrap(), |path| {
+    let process = child::spawn(test, path.to_str().unwrap(), |path| {
         let guest = Guest::new(ranges, huge).unwrap();
         until(|| fs::exists(path).unwrap());
         until(|| UnixStream::connect(path).is_ok());
@@ -109,7 +109,7 @@ fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
         });
     });
     let region = build(other.memory, &Pool::new().unwrap());
-    other.process.end().expect_pass();
+    other.process.wait().expect_pass();
     let metrics = region.close();
     // A page that was filled as its fault came late is found to be there, and counted again.
     assert!((1000..1010).contains(&metrics.pages_installed()), "{metrics:?}");
@@ -150,7 +150,7 @@ fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
         );
     });
     let region = build(other.memory, &Pool::builder().workers(3).start().unwrap());
-    other.process.end().expect_pass();
+    other.process.wait().expect_pass();
     assert!(region.close().pages_zeroed >= 334);
 }
 
@@ -176,10 +176,10 @@ fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
     if lives {
         tell(&other.stream);
     }
-    let end = other.process.end();
-    assert_eq!(end.said().contains("as expected"), lives, "{}", end.said());
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+    let end = other.process.wait();
+    assert_eq!(end.output().contains("as expected"), lives, "{}", end.output());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
 }
 
 #[test]
@@ -192,9 +192,9 @@ fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
     let region = Region::builder().chunks(pieces()).build_adopted(other.memory, &manual).unwrap();
     until_it_waits(other.process.id());
     drop(region);
-    let end = other.process.end();
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+    let end = other.process.wait();
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
 }
 
 /// Until a thread of a process waits in a page, as far as can be seen from outside.
@@ -232,7 +232,7 @@ fn a_finished_region_leaves_its_owner_with_everything() {
     let with_bytes = metrics.pages_installed() - metrics.pages_zeroed;
     assert_eq!(with_bytes, 999, "what a balloon took gets no bytes: {metrics:?}");
     tell(&other.stream);
-    other.process.end().expect_pass();
+    other.process.wait().expect_pass();
 }
 
 /// The worker that reads of faults serves them, too, as long as that is quick, and the others leave the region to it. Of several faults
@@ -257,7 +257,7 @@ fn a_page_whose_source_hangs_holds_up_no_other_page() {
         });
     });
     let hangs = (HANGS * PAGE) as u64;
-    let source = Arc::new(Scripted::new(TOTAL as u64).waiting(hangs..hangs + 1));
+    let source = Arc::new(Scripted::new(TOTAL as u64).holding(hangs..hangs + 1));
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&source)))
         .readahead(Readahead::None)
@@ -265,9 +265,9 @@ fn a_page_whose_source_hangs_holds_up_no_other_page() {
         .unwrap();
     other.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let served = (&other.stream).read_exact(&mut [0]);
-    source.open();
+    source.release();
     served.expect("all other pages are served");
-    other.process.end().expect_pass();
+    other.process.wait().expect_pass();
     drop(region);
 }
 
@@ -284,9 +284,9 @@ fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_own
             .chunk(Chunk::source(source))
             .build_adopted(other.memory.on_loss(loss), &Pool::new().unwrap())
             .unwrap();
-        let end = other.process.end();
-        assert!(!end.said().contains("read a byte"), "{}", end.said());
-        assert_eq!(end.signal(), Some(signal), "{loss:?}: {}", end.said());
+        let end = other.process.wait();
+        assert!(!end.output().contains("read a byte"), "{}", end.output());
+        assert_eq!(end.signal(), Some(signal), "{loss:?}: {}", end.output());
         // It is ended before the page is made bad.
         until(|| region.failures().len() == 1);
         assert_eq!(region.failures()[0].0, 400 * PAGE as u64);
@@ -302,7 +302,7 @@ fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
     let region = build(memory, &Pool::new().unwrap());
     region.populate(0..PAGE as u64).unwrap();
     process.kill();
-    process.end();
+    process.wait();
     let error = region.populate(..).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source);
     assert!(error.to_string().contains("has ended"), "{error}");
@@ -417,7 +417,7 @@ fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
         .chunk(Chunk::hole(HUGE as u64))
         .build_adopted(memory, &Pool::new().unwrap())
         .unwrap();
-    other.process.end().expect_pass();
+    other.process.wait().expect_pass();
     assert_eq!(region.close().pages_installed(), 5);
 }
 
@@ -443,9 +443,9 @@ fn a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal() {
     tell(&other.stream);
     until_it_waits(other.process.id());
     drop(region);
-    let end = other.process.end();
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+    let end = other.process.wait();
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
 }
 
 #[test]

@@ -86,12 +86,16 @@ fn what_was_filled_is_moved_along_and_what_was_not_is_a_signal() {
         println!("so far so good");
         println!("read a byte: {}", touch(to));
     });
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
     if !has_marks() {
-        return assert_eq!(end.signal(), Some(SIGABRT), "{}", end.said());
+        return assert_eq!(end.signal(), Some(SIGABRT), "{}", end.output());
     }
-    assert_eq!(end.signal(), Some(crate::SIGBUS), "{}", end.said());
-    assert!(end.said().contains("so far so good") && !end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(crate::SIGBUS), "{}", end.output());
+    assert!(
+        end.output().contains("so far so good") && !end.output().contains("read a byte"),
+        "{}",
+        end.output()
+    );
 }
 
 #[test]
@@ -109,8 +113,8 @@ fn a_region_with_holes_is_dropped_and_nobody_is_left_waiting() {
         println!("dropped");
         println!("read a byte: {}", touch(start));
     });
-    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
-    assert!(end.said().contains("dropped") && !end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
+    assert!(end.output().contains("dropped") && !end.output().contains("read a byte"), "{}", end.output());
 }
 
 /// The only worker is held by another region; somebody waits in pages that are unmapped then, and moved.
@@ -119,7 +123,7 @@ fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
     for moves in [false, true] {
         let end = child::run(this_test!(), || {
             let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-            let slow = Arc::new(Scripted::new(10).waiting(0..1));
+            let slow = Arc::new(Scripted::new(10).holding(0..1));
             let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
             let region = region(&pattern(3, 10 * PAGE), &pool);
             let start = region.as_ptr().expose_provenance().get();
@@ -145,15 +149,15 @@ fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
                 } else {
                     unmapped(start + 4 * PAGE, 3 * PAGE);
                 }
-                slow.open();
+                slow.release();
                 // One that was unmapped is found out when its fault is served.
             });
             drop(region);
         });
         // On kernels without marks, what cannot be had is covered by what is SIGBUS.
         let expected: &[_] = if has_marks() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };
-        assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.said());
-        assert!(!end.said().contains("read a byte"), "{}", end.said());
+        assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.output());
+        assert!(!end.output().contains("read a byte"), "{}", end.output());
     }
 }
 
@@ -204,7 +208,7 @@ fn on_user_signal(handler: extern "C" fn(i32)) {
 
 /// A thread that waits for a source that hangs.
 fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
-    let source = Arc::new(Scripted::new(10).waiting(0..1));
+    let source = Arc::new(Scripted::new(10).holding(0..1));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
     thread::scope(|scope| {
@@ -239,7 +243,7 @@ fn a_thread_that_waits_in_a_page_handles_signals_and_goes_on_waiting() {
     }
     let end = child::run(this_test!(), || {
         on_user_signal(handler);
-        let source = Arc::new(Scripted::new(10).waiting(0..1));
+        let source = Arc::new(Scripted::new(10).holding(0..1));
         let region =
             Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
         thread::scope(|scope| {
@@ -255,7 +259,7 @@ fn a_thread_that_waits_in_a_page_handles_signals_and_goes_on_waiting() {
                 pthread_kill(thread, Signal::SIGUSR1).unwrap();
                 until(|| HANDLED.load(Ordering::SeqCst) == handled);
             }
-            source.open();
+            source.release();
             assert_eq!(reader.join().unwrap(), byte_at(0));
         });
     });

@@ -149,8 +149,8 @@ fn a_stray_write_to_a_guarded_region_is_stopped() {
         stray_write(region.as_ptr().addr().get());
         println!("written");
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
-    assert!(!end.said().contains("written"));
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.output());
+    assert!(!end.output().contains("written"));
 }
 
 #[test]

@@ -1,11 +1,11 @@
-//! Forked children have a region, too, where that was asked for: each its own pages, filled from the same sources.
+//! ForkedChild children have a region, too, where that was asked for: each its own pages, filled from the same sources.
 
 use crate::{let_go, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{getpid, getppid};
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
-use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::{self, Read, Write};
@@ -34,13 +34,13 @@ fn refused(error: &Error) -> Option<Region> {
     None
 }
 
-fn forked(body: impl FnOnce() -> i32) -> Forked {
-    Forked::start(body)
+fn forked(body: impl FnOnce() -> i32) -> ForkedChild {
+    ForkedChild::start(body)
 }
 
-fn passes(child: Forked) {
+fn passes(child: ForkedChild) {
     let id = child.id();
-    assert_eq!(child.end(), WaitStatus::Exited(id, 0));
+    assert_eq!(child.wait(), WaitStatus::Exited(id, 0));
 }
 
 #[test]
@@ -96,9 +96,9 @@ fn children_of_children_have_it_too() {
             let before = right(0..50);
             let grandchild = forked(|| {
                 let great = forked(|| i32::from(!right(0..200)));
-                i32::from(!right(25..175) || !great.passes())
+                i32::from(!right(25..175) || !great.succeeds())
             });
-            i32::from(!before || !right(50..200) || !grandchild.passes())
+            i32::from(!before || !right(50..200) || !grandchild.succeeds())
         });
         passes(child);
         assert!(right(0..200));
@@ -159,7 +159,7 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
         tells.read_exact(&mut [0]).unwrap();
         drop(region);
         tells.write_all(&[1]).unwrap();
-        let ended = child.end();
+        let ended = child.wait();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
     });
     end.expect_pass();
@@ -198,7 +198,7 @@ fn forks_while_regions_come_and_go() {
                     0 => 0,
                     start => i32::from(touch(start + 17 * PAGE) != bytes[17 * PAGE]),
                 })
-                .end();
+                .wait();
                 let signal = matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS | Signal::SIGSEGV, _));
                 assert!(signal || matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
             }
@@ -234,7 +234,7 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
             dropping.join().unwrap();
         });
         // It was answered in time, with an error.
-        let ended = child.end();
+        let ended = child.wait();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
     });
     end.expect_pass();
@@ -288,7 +288,7 @@ fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
         let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
         assert!(taken.len() > 10);
         for _ in 0..3 {
-            let ended = forked(|| i32::from(region.as_slice() != bytes)).end();
+            let ended = forked(|| i32::from(region.as_slice() != bytes)).wait();
             assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
         }
         drop(taken);
@@ -323,7 +323,7 @@ fn what_cannot_be_served_in_children_is_refused_by_name() {
 /// Starts a process that builds a region and forks a child, and kills it. The child writes what `body` says, once its parent has ended.
 /// `None` where children cannot be served; the child's number otherwise.
 fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Option<i32> {
-    let mut parent = child::beside(test, folder.to_str().unwrap(), |folder| {
+    let mut parent = child::spawn(test, folder.to_str().unwrap(), |folder| {
         let note = |name: &str, what: &str| {
             let path = Path::new(folder).join(name);
             fs::write(path.with_extension("new"), what).unwrap();

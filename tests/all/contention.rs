@@ -9,7 +9,7 @@ use std::thread;
 
 #[test]
 fn a_page_that_many_touch_is_read_once() {
-    let source = Arc::new(Scripted::new(4096).waiting(0..1));
+    let source = Arc::new(Scripted::new(4096).holding(0..1));
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&source)))
         .build(&Pool::builder().workers(4).start().unwrap())
@@ -25,7 +25,7 @@ fn a_page_that_many_touch_is_read_once() {
             .collect();
         let populating = scope.spawn(|| region.populate(..));
         source.wait_until_held(1);
-        source.open();
+        source.release();
         for (offset, toucher) in touchers.into_iter().enumerate() {
             assert_eq!(toucher.join().unwrap(), byte_at(offset as u64));
         }

@@ -29,8 +29,8 @@ fn touching_a_page_whose_source_fails_is_sigbus() {
         let (_, region) = failing();
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
-    assert!(!end.said().contains("read a byte"));
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
+    assert!(!end.output().contains("read a byte"));
 }
 
 #[test]
@@ -44,8 +44,8 @@ fn touching_it_again_or_from_many_threads_is_sigbus_too() {
             }
         });
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
-    assert!(!end.said().contains("read a byte"));
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
+    assert!(!end.output().contains("read a byte"));
 }
 
 #[test]
@@ -97,7 +97,7 @@ fn a_panic_in_a_source_is_its_pages_error() {
     let end = child::run(this_test!(), || {
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn a_page_that_failed_is_healed_when_its_source_gives_it() {
 
     let error = region.heal(..).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source, "it fails again: {error}");
-    source.mend();
+    source.repair();
     region.heal(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
     if !pagestitch::Support::current().has(pagestitch_kernel::Features::POISON) {
@@ -177,8 +177,8 @@ fn a_page_that_fails_again_stays_poisoned() {
         region.heal(..).unwrap_err();
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
-    assert!(!end.said().contains("read a byte"));
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
+    assert!(!end.output().contains("read a byte"));
 }
 
 /// Fails so many times, wherever it is asked, and then no more.

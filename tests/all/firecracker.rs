@@ -174,12 +174,12 @@ fn guests_find_the_snapshot_in_their_memory() {
     };
     // In the child, there is a handler's path, and no handler is started.
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start();
     let path = running.socket();
-    let guests: Vec<_> = (0..3).map(|_| child::beside(test, path.to_str().unwrap(), life)).collect();
-    guests.into_iter().for_each(|guest| guest.end().expect_pass());
+    let guests: Vec<_> = (0..3).map(|_| child::spawn(test, path.to_str().unwrap(), life)).collect();
+    guests.into_iter().for_each(|guest| guest.wait().expect_pass());
     until(|| running.told.lock().unwrap().iter().filter(|line| line.contains("ended after")).count() == 3);
     running.stop();
     assert!(!path.exists());
@@ -209,14 +209,14 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
         (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start();
-    let guest = child::beside(test, running.socket().to_str().unwrap(), life);
+    let guest = child::spawn(test, running.socket().to_str().unwrap(), life);
     running.expect("serving");
     running.stop();
     running.expect("left to itself");
-    guest.end().expect_pass();
+    guest.wait().expect_pass();
 }
 
 #[test]
@@ -229,15 +229,15 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
         (0..PAGES).rev().for_each(|page| assert_ne!(guest.read(page * PAGE), 0, "page {page}"));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
         let mut running = Running::with(loss, OnStop::Abandon);
-        let guest = child::beside(test, running.socket().to_str().unwrap(), life);
+        let guest = child::spawn(test, running.socket().to_str().unwrap(), life);
         running.expect("serving");
         running.stop();
-        let end = guest.end();
-        assert_eq!(end.signal(), Some(signal), "{}", end.said());
+        let end = guest.wait();
+        assert_eq!(end.signal(), Some(signal), "{}", end.output());
     }
 }
 
@@ -252,18 +252,18 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
         println!("{}", guest.read(far));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let running = Running::start();
     let base = File::options().write(true).open(running.folder.path().join("base")).unwrap();
     base.set_len((TOTAL / 2) as u64).unwrap();
-    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
     running.expect("could not be had");
     base.set_len(TOTAL as u64).unwrap();
     // What disappears is still open.
     fs::remove_file(running.folder.path().join("base")).unwrap();
-    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
+    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
     end.expect_pass();
 }
 
@@ -275,11 +275,11 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
         println!("read a byte: {}", guest.read(0));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let running = Running::start();
-    let end = child::beside(test, running.socket().to_str().unwrap(), life).end();
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.said());
+    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
+    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
     running
         .expect("has 409600 bytes of memory, and the memory file 8192000: this is another guest's snapshot");
 }
@@ -297,7 +297,7 @@ fn a_guest_of_huge_pages_is_restored() {
         assert_eq!(guest.read(HUGE + 5), 0);
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let Some(_reserved) = HugePages::reserve(8) else {
         println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
@@ -306,7 +306,7 @@ fn a_guest_of_huge_pages_is_restored() {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("memory"), pattern(5, 3 * HUGE)).unwrap();
     let mut running = Running::of(folder, &["memory"], Loss::Poison, OnStop::Finish);
-    child::beside(test, running.socket().to_str().unwrap(), life).end().expect_pass();
+    child::spawn(test, running.socket().to_str().unwrap(), life).wait().expect_pass();
     running.stop();
 }
 
@@ -327,16 +327,16 @@ fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
         wait_for_nothing();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start();
     for _ in 0..5 {
         let told = || running.told.lock().unwrap().len();
         let before = told();
-        let mut guest = child::beside(test, running.socket().to_str().unwrap(), life);
+        let mut guest = child::spawn(test, running.socket().to_str().unwrap(), life);
         until(|| told() > before);
         guest.kill();
-        assert_eq!(guest.end().signal(), Some(SIGKILL));
+        assert_eq!(guest.wait().signal(), Some(SIGKILL));
         until(|| told() > before + 1);
     }
     running.stop();
@@ -353,7 +353,7 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
         (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let running = Running::start();
     let path = running.socket();
@@ -400,8 +400,8 @@ fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
         thread::sleep(Duration::from_millis(10));
         trickling.write_all(b" ").is_err()
     });
-    let end = child::beside(test, path.to_str().unwrap(), life);
-    end.end().expect_pass();
+    let end = child::spawn(test, path.to_str().unwrap(), life);
+    end.wait().expect_pass();
     // Who says nothing has half a second.
     running.expect("sent nothing complete within 500ms: 0 bytes and 0 descriptors");
     running.expect(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
@@ -428,10 +428,10 @@ fn a_hundred_guests_at_once_are_served() {
         });
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start();
-    child::beside(test, running.socket().to_str().unwrap(), life).end().expect_pass();
+    child::spawn(test, running.socket().to_str().unwrap(), life).wait().expect_pass();
     let count = |what: &str| running.told.lock().unwrap().iter().filter(|line| line.contains(what)).count();
     until(|| count("ended after") == 100);
     assert_eq!(count("serving 7 MiB"), 100);

@@ -153,8 +153,8 @@ fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chun
         println!("read a byte: {}", region.as_slice()[15 * PAGE]);
     });
     let lost = if signal_of_loss() == SIGBUS { SIGBUS } else { end.signal().unwrap_or(0) };
-    assert_eq!(end.signal(), Some(lost), "{}", end.said());
-    assert!(end.said().contains("served") && !end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(lost), "{}", end.output());
+    assert!(end.output().contains("served") && !end.output().contains("read a byte"), "{}", end.output());
 }
 
 #[test]
@@ -210,11 +210,11 @@ fn the_watchdog_outlives_a_subscriber_and_a_callback_that_panic() {
             .give_up_after(2 * limit)
             .start()
             .unwrap();
-        let hanging = || Chunk::source(Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..u64::MAX)));
+        let hanging = || Chunk::source(Arc::new(Scripted::new(10 * PAGE as u64).holding(0..u64::MAX)));
         let builder = Region::builder().chunk(hanging()).report_failures(|_, _| panic_any(Bomb));
         let region = builder.build(&pool).unwrap();
         println!("read a byte: {}", region.as_slice()[5 * PAGE]);
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
 }

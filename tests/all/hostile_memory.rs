@@ -6,7 +6,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
 use pagestitch::{Manual, Pool, Process, Region};
 use pagestitch_firecracker::{Handler, OnStop, ShutdownHandle, Snapshot};
-use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::this_test;
 use std::fs;
@@ -62,8 +62,8 @@ impl Running {
     }
 
     /// Starts a guest that goes through `life` in a process of its own, and waits until it [is ready](ready).
-    fn hostile(&self, test: &str, life: impl FnOnce(&str)) -> Beside {
-        let hostile = child::beside(test, self.socket().to_str().unwrap(), life);
+    fn hostile(&self, test: &str, life: impl FnOnce(&str)) -> ChildTest {
+        let hostile = child::spawn(test, self.socket().to_str().unwrap(), life);
         until(|| self.folder.path().join("ready").exists());
         hostile
     }
@@ -137,7 +137,7 @@ fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
         for_ever();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start(BYTES);
     let mut hostile = running.hostile(test, life);
@@ -170,7 +170,7 @@ fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
         for_ever();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let pool = Pool::builder().workers(1).start().unwrap();
     let mut running = Running::with(&pool, BYTES, OnStop::Abandon, |_| {});
@@ -208,13 +208,13 @@ fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
         assert!(guest.fill_more(&more), "it is bad");
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let mut running = Running::start(BYTES);
     let hostile = running.hostile(test, life);
     let innocent = running.touches_of_an_innocent_guest();
     println!("400 touches, the longest and all: {innocent:?} beside the attack");
-    hostile.end().expect_pass();
+    hostile.wait().expect_pass();
     assert!(innocent.is_some() && running.stop().is_some());
 }
 
@@ -249,7 +249,7 @@ fn a_guest_without_memory_leaves_the_workers_to_others() {
         for_ever();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let pool = Pool::builder().workers(1).start().unwrap();
     let running = Running::with(&pool, BYTES, OnStop::Abandon, |_| {});
@@ -257,15 +257,15 @@ fn a_guest_without_memory_leaves_the_workers_to_others() {
     let mut hostile = running.hostile(test, life);
     let innocent = running.touches_of_an_innocent_guest();
     hostile.kill();
-    let end = hostile.end();
+    let end = hostile.wait();
     if running.folder.path().join("skipped").exists() {
         return println!("SKIPPED {test}: a tmpfs cannot be mounted in a namespace of its own");
     }
-    println!("{}", end.said());
+    println!("{}", end.output());
     println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
     let (longest, all) = innocent.expect("the innocent guest");
     // It was 111 ms for each of the other's faults.
-    assert!(all < Duration::from_secs(2), "{longest:?}, {all:?}; the other: {}", end.said());
+    assert!(all < Duration::from_secs(2), "{longest:?}, {all:?}; the other: {}", end.output());
 }
 
 /// A file of so many bytes on a file system with room for none of them, in a mount namespace of this process's own.
@@ -304,7 +304,7 @@ fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
         for_ever();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let bytes = vec![1; 1 << 20];
     let mut running = Running::with(&Pool::new().unwrap(), BYTES, OnStop::Finish, |file| {

@@ -5,7 +5,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
-use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;
 use std::thread;
@@ -33,32 +33,32 @@ fn build_in_child(server: impl Into<Server>) -> i32 {
 fn a_region_of_an_inherited_pool_is_refused_in_the_child() {
     let pool = Pool::builder().workers(2).start().unwrap();
     let before = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
-    assert!(Forked::start(|| build_in_child(&pool)).passes());
+    assert!(ForkedChild::start(|| build_in_child(&pool)).succeeds());
     assert!(before.as_slice().iter().all(|&byte| byte == 7), "the parent's pool serves as before");
 }
 
 #[test]
 fn a_region_of_an_inherited_manual_is_refused_in_the_child() {
     let mut manual = Manual::new().unwrap();
-    assert!(Forked::start(|| build_in_child(&manual)).passes());
+    assert!(ForkedChild::start(|| build_in_child(&manual)).succeeds());
     assert_eq!(manual.serve_ready(64), 0);
 }
 
 #[test]
 fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
     let pool = Pool::builder().workers(1).start().unwrap();
-    let shared = Forked::start(|| {
+    let shared = ForkedChild::start(|| {
         let builder = Region::builder().name("shown").chunk(vec![7; PAGE]);
         is_refused(builder.build_shared(&pool), "region shown")
     });
-    assert!(shared.passes());
-    let adopted = Forked::start(|| {
+    assert!(shared.succeeds());
+    let adopted = ForkedChild::start(|| {
         let uffd = Uffd::open(Features::NONE).unwrap().as_fd().try_clone_to_owned().unwrap();
         let memory = AdoptedMemory::new(uffd).unwrap().range(1 << 30, PAGE);
         let builder = Region::builder().name("guest").chunk(vec![7; PAGE]);
         is_refused(builder.build_adopted(memory, &pool), "region guest")
     });
-    assert!(adopted.passes());
+    assert!(adopted.succeeds());
 }
 
 /// The events that stop a pool and that ring its bell are shared with the parent.
@@ -67,7 +67,7 @@ fn a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone(
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).start().unwrap();
         let stopped = pool.clone();
-        assert!(Forked::start(|| is_refused(stopped.stop(), "pool")).passes());
+        assert!(ForkedChild::start(|| is_refused(stopped.stop(), "pool")).succeeds());
         let region = Region::builder().chunk(vec![7; 10 * PAGE]).build(&pool).unwrap();
         assert_eq!(region.as_slice()[5 * PAGE], 7, "the workers run on");
 
@@ -78,7 +78,7 @@ fn a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone(
             let reader = scope.spawn(|| region.as_slice() == bytes);
             let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
             assert_eq!(poll(&mut ready, PollTimeout::from(30_000u16)), Ok(1));
-            assert!(Forked::start(|| i32::from(manual.serve_ready(64) != 0)).passes());
+            assert!(ForkedChild::start(|| i32::from(manual.serve_ready(64) != 0)).succeeds());
             until(|| {
                 manual.serve_ready(64);
                 reader.is_finished()
@@ -95,17 +95,17 @@ fn a_child_builds_regions_of_its_own() {
         let bytes = pattern(2, 10 * PAGE);
         let before = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
         assert_eq!(before.as_slice()[PAGE], bytes[PAGE]);
-        let inline = Forked::start(|| {
+        let inline = ForkedChild::start(|| {
             let region = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
             i32::from(region.as_slice() != bytes)
         });
-        assert!(inline.passes());
-        let pool = Forked::start(|| {
+        assert!(inline.succeeds());
+        let pool = ForkedChild::start(|| {
             let pool = Pool::builder().workers(2).start().unwrap();
             let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
             i32::from(region.as_slice() != bytes)
         });
-        assert!(pool.passes());
+        assert!(pool.succeeds());
         assert!(before.as_slice() == bytes, "the parent's own is served as before");
     });
     end.expect_pass();

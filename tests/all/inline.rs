@@ -175,7 +175,7 @@ fn a_bus_error_that_is_not_ours_still_ends_the_process() {
         memfd.file().set_len(0).unwrap();
         println!("read {}", touch(shared.as_ptr().addr().get()));
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn a_dropped_region_is_a_signal_and_not_zeros() {
         drop(region);
         println!("read {}", touch(address));
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.output());
 }
 
 #[test]

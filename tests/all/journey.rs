@@ -95,7 +95,7 @@ fn pages_let_go_while_they_are_touched_are_always_right() {
 
 #[test]
 fn a_slow_source_holds_up_one_worker_and_not_the_region() {
-    let slow = Arc::new(Scripted::new(page() as u64).waiting(0..1));
+    let slow = Arc::new(Scripted::new(page() as u64).holding(0..1));
     let bytes = pattern(9, 20 * page());
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&slow)))
@@ -107,7 +107,7 @@ fn a_slow_source_holds_up_one_worker_and_not_the_region() {
         slow.wait_until_held(1);
         assert!(region.as_slice()[page()..] == bytes, "served by the other worker");
         assert!(!waiter.is_finished());
-        slow.open();
+        slow.release();
         assert_eq!(waiter.join().unwrap(), byte_at(0));
     });
 }
@@ -116,8 +116,8 @@ fn a_slow_source_holds_up_one_worker_and_not_the_region() {
 fn faults_read_together_are_handed_on_while_the_first_is_slow() {
     // Both workers hang in a first page; while they do, eight threads stop at other pages. When one worker is let
     // go, it reads the eight in one batch, and is held again by the first of them: the other seven must be served.
-    let blockers = [0, 1].map(|_| Arc::new(Scripted::new(page() as u64).waiting(0..1)));
-    let slow = Arc::new(Scripted::new(page() as u64).waiting(0..1));
+    let blockers = [0, 1].map(|_| Arc::new(Scripted::new(page() as u64).holding(0..1)));
+    let slow = Arc::new(Scripted::new(page() as u64).holding(0..1));
     let region = Region::builder()
         .chunks(blockers.iter().map(|source| Chunk::source(Arc::clone(source))))
         .chunk(Chunk::source(Arc::clone(&slow)))
@@ -130,13 +130,13 @@ fn faults_read_together_are_handed_on_while_the_first_is_slow() {
         blockers.iter().for_each(|blocker| blocker.wait_until_held(1));
         let last = scope.spawn(|| at(2));
         let others: Vec<_> = (3..10).map(|index| scope.spawn(move || at(index))).collect();
-        blockers.iter().for_each(|blocker| blocker.open());
+        blockers.iter().for_each(|blocker| blocker.release());
         slow.wait_until_held(1);
         for other in others {
             assert_ne!(other.join().unwrap(), 0);
         }
         assert!(!last.is_finished());
-        slow.open();
+        slow.release();
         assert_eq!(last.join().unwrap(), byte_at(0));
         held.into_iter().for_each(|thread| assert_eq!(thread.join().unwrap(), byte_at(0)));
     });

@@ -142,7 +142,7 @@ fn what_cannot_be_filled_is_an_error_and_sigbus() {
     let end = child::run(this_test!(), || {
         touch(base + 7 * PAGE);
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
     let error = region.read_at(8 * PAGE as u64, &mut [0]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source);
     assert!(error.to_string().contains("chunk 1 (lazy memfd)"), "{error}");

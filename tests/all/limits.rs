@@ -26,7 +26,7 @@ fn build(chunk: Chunk) -> Result<Region, Error> {
 #[test]
 fn without_userfaultfd_the_error_names_the_remedy() {
     let test = this_test!();
-    let end = |errno| child::beside(test, errno, without_userfaultfd).end();
+    let end = |errno| child::spawn(test, errno, without_userfaultfd).wait();
     end("EPERM").expect_pass();
     end("ENOSYS").expect_pass();
 }
@@ -205,7 +205,7 @@ fn an_ordinary_user_is_served_whatever_the_administrator_says() {
         if before.is_some() {
             fs::write(path, setting).unwrap();
         }
-        let end = child::beside(test, setting, |setting| {
+        let end = child::spawn(test, setting, |setting| {
             become_nobody();
             let region = build(vec![7u8; 10_000].into()).unwrap();
             match setting {
@@ -220,7 +220,7 @@ fn an_ordinary_user_is_served_whatever_the_administrator_says() {
             }
             assert!(region.as_slice() == [7; 10_000]);
         })
-        .end();
+        .wait();
         if let Some(before) = &before {
             fs::write(path, before.trim()).unwrap();
         }

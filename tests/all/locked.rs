@@ -105,7 +105,7 @@ fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
         return;
     }
     for how in ["future", "future on fault"] {
-        child::beside(test, how, every_way_to_the_bytes).end().expect_pass();
+        child::spawn(test, how, every_way_to_the_bytes).wait().expect_pass();
     }
 }
 

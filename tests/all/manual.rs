@@ -61,7 +61,7 @@ fn a_small_budget_leaves_the_descriptor_readable_until_all_is_done() {
 
 #[test]
 fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
-    let source = Arc::new(Scripted::new(100 * PAGE as u64).waiting(0..1));
+    let source = Arc::new(Scripted::new(100 * PAGE as u64).holding(0..1));
     let seats = Manual::several(2).unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&seats[0]).unwrap();
     let done = &AtomicBool::new(false);
@@ -84,7 +84,7 @@ fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
         source.wait_until_held(1);
         assert_eq!(scope.spawn(quick).join().unwrap(), byte_at(50 * PAGE as u64));
         assert!(!slow.is_finished());
-        source.open();
+        source.release();
         assert_eq!(slow.join().unwrap(), byte_at(0));
         done.store(true, Ordering::SeqCst);
     });
@@ -93,7 +93,7 @@ fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
 /// No thread of ours looks after the two: the second one serves a region that holds up none of them.
 #[test]
 fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
-    let hanging = Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..10 * PAGE as u64));
+    let hanging = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
     let seats = Manual::several(2).unwrap();
     let build = |source: &Arc<Scripted>| {
         Region::builder().chunk(Chunk::source(Arc::clone(source))).build(&seats[0]).unwrap()
@@ -121,7 +121,7 @@ fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
         }
         hanging.wait_until_held(1);
         assert_eq!(scope.spawn(|| other.as_slice()[50 * PAGE]).join().unwrap(), byte_at(50 * PAGE as u64));
-        hanging.open();
+        hanging.release();
         waits.into_iter().for_each(|reader| assert!(reader.join().unwrap() > 0));
         done.store(true, Ordering::SeqCst);
     });
@@ -138,8 +138,8 @@ fn who_waits_when_the_last_server_goes_gets_a_signal() {
         drop(manual);
         reader.join().unwrap();
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.said());
-    assert!(!end.said().contains("read a byte"));
+    assert_eq!(end.signal(), Some(nix::libc::SIGSEGV), "{}", end.output());
+    assert!(!end.output().contains("read a byte"));
 }
 
 #[test]

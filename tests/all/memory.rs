@@ -94,16 +94,16 @@ fn join(group: &str) {
 fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
     let test = this_test!();
     let Some(group) = group_of(test, "own", true) else { return };
-    let child = child::beside(test, group.as_ref().map_or("", Group::path), |group| {
+    let child = child::spawn(test, group.as_ref().map_or("", Group::path), |group| {
         join(group);
         let source = Arc::new(Scripted::new(TOTAL as u64));
         let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
         let zeros = region.as_slice().iter().enumerate().find(|(at, byte)| **byte != byte_at(*at as u64));
         println!("read all of it: {zeros:?}");
     });
-    let end = child.end();
-    assert!(!end.said().contains("read all of it"), "{}", end.said());
-    assert!(matches!(end.signal(), Some(SIGKILL | crate::SIGBUS)), "{}", end.said());
+    let end = child.wait();
+    assert!(!end.output().contains("read all of it"), "{}", end.output());
+    assert!(matches!(end.signal(), Some(SIGKILL | crate::SIGBUS)), "{}", end.output());
 }
 
 /// Memory of another process runs out: its pages are errors, until there is more, and heal then.
@@ -115,7 +115,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
     let path = folder.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
     let argument = format!("{}\n{}", path.display(), group.as_ref().map_or("", Group::path));
-    let process = child::beside(test, &argument, |argument| {
+    let process = child::spawn(test, &argument, |argument| {
         let (socket, group) = argument.split_once('\n').unwrap();
         let guest = Guest::new(&[TOTAL], false).unwrap();
         join(group);
@@ -132,7 +132,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
     if crate::signal_of_loss() == SIGKILL {
         // Without marks for bad pages, it is ended.
         drop(region);
-        return assert_eq!(process.end().signal(), Some(SIGKILL));
+        return assert_eq!(process.wait().signal(), Some(SIGKILL));
     }
     assert!(error.to_string().contains("Cannot allocate memory"), "{error}");
     let bad = region.failures().len();
@@ -147,7 +147,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
     let metrics = region.finish().unwrap();
     assert_eq!(metrics.pages_installed(), (TOTAL / PAGE) as u64);
     stream.write_all(b"!").unwrap();
-    process.end().expect_pass();
+    process.wait().expect_pass();
 }
 
 /// `Some(None)` in the child, to which the group's path was told.

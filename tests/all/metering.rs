@@ -13,7 +13,7 @@ const PAGE: usize = 4096;
 
 #[test]
 fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
-    let source = Arc::new(Scripted::new(10 * PAGE as u64).waiting(5 * PAGE as u64..6 * PAGE as u64));
+    let source = Arc::new(Scripted::new(10 * PAGE as u64).holding(5 * PAGE as u64..6 * PAGE as u64));
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&source)))
         .readahead(Readahead::None)
@@ -29,7 +29,7 @@ fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
         let (offset, age) = meter.oldest().unwrap();
         assert_eq!(offset, 5 * PAGE as u64);
         assert!(age >= Duration::from_millis(3), "{age:?}");
-        source.open();
+        source.release();
     });
     until(|| meter.in_flight() == 0 && meter.oldest().is_none());
 }

@@ -58,7 +58,7 @@ fn a_descriptor_whose_close_hangs_holds_up_no_guest() {
         None => innocent(argument),
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let folder = tempfile::tempdir().unwrap();
     let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
@@ -69,10 +69,10 @@ fn a_descriptor_whose_close_hangs_holds_up_no_guest() {
         return println!("SKIPPED {test}: the loopback network is down");
     };
     let port = deaf.local_addr().unwrap().port();
-    child::beside(test, &format!("{path} {port}"), life).end().expect_pass();
+    child::spawn(test, &format!("{path} {port}"), life).wait().expect_pass();
     let mut running = Running::run(folder, handler);
     let started = Instant::now();
-    child::beside(test, &path, life).end().expect_pass();
+    child::spawn(test, &path, life).wait().expect_pass();
     running.stop();
     assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
     assert!(running.has_told("is no userfaultfd but socket:"), "{:?}", running.told.lock().unwrap());
@@ -102,16 +102,16 @@ fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_name
         fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     let running = Running::with(Loss::Kill, OnStop::Finish);
     let heir = running.folder.path().join("heir");
     let listener = UnixListener::bind(&heir).unwrap();
     let paths = format!("{} {}", running.socket().display(), heir.display());
-    let peer = child::beside(test, &paths, life);
+    let peer = child::spawn(test, &paths, life);
     let pid = peer.id();
     let (_, mut fds) = fd_passing::receive(listener.accept().unwrap().0, &mut [0; 10]).unwrap();
-    peer.end().expect_pass();
+    peer.wait().expect_pass();
     let Some(mut innocent) = process_with(pid) else {
         println!(
             "SKIPPED: the number of the next process cannot be chosen here (/proc/sys/kernel/ns_last_pid)"
@@ -213,17 +213,17 @@ fn a_guest_that_is_refused_gets_a_signal() {
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
     };
     if child::is_child(test) {
-        child::beside(test, "", life);
+        child::spawn(test, "", life);
     }
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
         let running = Running::with(loss, OnStop::Finish);
         let start = |what: &str| {
-            (what.to_owned(), child::beside(test, &format!("{what} {}", running.socket().display()), life))
+            (what.to_owned(), child::spawn(test, &format!("{what} {}", running.socket().display()), life))
         };
         let guests: Vec<_> = ["garbage", "incomplete", "gap", "smaller", "larger"].map(start).into();
         for (what, mut guest) in guests {
             let end = until_ended(&mut guest);
-            let died = end.then(|| guest.end().signal()).flatten();
+            let died = end.then(|| guest.wait().signal()).flatten();
             let larger = what == "larger" && died == Some(SIGKILL);
             assert!(
                 larger || died == Some(signal),
@@ -235,7 +235,7 @@ fn a_guest_that_is_refused_gets_a_signal() {
 }
 
 /// Whether a child ends within twenty seconds; it is killed where it does not.
-fn until_ended(child: &mut child::Beside) -> bool {
+fn until_ended(child: &mut child::ChildTest) -> bool {
     let started = Instant::now();
     let ended = || {
         fs::read_to_string(format!("/proc/{}/stat", child.id())).map_or(true, |stat| stat.contains(") Z "))
@@ -255,7 +255,7 @@ fn until_ended(child: &mut child::Beside) -> bool {
 fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
     let test = this_test!();
     if child::is_child(test) {
-        child::beside(test, "", |path| {
+        child::spawn(test, "", |path| {
             let (guest, _stream) = connect(path);
             println!("ready");
             fs::write(format!("{path}.ready"), "").unwrap();
@@ -266,28 +266,27 @@ fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
-    let mut guest =
-        child::beside(test, path.to_str().unwrap(), |_| unreachable!("the child's body is above"));
+    let mut guest = child::spawn(test, path.to_str().unwrap(), |_| unreachable!("the child's body is above"));
     until(|| folder.path().join("socket.ready").exists());
     handler.shutdown_handle().shutdown();
     handler.run(|_| {}).unwrap();
     let ended = until_ended(&mut guest);
-    let end = guest.end();
-    assert!(ended && end.passed(), "{}", end.said());
+    let end = guest.wait();
+    assert!(ended && end.passed(), "{}", end.output());
 }
 
 #[test]
 fn any_patience_is_a_patience() {
     let test = this_test!();
     if child::is_child(test) {
-        child::beside(test, "", innocent);
+        child::spawn(test, "", innocent);
     }
     for patience in [Duration::MAX, Duration::from_secs(u64::MAX / 1000), Duration::ZERO] {
         let folder = tempfile::tempdir().unwrap();
         let files = snapshot_in(folder.path());
         let mut running = Running::patient(folder, &files, patience);
         if patience > Duration::ZERO {
-            child::beside(test, running.socket().to_str().unwrap(), innocent).end().expect_pass();
+            child::spawn(test, running.socket().to_str().unwrap(), innocent).wait().expect_pass();
         } else {
             let _silent = UnixStream::connect(running.socket()).unwrap();
             running.expect("sent nothing complete within 0ns");

@@ -68,7 +68,7 @@ fn a_loop_of_ones_own_replays_too_and_a_source_that_fails_loses_nothing() {
     while manual.serve_ready(1000) > 0 || region.metrics().pages_installed() < 299 {}
     assert_eq!(region.metrics().pages_installed(), 299);
     assert!(region.failures().is_empty(), "nobody has asked for it");
-    source.mend();
+    source.repair();
     region.populate(..).unwrap();
 }
 
@@ -193,8 +193,8 @@ fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
 }
 
 /// A guest that touches some pages, one of them twice, and ends when its stream is closed.
-fn guest(test: &str, socket: &Path, touches: &str) -> child::Beside {
-    child::beside(test, &format!("{}:{touches}", socket.display()), |argument| {
+fn guest(test: &str, socket: &Path, touches: &str) -> child::ChildTest {
+    child::spawn(test, &format!("{}:{touches}", socket.display()), |argument| {
         let (socket, touches) = argument.rsplit_once(':').unwrap();
         // The parent ends it; so does this, if the parent has failed.
         nix::unistd::alarm::set(60);

@@ -213,7 +213,7 @@ fn a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher() {
     let end = child::run(this_test!(), || {
         touch(region.as_ptr().addr().get() + 2 * PAGE);
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.said());
+    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
 }
 
 #[test]

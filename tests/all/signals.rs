@@ -217,9 +217,9 @@ fn a_fault_inside_the_handler_ends_with_a_line_and_a_signal() {
         println!("read {}", touch(region.as_ptr().addr().get() + 200));
     });
     // Where the alternate stack has no room for two signals, the kernel ends it.
-    assert!(matches!(end.signal(), Some(SIGBUS | libc::SIGSEGV)), "{}", end.said());
-    let lines = end.said().matches("the SIGBUS handler itself touches").count();
-    assert_eq!(lines, 1, "{}", end.said());
+    assert!(matches!(end.signal(), Some(SIGBUS | libc::SIGSEGV)), "{}", end.output());
+    let lines = end.output().matches("the SIGBUS handler itself touches").count();
+    assert_eq!(lines, 1, "{}", end.output());
 }
 
 static BEFORE: OnceLock<SigAction> = OnceLock::new();
@@ -261,7 +261,7 @@ fn a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no
         handle_bus_errors(keeps);
         println!("the byte is {}", touch(region.as_ptr().addr().get()));
     });
-    assert!(end.exit_code() == Some(3) && !end.said().contains("the byte is"), "{}", end.said());
+    assert!(end.exit_code() == Some(3) && !end.output().contains("the byte is"), "{}", end.output());
 }
 
 static SENT: AtomicUsize = AtomicUsize::new(0);
@@ -351,5 +351,5 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
         assert!(deepest <= pagestitch_kernel::sigbus::STACK_BYTES, "{deepest} bytes");
     });
     end.expect_pass();
-    println!("{}", end.said());
+    println!("{}", end.output());
 }

@@ -10,7 +10,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pagestitch::source::Pages;
 use pagestitch::{Chunk, ErrorKind, How, Inline, Pool, Region};
-use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::num::NonZeroUsize;
@@ -31,8 +31,8 @@ fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
             |region| region.as_ptr(),
         );
     });
-    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
 /// A region whose addresses are mapped anew as soon as it has gone.
@@ -65,8 +65,8 @@ fn a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_aft
                 |region| region.0.as_ref().unwrap().as_ptr(),
             );
         });
-        assert!(!end.said().contains("read a byte"), "{}", end.said());
-        assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
+        assert!(!end.output().contains("read a byte"), "{}", end.output());
+        assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
     }
 }
 
@@ -117,14 +117,14 @@ fn wait_in_lazy(test: &str, filled: bool) {
         let build = |pool: &Pool| Region::builder().chunk(chunk).build_shared(pool).unwrap();
         wait_in_dropped(build, |region| region.as_ptr());
     });
-    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
 /// The only worker is held by another region, so that the fault is not even read; then the region goes.
 fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> NonNull<u8>) {
     let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-    let slow = Arc::new(Scripted::new(10).waiting(0..1));
+    let slow = Arc::new(Scripted::new(10).holding(0..1));
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
     let region = build(&pool);
     let start = start(&region).expose_provenance().get();
@@ -139,14 +139,14 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
         let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
         until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
         drop(region);
-        slow.open();
+        slow.release();
     });
 }
 
 /// The source of the first fault is being read while the region goes: the drop waits for it.
 #[test]
 fn a_drop_waits_for_the_source_that_is_being_read() {
-    let source = Arc::new(Scripted::new(10).waiting(0..1));
+    let source = Arc::new(Scripted::new(10).holding(0..1));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
     thread::scope(|scope| {
@@ -156,7 +156,7 @@ fn a_drop_waits_for_the_source_that_is_being_read() {
         scope.spawn(move || send.send(reader.populate(..).map(|()| reader.as_slice()[0])).unwrap());
         source.wait_until_held(1);
         drop(region);
-        source.open();
+        source.release();
         assert_eq!(populated.recv().unwrap().unwrap(), byte_at(0));
     });
     assert_eq!(Arc::strong_count(&source), 1, "nobody has the source any more");
@@ -170,7 +170,7 @@ fn touching_a_dropped_region_is_a_signal() {
         drop(region);
         println!("read a byte: {}", touch(start));
     });
-    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
         assert_eq!(partly.plan().runs()[1].how, How::Map);
         // 0 for what a child finds in place; a signal for the rest.
         let after_mapping = |address: usize, expected: u8| {
-            Forked::start(move || {
+            ForkedChild::start(move || {
                 map_zeros(NonZeroUsize::new(address & !4095), 4096);
                 (0..2000).for_each(|_| map_zeros(None, PAGES * 4096));
                 i32::from(touch(address) != expected)
@@ -235,11 +235,11 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
         for address in
             [first, first + (PAGES - 1) * 4096, second, in_place - 1, in_place + PAGES * 4096, third]
         {
-            let ended = after_mapping(address, 0).end();
+            let ended = after_mapping(address, 0).wait();
             assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
         }
         for at in [0, 4096, (PAGES - 1) * 4096] {
-            assert!(after_mapping(in_place + at, bytes[at]).passes(), "shown in place");
+            assert!(after_mapping(in_place + at, bytes[at]).succeeds(), "shown in place");
         }
         assert!(copied.as_slice() == bytes, "the parent is served as before");
     });
@@ -255,21 +255,21 @@ fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
             println!("SKIPPED {test}: a PID namespace cannot be made here ({errno})");
             return;
         }
-        let parent = Forked::start(|| {
+        let parent = ForkedChild::start(|| {
             let bytes = pattern(8, 50_000);
             let pool = Pool::builder().workers(1).start().unwrap();
             let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
             let inline = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
             unshare(CloneFlags::CLONE_NEWPID).unwrap();
             let number = std::process::id();
-            let left_alone = Forked::start(|| {
+            let left_alone = ForkedChild::start(|| {
                 drop(copy_of(&region));
                 drop(copy_of(&inline));
                 drop(copy_of(&pool));
                 i32::from(std::process::id() != number)
             });
             // No panic: it would unwind into the test that was forked away from.
-            let right = left_alone.passes() && region.as_slice() == bytes && inline.as_slice() == bytes;
+            let right = left_alone.succeeds() && region.as_slice() == bytes && inline.as_slice() == bytes;
             i32::from(!right)
         });
         let id = parent.id();
@@ -421,7 +421,7 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
         return;
     }
     let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-    let hanging = Arc::new(Scripted::new(4096).waiting(0..1));
+    let hanging = Arc::new(Scripted::new(4096).holding(0..1));
     let held = Region::builder().chunk(Chunk::source(Arc::clone(&hanging))).build(&pool).unwrap();
     let source = Arc::new(Scripted::new(10 * 4096));
     let alive = Arc::downgrade(&source);
@@ -435,7 +435,7 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
         drop(region);
         let is_alive = alive.upgrade().is_some();
         let asked = asks.join().unwrap();
-        hanging.open();
+        hanging.release();
         assert_eq!(reader.join().unwrap(), byte_at(0));
         assert!(asked.is_err(), "the waiter is told");
         assert!(!is_alive, "the source went with its region");

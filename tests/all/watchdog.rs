@@ -10,7 +10,7 @@ use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::FaultMode;
-use pagestitch_testkit::forked::Forked;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::io::IoSliceMut;
@@ -22,7 +22,7 @@ const PAGE: usize = 4096;
 const SIGBUS: i32 = 7;
 
 fn hanging() -> Arc<Scripted> {
-    Arc::new(Scripted::new(10 * PAGE as u64).waiting(3 * PAGE as u64..4 * PAGE as u64))
+    Arc::new(Scripted::new(10 * PAGE as u64).holding(3 * PAGE as u64..4 * PAGE as u64))
 }
 
 #[test]
@@ -36,7 +36,7 @@ fn a_fault_that_takes_too_long_is_told_of_once() {
         until(|| meter.faults_overdue() == 1);
         thread::sleep(Duration::from_millis(60));
         assert_eq!((meter.faults_overdue(), meter.faults_given_up()), (1, 0), "once");
-        source.open();
+        source.release();
         assert_eq!(reader.join().unwrap(), byte_at(3 * PAGE as u64));
     });
     assert_eq!(region.as_slice()[0], byte_at(0));
@@ -52,8 +52,8 @@ fn a_fault_that_was_given_up_is_a_signal_to_its_waiter() {
         let region = Region::builder().chunk(Chunk::source(hanging())).build(&pool).unwrap();
         println!("read a byte: {}", region.as_slice()[3 * PAGE]);
     });
-    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.said());
-    assert!(!end.said().contains("read a byte"), "{}", end.said());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
+    assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
 /// The waiter is the kernel, which gets an error and no signal; and the source answers after all.
@@ -72,7 +72,7 @@ fn a_source_that_answers_after_all_mends_the_page() {
     assert_eq!((failed.len(), failed[0].0), (1, 3 * PAGE as u64));
     assert!(failed[0].1.to_string().contains("it has taken"), "{}", failed[0].1);
     assert!(asked.join().unwrap().is_err());
-    source.open();
+    source.release();
     until(|| region.failures().is_empty());
     assert_eq!(touch(address), byte_at(3 * PAGE as u64));
     assert_eq!(region.close().faults_given_up, 1);
@@ -118,11 +118,11 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
         return;
     }
     let pool = pool.give_up_after(Duration::from_millis(60)).start().unwrap();
-    let source = Arc::new(Scripted::new(10 * PAGE as u64).waiting(0..10 * PAGE as u64));
+    let source = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
     let chunk = Chunk::source(Arc::clone(&source));
     let region = builder(Region::builder().chunk(chunk).readahead(Readahead::None)).build(&pool).unwrap();
     let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 5)));
-    source.open();
+    source.release();
     assert!(all.expect("five faults are given up"), "each waiter got an error");
     let shortages = pool.metrics().shortages;
     assert_eq!(shortages > 0, is_short, "{:?}", pool.metrics());
@@ -159,14 +159,14 @@ fn more_faults_than_can_be_queued_of_a_region_that_serves_children_are_given_up(
     }
     let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(500));
     let pool = pool.start().unwrap();
-    let source = Arc::new(Scripted::new(1100 * PAGE as u64).waiting(0..u64::MAX));
+    let source = Arc::new(Scripted::new(1100 * PAGE as u64).holding(0..u64::MAX));
     let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
     let region = match builder.serve_children().build(&pool) {
         Ok(region) => region,
         Err(error) => return println!("SKIPPED: {error}"),
     };
     let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 1100)));
-    source.open();
+    source.release();
     assert!(all.expect("all faults are given up"), "each waiter got an error");
 }
 
@@ -211,7 +211,7 @@ fn a_process_that_was_stopped_gives_nothing_up_when_it_goes_on() {
             be_stopped_for(limit * 3);
             // As the other threads go on at the same time, so does the watchdog.
             thread::sleep(limit / 10);
-            source.open();
+            source.release();
             assert_eq!(reader.join().unwrap(), byte_at(3 * PAGE as u64));
         });
         let metrics = region.metrics();
@@ -223,7 +223,7 @@ fn a_process_that_was_stopped_gives_nothing_up_when_it_goes_on() {
 /// Stops this process; a child has it go on.
 fn be_stopped_for(time: Duration) {
     let parent = Pid::this();
-    let wakes = Forked::start(|| {
+    let wakes = ForkedChild::start(|| {
         let stopped = || {
             let stat = std::fs::read_to_string(format!("/proc/{parent}/stat")).unwrap();
             stat.rsplit(')').next().unwrap().trim_start().starts_with('T')
@@ -235,5 +235,5 @@ fn be_stopped_for(time: Duration) {
         i32::from(kill(parent, Signal::SIGCONT).is_err())
     });
     kill(parent, Signal::SIGSTOP).unwrap();
-    assert!(wakes.passes());
+    assert!(wakes.succeeds());
 }

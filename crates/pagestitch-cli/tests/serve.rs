@@ -1,7 +1,7 @@
 //! `pagestitch serve`: the handler as it is put in production, with signals, and what it says when it cannot start.
 
 use pagestitch::{Pool, Region};
-use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -36,8 +36,8 @@ fn serve(folder: &Path, more: &[&str]) -> Child {
 }
 
 /// A guest that reads a few pages, waits for the handler to go, and reads them all.
-fn guest(test: &str, folder: &Path) -> Beside {
-    child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+fn guest(test: &str, folder: &Path) -> ChildTest {
+    child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
         let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
         let _stream = guest.hand_over(path.as_ref()).unwrap();
         let check = |page: usize| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1, "page {page}");
@@ -73,7 +73,7 @@ fn told_to_stop_under_load_it_leaves_its_guests_complete() {
         wait_for(&folder.path().join("socket.ready"));
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
         assert!(handler.wait().unwrap().success());
-        guest.end().expect_pass();
+        guest.wait().expect_pass();
         let said: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
         let words = ["listening", "serving", "left to itself"];
         let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"detached""#];
@@ -141,7 +141,7 @@ fn record_other(path: &Path) {
 fn a_recording_or_a_map_that_is_lost_is_no_success() {
     let test = "a_recording_or_a_map_that_is_lost_is_no_success";
     let life = |folder: &Path| {
-        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             assert_eq!(guest.read(7 * PAGE), 8);
@@ -158,7 +158,7 @@ fn a_recording_or_a_map_that_is_lost_is_no_success() {
         let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
         assert!(lines.next().unwrap().starts_with("listening"));
         fs::remove_dir(folder.path().join("sub")).unwrap();
-        life(folder.path()).end().expect_pass();
+        life(folder.path()).wait().expect_pass();
         assert!(lines.any(|line| line.contains("cannot write sub/file")), "{option}");
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
         let output = handler.wait_with_output().unwrap();
@@ -172,7 +172,7 @@ fn a_recording_or_a_map_that_is_lost_is_no_success() {
 fn what_the_first_guest_touches_is_there_for_the_next_one() {
     let test = "what_the_first_guest_touches_is_there_for_the_next_one";
     let life = |folder: &Path| {
-        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             for page in (0..PAGES).step_by(29) {
@@ -191,7 +191,7 @@ fn what_the_first_guest_touches_is_there_for_the_next_one() {
     {
         let mut handler = serve(folder.path(), &[option, "touches"]);
         wait_for(&folder.path().join("socket"));
-        life(folder.path()).end().expect_pass();
+        life(folder.path()).wait().expect_pass();
         let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
         assert!(lines.any(|line| line.contains(&told)), "{told}");
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
@@ -208,7 +208,7 @@ fn what_the_first_guest_touches_is_there_for_the_next_one() {
 fn guests_wait_for_descriptors() {
     let test = "guests_wait_for_descriptors";
     let life = |folder: &Path| {
-        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             assert_eq!(guest.read(1000 * PAGE), (1000 % 251) as u8 + 1);
@@ -234,7 +234,7 @@ fn guests_wait_for_descriptors() {
         .unwrap();
     wait_for(&folder.path().join("socket"));
     let guests: Vec<_> = (0..12).map(|_| life(folder.path())).collect();
-    guests.into_iter().for_each(|guest| guest.end().expect_pass());
+    guests.into_iter().for_each(|guest| guest.wait().expect_pass());
     handler.kill().unwrap();
     let said = handler.wait_with_output().unwrap();
     println!("{}", String::from_utf8_lossy(&said.stderr));
@@ -245,7 +245,7 @@ fn guests_wait_for_descriptors() {
 fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
     let test = "a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end";
     let life = |folder: &Path| {
-        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
@@ -276,7 +276,7 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
         let descriptors = || fs::read_dir(format!("/proc/{}/fd", handler.id())).map_or(0, Iterator::count);
         let mut most = 0;
         for _ in 0..3 {
-            life(folder.path()).end().expect_pass();
+            life(folder.path()).wait().expect_pass();
             most = most.max(descriptors());
         }
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
@@ -304,7 +304,7 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
 fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
     let test = "a_guest_of_another_pid_namespace_is_served_or_refused_at_once";
     let life = |folder: &Path| {
-        child::beside(test, folder.join("socket").to_str().unwrap(), |path| {
+        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
             let _stream = guest.hand_over(path.as_ref()).unwrap();
             (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
@@ -335,7 +335,7 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
             .unwrap();
         let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map_while(Result::ok);
         let listens = lines.next().is_some_and(|line| line.starts_with("listening"));
-        let end = listens.then(|| life(folder.path()).end());
+        let end = listens.then(|| life(folder.path()).wait());
         let told = lines.find(|line| line.contains("ended after") || line.contains("refused"));
         let _ = handler.kill();
         handler.wait().unwrap();
@@ -345,6 +345,6 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
         };
         // Before Linux 6.5, no process of another namespace is known for certain.
         assert!(told.contains(expected) || told.contains("before Linux 6.5"), "{told}");
-        assert_eq!(end.passed(), told.contains("ended after"), "{}", end.said());
+        assert_eq!(end.passed(), told.contains("ended after"), "{}", end.output());
     }
 }

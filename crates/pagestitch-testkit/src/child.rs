@@ -18,9 +18,9 @@ use std::process::{Child, Command, Output, Stdio, exit};
 
 /// How a child ended, and what it said.
 #[derive(Debug)]
-pub struct End(Output);
+pub struct ChildExit(Output);
 
-impl End {
+impl ChildExit {
     /// The signal that killed it.
     #[must_use]
     pub fn signal(&self) -> Option<i32> {
@@ -41,14 +41,14 @@ impl End {
 
     /// What it wrote, to standard output and standard error.
     #[must_use]
-    pub fn said(&self) -> String {
+    pub fn output(&self) -> String {
         let Output { stdout, stderr, .. } = &self.0;
         String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
     }
 
     /// A test binary passes where it has no test of the name that it is asked for.
     fn of_a_test(self, test: &str) -> Self {
-        assert!(!self.said().contains("running 0 tests"), "the test binary has no test of the name {test}");
+        assert!(!self.output().contains("running 0 tests"), "the test binary has no test of the name {test}");
         self
     }
 
@@ -58,22 +58,22 @@ impl End {
     ///
     /// If the child did not pass.
     pub fn expect_pass(&self) {
-        assert!(self.passed(), "the child ended with {}:\n{}", self.0.status, self.said());
+        assert!(self.passed(), "the child ended with {}:\n{}", self.0.status, self.output());
     }
 }
 
 /// A child that runs beside the test, and the test's name.
 #[derive(Debug)]
-pub struct Beside(Child, String);
+pub struct ChildTest(Child, String);
 
-impl Beside {
+impl ChildTest {
     /// Waits for its end.
     ///
     /// # Panics
     ///
     /// If `wait(2)` fails, or if the test binary has no test of that name.
-    pub fn end(self) -> End {
-        End(self.0.wait_with_output().expect("a child ends")).of_a_test(&self.1)
+    pub fn wait(self) -> ChildExit {
+        ChildExit(self.0.wait_with_output().expect("a child ends")).of_a_test(&self.1)
     }
 
     /// Ends it with SIGKILL.
@@ -92,7 +92,7 @@ impl Beside {
     }
 }
 
-/// The name of the calling test, as `cargo test` prints it: [`run`](child::run) and [`beside`](child::beside) take it.
+/// The name of the calling test, as `cargo test` prints it: [`run`](child::run) and [`spawn`](child::spawn) take it.
 ///
 /// The call belongs into the test itself, because in a helper it names the helper. A closure in the test is as good.
 #[macro_export]
@@ -123,14 +123,14 @@ pub fn is_child(test: &str) -> bool {
 /// # Panics
 ///
 /// If the test binary cannot be started again.
-pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
+pub fn spawn(test: &str, argument: &str, body: impl FnOnce(&str)) -> ChildTest {
     if is_child(test) {
         body(&env::var(ARGUMENT).unwrap_or_default());
         exit(0);
     }
     let mut command = again(test);
     command.env(ARGUMENT, argument).stdout(Stdio::piped()).stderr(Stdio::piped());
-    Beside(command.spawn().expect("a test binary can be started again"), String::from(test))
+    ChildTest(command.spawn().expect("a test binary can be started again"), String::from(test))
 }
 
 /// Runs `body` in a child. `test` is the calling test's full name, as `cargo test` prints it.
@@ -140,12 +140,12 @@ pub fn beside(test: &str, argument: &str, body: impl FnOnce(&str)) -> Beside {
 /// # Panics
 ///
 /// If the test binary cannot be started again.
-pub fn run(test: &str, body: impl FnOnce()) -> End {
+pub fn run(test: &str, body: impl FnOnce()) -> ChildExit {
     if is_child(test) {
         body();
         exit(0);
     }
-    End(again(test).output().expect("a test binary can be started again")).of_a_test(test)
+    ChildExit(again(test).output().expect("a test binary can be started again")).of_a_test(test)
 }
 
 fn again(test: &str) -> Command {

@@ -6,9 +6,9 @@ use nix::unistd::{ForkResult, Pid, alarm, fork};
 /// A child that runs.
 #[derive(Debug)]
 #[must_use = "it is to be waited for"]
-pub struct Forked(Pid);
+pub struct ForkedChild(Pid);
 
-impl Forked {
+impl ForkedChild {
     /// Starts a child that ends with what `body` says, or by a signal; after half a minute by SIGALRM.
     ///
     /// # Panics
@@ -41,13 +41,13 @@ impl Forked {
     ///
     /// If it was waited for by somebody else.
     #[must_use]
-    pub fn end(self) -> WaitStatus {
+    pub fn wait(self) -> WaitStatus {
         waitpid(self.0, None).expect("a child of ours")
     }
 
     /// Waits for its end. Whether its body said 0.
     #[must_use]
-    pub fn passes(self) -> bool {
-        matches!(self.end(), WaitStatus::Exited(_, 0))
+    pub fn succeeds(self) -> bool {
+        matches!(self.wait(), WaitStatus::Exited(_, 0))
     }
 }

@@ -332,7 +332,7 @@ impl Guest {
 /// # Panics
 ///
 /// If the bytes are not inside the region.
-pub fn let_go(region: &pagestitch::Region, bytes: std::ops::Range<usize>) {
+pub fn discard(region: &pagestitch::Region, bytes: std::ops::Range<usize>) {
     assert!(bytes.end <= region.len(), "inside");
     let page = PageSize::system().bytes();
     let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);

@@ -22,25 +22,25 @@ pub struct Scripted {
     size: u64,
     failing: Range<u64>,
     panicking: Range<u64>,
-    waiting: Range<u64>,
+    holding: Range<u64>,
     reads: AtomicU64,
-    mended: AtomicBool,
-    gate: Gate,
+    repaired: AtomicBool,
+    barrier: ReadBarrier,
 }
 
 impl Scripted {
     /// A source of `size` bytes of [`byte_at`], which does nothing special yet.
     #[must_use]
     pub fn new(size: u64) -> Self {
-        let gate = Gate::default();
+        let barrier = ReadBarrier::default();
         Self {
             size,
             failing: 0..0,
             panicking: 0..0,
-            waiting: 0..0,
+            holding: 0..0,
             reads: AtomicU64::new(0),
-            mended: AtomicBool::new(false),
-            gate,
+            repaired: AtomicBool::new(false),
+            barrier,
         }
     }
 
@@ -56,15 +56,15 @@ impl Scripted {
         Self { panicking: bytes, ..self }
     }
 
-    /// Holds reads that meet these bytes until [`open`](Self::open).
+    /// Holds reads that meet these bytes until [`release`](Self::release).
     #[must_use]
-    pub fn waiting(self, bytes: Range<u64>) -> Self {
-        Self { waiting: bytes, ..self }
+    pub fn holding(self, bytes: Range<u64>) -> Self {
+        Self { holding: bytes, ..self }
     }
 
     /// Fails no more from now on.
-    pub fn mend(&self) {
-        self.mended.store(true, Ordering::SeqCst);
+    pub fn repair(&self) {
+        self.repaired.store(true, Ordering::SeqCst);
     }
 
     /// How many times it was read.
@@ -74,16 +74,16 @@ impl Scripted {
 
     /// Waits until `n` reads are held.
     pub fn wait_until_held(&self, n: usize) {
-        let mut state = self.gate.state.lock();
+        let mut state = self.barrier.state.lock();
         while state.held < n {
-            self.gate.changed.wait(&mut state);
+            self.barrier.changed.wait(&mut state);
         }
     }
 
     /// Lets held reads go on, now and from now on.
-    pub fn open(&self) {
-        self.gate.state.lock().open = true;
-        self.gate.changed.notify_all();
+    pub fn release(&self) {
+        self.barrier.state.lock().open = true;
+        self.barrier.changed.notify_all();
     }
 }
 
@@ -96,11 +96,11 @@ impl Source for Scripted {
         self.reads.fetch_add(1, Ordering::SeqCst);
         let end = offset + into.len() as u64;
         let meets = |range: &Range<u64>| offset < range.end && range.start < end;
-        if meets(&self.waiting) {
-            self.gate.pass();
+        if meets(&self.holding) {
+            self.barrier.pass();
         }
         assert!(!meets(&self.panicking), "scripted to panic");
-        if meets(&self.failing) && !self.mended.load(Ordering::SeqCst) {
+        if meets(&self.failing) && !self.repaired.load(Ordering::SeqCst) {
             return Err(io::Error::new(io::ErrorKind::ConnectionReset, "scripted to fail"));
         }
         for (byte, at) in into.iter_mut().zip(offset..) {
@@ -121,18 +121,18 @@ pub const fn byte_at(offset: u64) -> u8 {
 }
 
 #[derive(Debug, Default)]
-struct Gate {
-    state: Mutex<GateState>,
+struct ReadBarrier {
+    state: Mutex<BarrierState>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct GateState {
+struct BarrierState {
     open: bool,
     held: usize,
 }
 
-impl Gate {
+impl ReadBarrier {
     fn pass(&self) {
         let mut state = self.state.lock();
         state.held += 1;

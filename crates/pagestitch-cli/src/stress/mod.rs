@@ -76,12 +76,12 @@ tally! {
     /// Answers that were delayed.
     delays_injected,
     /// Ranges that were let go of while others touched them.
-    let_go,
+    discards,
     /// Ranges that a guest gave back.
     balloons,
     /// Processes that were started meanwhile.
     forks,
-    /// Forked children that looked at a region.
+    /// ForkedChild children that looked at a region.
     children,
     /// Pages that were healed.
     healed,

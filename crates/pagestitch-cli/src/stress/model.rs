@@ -66,7 +66,7 @@ impl Model {
     }
 
     /// From now on nothing fails.
-    pub(super) fn mend(&self) {
+    pub(super) fn repair(&self) {
         self.chaotic.iter().for_each(|source| source.mended.store(true, Ordering::Relaxed));
     }
 

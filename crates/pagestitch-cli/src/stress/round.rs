@@ -8,8 +8,8 @@ use super::stopped;
 use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};
-use pagestitch_testkit::forked::Forked;
-use pagestitch_testkit::guest::{Guest, let_go};
+use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::guest::{Guest, discard};
 use pagestitch_testkit::memory::Split;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -66,7 +66,7 @@ struct Ways<'a> {
     /// Who serves is told of what is let go.
     events: bool,
     answers: Answers,
-    /// Forked children have the region.
+    /// ForkedChild children have the region.
     children: bool,
     /// What is locked meanwhile.
     locked: Option<&'a Locked>,
@@ -166,8 +166,8 @@ fn touch(
             Tally::count(&tally.children, 1);
             // What it counts and takes note of is its own, and lost.
             let child =
-                Forked::start(|| i32::from(look(&mut rng.fork(), region, ways, model, tally).is_err()));
-            let ended = child.end();
+                ForkedChild::start(|| i32::from(look(&mut rng.fork(), region, ways, model, tally).is_err()));
+            let ended = child.wait();
             if matches!(ended, WaitStatus::Exited(_, 0)) {
                 Ok(())
             } else {
@@ -181,7 +181,7 @@ fn touch(
     });
     outcome?;
     // What has failed can be had once it is mended.
-    model.mend();
+    model.repair();
     Answers::end();
     heal(region, ways.answers, model, tally)?;
     let metrics = region.metrics();
@@ -211,8 +211,8 @@ fn act(
                 check(done, fatal, &range, model, tally)?;
             }
             6 if !fatal && model.again && ways.events => {
-                let_go(region, range.clone());
-                Tally::count(&tally.let_go, 1);
+                discard(region, range.clone());
+                Tally::count(&tally.discards, 1);
             }
             7 if rng.bool() => {
                 split(rng).region(region, range);
@@ -348,7 +348,7 @@ fn touch_guest(
             .try_for_each(|thread| thread.join().map_err(|_| String::from("a thread panicked"))?)
     });
     outcome?;
-    model.mend();
+    model.repair();
     let all = 0..model.bytes.len() as u64;
     region
         .heal(all.clone())

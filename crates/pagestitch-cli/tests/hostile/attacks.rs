@@ -124,7 +124,7 @@ const PEER: &str = "attacks::a_peer_that_ends";
 #[test]
 fn a_peer_that_ends() {
     if child::is_child(PEER) {
-        child::beside(PEER, "", |paths| {
+        child::spawn(PEER, "", |paths| {
             let (handler, heir) = paths.split_once(' ').unwrap();
             let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
             fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
@@ -139,9 +139,9 @@ fn ends_and_lets_others_speak(socket: &Path, ready: &dyn Fn()) -> Result<(), Box
     let (wrong, right) = (Guest::new(&[100 * PAGE], false)?, Guest::new(&[BYTES], false)?);
     let work = || {
         let peer =
-            child::beside(PEER, &format!("{} {}", socket.display(), path.display()), |_| unreachable!());
+            child::spawn(PEER, &format!("{} {}", socket.display(), path.display()), |_| unreachable!());
         let (_, mut fds) = fd_passing::receive(heir.accept().unwrap().0, &mut [0; 10]).unwrap();
-        peer.end();
+        peer.wait();
         for guest in [&wrong, &right] {
             let _ = fd_passing::send(fds.last().unwrap(), guest.handshake().as_bytes(), &[guest.uffd()]);
         }
@@ -217,7 +217,7 @@ const MORTAL: &str = "attacks::a_guest_that_dies";
 #[test]
 fn a_guest_that_dies() {
     if child::is_child(MORTAL) {
-        child::beside(MORTAL, "", |socket| {
+        child::spawn(MORTAL, "", |socket| {
             let (guest, _stream) = guest(Path::new(socket));
             thread::scope(|scope| {
                 let touch = |first: usize| (first..1000).for_each(|page| touch(&guest, page));
@@ -230,7 +230,7 @@ fn a_guest_that_dies() {
 }
 
 fn dies(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
-    for_ever(2, || drop(child::beside(MORTAL, socket.to_str().unwrap(), |_| unreachable!()).end()), ready)
+    for_ever(2, || drop(child::spawn(MORTAL, socket.to_str().unwrap(), |_| unreachable!()).wait()), ready)
 }
 
 fn takes_the_socket_over(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {

@@ -1,7 +1,7 @@
 //! A file system in user space whose daemon never answers a `close(2)`: just enough of the protocol to open one file.
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::child::{self, ChildTest};
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ const DAEMON: &str = "fuse::a_deaf_daemon";
 #[test]
 fn a_deaf_daemon() {
     if child::is_child(DAEMON) {
-        child::beside(DAEMON, "", |paths| {
+        child::spawn(DAEMON, "", |paths| {
             let (path, until) = paths.split_once(' ').unwrap();
             mount_and_serve(Path::new(path)).unwrap();
             let began = Instant::now();
@@ -35,10 +35,10 @@ fn a_deaf_daemon() {
 }
 
 /// Starts a daemon; its files are in the folder.
-pub(crate) fn start(folder: &Path, until: &Path) -> Result<Beside, Box<dyn Error>> {
+pub(crate) fn start(folder: &Path, until: &Path) -> Result<ChildTest, Box<dyn Error>> {
     fs::create_dir_all(folder)?;
     let paths = format!("{} {}", folder.display(), until.display());
-    let mut daemon = child::beside(DAEMON, &paths, |_| unreachable!("the child's body is above"));
+    let mut daemon = child::spawn(DAEMON, &paths, |_| unreachable!("the child's body is above"));
     let began = Instant::now();
     while !folder.join("file").exists() {
         if began.elapsed() > Duration::from_secs(10) {

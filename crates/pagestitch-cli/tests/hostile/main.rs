@@ -5,7 +5,7 @@ mod attacks;
 mod fuse;
 
 use attacks::{ATTACKS, BUSY};
-use pagestitch_testkit::child::{self, Beside};
+use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -61,8 +61,8 @@ impl Handler {
     }
 
     /// Starts a child that plays a part.
-    fn child(&self, part: &str) -> Beside {
-        child::beside(TEST, &format!("{part} {}", self.socket().display()), play)
+    fn child(&self, part: &str) -> ChildTest {
+        child::spawn(TEST, &format!("{part} {}", self.socket().display()), play)
     }
 
     /// The 99th percentile of an innocent guest's touches.
@@ -80,8 +80,8 @@ impl Handler {
         if !done.exists() && !died() {
             child.kill();
         }
-        let end = child.end();
-        assert!(end.passed(), "the innocent guest: {}", end.said());
+        let end = child.wait();
+        assert!(end.passed(), "the innocent guest: {}", end.output());
         let nanoseconds = fs::read_to_string(&done).unwrap();
         fs::remove_file(done).unwrap();
         Duration::from_nanos(nanoseconds.parse().unwrap())
@@ -96,7 +96,7 @@ impl Handler {
         wait_until(attack, || ready.exists() || skipped.exists());
         if skipped.exists() {
             println!("SKIPPED {attack}: {}", fs::read_to_string(skipped).unwrap());
-            attacker.end();
+            attacker.wait();
             return None;
         }
         let touches = self.touches();
@@ -104,7 +104,7 @@ impl Handler {
         let enough = self.folder.path().join("enough");
         fs::write(&enough, "").unwrap();
         attacker.kill();
-        attacker.end();
+        attacker.wait();
         fs::remove_file(enough).unwrap();
         Some(touches)
     }
@@ -179,7 +179,7 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 #[test]
 fn no_attack_of_a_peer_harms_an_innocent_guest() {
     if child::is_child(TEST) {
-        child::beside(TEST, "", play);
+        child::spawn(TEST, "", play);
     }
     let handler = Handler::start();
     // The first touches bring the memory file into the page cache.
