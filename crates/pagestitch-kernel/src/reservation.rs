@@ -37,8 +37,8 @@ pub enum Access {
     /// Read them. Nothing changes a byte once it is there.
     ReadOnly,
     /// Read them, too. The mapping can be written to, as the kernel moves pages only between such
-    /// ([`Uffd::give`](crate::Uffd::give)): it does not stop a stray pointer.
-    Unguarded,
+    /// ([`Uffd::move_donated`](crate::Uffd::move_donated)): it does not stop a stray pointer.
+    LogicallyReadOnly,
     /// Read and write them; writes stay private to the region.
     Writable,
 }
@@ -47,7 +47,7 @@ impl Access {
     pub(crate) const fn protection(self) -> ProtFlags {
         match self {
             Self::ReadOnly => ProtFlags::PROT_READ,
-            Self::Unguarded | Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
+            Self::LogicallyReadOnly | Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The one view of a reservation's bytes, and what can be shown in it in place.
 //!
 //! ```text
-//!   View ──── map: a sealed memfd   take: donated pages ──────▶ into_stable() ──▶ StableView: &[u8]
+//!   View ──── map: a sealed memfd   move_in: donated pages ───▶ into_stable() ──▶ StableView: &[u8]
 //!     └────── map_file   map_lazy   alias   map_physical ─────▶ others may change it: read_at, write_at, a pointer
 //! ```
 //!
@@ -84,7 +84,7 @@ impl View {
     }
 
     /// Shows part of a memfd whose pages come later: to touch one that the memfd does not have, or that is not in this
-    /// view yet, is a fault of `uffd`, and [`Uffd::map_cached`] the answer. Linux 5.14.
+    /// view yet, is a fault of `uffd`, and [`Uffd::continue_pages`] the answer. Linux 5.14.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl View {
     /// # Panics
     ///
     /// As [`map`](Self::map); if one of the pages has moved before.
-    pub fn take(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
+    pub fn move_in(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &donated.mapping, offset) else { return Ok(()) };
         let moving = donated.span(offset, range.bytes());
         let taken = donated.take(moving).filter(|taken| taken.span() == moving);
@@ -331,7 +331,7 @@ impl View {
     /// Of what is shown in place: the kernel moves nothing there, so what is only read is guarded.
     fn protection(&self) -> ProtFlags {
         match self.access {
-            Access::ReadOnly | Access::Unguarded => Access::ReadOnly.protection(),
+            Access::ReadOnly | Access::LogicallyReadOnly => Access::ReadOnly.protection(),
             Access::Writable => Access::Writable.protection(),
         }
     }

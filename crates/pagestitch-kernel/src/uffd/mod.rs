@@ -185,7 +185,7 @@ impl Uffd {
 
     /// Maps the pages that the file behind `range` has in its page cache (minor faults), and wakes. Linux 5.13.
     #[doc(alias = "UFFDIO_CONTINUE")]
-    pub fn map_cached(&self, range: AddressRange) -> Outcome {
+    pub fn continue_pages(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Continue, range, |range, waiters| {
             let mut request = abi::Progress::new(range, waiters);
             // SAFETY: `request` is a uffdio_continue that lives through the call.
@@ -247,7 +247,7 @@ impl Uffd {
     /// # Panics
     ///
     /// If the donation does not have as many pages there.
-    pub fn give(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
+    pub fn move_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
         let span = donated.span(offset, range.bytes());
         let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
         let part = range.part(0, taken.span().pages);
@@ -262,11 +262,11 @@ impl Uffd {
         outcome.of_part(part.bytes(), range.bytes())
     }
 
-    /// Copies donated pages in, for where they cannot be moved. As [`give`](Self::give) otherwise.
+    /// Copies donated pages in, for where they cannot be moved. As [`move_donated`](Self::move_donated) otherwise.
     ///
     /// # Panics
     ///
-    /// As [`give`](Self::give).
+    /// As [`move_donated`](Self::move_donated).
     pub fn copy_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
         let span = donated.span(offset, range.bytes());
         let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };

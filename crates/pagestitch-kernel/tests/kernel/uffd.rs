@@ -227,9 +227,9 @@ fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
     unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }.unwrap();
     let first = AddressRange::new(range.start(), size, PageSize::system()).unwrap();
     let second = AddressRange::new(range.start() + size, size, PageSize::system()).unwrap();
-    assert_eq!(uffd.map_cached(second), Outcome::SourceUnreadable, "the cache has no such page");
-    assert_eq!(uffd.map_cached(first), Outcome::Done);
-    assert_eq!(uffd.map_cached(first), Outcome::AlreadyThere);
+    assert_eq!(uffd.continue_pages(second), Outcome::SourceUnreadable, "the cache has no such page");
+    assert_eq!(uffd.continue_pages(first), Outcome::Done);
+    assert_eq!(uffd.continue_pages(first), Outcome::AlreadyThere);
     // SAFETY: the first page of the mapping, which is there and which nobody writes.
     let seen = unsafe { slice::from_raw_parts(start.as_ptr().cast::<u8>(), size) };
     assert_eq!(seen[0], 6);
@@ -338,7 +338,7 @@ fn memory_that_is_not_registered_stays_as_it_is() {
     let uffd = Uffd::open(wanted).unwrap();
     uffd.register(&other, RegisterMode::MISSING).unwrap();
     let ff = vec![0xff; page.bytes()];
-    for outcome in [uffd.copy(range, &ff), uffd.zero(range), uffd.map_cached(range), uffd.poison(range)] {
+    for outcome in [uffd.copy(range, &ff), uffd.zero(range), uffd.continue_pages(range), uffd.poison(range)] {
         assert!(matches!(outcome, Outcome::NotRegistered | Outcome::Refused(_)), "{outcome:?}");
     }
     for outcome in [uffd.write_protect(range), uffd.unprotect(range)] {

@@ -168,13 +168,13 @@ fn donated_pages_move_once_and_are_never_read_as_the_zeros_they_leave() {
         return;
     }
     let donated = donation(3);
-    let (reservation, mut view, uffd) = reserve(3, Access::Unguarded);
+    let (reservation, mut view, uffd) = reserve(3, Access::LogicallyReadOnly);
     assert!(view.as_mut_slice().is_none(), "for the kernel to write to, not for us");
-    assert_eq!(uffd.give(reservation.addresses(span(1, 2)), &donated, 0), Outcome::Done);
+    assert_eq!(uffd.move_donated(reservation.addresses(span(1, 2)), &donated, 0), Outcome::Done);
     assert_eq!((view.as_slice()[SIZE], view.as_slice()[2 * SIZE]), (1, 2));
     assert_eq!(donated.read_at(2 * SIZE as u64 - 1, &mut [0; 2]), Err(Errno::ENODATA));
     assert_eq!(
-        uffd.give(reservation.addresses(page(0)), &donated, 0),
+        uffd.move_donated(reservation.addresses(page(0)), &donated, 0),
         Outcome::NotRegistered,
         "a hole by now"
     );
@@ -188,7 +188,7 @@ fn a_move_needs_a_writable_mapping_and_a_copy_does_not() {
     }
     let donated = donation(1);
     let (reservation, view, uffd) = reserve(1, Access::ReadOnly);
-    assert_eq!(uffd.give(reservation.range(), &donated, 0), Outcome::Refused(Errno::EINVAL));
+    assert_eq!(uffd.move_donated(reservation.range(), &donated, 0), Outcome::Refused(Errno::EINVAL));
     assert_eq!(uffd.copy_donated(reservation.range(), &donated, 0), Outcome::Done);
     assert_eq!(view.as_slice()[SIZE - 1], 1);
 }
@@ -197,7 +197,7 @@ fn a_move_needs_a_writable_mapping_and_a_copy_does_not() {
 fn donated_pages_are_taken_at_once_on_any_kernel() {
     let donated = donation(3);
     let (_reservation, mut view, _uffd) = raw(4, Access::ReadOnly);
-    view.take(span(2, 2), &donated, SIZE as u64).unwrap();
+    view.move_in(span(2, 2), &donated, SIZE as u64).unwrap();
     let view = view.into_stable().unwrap();
     assert_eq!((view.as_slice()[2 * SIZE], view.as_slice()[4 * SIZE - 1]), (2, 3));
     assert_eq!(donated.read_at(SIZE as u64, &mut [0]), Err(Errno::ENODATA));
@@ -217,9 +217,9 @@ fn a_page_of_a_lazy_memfd_comes_when_it_is_there() {
     let uffd = pagestitch_kernel::Uffd::open(Features::MISSING_SHMEM | Features::MINOR_SHMEM).unwrap();
     view.map_lazy(span(1, 2), &file, 0, &uffd).unwrap();
     let second = reservation.addresses(page(2));
-    assert_eq!(uffd.map_cached(second), Outcome::SourceUnreadable, "the memfd has no such page");
+    assert_eq!(uffd.continue_pages(second), Outcome::SourceUnreadable, "the memfd has no such page");
     memfd.file().write_all_at(&[7; SIZE], SIZE as u64).unwrap();
-    assert_eq!(uffd.map_cached(second), Outcome::Done);
+    assert_eq!(uffd.continue_pages(second), Outcome::Done);
     let mut seen = [0; 2];
     view.read_at(2 * SIZE as u64, &mut seen).unwrap();
     assert_eq!(seen, [7, 7]);

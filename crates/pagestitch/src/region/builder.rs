@@ -329,7 +329,7 @@ impl Builder {
         let pages = pages_for(&layout, page).map_err(in_region)?;
         let staged = self.stages(&layout, pages.get() * page.bytes(), &uffd);
         let access = match self.access {
-            Access::ReadOnly if moves || staged.is_ok() => Access::Unguarded,
+            Access::ReadOnly if moves || staged.is_ok() => Access::LogicallyReadOnly,
             access => access,
         };
         let huge = moves || staged.is_ok();

@@ -203,7 +203,7 @@ pub(super) fn refuse_births(region: &Served) {
         }),
     }
     // As long as a fork is under way, the kernel fills nothing.
-    while region.uffd.map_cached(first_page(region)) == Outcome::Changing {
+    while region.uffd.continue_pages(first_page(region)) == Outcome::Changing {
         if region.place.adopted().is_some() {
             region.read_events(&mut Batch::with_capacity(BATCH), &mut |news| region.hear(news));
         }
@@ -214,7 +214,7 @@ pub(super) fn refuse_births(region: &Served) {
 /// Whether the process that a child's memory belonged to has ended, or does something else by now.
 fn is_dead(child: &Served) -> bool {
     // To show what a page cache has is refused for memory without one, where there is somebody to refuse it to.
-    child.uffd.map_cached(first_page(child)) == Outcome::ProcessGone
+    child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
 }
 
 pub(super) fn first_page(region: &Served) -> AddressRange {

@@ -124,7 +124,7 @@ fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), 
     let Run { span, offset, .. } = run;
     match backing {
         Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
-        Backing::Donated(donated) => view.take(span, donated, offset),
+        Backing::Donated(donated) => view.move_in(span, donated, offset),
         Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
         Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),

@@ -176,7 +176,7 @@ impl Stray {
     fn end(&self, region: &Served, batch: &mut Batch) -> Progress {
         self.unregister(region);
         match &self.whose {
-            Whose::Child(uffd) if uffd.map_cached(first_page(region)) == Outcome::Changing => {
+            Whose::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
                 Progress::Left(self.read(region, batch))
             }
             _ => Progress::Done,

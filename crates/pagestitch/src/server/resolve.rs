@@ -216,7 +216,7 @@ fn put(region: &Served, span: Span, content: &mut Content<'_>, done: usize) -> O
         Content::Donated(donated, offset) => {
             return give(region, span, donated, *offset + done as u64, is_marked);
         }
-        Content::Cached => (region.uffd.map_cached(range), Way::Cached),
+        Content::Cached => (region.uffd.continue_pages(range), Way::Cached),
         Content::Zero => match region.uffd.zero(range) {
             Outcome::AlreadyThere if is_marked(region, span) => (zero_marked(region, span), Way::Zeroed),
             outcome => (outcome, Way::Zeroed),
@@ -234,7 +234,7 @@ fn give(
     marked: fn(&Served, Span) -> bool,
 ) -> Option<(Outcome, Way)> {
     if region.moves {
-        match region.uffd.give(region.place.addresses(span), donated, offset) {
+        match region.uffd.move_donated(region.place.addresses(span), donated, offset) {
             // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
             Outcome::AlreadyThere if marked(region, span) => {}
@@ -343,7 +343,7 @@ pub(super) fn poison(region: &Served, span: Span) -> Result<(), Stopped> {
 /// Shows a page that a file of its owner's has in its page cache.
 pub(super) fn show(region: &Served, page: Page) {
     // Where it is there by now, or gone, the waiter tries again.
-    let _ = region.uffd.map_cached(region.place.addresses(page.span()));
+    let _ = region.uffd.continue_pages(region.place.addresses(page.span()));
     region.wake(page.span());
 }
 
