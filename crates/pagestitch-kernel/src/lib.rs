@@ -17,7 +17,7 @@
 //! | [`staging`] | a huge page to fill in peace, and to move away whole |
 //! | [`process`] | another process, by a descriptor that stays with it |
 //! | [`fd_passing`] | descriptors through a UNIX socket |
-//! | [`in_flight`] | descriptors that outlive the process that has them |
+//! | [`fd_queue`] | descriptors that outlive the process that has them |
 //! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
 //! | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | [`revocable`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
@@ -53,11 +53,11 @@ pub mod capabilities;
 mod copy;
 pub mod event;
 pub mod fd_passing;
+pub mod fd_queue;
 pub mod features;
 pub mod fork;
 pub mod gate;
 mod granule;
-pub mod in_flight;
 pub mod limits;
 mod mapping;
 pub mod memfd;

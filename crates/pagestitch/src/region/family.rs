@@ -21,7 +21,7 @@ use crate::region::served::{Manner, Served, Tables};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use nix::unistd::Pid;
-use pagestitch_kernel::in_flight::InFlight;
+use pagestitch_kernel::fd_queue::FdQueue;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Outcome, Page, Uffd};
 use parking_lot::Mutex;
@@ -41,7 +41,7 @@ pub(crate) struct Family {
     short: AtomicUsize,
     /// The children's userfaultfds, in sockets that the children have, too: they outlive this process. A socket has room for some
     /// hundreds; the next one is there before it is needed, so that a child has inherited it.
-    kept: [OnceLock<InFlight>; KEPT],
+    kept: [OnceLock<FdQueue>; KEPT],
     /// This process, as its children ask for it.
     server: Option<Process>,
 }
@@ -57,7 +57,7 @@ impl Family {
     pub(crate) fn new() -> Result<Self, Errno> {
         let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>()?;
         let kept = [const { OnceLock::new() }; KEPT];
-        let _ = kept[0].set(InFlight::new()?);
+        let _ = kept[0].set(FdQueue::new()?);
         Ok(Self {
             members: Mutex::default(),
             spare: StdMutex::new(spare),
@@ -71,10 +71,10 @@ impl Family {
     /// there is no room. Allocates nothing. `first`: an address range of the region's.
     pub(crate) fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
         let queues = || self.kept.iter().filter_map(OnceLock::get);
-        let put = |queue: &InFlight| {
+        let put = |queue: &FdQueue| {
             // Two for one that comes: those of children that have ended are found before they are many.
             for _ in 0..2 {
-                queue.turn(|other| !Uffd::has_no_process(other, first));
+                queue.rotate(|other| !Uffd::has_no_process(other, first));
             }
             // With room left to go round.
             queue.len() < KEPT_IN_ONE && queue.put(child).is_ok()
@@ -85,7 +85,7 @@ impl Family {
             && queues().last().is_some_and(|newest| newest.len() >= KEPT_IN_ONE / 2)
             // Not with the descriptors that are kept for children.
             && self.spare().len() == SPARE
-            && let Ok(queue) = InFlight::new()
+            && let Ok(queue) = FdQueue::new()
         {
             let _ = next.set(queue);
         }

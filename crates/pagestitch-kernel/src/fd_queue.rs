@@ -21,15 +21,15 @@ use std::sync::{Mutex, PoisonError};
 use std::{fmt, mem, ptr};
 
 /// A queue of descriptors, as old as the processes that are to keep them alive.
-pub struct InFlight {
+pub struct FdQueue {
     sends: OwnedFd,
     queue: OwnedFd,
     len: AtomicUsize,
     /// Held while the oldest goes round: another thread would take the next one out. The standard library's, which allocates nothing.
-    turns: Mutex<()>,
+    rotating: Mutex<()>,
 }
 
-impl InFlight {
+impl FdQueue {
     /// An empty one. Children that are forked from now on have it, unless they close what they do not know.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl InFlight {
     pub fn new() -> Result<Self, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (sends, queue) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-        Ok(Self { sends, queue, len: AtomicUsize::new(0), turns: Mutex::new(()) })
+        Ok(Self { sends, queue, len: AtomicUsize::new(0), rotating: Mutex::new(()) })
     }
 
     /// How many there are, as this process counts them.
@@ -73,8 +73,8 @@ impl InFlight {
 
     /// Looks at the oldest: makes it the newest where `keeps` says so, and lets go of it else. It stays in flight all the while. False
     /// where there is none, or no descriptor to look with.
-    pub fn turn(&self, keeps: impl FnOnce(BorrowedFd<'_>) -> bool) -> bool {
-        let _turn = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn rotate(&self, keeps: impl FnOnce(BorrowedFd<'_>) -> bool) -> bool {
+        let _rotating = self.rotating.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(oldest) = self.peek() else { return false };
         if keeps(oldest.as_fd()) && self.put(oldest.as_fd()).is_err() {
             return false;
@@ -103,9 +103,9 @@ impl InFlight {
     }
 }
 
-impl fmt::Debug for InFlight {
+impl fmt::Debug for FdQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InFlight").field("queue", &self.queue).finish_non_exhaustive()
+        f.debug_struct("FdQueue").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
 
@@ -157,7 +157,7 @@ mod tests {
 
     #[test]
     fn what_is_in_flight_stays_open_until_it_is_let_go() {
-        let queue = InFlight::new().unwrap();
+        let queue = FdQueue::new().unwrap();
         let pipes: Vec<_> = (0..20).map(|_| pipe().unwrap()).collect();
         let reads: Vec<_> = pipes
             .into_iter()
@@ -175,14 +175,14 @@ mod tests {
         // Every other one is let go of, the rest goes round.
         let mut number = 0;
         for _ in 0..20 {
-            assert!(queue.turn(|_| {
+            assert!(queue.rotate(|_| {
                 number += 1;
                 number % 2 == 0
             }));
         }
         assert_eq!(reads.iter().map(open).collect::<Vec<_>>(), [false, true].repeat(10));
         for _ in 0..30 {
-            assert!(queue.turn(|_| true));
+            assert!(queue.rotate(|_| true));
         }
         assert_eq!(reads.iter().filter(|read| open(read)).count(), 10);
         drop(queue);
@@ -191,11 +191,11 @@ mod tests {
 
     #[test]
     fn a_full_queue_says_so_and_turns_on() {
-        let queue = InFlight::new().unwrap();
+        let queue = FdQueue::new().unwrap();
         let (_read, write) = pipe().unwrap();
         let room = (0..100_000).take_while(|_| queue.put(write.as_fd()).is_ok()).count();
         assert!((64..100_000).contains(&room), "{room}");
-        assert!(!queue.turn(|_| true), "there is no room to go round");
-        assert!(queue.turn(|_| false) && queue.turn(|_| true));
+        assert!(!queue.rotate(|_| true), "there is no room to go round");
+        assert!(queue.rotate(|_| false) && queue.rotate(|_| true));
     }
 }
