@@ -6,7 +6,7 @@ use pagestitch::{Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Ser
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
 use pagestitch_kernel::uffd::inject::Injected::{
-    self, Again, Busy, Exists, NoMark, NoMemory, Partial, ProcessGone,
+    self, Again, Busy, Exists, NoMarker, NoMemory, Partial, ProcessGone,
 };
 use pagestitch_kernel::uffd::inject::{inject, injected};
 use pagestitch_testkit::guest::Guest;
@@ -218,10 +218,10 @@ fn where_there_is_no_memory_for_a_mark_the_page_is_taken_away() {
             false,
             &Pool::new().unwrap(),
         );
-        inject(1, &[NoMark], 7);
+        inject(1, &[NoMarker], 7);
         let error = region.populate(..).unwrap_err();
         assert!(error.to_string().contains("never"), "{error}");
-        assert!(count(NoMark) > 0);
+        assert!(count(NoMarker) > 0);
         assert!(region.as_slice()[..PAGE] == bytes(PAGE) && region.as_slice()[2 * PAGE..] == bytes(PAGE));
         std::hint::black_box(region.as_slice()[PAGE]);
     });

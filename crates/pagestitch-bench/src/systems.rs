@@ -49,7 +49,7 @@ impl Data {
 
     /// The same, into pages of the base size.
     pub(crate) fn eager_small(&self) -> Pages {
-        self.copy_into(Pages::small(self.bytes()).expect("memory"))
+        self.copy_into(Pages::without_huge_pages(self.bytes()).expect("memory"))
     }
 
     fn copy_into(&self, mut pages: Pages) -> Pages {

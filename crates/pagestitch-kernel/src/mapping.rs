@@ -113,7 +113,7 @@ impl Mapping {
     }
 
     /// Keeps the mapping from children of `fork(2)`, and its addresses from other mappings there.
-    pub(crate) fn hide_from_children(&mut self) -> Result<(), Errno> {
+    pub(crate) fn do_not_fork(&mut self) -> Result<(), Errno> {
         self.advise(MmapAdvise::MADV_DONTFORK)?;
         ranges::hide(self.addresses());
         self.hidden = true;

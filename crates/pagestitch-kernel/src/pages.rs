@@ -46,7 +46,7 @@ impl Pages {
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn small(bytes: usize) -> Result<Self, Errno> {
+    pub fn without_huge_pages(bytes: usize) -> Result<Self, Errno> {
         Self::advised(bytes, Some(MmapAdvise::MADV_NOHUGEPAGE))
     }
 
@@ -55,7 +55,7 @@ impl Pages {
         let whole = NonZeroUsize::new(whole.ok_or(Errno::ENOMEM)?).ok_or(Errno::EINVAL)?;
         let mut mapping = Mapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
-        mapping.hide_from_children()?;
+        mapping.do_not_fork()?;
         let _ = advice.map(|advice| mapping.advise(advice));
         let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
         let states = AtomicTable::new(NonZeroUsize::new(words).expect("has a page"))?;

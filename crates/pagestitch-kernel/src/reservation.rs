@@ -77,7 +77,7 @@ impl Reservation {
         let refused = |errno| ReserveError::met(bytes.get(), errno);
         ranges::release_old();
         let mut mapping = Mapping::closed_aligned(bytes).map_err(refused)?;
-        mapping.hide_from_children().map_err(refused)?;
+        mapping.do_not_fork().map_err(refused)?;
         let reservation = Arc::new(Self { mapping, page, access });
         let view = View::of(Arc::clone(&reservation), access);
         Ok((reservation, view))
@@ -194,7 +194,7 @@ impl Reservation {
 
     /// Lets huge pages move in as they are. Without, the kernel prepares for small pages on the first fault in a block, and
     /// splits what moves there. Where there are no huge pages, this changes nothing.
-    pub fn welcome_huge_pages(&self) {
+    pub fn advise_hugepage(&self) {
         let _ = self.mapping.advise(MmapAdvise::MADV_HUGEPAGE);
     }
 
@@ -204,7 +204,7 @@ impl Reservation {
     /// # Errors
     ///
     /// The errno of `madvise(2)`; none is known to occur.
-    pub fn show_to_children(&self) -> Result<(), Errno> {
+    pub fn inherit_on_fork(&self) -> Result<(), Errno> {
         self.advise_parts(MmapAdvise::MADV_DOFORK)
     }
 
@@ -212,8 +212,8 @@ impl Reservation {
     ///
     /// # Errors
     ///
-    /// As [`show_to_children`](Self::show_to_children).
-    pub fn hide_from_children(&self) -> Result<(), Errno> {
+    /// As [`inherit_on_fork`](Self::inherit_on_fork).
+    pub fn do_not_fork(&self) -> Result<(), Errno> {
         self.advise_parts(MmapAdvise::MADV_DONTFORK)
     }
 
@@ -248,7 +248,7 @@ impl Reservation {
     ///
     /// The errno of `madvise(2)` with `MADV_POPULATE_READ`: `EHWPOISON` or `EFAULT` for a bad page, `ENOMEM` where the range is
     /// not there, as in a forked child.
-    pub fn touch(&self, span: Span) -> Result<(), Errno> {
+    pub fn populate_read(&self, span: Span) -> Result<(), Errno> {
         let range = self.addresses(span);
         // SAFETY: our own addresses, which are read from, and that only by the kernel.
         #[expect(unsafe_code, reason = "madvise")]

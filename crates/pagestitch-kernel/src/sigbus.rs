@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   a thread touches a missing page of a uffd with the SIGBUS feature
-//!        └─▶ kernel: SIGBUS to that thread ─▶ our handler ─▶ whose range? ─▶ OnFault::serve ─▶ return: try again
+//!        └─▶ kernel: SIGBUS to that thread ─▶ our handler ─▶ whose range? ─▶ FaultHandler::serve ─▶ return: try again
 //!                                                              └─ nobody's ─▶ the handler that was there before us
 //! ```
 //!
@@ -39,7 +39,7 @@ use std::{fmt, mem, ptr};
 /// - it uses no thread-local storage that is initialised on first use;
 /// - it neither panics nor unwinds, and touches no memory whose pages are filled in this way.
 #[expect(unsafe_code, reason = "declares an obligation")]
-pub unsafe trait OnFault: Send + Sync {
+pub unsafe trait FaultHandler: Send + Sync {
     /// Fills the page of `address`, so that the access succeeds when it is tried again; or says that it cannot.
     fn serve(&self, address: usize) -> bool;
 }
@@ -51,7 +51,7 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Has faults in `range` served by `on_fault`: those of a uffd that was opened with the `SIGBUS` feature.
+    /// Has faults in `range` served by `handler`: those of a uffd that was opened with the `SIGBUS` feature.
     ///
     /// A SIGBUS handler that is there already is called for everything else. One that is installed later has to pass on
     /// what is not its own.
@@ -59,11 +59,11 @@ impl Registration {
     /// # Errors
     ///
     /// The errno of `sigaction(2)`; none is known to occur.
-    pub fn new(range: AddressRange, on_fault: Arc<dyn OnFault>) -> Result<Self, Errno> {
+    pub fn new(range: AddressRange, handler: Arc<dyn FaultHandler>) -> Result<Self, Errno> {
         install()?;
         change(|ranges| {
             let place = ranges.partition_point(|other| other.range.start() < range.start());
-            ranges.insert(place, Entry { range, on_fault });
+            ranges.insert(place, Entry { range, handler });
         });
         Ok(Self { range, generation: ForkGeneration::current() })
     }
@@ -88,7 +88,7 @@ impl fmt::Debug for Registration {
 #[derive(Clone)]
 struct Entry {
     range: AddressRange,
-    on_fault: Arc<dyn OnFault>,
+    handler: Arc<dyn FaultHandler>,
 }
 
 /// Installs the handler, once.
@@ -241,7 +241,7 @@ fn end_by_default() {
 
 fn serve(address: usize) -> bool {
     let seen = RANGES.read();
-    seen.value().and_then(|ranges| find(ranges, address)).is_some_and(|entry| entry.on_fault.serve(address))
+    seen.value().and_then(|ranges| find(ranges, address)).is_some_and(|entry| entry.handler.serve(address))
 }
 
 /// Does what would have been done without us.

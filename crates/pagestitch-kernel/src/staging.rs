@@ -40,7 +40,7 @@ impl Staging {
         let bytes = NonZeroUsize::new(HUGE).expect("a huge page has bytes");
         let mut mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
-        mapping.hide_from_children()?;
+        mapping.do_not_fork()?;
         // Where there are no huge pages (EINVAL), it is 512 small ones, which move too.
         let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
         Ok(Self { mapping, used: false })

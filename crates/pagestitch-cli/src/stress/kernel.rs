@@ -20,13 +20,13 @@ impl Answers {
     /// As a round has it; `fatal`: whether its pages may go bad.
     #[cfg(feature = "inject")]
     pub(super) fn begin(rng: &mut Rng, fatal: bool) -> Self {
-        use Injected::{Again, Busy, Exists, NoMark, NoMemory, Partial, ProcessGone};
+        use Injected::{Again, Busy, Exists, NoMarker, NoMemory, Partial, ProcessGone};
         let answers = [Self::Own, Self::Harmless, Self::Fatal][rng.usize(..if fatal { 3 } else { 2 })];
         let (kinds, one_of): (&[_], _) = match answers {
             Self::Own => (&[], 0),
             Self::Harmless => (&[Again, Partial, Exists, Busy], rng.u32(1..20)),
             Self::Fatal if rng.bool() => (&[Again, Exists, NoMemory, ProcessGone], rng.u32(1..20)),
-            Self::Fatal => (&[Partial, NoMemory, NoMark, ProcessGone], rng.u32(1..20)),
+            Self::Fatal => (&[Partial, NoMemory, NoMarker, ProcessGone], rng.u32(1..20)),
         };
         inject(one_of, kinds, rng.u64(..));
         answers

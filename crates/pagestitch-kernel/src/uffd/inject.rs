@@ -29,7 +29,7 @@ pub enum Injected {
     /// `ENOMEM`, to whatever fills a page.
     NoMemory,
     /// `ENOMEM`, to the mark of a bad page. Not for memory that somebody else registered: its owner is ended then.
-    NoMark,
+    NoMarker,
     /// `ESRCH`: the process that owned the memory has gone. Not for memory that somebody else registered, of which it would be
     /// believed.
     ProcessGone,
@@ -42,7 +42,7 @@ impl Injected {
         Self::Exists,
         Self::Busy,
         Self::NoMemory,
-        Self::NoMark,
+        Self::NoMarker,
         Self::ProcessGone,
     ];
 
@@ -55,7 +55,7 @@ impl Injected {
             Self::Exists => operation != Operation::Move,
             Self::Busy => operation == Operation::Move,
             Self::NoMemory => operation != Operation::Poison,
-            Self::NoMark => own && operation == Operation::Poison,
+            Self::NoMarker => own && operation == Operation::Poison,
             Self::ProcessGone => own && operation != Operation::Poison,
         }
     }
@@ -107,7 +107,7 @@ pub(super) fn around(
     match kind {
         Injected::Again => Outcome::Changing,
         Injected::Busy => Outcome::Busy,
-        Injected::NoMemory | Injected::NoMark => Outcome::NoMemory,
+        Injected::NoMemory | Injected::NoMarker => Outcome::NoMemory,
         Injected::ProcessGone => Outcome::ProcessGone,
         Injected::Partial => match ask(half(range), Waiters::Woken) {
             Outcome::Done => Outcome::Partial { bytes: half(range).bytes() },

@@ -52,7 +52,7 @@ struct Probe {
 impl Probe {
     fn new() -> Result<Self, Errno> {
         let (below, mut read_only) = (growing()?, read_only()?);
-        read_only.hide_from_children()?;
+        read_only.do_not_fork()?;
         let mut probe = Self { below, read_only, generation: ForkGeneration::current(), moves: false };
         // Where none can be had, the other way is left.
         if let Ok(own) = open_fd()

@@ -283,7 +283,7 @@ fn a_read_of_a_forked_childs_uffd_does_not_wait() {
     let (reservation, _view) =
         Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING).unwrap();
-    reservation.show_to_children().unwrap();
+    reservation.inherit_on_fork().unwrap();
     let mut batch = Batch::with_capacity(4);
     let (child, process) = thread::scope(|scope| {
         // SAFETY: the child makes two system calls and nothing else.

@@ -477,7 +477,7 @@ fn reserve(
     let (reservation, view) = Reservation::new(pages, page, access)
         .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
     if huge {
-        reservation.welcome_huge_pages();
+        reservation.advise_hugepage();
     }
     Ok((reservation, view))
 }

@@ -60,7 +60,7 @@ impl Core {
     /// From now on forked children have the region, where they are served.
     pub(super) fn show_to_children(&self) -> Result<(), Error> {
         match (&self.served.family, &self.served.place) {
-            (Some(_), Place::Reserved(reservation)) => reservation.show_to_children().map_err(|errno| {
+            (Some(_), Place::Reserved(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
                 let what = format_args!("region {}: cannot let children have its range", self.name());
                 Error::because(ErrorKind::Resources, what, errno)
             }),
@@ -78,7 +78,7 @@ impl Core {
             return Err(Error::new(ErrorKind::Source, what.to_string()));
         }
         match &self.served.place {
-            Place::Reserved(reservation) if !span.is_empty() => reservation.touch(span).map_err(|errno| {
+            Place::Reserved(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
                 let why = "in a forked child: its source has failed, its parent has dropped it, or does not serve_children()";
                 Error::because(ErrorKind::Source, format_args!("region {}: {why}", self.name()), errno)
             }),

@@ -195,7 +195,7 @@ pub(super) fn refuse_births(region: &Served) {
     }
     match &region.place {
         Place::Reserved(reservation) => {
-            let _ = reservation.hide_from_children();
+            let _ = reservation.do_not_fork();
         }
         // What is refused was unmapped, or its owner has ended.
         Place::Adopted(_) => region.place.ranges().for_each(|(span, _)| {

@@ -10,7 +10,7 @@ use crate::region::{How, Plan, Run, Served};
 use crate::server::callers;
 use crate::server::resolve::{install_beside, install_inline};
 use crate::source::{Content, fill_inline, gather_inline};
-use pagestitch_kernel::sigbus::{OnFault, Registration};
+use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::{Page, Span};
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ struct Inline(Arc<Served>);
 // SAFETY: what `serve` calls makes system calls and uses atomics and what is immutable. It allocates nothing: `Filled` and `Failure`
 // are not made here. It takes no lock: the buffers are tried, claims wake by the futex of an event count, and `Quiet` does not log.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
-unsafe impl OnFault for Inline {
+unsafe impl FaultHandler for Inline {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
         // No gate guard: whoever takes the registration back waits for those that are here.
