@@ -45,19 +45,19 @@ use mapped::Table;
 #[cfg(not(any(miri, shuttle)))]
 mod mapped {
     use super::{AtomicU64, Errno, NonZeroUsize};
-    use crate::mapping::Mapping;
+    use crate::mapping::OwnedMapping;
     use nix::sys::mman::{MmapAdvise, ProtFlags};
     use std::slice;
 
     pub(super) struct Table {
-        mapping: Mapping,
+        mapping: OwnedMapping,
         len: usize,
     }
 
     impl Table {
         pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
             let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
-            let mapping = Mapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+            let mapping = OwnedMapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
             // One word is not to cost two megabytes. Where there are no huge pages anyway: EINVAL.
             let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
             Ok(Self { mapping, len: len.get() })

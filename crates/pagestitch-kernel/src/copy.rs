@@ -1,7 +1,7 @@
 //! Copies of bytes that may change meanwhile, without a reference to them: by the kernel, to whom a race is none and a
 //! page that cannot be had an error; or, where the kernel does not copy (`/dev/mem`, devices), in volatile words.
 
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
@@ -11,7 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::ptr;
 
 /// Has the kernel copy bytes out of a mapping of ours.
-pub(crate) fn read(mapping: &Mapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < into.len() {
         let remote = remote(mapping, offset, done, into.len());
@@ -28,7 +28,7 @@ pub(crate) fn read(mapping: &Mapping, offset: u64, into: &mut [u8]) -> Result<()
 }
 
 /// Has the kernel copy bytes into a mapping of ours.
-pub(crate) fn write(mapping: &Mapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
+pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < from.len() {
         let remote = remote(mapping, offset, done, from.len());
@@ -55,7 +55,7 @@ fn write_through_file(address: usize, from: &[u8], refused: Errno) -> Result<(),
     memory.write_all_at(from, address as u64).map_err(|_| Errno::EFAULT)
 }
 
-fn remote(mapping: &Mapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
+fn remote(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> RemoteIoVec {
     let start = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(done));
     let start =
         start.filter(|start| mapping.bytes().checked_sub(*start).is_some_and(|left| len - done <= left));

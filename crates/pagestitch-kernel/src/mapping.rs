@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Private memory of this process.
 #[derive(Debug)]
-pub(crate) struct Mapping {
+pub(crate) struct OwnedMapping {
     /// Invariant: the start of `bytes` bytes that were mapped by one of the functions below, and not unmapped since.
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
@@ -30,12 +30,12 @@ pub(crate) struct Mapping {
 
 // SAFETY: the mapping is memory without thread affinity; who may access its bytes is its owners' concern.
 #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
-unsafe impl Send for Mapping {}
-// SAFETY: as above; `&Mapping` gives out addresses only.
+unsafe impl Send for OwnedMapping {}
+// SAFETY: as above; `&OwnedMapping` gives out addresses only.
 #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
-unsafe impl Sync for Mapping {}
+unsafe impl Sync for OwnedMapping {}
 
-impl Mapping {
+impl OwnedMapping {
     /// Maps fresh zero pages, without reserving swap for them: what is never touched costs nothing, also in a process that locks its
     /// memory.
     pub(crate) fn new(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
@@ -201,7 +201,7 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+impl Drop for OwnedMapping {
     fn drop(&mut self) {
         if !self.generation.is_current() {
             // A forked child has no such mapping, or a copy that ends with it. Something else may be there by now.
@@ -239,7 +239,7 @@ mod tests {
         for bytes in [HUGE, HUGE + 4096, 5 * HUGE - 1] {
             let bytes = NonZeroUsize::new(bytes).unwrap();
             for _ in 0..3 {
-                let mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ).unwrap();
+                let mapping = OwnedMapping::aligned(bytes, ProtFlags::PROT_READ).unwrap();
                 assert_eq!(mapping.start().addr().get() % HUGE, 0);
                 assert_eq!(mapping.bytes(), bytes.get());
             }

@@ -12,7 +12,7 @@
 //! ```
 
 use crate::granule::granule_of;
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use crate::page::PageSize;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -63,7 +63,7 @@ impl UnsealedMemfd {
 pub struct SealedMemfd {
     fd: OwnedFd,
     /// All of it. Invariant: the seals forbid everybody to write to it or to shorten it.
-    mapping: Mapping,
+    mapping: OwnedMapping,
     len: usize,
     granule: PageSize,
 }
@@ -104,7 +104,7 @@ impl TryFrom<OwnedFd> for SealedMemfd {
         let bytes = bytes
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty memfd shows nothing"))?;
         let granule = granule_of(&file)?;
-        let mapping = Mapping::of_file(file.as_fd(), bytes)?;
+        let mapping = OwnedMapping::of_file(file.as_fd(), bytes)?;
         Ok(Self { fd: file.into(), mapping, len: bytes.get(), granule })
     }
 }

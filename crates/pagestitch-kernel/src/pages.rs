@@ -9,7 +9,7 @@
 //! ```
 
 use crate::atomic_table::AtomicTable;
-use crate::mapping::{Mapping, unlock};
+use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use nix::errno::Errno;
@@ -24,7 +24,7 @@ use std::thread;
 
 /// Private, page-aligned memory of this process, zeros at first. A forked child does not have it.
 pub struct Pages {
-    mapping: Mapping,
+    mapping: OwnedMapping,
     len: usize,
     /// For when they are given up: that cannot fail, then.
     states: AtomicTable,
@@ -53,7 +53,7 @@ impl Pages {
     fn advised(bytes: usize, advice: Option<MmapAdvise>) -> Result<Self, Errno> {
         let whole = PageSize::system().round_up(bytes as u64).and_then(|whole| usize::try_from(whole).ok());
         let whole = NonZeroUsize::new(whole.ok_or(Errno::ENOMEM)?).ok_or(Errno::EINVAL)?;
-        let mut mapping = Mapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let mut mapping = OwnedMapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
         mapping.do_not_fork()?;
         let _ = advice.map(|advice| mapping.advise(advice));
@@ -94,7 +94,7 @@ impl fmt::Debug for Pages {
 /// Pages that were given up: nobody has a slice of them any more, and the kernel may take them away one by one.
 #[derive(Debug)]
 pub struct Donated {
-    pub(crate) mapping: Mapping,
+    pub(crate) mapping: OwnedMapping,
     len: usize,
     page: PageSize,
     /// Start and end of what has been spoken for.

@@ -31,12 +31,12 @@ struct Hidden {
     end: usize,
     /// Parts that children have all the same, ascending: what is shown in place there.
     shown: Vec<Range<usize>>,
-    served: Option<Served>,
+    served: Option<ServedRange>,
 }
 
 /// A range whose faults are served, and by what.
 #[derive(Debug, Clone)]
-pub struct Served {
+pub struct ServedRange {
     /// What the region is called.
     pub name: String,
     /// Servers that its faults may wait for, each by a number of the caller's choice.
@@ -69,7 +69,7 @@ pub(crate) fn show(start: usize, part: Range<usize>) {
 }
 
 /// Notes what serves the hidden range that begins at `start`.
-pub(crate) fn serve(start: usize, served: Served) {
+pub(crate) fn serve(start: usize, served: ServedRange) {
     if let Some(hidden) = lock().hidden.get_mut(&start) {
         hidden.served = Some(served);
     }
@@ -77,7 +77,7 @@ pub(crate) fn serve(start: usize, served: Served) {
 
 /// The served ranges that any of some addresses lie in, each with the number that comes with these.
 #[must_use]
-pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> Vec<(usize, Served)> {
+pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> Vec<(usize, ServedRange)> {
     let ranges = lock();
     let mut found = Vec::new();
     for (number, addresses) in addresses {

@@ -15,9 +15,9 @@
 //! ([`ranges`]).
 
 use crate::limits::ReserveError;
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
-use crate::ranges::{self, Served};
+use crate::ranges::{self, ServedRange};
 use crate::swap;
 use crate::view::View;
 use nix::errno::Errno;
@@ -55,7 +55,7 @@ impl Access {
 /// An owned range of addresses, a whole number of pages, missing until filled.
 #[derive(Debug)]
 pub struct Reservation {
-    pub(crate) mapping: Mapping,
+    pub(crate) mapping: OwnedMapping,
     page: PageSize,
     access: Access,
 }
@@ -76,7 +76,7 @@ impl Reservation {
         let bytes = bytes.ok_or_else(|| ReserveError::met(usize::MAX, Errno::ENOMEM))?;
         let refused = |errno| ReserveError::met(bytes.get(), errno);
         ranges::release_old();
-        let mut mapping = Mapping::closed_aligned(bytes).map_err(refused)?;
+        let mut mapping = OwnedMapping::closed_aligned(bytes).map_err(refused)?;
         mapping.do_not_fork().map_err(refused)?;
         let reservation = Arc::new(Self { mapping, page, access });
         let view = View::of(Arc::clone(&reservation), access);
@@ -105,7 +105,7 @@ impl Reservation {
     }
 
     /// Notes what serves the range: who is about to copy from it asks ([`ranges::served_in`]).
-    pub fn serve(&self, served: Served) {
+    pub fn serve(&self, served: ServedRange) {
         ranges::serve(self.range().start(), served);
     }
 

@@ -6,7 +6,7 @@
 
 use crate::granule::granule_of;
 use crate::limits::with_descriptors;
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::reservation::Access;
 use nix::errno::Errno;
@@ -183,7 +183,7 @@ pub enum Sharing {
 /// A second mapping of a *shared* mapping whose descriptor is not known: `mremap(2)` with an old size of 0.
 #[derive(Debug)]
 pub struct Alias {
-    pub(crate) mapping: Mapping,
+    pub(crate) mapping: OwnedMapping,
     /// Where each mapping that it was made of ends, ascending. What is duplicated of one goes on in its file, not in the next mapping.
     ends: Vec<usize>,
 }
@@ -210,7 +210,7 @@ impl Alias {
         let refused = |errno| AliasError::Refused { start: address, bytes, errno };
         let bytes = std::num::NonZeroUsize::new(bytes).expect("checked above");
         // What is to be replaced, part by part: until then it holds the place.
-        let mapping = Mapping::new(bytes, ProtFlags::PROT_NONE).map_err(refused)?;
+        let mapping = OwnedMapping::new(bytes, ProtFlags::PROT_NONE).map_err(refused)?;
         let ends = parts.iter().map(|part| part.end() - address).collect();
         for part in parts {
             let to = mapping.at(part.start() - address);

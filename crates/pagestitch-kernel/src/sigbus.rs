@@ -51,7 +51,7 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Has faults in `range` served by `handler`: those of a uffd that was opened with the `SIGBUS` feature.
+    /// Has faults in `range` served by `fault_handler`: those of a uffd that was opened with the `SIGBUS` feature.
     ///
     /// A SIGBUS handler that is there already is called for everything else. One that is installed later has to pass on
     /// what is not its own.
@@ -59,11 +59,11 @@ impl Registration {
     /// # Errors
     ///
     /// The errno of `sigaction(2)`; none is known to occur.
-    pub fn new(range: AddressRange, handler: Arc<dyn FaultHandler>) -> Result<Self, Errno> {
+    pub fn new(range: AddressRange, fault_handler: Arc<dyn FaultHandler>) -> Result<Self, Errno> {
         install()?;
         change(|ranges| {
             let place = ranges.partition_point(|other| other.range.start() < range.start());
-            ranges.insert(place, Entry { range, handler });
+            ranges.insert(place, Entry { range, fault_handler });
         });
         Ok(Self { range, generation: ForkGeneration::current() })
     }
@@ -88,7 +88,7 @@ impl fmt::Debug for Registration {
 #[derive(Clone)]
 struct Entry {
     range: AddressRange,
-    handler: Arc<dyn FaultHandler>,
+    fault_handler: Arc<dyn FaultHandler>,
 }
 
 /// Installs the handler, once.
@@ -241,7 +241,9 @@ fn end_by_default() {
 
 fn serve(address: usize) -> bool {
     let seen = RANGES.read();
-    seen.value().and_then(|ranges| find(ranges, address)).is_some_and(|entry| entry.handler.serve(address))
+    seen.value()
+        .and_then(|ranges| find(ranges, address))
+        .is_some_and(|entry| entry.fault_handler.serve(address))
 }
 
 /// Does what would have been done without us.

@@ -11,7 +11,7 @@
 //! and one entry instead of 512 of each.
 
 use crate::features::Features;
-use crate::mapping::{Mapping, unlock};
+use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::swap;
 use crate::uffd::{Outcome, Uffd};
@@ -25,7 +25,7 @@ use std::slice;
 
 /// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, nothing when it has moved away.
 pub struct Staging {
-    mapping: Mapping,
+    mapping: OwnedMapping,
     /// Whether some of it may be there.
     used: bool,
 }
@@ -38,7 +38,7 @@ impl Staging {
     /// The errno of `mmap(2)`: `ENOMEM`.
     pub fn new() -> Result<Self, Errno> {
         let bytes = NonZeroUsize::new(HUGE).expect("a huge page has bytes");
-        let mut mapping = Mapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
+        let mut mapping = OwnedMapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
         // A page that a child shares cannot be moved.
         mapping.do_not_fork()?;
         // Where there are no huge pages (EINVAL), it is 512 small ones, which move too.

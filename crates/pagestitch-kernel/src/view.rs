@@ -9,7 +9,7 @@
 //! The view is closed, and a touch is SIGSEGV, until its reservation is registered.
 
 use crate::copy;
-use crate::mapping::{Mapping, unlock};
+use crate::mapping::{OwnedMapping, unlock};
 use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, PageSize, Span};
 use crate::pages::Donated;
@@ -346,7 +346,12 @@ impl View {
     }
 
     /// The addresses of a span, and of as many bytes of a mapping; `None` for no pages.
-    fn whole_pages(&self, span: Span, of: &Mapping, offset: u64) -> Option<(AddressRange, AddressRange)> {
+    fn whole_pages(
+        &self,
+        span: Span,
+        of: &OwnedMapping,
+        offset: u64,
+    ) -> Option<(AddressRange, AddressRange)> {
         let range = self.reservation.addresses(span);
         let offset = usize::try_from(offset).expect("inside a mapping");
         let end = of.at(offset.checked_add(range.bytes()).expect("inside a mapping"));

@@ -27,7 +27,7 @@ mod refusal;
 pub use refusal::{PhysicalError, Refusal};
 
 use crate::copy;
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use crate::page::PageSize;
 use crate::reservation::Access;
 use nix::errno::Errno;
@@ -216,7 +216,7 @@ impl Physical {
     }
 
     /// The pages around some bytes, and where in them the first byte is.
-    fn map_around(&self, offset: u64, bytes: usize) -> Result<(Mapping, usize), Errno> {
+    fn map_around(&self, offset: u64, bytes: usize) -> Result<(OwnedMapping, usize), Errno> {
         let end = offset.checked_add(bytes as u64).filter(|&end| end <= self.len());
         let end = end.unwrap_or_else(|| panic!("{bytes} bytes from {offset} are not inside {}", self.name));
         let page = PageSize::system();
@@ -225,12 +225,12 @@ impl Physical {
         Ok((self.map(pages)?, inside))
     }
 
-    fn map(&self, offsets: Range<u64>) -> Result<Mapping, Errno> {
+    fn map(&self, offsets: Range<u64>) -> Result<OwnedMapping, Errno> {
         let bytes = usize::try_from(offsets.end - offsets.start).ok().and_then(NonZeroUsize::new);
         let bytes = bytes.ok_or(Errno::ENOMEM)?;
         let start = self.file_offset(offsets.start);
         let protection: ProtFlags = self.access.protection();
-        Mapping::of_file_at(self.file.as_fd(), start, bytes, protection, MapFlags::MAP_SHARED)
+        OwnedMapping::of_file_at(self.file.as_fd(), start, bytes, protection, MapFlags::MAP_SHARED)
     }
 
     fn is_dev_mem(&self) -> bool {

@@ -8,7 +8,7 @@
 
 use super::open::wrap;
 use super::outcome::{Operation, Outcome, Waiters};
-use super::read::Reading;
+use super::read::ReadMethod;
 use super::{FaultMode, OpenedBy, Uffd};
 use crate::features::Features;
 use crate::page::{AddressRange, PageSize};
@@ -75,7 +75,7 @@ pub unsafe fn pretend(fd: OwnedFd) -> Uffd {
         opened_by: OpenedBy::Other,
         mode: FaultMode::UserOnly,
         features: Features::default(),
-        reading: Reading::Own,
+        read_method: ReadMethod::Own,
     }
 }
 

@@ -11,21 +11,21 @@
 //! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
 
 mod abi;
-mod closing;
 #[cfg(feature = "inject")]
 pub mod inject;
+mod kept_fd;
 mod open;
 mod outcome;
+mod own_process;
 mod read;
-mod whose;
 
 pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_probe, kernel_features};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
-use closing::Closing;
+use kept_fd::KeptFd;
 use outcome::{Operation, Waiters};
-use read::Reading;
+use read::ReadMethod;
 
 use crate::features::Features;
 use crate::page::AddressRange;
@@ -39,11 +39,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 /// A userfaultfd of this process, or of another that sent it.
 #[derive(Debug)]
 pub struct Uffd {
-    fd: Closing,
+    fd: KeptFd,
     opened_by: OpenedBy,
     mode: FaultMode,
     features: Features,
-    reading: Reading,
+    read_method: ReadMethod,
 }
 
 impl Uffd {
@@ -324,14 +324,14 @@ impl Uffd {
     /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever others do with the descriptor. Says how
     /// many bytes came; none if there is nothing to read.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        self.reading.read(&*self.fd, into)
+        self.read_method.read(&*self.fd, into)
     }
 
     /// The child's uffd, from a fork event.
     pub(crate) fn of_child(fd: OwnedFd, parent: &Self) -> Self {
-        let reading = Reading::of_child(&fd);
+        let read_method = ReadMethod::of_child(&fd);
         let (fd, opened_by) = (open::wrap(fd), OpenedBy::Other);
-        Self { fd, opened_by, mode: parent.mode, features: parent.features, reading }
+        Self { fd, opened_by, mode: parent.mode, features: parent.features, read_method }
     }
 
     /// Whether a thread waits for a page, as far as can be told: an event of its own that was not read, or a page that was not filled.

@@ -10,9 +10,9 @@
 //!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       anybody, since Linux 5.11
 //! ```
 
-use super::closing::Closing;
-use super::read::{Reading, set_nonblocking};
-use super::whose::is_of_this_process;
+use super::kept_fd::KeptFd;
+use super::own_process::is_of_this_process;
+use super::read::{ReadMethod, set_nonblocking};
 use super::{Uffd, abi};
 use crate::features::Features;
 use nix::errno::Errno;
@@ -172,8 +172,8 @@ pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptEr
     // What the kernel can fill does not depend on what the owner asked for. Who may not open one finds out by
     // trying.
     let features = kernel_features().unwrap_or(Features::POISON);
-    let reading = Reading::shared();
-    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, reading })
+    let read_method = ReadMethod::shared();
+    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, read_method })
 }
 
 pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
@@ -182,15 +182,15 @@ pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
     let opened = open_fd()?;
     let features = wanted & supported;
     handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
-    let reading = Reading::Own;
-    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features, reading })
+    let read_method = ReadMethod::Own;
+    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features, read_method })
 }
 
-pub(super) fn wrap(fd: OwnedFd) -> Closing {
+pub(super) fn wrap(fd: OwnedFd) -> KeptFd {
     // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
     let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-    Closing::new(uffd)
+    KeptFd::new(uffd)
 }
 
 /// Opens a userfaultfd, asks which features this kernel has, and closes it.

@@ -1,4 +1,4 @@
-//! Reading messages without waiting.
+//! ReadMethod messages without waiting.
 //!
 //! `O_NONBLOCK` belongs to the open file description. A process that has sent its userfaultfd still holds that description,
 //! and can clear the flag at any time: a plain `read(2)` would then wait for ever.
@@ -28,7 +28,7 @@ use std::time::Duration;
 
 /// How messages are read from a descriptor.
 #[derive(Debug)]
-pub(super) enum Reading {
+pub(super) enum ReadMethod {
     /// The open file description is this process's alone.
     Own,
     /// Another process holds the description, too.
@@ -38,7 +38,7 @@ pub(super) enum Reading {
     },
 }
 
-impl Reading {
+impl ReadMethod {
     pub(super) const fn shared() -> Self {
         Self::Shared { bounded: AtomicBool::new(false) }
     }

@@ -6,12 +6,12 @@
 use crate::error::{Error, ErrorKind};
 use crate::region::Layout;
 use crate::server::Server;
-use pagestitch_kernel::ranges::{Served, served_in};
+use pagestitch_kernel::ranges::{ServedRange, served_in};
 
 /// The regions that a layout's memory lies in.
 pub(super) struct Below {
     /// Each with the number of a source whose memory lies in it.
-    regions: Vec<(usize, Served)>,
+    regions: Vec<(usize, ServedRange)>,
 }
 
 impl Below {
@@ -43,11 +43,11 @@ impl Below {
     }
 
     /// What a region over these waits for, that `server` fills.
-    pub(super) fn served_by(self, name: &str, server: &Server) -> Served {
+    pub(super) fn served_by(self, name: &str, server: &Server) -> ServedRange {
         let mut servers = vec![server.number()];
         servers.extend(self.regions.into_iter().flat_map(|(_, below)| below.servers));
         servers.sort_unstable();
         servers.dedup();
-        Served { name: name.to_owned(), servers }
+        ServedRange { name: name.to_owned(), servers }
     }
 }

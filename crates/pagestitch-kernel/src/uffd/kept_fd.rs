@@ -6,13 +6,13 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Debug)]
-pub(super) struct Closing {
+pub(super) struct KeptFd {
     /// Invariant: dropped once, in `drop`.
     fd: ManuallyDrop<userfaultfd::Uffd>,
     stays: AtomicBool,
 }
 
-impl Closing {
+impl KeptFd {
     pub(super) const fn new(fd: userfaultfd::Uffd) -> Self {
         Self { fd: ManuallyDrop::new(fd), stays: AtomicBool::new(false) }
     }
@@ -23,7 +23,7 @@ impl Closing {
     }
 }
 
-impl Deref for Closing {
+impl Deref for KeptFd {
     type Target = userfaultfd::Uffd;
 
     fn deref(&self) -> &userfaultfd::Uffd {
@@ -31,7 +31,7 @@ impl Deref for Closing {
     }
 }
 
-impl Drop for Closing {
+impl Drop for KeptFd {
     fn drop(&mut self) {
         if !self.stays.load(Ordering::SeqCst) {
             // SAFETY: by the field's invariant it was not dropped, and `self` is not used any more.

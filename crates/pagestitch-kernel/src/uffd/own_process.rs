@@ -15,7 +15,7 @@ use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
 use crate::features::Features;
 use crate::fork::ForkGeneration;
-use crate::mapping::Mapping;
+use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, PageSize};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -41,9 +41,9 @@ pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 #[derive(Debug)]
 struct Probe {
     /// Nothing is mapped in the pages below it, and nothing will be: the kernel keeps them free for it to grow into.
-    below: Mapping,
+    below: OwnedMapping,
     /// A page that cannot be made writable. Children of fork do not have it: their memory is not this process's.
-    read_only: Mapping,
+    read_only: OwnedMapping,
     generation: ForkGeneration,
     /// Whether a move tells.
     moves: bool,
@@ -115,16 +115,16 @@ impl Probe {
     }
 }
 
-fn growing() -> Result<Mapping, Errno> {
+fn growing() -> Result<OwnedMapping, Errno> {
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::from_bits_retain(MAP_GROWSDOWN);
-    Mapping::anonymous(page(), ProtFlags::PROT_NONE, flags)
+    OwnedMapping::anonymous(page(), ProtFlags::PROT_NONE, flags)
 }
 
-fn read_only() -> Result<Mapping, Errno> {
+fn read_only() -> Result<OwnedMapping, Errno> {
     let memfd = memfd_create(c"pagestitch-probe", MFdFlags::MFD_CLOEXEC)?;
     let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
     let read_only = open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
-    Mapping::of_file_at(read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
+    OwnedMapping::of_file_at(read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
 }
 
 const fn page() -> NonZeroUsize {
