@@ -89,7 +89,7 @@ fn wait_for(mut stream: &UnixStream) {
 }
 
 #[test]
-fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
+fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
     let other = other(this_test!(), |guest, _stream| {
         let expected = pattern(9, TOTAL);
         thread::scope(|scope| {
@@ -117,7 +117,7 @@ fn another_process_finds_the_bytes_of_the_chunks_in_its_memory() {
 
 /// Balloons while other virtual CPUs touch the same memory: a page that was given back is never the snapshot's again.
 #[test]
-fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
+fn a_discarded_page_of_adopted_memory_stays_zeros() {
     let other = other(this_test!(), |guest, _stream| {
         let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
         thread::scope(|scope| {
@@ -155,7 +155,7 @@ fn what_its_owner_has_let_go_of_is_zeros_from_then_on() {
 }
 
 #[test]
-fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
+fn an_unfilled_page_of_a_dropped_adopted_region_is_a_signal_and_not_zeros() {
     let test = this_test!();
     let other = other(test, |guest, stream| {
         let expected = pattern(9, TOTAL);
@@ -183,7 +183,7 @@ fn what_was_not_filled_when_its_region_is_dropped_is_a_signal_and_not_zeros() {
 }
 
 #[test]
-fn a_thread_that_waits_when_the_region_is_dropped_gets_a_signal() {
+fn a_waiting_thread_of_the_owner_gets_a_signal_when_the_region_is_dropped() {
     let other = other(this_test!(), |guest, _stream| {
         println!("read a byte: {}", guest.read(0));
     });
@@ -214,7 +214,7 @@ fn until_it_waits(process: u32) {
 }
 
 #[test]
-fn a_finished_region_leaves_its_owner_with_everything() {
+fn finish_leaves_the_owner_with_all_pages() {
     let other = other(this_test!(), |guest, stream| {
         guest.balloon(10 * PAGE, PAGE).unwrap();
         tell(&stream);
@@ -238,7 +238,7 @@ fn a_finished_region_leaves_its_owner_with_everything() {
 /// The worker that reads of faults serves them, too, as long as that is quick, and the others leave the region to it. Of several faults
 /// at once, some are read together with the one that hangs.
 #[test]
-fn a_page_whose_source_hangs_holds_up_no_other_page() {
+fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
     const HANGS: usize = 300;
     let test = this_test!();
     let other = other(test, |guest, stream| {
@@ -272,7 +272,7 @@ fn a_page_whose_source_hangs_holds_up_no_other_page() {
 }
 
 #[test]
-fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_owner() {
+fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
     let test = this_test!();
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
         let other = other(test, |guest, _stream| {
@@ -294,7 +294,7 @@ fn a_source_that_fails_is_a_signal_to_who_touches_the_page_or_the_end_of_the_own
 }
 
 #[test]
-fn an_owner_that_has_ended_is_an_error_to_populate_and_nothing_to_a_drop() {
+fn populate_after_the_end_of_the_owner_is_an_error_and_a_drop_is_not() {
     let other = other(this_test!(), |_, stream| {
         wait_for(&stream);
     });
@@ -316,7 +316,7 @@ fn memory_of(guest: &Guest) -> AdoptedMemory {
 }
 
 #[test]
-fn a_writer_that_its_owner_has_stopped_goes_on_when_it_is_served_and_when_the_region_is_dropped() {
+fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() {
     for served in [true, false] {
         let guest = Guest::protectable(&RANGES).unwrap();
         let (pool, manual) = (Pool::new().unwrap(), pagestitch::Manual::new().unwrap());
@@ -355,7 +355,7 @@ fn a_writer_that_its_owner_has_stopped_goes_on_when_it_is_served_and_when_the_re
 }
 
 #[test]
-fn memory_of_the_same_process_is_served_too() {
+fn adopted_memory_of_this_process_is_served() {
     let guest = Guest::new(&RANGES, false).unwrap();
     let region = build(memory_of(&guest), &Pool::new().unwrap());
     let expected = pattern(9, TOTAL);
@@ -394,7 +394,7 @@ fn a_userfaultfd_is_served_by_one_region_at_a_time() {
 }
 
 #[test]
-fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
+fn a_hugetlb_guest_is_filled_a_huge_page_at_a_time() {
     const HUGE: usize = 2 << 20;
     let test = this_test!();
     let reserved = if child::is_child(test) { None } else { HugePages::reserve(8) };
@@ -422,7 +422,7 @@ fn a_guest_of_huge_pages_is_filled_two_megabytes_at_a_time() {
 }
 
 #[test]
-fn a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal() {
+fn a_waiting_thread_of_a_hugetlb_guest_gets_a_signal_when_the_region_is_dropped() {
     const HUGE: usize = 2 << 20;
     let test = this_test!();
     let reserved = if child::is_child(test) { None } else { HugePages::reserve(4) };
@@ -449,7 +449,7 @@ fn a_guest_of_huge_pages_that_waits_when_the_region_is_dropped_gets_a_signal() {
 }
 
 #[test]
-fn what_cannot_be_adopted_is_refused_by_name() {
+fn memory_that_cannot_be_adopted_is_refused_with_the_reason() {
     let pool = Pool::new().unwrap();
     let no_uffd = OwnedFd::from(fs::File::open("/proc/self/exe").unwrap());
     let error = AdoptedMemory::new(no_uffd).unwrap_err();
@@ -489,7 +489,7 @@ fn what_cannot_be_adopted_is_refused_by_name() {
 
 /// Filling it would write behind the back of whatever safe code has registered it.
 #[test]
-fn memory_of_this_process_is_refused_without_a_promise() {
+fn memory_of_this_process_is_refused_without_an_own_memory_promise() {
     let guest = Guest::new(&RANGES, false).unwrap();
     // Also if it comes from elsewhere: only the kernel knows whose it is.
     let (ours, theirs) = UnixStream::pair().unwrap();
