@@ -86,7 +86,7 @@ fn is_read_by(pool: &Pool, hangs_at_once: bool, other: impl FnOnce(&Pool) -> Reg
 }
 
 #[test]
-fn a_region_with_a_source_that_hangs_does_not_hold_up_quick_ones() {
+fn a_hanging_source_delays_no_fast_region() {
     let quick = |pool: &Pool| {
         Region::builder().chunk(vec![1; 60 * PAGE]).readahead(Readahead::None).build(pool).unwrap()
     };
@@ -96,7 +96,7 @@ fn a_region_with_a_source_that_hangs_does_not_hold_up_quick_ones() {
 
 /// Nor those that are slow themselves, or seem so: there is a worker that the one that hangs may not have.
 #[test]
-fn a_region_with_a_source_that_hangs_does_not_hold_up_slow_ones() {
+fn a_hanging_source_delays_no_slow_region() {
     let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
     assert!(is_read_beside_one_that_hangs(false, slow));
     assert!(is_read_beside_one_that_hangs(true, slow));
@@ -104,7 +104,7 @@ fn a_region_with_a_source_that_hangs_does_not_hold_up_slow_ones() {
 
 /// The worker that stands in for the only one serves all regions, also such as seem slow.
 #[test]
-fn a_region_that_hangs_in_the_only_worker_of_a_pool_does_not_hold_up_others() {
+fn a_hanging_region_in_the_only_worker_delays_no_other_region() {
     for hangs_at_once in [false, true] {
         let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
         assert!(is_read_by(&Pool::builder().workers(1).start().unwrap(), hangs_at_once, slow));
@@ -113,7 +113,7 @@ fn a_region_that_hangs_in_the_only_worker_of_a_pool_does_not_hold_up_others() {
 
 /// Where no worker may be added, the last one serves a region that holds up none.
 #[test]
-fn where_no_worker_may_be_added_one_is_left_for_regions_that_hold_up_none() {
+fn at_max_workers_one_worker_is_left_for_regions_that_hang_in_none() {
     for hangs_at_once in [false, true] {
         let pool = || Pool::builder().workers(3).max_workers(3).start().unwrap();
         let quick = |pool: &Pool| Region::builder().chunk(vec![1; 60 * PAGE]).build(pool).unwrap();
@@ -124,7 +124,7 @@ fn where_no_worker_may_be_added_one_is_left_for_regions_that_hold_up_none() {
 }
 
 #[test]
-fn no_more_faults_of_a_region_are_served_at_once_than_it_may_have() {
+fn concurrent_faults_of_a_region_stay_within_its_limit() {
     let pool = Pool::builder().workers(6).start().unwrap();
     let slow = Slow::new(64, Duration::from_millis(5));
     let region = region(&slow, &pool, Some(2));
@@ -142,7 +142,7 @@ fn no_more_faults_of_a_region_are_served_at_once_than_it_may_have() {
 
 /// Regions come and go while others fault, and those that go while faults of theirs wait for a berth.
 #[test]
-fn regions_come_and_go_beside_a_slow_one() {
+fn regions_are_built_and_dropped_beside_a_slow_region() {
     let pool = Pool::builder().workers(2).start().unwrap();
     let slow = Slow::new(400, Duration::from_millis(2));
     let (slow_region, stop) = (region(&slow, &pool, None), AtomicBool::new(false));
@@ -167,7 +167,7 @@ fn regions_come_and_go_beside_a_slow_one() {
 
 /// As many sources hang as there are workers, and more: a worker that is held up is replaced.
 #[test]
-fn regions_that_hang_one_after_the_other_do_not_starve_a_quick_one_that_is_built_later() {
+fn hanging_regions_do_not_starve_a_fast_region_that_is_built_later() {
     let pool = Pool::builder().workers(2).start().unwrap();
     let hanging: Vec<_> = (0..5).map(|_| Slow::new(1, Duration::ZERO)).collect();
     hanging.iter().for_each(|source| source.hold(true));
