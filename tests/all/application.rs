@@ -70,7 +70,7 @@ fn has_marks() -> bool {
 }
 
 #[test]
-fn what_was_filled_is_moved_along_and_what_was_not_is_a_signal() {
+fn mremap_moves_filled_pages_and_makes_unfilled_pages_a_signal() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(1, 10 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
@@ -99,7 +99,7 @@ fn what_was_filled_is_moved_along_and_what_was_not_is_a_signal() {
 }
 
 #[test]
-fn a_region_with_holes_is_dropped_and_nobody_is_left_waiting() {
+fn a_region_with_unmapped_pages_is_dropped_and_no_thread_hangs() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, 10 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
@@ -119,7 +119,7 @@ fn a_region_with_holes_is_dropped_and_nobody_is_left_waiting() {
 
 /// The only worker is held by another region; somebody waits in pages that are unmapped then, and moved.
 #[test]
-fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
+fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
     for moves in [false, true] {
         let end = child::run(this_test!(), || {
             let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
@@ -163,7 +163,7 @@ fn who_waits_in_a_page_that_is_unmapped_or_moved_gets_a_signal() {
 
 /// In every state that a fault can be in.
 #[test]
-fn letting_go_from_a_signal_handler_while_pages_are_faulted() {
+fn a_signal_handler_discards_pages_during_faults() {
     static ADDRESS: AtomicU64 = AtomicU64::new(0);
     static HANDLED: AtomicU64 = AtomicU64::new(0);
     extern "C" fn handler(_: i32) {
@@ -219,7 +219,7 @@ fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
 }
 
 #[test]
-fn a_process_that_waits_in_a_page_executes_something_else() {
+fn a_process_with_a_waiting_thread_can_exec() {
     let end = child::run(this_test!(), || {
         // There is no other program in a guest.
         waiting(|_| panic!("not executed: {}", Command::new("/proc/self/exe").arg("--help").exec()));
@@ -228,7 +228,7 @@ fn a_process_that_waits_in_a_page_executes_something_else() {
 }
 
 #[test]
-fn a_process_that_waits_in_a_page_can_be_killed() {
+fn a_process_with_a_waiting_thread_can_be_killed() {
     let end = child::run(this_test!(), || {
         waiting(|_| nix::sys::signal::kill(nix::unistd::Pid::this(), Signal::SIGKILL).unwrap());
     });
@@ -236,7 +236,7 @@ fn a_process_that_waits_in_a_page_can_be_killed() {
 }
 
 #[test]
-fn a_thread_that_waits_in_a_page_handles_signals_and_goes_on_waiting() {
+fn a_waiting_thread_handles_signals_and_waits_on() {
     static HANDLED: AtomicU64 = AtomicU64::new(0);
     extern "C" fn handler(_: i32) {
         HANDLED.fetch_add(1, Ordering::SeqCst);
