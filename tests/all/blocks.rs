@@ -39,7 +39,7 @@ fn a_whole_block_moves_in_as_a_huge_page() {
 }
 
 #[test]
-fn a_reader_has_whole_blocks_filled_ahead() {
+fn readahead_fills_whole_blocks() {
     let bytes = pattern(2, 16 * BLOCK);
     let region = stitched(&bytes);
     assert!(region.as_slice() == bytes);
@@ -51,7 +51,7 @@ fn a_reader_has_whole_blocks_filled_ahead() {
 }
 
 #[test]
-fn a_dense_block_is_filled_whatever_the_order() {
+fn a_dense_block_is_filled_in_any_order_of_faults() {
     let bytes = pattern(3, 4 * BLOCK);
     let region = stitched(&bytes);
     // Every page of one block, in an order that no reader has, and one page of another.
@@ -65,7 +65,7 @@ fn a_dense_block_is_filled_whatever_the_order() {
 }
 
 #[test]
-fn what_was_written_is_kept_when_its_block_is_filled() {
+fn written_pages_keep_their_bytes_when_their_block_is_filled() {
     let bytes = pattern(4, 2 * BLOCK);
     let chunks = bytes.chunks(10_007).map(<[u8]>::to_vec);
     let mut region = Region::builder().chunks(chunks).writable().build(&Pool::new().unwrap()).unwrap();
@@ -92,7 +92,7 @@ fn holes_in_a_block_take_no_memory() {
 }
 
 #[test]
-fn a_page_that_fails_is_the_only_one_lost_of_its_block() {
+fn a_failing_page_poisons_no_other_page_of_its_block() {
     let bad = (BLOCK + 7 * PAGE) as u64;
     let source = Arc::new(Scripted::new(3 * BLOCK as u64).failing(bad..bad + 1));
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
@@ -105,7 +105,7 @@ fn a_page_that_fails_is_the_only_one_lost_of_its_block() {
 }
 
 #[test]
-fn many_threads_populate_and_what_comes_before_a_failure_is_filled() {
+fn populate_with_many_threads_fills_all_pages_before_a_failure() {
     let (blocks, bad) = (40, (30 * BLOCK + 5) as u64);
     let source = Arc::new(Scripted::new((blocks * BLOCK) as u64).failing(bad..bad + 1));
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
@@ -118,7 +118,7 @@ fn many_threads_populate_and_what_comes_before_a_failure_is_filled() {
 }
 
 #[test]
-fn a_block_that_was_let_go_is_filled_again() {
+fn a_discarded_block_is_filled_again() {
     let bytes = pattern(5, 3 * BLOCK);
     let region = stitched(&bytes);
     for _ in 0..3 {
@@ -129,7 +129,7 @@ fn a_block_that_was_let_go_is_filled_again() {
 }
 
 #[test]
-fn readahead_none_fills_no_more_than_was_asked_for() {
+fn readahead_none_fills_touched_pages_only() {
     let builder = Region::builder().chunk(pattern(6, 2 * BLOCK)).readahead(Readahead::None);
     let region = builder.build(&Pool::new().unwrap()).unwrap();
     let touched = (0..200).map(|i| i * 201 % 512 * PAGE);
@@ -138,7 +138,7 @@ fn readahead_none_fills_no_more_than_was_asked_for() {
 }
 
 #[test]
-fn a_stray_write_to_a_guarded_region_is_stopped() {
+fn a_stray_write_to_a_hardware_read_only_region_is_a_signal() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(7, 2 * BLOCK);
         let region = Region::builder().chunk(bytes).guarded().build(&Pool::new().unwrap()).unwrap();
@@ -154,7 +154,7 @@ fn a_stray_write_to_a_guarded_region_is_stopped() {
 }
 
 #[test]
-fn a_process_without_huge_pages_is_promised_none() {
+fn the_plan_promises_no_huge_pages_where_the_process_has_none() {
     let end = child::run(this_test!(), || {
         nix::sys::prctl::set_thp_disable(true).unwrap();
         let bytes = pattern(8, 2 * BLOCK);
