@@ -44,7 +44,7 @@ fn passes(child: ForkedChild) {
 }
 
 #[test]
-fn parent_and_child_have_the_same_bytes_and_pages_of_their_own() {
+fn a_forked_child_has_the_bytes_of_its_parent_in_pages_of_its_own() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(1, 500 * PAGE + 77);
         let Some(region) = built(&bytes) else { return };
@@ -63,7 +63,7 @@ fn parent_and_child_have_the_same_bytes_and_pages_of_their_own() {
 }
 
 #[test]
-fn what_a_parent_writes_is_not_seen_by_its_child() {
+fn a_write_of_the_parent_is_not_seen_by_its_child() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, 64 * PAGE);
         let builder = Region::builder().chunk(bytes.clone()).writable().serve_children();
@@ -84,7 +84,7 @@ fn what_a_parent_writes_is_not_seen_by_its_child() {
 }
 
 #[test]
-fn children_of_children_have_it_too() {
+fn grandchildren_are_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(3, 200 * PAGE);
         let Some(region) = built(&bytes) else { return };
@@ -107,7 +107,7 @@ fn children_of_children_have_it_too() {
 }
 
 #[test]
-fn forks_while_threads_fault_and_let_go() {
+fn forks_beside_threads_that_fault_and_discard() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(4, 300 * PAGE);
         let Some(region) = built(&bytes) else { return };
@@ -176,7 +176,7 @@ impl Drop for Done<'_> {
 
 /// Whatever moment a fork meets of the region's end: bytes or a signal, and nobody waits.
 #[test]
-fn forks_while_regions_come_and_go() {
+fn forks_beside_regions_that_are_built_and_dropped() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(9, 40 * PAGE);
         if built(&bytes).is_none() {
@@ -256,7 +256,7 @@ impl Source for Held {
 }
 
 #[test]
-fn children_that_execute_something_else_are_let_go_of() {
+fn descriptors_of_children_that_exec_are_closed() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(7, 100 * PAGE);
         let Some(region) = built(&bytes) else { return };
@@ -281,7 +281,7 @@ fn with_fork(command: &mut Command) -> &mut Command {
 }
 
 #[test]
-fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
+fn a_child_without_a_free_descriptor_gets_a_signal_and_no_thread_hangs() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(8, 100 * PAGE);
         let Some(region) = built(&bytes) else { return };
@@ -299,7 +299,7 @@ fn without_descriptors_a_child_gets_a_signal_and_nobody_waits() {
 }
 
 #[test]
-fn what_cannot_be_served_in_children_is_refused_by_name() {
+fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let bytes = vec![1u8; 10];
     let error =
         Region::builder().name("inline").chunk(bytes.clone()).serve_children().build(Inline).unwrap_err();
@@ -365,7 +365,7 @@ fn waits_for_a_page(process: i32) -> bool {
 }
 
 #[test]
-fn a_child_whose_parent_is_killed_waits_and_reads_no_zeros() {
+fn a_child_of_a_killed_parent_waits_and_reads_no_zeros() {
     let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
     let touches = |region: &Region| touch(region.as_ptr().addr().get() + 30 * PAGE).to_string();
@@ -378,7 +378,7 @@ fn a_child_whose_parent_is_killed_waits_and_reads_no_zeros() {
 }
 
 #[test]
-fn a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors() {
+fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
     let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
     let asks = |region: &Region| {
@@ -403,7 +403,7 @@ fn a_child_whose_parent_is_killed_is_told_so_by_calls_that_return_errors() {
 
 /// Descriptors of children that have ended are let go of, and those of many that live are kept.
 #[test]
-fn more_children_than_one_socket_has_room_for_are_served() {
+fn more_children_than_fit_into_one_socket_are_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(8, 8 * PAGE);
         let Some(region) = built(&bytes) else { return };
