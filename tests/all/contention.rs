@@ -8,7 +8,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 
 #[test]
-fn a_page_that_many_touch_is_read_once() {
+fn a_page_that_many_threads_touch_is_read_once() {
     let source = Arc::new(Scripted::new(4096).holding(0..1));
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&source)))
@@ -35,7 +35,7 @@ fn a_page_that_many_touch_is_read_once() {
 }
 
 #[test]
-fn eight_threads_in_step_over_the_same_pages_lose_nobody() {
+fn eight_threads_in_step_over_the_same_pages_all_go_on() {
     let bytes = pattern(5, 500 * 4096);
     let region =
         Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(3).start().unwrap()).unwrap();
@@ -56,7 +56,7 @@ fn eight_threads_in_step_over_the_same_pages_lose_nobody() {
 }
 
 #[test]
-fn a_fault_wakes_one_of_the_workers_that_are_anywhere() {
+fn a_fault_wakes_one_worker_with_placement_anywhere() {
     const PAGES: usize = 2000;
     let pool = Pool::builder().workers(4).placement(Placement::Anywhere).name("herd").start().unwrap();
     let builder = Region::builder().chunk(vec![1u8; PAGES * 4096]).readahead(Readahead::None);
