@@ -41,7 +41,7 @@ fn donated_pages_are_not_copied() {
 }
 
 #[test]
-fn a_huge_page_moves_as_one() {
+fn a_donated_huge_page_moves_as_one() {
     let bytes = pattern(2, 4 << 20);
     let pages = pages_of(&bytes);
     let huge_before = huge_kib(&pages);
@@ -95,7 +95,7 @@ fn a_shuffled_donation_takes_no_mappings() {
 }
 
 #[test]
-fn what_was_never_touched_is_zeros_and_what_is_off_its_pages_is_copied() {
+fn untouched_donated_pages_are_zeros_and_unaligned_chunks_are_copied() {
     let mut pages = Pages::new(6 * PAGE).unwrap();
     pages[4 * PAGE..].fill(9);
     let donated = Arc::new(Donated::from(pages));
@@ -110,7 +110,7 @@ fn what_was_never_touched_is_zeros_and_what_is_off_its_pages_is_copied() {
 }
 
 #[test]
-fn a_byte_is_given_up_once() {
+fn a_byte_is_donated_to_one_chunk() {
     let donated = Arc::new(Donated::from(Pages::new(4 * PAGE).unwrap()));
     let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
     let builder = Region::builder().chunk(part(0, 5000)).chunk(part(4999, 6000));
@@ -168,7 +168,7 @@ proptest! {
 }
 
 #[test]
-fn a_chunk_behind_one_of_the_same_page_keeps_its_bytes() {
+fn a_chunk_behind_a_chunk_of_the_same_donated_page_keeps_its_bytes() {
     for round in 0..50 {
         let bytes = pattern(round, 13_192);
         let donated = Arc::new(Donated::from(pages_of(&bytes)));
@@ -185,7 +185,7 @@ fn a_chunk_behind_one_of_the_same_page_keeps_its_bytes() {
 }
 
 #[test]
-fn chunks_of_one_page_are_served_in_children_too() {
+fn chunks_of_one_donated_page_are_inherited_by_forked_children() {
     let bytes = pattern(7, 3 * PAGE);
     let donated = Arc::new(Donated::from(pages_of(&bytes)));
     let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
@@ -233,7 +233,7 @@ fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
 }
 
 #[test]
-fn a_moved_page_that_is_let_go_is_an_error_and_not_zeros() {
+fn a_discarded_moved_page_is_an_error_and_not_zeros() {
     if !moves() {
         return;
     }
@@ -258,7 +258,7 @@ fn a_moved_page_that_is_let_go_is_an_error_and_not_zeros() {
 }
 
 #[test]
-fn pages_that_were_locked_move_too() {
+fn mlocked_pages_move() {
     let bytes = pattern(8, 3 * PAGE);
     let pages = pages_of(&bytes);
     let start = std::ptr::NonNull::from(&pages[..]).cast();
@@ -275,7 +275,7 @@ fn pages_that_were_locked_move_too() {
 }
 
 #[test]
-fn pinned_pages_are_copied_instead() {
+fn pinned_pages_are_copied() {
     if !moves() {
         return;
     }
