@@ -34,7 +34,7 @@ fn touching_a_page_whose_source_fails_is_sigbus() {
 }
 
 #[test]
-fn touching_it_again_or_from_many_threads_is_sigbus_too() {
+fn a_poisoned_page_is_sigbus_on_each_touch_of_each_thread() {
     let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
@@ -49,7 +49,7 @@ fn touching_it_again_or_from_many_threads_is_sigbus_too() {
 }
 
 #[test]
-fn reading_through_a_system_call_is_an_error_and_not_zeros() {
+fn a_system_call_on_a_failing_page_is_efault_and_not_zeros() {
     let (_, region) = failing();
     if !region.serves_system_calls() {
         return; // An ordinary user's system call does not wait for a page: nothing to see.
@@ -61,7 +61,7 @@ fn reading_through_a_system_call_is_an_error_and_not_zeros() {
 }
 
 #[test]
-fn read_at_and_populate_return_what_the_source_said() {
+fn read_at_and_populate_return_the_error_of_the_source() {
     let (_, region) = failing();
     for error in [
         region.read_at(4 * PAGE, &mut [0; 10]).unwrap_err(),
@@ -79,7 +79,7 @@ fn read_at_and_populate_return_what_the_source_said() {
 }
 
 #[test]
-fn only_the_page_that_fails_is_lost() {
+fn a_failing_page_poisons_no_other_page() {
     let (_, region) = failing();
     region.populate(..).unwrap_err();
     region.populate(5 * PAGE..).unwrap();
@@ -89,7 +89,7 @@ fn only_the_page_that_fails_is_lost() {
 }
 
 #[test]
-fn a_panic_in_a_source_is_its_pages_error() {
+fn a_panic_in_a_source_is_an_error_of_its_page() {
     let (_, region) = broken(Scripted::new(10 * PAGE).panicking(4 * PAGE..4 * PAGE + 1));
     let error = region.read_at(4 * PAGE, &mut [0; 10]).unwrap_err();
     assert!(error.to_string().ends_with("the source panicked: scripted to panic"), "{error}");
@@ -140,7 +140,7 @@ fn memory_whose_scope_has_ended_is_an_error_and_not_a_dangling_read() {
 }
 
 #[test]
-fn a_page_that_failed_is_healed_when_its_source_gives_it() {
+fn a_failed_page_is_filled_by_a_retry() {
     let (source, region) = failing();
     region.read_at(4 * PAGE, &mut [0]).unwrap_err();
     let failures = region.failures();
@@ -155,7 +155,7 @@ fn a_page_that_failed_is_healed_when_its_source_gives_it() {
     region.heal(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
     if !pagestitch::Support::current().has(pagestitch_kernel::Features::POISON) {
-        println!("SKIPPED in part: a_page_that_failed_is_healed_when_its_source_gives_it: no poison marks");
+        println!("SKIPPED in part: a_failed_page_is_filled_by_a_retry: no poison marks");
         let error = region.heal(..).unwrap_err().to_string();
         assert!(error.contains("before Linux 6.6"), "{error}");
         return;
@@ -170,7 +170,7 @@ fn a_page_that_failed_is_healed_when_its_source_gives_it() {
 }
 
 #[test]
-fn a_page_that_fails_again_stays_poisoned() {
+fn a_page_whose_retry_fails_stays_poisoned() {
     let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
@@ -216,7 +216,7 @@ fn quickly(times: u32) -> pagestitch::OnFailure {
 }
 
 #[test]
-fn a_source_is_asked_again_as_often_as_was_declared() {
+fn a_source_is_retried_as_often_as_declared() {
     let pool = Pool::new().unwrap();
     let patient = Flaky::failing(3);
     let region = Region::builder().chunk(Chunk::source(patient).on_failure(quickly(3))).build(&pool).unwrap();
@@ -235,7 +235,7 @@ fn a_source_is_asked_again_as_often_as_was_declared() {
 
 /// Zeros where they were asked for, and nowhere else: also not in the same page.
 #[test]
-fn bytes_that_may_be_zeros_are_and_those_beside_them_are_not() {
+fn on_failure_zeros_covers_its_own_chunk_only() {
     let pool = Pool::new().unwrap();
     let hopeless = || Chunk::source(Flaky::failing(u32::MAX));
     let region = Region::builder()
@@ -260,7 +260,7 @@ fn bytes_that_may_be_zeros_are_and_those_beside_them_are_not() {
 }
 
 #[test]
-fn failures_are_reported_as_they_happen_and_a_panic_in_there_harms_nobody() {
+fn the_failure_callback_hears_of_each_failure_and_may_panic() {
     let told = Arc::new(std::sync::Mutex::new(Vec::new()));
     let telling = Arc::clone(&told);
     let source = Arc::new(Scripted::new(100_000).failing(50_000..50_001));
@@ -281,7 +281,7 @@ fn failures_are_reported_as_they_happen_and_a_panic_in_there_harms_nobody() {
 
 /// Whoever finds a page bad finds the reason, also while the page is let go of and lost anew, or would look for it for ever.
 #[test]
-fn a_page_that_is_lost_while_it_is_let_go_of_is_an_error_each_time() {
+fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
     let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
     let start = region.as_ptr().expose_provenance().get();
