@@ -153,7 +153,7 @@ fn wait_for_nothing() -> ! {
 }
 
 #[test]
-fn guests_find_the_snapshot_in_their_memory() {
+fn guests_read_the_snapshot_in_their_memory() {
     let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
@@ -285,7 +285,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
 }
 
 #[test]
-fn a_guest_of_huge_pages_is_restored() {
+fn a_hugetlb_guest_is_restored() {
     const HUGE: usize = 2 << 20;
     let test = this_test!();
     let life = |path: &str| {
@@ -311,7 +311,7 @@ fn a_guest_of_huge_pages_is_restored() {
 }
 
 #[test]
-fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
+fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
     let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
@@ -345,7 +345,7 @@ fn a_guest_that_is_killed_while_it_waits_harms_nobody() {
 
 /// Whatever strangers do, the next guest is served.
 #[test]
-fn strangers_at_the_socket_are_told_apart_and_harm_nobody() {
+fn malformed_handshakes_are_named_and_harm_no_guest() {
     let test = this_test!();
     let life = |path: &str| {
         let (guest, _stream) = connect(path);
@@ -464,7 +464,7 @@ fn a_socket_that_is_in_use_is_refused_and_one_left_behind_is_replaced() {
 
 /// A tmpfs of huge pages tells a hole inside a huge page as data: silent zeros, where that were trusted.
 #[test]
-fn the_holes_of_a_diff_are_not_trusted_where_the_file_system_has_large_blocks() {
+fn holes_of_a_diff_on_a_file_system_of_large_blocks_are_refused() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     let folder = tempfile::tempdir().unwrap();
     let options = Some("huge=always,size=64m");
