@@ -158,32 +158,32 @@ fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chun
 }
 
 #[test]
-fn a_name_an_error_and_its_destructor_that_panic_lose_the_page_that_failed() {
+fn a_panic_in_the_name_or_the_error_of_a_source_poisons_the_failing_page_only() {
     let name = this_test!();
     is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
 }
 
 #[test]
-fn a_panic_whose_payload_panics_when_it_is_dropped_loses_the_page_that_failed() {
+fn a_panic_in_the_drop_of_a_panic_payload_poisons_the_failing_page_only() {
     let name = this_test!();
     is_lost(name, Shows, || Chunk::source(Arc::new(Bad(Wrong::Panics))));
 }
 
 #[test]
-fn a_fetch_that_panics_loses_the_page_that_failed() {
+fn a_panic_in_a_fetch_poisons_the_failing_page_only() {
     let name = this_test!();
     is_lost(name, Shows, || Chunk::fetch(Arc::new(BadFetch)));
 }
 
 #[test]
-fn a_subscriber_that_panics_loses_nothing() {
+fn a_panic_in_a_tracing_subscriber_poisons_the_failing_page_only() {
     let name = this_test!();
     is_lost(name, Panics, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
 }
 
 /// The error is dropped by the worker, which goes on.
 #[test]
-fn an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for() {
+fn a_panic_in_the_drop_of_an_error_still_gives_declared_zeros() {
     let name = this_test!();
     let end = child::run(name, || {
         let chunk = Chunk::source(Arc::new(Bad(Wrong::Fails))).on_failure(OnFailure::Zeros);
@@ -198,7 +198,7 @@ fn an_error_that_panics_when_it_is_dropped_is_zeros_where_that_was_asked_for() {
 
 /// The watchdog tells of a fault by the name of its source, to a subscriber that panics, and gives it up.
 #[test]
-fn the_watchdog_outlives_a_subscriber_and_a_callback_that_panic() {
+fn the_watchdog_survives_a_panic_in_a_subscriber_and_in_a_callback() {
     let name = this_test!();
     let end = child::run(name, || {
         tracing::subscriber::set_global_default(Panics).unwrap();
