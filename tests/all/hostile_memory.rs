@@ -123,7 +123,7 @@ fn for_ever() -> ! {
 
 /// The flag belongs to all who hold the open file description. The handler leaves the guest's memory afterwards.
 #[test]
-fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
+fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
     if lacks_marks(this_test!()) {
         return;
     }
@@ -149,7 +149,7 @@ fn a_guest_that_makes_its_userfaultfd_blocking_holds_up_nobody() {
 
 /// What an event costs does not depend on how many pages it is about, and a worker does not read one guest's for ever.
 #[test]
-fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
+fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
         return;
     }
@@ -185,7 +185,7 @@ fn a_guest_that_discards_its_memory_in_a_loop_leaves_the_workers_to_others() {
 
 /// Only what was announced is the handler's business.
 #[test]
-fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
+fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
     if lacks_marks(this_test!()) {
         return;
     }
@@ -220,7 +220,7 @@ fn memory_that_was_never_announced_is_left_alone_when_it_moves() {
 
 /// A worker does not wait for memory of a guest's that is not to be had.
 #[test]
-fn a_guest_without_memory_leaves_the_workers_to_others() {
+fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
         return;
     }
@@ -291,7 +291,7 @@ fn file_on_a_full_tmpfs(folder: &Path, bytes: u64) -> Option<fs::File> {
 
 /// The handler is told to stop, and a guest dies while it is filled.
 #[test]
-fn a_guest_that_dies_while_it_is_filled_is_left_at_once() {
+fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
     if lacks_marks(this_test!()) {
         return;
     }
@@ -346,7 +346,7 @@ impl tracing::Subscriber for Lines {
 
 /// An owner cannot fill the disk with log lines: neither by moving what it has announced, nor what it has not.
 #[test]
-fn a_guest_that_moves_its_memory_again_and_again_is_told_of_seldom() {
+fn moves_of_guest_memory_are_logged_at_a_limited_rate() {
     if lacks_marks(this_test!()) {
         return;
     }
