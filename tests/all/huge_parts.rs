@@ -67,7 +67,7 @@ fn a_chunk_behind_a_part_of_a_huge_page_keeps_its_bytes() {
 }
 
 #[test]
-fn a_shared_part_of_a_huge_page_leaves_what_is_behind_it() {
+fn a_chunk_behind_a_shared_part_of_a_huge_page_keeps_its_bytes() {
     let Some(_reserved) = reserved() else { return };
     let (huge, other) = (pattern(3, 4 * MIB), pattern(4, MIB));
     let file = shared(&huge);
@@ -83,7 +83,7 @@ fn a_shared_part_of_a_huge_page_leaves_what_is_behind_it() {
 
 #[test]
 #[expect(unsafe_code, reason = "another mapping behind the region is what is tested")]
-fn a_mapping_behind_the_region_is_left_alone() {
+fn a_mapping_behind_a_part_of_a_huge_page_keeps_its_bytes() {
     let Some(_reserved) = reserved() else { return };
     let huge = pattern(5, 4 * MIB);
     let chunk = || Chunk::from(sealed(&huge)).range(0..3 * MIB as u64);
@@ -107,7 +107,7 @@ fn a_mapping_behind_the_region_is_left_alone() {
 }
 
 #[test]
-fn whole_huge_pages_are_in_place_and_what_is_elsewhere_in_them_is_copied() {
+fn whole_huge_pages_are_in_place_and_parts_are_copied() {
     let Some(_reserved) = reserved() else { return };
     let bytes = pattern(6, 6 * MIB);
     let memfd = sealed(&bytes);
@@ -129,7 +129,7 @@ fn whole_huge_pages_are_in_place_and_what_is_elsewhere_in_them_is_copied() {
 
 #[test]
 #[expect(unsafe_code, reason = "an alias is unsafe to make")]
-fn an_alias_of_huge_pages_is_refused_by_name() {
+fn an_alias_of_hugetlb_memory_is_refused_with_the_remedy() {
     let Some(_reserved) = reserved() else { return };
     let file = huge_memfd(&pattern(7, 2 * HUGE));
     let bytes = NonZeroUsize::new(2 * HUGE).unwrap();
