@@ -63,7 +63,7 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
 
 /// The events that stop a pool and that ring its bell are shared with the parent.
 #[test]
-fn a_child_that_stops_or_serves_with_what_it_inherited_leaves_the_parents_alone() {
+fn stop_and_serve_ready_in_a_child_leave_the_servers_of_the_parent_alone() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).start().unwrap();
         let stopped = pool.clone();
