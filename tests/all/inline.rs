@@ -18,7 +18,7 @@ fn stitched(bytes: &[u8]) -> Region {
 }
 
 #[test]
-fn every_byte_is_right_and_no_thread_is_needed() {
+fn an_inline_region_shows_every_byte_without_a_worker() {
     let bytes = pattern(1, 300 * PAGE + 77);
     let region = stitched(&bytes);
     assert!(region.as_slice() == bytes);
@@ -27,7 +27,7 @@ fn every_byte_is_right_and_no_thread_is_needed() {
 }
 
 #[test]
-fn every_sort_of_chunk_that_can_be_served_is() {
+fn every_kind_of_inline_chunk_shows_its_bytes() {
     let memfd = UnsealedMemfd::create("inline", 2 * PAGE as u64).unwrap();
     std::os::unix::fs::FileExt::write_all_at(memfd.file(), &[5; 2 * PAGE], 0).unwrap();
     let memfd = Memfd::from(memfd.seal().unwrap());
@@ -51,7 +51,7 @@ fn every_sort_of_chunk_that_can_be_served_is() {
 }
 
 #[test]
-fn borrowed_memory_is_served_inline_too() {
+fn borrowed_memory_is_served_inline() {
     let bytes = pattern(3, 10 * PAGE);
     pagestitch::scope(|scope| {
         let region = scope.region().borrow(&bytes).build(Inline).unwrap();
@@ -60,7 +60,7 @@ fn borrowed_memory_is_served_inline_too() {
 }
 
 #[test]
-fn what_a_signal_handler_must_not_read_is_refused() {
+fn a_chunk_that_a_signal_handler_must_not_read_is_refused() {
     let chunk = Chunk::from(File::open("/proc/self/exe").unwrap()).range(0..100);
     let builder = Region::builder().name("fast").chunk(vec![1u8; 10]).chunk(chunk);
     let error = builder.build(Inline).unwrap_err();
@@ -89,7 +89,7 @@ fn many_threads_fill_the_same_pages() {
 }
 
 #[test]
-fn regions_come_and_go_while_others_are_served() {
+fn inline_regions_are_built_and_dropped_during_faults() {
     let bytes = pattern(5, 100 * PAGE);
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -111,7 +111,7 @@ fn regions_come_and_go_while_others_are_served() {
 }
 
 #[test]
-fn a_page_that_was_let_go_is_filled_again() {
+fn a_discarded_page_is_filled_again() {
     let bytes = pattern(6, 50 * PAGE);
     let region = stitched(&bytes);
     for _ in 0..3 {
@@ -122,7 +122,7 @@ fn a_page_that_was_let_go_is_filled_again() {
 }
 
 #[test]
-fn populate_and_a_writable_region_work_as_with_a_pool() {
+fn a_writable_inline_region_is_populated() {
     let bytes = pattern(7, 1200 * PAGE);
     let mut region = Region::builder().chunk(bytes.clone()).writable().build(Inline).unwrap();
     assert!(!region.serves_system_calls());
@@ -135,7 +135,7 @@ fn populate_and_a_writable_region_work_as_with_a_pool() {
 }
 
 #[test]
-fn errno_is_as_it_was() {
+fn a_fault_keeps_errno() {
     let region = stitched(&pattern(8, 10 * PAGE));
     nix::errno::Errno::set_raw(77);
     std::hint::black_box(region.as_slice()[5 * PAGE]);
@@ -143,7 +143,7 @@ fn errno_is_as_it_was() {
 }
 
 #[test]
-fn a_handler_that_was_there_before_gets_what_is_not_ours() {
+fn an_earlier_sigbus_handler_gets_signals_outside_regions() {
     let end = child::run(this_test!(), || {
         handle_bus_errors(count);
         let region = stitched(&pattern(9, 10 * PAGE));
@@ -164,7 +164,7 @@ extern "C" fn count(_signal: i32) {
 }
 
 #[test]
-fn a_bus_error_that_is_not_ours_still_ends_the_process() {
+fn a_bus_error_outside_regions_ends_the_process() {
     let end = child::run(this_test!(), || {
         let region = stitched(&pattern(10, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
@@ -179,7 +179,7 @@ fn a_bus_error_that_is_not_ours_still_ends_the_process() {
 }
 
 #[test]
-fn a_dropped_region_is_a_signal_and_not_zeros() {
+fn a_dropped_inline_region_is_a_signal_and_not_zeros() {
     let end = child::run(this_test!(), || {
         let region = stitched(&pattern(11, 10 * PAGE));
         let address = region.as_ptr().addr().get();
@@ -190,7 +190,7 @@ fn a_dropped_region_is_a_signal_and_not_zeros() {
 }
 
 #[test]
-fn an_inline_region_and_a_pool_know_nothing_of_each_other() {
+fn an_inline_region_and_a_pool_serve_side_by_side() {
     let bytes = pattern(12, 100 * PAGE);
     let pool = Pool::new().unwrap();
     let (inline, pooled) =
