@@ -12,7 +12,7 @@ fn page() -> usize {
 }
 
 #[test]
-fn a_region_reads_nothing_before_it_is_touched() {
+fn a_source_is_read_at_the_first_touch_and_not_before() {
     let source = Arc::new(Scripted::new(100 * page() as u64));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
@@ -23,7 +23,7 @@ fn a_region_reads_nothing_before_it_is_touched() {
 }
 
 #[test]
-fn each_page_goes_the_shortest_way_its_bytes_have() {
+fn each_page_is_filled_by_its_cheapest_method() {
     let pool = Pool::new().unwrap();
     let size = page();
     let region = Region::builder()
@@ -48,7 +48,7 @@ fn each_page_goes_the_shortest_way_its_bytes_have() {
 }
 
 #[test]
-fn the_plan_says_how_and_why_in_runs() {
+fn the_plan_lists_runs_with_their_method() {
     let region = Region::builder()
         .name("planned")
         .chunks((0..100).map(|_| vec![1u8; 50]))
@@ -66,7 +66,7 @@ fn the_plan_says_how_and_why_in_runs() {
 }
 
 #[test]
-fn a_page_that_was_let_go_is_filled_again() {
+fn a_discarded_page_is_filled_again() {
     let bytes = pattern(7, 8 * page());
     let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
     assert!(region.as_slice() == bytes);
@@ -79,7 +79,7 @@ fn a_page_that_was_let_go_is_filled_again() {
 }
 
 #[test]
-fn pages_let_go_while_they_are_touched_are_always_right() {
+fn pages_discarded_during_faults_show_their_bytes() {
     let bytes = pattern(8, 64 * page());
     let region =
         Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(2).start().unwrap()).unwrap();
@@ -94,7 +94,7 @@ fn pages_let_go_while_they_are_touched_are_always_right() {
 }
 
 #[test]
-fn a_slow_source_holds_up_one_worker_and_not_the_region() {
+fn a_slow_source_occupies_one_worker_and_not_the_region() {
     let slow = Arc::new(Scripted::new(page() as u64).holding(0..1));
     let bytes = pattern(9, 20 * page());
     let region = Region::builder()
@@ -113,7 +113,7 @@ fn a_slow_source_holds_up_one_worker_and_not_the_region() {
 }
 
 #[test]
-fn faults_read_together_are_handed_on_while_the_first_is_slow() {
+fn faults_of_one_batch_are_handed_on_while_the_first_is_slow() {
     // Both workers hang in a first page; while they do, eight threads stop at other pages. When one worker is let
     // go, it reads the eight in one batch, and is held again by the first of them: the other seven must be served.
     let blockers = [0, 1].map(|_| Arc::new(Scripted::new(page() as u64).holding(0..1)));
@@ -143,7 +143,7 @@ fn faults_read_together_are_handed_on_while_the_first_is_slow() {
 }
 
 #[test]
-fn one_pool_serves_many_regions_that_come_and_go() {
+fn one_pool_serves_many_regions() {
     let pool = Pool::builder().workers(2).start().unwrap();
     thread::scope(|scope| {
         for thread in 0..4u64 {
@@ -179,7 +179,7 @@ fn an_idle_pool_sleeps() {
 }
 
 #[test]
-fn workers_take_no_signals_and_the_thread_that_starts_them_keeps_its_own() {
+fn workers_block_signals_and_the_starting_thread_keeps_its_mask() {
     let blocked = |task: &std::path::Path| {
         let status = std::fs::read_to_string(task.join("status")).ok()?;
         let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?;
