@@ -69,7 +69,7 @@ fn lazy(memfd: &UnsealedMemfd, filler: &Arc<Filler>) -> LazyMemfd {
 }
 
 #[test]
-fn two_regions_of_it_have_each_page_filled_once() {
+fn two_regions_of_a_lazy_memfd_fill_each_page_once() {
     let (memfd, filler, pool) = (memfd(), Filler::new(), Pool::new().unwrap());
     let build = || {
         let builder = Region::builder().chunk(lazy(&memfd, &filler)).readahead(Readahead::None);
@@ -94,7 +94,7 @@ fn two_regions_of_it_have_each_page_filled_once() {
 }
 
 #[test]
-fn two_processes_share_one_copy() {
+fn two_processes_share_the_pages_of_a_lazy_memfd() {
     let (memfd, filler, pool) = (memfd(), Filler::new(), Pool::new().unwrap());
     let region = Region::builder()
         .chunk(lazy(&memfd, &filler))
@@ -127,7 +127,7 @@ fn two_processes_share_one_copy() {
 }
 
 #[test]
-fn what_cannot_be_filled_is_an_error_and_sigbus() {
+fn a_lazy_page_whose_fill_fails_is_an_error_and_sigbus() {
     let mut filler = Arc::into_inner(Filler::new()).unwrap();
     filler.failing = Some((7 * PAGE) as u64);
     let (memfd, filler, pool) = (memfd(), Arc::new(filler), Pool::new().unwrap());
@@ -151,7 +151,7 @@ fn what_cannot_be_filled_is_an_error_and_sigbus() {
 }
 
 #[test]
-fn off_its_pages_it_is_filled_and_copied() {
+fn an_unaligned_lazy_chunk_is_filled_and_copied() {
     let (memfd, filler) = (memfd(), Filler::new());
     let region = Region::builder()
         .chunk(vec![5u8; 100])
@@ -165,7 +165,7 @@ fn off_its_pages_it_is_filled_and_copied() {
 }
 
 #[test]
-fn a_memfd_that_cannot_be_written_to_is_refused() {
+fn a_read_only_lazy_memfd_is_refused() {
     let memfd = memfd();
     let path = format!("/proc/self/fd/{}", memfd.file().as_raw_fd());
     let error = LazyMemfd::new(fs::File::open(path).unwrap().into(), Filler::new()).unwrap_err();
@@ -210,7 +210,7 @@ fn filler_of(bytes: usize) -> Arc<Filler> {
 
 /// One write makes a whole huge page present, and the rest of it zeros.
 #[test]
-fn a_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
+fn a_lazy_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
     for huge in ["always", "within_size"] {
         let Some(tmpfs) = Tmpfs::mount(huge) else { return println!("SKIPPED huge tmpfs: no mount") };
         let filler = filler_of(HUGE_BYTES);
@@ -233,7 +233,7 @@ fn a_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
 }
 
 #[test]
-fn a_file_that_comes_to_have_huge_pages_is_an_error_and_not_zeros() {
+fn a_lazy_file_that_gets_huge_pages_is_an_error_and_not_zeros() {
     let Some(tmpfs) = Tmpfs::mount("never") else { return println!("SKIPPED huge tmpfs: no mount") };
     let (filler, pool) = (filler_of(HUGE_BYTES), Pool::new().unwrap());
     let lazy = LazyMemfd::new(tmpfs.file().into(), Arc::clone(&filler) as _).unwrap();
@@ -251,7 +251,7 @@ fn a_file_that_comes_to_have_huge_pages_is_an_error_and_not_zeros() {
 }
 
 #[test]
-fn huge_pages_of_hugetlbfs_and_files_on_disk_are_refused() {
+fn lazy_files_of_hugetlbfs_and_on_disk_are_refused() {
     let filler = filler_of(PAGE);
     let hugetlb = nix::sys::memfd::memfd_create("huge", nix::sys::memfd::MFdFlags::MFD_HUGETLB);
     if let Ok(hugetlb) = hugetlb {
@@ -269,7 +269,7 @@ fn huge_pages_of_hugetlbfs_and_files_on_disk_are_refused() {
 
 /// Space that was allocated for a file is no page of its bytes.
 #[test]
-fn pages_that_were_only_allocated_are_filled() {
+fn fallocated_pages_of_a_lazy_memfd_are_filled() {
     let (memfd, filler) = (memfd(), Filler::new());
     nix::fcntl::fallocate(memfd.file(), nix::fcntl::FallocateFlags::empty(), 0, (PAGES * PAGE) as i64)
         .unwrap();
@@ -284,7 +284,7 @@ fn pages_that_were_only_allocated_are_filled() {
 
 /// Another mapping of the memfd is made huge pages of, while pages of it are still to come.
 #[test]
-fn a_collapse_by_another_mapping_shows_no_zeros() {
+fn a_collapse_of_a_lazy_memfd_shows_no_zeros() {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
     if (numbers.next(), numbers.next()) < (Some(6), Some(4)) {
@@ -312,7 +312,7 @@ fn a_collapse_by_another_mapping_shows_no_zeros() {
 
 /// What a page takes does not depend on how much of the memfd is filled.
 #[test]
-fn the_time_of_a_first_touch_does_not_grow_with_what_is_filled() {
+fn the_time_to_find_a_hole_does_not_grow_with_the_filled_pages() {
     let bytes = 512 << 20;
     let memfd = UnsealedMemfd::create("lazy", bytes as u64).unwrap();
     let chunk = vec![7; 1 << 20];
