@@ -50,7 +50,7 @@ fn without_userfaultfd(errno: &str) {
 }
 
 #[test]
-fn a_region_past_rlimit_as_is_refused_by_name() {
+fn a_region_past_rlimit_as_is_refused_with_the_limit() {
     let end = child::run(this_test!(), || {
         setrlimit(Resource::RLIMIT_AS, 1 << 32, 1 << 32).unwrap();
         let error = build(Chunk::hole(1 << 33)).unwrap_err();
@@ -66,7 +66,7 @@ fn a_region_past_rlimit_as_is_refused_by_name() {
 }
 
 #[test]
-fn running_out_of_descriptors_is_an_error_at_whichever_step() {
+fn running_out_of_descriptors_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         let mut refused = 0;
@@ -89,7 +89,7 @@ fn running_out_of_descriptors_is_an_error_at_whichever_step() {
 /// From the address space that there is by now upwards: whatever does not fit says which limit it is, and what fits is right. The
 /// threads are there before: one without addresses for a signal stack is the end of any program of Rust's.
 #[test]
-fn running_out_of_addresses_is_an_error_at_whichever_step() {
+fn running_out_of_addresses_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
         let (mut refused, mut built) = (0, 0);
         let pool = Pool::builder().workers(2).start().unwrap();
@@ -121,7 +121,7 @@ fn running_out_of_addresses_is_an_error_at_whichever_step() {
 
 /// Writable memory counts against it, also of a region that is only read, unless it is guarded.
 #[test]
-fn a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded() {
+fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
     let end = child::run(this_test!(), || {
         let hard = getrlimit(Resource::RLIMIT_DATA).unwrap().1;
         setrlimit(Resource::RLIMIT_DATA, 1 << 32, hard).unwrap();
@@ -139,7 +139,7 @@ fn a_region_past_rlimit_data_is_refused_by_name_and_goes_guarded() {
 
 /// What is asked of the kernel is answered for this user, and not for root.
 #[test]
-fn following_forks_is_offered_only_to_a_process_that_may() {
+fn event_fork_is_offered_to_a_privileged_process_only() {
     let end = child::run(this_test!(), || {
         become_nobody();
         let support = Support::probe();
@@ -153,7 +153,7 @@ fn following_forks_is_offered_only_to_a_process_that_may() {
 
 /// Root may have as many threads as it likes.
 #[test]
-fn running_out_of_threads_is_an_error_at_whichever_step() {
+fn running_out_of_threads_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
         become_nobody();
         let mut refused = 0;
@@ -181,7 +181,7 @@ fn running_out_of_threads_is_an_error_at_whichever_step() {
 
 /// Nothing is locked into memory.
 #[test]
-fn no_memory_that_may_be_locked_is_enough() {
+fn rlimit_memlock_of_zero_is_enough() {
     let end = child::run(this_test!(), || {
         become_nobody();
         setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).unwrap();
@@ -195,7 +195,7 @@ fn no_memory_that_may_be_locked_is_enough() {
 
 /// `vm.unprivileged_userfaultfd` lets an ordinary user serve system calls, too; without it, everything else.
 #[test]
-fn an_ordinary_user_is_served_whatever_the_administrator_says() {
+fn an_ordinary_user_is_served_under_each_unprivileged_userfaultfd_setting() {
     let test = this_test!();
     let path = "/proc/sys/vm/unprivileged_userfaultfd";
     let before = if child::is_child(test) { None } else { fs::read_to_string(path).ok() };
@@ -245,7 +245,7 @@ fn address_space() -> u64 {
 }
 
 #[test]
-fn more_bytes_than_addresses_is_refused() {
+fn a_region_larger_than_the_address_space_is_refused() {
     for bytes in [1 << 50, u64::MAX - 4096, u64::MAX] {
         let error = build(Chunk::hole(bytes)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
@@ -254,7 +254,7 @@ fn more_bytes_than_addresses_is_refused() {
 }
 
 #[test]
-fn a_region_is_served_and_dropped_when_there_are_no_mappings_left() {
+fn a_region_is_served_and_dropped_at_max_map_count() {
     let end = child::run(this_test!(), || {
         let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();
         let shown = pagestitch::source::Memfd::from(
@@ -283,7 +283,7 @@ fn a_pool_name_with_a_nul_byte_is_an_error() {
 }
 
 #[test]
-fn a_region_of_many_files_takes_few_descriptors_where_they_are_mapped() {
+fn a_region_of_many_mapped_files_takes_few_descriptors() {
     let test = this_test!();
     let end = child::run(test, || {
         const FILES: usize = 300;
