@@ -99,7 +99,7 @@ fn every_way_to_the_bytes(how: &str) {
 }
 
 #[test]
-fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
+fn a_region_under_mlockall_future_is_filled_by_its_sources() {
     let test = this_test!();
     if !may_lock(test) {
         return;
@@ -110,7 +110,7 @@ fn a_region_of_a_process_that_locks_future_mappings_is_filled_by_its_sources() {
 }
 
 #[test]
-fn files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings() {
+fn files_and_memfds_under_mlockall_future_show_their_bytes() {
     let test = this_test!();
     if !may_lock(test) {
         return;
@@ -140,7 +140,7 @@ fn files_and_memfds_are_shown_and_read_in_a_process_that_locks_future_mappings()
 
 /// The region and the pool were there before: the kernel's walk over the region is a touch of each page.
 #[test]
-fn memory_that_is_locked_later_keeps_its_bytes_and_holes() {
+fn a_region_under_mlockall_current_keeps_its_bytes_and_holes() {
     let test = this_test!();
     if !may_lock(test) {
         return;
@@ -235,7 +235,7 @@ fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes()
 
 /// An ordinary user's limit on locked memory is an error by its name; below it, the bytes are right.
 #[test]
-fn a_limit_on_locked_memory_is_named() {
+fn a_region_past_rlimit_memlock_is_refused_with_the_limit() {
     let test = this_test!();
     child::run(test, || {
         let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
