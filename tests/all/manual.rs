@@ -18,7 +18,7 @@ fn is_ready(manual: &Manual) -> bool {
 }
 
 #[test]
-fn nothing_is_served_before_it_is_asked_to_and_the_descriptor_tells() {
+fn a_manual_serves_on_request_and_its_descriptor_reports_faults() {
     let bytes = pattern(1, 10 * PAGE);
     let mut manual = Manual::new().unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
@@ -36,7 +36,7 @@ fn nothing_is_served_before_it_is_asked_to_and_the_descriptor_tells() {
 }
 
 #[test]
-fn a_small_budget_leaves_the_descriptor_readable_until_all_is_done() {
+fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
     let bytes = pattern(2, 32 << 20);
     let mut manual = Manual::new().unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
@@ -60,7 +60,7 @@ fn a_small_budget_leaves_the_descriptor_readable_until_all_is_done() {
 }
 
 #[test]
-fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
+fn a_slow_source_occupies_one_manual_of_a_group() {
     let source = Arc::new(Scripted::new(100 * PAGE as u64).holding(0..1));
     let seats = Manual::several(2).unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&seats[0]).unwrap();
@@ -92,7 +92,7 @@ fn several_threads_serve_together_and_a_slow_source_holds_up_one() {
 
 /// No thread of ours looks after the two: the second one serves a region that holds up none of them.
 #[test]
-fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
+fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() {
     let hanging = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
     let seats = Manual::several(2).unwrap();
     let build = |source: &Arc<Scripted>| {
@@ -128,7 +128,7 @@ fn a_region_that_hangs_holds_up_one_of_several_and_another_region_none() {
 }
 
 #[test]
-fn who_waits_when_the_last_server_goes_gets_a_signal() {
+fn a_waiting_thread_gets_a_signal_when_the_last_manual_is_dropped() {
     let end = child::run(this_test!(), || {
         let manual = Manual::new().unwrap();
         let region = Region::builder().chunk(pattern(3, 10 * PAGE)).build(&manual).unwrap();
@@ -143,7 +143,7 @@ fn who_waits_when_the_last_server_goes_gets_a_signal() {
 }
 
 #[test]
-fn regions_outlive_all_but_the_last_server_and_go_in_peace_after_it() {
+fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     let bytes = pattern(4, 10 * PAGE);
     let mut seats = Manual::several(2).unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&seats[1]).unwrap();
@@ -162,7 +162,7 @@ fn regions_outlive_all_but_the_last_server_and_go_in_peace_after_it() {
 }
 
 #[test]
-fn populate_needs_nobody_to_serve() {
+fn populate_needs_no_server() {
     let bytes = pattern(5, 100 * PAGE);
     let manual = Manual::new().unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
@@ -171,7 +171,7 @@ fn populate_needs_nobody_to_serve() {
 }
 
 #[test]
-fn a_region_that_nobody_would_serve_is_refused() {
+fn a_region_of_a_dropped_manual_is_refused() {
     let manual = Manual::new().unwrap();
     let server = Server::from(&manual);
     drop(manual);
