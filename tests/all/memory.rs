@@ -91,7 +91,7 @@ fn join(group: &str) {
 
 /// A process whose own memory runs out, for which the kernel kills: it does not read on past its last page.
 #[test]
-fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
+fn a_process_past_its_memory_limit_is_killed_and_reads_no_zeros() {
     let test = this_test!();
     let Some(group) = group_of(test, "own", true) else { return };
     let child = child::spawn(test, group.as_ref().map_or("", Group::path), |group| {
@@ -108,7 +108,7 @@ fn a_process_without_memory_is_killed_or_told_and_reads_no_zeros() {
 
 /// Memory of another process runs out: its pages are errors, until there is more, and heal then.
 #[test]
-fn adopted_memory_past_its_limit_is_an_error_and_heals_when_there_is_more() {
+fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let test = this_test!();
     let Some(group) = group_of(test, "adopted", false) else { return };
     let folder = tempfile::tempdir().unwrap();
