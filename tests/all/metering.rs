@@ -62,7 +62,7 @@ fn a_meter_outlives_its_region_and_each_number_has_a_method() {
 }
 
 #[test]
-fn a_source_that_fails_is_counted_each_time_it_is_asked() {
+fn each_failed_read_of_a_source_is_counted() {
     let test = this_test!();
     child::run(test, || {
         let source = Arc::new(Scripted::new(10 * PAGE as u64).failing(5 * PAGE as u64..6 * PAGE as u64));
@@ -79,14 +79,14 @@ fn a_source_that_fails_is_counted_each_time_it_is_asked() {
 }
 
 #[test]
-fn a_region_that_is_not_timed_has_no_latency() {
+fn a_region_that_does_not_record_latency_has_none() {
     let region = Region::builder().chunk(vec![1; 10]).build(&Pool::new().unwrap()).unwrap();
     assert_eq!(region.as_slice()[5], 1);
     assert!(region.meter().latency().is_none());
 }
 
 #[test]
-fn coverage_tells_which_parts_are_there_and_which_are_lost() {
+fn coverage_counts_present_and_poisoned_pages() {
     let source = Arc::new(Scripted::new(100 * PAGE as u64).failing(95 * PAGE as u64..96 * PAGE as u64));
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
     region.populate(0..25 * PAGE as u64).unwrap();
@@ -103,7 +103,7 @@ fn coverage_tells_which_parts_are_there_and_which_are_lost() {
 }
 
 #[test]
-fn what_was_filled_ahead_of_a_reader_is_told_from_what_was_for_nothing() {
+fn used_and_unused_readahead_pages_are_counted() {
     let pool = Pool::new().unwrap();
     let bytes = pattern(3, 8 << 20);
     let build = || Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
