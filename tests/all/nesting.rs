@@ -54,14 +54,14 @@ fn memory_of_a_region_of_the_same_server_is_refused() {
 }
 
 #[test]
-fn memory_of_a_region_that_is_served_inline_is_refused() {
+fn memory_of_an_inline_region_is_refused() {
     let lower = named("lower", vec![7u8; BYTES], Inline).unwrap();
     refused(named("upper", over(&lower), &one_worker()), "lower");
     refused(named("upper", over(&lower), Inline), "lower");
 }
 
 #[test]
-fn a_server_below_the_server_below_is_refused_too() {
+fn a_cycle_of_servers_is_refused() {
     let (first, second) = (one_worker(), one_worker());
     let lowest = named("lowest", vec![7u8; BYTES], &first).unwrap();
     let lower = named("lower", over(&lowest), &second).unwrap();
