@@ -51,7 +51,7 @@ fn sends_lingering_sockets(argument: &str) {
 }
 
 #[test]
-fn a_descriptor_whose_close_hangs_holds_up_no_guest() {
+fn a_descriptor_whose_close_hangs_delays_no_guest() {
     let test = this_test!();
     let life = |argument: &str| match argument.split_once(' ') {
         Some(_) => sends_lingering_sockets(argument),
@@ -93,7 +93,7 @@ fn process_with(pid: u32) -> Option<Child> {
 }
 
 #[test]
-fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_named() {
+fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
     let test = this_test!();
     // Connects, gives the connection away, and ends.
     let life = |paths: &str| {
@@ -129,7 +129,7 @@ fn a_process_that_has_the_number_of_a_peer_that_ended_is_neither_killed_nor_name
 }
 
 #[test]
-fn a_line_of_the_log_is_short_whatever_a_peer_sends() {
+fn a_log_line_is_short_for_each_message_of_a_peer() {
     let mut running = Running::start();
     let hostile = "A\n\u{1b}[31m".repeat(90_000);
     let text = serde_json::to_string(&hostile).unwrap();
@@ -152,7 +152,7 @@ fn a_line_of_the_log_is_short_whatever_a_peer_sends() {
 }
 
 #[test]
-fn a_handler_that_drains_leaves_the_socket_of_its_successor() {
+fn a_draining_handler_leaves_the_socket_of_its_successor() {
     let mut running = Running::start();
     let path = running.socket();
     fs::remove_file(&path).unwrap();
@@ -202,7 +202,7 @@ fn wrong_handshake(guest: &Guest, what: &str) -> Vec<u8> {
 
 /// A guest that is refused gets the signal that was declared, and no page for which it waits for ever.
 #[test]
-fn a_guest_that_is_refused_gets_a_signal() {
+fn a_refused_guest_gets_a_signal() {
     let test = this_test!();
     let life = |argument: &str| {
         let (what, path) = argument.split_once(' ').unwrap();
@@ -252,7 +252,7 @@ fn until_ended(child: &mut child::ChildTest) -> bool {
 
 /// A connection that the handler has not taken in when it is told to stop.
 #[test]
-fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
+fn a_guest_in_the_backlog_is_served_by_a_stopping_handler() {
     let test = this_test!();
     if child::is_child(test) {
         child::spawn(test, "", |path| {
@@ -276,7 +276,7 @@ fn a_guest_in_the_backlog_is_served_by_a_handler_that_stops() {
 }
 
 #[test]
-fn any_patience_is_a_patience() {
+fn each_handshake_timeout_is_accepted() {
     let test = this_test!();
     if child::is_child(test) {
         child::spawn(test, "", innocent);
