@@ -52,7 +52,7 @@ fn random_touches_fill_one_page_each() {
 }
 
 #[test]
-fn none_is_none() {
+fn readahead_none_fills_nothing_ahead() {
     let builder = Region::builder().chunk(vec![1u8; 100 * PAGE]).readahead(Readahead::None);
     let region = builder.build(&Pool::new().unwrap()).unwrap();
     assert!(region.as_slice().iter().all(|&byte| byte == 1));
@@ -60,7 +60,7 @@ fn none_is_none() {
 }
 
 #[test]
-fn a_page_whose_source_fails_ahead_of_the_reader_is_not_poisoned() {
+fn a_failure_of_readahead_poisons_no_page() {
     let source = Arc::new(Scripted::new(100 * PAGE as u64).failing(20 * PAGE as u64..20 * PAGE as u64 + 1));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
