@@ -98,7 +98,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
 
     #[test]
-    fn the_bytes_are_those_of_the_pieces_end_to_end(
+    fn a_region_shows_its_chunks_end_to_end(
         descriptions in descriptions(), threads in 1usize..=8, workers in 1usize..=3, seed in any::<u64>(),
     ) {
         let pool = Pool::builder().workers(workers).start().unwrap();
@@ -133,7 +133,7 @@ proptest! {
     }
 
     #[test]
-    fn borrowed_bytes_show_as_themselves(lens in prop::collection::vec(1usize..9000, 1..20), seed in any::<u64>()) {
+    fn a_region_shows_borrowed_memory(lens in prop::collection::vec(1usize..9000, 1..20), seed in any::<u64>()) {
         let pool = Pool::builder().workers(2).start().unwrap();
         let pieces: Vec<Vec<u8>> = lens.iter().enumerate().map(|(i, &len)| pattern(seed ^ i as u64, len)).collect();
         pagestitch::scope(|scope| {
@@ -173,7 +173,7 @@ fn check(region: &Region, expected: &[u8], seed: u64, way: u64) {
 }
 
 #[test]
-fn a_writable_region_keeps_what_is_written_and_leaves_the_source_alone() {
+fn a_writable_region_keeps_writes_and_leaves_the_source_alone() {
     let pool = Pool::new().unwrap();
     let memory = Memory::from(pattern(9, 20_000));
     let mut region = Region::builder().writable().chunk(memory.clone()).build(&pool).unwrap();
@@ -211,7 +211,7 @@ impl Fetch for Both {
 }
 
 #[test]
-fn an_arc_that_is_a_source_and_a_fetch_is_asked_as_each_chunk_says() {
+fn an_arc_that_is_source_and_fetch_is_read_as_each_chunk_declares() {
     let both = Arc::new(Both);
     let chunks = || (Chunk::source(Arc::clone(&both)), Chunk::fetch(Arc::clone(&both)));
     let expected = [vec![1; 20_000], vec![2; 10_000]];
@@ -230,7 +230,7 @@ fn a_read_only_region_cannot_be_written() {
 }
 
 #[test]
-fn a_range_outside_is_an_error_that_names_it() {
+fn a_range_outside_the_region_is_an_error_that_names_the_range() {
     let region = Region::builder().name("small").chunk(vec![1u8; 10]).build(&Pool::new().unwrap()).unwrap();
     let error = region.read_at(5, &mut [0; 6]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::OutOfRange);
