@@ -35,7 +35,7 @@ fn recording(pool: &Pool) -> Recording {
 }
 
 #[test]
-fn pages_of_a_recording_are_there_before_anybody_asks() {
+fn replayed_pages_are_filled_before_their_first_touch() {
     let pool = Pool::new().unwrap();
     let recorded = recording(&pool);
     let order: Vec<u64> = touched().into_iter().map(|page| (page * PAGE) as u64).collect();
@@ -59,7 +59,7 @@ fn pages_of_a_recording_are_there_before_anybody_asks() {
 }
 
 #[test]
-fn a_loop_of_ones_own_replays_too_and_a_source_that_fails_loses_nothing() {
+fn a_manual_replays_and_a_failing_source_poisons_no_page() {
     let mut manual = Manual::new().unwrap();
     let recorded = recording(&Pool::new().unwrap());
     let bad = 7919 % 2000 * PAGE as u64;
@@ -73,7 +73,7 @@ fn a_loop_of_ones_own_replays_too_and_a_source_that_fails_loses_nothing() {
 }
 
 #[test]
-fn a_recording_of_something_else_is_refused_by_name() {
+fn a_recording_of_another_region_is_refused_with_the_reason() {
     let pool = Pool::new().unwrap();
     let recorded = recording(&pool);
     let other = || Region::builder().name("other").chunk(vec![1; 5 * PAGE]).replay(&recorded);
@@ -132,7 +132,7 @@ fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
 }
 
 #[test]
-fn nothing_is_filled_ahead_while_adopted_memory_is_recorded() {
+fn readahead_is_off_while_adopted_memory_is_recorded() {
     if crate::lacks_marks(this_test!()) {
         return;
     }
@@ -212,7 +212,7 @@ fn guest(test: &str, socket: &Path, touches: &str) -> child::ChildTest {
 }
 
 #[test]
-fn a_guest_that_touches_nothing_leaves_the_recording_to_the_next_one() {
+fn an_idle_guest_leaves_the_recording_to_the_next_guest() {
     let test = this_test!();
     if child::is_child(test) {
         guest(test, Path::new(""), "");
@@ -264,7 +264,7 @@ fn a_handler_refuses_a_recording_that_it_cannot_replay_or_write() {
 }
 
 #[test]
-fn a_recording_is_written_to_where_a_link_points_and_into_what_is_no_file() {
+fn a_recording_is_written_through_a_symlink_and_into_a_fifo() {
     let folder = tempfile::tempdir().unwrap();
     let recorded = recording(&Pool::new().unwrap());
     let (file, link) = (folder.path().join("file"), folder.path().join("link"));
@@ -301,7 +301,7 @@ fn a_donated_huge_page_is_recorded_page_by_page() {
 }
 
 #[test]
-fn a_run_of_a_recording_is_replayed_over_the_border_of_two_ranges() {
+fn a_recorded_run_is_replayed_over_the_border_of_two_ranges() {
     if crate::lacks_marks(this_test!()) {
         return;
     }
