@@ -27,7 +27,7 @@ fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
 
 /// The kernel walks all addresses of what it dumps: half a minute for a tebibyte of holes.
 #[test]
-fn a_region_is_left_out_of_core_dumps_unless_it_is_asked_for() {
+fn a_region_is_left_out_of_core_dumps_by_default() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).start().unwrap();
         let chunks = || [Chunk::hole(1 << 30), memfd(&[5; 8192]).into(), vec![1u8; 100].into()];
