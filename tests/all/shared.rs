@@ -53,7 +53,7 @@ fn pages_of_files_and_memfds_in_any_order_are_in_place_without_a_fault() {
 }
 
 #[test]
-fn a_write_is_seen_on_both_sides() {
+fn a_write_is_seen_by_the_region_and_by_the_file() {
     let bytes = pattern(2, 3 * PAGE);
     for (shared, other) in [memfd_of(&bytes), {
         let (shared, kept) = file_of(&bytes);
@@ -148,7 +148,7 @@ fn an_alias_of_mappings_next_to_each_other_shows_each_of_them() {
 }
 
 #[test]
-fn what_others_may_change_is_no_slice() {
+fn build_refuses_a_shared_chunk() {
     let (memfd, _) = memfd_of(&pattern(6, PAGE));
     let builder = Region::builder().name("r").chunk(vec![1u8; 100]).chunk(memfd);
     let error = builder.build(&Pool::new().unwrap()).unwrap_err();
@@ -158,7 +158,7 @@ fn what_others_may_change_is_no_slice() {
 }
 
 #[test]
-fn what_is_off_its_pages_is_copied_as_it_was_when_touched() {
+fn an_unaligned_shared_chunk_is_copied_at_the_first_touch() {
     let bytes = pattern(7, 2 * PAGE);
     let (memfd, other) = memfd_of(&bytes);
     let region =
@@ -171,7 +171,7 @@ fn what_is_off_its_pages_is_copied_as_it_was_when_touched() {
 }
 
 #[test]
-fn padding_puts_chunks_where_they_can_be_shown() {
+fn page_aligned_chunks_are_shown_in_place() {
     let bytes = pattern(8, 5 * PAGE);
     let (memfd, _) = memfd_of(&bytes);
     let ranges = [100..5000, 4096..4097, 0..9000_u64];
@@ -197,7 +197,7 @@ fn padding_puts_chunks_where_they_can_be_shown() {
 }
 
 #[test]
-fn a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher() {
+fn a_file_that_shrinks_is_an_error_of_read_at_and_sigbus_for_a_touch() {
     let (memfd, other) = memfd_of(&pattern(9, 3 * PAGE));
     let region =
         Region::builder().name("r").chunk(memfd).writable().build_shared(&Pool::new().unwrap()).unwrap();
@@ -217,7 +217,7 @@ fn a_file_that_shrinks_is_an_error_to_read_at_and_sigbus_to_a_toucher() {
 }
 
 #[test]
-fn a_read_only_file_is_shown_and_refused_for_writing() {
+fn a_read_only_file_is_shown_in_place_and_refuses_writes() {
     let exe = || SharedFile::open("/proc/self/exe", Access::ReadOnly).unwrap();
     let pool = Pool::new().unwrap();
     let region = Region::builder().name("r").chunk(exe()).require_zero_copy().build_shared(&pool).unwrap();
@@ -241,7 +241,7 @@ fn a_read_only_file_beside_donated_pages_is_shown_read_only() {
 }
 
 #[test]
-fn the_budget_of_mappings_can_be_set() {
+fn the_limit_of_mappings_can_be_set() {
     let (memfd, _) = memfd_of(&pattern(10, 8 * PAGE));
     let pages = [7, 6, 5, 4, 3, 2, 1, 0_u64]
         .map(|page| Chunk::from(Arc::clone(&memfd)).range(page * PAGE as u64..(page + 1) * PAGE as u64));
@@ -301,7 +301,7 @@ fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
 }
 
 #[test]
-fn a_write_that_finds_no_space_on_the_file_system_says_so() {
+fn a_write_to_a_full_file_system_is_enospc() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};
     let folder = tempfile::tempdir().unwrap();
     let options = Some("size=64k");
@@ -329,7 +329,7 @@ fn a_write_that_finds_no_space_on_the_file_system_says_so() {
 }
 
 #[test]
-fn bytes_are_copied_where_the_kernel_may_not_copy_between_processes() {
+fn read_at_and_write_at_work_without_process_vm_readv() {
     let end = child::run(this_test!(), || {
         pagestitch_testkit::deny::deny_copies(nix::errno::Errno::EPERM);
         let (bytes, donated) = (pattern(9, 3 * PAGE), pattern(10, 2 * PAGE));
@@ -389,7 +389,7 @@ impl Drop for FailingDisk {
 }
 
 #[test]
-fn an_error_of_the_disk_behind_a_file_is_told_as_it_is() {
+fn a_disk_error_is_an_error_of_read_at() {
     let Some(disk) = FailingDisk::of(&pattern(11, 4 << 20)) else {
         return println!("SKIPPED: no file system can be made and mounted here");
     };
