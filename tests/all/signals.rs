@@ -67,7 +67,7 @@ fn populating(body: impl FnOnce() + Send) {
 }
 
 #[test]
-fn a_handler_gets_the_page_that_the_thread_below_it_populates() {
+fn a_signal_handler_reads_a_page_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(20);
         handle_user_signal(read_a_byte);
@@ -96,7 +96,7 @@ extern "C" fn populate_all(_signal: c_int) {
 
 #[test]
 #[expect(unsafe_code, reason = "what a handler has left behind a pointer")]
-fn a_call_from_a_handler_for_pages_that_its_thread_populates_is_an_error() {
+fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     let test = this_test!();
     let end = child::run(test, || {
         nix::unistd::alarm::set(20);
@@ -138,7 +138,7 @@ fn inline_region(bytes: &[u8]) -> Region {
 }
 
 #[test]
-fn handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler() {
+fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
     let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(60);
         handle_user_signal(read_a_byte);
@@ -165,7 +165,7 @@ fn handlers_touch_absent_pages_while_their_thread_is_in_the_sigbus_handler() {
 }
 
 #[test]
-fn handlers_touch_pages_that_their_thread_populates_in_an_inline_region() {
+fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(60);
         handle_user_signal(read_a_byte);
@@ -201,7 +201,7 @@ impl AsRef<[u8]> for CutShort {
 
 #[test]
 #[expect(unsafe_code, reason = "maps a file that is cut short")]
-fn a_fault_inside_the_handler_ends_with_a_line_and_a_signal() {
+fn a_fault_inside_the_sigbus_handler_ends_the_process_with_a_line() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
     let end = child::run(this_test!(), || {
         nix::unistd::alarm::set(20);
@@ -233,7 +233,7 @@ extern "C" fn passes_on(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
 }
 
 #[test]
-fn a_handler_that_is_installed_later_and_passes_on_keeps_regions_served() {
+fn a_later_sigbus_handler_that_chains_keeps_regions_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(5, 20 * PAGE);
         let region = inline_region(&bytes);
@@ -254,7 +254,7 @@ extern "C" fn keeps(_signal: c_int) {
 }
 
 #[test]
-fn a_handler_that_is_installed_later_and_does_not_pass_on_gets_the_faults_and_no_zeros_are_read() {
+fn a_later_sigbus_handler_that_does_not_chain_gets_the_faults_and_no_zeros_are_read() {
     let test = this_test!();
     let end = child::run(test, || {
         let region = inline_region(&pattern(6, 20 * PAGE));
@@ -272,7 +272,7 @@ extern "C" fn count(_signal: c_int) {
 
 /// Signals come all the while that the first region is built, and each finds a handler.
 #[test]
-fn no_signal_is_lost_while_the_handler_is_installed() {
+fn no_signal_is_lost_while_the_sigbus_handler_is_installed() {
     for _ in 0..if cfg!(debug_assertions) { 20 } else { 5 } {
         let end = child::run(this_test!(), || {
             handle_bus_errors(count);
