@@ -111,7 +111,7 @@ fn a_split_region_is_served_inline() {
 }
 
 #[test]
-fn a_split_region_is_served_by_the_callers_loop() {
+fn a_split_region_is_served_by_a_manual() {
     for split in SPLITS {
         let mut manual = Manual::new().unwrap();
         let (chunks, expected) = pieces();
@@ -135,7 +135,7 @@ fn a_split_region_is_served_by_the_callers_loop() {
 }
 
 #[test]
-fn a_split_region_shows_a_memfd_that_is_filled_later() {
+fn a_split_region_shows_a_lazy_memfd() {
     let bytes = pattern(3, PAGES * PAGE);
     for split in SPLITS {
         let chunk = chunk_of(&bytes, true);
@@ -149,7 +149,7 @@ fn a_split_region_shows_a_memfd_that_is_filled_later() {
 }
 
 #[test]
-fn a_split_region_moves_the_pages_up_to_the_border_and_behind_it() {
+fn a_split_region_moves_the_pages_on_both_sides_of_the_border() {
     let bytes = pattern(4, 2 * BLOCK);
     let builder = Region::builder().chunk(pages_of(&bytes)).readahead(Readahead::None);
     let region = builder.build(&Pool::new().unwrap()).unwrap();
@@ -193,7 +193,7 @@ fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
 }
 
 #[test]
-fn split_memory_of_another_owner_is_populated() {
+fn split_adopted_memory_is_populated() {
     if crate::lacks_marks(this_test!()) {
         return;
     }
@@ -205,7 +205,7 @@ fn split_memory_of_another_owner_is_populated() {
 }
 
 #[test]
-fn split_memory_that_is_abandoned_has_no_zeros() {
+fn split_adopted_memory_has_no_zeros_after_a_drop() {
     if crate::lacks_marks(this_test!()) {
         return;
     }
