@@ -118,7 +118,7 @@ impl Source for Once {
 }
 
 #[test]
-fn a_page_that_is_swapped_out_is_not_asked_for_again() {
+fn a_swapped_page_is_not_read_again() {
     let Some(_swap) = Swap::or_skip() else { return };
     let bytes = pattern(1, BLOCK + 40 * PAGE);
     let chunk = Chunk::source(Once::new(&bytes));
@@ -134,7 +134,7 @@ fn a_page_that_is_swapped_out_is_not_asked_for_again() {
 }
 
 #[test]
-fn what_was_written_and_swapped_out_is_not_filled_again() {
+fn a_written_and_swapped_page_is_not_filled_again() {
     let Some(_swap) = Swap::or_skip() else { return };
     let bytes = pattern(2, BLOCK + 40 * PAGE);
     let mut region = Region::builder().chunk(bytes.clone()).writable().build(&Pool::new().unwrap()).unwrap();
@@ -149,7 +149,7 @@ fn what_was_written_and_swapped_out_is_not_filled_again() {
 }
 
 #[test]
-fn donated_pages_that_are_swapped_out_are_neither_gone_nor_zeros() {
+fn swapped_donated_pages_keep_their_bytes() {
     let Some(_swap) = Swap::or_skip() else { return };
     let bytes = pattern(4, BLOCK + 40 * PAGE);
     let pages = pages_of(&bytes);
@@ -176,7 +176,7 @@ fn page_out_everything() {
 }
 
 #[test]
-fn a_process_whose_memory_is_swapped_out_all_the_time_reads_the_right_bytes() {
+fn a_region_under_constant_swapping_shows_its_bytes() {
     let Some(_swap) = Swap::or_skip() else { return };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
