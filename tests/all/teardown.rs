@@ -24,7 +24,7 @@ use std::{fs, thread};
 const SIGSEGV: i32 = 11;
 
 #[test]
-fn a_thread_that_waits_in_a_region_when_it_is_dropped_gets_a_signal() {
+fn a_waiting_thread_gets_a_signal_when_its_region_is_dropped() {
     let end = child::run(this_test!(), || {
         wait_in_dropped(
             |pool| Region::builder().chunk(pattern(1, 10_000)).build(pool).unwrap(),
@@ -49,7 +49,7 @@ impl Drop for MappedAnew {
 
 /// The thread that waits runs on only after the drop, when its page would be another mapping's.
 #[test]
-fn a_thread_that_waits_in_a_dropped_region_does_not_see_a_mapping_that_comes_after_it() {
+fn a_waiting_thread_of_a_dropped_region_does_not_read_the_next_mapping_there() {
     let test = this_test!();
     for _ in 0..if child::is_child(test) { 1 } else { 40 } {
         let end = child::run(test, || {
@@ -102,12 +102,12 @@ fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
 }
 
 #[test]
-fn a_thread_that_waits_for_a_minor_fault_when_its_region_is_dropped_gets_a_signal() {
+fn a_thread_in_a_minor_fault_gets_a_signal_when_its_region_is_dropped() {
     wait_in_lazy(this_test!(), true);
 }
 
 #[test]
-fn a_thread_that_waits_for_a_missing_page_of_a_memfd_gets_a_signal() {
+fn a_thread_in_a_missing_page_of_a_memfd_gets_a_signal_when_its_region_is_dropped() {
     wait_in_lazy(this_test!(), false);
 }
 
@@ -300,7 +300,7 @@ const fn copy_of<T>(value: &T) -> T {
 }
 
 #[test]
-fn a_forked_child_serves_itself_inline_whatever_its_parent_was_doing() {
+fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
     let name = this_test!();
     let end = child::run(name, || {
         let bytes = pattern(6, 200 * 4096);
@@ -348,7 +348,7 @@ fn a_region_outlives_the_handle_of_its_pool() {
 }
 
 #[test]
-fn a_pool_that_serves_does_not_stop() {
+fn a_pool_with_regions_refuses_to_stop() {
     let pool = Pool::new().unwrap();
     let region = Region::builder().name("kept").chunk(vec![5u8; 10]).build(&pool).unwrap();
     let error = pool.clone().stop().unwrap_err();
@@ -360,7 +360,7 @@ fn a_pool_that_serves_does_not_stop() {
 }
 
 #[test]
-fn a_leaked_region_goes_on_being_served() {
+fn a_leaked_region_stays_served() {
     let bytes = pattern(3, 100_000);
     let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
     let leaked: &'static Region = Box::leak(Box::new(region));
@@ -368,7 +368,7 @@ fn a_leaked_region_goes_on_being_served() {
 }
 
 #[test]
-fn nothing_is_left_behind() {
+fn dropped_regions_leave_no_descriptors_threads_or_mappings() {
     let end = child::run(this_test!(), || {
         let round = || {
             let pool = Pool::builder().workers(3).start().unwrap();
