@@ -26,7 +26,7 @@ fn hanging() -> Arc<Scripted> {
 }
 
 #[test]
-fn a_fault_that_takes_too_long_is_told_of_once() {
+fn an_overdue_fault_is_counted_once() {
     let pool = Pool::builder().overdue_after(Duration::from_millis(20)).start().unwrap();
     let source = hanging();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
@@ -46,7 +46,7 @@ fn a_fault_that_takes_too_long_is_told_of_once() {
 }
 
 #[test]
-fn a_fault_that_was_given_up_is_a_signal_to_its_waiter() {
+fn a_timed_out_fault_is_a_signal_to_the_waiting_thread() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
         let region = Region::builder().chunk(Chunk::source(hanging())).build(&pool).unwrap();
@@ -58,7 +58,7 @@ fn a_fault_that_was_given_up_is_a_signal_to_its_waiter() {
 
 /// The waiter is the kernel, which gets an error and no signal; and the source answers after all.
 #[test]
-fn a_source_that_answers_after_all_mends_the_page() {
+fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     if !waits_in_the_kernel() {
         return;
     }
@@ -135,25 +135,25 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
 }
 
 #[test]
-fn more_faults_than_there_are_workers_are_given_up() {
+fn more_faults_than_workers_time_out() {
     five_hang(Pool::builder().workers(2), false, |builder| builder);
 }
 
 /// Those that no worker has begun: queued, or not even read.
 #[test]
-fn faults_that_no_worker_is_left_for_are_given_up() {
+fn faults_without_a_free_worker_time_out() {
     five_hang(Pool::builder().workers(2).max_workers(2), true, |builder| builder);
     five_hang(Pool::builder().workers(1).max_workers(1), true, |builder| builder);
 }
 
 #[test]
-fn faults_that_wait_for_a_regions_limit_are_given_up() {
+fn faults_that_wait_for_the_limit_of_their_region_time_out() {
     five_hang(Pool::builder().workers(3), false, |builder| builder.in_flight(1));
 }
 
 /// As many wait as a queue has room for, and more. The thread that reads them may not make room.
 #[test]
-fn more_faults_than_can_be_queued_of_a_region_that_serves_children_are_given_up() {
+fn more_faults_of_an_inherited_region_than_the_queue_holds_time_out() {
     if !waits_in_the_kernel() {
         return;
     }
@@ -184,7 +184,7 @@ impl Fetch for Keeps {
 }
 
 #[test]
-fn more_fetches_than_a_table_first_has_room_for_are_given_up() {
+fn more_fetches_than_the_first_table_holds_time_out() {
     if !waits_in_the_kernel() {
         return;
     }
@@ -199,7 +199,7 @@ fn more_fetches_than_a_table_first_has_room_for_are_given_up() {
 
 /// Only time in which the watchdog itself runs counts: a process that was stopped is not to blame.
 #[test]
-fn a_process_that_was_stopped_gives_nothing_up_when_it_goes_on() {
+fn no_fault_times_out_because_its_process_was_stopped() {
     let end = child::run(this_test!(), || {
         let limit = Duration::from_secs(1);
         let pool = Pool::builder().overdue_after(limit).give_up_after(limit).start().unwrap();
