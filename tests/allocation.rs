@@ -48,7 +48,7 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 #[test]
-fn nothing_is_allocated_on_the_way_of_a_fault() {
+fn a_worker_allocates_nothing_for_a_fault() {
     // In a process of its own: nobody else allocates meanwhile.
     child::run(this_test!(), serve_all_pages).expect_pass();
 }
@@ -80,7 +80,7 @@ fn serve_all_pages() {
 
 /// A signal handler may have interrupted the allocator.
 #[test]
-fn nothing_is_allocated_by_a_thread_that_fills_its_own_pages() {
+fn an_inline_fault_allocates_nothing() {
     child::run(this_test!(), fill_own_pages).expect_pass();
 }
 
@@ -112,7 +112,7 @@ fn donated(bytes: &[u8]) -> Pages {
 
 /// `fork(2)` holds the locks of the allocator until the usher has read of it: an usher that allocates waits for ever.
 #[test]
-fn who_reads_of_forks_allocates_nothing() {
+fn the_fork_reader_allocates_nothing() {
     child::run(this_test!(), fork_in_every_way).expect_pass();
 }
 
