@@ -97,7 +97,7 @@ fn built(chunks: Vec<Chunk>, readahead: bool, server: impl Into<Server>) -> Regi
 }
 
 #[test]
-fn what_is_no_error_costs_no_byte_in_a_pool() {
+fn harmless_answers_of_the_kernel_cost_no_byte_in_a_pool() {
     for kind in HARMLESS {
         for readahead in [false, true] {
             let (chunks, expected) = all_ways();
@@ -123,7 +123,7 @@ fn what_is_no_error_costs_no_byte_in_a_pool() {
 }
 
 #[test]
-fn what_is_no_error_costs_no_byte_inline() {
+fn harmless_answers_of_the_kernel_cost_no_byte_inline() {
     for kind in [Again, Exists] {
         let (chunks, expected) = memory_and_hole();
         let region = built(chunks, false, Inline);
@@ -134,7 +134,7 @@ fn what_is_no_error_costs_no_byte_inline() {
 }
 
 #[test]
-fn what_is_no_error_costs_no_byte_in_memory_of_others() {
+fn harmless_answers_of_the_kernel_cost_no_byte_of_adopted_memory() {
     for kind in [Again, Exists] {
         let expected = bytes(64 * PAGE);
         let guest = Guest::new(&[64 * PAGE], false).unwrap();
@@ -160,7 +160,7 @@ fn what_is_no_error_costs_no_byte_in_memory_of_others() {
 }
 
 #[test]
-fn what_is_no_error_costs_no_byte_of_a_memfd_that_is_filled_later() {
+fn harmless_answers_of_the_kernel_cost_no_byte_of_a_lazy_memfd() {
     for kind in [Again, Partial, Exists] {
         let expected = bytes(64 * PAGE);
         let memfd = UnsealedMemfd::create("lazy", expected.len() as u64).unwrap();
@@ -184,7 +184,7 @@ fn what_is_no_error_costs_no_byte_of_a_memfd_that_is_filled_later() {
 }
 
 #[test]
-fn what_is_refused_is_an_error_and_heals() {
+fn a_refused_fill_is_an_error_and_succeeds_in_a_retry() {
     for kind in [NoMemory, ProcessGone] {
         let (chunks, expected) = all_ways();
         let region = built(chunks, false, &Pool::new().unwrap());
@@ -211,7 +211,7 @@ fn what_is_refused_is_an_error_and_heals() {
 }
 
 #[test]
-fn where_there_is_no_memory_for_a_mark_the_page_is_taken_away() {
+fn a_page_without_memory_for_a_poison_marker_is_taken_away() {
     let end = child::run(this_test!(), || {
         let region = built(
             vec![bytes(PAGE).into(), Chunk::source(Arc::new(Never)), bytes(PAGE).into()],
