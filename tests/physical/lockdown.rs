@@ -7,7 +7,7 @@ use pagestitch_kernel::physical::Refusal;
 
 #[test]
 #[ignore = "needs the guest that is locked down"]
-fn even_root_is_told_of_lockdown() {
+fn lockdown_is_named_to_root() {
     let error = dev_mem(RESERVED, PAGE, Access::ReadOnly, Caching::Cached).unwrap_err();
     assert_eq!(error.refusal, Refusal::Lockdown, "{error}");
     let (path, ..) = pci_device("0x1af4", "0x1110", 2);
