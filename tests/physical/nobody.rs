@@ -7,7 +7,7 @@ use pagestitch_kernel::physical::Refusal;
 
 #[test]
 #[ignore = "needs the guest, as an ordinary user"]
-fn an_ordinary_user_is_told_what_is_missing() {
+fn the_missing_right_is_named_to_an_ordinary_user() {
     let error = dev_mem(RESERVED, PAGE, Access::ReadOnly, Caching::Cached).unwrap_err();
     assert_eq!(error.refusal, Refusal::NoCapability("CAP_SYS_RAWIO"));
     assert!(error.to_string().contains("become root, or grant it"), "{error}");
