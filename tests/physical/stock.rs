@@ -38,7 +38,7 @@ fn shuffled_pages_of_reserved_memory_are_one_region_without_a_copy() {
 
 #[test]
 #[ignore = "needs the guest with reserved memory"]
-fn physical_memory_off_its_pages_is_copied_when_it_is_touched() {
+fn unaligned_physical_memory_is_copied_at_the_first_touch() {
     let memory = dev_mem(RESERVED + (1 << 20), 4 * PAGE, Access::Writable, Caching::Cached).unwrap();
     memory.write_at(0, &[8; 4 * PAGE as usize]).unwrap();
     let region = Region::builder()
@@ -54,7 +54,7 @@ fn physical_memory_off_its_pages_is_copied_when_it_is_touched() {
 
 #[test]
 #[ignore = "needs the guest with an ivshmem device"]
-fn a_device_is_the_same_memory_through_dev_mem_through_its_resource_and_for_the_host() {
+fn device_memory_is_the_same_through_dev_mem_its_resource_and_the_host() {
     let (path, start, end) = pci_device("0x1af4", "0x1110", 2);
     let pool = Pool::new().unwrap();
     let show = |physical: Physical| {
@@ -89,7 +89,7 @@ fn the_kernels_own_memory_is_refused() {
 
 #[test]
 #[ignore = "needs the guest's stock kernel"]
-fn what_a_driver_has_claimed_is_refused_with_its_name() {
+fn memory_claimed_by_a_driver_is_refused_with_the_name_of_the_driver() {
     let table = fs::read_to_string("/proc/iomem").unwrap();
     let line = table.lines().find(|line| line.contains("IOAPIC")).expect("an I/O APIC");
     let start = hexadecimal(line.trim_start().split('-').next().unwrap());
@@ -99,7 +99,7 @@ fn what_a_driver_has_claimed_is_refused_with_its_name() {
 
 #[test]
 #[ignore = "needs the guest with reserved memory"]
-fn other_caching_than_there_is_already_is_refused() {
+fn a_second_mapping_with_other_caching_is_refused() {
     let start = RESERVED + (2 << 20);
     let cached = dev_mem(start, PAGE, Access::ReadOnly, Caching::Cached).unwrap();
     let region = Region::builder().chunk(cached).build_shared(&Pool::new().unwrap()).unwrap();
@@ -111,7 +111,7 @@ fn other_caching_than_there_is_already_is_refused() {
 
 #[test]
 #[ignore = "needs the guest with reserved memory"]
-fn what_was_opened_for_reading_is_not_written_to() {
+fn memory_opened_for_reading_refuses_writes() {
     let start = RESERVED + (3 << 20);
     let build = |builder: pagestitch::Builder| builder.build_shared(&Pool::new().unwrap());
     let memory = || dev_mem(start, PAGE, Access::ReadOnly, Caching::Cached).unwrap();
@@ -123,7 +123,7 @@ fn what_was_opened_for_reading_is_not_written_to() {
 
 #[test]
 #[ignore = "needs the guest with reserved memory"]
-fn half_pages_and_ports_are_refused() {
+fn partial_pages_and_io_ports_are_refused() {
     let error = dev_mem(RESERVED + 1, PAGE, Access::ReadOnly, Caching::Cached).unwrap_err();
     assert_eq!(error.refusal, Refusal::NotWholePages);
     // The disk controller of the emulated chip set: resource 4 is its I/O ports.
