@@ -10,7 +10,7 @@ use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::capabilities::Verdict;
 use pagestitch_kernel::memfd::UnsealedMemfd;
-use pagestitch_kernel::{Access, Page, PageSize, Reservation, Uffd};
+use pagestitch_kernel::{Access, Page, PageSize, Uffd, View};
 use pagestitch_testkit::deny::deny_userfaultfd;
 use pagestitch_testkit::{child, this_test};
 use std::fs;
@@ -266,7 +266,7 @@ fn a_region_is_served_and_dropped_at_max_map_count() {
             Region::builder().chunks(pages).chunk(vec![7u8; 100_000]).build(&Pool::new().unwrap()).unwrap();
         // Every other page of a large range, until the kernel has no mappings left for this process.
         let pages = NonZeroUsize::new(200_000).unwrap();
-        let (_reservation, mut view) = Reservation::new(pages, PageSize::system(), Access::ReadOnly).unwrap();
+        let (_reservation, mut view) = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap();
         let mapped = (0..100_000).take_while(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok()).count();
         assert!(mapped < 100_000, "vm.max_map_count is larger than this test thought of");
         assert_eq!(region.as_slice()[60 * 4096], 7);

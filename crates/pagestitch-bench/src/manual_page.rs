@@ -4,7 +4,7 @@ use crate::systems::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::Features;
-use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
+use pagestitch_kernel::{Access, PageSize, StableView, View};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
@@ -23,7 +23,7 @@ impl ManualPage {
     pub(crate) fn new(chunks: Vec<Arc<[u8]>>, cpu: Option<usize>) -> Self {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
-        let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+        let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
         let opened = pagestitch_kernel::Uffd::open(Features::NONE).expect("a userfaultfd");
         let uffd = of_the_crate(opened.as_fd().try_clone_to_owned().expect("a descriptor"));
         let range = reservation.range();

@@ -5,7 +5,7 @@ use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use pagestitch::source::{Memory, Pages};
 use pagestitch::{Builder, Chunk, Readahead, Region, Server, Source};
-use pagestitch_kernel::{Access, PageSize, Reservation, StableView};
+use pagestitch_kernel::{Access, PageSize, Reservation, StableView, View};
 use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -69,7 +69,7 @@ impl Data {
 pub(crate) fn zero_pages(pages: usize) -> (Arc<Reservation>, StableView) {
     let page = PageSize::new(PAGE).expect("a power of two");
     let pages = NonZeroUsize::new(pages).expect("some pages");
-    let (reservation, view) = Reservation::new(pages, page, Access::ReadOnly).expect("addresses");
+    let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
     reservation.open().expect("memory");
     (reservation, view.into_stable().expect("nothing is shown in it"))
 }

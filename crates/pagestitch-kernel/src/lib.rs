@@ -1,53 +1,62 @@
 //! The kernel under pagestitch, made honest. The only crate with unsafe code.
 //!
-//! | module | what it owns |
-//! |---|---|
-//! | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
-//! | [`uffd`] | the userfaultfd: open, register, and each fill operation, answering with an [`Outcome`] |
-//! | [`event`] | what the kernel says happened, decoded eagerly |
-//! | [`capabilities`] | what this kernel and this process may do, asked at run time, with reason and remedy |
-//! | [`reservation`] | an owned range of addresses behind one bounds check |
-//! | [`limits`] | which limit of the process was in the way of a mapping |
-//! | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
-//! | [`view`] | the one view of a reservation's bytes, and what can be shown in it in place |
-//! | [`memfd`] | sealed memfds: bytes that nobody can change and everybody can map |
-//! | [`shared`] | files, memfds and mappings that others may change |
-//! | [`pages`] | pages of private memory that can be given away |
-//! | [`sigbus`] | faults served by the thread that takes them, in a signal handler |
-//! | [`staging`] | a huge page to fill in peace, and to move away whole |
-//! | [`process`] | another process, by a descriptor that stays with it |
-//! | [`fd_passing`] | descriptors through a UNIX socket |
-//! | [`fd_queue`] | descriptors that outlive the process that has them |
-//! | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
-//! | [`striped`] | a value for each of a few threads, in cache lines of its own |
-//! | [`revocable`] | borrowed bytes handed to threads that may outlive the borrow, revoked when it ends |
-//! | [`atomic_table`] | tables that cost nothing until they are touched |
-//! | [`fork`] | whether this is still the process that made a thing |
-//! | [`swap`] | which pages are swapped out, and whether such pages can move |
-//! | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
-//! | [`rcu`] | a value that writers replace and readers never wait for |
-//! | [`replace`] | a file that is written, all or nothing |
-//! | [`gate`] | a door that can be closed: after [`Gate::close`](gate::Gate::close) nobody is inside |
+//! The modules in the order of their layers: each module uses only modules of the layers above it in this table.
+//!
+//! | layer | module | what it owns |
+//! |---|---|---|
+//! | 0 | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
+//! | | [`access`] | what the process may do with mapped bytes |
+//! | | [`features`] | the features of a userfaultfd, as `UFFDIO_API` numbers them |
+//! | | [`limits`] | the limit of the process that a mapping or a descriptor has met |
+//! | | [`fork`] | the generation of a process: how a thing finds out that a forked child has inherited it |
+//! | | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
+//! | | [`process`] | another process, by a descriptor that stays with it |
+//! | | [`fd_passing`] | descriptors through a UNIX socket |
+//! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
+//! | | [`replace`] | a file that is written as a whole, or stays as it was |
+//! | 1 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
+//! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
+//! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
+//! | | [`swap`] | which pages are swapped out, and whether such pages can move |
+//! | | `granule` | the page size of a file's mappings |
+//! | 2 | `mapping` | an owned mapping: unmapped when it is dropped |
+//! | | [`rcu`] | a value that a writer replaces while readers look at it, without a lock |
+//! | | [`revocable`] | borrowed bytes for threads that may outlive the borrow, revoked when it ends |
+//! | 3 | [`reservation`] | an owned range of addresses behind one bounds check |
+//! | | [`atomic_table`] | tables that cost memory only where they are touched |
+//! | | `copy` | copies of bytes that may change meanwhile |
+//! | | [`memfd`] | sealed memfds: bytes that no process can change and each can map |
+//! | | [`sigbus`] | faults served in a signal handler, by the thread that takes them |
+//! | 4 | [`pages`] | pages of private memory that move into a region |
+//! | | [`shared`] | files, memfds and mappings that other processes may change |
+//! | | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
+//! | 5 | [`uffd`] | the userfaultfd: open, register, and each fill operation, which answers with an [`Outcome`] |
+//! | 6 | [`event`] | the kernel's messages, decoded eagerly |
+//! | | [`view`] | the one view of a reservation's bytes, and the sources that it shows in place |
+//! | | [`staging`] | a huge page that is filled apart, and moves into a region whole |
+//! | 7 | [`capabilities`] | the abilities of this kernel and process, probed at run time, with reason and remedy |
 //!
 //! # The safety argument, once
 //!
-//! A missing page *has no value*: whoever reads it is stopped by the kernel until it has one. Filling it is
-//! therefore never a write behind a reader's back, on three conditions, and all are made here:
+//! A missing page *has no value*: the kernel stops each reader of it until it has one. Filling it is therefore never a
+//! write behind a reader's back, on three conditions, and this crate sees to all of them:
 //!
-//! * only a [`Reservation`] is registered (or, through an `unsafe fn`, a range whose owner vouches for it), so
-//!   no allocator ever handed those pages out as zeros. A uffd that is registered already ([`Uffd::adopt`]) is one of another
-//!   process, which the kernel is asked, or its ranges are promised for ([`uffd::OwnMemory`]);
-//! * something else is put into a reservation only while its view is borrowed mutably. What nobody can change (a
-//!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leaves the view stable; whatever others may change does not,
-//!   and such a view never becomes a [`StableView`], which is what gives out slices;
-//! * nothing in this crate's safe API takes a page that has been filled and fills it with other bytes. Taking
-//!   a page away for good ([`Reservation::revoke`], [`Reservation::fence`]) makes a later access a signal,
-//!   which ends the program; it does not show it different bytes.
+//! * The memory that a userfaultfd fills was never given out as zeros. [`Uffd::register`] takes a [`Reservation`], whose
+//!   pages no allocator has handed out; for any other range, [`Uffd::register_range`] is `unsafe`, and its caller
+//!   vouches for the range. A userfaultfd that is registered already ([`Uffd::adopt`]) fills memory of another process,
+//!   which the kernel confirms, or its caller promises the same of its ranges ([`uffd::OwnMemory`]).
+//! * Other pages are mapped into a reservation only while its view is borrowed mutably. Bytes that cannot change (a
+//!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leave the view stable. Bytes that other processes may change do
+//!   not: such a view never becomes a [`StableView`], the type that gives out slices.
+//! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`] and
+//!   [`Reservation::fence`] take a page away for good: a later access is a signal, which ends the program; it does not
+//!   read other bytes.
 //!
-//! Hence [`StableView::as_slice`] is safe, and [`StableView::as_mut_slice`] is safe because there is one view of a
-//! reservation and it is borrowed mutably. A view that is not stable is read and written by the kernel
-//! ([`View::read_at`], [`View::write_at`]), to whom a race is none.
+//! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a reservation has one view, which
+//! is borrowed mutably. A view that is not stable is read and written by the kernel ([`View::read_at`],
+//! [`View::write_at`]), for which a concurrent change is no data race.
 
+pub mod access;
 pub mod atomic_table;
 pub mod capabilities;
 mod copy;
@@ -79,12 +88,13 @@ pub mod sync;
 pub mod uffd;
 pub mod view;
 
+pub use access::Access;
 pub use capabilities::Support;
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use features::Features;
 pub use nix::errno::Errno;
 pub use page::{AddressRange, Page, PageSize, Span};
-pub use reservation::{Access, Reservation};
+pub use reservation::Reservation;
 pub use staging::Staging;
 pub use uffd::{Outcome, Uffd};
 pub use view::{StableView, View};

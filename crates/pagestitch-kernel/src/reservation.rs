@@ -8,18 +8,18 @@
 //!                           the uffd
 //! ```
 //!
-//! A [`Reservation`] is shared with handler threads and knows addresses only; the [`View`] stays with the region
+//! A [`Reservation`] is shared with handler threads and knows addresses only; the [`View`](crate::View) stays with the region
 //! and is the only way to the bytes. Every operation on part of the range passes one bounds check,
 //! [`Reservation::addresses`]. It is not inherited by a forked child (`MADV_DONTFORK`): without the handler, the
 //! child would read zeros. Its addresses are closed there, and after its drop they are kept from other mappings for a while
 //! ([`ranges`]).
 
+use crate::access::Access;
 use crate::limits::ReserveError;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::ranges::{self, ServedRange};
 use crate::swap;
-use crate::view::View;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc::{self, c_void};
@@ -31,27 +31,6 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// What the process may do with a region's bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
-    /// Read them. Nothing changes a byte once it is there.
-    ReadOnly,
-    /// Read them, too. The mapping can be written to, as the kernel moves pages only between such
-    /// ([`Uffd::move_donated`](crate::Uffd::move_donated)): it does not stop a stray pointer.
-    LogicallyReadOnly,
-    /// Read and write them; writes stay private to the region.
-    Writable,
-}
-
-impl Access {
-    pub(crate) const fn protection(self) -> ProtFlags {
-        match self {
-            Self::ReadOnly => ProtFlags::PROT_READ,
-            Self::LogicallyReadOnly | Self::Writable => ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE),
-        }
-    }
-}
-
 /// An owned range of addresses, a whole number of pages, missing until filled.
 #[derive(Debug)]
 pub struct Reservation {
@@ -61,26 +40,19 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves `pages` pages of addresses, closed to every access until they are [registered](crate::Uffd::register). No memory is used
-    /// until a page is filled.
-    ///
-    /// # Errors
-    ///
-    /// [`ReserveError`] names the size and the limit that was in the way.
-    pub fn new(
+    /// Reserves `pages` pages of addresses, without a view: for [`View::reserve`](crate::View::reserve).
+    pub(crate) fn new(
         pages: NonZeroUsize,
         page: PageSize,
         access: Access,
-    ) -> Result<(Arc<Self>, View), ReserveError> {
+    ) -> Result<Arc<Self>, ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::met(usize::MAX, Errno::ENOMEM))?;
         let refused = |errno| ReserveError::met(bytes.get(), errno);
         ranges::release_old();
         let mut mapping = OwnedMapping::closed_aligned(bytes).map_err(refused)?;
         mapping.do_not_fork().map_err(refused)?;
-        let reservation = Arc::new(Self { mapping, page, access });
-        let view = View::of(Arc::clone(&reservation), access);
-        Ok((reservation, view))
+        Ok(Arc::new(Self { mapping, page, access }))
     }
 
     /// Lets the range be accessed as it was reserved for. [`Uffd::register`](crate::Uffd::register) does so. Where it was not registered,

@@ -4,11 +4,11 @@
 //! What changes behind a reader's back is nothing for a `&[u8]`. It is read and written by the kernel, on behalf of
 //! this process: a race is none there, and a page past a file's end is an error and not a signal.
 
+use crate::access::Access;
 use crate::granule::granule_of;
 use crate::limits::with_descriptors;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, HUGE, PageSize};
-use crate::reservation::Access;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};

@@ -8,13 +8,15 @@
 //! Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
 //! The view is closed, and a touch is SIGSEGV, until its reservation is registered.
 
+use crate::access::Access;
 use crate::copy;
+use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::memfd::SealedMemfd;
 use crate::page::{AddressRange, PageSize, Span};
 use crate::pages::Donated;
 use crate::physical::Physical;
-use crate::reservation::{Access, Reservation};
+use crate::reservation::Reservation;
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::Uffd;
 use nix::errno::Errno;
@@ -39,8 +41,20 @@ pub struct View {
 }
 
 impl View {
-    pub(crate) const fn of(reservation: Arc<Reservation>, access: Access) -> Self {
-        Self { reservation, access, stable: true, physical: Vec::new() }
+    /// Reserves `pages` pages of addresses, closed to every access until they are [registered](Uffd::register), and makes the one view of
+    /// them. No memory is used until a page is filled.
+    ///
+    /// # Errors
+    ///
+    /// [`ReserveError`] names the size and the limit that was in the way.
+    pub fn reserve(
+        pages: NonZeroUsize,
+        page: PageSize,
+        access: Access,
+    ) -> Result<(Arc<Reservation>, Self), ReserveError> {
+        let reservation = Reservation::new(pages, page, access)?;
+        let view = Self { reservation: Arc::clone(&reservation), access, stable: true, physical: Vec::new() };
+        Ok((reservation, view))
     }
 
     /// Shows part of a sealed memfd in place: the span's pages are the memfd's own, there at once and not copied.

@@ -5,7 +5,7 @@ use crate::systems::{PAGE, sum, touch_all};
 use pagestitch::source::Memfd;
 use pagestitch::{Access, Chunk, Pool, Region, Support};
 use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
-use pagestitch_kernel::{Page, Reservation};
+use pagestitch_kernel::{Page, View};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -103,7 +103,7 @@ fn shuffled(pages: usize) -> impl Iterator<Item = usize> {
 fn map_bare(memfd: &SealedMemfd, pages: usize) {
     let count = NonZeroUsize::new(pages).expect("some pages");
     let size = Support::current().page_size();
-    let (_reservation, mut view) = Reservation::new(count, size, Access::ReadOnly).expect("addresses");
+    let (_reservation, mut view) = View::reserve(count, size, Access::ReadOnly).expect("addresses");
     for (place, page) in shuffled(pages).enumerate() {
         view.map(Page(place).span(), memfd, (page * PAGE) as u64).expect("a mapping");
     }

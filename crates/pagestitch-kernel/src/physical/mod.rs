@@ -26,14 +26,15 @@ mod refusal;
 
 pub use refusal::{PhysicalError, Refusal};
 
+use crate::access::Access;
 use crate::copy;
 use crate::mapping::OwnedMapping;
 use crate::page::PageSize;
-use crate::reservation::Access;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{MapFlags, ProtFlags};
 use own_memory::Pin;
+use refusal::DEV_MEM;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -253,5 +254,3 @@ fn open(path: &Path, access: Access, caching: Caching) -> Result<File, Errno> {
     options.read(true).write(access == Access::Writable).custom_flags(flags.bits());
     options.open(path).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
 }
-
-const DEV_MEM: &str = "/dev/mem";

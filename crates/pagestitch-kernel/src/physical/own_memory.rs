@@ -4,10 +4,10 @@
 //! place, and the kernel's compaction moves it; the second view then shows a frame that is somebody else's. A
 //! long-term pin holds it, and registered buffers of an io_uring are such a pin that any process may have.
 
-use super::refusal::{CAP_SYS_ADMIN, PhysicalError, Refusal, has_capability};
-use super::{Caching, DEV_MEM, Physical, open, refusal};
+use super::refusal::{CAP_SYS_ADMIN, DEV_MEM, PhysicalError, Refusal, has_capability};
+use super::{Caching, Physical, open, refusal};
+use crate::access::Access;
 use crate::page::PageSize;
-use crate::reservation::Access;
 use nix::errno::Errno;
 use nix::libc::{self, c_long, c_void};
 use std::fs::File;

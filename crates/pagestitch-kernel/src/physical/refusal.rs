@@ -1,7 +1,6 @@
 //! Why physical memory is not to be had, as far as the kernel tells: found out before asking it where that is certain,
 //! and from its own tables afterwards.
 
-use super::DEV_MEM;
 use crate::page::PageSize;
 use nix::errno::Errno;
 use std::ops::Range;
@@ -150,6 +149,7 @@ pub(super) fn has_capability(number: u32) -> bool {
     effective.is_none_or(|mask| mask & 1 << number != 0)
 }
 
+pub(super) const DEV_MEM: &str = "/dev/mem";
 const CAP_SYS_RAWIO: u32 = 17;
 pub(super) const CAP_SYS_ADMIN: u32 = 21;
 

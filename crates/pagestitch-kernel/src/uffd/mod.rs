@@ -11,6 +11,7 @@
 //! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
 
 mod abi;
+mod adopt;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kept_fd;
@@ -19,7 +20,8 @@ mod outcome;
 mod own_process;
 mod read;
 
-pub use open::{AdoptError, FaultMode, OpenError, OpenedBy, OwnMemory, handshake_probe, kernel_features};
+pub use adopt::{AdoptError, OwnMemory};
+pub use open::{FaultMode, OpenError, OpenedBy, handshake_probe, kernel_features};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
@@ -70,7 +72,7 @@ impl Uffd {
     /// [`AdoptError`]: the descriptor is something else, cannot be asked what it is, or fills memory of *this* process, whichever
     /// process has sent it: see [`adopt_own`](Self::adopt_own).
     pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
-        open::adopt(fd, None)
+        adopt::adopt(fd, None)
     }
 
     /// The same, for memory of this process too: another part of the program has registered it.
@@ -79,7 +81,7 @@ impl Uffd {
     ///
     /// As [`adopt`](Self::adopt), but for the last.
     pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
-        open::adopt(fd, Some(promise))
+        adopt::adopt(fd, Some(promise))
     }
 
     /// Whether another descriptor of this process, by its number, is of the same userfaultfd. As [`is_same_file`].

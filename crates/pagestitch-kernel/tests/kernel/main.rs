@@ -19,7 +19,7 @@ fn reserve(pages: usize, access: Access) -> (Arc<Reservation>, StableView, Uffd)
 
 fn raw(pages: usize, access: Access) -> (Arc<Reservation>, View, Uffd) {
     let pages = NonZeroUsize::new(pages).unwrap();
-    let (reservation, view) = Reservation::new(pages, PageSize::system(), access).unwrap();
+    let (reservation, view) = View::reserve(pages, PageSize::system(), access).unwrap();
     let uffd = Uffd::open(Features::EVENT_REMOVE | Features::THREAD_ID | Features::WRITE_PROTECT).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING).unwrap();
     (reservation, view, uffd)

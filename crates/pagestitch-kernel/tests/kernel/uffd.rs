@@ -12,7 +12,7 @@ use nix::unistd::{ForkResult, fork, pause};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::uffd::{AdoptError, OwnMemory, RegisterMode};
 use pagestitch_kernel::{
-    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Reservation, Span, Support, Uffd,
+    Access, AddressRange, Batch, Event, FaultKind, Outcome, Page, PageSize, Span, Support, Uffd, View,
 };
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -175,7 +175,7 @@ fn move_takes_the_pages_of_the_source() {
     }
     let (reservation, view, uffd) = reserve(2, Access::Writable);
     let (from, source) =
-        Reservation::new(NonZeroUsize::new(2).unwrap(), PageSize::system(), Access::Writable).unwrap();
+        View::reserve(NonZeroUsize::new(2).unwrap(), PageSize::system(), Access::Writable).unwrap();
     from.open().unwrap();
     let mut source = source.into_stable().unwrap();
     source.as_mut_slice().unwrap().fill(5);
@@ -191,8 +191,7 @@ fn write_protection_stops_a_writer_until_it_is_taken_away() {
     if !has("write_protection_stops_a_writer_until_it_is_taken_away", Features::WRITE_PROTECT) {
         return;
     }
-    let (reservation, view) =
-        Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
+    let (reservation, view) = View::reserve(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
     let mut view = view.into_stable().unwrap();
     let uffd = Uffd::open(Features::WRITE_PROTECT).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT).unwrap();
@@ -238,7 +237,7 @@ fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
 #[test]
 fn reserving_more_than_there_is_names_size_and_remedy() {
     let pages = NonZeroUsize::new(1 << 40).unwrap();
-    let error = Reservation::new(pages, PageSize::system(), Access::ReadOnly).unwrap_err();
+    let error = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap_err();
     let said = error.to_string();
     assert!(said.contains("4503599627370496 bytes") && said.contains("make the region smaller"), "{said}");
 }
@@ -281,7 +280,7 @@ fn a_read_of_a_forked_childs_uffd_does_not_wait() {
         return;
     };
     let (reservation, _view) =
-        Reservation::new(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
+        View::reserve(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING).unwrap();
     reservation.inherit_on_fork().unwrap();
     let mut batch = Batch::with_capacity(4);
@@ -331,7 +330,7 @@ fn memory_that_is_not_registered_stays_as_it_is() {
     let bytes = vec![1u8; 4 * page.bytes()];
     let start = bytes.as_ptr().addr().next_multiple_of(page.bytes());
     let range = AddressRange::new(start, page.bytes(), page).unwrap();
-    let (other, _view) = Reservation::new(NonZeroUsize::MIN, page, Access::Writable).unwrap();
+    let (other, _view) = View::reserve(NonZeroUsize::MIN, page, Access::Writable).unwrap();
     // What the kernel has, but for what an ordinary user may not ask for.
     let wanted =
         Features::from_bits(Support::current().features().unwrap().bits() & !Features::EVENT_FORK.bits());
@@ -350,7 +349,7 @@ fn memory_that_is_not_registered_stays_as_it_is() {
 #[test]
 fn a_userfaultfd_of_this_process_is_adopted_only_with_a_promise() {
     let page = PageSize::system();
-    let (reservation, _view) = Reservation::new(NonZeroUsize::MIN, page, Access::Writable).unwrap();
+    let (reservation, _view) = View::reserve(NonZeroUsize::MIN, page, Access::Writable).unwrap();
     let uffd = Uffd::open(Features::NONE).unwrap();
     uffd.register(&reservation, RegisterMode::MISSING).unwrap();
     let again = || uffd.as_fd().try_clone_to_owned().unwrap();

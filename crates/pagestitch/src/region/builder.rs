@@ -474,7 +474,7 @@ fn reserve(
     access: Access,
     huge: bool,
 ) -> Result<(Arc<Reservation>, View), Error> {
-    let (reservation, view) = Reservation::new(pages, page, access)
+    let (reservation, view) = View::reserve(pages, page, access)
         .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
     if huge {
         reservation.advise_hugepage();
