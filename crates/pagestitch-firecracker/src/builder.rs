@@ -1,22 +1,19 @@
 //! Describing a handler, and having it listen.
 
-use crate::guest::Service;
+use crate::guest::{OnStop, Service};
+use crate::handler::Settings;
+use crate::shutdown::ShutdownHandle;
 use crate::socket::Socket;
 use crate::{Error, Handler, Snapshot};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::{Loss, OwnMemory, Pool, Readahead, Recording};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
-/// What becomes of guests when their handler is told to stop.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum OnStop {
-    /// What is missing of their memory is filled; they go on without a handler.
-    #[default]
-    Finish,
-    /// What is missing is lost: see [`Loss`].
-    Abandon,
+impl Handler {
+    /// Describes a handler for guests that are restored from `snapshot`.
+    pub const fn builder(snapshot: Snapshot) -> Builder {
+        Builder::new(snapshot)
+    }
 }
 
 /// Describes a handler. Made by [`Handler::builder`].
@@ -36,7 +33,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    pub(crate) const fn new(snapshot: Snapshot) -> Self {
+    const fn new(snapshot: Snapshot) -> Self {
         Self {
             snapshot,
             pool: None,
@@ -118,15 +115,14 @@ impl Builder {
         let path = path.into();
         check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
         let pool = self.pool.map_or_else(Pool::new, Ok)?;
-        let stop =
-            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE);
-        let stop = Arc::new(stop.map_err(|errno| Error::Poll(errno.into()))?);
+        let shutdown = ShutdownHandle::new().map_err(Error::Poll)?;
         let socket = Socket::bind(path)?;
         let Self {
             snapshot, loss, on_stop, readahead, handshake_timeout, record, replay, timed, own, ..
         } = self;
         let service = Service { snapshot, pool, loss, readahead, replay, timed, own };
-        Handler::new(socket, service, (on_stop, handshake_timeout, record), stop).map_err(Error::Poll)
+        let settings = Settings { on_stop, handshake_timeout, record };
+        Handler::new(socket, service, settings, shutdown).map_err(Error::Poll)
     }
 }
 

@@ -1,13 +1,23 @@
 //! One guest: its memory, as it is served.
 
+use crate::Snapshot;
 use crate::handshake::{GuestMappings, HandshakeError};
-use crate::{OnStop, Snapshot};
 use pagestitch::{
     AdoptedMemory, AdoptedRegion, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording, Region,
 };
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+
+/// What becomes of guests when their handler is told to stop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnStop {
+    /// What is missing of their memory is filled; they go on without a handler.
+    #[default]
+    Finish,
+    /// What is missing is lost: see [`Loss`].
+    Abandon,
+}
 
 /// A guest that is being served.
 #[derive(Debug)]

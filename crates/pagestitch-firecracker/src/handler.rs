@@ -8,14 +8,15 @@
 //! ```
 
 use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
+use crate::guest::OnStop;
 use crate::guest::{ServedGuest, Service};
 use crate::handshake::{Handshake, HandshakeError, MAX_CLIENTS};
 use crate::peer_threads::PeerThreads;
+use crate::shutdown::ShutdownHandle;
 use crate::socket::Socket;
-use crate::{Builder, Error, Event, OnStop, Snapshot};
+use crate::{Error, Event};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -31,10 +32,8 @@ pub struct Handler {
     socket: Option<Socket>,
     path: PathBuf,
     service: Service,
-    on_stop: OnStop,
-    handshake_timeout: Duration,
-    record: Option<PathBuf>,
-    stop: Arc<EventFd>,
+    settings: Settings,
+    shutdown: ShutdownHandle,
     /// In the order in which they came.
     clients: Vec<Client>,
     peer_threads: PeerThreads<ClientOutcome>,
@@ -45,15 +44,13 @@ pub struct Handler {
     accept_paused_until: Option<Instant>,
 }
 
-/// Tells a handler to stop: from a signal handler or another thread. A second time: not to wait for what is missing.
-#[derive(Debug, Clone)]
-pub struct ShutdownHandle(Arc<EventFd>);
-
-impl ShutdownHandle {
-    /// Tells it. Async-signal-safe.
-    pub fn shutdown(&self) {
-        let _ = self.0.write(1);
-    }
+/// The settings of a handler that do not concern how memory is served.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) on_stop: OnStop,
+    pub(crate) handshake_timeout: Duration,
+    /// The file for the first touches of the next guest.
+    pub(crate) record: Option<PathBuf>,
 }
 
 impl Handler {
@@ -61,8 +58,8 @@ impl Handler {
     pub(crate) fn new(
         socket: Socket,
         service: Service,
-        (on_stop, handshake_timeout, record): (OnStop, Duration, Option<PathBuf>),
-        stop: Arc<EventFd>,
+        settings: Settings,
+        shutdown: ShutdownHandle,
     ) -> io::Result<Self> {
         let (clients, guests, path) = (vec![], vec![], socket.path().to_owned());
         let (peer_threads, socket) = (PeerThreads::new()?, Some(socket));
@@ -70,10 +67,8 @@ impl Handler {
             socket,
             path,
             service,
-            on_stop,
-            handshake_timeout,
-            record,
-            stop,
+            settings,
+            shutdown,
             clients,
             peer_threads,
             in_progress: 0,
@@ -82,15 +77,10 @@ impl Handler {
         })
     }
 
-    /// Starts to describe a handler for guests restored from a snapshot.
-    pub const fn builder(snapshot: Snapshot) -> Builder {
-        Builder::new(snapshot)
-    }
-
     /// What to stop it by.
     #[must_use]
     pub fn shutdown_handle(&self) -> ShutdownHandle {
-        ShutdownHandle(Arc::clone(&self.stop))
+        self.shutdown.clone()
     }
 
     /// Where it listens.
@@ -121,7 +111,7 @@ impl Handler {
     fn run_once(&mut self, on_event: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
         let Ready { stop, connection, ended } = self.wait(None)?;
         if stop {
-            let _ = self.stop.read();
+            self.shutdown.take();
             return Ok(false);
         }
         self.reap_guests(&ended, on_event);
@@ -138,7 +128,7 @@ impl Handler {
         let socket = self.socket.as_ref().filter(|_| self.takes_clients());
         let waiting: Vec<usize> =
             (0..self.clients.len()).filter(|&client| !self.clients[client].is_ready()).collect();
-        let mut fds = vec![readable(self.stop.as_fd()), readable(self.peer_threads.as_fd())];
+        let mut fds = vec![readable(self.shutdown.as_fd()), readable(self.peer_threads.as_fd())];
         fds.extend(socket.map(|socket| readable(socket.as_fd())));
         fds.extend(waiting.iter().map(|&client| readable(self.clients[client].as_fd())));
         fds.extend(self.guests.iter().map(|guest| readable(guest.owner().as_fd())));
@@ -179,7 +169,7 @@ impl Handler {
         for _ in 0..room {
             let Some(socket) = &self.socket else { return };
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.handshake_timeout)),
+                Ok(stream) => self.clients.push(Client::new(stream, self.settings.handshake_timeout)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => return self.pause_accepting(&error),
             }
@@ -203,7 +193,7 @@ impl Handler {
     fn descriptor_room(&mut self) -> usize {
         let others = self.clients.len() + self.peer_threads.running();
         let wanted = (others + MAX_ACCEPTS_PER_TURN) * DESCRIPTORS_PER_GUEST;
-        let clone = |_| self.stop.as_fd().try_clone_to_owned().ok();
+        let clone = |_| self.shutdown.as_fd().try_clone_to_owned().ok();
         let had = (0..wanted).map_while(clone).collect::<Vec<OwnedFd>>().len();
         let room = (had / DESCRIPTORS_PER_GUEST).saturating_sub(others);
         if room > 0 {
@@ -240,7 +230,7 @@ impl Handler {
         }
         let (now, requirements) = (Instant::now(), self.requirements());
         for mut client in std::mem::take(&mut self.clients) {
-            client.expire(now, self.handshake_timeout);
+            client.expire(now, self.settings.handshake_timeout);
             if !client.is_ready() {
                 self.clients.push(client);
                 continue;
@@ -258,7 +248,7 @@ impl Handler {
 
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {
         let ReadyGuest { client, owner, mappings, uffd } = ready;
-        let record = self.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
+        let record = self.settings.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
         // Where it is refused after all, its memory is to be settled by a userfaultfd.
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
@@ -288,7 +278,7 @@ impl Handler {
             }
             let lost = guest.region().failures().len();
             let owner = Arc::clone(guest.owner());
-            keep_recording(&mut self.record, &guest, on_event);
+            keep_recording(&mut self.settings.record, &guest, on_event);
             let metrics = guest.close();
             on_event(&Event::Ended { owner: &owner, metrics, lost });
         }
@@ -297,12 +287,12 @@ impl Handler {
     fn drain(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         self.close_socket();
         self.finish_handshakes(on_event);
-        let (how, stop) = (self.on_stop, Arc::clone(&self.stop));
+        let (how, stop) = (self.settings.on_stop, self.shutdown.clone());
         for guest in self.guests.drain(..) {
             // Told again: whatever is left of the event's count.
-            let hurry = || is_requested(&stop);
+            let hurry = || stop.is_requested();
             let owner = Arc::clone(guest.owner());
-            keep_recording(&mut self.record, &guest, on_event);
+            keep_recording(&mut self.settings.record, &guest, on_event);
             let outcome = guest.detach(how, hurry);
             on_event(&Event::Detached { owner: &owner, outcome });
         }
@@ -314,7 +304,7 @@ impl Handler {
         socket.close();
         loop {
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.handshake_timeout)),
+                Ok(stream) => self.clients.push(Client::new(stream, self.settings.handshake_timeout)),
                 Err(error)
                     if matches!(error.raw_os_error(), Some(nix::libc::EINTR | nix::libc::ECONNABORTED)) => {}
                 Err(_) => break,
@@ -328,7 +318,7 @@ impl Handler {
     fn finish_handshakes(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         let started = Instant::now();
         for (until, last) in [
-            (self.handshake_timeout.min(SHUTDOWN_HANDSHAKE_TIMEOUT), false),
+            (self.settings.handshake_timeout.min(SHUTDOWN_HANDSHAKE_TIMEOUT), false),
             (SHUTDOWN_HANDSHAKE_TIMEOUT, true),
         ] {
             let until = started + until;
@@ -338,7 +328,7 @@ impl Handler {
             self.advance_clients(on_event);
             while (!self.clients.is_empty() || self.in_progress > 0)
                 && Instant::now() < until
-                && !is_requested(&self.stop)
+                && !self.shutdown.is_requested()
             {
                 let Ok(Ready { ended, .. }) = self.wait(Some(until)) else { break };
                 self.reap_guests(&ended, on_event);
@@ -365,10 +355,6 @@ struct Ready {
     connection: bool,
     /// Which guests have ended.
     ended: Vec<bool>,
-}
-
-fn is_requested(stop: &EventFd) -> bool {
-    poll(&mut [readable(stop.as_fd())], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// Writes the recording of the first guest that has touched its memory, if it is this one.
