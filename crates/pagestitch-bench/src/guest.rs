@@ -1,6 +1,6 @@
 //! The other process: a guest that is restored from a snapshot. The benchmark starts itself again for it.
 
-use crate::timed;
+use crate::measure::timed;
 use crate::touch::{histogram, shuffled_pages, touches};
 use hdrhistogram::Histogram;
 use pagestitch::source::Pages;
@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 /// What a guest is to do.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct Task {
+pub(crate) struct GuestTask {
     /// Where its memory comes from.
-    pub(crate) memory: Memory,
+    pub(crate) memory: GuestMemory,
     pub(crate) bytes: usize,
     pub(crate) touches: usize,
     pub(crate) threads: usize,
@@ -26,7 +26,7 @@ pub(crate) struct Task {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Memory {
+pub(crate) enum GuestMemory {
     /// A handler that listens there.
     Handler(PathBuf),
     /// It copies the file itself, before anything else.
@@ -44,22 +44,22 @@ pub(crate) struct Restored {
 }
 
 /// Plays a guest, if that is what this process was started for. To be called first in a program that measures.
-pub fn play_if_asked() {
-    let Ok(task) = env::var(TASK) else { return };
-    let task: Task = serde_json::from_str(&task).expect("a task");
-    io::stdout().write_all(&play(&task).expect("a guest")).expect("a parent");
+pub fn run_as_guest_if_requested() {
+    let Ok(task) = env::var(TASK_VARIABLE) else { return };
+    let task: GuestTask = serde_json::from_str(&task).expect("a task");
+    io::stdout().write_all(&run(&task).expect("a guest")).expect("a parent");
     exit(0);
 }
 
 /// Starts a guest.
-pub(crate) fn start(task: &Task) -> Child {
+pub(crate) fn spawn(task: &GuestTask) -> Child {
     let mut command = Command::new(env::current_exe().expect("a program knows its file"));
-    command.env(TASK, serde_json::to_string(task).expect("a task")).stdout(Stdio::piped());
+    command.env(TASK_VARIABLE, serde_json::to_string(task).expect("a task")).stdout(Stdio::piped());
     command.spawn().expect("a guest")
 }
 
 /// Waits for its end.
-pub(crate) fn join(mut guest: Child) -> Restored {
+pub(crate) fn wait(mut guest: Child) -> Restored {
     let mut said = Vec::new();
     guest.stdout.take().expect("a pipe").read_to_end(&mut said).expect("a guest that speaks");
     guest.wait().expect("a guest that ends");
@@ -72,17 +72,17 @@ pub(crate) fn join(mut guest: Child) -> Restored {
 }
 
 /// The times as words: of the first touch, of all, of each.
-fn play(task: &Task) -> io::Result<Vec<u8>> {
+fn run(task: &GuestTask) -> io::Result<Vec<u8>> {
     let mut order = shuffled_pages(task.bytes, task.seed);
     order.truncate(task.touches);
     let started = Instant::now();
     let (first, latencies) = match &task.memory {
-        Memory::Handler(socket) => {
+        GuestMemory::Handler(socket) => {
             let guest = Guest::new(&[task.bytes], false)?;
             let _stream = guest.hand_over(socket)?;
             touch(&order, task.threads, started, |offset| guest.read(offset))
         }
-        Memory::Eager(file) => {
+        GuestMemory::Eager(file) => {
             let mut pages = Pages::new(task.bytes)?;
             File::open(file)?.read_exact(&mut pages)?;
             touch(&order, task.threads, started, |offset| pages[offset])
@@ -117,4 +117,4 @@ fn touch(
     (first, latencies)
 }
 
-const TASK: &str = "PAGESTITCH_BENCH_GUEST";
+const TASK_VARIABLE: &str = "PAGESTITCH_BENCH_GUEST";

@@ -1,6 +1,6 @@
 //! The baseline: the handler of the manual page, one thread that polls, reads and copies, on the `userfaultfd` crate.
 
-use crate::systems::pin;
+use crate::affinity::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::Features;

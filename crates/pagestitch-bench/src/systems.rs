@@ -1,8 +1,6 @@
 //! What is measured against each other: regions, eager copies, and the data that they all show.
 
 use crate::manual_page::ManualPage;
-use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
-use nix::unistd::Pid;
 use pagestitch::source::{Memory, Pages};
 use pagestitch::{Builder, Chunk, Readahead, Region, Server, Source};
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView, View};
@@ -83,33 +81,6 @@ pub(crate) fn sum(bytes: &[u8]) -> u64 {
 /// Reads a byte of each page, in order.
 pub(crate) fn touch_all(bytes: &[u8], offsets: &[usize]) -> u64 {
     black_box(offsets.iter().map(|&offset| u64::from(bytes[offset])).sum())
-}
-
-/// Stays on the CPU that it runs on, until it is dropped.
-pub(crate) struct Pinned {
-    before: CpuSet,
-    pub(crate) cpu: usize,
-}
-
-impl Pinned {
-    pub(crate) fn here() -> Self {
-        let this = Pid::from_raw(0);
-        let (before, cpu) = (sched_getaffinity(this).expect("an affinity"), sched_getcpu().expect("a CPU"));
-        pin(cpu);
-        Self { before, cpu }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let _ = sched_setaffinity(Pid::from_raw(0), &self.before);
-    }
-}
-
-pub(crate) fn pin(cpu: usize) {
-    let mut only = CpuSet::new();
-    only.set(cpu).expect("a CPU that there is");
-    sched_setaffinity(Pid::from_raw(0), &only).expect("a CPU that this process may use");
 }
 
 pub(crate) const CHUNK: usize = 64 << 10;

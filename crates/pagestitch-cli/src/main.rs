@@ -70,7 +70,7 @@ impl fmt::Display for Usage {
 impl Error for Usage {}
 
 fn main() -> ExitCode {
-    pagestitch_bench::guest::play_if_asked();
+    pagestitch_bench::guest::run_as_guest_if_requested();
     let arguments = Arguments::parse();
     // A stress test makes pages fail by the thousand.
     let quiet = matches!(arguments.command, Command::Stress(_));

@@ -1,6 +1,7 @@
 //! This run beside an earlier one.
 
-use super::table::{aligned, seconds};
+use super::table::aligned;
+use crate::format::seconds;
 use crate::row::Row;
 use std::io;
 use std::path::Path;

@@ -1,8 +1,9 @@
 //! All of a run as one self-contained HTML page: tables, distributions, curves.
 
 use super::chart::Chart;
-use super::table::{seconds, table};
+use super::table::table;
 use crate::environment::Environment;
+use crate::format::seconds;
 use crate::row::{Measured, Row};
 use crate::workloads::Workload;
 use std::collections::BTreeMap;

@@ -1,6 +1,6 @@
 //! What a region costs to build, and a byte to locate.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Pool, Region};
 use std::fs;

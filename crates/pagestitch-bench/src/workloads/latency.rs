@@ -1,9 +1,10 @@
 //! The latency of a first touch.
 
-use crate::runner::{Case, Options, Sample};
-use crate::systems::{CHUNK, Data, Pinned, zero_pages};
+use crate::affinity::Pinned;
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
+use crate::systems::{CHUNK, Data, zero_pages};
 use crate::touch::{first_touches, shuffled_pages};
-use crate::warm;
 use hdrhistogram::Histogram;
 use pagestitch::{Inline, Placement, Pool, Readahead, Server};
 use std::sync::Arc;

@@ -1,6 +1,6 @@
 //! Pages shown in place against a plain `mmap` of the same memfd; many small chunks against as many bare `mmap` calls.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
 use crate::systems::{PAGE, sum, touch_all};
 use pagestitch::source::Memfd;
 use pagestitch::{Access, Chunk, Pool, Region, Support};

@@ -3,17 +3,17 @@
 mod build;
 mod latency;
 mod mapped;
+mod metering;
 mod parallel;
 mod populate;
 mod regions;
 mod restore;
 mod scan;
 mod sparse;
-mod telling;
 
-use crate::report::table::seconds;
+use crate::case::{Case, Options};
+use crate::format::seconds;
 use crate::row::Row;
-use crate::runner::{Case, Options};
 
 /// Something to measure.
 pub struct Workload {
@@ -121,10 +121,10 @@ pub static ALL: [Workload; 11] = [
         cases: restore::cases,
     },
     Workload {
-        name: "telling",
+        name: "metering",
         about: "what it costs to take the time of each fault's parts, beside counting them: random first touches of 64 MiB",
         curve: None,
-        cases: telling::cases,
+        cases: metering::cases,
     },
     Workload { name: "populate", about: "filling 512 MiB at once", curve: None, cases: populate::cases },
 ];

@@ -1,9 +1,9 @@
 //! Several threads that touch at once.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
 use crate::systems::{CHUNK, Data, PAGE, touch_all, zero_pages};
 use crate::touch::shuffled_pages;
-use crate::warm;
 use pagestitch::{Inline, Pool, Readahead, Server};
 use std::sync::{Arc, Barrier};
 use std::thread;

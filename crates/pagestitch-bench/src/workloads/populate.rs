@@ -1,8 +1,8 @@
 //! Filling all of it at once.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
 use crate::systems::{CHUNK, Data};
-use crate::warm;
 use pagestitch::{Pool, Readahead, Region};
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! Many regions on one pool.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
 use crate::systems::{Data, PAGE};
 use crate::touch::{shuffled_pages, touches};
-use crate::warm;
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use std::sync::Arc;
 

@@ -1,9 +1,9 @@
 //! A guest restored from a memory file: another process, four virtual CPUs, a tenth of its memory.
 
-use crate::guest::{Memory, Restored, Task, join, start};
+use crate::case::{Case, Options, Sample};
+use crate::guest::{GuestMemory, GuestTask, Restored, spawn, wait};
 use crate::manual_page::serve_plainly;
-use crate::runner::{Case, Options, Sample};
-use crate::{processor_time, warm};
+use crate::measure::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::source::{File, UnsealedMemfd};
 use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Pool, Readahead, Region};
@@ -65,7 +65,9 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         if point != EACH {
             case(
                 EAGER,
-                Box::new(|snapshot, seed| join(start(&snapshot.task(Memory::Eager(snapshot.path()), seed)))),
+                Box::new(|snapshot, seed| {
+                    wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), seed)))
+                }),
             );
         }
     }
@@ -137,8 +139,8 @@ impl Snapshot {
         how(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
     }
 
-    fn task(&self, memory: Memory, seed: u64) -> Task {
-        Task { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
+    fn task(&self, memory: GuestMemory, seed: u64) -> GuestTask {
+        GuestTask { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
     }
 
     /// Starts a guest, has somebody serve it, and ends that when the guest has ended.
@@ -147,12 +149,12 @@ impl Snapshot {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("pagestitch-bench-{}-{number}", process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
-        let guest = start(&self.task(Memory::Handler(path.clone()), seed));
+        let guest = spawn(&self.task(GuestMemory::Handler(path.clone()), seed));
         let (stream, _) = listener.accept().expect("a guest");
         let _ = fs::remove_file(&path);
         let (fd, start) = handshake(&stream);
         let end = serve(fd, start);
-        let restored = join(guest);
+        let restored = wait(guest);
         end();
         restored
     }

@@ -1,8 +1,8 @@
 //! Reading all of it once.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
 use crate::systems::{CHUNK, Data, sum};
-use crate::warm;
 use pagestitch::{Pool, Readahead};
 use std::sync::Arc;
 

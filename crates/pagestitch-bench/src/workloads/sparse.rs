@@ -1,8 +1,8 @@
 //! Touching a share of it: the curve on which lazy and eager cross.
 
-use crate::runner::{Case, Options, Sample};
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
 use crate::systems::{CHUNK, Data, PAGE, touch_all};
-use crate::warm;
 use pagestitch::{Pool, Readahead};
 use std::sync::Arc;
 

@@ -1,9 +1,10 @@
 //! What it costs to count, and to time.
 
-use crate::runner::{Case, Options, Sample};
-use crate::systems::{Data, Pinned};
+use crate::affinity::Pinned;
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
+use crate::systems::Data;
 use crate::touch::{first_touches, shuffled_pages};
-use crate::warm;
 use pagestitch::{Placement, Pool, Readahead};
 use std::sync::Arc;
 
