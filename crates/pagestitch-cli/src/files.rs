@@ -1,6 +1,6 @@
 //! Files that are written at the end: a path that cannot be is found at the beginning.
 
-use crate::Usage;
+use crate::usage::Usage;
 use pagestitch_kernel::replace::{can_replace, replace};
 use std::error::Error;
 use std::fs;

@@ -2,57 +2,20 @@
 
 use crate::log;
 use crate::output::{bytes, nanoseconds};
-use pagestitch::{Coverage, Histogram, Meter, Metrics};
-use parking_lot::Mutex;
+use crate::scene::{Content, Scene, Watched};
+use pagestitch::{Coverage, Histogram};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Paragraph};
 use ratatui::{DefaultTerminal, Frame};
-use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
 use std::process::exit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-
-/// What there is to be seen: whoever works adds regions, and says what happens.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Scene(Arc<Mutex<Inner>>);
-
-#[derive(Debug, Default)]
-struct Inner {
-    regions: Vec<Watched>,
-    lines: VecDeque<String>,
-}
-
-/// A region, and its numbers at the last look.
-#[derive(Debug)]
-struct Watched {
-    meter: Meter,
-    before: (Instant, Metrics),
-    /// Faults, and pages, a second.
-    rates: (f64, f64),
-}
-
-impl Scene {
-    pub(crate) fn add(&self, meter: Meter) {
-        let before = (Instant::now(), meter.metrics());
-        self.0.lock().regions.push(Watched { meter, before, rates: (0.0, 0.0) });
-    }
-
-    pub(crate) fn remove(&self, name: &str) {
-        self.0.lock().regions.retain(|watched| watched.meter.region() != name);
-    }
-
-    pub(crate) fn say(&self, line: String) {
-        let lines = &mut self.0.lock().lines;
-        lines.push_back(line);
-        lines.drain(..lines.len().saturating_sub(LINES_KEPT));
-    }
-}
+use std::time::Duration;
 
 /// Gives the terminal back and ends the program, as Ctrl-C would have.
 pub(crate) fn quit() {
@@ -109,12 +72,12 @@ impl Drop for Live {
 }
 
 fn draw(terminal: &mut DefaultTerminal, scene: &Scene) -> io::Result<()> {
-    terminal.draw(|frame| paint(frame, &mut scene.0.lock())).map(drop)
+    terminal.draw(|frame| paint(frame, &mut scene.lock())).map(drop)
 }
 
 /// Waits for a key until it is time for the next picture.
 fn wants_to_quit() -> bool {
-    if !event::poll(EACH).unwrap_or(false) {
+    if !event::poll(FRAME).unwrap_or(false) {
         return false;
     }
     match event::read() {
@@ -127,44 +90,30 @@ fn wants_to_quit() -> bool {
     }
 }
 
-fn paint(frame: &mut Frame<'_>, inner: &mut Inner) {
-    let lines = inner.lines.len().min(LINES_SHOWN) as u16;
+fn paint(frame: &mut Frame<'_>, content: &mut Content) {
+    let lines = content.lines.len().min(LINES_SHOWN) as u16;
     let [regions, log, help] =
         Layout::vertical([Constraint::Min(3), Constraint::Length(lines), Constraint::Length(1)])
             .areas(frame.area());
     // Those that came first; how many there are beyond is said.
     let room = usize::from(regions.height / LEAST_HEIGHT).max(1);
-    let shown = inner.regions.len().min(room);
+    let shown = content.regions.len().min(room);
     let areas = Layout::vertical(vec![Constraint::Fill(1); shown.max(1)]).split(regions);
     if shown == 0 {
         frame.render_widget(Paragraph::new("no region yet").dim(), areas[0]);
     }
-    for (watched, &area) in inner.regions.iter_mut().zip(areas.iter()) {
-        watched.look();
+    for (watched, &area) in content.regions.iter_mut().zip(areas.iter()) {
+        watched.update(FRAME / 2);
         watched.paint(frame, area);
     }
-    let last = inner.lines.iter().skip(inner.lines.len().saturating_sub(LINES_SHOWN));
+    let last = content.lines.iter().skip(content.lines.len().saturating_sub(LINES_SHOWN));
     frame.render_widget(Paragraph::new(last.map(|line| Line::raw(line.as_str())).collect::<Vec<_>>()), log);
-    let beyond = inner.regions.len() - shown;
+    let beyond = content.regions.len() - shown;
     let beyond = if beyond > 0 { format!("  {beyond} more regions") } else { String::new() };
     frame.render_widget(Paragraph::new(format!("q quits{beyond}")).dim(), help);
 }
 
 impl Watched {
-    fn look(&mut self) {
-        let (now, metrics) = (Instant::now(), self.meter.metrics());
-        let (then, before) = &self.before;
-        let seconds = (now - *then).as_secs_f64();
-        if seconds > EACH.as_secs_f64() / 2.0 {
-            let rate = |now: u64, then: u64| now.saturating_sub(then) as f64 / seconds;
-            self.rates = (
-                rate(metrics.faults, before.faults),
-                rate(metrics.pages_installed(), before.pages_installed()),
-            );
-            self.before = (now, metrics);
-        }
-    }
-
     fn paint(&self, frame: &mut Frame<'_>, area: Rect) {
         let block = Block::bordered().title(self.title());
         let inside = block.inner(area);
@@ -185,7 +134,7 @@ impl Watched {
     }
 
     fn numbers(&self) -> Vec<Line<'static>> {
-        let (metrics, (faults, pages)) = (&self.before.1, self.rates);
+        let Self { metrics, faults_per_second: faults, pages_per_second: pages, .. } = self;
         let oldest =
             self.meter.oldest().map_or_else(String::new, |(_, age)| format!(", the oldest {}", time(age)));
         let mut first = vec![Span::raw(format!(
@@ -240,42 +189,9 @@ fn cell(part: &Coverage) -> Span<'static> {
     Span::styled(glyph, Style::new().fg(color))
 }
 
-/// Writes the map of a region as a picture that needs nothing else.
-pub(crate) fn heatmap(meter: &Meter) -> String {
-    let parts = meter.coverage(COLUMNS * ROWS);
-    let rows = parts.len().div_ceil(COLUMNS);
-    let (width, height) = (COLUMNS * SIDE, rows * SIDE + 24);
-    let all = meter.coverage(1).first().copied().unwrap_or_default();
-    let title =
-        format!("{}: {} of {} pages present, {} lost", meter.region(), all.present, all.pages, all.poisoned);
-    let title = title.replace('&', "&amp;").replace('<', "&lt;");
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n<text x=\"4\" y=\"16\">{title}</text>\n"
-    );
-    for (index, part) in parts.iter().enumerate() {
-        let (x, y) = (index % COLUMNS * SIDE, index / COLUMNS * SIDE + 24);
-        let fill = match part {
-            Coverage { poisoned: 1.., .. } => String::from("#d62728"),
-            Coverage { present: 0, .. } => String::from("#eee"),
-            Coverage { present, pages, .. } => {
-                // From light to dark, so that a little is seen too.
-                format!("hsl(140,60%,{}%)", 80 - 50 * present / pages.max(&1))
-            }
-        };
-        let side = SIDE - 1;
-        svg += &format!("<rect x=\"{x}\" y=\"{y}\" width=\"{side}\" height=\"{side}\" fill=\"{fill}\"/>\n");
-    }
-    svg + "</svg>\n"
-}
-
-const EACH: Duration = Duration::from_millis(100);
-const LINES_KEPT: usize = 100;
+const FRAME: Duration = Duration::from_millis(100);
 const LINES_SHOWN: usize = 5;
 const LEAST_HEIGHT: u16 = 6;
-const COLUMNS: usize = 128;
-const ROWS: usize = 64;
-const SIDE: usize = 8;
 
 #[cfg(test)]
 mod tests {
@@ -297,7 +213,7 @@ mod tests {
 
     fn shown(scene: &Scene) -> String {
         let mut terminal = Terminal::new(TestBackend::new(80, 20)).unwrap();
-        terminal.draw(|frame| paint(frame, &mut scene.0.lock())).unwrap();
+        terminal.draw(|frame| paint(frame, &mut scene.lock())).unwrap();
         terminal.backend().to_string()
     }
 
@@ -323,14 +239,5 @@ mod tests {
         let (scene, region) = (Scene::default(), region());
         (0..10).for_each(|_| scene.add(region.meter()));
         assert!(shown(&scene).contains("q quits  7 more regions"), "{}", shown(&scene));
-    }
-
-    #[test]
-    fn a_picture_has_a_cell_for_each_part_and_a_title_that_is_text() {
-        let svg = heatmap(&region().meter());
-        assert_eq!(svg.matches("<rect x=").count(), 400);
-        assert_eq!(svg.matches("#d62728").count(), 1);
-        assert_eq!(svg.matches("#eee").count(), 199);
-        assert!(svg.contains("a &lt;b>: 200 of 400 pages present, 1 lost"));
     }
 }

@@ -1,6 +1,6 @@
 //! Events on standard error, or among the lines of `--live` while that has the terminal.
 
-use crate::live::Scene;
+use crate::scene::Scene;
 use parking_lot::Mutex;
 use std::env;
 use std::io::{self, IsTerminal, Write};

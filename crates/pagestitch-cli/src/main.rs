@@ -6,23 +6,26 @@
 mod bench;
 mod demo;
 mod files;
+mod heatmap;
 mod live;
 mod log;
 mod output;
 mod part;
 mod probe;
+mod scene;
 mod serve;
 mod stitch;
 mod stress;
 mod touch;
+mod usage;
 
 use clap::{ArgAction, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::error::Error;
-use std::fmt;
 use std::io::{self, Write};
 use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
+use usage::Usage;
 
 /// Scattered memory, one contiguous region, filled on first touch.
 #[derive(Debug, Parser)]
@@ -56,18 +59,6 @@ enum Command {
     /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
     Bench(bench::Options),
 }
-
-/// Arguments that contradict each other, each of which is right by itself.
-#[derive(Debug)]
-struct Usage(String);
-
-impl fmt::Display for Usage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Error for Usage {}
 
 fn main() -> ExitCode {
     pagestitch_bench::guest::run_as_guest_if_requested();

@@ -1,9 +1,10 @@
 //! `pagestitch serve`: fills the memory of other processes.
 
 use crate::files;
-use crate::live::{Live, Scene};
+use crate::heatmap;
+use crate::live::Live;
 use crate::output::{bytes, workers};
-use crate::stitch::write_heatmap;
+use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
 use pagestitch::{Loss, Meter, Pool, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
@@ -149,7 +150,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
                 scene.remove(&owner.to_string());
                 let meter = meters.remove(&owner.pid().as_raw());
                 if let (Some(path), Some(meter)) = (&options.heatmap, meter) {
-                    lost.map = write_heatmap(path, &meter).err();
+                    lost.map = heatmap::write(path, &meter).err();
                     lost.map.iter().for_each(|error| say(error.clone()));
                 }
             }

@@ -1,16 +1,18 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
-use crate::Usage;
 use crate::files::{self, cannot_write, refuse_input};
-use crate::live::{Live, Scene, heatmap, quit};
+use crate::heatmap;
+use crate::live::{Live, quit};
 use crate::output::{Progress, bytes, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
+use crate::scene::Scene;
 use crate::touch::Touch;
+use crate::usage::Usage;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use pagestitch::source::{File as FileSource, SharedFile};
-use pagestitch::{Access, Chunk, Meter, Metrics, Plan, Pool, Recording, Region, SharedRegion};
+use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
 use serde_json::json;
@@ -106,7 +108,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     }
     drop(live);
     if let Some(path) = &options.heatmap {
-        write_heatmap(path, &region.meter())?;
+        heatmap::write(path, &region.meter())?;
     }
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
     let done =
@@ -202,10 +204,6 @@ impl<'a> Output<'a> {
         }
         Ok(Box::new(file))
     }
-}
-
-pub(crate) fn write_heatmap(path: &Path, meter: &Meter) -> Result<(), String> {
-    files::write(path, heatmap(meter).as_bytes())
 }
 
 /// A region as blocks that are copied out: what cannot be read is an error then, not a signal.

@@ -1,6 +1,6 @@
 //! Locked memory: `mlockall(2)` before a region is built, or while it is touched.
 
-use super::Tally;
+use super::tally::Tally;
 use fastrand::Rng;
 use nix::libc::MCL_ONFAULT;
 use nix::sys::mman::{MlockAllFlags, mlockall, munlockall};

@@ -16,6 +16,7 @@ mod model;
 mod round;
 mod sources;
 mod stopped;
+mod tally;
 
 use clap::Args;
 use kernel::Answers;
@@ -27,6 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+use tally::Tally;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -42,69 +44,6 @@ pub(crate) struct Options {
     /// The life of a process that is stopped and continued: this command starts it
     #[arg(long, hide = true, requires = "seed")]
     stopped: bool,
-}
-
-macro_rules! tally {
-    ($($(#[doc = $doc:literal])+ $name:ident,)*) => {
-        /// What was done, over all rounds.
-        #[derive(Debug, Default)]
-        pub(crate) struct Tally { $($(#[doc = $doc])+ $name: AtomicU64,)* }
-
-        impl Tally {
-            fn all(&self) -> Vec<(&'static str, u64)> {
-                vec![$((stringify!($name), self.$name.load(Ordering::Relaxed)),)*]
-            }
-        }
-    };
-}
-
-tally! {
-    /// Regions built and dropped.
-    regions,
-    /// Faults that were served.
-    faults,
-    /// Pages that were installed.
-    pages,
-    /// Bytes that were compared with what they have to be.
-    bytes_verified,
-    /// Reads that failed where a source was declared to.
-    errors_as_declared,
-    /// Reads that failed because the kernel was made to refuse something.
-    errors_as_injected,
-    /// Failures, panics and dropped requests of sources.
-    failures_injected,
-    /// Answers that were delayed.
-    delays_injected,
-    /// Ranges that were let go of while others touched them.
-    discards,
-    /// Ranges that a guest gave back.
-    balloons,
-    /// Processes that were started meanwhile.
-    forks,
-    /// ForkedChild children that looked at a region.
-    children,
-    /// Pages that were healed.
-    healed,
-    /// Times that all memory of the process was locked.
-    locked,
-    /// Rounds that would have locked it, in a process that may not.
-    locked_skipped,
-    /// Calls on a part of a region: they split its mapping, as a rule, or page it out.
-    splits,
-    /// Donations whose chunks lie in another order, and share pages.
-    donated_rotations,
-    /// Parts of memfds of huge pages.
-    hugetlb_parts,
-    /// Those that could not be had: there are no huge pages (vm.nr_hugepages).
-    hugetlb_parts_skipped,
-    /// Times that a process with a time limit was stopped.
-    stopped,
-}
-
-impl Tally {
-    pub(crate) fn count(counter: &AtomicU64, n: u64) {
-        counter.fetch_add(n, Ordering::Relaxed);
-    }
 }
 
 pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {

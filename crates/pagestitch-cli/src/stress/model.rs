@@ -1,7 +1,7 @@
 //! A random list of chunks, and what a region of it has to show.
 
-use super::Tally;
 use super::sources::{Chaotic, Later};
+use super::tally::Tally;
 use fastrand::Rng;
 use pagestitch::source::{Donated, File, Memfd, Pages, UnsealedMemfd};
 use pagestitch::{Builder, Chunk};

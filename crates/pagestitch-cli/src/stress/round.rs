@@ -1,10 +1,10 @@
 //! One round: a region is built, touched from several threads, let go of, and dropped.
 
-use super::Tally;
 use super::kernel::Answers;
 use super::locked::Locked;
 use super::model::{Model, PAGE};
 use super::stopped;
+use super::tally::Tally;
 use fastrand::Rng;
 use nix::sys::wait::WaitStatus;
 use pagestitch::{AdoptedMemory, AdoptedRegion, Inline, Manual, Pool, Process, Readahead, Region, Server};

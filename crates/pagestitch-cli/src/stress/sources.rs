@@ -1,6 +1,6 @@
 //! Sources that fail, panic, drop requests, and take their time: in the ranges that were declared, and only there.
 
-use super::Tally;
+use super::tally::Tally;
 use pagestitch::Source;
 use pagestitch::source::{Fetch, Reply};
 use std::io;

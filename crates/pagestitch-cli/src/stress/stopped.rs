@@ -2,8 +2,8 @@
 //!
 //! The process is a child, which runs this command again: a shell would take a stopped parent for a suspended job.
 
-use super::Tally;
 use super::model::PAGE;
+use super::tally::Tally;
 use fastrand::Rng;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
