@@ -1,16 +1,18 @@
-//! What a process may do with mapped bytes.
+//! The accesses that a mapping allows.
 
 use nix::sys::mman::ProtFlags;
 
-/// What the process may do with a region's bytes.
+/// The accesses to a region's bytes that this process has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Read them. Nothing changes a byte once it is there.
+    /// Reads. A byte never changes once its page is filled.
     ReadOnly,
-    /// Read them, too. The mapping can be written to, as the kernel moves pages only between such
-    /// ([`Uffd::move_donated`](crate::Uffd::move_donated)): it does not stop a stray pointer.
+    /// Reads by agreement: safe code never writes, but the mapping is writable, because the kernel
+    /// moves pages only between writable mappings
+    /// ([`Uffd::move_donated`](crate::Uffd::move_donated)). The hardware does not stop a write
+    /// through a stray pointer.
     LogicallyReadOnly,
-    /// Read and write them; writes stay private to the region.
+    /// Reads and writes. Writes stay private to the region.
     Writable,
 }
 

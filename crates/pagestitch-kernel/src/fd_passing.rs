@@ -7,26 +7,29 @@ use std::io::{self, IoSlice};
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// A message, with the descriptors that came with it.
+/// A message and the descriptors that came with it.
 #[derive(Debug)]
 pub struct Received {
-    /// How many bytes were read.
+    /// The number of bytes that were read.
     pub bytes: usize,
     /// The descriptors.
     pub fds: Vec<OwnedFd>,
-    /// Whether the kernel dropped descriptors, because this process may have no more.
+    /// True if the kernel dropped descriptors, because this process is at its limit on open files.
     pub cut: bool,
 }
 
-/// Reads what there is, and takes the descriptors that came with it; waits for it where the socket does. `(0, [])` at the
-/// end of a stream.
+/// Reads the next message and takes the descriptors that came with it. Waits for one if the socket
+/// is blocking. Returns `(0, [])` at the end of a stream.
 ///
 /// # Errors
 ///
-/// Those of `recvmsg(2)`; `InvalidData` where the kernel dropped descriptors, as this process may have no more. Those that came
-/// are closed then: nix's `recvmsg` would leave them open, for a hostile peer to use up. The last close of a descriptor may wait,
-/// for as long as its sender likes (a socket with `SO_LINGER`, a file of FUSE), and so may this call, where the kernel closes
-/// what it drops: a thread that must not wait leaves both to another.
+/// The error of `recvmsg(2)`; `InvalidData` if the kernel dropped descriptors, because this process
+/// is at its limit on open files. The descriptors that did come are closed then: nix's `recvmsg`
+/// leaves them open, so a hostile peer could use up the limit.
+///
+/// The last close of a descriptor may wait as long as its sender likes (a socket with `SO_LINGER`,
+/// a file of FUSE). So may this call, when the kernel closes a dropped descriptor. A thread that
+/// must not wait leaves both to another thread.
 pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let Received { bytes, fds, cut } = receive_all(socket, into)?;
     if cut {
@@ -36,21 +39,23 @@ pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<Own
     Ok((bytes, fds))
 }
 
-/// As [`receive`], and gives also the descriptors of a message from which the kernel dropped some.
+/// As [`receive`], but also returns the descriptors of a message from which the kernel dropped
+/// some.
 ///
 /// # Errors
 ///
-/// Those of `recvmsg(2)`.
+/// The error of `recvmsg(2)`.
 pub fn receive_all(socket: impl AsFd, into: &mut [u8]) -> io::Result<Received> {
     let mut control = Control([0; CONTROL]);
     let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    // SAFETY: a msghdr is integers and pointers, all of which may be 0.
+    // SAFETY: a msghdr is integers and pointers, for which all zeros are valid.
     #[expect(unsafe_code, reason = "a C struct with private padding")]
     let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
     (header.msg_iov, header.msg_iovlen) = (&raw mut part, 1);
     (header.msg_control, header.msg_controllen) = ((&raw mut control).cast(), CONTROL);
     let fd = socket.as_fd().as_raw_fd();
-    // SAFETY: `header` points to one part and to `control`, both of which live through the call, with their true lengths.
+    // SAFETY: the kernel writes to `into` and `control` at most their true lengths, and this
+    // function borrows both mutably through the call.
     #[expect(unsafe_code, reason = "recvmsg")]
     let answer = unsafe { libc::recvmsg(fd, &raw mut header, libc::MSG_CMSG_CLOEXEC) };
     let bytes = usize::try_from(Errno::result(answer)?).expect("recvmsg answers a length");
@@ -58,11 +63,11 @@ pub fn receive_all(socket: impl AsFd, into: &mut [u8]) -> io::Result<Received> {
     Ok(Received { bytes, fds, cut: header.msg_flags & libc::MSG_CTRUNC != 0 })
 }
 
-/// Sends bytes, at least one, and descriptors with them; says how many bytes went.
+/// Sends at least one byte, and descriptors with it. Returns the number of bytes that were sent.
 ///
 /// # Errors
 ///
-/// Those of `sendmsg(2)`.
+/// The error of `sendmsg(2)`.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&raw)];
@@ -71,7 +76,8 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     Ok(sendmsg::<()>(socket.as_fd().as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None)?)
 }
 
-/// The descriptors in control messages: each a header of its length, level and type, then its data, padded.
+/// The descriptors in control messages. Each message is a header of length, level and type, and
+/// then padded data.
 fn descriptors(mut control: &[u8]) -> Vec<OwnedFd> {
     let mut fds = Vec::new();
     while let Some((header, rest)) = control.split_at_checked(HEADER) {
@@ -89,18 +95,20 @@ fn descriptors(mut control: &[u8]) -> Vec<OwnedFd> {
 }
 
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made this descriptor for us, and recvmsg named it once.
+    // SAFETY: the kernel has just made this descriptor for this process, and recvmsg(2) names it
+    // once.
     #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
     unsafe {
         OwnedFd::from_raw_fd(fd)
     }
 }
 
-/// Room for control messages, aligned as the kernel wants it.
+/// Space for control messages, with the alignment that the kernel asks for.
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
 
-/// As many as the kernel lets through at once (`SCM_MAX_FD`), and credentials that nobody asked for.
+/// Space for as many descriptors as one message may carry (`SCM_MAX_FD`), and for credentials that
+/// the kernel may add.
 const CONTROL: usize = HEADER + 253 * size_of::<RawFd>() + 4 + 64;
 const HEADER: usize = size_of::<libc::cmsghdr>();
 const _: () = assert!(HEADER == 16 && CONTROL.is_multiple_of(8), "the layout of cmsg(3) on 64-bit Linux");

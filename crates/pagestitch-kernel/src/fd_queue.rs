@@ -1,15 +1,17 @@
-//! Descriptors that outlive the process that has them: sent through a socket, and never received.
+//! Descriptors in flight in a socket: sent, never received, and so open even after their sender has
+//! ended.
 //!
 //! ```text
-//!   this process ── its child's userfaultfd ──▶ queue ◀── the child has the socket, too: it was there before fork(2)
+//!   this process ── its child's userfaultfd ──▶ queue ◀── the child inherited the socket at fork(2)
 //!        └─ ends                                  └─ lives on, and with it the userfaultfd
 //! ```
 //!
-//! A userfaultfd that closes shows zeros. That of a forked child comes to its parent, and would close with it; in flight in a socket
-//! that the child has inherited it does not. See `unix(7)`, `SCM_RIGHTS`.
+//! A page that no userfaultfd fills reads as zeros. A forked child's userfaultfd arrives in its
+//! parent, and would close with the parent. In flight in a socket that the child has inherited, it
+//! stays open. See `unix(7)`, `SCM_RIGHTS`.
 //!
-//! Nothing here allocates, or takes a lock under which anything does: the parent waits in `fork(2)` meanwhile, and may hold the
-//! allocator.
+//! No function here allocates, or takes a lock under which another thread allocates, because a
+//! thread of this process may wait in `fork(2)` meanwhile and hold the allocator's lock.
 
 use nix::errno::Errno;
 use nix::libc::{self, iovec, msghdr};
@@ -20,50 +22,53 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::{fmt, mem, ptr};
 
-/// A queue of descriptors, as old as the processes that are to keep them alive.
+/// A queue of descriptors, made before the fork of the processes that it is inherited by.
 pub struct FdQueue {
     sends: OwnedFd,
     queue: OwnedFd,
     len: AtomicUsize,
-    /// Held while the oldest goes round: another thread would take the next one out. The standard library's, which allocates nothing.
+    /// Held while the oldest descriptor moves to the end, because another thread would take out the
+    /// next one. The standard library's mutex allocates nothing.
     rotating: Mutex<()>,
 }
 
 impl FdQueue {
-    /// An empty one. Children that are forked from now on have it, unless they close what they do not know.
+    /// An empty queue. Children that are forked from now on inherit it, unless they close unknown
+    /// descriptors.
     ///
     /// # Errors
     ///
-    /// The errno of `socketpair(2)`: two descriptors are needed.
+    /// The errno of `socketpair(2)`: a queue takes two descriptors.
     pub fn new() -> Result<Self, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let (sends, queue) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         Ok(Self { sends, queue, len: AtomicUsize::new(0), rotating: Mutex::new(()) })
     }
 
-    /// How many there are, as this process counts them.
+    /// The number of descriptors in the queue, as this process counts them.
     pub fn len(&self) -> usize {
         self.len.load(Ordering::Relaxed)
     }
 
-    /// Whether there is none.
+    /// True if the queue has no descriptor.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Keeps one more open, as the newest.
+    /// Adds a descriptor to the queue, as the newest.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` where there are some hundreds (`net.core.wmem_default`), `ETOOMANYREFS` where a user has more in flight than may be open
-    /// (`RLIMIT_NOFILE`).
+    /// `EAGAIN` if the queue is full, at some hundreds (`net.core.wmem_default`); `ETOOMANYREFS` if
+    /// the user has more descriptors in flight than a process may have open (`RLIMIT_NOFILE`).
     pub fn put(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let mut message = Message::of(fd);
         let mut byte = 0u8;
         let mut part = iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
         let header = message.header(&mut part);
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: `header` points to a byte and to `message`, both of which live through the call, with their true lengths.
+        // SAFETY: the kernel reads one byte and `message`, at their true lengths; both live through
+        // the call.
         #[expect(unsafe_code, reason = "sendmsg")]
         let answer = unsafe { libc::sendmsg(self.sends.as_raw_fd(), &raw const header, flags) };
         Errno::result(answer)?;
@@ -71,15 +76,17 @@ impl FdQueue {
         Ok(())
     }
 
-    /// Looks at the oldest: makes it the newest where `keeps` says so, and lets go of it else. It stays in flight all the while. False
-    /// where there is none, or no descriptor to look with.
+    /// Takes the oldest descriptor, and adds it again as the newest if `keeps` says so; otherwise
+    /// closes it. The descriptor is in flight all the while. False if the queue is empty, if this
+    /// process has no free descriptor to look at the oldest with, or if the queue has no space to
+    /// add it again.
     pub fn rotate(&self, keeps: impl FnOnce(BorrowedFd<'_>) -> bool) -> bool {
         let _rotating = self.rotating.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(oldest) = self.peek() else { return false };
         if keeps(oldest.as_fd()) && self.put(oldest.as_fd()).is_err() {
             return false;
         }
-        // Without room for it, the descriptor is closed.
+        // Without a buffer for control messages, recv(2) closes the descriptor of the message.
         let taken = recv(self.queue.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
         if taken.is_ok() {
             self.len.fetch_sub(1, Ordering::Relaxed);
@@ -93,11 +100,13 @@ impl FdQueue {
         let mut part = iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
         let mut header = message.header(&mut part);
         let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-        // SAFETY: as in `put`.
+        // SAFETY: the kernel writes to one byte and `message`, at most their true lengths; both
+        // live through the call and are borrowed mutably.
         #[expect(unsafe_code, reason = "recvmsg")]
         let answer = unsafe { libc::recvmsg(self.queue.as_raw_fd(), &raw mut header, flags) };
         let came = Errno::result(answer).is_ok() && header.msg_controllen >= Message::LENGTH;
-        // SAFETY: the kernel has just made this descriptor for us: the message is one of a descriptor, and all of it came.
+        // SAFETY: the kernel has just made this descriptor for this process: the whole control
+        // message came, and it holds one descriptor.
         #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
         came.then(|| unsafe { OwnedFd::from_raw_fd(message.fd) })
     }
@@ -131,9 +140,9 @@ impl Message {
         Self { length: Self::LENGTH, level, kind, fd: fd.as_raw_fd(), padding: 0 }
     }
 
-    /// A header of this and of a part of a byte, all of which have to live as long as it is used.
+    /// A header for this message and one byte of data. Both must outlive the use of the header.
     fn header(&mut self, part: &mut iovec) -> msghdr {
-        // SAFETY: a msghdr is integers and pointers, all of which may be 0.
+        // SAFETY: a msghdr is integers and pointers, for which all zeros are valid.
         #[expect(unsafe_code, reason = "a C struct with private padding")]
         let mut header: msghdr = unsafe { mem::zeroed() };
         (header.msg_iov, header.msg_iovlen) = (part, 1);
@@ -150,13 +159,13 @@ mod tests {
     use super::*;
     use nix::unistd::{pipe, read};
 
-    /// Whether the other end of a pipe is closed.
+    /// True if the other end of a pipe is closed.
     fn is_closed(end: &OwnedFd) -> bool {
         read(end, &mut [0]) == Ok(0)
     }
 
     #[test]
-    fn what_is_in_flight_stays_open_until_it_is_let_go() {
+    fn a_descriptor_in_the_queue_stays_open_until_it_is_discarded() {
         let queue = FdQueue::new().unwrap();
         let pipes: Vec<_> = (0..20).map(|_| pipe().unwrap()).collect();
         let reads: Vec<_> = pipes
@@ -166,13 +175,13 @@ mod tests {
                 read
             })
             .collect();
-        let open = |read: &OwnedFd| {
+        let is_open = |read: &OwnedFd| {
             let flags = nix::fcntl::OFlag::O_NONBLOCK;
             nix::fcntl::fcntl(read, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
             !is_closed(read)
         };
-        assert!(reads.iter().all(open));
-        // Every other one is let go of, the rest goes round.
+        assert!(reads.iter().all(is_open));
+        // Each second descriptor is closed, the others go to the end.
         let mut number = 0;
         for _ in 0..20 {
             assert!(queue.rotate(|_| {
@@ -180,17 +189,17 @@ mod tests {
                 number % 2 == 0
             }));
         }
-        assert_eq!(reads.iter().map(open).collect::<Vec<_>>(), [false, true].repeat(10));
+        assert_eq!(reads.iter().map(is_open).collect::<Vec<_>>(), [false, true].repeat(10));
         for _ in 0..30 {
             assert!(queue.rotate(|_| true));
         }
-        assert_eq!(reads.iter().filter(|read| open(read)).count(), 10);
+        assert_eq!(reads.iter().filter(|read| is_open(read)).count(), 10);
         drop(queue);
-        assert!(!reads.iter().any(open));
+        assert!(!reads.iter().any(is_open));
     }
 
     #[test]
-    fn a_full_queue_says_so_and_turns_on() {
+    fn a_full_queue_refuses_a_descriptor_and_still_rotates() {
         let queue = FdQueue::new().unwrap();
         let (_read, write) = pipe().unwrap();
         let room = (0..100_000).take_while(|_| queue.put(write.as_fd()).is_ok()).count();

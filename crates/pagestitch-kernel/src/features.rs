@@ -1,9 +1,10 @@
-//! The features of a userfaultfd, as `UFFDIO_API` speaks of them.
+//! The features of a userfaultfd, as `UFFDIO_API` numbers them.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};
 
-/// A set of userfaultfd features, as `UFFDIO_API` speaks of them. Bits this version does not know are kept.
+/// A set of userfaultfd features, as `UFFDIO_API` numbers them. It keeps bits that this version
+/// does not know.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Features(u64);
 
@@ -32,7 +33,7 @@ impl Features {
     pub const MINOR_HUGETLBFS: Self = Self(1 << 9);
     /// Minor faults on shared memory.
     pub const MINOR_SHMEM: Self = Self(1 << 10);
-    /// The exact address of a fault, not its page's.
+    /// The exact address of a fault instead of the address of its page.
     pub const EXACT_ADDRESS: Self = Self(1 << 11);
     /// Write-protect faults on hugetlbfs and shared memory.
     pub const WRITE_PROTECT_SHMEM: Self = Self(1 << 12);

@@ -1,11 +1,14 @@
-//! Whether this is still the process that made a thing: a forked child's destructors must not tear down its parent's.
+//! The fork generation of a process. A thing that remembers it can tell in its destructor that a
+//! forked child has inherited it, and leaves the parent's state alone then.
 //!
-//! A child of `fork(2)` inherits descriptors that are *shared* (taking a region out of an epoll takes it out of the
-//! parent's) and addresses that are *not* (a reservation is `MADV_DONTFORK`, so by now something else may be there).
+//! A child of `fork(2)` inherits descriptors that are *shared*: a region that the child removes
+//! from an epoll disappears from the parent's. It does not inherit reservations (`MADV_DONTFORK`):
+//! another mapping of the child may be at their addresses.
 //!
-//! A process is known by its generation: one more than its parent's. The number stands in a page that the kernel wipes in each child
-//! (`MADV_WIPEONFORK`), also of a raw `clone(2)`. Process ids would not do: a child in a new PID namespace may have its parent's, and
-//! they are reused.
+//! The generation of a process is one more than its parent's. The number is in a page that the
+//! kernel wipes in each child (`MADV_WIPEONFORK`), also in a child of a raw `clone(2)`. A process
+//! id is no substitute: a child in a new PID namespace may have the id of its parent, and ids are
+//! reused.
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use std::num::NonZeroUsize;
@@ -13,26 +16,27 @@ use std::process;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-/// Remembers the process that it was made in.
+/// The fork generation of the process in which this was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ForkGeneration {
     number: u64,
 }
 
 impl ForkGeneration {
-    /// This process. Takes no lock and allocates nothing, so that a signal handler may ask.
+    /// The generation of this process. Takes no lock and allocates nothing, so a signal handler may
+    /// call it.
     #[must_use]
     pub fn current() -> Self {
         Self { number: current_number() }
     }
 
-    /// Whether this is that process. False in a forked child.
+    /// True in the process that made this, false in its forked children.
     #[must_use]
     pub fn is_current(self) -> bool {
         self == Self::current()
     }
 
-    /// A number that no ancestor of this process has, and is never 0.
+    /// A number that differs from that of each ancestor of this process, and is never 0.
     pub(crate) const fn number(self) -> u64 {
         self.number
     }
@@ -41,7 +45,7 @@ impl ForkGeneration {
 fn current_number() -> u64 {
     let Some(wiped) = wiped_page() else { return NUMBERED | u64::from(process::id()) };
     match wiped.load(Ordering::SeqCst) {
-        // The page is new here: in the first process, or in a child.
+        // The page is empty in the first process and in each child that has not asked yet.
         0 => {
             let next = LAST.fetch_add(1, Ordering::SeqCst) + 1;
             wiped
@@ -52,7 +56,8 @@ fn current_number() -> u64 {
     }
 }
 
-/// A word that is 0 in each process at first. `None` where there is none to be had: process ids have to do then.
+/// A word that is 0 at first in each process. `None` where the kernel cannot wipe a page: process
+/// ids replace generations there.
 fn wiped_page() -> Option<&'static AtomicU64> {
     let mut page = PAGE.load(Ordering::SeqCst);
     if page.is_null() {
@@ -68,22 +73,24 @@ fn wiped_page() -> Option<&'static AtomicU64> {
     if page == no_page() {
         return None;
     }
-    // SAFETY: a page that was mapped for this, is never unmapped, and holds only this word.
+    // SAFETY: the page was mapped for this word alone and is never unmapped, so the reference stays
+    // valid.
     #[expect(unsafe_code, reason = "a word of a mapped page")]
     Some(unsafe { &*page })
 }
 
 fn map_wiped_page() -> Option<*mut AtomicU64> {
-    // Not for Miri, which knows no such advice.
+    // Miri does not know this advice.
     if cfg!(miri) {
         return None;
     }
     let bytes = NonZeroUsize::new(size_of::<AtomicU64>()).expect("a word has bytes");
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping where the kernel chooses replaces nothing.
+    // SAFETY: the kernel chooses the address of a new mapping, which replaces no other.
     #[expect(unsafe_code, reason = "mmap")]
     let page = unsafe { mmap_anonymous(None, bytes, protection, MapFlags::MAP_PRIVATE) }.ok()?;
-    // SAFETY: the page that was just mapped, and what a child of fork sees of it. Linux 4.14.
+    // SAFETY: the advice is about the page mapped above. Children of fork see zeros in it. Linux
+    // 4.14.
     #[expect(unsafe_code, reason = "madvise")]
     let advised = unsafe { madvise(page, bytes.get(), MmapAdvise::MADV_WIPEONFORK) };
     let page = page.as_ptr().cast();
@@ -95,20 +102,21 @@ fn map_wiped_page() -> Option<*mut AtomicU64> {
 
 fn unmap(page: *mut AtomicU64) {
     let Some(start) = NonNull::new(page.cast()).filter(|_| page != no_page()) else { return };
-    // SAFETY: a page that was mapped above, and that no other thread has seen.
+    // SAFETY: the page was mapped above, and no other thread has its address.
     #[expect(unsafe_code, reason = "munmap")]
     let _ = unsafe { munmap(start, size_of::<AtomicU64>()) };
 }
 
-/// Stands for the page where there is none: the answer stays the same as long as the process lives.
+/// A pointer that means "there is no such page". The answer stays the same as long as the process
+/// lives.
 fn no_page() -> *mut AtomicU64 {
     (&raw const LAST).cast_mut()
 }
 
-/// The last generation that was given: a child goes on counting where its parent was.
+/// The last generation that was given. A child counts on from its parent's.
 static LAST: AtomicU64 = AtomicU64::new(0);
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
-/// Marks a generation that is a process id.
+/// The bit of a generation that is a process id.
 const NUMBERED: u64 = 1 << 63;
 
 #[cfg(all(test, not(miri)))]

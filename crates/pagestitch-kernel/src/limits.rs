@@ -1,15 +1,17 @@
-//! Which limit is in the way of a mapping: the kernel says `ENOMEM` or `EAGAIN` for all of them.
+//! The limit that a mapping or a descriptor has met: the kernel answers `ENOMEM` or `EAGAIN` for
+//! each of them.
 
 use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use std::{fmt, fs, io};
 
-/// Opens something, once more with the hard limit on descriptors where the soft one is in the way (`EMFILE`). The soft limit is for programs
-/// that use `select(2)`, and stays as it is as long as it is enough.
+/// Opens a file. If the soft limit on descriptors stops it (`EMFILE`), raises that limit to the
+/// hard one and tries again. Programs that use `select(2)` rely on the soft limit, so it stays as
+/// it is while it is enough.
 ///
 /// # Errors
 ///
-/// What opening says.
+/// The error of `open`.
 pub fn with_descriptors<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match open() {
         Err(error) if error.raw_os_error() == Some(Errno::EMFILE as i32) => {
@@ -22,34 +24,36 @@ pub fn with_descriptors<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Resul
     }
 }
 
-/// A range of addresses could not be reserved, or opened.
+/// The kernel refused to reserve a range of addresses, or to open it for access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReserveError {
-    /// How many bytes were asked for.
+    /// The size of the range, in bytes.
     pub bytes: usize,
-    /// What the kernel answered.
+    /// The kernel's answer.
     pub errno: Errno,
-    /// The limit that was in the way, as far as can be told.
+    /// The limit that the range has met, as far as this process can tell.
     pub limit: Limit,
 }
 
-/// A limit on what a process may map.
+/// A limit on the mappings of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// `RLIMIT_AS`, in bytes: on all mappings.
+    /// `RLIMIT_AS`, in bytes: counts all mappings.
     AddressSpace(u64),
-    /// `RLIMIT_DATA`, in bytes: on private writable mappings.
+    /// `RLIMIT_DATA`, in bytes: counts private writable mappings.
     Data(u64),
-    /// `RLIMIT_MEMLOCK`, in bytes: in a process that locks what it maps (`mlockall(MCL_FUTURE)`), on all mappings.
+    /// `RLIMIT_MEMLOCK`, in bytes: counts all mappings of a process that has called
+    /// `mlockall(MCL_FUTURE)`.
     Locked(u64),
     /// `vm.overcommit_memory` is 2: the kernel charges private writable mappings in full.
     Commit,
-    /// Another: the addresses that there are, or the number of mappings (`vm.max_map_count`).
+    /// Another limit: the size of the address space, or the number of mappings
+    /// (`vm.max_map_count`).
     Other,
 }
 
 impl ReserveError {
-    /// The kernel has refused to map `bytes` bytes: finds out which limit that was.
+    /// The kernel has refused to map `bytes` bytes: finds out which limit they meet.
     #[must_use]
     pub fn met(bytes: usize, errno: Errno) -> Self {
         Self { bytes, errno, limit: Limit::met(bytes as u64, errno) }
@@ -112,7 +116,7 @@ impl fmt::Display for Limit {
     }
 }
 
-/// What counts against the limits, in bytes.
+/// The bytes of this process that count against the limits.
 #[derive(Default)]
 struct Used {
     addresses: u64,
@@ -130,7 +134,7 @@ impl Used {
     }
 }
 
-/// How many more mappings this process may have (`vm.max_map_count`).
+/// The number of mappings that this process may still make (`vm.max_map_count`).
 #[must_use]
 pub fn mappings_left() -> usize {
     let most =

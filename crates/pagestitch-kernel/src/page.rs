@@ -5,13 +5,14 @@
 //!   range of byte offsets ──────────covering─▶ Span ──┴─Reservation::addresses─▶ AddressRange
 //! ```
 //!
-//! A [`Page`] and a [`Span`] count pages from a region's start. An [`AddressRange`] is what the kernel is given:
-//! it is page-aligned because there is no way to make one that is not.
+//! A [`Page`] and a [`Span`] count pages from a region's start. An [`AddressRange`] goes to the
+//! kernel. It is page-aligned, because no function makes one that is not.
 
 use std::fmt;
 use std::ops::Range;
 
-/// The size of a huge page, in bytes: what one entry of a page table's second level covers where pages are 4 KiB.
+/// The size of a huge page in bytes. One entry of a page table's second level covers as much where
+/// pages are 4 KiB.
 pub const HUGE: usize = 2 << 20;
 
 /// The size of a page: a power of two, in bytes.
@@ -30,13 +31,13 @@ impl PageSize {
         bytes.and_then(Self::new).expect("Linux answers _SC_PAGESIZE with a power of two")
     }
 
-    /// A page size of `bytes`, if that is a power of two.
+    /// A page size of `bytes`; `None` if that is not a power of two.
     #[must_use]
     pub const fn new(bytes: usize) -> Option<Self> {
         if bytes.is_power_of_two() { Some(Self { shift: bytes.trailing_zeros() }) } else { None }
     }
 
-    /// In bytes.
+    /// The size in bytes.
     #[must_use]
     pub const fn bytes(self) -> usize {
         1 << self.shift
@@ -71,7 +72,7 @@ impl PageSize {
         Span { first, pages: last.0 - first.0 + 1 }
     }
 
-    /// The span of whole pages inside `offsets`; an empty one where there is none.
+    /// The span of whole pages inside `offsets`; an empty span if no page is.
     #[must_use]
     pub const fn inside(self, offsets: &Range<u64>) -> Span {
         let end = self.page_at(offsets.end);
@@ -82,13 +83,13 @@ impl PageSize {
         Span { first, pages: end.0.saturating_sub(first.0) }
     }
 
-    /// The bytes that a span holds.
+    /// The number of bytes in a span.
     #[must_use]
     pub const fn bytes_of(self, span: Span) -> usize {
         span.pages << self.shift
     }
 
-    /// `bytes` rounded up to whole pages, if that can be expressed.
+    /// `bytes` rounded up to whole pages; `None` if that does not fit in a `u64`.
     #[must_use]
     pub const fn round_up(self, bytes: u64) -> Option<u64> {
         let mask = (1 << self.shift) - 1;
@@ -125,7 +126,7 @@ impl Page {
 pub struct Span {
     /// The first page.
     pub first: Page,
-    /// How many pages; 0 for an empty span.
+    /// The number of pages; 0 for an empty span.
     pub pages: usize,
 }
 
@@ -136,13 +137,13 @@ impl Span {
         Page(self.first.0 + self.pages)
     }
 
-    /// Whether it holds no page.
+    /// True if it holds no page.
     #[must_use]
     pub const fn is_empty(self) -> bool {
         self.pages == 0
     }
 
-    /// Whether it holds a page.
+    /// True if it holds `page`.
     #[must_use]
     pub const fn contains(self, page: Page) -> bool {
         self.first.0 <= page.0 && page.0 < self.end().0
@@ -153,13 +154,13 @@ impl Span {
         (self.first.0..self.end().0).map(Page)
     }
 
-    /// At most `pages` from its start.
+    /// The first `pages` pages, or all of them if it has fewer.
     #[must_use]
     pub const fn prefix(self, pages: usize) -> Self {
         Self { first: self.first, pages: if pages < self.pages { pages } else { self.pages } }
     }
 
-    /// What is left of it without its first `pages` pages.
+    /// The rest without the first `pages` pages.
     #[must_use]
     pub const fn without_prefix(self, pages: usize) -> Self {
         let dropped = if pages < self.pages { pages } else { self.pages };
@@ -167,7 +168,7 @@ impl Span {
     }
 }
 
-/// A page-aligned range of addresses of some process.
+/// A page-aligned range of addresses of a process.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct AddressRange {
     start: usize,
@@ -176,7 +177,8 @@ pub struct AddressRange {
 }
 
 impl AddressRange {
-    /// The range of `bytes` at `start`, if both are multiples of `page` and the end can be expressed.
+    /// The range of `bytes` at `start`; `None` if one of them is no multiple of `page`, or the end
+    /// does not fit in a `usize`.
     #[must_use]
     pub const fn new(start: usize, bytes: usize, page: PageSize) -> Option<Self> {
         let mask = page.bytes() - 1;
@@ -204,14 +206,15 @@ impl AddressRange {
         self.start + self.bytes
     }
 
-    /// At most `pages` pages from its byte `offset` on, which is a multiple of the page size and not past its end.
+    /// At most `pages` pages from the byte `offset` on. The offset is a multiple of the page size
+    /// and not past the end.
     pub(crate) const fn part(self, offset: usize, pages: usize) -> Self {
         let (left, wanted) = (self.bytes - offset, pages.saturating_mul(self.page.bytes()));
         let bytes = if wanted < left { wanted } else { left };
         Self { start: self.start + offset, bytes, page: self.page }
     }
 
-    /// Whether it is one page, or none.
+    /// True if it has at most one page.
     pub(crate) const fn is_one_page(self) -> bool {
         self.bytes <= self.page.bytes()
     }

@@ -1,4 +1,5 @@
-//! Another process: held by a descriptor that stays with it, whoever gets its number later.
+//! Another process, held by a pidfd: the descriptor stays with the process, even after the kernel
+//! has given its id to another one.
 
 use nix::errno::Errno;
 use nix::libc;
@@ -11,7 +12,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
-/// A process, by a pidfd: readable (`poll(2)`) when it has ended. See `pidfd_open(2)`. Linux 5.3.
+/// A process, by its pidfd. The descriptor is readable (`poll(2)`) when the process has ended. See
+/// `pidfd_open(2)`. Linux 5.3.
 #[derive(Debug)]
 pub struct Process {
     fd: OwnedFd,
@@ -19,61 +21,65 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process with this number, now.
+    /// The process that has this id now.
     ///
     /// # Errors
     ///
-    /// `ESRCH` if there is none, `ENOSYS` before Linux 5.3.
+    /// `ESRCH` if no process has it, `ENOSYS` before Linux 5.3.
     pub fn open(pid: Pid) -> Result<Self, Errno> {
-        // SAFETY: pidfd_open(2) takes two integers and touches no memory of ours.
+        // SAFETY: pidfd_open(2) takes two integers and touches no memory.
         #[expect(unsafe_code, reason = "a system call without a wrapper")]
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
         let fd = i32::try_from(Errno::result(fd)?).expect("a descriptor is an int");
-        // SAFETY: the kernel has just made this descriptor for us.
+        // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns
+        // it.
         #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         Ok(Self { fd, pid })
     }
 
-    /// The process that connected to this end of a UNIX stream socket (`SO_PEERPIDFD`, Linux 6.5), whichever process has its
-    /// number by now. Before Linux 6.5 the process that has that number (`SO_PEERCRED`) now, which may be another one if the peer
-    /// has ended: [`holds`](Self::holds) tells.
+    /// The process that connected to this end of a UNIX stream socket (`SO_PEERPIDFD`, Linux 6.5),
+    /// even if another process has its id by now. Before Linux 6.5, the process that has the peer's
+    /// id (`SO_PEERCRED`) now. That may be another process if the peer has ended;
+    /// [`holds`](Self::holds) tells them apart.
     ///
     /// # Errors
     ///
-    /// `ESRCH` if it has ended since, which Linux 6.16 and later tell by a process that has ended; before Linux 6.5 as
-    /// [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
+    /// `ESRCH` if the peer has ended (from Linux 6.16 on, the answer is the ended process instead);
+    /// before Linux 6.5 as [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
     pub fn peer(socket: impl AsFd) -> Result<Self, Errno> {
         let pid = Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid());
         match getsockopt(&socket, PeerPidfd) {
             Ok(fd) => Ok(Self { fd, pid }),
             Err(Errno::ENOPROTOOPT) => Self::open(pid),
-            // Linux 6.5 to 6.15 about a peer that was waited for.
+            // The answer of Linux 6.5 to 6.15 for a peer that its parent has waited for.
             Err(Errno::EINVAL | Errno::ESRCH) => Err(Errno::ESRCH),
             Err(errno) => Err(errno),
         }
     }
 
-    /// Whether [`peer`](Self::peer) is certain on this kernel (Linux 6.5).
+    /// True if [`peer`](Self::peer) is certain on this kernel (Linux 6.5).
     ///
     /// # Errors
     ///
-    /// The kernel's errno, as to make a pair of sockets.
+    /// The errno of `socketpair(2)`.
     pub fn peers_are_certain() -> Result<bool, Errno> {
         let (flags, none) = (SockFlag::SOCK_CLOEXEC, None);
         let (one, _other) = socketpair(AddressFamily::Unix, SockType::Stream, none, flags)?;
         Ok(!matches!(getsockopt(&one, PeerPidfd), Err(Errno::ENOPROTOOPT)))
     }
 
-    /// Whether this process has a descriptor of the same open file as `file`, as far as `kcmp(2)` tells: proof that it is the process
-    /// that sent it, or one that took it from that.
+    /// True if this process has a descriptor of the same open file as `file`. That proves that it
+    /// is the process that sent the descriptor, or that it took the descriptor from the sender.
+    /// `kcmp(2)` compares the files.
     ///
     /// # Errors
     ///
-    /// `ESRCH` if it has ended; `EPERM` where this process may not look at it; `ENOSYS` where the kernel lacks `kcmp(2)`.
+    /// `ESRCH` if the process has ended; `EPERM` if the caller may not inspect it; `ENOSYS` if the
+    /// kernel lacks `kcmp(2)`.
     pub fn holds(&self, file: impl AsFd) -> Result<bool, Errno> {
         let found = self.find(file.as_fd());
-        // Where it has ended, its number may have been another process's all the while.
+        // If it has ended, the comparison may have been with another process of the same id.
         if self.has_ended() { Err(Errno::ESRCH) } else { found }
     }
 
@@ -91,40 +97,41 @@ impl Process {
         Ok(false)
     }
 
-    /// Whether it has ended.
+    /// True if the process has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Its number, as seen from here: 0 where it is in a PID namespace that cannot be seen from here.
+    /// The id of the process in the caller's PID namespace; 0 if the process is not visible there.
     #[must_use]
     pub const fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Ends it with SIGKILL, if it has not ended by itself.
+    /// Ends the process with SIGKILL, if it has not ended by itself.
     ///
     /// # Errors
     ///
-    /// `EPERM` where it belongs to another user, `EINVAL` where it is in a PID namespace that cannot be seen from here.
+    /// `EPERM` if it belongs to another user, `EINVAL` if it is in a PID namespace that the caller
+    /// cannot see.
     pub fn kill(&self) -> Result<(), Errno> {
         self.signal(libc::SIGKILL)
     }
 
-    /// Whether [`kill`](Self::kill) would work.
+    /// Checks that [`kill`](Self::kill) would work.
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`kill`](Self::kill).
     pub fn can_kill(&self) -> Result<(), Errno> {
         self.signal(0)
     }
 
     fn signal(&self, signal: i32) -> Result<(), Errno> {
         let (fd, info) = (self.fd.as_raw_fd(), std::ptr::null::<libc::siginfo_t>());
-        // SAFETY: pidfd_send_signal(2) takes a descriptor, which is ours, and may be given no siginfo.
+        // SAFETY: pidfd_send_signal(2) takes integers and a null siginfo, and touches no memory.
         #[expect(unsafe_code, reason = "a system call without a wrapper")]
         let answer = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info, 0) };
         match Errno::result(answer) {
@@ -134,20 +141,20 @@ impl Process {
     }
 }
 
-/// What a descriptor of a process is, as `/proc` tells.
+/// The target of a descriptor's link in `/proc`.
 fn link_of(process: &str, fd: RawFd) -> Result<PathBuf, Errno> {
     std::fs::read_link(format!("/proc/{process}/fd/{fd}")).map_err(|error| errno_of(&error))
 }
 
-/// Whether a descriptor of ours and one of another process are of one open file.
+/// True if a descriptor of this process and one of another process are of one open file.
 fn same_file(pid: Pid, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errno> {
     let (we, fd) = (Pid::this().as_raw(), ours.as_raw_fd());
-    // SAFETY: kcmp(2) takes five integers and touches no memory of ours.
+    // SAFETY: kcmp(2) takes five integers and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let answer = unsafe { libc::syscall(libc::SYS_kcmp, we, pid.as_raw(), KCMP_FILE, fd, theirs) };
     match Errno::result(answer) {
         Ok(order) => Ok(order == 0),
-        // Closed meanwhile.
+        // The other process has closed the descriptor meanwhile.
         Err(Errno::EBADF) => Ok(false),
         Err(errno) => Err(errno),
     }
@@ -157,14 +164,15 @@ fn errno_of(error: &io::Error) -> Errno {
     Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-/// Whether two descriptors of this process are of one open file description. False also where the kernel does not say (`kcmp(2)` is
-/// not built in, or not allowed), and for a number that is no descriptor's.
+/// True if two descriptors of this process are of one open file description. False if the kernel
+/// does not compare them (`kcmp(2)` is not built in, or not allowed), or a number is not an open
+/// descriptor.
 #[must_use]
 pub fn is_same_file(one: impl AsRawFd, other: impl AsRawFd) -> bool {
     const KCMP_FILE: libc::c_int = 0;
     let here = getpid().as_raw();
     let (one, other) = (one.as_raw_fd(), other.as_raw_fd());
-    // SAFETY: kcmp(2) takes numbers, and touches no memory of ours.
+    // SAFETY: kcmp(2) takes five integers and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let order = unsafe { libc::syscall(libc::SYS_kcmp, here, here, KCMP_FILE, one, other) };
     order == 0
@@ -185,9 +193,10 @@ impl fmt::Display for Process {
     }
 }
 
-/// `KCMP_FILE`: whether two descriptors are of one open file.
+/// `KCMP_FILE`: compares the open files of two descriptors.
 const KCMP_FILE: i32 = 0;
-/// A process may have a million userfaultfds.
+/// The most descriptors that one search compares, because a process may have a million
+/// userfaultfds.
 const MOST_COMPARED: usize = 1024;
 
 #[cfg(test)]
@@ -197,7 +206,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn the_peer_of_a_socket_is_known_and_can_be_asked_whether_it_has_ended() {
+    fn the_peer_of_a_socket_is_known_and_tells_that_it_has_ended() {
         let (one, _other) = UnixStream::pair().unwrap();
         let peer = Process::peer(&one).unwrap();
         assert_eq!(peer.pid(), Pid::this());

@@ -1,4 +1,5 @@
-//! Writing a file, all or nothing: a reader, and a crash, find the old bytes or the new ones.
+//! Writing a file as a whole: a reader, and a machine that crashes, find either the old bytes or
+//! the new ones.
 //!
 //! ```text
 //!   PATH ── a regular file, or nothing ──▶ PATH.PID.part, written, then renamed to PATH (to the target of a symbolic link)
@@ -14,38 +15,39 @@ use std::path::{Path, PathBuf};
 ///
 /// # Errors
 ///
-/// Those of the file system; the old file is untouched then.
+/// The errors of the file system. The old file is unchanged then.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    match Place::of(path)? {
-        Place::Special => OpenOptions::new().write(true).open(path)?.write_all(bytes),
-        Place::Regular { file, part, permissions } => {
+    match Destination::of(path)? {
+        Destination::Special => OpenOptions::new().write(true).open(path)?.write_all(bytes),
+        Destination::Regular { file, part, permissions } => {
             let written = write(&part, bytes, permissions).and_then(|()| fs::rename(&part, &file));
             written.inspect_err(|_| drop(fs::remove_file(&part)))
         }
     }
 }
 
-/// Tries whether [`replace`] can work, before long work begins: creates its temporary file, and removes it.
+/// Checks that [`replace`] can work before long work begins: creates its temporary file and removes
+/// it.
 ///
 /// # Errors
 ///
-/// As [`replace`], as far as the errors can be foreseen.
+/// As [`replace`], as far as they can be foreseen.
 pub fn can_replace(path: &Path) -> io::Result<()> {
-    match Place::of(path)? {
-        Place::Special => Ok(()),
-        Place::Regular { part, .. } => create(&part).and_then(|_| fs::remove_file(&part)),
+    match Destination::of(path)? {
+        Destination::Special => Ok(()),
+        Destination::Regular { part, .. } => create(&part).and_then(|_| fs::remove_file(&part)),
     }
 }
 
-/// Where the bytes go.
-enum Place {
+/// The destination of the bytes.
+enum Destination {
     /// A pipe or a device.
     Special,
     /// A regular file, which may exist.
     Regular { file: PathBuf, part: PathBuf, permissions: Option<Permissions> },
 }
 
-impl Place {
+impl Destination {
     fn of(path: &Path) -> io::Result<Self> {
         match fs::metadata(path) {
             Ok(there) if there.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
@@ -57,7 +59,7 @@ impl Place {
     }
 
     fn regular(file: PathBuf, there: Option<&Metadata>) -> io::Result<Self> {
-        // A path without a name is empty, or ends in `..`.
+        // A path without a file name is empty, or ends in `..`.
         let mut part: OsString = file.file_name().ok_or(io::ErrorKind::NotFound)?.to_owned();
         part.push(format!(".{}.part", std::process::id()));
         let part = file.with_file_name(part);
@@ -65,7 +67,7 @@ impl Place {
     }
 }
 
-/// The file that a dangling symbolic link names, or else the path itself.
+/// The target of a dangling symbolic link, or else the path itself.
 fn target(path: &Path) -> PathBuf {
     let link = fs::read_link(path);
     link.map_or_else(
@@ -75,7 +77,8 @@ fn target(path: &Path) -> PathBuf {
 }
 
 fn create(part: &Path) -> io::Result<File> {
-    // A left-over of an earlier process with this number is ours to remove.
+    // A file of this name is a left-over of an earlier process with the same id, so this process
+    // may replace it.
     OpenOptions::new().write(true).create(true).truncate(true).open(part)
 }
 
@@ -83,7 +86,7 @@ fn write(part: &Path, bytes: &[u8], permissions: Option<Permissions>) -> io::Res
     let mut file = create(part)?;
     permissions.map_or(Ok(()), |permissions| file.set_permissions(permissions))?;
     file.write_all(bytes)?;
-    // The rename must not reach the disk before the bytes do.
+    // The bytes must reach the disk before the rename does.
     file.sync_data()
 }
 

@@ -1,8 +1,10 @@
-//! What threads meet in: atomics, locks, and the event count. The standard library's, except where a model checker runs them.
+//! Atomics, locks and the event count. They are the standard library's, except under a model
+//! checker.
 //!
-//! Built with `--cfg shuttle`, they are those of [shuttle](https://docs.rs/shuttle), which decides at each of them which thread goes on;
-//! so the models in this crate and in `pagestitch` are tried in a great many orders (`ci/models`). What is sequentially consistent is
-//! explored as it is; weaker orderings are for Miri.
+//! Built with `--cfg shuttle`, they are those of [shuttle](https://docs.rs/shuttle), which decides
+//! at each operation which thread runs next. The models in this crate and in `pagestitch` so run in
+//! a great many orders (`ci/models`). Shuttle treats each operation as sequentially consistent;
+//! Miri tries weaker orderings.
 
 mod event_count;
 mod futex;
@@ -27,11 +29,12 @@ pub mod model {
     use shuttle::{Config, MaxSteps, Runner};
     use std::sync::Arc;
 
-    /// Every order of its steps, one after the other, as far as there is time; at random beyond.
+    /// Every order of the model's steps, up to a limit; beyond it, orders at random.
     ///
     /// # Panics
     ///
-    /// If the model does in one of them, or all of its threads wait. Says which order it was, to be repeated.
+    /// If the model panics in one of the orders, or all of its threads wait. Prints that order, so
+    /// that it can be repeated.
     pub fn explore_all(what: &str, model: impl Fn() + Send + Sync + 'static) {
         let model = Arc::new(model);
         let orders = run(DfsScheduler::new(Some(MOST), false), &model);
@@ -42,7 +45,8 @@ pub mod model {
         }
     }
 
-    /// Orders at random: each step's thread is drawn, or each thread's priority, and when it changes.
+    /// Orders at random: either the thread of each step is drawn, or the threads' priorities and
+    /// the steps at which they change.
     ///
     /// # Panics
     ///
@@ -69,6 +73,6 @@ pub mod model {
 
     const MOST: usize = 200_000;
     const ORDERS: usize = 20_000;
-    /// None of these takes as many, but one that turns in a circle.
+    /// No model takes as many steps unless it loops for ever.
     const STEPS: usize = 20_000;
 }

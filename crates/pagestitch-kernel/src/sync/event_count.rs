@@ -1,30 +1,34 @@
-//! An event count: where threads wait for what other threads say by atomics, and do not lock for.
+//! An event count: threads wait in it for a condition on atomics, which other threads change
+//! without a lock.
 
 use super::atomic::{AtomicUsize, Ordering};
 use super::futex::Futex;
 
-/// Where threads wait until atomics say something else. Whoever changes these, without a lock, [tells](Self::notify_all) then.
+/// A place where threads wait until a condition on atomics changes. A thread that changes the
+/// atomics calls [`notify_all`](Self::notify_all) afterwards.
 ///
-/// Neither side takes a lock: a signal handler tells also where it has interrupted a thread that waits.
+/// Neither side takes a lock, so a signal handler may notify even if it has interrupted a waiting
+/// thread.
 #[derive(Debug, Default)]
 pub struct EventCount {
-    /// How many threads are inside; who tells looks here first.
+    /// The number of waiting threads. `notify_all` reads it first.
     waiters: AtomicUsize,
     changes: Futex,
 }
 
 impl EventCount {
-    /// An empty one.
+    /// An event count without waiters.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Waits as long as `condition` holds, which reads with [`Ordering::SeqCst`].
+    /// Waits as long as `condition` holds. The condition reads with [`Ordering::SeqCst`].
     pub fn wait_while(&self, condition: impl Fn() -> bool) {
         self.waiters.fetch_add(1, Ordering::SeqCst);
         loop {
-            // Seen before the condition is looked at: whoever changes that later changes this, too.
+            // Read before the condition, because a thread that changes the condition later also
+            // changes this count.
             let seen = self.changes.now();
             if !condition() {
                 break;
@@ -34,15 +38,17 @@ impl EventCount {
         self.waiters.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Called when something has changed, by a write with [`Ordering::SeqCst`]. Where nobody waits, that is one load.
+    /// Wakes the waiting threads after a write with [`Ordering::SeqCst`]. Without waiters, the cost
+    /// is one load.
     pub fn notify_all(&self) {
-        // Sequentially consistent on both sides: either who waits sees what has changed, or we see who waits.
+        // Both sides are sequentially consistent: either the waiter sees the change, or this thread
+        // sees the waiter.
         if self.has_waiters() {
             self.changes.change();
         }
     }
 
-    /// Whether somebody waits.
+    /// True if a thread waits.
     #[must_use]
     pub fn has_waiters(&self) -> bool {
         self.waiters.load(Ordering::SeqCst) > 0
@@ -57,7 +63,7 @@ mod models {
     use std::sync::Arc;
 
     #[test]
-    fn who_waits_is_told() {
+    fn a_waiter_is_notified() {
         explore_all("an event count for one", || {
             let shared = Arc::new((EventCount::new(), AtomicUsize::new(0)));
             let waiting = Arc::clone(&shared);
@@ -70,7 +76,7 @@ mod models {
     }
 
     #[test]
-    fn nobody_is_left_waiting() {
+    fn two_notifiers_leave_no_waiter() {
         explore("an event count", || {
             let shared = Arc::new((EventCount::new(), AtomicUsize::new(0)));
             let waiting = Arc::clone(&shared);

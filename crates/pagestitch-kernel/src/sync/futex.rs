@@ -1,4 +1,5 @@
-//! A number that threads wait for, without a lock: a signal handler may change it and wake them. See `futex(2)`.
+//! A number on which threads wait without a lock, so a signal handler may change it and wake them.
+//! See `futex(2)`.
 
 #[cfg(not(any(miri, shuttle)))]
 pub(super) use kernel::Futex;
@@ -20,22 +21,23 @@ mod kernel {
             self.0.load(Ordering::SeqCst)
         }
 
-        /// Waits until it is changed, if it is still `seen`; or for no reason.
+        /// Waits until the number changes, if it is still `seen`. May also return without a change.
         pub(in crate::sync) fn wait(&self, seen: u32) {
             self.call(libc::FUTEX_WAIT, seen);
         }
 
-        /// Changes it, and wakes all who wait.
+        /// Changes the number and wakes all waiting threads.
         pub(in crate::sync) fn change(&self) {
             self.0.fetch_add(1, Ordering::SeqCst);
             self.call(libc::FUTEX_WAKE, i32::MAX.cast_unsigned());
         }
 
         fn call(&self, operation: i32, value: u32) {
-            // Whoever is interrupted by a handler finds errno as it was.
+            // A thread that a signal handler interrupts must find its errno unchanged.
             let errno = Errno::last_raw();
             let (word, operation) = (self.0.as_ptr(), operation | libc::FUTEX_PRIVATE_FLAG);
-            // SAFETY: the word lives as long as `self`; without a time the kernel reads nothing else.
+            // SAFETY: the kernel reads the word, which lives as long as `self`; without a timeout
+            // it reads no other memory.
             #[expect(unsafe_code, reason = "a system call without a wrapper")]
             let _ = unsafe {
                 libc::syscall(libc::SYS_futex, word, operation, value, ptr::null::<libc::timespec>())
@@ -45,7 +47,7 @@ mod kernel {
     }
 }
 
-/// For a model checker, which knows of no system calls.
+/// For model checkers, which cannot run system calls.
 #[cfg(any(miri, shuttle))]
 mod locked {
     use crate::sync::{Condvar, Mutex};
