@@ -1,17 +1,18 @@
-//! A door that can be closed: after [`Gate::close`] nobody is inside, and nobody gets in.
+//! A gate that threads enter until it is closed: after [`Gate::close`] no thread is inside, and
+//! none can enter.
 //!
-//! Entering and leaving are one atomic operation each, take no lock and allocate nothing.
+//! To enter and to leave take one atomic operation each, no lock and no allocation.
 
 use crate::sync::EventCount;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
-/// A door that visitors pass until it is closed.
+/// A gate that threads enter until it is closed.
 #[derive(Debug, Default)]
 pub struct Gate {
-    /// Visitors inside, plus [`CLOSED`] once the door is shut.
+    /// The number of guards, plus [`CLOSED`] once the gate is closed.
     state: AtomicUsize,
-    /// Where the closer waits for the last visitor.
+    /// `close` waits here for the last guard.
     left: EventCount,
 }
 
@@ -22,44 +23,45 @@ impl Gate {
         Self::default()
     }
 
-    /// Goes in, unless the gate is closed. The guard lasts until the value is dropped.
+    /// Enters the gate; `None` if it is closed. The thread is inside until it drops the guard.
     #[must_use]
     pub fn enter(&self) -> Option<GateGuard<'_>> {
         let before = self.state.fetch_add(1, Ordering::SeqCst);
         let guard = GateGuard { gate: self };
-        // Too late: the dropped guard takes the count back, and tells the closer if it waits for that.
+        // If the gate is closed, the drop of this guard takes the count back and wakes `close`.
         (before & CLOSED == 0).then_some(guard)
     }
 
-    /// The same, for a guard that outlives the caller.
+    /// As [`enter`](Self::enter), with a guard that owns a share of the gate.
     #[must_use]
     pub fn enter_owned(self: &Arc<Self>) -> Option<OwnedGateGuard> {
         let guard = self.enter()?;
-        // Left when the owned guard is dropped.
+        // The drop of the owned guard takes the count back.
         std::mem::forget(guard);
         Some(OwnedGateGuard { gate: Arc::clone(self) })
     }
 
-    /// Closes the gate and waits until the last visitor has left. A visitor that calls this waits for itself.
+    /// Closes the gate and waits until the last guard is dropped. A thread that calls this while it
+    /// holds a guard waits for itself.
     pub fn close(&self) {
         self.state.fetch_or(CLOSED, Ordering::SeqCst);
         self.left.wait_while(|| self.state.load(Ordering::SeqCst) != CLOSED);
     }
 
-    /// Whether [`close`](Self::close) has been called.
+    /// True if [`close`](Self::close) has been called.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.state.load(Ordering::Acquire) & CLOSED != 0
     }
 }
 
-/// The proof of being inside a [`Gate`].
+/// Proof that a thread is inside a [`Gate`].
 #[derive(Debug)]
 pub struct GateGuard<'g> {
     gate: &'g Gate,
 }
 
-/// The proof of being inside a [`Gate`], kept for as long as it takes.
+/// Proof that a thread is inside a [`Gate`], which it keeps alive.
 #[derive(Debug)]
 pub struct OwnedGateGuard {
     gate: Arc<Gate>,
@@ -88,7 +90,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn a_closed_gate_lets_nobody_in() {
+    fn a_closed_gate_cannot_be_entered() {
         let gate = Gate::new();
         assert!(gate.enter().is_some());
         gate.close();
@@ -97,21 +99,21 @@ mod tests {
     }
 
     #[test]
-    fn closing_waits_for_the_last_visitor() {
+    fn close_waits_for_the_last_guard() {
         let gate = Gate::new();
         let gone = AtomicBool::new(false);
         thread::scope(|scope| {
             let guard = gate.enter().expect("open");
             let closer = scope.spawn(|| {
                 gate.close();
-                assert!(gone.load(Ordering::Acquire), "closed while a visitor was inside");
+                assert!(gone.load(Ordering::Acquire), "closed while a guard was inside");
             });
             while !gate.is_closed() {
                 thread::yield_now();
             }
             gone.store(true, Ordering::Release);
             drop(guard);
-            closer.join().expect("the closer saw the visitor gone");
+            closer.join().expect("the closer saw the guard gone");
         });
     }
 }
@@ -123,8 +125,8 @@ mod models {
     use crate::sync::model::{explore, explore_all};
     use shuttle::thread;
 
-    /// Visitors come and go while it is closed: nobody is inside then, and who closes it does not wait for ever.
-    fn closed_among(visitors: usize) {
+    /// Guards come and go while the gate closes: none is left afterwards, and `close` returns.
+    fn closed_among(guards: usize) {
         let shared = Arc::new((Gate::new(), AtomicBool::new(false)));
         let guard = |shared: Arc<(Gate, AtomicBool)>| {
             move || {
@@ -132,20 +134,20 @@ mod models {
                 assert!(guard.is_none() || !shared.1.load(Ordering::SeqCst), "inside a closed gate");
             }
         };
-        let visitors: Vec<_> = (0..visitors).map(|_| thread::spawn(guard(Arc::clone(&shared)))).collect();
+        let guards: Vec<_> = (0..guards).map(|_| thread::spawn(guard(Arc::clone(&shared)))).collect();
         shared.0.close();
         shared.1.store(true, Ordering::SeqCst);
-        visitors.into_iter().for_each(|visitor| visitor.join().unwrap());
+        guards.into_iter().for_each(|guard| guard.join().unwrap());
         assert!(shared.0.enter().is_none());
     }
 
     #[test]
-    fn a_gate_is_closed_while_somebody_comes() {
-        explore_all("a gate and a visitor", || closed_among(1));
+    fn a_gate_closes_while_a_thread_enters() {
+        explore_all("a gate and a guard", || closed_among(1));
     }
 
     #[test]
-    fn a_gate_is_closed_while_several_come() {
-        explore("a gate and three visitors", || closed_among(3));
+    fn a_gate_closes_while_three_threads_enter() {
+        explore("a gate and three guards", || closed_among(3));
     }
 }

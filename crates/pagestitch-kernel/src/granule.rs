@@ -1,14 +1,16 @@
-//! How much of a file the kernel maps at once: a page, or a huge page of hugetlbfs.
+//! The granule of a file: the unit in which the kernel maps it. A page, or a huge page of
+//! hugetlbfs.
 //!
-//! `mmap(2)` rounds the length of a mapping of hugetlbfs up to the file's page, also with `MAP_FIXED`: one of 3 MiB replaces what
-//! lies in the 4th. Hence the file says what a multiple is, and not the system's page size.
+//! `mmap(2)` rounds the length of a hugetlbfs mapping up to the file's huge page, also with
+//! `MAP_FIXED`: a mapping of 3 MiB replaces the 4th MiB too. So the file decides the unit, not the
+//! system's page size.
 
 use crate::page::PageSize;
 use nix::errno::Errno;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use std::os::fd::AsFd;
 
-/// The pages that a descriptor's file is mapped in.
+/// The granule of the file behind a descriptor.
 pub(crate) fn granule_of(file: &impl AsFd) -> Result<PageSize, Errno> {
     let statistics = fstatfs(file)?;
     if statistics.filesystem_type() != HUGETLBFS_MAGIC {

@@ -1,4 +1,4 @@
-//! An owned mapping: unmapped when dropped. The ground under reservations, buffers and tables.
+//! An owned mapping, which its drop unmaps. Reservations, buffers and tables stand on it.
 
 use crate::fork::ForkGeneration;
 use crate::page::{HUGE, PageSize};
@@ -15,49 +15,53 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Private memory of this process.
+/// A mapping that this process owns.
 #[derive(Debug)]
 pub(crate) struct OwnedMapping {
-    /// Invariant: the start of `bytes` bytes that were mapped by one of the functions below, and not unmapped since.
+    /// Invariant: `bytes` bytes are mapped from here on, by a function below, and were not unmapped
+    /// since.
     start: NonNull<c_void>,
     bytes: NonZeroUsize,
     generation: ForkGeneration,
-    /// Whether children of fork do not have it.
+    /// True if children of fork do not inherit it.
     hidden: bool,
-    /// Whether threads may wait in it when it is dropped.
+    /// True if threads may wait in it during its drop.
     lingers: AtomicBool,
 }
 
-// SAFETY: the mapping is memory without thread affinity; who may access its bytes is its owners' concern.
+// SAFETY: mapped memory belongs to no thread. The owner of the mapping decides which code accesses
+// its bytes.
 #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
 unsafe impl Send for OwnedMapping {}
-// SAFETY: as above; `&OwnedMapping` gives out addresses only.
+// SAFETY: `&OwnedMapping` gives out addresses only, and no reference to the bytes.
 #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
 unsafe impl Sync for OwnedMapping {}
 
 impl OwnedMapping {
-    /// Maps fresh zero pages, without reserving swap for them: what is never touched costs nothing, also in a process that locks its
-    /// memory.
+    /// Maps fresh zero pages without reserving swap for them. A page that is never touched takes no
+    /// memory, even in a process that locks its memory.
     pub(crate) fn new(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
         let mapping = Self::closed(bytes)?;
         mapping.open(protection)?;
         Ok(mapping)
     }
 
-    /// The same, at a multiple of [`HUGE`] if it is as large: the kernel can then have huge pages in it.
+    /// As [`new`](Self::new), at a multiple of [`HUGE`] if it has at least as many bytes, so that
+    /// the kernel can use huge pages.
     pub(crate) fn aligned(bytes: NonZeroUsize, protection: ProtFlags) -> Result<Self, Errno> {
         let mapping = Self::closed_aligned(bytes)?;
         mapping.open(protection)?;
         Ok(mapping)
     }
 
-    /// Reserves addresses that are closed to every access until they are [opened](Self::open).
+    /// Reserves addresses that are closed to every access until [`open`](Self::open).
     ///
-    /// Under `mlockall(MCL_FUTURE)` the kernel populates what is mapped for access, with zeros: before a uffd can be registered, and
-    /// all pages of a table of which few are ever touched. Closed addresses cannot be populated, and are not locked when they are opened.
+    /// Under `mlockall(MCL_FUTURE)` the kernel fills an accessible mapping with zero pages at once:
+    /// before a uffd can be registered there, and all of a table of which few pages are ever
+    /// touched. It cannot fill a closed mapping. Opened later, the mapping is not locked.
     fn closed(bytes: NonZeroUsize) -> Result<Self, Errno> {
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
-        // SAFETY: a new mapping where the kernel chooses replaces nothing.
+        // SAFETY: the kernel chooses the address of a new mapping, which replaces no other.
         #[expect(unsafe_code, reason = "mmap")]
         let map = || unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) };
         let start = match map() {
@@ -69,7 +73,7 @@ impl OwnedMapping {
         Ok(mapping)
     }
 
-    /// The same, at a multiple of [`HUGE`] if it is as large.
+    /// As [`closed`](Self::closed), at a multiple of [`HUGE`] if it has at least as many bytes.
     pub(crate) fn closed_aligned(bytes: NonZeroUsize) -> Result<Self, Errno> {
         if bytes.get() < HUGE {
             return Self::closed(bytes);
@@ -82,26 +86,26 @@ impl OwnedMapping {
         for edge in
             [0..first, end..all.get().next_multiple_of(page)].into_iter().filter(|edge| !edge.is_empty())
         {
-            // SAFETY: the offset is inside the mapping that was just made.
+            // SAFETY: the offset is inside the mapping made above.
             #[expect(unsafe_code, reason = "an address inside an owned mapping")]
             let edge_start = unsafe { start.byte_add(edge.start) };
-            // SAFETY: whole pages of the mapping that was just made, which nobody has seen.
+            // SAFETY: whole pages of the mapping made above, whose address no other code has.
             #[expect(unsafe_code, reason = "munmap")]
             unsafe { munmap(edge_start, edge.len()) }?;
         }
-        // SAFETY: the offset is inside the mapping that was just made.
+        // SAFETY: the offset is inside the mapping made above.
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
         let start = unsafe { start.byte_add(first) };
         Ok(Self::at_address(start, bytes, generation))
     }
 
-    /// Lets all of it be accessed. `ENOMEM` where writable memory is counted, and there may be no more (`RLIMIT_DATA`,
-    /// `vm.overcommit_memory=2`).
+    /// Opens the whole mapping to accesses. `ENOMEM` if the kernel counts writable memory and the
+    /// mapping exceeds the limit (`RLIMIT_DATA`, `vm.overcommit_memory=2`).
     pub(crate) fn open(&self, protection: ProtFlags) -> Result<(), Errno> {
         if protection == ProtFlags::PROT_NONE {
             return Ok(());
         }
-        // SAFETY: our own mapping, which only gains accesses.
+        // SAFETY: the mapping is owned, and the call only adds accesses to it.
         #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
         unsafe {
             mprotect(self.start, self.bytes(), protection)
@@ -112,7 +116,8 @@ impl OwnedMapping {
         Self { start, bytes, generation, hidden: false, lingers: AtomicBool::new(false) }
     }
 
-    /// Keeps the mapping from children of `fork(2)`, and its addresses from other mappings there.
+    /// Hides the mapping from children of `fork(2)`, and keeps other mappings away from its
+    /// addresses there.
     pub(crate) fn do_not_fork(&mut self) -> Result<(), Errno> {
         self.advise(MmapAdvise::MADV_DONTFORK)?;
         ranges::hide(self.addresses());
@@ -120,7 +125,8 @@ impl OwnedMapping {
         Ok(())
     }
 
-    /// Threads wait in it: when it is dropped, its addresses are not given to another mapping at once.
+    /// Notes that threads wait in the mapping. After the drop, its addresses stay closed for a
+    /// while.
     pub(crate) fn linger(&self) {
         self.lingers.store(true, Ordering::Relaxed);
     }
@@ -130,13 +136,13 @@ impl OwnedMapping {
         start..start + self.bytes().next_multiple_of(PageSize::system().bytes())
     }
 
-    /// Advises the kernel of what is to become of the whole mapping. See `madvise(2)`.
+    /// Gives the kernel an advice for the whole mapping. See `madvise(2)`.
     pub(crate) fn advise(&self, advice: MmapAdvise) -> Result<(), Errno> {
         debug_assert!(
             !matches!(advice, MmapAdvise::MADV_DONTNEED | MmapAdvise::MADV_FREE),
             "takes bytes away"
         );
-        // SAFETY: our own mapping, and an advice that leaves its bytes as they are.
+        // SAFETY: the mapping is owned, and the advice changes none of its bytes.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe {
             madvise(self.start, self.bytes(), advice)
@@ -147,37 +153,40 @@ impl OwnedMapping {
     ///
     /// # Panics
     ///
-    /// If that is past its end.
+    /// If `offset` is past the end.
     pub(crate) fn at(&self, offset: usize) -> NonNull<c_void> {
         assert!(offset <= self.bytes(), "byte {offset} of a mapping of {}", self.bytes());
-        // SAFETY: inside the mapping, or one past its end.
+        // SAFETY: the address is inside the mapping, or one past its end.
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
         unsafe {
             self.start.byte_add(offset)
         }
     }
 
-    /// Maps anonymous memory as the flags say.
+    /// Maps anonymous memory with these flags.
     pub(crate) fn anonymous(
         bytes: NonZeroUsize,
         protection: ProtFlags,
         flags: MapFlags,
     ) -> Result<Self, Errno> {
-        // SAFETY: a new mapping where the kernel chooses replaces nothing: the callers' flags do not say where.
+        // SAFETY: no caller passes a flag that fixes the address, so the new mapping replaces no
+        // other.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
-    /// Maps a file's bytes for reading. What they are worth as `&[u8]` depends on who may write to the file.
+    /// Maps a file's bytes for reading. The caller decides whether other processes may write to the
+    /// file, and so whether the bytes may become a `&[u8]`.
     pub(crate) fn of_file(file: BorrowedFd<'_>, bytes: NonZeroUsize) -> Result<Self, Errno> {
-        // Private: before Linux 6.7 a shared mapping of a memfd sealed against writing is EPERM. Who only reads
-        // sees the file's own pages either way, and needs no huge page reserved for a copy.
+        // Private, because a shared mapping of a memfd sealed against writing is EPERM before Linux
+        // 6.7. A private mapping that is only read shows the file's own pages too, and needs no
+        // huge page in reserve for a copy.
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         Self::of_file_at(file, 0, bytes, ProtFlags::PROT_READ, flags)
     }
 
-    /// Maps a file's bytes from an offset on.
+    /// Maps a file's bytes from `offset` on.
     pub(crate) fn of_file_at(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -186,7 +195,8 @@ impl OwnedMapping {
         flags: MapFlags,
     ) -> Result<Self, Errno> {
         let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
-        // SAFETY: a new mapping where the kernel chooses replaces nothing.
+        // SAFETY: no caller passes a flag that fixes the address, so the new mapping replaces no
+        // other.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }?;
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
@@ -204,7 +214,8 @@ impl OwnedMapping {
 impl Drop for OwnedMapping {
     fn drop(&mut self) {
         if !self.generation.is_current() {
-            // A forked child has no such mapping, or a copy that ends with it. Something else may be there by now.
+            // A forked child has either no such mapping or a copy that ends with the child. Another
+            // mapping may be at the address.
             return;
         }
         if self.hidden {
@@ -214,16 +225,17 @@ impl Drop for OwnedMapping {
             ranges::set_aside(self.addresses());
             return;
         }
-        // SAFETY: by the field's invariant it is ours, and with the owner gone nobody refers to it.
+        // SAFETY: by the field's invariant the mapping is owned, and no reference to its bytes
+        // outlives the owner.
         #[expect(unsafe_code, reason = "munmap")]
         let answer = unsafe { munmap(self.start, self.bytes()) };
         debug_assert!(answer.is_ok(), "munmap of an owned mapping: {answer:?}");
     }
 }
 
-/// Pages there are locked no longer, and the kernel populates none when they are opened.
+/// Unlocks pages, so that the kernel does not fill them with zeros when they are opened.
 pub(crate) fn unlock(start: NonNull<c_void>, bytes: usize) -> Result<(), Errno> {
-    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    // SAFETY: munlock(2) lets the kernel swap pages out, and changes no byte of them.
     #[expect(unsafe_code, reason = "munlock")]
     unsafe {
         munlock(start, bytes)
@@ -235,7 +247,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_large_begins_at_a_huge_page() {
+    fn a_large_mapping_begins_at_a_huge_page() {
         for bytes in [HUGE, HUGE + 4096, 5 * HUGE - 1] {
             let bytes = NonZeroUsize::new(bytes).unwrap();
             for _ in 0..3 {

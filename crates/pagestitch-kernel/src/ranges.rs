@@ -1,11 +1,14 @@
-//! The address ranges of this process that need care after their mapping: in a forked child, and after the drop.
+//! Address ranges of this process that need care beyond the life of their mapping: in a forked
+//! child, and after the drop.
 //!
-//! * **Hidden**: a child of `fork(2)` does not have the mapping (`MADV_DONTFORK`), so its addresses are free there, and another mapping
-//!   of the child's could land at an address that an inherited pointer names. A fork handler maps `PROT_NONE` over them in the
-//!   child: a touch is SIGSEGV. A child of a raw `clone(2)` has no such handlers.
-//! * **Set aside**: a thread that waits in a range when it is dropped runs on afterwards, and touches the address once more. Were it
-//!   unmapped at once, another mapping could be there by then. It stays `PROT_NONE` for a second, and is unmapped by a later
-//!   build or drop; at once where addresses are short. A range in which no thread waits is unmapped by its drop.
+//! * **Hidden**: a child of `fork(2)` does not inherit the mapping (`MADV_DONTFORK`), so another
+//!   mapping of the child could land at an address that an inherited pointer names. A fork handler
+//!   maps `PROT_NONE` over the range in the child, so an access there is SIGSEGV. A child of a raw
+//!   `clone(2)` runs no fork handler.
+//! * **Set aside**: a thread that waits in a range while it is dropped is woken and accesses its
+//!   address once more. If the range were unmapped at once, that access could reach another
+//!   mapping. The range stays `PROT_NONE` for a second, and a later build or drop unmaps it (at
+//!   once if addresses are short). The drop itself unmaps a range in which no thread waits.
 
 use crate::page::PageSize;
 use nix::errno::Errno;
@@ -20,47 +23,47 @@ use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What is known of the process's ranges.
+/// The hidden ranges and those set aside.
 struct Ranges {
     hidden: BTreeMap<usize, Hidden>,
-    /// Oldest first.
+    /// In the order of their drop.
     aside: VecDeque<Aside>,
 }
 
 struct Hidden {
     end: usize,
-    /// Parts that children have all the same, ascending: what is shown in place there.
+    /// The parts that children do inherit, because something is shown there in place. Ascending.
     shown: Vec<Range<usize>>,
     served: Option<ServedRange>,
 }
 
-/// A range whose faults are served, and by what.
+/// The region in a range, and the servers of its faults.
 #[derive(Debug, Clone)]
 pub struct ServedRange {
-    /// What the region is called.
+    /// The name of the region.
     pub name: String,
-    /// Servers that its faults may wait for, each by a number of the caller's choice.
+    /// The servers that its faults may wait for, each by a number that the caller chooses.
     pub servers: Vec<usize>,
 }
 
-/// A range that nothing is in any more, from a moment on.
+/// An empty range, and the moment since when it is empty.
 struct Aside {
     since: Instant,
     range: Range<usize>,
 }
 
-/// Keeps a range's addresses from other mappings in children of `fork(2)`, until [`forget`].
+/// Keeps other mappings away from a range's addresses in children of `fork(2)`, until [`forget`].
 pub(crate) fn hide(range: Range<usize>) {
     guard_forks();
     lock().hidden.insert(range.start, Hidden { end: range.end, shown: Vec::new(), served: None });
 }
 
-/// The range that begins at `start` is about to be unmapped.
+/// Removes the range that begins at `start`. Its owner is about to unmap it.
 pub(crate) fn forget(start: usize) {
     lock().hidden.remove(&start);
 }
 
-/// Notes that children have a part of the hidden range that begins at `start`.
+/// Notes that children inherit a part of the hidden range that begins at `start`.
 pub(crate) fn show(start: usize, part: Range<usize>) {
     if let Some(hidden) = lock().hidden.get_mut(&start) {
         let place = hidden.shown.partition_point(|other| other.start < part.start);
@@ -68,20 +71,22 @@ pub(crate) fn show(start: usize, part: Range<usize>) {
     }
 }
 
-/// Notes what serves the hidden range that begins at `start`.
+/// Notes the server of the hidden range that begins at `start`.
 pub(crate) fn serve(start: usize, served: ServedRange) {
     if let Some(hidden) = lock().hidden.get_mut(&start) {
         hidden.served = Some(served);
     }
 }
 
-/// The served ranges that any of some addresses lie in, each with the number that comes with these.
+/// The served ranges that contain any of some addresses, each with the number that came with these
+/// addresses.
 #[must_use]
 pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> Vec<(usize, ServedRange)> {
     let ranges = lock();
     let mut found = Vec::new();
     for (number, addresses) in addresses {
-        // Ranges do not overlap: the first that ends before the addresses begin is the last to look at.
+        // Ranges do not overlap, so the search downwards ends at the first range that ends before
+        // the addresses begin.
         let below = ranges.hidden.range(..addresses.end).rev();
         let meeting = below.take_while(|(_, hidden)| hidden.end > addresses.start);
         found.extend(meeting.filter_map(|(_, hidden)| Some((number, hidden.served.clone()?))));
@@ -89,7 +94,8 @@ pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> 
     found
 }
 
-/// Gives a range's pages back, and its addresses later. The range is an owned mapping that nothing refers to.
+/// Frees the pages of a range now, and its addresses later. The range is an owned mapping without
+/// any reference to it.
 pub(crate) fn set_aside(range: Range<usize>) {
     empty(&range);
     let now = Instant::now();
@@ -101,18 +107,20 @@ pub(crate) fn set_aside(range: Range<usize>) {
     old.into_iter().for_each(release);
 }
 
-/// Unmaps some of what has been set aside for long enough.
+/// Unmaps some of the ranges that were set aside long ago.
 pub(crate) fn release_old() {
     let old = lock().take_old(Instant::now(), SOME);
     old.into_iter().for_each(release);
 }
 
-/// Unmaps all that was set aside, as addresses are short: after a moment, if it was only just. False if there is nothing.
+/// Unmaps all ranges that were set aside, because addresses are short. Waits a moment if the last
+/// of them is that new. False if no range was set aside.
 pub(crate) fn release_all() -> bool {
     let mut all: Vec<_> = lock().aside.drain(..).collect();
     let Some(last) = all.iter().map(|aside| aside.since).max() else { return false };
     thread::sleep(MOMENT.saturating_sub(last.elapsed()));
-    // Neighbours are one mapping by now: to unmap the middle of one takes one more mapping, of which there may be none left.
+    // The kernel has merged neighbouring ranges into one mapping. To unmap the middle of a mapping
+    // takes one more mapping, which `vm.max_map_count` may refuse.
     all.sort_unstable_by_key(|aside| aside.range.start);
     let joined = all.chunk_by(|left, right| left.range.end == right.range.start).map(|neighbours| Aside {
         since: last,
@@ -123,7 +131,7 @@ pub(crate) fn release_all() -> bool {
 }
 
 impl Ranges {
-    /// At most `most` that were set aside long before `now`.
+    /// Takes out at most `most` ranges that were set aside long before `now`.
     fn take_old(&mut self, now: Instant, most: usize) -> Vec<Aside> {
         let is_old = |aside: &&Aside| now.saturating_duration_since(aside.since) >= LINGER;
         let old = self.aside.iter().take(most).take_while(is_old).count();
@@ -131,22 +139,24 @@ impl Ranges {
     }
 }
 
-/// Takes what is mapped in a range away, and closes it.
+/// Frees the pages of a range and closes it to every access.
 fn empty(range: &Range<usize>) {
     let Some(bytes) = NonZeroUsize::new(range.len()) else { return };
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED;
-    // SAFETY: an owned mapping that nothing refers to any more, by the contract of `set_aside`.
+    // SAFETY: by the contract of `set_aside`, the range is an owned mapping and no reference to its
+    // bytes exists.
     #[expect(unsafe_code, reason = "mmap over an owned mapping")]
     let replaced =
         unsafe { mmap_anonymous(NonZeroUsize::new(range.start), bytes, ProtFlags::PROT_NONE, flags) };
     if replaced.is_err() {
-        // No mapping is left (vm.max_map_count), or no memory that may be locked: the same in place. Each of these may be refused;
-        // the range is closed already, when its region was dropped.
-        // SAFETY: as above.
+        // The kernel has refused another mapping (vm.max_map_count, or the limit on locked memory):
+        // frees the pages in place. Each of these calls may fail too; the drop of the region has
+        // closed the range before.
+        // SAFETY: no reference to the bytes of the range exists, as above.
         #[expect(unsafe_code, reason = "closes an owned mapping")]
         let _ = unsafe { mprotect(at(range.start), bytes.get(), ProtFlags::PROT_NONE) };
         unlock(range);
-        // SAFETY: as above.
+        // SAFETY: no reference to the bytes that this frees exists, as above.
         #[expect(unsafe_code, reason = "takes the pages of an owned mapping away")]
         let _ = unsafe { madvise(at(range.start), bytes.get(), MmapAdvise::MADV_DONTNEED) };
     } else {
@@ -154,19 +164,20 @@ fn empty(range: &Range<usize>) {
     }
 }
 
-/// What is only kept for its addresses does not count as locked.
+/// A range that is kept only for its addresses must not count as locked memory.
 fn unlock(range: &Range<usize>) {
-    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    // SAFETY: munlock(2) lets the kernel swap pages out, and changes no byte of them.
     #[expect(unsafe_code, reason = "munlock")]
     let _ = unsafe { munlock(at(range.start), range.len()) };
 }
 
 fn release(aside: Aside) {
-    // SAFETY: set aside: nothing refers to it.
+    // SAFETY: the range was set aside, so no reference to its bytes exists.
     #[expect(unsafe_code, reason = "munmap")]
     let answer = unsafe { munmap(at(aside.range.start), aside.range.len()) };
     if answer.is_err() {
-        // The middle of what has grown together, and no mapping is left for the other part: later.
+        // The range is the middle of a merged mapping and no mapping is left for the other part. A
+        // later call tries again.
         lock().aside.push_back(aside);
     }
 }
@@ -179,28 +190,31 @@ fn lock() -> MutexGuard<'static, Ranges> {
     RANGES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has the C library call the functions below around each `fork(2)`.
+/// Registers the functions below, which the C library calls around each `fork(2)`.
 fn guard_forks() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        // SAFETY: functions that live as long as the process. The child's makes system calls only, and reads what is locked for it.
+        // SAFETY: the functions live as long as the process. The one in the child makes system
+        // calls only, and reads the ranges under the lock that the parent has taken for it.
         #[expect(unsafe_code, reason = "pthread_atfork")]
         let answer = unsafe { libc::pthread_atfork(Some(before_fork), Some(in_parent), Some(in_child)) };
-        // ENOMEM: children of fork have the addresses free, as those of clone(2) do.
+        // ENOMEM: the addresses stay free in children of fork, as in children of clone(2).
         debug_assert_eq!(answer, 0, "pthread_atfork");
     });
 }
 
-/// The lock, from before a fork until after it, in both processes.
+/// The lock on the ranges, held from before a fork until after it, in both processes.
 struct Held(UnsafeCell<Option<MutexGuard<'static, Ranges>>>);
 
-// SAFETY: only the thread that forks touches it, between the handlers below, and the lock in it lets one thread do so at a time.
+// SAFETY: only a forking thread accesses the cell, in the handlers below, and it holds the lock
+// that is kept in the cell.
 #[expect(unsafe_code, reason = "a lock that is kept across a function's end")]
 unsafe impl Sync for Held {}
 
 extern "C" fn before_fork() {
     let guard = lock();
-    // SAFETY: the lock is held by this thread: no other is between its handlers.
+    // SAFETY: this thread holds the lock, so no other thread is between its handlers and accesses
+    // the cell.
     #[expect(unsafe_code, reason = "keeps the lock across the fork")]
     unsafe {
         *HELD.0.get() = Some(guard);
@@ -208,13 +222,15 @@ extern "C" fn before_fork() {
 }
 
 extern "C" fn in_parent() {
-    // SAFETY: this thread holds the lock, since `before_fork`.
+    // SAFETY: this thread has held the lock since `before_fork`, so no other thread accesses the
+    // cell.
     #[expect(unsafe_code, reason = "takes the lock back")]
     drop(unsafe { &mut *HELD.0.get() }.take());
 }
 
 extern "C" fn in_child() {
-    // SAFETY: this thread holds the lock, since `before_fork`; there is no other thread here.
+    // SAFETY: this thread has held the lock since `before_fork`, and it is the only thread of the
+    // child.
     #[expect(unsafe_code, reason = "takes the lock back")]
     let guard = unsafe { &mut *HELD.0.get() }.take();
     for (&start, hidden) in guard.iter().flat_map(|ranges| &ranges.hidden) {
@@ -223,7 +239,8 @@ extern "C" fn in_child() {
 }
 
 impl Hidden {
-    /// Closes what is free of the range in a child: the gaps between what is shown in place, a system call each.
+    /// Closes the free parts of the range in a child: the gaps between the parts that are shown in
+    /// place, with one system call each.
     fn close(&self, start: usize) {
         if close_if_free(&(start..self.end)) || is_mapped(&(start..self.end)) {
             return;
@@ -241,12 +258,13 @@ impl Hidden {
     }
 }
 
-/// Maps `PROT_NONE` wherever nothing is mapped in a range. Runs in a child of a process with threads: no allocation, no lock.
+/// Maps `PROT_NONE` wherever nothing is mapped in a range. Runs in the child of a process with
+/// threads, so it neither allocates nor takes a lock.
 fn close_free_parts(range: Range<usize>) {
     if close_if_free(&range) || is_mapped(&range) {
         return;
     }
-    // The application, or an alias, has something in a part of it.
+    // The application, or an alias, has mapped a part of the range.
     let page = PageSize::system().bytes();
     let middle = range.start + (range.len() / 2).next_multiple_of(page);
     if middle < range.end {
@@ -258,16 +276,19 @@ fn close_free_parts(range: Range<usize>) {
 fn close_if_free(range: &Range<usize>) -> bool {
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
     let Some(bytes) = NonZeroUsize::new(range.len()) else { return true };
-    // SAFETY: replaces nothing. Before Linux 4.17 the address is a hint, and the mapping may be elsewhere, where it harms nothing.
+    // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping. Before Linux 4.17 the kernel takes the
+    // address as a hint and may map another place, which is harmless.
     #[expect(unsafe_code, reason = "mmap")]
     let mapped =
         unsafe { mmap_anonymous(NonZeroUsize::new(range.start), bytes, ProtFlags::PROT_NONE, flags) };
-    // What is refused for another reason than that something is there is not asked for again in parts.
+    // Only EEXIST means that something is mapped there. After any other error, smaller parts would
+    // fail too.
     mapped != Err(Errno::EEXIST)
 }
 
 fn is_mapped(range: &Range<usize>) -> bool {
-    // SAFETY: begins no write-back with this flag; asks only whether all of it is mapped.
+    // SAFETY: msync(2) with MS_ASYNC only checks that the range is mapped; it starts no write-back
+    // and changes no byte.
     #[expect(unsafe_code, reason = "msync")]
     let answer = unsafe { libc::msync(at(range.start).as_ptr(), range.len(), libc::MS_ASYNC) };
     answer == 0
@@ -275,9 +296,11 @@ fn is_mapped(range: &Range<usize>) -> bool {
 
 static RANGES: Mutex<Ranges> = Mutex::new(Ranges { hidden: BTreeMap::new(), aside: VecDeque::new() });
 static HELD: Held = Held(UnsafeCell::new(None));
-/// How long a range keeps its addresses after its drop: for threads that were woken then, and have not run yet.
+/// How long a dropped range keeps its addresses: long enough for threads that its drop has woken to
+/// run.
 const LINGER: Duration = Duration::from_secs(1);
-/// How long it keeps them where addresses are short.
+/// How long a dropped range keeps its addresses if addresses are short.
 const MOMENT: Duration = Duration::from_millis(10);
-/// How many are unmapped by one build or drop: more than it sets aside.
+/// How many ranges one build or drop unmaps. Larger than the number that it sets aside, so the list
+/// shrinks.
 const SOME: usize = 8;

@@ -1,7 +1,9 @@
-//! A value that writers replace, and that readers never wait for: a signal handler may read it.
+//! A value that writers replace while readers look at it. A reader never waits, so a signal handler
+//! may read.
 //!
-//! A reader counts itself in, under the epoch's parity, before it looks. A writer swaps the value, ends the epoch, and waits until
-//! those have left who came in it: only they may look at the old value, which is freed then.
+//! A reader counts itself under the parity of the current epoch before it loads the value. A writer
+//! swaps the value, ends the epoch, and waits until the readers of that epoch have left. Only they
+//! may look at the old value, which the writer then frees.
 
 use crate::striped::Striped;
 use crate::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
@@ -11,30 +13,30 @@ use std::marker::PhantomData;
 use std::ptr;
 use std::sync::PoisonError;
 
-/// A value that is replaced as a whole, or nothing.
+/// A cell with a value that is replaced as a whole, or without one.
 pub struct Rcu<T> {
     value: AtomicPtr<T>,
     epoch: AtomicUsize,
-    /// Readers at work, by the parity of the epoch in which they began.
+    /// The active readers, by the parity of the epoch in which they began.
     readers: [Striped<AtomicUsize>; 2],
     writer: Mutex<()>,
     owns: PhantomData<T>,
 }
 
-/// What there was when a reader looked. It lives as long as this.
+/// The value at the moment of the read. It lives as long as this guard.
 pub struct ReadGuard<'p, T> {
     value: Option<&'p T>,
     readers: &'p AtomicUsize,
 }
 
-/// The right to replace it, one thread's at a time.
+/// The right to replace the value. One thread has it at a time.
 pub struct Writer<'p, T> {
     rcu: &'p Rcu<T>,
     _alone: MutexGuard<'p, ()>,
 }
 
 impl<T: Send + Sync> Rcu<T> {
-    /// Nothing, to begin with.
+    /// A cell without a value.
     #[must_use]
     pub const fn empty() -> Self {
         Self {
@@ -46,17 +48,20 @@ impl<T: Send + Sync> Rcu<T> {
         }
     }
 
-    /// What there is. Takes no lock, and allocates nothing.
+    /// The current value. Takes no lock and allocates nothing.
     pub fn read(&self) -> ReadGuard<'_, T> {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
             let readers = self.readers[epoch % 2].local();
             readers.fetch_add(1, Ordering::SeqCst);
             let mut seen = ReadGuard { value: None, readers };
-            // Seen before the epoch ends: whoever ends it waits for us.
+            // The epoch has not ended since this reader counted itself, so the writer that ends it
+            // waits for this reader.
             if self.epoch.load(Ordering::SeqCst) == epoch {
                 let value = self.value.load(Ordering::SeqCst);
-                // SAFETY: null, or what `publish` has put there; it is freed only after this epoch's readers have left.
+                // SAFETY: the pointer is null, or `publish` has stored it. The writer that replaces
+                // it frees it only after the readers of this epoch have left, and this reader is
+                // one of them.
                 #[expect(unsafe_code, reason = "a value behind a pointer")]
                 let value = unsafe { value.as_ref() };
                 seen.value = value;
@@ -65,46 +70,49 @@ impl<T: Send + Sync> Rcu<T> {
         }
     }
 
-    /// Waits for its turn to replace it.
+    /// Waits for the right to replace the value.
     pub fn write(&self) -> Writer<'_, T> {
         Writer { rcu: self, _alone: self.writer.lock().unwrap_or_else(PoisonError::into_inner) }
     }
 }
 
 impl<T: Send + Sync> Writer<'_, T> {
-    /// What there is.
+    /// The current value.
     #[must_use]
     pub fn current(&self) -> Option<&T> {
         let value = self.rcu.value.load(Ordering::SeqCst);
-        // SAFETY: null, or what `publish` has put there; only a writer frees it, and there is no other.
+        // SAFETY: the pointer is null, or `publish` has stored it. Only a writer frees it, and this
+        // is the only writer.
         #[expect(unsafe_code, reason = "a value behind a pointer")]
         unsafe {
             value.as_ref()
         }
     }
 
-    /// Replaces it, and waits until nobody looks at the old one.
+    /// Replaces the value, and waits until no reader looks at the old one.
     pub fn publish(&mut self, value: T) {
         let Rcu { value: place, epoch, readers, .. } = self.rcu;
         let old = place.swap(Box::into_raw(Box::new(value)), Ordering::SeqCst);
         let ended = epoch.fetch_add(1, Ordering::SeqCst);
         while readers[ended % 2].iter().any(|readers| readers.load(Ordering::SeqCst) > 0) {
-            // A handler does not block: it is a matter of microseconds.
+            // A reader in a signal handler does not block, so this takes microseconds.
             yield_now();
         }
         if !old.is_null() {
-            // SAFETY: it came from Box::into_raw, and whoever came after the swap has the new one.
+            // SAFETY: the pointer came from Box::into_raw. The readers that had it have left, and
+            // later ones have the new value.
             #[expect(unsafe_code, reason = "frees a value behind a pointer")]
             drop(unsafe { Box::from_raw(old) });
         }
     }
 
-    /// In a forked child: what there was is not known to be true here, and whoever looked at it in the parent at that moment is not here,
-    /// and would be waited for for ever. What there was is not freed.
+    /// Resets the cell after a fork, in the child. The value may describe mappings that the child
+    /// lacks, and the counts of readers whose threads the child lacks would block writers. Leaks
+    /// the old value.
     ///
     /// # Safety
     ///
-    /// Nobody in this process is looking: there is no [`ReadGuard`] but those of threads that are not here.
+    /// - No thread of this process holds a [`ReadGuard`] of this cell.
     #[expect(unsafe_code, reason = "who is looking is not counted any more")]
     pub unsafe fn reset_in_child(&mut self) {
         self.rcu.value.store(ptr::null_mut(), Ordering::SeqCst);
@@ -117,7 +125,7 @@ impl<T: Send + Sync> Writer<'_, T> {
 }
 
 impl<T> ReadGuard<'_, T> {
-    /// The value, or nothing.
+    /// The value, if the cell had one.
     #[must_use]
     pub const fn value(&self) -> Option<&T> {
         self.value
@@ -134,7 +142,8 @@ impl<T> Drop for Rcu<T> {
     fn drop(&mut self) {
         let value = self.value.load(Ordering::SeqCst);
         if !value.is_null() {
-            // SAFETY: it came from Box::into_raw, and nobody looks at it: that would borrow this.
+            // SAFETY: the pointer came from Box::into_raw. A reader would borrow this cell, so
+            // there is none.
             #[expect(unsafe_code, reason = "frees a value behind a pointer")]
             drop(unsafe { Box::from_raw(value) });
         }
@@ -198,7 +207,7 @@ mod models {
     use shuttle::thread;
     use std::sync::Arc;
 
-    /// Says that it is gone when it is dropped.
+    /// Counts its drop.
     struct Live(Arc<AtomicUsize>);
 
     impl Drop for Live {

@@ -1,8 +1,9 @@
-//! Borrowed bytes for threads that may outlive the borrow: revoked, not merely forgotten, when it ends.
+//! Borrowed bytes for threads that may outlive the borrow. The end of the borrow revokes them.
 //!
-//! A handler thread cannot hold a `&'env [u8]`: it is `'static`, and a value that holds the borrow can be leaked
-//! past its end. So the thread holds a [`RevocableSlice`], which is a pointer behind a [`Gate`]; the lender's last act
-//! is to close the gate, and that waits for whoever is reading. After it, [`RevocableSlice::read`] answers `None`.
+//! A handler thread is `'static`, so it cannot hold a `&'env [u8]`, and a value that holds the
+//! borrow can be leaked past its end. The thread holds a [`RevocableSlice`] instead: a pointer
+//! behind a [`Gate`]. The scope closes the gate as its last act, which waits for readers.
+//! Afterwards [`RevocableSlice::read`] returns `None`.
 //!
 //! ```
 //! use pagestitch_kernel::revocable;
@@ -11,9 +12,9 @@
 //! let kept = revocable::scope(|scope| {
 //!     let lent = scope.lend(&data);
 //!     assert_eq!(lent.read().unwrap()[0], 7);
-//!     lent                                  // escapes, as a leak would let it
+//!     lent                                  // escapes, as a leaked value does
 //! });
-//! assert!(kept.read().is_none());           // and is of no use
+//! assert!(kept.read().is_none());           // and reads nothing
 //! ```
 
 use crate::gate::{Gate, GateGuard};
@@ -22,19 +23,21 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// Runs `body` with a scope that lends borrowed bytes, and revokes all of them before it returns or unwinds.
+/// Runs `body` with a scope that lends borrowed bytes, and revokes all of them before it returns or
+/// unwinds.
 ///
-/// Returning waits for readers that are inside [`RevocableSlice::read`] at that moment.
+/// The return waits for threads that hold a [`RevocableGuard`].
 pub fn scope<'env, R>(body: impl for<'scope> FnOnce(&'scope RevocableScope<'scope, 'env>) -> R) -> R {
     let scope = RevocableScope { gate: Arc::new(Gate::new()), scope: PhantomData, env: PhantomData };
     let _closes = CloseOnDrop(&scope.gate);
     body(&scope)
 }
 
-/// Lends bytes that live at least as long as `'scope`. Made by [`scope`].
+/// A scope that lends bytes which live at least as long as `'scope`. Made by [`scope`].
 pub struct RevocableScope<'scope, 'env: 'scope> {
     gate: Arc<Gate>,
-    // Invariant in both, as in std::thread::scope: 'scope may be neither shortened nor stretched.
+    // Invariant in both lifetimes, as in std::thread::scope: 'scope can be neither shortened nor
+    // stretched.
     scope: PhantomData<&'scope mut &'scope ()>,
     env: PhantomData<&'env mut &'env ()>,
 }
@@ -53,39 +56,43 @@ impl fmt::Debug for RevocableScope<'_, '_> {
     }
 }
 
-/// Bytes that were lent: they can be read until the scope that lent them ends.
+/// Lent bytes. Readable until the scope that has lent them ends.
 #[derive(Clone)]
 pub struct RevocableSlice {
-    /// Invariant: valid for reads, and not written, as long as `gate` is open or has a visitor.
+    /// Invariant: while `gate` is open or has a guard, the bytes are valid for reads and no code
+    /// writes to them.
     bytes: *const [u8],
     gate: Arc<Gate>,
 }
 
-// SAFETY: the pointer is only read through, and only as a `&[u8]`, which is Send.
+// SAFETY: the pointer serves reads of a `&[u8]` only, and that type is Send.
 #[expect(unsafe_code, reason = "a raw pointer is what outlives the borrow")]
 unsafe impl Send for RevocableSlice {}
-// SAFETY: as above; shared reads of bytes that nobody writes.
+// SAFETY: threads share reads of a `&[u8]` only, and by the field's invariant no code writes to the
+// bytes meanwhile.
 #[expect(unsafe_code, reason = "a raw pointer is what outlives the borrow")]
 unsafe impl Sync for RevocableSlice {}
 
 impl RevocableSlice {
-    /// The bytes, if their scope has not ended. It will not end before the guard is dropped.
+    /// The bytes; `None` if their scope has ended. The scope does not end before the guard is
+    /// dropped.
     #[must_use]
     pub fn read(&self) -> Option<RevocableGuard<'_>> {
         let guard = self.gate.enter()?;
-        // SAFETY: the guard keeps `scope()` from returning, so 'scope, for which the lender borrowed the bytes, goes on.
+        // SAFETY: the guard keeps `scope()` from returning, so the borrow of the bytes for 'scope
+        // is still in force.
         #[expect(unsafe_code, reason = "the borrow's lifetime is replaced by the gate")]
         let bytes = unsafe { &*self.bytes };
         Some(RevocableGuard { bytes, _guard: guard })
     }
 
-    /// How many bytes were lent.
+    /// The number of lent bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Whether an empty slice was lent.
+    /// True if the lent slice is empty.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
@@ -101,7 +108,7 @@ impl fmt::Debug for RevocableSlice {
     }
 }
 
-/// A read of lent bytes in progress: derefs to them and keeps their scope from ending.
+/// A read of lent bytes: derefs to them and keeps their scope from ending.
 #[derive(Debug)]
 pub struct RevocableGuard<'l> {
     bytes: &'l [u8],
@@ -130,7 +137,7 @@ mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     #[test]
-    fn lent_bytes_are_gone_after_the_scope() {
+    fn lent_bytes_are_revoked_at_the_end_of_the_scope() {
         let data = [1u8, 2, 3];
         let kept = scope(|scope| {
             let lent = scope.lend(&data);

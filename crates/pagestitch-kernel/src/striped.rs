@@ -1,7 +1,8 @@
-//! A value for each of a few stripes, in cache lines of their own: threads that write at the same time seldom meet.
+//! One value for each of a few stripes, in cache lines of its own: threads that write at the same
+//! time seldom write to the same line.
 //!
-//! Which stripe a thread is in, its stack decides, which needs no system call, no thread-local and no allocation: a signal
-//! handler may ask.
+//! The address of its stack decides a thread's stripe. That takes no system call, no thread-local
+//! storage and no allocation, so a signal handler may use it.
 
 use crate::sync::atomic::AtomicUsize;
 use std::hint::black_box;
@@ -12,38 +13,40 @@ pub struct Striped<T> {
     stripes: [Stripe<T>; STRIPES],
 }
 
-/// As far apart as processors prefetch: two lines.
+/// Two cache lines, because processors prefetch pairs of lines.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Stripe<T>(T);
 
 impl Striped<AtomicUsize> {
-    /// Zeros.
+    /// Eight zeros.
     pub(crate) const fn zero() -> Self {
         Self { stripes: [const { Stripe(AtomicUsize::new(0)) }; STRIPES] }
     }
 }
 
 impl<T> Striped<T> {
-    /// The calling thread's. Another thread may have the same one, and the same thread another in another moment.
+    /// The value of the calling thread's stripe. Threads may share a stripe, and a thread may
+    /// change its stripe from call to call.
     #[must_use]
     pub fn local(&self) -> &T {
         let on_stack = 0_u8;
         let address = (&raw const *black_box(&on_stack)).addr();
-        // Stacks are megabytes apart; a handler on an alternate stack is in another stripe, which does no harm.
+        // Stacks are megabytes apart. A signal handler on an alternate stack may use another stripe
+        // than its thread, which is harmless.
         let mixed =
             (address >> STACK_SHIFT).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (usize::BITS - STRIPES.ilog2());
         &self.stripes[mixed].0
     }
 
-    /// All of them.
+    /// All eight values.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.stripes.iter().map(|stripe| &stripe.0)
     }
 }
 
 const STRIPES: usize = 8;
-/// Below the distance of two threads' stacks, above the depth of most.
+/// Smaller than the distance between two threads' stacks, larger than the depth of most stacks.
 const STACK_SHIFT: u32 = 16;
 
 #[cfg(all(test, not(shuttle)))]
@@ -53,7 +56,7 @@ mod tests {
     use std::thread;
 
     #[test]
-    fn nothing_that_is_counted_is_lost() {
+    fn no_count_of_a_stripe_is_lost() {
         let stripes = Striped::zero();
         let times = if cfg!(miri) { 20 } else { 1000 };
         thread::scope(|scope| {

@@ -1,4 +1,4 @@
-//! Swap: which pages of this process are swapped out, and whether this kernel moves such pages whole.
+//! Swap: which pages of this process are swapped out, and whether this kernel can move such pages.
 
 use crate::page::AddressRange;
 use nix::fcntl::{OFlag, open};
@@ -7,8 +7,9 @@ use nix::sys::uio::pread;
 use nix::sys::utsname::uname;
 use std::fs;
 
-/// Marks the pages of a range that are not there, and are mapped or swapped out all the same. Allocates nothing, so that a signal handler
-/// may ask. Where the kernel does not tell, none is marked.
+/// Sets the entries in `there` of the pages that are present or swapped out, according to
+/// `/proc/self/pagemap`. Allocates nothing, so a signal handler may call it. Sets no entry if that
+/// file cannot be read.
 pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
     let Ok(pagemap) = open(c"/proc/self/pagemap", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()) else {
         return;
@@ -29,12 +30,13 @@ pub(crate) fn find(range: AddressRange, there: &mut [u8]) {
     }
 }
 
-/// Whether pages that may be swapped out can be moved (`UFFDIO_MOVE`): until Linux 6.16, and 6.12.37, a move races with the swap cache,
-/// and pages come to hold other bytes.
+/// Checks that a page that may be swapped out can move (`UFFDIO_MOVE`). Before Linux 6.16 (and
+/// 6.12.37), a move races with the swap cache, and the page may end up with other bytes.
 ///
 /// # Errors
 ///
-/// The reason and the remedy, for a person: swap is on, and this is such a kernel. To be asked anew, as swap may be switched on.
+/// The reason and the remedy, for a person: swap is on, and this kernel has the race. Call this
+/// again before each use, because swap may be switched on at any time.
 pub fn moves_safely() -> Result<(), &'static str> {
     let racing = uname().is_ok_and(|names| races(&names.release().to_string_lossy()));
     if racing && is_on() {
@@ -45,13 +47,13 @@ pub fn moves_safely() -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Whether something is swapped to.
+/// True if the system swaps to a device or file.
 fn is_on() -> bool {
-    // A line of headings, and one for each device or file.
+    // A line of headings, then one line for each device or file.
     fs::read_to_string("/proc/swaps").is_ok_and(|swaps| swaps.lines().nth(1).is_some())
 }
 
-/// Whether a kernel of this release has the race. One that does not say its version in the usual way has.
+/// True if a kernel of this release has the race, or the release does not tell its version.
 fn races(release: &str) -> bool {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let mut next = || numbers.next().and_then(Result::ok);
@@ -62,9 +64,9 @@ fn races(release: &str) -> bool {
     }
 }
 
-/// Bytes of a page in `/proc/self/pagemap`.
+/// The bytes of an entry in `/proc/self/pagemap`.
 const ENTRY: usize = 8;
-/// Pages that are asked for at once, on the stack.
+/// The pages of one read. Their entries are on the stack.
 const BATCH: usize = 64;
 
 #[cfg(test)]
