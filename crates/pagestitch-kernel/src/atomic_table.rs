@@ -1,4 +1,4 @@
-//! Tables that cost nothing until they are touched.
+//! Tables that take memory only where they are touched.
 
 use crate::sync::atomic::AtomicU64;
 use nix::errno::Errno;
@@ -6,8 +6,9 @@ use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 
-/// A table of atomic words, zero at first. Its size costs address space; only the pages that are touched cost
-/// memory, so a table for a region of a tebibyte is as cheap as the part of the region that is used.
+/// A table of atomic words, zero at first. Its length costs address space only: a page of the table
+/// takes memory once it is touched. The table for a region of a tebibyte costs as much as the used
+/// part of the region.
 pub struct AtomicTable {
     table: Table,
 }
@@ -17,7 +18,7 @@ impl AtomicTable {
     ///
     /// # Errors
     ///
-    /// `ENOMEM` where the process may map no more.
+    /// `ENOMEM` if the process can map no more.
     pub fn new(len: NonZeroUsize) -> Result<Self, Errno> {
         Table::new(len).map(|table| Self { table })
     }
@@ -58,13 +59,14 @@ mod mapped {
         pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
             let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
             let mapping = OwnedMapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-            // One word is not to cost two megabytes. Where there are no huge pages anyway: EINVAL.
+            // One touched word must not cost a huge page. EINVAL on a kernel without huge pages.
             let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
             Ok(Self { mapping, len: len.get() })
         }
 
         pub(super) fn words(&self) -> &[AtomicU64] {
-            // SAFETY: the mapping holds `len` words of zeros or of what was stored, page-aligned, and lives as long as `self`.
+            // SAFETY: the mapping holds `len` initialised words, page-aligned, and lives as long as
+            // `self`. All writes to it are atomic.
             #[expect(unsafe_code, reason = "owned memory becomes a slice")]
             unsafe {
                 slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
@@ -75,7 +77,7 @@ mod mapped {
     const WORD: NonZeroUsize = NonZeroUsize::new(size_of::<AtomicU64>()).unwrap();
 }
 
-/// Where no memory can be mapped, or its words have to be the model checker's.
+/// For Miri, which cannot map memory, and shuttle, whose atomics the words must be.
 #[cfg(any(miri, shuttle))]
 mod in_vec {
     use super::{AtomicU64, Errno, NonZeroUsize};
@@ -83,7 +85,7 @@ mod in_vec {
     pub(super) struct Table(Vec<AtomicU64>);
 
     impl Table {
-        #[expect(clippy::unnecessary_wraps, reason = "as where it may be refused")]
+        #[expect(clippy::unnecessary_wraps, reason = "the signature of the mapped table")]
         pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
             Ok(Self((0..len.get()).map(|_| AtomicU64::new(0)).collect()))
         }
@@ -100,7 +102,7 @@ mod tests {
     use std::sync::atomic::Ordering;
 
     #[test]
-    fn a_huge_table_costs_only_what_is_touched() {
+    fn a_huge_table_takes_memory_only_where_it_is_touched() {
         let words = AtomicTable::new(NonZeroUsize::new(1 << 36).unwrap()).unwrap(); // 512 GiB of addresses
         words[(1 << 36) - 1].store(5, Ordering::Relaxed);
         assert_eq!(words[(1 << 36) - 1].load(Ordering::Relaxed), 5);

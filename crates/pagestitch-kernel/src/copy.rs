@@ -1,5 +1,6 @@
-//! Copies of bytes that may change meanwhile, without a reference to them: by the kernel, to whom a race is none and a
-//! page that cannot be had an error; or, where the kernel does not copy (`/dev/mem`, devices), in volatile words.
+//! Copies of bytes that other code may change meanwhile, without a reference to them. The kernel
+//! copies: it has no data races, and an unreadable page is an error. It does not copy `/dev/mem` or
+//! a device's memory; there, volatile accesses do.
 
 use crate::mapping::OwnedMapping;
 use nix::errno::Errno;
@@ -10,7 +11,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
-/// Has the kernel copy bytes out of a mapping of ours.
+/// Lets the kernel copy bytes out of an owned mapping.
 pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < into.len() {
@@ -27,7 +28,7 @@ pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Resu
     Ok(())
 }
 
-/// Has the kernel copy bytes into a mapping of ours.
+/// Lets the kernel copy bytes into an owned mapping.
 pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < from.len() {
@@ -44,7 +45,8 @@ pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<
     Ok(())
 }
 
-/// For where a container's seccomp profile does not allow `process_vm_readv(2)`: `refused` is what it has answered.
+/// The fallback for containers whose seccomp profile forbids `process_vm_readv(2)`, which has
+/// answered `refused`.
 fn read_through_file(address: usize, into: &mut [u8], refused: Errno) -> Result<(), Errno> {
     let memory = File::open(OWN_MEMORY).map_err(|_| refused)?;
     memory.read_exact_at(into, address as u64).map_err(|_| Errno::EFAULT)
@@ -63,25 +65,27 @@ fn remote(mapping: &OwnedMapping, offset: u64, done: usize, len: usize) -> Remot
     RemoteIoVec { base: mapping.at(start).addr().get(), len: len - done }
 }
 
-/// Copies from `from` into `into`, every access made once and in order: for memory that a device may be behind. Aligned
-/// stretches go in words of eight bytes, edges in bytes.
+/// Copies from `from` into `into`, with one access for each word, in order, because a device may be
+/// behind the memory. Accesses are of eight bytes where they are aligned, and of one byte
+/// elsewhere.
 ///
 /// # Safety
 ///
-/// - `from` is readable for `into.len()` bytes. What else is written there meanwhile is torn, at worst.
+/// - `from` is readable for `into.len()` bytes. Concurrent writes to them are allowed: the copy may
+///   be torn.
 #[expect(unsafe_code, reason = "reads through a raw pointer")]
 pub(crate) unsafe fn read_words(from: *const u8, into: &mut [u8]) {
     let mut done = 0;
     while done < into.len() {
-        // SAFETY: `done` is below the length that the caller vouches for.
+        // SAFETY: `done` is less than `into.len()`, so the address is inside the readable bytes.
         let next = unsafe { from.add(done) };
         if next.cast::<u64>().is_aligned() && into.len() - done >= WORD {
-            // SAFETY: aligned, and eight bytes of what the caller vouches for.
+            // SAFETY: aligned, and inside the readable bytes: at least eight are left.
             let word = unsafe { ptr::read_volatile(next.cast::<u64>()) };
             into[done..done + WORD].copy_from_slice(&word.to_ne_bytes());
             done += WORD;
         } else {
-            // SAFETY: a byte of what the caller vouches for.
+            // SAFETY: inside the readable bytes: at least one is left.
             into[done] = unsafe { ptr::read_volatile(next) };
             done += 1;
         }
@@ -92,21 +96,23 @@ pub(crate) unsafe fn read_words(from: *const u8, into: &mut [u8]) {
 ///
 /// # Safety
 ///
-/// - `to` is writable for `from.len()` bytes, and nobody has a reference to them.
+/// - `to` is writable for `from.len()` bytes, and no reference to them exists.
 #[expect(unsafe_code, reason = "writes through a raw pointer")]
 pub(crate) unsafe fn write_words(to: *mut u8, from: &[u8]) {
     let mut done = 0;
     while done < from.len() {
-        // SAFETY: `done` is below the length that the caller vouches for.
+        // SAFETY: `done` is less than `from.len()`, so the address is inside the writable bytes.
         let next = unsafe { to.add(done) };
         match from[done..].first_chunk::<WORD>() {
             Some(&word) if next.cast::<u64>().is_aligned() => {
-                // SAFETY: aligned, and eight bytes of what the caller vouches for.
+                // SAFETY: aligned, and inside the writable bytes, to which no reference exists: at
+                // least eight are left.
                 unsafe { ptr::write_volatile(next.cast::<u64>(), u64::from_ne_bytes(word)) };
                 done += WORD;
             }
             _ => {
-                // SAFETY: a byte of what the caller vouches for.
+                // SAFETY: inside the writable bytes, to which no reference exists: at least one is
+                // left.
                 unsafe { ptr::write_volatile(next, from[done]) };
                 done += 1;
             }
@@ -115,7 +121,7 @@ pub(crate) unsafe fn write_words(to: *mut u8, from: &[u8]) {
 }
 
 const WORD: usize = size_of::<u64>();
-/// The memory of this process, at its addresses.
+/// The memory of this process as a file; the offset is the address.
 const OWN_MEMORY: &str = "/proc/self/mem";
 
 #[cfg(test)]
@@ -125,14 +131,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_is_copied_and_no_other(start in 0usize..20, len in 0usize..60) {
+        fn read_words_and_write_words_copy_every_byte_and_no_other(start in 0usize..20, len in 0usize..60) {
             let from: Vec<u8> = (1..=100).collect();
             let (mut there, mut back) = (vec![0u8; 100], vec![0u8; len]);
             // SAFETY: start + len is below 100.
             #[expect(unsafe_code, reason = "the function under test")]
             unsafe { read_words(from.as_ptr().wrapping_add(start), &mut back) };
             prop_assert_eq!(&back[..], &from[start..start + len]);
-            // SAFETY: as above, and `there` is not looked at meanwhile.
+            // SAFETY: start + len is below 100, and no reference to `there` exists meanwhile.
             #[expect(unsafe_code, reason = "the function under test")]
             unsafe { write_words(there.as_mut_ptr().wrapping_add(start), &back) };
             prop_assert_eq!(&there[start..start + len], &from[start..start + len]);

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn faults_are_one_a_page_by_address_and_remember_a_write() {
+    fn faults_of_a_batch_are_one_a_page_by_address_and_remember_a_write() {
         use FaultKind::{Missing, WriteProtect};
         let mut faults = vec![
             fault(0x3000, Missing, false),

@@ -1,4 +1,4 @@
-//! Sealed memfds: memory with a descriptor, that nobody can change any more and everybody can map.
+//! Sealed memfds: memory with a descriptor that any process can map and none can change.
 //!
 //! ```
 //! use std::os::unix::fs::FileExt;
@@ -22,7 +22,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::slice;
 
-/// A memfd that is being filled.
+/// A memfd that may still be written.
 #[derive(Debug)]
 pub struct UnsealedMemfd {
     file: File,
@@ -33,14 +33,15 @@ impl UnsealedMemfd {
     ///
     /// # Errors
     ///
-    /// What the kernel answers: a name with a NUL or of more than 249 bytes, no descriptor, no memory.
+    /// The error of `memfd_create(2)`: a name with a NUL or of more than 249 bytes, no free
+    /// descriptor, no memory.
     pub fn create(name: &str, bytes: u64) -> io::Result<Self> {
         let file = File::from(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
         file.set_len(bytes)?;
         Ok(Self { file })
     }
 
-    /// To fill it with.
+    /// The file, to write the bytes with.
     #[must_use]
     pub const fn file(&self) -> &File {
         &self.file
@@ -50,7 +51,7 @@ impl UnsealedMemfd {
     ///
     /// # Errors
     ///
-    /// `EBUSY` while somebody has it mapped writable.
+    /// `EBUSY` while the memfd is mapped writable.
     pub fn seal(self) -> io::Result<SealedMemfd> {
         let all = SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_GROW | NEEDED;
         fcntl(&self.file, FcntlArg::F_ADD_SEALS(all))?;
@@ -58,51 +59,57 @@ impl UnsealedMemfd {
     }
 }
 
-/// A memfd, of this process or another's, whose bytes can never change and never go.
+/// A memfd of this process or another one, whose bytes can neither change nor go away.
 #[derive(Debug)]
 pub struct SealedMemfd {
     fd: OwnedFd,
-    /// All of it. Invariant: the seals forbid everybody to write to it or to shorten it.
+    /// The whole memfd. Invariant: its seals forbid each process to write or shorten it.
     mapping: OwnedMapping,
     len: usize,
     granule: PageSize,
 }
 
 impl SealedMemfd {
-    /// How many bytes it has.
+    /// The number of its bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len
     }
 
-    /// What it is mapped in multiples of: the system's page size or, made with `MFD_HUGETLB`, that of its huge pages.
+    /// The unit in which the kernel maps it: the system's page, or its huge page if it was made
+    /// with `MFD_HUGETLB`.
     #[must_use]
     pub const fn granule(&self) -> PageSize {
         self.granule
     }
 
-    /// Whether it has none: such a memfd cannot be made.
+    /// Always false, because an empty memfd is refused.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }
 }
 
-/// Takes a descriptor, received from another process perhaps, if it is sealed against writing and shrinking.
+/// Takes a descriptor, also one that another process has sent, if it is sealed against writing and
+/// shrinking.
 impl TryFrom<OwnedFd> for SealedMemfd {
     type Error = io::Error;
 
     fn try_from(fd: OwnedFd) -> io::Result<Self> {
-        // EINVAL from what is no memfd at all.
+        // EINVAL: the file is no memfd.
         let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_or(SealFlag::empty(), SealFlag::from_bits_truncate);
         if !seals.contains(NEEDED) {
-            let why = "not sealed against writing and shrinking: add F_SEAL_WRITE and F_SEAL_SHRINK first";
+            let why = "the memfd is not sealed against writing and shrinking: add F_SEAL_WRITE and F_SEAL_SHRINK first";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         let file = File::from(fd);
         let bytes = usize::try_from(file.metadata()?.len()).ok().and_then(NonZeroUsize::new);
-        let bytes = bytes
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty memfd shows nothing"))?;
+        let bytes = bytes.ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the memfd is empty: give it a length before it is sealed",
+            )
+        })?;
         let granule = granule_of(&file)?;
         let mapping = OwnedMapping::of_file(file.as_fd(), bytes)?;
         Ok(Self { fd: file.into(), mapping, len: bytes.get(), granule })
@@ -111,7 +118,8 @@ impl TryFrom<OwnedFd> for SealedMemfd {
 
 impl AsRef<[u8]> for SealedMemfd {
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: mapped readable for as long as `self` lives; by the field's invariant no byte of it changes.
+        // SAFETY: the mapping is readable as long as `self` lives, and by the field's invariant no
+        // process writes to its bytes.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {
             slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
@@ -144,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_sealed_is_refused_with_the_remedy() {
+    fn an_unsealed_memfd_is_refused_with_the_remedy() {
         let open = UnsealedMemfd::create("open", 10).unwrap();
         for file in [open.file().try_clone().unwrap(), File::open("/proc/self/exe").unwrap()] {
             let said = SealedMemfd::try_from(OwnedFd::from(file)).unwrap_err().to_string();

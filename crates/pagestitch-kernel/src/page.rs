@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unaligned_or_endless_range_cannot_be_made() {
+    fn an_unaligned_or_endless_address_range_is_none() {
         assert!(AddressRange::new(4096, 8192, PAGE).is_some());
         assert_eq!(AddressRange::new(4097, 8192, PAGE), None);
         assert_eq!(AddressRange::new(4096, 100, PAGE), None);

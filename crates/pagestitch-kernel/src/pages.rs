@@ -320,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_spoken_for_is_not_to_be_had_again() {
+    fn a_claimed_range_cannot_be_claimed_again() {
         let donated = Donated::from(Pages::new(100_000).unwrap());
         assert_eq!(donated.claim(100..200), Ok(()));
         assert_eq!(donated.claim(200..300), Ok(()));
@@ -340,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_taken_by_one_thread_at_a_time_and_moves_once() {
+    fn a_donated_page_is_taken_by_one_thread_at_a_time_and_moves_once() {
         let donated = Donated::from(Pages::new(100 * 4096).unwrap());
         let span = |first, pages| Span { first: Page(first), pages };
         let taken = donated.take(span(10, 60)).unwrap();
@@ -356,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn no_bytes_are_no_pages() {
+    fn pages_without_bytes_are_refused() {
         assert_eq!(Pages::new(0).unwrap_err(), Errno::EINVAL);
         assert_eq!(Pages::new(usize::MAX).unwrap_err(), Errno::ENOMEM);
     }

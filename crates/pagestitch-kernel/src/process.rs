@@ -206,7 +206,7 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     #[test]
-    fn the_peer_of_a_socket_is_known_and_tells_that_it_has_ended() {
+    fn the_peer_of_a_socket_is_a_process_that_tells_its_end() {
         let (one, _other) = UnixStream::pair().unwrap();
         let peer = Process::peer(&one).unwrap();
         assert_eq!(peer.pid(), Pid::this());
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_holds_the_files_that_it_has_open_and_no_others() {
+    fn a_process_holds_its_open_files_and_no_others() {
         let folder = std::env::temp_dir();
         let (one, two) = (File::open(&folder).unwrap(), File::open(&folder).unwrap());
         let this = Process::open(Pid::this()).unwrap();

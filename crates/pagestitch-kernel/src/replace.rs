@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_link_stays_a_link() {
+    fn replace_keeps_a_symbolic_link() {
         let folder = Folder::new("link");
         let link = folder.0.join("link");
         std::os::unix::fs::symlink("file", &link).unwrap();
@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn an_impossible_path_is_refused_by_the_trial_too() {
+    fn an_impossible_path_is_refused_by_the_check_too() {
         let folder = Folder::new("impossible");
         fs::write(folder.0.join("file"), "").unwrap();
         for (path, kind) in [

@@ -8,11 +8,13 @@
 //!                           the uffd
 //! ```
 //!
-//! A [`Reservation`] is shared with handler threads and knows addresses only; the [`View`](crate::View) stays with the region
-//! and is the only way to the bytes. Every operation on part of the range passes one bounds check,
-//! [`Reservation::addresses`]. It is not inherited by a forked child (`MADV_DONTFORK`): without the handler, the
-//! child would read zeros. Its addresses are closed there, and after its drop they are kept from other mappings for a while
-//! ([`ranges`]).
+//! A [`Reservation`] is shared with handler threads and knows addresses only. The
+//! [`View`](crate::View) stays with the region and is the only way to the bytes. Every operation on
+//! part of the range passes one bounds check, [`Reservation::addresses`].
+//!
+//! A forked child does not inherit the range (`MADV_DONTFORK`), because it would read zeros where
+//! no handler fills pages. The child's fork handler closes the addresses, and after a drop no other
+//! mapping uses them for a while ([`ranges`]).
 
 use crate::access::Access;
 use crate::limits::ReserveError;
@@ -31,7 +33,7 @@ use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// An owned range of addresses, a whole number of pages, missing until filled.
+/// An owned range of whole pages, each of which is missing until it is filled.
 #[derive(Debug)]
 pub struct Reservation {
     pub(crate) mapping: OwnedMapping,
@@ -40,7 +42,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Reserves `pages` pages of addresses, without a view: for [`View::reserve`](crate::View::reserve).
+    /// Reserves `pages` pages of addresses. [`View::reserve`](crate::View::reserve) adds the view.
     pub(crate) fn new(
         pages: NonZeroUsize,
         page: PageSize,
@@ -55,28 +57,32 @@ impl Reservation {
         Ok(Arc::new(Self { mapping, page, access }))
     }
 
-    /// Lets the range be accessed as it was reserved for. [`Uffd::register`](crate::Uffd::register) does so. Where it was not registered,
+    /// Opens the range to the accesses that it was reserved for.
+    /// [`Uffd::register`](crate::Uffd::register) calls this. In a range that is not registered,
     /// missing pages read as zeros from now on.
     ///
     /// # Errors
     ///
-    /// `ENOMEM` where writable memory is counted and there may be no more: [`ReserveError::met`] names the limit.
+    /// `ENOMEM` if the kernel counts writable memory and the range exceeds the limit:
+    /// [`ReserveError::met`] names it.
     pub fn open(&self) -> Result<(), Errno> {
         self.mapping.open(self.access.protection())
     }
 
-    /// Keeps the addresses from other mappings for a while after the drop, because a thread that waits in the range now may run only then.
+    /// Keeps other mappings away from the addresses for a while after the drop, because a thread
+    /// that waits in the range may run only then.
     pub fn linger(&self) {
         self.mapping.linger();
     }
 
-    /// Notes that children of fork inherit a span, as something is shown in it in place.
+    /// Notes that children of fork inherit a span, because something is shown there in place.
     pub(crate) fn show(&self, span: Span) {
         let range = self.addresses(span);
         ranges::show(self.range().start(), range.start()..range.end());
     }
 
-    /// Notes what serves the range: who is about to copy from it asks ([`ranges::served_in`]).
+    /// Notes the server of the range. A region that copies from here finds it with
+    /// [`ranges::served_in`].
     pub fn serve(&self, served: ServedRange) {
         ranges::serve(self.range().start(), served);
     }
@@ -87,7 +93,7 @@ impl Reservation {
         self.page
     }
 
-    /// How many pages it has.
+    /// The number of its pages.
     #[must_use]
     pub const fn pages(&self) -> usize {
         self.mapping.bytes() / self.page.bytes()
@@ -99,11 +105,12 @@ impl Reservation {
         self.addresses(Span { first: Page(0), pages: self.pages() })
     }
 
-    /// The addresses of a span of its pages: the one bounds check.
+    /// The addresses of a span of its pages. This is the one bounds check.
     ///
     /// # Panics
     ///
-    /// If the span is not inside. Spans come from the region's layout, so that is a defect, not an input.
+    /// If the span is not inside. Spans come from the region's layout, so a span outside is a
+    /// defect and not an input.
     #[must_use]
     pub fn addresses(&self, span: Span) -> AddressRange {
         let inside = span.first.0.checked_add(span.pages).is_some_and(|end| end <= self.pages());
@@ -113,17 +120,18 @@ impl Reservation {
             .expect("whole pages of an aligned mapping")
     }
 
-    /// The page that holds `address`, if it is inside.
+    /// The page that holds `address`; `None` if the address is not inside.
     #[must_use]
     pub fn page_at(&self, address: usize) -> Option<Page> {
         let offset = address.checked_sub(self.mapping.start().as_ptr().addr())?;
         (offset < self.mapping.bytes()).then(|| self.page.page_at(offset as u64))
     }
 
-    /// Which pages of a span are there: calls `each` with every page and whether it is in memory or swapped out.
+    /// Calls `each` with every page of a span, and whether it is present: in memory or swapped out.
     ///
-    /// `mincore(2)` calls a page that was swapped out absent; for those, `/proc/self/pagemap` is asked too. Where that cannot be read,
-    /// they count as absent. A page that is bad is one or the other.
+    /// `mincore(2)` reports a swapped page as absent, so the function reads `/proc/self/pagemap`
+    /// for the absent ones. If it cannot read that file, they count as absent. A poisoned page may
+    /// count as either.
     ///
     /// # Errors
     ///
@@ -134,7 +142,8 @@ impl Reservation {
         while !rest.is_empty() {
             let part = rest.prefix(RESIDENCY_BATCH);
             let range = self.addresses(part);
-            // SAFETY: the range is ours, and `vector` has a byte for each of its pages.
+            // SAFETY: the kernel writes one byte for each page of the range to `vector`, which is
+            // as long or longer. It writes no page of the range.
             #[expect(unsafe_code, reason = "mincore")]
             let answer =
                 unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), vector.as_mut_ptr()) };
@@ -150,7 +159,8 @@ impl Reservation {
         Ok(())
     }
 
-    /// Whether a page is in memory, as [`residency`](Self::residency) says it; with next to no stack, for a signal handler.
+    /// True if a page is in memory: [`residency`](Self::residency) for one page, with little stack,
+    /// for signal handlers.
     ///
     /// # Errors
     ///
@@ -158,20 +168,23 @@ impl Reservation {
     pub fn is_resident(&self, page: Page) -> Result<bool, Errno> {
         let range = self.addresses(page.span());
         let mut here = 0u8;
-        // SAFETY: the range is a page of ours, and `here` has the byte for it.
+        // SAFETY: the kernel writes one byte for the one page of the range to `here`. It does not
+        // write the page.
         #[expect(unsafe_code, reason = "mincore")]
         let answer = unsafe { libc::mincore(range.start() as *mut c_void, range.bytes(), &raw mut here) };
         Errno::result(answer).map(|_| here & 1 == 1)
     }
 
-    /// Lets huge pages move in as they are. Without, the kernel prepares for small pages on the first fault in a block, and
-    /// splits what moves there. Where there are no huge pages, this changes nothing.
+    /// Advises huge pages, so that a huge page moves in as a whole. Without the advice, the kernel
+    /// prepares for small pages at the first fault in a block and splits each huge page that moves
+    /// there. Has no effect on a kernel without huge pages.
     pub fn advise_hugepage(&self) {
         let _ = self.mapping.advise(MmapAdvise::MADV_HUGEPAGE);
     }
 
-    /// Lets children of `fork(2)` have the range, too: where nothing is filled for *their* pages, they read zeros. Whoever asks for
-    /// this serves them, by the uffds that come with [`Event::Fork`](crate::Event::Fork).
+    /// Lets children of `fork(2)` inherit the range. A child reads zeros unless a server fills
+    /// *its* pages, so the caller serves the uffds that come with
+    /// [`Event::Fork`](crate::Event::Fork).
     ///
     /// # Errors
     ///
@@ -180,7 +193,7 @@ impl Reservation {
         self.advise_parts(MmapAdvise::MADV_DOFORK)
     }
 
-    /// From now on, children of `fork(2)` do not have the range.
+    /// Hides the range from children of `fork(2)` from now on.
     ///
     /// # Errors
     ///
@@ -189,7 +202,8 @@ impl Reservation {
         self.advise_parts(MmapAdvise::MADV_DONTFORK)
     }
 
-    /// Leaves the range out of core dumps, with what is shown in it by now: the kernel would walk all of its addresses.
+    /// Leaves the range, with everything shown in it so far, out of core dumps. A dump would walk
+    /// all of its addresses.
     ///
     /// # Errors
     ///
@@ -200,11 +214,13 @@ impl Reservation {
 
     fn advise_parts(&self, advice: MmapAdvise) -> Result<(), Errno> {
         match self.mapping.advise(advice) {
-            // Of a device's memory it is not to be said, and somebody may have unmapped a part: the rest, one by one.
+            // The advice is refused for a device's memory, and for a range of which the application
+            // has unmapped a part: advises the other mappings one by one.
             Err(Errno::EINVAL | Errno::ENOMEM) => {
                 for part in self.mapped_parts() {
                     let start = part.start() as *mut c_void;
-                    // SAFETY: part of our own mapping, and what children of fork see of it.
+                    // SAFETY: the part is inside an owned mapping, and the advice changes none of
+                    // its bytes.
                     #[expect(unsafe_code, reason = "madvise")]
                     let _ = unsafe { libc::madvise(start, part.bytes(), advice as i32) };
                 }
@@ -214,26 +230,29 @@ impl Reservation {
         }
     }
 
-    /// Touches the pages of a span, in the process that this is called in, without a signal for those that are bad. Linux 5.14.
+    /// Reads the pages of a span in the calling process. A poisoned page is an error here and not a
+    /// signal. Linux 5.14.
     ///
     /// # Errors
     ///
-    /// The errno of `madvise(2)` with `MADV_POPULATE_READ`: `EHWPOISON` or `EFAULT` for a bad page, `ENOMEM` where the range is
-    /// not there, as in a forked child.
+    /// The errno of `madvise(2)` with `MADV_POPULATE_READ`: `EHWPOISON` or `EFAULT` for a poisoned
+    /// page, `ENOMEM` if the range is not mapped, as in a forked child.
     pub fn populate_read(&self, span: Span) -> Result<(), Errno> {
         let range = self.addresses(span);
-        // SAFETY: our own addresses, which are read from, and that only by the kernel.
+        // SAFETY: the kernel reads pages of an owned mapping. It writes only missing ones, which
+        // have no value yet.
         #[expect(unsafe_code, reason = "madvise")]
         let answer =
             unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_POPULATE_READ) };
         Errno::result(answer).map(drop)
     }
 
-    /// Takes a span away for good: a touch is SIGBUS. For kernels without `UFFDIO_POISON` (before 6.6).
+    /// Takes a span away for good: an access there is SIGBUS. For kernels without `UFFDIO_POISON`
+    /// (before 6.6).
     ///
-    /// Maps an empty memfd over it, sealed against growing, as an access past a file's end is SIGBUS. Where the kernel maps no more
-    /// (`vm.max_map_count`, descriptors), the span is closed instead, and a touch is SIGSEGV. Threads that already wait there have
-    /// to be woken.
+    /// Maps an empty memfd over the span, sealed against growing, because an access past a file's
+    /// end is SIGBUS. If the kernel refuses another mapping or descriptor (`vm.max_map_count`),
+    /// closes the span instead, and an access is SIGSEGV. The caller wakes threads that wait there.
     ///
     /// # Errors
     ///
@@ -243,8 +262,8 @@ impl Reservation {
         let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
         let covered = always_empty().and_then(|empty| {
-            // SAFETY: the range is inside our own mapping. A reference to its bytes becomes one whose use ends the
-            // program; it never shows other bytes.
+            // SAFETY: the range is inside an owned mapping. A read through a reference to its bytes
+            // ends the program from now on; it never sees other bytes.
             #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
             unsafe {
                 mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0)
@@ -253,23 +272,24 @@ impl Reservation {
         covered.map(drop).or_else(|_| close(range))
     }
 
-    /// Closes the whole range for good: whoever touches it gets SIGSEGV.
+    /// Closes the whole range for good: an access is SIGSEGV.
     ///
-    /// The last act before a uffd is closed: closing alone would show zeros to who waits. Threads that already
-    /// wait have to be woken; they meet the closed range. Takes time for the pages present, not for the range.
+    /// The last act before the uffd closes, because waiting threads would read zeros after the
+    /// close alone. The caller wakes them, and they meet the closed range. The time depends on the
+    /// present pages and not on the length of the range.
     ///
     /// # Errors
     ///
     /// The errno of `mprotect(2)`; none is known to occur.
     pub fn fence(&self) -> Result<(), Errno> {
         match close(self.range()) {
-            // Somebody has unmapped or moved part of it: what is left is closed.
+            // The application has unmapped or moved part of the range: closes the rest.
             Err(Errno::ENOMEM) => self.mapped_parts().into_iter().try_for_each(close),
             closed => closed,
         }
     }
 
-    /// The parts of it that something is mapped at.
+    /// The parts of the range in which something is mapped.
     fn mapped_parts(&self) -> Vec<AddressRange> {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let own = self.range();
@@ -283,7 +303,7 @@ impl Reservation {
     }
 }
 
-/// A memfd without a byte, that never has one.
+/// An empty memfd that cannot grow.
 fn always_empty() -> Result<OwnedFd, Errno> {
     let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
     let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
@@ -293,9 +313,10 @@ fn always_empty() -> Result<OwnedFd, Errno> {
 
 fn close(range: AddressRange) -> Result<(), Errno> {
     let Some(start) = NonNull::new(range.start() as *mut c_void) else { return Ok(()) };
-    // Not by mapping something over it: a process that has all of its mappings (vm.max_map_count) could not.
-    // Protecting whole mappings needs no new one.
-    // SAFETY: our own mapping; whoever still has a pointer into it is stopped, and reads nothing.
+    // Not a new mapping over the range, because a process at its limit of mappings
+    // (vm.max_map_count) has none left. The protection of whole mappings needs no new one.
+    // SAFETY: the range is inside an owned mapping. An access through a pointer into it is a signal
+    // from now on, and reads nothing.
     #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
     unsafe {
         mprotect(start, range.bytes(), ProtFlags::PROT_NONE)

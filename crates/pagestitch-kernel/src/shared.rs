@@ -405,13 +405,13 @@ mod tests {
     }
 
     #[test]
-    fn a_range_is_cut_at_the_mappings_that_it_crosses() {
+    fn an_alias_is_cut_at_the_mappings_that_it_crosses() {
         assert_eq!(parts(0x12000, 0x2000), Ok(vec![(0x12000, 0x14000)]));
         assert_eq!(parts(0x1f000, 0x3000), Ok(vec![(0x1f000, 0x20000), (0x20000, 0x22000)]));
     }
 
     #[test]
-    fn private_memory_and_gaps_are_named() {
+    fn an_alias_of_private_memory_or_a_gap_is_refused_by_its_address() {
         assert_eq!(parts(0x30000, 0x1000), Err(AliasError::Private { address: 0x30000 }));
         assert_eq!(parts(0x27000, 0x2000), Err(AliasError::Unmapped { address: 0x28000 }));
         assert_eq!(parts(0x1000, 0x1000), Err(AliasError::Unmapped { address: 0x1000 }));

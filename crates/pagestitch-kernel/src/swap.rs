@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn releases_with_the_race_are_told_from_those_without() {
+    fn kernel_releases_with_the_move_race_are_recognised() {
         for release in
             ["6.8.0-60-generic", "6.12.36", "6.12.30+deb13-amd64", "6.15.9-arch1-1", "6.9", "?", ""]
         {

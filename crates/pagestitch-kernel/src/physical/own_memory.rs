@@ -136,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn frames_that_follow_each_other_are_one_run() {
+    fn consecutive_frames_are_one_run() {
         let found: Vec<_> = runs(&[7, 8, 9, 3, 20, 21]).collect();
         assert_eq!(found, [(7, 3), (3, 1), (20, 2)]);
     }

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_there_is_said_to_be_missing() {
+    fn a_missing_resource_file_is_named() {
         let path = Path::new("/sys/bus/pci/devices/none/resource2");
         let said = of_open("PCI resource none", path, Errno::ENOENT).to_string();
         assert_eq!(said, "PCI resource none: there is no /sys/bus/pci/devices/none/resource2");

@@ -191,9 +191,9 @@ mod tests {
     }
 
     #[test]
-    fn a_userfaultfd_that_is_kept_stays_open_after_its_drop() {
+    fn a_kept_userfaultfd_stays_open_after_its_drop() {
         let Ok(uffd) = open(Features::NONE) else {
-            println!("SKIPPED a_userfaultfd_that_is_kept_stays_open_after_its_drop: no userfaultfd");
+            println!("SKIPPED a_kept_userfaultfd_stays_open_after_its_drop: no userfaultfd");
             return;
         };
         let link = format!("/proc/self/fd/{}", uffd.as_fd().as_raw_fd());
@@ -203,9 +203,9 @@ mod tests {
     }
 
     #[test]
-    fn the_kernel_is_asked_once_for_its_features() {
+    fn the_features_of_the_kernel_are_probed_once() {
         let Ok(features) = kernel_features() else {
-            println!("SKIPPED the_kernel_is_asked_once_for_its_features: no userfaultfd");
+            println!("SKIPPED the_features_of_the_kernel_are_probed_once: no userfaultfd");
             return;
         };
         let before = OPENED.get();

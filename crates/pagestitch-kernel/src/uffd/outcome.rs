@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_field_is_read_before_errno() {
+    fn the_output_field_decides_before_errno() {
         let again = Err(Errno::EAGAIN);
         assert_eq!(Outcome::interpret(again, 8192, 4096), Outcome::Partial { bytes: 4096 });
         // Since Linux 6.15 the field repeats the error; before, it is 0.
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn each_errno_has_its_own_value() {
+    fn each_errno_has_its_own_outcome() {
         let said = |errno: Errno| Outcome::interpret(Err(errno), 4096, -i64::from(errno as i32));
         assert_eq!(said(Errno::EEXIST), Outcome::AlreadyThere);
         assert_eq!(said(Errno::ENOENT), Outcome::NotRegistered);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn success_is_done() {
+    fn a_successful_ioctl_is_done() {
         assert_eq!(Outcome::interpret(Ok(0), 8192, 8192), Outcome::Done);
         // A write-protect has no output field.
         assert_eq!(Outcome::interpret(Ok(0), 8192, 0), Outcome::Done);

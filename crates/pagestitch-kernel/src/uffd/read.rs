@@ -161,7 +161,7 @@ mod tests {
     use std::time::Instant;
 
     #[test]
-    fn a_read_that_would_wait_for_ever_is_interrupted() {
+    fn a_blocking_read_is_interrupted() {
         let (from, to) = pipe().unwrap();
         let began = Instant::now();
         for _ in 0..3 {

@@ -18,7 +18,7 @@ extern "C" fn open(_signal: i32) {
 /// A handler that fills a page tells, and may have interrupted a thread at any step of its waiting.
 #[test]
 #[expect(unsafe_code, reason = "a signal handler is part of what is tested")]
-fn a_handler_tells_the_thread_that_it_has_interrupted_in_its_wait() {
+fn a_signal_handler_notifies_the_waiting_thread_that_it_interrupts() {
     let action = SigAction::new(SigHandler::Handler(open), SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler changes atomics, and makes a system call.
     unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();

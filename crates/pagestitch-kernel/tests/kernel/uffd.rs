@@ -35,7 +35,7 @@ fn copy_fills_a_missing_page_once_and_needs_no_alignment() {
 }
 
 #[test]
-fn a_copy_that_meets_a_present_page_says_how_far_it_came() {
+fn a_copy_that_meets_a_present_page_returns_its_progress() {
     let (reservation, _view, uffd) = reserve(4, Access::ReadOnly);
     let size = PageSize::system().bytes();
     let bytes = vec![1u8; 4 * size];
@@ -45,7 +45,7 @@ fn a_copy_that_meets_a_present_page_says_how_far_it_came() {
 }
 
 #[test]
-fn an_unregistered_range_is_told_apart() {
+fn a_copy_to_an_unregistered_range_is_an_outcome_of_its_own() {
     let (reservation, _view, uffd) = reserve(1, Access::ReadOnly);
     let bytes = vec![1u8; PageSize::system().bytes()];
     uffd.unregister(reservation.range()).unwrap();
@@ -53,7 +53,7 @@ fn an_unregistered_range_is_told_apart() {
 }
 
 #[test]
-fn a_blocked_thread_is_seen_and_runs_on_with_the_bytes() {
+fn a_blocked_thread_is_reported_and_resumes_with_the_bytes() {
     let (reservation, view, uffd) = reserve(4, Access::ReadOnly);
     let size = PageSize::system().bytes();
     thread::scope(|scope| {
@@ -69,7 +69,7 @@ fn a_blocked_thread_is_seen_and_runs_on_with_the_bytes() {
 }
 
 #[test]
-fn writing_to_a_writable_reservation_faults_as_a_write_and_keeps_what_was_written() {
+fn a_write_to_a_missing_page_is_a_write_fault_and_is_kept() {
     let (reservation, mut view, uffd) = reserve(1, Access::Writable);
     let size = PageSize::system().bytes();
     thread::scope(|scope| {
@@ -91,7 +91,7 @@ fn a_read_only_view_gives_no_mutable_slice() {
 }
 
 #[test]
-fn residency_tells_filled_from_missing() {
+fn residency_reports_filled_and_missing_pages() {
     let (reservation, _view, uffd) = reserve(2000, Access::ReadOnly);
     let bytes = vec![1u8; PageSize::system().bytes()];
     for index in [0, 1023, 1024, 1999] {
@@ -113,13 +113,13 @@ fn a_tebibyte_is_reserved_and_registered_at_once() {
 
 #[test]
 #[should_panic(expected = "is not inside a reservation of 2 pages")]
-fn the_bounds_check_stops_a_span_that_leaves() {
+fn a_span_outside_the_reservation_panics() {
     let (reservation, _view, _uffd) = reserve(2, Access::ReadOnly);
     let _ = reservation.addresses(Span { first: Page(1), pages: 2 });
 }
 
 #[test]
-fn a_remove_is_told_before_the_faults_of_the_same_batch() {
+fn a_remove_comes_before_the_faults_of_its_batch() {
     let (reservation, view, uffd) = reserve(8, Access::Writable);
     let size = PageSize::system().bytes();
     for index in 0..4 {
@@ -156,8 +156,8 @@ fn let_go(start: usize, bytes: usize) {
 }
 
 #[test]
-fn poison_is_reported_once_and_a_copy_heals_it() {
-    if !has("poison_is_reported_once_and_a_copy_heals_it", Features::POISON) {
+fn a_page_is_poisoned_once_and_a_copy_replaces_the_marker() {
+    if !has("a_page_is_poisoned_once_and_a_copy_replaces_the_marker", Features::POISON) {
         return;
     }
     let (reservation, view, uffd) = reserve(1, Access::ReadOnly);
@@ -187,8 +187,8 @@ fn move_takes_the_pages_of_the_source() {
 }
 
 #[test]
-fn write_protection_stops_a_writer_until_it_is_taken_away() {
-    if !has("write_protection_stops_a_writer_until_it_is_taken_away", Features::WRITE_PROTECT) {
+fn write_protection_blocks_a_writer_until_unprotect() {
+    if !has("write_protection_blocks_a_writer_until_unprotect", Features::WRITE_PROTECT) {
         return;
     }
     let (reservation, view) = View::reserve(NonZeroUsize::MIN, PageSize::system(), Access::Writable).unwrap();
@@ -235,7 +235,7 @@ fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
 }
 
 #[test]
-fn reserving_more_than_there_is_names_size_and_remedy() {
+fn a_reservation_that_is_too_large_is_refused_with_size_and_remedy() {
     let pages = NonZeroUsize::new(1 << 40).unwrap();
     let error = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap_err();
     let said = error.to_string();
@@ -325,7 +325,7 @@ fn opened_blocking(features: Features) -> Result<Uffd, Errno> {
 
 /// What is not registered with it, a userfaultfd does not fill, protect or poison: so its fills are safe functions of any range.
 #[test]
-fn memory_that_is_not_registered_stays_as_it_is() {
+fn fills_leave_unregistered_memory_unchanged() {
     let page = PageSize::system();
     let bytes = vec![1u8; 4 * page.bytes()];
     let start = bytes.as_ptr().addr().next_multiple_of(page.bytes());

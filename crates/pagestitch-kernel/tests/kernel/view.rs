@@ -41,7 +41,7 @@ fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
 
 #[test]
 #[should_panic(expected = "from 8192")]
-fn mapping_past_the_end_of_a_memfd_is_stopped() {
+fn a_map_past_the_end_of_a_memfd_panics() {
     let sealed = UnsealedMemfd::create("short", 3 * 4096).unwrap().seal().unwrap();
     let (_reservation, mut view, _uffd) = raw(4, Access::ReadOnly);
     let _ = view.map(span(0, 2), &sealed, 8192);
@@ -63,7 +63,7 @@ fn a_file_is_shared_both_ways_and_its_view_has_no_slices() {
 }
 
 #[test]
-fn a_copy_on_write_file_keeps_what_was_written_to_itself() {
+fn a_write_to_a_copy_on_write_file_stays_in_its_view() {
     let (file, other) = numbered(2);
     let (_reservation, mut view, _uffd) = raw(2, Access::Writable);
     view.map_file(span(0, 2), &file, 0, Sharing::CopyOnWrite).unwrap();
@@ -78,7 +78,7 @@ fn a_copy_on_write_file_keeps_what_was_written_to_itself() {
 }
 
 #[test]
-fn what_cannot_be_written_to_is_refused() {
+fn a_writable_view_of_a_read_only_file_is_refused() {
     let (file, _other) = numbered(1);
     let (_reservation, mut view, _uffd) = raw(1, Access::ReadOnly);
     view.map_file(span(0, 1), &file, 0, Sharing::Shared).unwrap();
@@ -115,7 +115,7 @@ fn the_holes_of_a_memfd_are_found() {
 }
 
 #[test]
-fn only_what_holds_bytes_is_taken_as_a_file() {
+fn only_a_regular_file_with_bytes_is_a_shared_file() {
     for path in ["/dev/zero", "/proc", "/proc/self/maps"] {
         let said = SharedFile::try_from(OwnedFd::from(File::open(path).unwrap())).unwrap_err().to_string();
         assert!(said.contains("neither") || said.contains("empty"), "{path}: {said}");
@@ -194,7 +194,7 @@ fn a_move_needs_a_writable_mapping_and_a_copy_does_not() {
 }
 
 #[test]
-fn donated_pages_are_taken_at_once_on_any_kernel() {
+fn donated_pages_move_into_a_view_on_any_kernel() {
     let donated = donation(3);
     let (_reservation, mut view, _uffd) = raw(4, Access::ReadOnly);
     view.move_in(span(2, 2), &donated, SIZE as u64).unwrap();
@@ -205,8 +205,8 @@ fn donated_pages_are_taken_at_once_on_any_kernel() {
 }
 
 #[test]
-fn a_page_of_a_lazy_memfd_comes_when_it_is_there() {
-    if !has("a_page_of_a_lazy_memfd_comes_when_it_is_there", Features::MINOR_SHMEM) {
+fn a_page_of_a_lazy_memfd_is_mapped_once_it_is_written() {
+    if !has("a_page_of_a_lazy_memfd_is_mapped_once_it_is_written", Features::MINOR_SHMEM) {
         return;
     }
     let memfd = UnsealedMemfd::create("lazy", 2 * SIZE as u64).unwrap();
@@ -227,7 +227,7 @@ fn a_page_of_a_lazy_memfd_comes_when_it_is_there() {
 
 #[test]
 #[expect(unsafe_code, reason = "physical memory")]
-fn physical_memory_that_is_not_to_be_had_says_why() {
+fn unavailable_physical_memory_is_refused_with_the_reason() {
     let page = PageSize::system().bytes() as u64;
     // SAFETY: not a byte is read or written.
     let error =
