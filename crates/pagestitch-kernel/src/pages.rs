@@ -1,4 +1,4 @@
-//! Pages of private memory that can be given away: filled like a buffer, then moved where they are wanted.
+//! Pages of private memory that can be given away: filled like a buffer, then moved into a region.
 //!
 //! ```
 //! use pagestitch_kernel::pages::Pages;
@@ -22,26 +22,28 @@ use std::slice;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Private, page-aligned memory of this process, zeros at first. A forked child does not have it.
+/// Private, page-aligned memory of this process, zeros at first. A forked child does not inherit
+/// it.
 pub struct Pages {
     mapping: OwnedMapping,
     len: usize,
-    /// For when they are given up: that cannot fail, then.
+    /// Made here, so that the conversion into [`Donated`] cannot fail.
     states: AtomicTable,
 }
 
 impl Pages {
-    /// `bytes` zeros. From 2 MiB on they are aligned to 2 MiB and advised to be huge pages, which move as one.
+    /// Memory of `bytes` zeros. From 2 MiB on it is aligned to 2 MiB and advised to be in huge
+    /// pages, each of which moves as a whole.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for no bytes; the errno of `mmap(2)`: `ENOMEM`.
+    /// `EINVAL` for 0 bytes; the errno of `mmap(2)`: `ENOMEM`.
     pub fn new(bytes: usize) -> Result<Self, Errno> {
-        // Where there are no huge pages (EINVAL), they are small.
+        // On a kernel without huge pages the advice fails (EINVAL), and the pages are small.
         Self::advised(bytes, (bytes >= HUGE).then_some(MmapAdvise::MADV_HUGEPAGE))
     }
 
-    /// The same, never in huge pages.
+    /// As [`new`](Self::new), but never in huge pages.
     ///
     /// # Errors
     ///
@@ -54,7 +56,7 @@ impl Pages {
         let whole = PageSize::system().round_up(bytes as u64).and_then(|whole| usize::try_from(whole).ok());
         let whole = NonZeroUsize::new(whole.ok_or(Errno::ENOMEM)?).ok_or(Errno::EINVAL)?;
         let mut mapping = OwnedMapping::aligned(whole, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        // A page that a child shares cannot be moved.
+        // A page that a child shares cannot move.
         mapping.do_not_fork()?;
         let _ = advice.map(|advice| mapping.advise(advice));
         let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
@@ -67,7 +69,8 @@ impl Deref for Pages {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: readable as long as `self` lives; writes go through `deref_mut`, which excludes this borrow.
+        // SAFETY: the bytes are readable as long as `self` lives. Writes go through `deref_mut`,
+        // which excludes this borrow.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {
             slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
@@ -77,7 +80,7 @@ impl Deref for Pages {
 
 impl DerefMut for Pages {
     fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: writable as long as `self` lives, and borrowed mutably.
+        // SAFETY: the bytes are writable as long as `self` lives, and `self` is borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {
             slice::from_raw_parts_mut(self.mapping.start().as_ptr().cast(), self.len)
@@ -91,16 +94,17 @@ impl fmt::Debug for Pages {
     }
 }
 
-/// Pages that were given up: nobody has a slice of them any more, and the kernel may take them away one by one.
+/// Pages that were given away: no slice of them exists any more, and the kernel may move each of
+/// them.
 #[derive(Debug)]
 pub struct Donated {
     pub(crate) mapping: OwnedMapping,
     len: usize,
     page: PageSize,
-    /// Start and end of what has been spoken for.
+    /// The start and the end of each claimed range.
     claimed: Mutex<BTreeMap<u64, u64>>,
-    /// Two bits a page: [`TAKEN`] while it is being moved or copied into a region, [`MOVED`] when it has moved away. What is left
-    /// in its place then are zeros, which are not its bytes.
+    /// Two bits a page: [`TAKEN`] while a thread moves or copies it into a region, [`MOVED`] once
+    /// it has moved. A moved page leaves zeros behind, which are not its bytes.
     states: AtomicTable,
 }
 
@@ -112,29 +116,30 @@ impl From<Pages> for Donated {
 }
 
 impl Donated {
-    /// How many bytes were given up.
+    /// The number of bytes that were given away.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether they are none: such pages cannot be made.
+    /// Always false, because pages without bytes cannot be made.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Speaks for a range of them, once: what has moved cannot be in two places. An empty range speaks for nothing.
+    /// Claims a range for one chunk, because a page can move to one place only. An empty range
+    /// claims nothing.
     ///
     /// # Errors
     ///
-    /// A range that was spoken for before, and meets this one.
+    /// A range that was claimed before and overlaps this one.
     pub fn claim(&self, range: Range<u64>) -> Result<(), Range<u64>> {
         if range.is_empty() {
             return Ok(());
         }
         let mut claimed = self.claimed.lock().unwrap_or_else(PoisonError::into_inner);
-        // The last one that begins before this one's end is the only one that can meet it.
+        // Only the last range that begins before the end of this one can overlap it.
         match claimed.range(..range.end).next_back() {
             Some((&start, &end)) if end > range.start => Err(start..end),
             _ => {
@@ -144,8 +149,8 @@ impl Donated {
         }
     }
 
-    /// Lets the kernel swap them out again where they were locked (`mlock(2)`): it moves pages only between mappings that are both locked
-    /// or both not.
+    /// Unlocks pages that were locked (`mlock(2)`), because the kernel moves a page only between
+    /// mappings that are both locked or both not.
     ///
     /// # Errors
     ///
@@ -158,17 +163,17 @@ impl Donated {
     ///
     /// # Errors
     ///
-    /// `ENODATA` if one of them has: its bytes are elsewhere.
+    /// `ENODATA` if one of the pages has moved.
     ///
     /// # Panics
     ///
-    /// If they are not inside.
+    /// If the bytes are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         let span = self.page.covering(&(offset..offset + into.len() as u64));
         loop {
             match self.settled(span) {
                 Some(true) => return Err(Errno::ENODATA),
-                // A page that is on its way either moves, or stays.
+                // Another thread has taken a page and either moves or returns it soon.
                 None => {
                     thread::yield_now();
                     continue;
@@ -176,21 +181,22 @@ impl Donated {
                 Some(false) => {}
             }
             crate::copy::read(&self.mapping, offset, into)?;
-            // A page that was taken meanwhile may have read as zeros.
+            // A page that another thread has taken meanwhile may have read as zeros.
             if self.settled(span) == Some(false) {
                 return Ok(());
             }
         }
     }
 
-    /// Whether a page has moved away.
+    /// True if a page has moved away.
     #[must_use]
     pub fn has_moved(&self, page: Page) -> bool {
         self.words(page.span()).any(|(word, pages)| word.load(Ordering::SeqCst) & pages.moved() != 0)
     }
 
-    /// Takes the first pages of a span, to move or to copy them: as many as are there and no other thread has taken. Until the
-    /// guard is dropped no other thread takes them, and readers wait. `None` where that is none.
+    /// Takes the first pages of a span, to move or to copy them: up to the first that has moved or
+    /// that another thread has taken. Until the guard is dropped, no other thread takes them and
+    /// readers wait. `None` if the first page is not free.
     pub(crate) fn take(&self, span: Span) -> Option<Taken<'_>> {
         let mut taken = Taken { donated: self, span: span.prefix(0) };
         for (word, pages) in self.words(span) {
@@ -207,7 +213,7 @@ impl Donated {
         (!taken.span.is_empty()).then_some(taken)
     }
 
-    /// Whether a page of a span has moved; `None` if that is not decided yet.
+    /// True if a page of a span has moved; `None` if a thread has taken one and not decided yet.
     fn settled(&self, span: Span) -> Option<bool> {
         let mut taken = false;
         for (word, pages) in self.words(span) {
@@ -220,7 +226,7 @@ impl Donated {
         (!taken).then_some(false)
     }
 
-    /// The words that hold the states of a span, and which pages each holds of it.
+    /// The words with the states of a span, each with the pages of the span that it holds.
     fn words(&self, span: Span) -> impl Iterator<Item = (&AtomicU64, Units)> {
         let mut rest = span;
         std::iter::from_fn(move || {
@@ -231,14 +237,14 @@ impl Donated {
         })
     }
 
-    /// The addresses of some of the pages.
+    /// The addresses of a span of the pages.
     pub(crate) fn range(&self, span: Span) -> AddressRange {
         let start = self.mapping.at(self.page.offset_of(span.first) as usize).addr().get();
         AddressRange::new(start, self.page.bytes_of(span), self.page)
             .expect("whole pages of an aligned mapping")
     }
 
-    /// The pages from `offset` on, which is a multiple of the page size.
+    /// The span of `bytes` from `offset` on. Both are multiples of the page size.
     pub(crate) fn span(&self, offset: u64, bytes: usize) -> Span {
         let span = self.page.inside(&(offset..offset + bytes as u64));
         assert!(
@@ -250,7 +256,8 @@ impl Donated {
     }
 }
 
-/// Pages of a donation that one thread moves or copies. Dropped, those that have not moved are there again.
+/// Pages of a donation that one thread moves or copies. The drop returns the pages that have not
+/// moved.
 #[derive(Debug)]
 pub(crate) struct Taken<'d> {
     donated: &'d Donated,
@@ -262,7 +269,7 @@ impl Taken<'_> {
         self.span
     }
 
-    /// Takes note that the first `pages` of them have moved away.
+    /// Records that the first `pages` of them have moved away.
     pub(crate) fn moved(&self, pages: usize) {
         for (word, pages) in self.donated.words(self.span.prefix(pages)) {
             word.fetch_or(pages.moved(), Ordering::SeqCst);
@@ -278,7 +285,7 @@ impl Drop for Taken<'_> {
     }
 }
 
-/// Pages of one word, next to each other: the lower bit of each.
+/// Adjacent pages of one word, by the lower bit of each.
 #[derive(Debug, Clone, Copy)]
 struct Units {
     units: u64,
@@ -287,12 +294,12 @@ struct Units {
 impl Units {
     const ALL: u64 = u64::MAX / (TAKEN | MOVED);
 
-    /// `pages` of them, at least one, from `first` on.
+    /// `pages` pages from `first` on; at least one.
     const fn of(first: usize, pages: usize) -> Self {
         Self { units: Self::ALL >> ((PAGES_PER_WORD - pages) * BITS) << (first * BITS) }
     }
 
-    /// Those before the first of `busy`.
+    /// The pages before the first of `busy`.
     const fn before(self, busy: u64) -> Self {
         Self { units: self.units & (busy & busy.wrapping_neg()).wrapping_sub(1) }
     }

@@ -1,8 +1,8 @@
-//! Memory that others may change while it is shown: files, memfds that are not sealed, mappings whose descriptor is
-//! unknown.
+//! Memory that other processes may change while it is shown: files, memfds that are not sealed,
+//! mappings whose descriptor is unknown.
 //!
-//! What changes behind a reader's back is nothing for a `&[u8]`. It is read and written by the kernel, on behalf of
-//! this process: a race is none there, and a page past a file's end is an error and not a signal.
+//! No `&[u8]` may refer to it. The kernel reads and writes it on behalf of this process: it has no
+//! data races, and a page past a file's end is an error and not a signal.
 
 use crate::access::Access;
 use crate::granule::granule_of;
@@ -23,7 +23,7 @@ use std::path::Path;
 use std::ptr::NonNull;
 use std::{fmt, fs, io};
 
-/// A regular file or a memfd, of this process or another's.
+/// A regular file or a memfd, of this process or another one.
 #[derive(Debug)]
 pub struct SharedFile {
     file: File,
@@ -33,48 +33,51 @@ pub struct SharedFile {
 }
 
 impl SharedFile {
-    /// Opens a file, for writing too where it is to be shown writable and shared. Where the soft limit on descriptors is in the way, it is
-    /// raised to the hard one.
+    /// Opens a file, for writing too if `access` is writable. If the soft limit on descriptors
+    /// stops it, raises that limit to the hard one.
     ///
     /// # Errors
     ///
-    /// What `open(2)` says, and whatever is not a regular file or is empty.
+    /// The error of `open(2)`; the file is not a regular one, or it is empty.
     pub fn open(path: impl AsRef<Path>, access: Access) -> io::Result<Self> {
-        // Non-blocking, or opening a named pipe would wait for somebody to write to it. Files do not care.
+        // Non-blocking, because the open of a named pipe waits for a writer. The flag has no effect
+        // on regular files.
         let mut options = fs::OpenOptions::new();
         options.read(true).write(access == Access::Writable).custom_flags(OFlag::O_NONBLOCK.bits());
         let path = path.as_ref();
         Self::try_from(OwnedFd::from(with_descriptors(|| options.open(path))?))
     }
 
-    /// How many bytes it had when it was taken.
+    /// The number of bytes that it had when it was taken.
     #[must_use]
     pub const fn len(&self) -> u64 {
         self.len
     }
 
-    /// Whether it has none: such a file is refused.
+    /// Always false, because an empty file is refused.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// What it is mapped in multiples of: the system's page size, or that of its huge pages where it is of hugetlbfs.
+    /// The unit in which the kernel maps it: the system's page, or the huge page of a file in
+    /// hugetlbfs.
     #[must_use]
     pub const fn granule(&self) -> PageSize {
         self.granule
     }
 
-    /// Whether its descriptor allows writing to it.
+    /// True if its descriptor allows writes.
     #[must_use]
     pub const fn is_writable(&self) -> bool {
         self.writable
     }
 
-    /// The first part of `range` that the file has no bytes for: of a memfd, pages that were never written.
+    /// The first part of `range` without bytes in the file: in a memfd, pages that were never
+    /// written.
     ///
-    /// The time depends on the pages of the range, not on how much the file has: `SEEK_DATA` stops at the first page that is
-    /// there, where `SEEK_HOLE` walks all pages that follow each other.
+    /// The time depends on the pages of the range and not on the length of the file, because
+    /// `SEEK_DATA` stops at the first present page, while `SEEK_HOLE` walks all pages of a run.
     ///
     /// # Errors
     ///
@@ -85,7 +88,7 @@ impl SharedFile {
         while at < range.end {
             let data = match lseek(&self.file, at as i64, Whence::SeekData) {
                 Ok(data) => data as u64,
-                // Nothing but a hole up to the end.
+                // ENXIO: the file has a hole up to its end.
                 Err(Errno::ENXIO) => u64::MAX,
                 Err(errno) => return Err(errno),
             };
@@ -97,7 +100,8 @@ impl SharedFile {
         Ok(None)
     }
 
-    /// Whether the file is one of tmpfs or hugetlbfs, as memfds are: its pages are the only place of its bytes.
+    /// True if the file is in tmpfs or hugetlbfs, as memfds are: its pages are the only copy of its
+    /// bytes.
     ///
     /// # Errors
     ///
@@ -107,8 +111,9 @@ impl SharedFile {
         Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
     }
 
-    /// The size of the pages that a write to the file may bring, in bytes: those of tmpfs are larger than the system's where huge
-    /// pages are on *now* (`huge=` of its mount; of a memfd, `shmem_enabled`). A page is present as a whole from its first byte on.
+    /// The size of the pages, in bytes, that a write to the file may allocate. The pages of tmpfs
+    /// are larger than the system's while its huge pages are *on* (`huge=` of its mount; for a
+    /// memfd, `shmem_enabled`). A page is present as a whole from its first byte on.
     ///
     /// # Errors
     ///
@@ -117,14 +122,15 @@ impl SharedFile {
         Ok(self.file.metadata()?.blksize())
     }
 
-    /// To read it at an offset.
+    /// The file, to read it at an offset.
     #[must_use]
     pub const fn file(&self) -> &File {
         &self.file
     }
 }
 
-/// Takes a descriptor, received from another process perhaps, if it is one that can be mapped for what it holds.
+/// Takes a descriptor, also one that another process has sent, if a mapping of its file shows the
+/// bytes of the file.
 impl TryFrom<OwnedFd> for SharedFile {
     type Error = io::Error;
 
@@ -132,12 +138,14 @@ impl TryFrom<OwnedFd> for SharedFile {
         let file = File::from(fd);
         let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         let metadata = file.metadata()?;
-        // A device may give meanings of its own to being mapped.
+        // A mapping of a device may mean anything.
         if !metadata.is_file() {
-            return refuse("neither a regular file nor a memfd");
+            return refuse(
+                "neither a regular file nor a memfd: open one of these, or copy the bytes into memory",
+            );
         }
         if metadata.len() == 0 {
-            return refuse("empty: there is nothing to show");
+            return refuse("the file is empty: give it a length first");
         }
         let mode = readable(&file)?;
         let granule = granule_of(&file)?;
@@ -145,7 +153,7 @@ impl TryFrom<OwnedFd> for SharedFile {
     }
 }
 
-/// The access mode of a descriptor that can be read from at any offset into any buffer.
+/// The access mode of a descriptor that can be read at any offset into any buffer.
 ///
 /// # Errors
 ///
@@ -171,20 +179,22 @@ impl AsFd for SharedFile {
     }
 }
 
-/// Who sees what is written to a file's pages in a view.
+/// The readers of bytes that a view writes to a file's pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sharing {
-    /// Everybody who has the file: `MAP_SHARED`.
+    /// All processes that have the file: `MAP_SHARED`.
     Shared,
-    /// Nobody: a page that is written to becomes this view's own. `MAP_PRIVATE`.
+    /// This view alone: a written page becomes its own. `MAP_PRIVATE`.
     CopyOnWrite,
 }
 
-/// A second mapping of a *shared* mapping whose descriptor is not known: `mremap(2)` with an old size of 0.
+/// A second mapping of a *shared* mapping whose descriptor is unknown: `mremap(2)` with an old size
+/// of 0.
 #[derive(Debug)]
 pub struct Alias {
     pub(crate) mapping: OwnedMapping,
-    /// Where each mapping that it was made of ends, ascending. What is duplicated of one goes on in its file, not in the next mapping.
+    /// The end of each mapping that it was made of, ascending. A duplicate does not continue in the
+    /// next mapping but in its own file.
     ends: Vec<usize>,
 }
 
@@ -193,11 +203,12 @@ impl Alias {
     ///
     /// # Errors
     ///
-    /// [`AliasError`] says what is in the way and what would work instead.
+    /// [`AliasError`] names the obstacle and an alternative.
     ///
     /// # Safety
     ///
-    /// - Nobody has, as long as the alias lives, a `&mut [u8]` to the bytes, nor a `&[u8]` if they are written to.
+    /// - As long as the alias lives, no `&mut [u8]` to the bytes exists, and no `&[u8]` if they are
+    ///   written to.
     #[expect(unsafe_code, reason = "makes a second way to memory that may have references to it")]
     pub unsafe fn of(start: NonNull<u8>, bytes: usize) -> Result<Self, AliasError> {
         let address = start.addr().get();
@@ -209,7 +220,7 @@ impl Alias {
         refuse_huge(range, &maps)?;
         let refused = |errno| AliasError::Refused { start: address, bytes, errno };
         let bytes = std::num::NonZeroUsize::new(bytes).expect("checked above");
-        // What is to be replaced, part by part: until then it holds the place.
+        // Holds the addresses until the parts replace it.
         let mapping = OwnedMapping::new(bytes, ProtFlags::PROT_NONE).map_err(refused)?;
         let ends = parts.iter().map(|part| part.end() - address).collect();
         for part in parts {
@@ -219,7 +230,7 @@ impl Alias {
         Ok(Self { mapping, ends })
     }
 
-    /// How many mappings it was made of: as many show it a second time.
+    /// The number of mappings that it was made of. Each view of it has as many.
     #[must_use]
     pub const fn mappings(&self) -> usize {
         self.ends.len()
@@ -230,13 +241,13 @@ impl Alias {
         self.ends[self.ends.partition_point(|&end| end <= offset)]
     }
 
-    /// How many bytes it has: a multiple of the page size.
+    /// The number of its bytes, a multiple of the page size.
     #[must_use]
     pub const fn len(&self) -> usize {
         self.mapping.bytes()
     }
 
-    /// Whether it has none: such an alias cannot be made.
+    /// Always false, because an empty alias cannot be made.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.mapping.bytes() == 0
@@ -246,11 +257,11 @@ impl Alias {
     ///
     /// # Errors
     ///
-    /// `EFAULT` where they cannot be read: past the end of a file that was truncated.
+    /// `EFAULT` if they are past the end of a truncated file.
     ///
     /// # Panics
     ///
-    /// If they are not inside.
+    /// If the bytes are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         crate::copy::read(&self.mapping, offset, into)
     }
@@ -260,13 +271,15 @@ impl Alias {
 pub(crate) fn duplicate(part: AddressRange, to: NonNull<c_void>) -> Result<(), Errno> {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     let from = std::ptr::with_exposed_provenance_mut::<c_void>(part.start());
-    // SAFETY: an old size of 0 leaves `part` as it is; `to` lies in a mapping of the caller's that nobody looks at.
+    // SAFETY: an old size of 0 leaves `part` unchanged. `to` is inside a mapping of the caller, and
+    // no reference to its bytes exists.
     #[expect(unsafe_code, reason = "mremap")]
     let answer = unsafe { libc::mremap(from, 0, part.bytes(), flags, to.as_ptr()) };
     if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
-/// Huge pages of hugetlbfs are mapped as wholes: what is duplicated of them would replace what is behind it.
+/// Refuses huge pages of hugetlbfs: the kernel maps them as wholes, and would replace more than the
+/// duplicated part.
 fn refuse_huge(range: AddressRange, maps: &str) -> Result<(), AliasError> {
     let met = maps.lines().filter_map(mapping_of).filter(|(start, end, _)| {
         *start < range.end() && range.start() < *end && (start | end).is_multiple_of(HUGE)
@@ -279,24 +292,25 @@ fn refuse_huge(range: AddressRange, maps: &str) -> Result<(), AliasError> {
     Ok(())
 }
 
-/// Whether the shared mapping of at least [`HUGE`] bytes that begins at `start` has to be duplicated in huge pages: asked by
-/// duplicating its second small page.
+/// True if the shared mapping at `start`, of at least [`HUGE`] bytes, can only be duplicated in
+/// huge pages. Tries to duplicate its second small page.
 fn is_huge(start: usize) -> bool {
     let page = PageSize::system().bytes();
     let from = std::ptr::with_exposed_provenance_mut::<c_void>(start + page);
-    // SAFETY: an old size of 0 leaves what is there as it is, and the kernel chooses where the second mapping is.
+    // SAFETY: an old size of 0 leaves the mapping unchanged, and the kernel chooses the address of
+    // the new one.
     #[expect(unsafe_code, reason = "mremap")]
     let answer = unsafe { libc::mremap(from, 0, page, libc::MREMAP_MAYMOVE) };
     if answer == libc::MAP_FAILED {
         return Errno::last() == Errno::EINVAL;
     }
-    // SAFETY: the page that was just mapped, which nobody has seen.
+    // SAFETY: the page was mapped above, and no other code has its address.
     #[expect(unsafe_code, reason = "munmap")]
     let _ = unsafe { libc::munmap(answer, page) };
     false
 }
 
-/// The parts of a range, a mapping each, if all of them are shared.
+/// The parts of a range, one for each mapping, if all of them are shared.
 fn shared_parts(range: AddressRange, maps: &str) -> Result<Vec<AddressRange>, AliasError> {
     let mut parts = Vec::new();
     let mut next = range.start();
@@ -318,7 +332,8 @@ fn shared_parts(range: AddressRange, maps: &str) -> Result<Vec<AddressRange>, Al
     if next < range.end() { Err(AliasError::Unmapped { address: next }) } else { Ok(parts) }
 }
 
-/// Start, end, and whether it is shared, of a line of `/proc/self/maps`: `7f00-7f10 rw-s ...`.
+/// The start, the end, and whether it is shared, of a line of `/proc/self/maps`: `7f00-7f10 rw-s
+/// ...`.
 fn mapping_of(line: &str) -> Option<(usize, usize, bool)> {
     let (addresses, rest) = line.split_once(' ')?;
     let (start, end) = addresses.split_once('-')?;
@@ -326,40 +341,40 @@ fn mapping_of(line: &str) -> Option<(usize, usize, bool)> {
     Some((address(start)?, address(end)?, rest.as_bytes().get(3) == Some(&b's')))
 }
 
-/// Why there is no alias of some memory, and what would work instead.
+/// The obstacle to an alias. Its message names an alternative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AliasError {
-    /// Not whole pages.
+    /// The memory is not whole pages.
     Unaligned {
         /// Its first address.
         start: usize,
         /// Its length.
         bytes: usize,
-        /// What both have to be multiples of.
+        /// The page size, of which both must be multiples.
         page: PageSize,
     },
-    /// There is private memory in it.
+    /// Part of the memory is private.
     Private {
-        /// The first such address.
+        /// The first private address.
         address: usize,
     },
-    /// There are huge pages of hugetlbfs in it, or a device's memory.
+    /// Part of the memory is in huge pages of hugetlbfs, or a device's.
     Huge {
         /// The first such address.
         address: usize,
     },
-    /// There is nothing mapped in part of it.
+    /// Nothing is mapped in part of the memory.
     Unmapped {
-        /// The first such address.
+        /// The first address without a mapping.
         address: usize,
     },
-    /// The kernel refused.
+    /// The kernel refused the second mapping.
     Refused {
         /// Its first address.
         start: usize,
         /// Its length.
         bytes: usize,
-        /// What the kernel said.
+        /// The kernel's answer.
         errno: Errno,
     },
 }
@@ -381,7 +396,9 @@ impl fmt::Display for AliasError {
                 "the memory at {address:#x} is in huge pages of hugetlbfs, or a device's, and cannot be mapped twice a page at a \
                  time: show its descriptor (SharedFile, Memfd, Physical)"
             ),
-            Self::Unmapped { address } => write!(f, "there is nothing mapped at {address:#x}"),
+            Self::Unmapped { address } => {
+                write!(f, "nothing is mapped at {address:#x}: make the alias of mapped memory only")
+            }
             Self::Refused { start, bytes, errno } => {
                 write!(f, "cannot map {bytes} bytes at {start:#x} a second time: {errno}")
             }

@@ -1,5 +1,5 @@
-//! Physical memory: ranges of `/dev/mem`, the resource files of PCI devices, and this process's own pages, found by
-//! their frames.
+//! Physical memory: ranges of `/dev/mem`, resource files of PCI devices, and this process's own
+//! pages by their frames.
 //!
 //! ```no_run
 //! use pagestitch_kernel::physical::{Caching, Physical};
@@ -7,8 +7,8 @@
 //!
 //! # #[expect(unsafe_code, reason = "physical memory")]
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // 64 MiB that the kernel was told to leave alone: memmap=64M$0x8000000 on its command line.
-//! // SAFETY: nobody else uses that memory, and reading it does nothing but read.
+//! // 64 MiB that the kernel does not use: memmap=64M$0x8000000 on its command line.
+//! // SAFETY: no other process uses that memory, and a read of it has no side effect.
 //! let memory = unsafe { Physical::dev_mem(0x800_0000..0xc00_0000, Access::ReadOnly, Caching::Cached) }?;
 //! let mut header = [0; 8];
 //! memory.read_at(0, &mut header)?;
@@ -16,9 +16,9 @@
 //! # }
 //! ```
 //!
-//! | file | what it knows |
+//! | file | its subject |
 //! |---|---|
-//! | `refusal` | why the kernel would not, found out from what it tells about itself |
+//! | `refusal` | the reason why the kernel refuses, from its own tables |
 //! | `own_memory` | private memory of this process: pinned, its frames looked up |
 
 mod own_memory;
@@ -43,28 +43,28 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Whether the CPU's caches stand between a reader and the memory.
+/// Whether accesses go through the CPU's caches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Caching {
-    /// They do, if it is memory: what the kernel does by default.
+    /// Through the caches, if the range is memory: the kernel's default.
     #[default]
     Cached,
-    /// They do not (`O_SYNC`): for the registers of a device.
+    /// Past the caches (`O_SYNC`): for the registers of a device.
     Uncached,
 }
 
 /// A range of physical memory that can be mapped: whole pages.
 ///
-/// `unsafe` to make, because reading a device can do things, and writing to memory of unknown use can do anything.
-/// Safe to use: who made it has vouched for it.
+/// Making one is `unsafe`, because a read of a device may have side effects, and a write to unknown
+/// memory may do anything. Use is safe, because its maker has vouched for it.
 #[derive(Debug)]
 pub struct Physical {
     file: Arc<File>,
-    /// The range, in the file: physical addresses in `/dev/mem`.
+    /// The range in the file. In `/dev/mem`, offsets are physical addresses.
     range: Range<u64>,
     access: Access,
     name: String,
-    /// Holds the frames in place.
+    /// Keeps the pages in their frames.
     _pin: Option<Arc<Pin>>,
 }
 
@@ -73,13 +73,15 @@ impl Physical {
     ///
     /// # Errors
     ///
-    /// [`PhysicalError`] names the range, the reason (no node, no capability, `CONFIG_STRICT_DEVMEM`, a driver that owns
-    /// it, lockdown, a mapping with other caching) and the remedy.
+    /// [`PhysicalError`] names the range, the reason (no node, no capability,
+    /// `CONFIG_STRICT_DEVMEM`, a driver that owns it, lockdown, a mapping with other caching) and
+    /// the remedy.
     ///
     /// # Safety
     ///
-    /// - Reading the range, and writing to it if `access` allows that, must not break what Rust or the kernel counts
-    ///   on: it is memory that was reserved, or a device that may be accessed in words of eight bytes and in bytes.
+    /// - Reads of the range, and writes to it if `access` allows them, break no assumption of Rust
+    ///   or the kernel: the range is reserved memory, or a device that allows accesses of eight
+    ///   bytes and of one byte.
     #[expect(unsafe_code, reason = "declares an obligation")]
     pub unsafe fn dev_mem(
         range: Range<u64>,
@@ -101,7 +103,7 @@ impl Physical {
     ///
     /// # Safety
     ///
-    /// - As of [`dev_mem`](Self::dev_mem).
+    /// - As for [`dev_mem`](Self::dev_mem).
     #[expect(unsafe_code, reason = "declares an obligation")]
     pub unsafe fn pci_resource(
         path: impl AsRef<Path>,
@@ -116,7 +118,7 @@ impl Physical {
         Self::tried(Arc::new(file), 0..bytes, access, name, None)
     }
 
-    /// Tries to map it, to be refused here and not later.
+    /// Maps the range once, so that a refusal comes here and not later.
     fn tried(
         file: Arc<File>,
         range: Range<u64>,
@@ -135,31 +137,31 @@ impl Physical {
         }
     }
 
-    /// How many bytes it has: a multiple of the page size.
+    /// The number of its bytes, a multiple of the page size.
     #[must_use]
     pub const fn len(&self) -> u64 {
         self.range.end - self.range.start
     }
 
-    /// Whether it has none: such a range cannot be made.
+    /// Always false, because an empty range is refused.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.range.start == self.range.end
     }
 
-    /// Whether it may be written to.
+    /// The accesses that it allows.
     #[must_use]
     pub const fn access(&self) -> Access {
         self.access
     }
 
-    /// What to call it: its addresses, or its path.
+    /// Its name: its addresses, or its path.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Copies bytes out, in words of eight bytes where they are aligned.
+    /// Copies bytes out, in accesses of eight bytes where they are aligned.
     ///
     /// # Errors
     ///
@@ -167,14 +169,15 @@ impl Physical {
     ///
     /// # Panics
     ///
-    /// If they are not inside.
+    /// If the bytes are not inside.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         if into.is_empty() {
             return Ok(());
         }
         let (mapping, inside) = self.map_around(offset, into.len())?;
         let from = mapping.at(inside).cast::<u8>();
-        // SAFETY: mapped for reading, as many bytes; who made `self` vouches for what reading does.
+        // SAFETY: as many bytes are mapped for reading, and the maker of `self` has vouched for
+        // reads of them.
         #[expect(unsafe_code, reason = "reads through a raw pointer")]
         unsafe {
             copy::read_words(from.as_ptr(), into)
@@ -182,15 +185,15 @@ impl Physical {
         Ok(())
     }
 
-    /// Writes bytes, in words of eight bytes where they are aligned.
+    /// Writes bytes, in accesses of eight bytes where they are aligned.
     ///
     /// # Errors
     ///
-    /// `EACCES` if it was made for reading; the errno of `mmap(2)`.
+    /// `EACCES` if it allows only reads; the errno of `mmap(2)`.
     ///
     /// # Panics
     ///
-    /// If they are not inside.
+    /// If the bytes are not inside.
     pub fn write_at(&self, offset: u64, from: &[u8]) -> Result<(), Errno> {
         if self.access != Access::Writable {
             return Err(Errno::EACCES);
@@ -200,7 +203,8 @@ impl Physical {
         }
         let (mapping, inside) = self.map_around(offset, from.len())?;
         let to = mapping.at(inside).cast::<u8>();
-        // SAFETY: mapped for writing, as many bytes; who made `self` vouches for what writing does.
+        // SAFETY: as many bytes are mapped for writing, and the maker of `self` has vouched for
+        // writes to them.
         #[expect(unsafe_code, reason = "writes through a raw pointer")]
         unsafe {
             copy::write_words(to.as_ptr(), from)
@@ -216,7 +220,7 @@ impl Physical {
         self.range.end
     }
 
-    /// The pages around some bytes, and where in them the first byte is.
+    /// A mapping of the pages around some bytes, and the place of the first byte in it.
     fn map_around(&self, offset: u64, bytes: usize) -> Result<(OwnedMapping, usize), Errno> {
         let end = offset.checked_add(bytes as u64).filter(|&end| end <= self.len());
         let end = end.unwrap_or_else(|| panic!("{bytes} bytes from {offset} are not inside {}", self.name));

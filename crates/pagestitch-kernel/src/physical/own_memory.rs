@@ -1,8 +1,10 @@
-//! Private memory of this process as physical memory: pinned, its frames looked up in `/proc/self/pagemap`.
+//! Private memory of this process as physical memory: pinned, its frames looked up in
+//! `/proc/self/pagemap`.
 //!
-//! What makes the well-known recipe for this wrong is that a frame changes: `mlock(2)` keeps a page in memory, not in
-//! place, and the kernel's compaction moves it; the second view then shows a frame that is somebody else's. A
-//! long-term pin holds it, and registered buffers of an io_uring are such a pin that any process may have.
+//! The well-known recipe locks the pages instead, which is wrong: `mlock(2)` keeps a page in memory
+//! but not in its frame. The kernel's compaction moves the page, and a second view then shows a
+//! frame of foreign memory. A long-term pin holds a page in its frame. The registered buffers of an
+//! io_uring are such a pin, and any process may have one.
 
 use super::refusal::{CAP_SYS_ADMIN, DEV_MEM, PhysicalError, Refusal, has_capability};
 use super::{Caching, Physical, open, refusal};
@@ -19,11 +21,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 impl Physical {
-    /// Memory of this process, private perhaps, as ranges of frames in order, so that it can be shown a second time at
-    /// another address, without a copy. The pages are pinned as long as one of the ranges lives.
+    /// Memory of this process, also private memory, as ranges of frames in order. It can then be
+    /// shown a second time at another address, without a copy. The pages are pinned as long as one
+    /// of the ranges lives.
     ///
-    /// Needs `/dev/mem` on a kernel that lets it show System RAM, `CAP_SYS_RAWIO`, `CAP_SYS_ADMIN` (to see frame numbers),
-    /// and an io_uring.
+    /// Needs `/dev/mem` on a kernel that lets it show System RAM, `CAP_SYS_RAWIO`, `CAP_SYS_ADMIN`
+    /// (for frame numbers), and an io_uring.
     ///
     /// # Errors
     ///
@@ -31,8 +34,8 @@ impl Physical {
     ///
     /// # Safety
     ///
-    /// - As long as one of the ranges lives, the memory stays mapped where it is (no `munmap`, no `MADV_DONTNEED`), nobody
-    ///   has a `&mut [u8]` to it, and nobody a `&[u8]` if it is written to.
+    /// - As long as one of the ranges lives, the memory stays mapped where it is (no `munmap`, no
+    ///   `MADV_DONTNEED`), no `&mut [u8]` to it exists, and no `&[u8]` if it is written to.
     #[expect(unsafe_code, reason = "declares an obligation")]
     pub unsafe fn own_memory(
         start: NonNull<u8>,
@@ -60,13 +63,13 @@ impl Physical {
             Self::tried(Arc::clone(&file), range, access, name, Some(Arc::clone(&pin)))
         });
         let ranges = ranges.collect::<Result<Vec<_>, _>>()?;
-        // They are pinned; a kernel that moved one all the same must not go unnoticed.
+        // The pages are pinned. The second look reports a kernel that has moved one all the same.
         let moved = look()?.iter().zip(&frames).position(|(now, then)| now != then);
         moved.map_or(Ok(ranges), |moved| Err(refuse(Refusal::Moved(moved))))
     }
 }
 
-/// The frames of some pages, in order.
+/// The frames of `pages` pages, in order.
 fn frames(start: NonNull<u8>, pages: usize) -> Result<Vec<u64>, Errno> {
     let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
     let pagemap = File::open("/proc/self/pagemap").map_err(errno)?;
@@ -76,18 +79,19 @@ fn frames(start: NonNull<u8>, pages: usize) -> Result<Vec<u64>, Errno> {
     let (entries, _) = entries.as_chunks::<ENTRY>();
     let frame = |entry: &[u8; ENTRY]| {
         let entry = u64::from_ne_bytes(*entry);
-        // A frame of 0 is what is shown to who may not see it.
+        // The kernel shows a frame of 0 to a process without the right to see it.
         (entry & PRESENT != 0 && entry & FRAME != 0).then_some(entry & FRAME).ok_or(Errno::EPERM)
     };
     entries.iter().map(frame).collect()
 }
 
-/// Runs of frames that follow each other: the first, and how many.
+/// Runs of consecutive frames: the first frame, and the number of frames.
 fn runs(frames: &[u64]) -> impl Iterator<Item = (u64, u64)> {
     frames.chunk_by(|a, b| a + 1 == *b).map(|run| (run[0], run.len() as u64))
 }
 
-/// Pages that stay in their frames: buffers registered with an io_uring that does nothing else.
+/// A pin that keeps pages in their frames: buffers registered with an io_uring that has no other
+/// use.
 #[derive(Debug)]
 pub(super) struct Pin {
     _ring: OwnedFd,
@@ -95,13 +99,14 @@ pub(super) struct Pin {
 
 impl Pin {
     fn new(start: NonNull<u8>, bytes: usize) -> Result<Self, Errno> {
-        // struct io_uring_params, all zero: defaults.
+        // struct io_uring_params; zeros mean defaults.
         let mut parameters = [0u32; 30];
-        // SAFETY: the kernel reads and fills 120 bytes of parameters.
+        // SAFETY: the kernel reads and writes the 120 bytes of `parameters`.
         #[expect(unsafe_code, reason = "io_uring_setup has no wrapper")]
         let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1 as c_long, parameters.as_mut_ptr()) };
         let ring = Errno::result(ring)?;
-        // SAFETY: a descriptor that the kernel has just made for us.
+        // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns
+        // it.
         #[expect(unsafe_code, reason = "takes a raw descriptor")]
         let ring = unsafe { OwnedFd::from_raw_fd(ring as i32) };
         let buffers: Vec<libc::iovec> = (0..bytes)
@@ -113,7 +118,8 @@ impl Pin {
             .collect();
         let (fd, count) = (ring.as_raw_fd(), buffers.len() as c_long);
         let register = REGISTER_BUFFERS;
-        // SAFETY: `buffers` has `count` entries; the kernel takes hold of pages, and changes none.
+        // SAFETY: the kernel reads `count` entries of `buffers`. It pins the pages of `start..start
+        // + bytes`, and changes none of their bytes.
         #[expect(unsafe_code, reason = "io_uring_register has no wrapper")]
         let answer =
             unsafe { libc::syscall(libc::SYS_io_uring_register, fd, register, buffers.as_ptr(), count) };
@@ -124,9 +130,10 @@ impl Pin {
 
 /// `IORING_REGISTER_BUFFERS`.
 const REGISTER_BUFFERS: c_long = 0;
-/// The most that one registered buffer may hold.
+/// The largest buffer that can be registered.
 const BUFFER_MAX: usize = 1 << 30;
-/// An entry of the page map, in bytes; its bits. See `Documentation/admin-guide/mm/pagemap.rst` of the kernel.
+/// The size of an entry of the page map, in bytes, and its bits. See
+/// `Documentation/admin-guide/mm/pagemap.rst` of the kernel.
 const ENTRY: usize = 8;
 const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;

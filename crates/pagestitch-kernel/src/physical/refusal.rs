@@ -1,5 +1,5 @@
-//! Why physical memory is not to be had, as far as the kernel tells: found out before asking it where that is certain,
-//! and from its own tables afterwards.
+//! The reasons why physical memory is refused. Some are certain before the kernel is asked; the
+//! others come from its own tables afterwards.
 
 use crate::page::PageSize;
 use nix::errno::Errno;
@@ -7,48 +7,48 @@ use std::ops::Range;
 use std::path::Path;
 use std::{fmt, fs};
 
-/// A range of physical memory cannot be had.
+/// A range of physical memory is refused.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PhysicalError {
-    /// What was asked for.
+    /// The name of the range.
     pub name: String,
-    /// Why not.
+    /// The reason.
     pub refusal: Refusal,
 }
 
-/// Why physical memory cannot be had. `Display` says what to do about it.
+/// The reason why physical memory is refused. `Display` adds the remedy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The file is not there.
+    /// The file does not exist.
     NoNode(String),
-    /// The file may not be opened.
+    /// This process may not open the file.
     NoPermission(String),
     /// `CAP_SYS_RAWIO` is missing (`/dev/mem`), or `CAP_SYS_ADMIN` (frame numbers).
     NoCapability(&'static str),
     /// The kernel is locked down.
     Lockdown,
-    /// It begins or ends inside a page, or is empty.
+    /// The range begins or ends inside a page, or is empty.
     NotWholePages,
-    /// It is the kernel's own memory, and the kernel has `CONFIG_STRICT_DEVMEM`.
+    /// The range is the kernel's own memory, and the kernel has `CONFIG_STRICT_DEVMEM`.
     SystemRam(String),
-    /// A driver has claimed it.
+    /// A driver has claimed the range.
     Claimed(String),
-    /// It is mapped with other caching already.
+    /// The range is mapped with other caching already.
     OtherCaching,
-    /// Not memory: I/O ports.
+    /// The range is I/O ports and not memory.
     Ports,
     /// The device does not answer to its memory addresses.
     NotDecoding,
-    /// Pages cannot be pinned.
+    /// The kernel cannot pin the pages.
     NoPin(Errno),
     /// A page moved to another frame although it was pinned.
     Moved(usize),
-    /// Something else.
+    /// Another errno.
     Other(Errno),
 }
 
-/// What is certain before `/dev/mem` is opened.
+/// The refusals that are certain before `/dev/mem` is opened.
 pub(super) fn before_dev_mem(name: &str) -> Result<(), PhysicalError> {
     let refusal = if !Path::new(DEV_MEM).exists() {
         Refusal::NoNode(DEV_MEM.to_owned())
@@ -62,7 +62,7 @@ pub(super) fn before_dev_mem(name: &str) -> Result<(), PhysicalError> {
     Err(PhysicalError { name: name.to_owned(), refusal })
 }
 
-/// What is certain before a PCI resource is mapped.
+/// The refusals that are certain before a PCI resource is mapped.
 pub(super) fn before_pci(name: &str, path: &Path, bytes: u64) -> Result<(), PhysicalError> {
     // Bit 1 of the command register, at byte 4 of the configuration space: the device decodes memory addresses.
     let config = path.parent().and_then(|device| fs::read(device.join("config")).ok());
@@ -84,7 +84,8 @@ pub(super) fn of_open(name: &str, path: &Path, errno: Errno) -> PhysicalError {
     let refusal = match errno {
         Errno::ENOENT | Errno::ENXIO | Errno::ENODEV => Refusal::NoNode(path),
         Errno::EACCES => Refusal::NoPermission(path),
-        // Who has the capability is refused by lockdown alone, whether or not securityfs is there to tell.
+        // A process with the capability is refused by lockdown alone, whether or not securityfs is
+        // mounted.
         Errno::EPERM if has_capability(CAP_SYS_RAWIO) => Refusal::Lockdown,
         Errno::EPERM => Refusal::NoCapability("CAP_SYS_RAWIO"),
         errno => Refusal::Other(errno),
@@ -92,11 +93,11 @@ pub(super) fn of_open(name: &str, path: &Path, errno: Errno) -> PhysicalError {
     PhysicalError { name: name.to_owned(), refusal }
 }
 
-/// Why the kernel refused to map a range, from what it says of that range.
+/// The reason why the kernel refused to map a range, from its own tables.
 pub(super) fn of_mapping(name: &str, range: &Range<u64>, dev_mem: bool, errno: Errno) -> PhysicalError {
     let table = fs::read_to_string("/proc/iomem").unwrap_or_default();
     let refusal = match errno {
-        // A writer of /dev/mem is told EAGAIN, or EINVAL before Linux 6.9.
+        // The answer to a writer of /dev/mem is EAGAIN, or EINVAL before Linux 6.9.
         Errno::EAGAIN => Refusal::OtherCaching,
         Errno::EPERM | Errno::EINVAL if is_locked_down() => Refusal::Lockdown,
         Errno::EPERM | Errno::EINVAL if dev_mem => match owners(&table, range).as_slice() {
@@ -104,7 +105,7 @@ pub(super) fn of_mapping(name: &str, range: &Range<u64>, dev_mem: bool, errno: E
             [.., owner] => Refusal::Claimed(owner.clone()),
             [] => Refusal::Other(errno),
         },
-        // The only reason that a resource file has for it.
+        // A resource file has no other reason for EPERM.
         Errno::EPERM => Refusal::Lockdown,
         Errno::EINVAL => Refusal::Ports,
         errno => Refusal::Other(errno),
@@ -112,7 +113,7 @@ pub(super) fn of_mapping(name: &str, range: &Range<u64>, dev_mem: bool, errno: E
     PhysicalError { name: name.to_owned(), refusal }
 }
 
-/// Who `/proc/iomem` says has a range, outermost first.
+/// The owners of a range in `/proc/iomem`, outermost first.
 fn owners(table: &str, range: &Range<u64>) -> Vec<String> {
     let owner = |line: &str| {
         let (addresses, owner) = line.trim_start().split_once(" : ")?;
@@ -124,7 +125,8 @@ fn owners(table: &str, range: &Range<u64>) -> Vec<String> {
     table.lines().filter_map(owner).collect()
 }
 
-/// Whether a resource file is one of I/O ports: its line in the device's table says so (bit 8 of the flags).
+/// True if a resource file is one of I/O ports, according to bit 8 of the flags in the device's
+/// table.
 fn is_ports(path: &Path) -> bool {
     let number =
         path.file_name().and_then(|name| name.to_str()?.strip_prefix("resource")?.parse::<usize>().ok());
@@ -145,7 +147,7 @@ pub(super) fn has_capability(number: u32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // Where that cannot be read, the kernel has the word.
+    // If the file cannot be read, the kernel decides later.
     effective.is_none_or(|mask| mask & 1 << number != 0)
 }
 
@@ -182,7 +184,7 @@ impl fmt::Display for Refusal {
             Self::Ports => f.write_str("it cannot be mapped: I/O ports, or claimed by a driver; choose a memory resource"),
             Self::NotDecoding => f.write_str("the device does not decode memory: write 1 to the file `enable` beside it"),
             Self::NoPin(Errno::ENOSYS | Errno::EPERM) => f.write_str(
-                "its pages cannot be pinned: io_uring is not to be had (kernel.io_uring_disabled, seccomp)",
+                "its pages cannot be pinned, because io_uring is off: allow it (kernel.io_uring_disabled, seccomp)",
             ),
             Self::NoPin(Errno::ENOMEM) => f.write_str(
                 "its pages cannot be pinned: past the limit on locked memory (ulimit -l), or out of memory",
