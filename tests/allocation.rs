@@ -97,7 +97,7 @@ fn fill_own_pages() {
     let touch_all = || (0..pages).map(|page| usize::from(region.as_slice()[page * PAGE])).sum::<usize>();
     let before = ALLOCATIONS.load(Ordering::SeqCst);
     assert!(touch_all() > 0);
-    let_go(start, 300 * PAGE);
+    discard(start, 300 * PAGE);
     assert!(touch_all() > 0);
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     assert_eq!(after, before);
@@ -136,7 +136,7 @@ fn fork_in_every_way() {
         // Faults come all the time: they are read before forks are.
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                let_go(start, PAGE);
+                discard(start, PAGE);
                 assert_eq!(std::hint::black_box(region.as_slice())[0], 1);
             }
         });
@@ -153,7 +153,7 @@ fn fork_in_every_way() {
     drop(taken);
     thread::scope(|scope| {
         scope.spawn(|| region.as_slice()[..1000 * PAGE].iter().map(|&byte| usize::from(byte)).sum::<usize>());
-        scope.spawn(|| (1000..1500).for_each(|page| let_go(start + page * PAGE, PAGE)));
+        scope.spawn(|| (1000..1500).for_each(|page| discard(start + page * PAGE, PAGE)));
         scope.spawn(|| (1500..2000).for_each(|page| move_away(start + page * PAGE, PAGE)));
         for _ in 0..20 {
             assert!(ForkedChild::start(read_all).succeeds());
@@ -164,7 +164,7 @@ fn fork_in_every_way() {
 
 /// Lets pages go, as an application may.
 #[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
-fn let_go(start: usize, bytes: usize) {
+fn discard(start: usize, bytes: usize) {
     let start = NonNull::new(with_exposed_provenance_mut(start)).expect("an address");
     // SAFETY: pages of a region, which nobody reads meanwhile.
     unsafe { madvise(start, bytes, MmapAdvise::MADV_DONTNEED) }.expect("madvise");

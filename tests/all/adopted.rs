@@ -1,4 +1,5 @@
-//! Memory that another process has registered and handed over: its bytes, its balloons, and its end or ours.
+//! Adopted memory, which another process registers and hands over: its bytes, its balloons, the end
+//! of its owner and the end of its region.
 
 use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
 use nix::sys::socket::{SockFlag, SockType};
@@ -16,7 +17,6 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
 use std::{fs, thread};
 
 const PAGE: usize = 4096;
@@ -24,14 +24,15 @@ const PAGE: usize = 4096;
 const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];
 const TOTAL: usize = 1000 * PAGE;
 
-/// A guest in another process, and its memory, handed over. The process lives until the stream is closed.
+/// A guest in another process, and the memory that it handed over. The process lives until the
+/// stream is closed.
 struct Other {
     process: ChildTest,
     stream: UnixStream,
     memory: AdoptedMemory,
 }
 
-/// Starts `test` again as a guest, which lives through `life`.
+/// Starts `test` again as a guest that runs `life`.
 fn other(test: &str, life: impl FnOnce(&Guest, UnixStream)) -> Other {
     other_with(test, &RANGES, false, life)
 }
@@ -47,7 +48,7 @@ fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest
         life(&guest, stream);
     });
     let listener = UnixListener::bind(&path).unwrap();
-    // The first connection only finds out whether anybody listens.
+    // The first connection only shows the guest that the socket listens.
     let _ = listener.accept().unwrap();
     let (stream, _) = listener.accept().unwrap();
     let mut message = vec![0; 4096];
@@ -79,7 +80,7 @@ fn build(memory: AdoptedMemory, pool: &Pool) -> AdoptedRegion {
     Region::builder().name("guest").chunks(pieces()).build_adopted(memory, pool).unwrap()
 }
 
-/// Tells the other side to go on, and is told by it.
+/// Tells the other side to go on.
 fn tell(mut stream: &UnixStream) {
     stream.write_all(b"!").unwrap();
 }
@@ -96,7 +97,7 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
             for cpu in 0..4 {
                 let expected = &expected;
                 scope.spawn(move || {
-                    // Each in an order of its own, all over both ranges.
+                    // Each thread has its own order, over both ranges.
                     for at in (0..TOTAL).step_by(997) {
                         let at = (at * 7919 + cpu * 104_729) % TOTAL;
                         assert_eq!(guest.read(at), expected[at], "byte {at}");
@@ -111,11 +112,12 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
     let region = build(other.memory, &Pool::new().unwrap());
     other.process.wait().expect_pass();
     let metrics = region.close();
-    // A page that was filled as its fault came late is found to be there, and counted again.
+    // A late fault finds its page filled, and the page is counted again.
     assert!((1000..1010).contains(&metrics.pages_installed()), "{metrics:?}");
 }
 
-/// Balloons while other virtual CPUs touch the same memory: a page that was given back is never the snapshot's again.
+/// A balloon discards pages while other virtual CPUs touch them. The bytes of the snapshot must
+/// never come back.
 #[test]
 fn a_discarded_page_of_adopted_memory_stays_zeros() {
     let other = other(this_test!(), |guest, _stream| {
@@ -124,7 +126,7 @@ fn a_discarded_page_of_adopted_memory_stays_zeros() {
             for cpu in 0..2 {
                 let (expected, stop) = (&expected, &stop);
                 scope.spawn(move || {
-                    // What is seen is the snapshot's, or zero; and once zero, always zero.
+                    // A byte is the snapshot's or zero, and zero for good once it was zero.
                     let mut gone = vec![false; TOTAL / PAGE];
                     let mut at = cpu;
                     while !stop.load(Ordering::Relaxed) {
@@ -163,15 +165,15 @@ fn an_unfilled_page_of_a_dropped_adopted_region_is_a_signal_and_not_zeros() {
         guest.balloon(900 * PAGE, PAGE).unwrap();
         tell(&stream);
         wait_for(&stream);
-        assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE], "what was filled stays");
-        assert_eq!(guest.read(900 * PAGE), 0, "what a balloon took is zeros");
+        assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE], "a filled page stays");
+        assert_eq!(guest.read(900 * PAGE), 0, "a ballooned page is zeros");
         println!("as expected");
         println!("read a byte: {}", guest.read(100 * PAGE));
     });
     let region = build(other.memory, &Pool::new().unwrap());
     wait_for(&other.stream);
     drop(region);
-    // Where there are no poison marks, it has been ended.
+    // Without poison markers, the drop kills the owner.
     let lives = signal_of_loss() != SIGKILL;
     if lives {
         tell(&other.stream);
@@ -187,18 +189,19 @@ fn a_waiting_thread_of_the_owner_gets_a_signal_when_the_region_is_dropped() {
     let other = other(this_test!(), |guest, _stream| {
         println!("read a byte: {}", guest.read(0));
     });
-    // Nobody serves: the thread waits.
+    // A manual that does not serve: the thread waits.
     let manual = pagestitch::Manual::new().unwrap();
     let region = Region::builder().chunks(pieces()).build_adopted(other.memory, &manual).unwrap();
-    until_it_waits(other.process.id());
+    until_a_thread_faults(other.process.id());
     drop(region);
     let end = other.process.wait();
     assert!(!end.output().contains("read a byte"), "{}", end.output());
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
 }
 
-/// Until a thread of a process waits in a page, as far as can be seen from outside.
-fn until_it_waits(process: u32) {
+/// Waits until a thread of a process waits in a page fault. `/proc` may hide the wait channel: then
+/// all threads asleep are the sign.
+fn until_a_thread_faults(process: u32) {
     let stat = format!("/proc/{process}/task");
     let waits = |stat: String| stat.contains(") S ");
     until(|| {
@@ -228,22 +231,23 @@ fn finish_leaves_the_owner_with_all_pages() {
     let region = build(other.memory, &Pool::new().unwrap());
     wait_for(&other.stream);
     let metrics = region.finish().unwrap();
-    // It is left alone, or zeros where it was taken just then.
+    // The ballooned page is left alone, or filled with zeros where the balloon and the fill meet.
     let with_bytes = metrics.pages_installed() - metrics.pages_zeroed;
-    assert_eq!(with_bytes, 999, "what a balloon took gets no bytes: {metrics:?}");
+    assert_eq!(with_bytes, 999, "a ballooned page gets no bytes: {metrics:?}");
     tell(&other.stream);
     other.process.wait().expect_pass();
 }
 
-/// The worker that reads of faults serves them, too, as long as that is quick, and the others leave the region to it. Of several faults
-/// at once, some are read together with the one that hangs.
+/// A worker serves the faults that it reads as long as they are fast, and the other workers leave
+/// the region to it. Some of several concurrent faults are read in one batch with the fault that
+/// hangs.
 #[test]
 fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
     const HANGS: usize = 300;
     let test = this_test!();
     let other = other(test, |guest, stream| {
         let expect = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
-        // Until it is known to be quick.
+        // Fast faults first, so that the region counts as fast.
         (0..100).for_each(expect);
         thread::scope(|scope| {
             let at_once = (HANGS - 4..HANGS + 4).map(|page| (page, scope.spawn(move || expect(page))));
@@ -263,7 +267,7 @@ fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
         .readahead(Readahead::None)
         .build_adopted(other.memory, &Pool::builder().workers(4).start().unwrap())
         .unwrap();
-    other.stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    other.stream.set_read_timeout(Some(crate::HANG)).unwrap();
     let served = (&other.stream).read_exact(&mut [0]);
     source.release();
     served.expect("all other pages are served");
@@ -287,7 +291,7 @@ fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
         let end = other.process.wait();
         assert!(!end.output().contains("read a byte"), "{}", end.output());
         assert_eq!(end.signal(), Some(signal), "{loss:?}: {}", end.output());
-        // It is ended before the page is made bad.
+        // The kill comes before the poison marker, and the list of failures after both.
         until(|| region.failures().len() == 1);
         assert_eq!(region.failures()[0].0, 400 * PAGE as u64);
     }
@@ -309,7 +313,7 @@ fn populate_after_the_end_of_the_owner_is_an_error_and_a_drop_is_not() {
     drop(region);
 }
 
-/// Memory of this process, as if it were another's: of a part of the program that does not know pagestitch.
+/// Adopted memory of this process, as of a part of the program that does not know pagestitch.
 fn memory_of(guest: &Guest) -> AdoptedMemory {
     let memory = guest.memory().unwrap();
     memory.owner(Process::open(Pid::this()).unwrap())
@@ -366,7 +370,8 @@ fn adopted_memory_of_this_process_is_served() {
     assert_eq!(guest.read(TOTAL - 1), expected[TOTAL - 1]);
 }
 
-/// Each fault would be given to one of the two, and the threads that the other is meant for would wait for ever.
+/// The kernel gives each fault to one of two regions, so that threads of the other region would
+/// wait for ever.
 #[test]
 fn a_userfaultfd_is_served_by_one_region_at_a_time() {
     let (guest, pool) = (Guest::new(&RANGES, false).unwrap(), Pool::new().unwrap());
@@ -377,16 +382,17 @@ fn a_userfaultfd_is_served_by_one_region_at_a_time() {
         Region::builder().name(name).chunk(pattern(9, bytes)).build_adopted(memory, &pool)
     };
     let region = build("low", first, RANGES[0]).unwrap();
-    // The kernel may not tell (CONFIG_KCMP, or a container that does not allow it).
+    // The kernel may lack kcmp(2) (CONFIG_KCMP), or a container may forbid it.
     let (one, same) = (guest.uffd(), guest.uffd().try_clone_to_owned().unwrap());
     if !pagestitch_kernel::process::is_same_file(one, same.as_raw_fd()) {
-        return println!("SKIPPED a_userfaultfd_is_served_by_one_region_at_a_time: no kcmp(2)");
+        return println!("SKIPPED {}: no kcmp(2)", this_test!());
     }
     let error = build("high", second, RANGES[1]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(error.to_string().contains("high") && error.to_string().contains("low serves this"), "{error}");
     assert_eq!(guest.read(5), pattern(9, 6)[5]);
-    // Not dropped: where there are no poison marks (before Linux 6.6), that ends the owner, which is this process.
+    // finish() and no drop: before Linux 6.6, without poison markers, a drop kills the owner, which
+    // is this process.
     region.finish().unwrap();
     let region = build("high", second, RANGES[1]).unwrap();
     assert_eq!(guest.read(RANGES[0] + 5), pattern(9, 6)[5]);
@@ -432,16 +438,16 @@ fn a_waiting_thread_of_a_hugetlb_guest_gets_a_signal_when_the_region_is_dropped(
     }
     let other = other_with(test, &[2 * HUGE], true, |guest, stream| {
         wait_for(&stream);
-        assert_eq!(guest.read(HUGE - 1), 3, "what was filled");
+        assert_eq!(guest.read(HUGE - 1), 3, "a filled page");
         println!("read a byte: {}", guest.read(HUGE));
     });
-    // Nobody serves: the thread waits.
+    // A manual that does not serve: the thread waits.
     let manual = pagestitch::Manual::new().unwrap();
     let memory = other.memory.page_size(HUGE).unwrap();
     let region = Region::builder().chunk(vec![3u8; 2 * HUGE]).build_adopted(memory, &manual).unwrap();
     region.populate(..HUGE as u64).unwrap();
     tell(&other.stream);
-    until_it_waits(other.process.id());
+    until_a_thread_faults(other.process.id());
     drop(region);
     let end = other.process.wait();
     assert!(!end.output().contains("read a byte"), "{}", end.output());
@@ -487,11 +493,12 @@ fn memory_that_cannot_be_adopted_is_refused_with_the_reason() {
     assert_eq!(error.kind(), ErrorKind::NotInline);
 }
 
-/// Filling it would write behind the back of whatever safe code has registered it.
+/// A fill would write to memory behind the safe code that has registered it.
 #[test]
 fn memory_of_this_process_is_refused_without_an_own_memory_promise() {
     let guest = Guest::new(&RANGES, false).unwrap();
-    // Also if it comes from elsewhere: only the kernel knows whose it is.
+    // A descriptor that comes through a socket is refused too, because the kernel tells whose
+    // memory it is.
     let (ours, theirs) = UnixStream::pair().unwrap();
     fd_passing::send(&theirs, b"memory", &[guest.uffd()]).unwrap();
     let (_, mut received) = fd_passing::receive(&ours, &mut [0; 10]).unwrap();

@@ -1,6 +1,7 @@
-//! What an application does to a region's addresses and threads past every borrow, and what becomes of it: bytes or a signal.
+//! Calls of the application on addresses and threads of a region, past every borrow: the outcome is
+//! bytes or a signal.
 
-use crate::{let_go, pattern, touch, until};
+use crate::{discard, pattern, touch, until};
 use nix::libc;
 use nix::sys::mman::munmap;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
@@ -27,10 +28,10 @@ fn region(bytes: &[u8], pool: &Pool) -> Region {
     Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
 }
 
-/// Moves pages to wherever the kernel likes; says where that is.
-#[expect(unsafe_code, reason = "mremap by an application is what is tested")]
+/// Moves pages to free addresses and returns them.
+#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
 fn moved(start: usize, bytes: usize) -> usize {
-    // SAFETY: pages of a region, which nobody has a slice of any more.
+    // SAFETY: pages of a region, of which no slice is used any more.
     let to = unsafe {
         libc::mremap(
             with_exposed_provenance_mut(start),
@@ -44,7 +45,7 @@ fn moved(start: usize, bytes: usize) -> usize {
     to.expose_provenance()
 }
 
-/// Addresses that nothing is at.
+/// Reserves free addresses.
 #[expect(unsafe_code, reason = "as above")]
 fn free(bytes: usize) -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
@@ -52,20 +53,21 @@ fn free(bytes: usize) -> *mut libc::c_void {
     unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) }
 }
 
-#[expect(unsafe_code, reason = "munmap by an application is what is tested")]
+#[expect(unsafe_code, reason = "munmap(2) by the application is part of the test")]
 fn unmapped(start: usize, bytes: usize) {
-    // SAFETY: pages of a region, which nobody has a slice of any more.
+    // SAFETY: pages of a region, of which no slice is used any more.
     unsafe { munmap(NonNull::new(with_exposed_provenance_mut(start)).unwrap(), bytes) }.unwrap();
 }
 
-/// Whether a thread waits, in whatever way.
+/// True if a thread sleeps.
 fn waits(thread: &Path) -> bool {
     let stat = fs::read_to_string(Path::new("/proc").join(thread).join("stat"));
     stat.is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))
 }
 
-/// Whether there are marks for bad pages. Without, a region that is moved ends the process: what was not filled would be zeros.
-fn has_marks() -> bool {
+/// True if the kernel has poison markers. Without them the process aborts when a region is moved,
+/// because its unfilled pages would be zeros.
+fn has_poison() -> bool {
     Support::current().has(Features::POISON)
 }
 
@@ -77,7 +79,7 @@ fn mremap_moves_filled_pages_and_makes_unfilled_pages_a_signal() {
         let start = region.as_ptr().expose_provenance().get();
         assert_eq!(touch(start + 4 * PAGE), bytes[4 * PAGE]);
         let to = moved(start + 3 * PAGE, 4 * PAGE);
-        assert_eq!(touch(to + PAGE), bytes[4 * PAGE], "it was filled");
+        assert_eq!(touch(to + PAGE), bytes[4 * PAGE], "a filled page");
         assert_eq!(
             (touch(start), touch(start + 9 * PAGE)),
             (bytes[0], bytes[9 * PAGE]),
@@ -87,7 +89,7 @@ fn mremap_moves_filled_pages_and_makes_unfilled_pages_a_signal() {
         println!("read a byte: {}", touch(to));
     });
     assert!(!end.output().contains("read a byte"), "{}", end.output());
-    if !has_marks() {
+    if !has_poison() {
         return assert_eq!(end.signal(), Some(SIGABRT), "{}", end.output());
     }
     assert_eq!(end.signal(), Some(crate::SIGBUS), "{}", end.output());
@@ -105,7 +107,7 @@ fn a_region_with_unmapped_pages_is_dropped_and_no_thread_hangs() {
         let region = region(&bytes, &Pool::new().unwrap());
         let start = region.as_ptr().expose_provenance().get();
         unmapped(start + 2 * PAGE, PAGE);
-        if has_marks() {
+        if has_poison() {
             moved(start + 5 * PAGE, PAGE);
         }
         assert_eq!(touch(start + 8 * PAGE), bytes[8 * PAGE]);
@@ -117,7 +119,8 @@ fn a_region_with_unmapped_pages_is_dropped_and_no_thread_hangs() {
     assert!(end.output().contains("dropped") && !end.output().contains("read a byte"), "{}", end.output());
 }
 
-/// The only worker is held by another region; somebody waits in pages that are unmapped then, and moved.
+/// The only worker is held by another region while a thread waits in pages that are then unmapped
+/// or moved.
 #[test]
 fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
     for moves in [false, true] {
@@ -138,7 +141,7 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
                 let waiter = waiter.recv().unwrap();
                 until(|| waits(&waiter));
                 if moves {
-                    // Who moves waits until somebody has read of it.
+                    // The move waits until a worker has read its event.
                     let (send, mover) = mpsc::channel();
                     scope.spawn(move || {
                         send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
@@ -150,24 +153,24 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
                     unmapped(start + 4 * PAGE, 3 * PAGE);
                 }
                 slow.release();
-                // One that was unmapped is found out when its fault is served.
+                // The worker finds the unmapped page when it serves the fault.
             });
             drop(region);
         });
-        // On kernels without marks, what cannot be had is covered by what is SIGBUS.
-        let expected: &[_] = if has_marks() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };
+        // Without poison markers, an unavailable page is covered by a mapping that is SIGBUS.
+        let expected: &[_] = if has_poison() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };
         assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.output());
         assert!(!end.output().contains("read a byte"), "{}", end.output());
     }
 }
 
-/// In every state that a fault can be in.
+/// The handler meets faults in each of their states.
 #[test]
 fn a_signal_handler_discards_pages_during_faults() {
     static ADDRESS: AtomicU64 = AtomicU64::new(0);
     static HANDLED: AtomicU64 = AtomicU64::new(0);
     extern "C" fn handler(_: i32) {
-        let_go(ADDRESS.load(Ordering::SeqCst) as usize, 20 * PAGE);
+        discard(ADDRESS.load(Ordering::SeqCst) as usize, 20 * PAGE);
         HANDLED.fetch_add(1, Ordering::SeqCst);
     }
     let end = child::run(this_test!(), || {
@@ -199,14 +202,14 @@ fn a_signal_handler_discards_pages_during_faults() {
     end.expect_pass();
 }
 
-#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+#[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
 fn on_user_signal(handler: extern "C" fn(i32)) {
     let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESTART, SigSet::empty());
     // SAFETY: the handlers of these tests use atomics and system calls.
     unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
 }
 
-/// A thread that waits for a source that hangs.
+/// Runs `then` while a thread waits for a source that hangs.
 fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
     let source = Arc::new(Scripted::new(10).holding(0..1));
     let region =
@@ -221,7 +224,7 @@ fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
 #[test]
 fn a_process_with_a_waiting_thread_can_exec() {
     let end = child::run(this_test!(), || {
-        // There is no other program in a guest.
+        // The test program itself, because a guest has no other program.
         waiting(|_| panic!("not executed: {}", Command::new("/proc/self/exe").arg("--help").exec()));
     });
     end.expect_pass();

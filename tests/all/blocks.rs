@@ -1,7 +1,8 @@
-//! Whole blocks of 2 MiB: filled in a huge page and moved in, in whatever way they come to be wanted, and never wrong.
+//! Whole blocks of 2 MiB: a block is filled in a huge page and moved in, for readahead, `populate`
+//! and dense faults alike, with the right bytes.
 
 use crate::donated::huge_kib;
-use crate::{let_go, pattern, stray_write, touch, until};
+use crate::{discard, pattern, stray_write, touch, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -12,13 +13,13 @@ const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 const BLOCK_PAGES: u64 = 512;
 
-/// A region of bytes in many small chunks, so that most pages are met by several.
+/// A region of many small chunks, so that several chunks meet in most pages.
 fn stitched(bytes: &[u8]) -> Region {
     let chunks = bytes.chunks(10_007).map(<[u8]>::to_vec);
     Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap()
 }
 
-/// Whether this machine has what moving blocks takes; says so where it does not.
+/// True if this machine can stage and move blocks; prints the reason otherwise.
 fn staged(region: &Region) -> bool {
     region.plan().staged().inspect_err(|why| println!("SKIPPED in part: {why}")).is_ok()
 }
@@ -32,7 +33,7 @@ fn a_whole_block_moves_in_as_a_huge_page() {
     if staged(&region) {
         assert_eq!(region.metrics().pages_staged, 4 * BLOCK_PAGES);
         assert!(region.plan().to_string().contains("filled in a huge page and moved in"));
-        // A machine may have none left, but not here and now.
+        // A machine may run out of huge pages, but not in this short time.
         assert!(huge_kib(region.as_slice()) > 0, "moved as small pages");
     }
     assert_eq!(region.close().pages_installed(), 4 * BLOCK_PAGES + 2);
@@ -45,7 +46,7 @@ fn readahead_fills_whole_blocks() {
     assert!(region.as_slice() == bytes);
     let staged = staged(&region);
     let seen = region.close();
-    // On one CPU, who reads keeps it as long as it may.
+    // On one CPU the reader may keep the CPU from the workers.
     let beside = thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1);
     assert!(!staged || !beside || seen.pages_staged > 8 * BLOCK_PAGES, "{seen:?}");
 }
@@ -54,7 +55,7 @@ fn readahead_fills_whole_blocks() {
 fn a_dense_block_is_filled_in_any_order_of_faults() {
     let bytes = pattern(3, 4 * BLOCK);
     let region = stitched(&bytes);
-    // Every page of one block, in an order that no reader has, and one page of another.
+    // Each page of one block, in an order that no readahead follows, and one page of another block.
     assert_eq!(region.as_slice()[3 * BLOCK], bytes[3 * BLOCK]);
     for page in (0..512).map(|i| BLOCK + i * 201 % 512 * PAGE) {
         assert_eq!(region.as_slice()[page], bytes[page]);
@@ -114,7 +115,7 @@ fn populate_with_many_threads_fills_all_pages_before_a_failure() {
     for page in 0..30 * 512 {
         assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
     }
-    assert_eq!(region.metrics().faults, before, "all pages before it were there");
+    assert_eq!(region.metrics().faults, before, "all pages before the failure were filled");
 }
 
 #[test]
@@ -123,7 +124,7 @@ fn a_discarded_block_is_filled_again() {
     let region = stitched(&bytes);
     for _ in 0..3 {
         region.populate(..).unwrap();
-        let_go(region.as_ptr().addr().get() + BLOCK / 2, BLOCK);
+        discard(region.as_ptr().addr().get() + BLOCK / 2, BLOCK);
         assert!(region.as_slice() == bytes);
     }
 }
@@ -160,7 +161,7 @@ fn the_plan_promises_no_huge_pages_where_the_process_has_none() {
         let bytes = pattern(8, 2 * BLOCK);
         let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
         let why = region.plan().staged().unwrap_err();
-        // Older kernels have another reason.
+        // Older kernels refuse for another reason.
         assert!(why.contains("PR_SET_THP_DISABLE") || why.contains("cannot move"), "{why}");
         region.populate(..).unwrap();
         assert!(region.as_slice() == bytes);

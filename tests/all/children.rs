@@ -1,6 +1,7 @@
-//! ForkedChild children have a region, too, where that was asked for: each its own pages, filled from the same sources.
+//! Forked children that inherit a region: each child has its own pages, filled from the same
+//! sources.
 
-use crate::{let_go, pattern, touch, until};
+use crate::{discard, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{getpid, getppid};
@@ -15,10 +16,11 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
-/// Whether this process may, and this kernel can; `None` says so.
+/// A region that children inherit, or `None` where this process or this kernel cannot.
 fn built(bytes: &[u8]) -> Option<Region> {
     let pool = Pool::builder().workers(2).start().unwrap();
     match Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).serve_children().build(&pool) {
@@ -119,7 +121,7 @@ fn forks_beside_threads_that_fault_and_discard() {
                 scope.spawn(move || {
                     let start = region.as_ptr().expose_provenance().get();
                     while !done.load(Ordering::SeqCst) {
-                        let_go(start + first * 100 * PAGE, 100 * PAGE);
+                        discard(start + first * 100 * PAGE, 100 * PAGE);
                         assert!(region.as_slice() == bytes);
                     }
                 });
@@ -130,7 +132,7 @@ fn forks_beside_threads_that_fault_and_discard() {
             done.store(true, Ordering::SeqCst);
         });
         until(|| region.metrics().children == 30);
-        assert!(descriptors() < before + 5, "those that have ended are let go of");
+        assert!(descriptors() < before + 5, "descriptors of ended children are closed");
     });
     end.expect_pass();
 }
@@ -149,13 +151,13 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
             }
             told.write_all(&[1]).unwrap();
             told.read_exact(&mut [0]).unwrap();
-            // What was there stays; what was not is no zeros.
+            // Filled pages stay, and unfilled pages are no zeros.
             if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
                 return 2;
             }
             i32::from(touch(address + 200 * PAGE)) + 100
         });
-        // The child has what it has touched.
+        // The child has touched its pages.
         tells.read_exact(&mut [0]).unwrap();
         drop(region);
         tells.write_all(&[1]).unwrap();
@@ -165,7 +167,7 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
     end.expect_pass();
 }
 
-/// Tells others to end, also on a failure.
+/// Sets a flag when it is dropped, also by a panic.
 struct Done<'d>(&'d AtomicBool);
 
 impl Drop for Done<'_> {
@@ -174,7 +176,8 @@ impl Drop for Done<'_> {
     }
 }
 
-/// Whatever moment a fork meets of the region's end: bytes or a signal, and nobody waits.
+/// A fork meets the drop of a region at any moment: the child reads bytes or gets a signal, and no
+/// thread hangs.
 #[test]
 fn forks_beside_regions_that_are_built_and_dropped() {
     let end = child::run(this_test!(), || {
@@ -210,7 +213,7 @@ fn forks_beside_regions_that_are_built_and_dropped() {
 #[test]
 fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
     let end = child::run(this_test!(), || {
-        // A source that answers nobody until the end.
+        // A source that answers only at the end.
         let (hold, held) = (Arc::new(Barrier::new(2)), Arc::new(AtomicBool::new(false)));
         let source = Arc::new(Held(Arc::clone(&hold), Arc::clone(&held)));
         let builder =
@@ -221,7 +224,7 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
         };
         let address = region.as_ptr().expose_provenance().get();
         let (mut told, mut tells) = UnixStream::pair().unwrap();
-        // One that waits for its source, and one that nobody has asked for.
+        // The child waits for its source.
         let child = forked(|| {
             told.read_exact(&mut [0]).unwrap();
             i32::from(touch(address + PAGE)) + 100
@@ -233,14 +236,14 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
             hold.wait();
             dropping.join().unwrap();
         });
-        // It was answered in time, with an error.
+        // The drop waited for the answer, which is an error.
         let ended = child.wait();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
     });
     end.expect_pass();
 }
 
-/// Waits, and then fails.
+/// A source that waits and then fails.
 struct Held(Arc<Barrier>, Arc<AtomicBool>);
 
 impl Source for Held {
@@ -262,7 +265,8 @@ fn descriptors_of_children_that_exec_are_closed() {
         let Some(region) = built(&bytes) else { return };
         let before = fs::read_dir("/proc/self/fd").unwrap().count();
         for _ in 0..20 {
-            // A hook in the child has the library fork, and not share its memory.
+            // A hook before exec makes the library call fork(2), whose child does not share memory,
+            // instead of vfork(2).
             let mut command = Command::new("/proc/self/exe");
             assert!(with_fork(command.arg("--help").stdout(Stdio::null())).status().unwrap().success());
         }
@@ -273,10 +277,10 @@ fn descriptors_of_children_that_exec_are_closed() {
     end.expect_pass();
 }
 
-#[expect(unsafe_code, reason = "a hook before exec is unsafe to ask for")]
+#[expect(unsafe_code, reason = "a hook before exec is unsafe")]
 fn with_fork(command: &mut Command) -> &mut Command {
     use std::os::unix::process::CommandExt;
-    // SAFETY: it does nothing.
+    // SAFETY: the hook does nothing.
     unsafe { command.pre_exec(|| Ok(())) }
 }
 
@@ -308,7 +312,7 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let manual = Manual::new().unwrap();
     let error = Region::builder().chunk(bytes).serve_children().build(&manual).unwrap_err();
     assert!(error.to_string().contains("use a pool to serve children"), "{error}");
-    // Donated pages are there when the region is built.
+    // Donated pages are moved in when the region is built.
     let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
     pages.fill(7);
     match Region::builder().chunk(Chunk::from(pages)).serve_children().build(&Pool::new().unwrap()) {
@@ -320,8 +324,9 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     }
 }
 
-/// Starts a process that builds a region and forks a child, and kills it. The child writes what `body` says, once its parent has ended.
-/// `None` where children cannot be served; the child's number otherwise.
+/// Starts a process that builds a region and forks a child, and kills the process. The child writes
+/// the answer of `body` once its parent has ended. Returns the pid of the child, or `None` where
+/// children cannot inherit regions.
 fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Option<i32> {
     let mut parent = child::spawn(test, folder.to_str().unwrap(), |folder| {
         let note = |name: &str, what: &str| {
@@ -334,9 +339,7 @@ fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Op
         let parent = getpid();
         let child = forked(|| {
             note("child", &getpid().to_string());
-            while getppid() == parent {
-                thread::yield_now();
-            }
+            until(|| getppid() != parent);
             note("touches", "");
             note("said", &body(&region));
             0
@@ -350,16 +353,17 @@ fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Op
     } else {
         println!("SKIPPED {test}: children cannot be served here");
     }
-    // Its end is not waited for: the child has its output, too.
+    // No wait for the end of the process, because the child holds its output open too.
     Some(child?.parse().unwrap())
 }
 
-/// Whether a process waits for a page.
+/// True if a process waits in a page fault.
 fn waits_for_a_page(process: i32) -> bool {
     let read = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}")).unwrap_or_default();
-    // Where it does not say for what it waits, it waits for nothing else.
+    // `/proc` may hide the wait channel. A process that stays asleep waits in a fault, because it
+    // waits for nothing else.
     (0..20).all(|_| {
-        thread::yield_now();
+        thread::sleep(Duration::from_millis(1));
         read("stat").contains(") S ") && ["handle_userfault", "0", ""].contains(&read("wchan").as_str())
     })
 }
@@ -401,13 +405,13 @@ fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
     );
 }
 
-/// Descriptors of children that have ended are let go of, and those of many that live are kept.
+/// Descriptors of ended children are closed, and those of many live children are kept.
 #[test]
 fn more_children_than_fit_into_one_socket_are_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(8, 8 * PAGE);
         let Some(region) = built(&bytes) else { return };
-        // One after the other: none is left behind.
+        // One after the other, so that no descriptor may be left behind.
         for _ in 0..300 {
             passes(forked(|| i32::from(region.as_slice() != bytes)));
         }

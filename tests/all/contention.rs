@@ -1,4 +1,5 @@
-//! Many threads at one page: it is read once, and everybody goes on.
+//! Many threads touch one page: the page is read once, and all threads go on. Idle threads of a
+//! pool sleep.
 
 use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
@@ -62,7 +63,7 @@ fn a_fault_wakes_one_worker_with_placement_anywhere() {
     let builder = Region::builder().chunk(vec![1u8; PAGES * 4096]).readahead(Readahead::None);
     let region = builder.build(&pool).unwrap();
     assert!(region.as_slice().iter().step_by(4096).all(|&byte| byte == 1));
-    // Each of them goes to sleep, and is woken, so often.
+    // Each worker that is woken goes back to sleep once.
     let slept: usize = threads_named("herd").iter().map(|status| sleeps(status)).sum();
     assert!(slept < 2 * PAGES, "{slept} sleeps for {PAGES} faults");
 }
@@ -90,7 +91,7 @@ fn an_idle_pool_sleeps_without_a_timeout() {
     });
 }
 
-/// Its watchdog looks at no worker while none works.
+/// The watchdog has nothing to watch while no worker works.
 #[test]
 fn the_watchdog_of_an_idle_pool_sleeps_without_a_timeout() {
     let end = child::run(this_test!(), || {
@@ -105,15 +106,16 @@ fn the_watchdog_of_an_idle_pool_sleeps_without_a_timeout() {
     end.expect_pass();
 }
 
-/// Whether it is a `poll` whose timeout, the third argument, is -1.
+/// True if the call is a `poll` whose timeout, the third argument, is -1.
 fn polls_for_ever(call: &str) -> bool {
-    let mut words = call.split_whitespace();
-    let number: Option<i64> = words.next().and_then(|number| number.parse().ok());
-    let timeout = words.nth(2).and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
-    number == Some(nix::libc::SYS_poll) && timeout.is_some_and(|timeout| timeout as i32 == -1)
+    let timeout = call
+        .split_whitespace()
+        .nth(3)
+        .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    number(call) == Some(nix::libc::SYS_poll) && timeout.is_some_and(|timeout| timeout as i32 == -1)
 }
 
-/// `/proc/self/task/*/syscall` of threads of a pool: a number, and its arguments.
+/// `/proc/self/task/*/syscall` of the threads of a pool: a number and its arguments.
 fn system_calls_of(pool: &str) -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
     let ours = tasks.filter(|task| {
@@ -123,10 +125,21 @@ fn system_calls_of(pool: &str) -> Vec<String> {
     ours.filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok()).collect()
 }
 
-/// Whether it is an `epoll_wait` whose timeout, the fourth argument, is -1.
+/// True if all workers of a pool with this name wait for events: the pool has nothing left to do.
+pub(crate) fn is_idle(pool: &str) -> bool {
+    let calls = system_calls_of(pool);
+    !calls.is_empty() && calls.iter().all(|call| number(call) == Some(nix::libc::SYS_epoll_wait))
+}
+
+fn number(call: &str) -> Option<i64> {
+    call.split_whitespace().next()?.parse().ok()
+}
+
+/// True if the call is an `epoll_wait` whose timeout, the fourth argument, is -1.
 fn waits_for_ever(call: &str) -> bool {
-    let mut words = call.split_whitespace();
-    let number: Option<i64> = words.next().and_then(|number| number.parse().ok());
-    let timeout = words.nth(3).and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
-    number == Some(nix::libc::SYS_epoll_wait) && timeout.is_some_and(|timeout| timeout as i32 == -1)
+    let timeout = call
+        .split_whitespace()
+        .nth(4)
+        .and_then(|word| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok());
+    number(call) == Some(nix::libc::SYS_epoll_wait) && timeout.is_some_and(|timeout| timeout as i32 == -1)
 }

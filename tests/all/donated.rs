@@ -1,6 +1,7 @@
-//! Pages that are given up move in: they are not copied, and never read as the zeros that they leave behind.
+//! Donated pages move into a region: they are not copied, and the zeros that they leave behind are
+//! never read.
 
-use crate::{let_go, pattern, until};
+use crate::{discard, pattern, until};
 use pagestitch::source::{Donated, Pages};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
@@ -36,7 +37,7 @@ fn donated_pages_are_not_copied() {
     assert!(region.as_slice() == bytes);
     let seen = region.close();
     assert_eq!(seen.bytes_copied, 0);
-    // At once where the kernel cannot move them on a fault.
+    // At build, where the kernel cannot move a page at its fault.
     assert_eq!((seen.pages_moved, seen.pages_in_place), if moves() { (6, 0) } else { (0, 6) });
 }
 
@@ -47,19 +48,19 @@ fn a_donated_huge_page_moves_as_one() {
     let huge_before = huge_kib(&pages);
     let region = Region::builder().chunk(pages).build(&Pool::new().unwrap()).unwrap();
     assert_eq!(region.as_slice()[3 << 20], bytes[3 << 20]);
-    assert_eq!(region.as_slice()[(3 << 20) - 4096], bytes[(3 << 20) - 4096], "it came with the other");
+    assert_eq!(region.as_slice()[(3 << 20) - 4096], bytes[(3 << 20) - 4096], "the huge page moved as one");
     if moves() {
         until(|| region.metrics().pages_moved == 512);
         assert_eq!(region.metrics().faults, 1);
     }
     assert!(region.as_slice() == bytes);
-    // Where there were huge pages (an ordinary user has them too; a small guest may have none left).
-    // The kernel may have merged the mapping with a neighbour's, and counts both.
+    // As many huge pages as before: a small guest may have none left. The kernel may have merged
+    // the mapping with a neighbour, and then counts both.
     assert_eq!(huge_kib(region.as_slice()).min(4096), huge_before.min(4096));
     assert_eq!(region.close().bytes_copied, 0);
 }
 
-/// How much of the mapping that holds these bytes is in huge pages.
+/// The KiB of huge pages in the mapping of these bytes.
 pub(crate) fn huge_kib(bytes: &[u8]) -> u64 {
     let address = bytes.as_ptr().addr();
     let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
@@ -101,8 +102,8 @@ fn untouched_donated_pages_are_zeros_and_unaligned_chunks_are_copied() {
     let donated = Arc::new(Donated::from(pages));
     let part = |start: usize, end: usize| Chunk::from(Arc::clone(&donated)).range(start as u64..end as u64);
     let region = Region::builder()
-        .chunk(part(0, 2 * PAGE)) // moves, and is zeros
-        .chunk(part(4 * PAGE + 10, 6 * PAGE)) // elsewhere in its pages
+        .chunk(part(0, 2 * PAGE)) // moves as zeros
+        .chunk(part(4 * PAGE + 10, 6 * PAGE)) // not page-aligned
         .build(&Pool::new().unwrap())
         .unwrap();
     assert!(region.as_slice() == [vec![0; 2 * PAGE], vec![9; 2 * PAGE - 10]].concat());
@@ -120,7 +121,7 @@ fn a_byte_is_donated_to_one_chunk() {
     assert!(error.to_string().contains(said), "{error}");
 }
 
-/// Bytes `start..end` of a donation for each part, in a region each or all in one.
+/// Where a donation is cut into parts, and whether the parts lie on page boundaries of the region.
 fn rotations() -> impl Strategy<Value = (usize, Vec<usize>, bool)> {
     let cuts = prop::collection::vec(1usize..5 * PAGE, 1..6);
     (1usize..5 * PAGE, cuts, any::<bool>())
@@ -129,7 +130,8 @@ fn rotations() -> impl Strategy<Value = (usize, Vec<usize>, bool)> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Chunks that meet in a page of one donation, in any order: a page that moves takes only its own chunk's bytes along.
+    /// Chunks that meet in a page of one donation, in any order: a page that moves brings only the
+    /// bytes of its own chunk.
     #[test]
     fn chunks_that_share_a_page_of_a_donation_show_their_own_bytes(
         (len, cuts, aligned) in rotations(), seed in any::<u64>(), rotation in 0usize..6,
@@ -148,7 +150,8 @@ proptest! {
         let builder = if aligned { Region::builder().page_aligned() } else { Region::builder() };
         let builder = builder.chunks(parts.iter().map(chunk));
         let region = builder.build(&Pool::new().unwrap()).unwrap();
-        // Two readers at once: one page of the donation is copied for one of them while it moves for the other.
+        // Two concurrent readers: a page of the donation is copied for one while it moves for the
+        // other.
         thread::scope(|scope| {
             for backwards in [false, true] {
                 let (region, parts, bytes) = (&region, &parts, &bytes);
@@ -200,7 +203,8 @@ fn chunks_of_one_donated_page_are_inherited_by_forked_children() {
     }
 }
 
-/// A reader of the donation itself learns that a page has moved, and never sees the zeros that it leaves behind.
+/// A read of the donation itself fails after a page has moved, and never returns the zeros that the
+/// page leaves behind.
 #[test]
 fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
     if !moves() {
@@ -244,15 +248,15 @@ fn a_discarded_moved_page_is_an_error_and_not_zeros() {
         .build(&Pool::new().unwrap())
         .unwrap();
     assert!(region.as_slice() == bytes);
-    let_go(region.as_ptr().addr().get() + PAGE, PAGE);
+    discard(region.as_ptr().addr().get() + PAGE, PAGE);
     let error = region.read_at(0, &mut vec![0; 3 * PAGE]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source);
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
-    // The mark of the bad page is not a page that has moved.
+    // The poison marker is not taken for a moved page.
     let error = region.heal(..).unwrap_err();
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
     until(|| {
-        // That it was let go may be noted only now, and makes it absent until somebody asks for it.
+        // The discard event may be read only now. It makes the page absent until the next retry.
         region.heal(..).is_err() && region.failures().len() == 1
     });
 }
@@ -262,8 +266,8 @@ fn mlocked_pages_move() {
     let bytes = pattern(8, 3 * PAGE);
     let pages = pages_of(&bytes);
     let start = std::ptr::NonNull::from(&pages[..]).cast();
-    // SAFETY: that pages are locked changes none of their bytes.
-    #[expect(unsafe_code, reason = "mlock by an application is part of what is tested")]
+    // SAFETY: a lock changes no byte.
+    #[expect(unsafe_code, reason = "mlock(2) by the application is part of the test")]
     let locked = unsafe { nix::sys::mman::mlock(start, pages.len()) };
     if let Err(errno) = locked {
         return println!("SKIPPED: no memory can be locked here ({errno})");
@@ -289,13 +293,13 @@ fn pinned_pages_are_copied() {
     assert_eq!((seen.pages_moved, seen.pages_copied), (0, 3));
 }
 
-/// Registers memory with an io_uring, which pins its pages; `None` where that is not to be had.
+/// Registers memory with an io_uring, which pins its pages. `None` where io_uring is not available.
 #[expect(unsafe_code, reason = "io_uring has no wrapper here")]
 fn pin(bytes: &[u8]) -> Option<std::os::fd::OwnedFd> {
     use nix::libc::{SYS_io_uring_register, SYS_io_uring_setup, iovec, syscall};
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     let mut parameters = [0u32; 30];
-    // SAFETY: 120 bytes of parameters.
+    // SAFETY: the kernel writes the 120 bytes of `parameters`.
     let ring = unsafe { syscall(SYS_io_uring_setup, 1_i64, parameters.as_mut_ptr()) };
     if ring < 0 {
         return None;
@@ -303,7 +307,7 @@ fn pin(bytes: &[u8]) -> Option<std::os::fd::OwnedFd> {
     // SAFETY: a descriptor that the kernel has just made.
     let ring = unsafe { OwnedFd::from_raw_fd(ring as i32) };
     let buffer = iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: one buffer, which the kernel takes hold of.
+    // SAFETY: the kernel reads one iovec and pins the pages of `bytes`, whose content stays.
     let answer = unsafe { syscall(SYS_io_uring_register, ring.as_raw_fd(), 0_i64, &raw const buffer, 1_i64) };
     (answer == 0).then_some(ring)
 }

@@ -1,4 +1,5 @@
-//! A source that fails, panics or shrinks: never zeros, never a hang, and an error for who asks for one.
+//! A source that fails, panics or shrinks: never zeros, never a hang, and an error for the caller
+//! of `read_at` and `populate`.
 
 use pagestitch::source::File;
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
@@ -11,7 +12,7 @@ use std::thread;
 const SIGBUS: i32 = 7;
 const PAGE: u64 = 4096;
 
-/// Ten pages, of which page 4 cannot be had.
+/// Ten pages, of which page 4 fails.
 fn broken(source: Scripted) -> (Arc<Scripted>, Region) {
     let source = Arc::new(source);
     let region = Region::builder().name("broken").chunk(Chunk::source(Arc::clone(&source)));
@@ -52,7 +53,7 @@ fn a_poisoned_page_is_sigbus_on_each_touch_of_each_thread() {
 fn a_system_call_on_a_failing_page_is_efault_and_not_zeros() {
     let (_, region) = failing();
     if !region.serves_system_calls() {
-        return; // An ordinary user's system call does not wait for a page: nothing to see.
+        return; // A system call of an ordinary user does not wait for a page.
     }
     let mut file = tempfile::tempfile().unwrap();
     let error = file.write(&region.as_slice()[4 * PAGE as usize..][..10]).unwrap_err();
@@ -134,7 +135,7 @@ fn memory_whose_scope_has_ended_is_an_error_and_not_a_dangling_read() {
         std::mem::swap(&mut *region, &mut escaped);
     });
     drop(bytes);
-    assert_eq!(escaped.as_slice()[1], 7, "what was filled stays");
+    assert_eq!(escaped.as_slice()[1], 7, "a filled page stays");
     let error = escaped.populate(..).unwrap_err().to_string();
     assert!(error.contains("the scope that lent this memory has ended"), "{error}");
 }
@@ -150,12 +151,12 @@ fn a_failed_page_is_filled_by_a_retry() {
     assert_eq!(failure.source_offset(), 4 * PAGE);
 
     let error = region.heal(..).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Source, "it fails again: {error}");
+    assert_eq!(error.kind(), ErrorKind::Source, "the retry fails: {error}");
     source.repair();
     region.heal(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
     if !pagestitch::Support::current().has(pagestitch_kernel::Features::POISON) {
-        println!("SKIPPED in part: a_failed_page_is_filled_by_a_retry: no poison marks");
+        println!("SKIPPED in part {}: no poison markers", this_test!());
         let error = region.heal(..).unwrap_err().to_string();
         assert!(error.contains("before Linux 6.6"), "{error}");
         return;
@@ -181,7 +182,7 @@ fn a_page_whose_retry_fails_stays_poisoned() {
     assert!(!end.output().contains("read a byte"));
 }
 
-/// Fails so many times, wherever it is asked, and then no more.
+/// A source whose first reads fail, at any offset.
 struct Flaky {
     left: std::sync::atomic::AtomicU32,
     asked: std::sync::atomic::AtomicU32,
@@ -220,7 +221,7 @@ fn a_source_is_retried_as_often_as_declared() {
     let pool = Pool::new().unwrap();
     let patient = Flaky::failing(3);
     let region = Region::builder().chunk(Chunk::source(patient).on_failure(quickly(3))).build(&pool).unwrap();
-    assert_eq!(region.as_slice()[5], 7, "the fourth time it is there");
+    assert_eq!(region.as_slice()[5], 7, "the fourth read succeeds");
     let metrics = region.close();
     assert_eq!((metrics.source_retries, metrics.pages_poisoned), (3, 0));
 
@@ -233,7 +234,7 @@ fn a_source_is_retried_as_often_as_declared() {
     assert_eq!(region.metrics().pages_poisoned, 1);
 }
 
-/// Zeros where they were asked for, and nowhere else: also not in the same page.
+/// Zeros cover the chunk that declares them, and no other byte of the same page.
 #[test]
 fn on_failure_zeros_covers_its_own_chunk_only() {
     let pool = Pool::new().unwrap();
@@ -248,7 +249,7 @@ fn on_failure_zeros_covers_its_own_chunk_only() {
     assert!(region.as_slice() == expected);
     let metrics = region.close();
     assert_eq!((metrics.pages_given_up, metrics.pages_poisoned), (3, 0));
-    // Next to one that may not: the page that both are in is lost.
+    // Beside a chunk that declares no zeros: the page that both chunks share fails.
     let region = Region::builder()
         .chunk(hopeless().on_failure(pagestitch::OnFailure::Zeros))
         .chunk(hopeless())
@@ -279,7 +280,8 @@ fn the_failure_callback_hears_of_each_failure_and_may_panic() {
     assert!(told[0].1.starts_with("chunk 0 (scripted)"), "{told:?}");
 }
 
-/// Whoever finds a page bad finds the reason, also while the page is let go of and lost anew, or would look for it for ever.
+/// A caller that finds a page poisoned finds the reason too, also while the page is discarded and
+/// fails again. Otherwise the caller would look for the reason for ever.
 #[test]
 fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
     let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));
@@ -288,18 +290,16 @@ fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
     let done = std::sync::atomic::AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            let started = std::time::Instant::now();
-            for page in (0_u64..).take_while(|_| started.elapsed() < std::time::Duration::from_millis(500)) {
+            for page in 0..5000_u64 {
                 region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();
             }
             done.store(true, std::sync::atomic::Ordering::Relaxed);
         });
-        crate::until(|| {
-            // Not all the time: while something is let go, nothing can be made bad.
-            crate::let_go(start, 16 * 4096);
+        while !done.load(std::sync::atomic::Ordering::Relaxed) {
+            crate::discard(start, 16 * 4096);
+            // With a pause, because no page can be poisoned during a discard.
             thread::sleep(std::time::Duration::from_micros(50));
-            done.load(std::sync::atomic::Ordering::Relaxed)
-        });
+        }
     });
 }
 

@@ -1,19 +1,20 @@
-//! One pool, many regions: a slow one does not hold up the others, and a limit is kept.
+//! Many regions of one pool: a slow region delays no other region, and the limit of concurrent
+//! faults holds.
 
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
-/// A source that takes its time, and knows how many ask it at once.
+/// A slow source, which counts its concurrent reads.
 struct Slow {
     pages: usize,
     takes: Duration,
-    /// Whoever begins to read now waits until it is not set any more.
+    /// A read that begins while this is set waits until it is cleared.
     held: Mutex<bool>,
     released: Condvar,
     now: AtomicUsize,
@@ -53,7 +54,8 @@ fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
     most.into_iter().fold(builder, |builder, most| builder.in_flight(most)).build(pool).unwrap()
 }
 
-/// Eight threads wait for a source that does not answer, or not any more. Whether another region of the pool is read meanwhile.
+/// Eight threads wait for a source that never answers, or answers no longer. True if another region
+/// of the pool is read meanwhile.
 fn is_read_beside_one_that_hangs(hangs_at_once: bool, other: impl FnOnce(&Pool) -> Region) -> bool {
     is_read_by(&Pool::builder().workers(3).start().unwrap(), hangs_at_once, other)
 }
@@ -71,14 +73,14 @@ fn is_read_by(pool: &Pool, hangs_at_once: bool, other: impl FnOnce(&Pool) -> Reg
                 }
             });
         }
-        // Until it is known to be slow.
+        // A few slow reads first, so that the region counts as slow.
         crate::until(|| hangs_at_once || hanging_region.metrics().pages_read >= 3);
         hanging.hold(true);
         crate::until(|| hanging.now.load(Ordering::SeqCst) >= 2);
         let (done, reader) = mpsc::channel();
         let other = &other;
         scope.spawn(move || done.send(other.as_slice().iter().map(|&byte| usize::from(byte)).sum::<usize>()));
-        let read = reader.recv_timeout(Duration::from_secs(30));
+        let read = reader.recv_timeout(crate::HANG);
         stop.store(true, Ordering::Relaxed);
         hanging.hold(false);
         read.is_ok()
@@ -94,7 +96,7 @@ fn a_hanging_source_delays_no_fast_region() {
     assert!(is_read_beside_one_that_hangs(true, quick));
 }
 
-/// Nor those that are slow themselves, or seem so: there is a worker that the one that hangs may not have.
+/// A slow region is not delayed either, because one worker stays free of the hanging region.
 #[test]
 fn a_hanging_source_delays_no_slow_region() {
     let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
@@ -102,7 +104,7 @@ fn a_hanging_source_delays_no_slow_region() {
     assert!(is_read_beside_one_that_hangs(true, slow));
 }
 
-/// The worker that stands in for the only one serves all regions, also such as seem slow.
+/// The replacement of the only worker serves all regions, slow regions too.
 #[test]
 fn a_hanging_region_in_the_only_worker_delays_no_other_region() {
     for hangs_at_once in [false, true] {
@@ -111,7 +113,7 @@ fn a_hanging_region_in_the_only_worker_delays_no_other_region() {
     }
 }
 
-/// Where no worker may be added, the last one serves a region that holds up none.
+/// Without another worker, the last worker serves only regions that do not hang.
 #[test]
 fn at_max_workers_one_worker_is_left_for_regions_that_hang_in_none() {
     for hangs_at_once in [false, true] {
@@ -140,7 +142,8 @@ fn concurrent_faults_of_a_region_stay_within_its_limit() {
     assert_eq!(region.close().pages_read, 64);
 }
 
-/// Regions come and go while others fault, and those that go while faults of theirs wait for a berth.
+/// Regions are built and dropped beside faults of a slow region, some with faults that wait for
+/// admission.
 #[test]
 fn regions_are_built_and_dropped_beside_a_slow_region() {
     let pool = Pool::builder().workers(2).start().unwrap();
@@ -165,7 +168,7 @@ fn regions_are_built_and_dropped_beside_a_slow_region() {
     });
 }
 
-/// As many sources hang as there are workers, and more: a worker that is held up is replaced.
+/// More sources hang than the pool has workers, because each held worker is replaced.
 #[test]
 fn hanging_regions_do_not_starve_a_fast_region_that_is_built_later() {
     let pool = Pool::builder().workers(2).start().unwrap();
@@ -176,16 +179,16 @@ fn hanging_regions_do_not_starve_a_fast_region_that_is_built_later() {
     thread::scope(|scope| {
         regions.iter().for_each(|region| drop(scope.spawn(|| assert_eq!(region.as_slice()[0], 7))));
         let held = |source: &Arc<Slow>| source.now.load(Ordering::SeqCst) == 1;
-        let all_held = is_done_in_time(|| hanging.iter().all(held));
+        let all_held = crate::comes_true(|| hanging.iter().all(held));
         let quick = || Region::builder().chunk(vec![1; 60 * PAGE]).build(&pool).unwrap();
         let quick = later.get_or_init(quick);
         let (done, reader) = mpsc::channel();
         scope.spawn(move || done.send(quick.as_slice().iter().all(|&byte| byte == 1)));
-        let read = reader.recv_timeout(Duration::from_secs(10));
+        let read = reader.recv_timeout(crate::HANG);
         let metrics = pool.metrics();
         hanging.iter().for_each(|source| source.hold(false));
         assert!(all_held, "each fault has a worker");
-        assert_eq!(read, Ok(true), "a quick region is served beside them");
+        assert_eq!(read, Ok(true), "a fast region is served beside hanging ones");
         assert!(metrics.working > 5 && metrics.replacements >= 4, "{metrics:?}");
     });
     crate::until(|| pool.metrics().working == 2 && pool.metrics().held_up == 0);
@@ -193,12 +196,4 @@ fn hanging_regions_do_not_starve_a_fast_region_that_is_built_later() {
     drop(regions);
     drop(later);
     assert_eq!(pool.stop().unwrap().workers, 2);
-}
-
-fn is_done_in_time(done: impl Fn() -> bool) -> bool {
-    let started = Instant::now();
-    while !done() && started.elapsed() < Duration::from_secs(10) {
-        thread::yield_now();
-    }
-    done()
 }

@@ -1,7 +1,7 @@
 //! Servers that a forked child inherits: they belong to the parent, and an error says so.
 
-use crate::{pattern, until};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::{is_readable, pattern, serve_until, until};
+use nix::poll::PollTimeout;
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
@@ -76,13 +76,9 @@ fn stop_and_serve_ready_in_a_child_leave_the_servers_of_the_parent_alone() {
         let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
         thread::scope(|scope| {
             let reader = scope.spawn(|| region.as_slice() == bytes);
-            let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
-            assert_eq!(poll(&mut ready, PollTimeout::from(30_000u16)), Ok(1));
+            until(|| is_readable(&manual, PollTimeout::ZERO));
             assert!(ForkedChild::start(|| i32::from(manual.serve_ready(64) != 0)).succeeds());
-            until(|| {
-                manual.serve_ready(64);
-                reader.is_finished()
-            });
+            serve_until(&mut manual, 64, || reader.is_finished());
             assert!(reader.join().unwrap());
         });
     });

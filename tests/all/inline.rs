@@ -1,7 +1,7 @@
 //! The thread that touches a page fills it itself: the same bytes, from many threads, with other handlers about, to the end.
 
 use crate::donated::pages_of;
-use crate::{handle_bus_errors, let_go, pattern, touch, until};
+use crate::{discard, handle_bus_errors, pattern, touch, until};
 use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::{child, this_test};
@@ -116,7 +116,7 @@ fn a_discarded_page_is_filled_again() {
     let region = stitched(&bytes);
     for _ in 0..3 {
         assert!(region.as_slice() == bytes);
-        let_go(region.as_ptr().addr().get() + 10 * PAGE, 20 * PAGE);
+        discard(region.as_ptr().addr().get() + 10 * PAGE, 20 * PAGE);
     }
     assert!(region.as_slice() == bytes);
 }

@@ -1,6 +1,6 @@
 //! The journey of a fault, step by step: each is seen to do what the architecture says of it.
 
-use crate::{let_go, pattern, until};
+use crate::{discard, pattern, until};
 use pagestitch::{Chunk, How, Pool, Readahead, Region};
 use pagestitch_kernel::PageSize;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -72,7 +72,7 @@ fn a_discarded_page_is_filled_again() {
     assert!(region.as_slice() == bytes);
     let start = region.as_ptr().expose_provenance().get();
     for round in 1..=50 {
-        let_go(start + 2 * page(), 3 * page());
+        discard(start + 2 * page(), 3 * page());
         assert!(region.as_slice() == bytes);
         until(|| region.metrics().pages_copied == 8 + 3 * round);
     }
@@ -88,7 +88,7 @@ fn pages_discarded_during_faults_show_their_bytes() {
         for _ in 0..3 {
             scope.spawn(|| (0..40).for_each(|_| assert!(region.as_slice() == bytes)));
         }
-        scope.spawn(|| (0..300).for_each(|i| let_go(start + i % 60 * page(), 4 * page())));
+        scope.spawn(|| (0..300).for_each(|i| discard(start + i % 60 * page(), 4 * page())));
         scope.spawn(|| (0..40).for_each(|_| region.populate(..).unwrap()));
     });
 }

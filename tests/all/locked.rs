@@ -2,7 +2,7 @@
 
 use crate::donated::pages_of;
 use crate::zero_copy::memfd;
-use crate::{HugePages, lazy, lock_pages, pattern};
+use crate::{HugePages, lazy, lock_pages, pattern, serve_until};
 use nix::libc;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -49,11 +49,7 @@ fn with_servers(body: impl Fn(&str, Server)) {
     let server = Server::from(&manual);
     thread::scope(|scope| {
         scope.spawn(|| {
-            while !done.load(Ordering::SeqCst) {
-                if manual.serve_ready(100) == 0 {
-                    thread::yield_now();
-                }
-            }
+            serve_until(&mut manual, 100, || done.load(Ordering::SeqCst));
         });
         body("manual", server);
         done.store(true, Ordering::SeqCst);

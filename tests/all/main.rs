@@ -1,4 +1,5 @@
-//! The promises, each a named test on the running kernel. One file for each family of promises.
+//! The guarantees of pagestitch: one named test for each, on the running kernel. A file holds the
+//! tests of one area.
 
 mod adopted;
 mod application;
@@ -37,28 +38,31 @@ mod teardown;
 mod watchdog;
 mod zero_copy;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch::Manual;
 use std::fs;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Touches a byte as an application with a raw pointer does, past every borrow.
-#[expect(unsafe_code, reason = "what an application may do wrong is part of what is tested")]
+/// Reads a byte through a raw pointer, past every borrow, as an application may.
+#[expect(unsafe_code, reason = "a defect of the application is part of the test")]
 fn touch(address: usize) -> u8 {
-    // SAFETY: an address of a region; what the access does is for the test to find out.
+    // SAFETY: an address of a region. The test decides whether the access is a byte or a signal.
     unsafe { std::ptr::with_exposed_provenance::<u8>(address).read_volatile() }
 }
 
-/// Writes a byte as a defect of an application does.
-#[expect(unsafe_code, reason = "what an application may do wrong is part of what is tested")]
+/// Writes a byte through a raw pointer, as a defect of an application does.
+#[expect(unsafe_code, reason = "a defect of the application is part of the test")]
 fn stray_write(address: usize) {
-    // SAFETY: an address of a region; what the access does is for the test to find out.
+    // SAFETY: an address of a region. The test decides whether the access is a byte or a signal.
     unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(0) }
 }
 
-/// Installs an application's handler of SIGBUS, which must do no more than to use atomics.
-#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+/// Installs a SIGBUS handler as an application does. The handler may only use atomics.
+#[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
 fn handle_bus_errors(handler: extern "C" fn(i32)) {
     use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
     let action = SigAction::new(SigHandler::Handler(handler), SaFlags::empty(), SigSet::empty());
@@ -66,32 +70,32 @@ fn handle_bus_errors(handler: extern "C" fn(i32)) {
     unsafe { sigaction(Signal::SIGBUS, &action) }.expect("a handler");
 }
 
-/// Lets pages go, as an application may with `madvise(MADV_DONTNEED)`.
-#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
-fn let_go(start: usize, bytes: usize) {
+/// Discards pages, as an application may with `madvise(MADV_DONTNEED)`.
+#[expect(unsafe_code, reason = "madvise(2) by the application is part of the test")]
+fn discard(start: usize, bytes: usize) {
     let start = NonNull::new(std::ptr::with_exposed_provenance_mut(start)).expect("an address");
-    // SAFETY: pages of a region whose sources give the same bytes again.
+    // SAFETY: pages of a region, whose sources give the same bytes again.
     unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }
         .expect("madvise");
 }
 
-/// Locks the pages that bytes lie in, as `mlockall(2)` does with all of them.
-#[expect(unsafe_code, reason = "mlock by an application is part of what is tested")]
+/// Locks the pages of these bytes, as `mlockall(2)` does with all pages.
+#[expect(unsafe_code, reason = "mlock(2) by the application is part of the test")]
 fn lock_pages(bytes: &[u8]) {
     let start = NonNull::from(bytes).cast();
-    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    // SAFETY: a lock changes no byte.
     unsafe { nix::sys::mman::mlock(start, bytes.len()) }.expect("mlock");
 }
 
-/// That guests in this process may be filled.
-#[expect(unsafe_code, reason = "makes a promise")]
+/// The promise that lets a region fill guest memory of this process.
+#[expect(unsafe_code, reason = "the promise about own memory is unsafe")]
 const fn own_memory() -> pagestitch::OwnMemory {
     // SAFETY: the memory of a guest is a mapping of its own, from which nothing is ever borrowed.
     unsafe { pagestitch::OwnMemory::promise() }
 }
 
-/// What the owner of adopted memory gets for bytes that cannot be had: SIGBUS where it touches them or, where there are no poison
-/// marks (before Linux 6.6), SIGKILL.
+/// The signal that the owner of adopted memory gets for an unavailable page: SIGBUS at the touch
+/// or, before Linux 6.6, which has no poison markers, SIGKILL.
 fn signal_of_loss() -> i32 {
     let features = pagestitch_kernel::uffd::handshake_probe().expect("a userfaultfd");
     if features.contains(pagestitch_kernel::Features::POISON) { SIGBUS } else { SIGKILL }
@@ -100,7 +104,7 @@ fn signal_of_loss() -> i32 {
 const SIGKILL: i32 = 9;
 const SIGBUS: i32 = 7;
 
-/// Huge pages of hugetlbfs, reserved as long as it lives. Needs root.
+/// Reserves huge pages of hugetlbfs for its lifetime. Needs root.
 struct HugePages {
     before: String,
     _alone: MutexGuard<'static, ()>,
@@ -109,7 +113,8 @@ struct HugePages {
 impl HugePages {
     const PATH: &str = "/proc/sys/vm/nr_hugepages";
 
-    /// Reserves them, if that can be; one test at a time has them.
+    /// Reserves `pages` huge pages, or returns `None` without the right to. One test at a time
+    /// holds a reservation.
     fn reserve(pages: usize) -> Option<Self> {
         static ONE: Mutex<()> = Mutex::new(());
         let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,7 +132,8 @@ impl Drop for HugePages {
     }
 }
 
-/// Where there are no poison marks (before Linux 6.6), memory that is left ends its owner: here that is this process.
+/// True, with a line that says so, where the kernel has no poison markers (before Linux 6.6): a
+/// drop of adopted memory then kills its owner, and here the owner is the test process.
 fn lacks_marks(test: &str) -> bool {
     let lacks = !pagestitch_kernel::Support::current().has(pagestitch_kernel::Features::POISON);
     if lacks {
@@ -136,17 +142,49 @@ fn lacks_marks(test: &str) -> bool {
     lacks
 }
 
-/// Waits until `done`, without a sleep of a guessed length. Numbers may lag behind the bytes that they count: a
-/// thread runs on as soon as the kernel has its page.
+/// Waits until `done` is true. The wait sleeps between two looks, because a test that spins takes a
+/// CPU from the threads that it waits for. Counters may lag behind the bytes that they count,
+/// because a thread runs on as soon as the kernel has its page. The limit ends a hang and orders
+/// nothing.
 fn until(mut done: impl FnMut() -> bool) {
+    assert!(comes_true(&mut done), "the condition is still false after {HANG:?}");
+}
+
+/// Waits as [`until`] does, and returns false in place of a panic.
+fn comes_true(mut done: impl FnMut() -> bool) -> bool {
+    let (started, mut pause) = (Instant::now(), Duration::from_micros(20));
+    while !done() {
+        if started.elapsed() > HANG {
+            return false;
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(5));
+    }
+    true
+}
+
+/// Serves as a loop of the application does, whenever the descriptor is readable, until `done` is true.
+fn serve_until(manual: &mut Manual, budget: usize, mut done: impl FnMut() -> bool) {
     let started = Instant::now();
     while !done() {
-        assert!(started.elapsed() < Duration::from_secs(60), "what was waited for has not come about");
-        thread::yield_now();
+        assert!(started.elapsed() < HANG, "the condition is still false after {HANG:?}");
+        if is_readable(manual, PollTimeout::from(5_u8)) {
+            manual.serve_ready(budget);
+        }
     }
 }
 
-/// Bytes without a zero among them, different for each seed: zeros for bytes, and bytes of another page, are seen.
+/// True if a manual has something to serve within `timeout`.
+fn is_readable(manual: &Manual, timeout: PollTimeout) -> bool {
+    let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ready, timeout).unwrap() == 1
+}
+
+/// Longer than any step of a test takes on a loaded machine: a longer step hangs.
+const HANG: Duration = Duration::from_secs(120);
+
+/// Bytes that are never zero and differ for each seed, so that a test sees zeros, and bytes of
+/// another page, as wrong.
 fn pattern(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {

@@ -1,11 +1,10 @@
 //! A server without threads of ours: it serves when it is told to, tells when there is something to do, and leaves nobody behind.
 
-use crate::{pattern, touch, until};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use crate::{is_readable, pattern, serve_until, touch, until};
+use nix::poll::PollTimeout;
 use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,8 +12,7 @@ use std::thread;
 const PAGE: usize = 4096;
 
 fn is_ready(manual: &Manual) -> bool {
-    let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
-    poll(&mut ready, PollTimeout::ZERO).unwrap() == 1
+    is_readable(manual, PollTimeout::ZERO)
 }
 
 #[test]
@@ -42,13 +40,7 @@ fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
     thread::scope(|scope| {
         let reader = scope.spawn(|| region.as_slice() == bytes);
-        until(|| {
-            // As a loop does: only when it is told to.
-            if is_ready(&manual) {
-                manual.serve_ready(1);
-            }
-            reader.is_finished()
-        });
+        serve_until(&mut manual, 1, || reader.is_finished());
         assert!(reader.join().unwrap());
     });
     let ahead = region.metrics().pages_ahead;
@@ -74,10 +66,7 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
         let slow = scope.spawn(slow);
         for mut seat in seats {
             scope.spawn(move || {
-                while !done.load(Ordering::SeqCst) {
-                    seat.serve_ready(64);
-                    thread::yield_now();
-                }
+                serve_until(&mut seat, 64, || done.load(Ordering::SeqCst));
                 seat
             });
         }
@@ -111,10 +100,7 @@ fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() 
             .into();
         for mut seat in seats {
             scope.spawn(move || {
-                while !done.load(Ordering::SeqCst) {
-                    seat.serve_ready(64);
-                    thread::yield_now();
-                }
+                serve_until(&mut seat, 64, || done.load(Ordering::SeqCst));
                 // The last one to go would close the regions.
                 seat
             });
@@ -150,10 +136,7 @@ fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     drop(seats.pop());
     thread::scope(|scope| {
         let reader = scope.spawn(|| region.as_slice() == bytes);
-        until(|| {
-            seats[0].serve_ready(64);
-            reader.is_finished()
-        });
+        serve_until(&mut seats[0], 64, || reader.is_finished());
         assert!(reader.join().unwrap());
     });
     drop(seats);

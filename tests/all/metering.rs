@@ -104,12 +104,12 @@ fn coverage_counts_present_and_poisoned_pages() {
 
 #[test]
 fn used_and_unused_readahead_pages_are_counted() {
-    let pool = Pool::new().unwrap();
+    let pool = Pool::builder().name("metered").start().unwrap();
     let bytes = pattern(3, 8 << 20);
     let build = || Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
     let (all, little, in_haste) = (build(), build(), build());
-    read_slowly(&all, &bytes);
-    read_slowly(&little, &bytes[..100 * PAGE]);
+    read_slowly(&all, &bytes, "metered");
+    read_slowly(&little, &bytes[..100 * PAGE], "metered");
     // Passes by pages that nobody has come to fill ahead, where the CPUs have other things to do.
     assert!(in_haste.as_slice() == bytes);
     let (all, little, in_haste) = (all.meter(), little.meter(), in_haste.meter());

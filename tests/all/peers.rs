@@ -1,7 +1,7 @@
 //! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and nothing else.
 
 use crate::firecracker::{PAGE, PAGES, Running, bound, connect, expected, snapshot_in};
-use crate::{SIGKILL, signal_of_loss, until};
+use crate::{HANG, SIGKILL, comes_true, signal_of_loss, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::Loss;
@@ -177,7 +177,7 @@ fn a_successor_does_not_wait_at_a_full_backlog() {
     let snapshot = Snapshot::open([folder.path().join("base")]).unwrap();
     let bind = path.clone();
     thread::spawn(move || answer.send(Handler::builder(snapshot).bind(bind).unwrap_err().to_string()));
-    let said = answered.recv_timeout(Duration::from_secs(20)).expect("it hangs");
+    let said = answered.recv_timeout(HANG).expect("it hangs");
     assert!(said.contains("is in use"), "{said}");
 }
 
@@ -236,18 +236,12 @@ fn a_refused_guest_gets_a_signal() {
 
 /// Whether a child ends within twenty seconds; it is killed where it does not.
 fn until_ended(child: &mut child::ChildTest) -> bool {
-    let started = Instant::now();
-    let ended = || {
-        fs::read_to_string(format!("/proc/{}/stat", child.id())).map_or(true, |stat| stat.contains(") Z "))
-    };
-    while !ended() {
-        if started.elapsed() > Duration::from_secs(20) {
-            child.kill();
-            return false;
-        }
-        thread::sleep(Duration::from_millis(5));
+    let stat = format!("/proc/{}/stat", child.id());
+    let ended = comes_true(|| fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z ")));
+    if !ended {
+        child.kill();
     }
-    true
+    ended
 }
 
 /// A connection that the handler has not taken in when it is told to stop.

@@ -1,5 +1,6 @@
 //! Who reads on finds the next pages there; who does not is left alone; and what is filled ahead is never wrong.
 
+use crate::contention::is_idle;
 use crate::{pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -11,8 +12,9 @@ const PAGE: usize = 4096;
 #[test]
 fn a_sequential_reader_takes_few_faults() {
     let bytes = pattern(1, 8192 * PAGE);
-    let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
-    read_slowly(&region, &bytes);
+    let pool = Pool::builder().name("ahead").start().unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
+    read_slowly(&region, &bytes, "ahead");
     let seen = region.close();
     assert!(seen.faults < 8192 / 4, "{seen:?}");
     assert!(seen.pages_ahead > 8192 / 2, "{seen:?}");
@@ -20,18 +22,11 @@ fn a_sequential_reader_takes_few_faults() {
 }
 
 /// Reads page after page, and gives whoever fills ahead the time for it.
-pub(crate) fn read_slowly(region: &Region, bytes: &[u8]) {
+pub(crate) fn read_slowly(region: &Region, bytes: &[u8], pool: &str) {
     for page in 0..bytes.len() / PAGE {
         assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
         if page % 64 == 0 {
-            let settled = || region.metrics().pages_installed();
-            let (mut last, mut quiet) = (settled(), 0);
-            until(|| {
-                thread::yield_now();
-                quiet = if settled() == last { quiet + 1 } else { 0 };
-                last = settled();
-                quiet > 200
-            });
+            until(|| is_idle(pool));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What was touched in one run is there in the next.
 
 use crate::donated::pages_of;
-use crate::{pattern, until};
+use crate::{pattern, serve_until, until};
 use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
 use pagestitch_firecracker::{Handler, ShutdownHandle, Snapshot};
 use pagestitch_testkit::guest::Guest;
@@ -65,7 +65,7 @@ fn a_manual_replays_and_a_failing_source_poisons_no_page() {
     let bad = 7919 % 2000 * PAGE as u64;
     let source = Arc::new(Scripted::new(2000 * PAGE as u64).failing(bad..bad + 1));
     let region = builder(&source).replay(&recorded).build(&manual).unwrap();
-    while manual.serve_ready(1000) > 0 || region.metrics().pages_installed() < 299 {}
+    serve_until(&mut manual, 1000, || region.metrics().pages_installed() == 299);
     assert_eq!(region.metrics().pages_installed(), 299);
     assert!(region.failures().is_empty(), "nobody has asked for it");
     source.repair();

@@ -1,6 +1,6 @@
 //! Signals, beside those of regions: handlers that touch regions themselves, and handlers that want the same signal.
 
-use crate::{handle_bus_errors, let_go, pattern, touch, until};
+use crate::{discard, handle_bus_errors, pattern, touch, until};
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
@@ -153,7 +153,7 @@ fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
                     ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
                     assert_ne!(touch(start + page * PAGE), 0);
                     // The other half, too, so that the handler finds pages absent.
-                    let_go(start + (page + round) % 64 * PAGE, PAGE);
+                    discard(start + (page + round) % 64 * PAGE, PAGE);
                 }
             }
             ADDRESS.store(0, Ordering::SeqCst);
@@ -178,7 +178,7 @@ fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
                 }
                 ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
                 region.populate(..).unwrap();
-                let_go(start, 64 * PAGE);
+                discard(start, 64 * PAGE);
             }
             ADDRESS.store(0, Ordering::SeqCst);
         });
@@ -337,7 +337,7 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                         .sum();
                     assert!(read > 0);
                     // A page that another thread was quicker to fill.
-                    let_go(region.as_ptr().addr().get() + 5 * PAGE, PAGE);
+                    discard(region.as_ptr().addr().get() + 5 * PAGE, PAGE);
                     assert_ne!(touch(region.as_ptr().addr().get() + 5 * PAGE), 0);
                 });
                 println!(

@@ -125,10 +125,7 @@ fn a_split_region_is_served_by_a_manual() {
                 assert!(region.as_slice() == expected, "{split:?}");
                 read.store(true, Ordering::SeqCst);
             });
-            crate::until(|| {
-                manual.serve_ready(10);
-                read.load(Ordering::SeqCst)
-            });
+            crate::serve_until(&mut manual, 10, || read.load(Ordering::SeqCst));
         });
         assert_eq!(region.metrics().pages_poisoned, 0, "{split:?}");
     }

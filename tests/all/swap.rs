@@ -2,7 +2,7 @@
 //! absent.
 
 use crate::donated::pages_of;
-use crate::{pattern, until};
+use crate::{comes_true, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, Pool, Region, Source};
@@ -52,12 +52,7 @@ impl Drop for Swap {
         let _ = fs::write(format!("/sys/block/zram{}/reset", self.number), "1");
         // A device manager may be looking at the device.
         let remove = || fs::write("/sys/class/zram-control/hot_remove", &self.number).is_ok();
-        let _ = (0..1000).any(|_| {
-            remove() || {
-                thread::yield_now();
-                false
-            }
-        });
+        comes_true(remove);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
-use crate::{let_go, pattern, touch, until};
+use crate::{comes_true, discard, pattern, touch, until};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,7 +18,7 @@ use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
 const SIGSEGV: i32 = 11;
@@ -280,16 +280,16 @@ fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
 
 /// How a child ends, by SIGKILL where it hangs: number 1 of a namespace cannot set an alarm for itself.
 fn ended_in_time(child: Pid) -> WaitStatus {
-    let started = Instant::now();
-    loop {
-        match waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap() {
-            WaitStatus::StillAlive if started.elapsed() > Duration::from_secs(20) => {
-                kill(child, Signal::SIGKILL).unwrap();
-            }
-            WaitStatus::StillAlive => thread::yield_now(),
-            ended => return ended,
-        }
+    let mut status = WaitStatus::StillAlive;
+    let ended = comes_true(|| {
+        status = waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap();
+        status != WaitStatus::StillAlive
+    });
+    if ended {
+        return status;
     }
+    kill(child, Signal::SIGKILL).unwrap();
+    waitpid(child, None).unwrap()
 }
 
 /// The child's own value of what its parent has.
@@ -311,7 +311,7 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     assert!(busy.as_slice() == bytes);
-                    let_go(busy.as_ptr().addr().get(), 200 * 4096);
+                    discard(busy.as_ptr().addr().get(), 200 * 4096);
                 }
             });
             for _ in 0..20 {
