@@ -215,7 +215,7 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
     let guest = child::spawn(test, running.socket().to_str().unwrap(), life);
     running.expect("serving");
     running.stop();
-    running.expect("left to itself");
+    running.expect("detached");
     guest.wait().expect_pass();
 }
 
@@ -259,7 +259,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     base.set_len((TOTAL / 2) as u64).unwrap();
     let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
-    running.expect("could not be had");
+    running.expect("were unavailable");
     base.set_len(TOTAL as u64).unwrap();
     // What disappears is still open.
     fs::remove_file(running.folder.path().join("base")).unwrap();
@@ -280,8 +280,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
     let running = Running::start();
     let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
-    running
-        .expect("has 409600 bytes of memory, and the memory file 8192000: this is another guest's snapshot");
+    running.expect("has 409600 bytes of memory, but the memory file has 8192000");
 }
 
 #[test]
@@ -387,7 +386,8 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     let _endless = say(&vec![b' '; 2 << 20]);
     // Where the machine is slow, its time is over first.
     until(|| {
-        running.has_told("more than 1024 KiB") || running.has_told("sent nothing complete within 500ms: ")
+        running.has_told("more than 1024 KiB")
+            || running.has_told("sent no complete handshake within 500ms: ")
     });
     // More memory than there are addresses in use: nobody looks at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
@@ -400,7 +400,7 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     let end = child::spawn(test, path.to_str().unwrap(), life);
     end.wait().expect_pass();
     // Who says nothing has half a second.
-    running.expect("sent nothing complete within 500ms: 0 bytes and 0 descriptors");
+    running.expect("sent no complete handshake within 500ms: 0 bytes and 0 descriptors");
     running.expect(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
     assert_eq!((&silent).read(&mut [0; 10]).unwrap(), 0, "hung up");
 }

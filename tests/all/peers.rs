@@ -283,7 +283,7 @@ fn each_handshake_timeout_is_accepted() {
             child::spawn(test, running.socket().to_str().unwrap(), innocent).wait().expect_pass();
         } else {
             let _silent = UnixStream::connect(running.socket()).unwrap();
-            running.expect("sent nothing complete within 0ns");
+            running.expect("sent no complete handshake within 0ns");
         }
         running.stop();
     }

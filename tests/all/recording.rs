@@ -227,7 +227,7 @@ fn an_idle_guest_leaves_the_recording_to_the_next_guest() {
     first.kill();
     until(|| recorder.has_told("ended") == 1);
     assert_eq!(Recording::read(recorder.path()).unwrap(), good, "an empty recording replaces none");
-    assert_eq!(recorder.has_told("nothing was touched"), 1);
+    assert_eq!(recorder.has_told("touched no page"), 1);
     let mut idle = guest("");
     until(|| recorder.has_told("serving") == 2);
     let mut busy = guest("70,3,9,4");

@@ -191,10 +191,12 @@ fn to_json(event: &Event<'_>) -> Value {
         Event::Restored { owner, bytes, .. } => {
             json!({"event": "restored", "pid": owner.pid().as_raw(), "bytes": bytes})
         }
-        Event::Refused { owner, why } => json!({"event": "refused", "pid": owner, "why": why.to_string()}),
-        Event::Ended { owner, metrics, lost } => json!({
+        Event::Refused { owner, reason } => {
+            json!({"event": "refused", "pid": owner, "reason": reason.to_string()})
+        }
+        Event::Ended { owner, metrics, pages_lost } => json!({
             "event": "ended", "pid": owner.pid().as_raw(), "faults": metrics.faults,
-            "pages": metrics.pages_installed(), "pages_lost": lost,
+            "pages": metrics.pages_installed(), "pages_lost": pages_lost,
         }),
         Event::Recorded { owner, path, outcome } => json!({
             "event": "recorded", "pid": owner.pid().as_raw(), "path": path.display().to_string(),

@@ -75,7 +75,7 @@ fn told_to_stop_under_load_it_leaves_its_guests_complete() {
         assert!(handler.wait().unwrap().success());
         guest.wait().expect_pass();
         let said: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
-        let words = ["listening", "serving", "left to itself"];
+        let words = ["listening", "serving", "detached"];
         let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"detached""#];
         let expected = if more.is_empty() { words } else { keys };
         assert_eq!(said.len(), 3, "{said:?}");
@@ -314,7 +314,7 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
         life(Path::new(""));
     }
     for (loss, expected) in
-        [("poison", "a process of another PID namespace: ended after"), ("kill", "cannot be ended")]
+        [("poison", "a process of another PID namespace: ended after"), ("kill", "cannot be killed")]
     {
         let folder = tempfile::tempdir().unwrap();
         memory(&folder.path().join("memory"));

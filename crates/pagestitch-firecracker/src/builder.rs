@@ -1,4 +1,4 @@
-//! Describing a handler, and having it listen.
+//! The options of a handler.
 
 use crate::guest::{OnStop, Service};
 use crate::handler::Settings;
@@ -16,7 +16,7 @@ impl Handler {
     }
 }
 
-/// Describes a handler. Made by [`Handler::builder`].
+/// The options of a handler. Made by [`Handler::builder`].
 #[derive(Debug)]
 #[must_use]
 pub struct Builder {
@@ -48,69 +48,74 @@ impl Builder {
         }
     }
 
-    /// Who answers faults: by default a pool of its own.
+    /// Serves faults from this pool. By default the handler starts a pool of its own.
     pub fn pool(mut self, pool: &Pool) -> Self {
         self.pool = Some(pool.clone());
         self
     }
 
-    /// What becomes of a guest when bytes of its memory cannot be had. By default whoever touches them gets SIGBUS.
+    /// Sets the consequence for a guest if bytes of its memory are unavailable. By default the
+    /// thread that touches them gets SIGBUS.
     pub const fn on_loss(mut self, loss: Loss) -> Self {
         self.loss = loss;
         self
     }
 
-    /// What becomes of guests when the handler is told to stop. By default their memory is filled.
+    /// Sets the consequence of a shutdown for the guests. By default the handler fills their
+    /// memory.
     pub const fn on_stop(mut self, on_stop: OnStop) -> Self {
         self.on_stop = on_stop;
         self
     }
 
-    /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
+    /// Sets how far ahead of a sequential reader pages are filled. By default
+    /// [`Readahead::Adaptive`].
     pub const fn readahead(mut self, readahead: Readahead) -> Self {
         self.readahead = readahead;
         self
     }
 
-    /// Takes the time of the parts of each fault: see [`Meter::latency`](pagestitch::Meter::latency).
+    /// Measures the parts of each fault: see [`Meter::latency`](pagestitch::Meter::latency).
     pub const fn timed(mut self) -> Self {
         self.timed = true;
         self
     }
 
-    /// Serves guests in *this* process, too, whose memory is promised for: in a test, say. By default they are refused.
+    /// Also serves guests in *this* process, whose memory the promise covers: in a test, for
+    /// example. By default the handler refuses them.
     pub const fn own_memory(mut self, promise: OwnMemory) -> Self {
         self.own = Some(promise);
         self
     }
 
-    /// How long a client may take to send its handshake. By default 5 seconds.
+    /// Limits the time in which a client must send its handshake. By default 5 seconds.
     pub const fn handshake_timeout(mut self, handshake_timeout: Duration) -> Self {
         self.handshake_timeout = handshake_timeout;
         self
     }
 
-    /// Writes in which order the first guest touches its memory to a file, when it ends or is left to itself. For that guest nothing
-    /// is filled ahead or replayed. A guest that touches nothing leaves the recording to the next one, and the file as it is.
+    /// Writes the order of a guest's first touches to a file, when the guest ends or is detached.
+    /// The first guest with a touch is recorded; a guest without one leaves the file as it is. The
+    /// handler neither prefetches nor replays for the recorded guest.
     pub fn record(mut self, path: impl Into<PathBuf>) -> Self {
         self.record = Some(path.into());
         self
     }
 
-    /// Fills the pages of a recording of an earlier guest, for each guest, as soon as it is there. A guest with pages of another size
-    /// than the recorded ones is served without.
+    /// Fills the recorded pages of each guest as soon as it connects. A guest whose page size
+    /// differs from that of the recording is served without it.
     pub fn replay(mut self, recording: Recording) -> Self {
         self.replay = Some(recording);
         self
     }
 
-    /// Listens at a path. A socket that nobody listens at any more is replaced.
+    /// Listens at a path. A socket at which no process listens any more is replaced.
     ///
     /// # Errors
     ///
-    /// [`Error::InUse`] if another handler listens there; [`Error::NotASocket`] if something else is there;
-    /// [`Error::Listen`]; [`Error::Memory`] if a pool cannot be had, or a recording could not be written;
-    /// [`Error::RecordingMismatch`] if the one to replay is of other memory.
+    /// [`Error::InUse`] if another handler listens there; [`Error::NotASocket`] if another file is
+    /// there; [`Error::Listen`]; [`Error::Memory`] if no pool can start, or a recording could not
+    /// be written; [`Error::RecordingMismatch`] if the recording to replay is of other memory.
     pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
         let path = path.into();
         check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
@@ -126,7 +131,8 @@ impl Builder {
     }
 }
 
-/// Fails now, and not when guests are there.
+/// Checks both recordings before the first guest connects, because later their failure would lose
+/// data.
 fn check_recordings(
     snapshot: &Snapshot,
     replay: Option<&Recording>,

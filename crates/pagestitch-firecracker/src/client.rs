@@ -1,5 +1,5 @@
-//! A peer that has connected, until it is a guest or refused. What it sends is read, and closed, in a thread of its own: see
-//! `peer_threads`.
+//! A connected peer before it becomes a guest or is refused. A thread of its own reads and closes
+//! its data: see `peer_threads`.
 
 use crate::handshake::{GuestMappings, Handshake, HandshakeError, PartialHandshake};
 use crate::peer_threads::ResultSender;
@@ -16,33 +16,33 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-/// A peer that has connected, and is not served yet.
+/// A connected peer that is not served yet.
 #[derive(Debug)]
 pub(crate) struct Client {
     stream: UnixStream,
     user: u32,
-    /// Held from when the connection was taken.
+    /// Opened when the connection was accepted.
     process: Result<Arc<Process>, Errno>,
-    /// Whether that is the process that connected, whatever has become of its number.
+    /// True if `process` is certainly the process that connected, even if its pid was reused.
     certain: bool,
     handshake: PartialHandshake,
-    /// None: it may take for ever.
+    /// The end of its time; none if it has no limit.
     until: Option<Instant>,
-    /// Whether there is something to read.
+    /// True if the stream has data to read.
     readable: bool,
-    /// Why it is to be refused.
+    /// The reason for its refusal.
     verdict: Option<HandshakeError>,
 }
 
-/// What is declared for all clients.
+/// The conditions that all clients must meet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Requirements {
     pub(crate) loss: Loss,
-    /// How much memory a guest has.
+    /// The bytes of memory of a guest.
     pub(crate) bytes: u64,
 }
 
-/// A guest that can be served.
+/// A guest with a complete handshake.
 #[derive(Debug)]
 pub(crate) struct ReadyGuest {
     pub(crate) client: Client,
@@ -51,15 +51,15 @@ pub(crate) struct ReadyGuest {
     pub(crate) uffd: OwnedFd,
 }
 
-/// What a look at a client has found.
+/// The result of one step with a client.
 #[derive(Debug)]
 pub(crate) enum ClientOutcome {
-    /// There is more to come.
+    /// The handshake is incomplete.
     Waiting(Client),
     Complete(Box<ReadyGuest>),
     Refused {
         owner: Option<i32>,
-        why: HandshakeError,
+        reason: HandshakeError,
     },
 }
 
@@ -67,7 +67,7 @@ impl Client {
     pub(crate) fn new(stream: UnixStream, handshake_timeout: Duration) -> Self {
         let user = getsockopt(&stream, PeerCredentials).map_or(u32::MAX, |peer| peer.uid());
         let process = Process::peer(&stream).map(Arc::new);
-        // Too far off to be told: never.
+        // A moment that `Instant` cannot represent counts as no limit.
         let until = Instant::now().checked_add(handshake_timeout);
         let (handshake, certain) = (PartialHandshake::default(), peers_are_certain());
         Self { stream, user, process, certain, handshake, until, readable: false, verdict: None }
@@ -81,12 +81,12 @@ impl Client {
         self.stream
     }
 
-    /// When its time is over, if it still has time.
+    /// The end of its time, if the client still waits for data.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.until.filter(|_| !self.is_ready())
     }
 
-    /// Whether there is something to do for it.
+    /// True if a thread has work to do for this client.
     pub(crate) const fn is_ready(&self) -> bool {
         self.readable || self.verdict.is_some()
     }
@@ -99,27 +99,27 @@ impl Client {
         self.readable = true;
     }
 
-    /// Has it refused when it is seen to, if it is not complete by then.
-    pub(crate) fn refuse(&mut self, why: HandshakeError) {
-        self.verdict.get_or_insert(why);
+    /// Refuses the client in its next step, unless its handshake is complete by then.
+    pub(crate) fn refuse(&mut self, reason: HandshakeError) {
+        self.verdict.get_or_insert(reason);
     }
 
-    /// Refuses it where its time is over: also a client that sends a byte now and then.
+    /// Refuses the client if its time is over, even if it sends a byte now and then.
     pub(crate) fn expire(&mut self, now: Instant, handshake_timeout: Duration) {
         if self.until.is_some_and(|until| until <= now) {
             self.refuse(self.handshake.late(handshake_timeout));
         }
     }
 
-    /// A complete handshake that cannot be served after all.
-    pub(crate) fn refused(mut self, handed: Handshake, why: HandshakeError) -> Self {
+    /// Takes back a complete handshake that cannot be served.
+    pub(crate) fn refused(mut self, handed: Handshake, reason: HandshakeError) -> Self {
         self.handshake = PartialHandshake::of(handed);
-        self.refuse(why);
+        self.refuse(reason);
         self
     }
 
-    /// Reads what has come, and tells what it is; refuses the client where that is no handshake, and closes what it has sent: this
-    /// may take as long as the client likes.
+    /// Reads the data of the client and sends the result. Refuses the client if the data is no
+    /// handshake, and closes what it sent. A client can make this take arbitrarily long.
     pub(crate) fn handle(
         (mut client, requirements): (Self, Requirements),
         results: &ResultSender<ClientOutcome>,
@@ -129,9 +129,9 @@ impl Client {
             Ok(Some((owner, Handshake { mappings, uffd }))) => {
                 results.send(ClientOutcome::Complete(Box::new(ReadyGuest { client, owner, mappings, uffd })));
             }
-            Err(why) => {
+            Err(reason) => {
                 client.poison_or_kill(requirements);
-                results.send(ClientOutcome::Refused { owner: client.name(), why });
+                results.send(ClientOutcome::Refused { owner: client.name(), reason });
             }
         }
     }
@@ -144,14 +144,14 @@ impl Client {
         let Some(handed) = handed else { return self.verdict.take().map_or(Ok(None), Err) };
         match self.check(requirements, &handed) {
             Ok(owner) => Ok(Some((owner, handed))),
-            Err(why) => {
+            Err(reason) => {
                 self.handshake = PartialHandshake::of(handed);
-                Err(why)
+                Err(reason)
             }
         }
     }
 
-    /// Reads what has come.
+    /// Reads the data of the client.
     fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
         match fd_passing::receive_all(&self.stream, &mut buffer) {
@@ -161,7 +161,7 @@ impl Client {
         }
     }
 
-    /// The process of a guest, if all is there that serving it takes.
+    /// The process of a guest, if the guest meets all conditions.
     fn check(
         &mut self,
         requirements: Requirements,
@@ -184,12 +184,13 @@ impl Client {
         Ok(process)
     }
 
-    /// Sees to it that a guest that is refused does not wait for its memory for ever.
+    /// Poisons the memory of a refused guest, or kills its process, so that it does not wait for
+    /// ever.
     fn poison_or_kill(&mut self, requirements: Requirements) {
         let (fds, announced) = self.handshake.give_up();
         let process = self.process.as_ref().ok().map(Arc::as_ref);
         for uffd in fds {
-            // A process that has the number of one that has ended holds no userfaultfd of it.
+            // A process that reused the pid of a dead peer holds no userfaultfd of it.
             let certain = |process: &&Process| self.certain || process.holds(&uffd) == Ok(true);
             let max_bytes = requirements.bytes.saturating_mul(MAX_POISON_FACTOR);
             let refused = RefusedGuest {
@@ -202,7 +203,7 @@ impl Client {
         }
     }
 
-    /// The number of its process, where no other can have it.
+    /// The pid of its process, unless another process may have the same pid.
     fn name(&self) -> Option<i32> {
         let process = self.process.as_ref().ok().filter(|process| self.certain && !process.has_ended())?;
         Some(process.pid().as_raw()).filter(|&pid| pid > 0)
@@ -225,5 +226,6 @@ fn pages_can_be_poisoned() -> bool {
     *POISON.get_or_init(|| handshake_probe().map_or(true, |features| features.contains(Features::POISON)))
 }
 
-/// A refused guest with so many times the memory of the snapshot is ended: each of its pages would have to be marked.
+/// A refused guest with more than this many times the memory of the snapshot is killed, because
+/// poisoning each of its pages would take too long.
 const MAX_POISON_FACTOR: u64 = 8;

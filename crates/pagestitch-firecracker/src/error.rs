@@ -1,68 +1,74 @@
-//! The reasons why a handler cannot start or go on.
+//! The reasons reason a handler cannot start or go on.
 
 use std::io;
 use std::path::PathBuf;
 
-/// A handler cannot start, or go on. `Display` is a line for a person.
+/// The reason reason a handler cannot start or go on. `Display` is a line for a person.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// No memory file was named.
+    /// The snapshot has no memory file.
     #[error(
         "a snapshot needs at least one memory file: name the base first, then the diffs over it, oldest first"
     )]
     NoFiles,
-    /// A memory file, or a recording's path, cannot be used.
+    /// A memory file, or the path of a recording, is unusable.
     #[error(transparent)]
     Memory(#[from] pagestitch::Error),
-    /// A memory file's extents cannot be asked for.
+    /// The extents of a memory file cannot be read or written.
     #[error("cannot read or write the extents of {path}: {source}")]
     Extents {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// A diff has no proof of which of its bytes are its own.
+    /// A diff has no extents that prove its changed bytes.
     #[error(
-        "{0} is a diff, and its holes prove nothing, because a copy may add and fill some: write its extents where Firecracker made \
+        "the diff {0} has no file of extents, and its holes prove nothing, because a copy may add or fill holes: write its extents where Firecracker made \
          it (pagestitch extents), or trust its holes (--assume-holes, Holes::Unchanged)"
     )]
     MissingExtents(PathBuf),
-    /// The holes of a diff are not known.
+    /// The holes of a diff are unknown.
     #[error(
-        "the holes of {path} are not known: {why}; write its extents where Firecracker made it (pagestitch extents)"
+        "the holes of {path} are unknown, because {reason}: write its extents where Firecracker made it (pagestitch extents)"
     )]
     UnknownHoles {
         /// The diff.
         path: PathBuf,
-        /// Why not.
-        why: &'static str,
+        /// The reason.
+        reason: &'static str,
     },
-    /// A file of extents is damaged, or another diff's.
-    #[error("{0} is no list of extents of this diff, or was cut short: write it anew (pagestitch extents)")]
+    /// A file of extents is damaged, or belongs to another diff.
+    #[error(
+        "{0} is not the list of extents of this diff, or is truncated: write it again (pagestitch extents)"
+    )]
     BadExtents(PathBuf),
-    /// A diff is not as long as its base.
-    #[error("{path} has {bytes} bytes and its base {base}: a diff is as long as the memory that it changes")]
+    /// A diff and its base differ in length.
+    #[error(
+        "{path} has {bytes} bytes and its base {base}: name a diff of this base, which has the same length"
+    )]
     LengthMismatch {
         /// The diff.
         path: PathBuf,
         /// Its length.
         bytes: u64,
-        /// The base's length.
+        /// The length of the base.
         base: u64,
     },
-    /// A memory file is not whole pages.
-    #[error("{path} has {bytes} bytes, which is not whole pages: it is no memory file, or was cut short")]
+    /// The length of a memory file is not a whole number of pages.
+    #[error(
+        "{path} has {bytes} bytes, which is not a whole number of pages: name a memory file that is not truncated"
+    )]
     NotPageAligned {
         /// The file.
         path: PathBuf,
         /// Its length.
         bytes: u64,
     },
-    /// A recording to replay is of other memory.
+    /// The recording to replay is of other memory.
     #[error(
-        "the recording is of {recorded} bytes of memory, and the memory file has {bytes}: record the guest of this snapshot"
+        "the recording is of {recorded} bytes of memory, but the memory file has {bytes}: record a guest of this snapshot"
     )]
     RecordingMismatch {
         /// The bytes of the recorded memory.
@@ -70,21 +76,21 @@ pub enum Error {
         /// The bytes of the snapshot.
         bytes: u64,
     },
-    /// Somebody else listens at the socket's path.
+    /// Another handler listens at the path of the socket.
     #[error("{0} is in use: another handler listens there; stop it, or choose another path")]
     InUse(PathBuf),
-    /// Something that is no socket is at the socket's path.
+    /// The path of the socket holds a file that is no socket.
     #[error("{0} exists and is no socket: choose another path, or remove it")]
     NotASocket(PathBuf),
-    /// The socket cannot be had.
+    /// The socket cannot be opened.
     #[error("cannot listen at {path}: {source}")]
     Listen {
         /// Its path.
         path: PathBuf,
-        /// What the kernel answered.
+        /// The error of the kernel.
         source: io::Error,
     },
-    /// The handler's own descriptors.
-    #[error("the handler cannot go on: {0}")]
+    /// The handler cannot wait for its descriptors.
+    #[error("the handler cannot wait for its descriptors: {0}")]
     Poll(#[source] io::Error),
 }

@@ -1,11 +1,11 @@
-//! What a handler tells.
+//! The events that a handler reports.
 
 use crate::HandshakeError;
 use pagestitch::{Meter, Metrics, Process};
 use std::fmt;
 use std::path::Path;
 
-/// What has happened. `Display` is a line for a person.
+/// An event of a handler. `Display` is a line for a person.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -13,41 +13,42 @@ pub enum Event<'a> {
     Restored {
         /// Its VMM.
         owner: &'a Process,
-        /// How much memory it has.
+        /// The bytes of its memory.
         bytes: u64,
-        /// What happens in it.
+        /// The counters of its memory.
         meter: Meter,
     },
-    /// A client is not served.
+    /// A client is refused.
     Refused {
-        /// Its process, if it can be told.
+        /// Its pid, if it is known.
         owner: Option<i32>,
-        /// Why not.
-        why: &'a HandshakeError,
+        /// The reason.
+        reason: &'a HandshakeError,
     },
-    /// A guest's VMM has ended.
+    /// The VMM of a guest has ended.
     Ended {
-        /// It.
+        /// The VMM.
         owner: &'a Process,
-        /// What was done for it.
+        /// The final counters of the guest.
         metrics: Metrics,
-        /// Pages whose bytes could not be had.
-        lost: usize,
+        /// The number of pages whose bytes were unavailable.
+        pages_lost: usize,
     },
-    /// The first touches of a guest were written to a file; of a guest that touched nothing, they were not.
+    /// The first touches of a guest were written to a file, or the guest touched nothing.
     Recorded {
         /// Its VMM.
         owner: &'a Process,
         /// The file.
         path: &'a Path,
-        /// How many pages, or why it could not be written.
+        /// The number of pages, or the reason reason the file could not be written.
         outcome: Result<usize, pagestitch::Error>,
     },
-    /// A guest was left to itself, with all of its memory or, if it is an error, without.
+    /// A guest runs without the handler from now on: with all of its memory or, after an error,
+    /// without some of it.
     Detached {
         /// Its VMM.
         owner: &'a Process,
-        /// What was done for it.
+        /// The final counters of the guest.
         outcome: Result<Metrics, pagestitch::Error>,
     },
 }
@@ -56,9 +57,11 @@ impl fmt::Display for Event<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Restored { owner, bytes, .. } => write!(f, "{owner}: serving {} MiB", bytes >> 20),
-            Self::Refused { owner: Some(pid), why } => write!(f, "process {pid}: refused: it {why}"),
-            Self::Refused { owner: None, why } => write!(f, "a client: refused: it {why}"),
-            Self::Ended { owner, metrics, lost: 0 } => {
+            Self::Refused { owner: Some(pid), reason } => {
+                write!(f, "process {pid}: refused, because it {reason}")
+            }
+            Self::Refused { owner: None, reason } => write!(f, "a client: refused, because it {reason}"),
+            Self::Ended { owner, metrics, pages_lost: 0 } => {
                 write!(
                     f,
                     "{owner}: ended after {} faults, {} pages",
@@ -66,22 +69,24 @@ impl fmt::Display for Event<'_> {
                     metrics.pages_installed()
                 )
             }
-            Self::Ended { owner, lost, .. } => {
-                write!(f, "{owner}: ended; {lost} pages of it could not be had")
+            Self::Ended { owner, pages_lost, .. } => {
+                write!(f, "{owner}: ended; {pages_lost} of its pages were unavailable")
             }
             Self::Recorded { owner, path, outcome: Ok(0) } => {
-                write!(f, "{owner}: nothing was touched: {} is left as it was", path.display())
+                write!(f, "{owner}: touched no page; {} is unchanged", path.display())
             }
             Self::Recorded { owner, path, outcome: Ok(pages) } => {
                 write!(f, "{owner}: {pages} first touches recorded in {}", path.display())
             }
             Self::Recorded { owner, outcome: Err(error), .. } => {
-                write!(f, "{owner}: its first touches are lost: {error}")
+                write!(f, "{owner}: first touches not recorded: {error}")
             }
             Self::Detached { owner, outcome: Ok(metrics) } => {
-                write!(f, "{owner}: left to itself, {} pages filled", metrics.pages_installed())
+                write!(f, "{owner}: detached, {} pages filled", metrics.pages_installed())
             }
-            Self::Detached { owner, outcome: Err(error) } => write!(f, "{owner}: left incomplete: {error}"),
+            Self::Detached { owner, outcome: Err(error) } => {
+                write!(f, "{owner}: detached with missing pages: {error}")
+            }
         }
     }
 }

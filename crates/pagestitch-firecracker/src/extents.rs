@@ -1,13 +1,13 @@
-//! Which bytes of a diff are its own. The file itself does not prove that: a hole may be memory that did not change, or a page of
-//! zeros that a copy left out; and data may be a page that changed, or a hole that a copy filled, or that the file system does not
-//! tell.
+//! The ranges of a diff that hold changed memory. The file itself does not prove them. A hole may
+//! be unchanged memory, or a page of zeros that a copy left out. Data may be a changed page, a hole
+//! that a copy filled, or a hole that the file system does not report.
 //!
 //! ```text
 //!   pagestitch-extents 1
-//!   bytes 536870912            the diff's length
-//!   4096 12288                 from, to: bytes, whole pages, in order
+//!   bytes 536870912            the length of the diff
+//!   4096 12288                 start and end in bytes: whole pages, in order
 //!   1048576 1052672
-//!   end 2                      as many lines, so that a file that was cut short is no proof
+//!   end 2                      the number of these lines: a truncated file is no proof
 //! ```
 
 use crate::Error;
@@ -22,8 +22,9 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The ranges of a diff that hold changed memory. Written to a file beside the diff, `DIFF.extents`, they are the proof that
-/// [`Snapshot::open`](crate::Snapshot::open) asks for, and survive every way of copying the two.
+/// The ranges of a diff that hold changed memory. Kept in a file beside the diff, `DIFF.extents`,
+/// they are the proof that [`Snapshot::open`](crate::Snapshot::open) needs, and survive every way
+/// to copy the two files.
 ///
 /// ```no_run
 /// use pagestitch_firecracker::Extents;
@@ -39,44 +40,46 @@ pub struct Extents {
 }
 
 impl Extents {
-    /// Asks the file system for the holes of a diff, and takes each hole for memory that did not change. True of the file that
-    /// Firecracker has written; a copy may have lost holes, or have others.
+    /// Asks the file system for the holes of a diff, and takes each hole for unchanged memory. That
+    /// is true of the file that Firecracker has written; a copy may have lost holes, or have other
+    /// ones.
     ///
     /// # Errors
     ///
-    /// [`Error::UnknownHoles`] where the file system does not tell of holes page by page, or the file has none; [`Error::Extents`].
+    /// [`Error::UnknownHoles`] if the file system does not report holes page by page, or the file
+    /// has none; [`Error::Extents`].
     pub fn of(diff: impl AsRef<Path>) -> Result<Self, Error> {
         let path = diff.as_ref();
         let failed = |source| Error::Extents { path: path.into(), source };
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
-        let refused = |why| Err(Error::UnknownHoles { path: path.into(), why });
+        let refused = |reason| Err(Error::UnknownHoles { path: path.into(), reason });
         if !metadata.is_file() {
             return refused("only a regular file has holes");
         }
         let system = fstatfs(&file).map_err(|errno| failed(errno.into()))?;
-        // A tmpfs of huge pages tells only its file's.
+        // A tmpfs of huge pages reports holes of whole huge pages only.
         let huge = system.filesystem_type() == TMPFS_MAGIC && metadata.blksize() > PAGE;
         if huge || u64::try_from(system.block_size()).is_ok_and(|bytes| bytes > PAGE) {
             return refused(
-                "its file system has blocks larger than a page: a hole inside one is told as data",
+                "its file system has blocks larger than a page: a hole inside a block is reported as data",
             );
         }
         let bytes = metadata.len();
         let ranges = data_in(&file, bytes).map_err(failed)?;
         match ranges.as_deref() {
-            None => refused("its file system does not tell of holes"),
+            None => refused("its file system does not report holes"),
             Some([all]) if *all == (0..bytes) && metadata.blocks() * 512 < bytes => {
-                refused("it takes less space than it has bytes, and its file system tells of no hole")
+                refused("it occupies less space than its length, but its file system reports no hole")
             }
             Some([all]) if *all == (0..bytes) => refused(
-                "it has no hole: a copy has filled them; or it is all of the memory: name it as the base",
+                "it has no hole: a copy has filled them, or it is a full snapshot (name that as the base)",
             ),
             Some(_) => Ok(Self { bytes, ranges: ranges.unwrap_or_default() }),
         }
     }
 
-    /// Where the extents of a diff are kept: `DIFF.extents`.
+    /// The path of the extents of a diff: `DIFF.extents`.
     #[must_use]
     pub fn path_for(diff: impl AsRef<Path>) -> PathBuf {
         let mut path = diff.as_ref().as_os_str().to_owned();
@@ -84,11 +87,11 @@ impl Extents {
         path.into()
     }
 
-    /// Writes them beside the diff, all or nothing. The path is that of the diff.
+    /// Writes the extents beside the diff at this path, all or nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Extents`] names the file and what the kernel answered.
+    /// [`Error::Extents`] names the file and the error of the kernel.
     pub fn write(&self, diff: impl AsRef<Path>) -> Result<PathBuf, Error> {
         let path = Self::path_for(diff);
         match replace(&path, self.to_text().as_bytes()) {
@@ -97,7 +100,7 @@ impl Extents {
         }
     }
 
-    /// Those that are kept beside a diff, if there are any.
+    /// The extents that are kept beside a diff, if there are any.
     pub(crate) fn beside(diff: &Path) -> Result<Option<Self>, Error> {
         let path = Self::path_for(diff);
         let text = match fs::read_to_string(&path) {
@@ -108,7 +111,7 @@ impl Extents {
         Self::parse(&text).map(Some).ok_or(Error::BadExtents(path))
     }
 
-    /// How many bytes the diff has.
+    /// The bytes of the diff.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
         self.bytes
@@ -148,20 +151,22 @@ impl Extents {
     }
 }
 
-/// The ranges of a file that are not sparse, whole pages; None where the file system does not know of holes. See `lseek(2)`.
+/// The ranges of a file that are data, in whole pages; None if the file system does not know of
+/// holes. See `lseek(2)`.
 pub(crate) fn data_in(file: &File, bytes: u64) -> io::Result<Option<Vec<Range<u64>>>> {
     let mut extents: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
     while at < bytes {
         let start = match lseek(file, at.cast_signed(), Whence::SeekData) {
             Ok(start) => start.cast_unsigned(),
-            // Nothing but a hole up to the end.
+            // The rest of the file is a hole.
             Err(Errno::ENXIO) => break,
             Err(Errno::EINVAL) if at == 0 => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
         let end = lseek(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned();
-        // A hole is seen by blocks of the file system, which may be smaller than a page, where all is told.
+        // The file system reports holes by its own blocks, which may be smaller than a page. A page
+        // with any data is data.
         let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(bytes));
         match extents.last_mut() {
             Some(before) if before.end >= first => before.end = last,
@@ -182,7 +187,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn extents_that_were_written_are_read(lengths in prop::collection::vec((1u64..9, 1u64..9), 0..50)) {
+        fn extents_survive_a_round_trip(lengths in prop::collection::vec((1u64..9, 1u64..9), 0..50)) {
             let mut at = 0;
             let ranges = lengths.iter().map(|(gap, pages)| {
                 let start = at + gap * PAGE;
@@ -200,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn extents_that_cannot_be_are_refused() {
+    fn malformed_extents_are_refused() {
         for ranges in [
             "4096 4096",
             "4096 8191",

@@ -1,4 +1,4 @@
-//! One guest: its memory, as it is served.
+//! One guest, while its memory is served.
 
 use crate::Snapshot;
 use crate::handshake::{GuestMappings, HandshakeError};
@@ -9,28 +9,28 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// What becomes of guests when their handler is told to stop.
+/// The consequence of a shutdown for the guests of a handler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum OnStop {
-    /// What is missing of their memory is filled; they go on without a handler.
+    /// The handler fills the missing pages. The guests then run without it.
     #[default]
     Finish,
-    /// What is missing is lost: see [`Loss`].
+    /// The missing pages are unavailable from then on: see [`Loss`].
     Abandon,
 }
 
-/// A guest that is being served.
+/// A guest that is served.
 #[derive(Debug)]
 pub(crate) struct ServedGuest {
     region: AdoptedRegion,
     owner: Arc<Process>,
-    /// Whether its first touches are taken down.
+    /// True if its first touches are recorded.
     recorded: bool,
     /// Kept open, as Firecracker keeps its end.
     _stream: UnixStream,
 }
 
-/// How the memory of guests is served.
+/// The options with which guests are served.
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) snapshot: Snapshot,
@@ -39,12 +39,12 @@ pub(crate) struct Service {
     pub(crate) readahead: Readahead,
     pub(crate) replay: Option<Recording>,
     pub(crate) timed: bool,
-    /// Whether guests of this process are served.
+    /// The promise that covers guests of this process; none refuses them.
     pub(crate) own: Option<OwnMemory>,
 }
 
 impl Service {
-    /// Starts to serve a guest's memory. `record`: its first touches are taken down.
+    /// Serves the memory of a guest. `record`: records its first touches.
     pub(crate) fn serve(
         &self,
         record: bool,
@@ -65,9 +65,9 @@ impl Service {
         let builder = Region::builder().name(owner.to_string()).readahead(*readahead);
         let builder = if record { builder.record() } else { builder };
         let builder = if *timed { builder.timed() } else { builder };
-        // A page that is replayed has no first touch.
+        // A replayed page has no first touch, so a recorded guest is not replayed.
         let replay = replay.iter().filter(|_| !record);
-        let replay = replay.filter(|recording| has_pages_of(recording, mappings, owner));
+        let replay = replay.filter(|recording| has_page_size_of(recording, mappings, owner));
         let builder = replay.fold(builder, |builder, recording| builder.replay(recording));
         Ok(builder.chunks(snapshot.chunks()).build_adopted(memory, pool)?)
     }
@@ -83,12 +83,12 @@ impl ServedGuest {
         Self { region, owner, recorded, _stream: stream }
     }
 
-    /// Its VMM, readable when that has ended.
+    /// Its VMM. The descriptor is readable after the VMM has ended.
     pub(crate) const fn owner(&self) -> &Arc<Process> {
         &self.owner
     }
 
-    /// Whether first touches are taken down, and there are some.
+    /// True if first touches are recorded, and there are some.
     pub(crate) fn is_recorded(&self) -> bool {
         self.recorded && self.region.metrics().faults > 0
     }
@@ -97,12 +97,13 @@ impl ServedGuest {
         &self.region
     }
 
-    /// Nobody is there any more.
+    /// Releases the memory of a guest that has ended.
     pub(crate) fn close(self) -> Metrics {
         self.region.close()
     }
 
-    /// Leaves the guest to itself. `hurry` is asked now and then, and ends the filling when it is true.
+    /// Detaches the guest. `hurry` is called now and then, and ends the filling when it returns
+    /// true.
     pub(crate) fn detach(
         self,
         how: OnStop,
@@ -115,11 +116,12 @@ impl ServedGuest {
     }
 }
 
-/// Whether a recording is of pages as this guest has them. If not, the guest is better served without it than refused.
-fn has_pages_of(recording: &Recording, mappings: &GuestMappings, owner: &Process) -> bool {
+/// True if the recording has the page size of this guest. If not, the guest is served without it,
+/// which is better than a refusal.
+fn has_page_size_of(recording: &Recording, mappings: &GuestMappings, owner: &Process) -> bool {
     let (recorded, has) = (recording.page_bytes() as u64, mappings.page_bytes());
     if recorded != has {
-        tracing::warn!(guest = %owner, recorded, has, "the recording is of pages of another size: not replayed");
+        tracing::warn!(guest = %owner, recorded, has, "the recording has another page size and is not replayed");
     }
     recorded == has
 }

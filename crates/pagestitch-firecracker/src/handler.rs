@@ -1,10 +1,11 @@
-//! The handler: one thread that listens, takes guests in, and sees them end. Their faults are the pool's.
+//! The handler: one thread that accepts guests, and notices their end. The pool serves their
+//! faults.
 //!
 //! ```text
-//!               ┌─ stop ──────── drain: fill what is missing of each guest, and let it go
+//!               ┌─ shutdown ──── drain: fill the missing pages of each guest, and detach it
 //!   poll(2) ────┼─ socket ────── accept: a handshake begins
-//!               ├─ handshakes ── read what has come; complete: a guest; never complete: refused after a time
-//!               └─ guests ────── its process has ended: forget it
+//!               ├─ handshakes ── read; complete: a guest; incomplete: refused after a time
+//!               └─ guests ────── the process has ended: release the guest
 //! ```
 
 use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
@@ -34,13 +35,13 @@ pub struct Handler {
     service: Service,
     settings: Settings,
     shutdown: ShutdownHandle,
-    /// In the order in which they came.
+    /// In the order of their connections.
     clients: Vec<Client>,
     peer_threads: PeerThreads<ClientOutcome>,
-    /// Clients that an errand has, and has not told of.
+    /// The number of clients that a peer thread holds.
     in_progress: usize,
     guests: Vec<ServedGuest>,
-    /// Where there was no descriptor for another client: when that is tried again.
+    /// Set after the process ran out of descriptors: the time of the next attempt to accept.
     accept_paused_until: Option<Instant>,
 }
 
@@ -54,7 +55,7 @@ pub(crate) struct Settings {
 }
 
 impl Handler {
-    /// Listens, with no guest yet.
+    /// Makes a handler without guests.
     pub(crate) fn new(
         socket: Socket,
         service: Service,
@@ -77,19 +78,20 @@ impl Handler {
         })
     }
 
-    /// What to stop it by.
+    /// A handle that shuts the handler down.
     #[must_use]
     pub fn shutdown_handle(&self) -> ShutdownHandle {
         self.shutdown.clone()
     }
 
-    /// Where it listens.
+    /// The path of the listening socket.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Serves until it is told to stop, and tells what happens. Then leaves each guest [as declared](Builder::on_stop).
+    /// Serves until its shutdown, and calls `on_event` for each event. Then detaches each guest as
+    /// [`on_stop`](crate::Builder::on_stop) says.
     ///
     /// # Errors
     ///
@@ -102,12 +104,13 @@ impl Handler {
                 Err(error) => break Err(error),
             }
         };
-        // Whatever the reason: guests hang if nobody leaves them.
+        // Also after an error: a guest that is not detached would hang.
         self.drain(&mut on_event);
         end
     }
 
-    /// Waits for something to do, and does some of it: no peer can keep it in one turn. False when it is told to stop.
+    /// Waits for events and handles some of them, so that no peer keeps the handler in one turn.
+    /// Returns false at shutdown.
     fn run_once(&mut self, on_event: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
         let Ready { stop, connection, ended } = self.wait(None)?;
         if stop {
@@ -122,7 +125,7 @@ impl Handler {
         Ok(true)
     }
 
-    /// Waits, not past a moment, and takes note of which clients have sent something.
+    /// Waits for events, at most until `until`, and notes which clients have sent data.
     fn wait(&mut self, until: Option<Instant>) -> Result<Ready, Error> {
         let wait = self.time_to_wait(until);
         let socket = self.socket.as_ref().filter(|_| self.takes_clients());
@@ -147,23 +150,23 @@ impl Handler {
 
     fn time_to_wait(&self, until: Option<Instant>) -> PollTimeout {
         let now = Instant::now();
-        // A client for which there is no thread is tried again.
+        // A client without a thread is tried again after a while.
         let again = self.clients.iter().any(Client::is_ready).then(|| now + RETRY_INTERVAL);
         let deadlines = self.clients.iter().filter_map(Client::deadline);
         let next = deadlines.chain(again).chain(self.accept_paused_until).chain(until).min();
         let wait = next.map(|next| next.saturating_duration_since(now));
-        // Rounded up: not to look a moment too early again and again.
+        // Rounded up, because a wait that ends too early would repeat in a loop.
         let wait = wait.map(|wait| wait.saturating_add(Duration::from_millis(1)));
         wait.map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX))
     }
 
-    /// Whether another client can be taken in now.
+    /// True if the handler accepts another client now.
     fn takes_clients(&self) -> bool {
         self.accept_paused_until.is_none_or(|until| until <= Instant::now())
             && self.clients.len() < 2 * MAX_CLIENTS
     }
 
-    /// Takes a few of those that have connected.
+    /// Accepts a few clients.
     fn accept(&mut self) {
         let room = self.descriptor_room();
         for _ in 0..room {
@@ -180,16 +183,18 @@ impl Handler {
         }
     }
 
-    /// A guest whose descriptor cannot be taken would wait for ever: it waits in the backlog until others end.
+    /// Leaves connections in the backlog until guests have ended. A guest whose descriptor does not
+    /// fit into the process would wait for ever.
     fn pause_accepting(&mut self, error: &io::Error) {
-        // Once, and not each time it is tried.
+        // Warns once, not at each attempt.
         if self.accept_paused_until.is_none() {
-            tracing::warn!(%error, "no descriptor left for another guest: it waits until one ends; raise the limit (ulimit -n)");
+            tracing::warn!(%error, "no descriptor is left for another guest, which waits until a guest ends: raise the limit (ulimit -n)");
         }
         self.accept_paused_until = Some(Instant::now() + RETRY_INTERVAL);
     }
 
-    /// For how many more clients descriptors can be had, up to as many as are taken in a turn.
+    /// The number of further clients that the process has descriptors for, up to the most of one
+    /// turn.
     fn descriptor_room(&mut self) -> usize {
         let others = self.clients.len() + self.peer_threads.running();
         let wanted = (others + MAX_ACCEPTS_PER_TURN) * DESCRIPTORS_PER_GUEST;
@@ -202,7 +207,7 @@ impl Handler {
         room
     }
 
-    /// Where there are too many clients: the user that has the most of them loses the oldest.
+    /// Refuses a client if there are too many: the oldest one of the user with the most clients.
     fn refuse_excess(&mut self) {
         let waiting = || self.clients.iter().filter(|client| !client.is_refused());
         if waiting().count() <= MAX_CLIENTS {
@@ -217,7 +222,7 @@ impl Handler {
         }
     }
 
-    /// Has clients seen to for which there is something to do, and takes in what was found out.
+    /// Starts threads for clients that have work, and takes the results of earlier ones.
     fn advance_clients(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         let seen = self.peer_threads.take_results();
         self.in_progress -= seen.len();
@@ -225,7 +230,9 @@ impl Handler {
             match seen {
                 ClientOutcome::Waiting(client) => self.clients.push(client),
                 ClientOutcome::Complete(ready) => self.start_guest(*ready, on_event),
-                ClientOutcome::Refused { owner, why } => on_event(&Event::Refused { owner, why: &why }),
+                ClientOutcome::Refused { owner, reason } => {
+                    on_event(&Event::Refused { owner, reason: &reason })
+                }
             }
         }
         let (now, requirements) = (Instant::now(), self.requirements());
@@ -249,7 +256,7 @@ impl Handler {
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {
         let ReadyGuest { client, owner, mappings, uffd } = ready;
         let record = self.settings.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
-        // Where it is refused after all, its memory is to be settled by a userfaultfd.
+        // A second descriptor, because a refusal needs the userfaultfd to poison the memory.
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
             Ok(region) => {
@@ -258,12 +265,12 @@ impl Handler {
                 on_event(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
                 self.guests.push(guest);
             }
-            Err(why) => match kept {
-                Ok(uffd) => self.clients.push(client.refused(Handshake { mappings, uffd }, why)),
+            Err(reason) => match kept {
+                Ok(uffd) => self.clients.push(client.refused(Handshake { mappings, uffd }, reason)),
                 Err(error) => {
-                    tracing::error!(guest = %owner, %error, "refused without a descriptor to settle its memory by: ended");
+                    tracing::error!(guest = %owner, %error, "guest refused and killed, because no descriptor is left to poison its memory: raise the limit (ulimit -n)");
                     let _ = owner.kill();
-                    on_event(&Event::Refused { owner: None, why: &why });
+                    on_event(&Event::Refused { owner: None, reason: &reason });
                 }
             },
         }
@@ -276,11 +283,11 @@ impl Handler {
                 self.guests.push(guest);
                 continue;
             }
-            let lost = guest.region().failures().len();
+            let pages_lost = guest.region().failures().len();
             let owner = Arc::clone(guest.owner());
             keep_recording(&mut self.settings.record, &guest, on_event);
             let metrics = guest.close();
-            on_event(&Event::Ended { owner: &owner, metrics, lost });
+            on_event(&Event::Ended { owner: &owner, metrics, pages_lost });
         }
     }
 
@@ -289,7 +296,7 @@ impl Handler {
         self.finish_handshakes(on_event);
         let (how, stop) = (self.settings.on_stop, self.shutdown.clone());
         for guest in self.guests.drain(..) {
-            // Told again: whatever is left of the event's count.
+            // True after a second shutdown request.
             let hurry = || stop.is_requested();
             let owner = Arc::clone(guest.owner());
             keep_recording(&mut self.settings.record, &guest, on_event);
@@ -298,7 +305,7 @@ impl Handler {
         }
     }
 
-    /// Takes those that have connected, and no more.
+    /// Accepts the pending connections and closes the socket.
     fn close_socket(&mut self) {
         let Some(socket) = self.socket.take() else { return };
         socket.close();
@@ -310,11 +317,13 @@ impl Handler {
                 Err(_) => break,
             }
         }
-        // Where descriptors are short, connections are left, which the kernel closes: that may wait.
+        // If descriptors are short, connections are left. The kernel closes these with the socket,
+        // which may block.
         thread::spawn(move || drop(socket));
     }
 
-    /// Serves guests whose handshakes are complete, and refuses the others: those would wait for ever.
+    /// Serves guests with complete handshakes, and refuses the others, because these would wait for
+    /// ever.
     fn finish_handshakes(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         let started = Instant::now();
         for (until, last) in [
@@ -340,7 +349,7 @@ impl Handler {
 
 impl Drop for Handler {
     fn drop(&mut self) {
-        // To close what peers have sent may wait.
+        // Dropping the data of peers may block, so a thread does it.
         let seen = self.peer_threads.close();
         let (clients, socket) = (std::mem::take(&mut self.clients), self.socket.take());
         if !seen.is_empty() || !clients.is_empty() || socket.is_some() {
@@ -349,15 +358,15 @@ impl Drop for Handler {
     }
 }
 
-/// What there is to do.
+/// The events of one wait.
 struct Ready {
     stop: bool,
     connection: bool,
-    /// Which guests have ended.
+    /// For each guest: true if its process has ended.
     ended: Vec<bool>,
 }
 
-/// Writes the recording of the first guest that has touched its memory, if it is this one.
+/// Writes the recording of this guest, if it is the first with a touch.
 fn keep_recording(record: &mut Option<PathBuf>, guest: &ServedGuest, on_event: &mut impl FnMut(&Event<'_>)) {
     let (Some(path), Some(recording)) = (record.as_deref(), guest.region().recording()) else { return };
     // An empty recording would replace a good one.
@@ -374,11 +383,11 @@ fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
 
-/// What a guest takes: its connection, its userfaultfd, its process, and one that is soon given back.
+/// A guest takes a connection, a userfaultfd, a pidfd, and one more for a short time.
 const DESCRIPTORS_PER_GUEST: usize = 4;
-/// Before it is looked again whether there are descriptors, or a thread.
+/// The pause before another attempt to get descriptors or a thread.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
-/// Clients that are taken in before it is looked what else there is to do.
+/// The most clients that are accepted in one turn.
 const MAX_ACCEPTS_PER_TURN: usize = 16;
-/// How long handshakes that have begun may take when the handler is told to stop.
+/// The time limit of unfinished handshakes at shutdown.
 const SHUTDOWN_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -1,4 +1,5 @@
-//! What Firecracker sends when it connects: where the guest's memory is, and the userfaultfd that it is registered with.
+//! The message that Firecracker sends when it connects: the addresses of the guest's memory, with
+//! the userfaultfd of that memory.
 //!
 //! ```text
 //!   [{"base_host_virt_addr": 139968, "size": 536870912, "offset": 0, "page_size": 4096, "page_size_kib": 4096}, ...]
@@ -7,8 +8,8 @@
 //!
 //! | version | page size in |
 //! |---|---|
-//! | up to 1.6 | nothing: 4 KiB |
-//! | from 1.7 | `page_size_kib`, which holds bytes, whatever it is called |
+//! | up to 1.6 | none: 4 KiB |
+//! | from 1.7 | `page_size_kib`, in bytes in spite of its name |
 //! | from 1.12 | `page_size`, in bytes, beside it |
 
 use pagestitch_kernel::fd_passing::Received;
@@ -22,11 +23,11 @@ use std::time::Duration;
 /// A range of a guest's memory, as its VMM has mapped it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct GuestMapping {
-    /// Where it is, in the VMM.
+    /// Its address in the VMM.
     pub base_host_virt_addr: u64,
-    /// How many bytes it has.
+    /// Its length in bytes.
     pub size: u64,
-    /// Where its bytes are in the memory file.
+    /// The offset of its bytes in the memory file.
     pub offset: u64,
     #[serde(default)]
     page_size: Option<u64>,
@@ -41,104 +42,106 @@ pub struct GuestMappings {
     page_bytes: u64,
 }
 
-/// A client is not served. `Display` is a line for a person: what came, and what was expected.
+/// The reason reason a client is refused. `Display` is a line for a person that names the received
+/// data and the expected data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HandshakeError {
-    /// What it sent is no JSON array of mappings: why, in a few words.
+    /// The message is no JSON array of mappings. Holds a short reason.
     #[error("sent no list of memory mappings ({0}): expected the JSON array that Firecracker sends")]
     Garbage(String),
-    /// It goes on and on.
+    /// The message is too long.
     #[error("sent more than {} KiB, which is no list of memory mappings", LONGEST / 1024)]
     TooLong,
-    /// It hung up in between.
+    /// The client closed the connection too early.
     #[error(
         "closed the connection after {bytes} bytes and {fds} descriptors: expected a JSON array and one userfaultfd"
     )]
     Closed {
-        /// How many bytes had come.
+        /// The number of bytes that came.
         bytes: usize,
-        /// How many descriptors had.
+        /// The number of descriptors that came.
         fds: usize,
     },
-    /// It has not sent all in time.
-    #[error("sent nothing complete within {0:?}: {bytes} bytes and {fds} descriptors", bytes = .1, fds = .2)]
+    /// The client sent no complete handshake within this time. Holds the number of bytes and of
+    /// descriptors that came.
+    #[error("sent no complete handshake within {0:?}: {bytes} bytes and {fds} descriptors came", bytes = .1, fds = .2)]
     TimedOut(Duration, usize, usize),
-    /// It sent several descriptors.
+    /// The client sent several descriptors.
     #[error("sent {0} descriptors: expected one, the userfaultfd")]
     Descriptors(usize),
-    /// It sent more descriptors than this process may have.
-    #[error("sent descriptors that this process cannot have: raise the limit on open files (ulimit -n)")]
+    /// The client sent more descriptors than this process may open.
+    #[error("sent more descriptors than this process may open: raise the limit on open files (ulimit -n)")]
     NoDescriptors,
-    /// It sent a descriptor of this.
-    #[error(
-        "sent a descriptor that is no userfaultfd but {0}: expected the one that its memory is registered with"
-    )]
+    /// The client sent a descriptor of this other kind.
+    #[error("sent a descriptor that is no userfaultfd but {0}: expected the userfaultfd of its memory")]
     NotUserfaultfd(String),
     /// The array is empty.
     #[error("sent an empty list: a guest has memory")]
     Empty,
-    /// GuestMappings of several page sizes.
+    /// The mappings have several page sizes.
     #[error("mixes page sizes of {0} and {1} bytes: all memory of a guest has one")]
     MixedPages(u64, u64),
-    /// A page size that cannot be served.
-    #[error("has pages of {0} bytes: 4096 and 2097152 can be served")]
+    /// The mappings have an unsupported page size.
+    #[error("has pages of {0} bytes: supported are 4096 and 2097152")]
     PageSize(u64),
-    /// GuestMappings that are not the memory file's.
+    /// The mappings do not match the memory file.
     #[error(
-        "maps bytes {start:#x}..{end:#x} of the memory file where {expected:#x} was to come next: ranges have to lie end to end"
+        "maps bytes {start:#x}..{end:#x} of the memory file: expected a range from {expected:#x} on, because ranges lie end to end"
     )]
     Gap {
-        /// Where a mapping begins in the file.
+        /// The start of the mapping in the file.
         start: u64,
-        /// Where it ends.
+        /// Its end.
         end: u64,
-        /// Where the one before it ended.
+        /// The end of the mapping before it.
         expected: u64,
     },
-    /// GuestMappings that are more or less than the memory file.
-    #[error("has {guest} bytes of memory, and the memory file {file}: this is another guest's snapshot")]
+    /// The mappings and the memory file differ in length.
+    #[error(
+        "has {guest} bytes of memory, but the memory file has {file}: name the memory file of this guest's snapshot"
+    )]
     Size {
-        /// What the guest has.
+        /// The bytes of the guest.
         guest: u64,
-        /// What the file has.
+        /// The bytes of the file.
         file: u64,
     },
-    /// An address or length past 2^64.
-    #[error("has a mapping of {size:#x} bytes at {address:#x}, past the end of all addresses")]
+    /// An address or a length is beyond 2^64.
+    #[error("has a mapping of {size:#x} bytes at {address:#x}, which ends beyond 2^64")]
     Overflow {
-        /// Its address.
+        /// The address.
         address: u64,
-        /// Its length.
+        /// The length.
         size: u64,
     },
     /// The connection failed.
-    #[error("cannot be read from: {0}")]
+    #[error("has a connection that cannot be read: {0}")]
     Io(#[from] io::Error),
-    /// Its memory cannot be served.
+    /// The memory cannot be served.
     #[error("cannot be served: {0}")]
     Adopt(#[from] pagestitch::Error),
-    /// Its process cannot be held.
+    /// The process of the client cannot be identified.
     #[error(
-        "cannot be told from other processes ({0}): it ended meanwhile, or, before Linux 6.5, is in another PID namespace or of \
-         another user: run the handler as root, in the host's"
+        "cannot be identified ({0}): it has ended, or (before Linux 6.5) has another PID namespace or user: run the handler as root in \
+         the host's PID namespace"
     )]
     Peer(#[source] io::Error),
-    /// Its process cannot be ended, which is what was declared for bytes that cannot be had.
+    /// The process cannot be killed, which unavailable bytes would require.
     #[error(
-        "cannot be ended ({0}) where its bytes cannot be had: run the handler as its user or root, and in its PID namespace or the \
-         host's, or declare that lost pages are poisoned (Linux 6.6)"
+        "cannot be killed ({0}), which unavailable bytes would require: run the handler as its user or root, in its PID namespace or \
+         the host's, or choose to poison lost pages (Linux 6.6)"
     )]
     CannotKill(#[source] io::Error),
-    /// Other peers of its user came after it, and it was not done.
-    #[error("was not done when {MAX_CLIENTS} others had come: send the handshake at once")]
+    /// The client had no complete handshake when many others had come.
+    #[error("had no complete handshake when {MAX_CLIENTS} others had come: send the handshake at once")]
     TooManyClients,
-    /// The handler was told to stop.
-    #[error("was not done when the handler was told to stop")]
+    /// The handler shut down before the handshake was complete.
+    #[error("had no complete handshake when the handler shut down")]
     ShuttingDown,
 }
 
-/// What a peer has sent, as it can be written to a log: in a few words, and on one line.
+/// Data of a peer in a form for a log: short, and on one line.
 pub(crate) fn brief(what: impl fmt::Display) -> String {
     let escaped = what.to_string();
     let mut short: String = escaped.chars().take(BRIEF).flat_map(char::escape_debug).collect();
@@ -150,7 +153,7 @@ pub(crate) fn brief(what: impl fmt::Display) -> String {
 }
 
 impl GuestMapping {
-    /// The size of its pages, in bytes.
+    /// The size of its pages in bytes.
     fn page_bytes(&self) -> u64 {
         self.page_size.or(self.page_size_kib).unwrap_or(4096)
     }
@@ -164,11 +167,11 @@ impl GuestMapping {
 }
 
 impl GuestMappings {
-    /// Reads the message. `Ok(None)`: it is not complete.
+    /// Parses the message. `Ok(None)`: the message is incomplete.
     ///
     /// # Errors
     ///
-    /// [`HandshakeError`] where it can never become a list of mappings, or is one that cannot be.
+    /// [`HandshakeError`] if no continuation can make it a valid list of mappings.
     pub fn parse(message: &[u8]) -> Result<Option<Self>, HandshakeError> {
         match serde_json::from_slice::<Vec<GuestMapping>>(message) {
             Ok(ranges) => Self::check(ranges).map(Some),
@@ -212,27 +215,27 @@ impl GuestMappings {
         self.ranges.iter().map(range).collect()
     }
 
-    /// The size of the guest's pages, in bytes.
+    /// The size of the guest's pages in bytes.
     #[must_use]
     pub const fn page_bytes(&self) -> u64 {
         self.page_bytes
     }
 
-    /// How many bytes of memory the guest has.
+    /// The bytes of the guest's memory.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.ranges.iter().map(|range| range.size).sum()
     }
 }
 
-/// A handshake that is complete.
+/// A complete handshake.
 #[derive(Debug)]
 pub(crate) struct Handshake {
     pub(crate) mappings: GuestMappings,
     pub(crate) uffd: OwnedFd,
 }
 
-/// What has come of a handshake so far.
+/// The part of a handshake that has arrived.
 #[derive(Debug, Default)]
 pub(crate) struct PartialHandshake {
     message: Vec<u8>,
@@ -242,7 +245,8 @@ pub(crate) struct PartialHandshake {
 }
 
 impl PartialHandshake {
-    /// Takes what came; `Some` when it is all there. In whatever parts, and the descriptor with whichever.
+    /// Adds data. Returns the handshake once it is complete. The message may come in any parts, and
+    /// the descriptor with any of them.
     pub(crate) fn take(
         &mut self,
         bytes: &[u8],
@@ -271,14 +275,15 @@ impl PartialHandshake {
         Ok(self.mappings.take().zip(self.fds.pop()).map(|(mappings, uffd)| Handshake { mappings, uffd }))
     }
 
-    /// The userfaultfds that came, and where the memory is, if that has come. Other descriptors stay: to close them may wait.
+    /// Takes the userfaultfds, and the addresses of the memory if these have come. Other
+    /// descriptors stay, because closing them may block.
     pub(crate) fn give_up(&mut self) -> (Vec<OwnedFd>, Vec<Range<usize>>) {
         let told = self.mappings.take().map(|mappings| mappings.addresses()).unwrap_or_default();
         let userfaultfds = self.fds.extract_if(.., |fd| other_than_userfaultfd(fd).is_none());
         (userfaultfds.collect(), told)
     }
 
-    /// What is left of a handshake that was complete, and cannot be served.
+    /// Turns a complete handshake that cannot be served back into a partial one.
     pub(crate) fn of(handed: Handshake) -> Self {
         Self { fds: vec![handed.uffd], mappings: Some(handed.mappings), ..Self::default() }
     }
@@ -288,28 +293,29 @@ impl PartialHandshake {
     }
 }
 
-/// What a descriptor is, if it is no userfaultfd. To ask for that waits for nothing, whatever it is.
+/// Describes a descriptor that is no userfaultfd. This never blocks, whatever the descriptor is.
 fn other_than_userfaultfd(fd: &OwnedFd) -> Option<String> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     match link {
         Ok(link) if link.as_os_str() == "anon_inode:[userfaultfd]" => None,
         Ok(link) => Some(brief(link.display())),
-        Err(error) => Some(format!("cannot be told ({error})")),
+        Err(error) => Some(format!("of unknown kind ({error})")),
     }
 }
 
-/// Finds out when a message may be complete without parsing it anew for each byte of it.
+/// Finds the moments when a message may be complete, so that it is not parsed anew for each byte.
 #[derive(Debug, Default)]
 struct Reader {
     depth: usize,
     in_string: bool,
     escaped: bool,
-    /// How long the message was when it was parsed.
+    /// The length of the message at its last parse.
     parsed: usize,
 }
 
 impl Reader {
-    /// Whether the message, with these bytes at its end, may be a list, or has doubled since that was tried.
+    /// True if the message, which ends with these bytes, may be a list, or has doubled since its
+    /// last parse.
     fn is_worth_parsing(&mut self, bytes: &[u8], length: usize) -> bool {
         let closed = bytes.iter().filter(|&&byte| self.closes(byte)).count() > 0;
         let outside = self.depth == 0 && !self.in_string && !bytes.trim_ascii().is_empty();
@@ -320,7 +326,7 @@ impl Reader {
         worth
     }
 
-    /// Whether a byte ends the list.
+    /// True if a byte ends the list.
     fn closes(&mut self, byte: u8) -> bool {
         if self.in_string {
             self.in_string = self.escaped || byte != b'"';
@@ -337,9 +343,9 @@ impl Reader {
     }
 }
 
-/// Handshakes that are not complete, at most.
+/// The most clients with incomplete handshakes.
 pub(crate) const MAX_CLIENTS: usize = 128;
-/// As much as a line tells of what a peer sent, in bytes.
+/// The most bytes of a peer's data in one line of a log.
 const BRIEF: usize = 160;
 /// Longer than any list: some 10,000 mappings.
 const LONGEST: usize = 1 << 20;
@@ -374,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn every_version_of_the_message_is_understood() {
+    fn messages_of_every_firecracker_version_are_parsed() {
         for (rest, page) in [
             ("", 4096),
             (r#","page_size_kib":4096"#, 4096),
@@ -390,18 +396,18 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_by_name() {
+    fn a_bad_message_is_refused_with_its_defect() {
         assert!(said("[]").contains("empty"));
         assert!(said("GET / HTTP/1.1").contains("JSON array"));
         assert!(said("{}").contains("JSON array"));
         assert!(said(r#"[{"size":1}]"#).contains("missing field"));
-        assert!(said(&format!("[{}]", mapping(4096, 4096, ""))).contains("0x0 was to come next"));
+        assert!(said(&format!("[{}]", mapping(4096, 4096, ""))).contains("expected a range from 0x0 on"));
         let mixed = format!("[{},{}]", mapping(0, 4096, ""), mapping(4096, 4096, r#","page_size":2097152"#));
         assert!(said(&mixed).contains("mixes page sizes of 4096 and 2097152"));
         assert!(
             said(&format!("[{}]", mapping(0, 4096, r#","page_size":1073741824"#))).contains("1073741824")
         );
-        assert!(said(&format!("[{}]", mapping(0, u64::MAX, ""))).contains("past the end"));
+        assert!(said(&format!("[{}]", mapping(0, u64::MAX, ""))).contains("ends beyond 2^64"));
         assert!(said(&format!("[{}] trailing", mapping(0, 4096, ""))).contains("trailing"));
     }
 
@@ -420,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_tells_a_few_words_of_what_was_sent() {
+    fn an_error_quotes_few_bytes_of_a_message() {
         for hostile in ["\n\u{1b}".repeat(300_000), "\u{fe0f}".repeat(300_000), "\u{10ffff}".repeat(300_000)]
         {
             let said = said(&format!("[{}]", serde_json::to_string(&hostile).unwrap()));
@@ -431,7 +437,7 @@ mod tests {
 
     /// A message that comes byte by byte is parsed a few times, not once for each byte.
     #[test]
-    fn a_message_is_parsed_when_it_may_be_complete() {
+    fn a_message_is_parsed_only_if_it_may_be_complete() {
         let message = format!("[{},", mapping(0, 4096, r#","note":"]]}}\\\"]""#)).repeat(1000);
         let mut reader = Reader::default();
         let parsed = (1..=message.len())
@@ -441,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn one_descriptor_has_to_come_and_may_come_late() {
+    fn a_handshake_needs_one_descriptor_which_may_come_last() {
         let message = format!("[{}]", mapping(0, 4096, ""));
         let mut handshake = PartialHandshake::default();
         assert!(handshake.take(message.as_bytes(), fds(0)).unwrap().is_none());
@@ -474,7 +480,7 @@ mod tests {
         }
 
         #[test]
-        fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn any_bytes_are_parsed_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = GuestMappings::parse(&bytes);
         }
     }

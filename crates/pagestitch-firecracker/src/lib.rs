@@ -1,4 +1,5 @@
-//! Serves the memory of [Firecracker](https://firecracker-microvm.github.io) guests that are restored from snapshots.
+//! Serves the memory of [Firecracker](https://firecracker-microvm.github.io) guests that are
+//! restored from snapshots.
 //!
 //! ```text
 //!   firecracker ── PUT /snapshot/load {"mem_backend": {"backend_type": "Uffd", "backend_path": SOCKET}} ──┐
@@ -9,47 +10,60 @@
 //!                             ◀── pages: the base snapshot's, or those of the last diff that has them ──
 //! ```
 //!
-//! | file | what |
-//! |---|---|
-//! | `handshake` | the message, as every version of Firecracker sends it; and everything that is no such message |
-//! | `snapshot` | memory files: a base, and diffs over it |
-//! | `extents` | which bytes of a diff are its own |
-//! | `builder` | describes a handler, and has it listen |
-//! | `handler` | takes guests in, sees them end; drains |
-//! | `socket` | where it listens: taken over from a handler that ended, left to one that follows |
-//! | `client` | a peer that has connected, until it is a guest or refused |
-//! | `peer_threads` | threads for what a peer can make wait |
-//! | `refusal` | what becomes of the memory of a guest that is refused |
-//! | `event` | what it tells |
-//! | `guest` | one guest: its memory, as it is served |
+//! Each file uses only files below it in this table:
 //!
-//! The promises: a handler that is told to stop [fills](OnStop::Finish) what is missing of each guest first, and lets them go on
-//! without it; a page whose bytes cannot be had is an error where it is touched, or the [end](pagestitch::Loss) of that guest, never
-//! zeros; a guest that is refused gets that, too, and does not wait for ever; no guest and no stranger at the socket holds up
-//! another.
+//! | file | content |
+//! |---|---|
+//! | `builder` | the options of a handler |
+//! | `handler` | the thread that accepts guests, notices their end, and drains |
+//! | `socket` | the listening socket: taken over from a dead handler, left to the next one |
+//! | `client` | a connected peer before it becomes a guest or is refused |
+//! | `peer_threads` | threads for work that a peer can delay |
+//! | `refusal` | the memory of a refused guest: poisoned, or its process killed |
+//! | `event` | the events that a handler reports |
+//! | `guest` | one guest, while its memory is served |
+//! | `handshake` | the message, as every version of Firecracker sends it, and all its errors |
+//! | `snapshot` | memory files: a base, and diffs over it |
+//! | `extents` | the ranges of a diff that hold changed memory |
+//! | `shutdown` | the request to shut down |
+//! | `error` | the reasons reason a handler cannot start or go on |
+//!
+//! The promises:
+//!
+//! * At shutdown the handler [fills](OnStop::Finish) the missing pages of each guest. The guest
+//!   then runs without it.
+//! * A page whose bytes are unavailable is an error where it is touched, or it
+//!   [ends](pagestitch::Loss) the guest. It never reads as zeros.
+//! * The same holds for a refused guest: it does not wait for ever.
+//! * No guest, and no stranger at the socket, delays another guest.
 //!
 //! # The death of the handler
 //!
-//! These promises end with the handler's process (SIGKILL, out of memory). What its guests see then depends on the **other
-//! descriptors of their userfaultfds**, because the kernel gives up a userfaultfd with its last one:
+//! These promises end with the process of the handler (SIGKILL, out of memory). The kernel releases
+//! a userfaultfd with its last descriptor, so the guests then depend on the **other descriptors of
+//! their userfaultfds**:
 //!
-//! | is there another descriptor? | a touch of a page that is missing |
+//! | other descriptor | a touch of a missing page |
 //! |---|---|
-//! | yes, in the VMM (Firecracker keeps its own) or a supervisor | waits, until the VMM is ended, or a supervisor fills or poisons |
-//! | no: the VMM has closed its own after the handshake | **reads zeros**, in silence |
+//! | open, in the VMM (Firecracker keeps its own) or a supervisor | waits, until the VMM is killed, or a supervisor fills or poisons the page |
+//! | none: the VMM closed its own after the handshake | **reads zeros**, in silence |
 //!
-//! So it is the duty of the VMM to keep its descriptor open, and of a supervisor to end the guests of a handler that died
-//! (Firecracker's documentation asks for the same). A VMM that you write yourself, or that closes its descriptor, needs a supervisor
-//! that holds one: it receives the userfaultfd first, keeps a duplicate, and hands it on.
+//! So the VMM must keep its descriptor open, and a supervisor must kill the guests of a dead
+//! handler (Firecracker's documentation asks for the same). A VMM that closes its descriptor needs
+//! a supervisor that holds one: the supervisor receives the userfaultfd first, keeps a duplicate,
+//! and passes it on.
 //!
 //! # Peers
 //!
-//! A peer may send anything; `SECURITY.md` says what it can do by that. What it can make wait (the last `close(2)` of a descriptor
-//! that it sent, a message that does not end) waits in one of 32 threads, 8 for one user. Where a file of a FUSE daemon that does not
-//! answer was sent, the process of the handler cannot end before the daemon does: the kernel closes the file for it. A guest is
-//! known by the pidfd of the process that connected (Linux 6.5); before, by holding the userfaultfd that it sent (`kcmp(2)`). A guest
-//! in a PID namespace that the handler cannot see is served from Linux 6.5 on, and cannot be ended: it is refused where that was
-//! declared for lost bytes.
+//! A peer may send anything; `SECURITY.md` lists the consequences. Work that a peer can delay (the
+//! last `close(2)` of a descriptor that it sent, an endless message) waits in one of 32 threads, at
+//! most 8 for each user. If a peer sends a file of a FUSE daemon that does not answer, the process
+//! of the handler cannot end before the daemon does, because the kernel closes the file for it.
+//!
+//! A guest is identified by the pidfd of the process that connected (Linux 6.5). Before, the
+//! handler checks that this process holds the userfaultfd that came (`kcmp(2)`). From Linux 6.5 on
+//! the handler also serves a guest in a PID namespace that it cannot see. It cannot kill such a
+//! guest, and refuses it if unavailable bytes have to kill it.
 //!
 //! ```no_run
 //! use pagestitch_firecracker::{Handler, Snapshot};

@@ -1,9 +1,11 @@
-//! What a peer can make wait is done in threads of its own: to read its messages, and to close what it sent.
+//! Threads for work that a peer can delay: reading its messages, and closing the descriptors that
+//! it sent.
 //!
-//! The last close of a descriptor waits as long as its sender likes: a socket with `SO_LINGER`, a file of a FUSE daemon that does
-//! not answer. The kernel closes descriptors also in `recvmsg(2)`, where they do not fit, and when a connection is closed that has
-//! unread messages. So the thread that sees to all guests does none of these. A thread that waits is counted to the user whose
-//! peer it works for: one user's peers leave threads to others.
+//! The last close of a descriptor takes as long as its sender likes: a socket with `SO_LINGER`, or
+//! a file of a FUSE daemon that does not answer. The kernel also closes descriptors in `recvmsg(2)`
+//! if they do not fit, and when a connection with unread messages is closed. So the thread of the
+//! handler does none of these. Each waiting thread counts against the user of its peer, so that the
+//! peers of one user leave threads to others.
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::HashMap;
@@ -13,21 +15,21 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-/// Threads that read, refuse and close, and what they have found out.
+/// Threads that read, refuse and close, and their results.
 #[derive(Debug)]
 pub(crate) struct PeerThreads<T>(Arc<Shared<T>>);
 
-/// Tells what an errand has found out, before it closes what it has.
+/// Sends the result of a thread to the handler.
 #[derive(Debug)]
 pub(crate) struct ResultSender<T>(Arc<Shared<T>>);
 
 #[derive(Debug)]
 struct Shared<T> {
-    /// Threads that run, by user.
+    /// The number of running threads, by user.
     running: Mutex<HashMap<u32, usize>>,
-    /// None where no handler asks for them any more.
+    /// None after the handler has closed the queue.
     results: Mutex<Option<Vec<T>>>,
-    /// Readable where one has ended or reported.
+    /// Readable after a thread has ended or sent a result.
     wake_fd: EventFd,
 }
 
@@ -38,19 +40,19 @@ impl<T: Send + 'static> PeerThreads<T> {
         Ok(Self(Arc::new(Shared { running, results, wake_fd })))
     }
 
-    /// Whether a thread can be had for a user's peer.
+    /// True if another thread may run for a peer of this user.
     pub(crate) fn has_room(&self, user: u32) -> bool {
         let running = self.0.running();
         running.values().sum::<usize>() < MAX_THREADS
             && running.get(&user).is_none_or(|&count| count < MAX_THREADS_PER_USER)
     }
 
-    /// How many run.
+    /// The number of running threads.
     pub(crate) fn running(&self) -> usize {
         self.0.running().values().sum()
     }
 
-    /// Starts a thread that works on `thing`, which is given back where there is none.
+    /// Starts a thread that works on `thing`. Returns `thing` if no thread may or can start.
     pub(crate) fn start<A: Send + 'static>(
         &self,
         user: u32,
@@ -60,7 +62,7 @@ impl<T: Send + 'static> PeerThreads<T> {
         if !self.has_room(user) {
             return Err(thing);
         }
-        // Where no thread can be had, what was to go into it comes back.
+        // The thread receives `thing` by a channel, so that it comes back if no thread starts.
         let (give, take) = channel();
         let results = ResultSender(Arc::clone(&self.0));
         *self.0.running().entry(user).or_default() += 1;
@@ -74,19 +76,19 @@ impl<T: Send + 'static> PeerThreads<T> {
         match thread::Builder::new().name("firecracker/peer".into()).stack_size(STACK).spawn(run) {
             Ok(_) => give.send(thing).map_err(|unsent| unsent.0),
             Err(error) => {
-                tracing::warn!(%error, "no thread for a peer: it waits");
+                tracing::warn!(%error, "cannot start a thread for a peer, which waits: raise the limit on threads (ulimit -u)");
                 Err(thing)
             }
         }
     }
 
-    /// What has been found out since it was last asked.
+    /// Takes the results that have arrived since the last call.
     pub(crate) fn take_results(&self) -> Vec<T> {
         let _ = self.0.wake_fd.read();
         self.0.results().as_mut().map(std::mem::take).unwrap_or_default()
     }
 
-    /// The same, for the last time: from now on an errand closes what it would have told.
+    /// Takes the results and closes the queue: from now on a thread drops its result itself.
     pub(crate) fn close(&self) -> Vec<T> {
         self.0.results().take().unwrap_or_default()
     }
@@ -98,7 +100,7 @@ impl<T> ResultSender<T> {
         if let Some(results) = self.0.results().as_mut() {
             results.extend(result.take());
         }
-        // What is closed here is closed without the lock: that may wait.
+        // The drop may block, so it must not hold the lock.
         drop(result);
         let _ = self.0.wake_fd.write(1);
     }
@@ -120,7 +122,7 @@ impl<T> Shared<T> {
     }
 }
 
-/// Counts a thread out, however it ends.
+/// Decrements the count of a thread, however the thread ends.
 struct CountGuard<T> {
     shared: Arc<Shared<T>>,
     user: u32,
@@ -140,11 +142,11 @@ impl<T> Drop for CountGuard<T> {
     }
 }
 
-/// Threads that wait for peers, at most.
+/// The most threads that run for peers.
 const MAX_THREADS: usize = 32;
-/// And those of one user.
+/// The most threads that run for the peers of one user.
 const MAX_THREADS_PER_USER: usize = 8;
-/// A thread parses a message, which is read onto the heap.
+/// The stack of a thread. The message that it parses is on the heap.
 const STACK: usize = 256 << 10;
 
 #[cfg(test)]

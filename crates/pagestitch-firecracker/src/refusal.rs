@@ -1,5 +1,5 @@
-//! What becomes of a guest that is refused: its virtual CPUs would wait for ever for pages that no handler fills. So its memory is
-//! marked as bad, or its process is ended, as was declared for bytes that cannot be had.
+//! The memory of a refused guest. Its virtual CPUs would wait for ever for pages that no handler
+//! fills. So its memory is poisoned, or its process is killed, as [`Loss`] says.
 
 use pagestitch::{Loss, Process};
 use pagestitch_kernel::Features;
@@ -12,34 +12,35 @@ use std::time::{Duration, Instant};
 
 /// A guest that is refused.
 pub(crate) struct RefusedGuest<'a> {
-    /// Its process, if it is known for certain.
+    /// Its process, if that is known for certain.
     pub(crate) owner: Option<&'a Process>,
-    /// Where it says that its memory is, if it says so.
+    /// The ranges of memory that the guest announced, if it did.
     pub(crate) announced: Vec<Range<usize>>,
     pub(crate) loss: Loss,
-    /// The max_bytes bytes that are marked.
+    /// The most bytes that are poisoned.
     pub(crate) max_bytes: u64,
 }
 
 impl RefusedGuest<'_> {
-    /// Sees to it that no thread of the guest waits for ever for memory of this userfaultfd.
+    /// Poisons the memory of this userfaultfd, or kills the guest, so that no thread of it waits
+    /// for ever.
     pub(crate) fn poison_or_kill(&self, uffd: OwnedFd) {
         let guest = self.owner.map_or_else(|| String::from("a guest"), ToString::to_string);
         let uffd = match Uffd::adopt(uffd) {
             Ok(uffd) => uffd,
-            // It may be this process, which is not to be ended.
-            Err(why) => {
-                return tracing::error!(guest, %why, "refused, and its memory cannot be marked: it waits for ever; end it");
+            // The process may be this one, which must not be killed.
+            Err(reason) => {
+                return tracing::error!(guest, %reason, "the refused guest waits for ever, because its memory cannot be poisoned: kill it");
             }
         };
-        // The other way is better than to wait for ever: a process of another PID namespace cannot be ended, and before Linux 6.6
-        // no page can be marked.
-        let settled = match self.loss {
-            Loss::Kill => self.kill().or_else(|why| self.poison_all(&uffd).map_err(|_| why)),
+        // The other way is better than a wait for ever: a process of another PID namespace cannot
+        // be killed, and before Linux 6.6 no page can be poisoned.
+        let done = match self.loss {
+            Loss::Kill => self.kill().or_else(|reason| self.poison_all(&uffd).map_err(|_| reason)),
             Loss::Poison => self.poison_all(&uffd).or_else(|_| self.kill()),
         };
-        if let Err(why) = settled {
-            tracing::error!(guest, %why, "refused, and cannot be ended: it waits for its memory for ever; end it");
+        if let Err(reason) = done {
+            tracing::error!(guest, %reason, "the refused guest waits for ever, because it cannot be killed: kill it");
         }
     }
 
@@ -47,14 +48,14 @@ impl RefusedGuest<'_> {
         self.owner.ok_or(Errno::ESRCH)?.kill()
     }
 
-    /// PoisonPass all memory that is registered with the userfaultfd, wherever the guest says that it is.
+    /// Poisons all memory that is registered with the userfaultfd, wherever the guest announced it.
     fn poison_all(&self, uffd: &Uffd) -> Result<(), Outcome> {
         if !uffd.features().contains(Features::POISON) {
             return Err(Outcome::Refused(Errno::EOPNOTSUPP));
         }
         let mapped = self.owner.and_then(mapped_by);
         if mapped.is_none() && self.announced.is_empty() {
-            // Nothing tells where its memory is.
+            // The addresses of its memory are unknown.
             return Err(Outcome::Refused(Errno::ENODATA));
         }
         let mut pass = PoisonPass { uffd, left: self.max_bytes, until: Instant::now() + TIME_LIMIT };
@@ -65,14 +66,15 @@ impl RefusedGuest<'_> {
     }
 }
 
-/// Where a process has memory.
+/// The ranges of memory that a process has mapped.
 fn mapped_by(process: &Process) -> Option<Vec<Range<usize>>> {
     if process.pid().as_raw() == 0 {
         return None;
     }
     let maps = fs::read(format!("/proc/{}/maps", process.pid())).ok()?;
     let ranges = maps.split(|&byte| byte == b'\n').filter_map(range_of).collect();
-    // Its number may be another process's by now. The pass would do no harm there, and no good here.
+    // By now the pid may be another process's. Poisoning these ranges would do no harm, and no
+    // good.
     (!process.has_ended()).then_some(ranges)
 }
 
@@ -83,7 +85,7 @@ fn range_of(line: &[u8]) -> Option<Range<usize>> {
     Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
-/// PoisonPass pages, until there are too many of them.
+/// Poisons pages, up to a number of bytes and a time.
 struct PoisonPass<'a> {
     uffd: &'a Uffd,
     left: u64,
@@ -91,7 +93,7 @@ struct PoisonPass<'a> {
 }
 
 impl PoisonPass<'_> {
-    /// PoisonPass what is missing of a range, if it is registered with this userfaultfd.
+    /// Poisons the missing pages of a range that is registered with this userfaultfd.
     fn range(&mut self, range: &Range<usize>) -> Result<(), Outcome> {
         let mut at = range.start;
         while at < range.end {
@@ -100,35 +102,36 @@ impl PoisonPass<'_> {
             if self.left == 0 || Instant::now() >= self.until {
                 return Err(Outcome::NoMemory);
             }
-            let marked = match self.uffd.poison(addresses) {
+            let poisoned = match self.uffd.poison(addresses) {
                 Outcome::Done => end - at,
                 Outcome::Partial { bytes } => bytes,
                 Outcome::AlreadyThere => PageSize::system().bytes(),
-                // A page that is there, of a range of huge pages.
+                // A page that is present, in a range of huge pages.
                 Outcome::Refused(Errno::EINVAL) if !at.is_multiple_of(HUGE_PAGE) => end - at,
-                // Some other memory of the process.
+                // Other memory of the process.
                 Outcome::NotRegistered | Outcome::Refused(Errno::EINVAL) if at == range.start => {
                     return Ok(());
                 }
                 Outcome::NotRegistered => end - at,
                 Outcome::ProcessGone => return Ok(()),
-                // The guest changes its memory, and waits for an event to be read that is not read any more.
+                // The guest changes its mappings, and waits for an event that no thread reads any
+                // more.
                 Outcome::Changing => {
                     thread::yield_now();
                     0
                 }
                 outcome => return Err(outcome),
             };
-            self.left = self.left.saturating_sub(marked as u64);
-            at += marked;
+            self.left = self.left.saturating_sub(poisoned as u64);
+            at += poisoned;
         }
         Ok(())
     }
 }
 
-/// Marked at once: a huge page.
+/// The size of one step: a huge page.
 const HUGE_PAGE: usize = 2 << 20;
-/// How long it may take.
+/// The time limit.
 const TIME_LIMIT: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
@@ -136,7 +139,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_addresses_of_a_mapping_are_read() {
+    fn addresses_are_parsed_from_a_line_of_maps() {
         let line = b"7f0000001000-7f0000003000 rw-p 00000000 00:00 0   [heap]";
         assert_eq!(range_of(line), Some(0x7f00_0000_1000..0x7f00_0000_3000));
         assert_eq!(range_of(b""), None);

@@ -1,11 +1,12 @@
 //! Memory files: a base, and diffs over it.
 //!
 //! ```text
-//!   base     |aaaaaaaaaaaaaaaa|................|aaaaaaaa|     what is sparse in the base is zeros
-//!   monday   |        bbbb    |                |  bb    |     what a diff's extents leave out is as before
+//!   base     |aaaaaaaaaaaaaaaa|................|aaaaaaaa|     holes of the base are zeros
+//!   monday   |        bbbb    |                |  bb    |     outside its extents a diff changes
+//! nothing
 //!   tuesday  |  cc            |                |  c     |
 //!            ------------------------------------------
-//!   memory   |aaccaaaabbbbaaaa|0000000000000000|aacbaaaa|     one list of pieces, over all of them
+//!   memory   |aaccaaaabbbbaaaa|0000000000000000|aacbaaaa|     one list of pieces, over all files
 //! ```
 
 use crate::extents::data_in;
@@ -18,39 +19,43 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The memory of a guest at one moment: a base, and diffs over it. Any number of guests can be restored from it.
+/// The memory of a guest at one moment: a base, and diffs over it. Any number of guests can be
+/// restored from it.
 ///
-/// Files are read when a page is touched; their data must not change while guests are restored from them. A file that is cut
-/// short meanwhile is an error of the pages behind its end.
+/// A file is read when one of its pages is touched. Its data must not change while guests are
+/// restored from it. If a file is truncated meanwhile, the pages behind its end fail.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     bytes: u64,
-    /// Where each piece begins, and whose it is: `None` for zeros.
+    /// The start of each piece, and its file: `None` for zeros.
     pieces: Arc<Pieces>,
 }
 
 type Pieces = BTreeMap<u64, Option<Arc<File>>>;
 
 impl Snapshot {
-    /// Opens the base, then the diffs over it, oldest first: files as long as the base, whose [extents](Extents) replace what was
-    /// before. The holes of a base are zeros.
+    /// Opens the base, then the diffs over it, oldest first. Each diff has the length of the base,
+    /// and its [extents](Extents) replace older data. The holes of a base are zeros.
     ///
-    /// The extents of a diff are those that are kept beside it, in `DIFF.extents`. A diff without them is refused, because its
-    /// holes prove nothing: a page may be a hole since a copy left zeros out, and data since a copy has filled a hole. To trust the
-    /// holes of the very files that Firecracker has written: [`open_with`](Self::open_with).
+    /// The extents of a diff lie beside it, in `DIFF.extents`. A diff without this file is refused,
+    /// because its holes prove nothing: a copy may have left out zeros, or filled a hole.
+    /// [`open_with`](Self::open_with) trusts the holes of files that Firecracker itself has
+    /// written.
     ///
     /// # Errors
     ///
-    /// [`Error`] names the file and what is wrong with it.
+    /// [`Error`] names the file and its defect.
     pub fn open(files: impl IntoIterator<Item = impl AsRef<Path>>) -> Result<Self, Error> {
         Self::open_with(files, Holes::Untrusted)
     }
 
-    /// As [`open`](Self::open), and says what the holes of a diff are where no extents are kept beside it.
+    /// Opens files as [`open`](Self::open) does; `holes` says how to read a diff without a file of
+    /// extents.
     ///
     /// # Errors
     ///
-    /// As there; [`Error::UnknownHoles`] where the file system does not tell of holes page by page, or the file has none.
+    /// Those of [`open`](Self::open); [`Error::UnknownHoles`] if the file system does not report
+    /// holes page by page, or the file has none.
     pub fn open_with(files: impl IntoIterator<Item = impl AsRef<Path>>, holes: Holes) -> Result<Self, Error> {
         let mut snapshot: Option<(u64, Pieces)> = None;
         for path in files {
@@ -68,19 +73,19 @@ impl Snapshot {
         Ok(Self { bytes, pieces: Arc::new(pieces) })
     }
 
-    /// How many bytes of memory there are.
+    /// The bytes of memory.
     #[must_use]
     pub const fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// How many pieces it is put together from.
+    /// The number of pieces that make up the memory.
     #[must_use]
     pub fn pieces(&self) -> usize {
         self.pieces.len()
     }
 
-    /// All of it, in order.
+    /// All pieces, in order.
     pub(crate) fn chunks(&self) -> impl Iterator<Item = Chunk> {
         let ends = self.pieces.keys().skip(1).copied().chain([self.bytes]);
         self.pieces.iter().zip(ends).map(|((&start, file), end)| match file {
@@ -90,7 +95,7 @@ impl Snapshot {
     }
 }
 
-/// Replaces what is in a range.
+/// Replaces a range.
 fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<File>) {
     let behind = pieces.range(..=extent.end).next_back().map(|(_, before)| before.clone());
     let within: Vec<u64> = pieces.range(extent.clone()).map(|(&start, _)| start).collect();
@@ -98,19 +103,19 @@ fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<File>) {
         pieces.remove(&start);
     }
     pieces.insert(extent.start, Some(Arc::clone(file)));
-    // What was before goes on where this ends.
+    // The piece before goes on where the extent ends.
     if let Some(behind) = behind.filter(|_| extent.end < bytes) {
         pieces.entry(extent.end).or_insert(behind);
     }
 }
 
-/// What the holes of a diff are.
+/// The meaning of holes in a diff.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Holes {
-    /// No proof of anything: a diff needs its [extents](Extents).
+    /// Holes prove nothing: a diff needs its [extents](Extents).
     #[default]
     Untrusted,
-    /// Memory that did not change, because these are the very files that Firecracker has written.
+    /// Holes are unchanged memory, because Firecracker itself has written these files.
     Unchanged,
 }
 
@@ -118,7 +123,7 @@ struct Layer<'a> {
     path: &'a Path,
     file: Arc<File>,
     bytes: u64,
-    /// Of a diff.
+    /// For a diff: the meaning of its holes.
     holes: Option<Holes>,
 }
 
@@ -133,7 +138,7 @@ impl<'a> Layer<'a> {
         Ok(Self { path, file, bytes, holes })
     }
 
-    /// The ranges that are the layer's own.
+    /// The ranges with data of this layer.
     fn extents(&self) -> Result<Vec<Range<u64>>, Error> {
         let Some(holes) = self.holes else { return self.data() };
         let extents = match (Extents::beside(self.path)?, holes) {
@@ -148,7 +153,7 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// Of a base: all but its holes, which are zeros either way.
+    /// The data of a base. Its holes are zeros, so they need no data.
     fn data(&self) -> Result<Vec<Range<u64>>, Error> {
         let data = fs::File::open(self.path).and_then(|file| data_in(&file, self.bytes));
         let data = data.map_err(|source| Error::Extents { path: self.path.into(), source })?;
@@ -175,7 +180,7 @@ mod tests {
         path
     }
 
-    /// Page for page: the file that it comes from.
+    /// The file of each page.
     fn layers(snapshot: &Snapshot) -> Vec<Option<String>> {
         use pagestitch::Source;
         let ends = snapshot.pieces.keys().skip(1).copied().chain([snapshot.bytes]);
@@ -188,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_diff_that_has_a_page_has_it() {
+    fn a_page_comes_from_the_last_diff_with_it() {
         let folder = tempfile::tempdir().unwrap();
         let base = sparse(folder.path(), "base", 20, &[0..8, 12..20], 1);
         let monday = sparse(folder.path(), "monday", 20, &[4..6, 14..16], 2);
@@ -208,9 +213,9 @@ mod tests {
         assert_eq!(snapshot.chunks().count(), snapshot.pieces());
     }
 
-    /// The bytes that a guest finds are those of its extents, whatever has become of the diff's holes on the way.
+    /// The extents of a diff decide the bytes of a guest, whatever a copy has made of the holes.
     #[test]
-    fn a_diff_needs_proof_of_its_extents() {
+    fn a_diff_needs_a_file_of_extents() {
         let folder = tempfile::tempdir().unwrap();
         let base = sparse(folder.path(), "base", 20, &[0..10, 10..20], 1);
         let diff = sparse(folder.path(), "diff", 20, &[4..6, 14..16], 2);
@@ -232,11 +237,13 @@ mod tests {
         }
         let text = fs::read_to_string(Extents::path_for(&diff)).unwrap();
         fs::write(Extents::path_for(&diff), text.replace("bytes 81920", "bytes 40960")).unwrap();
-        assert!(refused(&diff, Holes::Unchanged).contains("diff.extents is no list of extents of this diff"));
+        assert!(
+            refused(&diff, Holes::Unchanged).contains("diff.extents is not the list of extents of this diff")
+        );
     }
 
     #[test]
-    fn what_is_no_snapshot_is_refused_by_name() {
+    fn a_bad_snapshot_file_is_refused_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let refused = |files: &[&Path]| Snapshot::open_with(files, Holes::Unchanged).unwrap_err().to_string();
         assert!(refused(&[]).contains("at least one"));
@@ -248,7 +255,7 @@ mod tests {
         let told = refused(&[&base, &short]);
         assert!(told.contains("short has 4096 bytes and its base 8192"), "{told}");
         fs::write(&short, vec![1; 5000]).unwrap();
-        assert!(refused(&[&short]).contains("not whole pages"));
+        assert!(refused(&[&short]).contains("not a whole number of pages"));
         fs::write(&short, b"").unwrap();
         assert!(refused(&[&short]).contains("0 bytes"));
     }

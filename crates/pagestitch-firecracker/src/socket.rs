@@ -1,6 +1,8 @@
-//! The socket that a handler listens at: taken over where it was left behind, and removed only where it is still the handler's own.
+//! The socket of a handler. A handler takes over the socket file of a dead handler, and removes its
+//! own file only.
 //!
-//! Both happen under a lock on the folder, so that of two handlers that start or stop at once each sees what the other has done.
+//! Both happen under a lock on the folder, so that two handlers that start or stop at the same time
+//! see each other's changes.
 
 use crate::Error;
 use nix::errno::Errno;
@@ -15,12 +17,12 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A socket that listens, and where.
+/// A listening socket, with its path.
 #[derive(Debug)]
 pub(crate) struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// The socket's file, held open: no other file can have its inode number meanwhile.
+    /// The file of the socket, held open, so that no other file can get its inode number.
     file: File,
 }
 
@@ -42,21 +44,22 @@ impl Socket {
         &self.path
     }
 
-    /// A connection, if there is one.
+    /// Accepts a connection, if there is one.
     pub(crate) fn accept(&self) -> io::Result<UnixStream> {
         let (stream, _) = self.listener.accept()?;
         stream.set_nonblocking(true)?;
         Ok(stream)
     }
 
-    /// Takes no more connections than have been made: the path is free for another handler from then on.
+    /// Accepts no connection made after this call, and frees the path for another handler.
     pub(crate) fn close(&self) {
         self.remove();
-        // A connection that the kernel closes when it closes the listener takes the descriptors in it along, in this thread.
+        // Without this, the kernel would close pending connections with the listener, in this
+        // thread, and the descriptors in them may block.
         let _ = shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
 
-    /// Removes the socket's file, if another has not taken its place.
+    /// Removes the file of the socket, unless another socket has replaced it.
     fn remove(&self) {
         let _alone = lock_folder(&self.path);
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
@@ -75,8 +78,8 @@ impl AsFd for Socket {
     }
 }
 
-/// Locks the folder of a path against other handlers, if that can be done soon: a process that holds the lock for long must not
-/// keep a handler from its work.
+/// Locks the folder of a path against other handlers. Gives up after a second, because a process
+/// that holds the lock must not keep a handler from its work.
 fn lock_folder(path: &Path) -> Option<Flock<File>> {
     let folder =
         path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
@@ -93,7 +96,7 @@ fn lock_folder(path: &Path) -> Option<Flock<File>> {
     None
 }
 
-/// Removes a socket that was left behind.
+/// Removes a socket that a dead handler has left.
 fn make_room(path: &Path) -> Result<(), Error> {
     let failed = |source| Error::Listen { path: path.into(), source };
     match fs::symlink_metadata(path) {
@@ -104,20 +107,20 @@ fn make_room(path: &Path) -> Result<(), Error> {
     }
     match knock(path) {
         Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(failed),
-        // Its backlog is full: the handler is stopped, or has much to do.
+        // The backlog is full, so the handler is stopped or busy.
         Ok(()) | Err(Errno::EAGAIN) => Err(Error::InUse(path.into())),
         Err(errno) => Err(failed(errno.into())),
     }
 }
 
-/// Connects, without waiting for room in the backlog.
+/// Connects without waiting for room in the backlog.
 fn knock(path: &Path) -> Result<(), Errno> {
     let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
-/// How long a handler waits for the lock on its folder.
+/// The longest wait for the lock on the folder.
 const LOCKED: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
@@ -125,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_that_took_the_place_of_ours_stays() {
+    fn closing_keeps_a_socket_file_of_another_handler() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let first = Socket::bind(path.clone()).unwrap();
@@ -138,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_made_before_the_close_is_taken_after_it() {
+    fn a_connection_made_before_the_close_is_accepted_after_it() {
         let folder = tempfile::tempdir().unwrap();
         let socket = Socket::bind(folder.path().join("socket")).unwrap();
         let _client = UnixStream::connect(socket.path()).unwrap();
