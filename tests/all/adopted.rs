@@ -1,22 +1,23 @@
 //! Adopted memory, which another process registers and hands over: its bytes, its balloons, the end
 //! of its owner and the end of its region.
 
-use crate::{HugePages, SIGKILL, pattern, signal_of_loss, until};
+use crate::{HANG, HugePages, SIGKILL, pattern, signal_of_loss, until};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::{Pid, gettid};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region,
+    AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region, Source,
 };
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::this_test;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
+use std::time::Duration;
 use std::{fs, thread};
 
 const PAGE: usize = 4096;
@@ -273,6 +274,71 @@ fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
     served.expect("all other pages are served");
     other.process.wait().expect_pass();
     drop(region);
+}
+
+/// A source that takes 2 ms for a page, and hangs in one page of each [`GROUP`] until it is opened.
+#[derive(Default)]
+struct Hanging {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+/// Threads that fault at once, each at a page of its own.
+const GROUP: usize = 16;
+
+impl Hanging {
+    const fn hangs(page: usize) -> bool {
+        page % GROUP == 5
+    }
+
+    fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+}
+
+impl Source for Hanging {
+    fn size(&self) -> u64 {
+        TOTAL as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        thread::sleep(Duration::from_millis(2));
+        if Self::hangs(offset as usize / PAGE) {
+            drop(self.opened.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
+        }
+        into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+        Ok(())
+    }
+}
+
+/// A worker that reads several faults while others arrive keeps its turn to read on. It must not enter the source before that.
+#[test]
+fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memory() {
+    for workers in [1, 2, 4] {
+        let (guest, source) = (Guest::new(&RANGES, false).unwrap(), Arc::new(Hanging::default()));
+        let pool = Pool::builder().workers(workers).start().unwrap();
+        let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source)));
+        let region = builder.readahead(Readahead::None).build_adopted(memory_of(&guest), &pool).unwrap();
+        let delayed = thread::scope(|scope| {
+            let (tell, told) = mpsc::channel();
+            let delayed = (0..40).find_map(|group| {
+                for page in group * GROUP..(group + 1) * GROUP {
+                    let (guest, tell) = (&guest, tell.clone());
+                    scope.spawn(move || {
+                        assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
+                        let _ = tell.send(page);
+                    });
+                }
+                let served = (1..GROUP).map_while(|_| told.recv_timeout(HANG).ok()).count();
+                (served < GROUP - 1).then(|| format!("group {group}: {served} pages, {:?}", pool.metrics()))
+            });
+            source.open();
+            delayed
+        });
+        assert_eq!(delayed, None, "{workers} workers");
+        region.finish().unwrap();
+    }
 }
 
 #[test]

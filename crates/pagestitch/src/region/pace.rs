@@ -17,7 +17,8 @@ pub(crate) struct Pace {
     turn: AtomicU64,
     /// How many turns there were.
     turns: AtomicU64,
-    /// When whoever has the turn has read last, in nanoseconds.
+    /// When the worker that has the turn has taken it, or has read last, in nanoseconds. A worker that has lost its turn may store a time
+    /// here, too, which leaves the turn to the other one a little longer.
     read: AtomicU64,
     /// Whether a worker looks at the region in a moment.
     look: AtomicBool,
@@ -40,22 +41,24 @@ impl Pace {
     /// The turn to read, if nobody has it, or a worker that does not come back from a source; whoever has it looks once more then.
     pub(crate) fn turn(&self) -> Option<Reading<'_>> {
         let mine = (self.turns.fetch_add(1, Ordering::Relaxed) + 1) << 1;
+        let now = nanoseconds(Instant::now());
         let mut taken = false;
         let next = |state| {
-            taken = state == FREE || self.is_late();
+            taken = state == FREE || self.is_late(now);
             Some(if taken { mine } else { state | CALLED })
         };
         let _ = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
         taken.then(|| {
-            self.read.store(NOT_YET, Ordering::Relaxed);
+            // Always a time: the worker may enter a source with the turn, whatever it does first.
+            self.read.store(now, Ordering::Relaxed);
             Reading { pace: Some(self), held: Some(mine) }
         })
     }
 
     /// Whether whoever has the turn has read so long ago that it may never come back. Where it does, it finds that out.
-    fn is_late(&self) -> bool {
-        // A model is to go the same way each time.
-        !cfg!(shuttle) && nanoseconds(Instant::now()).saturating_sub(self.read.load(Ordering::Relaxed)) > LATE
+    fn is_late(&self, now: u64) -> bool {
+        // A model goes the same way each time.
+        !cfg!(shuttle) && now.saturating_sub(self.read.load(Ordering::Relaxed)) > LATE
     }
 
     /// Whether the region is to be looked at in a moment, and was not to be before.
@@ -73,7 +76,7 @@ impl Pace {
 fn nanoseconds(moment: Instant) -> u64 {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let since = moment.saturating_duration_since(*BEGAN.get_or_init(|| moment));
-    u64::try_from(since.as_nanos()).unwrap_or(NOT_YET)
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The turn to read the faults of a region. It has to be [ended](Reading::ends), or is not there to be taken again.
@@ -96,8 +99,8 @@ impl Reading<'_> {
         if self.held.is_some() { KEPT } else { 0 }
     }
 
-    /// Called when a batch has been read: gives the turn on, where serving it takes long. True if somebody has called meanwhile,
-    /// so that there is to be read again first.
+    /// Called when a batch has been read: gives the turn on, where serving it takes long. True if another worker has called meanwhile:
+    /// the turn is held still, and the caller must read again before it enters a source.
     pub(crate) fn has_read(&mut self, now: Instant) -> bool {
         let (Some(pace), Some(_)) = (self.pace, self.held) else { return false };
         if pace.is_quick() {
@@ -154,8 +157,6 @@ impl Reading<'_> {
 const FREE: u64 = 0;
 /// Somebody else came: there is more to read.
 const CALLED: u64 = 1;
-/// Whoever has taken the turn has not read yet, which takes no time.
-const NOT_YET: u64 = u64::MAX;
 /// A worker that has not come back since it has read so long ago may hang.
 const LATE: u64 = TURN_MAX.as_nanos() as u64;
 /// How long the turn is left to a worker that serves what it has read.
@@ -229,11 +230,23 @@ mod tests {
                 None => std::thread::yield_now(),
             }
         };
-        assert!(pace.turn().is_none(), "it has not read yet");
+        assert!(pace.turn().is_none(), "it was taken just now");
         assert!(hanging.ends(false) && hanging.keeps() == 0, "it is another's");
         assert!(!other.has_read(Instant::now()) && !other.ends(false), "somebody has called");
         assert!(!other.has_read(Instant::now()) && other.ends(false));
         assert!(pace.turn().is_some());
+    }
+
+    /// The worker holds the turn while it reads again, and a source may hang in it all the same.
+    #[test]
+    fn a_turn_that_is_kept_for_a_call_is_taken_from_a_worker_that_does_not_come_back() {
+        let pace = pace(50_000_000);
+        let mut turn = pace.turn().unwrap();
+        assert!(pace.turn().is_none());
+        assert!(turn.has_read(Instant::now()), "called");
+        std::thread::sleep(2 * TURN_MAX);
+        assert!(pace.turn().is_some());
+        assert!(turn.ends(false), "it is another's");
     }
 
     /// Every event that anybody was woken for is read, whoever reads: threads at random, as workers do it.

@@ -213,12 +213,13 @@ impl Worker {
         let read = Instant::now();
         let read_again = turn.has_read(read);
         let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
-        let first = if read_again { None } else { pages.next() };
+        // A worker that reads again enters no source before: all that it has read is for others.
+        let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.keeps()) };
         let (mut handed, mut kept) = (0, 0);
         for (index, asked) in pages.enumerate() {
             match shared.hand_on(Handed::new(region, asked)).ok() {
                 // Not worth another worker, but one that stands in for this one has to find them.
-                Some(()) if index < turn.keeps() => kept += 1,
+                Some(()) if index < keeps => kept += 1,
                 Some(()) => handed += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
