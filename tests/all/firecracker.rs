@@ -1,7 +1,7 @@
-//! A handler for guests restored from snapshots: bytes, balloons, strangers at its socket, and every way in which either side
-//! ends.
+//! The handler that restores guests from snapshots: bytes, balloons, malformed handshakes at its
+//! socket, and the end of either side.
 
-use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
+use crate::{HugePages, SIGKILL, comes_true, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, Holes, OnStop, ShutdownHandle, Snapshot};
 use pagestitch_kernel::fd_passing;
@@ -23,7 +23,7 @@ const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
 pub(crate) const PAGES: usize = 2000;
 const TOTAL: usize = PAGES * PAGE;
 
-/// A handler in a thread, with what it told.
+/// A handler in a thread, and the events that it reported.
 pub(crate) struct Running {
     pub(crate) folder: TempDir,
     stop: ShutdownHandle,
@@ -83,6 +83,7 @@ impl Running {
 
     pub(crate) fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
+            assert!(comes_true(|| thread.is_finished()), "the handler hangs");
             thread.join().unwrap();
         }
     }
@@ -92,7 +93,7 @@ fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
     Handler::builder(Snapshot::open_with(files, Holes::Unchanged).unwrap()).own_memory(own_memory())
 }
 
-/// A handler at the path `socket` that does not run yet.
+/// A handler that is bound to the path `socket` and does not run yet.
 pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: Loss, on_stop: OnStop) -> Handler {
     describe(files).on_loss(loss).on_stop(on_stop).bind(folder.join("socket")).unwrap()
 }
@@ -106,7 +107,7 @@ impl Drop for Running {
     }
 }
 
-/// A base with a hole in it, and a diff over it.
+/// A base with a hole, and a diff over it.
 pub(crate) fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
     let expected = expected();
     let (base, diff) = (folder.join("base"), folder.join("diff"));
@@ -129,7 +130,7 @@ pub(crate) fn snapshot_in(folder: &Path) -> [PathBuf; 2] {
     [base, diff]
 }
 
-/// What a guest is to find.
+/// The bytes that a guest must read.
 pub(crate) fn expected() -> Vec<u8> {
     let mut bytes = pattern(31, TOTAL);
     bytes[1000 * PAGE..1200 * PAGE].fill(0);
@@ -172,7 +173,7 @@ fn guests_read_the_snapshot_in_their_memory() {
         guest.balloon(700 * PAGE, 300 * PAGE).unwrap();
         assert!((700..1000).all(|page| guest.read(page * PAGE) == 0));
     };
-    // In the child, there is a handler's path, and no handler is started.
+    // The child gets the path of the handler, and starts no handler of its own.
     if child::is_child(test) {
         child::spawn(test, "", life);
     }
@@ -185,7 +186,8 @@ fn guests_read_the_snapshot_in_their_memory() {
     assert!(!path.exists());
 }
 
-/// Told to stop, it fills what is missing; guests go on without it, balloons and all.
+/// A handler that is told to stop fills the missing pages. The guest goes on without it, balloons
+/// included.
 #[test]
 fn a_guest_outlives_a_handler_that_is_told_to_stop() {
     let test = this_test!();
@@ -195,7 +197,7 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
         assert_eq!(guest.read(5), expected[5]);
         guest.balloon(20 * PAGE, PAGE).unwrap();
         println!("ready");
-        // Under load all the while.
+        // The guest reads until the handler has gone.
         let mut at = 0;
         while fs::exists(path).unwrap() || at < 10 * TOTAL {
             at += 12_345;
@@ -241,7 +243,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
     }
 }
 
-/// A memory file that is cut short while guests are restored from it.
+/// The memory file is truncated while guests are restored from it.
 #[test]
 fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     let test = this_test!();
@@ -261,7 +263,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
     running.expect("were unavailable");
     base.set_len(TOTAL as u64).unwrap();
-    // What disappears is still open.
+    // The handler holds the removed file open.
     fs::remove_file(running.folder.path().join("base")).unwrap();
     let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
     end.expect_pass();
@@ -342,7 +344,7 @@ fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
     assert!(running.has_told("ended"));
 }
 
-/// Whatever strangers do, the next guest is served.
+/// A guest is served after each malformed handshake.
 #[test]
 fn malformed_handshakes_are_named_and_harm_no_guest() {
     let test = this_test!();
@@ -358,7 +360,7 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     let path = running.socket();
     let say = |message: &[u8]| {
         let mut stream = UnixStream::connect(&path).unwrap();
-        // The handler may have hung up before all of it was sent.
+        // The handler may hang up before the whole message is sent.
         let _ = stream.write_all(message);
         stream
     };
@@ -384,22 +386,22 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     let _many = hand(&list(TOTAL), 100);
     running.expect("sent 100 descriptors");
     let _endless = say(&vec![b' '; 2 << 20]);
-    // Where the machine is slow, its time is over first.
+    // On a slow machine the handshake times out first.
     until(|| {
         running.has_told("more than 1024 KiB")
             || running.has_told("sent no complete handshake within 500ms: ")
     });
-    // More memory than there are addresses in use: nobody looks at each page of it.
+    // More memory than the address space holds: the handler must not look at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
     let stream = UnixStream::connect(&path).unwrap();
     fd_passing::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
     running.expect("has 70368744177664 bytes of memory");
-    // Who sends a byte now and then has no more time than others.
+    // A peer that sends a byte now and then has no more time than other peers.
     let mut trickling = say(b"[");
     until(|| trickling.write_all(b" ").is_err());
     let end = child::spawn(test, path.to_str().unwrap(), life);
     end.wait().expect_pass();
-    // Who says nothing has half a second.
+    // A silent peer has half a second.
     running.expect("sent no complete handshake within 500ms: 0 bytes and 0 descriptors");
     running.expect(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
     assert_eq!((&silent).read(&mut [0; 10]).unwrap(), 0, "hung up");
@@ -409,7 +411,8 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
 fn a_hundred_guests_at_once_are_served() {
     let test = this_test!();
     let life = |path: &str| {
-        // In one process: a hundred are too many for a small machine. Their memory is as separate.
+        // A hundred guests in one process, because a hundred processes are too many for a small
+        // machine. Their memory is just as separate.
         let guests: Vec<_> = (0..100).map(|_| connect(path)).collect();
         let expected = expected();
         thread::scope(|scope| {
@@ -459,7 +462,8 @@ fn a_socket_that_is_in_use_is_refused_and_one_left_behind_is_replaced() {
     assert!(error.to_string().contains("cannot listen at"), "{error}");
 }
 
-/// A tmpfs of huge pages tells a hole inside a huge page as data: silent zeros, where that were trusted.
+/// A tmpfs of huge pages reports a hole inside a huge page as data: zeros would silently hide the
+/// base.
 #[test]
 fn holes_of_a_diff_on_a_file_system_of_large_blocks_are_refused() {
     use nix::mount::{MntFlags, MsFlags, mount, umount2};

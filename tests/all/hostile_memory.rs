@@ -1,4 +1,5 @@
-//! Owners of adopted memory that mean harm: they may harm their own guest, and neither the handler nor another guest.
+//! Hostile owners of adopted memory: an owner may harm its own guest, and neither the handler nor
+//! another guest.
 
 use crate::{comes_true, handle_bus_errors, lacks_marks, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
@@ -23,16 +24,16 @@ const PAGE: usize = 4096;
 /// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for a
 /// worker that the attack holds for 111 ms.
 const LONG: Duration = Duration::from_secs(30);
-/// What a snapshot holds; the rest of it are zeros.
+/// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
 
-/// A handler in a thread, for guests with so much memory.
+/// A handler in a thread, for guests with `bytes` of memory.
 struct Running {
     folder: TempDir,
     bytes: usize,
     stop: ShutdownHandle,
     thread: Option<JoinHandle<()>>,
-    /// Their memory is to be left to them when the handler stops.
+    /// Guests that must live until the handler has stopped.
     innocent: Mutex<Vec<(Arc<Guest>, UnixStream)>>,
 }
 
@@ -62,14 +63,16 @@ impl Running {
         self.folder.path().join("socket")
     }
 
-    /// Starts a guest that goes through `life` in a process of its own, and waits until it [is ready](ready).
+    /// Starts a guest that runs `life` in a process of its own, and waits until it [is
+    /// ready](ready).
     fn hostile(&self, test: &str, life: impl FnOnce(&str)) -> ChildTest {
         let hostile = child::spawn(test, self.socket().to_str().unwrap(), life);
         until(|| self.folder.path().join("ready").exists());
         hostile
     }
 
-    /// What 400 touches of another guest took, one after the other: the longest, and all. `None` if they take too long.
+    /// The longest and the total time of 400 touches of another guest. `None` after [`LONG`]. A
+    /// latency is the subject here, so a clock measures it.
     fn touches_of_an_innocent_guest(&self) -> Option<(Duration, Duration)> {
         let (guest, stream) = connect(&self.socket(), self.bytes);
         self.innocent.lock().unwrap().push((Arc::clone(&guest), stream));
@@ -81,14 +84,14 @@ impl Running {
                 assert_eq!(guest.read(page * PAGE), expected[page * PAGE]);
                 began.elapsed()
             };
-            // Not one after the other: they are not to be filled ahead.
+            // Not in order, because readahead would fill them.
             let worst = (0..400).map(|touched| touch(touched * 89 % 500)).max().unwrap();
             done.send((worst, began.elapsed()))
         });
         touched.recv_timeout(LONG).ok()
     }
 
-    /// How long the handler takes to its end when it is told to stop.
+    /// The time from the request to stop to the end of the handler. `None` if the handler hangs.
     fn stop(&mut self) -> Option<Duration> {
         self.stop.shutdown();
         let (thread, began) = (self.thread.take().unwrap(), Instant::now());
@@ -103,7 +106,7 @@ fn connect(path: &Path, bytes: usize) -> (Arc<Guest>, UnixStream) {
     (Arc::new(guest), stream)
 }
 
-/// Tells the parent that the attack goes on.
+/// Tells the parent that the attack runs.
 fn ready(socket: &str) {
     fs::write(Path::new(socket).with_file_name("ready"), "").unwrap();
 }
@@ -120,7 +123,8 @@ fn for_ever() -> ! {
     }
 }
 
-/// The flag belongs to all who hold the open file description. The handler leaves the guest's memory afterwards.
+/// O_NONBLOCK is a flag of the open file description, which the guest and the handler share. The
+/// handler also leaves the memory of the guest at the end.
 #[test]
 fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
     if lacks_marks(this_test!()) {
@@ -146,7 +150,8 @@ fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
     assert!(innocent.is_some() && stopped.is_some(), "innocent: {innocent:?}, stopped: {stopped:?}");
 }
 
-/// What an event costs does not depend on how many pages it is about, and a worker does not read one guest's for ever.
+/// The cost of an event does not depend on its page count, and a worker does not read the events of
+/// one guest for ever.
 #[test]
 fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
@@ -155,7 +160,7 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     let test = this_test!();
     const BYTES: usize = 16 << 30;
     let life = |path: &str| {
-        // More than there are workers, and more threads than events are read at once.
+        // More guests than workers, and more threads than one read returns events.
         let guests: Vec<_> = (0..2).map(|_| connect(path.as_ref(), BYTES)).collect();
         for (guest, _) in guests.iter().flat_map(|guest| [guest; 80]) {
             let guest = Arc::clone(guest);
@@ -182,7 +187,7 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     assert!(running.stop().is_some());
 }
 
-/// Only what was announced is the handler's business.
+/// The handler serves only the announced memory.
 #[test]
 fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
     if lacks_marks(this_test!()) {
@@ -198,13 +203,13 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
         for _ in 0..10 {
             more = guest.move_more(more).unwrap();
         }
-        // What was told before a fault is seen to before it.
+        // Events before a fault are handled before it.
         assert_eq!(guest.read(0), pattern(3, 1)[0]);
         let status = fs::read_to_string("/proc/self/status").unwrap();
         let tables = status.lines().find_map(|line| line.strip_prefix("VmPTE:")).unwrap();
         let kilobytes: usize = tables.trim().trim_end_matches(" kB").parse().unwrap();
         assert!(kilobytes < 8 << 10, "{kilobytes} kB of page tables");
-        assert!(guest.fill_more(&more), "it is bad");
+        assert!(guest.fill_more(&more), "the page is poisoned");
     };
     if child::is_child(test) {
         child::spawn(test, "", life);
@@ -217,7 +222,7 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
     assert!(innocent.is_some() && running.stop().is_some());
 }
 
-/// A worker does not wait for memory of a guest's that is not to be had.
+/// A worker does not wait for memory that the file system of a guest lacks.
 #[test]
 fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
@@ -232,11 +237,11 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
             ready(path);
             for_ever();
         };
-        // A page that cannot be had ends its thread, not the guest.
+        // An unavailable page stops its thread, and not the guest.
         handle_bus_errors(stay);
         let guest = Arc::new(Guest::in_file(file, BYTES).unwrap());
         let _stream = guest.hand_over(path.as_ref()).unwrap();
-        // Each by a thread of its own: who waits for memory touches no other page.
+        // A thread for each page, because a waiting thread touches no other page.
         for page in 0..200 {
             let guest = Arc::clone(&guest);
             thread::Builder::new()
@@ -265,7 +270,7 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
     assert!(innocent.is_some(), "the innocent guest waits; the other: {}", end.output());
 }
 
-/// A file of so many bytes on a file system with room for none of them, in a mount namespace of this process's own.
+/// A file of `bytes` on a full tmpfs, in a mount namespace of this process.
 fn file_on_a_full_tmpfs(folder: &Path, bytes: u64) -> Option<fs::File> {
     let (user, group) = (getuid(), getgid());
     if unshare(CloneFlags::CLONE_NEWNS).is_err() {
@@ -281,12 +286,12 @@ fn file_on_a_full_tmpfs(folder: &Path, bytes: u64) -> Option<fs::File> {
     mount(Some("tmpfs"), &here, Some("tmpfs"), MsFlags::empty(), Some("size=64k,huge=never")).ok()?;
     let file = fs::File::create_new(here.join("memory")).ok()?;
     file.set_len(bytes).ok()?;
-    // Until nothing is left, and the last page of that is of no use to the guest.
+    // Until the file system is full. The guest does not touch the page that was written last.
     while file.write_at(&[1; PAGE], 0).is_ok() && fs::write(here.join("filler"), vec![1; 64 << 10]).is_ok() {}
     fs::File::options().read(true).write(true).open(here.join("memory")).ok()
 }
 
-/// The handler is told to stop, and a guest dies while it is filled.
+/// The guest dies while a handler that was told to stop fills its memory.
 #[test]
 fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
     if lacks_marks(this_test!()) {
@@ -315,7 +320,7 @@ fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
     assert!(stopped.is_some_and(|took| took < LONG), "{stopped:?}");
 }
 
-/// Counts the lines that it is told.
+/// A subscriber that counts log lines.
 #[derive(Clone, Default)]
 struct Lines(Arc<AtomicUsize>);
 
@@ -341,14 +346,15 @@ impl tracing::Subscriber for Lines {
     fn exit(&self, _: &tracing::span::Id) {}
 }
 
-/// An owner cannot fill the disk with log lines: neither by moving what it has announced, nor what it has not.
+/// An owner cannot fill the disk with log lines, neither by moves of announced nor of other memory.
+/// The rate of lines is the subject, so a clock measures it.
 #[test]
 fn moves_of_guest_memory_are_logged_at_a_limited_rate() {
     if lacks_marks(this_test!()) {
         return;
     }
     const MOVES: usize = 200;
-    // One for each move that is told of.
+    // One range for each move.
     let mut guest = Guest::movable(&[PAGE; MOVES]).unwrap();
     let mut manual = Manual::new().unwrap();
     let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());

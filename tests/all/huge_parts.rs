@@ -1,5 +1,5 @@
-//! Memfds of huge pages (`MFD_HUGETLB`): the kernel maps them two megabytes at a time. What is less is copied, and nothing
-//! beside it is touched.
+//! Memfds of huge pages (`MFD_HUGETLB`): the kernel maps them in units of two megabytes. Smaller
+//! parts are copied, and their neighbours keep their bytes.
 
 use crate::{HugePages, pattern, touch};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -14,8 +14,9 @@ use std::sync::Arc;
 const MIB: usize = 1 << 20;
 const HUGE: usize = 2 * MIB;
 
-/// A memfd of whole huge pages that holds these bytes. They are written through a mapping: `write(2)` is EINVAL there.
-#[expect(unsafe_code, reason = "hugetlbfs cannot be written to but through a mapping")]
+/// A memfd of whole huge pages that holds these bytes. A mapping writes them, because `write(2)` is
+/// EINVAL on hugetlbfs.
+#[expect(unsafe_code, reason = "hugetlbfs can only be written through a mapping")]
 fn huge_memfd(bytes: &[u8]) -> File {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_HUGETLB;
     let file = File::from(memfd_create("huge", flags).unwrap());
@@ -24,7 +25,7 @@ fn huge_memfd(bytes: &[u8]) -> File {
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping where the kernel chooses.
     let start = unsafe { mmap(None, whole, protection, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
-    // SAFETY: as many bytes as were just mapped, or fewer.
+    // SAFETY: the mapping from above holds `bytes.len()` bytes or more.
     unsafe {
         start.cast::<u8>().copy_from_nonoverlapping(std::ptr::NonNull::from(bytes).cast(), bytes.len())
     };
@@ -82,7 +83,7 @@ fn a_chunk_behind_a_shared_part_of_a_huge_page_keeps_its_bytes() {
 }
 
 #[test]
-#[expect(unsafe_code, reason = "another mapping behind the region is what is tested")]
+#[expect(unsafe_code, reason = "a mapping behind the region is part of the test")]
 fn a_mapping_behind_a_part_of_a_huge_page_keeps_its_bytes() {
     let Some(_reserved) = reserved() else { return };
     let huge = pattern(5, 4 * MIB);
@@ -90,7 +91,7 @@ fn a_mapping_behind_a_part_of_a_huge_page_keeps_its_bytes() {
     let region = Region::builder().chunk(chunk()).build(&Pool::new().unwrap()).unwrap();
     let end = region.as_ptr().addr().get() + 3 * MIB;
     drop(region);
-    // Where the kernel puts a region of that size once more: with something behind it.
+    // The kernel puts the next region of that size there again, now with a mapping behind it.
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_FIXED_NOREPLACE;
     let (mib, protection) = (NonZeroUsize::new(MIB).unwrap(), ProtFlags::PROT_READ | ProtFlags::PROT_WRITE);
     // SAFETY: a new mapping that replaces nothing.
@@ -117,7 +118,7 @@ fn whole_huge_pages_are_in_place_and_parts_are_copied() {
     let region = whole.build(&pool).unwrap();
     assert_eq!(region.plan().runs()[0].how, How::Map);
     assert!(region.as_slice() == [&bytes[HUGE..], &bytes[..HUGE]].concat());
-    // A multiple of the system's page, but not of the memfd's.
+    // A multiple of the system's page size, but not of the memfd's.
     let off = Region::builder().chunk(part(MIB, 6 * MIB)).build(&pool).unwrap();
     assert!(off.as_slice() == &bytes[MIB..]);
     let why = off.plan().runs()[0].why;

@@ -12,7 +12,7 @@ use std::thread;
 
 const PAGE: usize = 4096;
 
-/// 0 if `result` is the error of a server that another process made.
+/// Returns 0 if `result` is the error of a server that another process made.
 fn is_refused<T>(result: Result<T, Error>, thing: &str) -> i32 {
     match result {
         Ok(_) => 1,
@@ -61,7 +61,7 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
     assert!(adopted.succeeds());
 }
 
-/// The events that stop a pool and that ring its bell are shared with the parent.
+/// Parent and child share the eventfds that stop a pool and that wake its workers.
 #[test]
 fn stop_and_serve_ready_in_a_child_leave_the_servers_of_the_parent_alone() {
     let end = child::run(this_test!(), || {
@@ -102,7 +102,7 @@ fn a_child_builds_regions_of_its_own() {
             i32::from(region.as_slice() != bytes)
         });
         assert!(pool.succeeds());
-        assert!(before.as_slice() == bytes, "the parent's own is served as before");
+        assert!(before.as_slice() == bytes, "the region of the parent is served as before");
     });
     end.expect_pass();
 }

@@ -1,4 +1,5 @@
-//! The thread that touches a page fills it itself: the same bytes, from many threads, with other handlers about, to the end.
+//! Inline regions, where the touching thread fills its page in a signal handler: the same bytes,
+//! from many threads, beside other handlers.
 
 use crate::donated::pages_of;
 use crate::{discard, handle_bus_errors, pattern, touch, until};
@@ -77,7 +78,7 @@ fn many_threads_fill_the_same_pages() {
         for reader in 0..8usize {
             let (region, bytes) = (&region, &bytes);
             scope.spawn(move || {
-                // Half of them from the other end.
+                // Half of the threads start at the other end.
                 for i in 0..2000 {
                     let page = PAGE * if reader.is_multiple_of(2) { i } else { 1999 - i };
                     assert!(region.as_slice()[page..page + PAGE] == bytes[page..page + PAGE]);
@@ -148,10 +149,10 @@ fn an_earlier_sigbus_handler_gets_signals_outside_regions() {
         handle_bus_errors(count);
         let region = stitched(&pattern(9, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
-        assert_eq!(SEEN.load(Ordering::SeqCst), 0, "ours is not theirs");
+        assert_eq!(SEEN.load(Ordering::SeqCst), 0, "a fault of a region is not passed on");
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGBUS).unwrap();
         assert_eq!(SEEN.load(Ordering::SeqCst), 1);
-        assert_ne!(region.as_slice()[2 * PAGE], 0, "and ours is still there");
+        assert_ne!(region.as_slice()[2 * PAGE], 0, "our handler is still installed");
         assert_eq!(SEEN.load(Ordering::SeqCst), 1);
     });
     end.expect_pass();
@@ -168,7 +169,7 @@ fn a_bus_error_outside_regions_ends_the_process() {
     let end = child::run(this_test!(), || {
         let region = stitched(&pattern(10, 10 * PAGE));
         assert_ne!(region.as_slice()[PAGE], 0);
-        // Past the end of a file that was cut short.
+        // Past the end of a truncated file.
         let memfd = UnsealedMemfd::create("short", PAGE as u64).unwrap();
         let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
         let shared = Region::builder().chunk(Arc::new(file)).build_shared(Inline).unwrap();

@@ -1,4 +1,4 @@
-//! The journey of a fault, step by step: each is seen to do what the architecture says of it.
+//! The journey of a fault, step by step, as ARCHITECTURE.md describes it.
 
 use crate::{discard, pattern, until};
 use pagestitch::{Chunk, How, Pool, Readahead, Region};
@@ -114,8 +114,9 @@ fn a_slow_source_occupies_one_worker_and_not_the_region() {
 
 #[test]
 fn faults_of_one_batch_are_handed_on_while_the_first_is_slow() {
-    // Both workers hang in a first page; while they do, eight threads stop at other pages. When one worker is let
-    // go, it reads the eight in one batch, and is held again by the first of them: the other seven must be served.
+    // Both workers hang in a first page while eight threads touch other pages. The first free
+    // worker reads the eight faults in one batch and is held again by the first of them: the other
+    // seven must be served.
     let blockers = [0, 1].map(|_| Arc::new(Scripted::new(page() as u64).holding(0..1)));
     let slow = Arc::new(Scripted::new(page() as u64).holding(0..1));
     let region = Region::builder()
@@ -169,7 +170,7 @@ fn an_idle_pool_sleeps() {
     let pool = Pool::builder().workers(2).name("idle-pool").start().unwrap();
     let region = Region::builder().chunk(vec![1u8; 10 * page()]).build(&pool).unwrap();
     assert_eq!(region.as_slice()[0], 1);
-    // Both workers end up asleep: 'S' in the third field of their stat.
+    // Both workers go to sleep: 'S' in the third field of their stat.
     until(|| {
         let tasks = std::fs::read_dir("/proc/self/task").unwrap();
         let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
@@ -193,7 +194,7 @@ fn workers_block_signals_and_the_starting_thread_keeps_its_mask() {
     let is_worker = |task: &std::path::PathBuf| {
         std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("no-signals/"))
     };
-    // The new thread takes its name itself.
+    // The new thread sets its name itself, a moment after its start.
     let mut worker = None;
     let tasks: Vec<_> = tasks.collect();
     until(|| {

@@ -1,4 +1,5 @@
-//! A memfd that is filled later: one copy in memory for all who map it, filled once, whoever needs it first.
+//! Lazy memfds: one copy in memory for all mappings, and each page is filled once, at the first
+//! touch of any of them.
 
 use crate::{pattern, touch};
 use nix::mount::MsFlags;
@@ -19,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const PAGE: usize = 4096;
 const PAGES: usize = 64;
 
-/// Writes what it was given, and counts the pages; fails for one of them.
+/// Writes its bytes and counts the pages. Fails at one byte.
 struct Filler {
     bytes: Vec<u8>,
     pages: AtomicU64,
@@ -46,7 +47,7 @@ impl FillMemfd for Filler {
     }
 }
 
-/// A memfd of these bytes, which it has already or not.
+/// A lazy memfd of these bytes, which it holds already if `filled`.
 pub(crate) fn chunk_of(bytes: &[u8], filled: bool) -> Chunk {
     let memfd = UnsealedMemfd::create("lazy", bytes.len() as u64).unwrap();
     if filled {
@@ -103,7 +104,7 @@ fn two_processes_share_the_pages_of_a_lazy_memfd() {
         .unwrap();
     let base = region.as_ptr().addr().get();
     assert_eq!(touch(base + 3 * PAGE), filler.bytes[3 * PAGE]);
-    // The child is told which memfd: the one of its parent.
+    // The child reads the path of its parent's memfd from a file.
     let note = |process: u32| -> PathBuf { std::env::temp_dir().join(format!("pagestitch-lazy-{process}")) };
     let path = format!("/proc/{}/fd/{}", std::process::id(), memfd.file().as_raw_fd());
     fs::write(note(std::process::id()), path).unwrap();
@@ -173,7 +174,7 @@ fn a_read_only_lazy_memfd_is_refused() {
     assert!(error.to_string().contains("open for writing too"), "{error}");
 }
 
-/// A tmpfs of its own, for as long as it lives. Needs root.
+/// A tmpfs that is mounted for its lifetime. Needs root.
 struct Tmpfs(tempfile::TempDir);
 
 impl Tmpfs {
@@ -201,14 +202,14 @@ impl Drop for Tmpfs {
     }
 }
 
-/// Eight megabytes that fill themselves a page at a time.
+/// Eight megabytes.
 const HUGE_BYTES: usize = 8 << 20;
 
 fn filler_of(bytes: usize) -> Arc<Filler> {
     Arc::new(Filler { bytes: pattern(2, bytes), pages: AtomicU64::new(0), failing: None })
 }
 
-/// One write makes a whole huge page present, and the rest of it zeros.
+/// One write makes a whole huge page present, and the rest of that page is zeros.
 #[test]
 fn a_lazy_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
     for huge in ["always", "within_size"] {
@@ -261,13 +262,13 @@ fn lazy_files_of_hugetlbfs_and_on_disk_are_refused() {
             assert!(error.to_string().contains("pages of 2097152 bytes"), "{error}");
         }
     }
-    // Other file systems tell of holes in pieces of their own, or not at all.
+    // Other file systems report holes in units of their own, or not at all.
     let other = fs::File::options().read(true).write(true).open("/proc/self/comm").unwrap();
     let error = LazyMemfd::new(other.into(), Arc::clone(&filler) as _).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::File);
 }
 
-/// Space that was allocated for a file is no page of its bytes.
+/// Allocated space of a file is not yet a filled page.
 #[test]
 fn fallocated_pages_of_a_lazy_memfd_are_filled() {
     let (memfd, filler) = (memfd(), Filler::new());
@@ -282,7 +283,8 @@ fn fallocated_pages_of_a_lazy_memfd_are_filled() {
     assert!(all == filler.bytes);
 }
 
-/// Another mapping of the memfd is made huge pages of, while pages of it are still to come.
+/// The kernel collapses another mapping of the memfd into huge pages while some of its pages are
+/// absent.
 #[test]
 fn a_collapse_of_a_lazy_memfd_shows_no_zeros() {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
@@ -310,7 +312,8 @@ fn a_collapse_of_a_lazy_memfd_shows_no_zeros() {
     assert_eq!(wrong, 0, "pages that differ");
 }
 
-/// What a page takes does not depend on how much of the memfd is filled.
+/// The time for a page does not depend on the filled size of the memfd. A time is the subject, so a
+/// clock measures it.
 #[test]
 fn the_time_to_find_a_hole_does_not_grow_with_the_filled_pages() {
     let bytes = 512 << 20;

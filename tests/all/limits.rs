@@ -1,4 +1,5 @@
-//! What the process may not do is one clear line: no userfaultfd, no address space, no descriptors.
+//! Limits of the process: without userfaultfd, addresses, descriptors, threads or mappings, the
+//! error is one clear line.
 
 use crate::pattern;
 use crate::zero_copy::memfd;
@@ -31,7 +32,7 @@ fn without_userfaultfd_the_error_names_the_remedy() {
     end("ENOSYS").expect_pass();
 }
 
-/// What a container's seccomp profile answers, or an old runtime's.
+/// The answer of a container's seccomp profile, or of an old runtime.
 fn without_userfaultfd(errno: &str) {
     let denied = if errno == "EPERM" { Errno::EPERM } else { Errno::ENOSYS };
     deny_userfaultfd(denied);
@@ -60,7 +61,7 @@ fn a_region_past_rlimit_as_is_refused_with_the_limit() {
             said.contains("cannot reserve 8589934592 bytes") && said.contains("4294967296 (RLIMIT_AS)"),
             "{said}"
         );
-        assert_eq!(build(vec![7u8; 10].into()).unwrap().as_slice(), [7; 10], "a small one still goes");
+        assert_eq!(build(vec![7u8; 10].into()).unwrap().as_slice(), [7; 10], "a small region still fits");
     });
     end.expect_pass();
 }
@@ -86,8 +87,9 @@ fn running_out_of_descriptors_is_an_error_at_each_step() {
     end.expect_pass();
 }
 
-/// From the address space that there is by now upwards: whatever does not fit says which limit it is, and what fits is right. The
-/// threads are there before: one without addresses for a signal stack is the end of any program of Rust's.
+/// The limit grows from the address space in use: a region that does not fit names the limit, and
+/// one that fits shows its bytes. The threads start first, because a Rust program without addresses
+/// for a signal stack is aborted.
 #[test]
 fn running_out_of_addresses_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
@@ -95,7 +97,8 @@ fn running_out_of_addresses_is_an_error_at_each_step() {
         let pool = Pool::builder().workers(2).start().unwrap();
         let chunks = || [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 300]))];
         let chunks: Vec<_> = (0..200).map(|_| chunks()).collect();
-        // What is small is had from what was freed: without a byte of it, any program of Rust's is aborted.
+        // Freed memory serves small allocations, because a Rust program without memory for them is
+        // aborted.
         let mut small: Vec<_> = (0..10_000).map(|_| vec![1u8; 1000]).collect();
         small.drain(..9_999);
         for (kibibytes, chunks) in (0..).step_by(4).zip(chunks) {
@@ -119,7 +122,8 @@ fn running_out_of_addresses_is_an_error_at_each_step() {
     end.expect_pass();
 }
 
-/// Writable memory counts against it, also of a region that is only read, unless it is guarded.
+/// Writable memory counts against RLIMIT_DATA. A region that is only read counts too, unless the
+/// hardware write-protects it.
 #[test]
 fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
     let end = child::run(this_test!(), || {
@@ -137,11 +141,11 @@ fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
     end.expect_pass();
 }
 
-/// What is asked of the kernel is answered for this user, and not for root.
+/// The probe answers for this user, and not for root.
 #[test]
 fn event_fork_is_offered_to_a_privileged_process_only() {
     let end = child::run(this_test!(), || {
-        become_nobody();
+        become_ordinary_user();
         let support = Support::probe();
         let capability = |name| support.capabilities().into_iter().find(|one| one.name == name).unwrap();
         let may = Uffd::open(Features::EVENT_FORK).is_ok();
@@ -151,14 +155,14 @@ fn event_fork_is_offered_to_a_privileged_process_only() {
     end.expect_pass();
 }
 
-/// Root may have as many threads as it likes.
+/// Not as root, because RLIMIT_NPROC does not bind root.
 #[test]
 fn running_out_of_threads_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
-        become_nobody();
+        become_ordinary_user();
         let mut refused = 0;
         let (_, hard) = getrlimit(Resource::RLIMIT_NPROC).unwrap();
-        // Others of the same user count, too, and come and go.
+        // Threads of other processes of the same user count too, and come and go.
         for limit in 0.. {
             setrlimit(Resource::RLIMIT_NPROC, limit, hard).unwrap();
             let started = Pool::builder().workers(3).overdue_after(Duration::from_secs(9)).start();
@@ -179,11 +183,11 @@ fn running_out_of_threads_is_an_error_at_each_step() {
     end.expect_pass();
 }
 
-/// Nothing is locked into memory.
+/// A region locks no memory.
 #[test]
 fn rlimit_memlock_of_zero_is_enough() {
     let end = child::run(this_test!(), || {
-        become_nobody();
+        become_ordinary_user();
         setrlimit(Resource::RLIMIT_MEMLOCK, 0, 0).unwrap();
         let chunks = [Chunk::from(vec![7u8; 100_000]), Chunk::from(memfd(&[9; 5000]))];
         let region = Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap();
@@ -193,20 +197,21 @@ fn rlimit_memlock_of_zero_is_enough() {
     end.expect_pass();
 }
 
-/// `vm.unprivileged_userfaultfd` lets an ordinary user serve system calls, too; without it, everything else.
+/// With `vm.unprivileged_userfaultfd` an ordinary user serves system calls too; without it,
+/// everything else.
 #[test]
 fn an_ordinary_user_is_served_under_each_unprivileged_userfaultfd_setting() {
     let test = this_test!();
     let path = "/proc/sys/vm/unprivileged_userfaultfd";
     let before = if child::is_child(test) { None } else { fs::read_to_string(path).ok() };
     let before = before.filter(|before| fs::write(path, before.trim()).is_ok());
-    // Who may not say so finds it as it is.
+    // A user that may not write the setting tests the current one.
     for setting in if before.is_some() { &["0", "1"][..] } else { &[""] } {
         if before.is_some() {
             fs::write(path, setting).unwrap();
         }
         let end = child::spawn(test, setting, |setting| {
-            become_nobody();
+            become_ordinary_user();
             let region = build(vec![7u8; 10_000].into()).unwrap();
             match setting {
                 "0" => assert!(!region.serves_system_calls()),
@@ -214,7 +219,7 @@ fn an_ordinary_user_is_served_under_each_unprivileged_userfaultfd_setting() {
                 _ => {}
             }
             if region.serves_system_calls() {
-                // write(2) reads a page that nobody has touched.
+                // write(2) reads a page that no thread has touched.
                 let mut file = tempfile::tempfile().unwrap();
                 file.write_all(&region.as_slice()[4096..]).unwrap();
             }
@@ -228,8 +233,8 @@ fn an_ordinary_user_is_served_under_each_unprivileged_userfaultfd_setting() {
     }
 }
 
-/// Gives up what root may do.
-fn become_nobody() {
+/// Becomes an ordinary user, if it is root.
+fn become_ordinary_user() {
     if geteuid().is_root() {
         let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
         setgroups(&[]).unwrap();
@@ -238,7 +243,7 @@ fn become_nobody() {
     }
 }
 
-/// Bytes of addresses that are mapped.
+/// The mapped bytes of this process.
 fn address_space() -> u64 {
     let pages = fs::read_to_string("/proc/self/statm").unwrap();
     pages.split(' ').next().unwrap().parse::<u64>().unwrap() * 4096
@@ -264,11 +269,11 @@ fn a_region_is_served_and_dropped_at_max_map_count() {
         let pages = (0..50).map(|i| Chunk::from(shown.clone()).range(i % 2 * 8192..i % 2 * 8192 + 4096));
         let region =
             Region::builder().chunks(pages).chunk(vec![7u8; 100_000]).build(&Pool::new().unwrap()).unwrap();
-        // Every other page of a large range, until the kernel has no mappings left for this process.
+        // Maps every other page of a large range, until the process has no mappings left.
         let pages = NonZeroUsize::new(200_000).unwrap();
         let (_reservation, mut view) = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap();
         let mapped = (0..100_000).take_while(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok()).count();
-        assert!(mapped < 100_000, "vm.max_map_count is larger than this test thought of");
+        assert!(mapped < 100_000, "vm.max_map_count is larger than this test expects");
         assert_eq!(region.as_slice()[60 * 4096], 7);
         drop(region);
     });
@@ -294,7 +299,7 @@ fn a_region_of_many_mapped_files_takes_few_descriptors() {
         let folder = tempfile::tempdir().unwrap();
         let path = |number: usize| folder.path().join(number.to_string());
         (0..FILES).for_each(|number| fs::write(path(number), pattern(number as u64, 5000)).unwrap());
-        // As by default, where the soft limit is for programs that use select(2).
+        // As by default, because programs with select(2) need a low soft limit.
         setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
         let mapped = (0..FILES).map(|number| SharedFile::open(path(number), Access::ReadOnly).unwrap());
         let builder = Region::builder().page_aligned().chunks(mapped).require_zero_copy().mappings(2 * FILES);

@@ -1,4 +1,5 @@
-//! A process that locks its memory (`mlockall(2)`): pages are filled by their sources, and never populated by the kernel.
+//! A process that locks its memory (`mlockall(2)`): sources fill the pages, and the kernel never
+//! populates them.
 
 use crate::donated::pages_of;
 use crate::zero_copy::memfd;
@@ -20,7 +21,7 @@ use std::thread;
 const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
 
-/// Locks what is mapped from now on, or by now; `MCL_ONFAULT` has no name in the wrapper.
+/// Locks future or current mappings. `MCL_ONFAULT` has no name in the wrapper.
 fn lock(how: &str) {
     let flags = match how {
         "future" => MlockAllFlags::MCL_FUTURE,
@@ -31,7 +32,7 @@ fn lock(how: &str) {
     mlockall(flags).expect("memory can be locked");
 }
 
-/// Whether this process may lock as much as it likes.
+/// True if this process may lock all of its memory.
 fn may_lock(test: &str) -> bool {
     let may = geteuid().is_root();
     if !may {
@@ -134,7 +135,8 @@ fn files_and_memfds_under_mlockall_future_show_their_bytes() {
     .expect_pass();
 }
 
-/// The region and the pool were there before: the kernel's walk over the region is a touch of each page.
+/// The region and the pool exist before the lock: the kernel touches each page of the region when
+/// it locks it.
 #[test]
 fn a_region_under_mlockall_current_keeps_its_bytes_and_holes() {
     let test = this_test!();
@@ -155,7 +157,7 @@ fn a_region_under_mlockall_current_keeps_its_bytes_and_holes() {
     .expect_pass();
 }
 
-/// Bytes of a pattern, whose reader locks the memory that it reads into: a staging block, as a rule.
+/// A source that locks the memory that it reads into, which is mostly a staging block.
 struct Locking(Vec<u8>);
 
 impl Source for Locking {
@@ -170,7 +172,7 @@ impl Source for Locking {
     }
 }
 
-/// A staging block is used again and again: its holes are zeros each time.
+/// A staging block is reused: its holes must be zeros each time.
 #[test]
 fn holes_between_chunks_are_zeros_when_staging_is_locked() {
     let test = this_test!();
@@ -195,7 +197,7 @@ fn holes_between_chunks_are_zeros_when_staging_is_locked() {
     .expect_pass();
 }
 
-/// A worker fills pages of 2 MiB of several guests in the same block.
+/// A worker fills huge pages of several guests in the same staging block.
 #[test]
 fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes() {
     if crate::lacks_marks(this_test!()) {
@@ -229,7 +231,8 @@ fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes()
     .expect_pass();
 }
 
-/// An ordinary user's limit on locked memory is an error by its name; below it, the bytes are right.
+/// A region past an ordinary user's limit on locked memory is refused with its name. A smaller
+/// region shows its bytes.
 #[test]
 fn a_region_past_rlimit_memlock_is_refused_with_the_limit() {
     let test = this_test!();

@@ -1,4 +1,5 @@
-//! A server without threads of ours: it serves when it is told to, tells when there is something to do, and leaves nobody behind.
+//! `Manual`, a server in the caller's own loop: it serves on request, its descriptor reports
+//! faults, and its last drop leaves no thread waiting.
 
 use crate::{is_readable, pattern, serve_until, touch, until};
 use nix::poll::PollTimeout;
@@ -79,7 +80,7 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
     });
 }
 
-/// No thread of ours looks after the two: the second one serves a region that holds up none of them.
+/// No watchdog watches a group of manuals: the second manual serves only regions that do not hang.
 #[test]
 fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() {
     let hanging = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
@@ -101,7 +102,8 @@ fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() 
         for mut seat in seats {
             scope.spawn(move || {
                 serve_until(&mut seat, 64, || done.load(Ordering::SeqCst));
-                // The last one to go would close the regions.
+                // The manual lives on, because the last one of the group that is dropped closes the
+                // regions.
                 seat
             });
         }

@@ -1,4 +1,5 @@
-//! Memory runs out while pages are filled: an error that says so, or the end of the process, but never zeros and never a hang.
+//! Memory runs out while pages are filled: an error with the reason or the end of the process, but
+//! never zeros and never a hang.
 
 use crate::until;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -20,7 +21,8 @@ const TOTAL: usize = 32 << 20;
 const LIMIT: u64 = 16 << 20;
 const SIGKILL: i32 = 9;
 
-/// A control group of a limited amount of memory; of version 1, as only there nobody has to be killed for it.
+/// A memory control group with a limit. Version 1, because only there the kernel can refuse memory
+/// without a kill.
 struct Group {
     folder: PathBuf,
     mounted: Option<TempDir>,
@@ -48,7 +50,8 @@ impl Group {
     }
 
     fn limit(&self, bytes: u64) -> io::Result<()> {
-        // What may be swapped out is no memory, either, where that is counted. Never the smaller one of the two before the other.
+        // Swap space is limited too, where it is counted. The limit with swap must never be below
+        // the limit without.
         let swap =
             |bytes: u64| drop(fs::write(self.folder.join("memory.memsw.limit_in_bytes"), bytes.to_string()));
         swap(bytes);
@@ -65,7 +68,7 @@ impl Group {
 impl Drop for Group {
     fn drop(&mut self) {
         if !thread::panicking() {
-            // Whoever was in it has ended a moment ago.
+            // The process in the group has just ended.
             until(|| fs::remove_dir(&self.folder).is_ok());
         }
         if let Some(folder) = &self.mounted {
@@ -74,7 +77,8 @@ impl Drop for Group {
     }
 }
 
-/// Where control groups for memory are; mounted for as long as that lives, where they were not.
+/// The mount point of the memory control groups. It is mounted for the lifetime of the folder, if
+/// it was not before.
 fn hierarchy() -> io::Result<(PathBuf, Option<TempDir>)> {
     let there = Path::new("/sys/fs/cgroup/memory");
     if there.join("memory.limit_in_bytes").exists() {
@@ -89,7 +93,7 @@ fn join(group: &str) {
     fs::write(Path::new(group).join("cgroup.procs"), "0").unwrap();
 }
 
-/// A process whose own memory runs out, for which the kernel kills: it does not read on past its last page.
+/// A process that reaches its limit is killed: it does not read on past its last page.
 #[test]
 fn a_process_past_its_memory_limit_is_killed_and_reads_no_zeros() {
     let test = this_test!();
@@ -106,7 +110,8 @@ fn a_process_past_its_memory_limit_is_killed_and_reads_no_zeros() {
     assert!(matches!(end.signal(), Some(SIGKILL | crate::SIGBUS)), "{}", end.output());
 }
 
-/// Memory of another process runs out: its pages are errors, until there is more, and heal then.
+/// The limit of another process is reached: its pages fail until the limit is raised, and a retry
+/// then fills them.
 #[test]
 fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let test = this_test!();
@@ -130,16 +135,13 @@ fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let (mut stream, region) = adopt(&listener);
     let error = region.populate(..).unwrap_err();
     if crate::signal_of_loss() == SIGKILL {
-        // Without marks for bad pages, it is ended.
+        // Without poison markers, the drop kills the owner.
         drop(region);
         return assert_eq!(process.wait().signal(), Some(SIGKILL));
     }
     assert!(error.to_string().contains("Cannot allocate memory"), "{error}");
     let bad = region.failures().len();
-    assert!(
-        (1..=4).contains(&bad),
-        "{bad}: the first page that there was no memory for, of each thread that filled"
-    );
+    assert!((1..=4).contains(&bad), "{bad}: one failed page for each filling thread");
     let some = region.metrics().pages_installed() * PAGE as u64;
     assert!((LIMIT / 2..LIMIT).contains(&some), "{some} bytes of {LIMIT}");
     group.limit(2 * TOTAL as u64).unwrap();
@@ -150,7 +152,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     process.wait().expect_pass();
 }
 
-/// `Some(None)` in the child, to which the group's path was told.
+/// `Some(None)` in the child, which gets the path of the group from its parent.
 fn group_of(test: &str, name: &str, kills: bool) -> Option<Option<Group>> {
     if child::is_child(test) { Some(None) } else { Group::new(name, kills).map(Some) }
 }

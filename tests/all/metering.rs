@@ -1,4 +1,4 @@
-//! What is told of a region: while it is at work, and when it has gone.
+//! Meters and metrics of a region, while it lives and after its drop.
 
 use crate::readahead::read_slowly;
 use crate::{pattern, until};
@@ -25,6 +25,7 @@ fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
         scope.spawn(|| region.as_slice()[5 * PAGE + 7]);
         source.wait_until_held(1);
         assert_eq!(meter.in_flight(), 1);
+        // The age of a fault is the subject, so a clock measures it.
         thread::sleep(Duration::from_millis(3));
         let (offset, age) = meter.oldest().unwrap();
         assert_eq!(offset, 5 * PAGE as u64);
@@ -70,7 +71,7 @@ fn each_failed_read_of_a_source_is_counted() {
         let meter = region.meter();
         region.populate(..).unwrap_err();
         region.heal(..).unwrap_err();
-        // Where there are no poison marks, it need not be asked again.
+        // Without poison markers a retry need not read the source again.
         let least = if crate::signal_of_loss() == crate::SIGBUS { 2 } else { 1 };
         assert!(meter.source_errors() >= least, "{:?}", meter.metrics());
         assert_eq!(meter.pages_poisoned(), 1);
@@ -110,7 +111,7 @@ fn used_and_unused_readahead_pages_are_counted() {
     let (all, little, in_haste) = (build(), build(), build());
     read_slowly(&all, &bytes, "metered");
     read_slowly(&little, &bytes[..100 * PAGE], "metered");
-    // Passes by pages that nobody has come to fill ahead, where the CPUs have other things to do.
+    // A fast reader passes pages that no worker has filled ahead yet.
     assert!(in_haste.as_slice() == bytes);
     let (all, little, in_haste) = (all.meter(), little.meter(), in_haste.meter());
     assert!(all.pages_ahead_used() > 100, "{:?}", all.metrics());

@@ -1,4 +1,4 @@
-//! Any mix of chunks shows the bytes laid end to end, to any number of threads.
+//! Any mix of chunks shows their bytes end to end, to any number of threads.
 
 use crate::donated::pages_of;
 use crate::shared::memfd_of;
@@ -28,13 +28,13 @@ enum Kind {
     Hole,
 }
 
-/// A chunk: its kind, where in its source it begins, and how long it is.
+/// A chunk: its kind, its start in its source, and its length.
 type Piece = (Kind, usize, usize);
 
 fn piece() -> impl Strategy<Value = Piece> {
     use Kind::*;
     let kind = prop::sample::select(vec![Memory, Sealed, Shared, CopyOnWrite, Donated, Lazy, Read, Hole]);
-    // On page boundaries as often as not.
+    // Half of the chunks lie on page boundaries.
     let aligned = (0..8usize, 1..8usize).prop_map(|(start, pages)| (start * PAGE, pages * PAGE));
     let ragged = (0..SIZE / 2, 1..SIZE / 2);
     (kind, prop_oneof![aligned, ragged]).prop_map(|(kind, (start, bytes))| (kind, start, bytes))
@@ -60,7 +60,7 @@ fn chunk_of((kind, start, bytes): Piece) -> (Chunk, Vec<u8>) {
         Kind::Donated => Chunk::from(pages_of(&BYTES)),
         Kind::Lazy => {
             let memfd = memfd_of(&vec![0; SIZE]).1;
-            // Sparse again: what it has, it does not have filled.
+            // Sparse again, because a lazy memfd does not fill the pages that it holds.
             memfd.set_len(0).unwrap();
             memfd.set_len(SIZE as u64).unwrap();
             Chunk::from(LazyMemfd::new(memfd.into(), Arc::new(Writer)).unwrap())
@@ -96,7 +96,7 @@ proptest! {
             for thread in 0..threads {
                 let (places, expected) = (&places, &expected);
                 scope.spawn(move || {
-                    // Each begins elsewhere, and all touch everything.
+                    // Each thread begins elsewhere, and all touch everything.
                     for turn in 0..expected.len() {
                         let chunk = (turn + thread) % expected.len();
                         for byte in (0..expected[chunk].len()).step_by(509).chain([expected[chunk].len() - 1]) {

@@ -1,4 +1,5 @@
-//! Memory of one region as a chunk of another: filled where another server does it, and refused where one would wait for itself.
+//! Memory of one region as a chunk of another: allowed where another server fills it, and refused
+//! where a server would wait for itself.
 
 use crate::pattern;
 use pagestitch::source::Memory;
@@ -69,7 +70,7 @@ fn a_cycle_of_servers_is_refused() {
     drop((lowest, lower));
     let bytes = pattern(1, BYTES);
     let upper = named("upper", bytes.clone(), &first).unwrap();
-    assert!(upper.as_slice() == bytes, "the addresses are other memory's by now");
+    assert!(upper.as_slice() == bytes, "the addresses of the dropped regions are forgotten");
 }
 
 #[test]
@@ -78,7 +79,7 @@ fn memory_of_a_region_of_another_server_is_filled_through_both() {
         let bytes = pattern(2, BYTES);
         let lower = named("lower", bytes.clone(), &one_worker()).unwrap();
         if !lower.serves_system_calls() {
-            // An ordinary user's: the kernel copies no absent page.
+            // For an ordinary user the kernel does not wait for an absent page of `lower`.
             lower.populate(..).unwrap();
         }
         let upper = named("upper", over(&lower), &one_worker()).unwrap();
