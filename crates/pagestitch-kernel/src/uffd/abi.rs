@@ -1,7 +1,7 @@
-//! The ioctls as the kernel defines them, in `include/uapi/linux/userfaultfd.h`, through Linux 6.8.
+//! The ioctls as the kernel defines them in `include/uapi/linux/userfaultfd.h`, through Linux 6.8.
 //!
-//! Written out because system headers lag behind the running kernel. Sizes are proved below; the request
-//! numbers follow from them.
+//! Written out here, because system headers lag behind the running kernel. The end of this file
+//! proves the sizes; the request numbers follow from them.
 
 use super::outcome::Waiters;
 use crate::page::AddressRange;
@@ -73,7 +73,7 @@ pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
 
 ioctl_readwrite!(api, UFFDIO, 0x3F, Api);
 ioctl_readwrite!(register, UFFDIO, 0x00, Register);
-// Both are declared as if they read.
+// The header declares both as reads.
 ioctl_read!(unregister, UFFDIO, 0x01, Range);
 ioctl_read!(wake, UFFDIO, 0x02, Range);
 ioctl_readwrite!(copy, UFFDIO, 0x03, Copy);
@@ -82,7 +82,8 @@ ioctl_readwrite!(r#move, UFFDIO, 0x05, Copy);
 ioctl_readwrite!(write_protect, UFFDIO, 0x06, WriteProtect);
 ioctl_readwrite!(r#continue, UFFDIO, 0x07, Progress);
 ioctl_readwrite!(poison, UFFDIO, 0x08, Progress);
-// USERFAULTFD_IOC_NEW of /dev/userfaultfd: declared without an argument, but takes the syscall's flags.
+// USERFAULTFD_IOC_NEW of /dev/userfaultfd. The header declares it without an argument, but it takes
+// the flags of userfaultfd(2).
 ioctl_write_int_bad!(new_from_device, request_code_none!(UFFDIO, 0x00));
 
 impl From<AddressRange> for Range {
@@ -97,6 +98,7 @@ const _: () = assert!(size_of::<Copy>() == 40);
 const _: () = assert!(size_of::<Progress>() == 32);
 const _: () = assert!(size_of::<WriteProtect>() == 24);
 const _: () = assert!(size_of::<Register>() == 32);
-// The answer is the last field of each: the kernel does not read it, and writes nothing after it.
+// The answer is the last field of each struct: the kernel does not read it, and writes nothing
+// after it.
 const _: () = assert!(std::mem::offset_of!(Copy, copied) == 32);
 const _: () = assert!(std::mem::offset_of!(Progress, done) == 24);

@@ -1,4 +1,4 @@
-//! Taking over a userfaultfd that another process, or another part of this program, has opened.
+//! Adopting a userfaultfd that another process, or another part of this program, has opened.
 
 use super::open::{kernel_features, wrap};
 use super::own_process::is_of_this_process;
@@ -9,22 +9,22 @@ use nix::errno::Errno;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-/// A descriptor could not be taken over as a userfaultfd.
+/// A descriptor could not be adopted as a userfaultfd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum AdoptError {
-    /// It is a descriptor of this, instead.
+    /// The descriptor is of this kind instead.
     NotUserfaultfd(String),
-    /// The kernel would not tell, or not make it non-blocking.
+    /// The kernel refuses to tell its kind, or to make it non-blocking.
     Refused(Errno),
-    /// It fills memory of this process, for which a promise has to be made: see [`OwnMemory`].
+    /// It fills memory of this process, which needs the promise of [`OwnMemory`].
     OwnMemory,
-    /// It was not asked for its features yet (`UFFDIO_API`): so it has no memory.
+    /// Its handshake (`UFFDIO_API`) is missing, so no memory can be registered with it.
     NotReady,
 }
 
 /// The promise that memory of *this* process which is registered with a userfaultfd may be filled.
 ///
-/// Memory of other processes needs none: what is filled there is nothing that this process has a reference to.
+/// Memory of another process needs no promise, because this process has no reference to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OwnMemory(());
 
@@ -35,9 +35,10 @@ impl OwnMemory {
     ///
     /// For each userfaultfd that is adopted with it ([`Uffd::adopt_own`]), as long as it is used:
     ///
-    /// - no missing page of the memory that is, or will be, registered with it belongs to a Rust value or a reference which counts on
-    ///   what missing pages read as: zeros. Memory of an allocator (`Vec`, `Box`) does; a mapping of its own, of which nothing was ever
-    ///   read as a slice, does not. Registering is a safe function in some crates, and is no such promise.
+    /// - no missing page of the memory that is, or will be, registered with it belongs to a Rust
+    ///   value or a reference that counts on missing pages to read as zeros. Memory of an allocator
+    ///   (`Vec`, `Box`) does. A separate mapping does not, if no slice of it was ever read. The
+    ///   call that registers memory is a safe function in some crates, and is no such promise.
     ///
     /// ```compile_fail,E0133
     /// let promise = pagestitch_kernel::uffd::OwnMemory::promise();
@@ -75,7 +76,8 @@ impl fmt::Display for AdoptError {
 
 impl std::error::Error for AdoptError {}
 
-/// Takes over one that fills memory of another process, or of this one, for which `own` is promised then.
+/// Adopts a userfaultfd that fills memory of another process, or, with the promise `own`, of this
+/// one.
 pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let link =
@@ -91,10 +93,10 @@ pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptEr
             Err(errno) => return Err(AdoptError::Refused(errno)),
         }
     }
-    // A blocking one can be read, but not waited for: poll(2) answers POLLERR.
+    // A blocking userfaultfd can be read but not waited for: poll(2) answers POLLERR.
     set_nonblocking(&fd).map_err(AdoptError::Refused)?;
-    // What the kernel can fill does not depend on what the owner asked for. Who may not open one finds out by
-    // trying.
+    // The operations of the kernel do not depend on the owner's handshake. A process that may not
+    // open a userfaultfd learns them by trying.
     let features = kernel_features().unwrap_or(Features::POISON);
     let read_method = ReadMethod::shared();
     Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, read_method })

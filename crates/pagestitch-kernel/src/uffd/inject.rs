@@ -1,10 +1,11 @@
-//! A kernel that answers what it hardly ever does: for tests, behind the feature `inject`.
+//! A kernel that gives rare answers: for tests, behind the feature `inject`.
 //!
-//! Between us and each operation that fills pages sits [`around`]. Now and then it has the operation do less, nothing, or be too
-//! late, and hands on the answer that the kernel gives then. What it does is what the kernel can do, so whoever asked has to
-//! come right: the page has to be filled, or be bad, and nobody may wait for ever. Not for pages of hugetlbfs.
+//! [`around`] stands between the crate and each operation that fills pages. From time to time it
+//! lets the operation do less, nothing, or come too late, and returns the kernel's answer for that
+//! case. A kernel can do all of this, so the caller must end well: the page is filled or poisoned,
+//! and no thread waits for ever. Not for pages of hugetlbfs.
 //!
-//! And what it says of faults and events may be [made up](pretend).
+//! The kernel's messages can be [pretended](pretend) too.
 
 use super::open::wrap;
 use super::outcome::{Operation, Outcome, Waiters};
@@ -15,23 +16,23 @@ use crate::page::{AddressRange, PageSize};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// An answer that is injected.
+/// An injected answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Injected {
     /// `EAGAIN` without progress: the map is changing.
     Again,
     /// Some pages of several are filled, then `EAGAIN`.
     Partial,
-    /// `EEXIST`: somebody else was quicker, and has woken nobody.
+    /// `EEXIST`: another thread has filled the page first, and has woken no waiter.
     Exists,
     /// `EBUSY`, to a move: a page is pinned.
     Busy,
-    /// `ENOMEM`, to whatever fills a page.
+    /// `ENOMEM`, to an operation that fills a page.
     NoMemory,
-    /// `ENOMEM`, to the mark of a bad page. Not for memory that somebody else registered: its owner is ended then.
+    /// `ENOMEM`, to a poison marker. Not for foreign memory, whose owner would be ended for it.
     NoMarker,
-    /// `ESRCH`: the process that owned the memory has gone. Not for memory that somebody else registered, of which it would be
-    /// believed.
+    /// `ESRCH`: the process that owned the memory has gone. Not for foreign memory, because the
+    /// caller would believe it.
     ProcessGone,
 }
 
@@ -46,12 +47,12 @@ impl Injected {
         Self::ProcessGone,
     ];
 
-    /// Whether the kernel can give this answer to the operation, on these pages.
+    /// True if the kernel can give this answer to the operation on these pages.
     fn suits(self, operation: Operation, range: AddressRange, own: bool) -> bool {
         match self {
             Self::Again => true,
             Self::Partial => range.bytes() > PageSize::system().bytes(),
-            // What moves is gone from where it was: nobody else can have filled the page with it.
+            // The source page has not moved, so no other thread can have filled the target with it.
             Self::Exists => operation != Operation::Move,
             Self::Busy => operation == Operation::Move,
             Self::NoMemory => operation != Operation::Poison,
@@ -61,12 +62,14 @@ impl Injected {
     }
 }
 
-/// A descriptor that is taken for a userfaultfd, to be read from: by tests of what is made of the kernel's messages.
+/// Takes a descriptor for a userfaultfd whose messages a test writes.
 ///
 /// # Safety
 ///
-/// - What is read of a fork holds a descriptor that has no owner: it is closed with the child's [`Uffd`].
-/// - If it is a userfaultfd, of this process, its memory is promised for as by [`OwnMemory`](super::OwnMemory).
+/// - A pretended fork event holds a descriptor without an owner, because the child's [`Uffd`]
+///   closes it.
+/// - If the descriptor is a userfaultfd of this process, the promise of
+///   [`OwnMemory`](super::OwnMemory) holds for its memory.
 #[must_use]
 #[expect(unsafe_code, reason = "declares an obligation")]
 pub unsafe fn pretend(fd: OwnedFd) -> Uffd {
@@ -79,7 +82,8 @@ pub unsafe fn pretend(fd: OwnedFd) -> Uffd {
     }
 }
 
-/// From now on one answer of `one_of` is injected, in the whole process: among `kinds`, as `seed` decides. 0: none.
+/// Injects one of `one_of` answers from now on, in the whole process: one of `kinds`, as `seed`
+/// decides. With 0, none.
 pub fn inject(one_of: u32, kinds: &[Injected], seed: u64) {
     let mask = kinds.iter().fold(0, |mask, &kind| mask | 1 << kind as u32);
     KINDS.store(mask, Ordering::SeqCst);
@@ -87,13 +91,13 @@ pub fn inject(one_of: u32, kinds: &[Injected], seed: u64) {
     ONE_OF.store(one_of, Ordering::SeqCst);
 }
 
-/// How many of each kind were injected so far.
+/// The number of injected answers of each kind so far.
 #[must_use]
 pub fn injected() -> [(Injected, u64); 7] {
     Injected::ALL.map(|kind| (kind, COUNTS[kind as usize].load(Ordering::Relaxed)))
 }
 
-/// Has an operation done, or something else happen.
+/// Runs an operation, or injects an answer.
 pub(super) fn around(
     operation: Operation,
     range: AddressRange,

@@ -1,5 +1,5 @@
-//! A uffd that is closed when it is dropped, or stays open for good. To duplicate it instead could be refused, where there is no
-//! descriptor left.
+//! A uffd that its drop closes, unless it is kept open for good. A duplicate is no alternative,
+//! because it may be refused at the limit on descriptors.
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Debug)]
 pub(super) struct KeptFd {
-    /// Invariant: dropped once, in `drop`.
+    /// Invariant: dropped once at most, in `drop`.
     fd: ManuallyDrop<userfaultfd::Uffd>,
     stays: AtomicBool,
 }
@@ -17,7 +17,7 @@ impl KeptFd {
         Self { fd: ManuallyDrop::new(fd), stays: AtomicBool::new(false) }
     }
 
-    /// Leaves it open when this is dropped.
+    /// Leaves the descriptor open after the drop.
     pub(super) fn keep(&self) {
         self.stays.store(true, Ordering::SeqCst);
     }
@@ -34,7 +34,8 @@ impl Deref for KeptFd {
 impl Drop for KeptFd {
     fn drop(&mut self) {
         if !self.stays.load(Ordering::SeqCst) {
-            // SAFETY: by the field's invariant it was not dropped, and `self` is not used any more.
+            // SAFETY: by the field's invariant it was not dropped before, and no code uses `self`
+            // afterwards.
             #[expect(unsafe_code, reason = "drops a field by hand")]
             unsafe {
                 ManuallyDrop::drop(&mut self.fd);

@@ -1,14 +1,17 @@
-//! The userfaultfd: opened, registered, and asked to fill pages.
+//! The userfaultfd: it is opened, memory is registered with it, and the kernel fills pages through
+//! it.
 //!
-//! Each fill operation takes a page-aligned [`AddressRange`] and answers with an [`Outcome`]: what the kernel said,
-//! as a value. Filling is a safe function of any range because the kernel fills only missing pages of memory that is
-//! registered with *this* userfaultfd ([`Outcome::NotRegistered`] else), and a missing page has no value yet (the
-//! crate's [safety argument](crate)). Making pages *be* missing in somebody's memory is where care is due, and that is
-//! registering: [`Uffd::register`] takes a reservation, [`Uffd::register_range`] and [`OwnMemory`] an `unsafe` promise, and
-//! what other processes have registered is no memory of this one.
+//! Each fill operation takes a page-aligned [`AddressRange`] and returns the kernel's answer as a
+//! value, an [`Outcome`]. A fill is a safe function for any range, because the kernel writes
+//! missing pages of memory that is registered with *this* userfaultfd only
+//! ([`Outcome::NotRegistered`] otherwise), and a missing page has no value yet (the crate's [safety
+//! argument](crate)). The danger is in registering, because that lets pages of existing memory *be*
+//! missing. [`Uffd::register`] takes a reservation; [`Uffd::register_range`] and [`OwnMemory`] take
+//! an `unsafe` promise; and memory that other processes have registered is not memory of this one.
 //!
-//! Own ioctls on the `userfaultfd` crate's fd: that crate has no move, poison or feature query, and loses the
-//! sign of what COPY says. See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
+//! The fills are our own ioctls on the descriptor of the `userfaultfd` crate. That crate lacks
+//! move, poison and the feature query, and loses the sign of COPY's answer. See `userfaultfd(2)`
+//! and `ioctl_userfaultfd(2)`.
 
 mod abi;
 mod adopt;
@@ -38,7 +41,7 @@ use nix::errno::Errno;
 use nix::libc::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
-/// A userfaultfd of this process, or of another that sent it.
+/// A userfaultfd that this process has opened, or that another process has sent.
 #[derive(Debug)]
 pub struct Uffd {
     fd: KeptFd,
@@ -49,78 +52,86 @@ pub struct Uffd {
 }
 
 impl Uffd {
-    /// Opens a non-blocking, close-on-exec userfaultfd with those of the features `wanted` that this kernel has.
+    /// Opens a non-blocking, close-on-exec userfaultfd with the features of `wanted` that this
+    /// kernel has.
     ///
-    /// `/dev/userfaultfd` is tried first, then the system call, which an ordinary user may make since Linux 5.11
-    /// if faults of the kernel itself (a `write(2)` from an absent page) need not be served: see [`Uffd::mode`].
+    /// Tries `/dev/userfaultfd` first, then the system call. Since Linux 5.11 an ordinary user may
+    /// make that call for faults of user code, but not for faults of the kernel itself (a
+    /// `write(2)` from an absent page): see [`Uffd::mode`].
     ///
     /// # Errors
     ///
-    /// [`OpenError`] says which way was refused, why, and what to do.
+    /// [`OpenError`] names both refusals and the remedy.
     #[doc(alias = "UFFDIO_API")]
     pub fn open(wanted: Features) -> Result<Self, OpenError> {
         open::open(wanted)
     }
 
-    /// Takes over a userfaultfd of another process that sent it ([`fd_passing`](crate::fd_passing)). It is made non-blocking, for all who
-    /// hold it.
+    /// Adopts a userfaultfd that another process has sent ([`fd_passing`](crate::fd_passing)).
+    /// Makes it non-blocking, also for the other processes that hold it.
     ///
-    /// Which events were asked for is not known; [`features`](Self::features) are the kernel's operations.
+    /// The features of its handshake are unknown; [`features`](Self::features) are the operations
+    /// of the kernel.
     ///
     /// # Errors
     ///
-    /// [`AdoptError`]: the descriptor is something else, cannot be asked what it is, or fills memory of *this* process, whichever
-    /// process has sent it: see [`adopt_own`](Self::adopt_own).
+    /// [`AdoptError`]: the descriptor is not a userfaultfd, its kind cannot be determined, or it
+    /// fills memory of *this* process, even if another process has sent it: see
+    /// [`adopt_own`](Self::adopt_own).
     pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
         adopt::adopt(fd, None)
     }
 
-    /// The same, for memory of this process too: another part of the program has registered it.
+    /// As [`adopt`](Self::adopt), also for memory of this process that another part of the program
+    /// has registered.
     ///
     /// # Errors
     ///
-    /// As [`adopt`](Self::adopt), but for the last.
+    /// As [`adopt`](Self::adopt), except that memory of this process is allowed.
     pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
         adopt::adopt(fd, Some(promise))
     }
 
-    /// Whether another descriptor of this process, by its number, is of the same userfaultfd. As [`is_same_file`].
+    /// True if another descriptor of this process, by its number, is of the same userfaultfd. As
+    /// [`is_same_file`].
     #[must_use]
     pub fn is_also(&self, other: RawFd) -> bool {
         is_same_file(self.raw(), other)
     }
 
-    /// Which of the wanted features are on.
+    /// The wanted features that are on.
     #[must_use]
     pub const fn features(&self) -> Features {
         self.features
     }
 
-    /// Whose faults are served.
+    /// The faults that it serves.
     #[must_use]
     pub const fn mode(&self) -> FaultMode {
         self.mode
     }
 
-    /// Which way it was opened.
+    /// The way in which it was opened.
     #[must_use]
     pub const fn opened_by(&self) -> OpenedBy {
         self.opened_by
     }
 
-    /// Registers a whole reservation, and [opens](Reservation::open) it: from now on its missing pages are filled by whoever reads this
-    /// uffd. Nothing has been shown in the reservation before.
+    /// Registers a whole reservation and [opens](Reservation::open) it. From now on, the reader of
+    /// this uffd fills its missing pages. Nothing has been shown in the reservation before.
     ///
     /// # Errors
     ///
-    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` where the mapping cannot have `modes`; those of
-    /// [`Reservation::open`].
+    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` if the mapping
+    /// does not support `modes`; the errors of [`Reservation::open`].
     #[doc(alias = "UFFDIO_REGISTER")]
     pub fn register(&self, reservation: &Reservation, modes: RegisterMode) -> Result<(), Errno> {
-        // SAFETY: the reservation is a range of its own, made by mmap: no allocator ever gave out its pages as zeros.
+        // SAFETY: the reservation is a mapping of its own. No allocator ever gave out its pages as
+        // zeros.
         #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
         unsafe { self.register_range(reservation.range(), modes) }?;
-        // In this order: a page that is there before the range is registered never faults.
+        // Opened afterwards, because a page that is filled before the range is registered never
+        // faults.
         reservation.open()
     }
 
@@ -132,15 +143,16 @@ impl Uffd {
     ///
     /// # Safety
     ///
-    /// - The range's missing pages must be nobody's: no Rust value lives there that counts on them to read as zeros
-    ///   (memory from `alloc_zeroed`, a fresh `mmap` already used as `&[u8]`).
+    /// - No Rust value in the range counts on its missing pages to read as zeros. Memory from
+    ///   `alloc_zeroed` does, and so does a fresh `mmap` of which a `&[u8]` exists.
     #[expect(unsafe_code, reason = "declares an obligation; what it calls is safe")]
     pub unsafe fn register_range(&self, range: AddressRange, modes: RegisterMode) -> Result<(), Errno> {
         let answer = self.fd.register_with_mode(range.start() as *mut c_void, range.bytes(), modes);
         answer.map(drop).map_err(|error| errno_of(&error))
     }
 
-    /// Ends the registration of a range. Threads blocked in a missing page there read **zeros**: poison first.
+    /// Ends the registration of a range. Threads that wait for a missing page there read **zeros**:
+    /// poison the pages first.
     ///
     /// # Errors
     ///
@@ -151,7 +163,8 @@ impl Uffd {
         answer.map_err(|error| errno_of(&error))
     }
 
-    /// Fills the missing pages of `range` with `bytes` and wakes who waits for them. `bytes` needs no alignment.
+    /// Fills the missing pages of `range` with `bytes` and wakes the threads that wait for them.
+    /// `bytes` needs no alignment.
     ///
     /// # Panics
     ///
@@ -162,70 +175,82 @@ impl Uffd {
         self.copy_from(range, bytes.as_ptr().addr())
     }
 
-    /// Has the kernel copy from an address: it can be anything, and says so if it cannot be read.
+    /// Lets the kernel copy from an address of this process. The answer to an unreadable address is
+    /// [`Outcome::SourceUnreadable`].
     fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
         self.fill(Operation::Copy, range, |part, waiters| {
             let mut request = abi::Copy::new(part, source + (part.start() - range.start()), waiters);
-            // SAFETY: `request` is a uffdio_copy that lives through the call; the kernel only reads its source.
+            // SAFETY: the kernel writes missing pages of registered memory only, which have no
+            // value yet, and the `copied` field of `request`. It reads the source, which may be any
+            // address.
             #[expect(unsafe_code, reason = "an ioctl")]
             let answer = unsafe { abi::copy(self.raw(), &raw mut request) };
             Outcome::interpret(answer, part.bytes(), request.copied)
         })
     }
 
-    /// Fills the missing pages of `range` with the zero page and wakes who waits for them. Not for hugetlbfs.
+    /// Fills the missing pages of `range` with the zero page and wakes the threads that wait for
+    /// them. Not for hugetlbfs.
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     pub fn zero(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Zero, range, |range, waiters| {
             let mut request = abi::Progress::new(range, waiters);
-            // SAFETY: `request` is a uffdio_zeropage that lives through the call.
+            // SAFETY: the kernel maps zero pages in missing pages of registered memory only, which
+            // have no value yet, and writes the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
             let answer = unsafe { abi::zeropage(self.raw(), &raw mut request) };
             Outcome::interpret(answer, range.bytes(), request.done)
         })
     }
 
-    /// Maps the pages that the file behind `range` has in its page cache (minor faults), and wakes. Linux 5.13.
+    /// Maps the pages that the file behind `range` has in its page cache (minor faults), and wakes
+    /// the waiting threads. Linux 5.13.
     #[doc(alias = "UFFDIO_CONTINUE")]
     pub fn continue_pages(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Continue, range, |range, waiters| {
             let mut request = abi::Progress::new(range, waiters);
-            // SAFETY: `request` is a uffdio_continue that lives through the call.
+            // SAFETY: the kernel maps a file's own pages in registered memory where no page is
+            // mapped yet, and writes the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
             let answer = unsafe { abi::r#continue(self.raw(), &raw mut request) };
             Outcome::interpret(answer, range.bytes(), request.done)
         })
     }
 
-    /// Whether the process whose memory a userfaultfd fills has ended, or has another program by now; `range` was registered with it.
+    /// True if the process whose memory a userfaultfd fills has ended, or runs another program by
+    /// now. `range` was registered with it.
     pub fn has_no_process(fd: BorrowedFd<'_>, range: AddressRange) -> bool {
         let mut request = abi::Progress::new(range, Waiters::Woken);
-        // SAFETY: `request` is a uffdio_continue that lives through the call. It maps what a page cache has, where there is one.
+        // SAFETY: the kernel maps a file's own pages in registered memory where no page is mapped
+        // yet, and writes the `done` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
         let answer = unsafe { abi::r#continue(fd.as_raw_fd(), &raw mut request) };
         answer == Err(Errno::ESRCH)
     }
 
-    /// Makes the missing pages of `range` bad: whoever touches them, or waits for them, gets SIGBUS. Linux 6.6.
+    /// Puts poison markers in the missing pages of `range`: an access, also one that waits, gets
+    /// SIGBUS. Linux 6.6.
     #[doc(alias = "UFFDIO_POISON")]
     pub fn poison(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Poison, range, |range, waiters| {
             let mut request = abi::Progress::new(range, waiters);
-            // SAFETY: `request` is a uffdio_poison that lives through the call.
+            // SAFETY: the kernel writes markers to missing pages of registered memory only, which
+            // have no value yet, and the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
             let answer = unsafe { abi::poison(self.raw(), &raw mut request) };
             Outcome::interpret(answer, range.bytes(), request.done)
         })
     }
 
-    /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes. Linux 6.8.
+    /// Moves the private anonymous pages at `source` to the missing pages of `range`, and wakes the
+    /// waiting threads. Linux 6.8.
     ///
-    /// The pages at `source` are gone afterwards, those that were moved.
+    /// The moved pages are missing at `source` afterwards.
     ///
     /// # Safety
     ///
-    /// - `source` is memory of this process that the caller owns, and no Rust reference to it exists during the
-    ///   call; what is read there later is zeros, or whatever then fills it.
+    /// - `source` is memory of this process that the caller owns, and no Rust reference to it
+    ///   exists during the call. It reads as zeros later, or as the bytes that fill it then.
     ///
     /// # Panics
     ///
@@ -236,15 +261,19 @@ impl Uffd {
         assert_eq!(source.bytes(), range.bytes(), "as many pages move as are missing");
         self.fill(Operation::Move, range, |part, waiters| {
             let mut request = abi::Copy::new(part, source.start() + (part.start() - range.start()), waiters);
-            // SAFETY: `request` is a uffdio_move, laid out as a uffdio_copy; the caller gives `source` away.
+            // SAFETY: the kernel writes missing pages of registered memory, which have no value
+            // yet, and the `copied` field of `request`. It takes away pages at `source`, which the
+            // caller owns and has no reference to.
             let answer = unsafe { abi::r#move(self.raw(), &raw mut request) };
             Outcome::interpret(answer, part.bytes(), request.copied)
         })
     }
 
-    /// Moves donated pages in, as [`move_pages`](Self::move_pages) does: those from `offset` on, a multiple of the page
-    /// size. [`Outcome::NotRegistered`] if the first was never touched, and is zeros, has moved before, or is taken by another
-    /// thread at this moment. Both sides have to be writable mappings. Linux 6.8.
+    /// Moves donated pages from `offset` on, a multiple of the page size, as
+    /// [`move_pages`](Self::move_pages) does. Both sides must be writable mappings. Linux 6.8.
+    ///
+    /// The answer is [`Outcome::NotRegistered`] if the first page was never touched (and so is
+    /// zeros), has moved before, or is taken by another thread at this moment.
     ///
     /// # Panics
     ///
@@ -253,7 +282,7 @@ impl Uffd {
         let span = donated.span(offset, range.bytes());
         let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
         let part = range.part(0, taken.span().pages);
-        // SAFETY: pages that were given up: nobody has a slice of them.
+        // SAFETY: the donation owns the pages, and no slice of them exists.
         #[expect(unsafe_code, reason = "the donation is the vouching owner that move_pages asks for")]
         let outcome = unsafe { self.move_pages(part, donated.range(taken.span())) };
         match outcome {
@@ -264,7 +293,8 @@ impl Uffd {
         outcome.of_part(part.bytes(), range.bytes())
     }
 
-    /// Copies donated pages in, for where they cannot be moved. As [`move_donated`](Self::move_donated) otherwise.
+    /// Copies donated pages that cannot be moved. As [`move_donated`](Self::move_donated)
+    /// otherwise.
     ///
     /// # Panics
     ///
@@ -277,13 +307,14 @@ impl Uffd {
         outcome.of_part(part.bytes(), range.bytes())
     }
 
-    /// Write-protects the present pages of `range`: a write then waits for [`unprotect`](Self::unprotect). Linux 5.7.
+    /// Write-protects the present pages of `range`. A write then waits for
+    /// [`unprotect`](Self::unprotect). Linux 5.7.
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     pub fn write_protect(&self, range: AddressRange) -> Outcome {
         self.set_protection(range, abi::WRITEPROTECT_MODE_WP)
     }
 
-    /// Takes the write-protection of `range` away and wakes the writers that wait. Linux 5.7.
+    /// Removes the write protection of `range` and wakes the waiting writers. Linux 5.7.
     #[doc(alias = "UFFDIO_WRITEPROTECT")]
     pub fn unprotect(&self, range: AddressRange) -> Outcome {
         self.set_protection(range, 0)
@@ -291,13 +322,13 @@ impl Uffd {
 
     fn set_protection(&self, range: AddressRange, mode: u64) -> Outcome {
         let mut request = abi::WriteProtect { range: range.into(), mode };
-        // SAFETY: `request` is a uffdio_writeprotect that lives through the call.
+        // SAFETY: the kernel changes the protection of registered pages, and no byte of them.
         #[expect(unsafe_code, reason = "an ioctl")]
         let answer = unsafe { abi::write_protect(self.raw(), &raw mut request) };
         Outcome::interpret(answer, range.bytes(), 0)
     }
 
-    /// Lets every thread that waits in `range` try its access again.
+    /// Wakes the threads that wait in `range`; each tries its access again.
     ///
     /// # Errors
     ///
@@ -308,7 +339,7 @@ impl Uffd {
         answer.map_err(|error| errno_of(&error))
     }
 
-    /// Has the kernel fill a range; or, in a test, something else happen there. The range may lie in several mappings.
+    /// Fills a range, which may lie in several mappings. In a test, `inject` may answer instead.
     fn fill(
         &self,
         operation: Operation,
@@ -323,20 +354,21 @@ impl Uffd {
         outcome
     }
 
-    /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever others do with the descriptor. Says how
-    /// many bytes came; none if there is nothing to read.
+    /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever
+    /// another process does with the descriptor. Returns the number of bytes; 0 if no message is
+    /// there.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
         self.read_method.read(&*self.fd, into)
     }
 
-    /// The child's uffd, from a fork event.
+    /// The child's uffd of a fork event.
     pub(crate) fn of_child(fd: OwnedFd, parent: &Self) -> Self {
         let read_method = ReadMethod::of_child(&fd);
         let (fd, opened_by) = (open::wrap(fd), OpenedBy::Other);
         Self { fd, opened_by, mode: parent.mode, features: parent.features, read_method }
     }
 
-    /// Whether a thread waits for a page, as far as can be told: an event of its own that was not read, or a page that was not filled.
+    /// True if a thread may wait for a page: its event is unread, or its page is missing.
     #[must_use]
     pub fn has_waiters(&self) -> bool {
         let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.raw())).unwrap_or_default();
@@ -344,7 +376,8 @@ impl Uffd {
         total.is_none_or(|total| total > 0)
     }
 
-    /// Leaves the descriptor open when this is dropped: closed, it would show zeros to the threads that wait for it.
+    /// Leaves the descriptor open after the drop, because waiting threads would read zeros after a
+    /// close.
     pub fn keep_open(&self) {
         self.fd.keep();
     }
@@ -360,9 +393,10 @@ impl AsFd for Uffd {
     }
 }
 
-/// Asks the kernel for a range that may lie in several mappings: a call of the application (`madvise`, `mbind`, `mprotect`,
-/// `mlock`) splits one, and the kernel refuses what crosses the border. Where it refuses a range, a page is tried, then two,
-/// four, and so on up to the border. Only a refusal of the first page alone is the answer.
+/// Fills a range that may lie in several mappings. A call of the application (`madvise`, `mbind`,
+/// `mprotect`, `mlock`) splits a mapping, and the kernel refuses a range that crosses the border.
+/// After a refusal, tries one page, then two, four, and so on up to the border. Only a refusal of
+/// the first page alone is the answer.
 fn across_mappings(
     operation: Operation,
     range: AddressRange,
@@ -379,7 +413,7 @@ fn across_mappings(
             Outcome::Done => done += part.bytes(),
             Outcome::Partial { bytes } => return Outcome::Partial { bytes: done + bytes },
             outcome if done == 0 => return outcome,
-            // The caller goes on from there, and learns why.
+            // The caller continues from there, and gets the reason.
             _ => return Outcome::Partial { bytes: done },
         }
         pages *= 2;
@@ -387,7 +421,8 @@ fn across_mappings(
     Outcome::Done
 }
 
-/// The errno inside an error of the `userfaultfd` crate, whose own Errno type is of another `nix`.
+/// The errno in an error of the `userfaultfd` crate, whose Errno type is of another version of
+/// `nix`.
 pub(crate) fn errno_of(error: &userfaultfd::Error) -> Errno {
     match error {
         userfaultfd::Error::SystemError(errno) => Errno::from_raw(*errno as i32),

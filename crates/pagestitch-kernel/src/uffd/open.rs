@@ -1,13 +1,13 @@
-//! Opening a userfaultfd, by whichever way this process may.
+//! Opening a userfaultfd in the first way that the kernel allows.
 //!
 //! ```text
-//!   /dev/userfaultfd ──ok──▶ all faults          its mode decides who may
+//!   /dev/userfaultfd ──ok──▶ all faults          needs access to the node
 //!        │ any refusal (ENOENT, EACCES, EPERM of a device cgroup ...)
 //!        ▼
-//!   userfaultfd(0) ──ok──▶ all faults            CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1
+//!   userfaultfd(0) ──ok──▶ all faults            needs CAP_SYS_PTRACE, or vm.unprivileged_userfaultfd=1
 //!        │ EPERM
 //!        ▼
-//!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       anybody, since Linux 5.11
+//!   userfaultfd(UFFD_USER_MODE_ONLY) ──ok──▶ faults of user code only       any user, since Linux 5.11
 //! ```
 
 use super::kept_fd::KeptFd;
@@ -22,7 +22,7 @@ use std::fmt;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Whose faults a uffd serves.
+/// The faults that a uffd serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultMode {
     /// Every fault: of user code, and of system calls that read or write an absent page.
@@ -31,28 +31,28 @@ pub enum FaultMode {
     UserOnly,
 }
 
-/// Which way a uffd was opened.
+/// The way in which a uffd was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenedBy {
     /// `/dev/userfaultfd`, since Linux 6.1.
     Device,
     /// The `userfaultfd(2)` system call.
     SystemCall,
-    /// Somebody else, who handed it over.
+    /// By another process, or another part of this program.
     Other,
 }
 
-/// No userfaultfd could be had: which way was refused with what.
+/// No userfaultfd could be opened: both ways were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OpenError {
-    /// What opening `/dev/userfaultfd` answered.
+    /// The answer to the open of `/dev/userfaultfd`.
     pub device: Errno,
-    /// What the system call answered, asked for user faults only.
+    /// The answer to the system call, for user faults only.
     pub system_call: Errno,
 }
 
 impl OpenError {
-    /// What the person who runs the program can do about it.
+    /// The remedy, for the person that runs the program.
     #[must_use]
     pub const fn remedy(&self) -> &'static str {
         match self.system_call {
@@ -85,7 +85,8 @@ impl fmt::Display for OpenError {
 impl std::error::Error for OpenError {}
 
 pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
-    // A second handshake on one fd is EINVAL, and asking for what a kernel lacks is too: ask on a throw-away.
+    // A second handshake on one descriptor is EINVAL, and so is a feature that the kernel lacks: so
+    // the features come from another descriptor.
     let supported = kernel_features()?;
     let opened = open_fd()?;
     let features = wanted & supported;
@@ -95,13 +96,14 @@ pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
 }
 
 pub(super) fn wrap(fd: OwnedFd) -> KeptFd {
-    // SAFETY: the fd is a userfaultfd that nobody else owns: `into_raw_fd` of an OwnedFd gives it up.
+    // SAFETY: the fd is a userfaultfd without another owner, because `into_raw_fd` of an OwnedFd
+    // gives it up.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
     let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
     KeptFd::new(uffd)
 }
 
-/// Opens a userfaultfd, asks which features this kernel has, and closes it.
+/// Opens a userfaultfd, reads the features of this kernel, and closes it.
 ///
 /// # Errors
 ///
@@ -111,8 +113,8 @@ pub fn handshake_probe() -> Result<Features, OpenError> {
     handshake(&opened.fd, Features::NONE).map_err(|errno| OpenError { device: errno, system_call: errno })
 }
 
-/// Which features this kernel has: asked once, because the answer stays the same, and each uffd that is closed again takes time for all
-/// mappings of the process. A forked child has the same kernel.
+/// The features of this kernel. Probed once, because the answer does not change (a forked child has
+/// the same kernel), and the close of a uffd takes time for each mapping of the process.
 ///
 /// # Errors
 ///
@@ -149,21 +151,21 @@ pub(super) fn open_fd() -> Result<Opened, OpenError> {
 
 fn from_device() -> Result<OwnedFd, Errno> {
     let device = open_file("/dev/userfaultfd", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
-    // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and touches no memory of ours.
+    // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and touches no memory of this process.
     #[expect(unsafe_code, reason = "an ioctl")]
     let fd = unsafe { abi::new_from_device(device.as_raw_fd(), FLAGS) }?;
     Ok(own(fd))
 }
 
 fn from_system_call(mode: i32) -> Result<OwnedFd, Errno> {
-    // SAFETY: userfaultfd(2) takes flags by value and touches no memory of ours.
+    // SAFETY: userfaultfd(2) takes flags by value and touches no memory of this process.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, FLAGS | mode) };
     Errno::result(fd).map(|fd| own(i32::try_from(fd).expect("a descriptor is an int")))
 }
 
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made this descriptor for us.
+    // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns it.
     #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
     unsafe {
         OwnedFd::from_raw_fd(fd)
@@ -172,7 +174,7 @@ fn own(fd: RawFd) -> OwnedFd {
 
 pub(super) fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Errno> {
     let mut request = abi::Api { api: abi::API, features: features.bits(), ioctls: 0 };
-    // SAFETY: `request` is a uffdio_api that lives through the call.
+    // SAFETY: the kernel reads and writes `request`, which has the layout of a uffdio_api.
     #[expect(unsafe_code, reason = "an ioctl")]
     unsafe { abi::api(fd.as_raw_fd(), &raw mut request) }?;
     Ok(Features::from_bits(request.features))

@@ -1,40 +1,43 @@
-//! What the kernel answered to a fill, as a value.
+//! The kernel's answer to a fill, as a value.
 //!
-//! The output field is read before errno, because errno alone lies: `EAGAIN` with progress means "go on from
-//! there", `EAGAIN` without means "the map is changing". Casting the field to an unsigned number, as is often
-//! done, turns the `-EEXIST` in it into a length.
+//! The output field decides before errno, because errno alone misleads: `EAGAIN` with progress
+//! means "continue from there", `EAGAIN` without progress means "the map is changing". The field
+//! may hold `-EEXIST`; a cast to an unsigned number, which is a common mistake, would turn that
+//! into a length.
 
 use nix::errno::Errno;
 
 /// The kernel's answer to one fill operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The whole range was filled, and who waited for it runs.
+    /// The whole range is filled, and the threads that waited for it run.
     Done,
-    /// The first `bytes` were filled; the rest was not tried. Go on from there to learn why.
+    /// The first `bytes` are filled, the rest was not tried. Continue from there to get the reason.
     Partial {
         /// A positive multiple of the page size.
         bytes: usize,
     },
-    /// `EEXIST`: the first page is there already. Who waits for it may still sleep: wake it.
+    /// `EEXIST`: the first page is present already. A thread may still wait for it: wake the range.
     AlreadyThere,
-    /// `EAGAIN` without progress: a remove, unmap, remap or fork is in progress. Read events, then try again.
+    /// `EAGAIN` without progress: a remove, unmap, remap or fork is in progress. Read the events,
+    /// then try again.
     Changing,
-    /// `ENOENT`: the first page is not registered, or not mapped at all; to a move: the source is a hole.
+    /// `ENOENT`: the first page is not registered or not mapped; for a move, the source page is
+    /// missing.
     NotRegistered,
     /// `ESRCH`: the process that owned the memory is gone.
     ProcessGone,
-    /// `EFAULT`: the source cannot be read; to a continue: the page cache has no such page.
+    /// `EFAULT`: the source cannot be read; for a continue, the page cache lacks the page.
     SourceUnreadable,
     /// `ENOMEM`: no memory for a page, or for page tables.
     NoMemory,
-    /// `EBUSY`: to a move: a source page is pinned, or shared with a forked process.
+    /// `EBUSY`, for a move: a source page is pinned, or shared with a forked process.
     Busy,
-    /// Anything else: a wrong argument, or a kernel without this operation.
+    /// Another errno: a wrong argument, or a kernel without this operation.
     Refused(Errno),
 }
 
-/// What is answered with an outcome.
+/// The operations that are answered with an outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Operation {
     Copy,
@@ -45,8 +48,8 @@ pub(super) enum Operation {
 }
 
 impl Operation {
-    /// Whether an answer may mean that the range leaves the mapping that it begins in. A move says `EINVAL` then, all others
-    /// `ENOENT`.
+    /// True if the answer may mean that the range leaves its first mapping. A move answers `EINVAL`
+    /// then, the others `ENOENT`.
     pub(super) fn may_cross(self, outcome: Outcome) -> bool {
         match outcome {
             Outcome::NotRegistered => true,
@@ -56,11 +59,11 @@ impl Operation {
     }
 }
 
-/// Whether a fill wakes whoever waits for its pages.
+/// Whether a fill wakes the threads that wait for its pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Waiters {
     Woken,
-    /// As if somebody else had filled them, without a thought of us.
+    /// As if another thread had filled the pages without waking.
     #[cfg(feature = "inject")]
     LeftAsleep,
 }
@@ -77,7 +80,7 @@ impl Waiters {
 }
 
 impl Outcome {
-    /// The answer for `whole` bytes, of which the first `part` were asked for.
+    /// The answer for `whole` bytes, of which only the first `part` were tried.
     pub(super) const fn of_part(self, part: usize, whole: usize) -> Self {
         match self {
             Self::Done if part < whole => Self::Partial { bytes: part },

@@ -1,14 +1,15 @@
-//! Whose memory a userfaultfd fills: this process's, or another's.
+//! The process whose memory a userfaultfd fills: this one, or another one.
 //!
-//! No call tells it, so the kernel is asked for something that it refuses with another errno for memory of the caller's:
+//! No call tells. So this module makes a request that the kernel refuses, with an errno that differs
+//! for memory of the caller:
 //!
-//! | request | of this process | of another | holds |
+//! | request | this process | another process | lock of the other process |
 //! |---|---|---|---|
-//! | `UFFDIO_MOVE` to and from a place where nothing is mapped (since Linux 6.9) | `ENOENT` | `EINVAL` | no lock of the other's memory |
-//! | `UFFDIO_REGISTER` of a page that cannot be made writable | `EPERM` | `EINVAL`: nothing is mapped there | its memory map, for a moment |
+//! | `UFFDIO_MOVE` to and from an address without a mapping (since Linux 6.9) | `ENOENT` | `EINVAL` | none |
+//! | `UFFDIO_REGISTER` of a page that cannot become writable | `EPERM` | `EINVAL`: nothing is mapped there | its memory map, for a moment |
 //!
-//! The first is tried first, as another process cannot make it wait. What either answers on this kernel for memory of this process is
-//! tried once, on a userfaultfd of our own.
+//! The first request comes first, because another process cannot make it wait. A userfaultfd of this
+//! process shows once how this kernel answers.
 
 use super::abi::{self, Copy, Range, Register};
 use super::open::{handshake, open_fd};
@@ -27,25 +28,28 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
 
-/// Whether a userfaultfd fills memory of this process. `EINVAL`: its `UFFDIO_API` is still to come, so that nobody can tell.
+/// True if a userfaultfd fills memory of this process. `EINVAL` before its handshake
+/// (`UFFDIO_API`), when no answer is possible yet.
 pub(super) fn is_of_this_process(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
     static PROBE: OnceLock<Result<Probe, Errno>> = OnceLock::new();
     match PROBE.get_or_init(Probe::new) {
         Ok(probe) if probe.generation.is_current() => probe.ask(fd),
         Err(errno) => Err(*errno),
-        // A forked child has the parent's answers, and not its mappings.
+        // A forked child has inherited the parent's answers, but not its mappings.
         Ok(_) => Probe::new()?.ask(fd),
     }
 }
 
 #[derive(Debug)]
 struct Probe {
-    /// Nothing is mapped in the pages below it, and nothing will be: the kernel keeps them free for it to grow into.
+    /// No page is mapped below it, now or later, because the kernel keeps these addresses free for
+    /// it to grow into.
     below: OwnedMapping,
-    /// A page that cannot be made writable. Children of fork do not have it: their memory is not this process's.
+    /// A page that cannot become writable. Children of fork do not inherit it, because their memory
+    /// is not this process's.
     read_only: OwnedMapping,
     generation: ForkGeneration,
-    /// Whether a move tells.
+    /// True if the answer to a move differs on this kernel.
     moves: bool,
 }
 
@@ -54,7 +58,7 @@ impl Probe {
         let (below, mut read_only) = (growing()?, read_only()?);
         read_only.do_not_fork()?;
         let mut probe = Self { below, read_only, generation: ForkGeneration::current(), moves: false };
-        // Where none can be had, the other way is left.
+        // Without a userfaultfd, the second request is left.
         if let Ok(own) = open_fd()
             && handshake(&own.fd, Features::NONE).is_ok()
         {
@@ -69,17 +73,17 @@ impl Probe {
             match self.try_move(fd) {
                 Err(Errno::ENOENT) => return Ok(true),
                 Err(Errno::EINVAL) => return Ok(false),
-                // EAGAIN: its memory map is changing.
+                // EAGAIN: the memory map of the other process is changing.
                 _ => {}
             }
         }
         Ok(self.try_register(fd) == Err(Errno::EPERM))
     }
 
-    /// Changes nothing; `EINVAL` before the handshake.
+    /// Changes nothing. `EINVAL` before the handshake.
     fn try_wake(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let mut range = Range::from(self.hole());
-        // SAFETY: `range` is a uffdio_range that lives through the call.
+        // SAFETY: the kernel reads `range`, and wakes threads. It writes no memory.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::wake(fd.as_raw_fd(), &raw mut range) }.map(drop)
     }
@@ -87,23 +91,25 @@ impl Probe {
     fn try_move(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let hole = self.hole();
         let mut request = Copy::new(hole, hole.start(), Waiters::Woken);
-        // SAFETY: `request` is a uffdio_move that lives through the call; it is refused, as nothing is mapped there.
+        // SAFETY: the kernel refuses the move, because nothing is mapped at either address. It
+        // writes the `copied` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop)
     }
 
-    /// Should another process have something at this very address, it is not registered when this returns.
+    /// If another process has a mapping at this very address, it is not registered any more when
+    /// this returns.
     fn try_register(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let page = PageSize::system();
         let start = self.read_only.start().addr().get();
         let range = AddressRange::new(start, page.bytes(), page).expect("a page");
         let mut request = Register { range: range.into(), mode: abi::REGISTER_MODE_MISSING, ioctls: 0 };
-        // SAFETY: `request` is a uffdio_register that lives through the call. Of this process it is refused, as for a page that
-        // cannot be written to.
+        // SAFETY: the kernel reads and writes `request`. For memory of this process it refuses,
+        // because the page cannot become writable; so no page of this process becomes missing.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::register(fd.as_raw_fd(), &raw mut request) }?;
         let mut range = Range::from(range);
-        // SAFETY: `range` is a uffdio_range that lives through the call.
+        // SAFETY: the kernel reads `range`, and ends a registration of another process's memory.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::unregister(fd.as_raw_fd(), &raw mut range) }.map(drop)
     }
@@ -128,6 +134,6 @@ fn read_only() -> Result<OwnedMapping, Errno> {
 }
 
 const fn page() -> NonZeroUsize {
-    // Rounded up by the kernel where pages are larger.
+    // The kernel rounds it up if pages are larger.
     NonZeroUsize::new(4096).expect("not zero")
 }

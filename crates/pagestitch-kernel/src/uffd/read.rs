@@ -1,12 +1,13 @@
-//! ReadMethod messages without waiting.
+//! Reading messages without waiting.
 //!
-//! `O_NONBLOCK` belongs to the open file description. A process that has sent its userfaultfd still holds that description,
-//! and can clear the flag at any time: a plain `read(2)` would then wait for ever.
+//! `O_NONBLOCK` belongs to the open file description. A process that has sent its userfaultfd still
+//! holds that description and can clear the flag at any time; a plain `read(2)` would then wait for
+//! ever.
 //!
-//! | the description is | how it is read |
+//! | the description is | method |
 //! |---|---|
-//! | of this process alone: opened here, or made here by a fork event | `read(2)`: nothing else can clear the flag |
-//! | shared, Linux 6.10 | `preadv2(2)` with `RWF_NOWAIT`, which does not look at the flag |
+//! | of this process alone: opened here, or made here by a fork event | `read(2)`: no other process can clear the flag |
+//! | shared, Linux 6.10 | `preadv2(2)` with `RWF_NOWAIT`, which ignores the flag |
 //! | shared, before Linux 6.10; or a forked child's, on every kernel: `EOPNOTSUPP` | `poll(2)`, then `read(2)` that a timer's signal ends |
 
 use crate::fork::ForkGeneration;
@@ -26,14 +27,14 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// How messages are read from a descriptor.
+/// The method by which messages are read from a descriptor.
 #[derive(Debug)]
 pub(super) enum ReadMethod {
     /// The open file description is this process's alone.
     Own,
-    /// Another process holds the description, too.
+    /// Another process holds the description too.
     Shared {
-        /// The kernel does not know `RWF_NOWAIT` for it.
+        /// True if the kernel has refused `RWF_NOWAIT` for it.
         bounded: AtomicBool,
     },
 }
@@ -43,13 +44,14 @@ impl ReadMethod {
         Self::Shared { bounded: AtomicBool::new(false) }
     }
 
-    /// Of a descriptor that a fork event has made in this process. Its flags are those that its parent's was *opened* with.
+    /// The method for a descriptor that a fork event has made in this process. It has the flags
+    /// with which the parent's was *opened*.
     pub(super) fn of_child(fd: impl AsFd) -> Self {
-        // Nothing is known to refuse this; where the flag stays as it was, the read has a bound.
+        // Nothing is known to refuse the flag. If something does, the read has a bound.
         if set_nonblocking(fd).is_ok() { Self::Own } else { Self::shared() }
     }
 
-    /// Reads without waiting; 0 if there is nothing.
+    /// Reads without waiting; 0 if there is no message.
     pub(super) fn read(&self, fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
         let answer = match self {
             Self::Own => read(fd, into),
@@ -76,14 +78,15 @@ pub(super) fn set_nonblocking(fd: impl AsFd) -> Result<(), Errno> {
 
 fn read_nowait(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
     let part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    // SAFETY: one part, which is `into`, writable for its whole length; an offset of -1 reads as `readv(2)` does.
+    // SAFETY: the kernel writes to `into` only, at most its length, and `into` is borrowed mutably.
+    // With an offset of -1 it reads as `readv(2)` does.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let read = unsafe { libc::preadv2(fd.as_fd().as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
     Errno::result(read).map(|bytes| usize::try_from(bytes).expect("an answer is not negative"))
 }
 
-/// Waits [`BOUND`] at most, and only where another process clears the flag and takes the message, both in the moment between the
-/// calls of this function.
+/// Waits [`BOUND`] at most, and only if another process clears the flag and takes the message
+/// between the calls of this function.
 fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
     set_nonblocking(&fd)?;
     let mut readable = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
@@ -94,24 +97,26 @@ fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
     interruptibly(|| read(fd.as_fd(), into))
 }
 
-/// Makes a system call that a signal ends after [`BOUND`], with `EINTR`. The signal comes again and again until the call has
-/// returned: one that came before the call began to wait would end nothing.
+/// Makes a system call that a signal ends after [`BOUND`], with `EINTR`. The signal repeats until
+/// the call has returned, because a signal before the call begins to wait ends nothing.
 fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
     install()?;
     TIMER.with_borrow_mut(|slot| {
         if let Some((_, parents)) = slot.take_if(|(generation, _)| !generation.is_current()) {
-            // A forked child has no timers: its parent's number may be another one's by now, which is not to be deleted.
+            // A forked child inherits no timers. The parent's timer number may be another timer of
+            // the child, so the drop must not delete it.
             std::mem::forget(parents);
         }
         let timer = match slot {
             Some((_, timer)) => timer,
             None => &mut slot.insert((ForkGeneration::current(), timer_of_this_thread()?)).1,
         };
-        // Workers block all signals but those of their own defects.
+        // Workers block all signals except those of their own defects.
         let before = SigSet::from(SIGNAL).thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
         let armed = timer.set(Expiration::Interval(BOUND.into()), TimerSetTimeFlags::empty());
         let answer = armed.and_then(|()| call());
-        // No time: never. Refused to a timer that there is not: there is one, and what was read is not to be lost.
+        // A time of zero disarms the timer. An error is ignored, because the message that was read
+        // must not be lost.
         let _ = timer.set(Expiration::OneShot(Duration::ZERO.into()), TimerSetTimeFlags::empty());
         let _ = before.thread_set_mask();
         answer
@@ -123,11 +128,12 @@ fn timer_of_this_thread() -> Result<Timer, Errno> {
     Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(to))
 }
 
-/// Has the signal interrupt system calls, once a process. `EBUSY` where the program uses it for something else.
+/// Lets the signal interrupt system calls; installed once a process. `EBUSY` if the program uses
+/// the signal itself.
 fn install() -> Result<(), Errno> {
     static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
     *INSTALLED.get_or_init(|| {
-        // Without SA_RESTART: the call is to end.
+        // Without SA_RESTART, because the signal must end the call.
         let ours = SigAction::new(SigHandler::Handler(do_nothing), SaFlags::SA_ONSTACK, SigSet::empty());
         // SAFETY: the handler does nothing.
         #[expect(unsafe_code, reason = "installs a signal handler")]
@@ -135,7 +141,7 @@ fn install() -> Result<(), Errno> {
         if matches!(before.handler(), SigHandler::SigDfl) {
             return Ok(());
         }
-        // SAFETY: what was there before is there again.
+        // SAFETY: the call restores the previous action.
         #[expect(unsafe_code, reason = "installs a signal handler")]
         unsafe { sigaction(SIGNAL, &before) }?;
         Err(Errno::EBUSY)
@@ -145,13 +151,14 @@ fn install() -> Result<(), Errno> {
 extern "C" fn do_nothing(_: libc::c_int) {}
 
 thread_local! {
-    /// And the process that it is of.
+    /// The timer of this thread, and the fork generation that it belongs to.
     static TIMER: RefCell<Option<(ForkGeneration, Timer)>> = const { RefCell::new(None) };
 }
 
-/// Of no use to the kernel, to a C library, or to any known program: the coprocessor that it was made for is gone.
+/// A signal that neither the kernel, nor a C library, nor any known program uses: its coprocessor
+/// is gone.
 const SIGNAL: Signal = Signal::SIGSTKFLT;
-/// How long a read may wait.
+/// The longest time that a read may wait.
 const BOUND: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
