@@ -1,6 +1,7 @@
-//! A test's body in a process of its own: to see it die by a signal, or live under a limit that is not undone.
+//! The body of a test in a process of its own, which may die by a signal or run under a permanent
+//! limit.
 //!
-//! The test binary starts itself again for the one test, so nothing is forked while threads run.
+//! The test binary starts itself again for the one test, so no process forks while it has threads.
 //!
 //! ```no_run
 //! use pagestitch_testkit::{child, this_test};
@@ -16,43 +17,43 @@ use std::env;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio, exit};
 
-/// How a child ended, and what it said.
+/// The end of a child, with its output.
 #[derive(Debug)]
 pub struct ChildExit(Output);
 
 impl ChildExit {
-    /// The signal that killed it.
+    /// The signal that killed the child.
     #[must_use]
     pub fn signal(&self) -> Option<i32> {
         self.0.status.signal()
     }
 
-    /// What it exited with, if no signal has killed it.
+    /// The exit code of the child, if no signal has killed it.
     #[must_use]
     pub fn exit_code(&self) -> Option<i32> {
         self.0.status.code()
     }
 
-    /// Whether its body returned.
+    /// True if the body of the child returned.
     #[must_use]
     pub fn passed(&self) -> bool {
         self.0.status.success()
     }
 
-    /// What it wrote, to standard output and standard error.
+    /// The standard output and standard error of the child.
     #[must_use]
     pub fn output(&self) -> String {
         let Output { stdout, stderr, .. } = &self.0;
         String::from_utf8_lossy(stdout).into_owned() + &String::from_utf8_lossy(stderr)
     }
 
-    /// A test binary passes where it has no test of the name that it is asked for.
+    /// Fails if no test ran: a test binary also succeeds if it has no test of the given name.
     fn of_a_test(self, test: &str) -> Self {
         assert!(!self.output().contains("running 0 tests"), "the test binary has no test of the name {test}");
         self
     }
 
-    /// Passes on the child's failure, with what it said.
+    /// Fails if the child failed, with the output of the child.
     ///
     /// # Panics
     ///
@@ -67,7 +68,7 @@ impl ChildExit {
 pub struct ChildTest(Child, String);
 
 impl ChildTest {
-    /// Waits for its end.
+    /// Waits for the end of the child.
     ///
     /// # Panics
     ///
@@ -76,7 +77,7 @@ impl ChildTest {
         ChildExit(self.0.wait_with_output().expect("a child ends")).of_a_test(&self.1)
     }
 
-    /// Ends it with SIGKILL.
+    /// Kills the child with SIGKILL.
     ///
     /// # Panics
     ///
@@ -85,7 +86,7 @@ impl ChildTest {
         self.0.kill().expect("a child can be killed");
     }
 
-    /// Its process id.
+    /// The pid of the child.
     #[must_use]
     pub fn id(&self) -> u32 {
         self.0.id()
@@ -94,7 +95,8 @@ impl ChildTest {
 
 /// The name of the calling test, as `cargo test` prints it: [`run`](child::run) and [`spawn`](child::spawn) take it.
 ///
-/// The call belongs into the test itself, because in a helper it names the helper. A closure in the test is as good.
+/// The macro belongs into the test itself, because in a helper it names the helper. A closure in
+/// the test also works.
 #[macro_export]
 macro_rules! this_test {
     () => {
@@ -102,7 +104,7 @@ macro_rules! this_test {
     };
 }
 
-/// The name of the function that a closure is in, without its crate.
+/// The name of the function around a closure, without its crate.
 #[doc(hidden)]
 #[must_use]
 pub fn name_of(closure: &'static str) -> &'static str {
@@ -110,15 +112,16 @@ pub fn name_of(closure: &'static str) -> &'static str {
     function.split_once("::").map_or(function, |(_, name)| name)
 }
 
-/// Whether this is the child of a test.
+/// True if this process is the child of the test.
 #[must_use]
 pub fn is_child(test: &str) -> bool {
     env::var_os(CHILD).is_some_and(|name| name == test)
 }
 
-/// Starts `body` in a child, which is given `argument`, and goes on. `test` is the calling test's full name.
+/// Starts `body` with `argument` in a child, and returns while it runs. `test` is the full name of
+/// the calling test.
 ///
-/// Code of the test before this call runs in both processes: call it first.
+/// Code of the test before this call runs in both processes, so call it first.
 ///
 /// # Panics
 ///

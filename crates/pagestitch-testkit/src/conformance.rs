@@ -1,4 +1,4 @@
-//! The contract of a source, checked as far as it can be.
+//! Checks of the contract of a source, as far as it can be checked.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -13,13 +13,14 @@ use pagestitch::{Chunk, Pool, Region, Source};
 use std::sync::Arc;
 use std::thread;
 
-/// Checks that `source` begins with the bytes `expected`, through every way in which pagestitch may ask for them.
+/// Checks that `source` begins with the bytes `expected`, in each way in which pagestitch reads it.
 ///
-/// A source of endless size, such as [`Hole`](pagestitch::source::Hole), is checked as far as `expected` goes.
+/// A source of endless size, such as [`Hole`](pagestitch::source::Hole), is checked as far as
+/// `expected` goes.
 ///
 /// # Panics
 ///
-/// With a sentence that says which part of the contract does not hold.
+/// If the source breaks its contract. The message names the broken part.
 pub fn check<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
     assert!(!expected.is_empty(), "give the suite some bytes to expect");
     let size = source.size();
@@ -50,7 +51,7 @@ fn fills_all_of_the_buffer(source: &dyn Source, expected: &[u8]) {
 
 fn does_not_depend_on_the_split(source: &dyn Source, expected: &[u8]) {
     for step in [1, 7, 4096, 4099, 65_536] {
-        // Byte by byte would take long for a long source: its head will do.
+        // Single bytes of a long source would take long, so only its head is read.
         let part = &expected[..expected.len().min(step * 1000)];
         for (index, piece) in part.chunks(step).enumerate() {
             let mut into = vec![0xaa; piece.len()];
@@ -76,7 +77,7 @@ fn answers_several_threads(source: &dyn Source, expected: &[u8]) {
 fn shows_through_a_region<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
     let pool = Pool::builder().workers(2).start().expect("a pool");
     let len = expected.len() as u64;
-    // The odd byte in front makes every page of the second copy start inside a page of the source.
+    // The odd byte in front lets every page of the second copy start inside a page of the source.
     let region = Region::builder()
         .chunk(Chunk::source(Arc::clone(&source)).range(0..len))
         .chunk(vec![0x55])

@@ -1,4 +1,4 @@
-//! Takes system calls away from a thread, as a container's seccomp profile does.
+//! Denies system calls to a thread, as the seccomp profile of a container does.
 
 use nix::errno::Errno;
 use seccompiler::{
@@ -7,23 +7,24 @@ use seccompiler::{
 };
 use std::env::consts::ARCH;
 
-/// Answers this thread, and all that it starts, with `errno` for every way to a userfaultfd. It cannot be undone.
+/// Fails every way to open a userfaultfd with `errno`, for this thread and all that it starts. The
+/// filter is permanent.
 ///
 /// # Panics
 ///
-/// If the kernel takes no filter.
+/// If the kernel refuses the filter.
 pub fn deny_userfaultfd(errno: Errno) {
     let device = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, USERFAULTFD_IOC_NEW);
     let device = SeccompRule::new(vec![device.expect("a condition")]).expect("a rule");
     deny(errno, &[(SYS_USERFAULTFD, vec![]), (SYS_IOCTL, vec![device])]);
 }
 
-/// Answers this thread, and all that it starts, with `errno` where it asks the kernel to copy between processes, or within this one. It
-/// cannot be undone.
+/// Fails `process_vm_readv(2)` and `process_vm_writev(2)` with `errno`, for this thread and all
+/// that it starts. The filter is permanent.
 ///
 /// # Panics
 ///
-/// If the kernel takes no filter.
+/// If the kernel refuses the filter.
 pub fn deny_copies(errno: Errno) {
     deny(errno, &[(nix::libc::SYS_process_vm_readv, vec![]), (nix::libc::SYS_process_vm_writev, vec![])]);
 }

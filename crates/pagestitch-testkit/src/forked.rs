@@ -1,51 +1,53 @@
-//! Children of `fork(2)`, of a process with threads: they touch memory, and exit.
+//! Children of `fork(2)` of a process with threads. They touch memory, and exit.
 
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork};
 
-/// A child that runs.
+/// A running child.
 #[derive(Debug)]
-#[must_use = "it is to be waited for"]
+#[must_use = "a child stays a zombie until `wait`"]
 pub struct ForkedChild(Pid);
 
 impl ForkedChild {
-    /// Starts a child that ends with what `body` says, or by a signal; after half a minute by SIGALRM.
+    /// Starts a child that exits with the code of `body`. SIGALRM kills it after half a minute.
     ///
     /// # Panics
     ///
-    /// If it cannot be had.
-    #[expect(unsafe_code, reason = "fork(2) is unsafe for what its child may do")]
+    /// If the fork fails.
+    #[expect(unsafe_code, reason = "fork(2) limits its child")]
     pub fn start(body: impl FnOnce() -> i32) -> Self {
-        // SAFETY: what a child may do is up to the tests that ask for one: to touch memory. The C library lets it allocate.
+        // SAFETY: the child has its own copy of this process's memory. It runs `body`, which
+        // touches memory of its test only, and allocates, which the C library allows after a fork.
         match unsafe { fork() }.expect("a process") {
             ForkResult::Parent { child } => Self(child),
             ForkResult::Child => {
                 alarm::set(30);
                 let code = body();
-                // Not exit(3): it waits for a lock of the standard library's, that a thread may have held when it was forked away.
-                // SAFETY: it takes a number, and ends the process.
+                // Not exit(3), because exit(3) takes locks of the standard library that another
+                // thread may have held at the fork.
+                // SAFETY: ends the process of the child, and touches no memory.
                 unsafe { nix::libc::_exit(code) }
             }
         }
     }
 
-    /// Its number.
+    /// The pid of the child.
     #[must_use]
     pub const fn id(&self) -> Pid {
         self.0
     }
 
-    /// Waits for its end, and says how that came.
+    /// Waits for the end of the child, and returns its status.
     ///
     /// # Panics
     ///
-    /// If it was waited for by somebody else.
+    /// If another thread has waited for the child.
     #[must_use]
     pub fn wait(self) -> WaitStatus {
         waitpid(self.0, None).expect("a child of ours")
     }
 
-    /// Waits for its end. Whether its body said 0.
+    /// Waits for the end of the child. True if its body returned 0.
     #[must_use]
     pub fn succeeds(self) -> bool {
         matches!(self.wait(), WaitStatus::Exited(_, 0))

@@ -1,7 +1,9 @@
-//! Plays the owner of memory that somebody else fills: a VMM restoring a guest from a snapshot, as Firecracker does.
+//! The owner of memory that another process fills: a VMM that restores a guest from a snapshot, as
+//! Firecracker does.
 //!
-//! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX socket, and touches its memory
-//! from threads, as virtual CPUs do. What is touched before anybody serves waits.
+//! It maps its memory, registers it with a userfaultfd of its own, sends that through a UNIX
+//! socket, and touches the memory from threads, as virtual CPUs do. A touch waits until the memory
+//! is served.
 
 use crate::memory::Split;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -22,7 +24,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::ptr::NonNull;
 
-/// Memory of a guest, in one or more ranges, missing until somebody fills it.
+/// The memory of a guest, in one or more ranges. All pages are missing until a server fills them.
 #[derive(Debug)]
 pub struct Guest {
     uffd: Uffd,
@@ -30,21 +32,22 @@ pub struct Guest {
     ranges: Vec<Range>,
 }
 
-/// A part of a guest's memory.
+/// A range of a guest's memory.
 #[derive(Debug)]
 pub struct Range {
     start: NonNull<c_void>,
     bytes: usize,
-    /// Where it begins in the guest's memory, counted through.
+    /// Its offset in the guest's memory.
     offset: usize,
 }
 
 impl Range {
-    /// Reads its first byte.
+    /// Reads the first byte of the range.
     #[must_use]
     pub fn read(&self) -> u8 {
-        // SAFETY: a mapping of ours that nothing unmaps; bytes have no invalid values.
-        #[expect(unsafe_code, reason = "a virtual CPU reads memory that others fill")]
+        // SAFETY: reads a byte of a mapping of this guest that stays mapped; a byte has no invalid
+        // values.
+        #[expect(unsafe_code, reason = "a virtual CPU reads memory that a server fills")]
         unsafe {
             self.start.cast::<u8>().read_volatile()
         }
@@ -53,23 +56,25 @@ impl Range {
 
 // The pointers are addresses of mappings that live as long as the guest.
 #[expect(unsafe_code, reason = "a guest's memory is shared by its virtual CPUs")]
-// SAFETY: nothing is ever borrowed from the memory: it is read and written a byte at a time.
+// SAFETY: no reference to the memory of the guest exists: threads read and write single bytes.
 unsafe impl Sync for Guest {}
 #[expect(unsafe_code, reason = "as above")]
 // SAFETY: as above.
 unsafe impl Send for Guest {}
 
 impl Guest {
-    /// A guest with these ranges of memory, in bytes; `huge`: of hugetlbfs pages of 2 MiB.
+    /// Makes a guest with ranges of these lengths in bytes. `huge`: of hugetlbfs pages of 2 MiB.
     ///
     /// # Errors
     ///
-    /// What the kernel answers: no userfaultfd, no memory, no huge pages reserved (`vm.nr_hugepages`).
+    /// The kernel's error: no userfaultfd, no memory, or no reserved huge pages
+    /// (`vm.nr_hugepages`).
     pub fn new(ranges: &[usize], huge: bool) -> io::Result<Self> {
         Self::registered(ranges, huge, RegisterMode::MISSING)
     }
 
-    /// A guest that can [protect](Self::protect) its memory from itself, as to take a snapshot of it. Linux 5.7.
+    /// Makes a guest that can write-protect its memory with [`protect`](Self::protect), as for a
+    /// snapshot. Linux 5.7.
     ///
     /// # Errors
     ///
@@ -78,7 +83,7 @@ impl Guest {
         Self::registered(ranges, false, RegisterMode::MISSING | RegisterMode::WRITE_PROTECT)
     }
 
-    /// A guest that has moves of its memory told (`UFFD_FEATURE_EVENT_REMAP`).
+    /// Makes a guest whose userfaultfd reports moves of its memory (`UFFD_FEATURE_EVENT_REMAP`).
     ///
     /// # Errors
     ///
@@ -87,7 +92,7 @@ impl Guest {
         Self::with(ranges, false, RegisterMode::MISSING, Features::EVENT_REMOVE | Features::EVENT_REMAP)
     }
 
-    /// A guest with one range of memory, which is a file's on a tmpfs.
+    /// Makes a guest with one range of memory, a shared mapping of a file on a tmpfs.
     ///
     /// # Errors
     ///
@@ -96,11 +101,11 @@ impl Guest {
         let uffd = Uffd::open(Features::MISSING_SHMEM).map_err(io::Error::other)?;
         let (page, size) = (PageSize::system(), NonZeroUsize::new(bytes).expect("some bytes"));
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new mapping, wherever the kernel likes.
+        // SAFETY: makes a new mapping at a free address, and touches no other memory.
         #[expect(unsafe_code, reason = "mmap")]
         let start = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0) }?;
         let addresses = AddressRange::new(start.as_ptr().addr(), bytes, page).expect("whole pages");
-        // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+        // SAFETY: registers the new mapping above, from which no byte has been read.
         #[expect(unsafe_code, reason = "the guest vouches for its memory")]
         unsafe { uffd.register_range(addresses, RegisterMode::MISSING) }?;
         Ok(Self { uffd, page, ranges: vec![Range { start, bytes, offset: 0 }] })
@@ -123,11 +128,12 @@ impl Guest {
         for range in &guest.ranges {
             let addresses = AddressRange::new(range.start.as_ptr().addr(), range.bytes, page);
             let addresses = addresses.ok_or_else(|| io::Error::other("not whole pages"))?;
-            // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+            // SAFETY: registers a new mapping of this guest, from which no byte has been read.
             #[expect(unsafe_code, reason = "the guest vouches for its memory")]
             unsafe { guest.uffd.register_range(addresses, modes) }?;
-            // Not before: in a process that locks its memory, what can be accessed is populated, with zeros.
-            // SAFETY: as above; it only gains accesses.
+            // Accesses follow the registration, because a process that locks its memory populates
+            // accessible memory with zeros.
+            // SAFETY: gives more accesses to the same mapping of this guest, and takes none away.
             #[expect(unsafe_code, reason = "mprotect")]
             unsafe { mprotect(range.start, range.bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE) }?;
         }
@@ -140,7 +146,7 @@ impl Guest {
         self.uffd.as_fd()
     }
 
-    /// Makes reads of its userfaultfd wait, for all who hold it.
+    /// Clears `O_NONBLOCK` of its userfaultfd, so that reads of every holder block.
     ///
     /// # Errors
     ///
@@ -150,7 +156,7 @@ impl Guest {
         Ok(fcntl(&self.uffd, FcntlArg::F_SETFL(flags)).map(drop)?)
     }
 
-    /// Its memory, to be served by the process that it is in.
+    /// Its memory, for a server in this process.
     ///
     /// # Errors
     ///
@@ -160,25 +166,25 @@ impl Guest {
         Ok(self.ranges().into_iter().fold(memory, |memory, (start, bytes)| memory.range(start, bytes)))
     }
 
-    /// The same, whose ranges are still to be told.
+    /// Its memory without ranges, which the caller adds.
     ///
     /// # Errors
     ///
     /// Those of [`AdoptedMemory::of_this_process`].
     pub fn memory_without_ranges(&self) -> Result<AdoptedMemory, Box<dyn Error>> {
-        // SAFETY: all that is registered are mappings of the guest's own, from which nothing is ever borrowed.
+        // SAFETY: all registered memory is mappings of this guest, of which no reference exists.
         #[expect(unsafe_code, reason = "the guest vouches for its memory")]
         let promise = unsafe { OwnMemory::promise() };
         Ok(AdoptedMemory::of_this_process(self.uffd().try_clone_to_owned()?, promise)?)
     }
 
-    /// Where its ranges are: address and bytes of each.
+    /// The address and the length of each range.
     #[must_use]
     pub fn ranges(&self) -> Vec<(usize, usize)> {
         self.ranges.iter().map(|range| (range.start.as_ptr().addr(), range.bytes)).collect()
     }
 
-    /// What Firecracker (1.12) sends: a JSON array with an object for each range.
+    /// The message of Firecracker 1.12: a JSON array with an object for each range.
     #[must_use]
     pub fn handshake(&self) -> String {
         let page = self.page.bytes();
@@ -191,8 +197,8 @@ impl Guest {
         format!("[{}]", self.ranges.iter().map(object).collect::<Vec<_>>().join(","))
     }
 
-    /// Connects, and hands its memory over as Firecracker does: one message, one descriptor, no answer. The stream has to stay
-    /// open: its end may overtake the message.
+    /// Connects and hands the memory over as Firecracker does: one message, one descriptor, no
+    /// answer. The stream must stay open, because its end may overtake the message.
     ///
     /// # Errors
     ///
@@ -210,8 +216,9 @@ impl Guest {
     /// If the guest has no such byte.
     #[must_use]
     pub fn read(&self, offset: usize) -> u8 {
-        // SAFETY: inside a mapping of ours that lives as long as `self`; bytes have no invalid values.
-        #[expect(unsafe_code, reason = "a virtual CPU reads memory that others fill")]
+        // SAFETY: reads a byte of a mapping that lives as long as `self`; a byte has no invalid
+        // values.
+        #[expect(unsafe_code, reason = "a virtual CPU reads memory that a server fills")]
         unsafe {
             self.at(offset).cast::<u8>().read_volatile()
         }
@@ -223,14 +230,15 @@ impl Guest {
     ///
     /// If the guest has no such byte.
     pub fn write(&self, offset: usize, byte: u8) {
-        // SAFETY: as in `read`; no reference to the memory exists.
+        // SAFETY: writes a byte of a mapping that lives as long as `self`, of which no reference
+        // exists.
         #[expect(unsafe_code, reason = "a virtual CPU writes its memory")]
         unsafe {
             self.at(offset).cast::<u8>().write_volatile(byte);
         }
     }
 
-    /// Protects all of its memory that is there: who writes waits until that is taken away.
+    /// Write-protects all present pages. A write waits until the server lifts the protection.
     ///
     /// # Errors
     ///
@@ -246,18 +254,20 @@ impl Guest {
         Ok(())
     }
 
-    /// Gives memory back to the host, as a balloon does (`MADV_DONTNEED`). Waits until whoever serves knows.
+    /// Gives memory back to the host, as a balloon does (`MADV_DONTNEED`). Waits until the server
+    /// has read the event.
     ///
     /// # Errors
     ///
     /// The errno of `madvise(2)`.
     pub fn balloon(&self, offset: usize, bytes: usize) -> io::Result<()> {
-        // SAFETY: pages of our own mapping, of which nothing is borrowed.
+        // SAFETY: discards pages of a mapping of this guest, of which no reference exists.
         #[expect(unsafe_code, reason = "madvise")]
         Ok(unsafe { madvise(self.at(offset), bytes, MmapAdvise::MADV_DONTNEED) }?)
     }
 
-    /// Registers memory with its userfaultfd that [`ranges`](Self::ranges) does not tell of.
+    /// Registers another range with the userfaultfd, which [`ranges`](Self::ranges) and the
+    /// handshake omit.
     ///
     /// # Errors
     ///
@@ -265,26 +275,28 @@ impl Guest {
     pub fn register_more(&self, bytes: usize) -> io::Result<Range> {
         let start = map(bytes, false)?;
         let addresses = AddressRange::new(start.as_ptr().addr(), bytes, self.page).expect("whole pages");
-        // SAFETY: a fresh mapping of our own, of which nothing was ever read.
+        // SAFETY: registers a new mapping of this guest, from which no byte has been read.
         #[expect(unsafe_code, reason = "the guest vouches for its memory")]
         unsafe { self.uffd.register_range(addresses, RegisterMode::MISSING) }?;
         Ok(Range { start, bytes, offset: 0 })
     }
 
-    /// Moves memory of [`register_more`](Self::register_more) to other addresses. Waits until whoever serves knows.
+    /// Moves a range of [`register_more`](Self::register_more) to other addresses. Waits until the
+    /// server has read the event.
     ///
     /// # Errors
     ///
     /// The errno of `mremap(2)`.
     pub fn move_more(&self, range: Range) -> io::Result<Range> {
         let (to, flags) = (map(range.bytes, false)?, MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED);
-        // SAFETY: one mapping of our own takes the place of another, and nothing is borrowed of either.
+        // SAFETY: a mapping of this guest replaces another one of it, and no reference to either
+        // exists.
         #[expect(unsafe_code, reason = "mremap")]
         let start = unsafe { mremap(range.start, range.bytes, range.bytes, flags, Some(to)) }?;
         Ok(Range { start, ..range })
     }
 
-    /// Fills the first page of such memory itself. False if it was not missing any more.
+    /// Fills the first page of such a range. Returns false if the page was present.
     ///
     /// # Panics
     ///
@@ -300,7 +312,8 @@ impl Guest {
         }
     }
 
-    /// Moves one of its ranges to other addresses, likewise, and says where that is. Its memory is not there any more.
+    /// Moves one of the announced ranges to other addresses, and returns its new place. The guest
+    /// loses the range.
     ///
     /// # Errors
     ///
@@ -314,7 +327,7 @@ impl Guest {
         self.move_more(range)
     }
 
-    /// Splits its mapping around some pages, which changes no byte of them.
+    /// Splits the mapping around some pages. No byte changes.
     pub fn split(&self, offset: usize, bytes: usize, how: Split) {
         how.at(self.at(offset), bytes);
     }
@@ -327,28 +340,10 @@ impl Guest {
     }
 }
 
-/// Lets pages of a region go, as `madvise(MADV_DONTNEED)` by an application does: they are asked for again when they are touched.
-///
-/// # Panics
-///
-/// If the bytes are not inside the region.
-pub fn discard(region: &pagestitch::Region, bytes: std::ops::Range<usize>) {
-    assert!(bytes.end <= region.len(), "inside");
-    let page = PageSize::system().bytes();
-    let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
-    if start >= end {
-        return;
-    }
-    let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
-    // SAFETY: whole pages of a region, which holds the same bytes again once they are touched; until then who reads waits.
-    #[expect(unsafe_code, reason = "madvise")]
-    let _ = unsafe { madvise(address.cast(), end - start, MmapAdvise::MADV_DONTNEED) };
-}
-
 impl Drop for Guest {
     fn drop(&mut self) {
         for range in &self.ranges {
-            // SAFETY: the mapping is ours, and nobody has a pointer to it any more.
+            // SAFETY: unmaps a mapping of this guest, to which no pointer exists any more.
             #[expect(unsafe_code, reason = "munmap")]
             let _ = unsafe { munmap(range.start, range.bytes) };
         }
@@ -359,10 +354,10 @@ fn map(bytes: usize, huge: bool) -> io::Result<NonNull<c_void>> {
     let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::other("an empty range"))?;
     let mut flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     flags.set(MapFlags::MAP_HUGETLB, huge);
-    // SAFETY: a new mapping, wherever the kernel likes.
+    // SAFETY: makes a new mapping at a free address, and touches no other memory.
     #[expect(unsafe_code, reason = "mmap")]
     let start = unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
-    // SAFETY: whether pages may be swapped out changes none of their bytes.
+    // SAFETY: permits swapping of the new mapping above, which changes no byte.
     #[expect(unsafe_code, reason = "munlock")]
     unsafe { munlock(start, bytes.get()) }?;
     Ok(start)

@@ -1,14 +1,16 @@
-//! For testing what is built on pagestitch, and pagestitch itself.
+//! Tools for tests of pagestitch and of code that uses it. No module uses a later one of this
+//! table:
 //!
-//! | module | what for |
+//! | module | content |
 //! |---|---|
-//! | [`conformance`] | the contract of [`Source`](pagestitch::Source), checked: run it on yours |
-//! | [`scripted`] | sources that count, fail, panic or wait when told to |
-//! | [`deny`] | take userfaultfd away, as a container does |
-//! | [`guest`] | memory that another process fills: a VMM restoring a guest from a snapshot |
-//! | [`memory`] | what an application may do to memory that others serve |
+//! | [`wait`] | waiting for a condition without a busy CPU |
+//! | [`child`] | the body of a test in a process of its own, which may die by a signal or run under a limit |
 //! | [`forked`] | children of `fork(2)` |
-//! | [`child`] | a test's body in a process of its own, to see it die by a signal or under a limit |
+//! | [`deny`] | denies userfaultfd to a thread, as a container does |
+//! | [`memory`] | the calls of an application on served memory |
+//! | [`guest`] | memory that another process fills: a VMM that restores a guest from a snapshot |
+//! | [`scripted`] | sources that count, fail, panic or hold their reads |
+//! | [`conformance`] | checks the contract of a [`Source`](pagestitch::Source) |
 
 pub mod child;
 pub mod conformance;
@@ -17,3 +19,4 @@ pub mod forked;
 pub mod guest;
 pub mod memory;
 pub mod scripted;
+pub mod wait;

@@ -1,9 +1,10 @@
-//! What an application may do to memory that others serve: calls that split a mapping, and memfds of huge pages.
+//! The calls of an application on served memory: calls that split or discard parts of a mapping,
+//! and memfds of huge pages.
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use pagestitch::Region;
 use pagestitch_kernel::PageSize;
 use std::fs::File;
@@ -13,25 +14,26 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 
-/// A call on a part of a mapping. The kernel splits the mapping at both ends, as a rule, and no byte changes.
+/// A call on a part of a mapping. The kernel usually splits the mapping at both ends of the part,
+/// and no byte changes.
 #[derive(Debug, Clone, Copy)]
 pub enum Split {
-    /// `madvise(2)` with advice about readahead, or none.
+    /// `madvise(2)` with random or normal readahead.
     Advise(bool),
-    /// `mprotect(2)`: the part can be read only.
+    /// `mprotect(2)`: the part becomes read-only.
     Protect,
-    /// `mlock2(2)` of the pages that are there and come, or `munlock(2)`.
+    /// `mlock2(2)` of present and later pages, or `munlock(2)`.
     Lock(bool),
-    /// `madvise(MADV_PAGEOUT)`: pages go to the swap space, where there is one. Nothing is split.
+    /// `madvise(MADV_PAGEOUT)`: pages go to swap space, if there is any. This splits nothing.
     PageOut,
 }
 
 impl Split {
-    /// Splits the mapping of whole pages inside a range of a region.
+    /// Splits the mapping at the whole pages inside a range of a region.
     ///
     /// # Panics
     ///
-    /// If the range is not inside.
+    /// If the range is outside the region.
     pub fn region(self, region: &Region, bytes: Range<usize>) {
         assert!(bytes.end <= region.len(), "inside");
         let page = PageSize::system().bytes();
@@ -42,19 +44,20 @@ impl Split {
         }
     }
 
-    /// A refusal (no such advice, a limit on locked memory) splits nothing, which is no error.
+    /// If the kernel refuses (no such advice, a limit on locked memory), the mapping stays as it
+    /// is, which is no error.
     pub(crate) fn at(self, address: NonNull<libc::c_void>, bytes: usize) {
         let address = address.as_ptr();
-        // SAFETY: whole pages of a mapping of the caller's. Advice changes no byte.
-        #[expect(unsafe_code, reason = "what an application may call is what is tested")]
+        // SAFETY: the pages belong to a mapping of the caller. Advice changes no byte of them.
+        #[expect(unsafe_code, reason = "tests make the calls of an application")]
         let advise = |advice| unsafe { libc::madvise(address, bytes, advice) };
-        // SAFETY: as above; the pages stay readable.
+        // SAFETY: the same pages, which stay readable.
         #[expect(unsafe_code, reason = "as above")]
         let protect = || unsafe { libc::mprotect(address, bytes, libc::PROT_READ) };
-        // SAFETY: as above; a lock changes no byte.
+        // SAFETY: the same pages; a lock changes no byte.
         #[expect(unsafe_code, reason = "as above")]
         let lock = || unsafe { libc::mlock2(address, bytes, libc::MLOCK_ONFAULT as _) };
-        // SAFETY: as above.
+        // SAFETY: the same pages; the end of a lock changes no byte.
         #[expect(unsafe_code, reason = "as above")]
         let unlock = || unsafe { libc::munlock(address, bytes) };
         let _ = match self {
@@ -68,15 +71,35 @@ impl Split {
     }
 }
 
-/// A sealed memfd of huge pages that holds these bytes, and zeros up to the end of its last page.
-///
-/// # Errors
-///
-/// `ENOMEM` where no huge pages are reserved (`vm.nr_hugepages`); `EINVAL` where the kernel has none.
+/// Discards the whole pages inside a range of a region (`madvise(MADV_DONTNEED)`). The region fills them
+/// again when they are touched.
 ///
 /// # Panics
 ///
-/// If there are no bytes.
+/// If the range is outside the region.
+pub fn discard(region: &Region, bytes: Range<usize>) {
+    assert!(bytes.end <= region.len(), "inside");
+    let page = PageSize::system().bytes();
+    let (start, end) = (bytes.start.next_multiple_of(page), bytes.end / page * page);
+    if start >= end {
+        return;
+    }
+    let address = region.as_ptr().map_addr(|base| base.checked_add(start).expect("inside"));
+    // SAFETY: discards pages of a region, which has the same bytes again when they are touched.
+    // Until then a read waits.
+    #[expect(unsafe_code, reason = "madvise")]
+    let _ = unsafe { madvise(address.cast(), end - start, MmapAdvise::MADV_DONTNEED) };
+}
+
+/// Makes a sealed memfd of huge pages with these bytes, and zeros up to the end of its last page.
+///
+/// # Errors
+///
+/// `ENOMEM` if no huge pages are reserved (`vm.nr_hugepages`); `EINVAL` if the kernel has none.
+///
+/// # Panics
+///
+/// If `bytes` is empty.
 pub fn huge_memfd(bytes: &[u8]) -> io::Result<OwnedFd> {
     let flags =
         MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB;
@@ -84,15 +107,17 @@ pub fn huge_memfd(bytes: &[u8]) -> io::Result<OwnedFd> {
     let len = NonZeroUsize::new(bytes.len().next_multiple_of(pagestitch_kernel::page::HUGE)).expect("bytes");
     file.set_len(len.get() as u64)?;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, wherever the kernel likes. It reserves its pages: a write to it finds them.
+    // SAFETY: makes a new mapping at a free address. Its pages are reserved, so that a write finds
+    // them.
     #[expect(unsafe_code, reason = "hugetlbfs has no write(2)")]
     let start = unsafe { mmap(None, len, protection, MapFlags::MAP_SHARED, &file, 0) }?;
-    // SAFETY: the mapping has as many bytes at least, and no other code refers to it.
+    // SAFETY: writes into the new mapping above, which is at least as long as `bytes`; no other
+    // code refers to it.
     #[expect(unsafe_code, reason = "as above")]
     unsafe {
         start.cast::<u8>().copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len());
     }
-    // SAFETY: the mapping is not used any more.
+    // SAFETY: unmaps the new mapping above, to which no pointer exists any more.
     #[expect(unsafe_code, reason = "as above")]
     unsafe { munmap(start, len.get()) }?;
     let seals =

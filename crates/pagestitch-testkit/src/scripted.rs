@@ -1,4 +1,4 @@
-//! Sources that count, fail, panic or wait when told to: for tests without sleeps.
+//! Sources that count, fail, panic or hold their reads, for tests without sleeps.
 
 use pagestitch::Source;
 use parking_lot::{Condvar, Mutex};
@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// A source of known bytes that does as its script says.
+/// A source of known bytes that follows a script.
 ///
 /// ```
 /// use pagestitch::Source;
@@ -29,7 +29,7 @@ pub struct Scripted {
 }
 
 impl Scripted {
-    /// A source of `size` bytes of [`byte_at`], which does nothing special yet.
+    /// Makes a source of `size` bytes of [`byte_at`], which serves every read.
     #[must_use]
     pub fn new(size: u64) -> Self {
         let barrier = ReadBarrier::default();
@@ -44,30 +44,30 @@ impl Scripted {
         }
     }
 
-    /// Fails reads that meet these bytes, with [`io::ErrorKind::ConnectionReset`].
+    /// Fails each read that overlaps these bytes with [`io::ErrorKind::ConnectionReset`].
     #[must_use]
     pub fn failing(self, bytes: Range<u64>) -> Self {
         Self { failing: bytes, ..self }
     }
 
-    /// Panics in reads that meet these bytes.
+    /// Panics in each read that overlaps these bytes.
     #[must_use]
     pub fn panicking(self, bytes: Range<u64>) -> Self {
         Self { panicking: bytes, ..self }
     }
 
-    /// Holds reads that meet these bytes until [`release`](Self::release).
+    /// Holds each read that overlaps these bytes until [`release`](Self::release).
     #[must_use]
     pub fn holding(self, bytes: Range<u64>) -> Self {
         Self { holding: bytes, ..self }
     }
 
-    /// Fails no more from now on.
+    /// Ends the failures: reads succeed from now on.
     pub fn repair(&self) {
         self.repaired.store(true, Ordering::SeqCst);
     }
 
-    /// How many times it was read.
+    /// The number of reads so far.
     pub fn reads(&self) -> u64 {
         self.reads.load(Ordering::SeqCst)
     }
@@ -80,7 +80,7 @@ impl Scripted {
         }
     }
 
-    /// Lets held reads go on, now and from now on.
+    /// Releases held reads, and holds no more.
     pub fn release(&self) {
         self.barrier.state.lock().open = true;
         self.barrier.changed.notify_all();
@@ -114,7 +114,7 @@ impl Source for Scripted {
     }
 }
 
-/// The byte at an offset of a [`Scripted`] source: never 0, so that zeros for bytes are seen.
+/// The byte at an offset of a [`Scripted`] source. It is never 0, so that a test notices zeros.
 #[must_use]
 pub const fn byte_at(offset: u64) -> u8 {
     (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1

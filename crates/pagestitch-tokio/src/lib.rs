@@ -1,11 +1,12 @@
 //! [`pagestitch`] in a [`tokio`] runtime.
 //!
-//! * An [`AsyncSource`] gets its bytes in tasks: as many fetches overlap as it may have under way, and no thread waits for them. It is a
-//!   chunk of any region, whoever serves that: see [`chunk`].
-//! * [`serve`] is a task that answers the faults of a [`Manual`] server: no thread but the runtime's.
+//! * An [`AsyncSource`] reads its bytes in tasks, and a [`chunk`] of it may be part of any region.
+//!   Its fetches overlap up to a limit, and no thread waits for them.
+//! * [`serve`] is a task that serves the faults of a [`Manual`] server, on the threads of the
+//!   runtime.
 //!
-//! What touches a region waits for its pages as any memory does, without the runtime knowing: touch regions in threads of your own,
-//! or in `spawn_blocking`, never in a task of the runtime that is to fill them.
+//! A touch of a region blocks its thread, and the runtime does not know. Touch regions in threads
+//! of your own or in `spawn_blocking`, never in a task of the runtime that fills them.
 //!
 //! ```
 //! use bytes::Bytes;
@@ -45,34 +46,36 @@ use tokio::io::unix::AsyncFd;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-/// Bytes that are read by a task. The contract is that of [`pagestitch::Source`], but for waiting: do it with `await`.
+/// A source whose bytes a task reads. The contract is that of [`pagestitch::Source`], except that
+/// `read` waits with `await`.
 pub trait AsyncSource: Send + Sync {
-    /// How many bytes there are. Asked when a chunk is made; a later change is not noticed.
+    /// The number of bytes. Asked when a chunk is made; a later change goes unnoticed.
     fn size(&self) -> u64;
 
-    /// Gets the `len` bytes from `offset` on. Fewer, or more, are an error.
+    /// Reads the `len` bytes from `offset` on. Any other length of the answer is an error.
     ///
     /// # Errors
     ///
-    /// Whatever kept it from that: whoever touches the page gets SIGBUS, `read_at` and `populate` return it.
+    /// Any error of the source. A touch of the page then raises SIGBUS; `read_at` and `populate`
+    /// return the error.
     fn read(&self, offset: u64, len: usize) -> impl Future<Output = io::Result<Bytes>> + Send;
 
-    /// What to call it in plans and errors. By default `"source"`.
+    /// The name of the source in plans and errors. By default `"source"`.
     fn name(&self) -> String {
         String::from("source")
     }
 }
 
-/// All bytes of a source, read by tasks of a runtime, of which at most `concurrency` are under way at once; the others wait in
-/// order. [`Chunk::range`] takes a part, and clones have the same limit.
+/// A chunk of all bytes of a source, which tasks of a runtime read. At most `concurrency` reads run
+/// at once; the others wait in order. [`Chunk::range`] takes a part, and clones share the limit.
 ///
-/// When the runtime is shut down, what was not read is an error where it is touched.
+/// After the runtime has shut down, a touch of an unread page is an error.
 ///
 /// # Panics
 ///
-/// If `concurrency` is 0: nothing would ever be read.
+/// If `concurrency` is 0, because no read could ever run.
 pub fn chunk<S: AsyncSource + 'static>(source: Arc<S>, runtime: &Handle, concurrency: usize) -> Chunk {
-    assert!(concurrency > 0, "nothing would ever be read: allow 1 or more at once");
+    assert!(concurrency > 0, "concurrency is 0, so no read could ever run: allow 1 or more");
     let permits = Arc::new(Semaphore::new(concurrency.min(Semaphore::MAX_PERMITS)));
     Chunk::fetch(Arc::new(InTasks { source, runtime: runtime.clone(), permits }))
 }
@@ -90,7 +93,7 @@ impl<S: AsyncSource + 'static> Fetch for InTasks<S> {
 
     fn fetch(&self, offset: u64, reply: Reply) {
         let (source, permits) = (Arc::clone(&self.source), Arc::clone(&self.permits));
-        // Where the runtime drops the task, or the source panics, the reply is dropped, and says so.
+        // If the runtime drops the task, or the source panics, the dropped reply reports an error.
         self.runtime.spawn(async move {
             let _permit = permits.acquire().await;
             match source.read(offset, reply.len()).await {
@@ -105,16 +108,19 @@ impl<S: AsyncSource + 'static> Fetch for InTasks<S> {
     }
 }
 
-/// Serves the faults of a [`Manual`] in a task, a few at a time, and never returns but for an error. Dropping the task drops the
-/// `Manual`: drop its regions first.
+/// Serves the faults of a [`Manual`] in a task, a few at a time. Returns only after an error.
+/// Dropping the task drops the `Manual`, so drop its regions first.
 ///
-/// Sources that block hold up the runtime's thread: give it [async ones](chunk), memory, or files that are in memory.
+/// A source that blocks holds up a thread of the runtime. Use [async sources](chunk), memory, or
+/// cached files.
 ///
 /// # Errors
 ///
-/// If the runtime cannot watch its descriptor: it has no I/O driver (`enable_io`), or the process no descriptors.
+/// If the runtime cannot watch the descriptor: it has no I/O driver (`enable_io`), or the process
+/// has no free descriptors.
 pub async fn serve(manual: Manual) -> io::Result<Infallible> {
-    // SAFETY: a Manual has one descriptor, an epoll of its own that stays open as long as it lives.
+    // SAFETY: the only descriptor of a Manual is its own epoll, which stays open as long as the
+    // Manual.
     #[expect(unsafe_code, reason = "tokio asks for a promise about the descriptor")]
     let ready = unsafe { AsyncFd::register_with_interest(manual, Interest::READABLE) };
     let mut ready = ready?;
@@ -123,10 +129,10 @@ pub async fn serve(manual: Manual) -> io::Result<Infallible> {
         if guard.get_inner_mut().serve_ready(AT_ONCE) == 0 {
             guard.clear_ready();
         }
-        // Others have their turn, too.
+        // Lets other tasks run.
         tokio::task::yield_now().await;
     }
 }
 
-/// Faults served before others have their turn.
+/// The most faults that are served before other tasks run.
 const AT_ONCE: usize = 32;

@@ -1,4 +1,4 @@
-//! Fetches overlap, up to the limit; what a runtime gives up is an error; a task serves.
+//! Fetches overlap up to the limit; reads that a runtime drops are errors; a task serves faults.
 
 use bytes::Bytes;
 use pagestitch::{ErrorKind, Manual, Pool, Readahead, Region};
@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 const PAGE: usize = 4096;
 const PAGES: usize = 64;
 
-/// Bytes that are as far away as it says, and how many were asked for at once.
+/// A source with a latency, which counts the reads that run at once.
 struct Far {
     takes: Duration,
     now: AtomicUsize,
@@ -57,7 +57,8 @@ fn runtime() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()
 }
 
-/// Touches all pages that can be had, each in a thread of its own, at once; says how long it took.
+/// Touches all pages without an error at once, each in a thread of its own; returns the elapsed
+/// time.
 fn touch_all(region: &Region) -> Duration {
     let started = Instant::now();
     thread::scope(|scope| {
@@ -71,7 +72,7 @@ fn touch_all(region: &Region) -> Duration {
 }
 
 #[test]
-fn sixty_four_faults_take_as_long_as_their_number_by_the_concurrency() {
+fn concurrent_fetches_divide_the_time_of_their_faults() {
     let runtime = runtime();
     for (concurrency, rounds) in [(16, 4), (64, 1)] {
         let far = Far::new(Duration::from_millis(50));
@@ -92,7 +93,7 @@ fn sixty_four_faults_take_as_long_as_their_number_by_the_concurrency() {
 }
 
 #[test]
-fn what_fails_is_an_error_whichever_way() {
+fn a_failed_fetch_is_an_error() {
     let runtime = runtime();
     let far = chunk(Far::new(Duration::from_millis(1)), runtime.handle(), 4);
     let region = Region::builder().name("sky").chunk(far).build(&Pool::new().unwrap()).unwrap();
@@ -106,14 +107,15 @@ fn what_fails_is_an_error_whichever_way() {
     assert!(said(15).contains("gave no answer"));
     assert!(region.plan().to_string().contains("far"));
     region.populate(0..13 * PAGE as u64).unwrap();
-    // What comes later and what was asked for before the runtime went is told apart by nobody.
+    // A read after the shutdown fails like one that the shutdown interrupted.
     drop(runtime);
     assert!(said(20).contains("gave no answer: it dropped the request"));
 }
 
-/// A reader's pages are fetched ahead of it, many at once, and in fewer requests than pages.
+/// The pages of a sequential reader are fetched ahead of it, many at once, in fewer requests than
+/// pages.
 #[test]
-fn a_reader_is_kept_ahead_of() {
+fn readahead_fetches_ahead_of_a_reader() {
     let runtime = runtime();
     let (reads, len) = (Arc::new(AtomicUsize::new(0)), 2000 * PAGE as u64);
     struct Counted(Arc<AtomicUsize>, u64);
@@ -136,7 +138,7 @@ fn a_reader_is_kept_ahead_of() {
 }
 
 #[test]
-fn a_task_serves_beside_others() {
+fn a_task_serves_faults_beside_fetches() {
     let runtime = runtime();
     let manual = Manual::new().unwrap();
     let region = Region::builder()
@@ -152,9 +154,9 @@ fn a_task_serves_beside_others() {
     server.abort();
 }
 
-/// Dropping a region waits for what its source has not answered.
+/// Dropping a region waits for the pending answers of its source.
 #[test]
-fn a_region_may_go_while_pages_are_fetched() {
+fn a_region_may_be_dropped_while_pages_are_fetched() {
     let runtime = runtime();
     let pool = Pool::new().unwrap();
     for _ in 0..20 {
@@ -165,7 +167,7 @@ fn a_region_may_go_while_pages_are_fetched() {
 }
 
 #[test]
-fn a_pool_has_no_more_in_flight_than_it_may() {
+fn the_pool_limits_its_fetches() {
     let runtime = runtime();
     let far = Far::new(Duration::from_millis(10));
     let pool = Pool::builder().workers(2).in_flight(6).start().unwrap();
