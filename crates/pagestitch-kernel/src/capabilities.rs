@@ -1,6 +1,8 @@
-//! What this kernel and this process may do, asked at run time, with the reason and the remedy where they may not.
+//! The abilities of this kernel and this process, probed at run time, each with the reason and the
+//! remedy if it is missing.
 //!
-//! Kernel support is never a Cargo feature: a binary runs on other kernels than the one it was built on.
+//! Kernel support is never a Cargo feature, because a binary runs on other kernels than the one it
+//! was built on.
 
 use crate::features::Features;
 use crate::page::PageSize;
@@ -9,7 +11,7 @@ use crate::uffd::{FaultMode, OpenError, OpenedBy, Uffd, handshake_probe};
 use std::fs;
 use std::sync::OnceLock;
 
-/// What was found out about the running kernel and this process.
+/// The abilities of the running kernel and this process.
 #[derive(Debug, Clone)]
 pub struct Support {
     kernel: String,
@@ -22,39 +24,39 @@ struct Opened {
     by: OpenedBy,
     mode: FaultMode,
     features: Features,
-    /// Whether this process may be told of forks.
+    /// True if this process may open a userfaultfd with fork events.
     follows_forks: bool,
 }
 
-/// One thing that may or may not be possible here.
+/// An ability that a kernel or process may have.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capability {
-    /// Its name, the kernel's where there is one.
+    /// Its name; the kernel's name if it has one.
     pub name: &'static str,
     /// The first Linux version that has it.
     pub since: &'static str,
-    /// What it is good for.
+    /// Its use.
     pub unlocks: &'static str,
-    /// Whether it is to be had here.
+    /// Whether this kernel and process have it.
     pub verdict: Verdict,
 }
 
-/// Whether something is to be had here.
+/// Whether this kernel and process have an ability.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
-    /// Yes.
+    /// They have it.
     Yes,
-    /// Not here: why, and what to do about it.
+    /// They lack it, for this reason and with this remedy.
     No {
-        /// Why not.
+        /// The reason.
         reason: String,
-        /// What to do about it.
+        /// The remedy.
         remedy: String,
     },
 }
 
 impl Support {
-    /// Asks the kernel, on a userfaultfd that is closed again.
+    /// Probes the kernel with a userfaultfd that is closed again.
     #[must_use]
     pub fn probe() -> Self {
         let userfaultfd = handshake_probe().and_then(|features| {
@@ -67,7 +69,7 @@ impl Support {
         Self { kernel: kernel.trim().to_owned(), page: PageSize::system(), userfaultfd }
     }
 
-    /// What the first call in this process found out.
+    /// The result of the first probe in this process.
     pub fn current() -> &'static Self {
         static CURRENT: OnceLock<Support> = OnceLock::new();
         CURRENT.get_or_init(Self::probe)
@@ -85,7 +87,7 @@ impl Support {
         self.page
     }
 
-    /// The userfaultfd features of this kernel, or why there is no userfaultfd.
+    /// The userfaultfd features of this kernel.
     ///
     /// # Errors
     ///
@@ -94,13 +96,13 @@ impl Support {
         self.userfaultfd.map(|opened| opened.features)
     }
 
-    /// Whether this kernel has all of `features` and this process a userfaultfd.
+    /// True if this process has a userfaultfd, and the kernel has all of `features`.
     #[must_use]
     pub fn has(&self, features: Features) -> bool {
         self.userfaultfd.is_ok_and(|opened| opened.features.contains(features))
     }
 
-    /// Everything that was asked, in the order of the kernel versions that brought it.
+    /// Every ability that was probed, in the order of the kernel versions that introduced it.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
         let mut all = vec![self.userfaultfd_itself(), self.device(), self.kernel_faults()];
@@ -219,7 +221,7 @@ macro_rules! feature_rows {
 }
 
 const FEATURES: &[FeatureRow] = feature_rows! {
-    "EVENT_REMOVE" EVENT_REMOVE "4.11" "knowing at once which pages were let go (MADV_DONTNEED)" "a page let go is filled anew when it is touched";
+    "EVENT_REMOVE" EVENT_REMOVE "4.11" "knowing at once which pages were discarded (MADV_DONTNEED)" "a discarded page is filled again when it is touched";
     "EVENT_FORK" EVENT_FORK "4.11" "serving forked children" "children do not inherit regions";
     "MISSING_SHMEM" MISSING_SHMEM "4.11" "missing faults on memfds" "use Linux 4.11 or newer";
     "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "enable CONFIG_HUGETLBFS";
@@ -232,6 +234,6 @@ const FEATURES: &[FeatureRow] = feature_rows! {
     "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "use Linux 5.19 or newer";
     "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages; not used yet" "nothing is lost";
     "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";
-    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "marks of written pages that the kernel keeps; not used yet" "nothing is lost";
+    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "records of written pages that the kernel keeps; not used yet" "nothing is lost";
     "MOVE" MOVE "6.8" "moving pages in without a copy" "pages are copied";
 };

@@ -1,8 +1,9 @@
-//! What the kernel says happened, decoded eagerly and put in the order in which it must be acted on.
+//! The kernel's messages, decoded eagerly and put in the order in which a reader must handle them.
 //!
-//! A [`Batch`] is read in one `read(2)` and sorted once: first everything that changes the map (a remove overtakes
-//! the faults before it: filling a page that is being let go would put old bytes in a freed page), then the
-//! faults, one per page, by address. It is read again and again without allocating.
+//! A [`Batch`] is read in one `read(2)` and sorted once. First come the changes of the map: a
+//! remove overtakes the faults before it, because a fill of a page that is being discarded would
+//! put old bytes in it. Then come the faults by address, one for each page. A batch is reused
+//! without allocating.
 
 use crate::page::PageSize;
 use crate::uffd::Uffd;
@@ -10,23 +11,23 @@ use nix::errno::Errno;
 use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
-/// A thread stopped at a page.
+/// A thread that is stopped at a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fault {
     /// The address of the page's first byte.
     pub address: usize,
-    /// Why it stopped.
+    /// The reason why the thread is stopped.
     pub kind: FaultKind,
-    /// Whether it was writing.
+    /// True if the access is a write.
     pub write: bool,
-    /// The thread's id, where the uffd was opened with `THREAD_ID`; 0 otherwise.
+    /// The thread's id, if the uffd was opened with `THREAD_ID`; 0 otherwise.
     pub thread: i32,
 }
 
-/// Why a thread stopped.
+/// The reason why a thread is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FaultKind {
-    /// There is no page.
+    /// The page is missing.
     Missing,
     /// The page is in the file's page cache, but not mapped.
     Minor,
@@ -34,7 +35,7 @@ pub enum FaultKind {
     WriteProtect,
 }
 
-/// Something that changed the memory map. Who did it waits until the event has been read.
+/// A change of the memory map. The thread that makes it waits until the event is read.
 #[derive(Debug)]
 pub enum Event {
     /// `MADV_DONTNEED` or `MADV_REMOVE` on `start..end`.
@@ -44,7 +45,7 @@ pub enum Event {
         /// First address after it.
         end: usize,
     },
-    /// `munmap`, or something mapped over `start..end`.
+    /// `munmap`, or another mapping over `start..end`.
     Unmap {
         /// First address.
         start: usize,
@@ -67,18 +68,19 @@ pub enum Event {
     },
 }
 
-/// The events of one read, sorted. Holds a fixed number; the rest stays in the kernel for the next read.
+/// The events of one read, sorted. A batch holds a fixed number; the kernel keeps the rest for the
+/// next read.
 pub struct Batch {
     messages: Box<[u8]>,
     events: Vec<Event>,
     faults: Vec<Fault>,
-    /// How many messages the last read took, of at most `capacity`.
+    /// The number of messages of the last read, at most `capacity`.
     read: usize,
     capacity: usize,
 }
 
 impl Batch {
-    /// Room for `capacity` events a read.
+    /// A batch of at most `capacity` events.
     #[must_use]
     pub fn with_capacity(capacity: usize) -> Self {
         let (events, faults) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
@@ -86,11 +88,11 @@ impl Batch {
         Self { messages, events, faults, read: 0, capacity }
     }
 
-    /// Reads what is there, without waiting. Nothing to read gives an empty batch.
+    /// Reads the present messages without waiting. Without a message, the batch is empty.
     ///
     /// # Errors
     ///
-    /// The errno of `read(2)`; `EIO` if the kernel sent an event that this version does not know.
+    /// The errno of `read(2)`; `EIO` for an event that this version does not know.
     pub fn read(&mut self, uffd: &Uffd, page: PageSize) -> Result<(), Errno> {
         self.clear();
         let bytes = uffd.read(&mut self.messages)?;
@@ -98,7 +100,8 @@ impl Batch {
         let mut unknown = Ok(());
         for message in messages {
             self.read += 1;
-            // Decode the others all the same: they hold descriptors and waiting threads.
+            // Decodes the other messages all the same, because they hold descriptors and waiting
+            // threads.
             if let Err(errno) = decode(message, uffd, page, &mut self.events, &mut self.faults) {
                 unknown = Err(errno);
             }
@@ -107,20 +110,20 @@ impl Batch {
         unknown
     }
 
-    /// Forgets what was read.
+    /// Empties the batch.
     pub fn clear(&mut self) {
         self.events.clear();
         self.faults.clear();
         self.read = 0;
     }
 
-    /// Whether it has no room left: there may be more to read.
+    /// True if the batch has no space left: the kernel may have more messages.
     #[must_use]
     pub const fn is_full(&self) -> bool {
         self.read == self.capacity
     }
 
-    /// What changed the map, to be acted on before the faults.
+    /// The changes of the map, which the reader handles before the faults.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
         self.events.drain(..)
     }
@@ -138,7 +141,8 @@ impl fmt::Debug for Batch {
     }
 }
 
-/// Takes a `uffd_msg` apart: an event's number, 7 bytes of padding, and three words whose meaning depends on the event.
+/// Decodes a `uffd_msg`: the number of the event, 7 bytes of padding, and three words that depend
+/// on the event.
 fn decode(
     message: &[u8; MESSAGE],
     uffd: &Uffd,
@@ -153,7 +157,7 @@ fn decode(
             address: number(1) & !(page.bytes() - 1),
             kind: kind_of(word(0)),
             write: word(0) & FLAG_WRITE != 0,
-            // The first half of its word, whichever byte order.
+            // The id is in the first half of its word, in either byte order.
             thread: i32::from_ne_bytes(*message[24..].first_chunk().expect("32 bytes")),
         }),
         REMOVE => events.push(Event::Remove { start: number(0), end: number(1) }),
@@ -179,14 +183,15 @@ const fn kind_of(flags: u64) -> FaultKind {
 }
 
 fn own(fd: RawFd) -> OwnedFd {
-    // SAFETY: `read(2)` of the event has just made this descriptor in this process.
+    // SAFETY: the `read(2)` of the event has just made this descriptor in this process, and nothing
+    // else owns it.
     #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
     unsafe {
         OwnedFd::from_raw_fd(fd)
     }
 }
 
-/// One fault for each page and kind, by address; a write among them makes it a write.
+/// Keeps one fault for each page and kind, by address. The fault is a write if one of them was.
 fn order(faults: &mut Vec<Fault>) {
     faults.sort_unstable_by_key(|fault| (fault.address, fault.kind));
     faults.dedup_by(|later, kept| {
@@ -198,7 +203,7 @@ fn order(faults: &mut Vec<Fault>) {
     });
 }
 
-/// The bytes of a message: `struct uffd_msg`.
+/// The size of a message, `struct uffd_msg`.
 pub(crate) const MESSAGE: usize = 32;
 const PAGEFAULT: u8 = 0x12;
 const FORK: u8 = 0x13;

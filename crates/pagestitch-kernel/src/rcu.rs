@@ -113,7 +113,7 @@ impl<T: Send + Sync> Writer<'_, T> {
     /// # Safety
     ///
     /// - No thread of this process holds a [`ReadGuard`] of this cell.
-    #[expect(unsafe_code, reason = "who is looking is not counted any more")]
+    #[expect(unsafe_code, reason = "the counts of readers are lost")]
     pub unsafe fn reset_in_child(&mut self) {
         self.rcu.value.store(ptr::null_mut(), Ordering::SeqCst);
         self.rcu

@@ -1,4 +1,4 @@
-//! A huge page to fill in peace, and to move away whole.
+//! A huge page that is filled apart from a region, and moves there whole.
 //!
 //! ```text
 //!   staging   |■■■■■■■■■■■■■■■■|  filled: one page fault, no page table     then empty again, for the next block
@@ -7,8 +7,8 @@
 //!   region    |   one 2 MiB entry of the page table   |
 //! ```
 //!
-//! Filling 2 MiB so takes less than half the time of copying 512 small pages in: the kernel takes one fault, one page
-//! and one entry instead of 512 of each.
+//! To fill 2 MiB in this way takes less than half the time of 512 copies of small pages, because
+//! the kernel handles one fault, one page and one entry instead of 512 of each.
 
 use crate::features::Features;
 use crate::mapping::{OwnedMapping, unlock};
@@ -23,15 +23,16 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::slice;
 
-/// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, nothing when it has moved away.
+/// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, empty when
+/// that has moved away.
 pub struct Staging {
     mapping: OwnedMapping,
-    /// Whether some of it may be there.
+    /// True if part of it may be present.
     used: bool,
 }
 
 impl Staging {
-    /// Addresses for it; memory is taken when it is written to, and gone when it has moved.
+    /// Reserves its addresses. It takes memory when it is written, and none after a move.
     ///
     /// # Errors
     ///
@@ -39,14 +40,15 @@ impl Staging {
     pub fn new() -> Result<Self, Errno> {
         let bytes = NonZeroUsize::new(HUGE).expect("a huge page has bytes");
         let mut mapping = OwnedMapping::aligned(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-        // A page that a child shares cannot be moved.
+        // A page that a child shares cannot move.
         mapping.do_not_fork()?;
-        // Where there are no huge pages (EINVAL), it is 512 small ones, which move too.
+        // On a kernel without huge pages the advice fails (EINVAL), and 512 small pages move
+        // instead.
         let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
         Ok(Self { mapping, used: false })
     }
 
-    /// Its bytes, to be filled: zeros, in a huge page if there is one to be had.
+    /// Its bytes, all zeros, to be filled. They are in a huge page if the kernel has one.
     pub fn fresh(&mut self) -> &mut [u8] {
         if self.used {
             self.clear();
@@ -55,8 +57,9 @@ impl Staging {
         self.bytes_mut()
     }
 
-    /// Makes all of it zeros. What has not moved is in small pages by now, and the next block is to have a huge one: the pages are
-    /// given back. Those of a process that has locked its memory since (`mlockall(2)`) cannot be, unless they are unlocked.
+    /// Makes all of it zeros. Pages that have not moved are small by now, so the pages are freed
+    /// and the next block can have a huge one. The kernel frees locked pages (`mlockall(2)`) only
+    /// after they are unlocked.
     fn clear(&mut self) {
         if self.give_back().is_err() {
             let given = unlock(self.mapping.start(), HUGE).and_then(|()| self.give_back());
@@ -67,7 +70,8 @@ impl Staging {
     }
 
     fn give_back(&mut self) -> Result<(), Errno> {
-        // SAFETY: our own memory without a slice of it: `&mut self`. It reads as zeros afterwards.
+        // SAFETY: the mapping is owned, and `&mut self` excludes a slice of its bytes. They read as
+        // zeros afterwards.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe {
             madvise(self.mapping.start(), HUGE, MmapAdvise::MADV_DONTNEED)
@@ -75,17 +79,18 @@ impl Staging {
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: our own memory, readable and writable, and borrowed mutably.
+        // SAFETY: the mapping is owned, readable and writable, and `self` is borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {
             slice::from_raw_parts_mut(self.mapping.start().as_ptr().cast(), HUGE)
         }
     }
 
-    /// Its bytes as they are: what was written, and zeros where it has moved away.
+    /// Its bytes as they are: the written ones, and zeros where pages have moved away.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: our own memory, which only `&mut self` writes to or moves away.
+        // SAFETY: the mapping is owned, and only functions with `&mut self` write its bytes or move
+        // them away.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         unsafe {
             slice::from_raw_parts(self.mapping.start().as_ptr().cast(), HUGE)
@@ -100,18 +105,20 @@ impl fmt::Debug for Staging {
 }
 
 impl Uffd {
-    /// Moves the staging's pages from `offset` on to the missing pages of `range`, and wakes. Linux 6.8.
+    /// Moves pages of the staging, from `offset` on, to the missing pages of `range`, and wakes the
+    /// waiting threads. Linux 6.8.
     ///
     /// # Panics
     ///
-    /// If the staging does not have as many whole pages there.
+    /// If the staging does not have as many whole pages at `offset`.
     #[doc(alias = "UFFDIO_MOVE")]
     pub fn move_staged(&self, range: AddressRange, staging: &mut Staging, offset: usize) -> Outcome {
         let inside = offset.checked_add(range.bytes()).is_some_and(|end| end <= HUGE);
         assert!(inside, "{range:?} from byte {offset} of a huge page");
         let start = staging.mapping.at(offset).addr().get();
         let source = AddressRange::new(start, range.bytes(), PageSize::system()).expect("a page's offset");
-        // SAFETY: the staging's own memory, without a slice of it: `&mut`. What moves leaves zeros.
+        // SAFETY: the staging owns the source, and `&mut` excludes a slice of its bytes. Moved
+        // pages read as zeros.
         #[expect(unsafe_code, reason = "the staging is the vouching owner that move_pages asks for")]
         let outcome = unsafe { self.move_pages(range, source) };
         staging.used = outcome != Outcome::Done || range.bytes() != HUGE;
@@ -119,11 +126,11 @@ impl Uffd {
     }
 }
 
-/// Whether blocks can be filled in staging and moved on this kernel; else why not, and the remedy.
+/// Checks that this kernel can fill blocks in staging and move them.
 ///
 /// # Errors
 ///
-/// The reason, for a person.
+/// The reason and the remedy, for a person.
 pub fn available(features: Features) -> Result<(), &'static str> {
     if !features.contains(Features::MOVE) {
         return Err("this kernel cannot move pages (Linux 6.8)");
@@ -147,11 +154,11 @@ pub fn available(features: Features) -> Result<(), &'static str> {
     }
 }
 
-/// Whether this process has no transparent huge pages, whatever it advises.
+/// True if this process has no transparent huge pages even where it advises them.
 fn thp_is_disabled() -> bool {
-    // SAFETY: it takes no argument, and touches no memory.
+    // SAFETY: the call takes integers and touches no memory.
     #[expect(unsafe_code, reason = "prctl")]
     let answer = unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) };
-    // 3: but where they are advised (Linux 6.18).
+    // Since Linux 6.18 the answer may be 3: huge pages only where they are advised.
     answer == 1
 }

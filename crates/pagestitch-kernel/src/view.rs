@@ -1,12 +1,12 @@
-//! The one view of a reservation's bytes, and what can be shown in it in place.
+//! The one view of a reservation's bytes, and the memory that it shows in place.
 //!
 //! ```text
 //!   View ──── map: a sealed memfd   move_in: donated pages ───▶ into_stable() ──▶ StableView: &[u8]
-//!     └────── map_file   map_lazy   alias   map_physical ─────▶ others may change it: read_at, write_at, a pointer
+//!     └────── map_file   map_lazy   alias   map_physical ─────▶ the bytes may change: read_at, write_at, a pointer
 //! ```
 //!
-//! Reading a byte whose page is missing waits until the page is filled: it has to be registered and served first.
-//! The view is closed, and a touch is SIGSEGV, until its reservation is registered.
+//! A read of a byte whose page is missing waits until the page is filled, so the reservation must
+//! be registered and served. Until it is registered, the view is closed and an access is SIGSEGV.
 
 use crate::access::Access;
 use crate::copy;
@@ -29,24 +29,25 @@ use std::slice;
 use std::sync::Arc;
 use userfaultfd::RegisterMode;
 
-/// The one view of a reservation, of whose bytes others may change some.
+/// The one view of a reservation. Other processes may change some of its bytes.
 #[derive(Debug)]
 pub struct View {
     reservation: Arc<Reservation>,
     access: Access,
-    /// Whether nobody else can change what it shows.
+    /// True if no other process can change the bytes that it shows.
     stable: bool,
-    /// Where a device may be behind the bytes: the kernel does not copy from there. Ascending.
+    /// The spans behind which a device may be. The kernel does not copy from there. Ascending.
     physical: Vec<Span>,
 }
 
 impl View {
-    /// Reserves `pages` pages of addresses, closed to every access until they are [registered](Uffd::register), and makes the one view of
-    /// them. No memory is used until a page is filled.
+    /// Reserves `pages` pages of addresses, closed to every access until they are
+    /// [registered](Uffd::register), and makes the one view of them. A page takes no memory until
+    /// it is filled.
     ///
     /// # Errors
     ///
-    /// [`ReserveError`] names the size and the limit that was in the way.
+    /// [`ReserveError`] names the size and the limit that it meets.
     pub fn reserve(
         pages: NonZeroUsize,
         page: PageSize,
@@ -57,31 +58,36 @@ impl View {
         Ok((reservation, view))
     }
 
-    /// Shows part of a sealed memfd in place: the span's pages are the memfd's own, there at once and not copied.
+    /// Shows part of a sealed memfd in place: the pages of the span are the memfd's own, present at
+    /// once and not copied.
     ///
-    /// In a writable reservation a page is copied when it is first written to; the memfd never changes.
+    /// In a writable reservation, the first write to a page copies it. The memfd never changes.
     ///
     /// # Errors
     ///
-    /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is as it was; after another, none of
-    /// which is known to occur, it may be closed to every access. So for all of these functions.
+    /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is unchanged.
+    /// After another errno, of which none is known to occur, it may be closed to every access. The
+    /// same holds for each function of this kind.
     ///
     /// # Panics
     ///
-    /// If the memfd does not have all of the span's pages at `offset`, the last one in part; if the span's addresses or `offset` are no
-    /// multiples of the memfd's [granule](SealedMemfd::granule). So for all of these functions.
+    /// If the memfd does not have all pages of the span at `offset` (the last one may be partial),
+    /// or the addresses of the span or `offset` are no multiples of the memfd's
+    /// [granule](SealedMemfd::granule). The same holds for each function of this kind.
     pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
-        // Private, as a shared mapping of a memfd that is sealed against writing is EPERM before Linux 6.7.
+        // Private, because a shared mapping of a memfd sealed against writing is EPERM before Linux
+        // 6.7.
         let part = Part { fd: memfd, offset, end: memfd.len() as u64, granule: memfd.granule() };
         self.map_over(span, part, MapFlags::MAP_PRIVATE)
     }
 
-    /// Shows part of a file in place. It is the file's user who sees to it that the file keeps its length: a page past
-    /// its end is SIGBUS to who touches it.
+    /// Shows part of a file in place. The owner of the file must not shorten it, because an access
+    /// past its end is SIGBUS.
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map); `EACCES` to show a file that is open for reading only, writable and shared.
+    /// As [`map`](Self::map); `EACCES` if a file that is open for reading only would be writable
+    /// and shared.
     pub fn map_file(
         &mut self,
         span: Span,
@@ -97,15 +103,18 @@ impl View {
         self.map_over(span, Part::of(file, offset), flags)
     }
 
-    /// Shows part of a memfd whose pages come later: to touch one that the memfd does not have, or that is not in this
-    /// view yet, is a fault of `uffd`, and [`Uffd::continue_pages`] the answer. Linux 5.14.
+    /// Shows part of a memfd whose pages come later. An access to a page that the memfd lacks, or
+    /// that is not mapped in this view yet, is a fault of `uffd`; the answer is
+    /// [`Uffd::continue_pages`]. Linux 5.14.
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map); the errno of registering: `EINVAL` before Linux 5.14, and for a file that is not a memfd.
+    /// As [`map`](Self::map); the errno of the registration: `EINVAL` before Linux 5.14, and for a
+    /// file that is not a memfd.
     pub fn map_lazy(&mut self, span: Span, file: &SharedFile, offset: u64, uffd: &Uffd) -> Result<(), Errno> {
         self.stable = false;
-        // Closed until it is registered: a process that locks its memory (`mlockall(2)`) would have its holes filled with zeros.
+        // Closed until it is registered, because `mlockall(2)` would fill the holes of an open
+        // mapping with zeros.
         self.map_closed(span, Part::of(file, offset), MapFlags::MAP_SHARED)?;
         let range = self.reservation.addresses(span);
         if range.bytes() == 0 {
@@ -113,20 +122,20 @@ impl View {
         }
         unlock(at(range), range.bytes())?;
         // A forked child would read zeros where a page has not come.
-        // SAFETY: pages of our own mapping, and what a child of fork sees of them.
+        // SAFETY: the range is inside an owned mapping, and the advice changes none of its bytes.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }?;
-        // SAFETY: pages of a reservation, which no allocator gave out as zeros.
+        // SAFETY: no allocator has given out pages of a reservation as zeros.
         #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
         unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }?;
         self.protect(range)
     }
 
-    /// Shows a mapping whose descriptor is not known a second time.
+    /// Shows a mapping of unknown descriptor a second time.
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map); `EACCES` to show writable what cannot be written to.
+    /// As [`map`](Self::map); `EACCES` if a read-only mapping would be writable.
     pub fn alias(&mut self, span: Span, alias: &Alias, offset: u64) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &alias.mapping, offset) else { return Ok(()) };
         self.stable = false;
@@ -145,7 +154,7 @@ impl View {
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map); `EACCES` to show writable what was opened for reading.
+    /// As [`map`](Self::map); `EACCES` if memory that was opened for reading would be writable.
     pub fn map_physical(&mut self, span: Span, physical: &Physical, offset: u64) -> Result<(), Errno> {
         self.stable = false;
         let part = Part {
@@ -160,7 +169,7 @@ impl View {
         Ok(())
     }
 
-    /// Moves donated pages in, at once: what is left in their old place are zeros. Linux 5.7.
+    /// Moves donated pages in, at once. Zeros are left in their old place. Linux 5.7.
     ///
     /// # Errors
     ///
@@ -179,7 +188,8 @@ impl View {
         while done < range.bytes() {
             match remap(source.part(done, pages), range.part(done, pages)) {
                 Ok(()) => done += source.part(done, pages).bytes(),
-                // Before Linux 6.17, what lies in several mappings does not move at once: an application may have split the donation's.
+                // Before Linux 6.17, pages of several mappings do not move in one call, and an
+                // application may have split the donation's mapping.
                 Err(Errno::EFAULT) if pages > 1 => pages /= 2,
                 Err(errno) => {
                     taken.moved(done / page);
@@ -191,12 +201,13 @@ impl View {
         self.protect(range)
     }
 
-    /// Copies bytes out, without a reference to them: they may be changing.
+    /// Copies bytes out, without a reference to them, because they may be changing.
     ///
     /// # Errors
     ///
-    /// `EFAULT` where they cannot be read: past the end of a file that was truncated, in a poisoned page, or in an absent
-    /// one of an ordinary user's.
+    /// `EFAULT` if a byte is unreadable: past the end of a truncated file, in a poisoned page, or
+    /// in an absent page while only faults of user code are served
+    /// ([`FaultMode::UserOnly`](crate::uffd::FaultMode::UserOnly)).
     ///
     /// # Panics
     ///
@@ -208,7 +219,8 @@ impl View {
             let (now, later) = into.split_at_mut(bytes);
             if physical {
                 let from = self.reservation.mapping.at(offset as usize).cast::<u8>();
-                // SAFETY: `stretch` lies inside the mapping, of which every page there was mapped by `map_physical`.
+                // SAFETY: the stretch is inside the owned mapping, and `map_physical` has mapped
+                // each page of it for reading.
                 #[expect(unsafe_code, reason = "reads through a raw pointer")]
                 unsafe {
                     copy::read_words(from.as_ptr(), now)
@@ -221,7 +233,8 @@ impl View {
         Ok(())
     }
 
-    /// Writes bytes, without a reference to what is there. Two writers at once are no race, and either may win.
+    /// Writes bytes, without a reference to the old ones. Two concurrent writers are no data race;
+    /// either may win.
     ///
     /// # Errors
     ///
@@ -240,7 +253,8 @@ impl View {
             let (now, later) = from.split_at(bytes);
             if physical {
                 let to = self.reservation.mapping.at(offset as usize).cast::<u8>();
-                // SAFETY: as in `read_at`, and writable; who made the `Physical` vouches for what writing to it does.
+                // SAFETY: the stretch is inside the owned mapping and writable, and no reference to
+                // its bytes exists. The maker of the `Physical` has vouched for writes to it.
                 #[expect(unsafe_code, reason = "writes through a raw pointer")]
                 unsafe {
                     copy::write_words(to.as_ptr(), now)
@@ -253,8 +267,8 @@ impl View {
         Ok(())
     }
 
-    /// Touches the page of a byte, as a load of a program's does, and says what the byte is at that moment. A page that cannot
-    /// be had is a signal, here.
+    /// Loads a byte, as an ordinary access of the program does. If its page cannot be filled, the
+    /// access is a signal.
     ///
     /// # Panics
     ///
@@ -263,24 +277,27 @@ impl View {
     pub fn touch(&self, offset: usize) -> u8 {
         assert!(offset < self.reservation.mapping.bytes(), "byte {offset} is not inside the reservation");
         let byte = self.reservation.mapping.at(offset).cast::<u8>();
-        // SAFETY: mapped for reading; a byte cannot be torn, and may be changing.
+        // SAFETY: the byte is mapped for reading. Another process may write it meanwhile; as for
+        // device memory, a volatile read of one byte is one load.
         #[expect(unsafe_code, reason = "reads through a raw pointer")]
         unsafe {
             byte.read_volatile()
         }
     }
 
-    /// The bytes, all pages of them.
+    /// The bytes of all pages.
     ///
     /// # Safety
     ///
-    /// - As long as the slice lives, nobody writes to what is shown in it: not through this view, not through another
-    ///   mapping of the same file or physical memory, in this process or another; and no file is cut short.
+    /// - As long as the slice lives, its bytes are not written: not through this view, not through
+    ///   another mapping of the same file or physical memory, in this process or another one. No
+    ///   file behind it is shortened.
     #[must_use]
     #[expect(unsafe_code, reason = "declares an obligation")]
     pub unsafe fn as_slice(&self) -> &[u8] {
         let mapping = &self.reservation.mapping;
-        // SAFETY: mapped and readable as long as `self` keeps the reservation; that it keeps its bytes is vouched for.
+        // SAFETY: the mapping is readable as long as `self` keeps the reservation. The caller
+        // vouches that its bytes do not change.
         unsafe { slice::from_raw_parts(mapping.start().as_ptr().cast(), mapping.bytes()) }
     }
 
@@ -290,29 +307,29 @@ impl View {
         self.reservation.mapping.start().cast()
     }
 
-    /// As a view with slices, if nobody can change what it shows.
+    /// Turns this into a view with slices, if no other process can change its bytes.
     ///
     /// # Errors
     ///
-    /// The view itself, if somebody can.
+    /// The view itself, if another process can.
     pub fn into_stable(self) -> Result<StableView, Self> {
         if self.stable { Ok(StableView { view: self }) } else { Err(self) }
     }
 
-    /// Maps part of what a descriptor stands for over the span's pages.
-    fn map_over(&self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
+    /// Maps part of a descriptor's file over the pages of the span.
+    fn map_over(&mut self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
         self.map_with(self.protection(), span, part, flags)?;
         self.reservation.show(span);
         Ok(())
     }
 
-    /// The same, closed to every access.
-    fn map_closed(&self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
+    /// As [`map_over`](Self::map_over), closed to every access.
+    fn map_closed(&mut self, span: Span, part: Part<'_, impl AsFd>, flags: MapFlags) -> Result<(), Errno> {
         self.map_with(ProtFlags::PROT_NONE, span, part, flags)
     }
 
     fn map_with(
-        &self,
+        &mut self,
         protection: ProtFlags,
         span: Span,
         Part { fd, offset, end, granule }: Part<'_, impl AsFd>,
@@ -322,27 +339,28 @@ impl View {
         let Some(bytes) = NonZeroUsize::new(range.bytes()) else { return Ok(()) };
         let there = granule.round_up(end).unwrap_or(u64::MAX);
         let inside = offset.checked_add(range.bytes() as u64).is_some_and(|last| last <= there);
-        // The kernel would round the length up, and replace what is behind the span.
+        // The kernel would round the length up, and replace pages past the span.
         let whole = AddressRange::new(range.start(), range.bytes(), granule).is_some()
             && granule.offset_of(granule.page_at(offset)) == offset;
         assert!(inside && whole, "{span:?} from {offset}, in multiples of {granule}");
         let flags = flags | MapFlags::MAP_FIXED | self.reserving(granule, flags);
         let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         let start = NonZeroUsize::new(range.start());
-        // SAFETY: the range is inside our own mapping, and this is the one view of it, which the callers have
-        // borrowed mutably: nobody has a reference to its bytes.
+        // SAFETY: the range is inside an owned mapping. `self` is its one view and borrowed
+        // mutably, so no reference to the replaced bytes exists.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
         unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop)
     }
 
-    /// Memory is reserved for no page that is shown in place, but for huge pages that are copied when they are written to: there may
-    /// be none left then, which is a signal to the writer.
+    /// Reserves no memory for pages that are shown in place, except for huge pages that a write
+    /// copies: without a reserve, a write with no huge page left is a signal.
     fn reserving(&self, granule: PageSize, flags: MapFlags) -> MapFlags {
         let copied = flags.contains(MapFlags::MAP_PRIVATE) && self.access == Access::Writable;
         if copied && granule != PageSize::system() { MapFlags::empty() } else { MapFlags::MAP_NORESERVE }
     }
 
-    /// Of what is shown in place: the kernel moves nothing there, so what is only read is guarded.
+    /// The protection of memory that is shown in place. The kernel moves no page there, so memory
+    /// that is only read is protected in hardware.
     fn protection(&self) -> ProtFlags {
         match self.access {
             Access::ReadOnly | Access::LogicallyReadOnly => Access::ReadOnly.protection(),
@@ -350,16 +368,17 @@ impl View {
         }
     }
 
-    /// Gives pages that brought their own protection the view's.
-    fn protect(&self, range: AddressRange) -> Result<(), Errno> {
-        // SAFETY: pages of our own mapping, whose one view the callers have borrowed mutably.
+    /// Gives pages that came with another protection the view's.
+    fn protect(&mut self, range: AddressRange) -> Result<(), Errno> {
+        // SAFETY: the range is inside an owned mapping. `self` is its one view and borrowed
+        // mutably, so no reference to its bytes exists.
         #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
         unsafe {
             mprotect(at(range), range.bytes(), self.protection())
         }
     }
 
-    /// The addresses of a span, and of as many bytes of a mapping; `None` for no pages.
+    /// The addresses of a span, and of as many bytes of a mapping; `None` for an empty span.
     fn whole_pages(
         &self,
         span: Span,
@@ -374,7 +393,8 @@ impl View {
         (!span.is_empty()).then(|| (range, source.expect("a multiple of the page size")))
     }
 
-    /// How many of the `most` bytes at `offset` are of one kind, and whether that is physical memory.
+    /// The number of the `most` bytes at `offset` that are of one kind, and whether that is
+    /// physical memory.
     fn stretch(&self, offset: u64, most: usize) -> (usize, bool) {
         let page = self.reservation.page_size();
         let end =
@@ -391,33 +411,35 @@ impl View {
     }
 }
 
-/// A view of bytes that nobody else can change.
+/// A view whose bytes no other process can change.
 #[derive(Debug)]
 pub struct StableView {
-    /// Invariant: it is stable, and nothing is put into it any more.
+    /// Invariant: the view is stable, and nothing more is mapped into it.
     view: View,
 }
 
 impl StableView {
-    /// The bytes, all pages of them.
+    /// The bytes of all pages.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: a missing page gets its value when it is first read, and no safe operation gives a filled page other
-        // bytes (see the crate's safety argument); writes go through `as_mut_slice`, which excludes this borrow.
+        // SAFETY: a missing page gets its value at its first read, and no safe function gives a
+        // filled page other bytes (see the safety argument of the crate). Writes go through
+        // `as_mut_slice`, which excludes this borrow.
         #[expect(unsafe_code, reason = "the invariant is the vouching")]
         unsafe {
             self.view.as_slice()
         }
     }
 
-    /// The bytes for writing, if the reservation was made writable.
+    /// The bytes for writing; `None` if the reservation is not writable.
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         if self.view.access != Access::Writable {
             return None;
         }
         let mapping = &self.view.reservation.mapping;
-        // SAFETY: as in `as_slice`, mapped for writing; this is the only view, and it is borrowed mutably.
+        // SAFETY: as in `as_slice`, and mapped for writing. This is the only view, and it is
+        // borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
         Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
     }
@@ -429,24 +451,26 @@ impl StableView {
     }
 }
 
-/// Moves donated pages over part of a reservation. The old addresses stay mapped: they are the donation's to unmap, and no other mapping's.
+/// Moves donated pages over part of a reservation. The old addresses stay mapped until the donation
+/// unmaps them, so that no other mapping uses them.
 fn remap(source: AddressRange, target: AddressRange) -> Result<(), Errno> {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
     let bytes = source.bytes();
-    // SAFETY: the source is memory that was given up, without a slice of it; the target is inside the reservation of the caller, which has
-    // borrowed its one view mutably: nothing has a reference to its bytes.
+    // SAFETY: the donation owns the source, and no slice of it exists. The target is inside the
+    // caller's reservation, whose one view is borrowed mutably, so no reference to the replaced
+    // bytes exists.
     #[expect(unsafe_code, reason = "mremap")]
     let answer = unsafe { libc::mremap(at(source).as_ptr(), bytes, bytes, flags, at(target).as_ptr()) };
     if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
-/// Part of what a descriptor stands for.
+/// Part of a descriptor's file.
 struct Part<'f, F> {
     fd: &'f F,
     offset: u64,
-    /// How much there is.
+    /// The end of the file's bytes.
     end: u64,
-    /// What it is mapped in multiples of.
+    /// The unit in which the kernel maps the file.
     granule: PageSize,
 }
 
