@@ -1,4 +1,4 @@
-//! Nothing is allocated on the way of a fault, nor by who lets others fork: seen by an allocator that counts.
+//! Faults, inline faults and the fork reader allocate nothing: a counting allocator shows it.
 
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mremap};
 use nix::sys::signal::Signal::SIGBUS;
@@ -22,11 +22,11 @@ const PAGE: usize = 4096;
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-/// The thread whose allocations are counted beside, and these.
+/// The watched thread and the number of its allocations.
 static WATCHED: AtomicI32 = AtomicI32::new(0);
 static BY_WATCHED: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: the system's allocator, with a counter beside it.
+// SAFETY: each call is passed to the system's allocator. A counter is added.
 #[expect(unsafe_code, reason = "GlobalAlloc is an unsafe interface")]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
@@ -49,7 +49,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn a_worker_allocates_nothing_for_a_fault() {
-    // In a process of its own: nobody else allocates meanwhile.
+    // In a process of its own, where no other test allocates.
     child::run(this_test!(), serve_all_pages).expect_pass();
 }
 
@@ -64,13 +64,13 @@ fn serve_all_pages() {
     let bytes = region.as_slice();
     let pages = bytes.len() / PAGE;
     let before = ALLOCATIONS.load(Ordering::SeqCst);
-    // Every other page, so that two threads of the pool have been through all of it before the rest is watched.
+    // Every other page first, so that each worker has taken each path before the rest is watched.
     let sum: usize = (0..pages).step_by(2).map(|page| usize::from(bytes[page * PAGE])).sum();
     assert!(sum > 0);
     let warm = ALLOCATIONS.load(Ordering::SeqCst);
     let sum: usize = (1..pages).step_by(2).map(|page| usize::from(bytes[page * PAGE])).sum();
     assert!(sum > 0);
-    // The last page's worker may still be counting.
+    // The worker of the last page may still count it.
     while region.metrics().pages_installed() < pages as u64 {
         thread::yield_now();
     }
@@ -78,7 +78,7 @@ fn serve_all_pages() {
     assert_eq!(after, warm, "{} in the first half", warm - before);
 }
 
-/// A signal handler may have interrupted the allocator.
+/// A signal handler may interrupt the allocator, so an inline fault must not allocate.
 #[test]
 fn an_inline_fault_allocates_nothing() {
     child::run(this_test!(), fill_own_pages).expect_pass();
@@ -110,7 +110,8 @@ fn donated(bytes: &[u8]) -> Pages {
     pages
 }
 
-/// `fork(2)` holds the locks of the allocator until the usher has read of it: an usher that allocates waits for ever.
+/// `fork(2)` holds the locks of the allocator until the fork reader has read its event, so a fork
+/// reader that allocates waits for ever.
 #[test]
 fn the_fork_reader_allocates_nothing() {
     child::run(this_test!(), fork_in_every_way).expect_pass();
@@ -124,7 +125,7 @@ fn fork_in_every_way() {
         Ok(region) => region,
         Err(error) => {
             assert_eq!(error.kind(), ErrorKind::BadOption, "{error}");
-            return println!("SKIPPED the allocations of the usher: {error}");
+            return println!("SKIPPED the allocations of the fork reader: {error}");
         }
     };
     WATCHED.store(thread_called("pagestitch/kin"), Ordering::SeqCst);
@@ -133,7 +134,7 @@ fn fork_in_every_way() {
     let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Faults come all the time: they are read before forks are.
+        // A thread faults all the time, because its events come before those of forks.
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 discard(start, PAGE);
@@ -141,12 +142,12 @@ fn fork_in_every_way() {
             }
         });
         let ends: Vec<_> = (0..30).map(|_| ForkedChild::start(read_all).wait()).collect();
-        // Nor for their children, which they may have before they are seen to.
+        // Children fork too, possibly before the fork reader has handled them.
         let fork_on =
             || i32::from(matches!(ForkedChild::start(read_all).wait(), WaitStatus::Signaled(_, SIGBUS, _)));
         let forked_on: Vec<_> = (0..30).map(|_| ForkedChild::start(fork_on).wait()).collect();
         stop.store(true, Ordering::Relaxed);
-        // There is no descriptor for them.
+        // No descriptor is free for a child.
         assert!(ends.iter().all(|end| matches!(end, WaitStatus::Signaled(_, SIGBUS, _))), "{ends:?}");
         assert!(forked_on.iter().all(|end| matches!(end, WaitStatus::Exited(_, 1))), "{forked_on:?}");
     });
@@ -162,16 +163,16 @@ fn fork_in_every_way() {
     assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);
 }
 
-/// Lets pages go, as an application may.
-#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
+/// Discards pages, as an application may.
+#[expect(unsafe_code, reason = "madvise(2) by the application is part of the test")]
 fn discard(start: usize, bytes: usize) {
     let start = NonNull::new(with_exposed_provenance_mut(start)).expect("an address");
-    // SAFETY: pages of a region, which nobody reads meanwhile.
+    // SAFETY: pages of a region, which no thread reads meanwhile.
     unsafe { madvise(start, bytes, MmapAdvise::MADV_DONTNEED) }.expect("madvise");
 }
 
-/// Moves pages to where nobody looks for them.
-#[expect(unsafe_code, reason = "mremap by an application is part of what is tested")]
+/// Moves pages away from their region.
+#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
 fn move_away(start: usize, bytes: usize) {
     let length = NonZeroUsize::new(bytes).expect("at least a page");
     // SAFETY: a new mapping, which the pages replace.
@@ -179,7 +180,7 @@ fn move_away(start: usize, bytes: usize) {
         unsafe { mmap_anonymous(None, length, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE) }.expect("mmap");
     let start = NonNull::new(with_exposed_provenance_mut(start)).expect("an address");
     let flags = MRemapFlags::MREMAP_MAYMOVE | MRemapFlags::MREMAP_FIXED;
-    // SAFETY: pages of a region, which nobody has a slice of, to the mapping just made.
+    // SAFETY: moves pages of a region, of which no slice is used, to the mapping just made.
     unsafe { mremap(start, bytes, bytes, flags, Some(to)) }.expect("mremap");
 }
 
@@ -190,7 +191,7 @@ fn thread_called(name: &str) -> i32 {
     task.file_name().unwrap().to_str().unwrap().parse().unwrap()
 }
 
-/// Hears of what is worth telling, and allocates for it.
+/// A subscriber that allocates for each event.
 struct Allocates;
 
 impl tracing::Subscriber for Allocates {

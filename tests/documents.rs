@@ -1,4 +1,4 @@
-//! The documents name files that exist, and stay readable.
+//! The documents name only files that exist, and stay short.
 
 use std::fs;
 use std::path::Path;
@@ -22,7 +22,7 @@ fn every_path_that_a_document_names_exists() {
             assert!(Path::new(ROOT).join(path).exists(), "{document} names {path}, which does not exist");
             seen += 1;
         }
-        assert!(seen > 0, "{document} names no path: has the test lost its eyes?");
+        assert!(seen > 0, "{document} names no path: the test finds none");
     }
 }
 

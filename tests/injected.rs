@@ -1,5 +1,5 @@
-//! Every answer of the kernel that it hardly ever gives, given often: what comes of it is bytes, or an error, and nobody waits for
-//! ever. Random mixtures of them are `pagestitch stress`, built with the same feature.
+//! Rare answers of the kernel, injected often: the result is bytes or an error, and no thread
+//! hangs. `pagestitch stress`, built with the same feature, mixes them at random.
 
 use pagestitch::source::{File, FillMemfd, LazyMemfd, Pages, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Server};
@@ -20,10 +20,10 @@ use std::thread;
 
 const PAGE: usize = 4096;
 
-/// Those after which everything is as if they had not been given.
+/// Answers that change no outcome.
 const HARMLESS: [Injected; 4] = [Again, Partial, Exists, Busy];
 
-/// Has an answer given as often as `one_of` says; one test at a time.
+/// Injects an answer into one of `one_of` calls. One test at a time injects.
 struct Injecting(#[expect(dead_code, reason = "held")] MutexGuard<'static, ()>, Injected, u64);
 
 impl Injecting {
@@ -35,7 +35,7 @@ impl Injecting {
         Self(alone, kind, before)
     }
 
-    /// From now on the kernel answers by itself; it has answered so at least once.
+    /// Ends the injection, which has happened at least once.
     fn end(self) {
         inject(0, &[], 0);
         assert!(count(self.1) > self.2, "{:?} was never answered", self.1);
@@ -50,7 +50,7 @@ fn bytes(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at % 251) as u8 | 1).collect()
 }
 
-/// All ways that a page gets its bytes, eight pages of each and blocks that move; and those bytes.
+/// Eight pages for each way to fill a page and blocks that move, and their bytes.
 fn all_ways() -> (Vec<Chunk>, Vec<u8>) {
     let own = bytes(8 * PAGE);
     let mut donated = Pages::new(own.len()).unwrap();
@@ -63,7 +63,7 @@ fn all_ways() -> (Vec<Chunk>, Vec<u8>) {
         Chunk::hole(8 * PAGE as u64),
         donated.into(),
         file.into(),
-        // Pages that chunks meet in.
+        // Pages in which chunks meet.
         Chunk::from(own.clone()).range(0..100),
         Chunk::from(bytes(8 << 20)),
     ];
@@ -109,7 +109,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_in_a_pool() {
                 }
                 touched_by_three(&region, &expected);
             });
-            // A page at a time is not filled in part; and not every kernel moves pages.
+            // A fill of one page is never partial, and older kernels move no pages.
             let given = match kind {
                 Partial => readahead,
                 Busy => Support::current().has(Features::MOVE),
@@ -188,7 +188,7 @@ fn a_refused_fill_is_an_error_and_succeeds_in_a_retry() {
     for kind in [NoMemory, ProcessGone] {
         let (chunks, expected) = all_ways();
         let region = built(chunks, false, &Pool::new().unwrap());
-        // Where memory is waited for a while, it has to fail several times in a row.
+        // A fill waits for memory for a while, so NoMemory has to come several times in a row.
         let injecting = Injecting::new(kind, if kind == NoMemory { 1 } else { 2 });
         let mut errors = 0;
         for at in (0..50 * PAGE).step_by(if kind == NoMemory { 9 * PAGE } else { PAGE }) {
@@ -228,7 +228,7 @@ fn a_page_without_memory_for_a_poison_marker_is_taken_away() {
     assert_eq!(end.signal(), Some(7), "{}", end.output());
 }
 
-/// Writes bytes when it is asked for them.
+/// A filler that writes its bytes.
 struct Written(fs::File, Vec<u8>);
 
 impl FillMemfd for Written {
@@ -237,7 +237,7 @@ impl FillMemfd for Written {
     }
 }
 
-/// Fails.
+/// A source that fails.
 struct Never;
 
 impl pagestitch::Source for Never {

@@ -268,7 +268,7 @@ fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
         .readahead(Readahead::None)
         .build_adopted(other.memory, &Pool::builder().workers(4).start().unwrap())
         .unwrap();
-    other.stream.set_read_timeout(Some(crate::HANG)).unwrap();
+    other.stream.set_read_timeout(Some(HANG)).unwrap();
     let served = (&other.stream).read_exact(&mut [0]);
     source.release();
     served.expect("all other pages are served");
@@ -551,8 +551,8 @@ fn memory_that_cannot_be_adopted_is_refused_with_the_reason() {
     assert!(refused(owned().range(first + 1, RANGES[0]).range(second, RANGES[1])).contains("whole pages"));
     assert!(refused(owned().range(first, RANGES[0]).range(first + PAGE, RANGES[1])).contains("overlaps"));
     assert!(refused(owned().range(usize::MAX - PAGE + 1, PAGE)).contains("whole pages"));
-    let nobody = memory().on_loss(Loss::Kill).range(first, RANGES[0]).range(second, RANGES[1]);
-    assert!(refused(nobody).contains("owner()"));
+    let unowned = memory().on_loss(Loss::Kill).range(first, RANGES[0]).range(second, RANGES[1]);
+    assert!(refused(unowned).contains("owner()"));
     assert!(memory().page_size(3000).is_err() && memory().page_size(1 << 30).is_err());
     let whole = owned().range(first, RANGES[0]).range(second, RANGES[1]);
     let error = Region::builder().chunks(pieces()).build_adopted(whole, Inline).unwrap_err();

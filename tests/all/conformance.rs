@@ -1,4 +1,4 @@
-//! Every source that comes with pagestitch passes the conformance suite that yours would.
+//! Each source of pagestitch passes the conformance suite of the testkit.
 
 use crate::pattern;
 use pagestitch::source::{File, Hole, Memory};

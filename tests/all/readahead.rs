@@ -1,4 +1,5 @@
-//! Who reads on finds the next pages there; who does not is left alone; and what is filled ahead is never wrong.
+//! Readahead: a sequential reader finds the next pages filled, a random one does not, and pages
+//! filled ahead hold their bytes.
 
 use crate::contention::is_idle;
 use crate::{pattern, until};
@@ -21,7 +22,7 @@ fn a_sequential_reader_takes_few_faults() {
     assert_eq!(seen.pages_installed(), 8192);
 }
 
-/// Reads page after page, and gives whoever fills ahead the time for it.
+/// Reads page after page, and lets the pool finish its readahead every 64 pages.
 pub(crate) fn read_slowly(region: &Region, bytes: &[u8], pool: &str) {
     for page in 0..bytes.len() / PAGE {
         assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
@@ -33,8 +34,8 @@ pub(crate) fn read_slowly(region: &Region, bytes: &[u8], pool: &str) {
 
 #[test]
 fn random_touches_fill_one_page_each() {
-    // One in each block, in an order of no kind: a second one in a block may find that the first has cost as much as the
-    // block, where its worker had to wait for a CPU.
+    // One touch in each block, in an order without a stream. A second touch in a block could make
+    // it dense, where a worker waited long for a CPU.
     let (block, blocks) = (512, 41);
     let region =
         Region::builder().chunk(vec![1u8; blocks * block * PAGE]).build(&Pool::new().unwrap()).unwrap();
@@ -62,7 +63,7 @@ fn a_failure_of_readahead_poisons_no_page() {
     for page in 0..10 {
         assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
     }
-    assert_eq!(region.metrics().pages_poisoned, 0, "nobody has asked for page 20");
+    assert_eq!(region.metrics().pages_poisoned, 0, "page 20 was not touched");
     region.read_at(20 * PAGE as u64, &mut [0]).unwrap_err();
     until(|| region.metrics().pages_poisoned == 1);
     assert_eq!(region.as_slice()[21 * PAGE], byte_at(21 * PAGE as u64));

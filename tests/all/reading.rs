@@ -1,5 +1,5 @@
-//! Whatever the chunks, however many threads, through every way of reading: the bytes are those of the pieces laid
-//! end to end.
+//! Any chunks, any number of threads and each way to read: a region shows the bytes of its pieces
+//! laid end to end.
 
 use crate::pattern;
 use crate::zero_copy::memfd;
@@ -12,7 +12,7 @@ use std::io::Write;
 use std::sync::{Arc, LazyLock};
 use std::thread;
 
-/// What a chunk is made of.
+/// The kind of a chunk.
 #[derive(Debug, Clone, Copy)]
 enum Kind {
     Vec,
@@ -34,7 +34,7 @@ const KINDS: [Kind; 12] = {
     [Vec, Boxed, Arc, Bytes, Static, Owner, Shared, File, Memfd, MemfdInPlace, Hole, Own]
 };
 
-/// A chunk to be: its kind, where it starts in its source, how long it is.
+/// A chunk: its kind, its start in its source, and its length.
 type Description = (Kind, usize, usize);
 
 const SOURCE_BYTES: usize = 64 << 10;
@@ -47,7 +47,7 @@ static FILE: LazyLock<Arc<File>> = LazyLock::new(|| {
     Arc::new(File::open(file.path()).unwrap())
 });
 
-/// The chunk, and the bytes that it should show.
+/// The chunk and its expected bytes.
 fn make(&(kind, start, len): &Description) -> (Chunk, Vec<u8>) {
     let range = start as u64..(start + len) as u64;
     let part = |seed| pattern(seed, SOURCE_BYTES)[start..start + len].to_vec();
@@ -63,7 +63,8 @@ fn make(&(kind, start, len): &Description) -> (Chunk, Vec<u8>) {
         }),
         Kind::Shared => (Chunk::from(SHARED.clone()).range(range), part(4)),
         Kind::File => (Chunk::from(Arc::clone(&FILE)).range(range), part(5)),
-        // Where it lies in a page of the region is up to what comes before it: now and then in place.
+        // The chunks before it decide its place in a page, so that it is in place only now and
+        // then.
         Kind::Memfd => (Chunk::from(MEMFD.clone()).range(range), part(6)),
         Kind::MemfdInPlace => {
             let start = start & !4095;
@@ -79,13 +80,13 @@ fn make(&(kind, start, len): &Description) -> (Chunk, Vec<u8>) {
 }
 
 fn descriptions() -> impl Strategy<Value = Vec<Description>> {
-    // Whole pages now and then, so that what follows begins on a page.
+    // Some lengths are whole pages, so that the next chunk begins on a page.
     let whole_pages = (1usize..5).prop_map(|pages| pages * 4096);
     let len = prop_oneof![0usize..10, 10usize..300, 3000usize..20_000, whole_pages];
     prop::collection::vec((prop::sample::select(&KINDS[..]), 0usize..40_000, len), 1..60)
 }
 
-/// The offsets 0..len in a random order, page by page and at odd offsets.
+/// Offsets of 0..len in a random order, a few in each page.
 fn shuffled(len: usize, seed: u64) -> Vec<usize> {
     let mut offsets: Vec<usize> = (0..len).step_by(1021).chain([len - 1]).collect();
     let random = pattern(seed, offsets.len() * 8);
@@ -124,12 +125,12 @@ proptest! {
         });
         prop_assert!(region.as_slice() == expected);
         drop(region);
-        // The one path the threads above took only after each other: everything at once, in one thread.
+        // A populate alone: the threads above mixed it with other ways.
         let region = Region::builder().chunks(chunks).build(&pool).unwrap();
         region.populate(..).unwrap();
         prop_assert_eq!(region.metrics().faults, 0);
         prop_assert!(region.as_slice() == expected);
-        prop_assert_eq!(region.metrics().faults, 0, "all of it was there");
+        prop_assert_eq!(region.metrics().faults, 0, "all pages were filled");
     }
 
     #[test]
@@ -144,12 +145,12 @@ proptest! {
     }
 }
 
-/// A guest without hardware virtualisation is slow: it asks for fewer.
+/// The number of cases. A guest without hardware virtualisation is slow and sets a lower one.
 fn cases() -> u32 {
     std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(48)
 }
 
-/// Reads everything in a random order, one way or another.
+/// Reads everything in a random order, in one of four ways.
 fn check(region: &Region, expected: &[u8], seed: u64, way: u64) {
     for offset in shuffled(expected.len(), seed) {
         let end = (offset + 5000).min(expected.len());
@@ -185,7 +186,7 @@ fn a_writable_region_keeps_writes_and_leaves_the_source_alone() {
     assert!(region.as_slice() == expected);
 }
 
-/// A source whose bytes tell which of its traits was asked.
+/// A source whose bytes tell which of its two traits was called.
 struct Both;
 
 impl Source for Both {

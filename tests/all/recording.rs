@@ -1,4 +1,4 @@
-//! What was touched in one run is there in the next.
+//! Recordings: the pages that one run touches first are filled early in the next run.
 
 use crate::donated::pages_of;
 use crate::{pattern, serve_until, until};
@@ -18,7 +18,7 @@ fn builder(source: &Arc<Scripted>) -> pagestitch::Builder {
     Region::builder().name("twice").chunk(Chunk::source(Arc::clone(source)))
 }
 
-/// Pages in an order that no readahead follows.
+/// Pages in an order without a stream for readahead.
 fn touched() -> Vec<usize> {
     (0..300).map(|i| i * 7919 % 2000).collect()
 }
@@ -67,7 +67,7 @@ fn a_manual_replays_and_a_failing_source_poisons_no_page() {
     let region = builder(&source).replay(&recorded).build(&manual).unwrap();
     serve_until(&mut manual, 1000, || region.metrics().pages_installed() == 299);
     assert_eq!(region.metrics().pages_installed(), 299);
-    assert!(region.failures().is_empty(), "nobody has asked for it");
+    assert!(region.failures().is_empty(), "no thread has touched the failing page");
     source.repair();
     region.populate(..).unwrap();
 }
@@ -124,7 +124,7 @@ fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
             }
             Ok(region) => {
                 (0..5).for_each(|page| assert_eq!(guest.read(page * PAGE), 1));
-                panic!("it was built: {region:?}");
+                panic!("the region was built: {region:?}");
             }
         }
     });
@@ -149,7 +149,7 @@ fn readahead_is_off_while_adopted_memory_is_recorded() {
     assert_eq!(metrics.pages_ahead, 0);
 }
 
-/// A handler that records, in a thread, with what it told.
+/// A handler that records, in a thread, and the events that it reported.
 struct Recorder {
     folder: tempfile::TempDir,
     stop: ShutdownHandle,
@@ -177,7 +177,7 @@ impl Recorder {
         self.told.lock().unwrap().iter().filter(|line| line.contains(what)).count()
     }
 
-    /// Stops it; gives back its folder, and all that it told.
+    /// Stops the handler and returns its folder and its events.
     fn end(self) -> (tempfile::TempDir, Vec<String>) {
         self.stop.shutdown();
         self.thread.join().unwrap();
@@ -192,11 +192,11 @@ fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
     Handler::builder(Snapshot::open([memory]).unwrap())
 }
 
-/// A guest that touches some pages, one of them twice, and ends when its stream is closed.
+/// A guest that touches some pages and lives until it is killed.
 fn guest(test: &str, socket: &Path, touches: &str) -> child::ChildTest {
     child::spawn(test, &format!("{}:{touches}", socket.display()), |argument| {
         let (socket, touches) = argument.rsplit_once(':').unwrap();
-        // The parent ends it; so does this, if the parent has failed.
+        // The alarm ends the guest if its parent has failed.
         nix::unistd::alarm::set(60);
         let guest = Guest::new(&[100 * PAGE], false).unwrap();
         let _stream = guest.hand_over(socket.as_ref()).unwrap();
@@ -204,7 +204,6 @@ fn guest(test: &str, socket: &Path, touches: &str) -> child::ChildTest {
             touches.split(',').filter(|page| !page.is_empty()).map(|page| page.parse::<usize>().unwrap());
         pages.for_each(|page| assert_eq!(guest.read(page * PAGE), 7));
         fs::write(format!("{socket}.{touches}"), "").unwrap();
-        // Until it is killed.
         loop {
             thread::park();
         }
@@ -221,7 +220,7 @@ fn an_idle_guest_leaves_the_recording_to_the_next_guest() {
     let good = recording(&Pool::new().unwrap());
     good.write(recorder.path()).unwrap();
     let guest = |touches| guest(test, &recorder.folder.path().join("socket"), touches);
-    // One that ends, and one that stays, before the one that is recorded.
+    // A guest that ends and an idle guest come before the guest that is recorded.
     let mut first = guest("");
     until(|| recorder.has_told("serving") == 1);
     first.kill();
@@ -286,7 +285,7 @@ fn a_recording_is_written_through_a_symlink_and_into_a_fifo() {
 fn a_donated_huge_page_is_recorded_page_by_page() {
     let bytes = pattern(3, 4 << 20);
     let region = Region::builder().chunk(pages_of(&bytes)).record().build(&Pool::new().unwrap()).unwrap();
-    // Where pages are moved in at build, no fault tells of a touch.
+    // Pages that are moved in at build cause no faults to record.
     if region.metrics().pages_in_place > 0 {
         println!(
             "SKIPPED a_donated_huge_page_is_recorded_page_by_page: the kernel moves pages at build (Linux 6.8)"

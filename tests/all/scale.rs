@@ -1,4 +1,4 @@
-//! A region costs what is used of it, not what it spans.
+//! The cost of a region grows with its used pages and its chunks, and not with its size.
 
 use crate::zero_copy::memfd;
 use pagestitch::source::Memory;
@@ -6,7 +6,7 @@ use pagestitch::{Chunk, Pool, Region};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 
-// In processes of their own: what other tests take meanwhile is not to be counted.
+// Each test has a process of its own, because memory of other tests would be counted too.
 
 #[test]
 fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
@@ -25,7 +25,8 @@ fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
     end.expect_pass();
 }
 
-/// The kernel walks all addresses of what it dumps: half a minute for a tebibyte of holes.
+/// For a core dump the kernel walks all addresses, which takes half a minute for a tebibyte of
+/// holes.
 #[test]
 fn a_region_is_left_out_of_core_dumps_by_default() {
     let end = child::run(this_test!(), || {
@@ -40,7 +41,7 @@ fn a_region_is_left_out_of_core_dumps_by_default() {
     end.expect_pass();
 }
 
-/// The kernel's flags of each mapping of a region.
+/// The kernel's flags (`VmFlags`) of each mapping of a region.
 fn parts(region: &Region) -> Vec<String> {
     let maps = fs::read_to_string("/proc/self/smaps").unwrap();
     let start = region.as_ptr().addr().get();

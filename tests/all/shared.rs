@@ -1,4 +1,4 @@
-//! What others may change is the same memory for all of them, and never a `&[u8]`.
+//! Memory that others may change: shared with all of them, and never shown as a `&[u8]`.
 
 use crate::donated::pages_of;
 use crate::{pattern, touch};
@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 const PAGE: usize = 4096;
 
-/// A file of these bytes, as a source and to look at from outside.
+/// A file of these bytes, as a source and as a second handle.
 fn file_of(bytes: &[u8]) -> (Arc<SharedFile>, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
@@ -129,7 +129,7 @@ fn an_alias_of_mappings_next_to_each_other_shows_each_of_them() {
     let (first, second) = (pattern(12, 3 * PAGE), pattern(13, 2 * PAGE));
     let [(one, _), (two, _)] = [memfd_of(&first), memfd_of(&second)];
     let pool = Pool::new().unwrap();
-    // Pages of two memfds, one of them not in the order of the file.
+    // Pages of two memfds, one of them out of the order of its file.
     let page = |of: &Arc<SharedFile>, page: usize| {
         Chunk::from(Arc::clone(of)).range((page * PAGE) as u64..((page + 1) * PAGE) as u64)
     };
@@ -152,7 +152,7 @@ fn build_refuses_a_shared_chunk() {
     let (memfd, _) = memfd_of(&pattern(6, PAGE));
     let builder = Region::builder().name("r").chunk(vec![1u8; 100]).chunk(memfd);
     let error = builder.build(&Pool::new().unwrap()).unwrap_err();
-    // Also here, where it would only have been copied: the chunk does not lie on a page boundary.
+    // The chunk is refused also off a page boundary, where it would only be copied.
     assert_eq!(error.kind(), ErrorKind::Shared);
     assert!(error.to_string().starts_with("region r: others may change chunk 1 (/memfd:shared"), "{error}");
 }
@@ -232,7 +232,7 @@ fn a_read_only_file_is_shown_in_place_and_refuses_writes() {
 
 #[test]
 fn a_read_only_file_beside_donated_pages_is_shown_read_only() {
-    // Pages move only between writable mappings; that is no reason to map the file so.
+    // Donated pages move only between writable mappings, but the file must stay mapped read-only.
     let file = SharedFile::open("/proc/self/exe", Access::ReadOnly).unwrap();
     let builder = Region::builder().chunk(pages_of(&pattern(11, PAGE))).chunk(file).require_zero_copy();
     let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
@@ -252,34 +252,34 @@ fn the_limit_of_mappings_can_be_set() {
     assert_eq!(region.close().pages_in_place, 3);
 }
 
-/// Has the kernel make huge pages of a file, through a mapping of its own.
-#[expect(unsafe_code, reason = "maps a file as another process does")]
+/// Collapses a file into huge pages, through a mapping of its own.
+#[expect(unsafe_code, reason = "maps a file as another process would")]
 pub(crate) fn collapse(file: &File, bytes: usize) -> nix::Result<()> {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
     const MADV_COLLAPSE: i32 = 25;
     let (length, huge) = (std::num::NonZeroUsize::new(bytes + (2 << 20)).expect("bytes"), 2 << 20);
     let (protection, flags) = (ProtFlags::PROT_READ, MapFlags::MAP_SHARED);
-    // SAFETY: a new mapping where the kernel chooses, past whose file's end nothing is touched.
+    // SAFETY: a new mapping where the kernel chooses. Nothing is touched past the end of its file.
     let start = unsafe { mmap(None, length, protection, flags, file, 0) }?;
-    // As the file's offsets are: whole blocks of both.
+    // Addresses and file offsets must both be multiples of 2 MiB.
     let aligned = start.as_ptr().addr().next_multiple_of(huge);
-    // SAFETY: addresses of that mapping, of which nothing is borrowed.
+    // SAFETY: addresses inside that mapping, from which nothing is borrowed.
     let start_of_file = unsafe {
         let length = std::num::NonZeroUsize::new(bytes).expect("bytes");
         mmap(std::num::NonZeroUsize::new(aligned), length, protection, flags | MapFlags::MAP_FIXED, file, 0)
     };
-    // SAFETY: the kernel rearranges pages, and changes none.
+    // SAFETY: the kernel moves pages and changes no byte.
     let answer =
         start_of_file.map(|start| unsafe { nix::libc::madvise(start.as_ptr(), bytes, MADV_COLLAPSE) });
     let answer = answer.and_then(|answer| nix::errno::Errno::result(answer).map(drop));
-    // SAFETY: that mapping, of which nothing is borrowed.
+    // SAFETY: that mapping, from which nothing is borrowed.
     let _ = unsafe { munmap(start, length.get()) };
     answer
 }
 
 #[test]
 fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
-    // A file of sysfs, which has no mmap, and says how long it is.
+    // A file of sysfs without mmap, whose length is known.
     let path = "/sys/kernel/notes";
     let Ok(bytes) = std::fs::read(path) else { return println!("SKIPPED: there is no {path}") };
     let file = Arc::new(SharedFile::open(path, Access::ReadOnly).unwrap());
@@ -316,7 +316,7 @@ fn a_write_to_a_full_file_system_is_enospc() {
         let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
         region.write_at(0, &[1; PAGE]).unwrap();
         let error = region.write_at(0, &[1; 1 << 19]).unwrap_err();
-        // Half of it is a file of another length by now, which is another error.
+        // The file gets shorter, which is another error.
         File::options().write(true).open(&path).unwrap().set_len(PAGE as u64).unwrap();
         let shorter = region.read_at(1 << 19, &mut [0]).unwrap_err();
         (error.kind(), error.to_string(), shorter.to_string())
@@ -334,7 +334,7 @@ fn read_at_and_write_at_work_without_process_vm_readv() {
         pagestitch_testkit::deny::deny_copies(nix::errno::Errno::EPERM);
         let (bytes, donated) = (pattern(9, 3 * PAGE), pattern(10, 2 * PAGE));
         let (file, other) = memfd_of(&bytes);
-        // The donation lies off its pages, and is copied.
+        // The donated chunk is not page-aligned, so it is copied.
         let builder = Region::builder().chunk(file).chunk(vec![1; 10]).chunk(pages_of(&donated)).writable();
         let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
         assert!(bytes_of(&region) == [&bytes[..], &[1; 10], &donated].concat());
@@ -349,7 +349,7 @@ fn read_at_and_write_at_work_without_process_vm_readv() {
     end.expect_pass();
 }
 
-/// A file system whose disk fails, and a file in it of which nothing was read yet.
+/// A file system on a disk that fails, with a file of which nothing is in the page cache.
 struct FailingDisk {
     folder: tempfile::TempDir,
 }
@@ -376,7 +376,7 @@ impl FailingDisk {
         self.folder.path().join("mounted/file")
     }
 
-    /// From now on, what was not read yet is an error.
+    /// From now on each read from the disk fails.
     fn fail(&self) {
         File::options().write(true).open(self.folder.path().join("disk")).unwrap().set_len(1 << 20).unwrap();
     }

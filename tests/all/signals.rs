@@ -1,4 +1,4 @@
-//! Signals, beside those of regions: handlers that touch regions themselves, and handlers that want the same signal.
+//! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
 use crate::{discard, handle_bus_errors, pattern, touch, until};
 use nix::libc::{self, c_int, c_void, siginfo_t};
@@ -14,7 +14,7 @@ use std::thread;
 const PAGE: usize = 4096;
 const SIGBUS: i32 = 7;
 
-/// An address that the handler of SIGUSR1 reads, and how often that gave a byte of the region.
+/// The address that the SIGUSR1 handler reads, and the counts of its right and its wrong bytes.
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
 static READ: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicUsize = AtomicUsize::new(0);
@@ -28,7 +28,7 @@ extern "C" fn read_a_byte(_signal: c_int) {
 }
 
 /// Installs a handler as an application does.
-#[expect(unsafe_code, reason = "an application's signal handler is part of what is tested")]
+#[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
 fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> SigAction {
     // SAFETY: the handlers of these tests use atomics, and touch memory.
     unsafe { sigaction(signal, &SigAction::new(handler, flags, SigSet::empty())) }.expect("a handler")
@@ -38,7 +38,7 @@ fn handle_user_signal(handler: extern "C" fn(c_int)) {
     handle(Signal::SIGUSR1, SigHandler::Handler(handler), SaFlags::SA_RESTART);
 }
 
-/// Calls, in the thread that reads it, for the signal.
+/// A source that raises SIGUSR1 in the thread that populates.
 struct Raises(Vec<u8>);
 
 impl Source for Raises {
@@ -87,7 +87,8 @@ static REGION: OnceLock<Region> = OnceLock::new();
 static ERROR: AtomicPtr<String> = AtomicPtr::new(std::ptr::null_mut());
 
 extern "C" fn populate_all(_signal: c_int) {
-    // Not what a handler should do: it allocates. Here the thread below it does not.
+    // A handler should not allocate. Here the interrupted thread does not hold the allocator's
+    // lock.
     let region = REGION.get().expect("a region");
     if let Err(error) = region.populate(..) {
         ERROR.store(Box::into_raw(Box::new(error.to_string())), Ordering::SeqCst);
@@ -95,7 +96,7 @@ extern "C" fn populate_all(_signal: c_int) {
 }
 
 #[test]
-#[expect(unsafe_code, reason = "what a handler has left behind a pointer")]
+#[expect(unsafe_code, reason = "takes the error from the handler's pointer")]
 fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     let test = this_test!();
     let end = child::run(test, || {
@@ -109,7 +110,7 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
         populating(|| REGION.get().unwrap().populate(..).unwrap());
         let error = ERROR.load(Ordering::SeqCst);
         assert!(!error.is_null(), "the call in the handler has returned without an error");
-        // SAFETY: the handler has put it there, and is done.
+        // SAFETY: the handler has put the box there and has returned.
         let error = unsafe { Box::from_raw(error) };
         assert!(error.contains("filling the page already"), "{error}");
         assert!(REGION.get().unwrap().as_slice() == bytes);
@@ -117,7 +118,7 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     end.expect_pass();
 }
 
-/// Sends signals to the calling thread for as long as `body` runs in it.
+/// Sends SIGUSR1 to the calling thread all the while that `body` runs in it.
 fn in_a_storm(body: impl FnOnce()) {
     let (me, done) = (pthread_self(), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -132,7 +133,7 @@ fn in_a_storm(body: impl FnOnce()) {
     });
 }
 
-/// Chunks that meet in pages, and holes.
+/// An inline region of chunks that meet in pages.
 fn inline_region(bytes: &[u8]) -> Region {
     Region::builder().chunks(bytes.chunks(1500).map(<[u8]>::to_vec)).build(Inline).unwrap()
 }
@@ -152,7 +153,7 @@ fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
                 for page in 0..64 {
                     ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
                     assert_ne!(touch(start + page * PAGE), 0);
-                    // The other half, too, so that the handler finds pages absent.
+                    // Discards another page, so that the handler finds absent pages.
                     discard(start + (page + round) % 64 * PAGE, PAGE);
                 }
             }
@@ -188,19 +189,19 @@ fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
     end.expect_pass();
 }
 
-/// Memory that cannot be read any more, as that of a region that is served inline.
+/// Memory of a file that is truncated later, as a source of an inline region.
 struct CutShort(usize, usize);
 
 impl AsRef<[u8]> for CutShort {
-    #[expect(unsafe_code, reason = "memory that faults is part of what is tested")]
+    #[expect(unsafe_code, reason = "memory that faults is part of the test")]
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: mapped for ever; that its file is cut short is what is tested.
+        // SAFETY: the mapping lives for ever. The truncated file is part of the test.
         unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(self.0), self.1) }
     }
 }
 
 #[test]
-#[expect(unsafe_code, reason = "maps a file that is cut short")]
+#[expect(unsafe_code, reason = "maps a file that is truncated")]
 fn a_fault_inside_the_sigbus_handler_ends_the_process_with_a_line() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
     let end = child::run(this_test!(), || {
@@ -216,7 +217,7 @@ fn a_fault_inside_the_sigbus_handler_ends_the_process_with_a_line() {
         memfd.file().set_len(0).unwrap();
         println!("read {}", touch(region.as_ptr().addr().get() + 200));
     });
-    // Where the alternate stack has no room for two signals, the kernel ends it.
+    // SIGSEGV where the alternate stack has no room for two signal frames.
     assert!(matches!(end.signal(), Some(SIGBUS | libc::SIGSEGV)), "{}", end.output());
     let lines = end.output().matches("the SIGBUS handler itself touches").count();
     assert_eq!(lines, 1, "{}", end.output());
@@ -239,7 +240,7 @@ fn a_later_sigbus_handler_that_chains_keeps_regions_served() {
         let region = inline_region(&bytes);
         let flags = SaFlags::SA_SIGINFO | SaFlags::SA_ONSTACK;
         BEFORE.set(handle(Signal::SIGBUS, SigHandler::SigAction(passes_on), flags)).unwrap();
-        // Another region does not take it away.
+        // Another region does not replace the chaining handler.
         let other = inline_region(&bytes);
         assert!(region.as_slice() == bytes && other.as_slice() == bytes);
         assert_eq!(PASSED_ON.load(Ordering::SeqCst), 40);
@@ -249,7 +250,7 @@ fn a_later_sigbus_handler_that_chains_keeps_regions_served() {
 
 #[expect(unsafe_code, reason = "ends the process in a signal handler")]
 extern "C" fn keeps(_signal: c_int) {
-    // SAFETY: it takes a number, and ends the process.
+    // SAFETY: the call takes a number and ends the process.
     unsafe { libc::_exit(3) }
 }
 
@@ -270,7 +271,7 @@ extern "C" fn count(_signal: c_int) {
     SENT.fetch_add(1, Ordering::SeqCst);
 }
 
-/// Signals come all the while that the first region is built, and each finds a handler.
+/// SIGBUS arrives all the while that the first region is built, and each one finds a handler.
 #[test]
 fn no_signal_is_lost_while_the_sigbus_handler_is_installed() {
     for _ in 0..if cfg!(debug_assertions) { 20 } else { 5 } {
@@ -295,33 +296,34 @@ fn no_signal_is_lost_while_the_sigbus_handler_is_installed() {
     }
 }
 
-/// Gives this thread an alternate stack of which the used part is known.
-#[expect(unsafe_code, reason = "an alternate stack is part of what is tested")]
+/// Runs `body` on this thread with a painted alternate stack, and returns the number of used bytes
+/// of the stack.
+#[expect(unsafe_code, reason = "an alternate stack is part of the test")]
 fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
     const PAINT: u8 = 0xa5;
     let stack = Box::leak(vec![PAINT; bytes].into_boxed_slice());
     let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: bytes };
     let mut old = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
     let painted = stack.as_ptr();
-    // SAFETY: the stack lives for ever, and nothing else is there.
+    // SAFETY: the stack lives for ever, and no other code uses it.
     assert_eq!(unsafe { libc::sigaltstack(&raw const new, &raw mut old) }, 0);
     body();
-    // SAFETY: what was there before.
+    // SAFETY: the alternate stack from before.
     assert_eq!(unsafe { libc::sigaltstack(&raw const old, std::ptr::null_mut()) }, 0);
-    // SAFETY: the same bytes, which no handler uses any more.
+    // SAFETY: bytes of the leaked stack, which no handler uses any more.
     let untouched = (0..bytes).take_while(|&at| unsafe { painted.wrapping_add(at).read_volatile() } == PAINT);
     let untouched = untouched.count();
     bytes - untouched
 }
 
 #[test]
-#[expect(unsafe_code, reason = "asks for what the kernel puts on a stack")]
+#[expect(unsafe_code, reason = "asks for the size of the kernel's signal frame")]
 fn a_fault_is_served_on_a_small_alternate_stack() {
     let end = child::run(this_test!(), || {
         let mut deepest = 0;
         thread::scope(|scope| {
             let measure = || {
-                // SAFETY: it takes a number.
+                // SAFETY: the call takes a number.
                 let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
                 let nothing = with_alternate_stack(64 << 10, || {
                     handle(Signal::SIGUSR2, SigHandler::Handler(count), SaFlags::SA_ONSTACK);
@@ -336,7 +338,7 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                         .map(|page| usize::from(touch(region.as_ptr().addr().get() + page * PAGE)))
                         .sum();
                     assert!(read > 0);
-                    // A page that another thread was quicker to fill.
+                    // A discarded page, as if another thread had been faster.
                     discard(region.as_ptr().addr().get() + 5 * PAGE, PAGE);
                     assert_ne!(touch(region.as_ptr().addr().get() + 5 * PAGE), 0);
                 });

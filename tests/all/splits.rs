@@ -1,5 +1,5 @@
-//! A call that changes a part of a region splits its mapping in the kernel. To copy, to move, to show zeros or to poison across
-//! the border is ENOENT then, although all of it is mapped: every page is filled all the same.
+//! System calls that change a part of a region and so split its mapping in the kernel. An ioctl
+//! across the border is ENOENT, although all addresses are mapped: each page must be filled anyway.
 
 use crate::donated::pages_of;
 use crate::lazy::chunk_of;
@@ -22,7 +22,7 @@ const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 const PAGES: usize = 1024 + 5;
 
-/// A call of an application that splits a mapping.
+/// A system call that splits a mapping.
 #[derive(Debug, Clone, Copy)]
 enum Split {
     Advise,
@@ -34,11 +34,12 @@ enum Split {
 const SPLITS: [Split; 4] = [Split::Advise, Split::Protect, Split::Bind, Split::Lock];
 
 impl Split {
-    /// Splits a mapping at both ends of a range; says whether the kernel has done so.
-    #[expect(unsafe_code, reason = "what an application may call is what is tested")]
+    /// Splits a mapping at both ends of a range. False if the kernel refuses.
+    #[expect(unsafe_code, reason = "system calls of the application are part of the test")]
     fn at(self, start: usize, bytes: usize) -> bool {
         let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(start);
-        // All are `name(address, bytes, argument, ...)`. MPOL_BIND takes a mask of nodes: node 0.
+        // Each call is `name(address, bytes, argument, ...)`. MPOL_BIND takes a mask of nodes: node
+        // 0.
         let (number, argument, nodes) = match self {
             Self::Advise => (libc::SYS_madvise, libc::MADV_RANDOM as i64, None),
             Self::Protect => (libc::SYS_mprotect, i64::from(libc::PROT_READ), None),
@@ -46,7 +47,7 @@ impl Split {
             Self::Lock => (libc::SYS_mlock2, libc::MLOCK_ONFAULT as i64, None),
         };
         let nodes = nodes.map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: pages of a region; none of these calls changes a byte.
+        // SAFETY: pages of a region. None of these calls changes a byte.
         let answer = unsafe { libc::syscall(number, address, bytes, argument, nodes, 64_i64, 0_i64) };
         if answer != 0 {
             println!("SKIPPED in part: {self:?}: {}", std::io::Error::last_os_error());
@@ -54,14 +55,14 @@ impl Split {
         answer == 0
     }
 
-    /// Splits a region of whole blocks in the midst of each.
+    /// Splits a region inside each of its first two blocks.
     fn within(self, region: &Region) -> bool {
         let start = region.as_ptr().addr().get();
         self.at(start + 100 * PAGE, 3 * PAGE) && self.at(start + BLOCK + 211 * PAGE, 33 * PAGE)
     }
 }
 
-/// Chunks of every kind of content that the kernel installs: bytes that lie somewhere, donated pages, and a hole.
+/// Chunks of each kind of page that the kernel installs: copied, moved and zero pages.
 fn pieces() -> (Vec<Chunk>, Vec<u8>) {
     let memory = pattern(1, PAGES * PAGE);
     let donated = pattern(2, PAGES * PAGE);
@@ -179,7 +180,7 @@ fn a_split_donation_moves_on_a_touch_and_when_a_region_is_built() {
     }
 }
 
-/// Memory of a guest, split in its midst, and adopted; two blocks of it are not filled when it is abandoned.
+/// A guest whose memory is split inside, and its adopted region.
 fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
     let guest = Guest::new(&[expected.len()], false).unwrap();
     let [(start, _)] = guest.ranges()[..] else { panic!("one range") };
@@ -208,7 +209,7 @@ fn split_adopted_memory_has_no_zeros_after_a_drop() {
     }
     if signal_of_loss() != crate::SIGBUS {
         println!(
-            "SKIPPED: no poison marks here (Linux 6.6): its owner would be ended, which is this process"
+            "SKIPPED: without poison markers (Linux 6.6) the drop kills the owner, which is this process"
         );
         return;
     }

@@ -1,5 +1,5 @@
-//! A page that is swapped out is there: it is not asked for again, not lost, and what was written in it stays. `mincore(2)` calls it
-//! absent.
+//! Swapped pages are present, although `mincore(2)` calls them absent: their source is not read
+//! again, and they keep written bytes.
 
 use crate::donated::pages_of;
 use crate::{comes_true, pattern, until};
@@ -18,7 +18,7 @@ use std::thread;
 const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 
-/// A compressed block device in memory that is swapped to as long as it lives. Needs root.
+/// Swap space on a compressed block device in memory, for its lifetime. Needs root.
 struct Swap {
     number: String,
     _alone: MutexGuard<'static, ()>,
@@ -50,21 +50,21 @@ impl Drop for Swap {
     fn drop(&mut self) {
         let _ = Command::new("swapoff").arg(format!("/dev/zram{}", self.number)).output();
         let _ = fs::write(format!("/sys/block/zram{}/reset", self.number), "1");
-        // A device manager may be looking at the device.
+        // A device manager may hold the device open for a moment.
         let remove = || fs::write("/sys/class/zram-control/hot_remove", &self.number).is_ok();
         comes_true(remove);
     }
 }
 
-/// Has the kernel swap out what it can of a range.
-#[expect(unsafe_code, reason = "madvise by an application is part of what is tested")]
+/// Asks the kernel to swap out the pages of a range.
+#[expect(unsafe_code, reason = "madvise(2) by the application is part of the test")]
 fn page_out(start: usize, bytes: usize) {
     let address = std::ptr::with_exposed_provenance_mut::<libc::c_void>(start);
-    // SAFETY: it changes no byte; what is not mapped is an error.
+    // SAFETY: the call changes no byte, and fails where nothing is mapped.
     let _ = unsafe { libc::madvise(address, bytes, libc::MADV_PAGEOUT) };
 }
 
-/// How many pages of a range are swapped out.
+/// The number of swapped pages in a range.
 fn swapped(start: usize, bytes: usize) -> usize {
     let mut entries = vec![0; bytes / PAGE * 8];
     fs::File::open("/proc/self/pagemap")
@@ -75,14 +75,14 @@ fn swapped(start: usize, bytes: usize) -> usize {
 }
 
 fn swap_out(region: *const u8, bytes: usize) {
-    // A page that another processor has just touched is left out.
+    // The kernel skips pages that another CPU has just touched.
     until(|| {
         page_out(region.addr(), bytes);
         swapped(region.addr(), bytes) > bytes / PAGE / 2
     });
 }
 
-/// A source that gives each byte once.
+/// A source that fails the second read of a page.
 struct Once {
     bytes: Vec<u8>,
     given: Mutex<Vec<bool>>,
@@ -104,7 +104,7 @@ impl Source for Once {
         let pages = start / PAGE..(start + into.len()).div_ceil(PAGE);
         let mut given = self.given.lock().unwrap();
         if given[pages.clone()].iter().any(|given| *given) {
-            return Err(io::Error::other("asked for twice"));
+            return Err(io::Error::other("read twice"));
         }
         given[pages].fill(true);
         into.copy_from_slice(&self.bytes[start..start + into.len()]);
@@ -140,7 +140,7 @@ fn a_written_and_swapped_page_is_not_filled_again() {
     swap_out(region.as_ptr().as_ptr(), bytes.len());
     region.populate(..).unwrap();
     assert!(region.as_slice() == written);
-    assert_eq!(region.close().pages_installed(), all, "nothing was absent");
+    assert_eq!(region.close().pages_installed(), all, "no page was absent");
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn swapped_donated_pages_keep_their_bytes() {
     let Some(_swap) = Swap::or_skip() else { return };
     let bytes = pattern(4, BLOCK + 40 * PAGE);
     let pages = pages_of(&bytes);
-    // Before they move, and after.
+    // The pages are swapped before they move and after.
     swap_out(pages.as_ptr(), bytes.len());
     let region =
         Region::builder().chunk(Arc::new(Donated::from(pages))).build(&Pool::new().unwrap()).unwrap();
@@ -160,7 +160,7 @@ fn swapped_donated_pages_keep_their_bytes() {
     assert!(region.failures().is_empty());
 }
 
-/// All memory of this process that is its own.
+/// Swaps out all private memory of this process.
 fn page_out_everything() {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     for line in maps.lines().filter(|line| line.contains(" rw-p ") && line.contains(" 00:00 0")) {
@@ -183,7 +183,7 @@ fn a_region_under_constant_swapping_shows_its_bytes() {
         let ends = Ends(&done);
         for round in 0..6 {
             let (memory, donated) = (pattern(round, 2 * BLOCK + 5000), pattern(round + 100, 2 * BLOCK));
-            // A claim may be given back while the map is changing: such a source is asked again.
+            // A source that may be read twice, because a claim is dropped while the map changes.
             let read = Chunk::source(Arc::new(Scripted::new(BLOCK as u64)));
             let builder = Region::builder().chunk(memory.clone()).chunk(pages_of(&donated)).page_aligned();
             let region = builder.chunk(read).writable().build(&Pool::new().unwrap()).unwrap();
@@ -203,7 +203,7 @@ fn a_region_under_constant_swapping_shows_its_bytes() {
     });
 }
 
-/// Ends the pressure also where the test fails.
+/// Ends the pressure when it is dropped, also by a panic.
 struct Ends<'d>(&'d AtomicBool);
 
 impl Drop for Ends<'_> {

@@ -1,4 +1,5 @@
-//! Whatever the order in which things go: right bytes, a signal or an error, but never zeros and never a hang.
+//! Teardown in each order of regions, pools, threads and children: right bytes, a signal or an
+//! error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
 use crate::{comes_true, discard, pattern, touch, until};
@@ -35,7 +36,7 @@ fn a_waiting_thread_gets_a_signal_when_its_region_is_dropped() {
     assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
-/// A region whose addresses are mapped anew as soon as it has gone.
+/// A region whose addresses are mapped again right after its drop.
 struct MappedAnew(Option<Region>);
 
 impl Drop for MappedAnew {
@@ -47,7 +48,7 @@ impl Drop for MappedAnew {
     }
 }
 
-/// The thread that waits runs on only after the drop, when its page would be another mapping's.
+/// The waiting thread runs only after the drop, when another mapping could have its address.
 #[test]
 fn a_waiting_thread_of_a_dropped_region_does_not_read_the_next_mapping_there() {
     let test = this_test!();
@@ -56,7 +57,8 @@ fn a_waiting_thread_of_a_dropped_region_does_not_read_the_next_mapping_there() {
             const PAGES: usize = 20;
             wait_in_dropped(
                 |pool| {
-                    // The threads that are started from here on share a CPU: the one that is woken runs late.
+                    // Threads that start from here on share one CPU, so that the woken thread runs
+                    // late.
                     let mut one = CpuSet::new();
                     one.set(0).unwrap();
                     let _ = sched_setaffinity(Pid::from_raw(0), &one);
@@ -70,16 +72,17 @@ fn a_waiting_thread_of_a_dropped_region_does_not_read_the_next_mapping_there() {
     }
 }
 
-/// Maps zeros for good, at the first free addresses, or where it is said if that is free.
-#[expect(unsafe_code, reason = "mmap by an application is part of what is tested")]
+/// Maps zeros for good, at `start` if it is free, else at free addresses.
+#[expect(unsafe_code, reason = "mmap(2) by the application is part of the test")]
 fn map_zeros(start: Option<NonZeroUsize>, bytes: usize) {
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
     let bytes = NonZeroUsize::new(bytes).unwrap();
-    // SAFETY: a new mapping replaces nothing: the address is a hint.
+    // SAFETY: a new mapping that replaces nothing, because the address is a hint.
     unsafe { mmap_anonymous(start, bytes, ProtFlags::PROT_READ, flags) }.unwrap();
 }
 
-/// Regions that were dropped give their addresses back; those that are kept for a moment, where addresses are short.
+/// A dropped region frees its addresses. Addresses that are kept closed for a moment are freed
+/// where addresses are short.
 #[test]
 fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
     let end = child::run(this_test!(), || {
@@ -90,7 +93,7 @@ fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
         let region = Region::builder().chunks(chunks()).build(&pool).unwrap();
         assert_eq!(region.as_slice()[..10_000], pattern(1, 10_000));
         drop(region);
-        // No thread waited: the addresses are there for others at once.
+        // No thread waited, so the addresses are free at once.
         map_zeros(None, 50 << 30);
         setrlimit(Resource::RLIMIT_AS, 114 << 30, hard).unwrap();
         for _ in 0..20 {
@@ -121,7 +124,8 @@ fn wait_in_lazy(test: &str, filled: bool) {
     assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
-/// The only worker is held by another region, so that the fault is not even read; then the region goes.
+/// The only worker is held by another region, so that the fault is not even read when the region is
+/// dropped.
 fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> NonNull<u8>) {
     let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
     let slow = Arc::new(Scripted::new(10).holding(0..1));
@@ -143,7 +147,7 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
     });
 }
 
-/// The source of the first fault is being read while the region goes: the drop waits for it.
+/// The region is dropped while its source is read.
 #[test]
 fn a_drop_waits_for_the_source_that_is_being_read() {
     let source = Arc::new(Scripted::new(10).holding(0..1));
@@ -159,7 +163,7 @@ fn a_drop_waits_for_the_source_that_is_being_read() {
         source.release();
         assert_eq!(populated.recv().unwrap().unwrap(), byte_at(0));
     });
-    assert_eq!(Arc::strong_count(&source), 1, "nobody has the source any more");
+    assert_eq!(Arc::strong_count(&source), 1, "no thread holds the source any more");
 }
 
 #[test]
@@ -193,11 +197,11 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
         let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
         assert_eq!(region.as_slice()[0], bytes[0]);
         let dropped = fork_and(|| {
-            // SAFETY: the parent goes on using its own values; these are the child's copies, dropped once.
-            #[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+            // SAFETY: the parent keeps its own values. These are the child's copies, dropped once.
+            #[expect(unsafe_code, reason = "a child whose stack unwinds past the fork does this")]
             drop(unsafe { std::ptr::read(&raw const region) });
             // SAFETY: as above.
-            #[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+            #[expect(unsafe_code, reason = "a child whose stack unwinds past the fork does this")]
             drop(unsafe { std::ptr::read(&raw const pool) });
             0
         });
@@ -208,7 +212,8 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
     end.expect_pass();
 }
 
-/// The region's addresses, and those of donated pages, stay closed in a child, but for what is shown in place there.
+/// The addresses of a region and of donated pages stay closed in a child, except for pages that are
+/// shown in place.
 #[test]
 fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
     let end = child::run(this_test!(), || {
@@ -224,7 +229,7 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
             (copied.as_ptr().addr().get(), partly.as_ptr().addr().get(), start(&donated));
         let in_place = second + 5 * 4096;
         assert_eq!(partly.plan().runs()[1].how, How::Map);
-        // 0 for what a child finds in place; a signal for the rest.
+        // 0 for a page that the child finds in place, a signal for the others.
         let after_mapping = |address: usize, expected: u8| {
             ForkedChild::start(move || {
                 map_zeros(NonZeroUsize::new(address & !4095), 4096);
@@ -246,7 +251,7 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
     end.expect_pass();
 }
 
-/// Each is number 1 in a PID namespace of its own, so that the child has its parent's number.
+/// Parent and child are each pid 1 of a PID namespace, so that both have the same pid.
 #[test]
 fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
     let test = this_test!();
@@ -268,7 +273,7 @@ fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
                 drop(copy_of(&pool));
                 i32::from(std::process::id() != number)
             });
-            // No panic: it would unwind into the test that was forked away from.
+            // No panic, because it would unwind into the forked copy of the test.
             let right = left_alone.succeeds() && region.as_slice() == bytes && inline.as_slice() == bytes;
             i32::from(!right)
         });
@@ -278,7 +283,8 @@ fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
     end.expect_pass();
 }
 
-/// How a child ends, by SIGKILL where it hangs: number 1 of a namespace cannot set an alarm for itself.
+/// Waits for a child, and kills it if it hangs: pid 1 of a namespace cannot set an alarm for
+/// itself.
 fn ended_in_time(child: Pid) -> WaitStatus {
     let mut status = WaitStatus::StillAlive;
     let ended = comes_true(|| {
@@ -292,10 +298,10 @@ fn ended_in_time(child: Pid) -> WaitStatus {
     waitpid(child, None).unwrap()
 }
 
-/// The child's own value of what its parent has.
-#[expect(unsafe_code, reason = "what a child does whose stack unwinds past the fork")]
+/// The child's own copy of a value of its parent.
+#[expect(unsafe_code, reason = "a child whose stack unwinds past the fork does this")]
 const fn copy_of<T>(value: &T) -> T {
-    // SAFETY: the parent goes on using its own value; this is the child's, dropped once.
+    // SAFETY: the parent keeps its own value. This is the child's copy, dropped once.
     unsafe { std::ptr::read(&raw const *value) }
 }
 
@@ -307,7 +313,7 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
         let busy = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
-            // A thread that is in the signal handler at most moments, and so at most forks.
+            // A thread that is inside the signal handler at most forks.
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     assert!(busy.as_slice() == bytes);
@@ -316,7 +322,7 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
             });
             for _ in 0..20 {
                 let ended = fork_and(|| {
-                    // A child that hangs ends by this signal.
+                    // The alarm ends a child that hangs.
                     nix::unistd::alarm::set(30);
                     let own = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
                     i32::from(own.as_slice() != bytes)
@@ -329,9 +335,9 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
     end.expect_pass();
 }
 
-#[expect(unsafe_code, reason = "a fork by the application is part of what is tested")]
+#[expect(unsafe_code, reason = "fork(2) by the application is part of the test")]
 fn fork_and(body: impl FnOnce() -> i32) -> WaitStatus {
-    // SAFETY: the child of a process with one test thread allocates nothing that another thread could hold a lock of.
+    // SAFETY: the child needs no lock that another thread of the parent holds.
     match unsafe { nix::unistd::fork() }.unwrap() {
         nix::unistd::ForkResult::Child => std::process::exit(body()),
         nix::unistd::ForkResult::Parent { child } => waitpid(child, None).unwrap(),
@@ -379,15 +385,15 @@ fn dropped_regions_leave_no_descriptors_threads_or_mappings() {
         };
         let count = |what: &str| fs::read_dir(format!("/proc/self/{what}")).unwrap().count();
         let maps = || fs::read_to_string("/proc/self/maps").unwrap().lines().count();
-        // Until the allocator has as many arenas as that many threads make it have.
+        // Rounds until the allocator has all arenas that so many threads use.
         (0..20).for_each(|_| round());
         until(|| count("task") <= 2);
         let before = (count("fd"), count("task"), maps());
         (0..20).for_each(|_| round());
         assert_eq!(count("fd"), before.0, "descriptors");
-        // A thread that has been joined may be listed a moment longer.
+        // A joined thread may be listed for a moment longer.
         until(|| count("task") <= before.1);
-        // Regions keep their addresses for a moment after their drop.
+        // Dropped regions keep their addresses closed for a moment.
         until(|| {
             drop(Region::builder().chunk(pattern(1, 20_000)).build(&Pool::new().unwrap()));
             maps() <= before.2 + 4
@@ -414,7 +420,7 @@ fn a_source_that_owns_the_last_region_of_another_pool_can_be_dropped() {
     assert!(above.as_slice() == bytes);
 }
 
-/// A fault of the region waits in a channel for the only worker, which another source holds up.
+/// A fault of the region is queued for the only worker, which another source holds.
 #[test]
 fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
     if !crate::watchdog::waits_in_the_kernel() {
@@ -430,19 +436,19 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
         let reader = scope.spawn(|| held.as_slice()[0]);
         hanging.wait_until_held(1);
         let address = region.as_ptr().expose_provenance().get();
-        let asks = scope.spawn(move || crate::watchdog::ask_the_kernel(address));
+        let asks = scope.spawn(move || crate::watchdog::read_through_the_kernel(address));
         until(|| region.meter().in_flight() == 1);
         drop(region);
         let is_alive = alive.upgrade().is_some();
         let asked = asks.join().unwrap();
         hanging.release();
         assert_eq!(reader.join().unwrap(), byte_at(0));
-        assert!(asked.is_err(), "the waiter is told");
+        assert!(asked.is_err(), "the waiting system call fails");
         assert!(!is_alive, "the source went with its region");
     });
 }
 
-/// Sources that own the pool which serves them, while its watchdog looks at them.
+/// Sources that own the pool that serves them, while the watchdog looks at them.
 #[test]
 fn a_source_may_own_the_last_handle_of_its_own_pool() {
     let end = child::run(this_test!(), || {

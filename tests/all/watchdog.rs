@@ -1,4 +1,4 @@
-//! Faults that take too long: told of once, and given up where that was declared.
+//! Faults that take too long: reported once, and timed out where that is declared.
 
 use crate::{comes_true, touch, until};
 use nix::errno::Errno;
@@ -59,7 +59,8 @@ fn a_timed_out_fault_is_a_signal_to_the_waiting_thread() {
     assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
 
-/// The waiter is the kernel, which gets an error and no signal; and the source answers after all.
+/// The kernel waits in the page: it gets an error where a thread gets a signal. The source answers
+/// later.
 #[test]
 fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     if !waits_in_the_kernel() {
@@ -69,7 +70,7 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
     let address = region.as_ptr().expose_provenance().get() + 3 * PAGE;
-    let asked = thread::spawn(move || ask_the_kernel(address));
+    let asked = thread::spawn(move || read_through_the_kernel(address));
     until(|| region.meter().faults_given_up() == 1);
     let failed = region.failures();
     assert_eq!((failed.len(), failed[0].0), (1, 3 * PAGE as u64));
@@ -81,30 +82,32 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     assert_eq!(region.close().faults_given_up, 1);
 }
 
-/// Whether a thread can wait in a page without a signal when it is lost: in the kernel, which then gets an error.
+/// True if a page can time out without a signal: a system call waits in the page and gets an error.
 pub(crate) fn waits_in_the_kernel() -> bool {
     let mode = Uffd::open(Features::NONE).unwrap().mode();
     let waits = crate::signal_of_loss() == SIGBUS && mode == FaultMode::All;
     if !waits {
         println!(
-            "SKIPPED: no poison marks here (Linux 6.6), or an ordinary user, for whom the kernel does not wait"
+            "SKIPPED: no poison markers (Linux 6.6), or an ordinary user, whose system calls do not wait for pages"
         );
     }
     waits
 }
 
-/// Has the kernel read a byte: it waits in a missing page, and gets an error where a thread would get a signal.
-pub(crate) fn ask_the_kernel(address: usize) -> Result<usize, Errno> {
+/// Reads a byte through the kernel, which waits in a missing page and gets an error where a thread
+/// gets a signal.
+pub(crate) fn read_through_the_kernel(address: usize) -> Result<usize, Errno> {
     let (mut byte, from) = ([0], [RemoteIoVec { base: address, len: 1 }]);
     process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut byte)], &from)
 }
 
-/// Asks the kernel for a byte of the first so many pages, a thread each. Whether all of them are given up, and whether each thread
-/// got an error.
-fn are_given_up(region: &Region, pages: usize) -> bool {
+/// Reads a byte of each of the first pages through the kernel, a thread for each page. Waits until
+/// all faults have timed out. True if each read fails.
+fn all_time_out(region: &Region, pages: usize) -> bool {
     let start = region.as_ptr().expose_provenance().get();
     let small = || thread::Builder::new().stack_size(64 << 10);
-    let ask = |page: usize| small().spawn(move || ask_the_kernel(start + page * PAGE).is_err()).unwrap();
+    let ask =
+        |page: usize| small().spawn(move || read_through_the_kernel(start + page * PAGE).is_err()).unwrap();
     let threads: Vec<_> = (0..pages).map(ask).collect();
     let given_up = || region.metrics().faults_given_up as usize;
     comes_true(|| given_up() >= pages);
@@ -112,7 +115,7 @@ fn are_given_up(region: &Region, pages: usize) -> bool {
     threads.into_iter().all(|thread| thread.join().unwrap())
 }
 
-/// Five pages of a source that hangs.
+/// Five faults of a source that hangs time out.
 fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) -> Builder) {
     if !waits_in_the_kernel() {
         return;
@@ -121,12 +124,12 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
     let source = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
     let chunk = Chunk::source(Arc::clone(&source));
     let region = builder(Region::builder().chunk(chunk).readahead(Readahead::None)).build(&pool).unwrap();
-    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 5)));
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 5)));
     source.release();
-    assert!(all.expect("five faults are given up"), "each waiter got an error");
+    assert!(all.expect("five faults are given up"), "each waiting read fails");
     let shortages = pool.metrics().shortages;
     assert_eq!(shortages > 0, is_short, "{:?}", pool.metrics());
-    // What no worker had begun is bad until it is asked for again.
+    // Pages that no worker had begun stay poisoned until a retry.
     until(|| {
         region.heal(..).unwrap();
         region.failures().is_empty() && region.meter().in_flight() == 0
@@ -139,7 +142,7 @@ fn more_faults_than_workers_time_out() {
     five_hang(Pool::builder().workers(2), false, |builder| builder);
 }
 
-/// Those that no worker has begun: queued, or not even read.
+/// Faults that no worker has begun: queued, or not even read.
 #[test]
 fn faults_without_a_free_worker_time_out() {
     five_hang(Pool::builder().workers(2).max_workers(2), true, |builder| builder);
@@ -151,7 +154,7 @@ fn faults_that_wait_for_the_limit_of_their_region_time_out() {
     five_hang(Pool::builder().workers(3), false, |builder| builder.in_flight(1));
 }
 
-/// As many wait as a queue has room for, and more. The thread that reads them may not make room.
+/// More faults wait than the queue holds, and the thread that reads them cannot make room.
 #[test]
 fn more_faults_of_an_inherited_region_than_the_queue_holds_time_out() {
     if !waits_in_the_kernel() {
@@ -165,12 +168,12 @@ fn more_faults_of_an_inherited_region_than_the_queue_holds_time_out() {
         Ok(region) => region,
         Err(error) => return println!("SKIPPED: {error}"),
     };
-    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 1100)));
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 1100)));
     source.release();
-    assert!(all.expect("all faults are given up"), "each waiter got an error");
+    assert!(all.expect("all faults are given up"), "each waiting read fails");
 }
 
-/// A source that keeps what it is asked for, and answers when it is dropped.
+/// A source that keeps its replies and answers none.
 struct Keeps(Mutex<Vec<Reply>>);
 
 impl Fetch for Keeps {
@@ -192,12 +195,13 @@ fn more_fetches_than_the_first_table_holds_time_out() {
     let source = Arc::new(Keeps(Mutex::default()));
     let chunk = Chunk::fetch(Arc::clone(&source));
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
-    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| are_given_up(&region, 100)));
+    let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 100)));
     source.0.lock().unwrap().clear();
-    assert!(all.expect("a hundred faults are given up"), "each waiter got an error");
+    assert!(all.expect("a hundred faults are given up"), "each waiting read fails");
 }
 
-/// Only time in which the watchdog itself runs counts: a process that was stopped is not to blame.
+/// Time counts only while the watchdog itself runs, so that a stopped process times no fault out.
+/// Time is the subject, so a clock measures it.
 #[test]
 fn no_fault_times_out_because_its_process_was_stopped() {
     let end = child::run(this_test!(), || {
@@ -209,7 +213,8 @@ fn no_fault_times_out_because_its_process_was_stopped() {
             let reader = scope.spawn(|| region.as_slice()[3 * PAGE]);
             source.wait_until_held(1);
             be_stopped_for(limit * 3);
-            // As the other threads go on at the same time, so does the watchdog.
+            // The watchdog runs again at the same moment as this thread, and gets time to look at
+            // the fault.
             thread::sleep(limit / 10);
             source.release();
             assert_eq!(reader.join().unwrap(), byte_at(3 * PAGE as u64));
@@ -220,7 +225,7 @@ fn no_fault_times_out_because_its_process_was_stopped() {
     end.expect_pass();
 }
 
-/// Stops this process; a child has it go on.
+/// Stops this process. A child continues it.
 fn be_stopped_for(time: Duration) {
     let parent = Pid::this();
     let wakes = ForkedChild::start(|| {

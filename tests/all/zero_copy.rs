@@ -1,4 +1,5 @@
-//! What can be shown in place is: the same pages, no copy, no fault. What cannot says why.
+//! Zero copy: memfds are shown in place with the same pages, no copy and no fault. The plan gives a
+//! reason for each copied chunk.
 
 use crate::pattern;
 use pagestitch::source::Memfd;
@@ -52,12 +53,12 @@ fn pages_in_place_are_the_memfds_own_frames() {
     assert!(theirs == ours);
     for page in 0..4 {
         let (their_frame, our_frame) = (frame(&theirs[page * PAGE]), frame(&ours[page * PAGE]));
-        // An ordinary user sees no frame numbers: zeros, on both sides.
+        // An ordinary user reads zeros for both frame numbers.
         assert_eq!(their_frame, our_frame, "page {page}");
     }
 }
 
-/// The page frame that holds a byte of this process, from /proc/self/pagemap; 0 without CAP_SYS_ADMIN.
+/// The page frame of a byte of this process, from /proc/self/pagemap. 0 without CAP_SYS_ADMIN.
 fn frame(byte: &u8) -> u64 {
     let mut pagemap = File::open("/proc/self/pagemap").unwrap();
     pagemap.seek(SeekFrom::Start(((&raw const *byte).addr() / PAGE * 8) as u64)).unwrap();
@@ -74,12 +75,12 @@ fn a_region_in_place_takes_no_memory_of_its_own() {
         let before = anonymous_kib();
         assert!(region.as_slice() == bytes);
         let grown = anonymous_kib() - before;
-        assert!(grown < 1024, "{grown} KiB came with reading 64 MiB in place");
+        assert!(grown < 1024, "reading 64 MiB in place took {grown} KiB");
     });
     end.expect_pass();
 }
 
-/// Memory of this process that no file holds.
+/// The anonymous memory of this process.
 fn anonymous_kib() -> i64 {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let line = rollup.lines().find(|line| line.starts_with("Anonymous:")).unwrap();
@@ -92,8 +93,8 @@ fn edges_inside_a_page_are_copied_and_the_plan_says_so() {
     let memfd = memfd(&bytes);
     let region = Region::builder()
         .chunk(vec![1u8; 100])
-        .chunk(Chunk::from(memfd.clone()).range(100..5 * PAGE as u64 + 7)) // in place but for its edges
-        .chunk(Chunk::from(memfd).range(0..9 * PAGE as u64)) // elsewhere in its pages
+        .chunk(Chunk::from(memfd.clone()).range(100..5 * PAGE as u64 + 7)) // in place except for its edges
+        .chunk(Chunk::from(memfd).range(0..9 * PAGE as u64)) // not page-aligned
         .build(&Pool::new().unwrap())
         .unwrap();
     let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.why)).collect();
@@ -125,7 +126,7 @@ fn require_zero_copy_names_the_chunk_and_the_reason() {
     ] {
         let first = Chunk::from(memfd.clone()).range(4096..8192);
         let error = {
-            // With something behind it: a last page may go on past the region's end.
+            // With a chunk behind it, because the last page of a region may extend past its end.
             let builder = Region::builder().chunk(first).chunk(chunk).chunk(Chunk::hole(9));
             builder.require_zero_copy().build(&pool).unwrap_err()
         };
@@ -145,7 +146,7 @@ fn a_hundred_thousand_shuffled_pages_are_mapped_up_to_the_budget_and_copied_beyo
         unsealed.file().write_all_at(&page.to_le_bytes(), page * PAGE as u64).unwrap();
     }
     let memfd = Memfd::from(unsealed.seal().unwrap());
-    // 7919 shares no factor with 100,000: every page once, and no two in order.
+    // 7919 shares no factor with 100,000, so that each page comes once, and no two in order.
     let page_at = |place: u64| place * 7919 % PAGES;
     let chunks = (0..PAGES).map(|place| {
         let start = page_at(place) * PAGE as u64;
@@ -197,7 +198,7 @@ fn a_memfd_received_through_a_socket_is_shown_in_place() {
     let Some(ControlMessageOwned::ScmRights(fds)) = received.cmsgs().unwrap().next() else {
         panic!("no descriptor")
     };
-    // SAFETY: a descriptor that the kernel has just made for us.
+    // SAFETY: recvmsg(2) has just made this descriptor for us.
     #[expect(unsafe_code, reason = "recvmsg gives raw descriptors")]
     let fd = unsafe { OwnedFd::from_raw_fd(fds[0]) };
     let memfd = Memfd::from_fd(fd).unwrap();

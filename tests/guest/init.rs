@@ -1,7 +1,7 @@
-//! Process 1 of a throw-away test guest: mounts what tests need, runs the suite that the command line names, tells how it
-//! ended on the second serial line, and lets the machine go.
+//! Process 1 of a throw-away test guest: mounts the file systems that tests need, runs the suite
+//! that the command line names, writes the result to the second serial line, and ends the machine.
 //!
-//! The runner looks for `GUEST-EXIT <status>`; without that line the guest has died.
+//! The runner looks for `GUEST-EXIT <status>`. Without that line the guest has died.
 
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
@@ -45,29 +45,30 @@ fn run() -> Result<i32, Box<dyn Error>> {
     Ok(status)
 }
 
-/// The promises, to root and to nobody.
+/// Runs the tests of the guarantees, as root and as an ordinary user.
 fn promises(serial: &File) -> Result<bool, Box<dyn Error>> {
     let filter = env::var("TEST_FILTER").ok().filter(|word| !word.is_empty());
     let arguments: Vec<&str> = filter.as_deref().into_iter().collect();
     let mut passed = true;
     for program in ["/tests/all", "/tests/kernel"] {
-        for user in [ROOT, NOBODY] {
+        for user in [ROOT, ORDINARY] {
             passed &= test(serial, program, user, &arguments)?;
         }
     }
     Ok(passed)
 }
 
-/// Physical memory: on the kernel as it is, then with the module that lets /dev/mem map any page.
+/// Runs the tests of physical memory: on the stock kernel, then with the module that lets /dev/mem
+/// map any page.
 fn physical(serial: &File) -> Result<bool, Box<dyn Error>> {
     let mut passed = test(serial, PHYSICAL, ROOT, &["--ignored", "stock::"])?;
-    passed &= test(serial, PHYSICAL, NOBODY, &["--ignored", "nobody::"])?;
+    passed &= test(serial, PHYSICAL, ORDINARY, &["--ignored", "ordinary_user::"])?;
     finit_module(File::open("/modules/devmem_any.ko")?, c"", ModuleInitFlags::empty())?;
     passed &= test(serial, PHYSICAL, ROOT, &["--ignored", "lifted::", "--nocapture", "--test-threads=1"])?;
     Ok(passed)
 }
 
-/// Runs tests as a user; says whether they passed.
+/// Runs tests as a user. True if they pass.
 fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<bool, Box<dyn Error>> {
     writeln!(&*serial, "GUEST-RUN {program} {} as uid {user}", arguments.join(" "))?;
     let mut command = Command::new(program);
@@ -85,7 +86,7 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
 
 const PHYSICAL: &str = "/tests/physical";
 const ROOT: u32 = 0;
-const NOBODY: u32 = 65534;
+const ORDINARY: u32 = 65534;
 
 /// The second serial line carries the tests' output alone; the first is the kernel's.
 fn open_serial() -> Result<File, Box<dyn Error>> {

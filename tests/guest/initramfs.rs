@@ -22,7 +22,7 @@ pub(crate) fn pack(programs: &[PathBuf], modules: &[PathBuf]) -> io::Result<Vec<
     Ok(archive.bytes)
 }
 
-/// Without the hash that cargo appends to a test's name.
+/// The file name without the hash that cargo appends.
 fn name_in_guest(program: &Path) -> String {
     let file = program.file_name().unwrap_or_default().to_string_lossy();
     match file.split_once('-') {

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// What there is to test on, or what is missing and the remedy.
+/// The kernels to test on, or the missing thing with its remedy.
 fn kernels() -> Result<Vec<PathBuf>, String> {
     if !cfg!(target_arch = "x86_64") {
         return Err(String::from("guests are x86-64, and static programs for them are built on x86-64"));
@@ -68,19 +68,19 @@ fn kernels() -> Result<Vec<PathBuf>, String> {
 
 type Programs = Arc<OnceLock<Result<Vec<PathBuf>, String>>>;
 
-/// What is tested in a guest.
+/// The tests that a guest runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Suite {
     Promises,
-    /// With reserved memory and a device whose memory is a file here.
+    /// With reserved memory, and a device whose memory is a file of the host.
     Physical,
-    /// The same machine, its kernel locked down.
+    /// The same machine with a locked-down kernel.
     Lockdown,
 }
 
 const SUITES: [Suite; 3] = [Suite::Promises, Suite::Physical, Suite::Lockdown];
 
-/// A kernel, and what is tested on it.
+/// A kernel and its suite.
 struct Guest {
     kernel: PathBuf,
     version: String,
@@ -107,9 +107,9 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
         "kernel",
     ]);
     command.arg("--target-dir").arg(target().join("build")).env("RUSTFLAGS", "-C target-feature=+crt-static");
-    // Emulation is slow enough; what is asserted stays.
+    // Optimised, because emulation is slow. Assertions stay.
     command.env("CARGO_PROFILE_DEV_OPT_LEVEL", "1");
-    // A runner for this machine's tests is not one for the build.
+    // A runner for tests on this machine must not run in the build.
     command
         .env_remove("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER")
         .current_dir(env!("CARGO_MANIFEST_DIR"));
@@ -119,7 +119,7 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
     }
     let messages = String::from_utf8_lossy(&output.stdout);
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    // Not guest-init's own, empty, unit tests.
+    // Without the unit tests of guest-init, which are empty.
     let wanted = |message: &serde_json::Value| {
         message["target"]["kind"][0] == "test" || message["profile"]["test"] == false
     };
@@ -151,7 +151,7 @@ impl Guest {
         })
     }
 
-    /// Boots, waits for the guest to end, and reads its verdict.
+    /// Boots the guest, waits for its end, and reads its verdict.
     fn boot(&self, programs: &[PathBuf]) -> Result<(), String> {
         let folder = target().join("run").join(format!("{}-{:?}", self.version, self.suite));
         let failed = |error: io::Error| format!("{}: {error}", folder.display());
@@ -179,7 +179,7 @@ impl Guest {
     }
 
     fn emulator(&self, folder: &Path) -> Command {
-        // What the kernel does not know of its command line becomes the environment of process 1.
+        // Unknown words of the kernel's command line become the environment of process 1.
         let filter = env::var("PAGESTITCH_GUEST_FILTER").unwrap_or_default();
         let serial = |log: &str| format!("file:{}", folder.join(log).display());
         let mut append = format!("console=ttyS0 panic=-1 loglevel=4 TEST_FILTER={filter}");
@@ -193,7 +193,7 @@ impl Guest {
                 Host::path(folder).display()
             );
             command.args(["-object", &memory, "-device", "ivshmem-plain,memdev=shm"]);
-            // 16 MiB that the kernel leaves alone.
+            // 16 MiB of reserved memory.
             append += " memmap=16M$0x8000000";
             append += if self.suite == Suite::Lockdown {
                 " lockdown=integrity TEST_SUITE=lockdown"
@@ -214,7 +214,8 @@ impl Guest {
     }
 }
 
-/// The host's part in the test of shared device memory: the file behind it, and somebody who answers.
+/// The host's part in the test of shared device memory: the file behind the device, and a thread
+/// that answers.
 struct Host {
     file: File,
     stop: Arc<AtomicBool>,
@@ -231,7 +232,7 @@ impl Host {
         folder.join("device-memory")
     }
 
-    /// Answers n at 0x2000 with n + 1 at 0x2008.
+    /// Starts a thread that answers n at 0x2000 with n + 1 at 0x2008.
     fn start(folder: &Path) -> io::Result<Self> {
         let file =
             File::options().read(true).write(true).create(true).truncate(true).open(Self::path(folder))?;
@@ -245,14 +246,14 @@ impl Host {
                 if memory.read_exact_at(&mut word, 0x2000).is_ok() && word != [0; 8] {
                     let _ = memory.write_all_at(&(u64::from_le_bytes(word) + 1).to_le_bytes(), 0x2008);
                 }
-                // Memory tells nobody that it has changed: it is looked at, as a device would.
+                // A change of memory wakes no thread, so the thread polls, as a device would.
                 thread::sleep(Duration::from_millis(1));
             }
         });
         Ok(Self { file, stop })
     }
 
-    /// Whether the guest's bytes are there.
+    /// Checks the bytes that the guest wrote.
     fn check(&self) -> Result<(), String> {
         let mut seen = [0; 16 + 15];
         let (first, last) = seen.split_at_mut(16);
@@ -266,11 +267,11 @@ impl Host {
     }
 }
 
-/// Waits for the guest, as long as it makes sense; says how it ended.
+/// Waits for the end of the guest, up to a limit, and says how it ended.
 fn wait(mut guest: Child) -> &'static str {
     let (send, closed) = mpsc::channel();
     let mut stdout = guest.stdout.take().expect("it was piped");
-    // The emulator says nothing there: it ends when the emulator does.
+    // The emulator writes nothing to this pipe, which closes at its end.
     thread::spawn(move || send.send(io::copy(&mut stdout, &mut io::sink())));
     let in_time = closed.recv_timeout(PATIENCE).is_ok();
     let _ = guest.kill();
@@ -284,7 +285,7 @@ fn tail(log: &Path) -> String {
     lines[lines.len().saturating_sub(60)..].join("\n")
 }
 
-/// Where kernels, static programs and logs are: `target/guest` of the workspace.
+/// The folder of kernels, static programs and logs: `target/guest` of the workspace.
 fn target() -> PathBuf {
     let target = env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target")).join("guest")

@@ -1,4 +1,5 @@
-//! Where `/dev/mem` shows every page: this process's own memory a second time, at another address, without a copy.
+//! `/dev/mem` without restriction: this process's own memory is shown a second time, at another
+//! address, without a copy.
 
 use crate::{PAGE, bytes_at};
 use pagestitch::source::{Pages, Physical};
@@ -9,19 +10,19 @@ use std::ptr::NonNull;
 
 const PAGES: usize = 256;
 
-/// Memory with the number of each page in its bytes.
+/// Memory whose bytes tell their page.
 fn numbered() -> Pages {
     let mut pages = Pages::new(PAGES * PAGE as usize).unwrap();
     pages.chunks_mut(PAGE as usize).zip(0..).for_each(|(page, number)| page.fill(number as u8 | 1));
     pages
 }
 
-/// The same pages, the last one first.
+/// A region of the same pages in reverse order.
 #[expect(unsafe_code, reason = "memory is shown a second time")]
 fn backwards(pages: &mut Pages, pool: &Pool) -> SharedRegion {
     let start = NonNull::from(&mut pages[0]);
     let each = (0..PAGES).rev().flat_map(|page| {
-        // SAFETY: the pages stay where they are as long as the region; the tests look at them through pointers.
+        // SAFETY: the pages outlive the region, and the tests read them through pointers only.
         let start = unsafe { start.byte_add(page * PAGE as usize) };
         // SAFETY: as above.
         unsafe { Physical::own_memory(start, PAGE as usize, Access::Writable) }.unwrap()
@@ -29,7 +30,7 @@ fn backwards(pages: &mut Pages, pool: &Pool) -> SharedRegion {
     Region::builder().chunks(each).writable().require_zero_copy().build_shared(pool).unwrap()
 }
 
-/// The frames of pages of this process.
+/// The page frames of these pages.
 fn frames(pages: &Pages) -> Vec<u64> {
     let pagemap = File::open("/proc/self/pagemap").unwrap();
     let first = pages.as_ptr().addr() as u64 / PAGE;
@@ -61,7 +62,7 @@ fn own_private_memory_is_shown_backwards_without_a_copy() {
 fn frames_that_follow_each_other_are_one_chunk() {
     let (mut pages, pool) = (numbered(), Pool::new().unwrap());
     let start = NonNull::from(&mut pages[0]);
-    // SAFETY: the memory stays where it is as long as the region, and is only read.
+    // SAFETY: the memory outlives the region and is only read.
     let ranges = unsafe { Physical::own_memory(start, PAGES * PAGE as usize, Access::ReadOnly) }.unwrap();
     let follows = frames(&pages).windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
     assert_eq!(ranges.len(), PAGES - follows);
@@ -73,10 +74,10 @@ fn frames_that_follow_each_other_are_one_chunk() {
 #[ignore = "needs the guest's module"]
 fn compaction_moves_no_frame_that_is_shown() {
     let pool = Pool::new().unwrap();
-    // Huge pages would lie in one piece.
+    // Without huge pages, because a huge page is contiguous.
     fs::write("/sys/kernel/mm/transparent_hugepage/enabled", "never").unwrap();
     let (mut shown, mut beside) = (0, 0);
-    // What lies elsewhere in memory is compacted first: until it is the turn of ours.
+    // Compaction starts elsewhere in memory, so rounds go on until it reaches these pages.
     for round in 1..=20 {
         let moved = compact(&pool);
         (shown, beside) = (shown + moved.0, beside + moved.1);
@@ -85,14 +86,14 @@ fn compaction_moves_no_frame_that_is_shown() {
             break;
         }
     }
-    assert!(beside > 0, "nothing was compacted: the test shows nothing");
+    assert!(beside > 0, "nothing was compacted, so the test proves nothing");
     assert_eq!(shown, 0, "pinned pages");
 }
 
-/// Has memory compacted in which every second page is free; says how many pages that are shown have moved, and how many
-/// of the others.
+/// Compacts memory in which every second page is free. Returns the numbers of moved pages that are
+/// shown and of moved pages beside them.
 fn compact(pool: &Pool) -> (usize, usize) {
-    // A page of each in turn, so that frames that lie side by side belong to many.
+    // One page of each allocation in turn, so that neighbouring frames belong to many allocations.
     let mut all: Vec<_> = (0..200).map(|_| Some(Pages::new(PAGES * PAGE as usize).unwrap())).collect();
     for byte in (0..PAGES).map(|page| page * PAGE as usize) {
         all.iter_mut().flatten().for_each(|pages| pages[byte] = 1);

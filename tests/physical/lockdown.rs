@@ -1,4 +1,4 @@
-//! On a kernel that is locked down, as under Secure Boot.
+//! A kernel that is locked down, as under Secure Boot.
 
 use crate::{PAGE, RESERVED, dev_mem, pci_device, pci_resource};
 use pagestitch::Access;

@@ -1,4 +1,5 @@
-//! On a distribution's kernel as it is: reserved memory and devices are had, everything else is refused with a reason.
+//! A distribution's kernel as it is: reserved memory and devices can be shown, and other memory is
+//! refused with a reason.
 
 use crate::{PAGE, RESERVED, bytes_at, dev_mem, hexadecimal, pci_device, pci_resource};
 use pagestitch::source::{Caching, Physical};
@@ -31,7 +32,7 @@ fn shuffled_pages_of_reserved_memory_are_one_region_without_a_copy() {
     assert_eq!(&seen, b"se", "the end of page 7");
     memory.read_at(2 * PAGE, &mut seen).unwrap();
     assert_eq!(&seen, b"am", "the start of page 2");
-    assert_eq!(bytes_at(&region, 4 * PAGE, 2), b"am", "which is shown twice");
+    assert_eq!(bytes_at(&region, 4 * PAGE, 2), b"am", "page 2 is shown twice");
     let seen = region.close();
     assert_eq!((seen.pages_in_place, seen.faults, seen.bytes_copied), (5, 0, 0));
 }

@@ -1,4 +1,5 @@
-//! Code of the application's that panics where a worker calls it: the worker serves on, and no page is lost for it.
+//! Panics in code of the application that a worker calls: the worker serves on, and no other page
+//! is lost.
 
 use crate::{SIGBUS, pattern, signal_of_loss, until};
 use pagestitch::source::{Fetch, Reply};
@@ -15,7 +16,7 @@ use tracing::{Event, Metadata, Subscriber};
 
 const PAGE: usize = 4096;
 
-/// Panics when it is shown, and when it is dropped.
+/// An error that panics in Display and in Drop.
 #[derive(Debug)]
 struct Bomb;
 
@@ -33,7 +34,7 @@ impl fmt::Display for Bomb {
 
 impl std::error::Error for Bomb {}
 
-/// What goes wrong in a source, beside its name.
+/// The defect of a source, beside its name.
 #[derive(Clone, Copy)]
 enum Wrong {
     Fails,
@@ -59,7 +60,7 @@ impl Source for Bad {
     }
 }
 
-/// Asks for what it is asked no more.
+/// A fetch that panics.
 struct BadFetch;
 
 impl Fetch for BadFetch {
@@ -76,7 +77,7 @@ impl Fetch for BadFetch {
     }
 }
 
-/// Shows the fields of every event, as subscribers do.
+/// A subscriber that formats the fields of each event.
 struct Shows;
 
 impl tracing::field::Visit for Shows {
@@ -107,7 +108,7 @@ impl Subscriber for Shows {
     fn exit(&self, _: &Id) {}
 }
 
-/// Panics whatever it hears of.
+/// A subscriber that panics at each event.
 struct Panics;
 
 impl Subscriber for Panics {
@@ -116,7 +117,7 @@ impl Subscriber for Panics {
     }
 
     fn new_span(&self, span: &Attributes<'_>) -> Id {
-        // Some spans begin, so that their ends are heard of.
+        // Some spans begin without a panic, so that their ends panic.
         assert_ne!(span.metadata().name().len() % 2, 0, "a span");
         Id::from_u64(1)
     }
@@ -143,7 +144,8 @@ fn build(chunk: Chunk, more: impl FnOnce(Builder) -> Builder) -> Region {
     more(builder).build(&Pool::builder().workers(2).start().unwrap()).unwrap()
 }
 
-/// In a process of its own: a page of a bad chunk is lost, and its toucher gets a signal; the other pages are served.
+/// In a process of its own: the page of a bad chunk is lost and its touch is a signal, and the
+/// other pages are served.
 fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chunk: impl FnOnce() -> Chunk) {
     let end = child::run(name, || {
         tracing::subscriber::set_global_default(subscriber).unwrap();
@@ -181,7 +183,7 @@ fn a_panic_in_a_tracing_subscriber_poisons_the_failing_page_only() {
     is_lost(name, Panics, || Chunk::source(Arc::new(Bad(Wrong::Fails))));
 }
 
-/// The error is dropped by the worker, which goes on.
+/// The worker drops the error and goes on.
 #[test]
 fn a_panic_in_the_drop_of_an_error_still_gives_declared_zeros() {
     let name = this_test!();
@@ -196,7 +198,8 @@ fn a_panic_in_the_drop_of_an_error_still_gives_declared_zeros() {
     end.expect_pass();
 }
 
-/// The watchdog tells of a fault by the name of its source, to a subscriber that panics, and gives it up.
+/// The watchdog reports a fault with the name of its source to a subscriber that panics, and times
+/// the fault out.
 #[test]
 fn the_watchdog_survives_a_panic_in_a_subscriber_and_in_a_callback() {
     let name = this_test!();

@@ -1,4 +1,4 @@
-//! For who may not.
+//! Physical memory for an ordinary user.
 
 use crate::{PAGE, RESERVED, dev_mem, pci_device, pci_resource};
 use pagestitch::Access;
