@@ -1,14 +1,15 @@
-//! The kernel under pagestitch, made honest. The only crate with unsafe code.
+//! The kernel under pagestitch, made honest: the crate with the unsafe code.
 //!
-//! The modules in the order of their layers: each module uses only modules of the layers above it in this table.
+//! The modules in the order of their layers: each module uses only modules of the layers above it
+//! in this table.
 //!
-//! | layer | module | what it owns |
+//! | layer | module | subject |
 //! |---|---|---|
 //! | 0 | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
-//! | | [`access`] | what the process may do with mapped bytes |
+//! | | [`access`] | the accesses that a mapping allows |
 //! | | [`features`] | the features of a userfaultfd, as `UFFDIO_API` numbers them |
 //! | | [`limits`] | the limit of the process that a mapping or a descriptor has met |
-//! | | [`fork`] | the generation of a process: how a thing finds out that a forked child has inherited it |
+//! | | [`fork`] | the generation of a process, by which a thing can tell that a forked child has inherited it |
 //! | | [`sync`] | atomics, locks and an event count: the standard library's, or a model checker's |
 //! | | [`process`] | another process, by a descriptor that stays with it |
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
@@ -38,23 +39,27 @@
 //!
 //! # The safety argument, once
 //!
-//! A missing page *has no value*: the kernel stops each reader of it until it has one. Filling it is therefore never a
-//! write behind a reader's back, on three conditions, and this crate sees to all of them:
+//! A missing page *has no value*: the kernel stops each reader of it until it has one. Filling it
+//! is therefore never a write behind a reader's back, on three conditions, and this crate sees to
+//! all of them:
 //!
-//! * The memory that a userfaultfd fills was never given out as zeros. [`Uffd::register`] takes a [`Reservation`], whose
-//!   pages no allocator has handed out; for any other range, [`Uffd::register_range`] is `unsafe`, and its caller
-//!   vouches for the range. A userfaultfd that is registered already ([`Uffd::adopt`]) fills memory of another process,
-//!   which the kernel confirms, or its caller promises the same of its ranges ([`uffd::OwnMemory`]).
-//! * Other pages are mapped into a reservation only while its view is borrowed mutably. Bytes that cannot change (a
-//!   [`memfd::SealedMemfd`], [`pages::Donated`] memory) leave the view stable. Bytes that other processes may change do
-//!   not: such a view never becomes a [`StableView`], the type that gives out slices.
-//! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`] and
-//!   [`Reservation::fence`] take a page away for good: a later access is a signal, which ends the program; it does not
-//!   read other bytes.
+//! * The memory that a userfaultfd fills was never given out as zeros. [`Uffd::register`] takes a
+//!   [`Reservation`], whose pages no allocator has handed out; for any other range,
+//!   [`Uffd::register_range`] is `unsafe`, and its caller vouches for the range. A userfaultfd that
+//!   is registered already ([`Uffd::adopt`]) fills memory of another process, which the kernel
+//!   confirms, or its caller promises the same of its ranges ([`uffd::OwnMemory`]).
+//! * Other pages are mapped into a reservation only while its view is borrowed mutably. Bytes that
+//!   cannot change (a [`memfd::SealedMemfd`], [`pages::Donated`] memory) leave the view stable.
+//!   Bytes that other processes may change do not: such a view never becomes a [`StableView`], the
+//!   type that gives out slices.
+//! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`]
+//!   and [`Reservation::fence`] take a page away for good: a later access is a signal, which ends
+//!   the program; it does not read other bytes.
 //!
-//! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a reservation has one view, which
-//! is borrowed mutably. A view that is not stable is read and written by the kernel ([`View::read_at`],
-//! [`View::write_at`]), for which a concurrent change is no data race.
+//! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a
+//! reservation has one view, which is borrowed mutably. A view that is not stable is read and
+//! written by the kernel ([`View::read_at`], [`View::write_at`]), for which a concurrent change is
+//! no data race.
 
 pub mod access;
 pub mod atomic_table;

@@ -1,12 +1,14 @@
-//! The userfaultfd ABI of `<linux/userfaultfd.h>`, as `userfaultfd-sys` 0.6 presents it, in plain Rust.
+//! The userfaultfd ABI of `<linux/userfaultfd.h>` in plain Rust, with the API of `userfaultfd-sys`
+//! 0.6.
 //!
-//! The published crate of this name runs bindgen, which needs libclang, and compiles a C file. Neither is
-//! needed: the ABI is frozen. The workspace puts this crate in its place through `[patch.crates-io]`, so that
-//! `cargo build` works on a fresh machine. Names, types and Cargo features are those of the original, because
-//! the `userfaultfd` crate is compiled against them; there is nothing here that it does not have.
+//! The published crate of this name runs bindgen, which needs libclang, and compiles a C file. The
+//! ABI is frozen, so this crate writes it out. The workspace puts it in the other's place through
+//! `[patch.crates-io]`, so that `cargo build` works on a fresh machine. Names, types and Cargo
+//! features are those of the original, because the `userfaultfd` crate is compiled against them;
+//! this crate adds none.
 //!
-//! Sizes and ioctl numbers are proved at compile time, at the end of this file, against
-//! `include/uapi/asm-generic/ioctl.h`'s encoding: direction, size, type, number.
+//! The end of this file proves sizes and ioctl numbers at compile time, against the encoding of
+//! `include/uapi/asm-generic/ioctl.h`: direction, size, type, number.
 
 #![allow(non_camel_case_types, reason = "the names are those of the kernel's header")]
 #![allow(missing_docs, reason = "documented in ioctl_userfaultfd(2)")]

@@ -1,4 +1,4 @@
-//! Each operation of the kernel layer against the running kernel: one test for each answer that matters.
+//! Each operation of the kernel crate against the running kernel, with one test for each answer.
 
 mod sync;
 mod uffd;
@@ -33,14 +33,14 @@ fn has(test: &str, features: Features) -> bool {
     let support = Support::current();
     let here = support.has(features);
     if !here {
-        // One write, past the test runner's capture: so that skips can be counted.
+        // A single write past the test runner's capture, so that CI can count skips.
         let line = format!("SKIPPED {test}: Linux {} lacks {features:?}\n", support.kernel());
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
     here
 }
 
-/// Waits until the uffd has something to read, and reads it.
+/// Waits until the uffd has a message, and reads it.
 fn wait(uffd: &Uffd) -> Batch {
     let mut batch = Batch::with_capacity(16);
     loop {

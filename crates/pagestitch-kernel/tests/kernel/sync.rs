@@ -1,4 +1,4 @@
-//! What threads wait in, told by a signal handler.
+//! The event count, notified by a signal handler.
 
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
 use pagestitch_kernel::sync::EventCount;
@@ -15,12 +15,13 @@ extern "C" fn open(_signal: i32) {
     EVENTS.notify_all();
 }
 
-/// A handler that fills a page tells, and may have interrupted a thread at any step of its waiting.
+/// A signal handler that fills a page notifies waiters. It may have interrupted a thread at any
+/// step of its wait.
 #[test]
 #[expect(unsafe_code, reason = "a signal handler is part of what is tested")]
 fn a_signal_handler_notifies_the_waiting_thread_that_it_interrupts() {
     let action = SigAction::new(SigHandler::Handler(open), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handler changes atomics, and makes a system call.
+    // SAFETY: the handler changes atomics and makes a system call.
     unsafe { sigaction(Signal::SIGUSR2, &action) }.unwrap();
     LazyLock::force(&EVENTS);
     let (done, is_done) = mpsc::channel();
@@ -35,5 +36,9 @@ fn a_signal_handler_notifies_the_waiting_thread_that_it_interrupts() {
         });
         done.send(()).unwrap();
     });
-    assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok(()), "the thread waits for itself");
+    assert_eq!(
+        is_done.recv_timeout(Duration::from_secs(20)),
+        Ok(()),
+        "the thread missed its own notification"
+    );
 }

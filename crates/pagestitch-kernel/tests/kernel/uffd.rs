@@ -128,7 +128,7 @@ fn a_remove_comes_before_the_faults_of_its_batch() {
     let start = view.as_ptr().addr().get();
     thread::scope(|scope| {
         let toucher = scope.spawn(|| view.as_slice()[6 * size]);
-        scope.spawn(move || let_go(start, 4 * size));
+        scope.spawn(move || discard(start, 4 * size));
         let mut batch = Batch::with_capacity(16);
         let (mut removes, mut faults) = (Vec::new(), Vec::new());
         while removes.is_empty() || faults.is_empty() {
@@ -149,9 +149,9 @@ fn a_remove_comes_before_the_faults_of_its_batch() {
 }
 
 #[expect(unsafe_code, reason = "madvise on memory of the test's own reservation")]
-fn let_go(start: usize, bytes: usize) {
+fn discard(start: usize, bytes: usize) {
     let start = std::ptr::NonNull::new(std::ptr::with_exposed_provenance_mut(start)).unwrap();
-    // SAFETY: pages of a reservation that the test made; nobody holds a reference to their bytes.
+    // SAFETY: pages of the test's own reservation; no reference to their bytes exists.
     unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }.unwrap();
 }
 
@@ -218,18 +218,18 @@ fn a_minor_fault_is_resolved_by_mapping_the_cached_page() {
     file.write_all_at(&vec![6u8; size], 0).unwrap();
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     let bytes = NonZeroUsize::new(2 * size).unwrap();
-    // SAFETY: a new mapping where the kernel chooses.
+    // SAFETY: the kernel chooses the address of a new mapping, which replaces no other.
     let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, &file, 0) }.unwrap();
     let range = AddressRange::new(start.as_ptr().addr(), 2 * size, PageSize::system()).unwrap();
     let uffd = Uffd::open(Features::MINOR_SHMEM).unwrap();
-    // SAFETY: the mapping is new: no reference to its bytes exists.
+    // SAFETY: the mapping is new, so no reference to its bytes exists.
     unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }.unwrap();
     let first = AddressRange::new(range.start(), size, PageSize::system()).unwrap();
     let second = AddressRange::new(range.start() + size, size, PageSize::system()).unwrap();
     assert_eq!(uffd.continue_pages(second), Outcome::SourceUnreadable, "the cache has no such page");
     assert_eq!(uffd.continue_pages(first), Outcome::Done);
     assert_eq!(uffd.continue_pages(first), Outcome::AlreadyThere);
-    // SAFETY: the first page of the mapping, which is there and which nobody writes.
+    // SAFETY: the first page of the mapping is present, and no thread writes to it.
     let seen = unsafe { slice::from_raw_parts(start.as_ptr().cast::<u8>(), size) };
     assert_eq!(seen[0], 6);
 }
@@ -242,14 +242,15 @@ fn a_reservation_that_is_too_large_is_refused_with_size_and_remedy() {
     assert!(said.contains("4503599627370496 bytes") && said.contains("make the region smaller"), "{said}");
 }
 
-/// That memory of this process may be filled.
+/// The promise that memory of this process may be filled.
 #[expect(unsafe_code, reason = "makes the promise")]
 const fn own_memory() -> OwnMemory {
-    // SAFETY: these tests register reservations, of which nothing is borrowed.
+    // SAFETY: these tests register reservations, and have no reference to their bytes.
     unsafe { OwnMemory::promise() }
 }
 
-/// Reads what a peer holds, too, in a thread: `None` if that has not come back after a time that is long for any read.
+/// Reads, in a thread, from a uffd that a peer holds too. `None` if the read has not returned after
+/// a time that is long for any read.
 fn read_of_peer(uffd: OwnedFd) -> Option<usize> {
     let (done, read) = mpsc::channel();
     thread::spawn(move || {
@@ -263,15 +264,16 @@ fn read_of_peer(uffd: OwnedFd) -> Option<usize> {
     read.recv_timeout(Duration::from_secs(20)).ok()
 }
 
-/// The flag belongs to all who hold the open file description.
+/// The flag belongs to the open file description, which the peer shares.
 #[test]
 fn a_read_of_a_uffd_that_its_peer_has_made_blocking_does_not_wait() {
     let uffd = Uffd::open(Features::NONE).unwrap();
     assert_eq!(read_of_peer(uffd.as_fd().try_clone_to_owned().unwrap()), Some(0));
 }
 
-/// The kernel does not know RWF_NOWAIT for a uffd that a fork event has made, and opens it as its parent's was opened: a peer may pass
-/// it on, and one's own child may have a blocking one.
+/// The kernel does not know RWF_NOWAIT for a uffd that a fork event has made, and opens it with the
+/// flags of its parent's. A peer may pass it on, and a child of this process may have a blocking
+/// one.
 #[test]
 #[expect(unsafe_code, reason = "forks, as a peer does")]
 fn a_read_of_a_forked_childs_uffd_does_not_wait() {
@@ -309,21 +311,22 @@ fn a_read_of_a_forked_childs_uffd_does_not_wait() {
     assert_eq!(read, Some(0));
 }
 
-/// A userfaultfd that was opened to be waited for, as a peer may open it.
+/// A blocking userfaultfd, as a peer may open it.
 #[expect(unsafe_code, reason = "system calls without a wrapper")]
 fn opened_blocking(features: Features) -> Result<Uffd, Errno> {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-    // SAFETY: userfaultfd(2) takes flags by value.
+    // SAFETY: userfaultfd(2) takes flags by value and touches no memory.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) })?;
-    // SAFETY: the kernel has just made it.
+    // SAFETY: the kernel has just made this descriptor, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     let mut request = [0xaa, features.bits(), 0u64];
-    // SAFETY: `request` is a uffdio_api that lives through the call.
+    // SAFETY: the kernel reads and writes `request`, which has the layout of a uffdio_api.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, request.as_mut_ptr()) })?;
     Ok(Uffd::adopt_own(fd, own_memory()).unwrap())
 }
 
-/// What is not registered with it, a userfaultfd does not fill, protect or poison: so its fills are safe functions of any range.
+/// A userfaultfd fills, protects and poisons only memory that is registered with it, so its fills
+/// are safe functions for any range.
 #[test]
 fn fills_leave_unregistered_memory_unchanged() {
     let page = PageSize::system();
@@ -331,7 +334,7 @@ fn fills_leave_unregistered_memory_unchanged() {
     let start = bytes.as_ptr().addr().next_multiple_of(page.bytes());
     let range = AddressRange::new(start, page.bytes(), page).unwrap();
     let (other, _view) = View::reserve(NonZeroUsize::MIN, page, Access::Writable).unwrap();
-    // What the kernel has, but for what an ordinary user may not ask for.
+    // All features of the kernel, except the one that an ordinary user may not request.
     let wanted =
         Features::from_bits(Support::current().features().unwrap().bits() & !Features::EVENT_FORK.bits());
     let uffd = Uffd::open(wanted).unwrap();
@@ -358,16 +361,16 @@ fn a_userfaultfd_of_this_process_is_adopted_only_with_a_promise() {
     assert_eq!(own.copy(reservation.range(), &vec![3; page.bytes()]), Outcome::Done);
 }
 
-/// It could be registered with memory of this process as soon as it was taken for another's.
+/// Adopted as another process's, it could be registered with memory of this process afterwards.
 #[test]
 fn a_userfaultfd_without_its_handshake_is_not_adopted() {
-    // SAFETY: it takes flags, and touches no memory.
+    // SAFETY: the call takes flags and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | 1) };
     if fd < 0 {
         return println!("SKIPPED a_userfaultfd_without_its_handshake_is_not_adopted: {}", Errno::last());
     }
-    // SAFETY: the kernel has just made this descriptor.
+    // SAFETY: the kernel has just made this descriptor, and nothing else owns it.
     #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
     let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
     assert_eq!(Uffd::adopt(fd).err(), Some(AdoptError::NotReady));

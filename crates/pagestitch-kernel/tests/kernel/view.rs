@@ -1,4 +1,4 @@
-//! What can be shown in a view in place, and what it is worth.
+//! The sources that a view shows in place.
 
 use crate::{has, page, raw, reserve};
 use pagestitch_kernel::Features;
@@ -18,7 +18,7 @@ fn span(first: usize, pages: usize) -> Span {
     Span { first: Page(first), pages }
 }
 
-/// A memfd of pages with their number in every byte, and a second descriptor of it.
+/// A memfd whose pages have their number in every byte, and a second descriptor of it.
 fn numbered(pages: u8) -> (SharedFile, File) {
     let memfd = UnsealedMemfd::create("numbered", u64::from(pages) * SIZE as u64).unwrap();
     (0..pages).for_each(|i| memfd.file().write_all_at(&[i + 1; SIZE], u64::from(i) * SIZE as u64).unwrap());
@@ -34,7 +34,10 @@ fn a_sealed_memfd_is_shown_in_place_and_never_changed() {
     let (_reservation, mut view, _uffd) = raw(4, Access::Writable);
     view.map(span(1, 2), &sealed, SIZE as u64).unwrap();
     let mut view = view.into_stable().unwrap();
-    assert!(view.as_slice()[SIZE..3 * SIZE].iter().all(|&byte| byte == 8), "no fault: nobody serves");
+    assert!(
+        view.as_slice()[SIZE..3 * SIZE].iter().all(|&byte| byte == 8),
+        "no fault, because no server runs"
+    );
     view.as_mut_slice().unwrap()[SIZE] = 9;
     assert_eq!((view.as_slice()[SIZE], sealed.as_ref()[SIZE]), (9, 8));
 }
@@ -147,11 +150,11 @@ fn an_alias_shows_the_same_pages_without_their_descriptor() {
 fn private_memory_has_no_alias_and_the_error_says_what_would_work() {
     let pages = Pages::new(2 * SIZE).unwrap();
     let start = NonNull::from(&pages[0]);
-    // SAFETY: nothing is made.
+    // SAFETY: the call is refused, so no alias is made.
     let error = unsafe { Alias::of(start, 2 * SIZE) }.unwrap_err();
     assert_eq!(error, AliasError::Private { address: start.addr().get() });
     assert!(error.to_string().contains("donate it (Pages), have it copied (Memory)"), "{error}");
-    // SAFETY: nothing is made.
+    // SAFETY: the call is refused, so no alias is made.
     let error = unsafe { Alias::of(start, 100) }.unwrap_err();
     assert!(matches!(error, AliasError::Unaligned { bytes: 100, .. }), "{error}");
 }
@@ -169,7 +172,7 @@ fn donated_pages_move_once_and_are_never_read_as_the_zeros_they_leave() {
     }
     let donated = donation(3);
     let (reservation, mut view, uffd) = reserve(3, Access::LogicallyReadOnly);
-    assert!(view.as_mut_slice().is_none(), "for the kernel to write to, not for us");
+    assert!(view.as_mut_slice().is_none(), "only the kernel writes to it");
     assert_eq!(uffd.move_donated(reservation.addresses(span(1, 2)), &donated, 0), Outcome::Done);
     assert_eq!((view.as_slice()[SIZE], view.as_slice()[2 * SIZE]), (1, 2));
     assert_eq!(donated.read_at(2 * SIZE as u64 - 1, &mut [0; 2]), Err(Errno::ENODATA));
@@ -212,7 +215,7 @@ fn a_page_of_a_lazy_memfd_is_mapped_once_it_is_written() {
     let memfd = UnsealedMemfd::create("lazy", 2 * SIZE as u64).unwrap();
     let file = SharedFile::try_from(memfd.file().as_fd().try_clone_to_owned().unwrap()).unwrap();
     let (reservation, mut view, uffd) = raw(3, Access::ReadOnly);
-    // Features are asked for when a uffd is opened.
+    // A uffd gets its features when it is opened.
     drop(uffd);
     let uffd = pagestitch_kernel::Uffd::open(Features::MISSING_SHMEM | Features::MINOR_SHMEM).unwrap();
     view.map_lazy(span(1, 2), &file, 0, &uffd).unwrap();
@@ -229,7 +232,7 @@ fn a_page_of_a_lazy_memfd_is_mapped_once_it_is_written() {
 #[expect(unsafe_code, reason = "physical memory")]
 fn unavailable_physical_memory_is_refused_with_the_reason() {
     let page = PageSize::system().bytes() as u64;
-    // SAFETY: not a byte is read or written.
+    // SAFETY: the test reads and writes no byte of it.
     let error =
         unsafe { Physical::dev_mem(page..2 * page + 1, Access::ReadOnly, Caching::Cached) }.unwrap_err();
     assert!(
@@ -237,12 +240,13 @@ fn unavailable_physical_memory_is_refused_with_the_reason() {
         "{error}"
     );
     let path = "/sys/bus/pci/devices/none/resource0";
-    // SAFETY: there is no such device.
+    // SAFETY: no such device exists.
     let error = unsafe { Physical::pci_resource(path, Access::ReadOnly, Caching::Uncached) }.unwrap_err();
     assert_eq!(error.refusal, Refusal::NoNode(path.to_owned()));
 }
 
-/// The memfd that covers a page without poison marks (before Linux 6.6) can be opened through `/proc`, and not be given a byte.
+/// The memfd that covers a page in place of a poison marker (before Linux 6.6) can be opened
+/// through `/proc`, but it cannot grow.
 #[test]
 fn a_revoked_page_never_has_bytes_again() {
     let (reservation, view, _uffd) = raw(2, Access::Writable);
