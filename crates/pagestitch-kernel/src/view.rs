@@ -328,6 +328,7 @@ impl View {
         self.map_with(ProtFlags::PROT_NONE, span, part, flags)
     }
 
+    #[expect(clippy::needless_pass_by_ref_mut, reason = "no reference to the replaced bytes may exist")]
     fn map_with(
         &mut self,
         protection: ProtFlags,
