@@ -1,4 +1,4 @@
-//! How long does a thread wait for a page?
+//! The wait of a thread for a page.
 
 fn main() {
     pagestitch_bench::print("latency");

@@ -1,4 +1,4 @@
-//! Do many regions on one pool cost a fault anything?
+//! Faults of many regions on one pool.
 
 fn main() {
     pagestitch_bench::print("regions");

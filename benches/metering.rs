@@ -1,4 +1,4 @@
-//! What does it cost to take the time of a fault's parts?
+//! The cost of timing the parts of a fault.
 
 fn main() {
     pagestitch_bench::print("metering");

@@ -1,4 +1,4 @@
-//! How many faults a second can several threads take?
+//! Faults per second of several threads.
 
 fn main() {
     pagestitch_bench::print("parallel");

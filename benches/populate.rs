@@ -1,4 +1,4 @@
-//! What does it cost to fill all of it at once?
+//! Filling all pages of a region at once.
 
 fn main() {
     pagestitch_bench::print("populate");

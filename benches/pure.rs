@@ -1,4 +1,4 @@
-//! What is computed on the way, without the kernel: to locate a byte, to be answered that a page is there, to plan.
+//! Computations without the kernel: locating a byte, claiming a present page, planning.
 
 use divan::{Bencher, black_box};
 use pagestitch::{Chunk, Inline, Region};
@@ -26,7 +26,7 @@ fn locate(bencher: Bencher<'_, '_>, chunks: usize) {
     bencher.bench_local(|| region.chunk_at(black_box(*next.next().expect("endless"))));
 }
 
-/// A claim that is answered: it is there. With the question to the kernel whether that is so.
+/// A claim of a present page, which asks the kernel if the page is present.
 #[divan::bench]
 fn claim_a_present_page(bencher: Bencher<'_, '_>) {
     let region = region(1_000);
@@ -34,7 +34,7 @@ fn claim_a_present_page(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| region.populate(black_box(4096..8192)));
 }
 
-/// The span that each fault has, where nobody listens.
+/// The span of each fault, with tracing off.
 #[divan::bench]
 fn span_that_is_off() {
     let span = tracing::trace_span!("fault", region = black_box("unnamed"), page = black_box(7_usize));

@@ -1,4 +1,4 @@
-//! What does a region cost to build, in time and memory a chunk, and a byte to locate?
+//! Building a region, in time and memory for each chunk, and locating a byte.
 
 fn main() {
     pagestitch_bench::print("build");

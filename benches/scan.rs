@@ -1,4 +1,4 @@
-//! What does it cost to read all of it once?
+//! Reading all bytes once.
 
 fn main() {
     pagestitch_bench::print("scan");

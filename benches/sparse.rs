@@ -1,4 +1,4 @@
-//! From which share of touched pages on is an eager copy quicker?
+//! The share of touched pages at which an eager copy becomes faster.
 
 fn main() {
     pagestitch_bench::print("sparse");

@@ -4,14 +4,14 @@ use crate::measure::{processor_time, timed};
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
-/// How to measure.
+/// The options of a measurement.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// In each, every case runs once.
+    /// The number of rounds. In each round every case runs once.
     pub rounds: usize,
-    /// Decides every order: of chunks, of touches.
+    /// Decides the order of chunks and of touches.
     pub seed: u64,
-    /// Small enough for a smoke run; the figures are worth little.
+    /// Small, for a smoke run. The figures mean little.
     pub quick: bool,
 }
 
@@ -22,7 +22,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// A size, or a much smaller one for a smoke run.
+    /// A size, or a sixteenth of it in a smoke run.
     pub(crate) const fn size(&self, full: usize) -> usize {
         if self.quick { full / 16 } else { full }
     }
@@ -34,9 +34,9 @@ pub(crate) struct Case {
     pub(crate) point: String,
     pub(crate) threads: usize,
     pub(crate) chunk_size: usize,
-    /// System and point of what it is compared with; the first is the one that matters.
+    /// The system and point of each baseline. The first one is the main baseline.
     pub(crate) baselines: Vec<(&'static str, String)>,
-    /// Runs it once; the number is another one for each round.
+    /// Runs the case once, with a seed of its own for each round.
     pub(crate) run: Box<dyn FnMut(u64) -> Sample>,
 }
 
@@ -50,13 +50,13 @@ impl Case {
         Self { point: point.into(), ..self }
     }
 
-    /// To be compared with other systems at the same point, which has been set.
+    /// Sets other systems at the same point as baselines. Set the point first.
     pub(crate) fn against(mut self, systems: &[&'static str]) -> Self {
         self.baselines = systems.iter().map(|&system| (system, self.point.clone())).collect();
         self
     }
 
-    /// To be compared with the same system at another point.
+    /// Sets the same system at another point as the baseline.
     pub(crate) fn against_point(mut self, point: impl Into<String>) -> Self {
         self.baselines = vec![(self.system, point.into())];
         self
@@ -71,7 +71,7 @@ impl Case {
     }
 }
 
-/// What one run of a case came to.
+/// The result of one run of a case.
 #[derive(Debug, Default)]
 pub(crate) struct Sample {
     pub(crate) time: Duration,
@@ -83,7 +83,7 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// Times `work`, which is about so many pages and bytes.
+    /// Measures `work`, which handles so many pages and bytes.
     pub(crate) fn of<T>(pages: usize, bytes: usize, work: impl FnOnce() -> T) -> Self {
         let before = processor_time();
         let (ns, result) = timed(work);
@@ -93,7 +93,7 @@ impl Sample {
         Self { time, processor, pages, bytes, ..Self::default() }
     }
 
-    /// Times touches one by one, by `work`.
+    /// Measures `work`, which times each touch.
     pub(crate) fn of_touches(bytes: usize, work: impl FnOnce() -> Histogram<u64>) -> Self {
         let mut latencies = None;
         let sample = Self::of(0, bytes, || latencies = Some(work()));

@@ -1,9 +1,9 @@
-//! What a measurement was made on.
+//! The machine of a measurement.
 
 use std::fmt;
 use std::fs;
 
-/// For the head of a report.
+/// The machine, for the head of a report.
 #[derive(Debug, Clone)]
 pub struct Environment {
     kernel: String,
@@ -14,7 +14,7 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// Of this machine, now.
+    /// Describes this machine at this moment.
     #[must_use]
     pub fn current() -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();

@@ -15,7 +15,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_short() {
+    fn times_have_three_digits() {
         assert_eq!([2.0, 0.0015, 2.5e-6, 9e-9].map(seconds), ["2.00 s", "1.50 ms", "2.50 us", "9 ns"]);
     }
 }

@@ -1,4 +1,4 @@
-//! The other process: a guest that is restored from a snapshot. The benchmark starts itself again for it.
+//! A guest that is restored from a snapshot, in another process: the benchmark starts itself again.
 
 use crate::measure::timed;
 use crate::touch::{histogram, shuffled_pages, touches};
@@ -14,10 +14,10 @@ use std::process::{Child, Command, Stdio, exit};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What a guest is to do.
+/// The task of a guest.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct GuestTask {
-    /// Where its memory comes from.
+    /// The origin of its memory.
     pub(crate) memory: GuestMemory,
     pub(crate) bytes: usize,
     pub(crate) touches: usize,
@@ -27,23 +27,24 @@ pub(crate) struct GuestTask {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum GuestMemory {
-    /// A handler that listens there.
+    /// A handler that listens at this socket fills the memory.
     Handler(PathBuf),
-    /// It copies the file itself, before anything else.
+    /// The guest itself copies this file first.
     Eager(PathBuf),
 }
 
-/// What came of it.
+/// The timing of a guest.
 #[derive(Debug)]
 pub(crate) struct Restored {
-    /// Until the first byte was read.
+    /// The time until the first byte was read.
     pub(crate) first: Duration,
-    /// Until all were.
+    /// The time until all bytes were read.
     pub(crate) all: Duration,
     pub(crate) latencies: Histogram<u64>,
 }
 
-/// Plays a guest, if that is what this process was started for. To be called first in a program that measures.
+/// Runs as a guest and exits, if this process was started as one. A program that measures calls
+/// this first.
 pub fn run_as_guest_if_requested() {
     let Ok(task) = env::var(TASK_VARIABLE) else { return };
     let task: GuestTask = serde_json::from_str(&task).expect("a task");
@@ -58,7 +59,7 @@ pub(crate) fn spawn(task: &GuestTask) -> Child {
     command.spawn().expect("a guest")
 }
 
-/// Waits for its end.
+/// Waits for the end of a guest.
 pub(crate) fn wait(mut guest: Child) -> Restored {
     let mut said = Vec::new();
     guest.stdout.take().expect("a pipe").read_to_end(&mut said).expect("a guest that speaks");
@@ -71,7 +72,8 @@ pub(crate) fn wait(mut guest: Child) -> Restored {
     Restored { first, all, latencies }
 }
 
-/// The times as words: of the first touch, of all, of each.
+/// Runs the task. Returns nanoseconds as words: until the first touch, until the last, and of each
+/// touch.
 fn run(task: &GuestTask) -> io::Result<Vec<u8>> {
     let mut order = shuffled_pages(task.bytes, task.seed);
     order.truncate(task.touches);
@@ -93,7 +95,8 @@ fn run(task: &GuestTask) -> io::Result<Vec<u8>> {
     Ok(words.flat_map(u64::to_le_bytes).collect())
 }
 
-/// Touches from several threads; says how long it took to the first byte, and each took.
+/// Touches pages from several threads. Returns the time until the first byte, and the duration of
+/// each touch.
 fn touch(
     order: &[usize],
     threads: usize,

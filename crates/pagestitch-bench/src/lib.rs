@@ -1,17 +1,22 @@
-//! What a fault costs, measured against the plain ways in the same run.
+//! The cost of a fault, measured beside plain ways to get the same bytes, in the same run. No
+//! module uses an earlier one of this table:
 //!
-//! | module | what it is |
+//! | module | content |
 //! |---|---|
-//! | [`workloads`] | what is measured: a list of cases for each, with their baselines |
-//! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
-//! | [`row`] | a result: one line of a table, one JSON object |
 //! | [`report`] | tables, a comparison with an earlier run, a page with curves |
-//! | [`touch`] | first touches, timed one by one |
-//! | [`guest`] | the other process, where there is one |
+//! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
+//! | [`workloads`] | the workloads: each is a list of cases with their baselines |
+//! | [`guest`] | the other process of the workload `restore` |
+//! | `systems`, `manual_page` | the systems that workloads compare, and their data |
+//! | `case` | one system at one point, and the sample of one run |
+//! | [`row`] | a result: one line of a table, one JSON object |
+//! | [`touch`] | first touches, each of them timed |
+//! | [`environment`] | the machine of a measurement |
+//! | `measure`, `format`, `affinity` | clocks, formatted times, pinned threads |
 //!
-//! Ratios are what to keep of a measurement: in each round every case runs once, right after the others, on memory that was
-//! warmed, and the ratio of a case is the median of its ratios to the baseline *of the same round*. Absolute times belong
-//! to one machine at one moment.
+//! The ratios are the lasting result of a measurement. In each round every case runs once, right
+//! after the others, on warmed memory. The ratio of a case is the median of its ratios to the
+//! baseline *of the same round*. Absolute times hold for one machine at one moment.
 
 mod affinity;
 mod case;
@@ -29,11 +34,12 @@ pub mod workloads;
 
 pub use measure::{median, timed, warm};
 
-/// Measures a workload and prints its table: what `cargo bench` runs. `--quick` among the arguments makes it a smoke run.
+/// Measures a workload and prints its table, as `cargo bench` does. The argument `--quick` makes it
+/// a smoke run.
 ///
 /// # Panics
 ///
-/// If there is no such workload, or no userfaultfd.
+/// If no workload has this name, or the kernel gives no userfaultfd.
 pub fn print(workload: &str) {
     guest::run_as_guest_if_requested();
     let quick = std::env::args().any(|argument| argument == "--quick");

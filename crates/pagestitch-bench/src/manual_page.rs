@@ -1,4 +1,5 @@
-//! The baseline: the handler of the manual page, one thread that polls, reads and copies, on the `userfaultfd` crate.
+//! The baseline: the handler of the manual page. One thread polls, reads and copies, with the
+//! `userfaultfd` crate.
 
 use crate::affinity::pin;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use userfaultfd::{Event, Uffd};
 
-/// A region of pages filled from chunks of equal length by one plain thread.
+/// A region whose pages one plain thread fills from chunks of equal length.
 pub(crate) struct ManualPage {
     view: StableView,
     stop: Arc<EventFd>,
@@ -19,7 +20,8 @@ pub(crate) struct ManualPage {
 }
 
 impl ManualPage {
-    /// Chunks are a whole number of pages long, all of them as many. The handler stays on a CPU, if one is named.
+    /// Takes chunks of one length, a whole number of pages each. The handler stays on `cpu`, if
+    /// there is one.
     pub(crate) fn new(chunks: Vec<Arc<[u8]>>, cpu: Option<usize>) -> Self {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
@@ -37,7 +39,7 @@ impl ManualPage {
             let page_at = |offset: usize| &chunks[offset / size][offset % size..offset % size + page.bytes()];
             handle(&uffd, &stopped, range.start(), &page_at);
         });
-        let view = view.into_stable().expect("nothing is shown in it");
+        let view = view.into_stable().expect("the view has no mapped pages");
         Self { view, stop, handler: Some(handler) }
     }
 
@@ -46,7 +48,7 @@ impl ManualPage {
     }
 }
 
-/// Serves memory of another process, whose userfaultfd this is.
+/// Serves memory of the process that owns this userfaultfd.
 pub(crate) fn serve_plainly<'a>(
     fd: OwnedFd,
     stop: &EventFd,
@@ -56,9 +58,10 @@ pub(crate) fn serve_plainly<'a>(
     handle(&of_the_crate(fd), stop, base, page_at);
 }
 
-/// Opened by us, as the crate has no way for an ordinary user; all else is the crate's.
+/// The descriptor is opened by this program, because the crate cannot open one for an ordinary
+/// user. The rest is the crate's.
 fn of_the_crate(fd: OwnedFd) -> Uffd {
-    // SAFETY: a userfaultfd that nobody else owns: a descriptor of our own.
+    // SAFETY: the crate becomes the only owner of this descriptor. No memory is touched.
     #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
     unsafe {
         Uffd::from_raw_fd(fd.into_raw_fd())
@@ -78,7 +81,8 @@ fn handle<'a>(uffd: &Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) 
         let offset = (addr.addr() - base) / page * page;
         let source = page_at(offset).as_ptr();
         let target = std::ptr::with_exposed_provenance_mut(base + offset);
-        // SAFETY: the kernel reads a page of a chunk, which is alive, and fills a missing page of the range.
+        // SAFETY: the kernel reads a page of a chunk that is alive, and fills a missing page of the
+        // registered range.
         #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]
         unsafe { uffd.copy(source.cast(), target, page, true) }.expect("copy");
     }

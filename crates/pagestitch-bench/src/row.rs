@@ -1,75 +1,78 @@
-//! A result: what one system did at one point of a workload, over all rounds.
+//! A result: one system at one point of a workload, over all rounds.
 
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 
-/// One line of a table, one JSON object. Times are medians of the rounds; latencies are of all rounds together.
+/// One line of a table, one JSON object. Times are medians of the rounds; latencies cover all
+/// rounds together.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Row {
-    /// The workload's name.
+    /// The name of the workload.
     pub workload: String,
-    /// Whose figures these are.
+    /// The name of the measured system.
     pub system: String,
-    /// The point of the workload, as `1 % random`; empty where there is only one.
+    /// The point of the workload, such as `1 % random`; empty if the workload has one point.
     pub point: String,
-    /// Bytes in a page.
+    /// The bytes of a page.
     pub page_size: usize,
-    /// Bytes in a chunk; 0 where there are none.
+    /// The bytes of a chunk; 0 if there are none.
     pub chunk_size: usize,
-    /// Threads that touch.
+    /// The number of threads that touch.
     pub threads: usize,
-    /// Bytes that the run was about.
+    /// The bytes that a run handles.
     pub bytes: u64,
-    /// Pages, or chunks, that were touched or built.
+    /// The pages, or chunks, that a run touches or builds.
     pub pages: u64,
-    /// How many rounds it ran.
+    /// The number of rounds.
     pub rounds: usize,
-    /// Seconds for a round: the median.
+    /// The seconds of a round: the median.
     pub seconds: f64,
-    /// The quickest round.
+    /// The seconds of the fastest round.
     pub seconds_min: f64,
-    /// The slowest round.
+    /// The seconds of the slowest round.
     pub seconds_max: f64,
-    /// Pages, or chunks, a second.
+    /// Pages, or chunks, per second.
     pub faults_per_s: f64,
-    /// GiB a second.
+    /// GiB per second.
     pub gib_per_s: f64,
-    /// Processor time for each page, of all threads together, in nanoseconds.
+    /// The processor time of all threads for each page, in nanoseconds.
     pub cpu_ns_per_fault: f64,
-    /// Latency of a touch in nanoseconds, where touches were timed one by one: the median of the rounds' medians.
+    /// The latency of a touch in nanoseconds: the median of the medians of the rounds. None unless
+    /// each touch was timed.
     pub p50_ns: Option<u64>,
-    /// 90 of 100 touches took no longer.
+    /// The 90th percentile of the latency.
     pub p90_ns: Option<u64>,
-    /// 99 of 100.
+    /// The 99th percentile.
     pub p99_ns: Option<u64>,
-    /// 999 of 1,000.
+    /// The 99.9th percentile.
     pub p999_ns: Option<u64>,
-    /// None took longer.
+    /// The maximum.
     pub max_ns: Option<u64>,
-    /// Bytes of memory for each chunk, where that was measured.
+    /// The bytes of memory for each chunk, if measured.
     pub bytes_each: Option<f64>,
-    /// What `ratio` is to: a system, and its point if it is another.
+    /// The baseline of `ratio`: a system, with its point if that is another one.
     pub baseline: Option<String>,
-    /// This one's time (p50 where there is one) by the baseline's: below 1 is quicker.
+    /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1
+    /// is faster.
     pub ratio: Option<f64>,
     /// The ratios to all baselines.
     pub ratios: Vec<(String, f64)>,
 }
 
 impl Row {
-    /// What tells a row from all others of a run.
+    /// The key of the row, unique in a run.
     #[must_use]
     pub fn key(&self) -> (&str, &str, &str) {
         (&self.workload, &self.point, &self.system)
     }
 }
 
-/// A row, and all of its latencies for a curve.
+/// A row with all its latencies for a curve.
 #[derive(Debug, Clone)]
 pub struct Measured {
     /// The row.
     pub row: Row,
-    /// Nanoseconds.
+    /// The latencies in nanoseconds.
     pub latencies: Option<Histogram<u64>>,
 }

@@ -1,4 +1,4 @@
-//! Runs the cases of a workload in turn, round by round, and sums up.
+//! The runner: runs the cases of a workload in turn, round by round, and sums up.
 
 use crate::case::{Case, Sample};
 use crate::measure::median;
@@ -9,34 +9,36 @@ use hdrhistogram::Histogram;
 
 pub use crate::case::Options;
 
-/// Who is told how far a run has come, and may end it.
+/// Observes the progress of a measurement, and may end it.
 pub trait Watcher {
-    /// A run of a case is about to begin, of so many. False ends the measurement after the rounds that are complete.
-    fn next(&mut self, done: usize, of: usize, what: &str) -> bool;
+    /// Called before run `done` of `of`. Returns false to end the measurement after its complete
+    /// rounds.
+    fn next(&mut self, done: usize, of: usize, case: &str) -> bool;
 }
 
-/// Nobody.
+/// A watcher that never ends the measurement, and prints nothing.
 #[derive(Debug)]
 pub struct Silent;
 
 impl Watcher for Silent {
-    fn next(&mut self, _done: usize, _of: usize, _what: &str) -> bool {
+    fn next(&mut self, _done: usize, _of: usize, _case: &str) -> bool {
         true
     }
 }
 
-/// Measures a workload. Fewer rounds, or none, if the watcher ends it.
+/// Measures a workload. Returns fewer rounds, or none, if the watcher ends it.
 pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) -> Vec<Measured> {
     let mut cases = (workload.cases)(options);
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
     let count = cases.len();
     'rounds: for round in 0..options.rounds {
         for turn in 0..count {
-            // Each round begins with another case: none is always the first after a pause.
+            // Each round begins with another case, so that no case is always the first after a
+            // pause.
             let index = (turn + round) % count;
-            let what = format!("{} {} {}", workload.name, cases[index].system, cases[index].point);
-            if !watcher.next(round * count + turn, options.rounds * count, what.trim_end()) {
-                // Every case has as many rounds as the others.
+            let name = format!("{} {} {}", workload.name, cases[index].system, cases[index].point);
+            if !watcher.next(round * count + turn, options.rounds * count, name.trim_end()) {
+                // Every case keeps the same number of rounds.
                 samples.iter_mut().for_each(|samples| samples.truncate(round));
                 break 'rounds;
             }
@@ -73,7 +75,7 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
     });
     let at = |quantile: f64| latencies.as_ref().map(|latencies| latencies.value_at_quantile(quantile));
     let cpu = median(own.iter().map(|sample| sample.processor.as_secs_f64()).collect());
-    // The most, as later rounds are built in what the allocator has kept of earlier ones.
+    // The maximum, because later rounds reuse memory that the allocator kept from earlier ones.
     let bytes_each = own.iter().filter_map(|sample| sample.bytes_each).max_by(f64::total_cmp);
     let row = Row {
         workload: workload.name.to_owned(),
@@ -104,11 +106,11 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
     Measured { row, latencies }
 }
 
-/// What is compared: the median latency where touches were timed one by one, else the time.
+/// The compared figure: the median latency if each touch was timed, else the time.
 fn cost(sample: &Sample) -> f64 {
     match &sample.latencies {
         Some(latencies) => latencies.value_at_quantile(0.5) as f64,
-        // For each page, as points may differ in how many they have.
+        // For each page, because points may differ in their number of pages.
         None => sample.time.as_secs_f64() / sample.pages.max(1) as f64,
     }
 }

@@ -1,4 +1,4 @@
-//! What is measured against each other: regions, eager copies, and the data that they all show.
+//! The compared systems: regions, eager copies, and the data of all of them.
 
 use crate::manual_page::ManualPage;
 use pagestitch::source::{Memory, Pages};
@@ -8,7 +8,7 @@ use std::hint::black_box;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-/// Chunks of 64 KiB in heap buffers, in an order that only the seed decides.
+/// Chunks of 64 KiB in heap buffers, in an order that depends on the seed alone.
 pub(crate) struct Data {
     pub(crate) chunks: Vec<Memory>,
     plain: Vec<Arc<[u8]>>,
@@ -40,12 +40,12 @@ impl Data {
         Region::builder().chunks(chunks).readahead(readahead)
     }
 
-    /// All of it, copied at once into huge pages.
+    /// All bytes, copied at once into huge pages.
     pub(crate) fn eager_huge(&self) -> Pages {
         self.copy_into(Pages::new(self.bytes()).expect("memory"))
     }
 
-    /// The same, into pages of the base size.
+    /// All bytes, copied at once into pages of the base size.
     pub(crate) fn eager_small(&self) -> Pages {
         self.copy_into(Pages::without_huge_pages(self.bytes()).expect("memory"))
     }
@@ -57,19 +57,19 @@ impl Data {
         pages
     }
 
-    /// Served by the handler of the manual page.
+    /// A region that the handler of the manual page serves.
     pub(crate) fn manual_page(&self, cpu: Option<usize>) -> ManualPage {
         ManualPage::new(self.plain.clone(), cpu)
     }
 }
 
-/// Addresses of ours that nobody serves: what a page of its own costs the kernel.
+/// Addresses without a server, where the kernel itself fills pages with zeros.
 pub(crate) fn zero_pages(pages: usize) -> (Arc<Reservation>, StableView) {
     let page = PageSize::new(PAGE).expect("a power of two");
     let pages = NonZeroUsize::new(pages).expect("some pages");
     let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
     reservation.open().expect("memory");
-    (reservation, view.into_stable().expect("nothing is shown in it"))
+    (reservation, view.into_stable().expect("the view has no mapped pages"))
 }
 
 /// The sum of all words.

@@ -1,21 +1,21 @@
-//! First touches, timed one by one.
+//! First touches, each of them timed.
 
 use hdrhistogram::Histogram;
 use std::borrow::Borrow;
 use std::hint::black_box;
 use std::time::Instant;
 
-/// Reads the byte at each offset, in order, and records how long each read took, in nanoseconds.
+/// Reads the byte at each offset, in order, and records the duration of each read in nanoseconds.
 ///
 /// # Panics
 ///
-/// If an offset is outside.
+/// If an offset is outside `bytes`.
 #[must_use]
 pub fn first_touches(bytes: &[u8], offsets: impl IntoIterator<Item: Borrow<usize>>) -> Histogram<u64> {
     touches(offsets, |offset| *black_box(&bytes[offset]))
 }
 
-/// The same, with a touch of one's own.
+/// Calls `touch` with each offset, in order, and records the duration of each call in nanoseconds.
 #[must_use]
 pub fn touches(
     offsets: impl IntoIterator<Item: Borrow<usize>>,
@@ -30,13 +30,13 @@ pub fn touches(
     latencies
 }
 
-/// An empty histogram of nanoseconds, up to a minute, to three digits.
+/// An empty histogram of nanoseconds, up to a minute, with three digits.
 #[must_use]
 pub fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("bounds that hdrhistogram takes")
 }
 
-/// One offset in each page of `len` bytes, in an order that only `seed` decides.
+/// One offset in each page of `len` bytes, in an order that depends on the seed alone.
 #[must_use]
 pub fn shuffled_pages(len: usize, seed: u64) -> Vec<usize> {
     let mut offsets: Vec<usize> = (0..len).step_by(PAGE).collect();

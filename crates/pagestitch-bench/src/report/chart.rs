@@ -1,4 +1,4 @@
-//! A chart of lines, as SVG.
+//! A line chart as SVG.
 
 use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::{
@@ -8,15 +8,15 @@ use plotters::prelude::{
 use std::error::Error;
 use std::ops::Range;
 
-/// What to draw. Points of a line come in the order of their `x`.
+/// The content of a chart. The points of a line are in the order of their `x`.
 pub(super) struct Chart<'a> {
     pub(super) title: &'a str,
     pub(super) x: &'a str,
     pub(super) y: &'a str,
     pub(super) lines: Vec<(String, Vec<(f64, f64)>)>,
-    /// How a value on the horizontal axis, which is logarithmic, is written.
+    /// Formats a value of the horizontal axis, which is logarithmic.
     pub(super) x_label: fn(f64) -> String,
-    /// How one on the vertical axis is.
+    /// Formats a value of the vertical axis.
     pub(super) y_label: fn(f64) -> String,
     pub(super) y_logarithmic: bool,
 }
@@ -85,12 +85,12 @@ impl Chart<'_> {
 fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) =
         values.fold((f64::MAX, 0.0_f64), |(low, high), value| (low.min(value), high.max(value)));
-    // An axis needs some length.
+    // The two ends of an axis must differ.
     if low < high { low..high } else { low * 0.5..low * 2.0 }
 }
 
 const SIZE: (u32, u32) = (760, 420);
-/// Told apart by those who see few colours, too.
+/// Colours that differ for colour-blind readers, too.
 const COLORS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),

@@ -1,4 +1,4 @@
-//! This run beside an earlier one.
+//! The comparison of this run with an earlier one.
 
 use super::table::aligned;
 use crate::format::seconds;
@@ -6,25 +6,25 @@ use crate::row::Row;
 use std::io;
 use std::path::Path;
 
-/// Reads the rows that a run with `--json` has printed.
+/// Reads the rows of an earlier run with `--json`.
 ///
 /// # Errors
 ///
-/// The file cannot be read, or a line of it is no row: which, and why.
+/// If the file cannot be read, or a line of it is no row. The error names the line.
 pub fn read(path: &Path) -> io::Result<Vec<Row>> {
     let text = std::fs::read_to_string(path)?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let rows = lines.map(|(index, line)| {
         serde_json::from_str(line).map_err(|error| {
-            let what = format!("line {} is no row of `pagestitch bench --json`: {error}", index + 1);
-            io::Error::new(io::ErrorKind::InvalidData, what)
+            let reason = format!("line {} is no row of `pagestitch bench --json`: {error}", index + 1);
+            io::Error::new(io::ErrorKind::InvalidData, reason)
         })
     });
     rows.collect()
 }
 
-/// A line for each row that both runs have. Ratios are what to look at: times of two runs differ by what the machine was
-/// doing meanwhile.
+/// A table with a line for each row of both runs. Compare the ratios, because the times of two runs
+/// differ by the load of the machine.
 #[must_use]
 pub fn table(then: &[Row], now: &[Row]) -> String {
     let head = ["workload", "system", "at", "time then", "now", "ratio then", "now", "change"];
@@ -49,9 +49,12 @@ pub fn table(then: &[Row], now: &[Row]) -> String {
         ]);
     }
     if cells.len() == 1 {
-        return String::from("\nnothing in common with the earlier run\n");
+        return String::from("\nno row in common with the earlier run\n");
     }
-    format!("\ncompared with the earlier run: ratios to the baselines of their own runs\n{}", aligned(&cells))
+    format!(
+        "\ncompared with the earlier run: each ratio is to the baseline of its own run\n{}",
+        aligned(&cells)
+    )
 }
 
 #[cfg(test)]
@@ -59,10 +62,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_found_again_and_their_ratios_compared() {
+    fn rows_of_two_runs_are_matched_by_their_keys() {
         let row = |ratio| Row { workload: String::from("w"), ratio: Some(ratio), ..Row::default() };
         let text = table(&[row(0.5)], &[row(0.6)]);
         assert!(text.contains("0.50") && text.contains("0.60") && text.contains("+20 %"), "{text}");
-        assert!(table(&[], &[row(0.5)]).contains("nothing in common"));
+        assert!(table(&[], &[row(0.5)]).contains("no row in common"));
     }
 }

@@ -1,4 +1,4 @@
-//! Results for people.
+//! Reports of results.
 
 mod chart;
 pub mod compare;

@@ -1,4 +1,4 @@
-//! All of a run as one self-contained HTML page: tables, distributions, curves.
+//! A run as one self-contained HTML page: tables, distributions, curves.
 
 use super::chart::Chart;
 use super::table::table;
@@ -10,11 +10,11 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fmt::Write;
 
-/// The page. It needs nothing from elsewhere: no script, no font, no network.
+/// The page. It needs no script, no font and no network.
 ///
 /// # Errors
 ///
-/// A chart cannot be drawn; none is known that cannot.
+/// If a chart cannot be drawn, which is not known to happen.
 pub fn page(
     environment: &Environment,
     runs: &[(&Workload, Vec<Measured>)],
@@ -24,7 +24,7 @@ pub fn page(
     for (workload, measured) in runs {
         write!(html, "<h2>{}</h2><p>{}</p>", workload.name, escaped(workload.about))?;
         let text = table(workload, measured);
-        // Its first lines say what the heading says.
+        // The first lines of the table repeat the heading.
         let body: Vec<&str> = text.trim_start().lines().skip(1).collect();
         write!(html, "<pre>{}</pre>", escaped(&body.join("\n")))?;
         for svg in charts(workload, measured)? {
@@ -40,7 +40,7 @@ fn charts(workload: &Workload, measured: &[Measured]) -> Result<Vec<String>, Box
     let distributions: Vec<_> = measured.iter().filter_map(distribution).collect();
     if !distributions.is_empty() {
         let chart = Chart {
-            title: "How many touches took no longer",
+            title: "Share of touches by latency",
             x: "latency",
             y: "share of the touches",
             lines: distributions,
@@ -67,7 +67,8 @@ fn charts(workload: &Workload, measured: &[Measured]) -> Result<Vec<String>, Box
     Ok(charts)
 }
 
-/// The share of touches by latency, to the 99.9th of a hundred: what is beyond would squeeze the rest.
+/// The share of touches by latency, up to the 99.9th percentile. Rare longer latencies would
+/// squeeze the rest of the chart.
 fn distribution(Measured { row, latencies }: &Measured) -> Option<(String, Vec<(f64, f64)>)> {
     let latencies = latencies.as_ref()?;
     let shares = (1..=199).map(|step| f64::from(step) / 200.0).chain([0.999]);
@@ -75,7 +76,7 @@ fn distribution(Measured { row, latencies }: &Measured) -> Option<(String, Vec<(
     Some((format!("{} {}", row.system, row.point).trim_end().to_owned(), points))
 }
 
-/// A line for each system, by what a point says after its number.
+/// A line for each system. The text behind the number of a point names its group.
 type Groups = BTreeMap<String, Vec<(String, Vec<(f64, f64)>)>>;
 
 fn curves(measured: &[Measured], value: fn(&Row) -> f64) -> Groups {
@@ -109,8 +110,8 @@ figure { margin: 1rem 0 } figure svg { max-width: 100%; height: auto }
 .machine { color: #666 }
 </style></head><body><main>
 <h1>pagestitch bench</h1>
-<p>Every system ran once in each round, right after the others, on warmed memory. What to keep are the ratios: medians of the
-ratios to the baseline of the same round. Times belong to this machine at that moment.</p>
+<p>Every system ran once in each round, right after the others, on warmed memory. The ratios are the lasting result: medians of
+the ratios to the baseline of the same round. Times hold for this machine at that moment.</p>
 ";
 
 #[cfg(test)]
@@ -119,7 +120,7 @@ mod tests {
     use crate::workloads::ALL;
 
     #[test]
-    fn a_point_is_a_place_on_a_curve_of_its_group() {
+    fn points_are_grouped_into_curves() {
         let measured = ["1 % random", "5 % random", "1 % clustered"].map(|point| Measured {
             row: Row { point: point.to_owned(), system: String::from("s"), seconds: 2.0, ..Row::default() },
             latencies: None,
@@ -130,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_stands_alone() {
+    fn a_page_refers_to_no_other_file() {
         let mut latencies = crate::touch::histogram();
         (1..1000).for_each(|ns| latencies.saturating_record(ns * 100));
         let row = Row { system: String::from("a <system>"), p50_ns: Some(5), rounds: 5, ..Row::default() };

@@ -5,17 +5,17 @@ use crate::row::{Measured, Row};
 use crate::workloads::Workload;
 use std::fmt::Write;
 
-/// A heading, and a line for each row. Columns that no row has are left out.
+/// A heading, and a line for each row. A column without a value is omitted.
 #[must_use]
 pub fn table(workload: &Workload, measured: &[Measured]) -> String {
     let mut text = format!("\n{}: {}\n", workload.name, workload.about);
     let rows: Vec<&Row> = measured.iter().map(|measured| &measured.row).collect();
     let Some(first) = rows.first() else {
-        text += "  ended before a round was complete\n";
+        text += "  no complete round\n";
         return text;
     };
     let _ =
-        writeln!(text, "  medians of {} rounds, interleaved; < 1 is quicker than the baseline", first.rounds);
+        writeln!(text, "  medians of {} rounds, interleaved; < 1 is faster than the baseline", first.rounds);
     let columns: Vec<&Column> =
         COLUMNS.iter().filter(|column| rows.iter().any(|row| (column.cell)(row).is_some())).collect();
     let mut cells = vec![columns.iter().map(|column| column.head.to_owned()).collect::<Vec<_>>()];
@@ -30,7 +30,7 @@ pub fn table(workload: &Workload, measured: &[Measured]) -> String {
     text
 }
 
-/// For each pattern and baseline: the share from which on it is the better choice.
+/// For each pattern and baseline: the share of touched pages at which the baseline becomes faster.
 fn crossovers(rows: &[&Row]) -> String {
     let mut text = String::new();
     let lazy: Vec<&&Row> = rows.iter().filter(|row| row.system.starts_with("pool")).collect();
@@ -45,13 +45,13 @@ fn crossovers(rows: &[&Row]) -> String {
                 .collect();
             let Some(most) = ratios.iter().max_by(|a, b| a.1.total_cmp(&b.1)) else { continue };
             let crossing = ratios.iter().find(|(_, ratio)| *ratio >= 1.0);
-            let said = crossing.map_or_else(
-                || String::from("quicker at every share"),
-                |(share, _)| format!("quicker below {share}"),
+            let verdict = crossing.map_or_else(
+                || String::from("faster at every share"),
+                |(share, _)| format!("faster below {share}"),
             );
             let _ = writeln!(
                 text,
-                "  lazy against {baseline}, {pattern}: {said}; at worst {:.2}, at {}",
+                "  lazy against {baseline}, {pattern}: {verdict}; at worst {:.2}, at {}",
                 most.1, most.0
             );
         }
@@ -59,7 +59,7 @@ fn crossovers(rows: &[&Row]) -> String {
     text
 }
 
-/// Columns of text, the first two to the left and the others to the right, the last as long as it is.
+/// Columns of text: the first two aligned left, the others right, and the last one unpadded.
 pub(super) fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.first().map_or(0, Vec::len);
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);

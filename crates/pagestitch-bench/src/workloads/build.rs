@@ -1,4 +1,4 @@
-//! What a region costs to build, and a byte to locate.
+//! The cost of building a region, and of locating a byte.
 
 use crate::case::{Case, Options, Sample};
 use pagestitch::source::Memory;
@@ -39,7 +39,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         case(
             "heap buffers",
             Box::new(move |_| {
-                // The buffers are there before: only the region is measured.
+                // The buffers are made outside the measurement, which covers the region alone.
                 let own: Vec<Vec<u8>> = (0..chunks).map(|_| vec![1; PART as usize]).collect();
                 Sample::of(chunks as usize, (chunks * PART) as usize, || {
                     Region::builder().chunks(own).build(&buffers).expect("a region")
@@ -71,7 +71,7 @@ fn of_parts(memory: &Memory, chunks: u64, pool: &Pool) -> Region {
     Region::builder().chunks((0..chunks).map(part)).build(pool).expect("a region")
 }
 
-/// Bytes of this process that are in memory.
+/// The resident bytes of this process.
 fn resident() -> i64 {
     let pages = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     pages.split(' ').nth(1).and_then(|pages| pages.parse::<i64>().ok()).unwrap_or(0) * 4096

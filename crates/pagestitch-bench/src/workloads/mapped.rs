@@ -1,4 +1,5 @@
-//! Pages shown in place against a plain `mmap` of the same memfd; many small chunks against as many bare `mmap` calls.
+//! Pages mapped in place beside a plain `mmap` of the same memfd; many small chunks beside as many
+//! bare `mmap` calls.
 
 use crate::case::{Case, Options, Sample};
 use crate::systems::{PAGE, sum, touch_all};
@@ -49,7 +50,7 @@ pub(super) fn many(options: &Options) -> Vec<Case> {
     let bytes = options.size(256 << 20);
     let sealed = sealed(bytes);
     let pool = Pool::new().expect("a pool");
-    // As many as a process may have by default, but for what the program itself needs.
+    // The default limit on mappings, minus those of the program itself.
     let chunks = CHUNKS_MAX.min(bytes / PAGE);
     let memfd = Memfd::from(again(&sealed));
     let region = move |_| {
@@ -67,7 +68,7 @@ pub(super) fn many(options: &Options) -> Vec<Case> {
     ]
 }
 
-/// Maps a memfd anew.
+/// Maps a memfd again.
 type Show = dyn Fn(&SealedMemfd) -> Box<dyn AsRef<[u8]>>;
 
 struct Shown(Region);
@@ -93,13 +94,13 @@ fn again(sealed: &SealedMemfd) -> SealedMemfd {
     SealedMemfd::try_from(fd).expect("sealed")
 }
 
-/// Pages of a memfd, of which no two follow each other.
+/// The pages of a memfd in an order in which no page follows its neighbour.
 fn shuffled(pages: usize) -> impl Iterator<Item = usize> {
-    // Prime, and above what there are.
+    // The factor is a prime above the number of pages.
     (0..pages).map(move |place| place * 65_537 % pages)
 }
 
-/// As many bare `mmap` calls over a reserved range, and one to unmap it.
+/// Makes as many bare `mmap` calls over a reserved range, and unmaps the range at once.
 fn map_bare(memfd: &SealedMemfd, pages: usize) {
     let count = NonZeroUsize::new(pages).expect("some pages");
     let size = Support::current().page_size();

@@ -1,4 +1,4 @@
-//! What it costs to count, and to time.
+//! The cost of counting faults, and of timing their parts.
 
 use crate::affinity::Pinned;
 use crate::case::{Case, Options, Sample};

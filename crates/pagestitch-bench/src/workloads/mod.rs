@@ -1,4 +1,4 @@
-//! What is measured, and against what.
+//! The workloads, with their baselines.
 
 mod build;
 mod latency;
@@ -15,15 +15,15 @@ use crate::case::{Case, Options};
 use crate::format::seconds;
 use crate::row::Row;
 
-/// Something to measure.
+/// A workload.
 pub struct Workload {
-    /// Its name, for the command line and the rows.
+    /// Its name on the command line and in the rows.
     pub name: &'static str,
     /// The question that it answers.
     pub about: &'static str,
-    /// What its points are on, if they make a curve.
+    /// The axes of its curve, if its points make one.
     pub(crate) curve: Option<Curve>,
-    /// The systems at all points. Data is made, and memory warmed, here.
+    /// Makes the data, warms the memory, and returns the systems at all points.
     pub(crate) cases: fn(&Options) -> Vec<Case>,
 }
 
@@ -38,16 +38,17 @@ pub(crate) struct Curve {
     pub(crate) x: &'static str,
     pub(crate) y: &'static str,
     pub(crate) value: fn(&Row) -> f64,
-    /// How a value is written.
+    /// Formats a value.
     pub(crate) label: fn(f64) -> String,
 }
 
-/// All of them, in the order in which they are run.
+/// All workloads, in the order of a run.
 pub static ALL: [Workload; 11] = [
-    // First, as it counts memory: an allocator that has kept some of an earlier one would seem to need none.
+    // The first one, because it measures memory: memory that the allocator kept from another
+    // workload would hide its own.
     Workload {
         name: "build",
-        about: "what a region costs to build, and a byte to locate, by the number of its chunks",
+        about: "building a region, and locating a byte, by the number of chunks",
         curve: Some(Curve {
             x: "chunks",
             y: "time each",
@@ -58,19 +59,19 @@ pub static ALL: [Workload; 11] = [
     },
     Workload {
         name: "latency",
-        about: "how long a thread waits for a page: random first touches of 64 MiB, one thread, no readahead",
+        about: "the wait of a thread for a page: random first touches of 64 MiB, one thread, no readahead",
         curve: None,
         cases: latency::cases,
     },
     Workload {
         name: "scan",
-        about: "reading 512 MiB from start to end once, building or copying included",
+        about: "reading 512 MiB from start to end once, with the time to build or copy",
         curve: None,
         cases: scan::cases,
     },
     Workload {
         name: "sparse",
-        about: "touching a share of the pages of 1 GiB, building or copying included: when does lazy beat eager?",
+        about: "touching a share of the pages of 1 GiB, with the time to build or copy: lazy against eager",
         curve: Some(Curve {
             x: "% of the pages touched",
             y: "time",
@@ -81,10 +82,10 @@ pub static ALL: [Workload; 11] = [
     },
     Workload {
         name: "parallel",
-        about: "faults a second of several threads, on pages of their own and on the same ones",
+        about: "faults per second of several threads, on disjoint pages and on the same ones",
         curve: Some(Curve {
             x: "threads",
-            y: "faults a second",
+            y: "faults per second",
             value: |row| row.faults_per_s,
             label: |rate| format!("{:.0} k", rate / 1e3),
         }),
@@ -92,14 +93,15 @@ pub static ALL: [Workload; 11] = [
     },
     Workload {
         name: "mapped",
-        about: "a memfd of 256 MiB shown in place, against a plain mmap of it",
+        about: "a memfd of 256 MiB mapped in place, against a plain mmap of it",
         curve: None,
         cases: mapped::cases,
     },
-    // Apart: the kernel is busy freeing so many mappings for a while after they have gone.
+    // A workload of its own, because the kernel frees so many mappings for a while after they are
+    // unmapped.
     Workload {
         name: "mappings",
-        about: "building a region of 65,000 pages of a memfd, each a mapping, against as many bare mmap calls",
+        about: "building a region of 65,000 pages of a memfd, one mapping each, against as many bare mmap calls",
         curve: None,
         cases: mapped::many,
     },
@@ -122,7 +124,7 @@ pub static ALL: [Workload; 11] = [
     },
     Workload {
         name: "metering",
-        about: "what it costs to take the time of each fault's parts, beside counting them: random first touches of 64 MiB",
+        about: "timing the parts of each fault, against counting faults: random first touches of 64 MiB",
         curve: None,
         cases: metering::cases,
     },

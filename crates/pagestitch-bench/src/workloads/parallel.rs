@@ -1,4 +1,4 @@
-//! Several threads that touch at once.
+//! Several threads that touch pages at the same time.
 
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
@@ -32,7 +32,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             }
         }
     }
-    // What the kernel itself makes of more threads, here.
+    // The kernel's own scaling with threads on this machine.
     for threads in THREADS {
         let bytes = data.bytes();
         let run = move |seed| {
@@ -50,7 +50,7 @@ fn disjoint(touches: &[usize], threads: usize) -> Vec<&[usize]> {
     touches.chunks(touches.len() / threads).collect()
 }
 
-/// Has a thread touch each list of offsets; says how long the last one took.
+/// Touches each list of offsets in a thread of its own; measures until the last thread ends.
 fn all_at_once(bytes: &[u8], lists: Vec<&[usize]>) -> Sample {
     let start = Barrier::new(lists.len() + 1);
     thread::scope(|scope| {

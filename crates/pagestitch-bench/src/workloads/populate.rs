@@ -1,4 +1,4 @@
-//! Filling all of it at once.
+//! Filling all pages at once.
 
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;

@@ -1,4 +1,5 @@
-//! A guest restored from a memory file: another process, four virtual CPUs, a tenth of its memory.
+//! A guest restored from a memory file: another process with four virtual CPUs, which touches a
+//! tenth of its memory.
 
 use crate::case::{Case, Options, Sample};
 use crate::guest::{GuestMemory, GuestTask, Restored, spawn, wait};
@@ -61,7 +62,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             }),
         );
         case(PLAIN, Box::new(|snapshot, seed| snapshot.restore(seed, |fd, start| snapshot.serve(fd, start))));
-        // Its touches find everything there.
+        // Each touch of an eager copy finds its page present, so it has no latency to compare.
         if point != EACH {
             case(
                 EAGER,
@@ -83,7 +84,7 @@ fn sample(
     let before = processor_time();
     let Restored { first, all, latencies } = restore(snapshot, seed);
     let processor = processor_time() - before;
-    // Whoever serves goes on after the first touch.
+    // The server goes on after the first touch, so its processor time would be arbitrary here.
     let (time, pages, processor) = match point {
         FIRST => (first, 1, Duration::ZERO),
         _ => (all, snapshot.touches() as u64, processor),
@@ -110,7 +111,7 @@ impl Snapshot {
                 .write_all_at(&block[..block.len().min(bytes - start)], start as u64)
                 .expect("memory");
         }
-        Self { memfd: Arc::new(memfd.seal().expect("nobody else has it")) }
+        Self { memfd: Arc::new(memfd.seal().expect("no other holder of the memfd")) }
     }
 
     fn bytes(&self) -> usize {
@@ -121,29 +122,29 @@ impl Snapshot {
         self.bytes() / 4096 / 10
     }
 
-    /// As another process finds it, too.
+    /// Its path, valid in other processes too.
     fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.memfd.as_fd().as_raw_fd()))
     }
 
-    /// Serves a guest as the builder says.
+    /// A region that fills a guest's memory, with the options of `configure`.
     fn region(
         &self,
         fd: OwnedFd,
         start: usize,
         pool: &Pool,
-        how: impl FnOnce(Builder) -> Builder,
+        configure: impl FnOnce(Builder) -> Builder,
     ) -> AdoptedRegion {
         let memory = AdoptedMemory::new(fd).expect("a userfaultfd").range(start, self.bytes());
         let file = File::open(self.path()).expect("the snapshot");
-        how(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
+        configure(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
     }
 
     fn task(&self, memory: GuestMemory, seed: u64) -> GuestTask {
         GuestTask { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
     }
 
-    /// Starts a guest, has somebody serve it, and ends that when the guest has ended.
+    /// Starts a guest, serves it, and ends the service after the guest has ended.
     fn restore<E: FnOnce()>(&self, seed: u64, serve: impl FnOnce(OwnedFd, usize) -> E) -> Restored {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -159,7 +160,7 @@ impl Snapshot {
         restored
     }
 
-    /// The plain way: one thread, the file mapped, a page at a time.
+    /// Serves in the plain way: one thread, the file mapped, one page at a time.
     fn serve(&self, fd: OwnedFd, start: usize) -> impl FnOnce() + use<> {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let (stopped, memfd) = (Arc::clone(&stop), Arc::clone(&self.memfd));

@@ -1,4 +1,4 @@
-//! Reading all of it once.
+//! Reading all bytes once.
 
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;

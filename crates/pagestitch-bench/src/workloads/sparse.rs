@@ -1,4 +1,4 @@
-//! Touching a share of it: the curve on which lazy and eager cross.
+//! Touching a share of the pages: the curve on which lazy and eager cross.
 
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
@@ -39,7 +39,8 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
 /// Makes the bytes, and touches them at these offsets.
 type Touch = dyn Fn(&Data, &[usize]) -> u64;
 
-/// One offset in each page of a share of all pages: runs of `length` pages, in an order that only the seed decides.
+/// One offset in each page of a share of all pages: runs of `length` pages, in an order that
+/// depends on the seed alone.
 fn share_of(bytes: usize, share: f64, length: usize, seed: u64) -> Vec<usize> {
     let mut runs: Vec<usize> = (0..bytes / PAGE / length).collect();
     fastrand::Rng::with_seed(seed).shuffle(&mut runs);
