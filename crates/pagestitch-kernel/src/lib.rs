@@ -19,6 +19,7 @@
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
 //! | | [`swap`] | which pages are swapped out, and whether such pages can move |
+//! | | `vma_name` | the name of a mapping in `/proc/PID/maps` |
 //! | | `granule` | the page size of a file's mappings |
 //! | 2 | `mapping` | an owned mapping: unmapped when it is dropped |
 //! | | [`rcu`] | a value that a writer replaces while readers look at it, without a lock |
@@ -92,6 +93,7 @@ pub mod swap;
 pub mod sync;
 pub mod uffd;
 pub mod view;
+mod vma_name;
 
 pub use access::Access;
 pub use capabilities::Support;

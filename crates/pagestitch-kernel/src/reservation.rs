@@ -22,6 +22,7 @@ use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::ranges::{self, ServedRange};
 use crate::swap;
+use crate::vma_name;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc::{self, c_void};
@@ -54,7 +55,9 @@ impl Reservation {
         ranges::release_old();
         let mut mapping = OwnedMapping::closed_aligned(bytes).map_err(refused)?;
         mapping.do_not_fork().map_err(refused)?;
-        Ok(Arc::new(Self { mapping, page, access }))
+        let reservation = Arc::new(Self { mapping, page, access });
+        vma_name::set(reservation.range(), None);
+        Ok(reservation)
     }
 
     /// Opens the range to the accesses that it was reserved for.
@@ -73,6 +76,14 @@ impl Reservation {
     /// that waits in the range may run only then.
     pub fn linger(&self) {
         self.mapping.linger();
+    }
+
+    /// Names the range `[anon:pagestitch:REGION]` in `/proc/PID/maps`, instead of
+    /// `[anon:pagestitch]`. Characters that the kernel forbids there become `_`, and long names are
+    /// cut. Has no effect before Linux 5.17, or without `CONFIG_ANON_VMA_NAME`.
+    #[doc(alias = "PR_SET_VMA_ANON_NAME")]
+    pub fn set_name(&self, region: &str) {
+        vma_name::set(self.range(), Some(region));
     }
 
     /// Notes that children of fork inherit a span, because something is shown there in place.

@@ -476,6 +476,9 @@ fn reserve(
 ) -> Result<(Arc<Reservation>, View), Error> {
     let (reservation, view) = View::reserve(pages, page, access)
         .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+    if name != UNNAMED {
+        reservation.set_name(name);
+    }
     if huge {
         reservation.advise_hugepage();
     }
