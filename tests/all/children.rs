@@ -1,7 +1,7 @@
 //! Forked children that inherit a region: each child has its own pages, filled from the same
 //! sources.
 
-use crate::{discard, pattern, touch, until};
+use crate::{SetOnDrop, discard, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{getpid, getppid};
@@ -167,15 +167,6 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
     end.expect_pass();
 }
 
-/// Sets a flag when it is dropped, also by a panic.
-struct Done<'d>(&'d AtomicBool);
-
-impl Drop for Done<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
 /// A fork meets the drop of a region at any moment: the child reads bytes or gets a signal, and no
 /// thread hangs.
 #[test]
@@ -195,7 +186,7 @@ fn forks_beside_regions_that_are_built_and_dropped() {
                     address.store(0, Ordering::SeqCst);
                 }
             });
-            let _done = Done(&done);
+            let _done = SetOnDrop(&done);
             for _ in 0..100 {
                 let ended = forked(|| match address.load(Ordering::SeqCst) {
                     0 => 0,

@@ -1,9 +1,10 @@
 //! The handler that restores guests from snapshots: bytes, balloons, malformed handshakes at its
 //! socket, and the end of either side.
 
-use crate::{HugePages, SIGKILL, comes_true, own_memory, pattern, signal_of_loss, until};
+use crate::handler::RunningHandler;
+use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
 use pagestitch::Loss;
-use pagestitch_firecracker::{Handler, Holes, OnStop, ShutdownHandle, Snapshot};
+use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
@@ -13,98 +14,32 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
-use tempfile::TempDir;
 
 pub(crate) const PAGE: usize = 4096;
 const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
 pub(crate) const PAGES: usize = 2000;
 const TOTAL: usize = PAGES * PAGE;
 
-/// A handler in a thread, and the events that it reported.
-pub(crate) struct Running {
-    pub(crate) folder: TempDir,
-    stop: ShutdownHandle,
-    pub(crate) told: Arc<Mutex<Vec<String>>>,
-    thread: Option<JoinHandle<()>>,
+/// Runs a handler of [`snapshot_in`].
+pub(crate) fn start() -> RunningHandler {
+    start_with(Loss::Poison, OnStop::Finish)
 }
 
-impl Running {
-    pub(crate) fn start() -> Self {
-        Self::with(Loss::Poison, OnStop::Finish)
-    }
-
-    pub(crate) fn with(loss: Loss, on_stop: OnStop) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        snapshot_in(folder.path());
-        Self::of(folder, &["base", "diff"], loss, on_stop)
-    }
-
-    pub(crate) fn of(folder: TempDir, files: &[&str], loss: Loss, on_stop: OnStop) -> Self {
-        let files: Vec<_> = files.iter().map(|file| folder.path().join(file)).collect();
-        let handler =
-            describe(&files).on_loss(loss).on_stop(on_stop).handshake_timeout(Duration::from_millis(500));
-        let handler = handler.bind(folder.path().join("socket")).unwrap();
-        Self::run(folder, handler)
-    }
-
-    pub(crate) fn patient(folder: TempDir, files: &[PathBuf], patience: Duration) -> Self {
-        let handler = describe(files).handshake_timeout(patience).bind(folder.path().join("socket")).unwrap();
-        Self::run(folder, handler)
-    }
-
-    pub(crate) fn run(folder: TempDir, handler: Handler) -> Self {
-        let (stop, told) = (handler.shutdown_handle(), Arc::default());
-        let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
-        let thread = thread::spawn(move || {
-            handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
-        });
-        Self { folder, stop, told, thread: Some(thread) }
-    }
-
-    pub(crate) fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
-    }
-
-    pub(crate) fn has_told(&self, what: &str) -> bool {
-        self.told.lock().unwrap().iter().any(|line| line.contains(what))
-    }
-
-    pub(crate) fn expect(&self, what: &str) {
-        until(|| self.has_told(what));
-    }
-
-    pub(crate) fn stop(&mut self) {
-        self.stop.shutdown();
-        self.join();
-    }
-
-    pub(crate) fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            assert!(comes_true(|| thread.is_finished()), "the handler hangs");
-            thread.join().unwrap();
-        }
-    }
+pub(crate) fn start_with(loss: Loss, on_stop: OnStop) -> RunningHandler {
+    let folder = tempfile::tempdir().unwrap();
+    let builder = describe(&snapshot_in(folder.path())).on_loss(loss).on_stop(on_stop);
+    RunningHandler::start(folder, builder.handshake_timeout(Duration::from_millis(500)))
 }
 
-fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
+pub(crate) fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
     Handler::builder(Snapshot::open_with(files, Holes::Unchanged).unwrap()).own_memory(own_memory())
 }
 
 /// A handler that is bound to the path `socket` and does not run yet.
 pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: Loss, on_stop: OnStop) -> Handler {
     describe(files).on_loss(loss).on_stop(on_stop).bind(folder.join("socket")).unwrap()
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.stop.shutdown();
-        if !thread::panicking() {
-            self.join();
-        }
-    }
 }
 
 /// A base with a hole, and a diff over it.
@@ -155,8 +90,7 @@ fn wait_for_nothing() -> ! {
 
 #[test]
 fn guests_read_the_snapshot_in_their_memory() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let expected = expected();
         thread::scope(|scope| {
@@ -172,16 +106,12 @@ fn guests_read_the_snapshot_in_their_memory() {
         });
         guest.balloon(700 * PAGE, 300 * PAGE).unwrap();
         assert!((700..1000).all(|page| guest.read(page * PAGE) == 0));
-    };
-    // The child gets the path of the handler, and starts no handler of its own.
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start();
+    });
+    let mut running = start();
     let path = running.socket();
-    let guests: Vec<_> = (0..3).map(|_| child::spawn(test, path.to_str().unwrap(), life)).collect();
+    let guests: Vec<_> = (0..3).map(|_| body.spawn(&path)).collect();
     guests.into_iter().for_each(|guest| guest.wait().expect_pass());
-    until(|| running.told.lock().unwrap().iter().filter(|line| line.contains("ended after")).count() == 3);
+    until(|| running.reported("ended after") == 3);
     running.stop();
     assert!(!path.exists());
 }
@@ -190,8 +120,7 @@ fn guests_read_the_snapshot_in_their_memory() {
 /// included.
 #[test]
 fn a_guest_outlives_a_handler_that_is_told_to_stop() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let expected = expected();
         assert_eq!(guest.read(5), expected[5]);
@@ -209,34 +138,27 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
         assert_eq!((guest.read(20 * PAGE), guest.read(30 * PAGE)), (0, 0));
         let kept = |at: &usize| !matches!(at / PAGE, 20 | 30);
         (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start();
-    let guest = child::spawn(test, running.socket().to_str().unwrap(), life);
-    running.expect("serving");
+    });
+    let mut running = start();
+    let guest = body.spawn(running.socket());
+    running.until_reported("serving");
     running.stop();
-    running.expect("detached");
+    running.until_reported("detached");
     guest.wait().expect_pass();
 }
 
 #[test]
 fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         assert_eq!(guest.read(0), expected()[0]);
         until(|| !fs::exists(path).unwrap());
         (0..PAGES).rev().for_each(|page| assert_ne!(guest.read(page * PAGE), 0, "page {page}"));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
-        let mut running = Running::with(loss, OnStop::Abandon);
-        let guest = child::spawn(test, running.socket().to_str().unwrap(), life);
-        running.expect("serving");
+        let mut running = start_with(loss, OnStop::Abandon);
+        let guest = body.spawn(running.socket());
+        running.until_reported("serving");
         running.stop();
         let end = guest.wait();
         assert_eq!(end.signal(), Some(signal), "{}", end.output());
@@ -246,75 +168,63 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
 /// The memory file is truncated while guests are restored from it.
 #[test]
 fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let far = (PAGES - 1) * PAGE;
         assert_eq!(guest.read(0), expected()[0]);
         println!("{}", guest.read(far));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let running = Running::start();
+    });
+    let running = start();
     let base = File::options().write(true).open(running.folder.path().join("base")).unwrap();
     base.set_len((TOTAL / 2) as u64).unwrap();
-    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
+    let end = body.spawn(running.socket()).wait();
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
-    running.expect("were unavailable");
+    running.until_reported("were unavailable");
     base.set_len(TOTAL as u64).unwrap();
     // The handler holds the removed file open.
     fs::remove_file(running.folder.path().join("base")).unwrap();
-    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
+    let end = body.spawn(running.socket()).wait();
     end.expect_pass();
 }
 
 #[test]
 fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect_with(path, &[100 * PAGE]);
         println!("read a byte: {}", guest.read(0));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let running = Running::start();
-    let end = child::spawn(test, running.socket().to_str().unwrap(), life).wait();
+    });
+    let running = start();
+    let end = body.spawn(running.socket()).wait();
     assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
-    running.expect("has 409600 bytes of memory, but the memory file has 8192000");
+    running.until_reported("has 409600 bytes of memory, but the memory file has 8192000");
 }
 
 #[test]
 fn a_hugetlb_guest_is_restored() {
     const HUGE: usize = 2 << 20;
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let guest = Guest::new(&[HUGE, 2 * HUGE], true).unwrap();
         let _stream = guest.hand_over(path.as_ref()).unwrap();
         let expected = pattern(5, 3 * HUGE);
         (0..3 * HUGE).step_by(4001).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
         guest.balloon(HUGE, HUGE).unwrap();
         assert_eq!(guest.read(HUGE + 5), 0);
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     let Some(_reserved) = HugePages::reserve(8) else {
         println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
         return;
     };
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("memory"), pattern(5, 3 * HUGE)).unwrap();
-    let mut running = Running::of(folder, &["memory"], Loss::Poison, OnStop::Finish);
-    child::spawn(test, running.socket().to_str().unwrap(), life).wait().expect_pass();
+    let builder = describe(&[folder.path().join("memory")]);
+    let mut running = RunningHandler::start(folder, builder);
+    body.spawn(running.socket()).wait().expect_pass();
     running.stop();
 }
 
 #[test]
 fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         thread::scope(|scope| {
             for cpu in 0..4 {
@@ -326,37 +236,30 @@ fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
             }
         });
         wait_for_nothing();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start();
+    });
+    let mut running = start();
     for _ in 0..5 {
-        let told = || running.told.lock().unwrap().len();
-        let before = told();
-        let mut guest = child::spawn(test, running.socket().to_str().unwrap(), life);
-        until(|| told() > before);
+        let reported = || running.events().len();
+        let before = reported();
+        let mut guest = body.spawn(running.socket());
+        until(|| reported() > before);
         guest.kill();
         assert_eq!(guest.wait().signal(), Some(SIGKILL));
-        until(|| told() > before + 1);
+        until(|| reported() > before + 1);
     }
     running.stop();
-    assert!(running.has_told("ended"));
+    assert!(running.reported("ended") > 0);
 }
 
 /// A guest is served after each malformed handshake.
 #[test]
 fn malformed_handshakes_are_named_and_harm_no_guest() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let expected = expected();
         (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let running = Running::start();
+    });
+    let running = start();
     let path = running.socket();
     let say = |message: &[u8]| {
         let mut stream = UnixStream::connect(&path).unwrap();
@@ -373,44 +276,43 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     };
     let silent = say(b"");
     drop(say(b""));
-    running.expect("closed the connection after 0 bytes");
+    running.until_reported("closed the connection after 0 bytes");
     drop(say(b"[{\"size\":"));
-    running.expect("closed the connection after 9 bytes and 0 descriptors");
+    running.until_reported("closed the connection after 9 bytes and 0 descriptors");
     let _garbage = say(b"GET / HTTP/1.1\r\n\r\n");
-    running.expect("sent no list of memory mappings (expected");
+    running.until_reported("sent no list of memory mappings (expected");
     let _two = hand(&list(TOTAL), 2);
-    running.expect("sent 2 descriptors");
+    running.until_reported("sent 2 descriptors");
     let _none = say(list(TOTAL).as_bytes());
     let _wrong = hand(&list(TOTAL), 1);
-    running.expect("is no userfaultfd but /dev/null");
+    running.until_reported("is no userfaultfd but /dev/null");
     let _many = hand(&list(TOTAL), 100);
-    running.expect("sent 100 descriptors");
+    running.until_reported("sent 100 descriptors");
     let _endless = say(&vec![b' '; 2 << 20]);
     // On a slow machine the handshake times out first.
     until(|| {
-        running.has_told("more than 1024 KiB")
-            || running.has_told("sent no complete handshake within 500ms: ")
+        running.reported("more than 1024 KiB") > 0
+            || running.reported("sent no complete handshake within 500ms: ") > 0
     });
     // More memory than the address space holds: the handler must not look at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
     let stream = UnixStream::connect(&path).unwrap();
     fd_passing::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
-    running.expect("has 70368744177664 bytes of memory");
+    running.until_reported("has 70368744177664 bytes of memory");
     // A peer that sends a byte now and then has no more time than other peers.
     let mut trickling = say(b"[");
     until(|| trickling.write_all(b" ").is_err());
-    let end = child::spawn(test, path.to_str().unwrap(), life);
+    let end = body.spawn(&path);
     end.wait().expect_pass();
     // A silent peer has half a second.
-    running.expect("sent no complete handshake within 500ms: 0 bytes and 0 descriptors");
-    running.expect(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
+    running.until_reported("sent no complete handshake within 500ms: 0 bytes and 0 descriptors");
+    running.until_reported(&format!("within 500ms: {} bytes and 0 descriptors", list(TOTAL).len()));
     assert_eq!((&silent).read(&mut [0; 10]).unwrap(), 0, "hung up");
 }
 
 #[test]
 fn a_hundred_guests_at_once_are_served() {
-    let test = this_test!();
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         // A hundred guests in one process, because a hundred processes are too many for a small
         // machine. Their memory is just as separate.
         let guests: Vec<_> = (0..100).map(|_| connect(path)).collect();
@@ -426,15 +328,11 @@ fn a_hundred_guests_at_once_are_served() {
                 });
             }
         });
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start();
-    child::spawn(test, running.socket().to_str().unwrap(), life).wait().expect_pass();
-    let count = |what: &str| running.told.lock().unwrap().iter().filter(|line| line.contains(what)).count();
-    until(|| count("ended after") == 100);
-    assert_eq!(count("serving 7 MiB"), 100);
+    });
+    let mut running = start();
+    body.spawn(running.socket()).wait().expect_pass();
+    until(|| running.reported("ended after") == 100);
+    assert_eq!(running.reported("serving 7 MiB"), 100);
     running.stop();
 }
 

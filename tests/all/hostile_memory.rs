@@ -1,24 +1,24 @@
 //! Hostile owners of adopted memory: an owner may harm its own guest, and neither the handler nor
 //! another guest.
 
-use crate::{comes_true, handle_bus_errors, lacks_marks, own_memory, pattern, serve_until, until};
+use crate::handler::RunningHandler;
+use crate::{handle_bus_errors, lacks_marks, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
 use pagestitch::{Manual, Pool, Process, Region};
-use pagestitch_firecracker::{Handler, OnStop, ShutdownHandle, Snapshot};
+use pagestitch_firecracker::{Handler, OnStop, Snapshot};
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::this_test;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
 const PAGE: usize = 4096;
 /// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for a
@@ -27,17 +27,15 @@ const LONG: Duration = Duration::from_secs(30);
 /// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
 
-/// A handler in a thread, for guests with `bytes` of memory.
-struct Running {
-    folder: TempDir,
+/// A handler for guests with `bytes` of memory, and its guests.
+struct Attacked {
+    handler: RunningHandler,
     bytes: usize,
-    stop: ShutdownHandle,
-    thread: Option<JoinHandle<()>>,
-    /// Guests that must live until the handler has stopped.
+    /// They live until the handler has stopped.
     innocent: Mutex<Vec<(Arc<Guest>, UnixStream)>>,
 }
 
-impl Running {
+impl Attacked {
     fn start(bytes: usize) -> Self {
         Self::with(&Pool::new().unwrap(), bytes, OnStop::Abandon, |_| {})
     }
@@ -49,32 +47,26 @@ impl Running {
         let file = fs::File::options().write(true).open(&path).unwrap();
         file.set_len(bytes as u64).unwrap();
         write(&file);
-        let handler = Handler::builder(Snapshot::open([path]).unwrap())
-            .on_stop(on_stop)
-            .pool(pool)
-            .own_memory(own_memory());
-        let handler = handler.bind(folder.path().join("socket")).unwrap();
-        let stop = handler.shutdown_handle();
-        let thread = thread::spawn(move || handler.run(|_| {}).unwrap());
-        Self { folder, bytes, stop, thread: Some(thread), innocent: Mutex::default() }
+        let builder = Handler::builder(Snapshot::open([path]).unwrap()).on_stop(on_stop).pool(pool);
+        let handler = RunningHandler::start(folder, builder.own_memory(own_memory()));
+        Self { handler, bytes, innocent: Mutex::default() }
     }
 
-    fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
+    fn exists(&self, name: &str) -> bool {
+        self.handler.folder.path().join(name).exists()
     }
 
-    /// Starts a guest that runs `life` in a process of its own, and waits until it [is
-    /// ready](ready).
-    fn hostile(&self, test: &str, life: impl FnOnce(&str)) -> ChildTest {
-        let hostile = child::spawn(test, self.socket().to_str().unwrap(), life);
-        until(|| self.folder.path().join("ready").exists());
+    /// Starts a guest in a process of its own, and waits until it [is ready](ready).
+    fn hostile(&self, body: child::Body<'_>) -> ChildTest {
+        let hostile = body.spawn(self.handler.socket());
+        until(|| self.exists("ready"));
         hostile
     }
 
     /// The longest and the total time of 400 touches of another guest. `None` after [`LONG`]. A
     /// latency is the subject here, so a clock measures it.
     fn touches_of_an_innocent_guest(&self) -> Option<(Duration, Duration)> {
-        let (guest, stream) = connect(&self.socket(), self.bytes);
+        let (guest, stream) = connect(&self.handler.socket(), self.bytes);
         self.innocent.lock().unwrap().push((Arc::clone(&guest), stream));
         let (done, touched) = mpsc::channel();
         thread::spawn(move || {
@@ -89,14 +81,6 @@ impl Running {
             done.send((worst, began.elapsed()))
         });
         touched.recv_timeout(LONG).ok()
-    }
-
-    /// The time from the request to stop to the end of the handler. `None` if the handler hangs.
-    fn stop(&mut self) -> Option<Duration> {
-        self.stop.shutdown();
-        let (thread, began) = (self.thread.take().unwrap(), Instant::now());
-        comes_true(|| thread.is_finished());
-        (thread.is_finished() && thread.join().is_ok()).then(|| began.elapsed())
     }
 }
 
@@ -130,22 +114,18 @@ fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
     if lacks_marks(this_test!()) {
         return;
     }
-    let test = this_test!();
     const BYTES: usize = 600 * PAGE;
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path.as_ref(), BYTES);
         assert_eq!(guest.read(0), pattern(3, 1)[0]);
         guest.make_blocking().unwrap();
         ready(path);
         for_ever();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start(BYTES);
-    let mut hostile = running.hostile(test, life);
-    let innocent = running.touches_of_an_innocent_guest();
-    let stopped = running.stop();
+    });
+    let mut attacked = Attacked::start(BYTES);
+    let mut hostile = attacked.hostile(body);
+    let innocent = attacked.touches_of_an_innocent_guest();
+    let stopped = attacked.handler.try_stop();
     hostile.kill();
     assert!(innocent.is_some() && stopped.is_some(), "innocent: {innocent:?}, stopped: {stopped:?}");
 }
@@ -157,9 +137,8 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
         return;
     }
-    let test = this_test!();
     const BYTES: usize = 16 << 30;
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         // More guests than workers, and more threads than one read returns events.
         let guests: Vec<_> = (0..2).map(|_| connect(path.as_ref(), BYTES)).collect();
         for (guest, _) in guests.iter().flat_map(|guest| [guest; 80]) {
@@ -172,19 +151,16 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
         }
         ready(path);
         for_ever();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     let pool = Pool::builder().workers(1).start().unwrap();
-    let mut running = Running::with(&pool, BYTES, OnStop::Abandon, |_| {});
-    let alone = running.touches_of_an_innocent_guest().expect("without an attack");
-    let mut hostile = running.hostile(test, life);
-    let innocent = running.touches_of_an_innocent_guest();
+    let mut attacked = Attacked::with(&pool, BYTES, OnStop::Abandon, |_| {});
+    let alone = attacked.touches_of_an_innocent_guest().expect("without an attack");
+    let mut hostile = attacked.hostile(body);
+    let innocent = attacked.touches_of_an_innocent_guest();
     hostile.kill();
     println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
     assert!(innocent.is_some(), "{innocent:?}");
-    assert!(running.stop().is_some());
+    assert!(attacked.handler.try_stop().is_some());
 }
 
 /// The handler serves only the announced memory.
@@ -193,9 +169,8 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
     if lacks_marks(this_test!()) {
         return;
     }
-    let test = this_test!();
     const BYTES: usize = 600 * PAGE;
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let guest = Guest::movable(&[BYTES]).unwrap();
         let _stream = guest.hand_over(path.as_ref()).unwrap();
         let mut more = guest.register_more(40 << 30).unwrap();
@@ -210,16 +185,13 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
         let kilobytes: usize = tables.trim().trim_end_matches(" kB").parse().unwrap();
         assert!(kilobytes < 8 << 10, "{kilobytes} kB of page tables");
         assert!(guest.fill_more(&more), "the page is poisoned");
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let mut running = Running::start(BYTES);
-    let hostile = running.hostile(test, life);
-    let innocent = running.touches_of_an_innocent_guest();
+    });
+    let mut attacked = Attacked::start(BYTES);
+    let hostile = attacked.hostile(body);
+    let innocent = attacked.touches_of_an_innocent_guest();
     println!("400 touches, the longest and all: {innocent:?} beside the attack");
     hostile.wait().expect_pass();
-    assert!(innocent.is_some() && running.stop().is_some());
+    assert!(innocent.is_some() && attacked.handler.try_stop().is_some());
 }
 
 /// A worker does not wait for memory that the file system of a guest lacks.
@@ -228,11 +200,10 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
     if lacks_marks(this_test!()) {
         return;
     }
-    let test = this_test!();
     const BYTES: usize = 1 << 30;
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let Some(file) = file_on_a_full_tmpfs(Path::new(path).parent().unwrap(), BYTES as u64) else {
-            println!("SKIPPED {test}: a tmpfs cannot be mounted in a namespace of its own");
+            println!("SKIPPED {}: a tmpfs cannot be mounted in a namespace of its own", this_test!());
             fs::write(Path::new(path).with_file_name("skipped"), "").unwrap();
             ready(path);
             for_ever();
@@ -251,19 +222,16 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
         }
         ready(path);
         for_ever();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     let pool = Pool::builder().workers(1).start().unwrap();
-    let running = Running::with(&pool, BYTES, OnStop::Abandon, |_| {});
-    let alone = running.touches_of_an_innocent_guest().expect("without an attack");
-    let mut hostile = running.hostile(test, life);
-    let innocent = running.touches_of_an_innocent_guest();
+    let attacked = Attacked::with(&pool, BYTES, OnStop::Abandon, |_| {});
+    let alone = attacked.touches_of_an_innocent_guest().expect("without an attack");
+    let mut hostile = attacked.hostile(body);
+    let innocent = attacked.touches_of_an_innocent_guest();
     hostile.kill();
     let end = hostile.wait();
-    if running.folder.path().join("skipped").exists() {
-        return println!("SKIPPED {test}: a tmpfs cannot be mounted in a namespace of its own");
+    if attacked.exists("skipped") {
+        return println!("SKIPPED {}: a tmpfs cannot be mounted in a namespace of its own", this_test!());
     }
     println!("{}", end.output());
     println!("400 touches, the longest and all: {alone:?} alone, {innocent:?} beside the attack");
@@ -297,25 +265,21 @@ fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
     if lacks_marks(this_test!()) {
         return;
     }
-    let test = this_test!();
     const BYTES: usize = 256 << 20;
-    let life = |path: &str| {
+    let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path.as_ref(), BYTES);
         assert_eq!(guest.read(0), pattern(3, 1)[0]);
         ready(path);
         for_ever();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     let bytes = vec![1; 1 << 20];
-    let mut running = Running::with(&Pool::new().unwrap(), BYTES, OnStop::Finish, |file| {
+    let mut attacked = Attacked::with(&Pool::new().unwrap(), BYTES, OnStop::Finish, |file| {
         (1..256).for_each(|at| file.write_all_at(&bytes, at << 20).unwrap());
     });
-    let mut hostile = running.hostile(test, life);
-    running.stop.shutdown();
+    let mut hostile = attacked.hostile(body);
+    attacked.handler.request_shutdown();
     hostile.kill();
-    let stopped = running.stop();
+    let stopped = attacked.handler.try_stop();
     println!("stopped after {stopped:?}");
     assert!(stopped.is_some_and(|took| took < LONG), "{stopped:?}");
 }

@@ -38,14 +38,13 @@ mod teardown;
 mod watchdog;
 mod zero_copy;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pagestitch::Manual;
+mod handler;
+mod waits;
+
 use std::fs;
-use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
+use waits::{HANG, SetOnDrop, comes_true, is_readable, serve_until, until};
 
 /// Reads a byte through a raw pointer, past every borrow, as an application may.
 #[expect(unsafe_code, reason = "a defect of the application is part of the test")]
@@ -141,47 +140,6 @@ fn lacks_marks(test: &str) -> bool {
     }
     lacks
 }
-
-/// Waits until `done` is true. The wait sleeps between two looks, because a test that spins takes a
-/// CPU from the threads that it waits for. Counters may lag behind the bytes that they count,
-/// because a thread runs on as soon as the kernel has its page. The limit ends a hang and orders
-/// nothing.
-fn until(mut done: impl FnMut() -> bool) {
-    assert!(comes_true(&mut done), "the condition is still false after {HANG:?}");
-}
-
-/// Waits as [`until`] does, and returns false in place of a panic.
-fn comes_true(mut done: impl FnMut() -> bool) -> bool {
-    let (started, mut pause) = (Instant::now(), Duration::from_micros(20));
-    while !done() {
-        if started.elapsed() > HANG {
-            return false;
-        }
-        thread::sleep(pause);
-        pause = (2 * pause).min(Duration::from_millis(5));
-    }
-    true
-}
-
-/// Serves as a loop of the application does, whenever the descriptor is readable, until `done` is true.
-fn serve_until(manual: &mut Manual, budget: usize, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(started.elapsed() < HANG, "the condition is still false after {HANG:?}");
-        if is_readable(manual, PollTimeout::from(5_u8)) {
-            manual.serve_ready(budget);
-        }
-    }
-}
-
-/// True if a manual has something to serve within `timeout`.
-fn is_readable(manual: &Manual, timeout: PollTimeout) -> bool {
-    let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
-    poll(&mut ready, timeout).unwrap() == 1
-}
-
-/// Longer than any step of a test takes on a loaded machine: a longer step hangs.
-const HANG: Duration = Duration::from_secs(120);
 
 /// Bytes that are never zero and differ for each seed, so that a test sees zeros, and bytes of
 /// another page, as wrong.

@@ -1,6 +1,7 @@
 //! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and nothing else.
 
-use crate::firecracker::{PAGE, PAGES, Running, bound, connect, expected, snapshot_in};
+use crate::firecracker::{PAGE, PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
+use crate::handler::RunningHandler;
 use crate::{HANG, SIGKILL, comes_true, signal_of_loss, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -53,30 +54,26 @@ fn sends_lingering_sockets(argument: &str) {
 
 #[test]
 fn a_descriptor_whose_close_hangs_delays_no_guest() {
-    let test = this_test!();
-    let life = |argument: &str| match argument.split_once(' ') {
+    let body = child::body(this_test!(), |argument| match argument.split_once(' ') {
         Some(_) => sends_lingering_sockets(argument),
         None => innocent(argument),
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     let folder = tempfile::tempdir().unwrap();
     let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
     let path = folder.path().join("socket").display().to_string();
     let deaf = TcpListener::bind("127.0.0.1:0");
     // A bind succeeds also where the loopback device is down.
     let Some(deaf) = deaf.ok().filter(|deaf| TcpStream::connect(deaf.local_addr().unwrap()).is_ok()) else {
-        return println!("SKIPPED {test}: the loopback network is down");
+        return println!("SKIPPED {}: the loopback network is down", this_test!());
     };
     let port = deaf.local_addr().unwrap().port();
-    child::spawn(test, &format!("{path} {port}"), life).wait().expect_pass();
-    let mut running = Running::run(folder, handler);
-    let mut guest = child::spawn(test, &path, life);
+    body.spawn(format!("{path} {port}")).wait().expect_pass();
+    let mut running = RunningHandler::run(folder, handler);
+    let mut guest = body.spawn(&path);
     assert!(until_ended(&mut guest), "the guest hangs");
     guest.wait().expect_pass();
     running.stop();
-    assert!(running.has_told("is no userfaultfd but socket:"), "{:?}", running.told.lock().unwrap());
+    assert!(running.reported("is no userfaultfd but socket:") > 0, "{:?}", running.events());
 }
 
 /// Starts a process with this pid, if the kernel lets the pid be chosen.
@@ -95,21 +92,17 @@ fn process_with(pid: u32) -> Option<Child> {
 
 #[test]
 fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
-    let test = this_test!();
     // Connects, hands the connection over, and ends.
-    let life = |paths: &str| {
+    let body = child::body(this_test!(), |paths| {
         let (handler, heir) = paths.split_once(' ').unwrap();
         let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
         fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
-    let running = Running::with(Loss::Kill, OnStop::Finish);
+    });
+    let running = start_with(Loss::Kill, OnStop::Finish);
     let heir = running.folder.path().join("heir");
     let listener = UnixListener::bind(&heir).unwrap();
     let paths = format!("{} {}", running.socket().display(), heir.display());
-    let peer = child::spawn(test, &paths, life);
+    let peer = body.spawn(&paths);
     let pid = peer.id();
     let (_, mut fds) = fd_passing::receive(listener.accept().unwrap().0, &mut [0; 10]).unwrap();
     peer.wait().expect_pass();
@@ -122,8 +115,8 @@ fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
     let stream = UnixStream::from(fds.pop().unwrap());
     let guest = Guest::new(&[100 * PAGE], false).unwrap();
     fd_passing::send(&stream, guest.handshake().as_bytes(), &[guest.uffd()]).unwrap();
-    running.expect("refused");
-    assert!(!running.has_told(&pid.to_string()), "{:?}", running.told.lock().unwrap());
+    running.until_reported("refused");
+    assert!(running.reported(&pid.to_string()) == 0, "{:?}", running.events());
     assert!(innocent.try_wait().unwrap().is_none(), "killed");
     innocent.kill().unwrap();
     innocent.wait().unwrap();
@@ -131,7 +124,7 @@ fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
 
 #[test]
 fn a_log_line_is_short_for_each_message_of_a_peer() {
-    let mut running = Running::start();
+    let mut running = start();
     let hostile = "A\n\u{1b}[31m".repeat(90_000);
     let text = serde_json::to_string(&hostile).unwrap();
     for message in [format!("[{text}]"), format!("[{{\"size\":{text}}}]"), format!("[{{{text}:1}}]")] {
@@ -145,16 +138,16 @@ fn a_log_line_is_short_for_each_message_of_a_peer() {
     let list = format!(r#"{{"base_host_virt_addr":4096,"size":{},"offset":0}}]"#, PAGES * PAGE);
     let _ = fd_passing::send(&stream, list.as_bytes(), &[]);
     let _ = (&stream).read(&mut [0; 1]);
-    until(|| running.told.lock().unwrap().len() == 4);
+    until(|| running.events().len() == 4);
     running.stop();
-    for line in running.told.lock().unwrap().iter() {
+    for line in running.events() {
         assert!(line.len() < 400 && !line.contains(['\n', '\u{1b}']), "{} bytes: {:.300}", line.len(), line);
     }
 }
 
 #[test]
 fn a_draining_handler_leaves_the_socket_of_its_successor() {
-    let mut running = Running::start();
+    let mut running = start();
     let path = running.socket();
     fs::remove_file(&path).unwrap();
     let snapshot = Snapshot::open([running.folder.path().join("base")]).unwrap();
@@ -204,33 +197,24 @@ fn wrong_handshake(guest: &Guest, what: &str) -> Vec<u8> {
 /// A refused guest gets the declared signal, and no page makes it wait for ever.
 #[test]
 fn a_refused_guest_gets_a_signal() {
-    let test = this_test!();
-    let life = |argument: &str| {
+    let body = child::body(this_test!(), |argument| {
         let (what, path) = argument.split_once(' ').unwrap();
         let pages = if what == "larger" { 20 * PAGES } else { 100 };
         let guest = Guest::new(&[pages * PAGE], false).unwrap();
         let stream = UnixStream::connect(path).unwrap();
         fd_passing::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
-    };
-    if child::is_child(test) {
-        child::spawn(test, "", life);
-    }
+    });
     for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
-        let running = Running::with(loss, OnStop::Finish);
-        let start = |what: &str| {
-            (what.to_owned(), child::spawn(test, &format!("{what} {}", running.socket().display()), life))
-        };
+        let running = start_with(loss, OnStop::Finish);
+        let start =
+            |what: &str| (what.to_owned(), body.spawn(format!("{what} {}", running.socket().display())));
         let guests: Vec<_> = ["garbage", "incomplete", "gap", "smaller", "larger"].map(start).into();
         for (what, mut guest) in guests {
             let end = until_ended(&mut guest);
             let died = end.then(|| guest.wait().signal()).flatten();
             let larger = what == "larger" && died == Some(SIGKILL);
-            assert!(
-                larger || died == Some(signal),
-                "{what} with {loss:?}: {died:?}, {:?}",
-                running.told.lock().unwrap()
-            );
+            assert!(larger || died == Some(signal), "{what} with {loss:?}: {died:?}, {:?}", running.events());
         }
     }
 }
@@ -248,20 +232,17 @@ fn until_ended(child: &mut child::ChildTest) -> bool {
 /// The handler is told to stop before it has accepted the connection.
 #[test]
 fn a_guest_in_the_backlog_is_served_by_a_stopping_handler() {
-    let test = this_test!();
-    if child::is_child(test) {
-        child::spawn(test, "", |path| {
-            let (guest, _stream) = connect(path);
-            println!("ready");
-            fs::write(format!("{path}.ready"), "").unwrap();
-            let expected = expected();
-            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
-        });
-    }
+    let body = child::body(this_test!(), |path| {
+        let (guest, _stream) = connect(path);
+        println!("ready");
+        fs::write(format!("{path}.ready"), "").unwrap();
+        let expected = expected();
+        (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
+    });
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
-    let mut guest = child::spawn(test, path.to_str().unwrap(), |_| unreachable!("the child's body is above"));
+    let mut guest = body.spawn(&path);
     until(|| folder.path().join("socket.ready").exists());
     handler.shutdown_handle().shutdown();
     handler.run(|_| {}).unwrap();
@@ -272,19 +253,16 @@ fn a_guest_in_the_backlog_is_served_by_a_stopping_handler() {
 
 #[test]
 fn each_handshake_timeout_is_accepted() {
-    let test = this_test!();
-    if child::is_child(test) {
-        child::spawn(test, "", innocent);
-    }
+    let body = child::body(this_test!(), innocent);
     for patience in [Duration::MAX, Duration::from_secs(u64::MAX / 1000), Duration::ZERO] {
         let folder = tempfile::tempdir().unwrap();
         let files = snapshot_in(folder.path());
-        let mut running = Running::patient(folder, &files, patience);
+        let mut running = RunningHandler::start(folder, describe(&files).handshake_timeout(patience));
         if patience > Duration::ZERO {
-            child::spawn(test, running.socket().to_str().unwrap(), innocent).wait().expect_pass();
+            body.spawn(running.socket()).wait().expect_pass();
         } else {
             let _silent = UnixStream::connect(running.socket()).unwrap();
-            running.expect("sent no complete handshake within 0ns");
+            running.until_reported("sent no complete handshake within 0ns");
         }
         running.stop();
     }

@@ -1,16 +1,17 @@
 //! Recordings: the pages that one run touches first are filled early in the next run.
 
 use crate::donated::pages_of;
+use crate::handler::RunningHandler;
 use crate::{pattern, serve_until, until};
 use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
-use pagestitch_firecracker::{Handler, ShutdownHandle, Snapshot};
+use pagestitch_firecracker::{Handler, Snapshot};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
 
 const PAGE: usize = 4096;
 
@@ -149,42 +150,6 @@ fn readahead_is_off_while_adopted_memory_is_recorded() {
     assert_eq!(metrics.pages_ahead, 0);
 }
 
-/// A handler that records, in a thread, and the events that it reported.
-struct Recorder {
-    folder: tempfile::TempDir,
-    stop: ShutdownHandle,
-    told: Arc<Mutex<Vec<String>>>,
-    thread: JoinHandle<()>,
-}
-
-impl Recorder {
-    fn start(folder: tempfile::TempDir) -> Self {
-        let builder = handler(folder.path()).record(folder.path().join("touches"));
-        let handler = builder.bind(folder.path().join("socket")).unwrap();
-        let (stop, told) = (handler.shutdown_handle(), Arc::default());
-        let telling: Arc<Mutex<Vec<String>>> = Arc::clone(&told);
-        let thread = thread::spawn(move || {
-            handler.run(|event| telling.lock().unwrap().push(event.to_string())).unwrap();
-        });
-        Self { folder, stop, told, thread }
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.path().join("touches")
-    }
-
-    fn has_told(&self, what: &str) -> usize {
-        self.told.lock().unwrap().iter().filter(|line| line.contains(what)).count()
-    }
-
-    /// Stops the handler and returns its folder and its events.
-    fn end(self) -> (tempfile::TempDir, Vec<String>) {
-        self.stop.shutdown();
-        self.thread.join().unwrap();
-        (self.folder, std::mem::take(&mut *self.told.lock().unwrap()))
-    }
-}
-
 /// A handler for guests of 100 pages.
 fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
     let memory = folder.join("memory");
@@ -192,58 +157,55 @@ fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
     Handler::builder(Snapshot::open([memory]).unwrap())
 }
 
-/// A guest that touches some pages and lives until it is killed.
-fn guest(test: &str, socket: &Path, touches: &str) -> child::ChildTest {
-    child::spawn(test, &format!("{}:{touches}", socket.display()), |argument| {
-        let (socket, touches) = argument.rsplit_once(':').unwrap();
-        // The alarm ends the guest if its parent has failed.
-        nix::unistd::alarm::set(60);
-        let guest = Guest::new(&[100 * PAGE], false).unwrap();
-        let _stream = guest.hand_over(socket.as_ref()).unwrap();
-        let pages =
-            touches.split(',').filter(|page| !page.is_empty()).map(|page| page.parse::<usize>().unwrap());
-        pages.for_each(|page| assert_eq!(guest.read(page * PAGE), 7));
-        fs::write(format!("{socket}.{touches}"), "").unwrap();
-        loop {
-            thread::park();
-        }
-    })
+/// A guest that touches some pages and lives until it is killed. The argument is `socket:pages`.
+fn touching_guest(argument: &str) {
+    let (socket, touches) = argument.rsplit_once(':').unwrap();
+    // The alarm ends the guest if its parent has failed.
+    nix::unistd::alarm::set(60);
+    let guest = Guest::new(&[100 * PAGE], false).unwrap();
+    let _stream = guest.hand_over(socket.as_ref()).unwrap();
+    let pages = touches.split(',').filter(|page| !page.is_empty()).map(|page| page.parse::<usize>().unwrap());
+    pages.for_each(|page| assert_eq!(guest.read(page * PAGE), 7));
+    fs::write(format!("{socket}.{touches}"), "").unwrap();
+    loop {
+        thread::park();
+    }
 }
 
 #[test]
 fn an_idle_guest_leaves_the_recording_to_the_next_guest() {
-    let test = this_test!();
-    if child::is_child(test) {
-        guest(test, Path::new(""), "");
-    }
-    let recorder = Recorder::start(tempfile::tempdir().unwrap());
+    let body = child::body(this_test!(), touching_guest);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("touches");
+    let builder = handler(folder.path()).record(&path);
+    let mut recorder = RunningHandler::start(folder, builder);
     let good = recording(&Pool::new().unwrap());
-    good.write(recorder.path()).unwrap();
-    let guest = |touches| guest(test, &recorder.folder.path().join("socket"), touches);
+    good.write(&path).unwrap();
+    let guest = |touches| body.spawn(format!("{}:{touches}", recorder.socket().display()));
     // A guest that ends and an idle guest come before the guest that is recorded.
     let mut first = guest("");
-    until(|| recorder.has_told("serving") == 1);
+    until(|| recorder.reported("serving") == 1);
     first.kill();
-    until(|| recorder.has_told("ended") == 1);
-    assert_eq!(Recording::read(recorder.path()).unwrap(), good, "an empty recording replaces none");
-    assert_eq!(recorder.has_told("touched no page"), 1);
+    until(|| recorder.reported("ended") == 1);
+    assert_eq!(Recording::read(&path).unwrap(), good, "an empty recording replaces none");
+    assert_eq!(recorder.reported("touched no page"), 1);
     let mut idle = guest("");
-    until(|| recorder.has_told("serving") == 2);
+    until(|| recorder.reported("serving") == 2);
     let mut busy = guest("70,3,9,4");
-    until(|| recorder.has_told("serving") == 3);
+    until(|| recorder.reported("serving") == 3);
     let has_touched = |touches| recorder.folder.path().join(format!("socket.{touches}")).exists();
     until(|| has_touched("70,3,9,4"));
     let mut late = guest("1");
     until(|| has_touched("1"));
     for (count, guest) in [&mut late, &mut busy, &mut idle].into_iter().enumerate() {
         guest.kill();
-        until(|| recorder.has_told("ended") == count + 2);
+        until(|| recorder.reported("ended") == count + 2);
     }
-    let recorded: Vec<u64> = Recording::read(recorder.path()).unwrap().offsets().collect();
+    let recorded: Vec<u64> = Recording::read(&path).unwrap().offsets().collect();
     assert_eq!(recorded, [70, 3, 9, 4].map(|page| page * PAGE as u64));
-    let (folder, told) = recorder.end();
-    assert_eq!(told.iter().filter(|line| line.contains("4 first touches recorded")).count(), 1, "{told:?}");
-    let left = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    recorder.stop();
+    assert_eq!(recorder.reported("4 first touches recorded"), 1, "{:?}", recorder.events());
+    let left = fs::read_dir(recorder.folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(left.into_iter().all(|name| !name.to_string_lossy().ends_with(".part")));
 }
 

@@ -2,7 +2,7 @@
 //! again, and they keep written bytes.
 
 use crate::donated::pages_of;
-use crate::{comes_true, pattern, until};
+use crate::{SetOnDrop, comes_true, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, Pool, Region, Source};
@@ -180,7 +180,7 @@ fn a_region_under_constant_swapping_shows_its_bytes() {
                 page_out_everything();
             }
         });
-        let ends = Ends(&done);
+        let ends = SetOnDrop(&done);
         for round in 0..6 {
             let (memory, donated) = (pattern(round, 2 * BLOCK + 5000), pattern(round + 100, 2 * BLOCK));
             // A source that may be read twice, because a claim is dropped while the map changes.
@@ -201,13 +201,4 @@ fn a_region_under_constant_swapping_shows_its_bytes() {
         drop(ends);
         pressure.join().unwrap();
     });
-}
-
-/// Ends the pressure when it is dropped, also by a panic.
-struct Ends<'d>(&'d AtomicBool);
-
-impl Drop for Ends<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
 }

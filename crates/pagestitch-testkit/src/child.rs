@@ -14,6 +14,7 @@
 //! ```
 
 use std::env;
+use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio, exit};
 
@@ -118,6 +119,35 @@ pub fn is_child(test: &str) -> bool {
     env::var_os(CHILD).is_some_and(|name| name == test)
 }
 
+/// Code that a test runs in children, each with an argument of its own.
+#[derive(Debug, Clone, Copy)]
+pub struct Body<'t>(&'t str);
+
+/// Declares the code of a test's children. In a child, it runs with the child's argument and exits.
+/// `test` is the full name of the calling test.
+///
+/// Code of the test before this call runs in both processes, so call it first.
+pub fn body(test: &str, body: impl FnOnce(&str)) -> Body<'_> {
+    if is_child(test) {
+        body(&env::var(ARGUMENT).unwrap_or_default());
+        exit(0);
+    }
+    Body(test)
+}
+
+impl Body<'_> {
+    /// Starts a child with `argument`, and returns while it runs.
+    ///
+    /// # Panics
+    ///
+    /// If the test binary cannot be started again.
+    pub fn spawn(&self, argument: impl AsRef<OsStr>) -> ChildTest {
+        let mut command = again(self.0);
+        command.env(ARGUMENT, argument).stdout(Stdio::piped()).stderr(Stdio::piped());
+        ChildTest(command.spawn().expect("a test binary can be started again"), String::from(self.0))
+    }
+}
+
 /// Starts `body` with `argument` in a child, and returns while it runs. `test` is the full name of
 /// the calling test.
 ///
@@ -127,13 +157,7 @@ pub fn is_child(test: &str) -> bool {
 ///
 /// If the test binary cannot be started again.
 pub fn spawn(test: &str, argument: &str, body: impl FnOnce(&str)) -> ChildTest {
-    if is_child(test) {
-        body(&env::var(ARGUMENT).unwrap_or_default());
-        exit(0);
-    }
-    let mut command = again(test);
-    command.env(ARGUMENT, argument).stdout(Stdio::piped()).stderr(Stdio::piped());
-    ChildTest(command.spawn().expect("a test binary can be started again"), String::from(test))
+    self::body(test, body).spawn(argument)
 }
 
 /// Runs `body` in a child. `test` is the calling test's full name, as `cargo test` prints it.

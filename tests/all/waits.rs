@@ -1,0 +1,59 @@
+//! Waits for conditions, without a sleep of a guessed length and without spinning.
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch::Manual;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longer than any step of a test takes on a loaded machine: a longer step hangs.
+pub(crate) const HANG: Duration = Duration::from_secs(120);
+
+/// Waits until `done` is true. The wait sleeps between two looks, because a test that spins takes a
+/// CPU from the threads that it waits for. Counters may lag behind the bytes that they count,
+/// because a thread runs on as soon as the kernel has its page. The limit ends a hang and orders
+/// nothing.
+pub(crate) fn until(done: impl FnMut() -> bool) {
+    assert!(comes_true(done), "the condition is still false after {HANG:?}");
+}
+
+/// Waits as [`until`] does, and returns false in place of a panic.
+pub(crate) fn comes_true(mut done: impl FnMut() -> bool) -> bool {
+    let (started, mut pause) = (Instant::now(), Duration::from_micros(20));
+    while !done() {
+        if started.elapsed() > HANG {
+            return false;
+        }
+        thread::sleep(pause);
+        pause = (2 * pause).min(Duration::from_millis(5));
+    }
+    true
+}
+
+/// Serves as a loop of the application does, whenever the descriptor is readable, until `done` is
+/// true.
+pub(crate) fn serve_until(manual: &mut Manual, budget: usize, mut done: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !done() {
+        assert!(started.elapsed() < HANG, "the condition is still false after {HANG:?}");
+        if is_readable(manual, PollTimeout::from(5_u8)) {
+            manual.serve_ready(budget);
+        }
+    }
+}
+
+/// True if a manual has something to serve within `timeout`.
+pub(crate) fn is_readable(manual: &Manual, timeout: PollTimeout) -> bool {
+    let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+    poll(&mut ready, timeout).unwrap() == 1
+}
+
+/// Sets a flag when it is dropped, also by a panic, so that other threads end.
+pub(crate) struct SetOnDrop<'f>(pub(crate) &'f AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
