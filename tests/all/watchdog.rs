@@ -5,15 +5,18 @@ use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
-use pagestitch::source::{Fetch, Reply};
-use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Readahead, Region};
+use pagestitch::source::{Fetch, Memory, Reply};
+use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Process, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::FaultMode;
 use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
+use std::fs;
 use std::io::IoSliceMut;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -80,6 +83,50 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     until(|| region.failures().is_empty());
     assert_eq!(touch(address), byte_at(3 * PAGE as u64));
     assert_eq!(region.close().faults_given_up, 1);
+}
+
+/// The bytes of a region whose source hangs.
+struct Lower(Arc<Region>);
+
+impl AsRef<[u8]> for Lower {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_slice()
+    }
+}
+
+/// The kernel waits for a byte of the first chunk while it copies it, and its worker keeps the events of that region from being
+/// read meanwhile. The watchdog must not wait for this worker.
+#[test]
+fn a_fault_times_out_beside_memory_that_cannot_be_read() {
+    if !waits_in_the_kernel() {
+        return;
+    }
+    let (slow, others) = (hanging(), hanging());
+    let lower = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).readahead(Readahead::None);
+    let lower = Arc::new(lower.build(&Pool::new().unwrap()).unwrap());
+    let guest = Guest::new(&[10 * PAGE], false).unwrap();
+    let start = guest.ranges()[0].0;
+    // The kernel tells of them in this order, and the only worker reads both.
+    let waiting = |threads: usize| {
+        let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", guest.uffd().as_raw_fd())).unwrap();
+        about.lines().any(|line| line.strip_prefix("total:").is_some_and(|n| n.trim() == threads.to_string()))
+    };
+    let asked = [(3, 1), (6, 2)].map(|(page, threads)| {
+        let asked = thread::spawn(move || read_through_the_kernel(start + page * PAGE));
+        until(|| waiting(threads));
+        asked
+    });
+    let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(50));
+    let pool = pool.start().unwrap();
+    let builder = Region::builder().chunk(Memory::new(Lower(Arc::clone(&lower)))).readahead(Readahead::None);
+    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
+    let upper = builder.build_adopted(memory, &pool).unwrap();
+    let other = Region::builder().chunk(Chunk::source(Arc::clone(&others))).build(&pool).unwrap();
+    let timed_out = all_time_out(&other, 1);
+    let both = comes_true(|| upper.metrics().faults_given_up == 2);
+    [slow, others].iter().for_each(|source| source.release());
+    assert!(timed_out && both, "{:?}", upper.metrics());
+    assert!(asked.into_iter().all(|thread| thread.join().unwrap().is_err()));
 }
 
 /// True if a page can time out without a signal: a system call waits in the page and gets an error.
@@ -230,7 +277,7 @@ fn be_stopped_for(time: Duration) {
     let parent = Pid::this();
     let wakes = ForkedChild::start(|| {
         let stopped = || {
-            let stat = std::fs::read_to_string(format!("/proc/{parent}/stat")).unwrap();
+            let stat = fs::read_to_string(format!("/proc/{parent}/stat")).unwrap();
             stat.rsplit(')').next().unwrap().trim_start().starts_with('T')
         };
         until(stopped);

@@ -1,7 +1,7 @@
 //! What the kernel tells of a region but for faults: pages that are let go, unmapped or moved, and forks.
 
 use crate::region::Served;
-use crate::region::adopted::Adopted;
+use crate::region::adopted::{Adopted, Busy};
 use crate::region::family::{Family, first_page};
 use crate::region::place::Place;
 use crate::region::strays::Rest;
@@ -49,6 +49,21 @@ impl Served {
     ) -> bool {
         // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
         let _alone = self.place.adopted().and_then(Adopted::change);
+        self.read_alone(batch, told)
+    }
+
+    /// As [`read_events`](Self::read_events), for a thread that must not wait: an installation may take as long as memory of a source
+    /// cannot be read.
+    pub(crate) fn try_read_events(
+        &self,
+        batch: &mut Batch,
+        told: &mut dyn FnMut(News) -> Result<(), News>,
+    ) -> Result<bool, Busy> {
+        let _alone = self.place.adopted().map(Adopted::try_change).transpose()?;
+        Ok(self.read_alone(batch, told))
+    }
+
+    fn read_alone(&self, batch: &mut Batch, told: &mut dyn FnMut(News) -> Result<(), News>) -> bool {
         // An owner that forks or moves without end waits until some of it has been seen to.
         if self.family.is_none() && self.strays.are_many() && self.close_strays() == Rest::Some {
             batch.clear();

@@ -42,16 +42,17 @@ impl Pace {
     pub(crate) fn turn(&self) -> Option<Reading<'_>> {
         let mine = (self.turns.fetch_add(1, Ordering::Relaxed) + 1) << 1;
         let now = nanoseconds(Instant::now());
-        let mut taken = false;
+        let (mut taken, mut late) = (false, false);
         let next = |state| {
-            taken = state == FREE || self.is_late(now);
+            late = state != FREE && self.is_late(now);
+            taken = state == FREE || late;
             Some(if taken { mine } else { state | CALLED })
         };
         let _ = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
         taken.then(|| {
             // Always a time: the worker may enter a source with the turn, whatever it does first.
             self.read.store(now, Ordering::Relaxed);
-            Reading { pace: Some(self), held: Some(mine) }
+            Reading { pace: Some(self), held: Some(mine), late }
         })
     }
 
@@ -86,12 +87,19 @@ pub(crate) struct Reading<'p> {
     pace: Option<&'p Pace>,
     /// As the turn is while it is held, and nobody has called.
     held: Option<u64>,
+    /// It was taken from a late worker.
+    late: bool,
 }
 
 impl Reading<'_> {
     /// Anybody's.
     pub(super) const fn free() -> Self {
-        Self { pace: None, held: None }
+        Self { pace: None, held: None, late: false }
+    }
+
+    /// Whether the worker may wait until events can be read. The late worker may be waiting for that already, and one is enough.
+    pub(crate) const fn may_wait(&self) -> bool {
+        !self.late
     }
 
     /// How many faults of a batch are not worth another worker.
@@ -149,7 +157,8 @@ impl Reading<'_> {
 
     /// Takes the turn once more, unless somebody else has it, who will look then.
     fn again(&mut self) -> bool {
-        self.held = self.pace.and_then(Pace::turn).and_then(|turn| turn.held);
+        let turn = self.pace.and_then(Pace::turn);
+        (self.held, self.late) = turn.map_or((None, false), |turn| (turn.held, turn.late));
         self.held.is_some()
     }
 }

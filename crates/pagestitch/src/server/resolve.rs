@@ -2,6 +2,7 @@
 //! is interpreted.
 
 use crate::region::Served;
+use crate::region::adopted::{Adopted, Busy};
 use crate::region::page_table::{Claim, State, Wake};
 use crate::source::{Content, Failure, Filled, gone};
 use pagestitch_kernel::Features;
@@ -139,16 +140,27 @@ fn install_some(
 /// What a page holds is not known any more: events have to be read first.
 struct Changing;
 
+/// While it is held, what pages hold stays as it is. None where it stays so anyway.
+type Held<'r> = Option<RwLockReadGuard<'r, ()>>;
+
 /// Keeps what a span holds as it is, where others may change that. `Changing` if it was let go since it was claimed: what was
 /// filled is not what it holds.
-fn held(region: &Served, span: Span) -> Result<Option<RwLockReadGuard<'_, ()>>, Changing> {
-    let Some(adopted) = region.place.adopted() else { return Ok(None) };
-    let Some(guard) = adopted.hold() else { return Ok(None) };
-    if span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
+fn held(region: &Served, span: Span) -> Result<Held<'_>, Changing> {
+    unless_forgotten(region, span, region.place.adopted().and_then(Adopted::hold))
+}
+
+/// As [`held`], for a thread that must not wait.
+fn held_now(region: &Served, span: Span) -> Result<Held<'_>, Changing> {
+    let held = region.place.adopted().map(Adopted::try_hold).transpose();
+    unless_forgotten(region, span, held.map_err(|Busy| Changing)?.flatten())
+}
+
+fn unless_forgotten<'r>(region: &Served, span: Span, held: Held<'r>) -> Result<Held<'r>, Changing> {
+    if held.is_some() && span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
         region.counters.local().retries.add(1);
         return Err(Changing);
     }
-    Ok(Some(guard))
+    Ok(held)
 }
 
 /// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
@@ -275,6 +287,21 @@ fn is_marked(region: &Served, span: Span) -> bool {
 
 /// Poisons the claim's first page and keeps the reason. Never zeros for bytes.
 pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> Stopped {
+    match held(region, claim.span().prefix(1)) {
+        Ok(held) => fail_held(region, claim, failure, &held),
+        Err(Changing) => Stopped::Changing,
+    }
+}
+
+/// As [`fail`], for a thread that must not wait: [`Stopped::Changing`] also while another thread keeps events from being read.
+pub(super) fn fail_now(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> Stopped {
+    match held_now(region, claim.span().prefix(1)) {
+        Ok(held) => fail_held(region, claim, failure, &held),
+        Err(Changing) => Stopped::Changing,
+    }
+}
+
+fn fail_held(region: &Served, claim: &mut Claim<'_>, failure: Failure, _: &Held<'_>) -> Stopped {
     let page = claim.span().first;
     let failure = Arc::new(failure);
     if region.owner_has_ended() {
@@ -283,7 +310,6 @@ pub(super) fn fail(region: &Served, claim: &mut Claim<'_>, failure: Failure) -> 
     }
     // Kept first: who finds the page poisoned finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
-    let Ok(_held) = held(region, page.span()) else { return Stopped::Changing };
     if let Some(adopted) = region.place.adopted() {
         adopted.lose(&region.name);
     }

@@ -18,7 +18,7 @@ use crate::region::page_table::{Unclaimed, Wake};
 use crate::server::crew::{BOUND, Look, Seen};
 use crate::server::fault::Asked;
 use crate::server::pool::Shared;
-use crate::server::resolve::{Stopped, fail, poison};
+use crate::server::resolve::{Stopped, fail_now, poison};
 use crate::server::worker::{AbortOnPanic, Handed, asked_of};
 use crate::source::Failure;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -221,7 +221,9 @@ impl Watchdog {
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
-        let again = region.read_events(&mut self.batch, &mut |news| region.hear(news));
+        // It comes back at the next look: a watchdog that waits for one region watches none.
+        let read = region.try_read_events(&mut self.batch, &mut |news| region.hear(news));
+        let Ok(again) = read else { return };
         let read = Instant::now();
         let asked = self.batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
         self.read.extend(asked.map(|asked| Handed::new(region, asked)));
@@ -244,14 +246,14 @@ fn give_up(region: &Served, fault: &Overdue) {
     let said = failure.to_string();
     let given_up = match region.pages.claim_touched(fault.page, region, || region.is_resident(fault.page)) {
         // No worker has begun: the page is bad as any that has failed.
-        Ok(mut claim) => matches!(fail(region, &mut claim, failure), Stopped::Failed(_)),
+        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), Stopped::Failed(_)),
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
         // It has come, or is bad, and the queued fault is late.
         Err(Unclaimed::Resident) => return region.wake(fault.page.span()),
         Err(Unclaimed::Poisoned) => return drop(poison(region, fault.page.span())),
     };
     if !given_up {
-        // The map is changing: it is tried again at the next look.
+        // The map is changing, or is held: the page is tried again at the next look.
         return region.counters.keep_on(fault);
     }
     region.counters.local().faults_given_up.add(1);

@@ -7,6 +7,7 @@
 //! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::policy::Replay;
+use crate::region::adopted::Busy;
 use crate::region::pace::TURN_MAX;
 use crate::region::{Door, Reading, Served};
 use crate::server::fault::{Asked, fill_ahead, replay, serve};
@@ -194,7 +195,10 @@ impl Worker {
         // Who comes while somebody reads from adopted memory leaves it to that one, which may hang in a source.
         let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
-            self.serve_read(&region, &mut turn);
+            if self.serve_read(&region, &mut turn) == Err(Busy) {
+                // The turn is not given on: the next worker takes it when it is late, and does not wait either.
+                return self.shared.look_later(&region, TURN_MAX);
+            }
             if turn.ends(self.batch.is_full()) {
                 return;
             }
@@ -204,10 +208,16 @@ impl Worker {
         self.shared.look_again(&self.ready, &region);
     }
 
-    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) {
+    /// Reads a batch of events, and serves it or hands it on.
+    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
         let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Regions whose children are served are not read here.
-        if region.read_events(batch, &mut |news| region.hear(news)) {
+        let hear = &mut |news| region.hear(news);
+        let again = match turn.may_wait() {
+            true => region.read_events(batch, hear),
+            false => region.try_read_events(batch, hear)?,
+        };
+        if again {
             shared.look_later(region, MOMENT);
         }
         let read = Instant::now();
@@ -238,6 +248,7 @@ impl Worker {
             self.serve_in_berth(region, first);
         }
         self.serve_some_handed(kept);
+        Ok(())
     }
 
     /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.

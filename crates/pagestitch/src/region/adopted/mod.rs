@@ -25,7 +25,7 @@ mod removed;
 
 pub(super) use leave::abandon;
 pub use memory::{AdoptedMemory, LetGo, Loss};
-pub(crate) use pages::Adopted;
+pub(crate) use pages::{Adopted, Busy};
 
 use crate::error::Error;
 use crate::metrics::{Meter, Metrics};

@@ -5,9 +5,10 @@ use super::memory::{LetGo, Loss};
 use super::removed::Removed;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
-use pagestitch_kernel::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use pagestitch_kernel::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, yield_now};
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, PoisonError, TryLockError, TryLockResult};
+use std::time::{Duration, Instant};
 
 /// Adopted memory as it is served.
 #[derive(Debug)]
@@ -28,6 +29,18 @@ pub(crate) struct Adopted {
     let_go: LetGo,
     /// None of a forked child's, which nothing else can adopt.
     pub(super) listed: Option<Listed>,
+}
+
+/// The lock of the map is held, maybe for as long as a source's memory cannot be read: the kernel waits in it while it copies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Busy;
+
+fn unless_busy<G>(lock: TryLockResult<G>) -> Result<G, Busy> {
+    match lock {
+        Ok(guard) => Ok(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => Err(Busy),
+    }
 }
 
 /// A range of addresses and the pages that it holds.
@@ -114,9 +127,34 @@ impl Adopted {
         (self.let_go == LetGo::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// As [`hold`](Self::hold), for a thread that must not wait.
+    pub(crate) fn try_hold(&self) -> Result<Option<RwLockReadGuard<'_, ()>>, Busy> {
+        if self.let_go != LetGo::Zeros {
+            return Ok(None);
+        }
+        unless_busy(self.map.try_read()).map(Some)
+    }
+
     /// Until it is dropped, nothing is installed. None as above.
     pub(crate) fn change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
         (self.let_go == LetGo::Zeros).then(|| self.map.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// As [`change`](Self::change), for a thread that must not wait long.
+    pub(crate) fn try_change(&self) -> Result<Option<RwLockWriteGuard<'_, ()>>, Busy> {
+        if self.let_go != LetGo::Zeros {
+            return Ok(None);
+        }
+        let mut began = None;
+        loop {
+            match unless_busy(self.map.try_write()) {
+                Ok(guard) => return Ok(Some(guard)),
+                Err(Busy) if began.get_or_insert_with(Instant::now).elapsed() > INSTALLING => {
+                    return Err(Busy);
+                }
+                Err(Busy) => yield_now(),
+            }
+        }
     }
 
     /// Takes note that the owner has let go of a span.
@@ -171,3 +209,6 @@ impl Adopted {
         part.expect("a page of the region")
     }
 }
+
+/// Longer than the installation of a block takes.
+const INSTALLING: Duration = Duration::from_millis(1);
