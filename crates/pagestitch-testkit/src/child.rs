@@ -94,7 +94,7 @@ impl ChildTest {
     }
 }
 
-/// The name of the calling test, as `cargo test` prints it: [`run`](crate::child::run) and [`spawn`](crate::child::spawn) take it.
+/// The name of the calling test, as `cargo test` prints it: [`run`] and [`spawn`] take it.
 ///
 /// The macro belongs into the test itself, because in a helper it names the helper. A closure in
 /// the test also works.
