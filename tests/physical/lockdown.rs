@@ -14,7 +14,9 @@ fn lockdown_is_named_to_root() {
     let error = pci_resource(&path, Access::ReadOnly).unwrap_err();
     assert_eq!(error.refusal, Refusal::Lockdown, "{error}");
     assert!(
-        error.to_string().ends_with("the kernel is locked down (Secure Boot, lockdown=): boot without"),
+        error
+            .to_string()
+            .ends_with("the kernel is locked down (Secure Boot, lockdown=): boot it without lockdown"),
         "{error}"
     );
 }

@@ -33,7 +33,7 @@ pub struct Received {
 pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let Received { bytes, fds, cut } = receive_all(socket, into)?;
     if cut {
-        let what = "not all descriptors could be taken: raise the limit on open files (ulimit -n)";
+        let what = "the kernel dropped descriptors of the message: raise the limit on open files (ulimit -n)";
         return Err(io::Error::new(io::ErrorKind::InvalidData, what));
     }
     Ok((bytes, fds))

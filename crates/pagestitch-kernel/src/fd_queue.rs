@@ -204,7 +204,7 @@ mod tests {
         let (_read, write) = pipe().unwrap();
         let room = (0..100_000).take_while(|_| queue.put(write.as_fd()).is_ok()).count();
         assert!((64..100_000).contains(&room), "{room}");
-        assert!(!queue.rotate(|_| true), "there is no room to go round");
+        assert!(!queue.rotate(|_| true), "the queue has no space for one more");
         assert!(queue.rotate(|_| false) && queue.rotate(|_| true));
     }
 }

@@ -127,6 +127,6 @@ mod tests {
     fn all_threads_of_a_process_are_of_one_fork_generation() {
         let generations: Vec<_> = (0..8).map(|_| std::thread::spawn(ForkGeneration::current)).collect();
         assert!(generations.into_iter().all(|generation| generation.join().unwrap().is_current()));
-        assert!(wiped_page().is_some(), "process ids do where there is no such page");
+        assert!(wiped_page().is_some(), "a generation is a process id only without such a page");
     }
 }

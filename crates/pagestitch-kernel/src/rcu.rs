@@ -230,7 +230,7 @@ mod models {
                             let seen = rcu.read();
                             let freed = Arc::clone(&seen.value().expect("it was published before").0);
                             for _ in 0..3 {
-                                assert_eq!(freed.load(Ordering::SeqCst), 0, "freed while it was looked at");
+                                assert_eq!(freed.load(Ordering::SeqCst), 0, "freed while a reader had it");
                             }
                             drop(seen);
                         }

@@ -133,16 +133,16 @@ impl Uffd {
 /// The reason and the remedy, for a person.
 pub fn available(features: Features) -> Result<(), &'static str> {
     if !features.contains(Features::MOVE) {
-        return Err("this kernel cannot move pages (Linux 6.8)");
+        return Err("this kernel cannot move pages: use Linux 6.8 or newer");
     }
     if PageSize::system().bytes() != 4096 {
-        return Err("huge pages are not 2 MiB here");
+        return Err(
+            "a huge page is not 2 MiB, because the base page is not 4 KiB: use a kernel with 4 KiB pages",
+        );
     }
     swap::moves_safely()?;
     if thp_is_disabled() {
-        return Err(
-            "huge pages are off for this process (prctl PR_SET_THP_DISABLE): switch them on, or do without",
-        );
+        return Err("huge pages are off for this process (prctl PR_SET_THP_DISABLE): switch them on");
     }
     let mode = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     if mode.contains("[always]") || mode.contains("[madvise]") {

@@ -41,7 +41,7 @@ pub fn moves_safely() -> Result<(), &'static str> {
     let racing = uname().is_ok_and(|names| races(&names.release().to_string_lossy()));
     if racing && is_on() {
         return Err(
-            "swap is on, and this kernel may lose a page that moves while it is swapped out: swapoff -a, or Linux 6.16 or 6.12.37",
+            "swap is on, and this kernel may lose a page that moves while it is swapped out: run swapoff -a, or use Linux 6.12.37 or 6.16",
         );
     }
     Ok(())

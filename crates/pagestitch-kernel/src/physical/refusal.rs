@@ -170,17 +170,17 @@ impl fmt::Display for Refusal {
             Self::NoNode(path) => write!(f, "there is no {path}"),
             Self::NoPermission(path) => write!(f, "{path} may not be opened: become root, or a member of its group"),
             Self::NoCapability(name) => write!(f, "this process lacks {name}: become root, or grant it (setcap; root of a container: --cap-add)"),
-            Self::Lockdown => f.write_str("the kernel is locked down (Secure Boot, lockdown=): boot without"),
+            Self::Lockdown => f.write_str("the kernel is locked down (Secure Boot, lockdown=): boot it without lockdown"),
             Self::NotWholePages => f.write_str("not whole pages, or none: align its start and its end to the page size"),
             Self::SystemRam(_) => f.write_str(
                 "it is the kernel's own memory (System RAM), which CONFIG_STRICT_DEVMEM forbids: reserve it at boot \
-                 (memmap=SIZE$START), or use a kernel without",
+                 (memmap=SIZE$START), or use a kernel without that option",
             ),
             Self::Claimed(owner) => write!(
                 f,
                 "{owner} has claimed it: unbind the driver, use the device's resource file, or boot with iomem=relaxed"
             ),
-            Self::OtherCaching => f.write_str("it is mapped with other caching already: ask for the same"),
+            Self::OtherCaching => f.write_str("it is mapped with other caching already: use the same caching"),
             Self::Ports => f.write_str("it cannot be mapped: I/O ports, or claimed by a driver; choose a memory resource"),
             Self::NotDecoding => f.write_str("the device does not decode memory: write 1 to the file `enable` beside it"),
             Self::NoPin(Errno::ENOSYS | Errno::EPERM) => f.write_str(

@@ -59,7 +59,7 @@ impl fmt::Display for AdoptError {
                     "the descriptor is no userfaultfd but {what}: send the one that the memory is registered with"
                 )
             }
-            Self::Refused(errno) => write!(f, "the descriptor cannot be taken over: {errno}"),
+            Self::Refused(errno) => write!(f, "the descriptor cannot be adopted: {errno}"),
             Self::OwnMemory => write!(
                 f,
                 "the userfaultfd fills memory of this process, not of another: to fill it, make the promise of OwnMemory"

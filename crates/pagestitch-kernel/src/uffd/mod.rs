@@ -258,7 +258,7 @@ impl Uffd {
     #[doc(alias = "UFFDIO_MOVE")]
     #[expect(unsafe_code, reason = "takes pages away")]
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
-        assert_eq!(source.bytes(), range.bytes(), "as many pages move as are missing");
+        assert_eq!(source.bytes(), range.bytes(), "the ranges have the same length");
         self.fill(Operation::Move, range, |part, waiters| {
             let mut request = abi::Copy::new(part, source.start() + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory, which have no value
