@@ -31,8 +31,8 @@ pub(crate) struct Options {
     seed: u64,
 }
 
-/// What was seen.
-struct Seen {
+/// What was measured.
+struct Measurement {
     pieces: usize,
     len: usize,
     build_ns: u64,
@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if content.is_empty() {
         return Err(format!("{} is empty: name a file with some bytes", path.display()).into());
     }
-    let cuts = cut(content.len(), options.seed);
+    let cuts = cut_at_random(content.len(), options.seed);
     if !as_json {
         writeln!(
             stdout(),
@@ -65,16 +65,16 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
             "Every other piece is a heap buffer of its own; the rest stays in the file. One region shows them as the whole.\n"
         )?;
     }
-    let seen = measure(options, &path, &file, &content, &cuts)?;
+    let measured = measure(options, &path, &file, &content, &cuts)?;
     if as_json {
-        print_json(&seen)?
+        print_json(&measured)?
     } else {
-        print(&seen)?
+        print(&measured)?
     }
-    if seen.sha256 != seen.expected {
+    if measured.sha256 != measured.expected {
         return Err(format!(
             "the region's SHA-256 is {}, the file's {}: this is a defect",
-            seen.sha256, seen.expected
+            measured.sha256, measured.expected
         )
         .into());
     }
@@ -82,7 +82,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
 }
 
 /// Cuts `len` bytes into some hundred pieces, from a few bytes to many pages long.
-fn cut(len: usize, seed: u64) -> Vec<Range<usize>> {
+fn cut_at_random(len: usize, seed: u64) -> Vec<Range<usize>> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut cuts = Vec::new();
     let mut start = 0;
@@ -101,7 +101,7 @@ fn measure(
     file: &Arc<File>,
     content: &[u8],
     cuts: &[Range<usize>],
-) -> Result<Seen, Box<dyn Error>> {
+) -> Result<Measurement, Box<dyn Error>> {
     let buffers: Vec<Memory> =
         cuts.iter().step_by(2).map(|cut| Memory::from(content[cut.clone()].to_vec())).collect();
     let pool = Pool::new()?;
@@ -124,7 +124,7 @@ fn measure(
     let expected = hexadecimal(&Sha256::digest(copy?));
     let again = build()?;
     again.populate(..)?;
-    Ok(Seen {
+    Ok(Measurement {
         pieces: cuts.len(),
         len,
         build_ns,
@@ -152,8 +152,9 @@ fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Resul
     Ok(copy)
 }
 
-fn print(seen: &Seen) -> Result<(), Box<dyn Error>> {
-    let Seen { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } = seen;
+fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
+    let Measurement { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } =
+        measured;
     let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
     let pages = len.div_ceil(Support::current().page_size().bytes());
     let mut out = stdout();
@@ -186,8 +187,9 @@ fn print(seen: &Seen) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn print_json(seen: &Seen) -> Result<(), Box<dyn Error>> {
-    let Seen { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } = seen;
+fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
+    let Measurement { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } =
+        measured;
     let at = |quantile| latencies.value_at_quantile(quantile);
     let all = json!({
         "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,

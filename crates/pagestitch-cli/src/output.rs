@@ -62,7 +62,7 @@ impl Progress {
     /// Takes note of `bytes` more.
     pub(crate) fn advance(&mut self, bytes: u64) {
         self.done += bytes;
-        if self.bar.is_none() && !self.hidden && self.started.elapsed() > PATIENCE {
+        if self.bar.is_none() && !self.hidden && self.started.elapsed() > SHOWN_AFTER {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
                 .expect("a template that indicatif takes");
             let bar = ProgressBar::new(self.total).with_style(style).with_message(self.what);
@@ -83,7 +83,7 @@ impl Drop for Progress {
 }
 
 const WIDTH_OF_A_FILE: u16 = 120;
-const PATIENCE: Duration = Duration::from_secs(1);
+const SHOWN_AFTER: Duration = Duration::from_secs(1);
 
 /// Bytes as digits.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {

@@ -138,7 +138,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
     say(listening);
     let mut meters: HashMap<i32, Meter> = HashMap::new();
-    let mut lost = Lost::default();
+    let mut lost = LostOutputs::default();
     handler.run(|event| {
         say(if as_json { to_json(event).to_string() } else { event.to_string() });
         match event {
@@ -165,7 +165,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
 
 /// Why files that were asked for are not there at the end.
 #[derive(Debug, Default)]
-struct Lost {
+struct LostOutputs {
     recording: Option<String>,
     map: Option<String>,
 }

@@ -64,8 +64,8 @@ pub(crate) struct Options {
     seed: u64,
 }
 
-/// What was done, as far as it was asked for.
-struct Done {
+/// What was summary, as far as it was asked for.
+struct Summary {
     bytes: usize,
     chunks: usize,
     build_ns: u64,
@@ -111,16 +111,16 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         heatmap::write(path, &region.meter())?;
     }
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
-    let done =
-        Done { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
+    let summary =
+        Summary { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
     // Standard output may be the region itself.
     let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
         Some("-") => Box::new(io::stderr()),
         _ => Box::new(stdout()),
     };
     match as_json {
-        true => print_json(&mut out, &done)?,
-        false => print(&mut out, &done)?,
+        true => print_json(&mut out, &summary)?,
+        false => print(&mut out, &summary)?,
     }
     Ok(())
 }
@@ -166,7 +166,7 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
 }
 
-/// Finds outputs that cannot be written before any work is done for them.
+/// Finds outputs that cannot be written before any work is summary for them.
 fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     let to_stdout = options.output.as_deref() == Some(Path::new("-"));
     if options.live && to_stdout {
@@ -253,8 +253,8 @@ impl Blocks<'_> {
     }
 }
 
-fn print(out: &mut dyn Write, done: &Done) -> io::Result<()> {
-    let Done { bytes: len, chunks, build_ns, latencies, sha256, plan, metrics } = done;
+fn print(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
+    let Summary { bytes: len, chunks, build_ns, latencies, sha256, plan, metrics } = summary;
     if let Some(plan) = plan {
         write!(out, "{plan}")?;
     }
@@ -290,8 +290,8 @@ fn print(out: &mut dyn Write, done: &Done) -> io::Result<()> {
     Ok(())
 }
 
-fn print_json(out: &mut dyn Write, done: &Done) -> io::Result<()> {
-    let Done { bytes, chunks, build_ns, latencies, sha256, plan, metrics } = done;
+fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
+    let Summary { bytes, chunks, build_ns, latencies, sha256, plan, metrics } = summary;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
         json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})

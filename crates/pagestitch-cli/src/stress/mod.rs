@@ -19,7 +19,7 @@ mod stopped;
 mod tally;
 
 use clap::Args;
-use kernel::Answers;
+use kernel::Injection;
 use serde_json::json;
 use std::error::Error;
 use std::io::{Write, stdout};
@@ -51,7 +51,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     let time = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
     let seed = options.seed.unwrap_or_else(time);
     if options.stopped {
-        return Ok(stopped::live(seed)?);
+        return Ok(stopped::run_child(seed)?);
     }
     // What sources do on purpose is not to be told of each time.
     std::panic::set_hook(Box::new(|panic| {
@@ -60,13 +60,13 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         }
     }));
     let (tally, started) = (Arc::new(Tally::default()), Instant::now());
-    let pulse = Arc::new(AtomicU64::new(0));
-    watch(seed, Arc::clone(&pulse));
+    let heartbeat = Arc::new(AtomicU64::new(0));
+    watch_heartbeat(seed, Arc::clone(&heartbeat));
     let mut round = options.round.unwrap_or(0);
     while started.elapsed() < Duration::from_secs(options.seconds) {
-        pulse.store(round << 32, Ordering::Relaxed);
-        round::run(seed, round, &tally, &pulse).map_err(|wrong| {
-            format!("{wrong}\n  to repeat it: pagestitch stress --seed {seed} --round {round}")
+        heartbeat.store(round << 32, Ordering::Relaxed);
+        round::run(seed, round, &tally, &heartbeat).map_err(|failure| {
+            format!("{failure}\n  to repeat it: pagestitch stress --seed {seed} --round {round}")
         })?;
         round += u64::from(options.round.is_none());
     }
@@ -75,17 +75,17 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
 }
 
 /// Ends the process when nothing has happened for long: somebody waits for ever.
-fn watch(seed: u64, pulse: Arc<AtomicU64>) {
+fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
     thread::spawn(move || {
         let mut last = (0, Instant::now());
         loop {
             thread::sleep(Duration::from_secs(1));
-            let now = pulse.load(Ordering::Relaxed);
+            let now = heartbeat.load(Ordering::Relaxed);
             if now != last.0 {
                 last = (now, Instant::now());
-            } else if last.1.elapsed() > PATIENCE {
-                eprintln!("pagestitch: a thread is stuck: nothing has happened for {PATIENCE:?}");
-                tell_where_threads_wait();
+            } else if last.1.elapsed() > STUCK_AFTER {
+                eprintln!("pagestitch: a thread is stuck: nothing has happened for {STUCK_AFTER:?}");
+                print_wait_channels();
                 eprintln!("  to repeat it: pagestitch stress --seed {seed} --round {}", now >> 32);
                 exit(1);
             }
@@ -94,7 +94,7 @@ fn watch(seed: u64, pulse: Arc<AtomicU64>) {
 }
 
 /// What each thread waits for in the kernel, as far as we are told.
-fn tell_where_threads_wait() {
+fn print_wait_channels() {
     let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
     for task in tasks {
         let said = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
@@ -105,16 +105,16 @@ fn tell_where_threads_wait() {
 fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::Result<()> {
     let mut out = stdout().lock();
     let counts = tally.all().into_iter().map(|(name, count)| (name.to_owned(), count));
-    let counts = counts.chain(Answers::told());
+    let counts = counts.chain(Injection::counts());
     if as_json {
         let mut all = json!({"seed": seed, "seconds": took.as_secs_f64()});
         counts.for_each(|(name, count)| all[name] = count.into());
         return writeln!(out, "{all}");
     }
-    writeln!(out, "seed {seed}, {:.1} s: no wrong byte, nobody stuck", took.as_secs_f64())?;
+    writeln!(out, "seed {seed}, {:.1} s: no failure byte, nobody stuck", took.as_secs_f64())?;
     counts
         .into_iter()
         .try_for_each(|(name, count)| writeln!(out, "  {count:>14}  {}", name.replace('_', " ")))
 }
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const STUCK_AFTER: Duration = Duration::from_secs(30);

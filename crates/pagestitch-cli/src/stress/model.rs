@@ -1,6 +1,6 @@
 //! A random list of chunks, and what a region of it has to show.
 
-use super::sources::{Chaotic, Later};
+use super::sources::{FaultyFetch, FaultySource};
 use super::tally::Tally;
 use fastrand::Rng;
 use pagestitch::source::{Donated, File, Memfd, Pages, UnsealedMemfd};
@@ -16,26 +16,32 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 pub(super) struct Model {
     pub(super) bytes: Vec<u8>,
     /// Byte ranges of the region whose source may fail.
-    bad: Vec<Range<usize>>,
-    chaotic: Vec<Arc<Chaotic>>,
+    failing: Vec<Range<usize>>,
+    faulty: Vec<Arc<FaultySource>>,
     /// Whether all of it lies in memory, or is mapped.
     pub(super) inline: bool,
-    /// Whether a page that is let go of can be had again.
-    pub(super) again: bool,
+    /// Whether a page that is let go of can be had refillable.
+    pub(super) refillable: bool,
     /// A donation of which the end was laid: its beginning, and the bytes of that.
     head: Option<(Arc<Donated>, Vec<u8>)>,
 }
 
 impl Model {
     /// Lays random chunks; `whole`: whole pages together, as a guest has them.
-    pub(super) fn lay(
+    pub(super) fn random(
         rng: &mut Rng,
         tally: &Arc<Tally>,
         whole: bool,
         mut builder: Builder,
     ) -> io::Result<(Self, Builder)> {
-        let mut model =
-            Self { bytes: vec![], bad: vec![], chaotic: vec![], inline: true, again: true, head: None };
+        let mut model = Self {
+            bytes: vec![],
+            failing: vec![],
+            faulty: vec![],
+            inline: true,
+            refillable: true,
+            head: None,
+        };
         // Few large ones, some, or so many that whole blocks are gathered of them.
         let (most, largest) = match rng.u8(..8) {
             0 | 1 => (20, 3 << 20),
@@ -62,12 +68,12 @@ impl Model {
     /// Whether an error of bytes in a range, which are read by whole pages, was declared.
     pub(super) fn may_fail(&self, range: &Range<usize>) -> bool {
         let pages = range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE);
-        self.bad.iter().any(|bad| bad.start < pages.end && pages.start < bad.end)
+        self.failing.iter().any(|bad| bad.start < pages.end && pages.start < bad.end)
     }
 
     /// From now on nothing fails.
     pub(super) fn repair(&self) {
-        self.chaotic.iter().for_each(|source| source.mended.store(true, Ordering::Relaxed));
+        self.faulty.iter().for_each(|source| source.repaired.store(true, Ordering::Relaxed));
     }
 
     /// A chunk, or several of one donation.
@@ -79,20 +85,20 @@ impl Model {
             }
             1 => {
                 let memfd = UnsealedMemfd::create("stress", len as u64)?;
-                memfd.file().write_all_at(self.random(rng, len), 0)?;
+                memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
                 Chunk::from(Memfd::from(memfd.seal()?))
             }
             2 => self.donated(rng, len)?,
             3 => {
                 // A file that has a name as long as it is open, and no longer.
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
-                memfd.file().write_all_at(self.random(rng, len), 0)?;
+                memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
                 self.inline = false;
                 let file = memfd.file().try_clone()?;
                 File::from_file(file, "file").map_err(io::Error::other)?.into()
             }
-            4 => Chunk::source(self.chaotic(rng, tally, len)),
-            5 => Chunk::fetch(Arc::new(Later(self.chaotic(rng, tally, len)))),
+            4 => Chunk::source(self.faulty(rng, tally, len)),
+            5 => Chunk::fetch(Arc::new(FaultyFetch(self.faulty(rng, tally, len)))),
             6 => return self.rotation(rng, tally, len),
             _ => self.memory(rng, len),
         }])
@@ -102,7 +108,7 @@ impl Model {
     fn rotation(&mut self, rng: &mut Rng, tally: &Tally, len: usize) -> io::Result<Vec<Chunk>> {
         Tally::count(&tally.donated_rotations, 1);
         let start = self.bytes.len();
-        let bytes = self.random(rng, len).to_vec();
+        let bytes = self.random_bytes(rng, len).to_vec();
         let mut pages = Pages::new(len)?;
         pages[..len].copy_from_slice(&bytes);
         let mut ends: Vec<usize> = (0..rng.usize(1..6)).map(|_| rng.usize(..len)).chain([0, len]).collect();
@@ -116,7 +122,7 @@ impl Model {
             rng.shuffle(&mut parts)
         }
         self.bytes.truncate(start);
-        (self.again, self.inline) = (false, false);
+        (self.refillable, self.inline) = (false, false);
         let (donated, aligned) = (Arc::new(Donated::from(pages)), rng.bool());
         let mut chunks = Vec::new();
         for part in parts {
@@ -133,7 +139,7 @@ impl Model {
     fn huge_part(&mut self, rng: &mut Rng, tally: &Tally) -> Option<Chunk> {
         let (start, len) = (self.bytes.len(), rng.usize(1..4 << 20));
         let len = if rng.bool() { len.next_multiple_of(PAGE) } else { len };
-        let memfd = huge_memfd(self.random(rng, len));
+        let memfd = huge_memfd(self.random_bytes(rng, len));
         match memfd.and_then(|memfd| Memfd::from_fd(memfd).map_err(io::Error::other)) {
             Ok(memfd) => {
                 Tally::count(&tally.hugetlb_parts, 1);
@@ -150,14 +156,14 @@ impl Model {
     /// The end of a donation or, of one whose end was laid before, its beginning: they share a page, as a rule.
     fn donated(&mut self, rng: &mut Rng, len: usize) -> io::Result<Chunk> {
         // What moved and was let go is gone; and at the edges they are read.
-        (self.again, self.inline) = (false, false);
+        (self.refillable, self.inline) = (false, false);
         if let Some((donated, head)) = self.head.take() {
             self.bytes.extend(&head);
             return Ok(Chunk::from(donated).range(0..head.len() as u64));
         }
         let cut = if rng.bool() { 0 } else { rng.usize(..len) };
         let mut pages = Pages::new(len)?;
-        let (offset, all) = (self.bytes.len(), self.random(rng, len));
+        let (offset, all) = (self.bytes.len(), self.random_bytes(rng, len));
         pages[..len].copy_from_slice(all);
         let head = all[..cut].to_vec();
         self.bytes.drain(offset..offset + cut);
@@ -171,13 +177,13 @@ impl Model {
     fn memory(&mut self, rng: &mut Rng, len: usize) -> Chunk {
         let start = rng.usize(..5000);
         let padding = vec![0xaa; start];
-        let bytes = [&padding, self.random(rng, len), &[0xaa]].concat();
+        let bytes = [&padding, self.random_bytes(rng, len), &[0xaa]].concat();
         Chunk::from(bytes).range(start as u64..(start + len) as u64)
     }
 
-    fn chaotic(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Arc<Chaotic> {
+    fn faulty(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Arc<FaultySource> {
         let offset = self.bytes.len();
-        let bytes = Arc::from(self.random(rng, len));
+        let bytes = Arc::from(self.random_bytes(rng, len));
         let bad = if rng.bool() {
             0..0
         } else {
@@ -185,23 +191,23 @@ impl Model {
             start..rng.usize(start + 1..=len).min(start + 30_000)
         };
         if !bad.is_empty() {
-            self.bad.push(offset + bad.start..offset + bad.end);
+            self.failing.push(offset + bad.start..offset + bad.end);
         }
-        let chaotic = Arc::new(Chaotic {
+        let faulty = Arc::new(FaultySource {
             bytes,
             bad: bad.start as u64..bad.end as u64,
-            mended: AtomicBool::new(false),
+            repaired: AtomicBool::new(false),
             slow: rng.u64(5..200),
             reads: AtomicU64::new(0),
             tally: Arc::clone(tally),
         });
-        self.chaotic.push(Arc::clone(&chaotic));
+        self.faulty.push(Arc::clone(&faulty));
         self.inline = false;
-        chaotic
+        faulty
     }
 
     /// Lays bytes without a zero among them.
-    fn random(&mut self, rng: &mut Rng, len: usize) -> &[u8] {
+    fn random_bytes(&mut self, rng: &mut Rng, len: usize) -> &[u8] {
         let start = self.bytes.len();
         let mut state = rng.u64(..) | 1;
         self.bytes.extend((0..len).map(|_| {

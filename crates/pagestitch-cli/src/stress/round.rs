@@ -1,6 +1,6 @@
 //! One round: a region is built, touched from several threads, let go of, and dropped.
 
-use super::kernel::Answers;
+use super::kernel::Injection;
 use super::locked::Locked;
 use super::model::{Model, PAGE};
 use super::stopped;
@@ -18,12 +18,12 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-type Wrong = String;
+type Failure = String;
 
-pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) -> Result<(), Wrong> {
+pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU64) -> Result<(), Failure> {
     let mut rng = Rng::with_seed(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round);
     if rng.u8(..) == 0 {
-        return stopped::run(rng.u64(..), tally).map_err(|wrong| format!("round {round}: {wrong}"));
+        return stopped::run(rng.u64(..), tally).map_err(|failure| format!("round {round}: {failure}"));
     }
     let adopted = rng.u8(..4) == 0;
     // The owner of adopted memory has to register it before the kernel populates it: a matter of that owner.
@@ -33,39 +33,45 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, pulse: &AtomicU64) 
     let builder = if rng.u8(..4) == 0 { builder.timed() } else { builder };
     let builder = if rng.u8(..5) == 0 { builder.in_flight(rng.usize(1..3)) } else { builder };
     let builder = if rng.u8(..4) == 0 { builder.guarded() } else { builder };
-    let told = |error: &dyn std::fmt::Display| format!("round {round}: {error}");
-    let (model, builder) = Model::lay(&mut rng, tally, adopted, builder).map_err(|error| told(&error))?;
-    let answers = Answers::begin(&mut rng, !adopted);
-    let serving = Serving::start(&mut rng, model.inline && !adopted).map_err(|error| told(&error))?;
-    let children = !adopted && serving.pool.is_some() && rng.u8(..3) == 0 && may_serve_children();
+    let in_round = |error: &dyn std::fmt::Display| format!("round {round}: {error}");
+    let (model, builder) =
+        Model::random(&mut rng, tally, adopted, builder).map_err(|error| in_round(&error))?;
+    let injection = Injection::begin(&mut rng, !adopted);
+    let server =
+        RunningServer::start(&mut rng, model.inline && !adopted).map_err(|error| in_round(&error))?;
+    let children = !adopted && server.pool.is_some() && rng.u8(..3) == 0 && may_serve_children();
     let builder = if children { builder.serve_children() } else { builder };
     let done = if adopted {
-        let guest = Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| told(&error))?;
-        let memory = adopt(&guest).map_err(|error| told(&error))?;
-        let region = builder.build_adopted(memory, serving.server()).map_err(|error| told(&error))?;
-        touch_guest(&mut rng, &guest, &region, &model, tally, pulse)
+        let guest =
+            Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| in_round(&error))?;
+        let memory = adopt(&guest).map_err(|error| in_round(&error))?;
+        let region = builder.build_adopted(memory, server.server()).map_err(|error| in_round(&error))?;
+        touch_guest(&mut rng, &guest, &region, &model, tally, heartbeat)
     } else {
-        let region = builder.build(serving.server()).map_err(|error| told(&error))?;
+        let region = builder.build(server.server()).map_err(|error| in_round(&error))?;
         touch(
             &mut rng,
-            (&region, Ways { events: !serving.is_inline(), answers, children, locked: locked.as_ref() }),
+            (
+                &region,
+                Conditions { events: !server.is_inline(), injection, children, locked: locked.as_ref() },
+            ),
             &model,
             tally,
-            pulse,
+            heartbeat,
         )
     };
-    Answers::end();
-    drop(serving);
+    Injection::end();
+    drop(server);
     Tally::count(&tally.regions, 1);
-    done.map_err(|wrong| told(&wrong))
+    done.map_err(|failure| in_round(&failure))
 }
 
 /// What is possible in a round.
 #[derive(Debug, Clone, Copy)]
-struct Ways<'a> {
-    /// Who serves is told of what is let go.
+struct Conditions<'a> {
+    /// Who serves is in_round of what is let go.
     events: bool,
-    answers: Answers,
+    injection: Injection,
     /// ForkedChild children have the region.
     children: bool,
     /// What is locked meanwhile.
@@ -83,34 +89,36 @@ fn may_serve_children() -> bool {
 }
 
 /// Who serves, until it is dropped.
-struct Serving {
+struct RunningServer {
     pool: Option<Pool>,
     manual: Option<Server>,
     stop: Arc<AtomicBool>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
-impl Serving {
+impl RunningServer {
     fn start(rng: &mut Rng, inline: bool) -> Result<Self, pagestitch::Error> {
-        let mut serving = Self { pool: None, manual: None, stop: Arc::default(), threads: vec![] };
+        let mut server = Self { pool: None, manual: None, stop: Arc::default(), threads: vec![] };
         match rng.u8(..5) {
             0 if inline => {}
             1 => {
-                let seats = Manual::several(rng.usize(1..3))?;
-                serving.manual = Some(Server::from(&seats[0]));
-                serving.threads =
-                    seats.into_iter().map(|seat| seated(seat, Arc::clone(&serving.stop))).collect();
+                let manuals = Manual::several(rng.usize(1..3))?;
+                server.manual = Some(Server::from(&manuals[0]));
+                server.threads = manuals
+                    .into_iter()
+                    .map(|manual| serve_in_thread(manual, Arc::clone(&server.stop)))
+                    .collect();
             }
             _ => {
                 let pool = Pool::builder();
                 let pool = if rng.bool() { pool.workers(rng.usize(1..5)) } else { pool };
-                serving.pool = Some(pool.start()?);
+                server.pool = Some(pool.start()?);
             }
         }
-        Ok(serving)
+        Ok(server)
     }
 
-    /// Then nobody is told of what is let go.
+    /// Then nobody is in_round of what is let go.
     const fn is_inline(&self) -> bool {
         self.pool.is_none() && self.manual.is_none()
     }
@@ -124,49 +132,50 @@ impl Serving {
     }
 }
 
-impl Drop for Serving {
+impl Drop for RunningServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.threads.drain(..).for_each(|thread| drop(thread.join()));
     }
 }
 
-fn seated(mut seat: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
+fn serve_in_thread(mut manual: Manual, stop: Arc<AtomicBool>) -> thread::JoinHandle<()> {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     thread::spawn(move || {
         while !stop.load(Ordering::Relaxed) {
-            let _ = poll(&mut [PollFd::new(seat.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5_u8));
-            seat.serve_ready(64);
+            let _ = poll(&mut [PollFd::new(manual.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5_u8));
+            manual.serve_ready(64);
         }
     })
 }
 
 fn touch(
     rng: &mut Rng,
-    (region, ways): (&Region, Ways<'_>),
+    (region, conditions): (&Region, Conditions<'_>),
     model: &Model,
     tally: &Tally,
-    pulse: &AtomicU64,
-) -> Result<(), Wrong> {
+    heartbeat: &AtomicU64,
+) -> Result<(), Failure> {
     let threads = rng.usize(1..6);
     let forks = rng.u8(..8) == 0;
     let outcome = thread::scope(|scope| {
         let threads: Vec<_> = (0..threads)
             .map(|_| {
                 let mut rng = rng.fork();
-                scope.spawn(move || act(&mut rng, (region, ways), model, tally, pulse))
+                scope.spawn(move || touch_at_random(&mut rng, (region, conditions), model, tally, heartbeat))
             })
             .collect();
-        ways.locked.iter().for_each(|locked| locked.meanwhile(tally));
+        conditions.locked.iter().for_each(|locked| locked.meanwhile(tally));
         if forks {
             Tally::count(&tally.forks, 1);
             let _ = Command::new("true").status();
         }
-        let children: Result<(), Wrong> = (0..if ways.children { 3 } else { 0 }).try_for_each(|_| {
+        let children: Result<(), Failure> = (0..if conditions.children { 3 } else { 0 }).try_for_each(|_| {
             Tally::count(&tally.children, 1);
             // What it counts and takes note of is its own, and lost.
-            let child =
-                ForkedChild::start(|| i32::from(look(&mut rng.fork(), region, ways, model, tally).is_err()));
+            let child = ForkedChild::start(|| {
+                i32::from(verify_in_child(&mut rng.fork(), region, conditions, model, tally).is_err())
+            });
             let ended = child.wait();
             if matches!(ended, WaitStatus::Exited(_, 0)) {
                 Ok(())
@@ -182,26 +191,26 @@ fn touch(
     outcome?;
     // What has failed can be had once it is mended.
     model.repair();
-    Answers::end();
-    heal(region, ways.answers, model, tally)?;
+    Injection::end();
+    retry_and_verify(region, conditions.injection, model, tally)?;
     let metrics = region.metrics();
     Tally::count(&tally.faults, metrics.faults);
     Tally::count(&tally.pages, metrics.pages_installed());
     Ok(())
 }
 
-fn act(
+fn touch_at_random(
     rng: &mut Rng,
-    (region, ways): (&Region, Ways<'_>),
+    (region, conditions): (&Region, Conditions<'_>),
     model: &Model,
     tally: &Tally,
-    pulse: &AtomicU64,
-) -> Result<(), Wrong> {
+    heartbeat: &AtomicU64,
+) -> Result<(), Failure> {
     for _ in 0..rng.usize(10..150) {
-        pulse.fetch_add(1, Ordering::Relaxed);
+        heartbeat.fetch_add(1, Ordering::Relaxed);
         let range = range(rng, model.bytes.len());
         // Where any page may be bad, to touch one is a signal.
-        let fatal = ways.answers == Answers::Fatal;
+        let fatal = conditions.injection == Injection::Fatal;
         match rng.u8(..11) {
             0..5 if !fatal && !model.may_fail(&range) => {
                 verify(&region.as_slice()[range.clone()], &range, model, tally)?;
@@ -210,7 +219,7 @@ fn act(
                 let done = region.populate(range.start as u64..range.end as u64);
                 check(done, fatal, &range, model, tally)?;
             }
-            6 if !fatal && model.again && ways.events => {
+            6 if !fatal && model.refillable && conditions.events => {
                 discard(region, range.clone());
                 Tally::count(&tally.discards, 1);
             }
@@ -242,36 +251,47 @@ fn split(rng: &mut Rng) -> Split {
 }
 
 /// A forked child looks at what cannot fail.
-fn look(rng: &mut Rng, region: &Region, ways: Ways<'_>, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+fn verify_in_child(
+    rng: &mut Rng,
+    region: &Region,
+    conditions: Conditions<'_>,
+    model: &Model,
+    tally: &Tally,
+) -> Result<(), Failure> {
     for _ in 0..10 {
         let range = range(rng, model.bytes.len());
-        if ways.answers != Answers::Fatal && !model.may_fail(&range) {
+        if conditions.injection != Injection::Fatal && !model.may_fail(&range) {
             verify(&region.as_slice()[range.clone()], &range, model, tally)?;
         }
     }
     Ok(())
 }
 
-fn heal(region: &Region, answers: Answers, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+fn retry_and_verify(
+    region: &Region,
+    injection: Injection,
+    model: &Model,
+    tally: &Tally,
+) -> Result<(), Failure> {
     let failed = region.failures().len();
     match region.heal(..) {
         Ok(()) => {
-            Tally::count(&tally.healed, failed as u64);
+            Tally::count(&tally.retried, failed as u64);
             let mut read = vec![0; model.bytes.len()];
-            region.read_at(0, &mut read).map_err(|error| format!("healed, and still: {error}"))?;
+            region.read_at(0, &mut read).map_err(|error| format!("retried, and still: {error}"))?;
             verify(&read, &(0..read.len()), model, tally)
         }
         // Before Linux 6.6 it is gone for good, and says so.
         Err(error) if error.to_string().contains("Linux 6.6") => Ok(()),
         // Where there was no memory for a mark, the page was taken away.
-        Err(error) if answers == Answers::Fatal && error.to_string().contains("not mapped any more") => {
+        Err(error) if injection == Injection::Fatal && error.to_string().contains("not mapped any more") => {
             Ok(())
         }
-        Err(error) => Err(format!("cannot be healed: {error}")),
+        Err(error) => Err(format!("cannot be retried: {error}")),
     }
 }
 
-fn verify(read: &[u8], range: &Range<usize>, model: &Model, tally: &Tally) -> Result<(), Wrong> {
+fn verify(read: &[u8], range: &Range<usize>, model: &Model, tally: &Tally) -> Result<(), Failure> {
     let expected = &model.bytes[range.clone()];
     if let Some(at) = read.iter().zip(expected).position(|(read, expected)| read != expected) {
         let (read, expected) = (read[at], expected[at]);
@@ -287,7 +307,7 @@ fn check(
     range: &Range<usize>,
     model: &Model,
     tally: &Tally,
-) -> Result<(), Wrong> {
+) -> Result<(), Failure> {
     match done {
         Err(_) if fatal => {
             Tally::count(&tally.errors_as_injected, 1);
@@ -330,8 +350,8 @@ fn touch_guest(
     region: &AdoptedRegion,
     model: &Model,
     tally: &Tally,
-    pulse: &AtomicU64,
-) -> Result<(), Wrong> {
+    heartbeat: &AtomicU64,
+) -> Result<(), Failure> {
     let pages = model.bytes.len() / PAGE;
     let cpus = rng.usize(1..6);
     // For each page: nothing, or given back: then it is zeros.
@@ -340,7 +360,7 @@ fn touch_guest(
         let threads: Vec<_> = (0..cpus)
             .map(|cpu| {
                 let (mut rng, gone) = (rng.fork(), &gone);
-                scope.spawn(move || run_cpu(&mut rng, (cpu, cpus), guest, model, gone, tally, pulse))
+                scope.spawn(move || run_cpu(&mut rng, (cpu, cpus), guest, model, gone, tally, heartbeat))
             })
             .collect();
         threads
@@ -357,7 +377,7 @@ fn touch_guest(
     for (page, gone) in gone.iter().enumerate() {
         let is_gone = gone.load(Ordering::Relaxed) == 1;
         let expected = if is_gone { 0 } else { model.bytes[page * PAGE + 7] };
-        // What may have failed, and what is given back, is as it is told by whoever serves.
+        // What may have failed, and what is given back, is as it is in_round by whoever serves.
         let read = guest.read(page * PAGE + 7);
         if read != expected {
             return Err(format!(
@@ -379,10 +399,10 @@ fn run_cpu(
     model: &Model,
     gone: &[AtomicU8],
     tally: &Tally,
-    pulse: &AtomicU64,
-) -> Result<(), Wrong> {
+    heartbeat: &AtomicU64,
+) -> Result<(), Failure> {
     for _ in 0..rng.usize(20..400) {
-        pulse.fetch_add(1, Ordering::Relaxed);
+        heartbeat.fetch_add(1, Ordering::Relaxed);
         let page = rng.usize(..gone.len());
         if model.may_fail(&(page * PAGE..page * PAGE + 1)) {
             continue;

@@ -11,18 +11,18 @@ use std::thread;
 use std::time::Duration;
 
 /// Bytes, and what goes wrong with them.
-pub(super) struct Chaotic {
+pub(super) struct FaultySource {
     pub(super) bytes: Arc<[u8]>,
-    /// Reads that meet these fail, one way or another, as long as they are not mended.
+    /// Reads that meet these fail, one way or another, as long as they are not repaired.
     pub(super) bad: Range<u64>,
-    pub(super) mended: AtomicBool,
+    pub(super) repaired: AtomicBool,
     /// One of so many reads is slow.
     pub(super) slow: u64,
     pub(super) reads: AtomicU64,
     pub(super) tally: Arc<Tally>,
 }
 
-impl Chaotic {
+impl FaultySource {
     /// Which way to fail, or none; sleeps first where that is due.
     fn fate(&self, range: &Range<u64>) -> Option<u64> {
         let number = self.reads.fetch_add(1, Ordering::Relaxed);
@@ -30,8 +30,9 @@ impl Chaotic {
             Tally::count(&self.tally.delays_injected, 1);
             thread::sleep(Duration::from_micros(300 + number % 7 * 500));
         }
-        let bad =
-            range.start < self.bad.end && self.bad.start < range.end && !self.mended.load(Ordering::Relaxed);
+        let bad = range.start < self.bad.end
+            && self.bad.start < range.end
+            && !self.repaired.load(Ordering::Relaxed);
         bad.then(|| {
             Tally::count(&self.tally.failures_injected, 1);
             number
@@ -43,7 +44,7 @@ impl Chaotic {
     }
 }
 
-impl Source for Chaotic {
+impl Source for FaultySource {
     fn size(&self) -> u64 {
         self.bytes.len() as u64
     }
@@ -63,24 +64,24 @@ impl Source for Chaotic {
     }
 
     fn name(&self) -> String {
-        String::from("chaotic")
+        String::from("faulty")
     }
 }
 
 /// The same, answering later, from another thread.
-pub(super) struct Later(pub(super) Arc<Chaotic>);
+pub(super) struct FaultyFetch(pub(super) Arc<FaultySource>);
 
-impl Fetch for Later {
+impl Fetch for FaultyFetch {
     fn size(&self) -> u64 {
         self.0.size()
     }
 
     fn fetch(&self, offset: u64, reply: Reply) {
-        let chaotic = Arc::clone(&self.0);
+        let faulty = Arc::clone(&self.0);
         let answer = move || {
             let range = offset..offset + reply.len() as u64;
-            match chaotic.fate(&range) {
-                None => reply.answer(chaotic.slice(&range)),
+            match faulty.fate(&range) {
+                None => reply.answer(faulty.slice(&range)),
                 Some(number) if number % 3 == 0 => drop(reply),
                 Some(number) if number % 3 == 1 => reply.answer(b"too short"),
                 Some(_) => reply.fail(io::Error::from(io::ErrorKind::TimedOut)),
@@ -93,7 +94,7 @@ impl Fetch for Later {
     }
 
     fn name(&self) -> String {
-        String::from("later")
+        String::from("faulty fetch")
     }
 }
 

@@ -16,28 +16,32 @@ use std::time::{Duration, Instant};
 
 /// Starts a child, and stops it for longer than its limit, several times.
 pub(super) fn run(seed: u64, tally: &Tally) -> Result<(), String> {
-    let told = |what: &str, error: &dyn std::fmt::Display| format!("a stopped process: {what}: {error}");
-    let program = std::env::current_exe().map_err(|error| told("cannot find this program", &error))?;
+    let failed = |what: &str, error: &dyn std::fmt::Display| format!("a stopped process: {what}: {error}");
+    let program = std::env::current_exe().map_err(|error| failed("cannot find this program", &error))?;
     let mut command = Command::new(program);
     command.args(["stress", "--stopped", "--seed", &seed.to_string()]).stdin(Stdio::null());
-    let child = command.spawn().map_err(|error| told("cannot start it", &error))?;
-    let mut child = Killed(child);
+    let child = command.spawn().map_err(|error| failed("cannot start it", &error))?;
+    let mut child = KillOnDrop(child);
     let pid = Pid::from_raw(child.0.id().cast_signed());
     for _ in 0..STOPS {
         thread::sleep(LIMIT / 2);
-        kill(pid, Signal::SIGSTOP).map_err(|error| told("cannot stop it", &error))?;
+        kill(pid, Signal::SIGSTOP).map_err(|error| failed("cannot stop it", &error))?;
         thread::sleep(LIMIT * 2);
-        kill(pid, Signal::SIGCONT).map_err(|error| told("cannot continue it", &error))?;
+        kill(pid, Signal::SIGCONT).map_err(|error| failed("cannot continue it", &error))?;
         Tally::count(&tally.stopped, 1);
     }
-    let ended = child.0.wait().map_err(|error| told("cannot wait for it", &error))?;
-    if ended.success() { Ok(()) } else { Err(told("its sources answer in time, and it ended with", &ended)) }
+    let ended = child.0.wait().map_err(|error| failed("cannot wait for it", &error))?;
+    if ended.success() {
+        Ok(())
+    } else {
+        Err(failed("its sources answer in time, and it ended with", &ended))
+    }
 }
 
 /// A child that does not outlive the round.
-struct Killed(Child);
+struct KillOnDrop(Child);
 
-impl Drop for Killed {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -45,14 +49,14 @@ impl Drop for Killed {
 }
 
 /// The life of the child: threads that touch pages of a healthy source, under a limit.
-pub(super) fn live(seed: u64) -> Result<(), String> {
-    let told = |error: pagestitch::Error| error.to_string();
+pub(super) fn run_child(seed: u64) -> Result<(), String> {
+    let failed = |error: pagestitch::Error| error.to_string();
     let ended = Instant::now() + (LIMIT / 2 + LIMIT * 2) * STOPS + LIMIT;
-    let pool = Pool::builder().workers(4).give_up_after(LIMIT).start().map_err(told)?;
+    let pool = Pool::builder().workers(4).give_up_after(LIMIT).start().map_err(failed)?;
     let mut rng = Rng::with_seed(seed);
     while Instant::now() < ended {
         let builder = Region::builder().name("stopped").readahead(Readahead::None);
-        let region = builder.chunk(Chunk::source(Arc::new(Slow))).build(&pool).map_err(told)?;
+        let region = builder.chunk(Chunk::source(Arc::new(Slow))).build(&pool).map_err(failed)?;
         thread::scope(|scope| {
             for _ in 0..THREADS {
                 let (mut rng, region) = (rng.fork(), &region);

@@ -42,7 +42,7 @@ tally! {
     /// ForkedChild children that looked at a region.
     children,
     /// Pages that were healed.
-    healed,
+    retried,
     /// Times that all memory of the process was locked.
     locked,
     /// Rounds that would have locked it, in a process that may not.
