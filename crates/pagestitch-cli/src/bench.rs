@@ -1,4 +1,5 @@
-//! `pagestitch bench`: what a fault costs, against the plain ways in the same run.
+//! `pagestitch bench`: the cost of a fault, beside plain ways to get the same bytes, in the same
+//! run.
 
 use crate::files;
 use clap::Args;
@@ -18,29 +19,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// What to measure [default: all]
+    /// The workloads to measure [default: all]
     #[arg(value_name = "WORKLOAD", value_parser = PossibleValuesParser::new(workloads::ALL.iter().map(|known| known.name)))]
     workloads: Vec<String>,
-    /// Rounds; in each, every system runs once, right after the others
+    /// The number of rounds; in each round every system runs once, right after the others
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
     /// Decides the order of chunks and of touches
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Small: to see that it runs, not what comes out
+    /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]
     quick: bool,
-    /// Write a page with tables and curves, which needs nothing else
+    /// Write an HTML page with tables and curves, which needs no other file
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
-    /// Compare with what an earlier run with --json has printed
+    /// Compare with the output of an earlier run with --json
     #[arg(long, value_name = "FILE.json")]
     compare: Option<PathBuf>,
 }
 
 pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
     pagestitch::Support::probe().features()?;
-    // Before minutes of measuring.
+    // Checked before the measurement, which takes minutes.
     let inputs: Vec<_> = options.compare.as_deref().map(|path| ("earlier run", path)).into_iter().collect();
     files::check(options.report.as_deref().map(|path| ("report", path)), &inputs)?;
     let earlier = options.compare.as_deref().map(read_earlier).transpose()?;
@@ -63,7 +64,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     }
     if let Some(earlier) = earlier {
         let rows: Vec<Row> = runs.iter().flat_map(|(_, run)| run).map(|one| one.row.clone()).collect();
-        // Standard output may be the rows, for a machine.
+        // With --json, standard output carries rows for a program.
         let mut out: Box<dyn Write> = if as_json { Box::new(stderr()) } else { Box::new(stdout()) };
         out.write_all(compare::table(&earlier, &rows).as_bytes())?;
     }
@@ -95,7 +96,8 @@ fn print(workload: &Workload, measured: &[Measured], as_json: bool) -> Result<()
     Ok(())
 }
 
-/// A progress bar on a terminal, and Ctrl-C: once to end after what is complete, twice to end at once.
+/// A progress bar on a terminal. The first Ctrl-C ends the run after the complete rounds, the
+/// second one at once.
 struct Bar {
     bar: ProgressBar,
     interrupted: Arc<AtomicBool>,
@@ -109,7 +111,8 @@ impl Bar {
             if seen.swap(true, Ordering::Relaxed) {
                 exit(130);
             }
-            let _ = writeln!(stderr(), "\nending with what is complete; again to end at once");
+            let _ =
+                writeln!(stderr(), "\nending after the complete rounds; press Ctrl-C again to end at once");
         })?;
         Ok(Self { bar: ProgressBar::hidden(), interrupted })
     }
@@ -120,14 +123,14 @@ impl Bar {
 }
 
 impl Watcher for Bar {
-    fn next(&mut self, done: usize, of: usize, what: &str) -> bool {
+    fn next(&mut self, done: usize, of: usize, case: &str) -> bool {
         if done == 0 && stderr().is_terminal() {
             let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
             self.bar =
                 ProgressBar::new(of as u64).with_style(style.expect("a template that indicatif takes"));
         }
         self.bar.set_position(done as u64);
-        self.bar.set_message(what.to_owned());
+        self.bar.set_message(case.to_owned());
         !self.ended()
     }
 }

@@ -1,4 +1,4 @@
-//! `pagestitch demo`: the main job on real data, proved right.
+//! `pagestitch demo`: stitches pieces of a real file and of memory, and checks the result.
 
 use crate::output::hexadecimal;
 use crate::output::{bytes, nanoseconds, table};
@@ -23,15 +23,15 @@ pub(crate) struct Options {
     /// The file to cut into pieces [default: this program]
     #[arg(long, value_name = "FILE", default_value = "/proc/self/exe", hide_default_value = true)]
     file: PathBuf,
-    /// Touch this share of the pages before everything is verified
+    /// Touch this share of the pages before the check of all bytes
     #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%")]
     touch: Touch,
-    /// Decides where the file is cut and what is touched
+    /// Decides the cuts in the file and the touched pages
     #[arg(long, default_value_t = 1)]
     seed: u64,
 }
 
-/// What was measured.
+/// The figures of the demo.
 struct Measurement {
     pieces: usize,
     len: usize,
@@ -49,20 +49,20 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     let file = Arc::new(File::open(&path)?);
     let content = fs::read(&path)?;
     if content.is_empty() {
-        return Err(format!("{} is empty: name a file with some bytes", path.display()).into());
+        return Err(format!("{} is empty: name a file with bytes", path.display()).into());
     }
     let cuts = cut_at_random(content.len(), options.seed);
     if !as_json {
         writeln!(
             stdout(),
-            "{} ({}) is cut into {} pieces at odd places.",
+            "{} ({}) is cut into {} pieces at odd offsets.",
             path.display(),
             bytes(content.len() as u64),
             cuts.len()
         )?;
         writeln!(
             stdout(),
-            "Every other piece is a heap buffer of its own; the rest stays in the file. One region shows them as the whole.\n"
+            "Every other piece is a heap buffer of its own; the rest stays in the file. One region shows all of them in order.\n"
         )?;
     }
     let measured = measure(options, &path, &file, &content, &cuts)?;
@@ -73,7 +73,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     }
     if measured.sha256 != measured.expected {
         return Err(format!(
-            "the region's SHA-256 is {}, the file's {}: this is a defect",
+            "the region's SHA-256 is {}, but the file's is {}: report this defect of pagestitch",
             measured.sha256, measured.expected
         )
         .into());
@@ -137,7 +137,7 @@ fn measure(
     })
 }
 
-/// The plain way: everything into one buffer first.
+/// The plain way: copies all pieces into one buffer.
 fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Result<Vec<u8>, Box<dyn Error>> {
     use pagestitch::Source;
     let file = File::open(path)?;
@@ -160,13 +160,13 @@ fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
     let mut out = stdout();
     let verdict = if sha256 == expected { "equal" } else { "DIFFERENT" };
     writeln!(out, "SHA-256 of the file    {expected}\nSHA-256 of the region  {sha256}  {verdict}\n")?;
-    let mut table = table(&["what happened", ""]);
+    let mut table = table(&["result", ""]);
     let ratio = |lazy: u64| format!("{:.2} of the eager copy", lazy as f64 / *eager_ns as f64);
-    for (what, value) in [
+    for (name, value) in [
         ("pieces, pages in the region", format!("{pieces}, {pages}")),
         ("pages touched", latencies.len().to_string()),
-        ("bytes copied for that", format!("{} of {}", bytes(after_touch.bytes_copied), bytes(*len as u64))),
-        ("pages straight, read, gathered", {
+        ("bytes copied for these", format!("{} of {}", bytes(after_touch.bytes_copied), bytes(*len as u64))),
+        ("pages copied, read, gathered", {
             let Metrics { pages_copied, pages_read, pages_gathered, .. } = after_touch;
             format!("{pages_copied}, {pages_read}, {pages_gathered}")
         }),
@@ -174,14 +174,14 @@ fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
             "first touch: p50, p99, max",
             format!("{}, {}, {}", at(0.5), at(0.99), nanoseconds(latencies.max())),
         ),
-        ("copying it all first", nanoseconds(*eager_ns)),
+        ("eager copy", nanoseconds(*eager_ns)),
         ("region ready", format!("{}: {}", nanoseconds(*build_ns), ratio(*build_ns))),
         (
             "region ready and touched",
             format!("{}: {}", nanoseconds(build_ns + touch_ns), ratio(build_ns + touch_ns)),
         ),
     ] {
-        table.add_row([what, &value]);
+        table.add_row([name, &value]);
     }
     writeln!(out, "{table}")?;
     Ok(())

@@ -1,4 +1,4 @@
-//! Files that are written at the end: a path that cannot be is found at the beginning.
+//! Files that a command writes at its end. Their paths are checked at its beginning.
 
 use crate::usage::Usage;
 use pagestitch_kernel::replace::{can_replace, replace};
@@ -8,13 +8,14 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Fails if an output cannot be written, or is one of the inputs, which writing would destroy. Each comes with what it is.
+/// Fails if an output cannot be written, or is one of the inputs, which writing would destroy. Each
+/// path comes with its role.
 pub(crate) fn check<'a>(
     outputs: impl IntoIterator<Item = (&'static str, &'a Path)>,
     inputs: &[(&str, &Path)],
 ) -> Result<(), Box<dyn Error>> {
-    for (what, output) in outputs {
-        refuse_input(inputs, what, output)?;
+    for (role, output) in outputs {
+        refuse_input(inputs, role, output)?;
         can_replace(output).map_err(|error| cannot_write(output, &error))?;
     }
     Ok(())
@@ -29,13 +30,13 @@ pub(crate) fn cannot_write(path: &Path, error: &io::Error) -> String {
     format!("cannot write {}: {error}", path.display())
 }
 
-/// Refuses an output that is an input, by whatever name.
-pub(crate) fn refuse_input(inputs: &[(&str, &Path)], what: &str, output: &Path) -> Result<(), Usage> {
+/// Refuses an output that is the same file as an input, under any name.
+pub(crate) fn refuse_input(inputs: &[(&str, &Path)], role: &str, output: &Path) -> Result<(), Usage> {
     let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
     let Some(written) = identity(output) else { return Ok(()) };
     match inputs.iter().find(|(_, input)| identity(input) == Some(written)) {
-        Some((is, input)) => Err(Usage(format!(
-            "the {what} {} is the {is} {}, which writing would destroy: name another file",
+        Some((other, input)) => Err(Usage(format!(
+            "the {role} {} is the {other} {}, which writing would destroy: name another file",
             output.display(),
             input.display()
         ))),

@@ -8,7 +8,7 @@ pub(crate) fn write(path: &Path, meter: &Meter) -> Result<(), String> {
     files::write(path, heatmap(meter).as_bytes())
 }
 
-/// Writes the map of a region as a picture that needs nothing else.
+/// Draws the map of a region as an SVG picture that needs no other file.
 fn heatmap(meter: &Meter) -> String {
     let parts = meter.coverage(COLUMNS * ROWS);
     let rows = parts.len().div_ceil(COLUMNS);
@@ -27,7 +27,7 @@ fn heatmap(meter: &Meter) -> String {
             Coverage { poisoned: 1.., .. } => String::from("#d62728"),
             Coverage { present: 0, .. } => String::from("#eee"),
             Coverage { present, pages, .. } => {
-                // From light to dark, so that a little is seen too.
+                // From light to dark, so that a few present pages are visible.
                 format!("hsl(140,60%,{}%)", 80 - 50 * present / pages.max(&1))
             }
         };
@@ -48,7 +48,7 @@ mod tests {
     use pagestitch_testkit::scripted::Scripted;
     use std::sync::Arc;
 
-    /// Half of it is there, and one page is lost.
+    /// A region whose first half is present, with one poisoned page.
     fn region() -> Region {
         let source = Scripted::new(400 * 4096).failing(300 * 4096..301 * 4096);
         let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).timed();
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_picture_has_a_cell_for_each_part_and_a_title_that_is_text() {
+    fn a_heat_map_has_a_cell_for_each_part_and_an_escaped_title() {
         let svg = heatmap(&region().meter());
         assert_eq!(svg.matches("<rect x=").count(), 400);
         assert_eq!(svg.matches("#d62728").count(), 1);

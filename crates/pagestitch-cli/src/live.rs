@@ -1,4 +1,4 @@
-//! `--live`: what happens, while it happens. A heat map of each region, faults a second, and how long their parts take.
+//! `--live`: a heat map of each region, its faults per second, and the duration of their parts.
 
 use crate::log;
 use crate::output::{bytes, nanoseconds};
@@ -17,13 +17,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// Gives the terminal back and ends the program, as Ctrl-C would have.
+/// Restores the terminal and ends the program, as Ctrl-C would.
 pub(crate) fn quit() {
     ratatui::restore();
     exit(130);
 }
 
-/// The terminal, until it is dropped.
+/// The terminal in drawing mode, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Live {
     over: Arc<AtomicBool>,
@@ -31,18 +31,18 @@ pub(crate) struct Live {
 }
 
 impl Live {
-    /// Shows the scene. `quit` is called when the user has had enough: q, Escape or Ctrl-C.
+    /// Draws the scene. Calls `quit` when the user presses q, Escape or Ctrl-C.
     pub(crate) fn show(scene: &Scene, quit: impl Fn() + Send + 'static) -> Result<Self, String> {
         if !io::stdout().is_terminal() {
-            return Err(String::from("--live needs a terminal: standard output is none"));
+            return Err(String::from("--live needs a terminal, but standard output is none: omit --live"));
         }
         if log::is_dumb() {
             return Err(String::from(
-                "--live needs a terminal that can move its cursor: TERM is dumb or not set",
+                "--live needs a terminal that can move its cursor, but TERM is dumb or unset: omit --live",
             ));
         }
         let mut terminal =
-            ratatui::try_init().map_err(|error| format!("--live cannot have the terminal: {error}"))?;
+            ratatui::try_init().map_err(|error| format!("--live cannot open the terminal: {error}"))?;
         log::show_in(Some(scene));
         let over = Arc::new(AtomicBool::new(false));
         let (scene, ended) = (scene.clone(), Arc::clone(&over));
@@ -55,7 +55,7 @@ impl Live {
                     quit();
                 }
             }
-            // The last state is seen, also of what was over in a moment.
+            // The final state is drawn even if the work took a moment only.
             let _ = draw(&mut terminal, &scene);
             ratatui::restore();
         });
@@ -75,7 +75,7 @@ fn draw(terminal: &mut DefaultTerminal, scene: &Scene) -> io::Result<()> {
     terminal.draw(|frame| paint(frame, &mut scene.lock())).map(drop)
 }
 
-/// Waits for a key until it is time for the next picture.
+/// Waits for a key until the next frame is due. True if the key ends the program.
 fn wants_to_quit() -> bool {
     if !event::poll(FRAME).unwrap_or(false) {
         return false;
@@ -95,7 +95,7 @@ fn paint(frame: &mut Frame<'_>, content: &mut Content) {
     let [regions, log, help] =
         Layout::vertical([Constraint::Min(3), Constraint::Length(lines), Constraint::Length(1)])
             .areas(frame.area());
-    // Those that came first; how many there are beyond is said.
+    // The first regions are drawn; the last line counts the others.
     let room = usize::from(regions.height / LEAST_HEIGHT).max(1);
     let shown = content.regions.len().min(room);
     let areas = Layout::vertical(vec![Constraint::Fill(1); shown.max(1)]).split(regions);
@@ -169,10 +169,10 @@ fn time(time: Duration) -> String {
     nanoseconds(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// A part of a region: dark for absent, bright for present, red where something was lost.
+/// A part of a region: dark if absent, bright if present, red if a page is poisoned.
 fn cell(part: &Coverage) -> Span<'static> {
     let (glyph, color) = match part {
-        // A glyph of its own: not every terminal has colours.
+        // A glyph of its own, because some terminals have no colours.
         Coverage { poisoned: 1.., .. } => ("×", Color::Red),
         Coverage { present: 0, .. } => ("·", Color::DarkGray),
         Coverage { present, pages, .. } => {
@@ -201,7 +201,7 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
-    /// Half of it is there, and one page is lost.
+    /// A region whose first half is present, with one poisoned page.
     fn region() -> Region {
         let source = Scripted::new(400 * 4096).failing(300 * 4096..301 * 4096);
         let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).timed();
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_are_shown_with_their_maps_and_what_happens() {
+    fn the_scene_shows_regions_with_maps_and_lines() {
         let scene = Scene::default();
         assert!(shown(&scene).contains("no region yet"));
         let region = region();
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn more_regions_than_fit_are_counted() {
+    fn regions_beyond_the_screen_are_counted() {
         let (scene, region) = (Scene::default(), region());
         (0..10).for_each(|_| scene.add(region.meter()));
         assert!(shown(&scene).contains("q quits  7 more regions"), "{}", shown(&scene));

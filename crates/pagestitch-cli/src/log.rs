@@ -21,24 +21,24 @@ pub(crate) fn start(verbose: u8, least: LevelFilter) {
         .init();
 }
 
-/// Whether the terminal is one that obeys escape sequences.
+/// True if the terminal ignores escape sequences.
 pub(crate) fn is_dumb() -> bool {
     env::var_os("TERM").is_none_or(|terminal| terminal == "dumb")
 }
 
-/// Whether the user wants colours, as <https://no-color.org> asks.
+/// True if the user accepts colours: see <https://no-color.org>.
 fn may_color() -> bool {
     !is_dumb() && env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
 }
 
-/// Shows events in a scene from now on, if standard error is the terminal that the scene is drawn on; `None`: no longer.
+/// Shows events in the scene from now on, if standard error is a terminal. `None` ends that.
 pub(crate) fn show_in(scene: Option<&Scene>) {
     *SCENE.lock() = scene.filter(|_| io::stderr().is_terminal()).cloned();
 }
 
 static SCENE: Mutex<Option<Scene>> = Mutex::new(None);
 
-/// Where an event goes. The subscriber writes each in one piece.
+/// The writer of events. The subscriber writes each event in one piece.
 struct Log;
 
 impl Write for Log {
@@ -55,7 +55,7 @@ impl Write for Log {
     }
 }
 
-/// A line without its end and without escape sequences, which the picture would show as text.
+/// A line without its end and its escape sequences, which the picture would show as text.
 fn plain(event: &str) -> String {
     let mut parts = event.trim_end().split('\x1b');
     let mut plain = parts.next().unwrap_or_default().to_owned();
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_of_a_scene_has_no_escape_sequences() {
+    fn a_logged_line_loses_its_escape_sequences() {
         assert_eq!(plain("\x1b[32m INFO\x1b[0m the pool \x1b[3mname\x1b[0m\n"), " INFO the pool name");
         assert_eq!(plain("plain\n"), "plain");
     }

@@ -1,7 +1,16 @@
 //! The `pagestitch` command.
 //!
-//! Exit status: 0 done; 1 it could not be done, and one line on standard error says why; 2 wrong arguments: arguments that are wrong
-//! whatever the files hold and the machine allows.
+//! Exit status: 0 success; 1 failure, with the reason in one line on standard error; 2 wrong
+//! arguments, which no file and no machine could make right.
+//!
+//! A module uses no module of an earlier row:
+//!
+//! | row | modules |
+//! |---|---|
+//! | commands | `bench`, `demo`, `probe`, `serve`, `stitch`, `stress` |
+//! | pictures | `live`, `heatmap` |
+//! | messages | `log`, `scene` |
+//! | helpers | `files`, `usage`, `output`, `part`, `touch` |
 
 mod bench;
 mod demo;
@@ -27,43 +36,46 @@ use std::process::ExitCode;
 use tracing_subscriber::filter::LevelFilter;
 use usage::Usage;
 
-/// Scattered memory, one contiguous region, filled on first touch.
+/// Scattered memory as one contiguous region, filled on first touch
 #[derive(Debug, Parser)]
 #[command(name = "pagestitch", version, arg_required_else_help = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Print JSON instead of text: one object, or one a line for bench and serve
+    /// Print JSON instead of text: one object, or one object per line for bench and serve
     #[arg(long, global = true)]
     json: bool,
-    /// Show what happens: regions and pools; twice, each page that is installed
+    /// Log regions and pools; given twice, also each installed page
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Stitch scattered pieces of a real file and of memory together, touch them, and prove it right
+    /// Stitch pieces of a real file and of memory, touch them, and check all bytes
     Demo(demo::Options),
-    /// Tell what this kernel and this process may do, why not, and the remedy
+    /// Print the kernel features that this process may use, with reasons and remedies for the
+    /// others
     Probe,
-    /// Show parts of files as one contiguous region; nothing is concatenated
+    /// Show parts of files as one contiguous region, without concatenating them
     Stitch(stitch::Options),
     /// Fill the memory of other processes on first touch
     #[command(subcommand)]
     Serve(serve::Peer),
-    /// Write which bytes of a diff snapshot are its own to DIFF.extents, where Firecracker has written it: a copy may lose its holes
+    /// Write the changed ranges of a diff snapshot to DIFF.extents. Run this where Firecracker has
+    /// written the diff, because a copy may lose its holes
     Extents(serve::ExtentsOptions),
-    /// Random regions, sources, servers and threads, failing on purpose, and every byte verified
+    /// Build random regions with failing sources, touch them from threads, and check every byte
     Stress(stress::Options),
-    /// Measure what a fault costs, against eager copies and the handler of the manual page, in the same run
+    /// Measure the cost of a fault, beside eager copies and the handler of the manual page, in the
+    /// same run
     Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
     pagestitch_bench::guest::run_as_guest_if_requested();
     let arguments = Arguments::parse();
-    // A stress test makes pages fail by the thousand.
+    // A stress test makes thousands of pages fail.
     let quiet = matches!(arguments.command, Command::Stress(_));
     log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN });
     raise_descriptor_limit();
@@ -79,7 +91,7 @@ fn main() -> ExitCode {
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
-        // Who reads our output has gone away, as `head` does: nothing to complain about.
+        // The reader of our output has gone, as `head` does, which is no error.
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "pagestitch: {error}");
@@ -88,7 +100,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Every file takes a descriptor, and the soft limit is for programs that use select(2): we may have the hard one.
+/// Raises the soft limit on descriptors to the hard one, because every file needs a descriptor. The
+/// soft limit protects programs that use select(2).
 fn raise_descriptor_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);

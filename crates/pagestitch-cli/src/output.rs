@@ -1,11 +1,11 @@
-//! What people see: sizes, times, tables, progress.
+//! Output for people: sizes, times, tables, progress.
 
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
-/// A table of left-aligned columns that fits the terminal, or a page where there is none.
+/// A table of left-aligned columns, as wide as the terminal, or as a page of text without one.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     let style = presets::NOTHING.header_separator(LineStyle::new('─', '─', '─', '─'));
@@ -38,14 +38,15 @@ pub(crate) fn nanoseconds(ns: u64) -> String {
     }
 }
 
-/// A number of handler threads.
+/// Parses a number of handler threads.
 pub(crate) fn workers() -> impl TypedValueParser<Value = usize> {
     RangedU64ValueParser::<usize>::new().range(1..)
 }
 
-/// A progress bar that appears when the work has taken a second, on a terminal only, and never over another picture.
+/// A progress bar that appears on a terminal after a second of work, unless another picture is
+/// drawn there.
 pub(crate) struct Progress {
-    what: &'static str,
+    task: &'static str,
     total: u64,
     done: u64,
     started: Instant,
@@ -54,18 +55,18 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of so many bytes; `hidden`: something else is drawn on the terminal.
-    pub(crate) fn new(what: &'static str, total: u64, hidden: bool) -> Self {
-        Self { what, total, done: 0, started: Instant::now(), hidden, bar: None }
+    /// A bar for so many bytes. `hidden`: another picture is on the terminal.
+    pub(crate) fn new(task: &'static str, total: u64, hidden: bool) -> Self {
+        Self { task, total, done: 0, started: Instant::now(), hidden, bar: None }
     }
 
-    /// Takes note of `bytes` more.
+    /// Counts `bytes` more as done.
     pub(crate) fn advance(&mut self, bytes: u64) {
         self.done += bytes;
         if self.bar.is_none() && !self.hidden && self.started.elapsed() > SHOWN_AFTER {
             let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
                 .expect("a template that indicatif takes");
-            let bar = ProgressBar::new(self.total).with_style(style).with_message(self.what);
+            let bar = ProgressBar::new(self.total).with_style(style).with_message(self.task);
             self.bar = Some(bar.with_elapsed(self.started.elapsed()));
         }
         if let Some(bar) = &self.bar {
@@ -85,7 +86,7 @@ impl Drop for Progress {
 const WIDTH_OF_A_FILE: u16 = 120;
 const SHOWN_AFTER: Duration = Duration::from_secs(1);
 
-/// Bytes as digits.
+/// Bytes as hexadecimal digits.
 pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -95,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_and_times_are_short() {
+    fn sizes_and_times_have_few_digits() {
         assert_eq!(bytes(0), "0 bytes");
         assert_eq!(bytes(1023), "1023 bytes");
         assert_eq!(bytes(1536), "1.5 KiB");

@@ -13,15 +13,15 @@ pub(crate) struct Part {
     pub(crate) range: Option<Range<u64>>,
 }
 
-/// A range that is not one.
+/// A malformed range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BadPart {
     range: String,
-    why: &'static str,
+    defect: &'static str,
 }
 
 impl Part {
-    /// Reads an argument. A file whose name looks like a part, and exists, is that file.
+    /// Parses an argument. An existing file whose name looks like a part is that file.
     pub(crate) fn parse(argument: &OsStr) -> Result<Self, BadPart> {
         if Path::new(argument).exists() {
             return Ok(Self { path: argument.into(), range: None });
@@ -31,7 +31,7 @@ impl Part {
             return Ok(Self { path: argument.into(), range: None });
         };
         let (path, range) = (OsStr::from_bytes(&bytes[..colon]), &bytes[colon + 1..]);
-        // `dir:x/file` has a colon in a directory's name, and no range.
+        // `dir:x/file` has a colon in the name of a folder, and no range.
         if range.contains(&b'/') {
             return Ok(Self { path: argument.into(), range: None });
         }
@@ -41,7 +41,7 @@ impl Part {
 }
 
 fn parse_range(text: &str) -> Result<Range<u64>, BadPart> {
-    let bad = |why| BadPart { range: text.to_owned(), why };
+    let bad = |defect| BadPart { range: text.to_owned(), defect };
     let (offset, length) =
         text.split_once('+').ok_or_else(|| bad("is not OFFSET+LENGTH, as in FILE:4096+1000"))?;
     let number = |digits: &str, why| match digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -53,13 +53,13 @@ fn parse_range(text: &str) -> Result<Range<u64>, BadPart> {
     if length == 0 {
         return Err(bad("is empty: give it a length of 1 or more, or leave it out"));
     }
-    let end = offset.checked_add(length).ok_or_else(|| bad("ends past 2^64"))?;
+    let end = offset.checked_add(length).ok_or_else(|| bad("ends beyond 2^64"))?;
     Ok(offset..end)
 }
 
 impl fmt::Display for BadPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the range '{}' {}", self.range, self.why)
+        write!(f, "the range '{}' {}", self.range, self.defect)
     }
 }
 
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_files_and_ranges_are_told_apart() {
+    fn a_part_is_a_whole_file_or_a_range() {
         let part = |path: &str, range| Ok(Part { path: path.into(), range });
         assert_eq!(parse("no.bin"), part("no.bin", None));
         assert_eq!(parse("no.bin:4096+1000"), part("no.bin", Some(4096..5096)));
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_ranges_say_why() {
+    fn a_malformed_range_names_its_defect() {
         for (argument, why) in [
             ("no.bin:", "is not OFFSET+LENGTH"),
             ("no.bin:12", "is not OFFSET+LENGTH"),
@@ -94,22 +94,22 @@ mod tests {
             ("no.bin:1++1", "length that is not a number"),
             ("no.bin:-1+1", "offset that is not a number"),
             ("no.bin:5+0", "is empty"),
-            ("no.bin:1+18446744073709551615", "ends past 2^64"),
+            ("no.bin:1+18446744073709551615", "ends beyond 2^64"),
             ("no.bin:1+99999999999999999999", "length that is not a number"),
         ] {
-            let said = parse(argument).unwrap_err();
-            assert!(said.contains(why), "{argument}: {said}");
+            let error = parse(argument).unwrap_err();
+            assert!(error.contains(why), "{argument}: {error}");
         }
     }
 
     proptest! {
         #[test]
-        fn any_argument_is_read_or_refused(argument in ".*") {
+        fn any_argument_is_parsed_or_refused(argument in ".*") {
             let _ = parse(&argument);
         }
 
         #[test]
-        fn a_range_is_read_back(offset in 0u64..1 << 62, length in 1u64..1 << 62) {
+        fn a_range_survives_a_round_trip(offset in 0u64..1 << 62, length in 1u64..1 << 62) {
             let part = parse(&format!("no.bin:{offset}+{length}")).unwrap();
             prop_assert_eq!(part.range, Some(offset..offset + length));
         }

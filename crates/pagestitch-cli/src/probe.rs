@@ -1,4 +1,4 @@
-//! `pagestitch probe`: what this kernel and this process may do.
+//! `pagestitch probe`: the kernel features that this process may use.
 
 use crate::output::table;
 use pagestitch::Support;
@@ -29,7 +29,7 @@ pub(crate) fn run(as_json: bool) -> Result<(), Box<dyn Error>> {
         }
         writeln!(stdout(), "{table}")?;
     }
-    // The answer is complete either way; whether a region can be built is what a script wants to know.
+    // The exit status tells scripts if a region can be built; the output is complete either way.
     support.features().map(drop).map_err(Into::into)
 }
 

@@ -52,7 +52,8 @@ impl Scene {
 }
 
 impl Watched {
-    /// Reads the counters and computes the rates. Rates over less than `shortest` would jump, so they stay.
+    /// Reads the counters and computes the rates. Rates over less than `shortest` would jump, so
+    /// they stay.
     pub(crate) fn update(&mut self, shortest: Duration) {
         let (now, metrics) = (Instant::now(), self.meter.metrics());
         let elapsed = now - self.updated;

@@ -17,52 +17,59 @@ use std::time::Duration;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Peer {
-    /// Restore Firecracker guests from a snapshot: their page-fault handler ("backend_type": "Uffd")
+    /// Restore Firecracker guests from a snapshot, as their page-fault handler ("backend_type":
+    /// "Uffd")
     ///
-    /// SIGTERM: the memory of each guest is filled, and they go on without a handler; a second one does not wait for that.
+    /// SIGTERM fills the memory of each guest, which then runs without a handler. A second SIGTERM
+    /// ends the filling.
     ///
-    /// SIGKILL, or out of memory: pages that are missing are never filled. Firecracker keeps a descriptor of its userfaultfd, so that a
-    /// guest that touches one waits: end it. A VMM that has closed its own reads zeros: keep one in it, or in a supervisor.
+    /// After SIGKILL, or without memory, missing pages are never filled. Firecracker keeps a
+    /// descriptor of its userfaultfd, so a guest that touches a missing page waits: kill it. A
+    /// guest of a VMM that closed its descriptor reads zeros: keep a descriptor in the VMM or in a
+    /// supervisor.
     Firecracker(Options),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Where to listen: the "backend_path" of PUT /snapshot/load
+    /// The path to listen at: the "backend_path" of PUT /snapshot/load
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
-    /// The snapshot's memory file, then diffs over it, oldest first, each with its DIFF.extents
+    /// The memory file of the snapshot, then diffs over it, oldest first, each with its
+    /// DIFF.extents
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
     memory: Vec<PathBuf>,
-    /// Take the holes of a diff without DIFF.extents (see pagestitch extents) for memory that did not change: true of the files
-    /// that Firecracker has written, and of no copy
+    /// Take the holes of a diff without DIFF.extents (see pagestitch extents) for unchanged memory,
+    /// which is true of files that Firecracker has written, and of no copy
     #[arg(long)]
     assume_holes: bool,
-    /// What becomes of a guest when bytes of its memory cannot be had: SIGBUS where they are touched, or its end
+    /// The consequence of unavailable bytes: poison raises SIGBUS where they are touched, kill ends
+    /// the guest
     #[arg(long, value_enum, default_value_t)]
     on_loss: LossOption,
-    /// What becomes of guests when the handler is told to stop: their memory is filled, or lost
+    /// The consequence of a shutdown for guests: finish fills their memory, abandon leaves its
+    /// missing pages unavailable
     #[arg(long, value_enum, default_value_t)]
     on_stop: StopOption,
-    /// Fill only what is touched, nothing ahead of it
+    /// Fill touched pages only, and none ahead of them
     #[arg(long)]
     no_readahead: bool,
-    /// Write in which order the first guest touches its memory
+    /// Write the order in which the first guest touches its memory
     #[arg(long, value_name = "FILE")]
     record: Option<PathBuf>,
-    /// Fill the pages of a recording for each guest, as soon as it is there
+    /// Fill the pages of a recording for each guest as soon as it connects
     #[arg(long, value_name = "FILE")]
     replay: Option<PathBuf>,
-    /// Show maps of the guests' memory, and their numbers
+    /// Draw maps of the guests' memory, with their counters
     #[arg(long, conflicts_with = "json")]
     live: bool,
-    /// Write a map of the memory that the last guest was given, when it has ended
+    /// Write a map of the filled memory of the latest guest when it ends
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
-    /// Handler threads [default: one a CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 8]
     #[arg(long, value_name = "N", value_parser = workers())]
     workers: Option<usize>,
-    /// How many seconds a client may take to send where its memory is
+    /// The seconds within which a client must send its handshake
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     handshake_timeout: u16,
 }
@@ -163,24 +170,25 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     lost.recording.or(lost.map).map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// Why files that were asked for are not there at the end.
+/// The reasons why requested files are missing at the end.
 #[derive(Debug, Default)]
 struct LostOutputs {
     recording: Option<String>,
     map: Option<String>,
 }
 
-/// Finds outputs that cannot be written before guests are there, whose touches and maps would be lost.
+/// Checks the outputs before guests connect, because later their touches and maps would be lost.
 fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     let memory = options.memory.iter().map(|path| ("memory file", path.as_path()));
     let mut inputs: Vec<_> = memory.collect();
     files::check(options.record.as_deref().map(|path| ("recording", path)), &inputs)?;
-    // A recording that is replayed may be recorded anew: it has been read by then.
+    // The recording has been read before it is written, so the same file may serve both.
     inputs.extend(options.replay.as_deref().map(|path| ("recording", path)));
     files::check(options.heatmap.as_deref().map(|path| ("map", path)), &inputs)
 }
 
-/// Who reads this may have gone: guests are served all the same.
+/// Prints a line. An error is ignored, because guests are served even if the reader of the lines
+/// has gone.
 fn say(line: &str) {
     let mut out = stdout().lock();
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());

@@ -31,32 +31,33 @@ pub(crate) struct Options {
     /// Print the SHA-256 of the whole region
     #[arg(long)]
     sha256: bool,
-    /// Copy every page when it is touched, also where the file's own pages could be mapped
+    /// Copy every page when it is touched, even if the page of the file could be mapped
     #[arg(long)]
     copy: bool,
-    /// Print how each run of chunks is installed, and why
+    /// Print the method that installs each run of chunks, with its reason
     #[arg(long)]
     explain: bool,
-    /// Touch pages and tell how long each took: sequential, random, or a share: random:10%. A file that shrinks
-    /// meanwhile ends the command with SIGBUS
+    /// Touch pages and print the latencies: sequential, random, or a share of them: random:10%. A
+    /// file that is truncated meanwhile ends the command with SIGBUS
     #[arg(long, value_name = "ORDER[:SHARE]")]
     touch: Option<Touch>,
     /// Write the whole region to a file, or to standard output with -
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Handler threads [default: one a CPU, at most 8]
+    /// The number of handler threads [default: one per CPU, at most 8]
     #[arg(long, value_name = "N", value_parser = workers())]
     workers: Option<usize>,
-    /// Write in which order pages are first touched by --touch; with --copy, because the touch of a mapped page is not seen
+    /// Write the order of the first touches by --touch. Needs --copy, because a touch of a mapped
+    /// page goes unnoticed
     #[arg(long, value_name = "FILE", requires_all = ["copy", "touch"])]
     record: Option<PathBuf>,
-    /// Have the pages of a recording there before they are asked for
+    /// Fill the pages of a recording in advance
     #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
     replay: Option<PathBuf>,
-    /// Show a map of the region and its numbers while it is touched, hashed or written
+    /// Draw a map of the region with its counters while it is touched, hashed or written
     #[arg(long, conflicts_with = "json")]
     live: bool,
-    /// Write a map of what was filled at the end
+    /// Write a map of the filled pages at the end
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
     /// Decides a random order
@@ -64,7 +65,7 @@ pub(crate) struct Options {
     seed: u64,
 }
 
-/// What was summary, as far as it was asked for.
+/// The results of a run, as far as the options ask for them.
 struct Summary {
     bytes: usize,
     chunks: usize,
@@ -93,7 +94,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         let page = pagestitch::Support::current().page_size().bytes();
         touches(touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
     });
-    // What is hashed or written out afterwards is populated, and no touch.
+    // Hashing and writing read the pages without touching them, so the recording ends here.
     if let (Some(path), Some(recording)) = (&options.record, region.recording()) {
         recording.write(path)?;
     }
@@ -102,7 +103,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if let Some(output) = output {
         blocks.write_out(output)?;
     }
-    // Asked for nothing in particular: show that every byte is to be had.
+    // Without an option for output, a read of all bytes proves that they are available.
     if !options.explain && latencies.is_none() && sha256.is_none() && options.output.is_none() {
         blocks.each("stitching", |_| Ok(()))?;
     }
@@ -113,7 +114,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
     let summary =
         Summary { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
-    // Standard output may be the region itself.
+    // Standard output may carry the bytes of the region.
     let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
         Some("-") => Box::new(io::stderr()),
         _ => Box::new(stdout()),
@@ -125,7 +126,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     Ok(())
 }
 
-/// A range that is not one is a wrong argument.
+/// Parses a part. A malformed range is a wrong argument.
 fn parts() -> impl TypedValueParser<Value = Part> {
     OsStringValueParser::new().try_map(|argument| Part::parse(&argument))
 }
@@ -155,9 +156,9 @@ fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion,
     Ok(builder.build_shared(pool)?)
 }
 
-/// A file as a chunk: to be mapped if it can be, unless it is to be copied.
+/// Opens a file as a chunk, which is mapped if possible, unless `copy` is set.
 fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
-    // It knows how to say what is wrong with a file, and reads block devices too.
+    // The source of a file reports its defects by name, and also reads block devices.
     let read = FileSource::open(path)?;
     if copy || !fs::metadata(path)?.is_file() || pagestitch::Source::size(&read) == 0 {
         return Ok(read.into());
@@ -166,7 +167,7 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
 }
 
-/// Finds outputs that cannot be written before any work is summary for them.
+/// Checks the outputs before the work begins.
 fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     let to_stdout = options.output.as_deref() == Some(Path::new("-"));
     if options.live && to_stdout {
@@ -182,8 +183,8 @@ fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     files::check(record.into_iter().chain(heatmap), &inputs)
 }
 
-/// Where the region is written: standard output, or a file that was opened before the work began, and keeps its bytes until
-/// there are others.
+/// The output of the region: standard output, or a file that is opened before the work begins, and
+/// keeps its old bytes until the new ones are written.
 struct Output<'a> {
     path: &'a Path,
     file: Option<File>,
@@ -196,7 +197,7 @@ impl<'a> Output<'a> {
         Ok(Self { path, file: file.map_err(|error| cannot_write(path, &error))? })
     }
 
-    /// Standard output, or the file, emptied.
+    /// Standard output, or the emptied file.
     fn begin(&self) -> io::Result<Box<dyn Write + '_>> {
         let Some(file) = &self.file else { return Ok(Box::new(stdout().lock())) };
         if file.metadata()?.is_file() {
@@ -206,10 +207,10 @@ impl<'a> Output<'a> {
     }
 }
 
-/// A region as blocks that are copied out: what cannot be read is an error then, not a signal.
+/// Reads a region block by block, so that an unreadable page is an error and not a signal.
 struct Blocks<'a> {
     region: &'a SharedRegion,
-    /// Whether progress is hidden.
+    /// True if the progress bar is hidden.
     hidden: bool,
 }
 
@@ -237,11 +238,11 @@ impl Blocks<'_> {
 
     fn each(
         &self,
-        what: &'static str,
+        task: &'static str,
         mut work: impl FnMut(&[u8]) -> io::Result<()>,
     ) -> Result<(), Box<dyn Error>> {
         let len = self.region.len();
-        let mut progress = Progress::new(what, len as u64, self.hidden);
+        let mut progress = Progress::new(task, len as u64, self.hidden);
         let mut block = vec![0; BLOCK.min(len)];
         for start in (0..len).step_by(BLOCK) {
             let bytes = &mut block[..BLOCK.min(len - start)];

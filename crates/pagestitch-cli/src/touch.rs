@@ -1,8 +1,8 @@
-//! In which order to touch a region's pages, and how many: `sequential`, `random`, `random:10%`.
+//! The order and the share of touched pages: `sequential`, `random`, `random:10%`.
 
 use std::str::FromStr;
 
-/// What to touch.
+/// The pages to touch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Touch {
     random: bool,
@@ -10,7 +10,8 @@ pub(crate) struct Touch {
 }
 
 impl Touch {
-    /// An offset in each page to touch, in order. The order is computed, not stored: a tebibyte has 268 million pages.
+    /// An offset in each page to touch, in order. The order is computed, not stored, because a
+    /// tebibyte has 268 million pages.
     pub(crate) fn offsets(self, len: usize, page: usize, seed: u64) -> impl Iterator<Item = usize> {
         let pages = len.div_ceil(page) as u64;
         let wanted = ((pages as f64 * self.percent / 100.0).ceil() as u64).clamp(1, pages.max(1));
@@ -20,12 +21,12 @@ impl Touch {
     }
 }
 
-/// The numbers below `count` in a random order that only the seed decides: a Feistel network over the next power of four, walked
-/// until it meets one of them.
+/// The numbers below `count` in a random order that the seed decides: a Feistel network over the
+/// next power of four, applied until the result is below `count`.
 #[derive(Debug, Clone, Copy)]
 struct Permutation {
     count: u64,
-    /// Bits in each half of a number.
+    /// The bits in each half of a number.
     half: u32,
     keys: [u64; ROUNDS],
 }
@@ -39,7 +40,8 @@ impl Permutation {
 
     /// The number at an index below `count`.
     fn at(&self, index: u64) -> u64 {
-        // The network permutes at most four times as many numbers, so that a walk meets one below `count` soon.
+        // The network permutes at most four times as many numbers, so a few steps lead to one below
+        // `count`.
         let mut number = self.step(index);
         while number >= self.count {
             number = self.step(number);
@@ -57,7 +59,7 @@ impl Permutation {
     }
 }
 
-/// Spreads every bit over all others (the finaliser of SplitMix64).
+/// Spreads each bit over all others (the finaliser of SplitMix64).
 const fn mix(number: u64) -> u64 {
     let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -76,7 +78,7 @@ impl FromStr for Touch {
             "random" => true,
             _ => {
                 return Err(String::from(
-                    "say sequential or random, with a share of the pages if you like: random:10%",
+                    "say sequential or random, with an optional share of the pages: random:10%",
                 ));
             }
         };
@@ -92,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn orders_and_shares_are_read() {
+    fn orders_and_shares_are_parsed() {
         assert_eq!("sequential".parse(), Ok(Touch { random: false, percent: 100.0 }));
         assert_eq!("random:0.5%".parse(), Ok(Touch { random: true, percent: 0.5 }));
         for bad in
@@ -103,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_is_that_many_pages_once_each() {
+    fn a_share_touches_each_of_its_pages_once() {
         let touch: Touch = "random:10%".parse().unwrap();
         let mut offsets: Vec<usize> = touch.offsets(1000 * 4096 + 1, 4096, 7).collect();
         assert_eq!(offsets.len(), 101);
@@ -116,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_random_order_has_every_page_once_and_only_the_seed_decides_it() {
+    fn a_random_order_has_every_page_once_and_depends_on_the_seed() {
         let touch: Touch = "random".parse().unwrap();
         for pages in (1..70).chain([255, 256, 257, 1000, 4096, 4097]) {
             let order = |seed| touch.offsets(pages * 4096, 4096, seed).map(|offset| offset / 4096);

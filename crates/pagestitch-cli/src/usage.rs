@@ -1,9 +1,9 @@
-//! Wrong arguments that clap cannot find.
+//! Wrong arguments that clap cannot detect.
 
 use std::error::Error;
 use std::fmt;
 
-/// Arguments that contradict each other, each of which is right by itself.
+/// Arguments that contradict each other.
 #[derive(Debug)]
 pub(crate) struct Usage(pub(crate) String);
 

@@ -1,4 +1,4 @@
-//! The command as a person uses it: what it prints, and one clear line for each thing that is wrong.
+//! The command as a person uses it: its output, and one clear line for each error.
 
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -20,8 +20,8 @@ fn out(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// The one line on standard error of a command that could not do it.
-fn complaint(output: &Output, status: i32) -> String {
+/// The line on standard error of a command that fails.
+fn error_line(output: &Output, status: i32) -> String {
     let said = String::from_utf8(output.stderr.clone()).unwrap();
     assert_eq!(output.status.code(), Some(status), "{said}");
     assert!(!said.contains("panicked"), "{said}");
@@ -43,7 +43,7 @@ fn concatenated(directory: &Path, names: &[&str]) -> Vec<u8> {
 }
 
 #[test]
-fn stitched_parts_hash_and_write_as_the_parts_end_to_end() {
+fn a_region_hashes_and_writes_as_its_concatenated_parts() {
     let directory = files();
     let whole = concatenated(directory.path(), &["a", "b", "c", "a"]);
     fs::write(directory.path().join("whole"), &whole).unwrap();
@@ -61,11 +61,11 @@ fn stitched_parts_hash_and_write_as_the_parts_end_to_end() {
 }
 
 #[test]
-fn parts_of_a_large_real_file_hash_as_the_file() {
+fn shuffled_parts_of_a_large_file_hash_as_the_file() {
     let Some(large) = large_file() else {
         let _ = writeln!(
             std::io::stderr(),
-            "SKIPPED parts_of_a_large_real_file_hash_as_the_file: no compiler library"
+            "SKIPPED shuffled_parts_of_a_large_file_hash_as_the_file: no compiler library"
         );
         return;
     };
@@ -83,7 +83,7 @@ fn parts_of_a_large_real_file_hash_as_the_file() {
     assert_eq!(said.lines().last(), Some(format!("{sum}  stitched").as_str()));
 }
 
-/// The compiler's own library: the one large file that every machine with a Rust toolchain has.
+/// The library of the compiler: a large file on every machine with a Rust toolchain.
 fn large_file() -> Option<PathBuf> {
     let sysroot = Command::new("rustc").args(["--print", "sysroot"]).output().ok()?;
     let library = Path::new(String::from_utf8(sysroot.stdout).ok()?.trim()).join("lib");
@@ -91,11 +91,11 @@ fn large_file() -> Option<PathBuf> {
     files.find(|path| path.to_string_lossy().contains("librustc_driver") && fs::File::open(path).is_ok())
 }
 
-/// Bytes in a part of the large file: no multiple of anything.
+/// The bytes of a part of the large file: no multiple of a page.
 const PART: usize = 7_777_777;
 
 #[test]
-fn aligned_parts_are_mapped_and_copied_when_asked_to() {
+fn aligned_parts_are_mapped_or_with_copy_copied() {
     let directory = files();
     fs::write(directory.path().join("pages"), vec![9; 3 * 4096]).unwrap();
     let told = |arguments: &[&str]| {
@@ -116,7 +116,7 @@ fn aligned_parts_are_mapped_and_copied_when_asked_to() {
 }
 
 #[test]
-fn a_file_that_shrinks_while_it_is_written_out_is_one_line() {
+fn a_file_truncated_during_the_output_is_an_error_line() {
     let directory = files();
     let shrinking = directory.path().join("shrinking");
     fs::write(&shrinking, vec![7; 64 << 20]).unwrap();
@@ -125,16 +125,16 @@ fn a_file_that_shrinks_while_it_is_written_out_is_one_line() {
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
-    // It has begun, and waits for us to read on.
+    // The command has begun, and waits because the pipe is full.
     std::io::Read::read_exact(&mut stdout, &mut [0; 100]).unwrap();
     fs::File::options().write(true).open(&shrinking).unwrap().set_len(4096).unwrap();
     std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
-    let said = complaint(&child.wait_with_output().unwrap(), 1);
+    let said = error_line(&child.wait_with_output().unwrap(), 1);
     assert!(said.contains("shorter than it was"), "{said}");
 }
 
 #[test]
-fn ranges_are_those_bytes() {
+fn a_range_selects_its_bytes() {
     let directory = files();
     let parts = ["stitch", "a:4096+1000", "b", "c:0+4999", "-o", "-"];
     let expected = [
@@ -147,7 +147,7 @@ fn ranges_are_those_bytes() {
 }
 
 #[test]
-fn explain_touch_and_json_say_what_they_promise() {
+fn explain_touch_and_json_print_plan_latencies_and_counters() {
     let directory = files();
     let said =
         out(&pagestitch(directory.path(), &["stitch", "a", "c:0+100", "--explain", "--touch", "random:50%"]));
@@ -165,10 +165,10 @@ fn explain_touch_and_json_say_what_they_promise() {
 }
 
 #[test]
-fn the_demo_is_right_and_says_what_happened() {
+fn the_demo_checks_its_bytes_and_prints_counters() {
     let directory = files();
     let said = out(&pagestitch(directory.path(), &["demo"]));
-    for part in ["equal", "pages touched", "bytes copied", "p50, p99, max", "copying it all first"] {
+    for part in ["equal", "pages touched", "bytes copied", "p50, p99, max", "eager copy"] {
         assert!(said.contains(part), "{part:?} is not in\n{said}");
     }
     let json: Value =
@@ -178,7 +178,7 @@ fn the_demo_is_right_and_says_what_happened() {
 }
 
 #[test]
-fn probe_tells_each_feature_and_its_version() {
+fn probe_prints_each_feature_with_its_kernel_version() {
     let said = out(&pagestitch(Path::new("/"), &["probe"]));
     for part in ["Linux", "POISON", "6.6", "MOVE", "EVENT_REMOVE"] {
         assert!(said.contains(part), "{part:?} is not in\n{said}");
@@ -188,7 +188,7 @@ fn probe_tells_each_feature_and_its_version() {
 }
 
 #[test]
-fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
+fn a_bad_part_is_an_error_line_with_its_name() {
     let directory = files();
     fs::create_dir(directory.path().join("folder")).unwrap();
     fs::write(directory.path().join("empty"), "").unwrap();
@@ -209,12 +209,12 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
             "cannot write no/where: No such file",
         ),
         (&["stitch", "a", "--copy", "--replay", "missing"], "cannot read missing: No such file"),
-        (&["stitch", "a", "--live"], "--live needs a terminal: standard output is none"),
-        (&["demo", "--file", "empty"], "is empty: name a file with some bytes"),
+        (&["stitch", "a", "--live"], "--live needs a terminal, but standard output is none"),
+        (&["demo", "--file", "empty"], "is empty: name a file with bytes"),
         (&["demo", "--file", "missing"], "cannot open missing"),
         (&["demo", "--file", "folder"], "folder is a directory"),
     ] {
-        let said = complaint(&pagestitch(directory.path(), arguments), 1);
+        let said = error_line(&pagestitch(directory.path(), arguments), 1);
         assert!(said.starts_with("pagestitch: ") && said.contains(expected), "{arguments:?}: {said}");
         assert_eq!(said.lines().count(), 1, "{arguments:?}: {said}");
     }
@@ -222,7 +222,7 @@ fn what_is_wrong_with_a_part_is_one_line_that_names_it() {
 }
 
 #[test]
-fn wrong_arguments_are_status_2_and_say_what_is_right() {
+fn wrong_arguments_exit_with_2_and_name_the_remedy() {
     let directory = files();
     let serve = ["serve", "firecracker", "--socket", "s", "--memory", "a"];
     let serve = |more: &[&'static str]| [&serve[..], more].concat();
@@ -262,7 +262,7 @@ fn wrong_arguments_are_status_2_and_say_what_is_right() {
         (vec!["serve", "firecracker", "--socket", "s"], "--memory"),
         (vec!["serve", "qemu"], "unrecognized subcommand"),
     ] {
-        let said = complaint(&pagestitch(directory.path(), &arguments), 2);
+        let said = error_line(&pagestitch(directory.path(), &arguments), 2);
         assert!(said.contains(expected), "{arguments:?}: {said}");
     }
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3, "nothing was written");
@@ -270,7 +270,8 @@ fn wrong_arguments_are_status_2_and_say_what_is_right() {
     assert_eq!(fs::metadata(directory.path().join("a")).unwrap().len(), 10_000, "no part was touched");
 }
 
-/// Runs the command with standard output and standard error on a terminal of its own; says what the terminal was shown.
+/// Runs the command with a terminal of its own as standard output and standard error. Returns the
+/// exit code and the text that the terminal received.
 fn on_terminal(directory: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(&size, None).unwrap();
@@ -279,7 +280,8 @@ fn on_terminal(directory: &Path, arguments: &[&str], environment: &[(&str, &str)
     command.envs(environment.iter().copied()).stdin(slave.try_clone().unwrap());
     command.stdout(slave.try_clone().unwrap()).stderr(slave);
     let mut child = command.spawn().unwrap();
-    // The command holds the only other descriptors of the terminal: its end is the end of what can be read (EIO).
+    // The command holds the only other descriptors of the terminal. A read fails with EIO after the
+    // command has ended.
     drop(command);
     let (mut shown, mut master) = (Vec::new(), fs::File::from(master));
     let mut some = [0; 4096];
@@ -290,7 +292,7 @@ fn on_terminal(directory: &Path, arguments: &[&str], environment: &[(&str, &str)
 }
 
 #[test]
-fn verbose_has_colours_on_a_terminal_that_wants_them() {
+fn verbose_has_colours_on_a_terminal_unless_refused() {
     let directory = files();
     let shown = |environment| {
         let (status, shown) = on_terminal(directory.path(), &["stitch", "a", "-v"], environment);
@@ -304,9 +306,9 @@ fn verbose_has_colours_on_a_terminal_that_wants_them() {
 }
 
 #[test]
-fn the_live_picture_has_the_terminal_to_itself() {
+fn no_other_output_disturbs_the_live_picture() {
     let directory = files();
-    // Larger than is hashed in the second after which a progress bar appears.
+    // The hash takes longer than the second after which a progress bar would appear.
     fs::write(directory.path().join("big"), "").unwrap();
     let big = fs::File::options().write(true).open(directory.path().join("big")).unwrap();
     big.set_len(2 << 30).unwrap();
@@ -323,17 +325,17 @@ fn the_live_picture_has_the_terminal_to_itself() {
 }
 
 #[test]
-fn a_share_of_a_tebibyte_is_touched_without_a_list_of_its_pages() {
+fn a_random_touch_of_a_tebibyte_needs_no_list_of_pages() {
     let directory = TempDir::new().unwrap();
     let huge = fs::File::create(directory.path().join("huge")).unwrap();
     if huge.set_len(1 << 40).is_err() {
         let _ = writeln!(
             std::io::stderr(),
-            "SKIPPED a_share_of_a_tebibyte_is_touched_without_a_list_of_its_pages: no file of a tebibyte here"
+            "SKIPPED a_random_touch_of_a_tebibyte_needs_no_list_of_pages: no file of a tebibyte here"
         );
         return;
     }
-    // A list of its pages is 2 GiB.
+    // A list of its pages would take 2 GiB.
     let limited = format!(
         "ulimit -d 524288; exec {} stitch huge --touch random:0.0001% --json",
         env!("CARGO_BIN_EXE_pagestitch")
@@ -344,13 +346,13 @@ fn a_share_of_a_tebibyte_is_touched_without_a_list_of_its_pages() {
 }
 
 #[test]
-fn a_file_that_can_be_written_is_replaced_whole_and_an_old_one_is_kept_until_then() {
+fn an_output_file_is_replaced_as_a_whole_after_success() {
     let directory = files();
     let path = |name: &str| directory.path().join(name);
     fs::write(path("map.svg"), "old").unwrap();
     fs::write(path("written"), vec![1; 20_000]).unwrap();
-    // A part that is refused at build leaves what was there.
-    complaint(
+    // A part that the build refuses leaves the old file.
+    error_line(
         &pagestitch(directory.path(), &["stitch", "a:0+99999", "-o", "written", "--heatmap", "map.svg"]),
         1,
     );
@@ -365,7 +367,7 @@ fn a_file_that_can_be_written_is_replaced_whole_and_an_old_one_is_kept_until_the
 }
 
 #[test]
-fn verbose_shows_what_happens_on_standard_error() {
+fn verbose_logs_regions_and_pages_on_standard_error() {
     let directory = files();
     let said = |flag: &str| {
         let output = pagestitch(directory.path(), &["stitch", "a", "c", "--sha256", flag]);
@@ -380,24 +382,25 @@ fn verbose_shows_what_happens_on_standard_error() {
 }
 
 #[test]
-fn an_unreadable_file_is_refused_to_an_ordinary_user() {
+fn a_file_without_permission_is_refused() {
     use std::os::unix::fs::PermissionsExt;
     let directory = files();
     let secret = directory.path().join("a");
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o000)).unwrap();
     if fs::File::open(&secret).is_ok() {
-        return; // Root reads it all the same.
+        return; // Root reads any file.
     }
-    let said = complaint(&pagestitch(directory.path(), &["stitch", "a"]), 1);
+    let said = error_line(&pagestitch(directory.path(), &["stitch", "a"]), 1);
     assert!(said.contains("cannot open a: Permission denied"), "{said}");
 }
 
 #[test]
-fn without_userfaultfd_each_command_says_what_to_do() {
+fn each_command_names_the_remedy_without_userfaultfd() {
     let directory = files();
     let outputs = thread::scope(|scope| {
         let run = || {
-            // A filter is a thread's own, and inherited by what the thread starts.
+            // A seccomp filter belongs to a thread, and processes that the thread starts inherit
+            // it.
             deny_userfaultfd(Errno::EPERM);
             [&["demo"][..], &["stitch", "a"], &["probe"]]
                 .map(|arguments| pagestitch(directory.path(), arguments))
@@ -405,20 +408,20 @@ fn without_userfaultfd_each_command_says_what_to_do() {
         scope.spawn(run).join().unwrap()
     });
     for output in &outputs {
-        let said = complaint(output, 1);
+        let said = error_line(output, 1);
         assert!(said.contains("no userfaultfd") && said.contains("seccomp profile"), "{said}");
     }
     assert!(String::from_utf8_lossy(&outputs[2].stdout).contains("EPERM"), "probe still prints its table");
 }
 
 #[test]
-fn too_little_address_space_is_one_line() {
+fn too_little_address_space_is_an_error_line() {
     let directory = files();
     let huge = fs::File::create(directory.path().join("huge")).unwrap();
     huge.set_len(1 << 33).unwrap();
     let limited = format!("ulimit -v 4194304; exec {} stitch huge", env!("CARGO_BIN_EXE_pagestitch"));
     let output = Command::new("sh").args(["-c", &limited]).current_dir(directory.path()).output().unwrap();
-    let said = complaint(&output, 1);
+    let said = error_line(&output, 1);
     assert!(
         said.contains("cannot reserve 8589934592 bytes of addresses") && said.contains("ulimit -v"),
         "{said}"
@@ -426,7 +429,7 @@ fn too_little_address_space_is_one_line() {
 }
 
 #[test]
-fn a_reader_that_leaves_early_is_no_error() {
+fn a_closed_pipe_is_no_error() {
     let directory = files();
     fs::write(directory.path().join("big"), vec![1u8; 20 << 20]).unwrap();
     let piped = format!("{} stitch big -o - | head -c 10", env!("CARGO_BIN_EXE_pagestitch"));
@@ -457,7 +460,7 @@ fn a_benchmark_prints_a_row_for_each_system_and_writes_a_page() {
 }
 
 #[test]
-fn what_is_wrong_with_a_benchmark_is_said_before_it_is_run() {
+fn bad_benchmark_options_fail_before_the_measurement() {
     let directory = TempDir::new().unwrap();
     fs::write(directory.path().join("bad.json"), "no rows\n").unwrap();
     for (arguments, status, about) in [
@@ -467,7 +470,7 @@ fn what_is_wrong_with_a_benchmark_is_said_before_it_is_run() {
         (&["bench", "--compare", "bad.json"], 1, "bad.json: line 1 is no row of `pagestitch bench --json`"),
         (&["bench", "--report", "no/where.html"], 1, "cannot write no/where.html: No such file"),
     ] {
-        let said = complaint(&pagestitch(directory.path(), arguments), status);
+        let said = error_line(&pagestitch(directory.path(), arguments), status);
         assert!(said.contains(about), "{said}");
     }
 }
@@ -485,14 +488,15 @@ fn first_touches_are_recorded_and_replayed() {
     assert_eq!(first["faults"], 100);
     let second = run(&["--replay", "touches"]);
     assert!(second["faults"].as_u64().unwrap() <= 100);
-    let said = complaint(&pagestitch(directory.path(), &["stitch", "--copy", "a", "--replay", "touches"]), 1);
+    let said =
+        error_line(&pagestitch(directory.path(), &["stitch", "--copy", "a", "--replay", "touches"]), 1);
     assert!(said.contains("the recording is of a region of 819200 bytes"), "{said}");
-    let said = complaint(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
+    let said = error_line(&pagestitch(directory.path(), &["stitch", "a", "--record", "touches"]), 2);
     assert!(said.contains("--copy"), "{said}");
 }
 
 #[test]
-fn a_second_of_stress_finds_nothing_and_counts_what_it_did() {
+fn a_second_of_stress_passes_and_prints_counters() {
     let said = out(&pagestitch(Path::new("/"), &["stress", "--seconds", "1", "--seed", "5", "--json"]));
     let counts: Value = serde_json::from_str(&said).unwrap();
     assert!(counts["regions"].as_u64() > Some(0) && counts["bytes_verified"].as_u64() > Some(0), "{said}");

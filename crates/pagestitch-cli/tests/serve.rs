@@ -1,8 +1,9 @@
-//! `pagestitch serve`: the handler as it is put in production, with signals, and what it says when it cannot start.
+//! `pagestitch serve` as in production: with signals, and with its errors at the start.
 
 use pagestitch::{Pool, Region};
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::{this_test, wait};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 const PAGES: usize = 3000;
 const PAGE: usize = 4096;
 
-/// Memory of which each page tells its number, and the first byte of none is zero.
+/// A memory file in which each byte of a page identifies the page. No byte is zero.
 fn memory(path: &Path) {
     let file = File::create(path).unwrap();
     for page in 0..PAGES {
@@ -35,7 +36,7 @@ fn serve(folder: &Path, more: &[&str]) -> Child {
         .unwrap()
 }
 
-/// A guest that reads a few pages, waits for the handler to go, and reads them all.
+/// A guest that reads some pages, waits for the end of the handler, and reads all pages.
 fn guest(test: &str, folder: &Path) -> ChildTest {
     child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
         let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -51,16 +52,12 @@ fn guest(test: &str, folder: &Path) -> ChildTest {
 }
 
 fn wait_for(path: &Path) {
-    let started = Instant::now();
-    while !path.exists() {
-        assert!(started.elapsed() < Duration::from_secs(30), "{} never came", path.display());
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait::until(&format!("the file {}", path.display()), || path.exists());
 }
 
 #[test]
-fn told_to_stop_under_load_it_leaves_its_guests_complete() {
-    let test = "told_to_stop_under_load_it_leaves_its_guests_complete";
+fn a_shutdown_under_load_completes_the_memory_of_guests() {
+    let test = this_test!();
     if child::is_child(test) {
         guest(test, Path::new(""));
     }
@@ -74,32 +71,32 @@ fn told_to_stop_under_load_it_leaves_its_guests_complete() {
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
         assert!(handler.wait().unwrap().success());
         guest.wait().expect_pass();
-        let said: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
+        let lines: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
         let words = ["listening", "serving", "detached"];
         let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"detached""#];
         let expected = if more.is_empty() { words } else { keys };
-        assert_eq!(said.len(), 3, "{said:?}");
-        assert!(said.iter().zip(expected).all(|(line, word)| line.contains(word)), "{said:?}");
+        assert_eq!(lines.len(), 3, "{lines:?}");
+        assert!(lines.iter().zip(expected).all(|(line, word)| line.contains(word)), "{lines:?}");
     }
 }
 
 #[test]
-fn what_is_wrong_is_one_line() {
+fn each_start_error_is_one_line() {
     let folder = tempfile::tempdir().unwrap();
     memory(&folder.path().join("memory"));
-    let complaint = |more: &[&str], status: i32| {
+    let error_line = |more: &[&str], status: i32| {
         let output = serve(folder.path(), more).wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(status));
         String::from_utf8(output.stderr).unwrap()
     };
     assert_eq!(
-        complaint(&["no-such-diff"], 1),
+        error_line(&["no-such-diff"], 1),
         "pagestitch: cannot open no-such-diff: No such file or directory (os error 2)\n"
     );
     let diff = File::create(folder.path().join("diff")).unwrap();
     diff.set_len((PAGES * PAGE) as u64).unwrap();
     diff.write_all_at(&[9; PAGE], PAGE as u64).unwrap();
-    assert!(complaint(&["diff"], 1).contains("pagestitch extents"));
+    assert!(error_line(&["diff"], 1).contains("pagestitch extents"));
     let extents = Command::new(env!("CARGO_BIN_EXE_pagestitch"))
         .current_dir(folder.path())
         .args(["extents", "diff"])
@@ -107,20 +104,20 @@ fn what_is_wrong_is_one_line() {
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&extents.stdout), "diff.extents: 4.0 KiB of memory in 1 ranges\n");
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
-    assert!(complaint(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
-    assert!(complaint(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
-    assert!(complaint(&["--workers", "0"], 2).contains("0 is not in 1.."));
-    assert!(complaint(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
-    assert!(complaint(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
-    assert!(complaint(&["--heatmap", "no/where"], 1).contains("cannot write no/where: No such file"));
+    assert!(error_line(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
+    assert!(error_line(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
+    assert!(error_line(&["--workers", "0"], 2).contains("0 is not in 1.."));
+    assert!(error_line(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
+    assert!(error_line(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
+    assert!(error_line(&["--heatmap", "no/where"], 1).contains("cannot write no/where: No such file"));
     record_other(&folder.path().join("other"));
-    assert!(complaint(&["--replay", "other"], 1).contains("the recording is of 40960 bytes of memory"));
+    assert!(error_line(&["--replay", "other"], 1).contains("the recording is of 40960 bytes of memory"));
     let mut first = serve(folder.path(), &[]);
     wait_for(&folder.path().join("socket"));
-    assert!(complaint(&[], 1).contains("socket is in use: another handler listens there"));
+    assert!(error_line(&[], 1).contains("socket is in use: another handler listens there"));
     first.kill().unwrap();
     first.wait().unwrap();
-    // After a SIGKILL the socket is left behind, and is no obstacle.
+    // A handler takes over the socket file that a SIGKILL has left behind.
     assert!(folder.path().join("socket").exists());
     let mut second = serve(folder.path(), &[]);
     let mut line = String::new();
@@ -130,7 +127,7 @@ fn what_is_wrong_is_one_line() {
     second.wait().unwrap();
 }
 
-/// A recording of ten pages, which are not a guest's.
+/// Writes a recording of ten pages, which no guest here has.
 fn record_other(path: &Path) {
     let region = Region::builder().chunk(vec![7; 10 * PAGE]).record().build(&Pool::new().unwrap()).unwrap();
     assert_eq!(region.as_slice()[5 * PAGE], 7);
@@ -138,8 +135,8 @@ fn record_other(path: &Path) {
 }
 
 #[test]
-fn a_recording_or_a_map_that_is_lost_is_no_success() {
-    let test = "a_recording_or_a_map_that_is_lost_is_no_success";
+fn a_lost_recording_or_map_is_a_failure() {
+    let test = this_test!();
     let life = |folder: &Path| {
         child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -169,8 +166,8 @@ fn a_recording_or_a_map_that_is_lost_is_no_success() {
 }
 
 #[test]
-fn what_the_first_guest_touches_is_there_for_the_next_one() {
-    let test = "what_the_first_guest_touches_is_there_for_the_next_one";
+fn touches_of_the_first_guest_are_replayed_for_the_next() {
+    let test = this_test!();
     let life = |folder: &Path| {
         child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -203,10 +200,10 @@ fn what_the_first_guest_touches_is_there_for_the_next_one() {
     assert_eq!(said, "pagestitch: touches is no recording of first touches\n");
 }
 
-/// With descriptors for a few guests, the others wait until these have ended: none is lost.
+/// If descriptors are short, guests wait until others have ended, and all are served.
 #[test]
-fn guests_wait_for_descriptors() {
-    let test = "guests_wait_for_descriptors";
+fn guests_wait_until_descriptors_are_free() {
+    let test = this_test!();
     let life = |folder: &Path| {
         child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -236,14 +233,14 @@ fn guests_wait_for_descriptors() {
     let guests: Vec<_> = (0..12).map(|_| life(folder.path())).collect();
     guests.into_iter().for_each(|guest| guest.wait().expect_pass());
     handler.kill().unwrap();
-    let said = handler.wait_with_output().unwrap();
-    println!("{}", String::from_utf8_lossy(&said.stderr));
+    let output = handler.wait_with_output().unwrap();
+    println!("{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// A peer that connects and hangs up in a loop, and one that connects and says nothing.
+/// One peer connects and hangs up in a loop; another connects and is silent.
 #[test]
-fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
-    let test = "a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end";
+fn a_flood_of_connections_delays_neither_guests_nor_the_shutdown() {
+    let test = this_test!();
     let life = |folder: &Path| {
         child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -257,8 +254,8 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
     let folder = tempfile::tempdir().unwrap();
     memory(&folder.path().join("memory"));
     let mut handler = serve(folder.path(), &["--handshake-timeout", "30"]);
-    let said = handler.stdout.take().unwrap();
-    let reader = thread::spawn(move || BufReader::new(said).lines().map_while(Result::ok).count());
+    let stdout = handler.stdout.take().unwrap();
+    let reader = thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
     let socket = folder.path().join("socket");
     wait_for(&socket);
     let stop = AtomicBool::new(false);
@@ -280,8 +277,8 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
             most = most.max(descriptors());
         }
         assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-        let told = Instant::now();
-        while handler.try_wait().unwrap().is_none() && told.elapsed() < Duration::from_secs(20) {
+        let signalled = Instant::now();
+        while handler.try_wait().unwrap().is_none() && signalled.elapsed() < Duration::from_secs(20) {
             thread::sleep(Duration::from_millis(5));
         }
         stop.store(true, Ordering::Relaxed);
@@ -289,8 +286,8 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
         let _ = handler.kill();
         assert!(
             ended.is_some_and(|status| status.success()),
-            "{:?} after it was told: {ended:?}",
-            told.elapsed()
+            "{:?} after SIGTERM: {ended:?}",
+            signalled.elapsed()
         );
         most
     });
@@ -298,11 +295,11 @@ fn a_flood_of_connections_is_bounded_and_delays_neither_guests_nor_the_end() {
     assert!(most < 1500, "{most} descriptors");
 }
 
-/// A guest whose process cannot be seen from the handler's PID namespace is served; where it would have to be ended, it is refused
-/// at once, and does not hang.
+/// The handler serves a guest that its PID namespace hides. If unavailable bytes have to kill the
+/// guest, the handler refuses it at once, and it does not hang.
 #[test]
 fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
-    let test = "a_guest_of_another_pid_namespace_is_served_or_refused_at_once";
+    let test = this_test!();
     let life = |folder: &Path| {
         child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
             let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
@@ -343,7 +340,7 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
             println!("SKIPPED: no PID namespace can be made here (root, unshare(1))");
             return;
         };
-        // Before Linux 6.5, no process of another namespace is known for certain.
+        // Before Linux 6.5, no process of another namespace can be identified for certain.
         assert!(told.contains(expected) || told.contains("before Linux 6.5"), "{told}");
         assert_eq!(end.passed(), told.contains("ended after"), "{}", end.output());
     }

@@ -1,23 +1,28 @@
-//! What the kernel injection on purpose, in a build with the feature `inject`; nothing in any other.
+//! Injected answers of the kernel, in a build with the feature `inject`. Without the feature this
+//! does nothing.
 
 use fastrand::Rng;
 #[cfg(feature = "inject")]
 use pagestitch_kernel::uffd::inject::{Injected, inject, injected};
 
-/// What may be injected in a round.
+/// The answers that a round injects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(feature = "inject"), expect(dead_code, reason = "there is one, then"))]
+#[cfg_attr(
+    not(feature = "inject"),
+    expect(dead_code, reason = "Injection::begin makes them only with the feature")
+)]
 pub(super) enum Injection {
-    /// Those that the kernel gives by itself.
+    /// No answer.
     None,
-    /// Also those that are no errors: the map is changing, some pages were filled, somebody was quicker.
+    /// Answers that are no errors: changing mappings, partial fills, pages that are already
+    /// present.
     Harmless,
-    /// Also those that cost a page its bytes.
+    /// Also answers that make a page unavailable.
     Fatal,
 }
 
 impl Injection {
-    /// As a round has it; `fatal`: whether its pages may go bad.
+    /// Chooses the answers of a round. `fatal`: pages may become unavailable.
     #[cfg(feature = "inject")]
     pub(super) fn begin(rng: &mut Rng, fatal: bool) -> Self {
         use Injected::{Again, Busy, Exists, NoMarker, NoMemory, Partial, ProcessGone};
@@ -37,16 +42,16 @@ impl Injection {
         Self::None
     }
 
-    /// From now on, only its own.
+    /// Ends the injection.
     pub(super) fn end() {
         #[cfg(feature = "inject")]
         inject(0, &[], 0);
     }
 
-    /// How many were injected so far, by kind.
+    /// The number of injected answers so far, by kind.
     pub(super) fn counts() -> Vec<(String, u64)> {
         #[cfg(feature = "inject")]
-        return injected().map(|(kind, count)| (format!("the kernel injection: {kind:?}"), count)).to_vec();
+        return injected().map(|(kind, count)| (format!("injected {kind:?}"), count)).to_vec();
         #[cfg(not(feature = "inject"))]
         Vec::new()
     }

@@ -8,7 +8,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use std::fs;
 use std::sync::OnceLock;
 
-/// What is locked in a round; until it is dropped.
+/// The locks of a round, until this is dropped.
 #[derive(Debug)]
 pub(super) struct Locked {
     before: MlockAllFlags,
@@ -16,7 +16,7 @@ pub(super) struct Locked {
 }
 
 impl Locked {
-    /// As a round has it.
+    /// Chooses the locks of a round, and takes those before the build.
     pub(super) fn begin(rng: &mut Rng, tally: &Tally) -> Self {
         let (future, on_fault) = (MlockAllFlags::MCL_FUTURE, MlockAllFlags::from_bits_retain(MCL_ONFAULT));
         let (none, current) = (MlockAllFlags::empty(), MlockAllFlags::MCL_CURRENT);
@@ -37,13 +37,14 @@ impl Locked {
         locked
     }
 
-    /// Locks what there is by now, where this round does so.
+    /// Takes the locks that belong into the middle of the round.
     pub(super) fn meanwhile(&self, tally: &Tally) {
         self.lock(self.meanwhile, tally);
     }
 
     fn lock(&self, flags: MlockAllFlags, tally: &Tally) {
-        // To lock all that there is touches all of it; what fails there, may.
+        // A lock touches all mapped memory. Pages may fail meanwhile, which is no error of the
+        // lock.
         if !flags.is_empty() && mlockall(flags).is_ok() {
             Tally::count(&tally.locked, 1);
         }
@@ -58,7 +59,8 @@ impl Drop for Locked {
     }
 }
 
-/// Whether this process may lock as much as it likes. Where there is a limit, all later mappings are counted against it.
+/// True if this process may lock any amount of memory. Under a limit, all later mappings would
+/// count against it.
 fn may_lock() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
     *MAY.get_or_init(|| {

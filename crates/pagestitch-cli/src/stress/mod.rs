@@ -1,14 +1,17 @@
-//! `pagestitch stress`: random regions, sources, servers and threads, everything that may fail failing now and then, and every byte
-//! verified.
+//! `pagestitch stress`: random regions, sources, servers and threads, with random failures, while
+//! every byte is checked.
 //!
-//! | file | what |
+//! A file uses only files of later rows:
+//!
+//! | file | content |
 //! |---|---|
-//! | `model` | a random list of chunks, the bytes that it has to show, and which of them may fail |
-//! | `locked` | memory that the process locks, by then or meanwhile |
+//! | `round` | one region: built, touched from several threads, discarded, dropped |
 //! | `stopped` | a process that is stopped and continued while its faults have a time limit |
-//! | `kernel` | answers of the kernel that are injected, in a build for that |
-//! | `sources` | sources that fail, panic, drop requests, and take their time, as declared |
-//! | `round` | one region: built, touched from several threads, let go of, dropped |
+//! | `model` | a random list of chunks, with its expected bytes and the parts that may fail |
+//! | `sources` | sources that fail, panic, drop requests or delay, as announced |
+//! | `kernel` | injected answers of the kernel, in a build for that |
+//! | `locked` | memory that the process locks before or during the round |
+//! | `tally` | the counters of a run |
 
 mod kernel;
 mod locked;
@@ -32,16 +35,16 @@ use tally::Tally;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// How long
+    /// The duration of the run
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// Decides everything but the scheduling of threads [default: the time]
+    /// Decides everything except the scheduling of threads [default: the time]
     #[arg(long)]
     seed: Option<u64>,
-    /// Only this round, again and again: to repeat what an earlier run has found
+    /// Repeat this one round of an earlier run
     #[arg(long, value_name = "N", requires = "seed")]
     round: Option<u64>,
-    /// The life of a process that is stopped and continued: this command starts it
+    /// Run as the process that is stopped and continued: started by this command itself
     #[arg(long, hide = true, requires = "seed")]
     stopped: bool,
 }
@@ -53,9 +56,9 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if options.stopped {
         return Ok(stopped::run_child(seed)?);
     }
-    // What sources do on purpose is not to be told of each time.
+    // Panics on purpose are not printed.
     std::panic::set_hook(Box::new(|panic| {
-        if panic.payload_as_str().is_none_or(|said| said != sources::ON_PURPOSE) {
+        if panic.payload_as_str().is_none_or(|message| message != sources::ON_PURPOSE) {
             eprintln!("{panic}");
         }
     }));
@@ -74,7 +77,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     Ok(())
 }
 
-/// Ends the process when nothing has happened for long: somebody waits for ever.
+/// Ends the process if no thread has made progress for long, because then a thread is stuck.
 fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
     thread::spawn(move || {
         let mut last = (0, Instant::now());
@@ -84,7 +87,7 @@ fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
             if now != last.0 {
                 last = (now, Instant::now());
             } else if last.1.elapsed() > STUCK_AFTER {
-                eprintln!("pagestitch: a thread is stuck: nothing has happened for {STUCK_AFTER:?}");
+                eprintln!("pagestitch: a thread is stuck: no progress for {STUCK_AFTER:?}");
                 print_wait_channels();
                 eprintln!("  to repeat it: pagestitch stress --seed {seed} --round {}", now >> 32);
                 exit(1);
@@ -93,12 +96,12 @@ fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
     });
 }
 
-/// What each thread waits for in the kernel, as far as we are told.
+/// Prints the kernel function in which each thread waits, as far as the kernel reveals it.
 fn print_wait_channels() {
     let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
     for task in tasks {
-        let said = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
-        eprintln!("  {} waits in {}", said("comm").trim_end(), said("wchan").trim_end());
+        let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        eprintln!("  {} waits in {}", read("comm").trim_end(), read("wchan").trim_end());
     }
 }
 
@@ -111,7 +114,7 @@ fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::R
         counts.for_each(|(name, count)| all[name] = count.into());
         return writeln!(out, "{all}");
     }
-    writeln!(out, "seed {seed}, {:.1} s: no failure byte, nobody stuck", took.as_secs_f64())?;
+    writeln!(out, "seed {seed}, {:.1} s: no wrong byte, no stuck thread", took.as_secs_f64())?;
     counts
         .into_iter()
         .try_for_each(|(name, count)| writeln!(out, "  {count:>14}  {}", name.replace('_', " ")))

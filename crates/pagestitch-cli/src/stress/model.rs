@@ -1,4 +1,4 @@
-//! A random list of chunks, and what a region of it has to show.
+//! A random list of chunks, with the expected bytes of its region.
 
 use super::sources::{FaultyFetch, FaultySource};
 use super::tally::Tally;
@@ -12,22 +12,23 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// What a region of some chunks has to show.
+/// The expected content of a region.
 pub(super) struct Model {
     pub(super) bytes: Vec<u8>,
     /// Byte ranges of the region whose source may fail.
     failing: Vec<Range<usize>>,
     faulty: Vec<Arc<FaultySource>>,
-    /// Whether all of it lies in memory, or is mapped.
+    /// True if all bytes are in memory or mapped, so that a region can be served inline.
     pub(super) inline: bool,
-    /// Whether a page that is let go of can be had refillable.
+    /// True if a discarded page can be filled again.
     pub(super) refillable: bool,
-    /// A donation of which the end was laid: its beginning, and the bytes of that.
+    /// The donation of a chunk that uses its end only, and the bytes of its beginning, for a later
+    /// chunk.
     head: Option<(Arc<Donated>, Vec<u8>)>,
 }
 
 impl Model {
-    /// Lays random chunks; `whole`: whole pages together, as a guest has them.
+    /// Adds random chunks. `whole`: whole pages in total, as a guest has them.
     pub(super) fn random(
         rng: &mut Rng,
         tally: &Arc<Tally>,
@@ -42,19 +43,21 @@ impl Model {
             refillable: true,
             head: None,
         };
-        // Few large ones, some, or so many that whole blocks are gathered of them.
+        // Few large chunks, some, or so many that whole blocks are gathered from them.
         let (most, largest) = match rng.u8(..8) {
             0 | 1 => (20, 3 << 20),
             2 => (2000, 4000),
             _ => (20, 100_000),
         };
         if rng.u8(..8) == 0 {
-            // First, where it is at the same place in a huge page of both.
+            // The first chunk, so that it has the same offset in a huge page of the region and of
+            // the memfd.
             builder = builder.chunks(model.huge_part(rng, tally));
         }
         for _ in 0..rng.usize(1..most) {
             let len = rng.usize(1..largest);
-            // So many of memory and holes only: each donation is a mapping, and each failing source takes its time.
+            // Many chunks consist of memory and holes only, because each donation is a mapping, and
+            // each failing source takes time.
             let kind = if most > 20 { [HOLE, MEMORY, MEMORY][rng.usize(..3)] } else { rng.u8(..KINDS) };
             builder = builder.chunks(model.chunk(rng, tally, kind, len)?);
         }
@@ -65,18 +68,18 @@ impl Model {
         Ok((model, builder))
     }
 
-    /// Whether an error of bytes in a range, which are read by whole pages, was declared.
+    /// True if an error in this range was announced. Reads cover whole pages.
     pub(super) fn may_fail(&self, range: &Range<usize>) -> bool {
         let pages = range.start / PAGE * PAGE..range.end.next_multiple_of(PAGE);
         self.failing.iter().any(|bad| bad.start < pages.end && pages.start < bad.end)
     }
 
-    /// From now on nothing fails.
+    /// Ends all failures.
     pub(super) fn repair(&self) {
         self.faulty.iter().for_each(|source| source.repaired.store(true, Ordering::Relaxed));
     }
 
-    /// A chunk, or several of one donation.
+    /// A chunk, or several chunks of one donation.
     fn chunk(&mut self, rng: &mut Rng, tally: &Arc<Tally>, kind: u8, len: usize) -> io::Result<Vec<Chunk>> {
         Ok(vec![match kind {
             HOLE => {
@@ -90,7 +93,7 @@ impl Model {
             }
             2 => self.donated(rng, len)?,
             3 => {
-                // A file that has a name as long as it is open, and no longer.
+                // A file that has a name only while it is open.
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
                 memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
                 self.inline = false;
@@ -104,7 +107,7 @@ impl Model {
         }])
     }
 
-    /// Parts of one donation, cut anywhere, in another order than theirs.
+    /// Chunks of one donation, cut anywhere, and in another order.
     fn rotation(&mut self, rng: &mut Rng, tally: &Tally, len: usize) -> io::Result<Vec<Chunk>> {
         Tally::count(&tally.donated_rotations, 1);
         let start = self.bytes.len();
@@ -126,7 +129,7 @@ impl Model {
         let (donated, aligned) = (Arc::new(Donated::from(pages)), rng.bool());
         let mut chunks = Vec::new();
         for part in parts {
-            // A page moves only to the same place in a page.
+            // A page can move only to the same offset in a page.
             let gap = (part.start + PAGE - self.bytes.len() % PAGE) % PAGE;
             chunks.extend((aligned && gap > 0).then(|| self.memory(rng, gap)));
             self.bytes.extend(&bytes[part.clone()]);
@@ -135,7 +138,8 @@ impl Model {
         Ok(chunks)
     }
 
-    /// A part of a memfd of huge pages, which ends inside one; none where there are no huge pages.
+    /// A part of a memfd of huge pages, which ends inside a huge page; none if there are no huge
+    /// pages.
     fn huge_part(&mut self, rng: &mut Rng, tally: &Tally) -> Option<Chunk> {
         let (start, len) = (self.bytes.len(), rng.usize(1..4 << 20));
         let len = if rng.bool() { len.next_multiple_of(PAGE) } else { len };
@@ -153,9 +157,10 @@ impl Model {
         }
     }
 
-    /// The end of a donation or, of one whose end was laid before, its beginning: they share a page, as a rule.
+    /// The end of a donation, or the beginning of one whose end is an earlier chunk. Usually both
+    /// share a page.
     fn donated(&mut self, rng: &mut Rng, len: usize) -> io::Result<Chunk> {
-        // What moved and was let go is gone; and at the edges they are read.
+        // A moved page that is discarded is lost, and pages at the edges are read by a worker.
         (self.refillable, self.inline) = (false, false);
         if let Some((donated, head)) = self.head.take() {
             self.bytes.extend(&head);
@@ -206,7 +211,7 @@ impl Model {
         faulty
     }
 
-    /// Lays bytes without a zero among them.
+    /// Adds bytes without a zero among them.
     fn random_bytes(&mut self, rng: &mut Rng, len: usize) -> &[u8] {
         let start = self.bytes.len();
         let mut state = rng.u64(..) | 1;

@@ -1,4 +1,4 @@
-//! One round: a region is built, touched from several threads, let go of, and dropped.
+//! One round: a region is built, touched from several threads, discarded in parts, and dropped.
 
 use super::kernel::Injection;
 use super::locked::Locked;
@@ -26,7 +26,8 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU
         return stopped::run(rng.u64(..), tally).map_err(|failure| format!("round {round}: {failure}"));
     }
     let adopted = rng.u8(..4) == 0;
-    // The owner of adopted memory has to register it before the kernel populates it: a matter of that owner.
+    // The owner of adopted memory must register it before the kernel populates it, which locking
+    // cannot respect.
     let locked = if adopted { None } else { Some(Locked::begin(&mut rng, tally)) };
     let builder = Region::builder().name(format!("round {round}"));
     let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
@@ -66,19 +67,19 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU
     done.map_err(|failure| in_round(&failure))
 }
 
-/// What is possible in a round.
+/// The conditions of a round.
 #[derive(Debug, Clone, Copy)]
 struct Conditions<'a> {
-    /// Who serves is in_round of what is let go.
+    /// The server reads events of discarded pages.
     events: bool,
     injection: Injection,
-    /// ForkedChild children have the region.
+    /// Forked children inherit the region.
     children: bool,
-    /// What is locked meanwhile.
+    /// The memory that is locked during the round.
     locked: Option<&'a Locked>,
 }
 
-/// Whether this process may, on this kernel.
+/// True if this process may serve children on this kernel.
 fn may_serve_children() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
     *MAY.get_or_init(|| {
@@ -88,7 +89,7 @@ fn may_serve_children() -> bool {
     })
 }
 
-/// Who serves, until it is dropped.
+/// A running server, until this is dropped.
 struct RunningServer {
     pool: Option<Pool>,
     manual: Option<Server>,
@@ -118,7 +119,7 @@ impl RunningServer {
         Ok(server)
     }
 
-    /// Then nobody is in_round of what is let go.
+    /// An inline server reads no events of discarded pages.
     const fn is_inline(&self) -> bool {
         self.pool.is_none() && self.manual.is_none()
     }
@@ -172,7 +173,7 @@ fn touch(
         }
         let children: Result<(), Failure> = (0..if conditions.children { 3 } else { 0 }).try_for_each(|_| {
             Tally::count(&tally.children, 1);
-            // What it counts and takes note of is its own, and lost.
+            // The child has its own copy of the counters, which is lost.
             let child = ForkedChild::start(|| {
                 i32::from(verify_in_child(&mut rng.fork(), region, conditions, model, tally).is_err())
             });
@@ -180,7 +181,7 @@ fn touch(
             if matches!(ended, WaitStatus::Exited(_, 0)) {
                 Ok(())
             } else {
-                Err(format!("a child: {ended:?}"))
+                Err(format!("a forked child ended with {ended:?}"))
             }
         });
         let joined = threads
@@ -189,7 +190,7 @@ fn touch(
         children.and(joined)
     });
     outcome?;
-    // What has failed can be had once it is mended.
+    // The sources are repaired now, so every page can be filled.
     model.repair();
     Injection::end();
     retry_and_verify(region, conditions.injection, model, tally)?;
@@ -209,7 +210,7 @@ fn touch_at_random(
     for _ in 0..rng.usize(10..150) {
         heartbeat.fetch_add(1, Ordering::Relaxed);
         let range = range(rng, model.bytes.len());
-        // Where any page may be bad, to touch one is a signal.
+        // With fatal answers any page may be poisoned, and a touch of it would be a signal.
         let fatal = conditions.injection == Injection::Fatal;
         match rng.u8(..11) {
             0..5 if !fatal && !model.may_fail(&range) => {
@@ -240,7 +241,7 @@ fn touch_at_random(
     Ok(())
 }
 
-/// A call that splits a mapping.
+/// A random call that splits a mapping.
 fn split(rng: &mut Rng) -> Split {
     match rng.u8(..7) {
         0 => Split::Protect,
@@ -250,7 +251,7 @@ fn split(rng: &mut Rng) -> Split {
     }
 }
 
-/// A forked child looks at what cannot fail.
+/// Reads pages that cannot fail, in a forked child.
 fn verify_in_child(
     rng: &mut Rng,
     region: &Region,
@@ -278,16 +279,18 @@ fn retry_and_verify(
         Ok(()) => {
             Tally::count(&tally.retried, failed as u64);
             let mut read = vec![0; model.bytes.len()];
-            region.read_at(0, &mut read).map_err(|error| format!("retried, and still: {error}"))?;
+            region
+                .read_at(0, &mut read)
+                .map_err(|error| format!("fails after a successful retry: {error}"))?;
             verify(&read, &(0..read.len()), model, tally)
         }
-        // Before Linux 6.6 it is gone for good, and says so.
+        // Before Linux 6.6 a lost page stays lost, and the error says so.
         Err(error) if error.to_string().contains("Linux 6.6") => Ok(()),
-        // Where there was no memory for a mark, the page was taken away.
+        // Without memory for a poison marker the page was unmapped.
         Err(error) if injection == Injection::Fatal && error.to_string().contains("not mapped any more") => {
             Ok(())
         }
-        Err(error) => Err(format!("cannot be retried: {error}")),
+        Err(error) => Err(format!("the retry fails: {error}")),
     }
 }
 
@@ -295,7 +298,7 @@ fn verify(read: &[u8], range: &Range<usize>, model: &Model, tally: &Tally) -> Re
     let expected = &model.bytes[range.clone()];
     if let Some(at) = read.iter().zip(expected).position(|(read, expected)| read != expected) {
         let (read, expected) = (read[at], expected[at]);
-        return Err(format!("byte {} is {read:#x} and has to be {expected:#x}", range.start + at));
+        return Err(format!("byte {} is {read:#x}, expected {expected:#x}", range.start + at));
     }
     Tally::count(&tally.bytes_verified, read.len() as u64);
     Ok(())
@@ -314,7 +317,7 @@ fn check(
             Ok(())
         }
         Err(error) if !model.may_fail(range) => {
-            Err(format!("bytes {range:?} fail, which was not declared: {error}"))
+            Err(format!("bytes {range:?} fail, but their source does not: {error}"))
         }
         Err(_) => {
             Tally::count(&tally.errors_as_declared, 1);
@@ -330,7 +333,7 @@ fn range(rng: &mut Rng, len: usize) -> Range<usize> {
     start..(start + rng.usize(1..=most)).min(len)
 }
 
-/// One or two ranges of so many bytes together.
+/// One or two ranges of so many bytes in total.
 fn ranges(rng: &mut Rng, bytes: usize) -> Vec<usize> {
     let pages = bytes / PAGE;
     let first = if pages > 1 && rng.bool() { rng.usize(1..pages) } else { pages };
@@ -339,11 +342,12 @@ fn ranges(rng: &mut Rng, bytes: usize) -> Vec<usize> {
 
 fn adopt(guest: &Guest) -> Result<AdoptedMemory, Box<dyn std::error::Error>> {
     let memory = guest.memory()?;
-    // Itself: what is lost ends the test, as it has to.
+    // The owner is this process, so unavailable bytes end the test.
     Ok(memory.owner(Process::open(nix::unistd::Pid::this())?))
 }
 
-/// A guest in this process: virtual CPUs that touch all but what may fail, and give pages of their own back.
+/// Runs a guest in this process: virtual CPUs that touch all pages that cannot fail, and discard
+/// pages of their own.
 fn touch_guest(
     rng: &mut Rng,
     guest: &Guest,
@@ -354,7 +358,7 @@ fn touch_guest(
 ) -> Result<(), Failure> {
     let pages = model.bytes.len() / PAGE;
     let cpus = rng.usize(1..6);
-    // For each page: nothing, or given back: then it is zeros.
+    // For each page: 1 after it was discarded, when it must read as zeros.
     let gone: Vec<AtomicU8> = (0..pages).map(|_| AtomicU8::new(0)).collect();
     let outcome = thread::scope(|scope| {
         let threads: Vec<_> = (0..cpus)
@@ -373,16 +377,14 @@ fn touch_guest(
     region
         .heal(all.clone())
         .and_then(|()| region.populate(all))
-        .map_err(|error| format!("mended, and still: {error}"))?;
+        .map_err(|error| format!("fails after the repair: {error}"))?;
     for (page, gone) in gone.iter().enumerate() {
         let is_gone = gone.load(Ordering::Relaxed) == 1;
         let expected = if is_gone { 0 } else { model.bytes[page * PAGE + 7] };
-        // What may have failed, and what is given back, is as it is in_round by whoever serves.
+        // All pages are checked now, also discarded ones and those that failed before the repair.
         let read = guest.read(page * PAGE + 7);
         if read != expected {
-            return Err(format!(
-                "byte 7 of page {page} is {read:#x} and has to be {expected:#x}, at the end"
-            ));
+            return Err(format!("byte 7 of page {page} is {read:#x} at the end, expected {expected:#x}"));
         }
     }
     let metrics = region.metrics();
@@ -391,7 +393,7 @@ fn touch_guest(
     Ok(())
 }
 
-/// Each virtual CPU has pages of its own to give back, and touches all.
+/// Runs a virtual CPU. Each has pages of its own to discard, and touches all pages.
 fn run_cpu(
     rng: &mut Rng,
     (cpu, cpus): (usize, usize),
@@ -408,12 +410,14 @@ fn run_cpu(
             continue;
         }
         if page % cpus == cpu && rng.u8(..6) == 0 {
-            guest.balloon(page * PAGE, PAGE).map_err(|error| format!("a balloon fails: {error}"))?;
+            guest
+                .balloon(page * PAGE, PAGE)
+                .map_err(|error| format!("the guest cannot discard a page: {error}"))?;
             gone[page].store(1, Ordering::SeqCst);
             Tally::count(&tally.balloons, 1);
         }
         if rng.u8(..12) == 0 {
-            // Not locked: a balloon takes no locked pages.
+            // No locks, because a locked page cannot be discarded.
             let how = match rng.u8(..4) {
                 0 => Split::Protect,
                 1 => Split::PageOut,
@@ -426,12 +430,12 @@ fn run_cpu(
         let before = gone[page].load(Ordering::SeqCst);
         let at = page * PAGE + rng.usize(..PAGE);
         let read = guest.read(at);
-        // Somebody may give it back at this very moment: zeros are right then, too.
+        // Another virtual CPU may discard the page at this moment, so zeros are right, too.
         let after = page % cpus != cpu;
         let right = if before == 1 { read == 0 } else { read == model.bytes[at] || after && read == 0 };
         if !right {
             return Err(format!(
-                "byte {at} is {read:#x} and has to be {:#x}, given back: {before}",
+                "byte {at} is {read:#x}, expected {:#x}; discarded before: {before}",
                 model.bytes[at]
             ));
         }

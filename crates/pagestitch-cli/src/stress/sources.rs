@@ -1,4 +1,4 @@
-//! Sources that fail, panic, drop requests, and take their time: in the ranges that were declared, and only there.
+//! Sources that fail, panic, drop requests or delay, in announced ranges only.
 
 use super::tally::Tally;
 use pagestitch::Source;
@@ -10,20 +10,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes, and what goes wrong with them.
+/// A source of bytes that fails in a range.
 pub(super) struct FaultySource {
     pub(super) bytes: Arc<[u8]>,
-    /// Reads that meet these fail, one way or another, as long as they are not repaired.
+    /// Reads that overlap this range fail in one of several ways until the source is repaired.
     pub(super) bad: Range<u64>,
     pub(super) repaired: AtomicBool,
-    /// One of so many reads is slow.
+    /// One of so many reads is delayed.
     pub(super) slow: u64,
     pub(super) reads: AtomicU64,
     pub(super) tally: Arc<Tally>,
 }
 
 impl FaultySource {
-    /// Which way to fail, or none; sleeps first where that is due.
+    /// Delays the read if its turn has come. Returns a number that selects the way to fail, or
+    /// none.
     fn fate(&self, range: &Range<u64>) -> Option<u64> {
         let number = self.reads.fetch_add(1, Ordering::Relaxed);
         if number % self.slow == self.slow - 1 {
@@ -55,7 +56,7 @@ impl Source for FaultySource {
             None => into.copy_from_slice(self.slice(&range)),
             Some(number) if number % 3 == 0 => panic!("{ON_PURPOSE}"),
             Some(_) => {
-                // Half of it, and then an error: none of that may be seen.
+                // An error after half of the bytes, none of which may become visible.
                 into[..range.end.saturating_sub(range.start) as usize / 2].fill(0xee);
                 return Err(io::Error::from(io::ErrorKind::ConnectionReset));
             }
@@ -68,7 +69,7 @@ impl Source for FaultySource {
     }
 }
 
-/// The same, answering later, from another thread.
+/// The same source, answering later from another thread.
 pub(super) struct FaultyFetch(pub(super) Arc<FaultySource>);
 
 impl Fetch for FaultyFetch {
@@ -87,7 +88,7 @@ impl Fetch for FaultyFetch {
                 Some(_) => reply.fail(io::Error::from(io::ErrorKind::TimedOut)),
             }
         };
-        // Where no thread is to be had, in this one.
+        // If no thread can start, this thread answers.
         if let Err(unstarted) = start(answer) {
             unstarted();
         }

@@ -1,6 +1,8 @@
-//! A process that is stopped and continued while its pool has a time limit: no page of a healthy source may be given up.
+//! A process that is stopped and continued while its pool has a time limit. No page of a healthy
+//! source may be given up.
 //!
-//! The process is a child, which runs this command again: a shell would take a stopped parent for a suspended job.
+//! The process is a child that runs this command again, because a shell would take a stopped parent
+//! for a suspended job.
 
 use super::model::PAGE;
 use super::tally::Tally;
@@ -14,7 +16,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Starts a child, and stops it for longer than its limit, several times.
+/// Starts a child, and stops it several times for longer than its limit.
 pub(super) fn run(seed: u64, tally: &Tally) -> Result<(), String> {
     let failed = |what: &str, error: &dyn std::fmt::Display| format!("a stopped process: {what}: {error}");
     let program = std::env::current_exe().map_err(|error| failed("cannot find this program", &error))?;
@@ -34,11 +36,11 @@ pub(super) fn run(seed: u64, tally: &Tally) -> Result<(), String> {
     if ended.success() {
         Ok(())
     } else {
-        Err(failed("its sources answer in time, and it ended with", &ended))
+        Err(failed("its sources answered in time, but it ended with", &ended))
     }
 }
 
-/// A child that does not outlive the round.
+/// A child that is killed at the end of the round.
 struct KillOnDrop(Child);
 
 impl Drop for KillOnDrop {
@@ -48,7 +50,7 @@ impl Drop for KillOnDrop {
     }
 }
 
-/// The life of the child: threads that touch pages of a healthy source, under a limit.
+/// Runs as the child: threads touch pages of a healthy source, under a time limit.
 pub(super) fn run_child(seed: u64) -> Result<(), String> {
     let failed = |error: pagestitch::Error| error.to_string();
     let ended = Instant::now() + (LIMIT / 2 + LIMIT * 2) * STOPS + LIMIT;
@@ -72,7 +74,7 @@ pub(super) fn run_child(seed: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Pages that take a moment each.
+/// A source that takes a moment for each read.
 struct Slow;
 
 impl Source for Slow {
@@ -93,7 +95,7 @@ const fn byte_of(page: usize) -> u8 {
     (page % 251) as u8 + 1
 }
 
-/// Of a fault; a healthy one takes a thirtieth of it.
+/// The time limit of a fault. A healthy fault takes a thirtieth of it.
 const LIMIT: Duration = Duration::from_millis(300);
 const MOMENT: Duration = Duration::from_millis(5);
 const STOPS: u32 = 3;

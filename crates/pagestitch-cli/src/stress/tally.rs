@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 macro_rules! tally {
     ($($(#[doc = $doc:literal])+ $name:ident,)*) => {
-        /// What was done, over all rounds.
+        /// The counters of a run, over all rounds.
         #[derive(Debug, Default)]
         pub(super) struct Tally { $($(#[doc = $doc])+ pub(super) $name: AtomicU64,)* }
 
@@ -17,45 +17,45 @@ macro_rules! tally {
 }
 
 tally! {
-    /// Regions built and dropped.
+    /// Regions that were built and dropped.
     regions,
     /// Faults that were served.
     faults,
     /// Pages that were installed.
     pages,
-    /// Bytes that were compared with what they have to be.
+    /// Bytes that were compared with the model.
     bytes_verified,
-    /// Reads that failed where a source was declared to.
+    /// Reads that failed in a range whose source may fail.
     errors_as_declared,
-    /// Reads that failed because the kernel was made to refuse something.
+    /// Reads that failed because of an injected answer of the kernel.
     errors_as_injected,
     /// Failures, panics and dropped requests of sources.
     failures_injected,
-    /// Answers that were delayed.
+    /// Delayed answers of sources.
     delays_injected,
-    /// Ranges that were let go of while others touched them.
+    /// Ranges that were discarded while other threads touched them.
     discards,
-    /// Ranges that a guest gave back.
+    /// Pages that a guest discarded.
     balloons,
-    /// Processes that were started meanwhile.
+    /// Processes that were started during a round.
     forks,
-    /// ForkedChild children that looked at a region.
+    /// Forked children that read a region.
     children,
-    /// Pages that were healed.
+    /// Failed pages that were filled by a retry.
     retried,
-    /// Times that all memory of the process was locked.
+    /// Rounds that locked all memory of the process.
     locked,
-    /// Rounds that would have locked it, in a process that may not.
+    /// Rounds without their locks, because the process may not lock.
     locked_skipped,
-    /// Calls on a part of a region: they split its mapping, as a rule, or page it out.
+    /// Calls on a part of a region, most of which split its mapping.
     splits,
-    /// Donations whose chunks lie in another order, and share pages.
+    /// Donations whose chunks have another order, and share pages.
     donated_rotations,
     /// Parts of memfds of huge pages.
     hugetlb_parts,
-    /// Those that could not be had: there are no huge pages (vm.nr_hugepages).
+    /// Parts that were left out, because no huge pages are reserved (vm.nr_hugepages).
     hugetlb_parts_skipped,
-    /// Times that a process with a time limit was stopped.
+    /// Times that the process with a time limit was stopped.
     stopped,
 }
 
