@@ -10,21 +10,21 @@ use nix::{ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none};
 const UFFDIO: u8 = 0xAA;
 
 #[repr(C)]
-pub(super) struct Api {
+pub(super) struct UffdioApi {
     pub(super) api: u64,
     pub(super) features: u64,
     pub(super) ioctls: u64,
 }
 
 #[repr(C)]
-pub(super) struct Range {
+pub(super) struct UffdioRange {
     start: u64,
     len: u64,
 }
 
 /// `uffdio_copy`, and `uffdio_move`, which has the same fields.
 #[repr(C)]
-pub(super) struct Copy {
+pub(super) struct UffdioCopy {
     pub(super) dst: u64,
     pub(super) src: u64,
     pub(super) len: u64,
@@ -34,34 +34,34 @@ pub(super) struct Copy {
 
 /// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison`, which have the same fields.
 #[repr(C)]
-pub(super) struct Progress {
-    pub(super) range: Range,
+pub(super) struct UffdioProgress {
+    pub(super) range: UffdioRange,
     pub(super) mode: u64,
     pub(super) done: i64,
 }
 
-impl Copy {
+impl UffdioCopy {
     pub(super) fn new(range: AddressRange, source: usize, waiters: Waiters) -> Self {
         let (dst, len) = (range.start() as u64, range.bytes() as u64);
         Self { dst, src: source as u64, len, mode: waiters.mode(), copied: 0 }
     }
 }
 
-impl Progress {
+impl UffdioProgress {
     pub(super) fn new(range: AddressRange, waiters: Waiters) -> Self {
         Self { range: range.into(), mode: waiters.mode(), done: 0 }
     }
 }
 
 #[repr(C)]
-pub(super) struct WriteProtect {
-    pub(super) range: Range,
+pub(super) struct UffdioWriteProtect {
+    pub(super) range: UffdioRange,
     pub(super) mode: u64,
 }
 
 #[repr(C)]
-pub(super) struct Register {
-    pub(super) range: Range,
+pub(super) struct UffdioRegister {
+    pub(super) range: UffdioRange,
     pub(super) mode: u64,
     pub(super) ioctls: u64,
 }
@@ -71,34 +71,34 @@ pub(super) const USER_MODE_ONLY: i32 = 1;
 pub(super) const REGISTER_MODE_MISSING: u64 = 1;
 pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
 
-ioctl_readwrite!(api, UFFDIO, 0x3F, Api);
-ioctl_readwrite!(register, UFFDIO, 0x00, Register);
+ioctl_readwrite!(api, UFFDIO, 0x3F, UffdioApi);
+ioctl_readwrite!(register, UFFDIO, 0x00, UffdioRegister);
 // The header declares both as reads.
-ioctl_read!(unregister, UFFDIO, 0x01, Range);
-ioctl_read!(wake, UFFDIO, 0x02, Range);
-ioctl_readwrite!(copy, UFFDIO, 0x03, Copy);
-ioctl_readwrite!(zeropage, UFFDIO, 0x04, Progress);
-ioctl_readwrite!(r#move, UFFDIO, 0x05, Copy);
-ioctl_readwrite!(write_protect, UFFDIO, 0x06, WriteProtect);
-ioctl_readwrite!(r#continue, UFFDIO, 0x07, Progress);
-ioctl_readwrite!(poison, UFFDIO, 0x08, Progress);
+ioctl_read!(unregister, UFFDIO, 0x01, UffdioRange);
+ioctl_read!(wake, UFFDIO, 0x02, UffdioRange);
+ioctl_readwrite!(copy, UFFDIO, 0x03, UffdioCopy);
+ioctl_readwrite!(zeropage, UFFDIO, 0x04, UffdioProgress);
+ioctl_readwrite!(r#move, UFFDIO, 0x05, UffdioCopy);
+ioctl_readwrite!(write_protect, UFFDIO, 0x06, UffdioWriteProtect);
+ioctl_readwrite!(r#continue, UFFDIO, 0x07, UffdioProgress);
+ioctl_readwrite!(poison, UFFDIO, 0x08, UffdioProgress);
 // USERFAULTFD_IOC_NEW of /dev/userfaultfd. The header declares it without an argument, but it takes
 // the flags of userfaultfd(2).
 ioctl_write_int_bad!(new_from_device, request_code_none!(UFFDIO, 0x00));
 
-impl From<AddressRange> for Range {
+impl From<AddressRange> for UffdioRange {
     fn from(range: AddressRange) -> Self {
         Self { start: range.start() as u64, len: range.bytes() as u64 }
     }
 }
 
-const _: () = assert!(size_of::<Api>() == 24);
-const _: () = assert!(size_of::<Range>() == 16);
-const _: () = assert!(size_of::<Copy>() == 40);
-const _: () = assert!(size_of::<Progress>() == 32);
-const _: () = assert!(size_of::<WriteProtect>() == 24);
-const _: () = assert!(size_of::<Register>() == 32);
+const _: () = assert!(size_of::<UffdioApi>() == 24);
+const _: () = assert!(size_of::<UffdioRange>() == 16);
+const _: () = assert!(size_of::<UffdioCopy>() == 40);
+const _: () = assert!(size_of::<UffdioProgress>() == 32);
+const _: () = assert!(size_of::<UffdioWriteProtect>() == 24);
+const _: () = assert!(size_of::<UffdioRegister>() == 32);
 // The answer is the last field of each struct: the kernel does not read it, and writes nothing
 // after it.
-const _: () = assert!(std::mem::offset_of!(Copy, copied) == 32);
-const _: () = assert!(std::mem::offset_of!(Progress, done) == 24);
+const _: () = assert!(std::mem::offset_of!(UffdioCopy, copied) == 32);
+const _: () = assert!(std::mem::offset_of!(UffdioProgress, done) == 24);

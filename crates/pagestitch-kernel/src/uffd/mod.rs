@@ -179,7 +179,7 @@ impl Uffd {
     /// [`Outcome::SourceUnreadable`].
     fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
         self.fill(Operation::Copy, range, |part, waiters| {
-            let mut request = abi::Copy::new(part, source + (part.start() - range.start()), waiters);
+            let mut request = abi::UffdioCopy::new(part, source + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory only, which have no
             // value yet, and the `copied` field of `request`. It reads the source, which may be any
             // address.
@@ -194,7 +194,7 @@ impl Uffd {
     #[doc(alias = "UFFDIO_ZEROPAGE")]
     pub fn zero(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Zero, range, |range, waiters| {
-            let mut request = abi::Progress::new(range, waiters);
+            let mut request = abi::UffdioProgress::new(range, waiters);
             // SAFETY: the kernel maps zero pages in missing pages of registered memory only, which
             // have no value yet, and writes the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
@@ -208,7 +208,7 @@ impl Uffd {
     #[doc(alias = "UFFDIO_CONTINUE")]
     pub fn continue_pages(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Continue, range, |range, waiters| {
-            let mut request = abi::Progress::new(range, waiters);
+            let mut request = abi::UffdioProgress::new(range, waiters);
             // SAFETY: the kernel maps a file's own pages in registered memory where no page is
             // mapped yet, and writes the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
@@ -220,7 +220,7 @@ impl Uffd {
     /// True if the process whose memory a userfaultfd fills has ended, or runs another program by
     /// now. `range` was registered with it.
     pub fn has_no_process(fd: BorrowedFd<'_>, range: AddressRange) -> bool {
-        let mut request = abi::Progress::new(range, Waiters::Woken);
+        let mut request = abi::UffdioProgress::new(range, Waiters::Woken);
         // SAFETY: the kernel maps a file's own pages in registered memory where no page is mapped
         // yet, and writes the `done` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
@@ -233,7 +233,7 @@ impl Uffd {
     #[doc(alias = "UFFDIO_POISON")]
     pub fn poison(&self, range: AddressRange) -> Outcome {
         self.fill(Operation::Poison, range, |range, waiters| {
-            let mut request = abi::Progress::new(range, waiters);
+            let mut request = abi::UffdioProgress::new(range, waiters);
             // SAFETY: the kernel writes markers to missing pages of registered memory only, which
             // have no value yet, and the `done` field of `request`.
             #[expect(unsafe_code, reason = "an ioctl")]
@@ -260,7 +260,8 @@ impl Uffd {
     pub unsafe fn move_pages(&self, range: AddressRange, source: AddressRange) -> Outcome {
         assert_eq!(source.bytes(), range.bytes(), "the ranges have the same length");
         self.fill(Operation::Move, range, |part, waiters| {
-            let mut request = abi::Copy::new(part, source.start() + (part.start() - range.start()), waiters);
+            let mut request =
+                abi::UffdioCopy::new(part, source.start() + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory, which have no value
             // yet, and the `copied` field of `request`. It takes away pages at `source`, which the
             // caller owns and has no reference to.
@@ -321,7 +322,7 @@ impl Uffd {
     }
 
     fn set_protection(&self, range: AddressRange, mode: u64) -> Outcome {
-        let mut request = abi::WriteProtect { range: range.into(), mode };
+        let mut request = abi::UffdioWriteProtect { range: range.into(), mode };
         // SAFETY: the kernel changes the protection of registered pages, and no byte of them.
         #[expect(unsafe_code, reason = "an ioctl")]
         let answer = unsafe { abi::write_protect(self.raw(), &raw mut request) };

@@ -173,7 +173,7 @@ fn own(fd: RawFd) -> OwnedFd {
 }
 
 pub(super) fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Errno> {
-    let mut request = abi::Api { api: abi::API, features: features.bits(), ioctls: 0 };
+    let mut request = abi::UffdioApi { api: abi::API, features: features.bits(), ioctls: 0 };
     // SAFETY: the kernel reads and writes `request`, which has the layout of a uffdio_api.
     #[expect(unsafe_code, reason = "an ioctl")]
     unsafe { abi::api(fd.as_raw_fd(), &raw mut request) }?;

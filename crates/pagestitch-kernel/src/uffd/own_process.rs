@@ -11,7 +11,7 @@
 //! The first request comes first, because another process cannot make it wait. A userfaultfd of this
 //! process shows once how this kernel answers.
 
-use super::abi::{self, Copy, Range, Register};
+use super::abi::{self, UffdioCopy, UffdioRange, UffdioRegister};
 use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
 use crate::features::Features;
@@ -82,7 +82,7 @@ impl Probe {
 
     /// Changes nothing. `EINVAL` before the handshake.
     fn try_wake(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        let mut range = Range::from(self.hole());
+        let mut range = UffdioRange::from(self.hole());
         // SAFETY: the kernel reads `range`, and wakes threads. It writes no memory.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::wake(fd.as_raw_fd(), &raw mut range) }.map(drop)
@@ -90,7 +90,7 @@ impl Probe {
 
     fn try_move(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let hole = self.hole();
-        let mut request = Copy::new(hole, hole.start(), Waiters::Woken);
+        let mut request = UffdioCopy::new(hole, hole.start(), Waiters::Woken);
         // SAFETY: the kernel refuses the move, because nothing is mapped at either address. It
         // writes the `copied` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
@@ -103,12 +103,12 @@ impl Probe {
         let page = PageSize::system();
         let start = self.read_only.start().addr().get();
         let range = AddressRange::new(start, page.bytes(), page).expect("a page");
-        let mut request = Register { range: range.into(), mode: abi::REGISTER_MODE_MISSING, ioctls: 0 };
+        let mut request = UffdioRegister { range: range.into(), mode: abi::REGISTER_MODE_MISSING, ioctls: 0 };
         // SAFETY: the kernel reads and writes `request`. For memory of this process it refuses,
         // because the page cannot become writable; so no page of this process becomes missing.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::register(fd.as_raw_fd(), &raw mut request) }?;
-        let mut range = Range::from(range);
+        let mut range = UffdioRange::from(range);
         // SAFETY: the kernel reads `range`, and ends a registration of another process's memory.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::unregister(fd.as_raw_fd(), &raw mut range) }.map(drop)
