@@ -1,7 +1,8 @@
 //! Adopted memory, which another process registers and hands over: its bytes, its balloons, the end
 //! of its owner and the end of its region.
 
-use crate::{HANG, HugePages, SIGKILL, pattern, signal_of_loss, until};
+use crate::guests::{adopt, receive};
+use crate::{HANG, HugePages, SIGKILL, pattern, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::{Pid, gettid};
 use pagestitch::{
@@ -27,18 +28,23 @@ const TOTAL: usize = 1000 * PAGE;
 
 /// A guest in another process, and the memory that it handed over. The process lives until the
 /// stream is closed.
-struct Other {
+struct GuestProcess {
     process: ChildTest,
     stream: UnixStream,
     memory: AdoptedMemory,
 }
 
-/// Starts `test` again as a guest that runs `life`.
-fn other(test: &str, life: impl FnOnce(&Guest, UnixStream)) -> Other {
-    other_with(test, &RANGES, false, life)
+/// Starts `test` again as a guest that runs `body`.
+fn start_guest(test: &str, body: impl FnOnce(&Guest, UnixStream)) -> GuestProcess {
+    start_guest_with(test, &RANGES, false, body)
 }
 
-fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest, UnixStream)) -> Other {
+fn start_guest_with(
+    test: &str,
+    ranges: &[usize],
+    huge: bool,
+    body: impl FnOnce(&Guest, UnixStream),
+) -> GuestProcess {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
     let process = child::spawn(test, path.to_str().unwrap(), |path| {
@@ -46,22 +52,14 @@ fn other_with(test: &str, ranges: &[usize], huge: bool, life: impl FnOnce(&Guest
         until(|| fs::exists(path).unwrap());
         until(|| UnixStream::connect(path).is_ok());
         let stream = guest.hand_over(path.as_ref()).unwrap();
-        life(&guest, stream);
+        body(&guest, stream);
     });
     let listener = UnixListener::bind(&path).unwrap();
     // The first connection only shows the guest that the socket listens.
     let _ = listener.accept().unwrap();
     let (stream, _) = listener.accept().unwrap();
-    let mut message = vec![0; 4096];
-    let (bytes, mut fds) = fd_passing::receive(&stream, &mut message).unwrap();
-    let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
-    let memory = AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
-    let memory = told.as_array().unwrap().iter().fold(memory, |memory, range| {
-        let number = |name: &str| range[name].as_u64().unwrap() as usize;
-        memory.range(number("base_host_virt_addr"), number("size"))
-    });
-    let memory = memory.owner(Process::peer(&stream).unwrap());
-    Other { process, stream, memory }
+    let memory = receive(&stream);
+    GuestProcess { process, stream, memory }
 }
 
 /// Pieces of odd lengths that hold `pattern(9, TOTAL)`.
@@ -82,17 +80,17 @@ fn build(memory: AdoptedMemory, pool: &Pool) -> AdoptedRegion {
 }
 
 /// Tells the other side to go on.
-fn tell(mut stream: &UnixStream) {
+fn resume(mut stream: &UnixStream) {
     stream.write_all(b"!").unwrap();
 }
 
-fn wait_for(mut stream: &UnixStream) {
+fn wait_for_peer(mut stream: &UnixStream) {
     stream.read_exact(&mut [0]).unwrap();
 }
 
 #[test]
 fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
-    let other = other(this_test!(), |guest, _stream| {
+    let other = start_guest(this_test!(), |guest, _stream| {
         let expected = pattern(9, TOTAL);
         thread::scope(|scope| {
             for cpu in 0..4 {
@@ -121,7 +119,7 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
 /// never come back.
 #[test]
 fn a_discarded_page_of_adopted_memory_stays_zeros() {
-    let other = other(this_test!(), |guest, _stream| {
+    let other = start_guest(this_test!(), |guest, _stream| {
         let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
         thread::scope(|scope| {
             for cpu in 0..2 {
@@ -160,34 +158,34 @@ fn a_discarded_page_of_adopted_memory_stays_zeros() {
 #[test]
 fn an_unfilled_page_of_a_dropped_adopted_region_is_a_signal_and_not_zeros() {
     let test = this_test!();
-    let other = other(test, |guest, stream| {
+    let other = start_guest(test, |guest, stream| {
         let expected = pattern(9, TOTAL);
         assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE]);
         guest.balloon(900 * PAGE, PAGE).unwrap();
-        tell(&stream);
-        wait_for(&stream);
+        resume(&stream);
+        wait_for_peer(&stream);
         assert_eq!(guest.read(500 * PAGE), expected[500 * PAGE], "a filled page stays");
         assert_eq!(guest.read(900 * PAGE), 0, "a ballooned page is zeros");
         println!("as expected");
         println!("read a byte: {}", guest.read(100 * PAGE));
     });
     let region = build(other.memory, &Pool::new().unwrap());
-    wait_for(&other.stream);
+    wait_for_peer(&other.stream);
     drop(region);
     // Without poison markers, the drop kills the owner.
-    let lives = signal_of_loss() != SIGKILL;
+    let lives = signal_of_lost_page() != SIGKILL;
     if lives {
-        tell(&other.stream);
+        resume(&other.stream);
     }
     let end = other.process.wait();
     assert_eq!(end.output().contains("as expected"), lives, "{}", end.output());
     assert!(!end.output().contains("read a byte"), "{}", end.output());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
 }
 
 #[test]
 fn a_waiting_thread_of_the_owner_gets_a_signal_when_the_region_is_dropped() {
-    let other = other(this_test!(), |guest, _stream| {
+    let other = start_guest(this_test!(), |guest, _stream| {
         println!("read a byte: {}", guest.read(0));
     });
     // A manual that does not serve: the thread waits.
@@ -197,7 +195,7 @@ fn a_waiting_thread_of_the_owner_gets_a_signal_when_the_region_is_dropped() {
     drop(region);
     let end = other.process.wait();
     assert!(!end.output().contains("read a byte"), "{}", end.output());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
 }
 
 /// Waits until a thread of a process waits in a page fault. `/proc` may hide the wait channel: then
@@ -219,10 +217,10 @@ fn until_a_thread_faults(process: u32) {
 
 #[test]
 fn finish_leaves_the_owner_with_all_pages() {
-    let other = other(this_test!(), |guest, stream| {
+    let other = start_guest(this_test!(), |guest, stream| {
         guest.balloon(10 * PAGE, PAGE).unwrap();
-        tell(&stream);
-        wait_for(&stream);
+        resume(&stream);
+        wait_for_peer(&stream);
         let expected = pattern(9, TOTAL);
         for (at, &byte) in expected.iter().enumerate() {
             let here = if at / PAGE == 10 { 0 } else { byte };
@@ -230,12 +228,12 @@ fn finish_leaves_the_owner_with_all_pages() {
         }
     });
     let region = build(other.memory, &Pool::new().unwrap());
-    wait_for(&other.stream);
+    wait_for_peer(&other.stream);
     let metrics = region.finish().unwrap();
     // The ballooned page is left alone, or filled with zeros where the balloon and the fill meet.
     let with_bytes = metrics.pages_installed() - metrics.pages_zeroed;
     assert_eq!(with_bytes, 999, "a ballooned page gets no bytes: {metrics:?}");
-    tell(&other.stream);
+    resume(&other.stream);
     other.process.wait().expect_pass();
 }
 
@@ -246,7 +244,7 @@ fn finish_leaves_the_owner_with_all_pages() {
 fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
     const HANGS: usize = 300;
     let test = this_test!();
-    let other = other(test, |guest, stream| {
+    let other = start_guest(test, |guest, stream| {
         let expect = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
         // Fast faults first, so that the region counts as fast.
         (0..100).for_each(expect);
@@ -258,7 +256,7 @@ fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
                 }
             }
             (0..1000).filter(|page| *page != HANGS).for_each(expect);
-            tell(&stream);
+            resume(&stream);
         });
     });
     let hangs = (HANGS * PAGE) as u64;
@@ -319,7 +317,7 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
         let (guest, source) = (Guest::new(&RANGES, false).unwrap(), Arc::new(Hanging::default()));
         let pool = Pool::builder().workers(workers).start().unwrap();
         let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source)));
-        let region = builder.readahead(Readahead::None).build_adopted(memory_of(&guest), &pool).unwrap();
+        let region = builder.readahead(Readahead::None).build_adopted(adopt(&guest), &pool).unwrap();
         let delayed = thread::scope(|scope| {
             let (tell, told) = mpsc::channel();
             let delayed = (0..40).find_map(|group| {
@@ -344,8 +342,8 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
 #[test]
 fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
     let test = this_test!();
-    for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
-        let other = other(test, |guest, _stream| {
+    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
+        let other = start_guest(test, |guest, _stream| {
             assert_eq!(guest.read(0), byte_at(0));
             println!("read a byte: {}", guest.read(400 * PAGE));
         });
@@ -365,10 +363,10 @@ fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
 
 #[test]
 fn populate_after_the_end_of_the_owner_is_an_error_and_a_drop_is_not() {
-    let other = other(this_test!(), |_, stream| {
-        wait_for(&stream);
+    let other = start_guest(this_test!(), |_, stream| {
+        wait_for_peer(&stream);
     });
-    let Other { mut process, memory, .. } = other;
+    let GuestProcess { mut process, memory, .. } = other;
     let region = build(memory, &Pool::new().unwrap());
     region.populate(0..PAGE as u64).unwrap();
     process.kill();
@@ -379,12 +377,6 @@ fn populate_after_the_end_of_the_owner_is_an_error_and_a_drop_is_not() {
     drop(region);
 }
 
-/// Adopted memory of this process, as of a part of the program that does not know pagestitch.
-fn memory_of(guest: &Guest) -> AdoptedMemory {
-    let memory = guest.memory().unwrap();
-    memory.owner(Process::open(Pid::this()).unwrap())
-}
-
 #[test]
 fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() {
     for served in [true, false] {
@@ -392,9 +384,9 @@ fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() 
         let (pool, manual) = (Pool::new().unwrap(), pagestitch::Manual::new().unwrap());
         let builder = Region::builder().chunks(pieces());
         let region = if served {
-            builder.build_adopted(memory_of(&guest), &pool)
+            builder.build_adopted(adopt(&guest), &pool)
         } else {
-            builder.build_adopted(memory_of(&guest), &manual)
+            builder.build_adopted(adopt(&guest), &manual)
         }
         .unwrap();
         region.populate(..).unwrap();
@@ -427,7 +419,7 @@ fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() 
 #[test]
 fn adopted_memory_of_this_process_is_served() {
     let guest = Guest::new(&RANGES, false).unwrap();
-    let region = build(memory_of(&guest), &Pool::new().unwrap());
+    let region = build(adopt(&guest), &Pool::new().unwrap());
     let expected = pattern(9, TOTAL);
     assert!((0..TOTAL).step_by(1001).all(|at| guest.read(at) == expected[at]));
     guest.write(5, 77);
@@ -468,13 +460,8 @@ fn a_userfaultfd_is_served_by_one_region_at_a_time() {
 #[test]
 fn a_hugetlb_guest_is_filled_a_huge_page_at_a_time() {
     const HUGE: usize = 2 << 20;
-    let test = this_test!();
-    let reserved = if child::is_child(test) { None } else { HugePages::reserve(8) };
-    if reserved.is_none() && !child::is_child(test) {
-        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
-        return;
-    }
-    let other = other_with(test, &[HUGE, 3 * HUGE], true, |guest, _stream| {
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 8) else { return };
+    let other = start_guest_with(this_test!(), &[HUGE, 3 * HUGE], true, |guest, _stream| {
         let expected = pattern(4, 3 * HUGE);
         for at in [5, HUGE, 2 * HUGE + 4097, 3 * HUGE - 1] {
             assert_eq!(guest.read(at), expected[at], "byte {at}");
@@ -496,14 +483,9 @@ fn a_hugetlb_guest_is_filled_a_huge_page_at_a_time() {
 #[test]
 fn a_waiting_thread_of_a_hugetlb_guest_gets_a_signal_when_the_region_is_dropped() {
     const HUGE: usize = 2 << 20;
-    let test = this_test!();
-    let reserved = if child::is_child(test) { None } else { HugePages::reserve(4) };
-    if reserved.is_none() && !child::is_child(test) {
-        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
-        return;
-    }
-    let other = other_with(test, &[2 * HUGE], true, |guest, stream| {
-        wait_for(&stream);
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 4) else { return };
+    let other = start_guest_with(this_test!(), &[2 * HUGE], true, |guest, stream| {
+        wait_for_peer(&stream);
         assert_eq!(guest.read(HUGE - 1), 3, "a filled page");
         println!("read a byte: {}", guest.read(HUGE));
     });
@@ -512,12 +494,12 @@ fn a_waiting_thread_of_a_hugetlb_guest_gets_a_signal_when_the_region_is_dropped(
     let memory = other.memory.page_size(HUGE).unwrap();
     let region = Region::builder().chunk(vec![3u8; 2 * HUGE]).build_adopted(memory, &manual).unwrap();
     region.populate(..HUGE as u64).unwrap();
-    tell(&other.stream);
+    resume(&other.stream);
     until_a_thread_faults(other.process.id());
     drop(region);
     let end = other.process.wait();
     assert!(!end.output().contains("read a byte"), "{}", end.output());
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
 }
 
 #[test]

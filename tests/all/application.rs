@@ -1,28 +1,27 @@
 //! Calls of the application on addresses and threads of a region, past every borrow: the outcome is
 //! bytes or a signal.
 
-use crate::{discard, pattern, touch, until};
+use crate::{
+    SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, is_asleep, pattern, this_thread, touch,
+    until,
+};
 use nix::libc;
 use nix::sys::mman::munmap;
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use nix::sys::signal::Signal;
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::Command;
 use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
-use std::{fs, thread};
+use std::thread;
 
 const PAGE: usize = 4096;
-const SIGSEGV: i32 = 11;
-const SIGKILL: i32 = 9;
-const SIGABRT: i32 = 6;
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
     Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
@@ -59,12 +58,6 @@ fn unmapped(start: usize, bytes: usize) {
     unsafe { munmap(NonNull::new(with_exposed_provenance_mut(start)).unwrap(), bytes) }.unwrap();
 }
 
-/// True if a thread sleeps.
-fn waits(thread: &Path) -> bool {
-    let stat = fs::read_to_string(Path::new("/proc").join(thread).join("stat"));
-    stat.is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))
-}
-
 /// True if the kernel has poison markers. Without them the process aborts when a region is moved,
 /// because its unfilled pages would be zeros.
 fn has_poison() -> bool {
@@ -92,7 +85,7 @@ fn mremap_moves_filled_pages_and_makes_unfilled_pages_a_signal() {
     if !has_poison() {
         return assert_eq!(end.signal(), Some(SIGABRT), "{}", end.output());
     }
-    assert_eq!(end.signal(), Some(crate::SIGBUS), "{}", end.output());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
     assert!(
         end.output().contains("so far so good") && !end.output().contains("read a byte"),
         "{}",
@@ -135,20 +128,20 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
                 slow.wait_until_held(1);
                 let (send, waiter) = mpsc::channel();
                 scope.spawn(move || {
-                    send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+                    send.send(this_thread()).unwrap();
                     println!("read a byte: {}", touch(start + 5 * PAGE));
                 });
                 let waiter = waiter.recv().unwrap();
-                until(|| waits(&waiter));
+                until(|| is_asleep(&waiter));
                 if moves {
                     // The move waits until a worker has read its event.
                     let (send, mover) = mpsc::channel();
                     scope.spawn(move || {
-                        send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+                        send.send(this_thread()).unwrap();
                         moved(start + 4 * PAGE, 3 * PAGE)
                     });
                     let mover = mover.recv().unwrap();
-                    until(|| waits(&mover));
+                    until(|| is_asleep(&mover));
                 } else {
                     unmapped(start + 4 * PAGE, 3 * PAGE);
                 }
@@ -158,7 +151,7 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
             drop(region);
         });
         // Without poison markers, an unavailable page is covered by a mapping that is SIGBUS.
-        let expected: &[_] = if has_poison() { &[SIGSEGV] } else { &[SIGSEGV, crate::SIGBUS, SIGABRT] };
+        let expected: &[_] = if has_poison() { &[SIGSEGV] } else { &[SIGSEGV, SIGBUS, SIGABRT] };
         assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.output());
         assert!(!end.output().contains("read a byte"), "{}", end.output());
     }
@@ -177,7 +170,7 @@ fn a_signal_handler_discards_pages_during_faults() {
         let bytes = pattern(4, 100 * PAGE);
         let region = region(&bytes, &Pool::new().unwrap());
         ADDRESS.store(region.as_ptr().expose_provenance().get() as u64, Ordering::SeqCst);
-        on_user_signal(handler);
+        handle_user_signal(handler);
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let (send, threads) = mpsc::channel::<Pthread>();
@@ -200,13 +193,6 @@ fn a_signal_handler_discards_pages_during_faults() {
         assert!(HANDLED.load(Ordering::SeqCst) > 0);
     });
     end.expect_pass();
-}
-
-#[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
-fn on_user_signal(handler: extern "C" fn(i32)) {
-    let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESTART, SigSet::empty());
-    // SAFETY: the handlers of these tests use atomics and system calls.
-    unsafe { sigaction(Signal::SIGUSR1, &action) }.unwrap();
 }
 
 /// Runs `then` while a thread waits for a source that hangs.
@@ -245,7 +231,7 @@ fn a_waiting_thread_handles_signals_and_waits_on() {
         HANDLED.fetch_add(1, Ordering::SeqCst);
     }
     let end = child::run(this_test!(), || {
-        on_user_signal(handler);
+        handle_user_signal(handler);
         let source = Arc::new(Scripted::new(10).holding(0..1));
         let region =
             Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();

@@ -1,6 +1,7 @@
 //! A source that fails, panics or shrinks: never zeros, never a hang, and an error for the caller
 //! of `read_at` and `populate`.
 
+use crate::SIGBUS;
 use pagestitch::source::File;
 use pagestitch::{Chunk, ErrorKind, Pool, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -9,7 +10,6 @@ use std::io::{ErrorKind as IoErrorKind, Write};
 use std::sync::Arc;
 use std::thread;
 
-const SIGBUS: i32 = 7;
 const PAGE: u64 = 4096;
 
 /// Ten pages, of which page 4 fails.

@@ -2,7 +2,7 @@
 //! socket, and the end of either side.
 
 use crate::handler::RunningHandler;
-use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_loss, until};
+use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
@@ -155,7 +155,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
         until(|| !fs::exists(path).unwrap());
         (0..PAGES).rev().for_each(|page| assert_ne!(guest.read(page * PAGE), 0, "page {page}"));
     });
-    for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
         let mut running = start_with(loss, OnStop::Abandon);
         let guest = body.spawn(running.socket());
         running.until_reported("serving");
@@ -178,7 +178,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     let base = File::options().write(true).open(running.folder.path().join("base")).unwrap();
     base.set_len((TOTAL / 2) as u64).unwrap();
     let end = body.spawn(running.socket()).wait();
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
     running.until_reported("were unavailable");
     base.set_len(TOTAL as u64).unwrap();
     // The handler holds the removed file open.
@@ -195,7 +195,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
     });
     let running = start();
     let end = body.spawn(running.socket()).wait();
-    assert_eq!(end.signal(), Some(signal_of_loss()), "{}", end.output());
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
     running.until_reported("has 409600 bytes of memory, but the memory file has 8192000");
 }
 
@@ -210,10 +210,7 @@ fn a_hugetlb_guest_is_restored() {
         guest.balloon(HUGE, HUGE).unwrap();
         assert_eq!(guest.read(HUGE + 5), 0);
     });
-    let Some(_reserved) = HugePages::reserve(8) else {
-        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
-        return;
-    };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 8) else { return };
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("memory"), pattern(5, 3 * HUGE)).unwrap();
     let builder = describe(&[folder.path().join("memory")]);

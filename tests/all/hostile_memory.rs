@@ -2,7 +2,7 @@
 //! another guest.
 
 use crate::handler::RunningHandler;
-use crate::{handle_bus_errors, lacks_marks, own_memory, pattern, serve_until, until};
+use crate::{handle_bus_errors, lacks_poison, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
@@ -111,7 +111,7 @@ fn for_ever() -> ! {
 /// handler also leaves the memory of the guest at the end.
 #[test]
 fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const BYTES: usize = 600 * PAGE;
@@ -134,7 +134,7 @@ fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
 /// one guest for ever.
 #[test]
 fn a_discard_loop_of_a_guest_delays_no_other_guest() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const BYTES: usize = 16 << 30;
@@ -166,7 +166,7 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
 /// The handler serves only the announced memory.
 #[test]
 fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const BYTES: usize = 600 * PAGE;
@@ -197,7 +197,7 @@ fn unannounced_memory_of_a_guest_is_left_alone_when_it_moves() {
 /// A worker does not wait for memory that the file system of a guest lacks.
 #[test]
 fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const BYTES: usize = 1 << 30;
@@ -262,7 +262,7 @@ fn file_on_a_full_tmpfs(folder: &Path, bytes: u64) -> Option<fs::File> {
 /// The guest dies while a handler that was told to stop fills its memory.
 #[test]
 fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const BYTES: usize = 256 << 20;
@@ -314,7 +314,7 @@ impl tracing::Subscriber for Lines {
 /// The rate of lines is the subject, so a clock measures it.
 #[test]
 fn moves_of_guest_memory_are_logged_at_a_limited_rate() {
-    if lacks_marks(this_test!()) {
+    if lacks_poison(this_test!()) {
         return;
     }
     const MOVES: usize = 200;

@@ -6,6 +6,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pagestitch::source::{Alias, AliasError, Memfd, SharedFile};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
+use pagestitch_testkit::this_test;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
@@ -46,17 +47,9 @@ fn shared(bytes: &[u8]) -> Arc<SharedFile> {
     Arc::new(SharedFile::try_from(OwnedFd::from(huge_memfd(bytes))).unwrap())
 }
 
-fn reserved() -> Option<HugePages> {
-    let reserved = HugePages::reserve(16);
-    if reserved.is_none() {
-        println!("SKIPPED: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
-    }
-    reserved
-}
-
 #[test]
 fn a_chunk_behind_a_part_of_a_huge_page_keeps_its_bytes() {
-    let Some(_reserved) = reserved() else { return };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 16) else { return };
     let (huge, other) = (pattern(1, 4 * MIB), pattern(2, MIB + 77));
     let memfd = sealed(&huge);
     let chunk = Chunk::from(memfd).range(0..3 * MIB as u64);
@@ -69,7 +62,7 @@ fn a_chunk_behind_a_part_of_a_huge_page_keeps_its_bytes() {
 
 #[test]
 fn a_chunk_behind_a_shared_part_of_a_huge_page_keeps_its_bytes() {
-    let Some(_reserved) = reserved() else { return };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 16) else { return };
     let (huge, other) = (pattern(3, 4 * MIB), pattern(4, MIB));
     let file = shared(&huge);
     for first in [Chunk::from(Arc::clone(&file)), Chunk::copy_on_write(file)] {
@@ -85,7 +78,7 @@ fn a_chunk_behind_a_shared_part_of_a_huge_page_keeps_its_bytes() {
 #[test]
 #[expect(unsafe_code, reason = "a mapping behind the region is part of the test")]
 fn a_mapping_behind_a_part_of_a_huge_page_keeps_its_bytes() {
-    let Some(_reserved) = reserved() else { return };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 16) else { return };
     let huge = pattern(5, 4 * MIB);
     let chunk = || Chunk::from(sealed(&huge)).range(0..3 * MIB as u64);
     let region = Region::builder().chunk(chunk()).build(&Pool::new().unwrap()).unwrap();
@@ -109,7 +102,7 @@ fn a_mapping_behind_a_part_of_a_huge_page_keeps_its_bytes() {
 
 #[test]
 fn whole_huge_pages_are_in_place_and_parts_are_copied() {
-    let Some(_reserved) = reserved() else { return };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 16) else { return };
     let bytes = pattern(6, 6 * MIB);
     let memfd = sealed(&bytes);
     let part = |start: usize, end: usize| Chunk::from(memfd.clone()).range(start as u64..end as u64);
@@ -131,7 +124,7 @@ fn whole_huge_pages_are_in_place_and_parts_are_copied() {
 #[test]
 #[expect(unsafe_code, reason = "an alias is unsafe to make")]
 fn an_alias_of_hugetlb_memory_is_refused_with_the_remedy() {
-    let Some(_reserved) = reserved() else { return };
+    let Some(_reserved) = HugePages::or_skip(this_test!(), 16) else { return };
     let file = huge_memfd(&pattern(7, 2 * HUGE));
     let bytes = NonZeroUsize::new(2 * HUGE).unwrap();
     // SAFETY: a new mapping where the kernel chooses.

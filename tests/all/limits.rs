@@ -1,11 +1,10 @@
 //! Limits of the process: without userfaultfd, addresses, descriptors, threads or mappings, the
 //! error is one clear line.
 
-use crate::pattern;
 use crate::zero_copy::memfd;
+use crate::{become_ordinary_user, pattern};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch::source::{File, SharedFile};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::Features;
@@ -230,16 +229,6 @@ fn an_ordinary_user_is_served_under_each_unprivileged_userfaultfd_setting() {
             fs::write(path, before.trim()).unwrap();
         }
         end.expect_pass();
-    }
-}
-
-/// Becomes an ordinary user, if it is root.
-fn become_ordinary_user() {
-    if geteuid().is_root() {
-        let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
-        setgroups(&[]).unwrap();
-        setresgid(group, group, group).unwrap();
-        setresuid(user, user, user).unwrap();
     }
 }
 

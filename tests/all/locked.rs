@@ -3,11 +3,11 @@
 
 use crate::donated::pages_of;
 use crate::zero_copy::memfd;
-use crate::{HugePages, lazy, lock_pages, pattern, serve_until};
+use crate::{HugePages, become_ordinary_user, lazy, lock_pages, pattern, serve_until};
 use nix::libc;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+use nix::unistd::geteuid;
 use pagestitch::source::{File, SharedFile};
 use pagestitch::{Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source};
 use pagestitch_kernel::Access;
@@ -200,18 +200,14 @@ fn holes_between_chunks_are_zeros_when_staging_is_locked() {
 /// A worker fills huge pages of several guests in the same staging block.
 #[test]
 fn a_discarded_huge_page_of_one_guest_shows_zeros_and_not_another_guests_bytes() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
     let test = this_test!();
     if !may_lock(test) {
         return;
     }
-    let pages = (!child::is_child(test)).then(|| HugePages::reserve(8));
-    if matches!(pages, Some(None)) {
-        println!("SKIPPED {test}: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
-        return;
-    }
+    let Some(_reserved) = HugePages::or_skip(test, 8) else { return };
     child::run(test, || {
         let pool = Pool::builder().workers(1).start().unwrap();
         lock("current");
@@ -239,12 +235,7 @@ fn a_region_past_rlimit_memlock_is_refused_with_the_limit() {
     child::run(test, || {
         let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
         setrlimit(Resource::RLIMIT_MEMLOCK, hard.min(1 << 30), hard.min(1 << 30)).unwrap();
-        if geteuid().is_root() {
-            let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
-            setgroups(&[]).unwrap();
-            setresgid(group, group, group).unwrap();
-            setresuid(user, user, user).unwrap();
-        }
+        become_ordinary_user();
         let pool = Pool::builder().workers(1).start().unwrap();
         if mlockall(MlockAllFlags::MCL_FUTURE).is_err() {
             println!("SKIPPED {test}: this user may lock no memory (RLIMIT_MEMLOCK)");

@@ -38,12 +38,15 @@ mod teardown;
 mod watchdog;
 mod zero_copy;
 
+mod guests;
 mod handler;
+mod machine;
 mod waits;
 
-use std::fs;
+use guests::{lacks_poison, signal_of_lost_page};
+use machine::{HugePages, become_ordinary_user, is_asleep, this_thread};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::ptr::NonNull;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use waits::{HANG, SetOnDrop, comes_true, is_readable, serve_until, until};
 
 /// Reads a byte through a raw pointer, past every borrow, as an application may.
@@ -60,13 +63,22 @@ fn stray_write(address: usize) {
     unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(0) }
 }
 
-/// Installs a SIGBUS handler as an application does. The handler may only use atomics.
+/// Installs a signal handler as an application does. The handler may use atomics, touch memory and
+/// call system calls. Returns the action before it.
 #[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
+fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> SigAction {
+    // SAFETY: the handlers of these tests keep to that.
+    unsafe { sigaction(signal, &SigAction::new(handler, flags, SigSet::empty())) }.expect("a handler")
+}
+
+/// Installs a SIGBUS handler as an application does.
 fn handle_bus_errors(handler: extern "C" fn(i32)) {
-    use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-    let action = SigAction::new(SigHandler::Handler(handler), SaFlags::empty(), SigSet::empty());
-    // SAFETY: the handlers of these tests add to an atomic.
-    unsafe { sigaction(Signal::SIGBUS, &action) }.expect("a handler");
+    handle(Signal::SIGBUS, SigHandler::Handler(handler), SaFlags::empty());
+}
+
+/// Installs a SIGUSR1 handler as an application does.
+fn handle_user_signal(handler: extern "C" fn(i32)) {
+    handle(Signal::SIGUSR1, SigHandler::Handler(handler), SaFlags::SA_RESTART);
 }
 
 /// Discards pages, as an application may with `madvise(MADV_DONTNEED)`.
@@ -93,53 +105,10 @@ const fn own_memory() -> pagestitch::OwnMemory {
     unsafe { pagestitch::OwnMemory::promise() }
 }
 
-/// The signal that the owner of adopted memory gets for an unavailable page: SIGBUS at the touch
-/// or, before Linux 6.6, which has no poison markers, SIGKILL.
-fn signal_of_loss() -> i32 {
-    let features = pagestitch_kernel::uffd::handshake_probe().expect("a userfaultfd");
-    if features.contains(pagestitch_kernel::Features::POISON) { SIGBUS } else { SIGKILL }
-}
-
-const SIGKILL: i32 = 9;
+const SIGABRT: i32 = 6;
 const SIGBUS: i32 = 7;
-
-/// Reserves huge pages of hugetlbfs for its lifetime. Needs root.
-struct HugePages {
-    before: String,
-    _alone: MutexGuard<'static, ()>,
-}
-
-impl HugePages {
-    const PATH: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// Reserves `pages` huge pages, or returns `None` without the right to. One test at a time
-    /// holds a reservation.
-    fn reserve(pages: usize) -> Option<Self> {
-        static ONE: Mutex<()> = Mutex::new(());
-        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = fs::read_to_string(Self::PATH).ok()?;
-        fs::write(Self::PATH, pages.to_string()).ok()?;
-        let reserved = Self { before, _alone: alone };
-        let there: usize = fs::read_to_string(Self::PATH).ok()?.trim().parse().ok()?;
-        (there >= pages).then_some(reserved)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(Self::PATH, &self.before);
-    }
-}
-
-/// True, with a line that says so, where the kernel has no poison markers (before Linux 6.6): a
-/// drop of adopted memory then kills its owner, and here the owner is the test process.
-fn lacks_marks(test: &str) -> bool {
-    let lacks = !pagestitch_kernel::Support::current().has(pagestitch_kernel::Features::POISON);
-    if lacks {
-        println!("SKIPPED {test}: this kernel has no poison marks (Linux 6.6)");
-    }
-    lacks
-}
+const SIGKILL: i32 = 9;
+const SIGSEGV: i32 = 11;
 
 /// Bytes that are never zero and differ for each seed, so that a test sees zeros, and bytes of
 /// another page, as wrong.

@@ -1,10 +1,10 @@
 //! Memory runs out while pages are filled: an error with the reason or the end of the process, but
 //! never zeros and never a hang.
 
-use crate::until;
+use crate::guests::receive;
+use crate::{SIGKILL, until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use pagestitch::{Chunk, Pool, Process, Region};
-use pagestitch_kernel::fd_passing;
+use pagestitch::{Chunk, Pool, Region};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -19,7 +19,6 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 const TOTAL: usize = 32 << 20;
 const LIMIT: u64 = 16 << 20;
-const SIGKILL: i32 = 9;
 
 /// A memory control group with a limit. Version 1, because only there the kernel can refuse memory
 /// without a kill.
@@ -134,7 +133,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let group = group.expect("only the child has none");
     let (mut stream, region) = adopt(&listener);
     let error = region.populate(..).unwrap_err();
-    if crate::signal_of_loss() == SIGKILL {
+    if crate::signal_of_lost_page() == SIGKILL {
         // Without poison markers, the drop kills the owner.
         drop(region);
         return assert_eq!(process.wait().signal(), Some(SIGKILL));
@@ -159,13 +158,7 @@ fn group_of(test: &str, name: &str, kills: bool) -> Option<Option<Group>> {
 
 fn adopt(listener: &UnixListener) -> (UnixStream, pagestitch::AdoptedRegion) {
     let (stream, _) = listener.accept().unwrap();
-    let mut message = vec![0; 4096];
-    let (bytes, mut fds) = fd_passing::receive(&stream, &mut message).unwrap();
-    let told: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
-    let number = |name: &str| told[0][name].as_u64().unwrap() as usize;
-    let memory = pagestitch::AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
-    let memory = memory.range(number("base_host_virt_addr"), number("size"));
-    let memory = memory.owner(Process::peer(&stream).unwrap());
+    let memory = receive(&stream);
     let source = Chunk::source(Arc::new(Scripted::new(TOTAL as u64)));
     (stream, Region::builder().chunk(source).build_adopted(memory, &Pool::new().unwrap()).unwrap())
 }

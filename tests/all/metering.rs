@@ -72,7 +72,7 @@ fn each_failed_read_of_a_source_is_counted() {
         region.populate(..).unwrap_err();
         region.heal(..).unwrap_err();
         // Without poison markers a retry need not read the source again.
-        let least = if crate::signal_of_loss() == crate::SIGBUS { 2 } else { 1 };
+        let least = if crate::signal_of_lost_page() == crate::SIGBUS { 2 } else { 1 };
         assert!(meter.source_errors() >= least, "{:?}", meter.metrics());
         assert_eq!(meter.pages_poisoned(), 1);
     })

@@ -1,7 +1,7 @@
 //! Panics in code of the application that a worker calls: the worker serves on, and no other page
 //! is lost.
 
-use crate::{SIGBUS, pattern, signal_of_loss, until};
+use crate::{SIGBUS, pattern, signal_of_lost_page, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{Builder, Chunk, OnFailure, Pool, Readahead, Region, Source};
 use pagestitch_testkit::scripted::Scripted;
@@ -154,7 +154,7 @@ fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chun
         println!("served");
         println!("read a byte: {}", region.as_slice()[15 * PAGE]);
     });
-    let lost = if signal_of_loss() == SIGBUS { SIGBUS } else { end.signal().unwrap_or(0) };
+    let lost = if signal_of_lost_page() == SIGBUS { SIGBUS } else { end.signal().unwrap_or(0) };
     assert_eq!(end.signal(), Some(lost), "{}", end.output());
     assert!(end.output().contains("served") && !end.output().contains("read a byte"), "{}", end.output());
 }

@@ -2,7 +2,7 @@
 
 use crate::firecracker::{PAGE, PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
 use crate::handler::RunningHandler;
-use crate::{HANG, SIGKILL, comes_true, signal_of_loss, until};
+use crate::{HANG, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::Loss;
@@ -205,7 +205,7 @@ fn a_refused_guest_gets_a_signal() {
         fd_passing::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
     });
-    for (loss, signal) in [(Loss::Poison, signal_of_loss()), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
         let running = start_with(loss, OnStop::Finish);
         let start =
             |what: &str| (what.to_owned(), body.spawn(format!("{what} {}", running.socket().display())));

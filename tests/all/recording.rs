@@ -1,9 +1,10 @@
 //! Recordings: the pages that one run touches first are filled early in the next run.
 
 use crate::donated::pages_of;
+use crate::guests::adopt;
 use crate::handler::RunningHandler;
 use crate::{pattern, serve_until, until};
-use pagestitch::{AdoptedMemory, Chunk, ErrorKind, Inline, Manual, Pool, Process, Recording, Region};
+use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
 use pagestitch_firecracker::{Handler, Snapshot};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -102,14 +103,9 @@ fn a_recording_of_another_region_is_refused_with_the_reason() {
     assert!(Region::builder().chunk(vec![1; 10]).build(&pool).unwrap().recording().is_none());
 }
 
-fn adopt(guest: &Guest) -> AdoptedMemory {
-    let memory = guest.memory().unwrap();
-    memory.owner(Process::open(nix::unistd::Pid::this()).unwrap())
-}
-
 #[test]
 fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
     let end = child::run(this_test!(), || {
@@ -134,7 +130,7 @@ fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
 
 #[test]
 fn readahead_is_off_while_adopted_memory_is_recorded() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
     let guest = Guest::new(&[400 * PAGE], false).unwrap();
@@ -263,7 +259,7 @@ fn a_donated_huge_page_is_recorded_page_by_page() {
 
 #[test]
 fn a_recorded_run_is_replayed_over_the_border_of_two_ranges() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
     const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];

@@ -1,9 +1,9 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
-use crate::{discard, handle_bus_errors, pattern, touch, until};
+use crate::{SIGBUS, discard, handle, handle_bus_errors, handle_user_signal, pattern, touch, until};
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, raise, sigaction};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
 use pagestitch::{Chunk, Inline, Pool, Readahead, Region, Source};
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -12,7 +12,6 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 
 const PAGE: usize = 4096;
-const SIGBUS: i32 = 7;
 
 /// The address that the SIGUSR1 handler reads, and the counts of its right and its wrong bytes.
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);
@@ -25,17 +24,6 @@ extern "C" fn read_a_byte(_signal: c_int) {
         address if touch(address) == 0 => drop(WRONG.fetch_add(1, Ordering::SeqCst)),
         _ => drop(READ.fetch_add(1, Ordering::SeqCst)),
     }
-}
-
-/// Installs a handler as an application does.
-#[expect(unsafe_code, reason = "a signal handler of the application is part of the test")]
-fn handle(signal: Signal, handler: SigHandler, flags: SaFlags) -> SigAction {
-    // SAFETY: the handlers of these tests use atomics, and touch memory.
-    unsafe { sigaction(signal, &SigAction::new(handler, flags, SigSet::empty())) }.expect("a handler")
-}
-
-fn handle_user_signal(handler: extern "C" fn(c_int)) {
-    handle(Signal::SIGUSR1, SigHandler::Handler(handler), SaFlags::SA_RESTART);
 }
 
 /// A source that raises SIGUSR1 in the thread that populates.
@@ -55,6 +43,11 @@ impl Source for Raises {
     }
 }
 
+fn raising_region(bytes: &[u8]) -> Region {
+    let builder = Region::builder().chunk(Chunk::source(Arc::new(Raises(bytes.to_vec()))));
+    builder.readahead(Readahead::None).build(&Pool::builder().workers(1).start().unwrap()).unwrap()
+}
+
 fn populating(body: impl FnOnce() + Send) {
     thread::scope(|scope| {
         thread::Builder::new()
@@ -72,9 +65,7 @@ fn a_signal_handler_reads_a_page_that_its_thread_populates() {
         nix::unistd::alarm::set(20);
         handle_user_signal(read_a_byte);
         let bytes = pattern(1, 8 * PAGE);
-        let builder = Region::builder().chunk(Chunk::source(Arc::new(Raises(bytes.clone()))));
-        let region =
-            builder.readahead(Readahead::None).build(&Pool::builder().workers(1).start().unwrap()).unwrap();
+        let region = raising_region(&bytes);
         ADDRESS.store(region.as_ptr().addr().get() + 3 * PAGE, Ordering::SeqCst);
         populating(|| region.populate(2 * PAGE as u64..5 * PAGE as u64).unwrap());
         assert!(READ.load(Ordering::SeqCst) > 0 && WRONG.load(Ordering::SeqCst) == 0);
@@ -103,10 +94,7 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
         nix::unistd::alarm::set(20);
         handle_user_signal(populate_all);
         let bytes = pattern(2, 8 * PAGE);
-        let builder = Region::builder().chunk(Chunk::source(Arc::new(Raises(bytes.clone()))));
-        let region =
-            builder.readahead(Readahead::None).build(&Pool::builder().workers(1).start().unwrap()).unwrap();
-        REGION.set(region).unwrap();
+        REGION.set(raising_region(&bytes)).unwrap();
         populating(|| REGION.get().unwrap().populate(..).unwrap());
         let error = ERROR.load(Ordering::SeqCst);
         assert!(!error.is_null(), "the call in the handler has returned without an error");
@@ -138,29 +126,31 @@ fn inline_region(bytes: &[u8]) -> Region {
     Region::builder().chunks(bytes.chunks(1500).map(<[u8]>::to_vec)).build(Inline).unwrap()
 }
 
+/// Runs rounds of `step` under signals, until the handler has read a hundred bytes.
+fn read_in_a_storm(step: impl Fn(usize)) {
+    nix::unistd::alarm::set(60);
+    handle_user_signal(read_a_byte);
+    in_a_storm(|| {
+        (0..).take_while(|_| READ.load(Ordering::SeqCst) < 100).for_each(step);
+        ADDRESS.store(0, Ordering::SeqCst);
+    });
+    let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
+    assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
+}
+
 #[test]
 fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
     let end = child::run(this_test!(), || {
-        nix::unistd::alarm::set(60);
-        handle_user_signal(read_a_byte);
         let region = inline_region(&pattern(3, 64 * PAGE));
         let start = region.as_ptr().addr().get();
-        in_a_storm(|| {
-            for round in 0.. {
-                if READ.load(Ordering::SeqCst) >= 100 {
-                    break;
-                }
-                for page in 0..64 {
-                    ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
-                    assert_ne!(touch(start + page * PAGE), 0);
-                    // Discards another page, so that the handler finds absent pages.
-                    discard(start + (page + round) % 64 * PAGE, PAGE);
-                }
+        read_in_a_storm(|round| {
+            for page in 0..64 {
+                ADDRESS.store(start + page * PAGE, Ordering::SeqCst);
+                assert_ne!(touch(start + page * PAGE), 0);
+                // Discards another page, so that the handler finds absent pages.
+                discard(start + (page + round) % 64 * PAGE, PAGE);
             }
-            ADDRESS.store(0, Ordering::SeqCst);
         });
-        let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
-        assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
     });
     end.expect_pass();
 }
@@ -168,23 +158,13 @@ fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
 #[test]
 fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
-        nix::unistd::alarm::set(60);
-        handle_user_signal(read_a_byte);
         let region = inline_region(&pattern(4, 64 * PAGE));
         let start = region.as_ptr().addr().get();
-        in_a_storm(|| {
-            for round in 0.. {
-                if READ.load(Ordering::SeqCst) >= 100 {
-                    break;
-                }
-                ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
-                region.populate(..).unwrap();
-                discard(start, 64 * PAGE);
-            }
-            ADDRESS.store(0, Ordering::SeqCst);
+        read_in_a_storm(|round| {
+            ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
+            region.populate(..).unwrap();
+            discard(start, 64 * PAGE);
         });
-        let (read, wrong) = (READ.load(Ordering::SeqCst), WRONG.load(Ordering::SeqCst));
-        assert!(read >= 100 && wrong == 0, "{read} right, {wrong} wrong");
     });
     end.expect_pass();
 }

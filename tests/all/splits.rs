@@ -3,14 +3,13 @@
 
 use crate::donated::pages_of;
 use crate::lazy::chunk_of;
-use crate::{pattern, signal_of_loss};
+use crate::pattern;
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server};
-use pagestitch_kernel::process::Process;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::this_test;
 use std::io::IoSliceMut;
@@ -181,22 +180,22 @@ fn a_split_donation_moves_on_a_touch_and_when_a_region_is_built() {
 }
 
 /// A guest whose memory is split inside, and its adopted region.
-fn adopt(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
+fn adopted(expected: &[u8]) -> (Guest, pagestitch::AdoptedRegion) {
     let guest = Guest::new(&[expected.len()], false).unwrap();
     let [(start, _)] = guest.ranges()[..] else { panic!("one range") };
     assert!(Split::Advise.at(start + 100 * PAGE, 3 * PAGE));
-    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
-    let region = Region::builder().chunk(expected.to_vec()).build_adopted(memory, &Pool::new().unwrap());
+    let builder = Region::builder().chunk(expected.to_vec());
+    let region = builder.build_adopted(crate::guests::adopt(&guest), &Pool::new().unwrap());
     (guest, region.unwrap())
 }
 
 #[test]
 fn split_adopted_memory_is_populated() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
     let expected = pattern(5, BLOCK);
-    let (guest, region) = adopt(&expected);
+    let (guest, region) = adopted(&expected);
     region.populate(..).unwrap();
     assert!((0..BLOCK).step_by(PAGE).all(|at| guest.read(at) == expected[at]));
     assert_eq!(region.close().pages_poisoned, 0);
@@ -204,16 +203,10 @@ fn split_adopted_memory_is_populated() {
 
 #[test]
 fn split_adopted_memory_has_no_zeros_after_a_drop() {
-    if crate::lacks_marks(this_test!()) {
+    if crate::lacks_poison(this_test!()) {
         return;
     }
-    if signal_of_loss() != crate::SIGBUS {
-        println!(
-            "SKIPPED: without poison markers (Linux 6.6) the drop kills the owner, which is this process"
-        );
-        return;
-    }
-    let (guest, region) = adopt(&pattern(6, BLOCK));
+    let (guest, region) = adopted(&pattern(6, BLOCK));
     drop(region);
     let [(start, _)] = guest.ranges()[..] else { panic!("one range") };
     for page in 0..BLOCK / PAGE {

@@ -2,7 +2,7 @@
 //! error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
-use crate::{comes_true, discard, pattern, touch, until};
+use crate::{SIGSEGV, comes_true, discard, is_asleep, pattern, this_thread, touch, until};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -15,14 +15,11 @@ use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::num::NonZeroUsize;
-use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use std::{fs, thread};
-
-const SIGSEGV: i32 = 11;
 
 #[test]
 fn a_waiting_thread_gets_a_signal_when_its_region_is_dropped() {
@@ -137,11 +134,11 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
         slow.wait_until_held(1);
         let (send, waiter) = mpsc::channel();
         scope.spawn(move || {
-            send.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            send.send(this_thread()).unwrap();
             println!("read a byte: {}", touch(start + 5000));
         });
-        let stat = Path::new("/proc").join(waiter.recv().unwrap()).join("stat");
-        until(|| fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S ")));
+        let waiter = waiter.recv().unwrap();
+        until(|| is_asleep(&waiter));
         drop(region);
         slow.release();
     });

@@ -1,6 +1,6 @@
 //! Faults that take too long: reported once, and timed out where that is declared.
 
-use crate::{comes_true, touch, until};
+use crate::{SIGBUS, comes_true, touch, until};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -22,7 +22,6 @@ use std::thread;
 use std::time::Duration;
 
 const PAGE: usize = 4096;
-const SIGBUS: i32 = 7;
 
 fn hanging() -> Arc<Scripted> {
     Arc::new(Scripted::new(10 * PAGE as u64).holding(3 * PAGE as u64..4 * PAGE as u64))
@@ -132,7 +131,7 @@ fn a_fault_times_out_beside_memory_that_cannot_be_read() {
 /// True if a page can time out without a signal: a system call waits in the page and gets an error.
 pub(crate) fn waits_in_the_kernel() -> bool {
     let mode = Uffd::open(Features::NONE).unwrap().mode();
-    let waits = crate::signal_of_loss() == SIGBUS && mode == FaultMode::All;
+    let waits = crate::signal_of_lost_page() == SIGBUS && mode == FaultMode::All;
     if !waits {
         println!(
             "SKIPPED: no poison markers (Linux 6.6), or an ordinary user, whose system calls do not wait for pages"

@@ -1,0 +1,44 @@
+//! Memory of guests, in this process or in another one, as adopted memory.
+
+use crate::{SIGBUS, SIGKILL};
+use nix::unistd::Pid;
+use pagestitch::{AdoptedMemory, Process};
+use pagestitch_kernel::{Features, Support, fd_passing};
+use pagestitch_testkit::guest::Guest;
+use std::os::unix::net::UnixStream;
+
+/// Adopts the memory of a guest in this process, which stands for a part of the program that does
+/// not know pagestitch.
+pub(crate) fn adopt(guest: &Guest) -> AdoptedMemory {
+    guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap())
+}
+
+/// Receives the handshake of a guest in another process and adopts its memory.
+pub(crate) fn receive(stream: &UnixStream) -> AdoptedMemory {
+    let mut message = vec![0; 4096];
+    let (bytes, mut fds) = fd_passing::receive(stream, &mut message).unwrap();
+    let ranges: serde_json::Value = serde_json::from_slice(&message[..bytes]).unwrap();
+    let memory = AdoptedMemory::new(fds.pop().expect("a descriptor")).unwrap();
+    let memory = ranges.as_array().unwrap().iter().fold(memory, |memory, range| {
+        let number = |name: &str| range[name].as_u64().unwrap() as usize;
+        memory.range(number("base_host_virt_addr"), number("size"))
+    });
+    memory.owner(Process::peer(stream).unwrap())
+}
+
+/// The signal that the owner of adopted memory gets for an unavailable page: SIGBUS at the touch
+/// or, before Linux 6.6, which has no poison markers, SIGKILL.
+pub(crate) fn signal_of_lost_page() -> i32 {
+    let features = pagestitch_kernel::uffd::handshake_probe().expect("a userfaultfd");
+    if features.contains(Features::POISON) { SIGBUS } else { SIGKILL }
+}
+
+/// True, with a line that says so, where the kernel has no poison markers (before Linux 6.6): a
+/// drop of adopted memory then kills its owner, and here the owner is the test process.
+pub(crate) fn lacks_poison(test: &str) -> bool {
+    let lacks = !Support::current().has(Features::POISON);
+    if lacks {
+        println!("SKIPPED {test}: this kernel has no poison markers (Linux 6.6)");
+    }
+    lacks
+}

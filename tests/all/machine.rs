@@ -1,0 +1,67 @@
+//! The machine that tests run on: huge pages, users and threads.
+
+use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
+use pagestitch_testkit::child;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Reserves huge pages of hugetlbfs for its lifetime. Needs root.
+pub(crate) struct HugePages {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl HugePages {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// Reserves `pages` huge pages, which a child finds reserved by its parent (`Some(None)`). Prints
+    /// a line and returns `None` where they cannot be reserved.
+    pub(crate) fn or_skip(test: &str, pages: usize) -> Option<Option<Self>> {
+        if child::is_child(test) {
+            return Some(None);
+        }
+        let reserved = Self::reserve(pages);
+        if reserved.is_none() {
+            println!("SKIPPED {test}: no huge pages of hugetlbfs can be reserved here (vm.nr_hugepages)");
+        }
+        reserved.map(Some)
+    }
+
+    /// One test at a time holds a reservation.
+    fn reserve(pages: usize) -> Option<Self> {
+        static ONE: Mutex<()> = Mutex::new(());
+        let alone = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = fs::read_to_string(Self::PATH).ok()?;
+        fs::write(Self::PATH, pages.to_string()).ok()?;
+        let reserved = Self { before, _alone: alone };
+        let there: usize = fs::read_to_string(Self::PATH).ok()?.trim().parse().ok()?;
+        (there >= pages).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, &self.before);
+    }
+}
+
+/// Becomes an ordinary user, if it is root.
+pub(crate) fn become_ordinary_user() {
+    if geteuid().is_root() {
+        let (user, group) = (Uid::from_raw(65534), Gid::from_raw(65534));
+        setgroups(&[]).unwrap();
+        setresgid(group, group, group).unwrap();
+        setresuid(user, user, user).unwrap();
+    }
+}
+
+/// True if the thread or process of this folder of `/proc` sleeps, as it does in a page fault.
+pub(crate) fn is_asleep(folder: &Path) -> bool {
+    fs::read_to_string(folder.join("stat")).is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))
+}
+
+/// The folder of the calling thread in `/proc`.
+pub(crate) fn this_thread() -> PathBuf {
+    Path::new("/proc").join(fs::read_link("/proc/thread-self").unwrap())
+}
