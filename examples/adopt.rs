@@ -1,5 +1,6 @@
-//! Memory of another process: it registers a range and hands its userfaultfd over; this one fills it on first touch.
-//! `cargo run --example adopt`. The other process is this program, started again.
+//! Memory of another process, which registers a range and sends its userfaultfd. This process fills
+//! the range on first touch. `cargo run --example adopt`. The other process is this program,
+//! started again.
 
 use pagestitch::{AdoptedMemory, Pool, Process, Region};
 use pagestitch_kernel::fd_passing;
@@ -18,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Fills the memory of whoever connects.
+/// Fills the memory of the process that connects.
 fn serve() -> Result<(), Box<dyn Error>> {
     let path = env::temp_dir().join(format!("pagestitch-adopt-{}", process::id()));
     let listener = UnixListener::bind(&path)?;
@@ -30,7 +31,7 @@ fn serve() -> Result<(), Box<dyn Error>> {
     let (_, mut fds) = fd_passing::receive(&stream, &mut address)?;
     let memory = AdoptedMemory::new(fds.pop().ok_or("no descriptor")?)?
         .range(usize::from_ne_bytes(address), BYTES)
-        .owner(Process::peer(&stream)?); // ended, where there is no other way not to lie to it
+        .owner(Process::peer(&stream)?); // killed if bytes are unavailable and cannot be poisoned
     let region = Region::builder()
         .name("theirs")
         .chunks((0..16_u8).map(|i| vec![i + 1; 1 << 20]))
@@ -43,8 +44,8 @@ fn serve() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Registers memory, hands it over, and touches it. In a program of your own: `userfaultfd(2)`, `UFFDIO_API`,
-/// `UFFDIO_REGISTER`.
+/// Registers memory, sends its userfaultfd, and touches it. Another program would call
+/// `userfaultfd(2)`, `UFFDIO_API` and `UFFDIO_REGISTER` for that.
 fn own(socket: &str) -> Result<(), Box<dyn Error>> {
     let memory = Guest::new(&[BYTES], false)?;
     let stream = UnixStream::connect(socket)?;

@@ -1,10 +1,10 @@
-//! "I have non-contiguous chunks of memory. Can I make them appear contiguous, at another address, without a copy?"
-//! `cargo run --example alias_existing_memory`. The answers, one after the other:
+//! "I have non-contiguous chunks of memory. Can I make them appear contiguous, at another address,
+//! without a copy?" `cargo run --example alias_existing_memory`. The answers, one after the other:
 //!
-//! 1. if it is shared memory: yes, it can be mapped a second time, even if nobody knows the descriptor any more;
-//! 2. if it is private, and /dev/mem may show it: yes, through its frames, pinned;
-//! 3. if you can give it up: yes, its pages move;
-//! 4. else it is copied, once, when it is touched.
+//! 1. Shared memory can be mapped a second time, even without its descriptor.
+//! 2. Private memory can be mapped through its frames, which are pinned, if /dev/mem permits it.
+//! 3. The pages of memory that you can give up can be moved.
+//! 4. All other memory is copied once, when it is touched.
 
 use pagestitch::source::{Alias, Memory, Pages, Physical, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Pool, Region, SharedRegion};
@@ -34,14 +34,14 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 #[expect(unsafe_code, reason = "a second way to memory")]
 fn shared_memory(pool: &Pool) -> Result<(), Box<dyn Error>> {
-    // Somewhere in the program there is a shared mapping, whose descriptor is gone.
+    // A shared mapping somewhere in the program, without its descriptor.
     let memfd = UnsealedMemfd::create("existing", BYTES as u64)?;
     memfd.file().write_all_at(&[b's'; BYTES], 0)?;
     let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?;
     let existing: SharedRegion = Region::builder().chunk(file).build_shared(pool)?;
     drop(memfd);
 
-    // SAFETY: nobody has a reference to the bytes.
+    // SAFETY: no reference to the bytes of the mapping exists.
     let alias = unsafe { Alias::of(existing.as_ptr(), BYTES) }?;
     let region = Region::builder().chunk(alias).require_zero_copy().build_shared(pool)?;
     assert_eq!(region.view().touch(BYTES - 1), b's');
@@ -52,7 +52,8 @@ fn shared_memory(pool: &Pool) -> Result<(), Box<dyn Error>> {
 #[expect(unsafe_code, reason = "a second way to memory")]
 fn through_its_frames(private: &mut Pages, pool: &Pool) -> Result<(), Box<dyn Error>> {
     let start = NonNull::from(&mut private[0]);
-    // SAFETY: the memory stays where it is as long as the region, and is only read meanwhile.
+    // SAFETY: the memory of `private` stays in place longer than the region, and is only read
+    // meanwhile.
     let frames = unsafe { Physical::own_memory(start, BYTES, Access::ReadOnly) }?;
     let region = Region::builder().chunks(frames).require_zero_copy().build_shared(pool)?;
     assert_eq!(region.view().touch(BYTES - 1), b'p');

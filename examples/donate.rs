@@ -1,6 +1,6 @@
-//! Memory that is given up is not copied: its pages move. `cargo run --release --example donate`.
+//! Donated memory is not copied, because its pages move. `cargo run --release --example donate`.
 //!
-//! Four buffers of 16 MiB become one slice of 64, and the frames that hold the bytes are those that held them before.
+//! Four buffers of 16 MiB become one slice of 64 MiB in the same page frames.
 
 use pagestitch::source::Pages;
 use pagestitch::{Pool, Region};
@@ -9,7 +9,7 @@ use std::error::Error;
 fn main() -> Result<(), Box<dyn Error>> {
     let mut buffers = Vec::new();
     for number in 1..=4_u8 {
-        let mut pages = Pages::new(16 << 20)?; // page-aligned, and huge pages where the system has them
+        let mut pages = Pages::new(16 << 20)?; // page-aligned, in huge pages if the system has them
         pages.fill(number);
         buffers.push(pages);
     }

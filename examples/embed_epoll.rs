@@ -1,4 +1,5 @@
-//! Inside an event loop of your own: faults are one sort of event among others. `cargo run --example embed_epoll`.
+//! A region in an event loop of your own: faults are one kind of event among others.
+//! `cargo run --example embed_epoll`.
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use pagestitch::{Chunk, Manual, Region};
@@ -11,7 +12,7 @@ const FAULTS: u64 = 0;
 const CLIENT: u64 = 1;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut manual = Manual::new()?; // no thread of the library's
+    let mut manual = Manual::new()?; // starts no thread
     let region = Region::builder()
         .name("store")
         .chunk((0..250_000_u32).flat_map(u32::to_le_bytes).collect::<Vec<u8>>())
@@ -25,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let (mut faults, mut requests) = (0, 0);
     thread::scope(|scope| -> Result<(), Box<dyn Error>> {
-        // Another thread reads the region, and asks the loop for things meanwhile.
+        // Another thread reads the region, and sends requests to the loop.
         let region = &region;
         scope.spawn(move || reader(region, client));
         let mut ready = [EpollEvent::empty(); 8];
@@ -33,12 +34,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             let count = epoll.wait(&mut ready, EpollTimeout::NONE)?;
             for event in &ready[..count] {
                 match event.data() {
-                    // A few at a time, so that no other event waits for long.
+                    // A few faults at a time, so that no other event waits for long.
                     FAULTS => faults += manual.serve_ready(16),
                     _ => {
                         let mut request = [0; 4];
                         if server.read_exact(&mut request).is_err() {
-                            return Ok(()); // the reader has hung up
+                            return Ok(()); // the reader has closed its end
                         }
                         requests += 1;
                         server.write_all(&request)?;
@@ -55,7 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Sums what it reads, and has the loop echo a number now and then.
+/// Sums the words of the region, and has the loop echo each sum.
 fn reader(region: &Region, mut client: UnixStream) {
     let words = region.as_slice()[..1_000_000].as_chunks::<4>().0;
     for (number, part) in words.chunks(2_500).enumerate() {

@@ -1,4 +1,4 @@
-//! In threads that the program has anyway: each has a seat, and serves faults between its own jobs.
+//! A region in threads that the program has anyway. Each thread serves faults between its own jobs.
 //! `cargo run --example embed_thread_pool`.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -13,20 +13,21 @@ use std::thread;
 type Job = Box<dyn FnOnce() + Send>;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let seats = Manual::several(2)?;
-    let region = Region::builder().name("shared").chunk(vec![7_u8; 8 << 20]).build(&seats[0])?;
+    let manuals = Manual::several(2)?;
+    let region = Region::builder().name("shared").chunk(vec![7_u8; 8 << 20]).build(&manuals[0])?;
 
     let (jobs, queue) = channel::<Job>();
     let (queue, stop) = (Arc::new(Mutex::new(queue)), Arc::new(AtomicBool::new(false)));
-    let workers: Vec<_> = seats
+    let workers: Vec<_> = manuals
         .into_iter()
-        .map(|seat| {
+        .map(|manual| {
             let (queue, stop) = (Arc::clone(&queue), Arc::clone(&stop));
-            thread::spawn(move || work(seat, &queue, &stop))
+            thread::spawn(move || work(manual, &queue, &stop))
         })
         .collect();
 
-    // Jobs of the program's own, which must not touch the region: their thread may be the one to serve it.
+    // Jobs of the program. A job must not touch the region, because its own thread may have to
+    // serve the fault.
     let done = Arc::new(AtomicUsize::new(0));
     for _ in 0..100 {
         let done = Arc::clone(&done);
@@ -34,29 +35,30 @@ fn main() -> Result<(), Box<dyn Error>> {
             done.fetch_add(1, Ordering::Relaxed);
         }))?;
     }
-    // This thread serves nothing, and reads.
+    // This thread serves no faults, so it may read the region.
     let sum: u64 = region.as_slice().iter().map(|&byte| u64::from(byte)).sum();
     assert_eq!(sum, 7 * (8 << 20));
     while done.load(Ordering::Relaxed) < 100 {
         thread::yield_now();
     }
-    drop(region); // before those who serve it
+    drop(region); // before its servers
     stop.store(true, Ordering::Relaxed);
     let faults: usize = workers.into_iter().map(|worker| worker.join().expect("a worker")).sum();
     println!("100 jobs done and {faults} faults served by two threads of the program's own");
     Ok(())
 }
 
-/// Serves faults first, as somebody waits for them; then does a job; with neither, waits a little for faults.
-fn work(mut seat: Manual, queue: &Mutex<Receiver<Job>>, stop: &AtomicBool) -> usize {
+/// Serves faults first, because threads wait for them; then runs a job. Without both, it waits a
+/// little for faults.
+fn work(mut manual: Manual, queue: &Mutex<Receiver<Job>>, stop: &AtomicBool) -> usize {
     let mut faults = 0;
     while !stop.load(Ordering::Relaxed) {
-        faults += seat.serve_ready(64);
+        faults += manual.serve_ready(64);
         let job = queue.lock().expect("no worker panics").try_recv();
         match job {
             Ok(job) => job(),
             Err(_) => {
-                let mut ready = [PollFd::new(seat.as_fd(), PollFlags::POLLIN)];
+                let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
                 let _ = poll(&mut ready, PollTimeout::from(1_u8));
             }
         }

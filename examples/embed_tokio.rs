@@ -1,5 +1,5 @@
-//! In a tokio runtime: a task serves faults, and bytes come from an async source, many fetches at once.
-//! `cargo run --example embed_tokio`.
+//! A region in a tokio runtime: a task serves faults, and an async source fetches many pages at
+//! once. `cargo run --example embed_tokio`.
 
 use bytes::Bytes;
 use pagestitch::{Manual, Readahead, Region};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// An object in a store that takes ten milliseconds to answer, whatever it is asked.
+/// An object in a store that takes ten milliseconds for each answer.
 struct Object {
     bytes: Bytes,
 }
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let object = Arc::new(Object { bytes: (0..64 * 4096_u32).map(|i| (i / 4096) as u8).collect() });
 
-    let manual = Manual::new()?; // no thread of the library's
+    let manual = Manual::new()?; // starts no thread
     let region = Region::builder()
         .name("object")
         .chunk(chunk(object, runtime.handle(), 16)) // at most 16 fetches at once
@@ -43,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}", region.plan());
     let server = runtime.spawn(serve(manual));
 
-    // The runtime's threads must not touch it: these may.
+    // The threads of the runtime must not touch the region, but these threads may.
     let started = Instant::now();
     thread::scope(|scope| {
         for page in 0..64 {

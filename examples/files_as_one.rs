@@ -1,6 +1,7 @@
-//! Files laid end to end, their own pages, and nothing read before it is touched. `cargo run --example files_as_one`.
+//! Files laid end to end, mapped in place, and read on first touch.
+//! `cargo run --example files_as_one`.
 //!
-//! `page_aligned` lays each file on a page boundary, so that all of it can be shown in place.
+//! `page_aligned` lays each file on a page boundary, so that all of it can be mapped in place.
 
 use pagestitch::source::SharedFile;
 use pagestitch::{Access, Pool, Region};

@@ -1,4 +1,5 @@
-//! No thread but your own: the one that touches a page fills it. `cargo run --release --example inline`.
+//! A region without a serving thread: the thread that touches a page fills it.
+//! `cargo run --release --example inline`.
 
 use pagestitch::source::Memory;
 use pagestitch::{Chunk, Error, Inline, Pool, Readahead, Region};
@@ -20,7 +21,7 @@ fn main() -> Result<(), Error> {
 
     for (name, region) in [("inline", &inline), ("a pool", &pooled)] {
         let started = Instant::now();
-        // Every page, in an order that nobody could read ahead.
+        // All pages, in an order that readahead cannot predict.
         for i in 0..PAGES - 100 {
             black_box(region.as_slice()[i * 7919 % (PAGES - 100) * PAGE]);
         }
@@ -28,7 +29,8 @@ fn main() -> Result<(), Error> {
         println!("{name}: {each:?} a first touch, {} faults", region.metrics().faults);
     }
 
-    // What a system call is to read has to be there: the kernel cannot wait for a signal handler of ours.
+    // A page must be present before a system call reads it, because the kernel cannot call our
+    // signal handler for it.
     assert!(!inline.serves_system_calls());
     inline.populate(..)?;
     println!("the same bytes: {}", inline.as_slice() == pooled.as_slice());

@@ -1,5 +1,5 @@
-//! A source of one's own: a sparse object store whose blocks are fetched when their pages are touched.
-//! `cargo run --example own_source`.
+//! A source of your own: a sparse object store whose blocks are fetched when their pages are
+//! touched. `cargo run --example own_source`.
 
 use pagestitch::{Chunk, Error, Pool, Region, Source};
 use std::collections::BTreeMap;
@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const BLOCK: u64 = 64 << 10;
 
-/// An object of numbered blocks, as a remote store would keep it. Blocks that were never stored are an error, not
-/// zeros: the store has lost them.
+/// An object of numbered blocks, like in a remote store. A block that was never stored is lost, so
+/// a read of it is an error, not zeros.
 struct ObjectStore {
     blocks: BTreeMap<u64, Vec<u8>>,
     size: u64,
@@ -52,7 +52,7 @@ impl Source for ObjectStore {
 fn main() -> Result<(), Error> {
     let store = Arc::new(ObjectStore::with_blocks(100, Some(7)));
     let pool = Pool::builder().workers(4).name("store").start()?;
-    // A header of our own in front: the store's blocks then start in the middle of pages. It does not matter.
+    // A header in front of the store, so that its blocks start inside pages, which is no problem.
     let region = Region::builder()
         .name("object")
         .chunk(b"HEADER".to_vec())
@@ -63,7 +63,7 @@ fn main() -> Result<(), Error> {
     println!("byte {at} of {}: {}", region.len(), region.as_slice()[at]);
     println!("blocks fetched so far: {}", store.fetched.load(Ordering::Relaxed));
 
-    // What is lost is an error for who asks for one. Who just touches it gets SIGBUS: never zeros.
+    // A read of a lost block returns an error. A touch of it raises SIGBUS, and never sees zeros.
     let error = region.read_at(6 + 7 * BLOCK, &mut [0; 10]).expect_err("block 7 is lost");
     println!("as expected: {error}");
     Ok(())

@@ -1,8 +1,9 @@
-//! Physical memory as part of a region: `cargo run --example physical -- 0x8000000+65536`, as root, for a range that was
-//! reserved at boot (`memmap=16M$0x8000000`); or a device's memory:
+//! Physical memory as part of a region: `cargo run --example physical -- 0x8000000+65536`, as root,
+//! for a range that was reserved at boot (`memmap=16M$0x8000000`); or the memory of a device:
 //! `cargo run --example physical -- /sys/bus/pci/devices/0000:00:04.0/resource2`.
 //!
-//! Without an argument it asks for the first mebibyte's ROM, and tells what is in the way where it is not to be had.
+//! Without an argument it reads the ROM of the first mebibyte, or prints the obstacle and its
+//! remedy.
 
 use pagestitch::source::{Caching, Physical, PhysicalError};
 use pagestitch::{Access, Chunk, Pool, Region};
@@ -17,7 +18,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             return Ok(());
         }
     };
-    // A header of our own before it, on a page of its own: one range of addresses, half of it not memory of ours.
+    // A header before it, on a page of its own, so that one range of addresses holds heap memory
+    // and physical memory.
     let header = Chunk::from(b"what is in ".to_vec());
     let builder = Region::builder().name("physical").page_aligned().chunk(header).chunk(physical);
     let region = builder.build_shared(&Pool::new()?)?;
@@ -31,13 +33,13 @@ fn main() -> Result<(), Box<dyn Error>> {
 #[expect(unsafe_code, reason = "physical memory")]
 fn open(what: &str) -> Result<Result<Physical, PhysicalError>, Box<dyn Error>> {
     if what.starts_with('/') {
-        // SAFETY: who names the device knows that it can be read.
+        // SAFETY: the caller of this example vouches that the memory of the device can be read.
         return Ok(unsafe { Physical::pci_resource(what, Access::ReadOnly, Caching::Uncached) });
     }
     let (start, bytes) = what.split_once('+').ok_or("say 0xADDRESS+BYTES, or a PCI resource's path")?;
     let start = start.strip_prefix("0x").ok_or("an address begins with 0x")?;
     let (start, bytes) = (u64::from_str_radix(start, 16)?, bytes.parse::<u64>()?);
     let end = start.checked_add(bytes).ok_or("it ends past 2^64")?;
-    // SAFETY: who names the range knows that it can be read.
+    // SAFETY: the caller of this example vouches that the range of physical memory can be read.
     Ok(unsafe { Physical::dev_mem(start..end, Access::ReadOnly, Caching::Cached) })
 }

@@ -1,11 +1,13 @@
-//! What happens in a region, for Prometheus: through the `metrics` facade, so that any other exporter would do.
+//! The counters of a region for Prometheus, through the `metrics` facade, so that any other
+//! exporter works too.
 
 use metrics_exporter_prometheus::PrometheusBuilder;
 use pagestitch::{Chunk, Pool, Region};
 use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // The program's exporter. One that listens on a port is `PrometheusBuilder::new().install()`, with its feature.
+    // The exporter of the program. `PrometheusBuilder::new().install()`, with its feature, would
+    // listen on a port.
     let exporter = PrometheusBuilder::new().install_recorder()?;
 
     let shared: Arc<[u8]> = vec![7; 1 << 20].into();
@@ -17,7 +19,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let sum: u64 = region.as_slice().iter().step_by(4096).map(|&byte| u64::from(byte)).sum();
     assert_eq!(sum, 7 * (16 << 20) / 4096);
 
-    // When a scrape comes, or on a timer. The handle outlives the region.
+    // On each scrape, or on a timer. The meter outlives the region.
     let meter = region.meter();
     drop(region);
     meter.publish();

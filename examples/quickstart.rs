@@ -5,7 +5,7 @@ use pagestitch::{Chunk, Error, Pool, Region};
 use std::sync::Arc;
 
 fn main() -> Result<(), Error> {
-    // Pieces of all sorts, anywhere in memory and on disk, of any length.
+    // Pieces of all kinds, anywhere in memory and on disk, of any length.
     let heap: Vec<u8> = b"From the heap, ".to_vec();
     let shared: Arc<[u8]> = Arc::from(*b"from a shared buffer, ");
     let mapped = bytes::Bytes::from_static(b"from the program itself, ");
@@ -18,7 +18,7 @@ fn main() -> Result<(), Error> {
         .chunk(shared)
         .chunk(mapped)
         .chunk(Chunk::from(file).range(1..4)) // the letters ELF
-        .chunk(Chunk::hole(1 << 30)) // a gigabyte that costs nothing
+        .chunk(Chunk::hole(1 << 30)) // a gigabyte without memory
         .chunk(b" and a gigabyte further on.".to_vec())
         .build(&pool)?;
 
@@ -31,7 +31,7 @@ fn main() -> Result<(), Error> {
         region.metrics().pages_installed()
     );
 
-    // Touching a byte fills its page.
+    // The touch of a byte fills its page.
     let text = String::from_utf8_lossy(&bytes[..65]);
     println!("{text}{}", String::from_utf8_lossy(&bytes[bytes.len() - 27..]));
     assert_eq!(text, "From the heap, from a shared buffer, from the program itself, ELF");

@@ -1,6 +1,6 @@
-//! A ring without a seam: one memfd, shown twice in a row. `cargo run --example ring_buffer`.
+//! A ring without a seam: one memfd, mapped twice in a row. `cargo run --example ring_buffer`.
 //!
-//! What is written past the end is at the start: no record has to be cut in two.
+//! A write beyond the end appears at the start, so no record is split.
 
 use pagestitch::source::{SharedFile, UnsealedMemfd};
 use pagestitch::{Pool, Region, SharedRegion};
@@ -24,7 +24,8 @@ impl Ring {
         Ok(Self { bytes: twice.build_shared(&Pool::new()?)?, head: 0, tail: 0 })
     }
 
-    /// Writes a record in one piece, wherever the end of the memory is; false if there is no room.
+    /// Writes a record in one piece, even across the end of the memory. Returns false if the ring
+    /// is full.
     fn push(&mut self, record: &[u8]) -> Result<bool, pagestitch::Error> {
         if self.head - self.tail + record.len() as u64 > CAPACITY {
             return Ok(false);
@@ -48,7 +49,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut ring = Ring::new()?;
     let mut seams = 0;
     for number in 0..100_000_u64 {
-        // 24 bytes divide no page: now and then a record lies across the end.
+        // 24 does not divide the page size, so some records cross the end.
         let record = [number, !number, number.rotate_left(17)].map(u64::to_le_bytes).concat();
         seams += u64::from(ring.head % CAPACITY + 24 > CAPACITY);
         assert!(ring.push(&record)?);
@@ -56,7 +57,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         assert!(ring.pop(&mut seen)?);
         assert_eq!(seen, *record);
     }
-    println!("100,000 records through {CAPACITY} bytes, {seams} of them across the seam, none cut in two");
+    println!("100,000 records through {CAPACITY} bytes, {seams} of them across the seam, none of them split");
     assert_eq!(ring.bytes.close().faults, 0);
     Ok(())
 }

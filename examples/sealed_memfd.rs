@@ -1,4 +1,5 @@
-//! No copy at all: pages of a sealed memfd, in another order, as one slice. `cargo run --example sealed_memfd`.
+//! A region without a copy: pages of a sealed memfd, in another order, as one slice.
+//! `cargo run --example sealed_memfd`.
 
 use pagestitch::source::{Memfd, UnsealedMemfd};
 use pagestitch::{Chunk, Pool, Region};
@@ -8,14 +9,16 @@ use std::os::unix::fs::FileExt;
 const PAGE: u64 = 4096;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    // A memfd of ten pages, filled and sealed: from here on nobody can change it, so a slice of it is safe.
+    // A memfd of ten pages, filled and sealed. No process can change it from now on, so a slice of
+    // it is safe.
     let unsealed = UnsealedMemfd::create("pages", 10 * PAGE)?;
     for page in 0..10 {
         unsealed.file().write_all_at(format!("page {page} ").as_bytes(), page * PAGE)?;
     }
     let memfd = Memfd::from(unsealed.seal()?);
 
-    // The same pages backwards. Had one of them to be copied, building would fail and say which, and why.
+    // The same pages backwards. If one of them needed a copy, the build would fail with its name
+    // and the reason.
     let backwards =
         (0..10).rev().map(|page| Chunk::from(memfd.clone()).range(page * PAGE..(page + 1) * PAGE));
     let region =

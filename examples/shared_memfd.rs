@@ -1,4 +1,5 @@
-//! One memory, many views: a memfd shown in two regions, and written through both. `cargo run --example shared_memfd`.
+//! One memory with several views: a memfd mapped into two regions, and written through both.
+//! `cargo run --example shared_memfd`.
 
 use pagestitch::source::{SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, Pool, Region};
@@ -13,7 +14,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let shared = Arc::new(SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?);
     let page = |page: u64| Chunk::from(Arc::clone(&shared)).range(page * PAGE..(page + 1) * PAGE);
 
-    // Others may change these bytes, so there is no slice of them: the region is a shared one.
+    // Other processes may change these bytes, so there is no slice of them: the region is a shared
+    // one.
     let pool = Pool::new()?;
     let build = |order: [u64; 4]| {
         Region::builder().chunks(order.map(page)).writable().require_zero_copy().build_shared(&pool)

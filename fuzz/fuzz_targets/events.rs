@@ -1,5 +1,5 @@
-//! Whatever a userfaultfd says is decoded as `linux/userfaultfd.h` lays it out: every event in order, faults one for each page, and of
-//! forks no descriptor is lost.
+//! Any messages of a userfaultfd are decoded as `linux/userfaultfd.h` lays them out: all events in
+//! order, one fault for each page, and no lost descriptor of a fork.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -20,7 +20,7 @@ struct Message {
     words: [u64; 3],
 }
 
-/// What is to be made of it.
+/// The expected event.
 #[derive(Debug, PartialEq, Eq)]
 enum Expected {
     Remove(u64, u64),
@@ -44,7 +44,8 @@ fuzz_target!(|messages: Vec<Message>| {
     messages.truncate(20);
     let (mut kernel, ours) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
-    // SAFETY: a socket; each fork that it tells of has a descriptor that is opened for it below, and given up.
+    // SAFETY: the descriptor is a socket. Each fork message holds a descriptor that is opened
+    // below, and given to its event.
     let uffd = unsafe { pretend(OwnedFd::from(ours)) };
     for message in messages.iter_mut().filter(|message| message.event == FORK) {
         let child = File::open("/dev/null").unwrap().into_raw_fd();

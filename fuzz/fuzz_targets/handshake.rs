@@ -1,4 +1,5 @@
-//! Whatever a client sends is an answer; and what is accepted can be: end to end, without an overflow.
+//! Any message of a client is accepted or refused. Accepted ranges lie end to end, and do not
+//! overflow.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

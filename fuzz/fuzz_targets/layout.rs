@@ -1,4 +1,4 @@
-//! Chunks of any length, at any offset of any source, against a list of bytes: what is read is what was laid.
+//! Chunks of any length, at any offset of any source, read as the same list of bytes.
 #![no_main]
 
 use arbitrary::Arbitrary;

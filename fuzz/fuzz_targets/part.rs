@@ -1,4 +1,5 @@
-//! Whatever is said on the command line of a part of a file is that part, by arithmetic that does not overflow, or refused.
+//! Any argument for a part of a file is parsed as that part or refused, without an arithmetic
+//! overflow.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -14,7 +15,7 @@ use part::Part;
 fuzz_target!(|argument: &[u8]| {
     let whole = OsStr::from_bytes(argument);
     let parsed = Part::parse(whole);
-    // A name that is there is that file, whatever it looks like.
+    // An existing file whose name looks like a part is that file.
     if std::path::Path::new(whole).exists() {
         assert!(parsed.is_ok_and(|part| part.path == whole && part.range.is_none()));
         return;
@@ -36,7 +37,7 @@ fuzz_target!(|argument: &[u8]| {
     }
 });
 
-/// `OFFSET+LENGTH`, by numbers of any size.
+/// `OFFSET+LENGTH`, with numbers of any size.
 fn model(range: &[u8]) -> Option<(u64, u64)> {
     let plus = range.iter().position(|&byte| byte == b'+')?;
     let number = |digits: &[u8]| {
