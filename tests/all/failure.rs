@@ -3,7 +3,7 @@
 
 use crate::SIGBUS;
 use pagestitch::source::File;
-use pagestitch::{Chunk, ErrorKind, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::io::{ErrorKind as IoErrorKind, Write};
@@ -232,6 +232,33 @@ fn a_source_is_retried_as_often_as_declared() {
     assert!(error.to_string().ends_with("(asked 5 times)"), "{error}");
     assert_eq!(region.failures()[0].1.attempts(), 5);
     assert_eq!(region.metrics().pages_poisoned, 1);
+}
+
+/// The only worker serves another region while a source is left alone for a second or more.
+#[test]
+fn a_worker_serves_other_faults_between_two_reads_of_a_failing_source() {
+    use std::time::Duration;
+    const BYTES: usize = 64 * 4096;
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let pause = Duration::from_secs(2);
+    let retry = pagestitch::OnFailure::Retry(pagestitch::Retry::times(3).pause(pause, pause));
+    let flaky = Flaky::failing(2);
+    let region =
+        Region::builder().chunk(Chunk::source(Arc::clone(&flaky)).on_failure(retry)).build(&pool).unwrap();
+    let other = Region::builder().chunk(vec![8; BYTES]).readahead(Readahead::None).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| region.as_slice()[5]);
+        let asked = || flaky.asked.load(std::sync::atomic::Ordering::SeqCst);
+        for (round, first) in [(1, 0), (2, BYTES / 2)] {
+            crate::until(|| asked() == round);
+            assert!((0..BYTES / 2).step_by(4096).all(|at| other.as_slice()[first + at] == 8));
+            assert_eq!(asked(), round, "the source is asked again before the other region is served");
+            assert!(!waits.is_finished());
+        }
+        assert_eq!(waits.join().unwrap(), 7);
+    });
+    let metrics = region.close();
+    assert_eq!((metrics.source_retries, metrics.pages_poisoned, metrics.faults), (2, 0, 1));
 }
 
 /// Zeros cover the chunk that declares them, and no other byte of the same page.

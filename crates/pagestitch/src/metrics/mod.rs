@@ -109,6 +109,11 @@ impl Counters {
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
         }
+        self.take_up_again(place)
+    }
+
+    /// The same for a fault that was served before, and has been waiting for a time.
+    pub(crate) fn take_up_again(&self, place: Option<usize>) -> Option<Flight<'_>> {
         place.map(|place| self.flights.flight(place))
     }
 

@@ -9,8 +9,8 @@ pub enum OnFailure {
     /// It is bad: who touches it gets SIGBUS, `read_at` and `populate` return the error. Never zeros for bytes.
     #[default]
     Poison,
-    /// The source is asked again, and what fails then is [bad](Self::Poison). Whoever touches the page waits meanwhile, and so does the
-    /// worker that serves it.
+    /// The source is asked again, and what fails then is [bad](Self::Poison). The thread that touches the page waits meanwhile; the
+    /// worker serves other faults.
     Retry(Retry),
     /// The bytes of this chunk read as zeros: for what is not needed, and only where that was asked for. Counted by
     /// [`pages_given_up`](crate::Meter::pages_given_up).

@@ -31,12 +31,28 @@ pub(crate) struct Asked {
     pub(super) place: Option<usize>,
     /// How often there was no memory for it.
     pub(super) tries: usize,
+    /// How often its source has failed.
+    pub(super) failures: u32,
 }
 
 impl Asked {
     /// What to do where there is no memory for its page.
     pub(super) const fn short(&self) -> Short {
         if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
+    }
+
+    const fn is_first(&self) -> bool {
+        self.tries == 0 && self.failures == 0
+    }
+}
+
+/// Has a worker ask a source again after a pause. It serves other faults meanwhile; where too many faults wait for a time, it sleeps.
+fn ask_later(region: &Arc<Served>, asked: Asked, pause: Duration) {
+    let Some(later) = region.later.get() else { return };
+    let (mut what, mut wait) = (What::Serve(Handed::new(region, asked)), pause);
+    while let Err(refused) = later.add(what, wait) {
+        thread::sleep(wait.max(MOMENT));
+        (what, wait) = (refused, Duration::ZERO);
     }
 }
 
@@ -58,7 +74,10 @@ pub(super) fn serve_later(region: &Arc<Served>, asked: Asked) {
 pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -> [Option<Span>; 2] {
     let Asked { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
-    let flight = region.counters.take_up(asked.place.or_else(begin), read);
+    let flight = match asked.is_first() {
+        true => region.counters.take_up(asked.place.or_else(begin), read),
+        false => region.counters.take_up_again(asked.place),
+    };
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else {
@@ -69,7 +88,7 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
         }
         return [None; 2];
     };
-    let wide = widen(region, page);
+    let wide = if asked.is_first() { widen(region, page) } else { Wide::default() };
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
     {
@@ -79,15 +98,18 @@ pub(super) fn serve(region: &Arc<Served>, asked: Asked, buffers: &mut Buffers) -
         region.pace.took(nanoseconds(started));
         return [wide.now, wide.ahead];
     }
-    // Alone, where there was no memory for it.
-    let block = region.movable_block(page).or(wide.now).filter(|_| asked.tries == 0);
+    // Alone, where it was asked for before.
+    let block = region.movable_block(page).or(wide.now).filter(|_| asked.is_first());
     if let Some(block) = block {
         claim.grow(block);
     }
-    match supply(region, claim, page.span(), buffers, asked.short()) {
+    match supply(region, claim, page.span(), buffers, (asked.short(), asked.failures)) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
         Err(Stopped::Changing) => thread::yield_now(),
         Err(Stopped::NoMemory) => serve_later(region, Asked { place: flight.map(Flight::keep), ..asked }),
+        Err(Stopped::Again { pause, failures }) => {
+            ask_later(region, Asked { place: flight.map(Flight::keep), failures, ..asked }, pause);
+        }
         Ok(()) | Err(Stopped::Failed(_)) => {}
     }
     let spent = nanoseconds(started);
@@ -174,16 +196,15 @@ fn fill_absent(region: &Arc<Served>, span: Span, buffers: &mut Buffers) -> Optio
     }
 }
 
-/// Fills and installs every page of a claim. On an early return the dropped claim gives back what is left and
-/// wakes its waiters; so where a source fails for a page that was not asked for.
+/// Fills and installs every page of a claim, whose source has failed so often for the page that was asked for. On an early return the
+/// dropped claim gives back what is left and wakes its waiters; so where a source fails for a page that was not asked for.
 pub(super) fn supply(
     region: &Served,
     mut claim: Claim<'_>,
     asked: Span,
     buffers: &mut Buffers,
-    short: Short,
+    (short, mut failures): (Short, u32),
 ) -> Result<(), Stopped> {
-    let mut failures = 0;
     while !claim.span().is_empty() {
         let wanted = asked.contains(claim.span().first);
         match fill_some(region, &mut claim, buffers, short) {
@@ -195,6 +216,10 @@ pub(super) fn supply(
                 let failure = Failure { attempts: failures, ..failure };
                 match endure(region, &mut claim, failure, buffers, short) {
                     Err(Stopped::NoMemory) => return without_memory(claim, asked),
+                    Err(again @ Stopped::Again { .. }) => {
+                        claim.give_back_asleep();
+                        return Err(again);
+                    }
                     endured => endured?,
                 }
             }
@@ -267,6 +292,9 @@ fn endure(
                 ^ (claim.span().first.0 as u64).wrapping_mul(GOLDEN);
             if let Some(pause) = retry.after(failure.attempts, random) {
                 region.counters.local().source_retries.add(1);
+                if short != Short::Wait && region.later.get().is_some() {
+                    return Err(Stopped::Again { pause, failures: failure.attempts });
+                }
                 thread::sleep(pause);
                 return Ok(());
             }
@@ -315,5 +343,7 @@ fn nanoseconds(since: Instant) -> u64 {
 
 /// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
 pub(super) const BLOCK_PAGES: usize = 512;
+/// Until a fault that waits for a time may have made room for another.
+const MOMENT: Duration = Duration::from_millis(1);
 /// Spreads numbers that are close to each other.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -50,7 +50,7 @@ fn heal_page(region: &Served, page: Page, buffers: &mut Buffers) -> Result<(), A
                 region.counters.local().pages_healed.add(1);
                 return Ok(());
             }
-            Err(Stopped::Changing | Stopped::NoMemory) => thread::yield_now(),
+            Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => thread::yield_now(),
             Err(Stopped::Failed(failure)) => {
                 region.settle_failure(page, &failure);
                 return Err(failure);

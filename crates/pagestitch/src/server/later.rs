@@ -3,6 +3,7 @@
 //! | what | why |
 //! |---|---|
 //! | a fault again | the kernel had no memory for its page: there may be some, or its thread gets a signal |
+//! | a fault again | its source has failed, and is asked again after a pause |
 //! | a look at a region | the worker that has its turn may hang; or there is more to do, but not at once |
 //!
 //! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
@@ -75,6 +76,14 @@ impl Later {
         let _ = self.timer.wait();
     }
 
+    /// Has the timer tell once more where it is time for something: a worker that was told may hang.
+    pub(super) fn tell_again(&self) {
+        let entries = self.entries.lock();
+        if entries.iter().any(|(at, _)| *at <= Instant::now()) {
+            self.set(Duration::ZERO);
+        }
+    }
+
     fn set(&self, wait: Duration) {
         // No time at all would be never.
         let wait = wait.max(Duration::from_nanos(1));
@@ -111,6 +120,24 @@ mod tests {
             assert_eq!(later.entries.lock().len(), left);
         }
         assert!(later.take().is_none());
+    }
+
+    #[test]
+    fn a_due_entry_is_told_of_again() {
+        let later = Later::new().unwrap();
+        later.add(What::Look(Door::nowhere()), Duration::ZERO).unwrap();
+        let is_told = |wait: u16| {
+            poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
+        };
+        assert!(is_told(60_000));
+        // As a worker does that hangs then.
+        later.seen();
+        assert!(!is_told(0));
+        later.tell_again();
+        assert!(is_told(60_000) && later.take().is_some());
+        later.seen();
+        later.tell_again();
+        assert!(!is_told(0));
     }
 
     #[test]

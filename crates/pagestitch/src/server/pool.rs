@@ -550,9 +550,14 @@ impl Shared {
         self.handed.1.try_recv().ok()
     }
 
+    /// Whether a fault that was handed on waits for a worker.
+    pub(super) fn has_handed(&self) -> bool {
+        !self.handed.1.is_empty()
+    }
+
     /// Whether there is something to do that no descriptor tells of.
     pub(super) fn has_more(&self) -> bool {
-        !self.ahead.1.is_empty() || !self.handed.1.is_empty()
+        !self.ahead.1.is_empty() || self.has_handed()
     }
 
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.

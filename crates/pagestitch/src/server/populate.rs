@@ -185,9 +185,9 @@ fn fill_run(region: &Served, gap: Span, buffers: &mut Option<Buffers>) -> Result
                     buffers.insert(Buffers::new().map_err(|errno| failure_of(region, gap, errno.into()))?)
                 }
             };
-            Ok(match supply(region, claim, claimed, buffers, Short::Wait) {
+            Ok(match supply(region, claim, claimed, buffers, (Short::Wait, 0)) {
                 Ok(()) => Run::Filled(claimed.pages),
-                Err(Stopped::Changing | Stopped::NoMemory) => Run::Changing,
+                Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => Run::Changing,
                 // It is found when the gap is looked at again.
                 Err(Stopped::Failed(failure)) => Run::Failed(failure, 0),
             })

@@ -22,6 +22,8 @@ pub(super) enum Stopped {
     Changing,
     /// The kernel has no memory for the page that was asked for. Whoever waits for it sleeps on.
     NoMemory,
+    /// The source of its first page has failed, so often by now, and is asked again after a pause. Whoever waits for it sleeps on.
+    Again { pause: Duration, failures: u32 },
     /// Its first page has failed, and was poisoned.
     Failed(Arc<Failure>),
 }

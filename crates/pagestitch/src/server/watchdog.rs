@@ -186,9 +186,13 @@ impl Watchdog {
         let crew = &self.shared.crew;
         let last = (self.short || crew.working() >= crew.most()) && held_up + 1 >= crew.working();
         crew.last_resort.store(last, Ordering::Relaxed);
-        // With none to answer, the bell would ring for all that time afterwards.
-        if waiting > 0 && self.shared.slow.are_waited_for() {
+        // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
+        // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
+        if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_handed()) {
             self.shared.ring_self();
+        }
+        if waiting > 0 && self.short {
+            self.shared.later.tell_again();
         }
     }
 
@@ -201,8 +205,14 @@ impl Watchdog {
             } else {
                 // The usher has read its events.
                 let read = Instant::now();
-                let asked =
-                    |(page, thread, place)| Asked { page, read, thread, place: Some(place), tries: 0 };
+                let asked = |(page, thread, place)| Asked {
+                    page,
+                    read,
+                    thread,
+                    place: Some(place),
+                    tries: 0,
+                    failures: 0,
+                };
                 let left = region.counters.take_left().map(asked);
                 self.read.extend(left.map(|asked| Handed::new(&region, asked)));
             }

@@ -75,7 +75,7 @@ impl Handed {
     /// A fault of a region that there is not.
     pub(super) fn at(door: &Arc<Door>) -> Self {
         let page = pagestitch_kernel::Page(0);
-        let asked = Asked { page, read: Instant::now(), thread: 1, place: None, tries: 0 };
+        let asked = Asked { page, read: Instant::now(), thread: 1, place: None, tries: 0, failures: 0 };
         Self { door: Arc::clone(door), asked }
     }
 }
@@ -361,7 +361,7 @@ pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();
             let place = region.counters.begin(page, thread, read);
-            return Some(Asked { page, read, thread, place, tries: 0 });
+            return Some(Asked { page, read, thread, place, tries: 0, failures: 0 });
         }
     }
     None
