@@ -16,6 +16,7 @@ use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -72,7 +73,7 @@ fn serve_all_pages() {
     assert!(sum > 0);
     // The worker of the last page may still count it.
     while region.metrics().pages_installed() < pages as u64 {
-        thread::yield_now();
+        thread::sleep(Duration::from_millis(1));
     }
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     assert_eq!(after, warm, "{} in the first half", warm - before);

@@ -310,7 +310,8 @@ impl Source for Hanging {
     }
 }
 
-/// A worker that reads several faults while others arrive keeps its turn to read on. It must not enter the source before that.
+/// A worker that reads several faults while others arrive keeps its turn to read on. It must not
+/// enter the source before that.
 #[test]
 fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memory() {
     for workers in [1, 2, 4] {
@@ -319,16 +320,16 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
         let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source)));
         let region = builder.readahead(Readahead::None).build_adopted(adopt(&guest), &pool).unwrap();
         let delayed = thread::scope(|scope| {
-            let (tell, told) = mpsc::channel();
+            let (send, served) = mpsc::channel();
             let delayed = (0..40).find_map(|group| {
                 for page in group * GROUP..(group + 1) * GROUP {
-                    let (guest, tell) = (&guest, tell.clone());
+                    let (guest, send) = (&guest, send.clone());
                     scope.spawn(move || {
                         assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
-                        let _ = tell.send(page);
+                        let _ = send.send(page);
                     });
                 }
-                let served = (1..GROUP).map_while(|_| told.recv_timeout(HANG).ok()).count();
+                let served = (1..GROUP).map_while(|_| served.recv_timeout(HANG).ok()).count();
                 (served < GROUP - 1).then(|| format!("group {group}: {served} pages, {:?}", pool.metrics()))
             });
             source.open();
@@ -392,16 +393,16 @@ fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() 
         region.populate(..).unwrap();
         guest.protect().unwrap();
         thread::scope(|scope| {
-            let (tell, told) = mpsc::channel();
+            let (send, writer_id) = mpsc::channel();
             let guest = &guest;
             let writer = scope.spawn(move || {
-                tell.send(gettid().as_raw()).unwrap();
+                send.send(gettid().as_raw()).unwrap();
                 guest.write(5 * PAGE, 77);
             });
             if served {
                 writer.join().unwrap();
             } else {
-                let task = format!("/proc/self/task/{}/stat", told.recv().unwrap());
+                let task = format!("/proc/self/task/{}/stat", writer_id.recv().unwrap());
                 until(|| fs::read_to_string(&task).unwrap().contains(") S "));
                 assert!(!writer.is_finished());
                 drop(region);

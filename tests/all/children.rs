@@ -73,13 +73,13 @@ fn a_write_of_the_parent_is_not_seen_by_its_child() {
             Ok(region) => region,
             Err(error) => return drop(refused(&error)),
         };
-        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        let (mut in_child, mut in_parent) = UnixStream::pair().unwrap();
         let child = forked(|| {
-            told.read_exact(&mut [0]).unwrap();
+            in_child.read_exact(&mut [0]).unwrap();
             i32::from(region.as_slice() != bytes)
         });
         region.as_mut_slice().unwrap().fill(0xee);
-        tells.write_all(&[1]).unwrap();
+        in_parent.write_all(&[1]).unwrap();
         passes(child);
     });
     end.expect_pass();
@@ -144,13 +144,13 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
         let Some(region) = built(&bytes) else { return };
         let address = region.as_ptr().expose_provenance().get();
         assert_eq!(touch(address), bytes[0]);
-        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        let (mut in_child, mut in_parent) = UnixStream::pair().unwrap();
         let child = forked(|| {
             if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
                 return 1;
             }
-            told.write_all(&[1]).unwrap();
-            told.read_exact(&mut [0]).unwrap();
+            in_child.write_all(&[1]).unwrap();
+            in_child.read_exact(&mut [0]).unwrap();
             // Filled pages stay, and unfilled pages are no zeros.
             if touch(address) != bytes[0] || touch(address + 7 * PAGE) != bytes[7 * PAGE] {
                 return 2;
@@ -158,9 +158,9 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
             i32::from(touch(address + 200 * PAGE)) + 100
         });
         // The child has touched its pages.
-        tells.read_exact(&mut [0]).unwrap();
+        in_parent.read_exact(&mut [0]).unwrap();
         drop(region);
-        tells.write_all(&[1]).unwrap();
+        in_parent.write_all(&[1]).unwrap();
         let ended = child.wait();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGBUS, _)), "{ended:?}");
     });
@@ -214,13 +214,13 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
             Err(error) => return drop(refused(&error)),
         };
         let address = region.as_ptr().expose_provenance().get();
-        let (mut told, mut tells) = UnixStream::pair().unwrap();
+        let (mut in_child, mut in_parent) = UnixStream::pair().unwrap();
         // The child waits for its source.
         let child = forked(|| {
-            told.read_exact(&mut [0]).unwrap();
+            in_child.read_exact(&mut [0]).unwrap();
             i32::from(touch(address + PAGE)) + 100
         });
-        tells.write_all(&[1]).unwrap();
+        in_parent.write_all(&[1]).unwrap();
         until(|| held.load(Ordering::SeqCst));
         thread::scope(|scope| {
             let dropping = scope.spawn(move || drop(region));
@@ -406,16 +406,16 @@ fn more_children_than_fit_into_one_socket_are_served() {
         for _ in 0..300 {
             passes(forked(|| i32::from(region.as_slice() != bytes)));
         }
-        let (told, tells) = nix::unistd::pipe().unwrap();
+        let (receiver, sender) = nix::unistd::pipe().unwrap();
         let all: Vec<_> = (0..200)
             .map(|_| {
                 forked(|| {
-                    let _ = nix::unistd::read(&told, &mut [0]);
+                    let _ = nix::unistd::read(&receiver, &mut [0]);
                     i32::from(region.as_slice() != bytes)
                 })
             })
             .collect();
-        nix::unistd::write(&tells, &[1; 200]).unwrap();
+        nix::unistd::write(&sender, &[1; 200]).unwrap();
         all.into_iter().for_each(passes);
     });
     end.expect_pass();

@@ -289,22 +289,22 @@ fn on_failure_zeros_covers_its_own_chunk_only() {
 
 #[test]
 fn the_failure_callback_hears_of_each_failure_and_may_panic() {
-    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
-    let telling = Arc::clone(&told);
+    let reports = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let reporting = Arc::clone(&reports);
     let source = Arc::new(Scripted::new(100_000).failing(50_000..50_001));
     let region = Region::builder()
         .chunk(Chunk::source(source))
         .report_failures(move |offset, failure| {
-            telling.lock().unwrap().push((offset, failure.to_string()));
+            reporting.lock().unwrap().push((offset, failure.to_string()));
             panic!("a defect of the application");
         })
         .build(&Pool::new().unwrap())
         .unwrap();
     region.populate(..).unwrap_err();
-    let told = told.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    assert_eq!(told.len(), 1);
-    assert_eq!(told[0].0, 49_152);
-    assert!(told[0].1.starts_with("chunk 0 (scripted)"), "{told:?}");
+    let reports = reports.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    assert_eq!(reports.len(), 1);
+    assert_eq!(reports[0].0, 49_152);
+    assert!(reports[0].1.starts_with("chunk 0 (scripted)"), "{reports:?}");
 }
 
 /// A caller that finds a page poisoned finds the reason too, also while the page is discarded and

@@ -8,7 +8,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// A running handler, its folder with the socket, and the events that it reported. Stops at its drop.
+/// A running handler, its folder with the socket, and the events that it reported. Its drop stops
+/// it.
 pub(crate) struct RunningHandler {
     pub(crate) folder: TempDir,
     shutdown: ShutdownHandle,

@@ -21,8 +21,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const PAGE: usize = 4096;
-/// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for a
-/// worker that the attack holds for 111 ms.
+/// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for
+/// a worker that the attack holds for 111 ms.
 const LONG: Duration = Duration::from_secs(30);
 /// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
@@ -335,7 +335,7 @@ fn moves_of_guest_memory_are_logged_at_a_limited_rate() {
         serve_until(&mut manual, 64, || mover.is_finished());
     });
     mover.join().unwrap();
-    let (told, seconds) = (lines.0.load(Ordering::Relaxed), began.elapsed().as_secs() as usize);
-    assert!((1..=seconds + 2).contains(&told), "{told} lines in {seconds} s");
+    let (logged, seconds) = (lines.0.load(Ordering::Relaxed), began.elapsed().as_secs() as usize);
+    assert!((1..=seconds + 2).contains(&logged), "{logged} lines in {seconds} s");
     drop(region);
 }

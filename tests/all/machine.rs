@@ -15,8 +15,8 @@ pub(crate) struct HugePages {
 impl HugePages {
     const PATH: &str = "/proc/sys/vm/nr_hugepages";
 
-    /// Reserves `pages` huge pages, which a child finds reserved by its parent (`Some(None)`). Prints
-    /// a line and returns `None` where they cannot be reserved.
+    /// Reserves `pages` huge pages. A child finds them reserved by its parent (`Some(None)`). Prints a
+    /// line and returns `None` where they cannot be reserved.
     pub(crate) fn or_skip(test: &str, pages: usize) -> Option<Option<Self>> {
         if child::is_child(test) {
             return Some(None);

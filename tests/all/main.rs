@@ -47,7 +47,7 @@ use guests::{lacks_poison, signal_of_lost_page};
 use machine::{HugePages, become_ordinary_user, is_asleep, this_thread};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use std::ptr::NonNull;
-use waits::{HANG, SetOnDrop, comes_true, is_readable, serve_until, until};
+use waits::{HANG, SetOnDrop, comes_true, end_if_hung, is_readable, serve_until, until};
 
 /// Reads a byte through a raw pointer, past every borrow, as an application may.
 #[expect(unsafe_code, reason = "a defect of the application is part of the test")]

@@ -39,14 +39,14 @@ fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
 fn a_meter_outlives_its_region_and_each_number_has_a_method() {
     let pool = Pool::new().unwrap();
     let mut region =
-        Region::builder().name("told").chunk(vec![1; 20 * PAGE]).writable().timed().build(&pool).unwrap();
+        Region::builder().name("metered").chunk(vec![1; 20 * PAGE]).writable().timed().build(&pool).unwrap();
     let meter = region.meter();
     region.as_mut_slice().unwrap()[3 * PAGE] = 2;
     region.populate(10 * PAGE as u64..20 * PAGE as u64).unwrap();
     let metrics = region.close();
     let again = meter.clone();
     assert_eq!(again.metrics(), metrics);
-    assert_eq!((again.region(), again.faults(), again.faults_writing()), ("told", 1, 1));
+    assert_eq!((again.region(), again.faults(), again.faults_writing()), ("metered", 1, 1));
     assert_eq!(again.pages_copied(), metrics.pages_copied);
     assert_eq!(again.bytes_copied(), metrics.pages_copied * PAGE as u64);
     assert_eq!((again.bytes_mapped(), again.source_errors(), again.faults_minor()), (0, 0, 0));

@@ -1,4 +1,5 @@
-//! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and nothing else.
+//! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and
+//! nothing else.
 
 use crate::firecracker::{PAGE, PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
 use crate::handler::RunningHandler;
@@ -27,7 +28,8 @@ fn innocent(path: &str) {
     (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), expected[page * PAGE]));
 }
 
-/// A TCP socket whose last `close(2)` waits as long as the other end lives, because it does not read.
+/// A TCP socket whose last `close(2)` waits as long as the other end lives, because it does not
+/// read.
 fn lingering(port: &str) -> OwnedFd {
     let mut socket = TcpStream::connect(format!("127.0.0.1:{port}")).unwrap();
     socket.set_nonblocking(true).unwrap();

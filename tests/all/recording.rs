@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::guests::adopt;
 use crate::handler::RunningHandler;
-use crate::{pattern, serve_until, until};
+use crate::{end_if_hung, pattern, serve_until, until};
 use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
 use pagestitch_firecracker::{Handler, Snapshot};
 use pagestitch_testkit::guest::Guest;
@@ -156,8 +156,8 @@ fn handler(folder: &Path) -> pagestitch_firecracker::Builder {
 /// A guest that touches some pages and lives until it is killed. The argument is `socket:pages`.
 fn touching_guest(argument: &str) {
     let (socket, touches) = argument.rsplit_once(':').unwrap();
-    // The alarm ends the guest if its parent has failed.
-    nix::unistd::alarm::set(60);
+    // The parent kills the guest, unless the parent has failed.
+    end_if_hung();
     let guest = Guest::new(&[100 * PAGE], false).unwrap();
     let _stream = guest.hand_over(socket.as_ref()).unwrap();
     let pages = touches.split(',').filter(|page| !page.is_empty()).map(|page| page.parse::<usize>().unwrap());

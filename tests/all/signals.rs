@@ -1,6 +1,8 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
-use crate::{SIGBUS, discard, handle, handle_bus_errors, handle_user_signal, pattern, touch, until};
+use crate::{
+    SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, touch, until,
+};
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
@@ -62,7 +64,7 @@ fn populating(body: impl FnOnce() + Send) {
 #[test]
 fn a_signal_handler_reads_a_page_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
-        nix::unistd::alarm::set(20);
+        end_if_hung();
         handle_user_signal(read_a_byte);
         let bytes = pattern(1, 8 * PAGE);
         let region = raising_region(&bytes);
@@ -91,7 +93,7 @@ extern "C" fn populate_all(_signal: c_int) {
 fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     let test = this_test!();
     let end = child::run(test, || {
-        nix::unistd::alarm::set(20);
+        end_if_hung();
         handle_user_signal(populate_all);
         let bytes = pattern(2, 8 * PAGE);
         REGION.set(raising_region(&bytes)).unwrap();
@@ -128,7 +130,7 @@ fn inline_region(bytes: &[u8]) -> Region {
 
 /// Runs rounds of `step` under signals, until the handler has read a hundred bytes.
 fn read_in_a_storm(step: impl Fn(usize)) {
-    nix::unistd::alarm::set(60);
+    end_if_hung();
     handle_user_signal(read_a_byte);
     in_a_storm(|| {
         (0..).take_while(|_| READ.load(Ordering::SeqCst) < 100).for_each(step);
@@ -185,7 +187,7 @@ impl AsRef<[u8]> for CutShort {
 fn a_fault_inside_the_sigbus_handler_ends_the_process_with_a_line() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
     let end = child::run(this_test!(), || {
-        nix::unistd::alarm::set(20);
+        end_if_hung();
         let memfd = pagestitch::source::UnsealedMemfd::create("short", PAGE as u64).unwrap();
         let length = std::num::NonZeroUsize::new(PAGE).unwrap();
         // SAFETY: a new mapping where the kernel chooses.

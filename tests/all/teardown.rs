@@ -2,7 +2,7 @@
 //! error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
-use crate::{SIGSEGV, comes_true, discard, is_asleep, pattern, this_thread, touch, until};
+use crate::{SIGSEGV, comes_true, discard, end_if_hung, is_asleep, pattern, this_thread, touch, until};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -319,8 +319,7 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
             });
             for _ in 0..20 {
                 let ended = fork_and(|| {
-                    // The alarm ends a child that hangs.
-                    nix::unistd::alarm::set(30);
+                    end_if_hung();
                     let own = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
                     i32::from(own.as_slice() != bytes)
                 });

@@ -49,6 +49,11 @@ pub(crate) fn is_readable(manual: &Manual, timeout: PollTimeout) -> bool {
     poll(&mut ready, timeout).unwrap() == 1
 }
 
+/// Ends this process by SIGALRM if it hangs. For children, whose parent waits for their end.
+pub(crate) fn end_if_hung() {
+    nix::unistd::alarm::set(HANG.as_secs() as u32);
+}
+
 /// Sets a flag when it is dropped, also by a panic, so that other threads end.
 pub(crate) struct SetOnDrop<'f>(pub(crate) &'f AtomicBool);
 

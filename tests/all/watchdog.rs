@@ -6,7 +6,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pagestitch::source::{Fetch, Memory, Reply};
-use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Process, Readahead, Region};
+use pagestitch::{Builder, Chunk, Pool, PoolBuilder, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::FaultMode;
@@ -93,8 +93,8 @@ impl AsRef<[u8]> for Lower {
     }
 }
 
-/// The kernel waits for a byte of the first chunk while it copies it, and its worker keeps the events of that region from being
-/// read meanwhile. The watchdog must not wait for this worker.
+/// The worker of the adopted region hangs in a copy whose source page is missing, and blocks the
+/// events of that region meanwhile. The watchdog must not wait for this worker.
 #[test]
 fn a_fault_times_out_beside_memory_that_cannot_be_read() {
     if !waits_in_the_kernel() {
@@ -105,7 +105,7 @@ fn a_fault_times_out_beside_memory_that_cannot_be_read() {
     let lower = Arc::new(lower.build(&Pool::new().unwrap()).unwrap());
     let guest = Guest::new(&[10 * PAGE], false).unwrap();
     let start = guest.ranges()[0].0;
-    // The kernel tells of them in this order, and the only worker reads both.
+    // The kernel reports both faults in this order, and the only worker reads both.
     let waiting = |threads: usize| {
         let about = fs::read_to_string(format!("/proc/self/fdinfo/{}", guest.uffd().as_raw_fd())).unwrap();
         about.lines().any(|line| line.strip_prefix("total:").is_some_and(|n| n.trim() == threads.to_string()))
@@ -118,8 +118,7 @@ fn a_fault_times_out_beside_memory_that_cannot_be_read() {
     let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(50));
     let pool = pool.start().unwrap();
     let builder = Region::builder().chunk(Memory::new(Lower(Arc::clone(&lower)))).readahead(Readahead::None);
-    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
-    let upper = builder.build_adopted(memory, &pool).unwrap();
+    let upper = builder.build_adopted(crate::guests::adopt(&guest), &pool).unwrap();
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&others))).build(&pool).unwrap();
     let timed_out = all_time_out(&other, 1);
     let both = comes_true(|| upper.metrics().faults_given_up == 2);
@@ -172,7 +171,7 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
     let region = builder(Region::builder().chunk(chunk).readahead(Readahead::None)).build(&pool).unwrap();
     let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 5)));
     source.release();
-    assert!(all.expect("five faults are given up"), "each waiting read fails");
+    assert!(all.expect("five faults time out"), "each waiting read fails");
     let shortages = pool.metrics().shortages;
     assert_eq!(shortages > 0, is_short, "{:?}", pool.metrics());
     // Pages that no worker had begun stay poisoned until a retry.
@@ -216,7 +215,7 @@ fn more_faults_of_an_inherited_region_than_the_queue_holds_time_out() {
     };
     let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 1100)));
     source.release();
-    assert!(all.expect("all faults are given up"), "each waiting read fails");
+    assert!(all.expect("all faults time out"), "each waiting read fails");
 }
 
 /// A source that keeps its replies and answers none.
@@ -243,7 +242,7 @@ fn more_fetches_than_the_first_table_holds_time_out() {
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
     let all = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| all_time_out(&region, 100)));
     source.0.lock().unwrap().clear();
-    assert!(all.expect("a hundred faults are given up"), "each waiting read fails");
+    assert!(all.expect("a hundred faults time out"), "each waiting read fails");
 }
 
 /// Time counts only while the watchdog itself runs, so that a stopped process times no fault out.

@@ -1,10 +1,12 @@
-//! An initramfs in the kernel's "newc" cpio format, uncompressed: `/init`, `/dev/console`, `/tests/*`, `/modules/*`.
+//! An initramfs in the kernel's "newc" cpio format, uncompressed: `/init`, `/dev/console`,
+//! `/tests/*`, `/modules/*`.
 //! See `Documentation/driver-api/early-userspace/buffer-format.rst` of the kernel.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// Packs programs into `/tests`, the one called `guest-init` as `/init`, and kernel modules into `/modules`.
+/// Packs programs into `/tests`, the one called `guest-init` as `/init`, and kernel modules into
+/// `/modules`.
 pub(crate) fn pack(programs: &[PathBuf], modules: &[PathBuf]) -> io::Result<Vec<u8>> {
     let mut archive = Archive::default();
     for folder in ["dev", "modules", "tests", "tmp"] {
@@ -42,7 +44,8 @@ impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8], device: (u32, u32)) {
         self.entries += 1;
         let (size, name_size) = (content.len() as u32, name.len() as u32 + 1);
-        // inode, mode, uid, gid, links, mtime, size, device, device of a node, name's length, checksum
+        // inode, mode, uid, gid, links, mtime, size, device, device of a node, length of the name,
+        // checksum
         let fields = [self.entries, mode, 0, 0, 1, 0, size, 0, 0, device.0, device.1, name_size, 0];
         self.bytes.extend(b"070701");
         fields.iter().for_each(|field| self.bytes.extend(format!("{field:08x}").bytes()));
