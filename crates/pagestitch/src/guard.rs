@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::thread;
 
 /// Calls code that is not ours; says what its panic said.
 pub(crate) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
@@ -28,9 +29,9 @@ pub(crate) fn discard<T>(value: T) {
 }
 
 /// A value whose destructor and `Display` are not ours.
-pub(crate) struct Foreign<T>(Option<T>);
+pub(crate) struct Untrusted<T>(Option<T>);
 
-impl<T> Foreign<T> {
+impl<T> Untrusted<T> {
     pub(crate) const fn new(value: T) -> Self {
         Self(Some(value))
     }
@@ -40,13 +41,13 @@ impl<T> Foreign<T> {
     }
 }
 
-impl<T> Drop for Foreign<T> {
+impl<T> Drop for Untrusted<T> {
     fn drop(&mut self) {
         discard(self.0.take());
     }
 }
 
-impl<T: fmt::Display> fmt::Display for Foreign<T> {
+impl<T: fmt::Display> fmt::Display for Untrusted<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match guarded(|| self.get().to_string()) {
             Ok(said) => f.write_str(&said),
@@ -55,7 +56,7 @@ impl<T: fmt::Display> fmt::Display for Foreign<T> {
     }
 }
 
-impl<T: fmt::Debug> fmt::Debug for Foreign<T> {
+impl<T: fmt::Debug> fmt::Debug for Untrusted<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match guarded(|| format!("{:?}", self.get())) {
             Ok(said) => f.write_str(&said),
@@ -85,10 +86,34 @@ impl Drop for Entered {
     }
 }
 
+/// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
+pub(crate) struct AbortOnPanic {
+    /// Somebody else's panic, which whoever calls us is unwinding from.
+    already: bool,
+}
+
+impl AbortOnPanic {
+    pub(crate) fn armed() -> Self {
+        Self { already: thread::panicking() }
+    }
+}
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() && !self.already {
+            eprintln!("pagestitch: a worker panicked, and nobody would serve its faults: aborting");
+            std::process::abort();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::env;
+    use std::os::unix::process::ExitStatusExt;
     use std::panic::panic_any;
+    use std::process::Command;
 
     struct Bomb;
 
@@ -110,8 +135,23 @@ mod tests {
         assert_eq!(guarded(|| panic!("a defect")), Err::<(), _>(String::from("a defect")));
         assert_eq!(guarded(|| panic_any(Bomb)), Err::<(), _>(String::from("(no message)")));
         quietly(|| panic_any(Bomb));
-        let foreign = Foreign::new(Bomb);
+        let foreign = Untrusted::new(Bomb);
         assert_eq!(foreign.to_string(), "(an error that panics when it is shown: a display)");
         drop(foreign);
+    }
+
+    /// Nobody would serve its faults any more: the threads that wait are not left behind.
+    #[test]
+    fn a_worker_that_panics_ends_the_process() {
+        const HERE: &str = "guard::tests::a_worker_that_panics_ends_the_process";
+        if env::var_os("PANIC").is_some() {
+            let _abort = AbortOnPanic::armed();
+            panic!("a defect");
+        }
+        let mut again = Command::new(env::current_exe().unwrap());
+        let end = again.args([HERE, "--exact", "--nocapture"]).env("PANIC", "1").output().unwrap();
+        assert_eq!(end.status.signal(), Some(6), "SIGABRT: {end:?}");
+        let said = String::from_utf8_lossy(&end.stderr);
+        assert!(said.contains("a worker panicked, and nobody would serve its faults: aborting"), "{said}");
     }
 }

@@ -51,21 +51,24 @@
 //!
 //! Linux 4.14 or newer; 6.6 or newer for poison marks, without which a failed page costs a mapping.
 
-// One promise is made, in `server/inline`: that what serves there may run in a signal handler.
+// One promise is made, in `serve/inline`: that what serves there may run in a signal handler.
 #![deny(unsafe_code)]
 
 #[macro_use]
 mod guard;
+mod api;
 mod error;
+mod fault;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
 mod policy;
-mod region;
-mod scope;
-mod server;
+mod serve;
+mod signals;
 pub mod source;
+mod space;
 
+pub use api::{AdoptedRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope};
 pub use error::{Error, ErrorKind};
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
@@ -73,12 +76,9 @@ pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, View};
 pub use policy::{OnFailure, Readahead, Recording, Retry};
-pub use region::{
-    AdoptedMemory, AdoptedRegion, Builder, Chunk, How, LetGo, Loss, Plan, Region, Run, SharedRegion,
-};
-pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
-pub use server::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
+pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
+pub use space::{AdoptedMemory, Chunk, How, LetGo, Loss, Plan, Run};
 
 /// The README's example is compiled and run with the doc tests.
 #[cfg(doctest)]

@@ -15,9 +15,8 @@ mod facade;
 mod flights;
 mod histogram;
 
-use crate::region::in_place::Runs;
-use crate::region::page_table::PageTable;
 pub use coverage::Coverage;
+pub(crate) use coverage::Presence;
 use flights::Flights;
 pub(crate) use flights::{Flight, Overdue};
 pub use histogram::Histogram;
@@ -264,8 +263,7 @@ impl Metrics {
 #[derive(Debug, Clone)]
 pub struct Meter {
     counters: Arc<Counters>,
-    pages: Arc<PageTable>,
-    in_place: Arc<Runs>,
+    presence: Arc<dyn Presence>,
 }
 
 /// How long the parts of faults took. Where several pages were filled for one fault, all of that counts as its own.
@@ -288,15 +286,15 @@ impl Metrics {
 }
 
 impl Meter {
-    pub(crate) const fn new(counters: Arc<Counters>, pages: Arc<PageTable>, in_place: Arc<Runs>) -> Self {
-        Self { counters, pages, in_place }
+    pub(crate) const fn new(counters: Arc<Counters>, presence: Arc<dyn Presence>) -> Self {
+        Self { counters, presence }
     }
 
     /// The region in so many parts, as equal as can be, in its order, and how much of each is there; no more parts than pages. For
     /// each page, this looks at half a byte.
     #[must_use]
     pub fn coverage(&self, parts: usize) -> Vec<Coverage> {
-        coverage::parts(&self.pages, &self.in_place, self.counters.pages, parts.min(self.counters.pages))
+        coverage::parts(self.presence.as_ref(), self.counters.pages, parts.min(self.counters.pages))
     }
 
     /// The region's name.

@@ -2,8 +2,8 @@
 //! into the page from then on has to be zeros.
 
 use super::kernel::{Answer, Content, Found, Kernel};
-use crate::region::adopted::Adopted;
-use crate::region::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use crate::space::target::Foreign;
 use pagestitch_kernel::Page;
 use pagestitch_kernel::sync::model::explore;
 use shuttle::thread;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 struct Owned {
     table: PageTable,
-    adopted: Adopted,
+    adopted: Foreign,
     kernel: Kernel,
 }
 
@@ -65,7 +65,7 @@ impl Owned {
 fn what_was_let_go_of_is_zeros_from_then_on() {
     explore("a balloon", || {
         let table = PageTable::new(NonZeroUsize::MIN).unwrap();
-        let owned = Arc::new(Owned { table, adopted: Adopted::of_pages(1), kernel: Kernel::new(1) });
+        let owned = Arc::new(Owned { table, adopted: Foreign::of_pages(1), kernel: Kernel::new(1) });
         let spawn = |body: fn(&Owned)| {
             let owned = Arc::clone(&owned);
             thread::spawn(move || body(&owned))

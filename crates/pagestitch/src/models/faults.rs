@@ -1,7 +1,7 @@
 //! Faults: threads touch pages and let go of them, workers fill, somebody populates. One page's source fails.
 
 use super::kernel::{Answer, Content, Found, Kernel};
-use crate::region::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
 use shuttle::thread;

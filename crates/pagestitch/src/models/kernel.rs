@@ -1,6 +1,6 @@
 //! The kernel, as far as a fault is concerned: what `userfaultfd(2)` and `mm/userfaultfd.c` say, under one lock.
 
-use crate::region::page_table::Wake;
+use crate::space::page_table::Wake;
 use pagestitch_kernel::{Page, Span};
 use shuttle::sync::{Condvar, Mutex, MutexGuard};
 use std::mem;

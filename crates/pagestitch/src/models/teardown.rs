@@ -1,8 +1,8 @@
-//! Teardown: threads wait in pages while the region is dropped, step by step as in `region/core.rs`.
+//! Teardown: threads wait in pages while the region is dropped, step by step as in `api/core.rs`.
 
 use super::faults::{BOTH, Region};
 use super::kernel::Found;
-use crate::region::page_table::Wake;
+use crate::space::page_table::Wake;
 use pagestitch_kernel::Page;
 use pagestitch_kernel::gate::Gate;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};

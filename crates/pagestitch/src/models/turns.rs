@@ -1,7 +1,7 @@
 //! Turns: of those that are woken for adopted memory one reads at a time, and no event is left unread.
 
 use super::kernel::{Content, Kernel};
-use crate::region::pace::Pace;
+use crate::serve::pace::Pace;
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
 use shuttle::thread;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 /// As a worker does it that epoll has woken.
 fn wake_up(pace: &Pace, kernel: &Kernel) {
-    use crate::region::page_table::Wake;
+    use crate::space::page_table::Wake;
     let Some(mut turn) = pace.turn() else { return };
     loop {
         let mut faults = kernel.read_now().faults;

@@ -36,7 +36,7 @@ pub(crate) enum Blocks {
     Whole,
     /// They are copied, page by page.
     Copied,
-    /// Adopted memory: those who wait for one page of a block would wait for all others to be copied.
+    /// Foreign memory: those who wait for one page of a block would wait for all others to be copied.
     Never,
 }
 

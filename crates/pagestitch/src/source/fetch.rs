@@ -1,10 +1,9 @@
 //! Bytes that come later: a source that is asked by one thread and answered by another, for runtimes and completion queues.
 
 use super::Source;
-use crate::server::Pending;
 use crossbeam_channel::{Sender, bounded};
-use std::io;
 use std::sync::Arc;
+use std::{fmt, io};
 
 /// Bytes that come later. The thread that asks does not wait: as many faults are under way at once as the source takes.
 ///
@@ -59,14 +58,20 @@ pub struct Reply {
 #[derive(Debug)]
 enum To {
     /// Pages of a region.
-    Pages(Pending),
+    Pages(Box<dyn Complete>),
     /// A thread that waits.
     Thread(Sender<io::Result<Vec<u8>>>),
 }
 
+/// Takes the bytes that a fetch asked for. The fault layer implements it: a source knows nothing of pages.
+pub(crate) trait Complete: fmt::Debug + Send + Sync {
+    /// Called once, in the thread that answers.
+    fn complete(self: Box<Self>, answer: io::Result<&[u8]>);
+}
+
 impl Reply {
-    pub(crate) const fn to_pages(pending: Pending, bytes: usize) -> Self {
-        Self { to: Some(To::Pages(pending)), bytes }
+    pub(crate) fn to_pages(pages: Box<dyn Complete>, bytes: usize) -> Self {
+        Self { to: Some(To::Pages(pages)), bytes }
     }
 
     /// How many bytes are asked for.
@@ -97,7 +102,7 @@ impl Reply {
 
     fn give(&mut self, answer: io::Result<&[u8]>) {
         match self.to.take() {
-            Some(To::Pages(pending)) => pending.settle(answer),
+            Some(To::Pages(pages)) => pages.complete(answer),
             // Nobody waits any more where that fails.
             Some(To::Thread(sender)) => drop(sender.send(answer.map(<[u8]>::to_vec))),
             None => {}

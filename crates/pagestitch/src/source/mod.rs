@@ -17,23 +17,22 @@
 mod donated;
 mod fetch;
 mod file;
-mod fill;
 mod hole;
 mod lazy;
 mod memfd;
 mod memory;
 mod shared;
 
+pub use crate::error::Failure;
 pub(crate) use donated::gone;
-pub(crate) use fetch::Fetched;
+pub(crate) use fetch::{Complete, Fetched};
 pub use fetch::{Fetch, Reply};
 pub use file::File;
-pub use fill::Failure;
-pub(crate) use fill::{Buffers, Content, Filled, fill, fill_inline, fill_zeroing, gather_inline};
 pub use hole::Hole;
 pub use lazy::{FillMemfd, LazyMemfd};
 pub use memfd::Memfd;
 pub use memory::Memory;
+pub(crate) use memory::MemoryBytes;
 pub use pagestitch_kernel::memfd::UnsealedMemfd;
 pub use pagestitch_kernel::pages::{Donated, Pages};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};

@@ -1,0 +1,131 @@
+//! Regions over borrowed memory: they, and the borrow, end with a scope.
+
+use crate::api::{Builder, Region};
+use crate::error::Error;
+use crate::serve::Server;
+use crate::source::Memory;
+use crate::space::Chunk;
+use pagestitch_kernel::revocable::{self, RevocableScope};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
+
+/// Runs `body` with a scope in which regions may have chunks of borrowed memory.
+///
+/// A handler thread may be reading a borrowed chunk at any moment, and a region can be leaked; so the borrow has
+/// to end in one place that cannot be skipped. That place is the return of this function: it waits for reads in
+/// progress, and no borrowed byte is read after it.
+///
+/// ```
+/// use pagestitch::{Pool, scope};
+///
+/// let pool = Pool::new()?;
+/// let (head, tail) = (vec![1u8; 5_000], [2u8; 100]);
+/// let sum: u32 = scope(|scope| {
+///     let region = scope.region().borrow(&head).borrow(&tail).build(&pool)?;
+///     Ok::<_, pagestitch::Error>(region.as_slice().iter().map(|&byte| u32::from(byte)).sum())
+/// })?;
+/// assert_eq!(sum, 5_200);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+///
+/// A region cannot leave the scope whose memory it shows:
+///
+/// ```compile_fail
+/// # let pool = pagestitch::Pool::new().unwrap();
+/// let data = vec![1u8; 5_000];
+/// let escaped = pagestitch::scope(|scope| scope.region().borrow(&data).build(&pool).unwrap());
+/// ```
+///
+/// nor can it borrow what does not live long enough:
+///
+/// ```compile_fail
+/// # let pool = pagestitch::Pool::new().unwrap();
+/// pagestitch::scope(|scope| {
+///     let data = vec![1u8; 5_000];
+///     let region = scope.region().borrow(&data).build(&pool).unwrap();
+/// });
+/// ```
+pub fn scope<'env, R>(body: impl for<'scope> FnOnce(Scope<'scope, 'env>) -> R) -> R {
+    revocable::scope(|lend| body(Scope { lend }))
+}
+
+/// A scope in which memory is borrowed. Made by [`scope`].
+#[derive(Debug, Clone, Copy)]
+pub struct Scope<'scope, 'env: 'scope> {
+    lend: &'scope RevocableScope<'scope, 'env>,
+}
+
+impl<'scope, 'env> Scope<'scope, 'env> {
+    /// Starts to describe a region that lives no longer than the scope.
+    pub fn region(self) -> ScopedBuilder<'scope, 'env> {
+        ScopedBuilder { builder: Region::builder(), scope: self }
+    }
+}
+
+/// A [`Builder`] that takes borrowed chunks too.
+#[derive(Debug)]
+#[must_use]
+pub struct ScopedBuilder<'scope, 'env: 'scope> {
+    builder: Builder,
+    scope: Scope<'scope, 'env>,
+}
+
+impl<'scope> ScopedBuilder<'scope, '_> {
+    /// Lays borrowed bytes at the end.
+    pub fn borrow(self, bytes: &'scope [u8]) -> Self {
+        let lent = Memory::lent(self.scope.lend.lend(bytes));
+        self.chunk(lent)
+    }
+
+    /// Lays part of borrowed bytes at the end.
+    pub fn borrow_range(self, bytes: &'scope [u8], range: Range<u64>) -> Self {
+        let lent = Memory::lent(self.scope.lend.lend(bytes));
+        self.chunk(Chunk::from(lent).range(range))
+    }
+
+    /// As [`Builder::chunk`].
+    pub fn chunk(self, chunk: impl Into<Chunk>) -> Self {
+        Self { builder: self.builder.chunk(chunk), ..self }
+    }
+
+    /// As [`Builder::name`].
+    pub fn name(self, name: impl Into<String>) -> Self {
+        Self { builder: self.builder.name(name), ..self }
+    }
+
+    /// As [`Builder::writable`].
+    pub fn writable(self) -> Self {
+        Self { builder: self.builder.writable(), ..self }
+    }
+
+    /// As [`Builder::build`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build`].
+    pub fn build(self, server: impl Into<Server>) -> Result<ScopedRegion<'scope>, Error> {
+        Ok(ScopedRegion { region: self.builder.build(server)?, scope: PhantomData })
+    }
+}
+
+/// A [`Region`] that cannot leave its scope.
+#[derive(Debug)]
+pub struct ScopedRegion<'scope> {
+    region: Region,
+    scope: PhantomData<&'scope ()>,
+}
+
+impl Deref for ScopedRegion<'_> {
+    type Target = Region;
+
+    fn deref(&self) -> &Region {
+        &self.region
+    }
+}
+
+/// Even a region swapped out through this stays sound: its borrowed chunks fail once the scope has ended.
+impl DerefMut for ScopedRegion<'_> {
+    fn deref_mut(&mut self) -> &mut Region {
+        &mut self.region
+    }
+}

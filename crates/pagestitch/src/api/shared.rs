@@ -1,0 +1,267 @@
+//! A region of which others may change parts while it is shown.
+
+use crate::api::{Builder, Core, Region};
+use crate::error::Failure;
+use crate::error::{Error, ErrorKind};
+use crate::metrics::{Meter, Metrics};
+use crate::policy::Recording;
+use crate::source::{Backing, Shared};
+use crate::space::Plan;
+use crate::space::layout::Piece;
+use nix::sys::statvfs::fstatvfs;
+use pagestitch_kernel::{Errno, PageSize, View};
+use std::fmt;
+use std::ops::{Range, RangeBounds};
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Scattered memory as one contiguous range of addresses, of which others may change parts: files, memfds that are not
+/// sealed, aliases of other mappings, physical memory. What of it is on page boundaries is *the same memory*: no copy.
+///
+/// There is no safe `&[u8]` of bytes that may change. [`read_at`](Self::read_at) and [`write_at`](Self::write_at) have the
+/// kernel copy them; [`as_ptr`](Self::as_ptr) is for code that works with raw pointers (a VMM, a C library); and
+/// [`view`](Self::view) has an `unsafe` slice for who knows that nobody writes.
+///
+/// What cannot be shown in place is copied when it is first touched, and then stays as it was:
+/// [`plan`](Self::plan) tells, and [`require_zero_copy`](Builder::require_zero_copy) makes that an error.
+/// Touching a page past the end of a file that was truncated is SIGBUS; `read_at` of it is an error.
+///
+/// ```
+/// use pagestitch::source::{SharedFile, UnsealedMemfd};
+/// use pagestitch::{Chunk, Pool, Region};
+/// use std::os::unix::fs::FileExt;
+/// use std::sync::Arc;
+///
+/// let memfd = UnsealedMemfd::create("ring", 8192)?;
+/// let shared = Arc::new(SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone()?))?);
+/// let ring = Region::builder()                       // the same 8 KiB twice in a row: a ring without a seam
+///     .chunk(Arc::clone(&shared))
+///     .chunk(shared)
+///     .writable()
+///     .require_zero_copy()
+///     .build_shared(&Pool::new()?)?;
+/// ring.write_at(8190, b"seam")?;
+/// let mut start = [0; 2];
+/// memfd.file().read_exact_at(&mut start, 0)?;
+/// assert_eq!(&start, b"am");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct SharedRegion {
+    view: View,
+    core: Core,
+}
+
+impl SharedRegion {
+    pub(super) const fn new(view: View, core: Core) -> Self {
+        Self { view, core }
+    }
+
+    /// As [`Region::builder`]; end it with [`build_shared`](Builder::build_shared).
+    #[must_use]
+    pub fn builder() -> Builder {
+        Region::builder()
+    }
+
+    /// As [`Region::name`].
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.core.name()
+    }
+
+    /// As [`Region::len`].
+    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.core.len()
+    }
+
+    /// As [`Region::offset_of`].
+    #[must_use]
+    pub fn offset_of(&self, chunk: usize) -> Option<u64> {
+        self.core.offset_of(chunk)
+    }
+
+    /// As [`Region::chunk_at`].
+    #[must_use]
+    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
+        self.core.chunk_at(offset)
+    }
+
+    /// The address of the first byte. Valid until the region is dropped.
+    #[must_use]
+    pub fn as_ptr(&self) -> NonNull<u8> {
+        self.view.as_ptr()
+    }
+
+    /// The bytes, page by page, with an `unsafe` slice of them.
+    #[must_use]
+    pub const fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// As [`Region::serves_system_calls`].
+    #[must_use]
+    pub fn serves_system_calls(&self) -> bool {
+        self.core.serves_system_calls()
+    }
+
+    /// Copies the bytes at `offset` out, as they are at this moment, filling their pages first where they are absent.
+    ///
+    /// # Errors
+    ///
+    /// As [`Region::read_at`]; [`ErrorKind::Source`] too if a file that is shown there has become shorter.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
+        self.core.populate(range.clone())?;
+        let read = self.shown(&range, || self.view.read_at(offset, into));
+        read.map_err(|errno| self.refused("read", &range, errno))
+    }
+
+    /// Writes bytes at `offset`, to where they are shown from: whoever else has the file, the mapping or the physical
+    /// memory sees them. What was copied, or is [copy-on-write](crate::Chunk::copy_on_write), is written in the region alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at); [`ErrorKind::BadOption`] if the region was not built
+    /// [`writable`](Builder::writable).
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let range = self.core.inside(offset, offset.checked_add(bytes.len() as u64))?;
+        self.core.populate(range.clone())?;
+        let written = self.shown(&range, || self.view.write_at(offset, bytes));
+        written.map_err(|errno| self.refused("written", &range, errno))
+    }
+
+    /// Pages that a memfd has and that were shown may have left the page table, by reclaim or a collapse. The kernel's own access does
+    /// not bring them back for an ordinary user: they are shown once more.
+    fn shown(&self, range: &Range<u64>, mut access: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+        match access() {
+            Err(Errno::EFAULT) if self.core.served.forget_lazy(range) => {
+                let _ = self.core.populate(range.clone());
+                access()
+            }
+            answer => answer,
+        }
+    }
+
+    /// As [`Region::populate`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Region::populate`].
+    pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.populate(range)
+    }
+
+    /// As [`Region::heal`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Region::heal`].
+    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.heal(range)
+    }
+
+    /// As [`Region::failures`].
+    #[must_use]
+    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
+        self.core.failures()
+    }
+
+    /// As [`Region::plan`].
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        self.core.plan()
+    }
+
+    /// As [`Region::metrics`].
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        self.core.metrics()
+    }
+
+    /// As [`Region::meter`].
+    #[must_use]
+    pub fn meter(&self) -> Meter {
+        self.core.meter()
+    }
+
+    /// As [`Region::recording`].
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
+        self.core.recording()
+    }
+
+    /// As [`Region::close`].
+    #[must_use = "to give everything back, dropping is enough"]
+    pub fn close(self) -> Metrics {
+        self.core.close()
+    }
+
+    fn refused(&self, done: &str, range: &Range<u64>, errno: Errno) -> Error {
+        let (name, Range { start, end }) = (self.name(), range);
+        match errno {
+            Errno::EACCES => {
+                let what = format!("region {name} is read-only: build it writable() to write to it");
+                Error::new(ErrorKind::BadOption, what)
+            }
+            Errno::EFAULT => {
+                let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
+                let why = self.core.served.layout.pieces(range.clone()).find_map(|piece| why_not(&piece));
+                let why = why.unwrap_or_else(|| {
+                    String::from(
+                        "a page is bad or was let go meanwhile, or its file has changed or gone (EFAULT)",
+                    )
+                });
+                Error::new(ErrorKind::Source, format!("{what}: {why}"))
+            }
+            Errno::EPERM | Errno::ENOSYS => {
+                let what = format!(
+                    "region {name}: bytes {start}..{end} cannot be {done}: neither process_vm_readv(2) and process_vm_writev(2) nor \
+                     /proc/self/mem are allowed here ({errno}): let the container's seccomp profile pass them"
+                );
+                Error::new(ErrorKind::Resources, what)
+            }
+            errno => {
+                let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
+                Error::because(ErrorKind::Resources, what, errno)
+            }
+        }
+    }
+}
+
+/// Why the bytes of a file that is shown in place cannot be had. The kernel says no more than `EFAULT` of a mapping: to read the file
+/// tells. `None` if they can be read.
+fn why_not(piece: &Piece<'_>) -> Option<String> {
+    let reopened;
+    let file = match piece.backing {
+        Backing::Shared(Shared::File(file, _)) => file.file(),
+        Backing::Mapped(mapped) => {
+            reopened = mapped.reopen()?;
+            &reopened
+        }
+        _ => return None,
+    };
+    let (source, expected) = (piece.backing.source().name(), piece.offset + piece.bytes);
+    let metadata = file.metadata().ok()?;
+    if metadata.len() < expected {
+        return Some(format!("{source} is shorter than it was: {} bytes", metadata.len()));
+    }
+    let page = PageSize::system().bytes();
+    let read = |offset| file.read_exact_at(&mut [0], offset);
+    let failed = (piece.offset..expected).step_by(page).chain([expected - 1]).find_map(|at| read(at).err());
+    if let Some(error) = failed {
+        return Some(format!("{source}: {error}"));
+    }
+    let free = fstatvfs(file).ok()?.blocks_available();
+    (free == 0).then(|| format!("no space is left for {source} on its file system (ENOSPC)"))
+}
+
+impl fmt::Debug for SharedRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedRegion")
+            .field("name", &self.name())
+            .field("len", &self.len())
+            .finish_non_exhaustive()
+    }
+}

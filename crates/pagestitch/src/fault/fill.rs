@@ -1,0 +1,277 @@
+//! Fill: what bytes a span of pages holds, from however many chunks it takes.
+//!
+//! ```text
+//!   page:    |----- 0 -----|----- 1 -----|----- 2 -----|----- 3 -----|
+//!   chunks:  [ a            a            a  ][b ][ c       c       c  ...
+//!   fill:     straight      straight      gather        read / straight
+//! ```
+//!
+//! A page inside one chunk takes the shortest way its source has. A page over several, or with a ragged end, is
+//! gathered in a buffer. A whole block is staged: filled in a huge page, to move in at once. Nothing is allocated unless a
+//! source fails.
+
+use crate::error::Failure;
+use crate::guard::{discard, guarded};
+use crate::policy::OnFailure;
+use crate::source::{Backing, MemoryBytes, Source};
+use crate::space::{Layout, Mapping};
+use pagestitch_kernel::pages::Donated;
+use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
+use std::io;
+use std::ops::Range;
+
+/// The bytes of the first `pages` pages of the span that was asked for.
+pub(crate) struct Filled<'a> {
+    pub(crate) pages: usize,
+    pub(crate) content: Content<'a>,
+}
+
+/// Where the bytes of some pages are.
+pub(crate) enum Content<'a> {
+    /// In a source's own memory.
+    Straight(MemoryBytes<'a>, Range<usize>),
+    /// In the buffer: read there from one source.
+    Read(&'a [u8]),
+    /// In the buffer: gathered there from several chunks.
+    Gathered(&'a [u8]),
+    /// In a huge page that can move.
+    Staged(&'a mut Staging),
+    /// In donated pages, from an offset on: they can move.
+    Donated(&'a Donated, u64),
+    /// In the memfd that is mapped there: they only need to be shown.
+    Cached,
+    /// Nowhere: they are zeros.
+    Zero,
+}
+
+/// Where whoever fills puts bytes together. Made before the first fault: nothing is allocated later.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    pages: Vec<u8>,
+    block: Staging,
+}
+
+impl Buffers {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self { pages: vec![0; PAGES * PageSize::system().bytes()], block: Staging::new()? })
+    }
+}
+
+/// Finds the bytes of as many pages as go one way, starting at the span's first; at least one page.
+///
+/// If a source fails for several pages at once, it is asked for the first alone: only the page that cannot be
+/// filled is lost.
+pub(crate) fn fill<'a>(
+    region: &'a Mapping,
+    span: Span,
+    buffers: &'a mut Buffers,
+) -> Result<Filled<'a>, Failure> {
+    find(region, span, buffers).inspect_err(|_| region.counters.local().source_errors.add(1))
+}
+
+fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, Failure> {
+    let (layout, page) = (&region.layout, region.page_size());
+    let span = region.target.contiguous(span);
+    if page.bytes() > PageSize::system().bytes() {
+        return fill_huge(region, span.prefix(1), buffers.block.fresh());
+    }
+    let (span, removed) = as_it_is(region, span);
+    if removed {
+        return Ok(Filled { pages: span.pages, content: Content::Zero });
+    }
+    let Buffers { pages: staging, block } = buffers;
+    if let Some(whole) = region.stageable_block(span)
+        && stage(layout, page.offsets(whole), block.fresh()).is_some()
+    {
+        return Ok(Filled { pages: whole.pages, content: Content::Staged(block) });
+    }
+    let offsets = page.offsets(span);
+    let piece = layout.piece_at(offsets.start, offsets.end);
+    if let Some((pages, memfd, offset)) = region.lazy_pages(span) {
+        let bytes = page.bytes() as u64 * pages as u64;
+        asked(|| memfd.fill(offset..offset + bytes)).map_err(|error| piece.failed(error))?;
+        return Ok(Filled { pages, content: Content::Cached });
+    }
+    if let Some((pages, donated, offset)) = region.movable_pages(span) {
+        return Ok(Filled { pages, content: Content::Donated(donated, offset) });
+    }
+    let whole = usize::try_from(piece.bytes / page.bytes() as u64).unwrap_or(usize::MAX).min(span.pages);
+    if whole == 0 {
+        return gather(layout, page.offsets(span.prefix(1)), staging);
+    }
+    match piece.backing {
+        Backing::Hole(_) => Ok(Filled { pages: whole, content: Content::Zero }),
+        Backing::Memory(memory) => {
+            let bytes = memory.bytes().map_err(|error| piece.failed(error))?;
+            // A chunk of memory lies inside it, and so do its offsets inside usize.
+            let start = piece.offset as usize;
+            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            Ok(Filled { pages: whole, content })
+        }
+        Backing::Memfd(memfd) => {
+            let bytes = MemoryBytes::Owned(memfd.sealed().as_ref());
+            let start = piece.offset as usize;
+            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            Ok(Filled { pages: whole, content })
+        }
+        Backing::Read(_)
+        | Backing::Fetched(_)
+        | Backing::Donated(_)
+        | Backing::Shared(_)
+        | Backing::Mapped(_) => {
+            let source = piece.backing.source();
+            let mut pages = whole.min(staging.len() / page.bytes());
+            let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
+            if answer.is_err() && pages > 1 {
+                discard(answer);
+                pages = 1;
+                answer = read(source, piece.offset, &mut staging[..page.bytes()]);
+            }
+            answer.map_err(|error| piece.failed(error))?;
+            Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
+        }
+    }
+}
+
+/// The first pages of a span that are alike: let go by their owner, and zeros since, or not.
+fn as_it_is(region: &Mapping, span: Span) -> (Span, bool) {
+    let Some(adopted) = region.target.foreign() else { return (span, false) };
+    let (pages, removed) = adopted.removed_prefix(span);
+    (span.prefix(pages), removed)
+}
+
+/// One page of hugetlbfs. There is no zero page of that size: zeros are copied, too.
+fn fill_huge<'a>(region: &'a Mapping, span: Span, fresh: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    let page = &mut fresh[..region.page_size().bytes()];
+    if as_it_is(region, span).1 {
+        return Ok(Filled { pages: 1, content: Content::Gathered(page) });
+    }
+    gather(&region.layout, region.page_size().offsets(span), page)
+}
+
+/// Fills a whole block from however many chunks it takes. `None` where that is not the best way, or not possible: where
+/// there are pages of zeros in it, which need no memory; where pages can move or be shown themselves; where a source
+/// fails, to find out for which page.
+fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()> {
+    for piece in layout.pieces(offsets) {
+        let (now, later) = into.split_at_mut(piece.bytes as usize);
+        match piece.backing {
+            // A fresh block holds zeros.
+            Backing::Hole(_) if now.len() < HOLE_MAX => {}
+            Backing::Hole(_)
+            | Backing::Donated(_)
+            | Backing::Shared(_)
+            | Backing::Fetched(_)
+            | Backing::Mapped(_) => return None,
+            Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
+                read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
+            }
+        }
+        into = later;
+    }
+    Some(())
+}
+
+/// Finds the bytes of one page without a lock, an allocation or a source's code: for the thread that has touched it, in a
+/// signal handler. `None` where they are to be gathered.
+pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
+    let offsets = region.page_size().offsets(page.span());
+    if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
+        return Some(Content::Donated(donated, offset));
+    }
+    let piece = region.layout.piece_at(offsets.start, offsets.end);
+    let (start, size) = (piece.offset as usize, region.page_size().bytes());
+    match piece.backing {
+        _ if piece.bytes < size as u64 => None,
+        Backing::Hole(_) => Some(Content::Zero),
+        backing => Some(Content::Straight(stable_bytes(backing)?, start..start + size)),
+    }
+}
+
+/// Puts a page together, likewise. `None` where a scope that lent memory has ended.
+pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
+    let mut filled = 0;
+    for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
+        let into = &mut buffer[filled..filled + piece.bytes as usize];
+        filled += into.len();
+        match piece.backing {
+            Backing::Hole(_) => into.fill(0),
+            backing => {
+                let start = piece.offset as usize;
+                into.copy_from_slice(&stable_bytes(backing)?[start..start + into.len()]);
+            }
+        }
+    }
+    buffer[filled..].fill(0);
+    Some(Content::Gathered(buffer))
+}
+
+/// Bytes at a stable address, of what has any.
+fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
+    match backing {
+        Backing::Memory(memory) => memory.bytes_if_lent(),
+        Backing::Memfd(memfd) => Some(MemoryBytes::Owned(memfd.sealed().as_ref())),
+        Backing::Hole(_)
+        | Backing::Donated(_)
+        | Backing::Shared(_)
+        | Backing::Read(_)
+        | Backing::Fetched(_)
+        | Backing::Mapped(_) => None,
+    }
+}
+
+/// Puts one page together, with zeros for those chunks whose sources fail and that are to be zeros then.
+pub(crate) fn fill_zeroing<'a>(
+    region: &'a Mapping,
+    page: Page,
+    buffers: &'a mut Buffers,
+) -> Result<Filled<'a>, Failure> {
+    let size = region.page_size().bytes();
+    let staging = if size > buffers.pages.len() { buffers.block.fresh() } else { &mut buffers.pages };
+    gather_or(&region.layout, region.page_size().offsets(page.span()), staging, |failure, into| {
+        if region.layout.on_failure(failure.chunk) != OnFailure::Zeros {
+            return Err(failure);
+        }
+        into.fill(0);
+        Ok(())
+    })
+}
+
+/// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.
+fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
+    gather_or(layout, offsets, staging, |failure, _| Err(failure))
+}
+
+/// The same; what fails, `otherwise` fills, or not.
+fn gather_or<'a>(
+    layout: &Layout,
+    offsets: Range<u64>,
+    staging: &'a mut [u8],
+    mut otherwise: impl FnMut(Failure, &mut [u8]) -> Result<(), Failure>,
+) -> Result<Filled<'a>, Failure> {
+    let size = (offsets.end - offsets.start) as usize;
+    let mut filled = 0;
+    for piece in layout.pieces(offsets) {
+        let into = &mut staging[filled..filled + piece.bytes as usize];
+        if let Err(error) = read(piece.backing.source(), piece.offset, into) {
+            otherwise(piece.failed(error), into)?;
+        }
+        filled += piece.bytes as usize;
+    }
+    staging[filled..size].fill(0);
+    Ok(Filled { pages: 1, content: Content::Gathered(&staging[..size]) })
+}
+
+fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    asked(|| source.read_at(offset, into))
+}
+
+/// Asks a source, whose panic is its own error and not the end of the handler thread.
+fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    guarded(ask).unwrap_or_else(|said| Err(io::Error::other(format!("the source panicked: {said}"))))
+}
+
+/// Pages that one read of a source can fill where no block can be staged.
+const PAGES: usize = 64;
+/// Zeros that are not worth a page of their own.
+const HOLE_MAX: usize = 4096;

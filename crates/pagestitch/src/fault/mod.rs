@@ -1,0 +1,367 @@
+//! The journey of a fault. Read this page first.
+
+pub(crate) mod callers;
+pub(crate) mod fill;
+mod pending;
+mod permits;
+pub(crate) mod resolve;
+
+pub(crate) use permits::{Permit, Permits};
+
+use crate::error::Failure;
+use crate::guard::Entered;
+use crate::metrics::{Flight, Part};
+use crate::policy::{OnFailure, Wide};
+use crate::space::Mapping;
+use crate::space::page_table::{Claim, Unclaimed, Wake};
+use fill::{Buffers, fill, fill_zeroing};
+use nix::time::{ClockId, clock_gettime};
+use pagestitch_kernel::{Page, Span};
+use pending::{Wanted, fetch};
+use resolve::{
+    NotInstalled, SHORT_OF_MEMORY, Short, Stopped, fail, fail_without_memory, given_up, install,
+    install_beside, poison,
+};
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What a fault needs of the server that it is handled for: the one way up from this room.
+pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'static {
+    /// Whether one more fetch may be under way, and the permission where there is a limit. `None`: the source is waited for.
+    fn may_fetch(&self) -> Option<Option<Permit>>;
+
+    /// Has a fault handled once more, after `wait`. False where too many wait.
+    fn handle_later(self: &Arc<Self>, request: Request, wait: Duration) -> bool;
+
+    /// Takes note of how long a fault took, in nanoseconds.
+    fn took(&self, ns: u64);
+}
+
+/// What a fault asks for: a page. And when a worker read of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Request {
+    pub(crate) page: Page,
+    pub(crate) read: Instant,
+    /// The thread that waits, by the kernel's number.
+    pub(crate) thread: u32,
+    /// Its place among the faults in flight, if it has one. It lands there when it is served.
+    pub(crate) place: Option<usize>,
+    /// How often there was no memory for it.
+    pub(crate) tries: usize,
+    /// How often its source has failed.
+    pub(crate) failures: u32,
+}
+
+impl Request {
+    /// What to do where there is no memory for its page.
+    pub(crate) const fn short(&self) -> Short {
+        if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
+    }
+
+    const fn is_first(&self) -> bool {
+        self.tries == 0 && self.failures == 0
+    }
+}
+
+/// Has a worker ask a source again after a pause. It serves other faults meanwhile; where too many faults wait for a time, it sleeps.
+fn ask_later<H: Host>(region: &Arc<H>, asked: Request, pause: Duration) {
+    let mut wait = pause;
+    while !region.handle_later(asked, wait) {
+        thread::sleep(wait.max(MOMENT));
+        wait = Duration::ZERO;
+    }
+}
+
+/// Has a fault served once more when there may be memory for its page. Where too many wait for that, the page fails.
+pub(crate) fn serve_later<H: Host>(region: &Arc<H>, asked: Request) {
+    let wait = SHORT_OF_MEMORY[asked.tries];
+    let again = Request { tries: asked.tries + 1, ..asked };
+    if !region.handle_later(again, wait) {
+        if let Some(mut claim) = claim(region, asked.page) {
+            fail_without_memory(region, &mut claim);
+        }
+        region.counters.land(asked.place);
+    }
+}
+
+/// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
+/// woken to fault again, or sleeps until it is served once more. Says which pages to fill ahead, if whoever it is seems to want more.
+pub(crate) fn serve<H: Host>(region: &Arc<H>, asked: Request, buffers: &mut Buffers) -> [Option<Span>; 2] {
+    let Request { page, read, .. } = asked;
+    let begin = || region.counters.begin(page, asked.thread, read);
+    let flight = match asked.is_first() {
+        true => region.counters.take_up(asked.place.or_else(begin), read),
+        false => region.counters.take_up_again(asked.place),
+    };
+    let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
+    let started = Instant::now();
+    let Some(mut claim) = claim(region, page) else {
+        // Numbers of another process's threads mean nothing here.
+        let own = region.target.foreign().is_none();
+        if own && region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
+            fill_beside(region, page, buffers);
+        }
+        return [None; 2];
+    };
+    let wide = if asked.is_first() { widen(region, page) } else { Wide::default() };
+    if let Some((_, source, offset)) = region.fetched_pages(page.span())
+        && let Some(permit) = region.may_fetch()
+    {
+        let asked = Request { place: flight.map(Flight::keep), ..asked };
+        fetch(region, claim, (source, offset), Wanted::Now(asked), permit);
+        // The worker is back; the bytes take as long as they take.
+        region.took(nanoseconds(started));
+        return [wide.now, wide.ahead];
+    }
+    // Alone, where it was asked for before.
+    let block = region.movable_block(page).or(wide.now).filter(|_| asked.is_first());
+    if let Some(block) = block {
+        claim.grow(block);
+    }
+    match supply(region, claim, page.span(), buffers, (asked.short(), asked.failures)) {
+        // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
+        Err(Stopped::Changing) => thread::yield_now(),
+        Err(Stopped::NoMemory) => serve_later(region, Request { place: flight.map(Flight::keep), ..asked }),
+        Err(Stopped::Again { pause, failures }) => {
+            ask_later(region, Request { place: flight.map(Flight::keep), failures, ..asked }, pause);
+        }
+        Ok(()) | Err(Stopped::Failed(_)) => {}
+    }
+    let spent = nanoseconds(started);
+    region.took(spent);
+    // What a whole block has cost is no fault's rent.
+    let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
+    [dense, wide.ahead]
+}
+
+/// Fills a page whose claim waits for it: a signal handler touches what the thread that it has interrupted is filling. Where that
+/// cannot be done beside the claim, the handler gets a signal.
+#[cold]
+fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
+    let filled = fill(region, page.span(), buffers);
+    if filled.is_ok_and(|filled| install_beside(region, page.span(), filled.content)) {
+        region.wake(page.span());
+    } else {
+        let what = "a signal handler touches a page that its thread is filling: it gets SIGBUS";
+        log!(error, region = region.name, page = page.0, what);
+        let offsets = region.page_size().offsets(page.span());
+        let failure = region.layout.piece_at(offsets.start, offsets.end).failed(std::io::Error::other(what));
+        // Kept first: the call that has the claim finds the mark, and the reason.
+        region.keep_failure(page, Arc::new(failure));
+        let _ = poison(region, page.span());
+    }
+}
+
+/// Takes note of a first touch; says what to fill beside the page.
+fn widen(region: &Mapping, page: Page) -> Wide {
+    if let Some(recorder) = &region.recorder {
+        recorder.note(page);
+    }
+    let wide = region.policy.widen(page);
+    region.counters.local().pages_ahead_used.add(wide.passed as u64);
+    wide
+}
+
+/// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
+/// nobody's yet, and asked for again when it is touched.
+pub(crate) fn fill_ahead<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) {
+    // Not the time on the clock: who reads on takes this CPU now and then.
+    let before = processor_time();
+    if let Some(pages) = fill_absent(region, span, buffers) {
+        let spent = processor_time().saturating_sub(before);
+        region.policy.filled(pages, u64::try_from(spent.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
+
+/// Fills absent pages that a recording tells of.
+pub(crate) fn replay<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) {
+    // What fails, or is changing, is asked for again when it is touched.
+    let _ = fill_absent(region, span, buffers);
+}
+
+/// Fills what is absent of a span and says how many pages that were; `None` where a source fails.
+fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> Option<usize> {
+    let mut rest = span;
+    let mut pages = 0;
+    loop {
+        let gap = region.next_gap(rest);
+        if gap.is_empty() {
+            return Some(pages);
+        }
+        rest = rest.without_prefix(gap.first.0 - rest.first.0);
+        // Somebody was quicker where there is no claim to be had.
+        let Ok(mut claim) = region.pages.claim_run(gap, &***region) else {
+            rest = rest.without_prefix(1);
+            continue;
+        };
+        rest = rest.without_prefix(claim.span().pages);
+        while !claim.span().is_empty() {
+            if let Some((some, source, offset)) = region.fetched_pages(claim.span())
+                && let Some(permit) = region.may_fetch()
+            {
+                fetch(region, claim.split_off(some), (source, offset), Wanted::Ahead, permit);
+                continue;
+            }
+            let filled = fill(region, claim.span(), buffers).ok()?;
+            let ahead = filled.pages;
+            install(region, &mut claim, filled, Short::Tell).ok()?;
+            region.counters.local().pages_ahead.add(ahead as u64);
+            pages += ahead;
+        }
+    }
+}
+
+/// Fills and installs every page of a claim, whose source has failed so often for the page that was asked for. On an early return the
+/// dropped claim gives back what is left and wakes its waiters; so where a source fails for a page that was not asked for.
+pub(crate) fn supply(
+    region: &Mapping,
+    mut claim: Claim<'_>,
+    asked: Span,
+    buffers: &mut Buffers,
+    (short, mut failures): (Short, u32),
+) -> Result<(), Stopped> {
+    while !claim.span().is_empty() {
+        let wanted = asked.contains(claim.span().first);
+        match fill_some(region, &mut claim, buffers, short) {
+            Ok(()) => failures = 0,
+            Err(Unfilled::Changing) => return Err(Stopped::Changing),
+            Err(Unfilled::NoMemory) => return without_memory(claim, asked),
+            Err(Unfilled::Source(failure)) if wanted => {
+                failures += 1;
+                let failure = Failure { attempts: failures, ..failure };
+                match endure(region, &mut claim, failure, buffers, short) {
+                    Err(Stopped::NoMemory) => return without_memory(claim, asked),
+                    Err(again @ Stopped::Again { .. }) => {
+                        claim.give_back_asleep();
+                        return Err(again);
+                    }
+                    endured => endured?,
+                }
+            }
+            Err(Unfilled::Kernel(failure)) if wanted => return Err(fail(region, &mut claim, failure)),
+            Err(_) => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+/// There is no memory for the first page of a claim. If what was asked for is still to come, it is given back, and nobody woken who
+/// would only fault again.
+fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), Stopped> {
+    if !claim.span().contains(asked.first) {
+        return Ok(());
+    }
+    claim.give_back_asleep();
+    Err(Stopped::NoMemory)
+}
+
+/// Why the first page of a claim could not be filled.
+enum Unfilled {
+    Changing,
+    NoMemory,
+    /// Its source does not give its bytes.
+    Source(Failure),
+    /// The kernel does not take them.
+    Kernel(Failure),
+}
+
+impl From<NotInstalled> for Unfilled {
+    fn from(not: NotInstalled) -> Self {
+        match not {
+            NotInstalled::Changing => Self::Changing,
+            NotInstalled::NoMemory => Self::NoMemory,
+            NotInstalled::Refused(failure) => Self::Kernel(failure),
+        }
+    }
+}
+
+/// Fills and installs as many of the claim's first pages as go one way.
+fn fill_some(
+    region: &Mapping,
+    claim: &mut Claim<'_>,
+    buffers: &mut Buffers,
+    short: Short,
+) -> Result<(), Unfilled> {
+    let began = region.counters.clock();
+    let filled = fill(region, claim.span(), buffers);
+    region.counters.took(Part::Fill, began);
+    let filled = filled.map_err(Unfilled::Source)?;
+    let began = region.counters.clock();
+    let installed = install(region, claim, filled, short);
+    region.counters.took(Part::Resolve, began);
+    Ok(installed?)
+}
+
+/// Does about a failure of the claim's first page what was declared. `Ok`: go on, with the same page or the next.
+fn endure(
+    region: &Mapping,
+    claim: &mut Claim<'_>,
+    mut failure: Failure,
+    buffers: &mut Buffers,
+    short: Short,
+) -> Result<(), Stopped> {
+    match region.layout.on_failure(failure.chunk) {
+        OnFailure::Poison => {}
+        OnFailure::Retry(retry) => {
+            let random = Instant::now().elapsed().as_nanos() as u64
+                ^ (claim.span().first.0 as u64).wrapping_mul(GOLDEN);
+            if let Some(pause) = retry.after(failure.attempts, random) {
+                region.counters.local().source_retries.add(1);
+                if short != Short::Wait {
+                    return Err(Stopped::Again { pause, failures: failure.attempts });
+                }
+                thread::sleep(pause);
+                return Ok(());
+            }
+        }
+        OnFailure::Zeros => {
+            match fill_zeroing(region, claim.span().first, buffers) {
+                Ok(filled) => {
+                    install(region, claim, filled, short).map_err(|not| given_up(region, claim, not))?;
+                    region.counters.local().pages_given_up.add(1);
+                    log!(warn, region = region.name, %failure, "zeros, as it was asked for");
+                    return Ok(());
+                }
+                // Another chunk of the page, of which that was not asked.
+                Err(worse) => failure = worse,
+            }
+        }
+    }
+    Err(fail(region, claim, failure))
+}
+
+/// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
+pub(crate) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
+    match region.pages.claim_touched(page, region, || region.is_resident(page)) {
+        Ok(claim) => return Some(claim),
+        Err(Unclaimed::Filling) => {}
+        Err(Unclaimed::Resident) => {
+            region.counters.local().late.add(1);
+            region.wake(page.span());
+        }
+        // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also where the
+        // mark was let go since.
+        Err(Unclaimed::Poisoned) => drop(poison(region, page.span())),
+    }
+    None
+}
+
+/// That this thread has used so far.
+fn processor_time() -> Duration {
+    // A clock that every thread has.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+fn nanoseconds(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
+pub(crate) const BLOCK_PAGES: usize = 512;
+/// Until a fault that waits for a time may have made room for another.
+const MOMENT: Duration = Duration::from_millis(1);
+/// Spreads numbers that are close to each other.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

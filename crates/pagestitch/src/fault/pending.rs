@@ -1,0 +1,107 @@
+//! Pages whose bytes come later: the claim on them, held until the source answers. The rest of the fault's journey is that of any.
+
+use crate::error::Failure;
+use crate::fault::fill::{Content, Filled};
+use crate::fault::permits::Permit;
+use crate::fault::resolve::{NotInstalled, Short, fail, given_up, install};
+use crate::fault::{Host, Request, serve_later};
+use crate::guard::{AbortOnPanic, discard, quietly};
+use crate::metrics::Part;
+use crate::source::{Complete, Fetched, Reply};
+use crate::space::Mapping;
+use crate::space::page_table::Claim;
+use pagestitch_kernel::Span;
+use pagestitch_kernel::gate::OwnedGateGuard;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Pages that somebody is getting the bytes of.
+#[derive(Debug)]
+pub(crate) struct Pending<H> {
+    region: Arc<H>,
+    /// Dropping the region waits for the answer.
+    _guard: OwnedGateGuard,
+    span: Span,
+    wanted: Wanted,
+    began: Option<Instant>,
+    _permit: Option<Permit>,
+}
+
+/// Why pages are fetched.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Wanted {
+    /// A thread waits for them: its fault.
+    Now(Request),
+    /// A reader is on its way.
+    Ahead,
+}
+
+impl Wanted {
+    fn land(self, region: &Mapping) {
+        if let Self::Now(asked) = self {
+            region.counters.land(asked.place);
+        }
+    }
+}
+
+/// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
+pub(crate) fn fetch<H: Host>(
+    region: &Arc<H>,
+    claim: Claim<'_>,
+    (source, offset): (&Fetched, u64),
+    wanted: Wanted,
+    permit: Option<Permit>,
+) {
+    // A region that is being dropped needs no page any more: the claim is given back.
+    let Some(guard) = region.enter_owned() else { return wanted.land(region) };
+    let began = region.counters.clock();
+    let span = claim.keep();
+    let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
+    let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span));
+    // If it panics, the reply is dropped on the way, which is an answer.
+    quietly(|| source.0.fetch(offset, reply));
+}
+
+impl<H: Host> Complete for Pending<H> {
+    fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
+        let _abort = AbortOnPanic::armed();
+        let Self { region, span, wanted, began, .. } = self.as_ref();
+        region.counters.took(Part::Fill, *began);
+        let mut claim = region.pages.resume(*span, &***region);
+        // Where it is not settled to its end, the claim is given back when it is dropped, and who waits faults again.
+        let began = region.counters.clock();
+        match answer {
+            Ok(bytes) => {
+                let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
+                let short = if let Wanted::Now(asked) = wanted { asked.short() } else { Short::Tell };
+                match (install(region, &mut claim, filled, short), wanted) {
+                    (Ok(()), Wanted::Ahead) => region.counters.local().pages_ahead.add(span.pages as u64),
+                    (Err(NotInstalled::NoMemory), Wanted::Now(asked)) => {
+                        claim.give_back_asleep();
+                        region.counters.took(Part::Resolve, began);
+                        return serve_later(region, *asked);
+                    }
+                    (Err(not), Wanted::Now(_)) => drop(given_up(region, &mut claim, not)),
+                    _ => {}
+                }
+            }
+            Err(error) => {
+                region.counters.local().source_errors.add(1);
+                match wanted {
+                    Wanted::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
+                    Wanted::Ahead => discard(error),
+                }
+            }
+        }
+        region.counters.took(Part::Resolve, began);
+        wanted.land(region);
+    }
+}
+
+impl<H: Host> Pending<H> {
+    fn failure(&self, error: io::Error) -> Failure {
+        let offsets = self.region.page_size().offsets(self.span);
+        self.region.layout.piece_at(offsets.start, offsets.end).failed(error)
+    }
+}

@@ -1,0 +1,47 @@
+//! A limit on fetches.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// How many fetches may be under way at once, over all regions of a pool.
+#[derive(Debug)]
+pub(crate) struct Permits {
+    left: AtomicUsize,
+}
+
+/// The permission for one, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Permit(Arc<Permits>);
+
+impl Permits {
+    pub(crate) const fn new(most: usize) -> Self {
+        Self { left: AtomicUsize::new(most) }
+    }
+
+    /// One more, if it may be.
+    pub(crate) fn take(self: &Arc<Self>) -> Option<Permit> {
+        let one_less = |left: usize| left.checked_sub(1);
+        let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);
+        taken.is_ok().then(|| Permit(Arc::clone(self)))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.left.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_as_many_permits_as_were_given() {
+        let permits = Arc::new(Permits::new(2));
+        let both = (permits.take().unwrap(), permits.take().unwrap());
+        assert!(permits.take().is_none());
+        drop(both);
+        assert!(permits.take().is_some());
+    }
+}

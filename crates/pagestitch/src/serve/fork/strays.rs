@@ -1,0 +1,271 @@
+//! Strays: memory of a region that nobody serves: parts that `mremap(2)` has moved, and children that there is no descriptor for.
+//! What is missing there is made bad, and the registration ended, which wakes whoever waits.
+//!
+//! It is done a piece at a time by whoever reads the region's events, and waits for nobody: where children are served that is the
+//! usher, and who forks may hold the allocator until the usher has got rid of the child before.
+
+use crate::serve::Served;
+use crate::serve::fork::{Family, first_page};
+use crate::serve::seldom::Seldom;
+use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// All strays of a region.
+#[derive(Debug)]
+pub(crate) struct Strays {
+    // The standard library's lock: waiting for it does not allocate.
+    known: Mutex<Known>,
+    many: AtomicBool,
+    /// When they were told of.
+    pub(crate) told: Seldom,
+}
+
+#[derive(Debug)]
+struct Known {
+    strays: Vec<Stray>,
+    /// What children have to tell.
+    batch: Batch,
+}
+
+impl Strays {
+    /// None as yet. Where `allocates` is false, there is room from the start.
+    pub(crate) fn new(allocates: bool) -> Self {
+        let room = if allocates { 0 } else { ROOM };
+        let known =
+            Mutex::new(Known { strays: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
+        Self { known, many: AtomicBool::new(false), told: Seldom::default() }
+    }
+
+    /// Part of the region is at `to` now.
+    pub(crate) fn moved(&self, to: usize, bytes: usize) {
+        self.add(Whose::Region { to, bytes });
+    }
+
+    /// A child is not served.
+    pub(crate) fn child(&self, uffd: Uffd) {
+        self.add(Whose::Child(uffd));
+    }
+
+    /// Whether there are children.
+    pub(crate) fn have_children(&self) -> bool {
+        self.lock().strays.iter().any(|stray| !stray.is_in_region())
+    }
+
+    /// Whether there are as many children as can be taken note of without allocating.
+    pub(crate) fn is_full(&self) -> bool {
+        let known = self.lock();
+        known.strays.len() > ROOM / 2
+            && known.strays.iter().filter(|stray| !stray.is_in_region()).count() > ROOM / 2
+    }
+
+    /// Whether there are more than anybody but a hostile owner makes at once. Each child takes a descriptor.
+    pub(crate) fn are_many(&self) -> bool {
+        self.many.load(Ordering::Relaxed)
+    }
+
+    /// Makes some more of them bad.
+    pub(crate) fn close_some(&self, region: &Served) -> Rest {
+        let mut known = self.lock();
+        let Known { strays, batch } = &mut *known;
+        let (mut rest, mut index, mut blocked) = (Rest::None, 0, false);
+        while index < strays.len() {
+            let stray = &mut strays[index];
+            if blocked && stray.is_in_region() {
+                index += 1;
+                continue;
+            }
+            match stray.close_some(region, batch) {
+                Progress::Left(left) => {
+                    (rest, index) = (rest.max(left), index + 1);
+                    blocked |= left == Rest::Blocked;
+                }
+                Progress::Done => drop(strays.swap_remove(index)),
+                // Closing its uffd would show zeros to whoever waits there.
+                Progress::Refused => std::mem::forget(strays.swap_remove(index)),
+            }
+            // A child's children are nobody's, either.
+            let born = batch.take_events().filter_map(|event| match event {
+                Event::Fork { child } => {
+                    let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(region));
+                    // Until it is bad, this process must not end; without room for it, there is nothing to be done.
+                    let _ = region.family.as_ref().map(keep);
+                    Some(Stray::new(Whose::Child(child)))
+                }
+                _ => None,
+            });
+            strays.extend(born);
+        }
+        self.many.store(strays.len() >= MANY, Ordering::Relaxed);
+        rest
+    }
+
+    fn add(&self, whose: Whose) {
+        self.lock().strays.push(Stray::new(whose));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug)]
+struct Stray {
+    whose: Whose,
+    /// How many of its pages have been seen to.
+    seen: usize,
+}
+
+#[derive(Debug)]
+enum Whose {
+    /// Addresses that part of the region is at now.
+    Region { to: usize, bytes: usize },
+    /// The region's own addresses, in a child with a uffd of its own.
+    Child(Uffd),
+}
+
+/// What is left of strays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Rest {
+    None,
+    /// Nothing before the region's own events have been read.
+    Blocked,
+    /// Some, which can be gone on with.
+    Some,
+}
+
+enum Progress {
+    Left(Rest),
+    Done,
+    /// It cannot be done.
+    Refused,
+}
+
+impl Stray {
+    const fn new(whose: Whose) -> Self {
+        Self { whose, seen: 0 }
+    }
+
+    const fn is_in_region(&self) -> bool {
+        matches!(self.whose, Whose::Region { .. })
+    }
+
+    /// Makes some more bad of what is missing.
+    fn close_some(&mut self, region: &Served, batch: &mut Batch) -> Progress {
+        for _ in 0..STEPS {
+            let Some(part) = self.next(region) else { return self.end(region, batch) };
+            let page = region.page_size().bytes();
+            self.seen += match self.uffd(region).poison(part) {
+                Outcome::Done => part.bytes() / page,
+                Outcome::Partial { bytes } => bytes / page,
+                // It is there; or nobody is.
+                Outcome::AlreadyThere | Outcome::NotRegistered => 1,
+                Outcome::ProcessGone => return Progress::Done,
+                // There may be some in a moment.
+                Outcome::NoMemory => return Progress::Left(Rest::Some),
+                Outcome::Changing => return Progress::Left(self.read(region, batch)),
+                refused => return self.give_up(region, refused),
+            };
+        }
+        Progress::Left(Rest::Some)
+    }
+
+    /// Ends the registration. A child that has begun to fork before waits until that is read: its userfaultfd is in flight
+    /// ([`Family::keep`]), so that to drop it here closes nothing and wakes no thread.
+    fn end(&self, region: &Served, batch: &mut Batch) -> Progress {
+        self.unregister(region);
+        match &self.whose {
+            Whose::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
+                Progress::Left(self.read(region, batch))
+            }
+            _ => Progress::Done,
+        }
+    }
+
+    /// Who changes the memory waits until that is read.
+    fn read(&self, region: &Served, batch: &mut Batch) -> Rest {
+        match &self.whose {
+            Whose::Region { .. } => Rest::Blocked,
+            Whose::Child(uffd) => {
+                let read = batch.read(uffd, region.page_size());
+                // Where there is no descriptor for a child of its, either: in a moment.
+                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(family)) = (read, &region.family)
+                    && family.make_room()
+                {
+                    let _ = batch.read(uffd, region.page_size());
+                }
+                Rest::Some
+            }
+        }
+    }
+
+    /// The next addresses, as many as are marked at once.
+    fn next(&self, region: &Served) -> Option<AddressRange> {
+        let page = region.page_size();
+        match &self.whose {
+            Whose::Region { to, bytes } => {
+                let seen = page.bytes_of(Span { first: Page(0), pages: self.seen });
+                let rest = bytes.checked_sub(seen).filter(|rest| *rest > 0)?;
+                AddressRange::new(to + seen, rest.min(PAGES * page.bytes()), page)
+            }
+            Whose::Child(_) => {
+                let all = region.target.all();
+                let rest = all.without_prefix(self.seen.min(all.pages));
+                let now = (!rest.is_empty()).then(|| region.target.contiguous(rest))?;
+                Some(region.target.addresses(now.prefix(PAGES)))
+            }
+        }
+    }
+
+    fn unregister(&self, region: &Served) {
+        // What is refused was unmapped, or its owner has ended.
+        match &self.whose {
+            Whose::Region { to, bytes } => {
+                let all = AddressRange::new(*to, *bytes, region.page_size());
+                let _ = all.map(|all| region.uffd.unregister(all));
+            }
+            Whose::Child(uffd) => region.target.ranges().for_each(|(span, _)| {
+                let _ = uffd.unregister(region.target.addresses(span));
+            }),
+        }
+    }
+
+    /// There are no marks, and what is missing would be zeros.
+    fn give_up(&self, region: &Served, refused: Outcome) -> Progress {
+        match &self.whose {
+            Whose::Region { .. } => {
+                eprintln!("pagestitch: region {} was moved, and {refused:?}: aborting", region.name);
+                std::process::abort();
+            }
+            Whose::Child(_) => {
+                log!(
+                    error,
+                    region = region.name,
+                    ?refused,
+                    "a forked child cannot be served: it may wait for ever"
+                );
+                Progress::Refused
+            }
+        }
+    }
+
+    fn uffd<'a>(&'a self, region: &'a Served) -> &'a Uffd {
+        match &self.whose {
+            Whose::Region { .. } => &region.uffd,
+            Whose::Child(uffd) => uffd,
+        }
+    }
+}
+
+/// Strays at a time, before room has to be made for more. Each is a mapping or a descriptor, of which a process has no more by default
+/// (`vm.max_map_count`). It is memory only when it is used.
+const ROOM: usize = 65_536;
+/// Strays that are seen to before anything else is read of a region that has no family.
+const MANY: usize = 64;
+/// Pages marked at once.
+const PAGES: usize = 512;
+/// Steps of a stray before it is the next one's turn: so long do the region's faults wait.
+const STEPS: usize = 64;
+/// Events of a child that are read at once.
+const BATCH: usize = 4;

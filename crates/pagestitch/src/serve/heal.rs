@@ -1,0 +1,61 @@
+//! Heal: asks again for pages whose source has failed. A poison mark has no bytes, so to fill it is no write behind a reader's
+//! back: whoever touched the page before got a signal, and nothing else.
+
+use crate::error::Failure;
+use crate::fault::callers::Mark;
+use crate::fault::fill::{Buffers, fill};
+use crate::fault::resolve::{Short, Stopped, given_up, install};
+use crate::space::Mapping;
+use crate::space::page_table::State;
+use pagestitch_kernel::Features;
+use pagestitch_kernel::{Errno, Page, Span};
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+/// Fills the poisoned pages of a span. Stops at the first whose source fails again.
+pub(crate) fn heal(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+    let mut bad = region.once_bad(span).peekable();
+    let Some((_, first)) = bad.peek() else { return Ok(()) };
+    if !region.uffd.features().contains(Features::POISON) {
+        let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";
+        return Err(Arc::new(first.again(io::Error::other(why))));
+    }
+    let mut buffers = Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno))))?;
+    bad.try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
+}
+
+fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
+    let _mark = Mark::new(region, page.span());
+    loop {
+        // If it was let go and has failed anew before that was noted, it is absent here, and has its mark.
+        let claim = region.pages.claim_from(page, State::Poisoned, region);
+        let claim = claim.or_else(|_| region.pages.claim(page, region));
+        // Where there is no claim to be had, somebody else has healed it.
+        let Ok(mut claim) = claim else { return Ok(()) };
+        let installed = match fill(region, page.span(), buffers) {
+            Ok(filled) => install(region, &mut claim, filled, Short::Wait)
+                .map_err(|not| given_up(region, &mut claim, not)),
+            Err(failure) => {
+                let failure = Arc::new(failure);
+                region.keep_failure(page, Arc::clone(&failure));
+                Err(Stopped::Failed(failure))
+            }
+        };
+        // The mark is still there: given back as absent, the page would be touched without anybody being told.
+        if !claim.span().is_empty() {
+            claim.settle(1, State::Poisoned);
+        }
+        match installed {
+            Ok(()) => {
+                region.counters.local().pages_healed.add(1);
+                return Ok(());
+            }
+            Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => thread::yield_now(),
+            Err(Stopped::Failed(failure)) => {
+                region.settle_failure(page, &failure);
+                return Err(failure);
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! What a worker does in a moment, instead of waiting for that moment: it would be missing elsewhere.
+//!
+//! | what | why |
+//! |---|---|
+//! | a fault again | the kernel had no memory for its page: there may be some, or its thread gets a signal |
+//! | a fault again | its source has failed, and is asked again after a pause |
+//! | a look at a region | the worker that has its turn may hang; or there is more to do, but not at once |
+//!
+//! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
+//! timer for the next before it does any: should it hang, another worker comes for that.
+
+use crate::serve::Door;
+use crate::serve::worker::Handed;
+use nix::errno::Errno;
+use nix::sys::timer::TimerSetTimeFlags;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
+use parking_lot::Mutex;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// What there is to do.
+#[derive(Debug)]
+pub(super) enum What {
+    Serve(Handed),
+    Look(Arc<Door>),
+}
+
+/// All of it, for the workers of a pool.
+#[derive(Debug)]
+pub(crate) struct Later {
+    timer: TimerFd,
+    /// Few, in no order.
+    entries: Mutex<Vec<(Instant, What)>>,
+}
+
+impl Later {
+    pub(super) fn new() -> Result<Self, Errno> {
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        Ok(Self { timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?, entries: Mutex::default() })
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.timer.as_fd().as_raw_fd()
+    }
+
+    /// Keeps it until then. Given back where there is so much already that a hostile owner is at work.
+    pub(super) fn add(&self, what: What, wait: Duration) -> Result<(), What> {
+        let mut entries = self.entries.lock();
+        if entries.len() >= MOST {
+            return Err(what);
+        }
+        let at = Instant::now() + wait;
+        if entries.iter().all(|(other, _)| at < *other) {
+            self.set(wait);
+        }
+        entries.push((at, what));
+        Ok(())
+    }
+
+    /// What it is time for.
+    pub(super) fn take(&self) -> Option<What> {
+        let mut entries = self.entries.lock();
+        let now = Instant::now();
+        let first = entries.iter().enumerate().min_by_key(|(_, (at, _))| *at).map(|(index, _)| index)?;
+        let what = (entries[first].0 <= now).then(|| entries.swap_remove(first).1);
+        if let Some(next) = entries.iter().map(|(at, _)| *at).min() {
+            self.set(next.saturating_duration_since(now));
+        }
+        what
+    }
+
+    /// Called when the timer has been seen to be over.
+    pub(super) fn seen(&self) {
+        // EAGAIN where somebody else has.
+        let _ = self.timer.wait();
+    }
+
+    /// Has the timer tell once more where it is time for something: a worker that was told may hang.
+    pub(super) fn tell_again(&self) {
+        let entries = self.entries.lock();
+        if entries.iter().any(|(at, _)| *at <= Instant::now()) {
+            self.set(Duration::ZERO);
+        }
+    }
+
+    fn set(&self, wait: Duration) {
+        // No time at all would be never.
+        let wait = wait.max(Duration::from_nanos(1));
+        let set = self.timer.set(Expiration::OneShot(wait.into()), TimerSetTimeFlags::empty());
+        set.expect("a timer takes a time");
+    }
+}
+
+impl AsFd for Later {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.timer.as_fd()
+    }
+}
+
+/// How much of it is kept.
+const MOST: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    #[test]
+    fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
+        let later = Later::new().unwrap();
+        for wait in [30, 10, 20] {
+            later.add(What::Look(Door::nowhere()), Duration::from_millis(wait)).unwrap();
+        }
+        assert!(later.take().is_none(), "not yet");
+        for left in (0..3).rev() {
+            poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+            later.seen();
+            assert!(later.take().is_some());
+            assert_eq!(later.entries.lock().len(), left);
+        }
+        assert!(later.take().is_none());
+    }
+
+    #[test]
+    fn a_due_entry_is_told_of_again() {
+        let later = Later::new().unwrap();
+        later.add(What::Look(Door::nowhere()), Duration::ZERO).unwrap();
+        let is_told = |wait: u16| {
+            poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
+        };
+        assert!(is_told(60_000));
+        // As a worker does that hangs then.
+        later.seen();
+        assert!(!is_told(0));
+        later.tell_again();
+        assert!(is_told(60_000) && later.take().is_some());
+        later.seen();
+        later.tell_again();
+        assert!(!is_told(0));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_there_may_be() {
+        let later = Later::new().unwrap();
+        let add = || later.add(What::Look(Door::nowhere()), Duration::from_secs(3600));
+        assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
+    }
+}

@@ -1,0 +1,164 @@
+//! Manual: no thread of ours. The caller's own loop waits for a descriptor, and serves what there is.
+
+use crate::error::{Error, ErrorKind};
+use crate::serve::Served;
+use crate::serve::placement::Places;
+use crate::serve::pool::Shared;
+use crate::serve::worker::Worker;
+use nix::errno::Errno;
+use pagestitch_kernel::fork::ForkGeneration;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Serves faults when it is told to: for a program that has an event loop, or threads of its own.
+///
+/// Its descriptor is readable when there is something to do: watch it with `poll(2)`, `epoll(7)`, or a runtime, and call
+/// [`serve_ready`](Self::serve_ready) then. The thread that serves must not touch the regions: it would wait for itself.
+///
+/// Dropping the last one while regions are still served closes these: whoever touches them from then on, or waits in them,
+/// gets SIGSEGV, not zeros, and does not hang. Drop the regions first. None can be built with it afterwards.
+///
+/// ```
+/// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+/// use pagestitch::{Manual, Region};
+/// use std::os::fd::AsFd;
+///
+/// let mut manual = Manual::new()?;
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).build(&manual)?;
+/// std::thread::scope(|scope| {
+///     let reader = scope.spawn(|| region.as_slice().iter().all(|&byte| byte == 7));
+///     while !reader.is_finished() {                          // the caller's loop
+///         let mut ready = [PollFd::new(manual.as_fd(), PollFlags::POLLIN)];
+///         poll(&mut ready, PollTimeout::from(10u8)).expect("poll");
+///         manual.serve_ready(64);
+///     }
+///     assert!(reader.join().unwrap());
+/// });
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+pub struct Manual {
+    worker: Worker,
+    seats: Arc<Seats>,
+    seat: usize,
+}
+
+/// What all that serve the same regions share; the last one to go closes what is still served.
+#[derive(Debug)]
+pub(crate) struct Seats {
+    shared: Arc<Shared>,
+    taken: AtomicUsize,
+    generation: ForkGeneration,
+}
+
+impl Seats {
+    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        self.shared.add(region)
+    }
+
+    pub(super) fn remove(&self, region: &Served) {
+        self.shared.remove(region);
+    }
+
+    pub(super) fn is_of_this_process(&self) -> bool {
+        self.generation.is_current()
+    }
+}
+
+impl Manual {
+    /// For one thread.
+    ///
+    /// # Errors
+    ///
+    /// As [`several`](Self::several).
+    pub fn new() -> Result<Self, Error> {
+        let mut one = Self::several(1)?;
+        Ok(one.pop().expect("one was asked for"))
+    }
+
+    /// For as many threads, which serve the same regions together: each takes one. A region that is built with one of
+    /// them is served by all.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BadOption`] for none; [`ErrorKind::Resources`] if descriptors or memory cannot be had.
+    pub fn several(threads: usize) -> Result<Vec<Self>, Error> {
+        if threads == 0 {
+            return Err(Error::new(ErrorKind::BadOption, "nobody would serve: ask for 1 or more"));
+        }
+        let refused = |errno: Errno| {
+            Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
+        };
+        let shared =
+            Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
+        // No watchdog adds a worker: the last one serves also slow regions that hold up none.
+        shared.crew.last_resort.store(true, Ordering::Relaxed);
+        let seats = Seats {
+            shared: Arc::clone(&shared),
+            taken: AtomicUsize::new(0),
+            generation: ForkGeneration::current(),
+        };
+        let seats = Arc::new(seats);
+        let take = |seat: usize| {
+            let place = shared.crew.join(seat).expect("there is a place for each");
+            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[seat]), None, place);
+            let worker = worker.map_err(refused)?;
+            seats.taken.fetch_add(1, Ordering::SeqCst);
+            Ok(Self { worker, seats: Arc::clone(&seats), seat })
+        };
+        (0..threads).map(take).collect()
+    }
+
+    /// Serves the faults that there are, and fills ahead, without waiting for more. Stops when nothing is left to do or
+    /// `budget` faults have been served, give or take a batch of 64; if something is left, the descriptor stays
+    /// readable. Says how many faults it has served.
+    ///
+    /// It waits for sources: one that is slow holds up the caller. In a forked child it serves nothing and says 0, because the regions
+    /// and their faults are the parent's.
+    pub fn serve_ready(&mut self, budget: usize) -> usize {
+        if !self.seats.is_of_this_process() {
+            return 0;
+        }
+        self.worker.serve_ready(budget as u64) as usize
+    }
+
+    pub(super) fn seats(&self) -> &Arc<Seats> {
+        &self.seats
+    }
+}
+
+impl AsFd for Manual {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.seats.shared.epolls()[self.seat].0.as_fd()
+    }
+}
+
+/// For event loops that take raw descriptors.
+impl AsRawFd for Manual {
+    fn as_raw_fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+}
+
+impl fmt::Debug for Manual {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manual").field("seat", &self.seat).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Manual {
+    fn drop(&mut self) {
+        // Regions hold what is shared, but serve nobody: what counts is who sits here.
+        let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.seats.generation.is_current() {
+            self.seats.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
+        }
+    }
+}
+
+/// Nobody serves the region any more: who waits in it, and who touches it, gets a signal.
+fn close(region: &Arc<Served>) {
+    region.shut();
+    log!(warn, region = region.name, "closed: nobody is left to serve it; drop regions before their server");
+}

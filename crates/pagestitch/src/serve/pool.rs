@@ -1,0 +1,807 @@
+//! The pool: workers, and the regions that they serve.
+//!
+//! ```text
+//!   region A: uffd ─┬──▶ epoll 0 ──▶ worker 0 ──┬─ hands on ─▶ channel ──┐
+//!   region B: uffd ─┼──▶ epoll 1 ──▶ worker 1 ──┘    rings ─▶ bell ─┐     │
+//!   stop, bell ─────┘                  ▲  ▲──────────────────────────┘     │
+//!                                      └───────────────────────────────────┘
+//! ```
+//!
+//! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them. A worker that a source
+//! holds up is replaced at its epoll by another one.
+
+use crate::error::{Error, ErrorKind};
+use crate::fault::Request;
+use crate::fault::{Permit, Permits};
+use crate::guard::AbortOnPanic;
+use crate::guard::discard;
+use crate::serve::crew::{self, Crew};
+use crate::serve::events::News;
+use crate::serve::fork::usher::Usher;
+use crate::serve::later::{Later, What};
+use crate::serve::placement::{Placement, Places};
+use crate::serve::slow::Slow;
+use crate::serve::watchdog::{Limits, Watchdog};
+use crate::serve::worker::{Ahead, Handed, Worker};
+use crate::serve::{Door, Served};
+use crate::signals::NoSignals;
+use crate::space::page_table::Wake;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::{Span, Uffd};
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// The threads that serve faults. A handle: clone it freely; one pool serves any number of regions.
+///
+/// The workers run until the last handle is gone, and every region holds one, so a region is served for as long
+/// as it exists, whatever becomes of the pool it was built with.
+///
+/// ```
+/// use pagestitch::{Pool, Region};
+///
+/// let pool = Pool::builder().workers(2).name("restore").start()?;
+/// let region = Region::builder().chunk(vec![1u8; 100]).build(&pool)?;
+/// assert!(pool.clone().stop().is_err());        // a region is still served
+/// drop(region);
+/// assert_eq!(pool.stop()?.workers, 2);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Pool {
+    handle: Arc<Handle>,
+}
+
+impl Pool {
+    /// A pool with everything by default.
+    ///
+    /// # Errors
+    ///
+    /// As [`PoolBuilder::start`].
+    pub fn new() -> Result<Self, Error> {
+        Self::builder().start()
+    }
+
+    /// Starts to describe a pool.
+    pub fn builder() -> PoolBuilder {
+        PoolBuilder {
+            workers: None,
+            placement: Placement::Auto,
+            name: String::from("pagestitch"),
+            limits: Limits::default(),
+            in_flight: None,
+            max_workers: crew::MOST_BY_DEFAULT,
+        }
+    }
+
+    /// How many workers it has, but for those that [stand in](PoolBuilder::max_workers) for others.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.handle.shared.epolls.len()
+    }
+
+    /// How its workers are at this moment.
+    #[must_use]
+    pub fn metrics(&self) -> PoolMetrics {
+        let crew = &self.handle.shared.crew;
+        PoolMetrics {
+            working: crew.working(),
+            held_up: crew.held_up.load(Ordering::Relaxed),
+            replacements: crew.replacements.load(Ordering::Relaxed),
+            shortages: crew.shortages.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Stops the workers and waits for them.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] names the regions that are still served; drop them first. A region whose workers were
+    /// gone would have to hang or to lie. [`ErrorKind::ForkedChild`] in a forked child, because the workers are the parent's.
+    pub fn stop(self) -> Result<Report, Error> {
+        if !self.is_of_this_process() {
+            let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
+            return Err(Error::new(ErrorKind::ForkedChild, what));
+        }
+        self.handle.shared.refuse_regions()?;
+        Ok(self.handle.join())
+    }
+
+    /// False in a forked child, which has the handle and not the threads.
+    /// The same for all handles of a pool, and no other's.
+    pub(super) fn number(&self) -> usize {
+        Arc::as_ptr(&self.handle).addr()
+    }
+
+    pub(crate) fn is_of_this_process(&self) -> bool {
+        self.handle.generation.is_current()
+    }
+
+    pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        if region.family.is_some() {
+            self.handle.start_usher()?;
+        }
+        self.handle.shared.add(region)
+    }
+
+    pub(crate) fn remove(&self, region: &Arc<Served>) {
+        self.handle.shared.remove(region);
+    }
+
+    pub(super) fn leave(&self, child: &Served) {
+        self.handle.shared.leave(child);
+    }
+
+    pub(super) fn retire(&self, region: &Served) {
+        self.handle.shared.retire(region);
+    }
+
+    /// Sees to children that no worker has seen to yet.
+    pub(super) fn follow_all(&self) {
+        self.handle.shared.hear_news();
+    }
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("workers", &self.workers()).finish_non_exhaustive()
+    }
+}
+
+/// Describes a pool. Made by [`Pool::builder`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct PoolBuilder {
+    workers: Option<usize>,
+    placement: Placement,
+    name: String,
+    limits: Limits,
+    in_flight: Option<usize>,
+    max_workers: usize,
+}
+
+impl PoolBuilder {
+    /// How many threads serve faults. By default as many as the [placement](Self::placement) suggests: one for each CPU, at
+    /// most eight.
+    ///
+    /// Ask for a number where sources are slow: as many can be waited for at once as there are workers, and more only where each takes
+    /// longer than 10 ms ([`max_workers`](Self::max_workers)). By default they run wherever the scheduler puts them then.
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = Some(workers);
+        self
+    }
+
+    /// How many threads there may be when sources hang: 64 by default, 4,096 at most, and no less than the [workers](Self::workers).
+    ///
+    /// A worker that has been in one source for 10 ms is replaced by another thread, so that a source that hangs holds up no other
+    /// region. Where a worker comes back, one that has found nothing to do for a second ends. When as many threads as there may be are
+    /// held up, a log line and [`PoolMetrics::shortages`] tell; faults then wait for a source to answer, or for
+    /// [`give_up_after`](Self::give_up_after). A source that takes longer than that is so asked by as many threads at once as wait for
+    /// it: where that is too much, limit the region ([`Builder::in_flight`](crate::Builder::in_flight)).
+    pub fn max_workers(mut self, most: usize) -> Self {
+        self.max_workers = most;
+        self
+    }
+
+    /// Where they run. By default [`Placement::Auto`].
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
+        self
+    }
+
+    /// What the threads are called: this and their number, cut to the kernel's 15 bytes. By default `pagestitch/0`.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// How many faults may be in flight at once, over all regions: each worker has one, also one that [stands in](Self::max_workers) for
+    /// another, and those beyond are fetches of sources that answer later ([`Fetch`](crate::source::Fetch)). At the limit a worker waits
+    /// for such a source as for any other, and none is replaced. By default as many as the sources take. No less than the workers.
+    pub fn in_flight(mut self, most: usize) -> Self {
+        self.in_flight = Some(most);
+        self
+    }
+
+    /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
+    /// waiting thread; and counts it. Faults that wait for a worker are among them. Only time in which the process runs counts: a
+    /// process that was stopped (SIGSTOP) has no fault that is overdue for it.
+    pub fn overdue_after(mut self, age: Duration) -> Self {
+        self.limits.overdue = Some(age);
+        self
+    }
+
+    /// Makes the page of a fault bad that has taken so long: its waiter gets SIGBUS. Whoever serves it is not called back; if its source answers
+    /// after all, the page is good from then on. The page of a fault that no worker has begun stays bad until
+    /// [`heal`](crate::Region::heal). `populate` and `read_at` wait as long as the source takes. Time counts as for
+    /// [`overdue_after`](Self::overdue_after).
+    pub fn give_up_after(mut self, age: Duration) -> Self {
+        self.limits.hard = Some(age);
+        self
+    }
+
+    /// Starts the workers: all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::BadOption`] for no workers, a name with a NUL byte, or a CPU that this process may not use; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
+    pub fn start(self) -> Result<Pool, Error> {
+        if self.name.contains('\0') {
+            let what = format!(
+                "the pool's name {:?} has a NUL byte, which a thread's name cannot have: leave it out",
+                self.name
+            );
+            return Err(Error::new(ErrorKind::BadOption, what));
+        }
+        let places = Places::decide(self.workers, &self.placement)?;
+        let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
+        let mut shared = Shared::new(&places, self.max_workers, self.name)
+            .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+        let fetches = self.in_flight.map(|most| most.saturating_sub(places.workers));
+        shared.permits = fetches.map(|most| Arc::new(Permits::new(most)));
+        let _quiet = NoSignals::until_dropped();
+        // Dropping the handle on an early return stops the workers that have started.
+        let handle = Handle {
+            shared: Arc::new(shared),
+            watch: Mutex::default(),
+            usher: Mutex::default(),
+            generation: ForkGeneration::current(),
+        };
+        for post in 0..places.workers {
+            Shared::start_worker(&handle.shared, post, None)?;
+        }
+        let watchdog = Watchdog::new(Arc::clone(&handle.shared), self.limits);
+        let named = thread::Builder::new().name(String::from("pagestitch/dog"));
+        let watch = named.spawn(move || watchdog.run()).map_err(|error| {
+            Error::because(
+                ErrorKind::Resources,
+                "cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)",
+                error,
+            )
+        })?;
+        *handle.watch.lock() = Some(watch);
+        log!(debug, ?places, "pool started");
+        Ok(Pool { handle: Arc::new(handle) })
+    }
+}
+
+/// What a pool has done, told when it stops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Report {
+    /// How many workers were joined.
+    pub workers: usize,
+    /// How many faults they have served.
+    pub faults: u64,
+}
+
+/// How the workers of a pool are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PoolMetrics {
+    /// How many there are, with those that stand in for others.
+    pub working: usize,
+    /// How many of these a source holds up: they have been in it for 10 ms, or more.
+    pub held_up: usize,
+    /// How many were started, so far, in place of one that a source held up.
+    pub replacements: u64,
+    /// How often, so far, a worker was held up and no more could be started: see [`PoolBuilder::max_workers`].
+    pub shortages: u64,
+}
+
+/// Shared by all handles; the last one to go joins the workers.
+struct Handle {
+    shared: Arc<Shared>,
+    watch: Mutex<Option<JoinHandle<()>>>,
+    usher: Mutex<Option<JoinHandle<()>>>,
+    generation: ForkGeneration,
+}
+
+impl Handle {
+    /// Where there is none yet.
+    fn start_usher(&self) -> Result<(), Error> {
+        let mut usher = self.usher.lock();
+        if usher.is_some() {
+            return Ok(());
+        }
+        let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
+        let reads = Usher::new(&self.shared.stop)
+            .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
+        let _ = self.shared.usher.set(reads);
+        let _quiet = NoSignals::until_dropped();
+        let (shared, begins) = (Arc::clone(&self.shared), Arc::new(Barrier::new(2)));
+        let named = thread::Builder::new().name(String::from("pagestitch/kin"));
+        let begun = Arc::clone(&begins);
+        let started = named.spawn(move || {
+            let _abort = AbortOnPanic::armed();
+            shared.usher.get().expect("set before").run(&shared, &begun);
+        });
+        *usher = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
+        begins.wait();
+        Ok(())
+    }
+
+    fn join(&self) -> Report {
+        // One event for all: it stays readable, so every worker sees it.
+        self.shared.stop.write(1).expect("an eventfd takes a 1");
+        // First those that start others. One of them may be what ends here: a source that owns the last region of its own pool is
+        // dropped in it, and cannot join itself.
+        if let Some(watch) = self.watch.lock().take().filter(is_another) {
+            watch.join().expect("one that panics aborts the process");
+        }
+        if let Some(usher) = self.usher.lock().take().filter(is_another) {
+            usher.join().expect("one that panics aborts the process");
+        }
+        let (threads, gone) = self.shared.threads.lock().take();
+        let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());
+        let faults: u64 = faults.map(|served| served.expect("a worker that panics aborts the process")).sum();
+        Report { workers: self.shared.epolls.len(), faults: gone + faults }
+    }
+}
+
+fn is_another<T>(thread: &JoinHandle<T>) -> bool {
+    thread.thread().id() != thread::current().id()
+}
+
+/// The threads of workers.
+#[derive(Debug, Default)]
+struct Threads {
+    running: Vec<JoinHandle<u64>>,
+    /// Faults that those have served that have ended.
+    served: u64,
+}
+
+impl Threads {
+    fn push(&mut self, thread: JoinHandle<u64>) {
+        let ended = self.running.extract_if(.., |thread| thread.is_finished());
+        self.served += ended.filter_map(|thread| thread.join().ok()).sum::<u64>();
+        self.running.push(thread);
+    }
+
+    fn take(&mut self) -> (Vec<JoinHandle<u64>>, u64) {
+        (std::mem::take(&mut self.running), self.served)
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if !self.generation.is_current() {
+            // A forked child: the stop event is shared with the parent, and there are no threads to join.
+            return;
+        }
+        let report = self.join();
+        log!(debug, workers = report.workers, faults = report.faults, "pool stopped");
+    }
+}
+
+/// What the workers share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) stop: EventFd,
+    pub(super) bell: EventFd,
+    handed: (Sender<Handed>, Receiver<Handed>),
+    /// What is filled when there are no faults, by workers that are awake.
+    pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
+    pub(super) slow: Slow,
+    /// Which workers there are.
+    pub(super) crew: Crew,
+    /// There are faults that no queue has room for.
+    pub(super) left: AtomicBool,
+    threads: Mutex<Threads>,
+    pub(super) name: String,
+    places: Places,
+    permits: Option<Arc<Permits>>,
+    pub(super) later: Arc<Later>,
+    /// What the usher leaves to workers.
+    news: (Sender<NewsOf>, Receiver<NewsOf>),
+    usher: OnceLock<Usher>,
+    epolls: Vec<Arc<Epoll>>,
+    /// How a fault wakes workers: all of them, or one.
+    wakes: EpollFlags,
+    /// By the descriptor of their uffd, which is what epoll reports.
+    regions: RwLock<Regions>,
+}
+
+/// A region, and what is to be done about it.
+type NewsOf = (Arc<Served>, News);
+
+#[derive(Debug, Default)]
+struct Regions {
+    served: HashMap<RawFd, Arc<Door>>,
+    stopped: bool,
+}
+
+impl Shared {
+    /// For workers at these places, at most so many, that are called so.
+    pub(super) fn new(places: &Places, most: usize, name: String) -> Result<Self, Errno> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        // A semaphore: one ring wakes one more worker.
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+        let bell = EventFd::from_flags(flags)?;
+        let later = Arc::new(Later::new()?);
+        let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
+        let epolls = (0..places.workers).map(|_| {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            watch(&epoll, &*later, once)?;
+            watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
+            watch(&epoll, &bell, EpollFlags::EPOLLIN)?;
+            Ok(Arc::new(epoll))
+        });
+        let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
+        let (handed, ahead) = (bounded(HANDED_MAX), bounded(AHEAD_MAX));
+        // Who is at home on the CPU of a fault is to be woken; of those that are anywhere, one.
+        let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
+        // Once for each event, as it is read to the end: epoll need not look again after each.
+        let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
+        let (slow, crew) = (Slow::new(HANDED_MAX), Crew::new(places.workers, most)?);
+        let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
+        Ok(Self {
+            news,
+            usher,
+            stop,
+            bell,
+            handed,
+            ahead,
+            slow,
+            crew,
+            left: AtomicBool::new(false),
+            threads: Mutex::default(),
+            name,
+            places: places.clone(),
+            permits: None,
+            later,
+            epolls,
+            wakes,
+            regions: RwLock::default(),
+        })
+    }
+
+    /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
+    pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
+        let permit = shared.permits.as_ref().map(|permits| {
+            let what = "a pool has as many faults in flight as it may have: in_flight()";
+            permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
+        });
+        Self::start_worker(shared, post, permit.transpose()?)
+    }
+
+    /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
+    fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
+        let Some(place) = shared.crew.join(post) else {
+            return Err(Error::new(
+                ErrorKind::Busy,
+                "a pool has as many workers as it may have: max_workers()",
+            ));
+        };
+        let refused = |what, error| {
+            shared.crew.never_came(place);
+            Error::because(ErrorKind::Resources, what, error)
+        };
+        let ready = Arc::clone(&shared.epolls[post]);
+        let worker =
+            Worker::new(Arc::clone(shared), ready, shared.places.home(post), place).map_err(|errno| {
+                refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
+            })?;
+        let named = thread::Builder::new().name(thread_name(&shared.name, place));
+        let work = move || {
+            let _until_it_ends = permit;
+            worker.run()
+        };
+        let thread = named.spawn(work).map_err(|error| {
+            refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
+        })?;
+        shared.threads.lock().push(thread);
+        Ok(())
+    }
+
+    /// The way into the region whose uffd is `fd`, if it is still served.
+    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Door>> {
+        self.regions.read().served.get(&fd).cloned()
+    }
+
+    /// Hands a fault on; gives it back if the channel is full.
+    pub(super) fn hand_on(&self, fault: Handed) -> Result<(), Handed> {
+        self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
+    }
+
+    /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
+    pub(super) fn hand_on_or_leave(&self, region: &Arc<Served>, asked: Request) {
+        if self.hand_on(Handed::new(region, asked)).is_ok() {
+            return;
+        }
+        match asked.place {
+            Some(place) => {
+                region.counters.leave(place);
+                self.left.store(true, Ordering::SeqCst);
+            }
+            // The waiter faults again.
+            None => region.wake(asked.page.span()),
+        }
+    }
+
+    /// Has a worker see to what the kernel told of a region. Gives it back if there is no room, as workers may wait for whoever forks.
+    pub(super) fn pass_on(&self, region: &Arc<Served>, news: News) -> Result<(), News> {
+        let passed = self.news.0.try_send((Arc::clone(region), news));
+        self.ring_self();
+        passed.map_err(|refused| refused.into_inner().1)
+    }
+
+    /// Sees to all that was passed on.
+    pub(super) fn hear_news(&self) {
+        while let Ok((region, news)) = self.news.1.try_recv() {
+            match news {
+                News::Child(child) => self.follow(&region, child),
+                News::NoDescriptor => self.bury(&region),
+                told => drop(region.hear(told)),
+            }
+            // It may be the last to hold the region.
+            discard(region);
+        }
+    }
+
+    pub(super) fn take_handed(&self) -> Option<Handed> {
+        self.handed.1.try_recv().ok()
+    }
+
+    /// Whether a fault that was handed on waits for a worker.
+    pub(super) fn has_handed(&self) -> bool {
+        !self.handed.1.is_empty()
+    }
+
+    /// Whether there is something to do that no descriptor tells of.
+    pub(super) fn has_more(&self) -> bool {
+        !self.ahead.1.is_empty() || self.has_handed()
+    }
+
+    /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
+    pub(super) fn remember(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
+        for span in ahead {
+            // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
+            let _ = self.ahead.0.try_send(Ahead::new(region, span));
+        }
+    }
+
+    /// Has some more of a recording filled, likewise.
+    pub(super) fn replay(&self, region: &Arc<Served>) {
+        // Full: what is not replayed is asked for when it is touched.
+        let _ = self.ahead.0.try_send(Ahead::replay(region));
+    }
+
+    /// Starts to fill what a region's recording tells, with all hands.
+    pub(super) fn begin_replay(&self, region: &Arc<Served>) {
+        for _ in &self.epolls {
+            self.replay(region);
+            self.ring_self();
+        }
+    }
+
+    /// Wakes as many other workers as there are faults for them.
+    pub(super) fn ring(&self, faults: u64) {
+        let others = self.crew.working().saturating_sub(1) as u64;
+        if faults.min(others) > 0 {
+            self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// Wakes as many workers as there are faults for them.
+    pub(super) fn ring_all(&self, faults: u64) {
+        if faults > 0 {
+            self.bell
+                .write(faults.min(self.crew.working() as u64).max(1))
+                .expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// Has the one who works, or another, look once more.
+    pub(super) fn ring_self(&self) {
+        self.bell.write(1).expect("an eventfd takes small numbers");
+    }
+
+    /// The ways into those that are served.
+    pub(super) fn regions(&self) -> Vec<Arc<Door>> {
+        self.regions.read().served.values().cloned().collect()
+    }
+
+    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
+    /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
+    pub(super) fn slow_most(&self) -> usize {
+        let workers = self.crew.working();
+        let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
+        if keeps_one { workers - 1 } else { workers }
+    }
+
+    /// Takes no region any more; says which there are.
+    pub(super) fn end(&self) -> Vec<Arc<Door>> {
+        let mut regions = self.regions.write();
+        regions.stopped = true;
+        regions.served.values().cloned().collect()
+    }
+
+    pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
+        &self.epolls
+    }
+
+    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.stopped {
+            let what = format!(
+                "region {}: nobody serves any more: the pool was stopped, or the server dropped; start another",
+                region.name
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        if let Some(permits) = &self.permits {
+            let _ = region.permits.set(Arc::clone(permits));
+        }
+        let _ = region.later.set(Arc::clone(&self.later));
+        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.door()));
+        drop(regions);
+        // A partial watch is undone when the region, which the caller owns by now, is dropped.
+        let wakes = self.wakes_of(region);
+        let watched = match (&region.family, self.usher.get()) {
+            (Some(_), Some(usher)) => usher.add(region),
+            _ => self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)),
+        };
+        if watched.is_ok() && region.replay.is_some() {
+            self.begin_replay(region);
+        }
+        watched.map_err(|errno| {
+            Error::because(
+                ErrorKind::Resources,
+                format_args!("region {}: cannot watch it", region.name),
+                errno,
+            )
+        })
+    }
+
+    /// Serves a forked child of a region's, from now on.
+    pub(super) fn follow(&self, parent: &Served, child: Uffd) {
+        let Some(family) = &parent.family else { return parent.forsake(child) };
+        self.bury(parent);
+        if !family.has_room() {
+            let _ = parent.hear(News::GivenUp);
+            return parent.forsake(child);
+        }
+        match parent.child(child) {
+            Ok(child) => {
+                let child = Arc::new(child);
+                parent.counters.local().children.add(1);
+                // In this order: whoever ends the family finds it served, and leaves it.
+                let served = self.add(&child).is_ok() && family.take_in(&child);
+                if !served {
+                    self.leave(&child);
+                }
+            }
+            Err((child, errno)) => {
+                log!(error, region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
+                parent.forsake(child);
+            }
+        }
+    }
+
+    /// Lets go of children whose processes have ended.
+    fn bury(&self, parent: &Served) {
+        for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
+            log!(debug, region = dead.name, "has ended");
+            self.remove(&dead);
+            self.retire(&dead);
+        }
+    }
+
+    /// Reads no more of a region whose children were served: nobody can fork with it any more.
+    pub(super) fn retire(&self, region: &Served) {
+        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
+            usher.remove(region);
+        }
+    }
+
+    /// Serves a child no more: what it has not touched is bad.
+    pub(super) fn leave(&self, child: &Served) {
+        self.remove(child);
+        self.retire(child);
+        child.close();
+        child.shut();
+    }
+
+    /// Has a worker look at a region in a moment.
+    pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
+        if region.pace.asks_for_look() && self.later.add(What::Look(Arc::clone(region.door())), wait).is_err()
+        {
+            region.pace.is_looked_at();
+        }
+    }
+
+    /// Has whoever waits for it look once more at a region.
+    pub(super) fn look_again(&self, epoll: &Epoll, region: &Served) {
+        // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
+        let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
+    }
+
+    /// How a region's faults wake workers.
+    fn wakes_of(&self, region: &Served) -> EpollFlags {
+        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
+        let alone =
+            if region.target.foreign().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
+        self.wakes | alone
+    }
+
+    pub(super) fn remove(&self, region: &Served) {
+        let mut regions = self.regions.write();
+        let fd = region.uffd.as_fd().as_raw_fd();
+        if regions.served.get(&fd).is_some_and(|door| door.is_of(region)) {
+            regions.served.remove(&fd);
+        }
+        drop(regions);
+        if region.family.is_some() {
+            return;
+        }
+        for epoll in &self.epolls {
+            // ENOENT where adding was refused half-way.
+            let _ = epoll.delete(&region.uffd);
+        }
+    }
+
+    fn refuse_regions(&self) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.served.is_empty() {
+            regions.stopped = true;
+            return Ok(());
+        }
+        let name = |door: &Arc<Door>| door.enter().map_or_else(String::new, |region| region.name.clone());
+        let names: Vec<_> = regions.served.values().map(name).collect();
+        let what =
+            format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
+        Err(Error::new(ErrorKind::Busy, what))
+    }
+}
+
+pub(super) fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(), Errno> {
+    let token = fd.as_fd().as_raw_fd() as u64;
+    epoll.add(fd, EpollEvent::new(flags, token))
+}
+
+/// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
+fn thread_name(prefix: &str, index: usize) -> String {
+    let suffix = format!("/{index}");
+    let mut cut = prefix.len().min(15 - suffix.len());
+    while !prefix.is_char_boundary(cut) {
+        cut -= 1;
+    }
+    format!("{}{suffix}", &prefix[..cut])
+}
+
+/// News that may wait for a worker.
+const NEWS_MAX: usize = 1024;
+/// Faults that may wait for a worker: past it, who reads them serves them.
+const HANDED_MAX: usize = 1024;
+/// Spans that may wait to be filled ahead.
+const AHEAD_MAX: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_name_keeps_its_number() {
+        assert_eq!(thread_name("pagestitch", 0), "pagestitch/0");
+        assert_eq!(thread_name("a very long prefix", 123), "a very long/123");
+        assert_eq!(thread_name("ééééééééé", 7), "éééééé/7");
+    }
+
+    #[test]
+    fn a_stopped_pool_takes_no_region() {
+        let pool = Pool::builder().workers(3).start().unwrap();
+        assert_eq!(pool.clone().stop().unwrap(), Report { workers: 3, faults: 0 });
+        let error = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+    }
+}

@@ -1,0 +1,233 @@
+//! Populate: the same steps for pages that nobody has touched yet, in the caller's thread, and in more of them where there
+//! is much to fill.
+
+use crate::error::Failure;
+use crate::fault::callers::{self, Mark};
+use crate::fault::fill::Buffers;
+use crate::fault::resolve::{Short, Stopped};
+use crate::fault::{BLOCK_PAGES, supply};
+use crate::signals::NoSignals;
+use crate::space::Mapping;
+use crate::space::page_table::State;
+use pagestitch_kernel::Span;
+use parking_lot::Mutex;
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it are filled.
+pub(crate) fn populate(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+    populate_once(region, span)?;
+    // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
+    if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
+}
+
+/// Fills all that is absent of a region, also behind pages that cannot be filled; asks now and then whether to go on. The first
+/// page that could not be filled is the error.
+pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
+    fill_blocks(region, region.target.all(), Extent::All(go_on))
+}
+
+fn populate_once(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+    if span.pages < PARALLEL_PAGES {
+        return fill_absent(region, span, &mut None, Extent::ToFailure);
+    }
+    fill_blocks(region, span, Extent::ToFailure)
+}
+
+fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
+    let work = Work { region, extent, rest: Mutex::new(Rest { span, failed: None }) };
+    thread::scope(|scope| {
+        let quiet = NoSignals::until_dropped();
+        let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
+        for index in 0..helpers {
+            let named = thread::Builder::new().name(format!("populate/{index}"));
+            // One that cannot be had is one fewer.
+            let _ = named.spawn_scoped(scope, || work.help());
+        }
+        drop(quiet);
+        work.help();
+    });
+    work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
+}
+
+/// How much of a span is filled.
+#[derive(Clone, Copy)]
+enum Extent<'a> {
+    /// What is before the first page that cannot be.
+    ToFailure,
+    /// Each page that can be, as long as this says so.
+    All(&'a (dyn Fn() -> bool + Sync)),
+}
+
+impl Extent<'_> {
+    fn goes_on(self) -> bool {
+        match self {
+            Self::ToFailure => true,
+            Self::All(go_on) => go_on(),
+        }
+    }
+
+    /// Whether to wait for a map that has been changing since then.
+    fn waits(self, since: &Instant) -> bool {
+        matches!(self, Self::ToFailure) || self.goes_on() && since.elapsed() < CHANGING_MAX
+    }
+
+    /// Whether a failure ends it: a process that has ended needs no page any more.
+    fn ends_at_failure(self, region: &Mapping) -> bool {
+        matches!(self, Self::ToFailure) || region.owner_has_ended()
+    }
+}
+
+/// A span that several threads fill, block by block from its start.
+struct Work<'r> {
+    region: &'r Mapping,
+    extent: Extent<'r>,
+    rest: Mutex<Rest>,
+}
+
+struct Rest {
+    span: Span,
+    /// The first block in which a source has failed.
+    failed: Option<(Span, Arc<Failure>)>,
+}
+
+impl Work<'_> {
+    fn help(&self) {
+        let mut buffers = None;
+        while let Some(block) = self.next_block() {
+            if let Err(failure) = fill_absent(self.region, block, &mut buffers, self.extent) {
+                let failed = &mut self.rest.lock().failed;
+                if failed.as_ref().is_none_or(|(other, _)| block.first < other.first) {
+                    *failed = Some((block, failure));
+                }
+            }
+        }
+    }
+
+    /// None is taken after a failure that ends it; those before it have been, and whoever took them fills them.
+    fn next_block(&self) -> Option<Span> {
+        if !self.extent.goes_on() {
+            return None;
+        }
+        let mut rest = self.rest.lock();
+        let ended = rest.failed.is_some() && self.extent.ends_at_failure(self.region);
+        if ended || rest.span.is_empty() {
+            return None;
+        }
+        let (block, later) = self.region.first_block(rest.span);
+        rest.span = later;
+        Some(block)
+    }
+}
+
+/// Fills the absent pages of a span in this thread, and waits for those that others are filling. The first page that cannot be
+/// filled is the error.
+fn fill_absent(
+    region: &Mapping,
+    span: Span,
+    buffers: &mut Option<Buffers>,
+    extent: Extent<'_>,
+) -> Result<(), Arc<Failure>> {
+    let (mut rest, mut first, mut changing) = (span, Ok(()), None);
+    loop {
+        let gap = region.next_gap(rest);
+        if gap.is_empty() {
+            return first;
+        }
+        rest = rest.without_prefix(gap.first.0 - rest.first.0);
+        let pages = match fill_run(region, gap, buffers)? {
+            Run::Filled(0) => 0,
+            Run::Filled(pages) => {
+                changing = None;
+                pages
+            }
+            Run::Changing if extent.waits(changing.get_or_insert_with(Instant::now)) => {
+                thread::yield_now();
+                0
+            }
+            Run::Changing => return first.and_then(|()| Err(no_rest(region, rest))),
+            Run::Failed(failure, _) if extent.ends_at_failure(region) => return Err(failure),
+            Run::Failed(failure, pages) => {
+                first = first.and(Err(failure));
+                pages
+            }
+        };
+        rest = rest.without_prefix(pages);
+    }
+}
+
+/// What came of a run of pages.
+enum Run {
+    /// So many are filled, or were before; none: look again.
+    Filled(usize),
+    /// The map is changing.
+    Changing,
+    /// One of them cannot be; so many are to be passed over.
+    Failed(Arc<Failure>, usize),
+}
+
+/// Fills the first pages of a gap, or waits for whoever does.
+fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Result<Run, Arc<Failure>> {
+    if region.pages.state(gap.first) == State::Present {
+        return Ok(Run::Filled(1));
+    }
+    let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
+    let mark = Mark::new(region, wanted);
+    match region.pages.claim_run(wanted, region) {
+        Ok(claim) => {
+            let claimed = claim.span();
+            // Who finds everything there needs none.
+            let buffers = match buffers {
+                Some(buffers) => buffers,
+                None => {
+                    buffers.insert(Buffers::new().map_err(|errno| failure_of(region, gap, errno.into()))?)
+                }
+            };
+            Ok(match supply(region, claim, claimed, buffers, (Short::Wait, 0)) {
+                Ok(()) => Run::Filled(claimed.pages),
+                Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => Run::Changing,
+                // It is found when the gap is looked at again.
+                Err(Stopped::Failed(failure)) => Run::Failed(failure, 0),
+            })
+        }
+        Err(State::Present) => Ok(Run::Filled(1)),
+        // Without a failure on record it was let go between the two looks: look again.
+        Err(State::Poisoned) => {
+            let failure = region.failure(gap.first);
+            Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
+        }
+        Err(State::Absent) => Ok(Run::Filled(0)),
+        Err(State::Filling | State::Wanted | State::Forgotten) => {
+            drop(mark);
+            if callers::fills(callers::this_thread(), region, gap.first) {
+                return Err(failure_of(region, gap, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
+            }
+            region.pages.wait_while_filling(gap.first);
+            Ok(Run::Filled(0))
+        }
+    }
+}
+
+/// The owner of adopted memory lets go of pages without end, and the kernel fills none meanwhile.
+fn no_rest(region: &Mapping, rest: Span) -> Arc<Failure> {
+    let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
+    failure_of(region, rest, io::Error::new(io::ErrorKind::TimedOut, why))
+}
+
+fn failure_of(region: &Mapping, span: Span, error: io::Error) -> Arc<Failure> {
+    let offsets = region.page_size().offsets(span);
+    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(error))
+}
+
+const NESTED: &str = "this thread is filling the page already, below a signal handler or a source that has called for it: let it \
+                      return first";
+
+/// From here on, other threads help: to start one has to be worth it.
+const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
+/// Past it, memory is what is waited for.
+const THREADS_MAX: usize = 4;
+/// How long the map of memory that is left to its owner may be changing without a page that can be filled.
+const CHANGING_MAX: Duration = Duration::from_secs(5);

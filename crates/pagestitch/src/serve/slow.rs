@@ -1,0 +1,121 @@
+//! Slow regions: those whose faults take more than a millisecond, or are the first. Together they hold up all workers but one, which is
+//! there for the quick ones.
+
+use crate::serve::Door;
+use crate::serve::worker::Handed;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// The berths of workers that slow regions hold up, and the faults that wait for one.
+#[derive(Debug)]
+pub(super) struct Slow {
+    state: Mutex<State>,
+    /// How many wait, to be looked at without the lock.
+    waiting: AtomicUsize,
+}
+
+#[derive(Debug)]
+struct State {
+    taken: usize,
+    waiting: VecDeque<Handed>,
+}
+
+impl Slow {
+    /// With room for so many to wait; more than that, and room is made.
+    pub(super) fn new(room: usize) -> Self {
+        let state = State { taken: 0, waiting: VecDeque::with_capacity(room) };
+        Self { state: Mutex::new(state), waiting: AtomicUsize::new(0) }
+    }
+
+    /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
+    pub(super) fn enter(&self, most: usize, fault: Handed) -> Option<Handed> {
+        let mut state = self.state.lock();
+        if state.taken < most {
+            return Some(take(&mut state, fault));
+        }
+        state.waiting.push_back(fault);
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
+        None
+    }
+
+    pub(super) fn are_waited_for(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
+    /// up no worker yet: those in the berths may never leave.
+    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<Handed> {
+        let mut state = self.state.lock();
+        let fault = if state.taken < most {
+            state.waiting.pop_front()
+        } else if last_resort {
+            let holds_none = |fault: &Handed| fault.door.berths.load(Ordering::Relaxed) == 0;
+            let first = state.waiting.iter().position(holds_none);
+            first.and_then(|first| state.waiting.remove(first))
+        } else {
+            None
+        }?;
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
+        Some(take(&mut state, fault))
+    }
+
+    /// Leaves the berth of a region's fault, or stays in it for the next that waits.
+    pub(super) fn leave(&self, most: usize, region: &Door) -> Option<Handed> {
+        let mut state = self.state.lock();
+        region.berths.fetch_sub(1, Ordering::Relaxed);
+        state.taken -= 1;
+        if state.taken >= most {
+            return None;
+        }
+        let fault = state.waiting.pop_front()?;
+        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
+        Some(take(&mut state, fault))
+    }
+}
+
+/// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
+fn take(state: &mut State, fault: Handed) -> Handed {
+    state.taken += 1;
+    fault.door.berths.fetch_add(1, Ordering::Relaxed);
+    fault
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn is_of(fault: Option<&Handed>, door: &Arc<Door>) -> bool {
+        fault.is_some_and(|fault| Arc::ptr_eq(&fault.door, door))
+    }
+
+    /// Two workers are in berths of one region, and a third fault of it waits before one of another.
+    #[test]
+    fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
+        let (hangs, other, slow) = (Door::nowhere(), Door::nowhere(), Slow::new(4));
+        let held = |door: &Door| door.berths.load(Ordering::Relaxed);
+        assert!(slow.enter(2, Handed::at(&hangs)).is_some() && slow.enter(2, Handed::at(&hangs)).is_some());
+        assert!(slow.enter(2, Handed::at(&hangs)).is_none() && slow.enter(2, Handed::at(&other)).is_none());
+        assert!(slow.are_waited_for() && slow.enter_next(2, false).is_none());
+        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
+        assert_eq!((held(&hangs), held(&other)), (2, 0));
+        assert!(slow.enter(2, Handed::at(&hangs)).is_none());
+        assert!(
+            is_of(slow.enter_next(2, true).as_ref(), &other),
+            "as a last resort, of a region that holds none"
+        );
+        assert!(slow.enter_next(2, true).is_none());
+        assert!(slow.leave(2, &other).is_none(), "it was one beyond");
+        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
+        assert!(slow.leave(2, &hangs).is_none() && slow.leave(2, &hangs).is_none());
+        assert_eq!((held(&hangs), held(&other), slow.are_waited_for()), (0, 0, false));
+    }
+
+    #[test]
+    fn a_berth_that_is_new_is_for_the_first_that_waits() {
+        let (slow, door) = (Slow::new(4), Door::nowhere());
+        assert!(slow.enter(1, Handed::at(&door)).is_some() && slow.enter(1, Handed::at(&door)).is_none());
+        assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
+    }
+}

@@ -1,0 +1,301 @@
+//! The watchdog: replaces workers that sources hold up; tells of faults that take too long, once each, and gives them up where that was
+//! declared.
+//!
+//! A source that hangs cannot be called back. What the watchdog can do is to have another worker serve the others, and the waiter
+//! run: into a signal. Should the source answer after all, its bytes replace the mark.
+//!
+//! ```text
+//!   no worker works ──▶ dozes ── a worker wakes up ──▶ looks every 10 ms ──▶ a worker in one step for 10 ms: another one at its post
+//!                                                             │
+//!                        as many as there may be: reads what no worker is left for, so that all faults are known, and have their limit
+//! ```
+//!
+//! It counts time by its own looks, each for no more than it meant to wait: a process that was stopped has lost no time.
+
+use crate::error::Failure;
+use crate::fault::Request;
+use crate::fault::resolve::{Stopped, fail_now, poison};
+use crate::guard::AbortOnPanic;
+use crate::metrics::Overdue;
+use crate::serve::Served;
+use crate::serve::crew::{BOUND, Look, Seen};
+use crate::serve::pool::Shared;
+use crate::serve::worker::{Handed, asked_of};
+use crate::space::page_table::{Unclaimed, Wake};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch_kernel::Batch;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// How long a fault may take.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Limits {
+    /// Before it is told of.
+    pub(super) overdue: Option<Duration>,
+    /// Before its page is made bad.
+    pub(super) hard: Option<Duration>,
+}
+
+impl Limits {
+    fn shortest(self) -> Option<Duration> {
+        [self.overdue, self.hard].into_iter().flatten().min()
+    }
+
+    /// How often to look at all faults in flight, where there is anything to watch for.
+    fn tick(self) -> Option<Duration> {
+        Some((self.shortest()? / 4).clamp(Duration::from_millis(5), Duration::from_secs(1)))
+    }
+
+    /// Looks at the faults of a region, so long after the last look.
+    fn look(self, region: &Served, passed: Duration) {
+        let Some(shortest) = self.shortest() else { return };
+        for fault in region.counters.watch(passed, shortest) {
+            if self.overdue.is_some_and(|limit| fault.age >= limit) && region.counters.tell_once(&fault) {
+                tell(region, &fault);
+            }
+            if self.hard.is_some_and(|limit| fault.age >= limit) && region.counters.give_up_once(&fault) {
+                give_up(region, &fault);
+            }
+        }
+    }
+}
+
+/// The thread.
+pub(super) struct Watchdog {
+    shared: Arc<Shared>,
+    limits: Limits,
+    seen: Vec<Seen>,
+    /// Looks in a row in which no worker did anything.
+    quiet: u32,
+    /// Since when time that the faults have is not counted yet.
+    counted: Duration,
+    /// No worker could be started where one was wanted.
+    short: bool,
+    batch: Batch,
+    /// What it has read, and there is no room for in the channel.
+    read: VecDeque<Handed>,
+}
+
+impl Watchdog {
+    pub(super) fn new(shared: Arc<Shared>, limits: Limits) -> Self {
+        Self {
+            shared,
+            limits,
+            seen: Vec::new(),
+            quiet: 0,
+            counted: Duration::ZERO,
+            short: false,
+            batch: Batch::with_capacity(BATCH),
+            read: VecDeque::new(),
+        }
+    }
+
+    /// Looks after the workers until the pool stops.
+    pub(super) fn run(mut self) {
+        let _abort = AbortOnPanic::armed();
+        loop {
+            let (wait, began) = (self.wait(), Instant::now());
+            let timeout = wait
+                .map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX));
+            let mut ends = [&self.shared.stop, &self.shared.crew.call]
+                .map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN));
+            let _ = poll(&mut ends, timeout);
+            if ends[0].any().unwrap_or(false) {
+                return;
+            }
+            if ends[1].any().unwrap_or(false) {
+                let _ = self.shared.crew.call.read();
+            }
+            self.look(began.elapsed().min(wait.unwrap_or(BOUND)));
+        }
+    }
+
+    /// How long to wait before the next look.
+    fn wait(&self) -> Option<Duration> {
+        let (faults, workers) = (self.limits.tick(), (!self.shared.crew.is_dozing()).then_some(BOUND));
+        [faults, workers].into_iter().flatten().min()
+    }
+
+    fn look(&mut self, passed: Duration) {
+        if !self.shared.crew.is_dozing() {
+            self.look_at_workers(passed);
+        }
+        self.counted += passed;
+        if self.limits.tick().is_some_and(|tick| self.counted >= tick) {
+            for door in self.shared.regions() {
+                // A region that is being dropped waits for its sources anyway.
+                if let Some(region) = door.enter() {
+                    self.limits.look(&region, self.counted);
+                }
+            }
+            self.counted = Duration::ZERO;
+        }
+    }
+
+    fn look_at_workers(&mut self, passed: Duration) {
+        let look = self.shared.crew.look(&mut self.seen, passed);
+        self.quiet = if look.busy { 0 } else { self.quiet + 1 };
+        let posts: Vec<_> = self.shared.crew.abandoned(&self.seen).collect();
+        let short = !posts.into_iter().all(|post| self.replace(post));
+        self.tell_shortage(short, look);
+        self.last_resort(look);
+        let left = self.shared.left.swap(false, Ordering::SeqCst);
+        if short || left || !self.read.is_empty() {
+            self.read_all();
+        } else if self.quiet >= QUIET && self.shared.crew.doze() {
+            self.quiet = 0;
+        }
+    }
+
+    /// Starts a worker at a post where none gets on. False if there can be no more.
+    fn replace(&self, post: usize) -> bool {
+        match Shared::start_replacement(&self.shared, post) {
+            Ok(()) => {
+                self.shared.crew.replacements.fetch_add(1, Ordering::Relaxed);
+                true
+            }
+            Err(error) => {
+                if !self.short {
+                    log!(warn, %error, "a worker that a source holds up cannot be replaced");
+                }
+                false
+            }
+        }
+    }
+
+    fn tell_shortage(&mut self, short: bool, Look { held_up, .. }: Look) {
+        if short && !self.short {
+            let crew = &self.shared.crew;
+            crew.shortages.fetch_add(1, Ordering::Relaxed);
+            log!(
+                error,
+                pool = self.shared.name,
+                workers = crew.working(),
+                held_up,
+                "sources hold up workers that cannot be replaced: faults wait for an answer, or for give_up_after(); see max_workers()"
+            );
+        }
+        self.short = short;
+    }
+
+    /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
+    fn last_resort(&self, Look { held_up, waiting, .. }: Look) {
+        let crew = &self.shared.crew;
+        let last = (self.short || crew.working() >= crew.most()) && held_up + 1 >= crew.working();
+        crew.last_resort.store(last, Ordering::Relaxed);
+        // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
+        // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
+        if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_handed()) {
+            self.shared.ring_self();
+        }
+        if waiting > 0 && self.short {
+            self.shared.later.tell_again();
+        }
+    }
+
+    /// Reads the faults of all regions, and queues them: where no worker is left to read them, they would not be known.
+    fn read_all(&mut self) {
+        for door in self.shared.regions() {
+            let Some(region) = door.enter() else { continue };
+            if region.family.is_none() {
+                self.read_one(&region);
+            } else {
+                // The usher has read its events.
+                let read = Instant::now();
+                let asked = |(page, thread, place)| Request {
+                    page,
+                    read,
+                    thread,
+                    place: Some(place),
+                    tries: 0,
+                    failures: 0,
+                };
+                let left = region.counters.take_left().map(asked);
+                self.read.extend(left.map(|asked| Handed::new(&region, asked)));
+            }
+        }
+        // Children that are to be served, too, wait for a worker.
+        self.shared.hear_news();
+        let mut handed = 0;
+        while let Some(fault) = self.read.pop_front() {
+            if let Err(fault) = self.shared.hand_on(fault) {
+                self.read.push_front(fault);
+                break;
+            }
+            handed += 1;
+        }
+        self.shared.ring_all(handed);
+    }
+
+    fn read_one(&mut self, region: &Arc<Served>) {
+        // It comes back at the next look: a watchdog that waits for one region watches none.
+        let read = region.try_read_events(&mut self.batch, &mut |news| region.hear(news));
+        let Ok(again) = read else { return };
+        let read = Instant::now();
+        let asked = self.batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
+        self.read.extend(asked.map(|asked| Handed::new(region, asked)));
+        if again || self.batch.is_full() {
+            self.shared.look_again(&self.shared.epolls()[0], region);
+        }
+    }
+}
+
+fn tell(region: &Served, fault: &Overdue) {
+    let Failure { chunk, source, .. } = &failure(region, fault);
+    let (offset, age, thread) = (region.page_size().offset_of(fault.page), fault.age, fault.thread);
+    log!(warn, region = region.name, offset, chunk, source, ?age, thread, "a fault is overdue");
+    region.counters.local().faults_overdue.add(1);
+}
+
+/// Has the waiter run into a signal, and keeps the reason.
+fn give_up(region: &Served, fault: &Overdue) {
+    let failure = failure(region, fault);
+    let said = failure.to_string();
+    let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
+    {
+        // No worker has begun: the page is bad as any that has failed.
+        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), Stopped::Failed(_)),
+        Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
+        // It has come, or is bad, and the queued fault is late.
+        Err(Unclaimed::Resident) => return region.wake(fault.page.span()),
+        Err(Unclaimed::Poisoned) => return drop(poison(region, fault.page.span())),
+    };
+    if !given_up {
+        // The map is changing, or is held: the page is tried again at the next look.
+        return region.counters.keep_on(fault);
+    }
+    region.counters.local().faults_given_up.add(1);
+    log!(
+        error,
+        region = region.name,
+        failure = said,
+        thread = fault.thread,
+        "a fault was given up: its page is bad"
+    );
+}
+
+/// The same for a page that a worker is at.
+fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
+    let failure = Arc::new(failure);
+    region.keep_failure(fault.page, Arc::clone(&failure));
+    let poisoned = poison(region, fault.page.span()).is_ok();
+    if poisoned {
+        region.report(fault.page, &failure);
+    }
+    poisoned
+}
+
+fn failure(region: &Served, fault: &Overdue) -> Failure {
+    let offsets = region.page_size().offsets(fault.page.span());
+    let why = format!("it has taken {:?} so far", fault.age);
+    region.layout.piece_at(offsets.start, offsets.end).failed(io::Error::new(io::ErrorKind::TimedOut, why))
+}
+
+/// Events read at once.
+const BATCH: usize = 64;
+/// So many looks in which nothing happens, and it looks no more until it is called: to be called costs the fault a system call.
+const QUIET: u32 = 50;

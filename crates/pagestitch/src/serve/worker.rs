@@ -1,0 +1,380 @@
+//! A worker: wakes up, reads a batch of events, serves the first fault itself and hands on the rest.
+//!
+//! What is to be filled ahead waits until there is no fault to serve, and goes block by block to whoever is free.
+//!
+//! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; with
+//! nobody free, the worker comes back for it, or another one that is started at its post. A worker allocates nothing between wake-up
+//! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
+
+use crate::fault::fill::Buffers;
+use crate::fault::resolve::{release, show};
+use crate::fault::{Request, fill_ahead, replay, serve};
+use crate::guard::AbortOnPanic;
+use crate::policy::Replay;
+use crate::serve::later::What;
+use crate::serve::pace::Reading;
+use crate::serve::pace::TURN_MAX;
+use crate::serve::pool::Shared;
+use crate::serve::{Door, Served};
+use crate::space::target::Busy;
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
+use nix::unistd::Pid;
+use pagestitch_kernel::{Batch, Fault, FaultKind, Span};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+/// A fault that was handed on.
+#[derive(Debug)]
+pub(super) struct Handed {
+    pub(super) door: Arc<Door>,
+    asked: Request,
+}
+
+/// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
+#[derive(Debug)]
+pub(super) struct Ahead {
+    door: Arc<Door>,
+    span: Option<Span>,
+}
+
+/// What a worker owns: everything it needs was made before it started.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    ready: Arc<Epoll>,
+    /// The CPU it stays on; `None` for any.
+    home: Option<usize>,
+    /// Its place in the crew.
+    place: usize,
+    batch: Batch,
+    buffers: Buffers,
+    served: u64,
+}
+
+/// What came of one turn.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    /// There was something to serve.
+    Busy,
+    /// There was nothing.
+    Quiet,
+    /// The pool is being stopped.
+    Stopped,
+}
+
+impl Handed {
+    pub(super) fn new(region: &Arc<Served>, asked: Request) -> Self {
+        Self { door: Arc::clone(region.door()), asked }
+    }
+}
+
+#[cfg(test)]
+impl Handed {
+    /// A fault of a region that there is not.
+    pub(super) fn at(door: &Arc<Door>) -> Self {
+        let page = pagestitch_kernel::Page(0);
+        let asked = Request { page, read: Instant::now(), thread: 1, place: None, tries: 0, failures: 0 };
+        Self { door: Arc::clone(door), asked }
+    }
+}
+
+impl Ahead {
+    pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
+        Self { door: Arc::clone(region.door()), span: Some(span) }
+    }
+
+    pub(super) fn replay(region: &Arc<Served>) -> Self {
+        Self { door: Arc::clone(region.door()), span: None }
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        ready: Arc<Epoll>,
+        home: Option<usize>,
+        place: usize,
+    ) -> Result<Self, Errno> {
+        Ok(Self {
+            shared,
+            ready,
+            home,
+            place,
+            batch: Batch::with_capacity(BATCH),
+            buffers: Buffers::new()?,
+            served: 0,
+        })
+    }
+
+    /// Works until the pool stops, or another worker does at its post; says how many faults it has served.
+    pub(super) fn run(mut self) -> u64 {
+        let _abort = AbortOnPanic::armed();
+        self.go_home();
+        // What those have left that it stands in for: no descriptor tells of it.
+        self.shared.crew.works(self.place);
+        self.serve_handed();
+        self.shared.crew.waits(self.place);
+        let linger = EpollTimeout::from(LINGER_MS);
+        loop {
+            // Faults come first; to fill ahead is what to do while there are none.
+            let wait = match (self.shared.has_more(), self.shared.crew.is_large()) {
+                (true, _) => EpollTimeout::ZERO,
+                (false, true) => linger,
+                (false, false) => EpollTimeout::NONE,
+            };
+            match self.turn(wait) {
+                Turn::Stopped => return self.served,
+                Turn::Quiet if wait == linger && self.shared.crew.leave(self.place) => return self.served,
+                Turn::Quiet | Turn::Busy => self.shared.crew.waits(self.place),
+            }
+        }
+    }
+
+    /// Works without waiting until nothing is left to do, or so many faults have been served; says how many were.
+    pub(super) fn serve_ready(&mut self, budget: u64) -> u64 {
+        let _abort = AbortOnPanic::armed();
+        let before = self.served;
+        while self.served - before < budget {
+            let left = self.shared.has_more();
+            let turn = self.turn(EpollTimeout::ZERO);
+            self.shared.crew.waits(self.place);
+            if turn == Turn::Quiet && !left {
+                break;
+            }
+        }
+        if self.shared.has_more() {
+            // Who waits for this is to be told that there is more to do.
+            self.shared.ring_self();
+        }
+        self.served - before
+    }
+
+    /// Waits for events as long as it may, serves those of one descriptor, and fills one block ahead. It is at work from then on.
+    fn turn(&mut self, wait: EpollTimeout) -> Turn {
+        // One at a time: what else is ready stays so for the worker that takes this post over.
+        let mut ready = [EpollEvent::empty()];
+        let count = self.ready.wait(&mut ready, wait);
+        self.shared.crew.works(self.place);
+        match count {
+            Ok(0) => {}
+            Ok(_) => {
+                let fd = ready[0].data() as RawFd;
+                if fd == self.shared.stop.as_fd().as_raw_fd() {
+                    return Turn::Stopped;
+                } else if fd == self.shared.bell.as_fd().as_raw_fd() {
+                    // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
+                    let _ = self.shared.bell.read();
+                } else if fd == self.shared.later.fd() {
+                    self.serve_later();
+                } else if let Some(door) = self.shared.region(fd) {
+                    self.serve_batch(&door);
+                }
+            }
+            Err(Errno::EINTR) => return Turn::Busy,
+            Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
+        }
+        self.serve_handed();
+        self.fill_ahead();
+        if count == Ok(0) { Turn::Quiet } else { Turn::Busy }
+    }
+
+    fn go_home(&self) {
+        let Some(cpu) = self.home else { return };
+        let mut home = CpuSet::new();
+        let gone = home.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &home));
+        if let Err(errno) = gone {
+            log!(debug, cpu, %errno, "not pinned: served from any CPU, which is slower");
+        }
+    }
+
+    /// Serves what there is: nobody is woken again for it.
+    fn serve_batch(&mut self, door: &Door) {
+        let Some(region) = door.enter() else { return };
+        // Who comes while somebody reads from adopted memory leaves it to that one, which may hang in a source.
+        let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
+        for _ in 0..BATCHES {
+            if self.serve_read(&region, &mut turn) == Err(Busy) {
+                // The turn is not given on: the next worker takes it when it is late, and does not wait either.
+                return self.shared.look_later(&region, TURN_MAX);
+            }
+            if turn.ends(self.batch.is_full()) {
+                return;
+            }
+        }
+        // There may always be more to read: other regions come first.
+        turn.give_on();
+        self.shared.look_again(&self.ready, &region);
+    }
+
+    /// Reads a batch of events, and serves it or hands it on.
+    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
+        let Self { shared, ready, batch, buffers, served, place, .. } = self;
+        // Regions whose children are served are not read here.
+        let hear = &mut |news| region.hear(news);
+        let again = match turn.may_wait() {
+            true => region.read_events(batch, hear),
+            false => region.try_read_events(batch, hear)?,
+        };
+        if again {
+            shared.look_later(region, MOMENT);
+        }
+        let read = Instant::now();
+        let read_again = turn.has_read(read);
+        let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
+        // A worker that reads again enters no source before: all that it has read is for others.
+        let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.keeps()) };
+        let (mut handed, mut kept) = (0, 0);
+        for (index, asked) in pages.enumerate() {
+            match shared.hand_on(Handed::new(region, asked)).ok() {
+                // Not worth another worker, but one that stands in for this one has to find them.
+                Some(()) if index < keeps => kept += 1,
+                Some(()) => handed += 1,
+                // The channel is full, so all others have work: do it here.
+                None => {
+                    shared.crew.steps(*place);
+                    serve(region, asked, buffers);
+                }
+            }
+        }
+        shared.ring(handed);
+        *served += batch.faults().len() as u64 - handed - kept;
+        if batch.is_full() {
+            // There is more to read, and a source may hold this worker up first: another one reads on.
+            shared.look_again(ready, region);
+        }
+        if let Some(first) = first {
+            self.serve_in_berth(region, first);
+        }
+        self.serve_some_handed(kept);
+        Ok(())
+    }
+
+    /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
+    fn serve_in_berth(&mut self, region: &Arc<Served>, asked: Request) {
+        if let Some((most, berths)) = &region.limit {
+            let mut next = berths.enter(*most, asked);
+            while let Some(asked) = next {
+                self.serve_now(region, asked);
+                next = berths.leave(*most);
+            }
+        } else if region.pace.is_quick() {
+            self.serve_now(region, asked);
+        } else {
+            let most = self.shared.slow_most();
+            let first = self.shared.slow.enter(most, Handed::new(region, asked));
+            self.serve_slow(first);
+        }
+    }
+
+    /// Serves a fault in a berth, and those that wait for it.
+    fn serve_slow(&mut self, first: Option<Handed>) {
+        let mut next = first;
+        while let Some(Handed { door, asked }) = next {
+            // A region that is being dropped needs no page any more.
+            if let Some(region) = door.enter() {
+                self.serve_now(&region, asked);
+            }
+            next = self.shared.slow.leave(self.shared.slow_most(), &door);
+        }
+    }
+
+    fn serve_now(&mut self, region: &Arc<Served>, asked: Request) {
+        self.shared.crew.steps(self.place);
+        let ahead = serve(region, asked, &mut self.buffers);
+        self.shared.remember(region, ahead.into_iter().flatten());
+    }
+
+    /// Serves what was handed on, and what waits for a berth that is free by now.
+    fn serve_handed(&mut self) {
+        self.shared.hear_news();
+        // Then it looks at the regions again, whose faults are in no channel yet.
+        self.serve_some_handed(HANDED_AT_ONCE);
+        if self.shared.slow.are_waited_for() {
+            let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
+            let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
+            self.serve_slow(next);
+        }
+    }
+
+    fn serve_some_handed(&mut self, most: u64) {
+        for _ in 0..most {
+            let Some(Handed { door, asked }) = self.shared.take_handed() else { break };
+            // A region that is being dropped needs no page any more.
+            let Some(region) = door.enter() else { continue };
+            self.served += 1;
+            self.serve_in_berth(&region, asked);
+        }
+    }
+
+    /// Does what it is time for by now.
+    fn serve_later(&mut self) {
+        self.shared.later.seen();
+        for _ in 0..HANDED_AT_ONCE {
+            match self.shared.later.take() {
+                Some(What::Serve(Handed { door, asked })) => {
+                    // A region that is being dropped needs no page any more.
+                    let Some(region) = door.enter() else { continue };
+                    self.serve_in_berth(&region, asked);
+                }
+                Some(What::Look(door)) => {
+                    if let Some(region) = door.enter() {
+                        region.pace.is_looked_at();
+                    }
+                    self.serve_batch(&door);
+                }
+                None => break,
+            }
+        }
+    }
+
+    /// Fills one block of what is to be filled ahead. What is left of it is there for whoever is free first.
+    fn fill_ahead(&mut self) {
+        let Ok(Ahead { door, span }) = self.shared.ahead.1.try_recv() else { return };
+        let Some(region) = door.enter() else { return };
+        self.shared.crew.steps(self.place);
+        let Some(span) = span else { return self.replay(&region) };
+        let (now, later) = region.first_block(span);
+        self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
+        fill_ahead(&region, now, &mut self.buffers);
+    }
+
+    /// Fills a few pages of a recording, and leaves the rest to whoever is free.
+    fn replay(&mut self, region: &Arc<Served>) {
+        let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
+        runs.for_each(|run| replay(region, run, &mut self.buffers));
+        self.shared.replay(region);
+    }
+}
+
+/// What is to be served for a fault; `None` where that was all that there is to do.
+pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Request> {
+    let page = region.target.page_at(fault.address)?;
+    let counters = region.counters.local();
+    counters.faults_writing.add(u64::from(fault.write));
+    counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
+    match fault.kind {
+        FaultKind::WriteProtect => release(region, page),
+        // Only somebody else's registration asks for these beside memfds that are filled later.
+        FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
+        FaultKind::Minor | FaultKind::Missing => {
+            let thread = fault.thread.cast_unsigned();
+            let place = region.counters.begin(page, thread, read);
+            return Some(Request { page, read, thread, place, tries: 0, failures: 0 });
+        }
+    }
+    None
+}
+
+/// How long a worker waits for something to do where there are more than there are posts.
+const LINGER_MS: u16 = 1000;
+/// Faults that were handed on, and are served before the worker looks at the regions again.
+const HANDED_AT_ONCE: u64 = 64;
+/// Until what could not be done is tried again.
+const MOMENT: Duration = Duration::from_millis(1);
+/// Events read at once.
+const BATCH: usize = 64;
+/// Batches read of a region before others are looked at.
+const BATCHES: usize = 8;

@@ -1,0 +1,497 @@
+//! The layout: which chunk holds the byte at an offset. Sorted, immutable, 25 bytes a chunk.
+//!
+//! ```text
+//!   offset   0        5000      5300                 12288        total
+//!            |  chunk 0  | chunk 1 |      chunk 2       |  chunk 3  |
+//!   starts   0        5000      5300                 12288            one more: the total
+//!   origins  (source, offset in it) of each
+//!   buckets  the chunk at offset 0, 1 << shift, 2 << shift, ...       one for every four chunks
+//! ```
+//!
+//! To locate is to look into one bucket and to search among the few chunks that start in it: O(1) where chunks
+//! are about as long as each other, O(log n) however they are, and no allocation.
+
+use crate::error::Failure;
+use crate::error::{Error, ErrorKind};
+use crate::guard::{Untrusted, guarded};
+use crate::policy::OnFailure;
+use crate::source::{Backing, Hole, Identity, Mapped, Shared};
+use crate::space::Chunk;
+use pagestitch_kernel::{Errno, PageSize};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Address -> chunk, offset.
+#[derive(Debug, Default)]
+pub(crate) struct Layout {
+    /// Offset in the region of each chunk's first byte, ascending; the total at the end.
+    starts: Vec<u64>,
+    origins: Vec<Origin>,
+    sources: Vec<Backing>,
+    /// Sources that may come again, while the layout is made.
+    known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
+    total: u64,
+    /// The chunks that are only padding, ascending: users do not count them.
+    padding: Vec<u32>,
+    /// Chunks, as users count, with another policy than the default, in runs; ascending.
+    policies: Vec<(Range<usize>, OnFailure)>,
+    /// The chunk at each multiple of `1 << shift`.
+    buckets: Vec<u32>,
+    shift: u32,
+}
+
+/// Where a chunk's bytes come from.
+#[derive(Debug, Clone, Copy)]
+struct Origin {
+    /// The chunk's first byte in its source.
+    offset: u64,
+    source: u32,
+}
+
+/// A run of bytes of one chunk.
+pub(crate) struct Piece<'l> {
+    /// As users count.
+    pub(crate) chunk: usize,
+    pub(crate) backing: &'l Backing,
+    /// The first byte's offset in the source.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+impl Piece<'_> {
+    pub(crate) fn failed(&self, error: std::io::Error) -> Failure {
+        Failure {
+            chunk: self.chunk,
+            source: guarded(|| self.backing.source().name())
+                .unwrap_or_else(|said| format!("a source whose name panics: {said}")),
+            offset: self.offset,
+            error: Untrusted::new(error),
+            attempts: 1,
+        }
+    }
+}
+
+impl Layout {
+    /// Makes room for that many more chunks, and the end.
+    pub(crate) fn reserve(&mut self, chunks: usize) {
+        self.starts.reserve(chunks.saturating_add(1));
+        self.origins.reserve(chunks);
+    }
+
+    /// Lays one more chunk at the end.
+    pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
+        let Chunk { backing, range, on_failure } = chunk;
+        let number = self.number_of(self.origins.len());
+        check(number, &backing, &range)?;
+        match self.policies.last_mut() {
+            _ if on_failure == OnFailure::Poison => {}
+            Some((run, same)) if run.end == number && *same == on_failure => run.end += 1,
+            _ => self.policies.push((number..number + 1, on_failure)),
+        }
+        self.lay(backing, &range)
+    }
+
+    /// Lays padding at the end, so that `chunk` begins at the same place in a page as in its source.
+    pub(crate) fn pad_for(&mut self, chunk: &Chunk, page: PageSize) -> Result<(), Error> {
+        let wanted = if chunk.backing.has_pages() { chunk.range.start } else { 0 };
+        let padding = wanted.wrapping_sub(self.total) % page.bytes() as u64;
+        if padding > 0 {
+            self.padding.push(self.origins.len() as u32);
+            self.lay(Backing::Hole(Hole), &(0..padding))?;
+        }
+        Ok(())
+    }
+
+    fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
+        let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
+            let number = self.number_of(self.origins.len());
+            Error::new(
+                ErrorKind::TooLarge,
+                format!("chunk {number} takes the region past 2^64 bytes: split the region"),
+            )
+        })?;
+        let source = self.source_index(backing)?;
+        self.starts.push(self.total);
+        self.origins.push(Origin { offset: range.start, source });
+        self.total = total;
+        Ok(())
+    }
+
+    /// Seals the layout: from now on it is only read.
+    pub(crate) fn finish(&mut self) -> Result<(), Error> {
+        if self.origins.is_empty() {
+            return Err(Error::new(
+                ErrorKind::NoChunks,
+                "a region needs at least one chunk: the list is empty",
+            ));
+        }
+        self.known = HashMap::default();
+        self.starts.push(self.total);
+        self.starts.shrink_to_fit();
+        self.origins.shrink_to_fit();
+        self.index();
+        Ok(())
+    }
+
+    /// What becomes of a page when the source of a chunk, as users count, fails.
+    pub(crate) fn on_failure(&self, number: usize) -> OnFailure {
+        let next = self.policies.partition_point(|(run, _)| run.end <= number);
+        let policy = self.policies.get(next).filter(|(run, _)| run.contains(&number));
+        policy.map_or(OnFailure::Poison, |(_, policy)| *policy)
+    }
+
+    /// Whether a failure is always a page that is bad.
+    pub(crate) const fn only_poisons(&self) -> bool {
+        self.policies.is_empty()
+    }
+
+    /// How many bytes the chunks hold together.
+    pub(crate) const fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// How many chunks there are.
+    pub(crate) const fn chunks(&self) -> usize {
+        self.origins.len()
+    }
+
+    /// What users call a chunk: they do not count padding.
+    pub(crate) fn number_of(&self, chunk: usize) -> usize {
+        chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
+    }
+
+    /// The chunk that users call by a number.
+    pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
+        // Each padding before it moves it by one: the paddings with at most `number` chunks before them.
+        let (mut low, mut high) = (0, self.padding.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            if self.padding[middle] as usize - middle <= number {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        let chunk = number.checked_add(low)?;
+        (chunk < self.chunks()).then_some(chunk)
+    }
+
+    /// Whether what comes between a chunk and `end`, an offset in its last page, means nothing.
+    pub(crate) fn is_free_after(&self, chunk: usize, end: u64) -> bool {
+        let next = chunk + 1;
+        let is_last = |chunk| chunk >= self.chunks();
+        is_last(next) || self.is_padding(next) && (is_last(next + 1) || self.offsets_of(next).end >= end)
+    }
+
+    /// Whether what comes between `start`, an offset in a chunk's first page, and the chunk means nothing.
+    pub(crate) fn is_free_before(&self, chunk: usize, start: u64) -> bool {
+        chunk > 0 && self.is_padding(chunk - 1) && self.offsets_of(chunk - 1).start <= start
+    }
+
+    pub(crate) fn is_padding(&self, chunk: usize) -> bool {
+        self.padding.binary_search(&(chunk as u32)).is_ok()
+    }
+
+    /// The chunk that holds the byte at `offset`, which is inside.
+    pub(crate) fn locate(&self, offset: u64) -> usize {
+        let bucket = (offset >> self.shift) as usize;
+        let (low, high) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
+        low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
+    }
+
+    /// The bytes at `start` that one chunk holds, as far as `end`.
+    pub(crate) fn piece_at(&self, start: u64, end: u64) -> Piece<'_> {
+        self.piece(self.locate(start), &(start..end))
+    }
+
+    /// The pieces that make up `offsets`, as far as there are chunks.
+    pub(crate) fn pieces(&self, offsets: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
+        let first = self.locate(offsets.start);
+        (first..self.chunks())
+            .take_while(move |&chunk| self.starts[chunk] < offsets.end)
+            .map(move |chunk| self.piece(chunk, &offsets))
+    }
+
+    /// Where a chunk lies in the region.
+    pub(crate) fn offsets_of(&self, chunk: usize) -> Range<u64> {
+        self.starts[chunk]..self.starts[chunk + 1]
+    }
+
+    pub(crate) fn backing_of(&self, chunk: usize) -> &Backing {
+        &self.sources[self.origins[chunk].source as usize]
+    }
+
+    /// Whether pages are given up in it.
+    pub(crate) fn has_donated(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
+    }
+
+    /// Unlocks what was given up, and could not move into a region that is not locked.
+    pub(crate) fn unlock_donated(&self) -> Result<(), Errno> {
+        self.sources.iter().try_for_each(|source| match source {
+            Backing::Donated(donated) => donated.unlock(),
+            _ => Ok(()),
+        })
+    }
+
+    /// Lets go of the sources of which nothing is read any more, as all of their chunks are shown in place: the kernel keeps the pages of
+    /// what is mapped. A region of thousands of files does not take as many descriptors.
+    pub(crate) fn let_go_of_mapped(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
+        let mut needed = vec![false; self.sources.len()];
+        for chunk in 0..self.chunks() {
+            let source = self.origins[chunk].source as usize;
+            needed[source] = needed[source] || !is_shown(self.offsets_of(chunk));
+        }
+        for (source, _) in self.sources.iter_mut().zip(needed).filter(|(_, needed)| !needed) {
+            if let Some(mapped) = Mapped::of(source) {
+                *source = Backing::Mapped(Arc::new(mapped));
+            }
+        }
+    }
+
+    /// The addresses of memory that is copied from, by the numbers of its sources.
+    pub(crate) fn memory(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.sources.iter().enumerate().filter_map(|(number, source)| match source {
+            Backing::Memory(memory) => Some((number, memory.addresses()?)),
+            _ => None,
+        })
+    }
+
+    /// The first chunk of a source, as users count.
+    pub(crate) fn first_chunk_of(&self, source: usize) -> usize {
+        let chunk = self.origins.iter().position(|origin| origin.source as usize == source);
+        self.number_of(chunk.unwrap_or(0))
+    }
+
+    /// Whether there are chunks in it whose bytes come later.
+    pub(crate) fn has_fetched(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Fetched(_)))
+    }
+
+    /// Whether there are chunks in it whose every byte is copied.
+    pub(crate) fn has_copied(&self) -> bool {
+        self.sources
+            .iter()
+            .any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_) | Backing::Fetched(_)))
+    }
+
+    /// Whether there is a memfd in it that is filled later.
+    pub(crate) fn has_lazy(&self) -> bool {
+        self.sources.iter().any(|source| matches!(source, Backing::Shared(Shared::Lazy(_))))
+    }
+
+    /// The first chunk that others may change, for people.
+    pub(crate) fn first_shared(&self) -> Option<String> {
+        // There are far fewer sources than chunks.
+        self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
+        let chunk = (0..self.chunks()).find(|&chunk| matches!(self.backing_of(chunk), Backing::Shared(_)))?;
+        Some(format!("chunk {} ({})", self.number_of(chunk), self.backing_of(chunk).source().name()))
+    }
+
+    /// A chunk's first byte in its source.
+    pub(crate) fn source_offset(&self, chunk: usize) -> u64 {
+        self.origins[chunk].offset
+    }
+
+    /// Whether a chunk goes on in its source where the chunk before it ended.
+    pub(crate) fn continues(&self, chunk: usize) -> bool {
+        let before = self.offsets_of(chunk - 1);
+        let (last, this) = (self.origins[chunk - 1], self.origins[chunk]);
+        last.source == this.source && last.offset + (before.end - before.start) == this.offset
+    }
+
+    fn piece(&self, chunk: usize, within: &Range<u64>) -> Piece<'_> {
+        let own = self.offsets_of(chunk);
+        let (start, end) = (own.start.max(within.start), own.end.min(within.end));
+        let offset = self.origins[chunk].offset + (start - own.start);
+        Piece { chunk: self.number_of(chunk), backing: self.backing_of(chunk), offset, bytes: end - start }
+    }
+
+    fn source_index(&mut self, backing: Backing) -> Result<u32, Error> {
+        let identity = backing.identity();
+        if let Some(&known) = identity.and_then(|identity| self.known.get(&identity)) {
+            return Ok(known);
+        }
+        let index =
+            u32::try_from(self.sources.len()).ok().filter(|&index| index < u32::MAX).ok_or_else(|| {
+                Error::new(ErrorKind::TooLarge, "a region takes fewer than 2^32 sources: split the region")
+            })?;
+        self.sources.push(backing);
+        if let Some(identity) = identity {
+            self.known.insert(identity, index);
+        }
+        Ok(index)
+    }
+
+    /// One bucket for about every four chunks, however long they are.
+    fn index(&mut self) {
+        let wanted = (self.chunks() as u64 / 4).max(1);
+        self.shift = (u64::BITS - (self.total / wanted).leading_zeros()).min(u64::BITS - 1);
+        let buckets = ((self.total - 1) >> self.shift) + 1;
+        self.buckets = Vec::with_capacity(buckets as usize + 1);
+        let mut chunk = 0;
+        for bucket in 0..buckets {
+            while self.starts[chunk + 1] <= bucket << self.shift {
+                chunk += 1;
+            }
+            self.buckets.push(chunk as u32);
+        }
+        self.buckets.push(self.chunks() as u32 - 1);
+    }
+}
+
+fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
+    let bad = |why: String| {
+        let name = backing.source().name();
+        Err(Error::new(ErrorKind::BadChunk, format!("chunk {number} ({name}) {why}")))
+    };
+    let size = backing.source().size();
+    if number >= u32::MAX as usize / 2 {
+        return Err(Error::new(
+            ErrorKind::TooLarge,
+            "a region takes fewer than 2^31 chunks: split the region",
+        ));
+    }
+    if range.start >= range.end {
+        return bad(String::from("is empty: leave it out, or give it a length"));
+    }
+    if range.end > size {
+        return bad(format!(
+            "reaches to byte {} of a source of {size} bytes: end it at or before {size}",
+            range.end
+        ));
+    }
+    match backing {
+        Backing::Donated(donated) => donated.claim(range.clone()).or_else(|other| {
+            bad(format!(
+                "gives up bytes {}..{}, which a chunk gave up before: pages move once",
+                other.start, other.end
+            ))
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Mixes addresses well enough to spread them; they are no attacker's choice.
+#[derive(Debug, Default)]
+struct IdentityHasher(u64);
+
+impl Hasher for IdentityHasher {
+    fn finish(&self) -> u64 {
+        self.0 ^ self.0 >> 32
+    }
+
+    fn write(&mut self, _bytes: &[u8]) {
+        unreachable!("an identity is integers");
+    }
+
+    fn write_isize(&mut self, value: isize) {
+        self.write_u64(value as u64);
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+    }
+
+    fn write_usize(&mut self, value: usize) {
+        self.write_u64(value as u64);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Memory;
+    use proptest::prelude::*;
+
+    fn layout(lengths: &[u64]) -> Layout {
+        let mut layout = Layout::default();
+        for &bytes in lengths {
+            layout.push(Chunk::hole(bytes)).unwrap();
+        }
+        layout.finish().unwrap();
+        layout
+    }
+
+    proptest! {
+        #[test]
+        fn every_offset_is_located_as_by_counting(lengths in prop::collection::vec(1u64..300, 1..200)) {
+            let layout = layout(&lengths);
+            let mut start = 0;
+            for (chunk, bytes) in lengths.iter().enumerate() {
+                prop_assert_eq!(layout.locate(start), chunk);
+                prop_assert_eq!(layout.locate(start + bytes - 1), chunk);
+                start += bytes;
+            }
+            prop_assert_eq!(layout.total(), start);
+        }
+
+        #[test]
+        fn lengths_of_any_size_are_located(exponents in prop::collection::vec(0u32..55, 1..100)) {
+            let lengths: Vec<u64> = exponents.iter().map(|&exponent| 1 << exponent).collect();
+            let layout = layout(&lengths);
+            for chunk in 0..lengths.len() {
+                let own = layout.offsets_of(chunk);
+                prop_assert_eq!(layout.locate(own.start), chunk);
+                prop_assert_eq!(layout.locate(own.end - 1), chunk);
+            }
+        }
+
+        #[test]
+        fn pieces_cover_what_was_asked(
+            lengths in prop::collection::vec(1u64..50, 1..50), cut in (0u64..1000, 1u64..1000),
+        ) {
+            let layout = layout(&lengths);
+            let start = cut.0 % layout.total();
+            let end = (start + cut.1).min(layout.total());
+            let sum: u64 = layout.pieces(start..end).map(|piece| piece.bytes).sum();
+            prop_assert_eq!(sum, end - start);
+        }
+    }
+
+    #[test]
+    fn chunks_of_one_source_share_it() {
+        let memory = Memory::from(vec![0u8; 100]);
+        let mut layout = Layout::default();
+        for start in 0..50 {
+            layout.push(Chunk::from(memory.clone()).range(start..start + 2)).unwrap();
+        }
+        layout.push(Chunk::from(vec![0u8; 100])).unwrap();
+        layout.finish().unwrap();
+        assert_eq!(layout.sources.len(), 2);
+    }
+
+    #[test]
+    fn padding_is_not_counted() {
+        let page = PageSize::new(4096).unwrap();
+        let mut layout = Layout::default();
+        for bytes in [5000, 4096, 1, 100, 8192] {
+            let chunk = Chunk::hole(bytes);
+            layout.pad_for(&chunk, page).unwrap();
+            layout.push(chunk).unwrap();
+        }
+        layout.finish().unwrap();
+        let place = |number| layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start);
+        assert_eq!([0, 1, 2, 3, 4].map(place), [0, 8192, 12288, 16384, 20480].map(Some));
+        assert_eq!(place(5), None);
+        for number in 0..5 {
+            assert_eq!(layout.number_of(layout.chunk_of(number).unwrap()), number);
+        }
+    }
+
+    #[test]
+    fn bad_chunks_are_named() {
+        let mut layout = Layout::default();
+        layout.push(Chunk::from(vec![0u8; 10])).unwrap();
+        let said = layout.push(Chunk::from(vec![0u8; 10]).range(3..3)).unwrap_err().to_string();
+        assert!(said.starts_with("chunk 1 (memory) is empty"), "{said}");
+        let said = layout.push(Chunk::from(vec![0u8; 10]).range(3..11)).unwrap_err().to_string();
+        assert!(said.contains("reaches to byte 11 of a source of 10 bytes"), "{said}");
+        layout.push(Chunk::hole(u64::MAX - 10)).unwrap();
+        let said = layout.push(Chunk::hole(1)).unwrap_err().to_string();
+        assert!(said.starts_with("chunk 2 takes the region past 2^64 bytes"), "{said}");
+        assert_eq!(Layout::default().finish().unwrap_err().kind(), ErrorKind::NoChunks);
+    }
+}

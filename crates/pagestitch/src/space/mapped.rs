@@ -1,0 +1,356 @@
+//! Which pages are shown in place, decided once, before the region exists.
+//!
+//! ```text
+//!   memfd     |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|
+//!   chunks        [ a ........ ][ b ............. ]            end to end in the memfd too: one extent
+//!   region    |--- 7 ---|--- 8 ---|--- 9 ---|-- 10 ---|        at the same place in a page
+//!                  copied   mapped    mapped   copied           whole pages are mapped, at once
+//! ```
+//!
+//! Chunks that continue each other in source and region are one extent, whatever their edges; its whole pages become
+//! one mapping. The kernel counts mappings, so there is a budget; what is beyond it is copied.
+
+use crate::source::{Backing, Shared};
+use crate::space::Layout;
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd, View};
+use std::ops::Range;
+
+/// A run of pages that are a source's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) span: Span,
+    /// A chunk of the extent, to find the source by.
+    pub(crate) chunk: usize,
+    /// The span's first byte in the source.
+    pub(crate) offset: u64,
+}
+
+impl Run {
+    /// Where in the source one of its pages begins.
+    pub(crate) fn offset_of(&self, page: Page, size: PageSize) -> u64 {
+        self.offset + ((page.0 - self.span.first.0) * size.bytes()) as u64
+    }
+}
+
+/// What of the kernel's abilities decides how pages are shown.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Abilities {
+    /// Donated pages move when they are touched; without, they are taken when the region is built.
+    pub(crate) moves: bool,
+    /// Memfds may be filled later; without, they are copied.
+    pub(crate) minor_faults: bool,
+}
+
+impl Abilities {
+    /// Whether whole pages of a source are mapped when the region is built.
+    const fn map(self, backing: &Backing) -> bool {
+        match backing {
+            Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
+            Backing::Donated(_) => !self.moves,
+            Backing::Memfd(_) | Backing::Shared(_) => true,
+            Backing::Memory(_)
+            | Backing::Hole(_)
+            | Backing::Read(_)
+            | Backing::Fetched(_)
+            | Backing::Mapped(_) => false,
+        }
+    }
+}
+
+/// Runs of pages, in the order of the region.
+#[derive(Debug, Default)]
+pub(crate) struct Runs {
+    runs: Vec<Run>,
+}
+
+/// What a region shows of its sources' own pages.
+#[derive(Debug, Default)]
+pub(crate) struct Shown {
+    /// There from the start: they never fault.
+    pub(crate) in_place: Runs,
+    /// There when the memfd has them: a fault each.
+    pub(crate) lazy: Runs,
+    /// What the kernel would not map, and why: copied. Ascending.
+    pub(crate) refused: Vec<(Span, &'static str)>,
+}
+
+impl Shown {
+    /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the range that was
+    /// registered. What the kernel would not map after all is copied. An error comes with the chunk that it is about.
+    pub(crate) fn map(
+        layout: &Layout,
+        page: PageSize,
+        budget: impl FnOnce() -> usize,
+        abilities: Abilities,
+        view: &mut View,
+        uffd: &Uffd,
+    ) -> Result<Self, (usize, Errno)> {
+        let mut shown = Self::default();
+        for run in decide(layout, page, budget, abilities) {
+            let backing = layout.backing_of(run.chunk);
+            match map(run, backing, view, uffd) {
+                Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
+                Ok(()) => shown.in_place.runs.push(run),
+                Err(errno) => match why_refused(backing, page, errno) {
+                    Some(why) => shown.refused.push((run.span, why)),
+                    // Somebody was quicker, and there are no more mappings after all.
+                    None if errno == Errno::ENOMEM => break,
+                    None => return Err((run.chunk, errno)),
+                },
+            }
+        }
+        Ok(shown)
+    }
+}
+
+/// Why the kernel would not map one source, which is copied then; `None` where it is not for that source's sake.
+fn why_refused(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
+    match (backing, errno) {
+        (Backing::Donated(_), Errno::EINVAL) => {
+            Some("pages cannot be taken and leave their addresses (Linux 5.7): copied")
+        }
+        (Backing::Memfd(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
+            Some("its file system does not map files (ENODEV: FUSE with direct_io, sysfs): copied")
+        }
+        (_, Errno::ENOMEM) if backing.granule() != page => {
+            Some("no huge pages are left for what is written in it (vm.nr_hugepages): copied")
+        }
+        _ => None,
+    }
+}
+
+fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), Errno> {
+    let Run { span, offset, .. } = run;
+    match backing {
+        Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
+        Backing::Donated(donated) => view.move_in(span, donated, offset),
+        Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
+        Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
+        Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
+        Backing::Shared(Shared::Lazy(memfd)) => view.map_lazy(span, memfd.memfd(), offset, uffd),
+        Backing::Memory(_)
+        | Backing::Hole(_)
+        | Backing::Read(_)
+        | Backing::Fetched(_)
+        | Backing::Mapped(_) => {
+            unreachable!("has no pages of its own")
+        }
+    }
+}
+
+/// The runs that are to be shown. Each is a mapping, and so is the gap before it, if there is one.
+fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abilities: Abilities) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut budget = Some(budget);
+    let mut left = 0_usize;
+    let mut chunk = 0;
+    while chunk < layout.chunks() {
+        let end = extent_end(layout, chunk);
+        if abilities.map(layout.backing_of(chunk)) {
+            // Asking for the budget reads /proc: only who has something to map pays.
+            left = budget.take().map_or(left, |budget| budget());
+            if let Some(run) = whole_pages(layout, page, chunk..end) {
+                let follows = runs.last().map_or(Page(0), |last| last.span.end()) == run.span.first;
+                let cost = usize::from(!follows) + layout.backing_of(chunk).mappings();
+                if cost <= left {
+                    left -= cost;
+                    runs.push(run);
+                }
+            }
+        }
+        chunk = end;
+    }
+    runs
+}
+
+impl Runs {
+    /// How many pages they have together.
+    pub(crate) fn pages(&self) -> u64 {
+        self.runs.iter().map(|run| run.span.pages as u64).sum()
+    }
+
+    /// How many pages from `span`'s first on are in one run, if any, and which.
+    pub(crate) fn prefix(&self, span: Span) -> Option<(usize, &Run)> {
+        let run = self.after(span.first).filter(|run| run.span.first <= span.first)?;
+        Some(((run.span.end().0 - span.first.0).min(span.pages), run))
+    }
+
+    /// Whether a page is shown in place.
+    pub(crate) fn contains(&self, page: Page) -> bool {
+        self.after(page).is_some_and(|run| run.span.first <= page)
+    }
+
+    /// The first part of a span that is not shown in place: skips runs at its start, and ends before the next.
+    pub(crate) fn next_gap(&self, span: Span) -> Span {
+        let mut rest = span;
+        while let Some(run) = self.after(rest.first) {
+            if run.span.first > rest.first {
+                return rest.prefix(run.span.first.0 - rest.first.0);
+            }
+            rest = rest.without_prefix(run.span.end().0 - rest.first.0);
+            if rest.is_empty() {
+                break;
+            }
+        }
+        rest
+    }
+
+    /// The run that holds a page, or the next one after it.
+    fn after(&self, page: Page) -> Option<&Run> {
+        self.runs.get(self.runs.partition_point(|run| run.span.end() <= page))
+    }
+}
+
+/// The chunk after those that continue `first` in its source.
+fn extent_end(layout: &Layout, first: usize) -> usize {
+    let mut end = first + 1;
+    while end < layout.chunks() && layout.continues(end) {
+        end += 1;
+    }
+    end
+}
+
+/// The pages of an extent that it has to itself, if it lies at the same place in pages of source and region. Padding
+/// around it, and what is past the region's end, may be whatever the source has there.
+pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<Run> {
+    let first = chunks.start;
+    let start = layout.offsets_of(first).start;
+    let source = layout.source_offset(first);
+    if !is_aligned(page, start, source) {
+        return None;
+    }
+    let granule = layout.backing_of(first).granule();
+    let span = if granule == page {
+        page.inside(&with_padding(layout, page, chunks))
+    } else {
+        let stop = layout.offsets_of(chunks.end - 1).end;
+        whole_granules((page, granule), start..stop, source)
+    };
+    // Below the extent's start only by what lies in the same page of the source.
+    let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
+    (!span.is_empty()).then_some(Run { span, chunk: first, offset })
+}
+
+/// The huge pages of an extent that it has to itself, if it lies at the same place in them in source and region: hugetlbfs shows no
+/// less. A region begins at a multiple of [`HUGE`].
+fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, source: u64) -> Span {
+    let whole = granule.inside(&offsets);
+    if granule.bytes() > HUGE || whole.is_empty() || !is_aligned(granule, offsets.start, source) {
+        return Span { first: page.page_at(offsets.start), pages: 0 };
+    }
+    page.covering(&granule.offsets(whole))
+}
+
+/// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A donated page moves with all of its
+/// bytes: another chunk, of any region, may have spoken for those that are not the extent's, or come to.
+fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<u64> {
+    let (first, last) = (chunks.start, chunks.end - 1);
+    let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);
+    let around = page.offsets(page.covering(&(start..stop)));
+    let (before, after) = match layout.backing_of(first) {
+        Backing::Donated(donated) => {
+            let end = layout.source_offset(first) + (stop - start);
+            (false, end == donated.len() as u64)
+        }
+        _ => (true, true),
+    };
+    let from = if before && layout.is_free_before(first, around.start) { around.start } else { start };
+    let to = if after && layout.is_free_after(last, around.end) { around.end } else { stop };
+    from..to
+}
+
+/// Whether an offset in a region and one in a source are at the same place in their pages.
+pub(crate) fn is_aligned(page: PageSize, region: u64, source: u64) -> bool {
+    (region ^ source) & (page.bytes() as u64 - 1) == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::{Memfd, UnsealedMemfd};
+    use crate::space::Chunk;
+
+    const PAGE: PageSize = PageSize::new(4096).unwrap();
+
+    const ABILITIES: Abilities = Abilities { moves: true, minor_faults: true };
+
+    fn decide(chunks: &[(u64, u64)], before: u64, budget: usize) -> Vec<(usize, usize, u64)> {
+        let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
+        let mut layout = Layout::default();
+        if before > 0 {
+            layout.push(Chunk::hole(before)).unwrap();
+        }
+        for &(start, bytes) in chunks {
+            layout.push(Chunk::from(memfd.clone()).range(start..start + bytes)).unwrap();
+        }
+        layout.finish().unwrap();
+        let runs = super::decide(&layout, PAGE, || budget, ABILITIES);
+        runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect()
+    }
+
+    #[test]
+    fn whole_pages_are_in_place_and_ragged_edges_are_not() {
+        assert_eq!(decide(&[(0, 8192)], 0, 9), [(0, 2, 0)]);
+        assert_eq!(decide(&[(100, 12_000), (0, 1)], 100, 9), [(1, 1, 4096)]);
+        assert_eq!(decide(&[(4096, 10_000), (0, 100)], 8192, 9), [(2, 2, 4096)]);
+        assert_eq!(decide(&[(0, 4095), (0, 100)], 0, 9), []);
+    }
+
+    #[test]
+    fn the_last_page_may_go_on_past_the_region() {
+        assert_eq!(decide(&[(4096, 10_000)], 8192, 9), [(2, 3, 4096)]);
+        assert_eq!(decide(&[(0, 4095)], 0, 9), [(0, 1, 0)]);
+        assert_eq!(decide(&[(100, 5)], 100, 9), [], "what comes before it in its page is not its own");
+    }
+
+    #[test]
+    fn padding_around_an_extent_is_its_own() {
+        let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
+        let mut layout = Layout::default();
+        for (start, bytes) in [(100, 5000), (4096, 1), (0, 4096)] {
+            let chunk = Chunk::from(memfd.clone()).range(start..start + bytes);
+            layout.pad_for(&chunk, PAGE).unwrap();
+            layout.push(chunk).unwrap();
+        }
+        layout.finish().unwrap();
+        let runs = super::decide(&layout, PAGE, || 9, ABILITIES);
+        let runs: Vec<_> = runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect();
+        assert_eq!(runs, [(0, 2, 0), (2, 1, 4096), (3, 1, 0)]);
+    }
+
+    #[test]
+    fn what_lies_elsewhere_in_its_page_is_not_in_place() {
+        assert_eq!(decide(&[(1, 100_000)], 0, 9), []);
+    }
+
+    #[test]
+    fn chunks_that_continue_each_other_are_one_run() {
+        assert_eq!(decide(&[(0, 5000), (5000, 3192), (8192, 4096)], 0, 9), [(0, 3, 0)]);
+        assert_eq!(decide(&[(8192, 4096), (0, 4096), (4096, 4096)], 0, 9), [(0, 1, 8192), (1, 2, 0)]);
+    }
+
+    #[test]
+    fn the_budget_is_kept() {
+        assert_eq!(decide(&[(8192, 4096), (0, 4096), (16_384, 4096)], 0, 2), [(0, 1, 8192), (1, 1, 0)]);
+        assert_eq!(decide(&[(8192, 4096), (0, 4096)], 4096, 2), [(1, 1, 8192)], "a gap is a mapping too");
+    }
+
+    #[test]
+    fn gaps_are_what_lies_between() {
+        let run = |first, pages| Run { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
+        let runs = Runs { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
+        let gap = |first, pages| {
+            let gap = runs.next_gap(Span { first: Page(first), pages });
+            (gap.first.0, gap.pages)
+        };
+        assert_eq!(gap(0, 20), (0, 2));
+        assert_eq!(gap(2, 20), (6, 4));
+        assert_eq!(gap(3, 2), (5, 0));
+        assert_eq!(gap(11, 20), (12, 19));
+        assert_eq!(
+            (runs.contains(Page(4)), runs.contains(Page(6)), runs.contains(Page(11))),
+            (true, false, true)
+        );
+    }
+}

@@ -1,0 +1,289 @@
+//! The plan: how each run of chunks is installed, and why not without a copy. For people to read.
+
+use crate::source::{Backing, Shared};
+use crate::space::Mapping;
+use crate::space::mapped::{is_aligned, whole_pages};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::shared::Sharing;
+use pagestitch_kernel::{PageSize, Span};
+use std::fmt;
+use std::ops::Range;
+
+/// How a region's chunks are installed. `Display` prints a table.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    region: String,
+    bytes: u64,
+    page: PageSize,
+    chunks: usize,
+    runs: Vec<Run>,
+    gathered_pages: u64,
+    staged: Result<(), &'static str>,
+}
+
+/// A run of chunks next to each other that are installed the same way from sources of the same name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Run {
+    /// The offsets in the region that it covers.
+    pub offsets: Range<u64>,
+    /// Its chunks, counted from 0; none for padding.
+    pub chunks: Range<usize>,
+    /// What the source calls itself.
+    pub source: String,
+    /// How its pages are installed.
+    pub how: How,
+    /// Why so, and not without a copy.
+    pub why: &'static str,
+}
+
+/// How pages are installed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum How {
+    /// Mapped in place when the region is built: the source's own pages. No copy, no fault.
+    Map,
+    /// Moved from their owner: no copy. On first touch since Linux 6.8, when the region is built before that.
+    Move,
+    /// Shown on first touch, when the memfd has them: no copy.
+    Continue,
+    /// Copied on first touch, straight from where the bytes lie. One copy.
+    Copy,
+    /// Read into staging on first touch, then copied. Two copies.
+    Read,
+    /// The kernel's zero page. No copy.
+    Zero,
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Map => "map",
+            Self::Move => "move",
+            Self::Continue => "continue",
+            Self::Copy => "copy",
+            Self::Read => "read",
+            Self::Zero => "zero",
+        })
+    }
+}
+
+impl Plan {
+    pub(crate) fn of(mapping: &Mapping) -> Self {
+        let layout = &mapping.layout;
+        let mut runs: Vec<Run> = Vec::new();
+        for chunk in 0..layout.chunks() {
+            let run = run_of(mapping, chunk);
+            match runs.last_mut() {
+                Some(last) if last.how == run.how && last.source == run.source && last.why == run.why => {
+                    last.offsets.end = run.offsets.end;
+                    last.chunks.end = run.chunks.end;
+                }
+                _ => runs.push(run),
+            }
+        }
+        let page = mapping.page_size();
+        let gathered_pages = count_gathered(mapping, page);
+        Self {
+            region: mapping.name.clone(),
+            bytes: layout.total(),
+            page,
+            chunks: layout.number_of(layout.chunks()),
+            runs,
+            gathered_pages,
+            staged: mapping.staged,
+        }
+    }
+
+    /// The runs, in the order of the region.
+    #[must_use]
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in, which takes less than half
+    /// the time; else the reason why not.
+    ///
+    /// Decided when the region is built. On Linux before 6.16 (6.12.37), a page that moves while it is swapped out may be lost: pages do
+    /// not move there if swap is on by then. Do not switch it on later.
+    ///
+    /// # Errors
+    ///
+    /// The reason.
+    pub const fn staged(&self) -> Result<(), &'static str> {
+        self.staged
+    }
+
+    /// How many pages several chunks meet in, or end in: these are gathered in staging, then copied.
+    #[must_use]
+    pub const fn gathered_pages(&self) -> u64 {
+        self.gathered_pages
+    }
+}
+
+fn run_of(mapping: &Mapping, chunk: usize) -> Run {
+    let backing = mapping.layout.backing_of(chunk);
+    let (how, why) = match backing {
+        Backing::Hole(_) if mapping.layout.is_padding(chunk) => {
+            (How::Zero, "padding up to the next chunk's place in a page")
+        }
+        Backing::Memory(_) => (How::Copy, "private memory: copied once, from where it lies"),
+        Backing::Fetched(_) => (How::Read, "comes later: fetched, then copied; no worker waits"),
+        Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
+        Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
+        Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
+            how_of_pages(mapping, chunk, backing)
+        }
+    };
+    let offsets = mapping.layout.offsets_of(chunk);
+    let number = mapping.layout.number_of(chunk);
+    let counted = usize::from(!mapping.layout.is_padding(chunk));
+    Run { offsets, chunks: number..number + counted, source: backing.source().name(), how, why }
+}
+
+/// A source with pages of its own. A chunk counts as shown only if all of it is.
+fn how_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (How, &'static str) {
+    let page = mapping.page_size();
+    let offsets = mapping.layout.offsets_of(chunk);
+    let is_shown = |span: Span| match backing {
+        Backing::Shared(Shared::Lazy(_)) => mapping.lazy.next_gap(span).is_empty(),
+        Backing::Donated(_) if mapping.moves => {
+            let own = whole_pages(&mapping.layout, page, chunk..chunk + 1);
+            own.is_some_and(|own| own.span.pages >= span.pages)
+        }
+        _ => mapping.in_place.next_gap(span).is_empty(),
+    };
+    if is_shown(page.covering(&offsets)) {
+        return shown(mapping, backing);
+    }
+    let why = why_copied(mapping, chunk, backing, is_shown);
+    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, why)
+}
+
+/// Why not all of a chunk is shown, whose source has pages of its own.
+fn why_copied(
+    mapping: &Mapping,
+    chunk: usize,
+    backing: &Backing,
+    is_shown: impl Fn(Span) -> bool,
+) -> &'static str {
+    let (page, granule) = (mapping.page_size(), backing.granule());
+    let offsets = mapping.layout.offsets_of(chunk);
+    let huge = granule.bytes() > page.bytes();
+    let whole = page.covering(&granule.offsets(granule.inside(&offsets)));
+    let all = page.covering(&offsets);
+    let next = mapping.refused.partition_point(|(span, _)| span.end() <= all.first);
+    let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
+    if mapping.target.foreign().is_some() {
+        "somebody else's memory: copied into it"
+    } else if !is_aligned(granule, offsets.start, mapping.layout.source_offset(chunk)) {
+        if huge {
+            "not at the same place in a huge page (hugetlbfs) as in its source: copied"
+        } else {
+            "not at the same place in a page as in its source: copied"
+        }
+    } else if let Some((_, why)) = refused {
+        why
+    } else if whole.is_empty() {
+        if huge {
+            "fills no huge page (hugetlbfs) of its own: copied"
+        } else {
+            "fills no page of its own: copied"
+        }
+    } else if granule.bytes() > HUGE {
+        "its huge pages (hugetlbfs) are larger than those that a region is aligned to: copied"
+    } else if is_shown(whole) {
+        if huge {
+            "an edge lies inside a huge page: whole huge pages (hugetlbfs) are shown in place, the edge is copied"
+        } else {
+            "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
+        }
+    } else if mapping.lacks_minor_faults(backing) {
+        "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied"
+    } else {
+        "no mapping left for it (vm.max_map_count): copied"
+    }
+}
+
+fn shown(mapping: &Mapping, backing: &Backing) -> (How, &'static str) {
+    match backing {
+        Backing::Donated(_) if mapping.moves => {
+            (How::Move, "donated: its pages move in when they are touched")
+        }
+        Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
+        Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
+        Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
+        Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
+        Backing::Shared(Shared::Alias(_)) => {
+            (How::Map, "mapped in place: a second mapping of the same pages")
+        }
+        Backing::Shared(Shared::Physical(_)) => (How::Map, "mapped in place: the frames themselves"),
+        _ => (How::Map, "mapped in place: the source's own pages"),
+    }
+}
+
+const MAPPED_COPY_ON_WRITE: (How, &str) =
+    (How::Map, "mapped in place: the file's own pages, until they are written to");
+
+/// Pages in which a chunk ends before the page does.
+fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
+    let mut count = 0;
+    let mut last = None;
+    for chunk in 0..mapping.layout.chunks() {
+        let end = mapping.layout.offsets_of(chunk).end;
+        let holder = page.page_at(end - 1);
+        let ragged = end != page.offset_of(holder.span().end());
+        let moved = || mapping.moves && mapping.movable_pages(holder.span()).is_some();
+        let shown = mapping.in_place.contains(holder) || mapping.lazy.contains(holder) || moved();
+        if ragged && last != Some(holder) && !shown {
+            count += 1;
+            last = Some(holder);
+        }
+    }
+    count
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { region, bytes, page, chunks, runs, gathered_pages, staged } = self;
+        let pages = bytes.div_ceil(page.bytes() as u64);
+        writeln!(
+            f,
+            "region {region}: {bytes} bytes, {pages} pages of {page}, {chunks} chunks; {gathered_pages} pages are gathered"
+        )?;
+        if runs.iter().any(|run| matches!(run.how, How::Copy | How::Read)) {
+            match staged {
+                Ok(()) => writeln!(f, "  whole blocks of 2 MiB are filled in a huge page and moved in"),
+                Err(why) => writeln!(f, "  whole blocks are copied page by page: {why}"),
+            }?;
+        }
+        let rows: Vec<[String; 5]> = runs.iter().map(Run::cells).collect();
+        let widths = std::array::from_fn(|column| {
+            let cells = rows.iter().map(|row| row[column].chars().count());
+            cells.max().unwrap_or(0).max(HEADER[column].len())
+        });
+        write_row(f, &HEADER, &widths)?;
+        rows.iter().try_for_each(|row| write_row(f, row, &widths))
+    }
+}
+
+impl Run {
+    fn cells(&self) -> [String; 5] {
+        let chunks = match self.chunks.len() {
+            0 => String::from("-"),
+            1 => self.chunks.start.to_string(),
+            _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
+        };
+        let offsets = format!("{:#x}..{:#x}", self.offsets.start, self.offsets.end);
+        [offsets, chunks, self.source.clone(), self.how.to_string(), self.why.to_owned()]
+    }
+}
+
+fn write_row(f: &mut fmt::Formatter<'_>, row: &[impl AsRef<str>; 5], widths: &[usize; 5]) -> fmt::Result {
+    for (cell, width) in row.iter().zip(widths).take(4) {
+        write!(f, "  {:width$}", cell.as_ref())?;
+    }
+    writeln!(f, "  {}", row[4].as_ref())
+}
+
+const HEADER: [&str; 5] = ["offsets", "chunks", "source", "how", "why"];
