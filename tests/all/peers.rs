@@ -164,7 +164,7 @@ fn a_successor_does_not_wait_at_a_full_backlog() {
     let folder = tempfile::tempdir().unwrap();
     snapshot_in(folder.path());
     let path = folder.path().join("socket");
-    let _stopped = UnixListener::bind(&path).unwrap();
+    let _stopped = listener_with_a_small_backlog(&path);
     let mut waiting = Vec::new();
     while let Ok(stream) = connect_at_once(&path) {
         waiting.push(stream);
@@ -175,6 +175,16 @@ fn a_successor_does_not_wait_at_a_full_backlog() {
     thread::spawn(move || answer.send(Handler::builder(snapshot).bind(bind).unwrap_err().to_string()));
     let said = answered.recv_timeout(HANG).expect("bind() returns");
     assert!(said.contains("is in use"), "{said}");
+}
+
+/// The backlog of a [`UnixListener`] may have more places than this process has descriptors.
+fn listener_with_a_small_backlog(path: &std::path::Path) -> OwnedFd {
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+    use std::os::fd::AsRawFd;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).unwrap()).unwrap();
+    listen(&fd, Backlog::new(1).unwrap()).unwrap();
+    fd
 }
 
 /// Connects, or fails where a connect would wait.
