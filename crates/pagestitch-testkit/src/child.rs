@@ -13,10 +13,14 @@
 //! }
 //! ```
 
+use crate::wait;
+use nix::unistd::Pid;
+use pagestitch::Process;
 use std::env;
 use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio, exit};
+use std::time::Duration;
 
 /// The end of a child, with its output.
 #[derive(Debug)]
@@ -76,6 +80,19 @@ impl ChildTest {
     /// If `wait(2)` fails, or if the test binary has no test of that name.
     pub fn wait(self) -> ChildExit {
         ChildExit(self.0.wait_with_output().expect("a child ends")).of_a_test(&self.1)
+    }
+
+    /// Waits for the end of the child, and kills it after the time limit. Its output must fit into a pipe.
+    ///
+    /// # Panics
+    ///
+    /// As [`wait`](Self::wait).
+    pub fn wait_at_most(mut self, limit: Duration) -> ChildExit {
+        let process = Process::open(Pid::from_raw(self.id().cast_signed())).expect("a child of this process");
+        if !wait::readable(&process, limit) {
+            self.kill();
+        }
+        self.wait()
     }
 
     /// Kills the child with SIGKILL.

@@ -1,7 +1,29 @@
 //! Waiting for a condition without a busy CPU.
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
+
+/// Waits until a descriptor is readable: a pidfd after the end of its process, a listening socket after a
+/// connection. Returns false after the time limit.
+///
+/// # Panics
+///
+/// If the kernel refuses to wait.
+pub fn readable(fd: impl AsFd, limit: Duration) -> bool {
+    let started = Instant::now();
+    loop {
+        let left = limit.saturating_sub(started.elapsed());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) if started.elapsed() >= limit => return false,
+            Ok(0) | Err(Errno::EINTR) => {}
+            ready => return ready.expect("poll(2) of one descriptor") > 0,
+        }
+    }
+}
 
 /// Waits until `done` returns true. Sleeps between its calls, because on a machine with few CPUs a spinning
 /// test delays the very threads that it waits for.

@@ -1,6 +1,7 @@
-//! What a hostile peer does, until it is killed.
+//! The attacks of a hostile peer. An attack goes on until its process is killed.
 
-use crate::{BYTES, PAGE, fuse};
+use crate::fuse;
+use crate::snapshot::{BYTES, PAGE};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch_kernel::fd_passing;
@@ -16,28 +17,26 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::{fs, thread};
 
-/// An attack on a handler at a socket; it calls back when it goes on. An error: it cannot be done here.
+/// An attack on a handler at a socket. It calls back once it has begun, and fails if it is
+/// impossible here.
 type Attack = fn(&Path, &dyn Fn()) -> Result<(), Box<dyn Error>>;
-
-/// No attack: processor time that is as scarce as beside one.
-pub(crate) const BUSY: (&str, Attack) = ("keeps-the-processors-busy", keeps_busy);
 
 pub(crate) const ATTACKS: [(&str, Attack); 12] = [
     ("makes-its-userfaultfd-blocking", makes_blocking),
     ("sends-sockets-that-linger", sends_lingering_sockets),
-    ("sends-files-of-a-deaf-fuse-daemon", sends_fuse_files),
-    ("ends-and-lets-others-speak", ends_and_lets_others_speak),
-    ("connects-and-hangs-up-in-a-loop", floods),
+    ("sends-files-of-a-silent-fuse-daemon", sends_fuse_files),
+    ("ends-and-leaves-its-connection-to-another-process", leaves_its_connection),
+    ("connects-and-disconnects-in-a-loop", floods),
     ("discards-its-memory-in-a-loop", discards),
-    ("moves-memory-that-it-never-announced", moves),
+    ("moves-unannounced-memory", moves),
     ("has-memory-on-a-full-tmpfs", fills_a_tmpfs),
     ("sends-endless-and-long-messages", sends_long_messages),
-    ("dies-again-and-again", dies),
-    ("takes-the-socket-over", takes_the_socket_over),
+    ("aborts-again-and-again", dies),
+    ("starts-handlers-at-the-same-socket", takes_the_socket_over),
     ("is-refused-again-and-again", is_refused),
 ];
 
-fn for_ever(threads: usize, work: impl Fn() + Sync, ready: &dyn Fn()) -> ! {
+fn loop_in_threads(threads: usize, work: impl Fn() + Sync, ready: &dyn Fn()) -> ! {
     thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -57,10 +56,6 @@ fn guest(socket: &Path) -> (Guest, UnixStream) {
     (guest, stream)
 }
 
-fn keeps_busy(_: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
-    for_ever(2, std::hint::spin_loop, ready)
-}
-
 fn touch(guest: &Guest, page: usize) {
     let _ = guest.read(page * PAGE);
 }
@@ -71,7 +66,7 @@ fn makes_blocking(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>>
         let _ = guest.read(0);
         guest.make_blocking()?;
     }
-    for_ever(
+    loop_in_threads(
         1,
         || guests.iter().for_each(|(guest, _)| drop(guest.balloon(0, PAGE).map(|()| guest.read(0)))),
         ready,
@@ -90,7 +85,7 @@ fn sends_lingering_sockets(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dy
         let stream = UnixStream::connect(socket)?;
         fd_passing::send(&stream, b"[", &[tcp.as_fd()])?;
         let _ = fd_passing::send(&stream, b"[", &[tcp.as_fd()]);
-        // Where this is the last descriptor, it waits itself.
+        // The last close of this descriptor blocks, so a thread does it.
         thread::spawn(move || drop(tcp));
         Ok(())
     };
@@ -105,7 +100,7 @@ fn sends_lingering_sockets(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dy
 
 fn sends_fuse_files(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
     let folder = socket.with_file_name("fuse");
-    let _daemon = fuse::start(&folder, &socket.with_file_name("enough"))?;
+    let _daemon = fuse::start(&folder, &socket.with_file_name("end"))?;
     for _ in 0..6 {
         let file = fs::File::open(folder.join("file"))?;
         let stream = UnixStream::connect(socket)?;
@@ -132,7 +127,7 @@ fn a_peer_that_ends() {
     }
 }
 
-fn ends_and_lets_others_speak(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
+fn leaves_its_connection(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
     let path = socket.with_file_name("heir");
     let _ = fs::remove_file(&path);
     let heir = UnixListener::bind(&path)?;
@@ -147,16 +142,16 @@ fn ends_and_lets_others_speak(socket: &Path, ready: &dyn Fn()) -> Result<(), Box
         }
         fds.clear();
     };
-    for_ever(1, work, ready)
+    loop_in_threads(1, work, ready)
 }
 
 fn floods(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
-    for_ever(4, || drop(UnixStream::connect(socket)), ready)
+    loop_in_threads(4, || drop(UnixStream::connect(socket)), ready)
 }
 
 fn discards(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
     let guest = Arc::new(guest(socket));
-    for_ever(64, || guest.0.balloon(0, BYTES).unwrap(), ready)
+    loop_in_threads(64, || guest.0.balloon(0, BYTES).unwrap(), ready)
 }
 
 fn moves(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
@@ -180,7 +175,7 @@ fn fills_a_tmpfs(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> 
     let file =
         fs::File::options().read(true).write(true).create(true).truncate(true).open(folder.join("memory"))?;
     file.set_len(BYTES as u64)?;
-    // The file stays; the mount is not left behind.
+    // The file outlives the mount, so that no mount is left behind.
     let _ = Command::new("umount").arg("-l").arg(&folder).output();
     let guest = Guest::in_file(&file, BYTES)?;
     let _stream = guest.hand_over(socket)?;
@@ -208,12 +203,12 @@ fn sends_long_messages(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Er
             let _ = stream.write_all(message.as_bytes()).and_then(|()| stream.read(&mut [0; 1]));
         }
     };
-    for_ever(4, work, ready)
+    loop_in_threads(4, work, ready)
 }
 
 const MORTAL: &str = "attacks::a_guest_that_dies";
 
-/// Touches its memory, and dies of it.
+/// Touches its memory in two threads, and aborts meanwhile.
 #[test]
 fn a_guest_that_dies() {
     if child::is_child(MORTAL) {
@@ -230,7 +225,11 @@ fn a_guest_that_dies() {
 }
 
 fn dies(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
-    for_ever(2, || drop(child::spawn(MORTAL, socket.to_str().unwrap(), |_| unreachable!()).wait()), ready)
+    loop_in_threads(
+        2,
+        || drop(child::spawn(MORTAL, socket.to_str().unwrap(), |_| unreachable!()).wait()),
+        ready,
+    )
 }
 
 fn takes_the_socket_over(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
@@ -244,7 +243,7 @@ fn takes_the_socket_over(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn 
             .status();
         assert!(!handler.unwrap().success(), "two handlers at one socket");
     };
-    for_ever(2, work, ready)
+    loop_in_threads(2, work, ready)
 }
 
 fn is_refused(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
@@ -256,5 +255,5 @@ fn is_refused(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> {
             let _ = stream.read(&mut [0; 1]);
         }
     };
-    for_ever(4, work, ready)
+    loop_in_threads(4, work, ready)
 }

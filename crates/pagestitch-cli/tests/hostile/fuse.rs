@@ -1,53 +1,50 @@
-//! A file system in user space whose daemon never answers a `close(2)`: just enough of the protocol to open one file.
+//! A file system in user space whose daemon never answers a `close(2)`: just enough of the protocol
+//! to open one file.
 
+use crate::signal::{self, Receiver};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pagestitch_testkit::child::{self, ChildTest};
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::process::parent_id;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const DAEMON: &str = "fuse::a_deaf_daemon";
 
-/// Mounts the file system and serves it, as long as a handler listens at a socket and `until` is not there. A process of its own: one
-/// that holds a file of its own daemon cannot end.
+/// Mounts the file system and serves it until the receiver at the path `end` is dropped. Needs a process
+/// of its own, because a process that holds a file of its own daemon cannot end.
 #[test]
 fn a_deaf_daemon() {
     if child::is_child(DAEMON) {
         child::spawn(DAEMON, "", |paths| {
-            let (path, until) = paths.split_once(' ').unwrap();
-            mount_and_serve(Path::new(path)).unwrap();
-            let began = Instant::now();
-            let parent = parent_id();
-            while !Path::new(until).exists()
-                && parent_id() == parent
-                && began.elapsed() < Duration::from_secs(60)
-            {
-                thread::sleep(Duration::from_millis(5));
-            }
-            let _ = umount2(path, MntFlags::MNT_DETACH);
+            let (folder, end) = paths.split_once(' ').unwrap();
+            let mounted = mount_and_serve(Path::new(folder));
+            signal::send(&mounted_path(Path::new(folder)), mounted.map_or("no FUSE here", |()| ""));
+            signal::wait_for_drop(Path::new(end), Duration::from_secs(60));
+            let _ = umount2(folder, MntFlags::MNT_DETACH);
         });
     }
 }
 
-/// Starts a daemon; its files are in the folder.
-pub(crate) fn start(folder: &Path, until: &Path) -> Result<ChildTest, Box<dyn Error>> {
+/// Starts a daemon, whose files are in the folder. It ends with the receiver at the path `end`.
+pub(crate) fn start(folder: &Path, end: &Path) -> Result<ChildTest, Box<dyn Error>> {
     fs::create_dir_all(folder)?;
-    let paths = format!("{} {}", folder.display(), until.display());
+    let mounted = Receiver::bind(mounted_path(folder));
+    let paths = format!("{} {}", folder.display(), end.display());
     let mut daemon = child::spawn(DAEMON, &paths, |_| unreachable!("the child's body is above"));
-    let began = Instant::now();
-    while !folder.join("file").exists() {
-        if began.elapsed() > Duration::from_secs(10) {
-            daemon.kill();
-            return Err("no file system of FUSE can be mounted here".into());
-        }
-        thread::sleep(Duration::from_millis(5));
+    if mounted.receive(Duration::from_secs(10)).is_some_and(|refused| refused.is_empty()) {
+        return Ok(daemon);
     }
-    Ok(daemon)
+    daemon.kill();
+    Err("no file system of FUSE can be mounted here".into())
+}
+
+/// The path at which the daemon reports that it has mounted its file system.
+fn mounted_path(folder: &Path) -> PathBuf {
+    folder.with_extension("mounted")
 }
 
 fn mount_and_serve(path: &Path) -> Result<(), Box<dyn Error>> {
@@ -72,7 +69,7 @@ fn serve(mut device: &File) {
             LOOKUP => entry(),
             GETATTR => attributes(16, u64::from(word(16))),
             OPEN => vec![0; 16],
-            // As deaf as it is named.
+            // The daemon never answers these.
             FLUSH | RELEASE | FORGET => continue,
             _ => vec![],
         };
@@ -85,7 +82,7 @@ fn serve(mut device: &File) {
     }
 }
 
-/// `fuse_init_out`: version 7.31, and nothing more than that takes.
+/// `fuse_init_out`: version 7.31 with the required fields only.
 fn init() -> Vec<u8> {
     let mut out = vec![0; 64];
     out[..4].copy_from_slice(&7_u32.to_ne_bytes());

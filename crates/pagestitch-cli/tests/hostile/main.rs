@@ -1,46 +1,43 @@
-//! Every attack of a hostile peer on `pagestitch serve firecracker`, one after the other, beside an innocent guest whose bytes are all
-//! verified, and whose touches take hardly longer than without the attack.
+//! Each attack of a hostile peer on `pagestitch serve firecracker`, beside an innocent guest whose
+//! bytes are all checked.
+//!
+//! The attack must hardly delay the touches of the innocent guest. The baseline has the same load
+//! without the hostile peer: there the same attack runs against another handler of this machine.
 
 mod attacks;
 mod fuse;
+mod signal;
+mod snapshot;
 
-use attacks::{ATTACKS, BUSY};
+use attacks::ATTACKS;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pagestitch::Process;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
-use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use pagestitch_testkit::wait;
+use signal::Receiver;
+use snapshot::{BYTES, PAGE, PAGES, byte_at};
+use std::io::{BufRead, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Memory of a guest: mostly zeros, so that it costs no disk.
-const BYTES: usize = 16 << 30;
-const PAGE: usize = 4096;
-/// Pages that hold bytes, and that the innocent guest touches.
-const PAGES: usize = 3000;
 const TEST: &str = "no_attack_of_a_peer_harms_an_innocent_guest";
 
-/// The byte at an offset of the snapshot; never zero where it has bytes.
-const fn byte_at(at: usize) -> u8 {
-    (at.wrapping_mul(31).wrapping_add(at >> 12) % 251) as u8 + 1
-}
-
-/// The handler, as it is put in production.
+/// A handler as in production.
 struct Handler {
     process: Child,
     folder: tempfile::TempDir,
+    /// The lines of its output.
     lines: Option<JoinHandle<Vec<String>>>,
 }
 
 impl Handler {
     fn start() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let memory = File::create(folder.path().join("memory")).unwrap();
-        memory.set_len(BYTES as u64).unwrap();
-        let bytes: Vec<u8> = (0..PAGES * PAGE).map(byte_at).collect();
-        memory.write_all_at(&bytes, 0).unwrap();
+        snapshot::write(&folder.path().join("memory"));
         let mut process = Command::new(env!("CARGO_BIN_EXE_pagestitch"))
             .current_dir(folder.path())
             .args(["serve", "firecracker", "--socket", "socket", "--memory", "memory"])
@@ -49,75 +46,56 @@ impl Handler {
             .stderr(Stdio::inherit())
             .spawn()
             .unwrap();
-        let said = BufReader::new(process.stdout.take().unwrap());
-        let lines = thread::spawn(move || said.lines().map_while(Result::ok).collect());
-        let handler = Self { process, folder, lines: Some(lines) };
-        wait_until("the socket", || handler.socket().exists());
-        handler
+        let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        assert!(lines.next().unwrap().unwrap().starts_with("listening"));
+        let read = |lines: Lines<BufReader<ChildStdout>>| lines.map_while(Result::ok).collect();
+        let lines = Some(thread::spawn(move || read(lines)));
+        Self { process, folder, lines }
     }
 
     fn socket(&self) -> PathBuf {
         self.folder.path().join("socket")
     }
 
-    /// Starts a child that plays a part.
+    /// Starts a child that plays a part at this handler.
     fn child(&self, part: &str) -> ChildTest {
         child::spawn(TEST, &format!("{part} {}", self.socket().display()), play)
     }
 
-    /// The 99th percentile of an innocent guest's touches.
+    /// The 99th percentile of the touches of an innocent guest.
     fn touches(&self) -> Duration {
-        let mut child = self.child("innocent");
-        let done = self.folder.path().join("touched");
-        let died = || {
-            fs::read_to_string(format!("/proc/{}/stat", child.id()))
-                .map_or(true, |stat| stat.contains(") Z "))
-        };
-        let began = Instant::now();
-        while !done.exists() && !died() && began.elapsed() < LONG {
-            thread::sleep(Duration::from_millis(5));
-        }
-        if !done.exists() && !died() {
-            child.kill();
-        }
-        let end = child.wait();
+        let end = self.child(INNOCENT).wait_at_most(TIME_LIMIT);
         assert!(end.passed(), "the innocent guest: {}", end.output());
-        let nanoseconds = fs::read_to_string(&done).unwrap();
-        fs::remove_file(done).unwrap();
-        Duration::from_nanos(nanoseconds.parse().unwrap())
+        let nanoseconds = end.output().lines().find_map(|line| line.strip_prefix(P99)?.parse().ok());
+        Duration::from_nanos(nanoseconds.expect("the innocent guest prints its latency"))
     }
 
-    /// The same beside an attack.
-    fn touches_beside(&self, attack: &str) -> Option<Duration> {
-        let ready = self.folder.path().join(format!("{attack}.ready"));
-        let _ = fs::remove_file(&ready);
-        let mut attacker = self.child(attack);
-        let skipped = self.folder.path().join(format!("{attack}.skipped"));
-        wait_until(attack, || ready.exists() || skipped.exists());
-        if skipped.exists() {
-            println!("SKIPPED {attack}: {}", fs::read_to_string(skipped).unwrap());
-            attacker.wait();
-            return None;
-        }
-        let touches = self.touches();
-        // The attacker's own files are closed only when their daemon has ended.
-        let enough = self.folder.path().join("enough");
-        fs::write(&enough, "").unwrap();
+    /// The same during an attack on `attacked`. None if the attack is impossible here.
+    fn touches_during(&self, attack: &str, attacked: &Self) -> Option<Duration> {
+        let ready = Receiver::bind(attacked.folder.path().join("ready"));
+        // The daemon of an attack ends when this is dropped.
+        let end = Receiver::bind(attacked.folder.path().join("end"));
+        let mut attacker = attacked.child(attack);
+        let skipped = match ready.receive(TIME_LIMIT) {
+            Some(reason) => (!reason.is_empty()).then_some(reason),
+            None => panic!("the attack {attack} never began"),
+        };
+        let touches = skipped.is_none().then(|| self.touches());
+        // The files of the attacker are closed only after their daemon has ended.
+        drop(end);
         attacker.kill();
         attacker.wait();
-        fs::remove_file(enough).unwrap();
-        Some(touches)
+        skipped.iter().for_each(|reason| println!("SKIPPED {attack}: {reason}"));
+        touches
     }
 
-    /// Told to stop, after all this.
+    /// Shuts the handler down. Returns the lines of its output.
     fn stop(mut self) -> Vec<String> {
         assert!(self.process.try_wait().unwrap().is_none(), "the handler has ended");
-        assert!(Command::new("kill").arg(self.process.id().to_string()).status().unwrap().success());
-        let began = Instant::now();
-        while self.process.try_wait().unwrap().is_none() {
-            assert!(began.elapsed() < LONG, "it does not end");
-            thread::sleep(Duration::from_millis(5));
-        }
+        let pid = Pid::from_raw(self.process.id().cast_signed());
+        let process = Process::open(pid).unwrap();
+        kill(pid, Signal::SIGTERM).unwrap();
+        assert!(wait::readable(&process, TIME_LIMIT), "the handler ignores SIGTERM");
         self.lines.take().unwrap().join().unwrap()
     }
 }
@@ -129,36 +107,32 @@ impl Drop for Handler {
     }
 }
 
-/// What a child does: the innocent guest, or an attack, until it is killed.
+/// Plays a part in a child: the innocent guest, or an attack until the child is killed.
 fn play(argument: &str) {
     let (part, socket) = argument.split_once(' ').unwrap();
     let socket = Path::new(socket);
-    if part == "innocent" {
-        return innocent(socket);
+    if part == INNOCENT {
+        return play_innocent_guest(socket);
     }
-    // What is measured is what the handler does for the attacker, and not the processor time that it takes itself.
+    // The test measures the work that the attack makes for the handler, not that of the attacker.
     let _ = Command::new("renice").args(["-n", "19", "-p", &std::process::id().to_string()]).output();
-    let attack = ATTACKS.iter().chain([&BUSY]).find(|(name, _)| *name == part).unwrap().1;
-    if let Err(why) =
-        attack(socket, &|| fs::write(socket.with_file_name(format!("{part}.ready")), "").unwrap())
-    {
-        fs::write(socket.with_file_name(format!("{part}.skipped")), why.to_string()).unwrap();
+    let attack = ATTACKS.iter().find(|(name, _)| *name == part).unwrap().1;
+    let ready = socket.with_file_name("ready");
+    if let Err(reason) = attack(socket, &|| signal::send(&ready, "")) {
+        signal::send(&ready, &reason.to_string());
     }
 }
 
-fn innocent(socket: &Path) {
+fn play_innocent_guest(socket: &Path) {
     let guest = Guest::new(&[BYTES], false).unwrap();
     let _stream = guest.hand_over(socket).unwrap();
     let mut touches: Vec<Duration> =
         (0..PAGES).map(|page| page * 1789 % PAGES).map(|page| touch(&guest, page)).collect();
     touches.sort_unstable();
-    let p99 = touches[PAGES * 99 / 100];
-    let part = socket.with_file_name("touched.part");
-    fs::write(&part, p99.as_nanos().to_string()).unwrap();
-    fs::rename(part, socket.with_file_name("touched")).unwrap();
+    println!("\n{P99}{}", touches[PAGES * 99 / 100].as_nanos());
 }
 
-/// The time of the first touch of a page, all of whose bytes are verified.
+/// The duration of the first touch of a page, whose bytes are then all checked.
 fn touch(guest: &Guest, page: usize) -> Duration {
     let began = Instant::now();
     let first = guest.read(page * PAGE);
@@ -168,12 +142,12 @@ fn touch(guest: &Guest, page: usize) -> Duration {
     touch
 }
 
-fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !done() {
-        assert!(began.elapsed() < LONG, "{what} has not come about");
-        thread::sleep(Duration::from_millis(2));
-    }
+/// True if the attack hardly delays the innocent guest, compared with the same attack on another handler.
+fn is_harmless(attack: &str, handler: &Handler, other: &Handler) -> bool {
+    let Some(baseline) = handler.touches_during(attack, other) else { return true };
+    let Some(attacked) = handler.touches_during(attack, handler) else { return true };
+    println!("{attack}: p99 {attacked:?}, and {baseline:?} during the same attack on another handler");
+    attacked <= baseline * MAX_RATIO && attacked <= MAX_LATENCY
 }
 
 #[test]
@@ -181,25 +155,27 @@ fn no_attack_of_a_peer_harms_an_innocent_guest() {
     if child::is_child(TEST) {
         child::spawn(TEST, "", play);
     }
-    let handler = Handler::start();
-    // The first touches bring the memory file into the page cache.
+    let (handler, other) = (Handler::start(), Handler::start());
+    // The first touches bring both memory files into the page cache.
     handler.touches();
+    other.touches();
     for (attack, _) in ATTACKS {
-        let mut tried = Vec::new();
-        let held = (0..2).any(|_| {
-            let alone = handler.touches_beside(BUSY.0).expect("processors");
-            let Some(beside) = handler.touches_beside(attack) else { return true };
-            println!("{attack}: 99 of 100 touches within {beside:?}, {alone:?} without");
-            tried.push((alone, beside));
-            beside <= alone * 10 && beside <= Duration::from_millis(50)
-        });
-        assert!(held, "{attack}: without and beside it, 99 of 100 touches took {tried:?}");
+        let harmless = (0..TRIES).any(|_| is_harmless(attack, &handler, &other));
+        assert!(harmless, "{attack} delays an innocent guest in each of {TRIES} tries");
     }
+    drop(other);
     let lines = handler.stop();
     let longest = lines.iter().map(String::len).max().unwrap_or_default();
     println!("{} lines, the longest of {longest} bytes", lines.len());
     assert!(longest < 500, "a line of {longest} bytes");
 }
 
-/// Long for anything that is not held up.
-const LONG: Duration = Duration::from_secs(60);
+const INNOCENT: &str = "innocent";
+/// The prefix of the line with the latency of the innocent guest.
+const P99: &str = "p99 in ns: ";
+const MAX_RATIO: u32 = 3;
+const MAX_LATENCY: Duration = Duration::from_millis(50);
+/// Other work on this machine may delay a single try.
+const TRIES: usize = 5;
+/// Enough for everything that makes progress.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
