@@ -27,7 +27,7 @@ impl Source for Hung {
 /// The numbers of a region, and the fault that has waited longest.
 fn print_faults(meter: &Meter) {
     let (in_flight, oldest) = (meter.in_flight(), meter.oldest());
-    println!("region {:?}: {in_flight} faults in flight, the oldest (offset, age): {oldest:?}", meter.region());
+    println!("region {:?}: faults in flight: {in_flight}, oldest (offset, age): {oldest:?}", meter.region());
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -39,7 +39,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .name("example")
         .chunk(Chunk::source(Arc::new(Hung(Duration::from_secs(seconds)))))
         .build(&pool)?;
-    println!("process {}, region at {:p}", process::id(), region.as_slice());
+    println!("process {}, region at {:p}", process::id(), region.as_slice().as_ptr());
 
     let meter = region.meter();
     thread::scope(|scope| {
