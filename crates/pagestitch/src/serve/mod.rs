@@ -9,6 +9,7 @@
 //! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `crew` | which workers get on, and which are to be replaced |
+//! | `threads` | the threads of workers, and how they start |
 //! | `berths` | how many workers one region may hold up |
 //! | `slow` | how many workers slow regions may hold up together |
 //! | `later` | what is done in a moment, instead of waiting for it |
@@ -39,6 +40,7 @@ mod populate;
 mod seldom;
 mod served;
 mod slow;
+mod threads;
 mod watchdog;
 mod worker;
 

@@ -11,8 +11,8 @@
 //! holds up is replaced at its epoll by another one.
 
 use crate::error::{Error, ErrorKind};
+use crate::fault::Permits;
 use crate::fault::Request;
-use crate::fault::{Permit, Permits};
 use crate::guard::AbortOnPanic;
 use crate::guard::discard;
 use crate::serve::crew::{self, Crew};
@@ -21,8 +21,9 @@ use crate::serve::fork::usher::Usher;
 use crate::serve::later::{Later, What};
 use crate::serve::placement::{Placement, Places};
 use crate::serve::slow::Slow;
+use crate::serve::threads::Threads;
 use crate::serve::watchdog::{Limits, Watchdog};
-use crate::serve::worker::{Ahead, Handed, Worker};
+use crate::serve::worker::{Ahead, Handed};
 use crate::serve::{Door, Served};
 use crate::signals::NoSignals;
 use crate::space::page_table::Wake;
@@ -352,26 +353,6 @@ fn is_another<T>(thread: &JoinHandle<T>) -> bool {
     thread.thread().id() != thread::current().id()
 }
 
-/// The threads of workers.
-#[derive(Debug, Default)]
-struct Threads {
-    running: Vec<JoinHandle<u64>>,
-    /// Faults that those have served that have ended.
-    served: u64,
-}
-
-impl Threads {
-    fn push(&mut self, thread: JoinHandle<u64>) {
-        let ended = self.running.extract_if(.., |thread| thread.is_finished());
-        self.served += ended.filter_map(|thread| thread.join().ok()).sum::<u64>();
-        self.running.push(thread);
-    }
-
-    fn take(&mut self) -> (Vec<JoinHandle<u64>>, u64) {
-        (std::mem::take(&mut self.running), self.served)
-    }
-}
-
 impl Drop for Handle {
     fn drop(&mut self) {
         if !self.generation.is_current() {
@@ -396,15 +377,15 @@ pub(super) struct Shared {
     pub(super) crew: Crew,
     /// There are faults that no queue has room for.
     pub(super) left: AtomicBool,
-    threads: Mutex<Threads>,
+    pub(super) threads: Mutex<Threads>,
     pub(super) name: String,
-    places: Places,
-    permits: Option<Arc<Permits>>,
+    pub(super) places: Places,
+    pub(super) permits: Option<Arc<Permits>>,
     pub(super) later: Arc<Later>,
     /// What the usher leaves to workers.
     news: (Sender<NewsOf>, Receiver<NewsOf>),
     usher: OnceLock<Usher>,
-    epolls: Vec<Arc<Epoll>>,
+    pub(super) epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
     /// By the descriptor of their uffd, which is what epoll reports.
@@ -463,44 +444,6 @@ impl Shared {
             wakes,
             regions: RwLock::default(),
         })
-    }
-
-    /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
-    pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
-        let permit = shared.permits.as_ref().map(|permits| {
-            let what = "a pool has as many faults in flight as it may have: in_flight()";
-            permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
-        });
-        Self::start_worker(shared, post, permit.transpose()?)
-    }
-
-    /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
-    fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(place) = shared.crew.join(post) else {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "a pool has as many workers as it may have: max_workers()",
-            ));
-        };
-        let refused = |what, error| {
-            shared.crew.never_came(place);
-            Error::because(ErrorKind::Resources, what, error)
-        };
-        let ready = Arc::clone(&shared.epolls[post]);
-        let worker =
-            Worker::new(Arc::clone(shared), ready, shared.places.home(post), place).map_err(|errno| {
-                refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
-            })?;
-        let named = thread::Builder::new().name(thread_name(&shared.name, place));
-        let work = move || {
-            let _until_it_ends = permit;
-            worker.run()
-        };
-        let thread = named.spawn(work).map_err(|error| {
-            refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
-        })?;
-        shared.threads.lock().push(thread);
-        Ok(())
     }
 
     /// The way into the region whose uffd is `fd`, if it is still served.
@@ -769,16 +712,6 @@ pub(super) fn watch(epoll: &Epoll, fd: impl AsFd, flags: EpollFlags) -> Result<(
     epoll.add(fd, EpollEvent::new(flags, token))
 }
 
-/// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
-fn thread_name(prefix: &str, index: usize) -> String {
-    let suffix = format!("/{index}");
-    let mut cut = prefix.len().min(15 - suffix.len());
-    while !prefix.is_char_boundary(cut) {
-        cut -= 1;
-    }
-    format!("{}{suffix}", &prefix[..cut])
-}
-
 /// News that may wait for a worker.
 const NEWS_MAX: usize = 1024;
 /// Faults that may wait for a worker: past it, who reads them serves them.
@@ -789,13 +722,6 @@ const AHEAD_MAX: usize = 64;
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_thread_name_keeps_its_number() {
-        assert_eq!(thread_name("pagestitch", 0), "pagestitch/0");
-        assert_eq!(thread_name("a very long prefix", 123), "a very long/123");
-        assert_eq!(thread_name("ééééééééé", 7), "éééééé/7");
-    }
 
     #[test]
     fn a_stopped_pool_takes_no_region() {
