@@ -2,7 +2,7 @@
 //! of its owner and the end of its region.
 
 use crate::guests::{adopt, receive};
-use crate::{HANG, HugePages, SIGKILL, pattern, signal_of_lost_page, until};
+use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::{Pid, gettid};
 use pagestitch::{
@@ -21,7 +21,6 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::time::Duration;
 use std::{fs, thread};
 
-const PAGE: usize = 4096;
 /// Two ranges with a gap between, as a guest has below and above 4 GiB.
 const RANGES: [usize; 2] = [300 * PAGE, 700 * PAGE];
 const TOTAL: usize = 1000 * PAGE;

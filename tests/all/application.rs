@@ -2,8 +2,8 @@
 //! bytes or a signal.
 
 use crate::{
-    SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, is_asleep, pattern, this_thread, touch,
-    until,
+    PAGE, SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, is_asleep, pattern, this_thread,
+    touch, until,
 };
 use nix::libc;
 use nix::sys::mman::munmap;
@@ -20,8 +20,6 @@ use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
-
-const PAGE: usize = 4096;
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
     Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()

@@ -2,14 +2,13 @@
 //! and dense faults alike, with the right bytes.
 
 use crate::donated::huge_kib;
-use crate::{discard, pattern, stray_write, touch, until};
+use crate::{PAGE, discard, pattern, stray_write, touch, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::thread;
 
-const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 const BLOCK_PAGES: u64 = 512;
 

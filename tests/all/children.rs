@@ -1,7 +1,7 @@
 //! Forked children that inherit a region: each child has its own pages, filled from the same
 //! sources.
 
-use crate::{SetOnDrop, discard, pattern, touch, until};
+use crate::{PAGE, SetOnDrop, discard, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use nix::unistd::{getpid, getppid};
@@ -17,8 +17,6 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
-
-const PAGE: usize = 4096;
 
 /// A region that children inherit, or `None` where this process or this kernel cannot.
 fn built(bytes: &[u8]) -> Option<Region> {

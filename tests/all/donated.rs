@@ -1,7 +1,7 @@
 //! Donated pages move into a region: they are not copied, and the zeros that they leave behind are
 //! never read.
 
-use crate::{discard, pattern, until};
+use crate::{PAGE, discard, pattern, until};
 use pagestitch::source::{Donated, Pages};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
@@ -11,8 +11,6 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-
-const PAGE: usize = 4096;
 
 pub(crate) fn pages_of(bytes: &[u8]) -> Pages {
     let mut pages = Pages::new(bytes.len()).unwrap();

@@ -1,14 +1,13 @@
 //! Many regions of one pool: a slow region delays no other region, and the limit of concurrent
 //! faults holds.
 
+use crate::PAGE;
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
-
-const PAGE: usize = 4096;
 
 /// A slow source, which counts its concurrent reads.
 struct Slow {

@@ -2,7 +2,7 @@
 //! socket, and the end of either side.
 
 use crate::handler::RunningHandler;
-use crate::{HugePages, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
+use crate::{HugePages, PAGE, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
 use pagestitch::Loss;
 use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-pub(crate) const PAGE: usize = 4096;
 const RANGES: [usize; 2] = [600 * PAGE, 1400 * PAGE];
 pub(crate) const PAGES: usize = 2000;
 const TOTAL: usize = PAGES * PAGE;

@@ -2,7 +2,7 @@
 //! another guest.
 
 use crate::handler::RunningHandler;
-use crate::{handle_bus_errors, lacks_poison, own_memory, pattern, serve_until, until};
+use crate::{PAGE, handle_bus_errors, lacks_poison, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Pid, getgid, getuid, pause};
@@ -20,7 +20,6 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-const PAGE: usize = 4096;
 /// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for
 /// a worker that the attack holds for 111 ms.
 const LONG: Duration = Duration::from_secs(30);

@@ -1,6 +1,6 @@
 //! Servers that a forked child inherits: they belong to the parent, and an error says so.
 
-use crate::{is_readable, pattern, serve_until, until};
+use crate::{PAGE, is_readable, pattern, serve_until, until};
 use nix::poll::PollTimeout;
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
 use pagestitch_kernel::Features;
@@ -9,8 +9,6 @@ use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;
 use std::thread;
-
-const PAGE: usize = 4096;
 
 /// Returns 0 if `result` is the error of a server that another process made.
 fn is_refused<T>(result: Result<T, Error>, thing: &str) -> i32 {

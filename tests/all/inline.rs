@@ -2,7 +2,7 @@
 //! from many threads, beside other handlers.
 
 use crate::donated::pages_of;
-use crate::{discard, handle_bus_errors, pattern, touch, until};
+use crate::{PAGE, discard, handle_bus_errors, pattern, touch, until};
 use pagestitch::source::{File, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::{child, this_test};
@@ -10,8 +10,6 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
-
-const PAGE: usize = 4096;
 
 fn stitched(bytes: &[u8]) -> Region {
     let chunks = bytes.chunks(1500).map(<[u8]>::to_vec);

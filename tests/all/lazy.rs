@@ -1,7 +1,7 @@
 //! Lazy memfds: one copy in memory for all mappings, and each page is filled once, at the first
 //! touch of any of them.
 
-use crate::{pattern, touch};
+use crate::{PAGE, pattern, touch};
 use nix::mount::MsFlags;
 use pagestitch::source::{FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
@@ -17,7 +17,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-const PAGE: usize = 4096;
 const PAGES: usize = 64;
 
 /// Writes its bytes and counts the pages. Fails at one byte.

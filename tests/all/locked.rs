@@ -3,7 +3,7 @@
 
 use crate::donated::pages_of;
 use crate::zero_copy::memfd;
-use crate::{HugePages, become_ordinary_user, lazy, lock_pages, pattern, serve_until};
+use crate::{HugePages, PAGE, become_ordinary_user, lazy, lock_pages, pattern, serve_until};
 use nix::libc;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,7 +18,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
 
 /// Locks future or current mappings. `MCL_ONFAULT` has no name in the wrapper.

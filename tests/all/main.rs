@@ -105,6 +105,8 @@ const fn own_memory() -> pagestitch::OwnMemory {
     unsafe { pagestitch::OwnMemory::promise() }
 }
 
+/// The tests run on x86-64.
+const PAGE: usize = 4096;
 const SIGABRT: i32 = 6;
 const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;

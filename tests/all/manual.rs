@@ -1,7 +1,7 @@
 //! `Manual`, a server in the caller's own loop: it serves on request, its descriptor reports
 //! faults, and its last drop leaves no thread waiting.
 
-use crate::{is_readable, pattern, serve_until, touch, until};
+use crate::{PAGE, is_readable, pattern, serve_until, touch, until};
 use nix::poll::PollTimeout;
 use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -9,8 +9,6 @@ use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-
-const PAGE: usize = 4096;
 
 fn is_ready(manual: &Manual) -> bool {
     is_readable(manual, PollTimeout::ZERO)

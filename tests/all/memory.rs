@@ -2,7 +2,7 @@
 //! never zeros and never a hang.
 
 use crate::guests::receive;
-use crate::{SIGKILL, until};
+use crate::{PAGE, SIGKILL, until};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use pagestitch::{Chunk, Pool, Region};
 use pagestitch_testkit::guest::Guest;
@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::thread;
 use tempfile::TempDir;
 
-const PAGE: usize = 4096;
 const TOTAL: usize = 32 << 20;
 const LIMIT: u64 = 16 << 20;
 

@@ -1,15 +1,13 @@
 //! Meters and metrics of a region, while it lives and after its drop.
 
 use crate::readahead::read_slowly;
-use crate::{pattern, until};
+use crate::{PAGE, pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
-
-const PAGE: usize = 4096;
 
 #[test]
 fn a_fault_is_in_flight_as_long_as_its_source_is_read() {

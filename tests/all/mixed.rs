@@ -2,7 +2,7 @@
 
 use crate::donated::pages_of;
 use crate::shared::memfd_of;
-use crate::{pattern, touch};
+use crate::{PAGE, pattern, touch};
 use pagestitch::source::{FillMemfd, LazyMemfd, Memory, SharedFile};
 use pagestitch::{Chunk, Pool, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
@@ -13,7 +13,6 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, LazyLock};
 use std::thread;
 
-const PAGE: usize = 4096;
 const SIZE: usize = 16 * PAGE;
 
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,7 @@
 //! Panics in code of the application that a worker calls: the worker serves on, and no other page
 //! is lost.
 
-use crate::{SIGBUS, pattern, signal_of_lost_page, until};
+use crate::{PAGE, SIGBUS, pattern, signal_of_lost_page, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{Builder, Chunk, OnFailure, Pool, Readahead, Region, Source};
 use pagestitch_testkit::scripted::Scripted;
@@ -13,8 +13,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
-
-const PAGE: usize = 4096;
 
 /// An error that panics in Display and in Drop.
 #[derive(Debug)]

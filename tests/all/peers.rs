@@ -1,9 +1,9 @@
 //! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and
 //! nothing else.
 
-use crate::firecracker::{PAGE, PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
+use crate::firecracker::{PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
 use crate::handler::RunningHandler;
-use crate::{HANG, SIGKILL, comes_true, signal_of_lost_page, until};
+use crate::{HANG, PAGE, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::Loss;

@@ -2,13 +2,11 @@
 //! filled ahead hold their bytes.
 
 use crate::contention::is_idle;
-use crate::{pattern, until};
+use crate::{PAGE, pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
 use std::thread;
-
-const PAGE: usize = 4096;
 
 #[test]
 fn a_sequential_reader_takes_few_faults() {

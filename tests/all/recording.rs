@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::guests::adopt;
 use crate::handler::RunningHandler;
-use crate::{end_if_hung, pattern, serve_until, until};
+use crate::{PAGE, end_if_hung, pattern, serve_until, until};
 use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
 use pagestitch_firecracker::{Handler, Snapshot};
 use pagestitch_testkit::guest::Guest;
@@ -13,8 +13,6 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-
-const PAGE: usize = 4096;
 
 fn builder(source: &Arc<Scripted>) -> pagestitch::Builder {
     Region::builder().name("twice").chunk(Chunk::source(Arc::clone(source)))

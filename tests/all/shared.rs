@@ -1,7 +1,7 @@
 //! Memory that others may change: shared with all of them, and never shown as a `&[u8]`.
 
 use crate::donated::pages_of;
-use crate::{pattern, touch};
+use crate::{PAGE, pattern, touch};
 use pagestitch::source::{Alias, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, ErrorKind, How, Pool, Region, SharedRegion};
 use pagestitch_testkit::{child, this_test};
@@ -10,8 +10,6 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-
-const PAGE: usize = 4096;
 
 /// A file of these bytes, as a source and as a second handle.
 fn file_of(bytes: &[u8]) -> (Arc<SharedFile>, tempfile::NamedTempFile) {

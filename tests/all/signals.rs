@@ -1,7 +1,7 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
 use crate::{
-    SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, touch, until,
+    PAGE, SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, touch, until,
 };
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
@@ -12,8 +12,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-
-const PAGE: usize = 4096;
 
 /// The address that the SIGUSR1 handler reads, and the counts of its right and its wrong bytes.
 static ADDRESS: AtomicUsize = AtomicUsize::new(0);

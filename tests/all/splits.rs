@@ -3,7 +3,7 @@
 
 use crate::donated::pages_of;
 use crate::lazy::chunk_of;
-use crate::pattern;
+use crate::{PAGE, pattern};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 const PAGES: usize = 1024 + 5;
 

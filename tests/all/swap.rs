@@ -2,7 +2,7 @@
 //! again, and they keep written bytes.
 
 use crate::donated::pages_of;
-use crate::{SetOnDrop, comes_true, pattern, until};
+use crate::{PAGE, SetOnDrop, comes_true, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, Pool, Region, Source};
@@ -15,7 +15,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-const PAGE: usize = 4096;
 const BLOCK: usize = 2 << 20;
 
 /// Swap space on a compressed block device in memory, for its lifetime. Needs root.

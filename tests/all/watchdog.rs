@@ -1,6 +1,6 @@
 //! Faults that take too long: reported once, and timed out where that is declared.
 
-use crate::{SIGBUS, comes_true, touch, until};
+use crate::{PAGE, SIGBUS, comes_true, touch, until};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -20,8 +20,6 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
-
-const PAGE: usize = 4096;
 
 fn hanging() -> Arc<Scripted> {
     Arc::new(Scripted::new(10 * PAGE as u64).holding(3 * PAGE as u64..4 * PAGE as u64))

@@ -1,7 +1,7 @@
 //! Zero copy: memfds are shown in place with the same pages, no copy and no fault. The plan gives a
 //! reason for each copied chunk.
 
-use crate::pattern;
+use crate::{PAGE, pattern};
 use pagestitch::source::Memfd;
 use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
 use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
@@ -10,8 +10,6 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-
-const PAGE: usize = 4096;
 
 /// A sealed memfd of these bytes.
 pub(crate) fn memfd(bytes: &[u8]) -> Memfd {
