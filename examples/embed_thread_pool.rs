@@ -5,7 +5,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::{Manual, Region};
 use std::error::Error;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -28,19 +28,15 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Jobs of the program. A job must not touch the region, because its own thread may have to
     // serve the fault.
-    let done = Arc::new(AtomicUsize::new(0));
-    for _ in 0..100 {
-        let done = Arc::clone(&done);
-        jobs.send(Box::new(move || {
-            done.fetch_add(1, Ordering::Relaxed);
-        }))?;
+    let (done, finished) = channel();
+    for number in 0..100 {
+        let done = done.clone();
+        jobs.send(Box::new(move || done.send(number).expect("the main thread waits")))?;
     }
     // This thread serves no faults, so it may read the region.
     let sum: u64 = region.as_slice().iter().map(|&byte| u64::from(byte)).sum();
     assert_eq!(sum, 7 * (8 << 20));
-    while done.load(Ordering::Relaxed) < 100 {
-        thread::yield_now();
-    }
+    assert_eq!(finished.iter().take(100).sum::<u32>(), 99 * 100 / 2);
     drop(region); // before its servers
     stop.store(true, Ordering::Relaxed);
     let faults: usize = workers.into_iter().map(|worker| worker.join().expect("a worker")).sum();

@@ -152,6 +152,7 @@ const STACK: usize = 256 << 10;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pagestitch_testkit::wait;
     use std::sync::mpsc::Receiver;
 
     #[test]
@@ -159,22 +160,18 @@ mod tests {
         let peer_threads = PeerThreads::new().unwrap();
         let (release, held) = channel::<()>();
         let held = Arc::new(Mutex::new(held));
-        let wait = |held: Arc<Mutex<Receiver<()>>>, _: &ResultSender<u32>| {
+        let hold = |held: Arc<Mutex<Receiver<()>>>, _: &ResultSender<u32>| {
             let _ = held.lock().unwrap().recv();
         };
         for _ in 0..MAX_THREADS_PER_USER {
-            peer_threads.start(1, Arc::clone(&held), wait).unwrap();
+            peer_threads.start(1, Arc::clone(&held), hold).unwrap();
         }
         assert!(!peer_threads.has_room(1));
-        assert!(peer_threads.start(1, Arc::clone(&held), wait).is_err());
+        assert!(peer_threads.start(1, Arc::clone(&held), hold).is_err());
         peer_threads.start(2, 7, |thing, results| results.send(thing)).unwrap();
-        while peer_threads.take_results() != [7] {
-            thread::yield_now();
-        }
+        wait::until("a result", || peer_threads.take_results() == [7]);
         drop(release);
-        while peer_threads.running() > 0 {
-            thread::yield_now();
-        }
+        wait::until("the end of all threads", || peer_threads.running() == 0);
         assert!(peer_threads.has_room(1));
     }
 }
