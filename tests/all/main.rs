@@ -29,6 +29,8 @@ mod peers;
 mod readahead;
 mod reading;
 mod recording;
+#[cfg(sanitized)]
+mod sanitized;
 mod scale;
 mod shared;
 mod signals;
