@@ -1,6 +1,6 @@
 //! Servers that a forked child inherits: they belong to the parent, and an error says so.
 
-use crate::{PAGE, is_readable, pattern, serve_until, until};
+use crate::{PAGE, is_readable, own_memory, pattern, serve_until, until};
 use nix::poll::PollTimeout;
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
 use pagestitch_kernel::Features;
@@ -52,7 +52,7 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
     assert!(shared.succeeds());
     let adopted = ForkedChild::start(|| {
         let uffd = Uffd::open(Features::NONE).unwrap().as_fd().try_clone_to_owned().unwrap();
-        let memory = AdoptedMemory::new(uffd).unwrap().range(1 << 30, PAGE);
+        let memory = AdoptedMemory::of_this_process(uffd, own_memory()).unwrap().range(1 << 30, PAGE);
         let builder = Region::builder().name("guest").chunk(vec![7; PAGE]);
         is_refused(builder.build_adopted(memory, &pool), "region guest")
     });

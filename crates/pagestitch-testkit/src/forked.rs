@@ -2,6 +2,7 @@
 
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A running child.
 #[derive(Debug)]
@@ -9,7 +10,7 @@ use nix::unistd::{ForkResult, Pid, alarm, fork};
 pub struct ForkedChild(Pid);
 
 impl ForkedChild {
-    /// Starts a child that exits with the code of `body`. SIGALRM kills it after half a minute.
+    /// Starts a child that exits with the code of `body`, or with 101 if `body` panics. SIGALRM kills it after half a minute.
     ///
     /// # Panics
     ///
@@ -22,7 +23,9 @@ impl ForkedChild {
             ForkResult::Parent { child } => Self(child),
             ForkResult::Child => {
                 alarm::set(30);
-                let code = body();
+                // A panic must not unwind into the frames of the parent, because the thread would end
+                // there, and with it the child: with code 0.
+                let code = catch_unwind(AssertUnwindSafe(body)).unwrap_or(PANICKED);
                 // Not exit(3), because exit(3) takes locks of the standard library that another
                 // thread may have held at the fork.
                 // SAFETY: ends the process of the child, and touches no memory.
@@ -53,3 +56,6 @@ impl ForkedChild {
         matches!(self.wait(), WaitStatus::Exited(_, 0))
     }
 }
+
+/// The exit code of a child whose body panicked, as that of a program whose main thread panicked.
+const PANICKED: i32 = 101;
