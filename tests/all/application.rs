@@ -92,6 +92,7 @@ fn mremap_moves_filled_pages_and_makes_unfilled_pages_a_signal() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer may lie where the region was")]
 fn a_region_with_unmapped_pages_is_dropped_and_no_thread_hangs() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, 10 * PAGE);
@@ -223,6 +224,7 @@ fn a_process_with_a_waiting_thread_can_be_killed() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "a signal is delivered when its thread no longer waits")]
 fn a_waiting_thread_handles_signals_and_waits_on() {
     static HANDLED: AtomicU64 = AtomicU64::new(0);
     extern "C" fn handler(_: i32) {

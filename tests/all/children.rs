@@ -44,6 +44,10 @@ fn passes(child: ForkedChild) {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_forked_child_has_the_bytes_of_its_parent_in_pages_of_its_own() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(1, 500 * PAGE + 77);
@@ -63,6 +67,10 @@ fn a_forked_child_has_the_bytes_of_its_parent_in_pages_of_its_own() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_write_of_the_parent_is_not_seen_by_its_child() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, 64 * PAGE);
@@ -84,6 +92,10 @@ fn a_write_of_the_parent_is_not_seen_by_its_child() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn grandchildren_are_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(3, 200 * PAGE);
@@ -107,6 +119,10 @@ fn grandchildren_are_served() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn forks_beside_threads_that_fault_and_discard() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(4, 300 * PAGE);
@@ -136,6 +152,10 @@ fn forks_beside_threads_that_fault_and_discard() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(5, 300 * PAGE);
@@ -168,6 +188,10 @@ fn a_child_whose_parent_drops_the_region_gets_a_signal_and_not_zeros() {
 /// A fork meets the drop of a region at any moment: the child reads bytes or gets a signal, and no
 /// thread hangs.
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn forks_beside_regions_that_are_built_and_dropped() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(9, 40 * PAGE);
@@ -200,6 +224,10 @@ fn forks_beside_regions_that_are_built_and_dropped() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
     let end = child::run(this_test!(), || {
         // A source that answers only at the end.
@@ -248,6 +276,10 @@ impl Source for Held {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn descriptors_of_children_that_exec_are_closed() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(7, 100 * PAGE);
@@ -274,6 +306,10 @@ fn with_fork(command: &mut Command) -> &mut Command {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_child_without_a_free_descriptor_gets_a_signal_and_no_thread_hangs() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(8, 100 * PAGE);
@@ -358,6 +394,10 @@ fn waits_for_a_page(process: i32) -> bool {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_child_of_a_killed_parent_waits_and_reads_no_zeros() {
     let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
@@ -371,6 +411,10 @@ fn a_child_of_a_killed_parent_waits_and_reads_no_zeros() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
     let test = this_test!();
     let folder = tempfile::tempdir().unwrap();
@@ -396,6 +440,10 @@ fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
 
 /// Descriptors of ended children are closed, and those of many live children are kept.
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn more_children_than_fit_into_one_socket_are_served() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(8, 8 * PAGE);

@@ -178,6 +178,7 @@ fn a_bus_error_outside_regions_ends_the_process() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer may lie where the region was")]
 fn a_dropped_inline_region_is_a_signal_and_not_zeros() {
     let end = child::run(this_test!(), || {
         let region = stitched(&pattern(11, 10 * PAGE));

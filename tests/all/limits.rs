@@ -50,6 +50,7 @@ fn without_userfaultfd(errno: &str) {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
 fn a_region_past_rlimit_as_is_refused_with_the_limit() {
     let end = child::run(this_test!(), || {
         setrlimit(Resource::RLIMIT_AS, 1 << 32, 1 << 32).unwrap();
@@ -90,6 +91,10 @@ fn running_out_of_descriptors_is_an_error_at_each_step() {
 /// one that fits shows its bytes. The threads start first, because a Rust program without addresses
 /// for a signal stack is aborted.
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "the sanitizer maps memory of its own, which does not fit the limit"
+)]
 fn running_out_of_addresses_is_an_error_at_each_step() {
     let end = child::run(this_test!(), || {
         let (mut refused, mut built) = (0, 0);
@@ -124,6 +129,7 @@ fn running_out_of_addresses_is_an_error_at_each_step() {
 /// Writable memory counts against RLIMIT_DATA. A region that is only read counts too, unless the
 /// hardware write-protects it.
 #[test]
+#[cfg_attr(sanitized, ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
 fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
     let end = child::run(this_test!(), || {
         let hard = getrlimit(Resource::RLIMIT_DATA).unwrap().1;
@@ -248,6 +254,7 @@ fn a_region_larger_than_the_address_space_is_refused() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
 fn a_region_is_served_and_dropped_at_max_map_count() {
     let end = child::run(this_test!(), || {
         let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();

@@ -18,6 +18,7 @@ mod inline;
 mod journey;
 mod lazy;
 mod limits;
+#[cfg(not(sanitized))] // Sanitizers make mlock(2) and mlockall(2) do nothing.
 mod locked;
 mod manual;
 mod memory;

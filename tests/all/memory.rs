@@ -111,6 +111,7 @@ fn a_process_past_its_memory_limit_is_killed_and_reads_no_zeros() {
 /// The limit of another process is reached: its pages fail until the limit is raised, and a retry
 /// then fills them.
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "the limit counts memory of the sanitizer")]
 fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let test = this_test!();
     let Some(group) = group_of(test, "adopted", false) else { return };

@@ -61,6 +61,7 @@ fn parts(region: &Region) -> Vec<String> {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer is counted")]
 fn many_chunks_of_one_memory_cost_at_most_32_bytes_each() {
     const CHUNKS: u64 = 1_000_000;
     let end = child::run(this_test!(), || {

@@ -87,6 +87,7 @@ extern "C" fn populate_all(_signal: c_int) {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "the handler allocates, which is reported")]
 #[expect(unsafe_code, reason = "takes the error from the handler's pointer")]
 fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
     let test = this_test!();
@@ -139,6 +140,7 @@ fn read_in_a_storm(step: impl Fn(usize)) {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
 fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
     let end = child::run(this_test!(), || {
         let region = inline_region(&pattern(3, 64 * PAGE));
@@ -156,6 +158,7 @@ fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
 fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
         let region = inline_region(&pattern(4, 64 * PAGE));
@@ -181,6 +184,7 @@ impl AsRef<[u8]> for CutShort {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
 #[expect(unsafe_code, reason = "maps a file that is truncated")]
 fn a_fault_inside_the_sigbus_handler_ends_the_process_with_a_line() {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap};
@@ -297,6 +301,7 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "instrumented frames need more stack")]
 #[expect(unsafe_code, reason = "asks for the size of the kernel's signal frame")]
 fn a_fault_is_served_on_a_small_alternate_stack() {
     let end = child::run(this_test!(), || {

@@ -81,6 +81,7 @@ fn map_zeros(start: Option<NonZeroUsize>, bytes: usize) {
 /// A dropped region frees its addresses. Addresses that are kept closed for a moment are freed
 /// where addresses are short.
 #[test]
+#[cfg_attr(sanitized, ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
 fn addresses_of_dropped_regions_are_free_again_where_they_are_short() {
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).start().unwrap();
@@ -164,6 +165,7 @@ fn a_drop_waits_for_the_source_that_is_being_read() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer may lie where the region was")]
 fn touching_a_dropped_region_is_a_signal() {
     let end = child::run(this_test!(), || {
         let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
@@ -179,7 +181,7 @@ fn a_forked_child_gets_a_signal_and_not_zeros() {
     let end = child::run(this_test!(), || {
         let region = Region::builder().chunk(pattern(1, 8192)).build(&Pool::new().unwrap()).unwrap();
         let address = region.as_ptr().expose_provenance().get();
-        let ended = fork_and(|| i32::from(touch(address + 4096)));
+        let ended = ForkedChild::start(|| i32::from(touch(address + 4096))).wait();
         assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGSEGV, _)), "{ended:?}");
         assert_ne!(region.as_slice()[4096], 0, "the parent is served as before");
     });
@@ -187,13 +189,14 @@ fn a_forked_child_gets_a_signal_and_not_zeros() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "a child of fork(2) is ended when it drops a thread of its parent")]
 fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(5, 50_000);
         let pool = Pool::builder().workers(2).start().unwrap();
         let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
         assert_eq!(region.as_slice()[0], bytes[0]);
-        let dropped = fork_and(|| {
+        let dropped = ForkedChild::start(|| {
             // SAFETY: the parent keeps its own values. These are the child's copies, dropped once.
             #[expect(unsafe_code, reason = "a child whose stack unwinds past the fork does this")]
             drop(unsafe { std::ptr::read(&raw const region) });
@@ -202,7 +205,7 @@ fn a_forked_child_that_drops_a_region_leaves_the_parents_alone() {
             drop(unsafe { std::ptr::read(&raw const pool) });
             0
         });
-        assert_eq!(dropped, WaitStatus::Exited(dropped.pid().unwrap(), 0));
+        assert!(dropped.succeeds());
         assert!(region.as_slice() == bytes, "the parent is served as before");
         assert!(pool.clone().stop().is_err(), "and its pool knows the region");
     });
@@ -250,6 +253,7 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
 
 /// Parent and child are each pid 1 of a PID namespace, so that both have the same pid.
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "a child of fork(2) is ended when it drops a thread of its parent")]
 fn a_child_with_the_number_of_its_parent_leaves_the_parents_region_alone() {
     let test = this_test!();
     let end = child::run(test, || {
@@ -318,26 +322,16 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
                 }
             });
             for _ in 0..20 {
-                let ended = fork_and(|| {
-                    end_if_hung();
+                let child = ForkedChild::start(|| {
                     let own = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
                     i32::from(own.as_slice() != bytes)
                 });
-                assert_eq!(ended, WaitStatus::Exited(ended.pid().unwrap(), 0));
+                assert!(child.succeeds());
             }
             done.store(true, Ordering::SeqCst);
         });
     });
     end.expect_pass();
-}
-
-#[expect(unsafe_code, reason = "fork(2) by the application is part of the test")]
-fn fork_and(body: impl FnOnce() -> i32) -> WaitStatus {
-    // SAFETY: the child needs no lock that another thread of the parent holds.
-    match unsafe { nix::unistd::fork() }.unwrap() {
-        nix::unistd::ForkResult::Child => std::process::exit(body()),
-        nix::unistd::ForkResult::Parent { child } => waitpid(child, None).unwrap(),
-    }
 }
 
 #[test]
@@ -370,6 +364,7 @@ fn a_leaked_region_stays_served() {
 }
 
 #[test]
+#[cfg_attr(sanitized, ignore = "mappings of the sanitizer are counted")]
 fn dropped_regions_leave_no_descriptors_threads_or_mappings() {
     let end = child::run(this_test!(), || {
         let round = || {

@@ -66,6 +66,7 @@ fn frame(byte: &u8) -> u64 {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer is counted")]
 fn a_region_in_place_takes_no_memory_of_its_own() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(3, 64 << 20);
