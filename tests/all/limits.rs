@@ -254,7 +254,10 @@ fn a_region_larger_than_the_address_space_is_refused() {
 }
 
 #[test]
-#[cfg_attr(sanitized = "thread", ignore = "the sanitizer maps memory of its own, which does not fit the limit")]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "the sanitizer maps memory of its own, which does not fit the limit"
+)]
 fn a_region_is_served_and_dropped_at_max_map_count() {
     let end = child::run(this_test!(), || {
         let memfd = UnsealedMemfd::create("every", 3 * 4096).unwrap().seal().unwrap();

@@ -2,7 +2,7 @@
 //! error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
-use crate::{SIGSEGV, comes_true, discard, end_if_hung, is_asleep, pattern, this_thread, touch, until};
+use crate::{SIGSEGV, comes_true, discard, is_asleep, pattern, this_thread, touch, until};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
