@@ -20,9 +20,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Far above the 50 ms that 400 touches usually take, and below the 44 s where each touch waits for
-/// a worker that the attack holds for 111 ms.
-const LONG: Duration = Duration::from_secs(30);
+/// Far above the seconds that 400 touches take beside an attack, and below the 111 s where each of a
+/// thousand faults of an attack holds the only worker for 111 ms.
+const LONG: Duration = Duration::from_secs(60);
 /// The written part of a snapshot. The rest is zeros.
 const WRITTEN: usize = 500 * PAGE;
 
@@ -151,7 +151,7 @@ fn a_discard_loop_of_a_guest_delays_no_other_guest() {
         ready(path);
         for_ever();
     });
-    let pool = Pool::builder().workers(1).start().unwrap();
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
     let mut attacked = Attacked::with(&pool, BYTES, OnStop::Abandon, |_| {});
     let alone = attacked.touches_of_an_innocent_guest().expect("without an attack");
     let mut hostile = attacked.hostile(body);
@@ -212,7 +212,7 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
         let guest = Arc::new(Guest::in_file(file, BYTES).unwrap());
         let _stream = guest.hand_over(path.as_ref()).unwrap();
         // A thread for each page, because a waiting thread touches no other page.
-        for page in 0..200 {
+        for page in 0..1000 {
             let guest = Arc::clone(&guest);
             thread::Builder::new()
                 .stack_size(64 << 10)
@@ -222,7 +222,7 @@ fn a_guest_on_a_full_tmpfs_delays_no_other_guest() {
         ready(path);
         for_ever();
     });
-    let pool = Pool::builder().workers(1).start().unwrap();
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
     let attacked = Attacked::with(&pool, BYTES, OnStop::Abandon, |_| {});
     let alone = attacked.touches_of_an_innocent_guest().expect("without an attack");
     let mut hostile = attacked.hostile(body);
