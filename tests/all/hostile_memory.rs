@@ -276,7 +276,12 @@ fn the_final_fill_of_a_guest_stops_when_the_guest_dies() {
         (1..256).for_each(|at| file.write_all_at(&bytes, at << 20).unwrap());
     });
     let mut hostile = attacked.hostile(body);
+    let statm = format!("/proc/{}/statm", hostile.id());
+    let resident =
+        || fs::read_to_string(&statm).unwrap().split(' ').nth(1).unwrap().parse::<usize>().unwrap();
+    let before = resident();
     attacked.handler.request_shutdown();
+    until(|| resident() > before + 100);
     hostile.kill();
     let stopped = attacked.handler.try_stop();
     println!("stopped after {stopped:?}");
