@@ -54,6 +54,22 @@ impl Default for Builder {
     }
 }
 
+impl Region {
+    /// Starts to describe a region.
+    #[must_use]
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+}
+
+impl SharedRegion {
+    /// As [`Region::builder`]; end it with [`build_shared`](Builder::build_shared).
+    #[must_use]
+    pub fn builder() -> Builder {
+        Region::builder()
+    }
+}
+
 impl Builder {
     /// What to call the region in errors, logs and plans. By default `"unnamed"`.
     #[must_use]

@@ -1,6 +1,6 @@
 //! A region: scattered chunks as one contiguous range of addresses, filled on first touch.
 
-use crate::api::{Builder, Core};
+use crate::api::Core;
 use crate::error::Error;
 use crate::error::Failure;
 use crate::metrics::{Meter, Metrics};
@@ -33,7 +33,7 @@ use std::sync::Arc;
 ///
 /// # Children
 ///
-/// A forked child has no access to a region that does not [`serve_children`](Builder::serve_children), but for pages that are shown in
+/// A forked child has no access to a region that does not [`serve_children`](crate::Builder::serve_children), but for pages that are shown in
 /// place: a touch is SIGSEGV, and no mapping of the child's comes to lie there. In a child of a raw `clone(2)`, which runs no fork handlers,
 /// the region's addresses are free for other mappings: the child must not use a pointer into the region. `fork(2)` waits for a build or
 /// drop of a region that is under way: a fork handler (`pthread_atfork(3)`) must not take a lock that is held around one.
@@ -78,12 +78,6 @@ impl Region {
         &self.core.served
     }
 
-    /// Starts to describe a region.
-    #[must_use]
-    pub fn builder() -> Builder {
-        Builder::default()
-    }
-
     pub(super) const fn new(view: StableView, core: Core) -> Self {
         Self { view, core }
     }
@@ -120,7 +114,7 @@ impl Region {
         &self.view.as_slice()[..self.len()]
     }
 
-    /// The bytes for writing, of a region built [`writable`](Builder::writable). Writes stay in the region; the
+    /// The bytes for writing, of a region built [`writable`](crate::Builder::writable). Writes stay in the region; the
     /// sources do not see them.
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
@@ -206,7 +200,7 @@ impl Region {
         self.core.meter()
     }
 
-    /// In which order pages were touched so far, of a region that [records](Builder::record).
+    /// In which order pages were touched so far, of a region that [records](crate::Builder::record).
     #[must_use]
     pub fn recording(&self) -> Option<Recording> {
         self.core.recording()

@@ -1,6 +1,6 @@
 //! A region of which others may change parts while it is shown.
 
-use crate::api::{Builder, Core, Region};
+use crate::api::Core;
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
@@ -24,7 +24,7 @@ use std::sync::Arc;
 /// [`view`](Self::view) has an `unsafe` slice for who knows that nobody writes.
 ///
 /// What cannot be shown in place is copied when it is first touched, and then stays as it was:
-/// [`plan`](Self::plan) tells, and [`require_zero_copy`](Builder::require_zero_copy) makes that an error.
+/// [`plan`](Self::plan) tells, and [`require_zero_copy`](crate::Builder::require_zero_copy) makes that an error.
 /// Touching a page past the end of a file that was truncated is SIGBUS; `read_at` of it is an error.
 ///
 /// ```
@@ -57,32 +57,26 @@ impl SharedRegion {
         Self { view, core }
     }
 
-    /// As [`Region::builder`]; end it with [`build_shared`](Builder::build_shared).
-    #[must_use]
-    pub fn builder() -> Builder {
-        Region::builder()
-    }
-
-    /// As [`Region::name`].
+    /// As [`Region::name`](crate::Region::name).
     #[must_use]
     pub fn name(&self) -> &str {
         self.core.name()
     }
 
-    /// As [`Region::len`].
+    /// As [`Region::len`](crate::Region::len).
     #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
     #[must_use]
     pub fn len(&self) -> usize {
         self.core.len()
     }
 
-    /// As [`Region::offset_of`].
+    /// As [`Region::offset_of`](crate::Region::offset_of).
     #[must_use]
     pub fn offset_of(&self, chunk: usize) -> Option<u64> {
         self.core.offset_of(chunk)
     }
 
-    /// As [`Region::chunk_at`].
+    /// As [`Region::chunk_at`](crate::Region::chunk_at).
     #[must_use]
     pub fn chunk_at(&self, offset: u64) -> Option<usize> {
         self.core.chunk_at(offset)
@@ -100,7 +94,7 @@ impl SharedRegion {
         &self.view
     }
 
-    /// As [`Region::serves_system_calls`].
+    /// As [`Region::serves_system_calls`](crate::Region::serves_system_calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
         self.core.serves_system_calls()
@@ -110,7 +104,7 @@ impl SharedRegion {
     ///
     /// # Errors
     ///
-    /// As [`Region::read_at`]; [`ErrorKind::Source`] too if a file that is shown there has become shorter.
+    /// As [`Region::read_at`](crate::Region::read_at); [`ErrorKind::Source`] too if a file that is shown there has become shorter.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
         self.core.populate(range.clone())?;
@@ -124,7 +118,7 @@ impl SharedRegion {
     /// # Errors
     ///
     /// As [`read_at`](Self::read_at); [`ErrorKind::BadOption`] if the region was not built
-    /// [`writable`](Builder::writable).
+    /// [`writable`](crate::Builder::writable).
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(bytes.len() as u64))?;
         self.core.populate(range.clone())?;
@@ -144,55 +138,55 @@ impl SharedRegion {
         }
     }
 
-    /// As [`Region::populate`].
+    /// As [`Region::populate`](crate::Region::populate).
     ///
     /// # Errors
     ///
-    /// As [`Region::populate`].
+    /// As [`Region::populate`](crate::Region::populate).
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.populate(range)
     }
 
-    /// As [`Region::heal`].
+    /// As [`Region::heal`](crate::Region::heal).
     ///
     /// # Errors
     ///
-    /// As [`Region::heal`].
+    /// As [`Region::heal`](crate::Region::heal).
     pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.heal(range)
     }
 
-    /// As [`Region::failures`].
+    /// As [`Region::failures`](crate::Region::failures).
     #[must_use]
     pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
         self.core.failures()
     }
 
-    /// As [`Region::plan`].
+    /// As [`Region::plan`](crate::Region::plan).
     #[must_use]
     pub fn plan(&self) -> Plan {
         self.core.plan()
     }
 
-    /// As [`Region::metrics`].
+    /// As [`Region::metrics`](crate::Region::metrics).
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.core.metrics()
     }
 
-    /// As [`Region::meter`].
+    /// As [`Region::meter`](crate::Region::meter).
     #[must_use]
     pub fn meter(&self) -> Meter {
         self.core.meter()
     }
 
-    /// As [`Region::recording`].
+    /// As [`Region::recording`](crate::Region::recording).
     #[must_use]
     pub fn recording(&self) -> Option<Recording> {
         self.core.recording()
     }
 
-    /// As [`Region::close`].
+    /// As [`Region::close`](crate::Region::close).
     #[must_use = "to give everything back, dropping is enough"]
     pub fn close(self) -> Metrics {
         self.core.close()

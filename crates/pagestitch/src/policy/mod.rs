@@ -16,6 +16,7 @@ pub(crate) use dense::Dense;
 pub use failure::{OnFailure, Retry};
 pub use readahead::Readahead;
 use readahead::Streams;
+pub(crate) use readahead::Wide;
 pub use recording::Recording;
 pub(crate) use recording::{Recorder, Replay};
 
@@ -38,17 +39,6 @@ pub(crate) enum Blocks {
     Copied,
     /// Foreign memory: those who wait for one page of a block would wait for all others to be copied.
     Never,
-}
-
-/// What to install beside the page of a fault.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wide {
-    /// Together with it: who waits for the page waits for these too.
-    pub(crate) now: Option<Span>,
-    /// After it, while whoever waited runs on.
-    pub(crate) ahead: Option<Span>,
-    /// How many pages that were filled ahead the reader has passed by since it was last heard of.
-    pub(crate) passed: usize,
 }
 
 impl Policy {

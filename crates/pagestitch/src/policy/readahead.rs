@@ -14,7 +14,6 @@
 //! marker is the first page *after* the window. A stream begins with two faults in a row, and its window doubles at each
 //! marker. Random touches meet no marker and stay at one page each.
 
-use super::Wide;
 use pagestitch_kernel::{Page, Span};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
@@ -34,6 +33,17 @@ pub enum Readahead {
     /// A page whose source fails is left alone, and asked for again when it is touched.
     #[default]
     Adaptive,
+}
+
+/// What to install beside the page of a fault.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Wide {
+    /// Together with it: who waits for the page waits for these too.
+    pub(crate) now: Option<Span>,
+    /// After it, while whoever waited runs on.
+    pub(crate) ahead: Option<Span>,
+    /// How many pages that were filled ahead the reader has passed by since it was last heard of.
+    pub(crate) passed: usize,
 }
 
 /// The sequential readers of one region.

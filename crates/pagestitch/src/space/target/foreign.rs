@@ -1,7 +1,7 @@
 //! Foreign memory as it is served: where each page is, which were let go, and who may install.
 
 use super::listed::Listed;
-use super::memory::{LetGo, Loss};
+use super::loss::{LetGo, Loss};
 use super::removed::Removed;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};

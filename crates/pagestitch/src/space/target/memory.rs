@@ -2,6 +2,7 @@
 
 use super::foreign::{Foreign, Part};
 use super::listed::Listed;
+use super::loss::{LetGo, Loss};
 use crate::error::{Error, ErrorKind};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
@@ -35,27 +36,6 @@ pub struct AdoptedMemory {
     owner: Option<Arc<Process>>,
     loss: Loss,
     let_go: LetGo,
-}
-
-/// What becomes of the owner of adopted memory when bytes of it cannot be had: its source fails, or the region is dropped
-/// before all of it was filled.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Loss {
-    /// Whoever touches a page without bytes gets SIGBUS; the others go on. Linux 6.6; before, as [`Kill`](Self::Kill).
-    #[default]
-    Poison,
-    /// The owner is ended with SIGKILL.
-    Kill,
-}
-
-/// What pages hold that the owner of adopted memory has let go of (`MADV_DONTNEED`, `MADV_REMOVE`) and touches anew.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum LetGo {
-    /// Zeros, as in any memory: a balloon has taken them.
-    #[default]
-    Zeros,
-    /// What their source holds, once more: a cache has dropped them.
-    Refill,
 }
 
 impl AdoptedMemory {
