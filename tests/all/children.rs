@@ -333,10 +333,15 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let error =
         Region::builder().name("inline").chunk(bytes.clone()).serve_children().build(Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotInline);
-    assert!(error.to_string().starts_with("region inline: children are served by who is told"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .starts_with("region inline: an inline region serves no forked children: use a pool"),
+        "{error}"
+    );
     let manual = Manual::new().unwrap();
     let error = Region::builder().chunk(bytes).serve_children().build(&manual).unwrap_err();
-    assert!(error.to_string().contains("use a pool to serve children"), "{error}");
+    assert!(error.to_string().contains("a manual serves no forked children"), "{error}");
     // Donated pages are moved in when the region is built.
     let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
     pages.fill(7);

@@ -521,10 +521,10 @@ fn refuse_children(name: &str, layout: &Layout, server: &Server) -> Result<(), E
     match server.who {
         Who::Pool(_) => {}
         Who::Inline => {
-            return bad(ErrorKind::NotInline, "children are served by who is told of them: use a pool");
+            return bad(ErrorKind::NotInline, "an inline region serves no forked children: use a pool");
         }
         Who::Manual(_) => {
-            let what = "fork(2) waits for who serves, who may wait for the allocator that it holds: use a pool to serve children";
+            let what = "a manual serves no forked children, because its loop may wait for the allocator while fork(2) holds it: use a pool";
             return bad(ErrorKind::BadOption, what);
         }
     }

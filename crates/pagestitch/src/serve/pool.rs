@@ -577,7 +577,7 @@ impl Shared {
         let mut regions = self.regions.write();
         if regions.stopped {
             let what = format!(
-                "region {}: nobody serves any more: the pool was stopped, or the server dropped; start another",
+                "region {}: its server has ended, because the pool was stopped or the server dropped: start another",
                 region.name
             );
             return Err(Error::new(ErrorKind::Busy, what));
