@@ -73,7 +73,7 @@ fn read_at_and_populate_return_the_error_of_the_source() {
         assert_eq!(error.io_error().map(std::io::Error::kind), Some(IoErrorKind::ConnectionReset));
         assert_eq!(
             error.to_string(),
-            "region broken: chunk 0 (scripted), from its source's byte 16384 on: scripted to fail"
+            "region broken: chunk 0 (scripted), at byte 16384 of its source: scripted to fail"
         );
     }
     assert_eq!(region.metrics().pages_poisoned, 1);

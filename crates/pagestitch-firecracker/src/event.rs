@@ -11,7 +11,7 @@ use std::path::Path;
 pub enum Event<'a> {
     /// A guest is served.
     Restored {
-        /// Its VMM.
+        /// The process that owns the guest's memory: its VMM.
         owner: &'a Process,
         /// The bytes of its memory.
         bytes: u64,
@@ -36,7 +36,7 @@ pub enum Event<'a> {
     },
     /// The first touches of a guest were written to a file, or the guest touched nothing.
     Recorded {
-        /// Its VMM.
+        /// The process that owns the guest's memory: its VMM.
         owner: &'a Process,
         /// The file.
         path: &'a Path,
@@ -46,7 +46,7 @@ pub enum Event<'a> {
     /// A guest runs without the handler from now on: with all of its memory or, after an error,
     /// without some of it.
     Detached {
-        /// Its VMM.
+        /// The process that owns the guest's memory: its VMM.
         owner: &'a Process,
         /// The final counters of the guest.
         outcome: Result<Metrics, pagestitch::Error>,

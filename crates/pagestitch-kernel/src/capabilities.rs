@@ -226,7 +226,7 @@ const FEATURES: &[FeatureRow] = feature_rows! {
     "MISSING_SHMEM" MISSING_SHMEM "4.11" "missing faults on memfds" "use Linux 4.11 or newer";
     "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "enable CONFIG_HUGETLBFS";
     "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "use a pool";
-    "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "faults are reported without it";
+    "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "reports of faults do not name the waiting thread";
     "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "letting writers into adopted memory that its owner has protected" "use Linux 5.7 or newer";
     "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "use Linux 5.13 or newer";
     "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "use Linux 5.14 or newer";

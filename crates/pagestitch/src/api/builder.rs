@@ -157,8 +157,8 @@ impl Builder {
         self
     }
 
-    /// Takes down in which order pages are first touched, for [`Region::recording`]. Only a fault tells of a touch: nothing is
-    /// filled ahead meanwhile, and a region that [replays](Self::replay) cannot be recorded: `build` refuses it.
+    /// Records the order in which pages are first touched, for [`Region::recording`]. Only a fault reveals a touch, so the region
+    /// fills nothing ahead meanwhile. `build` refuses a region that also [replays](Self::replay).
     #[must_use]
     pub fn record(mut self) -> Self {
         self.manner.record = true;

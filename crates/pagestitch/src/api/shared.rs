@@ -204,7 +204,7 @@ impl SharedRegion {
                 let why = self.core.served.layout.pieces(range.clone()).find_map(|piece| why_not(&piece));
                 let why = why.unwrap_or_else(|| {
                     String::from(
-                        "a page is bad or was let go meanwhile, or its file has changed or gone (EFAULT)",
+                        "a page is poisoned, or was discarded meanwhile, or its file has changed or is gone (EFAULT)",
                     )
                 });
                 Error::new(ErrorKind::Source, format!("{what}: {why}"))

@@ -56,7 +56,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { chunk, source, offset, error, attempts } = self;
-        write!(f, "chunk {chunk} ({source}), from its source's byte {offset} on: {error}")?;
+        write!(f, "chunk {chunk} ({source}), at byte {offset} of its source: {error}")?;
         if *attempts > 1 { write!(f, " (asked {attempts} times)") } else { Ok(()) }
     }
 }

@@ -349,9 +349,9 @@ pub(crate) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
     None
 }
 
-/// That this thread has used so far.
+/// The processor time that this thread has used so far.
 fn processor_time() -> Duration {
-    // A clock that every thread has.
+    // The call cannot fail, because every thread has this clock.
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
 }
 

@@ -9,9 +9,9 @@ use std::fmt::Debug;
 pub struct Coverage {
     /// Pages in this part.
     pub pages: u64,
-    /// Of these, those that were filled, or are there without that.
+    /// Of these, the pages that are present: filled, or mapped in place.
     pub present: u64,
-    /// Those whose bytes could not be had.
+    /// Of these, the pages that are poisoned, because their bytes were unavailable.
     pub poisoned: u64,
 }
 

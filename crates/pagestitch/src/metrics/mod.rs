@@ -62,7 +62,7 @@ macro_rules! metrics {
     };
 }
 
-/// The numbers as they are counted.
+/// The counters of a region. [`Metrics`] is a copy of them at one moment.
 #[derive(Debug)]
 pub(crate) struct Counters {
     region: String,

@@ -35,7 +35,7 @@ pub(crate) struct Policy {
 pub(crate) enum Blocks {
     /// They are filled in staging, and moved in.
     Whole,
-    /// They are copied, page by page.
+    /// Blocks are copied page by page.
     Copied,
     /// Foreign memory: those who wait for one page of a block would wait for all others to be copied.
     Never,

@@ -207,7 +207,7 @@ impl Seen {
 }
 
 const VACANT: u64 = 0;
-/// Waiting.
+/// The step count of a worker that joins. It is even, so the worker waits.
 const FIRST: u64 = 2;
 /// A worker in the same step for so long is replaced.
 pub(super) const BOUND: Duration = Duration::from_millis(10);

@@ -85,7 +85,7 @@ fn nanoseconds(moment: Instant) -> u64 {
 pub(crate) struct Reading<'p> {
     /// None where workers need not take turns.
     pace: Option<&'p Pace>,
-    /// As the turn is while it is held, and nobody has called.
+    /// The value of the turn while this worker holds it and no other worker has called. None if this worker does not hold it.
     held: Option<u64>,
     /// It was taken from a late worker.
     late: bool,

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The berths of workers that slow regions hold up, and the faults that wait for one.
+/// Admits faults of slow regions to as many workers as these may occupy, and queues the others.
 #[derive(Debug)]
 pub(super) struct Slow {
     state: Mutex<State>,

@@ -50,7 +50,7 @@ impl Limits {
         Some((self.shortest()? / 4).clamp(Duration::from_millis(5), Duration::from_secs(1)))
     }
 
-    /// Looks at the faults of a region, so long after the last look.
+    /// Checks the faults of a region. The time `passed` since the last look is added to their ages.
     fn look(self, region: &Served, passed: Duration) {
         let Some(shortest) = self.shortest() else { return };
         for fault in region.counters.watch(passed, shortest) {

@@ -212,7 +212,7 @@ impl Worker {
     /// Reads a batch of events, and serves it or hands it on.
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
         let Self { shared, ready, batch, buffers, served, place, .. } = self;
-        // Regions whose children are served are not read here.
+        // Workers do not read regions whose children are served, so no event of a child arrives here.
         let hear = &mut |news| region.hear(news);
         let again = match turn.may_wait() {
             true => region.read_events(batch, hear),

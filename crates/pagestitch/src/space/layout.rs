@@ -259,7 +259,7 @@ impl Layout {
         })
     }
 
-    /// The first chunk of a source, as users count.
+    /// The number of the first chunk of a source, as errors show it: padding has no number.
     pub(crate) fn first_chunk_of(&self, source: usize) -> usize {
         let chunk = self.origins.iter().position(|origin| origin.source as usize == source);
         self.number_of(chunk.unwrap_or(0))

@@ -31,7 +31,7 @@ use std::ops::Deref;
 /// What was last done with a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Nothing, or it was let go.
+    /// It was never filled, or was discarded.
     Absent = 0,
     /// Somebody is filling it.
     Filling = 1,

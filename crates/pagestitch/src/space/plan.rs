@@ -191,7 +191,7 @@ fn why_copied(
             "fills no page of its own: copied"
         }
     } else if granule.bytes() > HUGE {
-        "its huge pages (hugetlbfs) are larger than those that a region is aligned to: copied"
+        "its huge pages (hugetlbfs) are larger than the region's alignment of 2 MiB: copied"
     } else if is_shown(whole) {
         if huge {
             "an edge lies inside a huge page: whole huge pages (hugetlbfs) are shown in place, the edge is copied"
@@ -199,7 +199,7 @@ fn why_copied(
             "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
         }
     } else if mapping.lacks_minor_faults(backing) {
-        "this kernel has no minor faults of memfds (Linux 5.14): filled, then copied"
+        "minor faults of memfds need Linux 5.14: the memfd is filled, then copied"
     } else {
         "no mapping left for it (vm.max_map_count): copied"
     }

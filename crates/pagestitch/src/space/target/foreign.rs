@@ -17,7 +17,7 @@ pub(crate) struct Foreign {
     pages: usize,
     /// In the order of the pages.
     pub(crate) parts: Vec<Part>,
-    /// The pages that its owner has let go of: zeros since.
+    /// The pages that the owner has discarded: their bytes are zeros from then on.
     removed: Removed,
     /// Held by all who install, and alone by who reads events: what is installed is what the page holds *now*. Who lets
     /// go of pages runs on as soon as its event is read, and old bytes must not come after.

@@ -170,7 +170,7 @@ fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<Part>, Error> 
         let overlaps =
             |part: &Part| start < part.start + page.bytes_of(part.span) && part.start < start + bytes;
         if let Some(other) = parts.iter().find(|part| overlaps(part)) {
-            return bad(format!("{range} overlaps another, at {:#x}: a page has one place", other.start));
+            return bad(format!("{range} overlaps the range at {:#x}: pass each page once", other.start));
         }
         let first = parts.last().map_or(Page(0), |part| part.span.end());
         parts.push(Part { span: Span { first, pages: bytes / page.bytes() }, start });

@@ -33,7 +33,7 @@ use std::sync::Arc;
 /// The addresses of a region's pages.
 #[derive(Debug)]
 pub(crate) enum Target {
-    /// One range, of this process, and nobody else's.
+    /// One range of this process, reserved for this region alone.
     Owned(Arc<Reservation>),
     /// Ranges of another process's memory, or of this one's.
     Foreign(Foreign),
