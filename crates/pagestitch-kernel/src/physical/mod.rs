@@ -20,8 +20,10 @@
 //! |---|---|
 //! | `refusal` | the reason why the kernel refuses, from its own tables |
 //! | `own_memory` | private memory of this process: pinned, its frames looked up |
+//! | `pin` | a pin of pages in their frames |
 
 mod own_memory;
+mod pin;
 mod refusal;
 
 pub use refusal::{PhysicalError, Refusal};
@@ -33,7 +35,7 @@ use crate::page::PageSize;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{MapFlags, ProtFlags};
-use own_memory::Pin;
+use pin::Pin;
 use refusal::DEV_MEM;
 use std::fs::{File, OpenOptions};
 use std::num::NonZeroUsize;

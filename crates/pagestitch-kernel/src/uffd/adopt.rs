@@ -1,9 +1,11 @@
 //! Adopting a userfaultfd that another process, or another part of this program, has opened.
 
-use super::open::{kernel_features, wrap};
+use super::Uffd;
+use super::kept_fd::KeptFd;
+use super::open::kernel_features;
+use super::opened::{FaultMode, OpenedBy};
 use super::own_process::is_of_this_process;
 use super::read::{ReadMethod, set_nonblocking};
-use super::{FaultMode, OpenedBy, Uffd};
 use crate::features::Features;
 use nix::errno::Errno;
 use std::fmt;
@@ -76,9 +78,36 @@ impl fmt::Display for AdoptError {
 
 impl std::error::Error for AdoptError {}
 
+impl Uffd {
+    /// Adopts a userfaultfd that another process has sent ([`fd_passing`](crate::fd_passing)).
+    /// Makes it non-blocking, also for the other processes that hold it.
+    ///
+    /// The features of its handshake are unknown; [`features`](Self::features) are the operations
+    /// of the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]: the descriptor is not a userfaultfd, its kind cannot be determined, or it
+    /// fills memory of *this* process, even if another process has sent it: see
+    /// [`adopt_own`](Self::adopt_own).
+    pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
+        adopt(fd, None)
+    }
+
+    /// As [`adopt`](Self::adopt), also for memory of this process that another part of the program
+    /// has registered.
+    ///
+    /// # Errors
+    ///
+    /// As [`adopt`](Self::adopt), except that memory of this process is allowed.
+    pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
+        adopt(fd, Some(promise))
+    }
+}
+
 /// Adopts a userfaultfd that fills memory of another process, or, with the promise `own`, of this
 /// one.
-pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
+fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let link =
         link.map_err(|error| AdoptError::Refused(Errno::from_raw(error.raw_os_error().unwrap_or(0))))?;
@@ -99,5 +128,5 @@ pub(super) fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptEr
     // open a userfaultfd learns them by trying.
     let features = kernel_features().unwrap_or(Features::POISON);
     let read_method = ReadMethod::shared();
-    Ok(Uffd { fd: wrap(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, read_method })
+    Ok(Uffd { fd: KeptFd::own(fd), opened_by: OpenedBy::Other, mode: FaultMode::All, features, read_method })
 }

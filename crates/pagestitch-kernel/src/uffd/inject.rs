@@ -7,13 +7,12 @@
 //!
 //! The kernel's messages can be [pretended](pretend) too.
 
-use super::open::wrap;
+mod pretend;
+
+pub use pretend::pretend;
+
 use super::outcome::{Operation, Outcome, Waiters};
-use super::read::ReadMethod;
-use super::{FaultMode, OpenedBy, Uffd};
-use crate::features::Features;
 use crate::page::{AddressRange, PageSize};
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// An injected answer.
@@ -59,26 +58,6 @@ impl Injected {
             Self::NoMarker => own && operation == Operation::Poison,
             Self::ProcessGone => own && operation != Operation::Poison,
         }
-    }
-}
-
-/// Takes a descriptor for a userfaultfd whose messages a test writes.
-///
-/// # Safety
-///
-/// - A pretended fork event holds a descriptor without an owner, because the child's [`Uffd`]
-///   closes it.
-/// - If the descriptor is a userfaultfd of this process, the promise of
-///   [`OwnMemory`](super::OwnMemory) holds for its memory.
-#[must_use]
-#[expect(unsafe_code, reason = "declares an obligation")]
-pub unsafe fn pretend(fd: OwnedFd) -> Uffd {
-    Uffd {
-        fd: wrap(fd),
-        opened_by: OpenedBy::Other,
-        mode: FaultMode::UserOnly,
-        features: Features::default(),
-        read_method: ReadMethod::Own,
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Debug)]
@@ -13,8 +14,13 @@ pub(super) struct KeptFd {
 }
 
 impl KeptFd {
-    pub(super) const fn new(fd: userfaultfd::Uffd) -> Self {
-        Self { fd: ManuallyDrop::new(fd), stays: AtomicBool::new(false) }
+    /// Owns the descriptor of a userfaultfd.
+    pub(super) fn own(fd: OwnedFd) -> Self {
+        // SAFETY: the fd is a userfaultfd without another owner, because `into_raw_fd` of an OwnedFd
+        // gives it up.
+        #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
+        let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
+        Self { fd: ManuallyDrop::new(uffd), stays: AtomicBool::new(false) }
     }
 
     /// Leaves the descriptor open after the drop.

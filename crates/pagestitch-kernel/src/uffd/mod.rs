@@ -19,12 +19,14 @@ mod adopt;
 pub mod inject;
 mod kept_fd;
 mod open;
+mod opened;
 mod outcome;
 mod own_process;
 mod read;
 
 pub use adopt::{AdoptError, OwnMemory};
-pub use open::{FaultMode, OpenError, OpenedBy, handshake_probe, kernel_features};
+pub use open::{OpenError, handshake_probe, kernel_features};
+pub use opened::{FaultMode, OpenedBy};
 pub use outcome::Outcome;
 pub use userfaultfd::RegisterMode;
 
@@ -52,46 +54,6 @@ pub struct Uffd {
 }
 
 impl Uffd {
-    /// Opens a non-blocking, close-on-exec userfaultfd with the features of `wanted` that this
-    /// kernel has.
-    ///
-    /// Tries `/dev/userfaultfd` first, then the system call. Since Linux 5.11 an ordinary user may
-    /// make that call for faults of user code, but not for faults of the kernel itself (a
-    /// `write(2)` from an absent page): see [`Uffd::mode`].
-    ///
-    /// # Errors
-    ///
-    /// [`OpenError`] names both refusals and the remedy.
-    #[doc(alias = "UFFDIO_API")]
-    pub fn open(wanted: Features) -> Result<Self, OpenError> {
-        open::open(wanted)
-    }
-
-    /// Adopts a userfaultfd that another process has sent ([`fd_passing`](crate::fd_passing)).
-    /// Makes it non-blocking, also for the other processes that hold it.
-    ///
-    /// The features of its handshake are unknown; [`features`](Self::features) are the operations
-    /// of the kernel.
-    ///
-    /// # Errors
-    ///
-    /// [`AdoptError`]: the descriptor is not a userfaultfd, its kind cannot be determined, or it
-    /// fills memory of *this* process, even if another process has sent it: see
-    /// [`adopt_own`](Self::adopt_own).
-    pub fn adopt(fd: OwnedFd) -> Result<Self, AdoptError> {
-        adopt::adopt(fd, None)
-    }
-
-    /// As [`adopt`](Self::adopt), also for memory of this process that another part of the program
-    /// has registered.
-    ///
-    /// # Errors
-    ///
-    /// As [`adopt`](Self::adopt), except that memory of this process is allowed.
-    pub fn adopt_own(fd: OwnedFd, promise: OwnMemory) -> Result<Self, AdoptError> {
-        adopt::adopt(fd, Some(promise))
-    }
-
     /// True if another descriptor of this process, by its number, is of the same userfaultfd. As
     /// [`is_same_file`].
     #[must_use]
@@ -365,7 +327,7 @@ impl Uffd {
     /// The child's uffd of a fork event.
     pub(crate) fn of_child(fd: OwnedFd, parent: &Self) -> Self {
         let read_method = ReadMethod::of_child(&fd);
-        let (fd, opened_by) = (open::wrap(fd), OpenedBy::Other);
+        let (fd, opened_by) = (KeptFd::own(fd), OpenedBy::Other);
         Self { fd, opened_by, mode: parent.mode, features: parent.features, read_method }
     }
 

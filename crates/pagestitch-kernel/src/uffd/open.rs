@@ -11,6 +11,7 @@
 //! ```
 
 use super::kept_fd::KeptFd;
+use super::opened::{FaultMode, OpenedBy};
 use super::read::ReadMethod;
 use super::{Uffd, abi};
 use crate::features::Features;
@@ -19,28 +20,8 @@ use nix::fcntl::{OFlag, open as open_file};
 use nix::libc;
 use nix::sys::stat::Mode;
 use std::fmt;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-
-/// The faults that a uffd serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FaultMode {
-    /// Every fault: of user code, and of system calls that read or write an absent page.
-    All,
-    /// Faults of user code. A system call that touches an absent page gets `EFAULT`.
-    UserOnly,
-}
-
-/// The way in which a uffd was opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OpenedBy {
-    /// `/dev/userfaultfd`, since Linux 6.1.
-    Device,
-    /// The `userfaultfd(2)` system call.
-    SystemCall,
-    /// By another process, or another part of this program.
-    Other,
-}
 
 /// No userfaultfd could be opened: both ways were refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,23 +65,34 @@ impl fmt::Display for OpenError {
 
 impl std::error::Error for OpenError {}
 
-pub(super) fn open(wanted: Features) -> Result<Uffd, OpenError> {
-    // A second handshake on one descriptor is EINVAL, and so is a feature that the kernel lacks: so
-    // the features come from another descriptor.
-    let supported = kernel_features()?;
-    let opened = open_fd()?;
-    let features = wanted & supported;
-    handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
-    let read_method = ReadMethod::Own;
-    Ok(Uffd { fd: wrap(opened.fd), opened_by: opened.by, mode: opened.mode, features, read_method })
-}
-
-pub(super) fn wrap(fd: OwnedFd) -> KeptFd {
-    // SAFETY: the fd is a userfaultfd without another owner, because `into_raw_fd` of an OwnedFd
-    // gives it up.
-    #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
-    let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-    KeptFd::new(uffd)
+impl Uffd {
+    /// Opens a non-blocking, close-on-exec userfaultfd with the features of `wanted` that this
+    /// kernel has.
+    ///
+    /// Tries `/dev/userfaultfd` first, then the system call. Since Linux 5.11 an ordinary user may
+    /// make that call for faults of user code, but not for faults of the kernel itself (a
+    /// `write(2)` from an absent page): see [`Uffd::mode`].
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] names both refusals and the remedy.
+    #[doc(alias = "UFFDIO_API")]
+    pub fn open(wanted: Features) -> Result<Self, OpenError> {
+        // A second handshake on one descriptor is EINVAL, and so is a feature that the kernel lacks: so
+        // the features come from another descriptor.
+        let supported = kernel_features()?;
+        let opened = open_fd()?;
+        let features = wanted & supported;
+        handshake(&opened.fd, features).map_err(|errno| OpenError { device: errno, system_call: errno })?;
+        let read_method = ReadMethod::Own;
+        Ok(Self {
+            fd: KeptFd::own(opened.fd),
+            opened_by: opened.by,
+            mode: opened.mode,
+            features,
+            read_method,
+        })
+    }
 }
 
 /// Opens a userfaultfd, reads the features of this kernel, and closes it.
@@ -194,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_kept_userfaultfd_stays_open_after_its_drop() {
-        let Ok(uffd) = open(Features::NONE) else {
+        let Ok(uffd) = Uffd::open(Features::NONE) else {
             println!("SKIPPED a_kept_userfaultfd_stays_open_after_its_drop: no userfaultfd");
             return;
         };
@@ -211,7 +203,7 @@ mod tests {
             return;
         };
         let before = OPENED.get();
-        let opened: Vec<_> = (0..3).map(|_| open(Features::POISON).unwrap()).collect();
+        let opened: Vec<_> = (0..3).map(|_| Uffd::open(Features::POISON).unwrap()).collect();
         assert_eq!(OPENED.get(), before + 3, "no userfaultfd is opened to be thrown away");
         assert_eq!(opened[0].features(), features & Features::POISON);
     }
