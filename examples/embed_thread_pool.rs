@@ -13,7 +13,7 @@ use std::thread;
 type Job = Box<dyn FnOnce() + Send>;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let manuals = Manual::several(2)?;
+    let manuals = Manual::group(2)?;
     let region = Region::builder().name("shared").chunk(vec![7_u8; 8 << 20]).build(&manuals[0])?;
 
     let (jobs, queue) = channel::<Job>();

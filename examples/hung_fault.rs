@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(io::stderr).init();
     let seconds = env::args().nth(1).map_or(Ok(1), |argument| argument.parse())?;
 
-    let pool = Pool::builder().overdue_after(Duration::from_millis(200)).start()?;
+    let pool = Pool::builder().warn_after(Duration::from_millis(200)).start()?;
     let region = Region::builder()
         .name("example")
         .chunk(Chunk::source(Arc::new(Hung(Duration::from_secs(seconds)))))

@@ -13,7 +13,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let shared: Arc<[u8]> = vec![7; 1 << 20].into();
     let region = Region::builder()
         .name("example")
-        .timed()
+        .record_latency()
         .chunks((0..16).map(|_| Chunk::from(Arc::clone(&shared))))
         .build(&Pool::new()?)?;
     let sum: u64 = region.as_slice().iter().step_by(4096).map(|&byte| u64::from(byte)).sum();

@@ -1,6 +1,6 @@
 //! Scattered pieces as one slice: `cargo run --example quickstart`.
 
-use pagestitch::source::File;
+use pagestitch::source::FileSource;
 use pagestitch::{Chunk, Error, Pool, Region};
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ fn main() -> Result<(), Error> {
     let heap: Vec<u8> = b"From the heap, ".to_vec();
     let shared: Arc<[u8]> = Arc::from(*b"from a shared buffer, ");
     let mapped = bytes::Bytes::from_static(b"from the program itself, ");
-    let file = File::open("/proc/self/exe")?;
+    let file = FileSource::open("/proc/self/exe")?;
 
     let pool = Pool::new()?;
     let region = Region::builder()

@@ -121,7 +121,7 @@ fn the_fork_reader_allocates_nothing() {
 fn fork_in_every_way() {
     tracing::subscriber::set_global_default(Allocates).unwrap();
     let pool = Pool::builder().workers(2).start().unwrap();
-    let builder = Region::builder().chunk(vec![1; 4000 * PAGE]).readahead(Readahead::None).serve_children();
+    let builder = Region::builder().chunk(vec![1; 4000 * PAGE]).readahead(Readahead::None).inherit_on_fork();
     let region = match builder.build(&pool) {
         Ok(region) => region,
         Err(error) => {

@@ -1,7 +1,7 @@
 //! Rare answers of the kernel, injected often: the result is bytes or an error, and no thread
 //! hangs. `pagestitch stress`, built with the same feature, mixes them at random.
 
-use pagestitch::source::{File, FillMemfd, LazyMemfd, Pages, SharedFile, UnsealedMemfd};
+use pagestitch::source::{FileSource, FillMemfd, LazyMemfd, Pages, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Process, Readahead, Region, Server};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
@@ -57,7 +57,7 @@ fn all_ways() -> (Vec<Chunk>, Vec<u8>) {
     donated.copy_from_slice(&own);
     let file = UnsealedMemfd::create("file", own.len() as u64).unwrap();
     file.file().write_all_at(&own, 0).unwrap();
-    let file = File::from_file(file.file().try_clone().unwrap(), "file").unwrap();
+    let file = FileSource::from_file(file.file().try_clone().unwrap(), "file").unwrap();
     let chunks = vec![
         Chunk::from(own.clone()),
         Chunk::hole(8 * PAGE as u64),
@@ -204,7 +204,7 @@ fn a_refused_fill_is_an_error_and_succeeds_in_a_retry() {
         injecting.end();
         assert_eq!(region.failures().len(), errors);
         if Support::current().has(Features::POISON) {
-            region.heal(..).unwrap();
+            region.retry_failed(..).unwrap();
             touched_by_three(&region, &expected);
         }
     }

@@ -6,7 +6,8 @@ use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, signal_of_lost_page, until}
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::{Pid, gettid};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, Loss, Pool, Process, Readahead, Region, Source,
+    AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, OnUnavailable, Pool, Process, Readahead, Region,
+    Source,
 };
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, ChildTest};
@@ -342,7 +343,7 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
 #[test]
 fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
     let test = this_test!();
-    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(OnUnavailable::Poison, signal_of_lost_page()), (OnUnavailable::Kill, SIGKILL)] {
         let other = start_guest(test, |guest, _stream| {
             assert_eq!(guest.read(0), byte_at(0));
             println!("read a byte: {}", guest.read(400 * PAGE));
@@ -350,7 +351,7 @@ fn a_failing_source_is_a_signal_to_the_touching_thread_or_kills_the_owner() {
         let source = Arc::new(Scripted::new(TOTAL as u64).failing(400 * PAGE as u64..401 * PAGE as u64));
         let region = Region::builder()
             .chunk(Chunk::source(source))
-            .build_adopted(other.memory.on_loss(loss), &Pool::new().unwrap())
+            .build_adopted(other.memory.on_unavailable(loss), &Pool::new().unwrap())
             .unwrap();
         let end = other.process.wait();
         assert!(!end.output().contains("read a byte"), "{}", end.output());
@@ -533,7 +534,8 @@ fn memory_that_cannot_be_adopted_is_refused_with_the_reason() {
     assert!(refused(owned().range(first + 1, RANGES[0]).range(second, RANGES[1])).contains("whole pages"));
     assert!(refused(owned().range(first, RANGES[0]).range(first + PAGE, RANGES[1])).contains("overlaps"));
     assert!(refused(owned().range(usize::MAX - PAGE + 1, PAGE)).contains("whole pages"));
-    let unowned = memory().on_loss(Loss::Kill).range(first, RANGES[0]).range(second, RANGES[1]);
+    let unowned =
+        memory().on_unavailable(OnUnavailable::Kill).range(first, RANGES[0]).range(second, RANGES[1]);
     assert!(refused(unowned).contains("owner()"));
     assert!(memory().page_size(3000).is_err() && memory().page_size(1 << 30).is_err());
     let whole = owned().range(first, RANGES[0]).range(second, RANGES[1]);

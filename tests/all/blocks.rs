@@ -141,8 +141,14 @@ fn readahead_none_fills_touched_pages_only() {
 fn a_stray_write_to_a_hardware_read_only_region_is_a_signal() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(7, 2 * BLOCK);
-        let region = Region::builder().chunk(bytes).guarded().build(&Pool::new().unwrap()).unwrap();
-        assert!(region.plan().to_string().contains("copied page by page: the region is guarded"));
+        let region =
+            Region::builder().chunk(bytes).hardware_read_only().build(&Pool::new().unwrap()).unwrap();
+        assert!(
+            region
+                .plan()
+                .to_string()
+                .contains("copied page by page: the region is built hardware_read_only()")
+        );
         region.populate(..).unwrap();
         assert_eq!(region.metrics().pages_staged, 0);
         assert_ne!(touch(region.as_ptr().addr().get()), 0);

@@ -21,7 +21,7 @@ use std::time::Duration;
 /// A region that children inherit, or `None` where this process or this kernel cannot.
 fn built(bytes: &[u8]) -> Option<Region> {
     let pool = Pool::builder().workers(2).start().unwrap();
-    match Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).serve_children().build(&pool) {
+    match Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).inherit_on_fork().build(&pool) {
         Ok(region) => Some(region),
         Err(error) => refused(&error),
     }
@@ -74,7 +74,7 @@ fn a_forked_child_has_the_bytes_of_its_parent_in_pages_of_its_own() {
 fn a_write_of_the_parent_is_not_seen_by_its_child() {
     let end = child::run(this_test!(), || {
         let bytes = pattern(2, 64 * PAGE);
-        let builder = Region::builder().chunk(bytes.clone()).writable().serve_children();
+        let builder = Region::builder().chunk(bytes.clone()).writable().inherit_on_fork();
         let mut region = match builder.build(&Pool::new().unwrap()) {
             Ok(region) => region,
             Err(error) => return drop(refused(&error)),
@@ -234,7 +234,7 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
         let (hold, held) = (Arc::new(Barrier::new(2)), Arc::new(AtomicBool::new(false)));
         let source = Arc::new(Held(Arc::clone(&hold), Arc::clone(&held)));
         let builder =
-            Region::builder().chunk(Chunk::source(source)).readahead(Readahead::None).serve_children();
+            Region::builder().chunk(Chunk::source(source)).readahead(Readahead::None).inherit_on_fork();
         let region = match builder.build(&Pool::builder().workers(2).start().unwrap()) {
             Ok(region) => region,
             Err(error) => return drop(refused(&error)),
@@ -331,7 +331,7 @@ fn a_child_without_a_free_descriptor_gets_a_signal_and_no_thread_hangs() {
 fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let bytes = vec![1u8; 10];
     let error =
-        Region::builder().name("inline").chunk(bytes.clone()).serve_children().build(Inline).unwrap_err();
+        Region::builder().name("inline").chunk(bytes.clone()).inherit_on_fork().build(Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotInline);
     assert!(
         error
@@ -340,12 +340,12 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
         "{error}"
     );
     let manual = Manual::new().unwrap();
-    let error = Region::builder().chunk(bytes).serve_children().build(&manual).unwrap_err();
+    let error = Region::builder().chunk(bytes).inherit_on_fork().build(&manual).unwrap_err();
     assert!(error.to_string().contains("a manual serves no forked children"), "{error}");
     // Donated pages are moved in when the region is built.
     let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
     pages.fill(7);
-    match Region::builder().chunk(Chunk::from(pages)).serve_children().build(&Pool::new().unwrap()) {
+    match Region::builder().chunk(Chunk::from(pages)).inherit_on_fork().build(&Pool::new().unwrap()) {
         Ok(region) => {
             assert_eq!(region.metrics().pages_in_place, 3);
             passes(forked(|| i32::from(region.as_slice() != [7; 3 * PAGE])));

@@ -1,7 +1,7 @@
 //! Each source of pagestitch passes the conformance suite of the testkit.
 
 use crate::pattern;
-use pagestitch::source::{File, Hole, Memory};
+use pagestitch::source::{FileSource, Hole, Memory};
 use pagestitch_testkit::conformance::check;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::Write;
@@ -19,7 +19,7 @@ fn a_file_conforms() {
     let bytes = pattern(2, 100_000);
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&bytes).unwrap();
-    check(Arc::new(File::open(file.path()).unwrap()), &bytes);
+    check(Arc::new(FileSource::open(file.path()).unwrap()), &bytes);
 }
 
 #[test]

@@ -191,7 +191,7 @@ fn chunks_of_one_donated_page_are_inherited_by_forked_children() {
     let donated = Arc::new(Donated::from(pages_of(&bytes)));
     let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
     let builder = Region::builder().page_aligned().chunk(part(5000, 3 * PAGE as u64)).chunk(part(0, 5000));
-    match builder.serve_children().build(&Pool::new().unwrap()) {
+    match builder.inherit_on_fork().build(&Pool::new().unwrap()) {
         Ok(region) => {
             let at = |chunk| region.offset_of(chunk).unwrap() as usize;
             assert!(region.as_slice()[at(0)..][..3 * PAGE - 5000] == bytes[5000..]);
@@ -251,11 +251,11 @@ fn a_discarded_moved_page_is_an_error_and_not_zeros() {
     assert_eq!(error.kind(), ErrorKind::Source);
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
     // The poison marker is not taken for a moved page.
-    let error = region.heal(..).unwrap_err();
+    let error = region.retry_failed(..).unwrap_err();
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
     until(|| {
         // The discard event may be read only now. It makes the page absent until the next retry.
-        region.heal(..).is_err() && region.failures().len() == 1
+        region.retry_failed(..).is_err() && region.failures().len() == 1
     });
 }
 

@@ -2,7 +2,7 @@
 //! of `read_at` and `populate`.
 
 use crate::SIGBUS;
-use pagestitch::source::File;
+use pagestitch::source::FileSource;
 use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -113,7 +113,7 @@ fn a_failure_in_a_gathered_page_names_its_chunk() {
 fn a_file_that_shrinks_after_the_region_was_built_is_an_error() {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&vec![7; 3 * PAGE as usize]).unwrap();
-    let chunk = Chunk::from(File::open(file.path()).unwrap());
+    let chunk = Chunk::from(FileSource::open(file.path()).unwrap());
     let region = Region::builder().chunk(chunk).build(&Pool::new().unwrap()).unwrap();
     file.as_file().set_len(PAGE + 10).unwrap();
     assert_eq!(region.as_slice()[0], 7);
@@ -150,24 +150,24 @@ fn a_failed_page_is_filled_by_a_retry() {
     assert_eq!((*offset, failure.chunk(), failure.source_name()), (4 * PAGE, 0, "scripted"));
     assert_eq!(failure.source_offset(), 4 * PAGE);
 
-    let error = region.heal(..).unwrap_err();
+    let error = region.retry_failed(..).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Source, "the retry fails: {error}");
     source.repair();
-    region.heal(..4 * PAGE).unwrap();
+    region.retry_failed(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
     if !pagestitch::Support::current().has(pagestitch_kernel::Features::POISON) {
         println!("SKIPPED in part {}: no poison markers", this_test!());
-        let error = region.heal(..).unwrap_err().to_string();
+        let error = region.retry_failed(..).unwrap_err().to_string();
         assert!(error.contains("before Linux 6.6"), "{error}");
         return;
     }
-    region.heal(..).unwrap();
+    region.retry_failed(..).unwrap();
     assert!(region.failures().is_empty());
     assert_eq!(region.as_slice()[4 * PAGE as usize], byte_at(4 * PAGE));
     let mut bytes = [0; 8];
     region.read_at(4 * PAGE + 100, &mut bytes).unwrap();
     assert_eq!(bytes[0], byte_at(4 * PAGE + 100));
-    assert_eq!(region.metrics().pages_healed, 1);
+    assert_eq!(region.metrics().pages_recovered, 1);
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn a_page_whose_retry_fails_stays_poisoned() {
     let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
-        region.heal(..).unwrap_err();
+        region.retry_failed(..).unwrap_err();
         println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]);
     });
     assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
@@ -294,7 +294,7 @@ fn the_failure_callback_hears_of_each_failure_and_may_panic() {
     let source = Arc::new(Scripted::new(100_000).failing(50_000..50_001));
     let region = Region::builder()
         .chunk(Chunk::source(source))
-        .report_failures(move |offset, failure| {
+        .on_page_failure(move |offset, failure| {
             reporting.lock().unwrap().push((offset, failure.to_string()));
             panic!("a defect of the application");
         })
@@ -354,7 +354,7 @@ fn a_descriptor_that_cannot_be_read_at_any_offset_is_refused_with_the_remedy() {
             println!("SKIPPED in part: this file system has no {flags:?}");
             continue;
         };
-        let error = File::from_file(first, file.path()).unwrap_err();
+        let error = FileSource::from_file(first, file.path()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::File);
         let name = file.path().display();
         assert!(error.to_string().starts_with(&format!("{name} is {said}")), "{error}");

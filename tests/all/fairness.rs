@@ -50,7 +50,7 @@ impl Source for Slow {
 
 fn region(source: &Arc<Slow>, pool: &Pool, most: Option<usize>) -> Region {
     let builder = Region::builder().chunk(Chunk::source(Arc::clone(source))).readahead(Readahead::None);
-    most.into_iter().fold(builder, |builder, most| builder.in_flight(most)).build(pool).unwrap()
+    most.into_iter().fold(builder, |builder, most| builder.max_in_flight(most)).build(pool).unwrap()
 }
 
 /// Eight threads wait for a source that never answers, or answers no longer. True if another region

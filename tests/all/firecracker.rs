@@ -3,7 +3,7 @@
 
 use crate::handler::RunningHandler;
 use crate::{HugePages, PAGE, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
-use pagestitch::Loss;
+use pagestitch::OnUnavailable;
 use pagestitch_firecracker::{Handler, Holes, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
@@ -23,12 +23,12 @@ const TOTAL: usize = PAGES * PAGE;
 
 /// Runs a handler of [`snapshot_in`].
 pub(crate) fn start() -> RunningHandler {
-    start_with(Loss::Poison, OnStop::Finish)
+    start_with(OnUnavailable::Poison, OnStop::Finish)
 }
 
-pub(crate) fn start_with(loss: Loss, on_stop: OnStop) -> RunningHandler {
+pub(crate) fn start_with(loss: OnUnavailable, on_stop: OnStop) -> RunningHandler {
     let folder = tempfile::tempdir().unwrap();
-    let builder = describe(&snapshot_in(folder.path())).on_loss(loss).on_stop(on_stop);
+    let builder = describe(&snapshot_in(folder.path())).on_unavailable(loss).on_stop(on_stop);
     RunningHandler::start(folder, builder.handshake_timeout(Duration::from_millis(500)))
 }
 
@@ -37,8 +37,8 @@ pub(crate) fn describe(files: &[PathBuf]) -> pagestitch_firecracker::Builder {
 }
 
 /// A handler that is bound to the path `socket` and does not run yet.
-pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: Loss, on_stop: OnStop) -> Handler {
-    describe(files).on_loss(loss).on_stop(on_stop).bind(folder.join("socket")).unwrap()
+pub(crate) fn bound(folder: &Path, files: &[PathBuf], loss: OnUnavailable, on_stop: OnStop) -> Handler {
+    describe(files).on_unavailable(loss).on_stop(on_stop).bind(folder.join("socket")).unwrap()
 }
 
 /// A base with a hole, and a diff over it.
@@ -154,7 +154,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
         until(|| !fs::exists(path).unwrap());
         (0..PAGES).rev().for_each(|page| assert_ne!(guest.read(page * PAGE), 0, "page {page}"));
     });
-    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(OnUnavailable::Poison, signal_of_lost_page()), (OnUnavailable::Kill, SIGKILL)] {
         let mut running = start_with(loss, OnStop::Abandon);
         let guest = body.spawn(running.socket());
         running.until_reported("serving");

@@ -114,7 +114,7 @@ fn whole_huge_pages_are_in_place_and_parts_are_copied() {
     // A multiple of the system's page size, but not of the memfd's.
     let off = Region::builder().chunk(part(MIB, 6 * MIB)).build(&pool).unwrap();
     assert!(off.as_slice() == &bytes[MIB..]);
-    let why = off.plan().runs()[0].why;
+    let why = off.plan().runs()[0].reason;
     assert!(why.contains("huge page"), "{why}");
     let error = Region::builder().chunk(part(MIB, 3 * MIB)).require_zero_copy().build(&pool).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);

@@ -5,7 +5,7 @@ use crate::zero_copy::memfd;
 use crate::{become_ordinary_user, pattern};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use pagestitch::source::{File, SharedFile};
+use pagestitch::source::{FileSource, SharedFile};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::capabilities::Verdict;
@@ -139,8 +139,8 @@ fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
         let error = Region::builder().name("limited").writable().chunks(chunks()).build(&pool).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::TooLarge);
         let said = error.to_string();
-        assert!(said.contains("4294967296 (RLIMIT_DATA)") && said.contains("guarded()"), "{said}");
-        let region = Region::builder().guarded().chunks(chunks()).build(&pool).unwrap();
+        assert!(said.contains("4294967296 (RLIMIT_DATA)") && said.contains("hardware_read_only()"), "{said}");
+        let region = Region::builder().hardware_read_only().chunks(chunks()).build(&pool).unwrap();
         assert_eq!(region.as_slice()[..101], [&[7; 100][..], &[0]].concat());
     });
     end.expect_pass();
@@ -170,7 +170,7 @@ fn running_out_of_threads_is_an_error_at_each_step() {
         // Threads of other processes of the same user count too, and come and go.
         for limit in 0.. {
             setrlimit(Resource::RLIMIT_NPROC, limit, hard).unwrap();
-            let started = Pool::builder().workers(3).overdue_after(Duration::from_secs(9)).start();
+            let started = Pool::builder().workers(3).warn_after(Duration::from_secs(9)).start();
             match started.and_then(|pool| Region::builder().chunk(vec![7u8; 10]).build(&pool)) {
                 Ok(region) => {
                     assert_eq!(region.as_slice(), [7; 10]);
@@ -301,7 +301,8 @@ fn a_region_of_many_mapped_files_takes_few_descriptors() {
         // As by default, because programs with select(2) need a low soft limit.
         setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
         let mapped = (0..FILES).map(|number| SharedFile::open(path(number), Access::ReadOnly).unwrap());
-        let builder = Region::builder().page_aligned().chunks(mapped).require_zero_copy().mappings(2 * FILES);
+        let builder =
+            Region::builder().page_aligned().chunks(mapped).require_zero_copy().max_mappings(2 * FILES);
         let region = builder.build_shared(&Pool::new().unwrap()).unwrap();
         let open = fs::read_dir("/proc/self/fd").unwrap().count();
         assert!(open < 64, "{open} descriptors are open");
@@ -311,7 +312,7 @@ fn a_region_of_many_mapped_files_takes_few_descriptors() {
             assert!(seen == pattern(number as u64, 5000), "file {number}");
         }
         assert!(region.plan().to_string().contains(&format!("{}", path(7).display())), "{}", region.plan());
-        let read: Vec<_> = (0..FILES).map(|number| File::open(path(number)).unwrap()).collect();
+        let read: Vec<_> = (0..FILES).map(|number| FileSource::open(path(number)).unwrap()).collect();
         let expected: Vec<u8> = (0..FILES).flat_map(|number| pattern(number as u64, 5000)).collect();
         let region = Region::builder().chunks(read).build(&Pool::new().unwrap()).unwrap();
         assert!(region.as_slice() == expected);

@@ -8,7 +8,7 @@ use nix::libc;
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
-use pagestitch::source::{File, SharedFile};
+use pagestitch::source::{FileSource, SharedFile};
 use pagestitch::{Builder, Chunk, ErrorKind, Inline, Manual, Pool, Readahead, Region, Server, Source};
 use pagestitch_kernel::Access;
 use pagestitch_testkit::guest::Guest;
@@ -68,8 +68,11 @@ fn chunks() -> (Vec<Chunk>, Vec<u8>) {
 
 type Set = fn(Builder) -> Builder;
 
-const OPTIONS: [(&str, Set); 3] =
-    [("plain", |builder| builder), ("guarded", Builder::guarded), ("writable", Builder::writable)];
+const OPTIONS: [(&str, Set); 3] = [
+    ("plain", |builder| builder),
+    ("hardware_read_only", Builder::hardware_read_only),
+    ("writable", Builder::writable),
+];
 
 fn differing(found: &[u8], expected: &[u8]) -> usize {
     found.iter().zip(expected).filter(|(found, expected)| found != expected).count()
@@ -118,7 +121,7 @@ fn files_and_memfds_under_mlockall_future_show_their_bytes() {
         file.write_all(&bytes).unwrap();
         let shown = SharedFile::open(file.path(), Access::ReadOnly).unwrap();
         let region = Region::builder()
-            .chunk(File::open(file.path()).unwrap())
+            .chunk(FileSource::open(file.path()).unwrap())
             .chunk(shown)
             .chunk(lazy::chunk_of(&bytes, false))
             .chunk(lazy::chunk_of(&bytes, true))

@@ -53,7 +53,7 @@ fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
 #[test]
 fn a_slow_source_occupies_one_manual_of_a_group() {
     let source = Arc::new(Scripted::new(100 * PAGE as u64).holding(0..1));
-    let seats = Manual::several(2).unwrap();
+    let seats = Manual::group(2).unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&seats[0]).unwrap();
     let done = &AtomicBool::new(false);
     thread::scope(|scope| {
@@ -82,7 +82,7 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
 #[test]
 fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() {
     let hanging = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
-    let seats = Manual::several(2).unwrap();
+    let seats = Manual::group(2).unwrap();
     let build = |source: &Arc<Scripted>| {
         Region::builder().chunk(Chunk::source(Arc::clone(source))).build(&seats[0]).unwrap()
     };
@@ -131,7 +131,7 @@ fn a_waiting_thread_gets_a_signal_when_the_last_manual_is_dropped() {
 #[test]
 fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     let bytes = pattern(4, 10 * PAGE);
-    let mut seats = Manual::several(2).unwrap();
+    let mut seats = Manual::group(2).unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&seats[1]).unwrap();
     drop(seats.pop());
     thread::scope(|scope| {
@@ -141,7 +141,7 @@ fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     });
     drop(seats);
     drop(region);
-    assert_eq!(Manual::several(0).unwrap_err().kind(), ErrorKind::BadOption);
+    assert_eq!(Manual::group(0).unwrap_err().kind(), ErrorKind::BadOption);
 }
 
 #[test]

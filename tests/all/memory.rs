@@ -144,7 +144,7 @@ fn adopted_memory_past_its_limit_is_an_error_and_is_filled_by_a_retry() {
     let some = region.metrics().pages_installed() * PAGE as u64;
     assert!((LIMIT / 2..LIMIT).contains(&some), "{some} bytes of {LIMIT}");
     group.limit(2 * TOTAL as u64).unwrap();
-    region.heal(..).unwrap();
+    region.retry_failed(..).unwrap();
     let metrics = region.finish().unwrap();
     assert_eq!(metrics.pages_installed(), (TOTAL / PAGE) as u64);
     stream.write_all(b"!").unwrap();

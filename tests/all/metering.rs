@@ -36,8 +36,13 @@ fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
 #[test]
 fn a_meter_outlives_its_region_and_each_number_has_a_method() {
     let pool = Pool::new().unwrap();
-    let mut region =
-        Region::builder().name("metered").chunk(vec![1; 20 * PAGE]).writable().timed().build(&pool).unwrap();
+    let mut region = Region::builder()
+        .name("metered")
+        .chunk(vec![1; 20 * PAGE])
+        .writable()
+        .record_latency()
+        .build(&pool)
+        .unwrap();
     let meter = region.meter();
     region.as_mut_slice().unwrap()[3 * PAGE] = 2;
     region.populate(10 * PAGE as u64..20 * PAGE as u64).unwrap();
@@ -68,7 +73,7 @@ fn each_failed_read_of_a_source_is_counted() {
         let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
         let meter = region.meter();
         region.populate(..).unwrap_err();
-        region.heal(..).unwrap_err();
+        region.retry_failed(..).unwrap_err();
         // Without poison markers a retry need not read the source again.
         let least = if crate::signal_of_lost_page() == crate::SIGBUS { 2 } else { 1 };
         assert!(meter.source_errors() >= least, "{:?}", meter.metrics());

@@ -147,7 +147,7 @@ fn build(chunk: Chunk, more: impl FnOnce(Builder) -> Builder) -> Region {
 fn is_lost(name: &str, subscriber: impl Subscriber + Send + Sync + 'static, chunk: impl FnOnce() -> Chunk) {
     let end = child::run(name, || {
         tracing::subscriber::set_global_default(subscriber).unwrap();
-        let region = build(chunk(), |builder| builder.report_failures(|_, _| panic_any(Bomb)));
+        let region = build(chunk(), |builder| builder.on_page_failure(|_, _| panic_any(Bomb)));
         assert!(region.as_slice()[..10 * PAGE] == pattern(1, 10 * PAGE));
         println!("served");
         println!("read a byte: {}", region.as_slice()[15 * PAGE]);
@@ -207,12 +207,12 @@ fn the_watchdog_survives_a_panic_in_a_subscriber_and_in_a_callback() {
         let pool = Pool::builder()
             .workers(2)
             .max_workers(2)
-            .overdue_after(limit)
-            .give_up_after(2 * limit)
+            .warn_after(limit)
+            .fault_timeout(2 * limit)
             .start()
             .unwrap();
         let hanging = || Chunk::source(Arc::new(Scripted::new(10 * PAGE as u64).holding(0..u64::MAX)));
-        let builder = Region::builder().chunk(hanging()).report_failures(|_, _| panic_any(Bomb));
+        let builder = Region::builder().chunk(hanging()).on_page_failure(|_, _| panic_any(Bomb));
         let region = builder.build(&pool).unwrap();
         println!("read a byte: {}", region.as_slice()[5 * PAGE]);
     });

@@ -6,7 +6,7 @@ use crate::handler::RunningHandler;
 use crate::{HANG, PAGE, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
-use pagestitch::Loss;
+use pagestitch::OnUnavailable;
 use pagestitch_firecracker::{Handler, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
@@ -61,7 +61,7 @@ fn a_descriptor_whose_close_hangs_delays_no_guest() {
         None => innocent(argument),
     });
     let folder = tempfile::tempdir().unwrap();
-    let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
+    let handler = bound(folder.path(), &snapshot_in(folder.path()), OnUnavailable::Poison, OnStop::Finish);
     let path = folder.path().join("socket").display().to_string();
     let deaf = TcpListener::bind("127.0.0.1:0");
     // A bind succeeds also where the loopback device is down.
@@ -101,7 +101,7 @@ fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
         let (stream, heir) = (UnixStream::connect(handler).unwrap(), UnixStream::connect(heir).unwrap());
         fd_passing::send(&heir, b"yours", &[stream.as_fd()]).unwrap();
     });
-    let running = start_with(Loss::Kill, OnStop::Finish);
+    let running = start_with(OnUnavailable::Kill, OnStop::Finish);
     let heir = running.folder.path().join("heir");
     let listener = UnixListener::bind(&heir).unwrap();
     let paths = format!("{} {}", running.socket().display(), heir.display());
@@ -218,7 +218,7 @@ fn a_refused_guest_gets_a_signal() {
         fd_passing::send(&stream, &wrong_handshake(&guest, what), &[guest.uffd()]).unwrap();
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
     });
-    for (loss, signal) in [(Loss::Poison, signal_of_lost_page()), (Loss::Kill, SIGKILL)] {
+    for (loss, signal) in [(OnUnavailable::Poison, signal_of_lost_page()), (OnUnavailable::Kill, SIGKILL)] {
         let running = start_with(loss, OnStop::Finish);
         let start =
             |what: &str| (what.to_owned(), body.spawn(format!("{what} {}", running.socket().display())));
@@ -254,7 +254,7 @@ fn a_guest_in_the_backlog_is_served_by_a_stopping_handler() {
     });
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let handler = bound(folder.path(), &snapshot_in(folder.path()), Loss::Poison, OnStop::Finish);
+    let handler = bound(folder.path(), &snapshot_in(folder.path()), OnUnavailable::Poison, OnStop::Finish);
     let mut guest = body.spawn(&path);
     until(|| folder.path().join("socket.ready").exists());
     handler.shutdown_handle().shutdown();

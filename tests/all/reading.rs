@@ -4,7 +4,7 @@
 use crate::pattern;
 use crate::zero_copy::memfd;
 use bytes::Bytes;
-use pagestitch::source::{Fetch, File, Memfd, Memory, Reply};
+use pagestitch::source::{Fetch, FileSource, Memfd, Memory, Reply};
 use pagestitch::{Chunk, ErrorKind, Pool, Region, Source};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use proptest::prelude::*;
@@ -41,10 +41,10 @@ const SOURCE_BYTES: usize = 64 << 10;
 static STATIC: LazyLock<&'static [u8]> = LazyLock::new(|| pattern(3, SOURCE_BYTES).leak());
 static SHARED: LazyLock<Memory> = LazyLock::new(|| Memory::from(pattern(4, SOURCE_BYTES)));
 static MEMFD: LazyLock<Memfd> = LazyLock::new(|| memfd(&pattern(6, SOURCE_BYTES)));
-static FILE: LazyLock<Arc<File>> = LazyLock::new(|| {
+static FILE: LazyLock<Arc<FileSource>> = LazyLock::new(|| {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&pattern(5, SOURCE_BYTES)).unwrap();
-    Arc::new(File::open(file.path()).unwrap())
+    Arc::new(FileSource::open(file.path()).unwrap())
 });
 
 /// The chunk and its expected bytes.

@@ -243,7 +243,7 @@ fn the_limit_of_mappings_can_be_set() {
     let (memfd, _) = memfd_of(&pattern(10, 8 * PAGE));
     let pages = [7, 6, 5, 4, 3, 2, 1, 0_u64]
         .map(|page| Chunk::from(Arc::clone(&memfd)).range(page * PAGE as u64..(page + 1) * PAGE as u64));
-    let region = Region::builder().chunks(pages).mappings(3).build_shared(&Pool::new().unwrap()).unwrap();
+    let region = Region::builder().chunks(pages).max_mappings(3).build_shared(&Pool::new().unwrap()).unwrap();
     let hows: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.chunks.clone())).collect();
     assert_eq!(hows, [(How::Map, 0..3), (How::Read, 3..8)]);
     bytes_of(&region);
@@ -291,7 +291,7 @@ fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
     }
     let region = Region::builder().chunk(Arc::clone(&file)).build_shared(&Pool::new().unwrap()).unwrap();
     let plan = region.plan();
-    assert!(plan.runs()[0].why.starts_with("its file system does not map files (ENODEV"), "{plan}");
+    assert!(plan.runs()[0].reason.starts_with("its file system does not map files (ENODEV"), "{plan}");
     let strict = Region::builder().chunk(file).require_zero_copy();
     let error = strict.build_shared(&Pool::new().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);

@@ -168,7 +168,7 @@ fn a_split_donation_moves_on_a_touch_and_when_a_region_is_built() {
                 continue;
             }
             let builder = Region::builder().chunk(pages).writable();
-            let builder = if children { builder.serve_children() } else { builder };
+            let builder = if children { builder.inherit_on_fork() } else { builder };
             match builder.build(&Pool::new().unwrap()) {
                 Ok(region) => assert!(region.as_slice() == bytes, "{split:?}"),
                 Err(error) if error.kind() == ErrorKind::BadOption => println!("SKIPPED in part: {error}"),

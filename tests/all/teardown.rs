@@ -446,7 +446,7 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
 fn a_source_may_own_the_last_handle_of_its_own_pool() {
     let end = child::run(this_test!(), || {
         for _ in 0..30 {
-            let pool = Pool::builder().workers(2).overdue_after(Duration::ZERO).start().unwrap();
+            let pool = Pool::builder().workers(2).warn_after(Duration::ZERO).start().unwrap();
             let source = Arc::new(Owns(pool.clone()));
             let region = Region::builder().chunk(Chunk::source(source)).build(&pool).unwrap();
             drop(pool);

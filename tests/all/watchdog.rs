@@ -27,7 +27,7 @@ fn hanging() -> Arc<Scripted> {
 
 #[test]
 fn an_overdue_fault_is_counted_once() {
-    let pool = Pool::builder().overdue_after(Duration::from_millis(20)).start().unwrap();
+    let pool = Pool::builder().warn_after(Duration::from_millis(20)).start().unwrap();
     let source = Arc::new(Scripted::new(10 * PAGE as u64).holding(3 * PAGE as u64..5 * PAGE as u64));
     let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
     let region = builder.build(&pool).unwrap();
@@ -51,7 +51,7 @@ fn an_overdue_fault_is_counted_once() {
 #[test]
 fn a_timed_out_fault_is_a_signal_to_the_waiting_thread() {
     let end = child::run(this_test!(), || {
-        let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
+        let pool = Pool::builder().fault_timeout(Duration::from_millis(30)).start().unwrap();
         let region = Region::builder().chunk(Chunk::source(hanging())).build(&pool).unwrap();
         println!("read a byte: {}", region.as_slice()[3 * PAGE]);
     });
@@ -67,7 +67,7 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
         return;
     }
     let source = hanging();
-    let pool = Pool::builder().give_up_after(Duration::from_millis(30)).start().unwrap();
+    let pool = Pool::builder().fault_timeout(Duration::from_millis(30)).start().unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
     let address = region.as_ptr().expose_provenance().get() + 3 * PAGE;
     let asked = thread::spawn(move || read_through_the_kernel(address));
@@ -113,7 +113,7 @@ fn a_fault_times_out_beside_memory_that_cannot_be_read() {
         until(|| waiting(threads));
         asked
     });
-    let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(50));
+    let pool = Pool::builder().workers(1).max_workers(1).fault_timeout(Duration::from_millis(50));
     let pool = pool.start().unwrap();
     let builder = Region::builder().chunk(Memory::new(Lower(Arc::clone(&lower)))).readahead(Readahead::None);
     let upper = builder.build_adopted(crate::guests::adopt(&guest), &pool).unwrap();
@@ -163,7 +163,7 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
     if !waits_in_the_kernel() {
         return;
     }
-    let pool = pool.give_up_after(Duration::from_millis(60)).start().unwrap();
+    let pool = pool.fault_timeout(Duration::from_millis(60)).start().unwrap();
     let source = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
     let chunk = Chunk::source(Arc::clone(&source));
     let region = builder(Region::builder().chunk(chunk).readahead(Readahead::None)).build(&pool).unwrap();
@@ -174,7 +174,7 @@ fn five_hang(pool: PoolBuilder, is_short: bool, builder: impl FnOnce(Builder) ->
     assert_eq!(shortages > 0, is_short, "{:?}", pool.metrics());
     // Pages that no worker had begun stay poisoned until a retry.
     until(|| {
-        region.heal(..).unwrap();
+        region.retry_failed(..).unwrap();
         region.failures().is_empty() && region.meter().in_flight() == 0
     });
     assert!((0..10).all(|page| region.as_slice()[page * PAGE] == byte_at((page * PAGE) as u64)));
@@ -194,7 +194,7 @@ fn faults_without_a_free_worker_time_out() {
 
 #[test]
 fn faults_that_wait_for_the_limit_of_their_region_time_out() {
-    five_hang(Pool::builder().workers(3), false, |builder| builder.in_flight(1));
+    five_hang(Pool::builder().workers(3), false, |builder| builder.max_in_flight(1));
 }
 
 /// More faults wait than the queue holds, and the thread that reads them cannot make room.
@@ -203,11 +203,11 @@ fn more_faults_of_an_inherited_region_than_the_queue_holds_time_out() {
     if !waits_in_the_kernel() {
         return;
     }
-    let pool = Pool::builder().workers(1).max_workers(1).give_up_after(Duration::from_millis(500));
+    let pool = Pool::builder().workers(1).max_workers(1).fault_timeout(Duration::from_millis(500));
     let pool = pool.start().unwrap();
     let source = Arc::new(Scripted::new(1100 * PAGE as u64).holding(0..u64::MAX));
     let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
-    let region = match builder.serve_children().build(&pool) {
+    let region = match builder.inherit_on_fork().build(&pool) {
         Ok(region) => region,
         Err(error) => return println!("SKIPPED: {error}"),
     };
@@ -234,7 +234,7 @@ fn more_fetches_than_the_first_table_holds_time_out() {
     if !waits_in_the_kernel() {
         return;
     }
-    let pool = Pool::builder().workers(2).give_up_after(Duration::from_millis(60)).start().unwrap();
+    let pool = Pool::builder().workers(2).fault_timeout(Duration::from_millis(60)).start().unwrap();
     let source = Arc::new(Keeps(Mutex::default()));
     let chunk = Chunk::fetch(Arc::clone(&source));
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
@@ -249,7 +249,7 @@ fn more_fetches_than_the_first_table_holds_time_out() {
 fn no_fault_times_out_because_its_process_was_stopped() {
     let end = child::run(this_test!(), || {
         let limit = Duration::from_secs(1);
-        let pool = Pool::builder().overdue_after(limit).give_up_after(limit).start().unwrap();
+        let pool = Pool::builder().warn_after(limit).fault_timeout(limit).start().unwrap();
         let source = hanging();
         let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
         thread::scope(|scope| {

@@ -96,7 +96,7 @@ fn edges_inside_a_page_are_copied_and_the_plan_says_so() {
         .chunk(Chunk::from(memfd).range(0..9 * PAGE as u64)) // not page-aligned
         .build(&Pool::new().unwrap())
         .unwrap();
-    let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.why)).collect();
+    let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.reason)).collect();
     assert_eq!(whys.len(), 3);
     assert!(whys[1].1.starts_with("an edge lies inside a page"), "{whys:?}");
     assert!(whys[2].1.starts_with("not at the same place in a page"), "{whys:?}");

@@ -5,7 +5,7 @@ use crate::output::{bytes, nanoseconds, table};
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
-use pagestitch::source::{File, Memory};
+use pagestitch::source::{FileSource, Memory};
 use pagestitch::{Chunk, Metrics, Pool, Region, Support};
 use pagestitch_bench::touch::first_touches;
 use pagestitch_bench::{timed, warm};
@@ -46,7 +46,7 @@ struct Measurement {
 
 pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
     let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
-    let file = Arc::new(File::open(&path)?);
+    let file = Arc::new(FileSource::open(&path)?);
     let content = fs::read(&path)?;
     if content.is_empty() {
         return Err(format!("{} is empty: name a file with bytes", path.display()).into());
@@ -98,7 +98,7 @@ fn cut_at_random(len: usize, seed: u64) -> Vec<Range<usize>> {
 fn measure(
     options: &Options,
     path: &Path,
-    file: &Arc<File>,
+    file: &Arc<FileSource>,
     content: &[u8],
     cuts: &[Range<usize>],
 ) -> Result<Measurement, Box<dyn Error>> {
@@ -140,7 +140,7 @@ fn measure(
 /// The plain way: copies all pieces into one buffer.
 fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Result<Vec<u8>, Box<dyn Error>> {
     use pagestitch::Source;
-    let file = File::open(path)?;
+    let file = FileSource::open(path)?;
     let mut copy = vec![0; cuts.last().map_or(0, |cut| cut.end)];
     for (index, cut) in cuts.iter().enumerate() {
         let into = &mut copy[cut.clone()];

@@ -204,7 +204,7 @@ mod tests {
     /// A region whose first half is present, with one poisoned page.
     fn region() -> Region {
         let source = Scripted::new(400 * 4096).failing(300 * 4096..301 * 4096);
-        let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).timed();
+        let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).record_latency();
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         region.populate(0..200 * 4096).unwrap();
         region.populate(300 * 4096..301 * 4096).unwrap_err();

@@ -6,7 +6,7 @@ use crate::live::Live;
 use crate::output::{bytes, workers};
 use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
-use pagestitch::{Loss, Meter, Pool, Readahead, Recording};
+use pagestitch::{Meter, OnUnavailable, Pool, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
 use serde_json::{Value, json};
 use std::collections::HashMap;
@@ -46,7 +46,7 @@ pub(crate) struct Options {
     /// The consequence of unavailable bytes: poison raises SIGBUS where they are touched, kill ends
     /// the guest
     #[arg(long, value_enum, default_value_t)]
-    on_loss: LossOption,
+    on_unavailable: OnUnavailableOption,
     /// The consequence of a shutdown for guests: finish fills their memory, abandon leaves its
     /// missing pages unavailable
     #[arg(long, value_enum, default_value_t)]
@@ -75,7 +75,7 @@ pub(crate) struct Options {
 }
 
 #[derive(Debug, Clone, Copy, Default, ValueEnum)]
-enum LossOption {
+enum OnUnavailableOption {
     #[default]
     Poison,
     Kill,
@@ -124,10 +124,10 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let builder = Handler::builder(snapshot);
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
     let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
-    let builder = if options.live { builder.timed() } else { builder };
+    let builder = if options.live { builder.record_latency() } else { builder };
     let handler = builder
         .pool(&pool.start()?)
-        .on_loss(options.on_loss.into())
+        .on_unavailable(options.on_unavailable.into())
         .on_stop(options.on_stop.into())
         .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
         .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()))
@@ -219,11 +219,11 @@ fn to_json(event: &Event<'_>) -> Value {
     }
 }
 
-impl From<LossOption> for Loss {
-    fn from(option: LossOption) -> Self {
+impl From<OnUnavailableOption> for OnUnavailable {
+    fn from(option: OnUnavailableOption) -> Self {
         match option {
-            LossOption::Poison => Self::Poison,
-            LossOption::Kill => Self::Kill,
+            OnUnavailableOption::Poison => Self::Poison,
+            OnUnavailableOption::Kill => Self::Kill,
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::usage::Usage;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
-use pagestitch::source::{File as FileSource, SharedFile};
+use pagestitch::source::{FileSource, SharedFile};
 use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
@@ -151,7 +151,7 @@ fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion,
         builder = builder.replay(&Recording::read(path)?);
     }
     if options.live {
-        builder = builder.timed();
+        builder = builder.record_latency();
     }
     Ok(builder.build_shared(pool)?)
 }
@@ -298,10 +298,10 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
     });
     let plan = plan.as_ref().map(|plan| {
-        let run = |run: &pagestitch::Run| {
+        let run = |run: &pagestitch::PlanRun| {
             json!({
                 "offset": run.offsets.start, "bytes": run.offsets.end - run.offsets.start, "first_chunk": run.chunks.start,
-                "chunks": run.chunks.len(), "source": run.source, "how": run.how.to_string(), "why": run.why,
+                "chunks": run.chunks.len(), "source": run.source, "how": run.how.to_string(), "reason": run.reason,
             })
         };
         plan.runs().iter().map(run).collect::<Vec<_>>()

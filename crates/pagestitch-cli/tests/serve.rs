@@ -107,7 +107,7 @@ fn each_start_error_is_one_line() {
     assert!(error_line(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
     assert!(error_line(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
     assert!(error_line(&["--workers", "0"], 2).contains("0 is not in 1.."));
-    assert!(error_line(&["--on-loss", "pray"], 2).contains("[possible values: poison, kill]"));
+    assert!(error_line(&["--on-unavailable", "pray"], 2).contains("[possible values: poison, kill]"));
     assert!(error_line(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
     assert!(error_line(&["--heatmap", "no/where"], 1).contains("cannot write no/where: No such file"));
     record_other(&folder.path().join("other"));
@@ -325,7 +325,7 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
                 "serve",
                 "firecracker",
             ])
-            .args(["--socket", "socket", "--memory", "memory", "--on-loss", loss])
+            .args(["--socket", "socket", "--memory", "memory", "--on-unavailable", loss])
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()

@@ -5,7 +5,7 @@ use crate::handler::Settings;
 use crate::shutdown::ShutdownHandle;
 use crate::socket::Socket;
 use crate::{Error, Handler, Snapshot};
-use pagestitch::{Loss, OwnMemory, Pool, Readahead, Recording};
+use pagestitch::{OnUnavailable, OwnMemory, Pool, Readahead, Recording};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,13 +22,13 @@ impl Handler {
 pub struct Builder {
     snapshot: Snapshot,
     pool: Option<Pool>,
-    loss: Loss,
+    on_unavailable: OnUnavailable,
     on_stop: OnStop,
     readahead: Readahead,
     handshake_timeout: Duration,
     record: Option<PathBuf>,
     replay: Option<Recording>,
-    timed: bool,
+    record_latency: bool,
     own: Option<OwnMemory>,
 }
 
@@ -37,13 +37,13 @@ impl Builder {
         Self {
             snapshot,
             pool: None,
-            loss: Loss::Poison,
+            on_unavailable: OnUnavailable::Poison,
             on_stop: OnStop::Finish,
             readahead: Readahead::Adaptive,
             handshake_timeout: Duration::from_secs(5),
             record: None,
             replay: None,
-            timed: false,
+            record_latency: false,
             own: None,
         }
     }
@@ -56,8 +56,8 @@ impl Builder {
 
     /// Sets the consequence for a guest if bytes of its memory are unavailable. By default the
     /// thread that touches them gets SIGBUS.
-    pub const fn on_loss(mut self, loss: Loss) -> Self {
-        self.loss = loss;
+    pub const fn on_unavailable(mut self, on_unavailable: OnUnavailable) -> Self {
+        self.on_unavailable = on_unavailable;
         self
     }
 
@@ -76,8 +76,8 @@ impl Builder {
     }
 
     /// Measures the parts of each fault: see [`Meter::latency`](pagestitch::Meter::latency).
-    pub const fn timed(mut self) -> Self {
-        self.timed = true;
+    pub const fn record_latency(mut self) -> Self {
+        self.record_latency = true;
         self
     }
 
@@ -123,9 +123,18 @@ impl Builder {
         let shutdown = ShutdownHandle::new().map_err(Error::Poll)?;
         let socket = Socket::bind(path)?;
         let Self {
-            snapshot, loss, on_stop, readahead, handshake_timeout, record, replay, timed, own, ..
+            snapshot,
+            on_unavailable,
+            on_stop,
+            readahead,
+            handshake_timeout,
+            record,
+            replay,
+            record_latency,
+            own,
+            ..
         } = self;
-        let service = Service { snapshot, pool, loss, readahead, replay, timed, own };
+        let service = Service { snapshot, pool, on_unavailable, readahead, replay, record_latency, own };
         let settings = Settings { on_stop, handshake_timeout, record };
         Handler::new(socket, service, settings, shutdown).map_err(Error::Poll)
     }

@@ -6,7 +6,7 @@ use crate::peer_threads::ResultSender;
 use crate::refusal::RefusedGuest;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use pagestitch::{Loss, Process};
+use pagestitch::{OnUnavailable, Process};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::uffd::handshake_probe;
@@ -37,7 +37,7 @@ pub(crate) struct Client {
 /// The conditions that all clients must meet.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Requirements {
-    pub(crate) loss: Loss,
+    pub(crate) on_unavailable: OnUnavailable,
     /// The bytes of memory of a guest.
     pub(crate) bytes: u64,
 }
@@ -178,7 +178,7 @@ impl Client {
         if guest != requirements.bytes {
             return Err(HandshakeError::Size { guest, file: requirements.bytes });
         }
-        if requirements.loss == Loss::Kill || !pages_can_be_poisoned() {
+        if requirements.on_unavailable == OnUnavailable::Kill || !pages_can_be_poisoned() {
             process.can_kill().map_err(|errno| HandshakeError::CannotKill(errno.into()))?;
         }
         Ok(process)
@@ -196,7 +196,7 @@ impl Client {
             let refused = RefusedGuest {
                 owner: process.filter(certain),
                 announced: announced.clone(),
-                loss: requirements.loss,
+                on_unavailable: requirements.on_unavailable,
                 max_bytes,
             };
             refused.poison_or_kill(uffd);

@@ -3,7 +3,8 @@
 use crate::Snapshot;
 use crate::handshake::{GuestMappings, HandshakeError};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Loss, Metrics, OwnMemory, Pool, Process, Readahead, Recording, Region,
+    AdoptedMemory, AdoptedRegion, Metrics, OnUnavailable, OwnMemory, Pool, Process, Readahead, Recording,
+    Region,
 };
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -15,7 +16,7 @@ pub enum OnStop {
     /// The handler fills the missing pages. The guests then run without it.
     #[default]
     Finish,
-    /// The missing pages are unavailable from then on: see [`Loss`].
+    /// The missing pages are unavailable from then on: see [`OnUnavailable`].
     Abandon,
 }
 
@@ -35,10 +36,10 @@ pub(crate) struct ServedGuest {
 pub(crate) struct Service {
     pub(crate) snapshot: Snapshot,
     pub(crate) pool: Pool,
-    pub(crate) loss: Loss,
+    pub(crate) on_unavailable: OnUnavailable,
     pub(crate) readahead: Readahead,
     pub(crate) replay: Option<Recording>,
-    pub(crate) timed: bool,
+    pub(crate) record_latency: bool,
     /// The promise that covers guests of this process; none refuses them.
     pub(crate) own: Option<OwnMemory>,
 }
@@ -52,7 +53,7 @@ impl Service {
         mappings: &GuestMappings,
         uffd: OwnedFd,
     ) -> Result<AdoptedRegion, HandshakeError> {
-        let Self { snapshot, pool, loss, readahead, replay, timed, own } = self;
+        let Self { snapshot, pool, on_unavailable, readahead, replay, record_latency, own } = self;
         let memory = match own {
             Some(promise) => AdoptedMemory::of_this_process(uffd, *promise)?,
             None => AdoptedMemory::new(uffd)?,
@@ -61,10 +62,10 @@ impl Service {
         let memory = mappings.ranges().iter().fold(memory, |memory, range| {
             memory.range(range.base_host_virt_addr as usize, range.size as usize)
         });
-        let memory = memory.owner(Arc::clone(owner)).on_loss(*loss);
+        let memory = memory.owner(Arc::clone(owner)).on_unavailable(*on_unavailable);
         let builder = Region::builder().name(owner.to_string()).readahead(*readahead);
         let builder = if record { builder.record() } else { builder };
-        let builder = if *timed { builder.timed() } else { builder };
+        let builder = if *record_latency { builder.record_latency() } else { builder };
         // A replayed page has no first touch, so a recorded guest is not replayed.
         let replay = replay.iter().filter(|_| !record);
         let replay = replay.filter(|recording| has_page_size_of(recording, mappings, owner));

@@ -250,7 +250,7 @@ impl Handler {
     }
 
     const fn requirements(&self) -> Requirements {
-        Requirements { loss: self.service.loss, bytes: self.service.snapshot.bytes() }
+        Requirements { on_unavailable: self.service.on_unavailable, bytes: self.service.snapshot.bytes() }
     }
 
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {

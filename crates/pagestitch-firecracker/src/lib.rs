@@ -33,7 +33,7 @@
 //! * At shutdown the handler [fills](OnStop::Finish) the missing pages of each guest. The guest
 //!   then runs without it.
 //! * A page whose bytes are unavailable is an error where it is touched, or it
-//!   [ends](pagestitch::Loss) the guest. It never reads as zeros.
+//!   [ends](pagestitch::OnUnavailable) the guest. It never reads as zeros.
 //! * The same holds for a refused guest: it does not wait for ever.
 //! * No guest, and no stranger at the socket, delays another guest.
 //!

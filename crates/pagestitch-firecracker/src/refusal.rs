@@ -1,7 +1,7 @@
 //! The memory of a refused guest. Its virtual CPUs would wait for ever for pages that no handler
-//! fills. So its memory is poisoned, or its process is killed, as [`Loss`] says.
+//! fills. So its memory is poisoned, or its process is killed, as [`OnUnavailable`] says.
 
-use pagestitch::{Loss, Process};
+use pagestitch::{OnUnavailable, Process};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::{AddressRange, Errno, Outcome, PageSize, Uffd};
 use std::fs;
@@ -16,7 +16,7 @@ pub(crate) struct RefusedGuest<'a> {
     pub(crate) owner: Option<&'a Process>,
     /// The ranges of memory that the guest announced, if it did.
     pub(crate) announced: Vec<Range<usize>>,
-    pub(crate) loss: Loss,
+    pub(crate) on_unavailable: OnUnavailable,
     /// The most bytes that are poisoned.
     pub(crate) max_bytes: u64,
 }
@@ -35,9 +35,9 @@ impl RefusedGuest<'_> {
         };
         // The other way is better than a wait for ever: a process of another PID namespace cannot
         // be killed, and before Linux 6.6 no page can be poisoned.
-        let done = match self.loss {
-            Loss::Kill => self.kill().or_else(|reason| self.poison_all(&uffd).map_err(|_| reason)),
-            Loss::Poison => self.poison_all(&uffd).or_else(|_| self.kill()),
+        let done = match self.on_unavailable {
+            OnUnavailable::Kill => self.kill().or_else(|reason| self.poison_all(&uffd).map_err(|_| reason)),
+            OnUnavailable::Poison => self.poison_all(&uffd).or_else(|_| self.kill()),
         };
         if let Err(reason) = done {
             tracing::error!(guest, %reason, "the refused guest waits for ever, because it cannot be killed: kill it");

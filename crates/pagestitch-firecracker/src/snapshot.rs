@@ -11,7 +11,7 @@
 
 use crate::extents::data_in;
 use crate::{Error, Extents};
-use pagestitch::source::File;
+use pagestitch::source::FileSource;
 use pagestitch::{Chunk, Source};
 use std::collections::BTreeMap;
 use std::fs;
@@ -31,7 +31,7 @@ pub struct Snapshot {
     pieces: Arc<Pieces>,
 }
 
-type Pieces = BTreeMap<u64, Option<Arc<File>>>;
+type Pieces = BTreeMap<u64, Option<Arc<FileSource>>>;
 
 impl Snapshot {
     /// Opens the base, then the diffs over it, oldest first. Each diff has the length of the base,
@@ -96,7 +96,7 @@ impl Snapshot {
 }
 
 /// Replaces a range.
-fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<File>) {
+fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<FileSource>) {
     let behind = pieces.range(..=extent.end).next_back().map(|(_, before)| before.clone());
     let within: Vec<u64> = pieces.range(extent.clone()).map(|(&start, _)| start).collect();
     for start in within {
@@ -121,7 +121,7 @@ pub enum Holes {
 
 struct Layer<'a> {
     path: &'a Path,
-    file: Arc<File>,
+    file: Arc<FileSource>,
     bytes: u64,
     /// For a diff: the meaning of its holes.
     holes: Option<Holes>,
@@ -129,7 +129,7 @@ struct Layer<'a> {
 
 impl<'a> Layer<'a> {
     fn open(path: &'a Path, holes: Option<Holes>) -> Result<Self, Error> {
-        let file = Arc::new(File::open(path)?);
+        let file = Arc::new(FileSource::open(path)?);
         // The metadata of a block device says 0 bytes.
         let bytes = file.size();
         if bytes == 0 || !bytes.is_multiple_of(4096) {
@@ -185,8 +185,9 @@ mod tests {
         use pagestitch::Source;
         let ends = snapshot.pieces.keys().skip(1).copied().chain([snapshot.bytes]);
         let pieces = snapshot.pieces.iter().zip(ends);
-        let name =
-            |file: &Arc<File>| Path::new(&file.name()).file_name().unwrap().to_str().unwrap().to_owned();
+        let name = |file: &Arc<FileSource>| {
+            Path::new(&file.name()).file_name().unwrap().to_str().unwrap().to_owned()
+        };
         pieces
             .flat_map(|((&start, file), end)| vec![file.as_ref().map(name); ((end - start) / PAGE) as usize])
             .collect()

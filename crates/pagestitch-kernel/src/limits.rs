@@ -93,7 +93,7 @@ impl Limit {
 
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const GUARDED: &str = "a region that is only read is not counted if it is built guarded()";
+        const GUARDED: &str = "a region that is only read is not counted if it is built hardware_read_only()";
         match self {
             Self::AddressSpace(limit) => {
                 write!(f, "this process is limited to {limit} (RLIMIT_AS): raise it with ulimit -v")

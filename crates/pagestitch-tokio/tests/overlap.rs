@@ -170,7 +170,7 @@ fn a_region_may_be_dropped_while_pages_are_fetched() {
 fn the_pool_limits_its_fetches() {
     let runtime = runtime();
     let far = Far::new(Duration::from_millis(10));
-    let pool = Pool::builder().workers(2).in_flight(6).start().unwrap();
+    let pool = Pool::builder().workers(2).max_in_flight(6).start().unwrap();
     let region = Region::builder()
         .chunk(chunk(Arc::clone(&far), runtime.handle(), 64))
         .readahead(Readahead::None)

@@ -7,12 +7,12 @@
 //!
 //! ```
 //! use pagestitch::{Chunk, Pool, Region};
-//! use pagestitch::source::File;
+//! use pagestitch::source::FileSource;
 //!
 //! let pool = Pool::new()?;
 //! let region = Region::builder()
 //!     .chunk(vec![1u8; 10_000])                                  // memory: copied from where it lies
-//!     .chunk(Chunk::from(File::open("/proc/self/exe")?).range(0..3_000))    // a file: read where it is
+//!     .chunk(Chunk::from(FileSource::open("/proc/self/exe")?).range(0..3_000))    // a file: read where it is
 //!     .chunk(Chunk::hole(1 << 30))                               // a gigabyte of zeros
 //!     .chunk(bytes::Bytes::from_static(b"the end"))
 //!     .build(&pool)?;
@@ -78,7 +78,7 @@ pub use pagestitch_kernel::{Access, View};
 pub use policy::{OnFailure, Readahead, Recording, Retry};
 pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
-pub use space::{AdoptedMemory, Chunk, How, LetGo, Loss, Plan, Run};
+pub use space::{AdoptedMemory, Chunk, How, OnDiscard, OnUnavailable, Plan, PlanRun};
 
 /// The README's example is compiled and run with the doc tests.
 #[cfg(doctest)]

@@ -57,7 +57,7 @@ pub(super) fn many(options: &Options) -> Vec<Case> {
         let chunk =
             |page: usize| Chunk::from(memfd.clone()).range((page * PAGE) as u64..((page + 1) * PAGE) as u64);
         Sample::of(chunks, chunks * PAGE, || {
-            let builder = Region::builder().chunks(shuffled(chunks).map(chunk)).mappings(chunks);
+            let builder = Region::builder().chunks(shuffled(chunks).map(chunk)).max_mappings(chunks);
             drop(builder.require_zero_copy().build(&pool).expect("a region"));
         })
     };

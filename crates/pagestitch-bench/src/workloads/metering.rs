@@ -18,7 +18,7 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             let pinned = Pinned::here();
             let pool = Pool::builder().placement(Placement::Cpus(vec![pinned.cpu])).start().expect("a pool");
             let region = data.builder(Readahead::None);
-            let region = if timed { region.timed() } else { region }.build(&pool).expect("a region");
+            let region = if timed { region.record_latency() } else { region }.build(&pool).expect("a region");
             Sample::of_touches(data.bytes(), || first_touches(region.as_slice(), &touches))
         };
         Case::new(system, run).against(&["counted"])

@@ -6,7 +6,7 @@ use crate::guest::{GuestMemory, GuestTask, Restored, spawn, wait};
 use crate::manual_page::serve_plainly;
 use crate::measure::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::source::{File, UnsealedMemfd};
+use pagestitch::source::{FileSource, UnsealedMemfd};
 use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Pool, Readahead, Region};
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::memfd::SealedMemfd;
@@ -136,7 +136,7 @@ impl Snapshot {
         configure: impl FnOnce(Builder) -> Builder,
     ) -> AdoptedRegion {
         let memory = AdoptedMemory::new(fd).expect("a userfaultfd").range(start, self.bytes());
-        let file = File::open(self.path()).expect("the snapshot");
+        let file = FileSource::open(self.path()).expect("the snapshot");
         configure(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
     }
 

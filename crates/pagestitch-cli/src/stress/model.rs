@@ -3,7 +3,7 @@
 use super::sources::{FaultyFetch, FaultySource};
 use super::tally::Tally;
 use fastrand::Rng;
-use pagestitch::source::{Donated, File, Memfd, Pages, UnsealedMemfd};
+use pagestitch::source::{Donated, FileSource, Memfd, Pages, UnsealedMemfd};
 use pagestitch::{Builder, Chunk};
 use pagestitch_testkit::memory::huge_memfd;
 use std::io;
@@ -98,7 +98,7 @@ impl Model {
                 memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
                 self.inline = false;
                 let file = memfd.file().try_clone()?;
-                File::from_file(file, "file").map_err(io::Error::other)?.into()
+                FileSource::from_file(file, "file").map_err(io::Error::other)?.into()
             }
             4 => Chunk::source(self.faulty(rng, tally, len)),
             5 => Chunk::fetch(Arc::new(FaultyFetch(self.faulty(rng, tally, len)))),

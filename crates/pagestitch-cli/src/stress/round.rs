@@ -34,9 +34,9 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU
     let locked = if adopted { None } else { Some(Locked::begin(&mut rng, tally)) };
     let builder = Region::builder().name(format!("round {round}"));
     let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
-    let builder = if rng.u8(..4) == 0 { builder.timed() } else { builder };
-    let builder = if rng.u8(..5) == 0 { builder.in_flight(rng.usize(1..3)) } else { builder };
-    let builder = if rng.u8(..4) == 0 { builder.guarded() } else { builder };
+    let builder = if rng.u8(..4) == 0 { builder.record_latency() } else { builder };
+    let builder = if rng.u8(..5) == 0 { builder.max_in_flight(rng.usize(1..3)) } else { builder };
+    let builder = if rng.u8(..4) == 0 { builder.hardware_read_only() } else { builder };
     let in_round = |error: &dyn std::fmt::Display| format!("round {round}: {error}");
     let (model, builder) =
         Model::random(&mut rng, tally, adopted, builder).map_err(|error| in_round(&error))?;
@@ -44,7 +44,7 @@ pub(super) fn run(seed: u64, round: u64, tally: &Arc<Tally>, heartbeat: &AtomicU
     let server =
         RunningServer::start(&mut rng, model.inline && !adopted).map_err(|error| in_round(&error))?;
     let children = !adopted && server.pool.is_some() && rng.u8(..3) == 0 && may_serve_children();
-    let builder = if children { builder.serve_children() } else { builder };
+    let builder = if children { builder.inherit_on_fork() } else { builder };
     let done = if adopted {
         let guest =
             Guest::new(&ranges(&mut rng, model.bytes.len()), false).map_err(|error| in_round(&error))?;
@@ -87,7 +87,7 @@ fn may_serve_children() -> bool {
     static MAY: OnceLock<bool> = OnceLock::new();
     *MAY.get_or_init(|| {
         let built =
-            Pool::new().and_then(|pool| Region::builder().chunk(vec![1]).serve_children().build(&pool));
+            Pool::new().and_then(|pool| Region::builder().chunk(vec![1]).inherit_on_fork().build(&pool));
         built.is_ok()
     })
 }
@@ -106,7 +106,7 @@ impl RunningServer {
         match rng.u8(..5) {
             0 if inline => {}
             1 => {
-                let manuals = Manual::several(rng.usize(1..3))?;
+                let manuals = Manual::group(rng.usize(1..3))?;
                 server.manual = Some(Server::from(&manuals[0]));
                 server.threads = manuals
                     .into_iter()
@@ -278,7 +278,7 @@ fn retry_and_verify(
     tally: &Tally,
 ) -> Result<(), Failure> {
     let failed = region.failures().len();
-    match region.heal(..) {
+    match region.retry_failed(..) {
         Ok(()) => {
             Tally::count(&tally.retried, failed as u64);
             let mut read = vec![0; model.bytes.len()];
@@ -378,7 +378,7 @@ fn touch_guest(
     model.repair();
     let all = 0..model.bytes.len() as u64;
     region
-        .heal(all.clone())
+        .retry_failed(all.clone())
         .and_then(|()| region.populate(all))
         .map_err(|error| format!("fails after the repair: {error}"))?;
     for (page, gone) in gone.iter().enumerate() {

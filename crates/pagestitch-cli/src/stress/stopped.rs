@@ -54,7 +54,7 @@ impl Drop for KillOnDrop {
 pub(super) fn run_child(seed: u64) -> Result<(), String> {
     let failed = |error: pagestitch::Error| error.to_string();
     let ended = Instant::now() + (LIMIT / 2 + LIMIT * 2) * STOPS + LIMIT;
-    let pool = Pool::builder().workers(4).give_up_after(LIMIT).start().map_err(failed)?;
+    let pool = Pool::builder().workers(4).fault_timeout(LIMIT).start().map_err(failed)?;
     let mut rng = Rng::with_seed(seed);
     while Instant::now() < ended {
         let builder = Region::builder().name("stopped").readahead(Readahead::None);

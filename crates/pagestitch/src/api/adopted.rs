@@ -18,7 +18,7 @@ use std::sync::Arc;
 ///
 /// # Drop
 ///
-/// What was not filled by then is lost to the owner: it is [poisoned](Loss::Poison) or [ended](Loss::Kill), because it would read
+/// What was not filled by then is lost to the owner: it is [poisoned](OnUnavailable::Poison) or [ended](OnUnavailable::Kill), because it would read
 /// zeros otherwise. [`finish`](Self::finish) fills everything first; the owner then goes on alone.
 ///
 /// # Example
@@ -26,12 +26,12 @@ use std::sync::Arc;
 /// Two processes: the sender is as in `examples/adopt.rs`.
 ///
 /// ```no_run
-/// use pagestitch::{AdoptedMemory, Pool, Region, source::File};
+/// use pagestitch::{AdoptedMemory, Pool, Region, source::FileSource};
 /// # fn receive() -> (std::os::fd::OwnedFd, usize) { unimplemented!() }
 ///
 /// let (uffd, address) = receive();                     // SCM_RIGHTS, see unix(7)
 /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30);
-/// let region = Region::builder().name("guest").chunk(File::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
+/// let region = Region::builder().name("guest").chunk(FileSource::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
 /// region.finish()?;                                    // fills what nobody has asked for yet, and lets it go
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
@@ -66,13 +66,13 @@ impl AdoptedRegion {
         self.core.populate(range)
     }
 
-    /// As [`Region::heal`](crate::Region::heal).
+    /// As [`Region::retry_failed`](crate::Region::retry_failed).
     ///
     /// # Errors
     ///
     /// As there.
-    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.heal(range)
+    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.retry_failed(range)
     }
 
     /// As [`Region::failures`](crate::Region::failures).

@@ -7,7 +7,8 @@ use crate::policy::{Blocks, Policy, Readahead, Recording};
 use crate::serve::fork::Family;
 use crate::serve::{Served, Server, Who};
 use crate::space::{
-    Abilities, AdoptedMemory, Chunk, How, Layout, Manner, Mapping, Plan, Reporter, Run, Shown, Tables, Target,
+    Abilities, AdoptedMemory, Chunk, How, Layout, Manner, Mapping, Plan, PlanRun, Reporter, Shown, Tables,
+    Target,
 };
 use pagestitch_kernel::Features;
 use pagestitch_kernel::limits::mappings_left;
@@ -24,13 +25,13 @@ use std::sync::Arc;
 pub struct Builder {
     name: Option<String>,
     access: Access,
-    guarded: bool,
+    hardware_read_only: bool,
     dumped: bool,
     zero_copy: bool,
     aligned: bool,
     readahead: Readahead,
-    mappings: Option<usize>,
-    children: bool,
+    max_mappings: Option<usize>,
+    inherit_on_fork: bool,
     manner: Manner,
     /// The layout so far, or the first chunk that could not be laid.
     layout: Result<Layout, Error>,
@@ -41,13 +42,13 @@ impl Default for Builder {
         Self {
             name: None,
             access: Access::ReadOnly,
-            guarded: false,
+            hardware_read_only: false,
             dumped: false,
             zero_copy: false,
             aligned: false,
             readahead: Readahead::Adaptive,
-            mappings: None,
-            children: false,
+            max_mappings: None,
+            inherit_on_fork: false,
             manner: Manner::default(),
             layout: Ok(Layout::default()),
         }
@@ -91,8 +92,8 @@ impl Builder {
     ///
     /// Safe code never writes to such a region, guarded or not.
     #[must_use]
-    pub fn guarded(mut self) -> Self {
-        self.guarded = true;
+    pub fn hardware_read_only(mut self) -> Self {
+        self.hardware_read_only = true;
         self
     }
 
@@ -137,8 +138,8 @@ impl Builder {
     /// How many mappings the region may take to show pages in place; what is beyond is copied. By default half of what
     /// `vm.max_map_count` leaves this process, which other parts of the program need too.
     #[must_use]
-    pub fn mappings(mut self, most: usize) -> Self {
-        self.mappings = Some(most);
+    pub fn max_mappings(mut self, most: usize) -> Self {
+        self.max_mappings = Some(most);
         self
     }
 
@@ -151,9 +152,9 @@ impl Builder {
     ///
     /// If it is none.
     #[must_use]
-    pub fn in_flight(mut self, most: usize) -> Self {
+    pub fn max_in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "nobody would serve it");
-        self.manner.in_flight = Some(most);
+        self.manner.max_in_flight = Some(most);
         self
     }
 
@@ -177,7 +178,7 @@ impl Builder {
     /// that serves, which must not touch the region, or in the one that gives faults up, which gives up no other one until `tell` returns.
     /// [`Region::failures`] lists those that there are.
     #[must_use]
-    pub fn report_failures(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
+    pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.manner.reporter = Some(Reporter(Arc::new(tell)));
         self
     }
@@ -185,8 +186,8 @@ impl Builder {
     /// Takes the time of the parts of each fault, for [`Meter::latency`](crate::Meter::latency): some five looks at the clock a
     /// fault. By default faults are only counted.
     #[must_use]
-    pub fn timed(mut self) -> Self {
-        self.manner.timed = true;
+    pub fn record_latency(mut self) -> Self {
+        self.manner.record_latency = true;
         self
     }
 
@@ -212,14 +213,14 @@ impl Builder {
     /// ```no_run
     /// # use pagestitch::{Pool, Region};
     /// let pool = Pool::new()?;
-    /// let region = Region::builder().chunk(vec![7u8; 100_000]).serve_children().build(&pool)?;
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).inherit_on_fork().build(&pool)?;
     /// // From here on fork(2) as you like: a worker process for each request, a snapshot to write out.
     /// assert_eq!(region.as_slice()[50_000], 7);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     #[must_use]
-    pub fn serve_children(mut self) -> Self {
-        self.children = true;
+    pub fn inherit_on_fork(mut self) -> Self {
+        self.inherit_on_fork = true;
         self
     }
 
@@ -307,7 +308,7 @@ impl Builder {
             .map_err(no_table)?;
         let copied = (false, Err("the kernel moves pages only inside a process"));
         let tables = Tables::new(target.all().pages, &self.manner).map_err(no_table)?;
-        let in_flight = self.manner.in_flight;
+        let max_in_flight = self.manner.max_in_flight;
         let mapping = Mapping::new(
             name.clone(),
             (Arc::new(layout), Shown::default()),
@@ -320,7 +321,7 @@ impl Builder {
             refuse_copies(&mapping)?;
         }
         // The children of another process cannot be followed: which pages its balloons have taken is not known of them.
-        Ok(AdoptedRegion::new(attach(Served::new(mapping, in_flight, None), server)?))
+        Ok(AdoptedRegion::new(attach(Served::new(mapping, max_in_flight, None), server)?))
     }
 
     fn make(mut self, server: Server) -> Result<(View, Core), Error> {
@@ -333,12 +334,12 @@ impl Builder {
         };
         let below = Below::of(&layout);
         below.check(&name, &layout, &server)?;
-        if self.children {
+        if self.inherit_on_fork {
             refuse_children(&name, &layout, &server)?;
         }
-        let uffd = open(&name, &layout, &server, self.children)?;
+        let uffd = open(&name, &layout, &server, self.inherit_on_fork)?;
         layout.unlock_donated().map_err(|errno| limit("unlock donated pages", errno))?;
-        let moves = layout.has_donated() && !self.children && can_move(&uffd);
+        let moves = layout.has_donated() && !self.inherit_on_fork && can_move(&uffd);
         let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
         let page = PageSize::system();
         let pages = pages_for(&layout, page).map_err(in_region)?;
@@ -348,7 +349,7 @@ impl Builder {
             if huge && self.access == Access::ReadOnly { Access::LogicallyReadOnly } else { self.access };
         let (reservation, mut view) = reserve(&name, (pages, page), access, huge)?;
         register(&name, &uffd, &reservation)?;
-        let budget = || self.mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
+        let budget = || self.max_mappings.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
         let abilities = Abilities { moves, minor_faults };
         let shown = Shown::map(&layout, page, budget, abilities, &mut view, &uffd)
             .map_err(|error| cannot_show(&name, &layout, error))?;
@@ -368,9 +369,9 @@ impl Builder {
             settle_recording(self.readahead, &self.manner, &target, &layout).map_err(in_region)?;
         let policy = Policy::new(readahead, pages.get(), page, blocks).map_err(no_table)?;
         let tables = Tables::new(target.all().pages, &self.manner).map_err(no_table)?;
-        let family = self.children.then(|| Family::new().map(Arc::new)).transpose();
+        let family = self.inherit_on_fork.then(|| Family::new().map(Arc::new)).transpose();
         let family = family.map_err(|errno| limit("serve children (descriptors: ulimit -n)", errno))?;
-        let in_flight = self.manner.in_flight;
+        let max_in_flight = self.manner.max_in_flight;
         let mapping = Mapping::new(
             name.clone(),
             (Arc::new(layout), shown),
@@ -383,14 +384,14 @@ impl Builder {
             refuse_copies(&mapping)?;
         }
         mapping.counters.local().pages_in_place.add(mapping.in_place.pages());
-        Ok((view, attach(Served::new(mapping, in_flight, family), server)?))
+        Ok((view, attach(Served::new(mapping, max_in_flight, family), server)?))
     }
 
     /// Whether whole blocks of a region of so many bytes are filled in staging; else why not.
     fn stages(&self, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
         match self.access {
-            Access::ReadOnly if self.guarded => {
-                Err("the region is guarded: pages move only between writable mappings")
+            Access::ReadOnly if self.hardware_read_only => {
+                Err("the region is built hardware_read_only(): pages move only between writable mappings")
             }
             _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
             _ if bytes < HUGE => Err("the region is smaller than a huge page"),
@@ -473,9 +474,11 @@ fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
         .iter()
         .find(|run| !matches!(run.how, How::Map | How::Move | How::Continue | How::Zero))
     {
-        Some(Run { chunks, source, why, .. }) => {
-            let what =
-                format!("region {}: chunk {} ({source}) is not zero-copy: {why}", mapping.name, chunks.start);
+        Some(PlanRun { chunks, source, reason, .. }) => {
+            let what = format!(
+                "region {}: chunk {} ({source}) is not zero-copy: {reason}",
+                mapping.name, chunks.start
+            );
             Err(Error::new(ErrorKind::NotZeroCopy, what))
         }
         None => Ok(()),

@@ -6,7 +6,7 @@ use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
 use crate::serve::Served;
 use crate::serve::fork::refuse_births;
-use crate::serve::{Attached, fill_rest, heal, populate};
+use crate::serve::{Attached, fill_rest, populate, retry_failed};
 use crate::space::Plan;
 use crate::space::Target;
 use pagestitch_kernel::Span;
@@ -80,7 +80,7 @@ impl Core {
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
-                let why = "in a forked child: its source has failed, its parent has dropped it, or does not serve_children()";
+                let why = "in a forked child: its source has failed, its parent has dropped it, or has built it without inherit_on_fork()";
                 Error::because(ErrorKind::Source, format_args!("region {}: {why}", self.name()), errno)
             }),
             _ => Ok(()),
@@ -94,16 +94,16 @@ impl Core {
         all
     }
 
-    pub(crate) fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+    pub(crate) fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             // The uffd is the parent's: what it installs goes into the parent's memory.
             let what = format!(
-                "region {}: it belongs to the parent process: after fork(2), the child cannot heal() it",
+                "region {}: it belongs to the parent process: after fork(2), the child cannot call retry_failed()",
                 self.name()
             );
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        heal(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
+        retry_failed(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
     }
 
     pub(crate) fn failures(&self) -> Vec<(u64, Arc<Failure>)> {

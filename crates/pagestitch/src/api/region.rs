@@ -33,7 +33,7 @@ use std::sync::Arc;
 ///
 /// # Children
 ///
-/// A forked child has no access to a region that does not [`serve_children`](crate::Builder::serve_children), but for pages that are shown in
+/// A forked child has no access to a region that does not [`inherit_on_fork`](crate::Builder::inherit_on_fork), but for pages that are shown in
 /// place: a touch is SIGSEGV, and no mapping of the child's comes to lie there. In a child of a raw `clone(2)`, which runs no fork handlers,
 /// the region's addresses are free for other mappings: the child must not use a pointer into the region. `fork(2)` waits for a build or
 /// drop of a region that is under way: a fork handler (`pthread_atfork(3)`) must not take a lock that is held around one.
@@ -172,8 +172,8 @@ impl Region {
     /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the first chunk whose source fails again; pages before it are
     /// healed. Before Linux 6.6 a page that has failed is gone for good, and this says so.
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
-    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.heal(range)
+    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.retry_failed(range)
     }
 
     /// The pages that have failed and are poisoned, by their offsets in the region, and why each has.

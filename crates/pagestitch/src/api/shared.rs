@@ -147,13 +147,13 @@ impl SharedRegion {
         self.core.populate(range)
     }
 
-    /// As [`Region::heal`](crate::Region::heal).
+    /// As [`Region::retry_failed`](crate::Region::retry_failed).
     ///
     /// # Errors
     ///
-    /// As [`Region::heal`](crate::Region::heal).
-    pub fn heal(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.heal(range)
+    /// As [`Region::retry_failed`](crate::Region::retry_failed).
+    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.core.retry_failed(range)
     }
 
     /// As [`Region::failures`](crate::Region::failures).

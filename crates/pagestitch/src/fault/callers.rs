@@ -1,4 +1,4 @@
-//! Callers' threads that fill pages themselves, in `populate`, `read_at` and `heal`: which pages each is at.
+//! Callers' threads that fill pages themselves, in `populate`, `read_at` and `retry_failed`: which pages each is at.
 //!
 //! A signal handler of the application may interrupt such a thread, and touch a page that the thread has claimed: the claim then
 //! waits for the handler, and the handler's access for the claim. Whoever serves the access finds that out here, and installs the page

@@ -90,9 +90,14 @@ pub(crate) enum Part {
 
 impl Counters {
     /// `quiet`: faults are read by a thread that may not allocate.
-    pub(crate) fn new(region: String, (page, pages): (PageSize, usize), timed: bool, quiet: bool) -> Self {
+    pub(crate) fn new(
+        region: String,
+        (page, pages): (PageSize, usize),
+        record_latency: bool,
+        quiet: bool,
+    ) -> Self {
         let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
-        let timings = timed.then(|| Box::new(timings()));
+        let timings = record_latency.then(|| Box::new(timings()));
         let flights = if quiet { Flights::fixed() } else { Flights::new() };
         Self { region, page, pages, striped: Striped::default(), flights, timings }
     }
@@ -186,11 +191,11 @@ metrics! {
     faults_writing,
     /// Of these, faults on pages that a file's page cache has, and that are not mapped yet.
     faults_minor,
-    /// Faults that took longer than they may, and were told of: see [`PoolBuilder::overdue_after`](crate::PoolBuilder::overdue_after).
+    /// Faults that took longer than they may, and were told of: see [`PoolBuilder::warn_after`](crate::PoolBuilder::warn_after).
     faults_overdue,
-    /// Of these, faults whose pages were made bad for it: see [`PoolBuilder::give_up_after`](crate::PoolBuilder::give_up_after).
+    /// Of these, faults whose pages were made bad for it: see [`PoolBuilder::fault_timeout`](crate::PoolBuilder::fault_timeout).
     faults_given_up,
-    /// Forked children that were served from then on: see [`Builder::serve_children`](crate::Builder::serve_children).
+    /// Forked children that were served from then on: see [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
     children,
     /// Faults on a page that was there by the time they were looked at.
     late,
@@ -212,8 +217,8 @@ metrics! {
     pages_zeroed,
     /// Pages that a source could not fill: poisoned.
     pages_poisoned,
-    /// Poisoned pages that were filled after all, by `heal`.
-    pages_healed,
+    /// Poisoned pages that were filled after all, by `retry_failed`.
+    pages_recovered,
     /// Of the pages above, those that were filled ahead of a sequential reader.
     pages_ahead,
     /// Of these, those that a reader has passed by: it came to the page that follows them. The rest was for nothing, or is still to be
@@ -251,7 +256,7 @@ impl Metrics {
 /// ```
 /// use pagestitch::{Pool, Region};
 ///
-/// let region = Region::builder().chunk(vec![7u8; 100_000]).timed().build(&Pool::new()?)?;
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).record_latency().build(&Pool::new()?)?;
 /// let meter = region.meter();
 /// assert_eq!(region.as_slice()[50_000], 7);
 /// assert!(region.close().pages_copied >= 1);
@@ -343,7 +348,7 @@ impl Meter {
         Some((self.counters.page.offset_of(page), age))
     }
 
-    /// How long the parts of faults took, of a region that is [timed](crate::Builder::timed).
+    /// How long the parts of faults took, of a region that [records it](crate::Builder::record_latency).
     #[must_use]
     pub fn latency(&self) -> Option<Latency> {
         let Timings { queue, fill, resolve } = self.counters.timings.as_deref()?;

@@ -77,13 +77,13 @@ fn what_was_let_go_of_is_zeros_from_then_on() {
                 let mut gone = false;
                 for _ in 0..2 {
                     let found = owned.kernel.touch(Page(0));
-                    assert!(found == Found::LetGo || found == Found::Bytes && !gone, "{found:?}");
-                    gone = found == Found::LetGo;
+                    assert!(found == Found::Discarded || found == Found::Bytes && !gone, "{found:?}");
+                    gone = found == Found::Discarded;
                 }
             }),
             spawn(|owned| {
                 owned.kernel.remove(Page(0));
-                assert_eq!(owned.kernel.touch(Page(0)), Found::LetGo);
+                assert_eq!(owned.kernel.touch(Page(0)), Found::Discarded);
             }),
         ];
         owners.into_iter().for_each(|thread| thread.join().unwrap());

@@ -11,7 +11,7 @@ pub(super) enum Found {
     /// Those of its source.
     Bytes,
     /// Zeros that were put there, as what its owner let go of holds.
-    LetGo,
+    Discarded,
     /// SIGBUS, or SIGSEGV.
     Signal,
     /// What the kernel shows where a uffd was closed over a missing page: what must never be seen.
@@ -95,7 +95,7 @@ impl Kernel {
             match state.entries[page.0] {
                 _ if state.fenced => return Found::Signal,
                 Entry::Present(Content::Bytes) => return Found::Bytes,
-                Entry::Present(Content::Zeros) => return Found::LetGo,
+                Entry::Present(Content::Zeros) => return Found::Discarded,
                 Entry::Marked => return Found::Signal,
                 Entry::Missing if state.closed => return Found::Zeros,
                 Entry::Missing => {}

@@ -10,7 +10,7 @@ use crate::fault::fill::{Content, fill_inline, gather_inline};
 use crate::fault::resolve::{install_beside, install_inline};
 use crate::serve::Served;
 use crate::space::page_table::{State, Unclaimed, Wake};
-use crate::space::{How, Plan, Run};
+use crate::space::{How, Plan, PlanRun};
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::{Page, Span};
 use parking_lot::Mutex;
@@ -42,7 +42,7 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
         return refused(String::from("a recording needs workers, to be taken or replayed: use a pool"));
     }
     match Plan::of(region).runs().iter().find(|run| matches!(run.how, How::Read | How::Continue)) {
-        Some(Run { chunks, source, .. }) => refused(format!(
+        Some(PlanRun { chunks, source, .. }) => refused(format!(
             "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
              into memory first",
             chunks.start

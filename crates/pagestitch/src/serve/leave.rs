@@ -1,7 +1,7 @@
 //! Leaving: what was not filled is made bad, and the memory is its owner's again.
 
 use crate::serve::Served;
-use crate::space::Loss;
+use crate::space::OnUnavailable;
 use crate::space::page_table::State;
 use crate::space::target::Foreign;
 use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
@@ -18,7 +18,7 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     let mut progress = Instant::now();
     while let Some(absent) = next_absent(region, adopted, rest) {
         // Before it meets a page that is bad.
-        if adopted.loss == Loss::Kill {
+        if adopted.on_unavailable == OnUnavailable::Kill {
             return end(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);

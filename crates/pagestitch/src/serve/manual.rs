@@ -71,9 +71,9 @@ impl Manual {
     ///
     /// # Errors
     ///
-    /// As [`several`](Self::several).
+    /// As [`group`](Self::group).
     pub fn new() -> Result<Self, Error> {
-        let mut one = Self::several(1)?;
+        let mut one = Self::group(1)?;
         Ok(one.pop().expect("one was asked for"))
     }
 
@@ -83,7 +83,7 @@ impl Manual {
     /// # Errors
     ///
     /// [`ErrorKind::BadOption`] for none; [`ErrorKind::Resources`] if descriptors or memory cannot be had.
-    pub fn several(threads: usize) -> Result<Vec<Self>, Error> {
+    pub fn group(threads: usize) -> Result<Vec<Self>, Error> {
         if threads == 0 {
             return Err(Error::new(ErrorKind::BadOption, "nobody would serve: ask for 1 or more"));
         }

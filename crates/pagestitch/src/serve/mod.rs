@@ -17,7 +17,7 @@
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `populate` | the same steps for pages that nobody has touched |
-//! | `heal` | asks again for pages whose source has failed |
+//! | `retry_failed` | asks again for pages whose source has failed |
 //! | `leave` | what becomes of adopted memory when its region is dropped |
 //! | `watchdog` | tells of faults that take too long, and gives them up |
 //! | `fork` | forked children |
@@ -28,7 +28,6 @@ mod crew;
 mod door;
 mod events;
 pub(crate) mod fork;
-mod heal;
 mod inline;
 mod later;
 mod leave;
@@ -37,6 +36,7 @@ pub(crate) mod pace;
 mod placement;
 mod pool;
 mod populate;
+mod retry_failed;
 mod seldom;
 mod served;
 mod slow;
@@ -45,12 +45,12 @@ mod watchdog;
 mod worker;
 
 pub(crate) use door::Door;
-pub(crate) use heal::heal;
 pub use manual::Manual;
 use manual::Seats;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::{fill_rest, populate};
+pub(crate) use retry_failed::retry_failed;
 pub(crate) use served::Served;
 
 use crate::error::{Error, ErrorKind};

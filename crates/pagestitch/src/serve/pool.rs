@@ -79,7 +79,7 @@ impl Pool {
             placement: Placement::Auto,
             name: String::from("pagestitch"),
             limits: Limits::default(),
-            in_flight: None,
+            max_in_flight: None,
             max_workers: crew::MOST_BY_DEFAULT,
         }
     }
@@ -166,7 +166,7 @@ pub struct PoolBuilder {
     placement: Placement,
     name: String,
     limits: Limits,
-    in_flight: Option<usize>,
+    max_in_flight: Option<usize>,
     max_workers: usize,
 }
 
@@ -186,8 +186,8 @@ impl PoolBuilder {
     /// A worker that has been in one source for 10 ms is replaced by another thread, so that a source that hangs holds up no other
     /// region. Where a worker comes back, one that has found nothing to do for a second ends. When as many threads as there may be are
     /// held up, a log line and [`PoolMetrics::shortages`] tell; faults then wait for a source to answer, or for
-    /// [`give_up_after`](Self::give_up_after). A source that takes longer than that is so asked by as many threads at once as wait for
-    /// it: where that is too much, limit the region ([`Builder::in_flight`](crate::Builder::in_flight)).
+    /// [`fault_timeout`](Self::fault_timeout). A source that takes longer than that is so asked by as many threads at once as wait for
+    /// it: where that is too much, limit the region ([`Builder::max_in_flight`](crate::Builder::max_in_flight)).
     pub fn max_workers(mut self, most: usize) -> Self {
         self.max_workers = most;
         self
@@ -208,24 +208,24 @@ impl PoolBuilder {
     /// How many faults may be in flight at once, over all regions: each worker has one, also one that [stands in](Self::max_workers) for
     /// another, and those beyond are fetches of sources that answer later ([`Fetch`](crate::source::Fetch)). At the limit a worker waits
     /// for such a source as for any other, and none is replaced. By default as many as the sources take. No less than the workers.
-    pub fn in_flight(mut self, most: usize) -> Self {
-        self.in_flight = Some(most);
+    pub fn max_in_flight(mut self, most: usize) -> Self {
+        self.max_in_flight = Some(most);
         self
     }
 
     /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
     /// waiting thread; and counts it. Faults that wait for a worker are among them. Only time in which the process runs counts: a
     /// process that was stopped (SIGSTOP) has no fault that is overdue for it.
-    pub fn overdue_after(mut self, age: Duration) -> Self {
+    pub fn warn_after(mut self, age: Duration) -> Self {
         self.limits.overdue = Some(age);
         self
     }
 
     /// Makes the page of a fault bad that has taken so long: its waiter gets SIGBUS. Whoever serves it is not called back; if its source answers
     /// after all, the page is good from then on. The page of a fault that no worker has begun stays bad until
-    /// [`heal`](crate::Region::heal). `populate` and `read_at` wait as long as the source takes. Time counts as for
-    /// [`overdue_after`](Self::overdue_after).
-    pub fn give_up_after(mut self, age: Duration) -> Self {
+    /// [`retry_failed`](crate::Region::retry_failed). `populate` and `read_at` wait as long as the source takes. Time counts as for
+    /// [`warn_after`](Self::warn_after).
+    pub fn fault_timeout(mut self, age: Duration) -> Self {
         self.limits.hard = Some(age);
         self
     }
@@ -247,7 +247,7 @@ impl PoolBuilder {
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
         let mut shared = Shared::new(&places, self.max_workers, self.name)
             .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
-        let fetches = self.in_flight.map(|most| most.saturating_sub(places.workers));
+        let fetches = self.max_in_flight.map(|most| most.saturating_sub(places.workers));
         shared.permits = fetches.map(|most| Arc::new(Permits::new(most)));
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.

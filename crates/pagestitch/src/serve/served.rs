@@ -38,13 +38,13 @@ pub(crate) struct Served {
 
 impl Served {
     /// At most so many faults are served at once, where there is a limit.
-    pub(crate) fn new(mapping: Mapping, in_flight: Option<usize>, family: Option<Arc<Family>>) -> Self {
+    pub(crate) fn new(mapping: Mapping, max_in_flight: Option<usize>, family: Option<Arc<Family>>) -> Self {
         Self {
             mapping,
             pace: Pace::default(),
             permits: OnceLock::new(),
             later: OnceLock::new(),
-            limit: in_flight.map(|most| (most, Berths::new(ROOM))),
+            limit: max_in_flight.map(|most| (most, Berths::new(ROOM))),
             strays: Strays::new(family.is_none()),
             family,
             door: OnceLock::new(),

@@ -31,7 +31,7 @@ impl Shared {
     /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
     pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
         let permit = shared.permits.as_ref().map(|permits| {
-            let what = "a pool has as many faults in flight as it may have: in_flight()";
+            let what = "a pool has as many faults in flight as it may have: max_in_flight()";
             permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
         });
         Self::start_worker(shared, post, permit.transpose()?)

@@ -176,7 +176,7 @@ impl Watchdog {
                 pool = self.shared.name,
                 workers = crew.working(),
                 held_up,
-                "sources hold up workers that cannot be replaced: faults wait for an answer, or for give_up_after(); see max_workers()"
+                "sources hold up workers that cannot be replaced: faults wait for an answer, or for fault_timeout(); see max_workers()"
             );
         }
         self.short = short;

@@ -15,13 +15,13 @@ use std::path::{Path, PathBuf};
 /// Its length is taken when it is opened. If the file is shorter by the time a page is read, that page fails; it
 /// never reads as zeros. Bytes that change in the file after a page was read do not change the page.
 #[derive(Debug)]
-pub struct File {
+pub struct FileSource {
     file: fs::File,
     size: u64,
     path: PathBuf,
 }
 
-impl File {
+impl FileSource {
     /// Opens a file for reading. Where the soft limit on descriptors is in the way, it is raised to the hard one.
     ///
     /// # Errors
@@ -65,7 +65,7 @@ impl File {
     }
 }
 
-impl Source for File {
+impl Source for FileSource {
     fn size(&self) -> u64 {
         self.size
     }

@@ -9,7 +9,7 @@
 //! | [`Alias`] | in a shared mapping without a descriptor | in place, and changing; else copied |
 //! | [`Physical`] | in `/dev/mem`, or a PCI resource | in place, and changing; else copied |
 //! | [`LazyMemfd`] | in a memfd that is filled later | in place, when it has them |
-//! | [`File`] | in a file, read at an offset | read into staging, then copied |
+//! | [`FileSource`] | in a file, read at an offset | read into staging, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Fetch`] | from whoever answers later | fetched while others go on, then copied |
 //! | your own [`Source`] | wherever you get them | read into staging, then copied |
@@ -27,7 +27,7 @@ pub use crate::error::Failure;
 pub(crate) use donated::gone;
 pub(crate) use fetch::{Complete, Fetched};
 pub use fetch::{Fetch, Reply};
-pub use file::File;
+pub use file::FileSource;
 pub use hole::Hole;
 pub use lazy::{FillMemfd, LazyMemfd};
 pub use memfd::Memfd;

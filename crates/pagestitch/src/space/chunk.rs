@@ -2,8 +2,8 @@
 
 use crate::policy::OnFailure;
 use crate::source::{
-    Alias, Backing, Donated, Fetch, Fetched, File, Hole, LazyMemfd, Memfd, Memory, Pages, Physical, Shared,
-    SharedFile, Source,
+    Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, LazyMemfd, Memfd, Memory, Pages, Physical,
+    Shared, SharedFile, Source,
 };
 use bytes::Bytes;
 use pagestitch_kernel::shared::Sharing;
@@ -158,14 +158,14 @@ impl From<Physical> for Chunk {
     }
 }
 
-impl From<File> for Chunk {
-    fn from(file: File) -> Self {
+impl From<FileSource> for Chunk {
+    fn from(file: FileSource) -> Self {
         Self::source(Arc::new(file))
     }
 }
 
-impl From<Arc<File>> for Chunk {
-    fn from(file: Arc<File>) -> Self {
+impl From<Arc<FileSource>> for Chunk {
+    fn from(file: Arc<FileSource>) -> Self {
         Self::source(file)
     }
 }

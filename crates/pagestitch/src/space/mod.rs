@@ -22,9 +22,9 @@ pub use chunk::Chunk;
 pub(crate) use failures::Reporter;
 pub(crate) use layout::Layout;
 pub(crate) use mapped::{Abilities, Runs, Shown};
-pub use plan::{How, Plan, Run};
+pub use plan::{How, Plan, PlanRun};
 pub(crate) use target::Target;
-pub use target::{AdoptedMemory, LetGo, Loss};
+pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 
 use crate::metrics::{Counters, Coverage, Presence};
 use crate::policy::{Policy, Recorder, Recording, Replay};
@@ -75,9 +75,9 @@ pub(crate) struct Mapping {
 #[derive(Debug, Default)]
 pub(crate) struct Manner {
     /// Whether the parts of faults are timed.
-    pub(crate) timed: bool,
+    pub(crate) record_latency: bool,
     /// How many faults are served at once, where there is a limit.
-    pub(crate) in_flight: Option<usize>,
+    pub(crate) max_in_flight: Option<usize>,
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<Reporter>,
@@ -107,9 +107,9 @@ impl Mapping {
         (target, uffd): (Target, Uffd),
         allocates: bool,
     ) -> Self {
-        let Manner { timed, replay, reporter, .. } = manner;
+        let Manner { record_latency, replay, reporter, .. } = manner;
         let size = (target.page_size(), target.all().pages);
-        let counters = Counters::new(name.clone(), size, timed, !allocates);
+        let counters = Counters::new(name.clone(), size, record_latency, !allocates);
         Self {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),

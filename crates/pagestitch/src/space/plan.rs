@@ -16,7 +16,7 @@ pub struct Plan {
     bytes: u64,
     page: PageSize,
     chunks: usize,
-    runs: Vec<Run>,
+    runs: Vec<PlanRun>,
     gathered_pages: u64,
     staged: Result<(), &'static str>,
 }
@@ -24,7 +24,7 @@ pub struct Plan {
 /// A run of chunks next to each other that are installed the same way from sources of the same name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Run {
+pub struct PlanRun {
     /// The offsets in the region that it covers.
     pub offsets: Range<u64>,
     /// Its chunks, counted from 0; none for padding.
@@ -34,7 +34,7 @@ pub struct Run {
     /// How its pages are installed.
     pub how: How,
     /// Why so, and not without a copy.
-    pub why: &'static str,
+    pub reason: &'static str,
 }
 
 /// How pages are installed.
@@ -71,11 +71,13 @@ impl fmt::Display for How {
 impl Plan {
     pub(crate) fn of(mapping: &Mapping) -> Self {
         let layout = &mapping.layout;
-        let mut runs: Vec<Run> = Vec::new();
+        let mut runs: Vec<PlanRun> = Vec::new();
         for chunk in 0..layout.chunks() {
             let run = run_of(mapping, chunk);
             match runs.last_mut() {
-                Some(last) if last.how == run.how && last.source == run.source && last.why == run.why => {
+                Some(last)
+                    if last.how == run.how && last.source == run.source && last.reason == run.reason =>
+                {
                     last.offsets.end = run.offsets.end;
                     last.chunks.end = run.chunks.end;
                 }
@@ -97,7 +99,7 @@ impl Plan {
 
     /// The runs, in the order of the region.
     #[must_use]
-    pub fn runs(&self) -> &[Run] {
+    pub fn runs(&self) -> &[PlanRun] {
         &self.runs
     }
 
@@ -121,9 +123,9 @@ impl Plan {
     }
 }
 
-fn run_of(mapping: &Mapping, chunk: usize) -> Run {
+fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     let backing = mapping.layout.backing_of(chunk);
-    let (how, why) = match backing {
+    let (how, reason) = match backing {
         Backing::Hole(_) if mapping.layout.is_padding(chunk) => {
             (How::Zero, "padding up to the next chunk's place in a page")
         }
@@ -138,7 +140,7 @@ fn run_of(mapping: &Mapping, chunk: usize) -> Run {
     let offsets = mapping.layout.offsets_of(chunk);
     let number = mapping.layout.number_of(chunk);
     let counted = usize::from(!mapping.layout.is_padding(chunk));
-    Run { offsets, chunks: number..number + counted, source: backing.source().name(), how, why }
+    PlanRun { offsets, chunks: number..number + counted, source: backing.source().name(), how, reason }
 }
 
 /// A source with pages of its own. A chunk counts as shown only if all of it is.
@@ -156,8 +158,8 @@ fn how_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (How, &'s
     if is_shown(page.covering(&offsets)) {
         return shown(mapping, backing);
     }
-    let why = why_copied(mapping, chunk, backing, is_shown);
-    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, why)
+    let reason = why_copied(mapping, chunk, backing, is_shown);
+    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, reason)
 }
 
 /// Why not all of a chunk is shown, whose source has pages of its own.
@@ -182,8 +184,8 @@ fn why_copied(
         } else {
             "not at the same place in a page as in its source: copied"
         }
-    } else if let Some((_, why)) = refused {
-        why
+    } else if let Some((_, reason)) = refused {
+        reason
     } else if whole.is_empty() {
         if huge {
             "fills no huge page (hugetlbfs) of its own: copied"
@@ -254,10 +256,10 @@ impl fmt::Display for Plan {
         if runs.iter().any(|run| matches!(run.how, How::Copy | How::Read)) {
             match staged {
                 Ok(()) => writeln!(f, "  whole blocks of 2 MiB are filled in a huge page and moved in"),
-                Err(why) => writeln!(f, "  whole blocks are copied page by page: {why}"),
+                Err(reason) => writeln!(f, "  whole blocks are copied page by page: {reason}"),
             }?;
         }
-        let rows: Vec<[String; 5]> = runs.iter().map(Run::cells).collect();
+        let rows: Vec<[String; 5]> = runs.iter().map(PlanRun::cells).collect();
         let widths = std::array::from_fn(|column| {
             let cells = rows.iter().map(|row| row[column].chars().count());
             cells.max().unwrap_or(0).max(HEADER[column].len())
@@ -267,7 +269,7 @@ impl fmt::Display for Plan {
     }
 }
 
-impl Run {
+impl PlanRun {
     fn cells(&self) -> [String; 5] {
         let chunks = match self.chunks.len() {
             0 => String::from("-"),
@@ -275,7 +277,7 @@ impl Run {
             _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
         };
         let offsets = format!("{:#x}..{:#x}", self.offsets.start, self.offsets.end);
-        [offsets, chunks, self.source.clone(), self.how.to_string(), self.why.to_owned()]
+        [offsets, chunks, self.source.clone(), self.how.to_string(), self.reason.to_owned()]
     }
 }
 

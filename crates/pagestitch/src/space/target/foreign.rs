@@ -1,7 +1,7 @@
 //! Foreign memory as it is served: where each page is, which were let go, and who may install.
 
 use super::listed::Listed;
-use super::loss::{LetGo, Loss};
+use super::owner::{OnDiscard, OnUnavailable};
 use super::removed::Removed;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
@@ -25,8 +25,8 @@ pub(crate) struct Foreign {
     owner: Option<Arc<Process>>,
     /// The kernel has said that the process is not there any more.
     ended: AtomicBool,
-    pub(crate) loss: Loss,
-    let_go: LetGo,
+    pub(crate) on_unavailable: OnUnavailable,
+    on_discard: OnDiscard,
     /// None of a forked child's, which nothing else can adopt.
     pub(super) listed: Option<Listed>,
 }
@@ -55,8 +55,8 @@ impl Foreign {
         page: PageSize,
         parts: Vec<Part>,
         owner: Option<Arc<Process>>,
-        loss: Loss,
-        let_go: LetGo,
+        on_unavailable: OnUnavailable,
+        on_discard: OnDiscard,
     ) -> Result<Self, Errno> {
         let pages = parts.last().map_or(0, |part| part.span.end().0);
         let removed = Removed::new(pages)?;
@@ -69,8 +69,8 @@ impl Foreign {
             map: RwLock::new(()),
             owner,
             ended,
-            loss,
-            let_go,
+            on_unavailable,
+            on_discard,
             listed: None,
         })
     }
@@ -78,14 +78,14 @@ impl Foreign {
     /// The memory of a forked child, at these addresses. What it lets go of is filled again.
     pub(crate) fn inherited(page: PageSize, ranges: Vec<(Span, usize)>) -> Result<Self, Errno> {
         let parts = ranges.into_iter().map(|(span, start)| Part { span, start }).collect();
-        Self::new(page, parts, None, Loss::Poison, LetGo::Refill)
+        Self::new(page, parts, None, OnUnavailable::Poison, OnDiscard::Refill)
     }
 
     /// A few pages, for a model.
     #[cfg(all(test, shuttle))]
     pub(crate) fn of_pages(pages: usize) -> Self {
         let part = Part { span: Span { first: Page(0), pages }, start: 0 };
-        Self::new(PageSize::system(), vec![part], None, Loss::Poison, LetGo::Zeros).unwrap()
+        Self::new(PageSize::system(), vec![part], None, OnUnavailable::Poison, OnDiscard::Zeros).unwrap()
     }
 
     pub(crate) const fn page_size(&self) -> PageSize {
@@ -124,12 +124,12 @@ impl Foreign {
     /// Until it is dropped, no event is read. None where pages that are let go of hold what they held before: then it does not
     /// matter.
     pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, ()>> {
-        (self.let_go == LetGo::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
+        (self.on_discard == OnDiscard::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// As [`hold`](Self::hold), for a thread that must not wait.
     pub(crate) fn try_hold(&self) -> Result<Option<RwLockReadGuard<'_, ()>>, Busy> {
-        if self.let_go != LetGo::Zeros {
+        if self.on_discard != OnDiscard::Zeros {
             return Ok(None);
         }
         unless_busy(self.map.try_read()).map(Some)
@@ -137,12 +137,13 @@ impl Foreign {
 
     /// Until it is dropped, nothing is installed. None as above.
     pub(crate) fn change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
-        (self.let_go == LetGo::Zeros).then(|| self.map.write().unwrap_or_else(PoisonError::into_inner))
+        (self.on_discard == OnDiscard::Zeros)
+            .then(|| self.map.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// As [`change`](Self::change), for a thread that must not wait long.
     pub(crate) fn try_change(&self) -> Result<Option<RwLockWriteGuard<'_, ()>>, Busy> {
-        if self.let_go != LetGo::Zeros {
+        if self.on_discard != OnDiscard::Zeros {
             return Ok(None);
         }
         let mut began = None;
@@ -159,7 +160,7 @@ impl Foreign {
 
     /// Takes note that the owner has let go of a span.
     pub(crate) fn remove(&self, span: Span) {
-        if self.let_go == LetGo::Zeros {
+        if self.on_discard == OnDiscard::Zeros {
             self.removed.add(span);
         }
     }
@@ -183,7 +184,7 @@ impl Foreign {
 
     /// Bytes of a page were lost: whether its owner was to be ended for it.
     pub(crate) fn lose(&self, region: &str) {
-        if self.loss == Loss::Kill
+        if self.on_unavailable == OnUnavailable::Kill
             && let Err(errno) = self.end_owner()
         {
             log!(error, region, %errno, "cannot end the owner");

@@ -2,7 +2,7 @@
 
 use super::foreign::{Foreign, Part};
 use super::listed::Listed;
-use super::loss::{LetGo, Loss};
+use super::owner::{OnDiscard, OnUnavailable};
 use crate::error::{Error, ErrorKind};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
@@ -34,8 +34,8 @@ pub struct AdoptedMemory {
     page: PageSize,
     ranges: Vec<(usize, usize)>,
     owner: Option<Arc<Process>>,
-    loss: Loss,
-    let_go: LetGo,
+    on_unavailable: OnUnavailable,
+    on_discard: OnDiscard,
 }
 
 impl AdoptedMemory {
@@ -84,7 +84,14 @@ impl AdoptedMemory {
         let uffd =
             uffd.map_err(|error| Error::because(ErrorKind::NotUserfaultfd, "cannot adopt memory", error))?;
         let page = PageSize::system();
-        Ok(Self { uffd, page, ranges: Vec::new(), owner: None, loss: Loss::Poison, let_go: LetGo::Zeros })
+        Ok(Self {
+            uffd,
+            page,
+            ranges: Vec::new(),
+            owner: None,
+            on_unavailable: OnUnavailable::Poison,
+            on_discard: OnDiscard::Zeros,
+        })
     }
 
     /// The next `bytes` of the region are at address `start` of the owner's.
@@ -115,21 +122,21 @@ impl AdoptedMemory {
     }
 
     /// What to do where bytes cannot be had.
-    pub const fn on_loss(mut self, loss: Loss) -> Self {
-        self.loss = loss;
+    pub const fn on_unavailable(mut self, on_unavailable: OnUnavailable) -> Self {
+        self.on_unavailable = on_unavailable;
         self
     }
 
     /// What pages hold that were let go.
-    pub const fn let_go(mut self, let_go: LetGo) -> Self {
-        self.let_go = let_go;
+    pub const fn on_discard(mut self, on_discard: OnDiscard) -> Self {
+        self.on_discard = on_discard;
         self
     }
 
     /// Checks what was said of it for a region: its ranges hold `bytes` together, and no other region serves it.
     pub(crate) fn settle(self, region: &str, bytes: u64) -> Result<(Foreign, Uffd), Error> {
         let can_poison = self.uffd.features().contains(Features::POISON);
-        if self.owner.is_none() && (self.loss == Loss::Kill || !can_poison) {
+        if self.owner.is_none() && (self.on_unavailable == OnUnavailable::Kill || !can_poison) {
             let what = "where bytes cannot be had, its owner is to be ended, and nobody knows who that is: name the owner() \
                         (before Linux 6.6 there are no poison marks)";
             return Err(Error::new(ErrorKind::BadOption, what));
@@ -143,12 +150,12 @@ impl AdoptedMemory {
             );
             return Err(Error::new(ErrorKind::BadOption, what));
         }
-        let Self { uffd, page, owner, loss, let_go, .. } = self;
+        let Self { uffd, page, owner, on_unavailable, on_discard, .. } = self;
         let listed = Listed::new(&uffd, region).map_err(|other| {
             let what = format!("region {other} serves this userfaultfd already: drop that first");
             Error::new(ErrorKind::Busy, what)
         })?;
-        let mut adopted = Foreign::new(page, parts, owner, loss, let_go).map_err(|errno| {
+        let mut adopted = Foreign::new(page, parts, owner, on_unavailable, on_discard).map_err(|errno| {
             Error::because(ErrorKind::Resources, "cannot reserve a table of its pages", errno)
         })?;
         adopted.listed = Some(listed);

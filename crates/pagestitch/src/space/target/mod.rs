@@ -13,19 +13,19 @@
 //! |---|---|
 //! | `memory` | what is adopted: a userfaultfd, ranges, an owner |
 //! | `foreign` | the same as it is served: where each page is, and which were let go |
-//! | `loss` | the owner's choices: discarded pages, bytes that are unavailable |
+//! | `owner` | the owner's choices: discarded pages, bytes that are unavailable |
 //! | `removed` | the pages that were let go, as a set |
 //! | `listed` | all that is adopted, so that nothing is twice |
 
 mod foreign;
 mod listed;
-mod loss;
 mod memory;
+mod owner;
 mod removed;
 
 pub(crate) use foreign::{Busy, Foreign};
-pub use loss::{LetGo, Loss};
 pub use memory::AdoptedMemory;
+pub use owner::{OnDiscard, OnUnavailable};
 
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Reservation, Span};
 use std::sync::Arc;

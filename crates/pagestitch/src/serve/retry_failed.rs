@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::thread;
 
 /// Fills the poisoned pages of a span. Stops at the first whose source fails again.
-pub(crate) fn heal(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
     let mut bad = region.once_bad(span).peekable();
     let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
@@ -48,7 +48,7 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
         }
         match installed {
             Ok(()) => {
-                region.counters.local().pages_healed.add(1);
+                region.counters.local().pages_recovered.add(1);
                 return Ok(());
             }
             Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => thread::yield_now(),

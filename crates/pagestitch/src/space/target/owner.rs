@@ -3,7 +3,7 @@
 /// What becomes of the owner of adopted memory when bytes of it cannot be had: its source fails, or the region is dropped
 /// before all of it was filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Loss {
+pub enum OnUnavailable {
     /// Whoever touches a page without bytes gets SIGBUS; the others go on. Linux 6.6; before, as [`Kill`](Self::Kill).
     #[default]
     Poison,
@@ -13,7 +13,7 @@ pub enum Loss {
 
 /// What pages hold that the owner of adopted memory has let go of (`MADV_DONTNEED`, `MADV_REMOVE`) and touches anew.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum LetGo {
+pub enum OnDiscard {
     /// Zeros, as in any memory: a balloon has taken them.
     #[default]
     Zeros,
