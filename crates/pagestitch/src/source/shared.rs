@@ -2,8 +2,8 @@
 //!
 //! A region of them is a [`SharedRegion`](crate::SharedRegion), which has no `&[u8]`.
 
+use super::Source;
 use super::lazy::LazyMemfd;
-use super::{Backing, Source};
 use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
@@ -64,18 +64,15 @@ pub(crate) struct Mapped {
 }
 
 impl Mapped {
-    /// What is left of a source that is not needed any more, where it is one with a descriptor. A file without a name that others can
-    /// cut short keeps its descriptor: nothing else tells why its bytes cannot be had.
-    pub(crate) fn of(backing: &Backing) -> Option<Self> {
-        let of = |file| Self { name: backing.source().name(), size: backing.source().size(), file };
-        match backing {
-            Backing::Memfd(_) => Some(of(None)),
-            Backing::Shared(Shared::File(file, sharing)) => {
-                let identity = identity(file.file())?;
-                Some(of(Some((*sharing, identity))))
-            }
-            _ => None,
-        }
+    /// The name and size of a sealed memfd.
+    pub(super) fn sealed(memfd: &dyn Source) -> Self {
+        Self { name: memfd.name(), size: memfd.size(), file: None }
+    }
+
+    /// The name, size and identity of a file; `None` for one without a name.
+    pub(super) fn file(file: &SharedFile, sharing: Sharing) -> Option<Self> {
+        let identity = identity(file.file())?;
+        Some(Self { name: file.name(), size: file.size(), file: Some((sharing, identity)) })
     }
 
     pub(crate) fn is_copy_on_write(&self) -> bool {

@@ -15,7 +15,7 @@ use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
 use crate::guard::{Untrusted, guarded};
 use crate::policy::OnFailure;
-use crate::source::{Backing, Hole, Identity, Mapped, Shared};
+use crate::source::{Backing, Hole, Identity, Shared};
 use crate::space::Chunk;
 use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
@@ -245,7 +245,7 @@ impl Layout {
             needed[source] = needed[source] || !is_shown(self.offsets_of(chunk));
         }
         for (source, _) in self.sources.iter_mut().zip(needed).filter(|(_, needed)| !needed) {
-            if let Some(mapped) = Mapped::of(source) {
+            if let Some(mapped) = source.when_mapped() {
                 *source = Backing::Mapped(Arc::new(mapped));
             }
         }
