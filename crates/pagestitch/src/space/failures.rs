@@ -1,79 +1,27 @@
 //! Why pages are poisoned.
 
 use super::Mapping;
+use super::failure_table::Reporter;
 use super::page_table::State;
 use crate::error::Failure;
 use crate::guard::guarded;
-use crate::signals::NoSignals;
 use pagestitch_kernel::{Page, Span};
-use parking_lot::{Mutex, MutexGuard};
-use std::collections::BTreeMap;
-use std::fmt;
-use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-/// An entry for each page that has failed.
-#[derive(Debug, Default)]
-pub(super) struct Failures {
-    pages: Mutex<BTreeMap<Page, Arc<Failure>>>,
-    /// Whether there ever was one.
-    any: AtomicBool,
-}
-
-/// Why pages were poisoned, for one thread at a time. No signal handler interrupts that thread: the worker that serves what a
-/// handler touches may need them, too.
-struct LockedFailures<'s> {
-    // The lock is left first.
-    failures: MutexGuard<'s, BTreeMap<Page, Arc<Failure>>>,
-    _quiet: NoSignals,
-}
-
-impl Deref for LockedFailures<'_> {
-    type Target = BTreeMap<Page, Arc<Failure>>;
-
-    fn deref(&self) -> &Self::Target {
-        &self.failures
-    }
-}
-
-impl DerefMut for LockedFailures<'_> {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        &mut self.failures
-    }
-}
-
-/// Whom to tell of a page that is bad: its offset, and why.
-#[derive(Clone)]
-pub(crate) struct Reporter(pub(crate) Arc<Tell>);
-
-type Tell = dyn Fn(u64, &Failure) + Send + Sync;
-
-impl fmt::Debug for Reporter {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Reporter")
-    }
-}
 
 impl Mapping {
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
         // As a rule there is none, and no lock to be taken.
-        if !self.failures.any.load(Ordering::SeqCst) {
+        if self.failures.were_never() {
             return None;
         }
-        self.locked_failures().get(&page).cloned()
+        self.failures.locked().get(&page).cloned()
     }
 
     /// Keeps the lock of failures, for as long as `body` runs.
     #[cfg(all(test, not(shuttle)))]
     pub(crate) fn with_failures_locked<R>(&self, body: impl FnOnce() -> R) -> R {
-        let _failures = self.locked_failures();
+        let _failures = self.failures.locked();
         body()
-    }
-
-    fn locked_failures(&self) -> LockedFailures<'_> {
-        let quiet = NoSignals::until_dropped();
-        LockedFailures { failures: self.failures.pages.lock(), _quiet: quiet }
     }
 
     /// The pages of a span that have failed, and why; ascending.
@@ -84,7 +32,7 @@ impl Mapping {
 
     /// The pages of a span that have failed and were not filled since, though they may have been let go; and why; ascending.
     pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
-        let failures = self.locked_failures();
+        let failures = self.failures.locked();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
         let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != State::Present).collect();
         bad.into_iter()
@@ -103,8 +51,8 @@ impl Mapping {
 
     /// Pages have been filled, after all if they had failed.
     pub(crate) fn forget_failures(&self, span: Span) {
-        if self.failures.any.load(Ordering::Relaxed) {
-            let mut failures = self.locked_failures();
+        if !self.failures.were_never() {
+            let mut failures = self.failures.locked();
             let failed = failures.range(span.first..span.end()).map(|(&page, _)| page);
             // Unless they were let go and lost anew since.
             let filled: Vec<_> = failed.filter(|page| self.pages.state(*page) == State::Present).collect();
@@ -116,14 +64,13 @@ impl Mapping {
     /// that is bad has one, or whoever asks for it would look for it for ever. So has one that is absent by now: it may have been let
     /// go before it was marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
-        let mut failures = self.locked_failures();
+        let mut failures = self.failures.locked();
         if self.pages.state(page) != State::Present {
             failures.entry(page).or_insert_with(|| Arc::clone(failure));
         }
     }
 
     pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {
-        self.failures.any.store(true, Ordering::SeqCst);
-        self.locked_failures().insert(page, failure);
+        self.failures.keep(page, failure);
     }
 }

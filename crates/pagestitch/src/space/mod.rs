@@ -6,11 +6,13 @@
 //! | `layout` | which chunk holds the byte at an offset |
 //! | `mapped` | pages that are shown where they lie |
 //! | `page_table` | what was last done with each page, and claims on pages |
+//! | `failure_table` | the reason of each poisoned page |
 //! | `failures` | why pages are poisoned |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
 //! | `plan` | how each chunk is installed, with the reason |
 
 mod chunk;
+mod failure_table;
 mod failures;
 pub(crate) mod layout;
 pub(crate) mod mapped;
@@ -19,7 +21,7 @@ mod plan;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
-pub(crate) use failures::Reporter;
+pub(crate) use failure_table::Reporter;
 pub(crate) use layout::Layout;
 pub(crate) use mapped::{Abilities, Runs, Shown};
 pub use plan::{How, Plan, PlanRun};
@@ -29,7 +31,7 @@ pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 use crate::metrics::{Counters, Coverage, Presence};
 use crate::policy::{Policy, Recorder, Recording, Replay};
 use crate::source::{Backing, Donated, Fetched, LazyMemfd, Shared};
-use failures::Failures;
+use failure_table::Failures;
 use mapped::whole_pages;
 use page_table::{PageTable, State, Wake};
 use pagestitch_kernel::Features;
