@@ -180,6 +180,7 @@ impl<'a> Reader<'a> {
             let (file, nested) = (format!("{folder}.rs"), format!("{folder}/mod.rs"));
             let file = if self.files.contains_key(&file) { file } else { nested };
             assert!(self.files.contains_key(&file), "module {folder} has no file");
+            self.at += 2;
             self.modules.read_file(self.files, &file, path)
         };
         self.at += 1;
