@@ -5,18 +5,26 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `round` | one region: built, touched from several threads, discarded, dropped |
+//! | `round` | the choices of one round |
+//! | `owned` | a region of this process: touched from several threads, discarded in parts, forked |
+//! | `guest` | a guest in this process: its virtual CPUs touch and discard pages |
 //! | `stopped` | a process that is stopped and continued while its faults have a time limit |
+//! | `context` | the parts of a round that all its threads share |
+//! | `server` | the server of a round |
 //! | `model` | a random list of chunks, with its expected bytes and the parts that may fail |
 //! | `sources` | sources that fail, panic, drop requests or delay, as announced |
 //! | `kernel` | injected answers of the kernel, in a build for that |
 //! | `locked` | memory that the process locks before or during the round |
 //! | `tally` | the counters of a run |
 
+mod context;
+mod guest;
 mod kernel;
 mod locked;
 mod model;
+mod owned;
 mod round;
+mod server;
 mod sources;
 mod stopped;
 mod tally;
