@@ -28,10 +28,29 @@ fn every_path_that_a_document_names_exists() {
     }
 }
 
+/// ARCHITECTURE.md shortens paths: a room of the library, or `kernel/`.
 #[test]
-fn the_architecture_has_at_most_250_lines() {
+fn every_short_path_of_the_architecture_exists() {
+    let text = read("ARCHITECTURE.md");
+    let library = Path::new(ROOT).join("crates/pagestitch/src");
+    let mut seen = 0;
+    for path in text.split('`').filter(|word| word.ends_with(".rs")) {
+        let (first, rest) = path.split_once('/').unwrap_or_default();
+        let full = match first {
+            "kernel" => Path::new(ROOT).join("crates/pagestitch-kernel/src").join(rest),
+            room if library.join(room).is_dir() => library.join(path),
+            _ => Path::new(ROOT).join(path),
+        };
+        assert!(full.exists(), "ARCHITECTURE.md names {path}, and {} does not exist", full.display());
+        seen += 1;
+    }
+    assert!(seen > 50, "ARCHITECTURE.md names {seen} paths: the test misses some");
+}
+
+#[test]
+fn the_architecture_has_at_most_320_lines() {
     let lines = read("ARCHITECTURE.md").lines().count();
-    assert!(lines <= 250, "ARCHITECTURE.md has grown to {lines} lines");
+    assert!(lines <= 320, "ARCHITECTURE.md has grown to {lines} lines");
 }
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");

@@ -34,34 +34,36 @@ fn files_of(source: &Path) -> BTreeMap<String, String> {
     files
 }
 
-/// All errors of a crate's source.
-fn errors_of(source: &Path, has_rooms: bool) -> Vec<String> {
+/// The errors of a crate's source, and the number of files in its circles.
+fn errors_of(source: &Path, has_rooms: bool) -> (Vec<String>, Vec<String>, usize) {
     let (arrows, mut errors) = arrows::arrows(&files_of(source));
     assert!(!arrows.is_empty() || files_of(source).len() == 1, "{} has no arrows", source.display());
     if has_rooms {
         errors.extend(rules::wrong_arrows(&arrows));
     }
-    errors.extend(rules::circles(&arrows).iter().map(|circle| rules::describe(circle, &arrows)));
-    errors
+    let circles = rules::circles(&arrows);
+    let described = circles.iter().map(|circle| rules::describe(circle, &arrows)).collect();
+    (errors, described, circles.iter().map(Vec::len).sum())
 }
 
 #[test]
-fn arrows_between_rooms_go_one_way_and_no_files_form_a_circle() {
+fn arrows_between_rooms_go_one_way_and_no_further_files_form_a_circle() {
     // Another tree of sources can be checked, such as an older one.
     let root = std::env::var("PAGESTITCH_ROOT").unwrap_or_else(|_| ROOT.to_owned());
-    let (mut report, mut errors) = (String::new(), 0);
+    let (mut wrong, mut left, mut files) = (Vec::new(), Vec::new(), 0);
     for entry in fs::read_dir(Path::new(&root).join("crates")).expect("the folder of crates") {
         let folder = entry.expect("an entry").path();
-        for error in errors_of(&folder.join("src"), folder.ends_with("pagestitch")) {
-            errors += 1;
-            report +=
-                &format!("{}/src: {error}\n", folder.strip_prefix(&root).expect("below the root").display());
-        }
+        let (errors, circles, count) = errors_of(&folder.join("src"), folder.ends_with("pagestitch"));
+        let name = folder.file_name().expect("a name").display().to_string();
+        wrong.extend(errors.iter().map(|error| format!("crates/{name}/src: {error}")));
+        left.extend(circles.iter().map(|circle| format!("crates/{name}/src: {circle}")));
+        files += count;
     }
-    assert!(errors <= CIRCLES_LEFT, "{errors} errors, {CIRCLES_LEFT} are allowed\n{report}");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(files <= FILES_LEFT, "{files} files are in circles, {FILES_LEFT} may be\n{}", left.join("\n"));
 }
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// Circles that are still there. The number only falls.
-const CIRCLES_LEFT: usize = 1;
+/// The files of the one circle that is left. The number only falls.
+const FILES_LEFT: usize = 13;
