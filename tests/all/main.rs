@@ -94,6 +94,7 @@ fn discard(start: usize, bytes: usize) {
 }
 
 /// Locks the pages of these bytes, as `mlockall(2)` does with all pages.
+#[cfg(not(sanitized))]
 #[expect(unsafe_code, reason = "mlock(2) by the application is part of the test")]
 fn lock_pages(bytes: &[u8]) {
     let start = NonNull::from(bytes).cast();

@@ -185,7 +185,6 @@ mod tests {
         pace
     }
 
-    #[cfg_attr(miri, ignore = "under Miri it takes longer than a turn is left to a worker")]
     #[test]
     fn one_reads_and_whoever_calls_has_it_read_again() {
         let pace = pace(1_000);
@@ -198,7 +197,6 @@ mod tests {
     }
 
     /// A call between the reading and the giving on is answered by reading again, before anything slow is done.
-    #[cfg_attr(miri, ignore = "under Miri it takes longer than a turn is left to a worker")]
     #[test]
     fn a_slow_one_gives_its_turn_on_and_forgets_no_call() {
         for pace in [pace(50_000_000), Pace::default()] {
@@ -214,7 +212,6 @@ mod tests {
         }
     }
 
-    #[cfg_attr(miri, ignore = "under Miri it takes longer than a turn is left to a worker")]
     #[test]
     fn a_full_batch_is_read_on_by_whoever_has_the_turn() {
         let pace = pace(50_000_000);
@@ -273,7 +270,7 @@ mod tests {
                     }
                 }
             };
-            for _ in 0..if cfg!(miri) { 10 } else { 2_000 } {
+            for _ in 0..if cfg!(miri) { 3 } else { 2_000 } {
                 std::thread::scope(|scope| {
                     for _ in 0..3 {
                         scope.spawn(|| {

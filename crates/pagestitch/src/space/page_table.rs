@@ -406,13 +406,16 @@ mod tests {
         PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap()
     }
 
+    /// Miri needs minutes for more.
+    const PAGES: usize = if cfg!(miri) { 2_000 } else { 200_000 };
+
     proptest! {
         /// As page by page; and what was forgotten is forgotten again after it has been claimed anew.
         #[test]
         fn a_span_is_forgotten_as_its_pages_are(
-            states in prop::collection::vec((0usize..200_000, 0usize..6), 0..50), cut in (0usize..200_000, 0usize..200_000),
+            states in prop::collection::vec((0usize..PAGES, 0usize..6), 0..50), cut in (0usize..PAGES, 0usize..PAGES),
         ) {
-            let (table, woken) = (table(200_000), Woken::default());
+            let (table, woken) = (table(PAGES), Woken::default());
             let span = Span { first: Page(cut.0.min(cut.1)), pages: cut.0.abs_diff(cut.1) };
             let all = [
                 State::Absent, State::Filling, State::Wanted, State::Present, State::Poisoned, State::Forgotten,
