@@ -95,7 +95,7 @@ impl Region {
         self.core.len()
     }
 
-    /// Where a chunk begins, counted from 0 in the order in which they were laid; `None` if there are not so many.
+    /// The offset at which a chunk begins; chunks are numbered from 0. `None` if the region has fewer chunks.
     #[must_use]
     pub fn offset_of(&self, chunk: usize) -> Option<u64> {
         self.core.offset_of(chunk)

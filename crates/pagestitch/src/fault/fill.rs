@@ -103,7 +103,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         Backing::Hole(_) => Ok(Filled { pages: whole, content: Content::Zero }),
         Backing::Memory(memory) => {
             let bytes = memory.bytes().map_err(|error| piece.failed(error))?;
-            // A chunk of memory lies inside it, and so do its offsets inside usize.
+            // The chunk lies inside its memory, so its offsets fit a usize.
             let start = piece.offset as usize;
             let content = Content::Straight(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
@@ -237,7 +237,7 @@ pub(crate) fn fill_zeroing<'a>(
     })
 }
 
-/// Puts one page together from the chunks that meet in it. What lies past the last chunk is zero.
+/// Assembles one page from the chunks that share it. Bytes past the last chunk are zero.
 fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
     gather_or(layout, offsets, staging, |failure, _| Err(failure))
 }

@@ -89,7 +89,7 @@ impl Dense {
         self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The rent at which a block is bought, when most faults cost `typical`.
+    /// The cost of a block's faults at which the whole block is filled, if most faults cost `typical`.
     fn threshold(&self, typical: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
             0 => FIRST_PRICE * typical,

@@ -50,7 +50,7 @@ impl Recording {
         self.runs.iter().map(|run| run.pages).sum()
     }
 
-    /// Whether none was.
+    /// True if no page was touched.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()

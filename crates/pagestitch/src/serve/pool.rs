@@ -275,13 +275,13 @@ impl PoolBuilder {
     }
 }
 
-/// What a pool has done, told when it stops.
+/// The totals of a pool, which [`Pool::stop`] returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
-    /// How many workers were joined.
+    /// The number of workers that were joined.
     pub workers: usize,
-    /// How many faults they have served.
+    /// The number of faults that they served.
     pub faults: u64,
 }
 
@@ -631,7 +631,7 @@ impl Shared {
         }
     }
 
-    /// Lets go of children whose processes have ended.
+    /// Releases the children whose processes have ended.
     fn bury(&self, parent: &Served) {
         for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
             log!(debug, region = dead.name, "has ended");

@@ -52,7 +52,7 @@ struct Origin {
 
 /// A run of bytes of one chunk.
 pub(crate) struct Piece<'l> {
-    /// As users count.
+    /// The number of the chunk as errors show it: padding has none.
     pub(crate) chunk: usize,
     pub(crate) backing: &'l Backing,
     /// The first byte's offset in the source.

@@ -48,7 +48,7 @@ use target::Foreign;
 pub(crate) struct Mapping {
     pub(crate) name: String,
     pub(crate) layout: Arc<Layout>,
-    /// Pages that are there without us, and never fault.
+    /// Pages that are mapped in place, and never fault.
     pub(crate) in_place: Arc<Runs>,
     /// Pages that a memfd is mapped at, to be shown when it has them.
     pub(crate) lazy: Runs,
