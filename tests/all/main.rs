@@ -25,6 +25,7 @@ mod memory;
 mod metering;
 mod mixed;
 mod nesting;
+mod options;
 mod panics;
 mod peers;
 mod readahead;

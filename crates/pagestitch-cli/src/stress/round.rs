@@ -36,11 +36,13 @@ fn run_owned(
 ) -> Result<(), Box<dyn Error>> {
     let locked = Locked::begin(rng, tally);
     let builder = configure(rng, round);
+    let builder = if rng.u8(..4) == 0 { builder.hardware_read_only() } else { builder };
     let (model, builder) = Model::random(rng, tally, false, builder)?;
     let injection = Injection::begin(rng, true);
     let server = RunningServer::start(rng, model.inline)?;
     let inherited = server.is_pool() && rng.u8(..3) == 0 && may_serve_children();
     let builder = if inherited { builder.inherit_on_fork() } else { builder };
+    let builder = if server.is_inline() { builder } else { configure_events(rng, builder) };
     let region = builder.build(server.server())?;
     let (context, reads_events) = (Context { model: &model, tally, heartbeat }, !server.is_inline());
     let owned = OwnedRegion { region: &region, context, injection, reads_events, inherited, locked: &locked };
@@ -63,6 +65,7 @@ fn run_guest(
     Injection::begin(rng, false);
     let server = RunningServer::start(rng, false)?;
     let guest = Guest::new(&ranges(rng, model.bytes.len()), false)?;
+    let builder = configure_events(rng, builder);
     let region = builder.build_adopted(adopt(&guest)?, server.server())?;
     let context = Context { model: &model, tally, heartbeat };
     ServedGuest::new(rng, &guest, &region, context).run(rng)?;
@@ -74,8 +77,11 @@ fn run_guest(
 /// A builder with random options.
 fn configure(rng: &mut Rng, round: u64) -> Builder {
     let builder = Region::builder().name(format!("round {round}"));
-    let builder = if rng.bool() { builder.readahead(Readahead::None) } else { builder };
+    if rng.bool() { builder.readahead(Readahead::None) } else { builder }
+}
+
+/// Random options of a region whose faults are read from a userfaultfd.
+fn configure_events(rng: &mut Rng, builder: Builder) -> Builder {
     let builder = if rng.u8(..4) == 0 { builder.record_latency() } else { builder };
-    let builder = if rng.u8(..5) == 0 { builder.max_in_flight(rng.usize(1..3)) } else { builder };
-    if rng.u8(..4) == 0 { builder.hardware_read_only() } else { builder }
+    if rng.u8(..5) == 0 { builder.max_in_flight(rng.usize(1..3)) } else { builder }
 }

@@ -6,7 +6,7 @@ use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
 use crate::serve::Served;
 use crate::serve::fork::refuse_births;
-use crate::serve::{Attached, fill_rest, populate, retry_failed};
+use crate::serve::{Attachment, fill_rest, populate, retry_failed};
 use crate::space::Plan;
 use crate::space::Target;
 use pagestitch_kernel::Span;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 /// A region without its bytes.
 pub(crate) struct Core {
     pub(super) served: Arc<Served>,
-    pub(super) server: Attached,
+    pub(super) server: Box<dyn Attachment>,
 }
 
 impl Core {
@@ -42,7 +42,7 @@ impl Core {
 
     pub(crate) fn serves_system_calls(&self) -> bool {
         let all = self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All;
-        all && !self.server.is_inline()
+        all && self.server.serves_system_calls()
     }
 
     pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {

@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `builder` | before the first fault: lay out, reserve, register, map |
+//! | `builder`, `options` | what a region is to be |
+//! | `build` | before the first fault: check, reserve, register, map, attach |
 //! | `core` | what all kinds of region are; teardown |
 //! | `region` | a region that owns its range |
 //! | `shared` | a region of which others may change parts |
@@ -11,9 +12,11 @@
 //! | `nesting` | memory of one region as a chunk of another |
 
 mod adopted;
+mod build;
 mod builder;
 mod core;
 mod nesting;
+mod options;
 mod region;
 mod scope;
 mod shared;

@@ -4,7 +4,7 @@
 //! server, and A's own chunks are no memory of regions that B's server fills: a server that waits for itself may wait for ever.
 
 use crate::error::{Error, ErrorKind};
-use crate::serve::Server;
+use crate::serve::{INLINE, Server};
 use crate::space::Layout;
 use pagestitch_kernel::ranges::{ServedRange, served_in};
 
@@ -22,9 +22,9 @@ impl Below {
 
     /// Refuses what could not be filled.
     pub(super) fn check(&self, name: &str, layout: &Layout, server: &Server) -> Result<(), Error> {
-        let own = server.number();
+        let own = server.inner().number();
         let refused = self.regions.iter().find_map(|(source, below)| {
-            let why = if below.servers.contains(&Server::INLINE) {
+            let why = if below.servers.contains(&INLINE) {
                 "is filled inline, so that the kernel cannot copy its absent pages"
             } else if below.servers.contains(&own) {
                 "waits for the same server, which would wait for itself"
@@ -44,7 +44,7 @@ impl Below {
 
     /// What a region over these waits for, that `server` fills.
     pub(super) fn served_by(self, name: &str, server: &Server) -> ServedRange {
-        let mut servers = vec![server.number()];
+        let mut servers = vec![server.inner().number()];
         servers.extend(self.regions.into_iter().flat_map(|(_, below)| below.servers));
         servers.sort_unstable();
         servers.dedup();

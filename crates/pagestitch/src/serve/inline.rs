@@ -9,26 +9,142 @@ use crate::fault::callers;
 use crate::fault::fill::{Content, fill_inline, gather_inline};
 use crate::fault::resolve::{install_beside, install_inline};
 use crate::serve::Served;
+use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
 use crate::space::page_table::{State, Unclaimed, Wake};
 use crate::space::{How, Plan, PlanRun};
+use pagestitch_kernel::Features;
+use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::{Page, Span};
 use parking_lot::Mutex;
+use std::fmt;
 use std::sync::Arc;
 use std::thread;
 
-/// Starts to serve a region so.
-pub(super) fn attach(region: &Arc<Served>) -> Result<Registration, Error> {
-    refuse_what_blocks(region)?;
-    let range = region.target.addresses(region.target.all());
-    // A thread in the signal handler does not wait for the kernel: it may run on after the drop at any time.
-    region.linger();
-    Registration::new(range, Arc::new(Inline(Arc::clone(region)))).map_err(|errno| {
-        let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
-        Error::because(ErrorKind::Resources, what, errno)
-    })
+/// The thread that touches a page fills it itself, in a SIGBUS handler, which takes about half the time: nobody is
+/// woken. Linux 4.14.
+///
+/// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
+///   those that are mapped; others are refused when the region is built
+///   ([`ErrorKind::NotInline`]).
+/// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
+/// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
+/// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
+///   they ask for. One that is installed later, as by a runtime that is loaded later (Go, a JVM, a sanitizer), has to pass on what is
+///   not its own, with `SA_SIGINFO`, and without unblocking signals: faults of regions come to it first, and what it does with
+///   them is what happens. Load such a runtime before the first region. A thread that blocks SIGBUS cannot touch absent pages.
+/// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`), and takes less than 4 KiB of it
+///   beside what the kernel puts there; where the handler before it was installed without `SA_ONSTACK`, on the thread's own.
+/// * **Signal handlers** of the application may touch a region. All signals wait while a page is filled; a handler that interrupts
+///   `populate` or `read_at` gets pages that its thread is filling, too, but for donated ones, which are SIGBUS then.
+/// * A page that cannot be had is SIGBUS, as ever. So is a page that the handler itself touches: the memory of a source must not be
+///   a region that is served inline. A line on standard error tells of that.
+///
+/// ```
+/// use pagestitch::{Inline, Region};
+///
+/// let region = Region::builder().chunk(vec![7u8; 100_000]).build(Inline)?;
+/// assert_eq!(region.as_slice()[50_000], 7);
+/// assert_eq!(region.metrics().pages_copied, 1);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Inline;
+
+impl FaultServer for Inline {
+    fn noun(&self) -> &'static str {
+        "Inline"
+    }
+
+    fn number(&self) -> usize {
+        INLINE
+    }
+
+    fn is_of_this_process(&self) -> bool {
+        true
+    }
+
+    fn features(&self) -> Features {
+        Features::SIGBUS
+    }
+
+    fn check_features(&self, given: Features) -> Result<(), Error> {
+        if given.contains(Features::SIGBUS) {
+            return Ok(());
+        }
+        not_inline("this kernel cannot serve faults inline (Linux 4.14): use a pool")
+    }
+
+    fn check(&self, demands: &Demands) -> Result<(), Error> {
+        let Demands { adopted, children, recording, readahead, limit, timed } = demands;
+        let refused = [
+            (
+                adopted,
+                "adopted memory cannot be served inline: its owner has registered it for events; use a pool",
+            ),
+            (children, "an inline region serves no forked children: use a pool"),
+            (recording, "a recording needs workers, to be taken or replayed: use a pool"),
+            (
+                readahead,
+                "a signal handler fills its own page and none ahead: leave out readahead(), or use a pool",
+            ),
+            (
+                limit,
+                "each thread fills its own page, so there are no more faults than threads: leave out max_in_flight(), or use a pool",
+            ),
+            (timed, "a signal handler does not look at the clock: leave out record_latency(), or use a pool"),
+        ];
+        refused.into_iter().find(|(is, _)| **is).map_or(Ok(()), |(_, what)| not_inline(what))
+    }
+
+    fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
+        refuse_what_blocks(region)?;
+        let range = region.target.addresses(region.target.all());
+        // A thread in the signal handler does not wait for the kernel: it may run on after the drop at any time.
+        region.linger();
+        let registration =
+            Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
+                let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
+                Error::because(ErrorKind::Resources, what, errno)
+            })?;
+        Ok(Box::new(Attached {
+            registration: Mutex::new(Some(registration)),
+            generation: ForkGeneration::current(),
+        }))
+    }
 }
 
+fn not_inline(what: &str) -> Result<(), Error> {
+    Err(Error::new(ErrorKind::NotInline, what))
+}
+
+/// A region's place among those that the SIGBUS handler knows.
+struct Attached {
+    registration: Mutex<Option<Registration>>,
+    generation: ForkGeneration,
+}
+
+impl fmt::Debug for Attached {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Inline")
+    }
+}
+
+impl Attachment for Attached {
+    fn is_of_this_process(&self) -> bool {
+        self.generation.is_current()
+    }
+
+    fn serves_system_calls(&self) -> bool {
+        false
+    }
+
+    fn detach(&self, _region: &Served) {
+        drop(self.registration.lock().take());
+    }
+}
+
+/// Refuses chunks that a signal handler cannot fill.
 fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
     let refused =
         |what: String| Err(Error::new(ErrorKind::NotInline, format!("region {}: {what}", region.name)));
@@ -37,9 +153,6 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
             "pages of {} are too large to gather on a stack: use a pool",
             region.page_size()
         ));
-    }
-    if region.replay.is_some() || region.recorder.is_some() {
-        return refused(String::from("a recording needs workers, to be taken or replayed: use a pool"));
     }
     match Plan::of(region).runs().iter().find(|run| matches!(run.how, How::Read | How::Continue)) {
         Some(PlanRun { chunks, source, .. }) => refused(format!(
@@ -51,12 +164,12 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
     }
 }
 
-struct Inline(Arc<Served>);
+struct Handler(Arc<Served>);
 
 // SAFETY: what `serve` calls makes system calls and uses atomics and what is immutable. It allocates nothing: `Filled` and `Failure`
 // are not made here. It takes no lock: the buffers are tried, claims wake by the futex of an event count, and `Quiet` does not log.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
-unsafe impl FaultHandler for Inline {
+unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
         // No gate guard: whoever takes the registration back waits for those that are here.

@@ -2,15 +2,16 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::serve::Served;
+use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::Places;
 use crate::serve::pool::Shared;
 use crate::serve::worker::Worker;
 use nix::errno::Errno;
 use pagestitch_kernel::fork::ForkGeneration;
-use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{fmt, ptr};
 
 /// Serves faults when it is told to: for a program that has an event loop, or threads of its own.
 ///
@@ -52,17 +53,49 @@ pub(crate) struct Seats {
     generation: ForkGeneration,
 }
 
-impl Seats {
-    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
-        self.shared.add(region)
+impl FaultServer for Seats {
+    fn noun(&self) -> &'static str {
+        "Manual"
     }
 
-    pub(super) fn remove(&self, region: &Served) {
-        self.shared.remove(region);
+    fn number(&self) -> usize {
+        ptr::from_ref(self).addr()
     }
 
-    pub(super) fn is_of_this_process(&self) -> bool {
+    fn is_of_this_process(&self) -> bool {
         self.generation.is_current()
+    }
+
+    fn check(&self, demands: &Demands) -> Result<(), Error> {
+        if demands.children {
+            let what = "a manual serves no forked children, because its loop may wait for the allocator while fork(2) holds it: use a pool";
+            return Err(Error::new(ErrorKind::BadOption, what));
+        }
+        Ok(())
+    }
+
+    fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
+        let attachment = Attached { shared: Arc::clone(&self.shared), generation: self.generation };
+        // A partial start is undone.
+        self.shared.add(region).inspect_err(|_| attachment.detach(region))?;
+        Ok(Box::new(attachment))
+    }
+}
+
+/// A region's tie to a group: what serves it is kept, and whether a member is left is the application's business.
+#[derive(Debug)]
+struct Attached {
+    shared: Arc<Shared>,
+    generation: ForkGeneration,
+}
+
+impl Attachment for Attached {
+    fn is_of_this_process(&self) -> bool {
+        self.generation.is_current()
+    }
+
+    fn detach(&self, region: &Served) {
+        self.shared.remove(region);
     }
 }
 

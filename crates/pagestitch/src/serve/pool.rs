@@ -15,6 +15,7 @@ use crate::fault::Permits;
 use crate::fault::Request;
 use crate::guard::AbortOnPanic;
 use crate::guard::discard;
+use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::crew::{self, Crew};
 use crate::serve::events::News;
 use crate::serve::fork::usher::Usher;
@@ -109,45 +110,63 @@ impl Pool {
     /// [`ErrorKind::Busy`] names the regions that are still served; drop them first. A region whose workers were
     /// gone would have to hang or to lie. [`ErrorKind::ForkedChild`] in a forked child, because the workers are the parent's.
     pub fn stop(self) -> Result<Report, Error> {
-        if !self.is_of_this_process() {
+        if !self.handle.generation.is_current() {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
         self.handle.shared.refuse_regions()?;
         Ok(self.handle.join())
     }
+}
 
-    /// False in a forked child, which has the handle and not the threads.
-    /// The same for all handles of a pool, and no other's.
-    pub(super) fn number(&self) -> usize {
+impl FaultServer for Pool {
+    fn noun(&self) -> &'static str {
+        "pool"
+    }
+
+    fn number(&self) -> usize {
         Arc::as_ptr(&self.handle).addr()
     }
 
-    pub(crate) fn is_of_this_process(&self) -> bool {
+    fn is_of_this_process(&self) -> bool {
         self.handle.generation.is_current()
     }
 
-    pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+    // There is nothing that it cannot serve.
+    fn check(&self, _demands: &Demands) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         if region.family.is_some() {
             self.handle.start_usher()?;
         }
-        self.handle.shared.add(region)
+        // A partial start is undone.
+        self.handle.shared.add(region).inspect_err(|_| {
+            self.detach(region);
+            self.retire(region);
+        })?;
+        Ok(Box::new(self.clone()))
+    }
+}
+
+impl Attachment for Pool {
+    fn is_of_this_process(&self) -> bool {
+        self.handle.generation.is_current()
     }
 
-    pub(crate) fn remove(&self, region: &Arc<Served>) {
+    fn detach(&self, region: &Served) {
         self.handle.shared.remove(region);
     }
 
-    pub(super) fn leave(&self, child: &Served) {
-        self.handle.shared.leave(child);
-    }
-
-    pub(super) fn retire(&self, region: &Served) {
+    fn retire(&self, region: &Served) {
         self.handle.shared.retire(region);
     }
 
-    /// Sees to children that no worker has seen to yet.
-    pub(super) fn follow_all(&self) {
+    fn leave_family(&self, region: &Served) {
+        let Some(family) = &region.family else { return };
+        family.close().iter().for_each(|child| self.handle.shared.leave(child));
+        // Children that no worker has seen to yet.
         self.handle.shared.hear_news();
     }
 }

@@ -176,7 +176,8 @@ impl Served {
                     (Target::Foreign(adopted), uffd),
                     self.family.is_none(),
                 );
-                Ok(Self::new(mapping, None, self.family.clone()))
+                let limit = self.limit.as_ref().map(|(most, _)| *most);
+                Ok(Self::new(mapping, limit, self.family.clone()))
             }
             Err(errno) => Err((uffd, errno)),
         }

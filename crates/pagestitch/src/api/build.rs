@@ -1,0 +1,364 @@
+//! The pipeline: options, layout, server and ground in; a served region out. All or nothing.
+//!
+//! ```text
+//!   Blueprint ── check: nothing is reserved yet
+//!       │
+//!       ├─ Ground::Own ────── open, reserve, register, show ──▶ Site
+//!       └─ Ground::Adopted ── settle ─────────────────────────▶ Site
+//!                                                                │
+//!       policy, tables, children ──▶ Mapping ──▶ attach to the server
+//! ```
+
+use crate::api::Core;
+use crate::api::nesting::Below;
+use crate::api::options::Options;
+use crate::error::{Error, ErrorKind};
+use crate::policy::{Blocks, Policy, Readahead};
+use crate::serve::fork::Family;
+use crate::serve::{Served, Server};
+use crate::space::{
+    Abilities, AdoptedMemory, How, Layout, Manner, Mapping, Plan, PlanRun, Shown, Tables, Target,
+};
+use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
+use pagestitch_kernel::{Access, Errno, Features, PageSize, Reservation, Uffd, View};
+use pagestitch_kernel::{staging, swap};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+/// Where the pages of a region are to be.
+#[derive(Debug)]
+pub(super) enum Ground {
+    /// In a range that the region reserves.
+    Own,
+    /// In memory that its owner has registered.
+    Adopted(AdoptedMemory),
+}
+
+/// The pages' addresses, and what the kernel does for them there.
+struct Site {
+    target: Target,
+    uffd: Uffd,
+    shown: Shown,
+    /// Whether donated pages move when they are touched.
+    moves: bool,
+    /// Whether whole blocks are filled in staging; else why not.
+    staged: Result<(), &'static str>,
+    blocks: Blocks,
+    view: Option<View>,
+}
+
+/// Builds a region. There is a view of ground that is its own.
+pub(super) fn build(
+    options: Options,
+    layout: Result<Layout, Error>,
+    ground: Ground,
+    server: &Server,
+) -> Result<(Option<View>, Core), Error> {
+    let name = options.name().to_owned();
+    let in_region = |error: Error| error.inside(&name);
+    let mut layout = layout.map_err(in_region)?;
+    layout.finish().map_err(in_region)?;
+    check(&options, &layout, &ground, server).map_err(in_region)?;
+    let below = Below::of(&layout);
+    below.check(&name, &layout, server)?;
+    let site = match ground {
+        Ground::Own => own_site(&name, &mut layout, &options, (below, server))?,
+        Ground::Adopted(memory) => adopted_site(memory, &name, layout.total()).map_err(in_region)?,
+    };
+    finish(name, options, layout, site, server)
+}
+
+/// Refuses what cannot be, before anything is reserved.
+fn check(options: &Options, layout: &Layout, ground: &Ground, server: &Server) -> Result<(), Error> {
+    options.check_ground(matches!(ground, Ground::Adopted(_)))?;
+    server.inner().check(&options.demands(matches!(ground, Ground::Adopted(_))))?;
+    if options.inherit_on_fork { check_children(layout) } else { Ok(()) }
+}
+
+/// What children cannot be served.
+fn check_children(layout: &Layout) -> Result<(), Error> {
+    let bad = |what| Err(Error::new(ErrorKind::BadOption, what));
+    if layout.has_lazy() {
+        return bad("children cannot be served a memfd that is filled later: seal it first, or copy it");
+    }
+    let features =
+        uffd::kernel_features().map_err(|error| Error::new(ErrorKind::NoUserfaultfd, error.to_string()))?;
+    if !features.contains(Features::POISON) {
+        return bad("children can be served from Linux 6.6 on, which has marks for bad pages");
+    }
+    Ok(())
+}
+
+/// Reserves a range, registers it, and shows in place what can be.
+fn own_site(
+    name: &str,
+    layout: &mut Layout,
+    options: &Options,
+    (below, server): (Below, &Server),
+) -> Result<Site, Error> {
+    let uffd = open(name, layout, server, options.inherit_on_fork)?;
+    layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
+    let moves = layout.has_donated() && !options.inherit_on_fork && can_move(&uffd);
+    let page = PageSize::system();
+    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let staged = stages(options, layout, pages.get() * page.bytes(), &uffd);
+    let huge = moves || staged.is_ok();
+    let logical = huge && options.access == Access::ReadOnly;
+    let access = if logical { Access::LogicallyReadOnly } else { options.access };
+    let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
+    register(name, &uffd, &reservation)?;
+    let shown = show(name, layout, options.max_mappings, moves, (&mut view, &uffd))?;
+    if !options.dumped {
+        reservation.hide_from_dumps().map_err(|errno| limit(name, "keep it out of core dumps", errno))?;
+    }
+    if shown.in_place.pages() < pages.get() as u64 {
+        reservation.serve(below.served_by(name, server));
+    }
+    let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
+    Ok(Site { target: Target::Owned(reservation), uffd, shown, moves, staged, blocks, view: Some(view) })
+}
+
+/// Takes over what its owner has registered. Nothing is mapped or moved there: all is copied.
+fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, Error> {
+    let (foreign, uffd) = memory.settle(name, bytes)?;
+    Ok(Site {
+        target: Target::Foreign(foreign),
+        uffd,
+        shown: Shown::default(),
+        moves: false,
+        staged: Err("the kernel moves pages only inside a process"),
+        blocks: Blocks::Never,
+        view: None,
+    })
+}
+
+/// What is the same wherever the pages are.
+fn finish(
+    name: String,
+    options: Options,
+    layout: Layout,
+    site: Site,
+    server: &Server,
+) -> Result<(Option<View>, Core), Error> {
+    let Site { target, uffd, shown, moves, staged, blocks, view } = site;
+    // All are named: an option that is forgotten here does not compile.
+    let Options {
+        name: _,
+        access: _,
+        hardware_read_only: _,
+        dumped: _,
+        max_mappings: _,
+        zero_copy,
+        readahead,
+        inherit_on_fork,
+        manner,
+    } = options;
+    let (pages, size) = (target.all().pages, target.page_size());
+    let no_table = |errno| no_table(&name, errno);
+    let readahead =
+        settle_readahead(readahead, &manner, size, layout.total()).map_err(|error| error.inside(&name))?;
+    let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
+    let tables = Tables::new(pages, &manner).map_err(no_table)?;
+    let family = inherit_on_fork.then(|| Family::new().map(Arc::new)).transpose();
+    let family = family.map_err(|errno| limit(&name, "serve children (descriptors: ulimit -n)", errno))?;
+    let max_in_flight = manner.max_in_flight;
+    let mapping = Mapping::new(
+        name,
+        (Arc::new(layout), shown),
+        (moves, staged),
+        (policy, manner, tables),
+        (target, uffd),
+        family.is_none(),
+    );
+    if zero_copy {
+        refuse_copies(&mapping)?;
+    }
+    mapping.counters.local().pages_in_place.add(mapping.in_place.pages());
+    Ok((view, attach(Served::new(mapping, max_in_flight, family), server)?))
+}
+
+/// Whether whole blocks of a region of so many bytes are filled in staging; else why not.
+fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
+    if options.hardware_read_only {
+        return Err("the region is built hardware_read_only(): pages move only between writable mappings");
+    }
+    match bytes {
+        _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
+        ..HUGE => Err("the region is smaller than a huge page"),
+        _ => staging::available(uffd.features()),
+    }
+}
+
+/// Shows in place what can be, in no more than so many mappings.
+fn show(
+    name: &str,
+    layout: &mut Layout,
+    most: Option<usize>,
+    moves: bool,
+    (view, uffd): (&mut View, &Uffd),
+) -> Result<Shown, Error> {
+    let page = PageSize::system();
+    let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
+    let budget = || most.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
+    let shown = Shown::map(layout, page, budget, Abilities { moves, minor_faults }, view, uffd)
+        .map_err(|error| cannot_show(name, layout, error))?;
+    if shown.in_place.pages() > 0 {
+        layout.let_go_of_mapped(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());
+    }
+    Ok(shown)
+}
+
+/// Checks that the recording to replay is of this region. Returns how far to read ahead: a page that is filled ahead has no first
+/// touch, so a region that is recorded reads nothing ahead; and neither a window nor a block is made up of huge pages.
+fn settle_readahead(
+    readahead: Option<Readahead>,
+    manner: &Manner,
+    page: PageSize,
+    bytes: u64,
+) -> Result<Readahead, Error> {
+    if let Some(recording) = &manner.replay {
+        recording.check(page, bytes)?;
+        if manner.record {
+            let what =
+                "a page that is replayed has no first touch: record() another region, without replay()";
+            return Err(Error::new(ErrorKind::BadOption, what));
+        }
+    }
+    let none = manner.record || page != PageSize::system();
+    Ok(if none { Readahead::None } else { readahead.unwrap_or(Readahead::Adaptive) })
+}
+
+/// Starts to serve.
+fn attach(served: Served, server: &Server) -> Result<Core, Error> {
+    let served = Arc::new(served);
+    let core = Core { server: server.start(&served)?, served };
+    // Not before somebody reads of them: who builds may wait for the allocator, and that for a fork.
+    core.show_to_children()?;
+    log!(debug, region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
+    Ok(core)
+}
+
+/// A limit of the process was met.
+fn limit(name: &str, what: &str, errno: Errno) -> Error {
+    Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
+}
+
+fn no_table(name: &str, errno: Errno) -> Error {
+    let limit = Limit::met(0, errno);
+    let what = format_args!("region {name}: cannot reserve its page table: {limit}");
+    Error::because(ErrorKind::Resources, what, errno)
+}
+
+fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
+    let bytes = page.round_up(layout.total()).and_then(|bytes| usize::try_from(bytes).ok());
+    bytes.and_then(|bytes| NonZeroUsize::new(bytes / page.bytes())).ok_or_else(|| {
+        let what = format!("{} bytes are more than there are addresses: split it", layout.total());
+        Error::new(ErrorKind::TooLarge, what)
+    })
+}
+
+/// A run of pages was refused, with the run's first chunk to name.
+fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> Error {
+    let (number, source) = (layout.number_of(chunk), layout.backing_of(chunk).source().name());
+    let what = format!("region {name}: cannot show chunk {number} ({source}) in place");
+    match errno {
+        Errno::EACCES => {
+            let why = "it is open for reading only: open it for writing too, or show it copy-on-write";
+            Error::new(ErrorKind::File, format!("{what}: {why}"))
+        }
+        Errno::EAGAIN => {
+            Error::because(ErrorKind::Resources, format_args!("{what}: {}", Limit::met(0, errno)), errno)
+        }
+        errno => Error::because(ErrorKind::Resources, what, errno),
+    }
+}
+
+fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
+    match Plan::of(mapping)
+        .runs()
+        .iter()
+        .find(|run| !matches!(run.how, How::Map | How::Move | How::Continue | How::Zero))
+    {
+        Some(PlanRun { chunks, source, reason, .. }) => {
+            let what = format!(
+                "region {}: chunk {} ({source}) is not zero-copy: {reason}",
+                mapping.name, chunks.start
+            );
+            Err(Error::new(ErrorKind::NotZeroCopy, what))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Reserves the addresses; `huge`: huge pages may move in.
+fn reserve(
+    name: &str,
+    (pages, page): (NonZeroUsize, PageSize),
+    access: Access,
+    huge: bool,
+) -> Result<(Arc<Reservation>, View), Error> {
+    let (reservation, view) = View::reserve(pages, page, access)
+        .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+    if name != Options::UNNAMED {
+        reservation.set_name(name);
+    }
+    if huge {
+        reservation.advise_hugepage();
+    }
+    Ok((reservation, view))
+}
+
+/// Registers the range, and opens it.
+fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Error> {
+    uffd.register(reservation, RegisterMode::MISSING).map_err(|errno| match errno {
+        Errno::ENOMEM | Errno::EAGAIN => {
+            let met = ReserveError::met(reservation.range().bytes(), errno);
+            Error::because(ErrorKind::TooLarge, format_args!("region {name}"), met)
+        }
+        errno => Error::because(
+            ErrorKind::Resources,
+            format_args!("region {name}: cannot register its range"),
+            errno,
+        ),
+    })
+}
+
+/// Says which way no userfaultfd was to be had. To be told of forks is not a matter of the kernel but of who asks: the only feature
+/// of which that is so.
+fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
+    if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
+        let what = "to serve children takes CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or do without";
+        return Error::new(ErrorKind::BadOption, format!("region {name}: {what}"));
+    }
+    Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)
+}
+
+/// Whether donated pages move when they are touched. Where they may be swapped out, and lost on the way, they move when the region is
+/// built.
+fn can_move(uffd: &Uffd) -> bool {
+    uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()
+}
+
+fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<Uffd, Error> {
+    let events = server.inner().features();
+    let events = if children { events | Features::EVENT_FORK } else { events };
+    let mut wanted = events | Features::POISON | Features::MOVE;
+    if layout.has_lazy() {
+        wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
+    }
+    let uffd = Uffd::open(wanted).map_err(|error| cannot_open(name, children, error))?;
+    server.inner().check_features(uffd.features()).map_err(|error| error.inside(name))?;
+    if uffd.mode() == FaultMode::UserOnly {
+        log!(
+            debug,
+            region = name,
+            "faults of system calls are not served: populate() before one reads the region"
+        );
+    }
+    Ok(uffd)
+}
+
+/// One region takes no more than half of the mappings that are left.
+const BUDGET_SHARE: usize = 2;

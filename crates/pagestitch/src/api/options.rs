@@ -1,0 +1,88 @@
+//! What a region was asked to be, and what of it goes together.
+
+use crate::error::{Error, ErrorKind};
+use crate::policy::Readahead;
+use crate::serve::Demands;
+use crate::space::Manner;
+use pagestitch_kernel::Access;
+
+/// All options of a builder. The default is that of [`Builder`](crate::Builder).
+#[derive(Debug)]
+pub(super) struct Options {
+    pub(super) name: Option<String>,
+    pub(super) access: Access,
+    pub(super) hardware_read_only: bool,
+    pub(super) dumped: bool,
+    pub(super) zero_copy: bool,
+    /// `None`: not said.
+    pub(super) readahead: Option<Readahead>,
+    pub(super) max_mappings: Option<usize>,
+    pub(super) inherit_on_fork: bool,
+    pub(super) manner: Manner,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            name: None,
+            access: Access::ReadOnly,
+            hardware_read_only: false,
+            dumped: false,
+            zero_copy: false,
+            readahead: None,
+            max_mappings: None,
+            inherit_on_fork: false,
+            manner: Manner::default(),
+        }
+    }
+}
+
+impl Options {
+    pub(super) const UNNAMED: &str = "unnamed";
+
+    pub(super) fn name(&self) -> &str {
+        self.name.as_deref().unwrap_or(Self::UNNAMED)
+    }
+
+    /// What the region asks of its server.
+    pub(super) const fn demands(&self, adopted: bool) -> Demands {
+        let Manner { record_latency, max_in_flight, record, replay, reporter: _ } = &self.manner;
+        Demands {
+            adopted,
+            children: self.inherit_on_fork,
+            recording: *record || replay.is_some(),
+            readahead: matches!(&self.readahead, Some(readahead) if !matches!(readahead, Readahead::None)),
+            limit: max_in_flight.is_some(),
+            timed: *record_latency,
+        }
+    }
+
+    /// Refuses options that exclude each other, and those that adopted memory cannot have.
+    pub(super) fn check_ground(&self, adopted: bool) -> Result<(), Error> {
+        let writable = self.access == Access::Writable;
+        let refused = [
+            (
+                self.hardware_read_only && writable,
+                "hardware_read_only() stops writes to a region that is only read: leave out one of writable() and hardware_read_only()",
+            ),
+            (adopted && writable, "adopted memory is written to by its owner: leave out writable()"),
+            (
+                adopted && self.hardware_read_only,
+                "adopted memory is mapped by its owner: leave out hardware_read_only()",
+            ),
+            (adopted && self.dumped, "core dumps of adopted memory are its owner's: leave out dumped()"),
+            (
+                adopted && self.max_mappings.is_some(),
+                "nothing is mapped in adopted memory: leave out max_mappings()",
+            ),
+            (
+                adopted && self.inherit_on_fork,
+                "children of adopted memory's owner cannot be served, because what its balloons have taken is not known of them: leave out inherit_on_fork()",
+            ),
+        ];
+        match refused.into_iter().find(|(is, _)| *is) {
+            Some((_, what)) => Err(Error::new(ErrorKind::BadOption, what)),
+            None => Ok(()),
+        }
+    }
+}
