@@ -9,6 +9,7 @@ use std::fs;
 // Each test has a process of its own, because memory of other tests would be counted too.
 
 #[test]
+#[cfg_attr(sanitized, ignore = "memory of the sanitizer is counted")]
 fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
     let end = child::run(this_test!(), || {
         let region = Region::builder()
