@@ -47,7 +47,7 @@ fn errors_of(source: &Path, has_rooms: bool) -> (Vec<String>, Vec<String>, usize
 }
 
 #[test]
-fn arrows_between_rooms_go_one_way_and_no_further_files_form_a_circle() {
+fn arrows_between_rooms_go_one_way_and_no_files_form_a_circle() {
     // Another tree of sources can be checked, such as an older one.
     let root = std::env::var("PAGESTITCH_ROOT").unwrap_or_else(|_| ROOT.to_owned());
     let (mut wrong, mut left, mut files) = (Vec::new(), Vec::new(), 0);
@@ -60,10 +60,7 @@ fn arrows_between_rooms_go_one_way_and_no_further_files_form_a_circle() {
         files += count;
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    assert!(files <= FILES_LEFT, "{files} files are in circles, {FILES_LEFT} may be\n{}", left.join("\n"));
+    assert!(left.is_empty(), "{files} files are in circles\n{}", left.join("\n"));
 }
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
-
-/// The files of the one circle that is left. The number only falls.
-const FILES_LEFT: usize = 13;

@@ -14,7 +14,7 @@ use crate::api::nesting::Below;
 use crate::api::options::Options;
 use crate::error::{Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead};
-use crate::serve::fork::Family;
+use crate::serve::Family;
 use crate::serve::{Served, Server};
 use crate::space::{
     Abilities, AdoptedMemory, How, Layout, Manner, Mapping, Plan, PlanRun, Shown, Tables, Target,

@@ -1,6 +1,5 @@
 //! What a server keeps of a region: a way in. It keeps no source alive, and holds no region back from its end.
 
-use crate::serve::Served;
 use pagestitch_kernel::gate::{Gate, GateGuard};
 use std::ops::Deref;
 use std::sync::atomic::AtomicUsize;
@@ -8,23 +7,23 @@ use std::sync::{Arc, Weak};
 
 /// The way into a region. A queue may hold it for as long as it likes.
 #[derive(Debug)]
-pub(crate) struct Door {
+pub(crate) struct Door<R> {
     gate: Arc<Gate>,
-    region: Weak<Served>,
+    region: Weak<R>,
     /// How many workers the region holds up in a berth. Changed under the lock of the berths.
     pub(crate) berths: AtomicUsize,
 }
 
 /// A region, while a thread is at work for it.
 #[derive(Debug)]
-pub(crate) struct Inside<'d> {
+pub(crate) struct Inside<'d, R> {
     /// Let go of before the guard is dropped: the thread that closes the gate is the last to hold the region.
-    region: Arc<Served>,
+    region: Arc<R>,
     _guard: GateGuard<'d>,
 }
 
-impl Door {
-    pub(super) fn new(gate: &Arc<Gate>, region: &Arc<Served>) -> Self {
+impl<R> Door<R> {
+    pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
         Self { gate: Arc::clone(gate), region: Arc::downgrade(region), berths: AtomicUsize::new(0) }
     }
 
@@ -35,21 +34,21 @@ impl Door {
     }
 
     /// Goes to work for the region, unless it is being dropped.
-    pub(crate) fn enter(&self) -> Option<Inside<'_>> {
+    pub(crate) fn enter(&self) -> Option<Inside<'_, R>> {
         let guard = self.gate.enter()?;
         Some(Inside { region: self.region.upgrade()?, _guard: guard })
     }
 
     /// Whether it is a region's.
-    pub(crate) fn is_of(&self, region: &Served) -> bool {
+    pub(crate) fn is_of(&self, region: &R) -> bool {
         std::ptr::eq(self.region.as_ptr(), region)
     }
 }
 
-impl Deref for Inside<'_> {
-    type Target = Arc<Served>;
+impl<R> Deref for Inside<'_, R> {
+    type Target = Arc<R>;
 
-    fn deref(&self) -> &Arc<Served> {
+    fn deref(&self) -> &Arc<R> {
         &self.region
     }
 }

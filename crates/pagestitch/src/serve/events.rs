@@ -1,14 +1,19 @@
 //! What the kernel tells of a region but for faults: pages that are let go, unmapped or moved, and forks.
 
+use crate::fault::Request;
+use crate::fault::resolve::{release, show};
 use crate::serve::Served;
+use crate::serve::fork::first_page;
 use crate::serve::fork::strays::Rest;
-use crate::serve::fork::{Family, first_page};
+use crate::serve::served::Family;
 use crate::space::Target;
 use crate::space::target::{Busy, Foreign};
-use pagestitch_kernel::{Batch, Errno, Event, Uffd};
+use pagestitch_kernel::{Batch, Errno, Event, Fault, FaultKind, Uffd};
+use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 /// What the kernel has told, and may wait until nobody forks.
 #[derive(Debug)]
@@ -193,7 +198,7 @@ impl Served {
 
     /// Makes some more of what nobody serves bad.
     pub(crate) fn close_strays(&self) -> Rest {
-        let rest = self.strays.close_some(self);
+        let rest = self.strays.close_some(self, self.family.as_deref().map(Deref::deref));
         // With the descriptor of a child that has been seen to, perhaps.
         if let Some(family) = &self.family {
             family.has_room();
@@ -214,4 +219,23 @@ impl Served {
             self.pages.forget(span);
         }
     }
+}
+
+/// What is to be served for a fault; `None` where that was all that there is to do.
+pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Request> {
+    let page = region.target.page_at(fault.address)?;
+    let counters = region.counters.local();
+    counters.faults_writing.add(u64::from(fault.write));
+    counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
+    match fault.kind {
+        FaultKind::WriteProtect => release(region, page),
+        // Only somebody else's registration asks for these beside memfds that are filled later.
+        FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
+        FaultKind::Minor | FaultKind::Missing => {
+            let thread = fault.thread.cast_unsigned();
+            let place = region.counters.begin(page, thread, read);
+            return Some(Request { page, read, thread, place, tries: 0, failures: 0 });
+        }
+    }
+    None
 }

@@ -9,8 +9,8 @@
 //! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
 //! timer for the next before it does any: should it hang, another worker comes for that.
 
-use crate::serve::Door;
-use crate::serve::worker::Handed;
+use crate::serve::door::Door;
+use crate::serve::queue::Handed;
 use nix::errno::Errno;
 use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
@@ -21,20 +21,20 @@ use std::time::{Duration, Instant};
 
 /// What there is to do.
 #[derive(Debug)]
-pub(super) enum What {
-    Serve(Handed),
-    Look(Arc<Door>),
+pub(super) enum What<R> {
+    Serve(Handed<R>),
+    Look(Arc<Door<R>>),
 }
 
 /// All of it, for the workers of a pool.
 #[derive(Debug)]
-pub(crate) struct Later {
+pub(crate) struct Later<R> {
     timer: TimerFd,
     /// Few, in no order.
-    entries: Mutex<Vec<(Instant, What)>>,
+    entries: Mutex<Vec<(Instant, What<R>)>>,
 }
 
-impl Later {
+impl<R> Later<R> {
     pub(super) fn new() -> Result<Self, Errno> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self { timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?, entries: Mutex::default() })
@@ -45,7 +45,7 @@ impl Later {
     }
 
     /// Keeps it until then. Given back where there is so much already that a hostile owner is at work.
-    pub(super) fn add(&self, what: What, wait: Duration) -> Result<(), What> {
+    pub(super) fn add(&self, what: What<R>, wait: Duration) -> Result<(), What<R>> {
         let mut entries = self.entries.lock();
         if entries.len() >= MOST {
             return Err(what);
@@ -59,7 +59,7 @@ impl Later {
     }
 
     /// What it is time for.
-    pub(super) fn take(&self) -> Option<What> {
+    pub(super) fn take(&self) -> Option<What<R>> {
         let mut entries = self.entries.lock();
         let now = Instant::now();
         let first = entries.iter().enumerate().min_by_key(|(_, (at, _))| *at).map(|(index, _)| index)?;
@@ -92,7 +92,7 @@ impl Later {
     }
 }
 
-impl AsFd for Later {
+impl<R> AsFd for Later<R> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
-        let later = Later::new().unwrap();
+        let later = Later::<()>::new().unwrap();
         for wait in [30, 10, 20] {
             later.add(What::Look(Door::nowhere()), Duration::from_millis(wait)).unwrap();
         }
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_due_entry_is_told_of_again() {
-        let later = Later::new().unwrap();
+        let later = Later::<()>::new().unwrap();
         later.add(What::Look(Door::nowhere()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
             poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn no_more_is_kept_than_there_may_be() {
-        let later = Later::new().unwrap();
+        let later = Later::<()>::new().unwrap();
         let add = || later.add(What::Look(Door::nowhere()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }

@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::Places;
-use crate::serve::pool::Shared;
+use crate::serve::shared::Shared;
 use crate::serve::worker::Worker;
 use nix::errno::Errno;
 use pagestitch_kernel::fork::ForkGeneration;

@@ -6,6 +6,11 @@
 //! | `served` | a region as its server has it |
 //! | `pool` | the workers and what they share; regions come and go |
 //! | `placement` | where workers run |
+//! | `shared` | the state that the workers of a pool share |
+//! | `queue` | the entries of its queues |
+//! | `start`, `threads` | the start of a worker, and its thread |
+//! | `watch` | descriptors that an epoll watches |
+//! | `shut` | the end of a region's service |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
@@ -38,17 +43,21 @@ pub(crate) mod pace;
 mod placement;
 mod pool;
 mod populate;
+mod queue;
 mod retry_failed;
 mod seldom;
 mod served;
+mod shared;
+mod shut;
 mod slow;
+mod start;
 mod threads;
+mod watch;
 mod watchdog;
 mod worker;
 
 use contract::FaultServer;
 pub(crate) use contract::{Attachment, Demands, INLINE};
-pub(crate) use door::Door;
 pub use inline::Inline;
 pub use manual::Manual;
 use manual::Seats;
@@ -56,7 +65,7 @@ pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::{fill_rest, populate};
 pub(crate) use retry_failed::retry_failed;
-pub(crate) use served::Served;
+pub(crate) use served::{Family, Served};
 
 use crate::error::{Error, ErrorKind};
 use std::sync::Arc;

@@ -2,20 +2,15 @@
 
 use crate::fault::{Host, Permit, Permits, Request};
 use crate::serve::berths::Berths;
-use crate::serve::door::Door;
-use crate::serve::fork::strays::{Rest, Strays};
-use crate::serve::fork::{Family, refuse_births};
-use crate::serve::later::{Later, What};
-use crate::serve::leave::abandon;
+use crate::serve::fork::Family as FamilyOf;
+use crate::serve::fork::strays::Strays;
 use crate::serve::pace::{Pace, Reading};
-use crate::serve::worker::Handed;
-use crate::space::page_table::Wake;
+use crate::serve::{door, later, queue, slow};
 use crate::space::{Mapping, Target};
-use pagestitch_kernel::Batch;
+use pagestitch_kernel::Span;
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A mapping that is served.
 #[derive(Debug)]
@@ -34,6 +29,31 @@ pub(crate) struct Served {
     pub(crate) strays: Strays,
     /// What its server keeps of it.
     door: OnceLock<Arc<Door>>,
+}
+
+// Doors, queues and families do not know the type of a region: here they are of this one.
+pub(crate) type Door = door::Door<Served>;
+pub(crate) type Family = FamilyOf<Served>;
+pub(super) type Handed = queue::Handed<Served>;
+pub(super) type Ahead = queue::Ahead<Served>;
+pub(crate) type Later = later::Later<Served>;
+pub(super) type What = later::What<Served>;
+pub(super) type Slow = slow::Slow<Served>;
+
+impl Handed {
+    pub(super) fn new(region: &Arc<Served>, asked: Request) -> Self {
+        Self { door: Arc::clone(region.door()), asked }
+    }
+}
+
+impl Ahead {
+    pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
+        Self { door: Arc::clone(region.door()), span: Some(span) }
+    }
+
+    pub(super) fn replay(region: &Arc<Served>) -> Self {
+        Self { door: Arc::clone(region.door()), span: None }
+    }
 }
 
 impl Served {
@@ -61,41 +81,6 @@ impl Served {
         match &self.target {
             Target::Owned(_) => Some(Reading::free()),
             Target::Foreign(_) => self.pace.turn(),
-        }
-    }
-
-    /// Nobody serves any more: who waits in the region, and who touches it, gets a signal.
-    ///
-    /// For a region of our own: **fence**, so that the whole range is inaccessible, then wake whoever waits, who tries again and
-    /// meets the fenced range. Of adopted memory, what is missing is poisoned instead.
-    pub(crate) fn shut(&self) {
-        match &self.target {
-            Target::Owned(reservation) => {
-                if let Err(errno) = reservation.fence() {
-                    // Going on would show zeros for bytes, or leave them to hang. Not known to happen.
-                    eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);
-                    std::process::abort();
-                }
-                // No thread begins to wait any more. One that waits runs on when it is woken, which may be after the drop.
-                if self.uffd.has_waiters() {
-                    reservation.linger();
-                }
-            }
-            Target::Foreign(adopted) => abandon(self, adopted),
-        }
-        self.wake(self.target.all());
-        if self.target.foreign().is_some() {
-            refuse_births(self);
-        }
-        let began = Instant::now();
-        while self.close_strays() != Rest::None {
-            // An owner that moves or forks without end is ended, where it is known.
-            let is_stuck = || self.target.foreign().is_some() && began.elapsed() > STRAYS_MAX;
-            if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
-                break;
-            }
-            self.read_events(&mut Batch::with_capacity(STRAY_EVENTS), &mut |news| self.hear(news));
-            thread::yield_now();
         }
     }
 }
@@ -130,9 +115,5 @@ impl Host for Served {
     }
 }
 
-/// How long what the owner of adopted memory leaves behind may keep a region from its end.
-const STRAYS_MAX: Duration = Duration::from_secs(5);
-/// Events read at once, while what nobody serves is seen to.
-const STRAY_EVENTS: usize = 16;
 /// Faults that may wait for a berth before room has to be made.
 const ROOM: usize = 256;

@@ -1,27 +1,27 @@
 //! Slow regions: those whose faults take more than a millisecond, or are the first. Together they hold up all workers but one, which is
 //! there for the quick ones.
 
-use crate::serve::Door;
-use crate::serve::worker::Handed;
+use crate::serve::door::Door;
+use crate::serve::queue::Handed;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Admits faults of slow regions to as many workers as these may occupy, and queues the others.
 #[derive(Debug)]
-pub(super) struct Slow {
-    state: Mutex<State>,
+pub(super) struct Slow<R> {
+    state: Mutex<State<R>>,
     /// How many wait, to be looked at without the lock.
     waiting: AtomicUsize,
 }
 
 #[derive(Debug)]
-struct State {
+struct State<R> {
     taken: usize,
-    waiting: VecDeque<Handed>,
+    waiting: VecDeque<Handed<R>>,
 }
 
-impl Slow {
+impl<R> Slow<R> {
     /// With room for so many to wait; more than that, and room is made.
     pub(super) fn new(room: usize) -> Self {
         let state = State { taken: 0, waiting: VecDeque::with_capacity(room) };
@@ -29,7 +29,7 @@ impl Slow {
     }
 
     /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
-    pub(super) fn enter(&self, most: usize, fault: Handed) -> Option<Handed> {
+    pub(super) fn enter(&self, most: usize, fault: Handed<R>) -> Option<Handed<R>> {
         let mut state = self.state.lock();
         if state.taken < most {
             return Some(take(&mut state, fault));
@@ -45,12 +45,12 @@ impl Slow {
 
     /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
     /// up no worker yet: those in the berths may never leave.
-    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<Handed> {
+    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<Handed<R>> {
         let mut state = self.state.lock();
         let fault = if state.taken < most {
             state.waiting.pop_front()
         } else if last_resort {
-            let holds_none = |fault: &Handed| fault.door.berths.load(Ordering::Relaxed) == 0;
+            let holds_none = |fault: &Handed<R>| fault.door.berths.load(Ordering::Relaxed) == 0;
             let first = state.waiting.iter().position(holds_none);
             first.and_then(|first| state.waiting.remove(first))
         } else {
@@ -61,7 +61,7 @@ impl Slow {
     }
 
     /// Leaves the berth of a region's fault, or stays in it for the next that waits.
-    pub(super) fn leave(&self, most: usize, region: &Door) -> Option<Handed> {
+    pub(super) fn leave(&self, most: usize, region: &Door<R>) -> Option<Handed<R>> {
         let mut state = self.state.lock();
         region.berths.fetch_sub(1, Ordering::Relaxed);
         state.taken -= 1;
@@ -75,7 +75,7 @@ impl Slow {
 }
 
 /// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
-fn take(state: &mut State, fault: Handed) -> Handed {
+fn take<R>(state: &mut State<R>, fault: Handed<R>) -> Handed<R> {
     state.taken += 1;
     fault.door.berths.fetch_add(1, Ordering::Relaxed);
     fault
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    fn is_of(fault: Option<&Handed>, door: &Arc<Door>) -> bool {
+    fn is_of(fault: Option<&Handed<()>>, door: &Arc<Door<()>>) -> bool {
         fault.is_some_and(|fault| Arc::ptr_eq(&fault.door, door))
     }
 
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
         let (hangs, other, slow) = (Door::nowhere(), Door::nowhere(), Slow::new(4));
-        let held = |door: &Door| door.berths.load(Ordering::Relaxed);
+        let held = |door: &Door<()>| door.berths.load(Ordering::Relaxed);
         assert!(slow.enter(2, Handed::at(&hangs)).is_some() && slow.enter(2, Handed::at(&hangs)).is_some());
         assert!(slow.enter(2, Handed::at(&hangs)).is_none() && slow.enter(2, Handed::at(&other)).is_none());
         assert!(slow.are_waited_for() && slow.enter_next(2, false).is_none());
@@ -114,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_berth_that_is_new_is_for_the_first_that_waits() {
-        let (slow, door) = (Slow::new(4), Door::nowhere());
+        let (slow, door) = (Slow::new(4), Door::<()>::nowhere());
         assert!(slow.enter(1, Handed::at(&door)).is_some() && slow.enter(1, Handed::at(&door)).is_none());
         assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
     }

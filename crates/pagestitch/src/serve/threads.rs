@@ -1,11 +1,6 @@
-//! The threads of workers: how a worker starts, and in whose place.
+//! The threads of workers.
 
-use crate::error::{Error, ErrorKind};
-use crate::fault::Permit;
-use crate::serve::pool::Shared;
-use crate::serve::worker::Worker;
-use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 /// The threads of workers.
 #[derive(Debug, Default)]
@@ -16,7 +11,7 @@ pub(super) struct Threads {
 }
 
 impl Threads {
-    fn push(&mut self, thread: JoinHandle<u64>) {
+    pub(super) fn push(&mut self, thread: JoinHandle<u64>) {
         let ended = self.running.extract_if(.., |thread| thread.is_finished());
         self.served += ended.filter_map(|thread| thread.join().ok()).sum::<u64>();
         self.running.push(thread);
@@ -24,67 +19,5 @@ impl Threads {
 
     pub(super) fn take(&mut self) -> (Vec<JoinHandle<u64>>, u64) {
         (std::mem::take(&mut self.running), self.served)
-    }
-}
-
-impl Shared {
-    /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
-    pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
-        let permit = shared.permits.as_ref().map(|permits| {
-            let what = "a pool has as many faults in flight as it may have: max_in_flight()";
-            permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
-        });
-        Self::start_worker(shared, post, permit.transpose()?)
-    }
-
-    /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
-    pub(super) fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(place) = shared.crew.join(post) else {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "a pool has as many workers as it may have: max_workers()",
-            ));
-        };
-        let refused = |what, error| {
-            shared.crew.never_came(place);
-            Error::because(ErrorKind::Resources, what, error)
-        };
-        let ready = Arc::clone(&shared.epolls[post]);
-        let worker =
-            Worker::new(Arc::clone(shared), ready, shared.places.home(post), place).map_err(|errno| {
-                refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
-            })?;
-        let named = thread::Builder::new().name(thread_name(&shared.name, place));
-        let work = move || {
-            let _until_it_ends = permit;
-            worker.run()
-        };
-        let thread = named.spawn(work).map_err(|error| {
-            refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
-        })?;
-        shared.threads.lock().push(thread);
-        Ok(())
-    }
-}
-
-/// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
-fn thread_name(prefix: &str, index: usize) -> String {
-    let suffix = format!("/{index}");
-    let mut cut = prefix.len().min(15 - suffix.len());
-    while !prefix.is_char_boundary(cut) {
-        cut -= 1;
-    }
-    format!("{}{suffix}", &prefix[..cut])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_thread_name_keeps_its_number() {
-        assert_eq!(thread_name("pagestitch", 0), "pagestitch/0");
-        assert_eq!(thread_name("a very long prefix", 123), "a very long/123");
-        assert_eq!(thread_name("ééééééééé", 7), "éééééé/7");
     }
 }

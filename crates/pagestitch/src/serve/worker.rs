@@ -7,39 +7,25 @@
 //! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::resolve::{release, show};
 use crate::fault::{Request, fill_ahead, replay, serve};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
-use crate::serve::later::What;
+use crate::serve::Served;
+use crate::serve::events::asked_of;
 use crate::serve::pace::Reading;
 use crate::serve::pace::TURN_MAX;
-use crate::serve::pool::Shared;
-use crate::serve::{Door, Served};
+use crate::serve::served::{Ahead, Door, Handed, What};
+use crate::serve::shared::Shared;
 use crate::space::target::Busy;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Fault, FaultKind, Span};
+use pagestitch_kernel::Batch;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
-
-/// A fault that was handed on.
-#[derive(Debug)]
-pub(super) struct Handed {
-    pub(super) door: Arc<Door>,
-    asked: Request,
-}
-
-/// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
-#[derive(Debug)]
-pub(super) struct Ahead {
-    door: Arc<Door>,
-    span: Option<Span>,
-}
 
 /// What a worker owns: everything it needs was made before it started.
 pub(super) struct Worker {
@@ -63,32 +49,6 @@ enum Turn {
     Quiet,
     /// The pool is being stopped.
     Stopped,
-}
-
-impl Handed {
-    pub(super) fn new(region: &Arc<Served>, asked: Request) -> Self {
-        Self { door: Arc::clone(region.door()), asked }
-    }
-}
-
-#[cfg(test)]
-impl Handed {
-    /// A fault of a region that there is not.
-    pub(super) fn at(door: &Arc<Door>) -> Self {
-        let page = pagestitch_kernel::Page(0);
-        let asked = Request { page, read: Instant::now(), thread: 1, place: None, tries: 0, failures: 0 };
-        Self { door: Arc::clone(door), asked }
-    }
-}
-
-impl Ahead {
-    pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
-        Self { door: Arc::clone(region.door()), span: Some(span) }
-    }
-
-    pub(super) fn replay(region: &Arc<Served>) -> Self {
-        Self { door: Arc::clone(region.door()), span: None }
-    }
 }
 
 impl Worker {
@@ -347,25 +307,6 @@ impl Worker {
         runs.for_each(|run| replay(region, run, &mut self.buffers));
         self.shared.replay(region);
     }
-}
-
-/// What is to be served for a fault; `None` where that was all that there is to do.
-pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Request> {
-    let page = region.target.page_at(fault.address)?;
-    let counters = region.counters.local();
-    counters.faults_writing.add(u64::from(fault.write));
-    counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
-    match fault.kind {
-        FaultKind::WriteProtect => release(region, page),
-        // Only somebody else's registration asks for these beside memfds that are filled later.
-        FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
-        FaultKind::Minor | FaultKind::Missing => {
-            let thread = fault.thread.cast_unsigned();
-            let place = region.counters.begin(page, thread, read);
-            return Some(Request { page, read, thread, place, tries: 0, failures: 0 });
-        }
-    }
-    None
 }
 
 /// How long a worker waits for something to do where there are more than there are posts.

@@ -4,13 +4,13 @@
 //! It is done a piece at a time by whoever reads the region's events, and waits for nobody: where children are served that is the
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
-use crate::serve::Served;
-use crate::serve::fork::{Family, first_page};
+use crate::serve::fork::{Descriptors, first_page};
 use crate::serve::seldom::Seldom;
+use crate::space::Mapping;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// All strays of a region.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ impl Strays {
     }
 
     /// Makes some more of them bad.
-    pub(crate) fn close_some(&self, region: &Served) -> Rest {
+    pub(crate) fn close_some(&self, region: &Mapping, family: Option<&Descriptors>) -> Rest {
         let mut known = self.lock();
         let Known { strays, batch } = &mut *known;
         let (mut rest, mut index, mut blocked) = (Rest::None, 0, false);
@@ -76,7 +76,7 @@ impl Strays {
                 index += 1;
                 continue;
             }
-            match stray.close_some(region, batch) {
+            match stray.close_some(region, (batch, family)) {
                 Progress::Left(left) => {
                     (rest, index) = (rest.max(left), index + 1);
                     blocked |= left == Rest::Blocked;
@@ -88,9 +88,9 @@ impl Strays {
             // A child's children are nobody's, either.
             let born = batch.take_events().filter_map(|event| match event {
                 Event::Fork { child } => {
-                    let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(region));
+                    let keep = |family: &Descriptors| family.keep(child.as_fd(), first_page(region));
                     // Until it is bad, this process must not end; without room for it, there is nothing to be done.
-                    let _ = region.family.as_ref().map(keep);
+                    let _ = family.map(keep);
                     Some(Stray::new(Whose::Child(child)))
                 }
                 _ => None,
@@ -135,6 +135,9 @@ pub(crate) enum Rest {
     Some,
 }
 
+/// A batch for the events of a child, and the descriptors of the family.
+type Events<'a> = (&'a mut Batch, Option<&'a Descriptors>);
+
 enum Progress {
     Left(Rest),
     Done,
@@ -152,9 +155,9 @@ impl Stray {
     }
 
     /// Makes some more bad of what is missing.
-    fn close_some(&mut self, region: &Served, batch: &mut Batch) -> Progress {
+    fn close_some(&mut self, region: &Mapping, (batch, family): Events<'_>) -> Progress {
         for _ in 0..STEPS {
-            let Some(part) = self.next(region) else { return self.end(region, batch) };
+            let Some(part) = self.next(region) else { return self.end(region, (batch, family)) };
             let page = region.page_size().bytes();
             self.seen += match self.uffd(region).poison(part) {
                 Outcome::Done => part.bytes() / page,
@@ -164,7 +167,7 @@ impl Stray {
                 Outcome::ProcessGone => return Progress::Done,
                 // There may be some in a moment.
                 Outcome::NoMemory => return Progress::Left(Rest::Some),
-                Outcome::Changing => return Progress::Left(self.read(region, batch)),
+                Outcome::Changing => return Progress::Left(self.read(region, (batch, family))),
                 refused => return self.give_up(region, refused),
             };
         }
@@ -172,25 +175,25 @@ impl Stray {
     }
 
     /// Ends the registration. A child that has begun to fork before waits until that is read: its userfaultfd is in flight
-    /// ([`Family::keep`]), so that to drop it here closes nothing and wakes no thread.
-    fn end(&self, region: &Served, batch: &mut Batch) -> Progress {
+    /// ([`Descriptors::keep`]), so that to drop it here closes nothing and wakes no thread.
+    fn end(&self, region: &Mapping, (batch, family): Events<'_>) -> Progress {
         self.unregister(region);
         match &self.whose {
             Whose::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
-                Progress::Left(self.read(region, batch))
+                Progress::Left(self.read(region, (batch, family)))
             }
             _ => Progress::Done,
         }
     }
 
     /// Who changes the memory waits until that is read.
-    fn read(&self, region: &Served, batch: &mut Batch) -> Rest {
+    fn read(&self, region: &Mapping, (batch, family): Events<'_>) -> Rest {
         match &self.whose {
             Whose::Region { .. } => Rest::Blocked,
             Whose::Child(uffd) => {
                 let read = batch.read(uffd, region.page_size());
                 // Where there is no descriptor for a child of its, either: in a moment.
-                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(family)) = (read, &region.family)
+                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(family)) = (read, family)
                     && family.make_room()
                 {
                     let _ = batch.read(uffd, region.page_size());
@@ -201,7 +204,7 @@ impl Stray {
     }
 
     /// The next addresses, as many as are marked at once.
-    fn next(&self, region: &Served) -> Option<AddressRange> {
+    fn next(&self, region: &Mapping) -> Option<AddressRange> {
         let page = region.page_size();
         match &self.whose {
             Whose::Region { to, bytes } => {
@@ -218,7 +221,7 @@ impl Stray {
         }
     }
 
-    fn unregister(&self, region: &Served) {
+    fn unregister(&self, region: &Mapping) {
         // What is refused was unmapped, or its owner has ended.
         match &self.whose {
             Whose::Region { to, bytes } => {
@@ -232,7 +235,7 @@ impl Stray {
     }
 
     /// There are no marks, and what is missing would be zeros.
-    fn give_up(&self, region: &Served, refused: Outcome) -> Progress {
+    fn give_up(&self, region: &Mapping, refused: Outcome) -> Progress {
         match &self.whose {
             Whose::Region { .. } => {
                 eprintln!("pagestitch: region {} was moved, and {refused:?}: aborting", region.name);
@@ -250,7 +253,7 @@ impl Stray {
         }
     }
 
-    fn uffd<'a>(&'a self, region: &'a Served) -> &'a Uffd {
+    fn uffd<'a>(&'a self, region: &'a Mapping) -> &'a Uffd {
         match &self.whose {
             Whose::Region { .. } => &region.uffd,
             Whose::Child(uffd) => uffd,

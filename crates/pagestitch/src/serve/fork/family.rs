@@ -1,0 +1,71 @@
+//! The children of a region, and theirs.
+
+use crate::serve::fork::descriptors::Descriptors;
+use crate::space::Mapping;
+use pagestitch_kernel::{AddressRange, Errno, Outcome, Page};
+use parking_lot::Mutex;
+use std::ops::Deref;
+use std::sync::Arc;
+
+/// All children of a region, and theirs. Each is served as an `R`.
+#[derive(Debug)]
+pub(crate) struct Family<R> {
+    members: Mutex<Members<R>>,
+    descriptors: Descriptors,
+}
+
+#[derive(Debug)]
+struct Members<R> {
+    served: Vec<Arc<R>>,
+    /// The region is being dropped.
+    closed: bool,
+}
+
+impl<R> Deref for Family<R> {
+    type Target = Descriptors;
+
+    fn deref(&self) -> &Descriptors {
+        &self.descriptors
+    }
+}
+
+impl<R: Deref<Target = Mapping>> Family<R> {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let members = Mutex::new(Members { served: Vec::new(), closed: false });
+        Ok(Self { members, descriptors: Descriptors::new()? })
+    }
+
+    /// Takes a child in. False if the region is being dropped: nobody would serve it.
+    pub(crate) fn take_in(&self, child: &Arc<R>) -> bool {
+        let mut members = self.members.lock();
+        if !members.closed {
+            members.served.push(Arc::clone(child));
+        }
+        !members.closed
+    }
+
+    /// Those whose processes have ended, or do not have the region any more.
+    pub(crate) fn take_dead(&self) -> Vec<Arc<R>> {
+        let mut members = self.members.lock();
+        let (dead, alive) = members.served.drain(..).partition(|child| is_dead(child));
+        members.served = alive;
+        dead
+    }
+
+    /// Takes no more in; says who there is.
+    pub(crate) fn close(&self) -> Vec<Arc<R>> {
+        let mut members = self.members.lock();
+        members.closed = true;
+        std::mem::take(&mut members.served)
+    }
+}
+
+/// Whether the process that a child's memory belonged to has ended, or does something else by now.
+fn is_dead(child: &Mapping) -> bool {
+    // To show what a page cache has is refused for memory without one, where there is somebody to refuse it to.
+    child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
+}
+
+pub(crate) fn first_page(region: &Mapping) -> AddressRange {
+    region.target.addresses(Page(0).span())
+}

@@ -1,0 +1,376 @@
+//! The state that the workers of a pool share: queues, the crew, and the regions by their descriptors.
+
+use crate::error::{Error, ErrorKind};
+use crate::fault::Permits;
+use crate::fault::Request;
+use crate::guard::discard;
+use crate::serve::Served;
+use crate::serve::crew::Crew;
+use crate::serve::events::News;
+use crate::serve::fork::usher::Usher;
+use crate::serve::placement::Places;
+use crate::serve::served::{Ahead, Door, Handed, Later, Slow, What};
+use crate::serve::threads::Threads;
+use crate::serve::watch::watch;
+use crate::space::page_table::Wake;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch_kernel::{Span, Uffd};
+use parking_lot::{Mutex, RwLock};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// What the workers share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) stop: EventFd,
+    pub(super) bell: EventFd,
+    handed: (Sender<Handed>, Receiver<Handed>),
+    /// What is filled when there are no faults, by workers that are awake.
+    pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
+    pub(super) slow: Slow,
+    /// Which workers there are.
+    pub(super) crew: Crew,
+    /// There are faults that no queue has room for.
+    pub(super) left: AtomicBool,
+    pub(super) threads: Mutex<Threads>,
+    pub(super) name: String,
+    pub(super) places: Places,
+    pub(super) permits: Option<Arc<Permits>>,
+    pub(super) later: Arc<Later>,
+    /// What the usher leaves to workers.
+    news: (Sender<NewsOf>, Receiver<NewsOf>),
+    pub(super) usher: OnceLock<Usher>,
+    pub(super) epolls: Vec<Arc<Epoll>>,
+    /// How a fault wakes workers: all of them, or one.
+    wakes: EpollFlags,
+    /// By the descriptor of their uffd, which is what epoll reports.
+    regions: RwLock<Regions>,
+}
+
+/// A region, and what is to be done about it.
+type NewsOf = (Arc<Served>, News);
+
+#[derive(Debug, Default)]
+struct Regions {
+    served: HashMap<RawFd, Arc<Door>>,
+    stopped: bool,
+}
+
+impl Shared {
+    /// For workers at these places, at most so many, that are called so.
+    pub(super) fn new(places: &Places, most: usize, name: String) -> Result<Self, Errno> {
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        // A semaphore: one ring wakes one more worker.
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
+        let bell = EventFd::from_flags(flags)?;
+        let later = Arc::new(Later::new()?);
+        let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
+        let epolls = (0..places.workers).map(|_| {
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            watch(&epoll, &*later, once)?;
+            watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
+            watch(&epoll, &bell, EpollFlags::EPOLLIN)?;
+            Ok(Arc::new(epoll))
+        });
+        let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
+        let (handed, ahead) = (bounded(HANDED_MAX), bounded(AHEAD_MAX));
+        // Who is at home on the CPU of a fault is to be woken; of those that are anywhere, one.
+        let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
+        // Once for each event, as it is read to the end: epoll need not look again after each.
+        let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
+        let (slow, crew) = (Slow::new(HANDED_MAX), Crew::new(places.workers, most)?);
+        let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
+        Ok(Self {
+            news,
+            usher,
+            stop,
+            bell,
+            handed,
+            ahead,
+            slow,
+            crew,
+            left: AtomicBool::new(false),
+            threads: Mutex::default(),
+            name,
+            places: places.clone(),
+            permits: None,
+            later,
+            epolls,
+            wakes,
+            regions: RwLock::default(),
+        })
+    }
+
+    /// The way into the region whose uffd is `fd`, if it is still served.
+    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Door>> {
+        self.regions.read().served.get(&fd).cloned()
+    }
+
+    /// Hands a fault on; gives it back if the channel is full.
+    pub(super) fn hand_on(&self, fault: Handed) -> Result<(), Handed> {
+        self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
+    }
+
+    /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
+    pub(super) fn hand_on_or_leave(&self, region: &Arc<Served>, asked: Request) {
+        if self.hand_on(Handed::new(region, asked)).is_ok() {
+            return;
+        }
+        match asked.place {
+            Some(place) => {
+                region.counters.leave(place);
+                self.left.store(true, Ordering::SeqCst);
+            }
+            // The waiter faults again.
+            None => region.wake(asked.page.span()),
+        }
+    }
+
+    /// Has a worker see to what the kernel told of a region. Gives it back if there is no room, as workers may wait for whoever forks.
+    pub(super) fn pass_on(&self, region: &Arc<Served>, news: News) -> Result<(), News> {
+        let passed = self.news.0.try_send((Arc::clone(region), news));
+        self.ring_self();
+        passed.map_err(|refused| refused.into_inner().1)
+    }
+
+    /// Sees to all that was passed on.
+    pub(super) fn hear_news(&self) {
+        while let Ok((region, news)) = self.news.1.try_recv() {
+            match news {
+                News::Child(child) => self.follow(&region, child),
+                News::NoDescriptor => self.bury(&region),
+                told => drop(region.hear(told)),
+            }
+            // It may be the last to hold the region.
+            discard(region);
+        }
+    }
+
+    pub(super) fn take_handed(&self) -> Option<Handed> {
+        self.handed.1.try_recv().ok()
+    }
+
+    /// Whether a fault that was handed on waits for a worker.
+    pub(super) fn has_handed(&self) -> bool {
+        !self.handed.1.is_empty()
+    }
+
+    /// Whether there is something to do that no descriptor tells of.
+    pub(super) fn has_more(&self) -> bool {
+        !self.ahead.1.is_empty() || self.has_handed()
+    }
+
+    /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
+    pub(super) fn remember(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
+        for span in ahead {
+            // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
+            let _ = self.ahead.0.try_send(Ahead::new(region, span));
+        }
+    }
+
+    /// Has some more of a recording filled, likewise.
+    pub(super) fn replay(&self, region: &Arc<Served>) {
+        // Full: what is not replayed is asked for when it is touched.
+        let _ = self.ahead.0.try_send(Ahead::replay(region));
+    }
+
+    /// Starts to fill what a region's recording tells, with all hands.
+    pub(super) fn begin_replay(&self, region: &Arc<Served>) {
+        for _ in &self.epolls {
+            self.replay(region);
+            self.ring_self();
+        }
+    }
+
+    /// Wakes as many other workers as there are faults for them.
+    pub(super) fn ring(&self, faults: u64) {
+        let others = self.crew.working().saturating_sub(1) as u64;
+        if faults.min(others) > 0 {
+            self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// Wakes as many workers as there are faults for them.
+    pub(super) fn ring_all(&self, faults: u64) {
+        if faults > 0 {
+            self.bell
+                .write(faults.min(self.crew.working() as u64).max(1))
+                .expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// Has the one who works, or another, look once more.
+    pub(super) fn ring_self(&self) {
+        self.bell.write(1).expect("an eventfd takes small numbers");
+    }
+
+    /// The ways into those that are served.
+    pub(super) fn regions(&self) -> Vec<Arc<Door>> {
+        self.regions.read().served.values().cloned().collect()
+    }
+
+    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
+    /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
+    pub(super) fn slow_most(&self) -> usize {
+        let workers = self.crew.working();
+        let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
+        if keeps_one { workers - 1 } else { workers }
+    }
+
+    /// Takes no region any more; says which there are.
+    pub(super) fn end(&self) -> Vec<Arc<Door>> {
+        let mut regions = self.regions.write();
+        regions.stopped = true;
+        regions.served.values().cloned().collect()
+    }
+
+    pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
+        &self.epolls
+    }
+
+    pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.stopped {
+            let what = format!(
+                "region {}: its server has ended, because the pool was stopped or the server dropped: start another",
+                region.name
+            );
+            return Err(Error::new(ErrorKind::Busy, what));
+        }
+        if let Some(permits) = &self.permits {
+            let _ = region.permits.set(Arc::clone(permits));
+        }
+        let _ = region.later.set(Arc::clone(&self.later));
+        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.door()));
+        drop(regions);
+        // A partial watch is undone when the region, which the caller owns by now, is dropped.
+        let wakes = self.wakes_of(region);
+        let watched = match (&region.family, self.usher.get()) {
+            (Some(_), Some(usher)) => usher.add(region),
+            _ => self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)),
+        };
+        if watched.is_ok() && region.replay.is_some() {
+            self.begin_replay(region);
+        }
+        watched.map_err(|errno| {
+            Error::because(
+                ErrorKind::Resources,
+                format_args!("region {}: cannot watch it", region.name),
+                errno,
+            )
+        })
+    }
+
+    /// Serves a forked child of a region's, from now on.
+    pub(super) fn follow(&self, parent: &Served, child: Uffd) {
+        let Some(family) = &parent.family else { return parent.forsake(child) };
+        self.bury(parent);
+        if !family.has_room() {
+            let _ = parent.hear(News::GivenUp);
+            return parent.forsake(child);
+        }
+        match parent.child(child) {
+            Ok(child) => {
+                let child = Arc::new(child);
+                parent.counters.local().children.add(1);
+                // In this order: whoever ends the family finds it served, and leaves it.
+                let served = self.add(&child).is_ok() && family.take_in(&child);
+                if !served {
+                    self.leave(&child);
+                }
+            }
+            Err((child, errno)) => {
+                log!(error, region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
+                parent.forsake(child);
+            }
+        }
+    }
+
+    /// Releases the children whose processes have ended.
+    fn bury(&self, parent: &Served) {
+        for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
+            log!(debug, region = dead.name, "has ended");
+            self.remove(&dead);
+            self.retire(&dead);
+        }
+    }
+
+    /// Reads no more of a region whose children were served: nobody can fork with it any more.
+    pub(super) fn retire(&self, region: &Served) {
+        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
+            usher.remove(region);
+        }
+    }
+
+    /// Serves a child no more: what it has not touched is bad.
+    pub(super) fn leave(&self, child: &Served) {
+        self.remove(child);
+        self.retire(child);
+        child.close();
+        child.shut();
+    }
+
+    /// Has a worker look at a region in a moment.
+    pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
+        if region.pace.asks_for_look() && self.later.add(What::Look(Arc::clone(region.door())), wait).is_err()
+        {
+            region.pace.is_looked_at();
+        }
+    }
+
+    /// Has whoever waits for it look once more at a region.
+    pub(super) fn look_again(&self, epoll: &Epoll, region: &Served) {
+        // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
+        let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
+    }
+
+    /// How a region's faults wake workers.
+    fn wakes_of(&self, region: &Served) -> EpollFlags {
+        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
+        let alone =
+            if region.target.foreign().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
+        self.wakes | alone
+    }
+
+    pub(super) fn remove(&self, region: &Served) {
+        let mut regions = self.regions.write();
+        let fd = region.uffd.as_fd().as_raw_fd();
+        if regions.served.get(&fd).is_some_and(|door| door.is_of(region)) {
+            regions.served.remove(&fd);
+        }
+        drop(regions);
+        if region.family.is_some() {
+            return;
+        }
+        for epoll in &self.epolls {
+            // ENOENT where adding was refused half-way.
+            let _ = epoll.delete(&region.uffd);
+        }
+    }
+
+    pub(super) fn refuse_regions(&self) -> Result<(), Error> {
+        let mut regions = self.regions.write();
+        if regions.served.is_empty() {
+            regions.stopped = true;
+            return Ok(());
+        }
+        let name = |door: &Arc<Door>| door.enter().map_or_else(String::new, |region| region.name.clone());
+        let names: Vec<_> = regions.served.values().map(name).collect();
+        let what =
+            format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
+        Err(Error::new(ErrorKind::Busy, what))
+    }
+}
+
+/// News that may wait for a worker.
+const NEWS_MAX: usize = 1024;
+/// Faults that may wait for a worker: past it, who reads them serves them.
+const HANDED_MAX: usize = 1024;
+/// Spans that may wait to be filled ahead.
+const AHEAD_MAX: usize = 64;
