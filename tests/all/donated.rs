@@ -3,7 +3,7 @@
 
 use crate::{PAGE, discard, pattern, until};
 use pagestitch::source::{Donated, Pages};
-use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
+use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
 use proptest::prelude::*;
@@ -31,7 +31,7 @@ fn donated_pages_are_not_copied() {
         .require_zero_copy()
         .build(&Pool::new().unwrap())
         .unwrap();
-    assert_eq!(region.plan().runs()[0].how, How::Move);
+    assert_eq!(region.plan().runs()[0].method, Method::Move);
     assert!(region.as_slice() == bytes);
     let seen = region.close();
     assert_eq!(seen.bytes_copied, 0);
@@ -105,7 +105,7 @@ fn untouched_donated_pages_are_zeros_and_unaligned_chunks_are_copied() {
         .build(&Pool::new().unwrap())
         .unwrap();
     assert!(region.as_slice() == [vec![0; 2 * PAGE], vec![9; 2 * PAGE - 10]].concat());
-    assert_eq!(region.plan().runs()[1].how, How::Read);
+    assert_eq!(region.plan().runs()[1].method, Method::Buffered);
 }
 
 #[test]

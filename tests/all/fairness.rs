@@ -73,7 +73,7 @@ fn is_read_by(pool: &Pool, hangs_at_once: bool, other: impl FnOnce(&Pool) -> Reg
             });
         }
         // A few slow reads first, so that the region counts as slow.
-        crate::until(|| hangs_at_once || hanging_region.metrics().pages_read >= 3);
+        crate::until(|| hangs_at_once || hanging_region.metrics().pages_buffered >= 3);
         hanging.hold(true);
         crate::until(|| hanging.now.load(Ordering::SeqCst) >= 2);
         let (done, reader) = mpsc::channel();
@@ -138,7 +138,7 @@ fn concurrent_faults_of_a_region_stay_within_its_limit() {
         }
     });
     assert_eq!(slow.most.load(Ordering::SeqCst), 2);
-    assert_eq!(region.close().pages_read, 64);
+    assert_eq!(region.close().pages_buffered, 64);
 }
 
 /// Regions are built and dropped beside faults of a slow region, some with faults that wait for

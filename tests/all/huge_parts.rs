@@ -5,7 +5,7 @@ use crate::{HugePages, pattern, touch};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pagestitch::source::{Alias, AliasError, Memfd, SharedFile};
-use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Method, Pool, Region};
 use pagestitch_testkit::this_test;
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -109,7 +109,7 @@ fn whole_huge_pages_are_in_place_and_parts_are_copied() {
     let pool = Pool::new().unwrap();
     let whole = Region::builder().chunk(part(HUGE, 3 * HUGE)).chunk(part(0, HUGE)).require_zero_copy();
     let region = whole.build(&pool).unwrap();
-    assert_eq!(region.plan().runs()[0].how, How::Map);
+    assert_eq!(region.plan().runs()[0].method, Method::Map);
     assert!(region.as_slice() == [&bytes[HUGE..], &bytes[..HUGE]].concat());
     // A multiple of the system's page size, but not of the memfd's.
     let off = Region::builder().chunk(part(MIB, 6 * MIB)).build(&pool).unwrap();

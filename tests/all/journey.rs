@@ -1,7 +1,7 @@
 //! The journey of a fault, step by step, as ARCHITECTURE.md describes it.
 
 use crate::{discard, pattern, until};
-use pagestitch::{Chunk, How, Pool, Readahead, Region};
+use pagestitch::{Chunk, Method, Pool, Readahead, Region};
 use pagestitch_kernel::PageSize;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
@@ -42,7 +42,10 @@ fn each_page_is_filled_by_its_cheapest_method() {
     }
     until(|| region.metrics().pages_installed() == 7);
     let seen = region.metrics();
-    assert_eq!((seen.pages_copied, seen.pages_zeroed, seen.pages_read, seen.pages_gathered), (2, 2, 2, 1));
+    assert_eq!(
+        (seen.pages_copied, seen.pages_zeroed, seen.pages_buffered, seen.pages_gathered),
+        (2, 2, 2, 1)
+    );
     assert_eq!(seen.bytes_copied, 5 * size as u64);
     assert_eq!(seen.faults, 7);
 }
@@ -57,8 +60,8 @@ fn the_plan_lists_runs_with_their_method() {
         .build(&Pool::new().unwrap())
         .unwrap();
     let plan = region.plan();
-    let runs: Vec<_> = plan.runs().iter().map(|run| (run.chunks.clone(), run.how)).collect();
-    assert_eq!(runs, [(0..100, How::Copy), (100..101, How::Zero), (101..102, How::Read)]);
+    let runs: Vec<_> = plan.runs().iter().map(|run| (run.chunks.clone(), run.method)).collect();
+    assert_eq!(runs, [(0..100, Method::Copy), (100..101, Method::Zero), (101..102, Method::Buffered)]);
     let printed = plan.to_string();
     for part in ["region planned", "102 chunks", "0-99", "memory", "hole", "scripted", "0x0..0x1388"] {
         assert!(printed.contains(part), "{part:?} is not in\n{printed}");

@@ -4,7 +4,7 @@
 use crate::{PAGE, pattern, touch};
 use nix::mount::MsFlags;
 use pagestitch::source::{FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
-use pagestitch::{Chunk, ErrorKind, How, Pool, Readahead, Region};
+use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
 use pagestitch_testkit::{child, this_test};
@@ -88,8 +88,8 @@ fn two_regions_of_a_lazy_memfd_fill_each_page_once() {
     assert_eq!(filler.pages(), PAGES as u64);
     let (one, two) = (one.close(), two.close());
     if continues() {
-        assert_eq!((one.pages_cached, one.bytes_copied), (3, 0));
-        assert_eq!((two.pages_cached, two.bytes_copied), (PAGES as u64, 0));
+        assert_eq!((one.pages_continued, one.bytes_copied), (3, 0));
+        assert_eq!((two.pages_continued, two.bytes_copied), (PAGES as u64, 0));
     }
 }
 
@@ -161,7 +161,7 @@ fn an_unaligned_lazy_chunk_is_filled_and_copied() {
     let mut all = vec![0; region.len()];
     region.read_at(0, &mut all).unwrap();
     assert!(all[100..] == filler.bytes[50..20_000]);
-    assert_eq!(region.plan().runs()[1].how, How::Read);
+    assert_eq!(region.plan().runs()[1].method, Method::Buffered);
 }
 
 #[test]
@@ -295,7 +295,7 @@ fn a_collapse_of_a_lazy_memfd_shows_no_zeros() {
     let (filler, pool) = (filler_of(HUGE_BYTES), Pool::new().unwrap());
     let lazy = LazyMemfd::new(memfd.file().try_clone().unwrap().into(), Arc::clone(&filler) as _).unwrap();
     let region = Region::builder().chunk(lazy).readahead(Readahead::None).build_shared(&pool).unwrap();
-    if region.plan().runs()[0].how != How::Continue {
+    if region.plan().runs()[0].method != Method::Continue {
         return println!("SKIPPED collapse: the memfd is copied here");
     }
     let mut byte = [0];

@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::{PAGE, pattern, touch};
 use pagestitch::source::{Alias, SharedFile, UnsealedMemfd};
-use pagestitch::{Access, Chunk, ErrorKind, How, Pool, Region, SharedRegion};
+use pagestitch::{Access, Chunk, ErrorKind, Method, Pool, Region, SharedRegion};
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::Write;
@@ -161,7 +161,7 @@ fn an_unaligned_shared_chunk_is_copied_at_the_first_touch() {
     let (memfd, other) = memfd_of(&bytes);
     let region =
         Region::builder().chunk(vec![1u8; 100]).chunk(memfd).build_shared(&Pool::new().unwrap()).unwrap();
-    assert_eq!(region.plan().runs()[1].how, How::Read);
+    assert_eq!(region.plan().runs()[1].method, Method::Buffered);
     other.write_all_at(b"before", 0).unwrap();
     assert_eq!(&bytes_of(&region)[100..106], b"before");
     other.write_all_at(b"after!", 0).unwrap();
@@ -189,7 +189,7 @@ fn page_aligned_chunks_are_shown_in_place() {
     assert_eq!(region.offset_of(3), None);
     let plan = region.plan();
     let mapped: Vec<_> =
-        plan.runs().iter().filter(|run| run.how == How::Map).map(|run| run.chunks.clone()).collect();
+        plan.runs().iter().filter(|run| run.method == Method::Map).map(|run| run.chunks.clone()).collect();
     assert_eq!(mapped, [0..1, 1..2, 2..3], "padding is not counted:\n{plan}");
     assert_eq!(region.close().bytes_copied, 0);
 }
@@ -244,8 +244,8 @@ fn the_limit_of_mappings_can_be_set() {
     let pages = [7, 6, 5, 4, 3, 2, 1, 0_u64]
         .map(|page| Chunk::from(Arc::clone(&memfd)).range(page * PAGE as u64..(page + 1) * PAGE as u64));
     let region = Region::builder().chunks(pages).max_mappings(3).build_shared(&Pool::new().unwrap()).unwrap();
-    let hows: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.chunks.clone())).collect();
-    assert_eq!(hows, [(How::Map, 0..3), (How::Read, 3..8)]);
+    let hows: Vec<_> = region.plan().runs().iter().map(|run| (run.method, run.chunks.clone())).collect();
+    assert_eq!(hows, [(Method::Map, 0..3), (Method::Buffered, 3..8)]);
     bytes_of(&region);
     assert_eq!(region.close().pages_in_place, 3);
 }

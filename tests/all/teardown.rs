@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use pagestitch::source::Pages;
-use pagestitch::{Chunk, ErrorKind, How, Inline, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -228,7 +228,7 @@ fn a_mapping_of_a_forked_child_never_lands_where_its_parents_region_is() {
         let (first, second, third) =
             (copied.as_ptr().addr().get(), partly.as_ptr().addr().get(), start(&donated));
         let in_place = second + 5 * 4096;
-        assert_eq!(partly.plan().runs()[1].how, How::Map);
+        assert_eq!(partly.plan().runs()[1].method, Method::Map);
         // 0 for a page that the child finds in place, a signal for the others.
         let after_mapping = |address: usize, expected: u8| {
             ForkedChild::start(move || {

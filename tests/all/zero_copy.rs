@@ -3,7 +3,7 @@
 
 use crate::{PAGE, pattern};
 use pagestitch::source::Memfd;
-use pagestitch::{Chunk, ErrorKind, How, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Method, Pool, Region};
 use pagestitch_kernel::memfd::{SealedMemfd, UnsealedMemfd};
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
@@ -96,7 +96,7 @@ fn edges_inside_a_page_are_copied_and_the_plan_says_so() {
         .chunk(Chunk::from(memfd).range(0..9 * PAGE as u64)) // not page-aligned
         .build(&Pool::new().unwrap())
         .unwrap();
-    let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.how, run.reason)).collect();
+    let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.method, run.reason)).collect();
     assert_eq!(whys.len(), 3);
     assert!(whys[1].1.starts_with("an edge lies inside a page"), "{whys:?}");
     assert!(whys[2].1.starts_with("not at the same place in a page"), "{whys:?}");
@@ -152,8 +152,8 @@ fn a_hundred_thousand_shuffled_pages_are_mapped_up_to_the_budget_and_copied_beyo
         Chunk::from(memfd.clone()).range(start..start + PAGE as u64)
     });
     let region = Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap();
-    let runs: Vec<_> = region.plan().runs().iter().map(|run| run.how).collect();
-    assert_eq!(runs, [How::Map, How::Copy]);
+    let runs: Vec<_> = region.plan().runs().iter().map(|run| run.method).collect();
+    assert_eq!(runs, [Method::Map, Method::Copy]);
     for place in (0..PAGES).filter(|&place| page_at(place) % 97 == 0) {
         let start = place as usize * PAGE;
         let seen = u64::from_le_bytes(region.as_slice()[start..start + 8].try_into().unwrap());

@@ -3,7 +3,7 @@
 
 use crate::{PAGE, RESERVED, bytes_at, dev_mem, hexadecimal, pci_device, pci_resource};
 use pagestitch::source::{Caching, Physical};
-use pagestitch::{Access, Chunk, How, Pool, Region};
+use pagestitch::{Access, Chunk, Method, Pool, Region};
 use pagestitch_kernel::physical::Refusal;
 use std::fs;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ fn unaligned_physical_memory_is_copied_at_the_first_touch() {
         .chunk(vec![2u8; 10])
         .build_shared(&Pool::new().unwrap())
         .unwrap();
-    assert_eq!(region.plan().runs()[1].how, How::Read);
+    assert_eq!(region.plan().runs()[1].method, Method::Buffered);
     let all = bytes_at(&region, 0, region.len());
     assert!(all == [vec![1; 10], vec![8; 3 * PAGE as usize - 5], vec![2; 10]].concat());
 }

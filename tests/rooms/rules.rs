@@ -13,7 +13,7 @@ pub(crate) const ROOMS: &[&[&str]] = &[
     &["policy", "source", "metrics"],
     &["error"],
     &["guard"],
-    &["signals"],
+    &["signals", "method"],
 ];
 
 fn rank(room: &str) -> Option<usize> {

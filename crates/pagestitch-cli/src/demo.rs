@@ -167,8 +167,8 @@ fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
         ("pages touched", latencies.len().to_string()),
         ("bytes copied for these", format!("{} of {}", bytes(after_touch.bytes_copied), bytes(*len as u64))),
         ("pages copied, read, gathered", {
-            let Metrics { pages_copied, pages_read, pages_gathered, .. } = after_touch;
-            format!("{pages_copied}, {pages_read}, {pages_gathered}")
+            let Metrics { pages_copied, pages_buffered, pages_gathered, .. } = after_touch;
+            format!("{pages_copied}, {pages_buffered}, {pages_gathered}")
         }),
         (
             "first touch: p50, p99, max",
@@ -193,7 +193,7 @@ fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
     let at = |quantile| latencies.value_at_quantile(quantile);
     let all = json!({
         "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,
-        "pages_copied": after_touch.pages_copied, "pages_read": after_touch.pages_read,
+        "pages_copied": after_touch.pages_copied, "pages_buffered": after_touch.pages_buffered,
         "pages_gathered": after_touch.pages_gathered, "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max(),
         "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "right": sha256 == expected,
     });

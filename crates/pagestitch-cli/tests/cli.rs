@@ -108,10 +108,10 @@ fn aligned_parts_are_mapped_or_with_copy_copied() {
         (&mapped["pages_in_place"], &mapped["bytes_copied"], &mapped["faults"]),
         (&6.into(), &0.into(), &0.into())
     );
-    assert_eq!(mapped["plan"][0]["how"], "map");
+    assert_eq!(mapped["plan"][0]["method"], "map");
     let copied = told(&[&parts[..], &["--copy"]].concat());
     assert_eq!((&copied["pages_in_place"], &copied["pages_installed"]), (&0.into(), &6.into()));
-    assert_eq!(copied["plan"][0]["how"], "read");
+    assert_eq!(copied["plan"][0]["method"], "buffered");
     assert_eq!(mapped["sha256"], copied["sha256"]);
 }
 
@@ -151,7 +151,7 @@ fn explain_touch_and_json_print_plan_latencies_and_counters() {
     let directory = files();
     let said =
         out(&pagestitch(directory.path(), &["stitch", "a", "c:0+100", "--explain", "--touch", "random:50%"]));
-    for part in ["region stitched: 10100 bytes, 3 pages", "0x0..0x2710", "read", "2 pages touched: p50"] {
+    for part in ["region stitched: 10100 bytes, 3 pages", "0x0..0x2710", "buffered", "2 pages touched: p50"] {
         assert!(said.contains(part), "{part:?} is not in\n{said}");
     }
     let said = out(&pagestitch(
@@ -161,7 +161,7 @@ fn explain_touch_and_json_print_plan_latencies_and_counters() {
     let json: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((json["bytes"].as_u64(), json["touch"]["pages"].as_u64()), (Some(15_000), Some(4)));
     assert_eq!(json["sha256"].as_str().map(str::len), Some(64));
-    assert_eq!(json["plan"][1]["how"], "read");
+    assert_eq!(json["plan"][1]["method"], "buffered");
 }
 
 #[test]

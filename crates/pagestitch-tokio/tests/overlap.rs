@@ -88,7 +88,7 @@ fn concurrent_fetches_divide_the_time_of_their_faults() {
         assert!(took < Duration::from_millis(50 * (rounds + 2)), "{concurrency} at once: {took:?}");
         let most = far.most.load(Ordering::SeqCst);
         assert!(most <= concurrency && most > concurrency / 2, "{most} at once");
-        assert_eq!(region.close().pages_read, 61);
+        assert_eq!(region.close().pages_buffered, 61);
     }
 }
 

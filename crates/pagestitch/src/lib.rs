@@ -59,6 +59,7 @@ mod guard;
 mod api;
 mod error;
 mod fault;
+mod method;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
@@ -70,6 +71,7 @@ mod space;
 
 pub use api::{AdoptedRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope};
 pub use error::{Error, ErrorKind};
+pub use method::Method;
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::process::Process;
@@ -78,7 +80,7 @@ pub use pagestitch_kernel::{Access, View};
 pub use policy::{OnFailure, Readahead, Recording, Retry};
 pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
-pub use space::{AdoptedMemory, Chunk, How, OnDiscard, OnUnavailable, Plan, PlanRun};
+pub use space::{AdoptedMemory, Chunk, OnDiscard, OnUnavailable, Plan, PlanRun};
 
 /// The README's example is compiled and run with the doc tests.
 #[cfg(doctest)]

@@ -13,12 +13,11 @@ use crate::api::Core;
 use crate::api::nesting::Below;
 use crate::api::options::Options;
 use crate::error::{Error, ErrorKind};
+use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Family;
 use crate::serve::{Served, Server};
-use crate::space::{
-    Abilities, AdoptedMemory, How, Layout, Manner, Mapping, Plan, PlanRun, Shown, Tables, Target,
-};
+use crate::space::{Abilities, AdoptedMemory, Layout, Manner, Mapping, Plan, PlanRun, Shown, Tables, Target};
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
@@ -276,11 +275,9 @@ fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> E
 }
 
 fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
-    match Plan::of(mapping)
-        .runs()
-        .iter()
-        .find(|run| !matches!(run.how, How::Map | How::Move | How::Continue | How::Zero))
-    {
+    match Plan::of(mapping).runs().iter().find(|run| {
+        !matches!(run.method, Method::Map | Method::Alias | Method::Move | Method::Continue | Method::Zero)
+    }) {
         Some(PlanRun { chunks, source, reason, .. }) => {
             let what = format!(
                 "region {}: chunk {} ({source}) is not zero-copy: {reason}",

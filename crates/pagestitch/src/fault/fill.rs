@@ -3,7 +3,7 @@
 //! ```text
 //!   page:    |----- 0 -----|----- 1 -----|----- 2 -----|----- 3 -----|
 //!   chunks:  [ a            a            a  ][b ][ c       c       c  ...
-//!   fill:     straight      straight      gather        read / straight
+//!   fill:     copy          copy          gathered      buffered / copy
 //! ```
 //!
 //! A page inside one chunk takes the shortest way its source has. A page over several, or with a ragged end, is
@@ -29,17 +29,17 @@ pub(crate) struct Filled<'a> {
 /// Where the bytes of some pages are.
 pub(crate) enum Content<'a> {
     /// In a source's own memory.
-    Straight(MemoryBytes<'a>, Range<usize>),
+    Copy(MemoryBytes<'a>, Range<usize>),
     /// In the buffer: read there from one source.
-    Read(&'a [u8]),
+    Buffered(&'a [u8]),
     /// In the buffer: gathered there from several chunks.
     Gathered(&'a [u8]),
     /// In a huge page that can move.
-    Staged(&'a mut Staging),
+    StagedMove(&'a mut Staging),
     /// In donated pages, from an offset on: they can move.
-    Donated(&'a Donated, u64),
+    Move(&'a Donated, u64),
     /// In the memfd that is mapped there: they only need to be shown.
-    Cached,
+    Continue,
     /// Nowhere: they are zeros.
     Zero,
 }
@@ -83,17 +83,17 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
     if let Some(whole) = region.stageable_block(span)
         && stage(layout, page.offsets(whole), block.fresh()).is_some()
     {
-        return Ok(Filled { pages: whole.pages, content: Content::Staged(block) });
+        return Ok(Filled { pages: whole.pages, content: Content::StagedMove(block) });
     }
     let offsets = page.offsets(span);
     let piece = layout.piece_at(offsets.start, offsets.end);
     if let Some((pages, memfd, offset)) = region.lazy_pages(span) {
         let bytes = page.bytes() as u64 * pages as u64;
         asked(|| memfd.fill(offset..offset + bytes)).map_err(|error| piece.failed(error))?;
-        return Ok(Filled { pages, content: Content::Cached });
+        return Ok(Filled { pages, content: Content::Continue });
     }
     if let Some((pages, donated, offset)) = region.movable_pages(span) {
-        return Ok(Filled { pages, content: Content::Donated(donated, offset) });
+        return Ok(Filled { pages, content: Content::Move(donated, offset) });
     }
     let whole = usize::try_from(piece.bytes / page.bytes() as u64).unwrap_or(usize::MAX).min(span.pages);
     if whole == 0 {
@@ -105,13 +105,13 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
             let bytes = memory.bytes().map_err(|error| piece.failed(error))?;
             // The chunk lies inside its memory, so its offsets fit a usize.
             let start = piece.offset as usize;
-            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            let content = Content::Copy(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
         Backing::Memfd(memfd) => {
             let bytes = MemoryBytes::Owned(memfd.sealed().as_ref());
             let start = piece.offset as usize;
-            let content = Content::Straight(bytes, start..start + whole * page.bytes());
+            let content = Content::Copy(bytes, start..start + whole * page.bytes());
             Ok(Filled { pages: whole, content })
         }
         Backing::Read(_)
@@ -128,7 +128,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
                 answer = read(source, piece.offset, &mut staging[..page.bytes()]);
             }
             answer.map_err(|error| piece.failed(error))?;
-            Ok(Filled { pages, content: Content::Read(&staging[..pages * page.bytes()]) })
+            Ok(Filled { pages, content: Content::Buffered(&staging[..pages * page.bytes()]) })
         }
     }
 }
@@ -177,14 +177,14 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
 pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     let offsets = region.page_size().offsets(page.span());
     if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
-        return Some(Content::Donated(donated, offset));
+        return Some(Content::Move(donated, offset));
     }
     let piece = region.layout.piece_at(offsets.start, offsets.end);
     let (start, size) = (piece.offset as usize, region.page_size().bytes());
     match piece.backing {
         _ if piece.bytes < size as u64 => None,
         Backing::Hole(_) => Some(Content::Zero),
-        backing => Some(Content::Straight(stable_bytes(backing)?, start..start + size)),
+        backing => Some(Content::Copy(stable_bytes(backing)?, start..start + size)),
     }
 }
 

@@ -73,7 +73,7 @@ impl<H: Host> Complete for Pending<H> {
         let began = region.counters.clock();
         match answer {
             Ok(bytes) => {
-                let filled = Filled { pages: span.pages, content: Content::Read(bytes) };
+                let filled = Filled { pages: span.pages, content: Content::Buffered(bytes) };
                 let short = if let Wanted::Now(asked) = wanted { asked.short() } else { Short::Tell };
                 match (install(region, &mut claim, filled, short), wanted) {
                     (Ok(()), Wanted::Ahead) => region.counters.local().pages_ahead.add(span.pages as u64),

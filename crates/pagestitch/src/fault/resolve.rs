@@ -3,6 +3,7 @@
 
 use crate::error::Failure;
 use crate::fault::fill::{Content, Filled};
+use crate::method::Method;
 use crate::source::gone;
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, State, Wake};
@@ -52,18 +53,6 @@ pub(crate) enum NotInstalled {
     Refused(Failure),
 }
 
-/// How pages came to be there, for the counters.
-#[derive(Debug, Clone, Copy)]
-enum Way {
-    Copied,
-    Read,
-    Gathered,
-    Staged,
-    Moved,
-    Cached,
-    Zeroed,
-}
-
 /// Installs what was filled in the first pages of the claim, and settles them.
 pub(crate) fn install(
     region: &Mapping,
@@ -109,7 +98,7 @@ fn install_some(
     let _held = held(region, span).map_err(|Changing| Refusal::Changing)?;
     let page_bytes = region.page_size().bytes();
     let put = put(region, span, content, done * page_bytes);
-    let (outcome, way) = put.ok_or_else(|| Refusal::Other(gone()))?;
+    let (outcome, method) = put.ok_or_else(|| Refusal::Other(gone()))?;
     let pages = match outcome {
         Outcome::Done => span.pages,
         Outcome::Partial { bytes } => bytes / page_bytes,
@@ -137,7 +126,7 @@ fn install_some(
     if outcome != Outcome::AlreadyThere {
         region.forget_failures(span.prefix(pages));
     }
-    tell(region, span.prefix(pages), way);
+    tell(region, span.prefix(pages), method);
     Ok(pages)
 }
 
@@ -171,9 +160,9 @@ fn unless_forgotten<'r>(region: &Mapping, span: Span, held: Held<'r>) -> Result<
 pub(crate) fn install_inline(region: &Mapping, claim: &mut Claim<'_>, content: Content<'_>) -> bool {
     let span = claim.span();
     match put_inline(region, span, content) {
-        Some((Outcome::Done | Outcome::AlreadyThere, way)) => {
+        Some((Outcome::Done | Outcome::AlreadyThere, method)) => {
             claim.settle(1, State::Present);
-            count(region, span, way);
+            count(region, span, method);
             true
         }
         // The thread touches it again, and the claim that is dropped lets it.
@@ -186,8 +175,10 @@ pub(crate) fn install_inline(region: &Mapping, claim: &mut Claim<'_>, content: C
 /// pages are not for two.
 pub(crate) fn install_beside(region: &Mapping, span: Span, mut content: Content<'_>) -> bool {
     let put = match content {
-        Content::Donated(..) => None,
-        Content::Read(_) | Content::Staged(_) | Content::Cached => put(region, span, &mut content, 0),
+        Content::Move(..) => None,
+        Content::Buffered(_) | Content::StagedMove(_) | Content::Continue => {
+            put(region, span, &mut content, 0)
+        }
         inline => put_inline(region, span, inline),
     };
     matches!(put, Some((Outcome::Done | Outcome::AlreadyThere | Outcome::Changing, _)))
@@ -195,13 +186,13 @@ pub(crate) fn install_beside(region: &Mapping, span: Span, mut content: Content<
 
 /// [`put`], of what can be had in a signal handler, with little of its stack. A page that has just been missing has no mark; one that
 /// gets it meanwhile is a signal when it is touched again. To look for its failure would take a lock.
-fn put_inline(region: &Mapping, span: Span, content: Content<'_>) -> Option<(Outcome, Way)> {
+fn put_inline(region: &Mapping, span: Span, content: Content<'_>) -> Option<(Outcome, Method)> {
     match content {
-        Content::Straight(memory, bytes) => Some((copy_inline(region, span, &memory[bytes]), Way::Copied)),
-        Content::Gathered(bytes) => Some((copy_inline(region, span, bytes), Way::Gathered)),
-        Content::Donated(donated, offset) => give(region, span, donated, offset, |_, _| false),
-        Content::Zero => Some((region.uffd.zero(region.target.addresses(span)), Way::Zeroed)),
-        Content::Read(_) | Content::Staged(_) | Content::Cached => None,
+        Content::Copy(memory, bytes) => Some((copy_inline(region, span, &memory[bytes]), Method::Copy)),
+        Content::Gathered(bytes) => Some((copy_inline(region, span, bytes), Method::Gathered)),
+        Content::Move(donated, offset) => give(region, span, donated, offset, |_, _| false),
+        Content::Zero => Some((region.uffd.zero(region.target.addresses(span)), Method::Zero)),
+        Content::Buffered(_) | Content::StagedMove(_) | Content::Continue => None,
     }
 }
 
@@ -210,32 +201,30 @@ fn copy_inline(region: &Mapping, span: Span, bytes: &[u8]) -> Outcome {
 }
 
 /// Has the kernel put content at a span, from the content's byte `done` on. `None` where donated pages are gone.
-fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize) -> Option<(Outcome, Way)> {
+fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize) -> Option<(Outcome, Method)> {
     let range = region.target.addresses(span);
     let part = done..done + range.bytes();
     Some(match content {
-        Content::Straight(memory, bytes) => {
-            (region.uffd.copy(range, &memory[bytes.clone()][part]), Way::Copied)
-        }
-        Content::Read(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Read),
-        Content::Gathered(bytes) => (region.uffd.copy(range, &bytes[part]), Way::Gathered),
-        Content::Staged(staging) => match region.uffd.move_staged(range, staging, done) {
+        Content::Copy(memory, bytes) => (region.uffd.copy(range, &memory[bytes.clone()][part]), Method::Copy),
+        Content::Buffered(bytes) => (region.uffd.copy(range, &bytes[part]), Method::Buffered),
+        Content::Gathered(bytes) => (region.uffd.copy(range, &bytes[part]), Method::Gathered),
+        Content::StagedMove(staging) => match region.uffd.move_staged(range, staging, done) {
             // It can always be copied instead: what has not moved is still there.
             Outcome::Busy | Outcome::NoMemory | Outcome::Refused(_) => {
-                (region.uffd.copy(range, &staging.bytes()[part]), Way::Read)
+                (region.uffd.copy(range, &staging.bytes()[part]), Method::Buffered)
             }
             Outcome::AlreadyThere if is_marked(region, span) => {
-                (region.uffd.copy(range, &staging.bytes()[part]), Way::Read)
+                (region.uffd.copy(range, &staging.bytes()[part]), Method::Buffered)
             }
-            outcome => (outcome, Way::Staged),
+            outcome => (outcome, Method::StagedMove),
         },
-        Content::Donated(donated, offset) => {
+        Content::Move(donated, offset) => {
             return give(region, span, donated, *offset + done as u64, is_marked);
         }
-        Content::Cached => (region.uffd.continue_pages(range), Way::Cached),
+        Content::Continue => (region.uffd.continue_pages(range), Method::Continue),
         Content::Zero => match region.uffd.zero(range) {
-            Outcome::AlreadyThere if is_marked(region, span) => (zero_marked(region, span), Way::Zeroed),
-            outcome => (outcome, Way::Zeroed),
+            Outcome::AlreadyThere if is_marked(region, span) => (zero_marked(region, span), Method::Zero),
+            outcome => (outcome, Method::Zero),
         },
     })
 }
@@ -248,13 +237,13 @@ fn give(
     donated: &Donated,
     offset: u64,
     marked: fn(&Mapping, Span) -> bool,
-) -> Option<(Outcome, Way)> {
+) -> Option<(Outcome, Method)> {
     if region.moves {
         match region.uffd.move_donated(region.target.addresses(span), donated, offset) {
             // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
             Outcome::AlreadyThere if marked(region, span) => {}
-            outcome => return Some((outcome, Way::Moved)),
+            outcome => return Some((outcome, Method::Move)),
         }
     }
     let range = region.target.addresses(span.prefix(1));
@@ -264,7 +253,7 @@ fn give(
         }
         // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
         return match region.uffd.poison(range) {
-            outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Way::Moved)),
+            outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Move)),
             _ => None,
         };
     }
@@ -272,7 +261,7 @@ fn give(
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
         outcome => outcome,
     };
-    Some((outcome, Way::Copied))
+    Some((outcome, Method::Copy))
 }
 
 /// Makes a span's first page zeros, which has the mark of a bad one.
@@ -322,7 +311,7 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
     }
     claim.settle(1, State::Poisoned);
     region.settle_failure(page, &failure);
-    region.counters.local().pages_poisoned.add(1);
+    count(region, page.span(), Method::Poison);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, &failure);
     Stopped::Failed(failure)
@@ -418,25 +407,27 @@ fn refusal(outcome: Outcome) -> io::Error {
     }
 }
 
-fn tell(region: &Mapping, span: Span, way: Way) {
-    count(region, span, way);
-    log!(trace, region = region.name, page = span.first.0, pages = span.pages, ?way, "installed");
+fn tell(region: &Mapping, span: Span, method: Method) {
+    count(region, span, method);
+    log!(trace, region = region.name, page = span.first.0, pages = span.pages, %method, "installed");
 }
 
-fn count(region: &Mapping, span: Span, way: Way) {
+fn count(region: &Mapping, span: Span, method: Method) {
     let counters = region.counters.local();
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
-    let counter = match way {
-        Way::Copied => &counters.pages_copied,
-        Way::Read => &counters.pages_read,
-        Way::Gathered => &counters.pages_gathered,
-        Way::Staged => &counters.pages_staged,
-        Way::Moved => &counters.pages_moved,
-        Way::Cached => &counters.pages_cached,
-        Way::Zeroed => &counters.pages_zeroed,
+    let counter = match method {
+        Method::Copy => &counters.pages_copied,
+        Method::Buffered => &counters.pages_buffered,
+        Method::Gathered => &counters.pages_gathered,
+        Method::StagedMove => &counters.pages_staged,
+        Method::Move => &counters.pages_moved,
+        Method::Continue => &counters.pages_continued,
+        Method::Zero => &counters.pages_zeroed,
+        Method::Map | Method::Alias => &counters.pages_in_place,
+        Method::Poison => &counters.pages_poisoned,
     };
     counter.add(pages);
-    if matches!(way, Way::Copied | Way::Read | Way::Gathered | Way::Staged) {
+    if matches!(method, Method::Copy | Method::Buffered | Method::Gathered | Method::StagedMove) {
         counters.bytes_copied.add(bytes);
     }
 }

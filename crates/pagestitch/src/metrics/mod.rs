@@ -204,7 +204,7 @@ metrics! {
     /// Pages copied straight from a source's own memory.
     pages_copied,
     /// Pages read into staging from one source, and copied from there.
-    pages_read,
+    pages_buffered,
     /// Pages gathered in staging from several chunks, and copied from there.
     pages_gathered,
     /// Pages of whole blocks, filled in a huge page of staging that was then moved in: copied once.
@@ -212,7 +212,7 @@ metrics! {
     /// Donated pages that were moved in: not copied.
     pages_moved,
     /// Pages of a memfd that is filled later, shown when it had them: not copied.
-    pages_cached,
+    pages_continued,
     /// Pages of zeros.
     pages_zeroed,
     /// Pages that a source could not fill: poisoned.
@@ -241,11 +241,11 @@ impl Metrics {
     #[must_use]
     pub const fn pages_installed(&self) -> u64 {
         self.pages_copied
-            + self.pages_read
+            + self.pages_buffered
             + self.pages_gathered
             + self.pages_staged
             + self.pages_moved
-            + self.pages_cached
+            + self.pages_continued
             + self.pages_zeroed
     }
 }
@@ -325,7 +325,7 @@ impl Meter {
     #[must_use]
     pub fn bytes_mapped(&self) -> u64 {
         let metrics = self.metrics();
-        (metrics.pages_in_place + metrics.pages_cached) * self.counters.page.bytes() as u64
+        (metrics.pages_in_place + metrics.pages_continued) * self.counters.page.bytes() as u64
     }
 
     /// Pages that were filled ahead, and that no reader is known to have passed by.

@@ -8,10 +8,11 @@ use crate::error::{Error, ErrorKind};
 use crate::fault::callers;
 use crate::fault::fill::{Content, fill_inline, gather_inline};
 use crate::fault::resolve::{install_beside, install_inline};
+use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
 use crate::space::page_table::{State, Unclaimed, Wake};
-use crate::space::{How, Plan, PlanRun};
+use crate::space::{Plan, PlanRun};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
@@ -154,7 +155,8 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
             region.page_size()
         ));
     }
-    match Plan::of(region).runs().iter().find(|run| matches!(run.how, How::Read | How::Continue)) {
+    match Plan::of(region).runs().iter().find(|run| matches!(run.method, Method::Buffered | Method::Continue))
+    {
         Some(PlanRun { chunks, source, .. }) => refused(format!(
             "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
              into memory first",

@@ -24,7 +24,7 @@ pub use chunk::Chunk;
 pub(crate) use failure_table::Reporter;
 pub(crate) use layout::Layout;
 pub(crate) use mapped::{Abilities, Runs, Shown};
-pub use plan::{How, Plan, PlanRun};
+pub use plan::{Plan, PlanRun};
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 

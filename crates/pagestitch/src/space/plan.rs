@@ -1,5 +1,6 @@
 //! The plan: how each run of chunks is installed, and why not without a copy. For people to read.
 
+use crate::method::Method;
 use crate::source::{Backing, Shared};
 use crate::space::Mapping;
 use crate::space::mapped::{is_aligned, whole_pages};
@@ -32,40 +33,9 @@ pub struct PlanRun {
     /// What the source calls itself.
     pub source: String,
     /// How its pages are installed.
-    pub how: How,
+    pub method: Method,
     /// Why so, and not without a copy.
     pub reason: &'static str,
-}
-
-/// How pages are installed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum How {
-    /// Mapped in place when the region is built: the source's own pages. No copy, no fault.
-    Map,
-    /// Moved from their owner: no copy. On first touch since Linux 6.8, when the region is built before that.
-    Move,
-    /// Shown on first touch, when the memfd has them: no copy.
-    Continue,
-    /// Copied on first touch, straight from where the bytes lie. One copy.
-    Copy,
-    /// Read into staging on first touch, then copied. Two copies.
-    Read,
-    /// The kernel's zero page. No copy.
-    Zero,
-}
-
-impl fmt::Display for How {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Map => "map",
-            Self::Move => "move",
-            Self::Continue => "continue",
-            Self::Copy => "copy",
-            Self::Read => "read",
-            Self::Zero => "zero",
-        })
-    }
 }
 
 impl Plan {
@@ -76,7 +46,9 @@ impl Plan {
             let run = run_of(mapping, chunk);
             match runs.last_mut() {
                 Some(last)
-                    if last.how == run.how && last.source == run.source && last.reason == run.reason =>
+                    if last.method == run.method
+                        && last.source == run.source
+                        && last.reason == run.reason =>
                 {
                     last.offsets.end = run.offsets.end;
                     last.chunks.end = run.chunks.end;
@@ -125,26 +97,26 @@ impl Plan {
 
 fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     let backing = mapping.layout.backing_of(chunk);
-    let (how, reason) = match backing {
+    let (method, reason) = match backing {
         Backing::Hole(_) if mapping.layout.is_padding(chunk) => {
-            (How::Zero, "padding up to the next chunk's place in a page")
+            (Method::Zero, "padding up to the next chunk's place in a page")
         }
-        Backing::Memory(_) => (How::Copy, "private memory: copied once, from where it lies"),
-        Backing::Fetched(_) => (How::Read, "comes later: fetched, then copied; no worker waits"),
-        Backing::Read(_) => (How::Read, "read at an offset: into staging, then copied"),
-        Backing::Hole(_) => (How::Zero, "zeros: the kernel's zero page, no copy"),
+        Backing::Memory(_) => (Method::Copy, "private memory: copied once, from where it lies"),
+        Backing::Fetched(_) => (Method::Buffered, "comes later: fetched, then copied; no worker waits"),
+        Backing::Read(_) => (Method::Buffered, "read at an offset: into staging, then copied"),
+        Backing::Hole(_) => (Method::Zero, "zeros: the kernel's zero page, no copy"),
         Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
-            how_of_pages(mapping, chunk, backing)
+            method_of_pages(mapping, chunk, backing)
         }
     };
     let offsets = mapping.layout.offsets_of(chunk);
     let number = mapping.layout.number_of(chunk);
     let counted = usize::from(!mapping.layout.is_padding(chunk));
-    PlanRun { offsets, chunks: number..number + counted, source: backing.source().name(), how, reason }
+    PlanRun { offsets, chunks: number..number + counted, source: backing.source().name(), method, reason }
 }
 
 /// A source with pages of its own. A chunk counts as shown only if all of it is.
-fn how_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (How, &'static str) {
+fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Method, &'static str) {
     let page = mapping.page_size();
     let offsets = mapping.layout.offsets_of(chunk);
     let is_shown = |span: Span| match backing {
@@ -159,7 +131,7 @@ fn how_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (How, &'s
         return shown(mapping, backing);
     }
     let reason = why_copied(mapping, chunk, backing, is_shown);
-    (if matches!(backing, Backing::Memfd(_)) { How::Copy } else { How::Read }, reason)
+    (if matches!(backing, Backing::Memfd(_)) { Method::Copy } else { Method::Buffered }, reason)
 }
 
 /// Why not all of a chunk is shown, whose source has pages of its own.
@@ -207,25 +179,25 @@ fn why_copied(
     }
 }
 
-fn shown(mapping: &Mapping, backing: &Backing) -> (How, &'static str) {
+fn shown(mapping: &Mapping, backing: &Backing) -> (Method, &'static str) {
     match backing {
         Backing::Donated(_) if mapping.moves => {
-            (How::Move, "donated: its pages move in when they are touched")
+            (Method::Move, "donated: its pages move in when they are touched")
         }
-        Backing::Donated(_) => (How::Move, "donated: its pages have moved in"),
-        Backing::Shared(Shared::Lazy(_)) => (How::Continue, "the memfd's own pages, when it has them"),
+        Backing::Donated(_) => (Method::Move, "donated: its pages have moved in"),
+        Backing::Shared(Shared::Lazy(_)) => (Method::Continue, "the memfd's own pages, when it has them"),
         Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
         Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
         Backing::Shared(Shared::Alias(_)) => {
-            (How::Map, "mapped in place: a second mapping of the same pages")
+            (Method::Alias, "mapped in place: a second mapping of the same pages")
         }
-        Backing::Shared(Shared::Physical(_)) => (How::Map, "mapped in place: the frames themselves"),
-        _ => (How::Map, "mapped in place: the source's own pages"),
+        Backing::Shared(Shared::Physical(_)) => (Method::Map, "mapped in place: the frames themselves"),
+        _ => (Method::Map, "mapped in place: the source's own pages"),
     }
 }
 
-const MAPPED_COPY_ON_WRITE: (How, &str) =
-    (How::Map, "mapped in place: the file's own pages, until they are written to");
+const MAPPED_COPY_ON_WRITE: (Method, &str) =
+    (Method::Map, "mapped in place: the file's own pages, until they are written to");
 
 /// Pages in which a chunk ends before the page does.
 fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
@@ -253,7 +225,7 @@ impl fmt::Display for Plan {
             f,
             "region {region}: {bytes} bytes, {pages} pages of {page}, {chunks} chunks; {gathered_pages} pages are gathered"
         )?;
-        if runs.iter().any(|run| matches!(run.how, How::Copy | How::Read)) {
+        if runs.iter().any(|run| matches!(run.method, Method::Copy | Method::Buffered)) {
             match staged {
                 Ok(()) => writeln!(f, "  whole blocks of 2 MiB are filled in a huge page and moved in"),
                 Err(reason) => writeln!(f, "  whole blocks are copied page by page: {reason}"),
@@ -277,7 +249,7 @@ impl PlanRun {
             _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
         };
         let offsets = format!("{:#x}..{:#x}", self.offsets.start, self.offsets.end);
-        [offsets, chunks, self.source.clone(), self.how.to_string(), self.reason.to_owned()]
+        [offsets, chunks, self.source.clone(), self.method.to_string(), self.reason.to_owned()]
     }
 }
 
@@ -288,4 +260,4 @@ fn write_row(f: &mut fmt::Formatter<'_>, row: &[impl AsRef<str>; 5], widths: &[u
     writeln!(f, "  {}", row[4].as_ref())
 }
 
-const HEADER: [&str; 5] = ["offsets", "chunks", "source", "how", "why"];
+const HEADER: [&str; 5] = ["offsets", "chunks", "source", "method", "reason"];
