@@ -92,10 +92,32 @@ impl StdError for Error {
 }
 
 impl Error {
+    /// The failure of the page that the error is of: its chunk, the offset in the chunk's source, and the error of that
+    /// source. `None`: the error is of another sort.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Pool, Region, Source};
+    /// # struct Broken;
+    /// # impl Source for Broken {
+    /// #     fn size(&self) -> u64 { 8192 }
+    /// #     fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> { Err(std::io::Error::from_raw_os_error(5)) }
+    /// # }
+    /// let region = Region::builder().chunk(vec![0; 4096]).chunk(Chunk::source(Broken.into())).build(&Pool::new()?)?;
+    /// let error = region.populate(..).unwrap_err();
+    /// let failure = error.failure().expect("a source has failed");
+    /// assert_eq!((failure.chunk(), failure.source_offset()), (1, 0));
+    /// assert_eq!(failure.io_error().raw_os_error(), Some(5));               // EIO
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn failure(&self) -> Option<&Failure> {
+        let failure = self.source.as_ref()?.downcast_ref::<std::sync::Arc<Failure>>()?;
+        Some(failure)
+    }
+
     /// The I/O error of the source that failed, if that is what happened.
     #[must_use]
     pub fn io_error(&self) -> Option<&std::io::Error> {
-        let failure = self.source.as_ref()?.downcast_ref::<std::sync::Arc<Failure>>()?;
-        Some(failure.io_error())
+        self.failure().map(Failure::io_error)
     }
 }
