@@ -129,7 +129,7 @@ fn fork_in_every_way() {
             return println!("SKIPPED the allocations of the fork reader: {error}");
         }
     };
-    WATCHED.store(thread_called("pagestitch/kin"), Ordering::SeqCst);
+    WATCHED.store(thread_called("pagestitch/fork"), Ordering::SeqCst);
     let start = region.as_ptr().expose_provenance().get();
     let read_all = || i32::from(region.as_slice()[2000 * PAGE..].iter().any(|&byte| byte != 1));
     let taken: Vec<_> = std::iter::from_fn(|| fs::File::open("/dev/null").ok()).collect();

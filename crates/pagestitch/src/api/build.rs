@@ -17,7 +17,9 @@ use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Family;
 use crate::serve::{Served, Server};
-use crate::space::{Abilities, AdoptedMemory, Layout, Manner, Mapping, Plan, PlanRun, Shown, Tables, Target};
+use crate::space::{
+    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, Shown, Target,
+};
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
@@ -159,7 +161,7 @@ fn finish(
     let readahead =
         settle_readahead(readahead, &manner, size, layout.total()).map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
-    let tables = Tables::new(pages, &manner).map_err(no_table)?;
+    let tables = PageTables::new(pages, &manner).map_err(no_table)?;
     let family = inherit_on_fork.then(|| Family::new().map(Arc::new)).transpose();
     let family = family.map_err(|errno| limit(&name, "serve children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = manner.max_in_flight;
@@ -213,7 +215,7 @@ fn show(
 /// touch, so a region that is recorded reads nothing ahead; and neither a window nor a block is made up of huge pages.
 fn settle_readahead(
     readahead: Option<Readahead>,
-    manner: &Manner,
+    manner: &ServeOptions,
     page: PageSize,
     bytes: u64,
 ) -> Result<Readahead, Error> {

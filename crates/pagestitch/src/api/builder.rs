@@ -6,7 +6,7 @@ use crate::api::{AdoptedRegion, Region, SharedRegion};
 use crate::error::{Error, ErrorKind, Failure};
 use crate::policy::{Readahead, Recording};
 use crate::serve::Server;
-use crate::space::{AdoptedMemory, Chunk, Layout, Reporter};
+use crate::space::{AdoptedMemory, Chunk, FailureCallback, Layout};
 use pagestitch_kernel::{Access, PageSize};
 use std::sync::Arc;
 
@@ -151,7 +151,7 @@ impl Builder {
     /// [`Region::failures`] lists those that there are.
     #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
-        self.options.manner.reporter = Some(Reporter(Arc::new(tell)));
+        self.options.manner.reporter = Some(FailureCallback(Arc::new(tell)));
         self
     }
 

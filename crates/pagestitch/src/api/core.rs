@@ -5,7 +5,7 @@ use crate::error::{Error, ErrorKind};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
 use crate::serve::Served;
-use crate::serve::fork::refuse_births;
+use crate::serve::fork::block_forks;
 use crate::serve::{Attachment, fill_rest, populate, retry_failed};
 use crate::space::Plan;
 use crate::space::Target;
@@ -189,7 +189,7 @@ impl Drop for Core {
             // A forked child: the range is not there, and what serves it belongs to the parent.
             return;
         }
-        refuse_births(&self.served);
+        block_forks(&self.served);
         // What the usher has read of children is announced by then.
         self.server.retire(&self.served);
         self.server.detach(&self.served);

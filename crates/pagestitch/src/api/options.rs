@@ -3,7 +3,7 @@
 use crate::error::{Error, ErrorKind};
 use crate::policy::Readahead;
 use crate::serve::Demands;
-use crate::space::Manner;
+use crate::space::ServeOptions;
 use pagestitch_kernel::Access;
 
 /// All options of a builder. The default is that of [`Builder`](crate::Builder).
@@ -18,7 +18,7 @@ pub(super) struct Options {
     pub(super) readahead: Option<Readahead>,
     pub(super) max_mappings: Option<usize>,
     pub(super) inherit_on_fork: bool,
-    pub(super) manner: Manner,
+    pub(super) manner: ServeOptions,
 }
 
 impl Default for Options {
@@ -32,7 +32,7 @@ impl Default for Options {
             readahead: None,
             max_mappings: None,
             inherit_on_fork: false,
-            manner: Manner::default(),
+            manner: ServeOptions::default(),
         }
     }
 }
@@ -46,7 +46,7 @@ impl Options {
 
     /// What the region asks of its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
-        let Manner { record_latency, max_in_flight, record, replay, reporter: _ } = &self.manner;
+        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _ } = &self.manner;
         Demands {
             adopted,
             children: self.inherit_on_fork,

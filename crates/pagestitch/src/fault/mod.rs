@@ -2,34 +2,38 @@
 
 pub(crate) mod callers;
 pub(crate) mod fill;
+pub(crate) mod install;
 mod pending;
 mod permits;
 mod request;
-pub(crate) mod resolve;
 
-pub(crate) use permits::{Permit, Permits};
-pub(crate) use request::{Host, Request};
+pub(crate) use permits::{FetchSemaphore, Permit};
+pub(crate) use request::{FaultRequest, Host};
 
 use crate::error::Failure;
 use crate::guard::Entered;
-use crate::metrics::{Flight, Part};
-use crate::policy::{OnFailure, Wide};
+use crate::metrics::{InFlightFault, Part};
+use crate::policy::{OnFailure, Prefetch};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, Wake};
 use fill::{Buffers, fill, fill_zeroing};
+use install::{FillError, InstallError, Short, fail, given_up, install, install_beside, poison};
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::{Page, Span};
-use pending::{Wanted, fetch};
+use pending::{FetchReason, fetch};
 use request::{ask_later, claim, serve_later};
-use resolve::{NotInstalled, Short, Stopped, fail, given_up, install, install_beside, poison};
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
 /// woken to fault again, or sleeps until it is served once more. Says which pages to fill ahead, if whoever it is seems to want more.
-pub(crate) fn serve<H: Host>(region: &Arc<H>, asked: Request, buffers: &mut Buffers) -> [Option<Span>; 2] {
-    let Request { page, read, .. } = asked;
+pub(crate) fn serve<H: Host>(
+    region: &Arc<H>,
+    asked: FaultRequest,
+    buffers: &mut Buffers,
+) -> [Option<Span>; 2] {
+    let FaultRequest { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
     let flight = match asked.is_first() {
         true => region.counters.take_up(asked.place.or_else(begin), read),
@@ -45,35 +49,41 @@ pub(crate) fn serve<H: Host>(region: &Arc<H>, asked: Request, buffers: &mut Buff
         }
         return [None; 2];
     };
-    let wide = if asked.is_first() { widen(region, page) } else { Wide::default() };
+    let prefetch = if asked.is_first() { on_fault(region, page) } else { Prefetch::default() };
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
     {
-        let asked = Request { place: flight.map(Flight::keep), ..asked };
-        fetch(region, claim, (source, offset), Wanted::Now(asked), permit);
+        let asked = FaultRequest { place: flight.map(InFlightFault::keep), ..asked };
+        fetch(region, claim, (source, offset), FetchReason::Now(asked), permit);
         // The worker is back; the bytes take as long as they take.
         region.took(nanoseconds(started));
-        return [wide.now, wide.ahead];
+        return [prefetch.with_fault, prefetch.after_fault];
     }
     // Alone, where it was asked for before.
-    let block = region.movable_block(page).or(wide.now).filter(|_| asked.is_first());
+    let block = region.movable_block(page).or(prefetch.with_fault).filter(|_| asked.is_first());
     if let Some(block) = block {
         claim.grow(block);
     }
-    match supply(region, claim, page.span(), buffers, (asked.short(), asked.failures)) {
+    match fill_claim(region, claim, page.span(), buffers, (asked.short(), asked.failures)) {
         // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
-        Err(Stopped::Changing) => thread::yield_now(),
-        Err(Stopped::NoMemory) => serve_later(region, Request { place: flight.map(Flight::keep), ..asked }),
-        Err(Stopped::Again { pause, failures }) => {
-            ask_later(region, Request { place: flight.map(Flight::keep), failures, ..asked }, pause);
+        Err(FillError::Changing) => thread::yield_now(),
+        Err(FillError::NoMemory) => {
+            serve_later(region, FaultRequest { place: flight.map(InFlightFault::keep), ..asked })
         }
-        Ok(()) | Err(Stopped::Failed(_)) => {}
+        Err(FillError::Again { pause, failures }) => {
+            ask_later(
+                region,
+                FaultRequest { place: flight.map(InFlightFault::keep), failures, ..asked },
+                pause,
+            );
+        }
+        Ok(()) | Err(FillError::Failed(_)) => {}
     }
     let spent = nanoseconds(started);
     region.took(spent);
     // What a whole block has cost is no fault's rent.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
-    [dense, wide.ahead]
+    [dense, prefetch.after_fault]
 }
 
 /// Fills a page whose claim waits for it: a signal handler touches what the thread that it has interrupted is filling. Where that
@@ -95,13 +105,13 @@ fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
 }
 
 /// Takes note of a first touch; says what to fill beside the page.
-fn widen(region: &Mapping, page: Page) -> Wide {
+fn on_fault(region: &Mapping, page: Page) -> Prefetch {
     if let Some(recorder) = &region.recorder {
         recorder.note(page);
     }
-    let wide = region.policy.widen(page);
-    region.counters.local().pages_ahead_used.add(wide.passed as u64);
-    wide
+    let prefetch = region.policy.on_fault(page);
+    region.counters.local().pages_ahead_used.add(prefetch.consumed as u64);
+    prefetch
 }
 
 /// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
@@ -141,7 +151,7 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
             if let Some((some, source, offset)) = region.fetched_pages(claim.span())
                 && let Some(permit) = region.may_fetch()
             {
-                fetch(region, claim.split_off(some), (source, offset), Wanted::Ahead, permit);
+                fetch(region, claim.split_off(some), (source, offset), FetchReason::Ahead, permit);
                 continue;
             }
             let filled = fill(region, claim.span(), buffers).ok()?;
@@ -155,32 +165,32 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
 
 /// Fills and installs every page of a claim, whose source has failed so often for the page that was asked for. On an early return the
 /// dropped claim gives back what is left and wakes its waiters; so where a source fails for a page that was not asked for.
-pub(crate) fn supply(
+pub(crate) fn fill_claim(
     region: &Mapping,
     mut claim: Claim<'_>,
     asked: Span,
     buffers: &mut Buffers,
     (short, mut failures): (Short, u32),
-) -> Result<(), Stopped> {
+) -> Result<(), FillError> {
     while !claim.span().is_empty() {
         let wanted = asked.contains(claim.span().first);
-        match fill_some(region, &mut claim, buffers, short) {
+        match fill_and_install(region, &mut claim, buffers, short) {
             Ok(()) => failures = 0,
-            Err(Unfilled::Changing) => return Err(Stopped::Changing),
-            Err(Unfilled::NoMemory) => return without_memory(claim, asked),
-            Err(Unfilled::Source(failure)) if wanted => {
+            Err(StepError::Changing) => return Err(FillError::Changing),
+            Err(StepError::NoMemory) => return without_memory(claim, asked),
+            Err(StepError::Source(failure)) if wanted => {
                 failures += 1;
                 let failure = Failure { attempts: failures, ..failure };
-                match endure(region, &mut claim, failure, buffers, short) {
-                    Err(Stopped::NoMemory) => return without_memory(claim, asked),
-                    Err(again @ Stopped::Again { .. }) => {
+                match apply_failure_policy(region, &mut claim, failure, buffers, short) {
+                    Err(FillError::NoMemory) => return without_memory(claim, asked),
+                    Err(again @ FillError::Again { .. }) => {
                         claim.give_back_asleep();
                         return Err(again);
                     }
-                    endured => endured?,
+                    applied => applied?,
                 }
             }
-            Err(Unfilled::Kernel(failure)) if wanted => return Err(fail(region, &mut claim, failure)),
+            Err(StepError::Kernel(failure)) if wanted => return Err(fail(region, &mut claim, failure)),
             Err(_) => return Ok(()),
         }
     }
@@ -189,16 +199,16 @@ pub(crate) fn supply(
 
 /// There is no memory for the first page of a claim. If what was asked for is still to come, it is given back, and nobody woken who
 /// would only fault again.
-fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), Stopped> {
+fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), FillError> {
     if !claim.span().contains(asked.first) {
         return Ok(());
     }
     claim.give_back_asleep();
-    Err(Stopped::NoMemory)
+    Err(FillError::NoMemory)
 }
 
 /// Why the first page of a claim could not be filled.
-enum Unfilled {
+enum StepError {
     Changing,
     NoMemory,
     /// Its source does not give its bytes.
@@ -207,27 +217,27 @@ enum Unfilled {
     Kernel(Failure),
 }
 
-impl From<NotInstalled> for Unfilled {
-    fn from(not: NotInstalled) -> Self {
+impl From<InstallError> for StepError {
+    fn from(not: InstallError) -> Self {
         match not {
-            NotInstalled::Changing => Self::Changing,
-            NotInstalled::NoMemory => Self::NoMemory,
-            NotInstalled::Refused(failure) => Self::Kernel(failure),
+            InstallError::Changing => Self::Changing,
+            InstallError::NoMemory => Self::NoMemory,
+            InstallError::Refused(failure) => Self::Kernel(failure),
         }
     }
 }
 
 /// Fills and installs as many of the claim's first pages as go one way.
-fn fill_some(
+fn fill_and_install(
     region: &Mapping,
     claim: &mut Claim<'_>,
     buffers: &mut Buffers,
     short: Short,
-) -> Result<(), Unfilled> {
+) -> Result<(), StepError> {
     let began = region.counters.clock();
     let filled = fill(region, claim.span(), buffers);
     region.counters.took(Part::Fill, began);
-    let filled = filled.map_err(Unfilled::Source)?;
+    let filled = filled.map_err(StepError::Source)?;
     let began = region.counters.clock();
     let installed = install(region, claim, filled, short);
     region.counters.took(Part::Resolve, began);
@@ -235,13 +245,13 @@ fn fill_some(
 }
 
 /// Does about a failure of the claim's first page what was declared. `Ok`: go on, with the same page or the next.
-fn endure(
+fn apply_failure_policy(
     region: &Mapping,
     claim: &mut Claim<'_>,
     mut failure: Failure,
     buffers: &mut Buffers,
     short: Short,
-) -> Result<(), Stopped> {
+) -> Result<(), FillError> {
     match region.layout.on_failure(failure.chunk) {
         OnFailure::Poison => {}
         OnFailure::Retry(retry) => {
@@ -250,7 +260,7 @@ fn endure(
             if let Some(pause) = retry.after(failure.attempts, random) {
                 region.counters.local().source_retries.add(1);
                 if short != Short::Wait {
-                    return Err(Stopped::Again { pause, failures: failure.attempts });
+                    return Err(FillError::Again { pause, failures: failure.attempts });
                 }
                 thread::sleep(pause);
                 return Ok(());

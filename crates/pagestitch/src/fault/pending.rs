@@ -2,9 +2,9 @@
 
 use crate::error::Failure;
 use crate::fault::fill::{Content, Filled};
+use crate::fault::install::{InstallError, Short, fail, given_up, install};
 use crate::fault::permits::Permit;
-use crate::fault::resolve::{NotInstalled, Short, fail, given_up, install};
-use crate::fault::{Host, Request, serve_later};
+use crate::fault::{FaultRequest, Host, serve_later};
 use crate::guard::{AbortOnPanic, discard, quietly};
 use crate::metrics::Part;
 use crate::source::{Complete, Fetched, Reply};
@@ -23,24 +23,24 @@ pub(crate) struct Pending<H> {
     /// Dropping the region waits for the answer.
     _guard: OwnedGateGuard,
     span: Span,
-    wanted: Wanted,
+    wanted: FetchReason,
     began: Option<Instant>,
     _permit: Option<Permit>,
 }
 
 /// Why pages are fetched.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Wanted {
+pub(crate) enum FetchReason {
     /// A thread waits for them: its fault.
-    Now(Request),
+    Now(FaultRequest),
     /// A reader is on its way.
     Ahead,
 }
 
-impl Wanted {
-    fn land(self, region: &Mapping) {
+impl FetchReason {
+    fn finish(self, region: &Mapping) {
         if let Self::Now(asked) = self {
-            region.counters.land(asked.place);
+            region.counters.finish(asked.place);
         }
     }
 }
@@ -50,11 +50,11 @@ pub(crate) fn fetch<H: Host>(
     region: &Arc<H>,
     claim: Claim<'_>,
     (source, offset): (&Fetched, u64),
-    wanted: Wanted,
+    wanted: FetchReason,
     permit: Option<Permit>,
 ) {
     // A region that is being dropped needs no page any more: the claim is given back.
-    let Some(guard) = region.enter_owned() else { return wanted.land(region) };
+    let Some(guard) = region.enter_owned() else { return wanted.finish(region) };
     let began = region.counters.clock();
     let span = claim.keep();
     let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
@@ -74,28 +74,30 @@ impl<H: Host> Complete for Pending<H> {
         match answer {
             Ok(bytes) => {
                 let filled = Filled { pages: span.pages, content: Content::Buffered(bytes) };
-                let short = if let Wanted::Now(asked) = wanted { asked.short() } else { Short::Tell };
+                let short = if let FetchReason::Now(asked) = wanted { asked.short() } else { Short::Tell };
                 match (install(region, &mut claim, filled, short), wanted) {
-                    (Ok(()), Wanted::Ahead) => region.counters.local().pages_ahead.add(span.pages as u64),
-                    (Err(NotInstalled::NoMemory), Wanted::Now(asked)) => {
+                    (Ok(()), FetchReason::Ahead) => {
+                        region.counters.local().pages_ahead.add(span.pages as u64)
+                    }
+                    (Err(InstallError::NoMemory), FetchReason::Now(asked)) => {
                         claim.give_back_asleep();
                         region.counters.took(Part::Resolve, began);
                         return serve_later(region, *asked);
                     }
-                    (Err(not), Wanted::Now(_)) => drop(given_up(region, &mut claim, not)),
+                    (Err(not), FetchReason::Now(_)) => drop(given_up(region, &mut claim, not)),
                     _ => {}
                 }
             }
             Err(error) => {
                 region.counters.local().source_errors.add(1);
                 match wanted {
-                    Wanted::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
-                    Wanted::Ahead => discard(error),
+                    FetchReason::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
+                    FetchReason::Ahead => discard(error),
                 }
             }
         }
         region.counters.took(Part::Resolve, began);
-        wanted.land(region);
+        wanted.finish(region);
     }
 }
 

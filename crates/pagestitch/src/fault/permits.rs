@@ -5,15 +5,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How many fetches may be under way at once, over all regions of a pool.
 #[derive(Debug)]
-pub(crate) struct Permits {
+pub(crate) struct FetchSemaphore {
     left: AtomicUsize,
 }
 
 /// The permission for one, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Permit(Arc<Permits>);
+pub(crate) struct Permit(Arc<FetchSemaphore>);
 
-impl Permits {
+impl FetchSemaphore {
     pub(crate) const fn new(most: usize) -> Self {
         Self { left: AtomicUsize::new(most) }
     }
@@ -38,7 +38,7 @@ mod tests {
 
     #[test]
     fn there_are_as_many_permits_as_were_given() {
-        let permits = Arc::new(Permits::new(2));
+        let permits = Arc::new(FetchSemaphore::new(2));
         let both = (permits.take().unwrap(), permits.take().unwrap());
         assert!(permits.take().is_none());
         drop(both);

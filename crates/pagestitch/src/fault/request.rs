@@ -1,7 +1,7 @@
 //! A request for a page, and the server that it is handled for.
 
+use crate::fault::install::{SHORT_OF_MEMORY, Short, fail_without_memory, poison};
 use crate::fault::permits::Permit;
-use crate::fault::resolve::{SHORT_OF_MEMORY, Short, fail_without_memory, poison};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, Unclaimed, Wake};
 use pagestitch_kernel::Page;
@@ -17,7 +17,7 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
     fn may_fetch(&self) -> Option<Option<Permit>>;
 
     /// Has a fault handled once more, after `wait`. False where too many wait.
-    fn handle_later(self: &Arc<Self>, request: Request, wait: Duration) -> bool;
+    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool;
 
     /// Takes note of how long a fault took, in nanoseconds.
     fn took(&self, ns: u64);
@@ -25,7 +25,7 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
 
 /// What a fault asks for: a page. And when a worker read of it.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Request {
+pub(crate) struct FaultRequest {
     pub(crate) page: Page,
     pub(crate) read: Instant,
     /// The thread that waits, by the kernel's number.
@@ -38,7 +38,7 @@ pub(crate) struct Request {
     pub(crate) failures: u32,
 }
 
-impl Request {
+impl FaultRequest {
     /// What to do where there is no memory for its page.
     pub(crate) const fn short(&self) -> Short {
         if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
@@ -50,7 +50,7 @@ impl Request {
 }
 
 /// Has a worker ask a source again after a pause. It serves other faults meanwhile; where too many faults wait for a time, it sleeps.
-pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: Request, pause: Duration) {
+pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: FaultRequest, pause: Duration) {
     let mut wait = pause;
     while !region.handle_later(asked, wait) {
         thread::sleep(wait.max(MOMENT));
@@ -59,14 +59,14 @@ pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: Request, pause: Duratio
 }
 
 /// Has a fault served once more when there may be memory for its page. Where too many wait for that, the page fails.
-pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: Request) {
+pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
     let wait = SHORT_OF_MEMORY[asked.tries];
-    let again = Request { tries: asked.tries + 1, ..asked };
+    let again = FaultRequest { tries: asked.tries + 1, ..asked };
     if !region.handle_later(again, wait) {
         if let Some(mut claim) = claim(region, asked.page) {
             fail_without_memory(region, &mut claim);
         }
-        region.counters.land(asked.place);
+        region.counters.finish(asked.place);
     }
 }
 

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `coverage` | which parts of a region are there |
-//! | `flights` | the faults that have been read and are not settled |
+//! | `in_flight` | the faults that have been read and are not settled |
 //! | `facade` | the numbers for the `metrics` crate |
 //! | `histogram` | how long faults took, where that is asked for |
 //!
@@ -12,15 +12,15 @@
 mod coverage;
 #[cfg(feature = "metrics")]
 mod facade;
-mod flights;
 mod histogram;
+mod in_flight;
 
 pub use coverage::Coverage;
 pub(crate) use coverage::Presence;
-use flights::Flights;
-pub(crate) use flights::{Flight, Overdue};
 pub use histogram::Histogram;
 use histogram::Recorder;
+use in_flight::InFlight;
+pub(crate) use in_flight::{InFlightFault, Overdue};
 use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
 use std::sync::Arc;
@@ -69,7 +69,7 @@ pub(crate) struct Counters {
     page: PageSize,
     pages: usize,
     striped: Striped<Counted>,
-    flights: Flights,
+    in_flight: InFlight,
     timings: Option<Box<Timings>>,
 }
 
@@ -98,17 +98,17 @@ impl Counters {
     ) -> Self {
         let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
         let timings = record_latency.then(|| Box::new(timings()));
-        let flights = if quiet { Flights::fixed() } else { Flights::new() };
-        Self { region, page, pages, striped: Striped::default(), flights, timings }
+        let in_flight = if quiet { InFlight::fixed() } else { InFlight::new() };
+        Self { region, page, pages, striped: Striped::default(), in_flight, timings }
     }
 
     /// A fault was read from the kernel at a moment: it is in flight from now on. Its place, if there is one left.
     pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
-        self.flights.begin(page, thread, read)
+        self.in_flight.begin(page, thread, read)
     }
 
     /// A fault that has begun is served from now on, until the flight is dropped.
-    pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<Flight<'_>> {
+    pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<InFlightFault<'_>> {
         self.local().faults.add(1);
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
@@ -117,49 +117,49 @@ impl Counters {
     }
 
     /// The same for a fault that was served before, and has been waiting for a time.
-    pub(crate) fn take_up_again(&self, place: Option<usize>) -> Option<Flight<'_>> {
-        place.map(|place| self.flights.flight(place))
+    pub(crate) fn take_up_again(&self, place: Option<usize>) -> Option<InFlightFault<'_>> {
+        place.map(|place| self.in_flight.flight(place))
     }
 
     /// Faults that have been watched for so long, `passed` after the last call.
     pub(crate) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
-        self.flights.watch(passed, limit)
+        self.in_flight.watch(passed, limit)
     }
 
     /// There is no room in a queue for a fault.
     pub(crate) fn leave(&self, place: usize) {
-        self.flights.leave(place);
+        self.in_flight.leave(place);
     }
 
     /// The faults that were left: their pages, the threads that wait, and their places.
     pub(crate) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
-        self.flights.take_left()
+        self.in_flight.take_left()
     }
 
     /// No fault is served any more.
-    pub(crate) fn land_all(&self) {
-        self.flights.land_all();
+    pub(crate) fn finish_all(&self) {
+        self.in_flight.finish_all();
     }
 
     /// True once for each fault.
     pub(crate) fn tell_once(&self, fault: &Overdue) -> bool {
-        self.flights.first(fault, flights::TOLD)
+        self.in_flight.first(fault, in_flight::TOLD)
     }
 
     /// True once for each fault.
     pub(crate) fn give_up_once(&self, fault: &Overdue) -> bool {
-        self.flights.first(fault, flights::GIVEN_UP)
+        self.in_flight.first(fault, in_flight::GIVEN_UP)
     }
 
     /// Takes back that a fault was given up.
     pub(crate) fn keep_on(&self, fault: &Overdue) {
-        self.flights.undo(fault, flights::GIVEN_UP);
+        self.in_flight.undo(fault, in_flight::GIVEN_UP);
     }
 
     /// Ends a flight that was kept.
-    pub(crate) fn land(&self, place: Option<usize>) {
+    pub(crate) fn finish(&self, place: Option<usize>) {
         if let Some(place) = place {
-            self.flights.land(place);
+            self.in_flight.finish(place);
         }
     }
 
@@ -338,13 +338,13 @@ impl Meter {
     /// How many faults have been read and are not settled at this moment: those that are served, and those that wait for a worker.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.counters.flights.count()
+        self.counters.in_flight.count()
     }
 
     /// The oldest of these: the offset of its page in the region, and how long ago it was read.
     #[must_use]
     pub fn oldest(&self) -> Option<(u64, Duration)> {
-        let (page, age) = self.counters.flights.oldest()?;
+        let (page, age) = self.counters.in_flight.oldest()?;
         Some((self.counters.page.offset_of(page), age))
     }
 

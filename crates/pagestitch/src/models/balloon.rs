@@ -24,7 +24,7 @@ impl Owned {
                 let events = self.kernel.read_now();
                 for page in &events.removed {
                     self.adopted.remove(page.span());
-                    self.table.forget(page.span());
+                    self.table.invalidate(page.span());
                 }
                 events
             };
@@ -46,7 +46,7 @@ impl Owned {
         let (_, removed) = self.adopted.removed_prefix(page.span());
         let content = if removed { Content::Zeros } else { Content::Bytes };
         let held = self.adopted.hold();
-        if self.table.state(page) == State::Forgotten {
+        if self.table.state(page) == State::Invalidated {
             return;
         }
         match self.kernel.copy(page, content) {

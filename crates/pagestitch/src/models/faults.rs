@@ -25,7 +25,7 @@ impl Region {
     /// As a worker does: what has changed first, then the faults.
     fn work(&self) {
         while let Some(events) = self.kernel.read() {
-            events.removed.into_iter().for_each(|page| self.table.forget(page.span()));
+            events.removed.into_iter().for_each(|page| self.table.invalidate(page.span()));
             events.faults.into_iter().for_each(|page| self.serve(page));
         }
     }
@@ -96,7 +96,7 @@ impl Region {
                 }
                 Err(State::Present | State::Poisoned) => rest = rest.without_prefix(1),
                 Err(State::Absent) => {}
-                Err(State::Filling | State::Wanted | State::Forgotten) => {
+                Err(State::Filling | State::Contended | State::Invalidated) => {
                     self.table.wait_while_filling(rest.first);
                 }
             }

@@ -14,9 +14,9 @@ mod recording;
 
 pub(crate) use dense::Dense;
 pub use failure::{OnFailure, Retry};
+pub(crate) use readahead::Prefetch;
 pub use readahead::Readahead;
 use readahead::Streams;
-pub(crate) use readahead::Wide;
 pub use recording::Recording;
 pub(crate) use recording::{Recorder, Replay};
 
@@ -62,8 +62,8 @@ impl Policy {
     }
 
     /// Takes note of a fault on `page`, which the caller is about to fill.
-    pub(crate) fn widen(&self, page: Page) -> Wide {
-        self.streams.as_ref().map(|streams| streams.widen(page)).unwrap_or_default()
+    pub(crate) fn on_fault(&self, page: Page) -> Prefetch {
+        self.streams.as_ref().map(|streams| streams.on_fault(page)).unwrap_or_default()
     }
 
     /// Takes note of what it has cost to fill the page; says whether to fill the block that it is in.

@@ -37,13 +37,13 @@ pub enum Readahead {
 
 /// What to install beside the page of a fault.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Wide {
+pub(crate) struct Prefetch {
     /// Together with it: who waits for the page waits for these too.
-    pub(crate) now: Option<Span>,
+    pub(crate) with_fault: Option<Span>,
     /// After it, while whoever waited runs on.
-    pub(crate) ahead: Option<Span>,
+    pub(crate) after_fault: Option<Span>,
     /// How many pages that were filled ahead the reader has passed by since it was last heard of.
-    pub(crate) passed: usize,
+    pub(crate) consumed: usize,
 }
 
 /// The sequential readers of one region.
@@ -76,51 +76,56 @@ impl Streams {
     }
 
     /// Takes note of a fault that fills `page`; says what else to fill.
-    pub(super) fn widen(&self, page: Page) -> Wide {
+    pub(super) fn on_fault(&self, page: Page) -> Prefetch {
         for slot in &self.streams {
             let seen = slot.load(Ordering::Relaxed);
             let stream = Stream::unpack(seen);
             if stream.marker != page.0 || seen == 0 {
                 continue;
             }
-            let (next, wide) = self.advance(stream);
+            let (next, prefetch) = self.advance(stream);
             // Two workers cannot both have claimed the marker's page; if another stream took the slot, leave it.
             let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
-            return if taken.is_ok() { wide } else { Wide::default() };
+            return if taken.is_ok() { prefetch } else { Prefetch::default() };
         }
         let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
         // The next page is a marker with nothing filled behind it.
         let begun = Stream { marker: page.0 + 1, window: 0, due: 0, whole: false };
         self.streams[slot].store(begun.pack(), Ordering::Relaxed);
-        Wide::default()
+        Prefetch::default()
     }
 
     /// The reader has come to its marker.
-    fn advance(&self, Stream { marker, window, due: passed, whole }: Stream) -> (Stream, Wide) {
+    fn advance(&self, Stream { marker, window, due: passed, whole }: Stream) -> (Stream, Prefetch) {
         let twice = (2 * window).max(WINDOW_MIN);
         match self.block {
             Some(block) if whole => {
                 let window = twice.min(BLOCKS_MAX * block);
-                let wide = Wide {
-                    now: self.inside(marker, marker + block),
-                    ahead: self.inside(marker + block, marker + window),
-                    passed,
+                let prefetch = Prefetch {
+                    with_fault: self.inside(marker, marker + block),
+                    after_fault: self.inside(marker + block, marker + window),
+                    consumed: passed,
                 };
                 // The first block is the fault's own.
-                (Stream { marker: marker + window, window, due: window - block, whole }, wide)
+                (Stream { marker: marker + window, window, due: window - block, whole }, prefetch)
             }
             Some(block) if twice >= block => {
                 let filled = marker + 1 + window;
                 let end = (filled + twice).next_multiple_of(block);
-                let wide = Wide { now: None, ahead: self.inside(filled, end), passed };
+                let prefetch =
+                    Prefetch { with_fault: None, after_fault: self.inside(filled, end), consumed: passed };
                 let due = window + (end - filled);
-                (Stream { marker: end, window: twice, due, whole: true }, wide)
+                (Stream { marker: end, window: twice, due, whole: true }, prefetch)
             }
             _ => {
                 let filled = marker + 1 + window;
                 let (window, due) = (twice.min(WINDOW_MAX), window);
-                let wide = Wide { now: None, ahead: self.inside(filled + 1, filled + 1 + window), passed };
-                (Stream { marker: filled, window, due, whole }, wide)
+                let prefetch = Prefetch {
+                    with_fault: None,
+                    after_fault: self.inside(filled + 1, filled + 1 + window),
+                    consumed: passed,
+                };
+                (Stream { marker: filled, window, due, whole }, prefetch)
             }
         }
     }
@@ -165,7 +170,7 @@ mod tests {
                 continue;
             }
             faults += 1;
-            let Wide { now, ahead, .. } = streams.widen(Page(page));
+            let Prefetch { with_fault: now, after_fault: ahead, .. } = streams.on_fault(Page(page));
             present.extend(now.into_iter().flat_map(Span::iter).map(|page| page.0));
             if let Some(ahead) = ahead {
                 present.extend(ahead.iter().map(|page| page.0));
@@ -192,8 +197,8 @@ mod tests {
         assert_eq!(windows.iter().max(), Some(&(15 * 512)));
         let mut stream = Stream { marker: 3 * 512, window: 512, due: 512, whole: true };
         for blocks in [2, 4, 8, 16, 16] {
-            let (next, wide) = streams.advance(stream);
-            assert_eq!(wide.now, streams.inside(stream.marker, stream.marker + 512));
+            let (next, prefetch) = streams.advance(stream);
+            assert_eq!(prefetch.with_fault, streams.inside(stream.marker, stream.marker + 512));
             assert_eq!((next.marker, next.window), (stream.marker + blocks * 512, blocks * 512));
             assert_eq!(Stream::unpack(next.pack()), next);
             stream = next;
@@ -209,11 +214,12 @@ mod tests {
                 if present.contains(&page) {
                     continue;
                 }
-                let wide = streams.widen(Page(page));
-                passed += wide.passed;
+                let prefetch = streams.on_fault(Page(page));
+                passed += prefetch.consumed;
                 assert_eq!(passed, ahead.range(..page).count(), "at page {page}");
-                present.extend(wide.now.into_iter().flat_map(Span::iter).map(|page| page.0));
-                let filled: Vec<_> = wide.ahead.into_iter().flat_map(Span::iter).map(|page| page.0).collect();
+                present.extend(prefetch.with_fault.into_iter().flat_map(Span::iter).map(|page| page.0));
+                let filled: Vec<_> =
+                    prefetch.after_fault.into_iter().flat_map(Span::iter).map(|page| page.0).collect();
                 present.extend(&filled);
                 ahead.extend(&filled);
             }
@@ -226,8 +232,8 @@ mod tests {
         for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
             let streams = Streams::new(pages, block).unwrap();
             for page in 0..pages {
-                let wide = streams.widen(Page(page));
-                for span in [wide.now, wide.ahead].into_iter().flatten() {
+                let prefetch = streams.on_fault(Page(page));
+                for span in [prefetch.with_fault, prefetch.after_fault].into_iter().flatten() {
                     assert!(span.end().0 <= pages && !span.is_empty(), "{span:?} of {pages}");
                 }
             }

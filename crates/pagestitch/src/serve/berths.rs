@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 /// Some berths, and what waits for one.
 #[derive(Debug)]
-pub(crate) struct Berths<T> {
+pub(crate) struct Bulkhead<T> {
     state: Mutex<State<T>>,
 }
 
@@ -15,7 +15,7 @@ struct State<T> {
     waiting: VecDeque<T>,
 }
 
-impl<T> Berths<T> {
+impl<T> Bulkhead<T> {
     /// With room for so many to wait; more than that, and room is made.
     pub(crate) fn new(room: usize) -> Self {
         let state = Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) });
@@ -49,7 +49,7 @@ mod tests {
 
     #[test]
     fn who_finds_no_berth_is_given_to_who_leaves() {
-        let berths = Berths::new(4);
+        let berths = Bulkhead::new(4);
         assert_eq!((berths.enter(2, 1), berths.enter(2, 2), berths.enter(2, 3)), (Some(1), Some(2), None));
         assert_eq!(berths.leave(2), Some(3));
         assert_eq!((berths.leave(2), berths.leave(2)), (None, None));
@@ -61,7 +61,7 @@ mod tests {
     /// There were more berths when they were taken: those who leave first take nothing on, and the last one does.
     #[test]
     fn where_there_are_fewer_by_now_nothing_is_forgotten() {
-        let berths = Berths::new(4);
+        let berths = Bulkhead::new(4);
         (0..3).for_each(|item| assert_eq!(berths.enter(3, item), Some(item)));
         assert_eq!(berths.enter(1, 9), None);
         assert_eq!(

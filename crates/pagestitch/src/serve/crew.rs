@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// All workers of a pool, or of several [`Manual`](crate::Manual)s.
 #[derive(Debug)]
-pub(super) struct Crew {
+pub(super) struct WorkerTable {
     places: Box<[Place]>,
     posts: usize,
     working: AtomicUsize,
@@ -56,7 +56,7 @@ pub(super) struct Look {
     pub(super) busy: bool,
 }
 
-impl Crew {
+impl WorkerTable {
     /// For so many posts, and `most` workers.
     pub(super) fn new(posts: usize, most: usize) -> Result<Self, Errno> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
@@ -222,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_post_is_abandoned_when_its_worker_is_held_up() {
-        let (crew, mut seen) = (Crew::new(2, 3).unwrap(), Vec::new());
+        let (crew, mut seen) = (WorkerTable::new(2, 3).unwrap(), Vec::new());
         let [first, second] = [0, 1].map(|post| crew.join(post).unwrap());
         crew.works(first);
         crew.works(second);
@@ -243,7 +243,7 @@ mod tests {
 
     #[test]
     fn the_watchdog_dozes_while_no_worker_works_and_is_called_once() {
-        let (crew, mut seen) = (Crew::new(1, 1).unwrap(), Vec::new());
+        let (crew, mut seen) = (WorkerTable::new(1, 1).unwrap(), Vec::new());
         let place = crew.join(0).unwrap();
         assert!(crew.look(&mut seen, BOUND).busy, "it is new");
         assert!(!crew.look(&mut seen, BOUND).busy);

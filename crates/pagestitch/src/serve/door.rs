@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 
 /// The way into a region. A queue may hold it for as long as it likes.
 #[derive(Debug)]
-pub(crate) struct Door<R> {
+pub(crate) struct RegionHandle<R> {
     gate: Arc<Gate>,
     region: Weak<R>,
     /// How many workers the region holds up in a berth. Changed under the lock of the berths.
@@ -22,7 +22,7 @@ pub(crate) struct Inside<'d, R> {
     _guard: GateGuard<'d>,
 }
 
-impl<R> Door<R> {
+impl<R> RegionHandle<R> {
     pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
         Self { gate: Arc::clone(gate), region: Arc::downgrade(region), berths: AtomicUsize::new(0) }
     }

@@ -1,7 +1,7 @@
 //! What the kernel tells of a region but for faults: pages that are let go, unmapped or moved, and forks.
 
-use crate::fault::Request;
-use crate::fault::resolve::{release, show};
+use crate::fault::FaultRequest;
+use crate::fault::install::{release, show};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
 use crate::serve::fork::strays::Rest;
@@ -17,7 +17,7 @@ use std::time::Instant;
 
 /// What the kernel has told, and may wait until nobody forks.
 #[derive(Debug)]
-pub(crate) enum News {
+pub(crate) enum DeferredEvent {
     /// There is a forked child, with a uffd of its own.
     Child(Uffd),
     /// There is one, and no descriptor for it: those of children that have ended are to be let go of.
@@ -50,7 +50,7 @@ impl Served {
     pub(crate) fn read_events(
         &self,
         batch: &mut Batch,
-        told: &mut dyn FnMut(News) -> Result<(), News>,
+        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
         let _alone = self.target.foreign().and_then(Foreign::change);
@@ -62,13 +62,17 @@ impl Served {
     pub(crate) fn try_read_events(
         &self,
         batch: &mut Batch,
-        told: &mut dyn FnMut(News) -> Result<(), News>,
+        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> Result<bool, Busy> {
         let _alone = self.target.foreign().map(Foreign::try_change).transpose()?;
         Ok(self.read_alone(batch, told))
     }
 
-    fn read_alone(&self, batch: &mut Batch, told: &mut dyn FnMut(News) -> Result<(), News>) -> bool {
+    fn read_alone(
+        &self,
+        batch: &mut Batch,
+        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
+    ) -> bool {
         // An owner that forks or moves without end waits until some of it has been seen to.
         if self.family.is_none() && self.strays.are_many() && self.close_strays() == Rest::Some {
             batch.clear();
@@ -84,19 +88,19 @@ impl Served {
                     let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(self));
                     let kept = self.family.as_ref().is_none_or(keep);
                     let news = if read == Read::OneTooMany || !kept {
-                        Err(News::Child(child))
+                        Err(DeferredEvent::Child(child))
                     } else {
-                        told(News::Child(child))
+                        told(DeferredEvent::Child(child))
                     };
-                    if let Err(News::Child(child)) = news {
+                    if let Err(DeferredEvent::Child(child)) = news {
                         self.strays.child(child);
-                        let _ = told(News::GivenUp);
+                        let _ = told(DeferredEvent::GivenUp);
                     }
                 }
             }
         }
         if read == Read::Nothing {
-            let _ = told(News::NoDescriptor);
+            let _ = told(DeferredEvent::NoDescriptor);
         }
         // Whoever reads has more to do than this, and comes again.
         self.close_strays() != Rest::None || read != Read::All
@@ -107,14 +111,14 @@ impl Served {
     fn moved(
         &self,
         (from, to, bytes): (usize, usize, usize),
-        told: &mut dyn FnMut(News) -> Result<(), News>,
+        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) {
         for span in self.target.pages_in(from, from.saturating_add(bytes)) {
             let range = self.target.addresses(span);
             // As far behind the new address as it was behind the old one.
             let to = range.start().wrapping_sub(from).wrapping_add(to);
             self.strays.moved(to, range.bytes());
-            let _ = told(News::Moved { to, bytes: range.bytes() });
+            let _ = told(DeferredEvent::Moved { to, bytes: range.bytes() });
         }
     }
 
@@ -143,11 +147,11 @@ impl Served {
     }
 
     /// Takes note of what the kernel has told. A child is not served.
-    pub(crate) fn hear(&self, news: News) -> Result<(), News> {
+    pub(crate) fn hear(&self, news: DeferredEvent) -> Result<(), DeferredEvent> {
         match news {
-            News::Child(_) => return Err(news),
-            News::NoDescriptor => {}
-            News::GivenUp => {
+            DeferredEvent::Child(_) => return Err(news),
+            DeferredEvent::NoDescriptor => {}
+            DeferredEvent::GivenUp => {
                 let served = self.family.is_some();
                 let why = if served {
                     "no descriptor is left (ulimit -n)"
@@ -164,7 +168,7 @@ impl Served {
                     );
                 }
             }
-            News::Moved { to, bytes } => {
+            DeferredEvent::Moved { to, bytes } => {
                 if let Some(untold) = self.strays.told.again() {
                     log!(
                         error,
@@ -181,7 +185,7 @@ impl Served {
     }
 
     /// A child is not served: what it does not have yet is bad there.
-    pub(crate) fn forsake(&self, child: Uffd) {
+    pub(crate) fn orphan_child(&self, child: Uffd) {
         self.strays.child(child);
         self.close_all_strays();
     }
@@ -216,13 +220,13 @@ impl Served {
                 adopted.remove(span);
             }
             // Why a page was bad is kept: who let go of it runs on before this, and it may have failed anew since.
-            self.pages.forget(span);
+            self.pages.invalidate(span);
         }
     }
 }
 
 /// What is to be served for a fault; `None` where that was all that there is to do.
-pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<Request> {
+pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Option<FaultRequest> {
     let page = region.target.page_at(fault.address)?;
     let counters = region.counters.local();
     counters.faults_writing.add(u64::from(fault.write));
@@ -234,7 +238,7 @@ pub(super) fn asked_of(region: &Served, fault: &Fault, read: Instant) -> Option<
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();
             let place = region.counters.begin(page, thread, read);
-            return Some(Request { page, read, thread, place, tries: 0, failures: 0 });
+            return Some(FaultRequest { page, read, thread, place, tries: 0, failures: 0 });
         }
     }
     None

@@ -7,7 +7,7 @@
 use crate::error::{Error, ErrorKind};
 use crate::fault::callers;
 use crate::fault::fill::{Content, fill_inline, gather_inline};
-use crate::fault::resolve::{install_beside, install_inline};
+use crate::fault::install::{install_beside, install_inline};
 use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};

@@ -9,8 +9,8 @@
 //! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
 //! timer for the next before it does any: should it hang, another worker comes for that.
 
-use crate::serve::door::Door;
-use crate::serve::queue::Handed;
+use crate::serve::door::RegionHandle;
+use crate::serve::queue::QueuedFault;
 use nix::errno::Errno;
 use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 /// What there is to do.
 #[derive(Debug)]
 pub(super) enum What<R> {
-    Serve(Handed<R>),
-    Look(Arc<Door<R>>),
+    Serve(QueuedFault<R>),
+    Look(Arc<RegionHandle<R>>),
 }
 
 /// All of it, for the workers of a pool.
@@ -110,7 +110,7 @@ mod tests {
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
         let later = Later::<()>::new().unwrap();
         for wait in [30, 10, 20] {
-            later.add(What::Look(Door::nowhere()), Duration::from_millis(wait)).unwrap();
+            later.add(What::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
         }
         assert!(later.take().is_none(), "not yet");
         for left in (0..3).rev() {
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn a_due_entry_is_told_of_again() {
         let later = Later::<()>::new().unwrap();
-        later.add(What::Look(Door::nowhere()), Duration::ZERO).unwrap();
+        later.add(What::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
             poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
         };
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn no_more_is_kept_than_there_may_be() {
         let later = Later::<()>::new().unwrap();
-        let add = || later.add(What::Look(Door::nowhere()), Duration::from_secs(3600));
+        let add = || later.add(What::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }
 }

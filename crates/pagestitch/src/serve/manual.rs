@@ -41,19 +41,19 @@ use std::{fmt, ptr};
 /// ```
 pub struct Manual {
     worker: Worker,
-    seats: Arc<Seats>,
+    seats: Arc<Group>,
     seat: usize,
 }
 
 /// What all that serve the same regions share; the last one to go closes what is still served.
 #[derive(Debug)]
-pub(crate) struct Seats {
+pub(crate) struct Group {
     shared: Arc<Shared>,
     taken: AtomicUsize,
     generation: ForkGeneration,
 }
 
-impl FaultServer for Seats {
+impl FaultServer for Group {
     fn noun(&self) -> &'static str {
         "Manual"
     }
@@ -127,7 +127,7 @@ impl Manual {
             Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
         // No watchdog adds a worker: the last one serves also slow regions that hold up none.
         shared.crew.last_resort.store(true, Ordering::Relaxed);
-        let seats = Seats {
+        let seats = Group {
             shared: Arc::clone(&shared),
             taken: AtomicUsize::new(0),
             generation: ForkGeneration::current(),
@@ -156,7 +156,7 @@ impl Manual {
         self.worker.serve_ready(budget as u64) as usize
     }
 
-    pub(super) fn seats(&self) -> &Arc<Seats> {
+    pub(super) fn seats(&self) -> &Arc<Group> {
         &self.seats
     }
 }

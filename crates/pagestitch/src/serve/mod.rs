@@ -59,8 +59,8 @@ mod worker;
 use contract::FaultServer;
 pub(crate) use contract::{Attachment, Demands, INLINE};
 pub use inline::Inline;
+use manual::Group;
 pub use manual::Manual;
-use manual::Seats;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::{fill_rest, populate};
@@ -94,7 +94,7 @@ impl From<Inline> for Server {
 
 impl From<&Manual> for Server {
     fn from(manual: &Manual) -> Self {
-        let group: Arc<Seats> = Arc::clone(manual.seats());
+        let group: Arc<Group> = Arc::clone(manual.seats());
         Self(group)
     }
 }

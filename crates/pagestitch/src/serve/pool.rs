@@ -11,7 +11,7 @@
 //! holds up is replaced at its epoll by another one.
 
 use crate::error::{Error, ErrorKind};
-use crate::fault::Permits;
+use crate::fault::FetchSemaphore;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
@@ -153,7 +153,7 @@ impl Attachment for Pool {
         let Some(family) = &region.family else { return };
         family.close().iter().for_each(|child| self.handle.shared.leave(child));
         // Children that no worker has seen to yet.
-        self.handle.shared.hear_news();
+        self.handle.shared.handle_all_deferred();
     }
 }
 
@@ -253,7 +253,7 @@ impl PoolBuilder {
         let mut shared = Shared::new(&places, self.max_workers, self.name)
             .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
         let fetches = self.max_in_flight.map(|most| most.saturating_sub(places.workers));
-        shared.permits = fetches.map(|most| Arc::new(Permits::new(most)));
+        shared.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle {
@@ -266,7 +266,7 @@ impl PoolBuilder {
             Shared::start_worker(&handle.shared, post, None)?;
         }
         let watchdog = Watchdog::new(Arc::clone(&handle.shared), self.limits);
-        let named = thread::Builder::new().name(String::from("pagestitch/dog"));
+        let named = thread::Builder::new().name(String::from("pagestitch/wdog"));
         let watch = named.spawn(move || watchdog.run()).map_err(|error| {
             Error::because(
                 ErrorKind::Resources,
@@ -325,7 +325,7 @@ impl Handle {
         let _ = self.shared.usher.set(reads);
         let _quiet = NoSignals::until_dropped();
         let (shared, begins) = (Arc::clone(&self.shared), Arc::new(Barrier::new(2)));
-        let named = thread::Builder::new().name(String::from("pagestitch/kin"));
+        let named = thread::Builder::new().name(String::from("pagestitch/fork"));
         let begun = Arc::clone(&begins);
         let started = named.spawn(move || {
             let _abort = AbortOnPanic::armed();

@@ -4,8 +4,8 @@
 use crate::error::Failure;
 use crate::fault::callers::{self, Mark};
 use crate::fault::fill::Buffers;
-use crate::fault::resolve::{Short, Stopped};
-use crate::fault::{BLOCK_PAGES, supply};
+use crate::fault::install::{FillError, Short};
+use crate::fault::{BLOCK_PAGES, fill_claim};
 use crate::signals::NoSignals;
 use crate::space::Mapping;
 use crate::space::page_table::State;
@@ -186,11 +186,11 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
                     buffers.insert(Buffers::new().map_err(|errno| failure_of(region, gap, errno.into()))?)
                 }
             };
-            Ok(match supply(region, claim, claimed, buffers, (Short::Wait, 0)) {
+            Ok(match fill_claim(region, claim, claimed, buffers, (Short::Wait, 0)) {
                 Ok(()) => Run::Filled(claimed.pages),
-                Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => Run::Changing,
+                Err(FillError::Changing | FillError::NoMemory | FillError::Again { .. }) => Run::Changing,
                 // It is found when the gap is looked at again.
-                Err(Stopped::Failed(failure)) => Run::Failed(failure, 0),
+                Err(FillError::Failed(failure)) => Run::Failed(failure, 0),
             })
         }
         Err(State::Present) => Ok(Run::Filled(1)),
@@ -200,7 +200,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
             Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
         }
         Err(State::Absent) => Ok(Run::Filled(0)),
-        Err(State::Filling | State::Wanted | State::Forgotten) => {
+        Err(State::Filling | State::Contended | State::Invalidated) => {
             drop(mark);
             if callers::fills(callers::this_thread(), region, gap.first) {
                 return Err(failure_of(region, gap, io::Error::new(io::ErrorKind::Deadlock, NESTED)));

@@ -4,7 +4,7 @@
 use crate::error::Failure;
 use crate::fault::callers::Mark;
 use crate::fault::fill::{Buffers, fill};
-use crate::fault::resolve::{Short, Stopped, given_up, install};
+use crate::fault::install::{FillError, Short, given_up, install};
 use crate::space::Mapping;
 use crate::space::page_table::State;
 use pagestitch_kernel::Features;
@@ -39,7 +39,7 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
             Err(failure) => {
                 let failure = Arc::new(failure);
                 region.keep_failure(page, Arc::clone(&failure));
-                Err(Stopped::Failed(failure))
+                Err(FillError::Failed(failure))
             }
         };
         // The mark is still there: given back as absent, the page would be touched without anybody being told.
@@ -51,8 +51,8 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
                 region.counters.local().pages_recovered.add(1);
                 return Ok(());
             }
-            Err(Stopped::Changing | Stopped::NoMemory | Stopped::Again { .. }) => thread::yield_now(),
-            Err(Stopped::Failed(failure)) => {
+            Err(FillError::Changing | FillError::NoMemory | FillError::Again { .. }) => thread::yield_now(),
+            Err(FillError::Failed(failure)) => {
                 region.settle_failure(page, &failure);
                 return Err(failure);
             }

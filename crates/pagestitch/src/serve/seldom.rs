@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 /// A line that is told seldom.
 #[derive(Debug, Default)]
-pub(crate) struct Seldom {
+pub(crate) struct RateLimit {
     last: Mutex<Option<Instant>>,
     untold: AtomicU64,
 }
 
-impl Seldom {
+impl RateLimit {
     /// Whether it is to be told now; and if so, how often it was not since it was told last.
     pub(crate) fn again(&self) -> Option<u64> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
@@ -32,7 +32,7 @@ mod tests {
 
     #[test]
     fn a_line_is_told_once_a_second() {
-        let line = Seldom::default();
+        let line = RateLimit::default();
         assert_eq!((line.again(), line.again(), line.again()), (Some(0), None, None));
         *line.last.lock().unwrap() = Instant::now().checked_sub(ONCE);
         assert_eq!((line.again(), line.again()), (Some(2), None));

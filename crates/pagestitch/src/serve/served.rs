@@ -1,9 +1,9 @@
 //! A region as its server has it: the mapping, and what serving it takes.
 
-use crate::fault::{Host, Permit, Permits, Request};
-use crate::serve::berths::Berths;
+use crate::fault::{FaultRequest, FetchSemaphore, Host, Permit};
+use crate::serve::berths::Bulkhead;
 use crate::serve::fork::Family as FamilyOf;
-use crate::serve::fork::strays::Strays;
+use crate::serve::fork::strays::Orphans;
 use crate::serve::pace::{Pace, Reading};
 use crate::serve::{door, later, queue, slow};
 use crate::space::{Mapping, Target};
@@ -18,30 +18,30 @@ pub(crate) struct Served {
     mapping: Mapping,
     pub(crate) pace: Pace,
     /// How many faults may be served at once, and those that wait for that.
-    pub(crate) limit: Option<(usize, Berths<Request>)>,
+    pub(crate) limit: Option<(usize, Bulkhead<FaultRequest>)>,
     /// How many fetches its pool may have under way, where there is a limit.
-    pub(crate) permits: OnceLock<Arc<Permits>>,
+    pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
     /// Where what is to be done in a moment is kept.
     pub(crate) later: OnceLock<Arc<Later>>,
     /// Its forked children, where they are served.
     pub(crate) family: Option<Arc<Family>>,
     /// What nobody serves, until it has been seen to.
-    pub(crate) strays: Strays,
+    pub(crate) strays: Orphans,
     /// What its server keeps of it.
-    door: OnceLock<Arc<Door>>,
+    door: OnceLock<Arc<RegionHandle>>,
 }
 
 // Doors, queues and families do not know the type of a region: here they are of this one.
-pub(crate) type Door = door::Door<Served>;
+pub(crate) type RegionHandle = door::RegionHandle<Served>;
 pub(crate) type Family = FamilyOf<Served>;
-pub(super) type Handed = queue::Handed<Served>;
+pub(super) type QueuedFault = queue::QueuedFault<Served>;
 pub(super) type Ahead = queue::Ahead<Served>;
 pub(crate) type Later = later::Later<Served>;
 pub(super) type What = later::What<Served>;
 pub(super) type Slow = slow::Slow<Served>;
 
-impl Handed {
-    pub(super) fn new(region: &Arc<Served>, asked: Request) -> Self {
+impl QueuedFault {
+    pub(super) fn new(region: &Arc<Served>, asked: FaultRequest) -> Self {
         Self { door: Arc::clone(region.door()), asked }
     }
 }
@@ -64,16 +64,16 @@ impl Served {
             pace: Pace::default(),
             permits: OnceLock::new(),
             later: OnceLock::new(),
-            limit: max_in_flight.map(|most| (most, Berths::new(ROOM))),
-            strays: Strays::new(family.is_none()),
+            limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
+            strays: Orphans::new(family.is_none()),
             family,
             door: OnceLock::new(),
         }
     }
 
     /// The way in, for its server to keep.
-    pub(crate) fn door(self: &Arc<Self>) -> &Arc<Door> {
-        self.door.get_or_init(|| Arc::new(Door::new(self.gate(), self)))
+    pub(crate) fn door(self: &Arc<Self>) -> &Arc<RegionHandle> {
+        self.door.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
     }
 
     /// The right to read what the kernel has to tell, if nobody has it who will.
@@ -105,8 +105,8 @@ impl Host for Served {
         }
     }
 
-    fn handle_later(self: &Arc<Self>, request: Request, wait: Duration) -> bool {
-        let again = Handed::new(self, request);
+    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool {
+        let again = QueuedFault::new(self, request);
         self.later.get().is_some_and(|later| later.add(What::Serve(again), wait).is_ok())
     }
 

@@ -1,15 +1,15 @@
 //! The state that the workers of a pool share: queues, the crew, and the regions by their descriptors.
 
 use crate::error::{Error, ErrorKind};
-use crate::fault::Permits;
-use crate::fault::Request;
+use crate::fault::FaultRequest;
+use crate::fault::FetchSemaphore;
 use crate::guard::discard;
 use crate::serve::Served;
-use crate::serve::crew::Crew;
-use crate::serve::events::News;
+use crate::serve::crew::WorkerTable;
+use crate::serve::events::DeferredEvent;
 use crate::serve::fork::usher::Usher;
 use crate::serve::placement::Places;
-use crate::serve::served::{Ahead, Door, Handed, Later, Slow, What};
+use crate::serve::served::{Ahead, Later, QueuedFault, RegionHandle, Slow, What};
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
 use crate::space::page_table::Wake;
@@ -30,21 +30,21 @@ use std::time::Duration;
 pub(super) struct Shared {
     pub(super) stop: EventFd,
     pub(super) bell: EventFd,
-    handed: (Sender<Handed>, Receiver<Handed>),
+    handed: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// What is filled when there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
     pub(super) slow: Slow,
     /// Which workers there are.
-    pub(super) crew: Crew,
+    pub(super) crew: WorkerTable,
     /// There are faults that no queue has room for.
     pub(super) left: AtomicBool,
     pub(super) threads: Mutex<Threads>,
     pub(super) name: String,
     pub(super) places: Places,
-    pub(super) permits: Option<Arc<Permits>>,
+    pub(super) permits: Option<Arc<FetchSemaphore>>,
     pub(super) later: Arc<Later>,
     /// What the usher leaves to workers.
-    news: (Sender<NewsOf>, Receiver<NewsOf>),
+    news: (Sender<DeferredTask>, Receiver<DeferredTask>),
     pub(super) usher: OnceLock<Usher>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
@@ -54,11 +54,11 @@ pub(super) struct Shared {
 }
 
 /// A region, and what is to be done about it.
-type NewsOf = (Arc<Served>, News);
+type DeferredTask = (Arc<Served>, DeferredEvent);
 
 #[derive(Debug, Default)]
 struct Regions {
-    served: HashMap<RawFd, Arc<Door>>,
+    served: HashMap<RawFd, Arc<RegionHandle>>,
     stopped: bool,
 }
 
@@ -84,7 +84,7 @@ impl Shared {
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        let (slow, crew) = (Slow::new(HANDED_MAX), Crew::new(places.workers, most)?);
+        let (slow, crew) = (Slow::new(HANDED_MAX), WorkerTable::new(places.workers, most)?);
         let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
         Ok(Self {
             news,
@@ -108,18 +108,18 @@ impl Shared {
     }
 
     /// The way into the region whose uffd is `fd`, if it is still served.
-    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<Door>> {
+    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<RegionHandle>> {
         self.regions.read().served.get(&fd).cloned()
     }
 
     /// Hands a fault on; gives it back if the channel is full.
-    pub(super) fn hand_on(&self, fault: Handed) -> Result<(), Handed> {
+    pub(super) fn enqueue(&self, fault: QueuedFault) -> Result<(), QueuedFault> {
         self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
     }
 
     /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
-    pub(super) fn hand_on_or_leave(&self, region: &Arc<Served>, asked: Request) {
-        if self.hand_on(Handed::new(region, asked)).is_ok() {
+    pub(super) fn enqueue_or_leave(&self, region: &Arc<Served>, asked: FaultRequest) {
+        if self.enqueue(QueuedFault::new(region, asked)).is_ok() {
             return;
         }
         match asked.place {
@@ -133,18 +133,18 @@ impl Shared {
     }
 
     /// Has a worker see to what the kernel told of a region. Gives it back if there is no room, as workers may wait for whoever forks.
-    pub(super) fn pass_on(&self, region: &Arc<Served>, news: News) -> Result<(), News> {
+    pub(super) fn pass_on(&self, region: &Arc<Served>, news: DeferredEvent) -> Result<(), DeferredEvent> {
         let passed = self.news.0.try_send((Arc::clone(region), news));
-        self.ring_self();
+        self.wake_one();
         passed.map_err(|refused| refused.into_inner().1)
     }
 
     /// Sees to all that was passed on.
-    pub(super) fn hear_news(&self) {
+    pub(super) fn handle_all_deferred(&self) {
         while let Ok((region, news)) = self.news.1.try_recv() {
             match news {
-                News::Child(child) => self.follow(&region, child),
-                News::NoDescriptor => self.bury(&region),
+                DeferredEvent::Child(child) => self.follow(&region, child),
+                DeferredEvent::NoDescriptor => self.reap_children(&region),
                 told => drop(region.hear(told)),
             }
             // It may be the last to hold the region.
@@ -152,7 +152,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn take_handed(&self) -> Option<Handed> {
+    pub(super) fn take_handed(&self) -> Option<QueuedFault> {
         self.handed.1.try_recv().ok()
     }
 
@@ -184,7 +184,7 @@ impl Shared {
     pub(super) fn begin_replay(&self, region: &Arc<Served>) {
         for _ in &self.epolls {
             self.replay(region);
-            self.ring_self();
+            self.wake_one();
         }
     }
 
@@ -197,7 +197,7 @@ impl Shared {
     }
 
     /// Wakes as many workers as there are faults for them.
-    pub(super) fn ring_all(&self, faults: u64) {
+    pub(super) fn wake_workers(&self, faults: u64) {
         if faults > 0 {
             self.bell
                 .write(faults.min(self.crew.working() as u64).max(1))
@@ -206,12 +206,12 @@ impl Shared {
     }
 
     /// Has the one who works, or another, look once more.
-    pub(super) fn ring_self(&self) {
+    pub(super) fn wake_one(&self) {
         self.bell.write(1).expect("an eventfd takes small numbers");
     }
 
     /// The ways into those that are served.
-    pub(super) fn regions(&self) -> Vec<Arc<Door>> {
+    pub(super) fn regions(&self) -> Vec<Arc<RegionHandle>> {
         self.regions.read().served.values().cloned().collect()
     }
 
@@ -224,7 +224,7 @@ impl Shared {
     }
 
     /// Takes no region any more; says which there are.
-    pub(super) fn end(&self) -> Vec<Arc<Door>> {
+    pub(super) fn end(&self) -> Vec<Arc<RegionHandle>> {
         let mut regions = self.regions.write();
         regions.stopped = true;
         regions.served.values().cloned().collect()
@@ -269,11 +269,11 @@ impl Shared {
 
     /// Serves a forked child of a region's, from now on.
     pub(super) fn follow(&self, parent: &Served, child: Uffd) {
-        let Some(family) = &parent.family else { return parent.forsake(child) };
-        self.bury(parent);
+        let Some(family) = &parent.family else { return parent.orphan_child(child) };
+        self.reap_children(parent);
         if !family.has_room() {
-            let _ = parent.hear(News::GivenUp);
-            return parent.forsake(child);
+            let _ = parent.hear(DeferredEvent::GivenUp);
+            return parent.orphan_child(child);
         }
         match parent.child(child) {
             Ok(child) => {
@@ -287,14 +287,14 @@ impl Shared {
             }
             Err((child, errno)) => {
                 log!(error, region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
-                parent.forsake(child);
+                parent.orphan_child(child);
             }
         }
     }
 
     /// Releases the children whose processes have ended.
-    fn bury(&self, parent: &Served) {
-        for dead in parent.family.iter().flat_map(|family| family.take_dead()) {
+    fn reap_children(&self, parent: &Served) {
+        for dead in parent.family.iter().flat_map(|family| family.reap()) {
             log!(debug, region = dead.name, "has ended");
             self.remove(&dead);
             self.retire(&dead);
@@ -325,7 +325,7 @@ impl Shared {
     }
 
     /// Has whoever waits for it look once more at a region.
-    pub(super) fn look_again(&self, epoll: &Epoll, region: &Served) {
+    pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
         // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
         let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
     }
@@ -360,7 +360,8 @@ impl Shared {
             regions.stopped = true;
             return Ok(());
         }
-        let name = |door: &Arc<Door>| door.enter().map_or_else(String::new, |region| region.name.clone());
+        let name =
+            |door: &Arc<RegionHandle>| door.enter().map_or_else(String::new, |region| region.name.clone());
         let names: Vec<_> = regions.served.values().map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));

@@ -1,7 +1,7 @@
 //! The end of a region's service.
 
 use crate::serve::Served;
-use crate::serve::fork::refuse_births;
+use crate::serve::fork::block_forks;
 use crate::serve::fork::strays::Rest;
 use crate::serve::leave::abandon;
 use crate::space::Target;
@@ -32,7 +32,7 @@ impl Served {
         }
         self.wake(self.target.all());
         if self.target.foreign().is_some() {
-            refuse_births(self);
+            block_forks(self);
         }
         let began = Instant::now();
         while self.close_strays() != Rest::None {

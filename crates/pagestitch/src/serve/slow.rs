@@ -1,8 +1,8 @@
 //! Slow regions: those whose faults take more than a millisecond, or are the first. Together they hold up all workers but one, which is
 //! there for the quick ones.
 
-use crate::serve::door::Door;
-use crate::serve::queue::Handed;
+use crate::serve::door::RegionHandle;
+use crate::serve::queue::QueuedFault;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,7 +18,7 @@ pub(super) struct Slow<R> {
 #[derive(Debug)]
 struct State<R> {
     taken: usize,
-    waiting: VecDeque<Handed<R>>,
+    waiting: VecDeque<QueuedFault<R>>,
 }
 
 impl<R> Slow<R> {
@@ -29,7 +29,7 @@ impl<R> Slow<R> {
     }
 
     /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
-    pub(super) fn enter(&self, most: usize, fault: Handed<R>) -> Option<Handed<R>> {
+    pub(super) fn enter(&self, most: usize, fault: QueuedFault<R>) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
         if state.taken < most {
             return Some(take(&mut state, fault));
@@ -45,12 +45,12 @@ impl<R> Slow<R> {
 
     /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
     /// up no worker yet: those in the berths may never leave.
-    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<Handed<R>> {
+    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
         let fault = if state.taken < most {
             state.waiting.pop_front()
         } else if last_resort {
-            let holds_none = |fault: &Handed<R>| fault.door.berths.load(Ordering::Relaxed) == 0;
+            let holds_none = |fault: &QueuedFault<R>| fault.door.berths.load(Ordering::Relaxed) == 0;
             let first = state.waiting.iter().position(holds_none);
             first.and_then(|first| state.waiting.remove(first))
         } else {
@@ -61,7 +61,7 @@ impl<R> Slow<R> {
     }
 
     /// Leaves the berth of a region's fault, or stays in it for the next that waits.
-    pub(super) fn leave(&self, most: usize, region: &Door<R>) -> Option<Handed<R>> {
+    pub(super) fn leave(&self, most: usize, region: &RegionHandle<R>) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
         region.berths.fetch_sub(1, Ordering::Relaxed);
         state.taken -= 1;
@@ -75,7 +75,7 @@ impl<R> Slow<R> {
 }
 
 /// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
-fn take<R>(state: &mut State<R>, fault: Handed<R>) -> Handed<R> {
+fn take<R>(state: &mut State<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
     state.taken += 1;
     fault.door.berths.fetch_add(1, Ordering::Relaxed);
     fault
@@ -86,21 +86,27 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    fn is_of(fault: Option<&Handed<()>>, door: &Arc<Door<()>>) -> bool {
+    fn is_of(fault: Option<&QueuedFault<()>>, door: &Arc<RegionHandle<()>>) -> bool {
         fault.is_some_and(|fault| Arc::ptr_eq(&fault.door, door))
     }
 
     /// Two workers are in berths of one region, and a third fault of it waits before one of another.
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
-        let (hangs, other, slow) = (Door::nowhere(), Door::nowhere(), Slow::new(4));
-        let held = |door: &Door<()>| door.berths.load(Ordering::Relaxed);
-        assert!(slow.enter(2, Handed::at(&hangs)).is_some() && slow.enter(2, Handed::at(&hangs)).is_some());
-        assert!(slow.enter(2, Handed::at(&hangs)).is_none() && slow.enter(2, Handed::at(&other)).is_none());
+        let (hangs, other, slow) = (RegionHandle::nowhere(), RegionHandle::nowhere(), Slow::new(4));
+        let held = |door: &RegionHandle<()>| door.berths.load(Ordering::Relaxed);
+        assert!(
+            slow.enter(2, QueuedFault::at(&hangs)).is_some()
+                && slow.enter(2, QueuedFault::at(&hangs)).is_some()
+        );
+        assert!(
+            slow.enter(2, QueuedFault::at(&hangs)).is_none()
+                && slow.enter(2, QueuedFault::at(&other)).is_none()
+        );
         assert!(slow.are_waited_for() && slow.enter_next(2, false).is_none());
         assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
         assert_eq!((held(&hangs), held(&other)), (2, 0));
-        assert!(slow.enter(2, Handed::at(&hangs)).is_none());
+        assert!(slow.enter(2, QueuedFault::at(&hangs)).is_none());
         assert!(
             is_of(slow.enter_next(2, true).as_ref(), &other),
             "as a last resort, of a region that holds none"
@@ -114,8 +120,11 @@ mod tests {
 
     #[test]
     fn a_berth_that_is_new_is_for_the_first_that_waits() {
-        let (slow, door) = (Slow::new(4), Door::<()>::nowhere());
-        assert!(slow.enter(1, Handed::at(&door)).is_some() && slow.enter(1, Handed::at(&door)).is_none());
+        let (slow, door) = (Slow::new(4), RegionHandle::<()>::nowhere());
+        assert!(
+            slow.enter(1, QueuedFault::at(&door)).is_some()
+                && slow.enter(1, QueuedFault::at(&door)).is_none()
+        );
         assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
     }
 }

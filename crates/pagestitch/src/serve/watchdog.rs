@@ -13,14 +13,14 @@
 //! It counts time by its own looks, each for no more than it meant to wait: a process that was stopped has lost no time.
 
 use crate::error::Failure;
-use crate::fault::Request;
-use crate::fault::resolve::{Stopped, fail_now, poison};
+use crate::fault::FaultRequest;
+use crate::fault::install::{FillError, fail_now, poison};
 use crate::guard::AbortOnPanic;
 use crate::metrics::Overdue;
 use crate::serve::Served;
 use crate::serve::crew::{BOUND, Look, Seen};
-use crate::serve::events::asked_of;
-use crate::serve::served::Handed;
+use crate::serve::events::to_request;
+use crate::serve::served::QueuedFault;
 use crate::serve::shared::Shared;
 use crate::space::page_table::{Unclaimed, Wake};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -78,7 +78,7 @@ pub(super) struct Watchdog {
     short: bool,
     batch: Batch,
     /// What it has read, and there is no room for in the channel.
-    read: VecDeque<Handed>,
+    read: VecDeque<QueuedFault>,
 }
 
 impl Watchdog {
@@ -191,7 +191,7 @@ impl Watchdog {
         // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
         // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
         if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_handed()) {
-            self.shared.ring_self();
+            self.shared.wake_one();
         }
         if waiting > 0 && self.short {
             self.shared.later.tell_again();
@@ -207,7 +207,7 @@ impl Watchdog {
             } else {
                 // The usher has read its events.
                 let read = Instant::now();
-                let asked = |(page, thread, place)| Request {
+                let asked = |(page, thread, place)| FaultRequest {
                     page,
                     read,
                     thread,
@@ -216,20 +216,20 @@ impl Watchdog {
                     failures: 0,
                 };
                 let left = region.counters.take_left().map(asked);
-                self.read.extend(left.map(|asked| Handed::new(&region, asked)));
+                self.read.extend(left.map(|asked| QueuedFault::new(&region, asked)));
             }
         }
         // Children that are to be served, too, wait for a worker.
-        self.shared.hear_news();
+        self.shared.handle_all_deferred();
         let mut handed = 0;
         while let Some(fault) = self.read.pop_front() {
-            if let Err(fault) = self.shared.hand_on(fault) {
+            if let Err(fault) = self.shared.enqueue(fault) {
                 self.read.push_front(fault);
                 break;
             }
             handed += 1;
         }
-        self.shared.ring_all(handed);
+        self.shared.wake_workers(handed);
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
@@ -237,10 +237,10 @@ impl Watchdog {
         let read = region.try_read_events(&mut self.batch, &mut |news| region.hear(news));
         let Ok(again) = read else { return };
         let read = Instant::now();
-        let asked = self.batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
-        self.read.extend(asked.map(|asked| Handed::new(region, asked)));
+        let asked = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
+        self.read.extend(asked.map(|asked| QueuedFault::new(region, asked)));
         if again || self.batch.is_full() {
-            self.shared.look_again(&self.shared.epolls()[0], region);
+            self.shared.rearm(&self.shared.epolls()[0], region);
         }
     }
 }
@@ -259,7 +259,7 @@ fn give_up(region: &Served, fault: &Overdue) {
     let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
     {
         // No worker has begun: the page is bad as any that has failed.
-        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), Stopped::Failed(_)),
+        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), FillError::Failed(_)),
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
         // It has come, or is bad, and the queued fault is late.
         Err(Unclaimed::Resident) => return region.wake(fault.page.span()),

@@ -7,14 +7,14 @@
 //! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::{Request, fill_ahead, replay, serve};
+use crate::fault::{FaultRequest, fill_ahead, replay, serve};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
-use crate::serve::events::asked_of;
+use crate::serve::events::to_request;
 use crate::serve::pace::Reading;
 use crate::serve::pace::TURN_MAX;
-use crate::serve::served::{Ahead, Door, Handed, What};
+use crate::serve::served::{Ahead, QueuedFault, RegionHandle, What};
 use crate::serve::shared::Shared;
 use crate::space::target::Busy;
 use nix::errno::Errno;
@@ -72,7 +72,7 @@ impl Worker {
     /// Works until the pool stops, or another worker does at its post; says how many faults it has served.
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
-        self.go_home();
+        self.pin_to_cpu();
         // What those have left that it stands in for: no descriptor tells of it.
         self.shared.crew.works(self.place);
         self.serve_handed();
@@ -107,7 +107,7 @@ impl Worker {
         }
         if self.shared.has_more() {
             // Who waits for this is to be told that there is more to do.
-            self.shared.ring_self();
+            self.shared.wake_one();
         }
         self.served - before
     }
@@ -141,7 +141,7 @@ impl Worker {
         if count == Ok(0) { Turn::Quiet } else { Turn::Busy }
     }
 
-    fn go_home(&self) {
+    fn pin_to_cpu(&self) {
         let Some(cpu) = self.home else { return };
         let mut home = CpuSet::new();
         let gone = home.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &home));
@@ -151,7 +151,7 @@ impl Worker {
     }
 
     /// Serves what there is: nobody is woken again for it.
-    fn serve_batch(&mut self, door: &Door) {
+    fn serve_batch(&mut self, door: &RegionHandle) {
         let Some(region) = door.enter() else { return };
         // Who comes while somebody reads from adopted memory leaves it to that one, which may hang in a source.
         let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
@@ -166,7 +166,7 @@ impl Worker {
         }
         // There may always be more to read: other regions come first.
         turn.give_on();
-        self.shared.look_again(&self.ready, &region);
+        self.shared.rearm(&self.ready, &region);
     }
 
     /// Reads a batch of events, and serves it or hands it on.
@@ -183,12 +183,12 @@ impl Worker {
         }
         let read = Instant::now();
         let read_again = turn.has_read(read);
-        let mut pages = batch.faults().iter().filter_map(|fault| asked_of(region, fault, read));
+        let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that reads again enters no source before: all that it has read is for others.
         let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.keeps()) };
         let (mut handed, mut kept) = (0, 0);
         for (index, asked) in pages.enumerate() {
-            match shared.hand_on(Handed::new(region, asked)).ok() {
+            match shared.enqueue(QueuedFault::new(region, asked)).ok() {
                 // Not worth another worker, but one that stands in for this one has to find them.
                 Some(()) if index < keeps => kept += 1,
                 Some(()) => handed += 1,
@@ -203,7 +203,7 @@ impl Worker {
         *served += batch.faults().len() as u64 - handed - kept;
         if batch.is_full() {
             // There is more to read, and a source may hold this worker up first: another one reads on.
-            shared.look_again(ready, region);
+            shared.rearm(ready, region);
         }
         if let Some(first) = first {
             self.serve_in_berth(region, first);
@@ -213,7 +213,7 @@ impl Worker {
     }
 
     /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
-    fn serve_in_berth(&mut self, region: &Arc<Served>, asked: Request) {
+    fn serve_in_berth(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         if let Some((most, berths)) = &region.limit {
             let mut next = berths.enter(*most, asked);
             while let Some(asked) = next {
@@ -224,15 +224,15 @@ impl Worker {
             self.serve_now(region, asked);
         } else {
             let most = self.shared.slow_most();
-            let first = self.shared.slow.enter(most, Handed::new(region, asked));
+            let first = self.shared.slow.enter(most, QueuedFault::new(region, asked));
             self.serve_slow(first);
         }
     }
 
     /// Serves a fault in a berth, and those that wait for it.
-    fn serve_slow(&mut self, first: Option<Handed>) {
+    fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
-        while let Some(Handed { door, asked }) = next {
+        while let Some(QueuedFault { door, asked }) = next {
             // A region that is being dropped needs no page any more.
             if let Some(region) = door.enter() {
                 self.serve_now(&region, asked);
@@ -241,7 +241,7 @@ impl Worker {
         }
     }
 
-    fn serve_now(&mut self, region: &Arc<Served>, asked: Request) {
+    fn serve_now(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         self.shared.crew.steps(self.place);
         let ahead = serve(region, asked, &mut self.buffers);
         self.shared.remember(region, ahead.into_iter().flatten());
@@ -249,7 +249,7 @@ impl Worker {
 
     /// Serves what was handed on, and what waits for a berth that is free by now.
     fn serve_handed(&mut self) {
-        self.shared.hear_news();
+        self.shared.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
         self.serve_some_handed(HANDED_AT_ONCE);
         if self.shared.slow.are_waited_for() {
@@ -261,7 +261,7 @@ impl Worker {
 
     fn serve_some_handed(&mut self, most: u64) {
         for _ in 0..most {
-            let Some(Handed { door, asked }) = self.shared.take_handed() else { break };
+            let Some(QueuedFault { door, asked }) = self.shared.take_handed() else { break };
             // A region that is being dropped needs no page any more.
             let Some(region) = door.enter() else { continue };
             self.served += 1;
@@ -274,7 +274,7 @@ impl Worker {
         self.shared.later.seen();
         for _ in 0..HANDED_AT_ONCE {
             match self.shared.later.take() {
-                Some(What::Serve(Handed { door, asked })) => {
+                Some(What::Serve(QueuedFault { door, asked })) => {
                     // A region that is being dropped needs no page any more.
                     let Some(region) = door.enter() else { continue };
                     self.serve_in_berth(&region, asked);

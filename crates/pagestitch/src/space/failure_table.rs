@@ -59,12 +59,12 @@ impl Failures {
 
 /// Whom to tell of a page that is bad: its offset, and why.
 #[derive(Clone)]
-pub(crate) struct Reporter(pub(crate) Arc<Tell>);
+pub(crate) struct FailureCallback(pub(crate) Arc<Callback>);
 
-type Tell = dyn Fn(u64, &Failure) + Send + Sync;
+type Callback = dyn Fn(u64, &Failure) + Send + Sync;
 
-impl fmt::Debug for Reporter {
+impl fmt::Debug for FailureCallback {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Reporter")
+        f.write_str("FailureCallback")
     }
 }

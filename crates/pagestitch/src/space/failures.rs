@@ -1,7 +1,7 @@
 //! Why pages are poisoned.
 
 use super::Mapping;
-use super::failure_table::Reporter;
+use super::failure_table::FailureCallback;
 use super::page_table::State;
 use crate::error::Failure;
 use crate::guard::guarded;
@@ -40,7 +40,7 @@ impl Mapping {
 
     /// Tells whoever asked to be told that a page is bad.
     pub(crate) fn report(&self, page: Page, failure: &Failure) {
-        if let Some(Reporter(tell)) = &self.reporter {
+        if let Some(FailureCallback(tell)) = &self.reporter {
             let offset = self.page_size().offset_of(page);
             // A panic in there is no reason for a thread to wait for ever.
             if guarded(|| tell(offset, failure)).is_err() {

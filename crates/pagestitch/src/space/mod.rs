@@ -21,7 +21,7 @@ mod plan;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
-pub(crate) use failure_table::Reporter;
+pub(crate) use failure_table::FailureCallback;
 pub(crate) use layout::Layout;
 pub(crate) use mapped::{Abilities, Runs, Shown};
 pub use plan::{Plan, PlanRun};
@@ -60,7 +60,7 @@ pub(crate) struct Mapping {
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
-    pub(crate) reporter: Option<Reporter>,
+    pub(crate) reporter: Option<FailureCallback>,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) replay: Option<Replay>,
     /// Whether whole blocks are filled in staging, and moved in; else why not.
@@ -75,24 +75,24 @@ pub(crate) struct Mapping {
 
 /// How a region is served.
 #[derive(Debug, Default)]
-pub(crate) struct Manner {
+pub(crate) struct ServeOptions {
     /// Whether the parts of faults are timed.
     pub(crate) record_latency: bool,
     /// How many faults are served at once, where there is a limit.
     pub(crate) max_in_flight: Option<usize>,
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
-    pub(crate) reporter: Option<Reporter>,
+    pub(crate) reporter: Option<FailureCallback>,
 }
 
 /// What is a table with a place for each page.
-pub(crate) struct Tables {
+pub(crate) struct PageTables {
     pages: Arc<PageTable>,
     recorder: Option<Recorder>,
 }
 
-impl Tables {
-    pub(crate) fn new(pages: usize, manner: &Manner) -> Result<Self, Errno> {
+impl PageTables {
+    pub(crate) fn new(pages: usize, manner: &ServeOptions) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
         let recorder = manner.record.then(|| Recorder::new(pages)).transpose()?;
         Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder })
@@ -105,11 +105,11 @@ impl Mapping {
         name: String,
         (layout, shown): (Arc<Layout>, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
-        (policy, manner, tables): (Policy, Manner, Tables),
+        (policy, manner, tables): (Policy, ServeOptions, PageTables),
         (target, uffd): (Target, Uffd),
         allocates: bool,
     ) -> Self {
-        let Manner { record_latency, replay, reporter, .. } = manner;
+        let ServeOptions { record_latency, replay, reporter, .. } = manner;
         let size = (target.page_size(), target.all().pages);
         let counters = Counters::new(name.clone(), size, record_latency, !allocates);
         Self {
@@ -269,7 +269,7 @@ impl Mapping {
         }
         self.gate.close();
         // No worker comes for the faults that are queued.
-        self.counters.land_all();
+        self.counters.finish_all();
     }
 
     /// Whether the kernel lacks pages of a span; those that were filled are forgotten.

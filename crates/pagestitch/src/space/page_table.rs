@@ -5,16 +5,16 @@
 //!        ┌─ Absent ───────────────▶ Filling ────────────────┬──▶ Present ───┐
 //!        │    ▲                      │   │ another fault    └──▶ Poisoned ──┤
 //!        │    │                      │   ▼                  ▲               │
-//!        │    │                      │  Wanted ─────────────┘ and woken     │
+//!        │    │                      │  Contended ──────────┘ and woken     │
 //!        │    │                      ▼   ▼                                  │
-//!        │    └─ claim dropped ── or settled as Forgotten: the page was     │
+//!        │    └─ claim dropped ── or settled as Invalidated: the page was   │
 //!        │       let go under it (waiters woken: they fault again)          │
-//!        └─────────────────────◀── forget (the page was let go) ────────────┘
+//!        └─────────────────────◀── invalidate (the page was let go) ────────┘
 //! ```
 //!
-//! `Wanted` is for the fault that comes between the kernel's fill and its settling: the page was filled and its
+//! `Contended` is for the fault that comes between the kernel's fill and its settling: the page was filled and its
 //! waiters woken, then let go and touched anew, and all that while the first claim stands. Who settles it wakes
-//! again; a wake-up too many does no harm. `Forgotten` is for the letting go itself, if it is told while the claim stands:
+//! again; a wake-up too many does no harm. `Invalidated` is for the letting go itself, if it is told while the claim stands:
 //! nobody knows whether it came before the fill or after, and absent is always safe to say.
 //!
 //! The kernel's own page table is the truth about what is present; this one says who is at work, and remembers
@@ -36,13 +36,13 @@ pub(crate) enum State {
     /// Somebody is filling it.
     Filling = 1,
     /// Somebody is filling it, and somebody else has taken a fault on it since.
-    Wanted = 2,
+    Contended = 2,
     /// It was filled.
     Present = 3,
     /// It was poisoned.
     Poisoned = 4,
     /// Somebody is filling it, and it was let go since.
-    Forgotten = 5,
+    Invalidated = 5,
 }
 
 /// Wakes the threads that wait for pages of a span, so that they try again.
@@ -101,7 +101,7 @@ impl PageTable {
                 Ok(claim) => return Ok(claim),
                 // Whoever fills it wakes everybody when it is settled; if that has just been, look again.
                 Err(claimed) if claimed.is_claimed() && self.want(page) => return Err(Unclaimed::Filling),
-                Err(State::Filling | State::Wanted | State::Forgotten | State::Absent) => {}
+                Err(State::Filling | State::Contended | State::Invalidated | State::Absent) => {}
                 Err(State::Present) if is_resident() => return Err(Unclaimed::Resident),
                 // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake
                 // would make the waiter fault for ever.
@@ -117,8 +117,8 @@ impl PageTable {
 
     /// Has whoever fills the page wake its waiters once more when it is settled. False if nobody fills it any more.
     pub(crate) fn want(&self, page: Page) -> bool {
-        let wanted = self.exchange(page, State::Filling, State::Wanted);
-        matches!(wanted, Ok(()) | Err(State::Wanted | State::Forgotten))
+        let wanted = self.exchange(page, State::Filling, State::Contended);
+        matches!(wanted, Ok(()) | Err(State::Contended | State::Invalidated))
     }
 
     /// Claims a page whose state is `from`: `Present`, when it turns out that the kernel has let it go since.
@@ -152,7 +152,7 @@ impl PageTable {
     /// Takes note that the kernel has let go of a span. Pages being filled will be absent when they have been.
     ///
     /// Takes time by what was done with pages of it, not by how many there are: who lets go of a tebibyte may do so again and again.
-    pub(crate) fn forget(&self, span: Span) {
+    pub(crate) fn invalidate(&self, span: Span) {
         let mut rest = span;
         while !rest.is_empty() {
             let at = rest.first.0;
@@ -242,8 +242,8 @@ impl PageTable {
         if self.exchange(page, State::Filling, to).is_ok() {
             return false;
         }
-        let settled = self.exchange(page, State::Wanted, to);
-        let settled = settled.or_else(|_| self.exchange(page, State::Forgotten, State::Absent));
+        let settled = self.exchange(page, State::Contended, to);
+        let settled = settled.or_else(|_| self.exchange(page, State::Invalidated, State::Absent));
         debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
         true
     }
@@ -270,7 +270,7 @@ impl PageTable {
 impl State {
     /// Whether somebody is filling it.
     pub(crate) const fn is_claimed(self) -> bool {
-        matches!(self, Self::Filling | Self::Wanted | Self::Forgotten)
+        matches!(self, Self::Filling | Self::Contended | Self::Invalidated)
     }
 
     /// The state in every place of a word.
@@ -282,10 +282,10 @@ impl State {
         match bits & STATE_MASK {
             0 => Self::Absent,
             1 => Self::Filling,
-            2 => Self::Wanted,
+            2 => Self::Contended,
             3 => Self::Present,
             4 => Self::Poisoned,
-            _ => Self::Forgotten,
+            _ => Self::Invalidated,
         }
     }
 }
@@ -374,9 +374,9 @@ impl Drop for Claim<'_> {
 const fn forgotten(bits: u64) -> u64 {
     let ones = u64::MAX / STATE_MASK;
     let (low, middle, high) = (bits & ones, bits >> 1 & ones, bits >> 2 & ones);
-    // Filling is 1, Wanted 2, Forgotten 5.
+    // Filling is 1, Contended 2, Invalidated 5.
     let claimed = (low ^ middle) & !high | low & high;
-    claimed * State::Forgotten as u64
+    claimed * State::Invalidated as u64
 }
 
 /// Pages that are passed over at once where nothing was done with any of them, and blocks of them that a word tells of.
@@ -418,19 +418,19 @@ mod tests {
             let (table, woken) = (table(PAGES), Woken::default());
             let span = Span { first: Page(cut.0.min(cut.1)), pages: cut.0.abs_diff(cut.1) };
             let all = [
-                State::Absent, State::Filling, State::Wanted, State::Present, State::Poisoned, State::Forgotten,
+                State::Absent, State::Filling, State::Contended, State::Present, State::Poisoned, State::Invalidated,
             ];
             for _ in 0..2 {
                 for &(page, state) in &states {
                     let _ = table.exchange(Page(page), State::Absent, all[state]);
                 }
                 let before: Vec<_> = states.iter().map(|&(page, _)| table.state(Page(page))).collect();
-                table.forget(span);
+                table.invalidate(span);
                 for (&(page, _), before) in states.iter().zip(before) {
                     let after = match before {
                         before if !span.contains(Page(page)) => before,
                         State::Absent | State::Present | State::Poisoned => State::Absent,
-                        State::Filling | State::Wanted | State::Forgotten => State::Forgotten,
+                        State::Filling | State::Contended | State::Invalidated => State::Invalidated,
                     };
                     prop_assert_eq!(table.state(Page(page)), after, "page {}", page);
                 }
@@ -456,7 +456,7 @@ mod tests {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim(Page(40), &woken).ok().unwrap();
         assert!(table.want(Page(40)) && table.want(Page(40)));
-        assert_eq!(table.state(Page(40)), State::Wanted);
+        assert_eq!(table.state(Page(40)), State::Contended);
         claim.settle(1, State::Present);
         assert_eq!(*woken.0.lock(), [Page(40).span()]);
         assert!(!table.want(Page(40)), "it was settled: look again");
@@ -485,7 +485,7 @@ mod tests {
         let (table, woken) = (table(200), Woken::default());
         table.claim_run(Span { first: Page(10), pages: 50 }, &woken).ok().unwrap().settle(50, State::Present);
         let claim = table.claim(Page(70), &woken).ok().unwrap();
-        table.forget(Span { first: Page(0), pages: 200 });
+        table.invalidate(Span { first: Page(0), pages: 200 });
         assert!((0..70).all(|page| table.state(Page(page)) == State::Absent));
         assert!(table.state(Page(70)).is_claimed() && table.want(Page(70)));
         let mut claim = claim;

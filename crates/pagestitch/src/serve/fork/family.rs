@@ -45,7 +45,7 @@ impl<R: Deref<Target = Mapping>> Family<R> {
     }
 
     /// Those whose processes have ended, or do not have the region any more.
-    pub(crate) fn take_dead(&self) -> Vec<Arc<R>> {
+    pub(crate) fn reap(&self) -> Vec<Arc<R>> {
         let mut members = self.members.lock();
         let (dead, alive) = members.served.drain(..).partition(|child| is_dead(child));
         members.served = alive;

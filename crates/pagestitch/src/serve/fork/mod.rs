@@ -27,7 +27,7 @@ use crate::serve::Served;
 use crate::space::Target;
 use crate::space::mapped::Shown;
 use crate::space::target::Foreign;
-use crate::space::{Manner, Mapping, Tables};
+use crate::space::{Mapping, PageTables, ServeOptions};
 use pagestitch_kernel::{Batch, Errno, Outcome, Uffd};
 use std::sync::Arc;
 use std::thread;
@@ -37,7 +37,7 @@ impl Served {
     pub(crate) fn child(&self, uffd: Uffd) -> Result<Self, (Uffd, Errno)> {
         match self.prepare_child() {
             Ok((tables, policy, adopted)) => {
-                let manner = Manner { reporter: self.reporter.clone(), ..Manner::default() };
+                let manner = ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
                 let mapping = Mapping::new(
                     format!("{} in a child", self.name),
                     (Arc::clone(&self.layout), Shown::default()),
@@ -54,9 +54,9 @@ impl Served {
     }
 
     /// What may be refused.
-    fn prepare_child(&self) -> Result<(Tables, Policy, Foreign), Errno> {
+    fn prepare_child(&self) -> Result<(PageTables, Policy, Foreign), Errno> {
         let (pages, size) = (self.target.all().pages, self.page_size());
-        let tables = Tables::new(pages, &Manner::default())?;
+        let tables = PageTables::new(pages, &ServeOptions::default())?;
         let policy = Policy::new(Readahead::None, pages, size, Blocks::Never)?;
         Ok((tables, policy, Foreign::inherited(size, self.target.ranges().collect())?))
     }
@@ -65,7 +65,7 @@ impl Served {
 /// Nobody forks with the region any more when this returns: closing its uffd would show zeros to a child that is just being made.
 /// For a region of ours, before its teardown begins: this thread may wait for the allocator in it, and whoever forks holds that until
 /// the usher has read of it. For a child's, at its end: it has nothing to do with our allocator.
-pub(crate) fn refuse_births(region: &Served) {
+pub(crate) fn block_forks(region: &Served) {
     if region.family.is_none() {
         return;
     }

@@ -1,6 +1,6 @@
 //! The thread of the usher.
 
-use crate::serve::events::asked_of;
+use crate::serve::events::to_request;
 use crate::serve::fork::strays::Rest;
 use crate::serve::fork::usher::Usher;
 use crate::serve::shared::Shared;
@@ -59,10 +59,10 @@ impl Usher {
         }
         let again = region.read_events(batch, &mut |news| shared.pass_on(region, news));
         let read = Instant::now();
-        for asked in batch.faults().iter().filter_map(|fault| asked_of(region, fault, read)) {
-            shared.hand_on_or_leave(region, asked);
+        for asked in batch.faults().iter().filter_map(|fault| to_request(region, fault, read)) {
+            shared.enqueue_or_leave(region, asked);
         }
-        shared.ring_all(batch.faults().len() as u64);
+        shared.wake_workers(batch.faults().len() as u64);
         again
     }
 }

@@ -5,7 +5,7 @@
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
 use crate::serve::fork::{Descriptors, first_page};
-use crate::serve::seldom::Seldom;
+use crate::serve::seldom::RateLimit;
 use crate::space::Mapping;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
 use std::os::fd::AsFd;
@@ -14,12 +14,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// All strays of a region.
 #[derive(Debug)]
-pub(crate) struct Strays {
+pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
     known: Mutex<Known>,
     many: AtomicBool,
     /// When they were told of.
-    pub(crate) told: Seldom,
+    pub(crate) told: RateLimit,
 }
 
 #[derive(Debug)]
@@ -29,13 +29,13 @@ struct Known {
     batch: Batch,
 }
 
-impl Strays {
+impl Orphans {
     /// None as yet. Where `allocates` is false, there is room from the start.
     pub(crate) fn new(allocates: bool) -> Self {
         let room = if allocates { 0 } else { ROOM };
         let known =
             Mutex::new(Known { strays: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
-        Self { known, many: AtomicBool::new(false), told: Seldom::default() }
+        Self { known, many: AtomicBool::new(false), told: RateLimit::default() }
     }
 
     /// Part of the region is at `to` now.

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// Why a claim was not settled to its end.
 #[derive(Debug)]
-pub(crate) enum Stopped {
+pub(crate) enum FillError {
     /// The memory map is changing: events have to be read first.
     Changing,
     /// The kernel has no memory for the page that was asked for. Whoever waits for it sleeps on.
@@ -44,7 +44,7 @@ pub(crate) enum Short {
 
 /// Why the kernel has not installed the first page of a claim.
 #[derive(Debug)]
-pub(crate) enum NotInstalled {
+pub(crate) enum InstallError {
     /// The memory map is changing: events have to be read first.
     Changing,
     /// There is no memory for it, and it was not waited for.
@@ -59,27 +59,27 @@ pub(crate) fn install(
     claim: &mut Claim<'_>,
     mut filled: Filled<'_>,
     short: Short,
-) -> Result<(), NotInstalled> {
+) -> Result<(), InstallError> {
     let mut done = 0;
     let mut pauses = SHORT_OF_MEMORY.into_iter();
     while done < filled.pages {
         let span = claim.span().prefix(filled.pages - done);
         match install_some(region, claim, span, &mut filled.content, done) {
             Ok(pages) => done += pages,
-            Err(Refusal::Changing) => return Err(NotInstalled::Changing),
-            Err(Refusal::NoMemory) if short == Short::Tell => return Err(NotInstalled::NoMemory),
-            Err(Refusal::NoMemory) => match pauses.next().filter(|_| short == Short::Wait) {
+            Err(PutError::Changing) => return Err(InstallError::Changing),
+            Err(PutError::NoMemory) if short == Short::Tell => return Err(InstallError::NoMemory),
+            Err(PutError::NoMemory) => match pauses.next().filter(|_| short == Short::Wait) {
                 Some(pause) => thread::sleep(pause),
                 None => return Err(refused(region, span, Errno::ENOMEM.into())),
             },
-            Err(Refusal::Other(error)) => return Err(refused(region, span, error)),
+            Err(PutError::Other(error)) => return Err(refused(region, span, error)),
         }
     }
     Ok(())
 }
 
 /// Why pages were not installed.
-enum Refusal {
+enum PutError {
     Changing,
     /// There may be some again, when others have been reclaimed.
     NoMemory,
@@ -93,12 +93,12 @@ fn install_some(
     span: Span,
     content: &mut Content<'_>,
     done: usize,
-) -> Result<usize, Refusal> {
+) -> Result<usize, PutError> {
     // Until it is settled, nothing that its owner lets go of is taken note of.
-    let _held = held(region, span).map_err(|Changing| Refusal::Changing)?;
+    let _held = held(region, span).map_err(|Changing| PutError::Changing)?;
     let page_bytes = region.page_size().bytes();
     let put = put(region, span, content, done * page_bytes);
-    let (outcome, method) = put.ok_or_else(|| Refusal::Other(gone()))?;
+    let (outcome, method) = put.ok_or_else(|| PutError::Other(gone()))?;
     let pages = match outcome {
         Outcome::Done => span.pages,
         Outcome::Partial { bytes } => bytes / page_bytes,
@@ -109,17 +109,17 @@ fn install_some(
         }
         Outcome::Changing => {
             region.counters.local().retries.add(1);
-            return Err(Refusal::Changing);
+            return Err(PutError::Changing);
         }
         Outcome::NoMemory => {
             region.counters.local().retries.add(1);
-            return Err(Refusal::NoMemory);
+            return Err(PutError::NoMemory);
         }
         refused => {
             if let (Outcome::ProcessGone, Some(adopted)) = (refused, region.target.foreign()) {
                 adopted.end();
             }
-            return Err(Refusal::Other(refusal(refused)));
+            return Err(PutError::Other(refusal(refused)));
         }
     };
     claim.settle(pages, State::Present);
@@ -139,17 +139,17 @@ type Held<'r> = Option<RwLockReadGuard<'r, ()>>;
 /// Keeps what a span holds as it is, where others may change that. `Changing` if it was let go since it was claimed: what was
 /// filled is not what it holds.
 fn held(region: &Mapping, span: Span) -> Result<Held<'_>, Changing> {
-    unless_forgotten(region, span, region.target.foreign().and_then(Foreign::hold))
+    unless_invalidated(region, span, region.target.foreign().and_then(Foreign::hold))
 }
 
 /// As [`held`], for a thread that must not wait.
 fn held_now(region: &Mapping, span: Span) -> Result<Held<'_>, Changing> {
     let held = region.target.foreign().map(Foreign::try_hold).transpose();
-    unless_forgotten(region, span, held.map_err(|Busy| Changing)?.flatten())
+    unless_invalidated(region, span, held.map_err(|Busy| Changing)?.flatten())
 }
 
-fn unless_forgotten<'r>(region: &Mapping, span: Span, held: Held<'r>) -> Result<Held<'r>, Changing> {
-    if held.is_some() && span.iter().any(|page| region.pages.state(page) == State::Forgotten) {
+fn unless_invalidated<'r>(region: &Mapping, span: Span, held: Held<'r>) -> Result<Held<'r>, Changing> {
+    if held.is_some() && span.iter().any(|page| region.pages.state(page) == State::Invalidated) {
         region.counters.local().retries.add(1);
         return Err(Changing);
     }
@@ -279,27 +279,27 @@ fn is_marked(region: &Mapping, span: Span) -> bool {
 }
 
 /// Poisons the claim's first page and keeps the reason. Never zeros for bytes.
-pub(crate) fn fail(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> Stopped {
+pub(crate) fn fail(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> FillError {
     match held(region, claim.span().prefix(1)) {
         Ok(held) => fail_held(region, claim, failure, &held),
-        Err(Changing) => Stopped::Changing,
+        Err(Changing) => FillError::Changing,
     }
 }
 
-/// As [`fail`], for a thread that must not wait: [`Stopped::Changing`] also while another thread keeps events from being read.
-pub(crate) fn fail_now(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> Stopped {
+/// As [`fail`], for a thread that must not wait: [`FillError::Changing`] also while another thread keeps events from being read.
+pub(crate) fn fail_now(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> FillError {
     match held_now(region, claim.span().prefix(1)) {
         Ok(held) => fail_held(region, claim, failure, &held),
-        Err(Changing) => Stopped::Changing,
+        Err(Changing) => FillError::Changing,
     }
 }
 
-fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held<'_>) -> Stopped {
+fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held<'_>) -> FillError {
     let page = claim.span().first;
     let failure = Arc::new(failure);
     if region.owner_has_ended() {
         // A page that nothing can touch is not lost, and there may be millions.
-        return Stopped::Failed(failure);
+        return FillError::Failed(failure);
     }
     // Kept first: who finds the page poisoned finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
@@ -314,23 +314,23 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
     count(region, page.span(), Method::Poison);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, &failure);
-    Stopped::Failed(failure)
+    FillError::Failed(failure)
 }
 
 /// What becomes of a page that the kernel has not installed, and that was asked for.
-pub(crate) fn given_up(region: &Mapping, claim: &mut Claim<'_>, not: NotInstalled) -> Stopped {
+pub(crate) fn given_up(region: &Mapping, claim: &mut Claim<'_>, not: InstallError) -> FillError {
     match not {
-        NotInstalled::Changing => Stopped::Changing,
-        NotInstalled::NoMemory => Stopped::NoMemory,
-        NotInstalled::Refused(failure) => fail(region, claim, failure),
+        InstallError::Changing => FillError::Changing,
+        InstallError::NoMemory => FillError::NoMemory,
+        InstallError::Refused(failure) => fail(region, claim, failure),
     }
 }
 
 /// Makes a span bad: who waits there, or touches it later, gets SIGBUS. Doing it twice does no harm.
-pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), Stopped> {
+pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), FillError> {
     if region.uffd.features().contains(Features::POISON) {
         match region.uffd.poison(region.target.addresses(span)) {
-            Outcome::Changing => return Err(Stopped::Changing),
+            Outcome::Changing => return Err(FillError::Changing),
             // Not registered: unmapped, moved, or taken away before. Something else may be there by now, and is left alone.
             Outcome::Done | Outcome::AlreadyThere | Outcome::NotRegistered => {
                 region.wake(span);
@@ -345,7 +345,7 @@ pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), Stopped> {
     if let Err(errno) = region.target.revoke(span) {
         if errno == Errno::EAGAIN && region.target.foreign().is_some() {
             // A child, and nobody to be ended: the waiter tries again, when there may be memory for the mark.
-            return Err(Stopped::Changing);
+            return Err(FillError::Changing);
         }
         if errno == Errno::ESRCH && region.target.foreign().is_some() {
             // The owner has ended meanwhile.
@@ -378,9 +378,9 @@ pub(crate) fn fail_without_memory(region: &Mapping, claim: &mut Claim<'_>) {
     drop(given_up(region, claim, refused));
 }
 
-fn refused(region: &Mapping, span: Span, error: io::Error) -> NotInstalled {
+fn refused(region: &Mapping, span: Span, error: io::Error) -> InstallError {
     let offsets = region.page_size().offsets(span);
-    NotInstalled::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error))
+    InstallError::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error))
 }
 
 /// A refusal of the kernel, as an error for people.

@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 
 /// A place for each fault in flight, in segments: each has twice as many as the one before it, and is made when these are taken.
 #[derive(Debug)]
-pub(crate) struct Flights {
-    segments: [OnceLock<Box<[Group]>>; SEGMENTS],
+pub(crate) struct InFlight {
+    segments: [OnceLock<Box<[SlotGroup]>>; SEGMENTS],
     /// Whether a segment may be made when a fault is read.
     grows: bool,
 }
 
 /// As many places as a word has bits.
 #[derive(Debug)]
-struct Group {
+struct SlotGroup {
     taken: AtomicU64,
     places: [Place; GROUP],
 }
@@ -46,30 +46,30 @@ pub(crate) struct Overdue {
 
 /// A fault in flight, until it is dropped.
 #[derive(Debug)]
-pub(crate) struct Flight<'f> {
-    flights: &'f Flights,
+pub(crate) struct InFlightFault<'f> {
+    in_flight: &'f InFlight,
     place: usize,
 }
 
-impl Flights {
+impl InFlight {
     /// With room for a few, and more when that is taken.
     pub(super) fn new() -> Self {
-        let flights = Self { segments: std::array::from_fn(|_| OnceLock::new()), grows: true };
-        flights.make(0);
-        flights
+        let in_flight = Self { segments: std::array::from_fn(|_| OnceLock::new()), grows: true };
+        in_flight.make(0);
+        in_flight
     }
 
     /// With room for as many as can be queued, and never more: the thread that reads them may not allocate.
     pub(super) fn fixed() -> Self {
-        let flights = Self { grows: false, ..Self::new() };
+        let in_flight = Self { grows: false, ..Self::new() };
         for segment in 0..FIXED_SEGMENTS {
-            flights.make(segment);
+            in_flight.make(segment);
         }
-        flights
+        in_flight
     }
 
-    fn make(&self, segment: usize) -> &[Group] {
-        self.segments[segment].get_or_init(|| (0..1 << segment).map(|_| Group::new()).collect())
+    fn make(&self, segment: usize) -> &[SlotGroup] {
+        self.segments[segment].get_or_init(|| (0..1 << segment).map(|_| SlotGroup::new()).collect())
     }
 
     /// Takes a place for a fault on a page that was read at a moment. `None` where there is none left.
@@ -101,7 +101,7 @@ impl Flights {
         &group.places[bit]
     }
 
-    fn group(&self, number: usize) -> (&Group, usize) {
+    fn group(&self, number: usize) -> (&SlotGroup, usize) {
         let group = number / GROUP + 1;
         let segment = group.ilog2() as usize;
         let groups = self.segments[segment].get().expect("a place of it was taken");
@@ -109,11 +109,11 @@ impl Flights {
     }
 
     /// The place that a fault was given, as a guard.
-    pub(super) fn flight(&self, place: usize) -> Flight<'_> {
-        Flight { flights: self, place }
+    pub(super) fn flight(&self, place: usize) -> InFlightFault<'_> {
+        InFlightFault { in_flight: self, place }
     }
 
-    fn groups(&self) -> impl Iterator<Item = (usize, &Group)> {
+    fn groups(&self) -> impl Iterator<Item = (usize, &SlotGroup)> {
         self.segments.iter().map_while(OnceLock::get).flatten().enumerate()
     }
 
@@ -184,16 +184,16 @@ impl Flights {
     }
 
     /// Ends a flight by its place.
-    pub(super) fn land(&self, place: usize) {
+    pub(super) fn finish(&self, place: usize) {
         let (group, bit) = self.group(place);
         group.places[bit].since.store(0, Ordering::Relaxed);
         group.taken.fetch_and(!(1 << bit), Ordering::Release);
     }
 
     /// Ends all: no worker comes for those that are queued.
-    pub(super) fn land_all(&self) {
+    pub(super) fn finish_all(&self) {
         let taken: Vec<_> = self.all().map(|(place, ..)| place).collect();
-        taken.into_iter().for_each(|place| self.land(place));
+        taken.into_iter().for_each(|place| self.finish(place));
     }
 
     /// The oldest: its page, and its age.
@@ -205,7 +205,7 @@ impl Flights {
     }
 }
 
-impl Group {
+impl SlotGroup {
     fn new() -> Self {
         Self { taken: AtomicU64::new(0), places: std::array::from_fn(|_| Place::default()) }
     }
@@ -224,7 +224,7 @@ impl Group {
     }
 }
 
-impl Flight<'_> {
+impl InFlightFault<'_> {
     /// Keeps it in flight until it is landed by its place.
     pub(crate) fn keep(self) -> usize {
         let place = self.place;
@@ -233,9 +233,9 @@ impl Flight<'_> {
     }
 }
 
-impl Drop for Flight<'_> {
+impl Drop for InFlightFault<'_> {
     fn drop(&mut self) {
-        self.flights.land(self.place);
+        self.in_flight.finish(self.place);
     }
 }
 
@@ -259,79 +259,79 @@ const FIXED_SEGMENTS: usize = 6;
 mod tests {
     use super::*;
 
-    fn begin(flights: &Flights, page: usize) -> usize {
-        flights.begin(Page(page), 42, Instant::now()).unwrap()
+    fn begin(in_flight: &InFlight, page: usize) -> usize {
+        in_flight.begin(Page(page), 42, Instant::now()).unwrap()
     }
 
     #[test]
     fn the_oldest_in_flight_is_told_until_it_lands() {
-        let flights = Flights::new();
-        assert!(flights.oldest().is_none());
-        let first = flights.flight(begin(&flights, 7));
+        let in_flight = InFlight::new();
+        assert!(in_flight.oldest().is_none());
+        let first = in_flight.flight(begin(&in_flight, 7));
         std::thread::sleep(Duration::from_millis(2));
-        let second = flights.flight(begin(&flights, 9));
-        assert_eq!(flights.count(), 2);
-        let (page, age) = flights.oldest().unwrap();
+        let second = in_flight.flight(begin(&in_flight, 9));
+        assert_eq!(in_flight.count(), 2);
+        let (page, age) = in_flight.oldest().unwrap();
         assert!(page == Page(7) && age >= Duration::from_millis(2), "{page:?} {age:?}");
         drop(first);
-        assert_eq!(flights.oldest().unwrap().0, Page(9));
+        assert_eq!(in_flight.oldest().unwrap().0, Page(9));
         drop(second);
-        assert_eq!(flights.count(), 0);
+        assert_eq!(in_flight.count(), 0);
     }
 
     #[test]
     fn what_is_overdue_is_told_once_each_time_it_flies() {
-        let flights = Flights::new();
+        let in_flight = InFlight::new();
         for _ in 0..2 {
-            let flight = flights.flight(begin(&flights, 7));
-            assert_eq!(flights.watch(Duration::from_secs(9), Duration::from_secs(5)).count(), 0);
-            let fault = flights.watch(Duration::ZERO, Duration::ZERO).next().unwrap();
+            let flight = in_flight.flight(begin(&in_flight, 7));
+            assert_eq!(in_flight.watch(Duration::from_secs(9), Duration::from_secs(5)).count(), 0);
+            let fault = in_flight.watch(Duration::ZERO, Duration::ZERO).next().unwrap();
             assert_eq!((fault.page, fault.thread), (Page(7), 42));
-            assert!(flights.first(&fault, TOLD) && !flights.first(&fault, TOLD));
-            assert!(flights.first(&fault, GIVEN_UP));
-            flights.undo(&fault, GIVEN_UP);
-            assert!(flights.first(&fault, GIVEN_UP), "once more");
+            assert!(in_flight.first(&fault, TOLD) && !in_flight.first(&fault, TOLD));
+            assert!(in_flight.first(&fault, GIVEN_UP));
+            in_flight.undo(&fault, GIVEN_UP);
+            assert!(in_flight.first(&fault, GIVEN_UP), "once more");
             let place = flight.keep();
-            assert_eq!(flights.count(), 1);
-            flights.land(place);
-            assert!(flights.count() == 0 && !flights.first(&fault, TOLD), "it has landed");
+            assert_eq!(in_flight.count(), 1);
+            in_flight.finish(place);
+            assert!(in_flight.count() == 0 && !in_flight.first(&fault, TOLD), "it has landed");
         }
     }
 
     /// What passes while nobody watches does not count, whatever the clock says.
     #[test]
     fn a_fault_grows_older_by_what_was_watched() {
-        let flights = Flights::new();
+        let in_flight = InFlight::new();
         let second = Duration::from_secs(1);
-        begin(&flights, 7);
-        assert_eq!(flights.watch(second, second).count(), 0, "it has just come");
-        assert_eq!(flights.watch(second / 2, second).count(), 0);
-        assert_eq!(flights.watch(second / 2, second).count(), 1);
+        begin(&in_flight, 7);
+        assert_eq!(in_flight.watch(second, second).count(), 0, "it has just come");
+        assert_eq!(in_flight.watch(second / 2, second).count(), 0);
+        assert_eq!(in_flight.watch(second / 2, second).count(), 1);
     }
 
     #[test]
     fn there_is_room_for_more_when_all_places_are_taken() {
-        let flights = Flights::new();
-        let mut taken: Vec<_> = (0..MANY).map(|page| begin(&flights, page)).collect();
+        let in_flight = InFlight::new();
+        let mut taken: Vec<_> = (0..MANY).map(|page| begin(&in_flight, page)).collect();
         taken.sort_unstable();
         taken.dedup();
-        assert_eq!((taken.len(), flights.count()), (MANY, MANY));
+        assert_eq!((taken.len(), in_flight.count()), (MANY, MANY));
         let pages: std::collections::BTreeSet<_> =
-            flights.watch(Duration::ZERO, Duration::ZERO).map(|fault| fault.page.0).collect();
+            in_flight.watch(Duration::ZERO, Duration::ZERO).map(|fault| fault.page.0).collect();
         assert_eq!(pages.len(), MANY);
-        taken.iter().for_each(|&place| flights.land(place));
-        assert_eq!((flights.count(), begin(&flights, 1)), (0, 0));
-        flights.land_all();
-        assert_eq!(flights.count(), 0);
+        taken.iter().for_each(|&place| in_flight.finish(place));
+        assert_eq!((in_flight.count(), begin(&in_flight, 1)), (0, 0));
+        in_flight.finish_all();
+        assert_eq!(in_flight.count(), 0);
     }
 
     #[test]
     fn a_fault_that_was_left_is_taken_once() {
-        let flights = Flights::new();
-        let [_, left] = [7, 9].map(|page| begin(&flights, page));
-        flights.leave(left);
-        assert_eq!(flights.take_left().collect::<Vec<_>>(), [(Page(9), 42, left)]);
-        assert_eq!((flights.take_left().count(), flights.count()), (0, 2));
+        let in_flight = InFlight::new();
+        let [_, left] = [7, 9].map(|page| begin(&in_flight, page));
+        in_flight.leave(left);
+        assert_eq!(in_flight.take_left().collect::<Vec<_>>(), [(Page(9), 42, left)]);
+        assert_eq!((in_flight.take_left().count(), in_flight.count()), (0, 2));
     }
 
     /// More places than the first segment has. Miri takes a minute for 1000.
@@ -340,8 +340,8 @@ mod tests {
     #[cfg(not(miri))]
     #[test]
     fn a_table_that_may_not_grow_says_when_it_is_full() {
-        let flights = Flights::fixed();
-        let taken = (0..10_000).filter_map(|page| flights.begin(Page(page), 1, Instant::now())).count();
-        assert_eq!((taken, flights.count()), (4032, 4032));
+        let in_flight = InFlight::fixed();
+        let taken = (0..10_000).filter_map(|page| in_flight.begin(Page(page), 1, Instant::now())).count();
+        assert_eq!((taken, in_flight.count()), (4032, 4032));
     }
 }
