@@ -88,7 +88,7 @@ impl Drop for Entered {
 
 /// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
 pub(crate) struct AbortOnPanic {
-    /// Somebody else's panic, which whoever calls us is unwinding from.
+    /// True if this thread unwinds already, from a panic of its caller.
     already: bool,
 }
 
@@ -140,7 +140,7 @@ mod tests {
         drop(foreign);
     }
 
-    /// Nobody would serve its faults any more: the threads that wait are not left behind.
+    /// The process aborts, because without the worker the waiting threads would hang.
     #[test]
     fn a_worker_that_panics_ends_the_process() {
         const HERE: &str = "guard::tests::a_worker_that_panics_ends_the_process";
