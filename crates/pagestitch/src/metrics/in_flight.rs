@@ -298,7 +298,7 @@ mod tests {
         }
     }
 
-    /// What passes while nobody watches does not count, whatever the clock says.
+    /// Time without a look of the watchdog does not count, whatever the clock says.
     #[test]
     fn a_fault_grows_older_by_what_was_watched() {
         let in_flight = InFlight::new();

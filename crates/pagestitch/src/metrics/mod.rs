@@ -250,7 +250,7 @@ impl Metrics {
     }
 }
 
-/// A region's numbers as they are: clone it freely, hand it to whoever looks. It outlives the region, and keeps nothing of it but
+/// A region's current numbers: a handle to clone freely and to hand to a reporter. It outlives the region, and keeps nothing of it but
 /// its numbers.
 ///
 /// ```
@@ -284,7 +284,7 @@ pub struct Latency {
 }
 
 impl Metrics {
-    /// Who reads faster than pages are filled ahead passes by more than were.
+    /// A reader that is faster than readahead passes more pages than were filled ahead.
     fn bounded(self) -> Self {
         Self { pages_ahead_used: self.pages_ahead_used.min(self.pages_ahead), ..self }
     }

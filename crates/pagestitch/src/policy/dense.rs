@@ -1,9 +1,9 @@
 //! Dense blocks: a block whose faults have cost as much as filling it would have is filled, whatever their order.
 //!
-//! That is the ski-rental rule: who rents until the rent has reached the price, and then buys, never pays more than
+//! That is the ski-rental rule: a skier that rents until the rent has reached the price, and then buys, never pays more than
 //! twice what the best decision in hindsight would have cost. Here the rent is what the faults of a block have cost, and
 //! the price what filling a block has cost lately; both are measured, so that slow sources and fast memory each find
-//! their own threshold. Where there is more than one CPU the price is half of that: a worker fills, and who touches runs on.
+//! their own threshold. Where there is more than one CPU the price is half of that: a worker fills while the touching thread runs.
 //!
 //! A region learns from its blocks: the larger the share of touched blocks that came to be filled, the sooner the others
 //! are. The bound of twice is the plain rule's; halving the price and learning give some of it up for what was measured to
@@ -32,7 +32,7 @@ pub(crate) struct Dense {
     /// Pages in a block, and in the region.
     block: usize,
     pages: usize,
-    /// What part of the cost of filling is at the expense of who touches.
+    /// The part of the cost of a fill that the touching threads pay.
     share: u64,
 }
 
@@ -52,7 +52,7 @@ impl Dense {
         })
     }
 
-    /// Takes note of a fault; says whether its block is to be filled now.
+    /// Takes note of a fault; says whether to fill its block now.
     pub(crate) fn spent(&self, page: Page, ns: u64) -> Option<Span> {
         let block = page.0 / self.block;
         let rent = ns + WAKE_UP;
@@ -64,7 +64,7 @@ impl Dense {
         // Not this one's rent: a single fault may cost many times as much as most, or as little.
         let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
         let threshold = self.threshold(typical);
-        // A single fault says nothing of others: it may have waited for a CPU. Whoever takes it past the threshold
+        // A single fault says nothing of others: it may have waited for a CPU. The fault that exceeds the threshold
         // has it filled; a block that was filled stays there.
         if before == 0 || before >= FILLED || before + rent < threshold {
             return None;

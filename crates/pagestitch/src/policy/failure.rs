@@ -6,7 +6,7 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnFailure {
-    /// It is bad: who touches it gets SIGBUS, `read_at` and `populate` return the error. Never zeros for bytes.
+    /// It is poisoned: a touch of it is SIGBUS, `read_at` and `populate` return the error. Never zeros for bytes.
     #[default]
     Poison,
     /// The source is asked again, and what fails then is [bad](Self::Poison). The thread that touches the page waits meanwhile; the
@@ -17,8 +17,8 @@ pub enum OnFailure {
     Zeros,
 }
 
-/// How to ask again: after a pause that doubles each time up to a cap, and of which a random half is left out, so that those who have
-/// failed together do not come back together.
+/// How to ask again: after a pause that doubles each time up to a cap, and of which a random half is left out, so that requests that
+/// failed together do not return together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
     times: u32,

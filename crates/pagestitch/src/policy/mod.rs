@@ -2,7 +2,7 @@
 //!
 //! | file | says |
 //! |---|---|
-//! | `readahead` | who reads page after page finds the next ones there |
+//! | `readahead` | a sequential reader finds its next pages present |
 //! | `failure` | what to do about a page whose source has failed |
 //! | `recording` | in which order pages were first touched, to have them there sooner the next time |
 //! | `dense` | a block whose faults have cost as much as filling it would is filled |
@@ -37,7 +37,7 @@ pub(crate) enum Blocks {
     Whole,
     /// Blocks are copied page by page.
     Copied,
-    /// Foreign memory: those who wait for one page of a block would wait for all others to be copied.
+    /// Foreign memory: a thread that waits for one page of a block would wait for a copy of all of it.
     Never,
 }
 

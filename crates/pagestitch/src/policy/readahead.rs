@@ -1,4 +1,4 @@
-//! Readahead: who reads page after page finds the next ones filled already; the worker fills while the reader reads.
+//! Readahead: a sequential reader finds its next pages filled already; the worker fills while the reader reads.
 //!
 //! ```text
 //!   pages:        marker                         end
@@ -8,7 +8,7 @@
 //!     ... read | block filled with the fault | blocks filled ahead | m'    a fault at m': go on from there
 //! ```
 //!
-//! Nobody tells us of a page that is touched when it is there; the fault at the marker does. As long as the window is
+//! The touch of a present page sends no event; the fault at the marker does. As long as the window is
 //! smaller than a block, the marker is a page left out on purpose *before* what is filled, so that it is touched while the
 //! rest is still to be read. From a block on, nothing is left out, as only a whole block can move in at once: the
 //! marker is the first page *after* the window. A stream begins with two faults in a row, and its window doubles at each
@@ -27,7 +27,7 @@ pub enum Readahead {
     /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region; and a whole block of
     /// 2 MiB where its faults have cost as much as filling it would, in whatever order they came. The default.
     ///
-    /// Who touches a page that is being filled so waits for that fill, up to a block of it: where the slowest touch matters
+    /// A thread that touches a page of such a fill waits for that fill, up to a block of it: where the slowest touch matters
     /// more than the time of all, choose [`None`](Self::None).
     ///
     /// A page whose source fails is left alone, and asked for again when it is touched.
@@ -38,9 +38,9 @@ pub enum Readahead {
 /// What to install beside the page of a fault.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Prefetch {
-    /// Together with it: who waits for the page waits for these too.
+    /// Together with it: the waiters of the page wait for these too.
     pub(crate) with_fault: Option<Span>,
-    /// After it, while whoever waited runs on.
+    /// After it, while its waiters run.
     pub(crate) after_fault: Option<Span>,
     /// How many pages that were filled ahead the reader has passed by since it was last heard of.
     pub(crate) consumed: usize,

@@ -31,7 +31,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// let recording = first.recording().expect("it records");
 /// assert_eq!(recording.offsets().collect::<Vec<_>>(), [49_152, 8192]);
 ///
-/// let second = build().replay(&recording).build(&pool)?;      // has these pages soon, whether anybody asks or not
+/// let second = build().replay(&recording).build(&pool)?;      // has these pages soon, touched or not
 /// # drop(second);
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
@@ -311,7 +311,7 @@ mod tests {
             prop_assert!(Recording::decode(&flipped).is_err());
         }
 
-        /// Whoever knows the checksum, too: an answer, without more memory than the file is worth.
+        /// A file with a right checksum, too, gets an answer, without more memory than its size justifies.
         #[test]
         fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let mut whole = [MAGIC, &bytes].concat();

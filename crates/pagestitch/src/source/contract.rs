@@ -6,7 +6,7 @@ use std::io;
 ///
 /// # Contract
 ///
-/// * **Threads.** Methods are called from any thread: the pool's workers, and whoever calls
+/// * **Threads.** Methods are called from any thread: the pool's workers, and callers of
 ///   [`Region::populate`](crate::Region::populate) or [`Region::read_at`](crate::Region::read_at); several at once, also
 ///   for the same offset.
 /// * **How often.** [`read_at`](Self::read_at) is called once for each page in the ordinary case, and for several pages at once
@@ -14,7 +14,7 @@ use std::io;
 ///   The answer must not depend on how a range is split.
 /// * **Blocking.** It may block: it then occupies the worker that called it, not the region. While a region is
 ///   dropped, the drop waits for calls in progress.
-/// * **Failing.** An error becomes the page's error: who touches the page gets SIGBUS, `read_at` and `populate` of
+/// * **Failing.** An error becomes the page's error: a touch of the page is SIGBUS, `read_at` and `populate` of
 ///   the region return it. A panic is turned into such an error, also one of [`name`](Source::name), of the error or of a destructor.
 /// * **Hanging.** A call that takes 10 ms or more holds up a thread, which the pool replaces up to
 ///   [`max_workers`](crate::PoolBuilder::max_workers).

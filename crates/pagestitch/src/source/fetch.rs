@@ -47,9 +47,9 @@ pub trait Fetch: Send + Sync {
     }
 }
 
-/// Where bytes that were asked for are to go. Dropped without an answer, it is an error of the source: nobody waits for ever.
+/// Where bytes that were asked for are to go. Dropped without an answer, it is an error of the source, so that no thread waits forever.
 #[derive(Debug)]
-#[must_use = "somebody waits for the answer"]
+#[must_use = "a thread waits for the answer"]
 pub struct Reply {
     to: Option<To>,
     bytes: usize,
@@ -81,7 +81,7 @@ impl Reply {
         self.bytes
     }
 
-    /// Here they are: they are installed now, in this thread, and whoever waits runs on. Other than as many as were asked for are
+    /// Answers with the bytes: this thread installs them now, and the waiters run. Other than as many as were asked for are
     /// an error.
     pub fn answer(mut self, bytes: &[u8]) {
         let wrong = || {
@@ -103,7 +103,7 @@ impl Reply {
     fn give(&mut self, answer: io::Result<&[u8]>) {
         match self.to.take() {
             Some(To::Pages(pages)) => pages.complete(answer),
-            // Nobody waits any more where that fails.
+            // A failure means that no thread waits any more.
             Some(To::Thread(sender)) => drop(sender.send(answer.map(<[u8]>::to_vec))),
             None => {}
         }

@@ -8,7 +8,7 @@ use std::io;
 pub struct Hole;
 
 impl Source for Hole {
-    /// As many as anybody wants: the chunk's range says how many.
+    /// Unlimited: the chunk's range tells the number.
     fn size(&self) -> u64 {
         u64::MAX
     }

@@ -1,8 +1,8 @@
-//! Bytes in a memfd that comes to have them later: one copy in memory, for all who map it.
+//! Bytes in a memfd that comes to have them later: one copy in memory, for all processes that map it.
 //!
 //! ```text
 //!   process A  region ──┐  a page is touched: the memfd has it? map it. No? have it filled, then map it.
-//!   process B  region ──┼──▶ memfd ◀── fill: A, or B, or whoever fills it
+//!   process B  region ──┼──▶ memfd ◀── fill: A, or B, or another process
 //!   process C  region ──┘
 //! ```
 
@@ -20,7 +20,7 @@ use std::{fmt, io};
 pub trait FillMemfd: Send + Sync {
     /// Returns when the memfd has the bytes of `range`: has written them, or has another process do so and waits for it.
     ///
-    /// It is asked for whole pages, but for the memfd's end, and they have to come whole: with `pwrite(2)`, or with `UFFDIO_COPY`.
+    /// It is asked for whole pages, except at the memfd's end, and must write them whole: with `pwrite(2)`, or with `UFFDIO_COPY`.
     /// A page that is written through a mapping is there, and zeros, from the first byte on, and may be seen so.
     ///
     /// It is called for pages that the memfd did not have a moment ago, from any thread, and for the same pages perhaps

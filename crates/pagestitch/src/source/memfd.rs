@@ -7,7 +7,7 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-/// A memfd that nobody can change any more: made from an [`UnsealedMemfd`](super::UnsealedMemfd), or received.
+/// A memfd whose bytes cannot change any more: made from an [`UnsealedMemfd`](super::UnsealedMemfd), or received.
 ///
 /// A page of a chunk that begins at the same offset in a page of the memfd and in a page of the region is the
 /// memfd's own page: no copy, no fault. Cloning shares it.

@@ -72,7 +72,7 @@ impl Memory {
         Some(start..start + bytes.len())
     }
 
-    /// Address and length: the same memory, whoever keeps it alive.
+    /// Address and length: the same memory, whatever value keeps it alive.
     pub(crate) fn identity(&self) -> Option<(usize, u64)> {
         match &self.bytes {
             Stable::Owned(bytes) if bytes.is_unique() => None,

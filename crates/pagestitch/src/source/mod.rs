@@ -11,7 +11,7 @@
 //! | [`LazyMemfd`] | in a memfd that is filled later | in place, when it has them |
 //! | [`FileSource`] | in a file, read at an offset | read into staging, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
-//! | your own [`Fetch`] | from whoever answers later | fetched while others go on, then copied |
+//! | your own [`Fetch`] | that come later, from your own thread | fetched while workers serve other faults, then copied |
 //! | your own [`Source`] | wherever you get them | read into staging, then copied |
 
 mod backing;

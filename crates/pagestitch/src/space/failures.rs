@@ -26,7 +26,7 @@ impl Mapping {
 
     /// The pages of a span that have failed, and why; ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
-        // One that was let go is not bad any more. One that was given up is still claimed by whoever asks for it.
+        // One that was let go is not bad any more. One that was given up is still claimed by the thread that asks its source.
         self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != State::Absent).collect()
     }
 
@@ -38,7 +38,7 @@ impl Mapping {
         bad.into_iter()
     }
 
-    /// Tells whoever asked to be told that a page is bad.
+    /// Calls the callback for a page that fails.
     pub(crate) fn report(&self, page: Page, failure: &Failure) {
         if let Some(FailureCallback(tell)) = &self.reporter {
             let offset = self.page_size().offset_of(page);
@@ -60,8 +60,8 @@ impl Mapping {
         }
     }
 
-    /// A page that has failed was settled. Somebody may have healed it before, and forgotten the reason, and it has failed anew: a page
-    /// that is bad has one, or whoever asks for it would look for it for ever. So has one that is absent by now: it may have been let
+    /// A page that has failed was settled. A retry may have filled it before and removed the reason, and it has failed anew: a page
+    /// that is bad has one, or a reader of the reason would look for it forever. So has one that is absent by now: it may have been let
     /// go before it was marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
         let mut failures = self.failures.locked();

@@ -94,7 +94,7 @@ impl Shown {
                 Ok(()) => shown.in_place.runs.push(run),
                 Err(errno) => match why_refused(backing, page, errno) {
                     Some(why) => shown.refused.push((run.span, why)),
-                    // Somebody was quicker, and there are no more mappings after all.
+                    // Another thread has taken the last mappings since.
                     None if errno == Errno::ENOMEM => break,
                     None => return Err((run.chunk, errno)),
                 },
@@ -148,7 +148,7 @@ fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abili
     while chunk < layout.chunks() {
         let end = extent_end(layout, chunk);
         if abilities.map(layout.backing_of(chunk)) {
-            // Asking for the budget reads /proc: only who has something to map pays.
+            // Asking for the budget reads /proc: only a region with pages to map pays.
             left = budget.take().map_or(left, |budget| budget());
             if let Some(run) = whole_pages(layout, page, chunk..end) {
                 let follows = runs.last().map_or(Page(0), |last| last.span.end()) == run.span.first;

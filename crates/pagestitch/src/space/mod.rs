@@ -69,7 +69,7 @@ pub(crate) struct Mapping {
     pub(crate) target: Target,
     pub(crate) uffd: Uffd,
     failures: Failures,
-    /// Whoever works for the region is inside; dropping the region closes it.
+    /// Each thread at work for the region is inside; the drop of the region closes it.
     gate: Arc<Gate>,
 }
 
@@ -230,7 +230,7 @@ impl Mapping {
         lazy && !self.uffd.features().contains(Features::MINOR_SHMEM)
     }
 
-    /// The first pages of a span that are filled before anybody asks for them: neither there from the start, nor taken by a
+    /// The first pages of a span that are filled before they are touched: neither there from the start, nor taken by a
     /// balloon.
     pub(crate) fn next_gap(&self, span: Span) -> Span {
         match &self.target {
@@ -261,7 +261,7 @@ impl Mapping {
         self.gate.enter_owned()
     }
 
-    /// Nobody works for the region when this returns, and nobody will: sources are not called any more.
+    /// When this returns, no thread works for the region, now or later: sources are not called any more.
     pub(crate) fn close(&self) {
         // A thread that waits now may be woken before the gate is closed, and run after the drop.
         if self.uffd.has_waiters() {
@@ -274,7 +274,7 @@ impl Mapping {
 
     /// Whether the kernel lacks pages of a span; those that were filled are forgotten.
     ///
-    /// Who lets go of pages runs on as soon as the event is read, which is before it is taken note of: in this very moment, maybe.
+    /// A thread that discards pages continues as soon as the event is read, before our table changes: perhaps right now.
     pub(crate) fn lacks_any(&self, span: Span) -> bool {
         let mut any = false;
         // Where the question cannot be answered, the table is believed.

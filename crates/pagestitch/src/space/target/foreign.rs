@@ -1,4 +1,4 @@
-//! Foreign memory as it is served: where each page is, which were let go, and who may install.
+//! Foreign memory as it is served: the address of each page, the discarded pages, and the lock for installs.
 
 use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
@@ -19,8 +19,8 @@ pub(crate) struct Foreign {
     pub(crate) parts: Vec<Part>,
     /// The pages that the owner has discarded: their bytes are zeros from then on.
     removed: Removed,
-    /// Held by all who install, and alone by who reads events: what is installed is what the page holds *now*. Who lets
-    /// go of pages runs on as soon as its event is read, and old bytes must not come after.
+    /// An installing thread holds it shared, a reader of events alone, so that an installed page has its bytes of *now*. The
+    /// owner continues after a discard as soon as its event is read, and old bytes must not follow.
     map: RwLock<()>,
     owner: Option<Arc<Process>>,
     /// The kernel has said that the process is not there any more.
@@ -200,7 +200,7 @@ impl Foreign {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// Ends whoever owns the memory. `EAGAIN` if nobody knows who that is.
+    /// Ends the owner of the memory. `EAGAIN` if the owner is unknown.
     pub(crate) fn end_owner(&self) -> Result<(), Errno> {
         self.owner.as_ref().ok_or(Errno::EAGAIN)?.kill()
     }

@@ -12,7 +12,7 @@ use pagestitch_kernel::{AddressRange, Page, PageSize, Span, Uffd};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Memory that is registered with a userfaultfd already, and whoever owns it. For
+/// Memory that is registered with a userfaultfd already, and its owner. For
 /// [`Builder::build_adopted`](crate::Builder::build_adopted).
 ///
 /// Children that its owner forks are not served. Where the userfaultfd was opened with `UFFD_FEATURE_EVENT_FORK`, what a child does

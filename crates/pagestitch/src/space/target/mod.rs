@@ -1,4 +1,4 @@
-//! Where a region's pages are: in a reservation of ours, or in memory that somebody else has registered.
+//! Where a region's pages are: in a reservation of ours, or in memory that another owner has registered.
 //!
 //! ```text
 //!   its addresses    |-- 0x7f10.. --|          |-- 0x7f90.. --|     ranges, wherever they are
