@@ -15,7 +15,7 @@ use crate::api::options::Options;
 use crate::error::{Error, ErrorKind};
 use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
-use crate::serve::Family;
+use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
     Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, Shown, Target,
@@ -162,7 +162,7 @@ fn finish(
         settle_readahead(readahead, &manner, size, layout.total()).map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &manner).map_err(no_table)?;
-    let family = inherit_on_fork.then(|| Family::new().map(Arc::new)).transpose();
+    let family = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
     let family = family.map_err(|errno| limit(&name, "serve children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = manner.max_in_flight;
     let mapping = Mapping::new(

@@ -1,13 +1,13 @@
 //! The journey of a fault. Read this page first.
 
 pub(crate) mod callers;
+mod fetch_semaphore;
 pub(crate) mod fill;
 pub(crate) mod install;
 mod pending;
-mod permits;
 mod request;
 
-pub(crate) use permits::{FetchSemaphore, Permit};
+pub(crate) use fetch_semaphore::{FetchSemaphore, Permit};
 pub(crate) use request::{FaultRequest, Host};
 
 use crate::error::Failure;

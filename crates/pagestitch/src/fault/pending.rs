@@ -1,9 +1,9 @@
 //! Pages whose bytes come later: the claim on them, held until the source answers. The rest of the fault's journey is that of any.
 
 use crate::error::Failure;
+use crate::fault::fetch_semaphore::Permit;
 use crate::fault::fill::{Content, Filled};
 use crate::fault::install::{InstallError, Short, fail, given_up, install};
-use crate::fault::permits::Permit;
 use crate::fault::{FaultRequest, Host, serve_later};
 use crate::guard::{AbortOnPanic, discard, quietly};
 use crate::metrics::Part;

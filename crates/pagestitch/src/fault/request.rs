@@ -1,7 +1,7 @@
 //! A request for a page, and the server that it is handled for.
 
+use crate::fault::fetch_semaphore::Permit;
 use crate::fault::install::{SHORT_OF_MEMORY, Short, fail_without_memory, poison};
-use crate::fault::permits::Permit;
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, Unclaimed, Wake};
 use pagestitch_kernel::Page;

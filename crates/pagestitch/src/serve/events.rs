@@ -4,8 +4,8 @@ use crate::fault::FaultRequest;
 use crate::fault::install::{release, show};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
-use crate::serve::fork::strays::Rest;
-use crate::serve::served::Family;
+use crate::serve::fork::orphans::Rest;
+use crate::serve::served::ForkedChildren;
 use crate::space::Target;
 use crate::space::target::{Busy, Foreign};
 use pagestitch_kernel::{Batch, Errno, Event, Fault, FaultKind, Uffd};
@@ -85,7 +85,7 @@ impl Served {
                 Event::Remap { from, to, bytes } => self.moved((from, to, bytes), told),
                 Event::Fork { child } => {
                     self.family.iter().for_each(|family| family.had_room());
-                    let keep = |family: &Arc<Family>| family.keep(child.as_fd(), first_page(self));
+                    let keep = |family: &Arc<ForkedChildren>| family.keep(child.as_fd(), first_page(self));
                     let kept = self.family.as_ref().is_none_or(keep);
                     let news = if read == Read::OneTooMany || !kept {
                         Err(DeferredEvent::Child(child))
@@ -128,7 +128,7 @@ impl Served {
             // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
             Err(Errno::EMFILE | Errno::ENFILE) => {
                 // One after the other: such a child may have children before it is seen to.
-                let room = |family: &Arc<Family>| {
+                let room = |family: &Arc<ForkedChildren>| {
                     family.is_short() && !self.strays.have_children() && family.make_room()
                 };
                 match self.family.as_ref().is_some_and(room).then(|| batch.read(&self.uffd, self.page_size()))

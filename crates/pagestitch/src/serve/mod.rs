@@ -14,12 +14,12 @@
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `events` | pages that are let go, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
-//! | `crew` | which workers get on, and which are to be replaced |
+//! | `worker_table` | which workers get on, and which are to be replaced |
 //! | `threads` | the threads of workers, and how they start |
-//! | `berths` | how many workers one region may hold up |
-//! | `slow` | how many workers slow regions may hold up together |
-//! | `later` | what is done in a moment, instead of waiting for it |
-//! | `door` | what a server keeps of a region |
+//! | `bulkhead` | how many workers one region may hold up |
+//! | `slow_admission` | how many workers slow regions may hold up together |
+//! | `timers` | what is done in a moment, instead of waiting for it |
+//! | `region_handle` | what a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `populate` | the same steps for pages that nobody has touched |
@@ -27,16 +27,13 @@
 //! | `leave` | what becomes of adopted memory when its region is dropped |
 //! | `watchdog` | tells of faults that take too long, and gives them up |
 //! | `fork` | forked children |
-//! | `seldom` | log lines that something else can cause |
+//! | `rate_limit` | log lines that something else can cause |
 
-mod berths;
+mod bulkhead;
 mod contract;
-mod crew;
-mod door;
 mod events;
 pub(crate) mod fork;
 mod inline;
-mod later;
 mod leave;
 mod manual;
 pub(crate) mod pace;
@@ -44,17 +41,20 @@ mod placement;
 mod pool;
 mod populate;
 mod queue;
+mod rate_limit;
+mod region_handle;
 mod retry_failed;
-mod seldom;
 mod served;
 mod shared;
 mod shut;
-mod slow;
+mod slow_admission;
 mod start;
 mod threads;
+mod timers;
 mod watch;
 mod watchdog;
 mod worker;
+mod worker_table;
 
 use contract::FaultServer;
 pub(crate) use contract::{Attachment, Demands, INLINE};
@@ -65,7 +65,7 @@ pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::{fill_rest, populate};
 pub(crate) use retry_failed::retry_failed;
-pub(crate) use served::{Family, Served};
+pub(crate) use served::{ForkedChildren, Served};
 
 use crate::error::{Error, ErrorKind};
 use std::sync::Arc;

@@ -15,11 +15,11 @@ use crate::fault::FetchSemaphore;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
-use crate::serve::crew;
-use crate::serve::fork::usher::Usher;
+use crate::serve::fork::usher::ForkReader;
 use crate::serve::placement::{Placement, Places};
 use crate::serve::shared::Shared;
 use crate::serve::watchdog::{Limits, Watchdog};
+use crate::serve::worker_table;
 use crate::signals::NoSignals;
 use pagestitch_kernel::fork::ForkGeneration;
 use parking_lot::Mutex;
@@ -67,7 +67,7 @@ impl Pool {
             name: String::from("pagestitch"),
             limits: Limits::default(),
             max_in_flight: None,
-            max_workers: crew::MOST_BY_DEFAULT,
+            max_workers: worker_table::MOST_BY_DEFAULT,
         }
     }
 
@@ -125,7 +125,7 @@ impl FaultServer for Pool {
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         if region.family.is_some() {
-            self.handle.start_usher()?;
+            self.handle.start_fork_reader()?;
         }
         // A partial start is undone.
         self.handle.shared.add(region).inspect_err(|_| {
@@ -314,13 +314,13 @@ struct Handle {
 
 impl Handle {
     /// Where there is none yet.
-    fn start_usher(&self) -> Result<(), Error> {
+    fn start_fork_reader(&self) -> Result<(), Error> {
         let mut usher = self.usher.lock();
         if usher.is_some() {
             return Ok(());
         }
         let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
-        let reads = Usher::new(&self.shared.stop)
+        let reads = ForkReader::new(&self.shared.stop)
             .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
         let _ = self.shared.usher.set(reads);
         let _quiet = NoSignals::until_dropped();

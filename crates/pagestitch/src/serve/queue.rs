@@ -1,7 +1,7 @@
 //! The entries of a pool's queues: faults that were handed on, and pages to fill ahead.
 
 use crate::fault::FaultRequest;
-use crate::serve::door::RegionHandle;
+use crate::serve::region_handle::RegionHandle;
 use pagestitch_kernel::Span;
 use std::sync::Arc;
 

@@ -1,11 +1,11 @@
 //! A region as its server has it: the mapping, and what serving it takes.
 
 use crate::fault::{FaultRequest, FetchSemaphore, Host, Permit};
-use crate::serve::berths::Bulkhead;
-use crate::serve::fork::Family as FamilyOf;
-use crate::serve::fork::strays::Orphans;
+use crate::serve::bulkhead::Bulkhead;
+use crate::serve::fork::ForkedChildren as ForkedChildrenOf;
+use crate::serve::fork::orphans::Orphans;
 use crate::serve::pace::{Pace, Reading};
-use crate::serve::{door, later, queue, slow};
+use crate::serve::{queue, region_handle, slow_admission, timers};
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
 use std::ops::Deref;
@@ -22,9 +22,9 @@ pub(crate) struct Served {
     /// How many fetches its pool may have under way, where there is a limit.
     pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
     /// Where what is to be done in a moment is kept.
-    pub(crate) later: OnceLock<Arc<Later>>,
+    pub(crate) later: OnceLock<Arc<Timers>>,
     /// Its forked children, where they are served.
-    pub(crate) family: Option<Arc<Family>>,
+    pub(crate) family: Option<Arc<ForkedChildren>>,
     /// What nobody serves, until it has been seen to.
     pub(crate) strays: Orphans,
     /// What its server keeps of it.
@@ -32,13 +32,13 @@ pub(crate) struct Served {
 }
 
 // Doors, queues and families do not know the type of a region: here they are of this one.
-pub(crate) type RegionHandle = door::RegionHandle<Served>;
-pub(crate) type Family = FamilyOf<Served>;
+pub(crate) type RegionHandle = region_handle::RegionHandle<Served>;
+pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
 pub(super) type QueuedFault = queue::QueuedFault<Served>;
 pub(super) type Ahead = queue::Ahead<Served>;
-pub(crate) type Later = later::Later<Served>;
-pub(super) type What = later::What<Served>;
-pub(super) type Slow = slow::Slow<Served>;
+pub(crate) type Timers = timers::Timers<Served>;
+pub(super) type What = timers::What<Served>;
+pub(super) type SlowAdmission = slow_admission::SlowAdmission<Served>;
 
 impl QueuedFault {
     pub(super) fn new(region: &Arc<Served>, asked: FaultRequest) -> Self {
@@ -58,7 +58,11 @@ impl Ahead {
 
 impl Served {
     /// At most so many faults are served at once, where there is a limit.
-    pub(crate) fn new(mapping: Mapping, max_in_flight: Option<usize>, family: Option<Arc<Family>>) -> Self {
+    pub(crate) fn new(
+        mapping: Mapping,
+        max_in_flight: Option<usize>,
+        family: Option<Arc<ForkedChildren>>,
+    ) -> Self {
         Self {
             mapping,
             pace: Pace::default(),

@@ -5,13 +5,13 @@ use crate::fault::FaultRequest;
 use crate::fault::FetchSemaphore;
 use crate::guard::discard;
 use crate::serve::Served;
-use crate::serve::crew::WorkerTable;
 use crate::serve::events::DeferredEvent;
-use crate::serve::fork::usher::Usher;
+use crate::serve::fork::usher::ForkReader;
 use crate::serve::placement::Places;
-use crate::serve::served::{Ahead, Later, QueuedFault, RegionHandle, Slow, What};
+use crate::serve::served::{Ahead, QueuedFault, RegionHandle, SlowAdmission, Timers, What};
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
+use crate::serve::worker_table::WorkerTable;
 use crate::space::page_table::Wake;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::errno::Errno;
@@ -33,7 +33,7 @@ pub(super) struct Shared {
     handed: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// What is filled when there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
-    pub(super) slow: Slow,
+    pub(super) slow: SlowAdmission,
     /// Which workers there are.
     pub(super) crew: WorkerTable,
     /// There are faults that no queue has room for.
@@ -42,10 +42,10 @@ pub(super) struct Shared {
     pub(super) name: String,
     pub(super) places: Places,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
-    pub(super) later: Arc<Later>,
+    pub(super) later: Arc<Timers>,
     /// What the usher leaves to workers.
     news: (Sender<DeferredTask>, Receiver<DeferredTask>),
-    pub(super) usher: OnceLock<Usher>,
+    pub(super) usher: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
@@ -69,7 +69,7 @@ impl Shared {
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let bell = EventFd::from_flags(flags)?;
-        let later = Arc::new(Later::new()?);
+        let later = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
         let epolls = (0..places.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
@@ -84,7 +84,7 @@ impl Shared {
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        let (slow, crew) = (Slow::new(HANDED_MAX), WorkerTable::new(places.workers, most)?);
+        let (slow, crew) = (SlowAdmission::new(HANDED_MAX), WorkerTable::new(places.workers, most)?);
         let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
         Ok(Self {
             news,

@@ -2,7 +2,7 @@
 
 use crate::serve::Served;
 use crate::serve::fork::block_forks;
-use crate::serve::fork::strays::Rest;
+use crate::serve::fork::orphans::Rest;
 use crate::serve::leave::abandon;
 use crate::space::Target;
 use crate::space::page_table::Wake;

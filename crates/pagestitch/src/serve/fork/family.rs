@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 /// All children of a region, and theirs. Each is served as an `R`.
 #[derive(Debug)]
-pub(crate) struct Family<R> {
+pub(crate) struct ForkedChildren<R> {
     members: Mutex<Members<R>>,
     descriptors: Descriptors,
 }
@@ -21,7 +21,7 @@ struct Members<R> {
     closed: bool,
 }
 
-impl<R> Deref for Family<R> {
+impl<R> Deref for ForkedChildren<R> {
     type Target = Descriptors;
 
     fn deref(&self) -> &Descriptors {
@@ -29,7 +29,7 @@ impl<R> Deref for Family<R> {
     }
 }
 
-impl<R: Deref<Target = Mapping>> Family<R> {
+impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
     pub(crate) fn new() -> Result<Self, Errno> {
         let members = Mutex::new(Members { served: Vec::new(), closed: false });
         Ok(Self { members, descriptors: Descriptors::new()? })

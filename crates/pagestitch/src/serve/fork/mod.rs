@@ -15,12 +15,12 @@
 
 mod descriptors;
 mod family;
+pub(crate) mod orphans;
 pub(super) mod reader;
-pub(crate) mod strays;
 pub(super) mod usher;
 
 pub(crate) use descriptors::Descriptors;
-pub(crate) use family::{Family, first_page};
+pub(crate) use family::{ForkedChildren, first_page};
 
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Served;

@@ -1,8 +1,8 @@
 //! The thread of the usher.
 
 use crate::serve::events::to_request;
-use crate::serve::fork::strays::Rest;
-use crate::serve::fork::usher::Usher;
+use crate::serve::fork::orphans::Rest;
+use crate::serve::fork::usher::ForkReader;
 use crate::serve::shared::Shared;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
@@ -12,7 +12,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-impl Usher {
+impl ForkReader {
     /// Reads until the pool stops; says when it has all that it needs, so that nobody forks before.
     pub(crate) fn run(&self, shared: &Shared, begins: &Barrier) {
         let mut batch = Batch::with_capacity(BATCH);

@@ -13,14 +13,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What it reads.
 #[derive(Debug)]
-pub(crate) struct Usher {
+pub(crate) struct ForkReader {
     pub(super) ready: Epoll,
     /// By their descriptors. Made anew beside the lock, as that is to allocate. The standard library's lock, as waiting for it does
     /// not allocate.
     regions: Mutex<Vec<(RawFd, Arc<Served>)>>,
 }
 
-impl Usher {
+impl ForkReader {
     /// It looks up, too, when `stop` is readable.
     pub(crate) fn new(stop: impl AsFd) -> Result<Self, Errno> {
         let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;

@@ -9,8 +9,8 @@
 //! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
 //! timer for the next before it does any: should it hang, another worker comes for that.
 
-use crate::serve::door::RegionHandle;
 use crate::serve::queue::QueuedFault;
+use crate::serve::region_handle::RegionHandle;
 use nix::errno::Errno;
 use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
@@ -28,13 +28,13 @@ pub(super) enum What<R> {
 
 /// All of it, for the workers of a pool.
 #[derive(Debug)]
-pub(crate) struct Later<R> {
+pub(crate) struct Timers<R> {
     timer: TimerFd,
     /// Few, in no order.
     entries: Mutex<Vec<(Instant, What<R>)>>,
 }
 
-impl<R> Later<R> {
+impl<R> Timers<R> {
     pub(super) fn new() -> Result<Self, Errno> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         Ok(Self { timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?, entries: Mutex::default() })
@@ -92,7 +92,7 @@ impl<R> Later<R> {
     }
 }
 
-impl<R> AsFd for Later<R> {
+impl<R> AsFd for Timers<R> {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.timer.as_fd()
     }
@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
-        let later = Later::<()>::new().unwrap();
+        let later = Timers::<()>::new().unwrap();
         for wait in [30, 10, 20] {
             later.add(What::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
         }
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn a_due_entry_is_told_of_again() {
-        let later = Later::<()>::new().unwrap();
+        let later = Timers::<()>::new().unwrap();
         later.add(What::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
             poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn no_more_is_kept_than_there_may_be() {
-        let later = Later::<()>::new().unwrap();
+        let later = Timers::<()>::new().unwrap();
         let add = || later.add(What::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }

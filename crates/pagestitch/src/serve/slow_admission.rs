@@ -1,15 +1,15 @@
 //! Slow regions: those whose faults take more than a millisecond, or are the first. Together they hold up all workers but one, which is
 //! there for the quick ones.
 
-use crate::serve::door::RegionHandle;
 use crate::serve::queue::QueuedFault;
+use crate::serve::region_handle::RegionHandle;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Admits faults of slow regions to as many workers as these may occupy, and queues the others.
 #[derive(Debug)]
-pub(super) struct Slow<R> {
+pub(super) struct SlowAdmission<R> {
     state: Mutex<State<R>>,
     /// How many wait, to be looked at without the lock.
     waiting: AtomicUsize,
@@ -21,7 +21,7 @@ struct State<R> {
     waiting: VecDeque<QueuedFault<R>>,
 }
 
-impl<R> Slow<R> {
+impl<R> SlowAdmission<R> {
     /// With room for so many to wait; more than that, and room is made.
     pub(super) fn new(room: usize) -> Self {
         let state = State { taken: 0, waiting: VecDeque::with_capacity(room) };
@@ -93,7 +93,7 @@ mod tests {
     /// Two workers are in berths of one region, and a third fault of it waits before one of another.
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
-        let (hangs, other, slow) = (RegionHandle::nowhere(), RegionHandle::nowhere(), Slow::new(4));
+        let (hangs, other, slow) = (RegionHandle::nowhere(), RegionHandle::nowhere(), SlowAdmission::new(4));
         let held = |door: &RegionHandle<()>| door.berths.load(Ordering::Relaxed);
         assert!(
             slow.enter(2, QueuedFault::at(&hangs)).is_some()
@@ -120,7 +120,7 @@ mod tests {
 
     #[test]
     fn a_berth_that_is_new_is_for_the_first_that_waits() {
-        let (slow, door) = (Slow::new(4), RegionHandle::<()>::nowhere());
+        let (slow, door) = (SlowAdmission::new(4), RegionHandle::<()>::nowhere());
         assert!(
             slow.enter(1, QueuedFault::at(&door)).is_some()
                 && slow.enter(1, QueuedFault::at(&door)).is_none()

@@ -5,7 +5,7 @@
 //! usher, and who forks may hold the allocator until the usher has got rid of the child before.
 
 use crate::serve::fork::{Descriptors, first_page};
-use crate::serve::seldom::RateLimit;
+use crate::serve::rate_limit::RateLimit;
 use crate::space::Mapping;
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Outcome, Page, Span, Uffd};
 use std::os::fd::AsFd;
