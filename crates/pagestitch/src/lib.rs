@@ -1,9 +1,10 @@
 //! Scattered memory, one contiguous region, filled on first touch.
 //!
-//! A program has many pieces of memory: heap buffers, files, ranges of an object in a store. It wants one pointer
-//! `base`, such that `base[i]` is the i-th byte of the pieces laid end to end, without copying all of it first.
-//! A [`Region`] reserves one contiguous range of addresses, lays the pieces out on it, and a [`Pool`] of threads
-//! makes each page appear when it is first touched, by way of Linux's `userfaultfd(2)`.
+//! A program has many pieces of data: heap buffers, files, ranges of an object in a store. It
+//! needs one pointer `base` such that `base[i]` is the i-th byte of the pieces laid end to end,
+//! and it cannot afford to copy everything first. A [`Region`] reserves one contiguous range of
+//! addresses and lays the pieces out on it. A [`Pool`] of threads fills each page when a thread
+//! first touches it; Linux's `userfaultfd(2)` reports the touch.
 //!
 //! ```
 //! use pagestitch::{Chunk, Pool, Region};
@@ -28,30 +29,32 @@
 //! | noun | what it is |
 //! |---|---|
 //! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
-//! | [`SharedRegion`] | the same, of which others may change parts: without slices |
-//! | [`AdoptedRegion`] | memory of another process, that it has registered and handed over |
+//! | [`SharedRegion`] | a region whose bytes other processes may change: it gives out no `&[u8]` |
+//! | [`AdoptedRegion`] | memory that another process has registered and handed over |
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
-//! | [`Server`] | **who** answers faults: the threads of a [`Pool`], the thread that takes them ([`Inline`]), the caller's loop ([`Manual`]) |
+//! | [`Server`] | **where** faults are served: on the threads of a [`Pool`], on the faulting thread ([`Inline`]), or in the caller's loop ([`Manual`]) |
 //!
-//! Pages of a sealed [memfd](source::Memfd), and [pages](source::Pages) that are given up, are shown as they are where they
-//! lie at the same place in a page: no copy. So is what others may change (files, other memfds, aliases, physical memory), in
-//! a [`SharedRegion`]. Everything else is copied, once, page by page.
+//! A region maps pages of a sealed [memfd](source::Memfd) and takes over donated
+//! [pages](source::Pages) without a copy, where a chunk has the same offset within a page in its
+//! source and in the region. A [`SharedRegion`] also maps sources that other processes may change:
+//! files, unsealed memfds, aliases, physical memory. All other bytes are copied once, page by page.
 //!
 //! # Promises
 //!
-//! * **Never zeros for bytes.** A page whose source fails is SIGBUS to who touches it, and an error from
-//!   [`Region::read_at`] and [`Region::populate`].
-//! * **Nobody waits on a lost page.** A fill that cannot be finished gives its page back and wakes who waits.
-//! * **Safe is sound.** This crate has no unsafe code; what is unsafe lives in `pagestitch-kernel`. Borrowed chunks
-//!   exist only inside a [`scope`](scope()).
-//! * **An ordinary user will do.** No capability is needed since Linux 5.11; what is lost then is told by
-//!   [`Region::serves_system_calls`].
+//! * **Never zeros for bytes.** Touching a page whose source fails raises SIGBUS;
+//!   [`Region::read_at`] and [`Region::populate`] return the source's error.
+//! * **No thread waits on a lost page.** A fill that cannot finish releases its page and wakes the
+//!   waiting threads, which fault again.
+//! * **Safe is sound.** Unsafe code is confined to `pagestitch-kernel`. Borrowed chunks exist only
+//!   inside a [`scope`](scope()).
+//! * **No privileges.** Since Linux 5.11 an ordinary user needs no capability.
+//!   [`Region::serves_system_calls`] tells whether the kernel itself can touch absent pages.
 //!
-//! Linux 4.14 or newer; 6.6 or newer for poison marks, without which a failed page costs a mapping.
+//! Requires Linux 4.14. Linux 6.6 adds poison markers; before it, each failed page costs a mapping.
 
-// One promise is made, in `serve/inline`: that what serves there may run in a signal handler.
+// One exception, in `serve/inline`: the promise that the fault path may run in a signal handler.
 #![deny(unsafe_code)]
 
 #[macro_use]
@@ -82,7 +85,7 @@ pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Repor
 pub use source::Source;
 pub use space::{AdoptedMemory, Chunk, OnDiscard, OnUnavailable, Plan, PlanRun};
 
-/// The README's example is compiled and run with the doc tests.
+/// Compiles and runs the README's example with the doc tests.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

@@ -1,4 +1,5 @@
-//! Memory that somebody else has registered: another part of this program, or another process that sent its userfaultfd.
+//! Memory that its owner has registered: another process that sent its userfaultfd, or another part
+//! of this program.
 
 use crate::api::Core;
 use crate::error::Error;
@@ -10,16 +11,19 @@ use std::fmt;
 use std::ops::RangeBounds;
 use std::sync::Arc;
 
-/// Memory of another process, or another part of this program, that is filled on first touch. Made by
-/// [`Builder::build_adopted`](crate::Builder::build_adopted).
+/// Memory of another process, or of another part of this program, that is filled on first touch.
+/// [`Builder::build_adopted`](crate::Builder::build_adopted) creates it.
 ///
-/// Its owner opened a userfaultfd, registered ranges of its memory with it, and handed it over; from then on whoever touches
-/// a missing page there waits for us. Linux 4.11; other page sizes than the system's: hugetlbfs.
+/// The owner of the memory opens a userfaultfd, registers ranges of its memory with it, and hands
+/// it over. From then on, a thread of the owner that touches an absent page blocks until this
+/// region fills the page. Requires Linux 4.11. The owner's pages may be larger than the system's
+/// (hugetlbfs).
 ///
 /// # Drop
 ///
-/// What was not filled by then is lost to the owner: it is [poisoned](OnUnavailable::Poison) or [ended](OnUnavailable::Kill), because it would read
-/// zeros otherwise. [`finish`](Self::finish) fills everything first; the owner then goes on alone.
+/// Pages that are still absent are lost, and would read as zeros. Their pages are therefore
+/// [poisoned](crate::OnUnavailable::Poison), or the owner is [killed](crate::OnUnavailable::Kill).
+/// [`finish`](Self::finish) fills all pages before, and the owner runs on without the region.
 ///
 /// # Example
 ///
@@ -32,7 +36,8 @@ use std::sync::Arc;
 /// let (uffd, address) = receive();                     // SCM_RIGHTS, see unix(7)
 /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30);
 /// let region = Region::builder().name("guest").chunk(FileSource::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
-/// region.finish()?;                                    // fills what nobody has asked for yet, and lets it go
+/// region.finish()?;                                    // fills the pages still absent, and
+/// releases the memory
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
 pub struct AdoptedRegion {
@@ -50,18 +55,19 @@ impl AdoptedRegion {
         self.core.name()
     }
 
-    /// How many bytes its ranges hold together.
+    /// The length of all ranges together, in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
     #[must_use]
     pub fn len(&self) -> usize {
         self.core.len()
     }
 
-    /// As [`Region::populate`](crate::Region::populate). What the owner has let go of is left alone.
+    /// As [`Region::populate`](crate::Region::populate). Pages that the owner has discarded stay
+    /// absent.
     ///
     /// # Errors
     ///
-    /// As there; [`ErrorKind::Source`](crate::ErrorKind::Source) also where the owner has ended.
+    /// As there; also [`ErrorKind::Source`](crate::ErrorKind::Source) if the owner has ended.
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.populate(range)
     }
@@ -105,22 +111,24 @@ impl AdoptedRegion {
         self.core.recording()
     }
 
-    /// Fills all that is missing, and lets the memory go: its owner needs nobody from then on.
+    /// Fills all absent pages and releases the memory: from then on its owner runs without the
+    /// region. Returns the final counters.
     ///
     /// # Errors
     ///
-    /// The first source that failed; what could be filled is filled, and what could not is lost, as by
-    /// [dropping](Self#drop). Also where the owner has ended, or discards pages without end.
+    /// [`ErrorKind::Source`](crate::ErrorKind::Source) for the first source that fails. All other
+    /// pages are filled; the failed ones are lost, as by [dropping](Self#drop). The same if the
+    /// owner has ended, or keeps discarding pages.
     pub fn finish(self) -> Result<Metrics, Error> {
         self.finish_while(|| true)
     }
 
-    /// As [`finish`](Self::finish), as long as `go_on` says so: it is asked before each block of 2 MiB, by several threads. What is not
-    /// filled by then is lost.
+    /// As [`finish`](Self::finish), until `go_on` returns false. Several threads call it, each
+    /// before every block of 2 MiB. Pages not filled by then are lost.
     ///
     /// # Errors
     ///
-    /// As [`finish`](Self::finish); that `go_on` has ended it is none.
+    /// As [`finish`](Self::finish). A `go_on` that returns false is no error.
     pub fn finish_while(self, go_on: impl Fn() -> bool + Sync) -> Result<Metrics, Error> {
         let filled = self.core.fill_rest(&go_on);
         let metrics = self.core.close();
@@ -128,7 +136,7 @@ impl AdoptedRegion {
     }
 
     /// As [`Region::close`](crate::Region::close).
-    #[must_use = "to give everything back, dropping is enough"]
+    #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
         self.core.close()
     }

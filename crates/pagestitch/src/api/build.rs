@@ -1,4 +1,5 @@
-//! The pipeline: options, layout, server and ground in; a served region out. All or nothing.
+//! The build pipeline: makes a served region of options, layout, ground and server, or an error
+//! that leaves nothing reserved.
 //!
 //! ```text
 //!   Blueprint ── check: nothing is reserved yet
@@ -28,7 +29,7 @@ use pagestitch_kernel::{staging, swap};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-/// Where the pages of a region are to be.
+/// The place of a region's pages.
 #[derive(Debug)]
 pub(super) enum Ground {
     /// In a range that the region reserves.
@@ -37,20 +38,20 @@ pub(super) enum Ground {
     Adopted(AdoptedMemory),
 }
 
-/// The pages' addresses, and what the kernel does for them there.
+/// The pages' addresses, and the abilities of the kernel there.
 struct Site {
     target: Target,
     uffd: Uffd,
     shown: Shown,
-    /// Whether donated pages move when they are touched.
+    /// Whether donated pages move on first touch.
     moves: bool,
-    /// Whether whole blocks are filled in staging; else why not.
+    /// Whether whole blocks are filled in staging; an error is the reason against it.
     staged: Result<(), &'static str>,
     blocks: Blocks,
     view: Option<View>,
 }
 
-/// Builds a region. There is a view of ground that is its own.
+/// Builds a region. The view is `Some` for [`Ground::Own`].
 pub(super) fn build(
     options: Options,
     layout: Result<Layout, Error>,
@@ -71,28 +72,33 @@ pub(super) fn build(
     finish(name, options, layout, site, server)
 }
 
-/// Refuses what cannot be, before anything is reserved.
+/// Refuses options that the ground, the server or the kernel cannot have, before anything is
+/// reserved.
 fn check(options: &Options, layout: &Layout, ground: &Ground, server: &Server) -> Result<(), Error> {
     options.check_ground(matches!(ground, Ground::Adopted(_)))?;
     server.inner().check(&options.demands(matches!(ground, Ground::Adopted(_))))?;
     if options.inherit_on_fork { check_children(layout) } else { Ok(()) }
 }
 
-/// What children cannot be served.
+/// Refuses chunks and kernels that cannot serve forked children.
 fn check_children(layout: &Layout) -> Result<(), Error> {
     let bad = |what| Err(Error::new(ErrorKind::BadOption, what));
     if layout.has_lazy() {
-        return bad("children cannot be served a memfd that is filled later: seal it first, or copy it");
+        return bad(
+            "a forked child cannot be served a memfd that is filled later: seal it first, or copy it",
+        );
     }
     let features =
         uffd::kernel_features().map_err(|error| Error::new(ErrorKind::NoUserfaultfd, error.to_string()))?;
     if !features.contains(Features::POISON) {
-        return bad("children can be served from Linux 6.6 on, which has marks for bad pages");
+        return bad(
+            "forked children need the poison markers of Linux 6.6: update the kernel, or leave out inherit_on_fork()",
+        );
     }
     Ok(())
 }
 
-/// Reserves a range, registers it, and shows in place what can be.
+/// Reserves a range, registers it, and maps pages in place where the sources allow it.
 fn own_site(
     name: &str,
     layout: &mut Layout,
@@ -121,7 +127,8 @@ fn own_site(
     Ok(Site { target: Target::Owned(reservation), uffd, shown, moves, staged, blocks, view: Some(view) })
 }
 
-/// Takes over what its owner has registered. Nothing is mapped or moved there: all is copied.
+/// Takes over memory that its owner has registered. All of its pages are copied in: none is mapped
+/// or moved.
 fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, Error> {
     let (foreign, uffd) = memory.settle(name, bytes)?;
     Ok(Site {
@@ -135,7 +142,7 @@ fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, E
     })
 }
 
-/// What is the same wherever the pages are.
+/// Builds the mapping and attaches it to the server; the same for both kinds of ground.
 fn finish(
     name: String,
     options: Options,
@@ -144,7 +151,7 @@ fn finish(
     server: &Server,
 ) -> Result<(Option<View>, Core), Error> {
     let Site { target, uffd, shown, moves, staged, blocks, view } = site;
-    // All are named: an option that is forgotten here does not compile.
+    // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
         access: _,
@@ -163,7 +170,8 @@ fn finish(
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &manner).map_err(no_table)?;
     let family = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
-    let family = family.map_err(|errno| limit(&name, "serve children (descriptors: ulimit -n)", errno))?;
+    let family =
+        family.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = manner.max_in_flight;
     let mapping = Mapping::new(
         name,
@@ -180,7 +188,8 @@ fn finish(
     Ok((view, attach(Served::new(mapping, max_in_flight, family), server)?))
 }
 
-/// Whether whole blocks of a region of so many bytes are filled in staging; else why not.
+/// Whether whole blocks of a region of `bytes` bytes are filled in staging; an error is the reason
+/// against it.
 fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
@@ -192,7 +201,7 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Resu
     }
 }
 
-/// Shows in place what can be, in no more than so many mappings.
+/// Maps pages in place where the sources allow it, in at most `most` mappings.
 fn show(
     name: &str,
     layout: &mut Layout,
@@ -211,8 +220,10 @@ fn show(
     Ok(shown)
 }
 
-/// Checks that the recording to replay is of this region. Returns how far to read ahead: a page that is filled ahead has no first
-/// touch, so a region that is recorded reads nothing ahead; and neither a window nor a block is made up of huge pages.
+/// Checks that the recording to replay belongs to this region, and returns the readahead to use.
+///
+/// A page that is filled ahead has no first touch, so a region that records fills nothing ahead.
+/// Pages of another size than the system's are not filled ahead either.
 fn settle_readahead(
     readahead: Option<Readahead>,
     manner: &ServeOptions,
@@ -231,17 +242,18 @@ fn settle_readahead(
     Ok(if none { Readahead::None } else { readahead.unwrap_or(Readahead::Adaptive) })
 }
 
-/// Starts to serve.
+/// Starts to serve the region.
 fn attach(served: Served, server: &Server) -> Result<Core, Error> {
     let served = Arc::new(served);
     let core = Core { server: server.start(&served)?, served };
-    // Not before somebody reads of them: who builds may wait for the allocator, and that for a fork.
+    // Inheritance starts only after the fork reader runs: a fork blocks on its unread event while
+    // it holds the allocator lock, which this thread may need.
     core.show_to_children()?;
     log!(debug, region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
     Ok(core)
 }
 
-/// A limit of the process was met.
+/// The error for a limit of the process.
 fn limit(name: &str, what: &str, errno: Errno) -> Error {
     Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
 }
@@ -260,13 +272,13 @@ fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
     })
 }
 
-/// A run of pages was refused, with the run's first chunk to name.
+/// The error for a run of pages that the kernel does not map; it names the run's first chunk.
 fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> Error {
     let (number, source) = (layout.number_of(chunk), layout.backing_of(chunk).source().name());
-    let what = format!("region {name}: cannot show chunk {number} ({source}) in place");
+    let what = format!("region {name}: cannot map chunk {number} ({source}) in place");
     match errno {
         Errno::EACCES => {
-            let why = "it is open for reading only: open it for writing too, or show it copy-on-write";
+            let why = "it is open for reading only: open it for writing too, or map it copy_on_write()";
             Error::new(ErrorKind::File, format!("{what}: {why}"))
         }
         Errno::EAGAIN => {
@@ -291,7 +303,7 @@ fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
     }
 }
 
-/// Reserves the addresses; `huge`: huge pages may move in.
+/// Reserves the addresses. `huge`: huge pages may move in.
 fn reserve(
     name: &str,
     (pages, page): (NonZeroUsize, PageSize),
@@ -309,7 +321,7 @@ fn reserve(
     Ok((reservation, view))
 }
 
-/// Registers the range, and opens it.
+/// Registers the range with the userfaultfd.
 fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Error> {
     uffd.register(reservation, RegisterMode::MISSING).map_err(|errno| match errno {
         Errno::ENOMEM | Errno::EAGAIN => {
@@ -324,18 +336,18 @@ fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Er
     })
 }
 
-/// Says which way no userfaultfd was to be had. To be told of forks is not a matter of the kernel but of who asks: the only feature
-/// of which that is so.
+/// The error for a userfaultfd that cannot be opened. `EVENT_FORK` is the one feature that depends
+/// on the privileges of the process instead of the kernel's version, so it has an error of its own.
 fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
     if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
-        let what = "to serve children takes CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or do without";
+        let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
         return Error::new(ErrorKind::BadOption, format!("region {name}: {what}"));
     }
     Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)
 }
 
-/// Whether donated pages move when they are touched. Where they may be swapped out, and lost on the way, they move when the region is
-/// built.
+/// Whether donated pages move on first touch. If they could be swapped out and lost during the
+/// move, they move when the region is built.
 fn can_move(uffd: &Uffd) -> bool {
     uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()
 }
@@ -353,11 +365,11 @@ fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<
         log!(
             debug,
             region = name,
-            "faults of system calls are not served: populate() before one reads the region"
+            "faults of system calls are not served: populate() before a system call reads the region"
         );
     }
     Ok(uffd)
 }
 
-/// One region takes no more than half of the mappings that are left.
+/// A region takes at most this share, one half, of the mappings that the process has left.
 const BUDGET_SHARE: usize = 2;

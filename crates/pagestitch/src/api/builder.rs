@@ -1,4 +1,4 @@
-//! Describing a region. What is built of it, `build` tells.
+//! The description of a region; `build` makes a region of it.
 
 use crate::api::build::{Ground, build};
 use crate::api::options::Options;
@@ -10,14 +10,16 @@ use crate::space::{AdoptedMemory, Chunk, FailureCallback, Layout};
 use pagestitch_kernel::{Access, PageSize};
 use std::sync::Arc;
 
-/// Describes a region. Made by [`Region::builder`]; nothing is reserved before [`build`](Builder::build).
+/// Describes a region. [`Region::builder`] creates it; nothing is reserved before
+/// [`build`](Builder::build).
 ///
-/// An option that a region of a kind, or its server, cannot have is an error of `build`, which says why.
+/// `build` fails, and names the option, if an option does not apply to the kind of region or to its
+/// server.
 #[derive(Debug)]
 pub struct Builder {
     options: Options,
     aligned: bool,
-    /// The layout so far, or the first chunk that could not be laid.
+    /// The layout so far, or the error of the first chunk that does not fit in.
     layout: Result<Layout, Error>,
 }
 
@@ -36,7 +38,7 @@ impl Region {
 }
 
 impl SharedRegion {
-    /// As [`Region::builder`]; end it with [`build_shared`](Builder::build_shared).
+    /// As [`Region::builder`]. Finish with [`build_shared`](Builder::build_shared).
     #[must_use]
     pub fn builder() -> Builder {
         Region::builder()
@@ -44,56 +46,60 @@ impl SharedRegion {
 }
 
 impl Builder {
-    /// What to call the region in errors, logs and plans. By default `"unnamed"`.
+    /// Names the region in errors, logs and plans. Default: `"unnamed"`.
     #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.options.name = Some(name.into());
         self
     }
 
-    /// Lets [`Region::as_mut_slice`] write to the region. By default it is read-only.
+    /// Lets [`Region::as_mut_slice`] write to the region. Default: read-only.
     #[must_use]
     pub fn writable(mut self) -> Self {
         self.options.access = Access::Writable;
         self
     }
 
-    /// Has the hardware stop stray writes to a region that is not [writable](Self::writable). The kernel moves pages only
-    /// between mappings that can be written to, so that whole blocks of such a region are copied in, page by page, which
-    /// takes more than twice as long. Not for donated pages, which have to move.
+    /// Protects a read-only region by the hardware against stray writes. Safe code never writes to
+    /// a read-only region, with or without this protection.
     ///
-    /// Safe code never writes to such a region, guarded or not.
+    /// The kernel moves pages only between writable mappings. Whole blocks of such a region are
+    /// therefore copied in page by page, which takes more than twice as long. Does not suit donated
+    /// pages, which have to move.
     #[must_use]
     pub fn hardware_read_only(mut self) -> Self {
         self.options.hardware_read_only = true;
         self
     }
 
-    /// Includes the region in core dumps of the process. By default it is left out: the kernel walks all addresses of what it dumps, which
-    /// takes half a minute for a tebibyte of absent pages, and the bytes are in the sources.
+    /// Includes the region in core dumps of the process. Default: left out, because the kernel
+    /// walks all addresses of a dumped mapping (half a minute for a tebibyte of absent pages), and
+    /// the sources hold the bytes anyway.
     #[must_use]
     pub fn dumped(mut self) -> Self {
         self.options.dumped = true;
         self
     }
 
-    /// How far ahead of a sequential reader pages are filled. By default [`Readahead::Adaptive`].
+    /// Sets how far ahead of a sequential reader pages are filled. Default:
+    /// [`Readahead::Adaptive`].
     #[must_use]
     pub fn readahead(mut self, readahead: Readahead) -> Self {
         self.options.readahead = Some(readahead);
         self
     }
 
-    /// Makes it an error if a byte would have to be copied: [`ErrorKind::NotZeroCopy`] names the chunk and the reason.
+    /// Makes `build` fail if a byte would have to be copied. The error,
+    /// [`ErrorKind::NotZeroCopy`], names the chunk and the reason.
     #[must_use]
     pub fn require_zero_copy(mut self) -> Self {
         self.options.zero_copy = true;
         self
     }
 
-    /// Lays each chunk from here on on a page boundary: at the same place in a page as in its source, so that it can be
-    /// shown in place. What lies between is padding, whose bytes mean nothing; [`Region::offset_of`] tells where a
-    /// chunk is.
+    /// Starts each later chunk in a page of its own, at the same offset within the page as in its
+    /// source, so that it can be mapped in place. Padding with meaningless bytes fills the gaps;
+    /// [`Region::offset_of`] returns where a chunk starts.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};
@@ -107,80 +113,93 @@ impl Builder {
         self
     }
 
-    /// How many mappings the region may take to show pages in place; what is beyond is copied. By default half of what
-    /// `vm.max_map_count` leaves this process, which other parts of the program need too.
+    /// Limits the mappings that the region uses to map pages in place; pages beyond the limit are
+    /// copied. Default: half of the mappings that `vm.max_map_count` still allows this process,
+    /// because the rest of the program needs some too.
     #[must_use]
     pub fn max_mappings(mut self, most: usize) -> Self {
         self.options.max_mappings = Some(most);
         self
     }
 
-    /// How many of its faults may be served at once; those beyond wait for the others, and hold up no worker. A source that
-    /// answers later ([`Fetch`](crate::source::Fetch)) is waited for then. By default as many as there are workers, which is the
-    /// limit of a pool, and as many fetches as the source takes; where a pool serves several regions and faults take longer than a millisecond, the slow regions
-    /// together leave one worker to the others.
+    /// Limits the faults of this region that are served at once. Faults above the limit queue up
+    /// and occupy no worker. With a limit, the worker waits for an asynchronous source
+    /// ([`Fetch`](crate::source::Fetch)).
+    ///
+    /// Default: no limit but the pool's worker count and the number of fetches that the source
+    /// accepts. Where a pool serves several regions, those whose faults take longer than a
+    /// millisecond together leave one worker to the others.
     ///
     /// # Panics
     ///
-    /// If it is none.
+    /// If `most` is 0.
     #[must_use]
     pub fn max_in_flight(mut self, most: usize) -> Self {
-        assert!(most > 0, "nobody would serve it");
+        assert!(most > 0, "max_in_flight must be at least 1: no fault would be served");
         self.options.manner.max_in_flight = Some(most);
         self
     }
 
-    /// Records the order in which pages are first touched, for [`Region::recording`]. Only a fault reveals a touch, so the region
-    /// fills nothing ahead meanwhile. `build` refuses a region that also [replays](Self::replay).
+    /// Records the order in which pages are first touched, for [`Region::recording`]. Only a fault
+    /// reveals a touch, so such a region fills nothing ahead. `build` fails if the region also
+    /// [replays](Self::replay).
     #[must_use]
     pub fn record(mut self) -> Self {
         self.options.manner.record = true;
         self
     }
 
-    /// Fills the pages of a recording, in its order, from when the region is built: by workers that are awake, after faults. What
-    /// cannot be filled is asked for again when it is touched.
+    /// Fills the pages of a recording in their order, from the build on. Workers do so while they
+    /// are awake, after faults. A page whose source fails is not poisoned: its first touch reads
+    /// the source again.
     #[must_use]
     pub fn replay(mut self, recording: &Recording) -> Self {
         self.options.manner.replay = Some(recording.clone());
         self
     }
 
-    /// Has whoever is told know of each page whose bytes cannot be had, by its offset in the region, when that is found: in the thread
-    /// that serves, which must not touch the region, or in the one that gives faults up, which gives up no other one until `tell` returns.
-    /// [`Region::failures`] lists those that there are.
+    /// Calls `tell(offset, failure)` for each page that fails; `offset` is the page's byte offset
+    /// in the region. It runs on the serving thread and must not touch the region. For a fault that
+    /// times out it runs on the watchdog thread, which abandons no other fault until it returns.
+    /// [`Region::failures`] lists the failed pages.
     #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.options.manner.reporter = Some(FailureCallback(Arc::new(tell)));
         self
     }
 
-    /// Takes the time of the parts of each fault, for [`Meter::latency`](crate::Meter::latency): some five looks at the clock a
-    /// fault. By default faults are only counted.
+    /// Measures the time of each part of a fault, for [`Meter::latency`](crate::Meter::latency).
+    /// Costs about five clock reads a fault. Default: faults are only counted.
     #[must_use]
     pub fn record_latency(mut self) -> Self {
         self.options.manner.record_latency = true;
         self
     }
 
-    /// Has children of `fork(2)` inherit the region, and theirs. What was filled by then is theirs as any memory is; what was not
-    /// is filled from the same sources when they touch it, in a page of their own. By default a child does not have the
-    /// region: to touch it there is SIGSEGV.
+    /// Lets children of `fork(2)`, and their children, inherit the region. A child shares the pages
+    /// filled before the fork as it shares any memory. Pages absent at the fork are filled from the
+    /// same sources when the child touches them, into pages of its own. Default: a child does not
+    /// have the region, and touching it there raises SIGSEGV.
     ///
-    /// * By a pool, which has one more thread for it: `fork(2)` waits until somebody has read of it, and holds the allocator
-    ///   meanwhile. A fault takes one more hand on the way.
-    /// * In a child, [`Region`] reads as ever (`as_slice`, `read_at`, `populate`); to drop it there does nothing. What a child has
-    ///   not touched when its parent drops the region is bad: SIGBUS, never zeros.
-    /// * If the parent is killed, or ends without dropping the region, a touch of a page that the child does not have waits until the
-    ///   child is ended, and `read_at` and `populate` are errors. For that, children inherit a socket in which their userfaultfds
-    ///   are in flight: a child that closes descriptors it does not know (`close_range(2)`) reads zeros then, as does one that
-    ///   is being forked in the very moment in which its parent is killed. A child that is not to wait asks for its parent's end
-    ///   itself (`getppid(2)`, or a pidfd).
-    /// * A child takes a descriptor of this process until it ends; the region takes seven, and two more for each 128 children that live
-    ///   at the same time. Where there is none (`ulimit -n`), what it does not have is bad
-    ///   there, which is logged; for that, the region keeps four.
-    /// * Donated pages are moved in when the region is built, as a child needs them, too. Memfds that are filled later are refused.
-    /// * Takes `CAP_SYS_PTRACE`, and Linux 6.6.
+    /// * **Server.** Needs a [`Pool`](crate::Pool), which runs one more thread: `fork(2)` blocks on
+    ///   its unread event while it holds the allocator lock. That thread also hands on each fault,
+    ///   so a fault takes one more step.
+    /// * **In a child**, `as_slice`, `read_at` and `populate` work as in the parent; dropping the
+    ///   region does nothing. When the parent drops the region, the pages that a child has not
+    ///   touched are poisoned there: SIGBUS, never zeros.
+    /// * **Parent killed**, or ended without dropping the region: touching an absent page in a
+    ///   child blocks until the child ends, and `read_at` and `populate` fail. To make this
+    ///   possible, children inherit a socket in which their userfaultfds are in flight. A child
+    ///   that closes unknown descriptors (`close_range(2)`) reads zeros in that case, as does a
+    ///   child that is being forked at the moment its parent is killed. A child that must not block
+    ///   has to watch for its parent's end itself (`getppid(2)`, or a pidfd).
+    /// * **Descriptors.** Each live child takes one descriptor of this process. The region takes
+    ///   seven, and two more for each 128 children that live at the same time. A child that finds
+    ///   none left (`ulimit -n`) gets its absent pages poisoned, which is logged; the region keeps
+    ///   four descriptors for that.
+    /// * **Sources.** Donated pages are moved in at the build, because a child needs them too.
+    ///   Memfds that are filled later are refused.
+    /// * Requires `CAP_SYS_PTRACE` and Linux 6.6.
     ///
     /// ```no_run
     /// # use pagestitch::{Pool, Region};
@@ -196,14 +215,14 @@ impl Builder {
         self
     }
 
-    /// Lays a chunk at the end.
+    /// Appends a chunk.
     #[must_use]
     pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
         self.push(chunk.into());
         self
     }
 
-    /// Lays chunks at the end, in order.
+    /// Appends chunks, in order.
     #[must_use]
     pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl Into<Chunk>>) -> Self {
         let chunks = chunks.into_iter();
@@ -214,47 +233,56 @@ impl Builder {
         self
     }
 
-    /// Reserves the addresses and starts to serve them: by a pool (`&pool`), [inline](crate::Inline), or by
-    /// the [caller's own loop](crate::Manual). Reads no source.
+    /// Reserves the addresses and starts to serve their faults: by a pool (`&pool`),
+    /// [inline](crate::Inline), or by the [caller's own loop](crate::Manual). Reads no source.
     ///
     /// # Errors
     ///
-    /// The first chunk that is [bad](ErrorKind::BadChunk) or [too much](ErrorKind::TooLarge); no chunk at all; no
-    /// [userfaultfd](ErrorKind::NoUserfaultfd); a [limit](ErrorKind::Resources) of the process; a chunk that others may
-    /// [change](ErrorKind::Shared); a server that was made [before `fork(2)`](ErrorKind::ForkedChild). Each names the thing and what to do.
+    /// Each error names the thing and the remedy:
+    ///
+    /// * [`BadChunk`](ErrorKind::BadChunk), [`TooLarge`](ErrorKind::TooLarge): the first chunk that
+    ///   does not fit in; [`NoChunks`](ErrorKind::NoChunks);
+    /// * [`Shared`](ErrorKind::Shared): a chunk whose bytes other processes may change;
+    /// * [`BadOption`](ErrorKind::BadOption): options that exclude each other;
+    /// * [`NoUserfaultfd`](ErrorKind::NoUserfaultfd), [`Resources`](ErrorKind::Resources): the
+    ///   kernel or a limit of the process;
+    /// * [`ForkedChild`](ErrorKind::ForkedChild): the server was created before `fork(2)`.
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
         if let Ok(layout) = &self.layout
             && let Some(shared) = layout.first_shared()
         {
             let name = self.options.name();
             let what =
-                format!("region {name}: others may change {shared}: build_shared() it, or seal or copy it");
+                format!("region {name}: others may change {shared}: use build_shared(), or seal or copy it");
             return Err(Error::new(ErrorKind::Shared, what));
         }
         let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
         let view = view.expect("own ground has a view").into_stable();
-        let view = view.expect("only what others may change makes a view unstable");
+        let view = view.expect("only a shared source makes a view unstable, and the layout has none");
         Ok(Region::new(view, core))
     }
 
-    /// As [`build`](Self::build), for a region of which others may change parts: files, unsealed memfds, aliases,
-    /// physical memory.
+    /// As [`build`](Self::build), for a region with chunks whose bytes other processes may change:
+    /// files, unsealed memfds, aliases, physical memory.
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build); a file that cannot be shown as [`writable`](Self::writable).
+    /// As [`build`](Self::build), but for [`ErrorKind::Shared`]; [`ErrorKind::File`] if a
+    /// [`writable`](Self::writable) region maps a file that is open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
         let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
         Ok(SharedRegion::new(view.expect("own ground has a view"), core))
     }
 
-    /// As [`build`](Self::build), for memory that somebody else has registered already: another part of this program, or another
-    /// process. The chunks have to hold exactly as many bytes as its ranges; they are copied, whatever they are.
+    /// As [`build`](Self::build), for memory that its owner has registered: another process, or
+    /// another part of this program. The chunks must hold exactly as many bytes as the ranges of
+    /// `memory`. All chunks are copied, whatever their source.
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build); [`ErrorKind::BadOption`] for ranges that are not whole pages, overlap, or do not add up;
-    /// [`ErrorKind::NotInline`] for a server that is [`Inline`](crate::Inline).
+    /// As [`build`](Self::build); [`ErrorKind::BadOption`] for ranges that are not whole pages,
+    /// overlap, or differ from the chunks in length; [`ErrorKind::NotInline`] for a server that is
+    /// [`Inline`](crate::Inline).
     pub fn build_adopted(
         self,
         memory: AdoptedMemory,

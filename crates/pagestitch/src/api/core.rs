@@ -1,4 +1,4 @@
-//! What regions of either kind are: layout and pages, served by a pool, torn down in order.
+//! The part that all kinds of regions share: queries, population, and the teardown in order.
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
@@ -13,7 +13,7 @@ use pagestitch_kernel::Span;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 
-/// A region without its bytes.
+/// A served region without its view of the bytes.
 pub(crate) struct Core {
     pub(super) served: Arc<Served>,
     pub(super) server: Box<dyn Attachment>,
@@ -25,7 +25,7 @@ impl Core {
     }
 
     pub(crate) fn len(&self) -> usize {
-        // What was reserved fits in usize.
+        // The length fits in usize, because it was reserved.
         self.served.layout.total() as usize
     }
 
@@ -53,34 +53,35 @@ impl Core {
         populate(&self.served, span).map_err(|failure| self.failed(failure))
     }
 
-    /// Fills what can be filled, as long as it is told to go on.
+    /// Fills all absent pages of adopted memory until `go_on` returns false.
     pub(super) fn fill_rest(&self, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
         fill_rest(&self.served, go_on).map_err(|failure| self.failed(failure))
     }
 
-    /// From now on forked children have the region, where they are served.
+    /// Lets forked children inherit the range, if the region serves them.
     pub(super) fn show_to_children(&self) -> Result<(), Error> {
         match (&self.served.family, &self.served.target) {
             (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
-                let what = format_args!("region {}: cannot let children have its range", self.name());
+                let what =
+                    format_args!("region {}: cannot let forked children inherit its range", self.name());
                 Error::because(ErrorKind::Resources, what, errno)
             }),
             _ => Ok(()),
         }
     }
 
-    /// As a forked child has it: who serves is in another process, and what is filled is here.
+    /// Populates in a forked child: touches the pages, because the server is in the parent process.
     fn touch(&self, span: Span) -> Result<(), Error> {
         if self.served.family.as_ref().is_some_and(|family| family.has_no_server()) && !self.has_all(span) {
             let what = format_args!(
-                "region {}: in a forked child whose parent has ended: what it has not read by then is not to be had",
+                "region {}: in a forked child whose parent has ended: the child's absent pages cannot be filled any more",
                 self.name()
             );
             return Err(Error::new(ErrorKind::Source, what.to_string()));
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
-                let why = "in a forked child: its source has failed, its parent has dropped it, or has built it without inherit_on_fork()";
+                let why = "in a forked child: a source has failed, or the parent has dropped the region or built it without inherit_on_fork()";
                 Error::because(ErrorKind::Source, format_args!("region {}: {why}", self.name()), errno)
             }),
             _ => Ok(()),
@@ -96,9 +97,9 @@ impl Core {
 
     pub(crate) fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
-            // The uffd is the parent's: what it installs goes into the parent's memory.
+            // The uffd is the parent's: it installs pages in the parent's memory.
             let what = format!(
-                "region {}: it belongs to the parent process: after fork(2), the child cannot call retry_failed()",
+                "region {}: it belongs to the parent process: call retry_failed() there, not in a forked child",
                 self.name()
             );
             return Err(Error::new(ErrorKind::ForkedChild, what));
@@ -158,7 +159,8 @@ impl Core {
         self.metrics()
     }
 
-    /// The range from `start` to `end`, if it is inside; `None` stands for an end past 2^64.
+    /// The range from `start` to `end`, if it is inside the region. An `end` of `None` is past
+    /// 2^64.
     pub(crate) fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
         let len = self.len() as u64;
         match end {
@@ -173,24 +175,26 @@ impl Core {
     }
 }
 
-/// Teardown. Closing a uffd shows **zeros** to whoever waits in a missing page, so it comes last:
+/// Teardown. Closing the uffd comes last, because a thread that waits in a fault then reads
+/// **zeros**:
 ///
-/// 0. forked children do not have the region any more; those that are just being made are served;
-/// 1. stop intake: no worker looks at this uffd any more, and no signal handler at this range;
-/// 2. join: wait for those that are at work for the region; no source is called from here on; forked children likewise, in which
-///    what is missing becomes bad;
-/// 3. fence: the whole range becomes inaccessible (adopted memory: what is missing becomes bad);
-/// 4. wake: whoever waits tries again and meets that;
-/// 5. close the uffd and unmap, when the last `Arc` goes. Where a thread waited at 3, the addresses stay closed for a second
-///    ([`ranges`](pagestitch_kernel::ranges)): the thread may run after all of this, and must not meet another mapping there.
+/// 0. End inheritance: later forks do not inherit the region; forks in progress are still served.
+/// 1. Stop intake: no worker reads this uffd any more, and no signal handler serves this range.
+/// 2. Join: wait for the threads at work for the region; no source is called from here on. Forked
+///    children are torn down likewise; their absent pages are poisoned.
+/// 3. Fence: the whole range becomes inaccessible (in adopted memory, absent pages are poisoned).
+/// 4. Wake: the waiting threads fault again and meet the fence.
+/// 5. Close the uffd and unmap, when the last `Arc` is dropped. If a thread waited at step 3, the
+///    addresses stay fenced for a second ([`ranges`](pagestitch_kernel::ranges)): the thread may
+///    run after all of this, and must not meet another mapping there.
 impl Drop for Core {
     fn drop(&mut self) {
         if !self.server.is_of_this_process() {
-            // A forked child: the range is not there, and what serves it belongs to the parent.
+            // A forked child lacks the range, and its server belongs to the parent.
             return;
         }
         block_forks(&self.served);
-        // What the usher has read of children is announced by then.
+        // Returns after all children that the fork reader has read of are announced.
         self.server.retire(&self.served);
         self.server.detach(&self.served);
         self.served.close();

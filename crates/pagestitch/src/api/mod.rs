@@ -1,12 +1,12 @@
-//! What users hold: regions of three kinds, and how they are built.
+//! The public handles: three kinds of regions, and their builder.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `builder`, `options` | what a region is to be |
-//! | `build` | before the first fault: check, reserve, register, map, attach |
-//! | `core` | what all kinds of region are; teardown |
+//! | `builder`, `options` | the description of a region |
+//! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
+//! | `core` | the part that all kinds of regions share; teardown |
 //! | `region` | a region that owns its range |
-//! | `shared` | a region of which others may change parts |
+//! | `shared` | a region whose bytes other processes may change |
 //! | `adopted` | memory of another process |
 //! | `scope` | regions over borrowed memory |
 //! | `nesting` | memory of one region as a chunk of another |

@@ -1,16 +1,17 @@
-//! Memory of one region as the bytes of another's chunk.
+//! A region whose chunk is memory of another region.
 //!
-//! A worker that copies an absent page of region A into region B waits until A's server has filled it. That ends where A has another
-//! server, and A's own chunks are no memory of regions that B's server fills: a server that waits for itself may wait for ever.
+//! A worker that copies an absent page of region A into region B blocks until A's server has filled
+//! the page. A server that waits for itself may wait forever. So A must have another server than B,
+//! and A's own chunks must not be memory of regions that B's server fills.
 
 use crate::error::{Error, ErrorKind};
 use crate::serve::{INLINE, Server};
 use crate::space::Layout;
 use pagestitch_kernel::ranges::{ServedRange, served_in};
 
-/// The regions that a layout's memory lies in.
+/// The regions that hold the memory of a layout's chunks.
 pub(super) struct Below {
-    /// Each with the number of a source whose memory lies in it.
+    /// Each region, with the number of a source whose memory lies in it.
     regions: Vec<(usize, ServedRange)>,
 }
 
@@ -20,14 +21,14 @@ impl Below {
         Self { regions }
     }
 
-    /// Refuses what could not be filled.
+    /// Refuses a layout whose fills could wait for their own server.
     pub(super) fn check(&self, name: &str, layout: &Layout, server: &Server) -> Result<(), Error> {
         let own = server.inner().number();
         let refused = self.regions.iter().find_map(|(source, below)| {
             let why = if below.servers.contains(&INLINE) {
-                "is filled inline, so that the kernel cannot copy its absent pages"
+                "is served inline, so that the kernel cannot copy its absent pages"
             } else if below.servers.contains(&own) {
-                "waits for the same server, which would wait for itself"
+                "is filled by the same server, which would wait for itself"
             } else {
                 return None;
             };
@@ -36,13 +37,13 @@ impl Below {
         let Some((&source, other, why)) = refused else { return Ok(()) };
         let chunk = layout.first_chunk_of(source);
         let what = format!(
-            "region {name}: chunk {chunk} is memory of region {other}, which {why}: build the two with pools of their own, or copy the \
+            "region {name}: chunk {chunk} is memory of region {other}, which {why}: give each region a pool of its own, or copy the \
              bytes out with read_at()"
         );
         Err(Error::new(ErrorKind::BadChunk, what))
     }
 
-    /// What a region over these waits for, that `server` fills.
+    /// The servers that a region over these waits for: `server`, and those of the regions below.
     pub(super) fn served_by(self, name: &str, server: &Server) -> ServedRange {
         let mut servers = vec![server.inner().number()];
         servers.extend(self.regions.into_iter().flat_map(|(_, below)| below.servers));

@@ -1,4 +1,4 @@
-//! What a region was asked to be, and what of it goes together.
+//! The options of a builder, and the checks of which options exclude each other.
 
 use crate::error::{Error, ErrorKind};
 use crate::policy::Readahead;
@@ -6,7 +6,7 @@ use crate::serve::Demands;
 use crate::space::ServeOptions;
 use pagestitch_kernel::Access;
 
-/// All options of a builder. The default is that of [`Builder`](crate::Builder).
+/// All options of a builder. The defaults are those of [`Builder`](crate::Builder).
 #[derive(Debug)]
 pub(super) struct Options {
     pub(super) name: Option<String>,
@@ -14,7 +14,7 @@ pub(super) struct Options {
     pub(super) hardware_read_only: bool,
     pub(super) dumped: bool,
     pub(super) zero_copy: bool,
-    /// `None`: not said.
+    /// `None`: the user has not chosen.
     pub(super) readahead: Option<Readahead>,
     pub(super) max_mappings: Option<usize>,
     pub(super) inherit_on_fork: bool,
@@ -44,7 +44,7 @@ impl Options {
         self.name.as_deref().unwrap_or(Self::UNNAMED)
     }
 
-    /// What the region asks of its server.
+    /// The demands of the region on its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
         let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _ } = &self.manner;
         Demands {
@@ -57,27 +57,30 @@ impl Options {
         }
     }
 
-    /// Refuses options that exclude each other, and those that adopted memory cannot have.
+    /// Refuses options that exclude each other, and options that do not apply to adopted memory.
     pub(super) fn check_ground(&self, adopted: bool) -> Result<(), Error> {
         let writable = self.access == Access::Writable;
         let refused = [
             (
                 self.hardware_read_only && writable,
-                "hardware_read_only() stops writes to a region that is only read: leave out one of writable() and hardware_read_only()",
+                "hardware_read_only() stops the writes that writable() allows: leave out one of the two",
             ),
-            (adopted && writable, "adopted memory is written to by its owner: leave out writable()"),
+            (adopted && writable, "only its owner writes to adopted memory: leave out writable()"),
             (
                 adopted && self.hardware_read_only,
                 "adopted memory is mapped by its owner: leave out hardware_read_only()",
             ),
-            (adopted && self.dumped, "core dumps of adopted memory are its owner's: leave out dumped()"),
+            (
+                adopted && self.dumped,
+                "adopted memory is part of its owner's core dumps, not of this process's: leave out dumped()",
+            ),
             (
                 adopted && self.max_mappings.is_some(),
                 "nothing is mapped in adopted memory: leave out max_mappings()",
             ),
             (
                 adopted && self.inherit_on_fork,
-                "children of adopted memory's owner cannot be served, because what its balloons have taken is not known of them: leave out inherit_on_fork()",
+                "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
             ),
         ];
         match refused.into_iter().find(|(is, _)| *is) {

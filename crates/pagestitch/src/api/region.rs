@@ -22,35 +22,46 @@ use std::sync::Arc;
 ///                 Vec  &[u8] file       hole           the chunks, where they always were
 /// ```
 ///
-/// A byte is copied when its page is first touched, by any thread; until then nothing is read and no memory
-/// used. A page whose source fails is never shown as zeros: touching it is SIGBUS, and [`read_at`](Self::read_at)
-/// and [`populate`](Self::populate) return the source's error instead.
+/// The first touch of a page, by any thread, copies its bytes from the sources. Before that, the
+/// region reads no source and uses no memory for the page. A page whose source fails never reads as
+/// zeros: touching it raises SIGBUS, and [`read_at`](Self::read_at) and
+/// [`populate`](Self::populate) return the source's error.
 ///
 /// # System calls
 ///
-/// An ordinary user's region ([`serves_system_calls`](Self::serves_system_calls) is false) cannot hand absent pages to the
-/// kernel: `write(2)` from one is `EFAULT`. [`populate`](Self::populate) first.
+/// Where [`serves_system_calls`](Self::serves_system_calls) is false (an ordinary user), the kernel
+/// cannot touch absent pages: `write(2)` from one fails with `EFAULT`. Call
+/// [`populate`](Self::populate) before such a system call.
 ///
 /// # Children
 ///
-/// A forked child has no access to a region that does not [`inherit_on_fork`](crate::Builder::inherit_on_fork), but for pages that are shown in
-/// place: a touch is SIGSEGV, and no mapping of the child's comes to lie there. In a child of a raw `clone(2)`, which runs no fork handlers,
-/// the region's addresses are free for other mappings: the child must not use a pointer into the region. `fork(2)` waits for a build or
-/// drop of a region that is under way: a fork handler (`pthread_atfork(3)`) must not take a lock that is held around one.
+/// A forked child can access only the pages that are mapped in place, unless the region is built
+/// with [`inherit_on_fork`](crate::Builder::inherit_on_fork). Touching another page raises SIGSEGV
+/// in the child, and the addresses stay reserved there.
+///
+/// A raw `clone(2)` runs no fork handlers, so in such a child other mappings may take the region's
+/// addresses: the child must not use a pointer into the region.
+///
+/// `fork(2)` waits for a build or drop of a region in progress. A fork handler
+/// (`pthread_atfork(3)`) must therefore not take a lock that is held around a build or drop.
 ///
 /// # Locked memory
 ///
-/// `mlockall(MCL_FUTURE)` neither fills a region nor locks it: its pages come from its sources, on first touch, and can be swapped out.
-/// `mlock2(MLOCK_ONFAULT)` on the region locks each page when it is filled; whole blocks are then copied in, because the kernel
-/// moves pages only between mappings that are locked alike. Files and memfds that are shown in place are locked as any mapping is.
-/// `mlockall(MCL_CURRENT)` touches every page of a region that a pool serves: it returns when all of it is filled.
+/// * `mlockall(MCL_FUTURE)` neither fills nor locks a region: its pages come from the sources on
+///   first touch, and can be swapped out.
+/// * `mlock2(MLOCK_ONFAULT)` on the region locks each page when it is filled. Whole blocks are then
+///   copied in, because the kernel moves pages only between mappings that are locked alike.
+/// * Files and memfds that are mapped in place are locked as any mapping is.
+/// * `mlockall(MCL_CURRENT)` touches every page of a region that a pool serves: it returns when the
+///   region is filled.
 ///
 /// # Drop
 ///
-/// Waits for sources that are being read for it, then gives everything back. A thread that is stopped in the
-/// region at that moment (through a raw pointer: safe code holds a borrow) gets SIGSEGV, not zeros: the addresses then stay reserved for
-/// another second, or for 10 ms where the process has no others left. A later build or drop gives them back. Those of a region that is
-/// served [inline](crate::Inline) always do.
+/// Dropping waits for source reads in progress, then releases everything. A thread that waits in a
+/// fault of the region at that moment gets SIGSEGV, never zeros. (It uses a raw pointer: safe code
+/// holds a borrow.) The addresses then stay reserved for one more second, or for 10 ms if the
+/// process has no others left; a later build or drop of a region releases them. The addresses of a
+/// region that is served [inline](crate::Inline) always stay reserved that long.
 ///
 /// # Example
 ///
@@ -88,34 +99,37 @@ impl Region {
         self.core.name()
     }
 
-    /// How many bytes the chunks hold together.
+    /// The length of all chunks together, in bytes.
     #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
     #[must_use]
     pub fn len(&self) -> usize {
         self.core.len()
     }
 
-    /// The offset at which a chunk begins; chunks are numbered from 0. `None` if the region has fewer chunks.
+    /// The offset of a chunk's first byte; chunks are numbered from 0. `None` if the region has
+    /// fewer chunks.
     #[must_use]
     pub fn offset_of(&self, chunk: usize) -> Option<u64> {
         self.core.offset_of(chunk)
     }
 
-    /// The chunk that holds the byte at `offset`, counted as [`offset_of`](Self::offset_of) does; `None` past the end and in
-    /// padding.
+    /// The number of the chunk that holds the byte at `offset`, counted as in
+    /// [`offset_of`](Self::offset_of). `None` past the end and in padding.
     #[must_use]
     pub fn chunk_at(&self, offset: u64) -> Option<usize> {
         self.core.chunk_at(offset)
     }
 
-    /// The bytes. Touching an absent page waits until it is filled; a page whose source fails is SIGBUS.
+    /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
+    /// source fails.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
         &self.view.as_slice()[..self.len()]
     }
 
-    /// The bytes for writing, of a region built [`writable`](crate::Builder::writable). Writes stay in the region; the
-    /// sources do not see them.
+    /// The bytes for writing; `None` unless the region is built
+    /// [`writable`](crate::Builder::writable). Writes stay in the region and never reach the
+    /// sources.
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         let len = self.len();
@@ -128,13 +142,13 @@ impl Region {
         self.view.as_ptr()
     }
 
-    /// Whether absent pages can be handed to system calls; see [above](Self#system-calls).
+    /// Whether system calls can read and write absent pages; see [above](Self#system-calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
         self.core.serves_system_calls()
     }
 
-    /// Copies the bytes at `offset` out, filling their pages first where they are absent.
+    /// Copies bytes from `offset` on into `into`. Absent pages are filled first.
     ///
     /// # Errors
     ///
@@ -147,11 +161,11 @@ impl Region {
         Ok(())
     }
 
-    /// Fills the absent pages of a range of offsets now, in this thread.
+    /// Fills the absent pages of a range of byte offsets, on the calling thread.
     ///
     /// # Errors
     ///
-    /// As [`read_at`](Self::read_at). Pages before the one that failed are filled.
+    /// As [`read_at`](Self::read_at). The pages before the failed one are filled.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};
@@ -164,49 +178,51 @@ impl Region {
         self.core.populate(range)
     }
 
-    /// Asks again for the pages of a range whose source has failed, and fills those that it gives now. A page that is healed
-    /// is as if it had never failed; touching it is no signal any more.
+    /// Reads the poisoned pages of a range from their sources again. A page whose source succeeds
+    /// is filled as if it had never failed, and touching it raises no signal any more.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the first chunk whose source fails again; pages before it are
-    /// healed. Before Linux 6.6 a page that has failed is gone for good, and this says so.
+    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the first chunk whose source fails
+    /// again; the pages before it are filled. Before Linux 6.6 a poisoned page cannot be filled
+    /// again, which is the same kind of error.
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
     pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         self.core.retry_failed(range)
     }
 
-    /// The pages that have failed and are poisoned, by their offsets in the region, and why each has.
+    /// The poisoned pages: each page's byte offset in the region, and its failure.
     #[must_use]
     pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
         self.core.failures()
     }
 
-    /// How each run of chunks is installed, and why.
+    /// The method by which each run of chunks is installed, with the reason.
     #[must_use]
     pub fn plan(&self) -> Plan {
         self.core.plan()
     }
 
-    /// What has happened in the region so far. [`close`](Self::close) tells it when nothing can happen any more.
+    /// The region's counters so far. [`close`](Self::close) returns their final values.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.core.metrics()
     }
 
-    /// The same as a handle, for whoever looks while the region is at work, or when it has gone.
+    /// A handle to the same counters that can be read by any thread, also after the region's drop.
     #[must_use]
     pub fn meter(&self) -> Meter {
         self.core.meter()
     }
 
-    /// In which order pages were touched so far, of a region that [records](crate::Builder::record).
+    /// The order in which pages were first touched so far; `None` unless the region
+    /// [records](crate::Builder::record).
     #[must_use]
     pub fn recording(&self) -> Option<Recording> {
         self.core.recording()
     }
 
-    /// Gives everything back, as dropping does, and tells what has happened, to the last page.
+    /// Releases everything, as dropping does, and returns the final counters.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};
@@ -215,7 +231,7 @@ impl Region {
     /// assert_eq!(region.close().pages_installed(), 1);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    #[must_use = "to give everything back, dropping is enough"]
+    #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
         self.core.close()
     }

@@ -1,4 +1,4 @@
-//! Regions over borrowed memory: they, and the borrow, end with a scope.
+//! Regions over borrowed memory: the borrow ends with a scope.
 
 use crate::api::{Builder, Region};
 use crate::error::Error;
@@ -11,9 +11,9 @@ use std::ops::{Deref, DerefMut, Range};
 
 /// Runs `body` with a scope in which regions may have chunks of borrowed memory.
 ///
-/// A handler thread may be reading a borrowed chunk at any moment, and a region can be leaked; so the borrow has
-/// to end in one place that cannot be skipped. That place is the return of this function: it waits for reads in
-/// progress, and no borrowed byte is read after it.
+/// A worker may read a borrowed chunk at any moment, and a region can be leaked. The borrow must
+/// therefore end in a place that cannot be skipped: the return of this function. It waits for reads
+/// in progress, and no borrowed byte is read after it. A leaked region fails its later faults.
 ///
 /// ```
 /// use pagestitch::{Pool, scope};
@@ -49,20 +49,20 @@ pub fn scope<'env, R>(body: impl for<'scope> FnOnce(Scope<'scope, 'env>) -> R) -
     revocable::scope(|lend| body(Scope { lend }))
 }
 
-/// A scope in which memory is borrowed. Made by [`scope`].
+/// A scope in which regions can borrow memory. [`scope`] creates it.
 #[derive(Debug, Clone, Copy)]
 pub struct Scope<'scope, 'env: 'scope> {
     lend: &'scope RevocableScope<'scope, 'env>,
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {
-    /// Starts to describe a region that lives no longer than the scope.
+    /// Starts to describe a region that cannot leave the scope.
     pub fn region(self) -> ScopedBuilder<'scope, 'env> {
         ScopedBuilder { builder: Region::builder(), scope: self }
     }
 }
 
-/// A [`Builder`] that takes borrowed chunks too.
+/// A [`Builder`] that also accepts borrowed chunks.
 #[derive(Debug)]
 #[must_use]
 pub struct ScopedBuilder<'scope, 'env: 'scope> {
@@ -71,13 +71,13 @@ pub struct ScopedBuilder<'scope, 'env: 'scope> {
 }
 
 impl<'scope> ScopedBuilder<'scope, '_> {
-    /// Lays borrowed bytes at the end.
+    /// Appends borrowed bytes as a chunk.
     pub fn borrow(self, bytes: &'scope [u8]) -> Self {
         let lent = Memory::lent(self.scope.lend.lend(bytes));
         self.chunk(lent)
     }
 
-    /// Lays part of borrowed bytes at the end.
+    /// Appends a byte range of borrowed bytes as a chunk.
     pub fn borrow_range(self, bytes: &'scope [u8], range: Range<u64>) -> Self {
         let lent = Memory::lent(self.scope.lend.lend(bytes));
         self.chunk(Chunk::from(lent).range(range))
@@ -123,7 +123,8 @@ impl Deref for ScopedRegion<'_> {
     }
 }
 
-/// Even a region swapped out through this stays sound: its borrowed chunks fail once the scope has ended.
+/// Swapping the region out of its scope through this is sound: its borrowed chunks fail once the
+/// scope has ended.
 impl DerefMut for ScopedRegion<'_> {
     fn deref_mut(&mut self) -> &mut Region {
         &mut self.region

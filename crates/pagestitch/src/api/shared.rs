@@ -1,4 +1,4 @@
-//! A region of which others may change parts while it is shown.
+//! A region whose bytes other processes may change while it is mapped.
 
 use crate::api::Core;
 use crate::error::Failure;
@@ -16,16 +16,19 @@ use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Scattered memory as one contiguous range of addresses, of which others may change parts: files, memfds that are not
-/// sealed, aliases of other mappings, physical memory. What of it is on page boundaries is *the same memory*: no copy.
+/// Scattered memory as one contiguous range of addresses, with sources that other processes may
+/// change: files, unsealed memfds, aliases of other mappings, physical memory. Whole pages of such
+/// a source that have the same offset within a page in the region are *the same memory*: no copy.
 ///
-/// There is no safe `&[u8]` of bytes that may change. [`read_at`](Self::read_at) and [`write_at`](Self::write_at) have the
-/// kernel copy them; [`as_ptr`](Self::as_ptr) is for code that works with raw pointers (a VMM, a C library); and
-/// [`view`](Self::view) has an `unsafe` slice for who knows that nobody writes.
+/// No safe `&[u8]` exists of bytes that may change. [`read_at`](Self::read_at) and
+/// [`write_at`](Self::write_at) let the kernel copy them. [`as_ptr`](Self::as_ptr) serves code that
+/// works with raw pointers (a VMM, a C library). [`view`](Self::view) has an `unsafe` slice, for
+/// callers that can rule out writers.
 ///
-/// What cannot be shown in place is copied when it is first touched, and then stays as it was:
-/// [`plan`](Self::plan) tells, and [`require_zero_copy`](crate::Builder::require_zero_copy) makes that an error.
-/// Touching a page past the end of a file that was truncated is SIGBUS; `read_at` of it is an error.
+/// A page that cannot be mapped in place is copied on first touch, and does not change afterwards.
+/// [`plan`](Self::plan) lists such pages, and
+/// [`require_zero_copy`](crate::Builder::require_zero_copy) makes them an error of the build.
+/// Touching a page past the end of a truncated file raises SIGBUS; `read_at` of it fails.
 ///
 /// ```
 /// use pagestitch::source::{SharedFile, UnsealedMemfd};
@@ -100,11 +103,12 @@ impl SharedRegion {
         self.core.serves_system_calls()
     }
 
-    /// Copies the bytes at `offset` out, as they are at this moment, filling their pages first where they are absent.
+    /// Copies the current bytes from `offset` on into `into`. Absent pages are filled first.
     ///
     /// # Errors
     ///
-    /// As [`Region::read_at`](crate::Region::read_at); [`ErrorKind::Source`] too if a file that is shown there has become shorter.
+    /// As [`Region::read_at`](crate::Region::read_at); also [`ErrorKind::Source`] if a file that is
+    /// mapped there was truncated.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
         self.core.populate(range.clone())?;
@@ -112,8 +116,9 @@ impl SharedRegion {
         read.map_err(|errno| self.refused("read", &range, errno))
     }
 
-    /// Writes bytes at `offset`, to where they are shown from: whoever else has the file, the mapping or the physical
-    /// memory sees them. What was copied, or is [copy-on-write](crate::Chunk::copy_on_write), is written in the region alone.
+    /// Writes `bytes` from `offset` on. In pages that are mapped in place, other users of the file,
+    /// the mapping or the physical memory see them. Writes to copied pages, and to
+    /// [copy-on-write](crate::Chunk::copy_on_write) chunks, stay in the region.
     ///
     /// # Errors
     ///
@@ -126,8 +131,10 @@ impl SharedRegion {
         written.map_err(|errno| self.refused("written", &range, errno))
     }
 
-    /// Pages that a memfd has and that were shown may have left the page table, by reclaim or a collapse. The kernel's own access does
-    /// not bring them back for an ordinary user: they are shown once more.
+    /// Runs a kernel access, and repeats it once if lazy pages have left the kernel's page table.
+    ///
+    /// Reclaim or a collapse takes out pages that the memfd still has. For an ordinary user, the
+    /// kernel's own access does not map them again, so this maps them before the second try.
     fn shown(&self, range: &Range<u64>, mut access: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
         match access() {
             Err(Errno::EFAULT) if self.core.served.forget_lazy(range) => {
@@ -187,7 +194,7 @@ impl SharedRegion {
     }
 
     /// As [`Region::close`](crate::Region::close).
-    #[must_use = "to give everything back, dropping is enough"]
+    #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
         self.core.close()
     }
@@ -224,8 +231,8 @@ impl SharedRegion {
     }
 }
 
-/// Why the bytes of a file that is shown in place cannot be had. The kernel says no more than `EFAULT` of a mapping: to read the file
-/// tells. `None` if they can be read.
+/// The reason why the bytes of a file that is mapped in place cannot be accessed; `None` if they
+/// can be read. The kernel reports only `EFAULT` for a mapping, so this reads the file to find out.
 fn why_not(piece: &Piece<'_>) -> Option<String> {
     let reopened;
     let file = match piece.backing {
