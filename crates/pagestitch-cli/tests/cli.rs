@@ -378,7 +378,7 @@ fn verbose_logs_regions_and_pages_on_standard_error() {
     for part in ["pool started", "region built", "bytes=15000", "region dropped"] {
         assert!(once.contains(part), "{part:?} is not in\n{once}");
     }
-    assert!(!once.contains("way=") && twice.contains("way=Gathered"), "{twice}");
+    assert!(!once.contains("method=") && twice.contains("method=gathered"), "{twice}");
 }
 
 #[test]

@@ -169,9 +169,9 @@ fn finish(
         settle_readahead(readahead, &manner, size, layout.total()).map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &manner).map_err(no_table)?;
-    let family = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
-    let family =
-        family.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
+    let children = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
+    let children =
+        children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = manner.max_in_flight;
     let mapping = Mapping::new(
         name,
@@ -179,13 +179,13 @@ fn finish(
         (moves, staged),
         (policy, manner, tables),
         (target, uffd),
-        family.is_none(),
+        children.is_none(),
     );
     if zero_copy {
         refuse_copies(&mapping)?;
     }
     mapping.counters.local().pages_in_place.add(mapping.in_place.pages());
-    Ok((view, attach(Served::new(mapping, max_in_flight, family), server)?))
+    Ok((view, attach(Served::new(mapping, max_in_flight, children), server)?))
 }
 
 /// Whether whole blocks of a region of `bytes` bytes are filled in staging; an error is the reason

@@ -60,7 +60,7 @@ impl Core {
 
     /// Lets forked children inherit the range, if the region serves them.
     pub(super) fn show_to_children(&self) -> Result<(), Error> {
-        match (&self.served.family, &self.served.target) {
+        match (&self.served.children, &self.served.target) {
             (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
                 let what =
                     format_args!("region {}: cannot let forked children inherit its range", self.name());
@@ -72,7 +72,9 @@ impl Core {
 
     /// Populates in a forked child: touches the pages, because the server is in the parent process.
     fn touch(&self, span: Span) -> Result<(), Error> {
-        if self.served.family.as_ref().is_some_and(|family| family.has_no_server()) && !self.has_all(span) {
+        if self.served.children.as_ref().is_some_and(|children| children.has_no_server())
+            && !self.has_all(span)
+        {
             let what = format_args!(
                 "region {}: in a forked child whose parent has ended: the child's absent pages cannot be filled any more",
                 self.name()
@@ -198,7 +200,7 @@ impl Drop for Core {
         self.server.retire(&self.served);
         self.server.detach(&self.served);
         self.served.close();
-        self.server.leave_family(&self.served);
+        self.server.detach_children(&self.served);
         log!(debug, region = self.name(), metrics = ?self.metrics(), "region dropped");
         self.served.shut();
     }

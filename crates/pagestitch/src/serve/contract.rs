@@ -52,7 +52,7 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     fn retire(&self, _region: &Served) {}
 
     /// Serves none of a region's children any more.
-    fn leave_family(&self, _region: &Served) {}
+    fn detach_children(&self, _region: &Served) {}
 }
 
 /// What a region asks of its server.

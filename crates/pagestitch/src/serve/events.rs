@@ -74,7 +74,7 @@ impl Served {
         told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // An owner that forks or moves without end waits until some of it has been seen to.
-        if self.family.is_none() && self.strays.are_many() && self.close_strays() == Rest::Some {
+        if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Rest::Some {
             batch.clear();
             return true;
         }
@@ -84,16 +84,17 @@ impl Served {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
                 Event::Remap { from, to, bytes } => self.moved((from, to, bytes), told),
                 Event::Fork { child } => {
-                    self.family.iter().for_each(|family| family.had_room());
-                    let keep = |family: &Arc<ForkedChildren>| family.keep(child.as_fd(), first_page(self));
-                    let kept = self.family.as_ref().is_none_or(keep);
+                    self.children.iter().for_each(|children| children.had_room());
+                    let keep =
+                        |children: &Arc<ForkedChildren>| children.keep(child.as_fd(), first_page(self));
+                    let kept = self.children.as_ref().is_none_or(keep);
                     let news = if read == Read::OneTooMany || !kept {
                         Err(DeferredEvent::Child(child))
                     } else {
                         told(DeferredEvent::Child(child))
                     };
                     if let Err(DeferredEvent::Child(child)) = news {
-                        self.strays.child(child);
+                        self.orphans.child(child);
                         let _ = told(DeferredEvent::GivenUp);
                     }
                 }
@@ -103,7 +104,7 @@ impl Served {
             let _ = told(DeferredEvent::NoDescriptor);
         }
         // Whoever reads has more to do than this, and comes again.
-        self.close_strays() != Rest::None || read != Read::All
+        self.close_orphans() != Rest::None || read != Read::All
     }
 
     /// Part of the region is somewhere else. What else the owner of adopted memory has registered with its userfaultfd is its own
@@ -117,7 +118,7 @@ impl Served {
             let range = self.target.addresses(span);
             // As far behind the new address as it was behind the old one.
             let to = range.start().wrapping_sub(from).wrapping_add(to);
-            self.strays.moved(to, range.bytes());
+            self.orphans.moved(to, range.bytes());
             let _ = told(DeferredEvent::Moved { to, bytes: range.bytes() });
         }
     }
@@ -128,17 +129,21 @@ impl Served {
             // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
             Err(Errno::EMFILE | Errno::ENFILE) => {
                 // One after the other: such a child may have children before it is seen to.
-                let room = |family: &Arc<ForkedChildren>| {
-                    family.is_short() && !self.strays.have_children() && family.make_room()
+                let room = |children: &Arc<ForkedChildren>| {
+                    children.is_short() && !self.orphans.have_children() && children.make_room()
                 };
-                match self.family.as_ref().is_some_and(room).then(|| batch.read(&self.uffd, self.page_size()))
+                match self
+                    .children
+                    .as_ref()
+                    .is_some_and(room)
+                    .then(|| batch.read(&self.uffd, self.page_size()))
                 {
                     Some(Ok(())) => Read::OneTooMany,
                     _ => Read::Nothing,
                 }
             }
             Err(errno) => {
-                if let Some(untold) = self.strays.told.again() {
+                if let Some(untold) = self.orphans.told.again() {
                     log!(error, region = self.name, %errno, untold, "cannot read events");
                 }
                 Read::All
@@ -147,18 +152,18 @@ impl Served {
     }
 
     /// Takes note of what the kernel has told. A child is not served.
-    pub(crate) fn hear(&self, news: DeferredEvent) -> Result<(), DeferredEvent> {
+    pub(crate) fn handle_deferred(&self, news: DeferredEvent) -> Result<(), DeferredEvent> {
         match news {
             DeferredEvent::Child(_) => return Err(news),
             DeferredEvent::NoDescriptor => {}
             DeferredEvent::GivenUp => {
-                let served = self.family.is_some();
+                let served = self.children.is_some();
                 let why = if served {
                     "no descriptor is left (ulimit -n)"
                 } else {
                     "its parent's memory is adopted"
                 };
-                if let Some(untold) = self.strays.told.again() {
+                if let Some(untold) = self.orphans.told.again() {
                     log!(
                         error,
                         region = self.name,
@@ -169,7 +174,7 @@ impl Served {
                 }
             }
             DeferredEvent::Moved { to, bytes } => {
-                if let Some(untold) = self.strays.told.again() {
+                if let Some(untold) = self.orphans.told.again() {
                     log!(
                         error,
                         region = self.name,
@@ -186,14 +191,14 @@ impl Served {
 
     /// A child is not served: what it does not have yet is bad there.
     pub(crate) fn orphan_child(&self, child: Uffd) {
-        self.strays.child(child);
-        self.close_all_strays();
+        self.orphans.child(child);
+        self.close_all_orphans();
     }
 
     /// Makes what nobody serves bad, but for what is blocked.
-    fn close_all_strays(&self) -> Rest {
+    fn close_all_orphans(&self) -> Rest {
         loop {
-            match self.close_strays() {
+            match self.close_orphans() {
                 Rest::Some => thread::yield_now(),
                 rest => return rest,
             }
@@ -201,11 +206,11 @@ impl Served {
     }
 
     /// Makes some more of what nobody serves bad.
-    pub(crate) fn close_strays(&self) -> Rest {
-        let rest = self.strays.close_some(self, self.family.as_deref().map(Deref::deref));
+    pub(crate) fn close_orphans(&self) -> Rest {
+        let rest = self.orphans.close_some(self, self.children.as_deref().map(Deref::deref));
         // With the descriptor of a child that has been seen to, perhaps.
-        if let Some(family) = &self.family {
-            family.has_room();
+        if let Some(children) = &self.children {
+            children.has_room();
         }
         rest
     }
@@ -213,7 +218,7 @@ impl Served {
     fn let_go(&self, start: usize, end: usize) {
         for span in self.target.pages_in(start, end) {
             // Who forks may hold the allocator.
-            if self.family.is_none() {
+            if self.children.is_none() {
                 log!(debug, region = self.name, first = span.first.0, pages = span.pages, "let go");
             }
             if let Target::Foreign(adopted) = &self.target {

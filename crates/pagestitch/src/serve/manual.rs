@@ -41,8 +41,8 @@ use std::{fmt, ptr};
 /// ```
 pub struct Manual {
     worker: Worker,
-    seats: Arc<Group>,
-    seat: usize,
+    group: Arc<Group>,
+    member: usize,
 }
 
 /// What all that serve the same regions share; the last one to go closes what is still served.
@@ -127,18 +127,18 @@ impl Manual {
             Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
         // No watchdog adds a worker: the last one serves also slow regions that hold up none.
         shared.crew.last_resort.store(true, Ordering::Relaxed);
-        let seats = Group {
+        let group = Group {
             shared: Arc::clone(&shared),
             taken: AtomicUsize::new(0),
             generation: ForkGeneration::current(),
         };
-        let seats = Arc::new(seats);
-        let take = |seat: usize| {
-            let place = shared.crew.join(seat).expect("there is a place for each");
-            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[seat]), None, place);
+        let group = Arc::new(group);
+        let take = |member: usize| {
+            let place = shared.crew.join(member).expect("there is a place for each");
+            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[member]), None, place);
             let worker = worker.map_err(refused)?;
-            seats.taken.fetch_add(1, Ordering::SeqCst);
-            Ok(Self { worker, seats: Arc::clone(&seats), seat })
+            group.taken.fetch_add(1, Ordering::SeqCst);
+            Ok(Self { worker, group: Arc::clone(&group), member })
         };
         (0..threads).map(take).collect()
     }
@@ -150,20 +150,20 @@ impl Manual {
     /// It waits for sources: one that is slow holds up the caller. In a forked child it serves nothing and says 0, because the regions
     /// and their faults are the parent's.
     pub fn serve_ready(&mut self, budget: usize) -> usize {
-        if !self.seats.is_of_this_process() {
+        if !self.group.is_of_this_process() {
             return 0;
         }
         self.worker.serve_ready(budget as u64) as usize
     }
 
-    pub(super) fn seats(&self) -> &Arc<Group> {
-        &self.seats
+    pub(super) fn shared_group(&self) -> &Arc<Group> {
+        &self.group
     }
 }
 
 impl AsFd for Manual {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.seats.shared.epolls()[self.seat].0.as_fd()
+        self.group.shared.epolls()[self.member].0.as_fd()
     }
 }
 
@@ -176,16 +176,16 @@ impl AsRawFd for Manual {
 
 impl fmt::Debug for Manual {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Manual").field("seat", &self.seat).finish_non_exhaustive()
+        f.debug_struct("Manual").field("member", &self.member).finish_non_exhaustive()
     }
 }
 
 impl Drop for Manual {
     fn drop(&mut self) {
         // Regions hold what is shared, but serve nobody: what counts is who sits here.
-        let last = self.seats.taken.fetch_sub(1, Ordering::SeqCst) == 1;
-        if last && self.seats.generation.is_current() {
-            self.seats.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
+        let last = self.group.taken.fetch_sub(1, Ordering::SeqCst) == 1;
+        if last && self.group.generation.is_current() {
+            self.group.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
         }
     }
 }

@@ -94,7 +94,7 @@ impl From<Inline> for Server {
 
 impl From<&Manual> for Server {
     fn from(manual: &Manual) -> Self {
-        let group: Arc<Group> = Arc::clone(manual.seats());
+        let group: Arc<Group> = Arc::clone(manual.shared_group());
         Self(group)
     }
 }

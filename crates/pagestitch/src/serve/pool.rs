@@ -15,7 +15,7 @@ use crate::fault::FetchSemaphore;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
-use crate::serve::fork::usher::ForkReader;
+use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::{Placement, Places};
 use crate::serve::shared::Shared;
 use crate::serve::watchdog::{Limits, Watchdog};
@@ -124,7 +124,7 @@ impl FaultServer for Pool {
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
-        if region.family.is_some() {
+        if region.children.is_some() {
             self.handle.start_fork_reader()?;
         }
         // A partial start is undone.
@@ -149,9 +149,9 @@ impl Attachment for Pool {
         self.handle.shared.retire(region);
     }
 
-    fn leave_family(&self, region: &Served) {
-        let Some(family) = &region.family else { return };
-        family.close().iter().for_each(|child| self.handle.shared.leave(child));
+    fn detach_children(&self, region: &Served) {
+        let Some(children) = &region.children else { return };
+        children.close().iter().for_each(|child| self.handle.shared.leave(child));
         // Children that no worker has seen to yet.
         self.handle.shared.handle_all_deferred();
     }
@@ -259,7 +259,7 @@ impl PoolBuilder {
         let handle = Handle {
             shared: Arc::new(shared),
             watch: Mutex::default(),
-            usher: Mutex::default(),
+            fork_reader: Mutex::default(),
             generation: ForkGeneration::current(),
         };
         for post in 0..places.workers {
@@ -308,30 +308,30 @@ pub struct PoolMetrics {
 struct Handle {
     shared: Arc<Shared>,
     watch: Mutex<Option<JoinHandle<()>>>,
-    usher: Mutex<Option<JoinHandle<()>>>,
+    fork_reader: Mutex<Option<JoinHandle<()>>>,
     generation: ForkGeneration,
 }
 
 impl Handle {
     /// Where there is none yet.
     fn start_fork_reader(&self) -> Result<(), Error> {
-        let mut usher = self.usher.lock();
-        if usher.is_some() {
+        let mut fork_reader = self.fork_reader.lock();
+        if fork_reader.is_some() {
             return Ok(());
         }
         let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
         let reads = ForkReader::new(&self.shared.stop)
             .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
-        let _ = self.shared.usher.set(reads);
+        let _ = self.shared.fork_reader.set(reads);
         let _quiet = NoSignals::until_dropped();
         let (shared, begins) = (Arc::clone(&self.shared), Arc::new(Barrier::new(2)));
         let named = thread::Builder::new().name(String::from("pagestitch/fork"));
         let begun = Arc::clone(&begins);
         let started = named.spawn(move || {
             let _abort = AbortOnPanic::armed();
-            shared.usher.get().expect("set before").run(&shared, &begun);
+            shared.fork_reader.get().expect("set before").run(&shared, &begun);
         });
-        *usher = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
+        *fork_reader = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
         begins.wait();
         Ok(())
     }
@@ -344,8 +344,8 @@ impl Handle {
         if let Some(watch) = self.watch.lock().take().filter(is_another) {
             watch.join().expect("one that panics aborts the process");
         }
-        if let Some(usher) = self.usher.lock().take().filter(is_another) {
-            usher.join().expect("one that panics aborts the process");
+        if let Some(fork_reader) = self.fork_reader.lock().take().filter(is_another) {
+            fork_reader.join().expect("one that panics aborts the process");
         }
         let (threads, gone) = self.shared.threads.lock().take();
         let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());

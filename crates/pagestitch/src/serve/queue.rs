@@ -14,7 +14,7 @@ pub(super) struct QueuedFault<R> {
 
 /// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
 #[derive(Debug)]
-pub(super) struct Ahead<R> {
+pub(super) struct PrefetchTask<R> {
     pub(super) door: Arc<RegionHandle<R>>,
     pub(super) span: Option<Span>,
 }

@@ -24,9 +24,9 @@ pub(crate) struct Served {
     /// Where what is to be done in a moment is kept.
     pub(crate) later: OnceLock<Arc<Timers>>,
     /// Its forked children, where they are served.
-    pub(crate) family: Option<Arc<ForkedChildren>>,
+    pub(crate) children: Option<Arc<ForkedChildren>>,
     /// What nobody serves, until it has been seen to.
-    pub(crate) strays: Orphans,
+    pub(crate) orphans: Orphans,
     /// What its server keeps of it.
     door: OnceLock<Arc<RegionHandle>>,
 }
@@ -35,9 +35,9 @@ pub(crate) struct Served {
 pub(crate) type RegionHandle = region_handle::RegionHandle<Served>;
 pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
 pub(super) type QueuedFault = queue::QueuedFault<Served>;
-pub(super) type Ahead = queue::Ahead<Served>;
+pub(super) type PrefetchTask = queue::PrefetchTask<Served>;
 pub(crate) type Timers = timers::Timers<Served>;
-pub(super) type What = timers::What<Served>;
+pub(super) type TimedTask = timers::TimedTask<Served>;
 pub(super) type SlowAdmission = slow_admission::SlowAdmission<Served>;
 
 impl QueuedFault {
@@ -46,7 +46,7 @@ impl QueuedFault {
     }
 }
 
-impl Ahead {
+impl PrefetchTask {
     pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
         Self { door: Arc::clone(region.door()), span: Some(span) }
     }
@@ -61,7 +61,7 @@ impl Served {
     pub(crate) fn new(
         mapping: Mapping,
         max_in_flight: Option<usize>,
-        family: Option<Arc<ForkedChildren>>,
+        children: Option<Arc<ForkedChildren>>,
     ) -> Self {
         Self {
             mapping,
@@ -69,8 +69,8 @@ impl Served {
             permits: OnceLock::new(),
             later: OnceLock::new(),
             limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
-            strays: Orphans::new(family.is_none()),
-            family,
+            orphans: Orphans::new(children.is_none()),
+            children,
             door: OnceLock::new(),
         }
     }
@@ -111,7 +111,7 @@ impl Host for Served {
 
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool {
         let again = QueuedFault::new(self, request);
-        self.later.get().is_some_and(|later| later.add(What::Serve(again), wait).is_ok())
+        self.later.get().is_some_and(|later| later.add(TimedTask::Serve(again), wait).is_ok())
     }
 
     fn took(&self, ns: u64) {

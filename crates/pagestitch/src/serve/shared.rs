@@ -6,9 +6,9 @@ use crate::fault::FetchSemaphore;
 use crate::guard::discard;
 use crate::serve::Served;
 use crate::serve::events::DeferredEvent;
-use crate::serve::fork::usher::ForkReader;
+use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::Places;
-use crate::serve::served::{Ahead, QueuedFault, RegionHandle, SlowAdmission, Timers, What};
+use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, SlowAdmission, TimedTask, Timers};
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
@@ -29,10 +29,10 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) stop: EventFd,
-    pub(super) bell: EventFd,
+    pub(super) wake_fd: EventFd,
     handed: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// What is filled when there are no faults, by workers that are awake.
-    pub(super) ahead: (Sender<Ahead>, Receiver<Ahead>),
+    pub(super) ahead: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
     pub(super) slow: SlowAdmission,
     /// Which workers there are.
     pub(super) crew: WorkerTable,
@@ -43,9 +43,9 @@ pub(super) struct Shared {
     pub(super) places: Places,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
     pub(super) later: Arc<Timers>,
-    /// What the usher leaves to workers.
+    /// What the fork reader leaves to workers.
     news: (Sender<DeferredTask>, Receiver<DeferredTask>),
-    pub(super) usher: OnceLock<ForkReader>,
+    pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
     wakes: EpollFlags,
@@ -68,29 +68,29 @@ impl Shared {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
-        let bell = EventFd::from_flags(flags)?;
+        let wake_fd = EventFd::from_flags(flags)?;
         let later = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
         let epolls = (0..places.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
             watch(&epoll, &*later, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
-            watch(&epoll, &bell, EpollFlags::EPOLLIN)?;
+            watch(&epoll, &wake_fd, EpollFlags::EPOLLIN)?;
             Ok(Arc::new(epoll))
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
-        let (handed, ahead) = (bounded(HANDED_MAX), bounded(AHEAD_MAX));
+        let (handed, ahead) = (bounded(QUEUE_MAX), bounded(AHEAD_MAX));
         // Who is at home on the CPU of a fault is to be woken; of those that are anywhere, one.
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        let (slow, crew) = (SlowAdmission::new(HANDED_MAX), WorkerTable::new(places.workers, most)?);
-        let (news, usher) = (bounded(NEWS_MAX), OnceLock::new());
+        let (slow, crew) = (SlowAdmission::new(QUEUE_MAX), WorkerTable::new(places.workers, most)?);
+        let (news, fork_reader) = (bounded(DEFERRED_MAX), OnceLock::new());
         Ok(Self {
             news,
-            usher,
+            fork_reader,
             stop,
-            bell,
+            wake_fd,
             handed,
             ahead,
             slow,
@@ -145,39 +145,39 @@ impl Shared {
             match news {
                 DeferredEvent::Child(child) => self.follow(&region, child),
                 DeferredEvent::NoDescriptor => self.reap_children(&region),
-                told => drop(region.hear(told)),
+                told => drop(region.handle_deferred(told)),
             }
             // It may be the last to hold the region.
             discard(region);
         }
     }
 
-    pub(super) fn take_handed(&self) -> Option<QueuedFault> {
+    pub(super) fn dequeue(&self) -> Option<QueuedFault> {
         self.handed.1.try_recv().ok()
     }
 
     /// Whether a fault that was handed on waits for a worker.
-    pub(super) fn has_handed(&self) -> bool {
+    pub(super) fn has_queued(&self) -> bool {
         !self.handed.1.is_empty()
     }
 
     /// Whether there is something to do that no descriptor tells of.
     pub(super) fn has_more(&self) -> bool {
-        !self.ahead.1.is_empty() || self.has_handed()
+        !self.ahead.1.is_empty() || self.has_queued()
     }
 
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
-    pub(super) fn remember(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
+    pub(super) fn queue_prefetch(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
         for span in ahead {
             // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
-            let _ = self.ahead.0.try_send(Ahead::new(region, span));
+            let _ = self.ahead.0.try_send(PrefetchTask::new(region, span));
         }
     }
 
     /// Has some more of a recording filled, likewise.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // Full: what is not replayed is asked for when it is touched.
-        let _ = self.ahead.0.try_send(Ahead::replay(region));
+        let _ = self.ahead.0.try_send(PrefetchTask::replay(region));
     }
 
     /// Starts to fill what a region's recording tells, with all hands.
@@ -192,14 +192,14 @@ impl Shared {
     pub(super) fn ring(&self, faults: u64) {
         let others = self.crew.working().saturating_sub(1) as u64;
         if faults.min(others) > 0 {
-            self.bell.write(faults.min(others)).expect("an eventfd takes small numbers");
+            self.wake_fd.write(faults.min(others)).expect("an eventfd takes small numbers");
         }
     }
 
     /// Wakes as many workers as there are faults for them.
     pub(super) fn wake_workers(&self, faults: u64) {
         if faults > 0 {
-            self.bell
+            self.wake_fd
                 .write(faults.min(self.crew.working() as u64).max(1))
                 .expect("an eventfd takes small numbers");
         }
@@ -207,7 +207,7 @@ impl Shared {
 
     /// Has the one who works, or another, look once more.
     pub(super) fn wake_one(&self) {
-        self.bell.write(1).expect("an eventfd takes small numbers");
+        self.wake_fd.write(1).expect("an eventfd takes small numbers");
     }
 
     /// The ways into those that are served.
@@ -251,8 +251,8 @@ impl Shared {
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
         let wakes = self.wakes_of(region);
-        let watched = match (&region.family, self.usher.get()) {
-            (Some(_), Some(usher)) => usher.add(region),
+        let watched = match (&region.children, self.fork_reader.get()) {
+            (Some(_), Some(fork_reader)) => fork_reader.add(region),
             _ => self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)),
         };
         if watched.is_ok() && region.replay.is_some() {
@@ -269,10 +269,10 @@ impl Shared {
 
     /// Serves a forked child of a region's, from now on.
     pub(super) fn follow(&self, parent: &Served, child: Uffd) {
-        let Some(family) = &parent.family else { return parent.orphan_child(child) };
+        let Some(children) = &parent.children else { return parent.orphan_child(child) };
         self.reap_children(parent);
-        if !family.has_room() {
-            let _ = parent.hear(DeferredEvent::GivenUp);
+        if !children.has_room() {
+            let _ = parent.handle_deferred(DeferredEvent::GivenUp);
             return parent.orphan_child(child);
         }
         match parent.child(child) {
@@ -280,7 +280,7 @@ impl Shared {
                 let child = Arc::new(child);
                 parent.counters.local().children.add(1);
                 // In this order: whoever ends the family finds it served, and leaves it.
-                let served = self.add(&child).is_ok() && family.take_in(&child);
+                let served = self.add(&child).is_ok() && children.take_in(&child);
                 if !served {
                     self.leave(&child);
                 }
@@ -294,7 +294,7 @@ impl Shared {
 
     /// Releases the children whose processes have ended.
     fn reap_children(&self, parent: &Served) {
-        for dead in parent.family.iter().flat_map(|family| family.reap()) {
+        for dead in parent.children.iter().flat_map(|children| children.reap()) {
             log!(debug, region = dead.name, "has ended");
             self.remove(&dead);
             self.retire(&dead);
@@ -303,8 +303,8 @@ impl Shared {
 
     /// Reads no more of a region whose children were served: nobody can fork with it any more.
     pub(super) fn retire(&self, region: &Served) {
-        if let (Some(_), Some(usher)) = (&region.family, self.usher.get()) {
-            usher.remove(region);
+        if let (Some(_), Some(fork_reader)) = (&region.children, self.fork_reader.get()) {
+            fork_reader.remove(region);
         }
     }
 
@@ -318,7 +318,8 @@ impl Shared {
 
     /// Has a worker look at a region in a moment.
     pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
-        if region.pace.asks_for_look() && self.later.add(What::Look(Arc::clone(region.door())), wait).is_err()
+        if region.pace.asks_for_look()
+            && self.later.add(TimedTask::Look(Arc::clone(region.door())), wait).is_err()
         {
             region.pace.is_looked_at();
         }
@@ -345,7 +346,7 @@ impl Shared {
             regions.served.remove(&fd);
         }
         drop(regions);
-        if region.family.is_some() {
+        if region.children.is_some() {
             return;
         }
         for epoll in &self.epolls {
@@ -370,8 +371,8 @@ impl Shared {
 }
 
 /// News that may wait for a worker.
-const NEWS_MAX: usize = 1024;
+const DEFERRED_MAX: usize = 1024;
 /// Faults that may wait for a worker: past it, who reads them serves them.
-const HANDED_MAX: usize = 1024;
+const QUEUE_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.
 const AHEAD_MAX: usize = 64;

@@ -35,13 +35,15 @@ impl Served {
             block_forks(self);
         }
         let began = Instant::now();
-        while self.close_strays() != Rest::None {
+        while self.close_orphans() != Rest::None {
             // An owner that moves or forks without end is ended, where it is known.
             let is_stuck = || self.target.foreign().is_some() && began.elapsed() > STRAYS_MAX;
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
-            self.read_events(&mut Batch::with_capacity(STRAY_EVENTS), &mut |news| self.hear(news));
+            self.read_events(&mut Batch::with_capacity(ORPHAN_EVENTS), &mut |news| {
+                self.handle_deferred(news)
+            });
             thread::yield_now();
         }
     }
@@ -50,4 +52,4 @@ impl Served {
 /// How long what the owner of adopted memory leaves behind may keep a region from its end.
 const STRAYS_MAX: Duration = Duration::from_secs(5);
 /// Events read at once, while what nobody serves is seen to.
-const STRAY_EVENTS: usize = 16;
+const ORPHAN_EVENTS: usize = 16;

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 /// What there is to do.
 #[derive(Debug)]
-pub(super) enum What<R> {
+pub(super) enum TimedTask<R> {
     Serve(QueuedFault<R>),
     Look(Arc<RegionHandle<R>>),
 }
@@ -31,7 +31,7 @@ pub(super) enum What<R> {
 pub(crate) struct Timers<R> {
     timer: TimerFd,
     /// Few, in no order.
-    entries: Mutex<Vec<(Instant, What<R>)>>,
+    entries: Mutex<Vec<(Instant, TimedTask<R>)>>,
 }
 
 impl<R> Timers<R> {
@@ -45,7 +45,7 @@ impl<R> Timers<R> {
     }
 
     /// Keeps it until then. Given back where there is so much already that a hostile owner is at work.
-    pub(super) fn add(&self, what: What<R>, wait: Duration) -> Result<(), What<R>> {
+    pub(super) fn add(&self, what: TimedTask<R>, wait: Duration) -> Result<(), TimedTask<R>> {
         let mut entries = self.entries.lock();
         if entries.len() >= MOST {
             return Err(what);
@@ -59,7 +59,7 @@ impl<R> Timers<R> {
     }
 
     /// What it is time for.
-    pub(super) fn take(&self) -> Option<What<R>> {
+    pub(super) fn take(&self) -> Option<TimedTask<R>> {
         let mut entries = self.entries.lock();
         let now = Instant::now();
         let first = entries.iter().enumerate().min_by_key(|(_, (at, _))| *at).map(|(index, _)| index)?;
@@ -110,7 +110,7 @@ mod tests {
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
         let later = Timers::<()>::new().unwrap();
         for wait in [30, 10, 20] {
-            later.add(What::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
+            later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
         }
         assert!(later.take().is_none(), "not yet");
         for left in (0..3).rev() {
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn a_due_entry_is_told_of_again() {
         let later = Timers::<()>::new().unwrap();
-        later.add(What::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
+        later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
             poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
         };
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn no_more_is_kept_than_there_may_be() {
         let later = Timers::<()>::new().unwrap();
-        let add = || later.add(What::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
+        let add = || later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }
 }

@@ -190,7 +190,7 @@ impl Watchdog {
         crew.last_resort.store(last, Ordering::Relaxed);
         // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
         // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
-        if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_handed()) {
+        if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_queued()) {
             self.shared.wake_one();
         }
         if waiting > 0 && self.short {
@@ -202,10 +202,10 @@ impl Watchdog {
     fn read_all(&mut self) {
         for door in self.shared.regions() {
             let Some(region) = door.enter() else { continue };
-            if region.family.is_none() {
+            if region.children.is_none() {
                 self.read_one(&region);
             } else {
-                // The usher has read its events.
+                // The fork reader has read its events.
                 let read = Instant::now();
                 let asked = |(page, thread, place)| FaultRequest {
                     page,
@@ -234,7 +234,7 @@ impl Watchdog {
 
     fn read_one(&mut self, region: &Arc<Served>) {
         // It comes back at the next look: a watchdog that waits for one region watches none.
-        let read = region.try_read_events(&mut self.batch, &mut |news| region.hear(news));
+        let read = region.try_read_events(&mut self.batch, &mut |news| region.handle_deferred(news));
         let Ok(again) = read else { return };
         let read = Instant::now();
         let asked = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));

@@ -14,7 +14,7 @@ use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::pace::Reading;
 use crate::serve::pace::TURN_MAX;
-use crate::serve::served::{Ahead, QueuedFault, RegionHandle, What};
+use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, TimedTask};
 use crate::serve::shared::Shared;
 use crate::space::target::Busy;
 use nix::errno::Errno;
@@ -75,7 +75,7 @@ impl Worker {
         self.pin_to_cpu();
         // What those have left that it stands in for: no descriptor tells of it.
         self.shared.crew.works(self.place);
-        self.serve_handed();
+        self.serve_queued();
         self.shared.crew.waits(self.place);
         let linger = EpollTimeout::from(LINGER_MS);
         loop {
@@ -124,9 +124,9 @@ impl Worker {
                 let fd = ready[0].data() as RawFd;
                 if fd == self.shared.stop.as_fd().as_raw_fd() {
                     return Turn::Stopped;
-                } else if fd == self.shared.bell.as_fd().as_raw_fd() {
+                } else if fd == self.shared.wake_fd.as_fd().as_raw_fd() {
                     // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
-                    let _ = self.shared.bell.read();
+                    let _ = self.shared.wake_fd.read();
                 } else if fd == self.shared.later.fd() {
                     self.serve_later();
                 } else if let Some(door) = self.shared.region(fd) {
@@ -136,7 +136,7 @@ impl Worker {
             Err(Errno::EINTR) => return Turn::Busy,
             Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
         }
-        self.serve_handed();
+        self.serve_queued();
         self.fill_ahead();
         if count == Ok(0) { Turn::Quiet } else { Turn::Busy }
     }
@@ -173,7 +173,7 @@ impl Worker {
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
         let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
-        let hear = &mut |news| region.hear(news);
+        let hear = &mut |news| region.handle_deferred(news);
         let again = match turn.may_wait() {
             true => region.read_events(batch, hear),
             false => region.try_read_events(batch, hear)?,
@@ -206,14 +206,14 @@ impl Worker {
             shared.rearm(ready, region);
         }
         if let Some(first) = first {
-            self.serve_in_berth(region, first);
+            self.serve_admitted(region, first);
         }
-        self.serve_some_handed(kept);
+        self.serve_some_queued(kept);
         Ok(())
     }
 
     /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
-    fn serve_in_berth(&mut self, region: &Arc<Served>, asked: FaultRequest) {
+    fn serve_admitted(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         if let Some((most, berths)) = &region.limit {
             let mut next = berths.enter(*most, asked);
             while let Some(asked) = next {
@@ -244,14 +244,14 @@ impl Worker {
     fn serve_now(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         self.shared.crew.steps(self.place);
         let ahead = serve(region, asked, &mut self.buffers);
-        self.shared.remember(region, ahead.into_iter().flatten());
+        self.shared.queue_prefetch(region, ahead.into_iter().flatten());
     }
 
     /// Serves what was handed on, and what waits for a berth that is free by now.
-    fn serve_handed(&mut self) {
+    fn serve_queued(&mut self) {
         self.shared.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
-        self.serve_some_handed(HANDED_AT_ONCE);
+        self.serve_some_queued(QUEUED_AT_ONCE);
         if self.shared.slow.are_waited_for() {
             let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
             let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
@@ -259,27 +259,27 @@ impl Worker {
         }
     }
 
-    fn serve_some_handed(&mut self, most: u64) {
+    fn serve_some_queued(&mut self, most: u64) {
         for _ in 0..most {
-            let Some(QueuedFault { door, asked }) = self.shared.take_handed() else { break };
+            let Some(QueuedFault { door, asked }) = self.shared.dequeue() else { break };
             // A region that is being dropped needs no page any more.
             let Some(region) = door.enter() else { continue };
             self.served += 1;
-            self.serve_in_berth(&region, asked);
+            self.serve_admitted(&region, asked);
         }
     }
 
     /// Does what it is time for by now.
     fn serve_later(&mut self) {
         self.shared.later.seen();
-        for _ in 0..HANDED_AT_ONCE {
+        for _ in 0..QUEUED_AT_ONCE {
             match self.shared.later.take() {
-                Some(What::Serve(QueuedFault { door, asked })) => {
+                Some(TimedTask::Serve(QueuedFault { door, asked })) => {
                     // A region that is being dropped needs no page any more.
                     let Some(region) = door.enter() else { continue };
-                    self.serve_in_berth(&region, asked);
+                    self.serve_admitted(&region, asked);
                 }
-                Some(What::Look(door)) => {
+                Some(TimedTask::Look(door)) => {
                     if let Some(region) = door.enter() {
                         region.pace.is_looked_at();
                     }
@@ -292,12 +292,12 @@ impl Worker {
 
     /// Fills one block of what is to be filled ahead. What is left of it is there for whoever is free first.
     fn fill_ahead(&mut self) {
-        let Ok(Ahead { door, span }) = self.shared.ahead.1.try_recv() else { return };
+        let Ok(PrefetchTask { door, span }) = self.shared.ahead.1.try_recv() else { return };
         let Some(region) = door.enter() else { return };
         self.shared.crew.steps(self.place);
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
-        self.shared.remember(&region, Some(later).filter(|later| !later.is_empty()));
+        self.shared.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
         fill_ahead(&region, now, &mut self.buffers);
     }
 
@@ -312,7 +312,7 @@ impl Worker {
 /// How long a worker waits for something to do where there are more than there are posts.
 const LINGER_MS: u16 = 1000;
 /// Faults that were handed on, and are served before the worker looks at the regions again.
-const HANDED_AT_ONCE: u64 = 64;
+const QUEUED_AT_ONCE: u64 = 64;
 /// Until what could not be done is tried again.
 const MOMENT: Duration = Duration::from_millis(1);
 /// Events read at once.

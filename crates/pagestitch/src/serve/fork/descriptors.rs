@@ -14,7 +14,7 @@ use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 #[derive(Debug)]
 pub(crate) struct Descriptors {
     /// Descriptors for the one child too many, and children that it forks before it is seen to. Until these can be told of, nothing
-    /// can be filled in their parents, either. The standard library's lock, as the usher takes it, and waiting for it does not allocate.
+    /// can be filled in their parents, either. The standard library's lock, as the fork reader takes it, and waiting for it does not allocate.
     spare: StdMutex<Vec<EventFd>>,
     /// How often there was none, in a row.
     short: AtomicUsize,
@@ -86,7 +86,7 @@ impl Descriptors {
     /// Whether there is room for one more child, after this one.
     pub(crate) fn has_room(&self) -> bool {
         let mut spare = self.spare();
-        // Never beyond: the usher allocates nothing.
+        // Never beyond: the fork reader allocates nothing.
         while spare.len() < SPARE
             && let Ok(event) = EventFd::new()
         {

@@ -13,14 +13,14 @@
 //! If this process ends first, the children's uffds would close with it, and show zeros. So they are in flight in a socket that the
 //! children have inherited, too: what a child has not touched waits for ever then.
 
+mod children;
 mod descriptors;
-mod family;
+pub(super) mod fork_reader;
 pub(crate) mod orphans;
 pub(super) mod reader;
-pub(super) mod usher;
 
+pub(crate) use children::{ForkedChildren, first_page};
 pub(crate) use descriptors::Descriptors;
-pub(crate) use family::{ForkedChildren, first_page};
 
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Served;
@@ -44,10 +44,10 @@ impl Served {
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, manner, tables),
                     (Target::Foreign(adopted), uffd),
-                    self.family.is_none(),
+                    self.children.is_none(),
                 );
                 let limit = self.limit.as_ref().map(|(most, _)| *most);
-                Ok(Self::new(mapping, limit, self.family.clone()))
+                Ok(Self::new(mapping, limit, self.children.clone()))
             }
             Err(errno) => Err((uffd, errno)),
         }
@@ -64,9 +64,9 @@ impl Served {
 
 /// Nobody forks with the region any more when this returns: closing its uffd would show zeros to a child that is just being made.
 /// For a region of ours, before its teardown begins: this thread may wait for the allocator in it, and whoever forks holds that until
-/// the usher has read of it. For a child's, at its end: it has nothing to do with our allocator.
+/// the fork reader has read of it. For a child's, at its end: it has nothing to do with our allocator.
 pub(crate) fn block_forks(region: &Served) {
-    if region.family.is_none() {
+    if region.children.is_none() {
         return;
     }
     match &region.target {
@@ -81,7 +81,7 @@ pub(crate) fn block_forks(region: &Served) {
     // As long as a fork is under way, the kernel fills nothing.
     while region.uffd.continue_pages(first_page(region)) == Outcome::Changing {
         if region.target.foreign().is_some() {
-            region.read_events(&mut Batch::with_capacity(BATCH), &mut |news| region.hear(news));
+            region.read_events(&mut Batch::with_capacity(BATCH), &mut |news| region.handle_deferred(news));
         }
         thread::yield_now();
     }

@@ -2,7 +2,7 @@
 //! What is missing there is made bad, and the registration ended, which wakes whoever waits.
 //!
 //! It is done a piece at a time by whoever reads the region's events, and waits for nobody: where children are served that is the
-//! usher, and who forks may hold the allocator until the usher has got rid of the child before.
+//! usher, and who forks may hold the allocator until the fork reader has got rid of the child before.
 
 use crate::serve::fork::{Descriptors, first_page};
 use crate::serve::rate_limit::RateLimit;
@@ -24,7 +24,7 @@ pub(crate) struct Orphans {
 
 #[derive(Debug)]
 struct Known {
-    strays: Vec<Stray>,
+    orphans: Vec<Orphan>,
     /// What children have to tell.
     batch: Batch,
 }
@@ -34,7 +34,7 @@ impl Orphans {
     pub(crate) fn new(allocates: bool) -> Self {
         let room = if allocates { 0 } else { ROOM };
         let known =
-            Mutex::new(Known { strays: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
+            Mutex::new(Known { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
         Self { known, many: AtomicBool::new(false), told: RateLimit::default() }
     }
 
@@ -50,14 +50,14 @@ impl Orphans {
 
     /// Whether there are children.
     pub(crate) fn have_children(&self) -> bool {
-        self.lock().strays.iter().any(|stray| !stray.is_in_region())
+        self.lock().orphans.iter().any(|orphan| !orphan.is_in_region())
     }
 
     /// Whether there are as many children as can be taken note of without allocating.
     pub(crate) fn is_full(&self) -> bool {
         let known = self.lock();
-        known.strays.len() > ROOM / 2
-            && known.strays.iter().filter(|stray| !stray.is_in_region()).count() > ROOM / 2
+        known.orphans.len() > ROOM / 2
+            && known.orphans.iter().filter(|orphan| !orphan.is_in_region()).count() > ROOM / 2
     }
 
     /// Whether there are more than anybody but a hostile owner makes at once. Each child takes a descriptor.
@@ -66,43 +66,43 @@ impl Orphans {
     }
 
     /// Makes some more of them bad.
-    pub(crate) fn close_some(&self, region: &Mapping, family: Option<&Descriptors>) -> Rest {
+    pub(crate) fn close_some(&self, region: &Mapping, children: Option<&Descriptors>) -> Rest {
         let mut known = self.lock();
-        let Known { strays, batch } = &mut *known;
+        let Known { orphans, batch } = &mut *known;
         let (mut rest, mut index, mut blocked) = (Rest::None, 0, false);
-        while index < strays.len() {
-            let stray = &mut strays[index];
-            if blocked && stray.is_in_region() {
+        while index < orphans.len() {
+            let orphan = &mut orphans[index];
+            if blocked && orphan.is_in_region() {
                 index += 1;
                 continue;
             }
-            match stray.close_some(region, (batch, family)) {
+            match orphan.close_some(region, (batch, children)) {
                 Progress::Left(left) => {
                     (rest, index) = (rest.max(left), index + 1);
                     blocked |= left == Rest::Blocked;
                 }
-                Progress::Done => drop(strays.swap_remove(index)),
+                Progress::Done => drop(orphans.swap_remove(index)),
                 // Closing its uffd would show zeros to whoever waits there.
-                Progress::Refused => std::mem::forget(strays.swap_remove(index)),
+                Progress::Refused => std::mem::forget(orphans.swap_remove(index)),
             }
             // A child's children are nobody's, either.
             let born = batch.take_events().filter_map(|event| match event {
                 Event::Fork { child } => {
-                    let keep = |family: &Descriptors| family.keep(child.as_fd(), first_page(region));
+                    let keep = |children: &Descriptors| children.keep(child.as_fd(), first_page(region));
                     // Until it is bad, this process must not end; without room for it, there is nothing to be done.
-                    let _ = family.map(keep);
-                    Some(Stray::new(Whose::Child(child)))
+                    let _ = children.map(keep);
+                    Some(Orphan::new(Whose::Child(child)))
                 }
                 _ => None,
             });
-            strays.extend(born);
+            orphans.extend(born);
         }
-        self.many.store(strays.len() >= MANY, Ordering::Relaxed);
+        self.many.store(orphans.len() >= MANY, Ordering::Relaxed);
         rest
     }
 
     fn add(&self, whose: Whose) {
-        self.lock().strays.push(Stray::new(whose));
+        self.lock().orphans.push(Orphan::new(whose));
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -111,7 +111,7 @@ impl Orphans {
 }
 
 #[derive(Debug)]
-struct Stray {
+struct Orphan {
     whose: Whose,
     /// How many of its pages have been seen to.
     seen: usize,
@@ -145,7 +145,7 @@ enum Progress {
     Refused,
 }
 
-impl Stray {
+impl Orphan {
     const fn new(whose: Whose) -> Self {
         Self { whose, seen: 0 }
     }
@@ -155,9 +155,9 @@ impl Stray {
     }
 
     /// Makes some more bad of what is missing.
-    fn close_some(&mut self, region: &Mapping, (batch, family): Events<'_>) -> Progress {
+    fn close_some(&mut self, region: &Mapping, (batch, children): Events<'_>) -> Progress {
         for _ in 0..STEPS {
-            let Some(part) = self.next(region) else { return self.end(region, (batch, family)) };
+            let Some(part) = self.next(region) else { return self.end(region, (batch, children)) };
             let page = region.page_size().bytes();
             self.seen += match self.uffd(region).poison(part) {
                 Outcome::Done => part.bytes() / page,
@@ -167,7 +167,7 @@ impl Stray {
                 Outcome::ProcessGone => return Progress::Done,
                 // There may be some in a moment.
                 Outcome::NoMemory => return Progress::Left(Rest::Some),
-                Outcome::Changing => return Progress::Left(self.read(region, (batch, family))),
+                Outcome::Changing => return Progress::Left(self.read(region, (batch, children))),
                 refused => return self.give_up(region, refused),
             };
         }
@@ -176,25 +176,25 @@ impl Stray {
 
     /// Ends the registration. A child that has begun to fork before waits until that is read: its userfaultfd is in flight
     /// ([`Descriptors::keep`]), so that to drop it here closes nothing and wakes no thread.
-    fn end(&self, region: &Mapping, (batch, family): Events<'_>) -> Progress {
+    fn end(&self, region: &Mapping, (batch, children): Events<'_>) -> Progress {
         self.unregister(region);
         match &self.whose {
             Whose::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
-                Progress::Left(self.read(region, (batch, family)))
+                Progress::Left(self.read(region, (batch, children)))
             }
             _ => Progress::Done,
         }
     }
 
     /// Who changes the memory waits until that is read.
-    fn read(&self, region: &Mapping, (batch, family): Events<'_>) -> Rest {
+    fn read(&self, region: &Mapping, (batch, children): Events<'_>) -> Rest {
         match &self.whose {
             Whose::Region { .. } => Rest::Blocked,
             Whose::Child(uffd) => {
                 let read = batch.read(uffd, region.page_size());
                 // Where there is no descriptor for a child of its, either: in a moment.
-                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(family)) = (read, family)
-                    && family.make_room()
+                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(children)) = (read, children)
+                    && children.make_room()
                 {
                     let _ = batch.read(uffd, region.page_size());
                 }

@@ -1,8 +1,8 @@
-//! The thread of the usher.
+//! The thread of the fork reader.
 
 use crate::serve::events::to_request;
+use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::fork::orphans::Rest;
-use crate::serve::fork::usher::ForkReader;
 use crate::serve::shared::Shared;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
@@ -35,15 +35,15 @@ impl ForkReader {
             }
             if left {
                 thread::sleep(MOMENT);
-                left = self.close_strays();
+                left = self.close_orphans();
             }
         }
     }
 
     /// Sees to what nobody serves. True if something is left of it.
-    fn close_strays(&self) -> bool {
+    fn close_orphans(&self) -> bool {
         let regions = self.lock();
-        regions.iter().fold(false, |left, (_, region)| region.close_strays() != Rest::None || left)
+        regions.iter().fold(false, |left, (_, region)| region.close_orphans() != Rest::None || left)
     }
 
     /// Hands on what there is. True if something could not be done yet.
@@ -53,7 +53,7 @@ impl ForkReader {
         let Ok(index) = regions.binary_search_by_key(&fd, |(fd, _)| *fd) else { return false };
         let region = &regions[index].1;
         // Also of a region that is being dropped, until its last: whoever forks may hold the allocator, and who drops waits for that.
-        if region.strays.is_full() {
+        if region.orphans.is_full() {
             // Who forks waits meanwhile.
             return true;
         }

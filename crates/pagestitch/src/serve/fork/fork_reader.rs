@@ -1,7 +1,7 @@
-//! The usher: a thread that reads the events of regions whose children are served, and hands all of it on.
+//! The fork reader: a thread that reads the events of regions whose children are served, and hands all of it on.
 //!
 //! `fork(2)` does not return before its event has been read, and the C library holds the locks of its allocator meanwhile. A worker
-//! that waits for one of these reads nothing, and sources allocate; so they could wait for each other, and for ever. The usher
+//! that waits for one of these reads nothing, and sources allocate; so they could wait for each other, and for ever. The fork reader
 //! allocates nothing, frees nothing, logs nothing, and takes no lock under which somebody else does.
 
 use crate::serve::Served;
