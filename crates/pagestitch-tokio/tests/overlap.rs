@@ -103,7 +103,7 @@ fn a_failed_fetch_is_an_error() {
         error.to_string()
     };
     assert!(said(13).ends_with("unlucky"));
-    assert!(said(14).contains("gave 5 bytes where 4096 were asked for"));
+    assert!(said(14).contains("gave 5 bytes where 4096 were requested"));
     assert!(said(15).contains("gave no answer"));
     assert!(region.plan().to_string().contains("far"));
     region.populate(0..13 * PAGE as u64).unwrap();

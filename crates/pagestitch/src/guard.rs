@@ -1,11 +1,12 @@
-//! Code that is not ours: sources, their names, errors and destructors, callbacks, subscribers of `tracing`. A worker calls it only
-//! through here: a panic in it ends neither the worker nor the process, and loses no page.
+//! Calls of foreign code: sources, their names, errors and destructors, callbacks, `tracing`
+//! subscribers. Workers call it only through this module, so that its panics end neither the worker
+//! nor the process, and lose no page.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
-/// Calls code that is not ours; says what its panic said.
+/// Calls foreign code; returns the message of its panic as an error.
 pub(crate) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
         let said = panic.downcast_ref::<&str>().copied().map(str::to_owned);
@@ -15,20 +16,20 @@ pub(crate) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     })
 }
 
-/// Calls code that is not ours, whose panic changes nothing.
+/// Calls foreign code and ignores its panic.
 pub(crate) fn quietly(call: impl FnOnce()) {
     let _ = guarded(call);
 }
 
-/// Drops a value whose destructor is not ours.
+/// Drops a value with a foreign destructor.
 pub(crate) fn discard<T>(value: T) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| drop(value))) {
-        // To drop it could panic once more, and so on: it stays.
+        // Leak the payload, because its own destructor could panic again, and so on.
         std::mem::forget(panic);
     }
 }
 
-/// A value whose destructor and `Display` are not ours.
+/// A value with a foreign destructor and a foreign `Display`.
 pub(crate) struct Untrusted<T>(Option<T>);
 
 impl<T> Untrusted<T> {
@@ -37,7 +38,7 @@ impl<T> Untrusted<T> {
     }
 
     pub(crate) const fn get(&self) -> &T {
-        self.0.as_ref().expect("it is there until it is dropped")
+        self.0.as_ref().expect("only the drop takes the value")
     }
 }
 
@@ -65,12 +66,12 @@ impl<T: fmt::Debug> fmt::Debug for Untrusted<T> {
     }
 }
 
-/// A `tracing` event: the subscriber, and what shows its fields, may panic.
+/// Emits a `tracing` event; the subscriber, and the `Debug` of its fields, may panic.
 macro_rules! log {
     ($level:ident, $($event:tt)*) => { $crate::guard::quietly(|| tracing::$level!($($event)*)) };
 }
 
-/// A span that is entered until it is dropped, by a subscriber that may panic.
+/// A `tracing` span, entered until the drop; the subscriber may panic.
 #[derive(Debug)]
 pub(crate) struct Entered(Option<tracing::span::EnteredSpan>);
 
@@ -86,7 +87,8 @@ impl Drop for Entered {
     }
 }
 
-/// A handler that dies by its own defect leaves threads that wait for ever, or zeros: the process dies with it.
+/// Aborts the process if the thread panics. A server that ends by its own defect would leave
+/// threads that wait forever, or that read zeros.
 pub(crate) struct AbortOnPanic {
     /// True if this thread unwinds already, from a panic of its caller.
     already: bool,
@@ -101,7 +103,7 @@ impl AbortOnPanic {
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {
         if thread::panicking() && !self.already {
-            eprintln!("pagestitch: a worker panicked, and nobody would serve its faults: aborting");
+            eprintln!("pagestitch: a worker panicked, and its faults would never be served: aborting");
             std::process::abort();
         }
     }
@@ -130,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_code_that_is_not_ours_is_a_message() {
+    fn a_panic_in_foreign_code_is_a_message() {
         assert_eq!(guarded(|| 7), Ok(7));
         assert_eq!(guarded(|| panic!("a defect")), Err::<(), _>(String::from("a defect")));
         assert_eq!(guarded(|| panic_any(Bomb)), Err::<(), _>(String::from("(no message)")));
@@ -152,6 +154,6 @@ mod tests {
         let end = again.args([HERE, "--exact", "--nocapture"]).env("PANIC", "1").output().unwrap();
         assert_eq!(end.status.signal(), Some(6), "SIGABRT: {end:?}");
         let said = String::from_utf8_lossy(&end.stderr);
-        assert!(said.contains("a worker panicked, and nobody would serve its faults: aborting"), "{said}");
+        assert!(said.contains("a worker panicked, and its faults would never be served: aborting"), "{said}");
     }
 }

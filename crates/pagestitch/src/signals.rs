@@ -1,9 +1,11 @@
-//! Signals that a thread of the library does not take.
+//! The signal mask of the library's threads.
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 
-/// Threads inherit their signal mask when they are started. An application's signal handler that ran on a worker and
-/// touched a region would wait for that same worker.
+/// Blocks signals on the calling thread until dropped. Threads started meanwhile inherit the mask.
+///
+/// Without it, an application's signal handler could run on a worker, touch a region, and wait for
+/// that same worker.
 pub(crate) struct NoSignals {
     before: Option<SigSet>,
 }
@@ -11,7 +13,8 @@ pub(crate) struct NoSignals {
 impl NoSignals {
     pub(crate) fn until_dropped() -> Self {
         let mut blocked = SigSet::all();
-        // What a thread does to itself is not blocked: the application may want a stack trace of it.
+        // Signals that a thread raises by its own defect stay unblocked, because the application
+        // may want a stack trace of them.
         for own in
             [Signal::SIGSEGV, Signal::SIGBUS, Signal::SIGFPE, Signal::SIGILL, Signal::SIGTRAP, Signal::SIGSYS]
         {

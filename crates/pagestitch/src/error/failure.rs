@@ -1,52 +1,53 @@
-//! A source did not give the bytes of a page.
+//! The error of a source for one page.
 
 use crate::guard::Untrusted;
 use std::error::Error as StdError;
 use std::{fmt, io};
 
-/// A source did not give its bytes: which, where, and what it said.
+/// The failure of a source to give bytes: the chunk, the source, the offset, and the source's
+/// error.
 #[derive(Debug)]
 pub struct Failure {
     pub(crate) chunk: usize,
     pub(crate) source: String,
     pub(crate) offset: u64,
     pub(crate) error: Untrusted<io::Error>,
-    /// How many times it was asked.
+    /// The number of reads of the source.
     pub(crate) attempts: u32,
 }
 
 impl Failure {
-    /// Another error of the same bytes.
+    /// The failure of one more read of the same bytes.
     pub(crate) fn again(&self, error: io::Error) -> Self {
         let (error, attempts) = (Untrusted::new(error), self.attempts.saturating_add(1));
         Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error, attempts }
     }
 
-    /// What the source calls itself.
+    /// The source's [name](crate::Source::name).
     #[must_use]
     pub fn source_name(&self) -> &str {
         &self.source
     }
 
-    /// The offset in the source from which on it was asked for bytes.
+    /// The offset in the source, in bytes, at which the failed read started.
     #[must_use]
     pub const fn source_offset(&self) -> u64 {
         self.offset
     }
 
-    /// The chunk, counted from 0 in the order in which the region was built.
+    /// The number of the chunk, counted from 0 in the order of the builder.
     #[must_use]
     pub const fn chunk(&self) -> usize {
         self.chunk
     }
 
-    /// How many times the source was asked for the page.
+    /// The number of times that the page was read from the source.
     #[must_use]
     pub const fn attempts(&self) -> u32 {
         self.attempts
     }
 
-    /// What the source said.
+    /// The source's error.
     #[must_use]
     pub const fn io_error(&self) -> &io::Error {
         self.error.get()

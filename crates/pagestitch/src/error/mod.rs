@@ -1,4 +1,5 @@
-//! The one error of the library: a kind to branch on, and a line that names the thing and the remedy.
+//! The error type of the library: a kind to match on, and one line that names the thing and the
+//! remedy.
 
 mod failure;
 
@@ -7,7 +8,7 @@ pub use failure::Failure;
 use std::error::Error as StdError;
 use std::fmt;
 
-/// Why something could not be done. Its `Display` is one line for a person: the thing, the reason, the remedy.
+/// An error of the library. Its `Display` is one line: the thing, the reason, the remedy.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -15,44 +16,46 @@ pub struct Error {
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
-/// What sort of thing went wrong.
+/// The kind of an [`Error`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The region would have no chunk.
+    /// The builder has no chunk.
     NoChunks,
-    /// A chunk is empty, or reaches past its source's end.
+    /// A chunk is empty, reaches past its source's end, or is memory of a region that its server
+    /// cannot copy from.
     BadChunk,
-    /// More bytes, or more chunks, than can be laid out or than the process may reserve.
+    /// The region has more bytes or chunks than a region can have, or than the process may reserve.
     TooLarge,
-    /// This kernel or this process has no userfaultfd.
+    /// The kernel lacks userfaultfd, or the process may not use it.
     NoUserfaultfd,
-    /// A limit of the process was met: descriptors, memory, threads.
+    /// The process has reached a limit: descriptors, memory, mappings, threads.
     Resources,
     /// A file cannot be used as a source.
     File,
-    /// A source failed to give its bytes.
+    /// A source failed to give bytes.
     Source,
-    /// An offset or range outside the region.
+    /// An offset or range lies outside the region.
     OutOfRange,
-    /// A byte would have to be copied, and the builder was told to refuse that.
+    /// A byte would have to be copied, and the builder requires zero-copy.
     NotZeroCopy,
-    /// A chunk cannot be served by the thread that touches it.
+    /// The region cannot be served inline, on the thread that touches it.
     NotInline,
-    /// A chunk's bytes may be changed by others, and the region was to give out `&[u8]`.
+    /// Other processes may change a chunk's bytes, and the region gives out `&[u8]`.
     Shared,
-    /// A descriptor is no userfaultfd.
+    /// A descriptor is not a userfaultfd.
     NotUserfaultfd,
-    /// The pool still serves regions, or another region the userfaultfd.
+    /// The pool still serves regions, or another region uses the userfaultfd.
     Busy,
-    /// An option has a value that it cannot have.
+    /// An option has a value that does not apply.
     BadOption,
-    /// A server that was made before `fork(2)` is used in the child: its threads and descriptors are the parent's.
+    /// A forked child uses a server that was created before `fork(2)`, whose threads and
+    /// descriptors belong to the parent.
     ForkedChild,
 }
 
 impl Error {
-    /// What sort of thing went wrong.
+    /// The kind, to match on.
     #[must_use]
     pub const fn kind(&self) -> ErrorKind {
         self.kind
@@ -62,13 +65,13 @@ impl Error {
         Self { kind, message: message.into(), source: None }
     }
 
-    /// The same, said of a region.
+    /// Prefixes the message with the name of the region.
     pub(crate) fn inside(mut self, region: &str) -> Self {
         self.message = format!("region {region}: {}", self.message);
         self
     }
 
-    /// An error of another layer, in a sentence of its own that ends in that error's.
+    /// Wraps an error of another layer; the message is `what`, followed by that error's message.
     pub(crate) fn because<E>(kind: ErrorKind, what: impl fmt::Display, source: E) -> Self
     where
         E: StdError + Send + Sync + 'static,
@@ -85,8 +88,8 @@ impl fmt::Display for Error {
 
 impl StdError for Error {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        // The message already ends in the source's own: go on with what is behind it, so that a reporter
-        // that prints the chain does not say everything twice.
+        // The message already ends in the source's message. Continue with the source's own source,
+        // so that a reporter that prints the chain repeats nothing.
         self.source.as_ref().and_then(|source| source.source())
     }
 }
@@ -115,7 +118,7 @@ impl Error {
         Some(failure)
     }
 
-    /// The I/O error of the source that failed, if that is what happened.
+    /// The I/O error of the failed source; `None` for errors of other kinds.
     #[must_use]
     pub fn io_error(&self) -> Option<&std::io::Error> {
         self.failure().map(Failure::io_error)

@@ -1,4 +1,4 @@
-//! A source as the planner and the fill see it.
+//! The kinds of sources, as the planner and the fill distinguish them.
 
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
@@ -8,7 +8,7 @@ use pagestitch_kernel::pages::Donated;
 use std::fmt;
 use std::sync::Arc;
 
-/// A source as the planner and the fill see it: what can be done with it better than to read it.
+/// A source by kind. Each kind allows a better method than reading, except for `Read`.
 #[derive(Clone)]
 pub(crate) enum Backing {
     Memory(Memory),
@@ -22,8 +22,9 @@ pub(crate) enum Backing {
 }
 
 impl Backing {
-    /// What is left of a source that is not needed any more, where it is one with a descriptor. A file without a name that others can
-    /// cut short keeps its descriptor: nothing else tells why its bytes cannot be had.
+    /// The remainder of a source whose chunks are all mapped in place, so that its descriptor can
+    /// be closed; `None` if it has no descriptor to close, or keeps it. A shared file without a
+    /// name keeps it, because only its descriptor tells later why its bytes cannot be accessed.
     pub(crate) fn when_mapped(&self) -> Option<Mapped> {
         match self {
             Self::Memfd(memfd) => Some(Mapped::sealed(memfd)),
@@ -45,12 +46,12 @@ impl Backing {
         }
     }
 
-    /// Whether it has pages of its own, which may stand in a region as they are.
+    /// Whether the source has pages of its own, which a region can map or take over.
     pub(crate) const fn has_pages(&self) -> bool {
         matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_) | Self::Mapped(_))
     }
 
-    /// What its pages are shown in multiples of.
+    /// The unit in which the source's pages are mapped.
     pub(crate) fn granule(&self) -> PageSize {
         match self {
             Self::Memfd(memfd) => memfd.sealed().granule(),
@@ -60,7 +61,7 @@ impl Backing {
         }
     }
 
-    /// How many mappings it takes at most to show a part of it.
+    /// The most mappings that a part of the source takes.
     pub(crate) fn mappings(&self) -> usize {
         match self {
             Self::Shared(Shared::Alias(alias)) => alias.mappings(),
@@ -68,7 +69,8 @@ impl Backing {
         }
     }
 
-    /// What tells that two chunks have the same source; `None` if it cannot be shared, so need not be looked up.
+    /// The key by which two chunks have the same source; `None` if no other chunk can have it, so
+    /// that no lookup is needed.
     pub(crate) fn identity(&self) -> Option<Identity> {
         let of = |kind, address| Some(Identity { kind, address, len: 0 });
         match self {
@@ -86,17 +88,18 @@ impl Backing {
     }
 }
 
-/// A source among those of a region: two chunks with the same one are of the same source, and read it the same way. The same
-/// `Arc` can be a [`Source`] and a [`Fetch`], whose bytes differ, so its address alone does not tell.
+/// Identifies a source of a region: two chunks with equal identities read the same source in the
+/// same way. One `Arc` can implement both [`Source`] and [`Fetch`](super::Fetch) with different
+/// bytes, so its address alone is not enough.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Identity {
     kind: Kind,
     address: usize,
-    /// Of memory, which is known by where it lies.
+    /// Of memory, which its address and length identify; 0 for other kinds.
     len: u64,
 }
 
-/// Which way a source is read.
+/// The way in which a source is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Kind {
     Memory,

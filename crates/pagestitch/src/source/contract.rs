@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// Bytes that can be read at an offset: the one thing to implement to bring your own.
+/// Bytes that can be read at an offset: the trait to implement for a source of your own.
 ///
 /// # Contract
 ///
@@ -42,19 +42,20 @@ use std::io;
 /// }
 /// ```
 pub trait Source: Send + Sync {
-    /// How many bytes there are. Asked when a chunk is made; a later change is not noticed.
+    /// The length in bytes. Called when a chunk is created; later changes have no effect.
     fn size(&self) -> u64;
 
     /// Fills all of `into` with the bytes from `offset` on.
     ///
-    /// `offset + into.len()` is at most [`size`](Self::size). `into` holds arbitrary bytes before.
+    /// `offset + into.len()` is at most [`size`](Self::size). On entry `into` holds arbitrary
+    /// bytes.
     ///
     /// # Errors
     ///
-    /// Whatever kept it from filling *all* of `into`.
+    /// The reason why not *all* of `into` could be filled.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
 
-    /// What to call it in plans and errors: a path, a key, a kind. By default `"source"`.
+    /// The name in plans and errors: a path, a key, a kind. Default: `"source"`.
     fn name(&self) -> String {
         String::from("source")
     }

@@ -1,10 +1,11 @@
-//! Pages that were given up: moved in, so that nothing is copied.
+//! Donated pages: the kernel moves them into the region, so that no byte is copied.
 
 use super::Source;
 use pagestitch_kernel::pages::Donated;
 use std::io;
 
-/// A page that lies at the same place in the donation and in the region moves; the rest is copied.
+/// A page moves if its bytes have the same offset within a page in the donation and in the region;
+/// other bytes are copied.
 impl Source for Donated {
     fn size(&self) -> u64 {
         self.len() as u64
@@ -22,9 +23,9 @@ impl Source for Donated {
     }
 }
 
-/// What became of a page that has moved once, and is wanted again.
+/// The error for a donated page that has moved into a region and is read a second time.
 pub(crate) fn gone() -> io::Error {
     io::Error::other(
-        "its pages moved into a region once, and were let go there (MADV_DONTNEED): the bytes are gone",
+        "its pages moved into a region and were discarded there (MADV_DONTNEED): the bytes are gone",
     )
 }

@@ -1,18 +1,22 @@
-//! Bytes that come later: a source that is asked by one thread and answered by another, for runtimes and completion queues.
+//! Asynchronous sources: one thread requests the bytes and another one delivers them, for runtimes
+//! and completion queues.
 
 use super::Source;
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::{fmt, io};
 
-/// Bytes that come later. The thread that asks does not wait: as many faults are under way at once as the source takes.
+/// An asynchronous source. The requesting thread does not wait, so as many faults are in flight as
+/// the source accepts.
 ///
-/// Implement it for what has its own way to wait: a runtime (`pagestitch-tokio` does it for any `async` source), an io_uring,
-/// a connection with many requests in flight. For all else [`Source`] is simpler.
+/// Implement it for a source with its own way to wait: a runtime (`pagestitch-tokio` adapts any
+/// `async` source), an io_uring, a connection with many requests in flight. [`Source`] is simpler
+/// for all others.
 ///
-/// Pages that lie in one chunk are fetched so. A page that chunks meet in, [`populate`](crate::Region::populate) and
-/// [`read_at`](crate::Region::read_at) ask and wait, in the thread that needs the bytes: never call them, or touch the region, in
-/// a thread that is to answer.
+/// Faults on pages that lie in one chunk are fetched asynchronously. A fault on a page that several
+/// chunks share, [`populate`](crate::Region::populate) and [`read_at`](crate::Region::read_at) send
+/// the request and block until the reply. Never call these, or touch the region, on a thread that
+/// delivers replies.
 ///
 /// ```
 /// use pagestitch::source::{Fetch, Reply};
@@ -26,7 +30,7 @@ use std::{fmt, io};
 ///     }
 ///     fn fetch(&self, _offset: u64, reply: Reply) {
 ///         let sevens = vec![7; reply.len()];
-///         std::thread::spawn(move || reply.answer(&sevens));       // from wherever, whenever
+///         std::thread::spawn(move || reply.answer(&sevens));       // on any thread, at any time
 ///     }
 /// }
 /// let region = Region::builder().chunk(Chunk::fetch(Arc::new(Sevens))).build(&Pool::new()?)?;
@@ -37,11 +41,11 @@ pub trait Fetch: Send + Sync {
     /// As [`Source::size`].
     fn size(&self) -> u64;
 
-    /// Begins to get the [`reply.len()`](Reply::len) bytes from `offset` on, and returns without waiting for them. Called from
-    /// any thread, several at once.
+    /// Requests the [`reply.len()`](Reply::len) bytes from `offset` on, and returns without waiting
+    /// for them. Any thread may call it, several at once.
     fn fetch(&self, offset: u64, reply: Reply);
 
-    /// As [`Source::name`]. By default `"source"`.
+    /// As [`Source::name`]. Default: `"source"`.
     fn name(&self) -> String {
         String::from("source")
     }
@@ -59,13 +63,14 @@ pub struct Reply {
 enum To {
     /// Pages of a region.
     Pages(Box<dyn Complete>),
-    /// A thread that waits.
+    /// A thread that blocks until the reply.
     Thread(Sender<io::Result<Vec<u8>>>),
 }
 
-/// Takes the bytes that a fetch asked for. The fault layer implements it: a source knows nothing of pages.
+/// Receives the bytes that a fetch requested. The fault layer implements it, because a source knows
+/// nothing of pages.
 pub(crate) trait Complete: fmt::Debug + Send + Sync {
-    /// Called once, in the thread that answers.
+    /// Called once, on the thread that answers.
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>);
 }
 
@@ -74,8 +79,8 @@ impl Reply {
         Self { to: Some(To::Pages(pages)), bytes }
     }
 
-    /// How many bytes are asked for.
-    #[expect(clippy::len_without_is_empty, reason = "at least one byte is asked for")]
+    /// The number of requested bytes.
+    #[expect(clippy::len_without_is_empty, reason = "at least one byte is requested")]
     #[must_use]
     pub const fn len(&self) -> usize {
         self.bytes
@@ -86,7 +91,7 @@ impl Reply {
     pub fn answer(mut self, bytes: &[u8]) {
         let wrong = || {
             io::Error::other(format!(
-                "the source gave {} bytes where {} were asked for",
+                "the source gave {} bytes where {} were requested",
                 bytes.len(),
                 self.bytes
             ))
@@ -95,7 +100,7 @@ impl Reply {
         self.give(answer);
     }
 
-    /// They cannot be had.
+    /// Fails the request with `error`.
     pub fn fail(mut self, error: io::Error) {
         self.give(Err(error));
     }
@@ -116,7 +121,7 @@ impl Drop for Reply {
     }
 }
 
-/// A source that is asked, and waited for.
+/// An asynchronous source as a blocking one: requests the bytes and waits for the reply.
 #[derive(Clone)]
 pub(crate) struct Fetched(pub(crate) Arc<dyn Fetch>);
 
@@ -128,7 +133,7 @@ impl Source for Fetched {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let (sender, answer) = bounded(1);
         self.0.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len() });
-        into.copy_from_slice(&answer.recv().expect("a reply is answered, or says so when it is dropped")?);
+        into.copy_from_slice(&answer.recv().expect("a reply sends an answer, at the latest in its drop")?);
         Ok(())
     }
 

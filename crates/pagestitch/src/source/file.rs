@@ -1,4 +1,4 @@
-//! Bytes in a file, read where they are.
+//! Bytes in a file, read with `pread(2)`.
 
 use super::Source;
 use crate::error::{Error, ErrorKind};
@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 
 /// A regular file or block device, read with `pread(2)` when its pages are touched.
 ///
-/// Its length is taken when it is opened. If the file is shorter by the time a page is read, that page fails; it
-/// never reads as zeros. Bytes that change in the file after a page was read do not change the page.
+/// Its length is that at the open. If the file has been truncated when a page is read, the page
+/// fails; it never reads as zeros. Later changes of the file do not change a page that has been
+/// read.
 #[derive(Debug)]
 pub struct FileSource {
     file: fs::File,
@@ -22,7 +23,8 @@ pub struct FileSource {
 }
 
 impl FileSource {
-    /// Opens a file for reading. Where the soft limit on descriptors is in the way, it is raised to the hard one.
+    /// Opens a file for reading. If the soft limit on descriptors is reached, raises it to the hard
+    /// limit.
     ///
     /// # Errors
     ///
@@ -37,7 +39,7 @@ impl FileSource {
         Self::from_file(file, path)
     }
 
-    /// Uses a file that is already open for reading; `path` is what to call it.
+    /// Uses a file that is already open for reading. `path` names it in plans and errors.
     ///
     /// # Errors
     ///
@@ -58,7 +60,7 @@ impl FileSource {
         if let Err(error) = readable(&file) {
             return Err(unusable(&format!("is {error}")));
         }
-        // A block device's metadata says 0; where its end is, seeking tells.
+        // A block device's metadata has length 0; seeking finds its end.
         let size =
             if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
         Ok(Self { file, size, path })

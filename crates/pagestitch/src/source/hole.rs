@@ -1,9 +1,9 @@
-//! Zeros, without a byte of them stored.
+//! Zeros that take no storage.
 
 use super::Source;
 use std::io;
 
-/// Zeros. A page that lies wholly in a hole is the kernel's zero page.
+/// Zeros. A page that lies entirely in a hole is the kernel's zero page.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Hole;
 

@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::{fmt, io};
 
-/// Sees to it that a memfd has its bytes.
+/// Fills a memfd on demand.
 pub trait FillMemfd: Send + Sync {
     /// Returns when the memfd has the bytes of `range`: has written them, or has another process do so and waits for it.
     ///
@@ -32,20 +32,25 @@ pub trait FillMemfd: Send + Sync {
     fn fill(&self, memfd: &SharedFile, range: Range<u64>) -> io::Result<()>;
 }
 
-/// A memfd that is filled later, and shared with other processes. Linux 5.14; before that it is copied. A file of a tmpfs is one, too.
+/// A memfd, or a file of a tmpfs, that is filled later and shared with other processes. Mapped in
+/// place since Linux 5.14; copied before.
 ///
 /// # Pages
 ///
-/// The kernel's page cache says which pages are filled, for all processes that share the memfd. Hence each page comes by itself:
+/// The kernel's page cache records which pages are filled, for all processes that share the memfd.
+/// Each page must therefore become present by itself:
 ///
-/// * **No huge pages.** The first byte of a huge page makes 2 MiB present, and zeros. A file whose pages may be huge is refused
-///   ([`ErrorKind::File`]): one of a tmpfs that is mounted with `huge=always` or `huge=within_size`, a memfd where
-///   `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `always`, `within_size` or `force`, and hugetlbfs. Where these change
-///   later, pages that are touched from then on fail, with that reason. Pages that another process has filled *while* they were
-///   different, before this process looked, cannot be told from others.
-/// * **No `MADV_HUGEPAGE` and no `MADV_COLLAPSE`** on the memfd in any process until all of it is filled. Since Linux 6.4 the kernel
-///   refuses to collapse what a region shows in place; before 6.4, and where no region shows it, a collapse fills holes with zeros.
-/// * Space that was allocated with `fallocate(2)` counts as not filled.
+/// * **No huge pages.** Writing one byte of a huge page makes 2 MiB present, the rest of them
+///   zeros. A file that may have huge pages is refused ([`ErrorKind::File`]): on a tmpfs mounted
+///   with `huge=always` or `huge=within_size`; a memfd while
+///   `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `always`, `within_size` or `force`; on
+///   hugetlbfs. If these settings change later, pages touched from then on fail with that reason.
+///   Pages that another process filled under other settings, before this process checked, cannot be
+///   told from others.
+/// * **No `MADV_HUGEPAGE` and no `MADV_COLLAPSE`** on the memfd, in any process, until all of it is
+///   filled. Since Linux 6.4 the kernel refuses to collapse pages that a region maps in place.
+///   Before 6.4, and where no region maps them, a collapse fills holes with zeros.
+/// * Space allocated with `fallocate(2)` counts as not filled.
 ///
 /// ```
 /// use std::io;
@@ -81,17 +86,18 @@ impl LazyMemfd {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if it cannot be mapped shared and written to, is on a disk, or may have [huge pages](Self#pages).
+    /// [`ErrorKind::File`] if the file cannot be mapped shared and written to, lies on a disk, or
+    /// may have [huge pages](Self#pages).
     pub fn new(memfd: OwnedFd, filler: Arc<dyn FillMemfd>) -> Result<Self, Error> {
         let unusable = |error| Error::because(ErrorKind::File, "cannot use the descriptor", error);
         let shared = SharedFile::try_from(memfd).map_err(unusable)?;
         if !shared.is_writable() {
-            let what =
-                "cannot use the descriptor: a memfd that is filled later has to be open for writing too";
+            let what = "cannot use the descriptor: a memfd that is filled later must be open for writing too";
             return Err(Error::new(ErrorKind::File, what));
         }
         if !shared.is_in_memory().map_err(|errno| unusable(errno.into()))? {
-            let what = "cannot use the descriptor: only a memfd, or a file of a tmpfs, tells which of its pages are filled";
+            let what =
+                "cannot use the descriptor: only a memfd or a file of a tmpfs records which pages are filled";
             return Err(Error::new(ErrorKind::File, what));
         }
         let lazy = Self { shared: Arc::new(shared), filler };
@@ -105,31 +111,33 @@ impl LazyMemfd {
         &self.shared
     }
 
-    /// Has what is not there yet of a range filled.
+    /// Fills the absent pages of a range of bytes.
     pub(crate) fn fill(&self, range: Range<u64>) -> io::Result<()> {
-        // Before anything is believed to be there, or is written.
+        // Checked before any page counts as present, and before any is written.
         self.refuse_huge_pages()?;
-        // Whole pages: one that was filled in part would count as there. The last one may go on past the memfd's end.
+        // Whole pages, because a page filled in part would count as present. The last page may
+        // reach past the memfd's end.
         let page = PageSize::system();
         let pages = page.offsets(page.covering(&range));
         let mut rest = pages.start..pages.end.min(self.shared.len());
         while let Some(hole) = self.shared.next_hole(&rest)? {
             rest.start = hole.end;
             self.filler.fill(&self.shared, hole)?;
-            // It may have been switched on meanwhile.
+            // Huge pages may have been switched on meanwhile.
             self.refuse_huge_pages()?;
         }
         Ok(())
     }
 
-    /// A huge page is present as a whole as soon as a byte of it is written: the page cache tells nothing then.
+    /// Fails if the memfd may have huge pages. One written byte makes a huge page present as a
+    /// whole, so the page cache could not tell filled pages from absent ones.
     fn refuse_huge_pages(&self) -> io::Result<()> {
         let bytes = self.shared.page_bytes()?;
         if bytes <= PageSize::system().bytes() as u64 {
             return Ok(());
         }
         let what = format!(
-            "the memfd may have pages of {bytes} bytes, of which one write makes all present, and zeros: mount its tmpfs with \
+            "the memfd may have pages of {bytes} bytes, which one write makes present, with zeros in the rest: mount its tmpfs with \
              huge=never, set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise, create it without MFD_HUGETLB"
         );
         Err(io::Error::new(io::ErrorKind::InvalidInput, what))
@@ -140,7 +148,7 @@ impl LazyMemfd {
     }
 }
 
-/// For where it cannot be shown in place.
+/// Used where the memfd cannot be mapped in place.
 impl Source for LazyMemfd {
     fn size(&self) -> u64 {
         self.shared.len()

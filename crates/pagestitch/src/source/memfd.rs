@@ -1,4 +1,5 @@
-//! Bytes in a sealed memfd: mapped in place where pages agree, copied straight from its memory elsewhere.
+//! Bytes in a sealed memfd: mapped in place where source and region are aligned, copied from its
+//! memory elsewhere.
 
 use super::Source;
 use crate::error::{Error, ErrorKind};
@@ -35,12 +36,12 @@ pub struct Memfd {
 }
 
 impl Memfd {
-    /// Takes a descriptor, received from another process perhaps.
+    /// Takes a descriptor, for example one received from another process.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if it is not a memfd, or not sealed against writing and shrinking: its bytes could then change
-    /// behind a `&[u8]`.
+    /// [`ErrorKind::File`] if it is not a memfd, or is not sealed against writing and shrinking:
+    /// its bytes could then change under a `&[u8]`.
     pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, Error> {
         let sealed = SealedMemfd::try_from(fd);
         sealed

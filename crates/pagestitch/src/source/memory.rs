@@ -1,4 +1,4 @@
-//! Bytes at a stable address: copied into a page straight from where they lie.
+//! Bytes at a stable address: the kernel copies them into a page from there, without a buffer.
 
 use super::Source;
 use bytes::Bytes;
@@ -9,13 +9,15 @@ use std::{fmt, io};
 
 /// Bytes in this process's memory, kept alive for as long as a region needs them.
 ///
-/// Made from what owns bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `&'static [u8]`), or from anything
-/// else that is `AsRef<[u8]>` with [`Memory::new`], such as a memory-mapped file. Cloning it does not copy the bytes.
-/// Bytes that are only borrowed are lent inside a [`scope`](crate::scope()).
+/// Convert an owner of bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `&'static [u8]`), or
+/// pass any other `AsRef<[u8]>` value, such as a memory-mapped file, to [`Memory::new`]. Cloning
+/// does not copy the bytes. Bytes can be borrowed only inside a [`scope`](crate::scope()).
 ///
-/// **Memory of a region** can be a chunk of another only where the two have servers of their own: a server that waits for itself may wait
-/// for ever, and is refused when the second region is built. So is memory of a region that is served [inline](crate::Inline). For an
-/// ordinary user the kernel copies no absent page of a region: [`populate`](crate::Region::populate) it first.
+/// **Memory of a region** can be a chunk of another region only if the two have different servers:
+/// a server that waits for itself may wait forever, so the build of the second region fails. Memory
+/// of a region that is served [inline](crate::Inline) is refused too. For an ordinary user the
+/// kernel copies no absent page of a region: [`populate`](crate::Region::populate) that region
+/// first.
 ///
 /// ```
 /// use pagestitch::source::Memory;
@@ -32,13 +34,14 @@ pub struct Memory {
 
 #[derive(Clone)]
 enum Stable {
-    /// The address stays the same: the owner is neither moved nor touched again until the last clone is dropped.
+    /// Invariant: the address never changes, because the owner is neither moved nor accessed until
+    /// the last clone is dropped.
     Owned(Bytes),
     Lent(RevocableSlice),
 }
 
 impl Memory {
-    /// Keeps `owner` and takes its bytes from where `as_ref` finds them. `as_ref` is called once.
+    /// Keeps `owner` alive and reads the bytes that its `as_ref` returns. `as_ref` is called once.
     pub fn new<T>(owner: T) -> Self
     where
         T: AsRef<[u8]> + Send + 'static,
@@ -53,11 +56,12 @@ impl Memory {
     /// The bytes, for as long as the guard lives.
     pub(crate) fn bytes(&self) -> io::Result<MemoryBytes<'_>> {
         self.bytes_if_lent().ok_or_else(|| {
-            io::Error::other("the scope that lent this memory has ended: drop the region inside the scope")
+            io::Error::other("the scope of this borrowed memory has ended: drop the region inside the scope")
         })
     }
 
-    /// The same, without an error to allocate: `None` if the scope that lent them has ended.
+    /// As [`bytes`](Self::bytes), without allocating an error: `None` if the scope of the borrow
+    /// has ended.
     pub(crate) fn bytes_if_lent(&self) -> Option<MemoryBytes<'_>> {
         match &self.bytes {
             Stable::Owned(bytes) => Some(MemoryBytes::Owned(bytes)),
@@ -65,7 +69,7 @@ impl Memory {
         }
     }
 
-    /// Where the bytes are. `None` if the scope that lent them has ended.
+    /// The addresses of the bytes. `None` if the scope of the borrow has ended.
     pub(crate) fn addresses(&self) -> Option<Range<usize>> {
         let bytes = self.bytes_if_lent()?;
         let start = bytes.as_ptr().addr();
@@ -77,7 +81,7 @@ impl Memory {
         match &self.bytes {
             Stable::Owned(bytes) if bytes.is_unique() => None,
             Stable::Owned(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
-            // Two scopes may lend the same bytes, and end at different times.
+            // Two scopes may borrow the same bytes and end at different times.
             Stable::Lent(_) => None,
         }
     }
@@ -108,12 +112,12 @@ impl Source for Memory {
 
 impl fmt::Debug for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Never the bytes themselves: they end up in logs.
+        // Never the bytes themselves, because this output ends up in logs.
         write!(f, "{} of {} bytes", self.name(), self.size())
     }
 }
 
-/// Memory being read.
+/// Read access to the bytes; for borrowed bytes it delays the end of the scope.
 pub(crate) enum MemoryBytes<'m> {
     Owned(&'m [u8]),
     Lent(RevocableGuard<'m>),

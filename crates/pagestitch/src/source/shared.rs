@@ -1,6 +1,7 @@
-//! Bytes that others may change while they are shown: files, memfds that are not sealed, other mappings, physical memory.
+//! Sources whose bytes other processes may change while they are mapped: files, unsealed memfds,
+//! other mappings, physical memory.
 //!
-//! A region of them is a [`SharedRegion`](crate::SharedRegion), which has no `&[u8]`.
+//! Only a [`SharedRegion`](crate::SharedRegion), which gives out no `&[u8]`, can hold them.
 
 use super::Source;
 use super::lazy::LazyMemfd;
@@ -13,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
-/// Something that others may change.
+/// A source whose bytes other processes may change.
 #[derive(Clone)]
 pub(crate) enum Shared {
     File(Arc<SharedFile>, Sharing),
@@ -32,7 +33,7 @@ impl Shared {
         }
     }
 
-    /// The address that tells it from others of its kind.
+    /// The address that distinguishes the source from others of its kind.
     pub(super) fn identity(&self) -> usize {
         match self {
             Self::File(file, _) => Arc::as_ptr(file).addr(),
@@ -42,7 +43,7 @@ impl Shared {
         }
     }
 
-    /// Which way it is shown.
+    /// The way in which the source is mapped.
     pub(super) const fn kind(&self) -> SharedKind {
         match self {
             Self::File(_, Sharing::Shared) => SharedKind::File,
@@ -54,12 +55,13 @@ impl Shared {
     }
 }
 
-/// A file or memfd all of whose chunks are shown in place: the kernel keeps its pages, and the region its name. Its descriptor is closed.
+/// The remainder of a file or memfd whose chunks are all mapped in place. Its descriptor is closed:
+/// the mappings keep its pages, and this keeps its name for plans and errors.
 #[derive(Debug)]
 pub(crate) struct Mapped {
     name: String,
     size: u64,
-    /// Of a file that others may change: how it is shown, and which it is (device and inode).
+    /// Of a shared file: its sharing mode, and its device and inode. `None` for a sealed memfd.
     file: Option<(Sharing, (u64, u64))>,
 }
 
@@ -79,7 +81,8 @@ impl Mapped {
         matches!(self.file, Some((Sharing::CopyOnWrite, _)))
     }
 
-    /// Opens the file once more, if the one of that name is still the same: to find out why its bytes cannot be had.
+    /// Opens the file again, to find out why its bytes cannot be accessed. `None` if another file
+    /// has its name now.
     pub(crate) fn reopen(&self) -> Option<fs::File> {
         let (_, known) = self.file?;
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
@@ -94,14 +97,14 @@ fn identity(file: &fs::File) -> Option<(u64, u64)> {
     (metadata.nlink() > 0).then(|| (metadata.dev(), metadata.ino()))
 }
 
-/// None of its pages is ever filled.
+/// Never read, because none of its pages is ever filled.
 impl Source for Mapped {
     fn size(&self) -> u64 {
         self.size
     }
 
     fn read_at(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
-        Err(io::Error::other("it is shown in place, and its descriptor is closed"))
+        Err(io::Error::other("its pages are mapped in place, and its descriptor is closed"))
     }
 
     fn name(&self) -> String {
@@ -109,7 +112,7 @@ impl Source for Mapped {
     }
 }
 
-/// A way to show what others may change.
+/// The ways in which shared sources are mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum SharedKind {
     File,
@@ -119,7 +122,7 @@ pub(super) enum SharedKind {
     Lazy,
 }
 
-/// Where it cannot be shown in place, it is read with `pread(2)` when its pages are touched.
+/// Pages that cannot be mapped in place are read with `pread(2)` on first touch.
 impl Source for SharedFile {
     fn size(&self) -> u64 {
         self.len()
@@ -129,14 +132,14 @@ impl Source for SharedFile {
         self.file().read_exact_at(into, offset)
     }
 
-    /// What the descriptor stands for: a path, or `/memfd:NAME`.
+    /// The target of the descriptor: a path, or `/memfd:NAME`.
     fn name(&self) -> String {
         let link = fs::read_link(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()));
         link.map_or_else(|_| String::from("shared file"), |path| path.display().to_string())
     }
 }
 
-/// Where it cannot be shown in place, it is copied when its pages are touched.
+/// Pages that cannot be mapped in place are copied on first touch.
 impl Source for Alias {
     fn size(&self) -> u64 {
         self.len() as u64
@@ -151,7 +154,7 @@ impl Source for Alias {
     }
 }
 
-/// Where it cannot be shown in place, it is copied when its pages are touched.
+/// Pages that cannot be mapped in place are copied on first touch.
 impl Source for Physical {
     fn size(&self) -> u64 {
         self.len()
