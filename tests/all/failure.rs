@@ -137,7 +137,7 @@ fn memory_whose_scope_has_ended_is_an_error_and_not_a_dangling_read() {
     drop(bytes);
     assert_eq!(escaped.as_slice()[1], 7, "a filled page stays");
     let error = escaped.populate(..).unwrap_err().to_string();
-    assert!(error.contains("the scope that lent this memory has ended"), "{error}");
+    assert!(error.contains("the scope of this borrowed memory has ended"), "{error}");
 }
 
 #[test]

@@ -6,21 +6,22 @@ use std::io;
 ///
 /// # Contract
 ///
-/// * **Threads.** Methods are called from any thread: the pool's workers, and callers of
-///   [`Region::populate`](crate::Region::populate) or [`Region::read_at`](crate::Region::read_at); several at once, also
-///   for the same offset.
-/// * **How often.** [`read_at`](Self::read_at) is called once for each page in the ordinary case, and for several pages at once
-///   when more is asked for. It is called again for a page that was let go (`MADV_DONTNEED`) and touched anew.
-///   The answer must not depend on how a range is split.
-/// * **Blocking.** It may block: it then occupies the worker that called it, not the region. While a region is
-///   dropped, the drop waits for calls in progress.
-/// * **Failing.** An error becomes the page's error: a touch of the page is SIGBUS, `read_at` and `populate` of
-///   the region return it. A panic is turned into such an error, also one of [`name`](Source::name), of the error or of a destructor.
-/// * **Hanging.** A call that takes 10 ms or more holds up a thread, which the pool replaces up to
-///   [`max_workers`](crate::PoolBuilder::max_workers).
-/// * **Never** touch a region that the same pool serves, not even another one: the worker would wait for itself.
+/// * **Threads.** Any thread may call the methods: the pool's workers, and the callers of
+///   [`Region::populate`](crate::Region::populate) and [`Region::read_at`](crate::Region::read_at).
+///   Several threads may call at once, also for the same offset.
+/// * **Calls.** [`read_at`](Self::read_at) is usually called once for each page, or once for several
+///   pages that are filled together. It is called again for a page that is discarded
+///   (`MADV_DONTNEED`) and touched anew. The bytes must not depend on how a range is split.
+/// * **Blocking.** A call may block. It then occupies its worker, but not the region. A drop of the
+///   region waits for calls in progress.
+/// * **Failing.** An error becomes the page's error: touching the page raises SIGBUS, and `read_at`
+///   and `populate` of the region return the error. A panic counts as an error, also a panic of
+///   [`name`](Source::name), of the error's `Display` or of a destructor.
+/// * **Hanging.** A call that takes 10 ms or more holds up a worker, which the pool replaces by
+///   another one, up to [`max_workers`](crate::PoolBuilder::max_workers).
+/// * **Never** touch any region that the same pool serves: the worker would wait for itself.
 ///
-/// `pagestitch-testkit` has a conformance suite that checks what can be checked of this.
+/// `pagestitch-testkit` has a conformance suite for this contract.
 ///
 /// # Example
 ///

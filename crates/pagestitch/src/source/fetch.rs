@@ -51,7 +51,8 @@ pub trait Fetch: Send + Sync {
     }
 }
 
-/// Where bytes that were asked for are to go. Dropped without an answer, it is an error of the source, so that no thread waits forever.
+/// The destination of requested bytes. Dropping it without an answer is an error of the source, so
+/// that no thread waits forever.
 #[derive(Debug)]
 #[must_use = "a thread waits for the answer"]
 pub struct Reply {
@@ -86,8 +87,8 @@ impl Reply {
         self.bytes
     }
 
-    /// Answers with the bytes: this thread installs them now, and the waiters run. Other than as many as were asked for are
-    /// an error.
+    /// Delivers the bytes: installs them on the calling thread and wakes the waiting threads. The
+    /// request fails if `bytes` is not [`len`](Self::len) bytes long.
     pub fn answer(mut self, bytes: &[u8]) {
         let wrong = || {
             io::Error::other(format!(

@@ -31,7 +31,7 @@ impl FileSource {
     /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a directory, a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        // Non-blocking, because the open of a named pipe would wait for a writer. Files ignore the flag.
+        // Non-blocking, because the open of a named pipe would wait for a writer. Files ignore it.
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
         let file = with_descriptors(|| options.open(path)).map_err(|error| {
             Error::because(ErrorKind::File, format_args!("cannot open {}", path.display()), error)

@@ -1,7 +1,7 @@
-//! Bytes in a memfd that comes to have them later: one copy in memory, for all processes that map it.
+//! Bytes in a memfd that is filled later: one copy in memory, for all processes that map it.
 //!
 //! ```text
-//!   process A  region ──┐  a page is touched: the memfd has it? map it. No? have it filled, then map it.
+//!   process A  region ──┐  a page is touched: if the memfd lacks it, fill it; then map it
 //!   process B  region ──┼──▶ memfd ◀── fill: A, or B, or another process
 //!   process C  region ──┘
 //! ```
@@ -18,17 +18,19 @@ use std::{fmt, io};
 
 /// Fills a memfd on demand.
 pub trait FillMemfd: Send + Sync {
-    /// Returns when the memfd has the bytes of `range`: has written them, or has another process do so and waits for it.
+    /// Writes the bytes of `range` (in bytes) into `memfd`, or has another process do so, and
+    /// returns when the memfd has them.
     ///
-    /// It is asked for whole pages, except at the memfd's end, and must write them whole: with `pwrite(2)`, or with `UFFDIO_COPY`.
-    /// A page that is written through a mapping is there, and zeros, from the first byte on, and may be seen so.
+    /// The range consists of whole pages, except at the memfd's end. Fill each page at once, with
+    /// `pwrite(2)` or `UFFDIO_COPY`: a page that is written through a mapping is present from its
+    /// first byte on, and other processes may then read zeros in the rest.
     ///
-    /// It is called for pages that the memfd did not have a moment ago, from any thread, and for the same pages perhaps
-    /// by several processes at once. It never touches a region that shows the memfd.
+    /// Any thread may call it, for pages that the memfd lacked a moment ago. Several processes may
+    /// call it at once for the same pages. It must not touch a region that maps the memfd.
     ///
     /// # Errors
     ///
-    /// Whatever kept it from that: it becomes the error of the page that was touched.
+    /// The reason why not all of `range` could be filled; it becomes the error of the touched page.
     fn fill(&self, memfd: &SharedFile, range: Range<u64>) -> io::Result<()>;
 }
 

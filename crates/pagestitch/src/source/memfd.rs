@@ -8,10 +8,11 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-/// A memfd whose bytes cannot change any more: made from an [`UnsealedMemfd`](super::UnsealedMemfd), or received.
+/// A sealed memfd, whose bytes no process can change. Convert an
+/// [`UnsealedMemfd`](super::UnsealedMemfd), or [receive](Self::from_fd) a descriptor.
 ///
-/// A page of a chunk that begins at the same offset in a page of the memfd and in a page of the region is the
-/// memfd's own page: no copy, no fault. Cloning shares it.
+/// If a chunk starts at the same offset within a page in the memfd and in the region, the region
+/// maps the memfd's own pages: no copy, no fault. Cloning shares the memfd.
 ///
 /// ```
 /// use std::os::unix::fs::FileExt;

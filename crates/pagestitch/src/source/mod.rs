@@ -1,18 +1,20 @@
-//! What bytes a range holds. A source knows nothing of pages, faults or userfaultfd.
+//! Sources of bytes. A source knows nothing of pages, faults or userfaultfd.
+//!
+//! Bytes are *aligned* if they have the same offset within a page in the source and in the region.
 //!
 //! | source | bytes | how a page gets them |
 //! |---|---|---|
-//! | [`Memory`] | at a stable address, owned or lent | copied straight from where they lie |
-//! | [`Memfd`] | in a sealed memfd | in place; copied straight where pages do not agree |
-//! | [`Pages`] | given up by their owner | moved; copied where pages do not agree |
-//! | [`SharedFile`] | in a regular file or an unsealed memfd | in place, and changing; else read |
-//! | [`Alias`] | in a shared mapping without a descriptor | in place, and changing; else copied |
-//! | [`Physical`] | in `/dev/mem`, or a PCI resource | in place, and changing; else copied |
-//! | [`LazyMemfd`] | in a memfd that is filled later | in place, when it has them |
-//! | [`FileSource`] | in a file, read at an offset | read into staging, then copied |
+//! | [`Memory`] | at a stable address, owned or borrowed | copied from that address |
+//! | [`Memfd`] | in a sealed memfd | mapped in place if aligned; else copied |
+//! | [`Pages`] | donated by their owner | moved if aligned; else copied |
+//! | [`SharedFile`] | in a regular file or an unsealed memfd | mapped in place, and changing; else read |
+//! | [`Alias`] | in a shared mapping without a descriptor | mapped in place, and changing; else copied |
+//! | [`Physical`] | in `/dev/mem`, or a PCI resource | mapped in place, and changing; else copied |
+//! | [`LazyMemfd`] | in a memfd that is filled later | mapped in place after the memfd is filled |
+//! | [`FileSource`] | in a file, read at an offset | read into a buffer, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
-//! | your own [`Fetch`] | that come later, from your own thread | fetched while workers serve other faults, then copied |
-//! | your own [`Source`] | wherever you get them | read into staging, then copied |
+//! | your own [`Fetch`] | delivered later by your own thread | fetched while workers serve other faults, then copied |
+//! | your own [`Source`] | read on demand | read into a buffer, then copied |
 
 mod backing;
 mod contract;

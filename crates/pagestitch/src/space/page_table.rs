@@ -1,4 +1,5 @@
-//! The page table: which pages somebody is filling. Four bits a page, and a page of it costs nothing until used.
+//! The page table: the state of each page, and the claims of threads that fill pages. Four bits a
+//! page; the kernel backs a page of the table only when it is first used.
 //!
 //! ```text
 //!                      claim                       settle
@@ -7,19 +8,20 @@
 //!        │    │                      │   ▼                  ▲               │
 //!        │    │                      │  Contended ──────────┘ and woken     │
 //!        │    │                      ▼   ▼                                  │
-//!        │    └─ claim dropped ── or settled as Invalidated: the page was   │
-//!        │       let go under it (waiters woken: they fault again)          │
-//!        └─────────────────────◀── invalidate (the page was let go) ────────┘
+//!        │    └─ claim dropped ── or settled while Invalidated: the page    │
+//!        │       was discarded meanwhile (waiters woken: they fault again)  │
+//!        └─────────────────────◀── invalidate (the page was discarded) ─────┘
 //! ```
 //!
-//! `Contended` is for the fault that comes between the kernel's fill and its settling: the page was filled and its
-//! waiters woken, then let go and touched anew, and all that while the first claim stands. Who settles it wakes
-//! again; a wake-up too many does no harm. `Invalidated` is for the letting go itself, if it is told while the claim stands:
-//! nobody knows whether it came before the fill or after, and absent is always safe to say.
+//! `Contended`: a fault arrives while the claim stands. The page may have been filled and its waiters
+//! woken, then discarded and touched anew, before the claim was settled. Settling therefore wakes the
+//! page's waiters again; a surplus wake-up is harmless.
 //!
-//! The kernel's own page table is the truth about what is present; this one says who is at work, and remembers
-//! what was done last. A [`Claim`] is the right to fill some pages. Nobody sleeps on a lost page: a claim that is
-//! dropped unsettled, on whichever early exit, gives its pages back and wakes their waiters.
+//! `Invalidated`: a discard is reported while the claim stands. It may have happened before the fill or
+//! after it, and absent is the safe state for both, so the page becomes absent when it is settled.
+//!
+//! The kernel's own page table decides which pages are present. This table records which pages are being
+//! filled, and what was last done with the others.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::EventCount;
@@ -28,44 +30,63 @@ use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 
-/// What was last done with a page.
+/// The state of a page: the last thing done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     /// It was never filled, or was discarded.
     Absent = 0,
-    /// Somebody is filling it.
+    /// A thread has a claim on it.
     Filling = 1,
-    /// Somebody is filling it, and somebody else has taken a fault on it since.
+    /// A thread has a claim on it, and a fault on it has arrived since.
     Contended = 2,
     /// It was filled.
     Present = 3,
     /// It was poisoned.
     Poisoned = 4,
-    /// Somebody is filling it, and it was let go since.
+    /// A thread has a claim on it, and a discard of it has been reported since.
     Invalidated = 5,
 }
 
-/// Wakes the threads that wait for pages of a span, so that they try again.
+/// Wakes the threads that wait in faults on pages of a span, so that they fault again.
 pub(crate) trait Wake {
     fn wake(&self, span: Span);
 }
 
 /// The states of a region's pages.
+///
+/// It is created all absent, with the region. A serving thread claims absent pages, fills them, and
+/// settles each as present or poisoned; a discard makes pages absent again. All of this is
+/// lock-free: each step is one atomic exchange in a word of 16 states. Only [`wait_while_filling`]
+/// blocks. The table outlives the region in the handles to its metrics.
+///
+/// ```text
+///   words:  | used bits: 1 per BLOCK of pages |  states: 16 pages per word, 4 bits each    |
+///           0                                 blocks                                        end
+/// ```
+///
+/// [`wait_while_filling`]: Self::wait_while_filling
 #[derive(Debug)]
 pub(crate) struct PageTable {
-    /// First a bit for each [`BLOCK`] of pages, set where a word of its states may be other than 0; then the states.
+    /// First the used bits, then the states.
+    ///
+    /// Invariant: the used bit of a [`BLOCK`] of pages is set if a state in it is not absent, except
+    /// between a state's change and the store of the bit that follows.
+    ///
+    /// Invariant: a state that [is claimed](State::is_claimed) belongs to exactly one [`Claim`], or to a
+    /// span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
     words: AtomicTable,
+    /// The number of words that hold used bits.
     blocks: usize,
-    /// Where threads wait for a page that somebody else fills.
+    /// Notified after pages are settled, for threads that wait for another thread's claim.
     settled: EventCount,
 }
 
-/// Why a page that was touched is not to be filled by who was told of it.
+/// The reason why a faulting page could not be claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unclaimed {
-    /// Somebody else is filling it, and wakes its waiters when it is settled.
+    /// Another thread has a claim on it, and wakes its waiters when it settles the page.
     Filling,
-    /// It is there.
+    /// The kernel has it.
     Resident,
     /// It was poisoned.
     Poisoned,
@@ -84,12 +105,13 @@ impl PageTable {
         State::from_bits(word.load(Ordering::SeqCst) >> shift)
     }
 
-    /// Claims a page that is absent; says what it is otherwise.
+    /// Claims a page that is absent; returns its state otherwise.
     pub(crate) fn claim<'t>(&'t self, page: Page, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
         self.claim_from(page, State::Absent, waker)
     }
 
-    /// Claims a page that was touched, whatever is known of it: the kernel says by `is_resident` whether it has it.
+    /// Claims the page of a fault, also if the table has it as present and the kernel, by
+    /// `is_resident`, does not have it.
     pub(crate) fn claim_touched<'t>(
         &'t self,
         page: Page,
@@ -99,12 +121,13 @@ impl PageTable {
         loop {
             match self.claim(page, waker) {
                 Ok(claim) => return Ok(claim),
-                // Whoever fills it wakes everybody when it is settled; if that has just been, look again.
+                // The claiming thread wakes all waiters when it settles the page. If it has just
+                // done so, `want` is false: look again.
                 Err(claimed) if claimed.is_claimed() && self.want(page) => return Err(Unclaimed::Filling),
                 Err(State::Filling | State::Contended | State::Invalidated | State::Absent) => {}
                 Err(State::Present) if is_resident() => return Err(Unclaimed::Resident),
-                // It was filled, and the kernel has let go of it since, without having told us yet. Just to wake
-                // would make the waiter fault for ever.
+                // The page was filled, and its discard has not been reported yet. Only waking the
+                // faulting thread would make it fault forever.
                 Err(State::Present) => {
                     if let Ok(claim) = self.claim_from(page, State::Present, waker) {
                         return Ok(claim);
@@ -115,13 +138,15 @@ impl PageTable {
         }
     }
 
-    /// Has whoever fills the page wake its waiters once more when it is settled. False if nobody fills it any more.
+    /// Makes the claiming thread wake the page's waiters once more when it settles the page. False
+    /// if no thread has a claim on it any more.
     pub(crate) fn want(&self, page: Page) -> bool {
         let wanted = self.exchange(page, State::Filling, State::Contended);
         matches!(wanted, Ok(()) | Err(State::Contended | State::Invalidated))
     }
 
-    /// Claims a page whose state is `from`: `Present`, when it turns out that the kernel has let it go since.
+    /// Claims a page whose state is `from`. `Present` is right if the kernel does not have the
+    /// page.
     pub(crate) fn claim_from<'t>(
         &'t self,
         page: Page,
@@ -132,26 +157,27 @@ impl PageTable {
         Ok(Claim { table: self, waker, span: page.span() })
     }
 
-    /// A claim that was [kept](Claim::keep).
+    /// Continues a claim that was [kept](Claim::keep).
     pub(crate) fn resume<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Claim<'t> {
         Claim { table: self, waker, span }
     }
 
-    /// Claims the first page of `span` and those behind it that are absent too.
+    /// Claims the first page of `span`, and the absent pages that follow it without a gap.
     pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
         let pages = self.exchange_run(span, State::Absent, State::Filling);
         let span = span.prefix(pages);
         if span.is_empty() { self.claim(span.first, waker) } else { Ok(Claim { table: self, waker, span }) }
     }
 
-    /// Waits as long as somebody fills the page.
+    /// Blocks as long as a thread has a claim on the page.
     pub(crate) fn wait_while_filling(&self, page: Page) {
         self.settled.wait_while(|| self.state(page).is_claimed());
     }
 
-    /// Takes note that the kernel has let go of a span. Pages being filled will be absent when they have been.
+    /// Records that a span was discarded. A claimed page becomes absent when its claim is settled.
     ///
-    /// Takes time by what was done with pages of it, not by how many there are: who lets go of a tebibyte may do so again and again.
+    /// The cost depends on the used blocks of the span, not on its length, because an owner may
+    /// discard a tebibyte again and again.
     pub(crate) fn invalidate(&self, span: Span) {
         let mut rest = span;
         while !rest.is_empty() {
@@ -176,7 +202,8 @@ impl PageTable {
 
     fn forget_block(&self, first: Page) {
         let (used, bit) = self.used(first);
-        // First: a claim that is made from now on, and not seen below, sets it again.
+        // The bit is cleared first: a claim that comes later, and that the loop below misses, sets
+        // it again.
         used.fetch_and(!bit, Ordering::SeqCst);
         let words = (0..BLOCK).step_by(PAGES_PER_WORD);
         let left = words.fold(0, |left, at| left | self.forget_in_word(Page(first.0 + at), PAGES_PER_WORD));
@@ -185,7 +212,7 @@ impl PageTable {
         }
     }
 
-    /// For pages of one word, from `first` on. The word as it is then.
+    /// Invalidates pages of one word, from `first` on. Returns the word after the change.
     fn forget_in_word(&self, first: Page, pages: usize) -> u64 {
         let (word, shift) = self.word(first);
         let mask = (u64::MAX >> (u64::BITS - STATE_BITS * pages as u32)) << shift;
@@ -197,7 +224,7 @@ impl PageTable {
         }
     }
 
-    /// The kernel does not have the page: it was let go, if it was filled.
+    /// Makes a present page absent, because the kernel does not have it.
     pub(crate) fn forget_present(&self, page: Page) {
         let _ = self.exchange(page, State::Present, State::Absent);
     }
@@ -212,7 +239,8 @@ impl PageTable {
         .map_err(|bits| State::from_bits(bits >> shift))
     }
 
-    /// Changes the pages from the span's first on that are `from`, as far as they are; says how many. Sixteen at a time.
+    /// Changes the leading pages of the span whose state is `from` to `to`, 16 at a time. Returns
+    /// their number.
     fn exchange_run(&self, span: Span, from: State, to: State) -> usize {
         let mut done = 0;
         while done < span.pages {
@@ -237,7 +265,8 @@ impl PageTable {
         done
     }
 
-    /// Settles a claimed page; says whether somebody may have wanted it since.
+    /// Settles a claimed page. True if a fault on it may have arrived since, so that its waiters
+    /// must be woken.
     fn settle(&self, page: Page, to: State) -> bool {
         if self.exchange(page, State::Filling, to).is_ok() {
             return false;
@@ -253,12 +282,13 @@ impl PageTable {
         (&self.words.deref()[self.blocks + page.0 / PAGES_PER_WORD], shift)
     }
 
-    /// Where it says whether a page's block is used.
+    /// The word and the bit that tell whether a page's block is used.
     fn used(&self, page: Page) -> (&AtomicU64, u64) {
         (&self.words.deref()[page.0 / BLOCKS], 1 << (page.0 / BLOCK % u64::BITS as usize))
     }
 
-    /// After a state has changed: before it, somebody who forgets the block could take that back.
+    /// Sets the used bit of a page's block. Called after the state changes: before it, a concurrent
+    /// `invalidate` could clear the bit again.
     fn use_block(&self, page: Page) {
         let (used, bit) = self.used(page);
         if used.load(Ordering::SeqCst) & bit == 0 {
@@ -268,12 +298,12 @@ impl PageTable {
 }
 
 impl State {
-    /// Whether somebody is filling it.
+    /// Whether a thread has a claim on the page.
     pub(crate) const fn is_claimed(self) -> bool {
         matches!(self, Self::Filling | Self::Contended | Self::Invalidated)
     }
 
-    /// The state in every place of a word.
+    /// A word with this state in all of its 16 places.
     const fn repeated(self) -> u64 {
         self as u64 * (u64::MAX / STATE_MASK)
     }
@@ -290,16 +320,23 @@ impl State {
     }
 }
 
-/// The right to fill some pages, and the duty to settle them. What is not settled is given back when it is dropped.
+/// The exclusive right to fill some pages, and the duty to settle them.
+///
+/// A claim starts at one absent page, or at a run of them; [`grow`](Self::grow) extends it to a
+/// block. [`settle`](Self::settle) takes pages off its front as they are installed. An asynchronous
+/// fetch [keeps](Self::keep) the pages claimed, and the reply [resumes](PageTable::resume) the
+/// claim. Dropping a claim, on any early exit, makes its unsettled pages absent and wakes their
+/// waiters, so that no thread sleeps on a lost page.
 #[must_use = "dropping a claim gives its pages back"]
 pub(crate) struct Claim<'t> {
     table: &'t PageTable,
     waker: &'t dyn Wake,
+    /// Invariant: the states of these pages are claimed, by this claim alone.
     span: Span,
 }
 
 impl Claim<'_> {
-    /// The pages that are still to be settled.
+    /// The pages that are not settled yet.
     pub(crate) const fn span(&self) -> Span {
         self.span
     }
@@ -310,12 +347,12 @@ impl Claim<'_> {
         let after = block.without_prefix(before.pages + self.span.pages);
         let Some(mut before) = self.beside(before) else { return };
         let Some(mut after) = self.beside(after) else { return };
-        // They are this claim's now, and have nothing to give back.
+        // This claim has their pages now, so their drops must give nothing back.
         (before.span.pages, after.span.pages) = (0, 0);
         self.span = block;
     }
 
-    /// A claim of all of a span. On an early return, the dropped claim gives back what it has.
+    /// Claims all of a span, or nothing: a claim of a part is dropped, which gives its pages back.
     fn beside(&self, span: Span) -> Option<Self> {
         let (table, waker) = (self.table, self.waker);
         let pages = table.exchange_run(span, State::Absent, State::Filling);
@@ -330,19 +367,20 @@ impl Claim<'_> {
         span
     }
 
-    /// Gives its pages back, and wakes only those whose faults have met it. Whoever it was for is to be served or woken later.
+    /// Gives the pages back, and wakes only the threads whose faults arrived during the claim. The
+    /// caller must serve or wake the thread for which the claim was made.
     pub(crate) fn give_back_asleep(mut self) {
         self.settle(self.span.pages, State::Absent);
     }
 
-    /// Splits the first `pages` of them off.
+    /// Splits off the first `pages` pages as a claim of their own.
     pub(crate) fn split_off(&mut self, pages: usize) -> Self {
         let first = Self { table: self.table, waker: self.waker, span: self.span.prefix(pages) };
         self.span = self.span.without_prefix(pages);
         first
     }
 
-    /// Settles the first `pages` of them.
+    /// Settles the first `pages` pages as `to`.
     pub(crate) fn settle(&mut self, pages: usize, to: State) {
         let mut rest = self.span.prefix(pages);
         loop {
@@ -370,7 +408,8 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// What the states of a word are when all of its pages are let go: absent, or forgotten by whoever fills them.
+/// The states of a word after all of its pages are discarded: claimed pages are invalidated, and
+/// all others absent.
 const fn forgotten(bits: u64) -> u64 {
     let ones = u64::MAX / STATE_MASK;
     let (low, middle, high) = (bits & ones, bits >> 1 & ones, bits >> 2 & ones);
@@ -379,7 +418,8 @@ const fn forgotten(bits: u64) -> u64 {
     claimed * State::Invalidated as u64
 }
 
-/// Pages that are passed over at once where nothing was done with any of them, and blocks of them that a word tells of.
+/// Pages per used bit, and pages per word of used bits. `invalidate` skips such a group at once if
+/// it is unused.
 const BLOCK: usize = 1024;
 const BLOCKS: usize = BLOCK * u64::BITS as usize;
 const STATE_BITS: u32 = 4;
@@ -406,13 +446,14 @@ mod tests {
         PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap()
     }
 
-    /// Miri needs minutes for more.
+    /// Fewer under Miri, which needs minutes for more.
     const PAGES: usize = if cfg!(miri) { 2_000 } else { 200_000 };
 
     proptest! {
-        /// As page by page; and what was forgotten is forgotten again after it has been claimed anew.
+        /// A span is invalidated as its pages one by one would be, also after they are claimed
+        /// anew.
         #[test]
-        fn a_span_is_forgotten_as_its_pages_are(
+        fn invalidating_a_span_is_invalidating_each_page(
             states in prop::collection::vec((0usize..PAGES, 0usize..6), 0..50), cut in (0usize..PAGES, 0usize..PAGES),
         ) {
             let (table, woken) = (table(PAGES), Woken::default());
@@ -440,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_claimed_by_one() {
+    fn a_claimed_page_cannot_be_claimed_again() {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim(Page(40), &woken).ok().unwrap();
         assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Filling));
@@ -459,11 +500,11 @@ mod tests {
         assert_eq!(table.state(Page(40)), State::Contended);
         claim.settle(1, State::Present);
         assert_eq!(*woken.0.lock(), [Page(40).span()]);
-        assert!(!table.want(Page(40)), "it was settled: look again");
+        assert!(!table.want(Page(40)), "a settled page has no claim");
     }
 
     #[test]
-    fn a_dropped_claim_gives_back_and_wakes_what_was_not_settled() {
+    fn a_dropped_claim_makes_unsettled_pages_absent_and_wakes_them() {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
         claim.settle(4, State::Present);
@@ -473,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_ends_before_what_is_not_absent() {
+    fn a_claimed_run_ends_before_a_page_that_is_not_absent() {
         let (table, woken) = (table(100), Woken::default());
         table.claim(Page(35), &woken).ok().unwrap().settle(1, State::Poisoned);
         let claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
@@ -481,7 +522,7 @@ mod tests {
     }
 
     #[test]
-    fn forgetting_makes_settled_pages_absent_and_claimed_ones_when_they_are_settled() {
+    fn invalidating_makes_settled_pages_absent_at_once_and_claimed_pages_when_settled() {
         let (table, woken) = (table(200), Woken::default());
         table.claim_run(Span { first: Page(10), pages: 50 }, &woken).ok().unwrap().settle(50, State::Present);
         let claim = table.claim(Page(70), &woken).ok().unwrap();
@@ -490,12 +531,12 @@ mod tests {
         assert!(table.state(Page(70)).is_claimed() && table.want(Page(70)));
         let mut claim = claim;
         claim.settle(1, State::Present);
-        assert_eq!(table.state(Page(70)), State::Absent, "it may have been let go after it was filled");
+        assert_eq!(table.state(Page(70)), State::Absent, "the discard may have come after the fill");
         assert_eq!(*woken.0.lock(), [Page(70).span()]);
     }
 
     #[test]
-    fn who_waits_for_a_page_goes_on_when_it_is_settled_or_given_back() {
+    fn a_waiter_for_a_page_returns_when_it_is_settled_or_given_back() {
         for settle in [true, false] {
             let (table, woken) = (table(1), Woken::default());
             thread::scope(|scope| {
