@@ -95,8 +95,8 @@ impl StdError for Error {
 }
 
 impl Error {
-    /// The failure of the page that the error is of: its chunk, the offset in the chunk's source, and the error of that
-    /// source. `None`: the error is of another sort.
+    /// The failure of the page that the error is of: its chunk, the offset in the chunk's source,
+    /// and the error of that source. `None`: the error is of another sort.
     ///
     /// ```
     /// # use pagestitch::{Chunk, Pool, Region, Source};

@@ -9,8 +9,8 @@ use std::io;
 /// * **Threads.** Any thread may call the methods: the pool's workers, and the callers of
 ///   [`Region::populate`](crate::Region::populate) and [`Region::read_at`](crate::Region::read_at).
 ///   Several threads may call at once, also for the same offset.
-/// * **Calls.** [`read_at`](Self::read_at) is usually called once for each page, or once for several
-///   pages that are filled together. It is called again for a page that is discarded
+/// * **Calls.** [`read_at`](Self::read_at) is usually called once for each page, or once for
+///   several pages that are filled together. It is called again for a page that is discarded
 ///   (`MADV_DONTNEED`) and touched anew. The bytes must not depend on how a range is split.
 /// * **Blocking.** A call may block. It then occupies its worker, but not the region. A drop of the
 ///   region waits for calls in progress.

@@ -28,7 +28,8 @@ impl FileSource {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a directory, a pipe.
+    /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a
+    /// directory, a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         // Non-blocking, because the open of a named pipe would wait for a writer. Files ignore it.

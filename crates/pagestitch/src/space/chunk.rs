@@ -1,4 +1,4 @@
-//! A chunk: a byte range of one source, to be laid into a region.
+//! A chunk: a byte range of one source, as a part of a region.
 
 use crate::policy::OnFailure;
 use crate::source::{
@@ -10,7 +10,7 @@ use pagestitch_kernel::shared::Sharing;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A byte range of one source. It may start and end anywhere; chunks lie end to end in a region.
+/// A byte range of one source. It may start and end at any byte; chunks lie end to end in a region.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -38,7 +38,7 @@ impl Chunk {
         Self::whole(Backing::Read(source))
     }
 
-    /// All bytes of a source that answers later. Clone the `Arc` to take several chunks of it.
+    /// All bytes of an asynchronous source. Clone the `Arc` to take several chunks of it.
     #[must_use]
     pub fn fetch<F: Fetch + 'static>(source: Arc<F>) -> Self {
         Self::whole(Backing::Fetched(Fetched(source)))
@@ -50,23 +50,24 @@ impl Chunk {
         Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison }
     }
 
-    /// All bytes of a file or memfd, of which the region keeps to itself what is written in it: `MAP_PRIVATE`. A page
-    /// that was not written to still shows what others write to the file.
+    /// All bytes of a file or memfd, mapped `MAP_PRIVATE`: writes through the region stay in the
+    /// region. A page not yet written to still shows later changes of the file.
     #[must_use]
     pub fn copy_on_write(file: impl Into<Arc<SharedFile>>) -> Self {
         Self::whole(Backing::Shared(Shared::File(file.into(), Sharing::CopyOnWrite)))
     }
 
-    /// Only these bytes of the source, counted from the source's start.
+    /// Limits the chunk to a range of bytes, counted from the source's start.
     ///
-    /// A range that is empty or reaches past the source's end is an error when the region is built.
+    /// The build of the region fails if the range is empty or reaches past the source's end.
     #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = range;
         self
     }
 
-    /// What becomes of its pages when its source fails. By default they are [bad](OnFailure::Poison).
+    /// Sets what happens to the chunk's pages when its source fails. Default:
+    /// [poisoned](OnFailure::Poison).
     #[must_use]
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.on_failure = on_failure;
@@ -91,22 +92,24 @@ impl From<Memfd> for Chunk {
     }
 }
 
-/// The pages move into the region: nothing is copied where the chunk lies on page boundaries. Locked pages are unlocked when the region is
-/// built, as the kernel would not move them; lock the region instead.
+/// The pages move into the region: no copy for whole pages that are aligned in both. Locked pages
+/// are unlocked by the build, because the kernel does not move locked pages; lock the region
+/// instead.
 impl From<Pages> for Chunk {
     fn from(pages: Pages) -> Self {
         Donated::from(pages).into()
     }
 }
 
-/// The pages move into the region: nothing is copied where the chunk lies on page boundaries.
+/// The pages move into the region: no copy for whole pages that are aligned in both.
 impl From<Donated> for Chunk {
     fn from(donated: Donated) -> Self {
         Arc::new(donated).into()
     }
 }
 
-/// Clone the `Arc` to take several chunks, each byte in one of them. A page whose bytes are not all in one chunk is copied.
+/// Clone the `Arc` to take several chunks, with each byte in one chunk at most. A page whose bytes
+/// are not all in one chunk is copied.
 impl From<Arc<Donated>> for Chunk {
     fn from(donated: Arc<Donated>) -> Self {
         Self::whole(Backing::Donated(donated))
@@ -119,7 +122,8 @@ impl From<LazyMemfd> for Chunk {
     }
 }
 
-/// For a [`SharedRegion`](crate::SharedRegion): the others' writes are seen in it, and its in the file.
+/// For a [`SharedRegion`](crate::SharedRegion): writes to the file appear in the region, and the
+/// region's writes in the file.
 impl From<Arc<SharedFile>> for Chunk {
     fn from(file: Arc<SharedFile>) -> Self {
         Self::whole(Backing::Shared(Shared::File(file, Sharing::Shared)))

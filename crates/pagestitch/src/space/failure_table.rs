@@ -18,8 +18,8 @@ pub(super) struct Failures {
     any: AtomicBool,
 }
 
-/// Why pages were poisoned, for one thread at a time. No signal handler interrupts that thread: the worker that serves what a
-/// handler touches may need them, too.
+/// Why pages were poisoned, for one thread at a time. No signal handler interrupts that thread: the
+/// worker that serves what a handler touches may need them, too.
 pub(super) struct LockedFailures<'s> {
     // The lock is left first.
     failures: MutexGuard<'s, BTreeMap<Page, Arc<Failure>>>,

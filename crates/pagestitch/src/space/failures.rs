@@ -26,11 +26,13 @@ impl Mapping {
 
     /// The pages of a span that have failed, and why; ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
-        // One that was let go is not bad any more. One that was given up is still claimed by the thread that asks its source.
+        // One that was let go is not bad any more. One that was given up is still claimed by the
+        // thread that asks its source.
         self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != State::Absent).collect()
     }
 
-    /// The pages of a span that have failed and were not filled since, though they may have been let go; and why; ascending.
+    /// The pages of a span that have failed and were not filled since, though they may have been
+    /// let go; and why; ascending.
     pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
         let failures = self.failures.locked();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
@@ -60,9 +62,10 @@ impl Mapping {
         }
     }
 
-    /// A page that has failed was settled. A retry may have filled it before and removed the reason, and it has failed anew: a page
-    /// that is bad has one, or a reader of the reason would look for it forever. So has one that is absent by now: it may have been let
-    /// go before it was marked.
+    /// A page that has failed was settled. A retry may have filled it before and removed the
+    /// reason, and it has failed anew: a page that is bad has one, or a reader of the reason would
+    /// look for it forever. So has one that is absent by now: it may have been let go before it was
+    /// marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
         let mut failures = self.failures.locked();
         if self.pages.state(page) != State::Present {

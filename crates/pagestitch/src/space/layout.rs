@@ -8,8 +8,8 @@
 //!   buckets  the chunk at offset 0, 1 << shift, 2 << shift, ...       one for every four chunks
 //! ```
 //!
-//! To locate is to look into one bucket and to search among the few chunks that start in it: O(1) where chunks
-//! are about as long as each other, O(log n) however they are, and no allocation.
+//! To locate is to look into one bucket and to search among the few chunks that start in it: O(1)
+//! where chunks are about as long as each other, O(log n) however they are, and no allocation.
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
@@ -93,7 +93,8 @@ impl Layout {
         self.lay(backing, &range)
     }
 
-    /// Lays padding at the end, so that `chunk` begins at the same place in a page as in its source.
+    /// Lays padding at the end, so that `chunk` begins at the same place in a page as in its
+    /// source.
     pub(crate) fn pad_for(&mut self, chunk: &Chunk, page: PageSize) -> Result<(), Error> {
         let wanted = if chunk.backing.has_pages() { chunk.range.start } else { 0 };
         let padding = wanted.wrapping_sub(self.total) % page.bytes() as u64;
@@ -164,7 +165,8 @@ impl Layout {
 
     /// The chunk that users call by a number.
     pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
-        // Each padding before it moves it by one: the paddings with at most `number` chunks before them.
+        // Each padding before it moves it by one: the paddings with at most `number` chunks before
+        // them.
         let (mut low, mut high) = (0, self.padding.len());
         while low < high {
             let middle = low.midpoint(high);
@@ -185,7 +187,8 @@ impl Layout {
         is_last(next) || self.is_padding(next) && (is_last(next + 1) || self.offsets_of(next).end >= end)
     }
 
-    /// Whether what comes between `start`, an offset in a chunk's first page, and the chunk means nothing.
+    /// Whether what comes between `start`, an offset in a chunk's first page, and the chunk means
+    /// nothing.
     pub(crate) fn is_free_before(&self, chunk: usize, start: u64) -> bool {
         chunk > 0 && self.is_padding(chunk - 1) && self.offsets_of(chunk - 1).start <= start
     }
@@ -236,8 +239,9 @@ impl Layout {
         })
     }
 
-    /// Lets go of the sources of which nothing is read any more, as all of their chunks are shown in place: the kernel keeps the pages of
-    /// what is mapped. A region of thousands of files does not take as many descriptors.
+    /// Lets go of the sources of which nothing is read any more, as all of their chunks are shown
+    /// in place: the kernel keeps the pages of what is mapped. A region of thousands of files does
+    /// not take as many descriptors.
     pub(crate) fn let_go_of_mapped(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
         let mut needed = vec![false; self.sources.len()];
         for chunk in 0..self.chunks() {

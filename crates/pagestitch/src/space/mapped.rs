@@ -7,8 +7,9 @@
 //!                  copied   mapped    mapped   copied           whole pages are mapped, at once
 //! ```
 //!
-//! Chunks that continue each other in source and region are one extent, whatever their edges; its whole pages become
-//! one mapping. The kernel counts mappings, so there is a budget; what is beyond it is copied.
+//! Chunks that continue each other in source and region are one extent, whatever their edges; its
+//! whole pages become one mapping. The kernel counts mappings, so there is a budget; what is beyond
+//! it is copied.
 
 use crate::source::{Backing, Shared};
 use crate::space::Layout;
@@ -76,8 +77,9 @@ pub(crate) struct Shown {
 }
 
 impl Shown {
-    /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the range that was
-    /// registered. What the kernel would not map after all is copied. An error comes with the chunk that it is about.
+    /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the
+    /// range that was registered. What the kernel would not map after all is copied. An error comes
+    /// with the chunk that it is about.
     pub(crate) fn map(
         layout: &Layout,
         page: PageSize,
@@ -104,7 +106,8 @@ impl Shown {
     }
 }
 
-/// Why the kernel would not map one source, which is copied then; `None` where it is not for that source's sake.
+/// Why the kernel would not map one source, which is copied then; `None` where it is not for that
+/// source's sake.
 fn why_refused(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => {
@@ -181,7 +184,8 @@ impl Runs {
         self.after(page).is_some_and(|run| run.span.first <= page)
     }
 
-    /// The first part of a span that is not shown in place: skips runs at its start, and ends before the next.
+    /// The first part of a span that is not shown in place: skips runs at its start, and ends
+    /// before the next.
     pub(crate) fn next_gap(&self, span: Span) -> Span {
         let mut rest = span;
         while let Some(run) = self.after(rest.first) {
@@ -211,8 +215,9 @@ fn extent_end(layout: &Layout, first: usize) -> usize {
     end
 }
 
-/// The pages of an extent that it has to itself, if it lies at the same place in pages of source and region. Padding
-/// around it, and what is past the region's end, may be whatever the source has there.
+/// The pages of an extent that it has to itself, if it lies at the same place in pages of source
+/// and region. Padding around it, and what is past the region's end, may be whatever the source has
+/// there.
 pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<Run> {
     let first = chunks.start;
     let start = layout.offsets_of(first).start;
@@ -232,8 +237,8 @@ pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>)
     (!span.is_empty()).then_some(Run { span, chunk: first, offset })
 }
 
-/// The huge pages of an extent that it has to itself, if it lies at the same place in them in source and region: hugetlbfs shows no
-/// less. A region begins at a multiple of [`HUGE`].
+/// The huge pages of an extent that it has to itself, if it lies at the same place in them in
+/// source and region: hugetlbfs shows no less. A region begins at a multiple of [`HUGE`].
 fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, source: u64) -> Span {
     let whole = granule.inside(&offsets);
     if granule.bytes() > HUGE || whole.is_empty() || !is_aligned(granule, offsets.start, source) {
@@ -242,8 +247,9 @@ fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, so
     page.covering(&granule.offsets(whole))
 }
 
-/// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A donated page moves with all of its
-/// bytes: another chunk, of any region, may have spoken for those that are not the extent's, or come to.
+/// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A
+/// donated page moves with all of its bytes: another chunk, of any region, may have spoken for
+/// those that are not the extent's, or come to.
 fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<u64> {
     let (first, last) = (chunks.start, chunks.end - 1);
     let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);

@@ -1,15 +1,16 @@
-//! A region as it is mapped: its contents, where its pages are, and what was done with each. Not how it is served.
+//! A region in one address space: its layout, the addresses of its pages, and the state of each
+//! page. The threads that serve it are in `serve`.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `chunk` | a byte range of one source |
-//! | `layout` | which chunk holds the byte at an offset |
-//! | `mapped` | pages that are shown where they lie |
-//! | `page_table` | what was last done with each page, and claims on pages |
-//! | `failure_table` | the reason of each poisoned page |
-//! | `failures` | why pages are poisoned |
+//! | `layout` | the chunk that holds the byte at an offset |
+//! | `mapped` | pages that are mapped in place |
+//! | `page_table` | the state of each page, and claims on pages |
+//! | `failure_table` | the failure of each poisoned page |
+//! | `failures` | when failures are kept, reported and removed |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
-//! | `plan` | how each chunk is installed, with the reason |
+//! | `plan` | the method by which each chunk is installed, with the reason |
 
 mod chunk;
 mod failure_table;
@@ -43,49 +44,73 @@ use std::ops::Range;
 use std::sync::Arc;
 use target::Foreign;
 
-/// A region in one address space: what the fault path looks at.
+/// A region in one address space: all that the fault path reads and changes.
+///
+/// ```text
+///   layout   | chunk 0 | chunk 1     | chunk 2 ...     which bytes: offset -> source
+///   pages    | P | P | - | F | ! | - | ...             state of each page (page_table)
+///   target   |  addresses of the pages  |              where the uffd installs them
+///              in_place: never fault    lazy: fault, and show a page of a memfd
+/// ```
+///
+/// # Life
+///
+/// 1. The build pipeline reserves or adopts the target, registers it with the uffd, maps runs of
+///    pages in place, and creates the mapping. All other pages are absent.
+/// 2. A server attaches. Each fault enters the gate, claims its page, fills and installs it, and
+///    settles the claim as present or poisoned. A discard makes pages absent again.
+/// 3. [`close`](Self::close) closes the gate and waits for the threads inside. From then on no
+///    source is called and no page changes.
+/// 4. The server fences the target and wakes all waiting threads, which meet the fence. The last
+///    `Arc` closes the uffd and unmaps the target.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     pub(crate) name: String,
     pub(crate) layout: Arc<Layout>,
-    /// Pages that are mapped in place, and never fault.
+    /// Pages that are mapped in place.
+    ///
+    /// Invariant: they are present from the build on, never fault, and are never claimed.
     pub(crate) in_place: Arc<Runs>,
-    /// Pages that a memfd is mapped at, to be shown when it has them.
+    /// Pages at which a memfd is mapped that is filled later. They fault once, and the fault maps
+    /// the memfd's page.
+    ///
+    /// Invariant: disjoint from `in_place`.
     pub(crate) lazy: Runs,
-    /// What the kernel would not show in place, and why.
+    /// Pages that the kernel refused to map in place, with the reasons; they are copied.
     pub(crate) refused: Vec<(Span, &'static str)>,
     has_donated: bool,
     has_fetched: bool,
-    /// Whether donated pages move.
+    /// Whether donated pages move on first touch.
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
     pub(crate) reporter: Option<FailureCallback>,
     pub(crate) recorder: Option<Recorder>,
     pub(crate) replay: Option<Replay>,
-    /// Whether whole blocks are filled in staging, and moved in; else why not.
+    /// Whether whole blocks are filled in staging and moved in; an error is the reason against it.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) target: Target,
     pub(crate) uffd: Uffd,
     failures: Failures,
-    /// Each thread at work for the region is inside; the drop of the region closes it.
+    /// Invariant: each thread that claims pages or calls a source for the region is inside. Closing
+    /// it, in the drop of the region, waits for them.
     gate: Arc<Gate>,
 }
 
-/// How a region is served.
+/// The options of a region that concern its faults.
 #[derive(Debug, Default)]
 pub(crate) struct ServeOptions {
     /// Whether the parts of faults are timed.
     pub(crate) record_latency: bool,
-    /// How many faults are served at once, where there is a limit.
+    /// The most faults that are served at once; `None` is unlimited.
     pub(crate) max_in_flight: Option<usize>,
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<FailureCallback>,
 }
 
-/// What is a table with a place for each page.
+/// The tables with an entry for each page.
 pub(crate) struct PageTables {
     pages: Arc<PageTable>,
     recorder: Option<Recorder>,
@@ -100,7 +125,8 @@ impl PageTables {
 }
 
 impl Mapping {
-    /// `layout` and `shown` are of the same region, and so is all else. `allocates`: whether the thread that reads its faults may.
+    /// All arguments must be of the same region. `allocates`: whether the thread that reads its
+    /// faults may allocate.
     pub(crate) fn new(
         name: String,
         (layout, shown): (Arc<Layout>, Shown),
@@ -140,7 +166,7 @@ impl Mapping {
         &self.gate
     }
 
-    /// Which pages are there, for a picture of it.
+    /// A handle that tells which pages are present, for metrics.
     pub(crate) fn presence(&self) -> Arc<dyn Presence> {
         Arc::new(Present { pages: Arc::clone(&self.pages), in_place: Arc::clone(&self.in_place) })
     }
@@ -149,7 +175,8 @@ impl Mapping {
         self.target.page_size()
     }
 
-    /// How many pages of a span, from its first on, show a memfd that is filled later; which, and from where on.
+    /// The number of leading pages of a span that map one memfd that is filled later, that memfd,
+    /// and the offset in it.
     pub(crate) fn lazy_pages(&self, span: Span) -> Option<(usize, &LazyMemfd, u64)> {
         let (pages, run) = self.lazy.prefix(span)?;
         match self.layout.backing_of(run.chunk) {
@@ -160,13 +187,14 @@ impl Mapping {
         }
     }
 
-    /// How many pages of a span, from its first on, lie in one chunk whose bytes come later; of which source, and from where on.
+    /// The number of leading pages of a span that lie in one chunk with an asynchronous source,
+    /// that source, and the offset in it.
     pub(crate) fn fetched_pages(&self, span: Span) -> Option<(usize, &Fetched, u64)> {
         if !self.has_fetched || self.page_size() != PageSize::system() {
             return None;
         }
         let (first, span) = (span.first, self.target.contiguous(span));
-        // What a balloon has taken is zeros.
+        // Pages that the owner has discarded are zeros, and are not fetched.
         let span = self.target.foreign().map_or(span, |adopted| adopted.next_kept(span));
         if span.is_empty() || span.first != first {
             return None;
@@ -178,7 +206,8 @@ impl Mapping {
         (pages > 0).then_some((pages.min(FETCH_PAGES), fetched, piece.offset))
     }
 
-    /// How many pages of a span, from its first on, a donation has to give; which, and from where on.
+    /// The number of leading pages of a span that are whole pages of one donation, that donation,
+    /// and the offset in it.
     pub(crate) fn movable_pages(&self, span: Span) -> Option<(usize, &Donated, u64)> {
         if !self.has_donated {
             return None;
@@ -194,15 +223,16 @@ impl Mapping {
         Some((pages, donated, own.offset_of(span.first, size)))
     }
 
-    /// The block of pages around one that are donated together and can move as one huge page. A region that is recorded moves
-    /// each page by itself: those that come along have no first touch.
+    /// The block around a page, if its pages are donated together and can move as one huge page.
+    /// `None` for a region that records, because the other pages of the block would have no first
+    /// touch.
     pub(crate) fn movable_block(&self, page: Page) -> Option<Span> {
         let block = self.block_of(page).filter(|_| self.moves && self.recorder.is_none())?;
         let (movable, _, offset) = self.movable_pages(block)?;
         (movable == block.pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
     }
 
-    /// The block that a span begins with, if it can be filled in staging and moved in.
+    /// The block at the start of a span, if it can be filled in staging and moved in.
     pub(crate) fn stageable_block(&self, span: Span) -> Option<Span> {
         let block = self.block_of(span.first).filter(|_| self.staged.is_ok())?;
         let whole = block.first == span.first && block.pages <= span.pages;
@@ -210,7 +240,7 @@ impl Mapping {
             .then_some(block)
     }
 
-    /// A span as far as the end of its first block, and what is behind it.
+    /// Splits a span at the end of its first block.
     pub(crate) fn first_block(&self, span: Span) -> (Span, Span) {
         let block = self.block_of(span.first).unwrap_or(span);
         let pages = block.end().0 - span.first.0;
@@ -224,14 +254,14 @@ impl Mapping {
         (block.end() <= self.target.all().end()).then_some(block)
     }
 
-    /// Whether a memfd that is filled later cannot be shown when it is, on this kernel.
+    /// Whether the source is a memfd that is filled later, and the kernel cannot map it in place.
     pub(crate) fn lacks_minor_faults(&self, backing: &Backing) -> bool {
         let lazy = matches!(backing, Backing::Shared(Shared::Lazy(_)));
         lazy && !self.uffd.features().contains(Features::MINOR_SHMEM)
     }
 
-    /// The first pages of a span that are filled before they are touched: neither there from the start, nor taken by a
-    /// balloon.
+    /// The first run of a span's pages that may be filled ahead of their touch: neither mapped in
+    /// place nor discarded by the owner.
     pub(crate) fn next_gap(&self, span: Span) -> Span {
         match &self.target {
             Target::Owned(_) => self.in_place.next_gap(span),
@@ -239,45 +269,47 @@ impl Mapping {
         }
     }
 
-    /// Whether the process that adopted memory belongs to has ended, as far as it is known.
+    /// Whether the owner of adopted memory is known to have ended.
     pub(crate) fn owner_has_ended(&self) -> bool {
         self.target.foreign().is_some_and(Foreign::has_ended)
     }
 
-    /// Keeps a region's addresses from other mappings for a while after its drop.
+    /// Keeps other mappings off the region's addresses for a while after its drop.
     pub(crate) fn linger(&self) {
         if let Target::Owned(reservation) = &self.target {
             reservation.linger();
         }
     }
 
-    /// Never closes the uffd: to whom waits there, that would be zeros.
+    /// Never closes the uffd, because a thread that waits in a fault would then read zeros.
     pub(crate) fn keep_open(&self) {
         self.uffd.keep_open();
     }
 
-    /// Goes to work for as long as it takes, in whichever thread.
+    /// Enters the gate until the guard is dropped, by any thread. `None` after the gate is closed.
     pub(crate) fn enter_owned(&self) -> Option<OwnedGateGuard> {
         self.gate.enter_owned()
     }
 
-    /// When this returns, no thread works for the region, now or later: sources are not called any more.
+    /// Closes the gate and waits for the threads inside. Afterwards no source is called any more.
     pub(crate) fn close(&self) {
-        // A thread that waits now may be woken before the gate is closed, and run after the drop.
+        // A thread that waits in a fault now may be woken before the gate closes, and run after the
+        // drop.
         if self.uffd.has_waiters() {
             self.linger();
         }
         self.gate.close();
-        // No worker comes for the faults that are queued.
+        // No worker will take the queued faults, so they end here.
         self.counters.finish_all();
     }
 
-    /// Whether the kernel lacks pages of a span; those that were filled are forgotten.
+    /// Whether the kernel lacks pages of a span. Makes such pages absent in the page table.
     ///
-    /// A thread that discards pages continues as soon as the event is read, before our table changes: perhaps right now.
+    /// The table can be behind the kernel: a thread that discards pages runs on as soon as its
+    /// event is read, before the table changes.
     pub(crate) fn lacks_any(&self, span: Span) -> bool {
         let mut any = false;
-        // Where the question cannot be answered, the table is believed.
+        // If the kernel cannot tell, the table counts.
         self.target.residency(span, |page, here| {
             if !here {
                 self.pages.forget_present(page);
@@ -287,21 +319,23 @@ impl Mapping {
         any
     }
 
-    /// Forgets that pages of memfds that are filled later were shown. False if there are none in a range.
+    /// Makes the pages of a range that map memfds filled later absent in the page table. False if
+    /// the range has none.
     pub(crate) fn forget_lazy(&self, range: &Range<u64>) -> bool {
         let lazy = |page: &Page| self.lazy.contains(*page);
         let shown = self.page_size().covering(range).iter().filter(lazy);
         shown.map(|page| self.pages.forget_present(page)).count() > 0
     }
 
-    /// Whether a page that was touched is there.
+    /// Whether the kernel has a page, as far as it can tell; false makes the caller fill it again.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
-        // `mincore(2)` says that the memfd has it, not that it is mapped: reclaim and a collapse take it out of the page table. To map
-        // it again is answered with EEXIST where it is there.
+        // `mincore(2)` tells that the memfd has the page, not that it is mapped: reclaim and a
+        // collapse take it out of the kernel's page table. Mapping a mapped page again is a
+        // harmless EEXIST.
         if self.lazy.contains(page) {
             return false;
         }
-        // Where the question cannot be answered, filling it again is answered with EEXIST.
+        // If the kernel cannot tell, filling a present page again is a harmless EEXIST.
         self.target.is_resident(page)
     }
 }
@@ -319,7 +353,7 @@ impl Wake for Mapping {
     }
 }
 
-/// The pages of a region that are there.
+/// Tells which pages of a region are present.
 #[derive(Debug)]
 struct Present {
     pages: Arc<PageTable>,
@@ -347,5 +381,5 @@ impl Presence for Present {
     }
 }
 
-/// Pages asked of a source at once whose bytes come later.
+/// The most pages that one asynchronous fetch requests.
 const FETCH_PAGES: usize = 64;

@@ -13,15 +13,16 @@
 //!        └─────────────────────◀── invalidate (the page was discarded) ─────┘
 //! ```
 //!
-//! `Contended`: a fault arrives while the claim stands. The page may have been filled and its waiters
-//! woken, then discarded and touched anew, before the claim was settled. Settling therefore wakes the
-//! page's waiters again; a surplus wake-up is harmless.
+//! `Contended`: a fault arrives while the claim stands. The page may have been filled and its
+//! waiters woken, then discarded and touched anew, before the claim was settled. Settling therefore
+//! wakes the page's waiters again; a surplus wake-up is harmless.
 //!
-//! `Invalidated`: a discard is reported while the claim stands. It may have happened before the fill or
-//! after it, and absent is the safe state for both, so the page becomes absent when it is settled.
+//! `Invalidated`: a discard is reported while the claim stands. It may have happened before the
+//! fill or after it, and absent is the safe state for both, so the page becomes absent when it is
+//! settled.
 //!
-//! The kernel's own page table decides which pages are present. This table records which pages are being
-//! filled, and what was last done with the others.
+//! The kernel's own page table decides which pages are present. This table records which pages are
+//! being filled, and what was last done with the others.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::EventCount;
@@ -69,11 +70,11 @@ pub(crate) trait Wake {
 pub(crate) struct PageTable {
     /// First the used bits, then the states.
     ///
-    /// Invariant: the used bit of a [`BLOCK`] of pages is set if a state in it is not absent, except
-    /// between a state's change and the store of the bit that follows.
+    /// Invariant: the used bit of a [`BLOCK`] of pages is set if a state in it is not absent,
+    /// except between a state's change and the store of the bit that follows.
     ///
-    /// Invariant: a state that [is claimed](State::is_claimed) belongs to exactly one [`Claim`], or to a
-    /// span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
+    /// Invariant: a state that [is claimed](State::is_claimed) belongs to exactly one [`Claim`], or
+    /// to a span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
     words: AtomicTable,
     /// The number of words that hold used bits.
     blocks: usize,
@@ -341,7 +342,8 @@ impl Claim<'_> {
         self.span
     }
 
-    /// Claims the rest of `block`, which holds this claim, if all of it is absent; claims no more otherwise.
+    /// Claims the rest of `block`, which holds this claim, if all of it is absent; claims no more
+    /// otherwise.
     pub(crate) fn grow(&mut self, block: Span) {
         let before = block.prefix(self.span.first.0 - block.first.0);
         let after = block.without_prefix(before.pages + self.span.pages);

@@ -22,7 +22,8 @@ pub struct Plan {
     staged: Result<(), &'static str>,
 }
 
-/// A run of chunks next to each other that are installed the same way from sources of the same name.
+/// A run of chunks next to each other that are installed the same way from sources of the same
+/// name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanRun {
@@ -75,11 +76,12 @@ impl Plan {
         &self.runs
     }
 
-    /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in, which takes less than half
-    /// the time; else the reason why not.
+    /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved
+    /// in, which takes less than half the time; else the reason why not.
     ///
-    /// Decided when the region is built. On Linux before 6.16 (6.12.37), a page that moves while it is swapped out may be lost: pages do
-    /// not move there if swap is on by then. Do not switch it on later.
+    /// Decided when the region is built. On Linux before 6.16 (6.12.37), a page that moves while it
+    /// is swapped out may be lost: pages do not move there if swap is on by then. Do not switch it
+    /// on later.
     ///
     /// # Errors
     ///
@@ -88,7 +90,8 @@ impl Plan {
         self.staged
     }
 
-    /// How many pages several chunks meet in, or end in: these are gathered in staging, then copied.
+    /// How many pages several chunks meet in, or end in: these are gathered in staging, then
+    /// copied.
     #[must_use]
     pub const fn gathered_pages(&self) -> u64 {
         self.gathered_pages

@@ -1,4 +1,5 @@
-//! Foreign memory as it is served: the address of each page, the discarded pages, and the lock for installs.
+//! Foreign memory as it is served: the address of each page, the discarded pages, and the lock for
+//! installs.
 
 use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
@@ -19,8 +20,9 @@ pub(crate) struct Foreign {
     pub(crate) parts: Vec<Part>,
     /// The pages that the owner has discarded: their bytes are zeros from then on.
     removed: Removed,
-    /// An installing thread holds it shared, a reader of events alone, so that an installed page has its bytes of *now*. The
-    /// owner continues after a discard as soon as its event is read, and old bytes must not follow.
+    /// An installing thread holds it shared, a reader of events alone, so that an installed page
+    /// has its bytes of *now*. The owner continues after a discard as soon as its event is read,
+    /// and old bytes must not follow.
     map: RwLock<()>,
     owner: Option<Arc<Process>>,
     /// The kernel has said that the process is not there any more.
@@ -31,7 +33,8 @@ pub(crate) struct Foreign {
     pub(super) listed: Option<Listed>,
 }
 
-/// The lock of the map is held, maybe for as long as a source's memory cannot be read: the kernel waits in it while it copies.
+/// The lock of the map is held, maybe for as long as a source's memory cannot be read: the kernel
+/// waits in it while it copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Busy;
 
@@ -121,8 +124,8 @@ impl Foreign {
         self.parts.iter().map(|part| (part.span, part.start))
     }
 
-    /// Until it is dropped, no event is read. None where pages that are let go of hold what they held before: then it does not
-    /// matter.
+    /// Until it is dropped, no event is read. None where pages that are let go of hold what they
+    /// held before: then it does not matter.
     pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, ()>> {
         (self.on_discard == OnDiscard::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -165,7 +168,8 @@ impl Foreign {
         }
     }
 
-    /// How many pages of a span, from its first on, were let go alike, or not; and which of the two. Not all of a run that is long.
+    /// How many pages of a span, from its first on, were let go alike, or not; and which of the
+    /// two. Not all of a run that is long.
     pub(crate) fn removed_prefix(&self, span: Span) -> (usize, bool) {
         self.removed.prefix(span)
     }

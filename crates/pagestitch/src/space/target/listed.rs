@@ -1,4 +1,5 @@
-//! The userfaultfds that are served: one that is adopted twice would give each fault to either region, and the other would wait.
+//! The userfaultfds that are served: one that is adopted twice would give each fault to either
+//! region, and the other would wait.
 
 use pagestitch_kernel::Uffd;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -18,8 +19,8 @@ struct Entry {
 static ALL: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
 impl Listed {
-    /// The name of the region that serves it already is the error. Where the kernel does not compare descriptors (`kcmp(2)`), it is
-    /// taken for another one.
+    /// The name of the region that serves it already is the error. Where the kernel does not
+    /// compare descriptors (`kcmp(2)`), it is taken for another one.
     pub(super) fn new(uffd: &Uffd, region: &str) -> Result<Self, String> {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let (number, fd) = (NUMBERS.fetch_add(1, Ordering::Relaxed), uffd.as_fd().as_raw_fd());

@@ -1,4 +1,5 @@
-//! What is adopted: a userfaultfd, the ranges that are registered with it, and whose they are.
+//! The description of adopted memory: a userfaultfd, the ranges registered with it, and their
+//! owner.
 
 use super::foreign::{Foreign, Part};
 use super::listed::Listed;
@@ -12,21 +13,24 @@ use pagestitch_kernel::{AddressRange, Page, PageSize, Span, Uffd};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-/// Memory that is registered with a userfaultfd already, and its owner. For
+/// Memory that its owner has registered with a userfaultfd, for
 /// [`Builder::build_adopted`](crate::Builder::build_adopted).
 ///
-/// Children that its owner forks are not served. Where the userfaultfd was opened with `UFFD_FEATURE_EVENT_FORK`, what a child does
-/// not have is bad there (Linux 6.6); without, the kernel shows it zeros, so the owner is to keep children from having the memory
-/// (`MADV_DONTFORK`, see madvise(2)). Memory of *this* process is always to be kept from them so: `fork(2)` would wait for a worker
-/// that may wait for the allocator, which `fork(2)` holds.
+/// # What the owner must do
 ///
-/// **If this process dies** (SIGKILL, out of memory), nothing is filled or poisoned any more, and the kernel gives the userfaultfd up
-/// with its last descriptor: a page that is missing then *reads as zeros*, in silence. As long as there is another descriptor, a thread
-/// that touches such a page waits instead. So the owner keeps a descriptor of its own open for as long as it has the memory, or a
-/// supervisor does, which fills or poisons what is missing, or ends the owner.
-///
-/// An owner that locks its memory (`mlockall(MCL_FUTURE)`) has pages populated with zeros when it maps them, and these never fault: it has
-/// to map the memory `PROT_NONE`, `munlock(2)` and register it, and make it accessible only then.
+/// * **Forks.** Children of the owner are not served. If the userfaultfd has
+///   `UFFD_FEATURE_EVENT_FORK`, absent pages are poisoned in the child (Linux 6.6). Without it they
+///   read as zeros in the child, so the owner must exclude the memory from children
+///   (`MADV_DONTFORK`, see madvise(2)). Memory of *this* process must always be excluded: `fork(2)`
+///   would wait for a worker that may wait for the allocator lock, which `fork(2)` holds.
+/// * **Death of this process** (SIGKILL, out of memory). No page is filled or poisoned any more.
+///   With its last descriptor the kernel closes the userfaultfd, and absent pages then silently
+///   *read as zeros*. While another descriptor is open, a thread that touches such a page blocks
+///   instead. The owner should therefore keep a descriptor open as long as it has the memory. So
+///   may a supervisor, which then fills or poisons the absent pages, or kills the owner.
+/// * **Locked memory.** Under `mlockall(MCL_FUTURE)` the kernel populates new mappings with zeros,
+///   which never fault. Such an owner must map the memory `PROT_NONE`, `munlock(2)` it, register
+///   it, and only then make it accessible.
 #[derive(Debug)]
 #[must_use]
 pub struct AdoptedMemory {
@@ -39,18 +43,18 @@ pub struct AdoptedMemory {
 }
 
 impl AdoptedMemory {
-    /// Takes over a userfaultfd of another process. The memory's ranges, at least one, have to be [told](Self::range).
+    /// Takes over a userfaultfd of another process. Add at least one [range](Self::range).
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotUserfaultfd`] if it is another descriptor, or fills memory of *this* process: see
-    /// [`of_this_process`](Self::of_this_process).
+    /// [`ErrorKind::NotUserfaultfd`] if the descriptor is not a userfaultfd, or one for memory of
+    /// *this* process: see [`of_this_process`](Self::of_this_process).
     pub fn new(uffd: OwnedFd) -> Result<Self, Error> {
         Self::of(Uffd::adopt(uffd))
     }
 
-    /// Takes over a userfaultfd whose memory may be this process's own: another part of the program has registered it. To promise
-    /// that it may be filled is `unsafe`.
+    /// Takes over a userfaultfd whose memory may belong to this process, registered by another part
+    /// of the program. Creating `promise`, the promise that the memory may be filled, is `unsafe`.
     ///
     /// ```
     /// use std::os::fd::OwnedFd;
@@ -63,7 +67,7 @@ impl AdoptedMemory {
     /// }
     /// ```
     ///
-    /// Not so without the promise:
+    /// Does not compile without the promise:
     ///
     /// ```compile_fail,E0133
     /// # use std::os::fd::OwnedFd;
@@ -75,7 +79,7 @@ impl AdoptedMemory {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotUserfaultfd`] if it is another descriptor.
+    /// [`ErrorKind::NotUserfaultfd`] if the descriptor is not a userfaultfd.
     pub fn of_this_process(uffd: OwnedFd, promise: OwnMemory) -> Result<Self, Error> {
         Self::of(Uffd::adopt_own(uffd, promise))
     }
@@ -94,17 +98,20 @@ impl AdoptedMemory {
         })
     }
 
-    /// The next `bytes` of the region are at address `start` of the owner's.
+    /// Appends a range of `bytes` bytes at address `start` of the owner. The region's bytes lie in
+    /// its ranges in the order of these calls.
     pub fn range(mut self, start: usize, bytes: usize) -> Self {
         self.ranges.push((start, bytes));
         self
     }
 
-    /// The size of its pages, in bytes: 2 MiB for hugetlbfs. By default the system's.
+    /// Sets the page size of the memory, in bytes: 2 MiB for hugetlbfs. Default: the system's page
+    /// size.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for a size that is no power of two, or not between the system's and 2 MiB.
+    /// [`ErrorKind::BadOption`] if the size is not a power of two from the system's page size to 2
+    /// MiB.
     pub fn page_size(mut self, bytes: usize) -> Result<Self, Error> {
         let page =
             PageSize::new(bytes).filter(|page| (PageSize::system().bytes()..=HUGE).contains(&page.bytes()));
@@ -115,30 +122,32 @@ impl AdoptedMemory {
         Ok(self)
     }
 
-    /// Whose memory it is, to be ended where there is no other way.
+    /// Names the process that owns the memory. It is killed if [`OnUnavailable::Kill`] is chosen
+    /// and bytes are unavailable, or if the kernel has no poison markers (before Linux 6.6).
     pub fn owner(mut self, owner: impl Into<Arc<Process>>) -> Self {
         self.owner = Some(owner.into());
         self
     }
 
-    /// What to do where bytes cannot be had.
+    /// Sets the fate of the owner when bytes are unavailable. Default: [`OnUnavailable::Poison`].
     pub const fn on_unavailable(mut self, on_unavailable: OnUnavailable) -> Self {
         self.on_unavailable = on_unavailable;
         self
     }
 
-    /// What pages hold that were let go.
+    /// Sets the bytes of pages that the owner has discarded. Default: [`OnDiscard::Zeros`].
     pub const fn on_discard(mut self, on_discard: OnDiscard) -> Self {
         self.on_discard = on_discard;
         self
     }
 
-    /// Checks what was said of it for a region: its ranges hold `bytes` together, and no other region serves it.
+    /// Checks the description for a region: the ranges must hold exactly `bytes` bytes, and no
+    /// other region may serve the userfaultfd.
     pub(crate) fn settle(self, region: &str, bytes: u64) -> Result<(Foreign, Uffd), Error> {
         let can_poison = self.uffd.features().contains(Features::POISON);
         if self.owner.is_none() && (self.on_unavailable == OnUnavailable::Kill || !can_poison) {
-            let what = "where bytes cannot be had, its owner is to be ended, and nobody knows who that is: name the owner() \
-                        (before Linux 6.6 there are no poison marks)";
+            let what = "the owner must be killed if bytes are unavailable, and it is unknown: name the owner() \
+                        (before Linux 6.6 there are no poison markers)";
             return Err(Error::new(ErrorKind::BadOption, what));
         }
         let parts = parts(&self.ranges, self.page)?;
@@ -182,5 +191,9 @@ fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<Part>, Error> 
         let first = parts.last().map_or(Page(0), |part| part.span.end());
         parts.push(Part { span: Span { first, pages: bytes / page.bytes() }, start });
     }
-    if parts.is_empty() { bad(String::from("no range was told: say where the memory is")) } else { Ok(parts) }
+    if parts.is_empty() {
+        bad(String::from("adopted memory has no range: add one with range()"))
+    } else {
+        Ok(parts)
+    }
 }

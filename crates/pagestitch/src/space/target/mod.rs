@@ -1,4 +1,5 @@
-//! Where a region's pages are: in a reservation of ours, or in memory that another owner has registered.
+//! Where a region's pages are: in a reservation of ours, or in memory that another owner has
+//! registered.
 //!
 //! ```text
 //!   its addresses    |-- 0x7f10.. --|          |-- 0x7f90.. --|     ranges, wherever they are
@@ -6,8 +7,9 @@
 //!   chunks           |  a   |     b            |      c       |     laid end to end over all of them
 //! ```
 //!
-//! Nothing can be mapped in foreign memory, moved there, or asked of its pages: they are copied, and what the kernel says is all that
-//! is known. What its owner lets go of is zeros from then on, as it is in any memory: the source has lost it.
+//! Nothing can be mapped in foreign memory, moved there, or asked of its pages: they are copied,
+//! and what the kernel says is all that is known. What its owner lets go of is zeros from then on,
+//! as it is in any memory: the source has lost it.
 //!
 //! | file | what |
 //! |---|---|

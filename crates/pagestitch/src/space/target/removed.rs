@@ -1,4 +1,5 @@
-//! Which pages of adopted memory were let go: a bit each. Once set it stays, so what is set in whole is passed over.
+//! Which pages of adopted memory were let go: a bit each. Once set it stays, so what is set in
+//! whole is passed over.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::Ordering;
@@ -47,7 +48,8 @@ impl Removed {
         }
     }
 
-    /// Whether a span's first page is in the set, and how many from there on are so, too. Not beyond [`LOOK`] where they are not.
+    /// Whether a span's first page is in the set, and how many from there on are so, too. Not
+    /// beyond [`LOOK`] where they are not.
     pub(super) fn prefix(&self, span: Span) -> (usize, bool) {
         let (first, end) = (span.first.0, span.end().0);
         let set = self.pages[first / WORD].load(Ordering::SeqCst) >> (first % WORD) & 1 == 1;
@@ -85,7 +87,8 @@ impl Removed {
 
 const WORD: usize = u64::BITS as usize;
 const GROUP: usize = 64 * WORD;
-/// Pages that are looked at for the end of a run that is not set: as many as are ever filled at once.
+/// Pages that are looked at for the end of a run that is not set: as many as are ever filled at
+/// once.
 const LOOK: usize = 1 << 15;
 
 #[cfg(all(test, not(shuttle)))]
