@@ -42,9 +42,7 @@ fn recording() -> Recording {
 fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<(ErrorKind, &'static str)> {
     use ErrorKind::{BadOption, NotInline};
     Some(match (option, server, adopted) {
-        ("writable and hardware_read_only", _, _) => {
-            (BadOption, "leave out one of writable() and hardware_read_only()")
-        }
+        ("writable and hardware_read_only", _, _) => (BadOption, "leave out one of the two"),
         ("writable", _, true) => (BadOption, "leave out writable()"),
         ("hardware_read_only", _, true) => (BadOption, "leave out hardware_read_only()"),
         ("dumped", _, true) => (BadOption, "leave out dumped()"),

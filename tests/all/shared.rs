@@ -223,7 +223,7 @@ fn a_read_only_file_is_shown_in_place_and_refuses_writes() {
     let error = region.write_at(0, b"no").unwrap_err();
     assert!(error.to_string().contains("region r is read-only: build it writable()"), "{error}");
     let error = Region::builder().name("r").chunk(exe()).writable().build_shared(&pool).unwrap_err();
-    assert!(error.to_string().contains("open it for writing too, or show it copy-on-write"), "{error}");
+    assert!(error.to_string().contains("open it for writing too, or map it copy_on_write()"), "{error}");
     let copied = Region::builder().chunk(Chunk::copy_on_write(exe())).writable().build_shared(&pool).unwrap();
     copied.write_at(0, b"mine").unwrap();
 }
