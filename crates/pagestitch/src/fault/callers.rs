@@ -1,8 +1,9 @@
-//! Callers' threads that fill pages themselves, in `populate`, `read_at` and `retry_failed`: which pages each is at.
+//! The pages that callers' threads fill themselves, in `populate`, `read_at` and `retry_failed`.
 //!
-//! A signal handler of the application may interrupt such a thread, and touch a page that the thread has claimed: the claim then
-//! waits for the handler, and the handler's access for the claim. Whoever serves the access finds that out here, and installs the page
-//! beside the claim. A handler reads it, too: it takes no lock, and needs no thread-local storage.
+//! A signal handler of the application may interrupt such a thread and touch a page that the thread
+//! has claimed. The claim then waits for the handler, and the handler for the claim. The worker
+//! that serves the handler's fault detects this here, and installs the page beside the claim.
+//! Signal handlers read this table too, so it takes no lock and needs no thread-local storage.
 
 use crate::space::Mapping;
 use nix::unistd::gettid;
@@ -10,11 +11,11 @@ use pagestitch_kernel::{Page, Span};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-/// Pages that a thread is at, until it is dropped.
+/// Marks the pages that this thread fills, until it is dropped.
 pub(crate) struct Mark(Option<&'static Slot>);
 
 struct Slot {
-    /// Its number, or 0.
+    /// The kernel's number of the thread; 0 if the slot is free.
     thread: AtomicU32,
     region: AtomicUsize,
     first: AtomicUsize,
@@ -22,8 +23,9 @@ struct Slot {
 }
 
 impl Mark {
-    /// Made before pages are claimed: a signal may come in the very moment that they are. Where so many threads are at it that there
-    /// is no room, none is made, and a handler that touches these pages waits for ever.
+    /// Create it before the pages are claimed, because a signal may arrive right after the claim.
+    /// If all slots are taken, the pages stay unmarked, and a handler that touches them waits
+    /// forever.
     pub(crate) fn new(region: &Mapping, span: Span) -> Self {
         let thread = this_thread();
         let start = thread as usize % SLOTS.len();
@@ -43,7 +45,7 @@ impl Mark {
 impl Drop for Mark {
     fn drop(&mut self) {
         if let Some(slot) = self.0 {
-            // First, so that it never stands for pages of another mark.
+            // Before the thread: the slot's next owner must never meet this mark's pages.
             slot.pages.store(0, Ordering::SeqCst);
             slot.thread.store(0, Ordering::SeqCst);
         }
@@ -68,12 +70,12 @@ impl Slot {
     }
 }
 
-/// Whether a thread has called for a page, and fills it.
+/// Whether a thread is filling a page itself.
 pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
     SLOTS.iter().any(|slot| slot.holds(thread, region, page))
 }
 
-/// The kernel's number of this thread. A system call, which a signal handler may make.
+/// The kernel's number of this thread. Async-signal-safe: a plain system call.
 pub(crate) fn this_thread() -> u32 {
     gettid().as_raw().cast_unsigned()
 }

@@ -1,15 +1,15 @@
-//! A limit on fetches.
+//! The limit on concurrent fetches.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// How many fetches may be under way at once, over all regions of a pool.
+/// Limits the concurrent fetches over all regions of a pool.
 #[derive(Debug)]
 pub(crate) struct FetchSemaphore {
     left: AtomicUsize,
 }
 
-/// The permission for one, until it is dropped.
+/// The permit of one fetch, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Permit(Arc<FetchSemaphore>);
 
@@ -18,7 +18,7 @@ impl FetchSemaphore {
         Self { left: AtomicUsize::new(most) }
     }
 
-    /// One more, if it may be.
+    /// Takes a permit; `None` at the limit.
     pub(crate) fn take(self: &Arc<Self>) -> Option<Permit> {
         let one_less = |left: usize| left.checked_sub(1);
         let taken = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less);

@@ -1,4 +1,4 @@
-//! Fill: what bytes a span of pages holds, from however many chunks it takes.
+//! Fill: finds the bytes of a span of pages, from one chunk or several.
 //!
 //! ```text
 //!   page:    |----- 0 -----|----- 1 -----|----- 2 -----|----- 3 -----|
@@ -6,9 +6,9 @@
 //!   fill:     copy          copy          gathered      buffered / copy
 //! ```
 //!
-//! A page inside one chunk takes the shortest way its source has. A page over several, or with a ragged end, is
-//! gathered in a buffer. A whole block is staged: filled in a huge page, to move in at once. Nothing is allocated unless a
-//! source fails.
+//! A page inside one chunk uses the cheapest method that its source allows. A page that several
+//! chunks share, or that the region's end cuts, is gathered in a buffer. A whole block is staged:
+//! filled in a huge page that moves in at once. Only a failing source makes it allocate.
 
 use crate::error::Failure;
 use crate::guard::{discard, guarded};
@@ -20,31 +20,32 @@ use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::io;
 use std::ops::Range;
 
-/// The bytes of the first `pages` pages of the span that was asked for.
+/// The bytes of the leading `pages` pages of the requested span.
 pub(crate) struct Filled<'a> {
     pub(crate) pages: usize,
     pub(crate) content: Content<'a>,
 }
 
-/// Where the bytes of some pages are.
+/// The place of the bytes of some pages.
 pub(crate) enum Content<'a> {
     /// In a source's own memory.
     Copy(MemoryBytes<'a>, Range<usize>),
-    /// In the buffer: read there from one source.
+    /// In the buffer, read from one source.
     Buffered(&'a [u8]),
-    /// In the buffer: gathered there from several chunks.
+    /// In the buffer, gathered from several chunks.
     Gathered(&'a [u8]),
-    /// In a huge page that can move.
+    /// In a staged huge page that can move.
     StagedMove(&'a mut Staging),
-    /// In donated pages, from an offset on: they can move.
+    /// In donated pages that can move, from an offset in bytes on.
     Move(&'a Donated, u64),
-    /// In the memfd that is mapped there: they only need to be shown.
+    /// In the memfd that is mapped there: the kernel only has to map its pages.
     Continue,
-    /// Nowhere: they are zeros.
+    /// The bytes are zeros.
     Zero,
 }
 
-/// Where whoever fills puts bytes together. Made before the first fault: nothing is allocated later.
+/// The buffers of a thread that fills pages. Created before its first fault, so that faults
+/// allocate nothing.
 #[derive(Debug)]
 pub(crate) struct Buffers {
     pages: Vec<u8>,
@@ -57,10 +58,10 @@ impl Buffers {
     }
 }
 
-/// Finds the bytes of as many pages as go one way, starting at the span's first; at least one page.
+/// Finds the bytes of the leading pages of a span that one method can install, at least one page.
 ///
-/// If a source fails for several pages at once, it is asked for the first alone: only the page that cannot be
-/// filled is lost.
+/// If a source fails for several pages at once, the first page is read alone, so that only pages
+/// that cannot be read fail.
 pub(crate) fn fill<'a>(
     region: &'a Mapping,
     span: Span,
@@ -133,14 +134,15 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
     }
 }
 
-/// The first pages of a span that are alike: let go by their owner, and zeros since, or not.
+/// The leading pages of a span that are alike: all discarded by their owner, and zeros since
+/// (true), or none of them.
 fn as_it_is(region: &Mapping, span: Span) -> (Span, bool) {
     let Some(adopted) = region.target.foreign() else { return (span, false) };
     let (pages, removed) = adopted.removed_prefix(span);
     (span.prefix(pages), removed)
 }
 
-/// One page of hugetlbfs. There is no zero page of that size: zeros are copied, too.
+/// Fills one page of hugetlbfs. The kernel has no zero page of that size, so zeros are copied too.
 fn fill_huge<'a>(region: &'a Mapping, span: Span, fresh: &'a mut [u8]) -> Result<Filled<'a>, Failure> {
     let page = &mut fresh[..region.page_size().bytes()];
     if as_it_is(region, span).1 {
@@ -149,8 +151,8 @@ fn fill_huge<'a>(region: &'a Mapping, span: Span, fresh: &'a mut [u8]) -> Result
     gather(&region.layout, region.page_size().offsets(span), page)
 }
 
-/// Fills a whole block from however many chunks it takes. `None` where that is not the best way, or not possible: where
-/// there are pages of zeros in it, which need no memory; where pages can move or be shown themselves; where a source
+/// Fills a whole block from one chunk or several. `None` if other methods are better: for pages of
+/// zeros, which need no memory; for pages that can move or be mapped themselves; and if a source
 /// fails, to find out for which page.
 fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()> {
     for piece in layout.pieces(offsets) {
@@ -172,8 +174,8 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
     Some(())
 }
 
-/// Finds the bytes of one page without a lock, an allocation or a source's code: for the thread that has touched it, in a
-/// signal handler. `None` where they are to be gathered.
+/// Finds the bytes of one page for the faulting thread, in a signal handler: without a lock, an
+/// allocation or code of a source. `None` if they must be gathered.
 pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     let offsets = region.page_size().offsets(page.span());
     if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
@@ -188,7 +190,7 @@ pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     }
 }
 
-/// Puts a page together, likewise. `None` where a scope that lent memory has ended.
+/// Gathers one page under the same rules. `None` if the scope of borrowed memory has ended.
 pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
     let mut filled = 0;
     for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
@@ -206,7 +208,7 @@ pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u
     Some(Content::Gathered(buffer))
 }
 
-/// Bytes at a stable address, of what has any.
+/// The bytes of a source that has them at a stable address.
 fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
     match backing {
         Backing::Memory(memory) => memory.bytes_if_lent(),
@@ -220,7 +222,7 @@ fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
     }
 }
 
-/// Puts one page together, with zeros for those chunks whose sources fail and that are to be zeros then.
+/// Gathers one page, with zeros for failing chunks whose policy is [`OnFailure::Zeros`].
 pub(crate) fn fill_zeroing<'a>(
     region: &'a Mapping,
     page: Page,
@@ -242,7 +244,7 @@ fn gather<'a>(layout: &'a Layout, offsets: Range<u64>, staging: &'a mut [u8]) ->
     gather_or(layout, offsets, staging, |failure, _| Err(failure))
 }
 
-/// The same; what fails, `otherwise` fills, or not.
+/// As [`gather`]; `otherwise` fills the bytes of a chunk whose source fails, or fails the page.
 fn gather_or<'a>(
     layout: &Layout,
     offsets: Range<u64>,
@@ -266,12 +268,12 @@ fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
     asked(|| source.read_at(offset, into))
 }
 
-/// Asks a source, whose panic is its own error and not the end of the handler thread.
+/// Calls a source; its panic becomes an error instead of ending the thread.
 fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     guarded(ask).unwrap_or_else(|said| Err(io::Error::other(format!("the source panicked: {said}"))))
 }
 
-/// Pages that one read of a source can fill where no block can be staged.
+/// The most pages that one read of a source fills if no block is staged.
 const PAGES: usize = 64;
-/// Zeros that are not worth a page of their own.
+/// Holes shorter than this many bytes do not keep a block from being staged.
 const HOLE_MAX: usize = 4096;

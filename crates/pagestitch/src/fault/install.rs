@@ -1,5 +1,4 @@
-//! Resolve and settle: tell the kernel what a page is, and read its answer. The one place where an [`Outcome`]
-//! is interpreted.
+//! Install and settle: pass the bytes of pages to the kernel, and interpret its [`Outcome`].
 
 use crate::error::Failure;
 use crate::fault::fill::{Content, Filled};
@@ -18,42 +17,43 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-/// Why a claim was not settled to its end.
+/// The reason why a claim was not settled to its end.
 #[derive(Debug)]
 pub(crate) enum FillError {
-    /// The memory map is changing: events have to be read first.
+    /// The memory map is changing: the server must read its events first.
     Changing,
-    /// The kernel has no memory for the page that was asked for. Whoever waits for it sleeps on.
+    /// The kernel has no memory for the faulting page. The faulting thread still sleeps.
     NoMemory,
-    /// The source of its first page has failed, so often by now, and is asked again after a pause. Whoever waits for it sleeps on.
+    /// The source of the first page has failed `failures` times, and is to be read again after a
+    /// pause. The faulting thread still sleeps.
     Again { pause: Duration, failures: u32 },
-    /// Its first page has failed, and was poisoned.
+    /// The first page has failed and is poisoned.
     Failed(Arc<Failure>),
 }
 
-/// What to do where the kernel has no memory for a page, though there may be some in a moment.
+/// The reaction if the kernel has no memory for a page. There may be some in a moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Short {
-    /// Waits: in a thread of the caller's.
+    /// Wait and retry, on a caller's thread.
     Wait,
-    /// Says so: a worker that waits is missing elsewhere.
+    /// Return [`InstallError::NoMemory`], because a waiting worker would serve no other fault.
     Tell,
-    /// It has been waited for.
+    /// Fail the page, because it has been retried often enough.
     Fail,
 }
 
-/// Why the kernel has not installed the first page of a claim.
+/// The reason why the kernel has not installed the first page of a claim.
 #[derive(Debug)]
 pub(crate) enum InstallError {
-    /// The memory map is changing: events have to be read first.
+    /// The memory map is changing: the server must read its events first.
     Changing,
-    /// There is no memory for it, and it was not waited for.
+    /// The kernel has no memory for it, and [`Short::Tell`] was chosen.
     NoMemory,
-    /// It will not, and that is not the source's fault.
+    /// The kernel refuses the page; the source has given its bytes.
     Refused(Failure),
 }
 
-/// Installs what was filled in the first pages of the claim, and settles them.
+/// Installs the filled pages at the start of the claim, and settles them.
 pub(crate) fn install(
     region: &Mapping,
     claim: &mut Claim<'_>,
@@ -78,15 +78,15 @@ pub(crate) fn install(
     Ok(())
 }
 
-/// Why pages were not installed.
+/// The reason why pages were not installed.
 enum PutError {
     Changing,
-    /// There may be some again, when others have been reclaimed.
+    /// There may be memory again when the kernel has reclaimed some.
     NoMemory,
     Other(io::Error),
 }
 
-/// Installs as many of a span as the kernel takes at once; says how many.
+/// Installs as many leading pages of a span as the kernel takes at once; returns their number.
 fn install_some(
     region: &Mapping,
     claim: &mut Claim<'_>,
@@ -94,7 +94,7 @@ fn install_some(
     content: &mut Content<'_>,
     done: usize,
 ) -> Result<usize, PutError> {
-    // Until it is settled, nothing that its owner lets go of is taken note of.
+    // Blocks discard events until the pages are settled.
     let _held = held(region, span).map_err(|Changing| PutError::Changing)?;
     let page_bytes = region.page_size().bytes();
     let put = put(region, span, content, done * page_bytes);
@@ -103,7 +103,8 @@ fn install_some(
         Outcome::Done => span.pages,
         Outcome::Partial { bytes } => bytes / page_bytes,
         Outcome::AlreadyThere => {
-            // The kernel wakes nobody then, and the waiter may have come before the page.
+            // In this case the kernel wakes no thread, and the faulting thread may sleep since
+            // before the page was installed.
             region.wake(span.prefix(1));
             1
         }
@@ -130,19 +131,19 @@ fn install_some(
     Ok(pages)
 }
 
-/// What a page holds is not known any more: events have to be read first.
+/// The bytes of a page may have changed by a discard: the server must read its events first.
 struct Changing;
 
-/// While it is held, what pages hold stays as it is. None where it stays so anyway.
+/// Blocks discard events while it is held. `None` if discards do not change the bytes of pages.
 type Held<'r> = Option<RwLockReadGuard<'r, ()>>;
 
-/// Keeps what a span holds as it is, where others may change that. `Changing` if it was let go since it was claimed: what was
-/// filled is not what it holds.
+/// Blocks discard events of foreign memory. `Changing` if a page of the span was discarded since
+/// its claim, because the filled bytes are outdated.
 fn held(region: &Mapping, span: Span) -> Result<Held<'_>, Changing> {
     unless_invalidated(region, span, region.target.foreign().and_then(Foreign::hold))
 }
 
-/// As [`held`], for a thread that must not wait.
+/// As [`held`], for a thread that must not block: `Changing` also if the lock is taken.
 fn held_now(region: &Mapping, span: Span) -> Result<Held<'_>, Changing> {
     let held = region.target.foreign().map(Foreign::try_hold).transpose();
     unless_invalidated(region, span, held.map_err(|Busy| Changing)?.flatten())
@@ -156,7 +157,7 @@ fn unless_invalidated<'r>(region: &Mapping, span: Span, held: Held<'r>) -> Resul
     Ok(held)
 }
 
-/// Installs one page without a lock or an allocation, and settles it. False if it cannot be had.
+/// Installs one page without a lock or an allocation, and settles it. False if the kernel refuses.
 pub(crate) fn install_inline(region: &Mapping, claim: &mut Claim<'_>, content: Content<'_>) -> bool {
     let span = claim.span();
     match put_inline(region, span, content) {
@@ -165,14 +166,15 @@ pub(crate) fn install_inline(region: &Mapping, claim: &mut Claim<'_>, content: C
             count(region, span, method);
             true
         }
-        // The thread touches it again, and the claim that is dropped lets it.
+        // The thread faults again after the claim is dropped.
         Some((Outcome::Changing, _)) => true,
         _ => false,
     }
 }
 
-/// Installs one page that another call claims, and that waits for this one. Whichever comes second is told that it is there. Donated
-/// pages are not for two.
+/// Installs one page beside the claim of another call, which is interrupted and cannot proceed. The
+/// later install of the two gets `AlreadyThere`. Donated pages are refused, because they can move
+/// only once.
 pub(crate) fn install_beside(region: &Mapping, span: Span, mut content: Content<'_>) -> bool {
     let put = match content {
         Content::Move(..) => None,
@@ -184,8 +186,11 @@ pub(crate) fn install_beside(region: &Mapping, span: Span, mut content: Content<
     matches!(put, Some((Outcome::Done | Outcome::AlreadyThere | Outcome::Changing, _)))
 }
 
-/// [`put`], of what can be had in a signal handler, with little of its stack. A page that has just been missing has no mark; one that
-/// gets it meanwhile is a signal when it is touched again. To look for its failure would take a lock.
+/// As [`put`], for the contents that a signal handler can install, with little use of its stack.
+///
+/// It does not look for poison markers, because looking up a failure takes a lock. A page that has
+/// just faulted has none; a page that is poisoned meanwhile raises its signal when it is touched
+/// again.
 fn put_inline(region: &Mapping, span: Span, content: Content<'_>) -> Option<(Outcome, Method)> {
     match content {
         Content::Copy(memory, bytes) => Some((copy_inline(region, span, &memory[bytes]), Method::Copy)),
@@ -200,7 +205,8 @@ fn copy_inline(region: &Mapping, span: Span, bytes: &[u8]) -> Outcome {
     region.uffd.copy(region.target.addresses(span), bytes)
 }
 
-/// Has the kernel put content at a span, from the content's byte `done` on. `None` where donated pages are gone.
+/// Passes content to the kernel for a span, from the content's byte `done` on. `None` if donated
+/// pages are gone.
 fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize) -> Option<(Outcome, Method)> {
     let range = region.target.addresses(span);
     let part = done..done + range.bytes();
@@ -209,7 +215,7 @@ fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize) -> 
         Content::Buffered(bytes) => (region.uffd.copy(range, &bytes[part]), Method::Buffered),
         Content::Gathered(bytes) => (region.uffd.copy(range, &bytes[part]), Method::Gathered),
         Content::StagedMove(staging) => match region.uffd.move_staged(range, staging, done) {
-            // It can always be copied instead: what has not moved is still there.
+            // Bytes that have not moved are still in staging, so they can be copied instead.
             Outcome::Busy | Outcome::NoMemory | Outcome::Refused(_) => {
                 (region.uffd.copy(range, &staging.bytes()[part]), Method::Buffered)
             }
@@ -229,8 +235,8 @@ fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done: usize) -> 
     })
 }
 
-/// Moves donated pages in; where the kernel will not, copies the first one. `None` where they are gone. `marked`: whether the span's first
-/// page has the mark of a bad one.
+/// Moves donated pages in; if the kernel refuses, copies the first one. `None` if they are gone.
+/// `marked` tells whether the span's first page has a poison marker.
 fn give(
     region: &Mapping,
     span: Span,
@@ -240,7 +246,7 @@ fn give(
 ) -> Option<(Outcome, Method)> {
     if region.moves {
         match region.uffd.move_donated(region.target.addresses(span), donated, offset) {
-            // Pinned, or shared with a forked process; or a page that was never touched, or is gone.
+            // The page is pinned, shared with a forked process, was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
             Outcome::AlreadyThere if marked(region, span) => {}
             outcome => return Some((outcome, Method::Move)),
@@ -251,7 +257,8 @@ fn give(
         if marked(region, span) {
             return None;
         }
-        // It is in the region, swapped out, or it was let go there: only where nothing is can a mark be set.
+        // The page is in the region and swapped out, or was discarded there. The kernel sets a
+        // poison marker only in an empty place, which tells the two apart.
         return match region.uffd.poison(range) {
             outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Move)),
             _ => None,
@@ -264,7 +271,7 @@ fn give(
     Some((outcome, Method::Copy))
 }
 
-/// Makes a span's first page zeros, which has the mark of a bad one.
+/// Replaces the poison marker of a span's first page by zeros.
 fn zero_marked(region: &Mapping, span: Span) -> Outcome {
     match region.uffd.copy(region.target.addresses(span.prefix(1)), &ZEROS[..region.page_size().bytes()]) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: region.page_size().bytes() },
@@ -272,13 +279,13 @@ fn zero_marked(region: &Mapping, span: Span) -> Outcome {
     }
 }
 
-/// Whether a span's first page has the mark of a bad one. To a move, and to what makes zeros, that counts as a page; a copy
-/// replaces it.
+/// Whether a span's first page has a poison marker. For a move and for the zero page the marker
+/// counts as a page that is already there; a copy replaces it.
 fn is_marked(region: &Mapping, span: Span) -> bool {
     region.failure(span.first).is_some()
 }
 
-/// Poisons the claim's first page and keeps the reason. Never zeros for bytes.
+/// Poisons the claim's first page and keeps the failure.
 pub(crate) fn fail(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> FillError {
     match held(region, claim.span().prefix(1)) {
         Ok(held) => fail_held(region, claim, failure, &held),
@@ -286,7 +293,8 @@ pub(crate) fn fail(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) ->
     }
 }
 
-/// As [`fail`], for a thread that must not wait: [`FillError::Changing`] also while another thread keeps events from being read.
+/// As [`fail`], for a thread that must not block: [`FillError::Changing`] also if the lock for
+/// discard events is taken.
 pub(crate) fn fail_now(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> FillError {
     match held_now(region, claim.span().prefix(1)) {
         Ok(held) => fail_held(region, claim, failure, &held),
@@ -298,10 +306,10 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
     let page = claim.span().first;
     let failure = Arc::new(failure);
     if region.owner_has_ended() {
-        // A page that nothing can touch is not lost, and there may be millions.
+        // No thread can touch the pages of an ended owner, and there may be millions to report.
         return FillError::Failed(failure);
     }
-    // Kept first: who finds the page poisoned finds the reason.
+    // The failure is kept first: a thread that finds the page poisoned then finds the reason.
     region.keep_failure(page, Arc::clone(&failure));
     if let Some(adopted) = region.target.foreign() {
         adopted.lose(&region.name);
@@ -317,7 +325,8 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
     FillError::Failed(failure)
 }
 
-/// What becomes of a page that the kernel has not installed, and that was asked for.
+/// Turns an install error of the faulting page into the fault's error; poisons the page if the
+/// kernel refuses it.
 pub(crate) fn given_up(region: &Mapping, claim: &mut Claim<'_>, not: InstallError) -> FillError {
     match not {
         InstallError::Changing => FillError::Changing,
@@ -326,32 +335,36 @@ pub(crate) fn given_up(region: &Mapping, claim: &mut Claim<'_>, not: InstallErro
     }
 }
 
-/// Makes a span bad: who waits there, or touches it later, gets SIGBUS. Doing it twice does no harm.
+/// Poisons a span: threads that wait there, or touch it later, get SIGBUS. Repeating it is
+/// harmless.
 pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), FillError> {
     if region.uffd.features().contains(Features::POISON) {
         match region.uffd.poison(region.target.addresses(span)) {
             Outcome::Changing => return Err(FillError::Changing),
-            // Not registered: unmapped, moved, or taken away before. Something else may be there by now, and is left alone.
+            // Not registered: unmapped, moved, or revoked before. Another mapping may be there by
+            // now, which must not change.
             Outcome::Done | Outcome::AlreadyThere | Outcome::NotRegistered => {
                 region.wake(span);
                 return Ok(());
             }
-            // Nobody is there any more to be told.
+            // The process has ended, and its waiting threads with it.
             Outcome::ProcessGone if region.target.foreign().is_some() => return Ok(()),
-            // No memory for the mark: fall through to what needs none.
+            // No memory for the poison marker: fall through to revoking the page, which needs none.
             _ => {}
         }
     }
     if let Err(errno) = region.target.revoke(span) {
         if errno == Errno::EAGAIN && region.target.foreign().is_some() {
-            // A child, and nobody to be ended: the waiter tries again, when there may be memory for the mark.
+            // Memory without a known owner to kill, such as a forked child's: the waiting thread
+            // faults again, when there may be memory for the poison marker.
             return Err(FillError::Changing);
         }
         if errno == Errno::ESRCH && region.target.foreign().is_some() {
             // The owner has ended meanwhile.
             return Ok(());
         }
-        // The waiter can neither be given bytes nor a signal: what is left is zeros or a hang.
+        // The waiting thread can get neither bytes nor a signal: only zeros or a hang would be
+        // left.
         eprintln!("pagestitch: region {}: cannot take a failed page away ({errno}): aborting", region.name);
         std::process::abort();
     }
@@ -359,20 +372,20 @@ pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), FillError> {
     Ok(())
 }
 
-/// Shows a page that a file of its owner's has in its page cache.
+/// Maps a page that the page cache has, after a minor fault on a file mapping of the owner.
 pub(crate) fn show(region: &Mapping, page: Page) {
-    // Where it is there by now, or gone, the waiter tries again.
+    // If the page is mapped by now, or gone, the waiting thread faults again.
     let _ = region.uffd.continue_pages(region.target.addresses(page.span()));
     region.wake(page.span());
 }
 
-/// Lets a writer through that somebody else's protection has stopped.
+/// Lets a writer through that a write protection of the owner has stopped.
 pub(crate) fn release(region: &Mapping, page: Page) {
     let _ = region.uffd.unprotect(region.target.addresses(page.span()));
     region.wake(page.span());
 }
 
-/// Has a page fail for which there was no memory each time that it was asked for.
+/// Fails a page for which the kernel had no memory at each retry.
 pub(crate) fn fail_without_memory(region: &Mapping, claim: &mut Claim<'_>) {
     let refused = refused(region, claim.span(), Errno::ENOMEM.into());
     drop(given_up(region, claim, refused));
@@ -383,14 +396,14 @@ fn refused(region: &Mapping, span: Span, error: io::Error) -> InstallError {
     InstallError::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error))
 }
 
-/// A refusal of the kernel, as an error for people.
+/// A refusal of the kernel as an error with a cause.
 fn refusal(outcome: Outcome) -> io::Error {
     match outcome {
         Outcome::ProcessGone => {
             io::Error::new(io::ErrorKind::BrokenPipe, "the process that owns the memory has ended")
         }
         Outcome::NotRegistered => {
-            io::Error::other("the page is not mapped any more: somebody unmapped or moved part of the region")
+            io::Error::other("the page is not mapped any more: part of the region was unmapped or moved")
         }
         Outcome::SourceUnreadable => io::Error::other(
             "the source's memory cannot be read: unmapped, past a truncated file's end, an I/O error of a mapped file, or not filled (EFAULT)",
@@ -432,8 +445,9 @@ fn count(region: &Mapping, span: Span, method: Method) {
     }
 }
 
-/// How long to wait for memory, each time there is none, before that is the page's error.
+/// The pauses between retries of a page for which the kernel has no memory. After the last one it
+/// fails.
 pub(crate) const SHORT_OF_MEMORY: [Duration; 3] =
     [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
-/// A page of them, of the largest kind.
+/// A page of zeros, of the largest page size.
 static ZEROS: [u8; HUGE] = [0; HUGE];

@@ -1,4 +1,4 @@
-//! The journey of a fault. Read this page first.
+//! The journey of a fault: locate, claim, fill, install, settle, record. Read this page first.
 
 pub(crate) mod callers;
 mod fetch_semaphore;
@@ -26,8 +26,10 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Serves a fault. When it returns, whoever waits for the page runs, with its bytes or with a signal, or has been
-/// woken to fault again, or sleeps until it is served once more. Says which pages to fill ahead, if whoever it is seems to want more.
+/// Serves a fault. Returns the pages to prefetch, if the faulting thread seems to need more.
+///
+/// Afterwards the faulting thread has its bytes or a signal, or was woken to fault again, or sleeps
+/// until a queued retry or a fetch serves it.
 pub(crate) fn serve<H: Host>(
     region: &Arc<H>,
     asked: FaultRequest,
@@ -42,7 +44,7 @@ pub(crate) fn serve<H: Host>(
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
     let Some(mut claim) = claim(region, page) else {
-        // Numbers of another process's threads mean nothing here.
+        // Only thread numbers of this process can match a mark of a caller.
         let own = region.target.foreign().is_none();
         if own && region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
             fill_beside(region, page, buffers);
@@ -55,17 +57,18 @@ pub(crate) fn serve<H: Host>(
     {
         let asked = FaultRequest { place: flight.map(InFlightFault::keep), ..asked };
         fetch(region, claim, (source, offset), FetchReason::Now(asked), permit);
-        // The worker is back; the bytes take as long as they take.
+        // Only the worker's own time counts: it does not wait for the bytes.
         region.took(nanoseconds(started));
         return [prefetch.with_fault, prefetch.after_fault];
     }
-    // Alone, where it was asked for before.
+    // A repeated request fills its page alone.
     let block = region.movable_block(page).or(prefetch.with_fault).filter(|_| asked.is_first());
     if let Some(block) = block {
         claim.grow(block);
     }
     match fill_claim(region, claim, page.span(), buffers, (asked.short(), asked.failures)) {
-        // The map is changing: let who changes it finish. The page was given back and comes as a new fault.
+        // The memory map is changing: let that thread finish. The dropped claim has woken the
+        // faulting thread, which faults again.
         Err(FillError::Changing) => thread::yield_now(),
         Err(FillError::NoMemory) => {
             serve_later(region, FaultRequest { place: flight.map(InFlightFault::keep), ..asked })
@@ -81,13 +84,14 @@ pub(crate) fn serve<H: Host>(
     }
     let spent = nanoseconds(started);
     region.took(spent);
-    // What a whole block has cost is no fault's rent.
+    // The cost of a whole block says nothing about the cost of a fault.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
     [dense, prefetch.after_fault]
 }
 
-/// Fills a page whose claim waits for it: a signal handler touches what the thread that it has interrupted is filling. Where that
-/// cannot be done beside the claim, the handler gets a signal.
+/// Fills a page beside its claim. A signal handler has touched a page that the interrupted thread
+/// is filling, so the claim cannot be settled before the handler returns. If the page cannot be
+/// filled beside the claim, the handler gets SIGBUS.
 #[cold]
 fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
     let filled = fill(region, page.span(), buffers);
@@ -98,13 +102,14 @@ fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
         log!(error, region = region.name, page = page.0, what);
         let offsets = region.page_size().offsets(page.span());
         let failure = region.layout.piece_at(offsets.start, offsets.end).failed(std::io::Error::other(what));
-        // Kept first: the call that has the claim finds the mark, and the reason.
+        // The failure is kept before the page is poisoned: the claim's holder then finds the poison
+        // marker and the reason.
         region.keep_failure(page, Arc::new(failure));
         let _ = poison(region, page.span());
     }
 }
 
-/// Takes note of a first touch; says what to fill beside the page.
+/// Records a first touch; returns the pages to prefetch.
 fn on_fault(region: &Mapping, page: Page) -> Prefetch {
     if let Some(recorder) = &region.recorder {
         recorder.note(page);
@@ -114,10 +119,11 @@ fn on_fault(region: &Mapping, page: Page) -> Prefetch {
     prefetch
 }
 
-/// Fills absent pages of a span, a block at most, before anybody asks for them. Stops where a source fails: that page is
-/// nobody's yet, and asked for again when it is touched.
+/// Fills absent pages of a span, a block at most, ahead of their first touch. Stops at a page whose
+/// source fails: the page stays absent, and its first touch reads the source again.
 pub(crate) fn fill_ahead<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) {
-    // Not the time on the clock: who reads on takes this CPU now and then.
+    // Processor time instead of wall time, because the reading thread preempts this one now and
+    // then.
     let before = processor_time();
     if let Some(pages) = fill_absent(region, span, buffers) {
         let spent = processor_time().saturating_sub(before);
@@ -125,13 +131,13 @@ pub(crate) fn fill_ahead<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buf
     }
 }
 
-/// Fills absent pages that a recording tells of.
+/// Fills absent pages of a recording.
 pub(crate) fn replay<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) {
-    // What fails, or is changing, is asked for again when it is touched.
+    // A page that fails, or is changing, stays absent: its first touch reads the source again.
     let _ = fill_absent(region, span, buffers);
 }
 
-/// Fills what is absent of a span and says how many pages that were; `None` where a source fails.
+/// Fills the absent pages of a span; returns their number, or `None` if a source fails.
 fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> Option<usize> {
     let mut rest = span;
     let mut pages = 0;
@@ -141,7 +147,7 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
             return Some(pages);
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
-        // Somebody was quicker where there is no claim to be had.
+        // Without a claim, the page is no longer absent: another thread has claimed or filled it.
         let Ok(mut claim) = region.pages.claim_run(gap, &***region) else {
             rest = rest.without_prefix(1);
             continue;
@@ -163,8 +169,9 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
     }
 }
 
-/// Fills and installs every page of a claim, whose source has failed so often for the page that was asked for. On an early return the
-/// dropped claim gives back what is left and wakes its waiters; so where a source fails for a page that was not asked for.
+/// Fills and installs every page of a claim. `asked` is the faulting page, and `failures` the
+/// number of times that its source has failed. On an early return, and when a source fails for
+/// another page, the dropped claim gives back its unsettled pages and wakes their waiters.
 pub(crate) fn fill_claim(
     region: &Mapping,
     mut claim: Claim<'_>,
@@ -197,8 +204,9 @@ pub(crate) fn fill_claim(
     Ok(())
 }
 
-/// There is no memory for the first page of a claim. If what was asked for is still to come, it is given back, and nobody woken who
-/// would only fault again.
+/// Ends a claim whose first page the kernel has no memory for. If the faulting page is not
+/// installed yet, the pages are given back without waking the faulting thread, which would only
+/// fault again.
 fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), FillError> {
     if !claim.span().contains(asked.first) {
         return Ok(());
@@ -207,13 +215,13 @@ fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), FillError> {
     Err(FillError::NoMemory)
 }
 
-/// Why the first page of a claim could not be filled.
+/// The reason why the first page of a claim was not installed.
 enum StepError {
     Changing,
     NoMemory,
-    /// Its source does not give its bytes.
+    /// Its source has failed.
     Source(Failure),
-    /// The kernel does not take them.
+    /// The kernel refuses the page.
     Kernel(Failure),
 }
 
@@ -227,7 +235,7 @@ impl From<InstallError> for StepError {
     }
 }
 
-/// Fills and installs as many of the claim's first pages as go one way.
+/// Fills and installs the leading pages of the claim that one method can install.
 fn fill_and_install(
     region: &Mapping,
     claim: &mut Claim<'_>,
@@ -244,7 +252,8 @@ fn fill_and_install(
     Ok(installed?)
 }
 
-/// Does about a failure of the claim's first page what was declared. `Ok`: go on, with the same page or the next.
+/// Applies the chunk's failure policy to the claim's first page. `Ok`: continue, with the same page
+/// or the next one.
 fn apply_failure_policy(
     region: &Mapping,
     claim: &mut Claim<'_>,
@@ -271,10 +280,10 @@ fn apply_failure_policy(
                 Ok(filled) => {
                     install(region, claim, filled, short).map_err(|not| given_up(region, claim, not))?;
                     region.counters.local().pages_given_up.add(1);
-                    log!(warn, region = region.name, %failure, "zeros, as it was asked for");
+                    log!(warn, region = region.name, %failure, "page filled with zeros, because its policy is OnFailure::Zeros");
                     return Ok(());
                 }
-                // Another chunk of the page, of which that was not asked.
+                // Another chunk of the same page has failed, and its policy is not zeros.
                 Err(worse) => failure = worse,
             }
         }
@@ -292,7 +301,8 @@ fn nanoseconds(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What is filled at once: a huge page, at which the kernel's cost of a call no longer shows.
+/// The most pages filled at once: those of a huge page, at which the cost of a system call is
+/// negligible.
 pub(crate) const BLOCK_PAGES: usize = 512;
-/// Spreads numbers that are close to each other.
+/// Multiplier that spreads close numbers (2^64 divided by the golden ratio).
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

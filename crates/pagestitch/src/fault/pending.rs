@@ -1,4 +1,5 @@
-//! Pages whose bytes come later: the claim on them, held until the source answers. The rest of the fault's journey is that of any.
+//! Asynchronous fetches: a claim that is held until the source replies. The reply then takes the
+//! same steps as any fault.
 
 use crate::error::Failure;
 use crate::fault::fetch_semaphore::Permit;
@@ -16,11 +17,11 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Pages that somebody is getting the bytes of.
+/// Claimed pages whose bytes a source is fetching.
 #[derive(Debug)]
 pub(crate) struct Pending<H> {
     region: Arc<H>,
-    /// Dropping the region waits for the answer.
+    /// Makes the region's drop wait for the reply.
     _guard: OwnedGateGuard,
     span: Span,
     wanted: FetchReason,
@@ -28,12 +29,12 @@ pub(crate) struct Pending<H> {
     _permit: Option<Permit>,
 }
 
-/// Why pages are fetched.
+/// The reason why pages are fetched.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum FetchReason {
-    /// A thread waits for them: its fault.
+    /// The fault of a thread that waits for the page.
     Now(FaultRequest),
-    /// A reader is on its way.
+    /// A prefetch.
     Ahead,
 }
 
@@ -45,7 +46,7 @@ impl FetchReason {
     }
 }
 
-/// Has a source begin to get the bytes of a claim's pages, all of which are in one chunk of it.
+/// Requests the bytes of a claim's pages from their source. All of them lie in one chunk.
 pub(crate) fn fetch<H: Host>(
     region: &Arc<H>,
     claim: Claim<'_>,
@@ -53,13 +54,14 @@ pub(crate) fn fetch<H: Host>(
     wanted: FetchReason,
     permit: Option<Permit>,
 ) {
-    // A region that is being dropped needs no page any more: the claim is given back.
+    // A region that is being dropped needs no page any more: dropping the claim gives its pages
+    // back.
     let Some(guard) = region.enter_owned() else { return wanted.finish(region) };
     let began = region.counters.clock();
     let span = claim.keep();
     let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
     let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span));
-    // If it panics, the reply is dropped on the way, which is an answer.
+    // If the source panics, the reply is dropped, which fails the request.
     quietly(|| source.0.fetch(offset, reply));
 }
 
@@ -69,7 +71,8 @@ impl<H: Host> Complete for Pending<H> {
         let Self { region, span, wanted, began, .. } = self.as_ref();
         region.counters.took(Part::Fill, *began);
         let mut claim = region.pages.resume(*span, &***region);
-        // Where it is not settled to its end, the claim is given back when it is dropped, and who waits faults again.
+        // If the claim is not settled to its end, its drop gives the pages back, and the waiting
+        // threads fault again.
         let began = region.counters.clock();
         match answer {
             Ok(bytes) => {

@@ -1,4 +1,4 @@
-//! A request for a page, and the server that it is handled for.
+//! A request to serve a fault, and the trait through which faults use their server.
 
 use crate::fault::fetch_semaphore::Permit;
 use crate::fault::install::{SHORT_OF_MEMORY, Short, fail_without_memory, poison};
@@ -11,35 +11,38 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What a fault needs of the server that it is handled for: the one way up from this room.
+/// The services that a fault needs from its server. The fault layer calls the serve layer only
+/// through this trait.
 pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'static {
-    /// Whether one more fetch may be under way, and the permission where there is a limit. `None`: the source is waited for.
+    /// Whether one more asynchronous fetch may start; with its permit, if there is a limit. `None`:
+    /// the worker waits for the source.
     fn may_fetch(&self) -> Option<Option<Permit>>;
 
-    /// Has a fault handled once more, after `wait`. False where too many wait.
+    /// Queues a fault to be served again after `wait`. False if the queue is full.
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool;
 
-    /// Takes note of how long a fault took, in nanoseconds.
+    /// Records the time that a fault took, in nanoseconds.
     fn took(&self, ns: u64);
 }
 
-/// What a fault asks for: a page. And when a worker read of it.
+/// A fault to be served: its page, its thread, and the time at which a worker read it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct FaultRequest {
     pub(crate) page: Page,
     pub(crate) read: Instant,
-    /// The thread that waits, by the kernel's number.
+    /// The kernel's number of the faulting thread.
     pub(crate) thread: u32,
-    /// Its place among the faults in flight, if it has one. It lands there when it is served.
+    /// Its slot among the faults in flight, if it has one. The slot is freed when the fault is
+    /// served.
     pub(crate) place: Option<usize>,
-    /// How often there was no memory for it.
+    /// The number of times that the kernel had no memory for the page.
     pub(crate) tries: usize,
-    /// How often its source has failed.
+    /// The number of times that the page's source has failed.
     pub(crate) failures: u32,
 }
 
 impl FaultRequest {
-    /// What to do where there is no memory for its page.
+    /// The reaction if the kernel has no memory for the page.
     pub(crate) const fn short(&self) -> Short {
         if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
     }
@@ -49,7 +52,8 @@ impl FaultRequest {
     }
 }
 
-/// Has a worker ask a source again after a pause. It serves other faults meanwhile; where too many faults wait for a time, it sleeps.
+/// Queues a fault whose source has failed, to be read again after a pause. The worker serves other
+/// faults meanwhile; if the queue is full, it sleeps.
 pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: FaultRequest, pause: Duration) {
     let mut wait = pause;
     while !region.handle_later(asked, wait) {
@@ -58,7 +62,8 @@ pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: FaultRequest, pause: Du
     }
 }
 
-/// Has a fault served once more when there may be memory for its page. Where too many wait for that, the page fails.
+/// Queues a fault to be served again when there may be memory for its page. If the queue is full,
+/// the page fails.
 pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
     let wait = SHORT_OF_MEMORY[asked.tries];
     let again = FaultRequest { tries: asked.tries + 1, ..asked };
@@ -70,7 +75,8 @@ pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
     }
 }
 
-/// Claims the page of a fault. `None`: somebody else fills it, or it is there, and the waiter was or will be woken.
+/// Claims the page of a fault. `None`: another thread fills it, or it is present or poisoned; the
+/// faulting thread was or will be woken.
 pub(super) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
     match region.pages.claim_touched(page, region, || region.is_resident(page)) {
         Ok(claim) => return Some(claim),
@@ -79,12 +85,12 @@ pub(super) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
             region.counters.local().late.add(1);
             region.wake(page.span());
         }
-        // The thread had been queued by then. Poisoning once more wakes it into its signal, and is right also where the
-        // mark was let go since.
+        // The thread faulted before the page was poisoned. Poisoning again wakes it into its
+        // signal, also if the poison marker was discarded since.
         Err(Unclaimed::Poisoned) => drop(poison(region, page.span())),
     }
     None
 }
 
-/// Until a fault that waits for a time may have made room for another.
+/// The pause after which a queued fault may have left the queue.
 const MOMENT: Duration = Duration::from_millis(1);
