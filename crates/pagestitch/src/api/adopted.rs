@@ -36,8 +36,7 @@ use std::sync::Arc;
 /// let (uffd, address) = receive();                     // SCM_RIGHTS, see unix(7)
 /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30);
 /// let region = Region::builder().name("guest").chunk(FileSource::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
-/// region.finish()?;                                    // fills the pages still absent, and
-/// releases the memory
+/// region.finish()?;                                    // fills the absent pages, releases the memory
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
 pub struct AdoptedRegion {
