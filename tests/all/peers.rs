@@ -1,7 +1,9 @@
 //! Hostile peers of the Firecracker handler, one attack a test. A peer may harm its own guest, and
 //! nothing else.
 
-use crate::firecracker::{PAGES, bound, connect, describe, expected, snapshot_in, start, start_with};
+use crate::firecracker::{
+    PAGES, bound, connect, describe, expected, snapshot_in, start, start_impatient, start_with,
+};
 use crate::handler::RunningHandler;
 use crate::{HANG, PAGE, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
@@ -219,7 +221,8 @@ fn a_refused_guest_gets_a_signal() {
         println!("read a byte: {}", guest.read((pages - 1) * PAGE));
     });
     for (loss, signal) in [(OnUnavailable::Poison, signal_of_lost_page()), (OnUnavailable::Kill, SIGKILL)] {
-        let running = start_with(loss, OnStop::Finish);
+        // The incomplete handshake times out.
+        let running = start_impatient(loss);
         let start =
             |what: &str| (what.to_owned(), body.spawn(format!("{what} {}", running.socket().display())));
         let guests: Vec<_> = ["garbage", "incomplete", "gap", "smaller", "larger"].map(start).into();

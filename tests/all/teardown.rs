@@ -378,18 +378,19 @@ fn dropped_regions_leave_no_descriptors_threads_or_mappings() {
         };
         let count = |what: &str| fs::read_dir(format!("/proc/self/{what}")).unwrap().count();
         let maps = || fs::read_to_string("/proc/self/maps").unwrap().lines().count();
-        // Rounds until the allocator has all arenas that so many threads use.
         (0..20).for_each(|_| round());
         until(|| count("task") <= 2);
-        let before = (count("fd"), count("task"), maps());
+        let before = (count("fd"), count("task"));
         (0..20).for_each(|_| round());
         assert_eq!(count("fd"), before.0, "descriptors");
         // A joined thread may be listed for a moment longer.
         until(|| count("task") <= before.1);
-        // Dropped regions keep their addresses closed for a moment.
+        // The allocator takes more arenas, and the C library keeps more stacks, when more threads meet.
+        // Both have a limit. A leak of one mapping in each round has none.
         until(|| {
-            drop(Region::builder().chunk(pattern(1, 20_000)).build(&few_workers()));
-            maps() <= before.2 + 4
+            let before = maps();
+            (0..20).for_each(|_| round());
+            maps() <= before + 4
         });
     });
     end.expect_pass();

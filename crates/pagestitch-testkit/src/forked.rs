@@ -10,7 +10,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 pub struct ForkedChild(Pid);
 
 impl ForkedChild {
-    /// Starts a child that exits with the code of `body`, or with 101 if `body` panics. SIGALRM kills it after half a minute.
+    /// Starts a child that exits with the code of `body`, or with 101 if `body` panics. SIGALRM
+    /// kills it after five minutes, which no child takes on a loaded machine.
     ///
     /// # Panics
     ///
@@ -22,7 +23,7 @@ impl ForkedChild {
         match unsafe { fork() }.expect("a process") {
             ForkResult::Parent { child } => Self(child),
             ForkResult::Child => {
-                alarm::set(30);
+                alarm::set(300);
                 // A panic must not unwind into the frames of the parent, because the thread would end
                 // there, and with it the child: with code 0.
                 let code = catch_unwind(AssertUnwindSafe(body)).unwrap_or(PANICKED);
