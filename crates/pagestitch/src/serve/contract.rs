@@ -6,7 +6,7 @@ use pagestitch_kernel::Features;
 use std::fmt;
 use std::sync::Arc;
 
-/// Serves the faults of regions. A loop of the application's is a [`Manual`]: a kind of its own is not for users.
+/// Serves the faults of regions. A loop of the application's is a [`Manual`](crate::Manual).
 pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
     /// What errors call it.
     fn noun(&self) -> &'static str;
