@@ -267,7 +267,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build), but for [`ErrorKind::Shared`]; [`ErrorKind::File`] if a
+    /// As [`build`](Self::build), without [`ErrorKind::Shared`]; also [`ErrorKind::File`] if a
     /// [`writable`](Self::writable) region maps a file that is open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
         let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;

@@ -24,8 +24,8 @@ pub(crate) enum FillError {
     Changing,
     /// The kernel has no memory for the faulting page. The faulting thread still sleeps.
     NoMemory,
-    /// The source of the first page has failed `failures` times, and is to be read again after a
-    /// pause. The faulting thread still sleeps.
+    /// The source of the first page has failed `failures` times; the server reads it again after
+    /// `pause`. The faulting thread still sleeps.
     Again { pause: Duration, failures: u32 },
     /// The first page has failed and is poisoned.
     Failed(Arc<Failure>),

@@ -1,5 +1,5 @@
-//! Balloons: the owner of adopted memory lets go of a page while workers fill it. It runs on as soon as its event is read, so what is put
-//! into the page from then on has to be zeros.
+//! Balloons: the owner of adopted memory discards a page while workers fill it. The owner runs on
+//! as soon as its event is read, so only zeros may be installed in the page from then on.
 
 use super::kernel::{Answer, Content, Found, Kernel};
 use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
@@ -40,7 +40,8 @@ impl Owned {
         }
     }
 
-    /// As `fill` and `install` do: what the page is to hold, then whether it still is.
+    /// The steps of `fill` and `install`: chooses the page's bytes, then checks that they are still
+    /// right.
     fn fill(&self, mut claim: Claim<'_>) {
         let page = claim.span().first;
         let (_, removed) = self.adopted.removed_prefix(page.span());
@@ -62,7 +63,7 @@ impl Owned {
 }
 
 #[test]
-fn what_was_let_go_of_is_zeros_from_then_on() {
+fn a_discarded_page_is_zeros_from_then_on() {
     explore("a balloon", || {
         let table = PageTable::new(NonZeroUsize::MIN).unwrap();
         let owned = Arc::new(Owned { table, adopted: Foreign::of_pages(1), kernel: Kernel::new(1) });
@@ -73,7 +74,7 @@ fn what_was_let_go_of_is_zeros_from_then_on() {
         let workers = [spawn(Owned::work), spawn(Owned::work)];
         let owners = [
             spawn(|owned| {
-                // Another processor of the guest's: what it has seen to be zeros stays so.
+                // Another processor of the guest: once it has seen zeros, it sees zeros.
                 let mut gone = false;
                 for _ in 0..2 {
                     let found = owned.kernel.touch(Page(0));

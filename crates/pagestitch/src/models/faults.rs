@@ -1,4 +1,5 @@
-//! Faults: threads touch pages and let go of them, workers fill, somebody populates. One page's source fails.
+//! Faults: threads touch and discard pages, workers fill them, a caller populates. One page's
+//! source fails.
 
 use super::kernel::{Answer, Content, Found, Kernel};
 use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
@@ -8,11 +9,11 @@ use shuttle::thread;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-/// A region: what is known of its pages, and the kernel's side of it.
+/// A region: its page table, and the kernel's side of its pages.
 pub(super) struct Region {
     pub(super) table: PageTable,
     pub(super) kernel: Kernel,
-    /// Its source fails.
+    /// The page whose source fails.
     bad: Option<Page>,
 }
 
@@ -22,7 +23,7 @@ impl Region {
         Arc::new(Self { table, kernel: Kernel::new(pages), bad })
     }
 
-    /// As a worker does: what has changed first, then the faults.
+    /// The loop of a worker: handles discards first, then faults.
     fn work(&self) {
         while let Some(events) = self.kernel.read() {
             events.removed.into_iter().for_each(|page| self.table.invalidate(page.span()));
@@ -35,7 +36,7 @@ impl Region {
         match claim {
             Ok(claim) => {
                 if !self.fill(claim) {
-                    // Whoever changes the map is to get on.
+                    // Let the thread that changes the map proceed.
                     thread::yield_now();
                 }
             }
@@ -45,7 +46,7 @@ impl Region {
         }
     }
 
-    /// Fills a claim page by page; false if the map is changing, and what is left was given back.
+    /// Fills a claim page by page. False if the map is changing; the other pages are given back.
     fn fill(&self, mut claim: Claim<'_>) -> bool {
         while !claim.span().is_empty() {
             let page = claim.span().first;
@@ -71,7 +72,7 @@ impl Region {
         answer
     }
 
-    /// Fills what is absent, and once more what turns out to be missing then.
+    /// Fills the absent pages, and again the pages that the kernel lacks afterwards.
     fn populate(&self, span: Span) {
         self.populate_once(span);
         let missing = |page: &Page| !self.kernel.is_resident(*page);
@@ -109,7 +110,7 @@ impl Region {
     }
 }
 
-/// Runs some threads beside `workers`; when they have ended, nothing is claimed any more.
+/// Runs threads beside `workers`, and checks that no page is claimed after they end.
 fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region); N]) {
     let spawn = |body: fn(&Region)| {
         let region = Arc::clone(region);
@@ -125,8 +126,8 @@ fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region
 pub(super) const BOTH: Span = Span { first: Page(0), pages: 2 };
 
 #[test]
-fn one_page_one_worker_and_who_lets_go_of_it() {
-    explore("a page that is let go", || {
+fn one_worker_fills_a_page_that_is_discarded() {
+    explore("a discarded page", || {
         run(
             &Region::new(1, None),
             1,
@@ -136,8 +137,8 @@ fn one_page_one_worker_and_who_lets_go_of_it() {
 }
 
 #[test]
-fn two_workers_one_page_two_threads_and_who_lets_go_of_it() {
-    explore("two workers, and a page that is let go", || {
+fn two_workers_fill_a_page_that_two_threads_touch_and_one_discards() {
+    explore("two workers, and a discarded page", || {
         let touches = |region: &Region| region.expect(Page(0));
         run(
             &Region::new(1, None),
@@ -151,7 +152,7 @@ fn two_workers_one_page_two_threads_and_who_lets_go_of_it() {
 }
 
 #[test]
-fn a_page_that_somebody_else_shows_wakes_its_waiters() {
+fn a_page_that_another_process_maps_wakes_its_waiters() {
     explore("a page that appears", || {
         let touches = |region: &Region| region.expect(Page(0));
         run(
@@ -167,8 +168,8 @@ fn a_page_that_somebody_else_shows_wakes_its_waiters() {
 }
 
 #[test]
-fn populate_and_faults_and_letting_go() {
-    explore("populate, faults and letting go", || {
+fn populate_runs_beside_faults_and_discards() {
+    explore("populate, faults and discards", || {
         run(
             &Region::new(2, None),
             2,
@@ -188,8 +189,8 @@ fn populate_and_faults_and_letting_go() {
 }
 
 #[test]
-fn what_was_let_go_of_is_there_when_it_was_populated() {
-    explore("letting go, and populate", || {
+fn a_discarded_page_is_present_after_populate() {
+    explore("discard, and populate", || {
         run(
             &Region::new(2, None),
             2,
@@ -198,7 +199,7 @@ fn what_was_let_go_of_is_there_when_it_was_populated() {
                     region.populate(BOTH);
                     region.kernel.remove(Page(1));
                     region.populate(BOTH);
-                    // Nobody else lets go of anything.
+                    // No other thread discards pages.
                     assert!(region.kernel.is_resident(Page(0)) && region.kernel.is_resident(Page(1)));
                 },
                 |region| region.expect(Page(1)),
@@ -208,8 +209,8 @@ fn what_was_let_go_of_is_there_when_it_was_populated() {
 }
 
 #[test]
-fn a_page_whose_source_fails_is_a_signal_whatever_becomes_of_it() {
-    explore("a bad page", || {
+fn touching_a_page_whose_source_fails_is_a_signal_also_after_discards() {
+    explore("a poisoned page", || {
         run(
             &Region::new(2, Some(Page(1))),
             2,

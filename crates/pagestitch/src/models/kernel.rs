@@ -1,20 +1,21 @@
-//! The kernel, as far as a fault is concerned: what `userfaultfd(2)` and `mm/userfaultfd.c` say, under one lock.
+//! A model of the kernel's part in faults, after `userfaultfd(2)` and `mm/userfaultfd.c`, under one
+//! lock.
 
 use crate::space::page_table::Wake;
 use pagestitch_kernel::{Page, Span};
 use shuttle::sync::{Condvar, Mutex, MutexGuard};
 use std::mem;
 
-/// What a thread finds at an address.
+/// The result of touching a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Found {
-    /// Those of its source.
+    /// The bytes of its source.
     Bytes,
-    /// Zeros that were put there, as what its owner let go of holds.
+    /// Zeros that were installed, as the bytes of a discarded page.
     Discarded,
     /// SIGBUS, or SIGSEGV.
     Signal,
-    /// What the kernel shows where a uffd was closed over a missing page: what must never be seen.
+    /// The kernel's zeros for a missing page after its uffd is closed; no thread may ever see them.
     Zeros,
 }
 
@@ -25,7 +26,7 @@ pub(super) enum Answer {
     Changing,
 }
 
-/// What is put into a page.
+/// The bytes that are installed in a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
     Bytes,
@@ -39,7 +40,7 @@ enum Entry {
     Marked,
 }
 
-/// What has happened, in the order in which it is to be acted on.
+/// The events of one read, in the order in which the worker handles them.
 #[derive(Debug, Default)]
 pub(super) struct Events {
     pub(super) removed: Vec<Page>,
@@ -55,15 +56,16 @@ pub(super) struct Kernel {
 #[derive(Debug)]
 struct State {
     entries: Vec<Entry>,
-    /// Pages that somebody has waited in.
+    /// Pages in which a thread has waited.
     touched: Vec<Page>,
-    /// Threads that wait in a page; each has a number.
+    /// Waiting threads, by a number, and their pages.
     waiting: Vec<(usize, Page)>,
-    /// Those of them, by number, of which nobody has read yet.
+    /// Waiting threads whose fault is unread.
     unread: Vec<(usize, Page)>,
-    /// Removals of which nobody has read yet.
+    /// Discards whose event is unread.
     removals: Vec<(usize, Page)>,
-    /// Removals that were begun and whose event was not taken note of by who removes.
+    /// Discards in progress: begun, and not continued yet by the discarding thread after its event
+    /// was read.
     changing: usize,
     next: usize,
     fenced: bool,
@@ -88,7 +90,7 @@ impl Kernel {
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// A thread touches a page, and waits as long as it is missing and nobody wakes it.
+    /// Touches a page; waits until the page is present or the thread is woken.
     pub(super) fn touch(&self, page: Page) -> Found {
         let mut state = self.lock();
         loop {
@@ -111,7 +113,7 @@ impl Kernel {
         }
     }
 
-    /// `madvise(MADV_DONTNEED)`: the event first, and the page when somebody has read of it.
+    /// `madvise(MADV_DONTNEED)`: sends the event, and discards the page after the event is read.
     pub(super) fn remove(&self, page: Page) {
         let mut state = self.lock();
         let number = state.number();
@@ -126,12 +128,13 @@ impl Kernel {
         self.lock().entries[page.0] = Entry::Missing;
     }
 
-    /// Waits until there is something to read, and reads it, unless somebody else was quicker; none if it is over.
+    /// Waits for events and reads them; none are left if another worker was faster. `None` after
+    /// the stop.
     pub(super) fn read(&self) -> Option<Events> {
         self.wait_for_event().then(|| self.read_now())
     }
 
-    /// Epoll: waits until there is something to read; false if it is over.
+    /// Epoll: waits until an event is unread. False after the stop.
     pub(super) fn wait_for_event(&self) -> bool {
         let mut state = self.lock();
         while state.unread.is_empty() && state.removals.is_empty() {
@@ -143,7 +146,7 @@ impl Kernel {
         true
     }
 
-    /// Epoll: waits until somebody has touched a page.
+    /// Epoll: waits until a thread has waited in a page.
     pub(super) fn wait_for_fault(&self, page: Page) {
         let mut state = self.lock();
         while !state.touched.contains(&page) {
@@ -151,7 +154,7 @@ impl Kernel {
         }
     }
 
-    /// `read(2)`, of a descriptor that does not block.
+    /// `read(2)` of a non-blocking descriptor.
     pub(super) fn read_now(&self) -> Events {
         let mut state = self.lock();
         let pages =
@@ -161,12 +164,12 @@ impl Kernel {
         events
     }
 
-    /// UFFDIO_COPY: wakes who waits, but not where the page is there already.
+    /// UFFDIO_COPY: wakes the waiting threads, except if the page is already there.
     pub(super) fn copy(&self, page: Page, content: Content) -> Answer {
         self.set(page, Entry::Present(content), |entry| matches!(entry, Entry::Present(_)))
     }
 
-    /// Somebody else shows the page, as of a memfd, and wakes nobody.
+    /// The page appears without a fill of ours, like a page of a memfd; no thread is woken.
     pub(super) fn appear(&self, page: Page) {
         let entry = &mut self.lock().entries[page.0];
         if *entry == Entry::Missing {
@@ -196,12 +199,12 @@ impl Kernel {
         matches!(self.lock().entries[page.0], Entry::Present(_))
     }
 
-    /// The range becomes inaccessible. Who waits goes on waiting.
+    /// The range becomes inaccessible. Waiting threads still wait.
     pub(super) fn fence(&self) {
         self.lock().fenced = true;
     }
 
-    /// `close(2)` of the uffd: who waits goes on, as in any memory.
+    /// `close(2)` of the uffd: waiting threads continue, and read zeros as in any memory.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
@@ -209,7 +212,7 @@ impl Kernel {
         self.wake_in(&mut state, all);
     }
 
-    /// Nobody touches anything any more: who reads goes home.
+    /// Ends the run: no thread touches pages any more, and the workers return.
     pub(super) fn stop(&self) {
         self.lock().stopped = true;
         self.changed.notify_all();

@@ -1,11 +1,12 @@
-//! Models, for a model checker: the page table, its claims, the gate and the turns as they are, with a kernel of a few lines.
+//! Models for a model checker: the real page table, claims, gate and read turns, with a small model
+//! of the kernel.
 //! `ci/models` runs them.
 //!
-//! | model | what has to hold in every order of steps |
+//! | model | property that holds in every interleaving |
 //! |---|---|
-//! | `faults` | who touches a page gets its bytes, or a signal where its source fails; nobody waits for ever |
-//! | `teardown` | who waits when a region is dropped gets a signal, and never zeros |
-//! | `balloon` | what the owner of adopted memory lets go of holds zeros from then on, and never again what it held |
+//! | `faults` | a thread that touches a page gets its bytes, or a signal if its source fails; no thread waits forever |
+//! | `teardown` | a thread that waits in a fault while its region is dropped gets a signal or its bytes, and never zeros |
+//! | `balloon` | a page that the owner of adopted memory has discarded reads as zeros from then on |
 //! | `turns` | no event is left unread |
 
 mod balloon;

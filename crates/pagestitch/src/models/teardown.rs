@@ -1,4 +1,4 @@
-//! Teardown: threads wait in pages while the region is dropped, step by step as in `api/core.rs`.
+//! Teardown: threads wait in faults while the region is dropped, in the steps of `api/core.rs`.
 
 use super::faults::{BOTH, Region};
 use super::kernel::Found;
@@ -13,9 +13,9 @@ use std::sync::Arc;
 struct Dropped {
     region: Arc<Region>,
     gate: Gate,
-    /// Sources may be gone, too.
+    /// Sources may be gone.
     gone: AtomicBool,
-    /// Memory of somebody else's: what is missing is made bad, instead of all being fenced.
+    /// Foreign memory: absent pages are poisoned, instead of a fence over the range.
     adopted: bool,
 }
 
@@ -24,14 +24,14 @@ impl Dropped {
         while let Some(events) = self.region.kernel.read() {
             let Some(_guard) = self.gate.enter() else { return };
             for page in events.faults {
-                assert!(!self.gone.load(Ordering::SeqCst), "a source is called that may be gone");
+                assert!(!self.gone.load(Ordering::SeqCst), "a source is called after the gate closed");
                 self.region.serve(page);
             }
         }
     }
 
     fn drop_region(&self) {
-        // Intake stops, and who is at work is waited for.
+        // Intake stops, and the drop waits for the workers inside the gate.
         self.region.kernel.stop();
         self.gate.close();
         self.gone.store(true, Ordering::SeqCst);
@@ -69,16 +69,16 @@ fn run(touchers: usize, workers: usize, adopted: bool) {
 }
 
 #[test]
-fn a_thread_that_waits_gets_a_signal_or_its_bytes() {
+fn a_waiting_thread_gets_a_signal_or_its_bytes() {
     explore("a drop while a thread waits", || run(1, 1, false));
 }
 
 #[test]
-fn threads_that_wait_get_a_signal_or_their_bytes() {
+fn waiting_threads_get_a_signal_or_their_bytes() {
     explore("a drop while threads wait", || run(3, 2, false));
 }
 
 #[test]
-fn threads_that_wait_in_adopted_memory_get_a_signal_or_their_bytes() {
+fn threads_waiting_in_adopted_memory_get_a_signal_or_their_bytes() {
     explore("a drop of adopted memory", || run(3, 2, true));
 }

@@ -1,4 +1,5 @@
-//! Turns: of those that are woken for adopted memory one reads at a time, and no event is left unread.
+//! Read turns: of the workers woken for adopted memory, one reads at a time, and no event stays
+//! unread.
 
 use super::kernel::{Content, Kernel};
 use crate::serve::pace::Pace;
@@ -7,7 +8,7 @@ use pagestitch_kernel::{Page, Span};
 use shuttle::thread;
 use std::sync::Arc;
 
-/// As a worker does it that epoll has woken.
+/// The steps of a worker after epoll wakes it.
 fn wake_up(pace: &Pace, kernel: &Kernel) {
     use crate::space::page_table::Wake;
     let Some(mut turn) = pace.turn() else { return };
@@ -31,7 +32,7 @@ fn run(nanoseconds: u64) {
     shared.0.took(nanoseconds);
     let threads = (0..3).flat_map(|page| {
         let (toucher, worker) = (Arc::clone(&shared), Arc::clone(&shared));
-        // A fault wakes somebody, who comes sooner or later.
+        // A fault wakes one worker, which runs sooner or later.
         let toucher = thread::spawn(move || {
             toucher.1.touch(Page(page));
         });

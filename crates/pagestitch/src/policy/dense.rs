@@ -1,13 +1,16 @@
-//! Dense blocks: a block whose faults have cost as much as filling it would have is filled, whatever their order.
+//! Dense blocks: a block whose faults have cost as much as filling it would have is filled,
+//! whatever their order.
 //!
-//! That is the ski-rental rule: a skier that rents until the rent has reached the price, and then buys, never pays more than
-//! twice what the best decision in hindsight would have cost. Here the rent is what the faults of a block have cost, and
-//! the price what filling a block has cost lately; both are measured, so that slow sources and fast memory each find
-//! their own threshold. Where there is more than one CPU the price is half of that: a worker fills while the touching thread runs.
+//! That is the ski-rental rule: a skier that rents until the rent has reached the price, and then
+//! buys, never pays more than twice what the best decision in hindsight would have cost. Here the
+//! rent is what the faults of a block have cost, and the price what filling a block has cost
+//! lately; both are measured, so that slow sources and fast memory each find their own threshold.
+//! Where there is more than one CPU the price is half of that: a worker fills while the touching
+//! thread runs.
 //!
-//! A region learns from its blocks: the larger the share of touched blocks that came to be filled, the sooner the others
-//! are. The bound of twice is the plain rule's; halving the price and learning give some of it up for what was measured to
-//! be quicker.
+//! A region learns from its blocks: the larger the share of touched blocks that came to be filled,
+//! the sooner the others are. The bound of twice is the plain rule's; halving the price and
+//! learning give some of it up for what was measured to be quicker.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::{Errno, Page, Span};
@@ -21,7 +24,8 @@ use std::thread;
 pub(crate) struct Dense {
     /// For each block: nanoseconds spent on faults in it.
     rents: AtomicTable,
-    /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been filled.
+    /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been
+    /// filled.
     price: AtomicU64,
     /// How many faults there were, and what they have cost together.
     faults: AtomicU64,
@@ -64,8 +68,8 @@ impl Dense {
         // Not this one's rent: a single fault may cost many times as much as most, or as little.
         let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
         let threshold = self.threshold(typical);
-        // A single fault says nothing of others: it may have waited for a CPU. The fault that exceeds the threshold
-        // has it filled; a block that was filled stays there.
+        // A single fault says nothing of others: it may have waited for a CPU. The fault that
+        // exceeds the threshold has it filled; a block that was filled stays there.
         if before == 0 || before >= FILLED || before + rent < threshold {
             return None;
         }
@@ -89,7 +93,8 @@ impl Dense {
         self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The cost of a block's faults at which the whole block is filled, if most faults cost `typical`.
+    /// The cost of a block's faults at which the whole block is filled, if most faults cost
+    /// `typical`.
     fn threshold(&self, typical: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
             0 => FIRST_PRICE * typical,
@@ -104,10 +109,11 @@ impl Dense {
     }
 }
 
-/// What a fault costs beside our own work: the trap, the wake-up of a worker, and back. As measured where the worker is at
-/// home on the CPU of the fault.
+/// What a fault costs beside our own work: the trap, the wake-up of a worker, and back. As measured
+/// where the worker is at home on the CPU of the fault.
 const WAKE_UP: u64 = 5_000;
-/// What filling a block of memory costs, in faults, as measured on one machine: until it is known here.
+/// What filling a block of memory costs, in faults, as measured on one machine: until it is known
+/// here.
 const FIRST_PRICE: u64 = 24;
 /// Blocks that count as sparse before any was touched.
 const UNKNOWN: u64 = 8;

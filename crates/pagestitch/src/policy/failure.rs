@@ -1,24 +1,25 @@
-//! What to do about a page whose source has failed.
+//! The policies for pages whose source fails.
 
 use std::time::Duration;
 
-/// What becomes of a page when the source of a chunk fails to give its bytes.
+/// The fate of a page when the source of a chunk fails.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnFailure {
-    /// It is poisoned: a touch of it is SIGBUS, `read_at` and `populate` return the error. Never zeros for bytes.
+    /// The page is poisoned: touching it raises SIGBUS; `read_at` and `populate` return the error.
     #[default]
     Poison,
-    /// The source is asked again, and what fails then is [bad](Self::Poison). The thread that touches the page waits meanwhile; the
-    /// worker serves other faults.
+    /// The source is read again, with pauses; if it still fails, the page is
+    /// [poisoned](Self::Poison). The faulting thread waits meanwhile; the worker serves other
+    /// faults.
     Retry(Retry),
-    /// The bytes of this chunk read as zeros: for what is not needed, and only where that was asked for. Counted by
+    /// The bytes of this chunk read as zeros, for data that is not essential. Counted by
     /// [`pages_given_up`](crate::Meter::pages_given_up).
     Zeros,
 }
 
-/// How to ask again: after a pause that doubles each time up to a cap, and of which a random half is left out, so that requests that
-/// failed together do not return together.
+/// Retries of a failing source: the pause doubles each time up to a cap. A random part, up to half
+/// of it, is left out, so that requests that fail together do not return together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
     times: u32,
@@ -27,19 +28,20 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// So many times more, after 10 ms at first, and after a second at most.
+    /// Retries `times` times; the first pause is 10 ms, the longest a second.
     #[must_use]
     pub const fn times(times: u32) -> Self {
         Self { times, first: Duration::from_millis(10), most: Duration::from_secs(1) }
     }
 
-    /// After such a pause at first, and such a one at most.
+    /// Sets the first and the longest pause.
     #[must_use]
     pub const fn pause(self, first: Duration, most: Duration) -> Self {
         Self { first, most, ..self }
     }
 
-    /// How long to wait after so many failures; `None` to give up. `random` decides how much of a pause is left out.
+    /// The pause after `failures` failures; `None` to give up. `random` decides how much of the
+    /// pause is left out.
     pub(crate) fn after(self, failures: u32, random: u64) -> Option<Duration> {
         let pause = self.first.saturating_mul(1 << failures.saturating_sub(1).min(30)).min(self.most);
         let half = u64::try_from(pause.as_nanos() / 2).unwrap_or(u64::MAX);

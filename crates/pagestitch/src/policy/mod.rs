@@ -1,11 +1,11 @@
-//! When to install more than was asked for, and what to do where that fails.
+//! Prefetch policies, and the policies for failing sources.
 //!
-//! | file | says |
+//! | file | content |
 //! |---|---|
-//! | `readahead` | a sequential reader finds its next pages present |
-//! | `failure` | what to do about a page whose source has failed |
-//! | `recording` | in which order pages were first touched, to have them there sooner the next time |
-//! | `dense` | a block whose faults have cost as much as filling it would is filled |
+//! | `readahead` | fills pages ahead of a sequential reader |
+//! | `failure` | the policies for pages whose source fails |
+//! | `recording` | records the order of first touches, to fill pages in that order the next time |
+//! | `dense` | fills a block once its faults have cost as much as filling it would |
 
 mod dense;
 mod failure;
@@ -30,19 +30,20 @@ pub(crate) struct Policy {
     dense: Option<Dense>,
 }
 
-/// What is done with blocks of [`HUGE`] bytes.
+/// The handling of blocks of [`HUGE`] bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Blocks {
-    /// They are filled in staging, and moved in.
+    /// Blocks are filled in staging and moved in.
     Whole,
     /// Blocks are copied page by page.
     Copied,
-    /// Foreign memory: a thread that waits for one page of a block would wait for a copy of all of it.
+    /// Blocks are never filled at once. In foreign memory a thread that waits for one page would
+    /// wait for the copy of the whole block.
     Never,
 }
 
 impl Policy {
-    /// For a region of that many pages. Whole blocks are filled at once, copied page by page, or not at all.
+    /// The policies of a region of `pages` pages.
     pub(crate) fn new(
         readahead: Readahead,
         pages: usize,
@@ -61,17 +62,18 @@ impl Policy {
         })
     }
 
-    /// Takes note of a fault on `page`, which the caller is about to fill.
+    /// Records a fault on `page`, which the caller is about to fill; returns the pages to prefetch.
     pub(crate) fn on_fault(&self, page: Page) -> Prefetch {
         self.streams.as_ref().map(|streams| streams.on_fault(page)).unwrap_or_default()
     }
 
-    /// Takes note of what it has cost to fill the page; says whether to fill the block that it is in.
+    /// Records the cost of filling the page, in nanoseconds; returns its block if that should be
+    /// filled.
     pub(crate) fn spent(&self, page: Page, ns: u64) -> Option<Span> {
         self.dense.as_ref()?.spent(page, ns)
     }
 
-    /// Takes note of what it has cost to fill so many pages of a block.
+    /// Records the cost of filling pages of a block, in nanoseconds.
     pub(crate) fn filled(&self, pages: usize, ns: u64) {
         if let Some(dense) = &self.dense {
             dense.filled(pages, ns);

@@ -1,4 +1,5 @@
-//! Readahead: a sequential reader finds its next pages filled already; the worker fills while the reader reads.
+//! Readahead: a sequential reader finds its next pages filled already; the worker fills while the
+//! reader reads.
 //!
 //! ```text
 //!   pages:        marker                         end
@@ -8,11 +9,12 @@
 //!     ... read | block filled with the fault | blocks filled ahead | m'    a fault at m': go on from there
 //! ```
 //!
-//! The touch of a present page sends no event; the fault at the marker does. As long as the window is
-//! smaller than a block, the marker is a page left out on purpose *before* what is filled, so that it is touched while the
-//! rest is still to be read. From a block on, nothing is left out, as only a whole block can move in at once: the
-//! marker is the first page *after* the window. A stream begins with two faults in a row, and its window doubles at each
-//! marker. Random touches meet no marker and stay at one page each.
+//! The touch of a present page sends no event; the fault at the marker does. As long as the window
+//! is smaller than a block, the marker is a page left out on purpose *before* what is filled, so
+//! that it is touched while the rest is still to be read. From a block on, nothing is left out, as
+//! only a whole block can move in at once: the marker is the first page *after* the window. A
+//! stream begins with two faults in a row, and its window doubles at each marker. Random touches
+//! meet no marker and stay at one page each.
 
 use pagestitch_kernel::{Page, Span};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -21,14 +23,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Readahead {
-    /// Not at all: a fault fills one page. For sources that are dear or slow to read: filling ahead occupies the
-    /// worker that served the fault.
+    /// Not at all: a fault fills one page. For sources that are dear or slow to read: filling ahead
+    /// occupies the worker that served the fault.
     None,
-    /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region; and a whole block of
-    /// 2 MiB where its faults have cost as much as filling it would, in whatever order they came. The default.
+    /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region;
+    /// and a whole block of 2 MiB where its faults have cost as much as filling it would, in
+    /// whatever order they came. The default.
     ///
-    /// A thread that touches a page of such a fill waits for that fill, up to a block of it: where the slowest touch matters
-    /// more than the time of all, choose [`None`](Self::None).
+    /// A thread that touches a page of such a fill waits for that fill, up to a block of it: where
+    /// the slowest touch matters more than the time of all, choose [`None`](Self::None).
     ///
     /// A page whose source fails is left alone, and asked for again when it is touched.
     #[default]
@@ -63,7 +66,8 @@ struct Stream {
     marker: usize,
     /// How many pages were filled behind the marker; or, with `whole`, before it.
     window: usize,
-    /// How many pages were filled ahead between the marker before and this one: the reader has passed them when it comes here.
+    /// How many pages were filled ahead between the marker before and this one: the reader has
+    /// passed them when it comes here.
     due: usize,
     whole: bool,
 }
@@ -84,7 +88,8 @@ impl Streams {
                 continue;
             }
             let (next, prefetch) = self.advance(stream);
-            // Two workers cannot both have claimed the marker's page; if another stream took the slot, leave it.
+            // Two workers cannot both have claimed the marker's page; if another stream took the
+            // slot, leave it.
             let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
             return if taken.is_ok() { prefetch } else { Prefetch::default() };
         }

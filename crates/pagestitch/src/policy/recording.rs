@@ -1,4 +1,5 @@
-//! Recordings: in which order the pages of a region were first touched, to have them there sooner the next time.
+//! Recordings: in which order the pages of a region were first touched, to have them there sooner
+//! the next time.
 //!
 //! ```text
 //!   magic "pgstrec1" | page size | bytes of the region | runs  | for each run of pages ... | checksum of all before
@@ -18,8 +19,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// In which order the pages of a region were first touched. Taken by [`Region::recording`](crate::Region::recording) of a region
-/// that [records](crate::Builder::record), for a region of the same bytes that [replays](crate::Builder::replay) it.
+/// In which order the pages of a region were first touched. Taken by
+/// [`Region::recording`](crate::Region::recording) of a region that
+/// [records](crate::Builder::record), for a region of the same bytes that
+/// [replays](crate::Builder::replay) it.
 ///
 /// ```
 /// use pagestitch::{Pool, Recording, Region};
@@ -71,12 +74,13 @@ impl Recording {
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
     }
 
-    /// Tries whether [`write`](Self::write) can work at this path, without writing: to fail before the run that is recorded, and
-    /// not after it.
+    /// Tries whether [`write`](Self::write) can work at this path, without writing: to fail before
+    /// the run that is recorded, and not after it.
     ///
     /// # Errors
     ///
-    /// As [`write`](Self::write), as far as the errors can be foreseen: no such directory, no permission.
+    /// As [`write`](Self::write), as far as the errors can be foreseen: no such directory, no
+    /// permission.
     pub fn can_write(path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         can_replace(path).map_err(|error| cannot_write(path, error))
@@ -86,7 +90,8 @@ impl Recording {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path, and says whether it cannot be read, is no recording, or is damaged.
+    /// [`ErrorKind::File`] names the path, and says whether it cannot be read, is no recording, or
+    /// is damaged.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         let failed =
@@ -184,8 +189,8 @@ impl Recording {
     }
 }
 
-/// Takes down the pages of faults, without a lock or an allocation. As many as the region has; what is touched anew after it
-/// was let go is taken down anew, as long as there is room.
+/// Takes down the pages of faults, without a lock or an allocation. As many as the region has; what
+/// is touched anew after it was let go is taken down anew, as long as there is room.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     next: AtomicUsize,
@@ -311,7 +316,8 @@ mod tests {
             prop_assert!(Recording::decode(&flipped).is_err());
         }
 
-        /// A file with a right checksum, too, gets an answer, without more memory than its size justifies.
+        /// A file with a right checksum, too, gets an answer, without more memory than its size
+        /// justifies.
         #[test]
         fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let mut whole = [MAGIC, &bytes].concat();

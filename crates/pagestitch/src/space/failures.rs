@@ -1,4 +1,4 @@
-//! Why pages are poisoned.
+//! The failures of poisoned pages: when they are kept, reported and removed.
 
 use super::Mapping;
 use super::failure_table::FailureCallback;
@@ -10,21 +10,21 @@ use std::sync::Arc;
 
 impl Mapping {
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
-        // As a rule there is none, and no lock to be taken.
+        // Usually no page has failed, and no lock is taken.
         if self.failures.were_never() {
             return None;
         }
         self.failures.locked().get(&page).cloned()
     }
 
-    /// Keeps the lock of failures, for as long as `body` runs.
+    /// Holds the lock of the failures while `body` runs.
     #[cfg(all(test, not(shuttle)))]
     pub(crate) fn with_failures_locked<R>(&self, body: impl FnOnce() -> R) -> R {
         let _failures = self.failures.locked();
         body()
     }
 
-    /// The pages of a span that have failed, and why; ascending.
+    /// The failed pages of a span with their failures, ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         // One that was let go is not bad any more. One that was given up is still claimed by the
         // thread that asks its source.
@@ -44,19 +44,19 @@ impl Mapping {
     pub(crate) fn report(&self, page: Page, failure: &Failure) {
         if let Some(FailureCallback(tell)) = &self.reporter {
             let offset = self.page_size().offset_of(page);
-            // A panic in there is no reason for a thread to wait for ever.
+            // A panic of the callback must not keep the faulting thread from its signal.
             if guarded(|| tell(offset, failure)).is_err() {
-                log!(error, region = self.name, "whoever was told of a failure panicked");
+                log!(error, region = self.name, "the callback of on_page_failure() panicked");
             }
         }
     }
 
-    /// Pages have been filled, after all if they had failed.
+    /// Removes the failures of pages that have been filled.
     pub(crate) fn forget_failures(&self, span: Span) {
         if !self.failures.were_never() {
             let mut failures = self.failures.locked();
             let failed = failures.range(span.first..span.end()).map(|(&page, _)| page);
-            // Unless they were let go and lost anew since.
+            // Only pages that are still present: others were discarded and failed anew since.
             let filled: Vec<_> = failed.filter(|page| self.pages.state(*page) == State::Present).collect();
             filled.iter().for_each(|page| drop(failures.remove(page)));
         }

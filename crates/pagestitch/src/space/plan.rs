@@ -152,7 +152,7 @@ fn why_copied(
     let next = mapping.refused.partition_point(|(span, _)| span.end() <= all.first);
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
-        "somebody else's memory: copied into it"
+        "foreign memory: copied into it"
     } else if !is_aligned(granule, offsets.start, mapping.layout.source_offset(chunk)) {
         if huge {
             "not at the same place in a huge page (hugetlbfs) as in its source: copied"
