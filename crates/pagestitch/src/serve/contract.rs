@@ -1,4 +1,4 @@
-//! What a server is to a region, and a region to its server. The builder knows no more of either.
+//! The contract between a server and a region. The builder uses only these traits.
 
 use crate::error::Error;
 use crate::serve::served::Served;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 /// Serves the faults of regions. A loop of the application's is a [`Manual`](crate::Manual).
 pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
-    /// What errors call it.
+    /// Its name in errors.
     fn noun(&self) -> &'static str;
 
     /// A number that no other server has.
@@ -17,25 +17,26 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
     /// False in a forked child, which has neither its threads nor its descriptors.
     fn is_of_this_process(&self) -> bool;
 
-    /// The features that a userfaultfd needs for it: events that it does not read stop the application's `madvise(2)`.
+    /// The userfaultfd features that it needs. Request only events that it reads: an unread REMOVE
+    /// event blocks `madvise(2)` in the application.
     fn features(&self) -> Features {
-        // Somewhere else, what was not filled would be zeros.
+        // Without EVENT_REMAP, unfilled pages that `mremap(2)` moves read as zeros.
         Features::EVENT_REMOVE | Features::EVENT_REMAP | Features::THREAD_ID
     }
 
-    /// Refuses a kernel that has not given all of these.
+    /// Refuses a kernel that has not granted the features that it needs.
     fn check_features(&self, _given: Features) -> Result<(), Error> {
         Ok(())
     }
 
-    /// Refuses what it cannot serve, before anything is reserved.
+    /// Refuses a region that it cannot serve, before memory is reserved.
     fn check(&self, demands: &Demands) -> Result<(), Error>;
 
-    /// Starts to serve a region, whose server is of this process.
+    /// Starts to serve a region. The server belongs to this process.
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error>;
 }
 
-/// A region's tie to its server: keeps the server at work as long as there is a region to serve.
+/// A region's tie to its server: the server runs as long as an attachment exists.
 pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     /// False in a forked child, which has neither the region nor the threads.
     fn is_of_this_process(&self) -> bool;
@@ -45,28 +46,28 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
         true
     }
 
-    /// No fault of the region is taken up any more.
+    /// Stops taking up faults of the region.
     fn detach(&self, region: &Served);
 
-    /// The last of a region whose children were served.
+    /// Ends a region whose forked children were served.
     fn retire(&self, _region: &Served) {}
 
-    /// Serves none of a region's children any more.
+    /// Stops serving the region's forked children.
     fn detach_children(&self, _region: &Served) {}
 }
 
-/// What a region asks of its server.
+/// The properties of a region that a server may refuse.
 #[derive(Debug)]
 pub(crate) struct Demands {
-    /// Memory that its owner has registered.
+    /// The memory is adopted: its owner has registered it.
     pub(crate) adopted: bool,
-    /// Children of `fork(2)`.
+    /// Children of `fork(2)` are served.
     pub(crate) children: bool,
     /// A recording is made, or replayed.
     pub(crate) recording: bool,
-    /// Pages are to be filled ahead: that was said.
+    /// The builder has asked for readahead.
     pub(crate) readahead: bool,
-    /// At most so many faults at once.
+    /// Concurrent faults are limited.
     pub(crate) limit: bool,
     /// The parts of faults are timed.
     pub(crate) timed: bool,

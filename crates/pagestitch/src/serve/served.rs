@@ -1,4 +1,4 @@
-//! A region as its server has it: the mapping, and what serving it takes.
+//! A served region: its mapping and the state that its server needs for it.
 
 use crate::fault::{FaultRequest, FetchSemaphore, Host, Permit};
 use crate::serve::bulkhead::Bulkhead;
@@ -17,17 +17,17 @@ use std::time::Duration;
 pub(crate) struct Served {
     mapping: Mapping,
     pub(crate) pace: Pace,
-    /// How many faults may be served at once, and those that wait for that.
+    /// The limit on concurrent faults, and the queue of faults above it.
     pub(crate) limit: Option<(usize, Bulkhead<FaultRequest>)>,
-    /// How many fetches its pool may have under way, where there is a limit.
+    /// Permits for the fetches of the pool; unset without a limit.
     pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
-    /// Where what is to be done in a moment is kept.
+    /// The timer queue of the pool, for work that is repeated after a pause.
     pub(crate) later: OnceLock<Arc<Timers>>,
     /// Its forked children, where they are served.
     pub(crate) children: Option<Arc<ForkedChildren>>,
-    /// What nobody serves, until it has been seen to.
+    /// Moved parts and unserved children, until their missing pages are poisoned.
     pub(crate) orphans: Orphans,
-    /// What its server keeps of it.
+    /// The weak handle that its server keeps.
     door: OnceLock<Arc<RegionHandle>>,
 }
 
@@ -57,7 +57,7 @@ impl PrefetchTask {
 }
 
 impl Served {
-    /// At most so many faults are served at once, where there is a limit.
+    /// `max_in_flight` limits concurrent faults; `None` sets no limit.
     pub(crate) fn new(
         mapping: Mapping,
         max_in_flight: Option<usize>,
@@ -75,12 +75,12 @@ impl Served {
         }
     }
 
-    /// The way in, for its server to keep.
+    /// The weak handle to this region, for its server to keep.
     pub(crate) fn door(self: &Arc<Self>) -> &Arc<RegionHandle> {
         self.door.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
     }
 
-    /// The right to read what the kernel has to tell, if nobody has it who will.
+    /// The right to read events; `None` if another thread holds it and will read them.
     pub(crate) fn turn(&self) -> Option<Reading<'_>> {
         match &self.target {
             Target::Owned(_) => Some(Reading::free()),
@@ -98,7 +98,7 @@ impl Deref for Served {
 }
 
 impl Host for Served {
-    // Where there is a limit on faults, or something to be done about failures, sources are waited for.
+    // With a fault limit or a failure policy, the worker waits for the source.
     fn may_fetch(&self) -> Option<Option<Permit>> {
         if self.limit.is_some() || !self.layout.only_poisons() {
             return None;
