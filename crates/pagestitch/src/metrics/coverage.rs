@@ -1,9 +1,9 @@
-//! Which parts of a region are there: for a picture of it.
+//! The present share of each part of a region.
 
 use pagestitch_kernel::{Page, Span};
 use std::fmt::Debug;
 
-/// A part of a region: how many pages it has, and what has become of them.
+/// The state of one part of a region, in pages.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Coverage {
@@ -15,13 +15,14 @@ pub struct Coverage {
     pub poisoned: u64,
 }
 
-/// Tells which pages of a region are present. The mapping implements it: numbers know nothing of pages.
+/// Tells which pages of a region are present. The mapping implements it, because metrics know
+/// nothing of page tables.
 pub(crate) trait Presence: Debug + Send + Sync {
     /// Counts the pages of a span.
     fn coverage(&self, span: Span) -> Coverage;
 }
 
-/// Divides all pages into so many parts, as equal as can be.
+/// Divides all pages into `parts` parts of nearly equal size.
 pub(super) fn parts(presence: &dyn Presence, pages: usize, parts: usize) -> Vec<Coverage> {
     let bound = |part: usize| (pages as u128 * part as u128 / parts as u128) as usize;
     let spans =

@@ -1,13 +1,15 @@
-//! The numbers of a region for the `metrics` facade, and whichever exporter the program has installed.
+//! The counters of a region for the `metrics` facade, and for the exporter that the program has
+//! installed.
 
 use super::{Histogram, Latency, Meter};
 use metrics::{counter, gauge};
 
 impl Meter {
-    /// Tells the recorder of the [`metrics`] crate all numbers as they are now, by the names that they have here, after
-    /// `pagestitch_`, with the region's name as a label. Call it when they are about to be read: on a timer, or for a scrape.
+    /// Passes the current counters to the recorder of the [`metrics`] crate. Their names are those
+    /// of [`Metrics`](crate::Metrics) with the prefix `pagestitch_`, and the region's name is a
+    /// label. Call it before the counters are read: on a timer, or for a scrape.
     ///
-    /// Nothing is told while a fault is served, so that this costs nothing in between. Needs the feature `metrics`.
+    /// Serving a fault calls no recorder. Needs the feature `metrics`.
     pub fn publish(&self) {
         let region = || self.region().to_owned();
         for (name, value) in self.metrics().all() {

@@ -1,11 +1,11 @@
-//! A histogram that many threads record in at once, without a lock: eight steps to each power of two, so that a value is known
-//! to an eighth.
+//! A lock-free histogram for many recording threads. Each power of two has eight buckets, so a
+//! value is known to within an eighth.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// As it is recorded.
+/// The histogram while threads record in it.
 pub(crate) struct Recorder {
     counts: [AtomicU64; STEPS],
 }
@@ -31,20 +31,21 @@ impl fmt::Debug for Recorder {
     }
 }
 
-/// How long something took, each time: to an eighth.
+/// A distribution of durations, each known to within an eighth.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Histogram {
     counts: Vec<u64>,
 }
 
 impl Histogram {
-    /// How many times.
+    /// The number of recorded durations.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// So large a share of the times took no longer: 0.5 for the median. Zero where there were none.
+    /// The duration that a share of the recorded durations does not exceed; a `share` of 0.5 is the
+    /// median. Zero if none was recorded.
     #[must_use]
     pub fn quantile(&self, share: f64) -> Duration {
         let wanted = ((self.count() as f64 * share).ceil() as u64).max(1);
@@ -56,13 +57,13 @@ impl Histogram {
         step.map_or(Duration::ZERO, |step| Duration::from_nanos(end_of(step)))
     }
 
-    /// The longest, to an eighth.
+    /// The longest duration, to within an eighth.
     #[must_use]
     pub fn max(&self) -> Duration {
         self.quantile(1.0)
     }
 
-    /// What each step holds that holds any: up to how long, and how many times.
+    /// The non-empty buckets: the upper bound of each, and its number of durations.
     pub fn steps(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
         let steps = self.counts.iter().enumerate().filter(|&(_, &count)| count > 0);
         steps.map(|(step, &count)| (Duration::from_nanos(end_of(step)), count))
@@ -90,7 +91,7 @@ fn step_of(ns: u64) -> usize {
     }
 }
 
-/// The largest value of a step.
+/// The largest value of a bucket.
 fn end_of(step: usize) -> u64 {
     if step < 2 * HALF {
         return step as u64;
@@ -100,9 +101,9 @@ fn end_of(step: usize) -> u64 {
     ((u128::from(first) + 1) << shift).saturating_sub(1).try_into().unwrap_or(u64::MAX)
 }
 
-/// Values of so many bits each have a step of their own.
+/// Values of up to this many bits each have a bucket of their own.
 const FINE: u32 = 4;
-/// Steps to each further power of two.
+/// Buckets in each further power of two.
 const HALF: usize = 1 << (FINE - 1);
 const STEPS: usize = (u64::BITS - FINE) as usize * HALF + 2 * HALF;
 

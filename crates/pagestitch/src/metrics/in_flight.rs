@@ -1,19 +1,21 @@
-//! The faults that have been read and are not settled yet: which, and since when. Those that wait for a worker are among them.
+//! The faults in flight: read and not settled yet, with their start times. Faults that wait for a
+//! worker are among them.
 
 use pagestitch_kernel::Page;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// A place for each fault in flight, in segments: each has twice as many as the one before it, and is made when these are taken.
+/// A slot for each fault in flight, in segments. Each segment has twice as many slots as the one
+/// before, and is allocated when all of those are taken.
 #[derive(Debug)]
 pub(crate) struct InFlight {
     segments: [OnceLock<Box<[SlotGroup]>>; SEGMENTS],
-    /// Whether a segment may be made when a fault is read.
+    /// Whether the thread that reads a fault may allocate a segment.
     grows: bool,
 }
 
-/// As many places as a word has bits.
+/// As many slots as a word has bits.
 #[derive(Debug)]
 struct SlotGroup {
     taken: AtomicU64,
@@ -22,14 +24,15 @@ struct SlotGroup {
 
 #[derive(Debug, Default)]
 struct Place {
-    /// Since when, in nanoseconds; 0 where there is no fault.
+    /// The start time in nanoseconds; 0 without a fault.
     since: AtomicU64,
     page: AtomicU64,
-    /// The thread that waits, by the kernel's number; 0 where that is not known.
+    /// The kernel's number of the faulting thread; 0 if unknown.
     thread: AtomicU32,
-    /// What was done about it: [`TOLD`], [`GIVEN_UP`], [`LEFT`].
+    /// The steps taken for the fault: [`TOLD`], [`GIVEN_UP`], [`LEFT`].
     done: AtomicU8,
-    /// The fault that the watchdog has seen here, by its `since`, and for how long it has watched it.
+    /// The fault that the watchdog has seen here, by its start time, and the time that it has
+    /// watched it.
     watched: AtomicU64,
     age: AtomicU64,
 }
@@ -52,14 +55,15 @@ pub(crate) struct InFlightFault<'f> {
 }
 
 impl InFlight {
-    /// With room for a few, and more when that is taken.
+    /// With a few slots, and more when these are taken.
     pub(super) fn new() -> Self {
         let in_flight = Self { segments: std::array::from_fn(|_| OnceLock::new()), grows: true };
         in_flight.make(0);
         in_flight
     }
 
-    /// With room for as many as can be queued, and never more: the thread that reads them may not allocate.
+    /// With slots for all faults that can be queued, and never more, because the reading thread may
+    /// not allocate.
     pub(super) fn fixed() -> Self {
         let in_flight = Self { grows: false, ..Self::new() };
         for segment in 0..FIXED_SEGMENTS {
@@ -72,7 +76,7 @@ impl InFlight {
         self.segments[segment].get_or_init(|| (0..1 << segment).map(|_| SlotGroup::new()).collect())
     }
 
-    /// Takes a place for a fault on a page that was read at a moment. `None` where there is none left.
+    /// Takes a slot for a fault on a page. `None` if no slot is left.
     pub(super) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
         let number = self.take()?;
         let place = self.place(number);
@@ -108,7 +112,7 @@ impl InFlight {
         (&groups[group - (1 << segment)], number % GROUP)
     }
 
-    /// The place that a fault was given, as a guard.
+    /// The slot of a fault, as a guard that frees it.
     pub(super) fn flight(&self, place: usize) -> InFlightFault<'_> {
         InFlightFault { in_flight: self, place }
     }
@@ -117,7 +121,7 @@ impl InFlight {
         self.segments.iter().map_while(OnceLock::get).flatten().enumerate()
     }
 
-    /// Those in flight: their places, since when, and what is known of them.
+    /// The faults in flight: their slots, start times and entries.
     fn all(&self) -> impl Iterator<Item = (usize, u64, &Place)> {
         self.groups().filter(|(_, group)| group.taken.load(Ordering::Relaxed) > 0).flat_map(
             |(index, group)| {
@@ -133,8 +137,8 @@ impl InFlight {
         self.all().count()
     }
 
-    /// Has each grow older by the time that has been watched since the last call; tells of those that are as old as `limit`, or
-    /// older. For one watchdog.
+    /// Adds the time since the last call to the age of each fault, and returns the faults whose age
+    /// has reached `limit`. For one watchdog.
     pub(super) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
         let now = nanoseconds(Instant::now());
         let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
@@ -152,24 +156,25 @@ impl InFlight {
         })
     }
 
-    /// True the first time that this is done about it, if it is still in flight.
+    /// True if this step is taken for the fault for the first time, and the fault is still in
+    /// flight.
     pub(super) fn first(&self, fault: &Overdue, what: u8) -> bool {
         let place = self.place(fault.place);
         let before = place.done.fetch_or(what, Ordering::Relaxed);
         let is_same = place.since.load(Ordering::Relaxed) == fault.since;
         if !is_same {
-            // Another fault has the place by now, about which nothing was done.
+            // Another fault has the slot by now: undo the step.
             self.undo(fault, what);
         }
         before & what == 0 && is_same
     }
 
-    /// There is no room in a queue for a fault: the watchdog is to [take](Self::take_left) it.
+    /// Leaves a fault that finds its queue full to the watchdog, which [takes](Self::take_left) it.
     pub(super) fn leave(&self, place: usize) {
         self.place(place).done.fetch_or(LEFT, Ordering::Release);
     }
 
-    /// The faults that were left: their pages, the threads that wait, and their places.
+    /// Takes the faults that were left: their pages, threads and slots.
     pub(super) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
         self.all().filter_map(|(number, _, place)| {
             let left = place.done.fetch_and(!LEFT, Ordering::Acquire) & LEFT > 0;
@@ -178,25 +183,25 @@ impl InFlight {
         })
     }
 
-    /// Takes back that something was done about it.
+    /// Undoes a step for a fault.
     pub(super) fn undo(&self, fault: &Overdue, what: u8) {
         self.place(fault.place).done.fetch_and(!what, Ordering::Relaxed);
     }
 
-    /// Ends a flight by its place.
+    /// Frees a slot by its number.
     pub(super) fn finish(&self, place: usize) {
         let (group, bit) = self.group(place);
         group.places[bit].since.store(0, Ordering::Relaxed);
         group.taken.fetch_and(!(1 << bit), Ordering::Release);
     }
 
-    /// Ends all: no worker comes for those that are queued.
+    /// Frees all slots, because no worker will take the queued faults.
     pub(super) fn finish_all(&self) {
         let taken: Vec<_> = self.all().map(|(place, ..)| place).collect();
         taken.into_iter().for_each(|place| self.finish(place));
     }
 
-    /// The oldest: its page, and its age.
+    /// The oldest fault: its page and its age.
     pub(super) fn oldest(&self) -> Option<(Page, Duration)> {
         let now = nanoseconds(Instant::now());
         let (_, since, place) = self.all().min_by_key(|&(_, since, _)| since)?;
@@ -225,7 +230,7 @@ impl SlotGroup {
 }
 
 impl InFlightFault<'_> {
-    /// Keeps it in flight until it is landed by its place.
+    /// Keeps the fault in flight until its slot is freed by its number.
     pub(crate) fn keep(self) -> usize {
         let place = self.place;
         std::mem::forget(self);
@@ -239,7 +244,7 @@ impl Drop for InFlightFault<'_> {
     }
 }
 
-/// Since a moment before all others of this process; never 0.
+/// Nanoseconds since a fixed moment in this process; never 0.
 fn nanoseconds(moment: Instant) -> u64 {
     static START: OnceLock<Instant> = OnceLock::new();
     let start = *START.get_or_init(|| moment);
@@ -250,9 +255,9 @@ pub(super) const TOLD: u8 = 1;
 pub(super) const GIVEN_UP: u8 = 2;
 const LEFT: u8 = 4;
 const GROUP: usize = u64::BITS as usize;
-/// 131,008 places: more than there are threads in a process to wait in them.
+/// 131,008 slots: more than a process has threads that can wait in faults.
 const SEGMENTS: usize = 11;
-/// 4,032 places: more than faults that can be queued, and workers.
+/// 4,032 slots: more than queued faults and workers together.
 const FIXED_SEGMENTS: usize = 6;
 
 #[cfg(test)]
@@ -298,7 +303,7 @@ mod tests {
         }
     }
 
-    /// Time without a look of the watchdog does not count, whatever the clock says.
+    /// A fault ages only by time that the watchdog has watched, whatever the clock says.
     #[test]
     fn a_fault_grows_older_by_what_was_watched() {
         let in_flight = InFlight::new();
@@ -334,7 +339,7 @@ mod tests {
         assert_eq!((in_flight.take_left().count(), in_flight.count()), (0, 2));
     }
 
-    /// More places than the first segment has. Miri takes a minute for 1000.
+    /// More slots than the first segment has. Miri takes a minute for 1000.
     const MANY: usize = if cfg!(miri) { 70 } else { 1000 };
 
     #[cfg(not(miri))]

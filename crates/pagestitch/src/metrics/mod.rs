@@ -1,13 +1,14 @@
-//! Tell: what has happened in a region, as numbers with one meaning each.
+//! The counters of a region, each with one meaning.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `coverage` | which parts of a region are there |
-//! | `in_flight` | the faults that have been read and are not settled |
-//! | `facade` | the numbers for the `metrics` crate |
-//! | `histogram` | how long faults took, where that is asked for |
+//! | `coverage` | the present share of each part of a region |
+//! | `in_flight` | the faults that are read and not settled |
+//! | `facade` | the counters for the `metrics` crate |
+//! | `histogram` | the distribution of latencies, if they are recorded |
 //!
-//! Threads that count at the same time do so in different cache lines: which, their stacks decide.
+//! Threads count in different cache lines at the same time; the address of a thread's stack selects
+//! its line.
 
 mod coverage;
 #[cfg(feature = "metrics")]
@@ -29,13 +30,13 @@ use std::time::{Duration, Instant};
 
 macro_rules! metrics {
     ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// A region's numbers at one moment. They only grow, and may lag: a thread runs on as soon as the kernel has
-        /// its page, which is a moment before the page is counted.
+        /// A region's counters at one moment. They only grow. They may lag: a faulting thread runs
+        /// on as soon as the kernel has its page, a moment before the page is counted.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
 
-        /// The numbers as one thread counts them.
+        /// The counters of one stripe of threads.
         #[derive(Debug, Default)]
         pub(crate) struct Counted { $(pub(crate) $name: Counter,)* }
 
@@ -54,7 +55,7 @@ macro_rules! metrics {
         }
 
         impl Metrics {
-            /// All numbers by their names, as they are called here.
+            /// All counters with their field names.
             pub fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name),)*].into_iter()
             }
@@ -73,7 +74,7 @@ pub(crate) struct Counters {
     timings: Option<Box<Timings>>,
 }
 
-/// How long the parts of a fault took.
+/// The latencies of the parts of faults.
 #[derive(Debug)]
 struct Timings {
     queue: Recorder,
@@ -89,7 +90,7 @@ pub(crate) enum Part {
 }
 
 impl Counters {
-    /// `quiet`: faults are read by a thread that may not allocate.
+    /// `quiet`: the thread that reads faults may not allocate.
     pub(crate) fn new(
         region: String,
         (page, pages): (PageSize, usize),
@@ -102,12 +103,12 @@ impl Counters {
         Self { region, page, pages, striped: Striped::default(), in_flight, timings }
     }
 
-    /// A fault was read from the kernel at a moment: it is in flight from now on. Its place, if there is one left.
+    /// Puts a fault that was read at `read` in flight. Returns its slot, if one is left.
     pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
         self.in_flight.begin(page, thread, read)
     }
 
-    /// A fault that has begun is served from now on, until the flight is dropped.
+    /// Starts to serve a fault that is in flight, until the guard is dropped.
     pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<InFlightFault<'_>> {
         self.local().faults.add(1);
         if let Some(timings) = &self.timings {
@@ -116,27 +117,28 @@ impl Counters {
         self.take_up_again(place)
     }
 
-    /// The same for a fault that was served before, and has been waiting for a time.
+    /// As [`take_up`](Self::take_up), for a fault that is served again after a pause.
     pub(crate) fn take_up_again(&self, place: Option<usize>) -> Option<InFlightFault<'_>> {
         place.map(|place| self.in_flight.flight(place))
     }
 
-    /// Faults that have been watched for so long, `passed` after the last call.
+    /// The faults that have been watched for `limit` or longer; `passed` is the time since the last
+    /// call.
     pub(crate) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
         self.in_flight.watch(passed, limit)
     }
 
-    /// There is no room in a queue for a fault.
+    /// Leaves a fault that finds its queue full to the watchdog.
     pub(crate) fn leave(&self, place: usize) {
         self.in_flight.leave(place);
     }
 
-    /// The faults that were left: their pages, the threads that wait, and their places.
+    /// Takes the faults that were left: their pages, threads and slots.
     pub(crate) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
         self.in_flight.take_left()
     }
 
-    /// No fault is served any more.
+    /// Frees all slots, because no fault is served any more.
     pub(crate) fn finish_all(&self) {
         self.in_flight.finish_all();
     }
@@ -151,24 +153,24 @@ impl Counters {
         self.in_flight.first(fault, in_flight::GIVEN_UP)
     }
 
-    /// Takes back that a fault was given up.
+    /// Undoes that a fault was given up.
     pub(crate) fn keep_on(&self, fault: &Overdue) {
         self.in_flight.undo(fault, in_flight::GIVEN_UP);
     }
 
-    /// Ends a flight that was kept.
+    /// Frees the slot of a fault that was kept in flight.
     pub(crate) fn finish(&self, place: Option<usize>) {
         if let Some(place) = place {
             self.in_flight.finish(place);
         }
     }
 
-    /// The time, where parts are timed.
+    /// The current time, if latencies are recorded.
     pub(crate) fn clock(&self) -> Option<Instant> {
         self.timings.as_ref().map(|_| Instant::now())
     }
 
-    /// A part that began at a time has come to its end.
+    /// Records the time of a part that began at `began`.
     pub(crate) fn took(&self, part: Part, began: Option<Instant>) {
         if let (Some(timings), Some(began)) = (&self.timings, began) {
             match part {
@@ -178,66 +180,71 @@ impl Counters {
         }
     }
 
-    /// Where the calling thread counts.
+    /// The counters of the calling thread's stripe.
     pub(crate) fn local(&self) -> &Counted {
         self.striped.local()
     }
 }
 
 metrics! {
-    /// Faults taken from the kernel, one for each page and batch. More than pages, where threads meet in a page.
+    /// Faults read from the kernel, one for each page and batch. More than pages if several threads
+    /// touch one page.
     faults,
     /// Of these, faults of writers.
     faults_writing,
-    /// Of these, faults on pages that a file's page cache has, and that are not mapped yet.
+    /// Of these, minor faults: the page cache of a file has the page, and it is not mapped yet.
     faults_minor,
-    /// Faults that took longer than they may, and were told of: see [`PoolBuilder::warn_after`](crate::PoolBuilder::warn_after).
+    /// Faults reported for taking too long: see
+    /// [`PoolBuilder::warn_after`](crate::PoolBuilder::warn_after).
     faults_overdue,
-    /// Of these, faults whose pages were made bad for it: see [`PoolBuilder::fault_timeout`](crate::PoolBuilder::fault_timeout).
+    /// Of these, faults that timed out, so that their pages were poisoned: see
+    /// [`PoolBuilder::fault_timeout`](crate::PoolBuilder::fault_timeout).
     faults_given_up,
-    /// Forked children that were served from then on: see [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
+    /// Forked children that inherited the region: see
+    /// [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
     children,
-    /// Faults on a page that was there by the time they were looked at.
+    /// Faults whose page was present by the time they were served.
     late,
-    /// Pages shown in place when the region was built: no copy, no fault.
+    /// Pages mapped in place by the build: no copy, no fault.
     pages_in_place,
-    /// Pages copied straight from a source's own memory.
+    /// Pages copied from the source's own memory, without a buffer.
     pages_copied,
-    /// Pages read into staging from one source, and copied from there.
+    /// Pages read from one source into a buffer, and copied from there.
     pages_buffered,
-    /// Pages gathered in staging from several chunks, and copied from there.
+    /// Pages gathered from several chunks in a buffer, and copied from there.
     pages_gathered,
-    /// Pages of whole blocks, filled in a huge page of staging that was then moved in: copied once.
+    /// Pages of whole blocks that were filled in a staged huge page and moved in: copied once.
     pages_staged,
-    /// Donated pages that were moved in: not copied.
+    /// Donated pages that moved in: not copied.
     pages_moved,
-    /// Pages of a memfd that is filled later, shown when it had them: not copied.
+    /// Pages of a memfd that is filled later, mapped after their fill: not copied.
     pages_continued,
     /// Pages of zeros.
     pages_zeroed,
-    /// Pages that a source could not fill: poisoned.
+    /// Pages poisoned because a source failed.
     pages_poisoned,
-    /// Poisoned pages that were filled after all, by `retry_failed`.
+    /// Poisoned pages that `retry_failed` has filled.
     pages_recovered,
-    /// Of the pages above, those that were filled ahead of a sequential reader.
+    /// Of the pages above, those filled ahead of their first touch.
     pages_ahead,
-    /// Of these, those that a reader has passed by: it came to the page that follows them. The rest was for nothing, or is still to be
-    /// read; only a fault tells of a touch.
+    /// Of these, those that a reader has passed: it touched the page after them. The rest is not
+    /// read yet, or never will be; only a fault reveals a touch.
     pages_ahead_used,
     /// Bytes copied into the region.
     bytes_copied,
-    /// Times that a source was asked and failed, also ahead of a reader, where that loses nothing.
+    /// Failed reads of a source, including reads ahead, which poison no page.
     source_errors,
-    /// Times that a source was asked again, as it was declared.
+    /// Reads repeated by [`OnFailure::Retry`](crate::OnFailure::Retry).
     source_retries,
-    /// Pages in which bytes are zeros because their source failed, as it was declared.
+    /// Pages with zeros for bytes of a failed source, by
+    /// [`OnFailure::Zeros`](crate::OnFailure::Zeros).
     pages_given_up,
-    /// Fills that met a change of the memory map and were given back to be tried again.
+    /// Fills that met a change of the memory map or a lack of memory, and were repeated.
     retries,
 }
 
 impl Metrics {
-    /// Pages installed on a fault or by populating, in whichever way.
+    /// Pages installed by faults or by populating, with any method.
     #[must_use]
     pub const fn pages_installed(&self) -> u64 {
         self.pages_copied
@@ -250,8 +257,8 @@ impl Metrics {
     }
 }
 
-/// A region's current numbers: a handle to clone freely and to hand to a reporter. It outlives the region, and keeps nothing of it but
-/// its numbers.
+/// A handle to a region's counters, to clone freely and to give to a reporter. It outlives the
+/// region, of which it keeps only the counters and the page table.
 ///
 /// ```
 /// use pagestitch::{Pool, Region};
@@ -271,15 +278,16 @@ pub struct Meter {
     presence: Arc<dyn Presence>,
 }
 
-/// How long the parts of faults took. Where several pages were filled for one fault, all of that counts as its own.
+/// The latencies of the parts of faults. The time of all pages that are filled for a fault counts
+/// as the fault's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Latency {
-    /// From when a worker read the fault to when it was taken up. What went before, only the kernel knows.
+    /// From the read of the fault to the start of its service. The time before the read is unknown.
     pub queue: Histogram,
-    /// The source saying what the bytes are.
+    /// Finding the bytes: reading sources, or waiting for them.
     pub fill: Histogram,
-    /// The kernel installing them.
+    /// Installing the bytes by the kernel.
     pub resolve: Histogram,
 }
 
@@ -295,8 +303,8 @@ impl Meter {
         Self { counters, presence }
     }
 
-    /// The region in so many parts, as equal as can be, in its order, and how much of each is there; no more parts than pages. For
-    /// each page, this looks at half a byte.
+    /// Divides the region into `parts` parts of nearly equal size, at most one a page, and returns
+    /// the coverage of each in order. Reads half a byte for each page.
     #[must_use]
     pub fn coverage(&self, parts: usize) -> Vec<Coverage> {
         coverage::parts(self.presence.as_ref(), self.counters.pages, parts.min(self.counters.pages))
@@ -308,47 +316,49 @@ impl Meter {
         &self.counters.region
     }
 
-    /// All numbers at one moment.
+    /// All counters at one moment.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.counters.read()
     }
 
-    /// Bytes that were moved in: of donated pages, and of whole blocks that were filled in staging.
+    /// Bytes that moved in: those of donated pages, and of whole blocks filled in staging.
     #[must_use]
     pub fn bytes_moved(&self) -> u64 {
         let metrics = self.metrics();
         (metrics.pages_moved + metrics.pages_staged) * self.counters.page.bytes() as u64
     }
 
-    /// Bytes shown in place: when the region was built, or when a memfd had them.
+    /// Bytes mapped in place, by the build or after a memfd was filled.
     #[must_use]
     pub fn bytes_mapped(&self) -> u64 {
         let metrics = self.metrics();
         (metrics.pages_in_place + metrics.pages_continued) * self.counters.page.bytes() as u64
     }
 
-    /// Pages that were filled ahead, and that no reader is known to have passed by.
+    /// Pages that were filled ahead and that no reader is known to have passed.
     #[must_use]
     pub fn pages_ahead_unused(&self) -> u64 {
         let metrics = self.metrics();
         metrics.pages_ahead.saturating_sub(metrics.pages_ahead_used)
     }
 
-    /// How many faults have been read and are not settled at this moment: those that are served, and those that wait for a worker.
+    /// The number of faults in flight: those being served, and those that wait for a worker.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.counters.in_flight.count()
     }
 
-    /// The oldest of these: the offset of its page in the region, and how long ago it was read.
+    /// The oldest fault in flight: the byte offset of its page in the region, and the time since it
+    /// was read.
     #[must_use]
     pub fn oldest(&self) -> Option<(u64, Duration)> {
         let (page, age) = self.counters.in_flight.oldest()?;
         Some((self.counters.page.offset_of(page), age))
     }
 
-    /// How long the parts of faults took, of a region that [records it](crate::Builder::record_latency).
+    /// The latencies of faults; `None` unless the region
+    /// [records them](crate::Builder::record_latency).
     #[must_use]
     pub fn latency(&self) -> Option<Latency> {
         let Timings { queue, fill, resolve } = self.counters.timings.as_deref()?;

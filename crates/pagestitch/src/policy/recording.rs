@@ -34,7 +34,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// let recording = first.recording().expect("it records");
 /// assert_eq!(recording.offsets().collect::<Vec<_>>(), [49_152, 8192]);
 ///
-/// let second = build().replay(&recording).build(&pool)?;      // has these pages soon, touched or not
+/// let second = build().replay(&recording).build(&pool)?;      // fills these pages ahead of their
+/// touch
 /// # drop(second);
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
@@ -47,7 +48,7 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// How many pages were touched.
+    /// The number of touched pages.
     #[must_use]
     pub fn len(&self) -> usize {
         self.runs.iter().map(|run| run.pages).sum()
@@ -59,16 +60,16 @@ impl Recording {
         self.runs.is_empty()
     }
 
-    /// The offsets of the pages in the region, in the order in which they were touched.
+    /// The byte offsets of the pages in the region, in the order of their touches.
     pub fn offsets(&self) -> impl Iterator<Item = u64> + '_ {
         self.runs.iter().flat_map(|run| run.iter()).map(|page| self.page.offset_of(page))
     }
 
-    /// Writes it to a file, some three bytes a page, all or nothing.
+    /// Writes the recording to a file, atomically. Takes about three bytes a page.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path and what the kernel answered.
+    /// [`ErrorKind::File`] names the path and the kernel's error.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
@@ -86,7 +87,7 @@ impl Recording {
         can_replace(path).map_err(|error| cannot_write(path, error))
     }
 
-    /// Reads a file that [`write`](Self::write) has written.
+    /// Reads a file written by [`write`](Self::write).
     ///
     /// # Errors
     ///
@@ -100,11 +101,11 @@ impl Recording {
         Self::decode(&encoded).map_err(|why| Error::new(ErrorKind::File, format!("{} {why}", path.display())))
     }
 
-    /// From what [`to_bytes`](Self::to_bytes) has made: to keep it elsewhere than in a file.
+    /// Decodes the bytes that [`to_bytes`](Self::to_bytes) returns.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if these are no recording, or a damaged one.
+    /// [`ErrorKind::File`] if the bytes are not a recording, or are damaged.
     pub fn from_bytes(encoded: &[u8]) -> Result<Self, Error> {
         Self::decode(encoded).map_err(|why| Error::new(ErrorKind::File, format!("what was read {why}")))
     }
@@ -115,7 +116,7 @@ impl Recording {
         Self { page, bytes, runs }
     }
 
-    /// How many bytes the recorded region has.
+    /// The length of the recorded region, in bytes.
     #[must_use]
     pub const fn region_bytes(&self) -> u64 {
         self.bytes
@@ -127,7 +128,7 @@ impl Recording {
         self.page.bytes()
     }
 
-    /// Refuses a region that it was not taken of.
+    /// Refuses a region with another page size or length.
     pub(crate) fn check(&self, page: PageSize, bytes: u64) -> Result<(), Error> {
         if (self.page, self.bytes) == (page, bytes) {
             return Ok(());
@@ -139,7 +140,7 @@ impl Recording {
         Err(Error::new(ErrorKind::BadOption, what))
     }
 
-    /// What [`write`](Self::write) writes.
+    /// Encodes the recording, as [`write`](Self::write) does.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
@@ -194,7 +195,7 @@ impl Recording {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     next: AtomicUsize,
-    /// Each page and one; 0 where it is still being written.
+    /// Each entry is a page number plus one; 0 while it is not written yet.
     pages: AtomicTable,
 }
 
@@ -217,11 +218,11 @@ impl Recorder {
     }
 }
 
-/// What is still to be replayed.
+/// The progress of a replay.
 #[derive(Debug)]
 pub(crate) struct Replay {
     recording: Recording,
-    /// The run that is next, and how much of it has been replayed.
+    /// The next run, and the number of its pages that have been replayed.
     next: Mutex<(usize, usize)>,
 }
 
@@ -278,7 +279,7 @@ fn take(rest: &mut &[u8]) -> Option<u64> {
     None
 }
 
-/// FNV-1a: against what breaks by itself, not against people.
+/// FNV-1a: detects accidental damage, not forgery.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes
         .iter()
@@ -286,7 +287,7 @@ fn checksum(bytes: &[u8]) -> u64 {
 }
 
 const MAGIC: &[u8] = b"pgstrec1";
-/// Replayed between two looks for faults.
+/// Pages replayed between two checks for faults.
 const AT_ONCE: usize = 16;
 
 #[cfg(test)]
