@@ -1,9 +1,10 @@
-//! Limits. Berths: how many workers a region may hold up at once. A fault that finds none waits for one that leaves.
+//! Admission of faults: a region occupies at most as many workers as it has berths. A fault
+//! without a free berth waits until another fault leaves one.
 
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 
-/// Some berths, and what waits for one.
+/// The number of taken berths, and the queue of items that wait for one.
 #[derive(Debug)]
 pub(crate) struct Bulkhead<T> {
     state: Mutex<State<T>>,
@@ -16,14 +17,14 @@ struct State<T> {
 }
 
 impl<T> Bulkhead<T> {
-    /// With room for so many to wait; more than that, and room is made.
+    /// Reserves queue space for `room` waiting items; the queue grows beyond it.
     pub(crate) fn new(room: usize) -> Self {
         let state = Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) });
         Self { state }
     }
 
-    /// Takes one of `most` berths for `item`, which is given back to be worked on. `None`: it waits, and is given to whoever
-    /// leaves.
+    /// Takes one of `most` berths for `item` and returns the item. `None`: the item waits, and a later
+    /// [`leave`](Self::leave) returns it.
     pub(crate) fn enter(&self, most: usize, item: T) -> Option<T> {
         let mut state = self.state.lock();
         if state.taken < most {
@@ -34,7 +35,7 @@ impl<T> Bulkhead<T> {
         None
     }
 
-    /// Leaves the berth, or stays in it for the next that waits.
+    /// Leaves the berth, or keeps it and returns the next waiting item.
     pub(crate) fn leave(&self, most: usize) -> Option<T> {
         let mut state = self.state.lock();
         let next = if state.taken <= most { state.waiting.pop_front() } else { None };
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_finds_no_berth_is_given_to_who_leaves() {
+    fn an_item_without_a_berth_goes_to_the_worker_that_leaves_one() {
         let berths = Bulkhead::new(4);
         assert_eq!((berths.enter(2, 1), berths.enter(2, 2), berths.enter(2, 3)), (Some(1), Some(2), None));
         assert_eq!(berths.leave(2), Some(3));
@@ -58,9 +59,9 @@ mod tests {
         assert_eq!((berths.leave(1), berths.leave(1)), (Some(5), None));
     }
 
-    /// There were more berths when they were taken: those who leave first take nothing on, and the last one does.
+    /// The limit falls while berths are taken: the first workers that leave return no item, the last does.
     #[test]
-    fn where_there_are_fewer_by_now_nothing_is_forgotten() {
+    fn a_waiting_item_survives_a_lower_number_of_berths() {
         let berths = Bulkhead::new(4);
         (0..3).for_each(|item| assert_eq!(berths.enter(3, item), Some(item)));
         assert_eq!(berths.enter(1, 9), None);

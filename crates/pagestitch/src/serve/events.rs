@@ -230,7 +230,7 @@ impl Served {
     }
 }
 
-/// What is to be served for a fault; `None` where that was all that there is to do.
+/// The request for a fault; `None` if the fault needs no page or is already answered.
 pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Option<FaultRequest> {
     let page = region.target.page_at(fault.address)?;
     let counters = region.counters.local();
@@ -238,7 +238,7 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {
         FaultKind::WriteProtect => release(region, page),
-        // Only somebody else's registration asks for these beside memfds that are filled later.
+        // Beside memfds that are filled later, only a foreign registration asks for these.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();

@@ -61,7 +61,7 @@ impl Places {
         }
     }
 
-    /// So many, wherever whoever works happens to run.
+    /// `workers` workers, which are not pinned to a CPU.
     pub(super) const fn anywhere(workers: usize) -> Self {
         Self { workers, homes: Vec::new() }
     }

@@ -12,7 +12,7 @@ pub(super) struct QueuedFault<R> {
     pub(super) asked: FaultRequest,
 }
 
-/// Pages to be filled before anybody asks for them: a span, or the next ones of the region's recording.
+/// Pages that are filled before a thread touches them: a span, or the next ones of the region's recording.
 #[derive(Debug)]
 pub(super) struct PrefetchTask<R> {
     pub(super) door: Arc<RegionHandle<R>>,

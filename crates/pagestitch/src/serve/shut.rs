@@ -11,19 +11,19 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 impl Served {
-    /// Nobody serves any more: who waits in the region, and who touches it, gets a signal.
+    /// Ends serving: a thread that waits in the region, or touches a missing page, gets a signal.
     ///
-    /// For a region of our own: **fence**, so that the whole range is inaccessible, then wake whoever waits, who tries again and
-    /// meets the fenced range. Of adopted memory, what is missing is poisoned instead.
+    /// An owned region is **fenced**: the whole range becomes inaccessible. Then all waiters are woken;
+    /// they retry and meet the fenced range. Missing pages of adopted memory are poisoned instead.
     pub(crate) fn shut(&self) {
         match &self.target {
             Target::Owned(reservation) => {
                 if let Err(errno) = reservation.fence() {
-                    // Going on would show zeros for bytes, or leave them to hang. Not known to happen.
+                    // Without the fence, waiters would read zeros or hang. No kernel is known to refuse.
                     eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);
                     std::process::abort();
                 }
-                // No thread begins to wait any more. One that waits runs on when it is woken, which may be after the drop.
+                // No thread starts to wait any more. A woken waiter may run only after the drop.
                 if self.uffd.has_waiters() {
                     reservation.linger();
                 }
@@ -36,7 +36,7 @@ impl Served {
         }
         let began = Instant::now();
         while self.close_orphans() != Rest::None {
-            // An owner that moves or forks without end is ended, where it is known.
+            // An owner that moves or forks without end is killed, if its process is known.
             let is_stuck = || self.target.foreign().is_some() && began.elapsed() > STRAYS_MAX;
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
@@ -49,7 +49,7 @@ impl Served {
     }
 }
 
-/// How long what the owner of adopted memory leaves behind may keep a region from its end.
+/// How long moved parts and children of an adopted region may delay its end.
 const STRAYS_MAX: Duration = Duration::from_secs(5);
-/// Events read at once, while what nobody serves is seen to.
+/// Events read at once while unserved memory is poisoned.
 const ORPHAN_EVENTS: usize = 16;

@@ -22,7 +22,7 @@ struct State<R> {
 }
 
 impl<R> SlowAdmission<R> {
-    /// With room for so many to wait; more than that, and room is made.
+    /// Reserves queue space for `room` waiting items; the queue grows beyond it.
     pub(super) fn new(room: usize) -> Self {
         let state = State { taken: 0, waiting: VecDeque::with_capacity(room) };
         Self { state: Mutex::new(state), waiting: AtomicUsize::new(0) }

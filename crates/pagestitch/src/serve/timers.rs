@@ -6,8 +6,9 @@
 //! | a fault again | its source has failed, and is asked again after a pause |
 //! | a look at a region | the worker that has its turn may hang; or there is more to do, but not at once |
 //!
-//! A timer among the descriptors that workers wait for tells when. Whoever is woken takes one thing after the other, and sets the
-//! timer for the next before it does any: should it hang, another worker comes for that.
+//! Workers wait for a timer among their descriptors. The woken worker takes one entry after the
+//! other. It sets the timer for the next entry before it starts one, so that another worker takes
+//! over if it hangs.
 
 use crate::serve::queue::QueuedFault;
 use crate::serve::region_handle::RegionHandle;
@@ -72,7 +73,7 @@ impl<R> Timers<R> {
 
     /// Called when the timer has been seen to be over.
     pub(super) fn seen(&self) {
-        // EAGAIN where somebody else has.
+        // EAGAIN if another worker has read the timer.
         let _ = self.timer.wait();
     }
 

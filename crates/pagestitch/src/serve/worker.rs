@@ -1,9 +1,9 @@
 //! A worker: wakes up, reads a batch of events, serves the first fault itself and hands on the rest.
 //!
-//! What is to be filled ahead waits until there is no fault to serve, and goes block by block to whoever is free.
+//! Readahead waits until no fault is queued, and goes block by block to a free worker.
 //!
-//! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; with
-//! nobody free, the worker comes back for it, or another one that is started at its post. A worker allocates nothing between wake-up
+//! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; if no
+//! worker is free, this worker comes back for it, or a replacement at its post does. A worker allocates nothing between wake-up
 //! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
 
 use crate::fault::fill::Buffers;
@@ -106,7 +106,7 @@ impl Worker {
             }
         }
         if self.shared.has_more() {
-            // Who waits for this is to be told that there is more to do.
+            // A loop that waits for this descriptor is woken, because work is left.
             self.shared.wake_one();
         }
         self.served - before
@@ -125,7 +125,7 @@ impl Worker {
                 if fd == self.shared.stop.as_fd().as_raw_fd() {
                     return Turn::Stopped;
                 } else if fd == self.shared.wake_fd.as_fd().as_raw_fd() {
-                    // Somebody quicker may have read it: EAGAIN. The channel tells what is left to do.
+                    // EAGAIN if another worker has read it first. The channel holds the remaining work.
                     let _ = self.shared.wake_fd.read();
                 } else if fd == self.shared.later.fd() {
                     self.serve_later();
@@ -150,10 +150,10 @@ impl Worker {
         }
     }
 
-    /// Serves what there is: nobody is woken again for it.
+    /// Serves all pending events of a region, because no worker is woken a second time for them.
     fn serve_batch(&mut self, door: &RegionHandle) {
         let Some(region) = door.enter() else { return };
-        // Who comes while somebody reads from adopted memory leaves it to that one, which may hang in a source.
+        // Another worker reads from this adopted memory. It may hang in a source: look again later.
         let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
             if self.serve_read(&region, &mut turn) == Err(Busy) {
@@ -212,7 +212,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Serves a fault, or leaves it to whoever serves others of the kind, where these are not to hold up more workers.
+    /// Serves a fault in a berth. Without a free berth, the fault waits for a worker that leaves one.
     fn serve_admitted(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         if let Some((most, berths)) = &region.limit {
             let mut next = berths.enter(*most, asked);
@@ -290,7 +290,7 @@ impl Worker {
         }
     }
 
-    /// Fills one block of what is to be filled ahead. What is left of it is there for whoever is free first.
+    /// Fills one block of readahead, and queues the rest for the next free worker.
     fn fill_ahead(&mut self) {
         let Ok(PrefetchTask { door, span }) = self.shared.ahead.1.try_recv() else { return };
         let Some(region) = door.enter() else { return };
@@ -301,7 +301,7 @@ impl Worker {
         fill_ahead(&region, now, &mut self.buffers);
     }
 
-    /// Fills a few pages of a recording, and leaves the rest to whoever is free.
+    /// Fills a few pages of a recording, and queues the rest for the next free worker.
     fn replay(&mut self, region: &Arc<Served>) {
         let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
         runs.for_each(|run| replay(region, run, &mut self.buffers));
