@@ -2,7 +2,8 @@
 
 use crate::{PAGE, is_readable, own_memory, pattern, serve_until, until};
 use nix::poll::PollTimeout;
-use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
+use nix::unistd::Pid;
+use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Process, Region, Server};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
 use pagestitch_testkit::forked::ForkedChild;
@@ -53,6 +54,8 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
     let adopted = ForkedChild::start(|| {
         let uffd = Uffd::open(Features::NONE).unwrap().as_fd().try_clone_to_owned().unwrap();
         let memory = AdoptedMemory::of_this_process(uffd, own_memory()).unwrap().range(1 << 30, PAGE);
+        // Before Linux 6.6, a region of adopted memory needs the owner.
+        let memory = memory.owner(Process::open(Pid::this()).unwrap());
         let builder = Region::builder().name("guest").chunk(vec![7; PAGE]);
         is_refused(builder.build_adopted(memory, &pool), "region guest")
     });
