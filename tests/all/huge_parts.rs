@@ -1,7 +1,8 @@
 //! Memfds of huge pages (`MFD_HUGETLB`): the kernel maps them in units of two megabytes. Smaller
 //! parts are copied, and their neighbours keep their bytes.
 
-use crate::{HugePages, pattern, touch};
+use crate::{HugePages, pattern, touch, until};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pagestitch::source::{Alias, AliasError, Memfd, SharedFile};
@@ -39,7 +40,8 @@ fn sealed(bytes: &[u8]) -> Memfd {
     use nix::fcntl::{FcntlArg, SealFlag, fcntl};
     let file = huge_memfd(bytes);
     let seals = SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).unwrap();
+    // A forked child of another test may have the writable mapping until the end of the child (EBUSY).
+    until(|| fcntl(&file, FcntlArg::F_ADD_SEALS(seals)) != Err(Errno::EBUSY));
     Memfd::from_fd(file.into()).unwrap()
 }
 
