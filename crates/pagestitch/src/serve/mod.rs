@@ -1,4 +1,4 @@
-//! Who answers faults, and how an answer is given.
+//! The servers that answer faults, and how they do it.
 //!
 //! | file | what |
 //! |---|---|
@@ -22,9 +22,9 @@
 //! | `region_handle` | what a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
-//! | `populate` | the same steps for pages that nobody has touched |
+//! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | asks again for pages whose source has failed |
-//! | `leave` | what becomes of adopted memory when its region is dropped |
+//! | `leave` | poisons the missing pages of adopted memory whose region is dropped |
 //! | `watchdog` | tells of faults that take too long, and gives them up |
 //! | `fork` | forked children |
 //! | `rate_limit` | log lines that something else can cause |
@@ -70,9 +70,9 @@ pub(crate) use served::{ForkedChildren, Served};
 use crate::error::{Error, ErrorKind};
 use std::sync::Arc;
 
-/// Who answers the faults of a region. Where one is asked for, any of these will do:
+/// The server that answers the faults of a region. A function that takes one accepts any of these:
 ///
-/// | | who | choose it when |
+/// | | served by | choose it when |
 /// |---|---|---|
 /// | `&`[`Pool`] | threads of their own | in general: any source, readahead, system calls on absent pages |
 /// | [`Inline`] | the thread that takes the fault | single touches have to be quick, and bytes lie in memory |

@@ -1,44 +1,49 @@
-//! How long the faults of a region take, and who reads them.
+//! How long the faults of a region take, and which worker reads them.
 //!
-//! Two workers that read from the same adopted memory wait for each other: what is installed must be what the page holds, so
-//! nobody installs while events are read. Where sources are quick, one who does both is quicker than two; where they are
-//! slow, whoever has read gives the next one its turn before it fills.
+//! Workers that read events of the same adopted memory wait for each other: an installed page must
+//! hold the bytes that its owner expects, so no worker installs while another reads events. With
+//! fast sources, one worker that reads and fills is faster than two. With slow sources, the worker
+//! that has read passes the turn on before it fills.
 
 use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// What a fault of the region has taken lately.
+/// The recent duration of the region's faults, and the turn to read them.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
-    /// Nanoseconds: an average that forgets; 0 before the first.
+    /// A moving average in nanoseconds; 0 before the first fault.
     average: AtomicU64,
-    /// [`FREE`], or the number of the turn that is taken, doubled, and 1 if somebody has called since: there is more to read.
+    /// [`FREE`], or twice the number of the turn that is taken, plus 1 if another worker has called
+    /// since: then there is more to read.
     turn: AtomicU64,
-    /// How many turns there were.
+    /// The number of turns so far.
     turns: AtomicU64,
-    /// When the worker that has the turn has taken it, or has read last, in nanoseconds. A worker that has lost its turn may store a time
-    /// here, too, which leaves the turn to the other one a little longer.
+    /// The time, in nanoseconds, at which the worker that holds the turn took it or last read. A
+    /// worker that has lost its turn may store a time here too, which leaves the turn to the other
+    /// worker a little longer.
     read: AtomicU64,
-    /// Whether a worker looks at the region in a moment.
+    /// True if a worker will look at the region in a moment.
     look: AtomicBool,
 }
 
 impl Pace {
-    /// Takes note of a fault.
+    /// Adds the duration of a fault to the average.
     pub(crate) fn took(&self, ns: u64) {
         let before = self.average.load(Ordering::Relaxed);
         let after = if before == 0 { ns.max(1) } else { before - before / 8 + ns / 8 };
-        // Of two at once, one is enough.
+        // Two stores at once may lose one: the average stays good enough.
         self.average.store(after, Ordering::Relaxed);
     }
 
-    /// Whether a worker that serves it is back soon, for all that is known.
+    /// True if the average says that a worker which serves a fault is soon free again. False before
+    /// the first fault.
     pub(crate) fn is_quick(&self) -> bool {
         (1..=SLOW).contains(&self.average.load(Ordering::Relaxed))
     }
 
-    /// The turn to read, if nobody has it, or a worker that does not come back from a source; whoever has it looks once more then.
+    /// The turn to read, if it is free, or if the worker that holds it is late and may never return
+    /// from a source. Otherwise `None`, and the worker that holds the turn reads once more.
     pub(crate) fn turn(&self) -> Option<Reading<'_>> {
         let mine = (self.turns.fetch_add(1, Ordering::Relaxed) + 1) << 1;
         let now = nanoseconds(Instant::now());
@@ -50,37 +55,39 @@ impl Pace {
         };
         let _ = self.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, next);
         taken.then(|| {
-            // Always a time: the worker may enter a source with the turn, whatever it does first.
+            // Each turn starts with a time, because the worker may enter a source with the turn.
             self.read.store(now, Ordering::Relaxed);
             Reading { pace: Some(self), held: Some(mine), late }
         })
     }
 
-    /// Whether whoever has the turn has read so long ago that it may never come back. Where it does, it finds that out.
+    /// True if the worker that holds the turn read so long ago that it may never return. If it does
+    /// return, it finds that it has lost the turn.
     fn is_late(&self, now: u64) -> bool {
-        // A model goes the same way each time.
+        // A model must not depend on the clock: each of its runs has to take the same path.
         !cfg!(shuttle) && now.saturating_sub(self.read.load(Ordering::Relaxed)) > LATE
     }
 
-    /// Whether the region is to be looked at in a moment, and was not to be before.
+    /// Requests a look at the region in a moment. True if no such request was pending.
     pub(crate) fn asks_for_look(&self) -> bool {
         !self.look.swap(true, Ordering::Relaxed)
     }
 
-    /// Called before it is looked at.
+    /// Called before a worker looks at the region: ends the request.
     pub(crate) fn is_looked_at(&self) {
         self.look.store(false, Ordering::Relaxed);
     }
 }
 
-/// Since a moment before all others of this process.
+/// Nanoseconds from the first call in this process to `moment`.
 fn nanoseconds(moment: Instant) -> u64 {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let since = moment.saturating_duration_since(*BEGAN.get_or_init(|| moment));
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The turn to read the faults of a region. It has to be [ended](Reading::ends), or is not there to be taken again.
+/// The turn to read the faults of a region. The worker has to [end](Reading::ends) it, or no other
+/// worker can take it.
 #[derive(Debug)]
 pub(crate) struct Reading<'p> {
     /// None where workers need not take turns.
@@ -92,7 +99,7 @@ pub(crate) struct Reading<'p> {
 }
 
 impl Reading<'_> {
-    /// Anybody's.
+    /// A turn that every worker has at the same time.
     pub(super) const fn free() -> Self {
         Self { pace: None, held: None, late: false }
     }
@@ -102,7 +109,8 @@ impl Reading<'_> {
         !self.late
     }
 
-    /// How many faults of a batch are not worth another worker.
+    /// The number of faults of a batch that this worker keeps, because waking another worker takes
+    /// longer.
     pub(crate) fn keeps(&self) -> usize {
         if self.held.is_some() { KEPT } else { 0 }
     }
@@ -117,7 +125,7 @@ impl Reading<'_> {
         }
         let called = self.lets_go() && self.again();
         if let (true, Some(mine)) = (called, self.held) {
-            // Still to be answered: the turn does not end before.
+            // The call is not answered yet: the turn does not end before it is.
             let _ = pace.turn.compare_exchange(mine, mine | CALLED, Ordering::AcqRel, Ordering::Acquire);
         }
         called
@@ -137,25 +145,27 @@ impl Reading<'_> {
             self.held = None;
             return true;
         }
-        // Somebody has called, or has taken the turn: that one reads then.
+        // Another worker has called, or has taken the turn. In the second case that worker reads.
         let kept = exchange(mine | CALLED, mine).is_ok();
         self.held = self.held.filter(|_| kept);
         !kept
     }
 
-    /// Gives the turn on though there may be more to read: whoever does so has the region looked at again.
+    /// Passes the turn on though there may be more to read: the caller has to request another look
+    /// at the region.
     pub(crate) fn give_on(&mut self) {
         self.lets_go();
     }
 
-    /// Ends the turn, if it is held still. Whether somebody has called.
+    /// Ends the turn, if this worker still holds it. True if another worker has called meanwhile.
     fn lets_go(&mut self) -> bool {
         let (Some(pace), Some(mine)) = (self.pace, self.held.take()) else { return false };
         let free = |state: u64| (state & !CALLED == mine).then_some(FREE);
         pace.turn.fetch_update(Ordering::AcqRel, Ordering::Acquire, free) == Ok(mine | CALLED)
     }
 
-    /// Takes the turn once more, unless somebody else has it, who will look then.
+    /// Takes the turn once more. False if another worker holds it: that worker then reads once
+    /// more.
     fn again(&mut self) -> bool {
         let turn = self.pace.and_then(Pace::turn);
         (self.held, self.late) = turn.map_or((None, false), |turn| (turn.held, turn.late));
@@ -164,15 +174,15 @@ impl Reading<'_> {
 }
 
 const FREE: u64 = 0;
-/// Somebody else came: there is more to read.
+/// Another worker has called: there is more to read.
 const CALLED: u64 = 1;
-/// A worker that has not come back since it has read so long ago may hang.
+/// A worker whose last read is longer ago may hang.
 const LATE: u64 = TURN_MAX.as_nanos() as u64;
-/// How long the turn is left to a worker that serves what it has read.
+/// The time that a worker has to serve a batch before another worker may take its turn.
 pub(crate) const TURN_MAX: Duration = Duration::from_millis(10);
-/// Past it, a worker is better not held up by a region.
+/// A longer average makes a region slow: its faults may occupy only some of the workers.
 const SLOW: u64 = Duration::from_millis(1).as_nanos() as u64;
-/// As many are served in the time that it takes to wake another worker.
+/// The number of faults that a worker serves in the time that waking another worker takes.
 const KEPT: usize = 8;
 
 #[cfg(all(test, not(shuttle)))]
@@ -191,7 +201,7 @@ mod tests {
         let mut turn = pace.turn().unwrap();
         assert!(!turn.has_read(Instant::now()), "quick: it is kept");
         assert!(pace.turn().is_none());
-        assert!(!turn.ends(false), "somebody has called");
+        assert!(!turn.ends(false), "another worker has called");
         assert!(!turn.has_read(Instant::now()) && turn.ends(false));
         assert!(pace.turn().is_some());
     }
@@ -238,7 +248,7 @@ mod tests {
         };
         assert!(pace.turn().is_none(), "it was taken just now");
         assert!(hanging.ends(false) && hanging.keeps() == 0, "it is another's");
-        assert!(!other.has_read(Instant::now()) && !other.ends(false), "somebody has called");
+        assert!(!other.has_read(Instant::now()) && !other.ends(false), "another worker has called");
         assert!(!other.has_read(Instant::now()) && other.ends(false));
         assert!(pace.turn().is_some());
     }
@@ -255,7 +265,8 @@ mod tests {
         assert!(turn.ends(false), "it is another's");
     }
 
-    /// Every event that anybody was woken for is read, whoever reads: threads at random, as workers do it.
+    /// Every event that has woken a worker is read, by whichever worker: threads at random, as
+    /// workers do it.
     #[test]
     fn no_event_is_left_unread() {
         for ns in [1_000, 50_000_000] {

@@ -71,7 +71,8 @@ impl Pool {
         }
     }
 
-    /// How many workers it has, but for those that [stand in](PoolBuilder::max_workers) for others.
+    /// The number of its workers, without those that [stand in](PoolBuilder::max_workers) for
+    /// others.
     #[must_use]
     pub fn workers(&self) -> usize {
         self.handle.shared.epolls.len()
@@ -226,10 +227,11 @@ impl PoolBuilder {
         self
     }
 
-    /// Makes the page of a fault bad that has taken so long: its waiter gets SIGBUS. Whoever serves it is not called back; if its source answers
-    /// after all, the page is good from then on. The page of a fault that no worker has begun stays bad until
-    /// [`retry_failed`](crate::Region::retry_failed). `populate` and `read_at` wait as long as the source takes. Time counts as for
-    /// [`warn_after`](Self::warn_after).
+    /// Poisons the page of a fault that has taken so long: its waiter gets SIGBUS. The worker that
+    /// serves it is not called back; if its source answers after all, the page is good from then
+    /// on. The page of a fault that no worker has begun stays poisoned until
+    /// [`retry_failed`](crate::Region::retry_failed). `populate` and `read_at` wait as long as the
+    /// source takes. Time counts as for [`warn_after`](Self::warn_after).
     pub fn fault_timeout(mut self, age: Duration) -> Self {
         self.limits.hard = Some(age);
         self

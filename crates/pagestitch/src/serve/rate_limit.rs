@@ -1,10 +1,11 @@
-//! Log lines that something else has the power to cause: once a second at most, with how many were left out.
+//! Log lines that another process can cause: at most one a second, with the number of lines left
+//! out.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A line that is told seldom.
+/// Limits how often a line is logged.
 #[derive(Debug, Default)]
 pub(crate) struct RateLimit {
     last: Mutex<Option<Instant>>,
@@ -12,7 +13,8 @@ pub(crate) struct RateLimit {
 }
 
 impl RateLimit {
-    /// Whether it is to be told now; and if so, how often it was not since it was told last.
+    /// `Some` if the line may be logged now: the number of lines left out since the last one.
+    /// `None` leaves this line out.
     pub(crate) fn again(&self) -> Option<u64> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_some_and(|last| last.elapsed() < ONCE) {

@@ -25,16 +25,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// What the workers share.
+/// The state that the workers share.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) stop: EventFd,
     pub(super) wake_fd: EventFd,
     handed: (Sender<QueuedFault>, Receiver<QueuedFault>),
-    /// What is filled when there are no faults, by workers that are awake.
+    /// Spans to fill while there are no faults, by workers that are awake.
     pub(super) ahead: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
     pub(super) slow: SlowAdmission,
-    /// Which workers there are.
+    /// The workers by place.
     pub(super) crew: WorkerTable,
     /// There are faults that no queue has room for.
     pub(super) left: AtomicBool,
@@ -43,7 +43,7 @@ pub(super) struct Shared {
     pub(super) places: Places,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
     pub(super) later: Arc<Timers>,
-    /// What the fork reader leaves to workers.
+    /// Events that the fork reader leaves to workers.
     news: (Sender<DeferredTask>, Receiver<DeferredTask>),
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
@@ -80,7 +80,8 @@ impl Shared {
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
         let (handed, ahead) = (bounded(QUEUE_MAX), bounded(AHEAD_MAX));
-        // Who is at home on the CPU of a fault is to be woken; of those that are anywhere, one.
+        // With pinned workers a fault wakes all, so that the worker on the CPU of the fault is
+        // among them. Of unpinned workers, a fault wakes one.
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         // Once for each event, as it is read to the end: epoll need not look again after each.
         let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
@@ -132,14 +133,15 @@ impl Shared {
         }
     }
 
-    /// Has a worker see to what the kernel told of a region. Gives it back if there is no room, as workers may wait for whoever forks.
+    /// Passes an event of a region to a worker. Returns the event if there is no room: this thread
+    /// must not wait, because workers may wait for the thread that forks.
     pub(super) fn pass_on(&self, region: &Arc<Served>, news: DeferredEvent) -> Result<(), DeferredEvent> {
         let passed = self.news.0.try_send((Arc::clone(region), news));
         self.wake_one();
         passed.map_err(|refused| refused.into_inner().1)
     }
 
-    /// Sees to all that was passed on.
+    /// Handles all events that were passed on.
     pub(super) fn handle_all_deferred(&self) {
         while let Ok((region, news)) = self.news.1.try_recv() {
             match news {
@@ -169,7 +171,8 @@ impl Shared {
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
     pub(super) fn queue_prefetch(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
         for span in ahead {
-            // Full: there is more than can be kept up with, and whoever wants these pages asks for them.
+            // If the queue is full, the workers cannot keep up. A thread that touches these pages
+            // requests them by a fault.
             let _ = self.ahead.0.try_send(PrefetchTask::new(region, span));
         }
     }
@@ -205,7 +208,7 @@ impl Shared {
         }
     }
 
-    /// Has the one who works, or another, look once more.
+    /// Makes one worker, this one or another, look once more.
     pub(super) fn wake_one(&self) {
         self.wake_fd.write(1).expect("an eventfd takes small numbers");
     }
@@ -279,7 +282,8 @@ impl Shared {
             Ok(child) => {
                 let child = Arc::new(child);
                 parent.counters.local().children.add(1);
-                // In this order: whoever ends the family finds it served, and leaves it.
+                // In this order, so that the thread that closes the family finds the child served,
+                // and ends its service.
                 let served = self.add(&child).is_ok() && children.take_in(&child);
                 if !served {
                     self.leave(&child);
@@ -301,7 +305,8 @@ impl Shared {
         }
     }
 
-    /// Reads no more of a region whose children were served: nobody can fork with it any more.
+    /// Reads no more events of a region whose children were served: no process can fork with it any
+    /// more.
     pub(super) fn retire(&self, region: &Served) {
         if let (Some(_), Some(fork_reader)) = (&region.children, self.fork_reader.get()) {
             fork_reader.remove(region);
@@ -325,7 +330,7 @@ impl Shared {
         }
     }
 
-    /// Has whoever waits for it look once more at a region.
+    /// Makes a worker that waits on `epoll` look once more at a region.
     pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
         // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
         let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
@@ -372,7 +377,7 @@ impl Shared {
 
 /// News that may wait for a worker.
 const DEFERRED_MAX: usize = 1024;
-/// Faults that may wait for a worker: past it, who reads them serves them.
+/// Faults that may wait for a worker. Above this, the worker that reads a fault serves it.
 const QUEUE_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.
 const AHEAD_MAX: usize = 64;

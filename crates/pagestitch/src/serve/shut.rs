@@ -19,7 +19,8 @@ impl Served {
         match &self.target {
             Target::Owned(reservation) => {
                 if let Err(errno) = reservation.fence() {
-                    // Without the fence, waiters would read zeros or hang. No kernel is known to refuse.
+                    // Without the fence, waiters would read zeros or hang. A refusal is not known to
+                    // happen.
                     eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);
                     std::process::abort();
                 }

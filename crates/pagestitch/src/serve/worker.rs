@@ -150,7 +150,9 @@ impl Worker {
         }
     }
 
-    /// Serves all pending events of a region, because no worker is woken a second time for them.
+    /// Serves the pending events of a region to the last, because no worker is woken a second time
+    /// for them. After [`BATCHES`] batches it requests another look instead, so that other regions
+    /// come first.
     fn serve_batch(&mut self, door: &RegionHandle) {
         let Some(region) = door.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
@@ -212,7 +214,9 @@ impl Worker {
         Ok(())
     }
 
-    /// Serves a fault in a berth. Without a free berth, the fault waits for a worker that leaves one.
+    /// Serves a fault. With `max_in_flight`, the fault takes a berth of its region. Without it, the
+    /// fault of a fast region is served at once, without a berth, and the fault of a slow region
+    /// takes a berth of the pool. A fault without a free berth waits for a worker that leaves one.
     fn serve_admitted(&mut self, region: &Arc<Served>, asked: FaultRequest) {
         if let Some((most, berths)) = &region.limit {
             let mut next = berths.enter(*most, asked);
@@ -229,7 +233,7 @@ impl Worker {
         }
     }
 
-    /// Serves a fault in a berth, and those that wait for it.
+    /// Serves the fault of a slow region, and then each waiting fault that takes over its berth.
     fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
         while let Some(QueuedFault { door, asked }) = next {

@@ -1,8 +1,10 @@
 //! The fork reader: a thread that reads the events of regions whose children are served, and hands all of it on.
 //!
-//! `fork(2)` does not return before its event has been read, and the C library holds the locks of its allocator meanwhile. A worker
-//! that waits for one of these reads nothing, and sources allocate; so they could wait for each other, and for ever. The fork reader
-//! allocates nothing, frees nothing, logs nothing, and takes no lock under which somebody else does.
+//! `fork(2)` does not return before its event has been read, and the C library holds the locks of
+//! its allocator meanwhile. A worker that waits for one of these locks reads no event, and sources
+//! allocate; so the fork and the worker could wait for each other for ever. The fork reader
+//! allocates nothing, frees nothing, logs nothing, and takes no lock under which another thread
+//! does so.
 
 use crate::serve::Served;
 use crate::serve::watch::watch;
@@ -11,12 +13,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What it reads.
+/// The regions whose events it reads.
 #[derive(Debug)]
 pub(crate) struct ForkReader {
     pub(super) ready: Epoll,
-    /// By their descriptors. Made anew beside the lock, as that is to allocate. The standard library's lock, as waiting for it does
-    /// not allocate.
+    /// Sorted by descriptor. A change builds the new list outside the lock, because that allocates.
+    /// The standard library's lock, because waiting for it does not allocate.
     regions: Mutex<Vec<(RawFd, Arc<Served>)>>,
 }
 
