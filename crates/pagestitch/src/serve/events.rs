@@ -1,4 +1,4 @@
-//! What the kernel tells of a region but for faults: pages that are let go, unmapped or moved, and forks.
+//! Events of a region other than faults: pages that are discarded, unmapped or moved, and forks.
 
 use crate::fault::FaultRequest;
 use crate::fault::install::{release, show};
@@ -15,14 +15,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-/// What the kernel has told, and may wait until nobody forks.
+/// An event that may wait until no thread is forking.
 #[derive(Debug)]
 pub(crate) enum DeferredEvent {
     /// There is a forked child, with a uffd of its own.
     Child(Uffd),
-    /// There is one, and no descriptor for it: those of children that have ended are to be let go of.
+    /// There is a child and no descriptor for it: the descriptors of children that have ended have
+    /// to be released.
     NoDescriptor,
-    /// There was none after all, or nobody to serve it: what the child does not have is bad.
+    /// There was no descriptor after all, or no server for the child: the pages that it lacks are
+    /// poisoned.
     GivenUp,
     /// `mremap(2)` has moved part of the region to somewhere else.
     Moved {
@@ -33,32 +35,36 @@ pub(crate) enum DeferredEvent {
     },
 }
 
-/// What has been read.
+/// The result of reading events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Read {
     All,
-    /// With the last descriptor: it has to be free again before there is another child.
+    /// All, with a descriptor of the reserve: it has to be free again before there is another
+    /// child.
     OneTooMany,
     Nothing,
 }
 
 impl Served {
-    /// Reads what the kernel has to tell, and acts on changes of the memory map. Faults are left in the batch, and what takes time or
-    /// memory to `told`, which may refuse it. True if something could not be done yet: it is to be read again in a moment.
+    /// Reads the events of a region and applies changes of the memory map. Faults stay in the
+    /// batch. An event that takes time or memory goes to `told`, which may refuse it. True if some
+    /// work is left: read again in a moment.
     ///
-    /// Where a region has a family, it allocates nothing, and waits for nobody who does: whoever forks may hold the allocator.
+    /// For a region whose children are served, it allocates nothing and waits for no thread that
+    /// allocates, because a forking thread may hold the allocator.
     pub(crate) fn read_events(
         &self,
         batch: &mut Batch,
         told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
-        // What is let go of somebody else's memory holds other bytes from then on: nothing is installed meanwhile.
+        // A page that the owner of adopted memory discards holds other bytes from then on: no page
+        // is installed meanwhile.
         let _alone = self.target.foreign().and_then(Foreign::change);
         self.read_alone(batch, told)
     }
 
-    /// As [`read_events`](Self::read_events), for a thread that must not wait: an installation may take as long as memory of a source
-    /// cannot be read.
+    /// As [`read_events`](Self::read_events), for a thread that must not wait: an installation
+    /// lasts as long as it waits for the memory of a source.
     pub(crate) fn try_read_events(
         &self,
         batch: &mut Batch,
@@ -73,7 +79,7 @@ impl Served {
         batch: &mut Batch,
         told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
-        // An owner that forks or moves without end waits until some of it has been seen to.
+        // An owner that forks or moves without end waits until some of its orphans are closed.
         if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Rest::Some {
             batch.clear();
             return true;
@@ -103,12 +109,12 @@ impl Served {
         if read == Read::Nothing {
             let _ = told(DeferredEvent::NoDescriptor);
         }
-        // Whoever reads has more to do than this, and comes again.
+        // The thread that reads has other work, so it comes back for the rest.
         self.close_orphans() != Rest::None || read != Read::All
     }
 
-    /// Part of the region is somewhere else. What else the owner of adopted memory has registered with its userfaultfd is its own
-    /// business.
+    /// Handles a move of part of the region. Other ranges that the owner of adopted memory has
+    /// registered with its userfaultfd are ignored.
     fn moved(
         &self,
         (from, to, bytes): (usize, usize, usize),
@@ -126,9 +132,10 @@ impl Served {
     fn read(&self, batch: &mut Batch) -> Read {
         match batch.read(&self.uffd, self.page_size()) {
             Ok(()) => Read::All,
-            // A child comes with a descriptor. Until there is one, its parent waits in fork(2), and so do all faults.
+            // The event of a child carries a descriptor. Until one is free, the parent waits in
+            // fork(2), and so do all faults.
             Err(Errno::EMFILE | Errno::ENFILE) => {
-                // One after the other: such a child may have children before it is seen to.
+                // One child at a time, because such a child may have children before it is closed.
                 let room = |children: &Arc<ForkedChildren>| {
                     children.is_short() && !self.orphans.have_children() && children.make_room()
                 };
@@ -151,7 +158,7 @@ impl Served {
         }
     }
 
-    /// Takes note of what the kernel has told. A child is not served.
+    /// Logs a deferred event. A child is not served here: it is returned.
     pub(crate) fn handle_deferred(&self, news: DeferredEvent) -> Result<(), DeferredEvent> {
         match news {
             DeferredEvent::Child(_) => return Err(news),
@@ -169,7 +176,7 @@ impl Served {
                         region = self.name,
                         why,
                         untold,
-                        "a child cannot be served: what it does not have is bad"
+                        "a child cannot be served: the pages that it lacks are poisoned"
                     );
                 }
             }
@@ -181,7 +188,7 @@ impl Served {
                         to,
                         bytes,
                         untold,
-                        "moved by mremap(2): what was not filled is bad there"
+                        "moved by mremap(2): unfilled pages are poisoned there"
                     );
                 }
             }
@@ -189,13 +196,13 @@ impl Served {
         Ok(())
     }
 
-    /// A child is not served: what it does not have yet is bad there.
+    /// Gives up a child: the pages that it lacks are poisoned there.
     pub(crate) fn orphan_child(&self, child: Uffd) {
         self.orphans.child(child);
         self.close_all_orphans();
     }
 
-    /// Makes what nobody serves bad, but for what is blocked.
+    /// Poisons all orphaned pages, except those that are blocked.
     fn close_all_orphans(&self) -> Rest {
         loop {
             match self.close_orphans() {
@@ -205,10 +212,10 @@ impl Served {
         }
     }
 
-    /// Makes some more of what nobody serves bad.
+    /// Poisons the next batch of orphaned pages.
     pub(crate) fn close_orphans(&self) -> Rest {
         let rest = self.orphans.close_some(self, self.children.as_deref().map(Deref::deref));
-        // With the descriptor of a child that has been seen to, perhaps.
+        // Refills the reserve, perhaps with the descriptor of a child that is closed by now.
         if let Some(children) = &self.children {
             children.has_room();
         }
@@ -217,20 +224,23 @@ impl Served {
 
     fn let_go(&self, start: usize, end: usize) {
         for span in self.target.pages_in(start, end) {
-            // Who forks may hold the allocator.
+            // Where children are served, a forking thread may hold the allocator, and to log may
+            // allocate.
             if self.children.is_none() {
                 log!(debug, region = self.name, first = span.first.0, pages = span.pages, "let go");
             }
             if let Target::Foreign(adopted) = &self.target {
                 adopted.remove(span);
             }
-            // Why a page was bad is kept: who let go of it runs on before this, and it may have failed anew since.
+            // The reason why a page was poisoned is kept: the thread that discards it runs on
+            // before this call, so the page may have failed anew since.
             self.pages.invalidate(span);
         }
     }
 }
 
-/// The request for a fault; `None` if the fault needs no page or is already answered.
+/// The request for a fault; `None` if its address is outside the target, if it needs no page, or if
+/// it is already answered.
 pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Option<FaultRequest> {
     let page = region.target.page_at(fault.address)?;
     let counters = region.counters.local();

@@ -1,8 +1,9 @@
 //! Inline: the thread that touches a page fills it, in a signal handler. No other thread, no wake-up, no event.
 //!
-//! The same journey as in `fault`, a page at a time: claim, fill, resolve, settle, count. What runs here takes no lock,
-//! allocates nothing and calls no source's code, as whoever was interrupted may be in the middle of anything; hence only
-//! sources whose bytes lie at a stable address, or that are mapped.
+//! The steps are those of `fault`, a page at a time: claim, fill, resolve, settle, count. The code
+//! here takes no lock, allocates nothing and calls no code of a source, because the interrupted
+//! code may be in the middle of anything. Hence it serves only sources whose bytes lie at a stable
+//! address, and mapped ones.
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::callers;
@@ -22,8 +23,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::thread;
 
-/// The thread that touches a page fills it itself, in a SIGBUS handler, which takes about half the time: nobody is
-/// woken. Linux 4.14.
+/// The thread that touches a page fills it itself, in a SIGBUS handler. This takes about half the
+/// time, because no thread is woken. Linux 4.14.
 ///
 /// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
 ///   those that are mapped; others are refused when the region is built
@@ -36,10 +37,12 @@ use std::thread;
 ///   them is what happens. Load such a runtime before the first region. A thread that blocks SIGBUS cannot touch absent pages.
 /// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`), and takes less than 4 KiB of it
 ///   beside what the kernel puts there; where the handler before it was installed without `SA_ONSTACK`, on the thread's own.
-/// * **Signal handlers** of the application may touch a region. All signals wait while a page is filled; a handler that interrupts
-///   `populate` or `read_at` gets pages that its thread is filling, too, but for donated ones, which are SIGBUS then.
-/// * A page that cannot be had is SIGBUS, as ever. So is a page that the handler itself touches: the memory of a source must not be
-///   a region that is served inline. A line on standard error tells of that.
+/// * **Signal handlers** of the application may touch a region. All signals wait while a page is
+///   filled. A handler that interrupts `populate` or `read_at` gets pages that its thread is
+///   filling, too, except donated ones: touching one of these raises SIGBUS.
+/// * A touch of a page whose bytes are unavailable raises SIGBUS, as with every server. So does a
+///   page that the handler itself touches: the memory of a source must not be a region that is
+///   served inline. A line on standard error tells of that.
 ///
 /// ```
 /// use pagestitch::{Inline, Region};
@@ -174,7 +177,8 @@ struct Handler(Arc<Served>);
 unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
-        // No gate guard: whoever takes the registration back waits for those that are here.
+        // No gate guard: the thread that takes the registration back waits for the handlers that
+        // run.
         region.target.page_at(address).is_some_and(|page| serve(region, page))
     }
 }

@@ -1,4 +1,4 @@
-//! Leaving: what was not filled is made bad, and the memory is its owner's again.
+//! Leaving: unfilled pages are poisoned, and the memory is its owner's again.
 
 use crate::serve::Served;
 use crate::space::OnUnavailable;
@@ -8,8 +8,9 @@ use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The last act before the uffd of adopted memory is closed, when nobody works for the region any more: what was not filled
-/// is made bad, as it would be zeros. What the owner let go of is zeros, and is left.
+/// The last step before the uffd of adopted memory is closed, when no worker serves the region any
+/// more. It poisons the unfilled pages, because they would read as zeros. Pages that the owner has
+/// discarded are zeros, and stay so.
 pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     if adopted.has_ended() {
         return;
@@ -17,7 +18,7 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     let (mut rest, mut lost) = (region.target.all(), 0);
     let mut progress = Instant::now();
     while let Some(absent) = next_absent(region, adopted, rest) {
-        // Before it meets a page that is bad.
+        // The owner ends before it meets a poisoned page.
         if adopted.on_unavailable == OnUnavailable::Kill {
             return end(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
@@ -40,11 +41,12 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     release(region, adopted);
 }
 
-/// The next pages of a span that are to have bytes and have none, as many as are marked at once.
+/// The next pages of a span that must have bytes and have none, as many as are marked at once.
 fn next_absent(region: &Served, adopted: &Foreign, span: Span) -> Option<Span> {
     let mut rest = span;
     while !rest.is_empty() {
-        // No farther than it is used: who looks at all that is left each time looks for ever in a large guest.
+        // Looks no farther than one call marks: to look at the whole rest each time would take for
+        // ever in a large guest.
         let window = rest.prefix(POISON_PAGES);
         let kept = adopted.next_kept(window);
         let absent = if kept.is_empty() { kept } else { first_absent(region, kept) };
@@ -57,13 +59,14 @@ fn next_absent(region: &Served, adopted: &Foreign, span: Span) -> Option<Span> {
     None
 }
 
-/// Ends the registration: its owner may hold the uffd, too, and would wait for ever for what nobody reads from it.
+/// Ends the registration, because the owner may hold the uffd too, and would wait for ever for
+/// events that no thread reads.
 fn release(region: &Served, adopted: &Foreign) {
     for part in &adopted.parts {
-        // What is refused was unmapped, or its owner has ended.
+        // A refusal means that the range is unmapped, or that its owner has ended.
         let _ = region.uffd.unregister(adopted.addresses(part.span));
     }
-    // Who was on the way to let go of something waits until that is read.
+    // An owner that has begun to discard pages waits until that event is read.
     for _ in 0..2 {
         read_without_serving(region);
         thread::sleep(Duration::from_millis(1));
@@ -82,25 +85,27 @@ fn first_absent(region: &Served, span: Span) -> Span {
     rest.prefix(rest.iter().take_while(|page| !here(page)).count())
 }
 
-/// Makes pages bad that are missing: how many were looked at, and how many of these were.
+/// Poisons the missing pages of a span. Returns how many pages it has looked at, and how many of
+/// them it has poisoned.
 fn lose(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
     match region.uffd.poison(adopted.addresses(span)) {
         Outcome::Done => Ok((span.pages, span.pages)),
         Outcome::Partial { bytes } => Ok((bytes / adopted.page.bytes(), bytes / adopted.page.bytes())),
         Outcome::AlreadyThere => Ok((1, 0)),
         Outcome::Changing => {
-            // The owner lets go of something, and waits for us to know.
+            // The owner is discarding pages, and waits until that event is read.
             read_without_serving(region);
             thread::yield_now();
             Ok((0, 0))
         }
-        // Unmapped since: nobody can touch it.
+        // Unmapped since: no thread can touch it.
         Outcome::NotRegistered => Ok((1, 0)),
         outcome => Err(outcome),
     }
 }
 
-/// There is no way to mark pages: the owner has to end, or it would read zeros or wait for ever.
+/// Ends the owner where pages cannot be poisoned, or must not be: it would read zeros or wait for
+/// ever.
 fn end(region: &Served, adopted: &Foreign, why: Outcome) {
     if why == Outcome::ProcessGone {
         return;
@@ -111,7 +116,7 @@ fn end(region: &Served, adopted: &Foreign, why: Outcome) {
         }
         Err(errno) => {
             log!(error, region = region.name, ?why, %errno, "abandoned, and its owner cannot be ended: it may wait for ever");
-            // Closing would show it zeros: better that it waits.
+            // Closing the uffd would show zeros to the owner: it waits instead.
             region.keep_open();
         }
     }

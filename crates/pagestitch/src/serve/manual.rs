@@ -18,8 +18,9 @@ use std::{fmt, ptr};
 /// Its descriptor is readable when there is something to do: watch it with `poll(2)`, `epoll(7)`, or a runtime, and call
 /// [`serve_ready`](Self::serve_ready) then. The thread that serves must not touch the regions: it would wait for itself.
 ///
-/// Dropping the last one while regions are still served closes these: whoever touches them from then on, or waits in them,
-/// gets SIGSEGV, not zeros, and does not hang. Drop the regions first. None can be built with it afterwards.
+/// Dropping the last one while regions are still served closes these: a thread that touches them
+/// from then on, or waits in them, gets SIGSEGV, not zeros, and does not hang. Drop the regions
+/// first. None can be built with it afterwards.
 ///
 /// ```
 /// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -45,7 +46,8 @@ pub struct Manual {
     member: usize,
 }
 
-/// What all that serve the same regions share; the last one to go closes what is still served.
+/// The state that all members of a group share. The last member that is dropped closes the regions
+/// that are still served.
 #[derive(Debug)]
 pub(crate) struct Group {
     shared: Arc<Shared>,
@@ -82,7 +84,8 @@ impl FaultServer for Group {
     }
 }
 
-/// A region's tie to a group: what serves it is kept, and whether a member is left is the application's business.
+/// A region's tie to a group. It keeps the shared state alive; the application decides whether a
+/// member is left.
 #[derive(Debug)]
 struct Attached {
     shared: Arc<Shared>,
@@ -118,7 +121,7 @@ impl Manual {
     /// [`ErrorKind::BadOption`] for none; [`ErrorKind::Resources`] if descriptors or memory cannot be had.
     pub fn group(threads: usize) -> Result<Vec<Self>, Error> {
         if threads == 0 {
-            return Err(Error::new(ErrorKind::BadOption, "nobody would serve: ask for 1 or more"));
+            return Err(Error::new(ErrorKind::BadOption, "no thread would serve: ask for 1 or more"));
         }
         let refused = |errno: Errno| {
             Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
@@ -182,7 +185,7 @@ impl fmt::Debug for Manual {
 
 impl Drop for Manual {
     fn drop(&mut self) {
-        // Regions hold what is shared, but serve nobody: what counts is who sits here.
+        // Regions hold the shared state but serve no fault: the number of members decides.
         let last = self.group.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.group.generation.is_current() {
             self.group.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
@@ -190,8 +193,9 @@ impl Drop for Manual {
     }
 }
 
-/// Nobody serves the region any more: who waits in it, and who touches it, gets a signal.
+/// Closes a region that no member serves any more: a thread that waits in it, or touches it, gets a
+/// signal.
 fn close(region: &Arc<Served>) {
     region.shut();
-    log!(warn, region = region.name, "closed: nobody is left to serve it; drop regions before their server");
+    log!(warn, region = region.name, "closed: its last Manual was dropped; drop regions before their server");
 }

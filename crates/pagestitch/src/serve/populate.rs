@@ -1,5 +1,5 @@
-//! Populate: the same steps for pages that nobody has touched yet, in the caller's thread, and in more of them where there
-//! is much to fill.
+//! Populate: the same steps for pages that no thread has touched yet, in the caller's thread, and
+//! in more threads where there is much to fill.
 
 use crate::error::Failure;
 use crate::fault::callers::{self, Mark};
@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 /// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it are filled.
 pub(crate) fn populate(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
     populate_once(region, span)?;
-    // Not again and again: a page that was swapped out looks as if it had been let go, and is found to be there.
+    // Only once more: a page that was swapped out looks like a discarded one, and turns out to be
+    // present.
     if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
 }
 
@@ -44,7 +45,7 @@ fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), A
         let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
         for index in 0..helpers {
             let named = thread::Builder::new().name(format!("populate/{index}"));
-            // One that cannot be had is one fewer.
+            // A thread that cannot start is one helper fewer.
             let _ = named.spawn_scoped(scope, || work.help());
         }
         drop(quiet);
@@ -107,7 +108,8 @@ impl Work<'_> {
         }
     }
 
-    /// None is taken after a failure that ends it; those before it have been, and whoever took them fills them.
+    /// The next block; none after a failure that ends the work. The blocks before the failed one
+    /// are taken already, and the threads that took them fill them.
     fn next_block(&self) -> Option<Span> {
         if !self.extent.goes_on() {
             return None;
@@ -159,17 +161,17 @@ fn fill_absent(
     }
 }
 
-/// What came of a run of pages.
+/// The outcome for a run of pages.
 enum Run {
     /// So many are filled, or were before; none: look again.
     Filled(usize),
     /// The map is changing.
     Changing,
-    /// One of them cannot be; so many are to be passed over.
+    /// One of them cannot be filled; the caller passes over so many.
     Failed(Arc<Failure>, usize),
 }
 
-/// Fills the first pages of a gap, or waits for whoever does.
+/// Fills the first pages of a gap, or waits for the thread that is filling them.
 fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Result<Run, Arc<Failure>> {
     if region.pages.state(gap.first) == State::Present {
         return Ok(Run::Filled(1));
@@ -179,7 +181,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
     match region.pages.claim_run(wanted, region) {
         Ok(claim) => {
             let claimed = claim.span();
-            // Who finds everything there needs none.
+            // A thread that finds every page present needs no buffers.
             let buffers = match buffers {
                 Some(buffers) => buffers,
                 None => {
@@ -194,7 +196,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
             })
         }
         Err(State::Present) => Ok(Run::Filled(1)),
-        // Without a failure on record it was let go between the two looks: look again.
+        // Without a failure on record, the page was discarded between the two looks: look again.
         Err(State::Poisoned) => {
             let failure = region.failure(gap.first);
             Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
@@ -211,7 +213,8 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
     }
 }
 
-/// The owner of adopted memory lets go of pages without end, and the kernel fills none meanwhile.
+/// The failure where the owner of adopted memory discards pages without end, because the kernel
+/// fills none meanwhile.
 fn no_rest(region: &Mapping, rest: Span) -> Arc<Failure> {
     let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
     failure_of(region, rest, io::Error::new(io::ErrorKind::TimedOut, why))
@@ -225,9 +228,9 @@ fn failure_of(region: &Mapping, span: Span, error: io::Error) -> Arc<Failure> {
 const NESTED: &str = "this thread is filling the page already, below a signal handler or a source that has called for it: let it \
                       return first";
 
-/// From here on, other threads help: to start one has to be worth it.
+/// From this size on, other threads help: below it, starting one is not worth its cost.
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
-/// Past it, memory is what is waited for.
+/// More threads would only wait for memory.
 const THREADS_MAX: usize = 4;
 /// How long the map of memory that is left to its owner may be changing without a page that can be filled.
 const CHANGING_MAX: Duration = Duration::from_secs(5);

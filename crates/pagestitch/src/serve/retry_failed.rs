@@ -1,5 +1,6 @@
-//! Heal: asks again for pages whose source has failed. A poison mark has no bytes, so to fill it is no write behind a reader's
-//! back: whoever touched the page before got a signal, and nothing else.
+//! Retries pages whose source has failed. A poison marker has no bytes, so filling it changes no
+//! byte that a reader has seen: a thread that touched the page before got a signal, and nothing
+//! else.
 
 use crate::error::Failure;
 use crate::fault::callers::Mark;
@@ -28,10 +29,11 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
 fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
     let _mark = Mark::new(region, page.span());
     loop {
-        // If it was let go and has failed anew before that was noted, it is absent here, and has its mark.
+        // A page that was discarded, and failed anew before that was noted, is absent here and has
+        // its marker.
         let claim = region.pages.claim_from(page, State::Poisoned, region);
         let claim = claim.or_else(|_| region.pages.claim(page, region));
-        // Where there is no claim to be had, somebody else has healed it.
+        // Without a claim, another thread has filled the page or is filling it.
         let Ok(mut claim) = claim else { return Ok(()) };
         let installed = match fill(region, page.span(), buffers) {
             Ok(filled) => install(region, &mut claim, filled, Short::Wait)
@@ -42,7 +44,8 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
                 Err(FillError::Failed(failure))
             }
         };
-        // The mark is still there: given back as absent, the page would be touched without anybody being told.
+        // The marker is still there. The page goes back as poisoned: as absent, it could be touched
+        // without an event.
         if !claim.span().is_empty() {
             claim.settle(1, State::Poisoned);
         }

@@ -53,7 +53,7 @@ pub(super) struct Shared {
     regions: RwLock<Regions>,
 }
 
-/// A region, and what is to be done about it.
+/// A region, and an event of it that a worker has to handle.
 type DeferredTask = (Arc<Served>, DeferredEvent);
 
 #[derive(Debug, Default)]
@@ -290,7 +290,7 @@ impl Shared {
                 }
             }
             Err((child, errno)) => {
-                log!(error, region = parent.name, %errno, "a child cannot be served: what it does not have is bad");
+                log!(error, region = parent.name, %errno, "a child cannot be served: the pages that it lacks are poisoned");
                 parent.orphan_child(child);
             }
         }

@@ -35,7 +35,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
         Ok(Self { members, descriptors: Descriptors::new()? })
     }
 
-    /// Takes a child in. False if the region is being dropped: nobody would serve it.
+    /// Takes a child in. False if the region is being dropped: no worker would serve the child.
     pub(crate) fn take_in(&self, child: &Arc<R>) -> bool {
         let mut members = self.members.lock();
         if !members.closed {
@@ -52,7 +52,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
         dead
     }
 
-    /// Takes no more in; says who there is.
+    /// Takes in no more children; returns the served ones.
     pub(crate) fn close(&self) -> Vec<Arc<R>> {
         let mut members = self.members.lock();
         members.closed = true;
@@ -60,9 +60,9 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
     }
 }
 
-/// Whether the process that a child's memory belonged to has ended, or does something else by now.
+/// True if the process of a child has ended, or has replaced the memory by exec(2).
 fn is_dead(child: &Mapping) -> bool {
-    // To show what a page cache has is refused for memory without one, where there is somebody to refuse it to.
+    // This memory has no page cache to map pages from: the kernel refuses while the process lives.
     child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
 }
 

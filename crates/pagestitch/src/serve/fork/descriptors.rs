@@ -72,8 +72,8 @@ impl Descriptors {
         self.server.as_ref().is_some_and(ended)
     }
 
-    /// There is no descriptor left for a child. True if that has been so for so long that those of children who have ended are not to
-    /// be had.
+    /// Called when no descriptor is left for a child. True if that has been so for so long that
+    /// children that have ended will free none.
     pub(crate) fn is_short(&self) -> bool {
         self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE
     }

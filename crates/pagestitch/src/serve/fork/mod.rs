@@ -62,9 +62,11 @@ impl Served {
     }
 }
 
-/// Nobody forks with the region any more when this returns: closing its uffd would show zeros to a child that is just being made.
-/// For a region of ours, before its teardown begins: this thread may wait for the allocator in it, and whoever forks holds that until
-/// the fork reader has read of it. For a child's, at its end: it has nothing to do with our allocator.
+/// Returns when no process can fork with the region any more: closing its uffd would show zeros to
+/// a child that is just being made. An owned region calls this before its teardown begins, because
+/// the teardown may wait for the allocator, and a forking thread holds that until the fork reader
+/// has read its event. A child's region calls this at its end, because it has nothing to do with
+/// our allocator.
 pub(crate) fn block_forks(region: &Served) {
     if region.children.is_none() {
         return;

@@ -1,8 +1,10 @@
-//! Strays: memory of a region that nobody serves: parts that `mremap(2)` has moved, and children that there is no descriptor for.
-//! What is missing there is made bad, and the registration ended, which wakes whoever waits.
+//! Orphans: memory of a region that no worker serves. These are parts that `mremap(2)` has moved,
+//! and children for which there is no descriptor. Their missing pages are poisoned, and the
+//! registration is ended, which wakes the threads that wait there.
 //!
-//! It is done a piece at a time by whoever reads the region's events, and waits for nobody: where children are served that is the
-//! usher, and who forks may hold the allocator until the fork reader has got rid of the child before.
+//! The thread that reads the region's events does this, a piece at a time, and waits for no other
+//! thread. Where children are served, it is the fork reader, and a forking thread may hold the
+//! allocator until the fork reader has closed the child before.
 
 use crate::serve::fork::{Descriptors, first_page};
 use crate::serve::rate_limit::RateLimit;
@@ -12,20 +14,20 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// All strays of a region.
+/// All orphans of a region.
 #[derive(Debug)]
 pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
     known: Mutex<Known>,
     many: AtomicBool,
-    /// When they were told of.
+    /// Limits the log lines about them.
     pub(crate) told: RateLimit,
 }
 
 #[derive(Debug)]
 struct Known {
     orphans: Vec<Orphan>,
-    /// What children have to tell.
+    /// Events of children.
     batch: Batch,
 }
 
@@ -53,19 +55,20 @@ impl Orphans {
         self.lock().orphans.iter().any(|orphan| !orphan.is_in_region())
     }
 
-    /// Whether there are as many children as can be taken note of without allocating.
+    /// True if there are as many children as can be added without allocating.
     pub(crate) fn is_full(&self) -> bool {
         let known = self.lock();
         known.orphans.len() > ROOM / 2
             && known.orphans.iter().filter(|orphan| !orphan.is_in_region()).count() > ROOM / 2
     }
 
-    /// Whether there are more than anybody but a hostile owner makes at once. Each child takes a descriptor.
+    /// True if there are more orphans than any owner makes at once, except a hostile one. Each
+    /// child takes a descriptor.
     pub(crate) fn are_many(&self) -> bool {
         self.many.load(Ordering::Relaxed)
     }
 
-    /// Makes some more of them bad.
+    /// Poisons the next pages of each orphan.
     pub(crate) fn close_some(&self, region: &Mapping, children: Option<&Descriptors>) -> Rest {
         let mut known = self.lock();
         let Known { orphans, batch } = &mut *known;
@@ -82,14 +85,15 @@ impl Orphans {
                     blocked |= left == Rest::Blocked;
                 }
                 Progress::Done => drop(orphans.swap_remove(index)),
-                // Closing its uffd would show zeros to whoever waits there.
+                // Closing its uffd would show zeros to the threads that wait there.
                 Progress::Refused => std::mem::forget(orphans.swap_remove(index)),
             }
-            // A child's children are nobody's, either.
+            // The children of an orphan are orphans too.
             let born = batch.take_events().filter_map(|event| match event {
                 Event::Fork { child } => {
                     let keep = |children: &Descriptors| children.keep(child.as_fd(), first_page(region));
-                    // Until it is bad, this process must not end; without room for it, there is nothing to be done.
+                    // This process must not end before the child is poisoned. Without room for its
+                    // descriptor, nothing can be done.
                     let _ = children.map(keep);
                     Some(Orphan::new(Whose::Child(child)))
                 }
@@ -113,7 +117,7 @@ impl Orphans {
 #[derive(Debug)]
 struct Orphan {
     whose: Whose,
-    /// How many of its pages have been seen to.
+    /// The number of its pages that are done.
     seen: usize,
 }
 
@@ -125,13 +129,13 @@ enum Whose {
     Child(Uffd),
 }
 
-/// What is left of strays.
+/// The orphans that are left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Rest {
     None,
-    /// Nothing before the region's own events have been read.
+    /// Some, which cannot be closed before the region's own events are read.
     Blocked,
-    /// Some, which can be gone on with.
+    /// Some, which the next call can close.
     Some,
 }
 
@@ -154,7 +158,7 @@ impl Orphan {
         matches!(self.whose, Whose::Region { .. })
     }
 
-    /// Makes some more bad of what is missing.
+    /// Poisons the next missing pages.
     fn close_some(&mut self, region: &Mapping, (batch, children): Events<'_>) -> Progress {
         for _ in 0..STEPS {
             let Some(part) = self.next(region) else { return self.end(region, (batch, children)) };
@@ -162,10 +166,10 @@ impl Orphan {
             self.seen += match self.uffd(region).poison(part) {
                 Outcome::Done => part.bytes() / page,
                 Outcome::Partial { bytes } => bytes / page,
-                // It is there; or nobody is.
+                // The page is present, or its address is no longer registered.
                 Outcome::AlreadyThere | Outcome::NotRegistered => 1,
                 Outcome::ProcessGone => return Progress::Done,
-                // There may be some in a moment.
+                // Memory may be free in a moment.
                 Outcome::NoMemory => return Progress::Left(Rest::Some),
                 Outcome::Changing => return Progress::Left(self.read(region, (batch, children))),
                 refused => return self.give_up(region, refused),
@@ -174,8 +178,9 @@ impl Orphan {
         Progress::Left(Rest::Some)
     }
 
-    /// Ends the registration. A child that has begun to fork before waits until that is read: its userfaultfd is in flight
-    /// ([`Descriptors::keep`]), so that to drop it here closes nothing and wakes no thread.
+    /// Ends the registration. A child that began to fork before waits until its event is read: its
+    /// userfaultfd is in flight ([`Descriptors::keep`]), so that dropping it here closes nothing
+    /// and wakes no thread.
     fn end(&self, region: &Mapping, (batch, children): Events<'_>) -> Progress {
         self.unregister(region);
         match &self.whose {
@@ -186,13 +191,15 @@ impl Orphan {
         }
     }
 
-    /// Who changes the memory waits until that is read.
+    /// Reads the events of a child, because a process that changes its memory waits until its event
+    /// is read. The region's own events are read by its reader.
     fn read(&self, region: &Mapping, (batch, children): Events<'_>) -> Rest {
         match &self.whose {
             Whose::Region { .. } => Rest::Blocked,
             Whose::Child(uffd) => {
                 let read = batch.read(uffd, region.page_size());
-                // Where there is no descriptor for a child of its, either: in a moment.
+                // If there is no descriptor for a child of this child either, read again in a
+                // moment.
                 if let (Err(Errno::EMFILE | Errno::ENFILE), Some(children)) = (read, children)
                     && children.make_room()
                 {
@@ -222,7 +229,7 @@ impl Orphan {
     }
 
     fn unregister(&self, region: &Mapping) {
-        // What is refused was unmapped, or its owner has ended.
+        // A refusal means that the range is unmapped, or that its owner has ended.
         match &self.whose {
             Whose::Region { to, bytes } => {
                 let all = AddressRange::new(*to, *bytes, region.page_size());
@@ -234,7 +241,7 @@ impl Orphan {
         }
     }
 
-    /// There are no marks, and what is missing would be zeros.
+    /// Called where pages cannot be poisoned: missing pages would read as zeros.
     fn give_up(&self, region: &Mapping, refused: Outcome) -> Progress {
         match &self.whose {
             Whose::Region { .. } => {
@@ -261,14 +268,15 @@ impl Orphan {
     }
 }
 
-/// Strays at a time, before room has to be made for more. Each is a mapping or a descriptor, of which a process has no more by default
-/// (`vm.max_map_count`). It is memory only when it is used.
+/// Orphans that fit without an allocation. Each is a mapping or a descriptor, of which a process
+/// has no more by default (`vm.max_map_count`). The room takes memory only when it is used.
 const ROOM: usize = 65_536;
-/// Strays that are seen to before anything else is read of a region that has no family.
+/// From this many orphans on, they are closed before more events are read of a region whose
+/// children are not served.
 const MANY: usize = 64;
 /// Pages marked at once.
 const PAGES: usize = 512;
-/// Steps of a stray before it is the next one's turn: so long do the region's faults wait.
+/// Steps for one orphan before the next one's turn: the region's faults wait that long.
 const STEPS: usize = 64;
 /// Events of a child that are read at once.
 const BATCH: usize = 4;

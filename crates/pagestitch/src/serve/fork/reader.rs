@@ -13,7 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 impl ForkReader {
-    /// Reads until the pool stops; says when it has all that it needs, so that nobody forks before.
+    /// Reads until the pool stops. Waits at `begins` when it has all that it needs, so that no
+    /// thread forks before.
     pub(crate) fn run(&self, shared: &Shared, begins: &Barrier) {
         let mut batch = Batch::with_capacity(BATCH);
         begins.wait();
@@ -40,21 +41,23 @@ impl ForkReader {
         }
     }
 
-    /// Sees to what nobody serves. True if something is left of it.
+    /// Poisons the next orphaned pages of all regions. True if some are left.
     fn close_orphans(&self) -> bool {
         let regions = self.lock();
         regions.iter().fold(false, |left, (_, region)| region.close_orphans() != Rest::None || left)
     }
 
-    /// Hands on what there is. True if something could not be done yet.
+    /// Passes the events of a region on. True if some work is left.
     fn read(&self, fd: RawFd, shared: &Shared, batch: &mut Batch) -> bool {
-        // Held until it is done: the last to let go of a region frees its memory.
+        // Held until this is done, because dropping the last reference to a region frees its
+        // memory.
         let regions = self.lock();
         let Ok(index) = regions.binary_search_by_key(&fd, |(fd, _)| *fd) else { return false };
         let region = &regions[index].1;
-        // Also of a region that is being dropped, until its last: whoever forks may hold the allocator, and who drops waits for that.
+        // A region that is being dropped is read to the last, too: a forking thread may hold the
+        // allocator, and the thread that drops the region waits for the allocator.
         if region.orphans.is_full() {
-            // Who forks waits meanwhile.
+            // The forking thread waits meanwhile.
             return true;
         }
         let again = region.read_events(batch, &mut |news| shared.pass_on(region, news));
