@@ -171,8 +171,9 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
 
 struct Handler(Arc<Served>);
 
-// SAFETY: what `serve` calls makes system calls and uses atomics and what is immutable. It allocates nothing: `Filled` and `Failure`
-// are not made here. It takes no lock: the buffers are tried, claims wake by the futex of an event count, and `Quiet` does not log.
+// SAFETY: `serve` and its callees make system calls, and use atomics and immutable data. They
+// allocate nothing: they make no `Filled` and no `Failure`. They take no lock: buffers are only
+// tried, claims wake by the futex of an event count, and `Quiet` does not log.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
@@ -191,14 +192,16 @@ fn serve(region: &Served, page: Page) -> bool {
     region.counters.local().faults.add(1);
     let quiet = Quiet(region);
     match region.pages.claim_touched(page, &quiet, || region.is_resident(page)) {
-        // What fails is absent again: this access is a signal, and `populate` will tell why.
+        // A page that fails is absent again: this access raises a signal, and `populate` will tell
+        // the reason.
         Ok(mut claim) => with_content(region, page, |content| install_inline(region, &mut claim, content)),
         // A handler that has interrupted this thread while it fills the page.
         Err(Unclaimed::Filling) if callers::fills(callers::this_thread(), region, page) => {
             with_content(region, page, |content| install_beside(region, page.span(), content))
         }
         Err(unclaimed) => {
-            // It is there, another thread is filling it, or the mark of a bad page is on its way.
+            // The page is present, another thread is filling it, or another thread is about to
+            // poison it.
             if unclaimed == Unclaimed::Resident {
                 region.counters.local().late.add(1);
             }

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `contract` | what a server is to a region, and a region to its server |
+//! | `contract` | the traits between a server and a region |
 //! | `served` | a region as its server has it |
 //! | `pool` | the workers and what they share; regions come and go |
 //! | `placement` | where workers run |
@@ -12,20 +12,20 @@
 //! | `watch` | descriptors that an epoll watches |
 //! | `shut` | the end of a region's service |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
-//! | `events` | pages that are let go, unmapped or moved, and forks |
+//! | `events` | pages that are discarded, unmapped or moved, and forks |
 //! | `pace` | how long faults take, and whose turn it is to read them |
 //! | `worker_table` | which workers get on, and which are to be replaced |
 //! | `threads` | the threads of workers, and how they start |
 //! | `bulkhead` | how many workers one region may hold up |
 //! | `slow_admission` | how many workers slow regions may hold up together |
-//! | `timers` | what is done in a moment, instead of waiting for it |
-//! | `region_handle` | what a server keeps of a region |
+//! | `timers` | tasks for a later moment |
+//! | `region_handle` | the weak handle that a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | asks again for pages whose source has failed |
 //! | `leave` | poisons the missing pages of adopted memory whose region is dropped |
-//! | `watchdog` | tells of faults that take too long, and gives them up |
+//! | `watchdog` | reports faults that take too long, and gives them up |
 //! | `fork` | forked children |
 //! | `rate_limit` | log lines that something else can cause |
 

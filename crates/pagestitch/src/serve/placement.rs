@@ -1,4 +1,4 @@
-//! Placement: where workers run, which decides most of what a fault costs.
+//! Placement: the CPUs on which workers run. This decides most of the cost of a fault.
 
 use crate::error::{Error, ErrorKind};
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -6,8 +6,9 @@ use nix::unistd::Pid;
 
 /// Where the workers of a pool run.
 ///
-/// To wake a worker on another, idle CPU costs more than all the rest of a fault together; on the CPU of the fault it takes a
-/// switch of threads. No CPU time is spent on waiting, whichever it is: workers sleep, and do not spin.
+/// To wake a worker on another, idle CPU costs more than all the rest of a fault together; on the
+/// CPU of the fault it takes a switch of threads. No placement spends CPU time on waiting: workers
+/// sleep, and do not spin.
 ///
 /// | | workers | choose it |
 /// |---|---|---|
@@ -18,7 +19,7 @@ use nix::unistd::Pid;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Placement {
-    /// What suits the machine. The default.
+    /// The placement that suits the machine. The default.
     #[default]
     Auto,
     /// One worker at home on each CPU that the process may use. A fault wakes all of them, and is served by the first: the
@@ -39,7 +40,7 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// What an asked-for number of workers and a placement come to, here.
+    /// The places for a requested number of workers and a placement, on this machine.
     pub(super) fn decide(workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
         Self::on(&allowed(), workers, placement)
     }
@@ -66,7 +67,7 @@ impl Places {
         Self { workers, homes: Vec::new() }
     }
 
-    /// Whether workers are at home somewhere, and all of them are to be woken: the nearest is quickest.
+    /// True if workers are pinned: a fault wakes all of them, because the nearest is the quickest.
     pub(super) const fn pinned(&self) -> bool {
         !self.homes.is_empty()
     }

@@ -153,7 +153,7 @@ impl Attachment for Pool {
     fn detach_children(&self, region: &Served) {
         let Some(children) = &region.children else { return };
         children.close().iter().for_each(|child| self.handle.shared.leave(child));
-        // Children that no worker has seen to yet.
+        // Children that no worker has handled yet.
         self.handle.shared.handle_all_deferred();
     }
 }
@@ -205,7 +205,8 @@ impl PoolBuilder {
         self
     }
 
-    /// What the threads are called: this and their number, cut to the kernel's 15 bytes. By default `pagestitch/0`.
+    /// The name of the threads: this and their number, cut to the kernel's 15 bytes. By default
+    /// `pagestitch/0`.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self

@@ -57,7 +57,7 @@ fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), A
 /// How much of a span is filled.
 #[derive(Clone, Copy)]
 enum Extent<'a> {
-    /// What is before the first page that cannot be.
+    /// The pages before the first one that cannot be filled.
     ToFailure,
     /// Each page that can be, as long as this says so.
     All(&'a (dyn Fn() -> bool + Sync)),

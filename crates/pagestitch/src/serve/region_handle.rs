@@ -1,11 +1,12 @@
-//! What a server keeps of a region: a way in. It keeps no source alive, and holds no region back from its end.
+//! The handle that a server keeps of a region. It keeps no source alive, and does not delay the end
+//! of the region.
 
 use pagestitch_kernel::gate::{Gate, GateGuard};
 use std::ops::Deref;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Weak};
 
-/// The way into a region. A queue may hold it for as long as it likes.
+/// A weak handle to a region. A queue may hold it for any time.
 #[derive(Debug)]
 pub(crate) struct RegionHandle<R> {
     gate: Arc<Gate>,
@@ -17,7 +18,8 @@ pub(crate) struct RegionHandle<R> {
 /// A region, while a thread is at work for it.
 #[derive(Debug)]
 pub(crate) struct Inside<'d, R> {
-    /// Let go of before the guard is dropped: the thread that closes the gate is the last to hold the region.
+    /// Dropped before the guard, so that the thread that closes the gate is the last to hold the
+    /// region.
     region: Arc<R>,
     _guard: GateGuard<'d>,
 }

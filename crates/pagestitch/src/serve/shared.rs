@@ -163,7 +163,7 @@ impl Shared {
         !self.handed.1.is_empty()
     }
 
-    /// Whether there is something to do that no descriptor tells of.
+    /// True if there is work that no descriptor reports.
     pub(super) fn has_more(&self) -> bool {
         !self.ahead.1.is_empty() || self.has_queued()
     }
@@ -179,11 +179,11 @@ impl Shared {
 
     /// Has some more of a recording filled, likewise.
     pub(super) fn replay(&self, region: &Arc<Served>) {
-        // Full: what is not replayed is asked for when it is touched.
+        // If the queue is full, pages that are not replayed are filled when they are touched.
         let _ = self.ahead.0.try_send(PrefetchTask::replay(region));
     }
 
-    /// Starts to fill what a region's recording tells, with all hands.
+    /// Starts to fill the pages of a region's recording, with all workers.
     pub(super) fn begin_replay(&self, region: &Arc<Served>) {
         for _ in &self.epolls {
             self.replay(region);
@@ -313,7 +313,7 @@ impl Shared {
         }
     }
 
-    /// Serves a child no more: what it has not touched is bad.
+    /// Ends the service of a child: the pages that it has not touched are poisoned.
     pub(super) fn leave(&self, child: &Served) {
         self.remove(child);
         self.retire(child);
@@ -332,7 +332,8 @@ impl Shared {
 
     /// Makes a worker that waits on `epoll` look once more at a region.
     pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
-        // Watching anew tells at once if there is something to read. What is refused is a region that is being dropped.
+        // A new watch reports at once if there is something to read. A refusal means that the
+        // region is being dropped.
         let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
     }
 

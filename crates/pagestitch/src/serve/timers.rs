@@ -1,4 +1,5 @@
-//! What a worker does in a moment, instead of waiting for that moment: it would be missing elsewhere.
+//! Tasks that a worker does in a moment. It does not wait for that moment, because other faults
+//! need it meanwhile.
 //!
 //! | what | why |
 //! |---|---|
@@ -20,14 +21,14 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What there is to do.
+/// A task for a later moment.
 #[derive(Debug)]
 pub(super) enum TimedTask<R> {
     Serve(QueuedFault<R>),
     Look(Arc<RegionHandle<R>>),
 }
 
-/// All of it, for the workers of a pool.
+/// All timed tasks of a pool.
 #[derive(Debug)]
 pub(crate) struct Timers<R> {
     timer: TimerFd,
@@ -45,7 +46,8 @@ impl<R> Timers<R> {
         self.timer.as_fd().as_raw_fd()
     }
 
-    /// Keeps it until then. Given back where there is so much already that a hostile owner is at work.
+    /// Keeps a task until `wait` has passed. Returns the task if there are so many that only a
+    /// hostile owner causes them.
     pub(super) fn add(&self, what: TimedTask<R>, wait: Duration) -> Result<(), TimedTask<R>> {
         let mut entries = self.entries.lock();
         if entries.len() >= MOST {
@@ -59,7 +61,7 @@ impl<R> Timers<R> {
         Ok(())
     }
 
-    /// What it is time for.
+    /// The next task that is due.
     pub(super) fn take(&self) -> Option<TimedTask<R>> {
         let mut entries = self.entries.lock();
         let now = Instant::now();
@@ -71,13 +73,13 @@ impl<R> Timers<R> {
         what
     }
 
-    /// Called when the timer has been seen to be over.
+    /// Called when the timer has expired.
     pub(super) fn seen(&self) {
         // EAGAIN if another worker has read the timer.
         let _ = self.timer.wait();
     }
 
-    /// Has the timer tell once more where it is time for something: a worker that was told may hang.
+    /// Makes the timer expire again if a task is due: a worker that it woke may hang.
     pub(super) fn tell_again(&self) {
         let entries = self.entries.lock();
         if entries.iter().any(|(at, _)| *at <= Instant::now()) {
@@ -86,7 +88,7 @@ impl<R> Timers<R> {
     }
 
     fn set(&self, wait: Duration) {
-        // No time at all would be never.
+        // A timer that is set to zero never expires.
         let wait = wait.max(Duration::from_nanos(1));
         let set = self.timer.set(Expiration::OneShot(wait.into()), TimerSetTimeFlags::empty());
         set.expect("a timer takes a time");

@@ -1,8 +1,9 @@
-//! The watchdog: replaces workers that sources hold up; tells of faults that take too long, once each, and gives them up where that was
-//! declared.
+//! The watchdog. It replaces workers that sources hold up. It reports each fault that takes too
+//! long, once, and gives it up where a timeout is set.
 //!
-//! A source that hangs cannot be called back. What the watchdog can do is to have another worker serve the others, and the waiter
-//! run: into a signal. Should the source answer after all, its bytes replace the mark.
+//! A source that hangs cannot be called back. The watchdog can start another worker for the other
+//! faults, and end the wait of the faulting thread with a signal. If the source answers after all,
+//! its bytes replace the poison marker.
 //!
 //! ```text
 //!   no worker works ──▶ dozes ── a worker wakes up ──▶ looks every 10 ms ──▶ a worker in one step for 10 ms: another one at its post
@@ -10,7 +11,8 @@
 //!                        as many as there may be: reads what no worker is left for, so that all faults are known, and have their limit
 //! ```
 //!
-//! It counts time by its own looks, each for no more than it meant to wait: a process that was stopped has lost no time.
+//! It counts time by its own looks, each for no longer than it meant to wait: a stopped process
+//! loses no time.
 
 use crate::error::Failure;
 use crate::fault::FaultRequest;
@@ -35,9 +37,9 @@ use std::time::{Duration, Instant};
 /// How long a fault may take.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Limits {
-    /// Before it is told of.
+    /// The age at which it is reported.
     pub(super) overdue: Option<Duration>,
-    /// Before its page is made bad.
+    /// The age at which its page is poisoned.
     pub(super) hard: Option<Duration>,
 }
 
@@ -77,7 +79,7 @@ pub(super) struct Watchdog {
     /// No worker could be started where one was wanted.
     short: bool,
     batch: Batch,
-    /// What it has read, and there is no room for in the channel.
+    /// Faults that it has read and that do not fit into the channel.
     read: VecDeque<QueuedFault>,
 }
 
@@ -252,16 +254,16 @@ fn tell(region: &Served, fault: &Overdue) {
     region.counters.local().faults_overdue.add(1);
 }
 
-/// Has the waiter run into a signal, and keeps the reason.
+/// Poisons the page, so that the waiter gets a signal, and keeps the reason.
 fn give_up(region: &Served, fault: &Overdue) {
     let failure = failure(region, fault);
     let said = failure.to_string();
     let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
     {
-        // No worker has begun: the page is bad as any that has failed.
+        // No worker has begun: the page is poisoned like any other that has failed.
         Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), FillError::Failed(_)),
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
-        // It has come, or is bad, and the queued fault is late.
+        // The page is present or poisoned already, and only the queued fault is late.
         Err(Unclaimed::Resident) => return region.wake(fault.page.span()),
         Err(Unclaimed::Poisoned) => return drop(poison(region, fault.page.span())),
     };
@@ -298,5 +300,6 @@ fn failure(region: &Served, fault: &Overdue) -> Failure {
 
 /// Events read at once.
 const BATCH: usize = 64;
-/// So many looks in which nothing happens, and it looks no more until it is called: to be called costs the fault a system call.
+/// After so many looks without any work it stops looking until a fault wakes it. Each such wake-up
+/// costs the fault a system call.
 const QUIET: u32 = 50;

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// What a worker owns: everything it needs was made before it started.
+/// The state of a worker. Everything it needs is made before it starts.
 pub(super) struct Worker {
     shared: Arc<Shared>,
     ready: Arc<Epoll>,
@@ -40,7 +40,7 @@ pub(super) struct Worker {
     served: u64,
 }
 
-/// What came of one turn.
+/// The outcome of one turn.
 #[derive(Debug, PartialEq, Eq)]
 enum Turn {
     /// There was something to serve.
@@ -73,7 +73,7 @@ impl Worker {
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
-        // What those have left that it stands in for: no descriptor tells of it.
+        // The faults that a hanging worker has left in the queues: no descriptor reports them.
         self.shared.crew.works(self.place);
         self.serve_queued();
         self.shared.crew.waits(self.place);
@@ -251,7 +251,7 @@ impl Worker {
         self.shared.queue_prefetch(region, ahead.into_iter().flatten());
     }
 
-    /// Serves what was handed on, and what waits for a berth that is free by now.
+    /// Serves queued faults, and the next fault that waits for a berth, if one is free by now.
     fn serve_queued(&mut self) {
         self.shared.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
@@ -273,7 +273,7 @@ impl Worker {
         }
     }
 
-    /// Does what it is time for by now.
+    /// Does the timed tasks that are due.
     fn serve_later(&mut self) {
         self.shared.later.seen();
         for _ in 0..QUEUED_AT_ONCE {

@@ -13,8 +13,9 @@ use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 /// The descriptors of all children of a region.
 #[derive(Debug)]
 pub(crate) struct Descriptors {
-    /// Descriptors for the one child too many, and children that it forks before it is seen to. Until these can be told of, nothing
-    /// can be filled in their parents, either. The standard library's lock, as the fork reader takes it, and waiting for it does not allocate.
+    /// Descriptors for the one child too many, and for children that it forks before it is closed.
+    /// Until their events can be read, nothing can be filled in their parents, either. The standard
+    /// library's lock, because the fork reader takes it, and waiting for it does not allocate.
     spare: StdMutex<Vec<EventFd>>,
     /// How often there was none, in a row.
     short: AtomicUsize,

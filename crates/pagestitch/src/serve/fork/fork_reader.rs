@@ -51,7 +51,7 @@ impl ForkReader {
                 change(&mut changed);
                 changed.sort_unstable_by_key(|(fd, _)| *fd);
                 std::mem::swap(&mut *regions, &mut changed);
-                // What was there is freed when the lock is not held any more.
+                // The old list is freed when the lock is not held any more.
                 drop(regions);
                 return;
             }

@@ -6,12 +6,14 @@
 //!        the same layout, addresses and sources ──▶ a Served of its own: adopted memory, all absent
 //! ```
 //!
-//! What was there at the fork is the child's, too, as of any memory. What was not is a fault of the child's, and filled from the
-//! sources in the parent: a page of its own. A child that forks is a parent likewise; all of them are one family, which ends with
-//! the region: what a child has not touched by then is bad.
+//! Pages that are present at the fork are the child's, too, as of any memory. A missing page is a
+//! fault of the child's, and is filled from the sources in the parent: the child gets a page of its
+//! own. A child that forks is a parent likewise; all of them are one family, which ends with the
+//! region: then pages that a child has not touched are poisoned.
 //!
-//! If this process ends first, the children's uffds would close with it, and show zeros. So they are in flight in a socket that the
-//! children have inherited, too: what a child has not touched waits for ever then.
+//! If this process ended first, the children's uffds would close with it, and missing pages would
+//! read as zeros. So the uffds are in flight in a socket that the children have inherited, too: a
+//! child that touches a missing page then waits for ever.
 
 mod children;
 mod descriptors;
@@ -33,7 +35,7 @@ use std::sync::Arc;
 use std::thread;
 
 impl Served {
-    /// The same region in a child, that `uffd` tells of.
+    /// The same region in a child, whose userfaultfd is `uffd`.
     pub(crate) fn child(&self, uffd: Uffd) -> Result<Self, (Uffd, Errno)> {
         match self.prepare_child() {
             Ok((tables, policy, adopted)) => {
@@ -53,7 +55,7 @@ impl Served {
         }
     }
 
-    /// What may be refused.
+    /// The steps that the kernel may refuse.
     fn prepare_child(&self) -> Result<(PageTables, Policy, Foreign), Errno> {
         let (pages, size) = (self.target.all().pages, self.page_size());
         let tables = PageTables::new(pages, &ServeOptions::default())?;
@@ -75,7 +77,7 @@ pub(crate) fn block_forks(region: &Served) {
         Target::Owned(reservation) => {
             let _ = reservation.do_not_fork();
         }
-        // What is refused was unmapped, or its owner has ended.
+        // A refusal means that the range is unmapped, or that its owner has ended.
         Target::Foreign(_) => region.target.ranges().for_each(|(span, _)| {
             let _ = region.uffd.unregister(region.target.addresses(span));
         }),
