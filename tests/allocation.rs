@@ -51,16 +51,22 @@ static ALLOCATOR: Counting = Counting;
 #[test]
 fn a_worker_allocates_nothing_for_a_fault() {
     // In a process of its own, where no other test allocates.
-    child::run(this_test!(), serve_all_pages).expect_pass();
+    child::run(this_test!(), || {
+        assert!((0..20).any(|_| serve_all_pages()), "faults allocate");
+    })
+    .expect_pass();
 }
 
-fn serve_all_pages() {
+/// False if anything was allocated. On a loaded machine that may be for once: for a thread that
+/// replaces a worker without a processor, for the first wait of a thread at a lock.
+fn serve_all_pages() -> bool {
+    let pool = Pool::builder().workers(2).start().unwrap();
     let region = Region::builder()
         .chunk(vec![1u8; 300 * PAGE]) // copied from where it lies
         .chunks((0..300).map(|_| vec![2u8; 1000])) // gathered
         .chunk(Chunk::source(Arc::new(Scripted::new(300 * PAGE as u64)))) // read
         .chunk(Chunk::hole(300 * PAGE as u64)) // zeroed
-        .build(&Pool::builder().workers(2).start().unwrap())
+        .build(&pool)
         .unwrap();
     let bytes = region.as_slice();
     let pages = bytes.len() / PAGE;
@@ -76,7 +82,8 @@ fn serve_all_pages() {
         thread::sleep(Duration::from_millis(1));
     }
     let after = ALLOCATIONS.load(Ordering::SeqCst);
-    assert_eq!(after, warm, "{} in the first half", warm - before);
+    println!("{} allocations in the first half, {} in the second", warm - before, after - warm);
+    after == warm
 }
 
 /// A signal handler may interrupt the allocator, so an inline fault must not allocate.
@@ -96,12 +103,12 @@ fn fill_own_pages() {
     let start = region.as_ptr().addr().get();
     let pages = region.as_slice().len() / PAGE;
     let touch_all = || (0..pages).map(|page| usize::from(region.as_slice()[page * PAGE])).sum::<usize>();
-    let before = ALLOCATIONS.load(Ordering::SeqCst);
+    // Not the test program's other thread, which may just begin to wait for this one.
+    WATCHED.store(gettid().as_raw(), Ordering::SeqCst);
     assert!(touch_all() > 0);
     discard(start, 300 * PAGE);
     assert!(touch_all() > 0);
-    let after = ALLOCATIONS.load(Ordering::SeqCst);
-    assert_eq!(after, before);
+    assert_eq!(BY_WATCHED.load(Ordering::SeqCst), 0);
     assert!(region.metrics().faults >= 300 + pages as u64);
 }
 
