@@ -24,7 +24,9 @@ fn a_tebibyte_of_holes_is_reserved_served_and_dropped() {
         let before = resident_kib();
         assert_eq!((bytes[1 << 39], bytes[bytes.len() - 1]), (0, 2));
         let more = resident_kib() - before;
-        assert!(more < 1536, "{more} KiB more: two pages were touched");
+        // A staging block has 2 MiB, and on a loaded machine another worker has one too. A page
+        // table of a tebibyte that is not sparse has 128 MiB.
+        assert!(more < 8 << 10, "{more} KiB more: two pages were touched");
     });
     end.expect_pass();
 }
