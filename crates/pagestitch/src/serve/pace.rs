@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn one_reads_and_whoever_calls_has_it_read_again() {
+    fn a_call_during_a_turn_makes_its_holder_read_again() {
         let pace = pace(1_000);
         let mut turn = pace.turn().unwrap();
         assert!(!turn.has_read(Instant::now()), "quick: it is kept");
@@ -223,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_batch_is_read_on_by_whoever_has_the_turn() {
+    fn a_full_batch_is_read_on_by_the_holder_of_the_turn() {
         let pace = pace(50_000_000);
         let mut turn = pace.turn().unwrap();
         assert!(!turn.has_read(Instant::now()) && !turn.ends(true), "taken again");
