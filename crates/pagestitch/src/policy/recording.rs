@@ -34,8 +34,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// let recording = first.recording().expect("it records");
 /// assert_eq!(recording.offsets().collect::<Vec<_>>(), [49_152, 8192]);
 ///
-/// let second = build().replay(&recording).build(&pool)?;      // fills these pages ahead of their
-/// touch
+/// let second = build().replay(&recording).build(&pool)?;      // fills these pages before they are touched
 /// # drop(second);
 /// # Ok::<(), pagestitch::Error>(())
 /// ```
