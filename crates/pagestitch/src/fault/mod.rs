@@ -22,10 +22,10 @@ use fill::{Buffers, fill, fill_zeroing};
 use install::{FillError, InstallError, Short, fail, given_up, install, install_beside, poison};
 use pagestitch_kernel::{Page, Span};
 use pending::{FetchReason, fetch};
-use request::{ask_later, claim, serve_later};
+use request::{claim, serve_later};
 use std::sync::Arc;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Serves a fault. Returns the pages to prefetch, if the faulting thread seems to need more.
 ///
@@ -33,9 +33,34 @@ use std::time::Instant;
 /// until a queued retry or a fetch serves it.
 pub(crate) fn serve<H: Host>(
     region: &Arc<H>,
-    asked: FaultRequest,
+    mut asked: FaultRequest,
     buffers: &mut Buffers,
 ) -> [Option<Span>; 2] {
+    loop {
+        match serve_once(region, asked, buffers) {
+            Ok(prefetch) => return prefetch,
+            // The queue is full. The worker must not wait for room in it, because it may be the
+            // only worker that empties it.
+            Err(Repeat { again, pause }) => {
+                thread::sleep(pause);
+                asked = again;
+            }
+        }
+    }
+}
+
+/// The source has failed, its policy asks for a retry after a pause, and the queue of retries is
+/// full.
+struct Repeat {
+    again: FaultRequest,
+    pause: Duration,
+}
+
+fn serve_once<H: Host>(
+    region: &Arc<H>,
+    asked: FaultRequest,
+    buffers: &mut Buffers,
+) -> Result<[Option<Span>; 2], Repeat> {
     let FaultRequest { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
     let flight = match asked.is_first() {
@@ -50,7 +75,7 @@ pub(crate) fn serve<H: Host>(
         if own && region.pages.state(page).is_claimed() && callers::fills(asked.thread, region, page) {
             fill_beside(region, page, buffers);
         }
-        return [None; 2];
+        return Ok([None; 2]);
     };
     let prefetch = if asked.is_first() { on_fault(region, page) } else { Prefetch::default() };
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
@@ -60,7 +85,7 @@ pub(crate) fn serve<H: Host>(
         fetch(region, claim, (source, offset), FetchReason::Now(asked), permit);
         // Only the worker's own time counts: it does not wait for the bytes.
         region.took(nanoseconds(started));
-        return [prefetch.with_fault, prefetch.after_fault];
+        return Ok([prefetch.with_fault, prefetch.after_fault]);
     }
     // A repeated request fills its page alone.
     let block = region.movable_block(page).or(prefetch.with_fault).filter(|_| asked.is_first());
@@ -75,11 +100,10 @@ pub(crate) fn serve<H: Host>(
             serve_later(region, FaultRequest { place: flight.map(InFlightFault::keep), ..asked })
         }
         Err(FillError::Again { pause, failures }) => {
-            ask_later(
-                region,
-                FaultRequest { place: flight.map(InFlightFault::keep), failures, ..asked },
-                pause,
-            );
+            let again = FaultRequest { place: flight.map(InFlightFault::keep), failures, ..asked };
+            if !region.handle_later(again, pause) {
+                return Err(Repeat { again, pause });
+            }
         }
         Ok(()) | Err(FillError::Failed(_)) => {}
     }
@@ -87,7 +111,7 @@ pub(crate) fn serve<H: Host>(
     region.took(spent);
     // The cost of a whole block says nothing about the cost of a fault.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
-    [dense, prefetch.after_fault]
+    Ok([dense, prefetch.after_fault])
 }
 
 /// Fills a page beside its claim. A signal handler has touched a page that the interrupted thread

@@ -8,7 +8,6 @@ use pagestitch_kernel::Page;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// The services that a fault needs from its server. The fault layer calls the serve layer only
@@ -52,16 +51,6 @@ impl FaultRequest {
     }
 }
 
-/// Queues a fault whose source has failed, to be read again after a pause. The worker serves other
-/// faults meanwhile; if the queue is full, it sleeps.
-pub(super) fn ask_later<H: Host>(region: &Arc<H>, asked: FaultRequest, pause: Duration) {
-    let mut wait = pause;
-    while !region.handle_later(asked, wait) {
-        thread::sleep(wait.max(MOMENT));
-        wait = Duration::ZERO;
-    }
-}
-
 /// Queues a fault to be served again when there may be memory for its page. If the queue is full,
 /// the page fails.
 pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
@@ -91,6 +80,3 @@ pub(super) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
     }
     None
 }
-
-/// The pause after which a queued fault may have left the queue.
-const MOMENT: Duration = Duration::from_millis(1);
