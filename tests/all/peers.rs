@@ -18,6 +18,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::process::{Child, Command};
 use std::sync::mpsc;
 use std::thread;
@@ -56,28 +57,46 @@ fn sends_lingering_sockets(argument: &str) {
     }
 }
 
+/// Runs a handler from the time that the file `run` exists until the file `stop` exists.
+fn serves_beside_lingering_sockets(folder: &Path) {
+    let (files, temporary) = (snapshot_in(folder), tempfile::tempdir().unwrap());
+    let handler = bound(folder, &files, OnUnavailable::Poison, OnStop::Finish);
+    File::create(folder.join("bound")).unwrap();
+    until(|| folder.join("run").exists());
+    let mut running = RunningHandler::run(temporary, handler);
+    until(|| folder.join("stop").exists());
+    running.stop();
+    assert!(running.reported("is no userfaultfd but socket:") > 0, "{:?}", running.events());
+}
+
+/// The handler runs in a process of its own that starts no child. A child inherits a descriptor
+/// that the handler has just received, and the `execve(2)` of the child, which is then its last
+/// close, waits for the peer.
 #[test]
 fn a_descriptor_whose_close_hangs_delays_no_guest() {
     let body = child::body(this_test!(), |argument| match argument.split_once(' ') {
-        Some(_) => sends_lingering_sockets(argument),
-        None => innocent(argument),
+        Some(("handler", folder)) => serves_beside_lingering_sockets(Path::new(folder)),
+        Some(("guest", path)) => innocent(path),
+        _ => sends_lingering_sockets(argument),
     });
-    let folder = tempfile::tempdir().unwrap();
-    let handler = bound(folder.path(), &snapshot_in(folder.path()), OnUnavailable::Poison, OnStop::Finish);
-    let path = folder.path().join("socket").display().to_string();
     let deaf = TcpListener::bind("127.0.0.1:0");
     // A bind succeeds also where the loopback device is down.
     let Some(deaf) = deaf.ok().filter(|deaf| TcpStream::connect(deaf.local_addr().unwrap()).is_ok()) else {
         return println!("SKIPPED {}: the loopback network is down", this_test!());
     };
-    let port = deaf.local_addr().unwrap().port();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let (path, port) = (file("socket").display().to_string(), deaf.local_addr().unwrap().port());
+    let handler = body.spawn(format!("handler {}", folder.path().display()));
+    until(|| file("bound").exists());
     body.spawn(format!("{path} {port}")).wait().expect_pass();
-    let mut running = RunningHandler::run(folder, handler);
-    let mut guest = body.spawn(&path);
-    assert!(until_ended(&mut guest), "the guest hangs");
+    File::create(file("run")).unwrap();
+    let mut guest = body.spawn(format!("guest {path}"));
+    let ended = until_ended(&mut guest);
+    File::create(file("stop")).unwrap();
+    handler.wait_at_most(HANG).expect_pass();
+    assert!(ended, "the guest hangs");
     guest.wait().expect_pass();
-    running.stop();
-    assert!(running.reported("is no userfaultfd but socket:") > 0, "{:?}", running.events());
 }
 
 /// Starts a process with this pid, if the kernel lets the pid be chosen.
@@ -181,7 +200,7 @@ fn a_successor_does_not_wait_at_a_full_backlog() {
 }
 
 /// The backlog of a [`UnixListener`] may have more places than this process has descriptors.
-fn listener_with_a_small_backlog(path: &std::path::Path) -> OwnedFd {
+fn listener_with_a_small_backlog(path: &Path) -> OwnedFd {
     use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
     use std::os::fd::AsRawFd;
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -191,7 +210,7 @@ fn listener_with_a_small_backlog(path: &std::path::Path) -> OwnedFd {
 }
 
 /// Connects, or fails where a connect would wait.
-fn connect_at_once(path: &std::path::Path) -> nix::Result<OwnedFd> {
+fn connect_at_once(path: &Path) -> nix::Result<OwnedFd> {
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     use std::os::fd::AsRawFd;
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_NONBLOCK, None)?;

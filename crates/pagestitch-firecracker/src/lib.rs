@@ -59,6 +59,8 @@
 //! last `close(2)` of a descriptor that it sent, an endless message) waits in one of 32 threads, at
 //! most 8 for each user. If a peer sends a file of a FUSE daemon that does not answer, the process
 //! of the handler cannot end before the daemon does, because the kernel closes the file for it.
+//! A child process that the program starts at that moment inherits the descriptor, and its
+//! `execve(2)` may wait for the last close too.
 //!
 //! A guest is identified by the pidfd of the process that connected (Linux 6.5). Before, the
 //! handler checks that this process holds the userfaultfd that came (`kcmp(2)`). From Linux 6.5 on
