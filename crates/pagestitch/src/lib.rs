@@ -31,6 +31,7 @@
 //! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
 //! | [`SharedRegion`] | a region whose bytes other processes may change: it gives out no `&[u8]` |
 //! | [`AdoptedRegion`] | memory that another process has registered and handed over |
+//! | [`AnyRegion`] | the part that these three kinds share: counters, population, failures |
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
@@ -44,7 +45,7 @@
 //! # Promises
 //!
 //! * **Never zeros for bytes.** Touching a page whose source fails raises SIGBUS;
-//!   [`Region::read_at`] and [`Region::populate`] return the source's error.
+//!   [`Region::read_at`] and [`populate`](AnyRegion::populate) return the source's error.
 //! * **No thread waits on a lost page.** A fill that cannot finish releases its page and wakes the
 //!   waiting threads, which fault again.
 //! * **Safe is sound.** Unsafe code is confined to `pagestitch-kernel`. Borrowed chunks exist only
@@ -72,7 +73,9 @@ mod signals;
 pub mod source;
 mod space;
 
-pub use api::{AdoptedRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope};
+pub use api::{
+    AdoptedRegion, AnyRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope,
+};
 pub use error::{Error, ErrorKind};
 pub use method::Method;
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};

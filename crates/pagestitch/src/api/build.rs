@@ -10,7 +10,7 @@
 //!       policy, tables, children ──▶ Mapping ──▶ attach to the server
 //! ```
 
-use crate::api::Core;
+use crate::api::AnyRegion;
 use crate::api::nesting::Below;
 use crate::api::options::Options;
 use crate::error::{Error, ErrorKind};
@@ -57,7 +57,7 @@ pub(super) fn build(
     layout: Result<Layout, Error>,
     ground: Ground,
     server: &Server,
-) -> Result<(Option<View>, Core), Error> {
+) -> Result<(Option<View>, AnyRegion), Error> {
     let name = options.name().to_owned();
     let in_region = |error: Error| error.inside(&name);
     let mut layout = layout.map_err(in_region)?;
@@ -149,7 +149,7 @@ fn finish(
     layout: Layout,
     site: Site,
     server: &Server,
-) -> Result<(Option<View>, Core), Error> {
+) -> Result<(Option<View>, AnyRegion), Error> {
     let Site { target, uffd, shown, moves, staged, blocks, view } = site;
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
@@ -243,14 +243,14 @@ fn settle_readahead(
 }
 
 /// Starts to serve the region.
-fn attach(served: Served, server: &Server) -> Result<Core, Error> {
+fn attach(served: Served, server: &Server) -> Result<AnyRegion, Error> {
     let served = Arc::new(served);
-    let core = Core { server: server.start(&served)?, served };
+    let any = AnyRegion { server: server.start(&served)?, served };
     // Inheritance starts only after the fork reader runs: a fork blocks on its unread event while
     // it holds the allocator lock, which this thread may need.
-    core.show_to_children()?;
-    log!(debug, region = core.name(), bytes = core.len(), metrics = ?core.metrics(), "region built");
-    Ok(core)
+    any.show_to_children()?;
+    log!(debug, region = any.name(), bytes = any.len(), metrics = ?any.metrics(), "region built");
+    Ok(any)
 }
 
 /// The error for a limit of the process.

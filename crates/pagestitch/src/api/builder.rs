@@ -99,7 +99,7 @@ impl Builder {
 
     /// Starts each later chunk in a page of its own, at the same offset within the page as in its
     /// source, so that it can be mapped in place. Padding with meaningless bytes fills the gaps;
-    /// [`Region::offset_of`] returns where a chunk starts.
+    /// [`offset_of`](crate::AnyRegion::offset_of) returns where a chunk starts.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};
@@ -140,9 +140,9 @@ impl Builder {
         self
     }
 
-    /// Records the order in which pages are first touched, for [`Region::recording`]. Only a fault
-    /// reveals a touch, so such a region fills nothing ahead. `build` fails if the region also
-    /// [replays](Self::replay).
+    /// Records the order in which pages are first touched;
+    /// [`recording`](crate::AnyRegion::recording) returns it. Only a fault reveals a touch, so such
+    /// a region fills nothing ahead. `build` fails if the region also [replays](Self::replay).
     #[must_use]
     pub fn record(mut self) -> Self {
         self.options.manner.record = true;
@@ -161,7 +161,7 @@ impl Builder {
     /// Calls `tell(offset, failure)` for each page that fails; `offset` is the page's byte offset
     /// in the region. It runs on the serving thread and must not touch the region. For a fault that
     /// times out it runs on the watchdog thread, which abandons no other fault until it returns.
-    /// [`Region::failures`] lists the failed pages.
+    /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
     #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.options.manner.reporter = Some(FailureCallback(Arc::new(tell)));

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `builder`, `options` | the description of a region |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
-//! | `core` | the part that all kinds of regions share; teardown |
+//! | `any` | the part that regions of all kinds share; teardown |
 //! | `region` | a region that owns its range |
 //! | `shared` | a region whose bytes other processes may change |
 //! | `adopted` | memory of another process |
@@ -12,9 +12,9 @@
 //! | `nesting` | memory of one region as a chunk of another |
 
 mod adopted;
+mod any;
 mod build;
 mod builder;
-mod core;
 mod nesting;
 mod options;
 mod region;
@@ -22,8 +22,8 @@ mod scope;
 mod shared;
 
 pub use adopted::AdoptedRegion;
+pub use any::AnyRegion;
 pub use builder::Builder;
-use core::Core;
 pub use region::Region;
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use shared::SharedRegion;

@@ -1,18 +1,14 @@
 //! A region: scattered chunks as one contiguous range of addresses, filled on first touch.
 
-use crate::api::Core;
+use crate::api::AnyRegion;
 use crate::error::Error;
-use crate::error::Failure;
-use crate::metrics::{Meter, Metrics};
-use crate::policy::Recording;
+use crate::metrics::Metrics;
 #[cfg(all(test, not(shuttle)))]
 use crate::serve::Served;
-use crate::space::Plan;
 use pagestitch_kernel::StableView;
 use std::fmt;
-use std::ops::RangeBounds;
+use std::ops::Deref;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 /// Scattered memory as one contiguous slice, filled page by page on first touch.
 ///
@@ -25,13 +21,15 @@ use std::sync::Arc;
 /// The first touch of a page, by any thread, copies its bytes from the sources. Before that, the
 /// region reads no source and uses no memory for the page. A page whose source fails never reads as
 /// zeros: touching it raises SIGBUS, and [`read_at`](Self::read_at) and
-/// [`populate`](Self::populate) return the source's error.
+/// [`populate`](AnyRegion::populate) return the source's error.
+///
+/// The methods that regions of all kinds share are those of [`AnyRegion`].
 ///
 /// # System calls
 ///
 /// Where [`serves_system_calls`](Self::serves_system_calls) is false (an ordinary user), the kernel
 /// cannot touch absent pages: `write(2)` from one fails with `EFAULT`. Call
-/// [`populate`](Self::populate) before such a system call.
+/// [`populate`](AnyRegion::populate) before such a system call.
 ///
 /// # Children
 ///
@@ -80,44 +78,17 @@ use std::sync::Arc;
 /// ```
 pub struct Region {
     view: StableView,
-    core: Core,
+    any: AnyRegion,
 }
 
 impl Region {
     #[cfg(all(test, not(shuttle)))]
-    pub(crate) const fn served(&self) -> &Arc<Served> {
-        &self.core.served
+    pub(crate) const fn served(&self) -> &std::sync::Arc<Served> {
+        &self.any.served
     }
 
-    pub(super) const fn new(view: StableView, core: Core) -> Self {
-        Self { view, core }
-    }
-
-    /// The name given to the builder, for errors, logs and plans.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        self.core.name()
-    }
-
-    /// The length of all chunks together, in bytes.
-    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.core.len()
-    }
-
-    /// The offset of a chunk's first byte; chunks are numbered from 0. `None` if the region has
-    /// fewer chunks.
-    #[must_use]
-    pub fn offset_of(&self, chunk: usize) -> Option<u64> {
-        self.core.offset_of(chunk)
-    }
-
-    /// The number of the chunk that holds the byte at `offset`, counted as in
-    /// [`offset_of`](Self::offset_of). `None` past the end and in padding.
-    #[must_use]
-    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
-        self.core.chunk_at(offset)
+    pub(super) const fn new(view: StableView, any: AnyRegion) -> Self {
+        Self { view, any }
     }
 
     /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
@@ -145,7 +116,7 @@ impl Region {
     /// Whether system calls can read and write absent pages; see [above](Self#system-calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
-        self.core.serves_system_calls()
+        self.any.fills_for_system_calls()
     }
 
     /// Copies bytes from `offset` on into `into`. Absent pages are filled first.
@@ -155,71 +126,9 @@ impl Region {
     /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the chunk whose source failed;
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
-        self.core.populate(range.clone())?;
+        let range = self.any.filled(offset, into.len())?;
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
         Ok(())
-    }
-
-    /// Fills the absent pages of a range of byte offsets, on the calling thread.
-    ///
-    /// # Errors
-    ///
-    /// As [`read_at`](Self::read_at). The pages before the failed one are filled.
-    ///
-    /// ```
-    /// # use pagestitch::{Pool, Region};
-    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
-    /// region.populate(..)?;
-    /// region.populate(4096..8192)?;
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.populate(range)
-    }
-
-    /// Reads the poisoned pages of a range from their sources again. A page whose source succeeds
-    /// is filled as if it had never failed, and touching it raises no signal any more.
-    ///
-    /// # Errors
-    ///
-    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the first chunk whose source fails
-    /// again; the pages before it are filled. Before Linux 6.6 a poisoned page cannot be filled
-    /// again, which is the same kind of error.
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
-    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.retry_failed(range)
-    }
-
-    /// The poisoned pages: each page's byte offset in the region, and its failure.
-    #[must_use]
-    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
-        self.core.failures()
-    }
-
-    /// The method by which each run of chunks is installed, with the reason.
-    #[must_use]
-    pub fn plan(&self) -> Plan {
-        self.core.plan()
-    }
-
-    /// The region's counters so far. [`close`](Self::close) returns their final values.
-    #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        self.core.metrics()
-    }
-
-    /// A handle to the same counters that can be read by any thread, also after the region's drop.
-    #[must_use]
-    pub fn meter(&self) -> Meter {
-        self.core.meter()
-    }
-
-    /// The order in which pages were first touched so far; `None` unless the region
-    /// [records](crate::Builder::record).
-    #[must_use]
-    pub fn recording(&self) -> Option<Recording> {
-        self.core.recording()
     }
 
     /// Releases everything, as dropping does, and returns the final counters.
@@ -233,12 +142,20 @@ impl Region {
     /// ```
     #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
-        self.core.close()
+        self.any.close()
+    }
+}
+
+impl Deref for Region {
+    type Target = AnyRegion;
+
+    fn deref(&self) -> &AnyRegion {
+        &self.any
     }
 }
 
 impl fmt::Debug for Region {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Region").field("name", &self.name()).field("len", &self.len()).finish_non_exhaustive()
+        self.any.describe("Region", f)
     }
 }

@@ -1,20 +1,16 @@
 //! A region whose bytes other processes may change while it is mapped.
 
-use crate::api::Core;
-use crate::error::Failure;
+use crate::api::AnyRegion;
 use crate::error::{Error, ErrorKind};
-use crate::metrics::{Meter, Metrics};
-use crate::policy::Recording;
+use crate::metrics::Metrics;
 use crate::source::{Backing, Shared};
-use crate::space::Plan;
 use crate::space::layout::Piece;
 use nix::sys::statvfs::fstatvfs;
 use pagestitch_kernel::{Errno, PageSize, View};
 use std::fmt;
-use std::ops::{Range, RangeBounds};
+use std::ops::{Deref, Range};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::Arc;
 
 /// Scattered memory as one contiguous range of addresses, with sources that other processes may
 /// change: files, unsealed memfds, aliases of other mappings, physical memory. Whole pages of such
@@ -26,9 +22,11 @@ use std::sync::Arc;
 /// callers that can rule out writers.
 ///
 /// A page that cannot be mapped in place is copied on first touch, and does not change afterwards.
-/// [`plan`](Self::plan) lists such pages, and
+/// [`plan`](AnyRegion::plan) lists such pages, and
 /// [`require_zero_copy`](crate::Builder::require_zero_copy) makes them an error of the build.
 /// Touching a page past the end of a truncated file raises SIGBUS; `read_at` of it fails.
+///
+/// The methods that regions of all kinds share are those of [`AnyRegion`].
 ///
 /// ```
 /// use pagestitch::source::{SharedFile, UnsealedMemfd};
@@ -52,37 +50,12 @@ use std::sync::Arc;
 /// ```
 pub struct SharedRegion {
     view: View,
-    core: Core,
+    any: AnyRegion,
 }
 
 impl SharedRegion {
-    pub(super) const fn new(view: View, core: Core) -> Self {
-        Self { view, core }
-    }
-
-    /// As [`Region::name`](crate::Region::name).
-    #[must_use]
-    pub fn name(&self) -> &str {
-        self.core.name()
-    }
-
-    /// As [`Region::len`](crate::Region::len).
-    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.core.len()
-    }
-
-    /// As [`Region::offset_of`](crate::Region::offset_of).
-    #[must_use]
-    pub fn offset_of(&self, chunk: usize) -> Option<u64> {
-        self.core.offset_of(chunk)
-    }
-
-    /// As [`Region::chunk_at`](crate::Region::chunk_at).
-    #[must_use]
-    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
-        self.core.chunk_at(offset)
+    pub(super) const fn new(view: View, any: AnyRegion) -> Self {
+        Self { view, any }
     }
 
     /// The address of the first byte. Valid until the region is dropped.
@@ -100,7 +73,7 @@ impl SharedRegion {
     /// As [`Region::serves_system_calls`](crate::Region::serves_system_calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
-        self.core.serves_system_calls()
+        self.any.fills_for_system_calls()
     }
 
     /// Copies the current bytes from `offset` on into `into`. Absent pages are filled first.
@@ -110,8 +83,7 @@ impl SharedRegion {
     /// As [`Region::read_at`](crate::Region::read_at); also [`ErrorKind::Source`] if a file that is
     /// mapped there was truncated.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        let range = self.core.inside(offset, offset.checked_add(into.len() as u64))?;
-        self.core.populate(range.clone())?;
+        let range = self.any.filled(offset, into.len())?;
         let read = self.shown(&range, || self.view.read_at(offset, into));
         read.map_err(|errno| self.refused("read", &range, errno))
     }
@@ -125,8 +97,7 @@ impl SharedRegion {
     /// As [`read_at`](Self::read_at); [`ErrorKind::BadOption`] if the region was not built
     /// [`writable`](crate::Builder::writable).
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let range = self.core.inside(offset, offset.checked_add(bytes.len() as u64))?;
-        self.core.populate(range.clone())?;
+        let range = self.any.filled(offset, bytes.len())?;
         let written = self.shown(&range, || self.view.write_at(offset, bytes));
         written.map_err(|errno| self.refused("written", &range, errno))
     }
@@ -137,66 +108,18 @@ impl SharedRegion {
     /// kernel's own access does not map them again, so this maps them before the second try.
     fn shown(&self, range: &Range<u64>, mut access: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
         match access() {
-            Err(Errno::EFAULT) if self.core.served.forget_lazy(range) => {
-                let _ = self.core.populate(range.clone());
+            Err(Errno::EFAULT) if self.any.served.forget_lazy(range) => {
+                let _ = self.any.populate(range.clone());
                 access()
             }
             answer => answer,
         }
     }
 
-    /// As [`Region::populate`](crate::Region::populate).
-    ///
-    /// # Errors
-    ///
-    /// As [`Region::populate`](crate::Region::populate).
-    pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.populate(range)
-    }
-
-    /// As [`Region::retry_failed`](crate::Region::retry_failed).
-    ///
-    /// # Errors
-    ///
-    /// As [`Region::retry_failed`](crate::Region::retry_failed).
-    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
-        self.core.retry_failed(range)
-    }
-
-    /// As [`Region::failures`](crate::Region::failures).
-    #[must_use]
-    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
-        self.core.failures()
-    }
-
-    /// As [`Region::plan`](crate::Region::plan).
-    #[must_use]
-    pub fn plan(&self) -> Plan {
-        self.core.plan()
-    }
-
-    /// As [`Region::metrics`](crate::Region::metrics).
-    #[must_use]
-    pub fn metrics(&self) -> Metrics {
-        self.core.metrics()
-    }
-
-    /// As [`Region::meter`](crate::Region::meter).
-    #[must_use]
-    pub fn meter(&self) -> Meter {
-        self.core.meter()
-    }
-
-    /// As [`Region::recording`](crate::Region::recording).
-    #[must_use]
-    pub fn recording(&self) -> Option<Recording> {
-        self.core.recording()
-    }
-
     /// As [`Region::close`](crate::Region::close).
     #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
-        self.core.close()
+        self.any.close()
     }
 
     fn refused(&self, done: &str, range: &Range<u64>, errno: Errno) -> Error {
@@ -208,7 +131,7 @@ impl SharedRegion {
             }
             Errno::EFAULT => {
                 let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
-                let why = self.core.served.layout.pieces(range.clone()).find_map(|piece| why_not(&piece));
+                let why = self.any.served.layout.pieces(range.clone()).find_map(|piece| why_not(&piece));
                 let why = why.unwrap_or_else(|| {
                     String::from(
                         "a page is poisoned, or was discarded meanwhile, or its file has changed or is gone (EFAULT)",
@@ -258,11 +181,16 @@ fn why_not(piece: &Piece<'_>) -> Option<String> {
     (free == 0).then(|| format!("no space is left for {source} on its file system (ENOSPC)"))
 }
 
+impl Deref for SharedRegion {
+    type Target = AnyRegion;
+
+    fn deref(&self) -> &AnyRegion {
+        &self.any
+    }
+}
+
 impl fmt::Debug for SharedRegion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SharedRegion")
-            .field("name", &self.name())
-            .field("len", &self.len())
-            .finish_non_exhaustive()
+        self.any.describe("SharedRegion", f)
     }
 }

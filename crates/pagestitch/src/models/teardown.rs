@@ -1,4 +1,4 @@
-//! Teardown: threads wait in faults while the region is dropped, in the steps of `api/core.rs`.
+//! Teardown: threads wait in faults while the region is dropped, in the steps of `api/any.rs`.
 
 use super::faults::{BOTH, Region};
 use super::kernel::Found;

@@ -20,9 +20,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// In which order the pages of a region were first touched. Taken by
-/// [`Region::recording`](crate::Region::recording) of a region that
-/// [records](crate::Builder::record), for a region of the same bytes that
-/// [replays](crate::Builder::replay) it.
+/// [`recording`](crate::AnyRegion::recording) of a region that [records](crate::Builder::record),
+/// for a region of the same bytes that [replays](crate::Builder::replay) it.
 ///
 /// ```
 /// use pagestitch::{Pool, Recording, Region};

@@ -29,7 +29,7 @@ use std::thread;
 /// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
 ///   those that are mapped; others are refused when the region is built
 ///   ([`ErrorKind::NotInline`]).
-/// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::Region::populate) first.
+/// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::AnyRegion::populate) first.
 /// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
 /// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
 ///   they ask for. One that is installed later, as by a runtime that is loaded later (Go, a JVM, a sanitizer), has to pass on what is

@@ -7,7 +7,7 @@ use std::io;
 /// # Contract
 ///
 /// * **Threads.** Any thread may call the methods: the pool's workers, and the callers of
-///   [`Region::populate`](crate::Region::populate) and [`Region::read_at`](crate::Region::read_at).
+///   [`populate`](crate::AnyRegion::populate) and [`Region::read_at`](crate::Region::read_at).
 ///   Several threads may call at once, also for the same offset.
 /// * **Calls.** [`read_at`](Self::read_at) is usually called once for each page, or once for
 ///   several pages that are filled together. It is called again for a page that is discarded

@@ -14,7 +14,7 @@ use std::{fmt, io};
 /// for all others.
 ///
 /// Faults on pages that lie in one chunk are fetched asynchronously. A fault on a page that several
-/// chunks share, [`populate`](crate::Region::populate) and [`read_at`](crate::Region::read_at) send
+/// chunks share, [`populate`](crate::AnyRegion::populate) and [`read_at`](crate::Region::read_at) send
 /// the request and block until the reply. Never call these, or touch the region, on a thread that
 /// delivers replies.
 ///

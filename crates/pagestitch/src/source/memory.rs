@@ -16,7 +16,7 @@ use std::{fmt, io};
 /// **Memory of a region** can be a chunk of another region only if the two have different servers:
 /// a server that waits for itself may wait forever, so the build of the second region fails. Memory
 /// of a region that is served [inline](crate::Inline) is refused too. For an ordinary user the
-/// kernel copies no absent page of a region: [`populate`](crate::Region::populate) that region
+/// kernel copies no absent page of a region: [`populate`](crate::AnyRegion::populate) that region
 /// first.
 ///
 /// ```

@@ -1,4 +1,4 @@
-//! The part that all kinds of regions share: queries, population, and the teardown in order.
+//! The part that regions of all kinds share: queries, population, and the teardown in order.
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
@@ -10,42 +10,90 @@ use crate::serve::{Attachment, fill_rest, populate, retry_failed};
 use crate::space::Plan;
 use crate::space::Target;
 use pagestitch_kernel::Span;
+use pagestitch_kernel::uffd::FaultMode;
+use std::fmt;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 
-/// A served region without its view of the bytes.
-pub(crate) struct Core {
+/// The part that regions of all kinds share: [`Region`](crate::Region),
+/// [`SharedRegion`](crate::SharedRegion) and [`AdoptedRegion`](crate::AdoptedRegion) dereference to
+/// it, so that its methods are called on them.
+///
+/// A function that takes `&AnyRegion` accepts a region of any kind:
+///
+/// ```
+/// use pagestitch::{AnyRegion, Error, Pool, Region};
+///
+/// fn warm_up(region: &AnyRegion) -> Result<u64, Error> {
+///     region.populate(..)?;
+///     Ok(region.metrics().pages_installed())
+/// }
+///
+/// let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+/// assert_eq!(warm_up(&region)?, 3);
+/// # Ok::<(), Error>(())
+/// ```
+pub struct AnyRegion {
     pub(super) served: Arc<Served>,
     pub(super) server: Box<dyn Attachment>,
 }
 
-impl Core {
-    pub(crate) fn name(&self) -> &str {
+impl AnyRegion {
+    /// The name given to the builder, for errors, logs and plans.
+    #[must_use]
+    pub fn name(&self) -> &str {
         &self.served.name
     }
 
-    pub(crate) fn len(&self) -> usize {
+    /// The length of all chunks together, in bytes. Of adopted memory, this is the length of all
+    /// ranges.
+    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
+    #[must_use]
+    pub fn len(&self) -> usize {
         // The length fits in usize, because it was reserved.
         self.served.layout.total() as usize
     }
 
-    pub(crate) fn offset_of(&self, number: usize) -> Option<u64> {
+    /// The offset of a chunk's first byte; chunks are numbered from 0. `None` if the region has
+    /// fewer chunks.
+    #[must_use]
+    pub fn offset_of(&self, chunk: usize) -> Option<u64> {
         let layout = &self.served.layout;
-        layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start)
+        layout.chunk_of(chunk).map(|chunk| layout.offsets_of(chunk).start)
     }
 
-    pub(crate) fn chunk_at(&self, offset: u64) -> Option<usize> {
+    /// The number of the chunk that holds the byte at `offset`, counted as in
+    /// [`offset_of`](Self::offset_of). `None` past the end and in padding.
+    #[must_use]
+    pub fn chunk_at(&self, offset: u64) -> Option<usize> {
         let layout = &self.served.layout;
         let chunk = (offset < layout.total()).then(|| layout.locate(offset))?;
         (!layout.is_padding(chunk)).then(|| layout.number_of(chunk))
     }
 
-    pub(crate) fn serves_system_calls(&self) -> bool {
-        let all = self.served.uffd.mode() == pagestitch_kernel::uffd::FaultMode::All;
+    /// Whether system calls of this process can read and write absent pages.
+    pub(super) fn fills_for_system_calls(&self) -> bool {
+        let all = self.served.uffd.mode() == FaultMode::All;
         all && self.server.serves_system_calls()
     }
 
-    pub(crate) fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+    /// Fills the absent pages of a range of byte offsets, on the calling thread. In adopted memory,
+    /// pages that the owner has discarded stay absent.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Source`] names the chunk whose source failed; the pages before the failed one
+    /// are filled. The same kind if the owner of adopted memory has ended.
+    /// [`ErrorKind::OutOfRange`] if the range leaves the region.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// region.populate(4096..8192)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         let span = self.span(range)?;
         if !self.server.is_of_this_process() {
             return self.touch(span);
@@ -97,7 +145,15 @@ impl Core {
         all
     }
 
-    pub(crate) fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+    /// Reads the poisoned pages of a range from their sources again. A page whose source succeeds
+    /// is filled as if it had never failed, and touching it raises no signal any more.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Source`] names the first chunk whose source fails again; the pages before it
+    /// are filled. Before Linux 6.6 a poisoned page cannot be filled again, which is the same kind
+    /// of error. [`ErrorKind::OutOfRange`] if the range leaves the region.
+    pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             // The uffd is the parent's: it installs pages in the parent's memory.
             let what = format!(
@@ -109,7 +165,9 @@ impl Core {
         retry_failed(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
     }
 
-    pub(crate) fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
+    /// The poisoned pages: each page's byte offset in the region, and its failure.
+    #[must_use]
+    pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
         let size = self.served.page_size();
         self.served
             .failures(self.served.target.all())
@@ -138,32 +196,52 @@ impl Core {
         Ok(self.served.page_size().covering(&range))
     }
 
-    pub(crate) fn plan(&self) -> Plan {
+    /// The method by which each run of chunks is installed, with the reason.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
         Plan::of(&self.served)
     }
 
-    pub(crate) fn metrics(&self) -> Metrics {
+    /// The region's counters so far. The region's `close` returns their final values.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
         self.served.counters.read()
     }
 
-    pub(crate) fn recording(&self) -> Option<Recording> {
+    /// The order in which pages were first touched so far; `None` unless the region
+    /// [records](crate::Builder::record).
+    #[must_use]
+    pub fn recording(&self) -> Option<Recording> {
         let served = &self.served;
         Some(served.recorder.as_ref()?.read(served.page_size(), served.layout.total()))
     }
 
-    pub(crate) fn meter(&self) -> Meter {
+    /// A handle to the same counters that can be read by any thread, also after the region's drop.
+    #[must_use]
+    pub fn meter(&self) -> Meter {
         Meter::new(Arc::clone(&self.served.counters), self.served.presence())
     }
 
-    pub(crate) fn close(self) -> Metrics {
+    pub(super) fn close(self) -> Metrics {
         self.server.detach(&self.served);
         self.served.close();
         self.metrics()
     }
 
+    /// Fills the absent pages of `bytes` bytes from `offset` on. Returns their range of offsets.
+    pub(super) fn filled(&self, offset: u64, bytes: usize) -> Result<Range<u64>, Error> {
+        let range = self.inside(offset, offset.checked_add(bytes as u64))?;
+        self.populate(range.clone())?;
+        Ok(range)
+    }
+
+    pub(super) fn describe(&self, kind: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct(kind).field("name", &self.name()).field("len", &self.len()).finish_non_exhaustive()
+    }
+
     /// The range from `start` to `end`, if it is inside the region. An `end` of `None` is past
     /// 2^64.
-    pub(crate) fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
+    fn inside(&self, start: u64, end: Option<u64>) -> Result<Range<u64>, Error> {
         let len = self.len() as u64;
         match end {
             Some(end) if start <= end && end <= len => Ok(start..end),
@@ -174,6 +252,12 @@ impl Core {
                 Err(Error::new(ErrorKind::OutOfRange, what))
             }
         }
+    }
+}
+
+impl fmt::Debug for AnyRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.describe("AnyRegion", f)
     }
 }
 
@@ -189,7 +273,7 @@ impl Core {
 /// 5. Close the uffd and unmap, when the last `Arc` is dropped. If a thread waited at step 3, the
 ///    addresses stay fenced for a second ([`ranges`](pagestitch_kernel::ranges)): the thread may
 ///    run after all of this, and must not meet another mapping there.
-impl Drop for Core {
+impl Drop for AnyRegion {
     fn drop(&mut self) {
         if !self.server.is_of_this_process() {
             // A forked child lacks the range, and its server belongs to the parent.
