@@ -7,6 +7,7 @@
 
 use crate::page::PageSize;
 use crate::uffd::Uffd;
+use crate::uffd::message::{MESSAGE, Message, PAGEFAULT_FLAG_MINOR, PAGEFAULT_FLAG_WP, PAGEFAULT_FLAG_WRITE};
 use nix::errno::Errno;
 use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -141,8 +142,7 @@ impl fmt::Debug for Batch {
     }
 }
 
-/// Decodes a `uffd_msg`: the number of the event, 7 bytes of padding, and three words that depend
-/// on the event.
+/// Puts a message where it belongs.
 fn decode(
     message: &[u8; MESSAGE],
     uffd: &Uffd,
@@ -150,32 +150,25 @@ fn decode(
     events: &mut Vec<Event>,
     faults: &mut Vec<Fault>,
 ) -> Result<(), Errno> {
-    let word = |index: usize| u64::from_ne_bytes(message.as_chunks().0[1 + index]);
-    let number = |index: usize| word(index) as usize;
-    match message[0] {
-        PAGEFAULT => faults.push(Fault {
-            address: number(1) & !(page.bytes() - 1),
-            kind: kind_of(word(0)),
-            write: word(0) & FLAG_WRITE != 0,
-            // The id is in the first half of its word, in either byte order.
-            thread: i32::from_ne_bytes(*message[24..].first_chunk().expect("32 bytes")),
+    match Message::decode(message).ok_or(Errno::EIO)? {
+        Message::Pagefault { flags, address, thread } => faults.push(Fault {
+            address: address & !(page.bytes() - 1),
+            kind: kind_of(flags),
+            write: flags & PAGEFAULT_FLAG_WRITE != 0,
+            thread,
         }),
-        REMOVE => events.push(Event::Remove { start: number(0), end: number(1) }),
-        UNMAP => events.push(Event::Unmap { start: number(0), end: number(1) }),
-        REMAP => events.push(Event::Remap { from: number(0), to: number(1), bytes: number(2) }),
-        FORK => {
-            let child = own(RawFd::from_ne_bytes(*message[8..].first_chunk().expect("32 bytes")));
-            events.push(Event::Fork { child: Uffd::of_child(child, uffd) });
-        }
-        _ => return Err(Errno::EIO),
+        Message::Remove { start, end } => events.push(Event::Remove { start, end }),
+        Message::Unmap { start, end } => events.push(Event::Unmap { start, end }),
+        Message::Remap { from, to, bytes } => events.push(Event::Remap { from, to, bytes }),
+        Message::Fork { child } => events.push(Event::Fork { child: Uffd::of_child(own(child), uffd) }),
     }
     Ok(())
 }
 
 const fn kind_of(flags: u64) -> FaultKind {
-    if flags & FLAG_MINOR != 0 {
+    if flags & PAGEFAULT_FLAG_MINOR != 0 {
         FaultKind::Minor
-    } else if flags & FLAG_WP != 0 {
+    } else if flags & PAGEFAULT_FLAG_WP != 0 {
         FaultKind::WriteProtect
     } else {
         FaultKind::Missing
@@ -202,17 +195,6 @@ fn order(faults: &mut Vec<Fault>) {
         same
     });
 }
-
-/// The size of a message, `struct uffd_msg`.
-pub(crate) const MESSAGE: usize = 32;
-const PAGEFAULT: u8 = 0x12;
-const FORK: u8 = 0x13;
-const REMAP: u8 = 0x14;
-const REMOVE: u8 = 0x15;
-const UNMAP: u8 = 0x16;
-const FLAG_WRITE: u64 = 1 << 0;
-const FLAG_WP: u64 = 1 << 1;
-const FLAG_MINOR: u64 = 1 << 2;
 
 #[cfg(test)]
 mod tests {

@@ -18,7 +18,7 @@ use crate::pages::Donated;
 use crate::physical::Physical;
 use crate::reservation::Reservation;
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
-use crate::uffd::Uffd;
+use crate::uffd::{RegisterMode, Uffd};
 use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
@@ -27,7 +27,6 @@ use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
-use userfaultfd::RegisterMode;
 
 /// The one view of a reservation. Other processes may change some of its bytes.
 #[derive(Debug)]

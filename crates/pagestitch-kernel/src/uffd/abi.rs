@@ -1,14 +1,17 @@
 //! The ioctls as the kernel defines them in `include/uapi/linux/userfaultfd.h`, through Linux 6.8.
 //!
-//! Written out here, because system headers lag behind the running kernel. The end of this file
-//! proves the sizes; the request numbers follow from them.
+//! Written out here, because system headers lag behind the running kernel, and because bindings made
+//! from a header need libclang at build time. The end of this file proves the sizes; the request
+//! numbers follow from them. The layout of messages is in `message.rs`.
 
 use super::outcome::Waiters;
 use crate::page::AddressRange;
 use nix::{ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none};
 
+/// `UFFDIO`
 const UFFDIO: u8 = 0xAA;
 
+/// `struct uffdio_api`
 #[repr(C)]
 pub(super) struct UffdioApi {
     pub(super) api: u64,
@@ -16,13 +19,14 @@ pub(super) struct UffdioApi {
     pub(super) ioctls: u64,
 }
 
+/// `struct uffdio_range`
 #[repr(C)]
 pub(super) struct UffdioRange {
     start: u64,
     len: u64,
 }
 
-/// `uffdio_copy`, and `uffdio_move`, which has the same fields.
+/// `struct uffdio_copy`, and `struct uffdio_move`, which has the same fields.
 #[repr(C)]
 pub(super) struct UffdioCopy {
     pub(super) dst: u64,
@@ -32,7 +36,7 @@ pub(super) struct UffdioCopy {
     pub(super) copied: i64,
 }
 
-/// `uffdio_zeropage`, `uffdio_continue` and `uffdio_poison`, which have the same fields.
+/// `struct uffdio_zeropage`, `struct uffdio_continue` and `struct uffdio_poison`, which have the same fields.
 #[repr(C)]
 pub(super) struct UffdioProgress {
     pub(super) range: UffdioRange,
@@ -53,12 +57,14 @@ impl UffdioProgress {
     }
 }
 
+/// `struct uffdio_writeprotect`
 #[repr(C)]
 pub(super) struct UffdioWriteProtect {
     pub(super) range: UffdioRange,
     pub(super) mode: u64,
 }
 
+/// `struct uffdio_register`
 #[repr(C)]
 pub(super) struct UffdioRegister {
     pub(super) range: UffdioRange,
@@ -66,11 +72,24 @@ pub(super) struct UffdioRegister {
     pub(super) ioctls: u64,
 }
 
+/// `UFFD_API`
 pub(super) const API: u64 = 0xAA;
+/// `UFFD_USER_MODE_ONLY`
 pub(super) const USER_MODE_ONLY: i32 = 1;
-pub(super) const REGISTER_MODE_MISSING: u64 = 1;
-pub(super) const WRITEPROTECT_MODE_WP: u64 = 1;
+/// `UFFDIO_REGISTER_MODE_MISSING`
+pub(super) const REGISTER_MODE_MISSING: u64 = 1 << 0;
+/// `UFFDIO_REGISTER_MODE_WP`
+pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
+/// `UFFDIO_REGISTER_MODE_MINOR`
+pub(super) const REGISTER_MODE_MINOR: u64 = 1 << 2;
+/// `UFFDIO_WRITEPROTECT_MODE_WP`
+pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+/// `UFFDIO_COPY_MODE_DONTWAKE`, and `UFFDIO_ZEROPAGE_MODE_DONTWAKE` and its like: the same bit for
+/// each operation.
+#[cfg(feature = "inject")]
+pub(super) const MODE_DONTWAKE: u64 = 1 << 0;
 
+// Each request is named as its UFFDIO_* in the header.
 ioctl_readwrite!(api, UFFDIO, 0x3F, UffdioApi);
 ioctl_readwrite!(register, UFFDIO, 0x00, UffdioRegister);
 // The header declares both as reads.
@@ -102,3 +121,5 @@ const _: () = assert!(size_of::<UffdioRegister>() == 32);
 // after it.
 const _: () = assert!(std::mem::offset_of!(UffdioCopy, copied) == 32);
 const _: () = assert!(std::mem::offset_of!(UffdioProgress, done) == 24);
+const _: () = assert!(std::mem::offset_of!(UffdioRegister, ioctls) == 24);
+const _: () = assert!(std::mem::offset_of!(UffdioApi, features) == 8);

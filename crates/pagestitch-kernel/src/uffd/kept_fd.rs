@@ -2,25 +2,20 @@
 //! because it may be refused at the limit on descriptors.
 
 use std::mem::ManuallyDrop;
-use std::ops::Deref;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 #[derive(Debug)]
 pub(super) struct KeptFd {
     /// Invariant: dropped once at most, in `drop`.
-    fd: ManuallyDrop<userfaultfd::Uffd>,
+    fd: ManuallyDrop<OwnedFd>,
     stays: AtomicBool,
 }
 
 impl KeptFd {
     /// Owns the descriptor of a userfaultfd.
-    pub(super) fn own(fd: OwnedFd) -> Self {
-        // SAFETY: the fd is a userfaultfd without another owner, because `into_raw_fd` of an OwnedFd
-        // gives it up.
-        #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
-        let uffd = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
-        Self { fd: ManuallyDrop::new(uffd), stays: AtomicBool::new(false) }
+    pub(super) const fn own(fd: OwnedFd) -> Self {
+        Self { fd: ManuallyDrop::new(fd), stays: AtomicBool::new(false) }
     }
 
     /// Leaves the descriptor open after the drop.
@@ -29,11 +24,9 @@ impl KeptFd {
     }
 }
 
-impl Deref for KeptFd {
-    type Target = userfaultfd::Uffd;
-
-    fn deref(&self) -> &userfaultfd::Uffd {
-        &self.fd
+impl AsFd for KeptFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

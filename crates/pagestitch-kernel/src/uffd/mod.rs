@@ -9,26 +9,26 @@
 //! missing. [`Uffd::register`] takes a reservation; [`Uffd::register_range`] and [`OwnMemory`] take
 //! an `unsafe` promise; and memory that other processes have registered is not memory of this one.
 //!
-//! The fills are our own ioctls on the descriptor of the `userfaultfd` crate. That crate lacks
-//! move, poison and the feature query, and loses the sign of COPY's answer. See `userfaultfd(2)`
-//! and `ioctl_userfaultfd(2)`.
+//! See `userfaultfd(2)` and `ioctl_userfaultfd(2)`.
 
 mod abi;
 mod adopt;
 #[cfg(feature = "inject")]
 pub mod inject;
 mod kept_fd;
+pub(crate) mod message;
 mod open;
 mod opened;
 mod outcome;
 mod own_process;
 mod read;
+mod register;
 
 pub use adopt::{AdoptError, OwnMemory};
 pub use open::{OpenError, handshake_probe, kernel_features};
 pub use opened::{FaultMode, OpenedBy};
 pub use outcome::Outcome;
-pub use userfaultfd::RegisterMode;
+pub use register::RegisterMode;
 
 use kept_fd::KeptFd;
 use outcome::{Operation, Waiters};
@@ -38,9 +38,8 @@ use crate::features::Features;
 use crate::page::AddressRange;
 use crate::pages::Donated;
 use crate::process::is_same_file;
-use crate::reservation::Reservation;
 use nix::errno::Errno;
-use nix::libc::{c_int, c_void};
+use nix::libc::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// A userfaultfd that this process has opened, or that another process has sent.
@@ -77,52 +76,6 @@ impl Uffd {
     #[must_use]
     pub const fn opened_by(&self) -> OpenedBy {
         self.opened_by
-    }
-
-    /// Registers a whole reservation and [opens](Reservation::open) it. From now on, the reader of
-    /// this uffd fills its missing pages. Nothing has been shown in the reservation before.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's errno: `EBUSY` if another uffd has the range, `ENOMEM`, `EINVAL` if the mapping
-    /// does not support `modes`; the errors of [`Reservation::open`].
-    #[doc(alias = "UFFDIO_REGISTER")]
-    pub fn register(&self, reservation: &Reservation, modes: RegisterMode) -> Result<(), Errno> {
-        // SAFETY: the reservation is a mapping of its own. No allocator ever gave out its pages as
-        // zeros.
-        #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
-        unsafe { self.register_range(reservation.range(), modes) }?;
-        // Opened afterwards, because a page that is filled before the range is registered never
-        // faults.
-        reservation.open()
-    }
-
-    /// Registers a range of addresses that the caller vouches for.
-    ///
-    /// # Errors
-    ///
-    /// As [`register`](Self::register).
-    ///
-    /// # Safety
-    ///
-    /// - No Rust value in the range counts on its missing pages to read as zeros. Memory from
-    ///   `alloc_zeroed` does, and so does a fresh `mmap` of which a `&[u8]` exists.
-    #[expect(unsafe_code, reason = "declares an obligation; what it calls is safe")]
-    pub unsafe fn register_range(&self, range: AddressRange, modes: RegisterMode) -> Result<(), Errno> {
-        let answer = self.fd.register_with_mode(range.start() as *mut c_void, range.bytes(), modes);
-        answer.map(drop).map_err(|error| errno_of(&error))
-    }
-
-    /// Ends the registration of a range. Threads that wait for a missing page there read **zeros**:
-    /// poison the pages first.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's errno.
-    #[doc(alias = "UFFDIO_UNREGISTER")]
-    pub fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
-        let answer = self.fd.unregister(range.start() as *mut c_void, range.bytes());
-        answer.map_err(|error| errno_of(&error))
     }
 
     /// Fills the missing pages of `range` with `bytes` and wakes the threads that wait for them.
@@ -291,17 +244,6 @@ impl Uffd {
         Outcome::interpret(answer, range.bytes(), 0)
     }
 
-    /// Wakes the threads that wait in `range`; each tries its access again.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's errno; none is expected for a range of whole pages.
-    #[doc(alias = "UFFDIO_WAKE")]
-    pub fn wake(&self, range: AddressRange) -> Result<(), Errno> {
-        let answer = self.fd.wake(range.start() as *mut c_void, range.bytes());
-        answer.map_err(|error| errno_of(&error))
-    }
-
     /// Fills a range, which may lie in several mappings. In a test, `inject` may answer instead.
     fn fill(
         &self,
@@ -317,11 +259,11 @@ impl Uffd {
         outcome
     }
 
-    /// Reads messages of [`MESSAGE`](crate::event::MESSAGE) bytes each without waiting, whatever
+    /// Reads messages of [`MESSAGE`](message::MESSAGE) bytes each without waiting, whatever
     /// another process does with the descriptor. Returns the number of bytes; 0 if no message is
     /// there.
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
-        self.read_method.read(&*self.fd, into)
+        self.read_method.read(&self.fd, into)
     }
 
     /// The child's uffd of a fork event.
@@ -346,7 +288,7 @@ impl Uffd {
     }
 
     fn raw(&self) -> c_int {
-        self.fd.as_raw_fd()
+        self.fd.as_fd().as_raw_fd()
     }
 }
 
@@ -382,13 +324,4 @@ fn across_mappings(
         pages *= 2;
     }
     Outcome::Done
-}
-
-/// The errno in an error of the `userfaultfd` crate, whose Errno type is of another version of
-/// `nix`.
-pub(crate) fn errno_of(error: &userfaultfd::Error) -> Errno {
-    match error {
-        userfaultfd::Error::SystemError(errno) => Errno::from_raw(*errno as i32),
-        _ => Errno::EIO,
-    }
 }

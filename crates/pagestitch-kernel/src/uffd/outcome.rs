@@ -69,12 +69,12 @@ pub(super) enum Waiters {
 }
 
 impl Waiters {
-    /// `UFFDIO_*_MODE_DONTWAKE` is the same bit for each operation.
+    /// The mode of the operation.
     pub(super) const fn mode(self) -> u64 {
         match self {
             Self::Woken => 0,
             #[cfg(feature = "inject")]
-            Self::LeftAsleep => 1,
+            Self::LeftAsleep => super::abi::MODE_DONTWAKE,
         }
     }
 }

@@ -11,9 +11,10 @@
 //! The first request comes first, because another process cannot make it wait. A userfaultfd of this
 //! process shows once how this kernel answers.
 
-use super::abi::{self, UffdioCopy, UffdioRange, UffdioRegister};
+use super::abi::{self, UffdioCopy};
 use super::open::{handshake, open_fd};
 use super::outcome::Waiters;
+use super::register::{RegisterMode, register, unregister, wake};
 use crate::features::Features;
 use crate::fork::ForkGeneration;
 use crate::mapping::OwnedMapping;
@@ -82,10 +83,7 @@ impl Probe {
 
     /// Changes nothing. `EINVAL` before the handshake.
     fn try_wake(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        let mut range = UffdioRange::from(self.hole());
-        // SAFETY: the kernel reads `range`, and wakes threads. It writes no memory.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        unsafe { abi::wake(fd.as_raw_fd(), &raw mut range) }.map(drop)
+        wake(fd, self.hole())
     }
 
     fn try_move(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
@@ -103,15 +101,11 @@ impl Probe {
         let page = PageSize::system();
         let start = self.read_only.start().addr().get();
         let range = AddressRange::new(start, page.bytes(), page).expect("a page");
-        let mut request = UffdioRegister { range: range.into(), mode: abi::REGISTER_MODE_MISSING, ioctls: 0 };
-        // SAFETY: the kernel reads and writes `request`. For memory of this process it refuses,
-        // because the page cannot become writable; so no page of this process becomes missing.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        unsafe { abi::register(fd.as_raw_fd(), &raw mut request) }?;
-        let mut range = UffdioRange::from(range);
-        // SAFETY: the kernel reads `range`, and ends a registration of another process's memory.
-        #[expect(unsafe_code, reason = "an ioctl")]
-        unsafe { abi::unregister(fd.as_raw_fd(), &raw mut range) }.map(drop)
+        // SAFETY: for memory of this process the kernel refuses, because the page cannot become
+        // writable; so no page of this process becomes missing.
+        #[expect(unsafe_code, reason = "registers memory of another process at most")]
+        unsafe { register(fd, range, RegisterMode::MISSING) }?;
+        unregister(fd, range)
     }
 
     fn hole(&self) -> AddressRange {
