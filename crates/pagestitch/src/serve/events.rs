@@ -47,7 +47,7 @@ enum Read {
 
 impl Served {
     /// Reads the events of a region and applies changes of the memory map. Faults stay in the
-    /// batch. An event that takes time or memory goes to `told`, which may refuse it. True if some
+    /// batch. An event that takes time or memory goes to `defer`, which may refuse it. True if some
     /// work is left: read again in a moment.
     ///
     /// For a region whose children are served, it allocates nothing and waits for no thread that
@@ -55,12 +55,12 @@ impl Served {
     pub(crate) fn read_events(
         &self,
         batch: &mut Batch,
-        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
+        defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // A page that the owner of adopted memory discards holds other bytes from then on: no page
         // is installed meanwhile.
         let _alone = self.target.foreign().and_then(Foreign::change);
-        self.read_alone(batch, told)
+        self.read_alone(batch, defer)
     }
 
     /// As [`read_events`](Self::read_events), for a thread that must not wait: an installation
@@ -68,16 +68,16 @@ impl Served {
     pub(crate) fn try_read_events(
         &self,
         batch: &mut Batch,
-        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
+        defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> Result<bool, Busy> {
         let _alone = self.target.foreign().map(Foreign::try_change).transpose()?;
-        Ok(self.read_alone(batch, told))
+        Ok(self.read_alone(batch, defer))
     }
 
     fn read_alone(
         &self,
         batch: &mut Batch,
-        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
+        defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // An owner that forks or moves without end waits until some of its orphans are closed.
         if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Rest::Some {
@@ -88,26 +88,26 @@ impl Served {
         for event in batch.take_events() {
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
-                Event::Remap { from, to, bytes } => self.moved((from, to, bytes), told),
+                Event::Remap { from, to, bytes } => self.moved((from, to, bytes), defer),
                 Event::Fork { child } => {
                     self.children.iter().for_each(|children| children.had_room());
                     let keep =
                         |children: &Arc<ForkedChildren>| children.keep(child.as_fd(), first_page(self));
                     let kept = self.children.as_ref().is_none_or(keep);
-                    let news = if read == Read::OneTooMany || !kept {
+                    let event = if read == Read::OneTooMany || !kept {
                         Err(DeferredEvent::Child(child))
                     } else {
-                        told(DeferredEvent::Child(child))
+                        defer(DeferredEvent::Child(child))
                     };
-                    if let Err(DeferredEvent::Child(child)) = news {
+                    if let Err(DeferredEvent::Child(child)) = event {
                         self.orphans.child(child);
-                        let _ = told(DeferredEvent::GivenUp);
+                        let _ = defer(DeferredEvent::GivenUp);
                     }
                 }
             }
         }
         if read == Read::Nothing {
-            let _ = told(DeferredEvent::NoDescriptor);
+            let _ = defer(DeferredEvent::NoDescriptor);
         }
         // The thread that reads has other work, so it comes back for the rest.
         self.close_orphans() != Rest::None || read != Read::All
@@ -118,14 +118,14 @@ impl Served {
     fn moved(
         &self,
         (from, to, bytes): (usize, usize, usize),
-        told: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
+        defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) {
         for span in self.target.pages_in(from, from.saturating_add(bytes)) {
             let range = self.target.addresses(span);
             // As far behind the new address as it was behind the old one.
             let to = range.start().wrapping_sub(from).wrapping_add(to);
             self.orphans.moved(to, range.bytes());
-            let _ = told(DeferredEvent::Moved { to, bytes: range.bytes() });
+            let _ = defer(DeferredEvent::Moved { to, bytes: range.bytes() });
         }
     }
 
@@ -150,7 +150,7 @@ impl Served {
                 }
             }
             Err(errno) => {
-                if let Some(untold) = self.orphans.told.again() {
+                if let Some(untold) = self.orphans.log_limit.again() {
                     log!(error, region = self.name, %errno, untold, "cannot read events");
                 }
                 Read::All
@@ -159,9 +159,9 @@ impl Served {
     }
 
     /// Logs a deferred event. A child is not served here: it is returned.
-    pub(crate) fn handle_deferred(&self, news: DeferredEvent) -> Result<(), DeferredEvent> {
-        match news {
-            DeferredEvent::Child(_) => return Err(news),
+    pub(crate) fn handle_deferred(&self, event: DeferredEvent) -> Result<(), DeferredEvent> {
+        match event {
+            DeferredEvent::Child(_) => return Err(event),
             DeferredEvent::NoDescriptor => {}
             DeferredEvent::GivenUp => {
                 let served = self.children.is_some();
@@ -170,7 +170,7 @@ impl Served {
                 } else {
                     "its parent's memory is adopted"
                 };
-                if let Some(untold) = self.orphans.told.again() {
+                if let Some(untold) = self.orphans.log_limit.again() {
                     log!(
                         error,
                         region = self.name,
@@ -181,7 +181,7 @@ impl Served {
                 }
             }
             DeferredEvent::Moved { to, bytes } => {
-                if let Some(untold) = self.orphans.told.again() {
+                if let Some(untold) = self.orphans.log_limit.again() {
                     log!(
                         error,
                         region = self.name,

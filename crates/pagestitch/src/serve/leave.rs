@@ -74,7 +74,7 @@ fn release(region: &Served, adopted: &Foreign) {
 }
 
 fn read_without_serving(region: &Served) {
-    region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |news| region.handle_deferred(news));
+    region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |event| region.handle_deferred(event));
 }
 
 /// The absent pages of a span up to the next that is not.

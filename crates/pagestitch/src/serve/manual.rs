@@ -129,7 +129,7 @@ impl Manual {
         let shared =
             Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
         // No watchdog adds a worker: the last one serves also slow regions that hold up none.
-        shared.crew.last_resort.store(true, Ordering::Relaxed);
+        shared.workers.last_resort.store(true, Ordering::Relaxed);
         let group = Group {
             shared: Arc::clone(&shared),
             taken: AtomicUsize::new(0),
@@ -137,7 +137,7 @@ impl Manual {
         };
         let group = Arc::new(group);
         let take = |member: usize| {
-            let place = shared.crew.join(member).expect("there is a place for each");
+            let place = shared.workers.join(member).expect("there is a place for each");
             let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[member]), None, place);
             let worker = worker.map_err(refused)?;
             group.taken.fetch_add(1, Ordering::SeqCst);
@@ -188,7 +188,12 @@ impl Drop for Manual {
         // Regions hold the shared state but serve no fault: the number of members decides.
         let last = self.group.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.group.generation.is_current() {
-            self.group.shared.end().iter().filter_map(|door| door.enter()).for_each(|region| close(&region));
+            self.group
+                .shared
+                .end()
+                .iter()
+                .filter_map(|handle| handle.enter())
+                .for_each(|region| close(&region));
         }
     }
 }

@@ -81,12 +81,12 @@ impl Pool {
     /// How its workers are at this moment.
     #[must_use]
     pub fn metrics(&self) -> PoolMetrics {
-        let crew = &self.handle.shared.crew;
+        let workers = &self.handle.shared.workers;
         PoolMetrics {
-            working: crew.working(),
-            held_up: crew.held_up.load(Ordering::Relaxed),
-            replacements: crew.replacements.load(Ordering::Relaxed),
-            shortages: crew.shortages.load(Ordering::Relaxed),
+            working: workers.working(),
+            held_up: workers.held_up.load(Ordering::Relaxed),
+            replacements: workers.replacements.load(Ordering::Relaxed),
+            shortages: workers.shortages.load(Ordering::Relaxed),
         }
     }
 

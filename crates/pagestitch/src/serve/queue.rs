@@ -8,23 +8,23 @@ use std::sync::Arc;
 /// A fault that was handed on.
 #[derive(Debug)]
 pub(super) struct QueuedFault<R> {
-    pub(super) door: Arc<RegionHandle<R>>,
-    pub(super) asked: FaultRequest,
+    pub(super) handle: Arc<RegionHandle<R>>,
+    pub(super) request: FaultRequest,
 }
 
 /// Pages that are filled before a thread touches them: a span, or the next ones of the region's recording.
 #[derive(Debug)]
 pub(super) struct PrefetchTask<R> {
-    pub(super) door: Arc<RegionHandle<R>>,
+    pub(super) handle: Arc<RegionHandle<R>>,
     pub(super) span: Option<Span>,
 }
 
 #[cfg(test)]
 impl<R> QueuedFault<R> {
     /// A fault of a region that there is not.
-    pub(super) fn at(door: &Arc<RegionHandle<R>>) -> Self {
+    pub(super) fn at(handle: &Arc<RegionHandle<R>>) -> Self {
         let page = pagestitch_kernel::Page(0);
-        let asked = FaultRequest {
+        let request = FaultRequest {
             page,
             read: std::time::Instant::now(),
             thread: 1,
@@ -32,6 +32,6 @@ impl<R> QueuedFault<R> {
             tries: 0,
             failures: 0,
         };
-        Self { door: Arc::clone(door), asked }
+        Self { handle: Arc::clone(handle), request }
     }
 }

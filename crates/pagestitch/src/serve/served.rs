@@ -22,13 +22,13 @@ pub(crate) struct Served {
     /// Permits for the fetches of the pool; unset without a limit.
     pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
     /// The timer queue of the pool, for work that is repeated after a pause.
-    pub(crate) later: OnceLock<Arc<Timers>>,
+    pub(crate) timers: OnceLock<Arc<Timers>>,
     /// Its forked children, where they are served.
     pub(crate) children: Option<Arc<ForkedChildren>>,
     /// Moved parts and unserved children, until their missing pages are poisoned.
     pub(crate) orphans: Orphans,
     /// The weak handle that its server keeps.
-    door: OnceLock<Arc<RegionHandle>>,
+    handle: OnceLock<Arc<RegionHandle>>,
 }
 
 // Doors, queues and families do not know the type of a region: here they are of this one.
@@ -41,18 +41,18 @@ pub(super) type TimedTask = timers::TimedTask<Served>;
 pub(super) type SlowAdmission = slow_admission::SlowAdmission<Served>;
 
 impl QueuedFault {
-    pub(super) fn new(region: &Arc<Served>, asked: FaultRequest) -> Self {
-        Self { door: Arc::clone(region.door()), asked }
+    pub(super) fn new(region: &Arc<Served>, request: FaultRequest) -> Self {
+        Self { handle: Arc::clone(region.handle()), request }
     }
 }
 
 impl PrefetchTask {
     pub(super) fn new(region: &Arc<Served>, span: Span) -> Self {
-        Self { door: Arc::clone(region.door()), span: Some(span) }
+        Self { handle: Arc::clone(region.handle()), span: Some(span) }
     }
 
     pub(super) fn replay(region: &Arc<Served>) -> Self {
-        Self { door: Arc::clone(region.door()), span: None }
+        Self { handle: Arc::clone(region.handle()), span: None }
     }
 }
 
@@ -67,17 +67,17 @@ impl Served {
             mapping,
             pace: Pace::default(),
             permits: OnceLock::new(),
-            later: OnceLock::new(),
+            timers: OnceLock::new(),
             limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
             orphans: Orphans::new(children.is_none()),
             children,
-            door: OnceLock::new(),
+            handle: OnceLock::new(),
         }
     }
 
     /// The weak handle to this region, for its server to keep.
-    pub(crate) fn door(self: &Arc<Self>) -> &Arc<RegionHandle> {
-        self.door.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
+    pub(crate) fn handle(self: &Arc<Self>) -> &Arc<RegionHandle> {
+        self.handle.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
     }
 
     /// The right to read events; `None` if another thread holds it and will read them.
@@ -111,7 +111,7 @@ impl Host for Served {
 
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool {
         let again = QueuedFault::new(self, request);
-        self.later.get().is_some_and(|later| later.add(TimedTask::Serve(again), wait).is_ok())
+        self.timers.get().is_some_and(|timers| timers.add(TimedTask::Serve(again), wait).is_ok())
     }
 
     fn took(&self, ns: u64) {

@@ -30,21 +30,21 @@ use std::time::Duration;
 pub(super) struct Shared {
     pub(super) stop: EventFd,
     pub(super) wake_fd: EventFd,
-    handed: (Sender<QueuedFault>, Receiver<QueuedFault>),
+    faults: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// Spans to fill while there are no faults, by workers that are awake.
-    pub(super) ahead: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
-    pub(super) slow: SlowAdmission,
+    pub(super) prefetches: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
+    pub(super) slow_admission: SlowAdmission,
     /// The workers by place.
-    pub(super) crew: WorkerTable,
+    pub(super) workers: WorkerTable,
     /// There are faults that no queue has room for.
-    pub(super) left: AtomicBool,
+    pub(super) overflowed: AtomicBool,
     pub(super) threads: Mutex<Threads>,
     pub(super) name: String,
     pub(super) places: Places,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
-    pub(super) later: Arc<Timers>,
+    pub(super) timers: Arc<Timers>,
     /// Events that the fork reader leaves to workers.
-    news: (Sender<DeferredTask>, Receiver<DeferredTask>),
+    deferred: (Sender<DeferredTask>, Receiver<DeferredTask>),
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     /// How a fault wakes workers: all of them, or one.
@@ -69,41 +69,37 @@ impl Shared {
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let wake_fd = EventFd::from_flags(flags)?;
-        let later = Arc::new(Timers::new()?);
+        let timers = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
         let epolls = (0..places.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-            watch(&epoll, &*later, once)?;
+            watch(&epoll, &*timers, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
             watch(&epoll, &wake_fd, EpollFlags::EPOLLIN)?;
             Ok(Arc::new(epoll))
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
-        let (handed, ahead) = (bounded(QUEUE_MAX), bounded(AHEAD_MAX));
         // With pinned workers a fault wakes all, so that the worker on the CPU of the fault is
         // among them. Of unpinned workers, a fault wakes one.
         let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
-        // Once for each event, as it is read to the end: epoll need not look again after each.
-        let wakes = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one;
-        let (slow, crew) = (SlowAdmission::new(QUEUE_MAX), WorkerTable::new(places.workers, most)?);
-        let (news, fork_reader) = (bounded(DEFERRED_MAX), OnceLock::new());
         Ok(Self {
-            news,
-            fork_reader,
             stop,
             wake_fd,
-            handed,
-            ahead,
-            slow,
-            crew,
-            left: AtomicBool::new(false),
+            faults: bounded(QUEUE_MAX),
+            prefetches: bounded(PREFETCH_MAX),
+            slow_admission: SlowAdmission::new(QUEUE_MAX),
+            workers: WorkerTable::new(places.workers, most)?,
+            overflowed: AtomicBool::new(false),
             threads: Mutex::default(),
             name,
             places: places.clone(),
             permits: None,
-            later,
+            timers,
+            deferred: bounded(DEFERRED_MAX),
+            fork_reader: OnceLock::new(),
             epolls,
-            wakes,
+            // Edge-triggered: a worker reads to the end, so epoll need not report the rest.
+            wakes: EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one,
             regions: RwLock::default(),
         })
     }
@@ -115,39 +111,39 @@ impl Shared {
 
     /// Hands a fault on; gives it back if the channel is full.
     pub(super) fn enqueue(&self, fault: QueuedFault) -> Result<(), QueuedFault> {
-        self.handed.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
+        self.faults.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
     }
 
     /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
-    pub(super) fn enqueue_or_leave(&self, region: &Arc<Served>, asked: FaultRequest) {
-        if self.enqueue(QueuedFault::new(region, asked)).is_ok() {
+    pub(super) fn enqueue_or_leave(&self, region: &Arc<Served>, request: FaultRequest) {
+        if self.enqueue(QueuedFault::new(region, request)).is_ok() {
             return;
         }
-        match asked.place {
+        match request.place {
             Some(place) => {
                 region.counters.leave(place);
-                self.left.store(true, Ordering::SeqCst);
+                self.overflowed.store(true, Ordering::SeqCst);
             }
             // The waiter faults again.
-            None => region.wake(asked.page.span()),
+            None => region.wake(request.page.span()),
         }
     }
 
     /// Passes an event of a region to a worker. Returns the event if there is no room: this thread
     /// must not wait, because workers may wait for the thread that forks.
-    pub(super) fn pass_on(&self, region: &Arc<Served>, news: DeferredEvent) -> Result<(), DeferredEvent> {
-        let passed = self.news.0.try_send((Arc::clone(region), news));
+    pub(super) fn pass_on(&self, region: &Arc<Served>, event: DeferredEvent) -> Result<(), DeferredEvent> {
+        let passed = self.deferred.0.try_send((Arc::clone(region), event));
         self.wake_one();
         passed.map_err(|refused| refused.into_inner().1)
     }
 
     /// Handles all events that were passed on.
     pub(super) fn handle_all_deferred(&self) {
-        while let Ok((region, news)) = self.news.1.try_recv() {
-            match news {
+        while let Ok((region, event)) = self.deferred.1.try_recv() {
+            match event {
                 DeferredEvent::Child(child) => self.follow(&region, child),
                 DeferredEvent::NoDescriptor => self.reap_children(&region),
-                told => drop(region.handle_deferred(told)),
+                event => drop(region.handle_deferred(event)),
             }
             // It may be the last to hold the region.
             discard(region);
@@ -155,17 +151,17 @@ impl Shared {
     }
 
     pub(super) fn dequeue(&self) -> Option<QueuedFault> {
-        self.handed.1.try_recv().ok()
+        self.faults.1.try_recv().ok()
     }
 
     /// Whether a fault that was handed on waits for a worker.
     pub(super) fn has_queued(&self) -> bool {
-        !self.handed.1.is_empty()
+        !self.faults.1.is_empty()
     }
 
     /// True if there is work that no descriptor reports.
     pub(super) fn has_more(&self) -> bool {
-        !self.ahead.1.is_empty() || self.has_queued()
+        !self.prefetches.1.is_empty() || self.has_queued()
     }
 
     /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
@@ -173,14 +169,14 @@ impl Shared {
         for span in ahead {
             // If the queue is full, the workers cannot keep up. A thread that touches these pages
             // requests them by a fault.
-            let _ = self.ahead.0.try_send(PrefetchTask::new(region, span));
+            let _ = self.prefetches.0.try_send(PrefetchTask::new(region, span));
         }
     }
 
     /// Has some more of a recording filled, likewise.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // If the queue is full, pages that are not replayed are filled when they are touched.
-        let _ = self.ahead.0.try_send(PrefetchTask::replay(region));
+        let _ = self.prefetches.0.try_send(PrefetchTask::replay(region));
     }
 
     /// Starts to fill the pages of a region's recording, with all workers.
@@ -193,7 +189,7 @@ impl Shared {
 
     /// Wakes as many other workers as there are faults for them.
     pub(super) fn ring(&self, faults: u64) {
-        let others = self.crew.working().saturating_sub(1) as u64;
+        let others = self.workers.working().saturating_sub(1) as u64;
         if faults.min(others) > 0 {
             self.wake_fd.write(faults.min(others)).expect("an eventfd takes small numbers");
         }
@@ -203,7 +199,7 @@ impl Shared {
     pub(super) fn wake_workers(&self, faults: u64) {
         if faults > 0 {
             self.wake_fd
-                .write(faults.min(self.crew.working() as u64).max(1))
+                .write(faults.min(self.workers.working() as u64).max(1))
                 .expect("an eventfd takes small numbers");
         }
     }
@@ -221,7 +217,7 @@ impl Shared {
     /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
     /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
     pub(super) fn slow_most(&self) -> usize {
-        let workers = self.crew.working();
+        let workers = self.workers.working();
         let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
         if keeps_one { workers - 1 } else { workers }
     }
@@ -249,8 +245,8 @@ impl Shared {
         if let Some(permits) = &self.permits {
             let _ = region.permits.set(Arc::clone(permits));
         }
-        let _ = region.later.set(Arc::clone(&self.later));
-        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.door()));
+        let _ = region.timers.set(Arc::clone(&self.timers));
+        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.handle()));
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
         let wakes = self.wakes_of(region);
@@ -324,7 +320,7 @@ impl Shared {
     /// Has a worker look at a region in a moment.
     pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
         if region.pace.asks_for_look()
-            && self.later.add(TimedTask::Look(Arc::clone(region.door())), wait).is_err()
+            && self.timers.add(TimedTask::Look(Arc::clone(region.handle())), wait).is_err()
         {
             region.pace.is_looked_at();
         }
@@ -348,7 +344,7 @@ impl Shared {
     pub(super) fn remove(&self, region: &Served) {
         let mut regions = self.regions.write();
         let fd = region.uffd.as_fd().as_raw_fd();
-        if regions.served.get(&fd).is_some_and(|door| door.is_of(region)) {
+        if regions.served.get(&fd).is_some_and(|handle| handle.is_of(region)) {
             regions.served.remove(&fd);
         }
         drop(regions);
@@ -367,8 +363,9 @@ impl Shared {
             regions.stopped = true;
             return Ok(());
         }
-        let name =
-            |door: &Arc<RegionHandle>| door.enter().map_or_else(String::new, |region| region.name.clone());
+        let name = |handle: &Arc<RegionHandle>| {
+            handle.enter().map_or_else(String::new, |region| region.name.clone())
+        };
         let names: Vec<_> = regions.served.values().map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
@@ -381,4 +378,4 @@ const DEFERRED_MAX: usize = 1024;
 /// Faults that may wait for a worker. Above this, the worker that reads a fault serves it.
 const QUEUE_MAX: usize = 1024;
 /// Spans that may wait to be filled ahead.
-const AHEAD_MAX: usize = 64;
+const PREFETCH_MAX: usize = 64;

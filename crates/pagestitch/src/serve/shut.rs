@@ -42,8 +42,8 @@ impl Served {
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
-            self.read_events(&mut Batch::with_capacity(ORPHAN_EVENTS), &mut |news| {
-                self.handle_deferred(news)
+            self.read_events(&mut Batch::with_capacity(ORPHAN_EVENTS), &mut |event| {
+                self.handle_deferred(event)
             });
             thread::yield_now();
         }

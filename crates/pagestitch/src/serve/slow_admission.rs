@@ -50,7 +50,7 @@ impl<R> SlowAdmission<R> {
         let fault = if state.taken < most {
             state.waiting.pop_front()
         } else if last_resort {
-            let holds_none = |fault: &QueuedFault<R>| fault.door.berths.load(Ordering::Relaxed) == 0;
+            let holds_none = |fault: &QueuedFault<R>| fault.handle.berths.load(Ordering::Relaxed) == 0;
             let first = state.waiting.iter().position(holds_none);
             first.and_then(|first| state.waiting.remove(first))
         } else {
@@ -77,7 +77,7 @@ impl<R> SlowAdmission<R> {
 /// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
 fn take<R>(state: &mut State<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
     state.taken += 1;
-    fault.door.berths.fetch_add(1, Ordering::Relaxed);
+    fault.handle.berths.fetch_add(1, Ordering::Relaxed);
     fault
 }
 
@@ -86,15 +86,15 @@ mod tests {
     use super::*;
     use std::sync::Arc;
 
-    fn is_of(fault: Option<&QueuedFault<()>>, door: &Arc<RegionHandle<()>>) -> bool {
-        fault.is_some_and(|fault| Arc::ptr_eq(&fault.door, door))
+    fn is_of(fault: Option<&QueuedFault<()>>, handle: &Arc<RegionHandle<()>>) -> bool {
+        fault.is_some_and(|fault| Arc::ptr_eq(&fault.handle, handle))
     }
 
     /// Two workers are in berths of one region, and a third fault of it waits before one of another.
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
         let (hangs, other, slow) = (RegionHandle::nowhere(), RegionHandle::nowhere(), SlowAdmission::new(4));
-        let held = |door: &RegionHandle<()>| door.berths.load(Ordering::Relaxed);
+        let held = |handle: &RegionHandle<()>| handle.berths.load(Ordering::Relaxed);
         assert!(
             slow.enter(2, QueuedFault::at(&hangs)).is_some()
                 && slow.enter(2, QueuedFault::at(&hangs)).is_some()
@@ -120,10 +120,10 @@ mod tests {
 
     #[test]
     fn a_berth_that_is_new_is_for_the_first_that_waits() {
-        let (slow, door) = (SlowAdmission::new(4), RegionHandle::<()>::nowhere());
+        let (slow, handle) = (SlowAdmission::new(4), RegionHandle::<()>::nowhere());
         assert!(
-            slow.enter(1, QueuedFault::at(&door)).is_some()
-                && slow.enter(1, QueuedFault::at(&door)).is_none()
+            slow.enter(1, QueuedFault::at(&handle)).is_some()
+                && slow.enter(1, QueuedFault::at(&handle)).is_none()
         );
         assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
     }

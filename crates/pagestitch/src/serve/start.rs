@@ -19,14 +19,14 @@ impl Shared {
 
     /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
     pub(super) fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(place) = shared.crew.join(post) else {
+        let Some(place) = shared.workers.join(post) else {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "a pool has as many workers as it may have: max_workers()",
             ));
         };
         let refused = |what, error| {
-            shared.crew.never_came(place);
+            shared.workers.never_came(place);
             Error::because(ErrorKind::Resources, what, error)
         };
         let ready = Arc::clone(&shared.epolls[post]);

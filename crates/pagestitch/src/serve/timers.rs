@@ -111,42 +111,42 @@ mod tests {
 
     #[test]
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
-        let later = Timers::<()>::new().unwrap();
+        let timers = Timers::<()>::new().unwrap();
         for wait in [30, 10, 20] {
-            later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
+            timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
         }
-        assert!(later.take().is_none(), "not yet");
+        assert!(timers.take().is_none(), "not yet");
         for left in (0..3).rev() {
-            poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
-            later.seen();
-            assert!(later.take().is_some());
-            assert_eq!(later.entries.lock().len(), left);
+            poll(&mut [PollFd::new(timers.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+            timers.seen();
+            assert!(timers.take().is_some());
+            assert_eq!(timers.entries.lock().len(), left);
         }
-        assert!(later.take().is_none());
+        assert!(timers.take().is_none());
     }
 
     #[test]
     fn a_due_entry_is_told_of_again() {
-        let later = Timers::<()>::new().unwrap();
-        later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
+        let timers = Timers::<()>::new().unwrap();
+        timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
-            poll(&mut [PollFd::new(later.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
+            poll(&mut [PollFd::new(timers.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
         };
         assert!(is_told(60_000));
         // As a worker does that hangs then.
-        later.seen();
+        timers.seen();
         assert!(!is_told(0));
-        later.tell_again();
-        assert!(is_told(60_000) && later.take().is_some());
-        later.seen();
-        later.tell_again();
+        timers.tell_again();
+        assert!(is_told(60_000) && timers.take().is_some());
+        timers.seen();
+        timers.tell_again();
         assert!(!is_told(0));
     }
 
     #[test]
     fn no_more_is_kept_than_there_may_be() {
-        let later = Timers::<()>::new().unwrap();
-        let add = || later.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
+        let timers = Timers::<()>::new().unwrap();
+        let add = || timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }
 }

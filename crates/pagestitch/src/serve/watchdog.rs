@@ -104,14 +104,14 @@ impl Watchdog {
             let (wait, began) = (self.wait(), Instant::now());
             let timeout = wait
                 .map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX));
-            let mut ends = [&self.shared.stop, &self.shared.crew.call]
+            let mut ends = [&self.shared.stop, &self.shared.workers.call]
                 .map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN));
             let _ = poll(&mut ends, timeout);
             if ends[0].any().unwrap_or(false) {
                 return;
             }
             if ends[1].any().unwrap_or(false) {
-                let _ = self.shared.crew.call.read();
+                let _ = self.shared.workers.call.read();
             }
             self.look(began.elapsed().min(wait.unwrap_or(BOUND)));
         }
@@ -119,19 +119,19 @@ impl Watchdog {
 
     /// How long to wait before the next look.
     fn wait(&self) -> Option<Duration> {
-        let (faults, workers) = (self.limits.tick(), (!self.shared.crew.is_dozing()).then_some(BOUND));
+        let (faults, workers) = (self.limits.tick(), (!self.shared.workers.is_dozing()).then_some(BOUND));
         [faults, workers].into_iter().flatten().min()
     }
 
     fn look(&mut self, passed: Duration) {
-        if !self.shared.crew.is_dozing() {
+        if !self.shared.workers.is_dozing() {
             self.look_at_workers(passed);
         }
         self.counted += passed;
         if self.limits.tick().is_some_and(|tick| self.counted >= tick) {
-            for door in self.shared.regions() {
+            for handle in self.shared.regions() {
                 // A region that is being dropped waits for its sources anyway.
-                if let Some(region) = door.enter() {
+                if let Some(region) = handle.enter() {
                     self.limits.look(&region, self.counted);
                 }
             }
@@ -140,16 +140,16 @@ impl Watchdog {
     }
 
     fn look_at_workers(&mut self, passed: Duration) {
-        let look = self.shared.crew.look(&mut self.seen, passed);
+        let look = self.shared.workers.look(&mut self.seen, passed);
         self.quiet = if look.busy { 0 } else { self.quiet + 1 };
-        let posts: Vec<_> = self.shared.crew.abandoned(&self.seen).collect();
+        let posts: Vec<_> = self.shared.workers.abandoned(&self.seen).collect();
         let short = !posts.into_iter().all(|post| self.replace(post));
         self.tell_shortage(short, look);
         self.last_resort(look);
-        let left = self.shared.left.swap(false, Ordering::SeqCst);
+        let left = self.shared.overflowed.swap(false, Ordering::SeqCst);
         if short || left || !self.read.is_empty() {
             self.read_all();
-        } else if self.quiet >= QUIET && self.shared.crew.doze() {
+        } else if self.quiet >= QUIET && self.shared.workers.doze() {
             self.quiet = 0;
         }
     }
@@ -158,7 +158,7 @@ impl Watchdog {
     fn replace(&self, post: usize) -> bool {
         match Shared::start_replacement(&self.shared, post) {
             Ok(()) => {
-                self.shared.crew.replacements.fetch_add(1, Ordering::Relaxed);
+                self.shared.workers.replacements.fetch_add(1, Ordering::Relaxed);
                 true
             }
             Err(error) => {
@@ -172,12 +172,12 @@ impl Watchdog {
 
     fn tell_shortage(&mut self, short: bool, Look { held_up, .. }: Look) {
         if short && !self.short {
-            let crew = &self.shared.crew;
-            crew.shortages.fetch_add(1, Ordering::Relaxed);
+            let workers = &self.shared.workers;
+            workers.shortages.fetch_add(1, Ordering::Relaxed);
             log!(
                 error,
                 pool = self.shared.name,
-                workers = crew.working(),
+                workers = workers.working(),
                 held_up,
                 "sources hold up workers that cannot be replaced: faults wait for an answer, or for fault_timeout(); see max_workers()"
             );
@@ -187,29 +187,29 @@ impl Watchdog {
 
     /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
     fn last_resort(&self, Look { held_up, waiting, .. }: Look) {
-        let crew = &self.shared.crew;
-        let last = (self.short || crew.working() >= crew.most()) && held_up + 1 >= crew.working();
-        crew.last_resort.store(last, Ordering::Relaxed);
+        let workers = &self.shared.workers;
+        let last = (self.short || workers.working() >= workers.most()) && held_up + 1 >= workers.working();
+        workers.last_resort.store(last, Ordering::Relaxed);
         // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
         // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
-        if waiting > 0 && (self.shared.slow.are_waited_for() || self.shared.has_queued()) {
+        if waiting > 0 && (self.shared.slow_admission.are_waited_for() || self.shared.has_queued()) {
             self.shared.wake_one();
         }
         if waiting > 0 && self.short {
-            self.shared.later.tell_again();
+            self.shared.timers.tell_again();
         }
     }
 
     /// Reads the faults of all regions, and queues them: where no worker is left to read them, they would not be known.
     fn read_all(&mut self) {
-        for door in self.shared.regions() {
-            let Some(region) = door.enter() else { continue };
+        for handle in self.shared.regions() {
+            let Some(region) = handle.enter() else { continue };
             if region.children.is_none() {
                 self.read_one(&region);
             } else {
                 // The fork reader has read its events.
                 let read = Instant::now();
-                let asked = |(page, thread, place)| FaultRequest {
+                let request = |(page, thread, place)| FaultRequest {
                     page,
                     read,
                     thread,
@@ -217,30 +217,30 @@ impl Watchdog {
                     tries: 0,
                     failures: 0,
                 };
-                let left = region.counters.take_left().map(asked);
-                self.read.extend(left.map(|asked| QueuedFault::new(&region, asked)));
+                let left = region.counters.take_left().map(request);
+                self.read.extend(left.map(|request| QueuedFault::new(&region, request)));
             }
         }
         // Children that are to be served, too, wait for a worker.
         self.shared.handle_all_deferred();
-        let mut handed = 0;
+        let mut queued = 0;
         while let Some(fault) = self.read.pop_front() {
             if let Err(fault) = self.shared.enqueue(fault) {
                 self.read.push_front(fault);
                 break;
             }
-            handed += 1;
+            queued += 1;
         }
-        self.shared.wake_workers(handed);
+        self.shared.wake_workers(queued);
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
         // It comes back at the next look: a watchdog that waits for one region watches none.
-        let read = region.try_read_events(&mut self.batch, &mut |news| region.handle_deferred(news));
+        let read = region.try_read_events(&mut self.batch, &mut |event| region.handle_deferred(event));
         let Ok(again) = read else { return };
         let read = Instant::now();
-        let asked = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
-        self.read.extend(asked.map(|asked| QueuedFault::new(region, asked)));
+        let request = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
+        self.read.extend(request.map(|request| QueuedFault::new(region, request)));
         if again || self.batch.is_full() {
             self.shared.rearm(&self.shared.epolls()[0], region);
         }

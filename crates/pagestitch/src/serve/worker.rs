@@ -74,21 +74,21 @@ impl Worker {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
         // The faults that a hanging worker has left in the queues: no descriptor reports them.
-        self.shared.crew.works(self.place);
+        self.shared.workers.works(self.place);
         self.serve_queued();
-        self.shared.crew.waits(self.place);
+        self.shared.workers.waits(self.place);
         let linger = EpollTimeout::from(LINGER_MS);
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
-            let wait = match (self.shared.has_more(), self.shared.crew.is_large()) {
+            let wait = match (self.shared.has_more(), self.shared.workers.is_large()) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, true) => linger,
                 (false, false) => EpollTimeout::NONE,
             };
             match self.turn(wait) {
                 Turn::Stopped => return self.served,
-                Turn::Quiet if wait == linger && self.shared.crew.leave(self.place) => return self.served,
-                Turn::Quiet | Turn::Busy => self.shared.crew.waits(self.place),
+                Turn::Quiet if wait == linger && self.shared.workers.leave(self.place) => return self.served,
+                Turn::Quiet | Turn::Busy => self.shared.workers.waits(self.place),
             }
         }
     }
@@ -100,7 +100,7 @@ impl Worker {
         while self.served - before < budget {
             let left = self.shared.has_more();
             let turn = self.turn(EpollTimeout::ZERO);
-            self.shared.crew.waits(self.place);
+            self.shared.workers.waits(self.place);
             if turn == Turn::Quiet && !left {
                 break;
             }
@@ -117,7 +117,7 @@ impl Worker {
         // One at a time: what else is ready stays so for the worker that takes this post over.
         let mut ready = [EpollEvent::empty()];
         let count = self.ready.wait(&mut ready, wait);
-        self.shared.crew.works(self.place);
+        self.shared.workers.works(self.place);
         match count {
             Ok(0) => {}
             Ok(_) => {
@@ -127,10 +127,10 @@ impl Worker {
                 } else if fd == self.shared.wake_fd.as_fd().as_raw_fd() {
                     // EAGAIN if another worker has read it first. The channel holds the remaining work.
                     let _ = self.shared.wake_fd.read();
-                } else if fd == self.shared.later.fd() {
+                } else if fd == self.shared.timers.fd() {
                     self.serve_later();
-                } else if let Some(door) = self.shared.region(fd) {
-                    self.serve_batch(&door);
+                } else if let Some(handle) = self.shared.region(fd) {
+                    self.serve_batch(&handle);
                 }
             }
             Err(Errno::EINTR) => return Turn::Busy,
@@ -153,8 +153,8 @@ impl Worker {
     /// Serves the pending events of a region to the last, because no worker is woken a second time
     /// for them. After [`BATCHES`] batches it requests another look instead, so that other regions
     /// come first.
-    fn serve_batch(&mut self, door: &RegionHandle) {
-        let Some(region) = door.enter() else { return };
+    fn serve_batch(&mut self, handle: &RegionHandle) {
+        let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
         let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
@@ -175,10 +175,10 @@ impl Worker {
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
         let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
-        let hear = &mut |news| region.handle_deferred(news);
+        let defer = &mut |event| region.handle_deferred(event);
         let again = match turn.may_wait() {
-            true => region.read_events(batch, hear),
-            false => region.try_read_events(batch, hear)?,
+            true => region.read_events(batch, defer),
+            false => region.try_read_events(batch, defer)?,
         };
         if again {
             shared.look_later(region, MOMENT);
@@ -188,21 +188,21 @@ impl Worker {
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that reads again enters no source before: all that it has read is for others.
         let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.keeps()) };
-        let (mut handed, mut kept) = (0, 0);
-        for (index, asked) in pages.enumerate() {
-            match shared.enqueue(QueuedFault::new(region, asked)).ok() {
+        let (mut queued, mut kept) = (0, 0);
+        for (index, request) in pages.enumerate() {
+            match shared.enqueue(QueuedFault::new(region, request)).ok() {
                 // Not worth another worker, but one that stands in for this one has to find them.
                 Some(()) if index < keeps => kept += 1,
-                Some(()) => handed += 1,
+                Some(()) => queued += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
-                    shared.crew.steps(*place);
-                    serve(region, asked, buffers);
+                    shared.workers.steps(*place);
+                    serve(region, request, buffers);
                 }
             }
         }
-        shared.ring(handed);
-        *served += batch.faults().len() as u64 - handed - kept;
+        shared.ring(queued);
+        *served += batch.faults().len() as u64 - queued - kept;
         if batch.is_full() {
             // There is more to read, and a source may hold this worker up first: another one reads on.
             shared.rearm(ready, region);
@@ -217,18 +217,18 @@ impl Worker {
     /// Serves a fault. With `max_in_flight`, the fault takes a berth of its region. Without it, the
     /// fault of a fast region is served at once, without a berth, and the fault of a slow region
     /// takes a berth of the pool. A fault without a free berth waits for a worker that leaves one.
-    fn serve_admitted(&mut self, region: &Arc<Served>, asked: FaultRequest) {
+    fn serve_admitted(&mut self, region: &Arc<Served>, request: FaultRequest) {
         if let Some((most, berths)) = &region.limit {
-            let mut next = berths.enter(*most, asked);
-            while let Some(asked) = next {
-                self.serve_now(region, asked);
+            let mut next = berths.enter(*most, request);
+            while let Some(request) = next {
+                self.serve_now(region, request);
                 next = berths.leave(*most);
             }
         } else if region.pace.is_quick() {
-            self.serve_now(region, asked);
+            self.serve_now(region, request);
         } else {
             let most = self.shared.slow_most();
-            let first = self.shared.slow.enter(most, QueuedFault::new(region, asked));
+            let first = self.shared.slow_admission.enter(most, QueuedFault::new(region, request));
             self.serve_slow(first);
         }
     }
@@ -236,18 +236,18 @@ impl Worker {
     /// Serves the fault of a slow region, and then each waiting fault that takes over its berth.
     fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
-        while let Some(QueuedFault { door, asked }) = next {
+        while let Some(QueuedFault { handle, request }) = next {
             // A region that is being dropped needs no page any more.
-            if let Some(region) = door.enter() {
-                self.serve_now(&region, asked);
+            if let Some(region) = handle.enter() {
+                self.serve_now(&region, request);
             }
-            next = self.shared.slow.leave(self.shared.slow_most(), &door);
+            next = self.shared.slow_admission.leave(self.shared.slow_most(), &handle);
         }
     }
 
-    fn serve_now(&mut self, region: &Arc<Served>, asked: FaultRequest) {
-        self.shared.crew.steps(self.place);
-        let ahead = serve(region, asked, &mut self.buffers);
+    fn serve_now(&mut self, region: &Arc<Served>, request: FaultRequest) {
+        self.shared.workers.steps(self.place);
+        let ahead = serve(region, request, &mut self.buffers);
         self.shared.queue_prefetch(region, ahead.into_iter().flatten());
     }
 
@@ -256,38 +256,38 @@ impl Worker {
         self.shared.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
         self.serve_some_queued(QUEUED_AT_ONCE);
-        if self.shared.slow.are_waited_for() {
-            let last_resort = self.shared.crew.last_resort.load(Ordering::Relaxed);
-            let next = self.shared.slow.enter_next(self.shared.slow_most(), last_resort);
+        if self.shared.slow_admission.are_waited_for() {
+            let last_resort = self.shared.workers.last_resort.load(Ordering::Relaxed);
+            let next = self.shared.slow_admission.enter_next(self.shared.slow_most(), last_resort);
             self.serve_slow(next);
         }
     }
 
     fn serve_some_queued(&mut self, most: u64) {
         for _ in 0..most {
-            let Some(QueuedFault { door, asked }) = self.shared.dequeue() else { break };
+            let Some(QueuedFault { handle, request }) = self.shared.dequeue() else { break };
             // A region that is being dropped needs no page any more.
-            let Some(region) = door.enter() else { continue };
+            let Some(region) = handle.enter() else { continue };
             self.served += 1;
-            self.serve_admitted(&region, asked);
+            self.serve_admitted(&region, request);
         }
     }
 
     /// Does the timed tasks that are due.
     fn serve_later(&mut self) {
-        self.shared.later.seen();
+        self.shared.timers.seen();
         for _ in 0..QUEUED_AT_ONCE {
-            match self.shared.later.take() {
-                Some(TimedTask::Serve(QueuedFault { door, asked })) => {
+            match self.shared.timers.take() {
+                Some(TimedTask::Serve(QueuedFault { handle, request })) => {
                     // A region that is being dropped needs no page any more.
-                    let Some(region) = door.enter() else { continue };
-                    self.serve_admitted(&region, asked);
+                    let Some(region) = handle.enter() else { continue };
+                    self.serve_admitted(&region, request);
                 }
-                Some(TimedTask::Look(door)) => {
-                    if let Some(region) = door.enter() {
+                Some(TimedTask::Look(handle)) => {
+                    if let Some(region) = handle.enter() {
                         region.pace.is_looked_at();
                     }
-                    self.serve_batch(&door);
+                    self.serve_batch(&handle);
                 }
                 None => break,
             }
@@ -296,9 +296,9 @@ impl Worker {
 
     /// Fills one block of readahead, and queues the rest for the next free worker.
     fn fill_ahead(&mut self) {
-        let Ok(PrefetchTask { door, span }) = self.shared.ahead.1.try_recv() else { return };
-        let Some(region) = door.enter() else { return };
-        self.shared.crew.steps(self.place);
+        let Ok(PrefetchTask { handle, span }) = self.shared.prefetches.1.try_recv() else { return };
+        let Some(region) = handle.enter() else { return };
+        self.shared.workers.steps(self.place);
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
         self.shared.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));

@@ -222,38 +222,38 @@ mod tests {
 
     #[test]
     fn a_post_is_abandoned_when_its_worker_is_held_up() {
-        let (crew, mut seen) = (WorkerTable::new(2, 3).unwrap(), Vec::new());
-        let [first, second] = [0, 1].map(|post| crew.join(post).unwrap());
-        crew.works(first);
-        crew.works(second);
-        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 0, waiting: 0, busy: true });
-        crew.steps(second);
-        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 1, waiting: 0, busy: true });
-        assert_eq!(crew.abandoned(&seen).collect::<Vec<_>>(), [0]);
-        let third = crew.join(0).unwrap();
-        assert_eq!((crew.join(0), crew.working(), crew.is_large()), (None, 3, true));
-        crew.waits(second);
-        assert_eq!(crew.look(&mut seen, BOUND), Look { held_up: 1, waiting: 2, busy: true });
-        assert_eq!(crew.abandoned(&seen).count(), 0);
-        crew.works(third);
-        assert!(!crew.leave(third), "no other worker waits at the post");
-        crew.waits(first);
-        assert!(crew.leave(third) && !crew.is_large());
+        let (workers, mut seen) = (WorkerTable::new(2, 3).unwrap(), Vec::new());
+        let [first, second] = [0, 1].map(|post| workers.join(post).unwrap());
+        workers.works(first);
+        workers.works(second);
+        assert_eq!(workers.look(&mut seen, BOUND), Look { held_up: 0, waiting: 0, busy: true });
+        workers.steps(second);
+        assert_eq!(workers.look(&mut seen, BOUND), Look { held_up: 1, waiting: 0, busy: true });
+        assert_eq!(workers.abandoned(&seen).collect::<Vec<_>>(), [0]);
+        let third = workers.join(0).unwrap();
+        assert_eq!((workers.join(0), workers.working(), workers.is_large()), (None, 3, true));
+        workers.waits(second);
+        assert_eq!(workers.look(&mut seen, BOUND), Look { held_up: 1, waiting: 2, busy: true });
+        assert_eq!(workers.abandoned(&seen).count(), 0);
+        workers.works(third);
+        assert!(!workers.leave(third), "no other worker waits at the post");
+        workers.waits(first);
+        assert!(workers.leave(third) && !workers.is_large());
     }
 
     #[test]
     fn the_watchdog_dozes_while_no_worker_works_and_is_called_once() {
-        let (crew, mut seen) = (WorkerTable::new(1, 1).unwrap(), Vec::new());
-        let place = crew.join(0).unwrap();
-        assert!(crew.look(&mut seen, BOUND).busy, "it is new");
-        assert!(!crew.look(&mut seen, BOUND).busy);
-        assert!(crew.doze() && crew.is_dozing());
-        assert_eq!(crew.call.read(), Err(Errno::EAGAIN));
-        crew.works(place);
-        assert_eq!((crew.call.read(), crew.is_dozing()), (Ok(1), false));
-        assert!(!crew.doze());
-        crew.steps(place);
-        crew.waits(place);
-        assert!(crew.doze());
+        let (workers, mut seen) = (WorkerTable::new(1, 1).unwrap(), Vec::new());
+        let place = workers.join(0).unwrap();
+        assert!(workers.look(&mut seen, BOUND).busy, "it is new");
+        assert!(!workers.look(&mut seen, BOUND).busy);
+        assert!(workers.doze() && workers.is_dozing());
+        assert_eq!(workers.call.read(), Err(Errno::EAGAIN));
+        workers.works(place);
+        assert_eq!((workers.call.read(), workers.is_dozing()), (Ok(1), false));
+        assert!(!workers.doze());
+        workers.steps(place);
+        workers.waits(place);
+        assert!(workers.doze());
     }
 }

@@ -85,7 +85,7 @@ pub(crate) fn block_forks(region: &Served) {
     // As long as a fork is under way, the kernel fills nothing.
     while region.uffd.continue_pages(first_page(region)) == Outcome::Changing {
         if region.target.foreign().is_some() {
-            region.read_events(&mut Batch::with_capacity(BATCH), &mut |news| region.handle_deferred(news));
+            region.read_events(&mut Batch::with_capacity(BATCH), &mut |event| region.handle_deferred(event));
         }
         thread::yield_now();
     }

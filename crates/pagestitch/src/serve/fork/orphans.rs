@@ -21,7 +21,7 @@ pub(crate) struct Orphans {
     known: Mutex<Known>,
     many: AtomicBool,
     /// Limits the log lines about them.
-    pub(crate) told: RateLimit,
+    pub(crate) log_limit: RateLimit,
 }
 
 #[derive(Debug)]
@@ -37,7 +37,7 @@ impl Orphans {
         let room = if allocates { 0 } else { ROOM };
         let known =
             Mutex::new(Known { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
-        Self { known, many: AtomicBool::new(false), told: RateLimit::default() }
+        Self { known, many: AtomicBool::new(false), log_limit: RateLimit::default() }
     }
 
     /// Part of the region is at `to` now.

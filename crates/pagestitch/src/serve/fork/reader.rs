@@ -60,10 +60,10 @@ impl ForkReader {
             // The forking thread waits meanwhile.
             return true;
         }
-        let again = region.read_events(batch, &mut |news| shared.pass_on(region, news));
+        let again = region.read_events(batch, &mut |event| shared.pass_on(region, event));
         let read = Instant::now();
-        for asked in batch.faults().iter().filter_map(|fault| to_request(region, fault, read)) {
-            shared.enqueue_or_leave(region, asked);
+        for request in batch.faults().iter().filter_map(|fault| to_request(region, fault, read)) {
+            shared.enqueue_or_leave(region, request);
         }
         shared.wake_workers(batch.faults().len() as u64);
         again
