@@ -161,23 +161,23 @@ fn finish(
         zero_copy,
         readahead,
         inherit_on_fork,
-        manner,
+        serve_options,
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
     let no_table = |errno| no_table(&name, errno);
-    let readahead =
-        settle_readahead(readahead, &manner, size, layout.total()).map_err(|error| error.inside(&name))?;
+    let readahead = settle_readahead(readahead, &serve_options, size, layout.total())
+        .map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
-    let tables = PageTables::new(pages, &manner).map_err(no_table)?;
+    let tables = PageTables::new(pages, &serve_options).map_err(no_table)?;
     let children = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
     let children =
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
-    let max_in_flight = manner.max_in_flight;
+    let max_in_flight = serve_options.max_in_flight;
     let mapping = Mapping::new(
         name,
         (Arc::new(layout), shown),
         (moves, staged),
-        (policy, manner, tables),
+        (policy, serve_options, tables),
         (target, uffd),
         children.is_none(),
     );
@@ -226,19 +226,19 @@ fn show(
 /// Pages of another size than the system's are not filled ahead either.
 fn settle_readahead(
     readahead: Option<Readahead>,
-    manner: &ServeOptions,
+    serve_options: &ServeOptions,
     page: PageSize,
     bytes: u64,
 ) -> Result<Readahead, Error> {
-    if let Some(recording) = &manner.replay {
+    if let Some(recording) = &serve_options.replay {
         recording.check(page, bytes)?;
-        if manner.record {
+        if serve_options.record {
             let what =
                 "a page that is replayed has no first touch: record() another region, without replay()";
             return Err(Error::new(ErrorKind::BadOption, what));
         }
     }
-    let none = manner.record || page != PageSize::system();
+    let none = serve_options.record || page != PageSize::system();
     Ok(if none { Readahead::None } else { readahead.unwrap_or(Readahead::Adaptive) })
 }
 

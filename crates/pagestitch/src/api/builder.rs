@@ -136,7 +136,7 @@ impl Builder {
     #[must_use]
     pub fn max_in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "max_in_flight must be at least 1: no fault would be served");
-        self.options.manner.max_in_flight = Some(most);
+        self.options.serve_options.max_in_flight = Some(most);
         self
     }
 
@@ -145,7 +145,7 @@ impl Builder {
     /// a region fills nothing ahead. `build` fails if the region also [replays](Self::replay).
     #[must_use]
     pub fn record(mut self) -> Self {
-        self.options.manner.record = true;
+        self.options.serve_options.record = true;
         self
     }
 
@@ -154,7 +154,7 @@ impl Builder {
     /// the source again.
     #[must_use]
     pub fn replay(mut self, recording: &Recording) -> Self {
-        self.options.manner.replay = Some(recording.clone());
+        self.options.serve_options.replay = Some(recording.clone());
         self
     }
 
@@ -164,7 +164,7 @@ impl Builder {
     /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
     #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
-        self.options.manner.reporter = Some(FailureCallback(Arc::new(tell)));
+        self.options.serve_options.reporter = Some(FailureCallback(Arc::new(tell)));
         self
     }
 
@@ -172,7 +172,7 @@ impl Builder {
     /// Costs about five clock reads a fault. Default: faults are only counted.
     #[must_use]
     pub fn record_latency(mut self) -> Self {
-        self.options.manner.record_latency = true;
+        self.options.serve_options.record_latency = true;
         self
     }
 

@@ -18,7 +18,7 @@ pub(super) struct Options {
     pub(super) readahead: Option<Readahead>,
     pub(super) max_mappings: Option<usize>,
     pub(super) inherit_on_fork: bool,
-    pub(super) manner: ServeOptions,
+    pub(super) serve_options: ServeOptions,
 }
 
 impl Default for Options {
@@ -32,7 +32,7 @@ impl Default for Options {
             readahead: None,
             max_mappings: None,
             inherit_on_fork: false,
-            manner: ServeOptions::default(),
+            serve_options: ServeOptions::default(),
         }
     }
 }
@@ -46,7 +46,7 @@ impl Options {
 
     /// The demands of the region on its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
-        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _ } = &self.manner;
+        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _ } = &self.serve_options;
         Demands {
             adopted,
             children: self.inherit_on_fork,

@@ -36,7 +36,7 @@ pub enum Placement {
 pub(super) struct Places {
     pub(super) workers: usize,
     /// Worker `i` is at home on the `i`-th, and again from the start; none for anywhere.
-    homes: Vec<usize>,
+    cpus: Vec<usize>,
 }
 
 impl Places {
@@ -46,7 +46,7 @@ impl Places {
     }
 
     fn on(allowed: &[usize], workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
-        let homes = match placement {
+        let cpus = match placement {
             Placement::Auto if workers.is_some() || allowed.len() > WORKERS_MAX => Vec::new(),
             Placement::Auto | Placement::PerCpu => allowed.to_vec(),
             Placement::Cpus(cpus) => {
@@ -55,25 +55,25 @@ impl Places {
             }
             Placement::Anywhere => Vec::new(),
         };
-        let by_default = if homes.is_empty() { allowed.len().min(WORKERS_MAX) } else { homes.len() };
+        let by_default = if cpus.is_empty() { allowed.len().min(WORKERS_MAX) } else { cpus.len() };
         match workers.unwrap_or(by_default) {
             0 => Err(Error::new(ErrorKind::BadOption, "a pool needs at least one worker: ask for 1 or more")),
-            workers => Ok(Self { workers, homes }),
+            workers => Ok(Self { workers, cpus }),
         }
     }
 
     /// `workers` workers, which are not pinned to a CPU.
     pub(super) const fn anywhere(workers: usize) -> Self {
-        Self { workers, homes: Vec::new() }
+        Self { workers, cpus: Vec::new() }
     }
 
     /// True if workers are pinned: a fault wakes all of them, because the nearest is the quickest.
     pub(super) const fn pinned(&self) -> bool {
-        !self.homes.is_empty()
+        !self.cpus.is_empty()
     }
 
-    pub(super) fn home(&self, worker: usize) -> Option<usize> {
-        self.homes.get(worker.checked_rem(self.homes.len())?).copied()
+    pub(super) fn cpu_of(&self, worker: usize) -> Option<usize> {
+        self.cpus.get(worker.checked_rem(self.cpus.len())?).copied()
     }
 }
 
@@ -112,19 +112,19 @@ mod tests {
     #[test]
     fn by_default_there_is_one_at_home_on_each_of_few_cpus_and_a_few_anywhere_on_many() {
         let places = on(2, None, &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.home(0), places.home(1)), (2, Some(0), Some(1)));
+        assert_eq!((places.workers, places.cpu_of(0), places.cpu_of(1)), (2, Some(0), Some(1)));
         let places = on(64, None, &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.home(0), places.pinned()), (8, None, false));
+        assert_eq!((places.workers, places.cpu_of(0), places.pinned()), (8, None, false));
         let places = on(2, Some(5), &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.home(4)), (5, None));
+        assert_eq!((places.workers, places.cpu_of(4)), (5, None));
     }
 
     #[test]
     fn what_is_asked_for_is_done() {
         assert_eq!(on(64, None, &Placement::PerCpu).unwrap().workers, 64);
         let places = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
-        assert_eq!((places.home(0), places.home(1), places.home(2)), (Some(3), Some(1), Some(3)));
-        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), Places { workers: 4, homes: vec![] });
+        assert_eq!((places.cpu_of(0), places.cpu_of(1), places.cpu_of(2)), (Some(3), Some(1), Some(3)));
+        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), Places { workers: 4, cpus: vec![] });
     }
 
     #[test]

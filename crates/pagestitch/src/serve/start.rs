@@ -31,7 +31,7 @@ impl Shared {
         };
         let ready = Arc::clone(&shared.epolls[post]);
         let worker =
-            Worker::new(Arc::clone(shared), ready, shared.places.home(post), place).map_err(|errno| {
+            Worker::new(Arc::clone(shared), ready, shared.places.cpu_of(post), place).map_err(|errno| {
                 refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
             })?;
         let named = thread::Builder::new().name(thread_name(&shared.name, place));

@@ -32,7 +32,7 @@ pub(super) struct Worker {
     shared: Arc<Shared>,
     ready: Arc<Epoll>,
     /// The CPU it stays on; `None` for any.
-    home: Option<usize>,
+    cpu: Option<usize>,
     /// Its place in the crew.
     place: usize,
     batch: Batch,
@@ -55,13 +55,13 @@ impl Worker {
     pub(super) fn new(
         shared: Arc<Shared>,
         ready: Arc<Epoll>,
-        home: Option<usize>,
+        cpu: Option<usize>,
         place: usize,
     ) -> Result<Self, Errno> {
         Ok(Self {
             shared,
             ready,
-            home,
+            cpu,
             place,
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
@@ -142,10 +142,10 @@ impl Worker {
     }
 
     fn pin_to_cpu(&self) {
-        let Some(cpu) = self.home else { return };
-        let mut home = CpuSet::new();
-        let gone = home.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &home));
-        if let Err(errno) = gone {
+        let Some(cpu) = self.cpu else { return };
+        let mut set = CpuSet::new();
+        let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
+        if let Err(errno) = pinned {
             log!(debug, cpu, %errno, "not pinned: served from any CPU, which is slower");
         }
     }

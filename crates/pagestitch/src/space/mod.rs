@@ -117,9 +117,9 @@ pub(crate) struct PageTables {
 }
 
 impl PageTables {
-    pub(crate) fn new(pages: usize, manner: &ServeOptions) -> Result<Self, Errno> {
+    pub(crate) fn new(pages: usize, serve_options: &ServeOptions) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
-        let recorder = manner.record.then(|| Recorder::new(pages)).transpose()?;
+        let recorder = serve_options.record.then(|| Recorder::new(pages)).transpose()?;
         Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder })
     }
 }
@@ -131,11 +131,11 @@ impl Mapping {
         name: String,
         (layout, shown): (Arc<Layout>, Shown),
         (moves, staged): (bool, Result<(), &'static str>),
-        (policy, manner, tables): (Policy, ServeOptions, PageTables),
+        (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
         (target, uffd): (Target, Uffd),
         allocates: bool,
     ) -> Self {
-        let ServeOptions { record_latency, replay, reporter, .. } = manner;
+        let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
         let size = (target.page_size(), target.all().pages);
         let counters = Counters::new(name.clone(), size, record_latency, !allocates);
         Self {

@@ -39,12 +39,13 @@ impl Served {
     pub(crate) fn child(&self, uffd: Uffd) -> Result<Self, (Uffd, Errno)> {
         match self.prepare_child() {
             Ok((tables, policy, adopted)) => {
-                let manner = ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
+                let serve_options =
+                    ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
                 let mapping = Mapping::new(
                     format!("{} in a child", self.name),
                     (Arc::clone(&self.layout), Shown::default()),
                     (false, Err("the kernel moves pages only inside a process")),
-                    (policy, manner, tables),
+                    (policy, serve_options, tables),
                     (Target::Foreign(adopted), uffd),
                     self.children.is_none(),
                 );
