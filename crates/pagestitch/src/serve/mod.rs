@@ -13,7 +13,8 @@
 //! | `shut` | the end of a region's service |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `events` | pages that are discarded, unmapped or moved, and forks |
-//! | `pace` | how long faults take, and whose turn it is to read them |
+//! | `latency_estimate` | how long the faults of a region take |
+//! | `read_turn` | one worker at a time reads the events of foreign memory |
 //! | `worker_table` | which workers get on, and which are to be replaced |
 //! | `threads` | the threads of workers, and how they start |
 //! | `bulkhead` | how many workers one region may hold up |
@@ -34,14 +35,15 @@ mod contract;
 mod events;
 pub(crate) mod fork;
 mod inline;
+mod latency_estimate;
 mod leave;
 mod manual;
-pub(crate) mod pace;
 mod placement;
 mod pool;
 mod populate;
 mod queue;
 mod rate_limit;
+pub(crate) mod read_turn;
 mod region_handle;
 mod retry_failed;
 mod served;

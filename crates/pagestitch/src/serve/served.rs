@@ -4,7 +4,8 @@ use crate::fault::{FaultRequest, FetchSemaphore, Host, Permit};
 use crate::serve::bulkhead::Bulkhead;
 use crate::serve::fork::ForkedChildren as ForkedChildrenOf;
 use crate::serve::fork::orphans::Orphans;
-use crate::serve::pace::{Pace, Reading};
+use crate::serve::latency_estimate::LatencyEstimate;
+use crate::serve::read_turn::{ReadTurn, TurnLock};
 use crate::serve::{queue, region_handle, slow_admission, timers};
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
@@ -16,7 +17,10 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(crate) struct Served {
     mapping: Mapping,
-    pub(crate) pace: Pace,
+    /// The recent duration of its faults.
+    pub(crate) latency: LatencyEstimate,
+    /// The turn to read its events.
+    pub(crate) turns: TurnLock,
     /// The limit on concurrent faults, and the queue of faults above it.
     pub(crate) limit: Option<(usize, Bulkhead<FaultRequest>)>,
     /// Permits for the fetches of the pool; unset without a limit.
@@ -65,7 +69,8 @@ impl Served {
     ) -> Self {
         Self {
             mapping,
-            pace: Pace::default(),
+            latency: LatencyEstimate::default(),
+            turns: TurnLock::default(),
             permits: OnceLock::new(),
             timers: OnceLock::new(),
             limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
@@ -81,10 +86,10 @@ impl Served {
     }
 
     /// The right to read events; `None` if another thread holds it and will read them.
-    pub(crate) fn turn(&self) -> Option<Reading<'_>> {
+    pub(crate) fn acquire_turn(&self) -> Option<ReadTurn<'_>> {
         match &self.target {
-            Target::Owned(_) => Some(Reading::free()),
-            Target::Foreign(_) => self.pace.turn(),
+            Target::Owned(_) => Some(ReadTurn::shared()),
+            Target::Foreign(_) => self.turns.try_acquire(),
         }
     }
 }
@@ -115,7 +120,7 @@ impl Host for Served {
     }
 
     fn took(&self, ns: u64) {
-        self.pace.took(ns);
+        self.latency.record(ns);
     }
 }
 

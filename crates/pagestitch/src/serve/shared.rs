@@ -319,10 +319,10 @@ impl Shared {
 
     /// Has a worker look at a region in a moment.
     pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
-        if region.pace.asks_for_look()
+        if region.turns.request_look()
             && self.timers.add(TimedTask::Look(Arc::clone(region.handle())), wait).is_err()
         {
-            region.pace.is_looked_at();
+            region.turns.look_begins();
         }
     }
 

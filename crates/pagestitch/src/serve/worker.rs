@@ -12,8 +12,7 @@ use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
 use crate::serve::events::to_request;
-use crate::serve::pace::Reading;
-use crate::serve::pace::TURN_MAX;
+use crate::serve::read_turn::{ReadTurn, TURN_MAX};
 use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, TimedTask};
 use crate::serve::shared::Shared;
 use crate::space::target::Busy;
@@ -156,23 +155,23 @@ impl Worker {
     fn serve_batch(&mut self, handle: &RegionHandle) {
         let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
-        let Some(mut turn) = region.turn() else { return self.shared.look_later(&region, TURN_MAX) };
+        let Some(mut turn) = region.acquire_turn() else { return self.shared.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
             if self.serve_read(&region, &mut turn) == Err(Busy) {
-                // The turn is not given on: the next worker takes it when it is late, and does not wait either.
+                // The turn is not released: the next worker takes it when it is late, and does not wait either.
                 return self.shared.look_later(&region, TURN_MAX);
             }
-            if turn.ends(self.batch.is_full()) {
+            if turn.try_release(self.batch.is_full()) {
                 return;
             }
         }
         // There may always be more to read: other regions come first.
-        turn.give_on();
+        turn.release_unread();
         self.shared.rearm(&self.ready, &region);
     }
 
     /// Reads a batch of events, and serves it or hands it on.
-    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut Reading<'_>) -> Result<(), Busy> {
+    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
         let Self { shared, ready, batch, buffers, served, place, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
         let defer = &mut |event| region.handle_deferred(event);
@@ -184,10 +183,10 @@ impl Worker {
             shared.look_later(region, MOMENT);
         }
         let read = Instant::now();
-        let read_again = turn.has_read(read);
+        let read_again = turn.after_read(read, region.latency.is_fast());
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that reads again enters no source before: all that it has read is for others.
-        let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.keeps()) };
+        let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.local_share()) };
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
             match shared.enqueue(QueuedFault::new(region, request)).ok() {
@@ -224,7 +223,7 @@ impl Worker {
                 self.serve_now(region, request);
                 next = berths.leave(*most);
             }
-        } else if region.pace.is_quick() {
+        } else if region.latency.is_fast() {
             self.serve_now(region, request);
         } else {
             let most = self.shared.slow_most();
@@ -285,7 +284,7 @@ impl Worker {
                 }
                 Some(TimedTask::Look(handle)) => {
                     if let Some(region) = handle.enter() {
-                        region.pace.is_looked_at();
+                        region.turns.look_begins();
                     }
                     self.serve_batch(&handle);
                 }
