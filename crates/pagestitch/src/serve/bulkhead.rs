@@ -24,8 +24,8 @@ impl<T> Bulkhead<T> {
     }
 
     /// Takes one of `most` berths for `item` and returns the item. `None`: the item waits, and a later
-    /// [`leave`](Self::leave) returns it.
-    pub(crate) fn enter(&self, most: usize, item: T) -> Option<T> {
+    /// [`release`](Self::release) returns it.
+    pub(crate) fn admit(&self, most: usize, item: T) -> Option<T> {
         let mut state = self.state.lock();
         if state.taken < most {
             state.taken += 1;
@@ -36,7 +36,7 @@ impl<T> Bulkhead<T> {
     }
 
     /// Leaves the berth, or keeps it and returns the next waiting item.
-    pub(crate) fn leave(&self, most: usize) -> Option<T> {
+    pub(crate) fn release(&self, most: usize) -> Option<T> {
         let mut state = self.state.lock();
         let next = if state.taken <= most { state.waiting.pop_front() } else { None };
         state.taken -= usize::from(next.is_none());
@@ -50,23 +50,26 @@ mod tests {
 
     #[test]
     fn an_item_without_a_berth_goes_to_the_worker_that_leaves_one() {
-        let berths = Bulkhead::new(4);
-        assert_eq!((berths.enter(2, 1), berths.enter(2, 2), berths.enter(2, 3)), (Some(1), Some(2), None));
-        assert_eq!(berths.leave(2), Some(3));
-        assert_eq!((berths.leave(2), berths.leave(2)), (None, None));
-        assert_eq!(berths.enter(1, 4), Some(4));
-        assert_eq!(berths.enter(1, 5), None);
-        assert_eq!((berths.leave(1), berths.leave(1)), (Some(5), None));
+        let bulkhead = Bulkhead::new(4);
+        assert_eq!(
+            (bulkhead.admit(2, 1), bulkhead.admit(2, 2), bulkhead.admit(2, 3)),
+            (Some(1), Some(2), None)
+        );
+        assert_eq!(bulkhead.release(2), Some(3));
+        assert_eq!((bulkhead.release(2), bulkhead.release(2)), (None, None));
+        assert_eq!(bulkhead.admit(1, 4), Some(4));
+        assert_eq!(bulkhead.admit(1, 5), None);
+        assert_eq!((bulkhead.release(1), bulkhead.release(1)), (Some(5), None));
     }
 
     /// The limit falls while berths are taken: the first workers that leave return no item, the last does.
     #[test]
     fn a_waiting_item_survives_a_lower_number_of_berths() {
-        let berths = Bulkhead::new(4);
-        (0..3).for_each(|item| assert_eq!(berths.enter(3, item), Some(item)));
-        assert_eq!(berths.enter(1, 9), None);
+        let bulkhead = Bulkhead::new(4);
+        (0..3).for_each(|item| assert_eq!(bulkhead.admit(3, item), Some(item)));
+        assert_eq!(bulkhead.admit(1, 9), None);
         assert_eq!(
-            (berths.leave(1), berths.leave(1), berths.leave(1), berths.leave(1)),
+            (bulkhead.release(1), bulkhead.release(1), bulkhead.release(1), bulkhead.release(1)),
             (None, None, Some(9), None)
         );
     }

@@ -137,8 +137,8 @@ impl Manual {
         };
         let group = Arc::new(group);
         let take = |member: usize| {
-            let place = shared.workers.join(member).expect("there is a place for each");
-            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[member]), None, place);
+            let slot = shared.workers.add(member).expect("there is a slot for each");
+            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[member]), None, slot);
             let worker = worker.map_err(refused)?;
             group.taken.fetch_add(1, Ordering::SeqCst);
             Ok(Self { worker, group: Arc::clone(&group), member })

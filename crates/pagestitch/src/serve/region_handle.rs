@@ -12,12 +12,12 @@ pub(crate) struct RegionHandle<R> {
     gate: Arc<Gate>,
     region: Weak<R>,
     /// How many workers the region holds up in a berth. Changed under the lock of the berths.
-    pub(crate) berths: AtomicUsize,
+    pub(crate) admitted: AtomicUsize,
 }
 
 /// A region, while a thread is at work for it.
 #[derive(Debug)]
-pub(crate) struct Inside<'d, R> {
+pub(crate) struct RegionGuard<'d, R> {
     /// Dropped before the guard, so that the thread that closes the gate is the last to hold the
     /// region.
     region: Arc<R>,
@@ -26,19 +26,19 @@ pub(crate) struct Inside<'d, R> {
 
 impl<R> RegionHandle<R> {
     pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
-        Self { gate: Arc::clone(gate), region: Arc::downgrade(region), berths: AtomicUsize::new(0) }
+        Self { gate: Arc::clone(gate), region: Arc::downgrade(region), admitted: AtomicUsize::new(0) }
     }
 
     /// Of no region.
     #[cfg(test)]
-    pub(crate) fn nowhere() -> Arc<Self> {
-        Arc::new(Self { gate: Arc::default(), region: Weak::new(), berths: AtomicUsize::new(0) })
+    pub(crate) fn dangling() -> Arc<Self> {
+        Arc::new(Self { gate: Arc::default(), region: Weak::new(), admitted: AtomicUsize::new(0) })
     }
 
     /// Goes to work for the region, unless it is being dropped.
-    pub(crate) fn enter(&self) -> Option<Inside<'_, R>> {
+    pub(crate) fn enter(&self) -> Option<RegionGuard<'_, R>> {
         let guard = self.gate.enter()?;
-        Some(Inside { region: self.region.upgrade()?, _guard: guard })
+        Some(RegionGuard { region: self.region.upgrade()?, _guard: guard })
     }
 
     /// Whether it is a region's.
@@ -47,7 +47,7 @@ impl<R> RegionHandle<R> {
     }
 }
 
-impl<R> Deref for Inside<'_, R> {
+impl<R> Deref for RegionGuard<'_, R> {
     type Target = Arc<R>;
 
     fn deref(&self) -> &Arc<R> {

@@ -29,7 +29,7 @@ impl<R> SlowAdmission<R> {
     }
 
     /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
-    pub(super) fn enter(&self, most: usize, fault: QueuedFault<R>) -> Option<QueuedFault<R>> {
+    pub(super) fn admit(&self, most: usize, fault: QueuedFault<R>) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
         if state.taken < most {
             return Some(take(&mut state, fault));
@@ -39,18 +39,18 @@ impl<R> SlowAdmission<R> {
         None
     }
 
-    pub(super) fn are_waited_for(&self) -> bool {
+    pub(super) fn has_waiters(&self) -> bool {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
     /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
     /// up no worker yet: those in the berths may never leave.
-    pub(super) fn enter_next(&self, most: usize, last_resort: bool) -> Option<QueuedFault<R>> {
+    pub(super) fn admit_next(&self, most: usize, last_resort: bool) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
         let fault = if state.taken < most {
             state.waiting.pop_front()
         } else if last_resort {
-            let holds_none = |fault: &QueuedFault<R>| fault.handle.berths.load(Ordering::Relaxed) == 0;
+            let holds_none = |fault: &QueuedFault<R>| fault.handle.admitted.load(Ordering::Relaxed) == 0;
             let first = state.waiting.iter().position(holds_none);
             first.and_then(|first| state.waiting.remove(first))
         } else {
@@ -61,9 +61,9 @@ impl<R> SlowAdmission<R> {
     }
 
     /// Leaves the berth of a region's fault, or stays in it for the next that waits.
-    pub(super) fn leave(&self, most: usize, region: &RegionHandle<R>) -> Option<QueuedFault<R>> {
+    pub(super) fn release(&self, most: usize, region: &RegionHandle<R>) -> Option<QueuedFault<R>> {
         let mut state = self.state.lock();
-        region.berths.fetch_sub(1, Ordering::Relaxed);
+        region.admitted.fetch_sub(1, Ordering::Relaxed);
         state.taken -= 1;
         if state.taken >= most {
             return None;
@@ -77,7 +77,7 @@ impl<R> SlowAdmission<R> {
 /// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
 fn take<R>(state: &mut State<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
     state.taken += 1;
-    fault.handle.berths.fetch_add(1, Ordering::Relaxed);
+    fault.handle.admitted.fetch_add(1, Ordering::Relaxed);
     fault
 }
 
@@ -93,38 +93,39 @@ mod tests {
     /// Two workers are in berths of one region, and a third fault of it waits before one of another.
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
-        let (hangs, other, slow) = (RegionHandle::nowhere(), RegionHandle::nowhere(), SlowAdmission::new(4));
-        let held = |handle: &RegionHandle<()>| handle.berths.load(Ordering::Relaxed);
+        let (hangs, other, slow) =
+            (RegionHandle::dangling(), RegionHandle::dangling(), SlowAdmission::new(4));
+        let held = |handle: &RegionHandle<()>| handle.admitted.load(Ordering::Relaxed);
         assert!(
-            slow.enter(2, QueuedFault::at(&hangs)).is_some()
-                && slow.enter(2, QueuedFault::at(&hangs)).is_some()
+            slow.admit(2, QueuedFault::at(&hangs)).is_some()
+                && slow.admit(2, QueuedFault::at(&hangs)).is_some()
         );
         assert!(
-            slow.enter(2, QueuedFault::at(&hangs)).is_none()
-                && slow.enter(2, QueuedFault::at(&other)).is_none()
+            slow.admit(2, QueuedFault::at(&hangs)).is_none()
+                && slow.admit(2, QueuedFault::at(&other)).is_none()
         );
-        assert!(slow.are_waited_for() && slow.enter_next(2, false).is_none());
-        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
+        assert!(slow.has_waiters() && slow.admit_next(2, false).is_none());
+        assert!(is_of(slow.release(2, &hangs).as_ref(), &hangs));
         assert_eq!((held(&hangs), held(&other)), (2, 0));
-        assert!(slow.enter(2, QueuedFault::at(&hangs)).is_none());
+        assert!(slow.admit(2, QueuedFault::at(&hangs)).is_none());
         assert!(
-            is_of(slow.enter_next(2, true).as_ref(), &other),
+            is_of(slow.admit_next(2, true).as_ref(), &other),
             "as a last resort, of a region that holds none"
         );
-        assert!(slow.enter_next(2, true).is_none());
-        assert!(slow.leave(2, &other).is_none(), "it was one beyond");
-        assert!(is_of(slow.leave(2, &hangs).as_ref(), &hangs));
-        assert!(slow.leave(2, &hangs).is_none() && slow.leave(2, &hangs).is_none());
-        assert_eq!((held(&hangs), held(&other), slow.are_waited_for()), (0, 0, false));
+        assert!(slow.admit_next(2, true).is_none());
+        assert!(slow.release(2, &other).is_none(), "it was one beyond");
+        assert!(is_of(slow.release(2, &hangs).as_ref(), &hangs));
+        assert!(slow.release(2, &hangs).is_none() && slow.release(2, &hangs).is_none());
+        assert_eq!((held(&hangs), held(&other), slow.has_waiters()), (0, 0, false));
     }
 
     #[test]
     fn a_berth_that_is_new_is_for_the_first_that_waits() {
-        let (slow, handle) = (SlowAdmission::new(4), RegionHandle::<()>::nowhere());
+        let (slow, handle) = (SlowAdmission::new(4), RegionHandle::<()>::dangling());
         assert!(
-            slow.enter(1, QueuedFault::at(&handle)).is_some()
-                && slow.enter(1, QueuedFault::at(&handle)).is_none()
+            slow.admit(1, QueuedFault::at(&handle)).is_some()
+                && slow.admit(1, QueuedFault::at(&handle)).is_none()
         );
-        assert!(slow.enter_next(2, false).is_some() && !slow.are_waited_for());
+        assert!(slow.admit_next(2, false).is_some() && !slow.has_waiters());
     }
 }

@@ -19,28 +19,28 @@ impl Shared {
 
     /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
     pub(super) fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(place) = shared.workers.join(post) else {
+        let Some(slot) = shared.workers.add(post) else {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "a pool has as many workers as it may have: max_workers()",
             ));
         };
         let refused = |what, error| {
-            shared.workers.never_came(place);
+            shared.workers.cancel(slot);
             Error::because(ErrorKind::Resources, what, error)
         };
         let ready = Arc::clone(&shared.epolls[post]);
         let worker =
-            Worker::new(Arc::clone(shared), ready, shared.places.cpu_of(post), place).map_err(|errno| {
+            Worker::new(Arc::clone(shared), ready, shared.places.cpu_of(post), slot).map_err(|errno| {
                 refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
             })?;
-        let named = thread::Builder::new().name(thread_name(&shared.name, place));
+        let named = thread::Builder::new().name(thread_name(&shared.name, slot));
         let work = move || {
             let _until_it_ends = permit;
             worker.run()
         };
         let thread = named.spawn(work).map_err(|error| {
-            refused(format!("cannot start worker {place} (threads: ulimit -u; addresses: ulimit -v)"), error)
+            refused(format!("cannot start worker {slot} (threads: ulimit -u; addresses: ulimit -v)"), error)
         })?;
         shared.threads.lock().push(thread);
         Ok(())

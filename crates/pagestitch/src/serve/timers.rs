@@ -113,7 +113,7 @@ mod tests {
     fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
         let timers = Timers::<()>::new().unwrap();
         for wait in [30, 10, 20] {
-            timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_millis(wait)).unwrap();
+            timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::from_millis(wait)).unwrap();
         }
         assert!(timers.take().is_none(), "not yet");
         for left in (0..3).rev() {
@@ -128,7 +128,7 @@ mod tests {
     #[test]
     fn a_due_entry_is_told_of_again() {
         let timers = Timers::<()>::new().unwrap();
-        timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::ZERO).unwrap();
+        timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::ZERO).unwrap();
         let is_told = |wait: u16| {
             poll(&mut [PollFd::new(timers.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
         };
@@ -146,7 +146,7 @@ mod tests {
     #[test]
     fn no_more_is_kept_than_there_may_be() {
         let timers = Timers::<()>::new().unwrap();
-        let add = || timers.add(TimedTask::Look(RegionHandle::nowhere()), Duration::from_secs(3600));
+        let add = || timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());
     }
 }

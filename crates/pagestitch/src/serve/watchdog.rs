@@ -23,7 +23,7 @@ use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::served::QueuedFault;
 use crate::serve::shared::Shared;
-use crate::serve::worker_table::{BOUND, Look, Seen};
+use crate::serve::worker_table::{HELD_UP_AFTER, Observation, SeenWorker};
 use crate::space::page_table::{Unclaimed, Wake};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch_kernel::Batch;
@@ -71,7 +71,7 @@ impl Limits {
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
     limits: Limits,
-    seen: Vec<Seen>,
+    seen: Vec<SeenWorker>,
     /// Looks in a row in which no worker did anything.
     quiet: u32,
     /// Since when time that the faults have is not counted yet.
@@ -104,27 +104,28 @@ impl Watchdog {
             let (wait, began) = (self.wait(), Instant::now());
             let timeout = wait
                 .map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX));
-            let mut ends = [&self.shared.stop, &self.shared.workers.call]
+            let mut ends = [&self.shared.stop, &self.shared.workers.watchdog_fd]
                 .map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN));
             let _ = poll(&mut ends, timeout);
             if ends[0].any().unwrap_or(false) {
                 return;
             }
             if ends[1].any().unwrap_or(false) {
-                let _ = self.shared.workers.call.read();
+                let _ = self.shared.workers.watchdog_fd.read();
             }
-            self.look(began.elapsed().min(wait.unwrap_or(BOUND)));
+            self.look(began.elapsed().min(wait.unwrap_or(HELD_UP_AFTER)));
         }
     }
 
     /// How long to wait before the next look.
     fn wait(&self) -> Option<Duration> {
-        let (faults, workers) = (self.limits.tick(), (!self.shared.workers.is_dozing()).then_some(BOUND));
+        let (faults, workers) =
+            (self.limits.tick(), (!self.shared.workers.watchdog_is_asleep()).then_some(HELD_UP_AFTER));
         [faults, workers].into_iter().flatten().min()
     }
 
     fn look(&mut self, passed: Duration) {
-        if !self.shared.workers.is_dozing() {
+        if !self.shared.workers.watchdog_is_asleep() {
             self.look_at_workers(passed);
         }
         self.counted += passed;
@@ -140,7 +141,7 @@ impl Watchdog {
     }
 
     fn look_at_workers(&mut self, passed: Duration) {
-        let look = self.shared.workers.look(&mut self.seen, passed);
+        let look = self.shared.workers.observe(&mut self.seen, passed);
         self.quiet = if look.busy { 0 } else { self.quiet + 1 };
         let posts: Vec<_> = self.shared.workers.abandoned(&self.seen).collect();
         let short = !posts.into_iter().all(|post| self.replace(post));
@@ -149,7 +150,7 @@ impl Watchdog {
         let left = self.shared.overflowed.swap(false, Ordering::SeqCst);
         if short || left || !self.read.is_empty() {
             self.read_all();
-        } else if self.quiet >= QUIET && self.shared.workers.doze() {
+        } else if self.quiet >= QUIET && self.shared.workers.try_sleep() {
             self.quiet = 0;
         }
     }
@@ -170,7 +171,7 @@ impl Watchdog {
         }
     }
 
-    fn tell_shortage(&mut self, short: bool, Look { held_up, .. }: Look) {
+    fn tell_shortage(&mut self, short: bool, Observation { held_up, .. }: Observation) {
         if short && !self.short {
             let workers = &self.shared.workers;
             workers.shortages.fetch_add(1, Ordering::Relaxed);
@@ -186,13 +187,13 @@ impl Watchdog {
     }
 
     /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
-    fn last_resort(&self, Look { held_up, waiting, .. }: Look) {
+    fn last_resort(&self, Observation { held_up, waiting, .. }: Observation) {
         let workers = &self.shared.workers;
         let last = (self.short || workers.working() >= workers.most()) && held_up + 1 >= workers.working();
         workers.last_resort.store(last, Ordering::Relaxed);
         // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
         // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
-        if waiting > 0 && (self.shared.slow_admission.are_waited_for() || self.shared.has_queued()) {
+        if waiting > 0 && (self.shared.slow_admission.has_waiters() || self.shared.has_queued()) {
             self.shared.wake_one();
         }
         if waiting > 0 && self.short {

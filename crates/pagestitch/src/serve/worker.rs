@@ -33,7 +33,7 @@ pub(super) struct Worker {
     /// The CPU it stays on; `None` for any.
     cpu: Option<usize>,
     /// Its place in the crew.
-    place: usize,
+    slot: usize,
     batch: Batch,
     buffers: Buffers,
     served: u64,
@@ -55,13 +55,13 @@ impl Worker {
         shared: Arc<Shared>,
         ready: Arc<Epoll>,
         cpu: Option<usize>,
-        place: usize,
+        slot: usize,
     ) -> Result<Self, Errno> {
         Ok(Self {
             shared,
             ready,
             cpu,
-            place,
+            slot,
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
             served: 0,
@@ -73,21 +73,23 @@ impl Worker {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
         // The faults that a hanging worker has left in the queues: no descriptor reports them.
-        self.shared.workers.works(self.place);
+        self.shared.workers.mark_working(self.slot);
         self.serve_queued();
-        self.shared.workers.waits(self.place);
+        self.shared.workers.mark_waiting(self.slot);
         let linger = EpollTimeout::from(LINGER_MS);
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
-            let wait = match (self.shared.has_more(), self.shared.workers.is_large()) {
+            let wait = match (self.shared.has_more(), self.shared.workers.has_replacements()) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, true) => linger,
                 (false, false) => EpollTimeout::NONE,
             };
             match self.turn(wait) {
                 Turn::Stopped => return self.served,
-                Turn::Quiet if wait == linger && self.shared.workers.leave(self.place) => return self.served,
-                Turn::Quiet | Turn::Busy => self.shared.workers.waits(self.place),
+                Turn::Quiet if wait == linger && self.shared.workers.try_remove(self.slot) => {
+                    return self.served;
+                }
+                Turn::Quiet | Turn::Busy => self.shared.workers.mark_waiting(self.slot),
             }
         }
     }
@@ -99,7 +101,7 @@ impl Worker {
         while self.served - before < budget {
             let left = self.shared.has_more();
             let turn = self.turn(EpollTimeout::ZERO);
-            self.shared.workers.waits(self.place);
+            self.shared.workers.mark_waiting(self.slot);
             if turn == Turn::Quiet && !left {
                 break;
             }
@@ -116,7 +118,7 @@ impl Worker {
         // One at a time: what else is ready stays so for the worker that takes this post over.
         let mut ready = [EpollEvent::empty()];
         let count = self.ready.wait(&mut ready, wait);
-        self.shared.workers.works(self.place);
+        self.shared.workers.mark_working(self.slot);
         match count {
             Ok(0) => {}
             Ok(_) => {
@@ -172,7 +174,7 @@ impl Worker {
 
     /// Reads a batch of events, and serves it or hands it on.
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
-        let Self { shared, ready, batch, buffers, served, place, .. } = self;
+        let Self { shared, ready, batch, buffers, served, slot, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
         let defer = &mut |event| region.handle_deferred(event);
         let again = match turn.may_wait() {
@@ -195,7 +197,7 @@ impl Worker {
                 Some(()) => queued += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
-                    shared.workers.steps(*place);
+                    shared.workers.step(*slot);
                     serve(region, request, buffers);
                 }
             }
@@ -217,17 +219,17 @@ impl Worker {
     /// fault of a fast region is served at once, without a berth, and the fault of a slow region
     /// takes a berth of the pool. A fault without a free berth waits for a worker that leaves one.
     fn serve_admitted(&mut self, region: &Arc<Served>, request: FaultRequest) {
-        if let Some((most, berths)) = &region.limit {
-            let mut next = berths.enter(*most, request);
+        if let Some((most, bulkhead)) = &region.limit {
+            let mut next = bulkhead.admit(*most, request);
             while let Some(request) = next {
                 self.serve_now(region, request);
-                next = berths.leave(*most);
+                next = bulkhead.release(*most);
             }
         } else if region.latency.is_fast() {
             self.serve_now(region, request);
         } else {
             let most = self.shared.slow_most();
-            let first = self.shared.slow_admission.enter(most, QueuedFault::new(region, request));
+            let first = self.shared.slow_admission.admit(most, QueuedFault::new(region, request));
             self.serve_slow(first);
         }
     }
@@ -240,12 +242,12 @@ impl Worker {
             if let Some(region) = handle.enter() {
                 self.serve_now(&region, request);
             }
-            next = self.shared.slow_admission.leave(self.shared.slow_most(), &handle);
+            next = self.shared.slow_admission.release(self.shared.slow_most(), &handle);
         }
     }
 
     fn serve_now(&mut self, region: &Arc<Served>, request: FaultRequest) {
-        self.shared.workers.steps(self.place);
+        self.shared.workers.step(self.slot);
         let ahead = serve(region, request, &mut self.buffers);
         self.shared.queue_prefetch(region, ahead.into_iter().flatten());
     }
@@ -255,9 +257,9 @@ impl Worker {
         self.shared.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
         self.serve_some_queued(QUEUED_AT_ONCE);
-        if self.shared.slow_admission.are_waited_for() {
+        if self.shared.slow_admission.has_waiters() {
             let last_resort = self.shared.workers.last_resort.load(Ordering::Relaxed);
-            let next = self.shared.slow_admission.enter_next(self.shared.slow_most(), last_resort);
+            let next = self.shared.slow_admission.admit_next(self.shared.slow_most(), last_resort);
             self.serve_slow(next);
         }
     }
@@ -297,7 +299,7 @@ impl Worker {
     fn fill_ahead(&mut self) {
         let Ok(PrefetchTask { handle, span }) = self.shared.prefetches.1.try_recv() else { return };
         let Some(region) = handle.enter() else { return };
-        self.shared.workers.steps(self.place);
+        self.shared.workers.step(self.slot);
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
         self.shared.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
