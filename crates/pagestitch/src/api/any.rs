@@ -281,11 +281,11 @@ impl Drop for AnyRegion {
         }
         block_forks(&self.served);
         // Returns after all children that the fork reader has read of are announced.
-        self.server.retire(&self.served);
+        self.server.stop_reading(&self.served);
         self.server.detach(&self.served);
         self.served.close();
         self.server.detach_children(&self.served);
         log!(debug, region = self.name(), metrics = ?self.metrics(), "region dropped");
-        self.served.shut();
+        self.served.end_service();
     }
 }

@@ -50,7 +50,7 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     fn detach(&self, region: &Served);
 
     /// Ends a region whose forked children were served.
-    fn retire(&self, _region: &Served) {}
+    fn stop_reading(&self, _region: &Served) {}
 
     /// Stops serving the region's forked children.
     fn detach_children(&self, _region: &Served) {}

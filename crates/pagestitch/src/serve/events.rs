@@ -4,7 +4,7 @@ use crate::fault::FaultRequest;
 use crate::fault::install::{release, show};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
-use crate::serve::fork::orphans::Rest;
+use crate::serve::fork::orphans::Remaining;
 use crate::serve::served::ForkedChildren;
 use crate::space::Target;
 use crate::space::target::{Busy, Foreign};
@@ -37,7 +37,7 @@ pub(crate) enum DeferredEvent {
 
 /// The result of reading events.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Read {
+enum ReadOutcome {
     All,
     /// All, with a descriptor of the reserve: it has to be free again before there is another
     /// child.
@@ -80,21 +80,21 @@ impl Served {
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // An owner that forks or moves without end waits until some of its orphans are closed.
-        if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Rest::Some {
+        if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Remaining::Some {
             batch.clear();
             return true;
         }
         let read = self.read(batch);
         for event in batch.take_events() {
             match event {
-                Event::Remove { start, end } | Event::Unmap { start, end } => self.let_go(start, end),
+                Event::Remove { start, end } | Event::Unmap { start, end } => self.on_discard(start, end),
                 Event::Remap { from, to, bytes } => self.moved((from, to, bytes), defer),
                 Event::Fork { child } => {
-                    self.children.iter().for_each(|children| children.had_room());
+                    self.children.iter().for_each(|children| children.reset_shortage());
                     let keep =
                         |children: &Arc<ForkedChildren>| children.keep(child.as_fd(), first_page(self));
                     let kept = self.children.as_ref().is_none_or(keep);
-                    let event = if read == Read::OneTooMany || !kept {
+                    let event = if read == ReadOutcome::OneTooMany || !kept {
                         Err(DeferredEvent::Child(child))
                     } else {
                         defer(DeferredEvent::Child(child))
@@ -106,11 +106,11 @@ impl Served {
                 }
             }
         }
-        if read == Read::Nothing {
+        if read == ReadOutcome::Nothing {
             let _ = defer(DeferredEvent::NoDescriptor);
         }
         // The thread that reads has other work, so it comes back for the rest.
-        self.close_orphans() != Rest::None || read != Read::All
+        self.close_orphans() != Remaining::None || read != ReadOutcome::All
     }
 
     /// Handles a move of part of the region. Other ranges that the owner of adopted memory has
@@ -129,15 +129,15 @@ impl Served {
         }
     }
 
-    fn read(&self, batch: &mut Batch) -> Read {
+    fn read(&self, batch: &mut Batch) -> ReadOutcome {
         match batch.read(&self.uffd, self.page_size()) {
-            Ok(()) => Read::All,
+            Ok(()) => ReadOutcome::All,
             // The event of a child carries a descriptor. Until one is free, the parent waits in
             // fork(2), and so do all faults.
             Err(Errno::EMFILE | Errno::ENFILE) => {
                 // One child at a time, because such a child may have children before it is closed.
                 let room = |children: &Arc<ForkedChildren>| {
-                    children.is_short() && !self.orphans.have_children() && children.make_room()
+                    children.note_shortage() && !self.orphans.have_children() && children.close_spare()
                 };
                 match self
                     .children
@@ -145,15 +145,15 @@ impl Served {
                     .is_some_and(room)
                     .then(|| batch.read(&self.uffd, self.page_size()))
                 {
-                    Some(Ok(())) => Read::OneTooMany,
-                    _ => Read::Nothing,
+                    Some(Ok(())) => ReadOutcome::OneTooMany,
+                    _ => ReadOutcome::Nothing,
                 }
             }
             Err(errno) => {
-                if let Some(untold) = self.orphans.log_limit.again() {
-                    log!(error, region = self.name, %errno, untold, "cannot read events");
+                if let Some(suppressed) = self.orphans.log_limit.permit() {
+                    log!(error, region = self.name, %errno, suppressed, "cannot read events");
                 }
-                Read::All
+                ReadOutcome::All
             }
         }
     }
@@ -170,24 +170,24 @@ impl Served {
                 } else {
                     "its parent's memory is adopted"
                 };
-                if let Some(untold) = self.orphans.log_limit.again() {
+                if let Some(suppressed) = self.orphans.log_limit.permit() {
                     log!(
                         error,
                         region = self.name,
                         why,
-                        untold,
+                        suppressed,
                         "a child cannot be served: the pages that it lacks are poisoned"
                     );
                 }
             }
             DeferredEvent::Moved { to, bytes } => {
-                if let Some(untold) = self.orphans.log_limit.again() {
+                if let Some(suppressed) = self.orphans.log_limit.permit() {
                     log!(
                         error,
                         region = self.name,
                         to,
                         bytes,
-                        untold,
+                        suppressed,
                         "moved by mremap(2): unfilled pages are poisoned there"
                     );
                 }
@@ -203,31 +203,31 @@ impl Served {
     }
 
     /// Poisons all orphaned pages, except those that are blocked.
-    fn close_all_orphans(&self) -> Rest {
+    fn close_all_orphans(&self) -> Remaining {
         loop {
             match self.close_orphans() {
-                Rest::Some => thread::yield_now(),
+                Remaining::Some => thread::yield_now(),
                 rest => return rest,
             }
         }
     }
 
     /// Poisons the next batch of orphaned pages.
-    pub(crate) fn close_orphans(&self) -> Rest {
+    pub(crate) fn close_orphans(&self) -> Remaining {
         let rest = self.orphans.close_some(self, self.children.as_deref().map(Deref::deref));
         // Refills the reserve, perhaps with the descriptor of a child that is closed by now.
         if let Some(children) = &self.children {
-            children.has_room();
+            children.refill_spare();
         }
         rest
     }
 
-    fn let_go(&self, start: usize, end: usize) {
+    fn on_discard(&self, start: usize, end: usize) {
         for span in self.target.pages_in(start, end) {
             // Where children are served, a forking thread may hold the allocator, and to log may
             // allocate.
             if self.children.is_none() {
-                log!(debug, region = self.name, first = span.first.0, pages = span.pages, "let go");
+                log!(debug, region = self.name, first = span.first.0, pages = span.pages, "discarded");
             }
             if let Target::Foreign(adopted) = &self.target {
                 adopted.remove(span);

@@ -3,8 +3,8 @@
 use crate::error::{Error, ErrorKind};
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
-use crate::serve::placement::Places;
-use crate::serve::shared::Shared;
+use crate::serve::placement::WorkerCpus;
+use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
 use nix::errno::Errno;
 use pagestitch_kernel::fork::ForkGeneration;
@@ -50,7 +50,7 @@ pub struct Manual {
 /// that are still served.
 #[derive(Debug)]
 pub(crate) struct Group {
-    shared: Arc<Shared>,
+    state: Arc<ServerState>,
     taken: AtomicUsize,
     generation: ForkGeneration,
 }
@@ -77,9 +77,9 @@ impl FaultServer for Group {
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
-        let attachment = Attached { shared: Arc::clone(&self.shared), generation: self.generation };
+        let attachment = Attached { state: Arc::clone(&self.state), generation: self.generation };
         // A partial start is undone.
-        self.shared.add(region).inspect_err(|_| attachment.detach(region))?;
+        self.state.add(region).inspect_err(|_| attachment.detach(region))?;
         Ok(Box::new(attachment))
     }
 }
@@ -88,7 +88,7 @@ impl FaultServer for Group {
 /// member is left.
 #[derive(Debug)]
 struct Attached {
-    shared: Arc<Shared>,
+    state: Arc<ServerState>,
     generation: ForkGeneration,
 }
 
@@ -98,7 +98,7 @@ impl Attachment for Attached {
     }
 
     fn detach(&self, region: &Served) {
-        self.shared.remove(region);
+        self.state.remove(region);
     }
 }
 
@@ -126,19 +126,20 @@ impl Manual {
         let refused = |errno: Errno| {
             Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
         };
-        let shared =
-            Arc::new(Shared::new(&Places::anywhere(threads), threads, String::new()).map_err(refused)?);
+        let state = Arc::new(
+            ServerState::new(&WorkerCpus::anywhere(threads), threads, String::new()).map_err(refused)?,
+        );
         // No watchdog adds a worker: the last one serves also slow regions that hold up none.
-        shared.workers.last_resort.store(true, Ordering::Relaxed);
+        state.workers.last_resort.store(true, Ordering::Relaxed);
         let group = Group {
-            shared: Arc::clone(&shared),
+            state: Arc::clone(&state),
             taken: AtomicUsize::new(0),
             generation: ForkGeneration::current(),
         };
         let group = Arc::new(group);
         let take = |member: usize| {
-            let slot = shared.workers.add(member).expect("there is a slot for each");
-            let worker = Worker::new(Arc::clone(&shared), Arc::clone(&shared.epolls()[member]), None, slot);
+            let slot = state.workers.add(member).expect("there is a slot for each");
+            let worker = Worker::new(Arc::clone(&state), Arc::clone(&state.epolls()[member]), None, slot);
             let worker = worker.map_err(refused)?;
             group.taken.fetch_add(1, Ordering::SeqCst);
             Ok(Self { worker, group: Arc::clone(&group), member })
@@ -166,7 +167,7 @@ impl Manual {
 
 impl AsFd for Manual {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.group.shared.epolls()[self.member].0.as_fd()
+        self.group.state.epolls()[self.member].0.as_fd()
     }
 }
 
@@ -189,8 +190,8 @@ impl Drop for Manual {
         let last = self.group.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.group.generation.is_current() {
             self.group
-                .shared
-                .end()
+                .state
+                .close()
                 .iter()
                 .filter_map(|handle| handle.enter())
                 .for_each(|region| close(&region));
@@ -201,6 +202,6 @@ impl Drop for Manual {
 /// Closes a region that no member serves any more: a thread that waits in it, or touches it, gets a
 /// signal.
 fn close(region: &Arc<Served>) {
-    region.shut();
+    region.end_service();
     log!(warn, region = region.name, "closed: its last Manual was dropped; drop regions before their server");
 }

@@ -6,11 +6,11 @@
 //! | `served` | a region as its server has it |
 //! | `pool` | the workers and what they share; regions come and go |
 //! | `placement` | where workers run |
-//! | `shared` | the state that the workers of a pool share |
+//! | `server_state` | the state that the workers of a pool share |
 //! | `queue` | the entries of its queues |
 //! | `start`, `threads` | the start of a worker, and its thread |
 //! | `watch` | descriptors that an epoll watches |
-//! | `shut` | the end of a region's service |
+//! | `end_service` | the end of a region's service |
 //! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
 //! | `events` | pages that are discarded, unmapped or moved, and forks |
 //! | `latency_estimate` | how long the faults of a region take |
@@ -25,18 +25,19 @@
 //! | `manual` | the same steps when the caller's own loop says so |
 //! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | asks again for pages whose source has failed |
-//! | `leave` | poisons the missing pages of adopted memory whose region is dropped |
+//! | `abandon` | poisons the missing pages of adopted memory whose region is dropped |
 //! | `watchdog` | reports faults that take too long, and gives them up |
 //! | `fork` | forked children |
 //! | `rate_limit` | log lines that something else can cause |
 
+mod abandon;
 mod bulkhead;
 mod contract;
+mod end_service;
 mod events;
 pub(crate) mod fork;
 mod inline;
 mod latency_estimate;
-mod leave;
 mod manual;
 mod placement;
 mod pool;
@@ -47,8 +48,7 @@ pub(crate) mod read_turn;
 mod region_handle;
 mod retry_failed;
 mod served;
-mod shared;
-mod shut;
+mod server_state;
 mod slow_admission;
 mod start;
 mod threads;

@@ -33,13 +33,13 @@ pub enum Placement {
 
 /// How many workers, and where each is at home.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Places {
+pub(super) struct WorkerCpus {
     pub(super) workers: usize,
     /// Worker `i` is at home on the `i`-th, and again from the start; none for anywhere.
     cpus: Vec<usize>,
 }
 
-impl Places {
+impl WorkerCpus {
     /// The places for a requested number of workers and a placement, on this machine.
     pub(super) fn decide(workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
         Self::on(&allowed(), workers, placement)
@@ -105,26 +105,26 @@ const WORKERS_MAX: usize = 8;
 mod tests {
     use super::*;
 
-    fn on(cpus: usize, workers: Option<usize>, placement: &Placement) -> Result<Places, Error> {
-        Places::on(&(0..cpus).collect::<Vec<_>>(), workers, placement)
+    fn on(cpus: usize, workers: Option<usize>, placement: &Placement) -> Result<WorkerCpus, Error> {
+        WorkerCpus::on(&(0..cpus).collect::<Vec<_>>(), workers, placement)
     }
 
     #[test]
     fn by_default_there_is_one_at_home_on_each_of_few_cpus_and_a_few_anywhere_on_many() {
-        let places = on(2, None, &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.cpu_of(0), places.cpu_of(1)), (2, Some(0), Some(1)));
-        let places = on(64, None, &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.cpu_of(0), places.pinned()), (8, None, false));
-        let places = on(2, Some(5), &Placement::Auto).unwrap();
-        assert_eq!((places.workers, places.cpu_of(4)), (5, None));
+        let cpus = on(2, None, &Placement::Auto).unwrap();
+        assert_eq!((cpus.workers, cpus.cpu_of(0), cpus.cpu_of(1)), (2, Some(0), Some(1)));
+        let cpus = on(64, None, &Placement::Auto).unwrap();
+        assert_eq!((cpus.workers, cpus.cpu_of(0), cpus.pinned()), (8, None, false));
+        let cpus = on(2, Some(5), &Placement::Auto).unwrap();
+        assert_eq!((cpus.workers, cpus.cpu_of(4)), (5, None));
     }
 
     #[test]
     fn what_is_asked_for_is_done() {
         assert_eq!(on(64, None, &Placement::PerCpu).unwrap().workers, 64);
-        let places = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
-        assert_eq!((places.cpu_of(0), places.cpu_of(1), places.cpu_of(2)), (Some(3), Some(1), Some(3)));
-        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), Places { workers: 4, cpus: vec![] });
+        let cpus = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
+        assert_eq!((cpus.cpu_of(0), cpus.cpu_of(1), cpus.cpu_of(2)), (Some(3), Some(1), Some(3)));
+        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), WorkerCpus { workers: 4, cpus: vec![] });
     }
 
     #[test]

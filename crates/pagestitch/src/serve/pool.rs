@@ -16,8 +16,8 @@ use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::fork::fork_reader::ForkReader;
-use crate::serve::placement::{Placement, Places};
-use crate::serve::shared::Shared;
+use crate::serve::placement::{Placement, WorkerCpus};
+use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
@@ -75,13 +75,13 @@ impl Pool {
     /// others.
     #[must_use]
     pub fn workers(&self) -> usize {
-        self.handle.shared.epolls.len()
+        self.handle.state.epolls.len()
     }
 
     /// How its workers are at this moment.
     #[must_use]
     pub fn metrics(&self) -> PoolMetrics {
-        let workers = &self.handle.shared.workers;
+        let workers = &self.handle.state.workers;
         PoolMetrics {
             working: workers.working(),
             held_up: workers.held_up.load(Ordering::Relaxed),
@@ -101,7 +101,7 @@ impl Pool {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        self.handle.shared.refuse_regions()?;
+        self.handle.state.refuse_regions()?;
         Ok(self.handle.join())
     }
 }
@@ -129,9 +129,9 @@ impl FaultServer for Pool {
             self.handle.start_fork_reader()?;
         }
         // A partial start is undone.
-        self.handle.shared.add(region).inspect_err(|_| {
+        self.handle.state.add(region).inspect_err(|_| {
             self.detach(region);
-            self.retire(region);
+            self.stop_reading(region);
         })?;
         Ok(Box::new(self.clone()))
     }
@@ -143,18 +143,18 @@ impl Attachment for Pool {
     }
 
     fn detach(&self, region: &Served) {
-        self.handle.shared.remove(region);
+        self.handle.state.remove(region);
     }
 
-    fn retire(&self, region: &Served) {
-        self.handle.shared.retire(region);
+    fn stop_reading(&self, region: &Served) {
+        self.handle.state.stop_reading(region);
     }
 
     fn detach_children(&self, region: &Served) {
         let Some(children) = &region.children else { return };
-        children.close().iter().for_each(|child| self.handle.shared.leave(child));
+        children.close().iter().for_each(|child| self.handle.state.detach_child(child));
         // Children that no worker has handled yet.
-        self.handle.shared.handle_all_deferred();
+        self.handle.state.handle_all_deferred();
     }
 }
 
@@ -251,24 +251,24 @@ impl PoolBuilder {
             );
             return Err(Error::new(ErrorKind::BadOption, what));
         }
-        let places = Places::decide(self.workers, &self.placement)?;
+        let cpus = WorkerCpus::decide(self.workers, &self.placement)?;
         let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
-        let mut shared = Shared::new(&places, self.max_workers, self.name)
+        let mut state = ServerState::new(&cpus, self.max_workers, self.name)
             .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
-        let fetches = self.max_in_flight.map(|most| most.saturating_sub(places.workers));
-        shared.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
+        let fetches = self.max_in_flight.map(|most| most.saturating_sub(cpus.workers));
+        state.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
         let _quiet = NoSignals::until_dropped();
         // Dropping the handle on an early return stops the workers that have started.
         let handle = Handle {
-            shared: Arc::new(shared),
+            state: Arc::new(state),
             watch: Mutex::default(),
             fork_reader: Mutex::default(),
             generation: ForkGeneration::current(),
         };
-        for post in 0..places.workers {
-            Shared::start_worker(&handle.shared, post, None)?;
+        for post in 0..cpus.workers {
+            ServerState::start_worker(&handle.state, post, None)?;
         }
-        let watchdog = Watchdog::new(Arc::clone(&handle.shared), self.limits);
+        let watchdog = Watchdog::new(Arc::clone(&handle.state), self.limits);
         let named = thread::Builder::new().name(String::from("pagestitch/wdog"));
         let watch = named.spawn(move || watchdog.run()).map_err(|error| {
             Error::because(
@@ -278,7 +278,7 @@ impl PoolBuilder {
             )
         })?;
         *handle.watch.lock() = Some(watch);
-        log!(debug, ?places, "pool started");
+        log!(debug, ?cpus, "pool started");
         Ok(Pool { handle: Arc::new(handle) })
     }
 }
@@ -309,7 +309,7 @@ pub struct PoolMetrics {
 
 /// Shared by all handles; the last one to go joins the workers.
 struct Handle {
-    shared: Arc<Shared>,
+    state: Arc<ServerState>,
     watch: Mutex<Option<JoinHandle<()>>>,
     fork_reader: Mutex<Option<JoinHandle<()>>>,
     generation: ForkGeneration,
@@ -323,16 +323,16 @@ impl Handle {
             return Ok(());
         }
         let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
-        let reads = ForkReader::new(&self.shared.stop)
+        let reads = ForkReader::new(&self.state.stop)
             .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
-        let _ = self.shared.fork_reader.set(reads);
+        let _ = self.state.fork_reader.set(reads);
         let _quiet = NoSignals::until_dropped();
-        let (shared, begins) = (Arc::clone(&self.shared), Arc::new(Barrier::new(2)));
+        let (state, begins) = (Arc::clone(&self.state), Arc::new(Barrier::new(2)));
         let named = thread::Builder::new().name(String::from("pagestitch/fork"));
         let begun = Arc::clone(&begins);
         let started = named.spawn(move || {
             let _abort = AbortOnPanic::armed();
-            shared.fork_reader.get().expect("set before").run(&shared, &begun);
+            state.fork_reader.get().expect("set before").run(&state, &begun);
         });
         *fork_reader = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
         begins.wait();
@@ -341,7 +341,7 @@ impl Handle {
 
     fn join(&self) -> Report {
         // One event for all: it stays readable, so every worker sees it.
-        self.shared.stop.write(1).expect("an eventfd takes a 1");
+        self.state.stop.write(1).expect("an eventfd takes a 1");
         // First those that start others. One of them may be what ends here: a source that owns the last region of its own pool is
         // dropped in it, and cannot join itself.
         if let Some(watch) = self.watch.lock().take().filter(is_another) {
@@ -350,10 +350,10 @@ impl Handle {
         if let Some(fork_reader) = self.fork_reader.lock().take().filter(is_another) {
             fork_reader.join().expect("one that panics aborts the process");
         }
-        let (threads, gone) = self.shared.threads.lock().take();
+        let (threads, gone) = self.state.threads.lock().take();
         let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());
         let faults: u64 = faults.map(|served| served.expect("a worker that panics aborts the process")).sum();
-        Report { workers: self.shared.epolls.len(), faults: gone + faults }
+        Report { workers: self.state.epolls.len(), faults: gone + faults }
     }
 }
 

@@ -9,20 +9,20 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Default)]
 pub(crate) struct RateLimit {
     last: Mutex<Option<Instant>>,
-    untold: AtomicU64,
+    suppressed: AtomicU64,
 }
 
 impl RateLimit {
     /// `Some` if the line may be logged now: the number of lines left out since the last one.
     /// `None` leaves this line out.
-    pub(crate) fn again(&self) -> Option<u64> {
+    pub(crate) fn permit(&self) -> Option<u64> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         if last.is_some_and(|last| last.elapsed() < ONCE) {
-            self.untold.fetch_add(1, Ordering::Relaxed);
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
             return None;
         }
         *last = Some(Instant::now());
-        Some(self.untold.swap(0, Ordering::Relaxed))
+        Some(self.suppressed.swap(0, Ordering::Relaxed))
     }
 }
 
@@ -35,8 +35,8 @@ mod tests {
     #[test]
     fn a_line_is_told_once_a_second() {
         let line = RateLimit::default();
-        assert_eq!((line.again(), line.again(), line.again()), (Some(0), None, None));
+        assert_eq!((line.permit(), line.permit(), line.permit()), (Some(0), None, None));
         *line.last.lock().unwrap() = Instant::now().checked_sub(ONCE);
-        assert_eq!((line.again(), line.again()), (Some(2), None));
+        assert_eq!((line.permit(), line.permit()), (Some(2), None));
     }
 }

@@ -2,39 +2,39 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::Permit;
-use crate::serve::shared::Shared;
+use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
 use std::sync::Arc;
 use std::thread;
 
-impl Shared {
+impl ServerState {
     /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
-    pub(super) fn start_replacement(shared: &Arc<Self>, post: usize) -> Result<(), Error> {
-        let permit = shared.permits.as_ref().map(|permits| {
+    pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
+        let permit = state.permits.as_ref().map(|permits| {
             let what = "a pool has as many faults in flight as it may have: max_in_flight()";
             permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
         });
-        Self::start_worker(shared, post, permit.transpose()?)
+        Self::start_worker(state, post, permit.transpose()?)
     }
 
     /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
-    pub(super) fn start_worker(shared: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(slot) = shared.workers.add(post) else {
+    pub(super) fn start_worker(state: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
+        let Some(slot) = state.workers.add(post) else {
             return Err(Error::new(
                 ErrorKind::Busy,
                 "a pool has as many workers as it may have: max_workers()",
             ));
         };
         let refused = |what, error| {
-            shared.workers.cancel(slot);
+            state.workers.cancel(slot);
             Error::because(ErrorKind::Resources, what, error)
         };
-        let ready = Arc::clone(&shared.epolls[post]);
+        let ready = Arc::clone(&state.epolls[post]);
         let worker =
-            Worker::new(Arc::clone(shared), ready, shared.places.cpu_of(post), slot).map_err(|errno| {
+            Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot).map_err(|errno| {
                 refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
             })?;
-        let named = thread::Builder::new().name(thread_name(&shared.name, slot));
+        let named = thread::Builder::new().name(thread_name(&state.name, slot));
         let work = move || {
             let _until_it_ends = permit;
             worker.run()
@@ -42,7 +42,7 @@ impl Shared {
         let thread = named.spawn(work).map_err(|error| {
             refused(format!("cannot start worker {slot} (threads: ulimit -u; addresses: ulimit -v)"), error)
         })?;
-        shared.threads.lock().push(thread);
+        state.threads.lock().push(thread);
         Ok(())
     }
 }

@@ -74,13 +74,13 @@ impl<R> Timers<R> {
     }
 
     /// Called when the timer has expired.
-    pub(super) fn seen(&self) {
+    pub(super) fn acknowledge(&self) {
         // EAGAIN if another worker has read the timer.
         let _ = self.timer.wait();
     }
 
     /// Makes the timer expire again if a task is due: a worker that it woke may hang.
-    pub(super) fn tell_again(&self) {
+    pub(super) fn rearm(&self) {
         let entries = self.entries.lock();
         if entries.iter().any(|(at, _)| *at <= Instant::now()) {
             self.set(Duration::ZERO);
@@ -118,7 +118,7 @@ mod tests {
         assert!(timers.take().is_none(), "not yet");
         for left in (0..3).rev() {
             poll(&mut [PollFd::new(timers.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
-            timers.seen();
+            timers.acknowledge();
             assert!(timers.take().is_some());
             assert_eq!(timers.entries.lock().len(), left);
         }
@@ -134,12 +134,12 @@ mod tests {
         };
         assert!(is_told(60_000));
         // As a worker does that hangs then.
-        timers.seen();
+        timers.acknowledge();
         assert!(!is_told(0));
-        timers.tell_again();
+        timers.rearm();
         assert!(is_told(60_000) && timers.take().is_some());
-        timers.seen();
-        timers.tell_again();
+        timers.acknowledge();
+        timers.rearm();
         assert!(!is_told(0));
     }
 

@@ -22,7 +22,7 @@ use crate::metrics::Overdue;
 use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::served::QueuedFault;
-use crate::serve::shared::Shared;
+use crate::serve::server_state::ServerState;
 use crate::serve::worker_table::{HELD_UP_AFTER, Observation, SeenWorker};
 use crate::space::page_table::{Unclaimed, Wake};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -69,7 +69,7 @@ impl Limits {
 
 /// The thread.
 pub(super) struct Watchdog {
-    shared: Arc<Shared>,
+    state: Arc<ServerState>,
     limits: Limits,
     seen: Vec<SeenWorker>,
     /// Looks in a row in which no worker did anything.
@@ -84,9 +84,9 @@ pub(super) struct Watchdog {
 }
 
 impl Watchdog {
-    pub(super) fn new(shared: Arc<Shared>, limits: Limits) -> Self {
+    pub(super) fn new(state: Arc<ServerState>, limits: Limits) -> Self {
         Self {
-            shared,
+            state,
             limits,
             seen: Vec::new(),
             quiet: 0,
@@ -104,14 +104,14 @@ impl Watchdog {
             let (wait, began) = (self.wait(), Instant::now());
             let timeout = wait
                 .map_or(PollTimeout::NONE, |wait| PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX));
-            let mut ends = [&self.shared.stop, &self.shared.workers.watchdog_fd]
+            let mut ends = [&self.state.stop, &self.state.workers.watchdog_fd]
                 .map(|event| PollFd::new(event.as_fd(), PollFlags::POLLIN));
             let _ = poll(&mut ends, timeout);
             if ends[0].any().unwrap_or(false) {
                 return;
             }
             if ends[1].any().unwrap_or(false) {
-                let _ = self.shared.workers.watchdog_fd.read();
+                let _ = self.state.workers.watchdog_fd.read();
             }
             self.look(began.elapsed().min(wait.unwrap_or(HELD_UP_AFTER)));
         }
@@ -120,17 +120,17 @@ impl Watchdog {
     /// How long to wait before the next look.
     fn wait(&self) -> Option<Duration> {
         let (faults, workers) =
-            (self.limits.tick(), (!self.shared.workers.watchdog_is_asleep()).then_some(HELD_UP_AFTER));
+            (self.limits.tick(), (!self.state.workers.watchdog_is_asleep()).then_some(HELD_UP_AFTER));
         [faults, workers].into_iter().flatten().min()
     }
 
     fn look(&mut self, passed: Duration) {
-        if !self.shared.workers.watchdog_is_asleep() {
+        if !self.state.workers.watchdog_is_asleep() {
             self.look_at_workers(passed);
         }
         self.counted += passed;
         if self.limits.tick().is_some_and(|tick| self.counted >= tick) {
-            for handle in self.shared.regions() {
+            for handle in self.state.regions() {
                 // A region that is being dropped waits for its sources anyway.
                 if let Some(region) = handle.enter() {
                     self.limits.look(&region, self.counted);
@@ -141,25 +141,25 @@ impl Watchdog {
     }
 
     fn look_at_workers(&mut self, passed: Duration) {
-        let look = self.shared.workers.observe(&mut self.seen, passed);
+        let look = self.state.workers.observe(&mut self.seen, passed);
         self.quiet = if look.busy { 0 } else { self.quiet + 1 };
-        let posts: Vec<_> = self.shared.workers.abandoned(&self.seen).collect();
+        let posts: Vec<_> = self.state.workers.abandoned(&self.seen).collect();
         let short = !posts.into_iter().all(|post| self.replace(post));
         self.tell_shortage(short, look);
         self.last_resort(look);
-        let left = self.shared.overflowed.swap(false, Ordering::SeqCst);
+        let left = self.state.overflowed.swap(false, Ordering::SeqCst);
         if short || left || !self.read.is_empty() {
             self.read_all();
-        } else if self.quiet >= QUIET && self.shared.workers.try_sleep() {
+        } else if self.quiet >= QUIET && self.state.workers.try_sleep() {
             self.quiet = 0;
         }
     }
 
     /// Starts a worker at a post where none gets on. False if there can be no more.
     fn replace(&self, post: usize) -> bool {
-        match Shared::start_replacement(&self.shared, post) {
+        match ServerState::start_replacement(&self.state, post) {
             Ok(()) => {
-                self.shared.workers.replacements.fetch_add(1, Ordering::Relaxed);
+                self.state.workers.replacements.fetch_add(1, Ordering::Relaxed);
                 true
             }
             Err(error) => {
@@ -173,11 +173,11 @@ impl Watchdog {
 
     fn tell_shortage(&mut self, short: bool, Observation { held_up, .. }: Observation) {
         if short && !self.short {
-            let workers = &self.shared.workers;
+            let workers = &self.state.workers;
             workers.shortages.fetch_add(1, Ordering::Relaxed);
             log!(
                 error,
-                pool = self.shared.name,
+                pool = self.state.name,
                 workers = workers.working(),
                 held_up,
                 "sources hold up workers that cannot be replaced: faults wait for an answer, or for fault_timeout(); see max_workers()"
@@ -188,22 +188,22 @@ impl Watchdog {
 
     /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
     fn last_resort(&self, Observation { held_up, waiting, .. }: Observation) {
-        let workers = &self.shared.workers;
+        let workers = &self.state.workers;
         let last = (self.short || workers.working() >= workers.most()) && held_up + 1 >= workers.working();
         workers.last_resort.store(last, Ordering::Relaxed);
         // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
         // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
-        if waiting > 0 && (self.shared.slow_admission.has_waiters() || self.shared.has_queued()) {
-            self.shared.wake_one();
+        if waiting > 0 && (self.state.slow_admission.has_waiters() || self.state.has_queued()) {
+            self.state.wake_one();
         }
         if waiting > 0 && self.short {
-            self.shared.timers.tell_again();
+            self.state.timers.rearm();
         }
     }
 
     /// Reads the faults of all regions, and queues them: where no worker is left to read them, they would not be known.
     fn read_all(&mut self) {
-        for handle in self.shared.regions() {
+        for handle in self.state.regions() {
             let Some(region) = handle.enter() else { continue };
             if region.children.is_none() {
                 self.read_one(&region);
@@ -223,16 +223,16 @@ impl Watchdog {
             }
         }
         // Children that are to be served, too, wait for a worker.
-        self.shared.handle_all_deferred();
+        self.state.handle_all_deferred();
         let mut queued = 0;
         while let Some(fault) = self.read.pop_front() {
-            if let Err(fault) = self.shared.enqueue(fault) {
+            if let Err(fault) = self.state.enqueue(fault) {
                 self.read.push_front(fault);
                 break;
             }
             queued += 1;
         }
-        self.shared.wake_workers(queued);
+        self.state.wake_workers(queued);
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
@@ -243,7 +243,7 @@ impl Watchdog {
         let request = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         self.read.extend(request.map(|request| QueuedFault::new(region, request)));
         if again || self.batch.is_full() {
-            self.shared.rearm(&self.shared.epolls()[0], region);
+            self.state.rearm(&self.state.epolls()[0], region);
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
 use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, TimedTask};
-use crate::serve::shared::Shared;
+use crate::serve::server_state::ServerState;
 use crate::space::target::Busy;
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 /// The state of a worker. Everything it needs is made before it starts.
 pub(super) struct Worker {
-    shared: Arc<Shared>,
+    state: Arc<ServerState>,
     ready: Arc<Epoll>,
     /// The CPU it stays on; `None` for any.
     cpu: Option<usize>,
@@ -52,13 +52,13 @@ enum Turn {
 
 impl Worker {
     pub(super) fn new(
-        shared: Arc<Shared>,
+        state: Arc<ServerState>,
         ready: Arc<Epoll>,
         cpu: Option<usize>,
         slot: usize,
     ) -> Result<Self, Errno> {
         Ok(Self {
-            shared,
+            state,
             ready,
             cpu,
             slot,
@@ -73,23 +73,23 @@ impl Worker {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
         // The faults that a hanging worker has left in the queues: no descriptor reports them.
-        self.shared.workers.mark_working(self.slot);
+        self.state.workers.mark_working(self.slot);
         self.serve_queued();
-        self.shared.workers.mark_waiting(self.slot);
+        self.state.workers.mark_waiting(self.slot);
         let linger = EpollTimeout::from(LINGER_MS);
         loop {
             // Faults come first; to fill ahead is what to do while there are none.
-            let wait = match (self.shared.has_more(), self.shared.workers.has_replacements()) {
+            let wait = match (self.state.has_more(), self.state.workers.has_replacements()) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, true) => linger,
                 (false, false) => EpollTimeout::NONE,
             };
             match self.turn(wait) {
                 Turn::Stopped => return self.served,
-                Turn::Quiet if wait == linger && self.shared.workers.try_remove(self.slot) => {
+                Turn::Quiet if wait == linger && self.state.workers.try_remove(self.slot) => {
                     return self.served;
                 }
-                Turn::Quiet | Turn::Busy => self.shared.workers.mark_waiting(self.slot),
+                Turn::Quiet | Turn::Busy => self.state.workers.mark_waiting(self.slot),
             }
         }
     }
@@ -99,16 +99,16 @@ impl Worker {
         let _abort = AbortOnPanic::armed();
         let before = self.served;
         while self.served - before < budget {
-            let left = self.shared.has_more();
+            let left = self.state.has_more();
             let turn = self.turn(EpollTimeout::ZERO);
-            self.shared.workers.mark_waiting(self.slot);
+            self.state.workers.mark_waiting(self.slot);
             if turn == Turn::Quiet && !left {
                 break;
             }
         }
-        if self.shared.has_more() {
+        if self.state.has_more() {
             // A loop that waits for this descriptor is woken, because work is left.
-            self.shared.wake_one();
+            self.state.wake_one();
         }
         self.served - before
     }
@@ -118,19 +118,19 @@ impl Worker {
         // One at a time: what else is ready stays so for the worker that takes this post over.
         let mut ready = [EpollEvent::empty()];
         let count = self.ready.wait(&mut ready, wait);
-        self.shared.workers.mark_working(self.slot);
+        self.state.workers.mark_working(self.slot);
         match count {
             Ok(0) => {}
             Ok(_) => {
                 let fd = ready[0].data() as RawFd;
-                if fd == self.shared.stop.as_fd().as_raw_fd() {
+                if fd == self.state.stop.as_fd().as_raw_fd() {
                     return Turn::Stopped;
-                } else if fd == self.shared.wake_fd.as_fd().as_raw_fd() {
+                } else if fd == self.state.wake_fd.as_fd().as_raw_fd() {
                     // EAGAIN if another worker has read it first. The channel holds the remaining work.
-                    let _ = self.shared.wake_fd.read();
-                } else if fd == self.shared.timers.fd() {
+                    let _ = self.state.wake_fd.read();
+                } else if fd == self.state.timers.fd() {
                     self.serve_later();
-                } else if let Some(handle) = self.shared.region(fd) {
+                } else if let Some(handle) = self.state.region(fd) {
                     self.serve_batch(&handle);
                 }
             }
@@ -157,11 +157,11 @@ impl Worker {
     fn serve_batch(&mut self, handle: &RegionHandle) {
         let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
-        let Some(mut turn) = region.acquire_turn() else { return self.shared.look_later(&region, TURN_MAX) };
+        let Some(mut turn) = region.acquire_turn() else { return self.state.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
             if self.serve_read(&region, &mut turn) == Err(Busy) {
                 // The turn is not released: the next worker takes it when it is late, and does not wait either.
-                return self.shared.look_later(&region, TURN_MAX);
+                return self.state.look_later(&region, TURN_MAX);
             }
             if turn.try_release(self.batch.is_full()) {
                 return;
@@ -169,12 +169,12 @@ impl Worker {
         }
         // There may always be more to read: other regions come first.
         turn.release_unread();
-        self.shared.rearm(&self.ready, &region);
+        self.state.rearm(&self.ready, &region);
     }
 
     /// Reads a batch of events, and serves it or hands it on.
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
-        let Self { shared, ready, batch, buffers, served, slot, .. } = self;
+        let Self { state, ready, batch, buffers, served, slot, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
         let defer = &mut |event| region.handle_deferred(event);
         let again = match turn.may_wait() {
@@ -182,7 +182,7 @@ impl Worker {
             false => region.try_read_events(batch, defer)?,
         };
         if again {
-            shared.look_later(region, MOMENT);
+            state.look_later(region, MOMENT);
         }
         let read = Instant::now();
         let read_again = turn.after_read(read, region.latency.is_fast());
@@ -191,22 +191,22 @@ impl Worker {
         let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.local_share()) };
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
-            match shared.enqueue(QueuedFault::new(region, request)).ok() {
+            match state.enqueue(QueuedFault::new(region, request)).ok() {
                 // Not worth another worker, but one that stands in for this one has to find them.
                 Some(()) if index < keeps => kept += 1,
                 Some(()) => queued += 1,
                 // The channel is full, so all others have work: do it here.
                 None => {
-                    shared.workers.step(*slot);
+                    state.workers.step(*slot);
                     serve(region, request, buffers);
                 }
             }
         }
-        shared.ring(queued);
+        state.wake_others(queued);
         *served += batch.faults().len() as u64 - queued - kept;
         if batch.is_full() {
             // There is more to read, and a source may hold this worker up first: another one reads on.
-            shared.rearm(ready, region);
+            state.rearm(ready, region);
         }
         if let Some(first) = first {
             self.serve_admitted(region, first);
@@ -228,8 +228,8 @@ impl Worker {
         } else if region.latency.is_fast() {
             self.serve_now(region, request);
         } else {
-            let most = self.shared.slow_most();
-            let first = self.shared.slow_admission.admit(most, QueuedFault::new(region, request));
+            let most = self.state.slow_workers_max();
+            let first = self.state.slow_admission.admit(most, QueuedFault::new(region, request));
             self.serve_slow(first);
         }
     }
@@ -242,31 +242,31 @@ impl Worker {
             if let Some(region) = handle.enter() {
                 self.serve_now(&region, request);
             }
-            next = self.shared.slow_admission.release(self.shared.slow_most(), &handle);
+            next = self.state.slow_admission.release(self.state.slow_workers_max(), &handle);
         }
     }
 
     fn serve_now(&mut self, region: &Arc<Served>, request: FaultRequest) {
-        self.shared.workers.step(self.slot);
+        self.state.workers.step(self.slot);
         let ahead = serve(region, request, &mut self.buffers);
-        self.shared.queue_prefetch(region, ahead.into_iter().flatten());
+        self.state.queue_prefetch(region, ahead.into_iter().flatten());
     }
 
     /// Serves queued faults, and the next fault that waits for a berth, if one is free by now.
     fn serve_queued(&mut self) {
-        self.shared.handle_all_deferred();
+        self.state.handle_all_deferred();
         // Then it looks at the regions again, whose faults are in no channel yet.
         self.serve_some_queued(QUEUED_AT_ONCE);
-        if self.shared.slow_admission.has_waiters() {
-            let last_resort = self.shared.workers.last_resort.load(Ordering::Relaxed);
-            let next = self.shared.slow_admission.admit_next(self.shared.slow_most(), last_resort);
+        if self.state.slow_admission.has_waiters() {
+            let last_resort = self.state.workers.last_resort.load(Ordering::Relaxed);
+            let next = self.state.slow_admission.admit_next(self.state.slow_workers_max(), last_resort);
             self.serve_slow(next);
         }
     }
 
     fn serve_some_queued(&mut self, most: u64) {
         for _ in 0..most {
-            let Some(QueuedFault { handle, request }) = self.shared.dequeue() else { break };
+            let Some(QueuedFault { handle, request }) = self.state.dequeue() else { break };
             // A region that is being dropped needs no page any more.
             let Some(region) = handle.enter() else { continue };
             self.served += 1;
@@ -276,9 +276,9 @@ impl Worker {
 
     /// Does the timed tasks that are due.
     fn serve_later(&mut self) {
-        self.shared.timers.seen();
+        self.state.timers.acknowledge();
         for _ in 0..QUEUED_AT_ONCE {
-            match self.shared.timers.take() {
+            match self.state.timers.take() {
                 Some(TimedTask::Serve(QueuedFault { handle, request })) => {
                     // A region that is being dropped needs no page any more.
                     let Some(region) = handle.enter() else { continue };
@@ -297,12 +297,12 @@ impl Worker {
 
     /// Fills one block of readahead, and queues the rest for the next free worker.
     fn fill_ahead(&mut self) {
-        let Ok(PrefetchTask { handle, span }) = self.shared.prefetches.1.try_recv() else { return };
+        let Ok(PrefetchTask { handle, span }) = self.state.prefetches.1.try_recv() else { return };
         let Some(region) = handle.enter() else { return };
-        self.shared.workers.step(self.slot);
+        self.state.workers.step(self.slot);
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
-        self.shared.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
+        self.state.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
         fill_ahead(&region, now, &mut self.buffers);
     }
 
@@ -310,7 +310,7 @@ impl Worker {
     fn replay(&mut self, region: &Arc<Served>) {
         let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
         runs.for_each(|run| replay(region, run, &mut self.buffers));
-        self.shared.replay(region);
+        self.state.replay(region);
     }
 }
 

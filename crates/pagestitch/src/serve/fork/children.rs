@@ -36,7 +36,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
     }
 
     /// Takes a child in. False if the region is being dropped: no worker would serve the child.
-    pub(crate) fn take_in(&self, child: &Arc<R>) -> bool {
+    pub(crate) fn add(&self, child: &Arc<R>) -> bool {
         let mut members = self.members.lock();
         if !members.closed {
             members.served.push(Arc::clone(child));

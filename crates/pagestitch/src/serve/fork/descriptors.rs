@@ -75,17 +75,17 @@ impl Descriptors {
 
     /// Called when no descriptor is left for a child. True if that has been so for so long that
     /// children that have ended will free none.
-    pub(crate) fn is_short(&self) -> bool {
+    pub(crate) fn note_shortage(&self) -> bool {
         self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE
     }
 
     /// Makes a descriptor free. False if there is none to be made free.
-    pub(crate) fn make_room(&self) -> bool {
+    pub(crate) fn close_spare(&self) -> bool {
         self.spare().pop().is_some()
     }
 
     /// Whether there is room for one more child, after this one.
-    pub(crate) fn has_room(&self) -> bool {
+    pub(crate) fn refill_spare(&self) -> bool {
         let mut spare = self.spare();
         // Never beyond: the fork reader allocates nothing.
         while spare.len() < SPARE
@@ -97,7 +97,7 @@ impl Descriptors {
     }
 
     /// A child could be told of.
-    pub(crate) fn had_room(&self) {
+    pub(crate) fn reset_shortage(&self) {
         self.short.store(0, Ordering::Relaxed);
     }
 

@@ -18,14 +18,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[derive(Debug)]
 pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
-    known: Mutex<Known>,
+    known: Mutex<OrphanList>,
     many: AtomicBool,
     /// Limits the log lines about them.
     pub(crate) log_limit: RateLimit,
 }
 
 #[derive(Debug)]
-struct Known {
+struct OrphanList {
     orphans: Vec<Orphan>,
     /// Events of children.
     batch: Batch,
@@ -36,18 +36,18 @@ impl Orphans {
     pub(crate) fn new(allocates: bool) -> Self {
         let room = if allocates { 0 } else { ROOM };
         let known =
-            Mutex::new(Known { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
+            Mutex::new(OrphanList { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
         Self { known, many: AtomicBool::new(false), log_limit: RateLimit::default() }
     }
 
     /// Part of the region is at `to` now.
     pub(crate) fn moved(&self, to: usize, bytes: usize) {
-        self.add(Whose::Region { to, bytes });
+        self.add(OrphanKind::Region { to, bytes });
     }
 
     /// A child is not served.
     pub(crate) fn child(&self, uffd: Uffd) {
-        self.add(Whose::Child(uffd));
+        self.add(OrphanKind::Child(uffd));
     }
 
     /// Whether there are children.
@@ -69,10 +69,10 @@ impl Orphans {
     }
 
     /// Poisons the next pages of each orphan.
-    pub(crate) fn close_some(&self, region: &Mapping, children: Option<&Descriptors>) -> Rest {
+    pub(crate) fn close_some(&self, region: &Mapping, children: Option<&Descriptors>) -> Remaining {
         let mut known = self.lock();
-        let Known { orphans, batch } = &mut *known;
-        let (mut rest, mut index, mut blocked) = (Rest::None, 0, false);
+        let OrphanList { orphans, batch } = &mut *known;
+        let (mut rest, mut index, mut blocked) = (Remaining::None, 0, false);
         while index < orphans.len() {
             let orphan = &mut orphans[index];
             if blocked && orphan.is_in_region() {
@@ -82,7 +82,7 @@ impl Orphans {
             match orphan.close_some(region, (batch, children)) {
                 Progress::Left(left) => {
                     (rest, index) = (rest.max(left), index + 1);
-                    blocked |= left == Rest::Blocked;
+                    blocked |= left == Remaining::Blocked;
                 }
                 Progress::Done => drop(orphans.swap_remove(index)),
                 // Closing its uffd would show zeros to the threads that wait there.
@@ -95,7 +95,7 @@ impl Orphans {
                     // This process must not end before the child is poisoned. Without room for its
                     // descriptor, nothing can be done.
                     let _ = children.map(keep);
-                    Some(Orphan::new(Whose::Child(child)))
+                    Some(Orphan::new(OrphanKind::Child(child)))
                 }
                 _ => None,
             });
@@ -105,24 +105,24 @@ impl Orphans {
         rest
     }
 
-    fn add(&self, whose: Whose) {
-        self.lock().orphans.push(Orphan::new(whose));
+    fn add(&self, kind: OrphanKind) {
+        self.lock().orphans.push(Orphan::new(kind));
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, OrphanList> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[derive(Debug)]
 struct Orphan {
-    whose: Whose,
+    kind: OrphanKind,
     /// The number of its pages that are done.
     seen: usize,
 }
 
 #[derive(Debug)]
-enum Whose {
+enum OrphanKind {
     /// Addresses that part of the region is at now.
     Region { to: usize, bytes: usize },
     /// The region's own addresses, in a child with a uffd of its own.
@@ -131,7 +131,7 @@ enum Whose {
 
 /// The orphans that are left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Rest {
+pub(crate) enum Remaining {
     None,
     /// Some, which cannot be closed before the region's own events are read.
     Blocked,
@@ -143,19 +143,19 @@ pub(crate) enum Rest {
 type Events<'a> = (&'a mut Batch, Option<&'a Descriptors>);
 
 enum Progress {
-    Left(Rest),
+    Left(Remaining),
     Done,
     /// It cannot be done.
     Refused,
 }
 
 impl Orphan {
-    const fn new(whose: Whose) -> Self {
-        Self { whose, seen: 0 }
+    const fn new(kind: OrphanKind) -> Self {
+        Self { kind, seen: 0 }
     }
 
     const fn is_in_region(&self) -> bool {
-        matches!(self.whose, Whose::Region { .. })
+        matches!(self.kind, OrphanKind::Region { .. })
     }
 
     /// Poisons the next missing pages.
@@ -170,12 +170,12 @@ impl Orphan {
                 Outcome::AlreadyThere | Outcome::NotRegistered => 1,
                 Outcome::ProcessGone => return Progress::Done,
                 // Memory may be free in a moment.
-                Outcome::NoMemory => return Progress::Left(Rest::Some),
+                Outcome::NoMemory => return Progress::Left(Remaining::Some),
                 Outcome::Changing => return Progress::Left(self.read(region, (batch, children))),
                 refused => return self.give_up(region, refused),
             };
         }
-        Progress::Left(Rest::Some)
+        Progress::Left(Remaining::Some)
     }
 
     /// Ends the registration. A child that began to fork before waits until its event is read: its
@@ -183,8 +183,8 @@ impl Orphan {
     /// and wakes no thread.
     fn end(&self, region: &Mapping, (batch, children): Events<'_>) -> Progress {
         self.unregister(region);
-        match &self.whose {
-            Whose::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
+        match &self.kind {
+            OrphanKind::Child(uffd) if uffd.continue_pages(first_page(region)) == Outcome::Changing => {
                 Progress::Left(self.read(region, (batch, children)))
             }
             _ => Progress::Done,
@@ -193,19 +193,19 @@ impl Orphan {
 
     /// Reads the events of a child, because a process that changes its memory waits until its event
     /// is read. The region's own events are read by its reader.
-    fn read(&self, region: &Mapping, (batch, children): Events<'_>) -> Rest {
-        match &self.whose {
-            Whose::Region { .. } => Rest::Blocked,
-            Whose::Child(uffd) => {
+    fn read(&self, region: &Mapping, (batch, children): Events<'_>) -> Remaining {
+        match &self.kind {
+            OrphanKind::Region { .. } => Remaining::Blocked,
+            OrphanKind::Child(uffd) => {
                 let read = batch.read(uffd, region.page_size());
                 // If there is no descriptor for a child of this child either, read again in a
                 // moment.
                 if let (Err(Errno::EMFILE | Errno::ENFILE), Some(children)) = (read, children)
-                    && children.make_room()
+                    && children.close_spare()
                 {
                     let _ = batch.read(uffd, region.page_size());
                 }
-                Rest::Some
+                Remaining::Some
             }
         }
     }
@@ -213,13 +213,13 @@ impl Orphan {
     /// The next addresses, as many as are marked at once.
     fn next(&self, region: &Mapping) -> Option<AddressRange> {
         let page = region.page_size();
-        match &self.whose {
-            Whose::Region { to, bytes } => {
+        match &self.kind {
+            OrphanKind::Region { to, bytes } => {
                 let seen = page.bytes_of(Span { first: Page(0), pages: self.seen });
                 let rest = bytes.checked_sub(seen).filter(|rest| *rest > 0)?;
                 AddressRange::new(to + seen, rest.min(PAGES * page.bytes()), page)
             }
-            Whose::Child(_) => {
+            OrphanKind::Child(_) => {
                 let all = region.target.all();
                 let rest = all.without_prefix(self.seen.min(all.pages));
                 let now = (!rest.is_empty()).then(|| region.target.contiguous(rest))?;
@@ -230,12 +230,12 @@ impl Orphan {
 
     fn unregister(&self, region: &Mapping) {
         // A refusal means that the range is unmapped, or that its owner has ended.
-        match &self.whose {
-            Whose::Region { to, bytes } => {
+        match &self.kind {
+            OrphanKind::Region { to, bytes } => {
                 let all = AddressRange::new(*to, *bytes, region.page_size());
                 let _ = all.map(|all| region.uffd.unregister(all));
             }
-            Whose::Child(uffd) => region.target.ranges().for_each(|(span, _)| {
+            OrphanKind::Child(uffd) => region.target.ranges().for_each(|(span, _)| {
                 let _ = uffd.unregister(region.target.addresses(span));
             }),
         }
@@ -243,12 +243,12 @@ impl Orphan {
 
     /// Called where pages cannot be poisoned: missing pages would read as zeros.
     fn give_up(&self, region: &Mapping, refused: Outcome) -> Progress {
-        match &self.whose {
-            Whose::Region { .. } => {
+        match &self.kind {
+            OrphanKind::Region { .. } => {
                 eprintln!("pagestitch: region {} was moved, and {refused:?}: aborting", region.name);
                 std::process::abort();
             }
-            Whose::Child(_) => {
+            OrphanKind::Child(_) => {
                 log!(
                     error,
                     region = region.name,
@@ -261,9 +261,9 @@ impl Orphan {
     }
 
     fn uffd<'a>(&'a self, region: &'a Mapping) -> &'a Uffd {
-        match &self.whose {
-            Whose::Region { .. } => &region.uffd,
-            Whose::Child(uffd) => uffd,
+        match &self.kind {
+            OrphanKind::Region { .. } => &region.uffd,
+            OrphanKind::Child(uffd) => uffd,
         }
     }
 }

@@ -2,8 +2,8 @@
 
 use crate::serve::events::to_request;
 use crate::serve::fork::fork_reader::ForkReader;
-use crate::serve::fork::orphans::Rest;
-use crate::serve::shared::Shared;
+use crate::serve::fork::orphans::Remaining;
+use crate::serve::server_state::ServerState;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use pagestitch_kernel::Batch;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 impl ForkReader {
     /// Reads until the pool stops. Waits at `begins` when it has all that it needs, so that no
     /// thread forks before.
-    pub(crate) fn run(&self, shared: &Shared, begins: &Barrier) {
+    pub(crate) fn run(&self, state: &ServerState, begins: &Barrier) {
         let mut batch = Batch::with_capacity(BATCH);
         begins.wait();
         let mut left = false;
@@ -29,10 +29,10 @@ impl ForkReader {
             };
             for event in &ready[..count] {
                 let fd = event.data() as RawFd;
-                if fd == shared.stop.as_fd().as_raw_fd() {
+                if fd == state.stop.as_fd().as_raw_fd() {
                     return;
                 }
-                left |= self.read(fd, shared, &mut batch);
+                left |= self.read(fd, state, &mut batch);
             }
             if left {
                 thread::sleep(MOMENT);
@@ -44,11 +44,11 @@ impl ForkReader {
     /// Poisons the next orphaned pages of all regions. True if some are left.
     fn close_orphans(&self) -> bool {
         let regions = self.lock();
-        regions.iter().fold(false, |left, (_, region)| region.close_orphans() != Rest::None || left)
+        regions.iter().fold(false, |left, (_, region)| region.close_orphans() != Remaining::None || left)
     }
 
     /// Passes the events of a region on. True if some work is left.
-    fn read(&self, fd: RawFd, shared: &Shared, batch: &mut Batch) -> bool {
+    fn read(&self, fd: RawFd, state: &ServerState, batch: &mut Batch) -> bool {
         // Held until this is done, because dropping the last reference to a region frees its
         // memory.
         let regions = self.lock();
@@ -60,12 +60,12 @@ impl ForkReader {
             // The forking thread waits meanwhile.
             return true;
         }
-        let again = region.read_events(batch, &mut |event| shared.pass_on(region, event));
+        let again = region.read_events(batch, &mut |event| state.defer(region, event));
         let read = Instant::now();
         for request in batch.faults().iter().filter_map(|fault| to_request(region, fault, read)) {
-            shared.enqueue_or_leave(region, request);
+            state.enqueue_or_set_aside(region, request);
         }
-        shared.wake_workers(batch.faults().len() as u64);
+        state.wake_workers(batch.faults().len() as u64);
         again
     }
 }

@@ -7,7 +7,7 @@ use crate::guard::discard;
 use crate::serve::Served;
 use crate::serve::events::DeferredEvent;
 use crate::serve::fork::fork_reader::ForkReader;
-use crate::serve::placement::Places;
+use crate::serve::placement::WorkerCpus;
 use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, SlowAdmission, TimedTask, Timers};
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
@@ -27,7 +27,7 @@ use std::time::Duration;
 
 /// The state that the workers share.
 #[derive(Debug)]
-pub(super) struct Shared {
+pub(super) struct ServerState {
     pub(super) stop: EventFd,
     pub(super) wake_fd: EventFd,
     faults: (Sender<QueuedFault>, Receiver<QueuedFault>),
@@ -40,7 +40,7 @@ pub(super) struct Shared {
     pub(super) overflowed: AtomicBool,
     pub(super) threads: Mutex<Threads>,
     pub(super) name: String,
-    pub(super) places: Places,
+    pub(super) cpus: WorkerCpus,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
     pub(super) timers: Arc<Timers>,
     /// Events that the fork reader leaves to workers.
@@ -62,16 +62,16 @@ struct Regions {
     stopped: bool,
 }
 
-impl Shared {
+impl ServerState {
     /// For workers at these places, at most so many, that are called so.
-    pub(super) fn new(places: &Places, most: usize, name: String) -> Result<Self, Errno> {
+    pub(super) fn new(cpus: &WorkerCpus, most: usize, name: String) -> Result<Self, Errno> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let wake_fd = EventFd::from_flags(flags)?;
         let timers = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
-        let epolls = (0..places.workers).map(|_| {
+        let epolls = (0..cpus.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
             watch(&epoll, &*timers, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
@@ -81,18 +81,18 @@ impl Shared {
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
         // With pinned workers a fault wakes all, so that the worker on the CPU of the fault is
         // among them. Of unpinned workers, a fault wakes one.
-        let one = if places.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
+        let one = if cpus.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         Ok(Self {
             stop,
             wake_fd,
             faults: bounded(QUEUE_MAX),
             prefetches: bounded(PREFETCH_MAX),
             slow_admission: SlowAdmission::new(QUEUE_MAX),
-            workers: WorkerTable::new(places.workers, most)?,
+            workers: WorkerTable::new(cpus.workers, most)?,
             overflowed: AtomicBool::new(false),
             threads: Mutex::default(),
             name,
-            places: places.clone(),
+            cpus: cpus.clone(),
             permits: None,
             timers,
             deferred: bounded(DEFERRED_MAX),
@@ -115,7 +115,7 @@ impl Shared {
     }
 
     /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
-    pub(super) fn enqueue_or_leave(&self, region: &Arc<Served>, request: FaultRequest) {
+    pub(super) fn enqueue_or_set_aside(&self, region: &Arc<Served>, request: FaultRequest) {
         if self.enqueue(QueuedFault::new(region, request)).is_ok() {
             return;
         }
@@ -131,7 +131,7 @@ impl Shared {
 
     /// Passes an event of a region to a worker. Returns the event if there is no room: this thread
     /// must not wait, because workers may wait for the thread that forks.
-    pub(super) fn pass_on(&self, region: &Arc<Served>, event: DeferredEvent) -> Result<(), DeferredEvent> {
+    pub(super) fn defer(&self, region: &Arc<Served>, event: DeferredEvent) -> Result<(), DeferredEvent> {
         let passed = self.deferred.0.try_send((Arc::clone(region), event));
         self.wake_one();
         passed.map_err(|refused| refused.into_inner().1)
@@ -141,7 +141,7 @@ impl Shared {
     pub(super) fn handle_all_deferred(&self) {
         while let Ok((region, event)) = self.deferred.1.try_recv() {
             match event {
-                DeferredEvent::Child(child) => self.follow(&region, child),
+                DeferredEvent::Child(child) => self.serve_child(&region, child),
                 DeferredEvent::NoDescriptor => self.reap_children(&region),
                 event => drop(region.handle_deferred(event)),
             }
@@ -188,7 +188,7 @@ impl Shared {
     }
 
     /// Wakes as many other workers as there are faults for them.
-    pub(super) fn ring(&self, faults: u64) {
+    pub(super) fn wake_others(&self, faults: u64) {
         let others = self.workers.working().saturating_sub(1) as u64;
         if faults.min(others) > 0 {
             self.wake_fd.write(faults.min(others)).expect("an eventfd takes small numbers");
@@ -216,14 +216,14 @@ impl Shared {
 
     /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
     /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
-    pub(super) fn slow_most(&self) -> usize {
+    pub(super) fn slow_workers_max(&self) -> usize {
         let workers = self.workers.working();
         let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
         if keeps_one { workers - 1 } else { workers }
     }
 
     /// Takes no region any more; says which there are.
-    pub(super) fn end(&self) -> Vec<Arc<RegionHandle>> {
+    pub(super) fn close(&self) -> Vec<Arc<RegionHandle>> {
         let mut regions = self.regions.write();
         regions.stopped = true;
         regions.served.values().cloned().collect()
@@ -267,10 +267,10 @@ impl Shared {
     }
 
     /// Serves a forked child of a region's, from now on.
-    pub(super) fn follow(&self, parent: &Served, child: Uffd) {
+    pub(super) fn serve_child(&self, parent: &Served, child: Uffd) {
         let Some(children) = &parent.children else { return parent.orphan_child(child) };
         self.reap_children(parent);
-        if !children.has_room() {
+        if !children.refill_spare() {
             let _ = parent.handle_deferred(DeferredEvent::GivenUp);
             return parent.orphan_child(child);
         }
@@ -280,9 +280,9 @@ impl Shared {
                 parent.counters.local().children.add(1);
                 // In this order, so that the thread that closes the family finds the child served,
                 // and ends its service.
-                let served = self.add(&child).is_ok() && children.take_in(&child);
+                let served = self.add(&child).is_ok() && children.add(&child);
                 if !served {
-                    self.leave(&child);
+                    self.detach_child(&child);
                 }
             }
             Err((child, errno)) => {
@@ -297,24 +297,24 @@ impl Shared {
         for dead in parent.children.iter().flat_map(|children| children.reap()) {
             log!(debug, region = dead.name, "has ended");
             self.remove(&dead);
-            self.retire(&dead);
+            self.stop_reading(&dead);
         }
     }
 
     /// Reads no more events of a region whose children were served: no process can fork with it any
     /// more.
-    pub(super) fn retire(&self, region: &Served) {
+    pub(super) fn stop_reading(&self, region: &Served) {
         if let (Some(_), Some(fork_reader)) = (&region.children, self.fork_reader.get()) {
             fork_reader.remove(region);
         }
     }
 
     /// Ends the service of a child: the pages that it has not touched are poisoned.
-    pub(super) fn leave(&self, child: &Served) {
+    pub(super) fn detach_child(&self, child: &Served) {
         self.remove(child);
-        self.retire(child);
+        self.stop_reading(child);
         child.close();
-        child.shut();
+        child.end_service();
     }
 
     /// Has a worker look at a region in a moment.

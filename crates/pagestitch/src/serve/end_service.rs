@@ -1,9 +1,9 @@
 //! The end of a region's service.
 
 use crate::serve::Served;
+use crate::serve::abandon::abandon;
 use crate::serve::fork::block_forks;
-use crate::serve::fork::orphans::Rest;
-use crate::serve::leave::abandon;
+use crate::serve::fork::orphans::Remaining;
 use crate::space::Target;
 use crate::space::page_table::Wake;
 use pagestitch_kernel::Batch;
@@ -15,7 +15,7 @@ impl Served {
     ///
     /// An owned region is **fenced**: the whole range becomes inaccessible. Then all waiters are woken;
     /// they retry and meet the fenced range. Missing pages of adopted memory are poisoned instead.
-    pub(crate) fn shut(&self) {
+    pub(crate) fn end_service(&self) {
         match &self.target {
             Target::Owned(reservation) => {
                 if let Err(errno) = reservation.fence() {
@@ -36,9 +36,9 @@ impl Served {
             block_forks(self);
         }
         let began = Instant::now();
-        while self.close_orphans() != Rest::None {
+        while self.close_orphans() != Remaining::None {
             // An owner that moves or forks without end is killed, if its process is known.
-            let is_stuck = || self.target.foreign().is_some() && began.elapsed() > STRAYS_MAX;
+            let is_stuck = || self.target.foreign().is_some() && began.elapsed() > ORPHANS_MAX;
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
@@ -51,6 +51,6 @@ impl Served {
 }
 
 /// How long moved parts and children of an adopted region may delay its end.
-const STRAYS_MAX: Duration = Duration::from_secs(5);
+const ORPHANS_MAX: Duration = Duration::from_secs(5);
 /// Events read at once while unserved memory is poisoned.
 const ORPHAN_EVENTS: usize = 16;

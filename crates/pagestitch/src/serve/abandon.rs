@@ -20,19 +20,19 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     while let Some(absent) = next_absent(region, adopted, rest) {
         // The owner ends before it meets a poisoned page.
         if adopted.on_unavailable == OnUnavailable::Kill {
-            return end(region, adopted, Outcome::Refused(Errno::ENODATA));
+            return end_owner(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);
-        match lose(region, adopted, adopted.contiguous(absent)) {
+        match poison_missing(region, adopted, adopted.contiguous(absent)) {
             Ok((0, _)) if progress.elapsed() > CHANGING_MAX => {
-                return end(region, adopted, Outcome::Changing);
+                return end_owner(region, adopted, Outcome::Changing);
             }
             Ok((0, _)) => {}
             Ok((pages, bad)) => {
                 lost += bad;
                 (rest, progress) = (rest.without_prefix(pages), Instant::now());
             }
-            Err(outcome) => return end(region, adopted, outcome),
+            Err(outcome) => return end_owner(region, adopted, outcome),
         }
     }
     if lost > 0 {
@@ -87,7 +87,7 @@ fn first_absent(region: &Served, span: Span) -> Span {
 
 /// Poisons the missing pages of a span. Returns how many pages it has looked at, and how many of
 /// them it has poisoned.
-fn lose(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
+fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
     match region.uffd.poison(adopted.addresses(span)) {
         Outcome::Done => Ok((span.pages, span.pages)),
         Outcome::Partial { bytes } => Ok((bytes / adopted.page.bytes(), bytes / adopted.page.bytes())),
@@ -106,7 +106,7 @@ fn lose(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize)
 
 /// Ends the owner where pages cannot be poisoned, or must not be: it would read zeros or wait for
 /// ever.
-fn end(region: &Served, adopted: &Foreign, why: Outcome) {
+fn end_owner(region: &Served, adopted: &Foreign, why: Outcome) {
     if why == Outcome::ProcessGone {
         return;
     }
