@@ -139,7 +139,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_of_adopted_memory() {
         let expected = bytes(64 * PAGE);
         let guest = Guest::new(&[64 * PAGE], false).unwrap();
         let memory = guest.memory().unwrap();
-        let memory = memory.owner(Process::open(nix::unistd::Pid::this()).unwrap());
+        let memory = memory.owner(Process::open(std::process::id()).unwrap());
         let region = Region::builder()
             .chunk(expected.clone())
             .readahead(Readahead::None)

@@ -4,7 +4,7 @@
 use crate::guests::{adopt, receive};
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
-use nix::unistd::{Pid, gettid};
+use nix::unistd::gettid;
 use pagestitch::{
     AdoptedMemory, AdoptedRegion, Chunk, ErrorKind, Inline, OnUnavailable, Pool, Process, Readahead, Region,
     Source,
@@ -437,7 +437,7 @@ fn a_userfaultfd_is_served_by_one_region_at_a_time() {
     let [(first, _), (second, _)] = guest.ranges()[..] else { panic!("two ranges") };
     let build = |name: &str, start: usize, bytes: usize| {
         let memory = guest.memory_without_ranges().unwrap().range(start, bytes);
-        let memory = memory.owner(Process::open(Pid::this()).unwrap());
+        let memory = memory.owner(Process::open(std::process::id()).unwrap());
         Region::builder().name(name).chunk(pattern(9, bytes)).build_adopted(memory, &pool)
     };
     let region = build("low", first, RANGES[0]).unwrap();
@@ -522,7 +522,7 @@ fn memory_that_cannot_be_adopted_is_refused_with_the_reason() {
     let guest = Guest::new(&RANGES, false).unwrap();
     let [(first, _), (second, _)] = guest.ranges()[..] else { panic!("two ranges") };
     let memory = || guest.memory_without_ranges().unwrap();
-    let owned = || memory().owner(Process::open(Pid::this()).unwrap());
+    let owned = || memory().owner(Process::open(std::process::id()).unwrap());
     let refused = |memory: AdoptedMemory| {
         let error = Region::builder().chunks(pieces()).build_adopted(memory, &pool).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::BadOption);

@@ -1,7 +1,6 @@
 //! Memory of guests, in this process or in another one, as adopted memory.
 
 use crate::{SIGBUS, SIGKILL};
-use nix::unistd::Pid;
 use pagestitch::{AdoptedMemory, Process};
 use pagestitch_kernel::{Features, Support, fd_passing};
 use pagestitch_testkit::guest::Guest;
@@ -10,7 +9,7 @@ use std::os::unix::net::UnixStream;
 /// Adopts the memory of a guest in this process, which stands for a part of the program that does
 /// not know pagestitch.
 pub(crate) fn adopt(guest: &Guest) -> AdoptedMemory {
-    guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap())
+    guest.memory().unwrap().owner(Process::open(std::process::id()).unwrap())
 }
 
 /// Receives the handshake of a guest in another process and adopts its memory.

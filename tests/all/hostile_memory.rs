@@ -5,7 +5,7 @@ use crate::handler::RunningHandler;
 use crate::{PAGE, handle_bus_errors, lacks_poison, own_memory, pattern, serve_until, until};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::unistd::{Pid, getgid, getuid, pause};
+use nix::unistd::{getgid, getuid, pause};
 use pagestitch::{Manual, Pool, Process, Region};
 use pagestitch_firecracker::{Handler, OnStop, Snapshot};
 use pagestitch_testkit::child::{self, ChildTest};
@@ -335,7 +335,7 @@ fn moves_of_guest_memory_are_logged_at_a_limited_rate() {
     // One range for each move.
     let mut guest = Guest::movable(&[PAGE; MOVES]).unwrap();
     let mut manual = Manual::new().unwrap();
-    let memory = guest.memory().unwrap().owner(Process::open(Pid::this()).unwrap());
+    let memory = guest.memory().unwrap().owner(Process::open(std::process::id()).unwrap());
     let region = Region::builder().chunk(vec![1; MOVES * PAGE]).build_adopted(memory, &manual).unwrap();
     let (lines, began) = (Lines::default(), Instant::now());
     let mover = thread::spawn(move || {

@@ -2,7 +2,6 @@
 
 use crate::{PAGE, is_readable, own_memory, pattern, serve_until, until};
 use nix::poll::PollTimeout;
-use nix::unistd::Pid;
 use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Process, Region, Server};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
@@ -55,7 +54,7 @@ fn shared_and_adopted_regions_of_an_inherited_pool_are_refused_in_the_child() {
         let uffd = Uffd::open(Features::NONE).unwrap().as_fd().try_clone_to_owned().unwrap();
         let memory = AdoptedMemory::of_this_process(uffd, own_memory()).unwrap().range(1 << 30, PAGE);
         // Before Linux 6.6, a region of adopted memory needs the owner.
-        let memory = memory.owner(Process::open(Pid::this()).unwrap());
+        let memory = memory.owner(Process::open(std::process::id()).unwrap());
         let builder = Region::builder().name("guest").chunk(vec![7; PAGE]);
         is_refused(builder.build_adopted(memory, &pool), "region guest")
     });

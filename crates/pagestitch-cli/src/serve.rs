@@ -144,18 +144,18 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let live = options.live.then(|| Live::show(&scene, move || quit.shutdown())).transpose()?;
     let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
     say(listening);
-    let mut meters: HashMap<i32, Meter> = HashMap::new();
+    let mut meters: HashMap<u32, Meter> = HashMap::new();
     let mut lost = LostOutputs::default();
     handler.run(|event| {
         say(if as_json { to_json(event).to_string() } else { event.to_string() });
         match event {
             Event::Restored { owner, meter, .. } => {
                 scene.add(meter.clone());
-                meters.insert(owner.pid().as_raw(), meter.clone());
+                meters.insert(owner.pid(), meter.clone());
             }
             Event::Ended { owner, .. } | Event::Detached { owner, .. } => {
                 scene.remove(&owner.to_string());
-                let meter = meters.remove(&owner.pid().as_raw());
+                let meter = meters.remove(&owner.pid());
                 if let (Some(path), Some(meter)) = (&options.heatmap, meter) {
                     lost.map = heatmap::write(path, &meter).err();
                     lost.map.iter().for_each(|error| say(error.clone()));
@@ -197,21 +197,21 @@ fn say(line: &str) {
 fn to_json(event: &Event<'_>) -> Value {
     match event {
         Event::Restored { owner, bytes, .. } => {
-            json!({"event": "restored", "pid": owner.pid().as_raw(), "bytes": bytes})
+            json!({"event": "restored", "pid": owner.pid(), "bytes": bytes})
         }
         Event::Refused { owner, reason } => {
             json!({"event": "refused", "pid": owner, "reason": reason.to_string()})
         }
         Event::Ended { owner, metrics, pages_lost } => json!({
-            "event": "ended", "pid": owner.pid().as_raw(), "faults": metrics.faults,
+            "event": "ended", "pid": owner.pid(), "faults": metrics.faults,
             "pages": metrics.pages_installed(), "pages_lost": pages_lost,
         }),
         Event::Recorded { owner, path, outcome } => json!({
-            "event": "recorded", "pid": owner.pid().as_raw(), "path": path.display().to_string(),
+            "event": "recorded", "pid": owner.pid(), "path": path.display().to_string(),
             "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
         }),
         Event::Detached { owner, outcome } => json!({
-            "event": "detached", "pid": owner.pid().as_raw(),
+            "event": "detached", "pid": owner.pid(),
             "pages": outcome.as_ref().ok().map(pagestitch::Metrics::pages_installed),
             "error": outcome.as_ref().err().map(ToString::to_string),
         }),

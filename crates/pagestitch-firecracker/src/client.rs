@@ -58,7 +58,7 @@ pub(crate) enum ClientOutcome {
     Waiting(Client),
     Complete(Box<ReadyGuest>),
     Refused {
-        owner: Option<i32>,
+        owner: Option<u32>,
         reason: HandshakeError,
     },
 }
@@ -204,9 +204,9 @@ impl Client {
     }
 
     /// The pid of its process, unless another process may have the same pid.
-    fn name(&self) -> Option<i32> {
+    fn name(&self) -> Option<u32> {
         let process = self.process.as_ref().ok().filter(|process| self.certain && !process.has_ended())?;
-        Some(process.pid().as_raw()).filter(|&pid| pid > 0)
+        Some(process.pid()).filter(|&pid| pid > 0)
     }
 }
 

@@ -21,7 +21,7 @@ pub enum Event<'a> {
     /// A client is refused.
     Refused {
         /// Its pid, if it is known.
-        owner: Option<i32>,
+        owner: Option<u32>,
         /// The reason.
         reason: &'a HandshakeError,
     },

@@ -6,7 +6,6 @@ use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socketpair};
-use nix::unistd::{Pid, getpid};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -17,7 +16,7 @@ use std::path::PathBuf;
 #[derive(Debug)]
 pub struct Process {
     fd: OwnedFd,
-    pid: Pid,
+    pid: u32,
 }
 
 impl Process {
@@ -25,11 +24,11 @@ impl Process {
     ///
     /// # Errors
     ///
-    /// `ESRCH` if no process has it, `ENOSYS` before Linux 5.3.
-    pub fn open(pid: Pid) -> Result<Self, Errno> {
+    /// `ESRCH` if no process has it, `EINVAL` if no process can have it, `ENOSYS` before Linux 5.3.
+    pub fn open(pid: u32) -> Result<Self, Errno> {
         // SAFETY: pidfd_open(2) takes two integers and touches no memory.
         #[expect(unsafe_code, reason = "a system call without a wrapper")]
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.cast_signed(), 0) };
         let fd = i32::try_from(Errno::result(fd)?).expect("a descriptor is an int");
         // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns
         // it.
@@ -48,7 +47,7 @@ impl Process {
     /// `ESRCH` if the peer has ended (from Linux 6.16 on, the answer is the ended process instead);
     /// before Linux 6.5 as [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
     pub fn peer(socket: impl AsFd) -> Result<Self, Errno> {
-        let pid = Pid::from_raw(getsockopt(&socket, PeerCredentials)?.pid());
+        let pid = getsockopt(&socket, PeerCredentials)?.pid().cast_unsigned();
         match getsockopt(&socket, PeerPidfd) {
             Ok(fd) => Ok(Self { fd, pid }),
             Err(Errno::ENOPROTOOPT) => Self::open(pid),
@@ -106,7 +105,7 @@ impl Process {
 
     /// The id of the process in the caller's PID namespace; 0 if the process is not visible there.
     #[must_use]
-    pub const fn pid(&self) -> Pid {
+    pub const fn pid(&self) -> u32 {
         self.pid
     }
 
@@ -147,11 +146,11 @@ fn link_of(process: &str, fd: RawFd) -> Result<PathBuf, Errno> {
 }
 
 /// True if a descriptor of this process and one of another process are of one open file.
-fn same_file(pid: Pid, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errno> {
-    let (we, fd) = (Pid::this().as_raw(), ours.as_raw_fd());
+fn same_file(pid: u32, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errno> {
+    let (we, they, fd) = (this_process(), pid.cast_signed(), ours.as_raw_fd());
     // SAFETY: kcmp(2) takes five integers and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
-    let answer = unsafe { libc::syscall(libc::SYS_kcmp, we, pid.as_raw(), KCMP_FILE, fd, theirs) };
+    let answer = unsafe { libc::syscall(libc::SYS_kcmp, we, they, KCMP_FILE, fd, theirs) };
     match Errno::result(answer) {
         Ok(order) => Ok(order == 0),
         // The other process has closed the descriptor meanwhile.
@@ -169,13 +168,16 @@ fn errno_of(error: &io::Error) -> Errno {
 /// descriptor.
 #[must_use]
 pub fn is_same_file(one: impl AsRawFd, other: impl AsRawFd) -> bool {
-    const KCMP_FILE: libc::c_int = 0;
-    let here = getpid().as_raw();
+    let us = this_process();
     let (one, other) = (one.as_raw_fd(), other.as_raw_fd());
     // SAFETY: kcmp(2) takes five integers and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
-    let order = unsafe { libc::syscall(libc::SYS_kcmp, here, here, KCMP_FILE, one, other) };
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, us, us, KCMP_FILE, one, other) };
     order == 0
+}
+
+fn this_process() -> libc::pid_t {
+    std::process::id().cast_signed()
 }
 
 impl AsFd for Process {
@@ -186,7 +188,7 @@ impl AsFd for Process {
 
 impl fmt::Display for Process {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.pid.as_raw() {
+        match self.pid {
             0 => f.write_str("a process of another PID namespace"),
             pid => write!(f, "process {pid}"),
         }
@@ -209,11 +211,11 @@ mod tests {
     fn the_peer_of_a_socket_is_a_process_that_tells_its_end() {
         let (one, _other) = UnixStream::pair().unwrap();
         let peer = Process::peer(&one).unwrap();
-        assert_eq!(peer.pid(), Pid::this());
+        assert_eq!(peer.pid(), std::process::id());
         assert!(!peer.has_ended());
         assert_eq!(peer.can_kill(), Ok(()));
         let mut child = std::process::Command::new("true").spawn().unwrap();
-        let process = Process::open(Pid::from_raw(child.id().cast_signed())).unwrap();
+        let process = Process::open(child.id()).unwrap();
         child.wait().unwrap();
         assert!(process.has_ended());
     }
@@ -222,13 +224,13 @@ mod tests {
     fn a_process_holds_its_open_files_and_no_others() {
         let folder = std::env::temp_dir();
         let (one, two) = (File::open(&folder).unwrap(), File::open(&folder).unwrap());
-        let this = Process::open(Pid::this()).unwrap();
+        let this = Process::open(std::process::id()).unwrap();
         match this.holds(&one) {
             Err(errno) => println!("SKIPPED: kcmp(2) answers {errno}"),
             Ok(holds) => assert!(holds),
         }
         let mut child = std::process::Command::new("sleep").arg("60").stdin(two).spawn().unwrap();
-        let other = Process::open(Pid::from_raw(child.id().cast_signed())).unwrap();
+        let other = Process::open(child.id()).unwrap();
         if let Ok(holds) = other.holds(&one) {
             assert!(!holds, "the same directory, opened by itself");
         }

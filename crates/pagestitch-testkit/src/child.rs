@@ -14,7 +14,6 @@
 //! ```
 
 use crate::wait;
-use nix::unistd::Pid;
 use pagestitch::Process;
 use std::env;
 use std::ffi::OsStr;
@@ -88,7 +87,7 @@ impl ChildTest {
     ///
     /// As [`wait`](Self::wait).
     pub fn wait_at_most(mut self, limit: Duration) -> ChildExit {
-        let process = Process::open(Pid::from_raw(self.id().cast_signed())).expect("a child of this process");
+        let process = Process::open(self.id()).expect("a child of this process");
         if !wait::readable(&process, limit) {
             self.kill();
         }

@@ -2,7 +2,9 @@
 
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, alarm, fork};
+use std::os::unix::process::ExitStatusExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitStatus;
 
 /// A running child.
 #[derive(Debug)]
@@ -37,8 +39,8 @@ impl ForkedChild {
 
     /// The pid of the child.
     #[must_use]
-    pub const fn id(&self) -> Pid {
-        self.0
+    pub const fn id(&self) -> u32 {
+        self.0.as_raw().cast_unsigned()
     }
 
     /// Waits for the end of the child, and returns its status.
@@ -47,14 +49,18 @@ impl ForkedChild {
     ///
     /// If another thread has waited for the child.
     #[must_use]
-    pub fn wait(self) -> WaitStatus {
-        waitpid(self.0, None).expect("a child of ours")
+    pub fn wait(self) -> ExitStatus {
+        match waitpid(self.0, None).expect("a child of ours") {
+            WaitStatus::Exited(_, code) => ExitStatus::from_raw(code << 8),
+            WaitStatus::Signaled(_, signal, _) => ExitStatus::from_raw(signal as i32),
+            other => unreachable!("waitpid(2) returns at the end of the child: {other:?}"),
+        }
     }
 
     /// Waits for the end of the child. True if its body returned 0.
     #[must_use]
     pub fn succeeds(self) -> bool {
-        matches!(self.wait(), WaitStatus::Exited(_, 0))
+        self.wait().success()
     }
 }
 

@@ -127,5 +127,5 @@ pub(super) fn ranges(rng: &mut Rng, bytes: usize) -> Vec<usize> {
 pub(super) fn adopt(guest: &Guest) -> Result<AdoptedMemory, Box<dyn std::error::Error>> {
     let memory = guest.memory()?;
     // The owner is this process, so unavailable bytes end the test.
-    Ok(memory.owner(Process::open(nix::unistd::Pid::this())?))
+    Ok(memory.owner(Process::open(std::process::id())?))
 }

@@ -5,7 +5,6 @@ use super::kernel::Injection;
 use super::locked::Locked;
 use super::tally::Tally;
 use fastrand::Rng;
-use nix::sys::wait::WaitStatus;
 use pagestitch::{Region, Support};
 use pagestitch_kernel::Features;
 use pagestitch_testkit::forked::ForkedChild;
@@ -106,10 +105,8 @@ impl OwnedRegion<'_> {
         Tally::count(&self.context.tally.children, 1);
         // The child has its own copy of the counters, which is lost.
         let child = ForkedChild::start(|| i32::from(self.verify_in_child(&mut rng.fork()).is_err()));
-        match child.wait() {
-            WaitStatus::Exited(_, 0) => Ok(()),
-            ended => Err(format!("a forked child ended with {ended:?}")),
-        }
+        let ended = child.wait();
+        if ended.success() { Ok(()) } else { Err(format!("a forked child ended with {ended}")) }
     }
 
     fn verify_in_child(&self, rng: &mut Rng) -> Result<(), Failure> {

@@ -93,7 +93,7 @@ impl Handler {
     fn stop(mut self) -> Vec<String> {
         assert!(self.process.try_wait().unwrap().is_none(), "the handler has ended");
         let pid = Pid::from_raw(self.process.id().cast_signed());
-        let process = Process::open(pid).unwrap();
+        let process = Process::open(self.process.id()).unwrap();
         kill(pid, Signal::SIGTERM).unwrap();
         assert!(wait::readable(&process, TIME_LIMIT), "the handler ignores SIGTERM");
         self.lines.take().unwrap().join().unwrap()

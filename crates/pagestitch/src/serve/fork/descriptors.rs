@@ -2,7 +2,6 @@
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use nix::unistd::Pid;
 use pagestitch_kernel::fd_queue::FdQueue;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::{AddressRange, Errno, Uffd};
@@ -35,7 +34,7 @@ impl Descriptors {
             spare: StdMutex::new(spare),
             short: AtomicUsize::new(0),
             kept,
-            server: Process::open(Pid::this()).ok(),
+            server: Process::open(std::process::id()).ok(),
         })
     }
 
