@@ -147,18 +147,18 @@ impl TryFrom<OwnedFd> for SharedFile {
         if metadata.len() == 0 {
             return refuse("the file is empty: give it a length first");
         }
-        let mode = readable(&file)?;
+        let writable = readable(&file)? == Access::Writable;
         let granule = granule_of(&file)?;
-        Ok(Self { len: metadata.len(), writable: mode == OFlag::O_RDWR, file, granule })
+        Ok(Self { len: metadata.len(), writable, file, granule })
     }
 }
 
-/// The access mode of a descriptor that can be read at any offset into any buffer.
+/// The access to a file through a descriptor that can be read at any offset into any buffer.
 ///
 /// # Errors
 ///
 /// [`io::ErrorKind::InvalidInput`] with the reason: `O_WRONLY`, `O_PATH`, `O_DIRECT`.
-pub fn readable(file: &impl AsFd) -> io::Result<OFlag> {
+pub fn readable(file: &impl AsFd) -> io::Result<Access> {
     let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     let flags = OFlag::from_bits_truncate(fcntl(file, FcntlArg::F_GETFL)?);
     if flags.contains(OFlag::O_PATH) {
@@ -170,7 +170,8 @@ pub fn readable(file: &impl AsFd) -> io::Result<OFlag> {
     if flags.contains(OFlag::O_DIRECT) {
         return refuse("open with O_DIRECT, which reads aligned blocks only: open it without");
     }
-    Ok(flags & OFlag::O_ACCMODE)
+    let writable = flags & OFlag::O_ACCMODE == OFlag::O_RDWR;
+    Ok(if writable { Access::Writable } else { Access::ReadOnly })
 }
 
 impl AsFd for SharedFile {
