@@ -16,7 +16,7 @@ pub enum Method {
     StagedMove,
     /// Moved from their owner: no copy. On first touch since Linux 6.8, when the region is built before that.
     Move,
-    /// Shown on first touch, when the memfd has them: no copy.
+    /// ShownPages on first touch, when the memfd has them: no copy.
     Continue,
     /// The kernel's zero page. No copy.
     Zero,

@@ -19,7 +19,7 @@ use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, Shown, Target,
+    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, ShownPages, Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left};
 use pagestitch_kernel::page::HUGE;
@@ -42,7 +42,7 @@ pub(super) enum Ground {
 struct Site {
     target: Target,
     uffd: Uffd,
-    shown: Shown,
+    shown: ShownPages,
     /// Whether donated pages move on first touch.
     moves: bool,
     /// Whether whole blocks are filled in staging; an error is the reason against it.
@@ -134,7 +134,7 @@ fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, E
     Ok(Site {
         target: Target::Foreign(foreign),
         uffd,
-        shown: Shown::default(),
+        shown: ShownPages::default(),
         moves: false,
         staged: Err("the kernel moves pages only inside a process"),
         blocks: Blocks::Never,
@@ -208,11 +208,11 @@ fn show(
     most: Option<usize>,
     moves: bool,
     (view, uffd): (&mut View, &Uffd),
-) -> Result<Shown, Error> {
+) -> Result<ShownPages, Error> {
     let page = PageSize::system();
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let budget = || most.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
-    let shown = Shown::map(layout, page, budget, Abilities { moves, minor_faults }, view, uffd)
+    let shown = ShownPages::map(layout, page, budget, Abilities { moves, minor_faults }, view, uffd)
         .map_err(|error| cannot_show(name, layout, error))?;
     if shown.in_place.pages() > 0 {
         layout.let_go_of_mapped(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());

@@ -102,13 +102,13 @@ impl SharedRegion {
         written.map_err(|errno| self.refused("written", &range, errno))
     }
 
-    /// Runs a kernel access, and repeats it once if lazy pages have left the kernel's page table.
+    /// MappedRuns a kernel access, and repeats it once if lazy pages have left the kernel's page table.
     ///
     /// Reclaim or a collapse takes out pages that the memfd still has. For an ordinary user, the
     /// kernel's own access does not map them again, so this maps them before the second try.
     fn shown(&self, range: &Range<u64>, mut access: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
         match access() {
-            Err(Errno::EFAULT) if self.any.served.forget_lazy(range) => {
+            Err(Errno::EFAULT) if self.any.served.mark_lazy_absent(range) => {
                 let _ = self.any.populate(range.clone());
                 access()
             }

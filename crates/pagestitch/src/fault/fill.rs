@@ -138,7 +138,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
 /// (true), or none of them.
 fn as_it_is(region: &Mapping, span: Span) -> (Span, bool) {
     let Some(adopted) = region.target.foreign() else { return (span, false) };
-    let (pages, removed) = adopted.removed_prefix(span);
+    let (pages, removed) = adopted.discarded_prefix(span);
     (span.prefix(pages), removed)
 }
 

@@ -5,7 +5,7 @@ use crate::fault::fill::{Content, Filled};
 use crate::method::Method;
 use crate::source::gone;
 use crate::space::Mapping;
-use crate::space::page_table::{Claim, State, Wake};
+use crate::space::page_table::{Claim, PageState, Wake};
 use crate::space::target::{Busy, Foreign};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
@@ -123,9 +123,9 @@ fn install_some(
             return Err(PutError::Other(refusal(refused)));
         }
     };
-    claim.settle(pages, State::Present);
+    claim.settle(pages, PageState::Present);
     if outcome != Outcome::AlreadyThere {
-        region.forget_failures(span.prefix(pages));
+        region.remove_failures(span.prefix(pages));
     }
     tell(region, span.prefix(pages), method);
     Ok(pages)
@@ -150,7 +150,7 @@ fn held_now(region: &Mapping, span: Span) -> Result<Held<'_>, Changing> {
 }
 
 fn unless_invalidated<'r>(region: &Mapping, span: Span, held: Held<'r>) -> Result<Held<'r>, Changing> {
-    if held.is_some() && span.iter().any(|page| region.pages.state(page) == State::Invalidated) {
+    if held.is_some() && span.iter().any(|page| region.pages.state(page) == PageState::Invalidated) {
         region.counters.local().retries.add(1);
         return Err(Changing);
     }
@@ -162,7 +162,7 @@ pub(crate) fn install_inline(region: &Mapping, claim: &mut Claim<'_>, content: C
     let span = claim.span();
     match put_inline(region, span, content) {
         Some((Outcome::Done | Outcome::AlreadyThere, method)) => {
-            claim.settle(1, State::Present);
+            claim.settle(1, PageState::Present);
             count(region, span, method);
             true
         }
@@ -310,14 +310,14 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
         return FillError::Failed(failure);
     }
     // The failure is kept first: a thread that finds the page poisoned then finds the reason.
-    region.keep_failure(page, Arc::clone(&failure));
+    region.record_failure(page, Arc::clone(&failure));
     if let Some(adopted) = region.target.foreign() {
-        adopted.lose(&region.name);
+        adopted.note_unavailable(&region.name);
     }
     if let Err(stopped) = poison(region, page.span()) {
         return stopped;
     }
-    claim.settle(1, State::Poisoned);
+    claim.settle(1, PageState::Poisoned);
     region.settle_failure(page, &failure);
     count(region, page.span(), Method::Poison);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");

@@ -14,7 +14,7 @@ pub(crate) use request::{FaultRequest, Host};
 
 use crate::error::Failure;
 use crate::guard::Entered;
-use crate::metrics::{InFlightFault, Part};
+use crate::metrics::{FaultPart, InFlightFault};
 use crate::policy::{OnFailure, Prefetch};
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, Wake};
@@ -84,7 +84,7 @@ fn serve_once<H: Host>(
         let asked = FaultRequest { place: flight.map(InFlightFault::keep), ..asked };
         fetch(region, claim, (source, offset), FetchReason::Now(asked), permit);
         // Only the worker's own time counts: it does not wait for the bytes.
-        region.took(nanoseconds(started));
+        region.record_latency(nanoseconds(started));
         return Ok([prefetch.with_fault, prefetch.after_fault]);
     }
     // A repeated request fills its page alone.
@@ -108,7 +108,7 @@ fn serve_once<H: Host>(
         Ok(()) | Err(FillError::Failed(_)) => {}
     }
     let spent = nanoseconds(started);
-    region.took(spent);
+    region.record_latency(spent);
     // The cost of a whole block says nothing about the cost of a fault.
     let dense = block.is_none().then(|| region.policy.spent(page, spent)).flatten();
     Ok([dense, prefetch.after_fault])
@@ -129,7 +129,7 @@ fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
         let failure = region.layout.piece_at(offsets.start, offsets.end).failed(std::io::Error::other(what));
         // The failure is kept before the page is poisoned: the claim's holder then finds the poison
         // marker and the reason.
-        region.keep_failure(page, Arc::new(failure));
+        region.record_failure(page, Arc::new(failure));
         let _ = poison(region, page.span());
     }
 }
@@ -166,7 +166,7 @@ pub(crate) fn fill_claim(
                 match apply_failure_policy(region, &mut claim, failure, buffers, short) {
                     Err(FillError::NoMemory) => return without_memory(claim, asked),
                     Err(again @ FillError::Again { .. }) => {
-                        claim.give_back_asleep();
+                        claim.release_without_wake();
                         return Err(again);
                     }
                     applied => applied?,
@@ -186,7 +186,7 @@ fn without_memory(claim: Claim<'_>, asked: Span) -> Result<(), FillError> {
     if !claim.span().contains(asked.first) {
         return Ok(());
     }
-    claim.give_back_asleep();
+    claim.release_without_wake();
     Err(FillError::NoMemory)
 }
 
@@ -219,11 +219,11 @@ fn fill_and_install(
 ) -> Result<(), StepError> {
     let began = region.counters.clock();
     let filled = fill(region, claim.span(), buffers);
-    region.counters.took(Part::Fill, began);
+    region.counters.record_time(FaultPart::Fill, began);
     let filled = filled.map_err(StepError::Source)?;
     let began = region.counters.clock();
     let installed = install(region, claim, filled, short);
-    region.counters.took(Part::Resolve, began);
+    region.counters.record_time(FaultPart::Resolve, began);
     Ok(installed?)
 }
 

@@ -7,7 +7,7 @@ use crate::fault::fill::{Content, Filled};
 use crate::fault::install::{InstallError, Short, fail, given_up, install};
 use crate::fault::{FaultRequest, Host, serve_later};
 use crate::guard::{AbortOnPanic, discard, quietly};
-use crate::metrics::Part;
+use crate::metrics::FaultPart;
 use crate::source::{Complete, Fetched, Reply};
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
@@ -69,7 +69,7 @@ impl<H: Host> Complete for Pending<H> {
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
         let _abort = AbortOnPanic::armed();
         let Self { region, span, wanted, began, .. } = self.as_ref();
-        region.counters.took(Part::Fill, *began);
+        region.counters.record_time(FaultPart::Fill, *began);
         let mut claim = region.pages.resume(*span, &***region);
         // If the claim is not settled to its end, its drop gives the pages back, and the waiting
         // threads fault again.
@@ -83,8 +83,8 @@ impl<H: Host> Complete for Pending<H> {
                         region.counters.local().pages_ahead.add(span.pages as u64)
                     }
                     (Err(InstallError::NoMemory), FetchReason::Now(asked)) => {
-                        claim.give_back_asleep();
-                        region.counters.took(Part::Resolve, began);
+                        claim.release_without_wake();
+                        region.counters.record_time(FaultPart::Resolve, began);
                         return serve_later(region, *asked);
                     }
                     (Err(not), FetchReason::Now(_)) => drop(given_up(region, &mut claim, not)),
@@ -99,7 +99,7 @@ impl<H: Host> Complete for Pending<H> {
                 }
             }
         }
-        region.counters.took(Part::Resolve, began);
+        region.counters.record_time(FaultPart::Resolve, began);
         wanted.finish(region);
     }
 }

@@ -21,7 +21,7 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool;
 
     /// Records the time that a fault took, in nanoseconds.
-    fn took(&self, ns: u64);
+    fn record_latency(&self, ns: u64);
 }
 
 /// A fault to be served: its page, its thread, and the time at which a worker read it.

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// The histogram while threads record in it.
-pub(crate) struct Recorder {
+pub(crate) struct LatencyRecorder {
     counts: [AtomicU64; STEPS],
 }
 
-impl Recorder {
+impl LatencyRecorder {
     pub(crate) fn new() -> Self {
         Self { counts: std::array::from_fn(|_| AtomicU64::new(0)) }
     }
@@ -25,7 +25,7 @@ impl Recorder {
     }
 }
 
-impl fmt::Debug for Recorder {
+impl fmt::Debug for LatencyRecorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.read().fmt(f)
     }
@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn quantiles_are_those_of_what_was_recorded() {
-        let recorder = Recorder::new();
+        let recorder = LatencyRecorder::new();
         (1..=1000).for_each(|us| recorder.record(Duration::from_micros(us)));
         let histogram = recorder.read();
         assert_eq!(histogram.count(), 1000);
@@ -132,7 +132,7 @@ mod tests {
             let (told, exact) = (histogram.quantile(share), Duration::from_micros(us));
             assert!(told >= exact && told <= exact + exact / 8, "{share}: {told:?}");
         }
-        assert_eq!(Recorder::new().read().quantile(0.5), Duration::ZERO);
+        assert_eq!(LatencyRecorder::new().read().quantile(0.5), Duration::ZERO);
         assert_eq!(histogram.steps().map(|(_, count)| count).sum::<u64>(), 1000);
     }
 }

@@ -19,7 +19,7 @@ mod in_flight;
 pub use coverage::Coverage;
 pub(crate) use coverage::Presence;
 pub use histogram::Histogram;
-use histogram::Recorder;
+use histogram::LatencyRecorder;
 use in_flight::InFlight;
 pub(crate) use in_flight::{InFlightFault, Overdue};
 use pagestitch_kernel::striped::Striped;
@@ -77,14 +77,14 @@ pub(crate) struct Counters {
 /// The latencies of the parts of faults.
 #[derive(Debug)]
 struct Timings {
-    queue: Recorder,
-    fill: Recorder,
-    resolve: Recorder,
+    queue: LatencyRecorder,
+    fill: LatencyRecorder,
+    resolve: LatencyRecorder,
 }
 
 /// A part of a fault.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Part {
+pub(crate) enum FaultPart {
     Fill,
     Resolve,
 }
@@ -97,7 +97,11 @@ impl Counters {
         record_latency: bool,
         quiet: bool,
     ) -> Self {
-        let timings = || Timings { queue: Recorder::new(), fill: Recorder::new(), resolve: Recorder::new() };
+        let timings = || Timings {
+            queue: LatencyRecorder::new(),
+            fill: LatencyRecorder::new(),
+            resolve: LatencyRecorder::new(),
+        };
         let timings = record_latency.then(|| Box::new(timings()));
         let in_flight = if quiet { InFlight::fixed() } else { InFlight::new() };
         Self { region, page, pages, striped: Striped::default(), in_flight, timings }
@@ -171,11 +175,11 @@ impl Counters {
     }
 
     /// Records the time of a part that began at `began`.
-    pub(crate) fn took(&self, part: Part, began: Option<Instant>) {
+    pub(crate) fn record_time(&self, part: FaultPart, began: Option<Instant>) {
         if let (Some(timings), Some(began)) = (&self.timings, began) {
             match part {
-                Part::Fill => timings.fill.record(began.elapsed()),
-                Part::Resolve => timings.resolve.record(began.elapsed()),
+                FaultPart::Fill => timings.fill.record(began.elapsed()),
+                FaultPart::Resolve => timings.resolve.record(began.elapsed()),
             }
         }
     }

@@ -2,7 +2,7 @@
 //! as soon as its event is read, so only zeros may be installed in the page from then on.
 
 use super::kernel::{Answer, Content, Found, Kernel};
-use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageState, PageTable, Unclaimed, Wake};
 use crate::space::target::Foreign;
 use pagestitch_kernel::Page;
 use pagestitch_kernel::sync::model::explore;
@@ -23,7 +23,7 @@ impl Owned {
                 let _alone = self.adopted.change();
                 let events = self.kernel.read_now();
                 for page in &events.removed {
-                    self.adopted.remove(page.span());
+                    self.adopted.note_discard(page.span());
                     self.table.invalidate(page.span());
                 }
                 events
@@ -44,10 +44,10 @@ impl Owned {
     /// right.
     fn fill(&self, mut claim: Claim<'_>) {
         let page = claim.span().first;
-        let (_, removed) = self.adopted.removed_prefix(page.span());
+        let (_, removed) = self.adopted.discarded_prefix(page.span());
         let content = if removed { Content::Zeros } else { Content::Bytes };
         let held = self.adopted.hold();
-        if self.table.state(page) == State::Invalidated {
+        if self.table.state(page) == PageState::Invalidated {
             return;
         }
         match self.kernel.copy(page, content) {
@@ -58,7 +58,7 @@ impl Owned {
             Answer::AlreadyThere => self.kernel.wake(page.span()),
             Answer::Done => {}
         }
-        claim.settle(1, State::Present);
+        claim.settle(1, PageState::Present);
     }
 }
 

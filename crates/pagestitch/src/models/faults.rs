@@ -2,7 +2,7 @@
 //! source fails.
 
 use super::kernel::{Answer, Content, Found, Kernel};
-use crate::space::page_table::{Claim, PageTable, State, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageState, PageTable, Unclaimed, Wake};
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
 use shuttle::thread;
@@ -51,8 +51,8 @@ impl Region {
         while !claim.span().is_empty() {
             let page = claim.span().first;
             let (answer, state) = match self.bad {
-                Some(bad) if bad == page => (self.poison(page), State::Poisoned),
-                _ => (self.kernel.copy(page, Content::Bytes), State::Present),
+                Some(bad) if bad == page => (self.poison(page), PageState::Poisoned),
+                _ => (self.kernel.copy(page, Content::Bytes), PageState::Present),
             };
             match answer {
                 Answer::Changing => return false,
@@ -77,7 +77,7 @@ impl Region {
         self.populate_once(span);
         let missing = |page: &Page| !self.kernel.is_resident(*page);
         let missing: Vec<_> = span.iter().filter(missing).collect();
-        missing.iter().for_each(|page| self.table.forget_present(*page));
+        missing.iter().for_each(|page| self.table.mark_absent(*page));
         if !missing.is_empty() {
             self.populate_once(span);
         }
@@ -95,9 +95,9 @@ impl Region {
                         thread::yield_now();
                     }
                 }
-                Err(State::Present | State::Poisoned) => rest = rest.without_prefix(1),
-                Err(State::Absent) => {}
-                Err(State::Filling | State::Contended | State::Invalidated) => {
+                Err(PageState::Present | PageState::Poisoned) => rest = rest.without_prefix(1),
+                Err(PageState::Absent) => {}
+                Err(PageState::Filling | PageState::Contended | PageState::Invalidated) => {
                     self.table.wait_while_filling(rest.first);
                 }
             }
@@ -110,7 +110,7 @@ impl Region {
     }
 }
 
-/// Runs threads beside `workers`, and checks that no page is claimed after they end.
+/// MappedRuns threads beside `workers`, and checks that no page is claimed after they end.
 fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region); N]) {
     let spawn = |body: fn(&Region)| {
         let region = Arc::clone(region);

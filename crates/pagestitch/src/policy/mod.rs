@@ -18,7 +18,7 @@ pub(crate) use readahead::Prefetch;
 pub use readahead::Readahead;
 use readahead::Streams;
 pub use recording::Recording;
-pub(crate) use recording::{Recorder, Replay};
+pub(crate) use recording::{Replay, TouchRecorder};
 
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};

@@ -191,13 +191,13 @@ impl Recording {
 /// Takes down the pages of faults, without a lock or an allocation. As many as the region has; what
 /// is touched anew after it was let go is taken down anew, as long as there is room.
 #[derive(Debug)]
-pub(crate) struct Recorder {
+pub(crate) struct TouchRecorder {
     next: AtomicUsize,
     /// Each entry is a page number plus one; 0 while it is not written yet.
     pages: AtomicTable,
 }
 
-impl Recorder {
+impl TouchRecorder {
     pub(crate) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
         Ok(Self { next: AtomicUsize::new(0), pages: AtomicTable::new(pages)? })
     }

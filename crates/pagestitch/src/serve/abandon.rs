@@ -2,7 +2,7 @@
 
 use crate::serve::Served;
 use crate::space::OnUnavailable;
-use crate::space::page_table::State;
+use crate::space::page_table::PageState;
 use crate::space::target::Foreign;
 use pagestitch_kernel::{Batch, Errno, Outcome, Page, Span};
 use std::thread;
@@ -79,7 +79,7 @@ fn read_without_serving(region: &Served) {
 
 /// The absent pages of a span up to the next that is not.
 fn first_absent(region: &Served, span: Span) -> Span {
-    let here = |page: &Page| matches!(region.pages.state(*page), State::Present | State::Poisoned);
+    let here = |page: &Page| matches!(region.pages.state(*page), PageState::Present | PageState::Poisoned);
     let before = span.iter().take_while(here).count();
     let rest = span.without_prefix(before);
     rest.prefix(rest.iter().take_while(|page| !here(page)).count())

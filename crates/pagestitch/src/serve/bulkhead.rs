@@ -7,39 +7,39 @@ use std::collections::VecDeque;
 /// The number of taken berths, and the queue of items that wait for one.
 #[derive(Debug)]
 pub(crate) struct Bulkhead<T> {
-    state: Mutex<State<T>>,
+    queue: Mutex<Queue<T>>,
 }
 
 #[derive(Debug)]
-struct State<T> {
-    taken: usize,
+struct Queue<T> {
+    admitted: usize,
     waiting: VecDeque<T>,
 }
 
 impl<T> Bulkhead<T> {
     /// Reserves queue space for `room` waiting items; the queue grows beyond it.
     pub(crate) fn new(room: usize) -> Self {
-        let state = Mutex::new(State { taken: 0, waiting: VecDeque::with_capacity(room) });
-        Self { state }
+        let queue = Mutex::new(Queue { admitted: 0, waiting: VecDeque::with_capacity(room) });
+        Self { queue }
     }
 
     /// Takes one of `most` berths for `item` and returns the item. `None`: the item waits, and a later
     /// [`release`](Self::release) returns it.
     pub(crate) fn admit(&self, most: usize, item: T) -> Option<T> {
-        let mut state = self.state.lock();
-        if state.taken < most {
-            state.taken += 1;
+        let mut queue = self.queue.lock();
+        if queue.admitted < most {
+            queue.admitted += 1;
             return Some(item);
         }
-        state.waiting.push_back(item);
+        queue.waiting.push_back(item);
         None
     }
 
     /// Leaves the berth, or keeps it and returns the next waiting item.
     pub(crate) fn release(&self, most: usize) -> Option<T> {
-        let mut state = self.state.lock();
-        let next = if state.taken <= most { state.waiting.pop_front() } else { None };
-        state.taken -= usize::from(next.is_none());
+        let mut queue = self.queue.lock();
+        let next = if queue.admitted <= most { queue.waiting.pop_front() } else { None };
+        queue.admitted -= usize::from(next.is_none());
         next
     }
 }

@@ -230,7 +230,7 @@ impl Served {
                 log!(debug, region = self.name, first = span.first.0, pages = span.pages, "discarded");
             }
             if let Target::Foreign(adopted) = &self.target {
-                adopted.remove(span);
+                adopted.note_discard(span);
             }
             // The reason why a page was poisoned is kept: the thread that discards it runs on
             // before this call, so the page may have failed anew since.

@@ -12,7 +12,7 @@ use crate::fault::install::{install_beside, install_inline};
 use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
-use crate::space::page_table::{State, Unclaimed, Wake};
+use crate::space::page_table::{PageState, Unclaimed, Wake};
 use crate::space::{Plan, PlanRun};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fork::ForkGeneration;
@@ -186,7 +186,7 @@ unsafe impl FaultHandler for Handler {
 
 /// Whether to touch the page again is worth it.
 fn serve(region: &Served, page: Page) -> bool {
-    if region.pages.state(page) == State::Poisoned {
+    if region.pages.state(page) == PageState::Poisoned {
         return false;
     }
     region.counters.local().faults.add(1);
@@ -256,11 +256,11 @@ mod tests {
         let region = region();
         region.populate(..).unwrap();
         let served = Arc::clone(region.served());
-        served.keep_failure(
+        served.record_failure(
             Page(1),
             Arc::new(served.layout.piece_at(0, 1).failed(std::io::Error::other("once"))),
         );
-        (0..3).for_each(|page| served.pages.forget_present(Page(page)));
+        (0..3).for_each(|page| served.pages.mark_absent(Page(page)));
         let (done, is_done) = mpsc::channel();
         served.with_failures_locked(|| {
             let busy: Vec<_> = BUFFERS[1..].iter().map(Mutex::lock).collect();

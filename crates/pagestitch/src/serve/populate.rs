@@ -8,7 +8,7 @@ use crate::fault::install::{FillError, Short};
 use crate::fault::{BLOCK_PAGES, fill_claim};
 use crate::signals::NoSignals;
 use crate::space::Mapping;
-use crate::space::page_table::State;
+use crate::space::page_table::PageState;
 use pagestitch_kernel::Span;
 use parking_lot::Mutex;
 use std::io;
@@ -173,7 +173,7 @@ enum Run {
 
 /// Fills the first pages of a gap, or waits for the thread that is filling them.
 fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Result<Run, Arc<Failure>> {
-    if region.pages.state(gap.first) == State::Present {
+    if region.pages.state(gap.first) == PageState::Present {
         return Ok(Run::Filled(1));
     }
     let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
@@ -195,14 +195,14 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
                 Err(FillError::Failed(failure)) => Run::Failed(failure, 0),
             })
         }
-        Err(State::Present) => Ok(Run::Filled(1)),
+        Err(PageState::Present) => Ok(Run::Filled(1)),
         // Without a failure on record, the page was discarded between the two looks: look again.
-        Err(State::Poisoned) => {
+        Err(PageState::Poisoned) => {
             let failure = region.failure(gap.first);
             Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
         }
-        Err(State::Absent) => Ok(Run::Filled(0)),
-        Err(State::Filling | State::Contended | State::Invalidated) => {
+        Err(PageState::Absent) => Ok(Run::Filled(0)),
+        Err(PageState::Filling | PageState::Contended | PageState::Invalidated) => {
             drop(mark);
             if callers::fills(callers::this_thread(), region, gap.first) {
                 return Err(failure_of(region, gap, io::Error::new(io::ErrorKind::Deadlock, NESTED)));

@@ -7,7 +7,7 @@ use crate::fault::callers::Mark;
 use crate::fault::fill::{Buffers, fill};
 use crate::fault::install::{FillError, Short, given_up, install};
 use crate::space::Mapping;
-use crate::space::page_table::State;
+use crate::space::page_table::PageState;
 use pagestitch_kernel::Features;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::io;
@@ -31,7 +31,7 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
     loop {
         // A page that was discarded, and failed anew before that was noted, is absent here and has
         // its marker.
-        let claim = region.pages.claim_from(page, State::Poisoned, region);
+        let claim = region.pages.claim_from(page, PageState::Poisoned, region);
         let claim = claim.or_else(|_| region.pages.claim(page, region));
         // Without a claim, another thread has filled the page or is filling it.
         let Ok(mut claim) = claim else { return Ok(()) };
@@ -40,14 +40,14 @@ fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), 
                 .map_err(|not| given_up(region, &mut claim, not)),
             Err(failure) => {
                 let failure = Arc::new(failure);
-                region.keep_failure(page, Arc::clone(&failure));
+                region.record_failure(page, Arc::clone(&failure));
                 Err(FillError::Failed(failure))
             }
         };
         // The marker is still there. The page goes back as poisoned: as absent, it could be touched
         // without an event.
         if !claim.span().is_empty() {
-            claim.settle(1, State::Poisoned);
+            claim.settle(1, PageState::Poisoned);
         }
         match installed {
             Ok(()) => {

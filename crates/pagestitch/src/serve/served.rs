@@ -119,7 +119,7 @@ impl Host for Served {
         self.timers.get().is_some_and(|timers| timers.add(TimedTask::Serve(again), wait).is_ok())
     }
 
-    fn took(&self, ns: u64) {
+    fn record_latency(&self, ns: u64) {
         self.latency.record(ns);
     }
 }

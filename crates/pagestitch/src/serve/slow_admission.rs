@@ -10,32 +10,32 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// Admits faults of slow regions to as many workers as these may occupy, and queues the others.
 #[derive(Debug)]
 pub(super) struct SlowAdmission<R> {
-    state: Mutex<State<R>>,
+    queue: Mutex<Queue<R>>,
     /// How many wait, to be looked at without the lock.
     waiting: AtomicUsize,
 }
 
 #[derive(Debug)]
-struct State<R> {
-    taken: usize,
+struct Queue<R> {
+    admitted: usize,
     waiting: VecDeque<QueuedFault<R>>,
 }
 
 impl<R> SlowAdmission<R> {
     /// Reserves queue space for `room` waiting items; the queue grows beyond it.
     pub(super) fn new(room: usize) -> Self {
-        let state = State { taken: 0, waiting: VecDeque::with_capacity(room) };
-        Self { state: Mutex::new(state), waiting: AtomicUsize::new(0) }
+        let queue = Queue { admitted: 0, waiting: VecDeque::with_capacity(room) };
+        Self { queue: Mutex::new(queue), waiting: AtomicUsize::new(0) }
     }
 
     /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
     pub(super) fn admit(&self, most: usize, fault: QueuedFault<R>) -> Option<QueuedFault<R>> {
-        let mut state = self.state.lock();
-        if state.taken < most {
-            return Some(take(&mut state, fault));
+        let mut queue = self.queue.lock();
+        if queue.admitted < most {
+            return Some(take(&mut queue, fault));
         }
-        state.waiting.push_back(fault);
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
+        queue.waiting.push_back(fault);
+        self.waiting.store(queue.waiting.len(), Ordering::Relaxed);
         None
     }
 
@@ -46,37 +46,37 @@ impl<R> SlowAdmission<R> {
     /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
     /// up no worker yet: those in the berths may never leave.
     pub(super) fn admit_next(&self, most: usize, last_resort: bool) -> Option<QueuedFault<R>> {
-        let mut state = self.state.lock();
-        let fault = if state.taken < most {
-            state.waiting.pop_front()
+        let mut queue = self.queue.lock();
+        let fault = if queue.admitted < most {
+            queue.waiting.pop_front()
         } else if last_resort {
             let holds_none = |fault: &QueuedFault<R>| fault.handle.admitted.load(Ordering::Relaxed) == 0;
-            let first = state.waiting.iter().position(holds_none);
-            first.and_then(|first| state.waiting.remove(first))
+            let first = queue.waiting.iter().position(holds_none);
+            first.and_then(|first| queue.waiting.remove(first))
         } else {
             None
         }?;
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
-        Some(take(&mut state, fault))
+        self.waiting.store(queue.waiting.len(), Ordering::Relaxed);
+        Some(take(&mut queue, fault))
     }
 
     /// Leaves the berth of a region's fault, or stays in it for the next that waits.
     pub(super) fn release(&self, most: usize, region: &RegionHandle<R>) -> Option<QueuedFault<R>> {
-        let mut state = self.state.lock();
+        let mut queue = self.queue.lock();
         region.admitted.fetch_sub(1, Ordering::Relaxed);
-        state.taken -= 1;
-        if state.taken >= most {
+        queue.admitted -= 1;
+        if queue.admitted >= most {
             return None;
         }
-        let fault = state.waiting.pop_front()?;
-        self.waiting.store(state.waiting.len(), Ordering::Relaxed);
-        Some(take(&mut state, fault))
+        let fault = queue.waiting.pop_front()?;
+        self.waiting.store(queue.waiting.len(), Ordering::Relaxed);
+        Some(take(&mut queue, fault))
     }
 }
 
 /// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
-fn take<R>(state: &mut State<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
-    state.taken += 1;
+fn take<R>(queue: &mut Queue<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
+    queue.admitted += 1;
     fault.handle.admitted.fetch_add(1, Ordering::Relaxed);
     fault
 }

@@ -285,7 +285,7 @@ fn give_up(region: &Served, fault: &Overdue) {
 /// The same for a page that a worker is at.
 fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
     let failure = Arc::new(failure);
-    region.keep_failure(fault.page, Arc::clone(&failure));
+    region.record_failure(fault.page, Arc::clone(&failure));
     let poisoned = poison(region, fault.page.span()).is_ok();
     if poisoned {
         region.report(fault.page, &failure);

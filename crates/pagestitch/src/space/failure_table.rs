@@ -47,7 +47,7 @@ impl Failures {
     }
 
     /// True if no page has ever failed: then no lock is taken.
-    pub(super) fn were_never(&self) -> bool {
+    pub(super) fn is_unused(&self) -> bool {
         !self.any.load(Ordering::SeqCst)
     }
 

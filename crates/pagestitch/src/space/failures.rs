@@ -2,7 +2,7 @@
 
 use super::Mapping;
 use super::failure_table::FailureCallback;
-use super::page_table::State;
+use super::page_table::PageState;
 use crate::error::Failure;
 use crate::guard::guarded;
 use pagestitch_kernel::{Page, Span};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 impl Mapping {
     pub(crate) fn failure(&self, page: Page) -> Option<Arc<Failure>> {
         // Usually no page has failed, and no lock is taken.
-        if self.failures.were_never() {
+        if self.failures.is_unused() {
             return None;
         }
         self.failures.locked().get(&page).cloned()
@@ -28,7 +28,7 @@ impl Mapping {
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         // One that was let go is not bad any more. One that was given up is still claimed by the
         // thread that asks its source.
-        self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != State::Absent).collect()
+        self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != PageState::Absent).collect()
     }
 
     /// The pages of a span that have failed and were not filled since, though they may have been
@@ -36,7 +36,7 @@ impl Mapping {
     pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
         let failures = self.failures.locked();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
-        let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != State::Present).collect();
+        let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != PageState::Present).collect();
         bad.into_iter()
     }
 
@@ -52,12 +52,13 @@ impl Mapping {
     }
 
     /// Removes the failures of pages that have been filled.
-    pub(crate) fn forget_failures(&self, span: Span) {
-        if !self.failures.were_never() {
+    pub(crate) fn remove_failures(&self, span: Span) {
+        if !self.failures.is_unused() {
             let mut failures = self.failures.locked();
             let failed = failures.range(span.first..span.end()).map(|(&page, _)| page);
             // Only pages that are still present: others were discarded and failed anew since.
-            let filled: Vec<_> = failed.filter(|page| self.pages.state(*page) == State::Present).collect();
+            let filled: Vec<_> =
+                failed.filter(|page| self.pages.state(*page) == PageState::Present).collect();
             filled.iter().for_each(|page| drop(failures.remove(page)));
         }
     }
@@ -68,12 +69,12 @@ impl Mapping {
     /// marked.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
         let mut failures = self.failures.locked();
-        if self.pages.state(page) != State::Present {
+        if self.pages.state(page) != PageState::Present {
             failures.entry(page).or_insert_with(|| Arc::clone(failure));
         }
     }
 
-    pub(crate) fn keep_failure(&self, page: Page, failure: Arc<Failure>) {
+    pub(crate) fn record_failure(&self, page: Page, failure: Arc<Failure>) {
         self.failures.keep(page, failure);
     }
 }

@@ -19,7 +19,7 @@ use std::ops::Range;
 
 /// A run of pages that are a source's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
+pub(crate) struct MappedRun {
     pub(crate) span: Span,
     /// A chunk of the extent, to find the source by.
     pub(crate) chunk: usize,
@@ -27,7 +27,7 @@ pub(crate) struct Run {
     pub(crate) offset: u64,
 }
 
-impl Run {
+impl MappedRun {
     /// Where in the source one of its pages begins.
     pub(crate) fn offset_of(&self, page: Page, size: PageSize) -> u64 {
         self.offset + ((page.0 - self.span.first.0) * size.bytes()) as u64
@@ -59,24 +59,24 @@ impl Abilities {
     }
 }
 
-/// Runs of pages, in the order of the region.
+/// MappedRuns of pages, in the order of the region.
 #[derive(Debug, Default)]
-pub(crate) struct Runs {
-    runs: Vec<Run>,
+pub(crate) struct MappedRuns {
+    runs: Vec<MappedRun>,
 }
 
 /// What a region shows of its sources' own pages.
 #[derive(Debug, Default)]
-pub(crate) struct Shown {
+pub(crate) struct ShownPages {
     /// There from the start: they never fault.
-    pub(crate) in_place: Runs,
+    pub(crate) in_place: MappedRuns,
     /// There when the memfd has them: a fault each.
-    pub(crate) lazy: Runs,
+    pub(crate) lazy: MappedRuns,
     /// What the kernel would not map, and why: copied. Ascending.
     pub(crate) refused: Vec<(Span, &'static str)>,
 }
 
-impl Shown {
+impl ShownPages {
     /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the
     /// range that was registered. What the kernel would not map after all is copied. An error comes
     /// with the chunk that it is about.
@@ -123,8 +123,8 @@ fn why_refused(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'stat
     }
 }
 
-fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), Errno> {
-    let Run { span, offset, .. } = run;
+fn map(run: MappedRun, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), Errno> {
+    let MappedRun { span, offset, .. } = run;
     match backing {
         Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
         Backing::Donated(donated) => view.move_in(span, donated, offset),
@@ -143,8 +143,13 @@ fn map(run: Run, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), 
 }
 
 /// The runs that are to be shown. Each is a mapping, and so is the gap before it, if there is one.
-fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abilities: Abilities) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
+fn decide(
+    layout: &Layout,
+    page: PageSize,
+    budget: impl FnOnce() -> usize,
+    abilities: Abilities,
+) -> Vec<MappedRun> {
+    let mut runs: Vec<MappedRun> = Vec::new();
     let mut budget = Some(budget);
     let mut left = 0_usize;
     let mut chunk = 0;
@@ -167,14 +172,14 @@ fn decide(layout: &Layout, page: PageSize, budget: impl FnOnce() -> usize, abili
     runs
 }
 
-impl Runs {
+impl MappedRuns {
     /// How many pages they have together.
     pub(crate) fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.span.pages as u64).sum()
     }
 
     /// How many pages from `span`'s first on are in one run, if any, and which.
-    pub(crate) fn prefix(&self, span: Span) -> Option<(usize, &Run)> {
+    pub(crate) fn prefix(&self, span: Span) -> Option<(usize, &MappedRun)> {
         let run = self.after(span.first).filter(|run| run.span.first <= span.first)?;
         Some(((run.span.end().0 - span.first.0).min(span.pages), run))
     }
@@ -201,7 +206,7 @@ impl Runs {
     }
 
     /// The run that holds a page, or the next one after it.
-    fn after(&self, page: Page) -> Option<&Run> {
+    fn after(&self, page: Page) -> Option<&MappedRun> {
         self.runs.get(self.runs.partition_point(|run| run.span.end() <= page))
     }
 }
@@ -218,7 +223,7 @@ fn extent_end(layout: &Layout, first: usize) -> usize {
 /// The pages of an extent that it has to itself, if it lies at the same place in pages of source
 /// and region. Padding around it, and what is past the region's end, may be whatever the source has
 /// there.
-pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<Run> {
+pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<MappedRun> {
     let first = chunks.start;
     let start = layout.offsets_of(first).start;
     let source = layout.source_offset(first);
@@ -234,7 +239,7 @@ pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>)
     };
     // Below the extent's start only by what lies in the same page of the source.
     let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
-    (!span.is_empty()).then_some(Run { span, chunk: first, offset })
+    (!span.is_empty()).then_some(MappedRun { span, chunk: first, offset })
 }
 
 /// The huge pages of an extent that it has to itself, if it lies at the same place in them in
@@ -344,8 +349,8 @@ mod tests {
 
     #[test]
     fn gaps_are_what_lies_between() {
-        let run = |first, pages| Run { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
-        let runs = Runs { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
+        let run = |first, pages| MappedRun { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
+        let runs = MappedRuns { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
         let gap = |first, pages| {
             let gap = runs.next_gap(Span { first: Page(first), pages });
             (gap.first.0, gap.pages)

@@ -24,17 +24,17 @@ pub(crate) mod target;
 pub use chunk::Chunk;
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use layout::Layout;
-pub(crate) use mapped::{Abilities, Runs, Shown};
+pub(crate) use mapped::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 
 use crate::metrics::{Counters, Coverage, Presence};
-use crate::policy::{Policy, Recorder, Recording, Replay};
+use crate::policy::{Policy, Recording, Replay, TouchRecorder};
 use crate::source::{Backing, Donated, Fetched, LazyMemfd, Shared};
 use failure_table::Failures;
 use mapped::whole_pages;
-use page_table::{PageTable, State, Wake};
+use page_table::{PageState, PageTable, Wake};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
@@ -70,12 +70,12 @@ pub(crate) struct Mapping {
     /// Pages that are mapped in place.
     ///
     /// Invariant: they are present from the build on, never fault, and are never claimed.
-    pub(crate) in_place: Arc<Runs>,
+    pub(crate) in_place: Arc<MappedRuns>,
     /// Pages at which a memfd is mapped that is filled later. They fault once, and the fault maps
     /// the memfd's page.
     ///
     /// Invariant: disjoint from `in_place`.
-    pub(crate) lazy: Runs,
+    pub(crate) lazy: MappedRuns,
     /// Pages that the kernel refused to map in place, with the reasons; they are copied.
     pub(crate) refused: Vec<(Span, &'static str)>,
     has_donated: bool,
@@ -85,7 +85,7 @@ pub(crate) struct Mapping {
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
     pub(crate) reporter: Option<FailureCallback>,
-    pub(crate) recorder: Option<Recorder>,
+    pub(crate) recorder: Option<TouchRecorder>,
     pub(crate) replay: Option<Replay>,
     /// Whether whole blocks are filled in staging and moved in; an error is the reason against it.
     pub(crate) staged: Result<(), &'static str>,
@@ -113,13 +113,13 @@ pub(crate) struct ServeOptions {
 /// The tables with an entry for each page.
 pub(crate) struct PageTables {
     pages: Arc<PageTable>,
-    recorder: Option<Recorder>,
+    recorder: Option<TouchRecorder>,
 }
 
 impl PageTables {
     pub(crate) fn new(pages: usize, serve_options: &ServeOptions) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
-        let recorder = serve_options.record.then(|| Recorder::new(pages)).transpose()?;
+        let recorder = serve_options.record.then(|| TouchRecorder::new(pages)).transpose()?;
         Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder })
     }
 }
@@ -129,7 +129,7 @@ impl Mapping {
     /// faults may allocate.
     pub(crate) fn new(
         name: String,
-        (layout, shown): (Arc<Layout>, Shown),
+        (layout, shown): (Arc<Layout>, ShownPages),
         (moves, staged): (bool, Result<(), &'static str>),
         (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
         (target, uffd): (Target, Uffd),
@@ -312,7 +312,7 @@ impl Mapping {
         // If the kernel cannot tell, the table counts.
         self.target.residency(span, |page, here| {
             if !here {
-                self.pages.forget_present(page);
+                self.pages.mark_absent(page);
                 any = true;
             }
         });
@@ -321,10 +321,10 @@ impl Mapping {
 
     /// Makes the pages of a range that map memfds filled later absent in the page table. False if
     /// the range has none.
-    pub(crate) fn forget_lazy(&self, range: &Range<u64>) -> bool {
+    pub(crate) fn mark_lazy_absent(&self, range: &Range<u64>) -> bool {
         let lazy = |page: &Page| self.lazy.contains(*page);
         let shown = self.page_size().covering(range).iter().filter(lazy);
-        shown.map(|page| self.pages.forget_present(page)).count() > 0
+        shown.map(|page| self.pages.mark_absent(page)).count() > 0
     }
 
     /// Whether the kernel has a page, as far as it can tell; false makes the caller fill it again.
@@ -357,7 +357,7 @@ impl Wake for Mapping {
 #[derive(Debug)]
 struct Present {
     pages: Arc<PageTable>,
-    in_place: Arc<Runs>,
+    in_place: Arc<MappedRuns>,
 }
 
 impl Presence for Present {
@@ -370,8 +370,8 @@ impl Presence for Present {
             coverage.present += shown as u64;
             for page in gap.iter() {
                 match self.pages.state(page) {
-                    State::Present => coverage.present += 1,
-                    State::Poisoned => coverage.poisoned += 1,
+                    PageState::Present => coverage.present += 1,
+                    PageState::Poisoned => coverage.poisoned += 1,
                     _ => {}
                 }
             }

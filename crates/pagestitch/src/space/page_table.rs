@@ -33,7 +33,7 @@ use std::ops::Deref;
 
 /// The state of a page: the last thing done with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum State {
+pub(crate) enum PageState {
     /// It was never filled, or was discarded.
     Absent = 0,
     /// A thread has a claim on it.
@@ -73,7 +73,7 @@ pub(crate) struct PageTable {
     /// Invariant: the used bit of a [`BLOCK`] of pages is set if a state in it is not absent,
     /// except between a state's change and the store of the bit that follows.
     ///
-    /// Invariant: a state that [is claimed](State::is_claimed) belongs to exactly one [`Claim`], or
+    /// Invariant: a state that [is claimed](PageState::is_claimed) belongs to exactly one [`Claim`], or
     /// to a span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
     words: AtomicTable,
     /// The number of words that hold used bits.
@@ -101,14 +101,14 @@ impl PageTable {
         Ok(Self { words: AtomicTable::new(words)?, blocks, settled: EventCount::new() })
     }
 
-    pub(crate) fn state(&self, page: Page) -> State {
+    pub(crate) fn state(&self, page: Page) -> PageState {
         let (word, shift) = self.word(page);
-        State::from_bits(word.load(Ordering::SeqCst) >> shift)
+        PageState::from_bits(word.load(Ordering::SeqCst) >> shift)
     }
 
     /// Claims a page that is absent; returns its state otherwise.
-    pub(crate) fn claim<'t>(&'t self, page: Page, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
-        self.claim_from(page, State::Absent, waker)
+    pub(crate) fn claim<'t>(&'t self, page: Page, waker: &'t dyn Wake) -> Result<Claim<'t>, PageState> {
+        self.claim_from(page, PageState::Absent, waker)
     }
 
     /// Claims the page of a fault, also if the table has it as present and the kernel, by
@@ -123,27 +123,31 @@ impl PageTable {
             match self.claim(page, waker) {
                 Ok(claim) => return Ok(claim),
                 // The claiming thread wakes all waiters when it settles the page. If it has just
-                // done so, `want` is false: look again.
-                Err(claimed) if claimed.is_claimed() && self.want(page) => return Err(Unclaimed::Filling),
-                Err(State::Filling | State::Contended | State::Invalidated | State::Absent) => {}
-                Err(State::Present) if is_resident() => return Err(Unclaimed::Resident),
+                // done so, `request_wake` is false: look again.
+                Err(claimed) if claimed.is_claimed() && self.request_wake(page) => {
+                    return Err(Unclaimed::Filling);
+                }
+                Err(
+                    PageState::Filling | PageState::Contended | PageState::Invalidated | PageState::Absent,
+                ) => {}
+                Err(PageState::Present) if is_resident() => return Err(Unclaimed::Resident),
                 // The page was filled, and its discard has not been reported yet. Only waking the
                 // faulting thread would make it fault forever.
-                Err(State::Present) => {
-                    if let Ok(claim) = self.claim_from(page, State::Present, waker) {
+                Err(PageState::Present) => {
+                    if let Ok(claim) = self.claim_from(page, PageState::Present, waker) {
                         return Ok(claim);
                     }
                 }
-                Err(State::Poisoned) => return Err(Unclaimed::Poisoned),
+                Err(PageState::Poisoned) => return Err(Unclaimed::Poisoned),
             }
         }
     }
 
     /// Makes the claiming thread wake the page's waiters once more when it settles the page. False
     /// if no thread has a claim on it any more.
-    pub(crate) fn want(&self, page: Page) -> bool {
-        let wanted = self.exchange(page, State::Filling, State::Contended);
-        matches!(wanted, Ok(()) | Err(State::Contended | State::Invalidated))
+    pub(crate) fn request_wake(&self, page: Page) -> bool {
+        let wanted = self.exchange(page, PageState::Filling, PageState::Contended);
+        matches!(wanted, Ok(()) | Err(PageState::Contended | PageState::Invalidated))
     }
 
     /// Claims a page whose state is `from`. `Present` is right if the kernel does not have the
@@ -151,10 +155,10 @@ impl PageTable {
     pub(crate) fn claim_from<'t>(
         &'t self,
         page: Page,
-        from: State,
+        from: PageState,
         waker: &'t dyn Wake,
-    ) -> Result<Claim<'t>, State> {
-        self.exchange(page, from, State::Filling)?;
+    ) -> Result<Claim<'t>, PageState> {
+        self.exchange(page, from, PageState::Filling)?;
         Ok(Claim { table: self, waker, span: page.span() })
     }
 
@@ -164,8 +168,8 @@ impl PageTable {
     }
 
     /// Claims the first page of `span`, and the absent pages that follow it without a gap.
-    pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, State> {
-        let pages = self.exchange_run(span, State::Absent, State::Filling);
+    pub(crate) fn claim_run<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, PageState> {
+        let pages = self.exchange_run(span, PageState::Absent, PageState::Filling);
         let span = span.prefix(pages);
         if span.is_empty() { self.claim(span.first, waker) } else { Ok(Claim { table: self, waker, span }) }
     }
@@ -189,35 +193,36 @@ impl PageTable {
                     BLOCKS
                 } else if at.is_multiple_of(BLOCK) && rest.pages >= BLOCK {
                     if used.load(Ordering::SeqCst) & bit != 0 {
-                        self.forget_block(rest.first);
+                        self.invalidate_block(rest.first);
                     }
                     BLOCK
                 } else {
                     let pages = rest.pages.min(PAGES_PER_WORD - at % PAGES_PER_WORD);
-                    self.forget_in_word(rest.first, pages);
+                    self.invalidate_in_word(rest.first, pages);
                     pages
                 };
             rest = rest.without_prefix(pages);
         }
     }
 
-    fn forget_block(&self, first: Page) {
+    fn invalidate_block(&self, first: Page) {
         let (used, bit) = self.used(first);
         // The bit is cleared first: a claim that comes later, and that the loop below misses, sets
         // it again.
         used.fetch_and(!bit, Ordering::SeqCst);
         let words = (0..BLOCK).step_by(PAGES_PER_WORD);
-        let left = words.fold(0, |left, at| left | self.forget_in_word(Page(first.0 + at), PAGES_PER_WORD));
+        let left =
+            words.fold(0, |left, at| left | self.invalidate_in_word(Page(first.0 + at), PAGES_PER_WORD));
         if left != 0 {
             used.fetch_or(bit, Ordering::SeqCst);
         }
     }
 
     /// Invalidates pages of one word, from `first` on. Returns the word after the change.
-    fn forget_in_word(&self, first: Page, pages: usize) -> u64 {
+    fn invalidate_in_word(&self, first: Page, pages: usize) -> u64 {
         let (word, shift) = self.word(first);
         let mask = (u64::MAX >> (u64::BITS - STATE_BITS * pages as u32)) << shift;
-        let after = |bits: u64| bits & !mask | forgotten(bits) & mask;
+        let after = |bits: u64| bits & !mask | invalidated(bits) & mask;
         let changed = |bits: u64| Some(after(bits)).filter(|&after| after != bits);
         match word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, changed) {
             Ok(before) => after(before),
@@ -226,23 +231,23 @@ impl PageTable {
     }
 
     /// Makes a present page absent, because the kernel does not have it.
-    pub(crate) fn forget_present(&self, page: Page) {
-        let _ = self.exchange(page, State::Present, State::Absent);
+    pub(crate) fn mark_absent(&self, page: Page) {
+        let _ = self.exchange(page, PageState::Present, PageState::Absent);
     }
 
-    fn exchange(&self, page: Page, from: State, to: State) -> Result<(), State> {
+    fn exchange(&self, page: Page, from: PageState, to: PageState) -> Result<(), PageState> {
         let (word, shift) = self.word(page);
         let mask = STATE_MASK << shift;
         word.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |bits| {
-            (State::from_bits(bits >> shift) == from).then_some(bits & !mask | (to as u64) << shift)
+            (PageState::from_bits(bits >> shift) == from).then_some(bits & !mask | (to as u64) << shift)
         })
         .map(|_| self.use_block(page))
-        .map_err(|bits| State::from_bits(bits >> shift))
+        .map_err(|bits| PageState::from_bits(bits >> shift))
     }
 
     /// Changes the leading pages of the span whose state is `from` to `to`, 16 at a time. Returns
     /// their number.
-    fn exchange_run(&self, span: Span, from: State, to: State) -> usize {
+    fn exchange_run(&self, span: Span, from: PageState, to: PageState) -> usize {
         let mut done = 0;
         while done < span.pages {
             let page = Page(span.first.0 + done);
@@ -268,12 +273,12 @@ impl PageTable {
 
     /// Settles a claimed page. True if a fault on it may have arrived since, so that its waiters
     /// must be woken.
-    fn settle(&self, page: Page, to: State) -> bool {
-        if self.exchange(page, State::Filling, to).is_ok() {
+    fn settle(&self, page: Page, to: PageState) -> bool {
+        if self.exchange(page, PageState::Filling, to).is_ok() {
             return false;
         }
-        let settled = self.exchange(page, State::Contended, to);
-        let settled = settled.or_else(|_| self.exchange(page, State::Invalidated, State::Absent));
+        let settled = self.exchange(page, PageState::Contended, to);
+        let settled = settled.or_else(|_| self.exchange(page, PageState::Invalidated, PageState::Absent));
         debug_assert!(settled.is_ok(), "{page:?} was claimed, and is {settled:?}");
         true
     }
@@ -298,7 +303,7 @@ impl PageTable {
     }
 }
 
-impl State {
+impl PageState {
     /// Whether a thread has a claim on the page.
     pub(crate) const fn is_claimed(self) -> bool {
         matches!(self, Self::Filling | Self::Contended | Self::Invalidated)
@@ -347,17 +352,17 @@ impl Claim<'_> {
     pub(crate) fn grow(&mut self, block: Span) {
         let before = block.prefix(self.span.first.0 - block.first.0);
         let after = block.without_prefix(before.pages + self.span.pages);
-        let Some(mut before) = self.beside(before) else { return };
-        let Some(mut after) = self.beside(after) else { return };
+        let Some(mut before) = self.claim_all(before) else { return };
+        let Some(mut after) = self.claim_all(after) else { return };
         // This claim has their pages now, so their drops must give nothing back.
         (before.span.pages, after.span.pages) = (0, 0);
         self.span = block;
     }
 
     /// Claims all of a span, or nothing: a claim of a part is dropped, which gives its pages back.
-    fn beside(&self, span: Span) -> Option<Self> {
+    fn claim_all(&self, span: Span) -> Option<Self> {
         let (table, waker) = (self.table, self.waker);
-        let pages = table.exchange_run(span, State::Absent, State::Filling);
+        let pages = table.exchange_run(span, PageState::Absent, PageState::Filling);
         let claim = Self { table, waker, span: span.prefix(pages) };
         (pages == span.pages).then_some(claim)
     }
@@ -371,8 +376,8 @@ impl Claim<'_> {
 
     /// Gives the pages back, and wakes only the threads whose faults arrived during the claim. The
     /// caller must serve or wake the thread for which the claim was made.
-    pub(crate) fn give_back_asleep(mut self) {
-        self.settle(self.span.pages, State::Absent);
+    pub(crate) fn release_without_wake(mut self) {
+        self.settle(self.span.pages, PageState::Absent);
     }
 
     /// Splits off the first `pages` pages as a claim of their own.
@@ -383,10 +388,10 @@ impl Claim<'_> {
     }
 
     /// Settles the first `pages` pages as `to`.
-    pub(crate) fn settle(&mut self, pages: usize, to: State) {
+    pub(crate) fn settle(&mut self, pages: usize, to: PageState) {
         let mut rest = self.span.prefix(pages);
         loop {
-            rest = rest.without_prefix(self.table.exchange_run(rest, State::Filling, to));
+            rest = rest.without_prefix(self.table.exchange_run(rest, PageState::Filling, to));
             if rest.is_empty() {
                 break;
             }
@@ -404,7 +409,7 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         if !self.span.is_empty() {
             let span = self.span;
-            self.settle(span.pages, State::Absent);
+            self.settle(span.pages, PageState::Absent);
             self.waker.wake(span);
         }
     }
@@ -412,12 +417,12 @@ impl Drop for Claim<'_> {
 
 /// The states of a word after all of its pages are discarded: claimed pages are invalidated, and
 /// all others absent.
-const fn forgotten(bits: u64) -> u64 {
+const fn invalidated(bits: u64) -> u64 {
     let ones = u64::MAX / STATE_MASK;
     let (low, middle, high) = (bits & ones, bits >> 1 & ones, bits >> 2 & ones);
     // Filling is 1, Contended 2, Invalidated 5.
     let claimed = (low ^ middle) & !high | low & high;
-    claimed * State::Invalidated as u64
+    claimed * PageState::Invalidated as u64
 }
 
 /// Pages per used bit, and pages per word of used bits. `invalidate` skips such a group at once if
@@ -461,19 +466,19 @@ mod tests {
             let (table, woken) = (table(PAGES), Woken::default());
             let span = Span { first: Page(cut.0.min(cut.1)), pages: cut.0.abs_diff(cut.1) };
             let all = [
-                State::Absent, State::Filling, State::Contended, State::Present, State::Poisoned, State::Invalidated,
+                PageState::Absent, PageState::Filling, PageState::Contended, PageState::Present, PageState::Poisoned, PageState::Invalidated,
             ];
             for _ in 0..2 {
                 for &(page, state) in &states {
-                    let _ = table.exchange(Page(page), State::Absent, all[state]);
+                    let _ = table.exchange(Page(page), PageState::Absent, all[state]);
                 }
                 let before: Vec<_> = states.iter().map(|&(page, _)| table.state(Page(page))).collect();
                 table.invalidate(span);
                 for (&(page, _), before) in states.iter().zip(before) {
                     let after = match before {
                         before if !span.contains(Page(page)) => before,
-                        State::Absent | State::Present | State::Poisoned => State::Absent,
-                        State::Filling | State::Contended | State::Invalidated => State::Invalidated,
+                        PageState::Absent | PageState::Present | PageState::Poisoned => PageState::Absent,
+                        PageState::Filling | PageState::Contended | PageState::Invalidated => PageState::Invalidated,
                     };
                     prop_assert_eq!(table.state(Page(page)), after, "page {}", page);
                 }
@@ -486,11 +491,11 @@ mod tests {
     fn a_claimed_page_cannot_be_claimed_again() {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim(Page(40), &woken).ok().unwrap();
-        assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Filling));
-        assert_eq!(table.state(Page(39)), State::Absent);
-        claim.settle(1, State::Present);
+        assert_eq!(table.claim(Page(40), &woken).err(), Some(PageState::Filling));
+        assert_eq!(table.state(Page(39)), PageState::Absent);
+        claim.settle(1, PageState::Present);
         drop(claim);
-        assert_eq!(table.claim(Page(40), &woken).err(), Some(State::Present));
+        assert_eq!(table.claim(Page(40), &woken).err(), Some(PageState::Present));
         assert!(woken.0.lock().is_empty(), "settling leaves waking to the kernel's fill");
     }
 
@@ -498,27 +503,27 @@ mod tests {
     fn a_fault_on_a_page_being_filled_is_woken_when_it_is_settled() {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim(Page(40), &woken).ok().unwrap();
-        assert!(table.want(Page(40)) && table.want(Page(40)));
-        assert_eq!(table.state(Page(40)), State::Contended);
-        claim.settle(1, State::Present);
+        assert!(table.request_wake(Page(40)) && table.request_wake(Page(40)));
+        assert_eq!(table.state(Page(40)), PageState::Contended);
+        claim.settle(1, PageState::Present);
         assert_eq!(*woken.0.lock(), [Page(40).span()]);
-        assert!(!table.want(Page(40)), "a settled page has no claim");
+        assert!(!table.request_wake(Page(40)), "a settled page has no claim");
     }
 
     #[test]
     fn a_dropped_claim_makes_unsettled_pages_absent_and_wakes_them() {
         let (table, woken) = (table(100), Woken::default());
         let mut claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
-        claim.settle(4, State::Present);
+        claim.settle(4, PageState::Present);
         drop(claim);
         assert_eq!(*woken.0.lock(), [Span { first: Page(34), pages: 6 }]);
-        assert_eq!((table.state(Page(33)), table.state(Page(34))), (State::Present, State::Absent));
+        assert_eq!((table.state(Page(33)), table.state(Page(34))), (PageState::Present, PageState::Absent));
     }
 
     #[test]
     fn a_claimed_run_ends_before_a_page_that_is_not_absent() {
         let (table, woken) = (table(100), Woken::default());
-        table.claim(Page(35), &woken).ok().unwrap().settle(1, State::Poisoned);
+        table.claim(Page(35), &woken).ok().unwrap().settle(1, PageState::Poisoned);
         let claim = table.claim_run(Span { first: Page(30), pages: 10 }, &woken).ok().unwrap();
         assert_eq!(claim.span(), Span { first: Page(30), pages: 5 });
     }
@@ -526,14 +531,18 @@ mod tests {
     #[test]
     fn invalidating_makes_settled_pages_absent_at_once_and_claimed_pages_when_settled() {
         let (table, woken) = (table(200), Woken::default());
-        table.claim_run(Span { first: Page(10), pages: 50 }, &woken).ok().unwrap().settle(50, State::Present);
+        table
+            .claim_run(Span { first: Page(10), pages: 50 }, &woken)
+            .ok()
+            .unwrap()
+            .settle(50, PageState::Present);
         let claim = table.claim(Page(70), &woken).ok().unwrap();
         table.invalidate(Span { first: Page(0), pages: 200 });
-        assert!((0..70).all(|page| table.state(Page(page)) == State::Absent));
-        assert!(table.state(Page(70)).is_claimed() && table.want(Page(70)));
+        assert!((0..70).all(|page| table.state(Page(page)) == PageState::Absent));
+        assert!(table.state(Page(70)).is_claimed() && table.request_wake(Page(70)));
         let mut claim = claim;
-        claim.settle(1, State::Present);
-        assert_eq!(table.state(Page(70)), State::Absent, "the discard may have come after the fill");
+        claim.settle(1, PageState::Present);
+        assert_eq!(table.state(Page(70)), PageState::Absent, "the discard may have come after the fill");
         assert_eq!(*woken.0.lock(), [Page(70).span()]);
     }
 
@@ -548,7 +557,7 @@ mod tests {
                     thread::yield_now();
                 }
                 if settle {
-                    claim.settle(1, State::Present);
+                    claim.settle(1, PageState::Present);
                 }
                 drop(claim);
                 waiter.join().unwrap();
@@ -565,7 +574,7 @@ mod tests {
                 let mut count = 0;
                 for page in 0..pages {
                     if let Ok(mut claim) = table.claim(Page(page), &woken) {
-                        claim.settle(1, State::Present);
+                        claim.settle(1, PageState::Present);
                         count += 1;
                     }
                 }

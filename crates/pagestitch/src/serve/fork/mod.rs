@@ -27,7 +27,7 @@ pub(crate) use descriptors::Descriptors;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Served;
 use crate::space::Target;
-use crate::space::mapped::Shown;
+use crate::space::mapped::ShownPages;
 use crate::space::target::Foreign;
 use crate::space::{Mapping, PageTables, ServeOptions};
 use pagestitch_kernel::{Batch, Errno, Outcome, Uffd};
@@ -43,7 +43,7 @@ impl Served {
                     ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
                 let mapping = Mapping::new(
                     format!("{} in a child", self.name),
-                    (Arc::clone(&self.layout), Shown::default()),
+                    (Arc::clone(&self.layout), ShownPages::default()),
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, serve_options, tables),
                     (Target::Foreign(adopted), uffd),

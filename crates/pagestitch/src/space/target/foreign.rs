@@ -1,9 +1,9 @@
 //! Foreign memory as it is served: the address of each page, the discarded pages, and the lock for
 //! installs.
 
+use super::discarded::DiscardedPages;
 use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
-use super::removed::Removed;
 use pagestitch_kernel::process::Process;
 use pagestitch_kernel::sync::atomic::{AtomicBool, Ordering};
 use pagestitch_kernel::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, yield_now};
@@ -17,9 +17,9 @@ pub(crate) struct Foreign {
     pub(crate) page: PageSize,
     pages: usize,
     /// In the order of the pages.
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<ForeignRange>,
     /// The pages that the owner has discarded: their bytes are zeros from then on.
-    removed: Removed,
+    discarded: DiscardedPages,
     /// An installing thread holds it shared, a reader of events alone, so that an installed page
     /// has its bytes of *now*. The owner continues after a discard as soon as its event is read,
     /// and old bytes must not follow.
@@ -48,7 +48,7 @@ fn unless_busy<G>(lock: TryLockResult<G>) -> Result<G, Busy> {
 
 /// A range of addresses and the pages that it holds.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct ForeignRange {
     pub(crate) span: Span,
     pub(crate) start: usize,
 }
@@ -56,19 +56,19 @@ pub(crate) struct Part {
 impl Foreign {
     pub(super) fn new(
         page: PageSize,
-        parts: Vec<Part>,
+        parts: Vec<ForeignRange>,
         owner: Option<Arc<Process>>,
         on_unavailable: OnUnavailable,
         on_discard: OnDiscard,
     ) -> Result<Self, Errno> {
         let pages = parts.last().map_or(0, |part| part.span.end().0);
-        let removed = Removed::new(pages)?;
+        let discarded = DiscardedPages::new(pages)?;
         let ended = AtomicBool::new(false);
         Ok(Self {
             page,
             pages,
             parts,
-            removed,
+            discarded,
             map: RwLock::new(()),
             owner,
             ended,
@@ -80,14 +80,14 @@ impl Foreign {
 
     /// The memory of a forked child, at these addresses. What it lets go of is filled again.
     pub(crate) fn inherited(page: PageSize, ranges: Vec<(Span, usize)>) -> Result<Self, Errno> {
-        let parts = ranges.into_iter().map(|(span, start)| Part { span, start }).collect();
+        let parts = ranges.into_iter().map(|(span, start)| ForeignRange { span, start }).collect();
         Self::new(page, parts, None, OnUnavailable::Poison, OnDiscard::Refill)
     }
 
     /// A few pages, for a model.
     #[cfg(all(test, shuttle))]
     pub(crate) fn of_pages(pages: usize) -> Self {
-        let part = Part { span: Span { first: Page(0), pages }, start: 0 };
+        let part = ForeignRange { span: Span { first: Page(0), pages }, start: 0 };
         Self::new(PageSize::system(), vec![part], None, OnUnavailable::Poison, OnDiscard::Zeros).unwrap()
     }
 
@@ -162,23 +162,23 @@ impl Foreign {
     }
 
     /// Takes note that the owner has let go of a span.
-    pub(crate) fn remove(&self, span: Span) {
+    pub(crate) fn note_discard(&self, span: Span) {
         if self.on_discard == OnDiscard::Zeros {
-            self.removed.add(span);
+            self.discarded.add(span);
         }
     }
 
     /// How many pages of a span, from its first on, were let go alike, or not; and which of the
     /// two. Not all of a run that is long.
-    pub(crate) fn removed_prefix(&self, span: Span) -> (usize, bool) {
-        self.removed.prefix(span)
+    pub(crate) fn discarded_prefix(&self, span: Span) -> (usize, bool) {
+        self.discarded.prefix(span)
     }
 
     /// The first pages of a span that are to have bytes: not what a balloon has taken.
     pub(crate) fn next_kept(&self, span: Span) -> Span {
         let mut rest = span;
         while !rest.is_empty() {
-            match self.removed_prefix(rest) {
+            match self.discarded_prefix(rest) {
                 (pages, false) => return rest.prefix(pages),
                 (pages, true) => rest = rest.without_prefix(pages),
             }
@@ -187,7 +187,7 @@ impl Foreign {
     }
 
     /// Bytes of a page were lost: whether its owner was to be ended for it.
-    pub(crate) fn lose(&self, region: &str) {
+    pub(crate) fn note_unavailable(&self, region: &str) {
         if self.on_unavailable == OnUnavailable::Kill
             && let Err(errno) = self.end_owner()
         {
@@ -209,7 +209,7 @@ impl Foreign {
         self.owner.as_ref().ok_or(Errno::EAGAIN)?.kill()
     }
 
-    fn part_of(&self, page: Page) -> &Part {
+    fn part_of(&self, page: Page) -> &ForeignRange {
         let part = self.parts.iter().find(|part| part.span.contains(page));
         part.expect("a page of the region")
     }

@@ -1,7 +1,7 @@
 //! The description of adopted memory: a userfaultfd, the ranges registered with it, and their
 //! owner.
 
-use super::foreign::{Foreign, Part};
+use super::foreign::{Foreign, ForeignRange};
 use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
 use crate::error::{Error, ErrorKind};
@@ -172,9 +172,9 @@ impl AdoptedMemory {
     }
 }
 
-fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<Part>, Error> {
+fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<ForeignRange>, Error> {
     let bad = |what: String| Err(Error::new(ErrorKind::BadOption, what));
-    let mut parts: Vec<Part> = Vec::with_capacity(ranges.len());
+    let mut parts: Vec<ForeignRange> = Vec::with_capacity(ranges.len());
     for &(start, bytes) in ranges {
         let range = format!("the range of {bytes:#x} bytes at {start:#x}");
         if AddressRange::new(start, bytes, page).is_none() || bytes == 0 || start.checked_add(bytes).is_none()
@@ -184,12 +184,12 @@ fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<Part>, Error> 
             ));
         }
         let overlaps =
-            |part: &Part| start < part.start + page.bytes_of(part.span) && part.start < start + bytes;
+            |part: &ForeignRange| start < part.start + page.bytes_of(part.span) && part.start < start + bytes;
         if let Some(other) = parts.iter().find(|part| overlaps(part)) {
             return bad(format!("{range} overlaps the range at {:#x}: pass each page once", other.start));
         }
         let first = parts.last().map_or(Page(0), |part| part.span.end());
-        parts.push(Part { span: Span { first, pages: bytes / page.bytes() }, start });
+        parts.push(ForeignRange { span: Span { first, pages: bytes / page.bytes() }, start });
     }
     if parts.is_empty() {
         bad(String::from("adopted memory has no range: add one with range()"))

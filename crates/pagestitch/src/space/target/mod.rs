@@ -19,11 +19,11 @@
 //! | `removed` | the pages that were let go, as a set |
 //! | `listed` | all that is adopted, so that nothing is twice |
 
+mod discarded;
 mod foreign;
 mod listed;
 mod memory;
 mod owner;
-mod removed;
 
 pub(crate) use foreign::{Busy, Foreign};
 pub use memory::AdoptedMemory;

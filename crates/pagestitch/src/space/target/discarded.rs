@@ -8,14 +8,14 @@ use std::num::NonZeroUsize;
 
 /// A set of pages that only grows. To add a span again takes time by a 262,144th of its pages.
 #[derive(Debug)]
-pub(super) struct Removed {
+pub(super) struct DiscardedPages {
     /// A bit a page.
     pages: AtomicTable,
     /// A bit for each [`GROUP`] of pages that are all set.
     full: AtomicTable,
 }
 
-impl Removed {
+impl DiscardedPages {
     /// None of so many pages.
     pub(super) fn new(pages: usize) -> Result<Self, Errno> {
         let words = |bits: usize| {
@@ -105,7 +105,7 @@ mod tests {
             spans in prop::collection::vec((0..PAGES, 1..PAGES), 1..5), small in prop::collection::vec((0..PAGES, 1usize..200), 0..20),
             looks in prop::collection::vec(0..PAGES, 20),
         ) {
-            let removed = Removed::new(PAGES).unwrap();
+            let removed = DiscardedPages::new(PAGES).unwrap();
             let spans: Vec<_> = spans.iter().chain(&small).chain(&spans)
                 .map(|&(first, pages)| Span { first: Page(first), pages: pages.min(PAGES - first) }).collect();
             let mut naive = vec![false; PAGES];
