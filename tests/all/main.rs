@@ -39,6 +39,7 @@ mod signals;
 mod splits;
 mod swap;
 mod teardown;
+mod userfaultfd_crate;
 mod watchdog;
 mod zero_copy;
 

@@ -1,16 +1,16 @@
-//! The baseline: the handler of the manual page. One thread polls, reads and copies, with the
-//! `userfaultfd` crate.
+//! The baseline: the handler of the manual page. One thread polls, reads and copies, one message at
+//! a time: with the kernel crate, or, with the feature `userfaultfd`, with the crate of that name.
 
 use crate::affinity::pin;
+use handler::Handler;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::Features;
-use pagestitch_kernel::{Access, PageSize, StableView, View};
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{Access, Features, PageSize, StableView, Uffd, View};
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use userfaultfd::{Event, Uffd};
 
 /// A region whose pages one plain thread fills from chunks of equal length.
 pub(crate) struct ManualPage {
@@ -26,18 +26,18 @@ impl ManualPage {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
         let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
-        let opened = pagestitch_kernel::Uffd::open(Features::NONE).expect("a userfaultfd");
-        let uffd = of_the_crate(opened.as_fd().try_clone_to_owned().expect("a descriptor"));
-        let range = reservation.range();
-        uffd.register(view.as_ptr().as_ptr().cast(), range.bytes()).expect("registering");
-        reservation.open().expect("memory");
+        // Opened by this program in either case, because the `userfaultfd` crate cannot open one for an
+        // ordinary user where /dev/userfaultfd is closed to that user.
+        let uffd = Uffd::open(Features::NONE).expect("a userfaultfd");
+        uffd.register(&reservation, RegisterMode::MISSING).expect("registering");
+        let base = reservation.range().start();
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
         let handler = thread::spawn(move || {
             cpu.inspect(|&cpu| pin(cpu));
             let size = chunks[0].len();
             let page_at = |offset: usize| &chunks[offset / size][offset % size..offset % size + page.bytes()];
-            handle(&uffd, &stopped, range.start(), &page_at);
+            handle(uffd, &stopped, base, &page_at);
         });
         let view = view.into_stable().expect("the view has no mapped pages");
         Self { view, stop, handler: Some(handler) }
@@ -55,36 +55,19 @@ pub(crate) fn serve_plainly<'a>(
     base: usize,
     page_at: &dyn Fn(usize) -> &'a [u8],
 ) {
-    handle(&of_the_crate(fd), stop, base, page_at);
+    handle(Uffd::adopt(fd).expect("another process's userfaultfd"), stop, base, page_at);
 }
 
-/// The descriptor is opened by this program, because the crate cannot open one for an ordinary
-/// user. The rest is the crate's.
-fn of_the_crate(fd: OwnedFd) -> Uffd {
-    // SAFETY: the crate becomes the only owner of this descriptor. No memory is touched.
-    #[expect(unsafe_code, reason = "the userfaultfd crate takes raw descriptors")]
-    unsafe {
-        Uffd::from_raw_fd(fd.into_raw_fd())
-    }
-}
-
-fn handle<'a>(uffd: &Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) -> &'a [u8]) {
-    let page = PageSize::system().bytes();
+fn handle<'a>(uffd: Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) -> &'a [u8]) {
+    let mut handler = Handler::from(uffd);
     loop {
         let mut ready =
-            [PollFd::new(uffd.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
+            [PollFd::new(handler.as_fd(), PollFlags::POLLIN), PollFd::new(stop.as_fd(), PollFlags::POLLIN)];
         poll(&mut ready, PollTimeout::NONE).expect("poll");
         if ready[1].any().unwrap_or(false) {
             return;
         }
-        let Some(Event::Pagefault { addr, .. }) = uffd.read_event().expect("an event") else { continue };
-        let offset = (addr.addr() - base) / page * page;
-        let source = page_at(offset).as_ptr();
-        let target = std::ptr::with_exposed_provenance_mut(base + offset);
-        // SAFETY: the kernel reads a page of a chunk that is alive, and fills a missing page of the
-        // registered range.
-        #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]
-        unsafe { uffd.copy(source.cast(), target, page, true) }.expect("copy");
+        handler.fill_one(|address| page_at(address - base));
     }
 }
 
@@ -92,5 +75,77 @@ impl Drop for ManualPage {
     fn drop(&mut self) {
         self.stop.write(1).expect("an eventfd takes a 1");
         self.handler.take().map(JoinHandle::join);
+    }
+}
+
+#[cfg(not(feature = "userfaultfd"))]
+mod handler {
+    use pagestitch_kernel::{AddressRange, Batch, Outcome, PageSize, Uffd};
+    use std::os::fd::{AsFd, BorrowedFd};
+
+    /// A userfaultfd, read one message at a time.
+    pub(super) struct Handler {
+        uffd: Uffd,
+        message: Batch,
+    }
+
+    impl From<Uffd> for Handler {
+        fn from(uffd: Uffd) -> Self {
+            Self { uffd, message: Batch::with_capacity(1) }
+        }
+    }
+
+    impl AsFd for Handler {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.uffd.as_fd()
+        }
+    }
+
+    impl Handler {
+        /// Reads a fault, and fills its page with the bytes for its address.
+        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) {
+            let page = PageSize::system();
+            self.message.read(&self.uffd, page).expect("an event");
+            let Some(fault) = self.message.faults().first() else { return };
+            let range = AddressRange::new(fault.address, page.bytes(), page).expect("a page");
+            assert_eq!(self.uffd.copy(range, page_at(fault.address)), Outcome::Done, "a copy");
+        }
+    }
+}
+
+#[cfg(feature = "userfaultfd")]
+mod handler {
+    use pagestitch_kernel::PageSize;
+    use std::os::fd::{AsFd, BorrowedFd};
+    use userfaultfd::{Event, Uffd};
+
+    /// A userfaultfd, read one message at a time.
+    pub(super) struct Handler(Uffd);
+
+    impl From<pagestitch_kernel::Uffd> for Handler {
+        fn from(uffd: pagestitch_kernel::Uffd) -> Self {
+            Self(uffd.into())
+        }
+    }
+
+    impl AsFd for Handler {
+        fn as_fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+    }
+
+    impl Handler {
+        /// Reads a fault, and fills its page with the bytes for its address.
+        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) {
+            let page = PageSize::system().bytes();
+            let Some(Event::Pagefault { addr, .. }) = self.0.read_event().expect("an event") else { return };
+            let start = addr.addr() / page * page;
+            let source = page_at(start).as_ptr();
+            let target = std::ptr::with_exposed_provenance_mut(start);
+            // SAFETY: the kernel reads a page of a chunk that is alive, and fills a missing page of the
+            // registered range.
+            #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]
+            unsafe { self.0.copy(source.cast(), target, page, true) }.expect("copy");
+        }
     }
 }

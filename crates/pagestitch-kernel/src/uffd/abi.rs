@@ -4,7 +4,6 @@
 //! from a header need libclang at build time. The end of this file proves the sizes; the request
 //! numbers follow from them. The layout of messages is in `message.rs`.
 
-use super::outcome::Waiters;
 use crate::page::AddressRange;
 use nix::{ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none};
 
@@ -72,6 +71,26 @@ pub(super) struct UffdioRegister {
     pub(super) ioctls: u64,
 }
 
+/// Whether a fill wakes the threads that wait for its pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waiters {
+    Woken,
+    /// As if another thread had filled the pages without waking.
+    #[cfg(feature = "inject")]
+    LeftAsleep,
+}
+
+impl Waiters {
+    /// The mode of the operation.
+    pub(super) const fn mode(self) -> u64 {
+        match self {
+            Self::Woken => 0,
+            #[cfg(feature = "inject")]
+            Self::LeftAsleep => MODE_DONTWAKE,
+        }
+    }
+}
+
 /// `UFFD_API`
 pub(super) const API: u64 = 0xAA;
 /// `UFFD_USER_MODE_ONLY`
@@ -87,7 +106,7 @@ pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 /// `UFFDIO_COPY_MODE_DONTWAKE`, and `UFFDIO_ZEROPAGE_MODE_DONTWAKE` and its like: the same bit for
 /// each operation.
 #[cfg(feature = "inject")]
-pub(super) const MODE_DONTWAKE: u64 = 1 << 0;
+const MODE_DONTWAKE: u64 = 1 << 0;
 
 // Each request is named as its UFFDIO_* in the header.
 ioctl_readwrite!(api, UFFDIO, 0x3F, UffdioApi);

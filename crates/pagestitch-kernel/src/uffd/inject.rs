@@ -11,7 +11,8 @@ mod pretend;
 
 pub use pretend::pretend;
 
-use super::outcome::{Operation, Outcome, Waiters};
+use super::abi::Waiters;
+use super::outcome::{Operation, Outcome};
 use crate::page::{AddressRange, PageSize};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 

@@ -23,6 +23,8 @@ mod outcome;
 mod own_process;
 mod read;
 mod register;
+#[cfg(feature = "userfaultfd")]
+mod userfaultfd_crate;
 
 pub use adopt::{AdoptError, OwnMemory};
 pub use open::{OpenError, handshake_probe, kernel_features};
@@ -30,8 +32,9 @@ pub use opened::{FaultMode, OpenedBy};
 pub use outcome::Outcome;
 pub use register::RegisterMode;
 
+use abi::Waiters;
 use kept_fd::KeptFd;
-use outcome::{Operation, Waiters};
+use outcome::Operation;
 use read::ReadMethod;
 
 use crate::features::Features;
@@ -289,6 +292,14 @@ impl Uffd {
 
     fn raw(&self) -> c_int {
         self.fd.as_fd().as_raw_fd()
+    }
+}
+
+/// The descriptor, with its registrations. Its new owner closes it, also if it was to be
+/// [kept open](Uffd::keep_open).
+impl From<Uffd> for OwnedFd {
+    fn from(uffd: Uffd) -> Self {
+        uffd.fd.into_fd()
     }
 }
 

@@ -59,26 +59,6 @@ impl Operation {
     }
 }
 
-/// Whether a fill wakes the threads that wait for its pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Waiters {
-    Woken,
-    /// As if another thread had filled the pages without waking.
-    #[cfg(feature = "inject")]
-    LeftAsleep,
-}
-
-impl Waiters {
-    /// The mode of the operation.
-    pub(super) const fn mode(self) -> u64 {
-        match self {
-            Self::Woken => 0,
-            #[cfg(feature = "inject")]
-            Self::LeftAsleep => super::abi::MODE_DONTWAKE,
-        }
-    }
-}
-
 impl Outcome {
     /// The answer for `whole` bytes, of which only the first `part` were tried.
     pub(super) const fn of_part(self, part: usize, whole: usize) -> Self {

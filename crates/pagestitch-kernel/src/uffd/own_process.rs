@@ -11,9 +11,8 @@
 //! The first request comes first, because another process cannot make it wait. A userfaultfd of this
 //! process shows once how this kernel answers.
 
-use super::abi::{self, UffdioCopy};
+use super::abi::{self, UffdioCopy, Waiters};
 use super::open::{handshake, open_fd};
-use super::outcome::Waiters;
 use super::register::{RegisterMode, register, unregister, wake};
 use crate::features::Features;
 use crate::fork::ForkGeneration;

@@ -84,7 +84,7 @@ impl AdoptedMemory {
         Self::of(Uffd::adopt_own(uffd, promise))
     }
 
-    fn of(uffd: Result<Uffd, AdoptError>) -> Result<Self, Error> {
+    pub(super) fn of(uffd: Result<Uffd, AdoptError>) -> Result<Self, Error> {
         let uffd =
             uffd.map_err(|error| Error::because(ErrorKind::NotUserfaultfd, "cannot adopt memory", error))?;
         let page = PageSize::system();

@@ -24,6 +24,8 @@ mod foreign;
 mod listed;
 mod memory;
 mod owner;
+#[cfg(feature = "userfaultfd")]
+mod userfaultfd_crate;
 
 pub(crate) use foreign::{Busy, Foreign};
 pub use memory::AdoptedMemory;
