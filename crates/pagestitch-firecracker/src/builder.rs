@@ -3,9 +3,10 @@
 use crate::guest::{OnStop, Service};
 use crate::handler::Settings;
 use crate::shutdown::ShutdownHandle;
-use crate::socket::Socket;
+use crate::socket::{Socket, SocketAccess};
 use crate::{Error, Handler, Snapshot};
 use pagestitch::{OnUnavailable, OwnMemory, Pool, Readahead, Recording};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,6 +31,7 @@ pub struct Builder {
     replay: Option<Recording>,
     record_latency: bool,
     own: Option<OwnMemory>,
+    access: SocketAccess,
 }
 
 impl Builder {
@@ -45,6 +47,7 @@ impl Builder {
             replay: None,
             record_latency: false,
             own: None,
+            access: SocketAccess { mode: None, group: None },
         }
     }
 
@@ -109,19 +112,51 @@ impl Builder {
         self
     }
 
+    /// Sets the permission bits of the socket file, such as `0o660`, before the first connection. A
+    /// process needs write permission to connect. By default the umask decides.
+    pub const fn socket_mode(mut self, mode: u32) -> Self {
+        self.access.mode = Some(mode);
+        self
+    }
+
+    /// Sets the group of the socket file, by its id, before the first connection. By default the
+    /// group of this process.
+    pub const fn socket_group(mut self, group: u32) -> Self {
+        self.access.group = Some(group);
+        self
+    }
+
     /// Listens at a path. A socket at which no process listens any more is replaced.
     ///
     /// # Errors
     ///
     /// [`Error::InUse`] if another handler listens there; [`Error::NotASocket`] if another file is
-    /// there; [`Error::Listen`]; [`Error::Memory`] if no pool can start, or a recording could not
+    /// there; [`Error::SocketAccess`] if this process may not set the mode or the group;
+    /// [`Error::Listen`]; [`Error::Memory`] if no pool can start, or a recording could not
     /// be written; [`Error::RecordingMismatch`] if the recording to replay is of other memory.
     pub fn bind(self, path: impl Into<PathBuf>) -> Result<Handler, Error> {
-        let path = path.into();
+        let (path, access) = (path.into(), self.access);
+        self.start(|| Socket::bind(path, access))
+    }
+
+    /// Listens at a socket that a service manager has made, as systemd does (`sd_listen_fds(3)`).
+    /// The manager keeps the socket and its file: connections that arrive after a shutdown wait for
+    /// the next handler. [`socket_mode`](Self::socket_mode) and
+    /// [`socket_group`](Self::socket_group) have no effect.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind), without those of its path.
+    pub fn listen(self, listener: UnixListener) -> Result<Handler, Error> {
+        self.start(|| Socket::inherit(listener))
+    }
+
+    /// Opens the socket last, because clients may connect at once.
+    fn start(self, open: impl FnOnce() -> Result<Socket, Error>) -> Result<Handler, Error> {
         check_recordings(&self.snapshot, self.replay.as_ref(), self.record.as_deref())?;
         let pool = self.pool.map_or_else(Pool::new, Ok)?;
         let shutdown = ShutdownHandle::new().map_err(Error::Poll)?;
-        let socket = Socket::bind(path)?;
+        let socket = open()?;
         let Self {
             snapshot,
             on_unavailable,

@@ -90,6 +90,14 @@ pub enum Error {
         /// The error of the kernel.
         source: io::Error,
     },
+    /// The mode or the group of the socket cannot be set.
+    #[error("cannot set the mode and group of {path}: {source}: name a group of this user, or run as root")]
+    SocketAccess {
+        /// Its path.
+        path: PathBuf,
+        /// The error of the kernel.
+        source: io::Error,
+    },
     /// The handler cannot wait for its descriptors.
     #[error("the handler cannot wait for its descriptors: {0}")]
     Poll(#[source] io::Error),

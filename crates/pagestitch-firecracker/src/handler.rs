@@ -84,7 +84,7 @@ impl Handler {
         self.shutdown.clone()
     }
 
-    /// The path of the listening socket.
+    /// The path of the listening socket: `@NAME` for an inherited socket without a file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
@@ -305,11 +305,12 @@ impl Handler {
         }
     }
 
-    /// Accepts the pending connections and closes the socket.
+    /// Accepts the pending connections and closes the socket. Those at a socket of a service manager
+    /// wait for the next handler.
     fn close_socket(&mut self) {
         let Some(socket) = self.socket.take() else { return };
         socket.close();
-        loop {
+        while !socket.is_inherited() {
             match socket.accept() {
                 Ok(stream) => self.clients.push(Client::new(stream, self.settings.handshake_timeout)),
                 Err(error)
