@@ -5,20 +5,32 @@ use parking_lot::Mutex;
 use std::env;
 use std::io::{self, IsTerminal, Write};
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
-pub(crate) fn start(verbose: u8, least: LevelFilter) {
+/// Starts the log. `times`: each event begins with its time, because the command runs for days.
+pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool) {
     let level = match verbose {
         0 => least,
         1 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(|| Log)
         .with_ansi(io::stderr().is_terminal() && may_color())
-        .with_target(false)
-        .without_time()
-        .init();
+        .with_target(false);
+    match times {
+        true => log.init(),
+        false => log.without_time().init(),
+    }
+}
+
+/// The current time, as events show it: `2026-11-28T07:22:26.123456Z`.
+pub(crate) fn time() -> String {
+    let mut time = String::new();
+    let _ = SystemTime.format_time(&mut Writer::new(&mut time));
+    time
 }
 
 /// True if the terminal ignores escape sequences.

@@ -77,7 +77,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // A stress test makes thousands of pages fail.
     let quiet = matches!(arguments.command, Command::Stress(_));
-    log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN });
+    let serves = matches!(arguments.command, Command::Serve(_));
+    log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN }, serves);
     raise_descriptor_limit();
     let json = arguments.json;
     let done = match arguments.command {

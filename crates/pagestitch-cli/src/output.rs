@@ -17,6 +17,11 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table
 }
 
+/// `1` and `page` as `1 page`, `2` and `page` as `2 pages`.
+pub(crate) fn count(count: usize, one: &str) -> String {
+    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
+}
+
 /// `1536` as `1.5 KiB`.
 pub(crate) fn bytes(bytes: u64) -> String {
     let exponent = (u64::BITS - bytes.leading_zeros()).saturating_sub(1) / 10;
@@ -94,6 +99,11 @@ pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_count_has_its_plural() {
+        assert_eq!([0, 1, 2].map(|pages| count(pages, "page")), ["0 pages", "1 page", "2 pages"]);
+    }
 
     #[test]
     fn sizes_and_times_have_few_digits() {

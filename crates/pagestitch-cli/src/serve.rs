@@ -1,14 +1,26 @@
 //! `pagestitch serve`: fills the memory of other processes.
+//!
+//! | file | content |
+//! |---|---|
+//! | `endpoint` | the socket: made at a path, or passed by systemd |
+//! | `lines` | the events, as lines of text or JSON |
+//! | `systemd` | the protocol of the service manager |
+
+mod endpoint;
+mod lines;
+mod systemd;
 
 use crate::files;
 use crate::heatmap;
 use crate::live::Live;
-use crate::output::{bytes, workers};
+use crate::output::{bytes, count, workers};
 use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
-use pagestitch::{Meter, OnUnavailable, Pool, Readahead, Recording};
+use endpoint::Endpoint;
+use lines::{Line, Lines};
+use pagestitch::{Meter, OnUnavailable, Pool, Process, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::HashMap;
 use std::error::Error;
 use std::io::{Write, stdout};
@@ -32,9 +44,17 @@ pub(crate) enum Peer {
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// The path to listen at: the "backend_path" of PUT /snapshot/load
+    /// The path to listen at: the "backend_path" of PUT /snapshot/load. Without it, the socket that
+    /// systemd passes (a .socket unit with one ListenStream=)
     #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    socket: Option<PathBuf>,
+    /// The permission bits of the socket, in octal; a client needs write permission [default: those
+    /// that the umask leaves]
+    #[arg(long, value_name = "MODE", value_parser = endpoint::mode)]
+    socket_mode: Option<u32>,
+    /// The group of the socket, by name or number [default: the group of this process]
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
     /// The memory file of the snapshot, then diffs over it, oldest first, each with its
     /// DIFF.extents
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
@@ -102,10 +122,13 @@ pub(crate) fn extents(options: &ExtentsOptions, as_json: bool) -> Result<(), Box
         let extents = Extents::of(diff)?;
         let path = extents.write(diff)?.display().to_string();
         let changed: u64 = extents.ranges().iter().map(|range| range.end - range.start).sum();
-        say(&match as_json {
-            true => json!({"extents": path, "ranges": extents.ranges().len(), "bytes": changed}).to_string(),
-            false => format!("{path}: {} of memory in {} ranges", bytes(changed), extents.ranges().len()),
-        });
+        let ranges = extents.ranges().len();
+        match as_json {
+            true => writeln!(stdout(), "{}", json!({"extents": path, "ranges": ranges, "bytes": changed}))?,
+            false => {
+                writeln!(stdout(), "{path}: {} of memory in {}", bytes(changed), count(ranges, "range"))?
+            }
+        }
     }
     Ok(())
 }
@@ -113,6 +136,26 @@ pub(crate) fn extents(options: &ExtentsOptions, as_json: bool) -> Result<(), Box
 pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let Peer::Firecracker(options) = peer;
     check_outputs(&options)?;
+    let (handler, listening) = open(&options)?;
+    let shutdown = handler.shutdown_handle();
+    let stop = move || {
+        shutdown.shutdown();
+        systemd::stopping();
+    };
+    ctrlc::set_handler(stop.clone())?;
+    let scene = Scene::default();
+    let live = options.live.then(|| Live::show(&scene, stop)).transpose()?;
+    let lines = Lines { as_json, scene: live.is_some().then(|| scene.clone()) };
+    lines.say(&listening);
+    systemd::ready();
+    let mut served = Served { lines, scene, heatmap: options.heatmap, ..Served::default() };
+    handler.run(|event| served.take(event))?;
+    served.lost.recording.or(served.lost.map).map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Opens the snapshot and the socket.
+fn open(options: &Options) -> Result<(Handler, Line), Box<dyn Error>> {
+    let endpoint = Endpoint::of(options)?;
     let mut pool = Pool::builder().name("firecracker");
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
@@ -125,49 +168,61 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
     let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
     let builder = if options.live { builder.record_latency() } else { builder };
-    let handler = builder
+    let builder = builder
         .pool(&pool.start()?)
         .on_unavailable(options.on_unavailable.into())
         .on_stop(options.on_stop.into())
         .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
-        .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()))
-        .bind(&options.socket)?;
-    let shutdown = handler.shutdown_handle();
-    let quit = shutdown.clone();
-    ctrlc::set_handler(move || shutdown.shutdown())?;
-    let path = handler.path().display().to_string();
-    let listening = match as_json {
-        true => json!({"event": "listening", "socket": path, "bytes": len, "pieces": pieces}).to_string(),
-        false => format!("listening at {path}: {} of memory in {pieces} pieces", bytes(len)),
-    };
-    let scene = Scene::default();
-    let live = options.live.then(|| Live::show(&scene, move || quit.shutdown())).transpose()?;
-    let say = |line: String| if live.is_some() { scene.say(line) } else { say(&line) };
-    say(listening);
-    let mut meters: HashMap<u32, Meter> = HashMap::new();
-    let mut lost = LostOutputs::default();
-    handler.run(|event| {
-        say(if as_json { to_json(event).to_string() } else { event.to_string() });
+        .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()));
+    let handler = endpoint.open(builder)?;
+    let listening = Line::listening(handler.path(), len, pieces);
+    Ok((handler, listening))
+}
+
+/// The guests that are served, and the lines about them.
+#[derive(Default)]
+struct Served {
+    lines: Lines,
+    scene: Scene,
+    heatmap: Option<PathBuf>,
+    guests: HashMap<usize, Meter>,
+    lost: LostOutputs,
+}
+
+impl Served {
+    fn take(&mut self, event: &Event<'_>) {
+        self.lines.say(&Line::of(event));
         match event {
             Event::Restored { owner, meter, .. } => {
-                scene.add(meter.clone());
-                meters.insert(owner.pid(), meter.clone());
+                self.scene.add(meter.clone());
+                self.guests.insert(key(owner), meter.clone());
+                systemd::serving(self.guests.len());
             }
             Event::Ended { owner, .. } | Event::Detached { owner, .. } => {
-                scene.remove(&owner.to_string());
-                let meter = meters.remove(&owner.pid());
-                if let (Some(path), Some(meter)) = (&options.heatmap, meter) {
-                    lost.map = heatmap::write(path, &meter).err();
-                    lost.map.iter().for_each(|error| say(error.clone()));
-                }
+                self.scene.remove(&owner.to_string());
+                let meter = self.guests.remove(&key(owner));
+                meter.iter().for_each(|meter| self.draw(owner, meter));
+                systemd::serving(self.guests.len());
             }
             Event::Recorded { outcome, .. } => {
-                lost.recording = outcome.as_ref().err().map(ToString::to_string);
+                self.lost.recording = outcome.as_ref().err().map(ToString::to_string);
             }
             _ => {}
         }
-    })?;
-    lost.recording.or(lost.map).map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Writes the map of a guest that has ended.
+    fn draw(&mut self, owner: &Process, meter: &Meter) {
+        let Some(path) = &self.heatmap else { return };
+        self.lost.map = heatmap::write(path, meter).err();
+        self.lines.say(&Line::drawn(owner, path, self.lost.map.as_deref()));
+    }
+}
+
+/// A key for a guest, because all processes of other PID namespaces have the id 0. The handler
+/// keeps a guest's process at one address.
+fn key(owner: &Process) -> usize {
+    std::ptr::from_ref(owner).addr()
 }
 
 /// The reasons why requested files are missing at the end.
@@ -185,38 +240,6 @@ fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     // The recording has been read before it is written, so the same file may serve both.
     inputs.extend(options.replay.as_deref().map(|path| ("recording", path)));
     files::check(options.heatmap.as_deref().map(|path| ("map", path)), &inputs)
-}
-
-/// Prints a line. An error is ignored, because guests are served even if the reader of the lines
-/// has gone.
-fn say(line: &str) {
-    let mut out = stdout().lock();
-    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-}
-
-fn to_json(event: &Event<'_>) -> Value {
-    match event {
-        Event::Restored { owner, bytes, .. } => {
-            json!({"event": "restored", "pid": owner.pid(), "bytes": bytes})
-        }
-        Event::Refused { owner, reason } => {
-            json!({"event": "refused", "pid": owner, "reason": reason.to_string()})
-        }
-        Event::Ended { owner, metrics, pages_lost } => json!({
-            "event": "ended", "pid": owner.pid(), "faults": metrics.faults,
-            "pages": metrics.pages_installed(), "pages_lost": pages_lost,
-        }),
-        Event::Recorded { owner, path, outcome } => json!({
-            "event": "recorded", "pid": owner.pid(), "path": path.display().to_string(),
-            "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
-        }),
-        Event::Detached { owner, outcome } => json!({
-            "event": "detached", "pid": owner.pid(),
-            "pages": outcome.as_ref().ok().map(pagestitch::Metrics::pages_installed),
-            "error": outcome.as_ref().err().map(ToString::to_string),
-        }),
-        _ => json!({"event": event.to_string()}),
-    }
 }
 
 impl From<OnUnavailableOption> for OnUnavailable {

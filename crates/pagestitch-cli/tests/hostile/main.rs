@@ -47,7 +47,7 @@ impl Handler {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
-        assert!(lines.next().unwrap().unwrap().starts_with("listening"));
+        assert!(lines.next().unwrap().unwrap().contains(" listening at "));
         let read = |lines: Lines<BufReader<ChildStdout>>| lines.map_while(Result::ok).collect();
         let lines = Some(thread::spawn(move || read(lines)));
         Self { process, folder, lines }

@@ -1,12 +1,15 @@
 //! `pagestitch serve` as in production: with signals, and with its errors at the start.
 
+mod systemd;
+
 use pagestitch::{Pool, Region};
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{this_test, wait};
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -77,6 +80,13 @@ fn a_shutdown_under_load_completes_the_memory_of_guests() {
         let expected = if more.is_empty() { words } else { keys };
         assert_eq!(lines.len(), 3, "{lines:?}");
         assert!(lines.iter().zip(expected).all(|(line, word)| line.contains(word)), "{lines:?}");
+        for line in lines {
+            let time = match more.is_empty() {
+                true => line.split(' ').next().unwrap().to_owned(),
+                false => serde_json::from_str::<Value>(&line).unwrap()["time"].as_str().unwrap().to_owned(),
+            };
+            assert!(time.starts_with("20") && time.ends_with('Z') && time.contains('T'), "{line}");
+        }
     }
 }
 
@@ -102,10 +112,12 @@ fn each_start_error_is_one_line() {
         .args(["extents", "diff"])
         .output()
         .unwrap();
-    assert_eq!(String::from_utf8_lossy(&extents.stdout), "diff.extents: 4.0 KiB of memory in 1 ranges\n");
+    assert_eq!(String::from_utf8_lossy(&extents.stdout), "diff.extents: 4.0 KiB of memory in 1 range\n");
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
     assert!(error_line(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
     assert!(error_line(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
+    assert!(error_line(&["--socket-mode", "0999"], 2).contains("say permission bits in octal"));
+    assert!(error_line(&["--socket-group", "no-such-group"], 1).contains("no group 'no-such-group'"));
     assert!(error_line(&["--workers", "0"], 2).contains("0 is not in 1.."));
     assert!(error_line(&["--on-unavailable", "pray"], 2).contains("[possible values: poison, kill]"));
     assert!(error_line(&["--record", "no/where"], 1).contains("cannot write no/where: No such file"));
@@ -122,9 +134,23 @@ fn each_start_error_is_one_line() {
     let mut second = serve(folder.path(), &[]);
     let mut line = String::new();
     BufReader::new(second.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.starts_with("listening at socket"), "{line}");
+    assert!(line.contains(" listening at socket: 11.7 MiB of memory in 1 piece\n"), "{line}");
     second.kill().unwrap();
     second.wait().unwrap();
+}
+
+#[test]
+fn the_socket_has_the_requested_mode_and_group() {
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let group = nix::unistd::getgid().to_string();
+    let mut handler = serve(folder.path(), &["--socket-mode", "0660", "--socket-group", &group]);
+    let mut line = String::new();
+    BufReader::new(handler.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let socket = fs::metadata(folder.path().join("socket")).unwrap();
+    handler.kill().unwrap();
+    let said = String::from_utf8(handler.wait_with_output().unwrap().stderr).unwrap();
+    assert_eq!((socket.mode() & 0o7777, socket.gid().to_string()), (0o660, group), "{line}{said}");
 }
 
 /// Writes a recording of ten pages, which no guest here has.
@@ -153,7 +179,7 @@ fn a_lost_recording_or_map_is_a_failure() {
         fs::create_dir(folder.path().join("sub")).unwrap();
         let mut handler = serve(folder.path(), &[option, "sub/file"]);
         let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
-        assert!(lines.next().unwrap().starts_with("listening"));
+        assert!(lines.next().unwrap().contains(" listening at "));
         fs::remove_dir(folder.path().join("sub")).unwrap();
         life(folder.path()).wait().expect_pass();
         assert!(lines.any(|line| line.contains("cannot write sub/file")), "{option}");
@@ -331,7 +357,7 @@ fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let listens = lines.next().is_some_and(|line| line.starts_with("listening"));
+        let listens = lines.next().is_some_and(|line| line.contains(" listening at "));
         let end = listens.then(|| life(folder.path()).wait());
         let told = lines.find(|line| line.contains("ended after") || line.contains("refused"));
         let _ = handler.kill();

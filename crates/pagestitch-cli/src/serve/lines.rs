@@ -1,0 +1,95 @@
+//! The events of a handler as lines: text for a person, or one JSON object a line.
+
+use crate::log;
+use crate::output::{bytes, count};
+use crate::scene::Scene;
+use pagestitch::{Metrics, Process};
+use pagestitch_firecracker::Event;
+use serde_json::{Value, json};
+use std::io::{Write, stdout};
+use std::path::Path;
+
+/// An event in both forms.
+#[derive(Debug)]
+pub(super) struct Line {
+    text: String,
+    json: Value,
+}
+
+/// The reader of the lines: standard output, or the scene of `--live`.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    pub(super) as_json: bool,
+    pub(super) scene: Option<Scene>,
+}
+
+impl Lines {
+    /// Shows a line with its time. An error is ignored, because guests are served even if the
+    /// reader of the lines has gone.
+    pub(super) fn say(&self, line: &Line) {
+        let Line { text, json } = line;
+        if let Some(scene) = &self.scene {
+            return scene.say(text.clone());
+        }
+        let mut line = format!("{} {text}", log::time());
+        if self.as_json {
+            let mut json = json.clone();
+            json["time"] = log::time().into();
+            line = json.to_string();
+        }
+        let mut out = stdout().lock();
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+    }
+}
+
+impl Line {
+    /// The handler has opened its socket and its snapshot.
+    pub(super) fn listening(socket: &Path, len: u64, pieces: usize) -> Self {
+        let socket = socket.display().to_string();
+        Self {
+            text: format!("listening at {socket}: {} of memory in {}", bytes(len), count(pieces, "piece")),
+            json: json!({"event": "listening", "socket": socket, "bytes": len, "pieces": pieces}),
+        }
+    }
+
+    /// The map of a guest was written, or was lost because of an error.
+    pub(super) fn drawn(owner: &Process, path: &Path, error: Option<&str>) -> Self {
+        let path = path.display().to_string();
+        Self {
+            text: match error {
+                None => format!("{owner}: its map is drawn in {path}"),
+                Some(error) => format!("{owner}: its map is lost: {error}"),
+            },
+            json: json!({"event": "drawn", "pid": owner.pid(), "path": path, "error": error}),
+        }
+    }
+
+    pub(super) fn of(event: &Event<'_>) -> Self {
+        Self { text: event.to_string(), json: to_json(event) }
+    }
+}
+
+fn to_json(event: &Event<'_>) -> Value {
+    match event {
+        Event::Restored { owner, bytes, .. } => {
+            json!({"event": "restored", "pid": owner.pid(), "bytes": bytes})
+        }
+        Event::Refused { owner, reason } => {
+            json!({"event": "refused", "pid": owner, "reason": reason.to_string()})
+        }
+        Event::Ended { owner, metrics, pages_lost } => json!({
+            "event": "ended", "pid": owner.pid(), "faults": metrics.faults,
+            "pages": metrics.pages_installed(), "pages_lost": pages_lost,
+        }),
+        Event::Recorded { owner, path, outcome } => json!({
+            "event": "recorded", "pid": owner.pid(), "path": path.display().to_string(),
+            "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
+        }),
+        Event::Detached { owner, outcome } => json!({
+            "event": "detached", "pid": owner.pid(),
+            "pages": outcome.as_ref().ok().map(Metrics::pages_installed),
+            "error": outcome.as_ref().err().map(ToString::to_string),
+        }),
+        _ => json!({"event": event.to_string()}),
+    }
+}

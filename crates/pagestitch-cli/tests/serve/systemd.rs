@@ -1,0 +1,126 @@
+//! The protocol of systemd: socket activation, and the states of a service.
+
+use super::{PAGE, PAGES, memory};
+use pagestitch_testkit::child::{self, ChildTest};
+use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::this_test;
+use std::fs;
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Starts a handler as systemd does: with a descriptor as number 3, and its variables.
+fn activated(folder: &Path, passed: OwnedFd, more: &str) -> Child {
+    let command = format!(
+        "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec {} serve firecracker --memory memory {more}",
+        env!("CARGO_BIN_EXE_pagestitch")
+    );
+    Command::new("sh")
+        .args(["-c", &command])
+        .current_dir(folder)
+        .env("NOTIFY_SOCKET", folder.join("notify"))
+        .stdin(Stdio::from(passed))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// A guest that reads all its pages. Its connection may wait for a handler.
+fn guest(test: &str, folder: &Path) -> ChildTest {
+    child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
+        let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+        let _stream = guest.hand_over(path.as_ref()).unwrap();
+        (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
+    })
+}
+
+fn terminate(process: &Child) {
+    assert!(Command::new("kill").arg(process.id().to_string()).status().unwrap().success());
+}
+
+#[test]
+fn handlers_share_a_socket_of_systemd_and_report_their_states() {
+    let test = this_test!();
+    if child::is_child(test) {
+        guest(test, Path::new(""));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
+    let notified = UnixDatagram::bind(folder.path().join("notify")).unwrap();
+    notified.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let next = || {
+        let mut message = [0; 200];
+        let bytes = notified.recv(&mut message).unwrap();
+        String::from_utf8_lossy(&message[..bytes]).into_owned()
+    };
+    // The second handler finds the socket as the first one has left it.
+    for _ in 0..2 {
+        let early = guest(test, folder.path());
+        let mut handler = activated(folder.path(), listener.try_clone().unwrap().into(), "--json");
+        early.wait().expect_pass();
+        assert_eq!(next(), "READY=1\nSTATUS=serving no guest\n");
+        assert_eq!(next(), "STATUS=serving 1 guest\n");
+        assert_eq!(next(), "STATUS=serving 0 guests\n");
+        terminate(&handler);
+        assert_eq!(next(), "STOPPING=1\n");
+        assert!(handler.wait().unwrap().success());
+        let output = handler.wait_with_output().unwrap();
+        let (lines, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr));
+        let socket = format!("\"socket\":\"{}/socket\"", folder.path().display());
+        assert!(lines.lines().next().unwrap().contains(&socket), "{lines}");
+        assert_eq!((lines.lines().count(), said.unwrap().as_str()), (3, ""), "{lines}");
+        assert!(folder.path().join("socket").exists());
+    }
+}
+
+#[test]
+fn an_unusable_socket_of_systemd_is_an_error_line() {
+    let folder = tempfile::tempdir().unwrap();
+    memory(&folder.path().join("memory"));
+    let path = |name: &str| folder.path().join(name);
+    let unix = || OwnedFd::from(UnixListener::bind(path("socket")).unwrap());
+    let refused = |passed: OwnedFd, more: &str, status: i32| {
+        let output = activated(folder.path(), passed, more).wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let _ = fs::remove_file(path("socket"));
+        assert_eq!((output.status.code(), said.lines().count()), (Some(status), 1), "{said}");
+        said
+    };
+    let connection = UnixStream::pair().unwrap().0;
+    for wrong in [
+        OwnedFd::from(fs::File::open(path("memory")).unwrap()),
+        UnixDatagram::unbound().unwrap().into(),
+        connection.into(),
+        TcpListener::bind("127.0.0.1:0").unwrap().into(),
+    ] {
+        let said = refused(wrong, "", 1);
+        assert!(said.contains("no listening UNIX stream socket") && said.contains("Accept=no"), "{said}");
+    }
+    assert!(refused(unix(), "--socket other", 2).contains("omit --socket, or the socket unit"));
+    assert!(refused(unix(), "--socket-mode 0660", 2).contains("set SocketMode= and SocketGroup="));
+    // The variables of another process mean nothing.
+    let alone = Command::new(env!("CARGO_BIN_EXE_pagestitch"))
+        .args(["serve", "firecracker", "--memory", "memory"])
+        .current_dir(folder.path())
+        .envs([("LISTEN_PID", "1"), ("LISTEN_FDS", "1")])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(alone.stderr).unwrap();
+    assert!(alone.status.code() == Some(2) && said.contains("no socket to listen at"), "{said}");
+    let two = Command::new("sh")
+        .args([
+            "-c",
+            "export LISTEN_PID=$$ LISTEN_FDS=99999999; exec \"$0\" serve firecracker --memory memory",
+        ])
+        .arg(env!("CARGO_BIN_EXE_pagestitch"))
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(two.stderr).unwrap();
+    assert!(two.status.code() == Some(1) && said.contains("passes 99999999 sockets"), "{said}");
+}
