@@ -1,10 +1,10 @@
-//! Admission of faults: a region occupies at most as many workers as it has berths. A fault
-//! without a free berth waits until another fault leaves one.
+//! Admission of faults, so that one region occupies only some of the workers. A fault above the
+//! limit waits until an admitted fault is released.
 
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 
-/// The number of taken berths, and the queue of items that wait for one.
+/// The number of admitted items, and the queue of items that wait for admission.
 #[derive(Debug)]
 pub(crate) struct Bulkhead<T> {
     queue: Mutex<Queue<T>>,
@@ -23,8 +23,8 @@ impl<T> Bulkhead<T> {
         Self { queue }
     }
 
-    /// Takes one of `most` berths for `item` and returns the item. `None`: the item waits, and a later
-    /// [`release`](Self::release) returns it.
+    /// Admits `item` if fewer than `most` are admitted, and returns it. `None`: the item waits, and a
+    /// later [`release`](Self::release) returns it.
     pub(crate) fn admit(&self, most: usize, item: T) -> Option<T> {
         let mut queue = self.queue.lock();
         if queue.admitted < most {
@@ -35,7 +35,7 @@ impl<T> Bulkhead<T> {
         None
     }
 
-    /// Leaves the berth, or keeps it and returns the next waiting item.
+    /// Releases an item. If another one waits, that item is admitted in its place and returned.
     pub(crate) fn release(&self, most: usize) -> Option<T> {
         let mut queue = self.queue.lock();
         let next = if queue.admitted <= most { queue.waiting.pop_front() } else { None };
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_item_without_a_berth_goes_to_the_worker_that_leaves_one() {
+    fn a_release_admits_the_waiting_item() {
         let bulkhead = Bulkhead::new(4);
         assert_eq!(
             (bulkhead.admit(2, 1), bulkhead.admit(2, 2), bulkhead.admit(2, 3)),
@@ -62,9 +62,9 @@ mod tests {
         assert_eq!((bulkhead.release(1), bulkhead.release(1)), (Some(5), None));
     }
 
-    /// The limit falls while berths are taken: the first workers that leave return no item, the last does.
+    /// The limit falls while items are admitted: the first releases return no item, the last does.
     #[test]
-    fn a_waiting_item_survives_a_lower_number_of_berths() {
+    fn a_waiting_item_survives_a_lower_limit() {
         let bulkhead = Bulkhead::new(4);
         (0..3).for_each(|item| assert_eq!(bulkhead.admit(3, item), Some(item)));
         assert_eq!(bulkhead.admit(1, 9), None);

@@ -1,14 +1,14 @@
 //! The pool: workers, and the regions that they serve.
 //!
 //! ```text
-//!   region A: uffd ─┬──▶ epoll 0 ──▶ worker 0 ──┬─ hands on ─▶ channel ──┐
-//!   region B: uffd ─┼──▶ epoll 1 ──▶ worker 1 ──┘    rings ─▶ bell ─┐     │
-//!   stop, bell ─────┘                  ▲  ▲──────────────────────────┘     │
-//!                                      └───────────────────────────────────┘
+//!   region A: uffd ─┬──▶ epoll 0 ──▶ worker 0 ──┬─ the rest of a batch ─▶ queue ──┐
+//!   region B: uffd ─┼──▶ epoll 1 ──▶ worker 1 ──┘     write(2) ─▶ wake_fd ─┐       │
+//!   stop, wake_fd ──┘                  ▲  ▲─────────────────────────────────┘       │
+//!                                      └────────────────────────────────────────────┘
 //! ```
 //!
-//! Every worker waits for every region, so whichever runs first serves; `read(2)` gives an event to one of them. A worker that a source
-//! holds up is replaced at its epoll by another one.
+//! Every worker waits for every region, and the first one to run serves: `read(2)` gives each event
+//! to one worker only. If a source holds a worker up, another worker takes its place at its epoll.
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::FetchSemaphore;
@@ -29,10 +29,10 @@ use std::sync::{Arc, Barrier};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// The threads that serve faults. A handle: clone it freely; one pool serves any number of regions.
+/// A handle to threads that serve faults. Clone it freely; one pool serves any number of regions.
 ///
-/// The workers run until the last handle is gone, and every region holds one, so a region is served for as long
-/// as it exists, whatever becomes of the pool it was built with.
+/// The workers run until the last handle is dropped. Every region holds a handle, so a region is
+/// served as long as it exists, even if the program drops its own handles.
 ///
 /// ```
 /// use pagestitch::{Pool, Region};
@@ -50,7 +50,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool with everything by default.
+    /// Starts a pool with the default options.
     ///
     /// # Errors
     ///
@@ -59,7 +59,7 @@ impl Pool {
         Self::builder().start()
     }
 
-    /// Starts to describe a pool.
+    /// A builder for a pool with other options.
     pub fn builder() -> PoolBuilder {
         PoolBuilder {
             workers: None,
@@ -71,14 +71,14 @@ impl Pool {
         }
     }
 
-    /// The number of its workers, without those that [stand in](PoolBuilder::max_workers) for
-    /// others.
+    /// The number of its workers, without the [replacements](PoolBuilder::max_workers) of workers
+    /// that are held up.
     #[must_use]
     pub fn workers(&self) -> usize {
         self.handle.state.epolls.len()
     }
 
-    /// How its workers are at this moment.
+    /// The state of its workers at this moment.
     #[must_use]
     pub fn metrics(&self) -> PoolMetrics {
         let workers = &self.handle.state.workers;
@@ -94,8 +94,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] names the regions that are still served; drop them first. A region whose workers were
-    /// gone would have to hang or to lie. [`ErrorKind::ForkedChild`] in a forked child, because the workers are the parent's.
+    /// [`ErrorKind::Busy`] names the regions that are still served; drop them first, because a touch
+    /// of a region without workers would hang. [`ErrorKind::ForkedChild`] in a forked child, because
+    /// the workers are the parent's.
     pub fn stop(self) -> Result<Report, Error> {
         if !self.handle.generation.is_current() {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
@@ -119,7 +120,7 @@ impl FaultServer for Pool {
         self.handle.generation.is_current()
     }
 
-    // There is nothing that it cannot serve.
+    // A pool serves every kind of region.
     fn check(&self, _demands: &Demands) -> Result<(), Error> {
         Ok(())
     }
@@ -164,7 +165,7 @@ impl fmt::Debug for Pool {
     }
 }
 
-/// Describes a pool. Made by [`Pool::builder`].
+/// The options of a pool. Made by [`Pool::builder`].
 #[derive(Debug, Clone)]
 #[must_use]
 pub struct PoolBuilder {
@@ -177,52 +178,63 @@ pub struct PoolBuilder {
 }
 
 impl PoolBuilder {
-    /// How many threads serve faults. By default as many as the [placement](Self::placement) suggests: one for each CPU, at
-    /// most eight.
+    /// Sets the number of threads that serve faults. Default: given by the
+    /// [placement](Self::placement), one for each CPU up to eight.
     ///
-    /// Ask for a number where sources are slow: as many can be waited for at once as there are workers, and more only where each takes
-    /// longer than 10 ms ([`max_workers`](Self::max_workers)). By default they run wherever the scheduler puts them then.
+    /// Set a number if sources are slow, because each worker waits for one source at a time.
+    /// [Replacements](Self::max_workers) start only after a source has taken 10 ms. With a number,
+    /// workers are not pinned to CPUs by default.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers);
         self
     }
 
-    /// How many threads there may be when sources hang: 64 by default, 4,096 at most, and no less than the [workers](Self::workers).
+    /// Sets the highest number of threads, including replacements. Default: 64. At most 4,096;
+    /// values below the number of [workers](Self::workers) are raised to it.
     ///
-    /// A worker that has been in one source for 10 ms is replaced by another thread, so that a source that hangs holds up no other
-    /// region. Where a worker comes back, one that has found nothing to do for a second ends. When as many threads as there may be are
-    /// held up, a log line and [`PoolMetrics::shortages`] tell; faults then wait for a source to answer, or for
-    /// [`fault_timeout`](Self::fault_timeout). A source that takes longer than that is so asked by as many threads at once as wait for
-    /// it: where that is too much, limit the region ([`Builder::max_in_flight`](crate::Builder::max_in_flight)).
+    /// A worker that is in one source for 10 ms is replaced by another thread, so that a source that
+    /// hangs holds up no other region. After such a source answers, a worker that finds no work for a
+    /// second ends. If all threads are held up, the pool logs an error and counts a
+    /// [shortage](PoolMetrics::shortages); faults then wait until a source answers or the
+    /// [`fault_timeout`](Self::fault_timeout) is over.
+    ///
+    /// So a slow source is read by as many threads at once as there are faults that wait for it. If
+    /// that is too many, limit the region
+    /// ([`Builder::max_in_flight`](crate::Builder::max_in_flight)).
     pub fn max_workers(mut self, most: usize) -> Self {
         self.max_workers = most;
         self
     }
 
-    /// Where they run. By default [`Placement::Auto`].
+    /// Sets the CPUs on which the workers run. Default: [`Placement::Auto`].
     pub fn placement(mut self, placement: Placement) -> Self {
         self.placement = placement;
         self
     }
 
-    /// The name of the threads: this and their number, cut to the kernel's 15 bytes. By default
-    /// `pagestitch/0`.
+    /// Sets the name of the threads, which their number follows: `pagestitch/0` by default. The name
+    /// is cut so that both fit into 15 bytes, the kernel's limit.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
     }
 
-    /// How many faults may be in flight at once, over all regions: each worker has one, also one that [stands in](Self::max_workers) for
-    /// another, and those beyond are fetches of sources that answer later ([`Fetch`](crate::source::Fetch)). At the limit a worker waits
-    /// for such a source as for any other, and none is replaced. By default as many as the sources take. No less than the workers.
+    /// Limits the faults in flight over all regions. Default: unlimited. Values below the number of
+    /// workers are raised to it.
+    ///
+    /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others are
+    /// asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a worker waits for its
+    /// fetch, and no worker is replaced.
     pub fn max_in_flight(mut self, most: usize) -> Self {
         self.max_in_flight = Some(most);
         self
     }
 
-    /// Tells, once, of each fault that has taken so long: by `tracing`, with the region, the offset, the chunk and its source, the age and the
-    /// waiting thread; and counts it. Faults that wait for a worker are among them. Only time in which the process runs counts: a
-    /// process that was stopped (SIGSTOP) has no fault that is overdue for it.
+    /// Logs and counts each fault that takes longer than `age`, once. Default: none.
+    ///
+    /// The line names the region, the offset, the chunk and its source, the age and the waiting
+    /// thread. A fault that waits for a worker counts too. Time in which the process is stopped
+    /// (SIGSTOP) does not count.
     pub fn warn_after(mut self, age: Duration) -> Self {
         self.limits.overdue = Some(age);
         self
@@ -242,7 +254,8 @@ impl PoolBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for no workers, a name with a NUL byte, or a CPU that this process may not use; [`ErrorKind::Resources`] if a thread or a descriptor cannot be had.
+    /// [`ErrorKind::BadOption`] for no workers, a name with a NUL byte, or a CPU that this process may
+    /// not use. [`ErrorKind::Resources`] if the kernel refuses a thread or a descriptor.
     pub fn start(self) -> Result<Pool, Error> {
         if self.name.contains('\0') {
             let what = format!(
@@ -258,7 +271,7 @@ impl PoolBuilder {
         let fetches = self.max_in_flight.map(|most| most.saturating_sub(cpus.workers));
         state.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
         let _quiet = NoSignals::until_dropped();
-        // Dropping the handle on an early return stops the workers that have started.
+        // On an early return, dropping the handle stops the workers that have started.
         let handle = Handle {
             state: Arc::new(state),
             watch: Mutex::default(),
@@ -293,21 +306,22 @@ pub struct Report {
     pub faults: u64,
 }
 
-/// How the workers of a pool are.
+/// The state of the workers of a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PoolMetrics {
-    /// How many there are, with those that stand in for others.
+    /// The number of workers, including replacements.
     pub working: usize,
-    /// How many of these a source holds up: they have been in it for 10 ms, or more.
+    /// Of these, the workers that a source holds up: they have been in it for 10 ms or more.
     pub held_up: usize,
-    /// How many were started, so far, in place of one that a source held up.
+    /// The number of workers started so far in place of a worker that was held up.
     pub replacements: u64,
-    /// How often, so far, a worker was held up and no more could be started: see [`PoolBuilder::max_workers`].
+    /// How often so far a worker was held up and no other could be started in its place: see
+    /// [`PoolBuilder::max_workers`].
     pub shortages: u64,
 }
 
-/// Shared by all handles; the last one to go joins the workers.
+/// Shared by all handles to a pool. Its drop joins the workers.
 struct Handle {
     state: Arc<ServerState>,
     watch: Mutex<Option<JoinHandle<()>>>,
@@ -316,7 +330,7 @@ struct Handle {
 }
 
 impl Handle {
-    /// Where there is none yet.
+    /// Starts the fork reader, unless it runs already.
     fn start_fork_reader(&self) -> Result<(), Error> {
         let mut fork_reader = self.fork_reader.lock();
         if fork_reader.is_some() {
@@ -340,20 +354,21 @@ impl Handle {
     }
 
     fn join(&self) -> Report {
-        // One event for all: it stays readable, so every worker sees it.
+        // The event stays readable, so every worker sees it.
         self.state.stop.write(1).expect("an eventfd takes a 1");
-        // First those that start others. One of them may be what ends here: a source that owns the last region of its own pool is
-        // dropped in it, and cannot join itself.
+        // The watchdog and the fork reader start workers, so they end first. A thread does not join
+        // itself: this may be one of these threads, if it drops a source that owns the last region of
+        // the pool.
         if let Some(watch) = self.watch.lock().take().filter(is_another) {
-            watch.join().expect("one that panics aborts the process");
+            watch.join().expect("a panic of the watchdog aborts the process");
         }
         if let Some(fork_reader) = self.fork_reader.lock().take().filter(is_another) {
-            fork_reader.join().expect("one that panics aborts the process");
+            fork_reader.join().expect("a panic of the fork reader aborts the process");
         }
-        let (threads, gone) = self.state.threads.lock().take();
+        let (threads, before) = self.state.threads.lock().take();
         let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());
         let faults: u64 = faults.map(|served| served.expect("a worker that panics aborts the process")).sum();
-        Report { workers: self.state.epolls.len(), faults: gone + faults }
+        Report { workers: self.state.epolls.len(), faults: before + faults }
     }
 }
 
@@ -364,7 +379,7 @@ fn is_another<T>(thread: &JoinHandle<T>) -> bool {
 impl Drop for Handle {
     fn drop(&mut self) {
         if !self.generation.is_current() {
-            // A forked child: the stop event is shared with the parent, and there are no threads to join.
+            // A forked child has no threads to join, and shares the stop event with the parent.
             return;
         }
         let report = self.join();

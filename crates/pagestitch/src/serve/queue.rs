@@ -1,11 +1,11 @@
-//! The entries of a pool's queues: faults that were handed on, and pages to fill ahead.
+//! The entries of a pool's queues: faults for other workers, and pages to fill before their touch.
 
 use crate::fault::FaultRequest;
 use crate::serve::region_handle::RegionHandle;
 use pagestitch_kernel::Span;
 use std::sync::Arc;
 
-/// A fault that was handed on.
+/// A fault that one worker has read, and another one serves.
 #[derive(Debug)]
 pub(super) struct QueuedFault<R> {
     pub(super) handle: Arc<RegionHandle<R>>,
@@ -21,7 +21,7 @@ pub(super) struct PrefetchTask<R> {
 
 #[cfg(test)]
 impl<R> QueuedFault<R> {
-    /// A fault of a region that there is not.
+    /// A fault for the region of `handle`.
     pub(super) fn at(handle: &Arc<RegionHandle<R>>) -> Self {
         let page = pagestitch_kernel::Page(0);
         let request = FaultRequest {

@@ -11,11 +11,12 @@ use std::sync::{Arc, Weak};
 pub(crate) struct RegionHandle<R> {
     gate: Arc<Gate>,
     region: Weak<R>,
-    /// How many workers the region holds up in a berth. Changed under the lock of the berths.
+    /// The number of the region's faults that `SlowAdmission` has admitted; it changes under the lock
+    /// of that type.
     pub(crate) admitted: AtomicUsize,
 }
 
-/// A region, while a thread is at work for it.
+/// A region while a thread works for it, inside its gate.
 #[derive(Debug)]
 pub(crate) struct RegionGuard<'d, R> {
     /// Dropped before the guard, so that the thread that closes the gate is the last to hold the
@@ -29,19 +30,19 @@ impl<R> RegionHandle<R> {
         Self { gate: Arc::clone(gate), region: Arc::downgrade(region), admitted: AtomicUsize::new(0) }
     }
 
-    /// Of no region.
+    /// A handle to no region.
     #[cfg(test)]
     pub(crate) fn dangling() -> Arc<Self> {
         Arc::new(Self { gate: Arc::default(), region: Weak::new(), admitted: AtomicUsize::new(0) })
     }
 
-    /// Goes to work for the region, unless it is being dropped.
+    /// Enters the region's gate until the guard is dropped. `None` if the region is being dropped.
     pub(crate) fn enter(&self) -> Option<RegionGuard<'_, R>> {
         let guard = self.gate.enter()?;
         Some(RegionGuard { region: self.region.upgrade()?, _guard: guard })
     }
 
-    /// Whether it is a region's.
+    /// True if this handle refers to `region`.
     pub(crate) fn is_of(&self, region: &R) -> bool {
         std::ptr::eq(self.region.as_ptr(), region)
     }

@@ -27,7 +27,7 @@ pub(crate) struct Served {
     pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
     /// The timer queue of the pool, for work that is repeated after a pause.
     pub(crate) timers: OnceLock<Arc<Timers>>,
-    /// Its forked children, where they are served.
+    /// Its forked children, if they are served.
     pub(crate) children: Option<Arc<ForkedChildren>>,
     /// Moved parts and unserved children, until their missing pages are poisoned.
     pub(crate) orphans: Orphans,
@@ -35,7 +35,7 @@ pub(crate) struct Served {
     handle: OnceLock<Arc<RegionHandle>>,
 }
 
-// Doors, queues and families do not know the type of a region: here they are of this one.
+// Handles, queues and admission are generic over the region; these aliases are for `Served`.
 pub(crate) type RegionHandle = region_handle::RegionHandle<Served>;
 pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
 pub(super) type QueuedFault = queue::QueuedFault<Served>;
@@ -124,5 +124,5 @@ impl Host for Served {
     }
 }
 
-/// Faults that may wait for a berth before room has to be made.
+/// Faults that can wait for admission before the queue has to grow.
 const ROOM: usize = 256;

@@ -1,5 +1,5 @@
-//! Slow regions: those whose faults take more than a millisecond, or are the first. Together they hold up all workers but one, which is
-//! there for the quick ones.
+//! Admission of the faults of slow regions: their faults take more than a millisecond, or none has
+//! been served yet. Together they may occupy all workers but one, which serves fast regions.
 
 use crate::serve::queue::QueuedFault;
 use crate::serve::region_handle::RegionHandle;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[derive(Debug)]
 pub(super) struct SlowAdmission<R> {
     queue: Mutex<Queue<R>>,
-    /// How many wait, to be looked at without the lock.
+    /// The length of the queue, readable without the lock.
     waiting: AtomicUsize,
 }
 
@@ -28,7 +28,8 @@ impl<R> SlowAdmission<R> {
         Self { queue: Mutex::new(queue), waiting: AtomicUsize::new(0) }
     }
 
-    /// Takes one of `most` berths for a fault, which is given back to be served. `None`: it waits for a worker that leaves.
+    /// Admits a fault if fewer than `most` are admitted, and returns it to be served. `None`: the
+    /// fault waits until an admitted fault is [released](Self::release).
     pub(super) fn admit(&self, most: usize, fault: QueuedFault<R>) -> Option<QueuedFault<R>> {
         let mut queue = self.queue.lock();
         if queue.admitted < most {
@@ -43,8 +44,8 @@ impl<R> SlowAdmission<R> {
         self.waiting.load(Ordering::Relaxed) > 0
     }
 
-    /// A berth for the first that waits, if there are more than are taken. As a last resort one beyond these, for a region that holds
-    /// up no worker yet: those in the berths may never leave.
+    /// Admits the first waiting fault if fewer than `most` are admitted. As a last resort it admits
+    /// one more, of a region that occupies no worker yet, because the admitted faults may hang.
     pub(super) fn admit_next(&self, most: usize, last_resort: bool) -> Option<QueuedFault<R>> {
         let mut queue = self.queue.lock();
         let fault = if queue.admitted < most {
@@ -60,7 +61,7 @@ impl<R> SlowAdmission<R> {
         Some(take(&mut queue, fault))
     }
 
-    /// Leaves the berth of a region's fault, or stays in it for the next that waits.
+    /// Releases a fault of `region`, and admits the first waiting fault in its place.
     pub(super) fn release(&self, most: usize, region: &RegionHandle<R>) -> Option<QueuedFault<R>> {
         let mut queue = self.queue.lock();
         region.admitted.fetch_sub(1, Ordering::Relaxed);
@@ -74,7 +75,8 @@ impl<R> SlowAdmission<R> {
     }
 }
 
-/// Counted where the berth is taken: between two faults that one worker serves, no region is taken for one that holds none.
+/// Counts an admitted fault. This happens under the lock, so that a region whose worker changes
+/// from one fault to the next never seems to occupy no worker.
 fn take<R>(queue: &mut Queue<R>, fault: QueuedFault<R>) -> QueuedFault<R> {
     queue.admitted += 1;
     fault.handle.admitted.fetch_add(1, Ordering::Relaxed);
@@ -90,7 +92,8 @@ mod tests {
         fault.is_some_and(|fault| Arc::ptr_eq(&fault.handle, handle))
     }
 
-    /// Two workers are in berths of one region, and a third fault of it waits before one of another.
+    /// Two faults of one region are admitted. A third one waits, and behind it a fault of another
+    /// region.
     #[test]
     fn a_region_counts_its_workers_also_between_two_faults_that_one_of_them_serves() {
         let (hangs, other, slow) =
@@ -110,17 +113,17 @@ mod tests {
         assert!(slow.admit(2, QueuedFault::at(&hangs)).is_none());
         assert!(
             is_of(slow.admit_next(2, true).as_ref(), &other),
-            "as a last resort, of a region that holds none"
+            "as a last resort, of a region that occupies no worker"
         );
         assert!(slow.admit_next(2, true).is_none());
-        assert!(slow.release(2, &other).is_none(), "it was one beyond");
+        assert!(slow.release(2, &other).is_none(), "it was one above the limit");
         assert!(is_of(slow.release(2, &hangs).as_ref(), &hangs));
         assert!(slow.release(2, &hangs).is_none() && slow.release(2, &hangs).is_none());
         assert_eq!((held(&hangs), held(&other), slow.has_waiters()), (0, 0, false));
     }
 
     #[test]
-    fn a_berth_that_is_new_is_for_the_first_that_waits() {
+    fn a_higher_limit_admits_the_first_waiting_fault() {
         let (slow, handle) = (SlowAdmission::new(4), RegionHandle::<()>::dangling());
         assert!(
             slow.admit(1, QueuedFault::at(&handle)).is_some()

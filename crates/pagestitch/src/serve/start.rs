@@ -1,4 +1,4 @@
-//! The start of a worker, at its post or in place of another one.
+//! The start of a worker, at a post of its own or in place of a worker that is held up.
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::Permit;
@@ -8,22 +8,20 @@ use std::sync::Arc;
 use std::thread;
 
 impl ServerState {
-    /// One more worker at a post, in place of one that is held up. It is one more that is in flight, too.
+    /// Starts a worker at a post in place of a worker that is held up. Both have a fault in flight, so
+    /// the new worker takes a permit of `max_in_flight()`.
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         let permit = state.permits.as_ref().map(|permits| {
-            let what = "a pool has as many faults in flight as it may have: max_in_flight()";
+            let what = "the limit on faults in flight is reached: see max_in_flight()";
             permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
         });
         Self::start_worker(state, post, permit.transpose()?)
     }
 
-    /// One more worker at a post; [`ErrorKind::Busy`] where there are as many as there may be.
+    /// Starts a worker at a post. [`ErrorKind::Busy`] if the pool has `max_workers()` workers.
     pub(super) fn start_worker(state: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
         let Some(slot) = state.workers.add(post) else {
-            return Err(Error::new(
-                ErrorKind::Busy,
-                "a pool has as many workers as it may have: max_workers()",
-            ));
+            return Err(Error::new(ErrorKind::Busy, "the limit on workers is reached: see max_workers()"));
         };
         let refused = |what, error| {
             state.workers.cancel(slot);
@@ -47,7 +45,8 @@ impl ServerState {
     }
 }
 
-/// The kernel cuts a name at 15 bytes, and the number at its end would be lost.
+/// The name of a worker's thread. The kernel cuts names at 15 bytes; this cuts the prefix instead, so
+/// that the number is kept.
 fn thread_name(prefix: &str, index: usize) -> String {
     let suffix = format!("/{index}");
     let mut cut = prefix.len().min(15 - suffix.len());

@@ -1,12 +1,12 @@
-//! The threads of workers.
+//! The join handles of a pool's workers.
 
 use std::thread::JoinHandle;
 
-/// The threads of workers.
+/// The threads of a pool's workers.
 #[derive(Debug, Default)]
 pub(super) struct Threads {
     running: Vec<JoinHandle<u64>>,
-    /// Faults that those have served that have ended.
+    /// The number of faults that ended threads have served.
     served: u64,
 }
 

@@ -1,8 +1,9 @@
-//! The crew: which workers there are, which of them get on, and which posts have none that does.
+//! The table of workers. The watchdog reads it to find workers that a source holds up.
 //!
-//! A post is an epoll that workers wait in; each region is watched at each post. A worker that a source holds up is no loss to its
-//! post: the watchdog starts another worker there, which takes over what is ready. A worker counts its steps in a cache line of its
-//! own; the watchdog compares.
+//! A *post* is an epoll in which workers wait; every post watches every region. Each worker counts
+//! its steps in a cache line of its own, and the watchdog compares two looks at the counter. If no
+//! worker of a post makes progress, the watchdog starts another worker there, which takes the
+//! descriptors that are ready.
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -16,48 +17,54 @@ pub(super) struct WorkerTable {
     slots: Box<[Slot]>,
     posts: usize,
     working: AtomicUsize,
-    /// One joins or leaves at a time.
+    /// Held while a worker is added or removed.
     change: Mutex<()>,
-    /// The watchdog waits to be [called](Self::wake_watchdog).
+    /// True if the watchdog sleeps until a worker [wakes](Self::wake_watchdog) it.
     watchdog_sleeps: AtomicBool,
+    /// Wakes the watchdog.
     pub(super) watchdog_fd: EventFd,
-    /// No further worker may be started, and all but one are held up.
+    /// True if no further worker may be started, and all workers but one are held up.
     pub(super) last_resort: AtomicBool,
+    /// The number of workers that a source holds up, at the last look.
     pub(super) held_up: AtomicUsize,
+    /// The number of workers started in place of one that was held up.
     pub(super) replacements: AtomicU64,
+    /// How often a worker was held up and none could be started in its place.
     pub(super) shortages: AtomicU64,
 }
 
-/// A worker, if there is one. Apart from others, so that to count costs no other processor anything.
+/// The slot of one worker, in cache lines of its own, so that counting steps does not slow down
+/// other CPUs.
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct Slot {
-    /// [`VACANT`], or how many steps the worker has done: odd at work, even while it waits.
+    /// [`VACANT`], or the worker's step count: odd while it works, and even while it waits.
     steps: AtomicU64,
+    /// The index of the epoll in which the worker waits.
     post: AtomicUsize,
 }
 
-/// What the watchdog remembers of the worker at a slot.
+/// The watchdog's memory of the worker in one slot.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct SeenWorker {
     steps: u64,
-    /// For how long it has been in the same step of its work.
+    /// How long the worker has been in the same step.
     still: Duration,
 }
 
-/// What the watchdog sees.
+/// The result of one look at all workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Observation {
-    /// Workers that are held up.
+    /// The number of workers that a source holds up.
     pub(super) held_up: usize,
-    /// Workers that wait for something to do.
+    /// The number of workers that wait for events.
     pub(super) waiting: usize,
-    /// Whether anything was done since the last look, or is being done.
+    /// True if a worker works, or has worked since the last look.
     pub(super) busy: bool,
 }
 
 impl WorkerTable {
-    /// For so many posts, and `most` workers.
+    /// A table for at most `most` workers at `posts` posts.
     pub(super) fn new(posts: usize, most: usize) -> Result<Self, Errno> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
@@ -74,17 +81,17 @@ impl WorkerTable {
         })
     }
 
-    /// How many workers there are, also those that are held up.
+    /// The number of workers, including those that are held up.
     pub(super) fn working(&self) -> usize {
         self.working.load(Ordering::Relaxed)
     }
 
-    /// How many there may be.
+    /// The number of workers that the table can hold.
     pub(super) fn most(&self) -> usize {
         self.slots.len()
     }
 
-    /// One more worker at a post; `None` where there are as many as there may be.
+    /// Adds a worker at a post and returns its slot. `None` if the table is full.
     pub(super) fn add(&self, post: usize) -> Option<usize> {
         let _one = self.change.lock();
         let slot = self.slots.iter().position(|slot| slot.steps.load(Ordering::Relaxed) == VACANT)?;
@@ -94,7 +101,8 @@ impl WorkerTable {
         Some(slot)
     }
 
-    /// A worker that has just looked for work leaves, if another one waits at its post. False if it is to stay.
+    /// Removes a worker that has just found no work, if another worker waits at its post. False if
+    /// the worker must stay.
     pub(super) fn try_remove(&self, slot: usize) -> bool {
         let _one = self.change.lock();
         let post = self.slots[slot].post.load(Ordering::Relaxed);
@@ -112,7 +120,7 @@ impl WorkerTable {
         others
     }
 
-    /// A worker could not be started after all.
+    /// Removes a worker whose thread could not be started.
     pub(super) fn cancel(&self, slot: usize) {
         let _one = self.change.lock();
         self.remove(slot);
@@ -123,29 +131,31 @@ impl WorkerTable {
         self.working.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Whether there are more workers than posts: one that finds nothing to do for a while is to [leave](Self::try_remove).
+    /// True if there are more workers than posts: a worker that finds no work for a while then
+    /// [ends](Self::try_remove).
     pub(super) fn has_replacements(&self) -> bool {
         self.working() > self.posts
     }
 
-    /// The worker waits from now on.
+    /// Records that the worker waits from now on.
     pub(super) fn mark_waiting(&self, slot: usize) {
         self.slots[slot].steps.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// The worker is at work from now on; the watchdog looks.
+    /// Records that the worker works from now on, and wakes the watchdog if it sleeps.
     pub(super) fn mark_working(&self, slot: usize) {
         self.slots[slot].steps.fetch_add(1, Ordering::SeqCst);
-        // Either this is seen, or the watchdog sees the step: it looks once more before it dozes.
+        // Either this load sees that the watchdog sleeps, or the watchdog sees the step, because it
+        // looks once more before it sleeps.
         if self.watchdog_sleeps.load(Ordering::SeqCst) {
             self.wake_watchdog();
         }
     }
 
-    /// The worker gets on.
+    /// Records that the worker has made progress.
     pub(super) fn step(&self, slot: usize) {
         let steps = &self.slots[slot].steps;
-        // No other thread writes it.
+        // No other thread writes this counter.
         steps.store(steps.load(Ordering::Relaxed).wrapping_add(2), Ordering::Relaxed);
     }
 
@@ -156,7 +166,7 @@ impl WorkerTable {
         }
     }
 
-    /// The watchdog looks no more until it is called. False if a worker is at work.
+    /// Lets the watchdog sleep until a worker wakes it. False if a worker works.
     pub(super) fn try_sleep(&self) -> bool {
         self.watchdog_sleeps.store(true, Ordering::SeqCst);
         let at_work = |slot: &Slot| !slot.steps.load(Ordering::SeqCst).is_multiple_of(2);
@@ -171,7 +181,7 @@ impl WorkerTable {
         self.watchdog_sleeps.load(Ordering::SeqCst)
     }
 
-    /// Looks at all workers, `passed` after the last look.
+    /// Looks at all workers. `passed` is the time since the last look.
     pub(super) fn observe(&self, seen: &mut Vec<SeenWorker>, passed: Duration) -> Observation {
         seen.resize(self.slots.len(), SeenWorker::default());
         let mut look = Observation { held_up: 0, waiting: 0, busy: false };
@@ -188,19 +198,19 @@ impl WorkerTable {
         look
     }
 
-    /// The posts at which no worker gets on.
+    /// The posts at which no worker makes progress.
     pub(super) fn abandoned<'a>(&'a self, seen: &'a [SeenWorker]) -> impl Iterator<Item = usize> + 'a {
-        let gets_on = move |post: usize| {
+        let has_progress = move |post: usize| {
             self.slots.iter().zip(seen).any(|(slot, seen)| {
                 slot.post.load(Ordering::Relaxed) == post && seen.steps != VACANT && !seen.is_held_up()
             })
         };
-        (0..self.posts).filter(move |&post| !gets_on(post))
+        (0..self.posts).filter(move |&post| !has_progress(post))
     }
 }
 
 impl SeenWorker {
-    /// Whether a source holds the worker up, or other code that is not ours.
+    /// True if the worker hangs in one step, mostly in a source.
     fn is_held_up(self) -> bool {
         self.still >= HELD_UP_AFTER
     }
@@ -209,11 +219,11 @@ impl SeenWorker {
 const VACANT: u64 = 0;
 /// The step count of a worker that joins. It is even, so the worker waits.
 const FIRST: u64 = 2;
-/// A worker in the same step for so long is replaced.
+/// A worker that is in the same step for this long is replaced.
 pub(super) const HELD_UP_AFTER: Duration = Duration::from_millis(10);
-/// Workers that a pool may have by default.
+/// The most workers of a pool, by default.
 pub(super) const MOST_BY_DEFAULT: usize = 64;
-/// And at all.
+/// The highest value of `max_workers()`.
 const MOST: usize = 4096;
 
 #[cfg(test)]
@@ -251,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn the_watchdog_dozes_while_no_worker_works_and_is_called_once() {
+    fn the_watchdog_sleeps_while_no_worker_works_and_is_woken_once() {
         let (workers, mut seen) = (WorkerTable::new(1, 1).unwrap(), Vec::new());
         let slot = workers.add(0).unwrap();
         assert!(workers.observe(&mut seen, HELD_UP_AFTER).busy, "it is new");
