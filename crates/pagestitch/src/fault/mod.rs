@@ -64,8 +64,8 @@ fn serve_once<H: Host>(
     let FaultRequest { page, read, .. } = asked;
     let begin = || region.counters.begin(page, asked.thread, read);
     let flight = match asked.is_first() {
-        true => region.counters.take_up(asked.place.or_else(begin), read),
-        false => region.counters.take_up_again(asked.place),
+        true => region.counters.take_up(asked.slot.or_else(begin), read),
+        false => region.counters.take_up_again(asked.slot),
     };
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = page.0));
     let started = Instant::now();
@@ -81,7 +81,7 @@ fn serve_once<H: Host>(
     if let Some((_, source, offset)) = region.fetched_pages(page.span())
         && let Some(permit) = region.may_fetch()
     {
-        let asked = FaultRequest { place: flight.map(InFlightFault::keep), ..asked };
+        let asked = FaultRequest { slot: flight.map(InFlightFault::keep), ..asked };
         fetch(region, claim, (source, offset), FetchReason::Now(asked), permit);
         // Only the worker's own time counts: it does not wait for the bytes.
         region.record_latency(nanoseconds(started));
@@ -97,10 +97,10 @@ fn serve_once<H: Host>(
         // faulting thread, which faults again.
         Err(FillError::Changing) => thread::yield_now(),
         Err(FillError::NoMemory) => {
-            serve_later(region, FaultRequest { place: flight.map(InFlightFault::keep), ..asked })
+            serve_later(region, FaultRequest { slot: flight.map(InFlightFault::keep), ..asked })
         }
         Err(FillError::Again { pause, failures }) => {
-            let again = FaultRequest { place: flight.map(InFlightFault::keep), failures, ..asked };
+            let again = FaultRequest { slot: flight.map(InFlightFault::keep), failures, ..asked };
             if !region.handle_later(again, pause) {
                 return Err(Repeat { again, pause });
             }

@@ -41,7 +41,7 @@ pub(crate) enum FetchReason {
 impl FetchReason {
     fn finish(self, region: &Mapping) {
         if let Self::Now(asked) = self {
-            region.counters.finish(asked.place);
+            region.counters.finish(asked.slot);
         }
     }
 }

@@ -33,7 +33,7 @@ pub(crate) struct FaultRequest {
     pub(crate) thread: u32,
     /// Its slot among the faults in flight, if it has one. The slot is freed when the fault is
     /// served.
-    pub(crate) place: Option<usize>,
+    pub(crate) slot: Option<usize>,
     /// The number of times that the kernel had no memory for the page.
     pub(crate) tries: usize,
     /// The number of times that the page's source has failed.
@@ -60,7 +60,7 @@ pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
         if let Some(mut claim) = claim(region, asked.page) {
             fail_without_memory(region, &mut claim);
         }
-        region.counters.finish(asked.place);
+        region.counters.finish(asked.slot);
     }
 }
 

@@ -19,17 +19,17 @@ pub(crate) struct InFlight {
 #[derive(Debug)]
 struct SlotGroup {
     taken: AtomicU64,
-    places: [Place; GROUP],
+    slots: [Slot; GROUP],
 }
 
 #[derive(Debug, Default)]
-struct Place {
+struct Slot {
     /// The start time in nanoseconds; 0 without a fault.
     since: AtomicU64,
     page: AtomicU64,
     /// The kernel's number of the faulting thread; 0 if unknown.
     thread: AtomicU32,
-    /// The steps taken for the fault: [`TOLD`], [`GIVEN_UP`], [`LEFT`].
+    /// The steps taken for the fault: [`WARNED`], [`GIVEN_UP`], [`SET_ASIDE`].
     done: AtomicU8,
     /// The fault that the watchdog has seen here, by its start time, and the time that it has
     /// watched it.
@@ -43,7 +43,7 @@ pub(crate) struct Overdue {
     pub(crate) page: Page,
     pub(crate) age: Duration,
     pub(crate) thread: u32,
-    place: usize,
+    slot: usize,
     since: u64,
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Overdue {
 #[derive(Debug)]
 pub(crate) struct InFlightFault<'f> {
     in_flight: &'f InFlight,
-    place: usize,
+    slot: usize,
 }
 
 impl InFlight {
@@ -79,11 +79,11 @@ impl InFlight {
     /// Takes a slot for a fault on a page. `None` if no slot is left.
     pub(super) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
         let number = self.take()?;
-        let place = self.place(number);
-        place.page.store(page.0 as u64, Ordering::Relaxed);
-        place.thread.store(thread, Ordering::Relaxed);
-        place.done.store(0, Ordering::Relaxed);
-        place.since.store(nanoseconds(read), Ordering::Release);
+        let slot = self.slot(number);
+        slot.page.store(page.0 as u64, Ordering::Relaxed);
+        slot.thread.store(thread, Ordering::Relaxed);
+        slot.done.store(0, Ordering::Relaxed);
+        slot.since.store(nanoseconds(read), Ordering::Release);
         Some(number)
     }
 
@@ -100,21 +100,21 @@ impl InFlight {
         })
     }
 
-    fn place(&self, number: usize) -> &Place {
+    fn slot(&self, number: usize) -> &Slot {
         let (group, bit) = self.group(number);
-        &group.places[bit]
+        &group.slots[bit]
     }
 
     fn group(&self, number: usize) -> (&SlotGroup, usize) {
         let group = number / GROUP + 1;
         let segment = group.ilog2() as usize;
-        let groups = self.segments[segment].get().expect("a place of it was taken");
+        let groups = self.segments[segment].get().expect("a slot of it was taken");
         (&groups[group - (1 << segment)], number % GROUP)
     }
 
     /// The slot of a fault, as a guard that frees it.
-    pub(super) fn flight(&self, place: usize) -> InFlightFault<'_> {
-        InFlightFault { in_flight: self, place }
+    pub(super) fn flight(&self, slot: usize) -> InFlightFault<'_> {
+        InFlightFault { in_flight: self, slot }
     }
 
     fn groups(&self) -> impl Iterator<Item = (usize, &SlotGroup)> {
@@ -122,12 +122,12 @@ impl InFlight {
     }
 
     /// The faults in flight: their slots, start times and entries.
-    fn all(&self) -> impl Iterator<Item = (usize, u64, &Place)> {
+    fn all(&self) -> impl Iterator<Item = (usize, u64, &Slot)> {
         self.groups().filter(|(_, group)| group.taken.load(Ordering::Relaxed) > 0).flat_map(
             |(index, group)| {
-                group.places.iter().enumerate().filter_map(move |(bit, place)| {
-                    let since = place.since.load(Ordering::Acquire);
-                    (since > 0).then_some((index * GROUP + bit, since, place))
+                group.slots.iter().enumerate().filter_map(move |(bit, slot)| {
+                    let since = slot.since.load(Ordering::Acquire);
+                    (since > 0).then_some((index * GROUP + bit, since, slot))
                 })
             },
         )
@@ -142,26 +142,26 @@ impl InFlight {
     pub(super) fn watch(&self, passed: Duration, limit: Duration) -> impl Iterator<Item = Overdue> {
         let now = nanoseconds(Instant::now());
         let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
-        self.all().filter_map(move |(number, since, place)| {
-            let age = if place.watched.load(Ordering::Relaxed) == since {
-                place.age.load(Ordering::Relaxed).saturating_add(passed)
+        self.all().filter_map(move |(number, since, slot)| {
+            let age = if slot.watched.load(Ordering::Relaxed) == since {
+                slot.age.load(Ordering::Relaxed).saturating_add(passed)
             } else {
-                place.watched.store(since, Ordering::Relaxed);
+                slot.watched.store(since, Ordering::Relaxed);
                 now.saturating_sub(since).min(passed)
             };
-            place.age.store(age, Ordering::Relaxed);
-            let page = Page(place.page.load(Ordering::Relaxed) as usize);
-            let (age, thread) = (Duration::from_nanos(age), place.thread.load(Ordering::Relaxed));
-            (age >= limit).then_some(Overdue { page, age, thread, place: number, since })
+            slot.age.store(age, Ordering::Relaxed);
+            let page = Page(slot.page.load(Ordering::Relaxed) as usize);
+            let (age, thread) = (Duration::from_nanos(age), slot.thread.load(Ordering::Relaxed));
+            (age >= limit).then_some(Overdue { page, age, thread, slot: number, since })
         })
     }
 
     /// True if this step is taken for the fault for the first time, and the fault is still in
     /// flight.
     pub(super) fn first(&self, fault: &Overdue, what: u8) -> bool {
-        let place = self.place(fault.place);
-        let before = place.done.fetch_or(what, Ordering::Relaxed);
-        let is_same = place.since.load(Ordering::Relaxed) == fault.since;
+        let slot = self.slot(fault.slot);
+        let before = slot.done.fetch_or(what, Ordering::Relaxed);
+        let is_same = slot.since.load(Ordering::Relaxed) == fault.since;
         if !is_same {
             // Another fault has the slot by now: undo the step.
             self.undo(fault, what);
@@ -169,50 +169,50 @@ impl InFlight {
         before & what == 0 && is_same
     }
 
-    /// Leaves a fault that finds its queue full to the watchdog, which [takes](Self::take_left) it.
-    pub(super) fn leave(&self, place: usize) {
-        self.place(place).done.fetch_or(LEFT, Ordering::Release);
+    /// Sets a fault aside whose queue is full, for the watchdog to [take](Self::take_set_aside).
+    pub(super) fn set_aside(&self, slot: usize) {
+        self.slot(slot).done.fetch_or(SET_ASIDE, Ordering::Release);
     }
 
-    /// Takes the faults that were left: their pages, threads and slots.
-    pub(super) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
-        self.all().filter_map(|(number, _, place)| {
-            let left = place.done.fetch_and(!LEFT, Ordering::Acquire) & LEFT > 0;
-            let page = Page(place.page.load(Ordering::Relaxed) as usize);
-            left.then_some((page, place.thread.load(Ordering::Relaxed), number))
+    /// Takes the faults that were set aside: their pages, threads and slots.
+    pub(super) fn take_set_aside(&self) -> impl Iterator<Item = (Page, u32, usize)> {
+        self.all().filter_map(|(number, _, slot)| {
+            let aside = slot.done.fetch_and(!SET_ASIDE, Ordering::Acquire) & SET_ASIDE > 0;
+            let page = Page(slot.page.load(Ordering::Relaxed) as usize);
+            aside.then_some((page, slot.thread.load(Ordering::Relaxed), number))
         })
     }
 
     /// Undoes a step for a fault.
     pub(super) fn undo(&self, fault: &Overdue, what: u8) {
-        self.place(fault.place).done.fetch_and(!what, Ordering::Relaxed);
+        self.slot(fault.slot).done.fetch_and(!what, Ordering::Relaxed);
     }
 
     /// Frees a slot by its number.
-    pub(super) fn finish(&self, place: usize) {
-        let (group, bit) = self.group(place);
-        group.places[bit].since.store(0, Ordering::Relaxed);
+    pub(super) fn finish(&self, slot: usize) {
+        let (group, bit) = self.group(slot);
+        group.slots[bit].since.store(0, Ordering::Relaxed);
         group.taken.fetch_and(!(1 << bit), Ordering::Release);
     }
 
     /// Frees all slots, because no worker will take the queued faults.
     pub(super) fn finish_all(&self) {
-        let taken: Vec<_> = self.all().map(|(place, ..)| place).collect();
-        taken.into_iter().for_each(|place| self.finish(place));
+        let taken: Vec<_> = self.all().map(|(slot, ..)| slot).collect();
+        taken.into_iter().for_each(|slot| self.finish(slot));
     }
 
     /// The oldest fault: its page and its age.
     pub(super) fn oldest(&self) -> Option<(Page, Duration)> {
         let now = nanoseconds(Instant::now());
-        let (_, since, place) = self.all().min_by_key(|&(_, since, _)| since)?;
-        let page = Page(place.page.load(Ordering::Relaxed) as usize);
+        let (_, since, slot) = self.all().min_by_key(|&(_, since, _)| since)?;
+        let page = Page(slot.page.load(Ordering::Relaxed) as usize);
         Some((page, Duration::from_nanos(now.saturating_sub(since))))
     }
 }
 
 impl SlotGroup {
     fn new() -> Self {
-        Self { taken: AtomicU64::new(0), places: std::array::from_fn(|_| Place::default()) }
+        Self { taken: AtomicU64::new(0), slots: std::array::from_fn(|_| Slot::default()) }
     }
 
     fn take(&self) -> Option<usize> {
@@ -232,15 +232,15 @@ impl SlotGroup {
 impl InFlightFault<'_> {
     /// Keeps the fault in flight until its slot is freed by its number.
     pub(crate) fn keep(self) -> usize {
-        let place = self.place;
+        let slot = self.slot;
         std::mem::forget(self);
-        place
+        slot
     }
 }
 
 impl Drop for InFlightFault<'_> {
     fn drop(&mut self) {
-        self.in_flight.finish(self.place);
+        self.in_flight.finish(self.slot);
     }
 }
 
@@ -251,9 +251,9 @@ fn nanoseconds(moment: Instant) -> u64 {
     u64::try_from(moment.saturating_duration_since(start).as_nanos()).unwrap_or(u64::MAX).max(1)
 }
 
-pub(super) const TOLD: u8 = 1;
+pub(super) const WARNED: u8 = 1;
 pub(super) const GIVEN_UP: u8 = 2;
-const LEFT: u8 = 4;
+const SET_ASIDE: u8 = 4;
 const GROUP: usize = u64::BITS as usize;
 /// 131,008 slots: more than a process has threads that can wait in faults.
 const SEGMENTS: usize = 11;
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_in_flight_is_told_until_it_lands() {
+    fn the_oldest_fault_is_reported_until_it_is_finished() {
         let in_flight = InFlight::new();
         assert!(in_flight.oldest().is_none());
         let first = in_flight.flight(begin(&in_flight, 7));
@@ -285,27 +285,27 @@ mod tests {
     }
 
     #[test]
-    fn what_is_overdue_is_told_once_each_time_it_flies() {
+    fn a_fault_is_overdue_once_each_time_it_is_in_flight() {
         let in_flight = InFlight::new();
         for _ in 0..2 {
             let flight = in_flight.flight(begin(&in_flight, 7));
             assert_eq!(in_flight.watch(Duration::from_secs(9), Duration::from_secs(5)).count(), 0);
             let fault = in_flight.watch(Duration::ZERO, Duration::ZERO).next().unwrap();
             assert_eq!((fault.page, fault.thread), (Page(7), 42));
-            assert!(in_flight.first(&fault, TOLD) && !in_flight.first(&fault, TOLD));
+            assert!(in_flight.first(&fault, WARNED) && !in_flight.first(&fault, WARNED));
             assert!(in_flight.first(&fault, GIVEN_UP));
             in_flight.undo(&fault, GIVEN_UP);
             assert!(in_flight.first(&fault, GIVEN_UP), "once more");
-            let place = flight.keep();
+            let slot = flight.keep();
             assert_eq!(in_flight.count(), 1);
-            in_flight.finish(place);
-            assert!(in_flight.count() == 0 && !in_flight.first(&fault, TOLD), "it has landed");
+            in_flight.finish(slot);
+            assert!(in_flight.count() == 0 && !in_flight.first(&fault, WARNED), "it has landed");
         }
     }
 
     /// A fault ages only by time that the watchdog has watched, whatever the clock says.
     #[test]
-    fn a_fault_grows_older_by_what_was_watched() {
+    fn a_fault_ages_by_the_watched_time() {
         let in_flight = InFlight::new();
         let second = Duration::from_secs(1);
         begin(&in_flight, 7);
@@ -315,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_room_for_more_when_all_places_are_taken() {
+    fn a_segment_is_added_when_all_slots_are_taken() {
         let in_flight = InFlight::new();
         let mut taken: Vec<_> = (0..MANY).map(|page| begin(&in_flight, page)).collect();
         taken.sort_unstable();
@@ -324,19 +324,19 @@ mod tests {
         let pages: std::collections::BTreeSet<_> =
             in_flight.watch(Duration::ZERO, Duration::ZERO).map(|fault| fault.page.0).collect();
         assert_eq!(pages.len(), MANY);
-        taken.iter().for_each(|&place| in_flight.finish(place));
+        taken.iter().for_each(|&slot| in_flight.finish(slot));
         assert_eq!((in_flight.count(), begin(&in_flight, 1)), (0, 0));
         in_flight.finish_all();
         assert_eq!(in_flight.count(), 0);
     }
 
     #[test]
-    fn a_fault_that_was_left_is_taken_once() {
+    fn a_fault_that_was_set_aside_is_taken_once() {
         let in_flight = InFlight::new();
         let [_, left] = [7, 9].map(|page| begin(&in_flight, page));
-        in_flight.leave(left);
-        assert_eq!(in_flight.take_left().collect::<Vec<_>>(), [(Page(9), 42, left)]);
-        assert_eq!((in_flight.take_left().count(), in_flight.count()), (0, 2));
+        in_flight.set_aside(left);
+        assert_eq!(in_flight.take_set_aside().collect::<Vec<_>>(), [(Page(9), 42, left)]);
+        assert_eq!((in_flight.take_set_aside().count(), in_flight.count()), (0, 2));
     }
 
     /// More slots than the first segment has. Miri takes a minute for 1000.
@@ -344,7 +344,7 @@ mod tests {
 
     #[cfg(not(miri))]
     #[test]
-    fn a_table_that_may_not_grow_says_when_it_is_full() {
+    fn a_full_table_that_may_not_grow_has_no_slot() {
         let in_flight = InFlight::fixed();
         let taken = (0..10_000).filter_map(|page| in_flight.begin(Page(page), 1, Instant::now())).count();
         assert_eq!((taken, in_flight.count()), (4032, 4032));

@@ -113,17 +113,17 @@ impl Counters {
     }
 
     /// Starts to serve a fault that is in flight, until the guard is dropped.
-    pub(crate) fn take_up(&self, place: Option<usize>, read: Instant) -> Option<InFlightFault<'_>> {
+    pub(crate) fn take_up(&self, slot: Option<usize>, read: Instant) -> Option<InFlightFault<'_>> {
         self.local().faults.add(1);
         if let Some(timings) = &self.timings {
             timings.queue.record(read.elapsed());
         }
-        self.take_up_again(place)
+        self.take_up_again(slot)
     }
 
     /// As [`take_up`](Self::take_up), for a fault that is served again after a pause.
-    pub(crate) fn take_up_again(&self, place: Option<usize>) -> Option<InFlightFault<'_>> {
-        place.map(|place| self.in_flight.flight(place))
+    pub(crate) fn take_up_again(&self, slot: Option<usize>) -> Option<InFlightFault<'_>> {
+        slot.map(|slot| self.in_flight.flight(slot))
     }
 
     /// The faults that have been watched for `limit` or longer; `passed` is the time since the last
@@ -132,14 +132,14 @@ impl Counters {
         self.in_flight.watch(passed, limit)
     }
 
-    /// Leaves a fault that finds its queue full to the watchdog.
-    pub(crate) fn leave(&self, place: usize) {
-        self.in_flight.leave(place);
+    /// Sets a fault aside for the watchdog, because its queue is full.
+    pub(crate) fn set_aside(&self, slot: usize) {
+        self.in_flight.set_aside(slot);
     }
 
-    /// Takes the faults that were left: their pages, threads and slots.
-    pub(crate) fn take_left(&self) -> impl Iterator<Item = (Page, u32, usize)> {
-        self.in_flight.take_left()
+    /// Takes the faults that were set aside: their pages, threads and slots.
+    pub(crate) fn take_set_aside(&self) -> impl Iterator<Item = (Page, u32, usize)> {
+        self.in_flight.take_set_aside()
     }
 
     /// Frees all slots, because no fault is served any more.
@@ -147,25 +147,25 @@ impl Counters {
         self.in_flight.finish_all();
     }
 
-    /// True once for each fault.
-    pub(crate) fn tell_once(&self, fault: &Overdue) -> bool {
-        self.in_flight.first(fault, in_flight::TOLD)
+    /// True at the first call for a fault.
+    pub(crate) fn warn_once(&self, fault: &Overdue) -> bool {
+        self.in_flight.first(fault, in_flight::WARNED)
     }
 
-    /// True once for each fault.
+    /// True at the first call for a fault.
     pub(crate) fn give_up_once(&self, fault: &Overdue) -> bool {
         self.in_flight.first(fault, in_flight::GIVEN_UP)
     }
 
     /// Undoes that a fault was given up.
-    pub(crate) fn keep_on(&self, fault: &Overdue) {
+    pub(crate) fn undo_give_up(&self, fault: &Overdue) {
         self.in_flight.undo(fault, in_flight::GIVEN_UP);
     }
 
     /// Frees the slot of a fault that was kept in flight.
-    pub(crate) fn finish(&self, place: Option<usize>) {
-        if let Some(place) = place {
-            self.in_flight.finish(place);
+    pub(crate) fn finish(&self, slot: Option<usize>) {
+        if let Some(slot) = slot {
+            self.in_flight.finish(slot);
         }
     }
 

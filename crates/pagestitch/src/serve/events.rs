@@ -252,8 +252,8 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();
-            let place = region.counters.begin(page, thread, read);
-            return Some(FaultRequest { page, read, thread, place, tries: 0, failures: 0 });
+            let slot = region.counters.begin(page, thread, read);
+            return Some(FaultRequest { page, read, thread, slot, tries: 0, failures: 0 });
         }
     }
     None

@@ -240,9 +240,11 @@ impl PoolBuilder {
         self
     }
 
-    /// Poisons the page of a fault that has taken so long: its waiter gets SIGBUS. The worker that
-    /// serves it is not called back; if its source answers after all, the page is good from then
-    /// on. The page of a fault that no worker has begun stays poisoned until
+    /// Poisons the page of each fault that takes longer than `age`, so that its waiter gets SIGBUS.
+    /// Default: none.
+    ///
+    /// The worker is not interrupted: if its source answers after all, the page gets its bytes. If no
+    /// worker has begun the fault, the page stays poisoned until
     /// [`retry_failed`](crate::AnyRegion::retry_failed). `populate` and `read_at` wait as long as the
     /// source takes. Time counts as for [`warn_after`](Self::warn_after).
     pub fn fault_timeout(mut self, age: Duration) -> Self {

@@ -28,7 +28,7 @@ impl<R> QueuedFault<R> {
             page,
             read: std::time::Instant::now(),
             thread: 1,
-            place: None,
+            slot: None,
             tries: 0,
             failures: 0,
         };

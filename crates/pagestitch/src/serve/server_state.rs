@@ -119,9 +119,9 @@ impl ServerState {
         if self.enqueue(QueuedFault::new(region, request)).is_ok() {
             return;
         }
-        match request.place {
-            Some(place) => {
-                region.counters.leave(place);
+        match request.slot {
+            Some(slot) => {
+                region.counters.set_aside(slot);
                 self.overflowed.store(true, Ordering::SeqCst);
             }
             // The waiter faults again.

@@ -1,18 +1,22 @@
-//! The watchdog. It replaces workers that sources hold up. It reports each fault that takes too
-//! long, once, and gives it up where a timeout is set.
+//! The watchdog. It replaces workers that sources hold up, reports each fault that takes too long,
+//! once, and poisons the page of a fault that exceeds the timeout.
 //!
-//! A source that hangs cannot be called back. The watchdog can start another worker for the other
-//! faults, and end the wait of the faulting thread with a signal. If the source answers after all,
-//! its bytes replace the poison marker.
+//! A call of a source that hangs cannot be interrupted. The watchdog can start another worker for
+//! the other faults, and end the wait of the faulting thread with a signal. If the source answers
+//! after all, its bytes replace the poison marker.
 //!
 //! ```text
-//!   no worker works ──▶ dozes ── a worker wakes up ──▶ looks every 10 ms ──▶ a worker in one step for 10 ms: another one at its post
-//!                                                             │
-//!                        as many as there may be: reads what no worker is left for, so that all faults are known, and have their limit
+//!   sleeps, while no worker works
+//!     │ a worker starts to work
+//!     ▼
+//!   looks every 10 ms ──▶ a worker is in one step for 10 ms ──▶ starts another worker at its post
+//!                                                                 │ max_workers() is reached
+//!                                                                 ▼
+//!                         reads the faults itself, so that they are known and can time out
 //! ```
 //!
-//! It counts time by its own looks, each for no longer than it meant to wait: a stopped process
-//! loses no time.
+//! It adds up the time between its looks, and counts each interval as no longer than the wait that
+//! it has requested. So the time in which the process is stopped does not count.
 
 use crate::error::Failure;
 use crate::fault::FaultRequest;
@@ -34,7 +38,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// How long a fault may take.
+/// The time limits of a fault.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Limits {
     /// The age at which it is reported.
@@ -48,7 +52,7 @@ impl Limits {
         [self.overdue, self.hard].into_iter().flatten().min()
     }
 
-    /// How often to look at all faults in flight, where there is anything to watch for.
+    /// The time between two looks at the faults in flight. `None` without a limit.
     fn tick(self) -> Option<Duration> {
         Some((self.shortest()? / 4).clamp(Duration::from_millis(5), Duration::from_secs(1)))
     }
@@ -57,8 +61,8 @@ impl Limits {
     fn look(self, region: &Served, passed: Duration) {
         let Some(shortest) = self.shortest() else { return };
         for fault in region.counters.watch(passed, shortest) {
-            if self.overdue.is_some_and(|limit| fault.age >= limit) && region.counters.tell_once(&fault) {
-                tell(region, &fault);
+            if self.overdue.is_some_and(|limit| fault.age >= limit) && region.counters.warn_once(&fault) {
+                warn(region, &fault);
             }
             if self.hard.is_some_and(|limit| fault.age >= limit) && region.counters.give_up_once(&fault) {
                 give_up(region, &fault);
@@ -67,19 +71,19 @@ impl Limits {
     }
 }
 
-/// The thread.
+/// The state of the watchdog's thread.
 pub(super) struct Watchdog {
     state: Arc<ServerState>,
     limits: Limits,
     seen: Vec<SeenWorker>,
-    /// Looks in a row in which no worker did anything.
+    /// The number of looks in a row at which no worker worked.
     quiet: u32,
-    /// Since when time that the faults have is not counted yet.
-    counted: Duration,
-    /// No worker could be started where one was wanted.
+    /// Time that has passed since the last look at the faults.
+    uncounted: Duration,
+    /// True if a worker is held up and none can be started in its place.
     short: bool,
     batch: Batch,
-    /// Faults that it has read and that do not fit into the channel.
+    /// Faults that it has read, and for which the queue has no room yet.
     read: VecDeque<QueuedFault>,
 }
 
@@ -90,14 +94,14 @@ impl Watchdog {
             limits,
             seen: Vec::new(),
             quiet: 0,
-            counted: Duration::ZERO,
+            uncounted: Duration::ZERO,
             short: false,
             batch: Batch::with_capacity(BATCH),
             read: VecDeque::new(),
         }
     }
 
-    /// Looks after the workers until the pool stops.
+    /// Watches the workers and the faults until the pool stops.
     pub(super) fn run(mut self) {
         let _abort = AbortOnPanic::armed();
         loop {
@@ -117,7 +121,7 @@ impl Watchdog {
         }
     }
 
-    /// How long to wait before the next look.
+    /// The time until the next look. `None` while the watchdog sleeps.
     fn wait(&self) -> Option<Duration> {
         let (faults, workers) =
             (self.limits.tick(), (!self.state.workers.watchdog_is_asleep()).then_some(HELD_UP_AFTER));
@@ -128,15 +132,15 @@ impl Watchdog {
         if !self.state.workers.watchdog_is_asleep() {
             self.look_at_workers(passed);
         }
-        self.counted += passed;
-        if self.limits.tick().is_some_and(|tick| self.counted >= tick) {
+        self.uncounted += passed;
+        if self.limits.tick().is_some_and(|tick| self.uncounted >= tick) {
             for handle in self.state.regions() {
-                // A region that is being dropped waits for its sources anyway.
+                // The drop of a region waits for its sources, so their faults need no limit.
                 if let Some(region) = handle.enter() {
-                    self.limits.look(&region, self.counted);
+                    self.limits.look(&region, self.uncounted);
                 }
             }
-            self.counted = Duration::ZERO;
+            self.uncounted = Duration::ZERO;
         }
     }
 
@@ -145,17 +149,17 @@ impl Watchdog {
         self.quiet = if look.busy { 0 } else { self.quiet + 1 };
         let posts: Vec<_> = self.state.workers.abandoned(&self.seen).collect();
         let short = !posts.into_iter().all(|post| self.replace(post));
-        self.tell_shortage(short, look);
+        self.note_shortage(short, look);
         self.last_resort(look);
-        let left = self.state.overflowed.swap(false, Ordering::SeqCst);
-        if short || left || !self.read.is_empty() {
+        let overflowed = self.state.overflowed.swap(false, Ordering::SeqCst);
+        if short || overflowed || !self.read.is_empty() {
             self.read_all();
         } else if self.quiet >= QUIET && self.state.workers.try_sleep() {
             self.quiet = 0;
         }
     }
 
-    /// Starts a worker at a post where none gets on. False if there can be no more.
+    /// Starts a worker at a post where no worker makes progress. False if none can be started.
     fn replace(&self, post: usize) -> bool {
         match ServerState::start_replacement(&self.state, post) {
             Ok(()) => {
@@ -171,7 +175,8 @@ impl Watchdog {
         }
     }
 
-    fn tell_shortage(&mut self, short: bool, Observation { held_up, .. }: Observation) {
+    /// Logs and counts the start of a shortage.
+    fn note_shortage(&mut self, short: bool, Observation { held_up, .. }: Observation) {
         if short && !self.short {
             let workers = &self.state.workers;
             workers.shortages.fetch_add(1, Ordering::Relaxed);
@@ -186,13 +191,15 @@ impl Watchdog {
         self.short = short;
     }
 
-    /// Where no more workers can be started and all but one are held up, the last one serves also slow regions that have none.
+    /// If no worker can be started and all but one are held up, the last one also serves slow regions
+    /// that occupy no worker.
     fn last_resort(&self, Observation { held_up, waiting, .. }: Observation) {
         let workers = &self.state.workers;
         let last = (self.short || workers.working() >= workers.most()) && held_up + 1 >= workers.working();
         workers.last_resort.store(last, Ordering::Relaxed);
-        // With none to answer, the bell would ring for all that time afterwards. A worker that hangs keeps a few faults for itself, and
-        // may have been the one that was told of the time: without another worker at its post they wait for these that are free.
+        // A worker that hangs may have kept a few faults, or may have read the timer. Another worker
+        // takes these over when it is woken. Without a waiting worker, nothing is written to
+        // `wake_fd`, because each write would wake a worker later.
         if waiting > 0 && (self.state.slow_admission.has_waiters() || self.state.has_queued()) {
             self.state.wake_one();
         }
@@ -201,28 +208,29 @@ impl Watchdog {
         }
     }
 
-    /// Reads the faults of all regions, and queues them: where no worker is left to read them, they would not be known.
+    /// Reads the faults of all regions and queues them. Called if no worker may be left to read them,
+    /// because a fault that is not read cannot time out.
     fn read_all(&mut self) {
         for handle in self.state.regions() {
             let Some(region) = handle.enter() else { continue };
             if region.children.is_none() {
                 self.read_one(&region);
             } else {
-                // The fork reader has read its events.
+                // The fork reader has read its faults, and has set aside those without room.
                 let read = Instant::now();
-                let request = |(page, thread, place)| FaultRequest {
+                let request = |(page, thread, slot)| FaultRequest {
                     page,
                     read,
                     thread,
-                    place: Some(place),
+                    slot: Some(slot),
                     tries: 0,
                     failures: 0,
                 };
-                let left = region.counters.take_left().map(request);
-                self.read.extend(left.map(|request| QueuedFault::new(&region, request)));
+                let aside = region.counters.take_set_aside().map(request);
+                self.read.extend(aside.map(|request| QueuedFault::new(&region, request)));
             }
         }
-        // Children that are to be served, too, wait for a worker.
+        // Deferred events, such as new children, wait for a worker as well.
         self.state.handle_all_deferred();
         let mut queued = 0;
         while let Some(fault) = self.read.pop_front() {
@@ -236,7 +244,7 @@ impl Watchdog {
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
-        // It comes back at the next look: a watchdog that waits for one region watches none.
+        // The watchdog must not wait for one region, because it watches all: it reads at the next look.
         let read = region.try_read_events(&mut self.batch, &mut |event| region.handle_deferred(event));
         let Ok(again) = read else { return };
         let read = Instant::now();
@@ -248,20 +256,20 @@ impl Watchdog {
     }
 }
 
-fn tell(region: &Served, fault: &Overdue) {
+fn warn(region: &Served, fault: &Overdue) {
     let Failure { chunk, source, .. } = &failure(region, fault);
     let (offset, age, thread) = (region.page_size().offset_of(fault.page), fault.age, fault.thread);
     log!(warn, region = region.name, offset, chunk, source, ?age, thread, "a fault is overdue");
     region.counters.local().faults_overdue.add(1);
 }
 
-/// Poisons the page, so that the waiter gets a signal, and keeps the reason.
+/// Poisons the page of a fault, so that its waiter gets a signal, and records the failure.
 fn give_up(region: &Served, fault: &Overdue) {
     let failure = failure(region, fault);
-    let said = failure.to_string();
+    let text = failure.to_string();
     let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
     {
-        // No worker has begun: the page is poisoned like any other that has failed.
+        // No worker serves the fault: the page is poisoned as after a failed source.
         Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), FillError::Failed(_)),
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
         // The page is present or poisoned already, and only the queued fault is late.
@@ -269,20 +277,20 @@ fn give_up(region: &Served, fault: &Overdue) {
         Err(Unclaimed::Poisoned) => return drop(poison(region, fault.page.span())),
     };
     if !given_up {
-        // The map is changing, or is held: the page is tried again at the next look.
-        return region.counters.keep_on(fault);
+        // The memory map is changing, or is locked: the next look tries again.
+        return region.counters.undo_give_up(fault);
     }
     region.counters.local().faults_given_up.add(1);
     log!(
         error,
         region = region.name,
-        failure = said,
+        failure = text,
         thread = fault.thread,
-        "a fault was given up: its page is bad"
+        "a fault timed out: its page is poisoned"
     );
 }
 
-/// The same for a page that a worker is at.
+/// As [`give_up`], for a page that a worker has claimed.
 fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
     let failure = Arc::new(failure);
     region.record_failure(fault.page, Arc::clone(&failure));
@@ -293,6 +301,7 @@ fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
     poisoned
 }
 
+/// The failure of a fault that takes too long.
 fn failure(region: &Served, fault: &Overdue) -> Failure {
     let offsets = region.page_size().offsets(fault.page.span());
     let why = format!("it has taken {:?} so far", fault.age);
@@ -301,6 +310,6 @@ fn failure(region: &Served, fault: &Overdue) -> Failure {
 
 /// Events read at once.
 const BATCH: usize = 64;
-/// After so many looks without any work it stops looking until a fault wakes it. Each such wake-up
-/// costs the fault a system call.
+/// After this many looks without work the watchdog sleeps until a worker wakes it, which costs a
+/// fault one system call.
 const QUIET: u32 = 50;
