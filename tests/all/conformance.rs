@@ -1,7 +1,8 @@
 //! Each source of pagestitch passes the conformance suite of the testkit.
 
 use crate::pattern;
-use pagestitch::source::{FileSource, Hole, Memory};
+use pagestitch::Retry;
+use pagestitch::source::{Cached, FileSource, Hole, Limited, Memory, Retrying};
 use pagestitch_testkit::conformance::check;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::Write;
@@ -37,6 +38,20 @@ fn a_hole_conforms() {
 fn a_scripted_source_conforms() {
     let bytes: Vec<u8> = (0..70_000).map(byte_at).collect();
     check(Arc::new(Scripted::new(70_000)), &bytes);
+}
+
+#[test]
+fn wrapped_sources_conform() {
+    let bytes: Vec<u8> = (0..200_000).map(byte_at).collect();
+    let source = Arc::new(Scripted::new(200_000));
+    check(Arc::new(Retrying::new(Arc::clone(&source), Retry::times(2))), &bytes);
+    check(Arc::new(Limited::new(Arc::clone(&source), 1)), &bytes);
+    for (capacity, block) in [(0, 512), (100_000, 4096), (1 << 20, 65_536)] {
+        check(Arc::new(Cached::new(Arc::clone(&source), capacity).block(block)), &bytes);
+    }
+    let limited = Limited::new(Retrying::new(source, Retry::times(2)), 2);
+    check(Arc::new(Cached::new(limited, 1 << 20)), &bytes);
+    check(Arc::new(Limited::new(Memory::from(bytes.clone()), 1)), &bytes);
 }
 
 #[test]

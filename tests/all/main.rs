@@ -41,6 +41,7 @@ mod swap;
 mod teardown;
 mod userfaultfd_crate;
 mod watchdog;
+mod wrappers;
 mod zero_copy;
 
 mod guests;

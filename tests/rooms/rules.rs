@@ -13,7 +13,7 @@ pub(crate) const ROOMS: &[&[&str]] = &[
     &["policy", "source", "metrics"],
     &["error"],
     &["guard"],
-    &["signals", "method"],
+    &["signals", "method", "retry"],
 ];
 
 fn rank(room: &str) -> Option<usize> {

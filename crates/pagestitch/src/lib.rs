@@ -68,6 +68,7 @@ mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
 mod policy;
+mod retry;
 mod serve;
 mod signals;
 pub mod source;
@@ -83,7 +84,8 @@ pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, View};
-pub use policy::{OnFailure, Readahead, Recording, Retry};
+pub use policy::{OnFailure, Readahead, Recording};
+pub use retry::Retry;
 pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
 pub use space::{AdoptedMemory, Chunk, OnDiscard, OnUnavailable, Plan, PlanRun};

@@ -15,7 +15,7 @@ use pagestitch_kernel::Span;
 use pagestitch_kernel::gate::OwnedGateGuard;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Claimed pages whose bytes a source is fetching.
 #[derive(Debug)]
@@ -101,6 +101,10 @@ impl<H: Host> Complete for Pending<H> {
         }
         region.counters.record_time(FaultPart::Resolve, began);
         wanted.finish(region);
+    }
+
+    fn retry(self: Box<Self>, _: Duration, error: io::Error) {
+        self.complete(Err(error));
     }
 }
 

@@ -13,7 +13,7 @@ mod readahead;
 mod recording;
 
 pub(crate) use dense::Dense;
-pub use failure::{OnFailure, Retry};
+pub use failure::OnFailure;
 pub(crate) use readahead::Prefetch;
 pub use readahead::Readahead;
 use readahead::Streams;

@@ -5,6 +5,7 @@ use super::shared::{Mapped, Shared, SharedKind};
 use super::{Fetched, Hole, Memfd, Memory};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::pages::Donated;
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 
@@ -22,6 +23,18 @@ pub(crate) enum Backing {
 }
 
 impl Backing {
+    /// A source that is read, or the source that it wraps if that needs no read.
+    pub(crate) fn of_source<S: Source + 'static>(source: Arc<S>) -> Self {
+        source.direct().and_then(Self::direct).unwrap_or(Self::Read(source))
+    }
+
+    fn direct(source: &dyn Any) -> Option<Self> {
+        let memory = || source.downcast_ref::<Memory>().cloned().map(Self::Memory);
+        let memfd = || source.downcast_ref::<Memfd>().cloned().map(Self::Memfd);
+        let hole = || source.downcast_ref::<Hole>().copied().map(Self::Hole);
+        memory().or_else(memfd).or_else(hole)
+    }
+
     /// The remainder of a source whose chunks are all mapped in place, so that its descriptor can
     /// be closed; `None` if it has no descriptor to close, or keeps it. A shared file without a
     /// name keeps it, because only its descriptor tells later why its bytes cannot be accessed.

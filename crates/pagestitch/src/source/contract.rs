@@ -1,6 +1,8 @@
 //! The contract of a source.
 
+use std::any::Any;
 use std::io;
+use std::sync::Arc;
 
 /// Bytes that can be read at an offset: the trait to implement for a source of your own.
 ///
@@ -10,7 +12,7 @@ use std::io;
 ///   [`populate`](crate::AnyRegion::populate) and [`Region::read_at`](crate::Region::read_at).
 ///   Several threads may call at once, also for the same offset.
 /// * **Calls.** [`read_at`](Self::read_at) is usually called once for each page, or once for
-///   several pages that are filled together. It is called again for a page that is discarded
+///   several pages that are filled together; [`granularity`](Self::granularity) asks for more. It is called again for a page that is discarded
 ///   (`MADV_DONTNEED`) and touched anew. The bytes must not depend on how a range is split.
 /// * **Blocking.** A call may block. It then occupies its worker, but not the region. A drop of the
 ///   region waits for calls in progress.
@@ -59,5 +61,50 @@ pub trait Source: Send + Sync {
     /// The name in plans and errors: a path, a key, a kind. Default: `"source"`.
     fn name(&self) -> String {
         String::from("source")
+    }
+
+    /// The preferred size of a read, in bytes, for a source that reads a larger block at the cost
+    /// of a page: compressed, remote, on a disk. Default: 1, no preference. Called when a region is
+    /// built.
+    ///
+    /// It is rounded up to a power of two, and to 2 MiB at most. A fault then reads the whole block
+    /// that holds its page, counted from the source's start, and installs its pages together. Only
+    /// absent pages inside one chunk are read: a page that is present already, or that chunks
+    /// share, splits the read. A region that [records](crate::Builder::record) reads page by page,
+    /// because only a fault tells of a touch. Regions that share a source still read a block once
+    /// each: [`Cached`](super::Cached) reads it once for all.
+    fn granularity(&self) -> u64 {
+        1
+    }
+
+    /// For a wrapper: the wrapped [`Memory`](super::Memory), [`Memfd`](super::Memfd) or
+    /// [`Hole`](super::Hole), whose bytes a region maps or copies without a read. Return
+    /// `self.inner.direct()` if the wrapper changes no byte. Default: `None`, so that the source is
+    /// read.
+    fn direct(&self) -> Option<&dyn Any> {
+        None
+    }
+}
+
+/// A shared source is a source, so that one can be wrapped several times.
+impl<S: Source + ?Sized> Source for Arc<S> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read_at(offset, into)
+    }
+
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn granularity(&self) -> u64 {
+        (**self).granularity()
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        (**self).direct()
     }
 }

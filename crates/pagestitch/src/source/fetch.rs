@@ -4,7 +4,8 @@
 use super::Source;
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
-use std::{fmt, io};
+use std::time::Duration;
+use std::{fmt, io, thread};
 
 /// An asynchronous source. The requesting thread does not wait, so as many faults are in flight as
 /// the source accepts.
@@ -49,6 +50,30 @@ pub trait Fetch: Send + Sync {
     fn name(&self) -> String {
         String::from("source")
     }
+
+    /// As [`Source::granularity`]. Default: 1. A fetch requests one block at most.
+    fn granularity(&self) -> u64 {
+        1
+    }
+}
+
+/// A shared source is a source, so that one can be wrapped several times.
+impl<F: Fetch + ?Sized> Fetch for Arc<F> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn fetch(&self, offset: u64, reply: Reply) {
+        (**self).fetch(offset, reply);
+    }
+
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn granularity(&self) -> u64 {
+        (**self).granularity()
+    }
 }
 
 /// The destination of requested bytes. Dropping it without an answer is an error of the source, so
@@ -58,6 +83,8 @@ pub trait Fetch: Send + Sync {
 pub struct Reply {
     to: Option<To>,
     bytes: usize,
+    /// The number of times that the same request has failed before.
+    failures: u32,
 }
 
 #[derive(Debug)]
@@ -65,19 +92,35 @@ enum To {
     /// Pages of a region.
     Pages(Box<dyn Complete>),
     /// A thread that blocks until the reply.
-    Thread(Sender<io::Result<Vec<u8>>>),
+    Thread(Sender<Result<Vec<u8>, NoBytes>>),
+}
+
+/// A reply without bytes, to a thread that blocks.
+enum NoBytes {
+    Failed(io::Error),
+    /// The thread sends the request again after a pause.
+    Again(Duration),
 }
 
 /// Receives the bytes that a fetch requested. The fault layer implements it, because a source knows
-/// nothing of pages.
+/// nothing of pages; so does each wrapper of an asynchronous source. One of the methods is called,
+/// once, on the thread that answers.
 pub(crate) trait Complete: fmt::Debug + Send + Sync {
-    /// Called once, on the thread that answers.
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>);
+
+    /// As `complete` with an error; but the same request is sent again after `pause`, if it can be.
+    fn retry(self: Box<Self>, pause: Duration, error: io::Error);
 }
 
 impl Reply {
     pub(crate) fn to_pages(pages: Box<dyn Complete>, bytes: usize) -> Self {
-        Self { to: Some(To::Pages(pages)), bytes }
+        Self { to: Some(To::Pages(pages)), bytes, failures: 0 }
+    }
+
+    /// A reply to a request that has failed so many times before.
+    pub(crate) fn after(mut self, failures: u32) -> Self {
+        self.failures = failures;
+        self
     }
 
     /// The number of requested bytes.
@@ -85,6 +128,12 @@ impl Reply {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.bytes
+    }
+
+    /// The number of times that the same request was [sent again](Self::retry_after).
+    #[must_use]
+    pub const fn failures(&self) -> u32 {
+        self.failures
     }
 
     /// Delivers the bytes: installs them on the calling thread and wakes the waiting threads. The
@@ -106,11 +155,30 @@ impl Reply {
         self.give(Err(error));
     }
 
+    /// Fails the request with `error` for now: the page waits, and the source is asked again after
+    /// `pause`, with one more [failure](Self::failures). No thread waits meanwhile, except for the
+    /// thread of a request that blocks. A request that was ahead of its touch just fails, because
+    /// the touch asks again.
+    pub fn retry_after(mut self, pause: Duration, error: io::Error) {
+        match self.to.take() {
+            Some(To::Pages(pages)) => pages.retry(pause, error),
+            Some(To::Thread(sender)) => drop(sender.send(Err(NoBytes::Again(pause)))),
+            None => {}
+        }
+    }
+
+    /// Answers or fails.
+    pub(super) fn complete(mut self, answer: io::Result<&[u8]>) {
+        self.give(answer);
+    }
+
     fn give(&mut self, answer: io::Result<&[u8]>) {
         match self.to.take() {
             Some(To::Pages(pages)) => pages.complete(answer),
             // A failure means that no thread waits any more.
-            Some(To::Thread(sender)) => drop(sender.send(answer.map(<[u8]>::to_vec))),
+            Some(To::Thread(sender)) => {
+                drop(sender.send(answer.map(<[u8]>::to_vec).map_err(NoBytes::Failed)));
+            }
             None => {}
         }
     }
@@ -132,13 +200,26 @@ impl Source for Fetched {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        let (sender, answer) = bounded(1);
-        self.0.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len() });
-        into.copy_from_slice(&answer.recv().expect("a reply sends an answer, at the latest in its drop")?);
-        Ok(())
+        for failures in 0.. {
+            let (sender, answer) = bounded(1);
+            self.0.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len(), failures });
+            match answer.recv().expect("a reply sends an answer, at the latest in its drop") {
+                Ok(bytes) => {
+                    into.copy_from_slice(&bytes);
+                    return Ok(());
+                }
+                Err(NoBytes::Failed(error)) => return Err(error),
+                Err(NoBytes::Again(pause)) => thread::sleep(pause),
+            }
+        }
+        unreachable!("a source retries no request 2^32 times")
     }
 
     fn name(&self) -> String {
         self.0.name()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.0.granularity()
     }
 }

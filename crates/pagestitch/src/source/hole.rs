@@ -1,6 +1,7 @@
 //! Zeros that take no storage.
 
 use super::Source;
+use std::any::Any;
 use std::io;
 
 /// Zeros. A page that lies entirely in a hole is the kernel's zero page.
@@ -20,5 +21,9 @@ impl Source for Hole {
 
     fn name(&self) -> String {
         String::from("hole")
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }

@@ -4,6 +4,7 @@
 use super::Source;
 use crate::error::{Error, ErrorKind};
 use pagestitch_kernel::memfd::SealedMemfd;
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -79,6 +80,10 @@ impl Source for Memfd {
 
     fn name(&self) -> String {
         String::from("sealed memfd")
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }
 

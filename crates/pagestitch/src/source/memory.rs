@@ -3,6 +3,7 @@
 use super::Source;
 use bytes::Bytes;
 use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
+use std::any::Any;
 use std::ops::{Deref, Range};
 use std::sync::Arc;
 use std::{fmt, io};
@@ -107,6 +108,10 @@ impl Source for Memory {
             Stable::Owned(_) => String::from("memory"),
             Stable::Lent(_) => String::from("borrowed memory"),
         }
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }
 

@@ -15,20 +15,37 @@
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Fetch`] | delivered later by your own thread | fetched while workers serve other faults, then copied |
 //! | your own [`Source`] | read on demand | read into a buffer, then copied |
+//!
+//! A wrapper is a source around a source, and wrappers can be stacked:
+//! `Cached::new(Retrying::new(Limited::new(remote, 8), Retry::times(5)), 64 << 20)`. A wrapper of a
+//! [`Fetch`] is a [`Fetch`]. A wrapper of [`Memory`], a [`Memfd`] or a [`Hole`] changes nothing,
+//! because a region reads none of these. No wrapper starts a thread, and no wrapper holds a lock
+//! while its source reads.
+//!
+//! | wrapper | reads of the wrapped source |
+//! |---|---|
+//! | [`Retrying`] | repeated after a failure, with pauses |
+//! | [`Limited`] | so many at once; the others wait in order |
+//! | [`Cached`] | in blocks, each once for all regions, as long as it is kept |
 
 mod backing;
+mod block_cache;
+mod cached;
 mod contract;
 mod donated;
 mod fetch;
 mod file;
 mod hole;
 mod lazy;
+mod limited;
 mod memfd;
 mod memory;
+mod retrying;
 mod shared;
 
 pub use crate::error::Failure;
 pub(crate) use backing::{Backing, Identity};
+pub use cached::Cached;
 pub use contract::Source;
 pub(crate) use donated::gone;
 pub(crate) use fetch::{Complete, Fetched};
@@ -36,6 +53,7 @@ pub use fetch::{Fetch, Reply};
 pub use file::FileSource;
 pub use hole::Hole;
 pub use lazy::{FillMemfd, LazyMemfd};
+pub use limited::Limited;
 pub use memfd::Memfd;
 pub use memory::Memory;
 pub(crate) use memory::MemoryBytes;
@@ -43,4 +61,5 @@ pub use pagestitch_kernel::memfd::UnsealedMemfd;
 pub use pagestitch_kernel::pages::{Donated, Pages};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
 pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
+pub use retrying::Retrying;
 pub(crate) use shared::Shared;

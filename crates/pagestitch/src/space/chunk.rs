@@ -32,13 +32,15 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// All bytes of a source of your own. Clone the `Arc` to take several chunks of it.
+    /// All bytes of a source of your own, or of a wrapper. Clone the `Arc` to take several chunks of
+    /// it.
     #[must_use]
     pub fn source<S: Source + 'static>(source: Arc<S>) -> Self {
-        Self::whole(Backing::Read(source))
+        Self::whole(Backing::of_source(source))
     }
 
-    /// All bytes of an asynchronous source. Clone the `Arc` to take several chunks of it.
+    /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take
+    /// several chunks of it.
     #[must_use]
     pub fn fetch<F: Fetch + 'static>(source: Arc<F>) -> Self {
         Self::whole(Backing::Fetched(Fetched(source)))

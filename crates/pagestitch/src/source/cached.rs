@@ -1,0 +1,358 @@
+//! A source whose blocks are kept for several readers.
+
+use super::block_cache::{Answer, BlockCache, BlockRead, Found, Waiter};
+use super::{Complete, Fetch, Reply, Source};
+use bytes::Bytes;
+use crossbeam_channel::bounded;
+use pagestitch_kernel::page::HUGE;
+use parking_lot::Mutex;
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use std::{fmt, io};
+
+/// A wrapper that reads its source in whole, aligned blocks and keeps them, so that regions and
+/// guests that share the source read a block once.
+///
+/// * **Block.** The source's [`granularity`](Source::granularity), or 64 KiB if it has none; or
+///   [`block`](Self::block). The last block ends with the source.
+/// * **Concurrent misses** of a block are one read, whose answer or error all of them get. An error
+///   is not kept: the next request reads the block again.
+/// * **Memory.** At most the given capacity, in blocks that are kept or being read; at least one
+///   block. Least recently used blocks are removed, roughly. While the blocks that are being read
+///   fill the capacity, further misses are read without being kept. Each thread that copies out of
+///   a block may keep that block for the moment. A request across several blocks of a [`Fetch`] has
+///   a buffer of its own.
+/// * **Failures** are those of the source. Wrap [`Retrying`](super::Retrying) inside: it repeats the
+///   read of a block once for all that wait.
+///
+/// The bytes of the source must not change. A page table or the kernel's page cache already keeps
+/// the bytes of mapped files and of one region: cache sources that are slow and shared.
+///
+/// ```
+/// use pagestitch::source::{Cached, FileSource};
+/// use pagestitch::{Chunk, Pool, Region};
+/// use std::sync::Arc;
+///
+/// let image = Arc::new(Cached::new(FileSource::open("/proc/self/exe")?, 16 << 20));
+/// let pool = Pool::new()?;
+/// for _guest in 0..3 {
+///     let region = Region::builder().chunk(Chunk::source(Arc::clone(&image))).build(&pool)?;
+///     assert_eq!(&region.as_slice()[1..4], b"ELF");                // the file is read once
+/// }
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Cached<S> {
+    inner: Arc<S>,
+    capacity: u64,
+    /// The size of a block. Set by the first call, because the source knows it.
+    block: OnceLock<u64>,
+    cache: Arc<BlockCache>,
+}
+
+impl<S> Cached<S> {
+    /// Keeps blocks of `source`, of at most `capacity` bytes together. Clones share the blocks.
+    #[must_use]
+    pub fn new(source: S, capacity: u64) -> Self {
+        let cache = Arc::new(BlockCache::new());
+        Self { inner: Arc::new(source), capacity, block: OnceLock::new(), cache }
+    }
+
+    /// Sets the size of a block: rounded up to a power of two, from 512 bytes to 2 MiB. Starts with
+    /// an empty cache.
+    #[must_use]
+    pub fn block(self, bytes: u64) -> Self {
+        Self { block: OnceLock::from(rounded(bytes)), cache: Arc::new(BlockCache::new()), ..self }
+    }
+
+    fn blocks(&self, size: u64, granularity: impl FnOnce() -> u64) -> Blocks {
+        let block = *self.block.get_or_init(|| match granularity() {
+            0 | 1 => DEFAULT_BLOCK,
+            preferred => rounded(preferred),
+        });
+        let most = usize::try_from(self.capacity / block).unwrap_or(usize::MAX).max(1);
+        Blocks { block, most, size }
+    }
+}
+
+/// The division of a source into blocks.
+#[derive(Clone, Copy)]
+struct Blocks {
+    block: u64,
+    /// The number of blocks that fit in the cache.
+    most: usize,
+    size: u64,
+}
+
+/// A part of a block that a request needs.
+struct Part {
+    number: u64,
+    /// In the block.
+    bytes: Range<usize>,
+    /// In the request.
+    at: usize,
+}
+
+impl Blocks {
+    /// The parts of the blocks that hold `len` bytes at `offset`.
+    fn parts(self, offset: u64, len: usize) -> impl Iterator<Item = Part> {
+        let end = offset + len as u64;
+        let last = if len == 0 { 0 } else { end.div_ceil(self.block) };
+        let numbers = offset / self.block..last;
+        numbers.map(move |number| {
+            let start = number * self.block;
+            let from = offset.max(start);
+            let bytes = (from - start) as usize..(end - start).min(self.block) as usize;
+            Part { number, bytes, at: (from - offset) as usize }
+        })
+    }
+
+    /// The offset and the length of a block.
+    fn place(self, number: u64) -> (u64, usize) {
+        let start = number * self.block;
+        (start, self.block.min(self.size.saturating_sub(start)) as usize)
+    }
+}
+
+impl<S: Source> Cached<S> {
+    fn read_part(&self, blocks: Blocks, part: &Part, into: &mut [u8]) -> io::Result<()> {
+        let mut waits = None;
+        let found = self.cache.find(part.number, blocks.most, || {
+            let (sender, answer) = bounded(1);
+            waits = Some(answer);
+            Box::new(move |answer| drop(sender.send(answer)))
+        });
+        let (start, len) = blocks.place(part.number);
+        let block = match found {
+            Found::Kept(block) => block,
+            Found::Waits => {
+                let answer = waits.expect("a waiter was made").recv();
+                match answer.expect("each waiter gets an answer") {
+                    Answer::Ready(block) => block,
+                    Answer::Failed(error) | Answer::Retry(_, error) => return Err(error),
+                }
+            }
+            Found::Absent(read) => self.read_block(read, start, len)?,
+            Found::NoRoom => return self.inner.read_at(start + part.bytes.start as u64, into),
+        };
+        into.copy_from_slice(block.get(part.bytes.clone()).ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    fn read_block(&self, read: BlockRead, start: u64, len: usize) -> io::Result<Bytes> {
+        let mut bytes = vec![0; len];
+        match self.inner.read_at(start, &mut bytes) {
+            Ok(()) => {
+                let block = Bytes::from(bytes);
+                read.finish(&block);
+                Ok(block)
+            }
+            Err(error) => {
+                read.fail(&error);
+                Err(error)
+            }
+        }
+    }
+}
+
+impl<S: Source> Source for Cached<S> {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let blocks = self.blocks(self.inner.size(), || self.inner.granularity());
+        blocks.parts(offset, into.len()).try_for_each(|part| {
+            let len = part.bytes.len();
+            self.read_part(blocks, &part, &mut into[part.at..][..len])
+        })
+    }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    /// The size of a block.
+    fn granularity(&self) -> u64 {
+        self.blocks(0, || self.inner.granularity()).block
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        self.inner.direct()
+    }
+}
+
+impl<S: Fetch> Cached<S> {
+    /// Passes a block to `waiter`. `failures` counts those of its request.
+    fn fetch_block(&self, blocks: Blocks, number: u64, failures: u32, waiter: Waiter) {
+        let mut own = Some(waiter);
+        let found = self.cache.find(number, blocks.most, || own.take().expect("it is called once"));
+        let Some(waiter) = own else { return };
+        let read = match found {
+            Found::Kept(block) => return waiter(Answer::Ready(block)),
+            Found::Absent(read) => Some(read),
+            Found::NoRoom | Found::Waits => None,
+        };
+        let (start, len) = blocks.place(number);
+        let fetching = Box::new(Fetching { read, waiter });
+        self.inner.fetch(start, Reply::to_pages(fetching, len).after(failures));
+    }
+}
+
+impl<S: Fetch> Fetch for Cached<S> {
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    fn fetch(&self, offset: u64, reply: Reply) {
+        let blocks = self.blocks(self.inner.size(), || self.inner.granularity());
+        let failures = reply.failures();
+        let mut parts = blocks.parts(offset, reply.len());
+        let Some(first) = parts.next() else { return reply.complete(Ok(&[])) };
+        let Some(second) = parts.next() else {
+            return self.fetch_block(blocks, first.number, failures, whole(first.bytes, reply));
+        };
+        let request = Gather { bytes: vec![0; reply.len()], missing: reply.len(), reply };
+        let gather = Arc::new(Mutex::new(Some(request)));
+        for part in [first, second].into_iter().chain(parts) {
+            let gather = Arc::clone(&gather);
+            let number = part.number;
+            let waiter = Box::new(move |answer| add(&gather, &part, answer));
+            self.fetch_block(blocks, number, failures, waiter);
+        }
+    }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    /// The size of a block.
+    fn granularity(&self) -> u64 {
+        self.blocks(0, || self.inner.granularity()).block
+    }
+}
+
+/// Answers a request whose bytes lie in one block.
+fn whole(bytes: Range<usize>, reply: Reply) -> Waiter {
+    Box::new(move |answer| match answer {
+        Answer::Ready(block) => {
+            reply.complete(block.get(bytes).ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
+        }
+        Answer::Failed(error) => reply.fail(error),
+        Answer::Retry(pause, error) => reply.retry_after(pause, error),
+    })
+}
+
+/// A request whose bytes lie in several blocks.
+struct Gather {
+    bytes: Vec<u8>,
+    missing: usize,
+    reply: Reply,
+}
+
+/// Adds a part to a request, and answers it with the last part, or with the first failure.
+fn add(gather: &Mutex<Option<Gather>>, part: &Part, answer: Answer) {
+    let mut request = gather.lock();
+    // After a failure, the other parts have no request any more.
+    let Some(Gather { bytes, missing, .. }) = request.as_mut() else { return };
+    if let Answer::Ready(block) = &answer
+        && let Some(from) = block.get(part.bytes.clone())
+    {
+        bytes[part.at..][..from.len()].copy_from_slice(from);
+        *missing -= from.len();
+        if *missing > 0 {
+            return;
+        }
+    }
+    let ended = request.take();
+    drop(request);
+    let Some(Gather { bytes, missing, reply }) = ended else { return };
+    match answer {
+        Answer::Ready(_) if missing == 0 => reply.answer(&bytes),
+        Answer::Ready(_) => reply.fail(io::ErrorKind::UnexpectedEof.into()),
+        Answer::Failed(error) => reply.fail(error),
+        Answer::Retry(pause, error) => reply.retry_after(pause, error),
+    }
+}
+
+/// A block that the source fetches.
+struct Fetching {
+    /// `None` if the block is not kept.
+    read: Option<BlockRead>,
+    waiter: Waiter,
+}
+
+impl Complete for Fetching {
+    fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
+        let Self { read, waiter } = *self;
+        match answer {
+            Ok(bytes) => {
+                let block = Bytes::copy_from_slice(bytes);
+                if let Some(read) = read {
+                    read.finish(&block);
+                }
+                waiter(Answer::Ready(block));
+            }
+            Err(error) => {
+                if let Some(read) = read {
+                    read.fail(&error);
+                }
+                waiter(Answer::Failed(error));
+            }
+        }
+    }
+
+    fn retry(self: Box<Self>, pause: Duration, error: io::Error) {
+        let Self { read, waiter } = *self;
+        if let Some(read) = read {
+            read.retry(pause, &error);
+        }
+        waiter(Answer::Retry(pause, error));
+    }
+}
+
+impl<S> fmt::Debug for Cached<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cached").field("capacity", &self.capacity).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Fetching {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.read)
+    }
+}
+
+fn rounded(block: u64) -> u64 {
+    block.clamp(512, HUGE as u64).next_power_of_two()
+}
+
+/// The block of a source without a granularity.
+const DEFAULT_BLOCK: u64 = 64 << 10;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_a_request_cover_it_block_by_block() {
+        let blocks = Blocks { block: 512, most: 1, size: 1300 };
+        let parts = |offset, len| -> Vec<_> {
+            blocks.parts(offset, len).map(|part| (part.number, part.bytes, part.at)).collect()
+        };
+        assert_eq!(parts(0, 512), [(0, 0..512, 0)]);
+        assert_eq!(parts(500, 700), [(0, 500..512, 0), (1, 0..512, 12), (2, 0..176, 524)]);
+        assert_eq!(parts(1299, 1), [(2, 275..276, 0)]);
+        assert_eq!(parts(700, 0), []);
+        assert_eq!((blocks.place(1), blocks.place(2)), ((512, 512), (1024, 276)));
+    }
+
+    #[test]
+    fn the_size_of_a_block_is_a_power_of_two() {
+        let block = |bytes| Cached::new(super::super::Hole, 0).block(bytes).granularity();
+        assert_eq!([0, 513, 4096, 65_537, u64::MAX].map(block), [512, 1024, 4096, 131_072, HUGE as u64]);
+        assert_eq!(Cached::new(super::super::Hole, 0).granularity(), DEFAULT_BLOCK);
+    }
+}

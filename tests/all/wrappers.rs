@@ -1,0 +1,438 @@
+//! Wrappers of sources: retries, a limit on concurrent reads, blocks that are read once for all
+//! regions. Each of them around a source that blocks, and around one that answers later.
+
+use crate::waits::SetOnDrop;
+use crate::zero_copy::memfd;
+use crate::{pattern, until};
+use pagestitch::source::{Cached, Fetch, Hole, Limited, Memory, Reply, Retrying};
+use pagestitch::{Chunk, Method, Pool, Readahead, Region, Retry, Source};
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+const PAGE: u64 = 4096;
+const KIB_64: u64 = 64 << 10;
+
+/// A source of known bytes that notes its reads, and fails the first of them.
+#[derive(Default)]
+pub(crate) struct Noted {
+    size: u64,
+    granularity: u64,
+    failures: AtomicU32,
+    reads: Mutex<Vec<(u64, usize)>>,
+    running: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Noted {
+    pub(crate) fn new(size: u64, granularity: u64) -> Self {
+        Self { size, granularity, ..Self::default() }
+    }
+
+    fn failing(self, times: u32) -> Self {
+        Self { failures: times.into(), ..self }
+    }
+
+    /// The offset and length of each read, in order of the offsets.
+    pub(crate) fn reads(&self) -> Vec<(u64, usize)> {
+        let mut reads = self.reads.lock().unwrap().clone();
+        reads.sort_unstable();
+        reads
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.reads.lock().unwrap().push((offset, into.len()));
+        let fails = |left: u32| left.checked_sub(1);
+        if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+        Ok(())
+    }
+}
+
+impl Source for Noted {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(running, Ordering::SeqCst);
+        thread::sleep(Duration::from_micros(200));
+        let answer = self.read(offset, into);
+        self.running.fetch_sub(1, Ordering::SeqCst);
+        answer
+    }
+
+    fn granularity(&self) -> u64 {
+        self.granularity.max(1)
+    }
+}
+
+/// A source that keeps its requests until the test answers them.
+#[derive(Default)]
+struct Later {
+    noted: Noted,
+    asked: Mutex<Vec<(u64, Reply)>>,
+}
+
+impl Later {
+    fn new(size: u64, granularity: u64) -> Self {
+        Self { noted: Noted::new(size, granularity), asked: Mutex::default() }
+    }
+
+    fn failing(self, times: u32) -> Self {
+        Self { noted: self.noted.failing(times), ..self }
+    }
+
+    fn waiting(&self) -> usize {
+        self.asked.lock().unwrap().len()
+    }
+
+    /// Answers the oldest request. False if there is none.
+    fn answer_one(&self) -> bool {
+        let mut asked = self.asked.lock().unwrap();
+        if asked.is_empty() {
+            return false;
+        }
+        let (offset, reply) = asked.remove(0);
+        drop(asked);
+        let mut bytes = vec![0; reply.len()];
+        match self.noted.read(offset, &mut bytes) {
+            Ok(()) => reply.answer(&bytes),
+            Err(error) => reply.fail(error),
+        }
+        true
+    }
+
+    /// Answers each request until `done` is set.
+    fn answer_until(&self, done: &AtomicBool) {
+        while !done.load(Ordering::SeqCst) {
+            if !self.answer_one() {
+                thread::sleep(Duration::from_micros(50));
+            }
+        }
+    }
+}
+
+impl Fetch for Later {
+    fn size(&self) -> u64 {
+        self.noted.size
+    }
+
+    fn fetch(&self, offset: u64, reply: Reply) {
+        self.asked.lock().unwrap().push((offset, reply));
+    }
+
+    fn granularity(&self) -> u64 {
+        self.noted.granularity()
+    }
+}
+
+fn quickly(times: u32) -> Retry {
+    Retry::times(times).pause(Duration::from_micros(100), Duration::from_millis(1))
+}
+
+fn region_of<S: Source + 'static>(source: &Arc<S>, pool: &Pool) -> Region {
+    let chunk = Chunk::source(Arc::clone(source));
+    Region::builder().chunk(chunk).readahead(Readahead::None).build(pool).unwrap()
+}
+
+fn region_of_fetch<F: Fetch + 'static>(source: &Arc<F>, pool: &Pool) -> Region {
+    let chunk = Chunk::fetch(Arc::clone(source));
+    Region::builder().chunk(chunk).readahead(Readahead::None).build(pool).unwrap()
+}
+
+fn is_right(region: &Region) -> bool {
+    (0..region.len()).step_by(511).all(|at| region.as_slice()[at] == byte_at(at as u64))
+}
+
+#[test]
+fn wrapped_memory_is_copied_or_mapped_as_memory_is() {
+    let bytes = pattern(1, 3 * PAGE as usize);
+    let pool = Pool::new().unwrap();
+    let wrapped = Cached::new(Retrying::new(Memory::from(bytes.clone()), Retry::times(1)), 1 << 20);
+    let region = region_of(&Arc::new(Limited::new(wrapped, 1)), &pool);
+    assert_eq!(region.plan().runs()[0].method, Method::Copy);
+    assert!(region.as_slice()[..bytes.len()] == bytes);
+    let hole = Arc::new(Limited::new(Arc::new(Hole), 1));
+    let chunks = [
+        Chunk::source(Arc::new(Retrying::new(memfd(&bytes), Retry::times(1)))),
+        Chunk::source(hole).range(0..PAGE),
+    ];
+    let region = Region::builder().chunks(chunks).require_zero_copy().build(&pool).unwrap();
+    assert!(region.as_slice()[..bytes.len()] == bytes);
+    assert!(region.as_slice()[bytes.len()..].iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn a_retrying_source_is_read_again_until_it_answers() {
+    let pool = Pool::new().unwrap();
+    let source = Arc::new(Retrying::new(Arc::new(Noted::new(PAGE, 1).failing(3)), quickly(3)));
+    let region = region_of(&source, &pool);
+    assert!(is_right(&region));
+    assert_eq!(region.close().pages_poisoned, 0);
+}
+
+#[test]
+fn a_retrying_source_gives_the_error_of_its_last_read() {
+    let pool = Pool::new().unwrap();
+    let noted = Arc::new(Noted::new(PAGE, 1).failing(u32::MAX));
+    let region = region_of(&Arc::new(Retrying::new(Arc::clone(&noted), quickly(4))), &pool);
+    let error = region.read_at(0, &mut [0]).unwrap_err();
+    assert!(error.to_string().contains("connection reset"), "{error}");
+    assert_eq!(noted.reads().len(), 5);
+    let panics = Arc::new(Scripted::new(PAGE).panicking(0..PAGE));
+    let region = region_of(&Arc::new(Retrying::new(Arc::clone(&panics), quickly(4))), &pool);
+    let error = region.read_at(0, &mut [0]).unwrap_err();
+    assert!(error.to_string().contains("panicked"), "{error}");
+    assert_eq!(panics.reads(), 1, "a panic is a defect, which no retry repairs");
+}
+
+#[test]
+fn a_limited_source_serves_so_many_reads_at_once() {
+    let pool = Pool::builder().workers(8).start().unwrap();
+    let noted = Arc::new(Noted::new(64 * PAGE, 1));
+    let limited = Arc::new(Limited::new(Arc::clone(&noted), 3));
+    let regions = [region_of(&limited, &pool), region_of(&limited, &pool)];
+    thread::scope(|scope| {
+        for thread in 0..8 {
+            let region = &regions[thread % 2];
+            scope.spawn(move || {
+                for page in 0..64 {
+                    let at = (page * (2 * thread + 1) % 64) * PAGE as usize;
+                    assert_eq!(region.as_slice()[at], byte_at(at as u64));
+                }
+            });
+        }
+    });
+    let most = noted.most.load(Ordering::SeqCst);
+    assert!((2..=3).contains(&most), "{most} reads at once");
+    assert_eq!(noted.reads().len(), 128);
+}
+
+#[test]
+fn a_read_that_hangs_or_panics_takes_no_other_slot_of_a_limited_source() {
+    let pool = Pool::builder().workers(4).start().unwrap();
+    let source = Scripted::new(16 * PAGE).holding(0..1).panicking(PAGE..3 * PAGE);
+    let source = Arc::new(source);
+    let region = region_of(&Arc::new(Limited::new(Arc::clone(&source), 2)), &pool);
+    thread::scope(|scope| {
+        let hangs = scope.spawn(|| region.as_slice()[0]);
+        source.wait_until_held(1);
+        for page in 1..3 {
+            region.read_at(page * PAGE, &mut [0]).unwrap_err();
+        }
+        for page in 3..16 {
+            assert_eq!(region.as_slice()[page * PAGE as usize], byte_at(page as u64 * PAGE));
+        }
+        assert!(!hangs.is_finished());
+        source.release();
+        assert_eq!(hangs.join().unwrap(), byte_at(0));
+    });
+}
+
+/// The only worker serves another region, while each touch of the limited one waits.
+#[test]
+fn a_request_to_a_limited_fetch_holds_no_thread() {
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let later = Arc::new(Later::new(8 * PAGE, 1));
+    let region = region_of_fetch(&Arc::new(Limited::new(Arc::clone(&later), 2)), &pool);
+    let other = Region::builder().chunk(pattern(2, 64 << 10)).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let mut touches = Vec::new();
+        for page in 0..8 {
+            touches.push(scope.spawn({
+                let region = &region;
+                move || region.as_slice()[page * PAGE as usize] == byte_at(page as u64 * PAGE)
+            }));
+        }
+        until(|| region.metrics().faults == 8);
+        until(|| later.waiting() == 2);
+        assert!(other.as_slice()[..] == pattern(2, 64 << 10));
+        for answered in 0..8 {
+            assert_eq!(later.waiting(), 2.min(8 - answered));
+            assert!(later.answer_one());
+        }
+        assert!(touches.into_iter().all(|touch| touch.join().unwrap()));
+    });
+    assert_eq!(later.noted.reads().len(), 8);
+}
+
+#[test]
+fn a_region_with_queued_requests_is_dropped_after_their_answers() {
+    let pool = Pool::new().unwrap();
+    let later = Arc::new(Later::new(2 * PAGE, 1));
+    let limited = Arc::new(Limited::new(Arc::clone(&later), 1));
+    let (first, second) = (region_of_fetch(&limited, &pool), region_of_fetch(&limited, &pool));
+    // The regions hold the wrapper.
+    drop(limited);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let touches = [
+            scope.spawn(|| first.as_slice()[1] == byte_at(1)),
+            scope.spawn(|| second.as_slice()[1] == byte_at(1)),
+        ];
+        until(|| first.metrics().faults + second.metrics().faults == 2);
+        assert_eq!(later.waiting(), 1);
+        scope.spawn(|| later.answer_until(&done));
+        let _ended = SetOnDrop(&done);
+        assert!(touches.into_iter().all(|touch| touch.join().unwrap()));
+        drop(pool);
+    });
+    // The request of a region that is being dropped is answered, and no page is read for it later.
+    let pool = Pool::new().unwrap();
+    let limited = Arc::new(Limited::new(Arc::clone(&later), 1));
+    let region = Region::builder().chunk(Chunk::fetch(limited)).build(&pool).unwrap();
+    done.store(false, Ordering::SeqCst);
+    thread::scope(|scope| {
+        scope.spawn(|| later.answer_until(&done));
+        let _ended = SetOnDrop(&done);
+        region.populate(..).unwrap();
+        drop((region, pool));
+    });
+}
+
+#[test]
+fn regions_that_share_a_cached_source_read_each_block_once() {
+    const SIZE: u64 = 10 * KIB_64 + 5000;
+    let pool = Pool::builder().workers(4).start().unwrap();
+    let noted = Arc::new(Noted::new(SIZE, KIB_64));
+    let cached = Arc::new(Cached::new(Arc::clone(&noted), 2 << 20));
+    let regions: Vec<_> = (0..6).map(|_| region_of(&cached, &pool)).collect();
+    thread::scope(|scope| {
+        for region in &regions {
+            scope.spawn(|| assert!((0..SIZE as usize).all(|at| region.as_slice()[at] == byte_at(at as u64))));
+        }
+    });
+    let blocks = (0..11).map(|block| (block * KIB_64, KIB_64.min(SIZE - block * KIB_64) as usize));
+    assert_eq!(noted.reads(), blocks.collect::<Vec<_>>());
+}
+
+#[test]
+fn concurrent_misses_of_a_block_share_one_read_and_its_error() {
+    let pool = Pool::builder().workers(4).start().unwrap();
+    let source = Arc::new(Scripted::new(2 * KIB_64).holding(0..1).failing(0..1));
+    let cached = Arc::new(Cached::new(Arc::clone(&source), 1 << 20));
+    let regions: Vec<_> = (0..4).map(|_| region_of(&cached, &pool)).collect();
+    thread::scope(|scope| {
+        let reads: Vec<_> =
+            regions.iter().map(|region| scope.spawn(|| region.read_at(0, &mut [0]))).collect();
+        source.wait_until_held(1);
+        assert_eq!(regions[0].as_slice()[KIB_64 as usize], byte_at(KIB_64), "another block");
+        assert_eq!(source.reads(), 2);
+        source.release();
+        for read in reads {
+            let error = read.join().unwrap().unwrap_err();
+            assert!(error.to_string().contains("scripted to fail"), "{error}");
+        }
+    });
+    // A thread may have come after the end of the first read.
+    let reads = source.reads();
+    source.repair();
+    let region = region_of(&cached, &pool);
+    assert_eq!(region.as_slice()[5], byte_at(5), "an error is not kept");
+    assert_eq!(source.reads(), reads + 1);
+}
+
+#[test]
+fn a_cached_source_that_panics_fails_the_pages_and_hangs_no_reader() {
+    let pool = Pool::builder().workers(4).start().unwrap();
+    let source = Arc::new(Scripted::new(KIB_64).holding(0..1).panicking(0..1));
+    let cached = Arc::new(Cached::new(Arc::clone(&source), 1 << 20));
+    let regions: Vec<_> = (0..4).map(|_| region_of(&cached, &pool)).collect();
+    thread::scope(|scope| {
+        for region in &regions {
+            scope.spawn(|| {
+                let error = region.read_at(0, &mut [0]).unwrap_err();
+                assert!(error.to_string().contains("panicked"), "{error}");
+            });
+        }
+        source.wait_until_held(1);
+        source.release();
+    });
+}
+
+#[test]
+fn a_cached_source_keeps_no_more_than_its_capacity() {
+    let pool = Pool::builder().workers(4).start().unwrap();
+    let noted = Arc::new(Noted::new(16 * KIB_64, KIB_64));
+    let cached = Arc::new(Cached::new(Arc::clone(&noted), 4 * KIB_64));
+    assert!(is_right(&region_of(&cached, &pool)));
+    assert_eq!(noted.reads().len(), 16);
+    assert!(is_right(&region_of(&cached, &pool)));
+    assert!(noted.reads().len() >= 16 + 12, "12 blocks were removed");
+    // One block is being read, and it takes all of the capacity: the other one is read beside it.
+    let source = Arc::new(Scripted::new(2 * KIB_64).holding(0..1));
+    let cached = Arc::new(Cached::new(Arc::clone(&source), 0));
+    let region = region_of(&cached, &pool);
+    thread::scope(|scope| {
+        let hangs = scope.spawn(|| region.as_slice()[0]);
+        source.wait_until_held(1);
+        assert_eq!(region.as_slice()[KIB_64 as usize + 5], byte_at(KIB_64 + 5));
+        source.release();
+        assert_eq!(hangs.join().unwrap(), byte_at(0));
+    });
+}
+
+/// Chunks that begin inside a page, and inside a block: a page has bytes of two blocks.
+#[test]
+fn regions_that_share_a_cached_fetch_request_each_block_once() {
+    const SIZE: u64 = 6 * KIB_64 + 777;
+    let pool = Pool::builder().workers(2).start().unwrap();
+    let later = Arc::new(Later::new(SIZE, KIB_64));
+    let cached = Arc::new(Cached::new(Arc::clone(&later), 1 << 20));
+    let build = |start| {
+        let chunk = Chunk::fetch(Arc::clone(&cached)).range(start..SIZE);
+        Region::builder().chunk(chunk).build(&pool).unwrap()
+    };
+    let regions = [0, 100, 4096, 70_001].map(|start| (start, build(start)));
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| later.answer_until(&done));
+        let _ended = SetOnDrop(&done);
+        thread::scope(|scope| {
+            for (start, region) in &regions {
+                scope.spawn(move || {
+                    let bytes = (*start..SIZE).map(byte_at);
+                    assert!(
+                        region.as_slice().iter().copied().zip(bytes).all(|(is, expected)| is == expected)
+                    );
+                });
+            }
+        });
+    });
+    let blocks = (0..7).map(|block| (block * KIB_64, KIB_64.min(SIZE - block * KIB_64) as usize));
+    assert_eq!(later.noted.reads(), blocks.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let later = Arc::new(Later::new(KIB_64, KIB_64).failing(1));
+    let cached = Arc::new(Cached::new(Arc::clone(&later), 1 << 20));
+    let regions = [region_of_fetch(&cached, &pool), region_of_fetch(&cached, &pool)];
+    thread::scope(|scope| {
+        let reads: Vec<_> =
+            regions.iter().map(|region| scope.spawn(|| region.read_at(0, &mut [0]))).collect();
+        until(|| later.waiting() == 1);
+        thread::sleep(Duration::from_millis(1));
+        while !reads.iter().all(thread::ScopedJoinHandle::is_finished) {
+            later.answer_one();
+            thread::yield_now();
+        }
+        let failed = reads.into_iter().filter_map(|read| read.join().unwrap().err()).count();
+        assert!((1..=2).contains(&failed));
+    });
+    let region = region_of_fetch(&cached, &pool);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| later.answer_until(&done));
+        let _ended = SetOnDrop(&done);
+        assert_eq!(region.as_slice()[5], byte_at(5), "an error is not kept");
+    });
+}
