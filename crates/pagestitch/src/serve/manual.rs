@@ -1,4 +1,4 @@
-//! Manual: no thread of ours. The caller's own loop waits for a descriptor, and serves what there is.
+//! Manual: a server without threads. The caller's own loop waits for a descriptor, and then serves.
 
 use crate::error::{Error, ErrorKind};
 use crate::serve::Served;
@@ -13,14 +13,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{fmt, ptr};
 
-/// Serves faults when it is told to: for a program that has an event loop, or threads of its own.
+/// A server that works when the caller calls it: for a program with an event loop, or with threads
+/// of its own.
 ///
-/// Its descriptor is readable when there is something to do: watch it with `poll(2)`, `epoll(7)`, or a runtime, and call
-/// [`serve_ready`](Self::serve_ready) then. The thread that serves must not touch the regions: it would wait for itself.
+/// Its descriptor is readable when there is work: watch it with `poll(2)`, `epoll(7)`, or a runtime,
+/// and then call [`serve_ready`](Self::serve_ready). The thread that serves must not touch the
+/// regions, because it would wait for itself.
 ///
-/// Dropping the last one while regions are still served closes these: a thread that touches them
-/// from then on, or waits in them, gets SIGSEGV, not zeros, and does not hang. Drop the regions
-/// first. None can be built with it afterwards.
+/// Drop the regions before their server. Dropping the last `Manual` of a group closes the regions
+/// that it still serves: a thread that touches them from then on, or waits in them, gets SIGSEGV. It
+/// neither hangs nor reads zeros. No region can be built with that group any more.
 ///
 /// ```
 /// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -103,7 +105,7 @@ impl Attachment for Attached {
 }
 
 impl Manual {
-    /// For one thread.
+    /// A server for one thread.
     ///
     /// # Errors
     ///
@@ -113,12 +115,13 @@ impl Manual {
         Ok(one.pop().expect("one was asked for"))
     }
 
-    /// For as many threads, which serve the same regions together: each takes one. A region that is built with one of
-    /// them is served by all.
+    /// A server for several threads: one `Manual` for each. A region that is built with one of them is
+    /// served by all.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for none; [`ErrorKind::Resources`] if descriptors or memory cannot be had.
+    /// [`ErrorKind::BadOption`] for 0 threads; [`ErrorKind::Resources`] if the kernel refuses
+    /// descriptors or memory.
     pub fn group(threads: usize) -> Result<Vec<Self>, Error> {
         if threads == 0 {
             return Err(Error::new(ErrorKind::BadOption, "no thread would serve: ask for 1 or more"));
@@ -147,12 +150,12 @@ impl Manual {
         (0..threads).map(take).collect()
     }
 
-    /// Serves the faults that there are, and fills ahead, without waiting for more. Stops when nothing is left to do or
-    /// `budget` faults have been served, give or take a batch of 64; if something is left, the descriptor stays
-    /// readable. Says how many faults it has served.
+    /// Serves the pending faults and fills ahead, without waiting for more faults. Returns the number
+    /// of served faults.
     ///
-    /// It waits for sources: one that is slow holds up the caller. In a forked child it serves nothing and says 0, because the regions
-    /// and their faults are the parent's.
+    /// Stops when no work is left, or after `budget` faults, give or take a batch of 64. While work is
+    /// left, the descriptor stays readable. A slow source holds up the caller. In a forked child it
+    /// serves nothing and returns 0, because the regions and their faults are the parent's.
     pub fn serve_ready(&mut self, budget: usize) -> usize {
         if !self.group.is_of_this_process() {
             return 0;
@@ -186,7 +189,7 @@ impl fmt::Debug for Manual {
 
 impl Drop for Manual {
     fn drop(&mut self) {
-        // Regions hold the shared state but serve no fault: the number of members decides.
+        // Regions hold the shared state too, but they serve nothing: the number of members decides.
         let last = self.group.taken.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.group.generation.is_current() {
             self.group

@@ -1,34 +1,34 @@
 //! The servers that answer faults, and how they do it.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
 //! | `contract` | the traits between a server and a region |
-//! | `served` | a region as its server has it |
-//! | `pool` | the workers and what they share; regions come and go |
-//! | `placement` | where workers run |
-//! | `server_state` | the state that the workers of a pool share |
+//! | `served` | a region with the state that its server keeps for it |
+//! | `pool` | the public handle: starts and stops the threads |
+//! | `placement` | the CPUs on which workers run |
+//! | `server_state` | the state that the workers of a server share |
 //! | `queue` | the entries of its queues |
-//! | `start`, `threads` | the start of a worker, and its thread |
+//! | `start` | the start of a worker |
 //! | `watch` | descriptors that an epoll watches |
 //! | `end_service` | the end of a region's service |
-//! | `worker` | wake up, read a batch, serve the first fault, hand on the rest |
+//! | `worker` | the loop of a worker: read a batch, serve the first fault, queue the rest |
 //! | `events` | pages that are discarded, unmapped or moved, and forks |
 //! | `latency_estimate` | how long the faults of a region take |
 //! | `read_turn` | one worker at a time reads the events of foreign memory |
-//! | `worker_table` | which workers get on, and which are to be replaced |
-//! | `threads` | the threads of workers, and how they start |
-//! | `bulkhead` | how many workers one region may hold up |
-//! | `slow_admission` | how many workers slow regions may hold up together |
-//! | `timers` | tasks for a later moment |
+//! | `worker_table` | the workers with their progress; workers that hang are replaced |
+//! | `threads` | the join handles of workers |
+//! | `bulkhead` | limits the workers that one region occupies |
+//! | `slow_admission` | limits the workers that slow regions occupy together |
+//! | `timers` | tasks to do after a pause |
 //! | `region_handle` | the weak handle that a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
-//! | `manual` | the same steps when the caller's own loop says so |
+//! | `manual` | the same steps in the caller's own loop |
 //! | `populate` | the same steps for pages that no thread has touched |
-//! | `retry_failed` | asks again for pages whose source has failed |
-//! | `abandon` | poisons the missing pages of adopted memory whose region is dropped |
-//! | `watchdog` | reports faults that take too long, and gives them up |
+//! | `retry_failed` | fills pages whose source has failed before |
+//! | `abandon` | poisons the absent pages of adopted memory whose region is dropped |
+//! | `watchdog` | replaces workers that hang; reports and poisons overdue faults |
 //! | `fork` | forked children |
-//! | `rate_limit` | log lines that something else can cause |
+//! | `rate_limit` | limits log lines that another process can cause |
 
 mod abandon;
 mod bulkhead;
@@ -72,12 +72,13 @@ pub(crate) use served::{ForkedChildren, Served};
 use crate::error::{Error, ErrorKind};
 use std::sync::Arc;
 
-/// The server that answers the faults of a region. A function that takes one accepts any of these:
+/// The server that answers the faults of a region. A function with an `impl Into<Server>` argument
+/// accepts any of these:
 ///
 /// | | served by | choose it when |
 /// |---|---|---|
-/// | `&`[`Pool`] | threads of their own | in general: any source, readahead, system calls on absent pages |
-/// | [`Inline`] | the thread that takes the fault | single touches have to be quick, and bytes lie in memory |
+/// | `&`[`Pool`] | threads of the pool | in general: any source, readahead, system calls on absent pages |
+/// | [`Inline`] | the faulting thread | single touches must be fast, and the bytes lie in memory |
 /// | `&`[`Manual`] | the caller's own loop | the program has an event loop, or threads of its own |
 #[derive(Debug, Clone)]
 pub struct Server(Arc<dyn FaultServer>);
@@ -108,8 +109,8 @@ impl Server {
 
     /// Starts to serve a region.
     ///
-    /// A server that a forked child inherits has no threads there, and its descriptors are the parent's: a region that was added to
-    /// them would have its faults unread for ever.
+    /// Refuses a server that a forked child has inherited: it has no threads there, and its descriptors
+    /// are the parent's, so that no thread would read the region's faults.
     pub(crate) fn start(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         if !self.0.is_of_this_process() {
             let (name, server) = (&region.name, self.0.noun());

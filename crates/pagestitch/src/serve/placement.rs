@@ -6,41 +6,41 @@ use nix::unistd::Pid;
 
 /// Where the workers of a pool run.
 ///
-/// To wake a worker on another, idle CPU costs more than all the rest of a fault together; on the
-/// CPU of the fault it takes a switch of threads. No placement spends CPU time on waiting: workers
-/// sleep, and do not spin.
+/// Waking a worker on another, idle CPU costs more than the rest of a fault; waking one on the CPU
+/// of the fault costs a switch of threads. No placement spends CPU time on waiting: workers sleep,
+/// and do not spin.
 ///
 /// | | workers | choose it |
 /// |---|---|---|
-/// | [`Auto`](Self::Auto) | per CPU up to eight CPUs, anywhere beyond, or if a number was asked for | unless you have measured |
-/// | [`PerCpu`](Self::PerCpu) | one at home on each CPU | when faults come from everywhere and have to be quick |
-/// | [`Cpus`](Self::Cpus) | one at home on each of these CPUs | when the touching threads are pinned: name their CPUs |
-/// | [`Anywhere`](Self::Anywhere) | wherever the scheduler puts them | when sources are slow, or CPUs are many |
+/// | [`Auto`](Self::Auto) | `PerCpu` up to eight CPUs; `Anywhere` above, or with a given number of workers | unless you have measured |
+/// | [`PerCpu`](Self::PerCpu) | one pinned to each CPU | if faults come from all CPUs and must be fast |
+/// | [`Cpus`](Self::Cpus) | one pinned to each of these CPUs | if the touching threads are pinned: name their CPUs |
+/// | [`Anywhere`](Self::Anywhere) | not pinned | if sources are slow, or there are many CPUs |
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Placement {
     /// The placement that suits the machine. The default.
     #[default]
     Auto,
-    /// One worker at home on each CPU that the process may use. A fault wakes all of them, and is served by the first: the
-    /// one on its own CPU.
+    /// One worker pinned to each CPU that the process may use. A fault wakes all of them, and the first
+    /// to run serves it, which is mostly the worker on the CPU of the fault.
     PerCpu,
-    /// One worker at home on each of these CPUs.
+    /// One worker pinned to each of these CPUs.
     Cpus(Vec<usize>),
-    /// Wherever the scheduler puts them. A fault wakes one.
+    /// Workers that the scheduler places. A fault wakes one.
     Anywhere,
 }
 
-/// How many workers, and where each is at home.
+/// The number of workers, and the CPU of each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct WorkerCpus {
     pub(super) workers: usize,
-    /// Worker `i` is at home on the `i`-th, and again from the start; none for anywhere.
+    /// Worker `i` is pinned to entry `i`, modulo the length. Empty if workers are not pinned.
     cpus: Vec<usize>,
 }
 
 impl WorkerCpus {
-    /// The places for a requested number of workers and a placement, on this machine.
+    /// Decides for a requested number of workers and a placement, on this machine.
     pub(super) fn decide(workers: Option<usize>, placement: &Placement) -> Result<Self, Error> {
         Self::on(&allowed(), workers, placement)
     }
@@ -67,7 +67,7 @@ impl WorkerCpus {
         Self { workers, cpus: Vec::new() }
     }
 
-    /// True if workers are pinned: a fault wakes all of them, because the nearest is the quickest.
+    /// True if workers are pinned: a fault then wakes all of them, because the nearest is the fastest.
     pub(super) const fn pinned(&self) -> bool {
         !self.cpus.is_empty()
     }
@@ -79,26 +79,31 @@ impl WorkerCpus {
 
 fn refuse_others(allowed: &[usize], cpus: &[usize]) -> Result<(), Error> {
     if cpus.is_empty() {
-        return Err(Error::new(ErrorKind::BadOption, "a pool on no CPU: name at least one"));
+        return Err(Error::new(
+            ErrorKind::BadOption,
+            "a pool needs at least one CPU: name one in Placement::Cpus",
+        ));
     }
     match cpus.iter().find(|cpu| !allowed.contains(cpu)) {
         Some(cpu) => {
-            let what =
-                format!("CPU {cpu} is not one that this process may use: it has {allowed:?} (taskset -p)");
+            let what = format!(
+                "this process may not use CPU {cpu}, only {allowed:?}: name one of these (taskset -p)"
+            );
             Err(Error::new(ErrorKind::BadOption, what))
         }
         None => Ok(()),
     }
 }
 
-/// The CPUs that this process may use, or the first where that cannot be asked.
+/// The CPUs that this process may use; CPU 0 if the kernel does not tell.
 fn allowed() -> Vec<usize> {
     let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
     let cpus: Vec<_> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
     if cpus.is_empty() { vec![0] } else { cpus }
 }
 
-/// So many are enough for memory, and past it waking all of them for a fault costs more than it brings.
+/// The most workers by default. They saturate memory, and with more of them a fault that wakes all
+/// workers gets slower.
 const WORKERS_MAX: usize = 8;
 
 #[cfg(test)]
@@ -110,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn by_default_there_is_one_at_home_on_each_of_few_cpus_and_a_few_anywhere_on_many() {
+    fn by_default_workers_are_pinned_on_few_cpus_and_not_on_many() {
         let cpus = on(2, None, &Placement::Auto).unwrap();
         assert_eq!((cpus.workers, cpus.cpu_of(0), cpus.cpu_of(1)), (2, Some(0), Some(1)));
         let cpus = on(64, None, &Placement::Auto).unwrap();
@@ -120,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_for_is_done() {
+    fn a_requested_placement_is_kept() {
         assert_eq!(on(64, None, &Placement::PerCpu).unwrap().workers, 64);
         let cpus = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
         assert_eq!((cpus.cpu_of(0), cpus.cpu_of(1), cpus.cpu_of(2)), (Some(3), Some(1), Some(3)));
@@ -128,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused() {
+    fn a_pool_without_workers_or_on_a_foreign_cpu_is_refused() {
         for (workers, placement) in
             [(Some(0), Placement::Auto), (None, Placement::Cpus(vec![])), (None, Placement::Cpus(vec![0, 4]))]
         {

@@ -1,4 +1,5 @@
-//! The state that the workers of a pool share: queues, the crew, and the regions by their descriptors.
+//! The state that the workers of a server share: queues, the table of workers, and the regions by
+//! their descriptors.
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::FaultRequest;
@@ -25,35 +26,39 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// The state that the workers share.
+/// The state that the workers of a pool share, or the members of a group of
+/// [`Manual`](crate::Manual)s.
 #[derive(Debug)]
 pub(super) struct ServerState {
+    /// Readable once the workers must end.
     pub(super) stop: EventFd,
+    /// A semaphore: each count wakes one worker.
     pub(super) wake_fd: EventFd,
+    /// Faults that wait for a worker.
     faults: (Sender<QueuedFault>, Receiver<QueuedFault>),
-    /// Spans to fill while there are no faults, by workers that are awake.
+    /// Pages to fill ahead while there are no faults, by workers that are awake.
     pub(super) prefetches: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
     pub(super) slow_admission: SlowAdmission,
-    /// The workers by place.
+    /// The workers, with their progress.
     pub(super) workers: WorkerTable,
-    /// There are faults that no queue has room for.
+    /// True if a fault was set aside because its queue is full.
     pub(super) overflowed: AtomicBool,
     pub(super) threads: Mutex<Threads>,
     pub(super) name: String,
     pub(super) cpus: WorkerCpus,
     pub(super) permits: Option<Arc<FetchSemaphore>>,
     pub(super) timers: Arc<Timers>,
-    /// Events that the fork reader leaves to workers.
+    /// Events that the fork reader defers to workers.
     deferred: (Sender<DeferredTask>, Receiver<DeferredTask>),
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
-    /// How a fault wakes workers: all of them, or one.
+    /// The epoll flags of a region: its faults wake all workers, or one.
     wakes: EpollFlags,
-    /// By the descriptor of their uffd, which is what epoll reports.
+    /// The regions by the descriptor of their uffd, which epoll reports.
     regions: RwLock<Regions>,
 }
 
-/// A region, and an event of it that a worker has to handle.
+/// A region and one of its events, which a worker has to handle.
 type DeferredTask = (Arc<Served>, DeferredEvent);
 
 #[derive(Debug, Default)]
@@ -63,10 +68,10 @@ struct Regions {
 }
 
 impl ServerState {
-    /// For workers at these places, at most so many, that are called so.
+    /// The state for workers on these CPUs, at most `most`. `name` is the prefix of their threads'
+    /// names.
     pub(super) fn new(cpus: &WorkerCpus, most: usize, name: String) -> Result<Self, Errno> {
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        // A semaphore: one ring wakes one more worker.
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let wake_fd = EventFd::from_flags(flags)?;
         let timers = Arc::new(Timers::new()?);
@@ -104,17 +109,17 @@ impl ServerState {
         })
     }
 
-    /// The way into the region whose uffd is `fd`, if it is still served.
+    /// The handle to the region whose uffd is `fd`, if it is still served.
     pub(super) fn region(&self, fd: RawFd) -> Option<Arc<RegionHandle>> {
         self.regions.read().served.get(&fd).cloned()
     }
 
-    /// Hands a fault on; gives it back if the channel is full.
+    /// Queues a fault for any worker. Returns it if the queue is full.
     pub(super) fn enqueue(&self, fault: QueuedFault) -> Result<(), QueuedFault> {
         self.faults.0.try_send(fault).map_err(crossbeam_channel::TrySendError::into_inner)
     }
 
-    /// Hands a fault on, or leaves it to the watchdog, where too many wait for a worker. Allocates nothing.
+    /// Queues a fault, or sets it aside for the watchdog if the queue is full. Allocates nothing.
     pub(super) fn enqueue_or_set_aside(&self, region: &Arc<Served>, request: FaultRequest) {
         if self.enqueue(QueuedFault::new(region, request)).is_ok() {
             return;
@@ -129,7 +134,7 @@ impl ServerState {
         }
     }
 
-    /// Passes an event of a region to a worker. Returns the event if there is no room: this thread
+    /// Defers an event of a region to a worker. Returns the event if the queue is full: this thread
     /// must not wait, because workers may wait for the thread that forks.
     pub(super) fn defer(&self, region: &Arc<Served>, event: DeferredEvent) -> Result<(), DeferredEvent> {
         let passed = self.deferred.0.try_send((Arc::clone(region), event));
@@ -137,7 +142,7 @@ impl ServerState {
         passed.map_err(|refused| refused.into_inner().1)
     }
 
-    /// Handles all events that were passed on.
+    /// Handles all deferred events.
     pub(super) fn handle_all_deferred(&self) {
         while let Ok((region, event)) = self.deferred.1.try_recv() {
             match event {
@@ -145,7 +150,7 @@ impl ServerState {
                 DeferredEvent::NoDescriptor => self.reap_children(&region),
                 event => drop(region.handle_deferred(event)),
             }
-            // It may be the last to hold the region.
+            // This may be the last reference to the region.
             discard(region);
         }
     }
@@ -154,7 +159,7 @@ impl ServerState {
         self.faults.1.try_recv().ok()
     }
 
-    /// Whether a fault that was handed on waits for a worker.
+    /// True if a queued fault waits for a worker.
     pub(super) fn has_queued(&self) -> bool {
         !self.faults.1.is_empty()
     }
@@ -164,7 +169,8 @@ impl ServerState {
         !self.prefetches.1.is_empty() || self.has_queued()
     }
 
-    /// Has pages filled ahead by a worker that is awake: to wake one for it was measured to be slower.
+    /// Queues pages to be filled ahead by a worker that is awake. It wakes no worker, because that was
+    /// measured to be slower.
     pub(super) fn queue_prefetch(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
         for span in ahead {
             // If the queue is full, the workers cannot keep up. A thread that touches these pages
@@ -173,7 +179,7 @@ impl ServerState {
         }
     }
 
-    /// Has some more of a recording filled, likewise.
+    /// Queues the next pages of a region's recording, likewise.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // If the queue is full, pages that are not replayed are filled when they are touched.
         let _ = self.prefetches.0.try_send(PrefetchTask::replay(region));
@@ -187,7 +193,7 @@ impl ServerState {
         }
     }
 
-    /// Wakes as many other workers as there are faults for them.
+    /// Wakes one other worker for each fault, as far as there are workers.
     pub(super) fn wake_others(&self, faults: u64) {
         let others = self.workers.working().saturating_sub(1) as u64;
         if faults.min(others) > 0 {
@@ -195,7 +201,7 @@ impl ServerState {
         }
     }
 
-    /// Wakes as many workers as there are faults for them.
+    /// Wakes one worker for each fault, as far as there are workers.
     pub(super) fn wake_workers(&self, faults: u64) {
         if faults > 0 {
             self.wake_fd
@@ -204,25 +210,26 @@ impl ServerState {
         }
     }
 
-    /// Makes one worker, this one or another, look once more.
+    /// Wakes one worker, which may be the calling one, when it waits next.
     pub(super) fn wake_one(&self) {
         self.wake_fd.write(1).expect("an eventfd takes small numbers");
     }
 
-    /// The ways into those that are served.
+    /// Handles to all served regions.
     pub(super) fn regions(&self) -> Vec<Arc<RegionHandle>> {
         self.regions.read().served.values().cloned().collect()
     }
 
-    /// How many workers slow regions may hold up together: all but one, if there is another region that would wait. Where there is one
-    /// post, the worker that stands in for one that hangs is this one: to keep another free would keep none at work.
+    /// The most workers that slow regions may occupy together: all but one, if there is another region
+    /// that would wait. With a single post, all of them: if its worker hangs, the replacement is the
+    /// only free worker, and to keep it free would leave none at work.
     pub(super) fn slow_workers_max(&self) -> usize {
         let workers = self.workers.working();
         let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
         if keeps_one { workers - 1 } else { workers }
     }
 
-    /// Takes no region any more; says which there are.
+    /// Accepts no more regions. Returns handles to the served ones.
     pub(super) fn close(&self) -> Vec<Arc<RegionHandle>> {
         let mut regions = self.regions.write();
         regions.stopped = true;
@@ -266,7 +273,7 @@ impl ServerState {
         })
     }
 
-    /// Serves a forked child of a region's, from now on.
+    /// Starts to serve a forked child of a region.
     pub(super) fn serve_child(&self, parent: &Served, child: Uffd) {
         let Some(children) = &parent.children else { return parent.orphan_child(child) };
         self.reap_children(parent);
@@ -278,8 +285,8 @@ impl ServerState {
             Ok(child) => {
                 let child = Arc::new(child);
                 parent.counters.local().children.add(1);
-                // In this order, so that the thread that closes the family finds the child served,
-                // and ends its service.
+                // In this order, because the thread that closes the list of children then finds each
+                // listed child served, and ends its service.
                 let served = self.add(&child).is_ok() && children.add(&child);
                 if !served {
                     self.detach_child(&child);
@@ -295,21 +302,20 @@ impl ServerState {
     /// Releases the children whose processes have ended.
     fn reap_children(&self, parent: &Served) {
         for dead in parent.children.iter().flat_map(|children| children.reap()) {
-            log!(debug, region = dead.name, "has ended");
+            log!(debug, region = dead.name, "the child has ended");
             self.remove(&dead);
             self.stop_reading(&dead);
         }
     }
 
-    /// Reads no more events of a region whose children were served: no process can fork with it any
-    /// more.
+    /// Ends the fork reader's work for a region. Called when no process can fork with it any more.
     pub(super) fn stop_reading(&self, region: &Served) {
         if let (Some(_), Some(fork_reader)) = (&region.children, self.fork_reader.get()) {
             fork_reader.remove(region);
         }
     }
 
-    /// Ends the service of a child: the pages that it has not touched are poisoned.
+    /// Ends the service of a child: its absent pages are poisoned.
     pub(super) fn detach_child(&self, child: &Served) {
         self.remove(child);
         self.stop_reading(child);
@@ -317,7 +323,7 @@ impl ServerState {
         child.end_service();
     }
 
-    /// Has a worker look at a region in a moment.
+    /// Requests that a worker looks at a region after a pause.
     pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
         if region.turns.request_look()
             && self.timers.add(TimedTask::Look(Arc::clone(region.handle())), wait).is_err()
@@ -326,16 +332,15 @@ impl ServerState {
         }
     }
 
-    /// Makes a worker that waits on `epoll` look once more at a region.
+    /// Makes `epoll` report a region again if there is something to read.
     pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
-        // A new watch reports at once if there is something to read. A refusal means that the
-        // region is being dropped.
+        // A new watch reports at once. A refusal means that the region is being dropped.
         let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
     }
 
-    /// How a region's faults wake workers.
+    /// The epoll flags with which a region is watched.
     fn wakes_of(&self, region: &Served) -> EpollFlags {
-        // Workers take turns at reading from adopted memory: to wake all is to have them wait for each other.
+        // Workers take turns at reading from foreign memory, so waking all of them is in vain.
         let alone =
             if region.target.foreign().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
         self.wakes | alone
@@ -352,7 +357,7 @@ impl ServerState {
             return;
         }
         for epoll in &self.epolls {
-            // ENOENT where adding was refused half-way.
+            // ENOENT if the region was not added completely.
             let _ = epoll.delete(&region.uffd);
         }
     }
@@ -373,9 +378,9 @@ impl ServerState {
     }
 }
 
-/// News that may wait for a worker.
+/// The most events that may wait for a worker.
 const DEFERRED_MAX: usize = 1024;
-/// Faults that may wait for a worker. Above this, the worker that reads a fault serves it.
+/// The most faults that may wait for a worker. Above this, the worker that reads a fault serves it.
 const QUEUE_MAX: usize = 1024;
-/// Spans that may wait to be filled ahead.
+/// The most spans that may wait to be filled ahead.
 const PREFETCH_MAX: usize = 64;

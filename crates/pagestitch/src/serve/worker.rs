@@ -1,10 +1,12 @@
-//! A worker: wakes up, reads a batch of events, serves the first fault itself and hands on the rest.
+//! A worker wakes up, reads a batch of events, serves the first fault itself and queues the rest.
 //!
-//! Readahead waits until no fault is queued, and goes block by block to a free worker.
+//! The queue is bounded and shared by all workers, so that a slow source holds up one worker and
+//! not the region. If no worker is free, this worker takes the queued faults later, or its
+//! replacement does. Readahead starts when no fault is queued, and goes block by block to a free
+//! worker.
 //!
-//! The rest of a batch goes through a bounded channel, so that a slow source holds up one worker and not the region; if no
-//! worker is free, this worker comes back for it, or a replacement at its post does. A worker allocates nothing between wake-up
-//! and wake-up, and never touches the memory that it serves. If it panics, the process is aborted: its waiters would hang for ever.
+//! A worker allocates nothing between two waits, and never touches the memory that it serves. Its
+//! panic aborts the process, because its waiters would hang forever.
 
 use crate::fault::fill::Buffers;
 use crate::fault::{FaultRequest, fill_ahead, replay, serve};
@@ -26,27 +28,27 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The state of a worker. Everything it needs is made before it starts.
+/// The state of a worker, created before its thread starts.
 pub(super) struct Worker {
     state: Arc<ServerState>,
     ready: Arc<Epoll>,
-    /// The CPU it stays on; `None` for any.
+    /// The CPU to which it is pinned; `None` for any.
     cpu: Option<usize>,
-    /// Its place in the crew.
+    /// Its slot in the table of workers.
     slot: usize,
     batch: Batch,
     buffers: Buffers,
     served: u64,
 }
 
-/// The outcome of one turn.
+/// The outcome of one round of a worker's loop.
 #[derive(Debug, PartialEq, Eq)]
-enum Turn {
-    /// There was something to serve.
+enum Round {
+    /// It has found work.
     Busy,
-    /// There was nothing.
+    /// It has found no work.
     Quiet,
-    /// The pool is being stopped.
+    /// The pool stops.
     Stopped,
 }
 
@@ -68,54 +70,57 @@ impl Worker {
         })
     }
 
-    /// Works until the pool stops, or another worker does at its post; says how many faults it has served.
+    /// Works until the pool stops, or another worker waits at the same post and this one is surplus.
+    /// Returns the number of faults that it has served.
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
-        // The faults that a hanging worker has left in the queues: no descriptor reports them.
+        // First the faults that a hanging worker has left in the queue: no descriptor reports them.
         self.state.workers.mark_working(self.slot);
         self.serve_queued();
         self.state.workers.mark_waiting(self.slot);
         let linger = EpollTimeout::from(LINGER_MS);
         loop {
-            // Faults come first; to fill ahead is what to do while there are none.
+            // With queued work, events are polled without waiting: faults come before prefetches.
             let wait = match (self.state.has_more(), self.state.workers.has_replacements()) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, true) => linger,
                 (false, false) => EpollTimeout::NONE,
             };
-            match self.turn(wait) {
-                Turn::Stopped => return self.served,
-                Turn::Quiet if wait == linger && self.state.workers.try_remove(self.slot) => {
+            match self.round(wait) {
+                Round::Stopped => return self.served,
+                Round::Quiet if wait == linger && self.state.workers.try_remove(self.slot) => {
                     return self.served;
                 }
-                Turn::Quiet | Turn::Busy => self.state.workers.mark_waiting(self.slot),
+                Round::Quiet | Round::Busy => self.state.workers.mark_waiting(self.slot),
             }
         }
     }
 
-    /// Works without waiting until nothing is left to do, or so many faults have been served; says how many were.
+    /// Works without waiting until no work is left or `budget` faults are served. Returns the number
+    /// of served faults.
     pub(super) fn serve_ready(&mut self, budget: u64) -> u64 {
         let _abort = AbortOnPanic::armed();
         let before = self.served;
         while self.served - before < budget {
             let left = self.state.has_more();
-            let turn = self.turn(EpollTimeout::ZERO);
+            let round = self.round(EpollTimeout::ZERO);
             self.state.workers.mark_waiting(self.slot);
-            if turn == Turn::Quiet && !left {
+            if round == Round::Quiet && !left {
                 break;
             }
         }
         if self.state.has_more() {
-            // A loop that waits for this descriptor is woken, because work is left.
+            // The descriptor stays readable, so that the caller's loop comes back.
             self.state.wake_one();
         }
         self.served - before
     }
 
-    /// Waits for events as long as it may, serves those of one descriptor, and fills one block ahead. It is at work from then on.
-    fn turn(&mut self, wait: EpollTimeout) -> Turn {
-        // One at a time: what else is ready stays so for the worker that takes this post over.
+    /// One round: waits for an event, serves one ready descriptor and the queued faults, and fills one
+    /// block ahead. The worker is marked as working when this returns.
+    fn round(&mut self, wait: EpollTimeout) -> Round {
+        // One descriptor a round, because the others then stay ready for a replacement of this worker.
         let mut ready = [EpollEvent::empty()];
         let count = self.ready.wait(&mut ready, wait);
         self.state.workers.mark_working(self.slot);
@@ -124,22 +129,22 @@ impl Worker {
             Ok(_) => {
                 let fd = ready[0].data() as RawFd;
                 if fd == self.state.stop.as_fd().as_raw_fd() {
-                    return Turn::Stopped;
+                    return Round::Stopped;
                 } else if fd == self.state.wake_fd.as_fd().as_raw_fd() {
-                    // EAGAIN if another worker has read it first. The channel holds the remaining work.
+                    // EAGAIN if another worker has read it first. The queues hold the work itself.
                     let _ = self.state.wake_fd.read();
                 } else if fd == self.state.timers.fd() {
-                    self.serve_later();
+                    self.do_timed_tasks();
                 } else if let Some(handle) = self.state.region(fd) {
                     self.serve_batch(&handle);
                 }
             }
-            Err(Errno::EINTR) => return Turn::Busy,
+            Err(Errno::EINTR) => return Round::Busy,
             Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
         }
         self.serve_queued();
         self.fill_ahead();
-        if count == Ok(0) { Turn::Quiet } else { Turn::Busy }
+        if count == Ok(0) { Round::Quiet } else { Round::Busy }
     }
 
     fn pin_to_cpu(&self) {
@@ -167,12 +172,12 @@ impl Worker {
                 return;
             }
         }
-        // There may always be more to read: other regions come first.
+        // There may always be more to read, so other regions come first.
         turn.release_unread();
         self.state.rearm(&self.ready, &region);
     }
 
-    /// Reads a batch of events, and serves it or hands it on.
+    /// Reads a batch of events, serves its first fault and queues the others.
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
         let Self { state, ready, batch, buffers, served, slot, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives here.
@@ -187,15 +192,15 @@ impl Worker {
         let read = Instant::now();
         let read_again = turn.after_read(read, region.latency.is_fast());
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
-        // A worker that reads again enters no source before: all that it has read is for others.
+        // A worker that must read again enters no source before that, so it queues the whole batch.
         let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.local_share()) };
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
             match state.enqueue(QueuedFault::new(region, request)).ok() {
-                // Not worth another worker, but one that stands in for this one has to find them.
+                // This worker serves these soon. They are in the queue for its replacement, if it hangs.
                 Some(()) if index < keeps => kept += 1,
                 Some(()) => queued += 1,
-                // The channel is full, so all others have work: do it here.
+                // The queue is full, so all other workers have work: serve it here.
                 None => {
                     state.workers.step(*slot);
                     serve(region, request, buffers);
@@ -205,7 +210,7 @@ impl Worker {
         state.wake_others(queued);
         *served += batch.faults().len() as u64 - queued - kept;
         if batch.is_full() {
-            // There is more to read, and a source may hold this worker up first: another one reads on.
+            // There may be more to read, and a source may hold this worker up: another worker reads.
             state.rearm(ready, region);
         }
         if let Some(first) = first {
@@ -215,9 +220,9 @@ impl Worker {
         Ok(())
     }
 
-    /// Serves a fault. With `max_in_flight`, the fault takes a berth of its region. Without it, the
-    /// fault of a fast region is served at once, without a berth, and the fault of a slow region
-    /// takes a berth of the pool. A fault without a free berth waits for a worker that leaves one.
+    /// Serves a fault when it is admitted. With `max_in_flight`, the bulkhead of its region admits it.
+    /// Otherwise the fault of a fast region is served at once, and that of a slow region needs the
+    /// admission of the pool. A fault that is not admitted waits until a worker releases another one.
     fn serve_admitted(&mut self, region: &Arc<Served>, request: FaultRequest) {
         if let Some((most, bulkhead)) = &region.limit {
             let mut next = bulkhead.admit(*most, request);
@@ -234,7 +239,7 @@ impl Worker {
         }
     }
 
-    /// Serves the fault of a slow region, and then each waiting fault that takes over its berth.
+    /// Serves the fault of a slow region, and then each waiting fault that is admitted in its place.
     fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
         while let Some(QueuedFault { handle, request }) = next {
@@ -252,10 +257,10 @@ impl Worker {
         self.state.queue_prefetch(region, ahead.into_iter().flatten());
     }
 
-    /// Serves queued faults, and the next fault that waits for a berth, if one is free by now.
+    /// Serves queued faults, and the next fault that waits for admission, if it is admitted by now.
     fn serve_queued(&mut self) {
         self.state.handle_all_deferred();
-        // Then it looks at the regions again, whose faults are in no channel yet.
+        // A limited number, because unread faults of the regions come next.
         self.serve_some_queued(QUEUED_AT_ONCE);
         if self.state.slow_admission.has_waiters() {
             let last_resort = self.state.workers.last_resort.load(Ordering::Relaxed);
@@ -275,7 +280,7 @@ impl Worker {
     }
 
     /// Does the timed tasks that are due.
-    fn serve_later(&mut self) {
+    fn do_timed_tasks(&mut self) {
         self.state.timers.acknowledge();
         for _ in 0..QUEUED_AT_ONCE {
             match self.state.timers.take() {
@@ -314,13 +319,13 @@ impl Worker {
     }
 }
 
-/// How long a worker waits for something to do where there are more than there are posts.
+/// A worker that finds no work for this long ends, if there are more workers than posts.
 const LINGER_MS: u16 = 1000;
-/// Faults that were handed on, and are served before the worker looks at the regions again.
+/// The most queued faults that a worker serves before it reads from regions again.
 const QUEUED_AT_ONCE: u64 = 64;
-/// Until what could not be done is tried again.
+/// The pause before events are read again that could not be handled at once.
 const MOMENT: Duration = Duration::from_millis(1);
-/// Events read at once.
+/// The most events that one read returns.
 const BATCH: usize = 64;
-/// Batches read of a region before others are looked at.
+/// The most batches that a worker reads of one region before it serves others.
 const BATCHES: usize = 8;

@@ -1,4 +1,4 @@
-//! The children of a region, and theirs.
+//! The forked children of a region, and their children.
 
 use crate::serve::fork::descriptors::Descriptors;
 use crate::space::Mapping;
@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use std::ops::Deref;
 use std::sync::Arc;
 
-/// All children of a region, and theirs. Each is served as an `R`.
+/// All forked children of a region, and their children. Each is served as an `R`.
 #[derive(Debug)]
 pub(crate) struct ForkedChildren<R> {
     members: Mutex<Members<R>>,
@@ -35,7 +35,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
         Ok(Self { members, descriptors: Descriptors::new()? })
     }
 
-    /// Takes a child in. False if the region is being dropped: no worker would serve the child.
+    /// Adds a served child. False if the region is being dropped: no worker would serve the child.
     pub(crate) fn add(&self, child: &Arc<R>) -> bool {
         let mut members = self.members.lock();
         if !members.closed {
@@ -44,7 +44,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
         !members.closed
     }
 
-    /// Those whose processes have ended, or do not have the region any more.
+    /// Removes and returns the children whose processes have ended or have unmapped the region.
     pub(crate) fn reap(&self) -> Vec<Arc<R>> {
         let mut members = self.members.lock();
         let (dead, alive) = members.served.drain(..).partition(|child| is_dead(child));
@@ -52,7 +52,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
         dead
     }
 
-    /// Takes in no more children; returns the served ones.
+    /// Accepts no more children. Returns the served ones.
     pub(crate) fn close(&self) -> Vec<Arc<R>> {
         let mut members = self.members.lock();
         members.closed = true;
@@ -62,7 +62,8 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
 
 /// True if the process of a child has ended, or has replaced the memory by exec(2).
 fn is_dead(child: &Mapping) -> bool {
-    // This memory has no page cache to map pages from: the kernel refuses while the process lives.
+    // Private memory has no page cache, so UFFDIO_CONTINUE fails. The error tells whether the process
+    // lives.
     child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
 }
 

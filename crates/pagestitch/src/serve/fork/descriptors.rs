@@ -1,4 +1,5 @@
-//! The descriptors of a region's children: those that are kept open for them, and those in reserve for the next ones.
+//! The descriptors for a region's children: the userfaultfds that are kept open for them, and a
+//! reserve for further children.
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
@@ -12,16 +13,20 @@ use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 /// The descriptors of all children of a region.
 #[derive(Debug)]
 pub(crate) struct Descriptors {
-    /// Descriptors for the one child too many, and for children that it forks before it is closed.
-    /// Until their events can be read, nothing can be filled in their parents, either. The standard
-    /// library's lock, because the fork reader takes it, and waiting for it does not allocate.
+    /// The reserve. When no descriptor is left, one of these is closed, so that the event of one more
+    /// child can be read, and those of its own children. Until then the kernel fills no page of their
+    /// parents.
+    ///
+    /// The lock is the standard library's, because the fork reader takes it, and waiting for that lock
+    /// does not allocate.
     spare: StdMutex<Vec<EventFd>>,
-    /// How often there was none, in a row.
+    /// How often in a row no descriptor was left.
     short: AtomicUsize,
-    /// The children's userfaultfds, in sockets that the children have, too: they outlive this process. A socket has room for some
-    /// hundreds; the next one is there before it is needed, so that a child has inherited it.
+    /// The children's userfaultfds, in sockets that the children inherit, so that the userfaultfds
+    /// outlive this process. A socket holds some hundreds. The next socket is created before it is
+    /// needed, so that each child has inherited the socket that holds its userfaultfd.
     kept: [OnceLock<FdQueue>; KEPT],
-    /// This process, as its children ask for it.
+    /// This process, for its children to poll.
     server: Option<Process>,
 }
 
@@ -38,23 +43,24 @@ impl Descriptors {
         })
     }
 
-    /// Keeps a child's userfaultfd open as long as the child lives, also if this process ends: closed, it would show zeros. False where
-    /// there is no room. Allocates nothing. `first`: an address range of the region's.
+    /// Keeps a child's userfaultfd open as long as the child lives, even if this process ends, because
+    /// closing it would show zeros to the child. False if no socket has room. Allocates nothing.
+    /// `first` is an address range of the region.
     pub(crate) fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
         let queues = || self.kept.iter().filter_map(OnceLock::get);
         let put = |queue: &FdQueue| {
-            // Two for one that comes: those of children that have ended are found before they are many.
+            // Checks two kept ones for each new one, so that ended children are found in time.
             for _ in 0..2 {
                 queue.rotate(|other| !Uffd::has_no_process(other, first));
             }
-            // With room left to go round.
+            // Rotating needs a free entry.
             queue.len() < KEPT_IN_ONE && queue.put(child).is_ok()
         };
-        // The oldest first: a child that was being forked when the newest was made does not have that.
+        // The oldest first, because a child that forked while the newest was made lacks the newest.
         let kept = queues().any(put);
         if let Some(next) = self.kept.get(queues().count())
             && queues().last().is_some_and(|newest| newest.len() >= KEPT_IN_ONE / 2)
-            // Not with the descriptors that are kept for children.
+            // The reserve must be full, because the socket takes descriptors.
             && self.spare().len() == SPARE
             && let Ok(queue) = FdQueue::new()
         {
@@ -63,7 +69,7 @@ impl Descriptors {
         kept
     }
 
-    /// In a child: whether the process that serves it has ended.
+    /// In a child: true if the process that serves it has ended.
     pub(crate) fn has_no_server(&self) -> bool {
         let ended = |server: &Process| {
             let mut polled = [PollFd::new(server.as_fd(), PollFlags::POLLIN)];
@@ -72,21 +78,21 @@ impl Descriptors {
         self.server.as_ref().is_some_and(ended)
     }
 
-    /// Called when no descriptor is left for a child. True if that has been so for so long that
-    /// children that have ended will free none.
+    /// Called when no descriptor is left for a child. True if the shortage has lasted so long that no
+    /// ended child will free one.
     pub(crate) fn note_shortage(&self) -> bool {
         self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE
     }
 
-    /// Makes a descriptor free. False if there is none to be made free.
+    /// Closes a descriptor of the reserve. False if the reserve is empty.
     pub(crate) fn close_spare(&self) -> bool {
         self.spare().pop().is_some()
     }
 
-    /// Whether there is room for one more child, after this one.
+    /// Refills the reserve as far as possible. False if it is empty.
     pub(crate) fn refill_spare(&self) -> bool {
         let mut spare = self.spare();
-        // Never beyond: the fork reader allocates nothing.
+        // Never beyond its capacity, because the fork reader allocates nothing.
         while spare.len() < SPARE
             && let Ok(event) = EventFd::new()
         {
@@ -95,7 +101,7 @@ impl Descriptors {
         !spare.is_empty()
     }
 
-    /// A child could be told of.
+    /// Called when the event of a child was read.
     pub(crate) fn reset_shortage(&self) {
         self.short.store(0, Ordering::Relaxed);
     }
@@ -105,11 +111,11 @@ impl Descriptors {
     }
 }
 
-/// Userfaultfds of children in one socket: a few less than there is room for.
+/// The userfaultfds of children in one socket: fewer than it can hold.
 const KEPT_IN_ONE: usize = 128;
-/// Such sockets at most.
+/// The most sockets.
 const KEPT: usize = 64;
-/// Descriptors that are kept for children too many.
+/// The size of the reserve.
 const SPARE: usize = 4;
-/// How often a descriptor is asked for, a millisecond apart, before a child is given up.
+/// How often the reader looks for a descriptor, a millisecond apart, before it gives a child up.
 const PATIENCE: usize = 20;

@@ -1,4 +1,5 @@
-//! The fork reader: a thread that reads the events of regions whose children are served, and hands all of it on.
+//! The fork reader: a thread that reads the events of regions whose children are served, and passes
+//! them to the workers.
 //!
 //! `fork(2)` does not return before its event has been read, and the C library holds the locks of
 //! its allocator meanwhile. A worker that waits for one of these locks reads no event, and sources
@@ -13,7 +14,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The regions whose events it reads.
+/// The regions whose events the fork reader reads.
 #[derive(Debug)]
 pub(crate) struct ForkReader {
     pub(super) ready: Epoll,
@@ -23,7 +24,7 @@ pub(crate) struct ForkReader {
 }
 
 impl ForkReader {
-    /// It looks up, too, when `stop` is readable.
+    /// It also wakes up when `stop` is readable.
     pub(crate) fn new(stop: impl AsFd) -> Result<Self, Errno> {
         let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         watch(&ready, stop, EpollFlags::EPOLLIN)?;
@@ -36,7 +37,7 @@ impl ForkReader {
     }
 
     pub(crate) fn remove(&self, region: &Served) {
-        // ENOENT where adding was refused half-way.
+        // ENOENT if the region was not added completely.
         let _ = self.ready.delete(&region.uffd);
         self.replace(|regions| regions.retain(|(_, other)| !std::ptr::eq(other.as_ref(), region)));
     }

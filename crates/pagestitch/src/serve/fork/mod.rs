@@ -6,14 +6,14 @@
 //!        the same layout, addresses and sources ──▶ a Served of its own: adopted memory, all absent
 //! ```
 //!
-//! Pages that are present at the fork are the child's, too, as of any memory. A missing page is a
-//! fault of the child's, and is filled from the sources in the parent: the child gets a page of its
-//! own. A child that forks is a parent likewise; all of them are one family, which ends with the
-//! region: then pages that a child has not touched are poisoned.
+//! The child inherits the pages that are present at the fork, as with any memory. If it touches an
+//! absent page, the parent fills that page from its sources, for the child alone. Children of a
+//! child are served likewise. The service of all of them ends when the parent drops the region:
+//! absent pages of the children are poisoned then.
 //!
-//! If this process ended first, the children's uffds would close with it, and missing pages would
-//! read as zeros. So the uffds are in flight in a socket that the children have inherited, too: a
-//! child that touches a missing page then waits for ever.
+//! If the parent's process ended first, the kernel would close the children's uffds, and absent
+//! pages would read as zeros. So the uffds are also in flight in a socket that the children have
+//! inherited: a child that touches an absent page then waits forever.
 
 mod children;
 mod descriptors;
@@ -65,11 +65,12 @@ impl Served {
     }
 }
 
-/// Returns when no process can fork with the region any more: closing its uffd would show zeros to
-/// a child that is just being made. An owned region calls this before its teardown begins, because
-/// the teardown may wait for the allocator, and a forking thread holds that until the fork reader
-/// has read its event. A child's region calls this at its end, because it has nothing to do with
-/// our allocator.
+/// Prevents forks with the region, and returns when none is under way: closing its uffd would show
+/// zeros to a child that is being created.
+///
+/// An owned region calls this before its teardown, because the teardown may wait for the allocator,
+/// whose lock a forking thread holds until the fork reader has read its event. The region of a child
+/// calls this at its end, because the child has an allocator of its own.
 pub(crate) fn block_forks(region: &Served) {
     if region.children.is_none() {
         return;
@@ -83,7 +84,7 @@ pub(crate) fn block_forks(region: &Served) {
             let _ = region.uffd.unregister(region.target.addresses(span));
         }),
     }
-    // As long as a fork is under way, the kernel fills nothing.
+    // The kernel fills no page while a fork is under way.
     while region.uffd.continue_pages(first_page(region)) == Outcome::Changing {
         if region.target.foreign().is_some() {
             region.read_events(&mut Batch::with_capacity(BATCH), &mut |event| region.handle_deferred(event));

@@ -32,7 +32,7 @@ struct OrphanList {
 }
 
 impl Orphans {
-    /// None as yet. Where `allocates` is false, there is room from the start.
+    /// An empty list. If `allocates` is false, its capacity is reserved from the start.
     pub(crate) fn new(allocates: bool) -> Self {
         let room = if allocates { 0 } else { ROOM };
         let known =
@@ -40,17 +40,17 @@ impl Orphans {
         Self { known, many: AtomicBool::new(false), log_limit: RateLimit::default() }
     }
 
-    /// Part of the region is at `to` now.
+    /// Adds a part of the region that was moved to `to`.
     pub(crate) fn moved(&self, to: usize, bytes: usize) {
         self.add(OrphanKind::Region { to, bytes });
     }
 
-    /// A child is not served.
+    /// Adds a child that is not served.
     pub(crate) fn child(&self, uffd: Uffd) {
         self.add(OrphanKind::Child(uffd));
     }
 
-    /// Whether there are children.
+    /// True if an orphan is a child.
     pub(crate) fn have_children(&self) -> bool {
         self.lock().orphans.iter().any(|orphan| !orphan.is_in_region())
     }
@@ -117,15 +117,15 @@ impl Orphans {
 #[derive(Debug)]
 struct Orphan {
     kind: OrphanKind,
-    /// The number of its pages that are done.
+    /// The number of its pages that are poisoned or need no poison.
     seen: usize,
 }
 
 #[derive(Debug)]
 enum OrphanKind {
-    /// Addresses that part of the region is at now.
+    /// A part of the region that was moved to the address `to`.
     Region { to: usize, bytes: usize },
-    /// The region's own addresses, in a child with a uffd of its own.
+    /// All of the region in a child, which has a uffd of its own.
     Child(Uffd),
 }
 
@@ -139,13 +139,13 @@ pub(crate) enum Remaining {
     Some,
 }
 
-/// A batch for the events of a child, and the descriptors of the family.
+/// A batch for the events of a child, and the descriptors for all children.
 type Events<'a> = (&'a mut Batch, Option<&'a Descriptors>);
 
 enum Progress {
     Left(Remaining),
     Done,
-    /// It cannot be done.
+    /// The kernel refuses to poison it.
     Refused,
 }
 
@@ -210,7 +210,7 @@ impl Orphan {
         }
     }
 
-    /// The next addresses, as many as are marked at once.
+    /// The next addresses, as many as one call poisons.
     fn next(&self, region: &Mapping) -> Option<AddressRange> {
         let page = region.page_size();
         match &self.kind {
@@ -274,7 +274,7 @@ const ROOM: usize = 65_536;
 /// From this many orphans on, they are closed before more events are read of a region whose
 /// children are not served.
 const MANY: usize = 64;
-/// Pages marked at once.
+/// The most pages that one call poisons.
 const PAGES: usize = 512;
 /// Steps for one orphan before the next one's turn: the region's faults wait that long.
 const STEPS: usize = 64;

@@ -47,7 +47,7 @@ impl ForkReader {
         regions.iter().fold(false, |left, (_, region)| region.close_orphans() != Remaining::None || left)
     }
 
-    /// Passes the events of a region on. True if some work is left.
+    /// Reads the events of a region and passes them to the workers. True if some work is left.
     fn read(&self, fd: RawFd, state: &ServerState, batch: &mut Batch) -> bool {
         // Held until this is done, because dropping the last reference to a region frees its
         // memory.
