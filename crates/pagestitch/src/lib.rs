@@ -54,6 +54,15 @@
 //!   [`Region::serves_system_calls`] tells whether the kernel itself can touch absent pages.
 //!
 //! Requires Linux 4.14. Linux 6.6 adds poison markers; before it, each failed page costs a mapping.
+//!
+//! # Features
+//!
+//! None is on by default.
+//!
+//! | feature | content |
+//! |---|---|
+//! | `metrics` | `Meter::publish`: the numbers of a region for the `metrics` facade |
+//! | `userfaultfd` | [`AdoptedMemory`] from and to the `Uffd` of the `userfaultfd` crate, whose build needs libclang |
 
 // One exception, in `serve/inline`: the promise that the fault path may run in a signal handler.
 #![deny(unsafe_code)]
@@ -90,7 +99,7 @@ pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Repor
 pub use source::Source;
 pub use space::{AdoptedMemory, Chunk, OnDiscard, OnUnavailable, Plan, PlanRun};
 
-/// Compiles and runs the README's example with the doc tests.
+/// Compiles and runs the example of the package's README with the doc tests.
 #[cfg(doctest)]
-#[doc = include_str!("../../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;

@@ -3,9 +3,10 @@
 //!
 //! The published crate of this name runs bindgen, which needs libclang, and compiles a C file. The
 //! ABI is frozen, so this crate writes it out. The workspace puts it in the other's place through
-//! `[patch.crates-io]`, so that `cargo build` works on a fresh machine. Names, types and Cargo
-//! features are those of the original, because the `userfaultfd` crate is compiled against them;
-//! this crate adds none.
+//! `[patch.crates-io]`, so that tests, examples and benchmarks with the `userfaultfd` crate build on
+//! a fresh machine. Nothing else needs it: `pagestitch-kernel` has its own ABI. Names, types and
+//! Cargo features are those of the original, because the `userfaultfd` crate is compiled against
+//! them; this crate adds none.
 //!
 //! The end of this file proves sizes and ioctl numbers at compile time, against the encoding of
 //! `include/uapi/asm-generic/ioctl.h`: direction, size, type, number.

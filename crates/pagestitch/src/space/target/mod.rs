@@ -16,7 +16,7 @@
 //! | `memory` | what is adopted: a userfaultfd, ranges, an owner |
 //! | `foreign` | the same as it is served: where each page is, and which were let go |
 //! | `owner` | the owner's choices: discarded pages, bytes that are unavailable |
-//! | `removed` | the pages that were let go, as a set |
+//! | `discarded` | the pages that were let go, as a set |
 //! | `listed` | all that is adopted, so that nothing is twice |
 
 mod discarded;
