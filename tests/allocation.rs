@@ -4,7 +4,7 @@ use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap
 use nix::sys::signal::Signal::SIGBUS;
 use nix::unistd::gettid;
 use pagestitch::source::Pages;
-use pagestitch::{Chunk, ErrorKind, Inline, Pool, Readahead, Region};
+use pagestitch::{BuildOption, Chunk, Inline, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
@@ -132,7 +132,7 @@ fn fork_in_every_way() {
     let region = match builder.build(&pool) {
         Ok(region) => region,
         Err(error) => {
-            assert_eq!(error.kind(), ErrorKind::BadOption, "{error}");
+            assert_eq!(error.option(), Some(BuildOption::InheritOnFork), "{error}");
             return println!("SKIPPED the allocations of the fork reader: {error}");
         }
     };

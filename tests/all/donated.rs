@@ -114,7 +114,7 @@ fn a_byte_is_donated_to_one_chunk() {
     let part = |start: u64, end: u64| Chunk::from(Arc::clone(&donated)).range(start..end);
     let builder = Region::builder().chunk(part(0, 5000)).chunk(part(4999, 6000));
     let error = builder.build(&Pool::new().unwrap()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::BadChunk);
+    assert_eq!(error.kind(), ErrorKind::InvalidChunk);
     let said = "chunk 1 (donated pages) gives up bytes 0..5000, which a chunk gave up before";
     assert!(error.to_string().contains(said), "{error}");
 }
@@ -248,7 +248,7 @@ fn a_discarded_moved_page_is_an_error_and_not_zeros() {
     assert!(region.as_slice() == bytes);
     discard(region.as_ptr().addr().get() + PAGE, PAGE);
     let error = region.read_at(0, &mut vec![0; 3 * PAGE]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Source);
+    assert_eq!(error.kind(), ErrorKind::SourceFailed);
     assert!(error.to_string().contains("the bytes are gone"), "{error}");
     // The poison marker is not taken for a moved page.
     let error = region.retry_failed(..).unwrap_err();

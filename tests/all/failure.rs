@@ -69,7 +69,7 @@ fn read_at_and_populate_return_the_error_of_the_source() {
         region.populate(..).unwrap_err(),
         region.read_at(4 * PAGE + 4000, &mut [0; 200]).unwrap_err(),
     ] {
-        assert_eq!(error.kind(), ErrorKind::Source);
+        assert_eq!(error.kind(), ErrorKind::SourceFailed);
         assert_eq!(error.io_error().map(std::io::Error::kind), Some(IoErrorKind::ConnectionReset));
         assert_eq!(
             error.to_string(),
@@ -151,7 +151,7 @@ fn a_failed_page_is_filled_by_a_retry() {
     assert_eq!(failure.source_offset(), 4 * PAGE);
 
     let error = region.retry_failed(..).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Source, "the retry fails: {error}");
+    assert_eq!(error.kind(), ErrorKind::SourceFailed, "the retry fails: {error}");
     source.repair();
     region.retry_failed(..4 * PAGE).unwrap();
     assert_eq!(region.failures().len(), 1, "another range");
@@ -355,7 +355,7 @@ fn a_descriptor_that_cannot_be_read_at_any_offset_is_refused_with_the_remedy() {
             continue;
         };
         let error = FileSource::from_file(first, file.path()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::File);
+        assert_eq!(error.kind(), ErrorKind::UnusableFile);
         let name = file.path().display();
         assert!(error.to_string().starts_with(&format!("{name} is {said}")), "{error}");
         let error = SharedFile::try_from(std::os::fd::OwnedFd::from(second)).unwrap_err();

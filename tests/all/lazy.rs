@@ -144,7 +144,7 @@ fn a_lazy_page_whose_fill_fails_is_an_error_and_sigbus() {
     });
     assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
     let error = region.read_at(8 * PAGE as u64, &mut [0]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Source);
+    assert_eq!(error.kind(), ErrorKind::SourceFailed);
     assert!(error.to_string().contains("chunk 1 (lazy memfd)"), "{error}");
     assert!(error.to_string().contains("the store is down"), "{error}");
     assert_eq!(touch(base + 8 * PAGE), filler.bytes[8 * PAGE]);
@@ -169,7 +169,7 @@ fn a_read_only_lazy_memfd_is_refused() {
     let memfd = memfd();
     let path = format!("/proc/self/fd/{}", memfd.file().as_raw_fd());
     let error = LazyMemfd::new(fs::File::open(path).unwrap().into(), Filler::new()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::File);
+    assert_eq!(error.kind(), ErrorKind::UnusableFile);
     assert!(error.to_string().contains("open for writing too"), "{error}");
 }
 
@@ -216,7 +216,7 @@ fn a_lazy_file_whose_pages_may_be_huge_is_refused_with_the_remedy() {
         let filler = filler_of(HUGE_BYTES);
         match LazyMemfd::new(tmpfs.file().into(), Arc::clone(&filler) as _) {
             Err(error) => {
-                assert_eq!(error.kind(), ErrorKind::File);
+                assert_eq!(error.kind(), ErrorKind::UnusableFile);
                 let said = error.to_string();
                 assert!(said.contains("huge=never") && said.contains("shmem_enabled"), "{said}");
             }
@@ -264,7 +264,7 @@ fn lazy_files_of_hugetlbfs_and_on_disk_are_refused() {
     // Other file systems report holes in units of their own, or not at all.
     let other = fs::File::options().read(true).write(true).open("/proc/self/comm").unwrap();
     let error = LazyMemfd::new(other.into(), Arc::clone(&filler) as _).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::File);
+    assert_eq!(error.kind(), ErrorKind::UnusableFile);
 }
 
 /// Allocated space of a file is not yet a filled page.

@@ -55,7 +55,7 @@ fn a_region_past_rlimit_as_is_refused_with_the_limit() {
     let end = child::run(this_test!(), || {
         setrlimit(Resource::RLIMIT_AS, 1 << 32, 1 << 32).unwrap();
         let error = build(Chunk::hole(1 << 33)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::TooLarge);
+        assert_eq!(error.kind(), ErrorKind::LimitReached);
         let said = error.to_string();
         assert!(
             said.contains("cannot reserve 8589934592 bytes") && said.contains("4294967296 (RLIMIT_AS)"),
@@ -137,7 +137,7 @@ fn a_region_past_rlimit_data_is_refused_unless_hardware_read_only() {
         let pool = Pool::builder().workers(1).start().unwrap();
         let chunks = || [Chunk::from(vec![7u8; 100]), Chunk::hole(1 << 33)];
         let error = Region::builder().name("limited").writable().chunks(chunks()).build(&pool).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::TooLarge);
+        assert_eq!(error.kind(), ErrorKind::LimitReached);
         let said = error.to_string();
         assert!(said.contains("4294967296 (RLIMIT_DATA)") && said.contains("hardware_read_only()"), "{said}");
         let region = Region::builder().hardware_read_only().chunks(chunks()).build(&pool).unwrap();
@@ -282,7 +282,7 @@ fn a_region_is_served_and_dropped_at_max_map_count() {
 #[test]
 fn a_pool_name_with_a_nul_byte_is_an_error() {
     let error = Pool::builder().name("a\0b").start().unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::BadOption);
+    assert_eq!(error.kind(), ErrorKind::InvalidOption);
     assert!(error.to_string().contains(r#""a\0b" has a NUL byte"#), "{error}");
 }
 

@@ -244,7 +244,7 @@ fn a_region_past_rlimit_memlock_is_refused_with_the_limit() {
             return;
         }
         let error = Region::builder().name("large").chunk(Chunk::hole(1 << 40)).build(&pool).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::TooLarge);
+        assert_eq!(error.kind(), ErrorKind::LimitReached);
         let said = error.to_string();
         assert!(said.contains("RLIMIT_MEMLOCK") && said.contains("ulimit -l"), "{said}");
         let bytes = pattern(7, 300_000);

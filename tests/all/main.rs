@@ -112,6 +112,13 @@ const fn own_memory() -> pagestitch::OwnMemory {
     unsafe { pagestitch::OwnMemory::promise() }
 }
 
+/// True if this process or this kernel lacks what `inherit_on_fork()` needs.
+fn cannot_inherit(error: &pagestitch::Error) -> bool {
+    use pagestitch::ErrorKind::{PermissionDenied, Unsupported};
+    error.option() == Some(pagestitch::BuildOption::InheritOnFork)
+        && matches!(error.kind(), PermissionDenied | Unsupported)
+}
+
 /// The tests run on x86-64.
 const PAGE: usize = 4096;
 const SIGABRT: i32 = 6;

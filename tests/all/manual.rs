@@ -141,7 +141,7 @@ fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     });
     drop(seats);
     drop(region);
-    assert_eq!(Manual::group(0).unwrap_err().kind(), ErrorKind::BadOption);
+    assert_eq!(Manual::group(0).unwrap_err().kind(), ErrorKind::InvalidOption);
 }
 
 #[test]
@@ -159,6 +159,6 @@ fn a_region_of_a_dropped_manual_is_refused() {
     let server = Server::from(&manual);
     drop(manual);
     let error = Region::builder().name("late").chunk(vec![1u8]).build(server).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Busy);
+    assert_eq!(error.kind(), ErrorKind::ServerStopped);
     assert!(error.to_string().starts_with("region late: its server has ended"), "{error}");
 }

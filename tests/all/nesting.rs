@@ -32,7 +32,7 @@ fn one_worker() -> Pool {
 
 fn refused(built: Result<Arc<Region>, Error>, other: &str) {
     let error = built.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::BadChunk, "{error}");
+    assert_eq!(error.kind(), ErrorKind::NestedRegion, "{error}");
     let said = error.to_string();
     assert!(said.contains(&format!("region upper: chunk 0 is memory of region {other}, which")), "{said}");
     assert!(said.contains("read_at()"), "{said}");

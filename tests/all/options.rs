@@ -3,7 +3,9 @@
 
 use crate::guests::adopt;
 use crate::{PAGE, pattern};
-use pagestitch::{Builder, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording, Region, Server};
+use pagestitch::{
+    BuildOption, Builder, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording, Region, Server,
+};
 use pagestitch_testkit::guest::Guest;
 
 const BYTES: usize = 4 * PAGE;
@@ -38,34 +40,38 @@ fn recording() -> Recording {
     region.recording().unwrap()
 }
 
-/// Why an option is refused, in words of the error; `None`: the region has it.
-fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<(ErrorKind, &'static str)> {
-    use ErrorKind::{BadOption, NotInline};
+/// Why an option is refused, and which option it is; `None`: the region has it.
+fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<Refusal> {
+    use BuildOption::{
+        Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
+        Replay, Writable,
+    };
+    use ErrorKind::{OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
-        ("writable and hardware_read_only", _, _) => (BadOption, "leave out one of the two"),
-        ("writable", _, true) => (BadOption, "leave out writable()"),
-        ("hardware_read_only", _, true) => (BadOption, "leave out hardware_read_only()"),
-        ("dumped", _, true) => (BadOption, "leave out dumped()"),
-        ("max_mappings", _, true) => (BadOption, "leave out max_mappings()"),
-        ("inherit_on_fork", _, true) => (BadOption, "leave out inherit_on_fork()"),
-        (_, "inline", true) => (NotInline, "adopted memory"),
-        ("inherit_on_fork", "inline", _) => (NotInline, "use a pool"),
-        ("inherit_on_fork", "manual", _) => (BadOption, "use a pool"),
-        ("record" | "replay", "inline", _) => (NotInline, "a recording needs workers"),
-        ("readahead", "inline", _) => (NotInline, "leave out readahead()"),
-        ("max_in_flight", "inline", _) => (NotInline, "leave out max_in_flight()"),
-        ("record_latency", "inline", _) => (NotInline, "leave out record_latency()"),
+        ("writable and hardware_read_only", _, _) => (OptionConflict, Some(HardwareReadOnly)),
+        ("writable", _, true) => (OptionConflict, Some(Writable)),
+        ("hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),
+        ("dumped", _, true) => (OptionConflict, Some(Dumped)),
+        ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
+        ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
+        (_, "inline", true) => (UnsuitableServer, None),
+        ("inherit_on_fork", "inline" | "manual", _) => (UnsuitableServer, Some(InheritOnFork)),
+        ("record", "inline", _) => (UnsuitableServer, Some(Record)),
+        ("replay", "inline", _) => (UnsuitableServer, Some(Replay)),
+        ("readahead", "inline", _) => (UnsuitableServer, Some(Readahead)),
+        ("max_in_flight", "inline", _) => (UnsuitableServer, Some(MaxInFlight)),
+        ("record_latency", "inline", _) => (UnsuitableServer, Some(RecordLatency)),
         _ => return None,
     })
 }
 
-fn check(what: &str, built: Result<(), Error>, refusal: std::option::Option<(ErrorKind, &str)>) {
+type Refusal = (ErrorKind, std::option::Option<BuildOption>);
+
+fn check(what: &str, built: Result<(), Error>, refusal: std::option::Option<Refusal>) {
     match (built, refusal) {
         (Ok(()), None) => {}
-        (Err(error), Some((kind, why))) => {
-            assert_eq!(error.kind(), kind, "{what}: {error}");
-            let text = error.to_string();
-            assert!(text.starts_with("region r: ") && text.contains(why), "{what}: {text}");
+        (Err(error), Some(expected)) => {
+            assert_eq!((error.kind(), error.option()), expected, "{what}: {error}");
         }
         (built, refusal) => panic!("{what}: {built:?}, expected {refusal:?}"),
     }

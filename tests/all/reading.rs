@@ -107,7 +107,7 @@ proptest! {
         if let Some(index) = empty {
             let chunks = descriptions.iter().map(|description| make(description).0);
             let error = Region::builder().chunks(chunks).build(&pool).unwrap_err();
-            prop_assert_eq!(error.kind(), ErrorKind::BadChunk);
+            prop_assert_eq!(error.kind(), ErrorKind::InvalidChunk);
             let named = format!("chunk {index} ");
             prop_assert!(error.to_string().contains(&named), "{}", error);
         }

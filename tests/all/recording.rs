@@ -4,8 +4,8 @@ use crate::donated::pages_of;
 use crate::guests::adopt;
 use crate::handler::RunningHandler;
 use crate::{PAGE, end_if_hung, pattern, serve_until, until};
-use pagestitch::{Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
-use pagestitch_firecracker::{Handler, Snapshot};
+use pagestitch::{BuildOption, Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
+use pagestitch_firecracker::{Error as HandlerError, Handler, Snapshot};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -78,26 +78,25 @@ fn a_recording_of_another_region_is_refused_with_the_reason() {
     let recorded = recording(&pool);
     let other = || Region::builder().name("other").chunk(vec![1; 5 * PAGE]).replay(&recorded);
     let error = other().build(&pool).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::BadOption);
-    let expected =
-        "region other: the recording is of a region of 8192000 bytes in pages of 4 KiB, and this has 20480";
-    assert!(error.to_string().starts_with(expected), "{error}");
+    assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidRecording, Some(BuildOption::Replay)));
     let both = builder(&Arc::new(Scripted::new(2000 * PAGE as u64))).record().replay(&recorded);
     let error = both.build(&pool).unwrap_err();
-    assert!(error.to_string().contains("a page that is replayed has no first touch"), "{error}");
+    assert_eq!((error.kind(), error.option()), (ErrorKind::OptionConflict, Some(BuildOption::Record)));
     let error = Region::builder().chunk(vec![1; 10]).record().build(Inline).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NotInline);
+    assert_eq!(error.kind(), ErrorKind::UnsuitableServer);
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("recording");
-    assert!(Recording::read(&path).unwrap_err().to_string().contains("cannot read"));
+    let error = Recording::read(&path).unwrap_err();
+    assert_eq!((error.kind(), error.path()), (ErrorKind::Io, Some(path.as_path())));
+    assert_eq!(error.io_error().unwrap().kind(), std::io::ErrorKind::NotFound);
     fs::write(&path, "something else").unwrap();
-    assert!(Recording::read(&path).unwrap_err().to_string().ends_with("is no recording of first touches"));
+    assert_eq!(Recording::read(&path).unwrap_err().kind(), ErrorKind::InvalidRecording);
     recorded.write(&path).unwrap();
     let whole = fs::read(&path).unwrap();
     fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-    assert!(Recording::read(&path).unwrap_err().to_string().contains("is damaged or cut short"));
-    assert!(recorded.write(folder.path().join("no/folder")).is_err());
+    assert_eq!(Recording::read(&path).unwrap_err().kind(), ErrorKind::InvalidRecording);
+    assert_eq!(recorded.write(folder.path().join("no/folder")).unwrap_err().kind(), ErrorKind::Io);
     assert!(Region::builder().chunk(vec![1; 10]).build(&pool).unwrap().recording().is_none());
 }
 
@@ -113,9 +112,7 @@ fn a_recording_of_larger_memory_is_refused_for_adopted_memory() {
         let builder = Region::builder().name("guest").chunk(vec![1; 5 * PAGE]).replay(&recorded);
         match builder.build_adopted(adopt(&guest), &pool) {
             Err(error) => {
-                let expected = "region guest: the recording is of a region of 8192000 bytes in pages of 4 KiB, and this has 20480";
-                assert!(error.to_string().starts_with(expected), "{error}");
-                assert_eq!(error.kind(), ErrorKind::BadOption);
+                assert_eq!(error.kind(), ErrorKind::InvalidRecording);
             }
             Ok(region) => {
                 (0..5).for_each(|page| assert_eq!(guest.read(page * PAGE), 1));
@@ -208,11 +205,19 @@ fn a_handler_refuses_a_recording_that_it_cannot_replay_or_write() {
     let folder = tempfile::tempdir().unwrap();
     let recorded = recording(&Pool::new().unwrap());
     let socket = folder.path().join("socket");
-    let error = handler(folder.path()).replay(recorded).bind(&socket).unwrap_err().to_string();
-    assert!(error.contains("8192000 bytes") && error.contains("409600"), "{error}");
-    for bad in [folder.path().join("no/where"), folder.path().into()] {
-        let error = handler(folder.path()).record(&bad).bind(&socket).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("cannot write {}", bad.display())), "{error}");
+    let error = handler(folder.path()).replay(recorded).bind(&socket).unwrap_err();
+    assert!(
+        matches!(error, HandlerError::RecordingMismatch { recorded: 8_192_000, bytes: 409_600 }),
+        "{error:?}"
+    );
+    for (bad, kind) in
+        [(folder.path().join("no/where"), ErrorKind::Io), (folder.path().into(), ErrorKind::UnusableFile)]
+    {
+        let HandlerError::Memory(error) = handler(folder.path()).record(&bad).bind(&socket).unwrap_err()
+        else {
+            panic!("{}: another error", bad.display())
+        };
+        assert_eq!((error.kind(), error.path()), (kind, Some(bad.as_path())));
     }
     assert!(!socket.exists(), "nothing is left behind");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);

@@ -151,7 +151,7 @@ fn build_refuses_a_shared_chunk() {
     let builder = Region::builder().name("r").chunk(vec![1u8; 100]).chunk(memfd);
     let error = builder.build(&Pool::new().unwrap()).unwrap_err();
     // The chunk is refused also off a page boundary, where it would only be copied.
-    assert_eq!(error.kind(), ErrorKind::Shared);
+    assert_eq!(error.kind(), ErrorKind::SharedSource);
     assert!(error.to_string().starts_with("region r: others may change chunk 1 (/memfd:shared"), "{error}");
 }
 
@@ -205,7 +205,7 @@ fn a_file_that_shrinks_is_an_error_of_read_at_and_sigbus_for_a_touch() {
         region.read_at(4000, &mut [0; 200]).unwrap_err(),
         region.write_at(2 * PAGE as u64, &[0; 2]).unwrap_err(),
     ] {
-        assert_eq!(error.kind(), ErrorKind::Source);
+        assert_eq!(error.kind(), ErrorKind::SourceFailed);
         assert!(error.to_string().contains("shorter than it was"), "{error}");
     }
     let end = child::run(this_test!(), || {
@@ -321,7 +321,7 @@ fn a_write_to_a_full_file_system_is_enospc() {
     });
     umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
     let (kind, said, shorter) = said.unwrap();
-    assert_eq!(kind, ErrorKind::Source);
+    assert_eq!(kind, ErrorKind::SourceFailed);
     assert!(said.contains("ENOSPC") && !said.contains("shorter"), "{said}");
     assert!(shorter.contains("is shorter than it was"), "{shorter}");
 }
@@ -395,7 +395,7 @@ fn a_disk_error_is_an_error_of_read_at() {
     let region = Region::builder().chunk(file).build_shared(&Pool::new().unwrap()).unwrap();
     disk.fail();
     let error = region.read_at(2 << 20, &mut [0; PAGE]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Source);
+    assert_eq!(error.kind(), ErrorKind::SourceFailed);
     assert!(error.to_string().contains("nput/output error"), "{error}");
     assert!(!error.to_string().contains("shorter"), "{error}");
 }

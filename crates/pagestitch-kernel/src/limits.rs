@@ -35,8 +35,9 @@ pub struct ReserveError {
     pub limit: Limit,
 }
 
-/// A limit on the mappings of a process.
+/// A limit of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Limit {
     /// `RLIMIT_AS`, in bytes: counts all mappings.
     AddressSpace(u64),
@@ -47,8 +48,13 @@ pub enum Limit {
     Locked(u64),
     /// `vm.overcommit_memory` is 2: the kernel charges private writable mappings in full.
     Commit,
-    /// Another limit: the size of the address space, or the number of mappings
-    /// (`vm.max_map_count`).
+    /// `RLIMIT_NOFILE`: counts the open descriptors.
+    Descriptors(u64),
+    /// `RLIMIT_NPROC`: counts the threads of the user. The kernel gives the same answer at the
+    /// limit of the cgroup (`pids.max`), and where no addresses are left for the thread's stack.
+    Threads(u64),
+    /// Another limit: the size of the address space, the number of mappings (`vm.max_map_count`),
+    /// or a limit of the whole system.
     Other,
 }
 
@@ -69,18 +75,56 @@ impl fmt::Display for ReserveError {
 impl std::error::Error for ReserveError {}
 
 impl Limit {
+    /// The name of the limit, as `getrlimit(2)` or `/proc/sys` has it; `None` for
+    /// [`Other`](Self::Other).
+    #[must_use]
+    pub const fn name(self) -> Option<&'static str> {
+        match self {
+            Self::AddressSpace(_) => Some("RLIMIT_AS"),
+            Self::Data(_) => Some("RLIMIT_DATA"),
+            Self::Locked(_) => Some("RLIMIT_MEMLOCK"),
+            Self::Commit => Some("vm.overcommit_memory"),
+            Self::Descriptors(_) => Some("RLIMIT_NOFILE"),
+            Self::Threads(_) => Some("RLIMIT_NPROC"),
+            Self::Other => None,
+        }
+    }
+
+    /// The value of the limit: bytes, descriptors or threads.
+    #[must_use]
+    pub const fn value(self) -> Option<u64> {
+        match self {
+            Self::AddressSpace(value)
+            | Self::Data(value)
+            | Self::Locked(value)
+            | Self::Descriptors(value)
+            | Self::Threads(value) => Some(value),
+            Self::Commit | Self::Other => None,
+        }
+    }
+
+    /// The limit on descriptors, which the kernel has answered with `EMFILE`.
+    #[must_use]
+    pub fn of_descriptors() -> Self {
+        Self::Descriptors(soft(Resource::RLIMIT_NOFILE).unwrap_or(RLIM_INFINITY))
+    }
+
+    /// The limit on threads, which the kernel has answered with `EAGAIN`.
+    #[must_use]
+    pub fn of_threads() -> Self {
+        Self::Threads(soft(Resource::RLIMIT_NPROC).unwrap_or(RLIM_INFINITY))
+    }
+
     /// The limit that `bytes` more bytes meet, if the kernel has answered with `errno`.
     #[must_use]
     pub fn met(bytes: u64, errno: Errno) -> Self {
-        let limit_of =
-            |resource| getrlimit(resource).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY);
         if errno == Errno::EAGAIN {
-            return Self::Locked(limit_of(Resource::RLIMIT_MEMLOCK).unwrap_or(0));
+            return Self::Locked(soft(Resource::RLIMIT_MEMLOCK).unwrap_or(0));
         }
         let used = Used::now().unwrap_or_default();
         let passed = |used: u64, limit: u64| used.saturating_add(bytes) > limit;
-        let space = limit_of(Resource::RLIMIT_AS);
-        let data = limit_of(Resource::RLIMIT_DATA).filter(|&limit| passed(used.data, limit));
+        let space = soft(Resource::RLIMIT_AS);
+        let data = soft(Resource::RLIMIT_DATA).filter(|&limit| passed(used.data, limit));
         match (space, data) {
             (Some(limit), _) if passed(used.addresses, limit) => Self::AddressSpace(limit),
             (_, Some(limit)) => Self::Data(limit),
@@ -111,9 +155,24 @@ impl fmt::Display for Limit {
                 f,
                 "vm.overcommit_memory=2 charges writable memory in full: set it to 1, or raise vm.overcommit_ratio; {GUARDED}"
             ),
+            Self::Descriptors(limit) => {
+                write!(
+                    f,
+                    "this process may open {limit} descriptors (RLIMIT_NOFILE): raise it with ulimit -n"
+                )
+            }
+            Self::Threads(limit) => write!(
+                f,
+                "this user may have {limit} threads (RLIMIT_NPROC): raise it with ulimit -u, or pids.max of the cgroup"
+            ),
             Self::Other => f.write_str("make the region smaller, or raise vm.max_map_count"),
         }
     }
+}
+
+/// The soft limit on a resource; `None` if it is unlimited.
+fn soft(resource: Resource) -> Option<u64> {
+    getrlimit(resource).ok().map(|(soft, _)| soft).filter(|&soft| soft != RLIM_INFINITY)
 }
 
 /// The bytes of this process that count against the limits.

@@ -99,7 +99,7 @@ fn a_failed_fetch_is_an_error() {
     let region = Region::builder().name("sky").chunk(far).build(&Pool::new().unwrap()).unwrap();
     let said = |page: usize| {
         let error = region.read_at((page * PAGE) as u64, &mut [0; 10]).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Source);
+        assert_eq!(error.kind(), ErrorKind::SourceFailed);
         error.to_string()
     };
     assert!(said(13).ends_with("unlucky"));

@@ -86,10 +86,11 @@ mod space;
 pub use api::{
     AdoptedRegion, AnyRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope,
 };
-pub use error::{Error, ErrorKind};
+pub use error::{BuildOption, Error, ErrorKind};
 pub use method::Method;
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
+pub use pagestitch_kernel::limits::Limit;
 pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, View};

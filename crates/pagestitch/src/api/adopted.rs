@@ -51,7 +51,8 @@ impl AdoptedRegion {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`](crate::ErrorKind::Source) for the first source that fails. All other
+    /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) for the first source that fails.
+    /// All other
     /// pages are filled; the failed ones are lost, as by [dropping](Self#drop). The same if the
     /// owner has ended, or keeps discarding pages.
     pub fn finish(self) -> Result<Metrics, Error> {

@@ -82,7 +82,7 @@ impl AnyRegion {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`] names the chunk whose source failed; the pages before the failed one
+    /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed one
     /// are filled. The same kind if the owner of adopted memory has ended.
     /// [`ErrorKind::OutOfRange`] if the range leaves the region.
     ///
@@ -112,7 +112,7 @@ impl AnyRegion {
             (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
                 let what =
                     format_args!("region {}: cannot let forked children inherit its range", self.name());
-                Error::because(ErrorKind::Resources, what, errno)
+                Error::refused(what, errno)
             }),
             _ => Ok(()),
         }
@@ -127,12 +127,12 @@ impl AnyRegion {
                 "region {}: in a forked child whose parent has ended: the child's absent pages cannot be filled any more",
                 self.name()
             );
-            return Err(Error::new(ErrorKind::Source, what.to_string()));
+            return Err(Error::new(ErrorKind::ServerStopped, what.to_string()));
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
                 let why = "in a forked child: a source has failed, or the parent has dropped the region or built it without inherit_on_fork()";
-                Error::because(ErrorKind::Source, format_args!("region {}: {why}", self.name()), errno)
+                Error::because(ErrorKind::SourceFailed, format_args!("region {}: {why}", self.name()), errno)
             }),
             _ => Ok(()),
         }
@@ -150,9 +150,9 @@ impl AnyRegion {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`] names the first chunk whose source fails again; the pages before it
-    /// are filled. Before Linux 6.6 a poisoned page cannot be filled again, which is the same kind
-    /// of error. [`ErrorKind::OutOfRange`] if the range leaves the region.
+    /// [`ErrorKind::SourceFailed`] names the first chunk whose source fails again; the pages before it
+    /// are filled. Before Linux 6.6 a poisoned page cannot be filled again:
+    /// [`ErrorKind::Unsupported`]. [`ErrorKind::OutOfRange`] if the range leaves the region.
     pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             // The uffd is the parent's: it installs pages in the parent's memory.
@@ -177,7 +177,7 @@ impl AnyRegion {
     }
 
     fn failed(&self, failure: Arc<Failure>) -> Error {
-        Error::because(ErrorKind::Source, format_args!("region {}", self.name()), failure)
+        Error::of_failure(self.name(), failure)
     }
 
     /// The pages of a range of offsets.

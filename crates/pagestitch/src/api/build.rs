@@ -13,7 +13,7 @@
 use crate::api::AnyRegion;
 use crate::api::nesting::Below;
 use crate::api::options::Options;
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::ForkedChildren;
@@ -82,18 +82,15 @@ fn check(options: &Options, layout: &Layout, ground: &Ground, server: &Server) -
 
 /// Refuses chunks and kernels that cannot serve forked children.
 fn check_children(layout: &Layout) -> Result<(), Error> {
-    let bad = |what| Err(Error::new(ErrorKind::BadOption, what));
+    let refused = |kind, what| Err(Error::new(kind, what).of_option(BuildOption::InheritOnFork));
     if layout.has_lazy() {
-        return bad(
-            "a forked child cannot be served a memfd that is filled later: seal it first, or copy it",
-        );
+        let what = "a forked child cannot be served a memfd that is filled later: seal it first, or copy it";
+        return refused(ErrorKind::OptionConflict, what);
     }
-    let features =
-        uffd::kernel_features().map_err(|error| Error::new(ErrorKind::NoUserfaultfd, error.to_string()))?;
+    let features = uffd::kernel_features().map_err(|error| Error::no_userfaultfd(&error))?;
     if !features.contains(Features::POISON) {
-        return bad(
-            "forked children need the poison markers of Linux 6.6: update the kernel, or leave out inherit_on_fork()",
-        );
+        let what = "forked children need the poison markers of Linux 6.6: update the kernel, or leave out inherit_on_fork()";
+        return refused(ErrorKind::Unsupported, what);
     }
     Ok(())
 }
@@ -235,7 +232,7 @@ fn settle_readahead(
         if serve_options.record {
             let what =
                 "a page that is replayed has no first touch: record() another region, without replay()";
-            return Err(Error::new(ErrorKind::BadOption, what));
+            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Record));
         }
     }
     let none = serve_options.record || page != PageSize::system();
@@ -255,13 +252,13 @@ fn attach(served: Served, server: &Server) -> Result<AnyRegion, Error> {
 
 /// The error for a limit of the process.
 fn limit(name: &str, what: &str, errno: Errno) -> Error {
-    Error::because(ErrorKind::Resources, format_args!("region {name}: cannot {what}"), errno)
+    Error::refused(format_args!("region {name}: cannot {what}"), errno)
 }
 
 fn no_table(name: &str, errno: Errno) -> Error {
     let limit = Limit::met(0, errno);
     let what = format_args!("region {name}: cannot reserve its page table: {limit}");
-    Error::because(ErrorKind::Resources, what, errno)
+    Error::refused(what, errno)
 }
 
 fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
@@ -276,16 +273,15 @@ fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
 fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> Error {
     let (number, source) = (layout.number_of(chunk), layout.backing_of(chunk).source().name());
     let what = format!("region {name}: cannot map chunk {number} ({source}) in place");
-    match errno {
+    let error = match errno {
         Errno::EACCES => {
             let why = "it is open for reading only: open it for writing too, or map it copy_on_write()";
-            Error::new(ErrorKind::File, format!("{what}: {why}"))
+            Error::new(ErrorKind::UnusableFile, format!("{what}: {why}"))
         }
-        Errno::EAGAIN => {
-            Error::because(ErrorKind::Resources, format_args!("{what}: {}", Limit::met(0, errno)), errno)
-        }
-        errno => Error::because(ErrorKind::Resources, what, errno),
-    }
+        Errno::EAGAIN => Error::refused(format_args!("{what}: {}", Limit::met(0, errno)), errno),
+        errno => Error::refused(what, errno),
+    };
+    error.of_chunk(number)
 }
 
 fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
@@ -297,7 +293,7 @@ fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
                 "region {}: chunk {} ({source}) is not zero-copy: {reason}",
                 mapping.name, chunks.start
             );
-            Err(Error::new(ErrorKind::NotZeroCopy, what))
+            Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start))
         }
         None => Ok(()),
     }
@@ -310,8 +306,8 @@ fn reserve(
     access: Access,
     huge: bool,
 ) -> Result<(Arc<Reservation>, View), Error> {
-    let (reservation, view) = View::reserve(pages, page, access)
-        .map_err(|error| Error::because(ErrorKind::TooLarge, format_args!("region {name}"), error))?;
+    let (reservation, view) =
+        View::reserve(pages, page, access).map_err(|error| Error::unreserved(name, error))?;
     if name != Options::UNNAMED {
         reservation.set_name(name);
     }
@@ -325,14 +321,9 @@ fn reserve(
 fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Error> {
     uffd.register(reservation, RegisterMode::MISSING).map_err(|errno| match errno {
         Errno::ENOMEM | Errno::EAGAIN => {
-            let met = ReserveError::met(reservation.range().bytes(), errno);
-            Error::because(ErrorKind::TooLarge, format_args!("region {name}"), met)
+            Error::unreserved(name, ReserveError::met(reservation.range().bytes(), errno))
         }
-        errno => Error::because(
-            ErrorKind::Resources,
-            format_args!("region {name}: cannot register its range"),
-            errno,
-        ),
+        errno => Error::refused(format_args!("region {name}: cannot register its range"), errno),
     })
 }
 
@@ -341,9 +332,10 @@ fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Er
 fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
     if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
         let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
-        return Error::new(ErrorKind::BadOption, format!("region {name}: {what}"));
+        let error = Error::new(ErrorKind::PermissionDenied, what).of_option(BuildOption::InheritOnFork);
+        return error.inside(name);
     }
-    Error::because(ErrorKind::NoUserfaultfd, format_args!("region {name}"), error)
+    Error::no_userfaultfd(&error).inside(name)
 }
 
 /// Whether donated pages move on first touch. If they could be swapped out and lost during the

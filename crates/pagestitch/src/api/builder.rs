@@ -240,21 +240,25 @@ impl Builder {
     ///
     /// Each error names the thing and the remedy:
     ///
-    /// * [`BadChunk`](ErrorKind::BadChunk), [`TooLarge`](ErrorKind::TooLarge): the first chunk that
-    ///   does not fit in; [`NoChunks`](ErrorKind::NoChunks);
-    /// * [`Shared`](ErrorKind::Shared): a chunk whose bytes other processes may change;
-    /// * [`BadOption`](ErrorKind::BadOption): options that exclude each other;
-    /// * [`NoUserfaultfd`](ErrorKind::NoUserfaultfd), [`Resources`](ErrorKind::Resources): the
-    ///   kernel or a limit of the process;
+    /// * [`InvalidChunk`](ErrorKind::InvalidChunk), [`TooLarge`](ErrorKind::TooLarge): the first
+    ///   chunk that does not fit in; [`NoChunks`](ErrorKind::NoChunks);
+    /// * [`SharedSource`](ErrorKind::SharedSource): a chunk whose bytes other processes may change;
+    /// * [`OptionConflict`](ErrorKind::OptionConflict): options that exclude each other;
+    /// * [`UnsuitableServer`](ErrorKind::UnsuitableServer): the server cannot serve a chunk or an
+    ///   option; [`NestedRegion`](ErrorKind::NestedRegion);
+    /// * [`NoUserfaultfd`](ErrorKind::NoUserfaultfd), [`LimitReached`](ErrorKind::LimitReached),
+    ///   [`OutOfMemory`](ErrorKind::OutOfMemory): the kernel or a limit of the process;
+    /// * [`InvalidRecording`](ErrorKind::InvalidRecording): the recording is of another region;
     /// * [`ForkedChild`](ErrorKind::ForkedChild): the server was created before `fork(2)`.
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
         if let Ok(layout) = &self.layout
-            && let Some(shared) = layout.first_shared()
+            && let Some((chunk, source)) = layout.first_shared()
         {
-            let name = self.options.name();
-            let what =
-                format!("region {name}: others may change {shared}: use build_shared(), or seal or copy it");
-            return Err(Error::new(ErrorKind::Shared, what));
+            let what = format!(
+                "region {}: others may change chunk {chunk} ({source}): use build_shared(), or seal or copy it",
+                self.options.name()
+            );
+            return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
         }
         let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
         let view = view.expect("own ground has a view").into_stable();
@@ -267,7 +271,7 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build), without [`ErrorKind::Shared`]; also [`ErrorKind::File`] if a
+    /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also [`ErrorKind::UnusableFile`] if a
     /// [`writable`](Self::writable) region maps a file that is open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
         let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
@@ -280,9 +284,9 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build); [`ErrorKind::BadOption`] for ranges that are not whole pages,
-    /// overlap, or differ from the chunks in length; [`ErrorKind::NotInline`] for a server that is
-    /// [`Inline`](crate::Inline).
+    /// As [`build`](Self::build); [`ErrorKind::InvalidOption`] for ranges that are not whole pages,
+    /// overlap, or differ from the chunks in length; [`ErrorKind::UnsuitableServer`] for a server
+    /// that is [`Inline`](crate::Inline).
     pub fn build_adopted(
         self,
         memory: AdoptedMemory,

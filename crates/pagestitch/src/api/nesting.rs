@@ -40,7 +40,7 @@ impl Below {
             "region {name}: chunk {chunk} is memory of region {other}, which {why}: give each region a pool of its own, or copy the \
              bytes out with read_at()"
         );
-        Err(Error::new(ErrorKind::BadChunk, what))
+        Err(Error::new(ErrorKind::NestedRegion, what).of_chunk(chunk))
     }
 
     /// The servers that a region over these waits for: `server`, and those of the regions below.

@@ -1,6 +1,6 @@
 //! The options of a builder, and the checks of which options exclude each other.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::Readahead;
 use crate::serve::Demands;
 use crate::space::ServeOptions;
@@ -50,7 +50,11 @@ impl Options {
         Demands {
             adopted,
             children: self.inherit_on_fork,
-            recording: *record || replay.is_some(),
+            recording: match replay {
+                Some(_) => Some(BuildOption::Replay),
+                None if *record => Some(BuildOption::Record),
+                None => None,
+            },
             readahead: matches!(&self.readahead, Some(readahead) if !matches!(readahead, Readahead::None)),
             limit: max_in_flight.is_some(),
             timed: *record_latency,
@@ -63,28 +67,37 @@ impl Options {
         let refused = [
             (
                 self.hardware_read_only && writable,
+                BuildOption::HardwareReadOnly,
                 "hardware_read_only() stops the writes that writable() allows: leave out one of the two",
             ),
-            (adopted && writable, "only its owner writes to adopted memory: leave out writable()"),
+            (
+                adopted && writable,
+                BuildOption::Writable,
+                "only its owner writes to adopted memory: leave out writable()",
+            ),
             (
                 adopted && self.hardware_read_only,
+                BuildOption::HardwareReadOnly,
                 "adopted memory is mapped by its owner: leave out hardware_read_only()",
             ),
             (
                 adopted && self.dumped,
+                BuildOption::Dumped,
                 "adopted memory is part of its owner's core dumps, not of this process's: leave out dumped()",
             ),
             (
                 adopted && self.max_mappings.is_some(),
+                BuildOption::MaxMappings,
                 "nothing is mapped in adopted memory: leave out max_mappings()",
             ),
             (
                 adopted && self.inherit_on_fork,
+                BuildOption::InheritOnFork,
                 "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
             ),
         ];
-        match refused.into_iter().find(|(is, _)| *is) {
-            Some((_, what)) => Err(Error::new(ErrorKind::BadOption, what)),
+        match refused.into_iter().find(|(is, ..)| *is) {
+            Some((_, option, what)) => Err(Error::new(ErrorKind::OptionConflict, what).of_option(option)),
             None => Ok(()),
         }
     }

@@ -123,7 +123,7 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Source`](crate::ErrorKind::Source) names the chunk whose source failed;
+    /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the chunk whose source failed;
     /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;

@@ -1,5 +1,6 @@
 //! The error of a source for one page.
 
+use super::FailureReason;
 use crate::guard::Untrusted;
 use std::error::Error as StdError;
 use std::{fmt, io};
@@ -12,15 +13,32 @@ pub struct Failure {
     pub(crate) source: String,
     pub(crate) offset: u64,
     pub(crate) error: Untrusted<io::Error>,
+    pub(crate) reason: FailureReason,
     /// The number of reads of the source.
     pub(crate) attempts: u32,
 }
 
 impl Failure {
+    /// The first failure of a read.
+    pub(crate) fn new(chunk: usize, source: String, offset: u64, error: io::Error) -> Self {
+        let reason = FailureReason::of(&error);
+        Self { chunk, source, offset, error: Untrusted::new(error), reason, attempts: 1 }
+    }
+
+    /// The same failure, of the kernel instead of the source.
+    pub(crate) fn of_kernel(self) -> Self {
+        let reason = match self.io_error().kind() {
+            _ if self.reason != FailureReason::Source => self.reason,
+            io::ErrorKind::OutOfMemory => FailureReason::OutOfMemory,
+            _ => FailureReason::Kernel,
+        };
+        Self { reason, ..self }
+    }
+
     /// The failure of one more read of the same bytes.
     pub(crate) fn again(&self, error: io::Error) -> Self {
-        let (error, attempts) = (Untrusted::new(error), self.attempts.saturating_add(1));
-        Self { chunk: self.chunk, source: self.source.clone(), offset: self.offset, error, attempts }
+        let attempts = self.attempts.saturating_add(1);
+        Self { attempts, ..Self::new(self.chunk, self.source.clone(), self.offset, error) }
     }
 
     /// The source's [name](crate::Source::name).
@@ -47,7 +65,13 @@ impl Failure {
         self.attempts
     }
 
-    /// The source's error.
+    /// The reason, to branch on.
+    #[must_use]
+    pub const fn reason(&self) -> FailureReason {
+        self.reason
+    }
+
+    /// The error of the source, or of the kernel.
     #[must_use]
     pub const fn io_error(&self) -> &io::Error {
         self.error.get()
@@ -56,7 +80,7 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { chunk, source, offset, error, attempts } = self;
+        let Self { chunk, source, offset, error, reason: _, attempts } = self;
         write!(f, "chunk {chunk} ({source}), at byte {offset} of its source: {error}")?;
         if *attempts > 1 { write!(f, " (asked {attempts} times)") } else { Ok(()) }
     }

@@ -1,74 +1,51 @@
-//! The error type of the library: a kind to match on, and one line that names the thing and the
-//! remedy.
+//! The error type of the library: a kind to match on, details to act on, and one line that names the
+//! thing and the remedy.
 
 mod failure;
+mod kind;
+mod option;
+mod reason;
 
 pub use failure::Failure;
+pub use kind::ErrorKind;
+pub use option::BuildOption;
+pub use reason::FailureReason;
 
+use pagestitch_kernel::Errno;
+use pagestitch_kernel::limits::{Limit, ReserveError};
+use pagestitch_kernel::uffd::OpenError;
 use std::error::Error as StdError;
-use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::{fmt, io};
 
 /// An error of the library. Its `Display` is one line: the thing, the reason, the remedy.
+///
+/// Branch on its [kind](Self::kind), and read the details from the other methods: the text may
+/// change.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     message: String,
     source: Option<Box<dyn StdError + Send + Sync>>,
+    details: Box<Details>,
 }
 
-/// The kind of an [`Error`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ErrorKind {
-    /// The builder has no chunk.
-    NoChunks,
-    /// A chunk is empty, reaches past its source's end, or is memory of a region that its server
-    /// cannot copy from.
-    BadChunk,
-    /// The region has more bytes or chunks than a region can have, or than the process may reserve.
-    TooLarge,
-    /// The kernel lacks userfaultfd, or the process may not use it.
-    NoUserfaultfd,
-    /// The process has reached a limit: descriptors, memory, mappings, threads.
-    Resources,
-    /// A file cannot be used as a source.
-    File,
-    /// A source failed to give bytes.
-    Source,
-    /// An offset or range lies outside the region.
-    OutOfRange,
-    /// A byte would have to be copied, and the builder requires zero-copy.
-    NotZeroCopy,
-    /// The region cannot be served inline, on the thread that touches it.
-    NotInline,
-    /// Other processes may change a chunk's bytes, and the region gives out `&[u8]`.
-    Shared,
-    /// A descriptor is not a userfaultfd.
-    NotUserfaultfd,
-    /// The pool still serves regions, or another region uses the userfaultfd.
-    Busy,
-    /// An option has a value that does not apply.
-    BadOption,
-    /// A forked child uses a server that was created before `fork(2)`, whose threads and
-    /// descriptors belong to the parent.
-    ForkedChild,
+/// The things that an error is about.
+#[derive(Debug, Default)]
+struct Details {
+    option: Option<BuildOption>,
+    chunk: Option<usize>,
+    limit: Option<Limit>,
+    path: Option<PathBuf>,
+    errno: Option<i32>,
+    failure: Option<Arc<Failure>>,
 }
 
+/// Creation.
 impl Error {
-    /// The kind, to match on.
-    #[must_use]
-    pub const fn kind(&self) -> ErrorKind {
-        self.kind
-    }
-
     pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
-    }
-
-    /// Prefixes the message with the name of the region.
-    pub(crate) fn inside(mut self, region: &str) -> Self {
-        self.message = format!("region {region}: {}", self.message);
-        self
+        Self { kind, message: message.into(), source: None, details: Box::default() }
     }
 
     /// Wraps an error of another layer; the message is `what`, followed by that error's message.
@@ -76,7 +53,120 @@ impl Error {
     where
         E: StdError + Send + Sync + 'static,
     {
-        Self { kind, message: format!("{what}: {source}"), source: Some(Box::new(source)) }
+        let message = format!("{what}: {source}");
+        Self { source: Some(Box::new(source)), ..Self::new(kind, message) }
+    }
+
+    /// The kernel refuses a step; the kind follows from its answer.
+    pub(crate) fn refused(what: impl fmt::Display, errno: Errno) -> Self {
+        let (kind, limit) = kind_of(errno);
+        let mut error = Self::because(kind, what, errno);
+        error.details.limit = limit;
+        error.details.errno = Some(errno as i32);
+        error
+    }
+
+    /// A thread does not start.
+    pub(crate) fn no_thread(what: impl fmt::Display, source: io::Error) -> Self {
+        let errno = source.raw_os_error();
+        let mut error = Self::because(ErrorKind::LimitReached, what, source);
+        error.details.limit = Some(Limit::of_threads());
+        error.details.errno = errno;
+        error
+    }
+
+    /// The system refuses to open, read or write a file.
+    pub(crate) fn io(what: &str, path: &Path, source: io::Error) -> Self {
+        Self::of_descriptor(format_args!("{what} {}", path.display()), source).at_path(path)
+    }
+
+    /// As [`io`](Self::io), for a file without a path. An error without a number is of a file that
+    /// does not suit its use.
+    pub(crate) fn of_descriptor(what: impl fmt::Display, source: io::Error) -> Self {
+        let errno = source.raw_os_error();
+        let (kind, limit) = match errno.map(Errno::from_raw) {
+            Some(errno @ (Errno::EMFILE | Errno::ENFILE)) => kind_of(errno),
+            Some(_) => (ErrorKind::Io, None),
+            None => (ErrorKind::UnusableFile, None),
+        };
+        let mut error = Self::because(kind, what, source);
+        error.details.limit = limit;
+        error.details.errno = errno;
+        error
+    }
+
+    /// A range of addresses cannot be reserved.
+    pub(crate) fn unreserved(region: &str, source: ReserveError) -> Self {
+        let kind = match source.limit {
+            Limit::Other => ErrorKind::TooLarge,
+            _ => ErrorKind::LimitReached,
+        };
+        let mut error = Self::because(kind, format_args!("region {region}"), source);
+        error.details.limit = (kind == ErrorKind::LimitReached).then_some(source.limit);
+        error.details.errno = Some(source.errno as i32);
+        error
+    }
+
+    /// No userfaultfd can be opened.
+    pub(crate) fn no_userfaultfd(source: &OpenError) -> Self {
+        let (kind, limit) = match source.system_call {
+            errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM) => kind_of(errno),
+            _ => (ErrorKind::NoUserfaultfd, None),
+        };
+        let mut error = Self::new(kind, source.to_string());
+        error.details.limit = limit;
+        error.details.errno = Some(source.system_call as i32);
+        error
+    }
+
+    /// A page of a region has failed.
+    pub(crate) fn of_failure(region: &str, failure: Arc<Failure>) -> Self {
+        let what = format_args!("region {region}");
+        let error = Self::because(failure.reason().kind(), what, Arc::clone(&failure));
+        error.with_failure(failure)
+    }
+
+    pub(crate) fn with_failure(mut self, failure: Arc<Failure>) -> Self {
+        self.details.chunk = Some(failure.chunk());
+        self.details.errno = failure.io_error().raw_os_error();
+        self.details.failure = Some(failure);
+        self
+    }
+
+    pub(crate) fn of_option(mut self, option: BuildOption) -> Self {
+        self.details.option = Some(option);
+        self
+    }
+
+    pub(crate) fn of_chunk(mut self, number: usize) -> Self {
+        self.details.chunk = Some(number);
+        self
+    }
+
+    pub(crate) fn at_path(mut self, path: &Path) -> Self {
+        self.details.path = Some(path.to_owned());
+        self
+    }
+
+    /// Prefixes the message with the name of the region.
+    pub(crate) fn inside(mut self, region: &str) -> Self {
+        self.message = format!("region {region}: {}", self.message);
+        self
+    }
+}
+
+/// The kind of a step that the kernel refuses, and the limit that it has reached.
+fn kind_of(errno: Errno) -> (ErrorKind, Option<Limit>) {
+    match errno {
+        Errno::EMFILE => (ErrorKind::LimitReached, Some(Limit::of_descriptors())),
+        Errno::ENFILE | Errno::ENOSPC => (ErrorKind::LimitReached, Some(Limit::Other)),
+        Errno::ENOMEM | Errno::EAGAIN => match Limit::met(0, errno) {
+            Limit::Other => (ErrorKind::OutOfMemory, None),
+            limit => (ErrorKind::LimitReached, Some(limit)),
+        },
+        Errno::EPERM | Errno::EACCES => (ErrorKind::PermissionDenied, None),
+        Errno::ENOSYS | Errno::EOPNOTSUPP => (ErrorKind::Unsupported, None),
+        _ => (ErrorKind::Kernel, None),
     }
 }
 
@@ -94,12 +184,59 @@ impl StdError for Error {
     }
 }
 
+/// Details.
 impl Error {
+    /// The kind, to match on.
+    #[must_use]
+    pub const fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The option that has an unusable value, does not apply, or excludes another one.
+    ///
+    /// ```
+    /// use pagestitch::{BuildOption, ErrorKind, Inline, Region};
+    ///
+    /// let builder = Region::builder().chunk(vec![7u8; 5000]).record_latency();
+    /// let error = builder.build(Inline).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::UnsuitableServer);
+    /// assert_eq!(error.option(), Some(BuildOption::RecordLatency));
+    /// ```
+    #[must_use]
+    pub fn option(&self) -> Option<BuildOption> {
+        self.details.option
+    }
+
+    /// The number of the chunk that the error is about, counted from 0 in the order of the builder.
+    #[must_use]
+    pub fn chunk(&self) -> Option<usize> {
+        self.details.chunk
+    }
+
+    /// The limit that is reached: for [`ErrorKind::LimitReached`].
+    #[must_use]
+    pub fn limit(&self) -> Option<Limit> {
+        self.details.limit
+    }
+
+    /// The path of the file that the error is about.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        self.details.path.as_deref()
+    }
+
+    /// The error number of the kernel (`errno`), where it has refused a step.
+    #[must_use]
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.details.errno
+    }
+
     /// The failure of the page that the error is of: its chunk, the offset in the chunk's source,
-    /// and the error of that source. `None`: the error is of another sort.
+    /// the reason, and the error of that source. `None`: the error is of another sort.
     ///
     /// ```
     /// # use pagestitch::{Chunk, Pool, Region, Source};
+    /// use pagestitch::source::FailureReason;
     /// # struct Broken;
     /// # impl Source for Broken {
     /// #     fn size(&self) -> u64 { 8192 }
@@ -109,18 +246,19 @@ impl Error {
     /// let error = region.populate(..).unwrap_err();
     /// let failure = error.failure().expect("a source has failed");
     /// assert_eq!((failure.chunk(), failure.source_offset()), (1, 0));
+    /// assert_eq!(failure.reason(), FailureReason::Source);
     /// assert_eq!(failure.io_error().raw_os_error(), Some(5));               // EIO
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     #[must_use]
     pub fn failure(&self) -> Option<&Failure> {
-        let failure = self.source.as_ref()?.downcast_ref::<std::sync::Arc<Failure>>()?;
-        Some(failure)
+        self.details.failure.as_deref()
     }
 
-    /// The I/O error of the failed source; `None` for errors of other kinds.
+    /// The I/O error of the failed source or file; `None` for errors of other sorts.
     #[must_use]
-    pub fn io_error(&self) -> Option<&std::io::Error> {
-        self.failure().map(Failure::io_error)
+    pub fn io_error(&self) -> Option<&io::Error> {
+        let own = || self.source.as_ref()?.downcast_ref();
+        self.failure().map(Failure::io_error).or_else(own)
     }
 }

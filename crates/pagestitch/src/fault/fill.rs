@@ -10,7 +10,7 @@
 //! chunks share, or that the region's end cuts, is gathered in a buffer. A whole block is staged:
 //! filled in a huge page that moves in at once. Only a failing source makes it allocate.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, MemoryBytes, Source};
@@ -270,7 +270,8 @@ fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
 
 /// Calls a source; its panic becomes an error instead of ending the thread.
 fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
-    guarded(ask).unwrap_or_else(|said| Err(io::Error::other(format!("the source panicked: {said}"))))
+    let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
+    guarded(ask).unwrap_or_else(panicked)
 }
 
 /// The most pages that one read of a source fills if no block is staged.

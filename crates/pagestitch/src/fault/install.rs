@@ -1,6 +1,6 @@
 //! Install and settle: pass the bytes of pages to the kernel, and interpret its [`Outcome`].
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::fault::fill::{Content, Filled};
 use crate::method::Method;
 use crate::source::gone;
@@ -393,19 +393,20 @@ pub(crate) fn fail_without_memory(region: &Mapping, claim: &mut Claim<'_>) {
 
 fn refused(region: &Mapping, span: Span, error: io::Error) -> InstallError {
     let offsets = region.page_size().offsets(span);
-    InstallError::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error))
+    InstallError::Refused(region.layout.piece_at(offsets.start, offsets.end).failed(error).of_kernel())
 }
 
 /// A refusal of the kernel as an error with a cause.
 fn refusal(outcome: Outcome) -> io::Error {
     match outcome {
         Outcome::ProcessGone => {
-            io::Error::new(io::ErrorKind::BrokenPipe, "the process that owns the memory has ended")
+            FailureReason::OwnerEnded.error("the process that owns the memory has ended")
         }
         Outcome::NotRegistered => {
-            io::Error::other("the page is not mapped any more: part of the region was unmapped or moved")
+            let what = "the page is not mapped any more: part of the region was unmapped or moved";
+            FailureReason::Unmapped.error(what)
         }
-        Outcome::SourceUnreadable => io::Error::other(
+        Outcome::SourceUnreadable => FailureReason::UnreadableMemory.error(
             "the source's memory cannot be read: unmapped, past a truncated file's end, an I/O error of a mapped file, or not filled (EFAULT)",
         ),
         Outcome::Busy => Errno::EBUSY.into(),

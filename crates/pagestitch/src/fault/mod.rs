@@ -12,7 +12,7 @@ pub(crate) use fetch_semaphore::{FetchSemaphore, Permit};
 pub(crate) use prefetch::{fill_ahead, replay};
 pub(crate) use request::{FaultRequest, Host};
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::guard::Entered;
 use crate::metrics::{FaultPart, InFlightFault};
 use crate::policy::{OnFailure, Prefetch};
@@ -126,7 +126,8 @@ fn fill_beside(region: &Mapping, page: Page, buffers: &mut Buffers) {
         let what = "a signal handler touches a page that its thread is filling: it gets SIGBUS";
         log!(error, region = region.name, page = page.0, what);
         let offsets = region.page_size().offsets(page.span());
-        let failure = region.layout.piece_at(offsets.start, offsets.end).failed(std::io::Error::other(what));
+        let failure = region.layout.piece_at(offsets.start, offsets.end);
+        let failure = failure.failed(FailureReason::Nested.error(what));
         // The failure is kept before the page is poisoned: the claim's holder then finds the poison
         // marker and the reason.
         region.record_failure(page, Arc::new(failure));

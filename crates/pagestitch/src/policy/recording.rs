@@ -7,7 +7,7 @@
 //!                                                              and how many pages, if it is more than one
 //! ```
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::replace::{can_replace, replace};
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
@@ -67,7 +67,7 @@ impl Recording {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path and the kernel's error.
+    /// [`ErrorKind::Io`] names the path and the kernel's error.
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
@@ -89,23 +89,26 @@ impl Recording {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path, and says whether it cannot be read, is no recording, or
-    /// is damaged.
+    /// [`ErrorKind::Io`] if the file cannot be read; [`ErrorKind::InvalidRecording`] if it is no
+    /// recording, or is damaged.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        let failed =
-            |error| Error::because(ErrorKind::File, format_args!("cannot read {}", path.display()), error);
-        let encoded = fs::read(path).map_err(failed)?;
-        Self::decode(&encoded).map_err(|why| Error::new(ErrorKind::File, format!("{} {why}", path.display())))
+        let encoded = fs::read(path).map_err(|error| Error::io("cannot read", path, error))?;
+        let invalid = |why| {
+            let what = format!("{} {why}", path.display());
+            Error::new(ErrorKind::InvalidRecording, what).at_path(path)
+        };
+        Self::decode(&encoded).map_err(invalid)
     }
 
     /// Decodes the bytes that [`to_bytes`](Self::to_bytes) returns.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if the bytes are not a recording, or are damaged.
+    /// [`ErrorKind::InvalidRecording`] if the bytes are not a recording, or are damaged.
     pub fn from_bytes(encoded: &[u8]) -> Result<Self, Error> {
-        Self::decode(encoded).map_err(|why| Error::new(ErrorKind::File, format!("what was read {why}")))
+        Self::decode(encoded)
+            .map_err(|why| Error::new(ErrorKind::InvalidRecording, format!("what was read {why}")))
     }
 
     fn of(page: PageSize, bytes: u64, pages: &[Page]) -> Self {
@@ -135,7 +138,7 @@ impl Recording {
             "the recording is of a region of {} bytes in pages of {}, and this has {bytes} in pages of {page}: record it anew",
             self.bytes, self.page
         );
-        Err(Error::new(ErrorKind::BadOption, what))
+        Err(Error::new(ErrorKind::InvalidRecording, what).of_option(BuildOption::Replay))
     }
 
     /// Encodes the recording, as [`write`](Self::write) does.
@@ -252,7 +255,7 @@ impl Replay {
 }
 
 fn cannot_write(path: &Path, error: io::Error) -> Error {
-    Error::because(ErrorKind::File, format_args!("cannot write {}", path.display()), error)
+    Error::io("cannot write", path, error)
 }
 
 fn put(out: &mut Vec<u8>, mut number: u64) {

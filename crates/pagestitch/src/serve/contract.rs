@@ -1,6 +1,6 @@
 //! The contract between a server and a region. The builder uses only these traits.
 
-use crate::error::Error;
+use crate::error::{BuildOption, Error};
 use crate::serve::served::Served;
 use pagestitch_kernel::Features;
 use std::fmt;
@@ -63,8 +63,8 @@ pub(crate) struct Demands {
     pub(crate) adopted: bool,
     /// Children of `fork(2)` are served.
     pub(crate) children: bool,
-    /// A recording is made, or replayed.
-    pub(crate) recording: bool,
+    /// The option by which a recording is made, or replayed.
+    pub(crate) recording: Option<BuildOption>,
     /// The builder has asked for readahead.
     pub(crate) readahead: bool,
     /// Concurrent faults are limited.

@@ -5,7 +5,7 @@
 //! code may be in the middle of anything. Hence it serves only sources whose bytes lie at a stable
 //! address, and mapped ones.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::callers;
 use crate::fault::fill::{Content, fill_inline, gather_inline};
 use crate::fault::install::{install_beside, install_inline};
@@ -28,7 +28,7 @@ use std::thread;
 ///
 /// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
 ///   those that are mapped; others are refused when the region is built
-///   ([`ErrorKind::NotInline`]).
+///   ([`ErrorKind::UnsuitableServer`]).
 /// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::AnyRegion::populate) first.
 /// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
 /// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
@@ -76,7 +76,7 @@ impl FaultServer for Inline {
         if given.contains(Features::SIGBUS) {
             return Ok(());
         }
-        not_inline("this kernel cannot serve faults inline (Linux 4.14): use a pool")
+        not_inline(None, "this kernel cannot serve faults inline (Linux 4.14): use a pool")
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {
@@ -84,21 +84,37 @@ impl FaultServer for Inline {
         let refused = [
             (
                 adopted,
+                None,
                 "adopted memory cannot be served inline: its owner has registered it for events; use a pool",
             ),
-            (children, "an inline region serves no forked children: use a pool"),
-            (recording, "a recording needs workers, to be taken or replayed: use a pool"),
+            (
+                children,
+                Some(BuildOption::InheritOnFork),
+                "an inline region serves no forked children: use a pool",
+            ),
+            (
+                &recording.is_some(),
+                *recording,
+                "a recording needs workers, to be taken or replayed: use a pool",
+            ),
             (
                 readahead,
+                Some(BuildOption::Readahead),
                 "a signal handler fills its own page and none ahead: leave out readahead(), or use a pool",
             ),
             (
                 limit,
+                Some(BuildOption::MaxInFlight),
                 "each thread fills its own page, so there are no more faults than threads: leave out max_in_flight(), or use a pool",
             ),
-            (timed, "a signal handler does not look at the clock: leave out record_latency(), or use a pool"),
+            (
+                timed,
+                Some(BuildOption::RecordLatency),
+                "a signal handler does not look at the clock: leave out record_latency(), or use a pool",
+            ),
         ];
-        refused.into_iter().find(|(is, _)| **is).map_or(Ok(()), |(_, what)| not_inline(what))
+        let first = refused.into_iter().find(|(is, ..)| **is);
+        first.map_or(Ok(()), |(_, option, what)| not_inline(option, what))
     }
 
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
@@ -109,7 +125,7 @@ impl FaultServer for Inline {
         let registration =
             Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
                 let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
-                Error::because(ErrorKind::Resources, what, errno)
+                Error::refused(what, errno)
             })?;
         Ok(Box::new(Attached {
             registration: Mutex::new(Some(registration)),
@@ -118,8 +134,12 @@ impl FaultServer for Inline {
     }
 }
 
-fn not_inline(what: &str) -> Result<(), Error> {
-    Err(Error::new(ErrorKind::NotInline, what))
+fn not_inline(option: Option<BuildOption>, what: &str) -> Result<(), Error> {
+    let error = Error::new(ErrorKind::UnsuitableServer, what);
+    Err(match option {
+        Some(option) => error.of_option(option),
+        None => error,
+    })
 }
 
 /// A region's place among those that the SIGBUS handler knows.
@@ -150,21 +170,23 @@ impl Attachment for Attached {
 
 /// Refuses chunks that a signal handler cannot fill.
 fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
-    let refused =
-        |what: String| Err(Error::new(ErrorKind::NotInline, format!("region {}: {what}", region.name)));
+    let refused = |what: String| Error::new(ErrorKind::UnsuitableServer, what).inside(&region.name);
     if region.page_size().bytes() != PAGE {
-        return refused(format!(
+        return Err(refused(format!(
             "pages of {} are too large to gather on a stack: use a pool",
             region.page_size()
-        ));
+        )));
     }
     match Plan::of(region).runs().iter().find(|run| matches!(run.method, Method::Buffered | Method::Continue))
     {
-        Some(PlanRun { chunks, source, .. }) => refused(format!(
-            "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
-             into memory first",
-            chunks.start
-        )),
+        Some(PlanRun { chunks, source, .. }) => {
+            let what = format!(
+                "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
+                 into memory first",
+                chunks.start
+            );
+            Err(refused(what).of_chunk(chunks.start))
+        }
         None => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! Manual: a server without threads. The caller's own loop waits for a descriptor, and then serves.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::WorkerCpus;
@@ -73,7 +73,7 @@ impl FaultServer for Group {
     fn check(&self, demands: &Demands) -> Result<(), Error> {
         if demands.children {
             let what = "a manual serves no forked children, because its loop may wait for the allocator while fork(2) holds it: use a pool";
-            return Err(Error::new(ErrorKind::BadOption, what));
+            return Err(Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::InheritOnFork));
         }
         Ok(())
     }
@@ -120,15 +120,14 @@ impl Manual {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for 0 threads; [`ErrorKind::Resources`] if the kernel refuses
-    /// descriptors or memory.
+    /// [`ErrorKind::InvalidOption`] for 0 threads; [`ErrorKind::LimitReached`] or
+    /// [`ErrorKind::OutOfMemory`] if the kernel refuses descriptors or memory.
     pub fn group(threads: usize) -> Result<Vec<Self>, Error> {
         if threads == 0 {
-            return Err(Error::new(ErrorKind::BadOption, "no thread would serve: ask for 1 or more"));
+            let what = "no thread would serve: ask for 1 or more";
+            return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Workers));
         }
-        let refused = |errno: Errno| {
-            Error::because(ErrorKind::Resources, "cannot serve faults (descriptors: ulimit -n)", errno)
-        };
+        let refused = |errno: Errno| Error::refused("cannot serve faults (descriptors: ulimit -n)", errno);
         let state = Arc::new(
             ServerState::new(&WorkerCpus::anywhere(threads), threads, String::new()).map_err(refused)?,
         );

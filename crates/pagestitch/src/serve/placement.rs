@@ -1,6 +1,6 @@
 //! Placement: the CPUs on which workers run. This decides most of the cost of a fault.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
@@ -57,7 +57,10 @@ impl WorkerCpus {
         };
         let by_default = if cpus.is_empty() { allowed.len().min(WORKERS_MAX) } else { cpus.len() };
         match workers.unwrap_or(by_default) {
-            0 => Err(Error::new(ErrorKind::BadOption, "a pool needs at least one worker: ask for 1 or more")),
+            0 => {
+                let what = "a pool needs at least one worker: ask for 1 or more";
+                Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Workers))
+            }
             workers => Ok(Self { workers, cpus }),
         }
     }
@@ -78,19 +81,14 @@ impl WorkerCpus {
 }
 
 fn refuse_others(allowed: &[usize], cpus: &[usize]) -> Result<(), Error> {
+    let refused = |what| Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Placement));
     if cpus.is_empty() {
-        return Err(Error::new(
-            ErrorKind::BadOption,
-            "a pool needs at least one CPU: name one in Placement::Cpus",
-        ));
+        return refused(String::from("a pool needs at least one CPU: name one in Placement::Cpus"));
     }
     match cpus.iter().find(|cpu| !allowed.contains(cpu)) {
-        Some(cpu) => {
-            let what = format!(
-                "this process may not use CPU {cpu}, only {allowed:?}: name one of these (taskset -p)"
-            );
-            Err(Error::new(ErrorKind::BadOption, what))
-        }
+        Some(cpu) => refused(format!(
+            "this process may not use CPU {cpu}, only {allowed:?}: name one of these (taskset -p)"
+        )),
         None => Ok(()),
     }
 }
@@ -138,7 +136,7 @@ mod tests {
             [(Some(0), Placement::Auto), (None, Placement::Cpus(vec![])), (None, Placement::Cpus(vec![0, 4]))]
         {
             let error = on(4, workers, &placement).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::BadOption, "{error}");
+            assert_eq!(error.kind(), ErrorKind::InvalidOption, "{error}");
         }
     }
 }

@@ -10,7 +10,7 @@
 //! Every worker waits for every region, and the first one to run serves: `read(2)` gives each event
 //! to one worker only. If a source holds a worker up, another worker takes its place at its epoll.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::FetchSemaphore;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
@@ -94,7 +94,7 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] names the regions that are still served; drop them first, because a touch
+    /// [`ErrorKind::InUse`] names the regions that are still served; drop them first, because a touch
     /// of a region without workers would hang. [`ErrorKind::ForkedChild`] in a forked child, because
     /// the workers are the parent's.
     pub fn stop(self) -> Result<Report, Error> {
@@ -256,20 +256,19 @@ impl PoolBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] for no workers, a name with a NUL byte, or a CPU that this process may
-    /// not use. [`ErrorKind::Resources`] if the kernel refuses a thread or a descriptor.
+    /// [`ErrorKind::InvalidOption`] for no workers, a name with a NUL byte, or a CPU that this process
+    /// may not use; [`ErrorKind::LimitReached`] if no thread or descriptor is left.
     pub fn start(self) -> Result<Pool, Error> {
         if self.name.contains('\0') {
             let what = format!(
                 "the pool's name {:?} has a NUL byte, which a thread's name cannot have: leave it out",
                 self.name
             );
-            return Err(Error::new(ErrorKind::BadOption, what));
+            return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Name));
         }
         let cpus = WorkerCpus::decide(self.workers, &self.placement)?;
-        let refused = |what: &'static str| move |errno| Error::because(ErrorKind::Resources, what, errno);
         let mut state = ServerState::new(&cpus, self.max_workers, self.name)
-            .map_err(refused("cannot start a pool (descriptors: ulimit -n)"))?;
+            .map_err(|errno| Error::refused("cannot start a pool (descriptors: ulimit -n)", errno))?;
         let fetches = self.max_in_flight.map(|most| most.saturating_sub(cpus.workers));
         state.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
         let _quiet = NoSignals::until_dropped();
@@ -286,11 +285,7 @@ impl PoolBuilder {
         let watchdog = Watchdog::new(Arc::clone(&handle.state), self.limits);
         let named = thread::Builder::new().name(String::from("pagestitch/wdog"));
         let watch = named.spawn(move || watchdog.run()).map_err(|error| {
-            Error::because(
-                ErrorKind::Resources,
-                "cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)",
-                error,
-            )
+            Error::no_thread("cannot start the watchdog (threads: ulimit -u; addresses: ulimit -v)", error)
         })?;
         *handle.watch.lock() = Some(watch);
         log!(debug, ?cpus, "pool started");
@@ -339,8 +334,7 @@ impl Handle {
             return Ok(());
         }
         let what = "cannot serve children (descriptors: ulimit -n; threads: ulimit -u; addresses: ulimit -v)";
-        let reads = ForkReader::new(&self.state.stop)
-            .map_err(|errno| Error::because(ErrorKind::Resources, what, errno))?;
+        let reads = ForkReader::new(&self.state.stop).map_err(|errno| Error::refused(what, errno))?;
         let _ = self.state.fork_reader.set(reads);
         let _quiet = NoSignals::until_dropped();
         let (state, begins) = (Arc::clone(&self.state), Arc::new(Barrier::new(2)));
@@ -350,7 +344,7 @@ impl Handle {
             let _abort = AbortOnPanic::armed();
             state.fork_reader.get().expect("set before").run(&state, &begun);
         });
-        *fork_reader = Some(started.map_err(|error| Error::because(ErrorKind::Resources, what, error))?);
+        *fork_reader = Some(started.map_err(|error| Error::no_thread(what, error))?);
         begins.wait();
         Ok(())
     }
@@ -398,6 +392,6 @@ mod tests {
         let pool = Pool::builder().workers(3).start().unwrap();
         assert_eq!(pool.clone().stop().unwrap(), Report { workers: 3, faults: 0 });
         let error = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert_eq!(error.kind(), ErrorKind::ServerStopped);
     }
 }

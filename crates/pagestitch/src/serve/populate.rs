@@ -1,7 +1,7 @@
 //! Populate: the same steps for pages that no thread has touched yet, in the caller's thread, and
 //! in more threads where there is much to fill.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::fault::callers::{self, Mark};
 use crate::fault::fill::Buffers;
 use crate::fault::install::{FillError, Short};
@@ -205,7 +205,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
         Err(PageState::Filling | PageState::Contended | PageState::Invalidated) => {
             drop(mark);
             if callers::fills(callers::this_thread(), region, gap.first) {
-                return Err(failure_of(region, gap, io::Error::new(io::ErrorKind::Deadlock, NESTED)));
+                return Err(failure_of(region, gap, FailureReason::Nested.error(NESTED)));
             }
             region.pages.wait_while_filling(gap.first);
             Ok(Run::Filled(0))
@@ -217,7 +217,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
 /// fills none meanwhile.
 fn no_rest(region: &Mapping, rest: Span) -> Arc<Failure> {
     let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
-    failure_of(region, rest, io::Error::new(io::ErrorKind::TimedOut, why))
+    failure_of(region, rest, FailureReason::TimedOut.error(why))
 }
 
 fn failure_of(region: &Mapping, span: Span, error: io::Error) -> Arc<Failure> {

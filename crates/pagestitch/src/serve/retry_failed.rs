@@ -2,7 +2,7 @@
 //! byte that a reader has seen: a thread that touched the page before got a signal, and nothing
 //! else.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::fault::callers::Mark;
 use crate::fault::fill::{Buffers, fill};
 use crate::fault::install::{FillError, Short, given_up, install};
@@ -20,9 +20,10 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
     let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
         let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";
-        return Err(Arc::new(first.again(io::Error::other(why))));
+        return Err(Arc::new(first.again(FailureReason::Irrecoverable.error(why))));
     }
-    let mut buffers = Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno))))?;
+    let mut buffers =
+        Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno)).of_kernel()))?;
     bad.try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
 }
 

@@ -247,7 +247,7 @@ impl ServerState {
                 "region {}: its server has ended, because the pool was stopped or the server dropped: start another",
                 region.name
             );
-            return Err(Error::new(ErrorKind::Busy, what));
+            return Err(Error::new(ErrorKind::ServerStopped, what));
         }
         if let Some(permits) = &self.permits {
             let _ = region.permits.set(Arc::clone(permits));
@@ -264,13 +264,8 @@ impl ServerState {
         if watched.is_ok() && region.replay.is_some() {
             self.begin_replay(region);
         }
-        watched.map_err(|errno| {
-            Error::because(
-                ErrorKind::Resources,
-                format_args!("region {}: cannot watch it", region.name),
-                errno,
-            )
-        })
+        watched
+            .map_err(|errno| Error::refused(format_args!("region {}: cannot watch it", region.name), errno))
     }
 
     /// Starts to serve a forked child of a region.
@@ -374,7 +369,7 @@ impl ServerState {
         let names: Vec<_> = regions.served.values().map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
-        Err(Error::new(ErrorKind::Busy, what))
+        Err(Error::new(ErrorKind::InUse, what))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The start of a worker, at a post of its own or in place of a worker that is held up.
 
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::Permit;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
@@ -13,36 +13,40 @@ impl ServerState {
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         let permit = state.permits.as_ref().map(|permits| {
             let what = "the limit on faults in flight is reached: see max_in_flight()";
-            permits.take().ok_or_else(|| Error::new(ErrorKind::Busy, what))
+            permits.take().ok_or_else(|| at_most(BuildOption::MaxInFlight, what))
         });
         Self::start_worker(state, post, permit.transpose()?)
     }
 
-    /// Starts a worker at a post. [`ErrorKind::Busy`] if the pool has `max_workers()` workers.
+    /// Starts a worker at a post. [`ErrorKind::LimitReached`] if the pool has `max_workers()` workers.
     pub(super) fn start_worker(state: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
         let Some(slot) = state.workers.add(post) else {
-            return Err(Error::new(ErrorKind::Busy, "the limit on workers is reached: see max_workers()"));
+            let what = "the limit on workers is reached: see max_workers()";
+            return Err(at_most(BuildOption::MaxWorkers, what));
         };
-        let refused = |what, error| {
+        let refused = |error| {
             state.workers.cancel(slot);
-            Error::because(ErrorKind::Resources, what, error)
+            error
         };
         let ready = Arc::clone(&state.epolls[post]);
-        let worker =
-            Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot).map_err(|errno| {
-                refused(String::from("cannot start a worker (memory: ulimit -v)"), errno.into())
-            })?;
+        let worker = Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot)
+            .map_err(|errno| refused(Error::refused("cannot start a worker (memory: ulimit -v)", errno)))?;
         let named = thread::Builder::new().name(thread_name(&state.name, slot));
         let work = move || {
             let _until_it_ends = permit;
             worker.run()
         };
         let thread = named.spawn(work).map_err(|error| {
-            refused(format!("cannot start worker {slot} (threads: ulimit -u; addresses: ulimit -v)"), error)
+            let what = format!("cannot start worker {slot} (threads: ulimit -u; addresses: ulimit -v)");
+            refused(Error::no_thread(what, error))
         })?;
         state.threads.lock().push(thread);
         Ok(())
     }
+}
+
+fn at_most(option: BuildOption, what: &str) -> Error {
+    Error::new(ErrorKind::LimitReached, what).of_option(option)
 }
 
 /// The name of a worker's thread. The kernel cuts names at 15 bytes; this cuts the prefix instead, so

@@ -18,7 +18,7 @@
 //! It adds up the time between its looks, and counts each interval as no longer than the wait that
 //! it has requested. So the time in which the process is stopped does not count.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::fault::FaultRequest;
 use crate::fault::install::{FillError, fail_now, poison};
 use crate::guard::AbortOnPanic;
@@ -32,7 +32,6 @@ use crate::space::page_table::{Unclaimed, Wake};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch_kernel::Batch;
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -305,7 +304,7 @@ fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
 fn failure(region: &Served, fault: &Overdue) -> Failure {
     let offsets = region.page_size().offsets(fault.page.span());
     let why = format!("it has taken {:?} so far", fault.age);
-    region.layout.piece_at(offsets.start, offsets.end).failed(io::Error::new(io::ErrorKind::TimedOut, why))
+    region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::TimedOut.error(why))
 }
 
 /// Events read at once.

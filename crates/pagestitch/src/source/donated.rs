@@ -1,6 +1,7 @@
 //! Donated pages: the kernel moves them into the region, so that no byte is copied.
 
 use super::Source;
+use crate::error::FailureReason;
 use pagestitch_kernel::pages::Donated;
 use std::io;
 
@@ -25,7 +26,6 @@ impl Source for Donated {
 
 /// The error for a donated page that has moved into a region and is read a second time.
 pub(crate) fn gone() -> io::Error {
-    io::Error::other(
-        "its pages moved into a region and were discarded there (MADV_DONTNEED): the bytes are gone",
-    )
+    FailureReason::Discarded
+        .error("its pages moved into a region and were discarded there (MADV_DONTNEED): the bytes are gone")
 }

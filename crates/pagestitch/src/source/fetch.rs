@@ -2,6 +2,7 @@
 //! and completion queues.
 
 use super::Source;
+use crate::error::FailureReason;
 use crossbeam_channel::{Sender, bounded};
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,7 +141,7 @@ impl Reply {
     /// request fails if `bytes` is not [`len`](Self::len) bytes long.
     pub fn answer(mut self, bytes: &[u8]) {
         let wrong = || {
-            io::Error::other(format!(
+            FailureReason::WrongLength.error(format!(
                 "the source gave {} bytes where {} were requested",
                 bytes.len(),
                 self.bytes
@@ -186,7 +187,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        self.give(Err(io::Error::other("the source gave no answer: it dropped the request")));
+        self.give(Err(FailureReason::NoReply.error("the source gave no answer: it dropped the request")));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Bytes in a file, read with `pread(2)`.
 
 use super::Source;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, FailureReason};
 use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
@@ -28,15 +28,14 @@ impl FileSource {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] names the path and why it cannot be a source: missing, unreadable, a
-    /// directory, a pipe.
+    /// [`ErrorKind::Io`] if the file cannot be opened; [`ErrorKind::UnusableFile`] for a directory or
+    /// a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         // Non-blocking, because the open of a named pipe would wait for a writer. Files ignore it.
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
-        let file = with_descriptors(|| options.open(path)).map_err(|error| {
-            Error::because(ErrorKind::File, format_args!("cannot open {}", path.display()), error)
-        })?;
+        let file =
+            with_descriptors(|| options.open(path)).map_err(|error| Error::io("cannot open", path, error))?;
         Self::from_file(file, path)
     }
 
@@ -47,9 +46,10 @@ impl FileSource {
     /// As [`open`](Self::open); a file that is open with `O_WRONLY`, `O_PATH` or `O_DIRECT`.
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let unusable = |why: &str| Error::new(ErrorKind::File, format!("{} {why}", path.display()));
-        let failed =
-            |error| Error::because(ErrorKind::File, format_args!("cannot use {}", path.display()), error);
+        let unusable = |why: &str| {
+            Error::new(ErrorKind::UnusableFile, format!("{} {why}", path.display())).at_path(&path)
+        };
+        let failed = |error| Error::io("cannot use", &path, error);
         let metadata = file.metadata().map_err(failed)?;
         let kind = metadata.file_type();
         if kind.is_dir() {
@@ -75,13 +75,10 @@ impl Source for FileSource {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(into, offset).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => io::Error::new(
-                error.kind(),
-                format!(
-                    "the file ends before byte {}: it was truncated while in use",
-                    offset + into.len() as u64
-                ),
-            ),
+            io::ErrorKind::UnexpectedEof => FailureReason::Truncated.error(format!(
+                "the file ends before byte {}: it was truncated while in use",
+                offset + into.len() as u64
+            )),
             _ => error,
         })
     }

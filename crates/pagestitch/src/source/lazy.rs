@@ -7,7 +7,7 @@
 //! ```
 
 use super::Source;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, FailureReason};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::shared::SharedFile;
 use std::ops::Range;
@@ -43,7 +43,7 @@ pub trait FillMemfd: Send + Sync {
 /// Each page must therefore become present by itself:
 ///
 /// * **No huge pages.** Writing one byte of a huge page makes 2 MiB present, the rest of them
-///   zeros. A file that may have huge pages is refused ([`ErrorKind::File`]): on a tmpfs mounted
+///   zeros. A file that may have huge pages is refused ([`ErrorKind::UnusableFile`]): on a tmpfs mounted
 ///   with `huge=always` or `huge=within_size`; a memfd while
 ///   `/sys/kernel/mm/transparent_hugepage/shmem_enabled` is `always`, `within_size` or `force`; on
 ///   hugetlbfs. If these settings change later, pages touched from then on fail with that reason.
@@ -88,19 +88,19 @@ impl LazyMemfd {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if the file cannot be mapped shared and written to, lies on a disk, or
+    /// [`ErrorKind::UnusableFile`] if the file cannot be mapped shared and written to, lies on a disk, or
     /// may have [huge pages](Self#pages).
     pub fn new(memfd: OwnedFd, filler: Arc<dyn FillMemfd>) -> Result<Self, Error> {
-        let unusable = |error| Error::because(ErrorKind::File, "cannot use the descriptor", error);
+        let unusable = |error| Error::of_descriptor("cannot use the descriptor", error);
         let shared = SharedFile::try_from(memfd).map_err(unusable)?;
         if !shared.is_writable() {
             let what = "cannot use the descriptor: a memfd that is filled later must be open for writing too";
-            return Err(Error::new(ErrorKind::File, what));
+            return Err(Error::new(ErrorKind::UnusableFile, what));
         }
         if !shared.is_in_memory().map_err(|errno| unusable(errno.into()))? {
             let what =
                 "cannot use the descriptor: only a memfd or a file of a tmpfs records which pages are filled";
-            return Err(Error::new(ErrorKind::File, what));
+            return Err(Error::new(ErrorKind::UnusableFile, what));
         }
         let lazy = Self { shared: Arc::new(shared), filler };
         lazy.refuse_huge_pages().map_err(unusable)?;
@@ -142,7 +142,7 @@ impl LazyMemfd {
             "the memfd may have pages of {bytes} bytes, which one write makes present, with zeros in the rest: mount its tmpfs with \
              huge=never, set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise, create it without MFD_HUGETLB"
         );
-        Err(io::Error::new(io::ErrorKind::InvalidInput, what))
+        Err(FailureReason::HugePages.error(what))
     }
 
     pub(crate) fn identity(&self) -> usize {

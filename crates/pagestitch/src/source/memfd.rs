@@ -2,7 +2,9 @@
 //! memory elsewhere.
 
 use super::Source;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
+#[cfg(doc)]
+use crate::error::ErrorKind;
 use pagestitch_kernel::memfd::SealedMemfd;
 use std::any::Any;
 use std::fmt;
@@ -42,13 +44,11 @@ impl Memfd {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::File`] if it is not a memfd, or is not sealed against writing and shrinking:
+    /// [`ErrorKind::UnusableFile`] if it is not a memfd, or is not sealed against writing and shrinking:
     /// its bytes could then change under a `&[u8]`.
     pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, Error> {
         let sealed = SealedMemfd::try_from(fd);
-        sealed
-            .map(Self::from)
-            .map_err(|error| Error::because(ErrorKind::File, "cannot use the descriptor", error))
+        sealed.map(Self::from).map_err(|error| Error::of_descriptor("cannot use the descriptor", error))
     }
 
     pub(crate) fn sealed(&self) -> &SealedMemfd {

@@ -1,6 +1,7 @@
 //! Bytes at a stable address: the kernel copies them into a page from there, without a buffer.
 
 use super::Source;
+use crate::error::FailureReason;
 use bytes::Bytes;
 use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
 use std::any::Any;
@@ -57,7 +58,8 @@ impl Memory {
     /// The bytes, for as long as the guard lives.
     pub(crate) fn bytes(&self) -> io::Result<MemoryBytes<'_>> {
         self.bytes_if_lent().ok_or_else(|| {
-            io::Error::other("the scope of this borrowed memory has ended: drop the region inside the scope")
+            FailureReason::ScopeEnded
+                .error("the scope of this borrowed memory has ended: drop the region inside the scope")
         })
     }
 

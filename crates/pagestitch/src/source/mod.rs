@@ -43,7 +43,7 @@ mod memory;
 mod retrying;
 mod shared;
 
-pub use crate::error::Failure;
+pub use crate::error::{Failure, FailureReason};
 pub(crate) use backing::{Backing, Identity};
 pub use cached::Cached;
 pub use contract::Source;

@@ -13,7 +13,7 @@
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
-use crate::guard::{Untrusted, guarded};
+use crate::guard::guarded;
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Shared};
 use crate::space::Chunk;
@@ -62,14 +62,9 @@ pub(crate) struct Piece<'l> {
 
 impl Piece<'_> {
     pub(crate) fn failed(&self, error: std::io::Error) -> Failure {
-        Failure {
-            chunk: self.chunk,
-            source: guarded(|| self.backing.source().name())
-                .unwrap_or_else(|said| format!("a source whose name panics: {said}")),
-            offset: self.offset,
-            error: Untrusted::new(error),
-            attempts: 1,
-        }
+        let name = guarded(|| self.backing.source().name());
+        let name = name.unwrap_or_else(|said| format!("a source whose name panics: {said}"));
+        Failure::new(self.chunk, name, self.offset, error)
     }
 }
 
@@ -108,10 +103,8 @@ impl Layout {
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
         let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
             let number = self.number_of(self.origins.len());
-            Error::new(
-                ErrorKind::TooLarge,
-                format!("chunk {number} takes the region past 2^64 bytes: split the region"),
-            )
+            let what = format!("chunk {number} takes the region past 2^64 bytes: split the region");
+            Error::new(ErrorKind::TooLarge, what).of_chunk(number)
         })?;
         let source = self.source_index(backing)?;
         self.starts.push(self.total);
@@ -287,11 +280,11 @@ impl Layout {
     }
 
     /// The first chunk that others may change, for people.
-    pub(crate) fn first_shared(&self) -> Option<String> {
+    pub(crate) fn first_shared(&self) -> Option<(usize, String)> {
         // There are far fewer sources than chunks.
         self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
         let chunk = (0..self.chunks()).find(|&chunk| matches!(self.backing_of(chunk), Backing::Shared(_)))?;
-        Some(format!("chunk {} ({})", self.number_of(chunk), self.backing_of(chunk).source().name()))
+        Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 
     /// A chunk's first byte in its source.
@@ -349,7 +342,8 @@ impl Layout {
 fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
     let bad = |why: String| {
         let name = backing.source().name();
-        Err(Error::new(ErrorKind::BadChunk, format!("chunk {number} ({name}) {why}")))
+        let what = format!("chunk {number} ({name}) {why}");
+        Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number))
     };
     let size = backing.source().size();
     if number >= u32::MAX as usize / 2 {

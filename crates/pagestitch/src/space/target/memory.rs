@@ -4,7 +4,7 @@
 use super::foreign::{Foreign, ForeignRange};
 use super::listed::Listed;
 use super::owner::{OnDiscard, OnUnavailable};
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::process::Process;
@@ -47,8 +47,9 @@ impl AdoptedMemory {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NotUserfaultfd`] if the descriptor is not a userfaultfd, or one for memory of
-    /// *this* process: see [`of_this_process`](Self::of_this_process).
+    /// [`ErrorKind::NotUserfaultfd`] if the descriptor is not a userfaultfd with registered memory;
+    /// [`ErrorKind::OwnMemory`] if it serves memory of *this* process: see
+    /// [`of_this_process`](Self::of_this_process).
     pub fn new(uffd: OwnedFd) -> Result<Self, Error> {
         Self::of(Uffd::adopt(uffd))
     }
@@ -85,8 +86,13 @@ impl AdoptedMemory {
     }
 
     pub(super) fn of(uffd: Result<Uffd, AdoptError>) -> Result<Self, Error> {
-        let uffd =
-            uffd.map_err(|error| Error::because(ErrorKind::NotUserfaultfd, "cannot adopt memory", error))?;
+        let uffd = uffd.map_err(|error| {
+            let kind = match error {
+                AdoptError::OwnMemory => ErrorKind::OwnMemory,
+                _ => ErrorKind::NotUserfaultfd,
+            };
+            Error::because(kind, "cannot adopt memory", error)
+        })?;
         let page = PageSize::system();
         Ok(Self {
             uffd,
@@ -110,14 +116,14 @@ impl AdoptedMemory {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::BadOption`] if the size is not a power of two from the system's page size to 2
+    /// [`ErrorKind::InvalidOption`] if the size is not a power of two from the system's page size to 2
     /// MiB.
     pub fn page_size(mut self, bytes: usize) -> Result<Self, Error> {
         let page =
             PageSize::new(bytes).filter(|page| (PageSize::system().bytes()..=HUGE).contains(&page.bytes()));
         self.page = page.ok_or_else(|| {
             let what = format!("pages of {bytes} bytes: serve pages of {} or 2 MiB", PageSize::system());
-            Error::new(ErrorKind::BadOption, what)
+            Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::PageSize)
         })?;
         Ok(self)
     }
@@ -148,7 +154,7 @@ impl AdoptedMemory {
         if self.owner.is_none() && (self.on_unavailable == OnUnavailable::Kill || !can_poison) {
             let what = "the owner must be killed if bytes are unavailable, and it is unknown: name the owner() \
                         (before Linux 6.6 there are no poison markers)";
-            return Err(Error::new(ErrorKind::BadOption, what));
+            return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Owner));
         }
         let parts = parts(&self.ranges, self.page)?;
         let pages = parts.last().map_or(0, |part| part.span.end().0);
@@ -157,23 +163,22 @@ impl AdoptedMemory {
             let what = format!(
                 "the chunks hold {bytes} bytes and the memory's ranges {total}: lay chunks for exactly its ranges"
             );
-            return Err(Error::new(ErrorKind::BadOption, what));
+            return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Range));
         }
         let Self { uffd, page, owner, on_unavailable, on_discard, .. } = self;
         let listed = Listed::new(&uffd, region).map_err(|other| {
             let what = format!("region {other} serves this userfaultfd already: drop that first");
-            Error::new(ErrorKind::Busy, what)
+            Error::new(ErrorKind::InUse, what)
         })?;
-        let mut adopted = Foreign::new(page, parts, owner, on_unavailable, on_discard).map_err(|errno| {
-            Error::because(ErrorKind::Resources, "cannot reserve a table of its pages", errno)
-        })?;
+        let mut adopted = Foreign::new(page, parts, owner, on_unavailable, on_discard)
+            .map_err(|errno| Error::refused("cannot reserve a table of its pages", errno))?;
         adopted.listed = Some(listed);
         Ok((adopted, uffd))
     }
 }
 
 fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<ForeignRange>, Error> {
-    let bad = |what: String| Err(Error::new(ErrorKind::BadOption, what));
+    let bad = |what: String| Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Range));
     let mut parts: Vec<ForeignRange> = Vec::with_capacity(ranges.len());
     for &(start, bytes) in ranges {
         let range = format!("the range of {bytes:#x} bytes at {start:#x}");

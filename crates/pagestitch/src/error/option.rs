@@ -1,0 +1,68 @@
+//! The options that errors name.
+
+use std::fmt;
+
+/// An option of a builder. `Display` is the name of its method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum BuildOption {
+    /// [`Builder::writable`](crate::Builder::writable).
+    Writable,
+    /// [`Builder::hardware_read_only`](crate::Builder::hardware_read_only).
+    HardwareReadOnly,
+    /// [`Builder::dumped`](crate::Builder::dumped).
+    Dumped,
+    /// [`Builder::readahead`](crate::Builder::readahead).
+    Readahead,
+    /// [`Builder::max_mappings`](crate::Builder::max_mappings).
+    MaxMappings,
+    /// [`Builder::max_in_flight`](crate::Builder::max_in_flight), also of a pool.
+    MaxInFlight,
+    /// [`Builder::record`](crate::Builder::record).
+    Record,
+    /// [`Builder::replay`](crate::Builder::replay).
+    Replay,
+    /// [`Builder::record_latency`](crate::Builder::record_latency).
+    RecordLatency,
+    /// [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
+    InheritOnFork,
+    /// [`PoolBuilder::name`](crate::PoolBuilder::name).
+    Name,
+    /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
+    /// [`Manual::group`](crate::Manual::group).
+    Workers,
+    /// [`PoolBuilder::max_workers`](crate::PoolBuilder::max_workers).
+    MaxWorkers,
+    /// [`PoolBuilder::placement`](crate::PoolBuilder::placement).
+    Placement,
+    /// [`AdoptedMemory::range`](crate::AdoptedMemory::range).
+    Range,
+    /// [`AdoptedMemory::page_size`](crate::AdoptedMemory::page_size).
+    PageSize,
+    /// [`AdoptedMemory::owner`](crate::AdoptedMemory::owner).
+    Owner,
+}
+
+impl fmt::Display for BuildOption {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Writable => "writable",
+            Self::HardwareReadOnly => "hardware_read_only",
+            Self::Dumped => "dumped",
+            Self::Readahead => "readahead",
+            Self::MaxMappings => "max_mappings",
+            Self::MaxInFlight => "max_in_flight",
+            Self::Record => "record",
+            Self::Replay => "replay",
+            Self::RecordLatency => "record_latency",
+            Self::InheritOnFork => "inherit_on_fork",
+            Self::Name => "name",
+            Self::Workers => "workers",
+            Self::MaxWorkers => "max_workers",
+            Self::Placement => "placement",
+            Self::Range => "range",
+            Self::PageSize => "page_size",
+            Self::Owner => "owner",
+        })
+    }
+}
