@@ -3,10 +3,14 @@
 //! | file | content |
 //! |---|---|
 //! | `endpoint` | the socket: made at a path, or passed by systemd |
+//! | `exporter` | the answers to scrapes of Prometheus |
+//! | `figures` | the figures of all guests |
 //! | `lines` | the events, as lines of text or JSON |
 //! | `systemd` | the protocol of the service manager |
 
 mod endpoint;
+mod exporter;
+mod figures;
 mod lines;
 mod systemd;
 
@@ -17,13 +21,15 @@ use crate::output::{bytes, count, workers};
 use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
 use endpoint::Endpoint;
+use exporter::Exporter;
+use figures::Figures;
 use lines::{Line, Lines};
 use pagestitch::{Meter, OnUnavailable, Pool, Process, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
 use serde_json::json;
-use std::collections::HashMap;
 use std::error::Error;
 use std::io::{Write, stdout};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -86,6 +92,10 @@ pub(crate) struct Options {
     /// Write a map of the filled memory of the latest guest when it ends
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
+    /// Answer scrapes of Prometheus at http://ADDRESS/metrics, and record the latency of faults.
+    /// Each process that can connect can read the figures
+    #[arg(long, value_name = "ADDRESS", value_parser = exporter::address)]
+    metrics: Option<SocketAddr>,
     /// The number of handler threads [default: one per CPU, at most 8]
     #[arg(long, value_name = "N", value_parser = workers())]
     workers: Option<usize>,
@@ -136,7 +146,11 @@ pub(crate) fn extents(options: &ExtentsOptions, as_json: bool) -> Result<(), Box
 pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let Peer::Firecracker(options) = peer;
     check_outputs(&options)?;
-    let (handler, listening) = open(&options)?;
+    let exporter = options.metrics.map(Exporter::bind).transpose()?;
+    let scraped = exporter.as_ref().map(Exporter::address);
+    let (handler, snapshot) = open(&options)?;
+    let figures = Figures::of_snapshot(snapshot.bytes);
+    exporter.map_or(Ok(()), |exporter| exporter.start(figures.clone()))?;
     let shutdown = handler.shutdown_handle();
     let stop = move || {
         shutdown.shutdown();
@@ -146,15 +160,23 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     let scene = Scene::default();
     let live = options.live.then(|| Live::show(&scene, stop)).transpose()?;
     let lines = Lines { as_json, scene: live.is_some().then(|| scene.clone()) };
-    lines.say(&listening);
+    lines.say(&Line::listening(handler.path(), &snapshot, scraped));
     systemd::ready();
-    let mut served = Served { lines, scene, heatmap: options.heatmap, ..Served::default() };
+    let lost = LostOutputs::default();
+    let mut served = Served { lines, scene, figures, heatmap: options.heatmap, lost };
     handler.run(|event| served.take(event))?;
     served.lost.recording.or(served.lost.map).map_or(Ok(()), |error| Err(error.into()))
 }
 
+/// The size of a snapshot, and its number of pieces.
+#[derive(Debug)]
+struct Opened {
+    bytes: u64,
+    pieces: usize,
+}
+
 /// Opens the snapshot and the socket.
-fn open(options: &Options) -> Result<(Handler, Line), Box<dyn Error>> {
+fn open(options: &Options) -> Result<(Handler, Opened), Box<dyn Error>> {
     let endpoint = Endpoint::of(options)?;
     let mut pool = Pool::builder().name("firecracker");
     if let Some(workers) = options.workers {
@@ -162,30 +184,28 @@ fn open(options: &Options) -> Result<(Handler, Line), Box<dyn Error>> {
     }
     let holes = if options.assume_holes { Holes::Unchanged } else { Holes::Untrusted };
     let snapshot = Snapshot::open_with(&options.memory, holes)?;
-    let (len, pieces) = (snapshot.bytes(), snapshot.pieces());
+    let opened = Opened { bytes: snapshot.bytes(), pieces: snapshot.pieces() };
     let replay = options.replay.as_ref().map(Recording::read).transpose()?;
     let builder = Handler::builder(snapshot);
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
     let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
-    let builder = if options.live { builder.record_latency() } else { builder };
+    let timed = options.live || options.metrics.is_some();
+    let builder = if timed { builder.record_latency() } else { builder };
     let builder = builder
         .pool(&pool.start()?)
         .on_unavailable(options.on_unavailable.into())
         .on_stop(options.on_stop.into())
         .readahead(if options.no_readahead { Readahead::None } else { Readahead::Adaptive })
         .handshake_timeout(Duration::from_secs(options.handshake_timeout.into()));
-    let handler = endpoint.open(builder)?;
-    let listening = Line::listening(handler.path(), len, pieces);
-    Ok((handler, listening))
+    Ok((endpoint.open(builder)?, opened))
 }
 
 /// The guests that are served, and the lines about them.
-#[derive(Default)]
 struct Served {
     lines: Lines,
     scene: Scene,
+    figures: Figures,
     heatmap: Option<PathBuf>,
-    guests: HashMap<usize, Meter>,
     lost: LostOutputs,
 }
 
@@ -195,20 +215,23 @@ impl Served {
         match event {
             Event::Restored { owner, meter, .. } => {
                 self.scene.add(meter.clone());
-                self.guests.insert(key(owner), meter.clone());
-                systemd::serving(self.guests.len());
+                self.figures.restored(key(owner), meter.clone());
+                systemd::serving(self.figures.guests());
             }
-            Event::Ended { owner, .. } | Event::Detached { owner, .. } => {
-                self.scene.remove(&owner.to_string());
-                let meter = self.guests.remove(&key(owner));
-                meter.iter().for_each(|meter| self.draw(owner, meter));
-                systemd::serving(self.guests.len());
-            }
+            Event::Refused { .. } => self.figures.refused(),
+            Event::Ended { owner, .. } => self.leave(owner, self.figures.ended(key(owner))),
+            Event::Detached { owner, .. } => self.leave(owner, self.figures.detached(key(owner))),
             Event::Recorded { outcome, .. } => {
                 self.lost.recording = outcome.as_ref().err().map(ToString::to_string);
             }
             _ => {}
         }
+    }
+
+    fn leave(&mut self, owner: &Process, meter: Option<Meter>) {
+        self.scene.remove(&owner.to_string());
+        meter.iter().for_each(|meter| self.draw(owner, meter));
+        systemd::serving(self.figures.guests());
     }
 
     /// Writes the map of a guest that has ended.

@@ -1,5 +1,6 @@
 //! The events of a handler as lines: text for a person, or one JSON object a line.
 
+use super::Opened;
 use crate::log;
 use crate::output::{bytes, count};
 use crate::scene::Scene;
@@ -7,6 +8,7 @@ use pagestitch::{Metrics, Process};
 use pagestitch_firecracker::Event;
 use serde_json::{Value, json};
 use std::io::{Write, stdout};
+use std::net::SocketAddr;
 use std::path::Path;
 
 /// An event in both forms.
@@ -17,7 +19,7 @@ pub(super) struct Line {
 }
 
 /// The reader of the lines: standard output, or the scene of `--live`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Lines {
     pub(super) as_json: bool,
     pub(super) scene: Option<Scene>,
@@ -43,12 +45,14 @@ impl Lines {
 }
 
 impl Line {
-    /// The handler has opened its socket and its snapshot.
-    pub(super) fn listening(socket: &Path, len: u64, pieces: usize) -> Self {
-        let socket = socket.display().to_string();
+    /// The handler has opened its socket and its snapshot, and answers scrapes at an address.
+    pub(super) fn listening(socket: &Path, snapshot: &Opened, scraped: Option<SocketAddr>) -> Self {
+        let (socket, Opened { bytes: len, pieces }) = (socket.display().to_string(), snapshot);
+        let at = scraped.map_or_else(String::new, |address| format!("; metrics at http://{address}/metrics"));
+        let memory = format!("{} of memory in {}", bytes(*len), count(*pieces, "piece"));
         Self {
-            text: format!("listening at {socket}: {} of memory in {}", bytes(len), count(pieces, "piece")),
-            json: json!({"event": "listening", "socket": socket, "bytes": len, "pieces": pieces}),
+            text: format!("listening at {socket}: {memory}{at}"),
+            json: json!({"event": "listening", "socket": socket, "bytes": len, "pieces": pieces, "metrics": scraped}),
         }
     }
 

@@ -1,5 +1,6 @@
 //! `pagestitch serve` as in production: with signals, and with its errors at the start.
 
+mod metrics;
 mod systemd;
 
 use pagestitch::{Pool, Region};
