@@ -3,10 +3,10 @@
 
 use crate::zero_copy::memfd;
 use crate::{become_ordinary_user, pattern};
-use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::source::{FileSource, SharedFile};
 use pagestitch::{Chunk, Error, ErrorKind, Pool, Region, Support};
+use pagestitch_kernel::Errno;
 use pagestitch_kernel::Features;
 use pagestitch_kernel::capabilities::Verdict;
 use pagestitch_kernel::memfd::UnsealedMemfd;

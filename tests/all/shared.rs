@@ -329,7 +329,7 @@ fn a_write_to_a_full_file_system_is_enospc() {
 #[test]
 fn read_at_and_write_at_work_without_process_vm_readv() {
     let end = child::run(this_test!(), || {
-        pagestitch_testkit::deny::deny_copies(nix::errno::Errno::EPERM);
+        pagestitch_testkit::deny::deny_copies(pagestitch_kernel::Errno::EPERM);
         let (bytes, donated) = (pattern(9, 3 * PAGE), pattern(10, 2 * PAGE));
         let (file, other) = memfd_of(&bytes);
         // The donated chunk is not page-aligned, so it is copied.

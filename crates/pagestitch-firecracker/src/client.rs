@@ -4,12 +4,11 @@
 use crate::handshake::{GuestMappings, Handshake, HandshakeError, PartialHandshake};
 use crate::peer_threads::ResultSender;
 use crate::refusal::RefusedGuest;
-use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use pagestitch::{OnUnavailable, Process};
-use pagestitch_kernel::Features;
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::uffd::handshake_probe;
+use pagestitch_kernel::{Errno, Features};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;

@@ -1,7 +1,7 @@
 //! Tables that take memory only where they are touched.
 
+use crate::errno::Errno;
 use crate::sync::atomic::AtomicU64;
-use nix::errno::Errno;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::Deref;

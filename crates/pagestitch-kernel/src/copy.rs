@@ -2,8 +2,8 @@
 //! copies: it has no data races, and an unreadable page is an error. It does not copy `/dev/mem` or
 //! a device's memory; there, volatile accesses do.
 
+use crate::errno::Errno;
 use crate::mapping::OwnedMapping;
-use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 use std::fs::File;
@@ -16,7 +16,9 @@ pub(crate) fn read(mapping: &OwnedMapping, offset: u64, into: &mut [u8]) -> Resu
     let mut done = 0;
     while done < into.len() {
         let remote = remote(mapping, offset, done, into.len());
-        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut into[done..])], &[remote]) {
+        match process_vm_readv(Pid::this(), &mut [IoSliceMut::new(&mut into[done..])], &[remote])
+            .map_err(Errno::of)
+        {
             Ok(0) => return Err(Errno::EFAULT),
             Ok(read) => done += read,
             Err(refused @ (Errno::EPERM | Errno::ENOSYS)) => {
@@ -33,7 +35,7 @@ pub(crate) fn write(mapping: &OwnedMapping, offset: u64, from: &[u8]) -> Result<
     let mut done = 0;
     while done < from.len() {
         let remote = remote(mapping, offset, done, from.len());
-        match process_vm_writev(Pid::this(), &[IoSlice::new(&from[done..])], &[remote]) {
+        match process_vm_writev(Pid::this(), &[IoSlice::new(&from[done..])], &[remote]).map_err(Errno::of) {
             Ok(0) => return Err(Errno::EFAULT),
             Ok(written) => done += written,
             Err(refused @ (Errno::EPERM | Errno::ENOSYS)) => {

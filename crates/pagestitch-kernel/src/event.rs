@@ -5,10 +5,10 @@
 //! put old bytes in it. Then come the faults by address, one for each page. A batch is reused
 //! without allocating.
 
+use crate::errno::Errno;
 use crate::page::PageSize;
 use crate::uffd::Uffd;
 use crate::uffd::message::{MESSAGE, Message, PAGEFAULT_FLAG_MINOR, PAGEFAULT_FLAG_WP, PAGEFAULT_FLAG_WRITE};
-use nix::errno::Errno;
 use std::fmt;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 

@@ -1,6 +1,6 @@
 //! Descriptors through a UNIX socket (`SCM_RIGHTS`, see `unix(7)`).
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::libc;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use std::io::{self, IoSlice};

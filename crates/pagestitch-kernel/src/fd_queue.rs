@@ -13,7 +13,7 @@
 //! No function here allocates, or takes a lock under which another thread allocates, because a
 //! thread of this process may wait in `fork(2)` meanwhile and hold the allocator's lock.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::libc::{self, iovec, msghdr};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use std::mem::size_of;
@@ -41,7 +41,8 @@ impl FdQueue {
     /// The errno of `socketpair(2)`: a queue takes two descriptors.
     pub fn new() -> Result<Self, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let (sends, queue) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        let (sends, queue) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(Errno::of)?;
         Ok(Self { sends, queue, len: AtomicUsize::new(0), rotating: Mutex::new(()) })
     }
 

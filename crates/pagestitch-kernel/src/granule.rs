@@ -5,14 +5,14 @@
 //! `MAP_FIXED`: a mapping of 3 MiB replaces the 4th MiB too. So the file decides the unit, not the
 //! system's page size.
 
+use crate::errno::Errno;
 use crate::page::PageSize;
-use nix::errno::Errno;
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use std::os::fd::AsFd;
 
 /// The granule of the file behind a descriptor.
 pub(crate) fn granule_of(file: &impl AsFd) -> Result<PageSize, Errno> {
-    let statistics = fstatfs(file)?;
+    let statistics = fstatfs(file).map_err(Errno::of)?;
     if statistics.filesystem_type() != HUGETLBFS_MAGIC {
         return Ok(PageSize::system());
     }

@@ -5,7 +5,8 @@
 //!
 //! | layer | module | subject |
 //! |---|---|---|
-//! | 0 | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
+//! | 0 | `errno` | the error numbers of the kernel |
+//! | 1 | [`page`] | the only arithmetic on addresses, pages and spans: alignment is a type |
 //! | | [`access`] | the accesses that a mapping allows |
 //! | | [`features`] | the features of a userfaultfd, as `UFFDIO_API` numbers them |
 //! | | [`limits`] | the limit of the process that a mapping or a descriptor has met |
@@ -15,28 +16,28 @@
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
-//! | 1 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
+//! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
 //! | | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | | `vma_name` | the name of a mapping in `/proc/PID/maps` |
 //! | | `granule` | the page size of a file's mappings |
-//! | 2 | `mapping` | an owned mapping: unmapped when it is dropped |
+//! | 3 | `mapping` | an owned mapping: unmapped when it is dropped |
 //! | | [`rcu`] | a value that a writer replaces while readers look at it, without a lock |
 //! | | [`revocable`] | borrowed bytes for threads that may outlive the borrow, revoked when it ends |
-//! | 3 | [`reservation`] | an owned range of addresses behind one bounds check |
+//! | 4 | [`reservation`] | an owned range of addresses behind one bounds check |
 //! | | [`atomic_table`] | tables that cost memory only where they are touched |
 //! | | `copy` | copies of bytes that may change meanwhile |
 //! | | [`memfd`] | sealed memfds: bytes that no process can change and each can map |
 //! | | [`sigbus`] | faults served in a signal handler, by the thread that takes them |
-//! | 4 | [`pages`] | pages of private memory that move into a region |
+//! | 5 | [`pages`] | pages of private memory that move into a region |
 //! | | [`shared`] | files, memfds and mappings that other processes may change |
 //! | | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
-//! | 5 | [`uffd`] | the userfaultfd: open, register, and each fill operation, which answers with an [`Outcome`] |
-//! | 6 | [`event`] | the kernel's messages, decoded eagerly |
+//! | 6 | [`uffd`] | the userfaultfd: open, register, and each fill operation, which answers with an [`Outcome`] |
+//! | 7 | [`event`] | the kernel's messages, decoded eagerly |
 //! | | [`view`] | the one view of a reservation's bytes, and the sources that it shows in place |
 //! | | [`staging`] | a huge page that is filled apart, and moves into a region whole |
-//! | 7 | [`capabilities`] | the abilities of this kernel and process, probed at run time, with reason and remedy |
+//! | 8 | [`capabilities`] | the abilities of this kernel and process, probed at run time, with reason and remedy |
 //!
 //! # The safety argument, once
 //!
@@ -66,6 +67,7 @@ pub mod access;
 pub mod atomic_table;
 pub mod capabilities;
 mod copy;
+mod errno;
 pub mod event;
 pub mod fd_passing;
 pub mod fd_queue;
@@ -95,11 +97,11 @@ pub mod uffd;
 pub mod view;
 mod vma_name;
 
+pub use crate::errno::Errno;
 pub use access::Access;
 pub use capabilities::Support;
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use features::Features;
-pub use nix::errno::Errno;
 pub use page::{AddressRange, Page, PageSize, Span};
 pub use reservation::Reservation;
 pub use staging::Staging;

@@ -1,7 +1,8 @@
 //! The limit that a mapping or a descriptor has met: the kernel answers `ENOMEM` or `EAGAIN` for
 //! each of them.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
+use nix::libc;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use std::{fmt, fs, io};
 
@@ -14,7 +15,7 @@ use std::{fmt, fs, io};
 /// The error of `open`.
 pub fn with_descriptors<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     match open() {
-        Err(error) if error.raw_os_error() == Some(Errno::EMFILE as i32) => {
+        Err(error) if error.raw_os_error() == Some(libc::EMFILE) => {
             let raised = getrlimit(Resource::RLIMIT_NOFILE).is_ok_and(|(soft, hard)| {
                 soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok()
             });

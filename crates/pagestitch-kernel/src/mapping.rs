@@ -1,9 +1,9 @@
 //! An owned mapping, which its drop unmaps. Reservations, buffers and tables stand on it.
 
+use crate::errno::Errno;
 use crate::fork::ForkGeneration;
 use crate::page::{HUGE, PageSize};
 use crate::ranges;
-use nix::errno::Errno;
 use nix::libc::c_void;
 use nix::sys::mman::{
     MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect, munlock, munmap,
@@ -63,7 +63,7 @@ impl OwnedMapping {
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: the kernel chooses the address of a new mapping, which replaces no other.
         #[expect(unsafe_code, reason = "mmap")]
-        let map = || unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) };
+        let map = || unsafe { mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }.map_err(Errno::of);
         let start = match map() {
             Err(Errno::ENOMEM | Errno::EAGAIN) if ranges::release_all() => map(),
             answer => answer,
@@ -91,7 +91,7 @@ impl OwnedMapping {
             let edge_start = unsafe { start.byte_add(edge.start) };
             // SAFETY: whole pages of the mapping made above, whose address no other code has.
             #[expect(unsafe_code, reason = "munmap")]
-            unsafe { munmap(edge_start, edge.len()) }?;
+            unsafe { munmap(edge_start, edge.len()) }.map_err(Errno::of)?;
         }
         // SAFETY: the offset is inside the mapping made above.
         #[expect(unsafe_code, reason = "an address inside an owned mapping")]
@@ -108,7 +108,7 @@ impl OwnedMapping {
         // SAFETY: the mapping is owned, and the call only adds accesses to it.
         #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
         unsafe {
-            mprotect(self.start, self.bytes(), protection)
+            mprotect(self.start, self.bytes(), protection).map_err(Errno::of)
         }
     }
 
@@ -145,7 +145,7 @@ impl OwnedMapping {
         // SAFETY: the mapping is owned, and the advice changes none of its bytes.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe {
-            madvise(self.start, self.bytes(), advice)
+            madvise(self.start, self.bytes(), advice).map_err(Errno::of)
         }
     }
 
@@ -172,7 +172,7 @@ impl OwnedMapping {
         // SAFETY: no caller passes a flag that fixes the address, so the new mapping replaces no
         // other.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }?;
+        let start = unsafe { mmap_anonymous(None, bytes, protection, flags) }.map_err(Errno::of)?;
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
@@ -198,7 +198,7 @@ impl OwnedMapping {
         // SAFETY: no caller passes a flag that fixes the address, so the new mapping replaces no
         // other.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }?;
+        let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }.map_err(Errno::of)?;
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 
@@ -238,7 +238,7 @@ pub(crate) fn unlock(start: NonNull<c_void>, bytes: usize) -> Result<(), Errno> 
     // SAFETY: munlock(2) lets the kernel swap pages out, and changes no byte of them.
     #[expect(unsafe_code, reason = "munlock")]
     unsafe {
-        munlock(start, bytes)
+        munlock(start, bytes).map_err(Errno::of)
     }
 }
 

@@ -5,14 +5,14 @@
 //!
 //! let mut pages = Pages::new(10_000)?;        // whole pages, aligned; all zeros
 //! pages[9_999] = 7;
-//! # Ok::<(), nix::errno::Errno>(())
+//! # Ok::<(), pagestitch_kernel::Errno>(())
 //! ```
 
 use crate::atomic_table::AtomicTable;
+use crate::errno::Errno;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
-use nix::errno::Errno;
 use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,13 +1,12 @@
 //! Another process, held by a pidfd: the descriptor stays with the process, even after the kernel
 //! has given its id to another one.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socketpair};
 use std::fmt;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 
@@ -47,8 +46,8 @@ impl Process {
     /// `ESRCH` if the peer has ended (from Linux 6.16 on, the answer is the ended process instead);
     /// before Linux 6.5 as [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
     pub fn peer(socket: impl AsFd) -> Result<Self, Errno> {
-        let pid = getsockopt(&socket, PeerCredentials)?.pid().cast_unsigned();
-        match getsockopt(&socket, PeerPidfd) {
+        let pid = getsockopt(&socket, PeerCredentials).map_err(Errno::of)?.pid().cast_unsigned();
+        match getsockopt(&socket, PeerPidfd).map_err(Errno::of) {
             Ok(fd) => Ok(Self { fd, pid }),
             Err(Errno::ENOPROTOOPT) => Self::open(pid),
             // The answer of Linux 6.5 to 6.15 for a peer that its parent has waited for.
@@ -64,8 +63,9 @@ impl Process {
     /// The errno of `socketpair(2)`.
     pub fn peers_are_certain() -> Result<bool, Errno> {
         let (flags, none) = (SockFlag::SOCK_CLOEXEC, None);
-        let (one, _other) = socketpair(AddressFamily::Unix, SockType::Stream, none, flags)?;
-        Ok(!matches!(getsockopt(&one, PeerPidfd), Err(Errno::ENOPROTOOPT)))
+        let (one, _other) =
+            socketpair(AddressFamily::Unix, SockType::Stream, none, flags).map_err(Errno::of)?;
+        Ok(!matches!(getsockopt(&one, PeerPidfd).map_err(Errno::of), Err(Errno::ENOPROTOOPT)))
     }
 
     /// True if this process has a descriptor of the same open file as `file`. That proves that it
@@ -85,7 +85,7 @@ impl Process {
     fn find(&self, ours: BorrowedFd<'_>) -> Result<bool, Errno> {
         let kind = link_of("self", ours.as_raw_fd())?;
         let process = self.pid.to_string();
-        let entries = std::fs::read_dir(format!("/proc/{process}/fd")).map_err(|error| errno_of(&error))?;
+        let entries = std::fs::read_dir(format!("/proc/{process}/fd")).map_err(Errno::of)?;
         let numbers = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         let alike = numbers.filter(|&number| link_of(&process, number).as_ref() == Ok(&kind));
         for number in alike.take(MOST_COMPARED) {
@@ -142,7 +142,7 @@ impl Process {
 
 /// The target of a descriptor's link in `/proc`.
 fn link_of(process: &str, fd: RawFd) -> Result<PathBuf, Errno> {
-    std::fs::read_link(format!("/proc/{process}/fd/{fd}")).map_err(|error| errno_of(&error))
+    std::fs::read_link(format!("/proc/{process}/fd/{fd}")).map_err(Errno::of)
 }
 
 /// True if a descriptor of this process and one of another process are of one open file.
@@ -157,10 +157,6 @@ fn same_file(pid: u32, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errn
         Err(Errno::EBADF) => Ok(false),
         Err(errno) => Err(errno),
     }
-}
-
-fn errno_of(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
 /// True if two descriptors of this process are of one open file description. False if the kernel

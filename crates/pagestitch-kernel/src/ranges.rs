@@ -10,8 +10,8 @@
 //!   mapping. The range stays `PROT_NONE` for a second, and a later build or drop unmaps it (at
 //!   once if addresses are short). The drop itself unmaps a range in which no thread waits.
 
+use crate::errno::Errno;
 use crate::page::PageSize;
-use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munlock, munmap};
 use std::cell::UnsafeCell;
@@ -283,7 +283,7 @@ fn close_if_free(range: &Range<usize>) -> bool {
         unsafe { mmap_anonymous(NonZeroUsize::new(range.start), bytes, ProtFlags::PROT_NONE, flags) };
     // Only EEXIST means that something is mapped there. After any other error, smaller parts would
     // fail too.
-    mapped != Err(Errno::EEXIST)
+    mapped.map_err(Errno::of) != Err(Errno::EEXIST)
 }
 
 fn is_mapped(range: &Range<usize>) -> bool {

@@ -17,13 +17,13 @@
 //! mapping uses them for a while ([`ranges`]).
 
 use crate::access::Access;
+use crate::errno::Errno;
 use crate::limits::ReserveError;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::ranges::{self, ServedRange};
 use crate::swap;
 use crate::vma_name;
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -278,6 +278,7 @@ impl Reservation {
             #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
             unsafe {
                 mmap(NonZeroUsize::new(range.start()), bytes, ProtFlags::PROT_READ, flags, &empty, 0)
+                    .map_err(Errno::of)
             }
         });
         covered.map(drop).or_else(|_| close(range))
@@ -316,9 +317,10 @@ impl Reservation {
 
 /// An empty memfd that cannot grow.
 fn always_empty() -> Result<OwnedFd, Errno> {
-    let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
+    let empty = memfd_create(c"pagestitch-revoked", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
+        .map_err(Errno::of)?;
     let seals = SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_SEAL;
-    fcntl(&empty, FcntlArg::F_ADD_SEALS(seals))?;
+    fcntl(&empty, FcntlArg::F_ADD_SEALS(seals)).map_err(Errno::of)?;
     Ok(empty)
 }
 
@@ -330,7 +332,7 @@ fn close(range: AddressRange) -> Result<(), Errno> {
     // from now on, and reads nothing.
     #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
     unsafe {
-        mprotect(start, range.bytes(), ProtFlags::PROT_NONE)
+        mprotect(start, range.bytes(), ProtFlags::PROT_NONE).map_err(Errno::of)
     }
 }
 

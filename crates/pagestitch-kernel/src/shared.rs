@@ -5,11 +5,11 @@
 //! data races, and a page past a file's end is an error and not a signal.
 
 use crate::access::Access;
+use crate::errno::Errno;
 use crate::granule::granule_of;
 use crate::limits::with_descriptors;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, HUGE, PageSize};
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
@@ -86,7 +86,7 @@ impl SharedFile {
         let page = PageSize::system().bytes() as u64;
         let mut at = range.start;
         while at < range.end {
-            let data = match lseek(&self.file, at as i64, Whence::SeekData) {
+            let data = match lseek(&self.file, at as i64, Whence::SeekData).map_err(Errno::of) {
                 Ok(data) => data as u64,
                 // ENXIO: the file has a hole up to its end.
                 Err(Errno::ENXIO) => u64::MAX,
@@ -107,7 +107,7 @@ impl SharedFile {
     ///
     /// The errno of `fstatfs(2)`.
     pub fn is_in_memory(&self) -> Result<bool, Errno> {
-        let kind = fstatfs(&self.file)?.filesystem_type();
+        let kind = fstatfs(&self.file).map_err(Errno::of)?.filesystem_type();
         Ok([TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&kind))
     }
 

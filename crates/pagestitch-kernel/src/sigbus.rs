@@ -20,10 +20,10 @@
 //! previous handler was installed without that flag, it relies on the thread's own stack, and so
 //! ours runs there too.
 
+use crate::errno::Errno;
 use crate::fork::ForkGeneration;
 use crate::page::AddressRange;
 use crate::rcu::{Rcu, Writer};
-use nix::errno::Errno;
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SigSet, Signal, raise};
 use std::mem::MaybeUninit;
@@ -196,7 +196,7 @@ const fn bit(signal: c_int) -> u64 {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    let errno = Errno::last_raw();
+    let errno = nix::errno::Errno::last_raw();
     // SAFETY: the kernel passes a valid siginfo to a handler with SA_SIGINFO.
     #[expect(unsafe_code, reason = "reads what the kernel has handed over")]
     let about = unsafe { &*info };
@@ -213,7 +213,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
         let address = unsafe { about.si_addr() };
         serve(address.addr())
     };
-    Errno::set_raw(errno);
+    nix::errno::Errno::set_raw(errno);
     if !served {
         pass_on(signal, code, info, context);
     }

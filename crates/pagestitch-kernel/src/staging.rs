@@ -10,12 +10,12 @@
 //! To fill 2 MiB in this way takes less than half the time of 512 copies of small pages, because
 //! the kernel handles one fault, one page and one entry instead of 512 of each.
 
+use crate::errno::Errno;
 use crate::features::Features;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, HUGE, PageSize};
 use crate::swap;
 use crate::uffd::{Outcome, Uffd};
-use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise};
 use std::fmt;
@@ -74,7 +74,7 @@ impl Staging {
         // zeros afterwards.
         #[expect(unsafe_code, reason = "madvise")]
         unsafe {
-            madvise(self.mapping.start(), HUGE, MmapAdvise::MADV_DONTNEED)
+            madvise(self.mapping.start(), HUGE, MmapAdvise::MADV_DONTNEED).map_err(Errno::of)
         }
     }
 

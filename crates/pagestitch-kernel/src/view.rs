@@ -10,6 +10,7 @@
 
 use crate::access::Access;
 use crate::copy;
+use crate::errno::Errno;
 use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::memfd::SealedMemfd;
@@ -19,7 +20,6 @@ use crate::physical::Physical;
 use crate::reservation::Reservation;
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::{RegisterMode, Uffd};
-use nix::errno::Errno;
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
 use std::num::NonZeroUsize;
@@ -123,7 +123,7 @@ impl View {
         // A forked child would read zeros where a page has not come.
         // SAFETY: the range is inside an owned mapping, and the advice changes none of its bytes.
         #[expect(unsafe_code, reason = "madvise")]
-        unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }?;
+        unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }.map_err(Errno::of)?;
         // SAFETY: no allocator has given out pages of a reservation as zeros.
         #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
         unsafe { uffd.register_range(range, RegisterMode::MISSING | RegisterMode::MINOR) }?;
@@ -349,7 +349,7 @@ impl View {
         // SAFETY: the range is inside an owned mapping. `self` is its one view and borrowed
         // mutably, so no reference to the replaced bytes exists.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop)
+        unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop).map_err(Errno::of)
     }
 
     /// Reserves no memory for pages that are shown in place, except for huge pages that a write
@@ -374,7 +374,7 @@ impl View {
         // mutably, so no reference to its bytes exists.
         #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
         unsafe {
-            mprotect(at(range), range.bytes(), self.protection())
+            mprotect(at(range), range.bytes(), self.protection()).map_err(Errno::of)
         }
     }
 

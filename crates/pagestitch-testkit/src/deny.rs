@@ -1,6 +1,6 @@
 //! Denies system calls to a thread, as the seccomp profile of a container does.
 
-use nix::errno::Errno;
+use pagestitch_kernel::Errno;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     apply_filter,
@@ -34,7 +34,7 @@ fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
     let filter = SeccompFilter::new(
         rules.iter().cloned().collect(),
         SeccompAction::Allow,
-        SeccompAction::Errno(errno as u32),
+        SeccompAction::Errno(errno.raw().cast_unsigned()),
         architecture,
     );
     let program: BpfProgram = filter.expect("a filter").try_into().expect("a program");

@@ -30,9 +30,9 @@ pub use refusal::{PhysicalError, Refusal};
 
 use crate::access::Access;
 use crate::copy;
+use crate::errno::Errno;
 use crate::mapping::OwnedMapping;
 use crate::page::PageSize;
-use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::sys::mman::{MapFlags, ProtFlags};
 use pin::Pin;
@@ -258,5 +258,5 @@ fn open(path: &Path, access: Access, caching: Caching) -> Result<File, Errno> {
     };
     let mut options = OpenOptions::new();
     options.read(true).write(access == Access::Writable).custom_flags(flags.bits());
-    options.open(path).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(0)))
+    options.open(path).map_err(Errno::of)
 }

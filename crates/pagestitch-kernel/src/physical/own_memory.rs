@@ -10,11 +10,9 @@ use super::pin::Pin;
 use super::refusal::{CAP_SYS_ADMIN, DEV_MEM, PhysicalError, Refusal, has_capability};
 use super::{Caching, Physical, open, refusal};
 use crate::access::Access;
+use crate::errno::Errno;
 use crate::page::PageSize;
-use nix::errno::Errno;
-use nix::libc;
 use std::fs::File;
-use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -71,11 +69,10 @@ impl Physical {
 
 /// The frames of `pages` pages, in order.
 fn frames(start: NonNull<u8>, pages: usize) -> Result<Vec<u64>, Errno> {
-    let errno = |error: io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-    let pagemap = File::open("/proc/self/pagemap").map_err(errno)?;
+    let pagemap = File::open("/proc/self/pagemap").map_err(Errno::of)?;
     let mut entries = vec![0u8; pages * ENTRY];
     let first = start.addr().get() / PageSize::system().bytes();
-    pagemap.read_exact_at(&mut entries, (first * ENTRY) as u64).map_err(errno)?;
+    pagemap.read_exact_at(&mut entries, (first * ENTRY) as u64).map_err(Errno::of)?;
     let (entries, _) = entries.as_chunks::<ENTRY>();
     let frame = |entry: &[u8; ENTRY]| {
         let entry = u64::from_ne_bytes(*entry);

@@ -1,6 +1,6 @@
 //! A pin of pages: it keeps each page in its frame.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 use nix::libc::{self, c_long, c_void};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;

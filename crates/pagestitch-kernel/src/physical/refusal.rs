@@ -1,8 +1,8 @@
 //! The reasons why physical memory is refused. Some are certain before the kernel is asked; the
 //! others come from its own tables afterwards.
 
+use crate::errno::Errno;
 use crate::page::PageSize;
-use nix::errno::Errno;
 use std::ops::Range;
 use std::path::Path;
 use std::{fmt, fs};

@@ -6,8 +6,8 @@ use super::open::kernel_features;
 use super::opened::{FaultMode, OpenedBy};
 use super::own_process::is_of_this_process;
 use super::read::{ReadMethod, set_nonblocking};
+use crate::errno::Errno;
 use crate::features::Features;
-use nix::errno::Errno;
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -109,8 +109,7 @@ impl Uffd {
 /// one.
 fn adopt(fd: OwnedFd, own: Option<OwnMemory>) -> Result<Uffd, AdoptError> {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-    let link =
-        link.map_err(|error| AdoptError::Refused(Errno::from_raw(error.raw_os_error().unwrap_or(0))))?;
+    let link = link.map_err(|error| AdoptError::Refused(Errno::of(error)))?;
     if link.as_os_str() != "anon_inode:[userfaultfd]" {
         return Err(AdoptError::NotUserfaultfd(link.display().to_string()));
     }

@@ -37,11 +37,11 @@ use kept_fd::KeptFd;
 use outcome::Operation;
 use read::ReadMethod;
 
+use crate::errno::Errno;
 use crate::features::Features;
 use crate::page::AddressRange;
 use crate::pages::Donated;
 use crate::process::is_same_file;
-use nix::errno::Errno;
 use nix::libc::c_int;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
@@ -143,7 +143,7 @@ impl Uffd {
         // yet, and writes the `done` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
         let answer = unsafe { abi::r#continue(fd.as_raw_fd(), &raw mut request) };
-        answer == Err(Errno::ESRCH)
+        answer.map_err(Errno::of) == Err(Errno::ESRCH)
     }
 
     /// Puts poison markers in the missing pages of `range`: an access, also one that waits, gets

@@ -14,8 +14,8 @@ use super::kept_fd::KeptFd;
 use super::opened::{FaultMode, OpenedBy};
 use super::read::ReadMethod;
 use super::{Uffd, abi};
+use crate::errno::Errno;
 use crate::features::Features;
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, open as open_file};
 use nix::libc;
 use nix::sys::stat::Mode;
@@ -142,10 +142,11 @@ pub(super) fn open_fd() -> Result<Opened, OpenError> {
 }
 
 fn from_device() -> Result<OwnedFd, Errno> {
-    let device = open_file("/dev/userfaultfd", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())?;
+    let device =
+        open_file("/dev/userfaultfd", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).map_err(Errno::of)?;
     // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and touches no memory of this process.
     #[expect(unsafe_code, reason = "an ioctl")]
-    let fd = unsafe { abi::new_from_device(device.as_raw_fd(), FLAGS) }?;
+    let fd = unsafe { abi::new_from_device(device.as_raw_fd(), FLAGS) }.map_err(Errno::of)?;
     Ok(own(fd))
 }
 
@@ -168,7 +169,7 @@ pub(super) fn handshake(fd: &OwnedFd, features: Features) -> Result<Features, Er
     let mut request = abi::UffdioApi { api: abi::API, features: features.bits(), ioctls: 0 };
     // SAFETY: the kernel reads and writes `request`, which has the layout of a uffdio_api.
     #[expect(unsafe_code, reason = "an ioctl")]
-    unsafe { abi::api(fd.as_raw_fd(), &raw mut request) }?;
+    unsafe { abi::api(fd.as_raw_fd(), &raw mut request) }.map_err(Errno::of)?;
     Ok(Features::from_bits(request.features))
 }
 

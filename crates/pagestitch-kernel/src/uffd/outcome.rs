@@ -5,7 +5,7 @@
 //! may hold `-EEXIST`; a cast to an unsigned number, which is a common mistake, would turn that
 //! into a length.
 
-use nix::errno::Errno;
+use crate::errno::Errno;
 
 /// The kernel's answer to one fill operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +71,7 @@ impl Outcome {
     /// Reads the output field `done` before the errno of `answer`.
     pub(super) fn interpret(answer: nix::Result<i32>, requested: usize, done: i64) -> Self {
         let progress = usize::try_from(done).unwrap_or(0);
-        match answer {
+        match answer.map_err(Errno::of) {
             Ok(_) if progress == 0 || progress >= requested => Self::Done,
             Ok(_) => Self::Partial { bytes: progress },
             Err(Errno::EAGAIN) if progress > 0 => Self::Partial { bytes: progress },
@@ -93,16 +93,19 @@ mod tests {
 
     #[test]
     fn the_output_field_decides_before_errno() {
-        let again = Err(Errno::EAGAIN);
+        let again = Err(nix::errno::Errno::EAGAIN);
         assert_eq!(Outcome::interpret(again, 8192, 4096), Outcome::Partial { bytes: 4096 });
         // Since Linux 6.15 the field repeats the error; before, it is 0.
-        assert_eq!(Outcome::interpret(again, 8192, -i64::from(Errno::EAGAIN as i32)), Outcome::Changing);
+        assert_eq!(Outcome::interpret(again, 8192, -i64::from(Errno::EAGAIN.raw())), Outcome::Changing);
         assert_eq!(Outcome::interpret(again, 8192, 0), Outcome::Changing);
     }
 
     #[test]
     fn each_errno_has_its_own_outcome() {
-        let said = |errno: Errno| Outcome::interpret(Err(errno), 4096, -i64::from(errno as i32));
+        let said = |errno: Errno| {
+            let answer = Err(nix::errno::Errno::from_raw(errno.raw()));
+            Outcome::interpret(answer, 4096, -i64::from(errno.raw()))
+        };
         assert_eq!(said(Errno::EEXIST), Outcome::AlreadyThere);
         assert_eq!(said(Errno::ENOENT), Outcome::NotRegistered);
         assert_eq!(said(Errno::ESRCH), Outcome::ProcessGone);

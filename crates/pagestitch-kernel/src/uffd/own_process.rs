@@ -14,11 +14,11 @@
 use super::abi::{self, UffdioCopy, Waiters};
 use super::open::{handshake, open_fd};
 use super::register::{RegisterMode, register, unregister, wake};
+use crate::errno::Errno;
 use crate::features::Features;
 use crate::fork::ForkGeneration;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, PageSize};
-use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::libc::MAP_GROWSDOWN;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -91,7 +91,7 @@ impl Probe {
         // SAFETY: the kernel refuses the move, because nothing is mapped at either address. It
         // writes the `copied` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
-        unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop)
+        unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
     }
 
     /// If another process has a mapping at this very address, it is not registered any more when
@@ -120,9 +120,10 @@ fn growing() -> Result<OwnedMapping, Errno> {
 }
 
 fn read_only() -> Result<OwnedMapping, Errno> {
-    let memfd = memfd_create(c"pagestitch-probe", MFdFlags::MFD_CLOEXEC)?;
+    let memfd = memfd_create(c"pagestitch-probe", MFdFlags::MFD_CLOEXEC).map_err(Errno::of)?;
     let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
-    let read_only = open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
+    let read_only =
+        open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(Errno::of)?;
     OwnedMapping::of_file_at(read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
 }
 

@@ -10,8 +10,8 @@
 //! | shared, Linux 6.10 | `preadv2(2)` with `RWF_NOWAIT`, which ignores the flag |
 //! | shared, before Linux 6.10; or a forked child's, on every kernel: `EOPNOTSUPP` | `poll(2)`, then `read(2)` that a timer's signal ends |
 
+use crate::errno::Errno;
 use crate::fork::ForkGeneration;
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -54,7 +54,7 @@ impl ReadMethod {
     /// Reads without waiting; 0 if there is no message.
     pub(super) fn read(&self, fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
         let answer = match self {
-            Self::Own => read(fd, into),
+            Self::Own => read(fd, into).map_err(Errno::of),
             Self::Shared { bounded } if bounded.load(Ordering::Relaxed) => read_bounded(fd.as_fd(), into),
             Self::Shared { bounded } => match read_nowait(fd.as_fd(), into) {
                 Err(Errno::EOPNOTSUPP) => {
@@ -72,8 +72,9 @@ impl ReadMethod {
 }
 
 pub(super) fn set_nonblocking(fd: impl AsFd) -> Result<(), Errno> {
-    let flags = OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL)?) | OFlag::O_NONBLOCK;
-    fcntl(fd, FcntlArg::F_SETFL(flags)).map(drop)
+    let flags =
+        OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL).map_err(Errno::of)?) | OFlag::O_NONBLOCK;
+    fcntl(fd, FcntlArg::F_SETFL(flags)).map(drop).map_err(Errno::of)
 }
 
 fn read_nowait(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
@@ -91,10 +92,12 @@ fn read_bounded(fd: impl AsFd, into: &mut [u8]) -> Result<usize, Errno> {
     set_nonblocking(&fd)?;
     let mut readable = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     // POLLERR: the flag has been cleared again.
-    if poll(&mut readable, PollTimeout::ZERO)? == 0 || readable[0].revents() != Some(PollFlags::POLLIN) {
+    if poll(&mut readable, PollTimeout::ZERO).map_err(Errno::of)? == 0
+        || readable[0].revents() != Some(PollFlags::POLLIN)
+    {
         return Err(Errno::EAGAIN);
     }
-    interruptibly(|| read(fd.as_fd(), into))
+    interruptibly(|| read(fd.as_fd(), into).map_err(Errno::of))
 }
 
 /// Makes a system call that a signal ends after [`BOUND`], with `EINTR`. The signal repeats until
@@ -112,8 +115,9 @@ fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno>
             None => &mut slot.insert((ForkGeneration::current(), timer_of_this_thread()?)).1,
         };
         // Workers block all signals except those of their own defects.
-        let before = SigSet::from(SIGNAL).thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
-        let armed = timer.set(Expiration::Interval(BOUND.into()), TimerSetTimeFlags::empty());
+        let before = SigSet::from(SIGNAL).thread_swap_mask(SigmaskHow::SIG_UNBLOCK).map_err(Errno::of)?;
+        let armed =
+            timer.set(Expiration::Interval(BOUND.into()), TimerSetTimeFlags::empty()).map_err(Errno::of);
         let answer = armed.and_then(|()| call());
         // A time of zero disarms the timer. An error is ignored, because the message that was read
         // must not be lost.
@@ -125,7 +129,7 @@ fn interruptibly<T>(call: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno>
 
 fn timer_of_this_thread() -> Result<Timer, Errno> {
     let to = SigevNotify::SigevThreadId { signal: SIGNAL, thread_id: gettid().as_raw(), si_value: 0 };
-    Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(to))
+    Timer::new(ClockId::CLOCK_MONOTONIC, SigEvent::new(to)).map_err(Errno::of)
 }
 
 /// Lets the signal interrupt system calls; installed once a process. `EBUSY` if the program uses
@@ -137,13 +141,13 @@ fn install() -> Result<(), Errno> {
         let ours = SigAction::new(SigHandler::Handler(do_nothing), SaFlags::SA_ONSTACK, SigSet::empty());
         // SAFETY: the handler does nothing.
         #[expect(unsafe_code, reason = "installs a signal handler")]
-        let before = unsafe { sigaction(SIGNAL, &ours) }?;
+        let before = unsafe { sigaction(SIGNAL, &ours) }.map_err(Errno::of)?;
         if matches!(before.handler(), SigHandler::SigDfl) {
             return Ok(());
         }
         // SAFETY: the call restores the previous action.
         #[expect(unsafe_code, reason = "installs a signal handler")]
-        unsafe { sigaction(SIGNAL, &before) }?;
+        unsafe { sigaction(SIGNAL, &before) }.map_err(Errno::of)?;
         Err(Errno::EBUSY)
     })
 }
@@ -171,13 +175,14 @@ mod tests {
     fn a_blocking_read_is_interrupted() {
         let (from, to) = pipe().unwrap();
         let began = Instant::now();
+        let read_or_wait = |into: &mut [u8]| interruptibly(|| read(&from, into).map_err(Errno::of));
         for _ in 0..3 {
-            assert_eq!(interruptibly(|| read(&from, &mut [0])), Err(Errno::EINTR));
+            assert_eq!(read_or_wait(&mut [0]), Err(Errno::EINTR));
         }
         assert!(began.elapsed() >= 3 * BOUND);
         write(&to, b"!").unwrap();
         let mut byte = [0];
-        assert_eq!((interruptibly(|| read(&from, &mut byte)), byte), (Ok(1), *b"!"));
+        assert_eq!((read_or_wait(&mut byte), byte), (Ok(1), *b"!"));
         assert_eq!(read_bounded(&from, &mut byte), Err(Errno::EAGAIN));
     }
 }

@@ -2,9 +2,9 @@
 
 use super::Uffd;
 use super::abi::{self, UffdioRange, UffdioRegister};
+use crate::errno::Errno;
 use crate::page::AddressRange;
 use crate::reservation::Reservation;
-use nix::errno::Errno;
 use std::ops::BitOr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
@@ -109,7 +109,7 @@ pub(super) unsafe fn register(
     let mut request = UffdioRegister { range: range.into(), mode: modes.bits(), ioctls: 0 };
     // SAFETY: the kernel reads `request` and writes its `ioctls` field. The caller vouches for the
     // memory of the range.
-    unsafe { abi::register(fd.as_raw_fd(), &raw mut request) }.map(drop)
+    unsafe { abi::register(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
 }
 
 pub(super) fn unregister(fd: BorrowedFd<'_>, range: AddressRange) -> Result<(), Errno> {
@@ -117,12 +117,12 @@ pub(super) fn unregister(fd: BorrowedFd<'_>, range: AddressRange) -> Result<(), 
     // SAFETY: the kernel reads `request`. It changes no page, and missing pages of the range, which
     // have no value yet, read as zeros from now on.
     #[expect(unsafe_code, reason = "an ioctl")]
-    unsafe { abi::unregister(fd.as_raw_fd(), &raw mut request) }.map(drop)
+    unsafe { abi::unregister(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
 }
 
 pub(super) fn wake(fd: BorrowedFd<'_>, range: AddressRange) -> Result<(), Errno> {
     let mut request = UffdioRange::from(range);
     // SAFETY: the kernel reads `request`, and wakes threads. It writes no memory.
     #[expect(unsafe_code, reason = "an ioctl")]
-    unsafe { abi::wake(fd.as_raw_fd(), &raw mut request) }.map(drop)
+    unsafe { abi::wake(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
 }

@@ -255,7 +255,7 @@ fn a_revoked_page_never_has_bytes_again() {
     let link = format!("/proc/self/map_files/{:x}-{:x}", range.start(), range.end());
     match File::options().read(true).write(true).open(link) {
         Ok(file) => {
-            assert_eq!(file.set_len(SIZE as u64).unwrap_err().raw_os_error(), Some(Errno::EPERM as i32))
+            assert_eq!(file.set_len(SIZE as u64).unwrap_err().raw_os_error(), Some(Errno::EPERM.raw()))
         }
         Err(error) => {
             println!("SKIPPED a_revoked_page_never_has_bytes_again: map_files cannot be opened ({error})")

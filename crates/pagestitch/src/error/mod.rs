@@ -62,7 +62,7 @@ impl Error {
         let (kind, limit) = kind_of(errno);
         let mut error = Self::because(kind, what, errno);
         error.details.limit = limit;
-        error.details.errno = Some(errno as i32);
+        error.details.errno = Some(errno.raw());
         error
     }
 
@@ -103,7 +103,7 @@ impl Error {
         };
         let mut error = Self::because(kind, format_args!("region {region}"), source);
         error.details.limit = (kind == ErrorKind::LimitReached).then_some(source.limit);
-        error.details.errno = Some(source.errno as i32);
+        error.details.errno = Some(source.errno.raw());
         error
     }
 
@@ -115,7 +115,7 @@ impl Error {
         };
         let mut error = Self::new(kind, source.to_string());
         error.details.limit = limit;
-        error.details.errno = Some(source.system_call as i32);
+        error.details.errno = Some(source.system_call.raw());
         error
     }
 

@@ -6,7 +6,7 @@ use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::WorkerCpus;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
-use nix::errno::Errno;
+use pagestitch_kernel::Errno;
 use pagestitch_kernel::fork::ForkGeneration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;

@@ -15,10 +15,9 @@ use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
 use crate::space::page_table::Wake;
 use crossbeam_channel::{Receiver, Sender, bounded};
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::{Span, Uffd};
+use pagestitch_kernel::{Errno, Span, Uffd};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -71,13 +70,13 @@ impl ServerState {
     /// The state for workers on these CPUs, at most `most`. `name` is the prefix of their threads'
     /// names.
     pub(super) fn new(cpus: &WorkerCpus, most: usize, name: String) -> Result<Self, Errno> {
-        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(Errno::of)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
-        let wake_fd = EventFd::from_flags(flags)?;
+        let wake_fd = EventFd::from_flags(flags).map_err(Errno::of)?;
         let timers = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
         let epolls = (0..cpus.workers).map(|_| {
-            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+            let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Errno::of)?;
             watch(&epoll, &*timers, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
             watch(&epoll, &wake_fd, EpollFlags::EPOLLIN)?;
@@ -330,7 +329,9 @@ impl ServerState {
     /// Makes `epoll` report a region again if there is something to read.
     pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
         // A new watch reports at once. A refusal means that the region is being dropped.
-        let _ = epoll.delete(&region.uffd).and_then(|()| watch(epoll, &region.uffd, self.wakes_of(region)));
+        if epoll.delete(&region.uffd).is_ok() {
+            let _ = watch(epoll, &region.uffd, self.wakes_of(region));
+        }
     }
 
     /// The epoll flags with which a region is watched.

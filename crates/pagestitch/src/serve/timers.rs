@@ -13,9 +13,9 @@
 
 use crate::serve::queue::QueuedFault;
 use crate::serve::region_handle::RegionHandle;
-use nix::errno::Errno;
 use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
+use pagestitch_kernel::Errno;
 use parking_lot::Mutex;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
@@ -39,7 +39,10 @@ pub(crate) struct Timers<R> {
 impl<R> Timers<R> {
     pub(super) fn new() -> Result<Self, Errno> {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        Ok(Self { timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?, entries: Mutex::default() })
+        Ok(Self {
+            timer: TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(Errno::of)?,
+            entries: Mutex::default(),
+        })
     }
 
     pub(super) fn fd(&self) -> RawFd {

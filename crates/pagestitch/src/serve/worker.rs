@@ -18,11 +18,10 @@ use crate::serve::read_turn::{ReadTurn, TURN_MAX};
 use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, TimedTask};
 use crate::serve::server_state::ServerState;
 use crate::space::target::Busy;
-use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::Batch;
+use pagestitch_kernel::{Batch, Errno};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -122,7 +121,7 @@ impl Worker {
     fn round(&mut self, wait: EpollTimeout) -> Round {
         // One descriptor a round, because the others then stay ready for a replacement of this worker.
         let mut ready = [EpollEvent::empty()];
-        let count = self.ready.wait(&mut ready, wait);
+        let count = self.ready.wait(&mut ready, wait).map_err(Errno::of);
         self.state.workers.mark_working(self.slot);
         match count {
             Ok(0) => {}

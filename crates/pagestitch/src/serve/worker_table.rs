@@ -5,8 +5,8 @@
 //! worker of a post makes progress, the watchdog starts another worker there, which takes the
 //! descriptors that are ready.
 
-use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use pagestitch_kernel::Errno;
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -73,7 +73,7 @@ impl WorkerTable {
             working: AtomicUsize::new(0),
             change: Mutex::default(),
             watchdog_sleeps: AtomicBool::new(false),
-            watchdog_fd: EventFd::from_flags(flags)?,
+            watchdog_fd: EventFd::from_flags(flags).map_err(Errno::of)?,
             last_resort: AtomicBool::new(false),
             held_up: AtomicUsize::new(0),
             replacements: AtomicU64::new(0),
@@ -267,7 +267,7 @@ mod tests {
         assert!(workers.observe(&mut seen, HELD_UP_AFTER).busy, "it is new");
         assert!(!workers.observe(&mut seen, HELD_UP_AFTER).busy);
         assert!(workers.try_sleep() && workers.watchdog_is_asleep());
-        assert_eq!(workers.watchdog_fd.read(), Err(Errno::EAGAIN));
+        assert_eq!(workers.watchdog_fd.read().map_err(Errno::of), Err(Errno::EAGAIN));
         workers.mark_working(slot);
         assert_eq!((workers.watchdog_fd.read(), workers.watchdog_is_asleep()), (Ok(1), false));
         assert!(!workers.try_sleep());

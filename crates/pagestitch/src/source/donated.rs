@@ -2,6 +2,7 @@
 
 use super::Source;
 use crate::error::FailureReason;
+use pagestitch_kernel::Errno;
 use pagestitch_kernel::pages::Donated;
 use std::io;
 
@@ -14,7 +15,7 @@ impl Source for Donated {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         Self::read_at(self, offset, into).map_err(|errno| match errno {
-            nix::errno::Errno::ENODATA => gone(),
+            Errno::ENODATA => gone(),
             errno => errno.into(),
         })
     }

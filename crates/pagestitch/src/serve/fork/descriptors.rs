@@ -32,7 +32,7 @@ pub(crate) struct Descriptors {
 
 impl Descriptors {
     pub(super) fn new() -> Result<Self, Errno> {
-        let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>()?;
+        let spare = (0..SPARE).map(|_| EventFd::new()).collect::<Result<_, _>>().map_err(Errno::of)?;
         let kept = [const { OnceLock::new() }; KEPT];
         let _ = kept[0].set(FdQueue::new()?);
         Ok(Self {

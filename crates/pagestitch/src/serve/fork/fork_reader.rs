@@ -9,8 +9,8 @@
 
 use crate::serve::Served;
 use crate::serve::watch::watch;
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
+use pagestitch_kernel::Errno;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,7 +26,7 @@ pub(crate) struct ForkReader {
 impl ForkReader {
     /// It also wakes up when `stop` is readable.
     pub(crate) fn new(stop: impl AsFd) -> Result<Self, Errno> {
-        let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let ready = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Errno::of)?;
         watch(&ready, stop, EpollFlags::EPOLLIN)?;
         Ok(Self { ready, regions: Mutex::default() })
     }

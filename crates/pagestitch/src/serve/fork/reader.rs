@@ -4,9 +4,8 @@ use crate::serve::events::to_request;
 use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::fork::orphans::Remaining;
 use crate::serve::server_state::ServerState;
-use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
-use pagestitch_kernel::Batch;
+use pagestitch_kernel::{Batch, Errno};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Barrier;
 use std::thread;
@@ -22,7 +21,7 @@ impl ForkReader {
         loop {
             let wait = if left { EpollTimeout::ZERO } else { EpollTimeout::NONE };
             let mut ready = [EpollEvent::empty(); READY];
-            let count = match self.ready.wait(&mut ready, wait) {
+            let count = match self.ready.wait(&mut ready, wait).map_err(Errno::of) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => panic!("epoll_wait on an owned epoll: {errno}"),
