@@ -119,7 +119,7 @@ fn donated(bytes: &[u8]) -> Pages {
 }
 
 /// `fork(2)` holds the locks of the allocator until the fork reader has read its event, so a fork
-/// reader that allocates waits for ever.
+/// reader that allocates waits forever.
 #[test]
 fn the_fork_reader_allocates_nothing() {
     child::run(this_test!(), fork_in_every_way).expect_pass();

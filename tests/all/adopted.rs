@@ -430,7 +430,7 @@ fn adopted_memory_of_this_process_is_served() {
 }
 
 /// The kernel gives each fault to one of two regions, so that threads of the other region would
-/// wait for ever.
+/// wait forever.
 #[test]
 fn a_userfaultfd_is_served_by_one_region_at_a_time() {
     let (guest, pool) = (Guest::new(&RANGES, false).unwrap(), Pool::new().unwrap());

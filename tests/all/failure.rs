@@ -308,7 +308,7 @@ fn the_failure_callback_hears_of_each_failure_and_may_panic() {
 }
 
 /// A caller that finds a page poisoned finds the reason too, also while the page is discarded and
-/// fails again. Otherwise the caller would look for the reason for ever.
+/// fails again. Otherwise the caller would look for the reason forever.
 #[test]
 fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
     let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));

@@ -140,7 +140,7 @@ fn a_blocking_userfaultfd_of_a_guest_delays_neither_handler_nor_guests() {
 }
 
 /// The cost of an event does not depend on its page count, and a worker does not read the events of
-/// one guest for ever.
+/// one guest forever.
 #[test]
 fn a_discard_loop_of_a_guest_delays_no_other_guest() {
     if lacks_poison(this_test!()) {

@@ -228,7 +228,7 @@ fn wrong_handshake(guest: &Guest, what: &str) -> Vec<u8> {
     }
 }
 
-/// A refused guest gets the declared signal, and no page makes it wait for ever.
+/// A refused guest gets the declared signal, and no page makes it wait forever.
 #[test]
 fn a_refused_guest_gets_a_signal() {
     let body = child::body(this_test!(), |argument| {

@@ -178,7 +178,7 @@ struct CutShort(usize, usize);
 impl AsRef<[u8]> for CutShort {
     #[expect(unsafe_code, reason = "memory that faults is part of the test")]
     fn as_ref(&self) -> &[u8] {
-        // SAFETY: the mapping lives for ever. The truncated file is part of the test.
+        // SAFETY: the mapping lives forever. The truncated file is part of the test.
         unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(self.0), self.1) }
     }
 }
@@ -289,7 +289,7 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
     let new = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: bytes };
     let mut old = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
     let painted = stack.as_ptr();
-    // SAFETY: the stack lives for ever, and no other code uses it.
+    // SAFETY: the stack lives forever, and no other code uses it.
     assert_eq!(unsafe { libc::sigaltstack(&raw const new, &raw mut old) }, 0);
     body();
     // SAFETY: the alternate stack from before.

@@ -184,7 +184,7 @@ impl Handler {
     }
 
     /// Leaves connections in the backlog until guests have ended. A guest whose descriptor does not
-    /// fit into the process would wait for ever.
+    /// fit into the process would wait forever.
     fn pause_accepting(&mut self, error: &io::Error) {
         // Warns once, not at each attempt.
         if self.accept_paused_until.is_none() {

@@ -34,7 +34,7 @@
 //!   then runs without it.
 //! * A page whose bytes are unavailable is an error where it is touched, or it
 //!   [ends](pagestitch::OnUnavailable) the guest. It never reads as zeros.
-//! * The same holds for a refused guest: it does not wait for ever.
+//! * The same holds for a refused guest: it does not wait forever.
 //! * No guest, and no stranger at the socket, delays another guest.
 //!
 //! # The death of the handler

@@ -1,4 +1,4 @@
-//! The memory of a refused guest. Its virtual CPUs would wait for ever for pages that no handler
+//! The memory of a refused guest. Its virtual CPUs would wait forever for pages that no handler
 //! fills. So its memory is poisoned, or its process is killed, as [`OnUnavailable`] says.
 
 use pagestitch::{OnUnavailable, Process};
@@ -23,24 +23,24 @@ pub(crate) struct RefusedGuest<'a> {
 
 impl RefusedGuest<'_> {
     /// Poisons the memory of this userfaultfd, or kills the guest, so that no thread of it waits
-    /// for ever.
+    /// forever.
     pub(crate) fn poison_or_kill(&self, uffd: OwnedFd) {
         let guest = self.owner.map_or_else(|| String::from("a guest"), ToString::to_string);
         let uffd = match Uffd::adopt(uffd) {
             Ok(uffd) => uffd,
             // The process may be this one, which must not be killed.
             Err(reason) => {
-                return tracing::error!(guest, %reason, "the refused guest waits for ever, because its memory cannot be poisoned: kill it");
+                return tracing::error!(guest, %reason, "the refused guest waits forever, because its memory cannot be poisoned: kill it");
             }
         };
-        // The other way is better than a wait for ever: a process of another PID namespace cannot
+        // The other way is better than a wait forever: a process of another PID namespace cannot
         // be killed, and before Linux 6.6 no page can be poisoned.
         let done = match self.on_unavailable {
             OnUnavailable::Kill => self.kill().or_else(|reason| self.poison_all(&uffd).map_err(|_| reason)),
             OnUnavailable::Poison => self.poison_all(&uffd).or_else(|_| self.kill()),
         };
         if let Err(reason) = done {
-            tracing::error!(guest, %reason, "the refused guest waits for ever, because it cannot be killed: kill it");
+            tracing::error!(guest, %reason, "the refused guest waits forever, because it cannot be killed: kill it");
         }
     }
 

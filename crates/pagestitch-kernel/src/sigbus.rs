@@ -233,11 +233,11 @@ fn blocked_before(context: *mut c_void) -> u64 {
 }
 
 /// Reports a fault in the handler itself, or in another handler that blocks all signals: the thread
-/// cannot fill the page and would come here for ever.
+/// cannot fill the page and would come here forever.
 fn end_nested() {
     const LINE: &str = "pagestitch: a page is missing that the SIGBUS handler itself touches: the memory of a source is served inline, \
                         or a handler that blocks all signals touches a region\n";
-    // SAFETY: the kernel reads bytes that live for ever. The line is lost if standard error is
+    // SAFETY: the kernel reads bytes that live forever. The line is lost if standard error is
     // closed.
     #[expect(unsafe_code, reason = "write(2), which a signal handler may call")]
     let _ = unsafe { libc::write(libc::STDERR_FILENO, LINE.as_ptr().cast(), LINE.len()) };

@@ -73,6 +73,6 @@ pub mod model {
 
     const MOST: usize = 200_000;
     const ORDERS: usize = 20_000;
-    /// No model takes as many steps unless it loops for ever.
+    /// No model takes as many steps unless it loops forever.
     const STEPS: usize = 20_000;
 }

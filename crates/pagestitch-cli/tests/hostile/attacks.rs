@@ -47,7 +47,7 @@ fn loop_in_threads(threads: usize, work: impl Fn() + Sync, ready: &dyn Fn()) -> 
         }
         ready();
     });
-    unreachable!("the threads go on for ever")
+    unreachable!("the threads go on forever")
 }
 
 fn guest(socket: &Path) -> (Guest, UnixStream) {

@@ -3,7 +3,7 @@
 //! [`around`] stands between the crate and each operation that fills pages. From time to time it
 //! lets the operation do less, nothing, or come too late, and returns the kernel's answer for that
 //! case. A kernel can do all of this, so the caller must end well: the page is filled or poisoned,
-//! and no thread waits for ever. Not for pages of hugetlbfs.
+//! and no thread waits forever. Not for pages of hugetlbfs.
 //!
 //! The kernel's messages can be [pretended](pretend) too.
 

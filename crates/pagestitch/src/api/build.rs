@@ -275,8 +275,8 @@ fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> E
     let what = format!("region {name}: cannot map chunk {number} ({source}) in place");
     let error = match errno {
         Errno::EACCES => {
-            let why = "it is open for reading only: open it for writing too, or map it copy_on_write()";
-            Error::new(ErrorKind::UnusableFile, format!("{what}: {why}"))
+            let reason = "it is open for reading only: open it for writing too, or map it copy_on_write()";
+            Error::new(ErrorKind::UnusableFile, format!("{what}: {reason}"))
         }
         Errno::EAGAIN => Error::refused(format_args!("{what}: {}", Limit::met(0, errno)), errno),
         errno => Error::refused(what, errno),

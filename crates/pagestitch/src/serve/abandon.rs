@@ -1,4 +1,5 @@
-//! Leaving: unfilled pages are poisoned, and the memory is its owner's again.
+//! The end of a region of adopted memory: its absent pages are poisoned, and the memory is left to
+//! its owner.
 
 use crate::serve::Served;
 use crate::space::OnUnavailable;
@@ -20,19 +21,19 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     while let Some(absent) = next_absent(region, adopted, rest) {
         // The owner ends before it meets a poisoned page.
         if adopted.on_unavailable == OnUnavailable::Kill {
-            return end_owner(region, adopted, Outcome::Refused(Errno::ENODATA));
+            return kill_owner(region, adopted, Outcome::Refused(Errno::ENODATA));
         }
         rest = rest.without_prefix(absent.first.0 - rest.first.0);
         match poison_missing(region, adopted, adopted.contiguous(absent)) {
             Ok((0, _)) if progress.elapsed() > CHANGING_MAX => {
-                return end_owner(region, adopted, Outcome::Changing);
+                return kill_owner(region, adopted, Outcome::Changing);
             }
             Ok((0, _)) => {}
             Ok((pages, bad)) => {
                 lost += bad;
                 (rest, progress) = (rest.without_prefix(pages), Instant::now());
             }
-            Err(outcome) => return end_owner(region, adopted, outcome),
+            Err(outcome) => return kill_owner(region, adopted, outcome),
         }
     }
     if lost > 0 {
@@ -41,12 +42,12 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
     release(region, adopted);
 }
 
-/// The next pages of a span that must have bytes and have none, as many as are marked at once.
+/// The next pages of a span that are absent and not discarded, as many as one call poisons.
 fn next_absent(region: &Served, adopted: &Foreign, span: Span) -> Option<Span> {
     let mut rest = span;
     while !rest.is_empty() {
-        // Looks no farther than one call marks: to look at the whole rest each time would take for
-        // ever in a large guest.
+        // Looks at no more pages than one call poisons: looking at the whole rest each time would take
+        // far too long in a large guest.
         let window = rest.prefix(POISON_PAGES);
         let kept = adopted.next_kept(window);
         let absent = if kept.is_empty() { kept } else { first_absent(region, kept) };
@@ -59,8 +60,8 @@ fn next_absent(region: &Served, adopted: &Foreign, span: Span) -> Option<Span> {
     None
 }
 
-/// Ends the registration, because the owner may hold the uffd too, and would wait for ever for
-/// events that no thread reads.
+/// Ends the registration. Otherwise an owner that holds the uffd too would wait forever for events
+/// that no thread reads.
 fn release(region: &Served, adopted: &Foreign) {
     for part in &adopted.parts {
         // A refusal means that the range is unmapped, or that its owner has ended.
@@ -77,7 +78,7 @@ fn read_without_serving(region: &Served) {
     region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |event| region.handle_deferred(event));
 }
 
-/// The absent pages of a span up to the next that is not.
+/// The first run of absent pages in a span.
 fn first_absent(region: &Served, span: Span) -> Span {
     let here = |page: &Page| matches!(region.pages.state(*page), PageState::Present | PageState::Poisoned);
     let before = span.iter().take_while(here).count();
@@ -85,8 +86,8 @@ fn first_absent(region: &Served, span: Span) -> Span {
     rest.prefix(rest.iter().take_while(|page| !here(page)).count())
 }
 
-/// Poisons the missing pages of a span. Returns how many pages it has looked at, and how many of
-/// them it has poisoned.
+/// Poisons the absent pages of a span. Returns the number of pages that it has looked at, and the
+/// number of pages that it has poisoned.
 fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
     match region.uffd.poison(adopted.addresses(span)) {
         Outcome::Done => Ok((span.pages, span.pages)),
@@ -98,31 +99,31 @@ fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usi
             thread::yield_now();
             Ok((0, 0))
         }
-        // Unmapped since: no thread can touch it.
+        // The page was unmapped: no thread can touch it.
         Outcome::NotRegistered => Ok((1, 0)),
         outcome => Err(outcome),
     }
 }
 
-/// Ends the owner where pages cannot be poisoned, or must not be: it would read zeros or wait for
-/// ever.
-fn end_owner(region: &Served, adopted: &Foreign, why: Outcome) {
-    if why == Outcome::ProcessGone {
+/// Kills the owner if pages cannot be poisoned, or must not be: it would read zeros or wait forever.
+fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) {
+    if reason == Outcome::ProcessGone {
         return;
     }
-    match adopted.end_owner() {
+    match adopted.kill_owner() {
         Ok(()) => {
-            log!(warn, region = region.name, ?why, "abandoned before it was filled: its owner was ended")
+            log!(warn, region = region.name, ?reason, "abandoned before it was filled: its owner was killed")
         }
         Err(errno) => {
-            log!(error, region = region.name, ?why, %errno, "abandoned, and its owner cannot be ended: it may wait for ever");
-            // Closing the uffd would show zeros to the owner: it waits instead.
+            log!(error, region = region.name, ?reason, %errno, "abandoned, and its owner cannot be killed: it may wait forever");
+            // The uffd stays open, because closing it would show zeros to the owner; it waits instead.
             region.keep_open();
         }
     }
 }
 
-/// Pages marked at once.
+/// The most pages that one call poisons.
 const POISON_PAGES: usize = 512;
-/// How long an owner may discard pages without end, which nothing can be marked under, before it is ended.
+/// An owner that discards pages for this long without a pause, so that none can be poisoned, is
+/// killed.
 const CHANGING_MAX: Duration = Duration::from_secs(1);

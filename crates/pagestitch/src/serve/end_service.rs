@@ -50,7 +50,7 @@ impl Served {
     }
 }
 
-/// How long moved parts and children of an adopted region may delay its end.
+/// Moved parts and children of an adopted region may delay its end for this long.
 const ORPHANS_MAX: Duration = Duration::from_secs(5);
-/// Events read at once while unserved memory is poisoned.
+/// The most events read at once while orphaned memory is poisoned.
 const ORPHAN_EVENTS: usize = 16;

@@ -18,15 +18,14 @@ use std::time::Instant;
 /// An event that may wait until no thread is forking.
 #[derive(Debug)]
 pub(crate) enum DeferredEvent {
-    /// There is a forked child, with a uffd of its own.
+    /// A forked child, with a uffd of its own.
     Child(Uffd),
-    /// There is a child and no descriptor for it: the descriptors of children that have ended have
-    /// to be released.
+    /// A child was forked and no descriptor is left for it: those of ended children must be released.
     NoDescriptor,
-    /// There was no descriptor after all, or no server for the child: the pages that it lacks are
+    /// A child is given up, because no descriptor or no server is left for it: its absent pages are
     /// poisoned.
     GivenUp,
-    /// `mremap(2)` has moved part of the region to somewhere else.
+    /// `mremap(2)` has moved a part of the region.
     Moved {
         /// Its new address.
         to: usize,
@@ -39,8 +38,7 @@ pub(crate) enum DeferredEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum ReadOutcome {
     All,
-    /// All, with a descriptor of the reserve: it has to be free again before there is another
-    /// child.
+    /// All, with a descriptor of the reserve, which must be refilled before the next child.
     OneTooMany,
     Nothing,
 }
@@ -79,7 +77,7 @@ impl Served {
         batch: &mut Batch,
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
-        // An owner that forks or moves without end waits until some of its orphans are closed.
+        // An owner that forks or moves memory again and again waits until some orphans are closed.
         if self.children.is_none() && self.orphans.are_many() && self.close_orphans() == Remaining::Some {
             batch.clear();
             return true;
@@ -109,7 +107,7 @@ impl Served {
         if read == ReadOutcome::Nothing {
             let _ = defer(DeferredEvent::NoDescriptor);
         }
-        // The thread that reads has other work, so it comes back for the rest.
+        // The reading thread has other work, so it comes back for the rest.
         self.close_orphans() != Remaining::None || read != ReadOutcome::All
     }
 
@@ -122,7 +120,7 @@ impl Served {
     ) {
         for span in self.target.pages_in(from, from.saturating_add(bytes)) {
             let range = self.target.addresses(span);
-            // As far behind the new address as it was behind the old one.
+            // At the same distance from the new address as from the old one.
             let to = range.start().wrapping_sub(from).wrapping_add(to);
             self.orphans.moved(to, range.bytes());
             let _ = defer(DeferredEvent::Moved { to, bytes: range.bytes() });
@@ -165,7 +163,7 @@ impl Served {
             DeferredEvent::NoDescriptor => {}
             DeferredEvent::GivenUp => {
                 let served = self.children.is_some();
-                let why = if served {
+                let reason = if served {
                     "no descriptor is left (ulimit -n)"
                 } else {
                     "its parent's memory is adopted"
@@ -174,7 +172,7 @@ impl Served {
                     log!(
                         error,
                         region = self.name,
-                        why,
+                        reason,
                         suppressed,
                         "a child cannot be served: the pages that it lacks are poisoned"
                     );
@@ -224,16 +222,16 @@ impl Served {
 
     fn on_discard(&self, start: usize, end: usize) {
         for span in self.target.pages_in(start, end) {
-            // Where children are served, a forking thread may hold the allocator, and to log may
-            // allocate.
+            // Logging may allocate, and if children are served, a forking thread may hold the
+            // allocator lock.
             if self.children.is_none() {
                 log!(debug, region = self.name, first = span.first.0, pages = span.pages, "discarded");
             }
             if let Target::Foreign(adopted) = &self.target {
                 adopted.note_discard(span);
             }
-            // The reason why a page was poisoned is kept: the thread that discards it runs on
-            // before this call, so the page may have failed anew since.
+            // The failure of a poisoned page stays: the discarding thread continued before this call,
+            // so the page may have failed anew since.
             self.pages.invalidate(span);
         }
     }
@@ -248,7 +246,7 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {
         FaultKind::WriteProtect => release(region, page),
-        // Beside memfds that are filled later, only a foreign registration asks for these.
+        // Except for memfds that are filled later, only a foreign registration requests minor faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();

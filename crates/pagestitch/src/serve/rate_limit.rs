@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_is_told_once_a_second() {
+    fn a_line_is_logged_once_a_second() {
         let line = RateLimit::default();
         assert_eq!((line.permit(), line.permit(), line.permit()), (Some(0), None, None));
         *line.last.lock().unwrap() = Instant::now().checked_sub(ONCE);

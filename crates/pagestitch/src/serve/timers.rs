@@ -1,15 +1,15 @@
-//! Tasks that a worker does in a moment. It does not wait for that moment, because other faults
-//! need it meanwhile.
+//! Tasks that a worker does after a pause. The worker does not wait for its end, because other
+//! faults need the worker meanwhile.
 //!
-//! | what | why |
+//! | task | reason |
 //! |---|---|
-//! | a fault again | the kernel had no memory for its page: there may be some, or its thread gets a signal |
-//! | a fault again | its source has failed, and is asked again after a pause |
-//! | a look at a region | the worker that has its turn may hang; or there is more to do, but not at once |
+//! | serve a fault again | the kernel had no memory for its page |
+//! | serve a fault again | its source has failed, and is read again after a pause |
+//! | look at a region again | the worker that holds its read turn may hang, or an event cannot be handled yet |
 //!
-//! Workers wait for a timer among their descriptors. The woken worker takes one entry after the
-//! other. It sets the timer for the next entry before it starts one, so that another worker takes
-//! over if it hangs.
+//! A timer is among the descriptors for which workers wait. The woken worker takes one task after
+//! the other. Before it starts a task, it sets the timer for the next one, so that another worker
+//! takes over if this one hangs.
 
 use crate::serve::queue::QueuedFault;
 use crate::serve::region_handle::RegionHandle;
@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A task for a later moment.
+/// A task to do after a pause.
 #[derive(Debug)]
 pub(super) enum TimedTask<R> {
     Serve(QueuedFault<R>),
@@ -32,7 +32,7 @@ pub(super) enum TimedTask<R> {
 #[derive(Debug)]
 pub(crate) struct Timers<R> {
     timer: TimerFd,
-    /// Few, in no order.
+    /// Unordered, because there are few.
     entries: Mutex<Vec<(Instant, TimedTask<R>)>>,
 }
 
@@ -49,8 +49,8 @@ impl<R> Timers<R> {
         self.timer.as_fd().as_raw_fd()
     }
 
-    /// Keeps a task until `wait` has passed. Returns the task if there are so many that only a
-    /// hostile owner causes them.
+    /// Adds a task to do after `wait`. Returns the task if there are so many that only a hostile owner
+    /// can have caused them.
     pub(super) fn add(&self, what: TimedTask<R>, wait: Duration) -> Result<(), TimedTask<R>> {
         let mut entries = self.entries.lock();
         if entries.len() >= MOST {
@@ -82,7 +82,7 @@ impl<R> Timers<R> {
         let _ = self.timer.wait();
     }
 
-    /// Makes the timer expire again if a task is due: a worker that it woke may hang.
+    /// Makes the timer expire again if a task is due, because the worker that it woke may hang.
     pub(super) fn rearm(&self) {
         let entries = self.entries.lock();
         if entries.iter().any(|(at, _)| *at <= Instant::now()) {
@@ -104,7 +104,7 @@ impl<R> AsFd for Timers<R> {
     }
 }
 
-/// How much of it is kept.
+/// The most tasks.
 const MOST: usize = 1024;
 
 #[cfg(test)]
@@ -113,7 +113,7 @@ mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     #[test]
-    fn what_comes_later_comes_in_order_and_the_timer_tells_of_each() {
+    fn tasks_become_due_in_order_and_the_timer_reports_each() {
         let timers = Timers::<()>::new().unwrap();
         for wait in [30, 10, 20] {
             timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::from_millis(wait)).unwrap();
@@ -129,25 +129,25 @@ mod tests {
     }
 
     #[test]
-    fn a_due_entry_is_told_of_again() {
+    fn the_timer_reports_a_due_task_again_after_a_rearm() {
         let timers = Timers::<()>::new().unwrap();
         timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::ZERO).unwrap();
-        let is_told = |wait: u16| {
+        let is_ready = |wait: u16| {
             poll(&mut [PollFd::new(timers.as_fd(), PollFlags::POLLIN)], PollTimeout::from(wait)).unwrap() > 0
         };
-        assert!(is_told(60_000));
-        // As a worker does that hangs then.
+        assert!(is_ready(60_000));
+        // A worker reads the timer, and hangs.
         timers.acknowledge();
-        assert!(!is_told(0));
+        assert!(!is_ready(0));
         timers.rearm();
-        assert!(is_told(60_000) && timers.take().is_some());
+        assert!(is_ready(60_000) && timers.take().is_some());
         timers.acknowledge();
         timers.rearm();
-        assert!(!is_told(0));
+        assert!(!is_ready(0));
     }
 
     #[test]
-    fn no_more_is_kept_than_there_may_be() {
+    fn a_full_list_refuses_a_task() {
         let timers = Timers::<()>::new().unwrap();
         let add = || timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::from_secs(3600));
         assert!((0..MOST).all(|_| add().is_ok()) && add().is_err());

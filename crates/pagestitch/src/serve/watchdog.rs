@@ -303,8 +303,8 @@ fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
 /// The failure of a fault that takes too long.
 fn failure(region: &Served, fault: &Overdue) -> Failure {
     let offsets = region.page_size().offsets(fault.page.span());
-    let why = format!("it has taken {:?} so far", fault.age);
-    region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::TimedOut.error(why))
+    let reason = format!("it has taken {:?} so far", fault.age);
+    region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::TimedOut.error(reason))
 }
 
 /// Events read at once.

@@ -94,8 +94,8 @@ impl ShownPages {
             match map(run, backing, view, uffd) {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
-                Err(errno) => match why_refused(backing, page, errno) {
-                    Some(why) => shown.refused.push((run.span, why)),
+                Err(errno) => match refusal_reason(backing, page, errno) {
+                    Some(reason) => shown.refused.push((run.span, reason)),
                     // Another thread has taken the last mappings since.
                     None if errno == Errno::ENOMEM => break,
                     None => return Err((run.chunk, errno)),
@@ -108,7 +108,7 @@ impl ShownPages {
 
 /// Why the kernel would not map one source, which is copied then; `None` where it is not for that
 /// source's sake.
-fn why_refused(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
+fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => {
             Some("pages cannot be taken and leave their addresses (Linux 5.7): copied")

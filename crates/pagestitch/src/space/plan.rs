@@ -133,12 +133,12 @@ fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Metho
     if is_shown(page.covering(&offsets)) {
         return shown(mapping, backing);
     }
-    let reason = why_copied(mapping, chunk, backing, is_shown);
+    let reason = reason_for_copy(mapping, chunk, backing, is_shown);
     (if matches!(backing, Backing::Memfd(_)) { Method::Copy } else { Method::Buffered }, reason)
 }
 
 /// Why not all of a chunk is shown, whose source has pages of its own.
-fn why_copied(
+fn reason_for_copy(
     mapping: &Mapping,
     chunk: usize,
     backing: &Backing,

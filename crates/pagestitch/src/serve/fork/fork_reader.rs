@@ -3,7 +3,7 @@
 //!
 //! `fork(2)` does not return before its event has been read, and the C library holds the locks of
 //! its allocator meanwhile. A worker that waits for one of these locks reads no event, and sources
-//! allocate; so the fork and the worker could wait for each other for ever. The fork reader
+//! allocate; so the fork and the worker could wait for each other forever. The fork reader
 //! allocates nothing, frees nothing, logs nothing, and takes no lock under which another thread
 //! does so.
 

@@ -253,7 +253,7 @@ impl Orphan {
                     error,
                     region = region.name,
                     ?refused,
-                    "a forked child cannot be served: it may wait for ever"
+                    "a forked child cannot be served: it may wait forever"
                 );
                 Progress::Refused
             }

@@ -189,7 +189,7 @@ impl Foreign {
     /// Bytes of a page were lost: whether its owner was to be ended for it.
     pub(crate) fn note_unavailable(&self, region: &str) {
         if self.on_unavailable == OnUnavailable::Kill
-            && let Err(errno) = self.end_owner()
+            && let Err(errno) = self.kill_owner()
         {
             log!(error, region, %errno, "cannot end the owner");
         }
@@ -205,7 +205,7 @@ impl Foreign {
     }
 
     /// Ends the owner of the memory. `EAGAIN` if the owner is unknown.
-    pub(crate) fn end_owner(&self) -> Result<(), Errno> {
+    pub(crate) fn kill_owner(&self) -> Result<(), Errno> {
         self.owner.as_ref().ok_or(Errno::EAGAIN)?.kill()
     }
 

@@ -132,7 +132,7 @@ impl Target {
     pub(crate) fn revoke(&self, span: Span) -> Result<(), Errno> {
         match self {
             Self::Owned(reservation) => reservation.revoke(span),
-            Self::Foreign(adopted) => adopted.end_owner(),
+            Self::Foreign(adopted) => adopted.kill_owner(),
         }
     }
 }
