@@ -1,16 +1,15 @@
-//! Dense blocks: a block whose faults have cost as much as filling it would have is filled,
-//! whatever their order.
+//! Dense blocks: when the faults of a block have cost as much as filling the block would, in any
+//! order, the rest of the block is filled.
 //!
-//! That is the ski-rental rule: a skier that rents until the rent has reached the price, and then
-//! buys, never pays more than twice what the best decision in hindsight would have cost. Here the
-//! rent is what the faults of a block have cost, and the price what filling a block has cost
-//! lately; both are measured, so that slow sources and fast memory each find their own threshold.
-//! Where there is more than one CPU the price is half of that: a worker fills while the touching
-//! thread runs.
+//! This is the ski-rental rule. A skier rents skis until the rent has reached the price, and then
+//! buys: the cost is at most twice that of the best decision in hindsight. Here the *rent* is the
+//! cost of a block's faults, and the *price* the recent cost of filling a block. Both are measured,
+//! so slow sources and fast memory each find their own threshold. With more than one CPU the price
+//! is halved, because a worker fills while the touching thread runs.
 //!
-//! A region learns from its blocks: the larger the share of touched blocks that came to be filled,
-//! the sooner the others are. The bound of twice is the plain rule's; halving the price and
-//! learning give some of it up for what was measured to be quicker.
+//! A region learns from its blocks: the larger the share of touched blocks that were filled, the
+//! lower the threshold of the others. Halving the price and learning give up the bound of twice,
+//! because they were measured to be faster.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::{Errno, Page, Span};
@@ -19,24 +18,26 @@ use std::ops::Deref;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-/// What the blocks of a region have cost so far.
+/// The costs of a region's blocks so far.
 #[derive(Debug)]
 pub(crate) struct Dense {
-    /// For each block: nanoseconds spent on faults in it.
+    /// For each block, the nanoseconds spent on its faults, and the bit [`FILLED`].
     rents: AtomicTable,
-    /// What filling a block costs, in nanoseconds: an average that forgets; 0 until one has been
-    /// filled.
+    /// The cost of filling a block in nanoseconds, a moving average; 0 before the first one.
     price: AtomicU64,
-    /// How many faults there were, and what they have cost together.
+    /// The number of faults.
     faults: AtomicU64,
+    /// The cost of all faults together, in nanoseconds.
     spent: AtomicU64,
-    /// How many blocks have been touched, and how many of them were filled for it.
+    /// The number of blocks with a fault.
     touched: AtomicU64,
+    /// Of these, the blocks that reached the threshold and were filled.
     filled: AtomicU64,
-    /// Pages in a block, and in the region.
+    /// The pages of a block.
     block: usize,
+    /// The pages of the region.
     pages: usize,
-    /// The part of the cost of a fill that the touching threads pay.
+    /// The price is divided by this: 2 if a worker can fill while the touching thread runs, else 1.
     share: u64,
 }
 
@@ -56,7 +57,7 @@ impl Dense {
         })
     }
 
-    /// Takes note of a fault; says whether to fill its block now.
+    /// Records the cost of a fault. Returns its block if that must be filled now.
     pub(crate) fn spent(&self, page: Page, ns: u64) -> Option<Span> {
         let block = page.0 / self.block;
         let rent = ns + WAKE_UP;
@@ -65,11 +66,11 @@ impl Dense {
             self.touched.fetch_add(1, Ordering::Relaxed);
         }
         let faults = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
-        // Not this one's rent: a single fault may cost many times as much as most, or as little.
+        // The mean, not this fault's cost, because single faults may cost far more or less.
         let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
         let threshold = self.threshold(typical);
-        // A single fault says nothing of others: it may have waited for a CPU. The fault that
-        // exceeds the threshold has it filled; a block that was filled stays there.
+        // The first fault of a block does not count alone, because it may have waited for a CPU. A
+        // block is filled once.
         if before == 0 || before >= FILLED || before + rent < threshold {
             return None;
         }
@@ -81,9 +82,9 @@ impl Dense {
         Some(Span { first: Page(first), pages: self.block.min(self.pages - first) })
     }
 
-    /// Takes note of what it has cost to fill so many pages of a block.
+    /// Records the cost of filling `pages` pages of a block.
     pub(crate) fn filled(&self, pages: usize, ns: u64) {
-        // Of a few pages, most is not the pages' cost.
+        // For a few pages, most of the cost does not depend on their number.
         if pages < self.block / 2 {
             return;
         }
@@ -93,8 +94,8 @@ impl Dense {
         self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The cost of a block's faults at which the whole block is filled, if most faults cost
-    /// `typical`.
+    /// The cost of a block's faults at which the block is filled. `typical` is the mean cost of a
+    /// fault.
     fn threshold(&self, typical: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
             0 => FIRST_PRICE * typical,
@@ -102,22 +103,21 @@ impl Dense {
         };
         let touched = self.touched.load(Ordering::Relaxed);
         let filled = self.filled.load(Ordering::Relaxed).min(touched);
-        // With few blocks seen, nothing is known.
+        // While few blocks are touched, most count as sparse.
         let sparse = u128::from(touched - filled + UNKNOWN);
         let threshold = u128::from(price) * sparse / u128::from(touched + UNKNOWN);
         (threshold as u64).max(2 * typical)
     }
 }
 
-/// What a fault costs beside our own work: the trap, the wake-up of a worker, and back. As measured
-/// where the worker is at home on the CPU of the fault.
+/// The cost of a fault outside our code, in nanoseconds: the trap, and two switches of threads.
+/// Measured with a worker pinned to the CPU of the fault.
 const WAKE_UP: u64 = 5_000;
-/// What filling a block of memory costs, in faults, as measured on one machine: until it is known
-/// here.
+/// The cost of filling a block, in faults, until it is measured; a figure from one machine.
 const FIRST_PRICE: u64 = 24;
-/// Blocks that count as sparse before any was touched.
+/// The number of imaginary sparse blocks with which a region starts.
 const UNKNOWN: u64 = 8;
-/// Set in the rent of a block that was filled.
+/// This bit of a block's rent is set once the block was filled.
 const FILLED: u64 = 1 << 63;
 
 #[cfg(test)]
@@ -130,7 +130,7 @@ mod tests {
         Dense { share: 1, ..Dense::new(100 * BLOCK + 7, BLOCK).unwrap() }
     }
 
-    /// How many faults of `ns` each it takes until a block is filled.
+    /// The number of faults, of `ns` each, until a block is filled.
     fn faults_until_filled(dense: &Dense, block: usize, ns: u64) -> usize {
         1 + (0..BLOCK)
             .position(|page| dense.spent(Page(block * BLOCK + page), ns).is_some())
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_filled_once_when_its_faults_have_cost_as_much() {
+    fn a_block_is_filled_once_when_its_faults_have_cost_the_price() {
         let dense = dense();
         dense.filled(BLOCK, 300_000);
         assert_eq!(faults_until_filled(&dense, 3, 5_000), 30, "of 10 us each, with the wake-up");
@@ -160,14 +160,11 @@ mod tests {
         assert!((1..20).all(|page| dense.spent(Page(page), 1_000).is_none()));
         let blocks = (1..100).map(|block| Page(block * BLOCK));
         assert!(blocks.clone().take(60).all(|page| dense.spent(page, 1_000).is_none()));
-        assert!(
-            blocks.skip(60).all(|page| dense.spent(page, 10_000_000).is_none()),
-            "each is its block's only one"
-        );
+        assert!(blocks.skip(60).all(|page| dense.spent(page, 10_000_000).is_none()), "one fault a block");
     }
 
     #[test]
-    fn the_others_are_filled_sooner_when_many_were() {
+    fn blocks_are_filled_sooner_after_many_others() {
         let dense = dense();
         dense.filled(BLOCK, 300_000);
         let faults: Vec<_> = (0..50).map(|block| faults_until_filled(&dense, block, 5_000)).collect();

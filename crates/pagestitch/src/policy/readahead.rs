@@ -1,85 +1,88 @@
-//! Readahead: a sequential reader finds its next pages filled already; the worker fills while the
-//! reader reads.
+//! Readahead: workers fill the next pages of a sequential reader while it reads.
 //!
 //! ```text
 //!   pages:        marker                         end
-//!     ... read |    m    |  filled ahead  ........  |       a fault at m says: half-way, go on
+//!     ... read |    m    |  filled ahead  ........  |       a fault at m: the reader is half-way
 //!                                               m'  |  filled ahead, twice as far ......... | end'
 //!   blocks:                                                 marker
-//!     ... read | block filled with the fault | blocks filled ahead | m'    a fault at m': go on from there
+//!     ... read | block filled with the fault | blocks filled ahead | m'    a fault at m': next window
 //! ```
 //!
-//! The touch of a present page sends no event; the fault at the marker does. As long as the window
-//! is smaller than a block, the marker is a page left out on purpose *before* what is filled, so
-//! that it is touched while the rest is still to be read. From a block on, nothing is left out, as
-//! only a whole block can move in at once: the marker is the first page *after* the window. A
-//! stream begins with two faults in a row, and its window doubles at each marker. Random touches
-//! meet no marker and stay at one page each.
+//! The touch of a present page sends no event, so one page stays absent: the *marker*, whose fault
+//! tells that the reader has come there. A window smaller than a block has its marker *before* the
+//! filled pages, so that the next window is filled while this one is read. A window of blocks has
+//! its marker *after* them, because only a whole block can move in at once.
+//!
+//! A stream begins with two faults on adjacent pages, and its window doubles at each marker. Random
+//! touches meet no marker, and fill one page each.
 
 use pagestitch_kernel::{Page, Span};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-/// How far ahead of a sequential reader pages are filled.
+/// The number of pages that are filled ahead of their touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Readahead {
-    /// Not at all: a fault fills one page. For sources that are dear or slow to read: filling ahead
-    /// occupies the worker that served the fault.
+    /// A fault fills one page. For sources whose reads are slow or cost money, because filling ahead
+    /// occupies a worker.
     None,
-    /// As far as the reading so far suggests, up to 32 MiB, for up to eight readers of a region;
-    /// and a whole block of 2 MiB where its faults have cost as much as filling it would, in
-    /// whatever order they came. The default.
+    /// Pages ahead of a sequential reader are filled, up to 32 MiB, for up to eight readers of a
+    /// region. A block of 2 MiB is filled when its faults have cost as much as that would, in any
+    /// order. The default.
     ///
-    /// A thread that touches a page of such a fill waits for that fill, up to a block of it: where
-    /// the slowest touch matters more than the time of all, choose [`None`](Self::None).
+    /// A thread that touches a page of such a fill waits until up to a block is filled. If the
+    /// slowest touch matters more than the total time, choose [`None`](Self::None).
     ///
-    /// A page whose source fails is left alone, and asked for again when it is touched.
+    /// A page whose source fails stays absent, and its source is read again when it is touched.
     #[default]
     Adaptive,
 }
 
-/// What to install beside the page of a fault.
+/// The pages to install in addition to the page of a fault.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Prefetch {
-    /// Together with it: the waiters of the page wait for these too.
+    /// Installed with the faulting page, whose waiters wait for all of them.
     pub(crate) with_fault: Option<Span>,
-    /// After it, while its waiters run.
+    /// Installed later, while the waiters run.
     pub(crate) after_fault: Option<Span>,
-    /// How many pages that were filled ahead the reader has passed by since it was last heard of.
+    /// The number of pages filled ahead that the reader has passed since its last marker.
     pub(crate) consumed: usize,
 }
 
 /// The sequential readers of one region.
 #[derive(Debug)]
 pub(super) struct Streams {
-    /// A [`Stream`] each, packed; 0 for none, as no stream has its marker at page 0.
+    /// Packed [`Stream`]s; 0 is none, because no stream has its marker at page 0.
     streams: [AtomicU64; STREAMS],
+    /// The number of streams so far: modulo [`STREAMS`], the entry to replace next.
     oldest: AtomicUsize,
+    /// The pages of the region.
     pages: usize,
-    /// Pages in a block, where whole blocks can be filled at once.
+    /// The pages of a block, if whole blocks can be filled at once.
     block: Option<usize>,
 }
 
-/// One reader: the page whose fault tells where it is, and how much was filled.
+/// One reader: its marker, and the pages filled ahead of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stream {
     marker: usize,
-    /// How many pages were filled behind the marker; or, with `whole`, before it.
+    /// The number of pages filled after the marker or, with `whole`, before it.
     window: usize,
-    /// How many pages were filled ahead between the marker before and this one: the reader has
-    /// passed them when it comes here.
+    /// The number of pages filled ahead between the last marker and this one: the reader has passed
+    /// them when it faults at this one.
     due: usize,
+    /// True if the window consists of whole blocks.
     whole: bool,
 }
 
 impl Streams {
     pub(super) fn new(pages: usize, block: Option<usize>) -> Option<Self> {
-        // 4 TiB in pages of 4 KiB: farther, streams are not told apart.
-        let told_apart = pages <= (u32::MAX / 4) as usize;
-        told_apart.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
+        // The packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no streams.
+        let fits = pages <= (u32::MAX / 4) as usize;
+        fits.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
     }
 
-    /// Takes note of a fault that fills `page`; says what else to fill.
+    /// Records a fault on `page`, and returns the pages to fill in addition.
     pub(super) fn on_fault(&self, page: Page) -> Prefetch {
         for slot in &self.streams {
             let seen = slot.load(Ordering::Relaxed);
@@ -88,19 +91,19 @@ impl Streams {
                 continue;
             }
             let (next, prefetch) = self.advance(stream);
-            // Two workers cannot both have claimed the marker's page; if another stream took the
-            // slot, leave it.
+            // Only one worker has claimed the marker's page. If another stream has taken the entry
+            // meanwhile, that stream keeps it.
             let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
             return if taken.is_ok() { prefetch } else { Prefetch::default() };
         }
         let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
-        // The next page is a marker with nothing filled behind it.
+        // The next page becomes a marker, with no page filled after it.
         let begun = Stream { marker: page.0 + 1, window: 0, due: 0, whole: false };
         self.streams[slot].store(begun.pack(), Ordering::Relaxed);
         Prefetch::default()
     }
 
-    /// The reader has come to its marker.
+    /// The next state of a stream whose reader has faulted at its marker, and the pages to fill.
     fn advance(&self, Stream { marker, window, due: passed, whole }: Stream) -> (Stream, Prefetch) {
         let twice = (2 * window).max(WINDOW_MIN);
         match self.block {
@@ -111,7 +114,7 @@ impl Streams {
                     after_fault: self.inside(marker + block, marker + window),
                     consumed: passed,
                 };
-                // The first block is the fault's own.
+                // The first block is filled with the fault, not ahead.
                 (Stream { marker: marker + window, window, due: window - block, whole }, prefetch)
             }
             Some(block) if twice >= block => {
@@ -135,7 +138,7 @@ impl Streams {
         }
     }
 
-    /// As much of some pages as there is in the region.
+    /// The part of some pages that lies in the region.
     fn inside(&self, first: usize, end: usize) -> Option<Span> {
         let end = end.min(self.pages);
         (first < end).then(|| Span { first: Page(first), pages: end - first })
@@ -157,9 +160,9 @@ impl Stream {
 
 const STREAMS: usize = 8;
 const WINDOW_MIN: usize = 8;
-/// 2 MiB of pages of 4 KiB: past it, a call's own cost no longer shows.
+/// 2 MiB of pages of 4 KiB: in a larger window, the fixed cost of a call is negligible anyway.
 const WINDOW_MAX: usize = 512;
-/// 32 MiB: past it, neither does that of a fault for each window.
+/// 32 MiB: in a larger window, the cost of its one fault is negligible anyway.
 const BLOCKS_MAX: usize = 16;
 
 #[cfg(test)]
@@ -167,7 +170,7 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// Reads pages in order; says which were faults, and which of those read ahead how much.
+    /// Reads pages in order. Returns the number of faults, and the number of pages of each prefetch.
     fn read(streams: &Streams, pages: impl Iterator<Item = usize>) -> (usize, Vec<usize>) {
         let (mut present, mut faults, mut windows) = (std::collections::HashSet::new(), 0, Vec::new());
         for page in pages {
@@ -195,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn from_a_block_on_whole_blocks_are_filled_and_nothing_is_left_out() {
+    fn large_windows_consist_of_whole_blocks() {
         let streams = Streams::new(100 * 512, Some(512)).unwrap();
         let (faults, windows) = read(&streams, 0..100 * 512);
         assert!(faults < 25, "{faults} faults for 100 blocks");
@@ -211,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn at_each_marker_it_is_known_what_the_reader_has_passed_of_what_was_filled_ahead() {
+    fn each_marker_counts_the_prefetched_pages_that_the_reader_has_passed() {
         for block in [None, Some(512)] {
             let streams = Streams::new(100 * 512, block).unwrap();
             let (mut present, mut ahead, mut passed) = (BTreeSet::new(), BTreeSet::<usize>::new(), 0);
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_read_past_the_end() {
+    fn no_page_past_the_end_is_prefetched() {
         for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
             let streams = Streams::new(pages, block).unwrap();
             for page in 0..pages {
@@ -253,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn several_readers_are_told_apart() {
+    fn several_readers_have_a_stream_each() {
         let streams = Streams::new(1 << 20, None).unwrap();
         let interleaved = (0..4_000).flat_map(|page| (0..8).map(move |reader| reader * 100_000 + page));
         let (faults, _) = read(&streams, interleaved);

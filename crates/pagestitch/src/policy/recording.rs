@@ -1,10 +1,13 @@
-//! Recordings: in which order the pages of a region were first touched, to have them there sooner
-//! the next time.
+//! Recordings: the order in which the pages of a region were first touched. A replay fills a region
+//! in this order, ahead of its touches.
+//!
+//! The encoding. Numbers are varints; a run is a sequence of adjacent pages.
 //!
 //! ```text
-//!   magic "pgstrec1" | page size | bytes of the region | runs  | for each run of pages ... | checksum of all before
-//!                      varint      varint                varint  the distance from the end of the one before (zigzag),
-//!                                                              and how many pages, if it is more than one
+//!   "pgstrec1" | page size | region bytes | number of runs | runs ... | checksum of all before (8 bytes)
+//!
+//!   run:  zigzag(distance from the end of the run before) << 1 | (more than one page)
+//!         the number of pages, if more than one
 //! ```
 
 use crate::error::{BuildOption, Error, ErrorKind};
@@ -19,9 +22,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// In which order the pages of a region were first touched. Taken by
-/// [`recording`](crate::AnyRegion::recording) of a region that [records](crate::Builder::record),
-/// for a region of the same bytes that [replays](crate::Builder::replay) it.
+/// The order in which the pages of a region were first touched. A region that
+/// [records](crate::Builder::record) returns it from [`recording`](crate::AnyRegion::recording); a
+/// later region of the same size [replays](crate::Builder::replay) it.
 ///
 /// ```
 /// use pagestitch::{Pool, Recording, Region};
@@ -41,7 +44,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 pub struct Recording {
     page: PageSize,
     bytes: u64,
-    /// As they follow each other: what a recording takes in memory, its file has in bytes.
+    /// Runs of adjacent pages, in the order of their touches.
     runs: Arc<[Span]>,
 }
 
@@ -73,8 +76,8 @@ impl Recording {
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
     }
 
-    /// Tries whether [`write`](Self::write) can work at this path, without writing: to fail before
-    /// the run that is recorded, and not after it.
+    /// Checks whether [`write`](Self::write) can work at this path, without writing, so that a program
+    /// can fail before the recorded run, not after it.
     ///
     /// # Errors
     ///
@@ -108,7 +111,7 @@ impl Recording {
     /// [`ErrorKind::InvalidRecording`] if the bytes are not a recording, or are damaged.
     pub fn from_bytes(encoded: &[u8]) -> Result<Self, Error> {
         Self::decode(encoded)
-            .map_err(|why| Error::new(ErrorKind::InvalidRecording, format!("what was read {why}")))
+            .map_err(|why| Error::new(ErrorKind::InvalidRecording, format!("the data {why}")))
     }
 
     fn of(page: PageSize, bytes: u64, pages: &[Page]) -> Self {
@@ -135,7 +138,7 @@ impl Recording {
             return Ok(());
         }
         let what = format!(
-            "the recording is of a region of {} bytes in pages of {}, and this has {bytes} in pages of {page}: record it anew",
+            "the recording is of a region of {} bytes in pages of {}, but this region has {bytes} bytes in pages of {page}: record it anew",
             self.bytes, self.page
         );
         Err(Error::new(ErrorKind::InvalidRecording, what).of_option(BuildOption::Replay))
@@ -191,8 +194,8 @@ impl Recording {
     }
 }
 
-/// Takes down the pages of faults, without a lock or an allocation. As many as the region has; what
-/// is touched anew after it was let go is taken down anew, as long as there is room.
+/// Records the pages of faults, without a lock or an allocation. It has an entry for each page of
+/// the region. A page that is discarded and touched again is recorded again while entries are left.
 #[derive(Debug)]
 pub(crate) struct TouchRecorder {
     next: AtomicUsize,
@@ -205,6 +208,7 @@ impl TouchRecorder {
         Ok(Self { next: AtomicUsize::new(0), pages: AtomicTable::new(pages)? })
     }
 
+    /// Records a fault on a page.
     pub(crate) fn note(&self, page: Page) {
         if let Some(word) = self.pages.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             word.store(page.0 as u64 + 1, Ordering::Release);
@@ -232,7 +236,7 @@ impl Replay {
         Self { recording, next: Mutex::new((0, 0)) }
     }
 
-    /// The next few pages, by their addresses, in runs; none when it is over.
+    /// The next few pages, as runs sorted by address; `None` at the end.
     pub(crate) fn next(&self) -> Option<impl Iterator<Item = Span>> {
         let mut few = [Span { first: Page(0), pages: 0 }; AT_ONCE];
         let (mut runs, mut left) = (0, AT_ONCE);
@@ -303,14 +307,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_was_written_is_read(pages in prop::collection::vec(0usize..10_000, 0..300), run in 0usize..50) {
+        fn a_decoded_recording_is_the_encoded_one(pages in prop::collection::vec(0usize..10_000, 0..300), run in 0usize..50) {
             let pages = pages.into_iter().chain(9_000..9_000 + run).collect();
             let recording = recording(10_000 * 4096 - 5, pages);
             prop_assert_eq!(Recording::decode(&recording.to_bytes()), Ok(recording));
         }
 
         #[test]
-        fn what_is_damaged_is_refused(cut in 0usize..60, flip in 0usize..60, bit in 0u8..8) {
+        fn a_damaged_recording_is_refused(cut in 0usize..60, flip in 0usize..60, bit in 0u8..8) {
             let whole = recording(1 << 30, (0..20).map(|page| page * 37 % 1000).collect()).to_bytes();
             prop_assert!(Recording::decode(&whole[..cut.min(whole.len() - 1)]).is_err());
             let mut flipped = whole.clone();
@@ -318,10 +322,9 @@ mod tests {
             prop_assert!(Recording::decode(&flipped).is_err());
         }
 
-        /// A file with a right checksum, too, gets an answer, without more memory than its size
-        /// justifies.
+        /// Bytes with a correct checksum neither panic nor allocate more than their length justifies.
         #[test]
-        fn anything_at_all_is_an_answer(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        fn arbitrary_bytes_with_a_checksum_decode_or_fail(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let mut whole = [MAGIC, &bytes].concat();
             whole.extend(checksum(&whole).to_le_bytes());
             let _ = Recording::decode(&whole);
@@ -329,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_it_is_replayed_a_few_pages_at_a_time() {
+    fn a_replay_returns_all_pages_a_few_at_a_time() {
         let pages: Vec<usize> = (0..100).chain([500, 400]).chain(300..340).collect();
         let replay = Replay::new(recording(1 << 30, pages.clone()));
         let mut replayed = Vec::new();
@@ -345,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_compact() {
+    fn an_encoded_recording_is_compact() {
         let random: Vec<usize> = (0..50_000).map(|i: usize| i.wrapping_mul(0x9e37_79b9) % 500_000).collect();
         let encoded = recording(2 << 30, random).to_bytes();
         assert!(encoded.len() < 50_000 * 7 / 2, "{} bytes", encoded.len());
