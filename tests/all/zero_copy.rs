@@ -99,7 +99,7 @@ fn edges_inside_a_page_are_copied_and_the_plan_says_so() {
     let whys: Vec<_> = region.plan().runs().iter().map(|run| (run.method, run.reason)).collect();
     assert_eq!(whys.len(), 3);
     assert!(whys[1].1.starts_with("an edge lies inside a page"), "{whys:?}");
-    assert!(whys[2].1.starts_with("not at the same place in a page"), "{whys:?}");
+    assert!(whys[2].1.starts_with("at another offset in its page"), "{whys:?}");
     assert!(region.as_slice() == [&[1u8; 100], &bytes[100..5 * PAGE + 7], &bytes[..9 * PAGE]].concat());
     let seen = region.close();
     assert_eq!(seen.pages_in_place, 4);
@@ -112,11 +112,11 @@ fn require_zero_copy_names_the_chunk_and_the_reason() {
         (Chunk::from(vec![1u8; PAGE]), "chunk 1 (memory) is not zero-copy: private memory"),
         (
             Chunk::from(memfd.clone()).range(1..8193),
-            "chunk 1 (sealed memfd) is not zero-copy: not at the same place",
+            "chunk 1 (sealed memfd) is not zero-copy: at another offset in its page",
         ),
         (
             Chunk::from(memfd.clone()).range(0..100),
-            "chunk 1 (sealed memfd) is not zero-copy: fills no page of its own",
+            "chunk 1 (sealed memfd) is not zero-copy: covers no whole page",
         ),
         (
             Chunk::from(memfd.clone()).range(0..5000),

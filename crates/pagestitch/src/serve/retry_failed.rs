@@ -16,7 +16,7 @@ use std::thread;
 
 /// Fills the poisoned pages of a span. Stops at the first whose source fails again.
 pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
-    let mut bad = region.once_bad(span).peekable();
+    let mut bad = region.failed_pages(span).peekable();
     let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
         let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";

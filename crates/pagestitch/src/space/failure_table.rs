@@ -14,14 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Debug, Default)]
 pub(super) struct Failures {
     pages: Mutex<BTreeMap<Page, Arc<Failure>>>,
-    /// Whether there ever was one.
+    /// True if an entry was ever added.
     any: AtomicBool,
 }
 
-/// Why pages were poisoned, for one thread at a time. No signal handler interrupts that thread: the
-/// worker that serves what a handler touches may need them, too.
+/// The locked table. Signals of the thread are blocked meanwhile, because the worker that serves a
+/// page touched by a signal handler may need the table too.
 pub(super) struct LockedFailures<'s> {
-    // The lock is left first.
+    // Dropped first: the lock is released before signals are unblocked.
     failures: MutexGuard<'s, BTreeMap<Page, Arc<Failure>>>,
     _quiet: NoSignals,
 }
@@ -57,7 +57,7 @@ impl Failures {
     }
 }
 
-/// Whom to tell of a page that is bad: its offset, and why.
+/// The callback of `on_page_failure`: called with the page's offset and the failure.
 #[derive(Clone)]
 pub(crate) struct FailureCallback(pub(crate) Arc<Callback>);
 

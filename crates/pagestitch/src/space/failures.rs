@@ -26,14 +26,14 @@ impl Mapping {
 
     /// The failed pages of a span with their failures, ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
-        // One that was let go is not bad any more. One that was given up is still claimed by the
-        // thread that asks its source.
-        self.once_bad(span).filter(|(page, _)| self.pages.state(*page) != PageState::Absent).collect()
+        // A discarded page is absent, and not poisoned any more. A page whose fault timed out is still
+        // claimed by the worker in its source, and counts.
+        self.failed_pages(span).filter(|(page, _)| self.pages.state(*page) != PageState::Absent).collect()
     }
 
-    /// The pages of a span that have failed and were not filled since, though they may have been
-    /// let go; and why; ascending.
-    pub(crate) fn once_bad(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
+    /// The pages of a span that have failed and were not filled since, with their failures, ascending.
+    /// Such a page may have been discarded.
+    pub(crate) fn failed_pages(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
         let failures = self.failures.locked();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));
         let bad: Vec<_> = bad.filter(|(page, _)| self.pages.state(*page) != PageState::Present).collect();
@@ -63,10 +63,12 @@ impl Mapping {
         }
     }
 
-    /// A page that has failed was settled. A retry may have filled it before and removed the
-    /// reason, and it has failed anew: a page that is bad has one, or a reader of the reason would
-    /// look for it forever. So has one that is absent by now: it may have been let go before it was
-    /// marked.
+    /// Records the failure of a page again, after it was settled as poisoned, unless it is present.
+    /// `retry_failed` may have filled the page meanwhile and removed the failure, before the page
+    /// failed anew.
+    ///
+    /// Invariant: a poisoned page has a failure. Otherwise `populate` would look for it forever. An
+    /// absent page keeps its failure, because it may have been discarded before it was poisoned.
     pub(crate) fn settle_failure(&self, page: Page, failure: &Arc<Failure>) {
         let mut failures = self.failures.locked();
         if self.pages.state(page) != PageState::Present {

@@ -1,15 +1,15 @@
-//! Which pages are shown in place, decided once, before the region exists.
+//! Pages that are mapped in place. The build decides once which they are, and maps them.
 //!
 //! ```text
 //!   memfd     |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|
-//!   chunks        [ a ........ ][ b ............. ]            end to end in the memfd too: one extent
-//!   region    |--- 7 ---|--- 8 ---|--- 9 ---|-- 10 ---|        at the same place in a page
-//!                  copied   mapped    mapped   copied           whole pages are mapped, at once
+//!   chunks        [ a ........ ][ b ............. ]            adjacent in the memfd too: one extent
+//!   region    |--- 7 ---|--- 8 ---|--- 9 ---|-- 10 ---|        at the same offset in a page
+//!                  copied   mapped    mapped   copied           one mapping for all whole pages
 //! ```
 //!
-//! Chunks that continue each other in source and region are one extent, whatever their edges; its
-//! whole pages become one mapping. The kernel counts mappings, so there is a budget; what is beyond
-//! it is copied.
+//! Chunks that are adjacent in source and region are one *extent*. Its whole pages become one
+//! mapping, even if chunks meet inside a page. The kernel limits the number of mappings, so the
+//! build has a budget; pages above it are copied.
 
 use crate::source::{Backing, Shared};
 use crate::space::Layout;
@@ -17,34 +17,34 @@ use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd, View};
 use std::ops::Range;
 
-/// A run of pages that are a source's own.
+/// A run of pages of the region that are adjacent pages of one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MappedRun {
     pub(crate) span: Span,
-    /// A chunk of the extent, to find the source by.
+    /// The first chunk of the extent, which has the source.
     pub(crate) chunk: usize,
-    /// The span's first byte in the source.
+    /// The offset of the span's first byte in the source.
     pub(crate) offset: u64,
 }
 
 impl MappedRun {
-    /// Where in the source one of its pages begins.
+    /// The offset in the source at which one of its pages begins.
     pub(crate) fn offset_of(&self, page: Page, size: PageSize) -> u64 {
         self.offset + ((page.0 - self.span.first.0) * size.bytes()) as u64
     }
 }
 
-/// What of the kernel's abilities decides how pages are shown.
+/// The abilities of the kernel that decide how pages are mapped.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
-    /// Donated pages move when they are touched; without, they are taken when the region is built.
+    /// Donated pages can move when they are touched. Otherwise the build moves them.
     pub(crate) moves: bool,
-    /// Memfds may be filled later; without, they are copied.
+    /// Memfds that are filled later can be mapped. Otherwise they are copied.
     pub(crate) minor_faults: bool,
 }
 
 impl Abilities {
-    /// Whether whole pages of a source are mapped when the region is built.
+    /// True if the build maps whole pages of a source.
     const fn map(self, backing: &Backing) -> bool {
         match backing {
             Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
@@ -59,27 +59,26 @@ impl Abilities {
     }
 }
 
-/// MappedRuns of pages, in the order of the region.
+/// Runs of mapped pages, in ascending order.
 #[derive(Debug, Default)]
 pub(crate) struct MappedRuns {
     runs: Vec<MappedRun>,
 }
 
-/// What a region shows of its sources' own pages.
+/// The pages of its sources that a region maps.
 #[derive(Debug, Default)]
 pub(crate) struct ShownPages {
-    /// There from the start: they never fault.
+    /// Present from the build on: they never fault.
     pub(crate) in_place: MappedRuns,
-    /// There when the memfd has them: a fault each.
+    /// Pages of memfds that are filled later: each faults once.
     pub(crate) lazy: MappedRuns,
-    /// What the kernel would not map, and why: copied. Ascending.
+    /// Pages that the kernel refused to map, with the reasons, ascending. They are copied.
     pub(crate) refused: Vec<(Span, &'static str)>,
 }
 
 impl ShownPages {
-    /// Decides what can be shown with at most `budget` mappings, and maps it, over a part of the
-    /// range that was registered. What the kernel would not map after all is copied. An error comes
-    /// with the chunk that it is about.
+    /// Decides which pages to map with at most `budget` mappings, and maps them over the registered
+    /// range. Pages that the kernel refuses are copied. An error names the chunk that caused it.
     pub(crate) fn map(
         layout: &Layout,
         page: PageSize,
@@ -96,7 +95,7 @@ impl ShownPages {
                 Ok(()) => shown.in_place.runs.push(run),
                 Err(errno) => match refusal_reason(backing, page, errno) {
                     Some(reason) => shown.refused.push((run.span, reason)),
-                    // Another thread has taken the last mappings since.
+                    // Other threads have taken the last mappings: the rest is copied.
                     None if errno == Errno::ENOMEM => break,
                     None => return Err((run.chunk, errno)),
                 },
@@ -106,18 +105,18 @@ impl ShownPages {
     }
 }
 
-/// Why the kernel would not map one source, which is copied then; `None` where it is not for that
-/// source's sake.
+/// The reason why the kernel refuses to map one source, which is copied then. `None` if the error
+/// does not concern this source alone.
 fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => {
-            Some("pages cannot be taken and leave their addresses (Linux 5.7): copied")
+            Some("donated pages cannot be moved without unmapping them (Linux 5.7): copied")
         }
         (Backing::Memfd(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
             Some("its file system does not map files (ENODEV: FUSE with direct_io, sysfs): copied")
         }
         (_, Errno::ENOMEM) if backing.granule() != page => {
-            Some("no huge pages are left for what is written in it (vm.nr_hugepages): copied")
+            Some("no huge pages are left for writes to it (vm.nr_hugepages): copied")
         }
         _ => None,
     }
@@ -142,7 +141,7 @@ fn map(run: MappedRun, backing: &Backing, view: &mut View, uffd: &Uffd) -> Resul
     }
 }
 
-/// The runs that are to be shown. Each is a mapping, and so is the gap before it, if there is one.
+/// The runs to map. Each is a mapping for the kernel, and so is the gap before it, if any.
 fn decide(
     layout: &Layout,
     page: PageSize,
@@ -156,7 +155,7 @@ fn decide(
     while chunk < layout.chunks() {
         let end = extent_end(layout, chunk);
         if abilities.map(layout.backing_of(chunk)) {
-            // Asking for the budget reads /proc: only a region with pages to map pays.
+            // The budget is read from /proc, so only a region with pages to map asks for it.
             left = budget.take().map_or(left, |budget| budget());
             if let Some(run) = whole_pages(layout, page, chunk..end) {
                 let follows = runs.last().map_or(Page(0), |last| last.span.end()) == run.span.first;
@@ -173,24 +172,25 @@ fn decide(
 }
 
 impl MappedRuns {
-    /// How many pages they have together.
+    /// The number of their pages.
     pub(crate) fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.span.pages as u64).sum()
     }
 
-    /// How many pages from `span`'s first on are in one run, if any, and which.
+    /// The number of leading pages of `span` that lie in one run, and that run. `None` if the first
+    /// page lies in none.
     pub(crate) fn prefix(&self, span: Span) -> Option<(usize, &MappedRun)> {
         let run = self.after(span.first).filter(|run| run.span.first <= span.first)?;
         Some(((run.span.end().0 - span.first.0).min(span.pages), run))
     }
 
-    /// Whether a page is shown in place.
+    /// True if a run has the page.
     pub(crate) fn contains(&self, page: Page) -> bool {
         self.after(page).is_some_and(|run| run.span.first <= page)
     }
 
-    /// The first part of a span that is not shown in place: skips runs at its start, and ends
-    /// before the next.
+    /// The first part of a span that is in no run: skips the runs at its start, and ends before the
+    /// next one.
     pub(crate) fn next_gap(&self, span: Span) -> Span {
         let mut rest = span;
         while let Some(run) = self.after(rest.first) {
@@ -211,7 +211,7 @@ impl MappedRuns {
     }
 }
 
-/// The chunk after those that continue `first` in its source.
+/// The end of the extent that starts with the chunk `first`.
 fn extent_end(layout: &Layout, first: usize) -> usize {
     let mut end = first + 1;
     while end < layout.chunks() && layout.continues(end) {
@@ -220,9 +220,9 @@ fn extent_end(layout: &Layout, first: usize) -> usize {
     end
 }
 
-/// The pages of an extent that it has to itself, if it lies at the same place in pages of source
-/// and region. Padding around it, and what is past the region's end, may be whatever the source has
-/// there.
+/// The pages that belong to an extent alone, if its offsets in source and region differ by whole
+/// pages. Such a page may include padding, or addresses past the region's end: these show whatever
+/// the source has there.
 pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Option<MappedRun> {
     let first = chunks.start;
     let start = layout.offsets_of(first).start;
@@ -237,13 +237,14 @@ pub(crate) fn whole_pages(layout: &Layout, page: PageSize, chunks: Range<usize>)
         let stop = layout.offsets_of(chunks.end - 1).end;
         whole_granules((page, granule), start..stop, source)
     };
-    // Below the extent's start only by what lies in the same page of the source.
+    // The span may begin before the extent, but in the same page of the source.
     let offset = (source + page.offset_of(span.first)).wrapping_sub(start);
     (!span.is_empty()).then_some(MappedRun { span, chunk: first, offset })
 }
 
-/// The huge pages of an extent that it has to itself, if it lies at the same place in them in
-/// source and region: hugetlbfs shows no less. A region begins at a multiple of [`HUGE`].
+/// The huge pages that belong to an extent alone, if its offsets in source and region differ by
+/// whole huge pages, because hugetlbfs maps whole huge pages only. A region begins at a multiple of
+/// [`HUGE`].
 fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, source: u64) -> Span {
     let whole = granule.inside(&offsets);
     if granule.bytes() > HUGE || whole.is_empty() || !is_aligned(granule, offsets.start, source) {
@@ -252,9 +253,9 @@ fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, so
     page.covering(&granule.offsets(whole))
 }
 
-/// An extent's offsets, as far as the ends of its pages where what lies there means nothing. A
-/// donated page moves with all of its bytes: another chunk, of any region, may have spoken for
-/// those that are not the extent's, or come to.
+/// The offsets of an extent, extended to whole pages where only padding or the region's end
+/// follows. Not so in a donated page, unless the donation ends there: the page moves with all of its
+/// bytes, and the rest may belong to another chunk of any region, now or later.
 fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<u64> {
     let (first, last) = (chunks.start, chunks.end - 1);
     let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);
@@ -271,7 +272,7 @@ fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<
     from..to
 }
 
-/// Whether an offset in a region and one in a source are at the same place in their pages.
+/// True if an offset in a region and one in a source differ by whole pages.
 pub(crate) fn is_aligned(page: PageSize, region: u64, source: u64) -> bool {
     (region ^ source) & (page.bytes() as u64 - 1) == 0
 }
@@ -301,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_pages_are_in_place_and_ragged_edges_are_not() {
+    fn whole_pages_are_mapped_and_edges_are_not() {
         assert_eq!(decide(&[(0, 8192)], 0, 9), [(0, 2, 0)]);
         assert_eq!(decide(&[(100, 12_000), (0, 1)], 100, 9), [(1, 1, 4096)]);
         assert_eq!(decide(&[(4096, 10_000), (0, 100)], 8192, 9), [(2, 2, 4096)]);
@@ -309,14 +310,14 @@ mod tests {
     }
 
     #[test]
-    fn the_last_page_may_go_on_past_the_region() {
+    fn the_last_page_may_extend_past_the_region() {
         assert_eq!(decide(&[(4096, 10_000)], 8192, 9), [(2, 3, 4096)]);
         assert_eq!(decide(&[(0, 4095)], 0, 9), [(0, 1, 0)]);
-        assert_eq!(decide(&[(100, 5)], 100, 9), [], "what comes before it in its page is not its own");
+        assert_eq!(decide(&[(100, 5)], 100, 9), [], "another chunk lies before it in its page");
     }
 
     #[test]
-    fn padding_around_an_extent_is_its_own() {
+    fn an_extent_includes_the_padding_around_it() {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
         let mut layout = Layout::default();
         for (start, bytes) in [(100, 5000), (4096, 1), (0, 4096)] {
@@ -331,24 +332,24 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_elsewhere_in_its_page_is_not_in_place() {
+    fn a_chunk_at_another_offset_in_its_page_is_not_mapped() {
         assert_eq!(decide(&[(1, 100_000)], 0, 9), []);
     }
 
     #[test]
-    fn chunks_that_continue_each_other_are_one_run() {
+    fn adjacent_chunks_are_one_run() {
         assert_eq!(decide(&[(0, 5000), (5000, 3192), (8192, 4096)], 0, 9), [(0, 3, 0)]);
         assert_eq!(decide(&[(8192, 4096), (0, 4096), (4096, 4096)], 0, 9), [(0, 1, 8192), (1, 2, 0)]);
     }
 
     #[test]
-    fn the_budget_is_kept() {
+    fn the_mappings_stay_within_the_budget() {
         assert_eq!(decide(&[(8192, 4096), (0, 4096), (16_384, 4096)], 0, 2), [(0, 1, 8192), (1, 1, 0)]);
         assert_eq!(decide(&[(8192, 4096), (0, 4096)], 4096, 2), [(1, 1, 8192)], "a gap is a mapping too");
     }
 
     #[test]
-    fn gaps_are_what_lies_between() {
+    fn a_gap_is_the_space_between_two_runs() {
         let run = |first, pages| MappedRun { span: Span { first: Page(first), pages }, chunk: 0, offset: 0 };
         let runs = MappedRuns { runs: vec![run(2, 3), run(5, 1), run(10, 2)] };
         let gap = |first, pages| {

@@ -1,4 +1,5 @@
-//! The plan: how each run of chunks is installed, and why not without a copy. For people to read.
+//! The plan of a region, printable: the method by which each run of chunks is installed, with the
+//! reason.
 
 use crate::method::Method;
 use crate::source::{Backing, Shared};
@@ -10,7 +11,7 @@ use pagestitch_kernel::{PageSize, Span};
 use std::fmt;
 use std::ops::Range;
 
-/// How a region's chunks are installed. `Display` prints a table.
+/// The methods by which a region's chunks are installed. `Display` prints a table.
 #[derive(Debug, Clone)]
 pub struct Plan {
     region: String,
@@ -22,20 +23,19 @@ pub struct Plan {
     staged: Result<(), &'static str>,
 }
 
-/// A run of chunks next to each other that are installed the same way from sources of the same
-/// name.
+/// A run of adjacent chunks with the same method, reason and name of the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PlanRun {
-    /// The offsets in the region that it covers.
+    /// The byte offsets in the region that the run covers.
     pub offsets: Range<u64>,
-    /// Its chunks, counted from 0; none for padding.
+    /// The indices of its chunks; empty for padding.
     pub chunks: Range<usize>,
-    /// What the source calls itself.
+    /// The name of the source.
     pub source: String,
-    /// How its pages are installed.
+    /// The method by which its pages are installed.
     pub method: Method,
-    /// Why so, and not without a copy.
+    /// The reason for the method; if the pages are copied, the reason why they are not mapped.
     pub reason: &'static str,
 }
 
@@ -76,22 +76,22 @@ impl Plan {
         &self.runs
     }
 
-    /// Whether whole blocks of 2 MiB that are copied or read are filled in a huge page and moved
-    /// in, which takes less than half the time; else the reason why not.
+    /// `Ok` if whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in,
+    /// which takes less than half the time.
     ///
-    /// Decided when the region is built. On Linux before 6.16 (6.12.37), a page that moves while it
-    /// is swapped out may be lost: pages do not move there if swap is on by then. Do not switch it
-    /// on later.
+    /// Decided when the region is built. On Linux before 6.16 (6.12.37), the kernel may lose a page
+    /// that moves while it is swapped out. So pages do not move there if swap is on when the region
+    /// is built; do not switch swap on later.
     ///
     /// # Errors
     ///
-    /// The reason.
+    /// The reason why blocks are copied page by page.
     pub const fn staged(&self) -> Result<(), &'static str> {
         self.staged
     }
 
-    /// How many pages several chunks meet in, or end in: these are gathered in staging, then
-    /// copied.
+    /// The number of pages in which several chunks meet, or a chunk ends. They are gathered in a
+    /// buffer, then copied.
     #[must_use]
     pub const fn gathered_pages(&self) -> u64 {
         self.gathered_pages
@@ -102,11 +102,11 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     let backing = mapping.layout.backing_of(chunk);
     let (method, reason) = match backing {
         Backing::Hole(_) if mapping.layout.is_padding(chunk) => {
-            (Method::Zero, "padding up to the next chunk's place in a page")
+            (Method::Zero, "padding up to the next chunk's page")
         }
-        Backing::Memory(_) => (Method::Copy, "private memory: copied once, from where it lies"),
-        Backing::Fetched(_) => (Method::Buffered, "comes later: fetched, then copied; no worker waits"),
-        Backing::Read(_) => (Method::Buffered, "read at an offset: into staging, then copied"),
+        Backing::Memory(_) => (Method::Copy, "memory: copied once, from its own address"),
+        Backing::Fetched(_) => (Method::Buffered, "fetched asynchronously, then copied; no worker waits"),
+        Backing::Read(_) => (Method::Buffered, "read into a buffer, then copied"),
         Backing::Hole(_) => (Method::Zero, "zeros: the kernel's zero page, no copy"),
         Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
             method_of_pages(mapping, chunk, backing)
@@ -118,7 +118,7 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     PlanRun { offsets, chunks: number..number + counted, source: backing.source().name(), method, reason }
 }
 
-/// A source with pages of its own. A chunk counts as shown only if all of it is.
+/// The method for a source that has pages. A chunk counts as mapped only if all of its pages are.
 fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Method, &'static str) {
     let page = mapping.page_size();
     let offsets = mapping.layout.offsets_of(chunk);
@@ -137,7 +137,8 @@ fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Metho
     (if matches!(backing, Backing::Memfd(_)) { Method::Copy } else { Method::Buffered }, reason)
 }
 
-/// Why not all of a chunk is shown, whose source has pages of its own.
+/// The reason why some pages of a chunk are copied, though its source has pages that could be
+/// mapped.
 fn reason_for_copy(
     mapping: &Mapping,
     chunk: usize,
@@ -152,21 +153,17 @@ fn reason_for_copy(
     let next = mapping.refused.partition_point(|(span, _)| span.end() <= all.first);
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
-        "foreign memory: copied into it"
+        "foreign memory: pages are copied into it"
     } else if !is_aligned(granule, offsets.start, mapping.layout.source_offset(chunk)) {
         if huge {
-            "not at the same place in a huge page (hugetlbfs) as in its source: copied"
+            "at another offset in its huge page (hugetlbfs) than in its source: copied"
         } else {
-            "not at the same place in a page as in its source: copied"
+            "at another offset in its page than in its source: copied"
         }
     } else if let Some((_, reason)) = refused {
         reason
     } else if whole.is_empty() {
-        if huge {
-            "fills no huge page (hugetlbfs) of its own: copied"
-        } else {
-            "fills no page of its own: copied"
-        }
+        if huge { "covers no whole huge page (hugetlbfs): copied" } else { "covers no whole page: copied" }
     } else if granule.bytes() > HUGE {
         "its huge pages (hugetlbfs) are larger than the region's alignment of 2 MiB: copied"
     } else if is_shown(whole) {
@@ -178,7 +175,7 @@ fn reason_for_copy(
     } else if mapping.lacks_minor_faults(backing) {
         "minor faults of memfds need Linux 5.14: the memfd is filled, then copied"
     } else {
-        "no mapping left for it (vm.max_map_count): copied"
+        "no mapping is left for it (vm.max_map_count): copied"
     }
 }
 
@@ -188,7 +185,7 @@ fn shown(mapping: &Mapping, backing: &Backing) -> (Method, &'static str) {
             (Method::Move, "donated: its pages move in when they are touched")
         }
         Backing::Donated(_) => (Method::Move, "donated: its pages have moved in"),
-        Backing::Shared(Shared::Lazy(_)) => (Method::Continue, "the memfd's own pages, when it has them"),
+        Backing::Shared(Shared::Lazy(_)) => (Method::Continue, "mapped once the memfd has the page"),
         Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
         Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
         Backing::Shared(Shared::Alias(_)) => {
@@ -202,17 +199,17 @@ fn shown(mapping: &Mapping, backing: &Backing) -> (Method, &'static str) {
 const MAPPED_COPY_ON_WRITE: (Method, &str) =
     (Method::Map, "mapped in place: the file's own pages, until they are written to");
 
-/// Pages in which a chunk ends before the page does.
+/// The number of copied pages in which a chunk ends before the page does.
 fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
     let mut count = 0;
     let mut last = None;
     for chunk in 0..mapping.layout.chunks() {
         let end = mapping.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
-        let ragged = end != page.offset_of(holder.span().end());
+        let is_partial = end != page.offset_of(holder.span().end());
         let moved = || mapping.moves && mapping.movable_pages(holder.span()).is_some();
         let shown = mapping.in_place.contains(holder) || mapping.lazy.contains(holder) || moved();
-        if ragged && last != Some(holder) && !shown {
+        if is_partial && last != Some(holder) && !shown {
             count += 1;
             last = Some(holder);
         }

@@ -1,12 +1,13 @@
-//! Which pages of adopted memory were let go: a bit each. Once set it stays, so what is set in
-//! whole is passed over.
+//! The set of discarded pages of adopted memory, with a bit for each page. A bit is never cleared,
+//! so groups whose bits are all set can be skipped.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Errno, Span};
 use std::num::NonZeroUsize;
 
-/// A set of pages that only grows. To add a span again takes time by a 262,144th of its pages.
+/// A set of pages that only grows. Adding a span for a second time takes one step for 262,144 of its
+/// pages.
 #[derive(Debug)]
 pub(super) struct DiscardedPages {
     /// A bit a page.
@@ -16,7 +17,7 @@ pub(super) struct DiscardedPages {
 }
 
 impl DiscardedPages {
-    /// None of so many pages.
+    /// An empty set for `pages` pages.
     pub(super) fn new(pages: usize) -> Result<Self, Errno> {
         let words = |bits: usize| {
             AtomicTable::new(NonZeroUsize::new(bits.div_ceil(WORD)).expect("at least one page"))
@@ -48,8 +49,8 @@ impl DiscardedPages {
         }
     }
 
-    /// Whether a span's first page is in the set, and how many from there on are so, too. Not
-    /// beyond [`LOOK`] where they are not.
+    /// True if a span's first page is in the set, with the number of leading pages for which the same
+    /// holds. For pages outside the set, that number is at most [`LOOK`].
     pub(super) fn prefix(&self, span: Span) -> (usize, bool) {
         let (first, end) = (span.first.0, span.end().0);
         let set = self.pages[first / WORD].load(Ordering::SeqCst) >> (first % WORD) & 1 == 1;
@@ -71,7 +72,8 @@ impl DiscardedPages {
         (at.min(end) - first, set)
     }
 
-    /// How many pages from here to the end of its group, or of 64 groups, are known to be all set.
+    /// The number of pages from `at` to the end of its group, or of 64 groups, if all of these are in
+    /// the set; else 0.
     fn full_at(&self, at: usize) -> usize {
         let group = at / GROUP;
         let groups = self.full[group / WORD].load(Ordering::SeqCst);
@@ -87,8 +89,7 @@ impl DiscardedPages {
 
 const WORD: usize = u64::BITS as usize;
 const GROUP: usize = 64 * WORD;
-/// Pages that are looked at for the end of a run that is not set: as many as are ever filled at
-/// once.
+/// The most pages outside the set that one call examines: as many as are ever filled at once.
 const LOOK: usize = 1 << 15;
 
 #[cfg(all(test, not(shuttle)))]

@@ -16,25 +16,26 @@ use std::time::{Duration, Instant};
 pub(crate) struct Foreign {
     pub(crate) page: PageSize,
     pages: usize,
-    /// In the order of the pages.
+    /// The ranges, in the order of the pages.
     pub(crate) parts: Vec<ForeignRange>,
     /// The pages that the owner has discarded: their bytes are zeros from then on.
     discarded: DiscardedPages,
-    /// An installing thread holds it shared, a reader of events alone, so that an installed page
-    /// has its bytes of *now*. The owner continues after a discard as soon as its event is read,
-    /// and old bytes must not follow.
+    /// An installing thread holds the lock shared, and a reader of events holds it alone. The owner
+    /// continues after a discard as soon as its event is read, so no bytes from before the discard
+    /// may be installed after that.
     map: RwLock<()>,
+    /// The process to kill, if it is known.
     owner: Option<Arc<Process>>,
-    /// The kernel has said that the process is not there any more.
+    /// True once the kernel has reported that the process has ended.
     ended: AtomicBool,
     pub(crate) on_unavailable: OnUnavailable,
     on_discard: OnDiscard,
-    /// None of a forked child's, which nothing else can adopt.
+    /// `None` for a forked child, whose userfaultfd no other region can adopt.
     pub(super) listed: Option<Listed>,
 }
 
-/// The lock of the map is held, maybe for as long as a source's memory cannot be read: the kernel
-/// waits in it while it copies.
+/// Another thread holds the lock of the memory map, perhaps for long: the kernel may wait for memory
+/// of a source while it copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Busy;
 
@@ -78,7 +79,7 @@ impl Foreign {
         })
     }
 
-    /// The memory of a forked child, at these addresses. What it lets go of is filled again.
+    /// The memory of a forked child, at these addresses. Its discarded pages are filled again.
     pub(crate) fn inherited(page: PageSize, ranges: Vec<(Span, usize)>) -> Result<Self, Errno> {
         let parts = ranges.into_iter().map(|(span, start)| ForeignRange { span, start }).collect();
         Self::new(page, parts, None, OnUnavailable::Poison, OnDiscard::Refill)
@@ -112,7 +113,7 @@ impl Foreign {
     }
 
     pub(crate) fn page_at(&self, address: usize) -> Option<Page> {
-        // A few, as a rule: guests have one or two.
+        // A linear search, because guests have one or two ranges.
         self.parts.iter().find_map(|part| {
             let offset = address.checked_sub(part.start)?;
             let page = Page(part.span.first.0 + offset / self.page.bytes());
@@ -124,8 +125,8 @@ impl Foreign {
         self.parts.iter().map(|part| (part.span, part.start))
     }
 
-    /// Until it is dropped, no event is read. None where pages that are let go of hold what they
-    /// held before: then it does not matter.
+    /// Excludes readers of events until the guard is dropped. `None` if discarded pages are filled
+    /// again, because then the order does not matter.
     pub(crate) fn hold(&self) -> Option<RwLockReadGuard<'_, ()>> {
         (self.on_discard == OnDiscard::Zeros).then(|| self.map.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -138,7 +139,7 @@ impl Foreign {
         unless_busy(self.map.try_read()).map(Some)
     }
 
-    /// Until it is dropped, nothing is installed. None as above.
+    /// Excludes installs until the guard is dropped. `None` as for [`hold`](Self::hold).
     pub(crate) fn change(&self) -> Option<RwLockWriteGuard<'_, ()>> {
         (self.on_discard == OnDiscard::Zeros)
             .then(|| self.map.write().unwrap_or_else(PoisonError::into_inner))
@@ -161,20 +162,20 @@ impl Foreign {
         }
     }
 
-    /// Takes note that the owner has let go of a span.
+    /// Records that the owner has discarded a span.
     pub(crate) fn note_discard(&self, span: Span) {
         if self.on_discard == OnDiscard::Zeros {
             self.discarded.add(span);
         }
     }
 
-    /// How many pages of a span, from its first on, were let go alike, or not; and which of the
-    /// two. Not all of a run that is long.
+    /// True if the first page of a span is discarded, with the number of leading pages for which the
+    /// same holds. That number is limited, so a long run may go on after it.
     pub(crate) fn discarded_prefix(&self, span: Span) -> (usize, bool) {
         self.discarded.prefix(span)
     }
 
-    /// The first pages of a span that are to have bytes: not what a balloon has taken.
+    /// The first run of a span's pages that are not discarded.
     pub(crate) fn next_kept(&self, span: Span) -> Span {
         let mut rest = span;
         while !rest.is_empty() {
@@ -186,16 +187,16 @@ impl Foreign {
         rest
     }
 
-    /// Bytes of a page were lost: whether its owner was to be ended for it.
+    /// Called when the bytes of a page are unavailable: kills the owner if that is chosen.
     pub(crate) fn note_unavailable(&self, region: &str) {
         if self.on_unavailable == OnUnavailable::Kill
             && let Err(errno) = self.kill_owner()
         {
-            log!(error, region, %errno, "cannot end the owner");
+            log!(error, region, %errno, "cannot kill the owner");
         }
     }
 
-    /// Takes note that the process is not there any more: no page of it is needed.
+    /// Records that the process has ended, so that it needs no page any more.
     pub(crate) fn end(&self) {
         self.ended.store(true, Ordering::Relaxed);
     }
@@ -204,7 +205,7 @@ impl Foreign {
         self.ended.load(Ordering::Relaxed)
     }
 
-    /// Ends the owner of the memory. `EAGAIN` if the owner is unknown.
+    /// Kills the owner of the memory. `EAGAIN` if the owner is unknown.
     pub(crate) fn kill_owner(&self) -> Result<(), Errno> {
         self.owner.as_ref().ok_or(Errno::EAGAIN)?.kill()
     }

@@ -1,12 +1,12 @@
-//! The userfaultfds that are served: one that is adopted twice would give each fault to either
-//! region, and the other would wait.
+//! The list of adopted userfaultfds. If two regions adopted the same one, each fault would be read
+//! by either of them, and the page of the other would stay absent.
 
 use pagestitch_kernel::Uffd;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// An entry among those that are served, until it is dropped: before the userfaultfd is closed.
+/// An entry in the list, until it is dropped. It is dropped before the userfaultfd is closed.
 #[derive(Debug)]
 pub(super) struct Listed(u64);
 
@@ -19,13 +19,13 @@ struct Entry {
 static ALL: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 
 impl Listed {
-    /// The name of the region that serves it already is the error. Where the kernel does not
-    /// compare descriptors (`kcmp(2)`), it is taken for another one.
+    /// Adds a userfaultfd. If it is in the list, the error is the name of its region. If the kernel
+    /// cannot compare descriptors (`kcmp(2)`), it counts as another one.
     pub(super) fn new(uffd: &Uffd, region: &str) -> Result<Self, String> {
         static NUMBERS: AtomicU64 = AtomicU64::new(0);
         let (number, fd) = (NUMBERS.fetch_add(1, Ordering::Relaxed), uffd.as_fd().as_raw_fd());
         let mut all = all();
-        // The same number is of one that was closed.
+        // An entry with the same number is of a descriptor that was closed.
         if let Some(other) = all.iter().find(|other| other.fd != fd && uffd.is_also(other.fd)) {
             return Err(other.region.clone());
         }

@@ -184,9 +184,7 @@ fn parts(ranges: &[(usize, usize)], page: PageSize) -> Result<Vec<ForeignRange>,
         let range = format!("the range of {bytes:#x} bytes at {start:#x}");
         if AddressRange::new(start, bytes, page).is_none() || bytes == 0 || start.checked_add(bytes).is_none()
         {
-            return bad(format!(
-                "{range} is not whole pages of {page}: say where the memory is, to the page"
-            ));
+            return bad(format!("{range} is not whole pages of {page}: align its start and length to pages"));
         }
         let overlaps =
             |part: &ForeignRange| start < part.start + page.bytes_of(part.span) && part.start < start + bytes;

@@ -1,23 +1,23 @@
-//! Where a region's pages are: in a reservation of ours, or in memory that another owner has
-//! registered.
+//! The addresses of a region's pages: a reservation of this process, or memory that another owner
+//! has registered.
 //!
 //! ```text
-//!   its addresses    |-- 0x7f10.. --|          |-- 0x7f90.. --|     ranges, wherever they are
-//!   pages            |  0 .. 1023   |          | 1024 .. 3071 |     counted through
-//!   chunks           |  a   |     b            |      c       |     laid end to end over all of them
+//!   addresses        |-- 0x7f10.. --|          |-- 0x7f90.. --|     ranges, with gaps between them
+//!   pages            |  0 .. 1023   |          | 1024 .. 3071 |     numbered without gaps
+//!   chunks           |  a   |     b            |      c       |     end to end over all pages
 //! ```
 //!
-//! Nothing can be mapped in foreign memory, moved there, or asked of its pages: they are copied,
-//! and what the kernel says is all that is known. What its owner lets go of is zeros from then on,
-//! as it is in any memory: the source has lost it.
+//! In foreign memory, pages can only be copied: this process can neither map nor move pages there,
+//! nor ask whether a page is present. A page that the owner discards reads as zeros from then on, as
+//! in any memory, and is not filled from its source again.
 //!
-//! | file | what |
+//! | file | content |
 //! |---|---|
-//! | `memory` | what is adopted: a userfaultfd, ranges, an owner |
-//! | `foreign` | the same as it is served: where each page is, and which were let go |
+//! | `memory` | the public description of adopted memory: a userfaultfd, ranges, an owner |
+//! | `foreign` | foreign memory as it is served: addresses, discarded pages, locks |
 //! | `owner` | the owner's choices: discarded pages, bytes that are unavailable |
-//! | `discarded` | the pages that were let go, as a set |
-//! | `listed` | all that is adopted, so that nothing is twice |
+//! | `discarded` | the set of discarded pages |
+//! | `listed` | the userfaultfds that are served, so that none is served twice |
 
 mod discarded;
 mod foreign;
@@ -39,7 +39,7 @@ use std::sync::Arc;
 pub(crate) enum Target {
     /// One range of this process, reserved for this region alone.
     Owned(Arc<Reservation>),
-    /// Ranges of another process's memory, or of this one's.
+    /// Ranges that another owner has registered, in another process or in this one.
     Foreign(Foreign),
 }
 
@@ -68,7 +68,7 @@ impl Target {
         }
     }
 
-    /// As many of a span's first pages as lie at addresses next to each other.
+    /// The leading pages of a span whose addresses are adjacent.
     pub(crate) fn contiguous(&self, span: Span) -> Span {
         match self {
             Self::Owned(_) => span,
@@ -76,7 +76,7 @@ impl Target {
         }
     }
 
-    /// The page at an address, if it is one of these.
+    /// The page at an address, if the address is in the target.
     pub(crate) fn page_at(&self, address: usize) -> Option<Page> {
         match self {
             Self::Owned(reservation) => reservation.page_at(address),
@@ -84,7 +84,7 @@ impl Target {
         }
     }
 
-    /// Its pages, and where each run of them begins.
+    /// Its runs of adjacent pages, with their start addresses.
     pub(crate) fn ranges(&self) -> impl Iterator<Item = (Span, usize)> {
         let reserved = match self {
             Self::Owned(reservation) => Some((self.all(), reservation.range().start())),
@@ -93,7 +93,7 @@ impl Target {
         reserved.into_iter().chain(self.foreign().into_iter().flat_map(Foreign::ranges))
     }
 
-    /// The pages of a range of addresses, which may lie inside or not.
+    /// The pages of the target that a range of addresses overlaps.
     pub(crate) fn pages_in(&self, start: usize, end: usize) -> impl Iterator<Item = Span> {
         let size = self.page_size();
         self.ranges().filter_map(move |(span, first)| {
@@ -105,15 +105,16 @@ impl Target {
         })
     }
 
-    /// Calls `each` with every page of a span and whether it is there, where that can be asked.
+    /// Calls `each` with every page of a span and true if it is present. Calls nothing if the kernel
+    /// does not tell.
     pub(crate) fn residency(&self, span: Span, each: impl FnMut(Page, bool)) {
         if let Self::Owned(reservation) = self {
-            // Where the question fails, nothing is said.
+            // After an error, `each` was not called for the rest.
             let _ = reservation.residency(span, each);
         }
     }
 
-    /// Whether a page is there. Where that cannot be asked it counts as absent.
+    /// True if a page is present. False if the kernel does not tell.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
         match self {
             Self::Owned(reservation) => reservation.is_resident(page).unwrap_or(false),
@@ -128,7 +129,8 @@ impl Target {
         }
     }
 
-    /// Takes a page away for good, where there are no poison marks.
+    /// Makes pages inaccessible for good. Used if the kernel has no poison markers. In foreign memory
+    /// this kills the owner.
     pub(crate) fn revoke(&self, span: Span) -> Result<(), Errno> {
         match self {
             Self::Owned(reservation) => reservation.revoke(span),
