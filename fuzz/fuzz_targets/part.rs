@@ -10,13 +10,16 @@ use std::os::unix::ffi::OsStrExt;
 #[expect(dead_code, reason = "part of a program")]
 mod part;
 
+#[path = "../../crates/pagestitch-cli/src/size.rs"]
+mod size;
+
 use part::Part;
 
 fuzz_target!(|argument: &[u8]| {
     let whole = OsStr::from_bytes(argument);
     let parsed = Part::parse(whole);
     // An existing file whose name looks like a part is that file.
-    if std::path::Path::new(whole).exists() {
+    if argument == b"-" || std::path::Path::new(whole).exists() {
         assert!(parsed.is_ok_and(|part| part.path == whole && part.range.is_none()));
         return;
     }
@@ -37,15 +40,23 @@ fuzz_target!(|argument: &[u8]| {
     }
 });
 
-/// `OFFSET+LENGTH`, with numbers of any size.
+/// `OFFSET+LENGTH`, with numbers of any size, base and unit.
 fn model(range: &[u8]) -> Option<(u64, u64)> {
     let plus = range.iter().position(|&byte| byte == b'+')?;
-    let number = |digits: &[u8]| {
-        let value = digits.iter().try_fold(0_u128, |value, digit| {
-            let digit = digit.is_ascii_digit().then(|| u128::from(digit - b'0'))?;
-            Some((value * 10 + digit).min(1 << 100))
+    let number = |text: &[u8]| {
+        let (digits, base, unit) = match text {
+            [b'0', b'x' | b'X', digits @ ..] => (digits, 16, 1),
+            [digits @ .., letter, b'i', b'B'] | [digits @ .., letter] if letter.is_ascii_alphabetic() => {
+                let power = b"KMGTPE".iter().position(|unit| *unit == letter.to_ascii_uppercase())?;
+                (digits, 10, 1_u128 << (10 * (power + 1)))
+            }
+            digits => (digits, 10, 1),
+        };
+        let value = digits.iter().try_fold(0_u128, |value, &digit| {
+            let digit = char::from(digit).to_digit(base)?;
+            Some((value * u128::from(base) + u128::from(digit)).min(1 << 64))
         });
-        value.filter(|_| !digits.is_empty())
+        value.filter(|_| !digits.is_empty()).map(|value| value * unit)
     };
     let (offset, length) = (number(&range[..plus])?, number(&range[plus + 1..])?);
     let fits = |value: u128| u64::try_from(value).ok();

@@ -2,6 +2,7 @@
 //! run.
 
 use crate::files;
+use crate::output::Form;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -39,7 +40,7 @@ pub(crate) struct Options {
     compare: Option<PathBuf>,
 }
 
-pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     pagestitch::Support::probe().features()?;
     // Checked before the measurement, which takes minutes.
     let inputs: Vec<_> = options.compare.as_deref().map(|path| ("earlier run", path)).into_iter().collect();
@@ -48,10 +49,11 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     let measuring =
         runner::Options { rounds: usize::from(options.rounds), seed: options.seed, quick: options.quick };
     let environment = Environment::current();
-    if !as_json {
+    let as_json = form == Form::Json;
+    if form == Form::Text {
         writeln!(stdout(), "{environment}")?;
     }
-    let mut watcher = Bar::new()?;
+    let mut watcher = Bar::new(form == Form::Quiet)?;
     let mut runs: Vec<(&Workload, Vec<Measured>)> = Vec::new();
     for workload in workloads::ALL.iter().filter(|known| options.wants(known)) {
         if watcher.ended() {
@@ -70,7 +72,9 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     }
     if let Some(path) = &options.report {
         files::write(path, page(&environment, &runs)?.as_bytes())?;
-        writeln!(stderr(), "wrote {}", path.display())?;
+        if form != Form::Quiet {
+            writeln!(stderr(), "wrote {}", path.display())?;
+        }
     }
     Ok(())
 }
@@ -100,11 +104,12 @@ fn print(workload: &Workload, measured: &[Measured], as_json: bool) -> Result<()
 /// second one at once.
 struct Bar {
     bar: ProgressBar,
+    hidden: bool,
     interrupted: Arc<AtomicBool>,
 }
 
 impl Bar {
-    fn new() -> Result<Self, Box<dyn Error>> {
+    fn new(hidden: bool) -> Result<Self, Box<dyn Error>> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&interrupted);
         ctrlc::set_handler(move || {
@@ -114,7 +119,7 @@ impl Bar {
             let _ =
                 writeln!(stderr(), "\nending after the complete rounds; press Ctrl-C again to end at once");
         })?;
-        Ok(Self { bar: ProgressBar::hidden(), interrupted })
+        Ok(Self { bar: ProgressBar::hidden(), hidden, interrupted })
     }
 
     fn ended(&self) -> bool {
@@ -124,7 +129,7 @@ impl Bar {
 
 impl Watcher for Bar {
     fn next(&mut self, done: usize, of: usize, case: &str) -> bool {
-        if done == 0 && stderr().is_terminal() {
+        if done == 0 && !self.hidden && stderr().is_terminal() {
             let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}");
             self.bar =
                 ProgressBar::new(of as u64).with_style(style.expect("a template that indicatif takes"));

@@ -1,7 +1,6 @@
 //! `pagestitch demo`: stitches pieces of a real file and of memory, and checks the result.
 
-use crate::output::hexadecimal;
-use crate::output::{bytes, nanoseconds, table};
+use crate::output::{Form, bytes, hexadecimal, nanoseconds, table};
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
@@ -44,7 +43,7 @@ struct Measurement {
     expected: String,
 }
 
-pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
     let file = Arc::new(FileSource::open(&path)?);
     let content = fs::read(&path)?;
@@ -52,7 +51,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         return Err(format!("{} is empty: name a file with bytes", path.display()).into());
     }
     let cuts = cut_at_random(content.len(), options.seed);
-    if !as_json {
+    if form == Form::Text {
         writeln!(
             stdout(),
             "{} ({}) is cut into {} pieces at odd offsets.",
@@ -66,10 +65,10 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         )?;
     }
     let measured = measure(options, &path, &file, &content, &cuts)?;
-    if as_json {
-        print_json(&measured)?
-    } else {
-        print(&measured)?
+    match form {
+        Form::Text => print(&measured)?,
+        Form::Json => print_json(&measured)?,
+        Form::Quiet => {}
     }
     if measured.sha256 != measured.expected {
         return Err(format!(

@@ -1,19 +1,20 @@
 //! The `pagestitch` command.
 //!
 //! Exit status: 0 success; 1 failure, with the reason in one line on standard error; 2 wrong
-//! arguments, which no file and no machine could make right.
+//! arguments, which no file and no machine could make right. With `--json`, the reason is an object.
 //!
 //! A module uses no module of an earlier row:
 //!
 //! | row | modules |
 //! |---|---|
-//! | commands | `bench`, `demo`, `probe`, `serve`, `stitch`, `stress` |
+//! | commands | `bench`, `demo`, `docs`, `probe`, `serve`, `stitch`, `stress` |
 //! | pictures | `live`, `heatmap` |
 //! | messages | `log`, `scene` |
-//! | helpers | `files`, `usage`, `output`, `part`, `touch` |
+//! | helpers | `files`, `usage`, `output`, `part`, `size`, `touch` |
 
 mod bench;
 mod demo;
+mod docs;
 mod files;
 mod heatmap;
 mod live;
@@ -23,13 +24,18 @@ mod part;
 mod probe;
 mod scene;
 mod serve;
+mod size;
 mod stitch;
 mod stress;
 mod touch;
 mod usage;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use output::Form;
+use serde_json::json;
+use std::env;
 use std::error::Error;
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -42,9 +48,14 @@ use usage::Usage;
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Print JSON instead of text: one object, or one object per line for bench and serve
+    /// Print JSON instead of text: one object, or one object per line for bench and serve. An error
+    /// is an object on standard error
     #[arg(long, global = true)]
     json: bool,
+    /// Print errors, and results that an option requests, and nothing else: no summary, no event,
+    /// no progress
+    #[arg(short, long, global = true, conflicts_with_all = ["json", "verbose"])]
+    quiet: bool,
     /// Log regions and pools; given twice, also each installed page
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
@@ -70,35 +81,78 @@ enum Command {
     /// Measure the cost of a fault, beside eager copies and the handler of the manual page, in the
     /// same run
     Bench(bench::Options),
+    /// Print a script that completes the arguments of this command in a shell
+    Completions(docs::CompletionsOptions),
+    /// Print the manual page, or write a page for each command
+    #[command(hide = true)]
+    Man(docs::ManOptions),
 }
 
 fn main() -> ExitCode {
     pagestitch_bench::guest::run_as_guest_if_requested();
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refuse(&error),
+    };
+    let form = match arguments {
+        Arguments { json: true, .. } => Form::Json,
+        Arguments { quiet: true, .. } => Form::Quiet,
+        _ => Form::Text,
+    };
     // A stress test makes thousands of pages fail.
-    let quiet = matches!(arguments.command, Command::Stress(_));
+    let quiet = form == Form::Quiet || matches!(arguments.command, Command::Stress(_));
     let serves = matches!(arguments.command, Command::Serve(_));
     log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN }, serves);
     raise_descriptor_limit();
-    let json = arguments.json;
-    let done = match arguments.command {
-        Command::Demo(options) => demo::run(&options, json),
-        Command::Probe => probe::run(json),
-        Command::Stitch(options) => stitch::run(&options, json),
-        Command::Serve(peer) => serve::run(peer, json),
-        Command::Extents(options) => serve::extents(&options, json),
-        Command::Stress(options) => stress::run(&options, json),
-        Command::Bench(options) => bench::run(&options, json),
-    };
-    match done {
+    match run(arguments.command, form) {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output has gone, as `head` does, which is no error.
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(io::stderr(), "pagestitch: {error}");
-            if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
-        }
+        Err(error) => fail(&error.to_string(), if error.is::<Usage>() { WRONG } else { 1 }, form),
     }
+}
+
+fn run(command: Command, form: Form) -> Result<(), Box<dyn Error>> {
+    match command {
+        Command::Demo(options) => demo::run(&options, form),
+        Command::Probe => probe::run(form),
+        Command::Stitch(options) => stitch::run(&options, form),
+        Command::Serve(peer) => serve::run(peer, form),
+        Command::Extents(options) => serve::extents(&options, form),
+        Command::Stress(options) => stress::run(&options, form == Form::Json),
+        Command::Bench(options) => bench::run(&options, form),
+        Command::Completions(options) => docs::completions(&options, Arguments::command()),
+        Command::Man(options) => docs::manual(&options, Arguments::command()),
+    }
+}
+
+/// Reports wrong arguments, or prints the help.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let json =
+        env::args_os().skip(1).take_while(|argument| argument != "--").any(|argument| argument == "--json");
+    let helps = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    if !json || helps {
+        let _ = error.print();
+        return ExitCode::from(if helps { 0 } else { WRONG });
+    }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return fail("no command is named: see pagestitch --help", WRONG, Form::Json);
+    }
+    // The usage follows an empty line.
+    let text = error.render().to_string();
+    let message = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = message.trim_start_matches("error: ").split_whitespace().collect();
+    fail(&words.join(" "), WRONG, Form::Json)
+}
+
+/// Writes the reason of a failure to standard error.
+fn fail(reason: &str, status: u8, form: Form) -> ExitCode {
+    let line = match form {
+        Form::Json => json!({"error": reason, "status": status}).to_string(),
+        _ => format!("pagestitch: {reason}"),
+    };
+    let _ = writeln!(io::stderr(), "{line}");
+    ExitCode::from(status)
 }
 
 /// Raises the soft limit on descriptors to the hard one, because every file needs a descriptor. The
@@ -112,3 +166,6 @@ fn raise_descriptor_limit() {
 fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
+
+/// The exit status after wrong arguments.
+const WRONG: u8 = 2;

@@ -1,9 +1,20 @@
-//! Output for people: sizes, times, tables, progress.
+//! Output for people: its form, sizes, times, tables, progress.
 
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
+
+/// The form of results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Text for a person.
+    Text,
+    /// Objects for a program.
+    Json,
+    /// Only what an option requests.
+    Quiet,
+}
 
 /// A table of left-aligned columns, as wide as the terminal, or as a page of text without one.
 pub(crate) fn table(header: &[&str]) -> Table {
@@ -29,7 +40,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
         Some(unit) if exponent > 0 => {
             format!("{:.1} {unit}", bytes as f64 / f64::from(1 << 10).powi(exponent as i32))
         }
-        _ => format!("{bytes} bytes"),
+        _ => count(bytes as usize, "byte"),
     }
 }
 
@@ -108,7 +119,7 @@ mod tests {
     #[test]
     fn sizes_and_times_have_few_digits() {
         assert_eq!(bytes(0), "0 bytes");
-        assert_eq!(bytes(1023), "1023 bytes");
+        assert_eq!((bytes(1), bytes(1023)), ("1 byte".into(), "1023 bytes".into()));
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(1 << 40), "1.0 TiB");
         assert_eq!(bytes(u64::MAX), "16.0 EiB");

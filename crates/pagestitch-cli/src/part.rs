@@ -1,5 +1,7 @@
-//! A part of a file on the command line: `PATH` or `PATH:OFFSET+LENGTH`, in bytes.
+//! A part of a file on the command line: `PATH` or `PATH:OFFSET+LENGTH`, in bytes. The path `-` is
+//! standard input.
 
+use crate::size;
 use std::ffi::OsStr;
 use std::fmt;
 use std::ops::Range;
@@ -23,7 +25,7 @@ pub(crate) struct BadPart {
 impl Part {
     /// Parses an argument. An existing file whose name looks like a part is that file.
     pub(crate) fn parse(argument: &OsStr) -> Result<Self, BadPart> {
-        if Path::new(argument).exists() {
+        if argument == "-" || Path::new(argument).exists() {
             return Ok(Self { path: argument.into(), range: None });
         }
         let bytes = argument.as_bytes();
@@ -44,18 +46,22 @@ fn parse_range(text: &str) -> Result<Range<u64>, BadPart> {
     let bad = |defect| BadPart { range: text.to_owned(), defect };
     let (offset, length) =
         text.split_once('+').ok_or_else(|| bad("is not OFFSET+LENGTH, as in FILE:4096+1000"))?;
-    let number = |digits: &str, why| match digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        true => digits.parse::<u64>().map_err(|_| bad(why)),
-        false => Err(bad(why)),
-    };
-    let offset = number(offset, "has an offset that is not a number of bytes below 2^64")?;
-    let length = number(length, "has a length that is not a number of bytes below 2^64")?;
+    let offset = size::parse(offset).ok_or_else(|| bad(BAD_OFFSET))?;
+    let length = size::parse(length).ok_or_else(|| bad(BAD_LENGTH))?;
     if length == 0 {
         return Err(bad("is empty: give it a length of 1 or more, or leave it out"));
     }
     let end = offset.checked_add(length).ok_or_else(|| bad("ends beyond 2^64"))?;
     Ok(offset..end)
 }
+
+const BAD_OFFSET: &str = concat!(
+    "has an offset that is not a size below 2^64: say ",
+    size::examples!(),
+    ", as in FILE:64K+0x1000"
+);
+const BAD_LENGTH: &str =
+    concat!("has a length that is not a size below 2^64: say ", size::examples!(), ", as in FILE:64K+0x1000");
 
 impl fmt::Display for BadPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -79,6 +85,8 @@ mod tests {
         let part = |path: &str, range| Ok(Part { path: path.into(), range });
         assert_eq!(parse("no.bin"), part("no.bin", None));
         assert_eq!(parse("no.bin:4096+1000"), part("no.bin", Some(4096..5096)));
+        assert_eq!(parse("no.bin:64K+0x10"), part("no.bin", Some(65536..65552)));
+        assert_eq!((parse("-"), parse("-:1+2")), (part("-", None), part("-", Some(1..3))));
         assert_eq!(parse("a:b:0+1"), part("a:b", Some(0..1)));
         assert_eq!(parse("dir:x/no.bin"), part("dir:x/no.bin", None));
     }
@@ -88,14 +96,15 @@ mod tests {
         for (argument, why) in [
             ("no.bin:", "is not OFFSET+LENGTH"),
             ("no.bin:12", "is not OFFSET+LENGTH"),
-            ("no.bin:a+1", "offset that is not a number"),
-            ("no.bin:1+b", "length that is not a number"),
-            ("no.bin:+1", "offset that is not a number"),
-            ("no.bin:1++1", "length that is not a number"),
-            ("no.bin:-1+1", "offset that is not a number"),
+            ("no.bin:a+1", "offset that is not a size"),
+            ("no.bin:1+b", "length that is not a size"),
+            ("no.bin:+1", "offset that is not a size"),
+            ("no.bin:1++1", "length that is not a size"),
+            ("no.bin:-1+1", "offset that is not a size"),
+            ("no.bin:64KB+1", "say 4096, 0x1000, 64K or 2G, as in FILE:64K+0x1000"),
             ("no.bin:5+0", "is empty"),
             ("no.bin:1+18446744073709551615", "ends beyond 2^64"),
-            ("no.bin:1+99999999999999999999", "length that is not a number"),
+            ("no.bin:1+99999999999999999999", "length that is not a size"),
         ] {
             let error = parse(argument).unwrap_err();
             assert!(error.contains(why), "{argument}: {error}");

@@ -1,22 +1,22 @@
 //! `pagestitch probe`: the kernel features that this process may use.
 
-use crate::output::table;
+use crate::output::{Form, table};
 use pagestitch::Support;
 use pagestitch_kernel::capabilities::{Capability, Verdict};
 use serde_json::json;
 use std::error::Error;
 use std::io::{Write, stdout};
 
-pub(crate) fn run(as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(form: Form) -> Result<(), Box<dyn Error>> {
     let support = Support::probe();
     let capabilities = support.capabilities();
-    if as_json {
+    if form == Form::Json {
         let rows: Vec<_> = capabilities.iter().map(row).collect();
         let all = json!({
             "kernel": support.kernel(), "page_size": support.page_size().bytes(), "capabilities": rows,
         });
         writeln!(stdout(), "{all:#}")?;
-    } else {
+    } else if form == Form::Text {
         writeln!(stdout(), "Linux {}, pages of {}", support.kernel(), support.page_size())?;
         let mut table = table(&["feature", "since", "here", "unlocks", "if not"]);
         for capability in &capabilities {

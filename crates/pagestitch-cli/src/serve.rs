@@ -17,7 +17,7 @@ mod systemd;
 use crate::files;
 use crate::heatmap;
 use crate::live::Live;
-use crate::output::{bytes, count, workers};
+use crate::output::{Form, bytes, count, workers};
 use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
 use endpoint::Endpoint;
@@ -127,23 +127,26 @@ pub(crate) struct ExtentsOptions {
 }
 
 /// Writes the extents of diffs.
-pub(crate) fn extents(options: &ExtentsOptions, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn extents(options: &ExtentsOptions, form: Form) -> Result<(), Box<dyn Error>> {
     for diff in &options.diffs {
         let extents = Extents::of(diff)?;
         let path = extents.write(diff)?.display().to_string();
         let changed: u64 = extents.ranges().iter().map(|range| range.end - range.start).sum();
         let ranges = extents.ranges().len();
-        match as_json {
-            true => writeln!(stdout(), "{}", json!({"extents": path, "ranges": ranges, "bytes": changed}))?,
-            false => {
+        match form {
+            Form::Json => {
+                writeln!(stdout(), "{}", json!({"extents": path, "ranges": ranges, "bytes": changed}))?
+            }
+            Form::Text => {
                 writeln!(stdout(), "{path}: {} of memory in {}", bytes(changed), count(ranges, "range"))?
             }
+            Form::Quiet => {}
         }
     }
     Ok(())
 }
 
-pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(peer: Peer, form: Form) -> Result<(), Box<dyn Error>> {
     let Peer::Firecracker(options) = peer;
     check_outputs(&options)?;
     let exporter = options.metrics.map(Exporter::bind).transpose()?;
@@ -159,7 +162,7 @@ pub(crate) fn run(peer: Peer, as_json: bool) -> Result<(), Box<dyn Error>> {
     ctrlc::set_handler(stop.clone())?;
     let scene = Scene::default();
     let live = options.live.then(|| Live::show(&scene, stop)).transpose()?;
-    let lines = Lines { as_json, scene: live.is_some().then(|| scene.clone()) };
+    let lines = Lines { form, scene: live.is_some().then(|| scene.clone()) };
     lines.say(&Line::listening(handler.path(), &snapshot, scraped));
     systemd::ready();
     let lost = LostOutputs::default();

@@ -3,7 +3,7 @@
 use crate::files::{self, cannot_write, refuse_input};
 use crate::heatmap;
 use crate::live::{Live, quit};
-use crate::output::{Progress, bytes, hexadecimal, nanoseconds, workers};
+use crate::output::{Form, Progress, bytes, count, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::scene::Scene;
 use crate::touch::Touch;
@@ -11,7 +11,7 @@ use crate::usage::Usage;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
-use pagestitch::source::{FileSource, SharedFile};
+use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
@@ -20,12 +20,13 @@ use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::error::Error;
 use std::fs::{self, File};
-use std::io::{self, Write, stdout};
+use std::io::{self, Read, Write, stdout};
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH, in bytes
+    /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH. Both are sizes, such as
+    /// 4096, 0x1000, 64K or 2G. The path - is standard input, which is read to its end first
     #[arg(required = true, value_name = "PART", value_parser = parts())]
     parts: Vec<Part>,
     /// Print the SHA-256 of the whole region
@@ -76,7 +77,7 @@ struct Summary {
     metrics: Metrics,
 }
 
-pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let parts = &options.parts;
     check_outputs(options)?;
     let mut pool = Pool::builder();
@@ -98,7 +99,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
     if let (Some(path), Some(recording)) = (&options.record, region.recording()) {
         recording.write(path)?;
     }
-    let blocks = Blocks { region: &region, hidden: options.live };
+    let blocks = Blocks { region: &region, hidden: options.live || form == Form::Quiet };
     let sha256 = options.sha256.then(|| blocks.sha256()).transpose()?;
     if let Some(output) = output {
         blocks.write_out(output)?;
@@ -119,9 +120,10 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         Some("-") => Box::new(io::stderr()),
         _ => Box::new(stdout()),
     };
-    match as_json {
-        true => print_json(&mut out, &summary)?,
-        false => print(&mut out, &summary)?,
+    match form {
+        Form::Json => print_json(&mut out, &summary)?,
+        Form::Text => print(&mut out, &summary, true)?,
+        Form::Quiet => print(&mut out, &summary, false)?,
     }
     Ok(())
 }
@@ -158,6 +160,9 @@ fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion,
 
 /// Opens a file as a chunk, which is mapped if possible, unless `copy` is set.
 fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
+    if path == Path::new("-") {
+        return Ok(standard_input(copy).map_err(|error| format!("cannot read standard input: {error}"))?);
+    }
     // The source of a file reports its defects by name, and also reads block devices.
     let read = FileSource::open(path)?;
     if copy || !fs::metadata(path)?.is_file() || pagestitch::Source::size(&read) == 0 {
@@ -165,6 +170,24 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     }
     let shared = SharedFile::open(path, Access::ReadOnly);
     Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
+}
+
+/// Reads standard input to its end, into a memfd whose pages are mapped, unless `copy` is set.
+fn standard_input(copy: bool) -> io::Result<Chunk> {
+    if copy {
+        let mut bytes = Vec::new();
+        io::stdin().lock().read_to_end(&mut bytes)?;
+        return if bytes.is_empty() { Err(empty_input()) } else { Ok(bytes.into()) };
+    }
+    let memfd = UnsealedMemfd::create("standard input", 0)?;
+    match io::copy(&mut io::stdin().lock(), &mut memfd.file())? {
+        0 => Err(empty_input()),
+        _ => Ok(Memfd::from(memfd.seal()?).into()),
+    }
+}
+
+fn empty_input() -> io::Error {
+    io::Error::other("it is empty: send bytes to it, or omit the part -")
 }
 
 /// Checks the outputs before the work begins.
@@ -254,41 +277,40 @@ impl Blocks<'_> {
     }
 }
 
-fn print(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
-    let Summary { bytes: len, chunks, build_ns, latencies, sha256, plan, metrics } = summary;
-    if let Some(plan) = plan {
+/// Prints the requested results, and with `counters` how they were made.
+fn print(out: &mut dyn Write, summary: &Summary, counters: bool) -> io::Result<()> {
+    if let Some(plan) = &summary.plan {
         write!(out, "{plan}")?;
     }
-    writeln!(
-        out,
-        "{chunks} chunks, {} ({len} bytes) in one region, built in {}",
-        bytes(*len as u64),
-        nanoseconds(*build_ns)
-    )?;
-    writeln!(
-        out,
-        "{} pages in place, {} installed, {} of them gathered; {} copied; {} faults",
-        metrics.pages_in_place,
-        metrics.pages_installed(),
-        metrics.pages_gathered,
-        bytes(metrics.bytes_copied),
-        metrics.faults
-    )?;
-    if let Some(latencies) = latencies {
-        let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
-        writeln!(
-            out,
-            "{} pages touched: p50 {}, p99 {}, max {}",
-            latencies.len(),
-            at(0.5),
-            at(0.99),
-            nanoseconds(latencies.max())
-        )?;
+    if counters {
+        print_counters(out, summary)?;
     }
-    if let Some(sha256) = sha256 {
+    if let Some(latencies) = &summary.latencies {
+        let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
+        let (pages, max) = (count(latencies.len() as usize, "page"), nanoseconds(latencies.max()));
+        writeln!(out, "{pages} touched: p50 {}, p99 {}, max {max}", at(0.5), at(0.99))?;
+    }
+    if let Some(sha256) = &summary.sha256 {
         writeln!(out, "{sha256}  stitched")?;
     }
     Ok(())
+}
+
+fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
+    let Summary { bytes: len, chunks, build_ns, metrics, .. } = summary;
+    // A size below a KiB is exact already.
+    let exact = if *len < 1024 { String::new() } else { format!(" ({len} bytes)") };
+    let (chunks, size) = (count(*chunks, "chunk"), bytes(*len as u64));
+    writeln!(out, "{chunks}, {size}{exact} in one region, built in {}", nanoseconds(*build_ns))?;
+    writeln!(
+        out,
+        "{} in place, {} installed, {} of them gathered; {} copied; {}",
+        count(metrics.pages_in_place as usize, "page"),
+        metrics.pages_installed(),
+        metrics.pages_gathered,
+        bytes(metrics.bytes_copied),
+        count(metrics.faults as usize, "fault")
+    )
 }
 
 fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {

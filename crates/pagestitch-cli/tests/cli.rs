@@ -147,6 +147,124 @@ fn a_range_selects_its_bytes() {
 }
 
 #[test]
+fn ranges_are_sizes_with_units_and_bases() {
+    let directory = files();
+    fs::write(directory.path().join("big"), vec![9; 70_000]).unwrap();
+    let parts = ["stitch", "big:64K+0x10", "a:0x1000+1K", "-o", "-"];
+    let expected = [&[9; 16][..], &concatenated(directory.path(), &["a"])[4096..5120]].concat();
+    assert!(pagestitch(directory.path(), &parts).stdout == expected);
+    for bad in ["a:64KB+1", "a:1+1.5K", "a:0x+1", "a:1+16E"] {
+        let said = error_line(&pagestitch(directory.path(), &["stitch", bad]), 2);
+        assert!(said.contains(bad) && said.contains("say 4096, 0x1000, 64K or 2G"), "{said}");
+    }
+}
+
+#[test]
+fn standard_input_is_a_part() {
+    let directory = files();
+    let run = |input: Option<&str>, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+        command.current_dir(directory.path()).arg("stitch").args(arguments);
+        let input = input.map(|name| fs::File::open(directory.path().join(name)).unwrap().into());
+        command.stdin(input.unwrap_or_else(std::process::Stdio::null)).output().unwrap()
+    };
+    let (a, b) = (concatenated(directory.path(), &["a"]), concatenated(directory.path(), &["b"]));
+    for copy in [&[][..], &["--copy"]] {
+        let arguments = [&["-o", "-"], copy, &["--", "b", "-", "-:4K+10"]].concat();
+        let output = run(Some("a"), &arguments);
+        assert!(
+            output.stdout == [&b, &a, &a[4096..4106]].concat(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let said = error_line(&run(None, &[&["-"], copy].concat()), 1);
+        assert!(said.contains("cannot read standard input: it is empty"), "{said}");
+    }
+    assert!(run(Some("a"), &["./-"]).status.code() == Some(1), "a file named - has another path");
+}
+
+#[test]
+fn quiet_prints_requested_results_only() {
+    let directory = files();
+    let quiet = |arguments: &[&str]| {
+        let output = pagestitch(directory.path(), &[&["--quiet"], arguments].concat());
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        out(&output)
+    };
+    assert_eq!(quiet(&["stitch", "a"]), "");
+    assert_eq!(quiet(&["stitch", "a", "--sha256"]).lines().count(), 1);
+    assert_eq!(quiet(&["stitch", "a", "-o", "written"]), "");
+    assert_eq!((quiet(&["probe"]), quiet(&["demo", "--file", "a"])), (String::new(), String::new()));
+    let piped = pagestitch(directory.path(), &["stitch", "a", "-o", "-", "-q"]);
+    assert!(piped.stdout.len() == 10_000 && piped.stderr.is_empty());
+    let said = error_line(&pagestitch(directory.path(), &["-q", "stitch", "missing"]), 1);
+    assert!(said.starts_with("pagestitch: cannot open missing"), "{said}");
+}
+
+#[test]
+fn errors_are_objects_with_json() {
+    let directory = files();
+    for (arguments, status, expected) in [
+        (&["stitch", "missing", "--json"][..], 1, "cannot open missing: No such file"),
+        (
+            &["--json", "stitch", "a", "-o", "./a"],
+            2,
+            "the output ./a is the part a, which writing would destroy",
+        ),
+        (&["--json", "stitch", "a:12"], 2, "invalid value 'a:12' for '<PART>...': the range '12'"),
+        (
+            &["--json", "serve", "firecracker"],
+            2,
+            "the following required arguments were not provided: --memory <FILE>",
+        ),
+        (&["--json"], 2, "'pagestitch' requires a subcommand"),
+        (&["--json", "serve"], 2, "no command is named"),
+        (&["--json", "--quiet", "probe"], 2, "cannot be used with"),
+    ] {
+        let said = error_line(&pagestitch(directory.path(), arguments), status);
+        let object: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{arguments:?}: {said}"));
+        assert_eq!((object["status"].as_i64(), said.lines().count()), (Some(status.into()), 1), "{said}");
+        assert!(object["error"].as_str().unwrap().contains(expected), "{arguments:?}: {said}");
+    }
+    assert!(out(&pagestitch(directory.path(), &["--json", "--help"])).contains("Usage: pagestitch"));
+}
+
+#[test]
+fn completions_and_manual_pages_have_all_commands_and_options() {
+    let directory = files();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = out(&pagestitch(directory.path(), &["completions", shell]));
+        assert!(script.contains("stitch") && script.contains("handshake-timeout"), "{shell}");
+    }
+    let checked = Command::new("bash").args(["-n", "/dev/stdin"]).stdin(std::process::Stdio::piped()).spawn();
+    if let Ok(mut bash) = checked {
+        let script = out(&pagestitch(directory.path(), &["completions", "bash"]));
+        bash.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
+        assert!(bash.wait().unwrap().success(), "bash accepts its script");
+    }
+    let page = out(&pagestitch(directory.path(), &["man"]));
+    assert!(page.contains(".TH pagestitch 1") && page.contains("pagestitch\\-stitch(1)"), "{page}");
+    fs::create_dir(directory.path().join("man1")).unwrap();
+    out(&pagestitch(directory.path(), &["man", "man1"]));
+    let serve = fs::read_to_string(directory.path().join("man1/pagestitch-serve-firecracker.1")).unwrap();
+    assert!(serve.contains("\\-\\-socket\\-mode"), "{serve}");
+    let said = error_line(&pagestitch(directory.path(), &["man", "no/where"]), 1);
+    assert!(said.contains("cannot write no/where: No such file"), "{said}");
+    let said = error_line(&pagestitch(directory.path(), &["completions", "tcsh"]), 2);
+    assert!(said.contains("[possible values: bash"), "{said}");
+}
+
+#[test]
+fn counts_are_singular_or_plural() {
+    let directory = files();
+    let said = out(&pagestitch(directory.path(), &["stitch", "b", "--copy", "--touch", "sequential"]));
+    assert!(said.starts_with("1 chunk, 1 byte in one region"), "{said}");
+    assert!(said.contains("; 1 fault\n") && said.contains("\n1 page touched: "), "{said}");
+    let said = out(&pagestitch(directory.path(), &["stitch", "a", "c"]));
+    assert!(said.starts_with("2 chunks, 14.6 KiB (15000 bytes) in one region"), "{said}");
+}
+
+#[test]
 fn explain_touch_and_json_print_plan_latencies_and_counters() {
     let directory = files();
     let said =
@@ -232,7 +350,7 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (vec!["frobnicate"], "unrecognized subcommand"),
         (vec!["probe", "all"], "unexpected argument 'all'"),
         (vec!["stitch"], "PART"),
-        (vec!["stitch", "a:x+2000"], "the range 'x+2000' has an offset that is not a number"),
+        (vec!["stitch", "a:x+2000"], "the range 'x+2000' has an offset that is not a size"),
         (vec!["stitch", "a:12"], "the range '12' is not OFFSET+LENGTH"),
         (vec!["stitch", "a:1+0"], "the range '1+0' is empty"),
         (stitch(&["--touch", "backwards"]), "say sequential or random"),

@@ -2,7 +2,7 @@
 
 use super::Opened;
 use crate::log;
-use crate::output::{bytes, count};
+use crate::output::{Form, bytes, count};
 use crate::scene::Scene;
 use pagestitch::{Metrics, Process};
 use pagestitch_firecracker::Event;
@@ -21,7 +21,7 @@ pub(super) struct Line {
 /// The reader of the lines: standard output, or the scene of `--live`.
 #[derive(Debug)]
 pub(super) struct Lines {
-    pub(super) as_json: bool,
+    pub(super) form: Form,
     pub(super) scene: Option<Scene>,
 }
 
@@ -33,12 +33,15 @@ impl Lines {
         if let Some(scene) = &self.scene {
             return scene.say(text.clone());
         }
-        let mut line = format!("{} {text}", log::time());
-        if self.as_json {
-            let mut json = json.clone();
-            json["time"] = log::time().into();
-            line = json.to_string();
-        }
+        let line = match self.form {
+            Form::Text => format!("{} {text}", log::time()),
+            Form::Json => {
+                let mut json = json.clone();
+                json["time"] = log::time().into();
+                json.to_string()
+            }
+            Form::Quiet => return,
+        };
         let mut out = stdout().lock();
         let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
