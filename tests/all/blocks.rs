@@ -2,7 +2,8 @@
 //! and dense faults alike, with the right bytes.
 
 use crate::donated::huge_kib;
-use crate::{PAGE, discard, pattern, stray_write, touch, until};
+use crate::{PAGE, discard, pattern, reason, stray_write, touch, until};
+use pagestitch::source::FailureReason;
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -96,8 +97,8 @@ fn a_failing_page_poisons_no_other_page_of_its_block() {
     let bad = (BLOCK + 7 * PAGE) as u64;
     let source = Arc::new(Scripted::new(3 * BLOCK as u64).failing(bad..bad + 1));
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
-    let error = region.populate(..).unwrap_err().to_string();
-    assert!(error.contains("chunk 0 (scripted)") && error.contains("scripted to fail"), "{error}");
+    let error = region.populate(..).unwrap_err();
+    assert_eq!((error.chunk(), reason(&error)), (Some(0), FailureReason::Source), "{error}");
     for page in (0..3 * 512).filter(|page| *page != 512 + 7) {
         assert_eq!(region.as_slice()[page * PAGE], byte_at((page * PAGE) as u64));
     }

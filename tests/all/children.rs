@@ -331,15 +331,9 @@ fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let error =
         Region::builder().name("inline").chunk(bytes.clone()).inherit_on_fork().build(Inline).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnsuitableServer);
-    assert!(
-        error
-            .to_string()
-            .starts_with("region inline: an inline region serves no forked children: use a pool"),
-        "{error}"
-    );
     let manual = Manual::new().unwrap();
     let error = Region::builder().chunk(bytes).inherit_on_fork().build(&manual).unwrap_err();
-    assert!(error.to_string().contains("a manual serves no forked children"), "{error}");
+    assert_eq!(error.kind(), ErrorKind::UnsuitableServer);
     // Donated pages are moved in when the region is built.
     let mut pages = pagestitch::source::Pages::new(3 * PAGE).unwrap();
     pages.fill(7);
@@ -426,7 +420,7 @@ fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
         let first = region.read_at(0, &mut read).map(|()| read[0]);
         format!(
             "{first:?} {:?}",
-            region.populate(30 * PAGE as u64..40 * PAGE as u64).map_err(|error| error.to_string())
+            region.populate(30 * PAGE as u64..40 * PAGE as u64).map_err(|error| error.kind())
         )
     };
     if orphan(test, folder.path(), asks).is_none() {
@@ -435,10 +429,7 @@ fn read_at_and_populate_in_a_child_of_a_killed_parent_are_errors() {
     until(|| folder.path().join("said").exists());
     let said = fs::read_to_string(folder.path().join("said")).unwrap();
     let first = pattern(7, PAGE)[0];
-    assert!(
-        said.starts_with(&format!("Ok({first}) Err(")) && said.contains("whose parent has ended"),
-        "{said}"
-    );
+    assert_eq!(said, format!("Ok({first}) Err({:?})", ErrorKind::ServerStopped));
 }
 
 /// Descriptors of ended children are closed, and those of many live children are kept.

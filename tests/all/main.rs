@@ -52,6 +52,7 @@ mod waits;
 use guests::{lacks_poison, signal_of_lost_page};
 use machine::{HugePages, become_ordinary_user, is_asleep, this_thread};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use pagestitch::source::FailureReason;
 use std::ptr::NonNull;
 use waits::{HANG, SetOnDrop, comes_true, end_if_hung, is_readable, serve_until, until};
 
@@ -110,6 +111,11 @@ fn lock_pages(bytes: &[u8]) {
 const fn own_memory() -> pagestitch::OwnMemory {
     // SAFETY: the memory of a guest is a mapping of its own, from which nothing is ever borrowed.
     unsafe { pagestitch::OwnMemory::promise() }
+}
+
+/// The reason for which a page has failed.
+fn reason(error: &pagestitch::Error) -> FailureReason {
+    error.failure().unwrap_or_else(|| panic!("no page has failed: {error}")).reason()
 }
 
 /// True if this process or this kernel lacks what `inherit_on_fork()` needs.

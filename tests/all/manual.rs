@@ -160,5 +160,4 @@ fn a_region_of_a_dropped_manual_is_refused() {
     drop(manual);
     let error = Region::builder().name("late").chunk(vec![1u8]).build(server).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ServerStopped);
-    assert!(error.to_string().starts_with("region late: its server has ended"), "{error}");
 }

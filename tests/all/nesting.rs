@@ -30,35 +30,32 @@ fn one_worker() -> Pool {
     Pool::builder().workers(1).start().unwrap()
 }
 
-fn refused(built: Result<Arc<Region>, Error>, other: &str) {
+fn refused(built: Result<Arc<Region>, Error>) {
     let error = built.unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NestedRegion, "{error}");
-    let said = error.to_string();
-    assert!(said.contains(&format!("region upper: chunk 0 is memory of region {other}, which")), "{said}");
-    assert!(said.contains("read_at()"), "{said}");
+    assert_eq!((error.kind(), error.chunk()), (ErrorKind::NestedRegion, Some(0)), "{error}");
 }
 
 #[test]
 fn memory_of_a_region_of_the_same_server_is_refused() {
     let pool = one_worker();
     let lower = named("lower", vec![7u8; BYTES], &pool).unwrap();
-    refused(named("upper", over(&lower), &pool), "lower");
-    refused(named("upper", Chunk::from(over(&lower)).range(5..100), &pool.clone()), "lower");
+    refused(named("upper", over(&lower), &pool));
+    refused(named("upper", Chunk::from(over(&lower)).range(5..100), &pool.clone()));
     let manual = Manual::new().unwrap();
     let lower = named("lower", vec![7u8; BYTES], &manual).unwrap();
-    refused(named("upper", over(&lower), &manual), "lower");
+    refused(named("upper", over(&lower), &manual));
     let lower = named("lower", vec![7u8; BYTES], &pool).unwrap();
     pagestitch::scope(|scope| {
         let built = scope.region().name("upper").borrow(&lower.as_slice()[100..5000]).build(&pool);
-        refused(built.map(|_| lower.clone()), "lower");
+        refused(built.map(|_| lower.clone()));
     });
 }
 
 #[test]
 fn memory_of_an_inline_region_is_refused() {
     let lower = named("lower", vec![7u8; BYTES], Inline).unwrap();
-    refused(named("upper", over(&lower), &one_worker()), "lower");
-    refused(named("upper", over(&lower), Inline), "lower");
+    refused(named("upper", over(&lower), &one_worker()));
+    refused(named("upper", over(&lower), Inline));
 }
 
 #[test]
@@ -66,7 +63,7 @@ fn a_cycle_of_servers_is_refused() {
     let (first, second) = (one_worker(), one_worker());
     let lowest = named("lowest", vec![7u8; BYTES], &first).unwrap();
     let lower = named("lower", over(&lowest), &second).unwrap();
-    refused(named("upper", over(&lower), &first), "lower");
+    refused(named("upper", over(&lower), &first));
     drop((lowest, lower));
     let bytes = pattern(1, BYTES);
     let upper = named("upper", bytes.clone(), &first).unwrap();

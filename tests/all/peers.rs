@@ -9,7 +9,7 @@ use crate::{HANG, PAGE, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch::OnUnavailable;
-use pagestitch_firecracker::{Handler, OnStop, Snapshot};
+use pagestitch_firecracker::{Error, Handler, OnStop, Snapshot};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
@@ -194,9 +194,9 @@ fn a_successor_does_not_wait_at_a_full_backlog() {
     let (answer, answered) = mpsc::channel();
     let snapshot = Snapshot::open([folder.path().join("base")]).unwrap();
     let bind = path.clone();
-    thread::spawn(move || answer.send(Handler::builder(snapshot).bind(bind).unwrap_err().to_string()));
-    let said = answered.recv_timeout(HANG).expect("bind() returns");
-    assert!(said.contains("is in use"), "{said}");
+    thread::spawn(move || answer.send(Handler::builder(snapshot).bind(bind).unwrap_err()));
+    let error = answered.recv_timeout(HANG).expect("bind() returns");
+    assert!(matches!(error, Error::InUse(_)), "{error}");
 }
 
 /// The backlog of a [`UnixListener`] may have more places than this process has descriptors.

@@ -1,12 +1,14 @@
 //! Signals beside regions: handlers that touch regions, and other handlers of SIGBUS.
 
 use crate::{
-    PAGE, SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, touch, until,
+    PAGE, SIGBUS, discard, end_if_hung, handle, handle_bus_errors, handle_user_signal, pattern, reason,
+    touch, until,
 };
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
-use pagestitch::{Chunk, Inline, Pool, Readahead, Region, Source};
+use pagestitch::source::FailureReason;
+use pagestitch::{Chunk, Error, Inline, Pool, Readahead, Region, Source};
 use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
@@ -75,14 +77,14 @@ fn a_signal_handler_reads_a_page_that_its_thread_populates() {
 }
 
 static REGION: OnceLock<Region> = OnceLock::new();
-static ERROR: AtomicPtr<String> = AtomicPtr::new(std::ptr::null_mut());
+static ERROR: AtomicPtr<Error> = AtomicPtr::new(std::ptr::null_mut());
 
 extern "C" fn populate_all(_signal: c_int) {
     // A handler should not allocate. Here the interrupted thread does not hold the allocator's
     // lock.
     let region = REGION.get().expect("a region");
     if let Err(error) = region.populate(..) {
-        ERROR.store(Box::into_raw(Box::new(error.to_string())), Ordering::SeqCst);
+        ERROR.store(Box::into_raw(Box::new(error)), Ordering::SeqCst);
     }
 }
 
@@ -101,7 +103,7 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
         assert!(!error.is_null(), "the call in the handler has returned without an error");
         // SAFETY: the handler has put the box there and has returned.
         let error = unsafe { Box::from_raw(error) };
-        assert!(error.contains("filling the page already"), "{error}");
+        assert_eq!(reason(&error), FailureReason::Nested, "{error}");
         assert!(REGION.get().unwrap().as_slice() == bytes);
     });
     end.expect_pass();

@@ -209,5 +209,4 @@ fn a_memfd_received_through_a_socket_is_shown_in_place() {
 fn a_descriptor_without_seals_is_refused() {
     let error = Memfd::from_fd(File::open("/proc/self/exe").unwrap().into()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnusableFile);
-    assert!(error.to_string().contains("add F_SEAL_WRITE and F_SEAL_SHRINK first"), "{error}");
 }

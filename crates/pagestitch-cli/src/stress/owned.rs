@@ -5,6 +5,7 @@ use super::kernel::Injection;
 use super::locked::Locked;
 use super::tally::Tally;
 use fastrand::Rng;
+use pagestitch::source::FailureReason;
 use pagestitch::{Region, Support};
 use pagestitch_kernel::Features;
 use pagestitch_testkit::forked::ForkedChild;
@@ -134,9 +135,7 @@ impl OwnedRegion<'_> {
             // Before Linux 6.6 a failed page is unmapped for good.
             Err(_) if !Support::current().has(Features::POISON) => Ok(()),
             // Without memory for a poison marker the page was unmapped.
-            Err(error) if self.any_page_may_fail() && error.to_string().contains("not mapped any more") => {
-                Ok(())
-            }
+            Err(error) if self.any_page_may_fail() && is_unmapped(&error) => Ok(()),
             Err(error) => Err(format!("the retry fails: {error}")),
         }
     }
@@ -152,6 +151,10 @@ impl OwnedRegion<'_> {
         }
         Ok(())
     }
+}
+
+fn is_unmapped(error: &pagestitch::Error) -> bool {
+    error.failure().is_some_and(|failure| failure.reason() == FailureReason::Unmapped)
 }
 
 /// A random call that splits a mapping.

@@ -77,6 +77,14 @@ impl FailureReason {
         io::Error::new(kind, Reasoned { reason: self, message: message.into() })
     }
 
+    /// Another error with the reason and the kind of `error`, for another reader.
+    pub(crate) fn copy(error: &io::Error, message: String) -> io::Error {
+        match Self::of(error) {
+            Self::Source => io::Error::new(error.kind(), message),
+            reason => reason.error(message),
+        }
+    }
+
     /// The reason of an error. An error that the library has not made is of the source.
     pub(super) fn of(error: &io::Error) -> Self {
         let reasoned = error.get_ref().and_then(|inner| inner.downcast_ref::<Reasoned>());

@@ -7,6 +7,7 @@
 //!                  no room  ─▶ the caller reads it for itself
 //! ```
 
+use crate::error::FailureReason;
 use crate::guard::guarded;
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -169,7 +170,8 @@ impl Drop for BlockRead {
             return;
         }
         for waiter in self.end(None) {
-            waiter(Answer::Failed(io::Error::other("the source panicked while it read this block")));
+            let error = FailureReason::Panicked.error("the source panicked while it read this block");
+            waiter(Answer::Failed(error));
         }
     }
 }
@@ -180,7 +182,8 @@ fn copy(error: &io::Error) -> io::Error {
         return io::Error::from_raw_os_error(code);
     }
     let text = guarded(|| error.to_string());
-    io::Error::new(error.kind(), text.unwrap_or_else(|said| format!("an error whose text panics: {said}")))
+    let text = text.unwrap_or_else(|said| format!("an error whose text panics: {said}"));
+    FailureReason::copy(error, text)
 }
 
 impl fmt::Debug for Block {
