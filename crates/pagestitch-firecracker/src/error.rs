@@ -1,9 +1,9 @@
-//! The reasons reason a handler cannot start or go on.
+//! The reasons for which a handler cannot start or go on.
 
 use std::io;
 use std::path::PathBuf;
 
-/// The reason reason a handler cannot start or go on. `Display` is a line for a person.
+/// The reason for which a handler cannot start or go on. `Display` is a line for a person.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

@@ -40,7 +40,7 @@ pub enum Event<'a> {
         owner: &'a Process,
         /// The file.
         path: &'a Path,
-        /// The number of pages, or the reason reason the file could not be written.
+        /// The number of pages, or the error of the file.
         outcome: Result<usize, pagestitch::Error>,
     },
     /// A guest runs without the handler from now on: with all of its memory or, after an error,

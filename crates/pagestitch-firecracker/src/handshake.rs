@@ -21,7 +21,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 /// A range of a guest's memory, as its VMM has mapped it.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct GuestMapping {
     /// Its address in the VMM.
     pub base_host_virt_addr: u64,
@@ -29,6 +30,14 @@ pub struct GuestMapping {
     pub size: u64,
     /// The offset of its bytes in the memory file.
     pub offset: u64,
+}
+
+/// A range as Firecracker sends it.
+#[derive(Deserialize)]
+struct SentMapping {
+    base_host_virt_addr: u64,
+    size: u64,
+    offset: u64,
     #[serde(default)]
     page_size: Option<u64>,
     #[serde(default)]
@@ -42,7 +51,7 @@ pub struct GuestMappings {
     page_bytes: u64,
 }
 
-/// The reason reason a client is refused. `Display` is a line for a person that names the received
+/// The reason for which a client is refused. `Display` is a line for a person that names the received
 /// data and the expected data.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -152,7 +161,7 @@ pub(crate) fn brief(what: impl fmt::Display) -> String {
     short
 }
 
-impl GuestMapping {
+impl SentMapping {
     /// The size of its pages in bytes.
     fn page_bytes(&self) -> u64 {
         self.page_size.or(self.page_size_kib).unwrap_or(4096)
@@ -164,6 +173,11 @@ impl GuestMapping {
             self.base_host_virt_addr.checked_add(self.size).and_then(|_| self.offset.checked_add(self.size));
         fits.ok_or(past)
     }
+
+    const fn into_mapping(self) -> GuestMapping {
+        let Self { base_host_virt_addr, size, offset, .. } = self;
+        GuestMapping { base_host_virt_addr, size, offset }
+    }
 }
 
 impl GuestMappings {
@@ -173,7 +187,7 @@ impl GuestMappings {
     ///
     /// [`HandshakeError`] if no continuation can make it a valid list of mappings.
     pub fn parse(message: &[u8]) -> Result<Option<Self>, HandshakeError> {
-        match serde_json::from_slice::<Vec<GuestMapping>>(message) {
+        match serde_json::from_slice::<Vec<SentMapping>>(message) {
             Ok(ranges) => Self::check(ranges).map(Some),
             Err(error) if error.is_eof() && message.len() < LONGEST => Ok(None),
             Err(error) if error.is_eof() => Err(HandshakeError::TooLong),
@@ -181,7 +195,7 @@ impl GuestMappings {
         }
     }
 
-    fn check(mut ranges: Vec<GuestMapping>) -> Result<Self, HandshakeError> {
+    fn check(mut ranges: Vec<SentMapping>) -> Result<Self, HandshakeError> {
         ranges.sort_by_key(|range| range.offset);
         let page_bytes = ranges.first().ok_or(HandshakeError::Empty)?.page_bytes();
         let mut expected = 0;
@@ -198,7 +212,7 @@ impl GuestMappings {
         if !matches!(page_bytes, 4096 | HUGE) {
             return Err(HandshakeError::PageSize(page_bytes));
         }
-        Ok(Self { ranges, page_bytes })
+        Ok(Self { ranges: ranges.into_iter().map(SentMapping::into_mapping).collect(), page_bytes })
     }
 
     /// The ranges, in the order of the memory file, end to end from its start.
