@@ -58,7 +58,7 @@ impl Features {
         self.0
     }
 
-    /// Whether all of `other` is in it.
+    /// True if all of `other` is in it.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// How pages are installed. `Display` prints the word that plans and documents use.
+/// The method by which pages are installed. `Display` prints the word that plans and documents use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Method {

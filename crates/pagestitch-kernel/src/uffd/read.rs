@@ -1,8 +1,8 @@
 //! Reading messages without waiting.
 //!
 //! `O_NONBLOCK` belongs to the open file description. A process that has sent its userfaultfd still
-//! holds that description and can clear the flag at any time; a plain `read(2)` would then wait for
-//! ever.
+//! holds that description and can clear the flag at any time. A plain `read(2)` would then wait
+//! forever.
 //!
 //! | the description is | method |
 //! |---|---|

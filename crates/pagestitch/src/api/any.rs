@@ -71,7 +71,7 @@ impl AnyRegion {
         (!layout.is_padding(chunk)).then(|| layout.number_of(chunk))
     }
 
-    /// Whether system calls of this process can read and write absent pages.
+    /// True if system calls of this process can read and write absent pages.
     pub(super) fn fills_for_system_calls(&self) -> bool {
         let all = self.served.uffd.mode() == FaultMode::All;
         all && self.server.serves_system_calls()
@@ -138,7 +138,7 @@ impl AnyRegion {
         }
     }
 
-    /// Whether the kernel has all pages of a span.
+    /// True if the kernel has all pages of a span.
     fn has_all(&self, span: Span) -> bool {
         let mut all = true;
         self.served.target.residency(span, |_, here| all &= here);

@@ -43,9 +43,9 @@ struct Site {
     target: Target,
     uffd: Uffd,
     shown: ShownPages,
-    /// Whether donated pages move on first touch.
+    /// True if donated pages move on first touch.
     moves: bool,
-    /// Whether whole blocks are filled in staging; an error is the reason against it.
+    /// `Ok` if whole blocks are filled in staging; an error is the reason against it.
     staged: Result<(), &'static str>,
     blocks: Blocks,
     view: Option<View>,
@@ -185,7 +185,7 @@ fn finish(
     Ok((view, attach(Served::new(mapping, max_in_flight, children), server)?))
 }
 
-/// Whether whole blocks of a region of `bytes` bytes are filled in staging; an error is the reason
+/// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging; an error is the reason
 /// against it.
 fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
     if options.hardware_read_only {
@@ -212,7 +212,7 @@ fn show(
     let shown = ShownPages::map(layout, page, budget, Abilities { moves, minor_faults }, view, uffd)
         .map_err(|error| cannot_show(name, layout, error))?;
     if shown.in_place.pages() > 0 {
-        layout.let_go_of_mapped(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());
+        layout.drop_mapped_sources(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());
     }
     Ok(shown)
 }
@@ -338,7 +338,7 @@ fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
     Error::no_userfaultfd(&error).inside(name)
 }
 
-/// Whether donated pages move on first touch. If they could be swapped out and lost during the
+/// True if donated pages move on first touch. If they could be swapped out and lost during the
 /// move, they move when the region is built.
 fn can_move(uffd: &Uffd) -> bool {
     uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()

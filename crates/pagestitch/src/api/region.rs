@@ -113,7 +113,7 @@ impl Region {
         self.view.as_ptr()
     }
 
-    /// Whether system calls can read and write absent pages; see [above](Self#system-calls).
+    /// True if system calls can read and write absent pages; see [above](Self#system-calls).
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
         self.any.fills_for_system_calls()

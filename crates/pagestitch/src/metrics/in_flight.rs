@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(crate) struct InFlight {
     segments: [OnceLock<Box<[SlotGroup]>>; SEGMENTS],
-    /// Whether the thread that reads a fault may allocate a segment.
+    /// True if the thread that reads a fault may allocate a segment.
     grows: bool,
 }
 

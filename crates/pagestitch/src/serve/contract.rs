@@ -41,7 +41,7 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     /// False in a forked child, which has neither the region nor the threads.
     fn is_of_this_process(&self) -> bool;
 
-    /// Whether system calls can wait for absent pages.
+    /// True if system calls can wait for absent pages.
     fn serves_system_calls(&self) -> bool {
         true
     }

@@ -4,7 +4,7 @@ use crate::error::{BuildOption, Error, ErrorKind};
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 
-/// Where the workers of a pool run.
+/// The CPUs on which the workers of a pool run.
 ///
 /// Waking a worker on another, idle CPU costs more than the rest of a fault; waking one on the CPU
 /// of the fault costs a switch of threads. No placement spends CPU time on waiting: workers sleep,

@@ -1,15 +1,16 @@
-//! The layout: which chunk holds the byte at an offset. Sorted, immutable, 25 bytes a chunk.
+//! The layout: a table that finds the chunk of each byte of a region. Sorted and immutable; 25 bytes
+//! a chunk.
 //!
 //! ```text
 //!   offset   0        5000      5300                 12288        total
 //!            |  chunk 0  | chunk 1 |      chunk 2       |  chunk 3  |
-//!   starts   0        5000      5300                 12288            one more: the total
-//!   origins  (source, offset in it) of each
-//!   buckets  the chunk at offset 0, 1 << shift, 2 << shift, ...       one for every four chunks
+//!   starts   0        5000      5300                 12288   total
+//!   origins  the source of each chunk, and the chunk's offset in it
+//!   buckets  the chunk at offset 0, 1 << shift, 2 << shift, ...       one bucket for four chunks
 //! ```
 //!
-//! To locate is to look into one bucket and to search among the few chunks that start in it: O(1)
-//! where chunks are about as long as each other, O(log n) however they are, and no allocation.
+//! A lookup reads one bucket, and searches among the few chunks that start in it. It takes O(1) if
+//! chunks have similar lengths, O(log n) at worst, and allocates nothing.
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
@@ -23,39 +24,39 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Address -> chunk, offset.
+/// The chunks of a region, in order, with their sources.
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
-    /// Offset in the region of each chunk's first byte, ascending; the total at the end.
+    /// The offset in the region of each chunk's first byte, ascending, and then the total.
     starts: Vec<u64>,
     origins: Vec<Origin>,
     sources: Vec<Backing>,
-    /// Sources that may come again, while the layout is made.
+    /// The sources so far by their identity, while the layout is built: several chunks share one.
     known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
     total: u64,
-    /// The chunks that are only padding, ascending: users do not count them.
+    /// The chunks that are only padding, ascending. They have no chunk number.
     padding: Vec<u32>,
-    /// Chunks, as users count, with another policy than the default, in runs; ascending.
+    /// Runs of chunk numbers with another policy than the default, ascending.
     policies: Vec<(Range<usize>, OnFailure)>,
     /// The chunk at each multiple of `1 << shift`.
     buckets: Vec<u32>,
     shift: u32,
 }
 
-/// Where a chunk's bytes come from.
+/// The origin of a chunk's bytes.
 #[derive(Debug, Clone, Copy)]
 struct Origin {
-    /// The chunk's first byte in its source.
+    /// The offset of the chunk's first byte in its source.
     offset: u64,
     source: u32,
 }
 
 /// A run of bytes of one chunk.
 pub(crate) struct Piece<'l> {
-    /// The number of the chunk as errors show it: padding has none.
+    /// The chunk number, as errors show it; padding has none.
     pub(crate) chunk: usize,
     pub(crate) backing: &'l Backing,
-    /// The first byte's offset in the source.
+    /// The offset of the first byte in the source.
     pub(crate) offset: u64,
     pub(crate) bytes: u64,
 }
@@ -69,13 +70,13 @@ impl Piece<'_> {
 }
 
 impl Layout {
-    /// Makes room for that many more chunks, and the end.
+    /// Reserves capacity for `chunks` more chunks.
     pub(crate) fn reserve(&mut self, chunks: usize) {
         self.starts.reserve(chunks.saturating_add(1));
         self.origins.reserve(chunks);
     }
 
-    /// Lays one more chunk at the end.
+    /// Appends a chunk.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
         let Chunk { backing, range, on_failure } = chunk;
         let number = self.number_of(self.origins.len());
@@ -88,8 +89,7 @@ impl Layout {
         self.lay(backing, &range)
     }
 
-    /// Lays padding at the end, so that `chunk` begins at the same place in a page as in its
-    /// source.
+    /// Appends padding, so that `chunk` begins at the same offset in a page as in its source.
     pub(crate) fn pad_for(&mut self, chunk: &Chunk, page: PageSize) -> Result<(), Error> {
         let wanted = if chunk.backing.has_pages() { chunk.range.start } else { 0 };
         let padding = wanted.wrapping_sub(self.total) % page.bytes() as u64;
@@ -113,7 +113,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Seals the layout: from now on it is only read.
+    /// Completes the layout, which is immutable from then on.
     pub(crate) fn finish(&mut self) -> Result<(), Error> {
         if self.origins.is_empty() {
             return Err(Error::new(
@@ -129,37 +129,36 @@ impl Layout {
         Ok(())
     }
 
-    /// What becomes of a page when the source of a chunk, as users count, fails.
+    /// The failure policy of the chunk with this number.
     pub(crate) fn on_failure(&self, number: usize) -> OnFailure {
         let next = self.policies.partition_point(|(run, _)| run.end <= number);
         let policy = self.policies.get(next).filter(|(run, _)| run.contains(&number));
         policy.map_or(OnFailure::Poison, |(_, policy)| *policy)
     }
 
-    /// Whether a failure is always a page that is bad.
+    /// True if the policy of every chunk is to poison.
     pub(crate) const fn only_poisons(&self) -> bool {
         self.policies.is_empty()
     }
 
-    /// How many bytes the chunks hold together.
+    /// The total length of the chunks, in bytes.
     pub(crate) const fn total(&self) -> u64 {
         self.total
     }
 
-    /// How many chunks there are.
+    /// The number of chunks, including padding.
     pub(crate) const fn chunks(&self) -> usize {
         self.origins.len()
     }
 
-    /// What users call a chunk: they do not count padding.
+    /// The chunk number of a chunk. Users know a chunk by this number, which does not count padding.
     pub(crate) fn number_of(&self, chunk: usize) -> usize {
         chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
     }
 
-    /// The chunk that users call by a number.
+    /// The chunk with a chunk number.
     pub(crate) fn chunk_of(&self, number: usize) -> Option<usize> {
-        // Each padding before it moves it by one: the paddings with at most `number` chunks before
-        // them.
+        // Adds the number of paddings before the chunk: those after at most `number` chunks.
         let (mut low, mut high) = (0, self.padding.len());
         while low < high {
             let middle = low.midpoint(high);
@@ -173,15 +172,15 @@ impl Layout {
         (chunk < self.chunks()).then_some(chunk)
     }
 
-    /// Whether what comes between a chunk and `end`, an offset in its last page, means nothing.
+    /// True if only padding, or the region's end, lies between a chunk and `end`, an offset in its
+    /// last page.
     pub(crate) fn is_free_after(&self, chunk: usize, end: u64) -> bool {
         let next = chunk + 1;
         let is_last = |chunk| chunk >= self.chunks();
         is_last(next) || self.is_padding(next) && (is_last(next + 1) || self.offsets_of(next).end >= end)
     }
 
-    /// Whether what comes between `start`, an offset in a chunk's first page, and the chunk means
-    /// nothing.
+    /// True if only padding lies between `start`, an offset in a chunk's first page, and the chunk.
     pub(crate) fn is_free_before(&self, chunk: usize, start: u64) -> bool {
         chunk > 0 && self.is_padding(chunk - 1) && self.offsets_of(chunk - 1).start <= start
     }
@@ -190,19 +189,19 @@ impl Layout {
         self.padding.binary_search(&(chunk as u32)).is_ok()
     }
 
-    /// The chunk that holds the byte at `offset`, which is inside.
+    /// The chunk that holds the byte at `offset`. The offset must be in the region.
     pub(crate) fn locate(&self, offset: u64) -> usize {
         let bucket = (offset >> self.shift) as usize;
         let (low, high) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
         low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
     }
 
-    /// The bytes at `start` that one chunk holds, as far as `end`.
+    /// The bytes from `start` to `end` or to the end of their chunk.
     pub(crate) fn piece_at(&self, start: u64, end: u64) -> Piece<'_> {
         self.piece(self.locate(start), &(start..end))
     }
 
-    /// The pieces that make up `offsets`, as far as there are chunks.
+    /// The pieces that `offsets` consist of, up to the last chunk.
     pub(crate) fn pieces(&self, offsets: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
         let first = self.locate(offsets.start);
         (first..self.chunks())
@@ -210,7 +209,7 @@ impl Layout {
             .map(move |chunk| self.piece(chunk, &offsets))
     }
 
-    /// Where a chunk lies in the region.
+    /// The offsets of a chunk in the region.
     pub(crate) fn offsets_of(&self, chunk: usize) -> Range<u64> {
         self.starts[chunk]..self.starts[chunk + 1]
     }
@@ -219,12 +218,13 @@ impl Layout {
         &self.sources[self.origins[chunk].source as usize]
     }
 
-    /// Whether pages are given up in it.
+    /// True if a chunk has donated pages.
     pub(crate) fn has_donated(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
     }
 
-    /// Unlocks what was given up, and could not move into a region that is not locked.
+    /// Unlocks donated pages, because the kernel does not move locked pages into a region that is not
+    /// locked.
     pub(crate) fn unlock_donated(&self) -> Result<(), Errno> {
         self.sources.iter().try_for_each(|source| match source {
             Backing::Donated(donated) => donated.unlock(),
@@ -232,10 +232,9 @@ impl Layout {
         })
     }
 
-    /// Lets go of the sources of which nothing is read any more, as all of their chunks are shown
-    /// in place: the kernel keeps the pages of what is mapped. A region of thousands of files does
-    /// not take as many descriptors.
-    pub(crate) fn let_go_of_mapped(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
+    /// Drops the sources whose chunks are all mapped in place. The kernel keeps the pages of a mapping,
+    /// so that a region of thousands of files needs no descriptor for each.
+    pub(crate) fn drop_mapped_sources(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
         let mut needed = vec![false; self.sources.len()];
         for chunk in 0..self.chunks() {
             let source = self.origins[chunk].source as usize;
@@ -248,7 +247,7 @@ impl Layout {
         }
     }
 
-    /// The addresses of memory that is copied from, by the numbers of its sources.
+    /// The sources in memory of this process, with their addresses.
     pub(crate) fn memory(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         self.sources.iter().enumerate().filter_map(|(number, source)| match source {
             Backing::Memory(memory) => Some((number, memory.addresses()?)),
@@ -256,30 +255,30 @@ impl Layout {
         })
     }
 
-    /// The number of the first chunk of a source, as errors show it: padding has no number.
+    /// The number of the first chunk of a source.
     pub(crate) fn first_chunk_of(&self, source: usize) -> usize {
         let chunk = self.origins.iter().position(|origin| origin.source as usize == source);
         self.number_of(chunk.unwrap_or(0))
     }
 
-    /// Whether there are chunks in it whose bytes come later.
+    /// True if a chunk has an asynchronous source.
     pub(crate) fn has_fetched(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Fetched(_)))
     }
 
-    /// Whether there are chunks in it whose every byte is copied.
+    /// True if a chunk can only be copied.
     pub(crate) fn has_copied(&self) -> bool {
         self.sources
             .iter()
             .any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_) | Backing::Fetched(_)))
     }
 
-    /// Whether there is a memfd in it that is filled later.
+    /// True if a chunk is a memfd that is filled later.
     pub(crate) fn has_lazy(&self) -> bool {
         self.sources.iter().any(|source| matches!(source, Backing::Shared(Shared::Lazy(_))))
     }
 
-    /// The first chunk that others may change, for people.
+    /// The number and source name of the first chunk whose bytes other processes may change.
     pub(crate) fn first_shared(&self) -> Option<(usize, String)> {
         // There are far fewer sources than chunks.
         self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
@@ -287,12 +286,12 @@ impl Layout {
         Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 
-    /// A chunk's first byte in its source.
+    /// The offset of a chunk's first byte in its source.
     pub(crate) fn source_offset(&self, chunk: usize) -> u64 {
         self.origins[chunk].offset
     }
 
-    /// Whether a chunk goes on in its source where the chunk before it ended.
+    /// True if a chunk begins in its source where the chunk before it ends.
     pub(crate) fn continues(&self, chunk: usize) -> bool {
         let before = self.offsets_of(chunk - 1);
         let (last, this) = (self.origins[chunk - 1], self.origins[chunk]);
@@ -322,7 +321,7 @@ impl Layout {
         Ok(index)
     }
 
-    /// One bucket for about every four chunks, however long they are.
+    /// Builds the buckets: one for about four chunks.
     fn index(&mut self) {
         let wanted = (self.chunks() as u64 / 4).max(1);
         self.shift = (u64::BITS - (self.total / wanted).leading_zeros()).min(u64::BITS - 1);
@@ -364,7 +363,7 @@ fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Err
     match backing {
         Backing::Donated(donated) => donated.claim(range.clone()).or_else(|other| {
             bad(format!(
-                "gives up bytes {}..{}, which a chunk gave up before: pages move once",
+                "donates bytes {}..{}, which another chunk has donated already: a page moves only once",
                 other.start, other.end
             ))
         }),
@@ -372,7 +371,7 @@ fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Err
     }
 }
 
-/// Mixes addresses well enough to spread them; they are no attacker's choice.
+/// A hash that spreads addresses. It resists no attacker, because no attacker chooses them.
 #[derive(Debug, Default)]
 struct IdentityHasher(u64);
 

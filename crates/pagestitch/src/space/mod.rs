@@ -80,14 +80,14 @@ pub(crate) struct Mapping {
     pub(crate) refused: Vec<(Span, &'static str)>,
     has_donated: bool,
     has_fetched: bool,
-    /// Whether donated pages move on first touch.
+    /// True if donated pages move on first touch.
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
     pub(crate) policy: Policy,
     pub(crate) reporter: Option<FailureCallback>,
     pub(crate) recorder: Option<TouchRecorder>,
     pub(crate) replay: Option<Replay>,
-    /// Whether whole blocks are filled in staging and moved in; an error is the reason against it.
+    /// `Ok` if whole blocks are filled in staging and moved in; an error is the reason against it.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) target: Target,
@@ -101,7 +101,7 @@ pub(crate) struct Mapping {
 /// The options of a region that concern its faults.
 #[derive(Debug, Default)]
 pub(crate) struct ServeOptions {
-    /// Whether the parts of faults are timed.
+    /// True if the parts of faults are timed.
     pub(crate) record_latency: bool,
     /// The most faults that are served at once; `None` is unlimited.
     pub(crate) max_in_flight: Option<usize>,
@@ -254,7 +254,7 @@ impl Mapping {
         (block.end() <= self.target.all().end()).then_some(block)
     }
 
-    /// Whether the source is a memfd that is filled later, and the kernel cannot map it in place.
+    /// True if the source is a memfd that is filled later, and the kernel cannot map it in place.
     pub(crate) fn lacks_minor_faults(&self, backing: &Backing) -> bool {
         let lazy = matches!(backing, Backing::Shared(Shared::Lazy(_)));
         lazy && !self.uffd.features().contains(Features::MINOR_SHMEM)
@@ -269,7 +269,7 @@ impl Mapping {
         }
     }
 
-    /// Whether the owner of adopted memory is known to have ended.
+    /// True if the owner of adopted memory is known to have ended.
     pub(crate) fn owner_has_ended(&self) -> bool {
         self.target.foreign().is_some_and(Foreign::has_ended)
     }
@@ -303,7 +303,7 @@ impl Mapping {
         self.counters.finish_all();
     }
 
-    /// Whether the kernel lacks pages of a span. Makes such pages absent in the page table.
+    /// True if the kernel lacks pages of a span. Makes such pages absent in the page table.
     ///
     /// The table can be behind the kernel: a thread that discards pages runs on as soon as its
     /// event is read, before the table changes.
@@ -327,7 +327,7 @@ impl Mapping {
         shown.map(|page| self.pages.mark_absent(page)).count() > 0
     }
 
-    /// Whether the kernel has a page, as far as it can tell; false makes the caller fill it again.
+    /// True if the kernel has a page, as far as it can tell; false makes the caller fill it again.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
         // `mincore(2)` tells that the memfd has the page, not that it is mapped: reclaim and a
         // collapse take it out of the kernel's page table. Mapping a mapped page again is a

@@ -22,7 +22,7 @@
 //! settled.
 //!
 //! The kernel's own page table decides which pages are present. This table records which pages are
-//! being filled, and what was last done with the others.
+//! being filled, and the last known state of the others.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::EventCount;
@@ -304,12 +304,12 @@ impl PageTable {
 }
 
 impl PageState {
-    /// Whether a thread has a claim on the page.
+    /// True if a thread has a claim on the page.
     pub(crate) const fn is_claimed(self) -> bool {
         matches!(self, Self::Filling | Self::Contended | Self::Invalidated)
     }
 
-    /// A word with this state in all of its 16 places.
+    /// A word with this state for all of its 16 pages.
     const fn repeated(self) -> u64 {
         self as u64 * (u64::MAX / STATE_MASK)
     }
@@ -333,7 +333,7 @@ impl PageState {
 /// fetch [keeps](Self::keep) the pages claimed, and the reply [resumes](PageTable::resume) the
 /// claim. Dropping a claim, on any early exit, makes its unsettled pages absent and wakes their
 /// waiters, so that no thread sleeps on a lost page.
-#[must_use = "dropping a claim gives its pages back"]
+#[must_use = "dropping a claim makes its pages absent"]
 pub(crate) struct Claim<'t> {
     table: &'t PageTable,
     waker: &'t dyn Wake,
@@ -354,12 +354,12 @@ impl Claim<'_> {
         let after = block.without_prefix(before.pages + self.span.pages);
         let Some(mut before) = self.claim_all(before) else { return };
         let Some(mut after) = self.claim_all(after) else { return };
-        // This claim has their pages now, so their drops must give nothing back.
+        // This claim has their pages now, so their drops must not make any page absent.
         (before.span.pages, after.span.pages) = (0, 0);
         self.span = block;
     }
 
-    /// Claims all of a span, or nothing: a claim of a part is dropped, which gives its pages back.
+    /// Claims all pages of a span, or none: a claim of a part is dropped.
     fn claim_all(&self, span: Span) -> Option<Self> {
         let (table, waker) = (self.table, self.waker);
         let pages = table.exchange_run(span, PageState::Absent, PageState::Filling);
@@ -374,7 +374,7 @@ impl Claim<'_> {
         span
     }
 
-    /// Gives the pages back, and wakes only the threads whose faults arrived during the claim. The
+    /// Makes the pages absent, and wakes only the threads whose faults arrived during the claim. The
     /// caller must serve or wake the thread for which the claim was made.
     pub(crate) fn release_without_wake(mut self) {
         self.settle(self.span.pages, PageState::Absent);
