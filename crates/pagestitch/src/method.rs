@@ -16,7 +16,7 @@ pub enum Method {
     StagedMove,
     /// Moved from their owner: no copy. On first touch since Linux 6.8, when the region is built before that.
     Move,
-    /// ShownPages on first touch, when the memfd has them: no copy.
+    /// Mapped on first touch, once the memfd has the page: no copy.
     Continue,
     /// The kernel's zero page. No copy.
     Zero,

@@ -131,8 +131,8 @@ impl AnyRegion {
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
-                let why = "in a forked child: a source has failed, or the parent has dropped the region or built it without inherit_on_fork()";
-                Error::because(ErrorKind::SourceFailed, format_args!("region {}: {why}", self.name()), errno)
+                let reason = "in a forked child: a source has failed, or the parent has dropped the region or built it without inherit_on_fork()";
+                Error::because(ErrorKind::SourceFailed, format_args!("region {}: {reason}", self.name()), errno)
             }),
             _ => Ok(()),
         }
@@ -267,7 +267,7 @@ impl fmt::Debug for AnyRegion {
 /// 0. End inheritance: later forks do not inherit the region; forks in progress are still served.
 /// 1. Stop intake: no worker reads this uffd any more, and no signal handler serves this range.
 /// 2. Join: wait for the threads at work for the region; no source is called from here on. Forked
-///    children are torn down likewise; their absent pages are poisoned.
+///    children are torn down in the same way; their absent pages are poisoned.
 /// 3. Fence: the whole range becomes inaccessible (in adopted memory, absent pages are poisoned).
 /// 4. Wake: the waiting threads fault again and meet the fence.
 /// 5. Close the uffd and unmap, when the last `Arc` is dropped. If a thread waited at step 3, the
@@ -280,7 +280,7 @@ impl Drop for AnyRegion {
             return;
         }
         block_forks(&self.served);
-        // Returns after all children that the fork reader has read of are announced.
+        // When this returns, every child whose event the fork reader has read is deferred to a worker.
         self.server.stop_reading(&self.served);
         self.server.detach(&self.served);
         self.served.close();

@@ -1,12 +1,12 @@
-//! The build pipeline: makes a served region of options, layout, ground and server, or an error
-//! that leaves nothing reserved.
+//! The build pipeline: turns options, a layout, the kind of target and a server into a served
+//! region. An error leaves no address reserved.
 //!
 //! ```text
-//!   Blueprint ── check: nothing is reserved yet
+//!   options, layout ── check: no address is reserved yet
 //!       │
-//!       ├─ Ground::Own ────── open, reserve, register, show ──▶ Site
-//!       └─ Ground::Adopted ── settle ─────────────────────────▶ Site
-//!                                                                │
+//!       ├─ TargetKind::Own ────── open, reserve, register, show ──▶ PreparedTarget
+//!       └─ TargetKind::Adopted ── settle ─────────────────────────▶ PreparedTarget
+//!                                                                      │
 //!       policy, tables, children ──▶ Mapping ──▶ attach to the server
 //! ```
 
@@ -29,54 +29,54 @@ use pagestitch_kernel::{staging, swap};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-/// The place of a region's pages.
+/// The kind of memory that holds a region's pages.
 #[derive(Debug)]
-pub(super) enum Ground {
-    /// In a range that the region reserves.
+pub(super) enum TargetKind {
+    /// A range that the region reserves.
     Own,
-    /// In memory that its owner has registered.
+    /// Memory that its owner has registered.
     Adopted(AdoptedMemory),
 }
 
-/// The pages' addresses, and the abilities of the kernel there.
-struct Site {
+/// The addresses of the pages, and the methods that the kernel offers there.
+struct PreparedTarget {
     target: Target,
     uffd: Uffd,
     shown: ShownPages,
     /// True if donated pages move on first touch.
     moves: bool,
-    /// `Ok` if whole blocks are filled in staging; an error is the reason against it.
+    /// `Ok` if whole blocks are filled in staging, or the reason against it.
     staged: Result<(), &'static str>,
     blocks: Blocks,
     view: Option<View>,
 }
 
-/// Builds a region. The view is `Some` for [`Ground::Own`].
+/// Builds a region. The view is `Some` for [`TargetKind::Own`].
 pub(super) fn build(
     options: Options,
     layout: Result<Layout, Error>,
-    ground: Ground,
+    target: TargetKind,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
     let name = options.name().to_owned();
     let in_region = |error: Error| error.inside(&name);
     let mut layout = layout.map_err(in_region)?;
     layout.finish().map_err(in_region)?;
-    check(&options, &layout, &ground, server).map_err(in_region)?;
+    check(&options, &layout, &target, server).map_err(in_region)?;
     let below = Below::of(&layout);
     below.check(&name, &layout, server)?;
-    let site = match ground {
-        Ground::Own => own_site(&name, &mut layout, &options, (below, server))?,
-        Ground::Adopted(memory) => adopted_site(memory, &name, layout.total()).map_err(in_region)?,
+    let site = match target {
+        TargetKind::Own => own_site(&name, &mut layout, &options, (below, server))?,
+        TargetKind::Adopted(memory) => adopted_site(memory, &name, layout.total()).map_err(in_region)?,
     };
     finish(name, options, layout, site, server)
 }
 
-/// Refuses options that the ground, the server or the kernel cannot have, before anything is
+/// Refuses options that the target, the server or the kernel cannot have, before anything is
 /// reserved.
-fn check(options: &Options, layout: &Layout, ground: &Ground, server: &Server) -> Result<(), Error> {
-    options.check_ground(matches!(ground, Ground::Adopted(_)))?;
-    server.inner().check(&options.demands(matches!(ground, Ground::Adopted(_))))?;
+fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Server) -> Result<(), Error> {
+    options.check_target(matches!(target, TargetKind::Adopted(_)))?;
+    server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
     if options.inherit_on_fork { check_children(layout) } else { Ok(()) }
 }
 
@@ -101,7 +101,7 @@ fn own_site(
     layout: &mut Layout,
     options: &Options,
     (below, server): (Below, &Server),
-) -> Result<Site, Error> {
+) -> Result<PreparedTarget, Error> {
     let uffd = open(name, layout, server, options.inherit_on_fork)?;
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
     let moves = layout.has_donated() && !options.inherit_on_fork && can_move(&uffd);
@@ -121,14 +121,22 @@ fn own_site(
         reservation.serve(below.served_by(name, server));
     }
     let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
-    Ok(Site { target: Target::Owned(reservation), uffd, shown, moves, staged, blocks, view: Some(view) })
+    Ok(PreparedTarget {
+        target: Target::Owned(reservation),
+        uffd,
+        shown,
+        moves,
+        staged,
+        blocks,
+        view: Some(view),
+    })
 }
 
 /// Takes over memory that its owner has registered. All of its pages are copied in: none is mapped
 /// or moved.
-fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, Error> {
+fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<PreparedTarget, Error> {
     let (foreign, uffd) = memory.settle(name, bytes)?;
-    Ok(Site {
+    Ok(PreparedTarget {
         target: Target::Foreign(foreign),
         uffd,
         shown: ShownPages::default(),
@@ -139,15 +147,15 @@ fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Site, E
     })
 }
 
-/// Builds the mapping and attaches it to the server; the same for both kinds of ground.
+/// Builds the mapping and attaches it to the server; the same for both kinds of target.
 fn finish(
     name: String,
     options: Options,
     layout: Layout,
-    site: Site,
+    site: PreparedTarget,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
-    let Site { target, uffd, shown, moves, staged, blocks, view } = site;
+    let PreparedTarget { target, uffd, shown, moves, staged, blocks, view } = site;
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
@@ -185,8 +193,8 @@ fn finish(
     Ok((view, attach(Served::new(mapping, max_in_flight, children), server)?))
 }
 
-/// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging; an error is the reason
-/// against it.
+/// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging, or the reason against
+/// it.
 fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");

@@ -1,6 +1,6 @@
 //! The description of a region; `build` makes a region of it.
 
-use crate::api::build::{Ground, build};
+use crate::api::build::{TargetKind, build};
 use crate::api::options::Options;
 use crate::api::{AdoptedRegion, Region, SharedRegion};
 use crate::error::{Error, ErrorKind, Failure};
@@ -19,7 +19,7 @@ use std::sync::Arc;
 pub struct Builder {
     options: Options,
     aligned: bool,
-    /// The layout so far, or the error of the first chunk that does not fit in.
+    /// The layout so far, or the error of the first invalid chunk.
     layout: Result<Layout, Error>,
 }
 
@@ -81,8 +81,7 @@ impl Builder {
         self
     }
 
-    /// Sets how far ahead of a sequential reader pages are filled. Default:
-    /// [`Readahead::Adaptive`].
+    /// Sets the pages that are filled ahead of their touch. Default: [`Readahead::Adaptive`].
     #[must_use]
     pub fn readahead(mut self, readahead: Readahead) -> Self {
         self.options.readahead = Some(readahead);
@@ -126,9 +125,9 @@ impl Builder {
     /// and occupy no worker. With a limit, the worker waits for an asynchronous source
     /// ([`Fetch`](crate::source::Fetch)).
     ///
-    /// Default: no limit but the pool's worker count and the number of fetches that the source
-    /// accepts. Where a pool serves several regions, those whose faults take longer than a
-    /// millisecond together leave one worker to the others.
+    /// Default: only the workers of the pool and the fetches that a source accepts limit them. If a
+    /// pool serves several regions, the regions whose faults take longer than a millisecond together
+    /// leave one worker to the others.
     ///
     /// # Panics
     ///
@@ -160,7 +159,7 @@ impl Builder {
 
     /// Calls `tell(offset, failure)` for each page that fails; `offset` is the page's byte offset
     /// in the region. It runs on the serving thread and must not touch the region. For a fault that
-    /// times out it runs on the watchdog thread, which abandons no other fault until it returns.
+    /// times out it runs on the watchdog thread, and no other fault times out until it returns.
     /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
     #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
@@ -182,8 +181,8 @@ impl Builder {
     /// have the region, and touching it there raises SIGSEGV.
     ///
     /// * **Server.** Needs a [`Pool`](crate::Pool), which runs one more thread: `fork(2)` blocks on
-    ///   its unread event while it holds the allocator lock. That thread also hands on each fault,
-    ///   so a fault takes one more step.
+    ///   its unread event while it holds the allocator lock. That thread also passes each fault to a
+    ///   worker, so a fault takes one more step.
     /// * **In a child**, `as_slice`, `read_at` and `populate` work as in the parent; dropping the
     ///   region does nothing. When the parent drops the region, the pages that a child has not
     ///   touched are poisoned there: SIGBUS, never zeros.
@@ -241,7 +240,7 @@ impl Builder {
     /// Each error names the thing and the remedy:
     ///
     /// * [`InvalidChunk`](ErrorKind::InvalidChunk), [`TooLarge`](ErrorKind::TooLarge): the first
-    ///   chunk that does not fit in; [`NoChunks`](ErrorKind::NoChunks);
+    ///   invalid chunk; [`NoChunks`](ErrorKind::NoChunks);
     /// * [`SharedSource`](ErrorKind::SharedSource): a chunk whose bytes other processes may change;
     /// * [`OptionConflict`](ErrorKind::OptionConflict): options that exclude each other;
     /// * [`UnsuitableServer`](ErrorKind::UnsuitableServer): the server cannot serve a chunk or an
@@ -255,13 +254,13 @@ impl Builder {
             && let Some((chunk, source)) = layout.first_shared()
         {
             let what = format!(
-                "region {}: others may change chunk {chunk} ({source}): use build_shared(), or seal or copy it",
+                "region {}: other processes may change chunk {chunk} ({source}): use build_shared(), or seal or copy it",
                 self.options.name()
             );
             return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
         }
-        let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
-        let view = view.expect("own ground has a view").into_stable();
+        let (view, core) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        let view = view.expect("own target has a view").into_stable();
         let view = view.expect("only a shared source makes a view unstable, and the layout has none");
         Ok(Region::new(view, core))
     }
@@ -274,8 +273,8 @@ impl Builder {
     /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also [`ErrorKind::UnusableFile`] if a
     /// [`writable`](Self::writable) region maps a file that is open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
-        let (view, core) = build(self.options, self.layout, Ground::Own, &server.into())?;
-        Ok(SharedRegion::new(view.expect("own ground has a view"), core))
+        let (view, core) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        Ok(SharedRegion::new(view.expect("own target has a view"), core))
     }
 
     /// As [`build`](Self::build), for memory that its owner has registered: another process, or
@@ -292,7 +291,7 @@ impl Builder {
         memory: AdoptedMemory,
         server: impl Into<Server>,
     ) -> Result<AdoptedRegion, Error> {
-        let (_, core) = build(self.options, self.layout, Ground::Adopted(memory), &server.into())?;
+        let (_, core) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
         Ok(AdoptedRegion::new(core))
     }
 

@@ -62,7 +62,7 @@ impl Options {
     }
 
     /// Refuses options that exclude each other, and options that do not apply to adopted memory.
-    pub(super) fn check_ground(&self, adopted: bool) -> Result<(), Error> {
+    pub(super) fn check_target(&self, adopted: bool) -> Result<(), Error> {
         let writable = self.access == Access::Writable;
         let refused = [
             (

@@ -9,7 +9,7 @@ use pagestitch_kernel::revocable::{self, RevocableScope};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 
-/// MappedRuns `body` with a scope in which regions may have chunks of borrowed memory.
+/// Runs `body` with a scope in which regions may have chunks of borrowed memory.
 ///
 /// A worker may read a borrowed chunk at any moment, and a region can be leaked. The borrow must
 /// therefore end in a place that cannot be skipped: the return of this function. It waits for reads

@@ -103,7 +103,7 @@ impl SharedRegion {
         written.map_err(|errno| self.refused("written", &range, errno))
     }
 
-    /// MappedRuns a kernel access, and repeats it once if lazy pages have left the kernel's page table.
+    /// Runs a kernel access, and repeats it once if lazy pages have left the kernel's page table.
     ///
     /// Reclaim or a collapse takes out pages that the memfd still has. For an ordinary user, the
     /// kernel's own access does not map them again, so this maps them before the second try.

@@ -14,11 +14,11 @@ pub(super) struct Region {
     pub(super) table: PageTable,
     pub(super) kernel: Kernel,
     /// The page whose source fails.
-    bad: Option<Page>,
+    failing: Option<Page>,
 }
 
 impl Region {
-    pub(super) fn new(pages: usize, bad: Option<Page>) -> Arc<Self> {
+    pub(super) fn new(pages: usize, failing: Option<Page>) -> Arc<Self> {
         let table = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
         Arc::new(Self { table, kernel: Kernel::new(pages), bad })
     }
@@ -46,11 +46,11 @@ impl Region {
         }
     }
 
-    /// Fills a claim page by page. False if the map is changing; the other pages are given back.
+    /// Fills a claim page by page. False if the map is changing; the rest of the claim is dropped.
     fn fill(&self, mut claim: Claim<'_>) -> bool {
         while !claim.span().is_empty() {
             let page = claim.span().first;
-            let (answer, state) = match self.bad {
+            let (answer, state) = match self.failing {
                 Some(bad) if bad == page => (self.poison(page), PageState::Poisoned),
                 _ => (self.kernel.copy(page, Content::Bytes), PageState::Present),
             };
@@ -105,12 +105,12 @@ impl Region {
     }
 
     fn expect(&self, page: Page) {
-        let wanted = if self.bad == Some(page) { Found::Signal } else { Found::Bytes };
+        let wanted = if self.failing == Some(page) { Found::Signal } else { Found::Bytes };
         assert_eq!(self.kernel.touch(page), wanted, "{page:?}");
     }
 }
 
-/// MappedRuns threads beside `workers`, and checks that no page is claimed after they end.
+/// Runs threads besides `workers`, and checks that no page is claimed after they end.
 fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region); N]) {
     let spawn = |body: fn(&Region)| {
         let region = Arc::clone(region);

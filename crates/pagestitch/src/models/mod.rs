@@ -1,6 +1,5 @@
 //! Models for a model checker: the real page table, claims, gate and read turns, with a small model
-//! of the kernel.
-//! `ci/models` runs them.
+//! of the kernel. `ci/models` runs them.
 //!
 //! | model | property that holds in every interleaving |
 //! |---|---|

@@ -13,8 +13,8 @@ use std::sync::Arc;
 struct Dropped {
     region: Arc<Region>,
     gate: Gate,
-    /// Sources may be gone.
-    gone: AtomicBool,
+    /// True once sources may be freed.
+    freed: AtomicBool,
     /// Foreign memory: absent pages are poisoned, instead of a fence over the range.
     adopted: bool,
 }
@@ -24,7 +24,7 @@ impl Dropped {
         while let Some(events) = self.region.kernel.read() {
             let Some(_guard) = self.gate.enter() else { return };
             for page in events.faults {
-                assert!(!self.gone.load(Ordering::SeqCst), "a source is called after the gate closed");
+                assert!(!self.freed.load(Ordering::SeqCst), "a source is called after the gate closed");
                 self.region.serve(page);
             }
         }
@@ -34,7 +34,7 @@ impl Dropped {
         // Intake stops, and the drop waits for the workers inside the gate.
         self.region.kernel.stop();
         self.gate.close();
-        self.gone.store(true, Ordering::SeqCst);
+        self.freed.store(true, Ordering::SeqCst);
         if self.adopted {
             for page in BOTH.iter() {
                 self.region.kernel.poison(page);
@@ -48,8 +48,8 @@ impl Dropped {
 }
 
 fn run(touchers: usize, workers: usize, adopted: bool) {
-    let (region, gone) = (Region::new(2, None), AtomicBool::new(false));
-    let shared = Arc::new(Dropped { region, gate: Gate::new(), gone, adopted });
+    let (region, freed) = (Region::new(2, None), AtomicBool::new(false));
+    let shared = Arc::new(Dropped { region, gate: Gate::new(), freed, adopted });
     let spawn = |body: fn(&Dropped)| {
         let shared = Arc::clone(&shared);
         thread::spawn(move || body(&shared))

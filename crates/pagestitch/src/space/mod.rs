@@ -87,7 +87,7 @@ pub(crate) struct Mapping {
     pub(crate) reporter: Option<FailureCallback>,
     pub(crate) recorder: Option<TouchRecorder>,
     pub(crate) replay: Option<Replay>,
-    /// `Ok` if whole blocks are filled in staging and moved in; an error is the reason against it.
+    /// `Ok` if whole blocks are filled in staging and moved in, or the reason against it.
     pub(crate) staged: Result<(), &'static str>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) target: Target,
