@@ -10,6 +10,7 @@ mod contention;
 mod donated;
 mod failure;
 mod fairness;
+
 mod firecracker;
 mod hostile_memory;
 mod huge_parts;

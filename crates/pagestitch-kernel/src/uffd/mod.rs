@@ -322,6 +322,12 @@ fn across_mappings(
     if !operation.may_cross(outcome) || range.is_one_page() {
         return outcome;
     }
+    page_by_page(range, ask)
+}
+
+/// Not part of its caller, because a signal handler, which asks for one page, has a small stack.
+#[inline(never)]
+fn page_by_page(range: AddressRange, ask: impl Fn(AddressRange) -> Outcome) -> Outcome {
     let (mut done, mut pages) = (0, 1);
     while done < range.bytes() {
         let part = range.part(done, pages);

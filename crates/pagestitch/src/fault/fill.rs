@@ -14,7 +14,7 @@ use crate::error::{Failure, FailureReason};
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, MemoryBytes, Source};
-use crate::space::{Layout, Mapping};
+use crate::space::{Layout, Mapping, Piece};
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::io;
@@ -194,18 +194,26 @@ pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
 pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
     let mut filled = 0;
     for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
-        let into = &mut buffer[filled..filled + piece.bytes as usize];
-        filled += into.len();
-        match piece.backing {
-            Backing::Hole(_) => into.fill(0),
-            backing => {
-                let start = piece.offset as usize;
-                into.copy_from_slice(&stable_bytes(backing)?[start..start + into.len()]);
-            }
+        let now = filled;
+        filled += piece.bytes as usize;
+        if !gather_piece(&piece, &mut buffer[now..filled]) {
+            return None;
         }
     }
     buffer[filled..].fill(0);
     Some(Content::Gathered(buffer))
+}
+
+/// False if the scope of borrowed memory has ended.
+fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
+    if matches!(piece.backing, Backing::Hole(_)) {
+        into.fill(0);
+        return true;
+    }
+    let Some(bytes) = stable_bytes(piece.backing) else { return false };
+    let start = piece.offset as usize;
+    into.copy_from_slice(&bytes[start..start + into.len()]);
+    true
 }
 
 /// The bytes of a source that has them at a stable address.

@@ -1,11 +1,13 @@
 //! Asynchronous fetches: a claim that is held until the source replies. The reply then takes the
-//! same steps as any fault.
+//! same journey as any fault.
 
-use crate::error::Failure;
+use crate::fault::error::{InstallError, Unfilled, failure_at};
 use crate::fault::fetch_semaphore::Permit;
 use crate::fault::fill::{Content, Filled};
-use crate::fault::install::{InstallError, Short, fail, given_up, install};
-use crate::fault::{FaultRequest, Host, serve_later};
+use crate::fault::poison::fail;
+use crate::fault::recovery::{Attempts, Pause, Recovery, without_memory};
+use crate::fault::request::{FaultRequest, Host, serve_later};
+use crate::fault::{Filler, Wanted, journey};
 use crate::guard::{AbortOnPanic, discard, quietly};
 use crate::metrics::FaultPart;
 use crate::source::{Complete, Fetched, Reply};
@@ -44,6 +46,13 @@ impl FetchReason {
             region.counters.finish(asked.slot);
         }
     }
+
+    fn attempts(self) -> Attempts {
+        match self {
+            Self::Now(asked) => asked.attempts,
+            Self::Ahead => Attempts::default(),
+        }
+    }
 }
 
 /// Requests the bytes of a claim's pages from their source. All of them lie in one chunk.
@@ -70,37 +79,12 @@ impl<H: Host> Complete for Pending<H> {
         let _abort = AbortOnPanic::armed();
         let Self { region, span, wanted, began, .. } = self.as_ref();
         region.counters.record_time(FaultPart::Fill, *began);
-        let mut claim = region.pages.resume(*span, &***region);
-        // If the claim is not settled to its end, its drop gives the pages back, and the waiting
-        // threads fault again.
-        let began = region.counters.clock();
-        match answer {
-            Ok(bytes) => {
-                let filled = Filled { pages: span.pages, content: Content::Buffered(bytes) };
-                let short = if let FetchReason::Now(asked) = wanted { asked.short() } else { Short::Tell };
-                match (install(region, &mut claim, filled, short), wanted) {
-                    (Ok(()), FetchReason::Ahead) => {
-                        region.counters.local().pages_ahead.add(span.pages as u64)
-                    }
-                    (Err(InstallError::NoMemory), FetchReason::Now(asked)) => {
-                        claim.release_without_wake();
-                        region.counters.record_time(FaultPart::Resolve, began);
-                        return serve_later(region, *asked);
-                    }
-                    (Err(not), FetchReason::Now(_)) => drop(given_up(region, &mut claim, not)),
-                    _ => {}
-                }
-            }
-            Err(error) => {
-                region.counters.local().source_errors.add(1);
-                match wanted {
-                    FetchReason::Now(_) => drop(fail(region, &mut claim, self.failure(error))),
-                    FetchReason::Ahead => discard(error),
-                }
-            }
+        let recovery = Recovery::after(wanted.attempts());
+        let mut delivered = Delivered { region, wanted: *wanted, answer: Some(answer), recovery };
+        match journey(region, Wanted::Fetched(*span), &mut delivered) {
+            Err(Unfilled::Later) => {}
+            _ => wanted.finish(region),
         }
-        region.counters.record_time(FaultPart::Resolve, began);
-        wanted.finish(region);
     }
 
     fn retry(self: Box<Self>, _: Duration, error: io::Error) {
@@ -108,9 +92,47 @@ impl<H: Host> Complete for Pending<H> {
     }
 }
 
-impl<H: Host> Pending<H> {
-    fn failure(&self, error: io::Error) -> Failure {
-        let offsets = self.region.page_size().offsets(self.span);
-        self.region.layout.piece_at(offsets.start, offsets.end).failed(error)
+/// The answer of a source, on its way into the pages.
+struct Delivered<'a, H> {
+    region: &'a Arc<H>,
+    wanted: FetchReason,
+    answer: Option<io::Result<&'a [u8]>>,
+    recovery: Recovery,
+}
+
+impl<H: Host> Filler for Delivered<'_, H> {
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        let content = match self.answer.take() {
+            Some(Ok(bytes)) => Content::Buffered(bytes),
+            Some(Err(error)) => {
+                self.region.counters.local().source_errors.add(1);
+                return Err(InstallError::Source(Box::new(failure_at(self.region, span, error))));
+            }
+            // The answer was an error, and the policy of the chunk turns it into zeros.
+            None => Content::Zero,
+        };
+        Ok(Filled { pages: span.pages, content })
+    }
+
+    fn installed(&mut self, pages: usize) {
+        self.recovery.installed(self.region);
+        if matches!(self.wanted, FetchReason::Ahead) {
+            self.region.counters.local().pages_ahead.add(pages as u64);
+        }
+    }
+
+    fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        let (FetchReason::Now(asked), region) = (self.wanted, self.region) else {
+            discard(error);
+            return Err(Unfilled::GivenBack);
+        };
+        self.recovery.react(region, claim, error, |claim, pause, attempts| {
+            serve_later(region, claim, || asked.again(asked.slot, attempts), pause)?;
+            match pause {
+                // The thread that answers must not sleep. The faulting thread faults again.
+                Pause::Source(_) => Err(Unfilled::GivenBack),
+                Pause::Memory(_) => Err(fail(region, claim, without_memory(region, claim.span()))),
+            }
+        })
     }
 }

@@ -1,10 +1,13 @@
 //! Pages filled ahead of their first touch: for a sequential reader, in a dense block, from a
 //! recording.
 
-use super::fill::{Buffers, fill};
-use super::install::{Short, install};
+use super::error::{InstallError, Unfilled};
+use super::fill::{Buffers, Filled, fill};
 use super::pending::{FetchReason, fetch};
 use super::request::Host;
+use super::{Filler, Mode, Wanted, journey};
+use crate::guard::discard;
+use crate::space::page_table::Claim;
 use nix::time::{ClockId, clock_gettime};
 use pagestitch_kernel::Span;
 use std::sync::Arc;
@@ -30,33 +33,58 @@ pub(crate) fn replay<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers
 
 /// Fills the absent pages of a span; returns their number, or `None` if a source fails.
 fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> Option<usize> {
+    let mut ahead = Ahead { region, buffers, claimed: 0, installed: 0 };
     let mut rest = span;
-    let mut pages = 0;
     loop {
         let gap = region.next_gap(rest);
         if gap.is_empty() {
-            return Some(pages);
+            return Some(ahead.installed);
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
-        // Without a claim, the page is no longer absent: another thread has claimed or filled it.
-        let Ok(mut claim) = region.pages.claim_run(gap, &***region) else {
-            rest = rest.without_prefix(1);
-            continue;
-        };
-        rest = rest.without_prefix(claim.span().pages);
-        while !claim.span().is_empty() {
-            if let Some((some, source, offset)) = region.fetched_pages(claim.span())
-                && let Some(permit) = region.may_fetch()
-            {
-                fetch(region, claim.split_off(some), (source, offset), FetchReason::Ahead, permit);
-                continue;
-            }
-            let filled = fill(region, claim.span(), buffers).ok()?;
-            let ahead = filled.pages;
-            install(region, &mut claim, filled, Short::Tell).ok()?;
-            region.counters.local().pages_ahead.add(ahead as u64);
-            pages += ahead;
+        match journey(region, Wanted::Absent(gap), &mut ahead) {
+            Ok(()) => rest = rest.without_prefix(ahead.claimed),
+            // Another thread has claimed or filled the page.
+            Err(Unfilled::Unclaimed(_)) => rest = rest.without_prefix(1),
+            Err(_) => return None,
         }
+    }
+}
+
+struct Ahead<'a, H> {
+    region: &'a Arc<H>,
+    buffers: &'a mut Buffers,
+    /// The pages of the last claim.
+    claimed: usize,
+    /// The pages of all claims that are installed.
+    installed: usize,
+}
+
+impl<H: Host> Filler for Ahead<'_, H> {
+    const MODE: Mode = Mode::Untimed;
+
+    fn claimed(&mut self, claim: &mut Claim<'_>) {
+        self.claimed = claim.span().pages;
+    }
+
+    fn fetches(&mut self, claim: &mut Claim<'_>) -> bool {
+        let Some((pages, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
+        let Some(permit) = self.region.may_fetch() else { return false };
+        fetch(self.region, claim.split_off(pages), (source, offset), FetchReason::Ahead, permit);
+        true
+    }
+
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        fill(self.region, span, self.buffers).map_err(|failure| InstallError::Source(Box::new(failure)))
+    }
+
+    fn installed(&mut self, pages: usize) {
+        self.region.counters.local().pages_ahead.add(pages as u64);
+        self.installed += pages;
+    }
+
+    fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        discard(error);
+        Err(Unfilled::GivenBack)
     }
 }
 

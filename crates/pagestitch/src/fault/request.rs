@@ -1,9 +1,10 @@
 //! A request to serve a fault, and the trait through which faults use their server.
 
+use crate::fault::error::Unfilled;
 use crate::fault::fetch_semaphore::Permit;
-use crate::fault::install::{SHORT_OF_MEMORY, Short, fail_without_memory, poison};
+use crate::fault::recovery::{Attempts, Pause};
 use crate::space::Mapping;
-use crate::space::page_table::{Claim, Unclaimed, Wake};
+use crate::space::page_table::Claim;
 use pagestitch_kernel::Page;
 use std::fmt;
 use std::ops::Deref;
@@ -17,8 +18,11 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
     /// the worker waits for the source.
     fn may_fetch(&self) -> Option<Option<Permit>>;
 
-    /// Queues a fault to be served again after `wait`. False if the queue is full.
-    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool;
+    /// Whether the queue of repeated faults has room.
+    fn has_room(&self) -> bool;
+
+    /// Queues a fault to be served again after `wait`.
+    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration);
 
     /// Records the time that a fault took, in nanoseconds.
     fn record_latency(&self, ns: u64);
@@ -34,49 +38,39 @@ pub(crate) struct FaultRequest {
     /// Its slot among the faults in flight, if it has one. The slot is freed when the fault is
     /// served.
     pub(crate) slot: Option<usize>,
-    /// The number of times that the kernel had no memory for the page.
-    pub(crate) tries: usize,
-    /// The number of times that the page's source has failed.
-    pub(crate) failures: u32,
+    /// The attempts so far; none at first.
+    pub(crate) attempts: Attempts,
 }
 
 impl FaultRequest {
-    /// The reaction if the kernel has no memory for the page.
-    pub(crate) const fn short(&self) -> Short {
-        if self.tries < SHORT_OF_MEMORY.len() { Short::Tell } else { Short::Fail }
+    pub(crate) fn new(page: Page, read: Instant, thread: u32, slot: Option<usize>) -> Self {
+        Self { page, read, thread, slot, attempts: Attempts::default() }
     }
 
-    pub(super) const fn is_first(&self) -> bool {
-        self.tries == 0 && self.failures == 0
+    /// The request to serve it again, or to go on with it elsewhere.
+    pub(super) const fn again(self, slot: Option<usize>, attempts: Attempts) -> Self {
+        Self { slot, attempts, ..self }
+    }
+
+    pub(super) fn is_first(&self) -> bool {
+        self.attempts == Attempts::default()
     }
 }
 
-/// Queues a fault to be served again when there may be memory for its page. If the queue is full,
-/// the page fails.
-pub(super) fn serve_later<H: Host>(region: &Arc<H>, asked: FaultRequest) {
-    let wait = SHORT_OF_MEMORY[asked.tries];
-    let again = FaultRequest { tries: asked.tries + 1, ..asked };
-    if !region.handle_later(again, wait) {
-        if let Some(mut claim) = claim(region, asked.page) {
-            fail_without_memory(region, &mut claim);
-        }
-        region.counters.finish(asked.slot);
+/// Gives a claim back without waking the faulting thread, and queues its fault to be served again
+/// after a pause. `Ok`: the queue is full.
+///
+/// The claim ends before the fault is queued: the worker that takes the fault would meet it.
+pub(super) fn serve_later<H: Host>(
+    region: &Arc<H>,
+    claim: &mut Claim<'_>,
+    again: impl FnOnce() -> FaultRequest,
+    pause: Pause,
+) -> Result<(), Unfilled> {
+    if !region.has_room() {
+        return Ok(());
     }
-}
-
-/// Claims the page of a fault. `None`: another thread fills it, or it is present or poisoned; the
-/// faulting thread was or will be woken.
-pub(super) fn claim(region: &Mapping, page: Page) -> Option<Claim<'_>> {
-    match region.pages.claim_touched(page, region, || region.is_resident(page)) {
-        Ok(claim) => return Some(claim),
-        Err(Unclaimed::Filling) => {}
-        Err(Unclaimed::Resident) => {
-            region.counters.local().late.add(1);
-            region.wake(page.span());
-        }
-        // The thread faulted before the page was poisoned. Poisoning again wakes it into its
-        // signal, also if the poison marker was discarded since.
-        Err(Unclaimed::Poisoned) => drop(poison(region, page.span())),
-    }
-    None
+    claim.release_without_wake();
+    region.handle_later(again(), pause.length());
+    Err(Unfilled::Later)
 }

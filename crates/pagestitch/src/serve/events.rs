@@ -1,7 +1,7 @@
 //! Events of a region other than faults: pages that are discarded, unmapped or moved, and forks.
 
 use crate::fault::FaultRequest;
-use crate::fault::install::{release, show};
+use crate::fault::owner::{release, show};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
 use crate::serve::fork::orphans::Remaining;
@@ -251,7 +251,7 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();
             let slot = region.counters.begin(page, thread, read);
-            return Some(FaultRequest { page, read, thread, slot, tries: 0, failures: 0 });
+            return Some(FaultRequest::new(page, read, thread, slot));
         }
     }
     None

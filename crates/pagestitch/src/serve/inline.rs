@@ -1,24 +1,23 @@
 //! Inline: the thread that touches a page fills it, in a signal handler. No other thread, no wake-up, no event.
 //!
-//! The steps are those of `fault`, a page at a time: claim, fill, resolve, settle, count. The code
-//! here takes no lock, allocates nothing and calls no code of a source, because the interrupted
+//! The journey is that of all pages, one page at a time. The code here takes no lock, allocates nothing and calls no code of a source, because the interrupted
 //! code may be in the middle of anything. Hence it serves only sources whose bytes lie at a stable
 //! address, and mapped ones.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::callers;
-use crate::fault::fill::{Content, fill_inline, gather_inline};
-use crate::fault::install::{install_beside, install_inline};
+use crate::fault::fill::{Filled, fill_inline, gather_inline};
+use crate::fault::{Filler, InstallError, Mode, Unfilled, Wanted, fill_beside, journey};
 use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
-use crate::space::page_table::{PageState, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageState, Unclaimed};
 use crate::space::{Plan, PlanRun};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::{Page, Span};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use std::fmt;
 use std::sync::Arc;
 use std::thread;
@@ -194,15 +193,16 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
 struct Handler(Arc<Served>);
 
 // SAFETY: `serve` and its callees make system calls, and use atomics and immutable data. They
-// allocate nothing: they make no `Filled` and no `Failure`. They take no lock: buffers are only
-// tried, claims wake by the futex of an event count, and `Quiet` does not log.
+// allocate nothing: they make no `Failure`. They take no lock: buffers are only tried, claims wake
+// by the futex of an event count, and a journey `InSignalHandler` does not log.
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
         let region = self.0.as_ref();
         // No gate guard: the thread that takes the registration back waits for the handlers that
         // run.
-        region.target.page_at(address).is_some_and(|page| serve(region, page))
+        let Some(page) = region.target.page_at(address) else { return false };
+        serve(region, page)
     }
 }
 
@@ -212,47 +212,72 @@ fn serve(region: &Served, page: Page) -> bool {
         return false;
     }
     region.counters.local().faults.add(1);
-    let quiet = Quiet(region);
-    match region.pages.claim_touched(page, &quiet, || region.is_resident(page)) {
-        // A page that fails is absent again: this access raises a signal, and `populate` will tell
-        // the reason.
-        Ok(mut claim) => with_content(region, page, |content| install_inline(region, &mut claim, content)),
+    let mut handler = InHandler { region, buffer: None };
+    match journey(region, Wanted::Touched(page), &mut handler) {
+        // If the memory map is changing, the thread touches the page again.
+        Ok(()) | Err(Unfilled::Changing) => true,
         // A handler that has interrupted this thread while it fills the page.
-        Err(Unclaimed::Filling) if callers::fills(callers::this_thread(), region, page) => {
-            with_content(region, page, |content| install_beside(region, page.span(), content))
+        Err(Unfilled::Unclaimed(Unclaimed::Filling))
+            if callers::fills(callers::this_thread(), region, page) =>
+        {
+            fill_beside(region, page, &mut handler)
         }
-        Err(unclaimed) => {
+        Err(Unfilled::Unclaimed(reason)) => {
             // The page is present, another thread is filling it, or another thread is about to
             // poison it.
-            if unclaimed == Unclaimed::Resident {
+            if reason == Unclaimed::Resident {
                 region.counters.local().late.add(1);
             }
             thread::yield_now();
             true
         }
+        // The page is absent again: this access raises a signal, and `populate` will tell the
+        // reason.
+        Err(Unfilled::Later | Unfilled::Failed(_) | Unfilled::GivenBack) => false,
     }
 }
 
-/// Finds the bytes of a page, and has them installed. False where there are none.
-fn with_content(region: &Served, page: Page, install: impl FnOnce(Content<'_>) -> bool) -> bool {
-    if let Some(content) = fill_inline(region, page) {
-        return install(content);
-    }
-    // Not on the stack: it may be a small one.
-    let Some(mut buffer) = BUFFERS.iter().find_map(Mutex::try_lock) else {
-        // Others are about to leave theirs: the page is touched again.
-        thread::yield_now();
-        return true;
-    };
-    gather_inline(region, page, buffer.as_mut_slice()).is_some_and(install)
+/// Fills pages in a signal handler.
+struct InHandler<'r> {
+    region: &'r Served,
+    /// Not on the stack, because it may be a small one.
+    buffer: Option<MutexGuard<'static, [u8; PAGE]>>,
 }
 
-/// Wakes without a word: to log is to take locks.
-struct Quiet<'r>(&'r Served);
+impl InHandler<'_> {
+    fn gather(&mut self, page: Page) -> Result<Filled<'_>, InstallError> {
+        self.buffer = free_buffer();
+        let Some(buffer) = &mut self.buffer else {
+            // Other handlers are about to leave theirs: the page is touched again.
+            thread::yield_now();
+            return Err(InstallError::Changing);
+        };
+        match gather_inline(self.region, page, buffer.as_mut_slice()) {
+            Some(content) => Ok(Filled { pages: 1, content }),
+            None => Err(InstallError::Gone),
+        }
+    }
+}
 
-impl Wake for Quiet<'_> {
-    fn wake(&self, span: Span) {
-        let _ = self.0.uffd.wake(self.0.target.addresses(span));
+fn free_buffer() -> Option<MutexGuard<'static, [u8; PAGE]>> {
+    BUFFERS.iter().find_map(Mutex::try_lock)
+}
+
+impl Filler for InHandler<'_> {
+    const MODE: Mode = Mode::InSignalHandler;
+
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        if let Some(content) = fill_inline(self.region, span.first) {
+            return Ok(Filled { pages: 1, content });
+        }
+        self.gather(span.first)
+    }
+
+    fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        match error {
+            InstallError::Changing => Err(Unfilled::Changing),
+            _ => Err(Unfilled::GivenBack),
+        }
     }
 }
 

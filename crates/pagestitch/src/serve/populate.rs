@@ -3,15 +3,15 @@
 
 use crate::error::{Failure, FailureReason};
 use crate::fault::callers::{self, Mark};
-use crate::fault::fill::Buffers;
-use crate::fault::install::{FillError, Short};
-use crate::fault::{BLOCK_PAGES, fill_claim};
+use crate::fault::error::failure_at;
+use crate::fault::fill::{Buffers, Filled};
+use crate::fault::recovery::{Attempts, Sources};
+use crate::fault::{BLOCK_PAGES, Filler, InstallError, Unfilled, Wanted, journey};
 use crate::signals::NoSignals;
 use crate::space::Mapping;
-use crate::space::page_table::PageState;
+use crate::space::page_table::{Claim, PageState, Unclaimed};
 use pagestitch_kernel::Span;
 use parking_lot::Mutex;
-use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::thread;
@@ -178,38 +178,63 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
     }
     let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
     let mark = Mark::new(region, wanted);
-    match region.pages.claim_run(wanted, region) {
-        Ok(claim) => {
-            let claimed = claim.span();
-            // A thread that finds every page present needs no buffers.
-            let buffers = match buffers {
-                Some(buffers) => buffers,
-                None => {
-                    buffers.insert(Buffers::new().map_err(|errno| failure_of(region, gap, errno.into()))?)
-                }
-            };
-            Ok(match fill_claim(region, claim, claimed, buffers, (Short::Wait, 0)) {
-                Ok(()) => Run::Filled(claimed.pages),
-                Err(FillError::Changing | FillError::NoMemory | FillError::Again { .. }) => Run::Changing,
-                // It is found when the gap is looked at again.
-                Err(FillError::Failed(failure)) => Run::Failed(failure, 0),
-            })
+    // A thread that finds every page present needs no buffers.
+    let buffers = match buffers {
+        Some(buffers) => buffers,
+        None => {
+            buffers.insert(Buffers::new().map_err(|errno| Arc::new(failure_at(region, gap, errno.into())))?)
         }
-        Err(PageState::Present) => Ok(Run::Filled(1)),
+    };
+    let mut populate = Populate { sources: Sources::new(region, buffers, Attempts::default()), claimed: 0 };
+    let end = match journey(region, Wanted::Absent(wanted), &mut populate) {
+        Ok(()) => return Ok(Run::Filled(populate.claimed)),
+        Err(end) => end,
+    };
+    drop(mark);
+    match end {
+        Unfilled::Changing | Unfilled::Later | Unfilled::GivenBack => Ok(Run::Changing),
+        // It is found when the gap is looked at again.
+        Unfilled::Failed(failure) => Ok(Run::Failed(failure, 0)),
+        Unfilled::Unclaimed(Unclaimed::Resident) => Ok(Run::Filled(1)),
         // Without a failure on record, the page was discarded between the two looks: look again.
-        Err(PageState::Poisoned) => {
+        Unfilled::Unclaimed(Unclaimed::Poisoned) => {
             let failure = region.failure(gap.first);
             Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
         }
-        Err(PageState::Absent) => Ok(Run::Filled(0)),
-        Err(PageState::Filling | PageState::Contended | PageState::Invalidated) => {
-            drop(mark);
-            if callers::fills(callers::this_thread(), region, gap.first) {
-                return Err(failure_of(region, gap, FailureReason::Nested.error(NESTED)));
-            }
-            region.pages.wait_while_filling(gap.first);
-            Ok(Run::Filled(0))
-        }
+        Unfilled::Unclaimed(Unclaimed::Filling) => wait_for_other(region, gap),
+    }
+}
+
+/// Waits for the thread that is filling the first page of a gap.
+fn wait_for_other(region: &Mapping, gap: Span) -> Result<Run, Arc<Failure>> {
+    if callers::fills(callers::this_thread(), region, gap.first) {
+        return Err(Arc::new(failure_at(region, gap, FailureReason::Nested.error(NESTED))));
+    }
+    region.pages.wait_while_filling(gap.first);
+    Ok(Run::Filled(0))
+}
+
+struct Populate<'a> {
+    sources: Sources<'a>,
+    /// The pages of the claim.
+    claimed: usize,
+}
+
+impl Filler for Populate<'_> {
+    fn claimed(&mut self, claim: &mut Claim<'_>) {
+        self.claimed = claim.span().pages;
+    }
+
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        self.sources.fill(span)
+    }
+
+    fn installed(&mut self, _: usize) {
+        self.sources.installed();
+    }
+
+    fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        self.sources.wait_or_fail(claim, error)
     }
 }
 
@@ -217,12 +242,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
 /// fills none meanwhile.
 fn no_rest(region: &Mapping, rest: Span) -> Arc<Failure> {
     let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
-    failure_of(region, rest, FailureReason::TimedOut.error(why))
-}
-
-fn failure_of(region: &Mapping, span: Span, error: io::Error) -> Arc<Failure> {
-    let offsets = region.page_size().offsets(span);
-    Arc::new(region.layout.piece_at(offsets.start, offsets.end).failed(error))
+    Arc::new(failure_at(region, rest, FailureReason::TimedOut.error(why)))
 }
 
 const NESTED: &str = "this thread is filling the page already, below a signal handler or a source that has called for it: let it \

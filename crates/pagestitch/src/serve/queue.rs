@@ -24,14 +24,7 @@ impl<R> QueuedFault<R> {
     /// A fault for the region of `handle`.
     pub(super) fn at(handle: &Arc<RegionHandle<R>>) -> Self {
         let page = pagestitch_kernel::Page(0);
-        let request = FaultRequest {
-            page,
-            read: std::time::Instant::now(),
-            thread: 1,
-            slot: None,
-            tries: 0,
-            failures: 0,
-        };
+        let request = FaultRequest::new(page, std::time::Instant::now(), 1, None);
         Self { handle: Arc::clone(handle), request }
     }
 }

@@ -4,10 +4,12 @@
 
 use crate::error::{Failure, FailureReason};
 use crate::fault::callers::Mark;
-use crate::fault::fill::{Buffers, fill};
-use crate::fault::install::{FillError, Short, given_up, install};
+use crate::fault::fill::{Buffers, Filled};
+use crate::fault::poison::fail;
+use crate::fault::recovery::{Attempts, Next, Sources};
+use crate::fault::{Filler, InstallError, Unfilled, Wanted, journey};
 use crate::space::Mapping;
-use crate::space::page_table::PageState;
+use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::io;
@@ -24,42 +26,68 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
     }
     let mut buffers =
         Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno)).of_kernel()))?;
-    bad.try_for_each(|(page, _)| heal_page(region, page, &mut buffers))
+    bad.try_for_each(|(page, _)| retry_page(region, page, &mut buffers))
 }
 
-fn heal_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
+fn retry_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
     let _mark = Mark::new(region, page.span());
+    let mut retry = RetryPage { region, sources: Sources::new(region, buffers, Attempts::default()) };
     loop {
-        // A page that was discarded, and failed anew before that was noted, is absent here and has
-        // its marker.
-        let claim = region.pages.claim_from(page, PageState::Poisoned, region);
-        let claim = claim.or_else(|_| region.pages.claim(page, region));
-        // Without a claim, another thread has filled the page or is filling it.
-        let Ok(mut claim) = claim else { return Ok(()) };
-        let installed = match fill(region, page.span(), buffers) {
-            Ok(filled) => install(region, &mut claim, filled, Short::Wait)
-                .map_err(|not| given_up(region, &mut claim, not)),
-            Err(failure) => {
-                let failure = Arc::new(failure);
-                region.record_failure(page, Arc::clone(&failure));
-                Err(FillError::Failed(failure))
-            }
-        };
-        // The marker is still there. The page goes back as poisoned: as absent, it could be touched
-        // without an event.
-        if !claim.span().is_empty() {
-            claim.settle(1, PageState::Poisoned);
-        }
-        match installed {
+        match journey(region, Wanted::Poisoned(page), &mut retry) {
             Ok(()) => {
                 region.counters.local().pages_recovered.add(1);
                 return Ok(());
             }
-            Err(FillError::Changing | FillError::NoMemory | FillError::Again { .. }) => thread::yield_now(),
-            Err(FillError::Failed(failure)) => {
+            // Another thread has filled the page or is filling it.
+            Err(Unfilled::Unclaimed(_)) => return Ok(()),
+            Err(Unfilled::Failed(failure)) => {
                 region.settle_failure(page, &failure);
                 return Err(failure);
             }
+            Err(Unfilled::Changing | Unfilled::Later | Unfilled::GivenBack) => thread::yield_now(),
         }
+    }
+}
+
+struct RetryPage<'a> {
+    region: &'a Mapping,
+    sources: Sources<'a>,
+}
+
+impl Filler for RetryPage<'_> {
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        self.sources.fill(span)
+    }
+
+    fn installed(&mut self, _: usize) {
+        self.sources.installed();
+    }
+
+    /// The poison marker is still there. The page goes back as poisoned: as absent, it could be
+    /// touched without an event.
+    fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        let (region, span) = (self.region, claim.span());
+        let next = match error {
+            InstallError::Source(failure) => {
+                let failure = Arc::new(*failure);
+                region.record_failure(span.first, Arc::clone(&failure));
+                claim.settle(1, PageState::Poisoned);
+                return Err(Unfilled::Failed(failure));
+            }
+            error => self.sources.recovery.next(region, span, error),
+        };
+        let end = match next {
+            Next::Now => return Ok(()),
+            Next::After(pause) => {
+                thread::sleep(pause.length());
+                return Ok(());
+            }
+            Next::Changing => Unfilled::Changing,
+            Next::Fail(failure) => fail(region, claim, failure),
+        };
+        if !claim.span().is_empty() {
+            claim.settle(1, PageState::Poisoned);
+        }
+        Err(end)
     }
 }

@@ -114,9 +114,13 @@ impl Host for Served {
         }
     }
 
-    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) -> bool {
-        let again = QueuedFault::new(self, request);
-        self.timers.get().is_some_and(|timers| timers.add(TimedTask::Serve(again), wait).is_ok())
+    fn has_room(&self) -> bool {
+        self.timers.get().is_some_and(|timers| timers.has_room())
+    }
+
+    fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) {
+        let timers = self.timers.get().expect("it has room");
+        timers.add(TimedTask::Serve(QueuedFault::new(self, request)), wait);
     }
 
     fn record_latency(&self, ns: u64) {

@@ -20,7 +20,9 @@
 
 use crate::error::{Failure, FailureReason};
 use crate::fault::FaultRequest;
-use crate::fault::install::{FillError, fail_now, poison};
+use crate::fault::Unfilled;
+use crate::fault::error::failure_at;
+use crate::fault::poison::{fail_now, poison};
 use crate::guard::AbortOnPanic;
 use crate::metrics::Overdue;
 use crate::serve::Served;
@@ -217,14 +219,7 @@ impl Watchdog {
             } else {
                 // The fork reader has read its faults, and has set aside those without room.
                 let read = Instant::now();
-                let request = |(page, thread, slot)| FaultRequest {
-                    page,
-                    read,
-                    thread,
-                    slot: Some(slot),
-                    tries: 0,
-                    failures: 0,
-                };
+                let request = |(page, thread, slot)| FaultRequest::new(page, read, thread, Some(slot));
                 let aside = region.counters.take_set_aside().map(request);
                 self.read.extend(aside.map(|request| QueuedFault::new(&region, request)));
             }
@@ -269,7 +264,7 @@ fn give_up(region: &Served, fault: &Overdue) {
     let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
     {
         // No worker serves the fault: the page is poisoned as after a failed source.
-        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), FillError::Failed(_)),
+        Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), Unfilled::Failed(_)),
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
         // The page is present or poisoned already, and only the queued fault is late.
         Err(Unclaimed::Resident) => return region.wake(fault.page.span()),
@@ -302,9 +297,8 @@ fn give_up_claimed(region: &Served, fault: &Overdue, failure: Failure) -> bool {
 
 /// The failure of a fault that takes too long.
 fn failure(region: &Served, fault: &Overdue) -> Failure {
-    let offsets = region.page_size().offsets(fault.page.span());
     let reason = format!("it has taken {:?} so far", fault.age);
-    region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::TimedOut.error(reason))
+    failure_at(region, fault.page.span(), FailureReason::TimedOut.error(reason))
 }
 
 /// Events read at once.

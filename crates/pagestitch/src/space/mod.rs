@@ -23,7 +23,7 @@ pub(crate) mod target;
 
 pub use chunk::Chunk;
 pub(crate) use failure_table::FailureCallback;
-pub(crate) use layout::Layout;
+pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use target::Target;

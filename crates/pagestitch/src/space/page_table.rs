@@ -376,7 +376,7 @@ impl Claim<'_> {
 
     /// Makes the pages absent, and wakes only the threads whose faults arrived during the claim. The
     /// caller must serve or wake the thread for which the claim was made.
-    pub(crate) fn release_without_wake(mut self) {
+    pub(crate) fn release_without_wake(&mut self) {
         self.settle(self.span.pages, PageState::Absent);
     }
 

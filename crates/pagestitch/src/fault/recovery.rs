@@ -1,0 +1,198 @@
+//! The reaction to a page that is not installed: a pause, zeros, or the end of the page.
+
+use crate::error::Failure;
+use crate::fault::error::{InstallError, Unfilled, failure_at, refusal};
+use crate::fault::fill::{Buffers, Filled, fill, fill_zeroing};
+use crate::fault::poison::fail;
+use crate::metrics::FaultPart;
+use crate::policy::OnFailure;
+use crate::source::gone;
+use crate::space::Mapping;
+use crate::space::page_table::Claim;
+use pagestitch_kernel::{Errno, Span};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The failed attempts to fill a page.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Attempts {
+    /// The number of times that the kernel had no memory for the page.
+    pub(crate) memory: usize,
+    /// The number of times that its source has failed.
+    pub(crate) source: u32,
+}
+
+/// The time to wait before the next attempt.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Pause {
+    /// The kernel may have memory then.
+    Memory(Duration),
+    /// The source is read again, as the policy of its chunk says.
+    Source(Duration),
+}
+
+impl Pause {
+    pub(crate) const fn length(self) -> Duration {
+        match self {
+            Self::Memory(pause) | Self::Source(pause) => pause,
+        }
+    }
+}
+
+/// The state of the first page of a claim, while attempts to fill it fail.
+#[derive(Debug, Default)]
+pub(crate) struct Recovery {
+    pub(crate) attempts: Attempts,
+    /// The failure for which the policy says that the page is filled with zeros.
+    zeros: Option<Failure>,
+}
+
+impl Recovery {
+    pub(crate) const fn after(attempts: Attempts) -> Self {
+        Self { attempts, zeros: None }
+    }
+
+    /// Whether bytes that cannot be read are zeros.
+    pub(crate) const fn gives_zeros(&self) -> bool {
+        self.zeros.is_some()
+    }
+
+    /// Called when pages are installed.
+    #[inline]
+    pub(crate) fn installed(&mut self, region: &Mapping) {
+        self.attempts = Attempts::default();
+        if let Some(failure) = self.zeros.take() {
+            region.counters.local().pages_given_up.add(1);
+            log!(warn, region = region.name, %failure, "page filled with zeros, because its policy is OnFailure::Zeros");
+        }
+    }
+
+    /// Continues with the claim's first page, as `wait` decides for a pause, or ends the journey. A
+    /// page without another attempt is poisoned.
+    #[cold]
+    pub(crate) fn react(
+        &mut self,
+        region: &Mapping,
+        claim: &mut Claim<'_>,
+        error: InstallError,
+        wait: impl FnOnce(&mut Claim<'_>, Pause, Attempts) -> Result<(), Unfilled>,
+    ) -> Result<(), Unfilled> {
+        match self.next(region, claim.span(), error) {
+            Next::Now => Ok(()),
+            Next::After(pause) => wait(claim, pause, self.attempts),
+            Next::Changing => Err(Unfilled::Changing),
+            Next::Fail(failure) => Err(fail(region, claim, failure)),
+        }
+    }
+
+    /// The next step for the first page of a span.
+    pub(crate) fn next(&mut self, region: &Mapping, span: Span, error: InstallError) -> Next {
+        match error {
+            InstallError::Changing => Next::Changing,
+            InstallError::NoMemory => {
+                let pause = SHORT_OF_MEMORY.get(self.attempts.memory);
+                self.attempts.memory += 1;
+                pause.map_or_else(
+                    || Next::Fail(without_memory(region, span)),
+                    |pause| Next::After(Pause::Memory(*pause)),
+                )
+            }
+            InstallError::Source(failure) => self.policy(region, span, *failure),
+            InstallError::Gone => Next::Fail(failure_at(region, span, gone()).of_kernel()),
+            InstallError::Refused(outcome) => {
+                Next::Fail(failure_at(region, span, refusal(outcome)).of_kernel())
+            }
+        }
+    }
+
+    /// Applies the failure policy of a chunk to a failed read.
+    fn policy(&mut self, region: &Mapping, span: Span, failure: Failure) -> Next {
+        self.attempts.source += 1;
+        let failure = Failure { attempts: self.attempts.source, ..failure };
+        match region.layout.on_failure(failure.chunk) {
+            OnFailure::Retry(retry) => {
+                let Some(pause) = retry.after(self.attempts.source, random(span)) else {
+                    return Next::Fail(failure);
+                };
+                region.counters.local().source_retries.add(1);
+                Next::After(Pause::Source(pause))
+            }
+            OnFailure::Zeros => {
+                self.zeros = Some(failure);
+                Next::Now
+            }
+            OnFailure::Poison => Next::Fail(failure),
+        }
+    }
+}
+
+/// The next step for a page that is not installed.
+pub(crate) enum Next {
+    /// Fill it again: its bytes are zeros now.
+    Now,
+    /// Fill it again after a pause.
+    After(Pause),
+    /// Read events first.
+    Changing,
+    /// Poison it.
+    Fail(Failure),
+}
+
+/// The failure of a page for which the kernel had no memory at each attempt.
+pub(crate) fn without_memory(region: &Mapping, span: Span) -> Failure {
+    failure_at(region, span, Errno::ENOMEM.into()).of_kernel()
+}
+
+/// A number that differs between pages and between attempts.
+fn random(span: Span) -> u64 {
+    Instant::now().elapsed().as_nanos() as u64 ^ (span.first.0 as u64).wrapping_mul(GOLDEN)
+}
+
+/// The filler of a thread that reads sources into its buffers.
+pub(crate) struct Sources<'a> {
+    region: &'a Mapping,
+    buffers: &'a mut Buffers,
+    pub(crate) recovery: Recovery,
+}
+
+impl<'a> Sources<'a> {
+    pub(crate) const fn new(region: &'a Mapping, buffers: &'a mut Buffers, attempts: Attempts) -> Self {
+        Self { region, buffers, recovery: Recovery::after(attempts) }
+    }
+
+    /// Finds the bytes of the leading pages of a span.
+    #[inline]
+    pub(crate) fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        let began = self.region.counters.clock();
+        let filled = match self.recovery.gives_zeros() {
+            false => fill(self.region, span, self.buffers),
+            true => fill_zeroing(self.region, span.first, self.buffers),
+        };
+        self.region.counters.record_time(FaultPart::Fill, began);
+        filled.map_err(|failure| InstallError::Source(Box::new(failure)))
+    }
+
+    #[inline]
+    pub(crate) fn installed(&mut self) {
+        self.recovery.installed(self.region);
+    }
+
+    /// [Reacts](Recovery::react) on a caller's thread, which sleeps through each pause.
+    pub(crate) fn wait_or_fail(
+        &mut self,
+        claim: &mut Claim<'_>,
+        error: InstallError,
+    ) -> Result<(), Unfilled> {
+        self.recovery.react(self.region, claim, error, |_, pause, _| {
+            thread::sleep(pause.length());
+            Ok(())
+        })
+    }
+}
+
+/// The pauses between attempts to install a page for which the kernel has no memory. After the last
+/// one the page fails.
+const SHORT_OF_MEMORY: [Duration; 3] =
+    [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
+/// Multiplier that spreads close numbers (2^64 divided by the golden ratio).
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -1,0 +1,189 @@
+//! A fault that a worker has read.
+
+use crate::error::FailureReason;
+use crate::fault::callers;
+use crate::fault::error::{InstallError, Unfilled, failure_at};
+use crate::fault::fill::{Buffers, Filled};
+use crate::fault::pending::{FetchReason, fetch};
+use crate::fault::poison::{fail, poison};
+use crate::fault::recovery::{Pause, Sources, without_memory};
+use crate::fault::request::{FaultRequest, Host, serve_later};
+use crate::fault::{Filler, Wanted, fill_beside, journey};
+use crate::guard::Entered;
+use crate::metrics::InFlightFault;
+use crate::policy::Prefetch;
+use crate::space::page_table::{Claim, Unclaimed, Wake};
+use pagestitch_kernel::Span;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+/// Serves a fault. Returns the pages to prefetch, if the faulting thread seems to need more.
+///
+/// Afterwards the faulting thread has its bytes or a signal, or was woken to fault again, or sleeps
+/// until a queued retry or a fetch serves it.
+pub(crate) fn serve<H: Host>(
+    region: &Arc<H>,
+    asked: FaultRequest,
+    buffers: &mut Buffers,
+) -> [Option<Span>; 2] {
+    let mut fault = Fault::take_up(region, asked, buffers);
+    let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
+    let started = Instant::now();
+    match journey(region, Wanted::Touched(asked.page), &mut fault) {
+        Err(Unfilled::Unclaimed(reason)) => {
+            fault.answer_without_claim(reason);
+            return [None; 2];
+        }
+        // Let the thread that changes the map finish. The faulting thread was woken, and faults
+        // again.
+        Err(Unfilled::Changing) => thread::yield_now(),
+        Ok(()) | Err(Unfilled::Later | Unfilled::Failed(_) | Unfilled::GivenBack) => {}
+    }
+    let spent = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    region.record_latency(spent);
+    fault.pages_to_prefetch(spent)
+}
+
+struct Fault<'a, H> {
+    region: &'a Arc<H>,
+    asked: FaultRequest,
+    flight: Option<InFlightFault<'a>>,
+    sources: Sources<'a>,
+    prefetch: Prefetch,
+    /// The block that is filled with the page.
+    block: Option<Span>,
+    /// Whether the source of the page answers later.
+    is_fetched: bool,
+}
+
+impl<'a, H: Host> Fault<'a, H> {
+    fn take_up(region: &'a Arc<H>, asked: FaultRequest, buffers: &'a mut Buffers) -> Self {
+        let FaultRequest { page, read, thread, slot, attempts } = asked;
+        let flight = match asked.is_first() {
+            true => region.counters.take_up(slot.or_else(|| region.counters.begin(page, thread, read)), read),
+            false => region.counters.take_up_again(slot),
+        };
+        let sources = Sources::new(region, buffers, attempts);
+        Self { region, asked, flight, sources, prefetch: Prefetch::default(), block: None, is_fetched: false }
+    }
+
+    /// Records a first touch, and asks the policy for pages to prefetch.
+    fn note_first_touch(&mut self) {
+        let region = self.region;
+        if let Some(recorder) = &region.recorder {
+            recorder.note(self.asked.page);
+        }
+        self.prefetch = region.policy.on_fault(self.asked.page);
+        region.counters.local().pages_ahead_used.add(self.prefetch.consumed as u64);
+    }
+
+    /// Requests the page from a source that answers later.
+    fn fetch(&mut self, claim: &mut Claim<'_>) -> bool {
+        let Some((_, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
+        let Some(permit) = self.region.may_fetch() else { return false };
+        let asked = self.asked.again(self.flight.take().map(InFlightFault::keep), self.asked.attempts);
+        fetch(self.region, claim.split_off(1), (source, offset), FetchReason::Now(asked), permit);
+        true
+    }
+
+    /// Another thread fills the page, or it is present or poisoned.
+    #[cold]
+    fn answer_without_claim(&mut self, reason: Unclaimed) {
+        let (region, span) = (self.region, self.asked.page.span());
+        match reason {
+            // That thread wakes the faulting thread. Only thread numbers of this process can match
+            // a mark of a caller.
+            Unclaimed::Filling => {
+                if region.target.foreign().is_none() && callers::fills(self.asked.thread, region, span.first)
+                {
+                    self.answer_signal_handler();
+                }
+            }
+            Unclaimed::Resident => {
+                region.counters.local().late.add(1);
+                region.wake(span);
+            }
+            // The thread faulted before the page was poisoned. Poisoning again wakes it into its
+            // signal, also if the poison marker was discarded since.
+            Unclaimed::Poisoned => drop(poison(region, span)),
+        }
+    }
+
+    /// The page is claimed by the thread that the faulting signal handler has interrupted.
+    fn answer_signal_handler(&mut self) {
+        let (region, page) = (self.region, self.asked.page);
+        if fill_beside(region, page, self) {
+            return region.wake(page.span());
+        }
+        let what = "a signal handler touches a page that its thread is filling: it gets SIGBUS";
+        log!(error, region = region.name, page = page.0, what);
+        let failure = failure_at(region, page.span(), FailureReason::Nested.error(what));
+        // The failure is kept before the page is poisoned: the claim's holder then finds the poison
+        // marker and the reason.
+        region.record_failure(page, Arc::new(failure));
+        let _ = poison(region, page.span());
+    }
+
+    fn pages_to_prefetch(&self, spent: u64) -> [Option<Span>; 2] {
+        let with_fault = match (self.is_fetched, self.block) {
+            (true, _) => self.prefetch.with_fault,
+            (false, None) => self.region.policy.spent(self.asked.page, spent),
+            // The cost of a whole block says nothing about the cost of a fault.
+            (false, Some(_)) => None,
+        };
+        [with_fault, self.prefetch.after_fault]
+    }
+}
+
+impl<H: Host> Filler for Fault<'_, H> {
+    fn claimed(&mut self, claim: &mut Claim<'_>) {
+        let is_first = self.asked.is_first();
+        if is_first {
+            self.note_first_touch();
+        }
+        self.is_fetched = self.fetch(claim);
+        // A repeated request fills its page alone.
+        if is_first && !self.is_fetched {
+            self.block = self.region.movable_block(self.asked.page).or(self.prefetch.with_fault);
+            self.block.iter().for_each(|block| claim.grow(*block));
+        }
+    }
+
+    #[inline]
+    fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
+        self.sources.fill(span)
+    }
+
+    #[inline]
+    fn installed(&mut self, _: usize) {
+        self.sources.installed();
+    }
+
+    #[cold]
+    fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        let Self { region, asked, flight, sources, .. } = self;
+        let (span, page) = (claim.span(), asked.page);
+        match error {
+            // The page is installed, and the others of its block can wait.
+            InstallError::NoMemory if !span.contains(page) => return Err(Unfilled::GivenBack),
+            InstallError::Changing | InstallError::NoMemory => {}
+            _ if span.first != page => return Err(Unfilled::GivenBack),
+            _ => {}
+        }
+        sources.recovery.react(region, claim, error, |claim, pause, attempts| {
+            let mut keep = || flight.take().map(InFlightFault::keep);
+            serve_later(region, claim, || asked.again(keep(), attempts), pause)?;
+            match pause {
+                // The worker must not wait for room in the queue, because it may be the only worker
+                // that empties it.
+                Pause::Source(pause) => {
+                    thread::sleep(pause);
+                    Ok(())
+                }
+                // Only a hostile owner queues so many faults, and a pause would serve it.
+                Pause::Memory(_) => Err(fail(region, claim, without_memory(region, claim.span()))),
+            }
+        })
+    }
+}
