@@ -7,7 +7,7 @@ use pagestitch::source::Pages;
 use pagestitch::{BuildOption, Chunk, Inline, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::Scripted;
-use pagestitch_testkit::{child, this_test};
+use pagestitch_testkit::{child, this_test, wait};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::num::NonZeroUsize;
@@ -16,7 +16,6 @@ use std::ptr::{NonNull, with_exposed_provenance_mut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -78,9 +77,7 @@ fn serve_all_pages() -> bool {
     let sum: usize = (1..pages).step_by(2).map(|page| usize::from(bytes[page * PAGE])).sum();
     assert!(sum > 0);
     // The worker of the last page may still count it.
-    while region.metrics().pages_installed() < pages as u64 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait::until("all pages are counted", || region.metrics().pages_installed() >= pages as u64);
     let after = ALLOCATIONS.load(Ordering::SeqCst);
     println!("{} allocations in the first half, {} in the second", warm - before, after - warm);
     after == warm

@@ -302,6 +302,7 @@ impl Source for Hanging {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        // The latency is the subject: from a millisecond on, a worker enters the source without its turn.
         thread::sleep(Duration::from_millis(2));
         if Self::hangs(offset as usize / PAGE) {
             drop(self.opened.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());

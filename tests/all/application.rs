@@ -2,8 +2,7 @@
 //! bytes or a signal.
 
 use crate::{
-    PAGE, SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, is_asleep, pattern, this_thread,
-    touch, until,
+    PAGE, SIGABRT, SIGBUS, SIGKILL, SIGSEGV, discard, handle_user_signal, pattern, spawn_asleep, touch, until,
 };
 use nix::libc;
 use nix::sys::mman::munmap;
@@ -125,22 +124,10 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
             thread::scope(|scope| {
                 scope.spawn(|| other.as_slice()[0]);
                 slow.wait_until_held(1);
-                let (send, waiter) = mpsc::channel();
-                scope.spawn(move || {
-                    send.send(this_thread()).unwrap();
-                    println!("read a byte: {}", touch(start + 5 * PAGE));
-                });
-                let waiter = waiter.recv().unwrap();
-                until(|| is_asleep(&waiter));
+                spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5 * PAGE)));
                 if moves {
                     // The move waits until a worker has read its event.
-                    let (send, mover) = mpsc::channel();
-                    scope.spawn(move || {
-                        send.send(this_thread()).unwrap();
-                        moved(start + 4 * PAGE, 3 * PAGE)
-                    });
-                    let mover = mover.recv().unwrap();
-                    until(|| is_asleep(&mover));
+                    spawn_asleep(scope, move || moved(start + 4 * PAGE, 3 * PAGE));
                 } else {
                     unmapped(start + 4 * PAGE, 3 * PAGE);
                 }

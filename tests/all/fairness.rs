@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::thread;
 use std::time::Duration;
 
-/// A slow source, which counts its concurrent reads.
+/// A slow source, which counts its concurrent reads. Its latency is the subject, so a clock makes it.
 struct Slow {
     pages: usize,
     takes: Duration,

@@ -1,10 +1,12 @@
 //! The machine that tests run on: huge pages, users and threads.
 
+use crate::until;
 use nix::unistd::{Gid, Uid, geteuid, setgroups, setresgid, setresuid};
 use pagestitch_testkit::child;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::Scope;
 
 /// Reserves huge pages of hugetlbfs for its lifetime. Needs root.
 pub(crate) struct HugePages {
@@ -57,11 +59,17 @@ pub(crate) fn become_ordinary_user() {
 }
 
 /// True if the thread or process of this folder of `/proc` sleeps, as it does in a page fault.
-pub(crate) fn is_asleep(folder: &Path) -> bool {
+fn is_asleep(folder: &Path) -> bool {
     fs::read_to_string(folder.join("stat")).is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))
 }
 
-/// The folder of the calling thread in `/proc`.
-pub(crate) fn this_thread() -> PathBuf {
-    Path::new("/proc").join(fs::read_link("/proc/thread-self").unwrap())
+/// Starts a thread, and returns as soon as it sleeps in `work`, as it does in a page fault.
+pub(crate) fn spawn_asleep<'scope>(scope: &'scope Scope<'scope, '_>, work: impl FnOnce() + Send + 'scope) {
+    let (send, folder) = mpsc::channel();
+    scope.spawn(move || {
+        send.send(Path::new("/proc").join(fs::read_link("/proc/thread-self").unwrap())).unwrap();
+        work();
+    });
+    let folder = folder.recv().unwrap();
+    until(|| is_asleep(&folder));
 }

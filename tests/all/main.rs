@@ -51,7 +51,7 @@ mod machine;
 mod waits;
 
 use guests::{lacks_poison, signal_of_lost_page};
-use machine::{HugePages, become_ordinary_user, is_asleep, this_thread};
+use machine::{HugePages, become_ordinary_user, spawn_asleep};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use pagestitch::source::FailureReason;
 use std::ptr::NonNull;

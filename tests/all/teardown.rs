@@ -2,7 +2,7 @@
 //! error, but never zeros and never a hang.
 
 use crate::zero_copy::memfd;
-use crate::{SIGSEGV, comes_true, discard, is_asleep, pattern, this_thread, touch, until};
+use crate::{SIGSEGV, comes_true, discard, pattern, spawn_asleep, touch, until};
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, unshare};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -134,13 +134,7 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
     thread::scope(|scope| {
         scope.spawn(|| other.as_slice()[0]);
         slow.wait_until_held(1);
-        let (send, waiter) = mpsc::channel();
-        scope.spawn(move || {
-            send.send(this_thread()).unwrap();
-            println!("read a byte: {}", touch(start + 5000));
-        });
-        let waiter = waiter.recv().unwrap();
-        until(|| is_asleep(&waiter));
+        spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5000)));
         drop(region);
         slow.release();
     });

@@ -2,33 +2,23 @@
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch::Manual;
+use pagestitch_testkit::wait;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// Longer than any step of a test takes on a loaded machine: a longer step hangs.
 pub(crate) const HANG: Duration = Duration::from_secs(120);
 
-/// Waits until `done` is true. The wait sleeps between two looks, because a test that spins takes a
-/// CPU from the threads that it waits for. Counters may lag behind the bytes that they count,
-/// because a thread runs on as soon as the kernel has its page. The limit ends a hang and orders
-/// nothing.
+/// Waits until `done` is true. Counters may lag behind the bytes that they count, because a thread
+/// runs on as soon as the kernel has its page. The limit ends a hang and orders nothing.
 pub(crate) fn until(done: impl FnMut() -> bool) {
     assert!(comes_true(done), "the condition is still false after {HANG:?}");
 }
 
 /// Waits as [`until`] does, and returns false in place of a panic.
-pub(crate) fn comes_true(mut done: impl FnMut() -> bool) -> bool {
-    let (started, mut pause) = (Instant::now(), Duration::from_micros(20));
-    while !done() {
-        if started.elapsed() > HANG {
-            return false;
-        }
-        thread::sleep(pause);
-        pause = (2 * pause).min(Duration::from_millis(5));
-    }
-    true
+pub(crate) fn comes_true(done: impl FnMut() -> bool) -> bool {
+    wait::comes_true(HANG, done)
 }
 
 /// Serves as a loop of the application does, whenever the descriptor is readable, until `done` is

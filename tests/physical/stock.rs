@@ -5,10 +5,9 @@ use crate::{PAGE, RESERVED, bytes_at, dev_mem, hexadecimal, pci_device, pci_reso
 use pagestitch::source::{Caching, Physical};
 use pagestitch::{Access, Chunk, Method, Pool, Region};
 use pagestitch_kernel::physical::Refusal;
+use pagestitch_testkit::wait;
 use std::fs;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 #[test]
 #[ignore = "needs the guest with reserved memory"]
@@ -70,12 +69,9 @@ fn device_memory_is_the_same_through_dev_mem_its_resource_and_the_host() {
     // The host answers n at 0x2000 with n + 1 at 0x2008, as long as the guest runs.
     for n in (1..100_u64).step_by(7) {
         by_file.write_at(2 * PAGE, &n.to_le_bytes()).unwrap();
-        let asked = Instant::now();
-        while bytes_at(&by_address, 2 * PAGE + 8, 8) != (n + 1).to_le_bytes() {
-            assert!(asked.elapsed() < Duration::from_secs(120), "the host has not answered {n}");
-            // A change of memory wakes no thread.
-            thread::sleep(Duration::from_millis(1));
-        }
+        // A change of memory wakes no thread.
+        let answered = || bytes_at(&by_address, 2 * PAGE + 8, 8) == (n + 1).to_le_bytes();
+        wait::until("the host answers", answered);
     }
     by_file.write_at(by_file.len() as u64 - 15, b"from the guest!").unwrap();
     assert_eq!(by_file.close().faults + by_address.close().faults, 0);

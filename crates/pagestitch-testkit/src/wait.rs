@@ -33,13 +33,21 @@ pub fn readable(fd: impl AsFd, limit: Duration) -> bool {
 /// # Panics
 ///
 /// If the condition `what` does not hold within a minute.
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub fn until(what: &str, done: impl FnMut() -> bool) {
+    assert!(comes_true(TIME_LIMIT, done), "not within {TIME_LIMIT:?}: {what}");
+}
+
+/// Waits as [`until`] does, and returns false after the time limit.
+pub fn comes_true(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let (started, mut pause) = (Instant::now(), SHORTEST);
     while !done() {
-        assert!(started.elapsed() < TIME_LIMIT, "not within {TIME_LIMIT:?}: {what}");
+        if started.elapsed() > limit {
+            return false;
+        }
         thread::sleep(pause);
         pause = (pause * 2).min(LONGEST);
     }
+    true
 }
 
 /// The first pause: about as long as a fault takes.

@@ -14,7 +14,8 @@ use tokio::runtime::{Builder, Runtime};
 const PAGE: usize = 4096;
 const PAGES: usize = 64;
 
-/// A source with a latency, which counts the reads that run at once.
+/// A source with a latency, which counts the reads that run at once. The time of overlapping reads is the
+/// subject, so a clock makes the latency.
 struct Far {
     takes: Duration,
     now: AtomicUsize,

@@ -5,11 +5,13 @@ mod sync;
 mod uffd;
 mod view;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::uffd::RegisterMode;
 use pagestitch_kernel::{Access, Batch, Page, PageSize, Reservation, Span, StableView, Support, Uffd, View};
 use std::io::Write;
 use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
 
@@ -44,11 +46,9 @@ fn has(test: &str, features: Features) -> bool {
 /// Waits until the uffd has a message, and reads it.
 fn wait(uffd: &Uffd) -> Batch {
     let mut batch = Batch::with_capacity(16);
-    loop {
+    while batch.faults().is_empty() {
+        poll(&mut [PollFd::new(uffd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
         batch.read(uffd, PageSize::system()).unwrap();
-        if !batch.faults().is_empty() {
-            return batch;
-        }
-        thread::yield_now();
     }
+    batch
 }

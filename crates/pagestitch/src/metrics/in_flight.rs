@@ -273,6 +273,7 @@ mod tests {
         let in_flight = InFlight::new();
         assert!(in_flight.oldest().is_none());
         let first = in_flight.flight(begin(&in_flight, 7));
+        // The age is the subject, so a clock measures it.
         std::thread::sleep(Duration::from_millis(2));
         let second = in_flight.flight(begin(&in_flight, 9));
         assert_eq!(in_flight.count(), 2);

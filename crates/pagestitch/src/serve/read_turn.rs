@@ -250,6 +250,7 @@ mod tests {
         let mut turn = lock.try_acquire().unwrap();
         assert!(lock.try_acquire().is_none());
         assert!(reads(&mut turn, false), "contended");
+        // The longest time of a turn is the subject, so a clock measures it.
         std::thread::sleep(2 * TURN_MAX);
         assert!(lock.try_acquire().is_some());
         assert!(turn.try_release(false), "another worker holds it");
