@@ -64,11 +64,14 @@ fn is_asleep(folder: &Path) -> bool {
 }
 
 /// Starts a thread, and returns as soon as it sleeps in `work`, as it does in a page fault.
-pub(crate) fn spawn_asleep<'scope>(scope: &'scope Scope<'scope, '_>, work: impl FnOnce() + Send + 'scope) {
+pub(crate) fn spawn_asleep<'scope, R>(
+    scope: &'scope Scope<'scope, '_>,
+    work: impl FnOnce() -> R + Send + 'scope,
+) {
     let (send, folder) = mpsc::channel();
     scope.spawn(move || {
         send.send(Path::new("/proc").join(fs::read_link("/proc/thread-self").unwrap())).unwrap();
-        work();
+        drop(work());
     });
     let folder = folder.recv().unwrap();
     until(|| is_asleep(&folder));

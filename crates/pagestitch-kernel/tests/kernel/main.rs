@@ -13,7 +13,6 @@ use std::io::Write;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread;
 
 fn reserve(pages: usize, access: Access) -> (Arc<Reservation>, StableView, Uffd) {
     let (reservation, view, uffd) = raw(pages, access);
