@@ -1,10 +1,10 @@
 //! The handler that restores guests from snapshots: bytes, balloons, malformed handshakes at its
 //! socket, and the end of either side.
 
-use crate::handler::RunningHandler;
+use crate::handler::{Refusal, RunningHandler, Seen, has_ended, has_ended_whole, is_restored};
 use crate::{HANG, HugePages, PAGE, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
 use pagestitch::OnUnavailable;
-use pagestitch_firecracker::{Error, Handler, Holes, OnStop, Snapshot};
+use pagestitch_firecracker::{Error, Handler, Holes, OnStop, Snapshot, UnknownHoles};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::{child, this_test};
@@ -120,7 +120,7 @@ fn guests_read_the_snapshot_in_their_memory() {
     let path = running.socket();
     let guests: Vec<_> = (0..3).map(|_| body.spawn(&path)).collect();
     guests.into_iter().for_each(|guest| guest.wait().expect_pass());
-    until(|| running.reported("ended after") == 3);
+    until(|| running.reported(has_ended_whole) == 3);
     running.stop();
     assert!(!path.exists());
 }
@@ -150,9 +150,9 @@ fn a_guest_outlives_a_handler_that_is_told_to_stop() {
     });
     let mut running = start();
     let guest = body.spawn(running.socket());
-    running.until_reported("serving");
+    running.until_reported(is_restored);
     running.stop();
-    running.until_reported("detached");
+    running.until_reported(|seen| *seen == Seen::Detached);
     guest.wait().expect_pass();
 }
 
@@ -167,7 +167,7 @@ fn an_abandoned_guest_gets_a_signal_and_no_zeros() {
     for (loss, signal) in [(OnUnavailable::Poison, signal_of_lost_page()), (OnUnavailable::Kill, SIGKILL)] {
         let mut running = start_with(loss, OnStop::Abandon);
         let guest = body.spawn(running.socket());
-        running.until_reported("serving");
+        running.until_reported(is_restored);
         running.stop();
         let end = guest.wait();
         assert_eq!(end.signal(), Some(signal), "{}", end.output());
@@ -188,7 +188,7 @@ fn a_memory_file_that_shrinks_is_a_signal_to_its_guest_and_the_handler_lives() {
     base.set_len((TOTAL / 2) as u64).unwrap();
     let end = body.spawn(running.socket()).wait();
     assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
-    running.until_reported("were unavailable");
+    running.until_reported(|seen| matches!(seen, Seen::Ended { pages_lost: 1.. }));
     base.set_len(TOTAL as u64).unwrap();
     // The handler holds the removed file open.
     fs::remove_file(running.folder.path().join("base")).unwrap();
@@ -205,7 +205,7 @@ fn a_guest_of_another_snapshot_is_refused_and_gets_a_signal() {
     let running = start();
     let end = body.spawn(running.socket()).wait();
     assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
-    running.until_reported("has 409600 bytes of memory, but the memory file has 8192000");
+    running.until_refused(|reason| *reason == Refusal::Size { guest: 409_600, file: 8_192_000 });
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
         until(|| reported() > before + 1);
     }
     running.stop();
-    assert!(running.reported("ended") > 0);
+    assert!(running.reported(has_ended) > 0);
 }
 
 /// A guest is served after each malformed handshake.
@@ -282,25 +282,25 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
     };
     let _silent = say(b"");
     drop(say(b""));
-    running.until_reported("closed the connection after 0 bytes");
+    running.until_refused(|reason| *reason == Refusal::Closed { bytes: 0, fds: 0 });
     drop(say(b"[{\"size\":"));
-    running.until_reported("closed the connection after 9 bytes and 0 descriptors");
+    running.until_refused(|reason| *reason == Refusal::Closed { bytes: 9, fds: 0 });
     let _garbage = say(b"GET / HTTP/1.1\r\n\r\n");
-    running.until_reported("sent no list of memory mappings (expected");
+    running.until_refused(|reason| *reason == Refusal::Garbage);
     let _two = hand(&list(TOTAL), 2);
-    running.until_reported("sent 2 descriptors");
+    running.until_refused(|reason| *reason == Refusal::Descriptors(2));
     let _none = say(list(TOTAL).as_bytes());
     let _wrong = hand(&list(TOTAL), 1);
-    running.until_reported("is no userfaultfd but /dev/null");
+    running.until_refused(|reason| *reason == Refusal::NotUserfaultfd(String::from("/dev/null")));
     let _many = hand(&list(TOTAL), 100);
-    running.until_reported("sent 100 descriptors");
+    running.until_refused(|reason| *reason == Refusal::Descriptors(100));
     let _endless = say(&vec![b' '; 2 << 20]);
-    running.until_reported("more than 1024 KiB");
+    running.until_refused(|reason| *reason == Refusal::TooLong);
     // More memory than the address space holds: the handler must not look at each page of it.
     let huge = Guest::new(&[PAGE], false).unwrap();
     let stream = UnixStream::connect(&path).unwrap();
     fd_passing::send(&stream, list(1 << 46).as_bytes(), &[huge.uffd()]).unwrap();
-    running.until_reported("has 70368744177664 bytes of memory");
+    running.until_refused(|reason| matches!(reason, Refusal::Size { guest: 0x4000_0000_0000, .. }));
     body.spawn(&path).wait().expect_pass();
 }
 
@@ -308,8 +308,9 @@ fn malformed_handshakes_are_named_and_harm_no_guest() {
 fn a_peer_without_a_complete_handshake_has_a_limited_time() {
     let running = start_impatient(OnUnavailable::Poison);
     let connected = || UnixStream::connect(running.socket()).unwrap();
+    let timed_out = |bytes| Refusal::TimedOut { after: Duration::from_millis(500), bytes, fds: 0 };
     let mut silent = connected();
-    running.until_reported("sent no complete handshake within 500ms: 0 bytes and 0 descriptors");
+    running.until_refused(|reason| *reason == timed_out(0));
     assert_eq!(silent.read(&mut [0; 10]).unwrap(), 0, "hung up");
     // A peer that sends a byte now and then has no more time than other peers.
     let mut trickling = connected();
@@ -319,7 +320,8 @@ fn a_peer_without_a_complete_handshake_has_a_limited_time() {
         let mut partial = connected();
         let _ = partial.write_all(b"[  ");
         let _ = partial.read(&mut [0]);
-        running.reported("within 500ms: 3 bytes and 0 descriptors") > 0
+        let is = |seen: &Seen| matches!(seen, Seen::Refused { reason, .. } if *reason == timed_out(3));
+        running.reported(is) > 0
     });
 }
 
@@ -344,8 +346,8 @@ fn a_hundred_guests_at_once_are_served() {
     });
     let mut running = start();
     body.spawn(running.socket()).wait().expect_pass();
-    until(|| running.reported("ended after") == 100);
-    assert_eq!(running.reported("serving 7 MiB"), 100);
+    until(|| running.reported(has_ended_whole) == 100);
+    assert_eq!(running.reported(|seen| matches!(seen, Seen::Restored { bytes } if bytes >> 20 == 7)), 100);
     running.stop();
 }
 
@@ -381,8 +383,9 @@ fn holes_of_a_diff_on_a_file_system_of_large_blocks_are_refused() {
         return;
     }
     let files = snapshot_in(folder.path());
-    let refused =
-        Snapshot::open_with(&files, Holes::Unchanged).map(|_| ()).map_err(|error| error.to_string());
+    let refused = Snapshot::open_with(&files, Holes::Unchanged).map(|_| ());
     umount2(folder.path(), MntFlags::MNT_DETACH).unwrap();
-    assert!(refused.as_ref().is_err_and(|said| said.contains("blocks larger than a page")), "{refused:?}");
+    let is_right =
+        |error: &Error| matches!(error, Error::UnknownHoles { reason: UnknownHoles::LargeBlocks, .. });
+    assert!(refused.as_ref().is_err_and(is_right), "{refused:?}");
 }

@@ -4,7 +4,7 @@
 use crate::firecracker::{
     PAGES, bound, connect, describe, expected, snapshot_in, start, start_impatient, start_with,
 };
-use crate::handler::RunningHandler;
+use crate::handler::{Refusal, Reported, RunningHandler, Seen};
 use crate::{HANG, PAGE, SIGKILL, comes_true, signal_of_lost_page, until};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -66,7 +66,8 @@ fn serves_beside_lingering_sockets(folder: &Path) {
     let mut running = RunningHandler::run(temporary, handler);
     until(|| folder.join("stop").exists());
     running.stop();
-    assert!(running.reported("is no userfaultfd but socket:") > 0, "{:?}", running.events());
+    let refused = |seen: &Seen| matches!(seen, Seen::Refused { reason: Refusal::NotUserfaultfd(kind), .. } if kind.starts_with("socket:"));
+    assert!(running.reported(refused) > 0, "{:?}", running.events());
 }
 
 /// The handler runs in a process of its own that starts no child. A child inherits a descriptor
@@ -139,8 +140,9 @@ fn a_process_with_the_reused_pid_of_a_peer_is_neither_killed_nor_named() {
     let stream = UnixStream::from(fds.pop().unwrap());
     let guest = Guest::new(&[100 * PAGE], false).unwrap();
     fd_passing::send(&stream, guest.handshake().as_bytes(), &[guest.uffd()]).unwrap();
-    running.until_reported("refused");
-    assert!(running.reported(&pid.to_string()) == 0, "{:?}", running.events());
+    running.until_refused(|_| true);
+    let named = |seen: &Seen| matches!(seen, Seen::Refused { pid: Some(named), .. } if *named == pid);
+    assert!(running.reported(named) == 0, "{:?}", running.events());
     assert!(innocent.try_wait().unwrap().is_none(), "killed");
     innocent.kill().unwrap();
     innocent.wait().unwrap();
@@ -164,7 +166,7 @@ fn a_log_line_is_short_for_each_message_of_a_peer() {
     let _ = (&stream).read(&mut [0; 1]);
     until(|| running.events().len() == 4);
     running.stop();
-    for line in running.events() {
+    for Reported { line, .. } in running.events() {
         assert!(line.len() < 400 && !line.contains(['\n', '\u{1b}']), "{} bytes: {:.300}", line.len(), line);
     }
 }
@@ -297,7 +299,7 @@ fn each_handshake_timeout_is_accepted() {
             body.spawn(running.socket()).wait().expect_pass();
         } else {
             let _silent = UnixStream::connect(running.socket()).unwrap();
-            running.until_reported("sent no complete handshake within 0ns");
+            running.until_refused(|reason| matches!(reason, Refusal::TimedOut { after: Duration::ZERO, .. }));
         }
         running.stop();
     }

@@ -2,7 +2,7 @@
 
 use crate::donated::pages_of;
 use crate::guests::adopt;
-use crate::handler::RunningHandler;
+use crate::handler::{RunningHandler, Seen, has_ended, is_restored};
 use crate::{PAGE, end_if_hung, pattern, serve_until, until};
 use pagestitch::{BuildOption, Chunk, ErrorKind, Inline, Manual, Pool, Recording, Region};
 use pagestitch_firecracker::{Error as HandlerError, Handler, Snapshot};
@@ -175,27 +175,28 @@ fn an_idle_guest_leaves_the_recording_to_the_next_guest() {
     let guest = |touches| body.spawn(format!("{}:{touches}", recorder.socket().display()));
     // A guest that ends and an idle guest come before the guest that is recorded.
     let mut first = guest("");
-    until(|| recorder.reported("serving") == 1);
+    until(|| recorder.reported(is_restored) == 1);
     first.kill();
-    until(|| recorder.reported("ended") == 1);
+    until(|| recorder.reported(has_ended) == 1);
     assert_eq!(Recording::read(&path).unwrap(), good, "an empty recording replaces none");
-    assert_eq!(recorder.reported("touched no page"), 1);
+    assert_eq!(recorder.reported(|seen| *seen == Seen::Recorded { pages: Some(0) }), 1);
     let mut idle = guest("");
-    until(|| recorder.reported("serving") == 2);
+    until(|| recorder.reported(is_restored) == 2);
     let mut busy = guest("70,3,9,4");
-    until(|| recorder.reported("serving") == 3);
+    until(|| recorder.reported(is_restored) == 3);
     let has_touched = |touches| recorder.folder.path().join(format!("socket.{touches}")).exists();
     until(|| has_touched("70,3,9,4"));
     let mut late = guest("1");
     until(|| has_touched("1"));
     for (count, guest) in [&mut late, &mut busy, &mut idle].into_iter().enumerate() {
         guest.kill();
-        until(|| recorder.reported("ended") == count + 2);
+        until(|| recorder.reported(has_ended) == count + 2);
     }
     let recorded: Vec<u64> = Recording::read(&path).unwrap().offsets().collect();
     assert_eq!(recorded, [70, 3, 9, 4].map(|page| page * PAGE as u64));
     recorder.stop();
-    assert_eq!(recorder.reported("4 first touches recorded"), 1, "{:?}", recorder.events());
+    let recorded = |seen: &Seen| *seen == Seen::Recorded { pages: Some(4) };
+    assert_eq!(recorder.reported(recorded), 1, "{:?}", recorder.events());
     let left = fs::read_dir(recorder.folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(left.into_iter().all(|name| !name.to_string_lossy().ends_with(".part")));
 }

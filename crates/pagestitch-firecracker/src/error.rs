@@ -37,7 +37,7 @@ pub enum Error {
         /// The diff.
         path: PathBuf,
         /// The reason.
-        reason: &'static str,
+        reason: UnknownHoles,
     },
     /// A file of extents is damaged, or belongs to another diff.
     #[error(
@@ -101,4 +101,26 @@ pub enum Error {
     /// The handler cannot wait for its descriptors.
     #[error("the handler cannot wait for its descriptors: {0}")]
     Poll(#[source] io::Error),
+}
+
+/// The reason why the holes of a file are unknown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnknownHoles {
+    /// It is no regular file.
+    #[error("only a regular file has holes")]
+    NotRegular,
+    /// Its file system has blocks larger than a page.
+    #[error("its file system has blocks larger than a page: a hole inside a block is reported as data")]
+    LargeBlocks,
+    /// Its file system reports no holes at all.
+    #[error("its file system does not report holes")]
+    NotReported,
+    /// It occupies less space than its length, but its file system reports no hole: it compresses,
+    /// for example.
+    #[error("it occupies less space than its length, but its file system reports no hole")]
+    Hidden,
+    /// It has no hole.
+    #[error("it has no hole: a copy has filled them, or it is a full snapshot (name that as the base)")]
+    NoHole,
 }

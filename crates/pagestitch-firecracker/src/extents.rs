@@ -10,7 +10,7 @@
 //!   end 2                      the number of these lines: a truncated file is no proof
 //! ```
 
-use crate::Error;
+use crate::{Error, UnknownHoles};
 use nix::errno::Errno;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
@@ -55,26 +55,22 @@ impl Extents {
         let metadata = file.metadata().map_err(failed)?;
         let refused = |reason| Err(Error::UnknownHoles { path: path.into(), reason });
         if !metadata.is_file() {
-            return refused("only a regular file has holes");
+            return refused(UnknownHoles::NotRegular);
         }
         let system = fstatfs(&file).map_err(|errno| failed(errno.into()))?;
         // A tmpfs of huge pages reports holes of whole huge pages only.
         let huge = system.filesystem_type() == TMPFS_MAGIC && metadata.blksize() > PAGE;
         if huge || u64::try_from(system.block_size()).is_ok_and(|bytes| bytes > PAGE) {
-            return refused(
-                "its file system has blocks larger than a page: a hole inside a block is reported as data",
-            );
+            return refused(UnknownHoles::LargeBlocks);
         }
         let bytes = metadata.len();
         let ranges = data_in(&file, bytes).map_err(failed)?;
         match ranges.as_deref() {
-            None => refused("its file system does not report holes"),
+            None => refused(UnknownHoles::NotReported),
             Some([all]) if *all == (0..bytes) && metadata.blocks() * 512 < bytes => {
-                refused("it occupies less space than its length, but its file system reports no hole")
+                refused(UnknownHoles::Hidden)
             }
-            Some([all]) if *all == (0..bytes) => refused(
-                "it has no hole: a copy has filled them, or it is a full snapshot (name that as the base)",
-            ),
+            Some([all]) if *all == (0..bytes) => refused(UnknownHoles::NoHole),
             Some(_) => Ok(Self { bytes, ranges: ranges.unwrap_or_default() }),
         }
     }

@@ -95,7 +95,7 @@ mod snapshot;
 mod socket;
 
 pub use builder::Builder;
-pub use error::Error;
+pub use error::{Error, UnknownHoles};
 pub use event::Event;
 pub use extents::Extents;
 pub use guest::OnStop;
