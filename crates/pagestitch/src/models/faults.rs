@@ -20,7 +20,7 @@ pub(super) struct Region {
 impl Region {
     pub(super) fn new(pages: usize, failing: Option<Page>) -> Arc<Self> {
         let table = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
-        Arc::new(Self { table, kernel: Kernel::new(pages), bad })
+        Arc::new(Self { table, kernel: Kernel::new(pages), failing })
     }
 
     /// The loop of a worker: handles discards first, then faults.
@@ -51,7 +51,7 @@ impl Region {
         while !claim.span().is_empty() {
             let page = claim.span().first;
             let (answer, state) = match self.failing {
-                Some(bad) if bad == page => (self.poison(page), PageState::Poisoned),
+                Some(failing) if failing == page => (self.poison(page), PageState::Poisoned),
                 _ => (self.kernel.copy(page, Content::Bytes), PageState::Present),
             };
             match answer {
