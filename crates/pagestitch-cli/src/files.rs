@@ -15,6 +15,12 @@ pub(crate) fn check<'a>(
     inputs: &[(&str, &Path)],
 ) -> Result<(), Box<dyn Error>> {
     for (role, output) in outputs {
+        if output == Path::new("-") {
+            let wrong = format!(
+                "the {role} cannot go to standard output: name a file, or ./- for a file of that name"
+            );
+            return Err(Usage(wrong).into());
+        }
         refuse_input(inputs, role, output)?;
         can_replace(output).map_err(|error| cannot_write(output, &error))?;
     }

@@ -3,6 +3,7 @@
 use clap::builder::{RangedU64ValueParser, TypedValueParser};
 use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::env;
 use std::time::{Duration, Instant};
 
 /// The form of results.
@@ -16,14 +17,19 @@ pub(crate) enum Form {
     Quiet,
 }
 
-/// A table of left-aligned columns, as wide as the terminal, or as a page of text without one.
+/// The width of the output: that of COLUMNS or of the terminal, or of a page of text without one.
+pub(crate) fn width() -> usize {
+    let asked = env::var("COLUMNS").ok().and_then(|columns| columns.parse().ok());
+    let asked = asked.filter(|&columns: &u16| columns > 0);
+    asked.or_else(|| Table::new().width()).unwrap_or(WIDTH_OF_A_FILE).into()
+}
+
+/// A table of left-aligned columns, as wide as the output.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     let style = presets::NOTHING.header_separator(LineStyle::new('─', '─', '─', '─'));
     table.load_style(style).set_content_arrangement(ContentArrangement::Dynamic);
-    if !table.is_tty() {
-        table.set_width(WIDTH_OF_A_FILE);
-    }
+    table.set_width(u16::try_from(width()).unwrap_or(u16::MAX));
     table.set_header(header);
     table
 }

@@ -302,7 +302,25 @@ fn probe_prints_each_feature_with_its_kernel_version() {
         assert!(said.contains(part), "{part:?} is not in\n{said}");
     }
     let json: Value = serde_json::from_str(&out(&pagestitch(Path::new("/"), &["probe", "--json"]))).unwrap();
-    assert!(json["capabilities"].as_array().is_some_and(|rows| rows.len() > 15));
+    let rows = json["capabilities"].as_array().unwrap();
+    assert!(rows.len() > 15);
+    for row in rows {
+        let missing =
+            ["reason", "cost", "remedy"].map(|key| row[key].as_str().is_some_and(|text| !text.is_empty()));
+        assert_eq!(missing, [row["here"] == false; 3], "{row}");
+    }
+}
+
+#[test]
+fn probe_fits_the_terminal() {
+    for columns in ["40", "60", "100"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+        let said = out(&command.arg("probe").env("COLUMNS", columns).output().unwrap());
+        let table = said.lines().skip(1).take_while(|line| !line.is_empty());
+        let width: usize = columns.parse().unwrap();
+        table.for_each(|line| assert!(line.trim_end().chars().count() <= width, "{columns}: {line}"));
+        assert!(said.contains("WP_HUGETLBFS_SHMEM "), "{said}");
+    }
 }
 
 #[test]
@@ -366,6 +384,7 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
         (stitch(&["--copy", "--touch", "random", "--record", "a"]), "the recording a is the part a, which"),
         (stitch(&["--copy", "--replay", "c", "--heatmap", "c"]), "the map c is the recording c, which"),
+        (stitch(&["--heatmap", "-"]), "the map cannot go to standard output: name a file, or ./-"),
         (vec!["demo", "--touch", "all"], "say sequential or random"),
         (vec!["stress", "--seconds", "0"], "0 is not in 1.."),
         (vec!["stress", "--round", "1"], "--seed"),

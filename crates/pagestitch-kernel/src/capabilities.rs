@@ -8,6 +8,7 @@ use crate::features::Features;
 use crate::page::PageSize;
 use crate::staging;
 use crate::uffd::{FaultMode, OpenError, OpenedBy, Uffd, handshake_probe};
+use nix::unistd::geteuid;
 use std::fs;
 use std::sync::OnceLock;
 
@@ -46,11 +47,13 @@ pub struct Capability {
 pub enum Verdict {
     /// They have it.
     Yes,
-    /// They lack it, for this reason and with this remedy.
+    /// They lack it.
     No {
         /// The reason.
         reason: String,
-        /// The remedy.
+        /// The consequence.
+        cost: &'static str,
+        /// The remedy for the user of this process.
         remedy: String,
     },
 }
@@ -116,6 +119,7 @@ impl Support {
             Ok(_) => Verdict::Yes,
             Err(error) => Verdict::No {
                 reason: format!("userfaultfd(2) answers {}", error.system_call),
+                cost: "no region can be built",
                 remedy: error.remedy().to_owned(),
             },
         };
@@ -125,15 +129,30 @@ impl Support {
     fn device(&self) -> Capability {
         let verdict = match self.userfaultfd {
             Ok(Opened { by: OpenedBy::Device, .. }) => Verdict::Yes,
-            _ => Verdict::No {
-                reason: match fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
-                    Ok(_) => String::from("opened, but it makes no userfaultfd"),
-                    Err(error) => error.to_string(),
-                },
-                remedy: String::from(
-                    "give the user access to the node (chmod, udev); the system call is used meanwhile",
-                ),
-            },
+            opened => {
+                let refusal = fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").err();
+                let kind = refusal.as_ref().map(std::io::Error::kind);
+                Verdict::No {
+                    reason: refusal.map_or_else(
+                        || String::from("it opens, but makes no userfaultfd"),
+                        |error| format!("the kernel answers: {error}"),
+                    ),
+                    cost: match opened {
+                        Ok(Opened { mode: FaultMode::All, .. }) => {
+                            "nothing: the system call offers the same to this process"
+                        }
+                        Ok(_) => "see kernel-mode faults below",
+                        Err(_) => "see userfaultfd above",
+                    },
+                    remedy: if kind == Some(std::io::ErrorKind::NotFound) {
+                        String::from(
+                            "use Linux 6.1 or newer; in a container, add the node (docker run --device /dev/userfaultfd)",
+                        )
+                    } else {
+                        access_to_device()
+                    },
+                }
+            }
         };
         Capability {
             name: "/dev/userfaultfd",
@@ -148,11 +167,10 @@ impl Support {
             Ok(Opened { mode: FaultMode::All, .. }) => Verdict::Yes,
             Ok(_) => Verdict::No {
                 reason: String::from(
-                    "an ordinary user: vm.unprivileged_userfaultfd is 0 and CAP_SYS_PTRACE is missing",
+                    "this process lacks /dev/userfaultfd and CAP_SYS_PTRACE, and vm.unprivileged_userfaultfd is 0",
                 ),
-                remedy: String::from(
-                    "populate() before a system call reads the region; or /dev/userfaultfd, or CAP_SYS_PTRACE",
-                ),
+                cost: "a system call that reads an absent page returns EFAULT, unless populate() has filled the page",
+                remedy: format!("{}; or {GRANT_PTRACE}", access_to_device()),
             },
             Err(_) => no_userfaultfd(),
         };
@@ -167,12 +185,14 @@ impl Support {
     fn staging(&self) -> Capability {
         let verdict = match self.userfaultfd.map(|opened| staging::available(opened.features)) {
             Ok(Ok(())) => Verdict::Yes,
-            Ok(Err(why)) => Verdict::No {
-                reason: why.to_owned(),
-                remedy: String::from(
-                    "nothing breaks: whole blocks are copied in, page by page, which takes longer",
-                ),
-            },
+            Ok(Err(why)) => {
+                let (reason, remedy) = why.split_once(": ").unwrap_or((why, "use Linux 6.8 or newer"));
+                Verdict::No {
+                    reason: reason.to_owned(),
+                    cost: "whole blocks are copied in page by page, which takes longer",
+                    remedy: remedy.to_owned(),
+                }
+            }
             Err(_) => no_userfaultfd(),
         };
         let unlocks = "filling whole blocks of 2 MiB in a huge page, and moving them in at once";
@@ -183,16 +203,16 @@ impl Support {
         let verdict = match self.userfaultfd {
             Ok(opened) if row.feature == Features::EVENT_FORK && !opened.follows_forks => Verdict::No {
                 reason: String::from(
-                    "the kernel tells of forks only with CAP_SYS_PTRACE, which this process lacks",
+                    "the kernel reports forks only to processes with CAP_SYS_PTRACE, which this one lacks",
                 ),
-                remedy: String::from(
-                    "grant CAP_SYS_PTRACE (setcap, --cap-add); until then, children do not inherit regions",
-                ),
+                cost: row.cost,
+                remedy: GRANT_PTRACE.to_owned(),
             },
             Ok(opened) if opened.features.contains(row.feature) => Verdict::Yes,
             Ok(_) => Verdict::No {
                 reason: format!("Linux {} does not offer it", self.kernel),
-                remedy: row.without.to_owned(),
+                cost: row.cost,
+                remedy: format!("use Linux {} or newer, built with it", row.since),
             },
             Err(_) => no_userfaultfd(),
         };
@@ -201,21 +221,33 @@ impl Support {
 }
 
 fn no_userfaultfd() -> Verdict {
-    Verdict::No { reason: String::from("no userfaultfd"), remedy: String::from("see userfaultfd above") }
+    Verdict::No {
+        reason: String::from("no userfaultfd"),
+        cost: "see userfaultfd above",
+        remedy: String::from("see userfaultfd above"),
+    }
 }
+
+/// The command that gives the user of this process access to the device.
+fn access_to_device() -> String {
+    format!("as root: setfacl -m u:{}:rw /dev/userfaultfd", geteuid())
+}
+
+const GRANT_PTRACE: &str =
+    "as root: setcap cap_sys_ptrace+ep PROGRAM; for a container: docker run --cap-add SYS_PTRACE";
 
 struct FeatureRow {
     name: &'static str,
     feature: Features,
     since: &'static str,
     unlocks: &'static str,
-    without: &'static str,
+    cost: &'static str,
 }
 
 macro_rules! feature_rows {
-    ($($name:literal $feature:ident $since:literal $unlocks:literal $without:literal;)*) => {
+    ($($name:literal $feature:ident $since:literal $unlocks:literal $cost:literal;)*) => {
         &[$(FeatureRow {
-            name: $name, feature: Features::$feature, since: $since, unlocks: $unlocks, without: $without,
+            name: $name, feature: Features::$feature, since: $since, unlocks: $unlocks, cost: $cost,
         }),*]
     };
 }
@@ -223,17 +255,17 @@ macro_rules! feature_rows {
 const FEATURES: &[FeatureRow] = feature_rows! {
     "EVENT_REMOVE" EVENT_REMOVE "4.11" "knowing at once which pages were discarded (MADV_DONTNEED)" "a discarded page is filled again when it is touched";
     "EVENT_FORK" EVENT_FORK "4.11" "serving forked children" "children do not inherit regions";
-    "MISSING_SHMEM" MISSING_SHMEM "4.11" "missing faults on memfds" "use Linux 4.11 or newer";
-    "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "enable CONFIG_HUGETLBFS";
-    "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "use a pool";
+    "MISSING_SHMEM" MISSING_SHMEM "4.11" "missing faults on memfds" "memory that is mapped from a memfd is not filled on first touch";
+    "MISSING_HUGETLBFS" MISSING_HUGETLBFS "4.11" "missing faults on huge pages" "memory of hugetlbfs pages is not filled on first touch";
+    "SIGBUS" SIGBUS "4.14" "filling a page in the thread that touched it" "the server Inline is refused: use a pool";
     "THREAD_ID" THREAD_ID "4.14" "naming the thread that waits" "reports of faults do not name the waiting thread";
-    "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "letting writers into adopted memory that its owner has protected" "use Linux 5.7 or newer";
-    "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "use Linux 5.13 or newer";
-    "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "use Linux 5.14 or newer";
-    "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page";
-    "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "use Linux 5.19 or newer";
-    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages; not used yet" "nothing is lost";
+    "PAGEFAULT_FLAG_WP" WRITE_PROTECT "5.7" "letting writers into adopted memory that its owner has protected" "nothing: without it, no owner can protect its memory";
+    "MINOR_HUGETLBFS" MINOR_HUGETLBFS "5.13" "sharing huge pages that are filled later" "huge pages that are filled later cannot be shared";
+    "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "a memfd that is filled later (LazyMemfd) is refused";
+    "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page, not the byte";
+    "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "nothing yet";
+    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages; not used yet" "nothing yet";
     "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";
-    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "records of written pages that the kernel keeps; not used yet" "nothing is lost";
+    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "records of written pages that the kernel keeps; not used yet" "nothing yet";
     "MOVE" MOVE "6.8" "moving pages in without a copy" "pages are copied";
 };
