@@ -22,6 +22,7 @@ pub(crate) struct Noted {
     size: u64,
     granularity: u64,
     failures: AtomicU32,
+    lost: Option<u64>,
     reads: Mutex<Vec<(u64, usize)>>,
     running: AtomicUsize,
     most: AtomicUsize,
@@ -36,6 +37,11 @@ impl Noted {
         Self { failures: times.into(), ..self }
     }
 
+    /// Fails each read of this byte.
+    fn losing(self, byte: u64) -> Self {
+        Self { lost: Some(byte), ..self }
+    }
+
     /// The offset and length of each read, in order of the offsets.
     pub(crate) fn reads(&self) -> Vec<(u64, usize)> {
         let mut reads = self.reads.lock().unwrap().clone();
@@ -48,6 +54,9 @@ impl Noted {
         let fails = |left: u32| left.checked_sub(1);
         if self.failures.fetch_update(Ordering::SeqCst, Ordering::SeqCst, fails).is_ok() {
             return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        if self.lost.is_some_and(|byte| (offset..offset + into.len() as u64).contains(&byte)) {
+            return Err(io::Error::other("the byte is lost"));
         }
         into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
         Ok(())
@@ -435,4 +444,190 @@ fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
         let _ended = SetOnDrop(&done);
         assert_eq!(region.as_slice()[5], byte_at(5), "an error is not kept");
     });
+}
+
+/// Each unit of a source is read once, whatever the order of the touches.
+#[test]
+fn a_source_is_read_in_units_of_its_granularity() {
+    const UNITS: u64 = 64;
+    let pool = Pool::builder().workers(3).start().unwrap();
+    let units: Vec<_> = (0..UNITS).map(|unit| (unit * KIB_64, KIB_64 as usize)).collect();
+    let touch_all = |region: &Region| {
+        let pages = UNITS * KIB_64 / PAGE;
+        for page in 0..pages {
+            let at = (page * 617 % pages * PAGE) as usize;
+            assert_eq!(region.as_slice()[at + 7], byte_at(at as u64 + 7));
+        }
+    };
+    let noted = Arc::new(Noted::new(UNITS * KIB_64, 50_000));
+    let region = region_of(&noted, &pool);
+    touch_all(&region);
+    assert_eq!(noted.reads(), units);
+    let seen = region.close();
+    assert_eq!((seen.pages_installed(), seen.faults), (1024, UNITS));
+    // Readahead and whole blocks read several units at once, but no unit twice.
+    let noted = Arc::new(Noted::new(UNITS * KIB_64, KIB_64));
+    let region = Region::builder().chunk(Chunk::source(Arc::clone(&noted))).build(&pool).unwrap();
+    touch_all(&region);
+    assert_covered_once(&noted, KIB_64, UNITS * KIB_64);
+    let noted = Arc::new(Noted::new(UNITS * KIB_64, KIB_64));
+    let region = Region::builder().chunk(Chunk::source(Arc::clone(&noted))).build(&pool).unwrap();
+    assert!(is_right(&region), "a sequential reader");
+    assert_covered_once(&noted, KIB_64, UNITS * KIB_64);
+    assert!(region.metrics().pages_ahead > 0, "the reader of whole units is followed");
+    let later = Arc::new(Later::new(UNITS * KIB_64, KIB_64));
+    let region = region_of_fetch(&later, &pool);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| later.answer_until(&done));
+        let _ended = SetOnDrop(&done);
+        touch_all(&region);
+    });
+    assert_eq!(later.noted.reads(), units);
+}
+
+/// Each read consists of whole units, and no unit is read twice.
+fn assert_covered_once(noted: &Noted, unit: u64, size: u64) {
+    let mut next = 0;
+    for (offset, len) in noted.reads() {
+        assert_eq!(offset, next, "{:?}", noted.reads());
+        next = offset + len as u64;
+        assert!(next.is_multiple_of(unit) || next == size, "{:?}", noted.reads());
+    }
+    assert_eq!(next, size);
+}
+
+/// Chunks that begin and end inside units and inside pages.
+#[test]
+fn a_unit_ends_with_its_chunk() {
+    let pool = Pool::builder().workers(2).start().unwrap();
+    for granularity in [8192, 1 << 20, u64::MAX] {
+        let noted = Arc::new(Noted::new(6 << 20, granularity));
+        let (first, second) = (40_960..3_000_000, 5_000..2_500_000);
+        let region = Region::builder()
+            .chunk(Chunk::source(Arc::clone(&noted)).range(first.clone()))
+            .chunk(Chunk::source(Arc::clone(&noted)).range(second.clone()))
+            .build(&pool)
+            .unwrap();
+        let bytes: Vec<_> = first.chain(second).map(byte_at).collect();
+        for at in (0..bytes.len()).map(|at| at * 7_654_321 % bytes.len()).step_by(101) {
+            assert_eq!(region.as_slice()[at], bytes[at], "byte {at} of units of {granularity} bytes");
+        }
+        assert!(region.as_slice()[..bytes.len()] == bytes);
+        let reads = noted.reads();
+        let most = if granularity == 8192 { 700 } else { 60 };
+        assert!(reads.len() < most, "{} reads in units of {granularity} bytes", reads.len());
+    }
+}
+
+/// The pages of a unit fail alone, before and after the touched page.
+#[test]
+fn a_page_that_fails_takes_no_other_page_of_its_unit() {
+    let pool = Pool::builder().workers(2).start().unwrap();
+    for fetched in [false, true] {
+        let noted = Arc::new(Noted::new(4 * KIB_64, KIB_64).losing(20 * PAGE + 5));
+        let chunk = match fetched {
+            true => Chunk::fetch(Arc::new(Prompt(Arc::clone(&noted)))),
+            false => Chunk::source(Arc::clone(&noted)),
+        };
+        let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+        for page in [31, 16, 24, 17, 21, 19, 22] {
+            assert_eq!(region.as_slice()[page * PAGE as usize], byte_at(page as u64 * PAGE));
+        }
+        let error = region.read_at(20 * PAGE, &mut [0]).unwrap_err();
+        assert!(error.to_string().contains("lost"), "{error}");
+        assert!(is_right_but(&region, 20));
+        assert_eq!(region.failures().len(), 1);
+    }
+}
+
+fn is_right_but(region: &Region, lost: usize) -> bool {
+    let pages = (0..region.len() / PAGE as usize).filter(|page| *page != lost);
+    pages.map(|page| page * PAGE as usize).all(|at| region.as_slice()[at] == byte_at(at as u64))
+}
+
+/// A fetch that answers at once.
+struct Prompt(Arc<Noted>);
+
+impl Fetch for Prompt {
+    fn size(&self) -> u64 {
+        self.0.size
+    }
+
+    fn fetch(&self, offset: u64, reply: Reply) {
+        let mut bytes = vec![0; reply.len()];
+        match self.0.read(offset, &mut bytes) {
+            Ok(()) => reply.answer(&bytes),
+            Err(error) => reply.fail(error),
+        }
+    }
+
+    fn granularity(&self) -> u64 {
+        self.0.granularity()
+    }
+}
+
+/// A region that records needs a fault for each page.
+#[test]
+fn a_region_that_records_reads_page_by_page() {
+    let pool = Pool::new().unwrap();
+    let noted = Arc::new(Noted::new(2 * KIB_64, KIB_64));
+    let region = Region::builder().chunk(Chunk::source(Arc::clone(&noted))).record().build(&pool).unwrap();
+    assert!(is_right(&region));
+    assert_eq!(noted.reads().len(), 32);
+}
+
+/// A page whose fetch is repeated waits in the timer queue: the only worker serves other faults.
+#[test]
+fn a_retrying_fetch_waits_without_a_thread() {
+    const PAUSE: Duration = Duration::from_secs(1);
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let noted = Arc::new(Noted::new(8 * PAGE, 4 * PAGE).failing(2));
+    let prompt = Prompt(Arc::clone(&noted));
+    let region =
+        region_of_fetch(&Arc::new(Retrying::new(prompt, Retry::times(2).pause(PAUSE, PAUSE))), &pool);
+    let other = Region::builder().chunk(pattern(3, 64 << 10)).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let touch = scope.spawn(|| region.as_slice()[5]);
+        until(|| noted.reads().len() == 1);
+        assert!(other.as_slice()[..] == pattern(3, 64 << 10));
+        assert_eq!((noted.reads().len(), touch.is_finished()), (1, false), "the source has its pause");
+        assert_eq!(touch.join().unwrap(), byte_at(5));
+    });
+    assert!(is_right(&region));
+    let seen = region.close();
+    assert_eq!((seen.source_retries, seen.pages_poisoned), (2, 0));
+}
+
+#[test]
+fn a_retrying_fetch_that_gives_up_fails_its_page() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    for cached in [false, true] {
+        let noted = Arc::new(Noted::new(PAGE, 1).failing(u32::MAX));
+        let retrying = Arc::new(Retrying::new(Prompt(Arc::clone(&noted)), quickly(3)));
+        let region = match cached {
+            true => region_of_fetch(&Arc::new(Cached::new(retrying, 1 << 20)), &pool),
+            false => region_of_fetch(&retrying, &pool),
+        };
+        // The request of this call blocks, and sleeps through each pause.
+        let error = region.read_at(0, &mut [0]).unwrap_err();
+        assert!(error.to_string().contains("connection reset"), "{error}");
+        assert_eq!(noted.reads().len(), 4);
+    }
+}
+
+/// A request that is sent again goes through each wrapper again, and frees its slot meanwhile.
+#[test]
+fn wrappers_of_a_fetch_can_be_stacked() {
+    let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+    let noted = Arc::new(Noted::new(4 * KIB_64, KIB_64).failing(3));
+    let limited = Limited::new(Prompt(Arc::clone(&noted)), 1);
+    let cached = Arc::new(Cached::new(Retrying::new(limited, quickly(3)), 1 << 20));
+    let regions = [region_of_fetch(&cached, &pool), region_of_fetch(&cached, &pool)];
+    thread::scope(|scope| {
+        for region in &regions {
+            scope.spawn(|| assert!(is_right(region)));
+        }
+    });
+    assert_eq!(noted.reads().len(), 4 + 3);
 }

@@ -64,6 +64,12 @@ pub trait AsyncSource: Send + Sync {
     fn name(&self) -> String {
         String::from("source")
     }
+
+    /// The preferred size of a read in bytes, as [`pagestitch::Source::granularity`]. Default: 1, no
+    /// preference.
+    fn granularity(&self) -> u64 {
+        1
+    }
 }
 
 /// A chunk of all bytes of a source, which tasks of a runtime read. At most `concurrency` reads run
@@ -105,6 +111,10 @@ impl<S: AsyncSource + 'static> Fetch for InTasks<S> {
 
     fn name(&self) -> String {
         self.source.name()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.source.granularity()
     }
 }
 

@@ -120,18 +120,32 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Mapped(_) => {
-            let source = piece.backing.source();
-            let mut pages = whole.min(staging.len() / page.bytes());
-            let mut answer = read(source, piece.offset, &mut staging[..pages * page.bytes()]);
-            if answer.is_err() && pages > 1 {
-                discard(answer);
-                pages = 1;
-                answer = read(source, piece.offset, &mut staging[..page.bytes()]);
-            }
-            answer.map_err(|error| piece.failed(error))?;
-            Ok(Filled { pages, content: Content::Buffered(&staging[..pages * page.bytes()]) })
+            let (most, buffers) = (whole as u64 * page.bytes() as u64, (&mut staging[..], block));
+            let most = most.min(layout.read_length(offsets.start, buffers.0.len() as u64));
+            read_pages(&piece, page, most as usize, buffers)
         }
     }
+}
+
+/// Reads as many pages of a piece as `most` bytes hold, at least one.
+fn read_pages<'a>(
+    piece: &Piece<'_>,
+    page: PageSize,
+    most: usize,
+    (buffer, block): (&'a mut [u8], &'a mut Staging),
+) -> Result<Filled<'a>, Failure> {
+    let source = piece.backing.source();
+    let mut pages = (most / page.bytes()).max(1);
+    // Only a source that prefers large reads needs the large buffer.
+    let buffer = if pages * page.bytes() > buffer.len() { block.fresh() } else { buffer };
+    let mut answer = read(source, piece.offset, &mut buffer[..pages * page.bytes()]);
+    if answer.is_err() && pages > 1 {
+        discard(answer);
+        pages = 1;
+        answer = read(source, piece.offset, &mut buffer[..page.bytes()]);
+    }
+    answer.map_err(|error| piece.failed(error))?;
+    Ok(Filled { pages, content: Content::Buffered(&buffer[..pages * page.bytes()]) })
 }
 
 /// The leading pages of a span that are alike: all discarded by their owner, and zeros since
@@ -282,7 +296,8 @@ fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     guarded(ask).unwrap_or_else(panicked)
 }
 
-/// The most pages that one read of a source fills if no block is staged.
+/// The most pages that one read of a source fills if no block is staged, and the source prefers no
+/// larger reads.
 const PAGES: usize = 64;
 /// Holes shorter than this many bytes do not keep a block from being staged.
 const HOLE_MAX: usize = 4096;

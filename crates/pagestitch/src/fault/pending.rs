@@ -70,25 +70,33 @@ pub(crate) fn fetch<H: Host>(
     let span = claim.keep();
     let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
     let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span));
+    let reply = reply.after(wanted.attempts().source);
     // If the source panics, the reply is dropped, which fails the request.
     quietly(|| source.0.fetch(offset, reply));
 }
 
 impl<H: Host> Complete for Pending<H> {
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
+        self.deliver(answer, None);
+    }
+
+    fn retry(self: Box<Self>, pause: Duration, error: io::Error) {
+        self.deliver(Err(error), Some(pause));
+    }
+}
+
+impl<H: Host> Pending<H> {
+    /// `pause`: the time to wait before the request is sent again, if its source asks for that.
+    fn deliver(&self, answer: io::Result<&[u8]>, pause: Option<Duration>) {
         let _abort = AbortOnPanic::armed();
-        let Self { region, span, wanted, began, .. } = self.as_ref();
+        let Self { region, span, wanted, began, .. } = self;
         region.counters.record_time(FaultPart::Fill, *began);
         let recovery = Recovery::after(wanted.attempts());
-        let mut delivered = Delivered { region, wanted: *wanted, answer: Some(answer), recovery };
+        let mut delivered = Delivered { region, wanted: *wanted, answer: Some(answer), pause, recovery };
         match journey(region, Wanted::Fetched(*span), &mut delivered) {
             Err(Unfilled::Later) => {}
             _ => wanted.finish(region),
         }
-    }
-
-    fn retry(self: Box<Self>, _: Duration, error: io::Error) {
-        self.complete(Err(error));
     }
 }
 
@@ -97,7 +105,30 @@ struct Delivered<'a, H> {
     region: &'a Arc<H>,
     wanted: FetchReason,
     answer: Option<io::Result<&'a [u8]>>,
+    pause: Option<Duration>,
     recovery: Recovery,
+}
+
+impl<H: Host> Delivered<'_, H> {
+    /// Has the page of the fault fetched again: after the pause that its source asks for, or at
+    /// once, if it was fetched with others, of which one may have failed. False: the page has
+    /// failed.
+    fn fetch_again(&self, claim: &mut Claim<'_>, asked: FaultRequest) -> Result<bool, Unfilled> {
+        let is_alone = claim.span().pages == 1;
+        claim.shrink_to(asked.page);
+        let pause = match self.pause {
+            Some(pause) => {
+                self.region.counters.local().source_retries.add(1);
+                pause
+            }
+            None if is_alone => return Ok(false),
+            None => Duration::ZERO,
+        };
+        let attempts = Attempts { source: asked.attempts.source.saturating_add(1), ..asked.attempts };
+        let again = || asked.again(asked.slot, attempts);
+        serve_later(self.region, claim, again, Pause::Source(pause))?;
+        Ok(true)
+    }
 }
 
 impl<H: Host> Filler for Delivered<'_, H> {
@@ -126,6 +157,18 @@ impl<H: Host> Filler for Delivered<'_, H> {
             discard(error);
             return Err(Unfilled::GivenBack);
         };
+        // The page is installed, and the pages that were fetched with it can wait.
+        if !claim.span().contains(asked.page) {
+            discard(error);
+            return Err(Unfilled::GivenBack);
+        }
+        if !matches!(error, InstallError::Changing | InstallError::NoMemory)
+            && self.fetch_again(claim, asked)?
+        {
+            discard(error);
+            // The queue is full. The faulting thread faults again.
+            return Err(Unfilled::GivenBack);
+        }
         self.recovery.react(region, claim, error, |claim, pause, attempts| {
             serve_later(region, claim, || asked.again(asked.slot, attempts), pause)?;
             match pause {

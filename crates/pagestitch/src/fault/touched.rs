@@ -9,7 +9,7 @@ use crate::fault::poison::{fail, poison};
 use crate::fault::recovery::{Pause, Sources, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
 use crate::fault::{Filler, Wanted, fill_beside, journey};
-use crate::guard::Entered;
+use crate::guard::{Entered, discard};
 use crate::metrics::InFlightFault;
 use crate::policy::Prefetch;
 use crate::space::page_table::{Claim, Unclaimed, Wake};
@@ -68,22 +68,30 @@ impl<'a, H: Host> Fault<'a, H> {
         Self { region, asked, flight, sources, prefetch: Prefetch::default(), block: None, is_fetched: false }
     }
 
-    /// Records a first touch, and asks the policy for pages to prefetch.
-    fn note_first_touch(&mut self) {
+    /// Records a first touch that fills `filled`, and asks the policy for pages to prefetch.
+    fn note_first_touch(&mut self, filled: Span) {
         let region = self.region;
         if let Some(recorder) = &region.recorder {
             recorder.note(self.asked.page);
         }
-        self.prefetch = region.policy.on_fault(self.asked.page);
+        self.prefetch = region.policy.on_fault(filled);
         region.counters.local().pages_ahead_used.add(self.prefetch.consumed as u64);
     }
 
-    /// Requests the page from a source that answers later.
-    fn fetch(&mut self, claim: &mut Claim<'_>) -> bool {
-        let Some((_, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
+    /// Requests the page, and the pages that are read with it, from a source that answers later.
+    fn fetch(&mut self, claim: &mut Claim<'_>, unit: Span) -> bool {
+        if self.region.fetched_pages(claim.span()).is_none() {
+            return false;
+        }
         let Some(permit) = self.region.may_fetch() else { return false };
+        claim.grow_within(unit);
+        // Without the page, if a page before it was discarded meanwhile: the worker reads then.
+        let Some((pages, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
+        if !claim.span().prefix(pages).contains(self.asked.page) {
+            return false;
+        }
         let asked = self.asked.again(self.flight.take().map(InFlightFault::keep), self.asked.attempts);
-        fetch(self.region, claim.split_off(1), (source, offset), FetchReason::Now(asked), permit);
+        fetch(self.region, claim.split_off(pages), (source, offset), FetchReason::Now(asked), permit);
         true
     }
 
@@ -138,15 +146,17 @@ impl<'a, H: Host> Fault<'a, H> {
 
 impl<H: Host> Filler for Fault<'_, H> {
     fn claimed(&mut self, claim: &mut Claim<'_>) {
-        let is_first = self.asked.is_first();
-        if is_first {
-            self.note_first_touch();
-        }
-        self.is_fetched = self.fetch(claim);
+        let (page, is_first) = (self.asked.page, self.asked.is_first());
         // A repeated request fills its page alone.
+        let unit = if is_first { self.region.read_unit(page) } else { page.span() };
+        if is_first {
+            self.note_first_touch(unit);
+        }
+        self.is_fetched = self.fetch(claim, unit);
         if is_first && !self.is_fetched {
-            self.block = self.region.movable_block(self.asked.page).or(self.prefetch.with_fault);
+            self.block = self.region.movable_block(page).or(self.prefetch.with_fault);
             self.block.iter().for_each(|block| claim.grow(*block));
+            claim.grow_within(unit);
         }
     }
 
@@ -168,7 +178,16 @@ impl<H: Host> Filler for Fault<'_, H> {
             // The page is installed, and the others of its block can wait.
             InstallError::NoMemory if !span.contains(page) => return Err(Unfilled::GivenBack),
             InstallError::Changing | InstallError::NoMemory => {}
-            _ if span.first != page => return Err(Unfilled::GivenBack),
+            // Another page of its block has failed: the page is filled alone.
+            _ if span.first < page && span.contains(page) => {
+                discard(error);
+                claim.shrink_to(page);
+                return Ok(());
+            }
+            _ if span.first != page => {
+                discard(error);
+                return Err(Unfilled::GivenBack);
+            }
             _ => {}
         }
         sources.recovery.react(region, claim, error, |claim, pause, attempts| {

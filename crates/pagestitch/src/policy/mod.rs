@@ -62,9 +62,9 @@ impl Policy {
         })
     }
 
-    /// Records a fault on `page`, which the caller is about to fill; returns the pages to prefetch.
-    pub(crate) fn on_fault(&self, page: Page) -> Prefetch {
-        self.streams.as_ref().map(|streams| streams.on_fault(page)).unwrap_or_default()
+    /// Records a fault for which the caller is about to fill `filled`; returns the pages to prefetch.
+    pub(crate) fn on_fault(&self, filled: Span) -> Prefetch {
+        self.streams.as_ref().map(|streams| streams.on_fault(filled)).unwrap_or_default()
     }
 
     /// Records the cost of filling the page, in nanoseconds; returns its block if that should be

@@ -23,8 +23,9 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Readahead {
-    /// A fault fills one page. For sources whose reads are slow or cost money, because filling ahead
-    /// occupies a worker.
+    /// A fault fills one page, or the pages that its source reads at once
+    /// ([`granularity`](crate::Source::granularity)). For sources whose reads are slow or cost money,
+    /// because filling ahead occupies a worker.
     None,
     /// Pages ahead of a sequential reader are filled, up to 32 MiB, for up to eight readers of a
     /// region. A block of 2 MiB is filled when its faults have cost as much as that would, in any
@@ -82,15 +83,16 @@ impl Streams {
         fits.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
     }
 
-    /// Records a fault on `page`, and returns the pages to fill in addition.
-    pub(super) fn on_fault(&self, page: Page) -> Prefetch {
+    /// Records a fault that fills `filled`: its page, or the pages that its source reads at once.
+    /// Returns the pages to fill in addition.
+    pub(super) fn on_fault(&self, filled: Span) -> Prefetch {
         for slot in &self.streams {
             let seen = slot.load(Ordering::Relaxed);
             let stream = Stream::unpack(seen);
-            if stream.marker != page.0 || seen == 0 {
+            if seen == 0 || !filled.contains(Page(stream.marker)) {
                 continue;
             }
-            let (next, prefetch) = self.advance(stream);
+            let (next, prefetch) = self.advance(stream, filled);
             // Only one worker has claimed the marker's page. If another stream has taken the entry
             // meanwhile, that stream keeps it.
             let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
@@ -98,14 +100,19 @@ impl Streams {
         }
         let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
         // The next page becomes a marker, with no page filled after it.
-        let begun = Stream { marker: page.0 + 1, window: 0, due: 0, whole: false };
+        let begun = Stream { marker: filled.end().0, window: 0, due: 0, whole: false };
         self.streams[slot].store(begun.pack(), Ordering::Relaxed);
         Prefetch::default()
     }
 
-    /// The next state of a stream whose reader has faulted at its marker, and the pages to fill.
-    fn advance(&self, Stream { marker, window, due: passed, whole }: Stream) -> (Stream, Prefetch) {
-        let twice = (2 * window).max(WINDOW_MIN);
+    /// The next state of a stream whose reader has faulted at its marker, and the pages to fill. The
+    /// fault fills `unit`, which holds the marker.
+    fn advance(
+        &self,
+        Stream { marker, window, due: passed, whole }: Stream,
+        unit: Span,
+    ) -> (Stream, Prefetch) {
+        let twice = (2 * window).max(WINDOW_MIN).next_multiple_of(unit.pages);
         match self.block {
             Some(block) if whole => {
                 let window = twice.min(BLOCKS_MAX * block);
@@ -118,7 +125,7 @@ impl Streams {
                 (Stream { marker: marker + window, window, due: window - block, whole }, prefetch)
             }
             Some(block) if twice >= block => {
-                let filled = marker + 1 + window;
+                let filled = unit.end().0 + window;
                 let end = (filled + twice).next_multiple_of(block);
                 let prefetch =
                     Prefetch { with_fault: None, after_fault: self.inside(filled, end), consumed: passed };
@@ -126,11 +133,11 @@ impl Streams {
                 (Stream { marker: end, window: twice, due, whole: true }, prefetch)
             }
             _ => {
-                let filled = marker + 1 + window;
+                let filled = unit.end().0 + window;
                 let (window, due) = (twice.min(WINDOW_MAX), window);
                 let prefetch = Prefetch {
                     with_fault: None,
-                    after_fault: self.inside(filled + 1, filled + 1 + window),
+                    after_fault: self.inside(filled + unit.pages, filled + unit.pages + window),
                     consumed: passed,
                 };
                 (Stream { marker: filled, window, due, whole }, prefetch)
@@ -178,7 +185,7 @@ mod tests {
                 continue;
             }
             faults += 1;
-            let Prefetch { with_fault: now, after_fault: ahead, .. } = streams.on_fault(Page(page));
+            let Prefetch { with_fault: now, after_fault: ahead, .. } = streams.on_fault(Page(page).span());
             present.extend(now.into_iter().flat_map(Span::iter).map(|page| page.0));
             if let Some(ahead) = ahead {
                 present.extend(ahead.iter().map(|page| page.0));
@@ -197,6 +204,28 @@ mod tests {
         assert_eq!(windows.iter().max(), Some(&512));
     }
 
+    /// The reader of a source that is read in units is followed from unit to unit.
+    #[test]
+    fn a_reader_of_units_faults_once_a_window_of_whole_units() {
+        for block in [None, Some(512)] {
+            let streams = Streams::new(100 * 512, block).unwrap();
+            let (mut present, mut faults) = (BTreeSet::new(), 0);
+            for page in 0..100 * 512 {
+                if present.contains(&page) {
+                    continue;
+                }
+                faults += 1;
+                let unit = Span { first: Page(page / 16 * 16), pages: 16 };
+                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(unit);
+                for span in [Some(unit), with_fault, after_fault].into_iter().flatten() {
+                    assert_eq!((span.first.0 % 16, span.pages % 16), (0, 0), "{span:?}");
+                    present.extend(span.iter().map(|page| page.0));
+                }
+            }
+            assert!(faults < 250, "{faults} faults for 3200 units");
+        }
+    }
+
     #[test]
     fn large_windows_consist_of_whole_blocks() {
         let streams = Streams::new(100 * 512, Some(512)).unwrap();
@@ -205,7 +234,7 @@ mod tests {
         assert_eq!(windows.iter().max(), Some(&(15 * 512)));
         let mut stream = Stream { marker: 3 * 512, window: 512, due: 512, whole: true };
         for blocks in [2, 4, 8, 16, 16] {
-            let (next, prefetch) = streams.advance(stream);
+            let (next, prefetch) = streams.advance(stream, Page(stream.marker).span());
             assert_eq!(prefetch.with_fault, streams.inside(stream.marker, stream.marker + 512));
             assert_eq!((next.marker, next.window), (stream.marker + blocks * 512, blocks * 512));
             assert_eq!(Stream::unpack(next.pack()), next);
@@ -222,7 +251,7 @@ mod tests {
                 if present.contains(&page) {
                     continue;
                 }
-                let prefetch = streams.on_fault(Page(page));
+                let prefetch = streams.on_fault(Page(page).span());
                 passed += prefetch.consumed;
                 assert_eq!(passed, ahead.range(..page).count(), "at page {page}");
                 present.extend(prefetch.with_fault.into_iter().flat_map(Span::iter).map(|page| page.0));
@@ -240,7 +269,7 @@ mod tests {
         for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
             let streams = Streams::new(pages, block).unwrap();
             for page in 0..pages {
-                let prefetch = streams.on_fault(Page(page));
+                let prefetch = streams.on_fault(Page(page).span());
                 for span in [prefetch.with_fault, prefetch.after_fault].into_iter().flatten() {
                     assert!(span.end().0 <= pages && !span.is_empty(), "{span:?} of {pages}");
                 }

@@ -4,6 +4,7 @@ use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
 use super::{Fetched, Hole, Memfd, Memory};
 use pagestitch_kernel::PageSize;
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use std::any::Any;
 use std::fmt;
@@ -71,6 +72,17 @@ impl Backing {
             Self::Shared(Shared::File(file, _)) => file.granule(),
             Self::Shared(Shared::Lazy(memfd)) => memfd.memfd().granule(),
             _ => PageSize::system(),
+        }
+    }
+
+    /// The size of a read that the source prefers, as a power of two; 0 for no preference.
+    pub(crate) fn read_unit_shift(&self) -> u8 {
+        match self {
+            Self::Read(_) | Self::Fetched(_) => {
+                let unit = self.source().granularity().clamp(1, HUGE as u64);
+                unit.next_power_of_two().trailing_zeros() as u8
+            }
+            _ => 0,
         }
     }
 

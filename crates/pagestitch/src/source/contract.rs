@@ -63,16 +63,17 @@ pub trait Source: Send + Sync {
         String::from("source")
     }
 
-    /// The preferred size of a read, in bytes, for a source that reads a larger block at the cost
-    /// of a page: compressed, remote, on a disk. Default: 1, no preference. Called when a region is
-    /// built.
+    /// The preferred size of a read, in bytes, for a source that reads more at the cost of a page:
+    /// compressed, remote, on a disk. Default: 1, no preference. Called when a chunk of the source is
+    /// added to a region.
     ///
-    /// It is rounded up to a power of two, and to 2 MiB at most. A fault then reads the whole block
-    /// that holds its page, counted from the source's start, and installs its pages together. Only
-    /// absent pages inside one chunk are read: a page that is present already, or that chunks
-    /// share, splits the read. A region that [records](crate::Builder::record) reads page by page,
-    /// because only a fault tells of a touch. Regions that share a source still read a block once
-    /// each: [`Cached`](super::Cached) reads it once for all.
+    /// It is rounded up to a power of two, and is 2 MiB at most. A fault then reads the whole unit
+    /// that holds its page, counted from the source's start, and installs its pages together. Fills
+    /// ahead of a fault read several units. Only absent pages with all of their bytes in one chunk
+    /// are read this way: other pages split the unit, or end it. If the read of a unit fails, the
+    /// touched page is read alone. A region that [records](crate::Builder::record) reads page by
+    /// page, because only a fault tells of a touch. [`Cached`](super::Cached) reads a unit once for
+    /// all regions, and whatever the chunks.
     fn granularity(&self) -> u64 {
         1
     }

@@ -52,7 +52,7 @@ pub trait Fetch: Send + Sync {
         String::from("source")
     }
 
-    /// As [`Source::granularity`]. Default: 1. A fetch requests one block at most.
+    /// As [`Source::granularity`]. Default: 1, no preference.
     fn granularity(&self) -> u64 {
         1
     }

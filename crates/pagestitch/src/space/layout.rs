@@ -31,6 +31,10 @@ pub(crate) struct Layout {
     starts: Vec<u64>,
     origins: Vec<Origin>,
     sources: Vec<Backing>,
+    /// For each source, the size of its [unit](Self::read_unit) of reads, as a power of two; 0 for
+    /// none.
+    units: Vec<u8>,
+    has_units: bool,
     /// The sources so far by their identity, while the layout is built: several chunks share one.
     known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
     total: u64,
@@ -209,6 +213,42 @@ impl Layout {
             .map(move |chunk| self.piece(chunk, &offsets))
     }
 
+    /// Whether a source prefers reads of some size.
+    pub(crate) const fn has_read_units(&self) -> bool {
+        self.has_units
+    }
+
+    /// The offsets in the region of the bytes around `offset` that its source prefers to read at
+    /// once, as far as the chunk has them. `None` if the source has no preference.
+    pub(crate) fn read_unit(&self, offset: u64) -> Option<Range<u64>> {
+        let chunk = self.locate(offset);
+        let (origin, size) = self.unit_of(chunk);
+        let own = self.offsets_of(chunk);
+        let unit = (origin + (offset - own.start)) & !(size - 1);
+        let start = own.start + unit.saturating_sub(origin);
+        let end = own.start.saturating_add(unit.saturating_add(size) - origin).min(own.end);
+        (size > 1).then_some(start..end)
+    }
+
+    /// The length of a read of one source from `offset` on: at most `most`, but it ends with a
+    /// [unit](Self::read_unit) of the source, also if that is farther.
+    pub(crate) fn read_length(&self, offset: u64, most: u64) -> u64 {
+        if !self.has_units {
+            return most;
+        }
+        let chunk = self.locate(offset);
+        let (origin, size) = self.unit_of(chunk);
+        let start = origin + (offset - self.starts[chunk]);
+        let end = start.saturating_add(most) & !(size - 1);
+        if end > start { end - start } else { (start | (size - 1)) - start + 1 }
+    }
+
+    /// A chunk's first byte in its source, and the size of the source's unit of reads.
+    fn unit_of(&self, chunk: usize) -> (u64, u64) {
+        let Origin { offset, source } = self.origins[chunk];
+        (offset, 1 << self.units[source as usize])
+    }
+
     /// The offsets of a chunk in the region.
     pub(crate) fn offsets_of(&self, chunk: usize) -> Range<u64> {
         self.starts[chunk]..self.starts[chunk + 1]
@@ -314,6 +354,9 @@ impl Layout {
             u32::try_from(self.sources.len()).ok().filter(|&index| index < u32::MAX).ok_or_else(|| {
                 Error::new(ErrorKind::TooLarge, "a region takes fewer than 2^32 sources: split the region")
             })?;
+        let unit = backing.read_unit_shift();
+        self.has_units |= unit > 0;
+        self.units.push(unit);
         self.sources.push(backing);
         if let Some(identity) = identity {
             self.known.insert(identity, index);
@@ -400,7 +443,7 @@ impl Hasher for IdentityHasher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Memory;
+    use crate::source::{Memory, Source};
     use proptest::prelude::*;
 
     fn layout(lengths: &[u64]) -> Layout {
@@ -458,6 +501,43 @@ mod tests {
         layout.push(Chunk::from(vec![0u8; 100])).unwrap();
         layout.finish().unwrap();
         assert_eq!(layout.sources.len(), 2);
+    }
+
+    /// A source without bytes that prefers reads of 64 bytes.
+    struct Units;
+
+    impl Source for Units {
+        fn size(&self) -> u64 {
+            1000
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn granularity(&self) -> u64 {
+            50
+        }
+    }
+
+    #[test]
+    fn a_unit_of_reads_is_aligned_in_its_source_and_ends_with_its_chunk() {
+        let mut layout = Layout::default();
+        layout.push(Chunk::from(vec![0u8; 10])).unwrap();
+        layout.finish().unwrap();
+        assert_eq!(layout.read_unit(0), None);
+        let mut layout = Layout::default();
+        layout.push(Chunk::from(vec![0u8; 10])).unwrap();
+        layout.push(Chunk::source(Arc::new(Units)).range(100..300)).unwrap();
+        layout.push(Chunk::source(Arc::new(Units))).unwrap();
+        layout.finish().unwrap();
+        let expected = [(9, None), (10, Some(10..38)), (38, Some(38..102)), (101, Some(38..102))];
+        for (offset, unit) in expected.into_iter().chain([(205, Some(166..210)), (210, Some(210..274))]) {
+            assert_eq!(layout.read_unit(offset), unit, "at {offset}");
+        }
+        assert_eq!(layout.read_unit(1209), Some(1170..1210));
+        let lengths = [(5, 1000, 1000), (10, 100, 92), (10, 92, 92), (10, 91, 28), (10, 1, 28), (38, 64, 64)];
+        for (offset, most, length) in lengths {
+            assert_eq!(layout.read_length(offset, most), length, "at most {most} at {offset}");
+        }
     }
 
     #[test]

@@ -202,8 +202,39 @@ impl Mapping {
         let offsets = self.page_size().offsets(span);
         let piece = self.layout.piece_at(offsets.start, offsets.end);
         let Backing::Fetched(fetched) = piece.backing else { return None };
-        let pages = usize::try_from(piece.bytes / self.page_size().bytes() as u64).unwrap_or(usize::MAX);
-        (pages > 0).then_some((pages.min(FETCH_PAGES), fetched, piece.offset))
+        let page = self.page_size().bytes() as u64;
+        let pages = usize::try_from(piece.bytes / page).unwrap_or(usize::MAX);
+        let most = self.layout.read_length(offsets.start, FETCH_PAGES as u64 * page) / page;
+        (pages > 0).then_some((pages.min((most as usize).max(1)), fetched, piece.offset))
+    }
+
+    /// The pages that are filled together with a page, because its source prefers to read them at
+    /// once: those around it in one chunk, without the pages that have their bytes from elsewhere.
+    /// The page alone, if the source has no preference.
+    #[inline]
+    pub(crate) fn read_unit(&self, page: Page) -> Span {
+        if self.layout.has_read_units() { self.find_read_unit(page) } else { page.span() }
+    }
+
+    #[inline(never)]
+    fn find_read_unit(&self, page: Page) -> Span {
+        let (alone, size) = (page.span(), self.page_size());
+        // A region that records needs a fault for each first touch.
+        if self.recorder.is_some() || size != PageSize::system() {
+            return alone;
+        }
+        let Some(unit) = self.layout.read_unit(size.offset_of(page)) else { return alone };
+        let mut rest = size.inside(&unit);
+        loop {
+            let run = self.target.contiguous(self.next_gap(rest));
+            if run.contains(page) {
+                return run;
+            }
+            if run.is_empty() || run.first > page {
+                return alone;
+            }
+            rest = rest.without_prefix(run.end().0 - rest.first.0);
+        }
     }
 
     /// The number of leading pages of a span that are whole pages of one donation, that donation,
@@ -381,5 +412,5 @@ impl Presence for Present {
     }
 }
 
-/// The most pages that one asynchronous fetch requests.
+/// The most pages that one asynchronous fetch requests, if its source prefers no larger reads.
 const FETCH_PAGES: usize = 64;

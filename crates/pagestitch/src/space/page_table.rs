@@ -28,6 +28,7 @@ use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::EventCount;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::{Errno, Page, Span};
+use std::mem;
 use std::num::NonZeroUsize;
 use std::ops::Deref;
 
@@ -359,12 +360,31 @@ impl Claim<'_> {
         self.span = block;
     }
 
+    /// Claims the absent pages of a span, which holds this claim, as far as they continue the claim.
+    pub(crate) fn grow_within(&mut self, span: Span) {
+        let own = self.span;
+        let after = span.without_prefix(own.end().0.saturating_sub(span.first.0));
+        let after = self.table.exchange_run(after, PageState::Absent, PageState::Filling);
+        let before = span.prefix(own.first.0.saturating_sub(span.first.0));
+        let absent =
+            |page: &Page| self.table.exchange_run(page.span(), PageState::Absent, PageState::Filling) == 1;
+        let before = before.iter().rev().take_while(absent).count();
+        self.span = Span { first: Page(own.first.0 - before), pages: before + own.pages + after };
+    }
+
     /// Claims all pages of a span, or none: a claim of a part is dropped.
     fn claim_all(&self, span: Span) -> Option<Self> {
         let (table, waker) = (self.table, self.waker);
         let pages = table.exchange_run(span, PageState::Absent, PageState::Filling);
         let claim = Self { table, waker, span: span.prefix(pages) };
         (pages == span.pages).then_some(claim)
+    }
+
+    /// Gives back all of its pages but one, and wakes their waiters.
+    pub(crate) fn shrink_to(&mut self, page: Page) {
+        drop(self.split_off(page.0 - self.span.first.0));
+        let page = self.split_off(1);
+        drop(mem::replace(self, page));
     }
 
     /// Keeps its pages claimed until it is [resumed](PageTable::resume).
@@ -455,6 +475,27 @@ mod tests {
 
     /// Fewer under Miri, which needs minutes for more.
     const PAGES: usize = if cfg!(miri) { 2_000 } else { 200_000 };
+
+    #[test]
+    fn a_claim_grows_as_far_as_pages_are_absent_and_shrinks_to_one() {
+        let (table, woken) = (table(100), Woken::default());
+        let span = |first, pages| Span { first: Page(first), pages };
+        let other = table.claim_run(span(35, 1), &woken).unwrap();
+        let mut claim = table.claim_run(span(20, 1), &woken).unwrap();
+        claim.grow_within(span(16, 32));
+        assert_eq!(claim.span(), span(16, 19), "up to the other claim");
+        drop(other);
+        claim.grow_within(span(30, 10));
+        assert_eq!(claim.span(), span(16, 24));
+        claim.grow_within(span(20, 2));
+        claim.shrink_to(Page(17));
+        assert_eq!(claim.span(), span(17, 1));
+        for page in [15, 16, 18, 39, 40] {
+            assert_eq!(table.state(Page(page)), PageState::Absent, "page {page}");
+        }
+        drop(claim);
+        assert_eq!(*woken.0.lock(), [span(35, 1), span(16, 1), span(18, 22), span(17, 1)]);
+    }
 
     proptest! {
         /// A span is invalidated as its pages one by one would be, also after they are claimed
