@@ -382,7 +382,7 @@ fn orphan(test: &str, folder: &Path, body: impl FnOnce(&Region) -> String) -> Op
 /// True if a process waits in a page fault.
 fn waits_for_a_page(process: i32) -> bool {
     let read = |name: &str| fs::read_to_string(format!("/proc/{process}/{name}")).unwrap_or_default();
-    // No event tells of a wait in a fault, and `/proc` may hide the wait channel. A process that stays
+    // No event reports that a thread waits in a fault, and `/proc` may hide the wait channel. A process that stays
     // asleep for 20 looks waits in a fault, because it waits for nothing else.
     (0..20).all(|_| {
         thread::sleep(Duration::from_millis(1));

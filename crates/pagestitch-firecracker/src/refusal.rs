@@ -73,8 +73,7 @@ fn mapped_by(process: &Process) -> Option<Vec<Range<usize>>> {
     }
     let maps = fs::read(format!("/proc/{}/maps", process.pid())).ok()?;
     let ranges = maps.split(|&byte| byte == b'\n').filter_map(range_of).collect();
-    // By now the pid may be another process's. Poisoning these ranges would do no harm, and no
-    // good.
+    // If the process has ended, another one may have its pid, and these ranges may be that one's.
     (!process.has_ended()).then_some(ranges)
 }
 

@@ -29,9 +29,9 @@ impl Errno {
     pub const EINVAL: Self = Self(libc::EINVAL);
     /// The device has failed.
     pub const EIO: Self = Self(libc::EIO);
-    /// The process has as many descriptors as it may have.
+    /// The process has reached its limit on open descriptors.
     pub const EMFILE: Self = Self(libc::EMFILE);
-    /// The system has as many open files as it may have.
+    /// The system has reached its limit on open files.
     pub const ENFILE: Self = Self(libc::ENFILE);
     /// The data is not there.
     pub const ENODATA: Self = Self(libc::ENODATA);

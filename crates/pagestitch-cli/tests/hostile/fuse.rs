@@ -99,7 +99,7 @@ fn entry() -> Vec<u8> {
     out
 }
 
-/// `fuse_attr` behind as many bytes: of the folder, which is node 1, or of the file.
+/// `before` bytes of zeros, then the `fuse_attr` of a node: node 1 is the folder, others are the file.
 fn attributes(before: usize, node: u64) -> Vec<u8> {
     let mut attributes = vec![0; 88];
     let mode: u32 = if node == 1 { 0o040_755 } else { 0o100_644 };

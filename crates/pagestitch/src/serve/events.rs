@@ -194,7 +194,7 @@ impl Served {
         Ok(())
     }
 
-    /// Gives up a child: the pages that it lacks are poisoned there.
+    /// Gives up a child: its absent pages are poisoned.
     pub(crate) fn orphan_child(&self, child: Uffd) {
         self.orphans.child(child);
         self.close_all_orphans();

@@ -131,7 +131,8 @@ impl Manual {
         let state = Arc::new(
             ServerState::new(&WorkerCpus::anywhere(threads), threads, String::new()).map_err(refused)?,
         );
-        // No watchdog adds a worker: the last one serves also slow regions that hold up none.
+        // No watchdog adds a member when sources hang. So the last free member also serves slow
+        // regions that occupy no member yet.
         state.workers.last_resort.store(true, Ordering::Relaxed);
         let group = Group {
             state: Arc::clone(&state),

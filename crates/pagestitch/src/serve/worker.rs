@@ -196,7 +196,8 @@ impl Worker {
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
             match state.enqueue(QueuedFault::new(region, request)).ok() {
-                // This worker serves these soon. They are in the queue for its replacement, if it hangs.
+                // This worker serves the fault soon. It is queued because this worker may hang: then the
+                // replacement serves it.
                 Some(()) if index < keeps => kept += 1,
                 Some(()) => queued += 1,
                 // The queue is full, so all other workers have work: serve it here.
