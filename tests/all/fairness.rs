@@ -114,7 +114,7 @@ fn a_hanging_region_in_the_only_worker_delays_no_other_region() {
 
 /// Without another worker, the last worker serves only regions that do not hang.
 #[test]
-fn at_max_workers_one_worker_is_left_for_regions_that_hang_in_none() {
+fn at_max_workers_one_worker_serves_the_regions_that_do_not_hang() {
     for hangs_at_once in [false, true] {
         let pool = || Pool::builder().workers(3).max_workers(3).start().unwrap();
         let quick = |pool: &Pool| Region::builder().chunk(vec![1; 60 * PAGE]).build(pool).unwrap();

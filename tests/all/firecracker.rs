@@ -128,7 +128,7 @@ fn guests_read_the_snapshot_in_their_memory() {
 /// A handler that is told to stop fills the missing pages. The guest goes on without it, balloons
 /// included.
 #[test]
-fn a_guest_outlives_a_handler_that_is_told_to_stop() {
+fn a_guest_outlives_a_stopped_handler() {
     let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let expected = expected();

@@ -116,7 +116,7 @@ fn a_slow_source_occupies_one_worker_and_not_the_region() {
 }
 
 #[test]
-fn faults_of_one_batch_are_handed_on_while_the_first_is_slow() {
+fn other_workers_serve_a_batch_whose_first_fault_is_slow() {
     // Both workers hang in a first page while eight threads touch other pages. The first free
     // worker reads the eight faults in one batch and is held again by the first of them: the other
     // seven must be served.

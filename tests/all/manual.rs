@@ -53,8 +53,8 @@ fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
 #[test]
 fn a_slow_source_occupies_one_manual_of_a_group() {
     let source = Arc::new(Scripted::new(100 * PAGE as u64).holding(0..1));
-    let seats = Manual::group(2).unwrap();
-    let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&seats[0]).unwrap();
+    let members = Manual::group(2).unwrap();
+    let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&members[0]).unwrap();
     let done = &AtomicBool::new(false);
     thread::scope(|scope| {
         let readers = [0, 50].map(|page| {
@@ -63,10 +63,10 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
         });
         let [slow, quick] = readers;
         let slow = scope.spawn(slow);
-        for mut seat in seats {
+        for mut member in members {
             scope.spawn(move || {
-                serve_until(&mut seat, 64, || done.load(Ordering::SeqCst));
-                seat
+                serve_until(&mut member, 64, || done.load(Ordering::SeqCst));
+                member
             });
         }
         source.wait_until_held(1);
@@ -82,9 +82,9 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
 #[test]
 fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() {
     let hanging = Arc::new(Scripted::new(10 * PAGE as u64).holding(0..10 * PAGE as u64));
-    let seats = Manual::group(2).unwrap();
+    let members = Manual::group(2).unwrap();
     let build = |source: &Arc<Scripted>| {
-        Region::builder().chunk(Chunk::source(Arc::clone(source))).build(&seats[0]).unwrap()
+        Region::builder().chunk(Chunk::source(Arc::clone(source))).build(&members[0]).unwrap()
     };
     let (hangs, other) = (build(&hanging), build(&Arc::new(Scripted::new(100 * PAGE as u64))));
     let done = &AtomicBool::new(false);
@@ -97,12 +97,12 @@ fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() 
                 })
             })
             .into();
-        for mut seat in seats {
+        for mut member in members {
             scope.spawn(move || {
-                serve_until(&mut seat, 64, || done.load(Ordering::SeqCst));
+                serve_until(&mut member, 64, || done.load(Ordering::SeqCst));
                 // The manual lives on, because the last one of the group that is dropped closes the
                 // regions.
-                seat
+                member
             });
         }
         hanging.wait_until_held(1);
@@ -131,15 +131,15 @@ fn a_waiting_thread_gets_a_signal_when_the_last_manual_is_dropped() {
 #[test]
 fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     let bytes = pattern(4, 10 * PAGE);
-    let mut seats = Manual::group(2).unwrap();
-    let region = Region::builder().chunk(bytes.clone()).build(&seats[1]).unwrap();
-    drop(seats.pop());
+    let mut members = Manual::group(2).unwrap();
+    let region = Region::builder().chunk(bytes.clone()).build(&members[1]).unwrap();
+    drop(members.pop());
     thread::scope(|scope| {
         let reader = scope.spawn(|| region.as_slice() == bytes);
-        serve_until(&mut seats[0], 64, || reader.is_finished());
+        serve_until(&mut members[0], 64, || reader.is_finished());
         assert!(reader.join().unwrap());
     });
-    drop(seats);
+    drop(members);
     drop(region);
     assert_eq!(Manual::group(0).unwrap_err().kind(), ErrorKind::InvalidOption);
 }

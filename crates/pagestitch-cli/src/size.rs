@@ -55,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_no_size() {
+    fn an_invalid_size_is_refused() {
         for text in [
             "",
             "K",

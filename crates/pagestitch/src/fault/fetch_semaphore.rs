@@ -37,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_are_as_many_permits_as_were_given() {
+    fn a_semaphore_has_at_most_its_permits() {
         let permits = Arc::new(FetchSemaphore::new(2));
         let both = (permits.take().unwrap(), permits.take().unwrap());
         assert!(permits.take().is_none());

@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_those_of_what_was_recorded() {
+    fn quantiles_are_those_of_the_recorded_durations() {
         let recorder = LatencyRecorder::new();
         (1..=1000).for_each(|us| recorder.record(Duration::from_micros(us)));
         let histogram = recorder.read();

@@ -21,7 +21,7 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
     let mut bad = region.failed_pages(span).peekable();
     let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
-        let why = "it was taken away for good, as there are no poison marks before Linux 6.6: build the region anew";
+        let why = "it was taken away for good, as there are no poison markers before Linux 6.6: build the region anew";
         return Err(Arc::new(first.again(FailureReason::Irrecoverable.error(why))));
     }
     let mut buffers =
