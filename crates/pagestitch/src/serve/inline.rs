@@ -1,8 +1,9 @@
-//! Inline: the thread that touches a page fills it, in a signal handler. No other thread, no wake-up, no event.
+//! Inline: the thread that touches a page fills it, in a signal handler, without another thread, a
+//! wake-up or an event.
 //!
-//! The journey is that of all pages, one page at a time. The code here takes no lock, allocates nothing and calls no code of a source, because the interrupted
-//! code may be in the middle of anything. Hence it serves only sources whose bytes lie at a stable
-//! address, and mapped ones.
+//! The journey is that of all pages, one page at a time. The code here takes no lock, allocates
+//! nothing and calls no code of a source, because the signal may interrupt any code. Hence it serves
+//! only sources whose bytes lie at a stable address, and mapped sources.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::callers;
@@ -25,23 +26,29 @@ use std::thread;
 /// The thread that touches a page fills it itself, in a SIGBUS handler. This takes about half the
 /// time, because no thread is woken. Linux 4.14.
 ///
-/// * **Sources**: those at a stable address ([`Memory`](crate::source::Memory), sealed memfds, donated pages, holes) and
-///   those that are mapped; others are refused when the region is built
+/// * **Sources**: memory at a stable address ([`Memory`](crate::source::Memory), sealed memfds,
+///   donated pages, holes) and mapped sources. `build` refuses other sources
 ///   ([`ErrorKind::UnsuitableServer`]).
-/// * **System calls** that touch an absent page get `EFAULT`: [`populate`](crate::AnyRegion::populate) first.
-/// * **Readahead**: none. A fault fills its page; `populate` what will be read anyway.
-/// * **SIGBUS handlers** of the application, installed before the first such region, are called for what is not ours, with the mask that
-///   they ask for. One that is installed later, as by a runtime that is loaded later (Go, a JVM, a sanitizer), has to pass on what is
-///   not its own, with `SA_SIGINFO`, and without unblocking signals: faults of regions come to it first, and what it does with
-///   them is what happens. Load such a runtime before the first region. A thread that blocks SIGBUS cannot touch absent pages.
-/// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`), and takes less than 4 KiB of it
-///   beside what the kernel puts there; where the handler before it was installed without `SA_ONSTACK`, on the thread's own.
+/// * **System calls** that touch an absent page fail with `EFAULT`: call
+///   [`populate`](crate::AnyRegion::populate) before.
+/// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
+/// * **SIGBUS handlers** of the application that are installed before the first inline region: our
+///   handler calls them for the signals of other memory, with the mask that they were installed
+///   with.
+/// * **SIGBUS handlers that are installed later**, often by a runtime (Go, a JVM, a sanitizer), get
+///   the faults of regions first. They must pass foreign signals to the previous handler, with
+///   `SA_SIGINFO`, and without unblocking signals. Better load such a runtime before the first
+///   inline region.
+/// * A thread that blocks SIGBUS cannot touch absent pages.
+/// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`),
+///   and takes less than 4 KiB of it in addition to the kernel's frame. If the previous handler was
+///   installed without `SA_ONSTACK`, it runs on the thread's own stack.
 /// * **Signal handlers** of the application may touch a region. All signals wait while a page is
-///   filled. A handler that interrupts `populate` or `read_at` gets pages that its thread is
-///   filling, too, except donated ones: touching one of these raises SIGBUS.
-/// * A touch of a page whose bytes are unavailable raises SIGBUS, as with every server. So does a
-///   page that the handler itself touches: the memory of a source must not be a region that is
-///   served inline. A line on standard error tells of that.
+///   filled. A handler that interrupts `populate` or `read_at` also gets the pages that its thread
+///   is filling, except donated pages: touching one of these raises SIGBUS.
+/// * A touch of a page whose bytes are unavailable raises SIGBUS, as with every server. A fault of
+///   the handler itself does so too, and writes a line to standard error: the memory of a source
+///   must not be a region that is served inline.
 ///
 /// ```
 /// use pagestitch::{Inline, Region};
@@ -91,25 +98,21 @@ impl FaultServer for Inline {
                 Some(BuildOption::InheritOnFork),
                 "an inline region serves no forked children: use a pool",
             ),
-            (
-                &recording.is_some(),
-                *recording,
-                "a recording needs workers, to be taken or replayed: use a pool",
-            ),
+            (&recording.is_some(), *recording, "only workers can record or replay: use a pool"),
             (
                 readahead,
                 Some(BuildOption::Readahead),
-                "a signal handler fills its own page and none ahead: leave out readahead(), or use a pool",
+                "a signal handler fills one page and none ahead: leave out readahead(), or use a pool",
             ),
             (
                 limit,
                 Some(BuildOption::MaxInFlight),
-                "each thread fills its own page, so there are no more faults than threads: leave out max_in_flight(), or use a pool",
+                "each thread fills its own page, so faults cannot be limited: leave out max_in_flight(), or use a pool",
             ),
             (
                 timed,
                 Some(BuildOption::RecordLatency),
-                "a signal handler does not look at the clock: leave out record_latency(), or use a pool",
+                "a signal handler reads no clock: leave out record_latency(), or use a pool",
             ),
         ];
         let first = refused.into_iter().find(|(is, ..)| **is);
@@ -119,7 +122,8 @@ impl FaultServer for Inline {
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         refuse_what_blocks(region)?;
         let range = region.target.addresses(region.target.all());
-        // A thread in the signal handler does not wait for the kernel: it may run on after the drop at any time.
+        // The kernel does not know the threads in the signal handler, so they may touch their page again
+        // after the drop.
         region.linger();
         let registration =
             Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
@@ -141,7 +145,7 @@ fn not_inline(option: Option<BuildOption>, what: &str) -> Result<(), Error> {
     })
 }
 
-/// A region's place among those that the SIGBUS handler knows.
+/// A region's registration with the SIGBUS handler.
 struct Attached {
     registration: Mutex<Option<Registration>>,
     generation: ForkGeneration,
@@ -206,7 +210,7 @@ unsafe impl FaultHandler for Handler {
     }
 }
 
-/// Whether to touch the page again is worth it.
+/// True if the thread must touch the page again; false if the access must raise its signal.
 fn serve(region: &Served, page: Page) -> bool {
     if region.pages.state(page) == PageState::Poisoned {
         return false;
@@ -248,7 +252,7 @@ impl InHandler<'_> {
     fn gather(&mut self, page: Page) -> Result<Filled<'_>, InstallError> {
         self.buffer = free_buffer();
         let Some(buffer) = &mut self.buffer else {
-            // Other handlers are about to leave theirs: the page is touched again.
+            // All buffers are in use for a moment: the thread touches the page again.
             thread::yield_now();
             return Err(InstallError::Changing);
         };
@@ -282,7 +286,7 @@ impl Filler for InHandler<'_> {
 }
 
 const PAGE: usize = 4096;
-/// Where pages that chunks meet in are put together. They are only ever tried, so nothing waits for one.
+/// Buffers for pages in which chunks meet. A thread only tries their locks, so it never waits.
 static BUFFERS: [Mutex<[u8; PAGE]>; 16] = [const { Mutex::new([0; PAGE]) }; 16];
 
 #[cfg(all(test, not(shuttle)))]
@@ -292,14 +296,14 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    /// A page of each kind, present in the kernel and not in the table: as it is for a thread that comes second.
+    /// A region with a page of each kind.
     fn region() -> Region {
         let builder = Region::builder().chunk(vec![7u8; PAGE]).chunk(Chunk::hole(PAGE as u64));
         builder.chunks([vec![8u8; 1000], vec![9u8; PAGE - 1000]]).build(Server).unwrap()
     }
 
     #[test]
-    fn a_fault_is_served_while_other_threads_have_the_locks() {
+    fn a_fault_is_served_while_other_threads_hold_the_locks() {
         let region = region();
         region.populate(..).unwrap();
         let served = Arc::clone(region.served());

@@ -1,5 +1,5 @@
-//! Populate: the same steps for pages that no thread has touched yet, in the caller's thread, and
-//! in more threads where there is much to fill.
+//! Populate: the same steps for pages that no thread has touched yet, in the caller's thread. Helper
+//! threads join in for large ranges.
 
 use crate::error::{Failure, FailureReason};
 use crate::fault::callers::{self, Mark};
@@ -17,16 +17,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it are filled.
+/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it
+/// are filled.
 pub(crate) fn populate(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
     populate_once(region, span)?;
-    // Only once more: a page that was swapped out looks like a discarded one, and turns out to be
-    // present.
+    // Only once more: a swapped-out page looks like a discarded page here, and is found present when it
+    // is filled.
     if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
 }
 
-/// Fills all that is absent of a region, also behind pages that cannot be filled; asks now and then whether to go on. The first
-/// page that could not be filled is the error.
+/// Fills all absent pages of a region that can be filled, as long as `go_on` returns true. The error
+/// is the first page that cannot be filled.
 pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
     fill_blocks(region, region.target.all(), Extent::All(go_on))
 }
@@ -39,7 +40,7 @@ fn populate_once(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
 }
 
 fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
-    let work = Work { region, extent, rest: Mutex::new(Rest { span, failed: None }) };
+    let work = Work { region, extent, rest: Mutex::new(Remainder { span, failed: None }) };
     thread::scope(|scope| {
         let quiet = NoSignals::until_dropped();
         let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
@@ -54,12 +55,12 @@ fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), A
     work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
 }
 
-/// How much of a span is filled.
+/// The part of a span that is filled.
 #[derive(Clone, Copy)]
 enum Extent<'a> {
     /// The pages before the first one that cannot be filled.
     ToFailure,
-    /// Each page that can be, as long as this says so.
+    /// Each page that can be filled, as long as this function returns true.
     All(&'a (dyn Fn() -> bool + Sync)),
 }
 
@@ -71,12 +72,12 @@ impl Extent<'_> {
         }
     }
 
-    /// Whether to wait for a map that has been changing since then.
+    /// True if the thread waits longer for a memory map that has been changing since `since`.
     fn waits(self, since: &Instant) -> bool {
         matches!(self, Self::ToFailure) || self.goes_on() && since.elapsed() < CHANGING_MAX
     }
 
-    /// Whether a failure ends it: a process that has ended needs no page any more.
+    /// True if a failure ends the work. It always does after the owner has ended, which needs no page.
     fn ends_at_failure(self, region: &Mapping) -> bool {
         matches!(self, Self::ToFailure) || region.owner_has_ended()
     }
@@ -86,10 +87,10 @@ impl Extent<'_> {
 struct Work<'r> {
     region: &'r Mapping,
     extent: Extent<'r>,
-    rest: Mutex<Rest>,
+    rest: Mutex<Remainder>,
 }
 
-struct Rest {
+struct Remainder {
     span: Span,
     /// The first block in which a source has failed.
     failed: Option<(Span, Arc<Failure>)>,
@@ -125,8 +126,8 @@ impl Work<'_> {
     }
 }
 
-/// Fills the absent pages of a span in this thread, and waits for those that others are filling. The first page that cannot be
-/// filled is the error.
+/// Fills the absent pages of a span in this thread, and waits for pages that other threads are
+/// filling. The error is the first page that cannot be filled.
 fn fill_absent(
     region: &Mapping,
     span: Span,
@@ -141,18 +142,18 @@ fn fill_absent(
         }
         rest = rest.without_prefix(gap.first.0 - rest.first.0);
         let pages = match fill_run(region, gap, buffers)? {
-            Run::Filled(0) => 0,
-            Run::Filled(pages) => {
+            RunOutcome::Filled(0) => 0,
+            RunOutcome::Filled(pages) => {
                 changing = None;
                 pages
             }
-            Run::Changing if extent.waits(changing.get_or_insert_with(Instant::now)) => {
+            RunOutcome::Changing if extent.waits(changing.get_or_insert_with(Instant::now)) => {
                 thread::yield_now();
                 0
             }
-            Run::Changing => return first.and_then(|()| Err(no_rest(region, rest))),
-            Run::Failed(failure, _) if extent.ends_at_failure(region) => return Err(failure),
-            Run::Failed(failure, pages) => {
+            RunOutcome::Changing => return first.and_then(|()| Err(no_rest(region, rest))),
+            RunOutcome::Failed(failure, _) if extent.ends_at_failure(region) => return Err(failure),
+            RunOutcome::Failed(failure, pages) => {
                 first = first.and(Err(failure));
                 pages
             }
@@ -162,19 +163,19 @@ fn fill_absent(
 }
 
 /// The outcome for a run of pages.
-enum Run {
-    /// So many are filled, or were before; none: look again.
+enum RunOutcome {
+    /// This number of pages is filled, now or before. 0: look at the first page again.
     Filled(usize),
-    /// The map is changing.
+    /// The memory map is changing.
     Changing,
-    /// One of them cannot be filled; the caller passes over so many.
+    /// A page cannot be filled. The caller skips this number of pages.
     Failed(Arc<Failure>, usize),
 }
 
 /// Fills the first pages of a gap, or waits for the thread that is filling them.
-fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Result<Run, Arc<Failure>> {
+fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Result<RunOutcome, Arc<Failure>> {
     if region.pages.state(gap.first) == PageState::Present {
-        return Ok(Run::Filled(1));
+        return Ok(RunOutcome::Filled(1));
     }
     let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
     let mark = Mark::new(region, wanted);
@@ -187,31 +188,31 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
     };
     let mut populate = Populate { sources: Sources::new(region, buffers, Attempts::default()), claimed: 0 };
     let end = match journey(region, Wanted::Absent(wanted), &mut populate) {
-        Ok(()) => return Ok(Run::Filled(populate.claimed)),
+        Ok(()) => return Ok(RunOutcome::Filled(populate.claimed)),
         Err(end) => end,
     };
     drop(mark);
     match end {
-        Unfilled::Changing | Unfilled::Later | Unfilled::GivenBack => Ok(Run::Changing),
-        // It is found when the gap is looked at again.
-        Unfilled::Failed(failure) => Ok(Run::Failed(failure, 0)),
-        Unfilled::Unclaimed(Unclaimed::Resident) => Ok(Run::Filled(1)),
-        // Without a failure on record, the page was discarded between the two looks: look again.
+        Unfilled::Changing | Unfilled::Later | Unfilled::GivenBack => Ok(RunOutcome::Changing),
+        // Skips no page: the next look finds the failed page.
+        Unfilled::Failed(failure) => Ok(RunOutcome::Failed(failure, 0)),
+        Unfilled::Unclaimed(Unclaimed::Resident) => Ok(RunOutcome::Filled(1)),
+        // If no failure is recorded, the page was discarded meanwhile: look again.
         Unfilled::Unclaimed(Unclaimed::Poisoned) => {
             let failure = region.failure(gap.first);
-            Ok(failure.map_or(Run::Filled(0), |failure| Run::Failed(failure, 1)))
+            Ok(failure.map_or(RunOutcome::Filled(0), |failure| RunOutcome::Failed(failure, 1)))
         }
         Unfilled::Unclaimed(Unclaimed::Filling) => wait_for_other(region, gap),
     }
 }
 
 /// Waits for the thread that is filling the first page of a gap.
-fn wait_for_other(region: &Mapping, gap: Span) -> Result<Run, Arc<Failure>> {
+fn wait_for_other(region: &Mapping, gap: Span) -> Result<RunOutcome, Arc<Failure>> {
     if callers::fills(callers::this_thread(), region, gap.first) {
         return Err(Arc::new(failure_at(region, gap, FailureReason::Nested.error(NESTED))));
     }
     region.pages.wait_while_filling(gap.first);
-    Ok(Run::Filled(0))
+    Ok(RunOutcome::Filled(0))
 }
 
 struct Populate<'a> {
@@ -238,19 +239,20 @@ impl Filler for Populate<'_> {
     }
 }
 
-/// The failure where the owner of adopted memory discards pages without end, because the kernel
-/// fills none meanwhile.
+/// The failure if the owner of adopted memory discards pages without a pause: the kernel fills no
+/// page meanwhile.
 fn no_rest(region: &Mapping, rest: Span) -> Arc<Failure> {
-    let why = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
-    Arc::new(failure_at(region, rest, FailureReason::TimedOut.error(why)))
+    let reason = "the process that owns the memory discards or moves pages all the time, and the kernel fills none meanwhile";
+    Arc::new(failure_at(region, rest, FailureReason::TimedOut.error(reason)))
 }
 
 const NESTED: &str = "this thread is filling the page already, below a signal handler or a source that has called for it: let it \
                       return first";
 
-/// From this size on, other threads help: below it, starting one is not worth its cost.
+/// From this size on, helper threads join in. For less, starting a thread costs more than it saves.
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
-/// More threads would only wait for memory.
+/// The most threads. More would only wait for memory.
 const THREADS_MAX: usize = 4;
-/// How long the map of memory that is left to its owner may be changing without a page that can be filled.
+/// The longest time to wait for a memory map that changes without a pause, when the memory is left to
+/// its owner.
 const CHANGING_MAX: Duration = Duration::from_secs(5);

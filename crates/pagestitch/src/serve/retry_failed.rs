@@ -21,8 +21,8 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
     let mut bad = region.failed_pages(span).peekable();
     let Some((_, first)) = bad.peek() else { return Ok(()) };
     if !region.uffd.features().contains(Features::POISON) {
-        let why = "it was taken away for good, as there are no poison markers before Linux 6.6: build the region anew";
-        return Err(Arc::new(first.again(FailureReason::Irrecoverable.error(why))));
+        let reason = "the page was taken away for good, because Linux before 6.6 has no poison markers: build the region anew";
+        return Err(Arc::new(first.again(FailureReason::Irrecoverable.error(reason))));
     }
     let mut buffers =
         Buffers::new().map_err(|errno: Errno| Arc::new(first.again(io::Error::from(errno)).of_kernel()))?;
