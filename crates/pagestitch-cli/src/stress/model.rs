@@ -3,14 +3,15 @@
 use super::sources::{FaultyFetch, FaultySource};
 use super::tally::Tally;
 use fastrand::Rng;
-use pagestitch::source::{Donated, FileSource, Memfd, Pages, UnsealedMemfd};
-use pagestitch::{Builder, Chunk};
+use pagestitch::source::{Cached, Donated, FileSource, Limited, Memfd, Pages, Retrying, UnsealedMemfd};
+use pagestitch::{Builder, Chunk, Retry};
 use pagestitch_testkit::memory::huge_memfd;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// The expected content of a region.
 pub(super) struct Model {
@@ -100,11 +101,35 @@ impl Model {
                 let file = memfd.file().try_clone()?;
                 FileSource::from_file(file, "file").map_err(io::Error::other)?.into()
             }
-            4 => Chunk::source(self.faulty(rng, tally, len)),
-            5 => Chunk::fetch(Arc::new(FaultyFetch(self.faulty(rng, tally, len)))),
+            4 => self.read(rng, tally, len),
+            5 => self.fetched(rng, tally, len),
             6 => return self.rotation(rng, tally, len),
             _ => self.memory(rng, len),
         }])
+    }
+
+    /// A chunk of a source that fails, which is wrapped at times.
+    fn read(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Chunk {
+        let (wrapper, block) = wrapper(rng);
+        let source = self.faulty(rng, tally, len, block);
+        match wrapper {
+            RETRYING => Chunk::source(Arc::new(Retrying::new(source, at_once(rng)))),
+            LIMITED => Chunk::source(Arc::new(Limited::new(source, rng.usize(1..4)))),
+            CACHED => Chunk::source(Arc::new(Cached::new(source, rng.u64(..500_000)).block(block as u64))),
+            _ => Chunk::source(source),
+        }
+    }
+
+    /// As [`read`](Self::read), for a source that answers later.
+    fn fetched(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Chunk {
+        let (wrapper, block) = wrapper(rng);
+        let source = FaultyFetch(self.faulty(rng, tally, len, block));
+        match wrapper {
+            RETRYING => Chunk::fetch(Arc::new(Retrying::new(source, at_once(rng)))),
+            LIMITED => Chunk::fetch(Arc::new(Limited::new(source, rng.usize(1..4)))),
+            CACHED => Chunk::fetch(Arc::new(Cached::new(source, rng.u64(..500_000)).block(block as u64))),
+            _ => Chunk::fetch(Arc::new(source)),
+        }
     }
 
     /// Chunks of one donation, cut anywhere, and in another order.
@@ -186,7 +211,8 @@ impl Model {
         Chunk::from(bytes).range(start as u64..(start + len) as u64)
     }
 
-    fn faulty(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize) -> Arc<FaultySource> {
+    /// A source that fails in a range. With a failing byte, all bytes of its block may fail.
+    fn faulty(&mut self, rng: &mut Rng, tally: &Arc<Tally>, len: usize, block: usize) -> Arc<FaultySource> {
         let offset = self.bytes.len();
         let bytes = Arc::from(self.random_bytes(rng, len));
         let bad = if rng.bool() {
@@ -196,12 +222,14 @@ impl Model {
             start..rng.usize(start + 1..=len).min(start + 30_000)
         };
         if !bad.is_empty() {
-            self.failing.push(offset + bad.start..offset + bad.end);
+            let end = bad.end.next_multiple_of(block).min(len);
+            self.failing.push(offset + bad.start / block * block..offset + end);
         }
         let faulty = Arc::new(FaultySource {
             bytes,
             bad: bad.start as u64..bad.end as u64,
             repaired: AtomicBool::new(false),
+            granularity: [1, 1, 8192, 65_536, 1 << 20][rng.usize(..5)],
             slow: rng.u64(5..200),
             reads: AtomicU64::new(0),
             tally: Arc::clone(tally),
@@ -225,7 +253,21 @@ impl Model {
     }
 }
 
+/// A random wrapper, and the size of its blocks; 1 if it has none.
+fn wrapper(rng: &mut Rng) -> (u8, usize) {
+    let wrapper = rng.u8(..6);
+    (wrapper, if wrapper == CACHED { [512, 4096, 65_536][rng.usize(..3)] } else { 1 })
+}
+
+/// Retries without a long pause.
+fn at_once(rng: &mut Rng) -> Retry {
+    Retry::times(rng.u32(..3)).pause(Duration::ZERO, Duration::from_micros(100))
+}
+
 pub(super) const PAGE: usize = 4096;
+const RETRYING: u8 = 0;
+const LIMITED: u8 = 1;
+const CACHED: u8 = 2;
 const HOLE: u8 = 0;
 const MEMORY: u8 = 9;
 const KINDS: u8 = 10;

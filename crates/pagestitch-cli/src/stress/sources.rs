@@ -16,6 +16,7 @@ pub(super) struct FaultySource {
     /// Reads that overlap this range fail in one of several ways until the source is repaired.
     pub(super) bad: Range<u64>,
     pub(super) repaired: AtomicBool,
+    pub(super) granularity: u64,
     /// One of so many reads is delayed.
     pub(super) slow: u64,
     pub(super) reads: AtomicU64,
@@ -67,6 +68,10 @@ impl Source for FaultySource {
     fn name(&self) -> String {
         String::from("faulty")
     }
+
+    fn granularity(&self) -> u64 {
+        self.granularity
+    }
 }
 
 /// The same source, answering later from another thread.
@@ -96,6 +101,10 @@ impl Fetch for FaultyFetch {
 
     fn name(&self) -> String {
         String::from("faulty fetch")
+    }
+
+    fn granularity(&self) -> u64 {
+        self.0.granularity
     }
 }
 
