@@ -238,7 +238,8 @@ metrics! {
     bytes_copied,
     /// Failed reads of a source, including reads ahead, which poison no page.
     source_errors,
-    /// Reads repeated by [`OnFailure::Retry`](crate::OnFailure::Retry).
+    /// Reads repeated by [`OnFailure::Retry`](crate::OnFailure::Retry), and requests sent again by
+    /// [`Reply::retry_after`](crate::source::Reply::retry_after).
     source_retries,
     /// Pages with zeros for bytes of a failed source, by
     /// [`OnFailure::Zeros`](crate::OnFailure::Zeros).

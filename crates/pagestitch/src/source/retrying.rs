@@ -12,12 +12,12 @@ use std::{io, thread};
 /// [`OnFailure::Retry`](crate::OnFailure::Retry) of a chunk repeats reads too. Choose by the place
 /// of the retry:
 ///
-/// * **A [`Source`] that a chunk reads directly:** the chunk's `on_failure`. Its worker serves other
-///   faults during a pause, while a read of this wrapper sleeps on its worker.
-/// * **A [`Fetch`]:** this wrapper. The page waits in the timer queue of its pool, and is fetched
-///   again after the pause. No thread waits.
+/// * **A source that a chunk reads directly:** the chunk's `on_failure`, whose pause holds no worker.
+///   A read of a [`Source`] through this wrapper sleeps on its worker. A request to a [`Fetch`]
+///   through this wrapper waits in the timer queue of the pool, as with `on_failure`.
 /// * **A source below another wrapper:** this wrapper. `Cached<Retrying<S>>` repeats the read of a
 ///   block once for all of its readers.
+/// * **Several chunks or regions of one source:** this wrapper states the retries once.
 ///
 /// A panic of the source is not repeated. The drop of a region waits for a read that sleeps.
 ///
