@@ -336,9 +336,9 @@ fn write() -> Writer<'static, Vec<Entry>> {
     if OWNER.swap(process, Ordering::SeqCst) != process {
         // A forked child: the ranges are not mapped here, and other memory may be at their
         // addresses.
-        // SAFETY: no thread of this process reads the list. Either this is the only thread of a child,
-        // and it is not in the signal handler, which neither forks nor changes the list; or the list
-        // was never written.
+        // SAFETY: no thread of this process reads the list. Either this is the only thread of a
+        // child, and it is not in the signal handler, which neither forks nor changes the list; or
+        // the list was never written.
         #[expect(unsafe_code, reason = "no reader is left")]
         unsafe {
             writer.reset_in_child();

@@ -101,7 +101,8 @@ impl Physical {
     ///
     /// # Errors
     ///
-    /// [`PhysicalError`], as [`dev_mem`](Self::dev_mem); a resource of I/O ports; a device that does not decode memory.
+    /// [`PhysicalError`], as [`dev_mem`](Self::dev_mem); a resource of I/O ports; a device that
+    /// does not decode memory.
     ///
     /// # Safety
     ///

@@ -64,7 +64,8 @@ pub(super) fn before_dev_mem(name: &str) -> Result<(), PhysicalError> {
 
 /// The refusals that are certain before a PCI resource is mapped.
 pub(super) fn before_pci(name: &str, path: &Path, bytes: u64) -> Result<(), PhysicalError> {
-    // Bit 1 of the command register, at byte 4 of the configuration space: the device decodes memory addresses.
+    // Bit 1 of the command register, at byte 4 of the configuration space: the device decodes
+    // memory addresses.
     let config = path.parent().and_then(|device| fs::read(device.join("config")).ok());
     let decoding = config.and_then(|config| config.get(4).map(|command| command & 2 != 0));
     let refusal = if is_locked_down() {

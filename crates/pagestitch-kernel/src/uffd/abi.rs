@@ -1,8 +1,8 @@
 //! The ioctls as the kernel defines them in `include/uapi/linux/userfaultfd.h`, through Linux 6.8.
 //!
-//! Written out here, because system headers lag behind the running kernel, and because bindings made
-//! from a header need libclang at build time. The end of this file proves the sizes; the request
-//! numbers follow from them. The layout of messages is in `message.rs`.
+//! Written out here, because system headers lag behind the running kernel, and because bindings
+//! made from a header need libclang at build time. The end of this file proves the sizes; the
+//! request numbers follow from them. The layout of messages is in `message.rs`.
 
 use crate::page::AddressRange;
 use nix::{ioctl_read, ioctl_readwrite, ioctl_write_int_bad, request_code_none};
@@ -35,7 +35,8 @@ pub(super) struct UffdioCopy {
     pub(super) copied: i64,
 }
 
-/// `struct uffdio_zeropage`, `struct uffdio_continue` and `struct uffdio_poison`, which have the same fields.
+/// `struct uffdio_zeropage`, `struct uffdio_continue` and `struct uffdio_poison`, which have the
+/// same fields.
 #[repr(C)]
 pub(super) struct UffdioProgress {
     pub(super) range: UffdioRange,

@@ -78,8 +78,8 @@ impl Uffd {
     /// [`OpenError`] names both refusals and the remedy.
     #[doc(alias = "UFFDIO_API")]
     pub fn open(wanted: Features) -> Result<Self, OpenError> {
-        // A second handshake on one descriptor is EINVAL, and so is a feature that the kernel lacks: so
-        // the features come from another descriptor.
+        // A second handshake on one descriptor is EINVAL, and so is a feature that the kernel
+        // lacks: so the features come from another descriptor.
         let supported = kernel_features()?;
         let opened = open_fd()?;
         let features = wanted & supported;

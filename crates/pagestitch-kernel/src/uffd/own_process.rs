@@ -1,15 +1,15 @@
 //! The process whose memory a userfaultfd fills: this one, or another one.
 //!
-//! No call tells. So this module makes a request that the kernel refuses, with an errno that differs
-//! for memory of the caller:
+//! No call tells. So this module makes a request that the kernel refuses, with an errno that
+//! differs for memory of the caller:
 //!
 //! | request | this process | another process | lock of the other process |
 //! |---|---|---|---|
 //! | `UFFDIO_MOVE` to and from an address without a mapping (since Linux 6.9) | `ENOENT` | `EINVAL` | none |
 //! | `UFFDIO_REGISTER` of a page that cannot become writable | `EPERM` | `EINVAL`: nothing is mapped there | its memory map, for a moment |
 //!
-//! The first request comes first, because another process cannot make it wait. A userfaultfd of this
-//! process shows once how this kernel answers.
+//! The first request comes first, because another process cannot make it wait. A userfaultfd of
+//! this process shows once how this kernel answers.
 
 use super::abi::{self, UffdioCopy, Waiters};
 use super::open::{handshake, open_fd};

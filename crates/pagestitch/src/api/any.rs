@@ -82,8 +82,8 @@ impl AnyRegion {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed one
-    /// are filled. The same kind if the owner of adopted memory has ended.
+    /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed
+    /// one are filled. The same kind if the owner of adopted memory has ended.
     /// [`ErrorKind::OutOfRange`] if the range leaves the region.
     ///
     /// ```
@@ -150,8 +150,8 @@ impl AnyRegion {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SourceFailed`] names the first chunk whose source fails again; the pages before it
-    /// are filled. Before Linux 6.6 a poisoned page cannot be filled again:
+    /// [`ErrorKind::SourceFailed`] names the first chunk whose source fails again; the pages before
+    /// it are filled. Before Linux 6.6 a poisoned page cannot be filled again:
     /// [`ErrorKind::Unsupported`]. [`ErrorKind::OutOfRange`] if the range leaves the region.
     pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
@@ -280,7 +280,8 @@ impl Drop for AnyRegion {
             return;
         }
         block_forks(&self.served);
-        // When this returns, every child whose event the fork reader has read is deferred to a worker.
+        // When this returns, every child whose event the fork reader has read is deferred to a
+        // worker.
         self.server.stop_reading(&self.served);
         self.server.detach(&self.served);
         self.served.close();

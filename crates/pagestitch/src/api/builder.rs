@@ -126,8 +126,8 @@ impl Builder {
     /// ([`Fetch`](crate::source::Fetch)).
     ///
     /// Default: only the workers of the pool and the fetches that a source accepts limit them. If a
-    /// pool serves several regions, the regions whose faults take longer than a millisecond together
-    /// leave one worker to the others.
+    /// pool serves several regions, the regions whose faults take longer than a millisecond
+    /// together leave one worker to the others.
     ///
     /// # Panics
     ///
@@ -181,8 +181,8 @@ impl Builder {
     /// have the region, and touching it there raises SIGSEGV.
     ///
     /// * **Server.** Needs a [`Pool`](crate::Pool), which runs one more thread: `fork(2)` blocks on
-    ///   its unread event while it holds the allocator lock. That thread also passes each fault to a
-    ///   worker, so a fault takes one more step.
+    ///   its unread event while it holds the allocator lock. That thread also passes each fault to
+    ///   a worker, so a fault takes one more step.
     /// * **In a child**, `as_slice`, `read_at` and `populate` work as in the parent; dropping the
     ///   region does nothing. When the parent drops the region, the pages that a child has not
     ///   touched are poisoned there: SIGBUS, never zeros.
@@ -270,8 +270,9 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also [`ErrorKind::UnusableFile`] if a
-    /// [`writable`](Self::writable) region maps a file that is open for reading only.
+    /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also
+    /// [`ErrorKind::UnusableFile`] if a [`writable`](Self::writable) region maps a file that is
+    /// open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
         let (view, core) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
         Ok(SharedRegion::new(view.expect("own target has a view"), core))

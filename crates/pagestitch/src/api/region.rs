@@ -123,8 +123,9 @@ impl Region {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the chunk whose source failed;
-    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
+    /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the chunk whose source
+    /// failed; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the
+    /// region.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);

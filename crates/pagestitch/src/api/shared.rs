@@ -81,8 +81,8 @@ impl SharedRegion {
     ///
     /// # Errors
     ///
-    /// As [`Region::read_at`](crate::Region::read_at); also [`ErrorKind::SourceFailed`] if a file that is
-    /// mapped there was truncated.
+    /// As [`Region::read_at`](crate::Region::read_at); also [`ErrorKind::SourceFailed`] if a file
+    /// that is mapped there was truncated.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         let read = self.shown(&range, || self.view.read_at(offset, into));

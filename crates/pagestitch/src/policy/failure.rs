@@ -11,8 +11,8 @@ pub enum OnFailure {
     Poison,
     /// The source is read again, with pauses; if it still fails, the page is
     /// [poisoned](Self::Poison). The faulting thread waits meanwhile; the worker serves other
-    /// faults. A source below another wrapper, such as [`Cached`](crate::source::Cached), is retried
-    /// by [`Retrying`](crate::source::Retrying).
+    /// faults. A source below another wrapper, such as [`Cached`](crate::source::Cached), is
+    /// retried by [`Retrying`](crate::source::Retrying).
     Retry(Retry),
     /// The bytes of this chunk read as zeros, for data that is not essential. Counted by
     /// [`pages_given_up`](crate::Meter::pages_given_up).

@@ -62,7 +62,8 @@ impl Policy {
         })
     }
 
-    /// Records a fault for which the caller is about to fill `filled`; returns the pages to prefetch.
+    /// Records a fault for which the caller is about to fill `filled`; returns the pages to
+    /// prefetch.
     pub(crate) fn on_fault(&self, filled: Span) -> Prefetch {
         self.streams.as_ref().map(|streams| streams.on_fault(filled)).unwrap_or_default()
     }

@@ -24,8 +24,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 #[non_exhaustive]
 pub enum Readahead {
     /// A fault fills one page, or the pages that its source reads at once
-    /// ([`granularity`](crate::Source::granularity)). For sources whose reads are slow or cost money,
-    /// because filling ahead occupies a worker.
+    /// ([`granularity`](crate::Source::granularity)). For sources whose reads are slow or cost
+    /// money, because filling ahead occupies a worker.
     None,
     /// Pages ahead of a sequential reader are filled, up to 32 MiB, for up to eight readers of a
     /// region. A block of 2 MiB is filled when its faults have cost as much as that would, in any
@@ -78,7 +78,8 @@ struct Stream {
 
 impl Streams {
     pub(super) fn new(pages: usize, block: Option<usize>) -> Option<Self> {
-        // The packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no streams.
+        // The packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no
+        // streams.
         let fits = pages <= (u32::MAX / 4) as usize;
         fits.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
     }
@@ -105,8 +106,8 @@ impl Streams {
         Prefetch::default()
     }
 
-    /// The next state of a stream whose reader has faulted at its marker, and the pages to fill. The
-    /// fault fills `unit`, which holds the marker.
+    /// The next state of a stream whose reader has faulted at its marker, and the pages to fill.
+    /// The fault fills `unit`, which holds the marker.
     fn advance(
         &self,
         Stream { marker, window, due: passed, whole }: Stream,
@@ -177,7 +178,8 @@ mod tests {
     use super::*;
     use std::collections::BTreeSet;
 
-    /// Reads pages in order. Returns the number of faults, and the number of pages of each prefetch.
+    /// Reads pages in order. Returns the number of faults, and the number of pages of each
+    /// prefetch.
     fn read(streams: &Streams, pages: impl Iterator<Item = usize>) -> (usize, Vec<usize>) {
         let (mut present, mut faults, mut windows) = (std::collections::HashSet::new(), 0, Vec::new());
         for page in pages {

@@ -76,8 +76,8 @@ impl Recording {
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
     }
 
-    /// Checks whether [`write`](Self::write) can work at this path, without writing, so that a program
-    /// can fail before the recorded run, not after it.
+    /// Checks whether [`write`](Self::write) can work at this path, without writing, so that a
+    /// program can fail before the recorded run, not after it.
     ///
     /// # Errors
     ///
@@ -322,7 +322,8 @@ mod tests {
             prop_assert!(Recording::decode(&flipped).is_err());
         }
 
-        /// Bytes with a correct checksum neither panic nor allocate more than their length justifies.
+        /// Bytes with a correct checksum neither panic nor allocate more than their length
+        /// justifies.
         #[test]
         fn arbitrary_bytes_with_a_checksum_decode_or_fail(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let mut whole = [MAGIC, &bytes].concat();

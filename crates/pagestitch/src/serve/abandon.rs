@@ -46,8 +46,8 @@ pub(crate) fn abandon(region: &Served, adopted: &Foreign) {
 fn next_absent(region: &Served, adopted: &Foreign, span: Span) -> Option<Span> {
     let mut rest = span;
     while !rest.is_empty() {
-        // Looks at no more pages than one call poisons: looking at the whole rest each time would take
-        // far too long in a large guest.
+        // Looks at no more pages than one call poisons: looking at the whole rest each time would
+        // take far too long in a large guest.
         let window = rest.prefix(POISON_PAGES);
         let kept = adopted.next_kept(window);
         let absent = if kept.is_empty() { kept } else { first_absent(region, kept) };
@@ -105,7 +105,8 @@ fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usi
     }
 }
 
-/// Kills the owner if pages cannot be poisoned, or must not be: it would read zeros or wait forever.
+/// Kills the owner if pages cannot be poisoned, or must not be: it would read zeros or wait
+/// forever.
 fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) {
     if reason == Outcome::ProcessGone {
         return;
@@ -116,7 +117,8 @@ fn kill_owner(region: &Served, adopted: &Foreign, reason: Outcome) {
         }
         Err(errno) => {
             log!(error, region = region.name, ?reason, %errno, "abandoned, and its owner cannot be killed: it may wait forever");
-            // The uffd stays open, because closing it would show zeros to the owner; it waits instead.
+            // The uffd stays open, because closing it would show zeros to the owner; it waits
+            // instead.
             region.keep_open();
         }
     }

@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 impl Served {
     /// Ends serving: a thread that waits in the region, or touches a missing page, gets a signal.
     ///
-    /// An owned region is **fenced**: the whole range becomes inaccessible. Then all waiters are woken;
-    /// they retry and meet the fenced range. Missing pages of adopted memory are poisoned instead.
+    /// An owned region is **fenced**: the whole range becomes inaccessible. Then all waiters are
+    /// woken; they retry and meet the fenced range. Missing pages of adopted memory are poisoned
+    /// instead.
     pub(crate) fn end_service(&self) {
         match &self.target {
             Target::Owned(reservation) => {
                 if let Err(errno) = reservation.fence() {
-                    // Without the fence, waiters would read zeros or hang. A refusal is not known to
-                    // happen.
+                    // Without the fence, waiters would read zeros or hang. A refusal is not known
+                    // to happen.
                     eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);
                     std::process::abort();
                 }

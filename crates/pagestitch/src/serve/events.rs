@@ -20,7 +20,8 @@ use std::time::Instant;
 pub(crate) enum DeferredEvent {
     /// A forked child, with a uffd of its own.
     Child(Uffd),
-    /// A child was forked and no descriptor is left for it: those of ended children must be released.
+    /// A child was forked and no descriptor is left for it: those of ended children must be
+    /// released.
     NoDescriptor,
     /// A child is given up, because no descriptor or no server is left for it: its absent pages are
     /// poisoned.
@@ -230,8 +231,8 @@ impl Served {
             if let Target::Foreign(adopted) = &self.target {
                 adopted.note_discard(span);
             }
-            // The failure of a poisoned page stays: the discarding thread continued before this call,
-            // so the page may have failed anew since.
+            // The failure of a poisoned page stays: the discarding thread continued before this
+            // call, so the page may have failed anew since.
             self.pages.invalidate(span);
         }
     }
@@ -246,7 +247,8 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {
         FaultKind::WriteProtect => release(region, page),
-        // Except for memfds that are filled later, only a foreign registration requests minor faults.
+        // Except for memfds that are filled later, only a foreign registration requests minor
+        // faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
             let thread = fault.thread.cast_unsigned();

@@ -2,8 +2,8 @@
 //! wake-up or an event.
 //!
 //! The journey is that of all pages, one page at a time. The code here takes no lock, allocates
-//! nothing and calls no code of a source, because the signal may interrupt any code. Hence it serves
-//! only sources whose bytes lie at a stable address, and mapped sources.
+//! nothing and calls no code of a source, because the signal may interrupt any code. Hence it
+//! serves only sources whose bytes lie at a stable address, and mapped sources.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::callers;
@@ -40,9 +40,9 @@ use std::thread;
 ///   `SA_SIGINFO`, and without unblocking signals. Better load such a runtime before the first
 ///   inline region.
 /// * A thread that blocks SIGBUS cannot touch absent pages.
-/// * **Stack**: the handler runs on the alternate stack of a thread that has one (`sigaltstack(2)`),
-///   and takes less than 4 KiB of it in addition to the kernel's frame. If the previous handler was
-///   installed without `SA_ONSTACK`, it runs on the thread's own stack.
+/// * **Stack**: the handler runs on the alternate stack of a thread that has one
+///   (`sigaltstack(2)`), and takes less than 4 KiB of it in addition to the kernel's frame. If the
+///   previous handler was installed without `SA_ONSTACK`, it runs on the thread's own stack.
 /// * **Signal handlers** of the application may touch a region. All signals wait while a page is
 ///   filled. A handler that interrupts `populate` or `read_at` also gets the pages that its thread
 ///   is filling, except donated pages: touching one of these raises SIGBUS.
@@ -122,8 +122,8 @@ impl FaultServer for Inline {
     fn attach(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         refuse_what_blocks(region)?;
         let range = region.target.addresses(region.target.all());
-        // The kernel does not know the threads in the signal handler, so they may touch their page again
-        // after the drop.
+        // The kernel does not know the threads in the signal handler, so they may touch their page
+        // again after the drop.
         region.linger();
         let registration =
             Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {

@@ -16,13 +16,13 @@ use std::{fmt, ptr};
 /// A server that works when the caller calls it: for a program with an event loop, or with threads
 /// of its own.
 ///
-/// Its descriptor is readable when there is work: watch it with `poll(2)`, `epoll(7)`, or a runtime,
-/// and then call [`serve_ready`](Self::serve_ready). The thread that serves must not touch the
-/// regions, because it would wait for itself.
+/// Its descriptor is readable when there is work: watch it with `poll(2)`, `epoll(7)`, or a
+/// runtime, and then call [`serve_ready`](Self::serve_ready). The thread that serves must not touch
+/// the regions, because it would wait for itself.
 ///
 /// Drop the regions before their server. Dropping the last `Manual` of a group closes the regions
-/// that it still serves: a thread that touches them from then on, or waits in them, gets SIGSEGV. It
-/// neither hangs nor reads zeros. No region can be built with that group any more.
+/// that it still serves: a thread that touches them from then on, or waits in them, gets SIGSEGV.
+/// It neither hangs nor reads zeros. No region can be built with that group any more.
 ///
 /// ```
 /// use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -115,8 +115,8 @@ impl Manual {
         Ok(one.pop().expect("one was asked for"))
     }
 
-    /// A server for several threads: one `Manual` for each. A region that is built with one of them is
-    /// served by all.
+    /// A server for several threads: one `Manual` for each. A region that is built with one of them
+    /// is served by all.
     ///
     /// # Errors
     ///
@@ -150,12 +150,12 @@ impl Manual {
         (0..threads).map(take).collect()
     }
 
-    /// Serves the pending faults and fills ahead, without waiting for more faults. Returns the number
-    /// of served faults.
+    /// Serves the pending faults and fills ahead, without waiting for more faults. Returns the
+    /// number of served faults.
     ///
-    /// Stops when no work is left, or after `budget` faults, give or take a batch of 64. While work is
-    /// left, the descriptor stays readable. A slow source holds up the caller. In a forked child it
-    /// serves nothing and returns 0, because the regions and their faults are the parent's.
+    /// Stops when no work is left, or after `budget` faults, give or take a batch of 64. While work
+    /// is left, the descriptor stays readable. A slow source holds up the caller. In a forked child
+    /// it serves nothing and returns 0, because the regions and their faults are the parent's.
     pub fn serve_ready(&mut self, budget: usize) -> usize {
         if !self.group.is_of_this_process() {
             return 0;

@@ -109,8 +109,8 @@ impl Server {
 
     /// Starts to serve a region.
     ///
-    /// Refuses a server that a forked child has inherited: it has no threads there, and its descriptors
-    /// are the parent's, so that no thread would read the region's faults.
+    /// Refuses a server that a forked child has inherited: it has no threads there, and its
+    /// descriptors are the parent's, so that no thread would read the region's faults.
     pub(crate) fn start(&self, region: &Arc<Served>) -> Result<Box<dyn Attachment>, Error> {
         if !self.0.is_of_this_process() {
             let (name, server) = (&region.name, self.0.noun());

@@ -22,8 +22,8 @@ pub enum Placement {
     /// The placement that suits the machine. The default.
     #[default]
     Auto,
-    /// One worker pinned to each CPU that the process may use. A fault wakes all of them, and the first
-    /// to run serves it, which is mostly the worker on the CPU of the fault.
+    /// One worker pinned to each CPU that the process may use. A fault wakes all of them, and the
+    /// first to run serves it, which is mostly the worker on the CPU of the fault.
     PerCpu,
     /// One worker pinned to each of these CPUs.
     Cpus(Vec<usize>),
@@ -70,7 +70,8 @@ impl WorkerCpus {
         Self { workers, cpus: Vec::new() }
     }
 
-    /// True if workers are pinned: a fault then wakes all of them, because the nearest is the fastest.
+    /// True if workers are pinned: a fault then wakes all of them, because the nearest is the
+    /// fastest.
     pub(super) const fn pinned(&self) -> bool {
         !self.cpus.is_empty()
     }

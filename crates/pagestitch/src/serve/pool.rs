@@ -94,9 +94,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InUse`] names the regions that are still served; drop them first, because a touch
-    /// of a region without workers would hang. [`ErrorKind::ForkedChild`] in a forked child, because
-    /// the workers are the parent's.
+    /// [`ErrorKind::InUse`] names the regions that are still served; drop them first, because a
+    /// touch of a region without workers would hang. [`ErrorKind::ForkedChild`] in a forked child,
+    /// because the workers are the parent's.
     pub fn stop(self) -> Result<Report, Error> {
         if !self.handle.generation.is_current() {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
@@ -192,9 +192,9 @@ impl PoolBuilder {
     /// Sets the highest number of threads, including replacements. Default: 64. At most 4,096;
     /// values below the number of [workers](Self::workers) are raised to it.
     ///
-    /// A worker that is in one source for 10 ms is replaced by another thread, so that a source that
-    /// hangs holds up no other region. After such a source answers, a worker that finds no work for a
-    /// second ends. If all threads are held up, the pool logs an error and counts a
+    /// A worker that is in one source for 10 ms is replaced by another thread, so that a source
+    /// that hangs holds up no other region. After such a source answers, a worker that finds no
+    /// work for a second ends. If all threads are held up, the pool logs an error and counts a
     /// [shortage](PoolMetrics::shortages); faults then wait until a source answers or the
     /// [`fault_timeout`](Self::fault_timeout) is over.
     ///
@@ -212,8 +212,8 @@ impl PoolBuilder {
         self
     }
 
-    /// Sets the name of the threads, which their number follows: `pagestitch/0` by default. The name
-    /// is cut so that both fit into 15 bytes, the kernel's limit.
+    /// Sets the name of the threads, which their number follows: `pagestitch/0` by default. The
+    /// name is cut so that both fit into 15 bytes, the kernel's limit.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
@@ -222,9 +222,9 @@ impl PoolBuilder {
     /// Limits the faults in flight over all regions. Default: unlimited. Values below the number of
     /// workers are raised to it.
     ///
-    /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others are
-    /// asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a worker waits for its
-    /// fetch, and no worker is replaced.
+    /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others
+    /// are asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a worker waits for
+    /// its fetch, and no worker is replaced.
     pub fn max_in_flight(mut self, most: usize) -> Self {
         self.max_in_flight = Some(most);
         self
@@ -243,10 +243,10 @@ impl PoolBuilder {
     /// Poisons the page of each fault that takes longer than `age`, so that its waiter gets SIGBUS.
     /// Default: none.
     ///
-    /// The worker is not interrupted: if its source answers after all, the page gets its bytes. If no
-    /// worker has begun the fault, the page stays poisoned until
-    /// [`retry_failed`](crate::AnyRegion::retry_failed). `populate` and `read_at` wait as long as the
-    /// source takes. Time counts as for [`warn_after`](Self::warn_after).
+    /// The worker is not interrupted: if its source answers after all, the page gets its bytes. If
+    /// no worker has begun the fault, the page stays poisoned until
+    /// [`retry_failed`](crate::AnyRegion::retry_failed). `populate` and `read_at` wait as long as
+    /// the source takes. Time counts as for [`warn_after`](Self::warn_after).
     pub fn fault_timeout(mut self, age: Duration) -> Self {
         self.limits.hard = Some(age);
         self
@@ -256,8 +256,8 @@ impl PoolBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidOption`] for no workers, a name with a NUL byte, or a CPU that this process
-    /// may not use; [`ErrorKind::LimitReached`] if no thread or descriptor is left.
+    /// [`ErrorKind::InvalidOption`] for no workers, a name with a NUL byte, or a CPU that this
+    /// process may not use; [`ErrorKind::LimitReached`] if no thread or descriptor is left.
     pub fn start(self) -> Result<Pool, Error> {
         if self.name.contains('\0') {
             let what = format!(
@@ -353,8 +353,8 @@ impl Handle {
         // The event stays readable, so every worker sees it.
         self.state.stop.write(1).expect("an eventfd takes a 1");
         // The watchdog and the fork reader start workers, so they end first. A thread does not join
-        // itself: this may be one of these threads, if it drops a source that owns the last region of
-        // the pool.
+        // itself: this may be one of these threads, if it drops a source that owns the last region
+        // of the pool.
         if let Some(watch) = self.watch.lock().take().filter(is_another) {
             watch.join().expect("a panic of the watchdog aborts the process");
         }

@@ -1,5 +1,5 @@
-//! Populate: the same steps for pages that no thread has touched yet, in the caller's thread. Helper
-//! threads join in for large ranges.
+//! Populate: the same steps for pages that no thread has touched yet, in the caller's thread.
+//! Helper threads join in for large ranges.
 
 use crate::error::{Failure, FailureReason};
 use crate::fault::callers::{self, Mark};
@@ -17,17 +17,17 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before it
-/// are filled.
+/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before
+/// it are filled.
 pub(crate) fn populate(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
     populate_once(region, span)?;
-    // Only once more: a swapped-out page looks like a discarded page here, and is found present when it
-    // is filled.
+    // Only once more: a swapped-out page looks like a discarded page here, and is found present
+    // when it is filled.
     if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
 }
 
-/// Fills all absent pages of a region that can be filled, as long as `go_on` returns true. The error
-/// is the first page that cannot be filled.
+/// Fills all absent pages of a region that can be filled, as long as `go_on` returns true. The
+/// error is the first page that cannot be filled.
 pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
     fill_blocks(region, region.target.all(), Extent::All(go_on))
 }
@@ -77,7 +77,8 @@ impl Extent<'_> {
         matches!(self, Self::ToFailure) || self.goes_on() && since.elapsed() < CHANGING_MAX
     }
 
-    /// True if a failure ends the work. It always does after the owner has ended, which needs no page.
+    /// True if a failure ends the work. It always does after the owner has ended, which needs no
+    /// page.
     fn ends_at_failure(self, region: &Mapping) -> bool {
         matches!(self, Self::ToFailure) || region.owner_has_ended()
     }
@@ -253,6 +254,6 @@ const NESTED: &str = "this thread is filling the page already, below a signal ha
 const PARALLEL_PAGES: usize = 16 * BLOCK_PAGES;
 /// The most threads. More would only wait for memory.
 const THREADS_MAX: usize = 4;
-/// The longest time to wait for a memory map that changes without a pause, when the memory is left to
-/// its owner.
+/// The longest time to wait for a memory map that changes without a pause, when the memory is left
+/// to its owner.
 const CHANGING_MAX: Duration = Duration::from_secs(5);

@@ -12,7 +12,8 @@ pub(super) struct QueuedFault<R> {
     pub(super) request: FaultRequest,
 }
 
-/// Pages that are filled before a thread touches them: a span, or the next ones of the region's recording.
+/// Pages that are filled before a thread touches them: a span, or the next ones of the region's
+/// recording.
 #[derive(Debug)]
 pub(super) struct PrefetchTask<R> {
     pub(super) handle: Arc<RegionHandle<R>>,

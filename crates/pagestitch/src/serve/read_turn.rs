@@ -139,7 +139,8 @@ impl ReadTurn<'_> {
             self.held = None;
             return true;
         }
-        // The turn is contended, or another worker has taken it. In the second case that worker reads.
+        // The turn is contended, or another worker has taken it. In the second case that worker
+        // reads.
         let kept = exchange(mine | CONTENDED, mine).is_ok();
         self.held = self.held.filter(|_| kept);
         !kept

@@ -11,8 +11,8 @@ use std::sync::{Arc, Weak};
 pub(crate) struct RegionHandle<R> {
     gate: Arc<Gate>,
     region: Weak<R>,
-    /// The number of the region's faults that `SlowAdmission` has admitted; it changes under the lock
-    /// of that type.
+    /// The number of the region's faults that `SlowAdmission` has admitted; it changes under the
+    /// lock of that type.
     pub(crate) admitted: AtomicUsize,
 }
 

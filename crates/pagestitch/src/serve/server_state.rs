@@ -168,8 +168,8 @@ impl ServerState {
         !self.prefetches.1.is_empty() || self.has_queued()
     }
 
-    /// Queues pages to be filled ahead by a worker that is awake. It wakes no worker, because that was
-    /// measured to be slower.
+    /// Queues pages to be filled ahead by a worker that is awake. It wakes no worker, because that
+    /// was measured to be slower.
     pub(super) fn queue_prefetch(&self, region: &Arc<Served>, ahead: impl IntoIterator<Item = Span>) {
         for span in ahead {
             // If the queue is full, the workers cannot keep up. A thread that touches these pages
@@ -219,9 +219,9 @@ impl ServerState {
         self.regions.read().served.values().cloned().collect()
     }
 
-    /// The most workers that slow regions may occupy together: all but one, if there is another region
-    /// that would wait. With a single post, all of them: if its worker hangs, the replacement is the
-    /// only free worker, and to keep it free would leave none at work.
+    /// The most workers that slow regions may occupy together: all but one, if there is another
+    /// region that would wait. With a single post, all of them: if its worker hangs, the
+    /// replacement is the only free worker, and to keep it free would leave none at work.
     pub(super) fn slow_workers_max(&self) -> usize {
         let workers = self.workers.working();
         let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
@@ -279,8 +279,8 @@ impl ServerState {
             Ok(child) => {
                 let child = Arc::new(child);
                 parent.counters.local().children.add(1);
-                // In this order, because the thread that closes the list of children then finds each
-                // listed child served, and ends its service.
+                // In this order, because the thread that closes the list of children then finds
+                // each listed child served, and ends its service.
                 let served = self.add(&child).is_ok() && children.add(&child);
                 if !served {
                     self.detach_child(&child);

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::thread;
 
 impl ServerState {
-    /// Starts a worker at a post in place of a worker that is held up. Both have a fault in flight, so
-    /// the new worker takes a permit of `max_in_flight()`.
+    /// Starts a worker at a post in place of a worker that is held up. Both have a fault in flight,
+    /// so the new worker takes a permit of `max_in_flight()`.
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         let permit = state.permits.as_ref().map(|permits| {
             let what = "the limit on faults in flight is reached: see max_in_flight()";
@@ -18,7 +18,8 @@ impl ServerState {
         Self::start_worker(state, post, permit.transpose()?)
     }
 
-    /// Starts a worker at a post. [`ErrorKind::LimitReached`] if the pool has `max_workers()` workers.
+    /// Starts a worker at a post. [`ErrorKind::LimitReached`] if the pool has `max_workers()`
+    /// workers.
     pub(super) fn start_worker(state: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
         let Some(slot) = state.workers.add(post) else {
             let what = "the limit on workers is reached: see max_workers()";
@@ -49,8 +50,8 @@ fn at_most(option: BuildOption, what: &str) -> Error {
     Error::new(ErrorKind::LimitReached, what).of_option(option)
 }
 
-/// The name of a worker's thread. The kernel cuts names at 15 bytes; this cuts the prefix instead, so
-/// that the number is kept.
+/// The name of a worker's thread. The kernel cuts names at 15 bytes; this cuts the prefix instead,
+/// so that the number is kept.
 fn thread_name(prefix: &str, index: usize) -> String {
     let suffix = format!("/{index}");
     let mut cut = prefix.len().min(15 - suffix.len());

@@ -192,14 +192,14 @@ impl Watchdog {
         self.short = short;
     }
 
-    /// If no worker can be started and all but one are held up, the last one also serves slow regions
-    /// that occupy no worker.
+    /// If no worker can be started and all but one are held up, the last one also serves slow
+    /// regions that occupy no worker.
     fn last_resort(&self, Observation { held_up, waiting, .. }: Observation) {
         let workers = &self.state.workers;
         let last = (self.short || workers.working() >= workers.most()) && held_up + 1 >= workers.working();
         workers.last_resort.store(last, Ordering::Relaxed);
-        // A worker that hangs may have kept a few faults, or may have read the timer. Another worker
-        // takes these over when it is woken. Without a waiting worker, nothing is written to
+        // A worker that hangs may have kept a few faults, or may have read the timer. Another
+        // worker takes these over when it is woken. Without a waiting worker, nothing is written to
         // `wake_fd`, because each write would wake a worker later.
         if waiting > 0 && (self.state.slow_admission.has_waiters() || self.state.has_queued()) {
             self.state.wake_one();
@@ -209,8 +209,8 @@ impl Watchdog {
         }
     }
 
-    /// Reads the faults of all regions and queues them. Called if no worker may be left to read them,
-    /// because a fault that is not read cannot time out.
+    /// Reads the faults of all regions and queues them. Called if no worker may be left to read
+    /// them, because a fault that is not read cannot time out.
     fn read_all(&mut self) {
         for handle in self.state.regions() {
             let Some(region) = handle.enter() else { continue };
@@ -238,7 +238,8 @@ impl Watchdog {
     }
 
     fn read_one(&mut self, region: &Arc<Served>) {
-        // The watchdog must not wait for one region, because it watches all: it reads at the next look.
+        // The watchdog must not wait for one region, because it watches all: it reads at the next
+        // look.
         let read = region.try_read_events(&mut self.batch, &mut |event| region.handle_deferred(event));
         let Ok(again) = read else { return };
         let read = Instant::now();

@@ -69,8 +69,8 @@ impl Worker {
         })
     }
 
-    /// Works until the pool stops, or another worker waits at the same post and this one is surplus.
-    /// Returns the number of faults that it has served.
+    /// Works until the pool stops, or another worker waits at the same post and this one is
+    /// surplus. Returns the number of faults that it has served.
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
@@ -96,8 +96,8 @@ impl Worker {
         }
     }
 
-    /// Works without waiting until no work is left or `budget` faults are served. Returns the number
-    /// of served faults.
+    /// Works without waiting until no work is left or `budget` faults are served. Returns the
+    /// number of served faults.
     pub(super) fn serve_ready(&mut self, budget: u64) -> u64 {
         let _abort = AbortOnPanic::armed();
         let before = self.served;
@@ -116,10 +116,11 @@ impl Worker {
         self.served - before
     }
 
-    /// One round: waits for an event, serves one ready descriptor and the queued faults, and fills one
-    /// block ahead. The worker is marked as working when this returns.
+    /// One round: waits for an event, serves one ready descriptor and the queued faults, and fills
+    /// one block ahead. The worker is marked as working when this returns.
     fn round(&mut self, wait: EpollTimeout) -> Round {
-        // One descriptor a round, because the others then stay ready for a replacement of this worker.
+        // One descriptor a round, because the others then stay ready for a replacement of this
+        // worker.
         let mut ready = [EpollEvent::empty()];
         let count = self.ready.wait(&mut ready, wait).map_err(Errno::of);
         self.state.workers.mark_working(self.slot);
@@ -164,7 +165,8 @@ impl Worker {
         let Some(mut turn) = region.acquire_turn() else { return self.state.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
             if self.serve_read(&region, &mut turn) == Err(Busy) {
-                // The turn is not released: the next worker takes it when it is late, and does not wait either.
+                // The turn is not released: the next worker takes it when it is late, and does not
+                // wait either.
                 return self.state.look_later(&region, TURN_MAX);
             }
             if turn.try_release(self.batch.is_full()) {
@@ -179,7 +181,8 @@ impl Worker {
     /// Reads a batch of events, serves its first fault and queues the others.
     fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
         let Self { state, ready, batch, buffers, served, slot, .. } = self;
-        // Workers do not read regions whose children are served, so no event of a child arrives here.
+        // Workers do not read regions whose children are served, so no event of a child arrives
+        // here.
         let defer = &mut |event| region.handle_deferred(event);
         let again = match turn.may_wait() {
             true => region.read_events(batch, defer),
@@ -196,8 +199,8 @@ impl Worker {
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
             match state.enqueue(QueuedFault::new(region, request)).ok() {
-                // This worker serves the fault soon. It is queued because this worker may hang: then the
-                // replacement serves it.
+                // This worker serves the fault soon. It is queued because this worker may hang:
+                // then the replacement serves it.
                 Some(()) if index < keeps => kept += 1,
                 Some(()) => queued += 1,
                 // The queue is full, so all other workers have work: serve it here.
@@ -210,7 +213,8 @@ impl Worker {
         state.wake_others(queued);
         *served += batch.faults().len() as u64 - queued - kept;
         if batch.is_full() {
-            // There may be more to read, and a source may hold this worker up: another worker reads.
+            // There may be more to read, and a source may hold this worker up: another worker
+            // reads.
             state.rearm(ready, region);
         }
         if let Some(first) = first {
@@ -220,9 +224,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Serves a fault when it is admitted. With `max_in_flight`, the bulkhead of its region admits it.
-    /// Otherwise the fault of a fast region is served at once, and that of a slow region needs the
-    /// admission of the pool. A fault that is not admitted waits until a worker releases another one.
+    /// Serves a fault when it is admitted. With `max_in_flight`, the bulkhead of its region admits
+    /// it. Otherwise the fault of a fast region is served at once, and that of a slow region needs
+    /// the admission of the pool. A fault that is not admitted waits until a worker releases
+    /// another one.
     fn serve_admitted(&mut self, region: &Arc<Served>, request: FaultRequest) {
         if let Some((most, bulkhead)) = &region.limit {
             let mut next = bulkhead.admit(*most, request);
@@ -239,7 +244,8 @@ impl Worker {
         }
     }
 
-    /// Serves the fault of a slow region, and then each waiting fault that is admitted in its place.
+    /// Serves the fault of a slow region, and then each waiting fault that is admitted in its
+    /// place.
     fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
         while let Some(QueuedFault { handle, request }) = next {

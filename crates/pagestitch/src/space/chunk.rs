@@ -32,8 +32,8 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// All bytes of a source of your own, or of a wrapper. Clone the `Arc` to take several chunks of
-    /// it.
+    /// All bytes of a source of your own, or of a wrapper. Clone the `Arc` to take several chunks
+    /// of it.
     #[must_use]
     pub fn source<S: Source + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::of_source(source))

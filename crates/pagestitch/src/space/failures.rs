@@ -26,13 +26,13 @@ impl Mapping {
 
     /// The failed pages of a span with their failures, ascending.
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
-        // A discarded page is absent, and not poisoned any more. A page whose fault timed out is still
-        // claimed by the worker in its source, and counts.
+        // A discarded page is absent, and not poisoned any more. A page whose fault timed out is
+        // still claimed by the worker in its source, and counts.
         self.failed_pages(span).filter(|(page, _)| self.pages.state(*page) != PageState::Absent).collect()
     }
 
-    /// The pages of a span that have failed and were not filled since, with their failures, ascending.
-    /// Such a page may have been discarded.
+    /// The pages of a span that have failed and were not filled since, with their failures,
+    /// ascending. Such a page may have been discarded.
     pub(crate) fn failed_pages(&self, span: Span) -> impl Iterator<Item = (Page, Arc<Failure>)> {
         let failures = self.failures.locked();
         let bad = failures.range(span.first..span.end()).map(|(&page, failure)| (page, Arc::clone(failure)));

@@ -1,5 +1,5 @@
-//! The layout: a table that finds the chunk of each byte of a region. Sorted and immutable; 25 bytes
-//! a chunk.
+//! The layout: a table that finds the chunk of each byte of a region. Sorted and immutable; 25
+//! bytes a chunk.
 //!
 //! ```text
 //!   offset   0        5000      5300                 12288        total
@@ -155,7 +155,8 @@ impl Layout {
         self.origins.len()
     }
 
-    /// The chunk number of a chunk. Users know a chunk by this number, which does not count padding.
+    /// The chunk number of a chunk. Users know a chunk by this number, which does not count
+    /// padding.
     pub(crate) fn number_of(&self, chunk: usize) -> usize {
         chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
     }
@@ -263,8 +264,8 @@ impl Layout {
         self.sources.iter().any(|source| matches!(source, Backing::Donated(_)))
     }
 
-    /// Unlocks donated pages, because the kernel does not move locked pages into a region that is not
-    /// locked.
+    /// Unlocks donated pages, because the kernel does not move locked pages into a region that is
+    /// not locked.
     pub(crate) fn unlock_donated(&self) -> Result<(), Errno> {
         self.sources.iter().try_for_each(|source| match source {
             Backing::Donated(donated) => donated.unlock(),
@@ -272,8 +273,8 @@ impl Layout {
         })
     }
 
-    /// Drops the sources whose chunks are all mapped in place. The kernel keeps the pages of a mapping,
-    /// so that a region of thousands of files needs no descriptor for each.
+    /// Drops the sources whose chunks are all mapped in place. The kernel keeps the pages of a
+    /// mapping, so that a region of thousands of files needs no descriptor for each.
     pub(crate) fn drop_mapped_sources(&mut self, is_shown: impl Fn(Range<u64>) -> bool) {
         let mut needed = vec![false; self.sources.len()];
         for chunk in 0..self.chunks() {

@@ -254,8 +254,8 @@ fn whole_granules((page, granule): (PageSize, PageSize), offsets: Range<u64>, so
 }
 
 /// The offsets of an extent, extended to whole pages where only padding or the region's end
-/// follows. Not so in a donated page, unless the donation ends there: the page moves with all of its
-/// bytes, and the rest may belong to another chunk of any region, now or later.
+/// follows. Not so in a donated page, unless the donation ends there: the page moves with all of
+/// its bytes, and the rest may belong to another chunk of any region, now or later.
 fn with_padding(layout: &Layout, page: PageSize, chunks: Range<usize>) -> Range<u64> {
     let (first, last) = (chunks.start, chunks.end - 1);
     let (start, stop) = (layout.offsets_of(first).start, layout.offsets_of(last).end);

@@ -74,8 +74,8 @@ pub(crate) struct PageTable {
     /// Invariant: the used bit of a [`BLOCK`] of pages is set if a state in it is not absent,
     /// except between a state's change and the store of the bit that follows.
     ///
-    /// Invariant: a state that [is claimed](PageState::is_claimed) belongs to exactly one [`Claim`], or
-    /// to a span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
+    /// Invariant: a state that [is claimed](PageState::is_claimed) belongs to exactly one
+    /// [`Claim`], or to a span that was [kept](Claim::keep) and not yet [resumed](Self::resume).
     words: AtomicTable,
     /// The number of words that hold used bits.
     blocks: usize,
@@ -360,7 +360,8 @@ impl Claim<'_> {
         self.span = block;
     }
 
-    /// Claims the absent pages of a span, which holds this claim, as far as they continue the claim.
+    /// Claims the absent pages of a span, which holds this claim, as far as they continue the
+    /// claim.
     pub(crate) fn grow_within(&mut self, span: Span) {
         let own = self.span;
         let after = span.without_prefix(own.end().0.saturating_sub(span.first.0));
@@ -394,8 +395,8 @@ impl Claim<'_> {
         span
     }
 
-    /// Makes the pages absent, and wakes only the threads whose faults arrived during the claim. The
-    /// caller must serve or wake the thread for which the claim was made.
+    /// Makes the pages absent, and wakes only the threads whose faults arrived during the claim.
+    /// The caller must serve or wake the thread for which the claim was made.
     pub(crate) fn release_without_wake(&mut self) {
         self.settle(self.span.pages, PageState::Absent);
     }

@@ -76,8 +76,8 @@ impl Plan {
         &self.runs
     }
 
-    /// `Ok` if whole blocks of 2 MiB that are copied or read are filled in a huge page and moved in,
-    /// which takes less than half the time.
+    /// `Ok` if whole blocks of 2 MiB that are copied or read are filled in a huge page and moved
+    /// in, which takes less than half the time.
     ///
     /// Decided when the region is built. On Linux before 6.16 (6.12.37), the kernel may lose a page
     /// that moves while it is swapped out. So pages do not move there if swap is on when the region

@@ -62,8 +62,8 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
 
 /// True if the process of a child has ended, or has replaced the memory by exec(2).
 fn is_dead(child: &Mapping) -> bool {
-    // Private memory has no page cache, so UFFDIO_CONTINUE fails. The error tells whether the process
-    // lives.
+    // Private memory has no page cache, so UFFDIO_CONTINUE fails. The error tells whether the
+    // process lives.
     child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
 }
 

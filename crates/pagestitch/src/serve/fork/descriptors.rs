@@ -13,12 +13,12 @@ use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 /// The descriptors of all children of a region.
 #[derive(Debug)]
 pub(crate) struct Descriptors {
-    /// The reserve. When no descriptor is left, one of these is closed, so that the event of one more
-    /// child can be read, and those of its own children. Until then the kernel fills no page of their
-    /// parents.
+    /// The reserve. When no descriptor is left, one of these is closed, so that the event of one
+    /// more child can be read, and those of its own children. Until then the kernel fills no page
+    /// of their parents.
     ///
-    /// The lock is the standard library's, because the fork reader takes it, and waiting for that lock
-    /// does not allocate.
+    /// The lock is the standard library's, because the fork reader takes it, and waiting for that
+    /// lock does not allocate.
     spare: StdMutex<Vec<EventFd>>,
     /// How often in a row no descriptor was left.
     short: AtomicUsize,
@@ -43,9 +43,9 @@ impl Descriptors {
         })
     }
 
-    /// Keeps a child's userfaultfd open as long as the child lives, even if this process ends, because
-    /// closing it would show zeros to the child. False if no socket has room. Allocates nothing.
-    /// `first` is an address range of the region.
+    /// Keeps a child's userfaultfd open as long as the child lives, even if this process ends,
+    /// because closing it would show zeros to the child. False if no socket has room. Allocates
+    /// nothing. `first` is an address range of the region.
     pub(crate) fn keep(&self, child: BorrowedFd<'_>, first: AddressRange) -> bool {
         let queues = || self.kept.iter().filter_map(OnceLock::get);
         let put = |queue: &FdQueue| {
@@ -78,8 +78,8 @@ impl Descriptors {
         self.server.as_ref().is_some_and(ended)
     }
 
-    /// Called when no descriptor is left for a child. True if the shortage has lasted so long that no
-    /// ended child will free one.
+    /// Called when no descriptor is left for a child. True if the shortage has lasted so long that
+    /// no ended child will free one.
     pub(crate) fn note_shortage(&self) -> bool {
         self.short.fetch_add(1, Ordering::Relaxed) >= PATIENCE
     }

@@ -69,8 +69,8 @@ impl Served {
 /// zeros to a child that is being created.
 ///
 /// An owned region calls this before its teardown, because the teardown may wait for the allocator,
-/// whose lock a forking thread holds until the fork reader has read its event. The region of a child
-/// calls this at its end, because the child has an allocator of its own.
+/// whose lock a forking thread holds until the fork reader has read its event. The region of a
+/// child calls this at its end, because the child has an allocator of its own.
 pub(crate) fn block_forks(region: &Served) {
     if region.children.is_none() {
         return;

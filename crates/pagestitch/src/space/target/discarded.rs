@@ -6,8 +6,8 @@ use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Errno, Span};
 use std::num::NonZeroUsize;
 
-/// A set of pages that only grows. Adding a span for a second time takes one step for 262,144 of its
-/// pages.
+/// A set of pages that only grows. Adding a span for a second time takes one step for 262,144 of
+/// its pages.
 #[derive(Debug)]
 pub(super) struct DiscardedPages {
     /// A bit a page.
@@ -49,8 +49,8 @@ impl DiscardedPages {
         }
     }
 
-    /// True if a span's first page is in the set, with the number of leading pages for which the same
-    /// holds. For pages outside the set, that number is at most [`LOOK`].
+    /// True if a span's first page is in the set, with the number of leading pages for which the
+    /// same holds. For pages outside the set, that number is at most [`LOOK`].
     pub(super) fn prefix(&self, span: Span) -> (usize, bool) {
         let (first, end) = (span.first.0, span.end().0);
         let set = self.pages[first / WORD].load(Ordering::SeqCst) >> (first % WORD) & 1 == 1;
@@ -72,8 +72,8 @@ impl DiscardedPages {
         (at.min(end) - first, set)
     }
 
-    /// The number of pages from `at` to the end of its group, or of 64 groups, if all of these are in
-    /// the set; else 0.
+    /// The number of pages from `at` to the end of its group, or of 64 groups, if all of these are
+    /// in the set; else 0.
     fn full_at(&self, at: usize) -> usize {
         let group = at / GROUP;
         let groups = self.full[group / WORD].load(Ordering::SeqCst);

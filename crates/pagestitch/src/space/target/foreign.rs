@@ -34,8 +34,8 @@ pub(crate) struct Foreign {
     pub(super) listed: Option<Listed>,
 }
 
-/// Another thread holds the lock of the memory map, perhaps for long: the kernel may wait for memory
-/// of a source while it copies.
+/// Another thread holds the lock of the memory map, perhaps for long: the kernel may wait for
+/// memory of a source while it copies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Busy;
 
@@ -169,8 +169,8 @@ impl Foreign {
         }
     }
 
-    /// True if the first page of a span is discarded, with the number of leading pages for which the
-    /// same holds. That number is limited, so a long run may go on after it.
+    /// True if the first page of a span is discarded, with the number of leading pages for which
+    /// the same holds. That number is limited, so a long run may go on after it.
     pub(crate) fn discarded_prefix(&self, span: Span) -> (usize, bool) {
         self.discarded.prefix(span)
     }

@@ -116,8 +116,8 @@ impl AdoptedMemory {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidOption`] if the size is not a power of two from the system's page size to 2
-    /// MiB.
+    /// [`ErrorKind::InvalidOption`] if the size is not a power of two from the system's page size
+    /// to 2 MiB.
     pub fn page_size(mut self, bytes: usize) -> Result<Self, Error> {
         let page =
             PageSize::new(bytes).filter(|page| (PageSize::system().bytes()..=HUGE).contains(&page.bytes()));

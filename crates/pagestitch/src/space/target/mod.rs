@@ -8,8 +8,8 @@
 //! ```
 //!
 //! In foreign memory, pages can only be copied: this process can neither map nor move pages there,
-//! nor ask whether a page is present. A page that the owner discards reads as zeros from then on, as
-//! in any memory, and is not filled from its source again.
+//! nor ask whether a page is present. A page that the owner discards reads as zeros from then on,
+//! as in any memory, and is not filled from its source again.
 //!
 //! | file | content |
 //! |---|---|
@@ -105,8 +105,8 @@ impl Target {
         })
     }
 
-    /// Calls `each` with every page of a span and true if it is present. Calls nothing if the kernel
-    /// does not tell.
+    /// Calls `each` with every page of a span and true if it is present. Calls nothing if the
+    /// kernel does not tell.
     pub(crate) fn residency(&self, span: Span, each: impl FnMut(Page, bool)) {
         if let Self::Owned(reservation) = self {
             // After an error, `each` was not called for the rest.
@@ -129,8 +129,8 @@ impl Target {
         }
     }
 
-    /// Makes pages inaccessible for good. Used if the kernel has no poison markers. In foreign memory
-    /// this kills the owner.
+    /// Makes pages inaccessible for good. Used if the kernel has no poison markers. In foreign
+    /// memory this kills the owner.
     pub(crate) fn revoke(&self, span: Span) -> Result<(), Errno> {
         match self {
             Self::Owned(reservation) => reservation.revoke(span),
