@@ -2,10 +2,11 @@
 //! of its owner and the end of its region.
 
 use crate::guests::{adopt, receive};
+use crate::wrappers::Noted;
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, reason, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::gettid;
-use pagestitch::source::FailureReason;
+use pagestitch::source::{Cached, FailureReason};
 use pagestitch::{
     AdoptedMemory, AdoptedRegion, BuildOption, Chunk, ErrorKind, Inline, OnUnavailable, Pool, Process,
     Readahead, Region, Source,
@@ -154,6 +155,52 @@ fn a_discarded_page_of_adopted_memory_stays_zeros() {
     let region = build(other.memory, &Pool::builder().workers(3).start().unwrap());
     other.process.wait().expect_pass();
     assert!(region.close().pages_zeroed >= 334);
+}
+
+/// A source that is read in units: a unit leaves out the pages that a balloon has taken, and ends
+/// with the range of its page.
+#[test]
+fn a_unit_of_reads_has_no_discarded_page_and_ends_with_its_range() {
+    let other = start_guest(this_test!(), |guest, _stream| {
+        guest.balloon(5 * PAGE, PAGE).unwrap();
+        for page in [3, 8, 299, 301] {
+            assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64), "page {page}");
+        }
+        assert_eq!(guest.read(5 * PAGE), 0);
+    });
+    let noted = Arc::new(Noted::new(TOTAL as u64, 16 * PAGE as u64));
+    let builder = Region::builder().chunk(Chunk::source(Arc::clone(&noted))).readahead(Readahead::None);
+    let region = builder.build_adopted(other.memory, &Pool::builder().workers(1).start().unwrap()).unwrap();
+    other.process.wait().expect_pass();
+    let reads = [(0, 5), (6, 10), (288, 12), (300, 4)];
+    assert_eq!(noted.reads(), reads.map(|(first, pages)| ((first * PAGE) as u64, pages * PAGE)));
+    assert_eq!(region.close().pages_zeroed, 1);
+}
+
+#[test]
+fn guests_that_share_a_cached_source_read_each_block_once() {
+    const BLOCK: usize = 64 << 10;
+    let guest = || {
+        start_guest(this_test!(), |guest, _stream| {
+            for page in (0..TOTAL / PAGE).map(|page| page * 617 % (TOTAL / PAGE)) {
+                assert_eq!(guest.read(page * PAGE + 9), byte_at((page * PAGE) as u64 + 9));
+            }
+        })
+    };
+    let guests = [guest(), guest()];
+    let noted = Arc::new(Noted::new(TOTAL as u64, BLOCK as u64));
+    let cached = Arc::new(Cached::new(Arc::clone(&noted), 2 * TOTAL as u64));
+    let pool = Pool::new().unwrap();
+    let served = guests.map(|guest| {
+        let builder = Region::builder().chunk(Chunk::source(Arc::clone(&cached)));
+        (builder.build_adopted(guest.memory, &pool).unwrap(), guest.process)
+    });
+    for (region, process) in served {
+        process.wait().expect_pass();
+        drop(region);
+    }
+    let blocks = (0..TOTAL).step_by(BLOCK).map(|start| (start as u64, BLOCK.min(TOTAL - start)));
+    assert_eq!(noted.reads(), blocks.collect::<Vec<_>>());
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! Each source of pagestitch passes the conformance suite of the testkit.
 
 use crate::pattern;
+use crate::wrappers::Prompt;
 use pagestitch::Retry;
 use pagestitch::source::{Cached, FileSource, Hole, Limited, Memory, Retrying};
-use pagestitch_testkit::conformance::check;
+use pagestitch_testkit::conformance::{check, check_fetch};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io::Write;
 use std::sync::Arc;
@@ -52,6 +53,22 @@ fn wrapped_sources_conform() {
     let limited = Limited::new(Retrying::new(source, Retry::times(2)), 2);
     check(Arc::new(Cached::new(limited, 1 << 20)), &bytes);
     check(Arc::new(Limited::new(Memory::from(bytes.clone()), 1)), &bytes);
+}
+
+#[test]
+fn asynchronous_sources_and_their_wrappers_conform() {
+    for granularity in [1, 16_384] {
+        let bytes: Vec<u8> = (0..200_000).map(byte_at).collect();
+        let prompt = || Prompt::new(200_000, granularity);
+        check_fetch(Arc::new(prompt()), &bytes);
+        check_fetch(Arc::new(Retrying::new(prompt(), Retry::times(2))), &bytes);
+        check_fetch(Arc::new(Limited::new(prompt(), 1)), &bytes);
+        for (capacity, block) in [(0, 512), (100_000, 4096), (1 << 20, 65_536)] {
+            check_fetch(Arc::new(Cached::new(prompt(), capacity).block(block)), &bytes);
+        }
+        let limited = Limited::new(Retrying::new(prompt(), Retry::times(2)), 2);
+        check_fetch(Arc::new(Cached::new(limited, 1 << 20)), &bytes);
+    }
 }
 
 #[test]

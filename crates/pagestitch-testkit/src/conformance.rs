@@ -9,6 +9,7 @@
 //! conformance::check(Arc::new(Memory::from(bytes.clone())), &bytes);
 //! ```
 
+use pagestitch::source::Fetch;
 use pagestitch::{Chunk, Pool, Region, Source};
 use std::sync::Arc;
 use std::thread;
@@ -22,19 +23,38 @@ use std::thread;
 ///
 /// If the source breaks its contract. The message names the broken part.
 pub fn check<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
-    assert!(!expected.is_empty(), "give the suite some bytes to expect");
-    let size = source.size();
-    assert!(
-        size >= expected.len() as u64,
-        "size() is {size}, less than the {} bytes expected",
-        expected.len()
-    );
-    assert_eq!(size, source.size(), "size() must not change between two calls");
-    assert!(!source.name().is_empty(), "name() must say something: it stands in errors and plans");
+    describes_itself((|| source.size(), || source.name(), || source.granularity()), expected);
     fills_all_of_the_buffer(&*source, expected);
     does_not_depend_on_the_split(&*source, expected);
     answers_several_threads(&*source, expected);
-    shows_through_a_region(source, expected);
+    shows_through_a_region(|| Chunk::source(Arc::clone(&source)), expected);
+}
+
+/// As [`check`], for an asynchronous source: checks it through regions, whose touches and reads send
+/// its requests from several threads.
+///
+/// # Panics
+///
+/// If the source breaks its contract. The message names the broken part.
+pub fn check_fetch<F: Fetch + 'static>(source: Arc<F>, expected: &[u8]) {
+    describes_itself((|| source.size(), || source.name(), || source.granularity()), expected);
+    thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| shows_through_a_region(|| Chunk::fetch(Arc::clone(&source)), expected));
+        }
+    });
+}
+
+fn describes_itself(
+    (size, name, granularity): (impl Fn() -> u64, impl Fn() -> String, impl Fn() -> u64),
+    expected: &[u8],
+) {
+    assert!(!expected.is_empty(), "give the suite some bytes to expect");
+    let (bytes, known) = (size(), expected.len());
+    assert!(bytes >= known as u64, "size() is {bytes}, less than the {known} bytes expected");
+    assert_eq!(bytes, size(), "size() must not change between two calls");
+    assert_eq!(granularity(), granularity(), "granularity() must not change between two calls");
+    assert!(!name().is_empty(), "name() must say something: it stands in errors and plans");
 }
 
 fn fills_all_of_the_buffer(source: &dyn Source, expected: &[u8]) {
@@ -74,14 +94,14 @@ fn answers_several_threads(source: &dyn Source, expected: &[u8]) {
     });
 }
 
-fn shows_through_a_region<S: Source + 'static>(source: Arc<S>, expected: &[u8]) {
+fn shows_through_a_region(chunk: impl Fn() -> Chunk, expected: &[u8]) {
     let pool = Pool::builder().workers(2).start().expect("a pool");
     let len = expected.len() as u64;
     // The odd byte in front lets every page of the second copy start inside a page of the source.
     let region = Region::builder()
-        .chunk(Chunk::source(Arc::clone(&source)).range(0..len))
+        .chunk(chunk().range(0..len))
         .chunk(vec![0x55])
-        .chunk(Chunk::source(source).range(0..len))
+        .chunk(chunk().range(0..len))
         .build(&pool)
         .expect("a region of the source");
     assert!(region.as_slice()[..expected.len()] == *expected, "the bytes differ when touched in a region");

@@ -362,7 +362,14 @@ impl Claim<'_> {
 
     /// Claims the absent pages of a span, which holds this claim, as far as they continue the
     /// claim.
+    #[inline]
     pub(crate) fn grow_within(&mut self, span: Span) {
+        if span.pages > 1 {
+            self.grow_to_neighbours(span);
+        }
+    }
+
+    fn grow_to_neighbours(&mut self, span: Span) {
         let own = self.span;
         let after = span.without_prefix(own.end().0.saturating_sub(span.first.0));
         let after = self.table.exchange_run(after, PageState::Absent, PageState::Filling);
