@@ -8,6 +8,7 @@ mod children;
 mod conformance;
 mod contention;
 mod donated;
+mod error_messages;
 mod failure;
 mod fairness;
 

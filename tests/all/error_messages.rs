@@ -1,0 +1,377 @@
+//! The full text of each error, once: it names the thing, the reason and the remedy, on one line.
+//! All other tests check kinds and details, so that a better text changes this file only.
+
+use crate::donated::pages_of;
+use crate::guests::adopt;
+use crate::{PAGE, pattern};
+use pagestitch::source::{Donated, Fetch, FileSource, Memfd, Memory, Reply, SharedFile, UnsealedMemfd};
+use pagestitch::{
+    Access, AdoptedMemory, Builder, Chunk, Error, Inline, Manual, Placement, Pool, Readahead, Recording,
+    Region, Server,
+};
+use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scripted::Scripted;
+use std::fs::{self, File};
+use std::sync::Arc;
+
+/// Compares errors with their texts, and shows all differences at once.
+fn check<E: std::fmt::Display, T: AsRef<str>>(cases: impl IntoIterator<Item = (E, T)>) {
+    let cases = cases.into_iter().map(|(error, text)| (error.to_string(), text.as_ref().to_owned()));
+    let (said, expected): (Vec<_>, Vec<_>) = cases.unzip();
+    assert_eq!(said, expected);
+    assert!(said.iter().all(|line| !line.contains('\n')), "one line each: {said:?}");
+}
+
+fn named() -> Builder {
+    Region::builder().name("r")
+}
+
+fn filled() -> Builder {
+    named().chunk(pattern(1, 4 * PAGE))
+}
+
+fn refused(builder: Builder, server: impl Into<Server>) -> Error {
+    builder.build(server).unwrap_err()
+}
+
+#[test]
+fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let memory = || Chunk::from(vec![0u8; 10]);
+    let donated = Arc::new(Donated::from(pages_of(&pattern(1, 2 * PAGE))));
+    let donation = |range| Chunk::from(Arc::clone(&donated)).range(range);
+    let memfd = UnsealedMemfd::create("shared", 4096).unwrap();
+    let shared = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+    check([
+        (refused(named(), &pool), "region r: a region needs at least one chunk: the list is empty"),
+        (
+            refused(filled().chunk(memory().range(3..3)), &pool),
+            "region r: chunk 1 (memory) is empty: leave it out, or give it a length",
+        ),
+        (
+            refused(filled().chunk(memory().range(3..11)), &pool),
+            "region r: chunk 1 (memory) reaches to byte 11 of a source of 10 bytes: end it at or before 10",
+        ),
+        (
+            refused(named().chunk(donation(0..5000)).chunk(donation(4999..6000)), &pool),
+            "region r: chunk 1 (donated pages) donates bytes 0..5000, which another chunk has donated already: a page moves only once",
+        ),
+        (
+            refused(named().chunk(Chunk::hole(u64::MAX)).chunk(Chunk::hole(1)), &pool),
+            "region r: chunk 1 takes the region past 2^64 bytes: split the region",
+        ),
+        (
+            refused(named().chunk(Chunk::hole(u64::MAX)), &pool),
+            "region r: 18446744073709551615 bytes are more than there are addresses: split it",
+        ),
+        (
+            refused(filled().chunk(shared), &pool),
+            "region r: other processes may change chunk 1 (/memfd:shared (deleted)): use build_shared(), or seal or copy it",
+        ),
+        (
+            refused(filled().require_zero_copy(), &pool),
+            "region r: chunk 0 (memory) is not zero-copy: memory: copied once, from its own address",
+        ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_options_name_the_option_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let recorded = filled().record().build(&pool).unwrap();
+    let recording = recorded.recording().unwrap();
+    let other = || named().chunk(vec![1; PAGE]).replay(&recording);
+    check([
+        (
+            refused(filled().writable().hardware_read_only(), &pool),
+            "region r: hardware_read_only() stops the writes that writable() allows: leave out one of the two",
+        ),
+        (
+            refused(filled().record().replay(&recording), &pool),
+            "region r: a page that is replayed has no first touch: record() another region, without replay()",
+        ),
+        (
+            refused(other(), &pool),
+            "region r: the recording is of a region of 16384 bytes in pages of 4 KiB, but this region has 4096 bytes in pages of 4 KiB: record it anew",
+        ),
+        (
+            refused(filled().inherit_on_fork(), &Manual::new().unwrap()),
+            "region r: a manual serves no forked children, because its loop may wait for the allocator while fork(2) holds it: use a pool",
+        ),
+        (
+            refused(filled().inherit_on_fork(), Inline),
+            "region r: an inline region serves no forked children: use a pool",
+        ),
+        (
+            refused(filled().record(), Inline),
+            "region r: a recording needs workers, to be taken or replayed: use a pool",
+        ),
+        (
+            refused(filled().readahead(Readahead::Adaptive), Inline),
+            "region r: a signal handler fills its own page and none ahead: leave out readahead(), or use a pool",
+        ),
+        (
+            refused(filled().max_in_flight(1), Inline),
+            "region r: each thread fills its own page, so there are no more faults than threads: leave out max_in_flight(), or use a pool",
+        ),
+        (
+            refused(filled().record_latency(), Inline),
+            "region r: a signal handler does not look at the clock: leave out record_latency(), or use a pool",
+        ),
+        (
+            refused(filled().chunk(Chunk::source(Arc::new(Scripted::new(10)))), Inline),
+            "region r: chunk 1 (scripted) cannot be served inline, as a signal handler must not read it: use a pool, or read it into memory first",
+        ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_pools_and_manuals_name_the_option_and_the_remedy() {
+    check([
+        (
+            Pool::builder().workers(0).start().unwrap_err(),
+            "a pool needs at least one worker: ask for 1 or more",
+        ),
+        (
+            Pool::builder().name("a\0b").start().unwrap_err(),
+            "the pool's name \"a\\0b\" has a NUL byte, which a thread's name cannot have: leave it out",
+        ),
+        (
+            Pool::builder().placement(Placement::Cpus(vec![])).start().unwrap_err(),
+            "a pool needs at least one CPU: name one in Placement::Cpus",
+        ),
+        (Manual::group(0).unwrap_err(), "no thread would serve: ask for 1 or more"),
+    ]);
+}
+
+#[test]
+fn the_errors_of_adopted_memory_name_the_range_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let guest = Guest::new(&[4 * PAGE], false).unwrap();
+    let refused =
+        |set: fn(Builder) -> Builder| set(filled()).build_adopted(adopt(&guest), &pool).unwrap_err();
+    check([
+        (
+            refused(|builder| builder.writable()),
+            "region r: only its owner writes to adopted memory: leave out writable()",
+        ),
+        (
+            refused(|builder| builder.hardware_read_only()),
+            "region r: adopted memory is mapped by its owner: leave out hardware_read_only()",
+        ),
+        (
+            refused(|builder| builder.dumped()),
+            "region r: adopted memory is part of its owner's core dumps, not of this process's: leave out dumped()",
+        ),
+        (
+            refused(|builder| builder.max_mappings(1)),
+            "region r: nothing is mapped in adopted memory: leave out max_mappings()",
+        ),
+        (
+            refused(|builder| builder.inherit_on_fork()),
+            "region r: children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
+        ),
+        (
+            refused(|builder| builder.chunk(vec![1; PAGE])),
+            "region r: the chunks hold 20480 bytes and the memory's ranges 16384: lay chunks for exactly its ranges",
+        ),
+        (
+            filled().build_adopted(adopt(&guest), Inline).unwrap_err(),
+            "region r: adopted memory cannot be served inline: its owner has registered it for events; use a pool",
+        ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_ranges_of_adopted_memory_name_the_range_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let guest = Guest::new(&[4 * PAGE], false).unwrap();
+    let ranges = |ranges: &[(usize, usize)]| {
+        let owner = pagestitch::Process::open(std::process::id()).unwrap();
+        let memory = guest.memory_without_ranges().unwrap().owner(owner);
+        let memory = ranges.iter().fold(memory, |memory, &(start, bytes)| memory.range(start, bytes));
+        filled().build_adopted(memory, &pool).unwrap_err()
+    };
+    check([
+        (ranges(&[]), "region r: adopted memory has no range: add one with range()"),
+        (
+            ranges(&[(0x1001, PAGE)]),
+            "region r: the range of 0x1000 bytes at 0x1001 is not whole pages of 4 KiB: align its start and length to pages",
+        ),
+        (
+            ranges(&[(0x1000, 2 * PAGE), (0x2000, PAGE)]),
+            "region r: the range of 0x1000 bytes at 0x2000 overlaps the range at 0x1000: pass each page once",
+        ),
+        (
+            guest.memory_without_ranges().unwrap().page_size(3000).unwrap_err(),
+            "pages of 3000 bytes: serve pages of 4 KiB or 2 MiB",
+        ),
+        (
+            AdoptedMemory::new(File::open("/dev/null").unwrap().into()).unwrap_err(),
+            "cannot adopt memory: the descriptor is no userfaultfd but /dev/null: send the one that the memory is registered with",
+        ),
+        (
+            AdoptedMemory::new(guest.uffd().try_clone_to_owned().unwrap()).unwrap_err(),
+            "cannot adopt memory: the userfaultfd fills memory of this process, not of another: to fill it, make the promise of OwnMemory",
+        ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_files_name_the_path_and_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    let (within, shown) = (folder.path().display(), path.display());
+    check([
+        (
+            FileSource::open(&path).unwrap_err(),
+            format!("cannot open {shown}: No such file or directory (os error 2)"),
+        ),
+        (
+            Recording::read(&path).unwrap_err(),
+            format!("cannot read {shown}: No such file or directory (os error 2)"),
+        ),
+    ]);
+    fs::write(&path, "something else").unwrap();
+    let write_only = File::options().write(true).open(&path).unwrap();
+    check([
+        (FileSource::open(folder.path()).unwrap_err(), format!("{within} is a directory: name a file in it")),
+        (
+            FileSource::open("/dev/null").unwrap_err(),
+            String::from("/dev/null cannot be read at an offset: use a regular file or a block device"),
+        ),
+        (
+            FileSource::from_file(write_only, &path).unwrap_err(),
+            format!("{shown} is open for writing only: open it for reading too"),
+        ),
+        (
+            Memfd::from_fd(File::open(&path).unwrap().into()).unwrap_err(),
+            String::from(
+                "cannot use the descriptor: the memfd is not sealed against writing and shrinking: add F_SEAL_WRITE and F_SEAL_SHRINK first",
+            ),
+        ),
+        (Recording::read(&path).unwrap_err(), format!("{shown} is no recording of first touches")),
+        (
+            Recording::from_bytes(b"pgstrec1").unwrap_err(),
+            String::from("the data is damaged or cut short: record it anew"),
+        ),
+    ]);
+    let file = || SharedFile::open(&path, Access::ReadOnly).unwrap();
+    let pool = Pool::new().unwrap();
+    let region = named().chunk(file()).build_shared(&pool).unwrap();
+    check([
+        (
+            region.write_at(0, b"no").unwrap_err(),
+            String::from("region r is read-only: build it writable() to write to it"),
+        ),
+        (
+            named().chunk(file()).writable().build_shared(&pool).unwrap_err(),
+            format!(
+                "region r: cannot map chunk 0 ({shown}) in place: it is open for reading only: open it for writing too, or map it copy_on_write()"
+            ),
+        ),
+    ]);
+    File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+    check([(
+        region.read_at(0, &mut [0; 10]).unwrap_err(),
+        format!("region r: bytes 0..10 cannot be read: {shown} is shorter than it was: 0 bytes"),
+    )]);
+}
+
+/// Answers no request.
+struct Silent;
+
+impl Fetch for Silent {
+    fn size(&self) -> u64 {
+        10
+    }
+
+    fn fetch(&self, _offset: u64, _reply: Reply) {}
+}
+
+/// Answers each request with two bytes.
+struct Short;
+
+impl Fetch for Short {
+    fn size(&self) -> u64 {
+        10
+    }
+
+    fn fetch(&self, _offset: u64, reply: Reply) {
+        reply.answer(b"no");
+    }
+}
+
+#[test]
+fn the_errors_of_pages_name_the_chunk_the_source_and_the_reason() {
+    let pool = Pool::new().unwrap();
+    let failed = |chunk: Chunk| filled().chunk(chunk).build(&pool).unwrap().populate(..).unwrap_err();
+    let failing = Scripted::new(2 * PAGE as u64).failing(PAGE as u64..PAGE as u64 + 1);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), [7; 100]).unwrap();
+    let truncated = FileSource::from_file(file.reopen().unwrap(), "file").unwrap();
+    file.as_file().set_len(10).unwrap();
+    check([
+        (
+            failed(Chunk::source(Arc::new(failing))),
+            "region r: chunk 1 (scripted), at byte 4096 of its source: scripted to fail",
+        ),
+        (
+            failed(Chunk::source(Arc::new(Scripted::new(10).panicking(0..1)))),
+            "region r: chunk 1 (scripted), at byte 0 of its source: the source panicked: scripted to panic",
+        ),
+        (
+            failed(Chunk::fetch(Arc::new(Silent))),
+            "region r: chunk 1 (source), at byte 0 of its source: the source gave no answer: it dropped the request",
+        ),
+        (
+            failed(Chunk::fetch(Arc::new(Short))),
+            "region r: chunk 1 (source), at byte 0 of its source: the source gave 2 bytes where 10 were requested",
+        ),
+        (
+            failed(truncated.into()),
+            "region r: chunk 1 (file), at byte 0 of its source: the file ends before byte 100: it was truncated while in use",
+        ),
+    ]);
+    let region = filled().build(&pool).unwrap();
+    check([
+        (
+            region.read_at(5, &mut [0; 4 * PAGE]).unwrap_err(),
+            "bytes 5..16389 are not inside region r of 16384 bytes",
+        ),
+        (pool.clone().stop().unwrap_err(), "the pool still serves 1 (r): drop the regions first"),
+    ]);
+}
+
+/// Memory of a region.
+struct Bytes(Arc<Region>);
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_slice()
+    }
+}
+
+#[test]
+fn the_errors_of_servers_name_the_region_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let lower = Arc::new(Region::builder().name("lower").chunk(vec![1; PAGE]).build(&pool).unwrap());
+    let over = |region: &Arc<Region>| named().chunk(Memory::new(Bytes(Arc::clone(region))));
+    let inline = Arc::new(Region::builder().name("inline").chunk(vec![1; PAGE]).build(Inline).unwrap());
+    check([
+        (
+            refused(over(&lower), &pool),
+            "region r: chunk 0 is memory of region lower, which is filled by the same server, which would wait for itself: give each region a pool of its own, or copy the bytes out with read_at()",
+        ),
+        (
+            refused(over(&inline), &pool),
+            "region r: chunk 0 is memory of region inline, which is served inline, so that the kernel cannot copy its absent pages: give each region a pool of its own, or copy the bytes out with read_at()",
+        ),
+    ]);
+    drop(lower);
+    pool.clone().stop().unwrap();
+    check([(
+        refused(filled(), &pool),
+        "region r: its server has ended, because the pool was stopped or the server dropped: start another",
+    )]);
+}
