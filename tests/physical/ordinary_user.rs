@@ -10,7 +10,6 @@ use pagestitch_kernel::physical::Refusal;
 fn the_missing_right_is_named_to_an_ordinary_user() {
     let error = dev_mem(RESERVED, PAGE, Access::ReadOnly, Caching::Cached).unwrap_err();
     assert_eq!(error.refusal, Refusal::NoCapability("CAP_SYS_RAWIO"));
-    assert!(error.to_string().contains("become root, or grant it"), "{error}");
     let (path, ..) = pci_device("0x1af4", "0x1110", 2);
     let error = pci_resource(&path, Access::ReadOnly).unwrap_err();
     assert_eq!(error.refusal, Refusal::NoPermission(path.display().to_string()), "{error}");

@@ -155,8 +155,8 @@ mod tests {
     fn an_unsealed_memfd_is_refused_with_the_remedy() {
         let open = UnsealedMemfd::create("open", 10).unwrap();
         for file in [open.file().try_clone().unwrap(), File::open("/proc/self/exe").unwrap()] {
-            let said = SealedMemfd::try_from(OwnedFd::from(file)).unwrap_err().to_string();
-            assert!(said.contains("add F_SEAL_WRITE"), "{said}");
+            let error = SealedMemfd::try_from(OwnedFd::from(file)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput, "{error}");
         }
         assert!(UnsealedMemfd::create("empty", 0).unwrap().seal().is_err());
     }

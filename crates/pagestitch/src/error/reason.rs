@@ -86,7 +86,7 @@ impl FailureReason {
     }
 
     /// The reason of an error. An error that the library has not made is of the source.
-    pub(super) fn of(error: &io::Error) -> Self {
+    pub(crate) fn of(error: &io::Error) -> Self {
         let reasoned = error.get_ref().and_then(|inner| inner.downcast_ref::<Reasoned>());
         reasoned.map_or(Self::Source, |reasoned| reasoned.reason)
     }
