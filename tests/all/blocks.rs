@@ -166,9 +166,7 @@ fn the_plan_promises_no_huge_pages_where_the_process_has_none() {
         nix::sys::prctl::set_thp_disable(true).unwrap();
         let bytes = pattern(8, 2 * BLOCK);
         let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
-        let why = region.plan().staged().unwrap_err();
-        // Older kernels refuse for another reason.
-        assert!(why.contains("PR_SET_THP_DISABLE") || why.contains("cannot move"), "{why}");
+        assert!(region.plan().staged().is_err());
         region.populate(..).unwrap();
         assert!(region.as_slice() == bytes);
         assert_eq!(region.close().pages_staged, 0);

@@ -344,7 +344,6 @@ fn a_pool_with_regions_refuses_to_stop() {
     let region = Region::builder().name("kept").chunk(vec![5u8; 10]).build(&pool).unwrap();
     let error = pool.clone().stop().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
-    assert_eq!(error.to_string(), "the pool still serves 1 (kept): drop the regions first");
     assert_eq!(region.as_slice()[0], 5);
     drop(region);
     assert_eq!(pool.stop().unwrap().faults, 1);
