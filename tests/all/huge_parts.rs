@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use pagestitch::source::{Alias, AliasError, Memfd, SharedFile};
-use pagestitch::{Chunk, ErrorKind, Method, Pool, Region};
+use pagestitch::{Chunk, ErrorKind, Method, PlanReason, Pool, Region};
 use pagestitch_testkit::this_test;
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -58,7 +58,7 @@ fn a_chunk_behind_a_part_of_a_huge_page_keeps_its_bytes() {
     let region = Region::builder().chunk(chunk).chunk(other.clone()).build(&Pool::new().unwrap()).unwrap();
     assert!(region.as_slice()[..3 * MIB] == huge[..3 * MIB]);
     assert!(region.as_slice()[3 * MIB..] == other);
-    assert!(region.plan().to_string().contains("huge pages"), "{}", region.plan());
+    assert_eq!(region.plan().runs()[0].reason, PlanReason::EdgeOfHugePage);
     assert_eq!(region.close().pages_in_place, 512, "its first huge page is shown");
 }
 
@@ -116,11 +116,11 @@ fn whole_huge_pages_are_in_place_and_parts_are_copied() {
     // A multiple of the system's page size, but not of the memfd's.
     let off = Region::builder().chunk(part(MIB, 6 * MIB)).build(&pool).unwrap();
     assert!(off.as_slice() == &bytes[MIB..]);
-    let why = off.plan().runs()[0].reason;
-    assert!(why.contains("huge page"), "{why}");
+    let reason = PlanReason::OtherOffsetInHugePage;
+    assert_eq!(off.plan().runs()[0].reason, reason);
     let error = Region::builder().chunk(part(MIB, 3 * MIB)).require_zero_copy().build(&pool).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
-    assert_eq!(error.chunk(), Some(0), "{error}");
+    assert_eq!((error.chunk(), error.plan_reason()), (Some(0), Some(reason)), "{error}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use crate::donated::pages_of;
 use crate::{PAGE, pattern, reason, touch};
 use pagestitch::source::{Alias, FailureReason, SharedFile, UnsealedMemfd};
-use pagestitch::{Access, Chunk, ErrorKind, Method, Pool, Region, SharedRegion};
+use pagestitch::{Access, Chunk, ErrorKind, Method, PlanReason, Pool, Region, SharedRegion};
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::Write;
@@ -92,7 +92,7 @@ fn copy_on_write_keeps_writes_in_the_region() {
         .require_zero_copy()
         .build_shared(&Pool::new().unwrap())
         .unwrap();
-    assert!(region.plan().to_string().contains("until they are written to"));
+    assert_eq!(region.plan().runs()[0].reason, PlanReason::MappedUntilWritten);
     region.write_at(10, b"mine").unwrap();
     let mut theirs = [0; 4];
     other.read_exact_at(&mut theirs, 10).unwrap();
@@ -289,11 +289,11 @@ fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
     }
     let region = Region::builder().chunk(Arc::clone(&file)).build_shared(&Pool::new().unwrap()).unwrap();
     let plan = region.plan();
-    assert!(plan.runs()[0].reason.starts_with("its file system does not map files (ENODEV"), "{plan}");
+    assert_eq!(plan.runs()[0].reason, PlanReason::UnmappableFile, "{plan}");
     let strict = Region::builder().chunk(file).require_zero_copy();
     let error = strict.build_shared(&Pool::new().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);
-    assert_eq!(error.chunk(), Some(0), "{error}");
+    assert_eq!((error.chunk(), error.plan_reason()), (Some(0), Some(PlanReason::UnmappableFile)));
 }
 
 #[test]

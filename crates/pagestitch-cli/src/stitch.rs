@@ -323,7 +323,7 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         let run = |run: &pagestitch::PlanRun| {
             json!({
                 "offset": run.offsets.start, "bytes": run.offsets.end - run.offsets.start, "first_chunk": run.chunks.start,
-                "chunks": run.chunks.len(), "source": run.source, "method": run.method.to_string(), "reason": run.reason,
+                "chunks": run.chunks.len(), "source": run.source, "method": run.method.to_string(), "reason": run.reason.to_string(),
             })
         };
         plan.runs().iter().map(run).collect::<Vec<_>>()

@@ -87,7 +87,7 @@ pub use api::{
     AdoptedRegion, AnyRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
-pub use method::Method;
+pub use method::{Method, PlanReason};
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::limits::Limit;

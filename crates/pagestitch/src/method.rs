@@ -1,5 +1,9 @@
 //! The methods by which a page gets its bytes. Plans, fills and counters name them alike.
 
+mod reason;
+
+pub use reason::PlanReason;
+
 use std::fmt;
 
 /// The method by which pages are installed. `Display` prints the word that plans and documents use.

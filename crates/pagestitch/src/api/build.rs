@@ -301,7 +301,7 @@ fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
                 "region {}: chunk {} ({source}) is not zero-copy: {reason}",
                 mapping.name, chunks.start
             );
-            Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start))
+            Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start).of_plan(*reason))
         }
         None => Ok(()),
     }

@@ -11,6 +11,7 @@ pub use kind::ErrorKind;
 pub use option::BuildOption;
 pub use reason::FailureReason;
 
+use crate::method::PlanReason;
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::limits::{Limit, ReserveError};
 use pagestitch_kernel::uffd::OpenError;
@@ -38,6 +39,7 @@ struct Details {
     chunk: Option<usize>,
     limit: Option<Limit>,
     path: Option<PathBuf>,
+    plan_reason: Option<PlanReason>,
     errno: Option<i32>,
     failure: Option<Arc<Failure>>,
 }
@@ -143,6 +145,11 @@ impl Error {
         self
     }
 
+    pub(crate) fn of_plan(mut self, reason: PlanReason) -> Self {
+        self.details.plan_reason = Some(reason);
+        self
+    }
+
     pub(crate) fn at_path(mut self, path: &Path) -> Self {
         self.details.path = Some(path.to_owned());
         self
@@ -217,6 +224,12 @@ impl Error {
     #[must_use]
     pub fn limit(&self) -> Option<Limit> {
         self.details.limit
+    }
+
+    /// The reason why a chunk cannot be mapped: for [`ErrorKind::NotZeroCopy`].
+    #[must_use]
+    pub fn plan_reason(&self) -> Option<PlanReason> {
+        self.details.plan_reason
     }
 
     /// The path of the file that the error is about.

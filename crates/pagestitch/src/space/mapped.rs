@@ -11,6 +11,7 @@
 //! mapping, even if chunks meet inside a page. The kernel limits the number of mappings, so the
 //! build has a budget; pages above it are copied.
 
+use crate::method::PlanReason;
 use crate::source::{Backing, Shared};
 use crate::space::Layout;
 use pagestitch_kernel::page::HUGE;
@@ -73,7 +74,7 @@ pub(crate) struct ShownPages {
     /// Pages of memfds that are filled later: each faults once.
     pub(crate) lazy: MappedRuns,
     /// Pages that the kernel refused to map, with the reasons, ascending. They are copied.
-    pub(crate) refused: Vec<(Span, &'static str)>,
+    pub(crate) refused: Vec<(Span, PlanReason)>,
 }
 
 impl ShownPages {
@@ -107,17 +108,13 @@ impl ShownPages {
 
 /// The reason why the kernel refuses to map one source, which is copied then. `None` if the error
 /// does not concern this source alone.
-fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<&'static str> {
+fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<PlanReason> {
     match (backing, errno) {
-        (Backing::Donated(_), Errno::EINVAL) => {
-            Some("donated pages cannot be moved without unmapping them (Linux 5.7): copied")
-        }
+        (Backing::Donated(_), Errno::EINVAL) => Some(PlanReason::NoMoves),
         (Backing::Memfd(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
-            Some("its file system does not map files (ENODEV: FUSE with direct_io, sysfs): copied")
+            Some(PlanReason::UnmappableFile)
         }
-        (_, Errno::ENOMEM) if backing.granule() != page => {
-            Some("no huge pages are left for writes to it (vm.nr_hugepages): copied")
-        }
+        (_, Errno::ENOMEM) if backing.granule() != page => Some(PlanReason::NoHugePages),
         _ => None,
     }
 }

@@ -29,6 +29,7 @@ pub use plan::{Plan, PlanRun};
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 
+use crate::method::PlanReason;
 use crate::metrics::{Counters, Coverage, Presence};
 use crate::policy::{Policy, Recording, Replay, TouchRecorder};
 use crate::source::{Backing, Donated, Fetched, LazyMemfd, Shared};
@@ -77,7 +78,7 @@ pub(crate) struct Mapping {
     /// Invariant: disjoint from `in_place`.
     pub(crate) lazy: MappedRuns,
     /// Pages that the kernel refused to map in place, with the reasons; they are copied.
-    pub(crate) refused: Vec<(Span, &'static str)>,
+    pub(crate) refused: Vec<(Span, PlanReason)>,
     has_donated: bool,
     has_fetched: bool,
     /// True if donated pages move on first touch.

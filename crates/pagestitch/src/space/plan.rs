@@ -1,7 +1,7 @@
 //! The plan of a region, printable: the method by which each run of chunks is installed, with the
 //! reason.
 
-use crate::method::Method;
+use crate::method::{Method, PlanReason};
 use crate::source::{Backing, Shared};
 use crate::space::Mapping;
 use crate::space::mapped::{is_aligned, whole_pages};
@@ -36,7 +36,7 @@ pub struct PlanRun {
     /// The method by which its pages are installed.
     pub method: Method,
     /// The reason for the method; if the pages are copied, the reason why they are not mapped.
-    pub reason: &'static str,
+    pub reason: PlanReason,
 }
 
 impl Plan {
@@ -101,13 +101,11 @@ impl Plan {
 fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     let backing = mapping.layout.backing_of(chunk);
     let (method, reason) = match backing {
-        Backing::Hole(_) if mapping.layout.is_padding(chunk) => {
-            (Method::Zero, "padding up to the next chunk's page")
-        }
-        Backing::Memory(_) => (Method::Copy, "memory: copied once, from its own address"),
-        Backing::Fetched(_) => (Method::Buffered, "fetched asynchronously, then copied; no worker waits"),
-        Backing::Read(_) => (Method::Buffered, "read into a buffer, then copied"),
-        Backing::Hole(_) => (Method::Zero, "zeros: the kernel's zero page, no copy"),
+        Backing::Hole(_) if mapping.layout.is_padding(chunk) => (Method::Zero, PlanReason::Padding),
+        Backing::Memory(_) => (Method::Copy, PlanReason::Memory),
+        Backing::Fetched(_) => (Method::Buffered, PlanReason::Fetched),
+        Backing::Read(_) => (Method::Buffered, PlanReason::Read),
+        Backing::Hole(_) => (Method::Zero, PlanReason::Zeros),
         Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
             method_of_pages(mapping, chunk, backing)
         }
@@ -119,7 +117,7 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
 }
 
 /// The method for a source that has pages. A chunk counts as mapped only if all of its pages are.
-fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Method, &'static str) {
+fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Method, PlanReason) {
     let page = mapping.page_size();
     let offsets = mapping.layout.offsets_of(chunk);
     let is_shown = |span: Span| match backing {
@@ -144,7 +142,7 @@ fn reason_for_copy(
     chunk: usize,
     backing: &Backing,
     is_shown: impl Fn(Span) -> bool,
-) -> &'static str {
+) -> PlanReason {
     let (page, granule) = (mapping.page_size(), backing.granule());
     let offsets = mapping.layout.offsets_of(chunk);
     let huge = granule.bytes() > page.bytes();
@@ -153,51 +151,38 @@ fn reason_for_copy(
     let next = mapping.refused.partition_point(|(span, _)| span.end() <= all.first);
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
-        "foreign memory: pages are copied into it"
+        PlanReason::ForeignMemory
     } else if !is_aligned(granule, offsets.start, mapping.layout.source_offset(chunk)) {
-        if huge {
-            "at another offset in its huge page (hugetlbfs) than in its source: copied"
-        } else {
-            "at another offset in its page than in its source: copied"
-        }
+        if huge { PlanReason::OtherOffsetInHugePage } else { PlanReason::OtherOffset }
     } else if let Some((_, reason)) = refused {
-        reason
+        *reason
     } else if whole.is_empty() {
-        if huge { "covers no whole huge page (hugetlbfs): copied" } else { "covers no whole page: copied" }
+        if huge { PlanReason::NoWholeHugePage } else { PlanReason::NoWholePage }
     } else if granule.bytes() > HUGE {
-        "its huge pages (hugetlbfs) are larger than the region's alignment of 2 MiB: copied"
+        PlanReason::LargerHugePages
     } else if is_shown(whole) {
-        if huge {
-            "an edge lies inside a huge page: whole huge pages (hugetlbfs) are shown in place, the edge is copied"
-        } else {
-            "an edge lies inside a page: its whole pages are shown in place, the edge is copied"
-        }
+        if huge { PlanReason::EdgeOfHugePage } else { PlanReason::Edge }
     } else if mapping.lacks_minor_faults(backing) {
-        "minor faults of memfds need Linux 5.14: the memfd is filled, then copied"
+        PlanReason::NoMinorFaults
     } else {
-        "no mapping is left for it (vm.max_map_count): copied"
+        PlanReason::NoMappings
     }
 }
 
-fn shown(mapping: &Mapping, backing: &Backing) -> (Method, &'static str) {
+fn shown(mapping: &Mapping, backing: &Backing) -> (Method, PlanReason) {
     match backing {
-        Backing::Donated(_) if mapping.moves => {
-            (Method::Move, "donated: its pages move in when they are touched")
-        }
-        Backing::Donated(_) => (Method::Move, "donated: its pages have moved in"),
-        Backing::Shared(Shared::Lazy(_)) => (Method::Continue, "mapped once the memfd has the page"),
+        Backing::Donated(_) if mapping.moves => (Method::Move, PlanReason::MovesOnTouch),
+        Backing::Donated(_) => (Method::Move, PlanReason::Moved),
+        Backing::Shared(Shared::Lazy(_)) => (Method::Continue, PlanReason::MappedWhenFilled),
         Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
         Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
-        Backing::Shared(Shared::Alias(_)) => {
-            (Method::Alias, "mapped in place: a second mapping of the same pages")
-        }
-        Backing::Shared(Shared::Physical(_)) => (Method::Map, "mapped in place: the frames themselves"),
-        _ => (Method::Map, "mapped in place: the source's own pages"),
+        Backing::Shared(Shared::Alias(_)) => (Method::Alias, PlanReason::MappedTwice),
+        Backing::Shared(Shared::Physical(_)) => (Method::Map, PlanReason::MappedFrames),
+        _ => (Method::Map, PlanReason::Mapped),
     }
 }
 
-const MAPPED_COPY_ON_WRITE: (Method, &str) =
-    (Method::Map, "mapped in place: the file's own pages, until they are written to");
+const MAPPED_COPY_ON_WRITE: (Method, PlanReason) = (Method::Map, PlanReason::MappedUntilWritten);
 
 /// The number of copied pages in which a chunk ends before the page does.
 fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
@@ -249,7 +234,7 @@ impl PlanRun {
             _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
         };
         let offsets = format!("{:#x}..{:#x}", self.offsets.start, self.offsets.end);
-        [offsets, chunks, self.source.clone(), self.method.to_string(), self.reason.to_owned()]
+        [offsets, chunks, self.source.clone(), self.method.to_string(), self.reason.to_string()]
     }
 }
 
