@@ -11,6 +11,7 @@ mod donated;
 mod error_messages;
 mod failure;
 mod fairness;
+mod fetches;
 
 mod firecracker;
 mod hostile_memory;

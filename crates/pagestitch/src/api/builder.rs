@@ -122,8 +122,8 @@ impl Builder {
     }
 
     /// Limits the faults of this region that are served at once. Faults above the limit queue up
-    /// and occupy no worker. With a limit, the worker waits for an asynchronous source
-    /// ([`Fetch`](crate::source::Fetch)).
+    /// and occupy no worker. An asynchronous fetch ([`Fetch`](crate::source::Fetch)) counts until its
+    /// reply, also one ahead of a touch.
     ///
     /// Default: only the workers of the pool and the fetches that a source accepts limit them. If a
     /// pool serves several regions, the regions whose faults take longer than a millisecond

@@ -2,7 +2,6 @@
 //! same journey as any fault.
 
 use crate::fault::error::{InstallError, Unfilled, failure_at};
-use crate::fault::fetch_semaphore::Permit;
 use crate::fault::fill::{Content, Filled};
 use crate::fault::poison::fail;
 use crate::fault::recovery::{Attempts, Pause, Recovery, without_memory};
@@ -21,14 +20,14 @@ use std::time::{Duration, Instant};
 
 /// Claimed pages whose bytes a source is fetching.
 #[derive(Debug)]
-pub(crate) struct Pending<H> {
+pub(crate) struct Pending<H: Host> {
     region: Arc<H>,
     /// Makes the region's drop wait for the reply.
     _guard: OwnedGateGuard,
     span: Span,
     wanted: FetchReason,
     began: Option<Instant>,
-    _permit: Option<Permit>,
+    _permit: H::Permit,
 }
 
 /// The reason why pages are fetched.
@@ -61,11 +60,14 @@ pub(crate) fn fetch<H: Host>(
     claim: Claim<'_>,
     (source, offset): (&Fetched, u64),
     wanted: FetchReason,
-    permit: Option<Permit>,
+    permit: H::Permit,
 ) {
     // A region that is being dropped needs no page any more: dropping the claim gives its pages
     // back.
-    let Some(guard) = region.enter_owned() else { return wanted.finish(region) };
+    let Some(guard) = region.enter_owned() else {
+        wanted.finish(region);
+        return region.fetch_ended();
+    };
     let began = region.counters.clock();
     let span = claim.keep();
     let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
@@ -97,6 +99,7 @@ impl<H: Host> Pending<H> {
             Err(Unfilled::Later) => {}
             _ => wanted.finish(region),
         }
+        region.fetch_ended();
     }
 }
 

@@ -68,8 +68,14 @@ impl<H: Host> Filler for Ahead<'_, H> {
 
     fn fetches(&mut self, claim: &mut Claim<'_>) -> bool {
         let Some((pages, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
-        let Some(permit) = self.region.may_fetch() else { return false };
-        fetch(self.region, claim.split_off(pages), (source, offset), FetchReason::Ahead, permit);
+        if !self.region.may_fetch() {
+            return false;
+        }
+        let ahead = claim.split_off(pages);
+        // At a limit the pages stay absent. Their touch asks for them, and waits for a permit.
+        if let Some(permit) = self.region.permit_prefetch() {
+            fetch(self.region, ahead, (source, offset), FetchReason::Ahead, permit);
+        }
         true
     }
 

@@ -1,7 +1,6 @@
 //! A request to serve a fault, and the trait through which faults use their server.
 
 use crate::fault::error::Unfilled;
-use crate::fault::fetch_semaphore::Permit;
 use crate::fault::recovery::{Attempts, Pause};
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
@@ -14,9 +13,25 @@ use std::time::{Duration, Instant};
 /// The services that a fault needs from its server. The fault layer calls the serve layer only
 /// through this trait.
 pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'static {
-    /// Whether one more asynchronous fetch may start; with its permit, if there is a limit. `None`:
-    /// the worker waits for the source.
-    fn may_fetch(&self) -> Option<Option<Permit>>;
+    /// The right to one more asynchronous fetch, under the limit of the pool.
+    type Permit: fmt::Debug + Send + Sync;
+
+    /// Whether fetches have permits at all. False: the worker waits for the source.
+    fn may_fetch(&self) -> bool;
+
+    /// The permit to fetch the page of an admitted fault; `None` at the limit.
+    fn permit_fetch(&self) -> Option<Self::Permit>;
+
+    /// The permit to fetch pages ahead of their touch, which also needs an admission of the region;
+    /// `None` at a limit.
+    fn permit_prefetch(&self) -> Option<Self::Permit>;
+
+    /// Queues an admitted fault until there is a permit for its fetch. It is served with the permit
+    /// then.
+    fn wait_for_permit(self: &Arc<Self>, request: FaultRequest);
+
+    /// Ends the admission of a fetch.
+    fn fetch_ended(self: &Arc<Self>);
 
     /// Whether the queue of repeated faults has room.
     fn has_room(&self) -> bool;
@@ -40,20 +55,18 @@ pub(crate) struct FaultRequest {
     pub(crate) slot: Option<usize>,
     /// The attempts so far; none at first.
     pub(crate) attempts: Attempts,
+    /// Whether a worker has taken it up before.
+    pub(crate) is_repeated: bool,
 }
 
 impl FaultRequest {
     pub(crate) fn new(page: Page, read: Instant, thread: u32, slot: Option<usize>) -> Self {
-        Self { page, read, thread, slot, attempts: Attempts::default() }
+        Self { page, read, thread, slot, attempts: Attempts::default(), is_repeated: false }
     }
 
     /// The request to serve it again, or to go on with it elsewhere.
     pub(super) const fn again(self, slot: Option<usize>, attempts: Attempts) -> Self {
-        Self { slot, attempts, ..self }
-    }
-
-    pub(super) fn is_first(&self) -> bool {
-        self.attempts == Attempts::default()
+        Self { slot, attempts, is_repeated: true, ..self }
     }
 }
 

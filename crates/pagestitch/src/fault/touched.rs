@@ -6,7 +6,7 @@ use crate::fault::error::{InstallError, Unfilled, failure_at};
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::pending::{FetchReason, fetch};
 use crate::fault::poison::{fail, poison};
-use crate::fault::recovery::{Pause, Sources, without_memory};
+use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
 use crate::fault::{Filler, Wanted, fill_beside, journey};
 use crate::guard::{Entered, discard};
@@ -18,22 +18,32 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-/// Serves a fault. Returns the pages to prefetch, if the faulting thread seems to need more.
+/// The work that is left after a fault.
+#[derive(Debug, Default)]
+pub(crate) struct AfterFault {
+    /// The pages to prefetch, if the faulting thread seems to need more.
+    pub(crate) prefetch: [Option<Span>; 2],
+    /// Whether the fault goes on as an asynchronous fetch, which keeps the fault's admission.
+    pub(crate) is_fetched: bool,
+}
+
+/// Serves a fault, with a permit if it has waited for one.
 ///
 /// Afterwards the faulting thread has its bytes or a signal, or was woken to fault again, or sleeps
 /// until a queued retry or a fetch serves it.
 pub(crate) fn serve<H: Host>(
     region: &Arc<H>,
     asked: FaultRequest,
+    permit: Option<H::Permit>,
     buffers: &mut Buffers,
-) -> [Option<Span>; 2] {
-    let mut fault = Fault::take_up(region, asked, buffers);
+) -> AfterFault {
+    let mut fault = Fault::take_up(region, asked, permit, buffers);
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
     let started = Instant::now();
     match journey(region, Wanted::Touched(asked.page), &mut fault) {
         Err(Unfilled::Unclaimed(reason)) => {
             fault.answer_without_claim(reason);
-            return [None; 2];
+            return AfterFault::default();
         }
         // Let the thread that changes the map finish. The faulting thread was woken, and faults
         // again.
@@ -42,12 +52,13 @@ pub(crate) fn serve<H: Host>(
     }
     let spent = u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX);
     region.record_latency(spent);
-    fault.pages_to_prefetch(spent)
+    AfterFault { prefetch: fault.pages_to_prefetch(spent), is_fetched: fault.is_fetched }
 }
 
-struct Fault<'a, H> {
+struct Fault<'a, H: Host> {
     region: &'a Arc<H>,
     asked: FaultRequest,
+    permit: Option<H::Permit>,
     flight: Option<InFlightFault<'a>>,
     sources: Sources<'a>,
     prefetch: Prefetch,
@@ -58,14 +69,21 @@ struct Fault<'a, H> {
 }
 
 impl<'a, H: Host> Fault<'a, H> {
-    fn take_up(region: &'a Arc<H>, asked: FaultRequest, buffers: &'a mut Buffers) -> Self {
-        let FaultRequest { page, read, thread, slot, attempts } = asked;
-        let flight = match asked.is_first() {
-            true => region.counters.take_up(slot.or_else(|| region.counters.begin(page, thread, read)), read),
-            false => region.counters.take_up_again(slot),
+    fn take_up(
+        region: &'a Arc<H>,
+        asked: FaultRequest,
+        permit: Option<H::Permit>,
+        buffers: &'a mut Buffers,
+    ) -> Self {
+        let FaultRequest { page, read, thread, slot, attempts, is_repeated } = asked;
+        let begin = || region.counters.begin(page, thread, read);
+        let flight = match is_repeated {
+            false => region.counters.take_up(slot.or_else(begin), read),
+            true => region.counters.take_up_again(slot),
         };
         let sources = Sources::new(region, buffers, attempts);
-        Self { region, asked, flight, sources, prefetch: Prefetch::default(), block: None, is_fetched: false }
+        let prefetch = Prefetch::default();
+        Self { region, asked, permit, flight, sources, prefetch, block: None, is_fetched: false }
     }
 
     /// Records a first touch that fills `filled`, and asks the policy for pages to prefetch.
@@ -78,21 +96,32 @@ impl<'a, H: Host> Fault<'a, H> {
         region.counters.local().pages_ahead_used.add(self.prefetch.consumed as u64);
     }
 
-    /// Requests the page, and the pages that are read with it, from a source that answers later.
+    /// Requests the page, and the pages that are read with it, from a source that answers later. At
+    /// the limit the fault waits for a permit.
     fn fetch(&mut self, claim: &mut Claim<'_>, unit: Span) -> bool {
-        if self.region.fetched_pages(claim.span()).is_none() {
+        let region = self.region;
+        if region.fetched_pages(claim.span()).is_none() || self.permit.is_none() && !region.may_fetch() {
             return false;
         }
-        let Some(permit) = self.region.may_fetch() else { return false };
+        let Some(permit) = self.permit.take().or_else(|| region.permit_fetch()) else {
+            // The claim ends first, because the worker that takes the fault claims the page.
+            claim.release_without_wake();
+            region.wait_for_permit(self.again());
+            return true;
+        };
         claim.grow_within(unit);
         // Without the page, if a page before it was discarded meanwhile: the worker reads then.
-        let Some((pages, source, offset)) = self.region.fetched_pages(claim.span()) else { return false };
+        let Some((pages, source, offset)) = region.fetched_pages(claim.span()) else { return false };
         if !claim.span().prefix(pages).contains(self.asked.page) {
             return false;
         }
-        let asked = self.asked.again(self.flight.take().map(InFlightFault::keep), self.asked.attempts);
-        fetch(self.region, claim.split_off(pages), (source, offset), FetchReason::Now(asked), permit);
+        fetch(region, claim.split_off(pages), (source, offset), FetchReason::Now(self.again()), permit);
         true
+    }
+
+    /// The request to go on with the fault elsewhere.
+    fn again(&mut self) -> FaultRequest {
+        self.asked.again(self.flight.take().map(InFlightFault::keep), self.asked.attempts)
     }
 
     /// Another thread fills the page, or it is present or poisoned.
@@ -146,9 +175,10 @@ impl<'a, H: Host> Fault<'a, H> {
 
 impl<H: Host> Filler for Fault<'_, H> {
     fn claimed(&mut self, claim: &mut Claim<'_>) {
-        let (page, is_first) = (self.asked.page, self.asked.is_first());
-        // A repeated request fills its page alone.
-        let unit = if is_first { self.region.read_unit(page) } else { page.span() };
+        let (page, is_first) = (self.asked.page, !self.asked.is_repeated);
+        // After a failure the page is filled alone.
+        let has_failed = self.asked.attempts != Attempts::default();
+        let unit = if has_failed { page.span() } else { self.region.read_unit(page) };
         if is_first {
             self.note_first_touch(unit);
         }

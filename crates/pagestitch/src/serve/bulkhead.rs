@@ -35,6 +35,14 @@ impl<T> Bulkhead<T> {
         None
     }
 
+    /// Admits an item that does not wait otherwise. False at the limit.
+    pub(crate) fn try_admit(&self, most: usize) -> bool {
+        let mut queue = self.queue.lock();
+        let is_admitted = queue.admitted < most;
+        queue.admitted += usize::from(is_admitted);
+        is_admitted
+    }
+
     /// Releases an item. If another one waits, that item is admitted in its place and returned.
     pub(crate) fn release(&self, most: usize) -> Option<T> {
         let mut queue = self.queue.lock();

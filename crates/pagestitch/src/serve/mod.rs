@@ -35,6 +35,7 @@ mod bulkhead;
 mod contract;
 mod end_service;
 mod events;
+mod fetch_semaphore;
 pub(crate) mod fork;
 mod inline;
 mod latency_estimate;

@@ -11,12 +11,12 @@
 //! to one worker only. If a source holds a worker up, another worker takes its place at its epoll.
 
 use crate::error::{BuildOption, Error, ErrorKind};
-use crate::fault::FetchSemaphore;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::{Placement, WorkerCpus};
+use crate::serve::served::FetchSemaphore;
 use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
@@ -222,9 +222,10 @@ impl PoolBuilder {
     /// Limits the faults in flight over all regions. Default: unlimited. Values below the number of
     /// workers are raised to it.
     ///
-    /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others
-    /// are asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a worker waits for
-    /// its fetch, and no worker is replaced.
+    /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others are
+    /// asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a fetch waits without a
+    /// worker, pages are not fetched ahead, and no worker is replaced. If the limit is the number of
+    /// workers, a worker waits for its fetch.
     pub fn max_in_flight(mut self, most: usize) -> Self {
         self.max_in_flight = Some(most);
         self
@@ -270,7 +271,8 @@ impl PoolBuilder {
         let mut state = ServerState::new(&cpus, self.max_workers, self.name)
             .map_err(|errno| Error::refused("cannot start a pool (descriptors: ulimit -n)", errno))?;
         let fetches = self.max_in_flight.map(|most| most.saturating_sub(cpus.workers));
-        state.permits = fetches.map(|most| Arc::new(FetchSemaphore::new(most)));
+        state.permits = fetches
+            .map(|most| Arc::new(FetchSemaphore::new(most, FETCHES_WAITING, Arc::clone(&state.wake_fd))));
         let _quiet = NoSignals::until_dropped();
         // On an early return, dropping the handle stops the workers that have started.
         let handle = Handle {
@@ -382,6 +384,9 @@ impl Drop for Handle {
         log!(debug, workers = report.workers, faults = report.faults, "pool stopped");
     }
 }
+
+/// Faults that can wait for permits before their queue has to grow.
+const FETCHES_WAITING: usize = 256;
 
 #[cfg(test)]
 mod tests {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// A fault that one worker has read, and another one serves.
 #[derive(Debug)]
-pub(super) struct QueuedFault<R> {
+pub(crate) struct QueuedFault<R> {
     pub(super) handle: Arc<RegionHandle<R>>,
     pub(super) request: FaultRequest,
 }

@@ -1,12 +1,12 @@
 //! A served region: its mapping and the state that its server needs for it.
 
-use crate::fault::{FaultRequest, FetchSemaphore, Host, Permit};
+use crate::fault::{FaultRequest, Host};
 use crate::serve::bulkhead::Bulkhead;
 use crate::serve::fork::ForkedChildren as ForkedChildrenOf;
 use crate::serve::fork::orphans::Orphans;
 use crate::serve::latency_estimate::LatencyEstimate;
 use crate::serve::read_turn::{ReadTurn, TurnLock};
-use crate::serve::{queue, region_handle, slow_admission, timers};
+use crate::serve::{fetch_semaphore, queue, region_handle, slow_admission, timers};
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
 use std::ops::Deref;
@@ -24,7 +24,7 @@ pub(crate) struct Served {
     /// The limit on concurrent faults, and the queue of faults above it.
     pub(crate) limit: Option<(usize, Bulkhead<FaultRequest>)>,
     /// Permits for the fetches of the pool; unset without a limit.
-    pub(crate) permits: OnceLock<Arc<FetchSemaphore>>,
+    pub(super) permits: OnceLock<Arc<FetchSemaphore>>,
     /// The timer queue of the pool, for work that is repeated after a pause.
     pub(crate) timers: OnceLock<Arc<Timers>>,
     /// Its forked children, if they are served.
@@ -38,8 +38,10 @@ pub(crate) struct Served {
 // Handles, queues and admission are generic over the region; these aliases are for `Served`.
 pub(crate) type RegionHandle = region_handle::RegionHandle<Served>;
 pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
-pub(super) type QueuedFault = queue::QueuedFault<Served>;
+pub(crate) type QueuedFault = queue::QueuedFault<Served>;
 pub(super) type PrefetchTask = queue::PrefetchTask<Served>;
+pub(super) type FetchSemaphore = fetch_semaphore::FetchSemaphore<QueuedFault>;
+pub(super) type Permit = fetch_semaphore::Permit<QueuedFault>;
 pub(crate) type Timers = timers::Timers<Served>;
 pub(super) type TimedTask = timers::TimedTask<Served>;
 pub(super) type SlowAdmission = slow_admission::SlowAdmission<Served>;
@@ -103,15 +105,36 @@ impl Deref for Served {
 }
 
 impl Host for Served {
-    // With a fault limit or a failure policy, the worker waits for the source.
-    fn may_fetch(&self) -> Option<Option<Permit>> {
-        if self.limit.is_some() || !self.layout.only_poisons() {
-            return None;
-        }
+    /// `None` if the pool has no limit.
+    type Permit = Option<Permit>;
+
+    fn may_fetch(&self) -> bool {
+        self.permits.get().is_none_or(|permits| permits.has_any())
+    }
+
+    fn permit_fetch(&self) -> Option<Self::Permit> {
         match self.permits.get() {
             Some(permits) => permits.take().map(Some),
             None => Some(None),
         }
+    }
+
+    fn permit_prefetch(&self) -> Option<Self::Permit> {
+        let permit = self.permit_fetch()?;
+        let is_admitted = self.limit.as_ref().is_none_or(|(most, bulkhead)| bulkhead.try_admit(*most));
+        is_admitted.then_some(permit)
+    }
+
+    fn wait_for_permit(self: &Arc<Self>, request: FaultRequest) {
+        let permits = self.permits.get().expect("only a pool with permits has a limit");
+        permits.wait(QueuedFault::new(self, request));
+    }
+
+    fn fetch_ended(self: &Arc<Self>) {
+        let Some((most, bulkhead)) = &self.limit else { return };
+        let (Some(request), Some(timers)) = (bulkhead.release(*most), self.timers.get()) else { return };
+        // A worker serves the fault that is admitted instead: this thread belongs to the source.
+        timers.add(TimedTask::ServeAdmitted(QueuedFault::new(self, request)), Duration::ZERO);
     }
 
     fn has_room(&self) -> bool {

@@ -3,13 +3,14 @@
 
 use crate::error::{Error, ErrorKind};
 use crate::fault::FaultRequest;
-use crate::fault::FetchSemaphore;
 use crate::guard::discard;
 use crate::serve::Served;
 use crate::serve::events::DeferredEvent;
 use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::WorkerCpus;
-use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, SlowAdmission, TimedTask, Timers};
+use crate::serve::served::{
+    FetchSemaphore, PrefetchTask, QueuedFault, RegionHandle, SlowAdmission, TimedTask, Timers,
+};
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
@@ -32,7 +33,7 @@ pub(super) struct ServerState {
     /// Readable once the workers must end.
     pub(super) stop: EventFd,
     /// A semaphore: each count wakes one worker.
-    pub(super) wake_fd: EventFd,
+    pub(super) wake_fd: Arc<EventFd>,
     /// Faults that wait for a worker.
     faults: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// Pages to fill ahead while there are no faults, by workers that are awake.
@@ -88,7 +89,7 @@ impl ServerState {
         let one = if cpus.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         Ok(Self {
             stop,
-            wake_fd,
+            wake_fd: Arc::new(wake_fd),
             faults: bounded(QUEUE_MAX),
             prefetches: bounded(PREFETCH_MAX),
             slow_admission: SlowAdmission::new(QUEUE_MAX),

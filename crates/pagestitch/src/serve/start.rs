@@ -1,7 +1,7 @@
 //! The start of a worker, at a post of its own or in place of a worker that is held up.
 
 use crate::error::{BuildOption, Error, ErrorKind};
-use crate::fault::Permit;
+use crate::serve::served::Permit;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ impl ServerState {
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
         let permit = state.permits.as_ref().map(|permits| {
             let what = "the limit on faults in flight is reached: see max_in_flight()";
-            permits.take().ok_or_else(|| at_most(BuildOption::MaxInFlight, what))
+            permits.take_for_worker().ok_or_else(|| at_most(BuildOption::MaxInFlight, what))
         });
         Self::start_worker(state, post, permit.transpose()?)
     }

@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(super) enum TimedTask<R> {
     Serve(QueuedFault<R>),
+    /// A fault that the limit of its region has admitted.
+    ServeAdmitted(QueuedFault<R>),
     Look(Arc<RegionHandle<R>>),
 }
 

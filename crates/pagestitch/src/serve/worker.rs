@@ -9,13 +9,13 @@
 //! panic aborts the process, because its waiters would hang forever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::{FaultRequest, fill_ahead, replay, serve};
+use crate::fault::{AfterFault, FaultRequest, fill_ahead, replay, serve};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
-use crate::serve::served::{PrefetchTask, QueuedFault, RegionHandle, TimedTask};
+use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RegionHandle, TimedTask};
 use crate::serve::server_state::ServerState;
 use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -206,7 +206,13 @@ impl Worker {
                 // The queue is full, so all other workers have work: serve it here.
                 None => {
                     state.workers.step(*slot);
-                    serve(region, request, buffers);
+                    let admitted = match &region.limit {
+                        Some((most, bulkhead)) => bulkhead.admit(*most, request),
+                        None => Some(request),
+                    };
+                    serve_limited(region, admitted, |request| {
+                        serve(region, request, None, buffers).is_fetched
+                    });
                 }
             }
         }
@@ -230,13 +236,10 @@ impl Worker {
     /// another one.
     fn serve_admitted(&mut self, region: &Arc<Served>, request: FaultRequest) {
         if let Some((most, bulkhead)) = &region.limit {
-            let mut next = bulkhead.admit(*most, request);
-            while let Some(request) = next {
-                self.serve_now(region, request);
-                next = bulkhead.release(*most);
-            }
+            let first = bulkhead.admit(*most, request);
+            serve_limited(region, first, |request| self.serve_now(region, request, None));
         } else if region.latency.is_fast() {
-            self.serve_now(region, request);
+            self.serve_now(region, request, None);
         } else {
             let most = self.state.slow_workers_max();
             let first = self.state.slow_admission.admit(most, QueuedFault::new(region, request));
@@ -244,23 +247,41 @@ impl Worker {
         }
     }
 
-    /// Serves the fault of a slow region, and then each waiting fault that is admitted in its
-    /// place.
+    /// Serves the faults that have waited for permits.
+    fn serve_permitted(&mut self) {
+        let state = Arc::clone(&self.state);
+        let Some(permits) = &state.permits else { return };
+        while let Some((QueuedFault { handle, request }, permit)) = permits.take_waiting() {
+            // A region that is being dropped needs no page any more.
+            let Some(region) = handle.enter() else { continue };
+            let mut permit = Some(Some(permit));
+            serve_limited(&region, Some(request), |request| self.serve_now(&region, request, permit.take()));
+        }
+    }
+
+    /// Serves the fault of a slow region, and then each waiting fault that is admitted in its place.
     fn serve_slow(&mut self, first: Option<QueuedFault>) {
         let mut next = first;
         while let Some(QueuedFault { handle, request }) = next {
             // A region that is being dropped needs no page any more.
             if let Some(region) = handle.enter() {
-                self.serve_now(&region, request);
+                self.serve_now(&region, request, None);
             }
             next = self.state.slow_admission.release(self.state.slow_workers_max(), &handle);
         }
     }
 
-    fn serve_now(&mut self, region: &Arc<Served>, request: FaultRequest) {
+    /// Serves a fault. True if it goes on as a fetch.
+    fn serve_now(
+        &mut self,
+        region: &Arc<Served>,
+        request: FaultRequest,
+        permit: Option<Option<Permit>>,
+    ) -> bool {
         self.state.workers.step(self.slot);
-        let ahead = serve(region, request, &mut self.buffers);
-        self.state.queue_prefetch(region, ahead.into_iter().flatten());
+        let AfterFault { prefetch, is_fetched } = serve(region, request, permit, &mut self.buffers);
+        self.state.queue_prefetch(region, prefetch.into_iter().flatten());
+        is_fetched
     }
 
     /// Serves queued faults, and the next fault that waits for admission, if it is admitted by now.
@@ -268,6 +289,7 @@ impl Worker {
         self.state.handle_all_deferred();
         // A limited number, because unread faults of the regions come next.
         self.serve_some_queued(QUEUED_AT_ONCE);
+        self.serve_permitted();
         if self.state.slow_admission.has_waiters() {
             let last_resort = self.state.workers.last_resort.load(Ordering::Relaxed);
             let next = self.state.slow_admission.admit_next(self.state.slow_workers_max(), last_resort);
@@ -294,6 +316,10 @@ impl Worker {
                     // A region that is being dropped needs no page any more.
                     let Some(region) = handle.enter() else { continue };
                     self.serve_admitted(&region, request);
+                }
+                Some(TimedTask::ServeAdmitted(QueuedFault { handle, request })) => {
+                    let Some(region) = handle.enter() else { continue };
+                    serve_limited(&region, Some(request), |request| self.serve_now(&region, request, None));
                 }
                 Some(TimedTask::Look(handle)) => {
                     if let Some(region) = handle.enter() {
@@ -322,6 +348,17 @@ impl Worker {
         let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
         runs.for_each(|run| replay(region, run, &mut self.buffers));
         self.state.replay(region);
+    }
+}
+
+/// Serves an admitted fault of a region, and then each waiting fault that its limit admits instead. A
+/// fault that goes on as a fetch, as `serve` tells, stays admitted until the fetch ends.
+fn serve_limited(region: &Served, first: Option<FaultRequest>, mut serve: impl FnMut(FaultRequest) -> bool) {
+    let mut next = first;
+    while let Some(request) = next {
+        let is_fetched = serve(request);
+        let limit = region.limit.as_ref().filter(|_| !is_fetched);
+        next = limit.and_then(|(most, bulkhead)| bulkhead.release(*most));
     }
 }
 

@@ -140,11 +140,6 @@ impl Layout {
         policy.map_or(OnFailure::Poison, |(_, policy)| *policy)
     }
 
-    /// True if the policy of every chunk is to poison.
-    pub(crate) const fn only_poisons(&self) -> bool {
-        self.policies.is_empty()
-    }
-
     /// The total length of the chunks, in bytes.
     pub(crate) const fn total(&self) -> u64 {
         self.total

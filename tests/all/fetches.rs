@@ -1,0 +1,298 @@
+//! Asynchronous fetches that fail, and fetches at a limit: no fetch occupies a worker.
+
+use crate::until;
+use pagestitch::source::{Fetch, Reply};
+use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region, Retry};
+use pagestitch_testkit::{child, this_test};
+use std::io;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+const PAGE: usize = 4096;
+const PAGES: usize = 32;
+
+/// A source whose replies wait until the test answers them.
+#[derive(Default)]
+struct Held {
+    replies: Mutex<Vec<Reply>>,
+    asked: AtomicUsize,
+}
+
+impl Held {
+    fn open(&self) -> usize {
+        self.replies.lock().unwrap().len()
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    fn take(&self) -> Reply {
+        until(|| self.open() > 0);
+        self.replies.lock().unwrap().remove(0)
+    }
+
+    fn answer(&self) {
+        let reply = self.take();
+        let sevens = vec![7; reply.len()];
+        reply.answer(&sevens);
+    }
+
+    fn fail(&self) {
+        self.take().fail(io::ErrorKind::ConnectionReset.into());
+    }
+}
+
+impl Fetch for Held {
+    fn size(&self) -> u64 {
+        (PAGES * PAGE) as u64
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        self.replies.lock().unwrap().push(reply);
+    }
+}
+
+/// A pool with one worker, which must never wait for a fetch, and a region of its own to show that.
+fn one_worker(max_in_flight: Option<usize>) -> (Pool, Region) {
+    let pool = Pool::builder().workers(1).max_workers(1);
+    let pool = max_in_flight.into_iter().fold(pool, |pool, most| pool.max_in_flight(most)).start().unwrap();
+    let other = Region::builder().chunk(vec![8; PAGES * PAGE]).readahead(Readahead::None);
+    let other = other.build(&pool).unwrap();
+    (pool, other)
+}
+
+fn retry(times: u32, pause: Duration) -> OnFailure {
+    OnFailure::Retry(Retry::times(times).pause(pause, pause))
+}
+
+#[test]
+fn a_chunk_that_retries_is_fetched_without_a_worker() {
+    let (pool, other) = one_worker(None);
+    let held = Arc::new(Held::default());
+    let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(retry(3, Duration::from_millis(1)));
+    let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
+        for failures in 1..=2 {
+            until(|| held.open() == 1);
+            assert_eq!(other.as_slice()[failures * PAGE], 8, "the worker waits for the fetch");
+            held.fail();
+        }
+        held.answer();
+        assert_eq!(reader.join().unwrap(), 7);
+    });
+    let metrics = region.close();
+    assert_eq!((held.asked(), metrics.source_retries, metrics.source_errors), (3, 2, 2));
+    assert_eq!((metrics.pages_poisoned, metrics.faults), (0, 1));
+}
+
+/// The source asks to be asked again, as the wrapper `Retrying` does.
+#[test]
+fn a_reply_that_asks_for_a_retry_occupies_no_worker() {
+    let (pool, other) = one_worker(None);
+    let held = Arc::new(Held::default());
+    let chunk = Chunk::fetch(Arc::clone(&held));
+    let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
+        for failures in 0..3 {
+            let reply = held.take();
+            assert_eq!(reply.failures(), failures);
+            reply.retry_after(Duration::from_millis(1), io::ErrorKind::ConnectionReset.into());
+        }
+        assert_eq!(other.as_slice()[0], 8);
+        held.answer();
+        assert_eq!(reader.join().unwrap(), 7);
+    });
+    let metrics = region.close();
+    assert_eq!((metrics.source_retries, metrics.pages_poisoned, metrics.faults), (3, 0, 1));
+}
+
+/// The limit leaves no permit to a fetch: the worker waits for it.
+#[test]
+fn a_limit_that_is_the_number_of_workers_lets_a_worker_wait_for_its_fetch() {
+    let (pool, _) = one_worker(Some(1));
+    let held = Arc::new(Held::default());
+    let region = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).readahead(Readahead::None);
+    let region = region.build(&pool).unwrap();
+    thread::scope(|scope| {
+        let readers = [0, 1].map(|page| {
+            let region = &region;
+            scope.spawn(move || region.as_slice()[page * PAGE])
+        });
+        until(|| held.open() == 1);
+        while readers.iter().any(|reader| !reader.is_finished()) {
+            assert!(held.open() <= 1);
+            if held.open() == 1 {
+                held.answer();
+            }
+            thread::yield_now();
+        }
+    });
+}
+
+#[test]
+fn a_fetch_that_fails_too_often_poisons_its_page() {
+    child::run(this_test!(), || {
+        let (pool, _) = one_worker(None);
+        let held = Arc::new(Held::default());
+        let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(retry(2, Duration::from_millis(1)));
+        let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+        thread::scope(|scope| {
+            let memory = region.as_slice();
+            let mut file = tempfile::tempfile().unwrap();
+            // The kernel reads the page, so that a poisoned page is an error and no signal.
+            let reader = scope.spawn(move || io::Write::write(&mut file, &memory[..10]).map_err(|_| ()));
+            (0..3).for_each(|_| held.fail());
+            assert_eq!(reader.join().unwrap(), Err(()));
+        });
+        assert_eq!(region.failures()[0].1.attempts(), 3);
+        assert_eq!(region.metrics().pages_poisoned, 1);
+    })
+    .expect_pass();
+}
+
+#[test]
+fn a_failed_fetch_is_zeros_where_its_chunk_declares_zeros() {
+    let (pool, _) = one_worker(None);
+    let held = Arc::new(Held::default());
+    let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(OnFailure::Zeros);
+    let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    thread::scope(|scope| {
+        let readers = [0, 1].map(|page| {
+            let region = &region;
+            scope.spawn(move || region.as_slice()[page * PAGE + 1])
+        });
+        until(|| held.open() == 2);
+        held.fail();
+        held.answer();
+        let mut seen = readers.map(|reader| reader.join().unwrap());
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 7]);
+    });
+    assert_eq!(held.asked(), 2, "the worker has read the source itself");
+    let metrics = region.close();
+    assert_eq!((metrics.pages_given_up, metrics.pages_poisoned, metrics.source_errors), (1, 0, 1));
+}
+
+/// One chunk retries and another one has no policy: both are fetched without a worker.
+#[test]
+fn a_policy_of_one_chunk_changes_nothing_for_the_others() {
+    let (pool, other) = one_worker(None);
+    let (held, plain) = (Arc::new(Held::default()), Arc::new(Held::default()));
+    let region = Region::builder()
+        .chunk(Chunk::fetch(Arc::clone(&held)).on_failure(retry(1, Duration::from_millis(1))))
+        .chunk(Chunk::fetch(Arc::clone(&plain)))
+        .readahead(Readahead::None)
+        .build(&pool)
+        .unwrap();
+    thread::scope(|scope| {
+        let readers = [0, PAGES].map(|page| {
+            let region = &region;
+            scope.spawn(move || region.as_slice()[page * PAGE])
+        });
+        until(|| held.open() == 1 && plain.open() == 1);
+        assert_eq!(other.as_slice()[0], 8);
+        held.answer();
+        plain.answer();
+        readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), 7));
+    });
+}
+
+/// Ten threads fault, and no more fetches are open than the limit allows. The worker stays free.
+fn at_the_limit(region: &Region, other: &Region, held: &Held, most: usize) {
+    let highest = AtomicU32::new(0);
+    thread::scope(|scope| {
+        let readers: Vec<_> =
+            (0..10).map(|page| scope.spawn(move || region.as_slice()[page * PAGE])).collect();
+        for answered in 0..10 {
+            until(|| held.asked() == (answered + most).min(10));
+            assert_eq!(other.as_slice()[answered * PAGE], 8, "the worker waits for the fetch");
+            highest.fetch_max(held.open() as u32, Ordering::SeqCst);
+            held.answer();
+        }
+        readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), 7));
+    });
+    assert_eq!(highest.into_inner() as usize, most);
+    assert_eq!(region.metrics().faults, 10, "a fault waits in a queue, and is not repeated");
+}
+
+#[test]
+fn a_limit_of_a_region_counts_its_fetches_and_occupies_no_worker() {
+    let (pool, other) = one_worker(None);
+    let held = Arc::new(Held::default());
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).readahead(Readahead::None);
+    let region = builder.max_in_flight(2).build(&pool).unwrap();
+    at_the_limit(&region, &other, &held, 2);
+}
+
+#[test]
+fn a_limit_of_a_pool_counts_its_fetches_and_occupies_no_worker() {
+    let (pool, other) = one_worker(Some(4));
+    let held = Arc::new(Held::default());
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).readahead(Readahead::None);
+    let region = builder.build(&pool).unwrap();
+    at_the_limit(&region, &other, &held, 3);
+}
+
+#[test]
+fn limits_of_a_region_and_of_its_pool_hold_together() {
+    let (pool, other) = one_worker(Some(3));
+    let (held, free) = (Arc::new(Held::default()), Arc::new(Held::default()));
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).readahead(Readahead::None);
+    let region = builder.max_in_flight(1).build(&pool).unwrap();
+    let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&free))).readahead(Readahead::None);
+    let unlimited = builder.build(&pool).unwrap();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| unlimited.as_slice()[0]);
+        until(|| free.open() == 1);
+        at_the_limit(&region, &other, &held, 1);
+        free.answer();
+        assert_eq!(reader.join().unwrap(), 7);
+    });
+}
+
+/// A source that answers on threads of its own, and counts its open requests.
+#[derive(Default)]
+struct Open {
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+struct Counted(Arc<Open>);
+
+impl Fetch for Counted {
+    fn size(&self) -> u64 {
+        1000 * PAGE as u64
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        let open = Arc::clone(&self.0);
+        open.most.fetch_max(open.now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        thread::spawn(move || {
+            let sevens = vec![7; reply.len()];
+            open.now.fetch_sub(1, Ordering::SeqCst);
+            reply.answer(&sevens);
+        });
+    }
+}
+
+/// Readahead stays within the limits, and the reader gets all of its pages.
+#[test]
+fn a_prefetch_is_within_the_limits() {
+    for (of_region, of_pool, most) in [(None, Some(4), 2), (Some(1), None, 1), (Some(3), Some(4), 2)] {
+        let open = Arc::new(Open::default());
+        let pool = of_pool.into_iter().fold(Pool::builder(), |pool, most| pool.max_in_flight(most));
+        let pool = pool.workers(2).start().unwrap();
+        let region = Region::builder().chunk(Chunk::fetch(Arc::new(Counted(Arc::clone(&open)))));
+        let region = of_region.into_iter().fold(region, |region, most| region.max_in_flight(most));
+        let region = region.build(&pool).unwrap();
+        assert!(region.as_slice().iter().all(|&byte| byte == 7));
+        assert!(region.close().pages_ahead > 0);
+        assert!(open.most.load(Ordering::SeqCst) <= most, "{of_region:?} {of_pool:?}");
+    }
+}
