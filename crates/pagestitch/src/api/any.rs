@@ -110,8 +110,8 @@ impl AnyRegion {
     pub(super) fn show_to_children(&self) -> Result<(), Error> {
         match (&self.served.children, &self.served.target) {
             (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
-                let what =
-                    format_args!("region {}: cannot let forked children inherit its range", self.name());
+                let name = self.name();
+                let what = format_args!("region {name}: cannot let forked children inherit its range");
                 Error::refused(what, errno)
             }),
             _ => Ok(()),
@@ -123,11 +123,11 @@ impl AnyRegion {
         if self.served.children.as_ref().is_some_and(|children| children.has_no_server())
             && !self.has_all(span)
         {
-            let what = format_args!(
+            let what = format!(
                 "region {}: in a forked child whose parent has ended: the child's absent pages cannot be filled any more",
                 self.name()
             );
-            return Err(Error::new(ErrorKind::ServerStopped, what.to_string()));
+            return Err(Error::new(ErrorKind::ServerStopped, what));
         }
         match &self.served.target {
             Target::Owned(reservation) if !span.is_empty() => reservation.populate_read(span).map_err(|errno| {
