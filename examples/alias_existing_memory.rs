@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let region = Region::builder().chunk(private).require_zero_copy().build(&pool)?;
     assert_eq!(region.as_slice()[BYTES - 1], b'p');
-    println!("3. private memory, given up: {} bytes copied", region.close().bytes_copied);
+    println!("3. private memory, donated: {} bytes copied", region.close().bytes_copied);
     let region = Region::builder().chunk(Memory::from(vec![b'c'; BYTES])).build(&pool)?;
     assert_eq!(region.as_slice()[BYTES - 1], b'c');
     println!("4. any memory, copied on first touch: {} bytes copied", region.close().bytes_copied);

@@ -70,7 +70,7 @@ fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
         ),
         (
             refused(filled().require_zero_copy(), &pool),
-            "region r: chunk 0 (memory) is not zero-copy: memory: copied once, from its own address",
+            "region r: chunk 0 (memory) is not zero-copy: private memory: copied once, from its own address",
         ),
     ]);
 }

@@ -66,7 +66,7 @@ impl fmt::Display for PlanReason {
         f.write_str(match self {
             Self::Padding => "padding up to the next chunk's page",
             Self::Zeros => "zeros: the kernel's zero page, no copy",
-            Self::Memory => "memory: copied once, from its own address",
+            Self::Memory => "private memory: copied once, from its own address",
             Self::Fetched => "fetched asynchronously, then copied; no worker waits",
             Self::Read => "read into a buffer, then copied",
             Self::ForeignMemory => "foreign memory: pages are copied into it",
