@@ -260,6 +260,40 @@ fn a_worker_serves_other_faults_between_two_reads_of_a_failing_source() {
     assert_eq!((metrics.source_retries, metrics.pages_poisoned, metrics.faults), (2, 0, 1));
 }
 
+/// So many faults wait for a retry that the queue is full. The only worker then sleeps through a pause
+/// itself: it must not wait for room, because no other worker empties the queue.
+#[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer needs much memory for a thousand threads")]
+fn a_worker_whose_queue_of_retries_is_full_retries_a_page_itself() {
+    use std::time::Duration;
+    const QUEUE: u64 = 1024;
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+        let never =
+            pagestitch::Retry::times(1).pause(Duration::from_secs(36_000), Duration::from_secs(36_000));
+        let hopeless = Arc::new(Scripted::new(QUEUE * PAGE).failing(0..QUEUE * PAGE));
+        let region = Region::builder()
+            .chunk(Chunk::source(hopeless).on_failure(pagestitch::OnFailure::Retry(never)))
+            .chunk(Chunk::source(Flaky::failing(2)).on_failure(quickly(2)))
+            .readahead(Readahead::None)
+            .build(&pool)
+            .unwrap();
+        let region: &Region = Box::leak(Box::new(region));
+        let touch = |page: u64| {
+            let thread = thread::Builder::new().stack_size(64 << 10);
+            thread.spawn(move || region.as_slice()[(page * PAGE) as usize]).unwrap()
+        };
+        (0..QUEUE).for_each(|page| drop(touch(page)));
+        crate::until(|| region.metrics().source_retries == QUEUE);
+        assert_eq!(touch(QUEUE).join().unwrap(), 7);
+        assert_eq!(region.metrics().source_retries, QUEUE + 2);
+        println!("the page is filled");
+        // The other threads still wait.
+        std::process::exit(0);
+    });
+    assert!(end.output().contains("the page is filled"), "{}", end.output());
+}
+
 /// Zeros cover the chunk that declares them, and no other byte of the same page.
 #[test]
 fn on_failure_zeros_covers_its_own_chunk_only() {
