@@ -3,84 +3,140 @@
 mod metrics;
 mod systemd;
 
-use pagestitch::{Pool, Region};
-use pagestitch_testkit::child::{self, ChildTest};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pagestitch::{Pool, Process, Region};
 use pagestitch_testkit::guest::Guest;
-use pagestitch_testkit::{this_test, wait};
+use pagestitch_testkit::{child, this_test, wait};
 use serde_json::Value;
+use std::collections::VecDeque;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const PAGES: usize = 3000;
 const PAGE: usize = 4096;
+/// Enough for everything that makes progress.
+const TIME_LIMIT: Duration = Duration::from_secs(60);
 
-/// A memory file in which each byte of a page identifies the page. No byte is zero.
-fn memory(path: &Path) {
-    let file = File::create(path).unwrap();
-    for page in 0..PAGES {
-        file.write_all_at(&[(page % 251) as u8 + 1; PAGE], (page * PAGE) as u64).unwrap();
+/// A folder with a memory file in which each byte of a page identifies the page. No byte is zero.
+fn folder() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..PAGES).flat_map(|page| [byte_of(page); PAGE]).collect();
+    fs::write(folder.path().join("memory"), bytes).unwrap();
+    folder
+}
+
+const fn byte_of(page: usize) -> u8 {
+    (page % 251) as u8 + 1
+}
+
+/// The command that serves the memory file of a folder, with more arguments, run by another program if
+/// one is given.
+fn serve_command(runner: &[&str], folder: &Path, more: &[&str]) -> Command {
+    let serve = [env!("CARGO_BIN_EXE_pagestitch"), "serve", "firecracker"];
+    let words = [runner, &serve, &["--socket", "socket", "--memory", "memory"], more].concat();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).current_dir(folder).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// A handler that listens at the socket of its folder, until it is dropped.
+struct Handler {
+    process: Child,
+    /// The first line of its output.
+    listening: String,
+    /// The others.
+    lines: Receiver<String>,
+}
+
+impl Handler {
+    fn start(folder: &Path, more: &[&str]) -> Self {
+        Self::start_by(&[], folder, more).expect("a handler that listens")
+    }
+
+    /// None if the handler ends before it listens.
+    fn start_by(runner: &[&str], folder: &Path, more: &[&str]) -> Option<Self> {
+        let mut process = serve_command(runner, folder, more).spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let (send, lines) = mpsc::channel();
+        thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        let mut handler = Self { process, listening: String::new(), lines };
+        handler.listening = handler.find_line("listening")?;
+        Some(handler)
+    }
+
+    /// The next line of output that has one of these words, if it comes.
+    fn find_line(&self, words: &str) -> Option<String> {
+        let lines = || self.lines.recv_timeout(TIME_LIMIT).ok();
+        std::iter::from_fn(lines).find(|line| words.split('|').any(|word| line.contains(word)))
+    }
+
+    fn wait_for_line(&self, words: &str) {
+        assert!(self.find_line(words).is_some(), "no further line of the handler has {words}");
+    }
+
+    /// Waits for these words in the standard error, which is read up to them.
+    fn wait_for_warning(&mut self, words: &str) {
+        let mut lines = BufReader::new(self.process.stderr.as_mut().unwrap()).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.contains(words)), "the handler has not warned: {words}");
+    }
+
+    /// Sends SIGTERM, and waits for the end. Returns the exit code, and the standard error.
+    fn stop(&mut self) -> (Option<i32>, String) {
+        let process = Process::open(self.process.id()).unwrap();
+        kill(Pid::from_raw(self.process.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert!(wait::readable(&process, TIME_LIMIT), "the handler ignores SIGTERM");
+        let mut errors = String::new();
+        self.process.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+        (self.process.wait().unwrap().code(), errors)
     }
 }
 
-fn serve(folder: &Path, more: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_pagestitch"))
-        .current_dir(folder)
-        .args(["serve", "firecracker", "--socket", "socket", "--memory", "memory"])
-        .args(more)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
+impl Drop for Handler {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
-/// A guest that reads some pages, waits for the end of the handler, and reads all pages.
-fn guest(test: &str, folder: &Path) -> ChildTest {
-    child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-        let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-        let _stream = guest.hand_over(path.as_ref()).unwrap();
-        let check = |page: usize| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1, "page {page}");
-        (0..PAGES).step_by(97).for_each(check);
-        fs::write(format!("{path}.ready"), "").unwrap();
-        while fs::exists(path).unwrap() {
-            (0..PAGES).step_by(31).for_each(check);
-        }
-        (0..PAGES).for_each(check);
-    })
-}
-
-fn wait_for(path: &Path) {
-    wait::until(&format!("the file {}", path.display()), || path.exists());
+/// The life of a guest at the socket of the argument. It checks pages, then does `more`.
+fn live(socket: &str, pages: impl Iterator<Item = usize>, more: impl FnOnce(&dyn Fn(usize))) {
+    let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+    let _stream = guest.hand_over(socket.as_ref()).unwrap();
+    let check = |page: usize| assert_eq!(guest.read(page * PAGE), byte_of(page), "page {page}");
+    pages.for_each(check);
+    more(&check);
 }
 
 #[test]
 fn a_shutdown_under_load_completes_the_memory_of_guests() {
-    let test = this_test!();
-    if child::is_child(test) {
-        guest(test, Path::new(""));
-    }
-    for more in [&[][..], &["--json"]] {
-        let folder = tempfile::tempdir().unwrap();
-        memory(&folder.path().join("memory"));
-        let mut handler = serve(folder.path(), more);
-        wait_for(&folder.path().join("socket"));
-        let guest = guest(test, folder.path());
-        wait_for(&folder.path().join("socket.ready"));
-        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-        assert!(handler.wait().unwrap().success());
+    let guest = child::body(this_test!(), |socket| {
+        live(socket, (0..PAGES).step_by(97), |check| {
+            while fs::exists(socket).unwrap() {
+                (0..PAGES).step_by(31).for_each(check);
+            }
+            (0..PAGES).for_each(check);
+        });
+    });
+    for (more, serving, detached) in
+        [(&[][..], "serving", "detached"), (&["--json"], r#""event":"restored""#, r#""event":"detached""#)]
+    {
+        let folder = folder();
+        let mut handler = Handler::start(folder.path(), more);
+        let guest = guest.spawn(folder.path().join("socket"));
+        handler.wait_for_line(serving);
+        assert_eq!(handler.stop(), (Some(0), String::new()));
         guest.wait().expect_pass();
-        let lines: Vec<_> = BufReader::new(handler.stdout.unwrap()).lines().map(Result::unwrap).collect();
-        let words = ["listening", "serving", "detached"];
-        let keys = [r#""event":"listening""#, r#""event":"restored""#, r#""event":"detached""#];
-        let expected = if more.is_empty() { words } else { keys };
-        assert_eq!(lines.len(), 3, "{lines:?}");
-        assert!(lines.iter().zip(expected).all(|(line, word)| line.contains(word)), "{lines:?}");
+        let lines: Vec<_> = [handler.listening.clone()].into_iter().chain(handler.lines.iter()).collect();
+        assert!(matches!(&lines[..], [_, line] if line.contains(detached)), "{lines:?}");
         for line in lines {
             let time = match more.is_empty() {
                 true => line.split(' ').next().unwrap().to_owned(),
@@ -93,10 +149,9 @@ fn a_shutdown_under_load_completes_the_memory_of_guests() {
 
 #[test]
 fn each_start_error_is_one_line() {
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
+    let folder = folder();
     let error_line = |more: &[&str], status: i32| {
-        let output = serve(folder.path(), more).wait_with_output().unwrap();
+        let output = serve_command(&[], folder.path(), more).output().unwrap();
         assert_eq!(output.status.code(), Some(status));
         String::from_utf8(output.stderr).unwrap()
     };
@@ -125,33 +180,22 @@ fn each_start_error_is_one_line() {
     assert!(error_line(&["--heatmap", "no/where"], 1).contains("cannot write no/where: No such file"));
     record_other(&folder.path().join("other"));
     assert!(error_line(&["--replay", "other"], 1).contains("the recording is of 40960 bytes of memory"));
-    let mut first = serve(folder.path(), &[]);
-    wait_for(&folder.path().join("socket"));
+    let first = Handler::start(folder.path(), &[]);
     assert!(error_line(&[], 1).contains("socket is in use: another handler listens there"));
-    first.kill().unwrap();
-    first.wait().unwrap();
+    drop(first);
     // A handler takes over the socket file that a SIGKILL has left behind.
     assert!(folder.path().join("socket").exists());
-    let mut second = serve(folder.path(), &[]);
-    let mut line = String::new();
-    BufReader::new(second.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert!(line.contains(" listening at socket: 11.7 MiB of memory in 1 piece\n"), "{line}");
-    second.kill().unwrap();
-    second.wait().unwrap();
+    let second = Handler::start(folder.path(), &[]);
+    let listening = &second.listening;
+    assert!(listening.ends_with(" listening at socket: 11.7 MiB of memory in 1 piece"), "{listening}");
 }
 
 #[test]
 fn the_socket_has_the_requested_mode_and_group() {
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
-    let group = nix::unistd::getgid().to_string();
-    let mut handler = serve(folder.path(), &["--socket-mode", "0660", "--socket-group", &group]);
-    let mut line = String::new();
-    BufReader::new(handler.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let (folder, group) = (folder(), nix::unistd::getgid().to_string());
+    let _handler = Handler::start(folder.path(), &["--socket-mode", "0660", "--socket-group", &group]);
     let socket = fs::metadata(folder.path().join("socket")).unwrap();
-    handler.kill().unwrap();
-    let said = String::from_utf8(handler.wait_with_output().unwrap().stderr).unwrap();
-    assert_eq!((socket.mode() & 0o7777, socket.gid().to_string()), (0o660, group), "{line}{said}");
+    assert_eq!((socket.mode() & 0o7777, socket.gid().to_string()), (0o660, group));
 }
 
 /// Writes a recording of ten pages, which no guest here has.
@@ -163,66 +207,34 @@ fn record_other(path: &Path) {
 
 #[test]
 fn a_lost_recording_or_map_is_a_failure() {
-    let test = this_test!();
-    let life = |folder: &Path| {
-        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            assert_eq!(guest.read(7 * PAGE), 8);
-        })
-    };
-    if child::is_child(test) {
-        life(Path::new(""));
-    }
+    let guest = child::body(this_test!(), |socket| live(socket, 7..8, |_| ()));
     for option in ["--record", "--heatmap"] {
-        let folder = tempfile::tempdir().unwrap();
-        memory(&folder.path().join("memory"));
+        let folder = folder();
         fs::create_dir(folder.path().join("sub")).unwrap();
-        let mut handler = serve(folder.path(), &[option, "sub/file"]);
-        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
-        assert!(lines.next().unwrap().contains(" listening at "));
+        let mut handler = Handler::start(folder.path(), &[option, "sub/file"]);
         fs::remove_dir(folder.path().join("sub")).unwrap();
-        life(folder.path()).wait().expect_pass();
-        assert!(lines.any(|line| line.contains("cannot write sub/file")), "{option}");
-        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-        let output = handler.wait_with_output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{option}: {said}");
+        guest.spawn(folder.path().join("socket")).wait().expect_pass();
+        handler.wait_for_line("cannot write sub/file");
+        let (code, said) = handler.stop();
+        assert_eq!(code, Some(1), "{option}: {said}");
         assert!(said.contains("pagestitch: cannot write sub/file: No such file"), "{option}: {said}");
     }
 }
 
 #[test]
 fn touches_of_the_first_guest_are_replayed_for_the_next() {
-    let test = this_test!();
-    let life = |folder: &Path| {
-        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            for page in (0..PAGES).step_by(29) {
-                assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1);
-            }
-        })
-    };
-    if child::is_child(test) {
-        life(Path::new(""));
-    }
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
-    let touched = PAGES.div_ceil(29);
-    for (option, told) in
-        [("--record", format!("{touched} first touches recorded in touches")), ("--replay", "ended".into())]
-    {
-        let mut handler = serve(folder.path(), &[option, "touches"]);
-        wait_for(&folder.path().join("socket"));
-        life(folder.path()).wait().expect_pass();
-        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
-        assert!(lines.any(|line| line.contains(&told)), "{told}");
-        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-        assert!(handler.wait().unwrap().success());
+    const STEP: usize = 29;
+    let guest = child::body(this_test!(), |socket| live(socket, (0..PAGES).step_by(STEP), |_| ()));
+    let folder = folder();
+    let recorded = format!("{} first touches recorded in touches", PAGES.div_ceil(STEP));
+    for (option, told) in [("--record", recorded.as_str()), ("--replay", "ended")] {
+        let mut handler = Handler::start(folder.path(), &[option, "touches"]);
+        guest.spawn(folder.path().join("socket")).wait().expect_pass();
+        handler.wait_for_line(told);
+        assert_eq!(handler.stop().0, Some(0));
     }
     fs::write(folder.path().join("touches"), "garbage").unwrap();
-    let output = serve(folder.path(), &["--replay", "touches"]).wait_with_output().unwrap();
+    let output = serve_command(&[], folder.path(), &["--replay", "touches"]).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(said, "pagestitch: touches is no recording of first touches\n");
 }
@@ -230,143 +242,67 @@ fn touches_of_the_first_guest_are_replayed_for_the_next() {
 /// If descriptors are short, guests wait until others have ended, and all are served.
 #[test]
 fn guests_wait_until_descriptors_are_free() {
-    let test = this_test!();
-    let life = |folder: &Path| {
-        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            assert_eq!(guest.read(1000 * PAGE), (1000 % 251) as u8 + 1);
-            thread::sleep(Duration::from_millis(30));
-            assert_eq!(guest.read(2000 * PAGE), (2000 % 251) as u8 + 1);
-        })
-    };
-    if child::is_child(test) {
-        life(Path::new(""));
-    }
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
-    let command = format!(
-        "ulimit -n 28 && exec {} serve firecracker --socket socket --memory memory --workers 2 --handshake-timeout 30",
-        env!("CARGO_BIN_EXE_pagestitch")
-    );
-    let mut handler = Command::new("sh")
-        .args(["-c", &command])
-        .current_dir(folder.path())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    wait_for(&folder.path().join("socket"));
-    let guests: Vec<_> = (0..12).map(|_| life(folder.path())).collect();
+    let guest = child::body(this_test!(), |socket| {
+        live(socket, 1000..1001, |check| {
+            wait::until("the others may end", || Path::new(socket).with_file_name("end").exists());
+            check(2000);
+        });
+    });
+    let folder = folder();
+    let limited = ["sh", "-c", r#"ulimit -n 28 && exec "$@""#, "sh"];
+    let mut handler =
+        Handler::start_by(&limited, folder.path(), &["--workers", "2", "--handshake-timeout", "30"]).unwrap();
+    let guests: Vec<_> = (0..12).map(|_| guest.spawn(folder.path().join("socket"))).collect();
+    handler.wait_for_warning("no descriptor is left for another guest");
+    fs::write(folder.path().join("end"), "").unwrap();
     guests.into_iter().for_each(|guest| guest.wait().expect_pass());
-    handler.kill().unwrap();
-    let output = handler.wait_with_output().unwrap();
-    println!("{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// One peer connects and hangs up in a loop; another connects and is silent.
+/// Peers connect and hang up in a loop, and one connects and is silent.
 #[test]
-fn a_flood_of_connections_delays_neither_guests_nor_the_shutdown() {
-    let test = this_test!();
-    let life = |folder: &Path| {
-        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
-        })
-    };
-    if child::is_child(test) {
-        life(Path::new(""));
-    }
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
-    let mut handler = serve(folder.path(), &["--handshake-timeout", "30"]);
-    let stdout = handler.stdout.take().unwrap();
-    let reader = thread::spawn(move || BufReader::new(stdout).lines().map_while(Result::ok).count());
-    let socket = folder.path().join("socket");
-    wait_for(&socket);
-    let stop = AtomicBool::new(false);
-    let most = thread::scope(|scope| {
-        let silent = |kept: usize| {
-            let mut streams = std::collections::VecDeque::new();
-            while !stop.load(Ordering::Relaxed) {
-                streams.extend(UnixStream::connect(&socket).ok());
-                streams.truncate(kept);
-            }
-        };
+fn a_flood_of_connections_delays_no_shutdown_and_takes_few_descriptors() {
+    let guest = child::body(this_test!(), |socket| live(socket, 0..PAGES, |_| ()));
+    let folder = folder();
+    let mut handler = Handler::start(folder.path(), &["--handshake-timeout", "30"]);
+    let (socket, end) = (folder.path().join("socket"), AtomicBool::new(false));
+    let (code, most) = thread::scope(|scope| {
         for kept in [0, 0, 0, 500] {
-            scope.spawn(move || silent(kept));
+            let (socket, end) = (&socket, &end);
+            scope.spawn(move || {
+                let mut streams = VecDeque::new();
+                while !end.load(Ordering::Relaxed) {
+                    streams.extend(UnixStream::connect(socket).ok());
+                    streams.truncate(kept);
+                }
+            });
         }
-        let descriptors = || fs::read_dir(format!("/proc/{}/fd", handler.id())).map_or(0, Iterator::count);
-        let mut most = 0;
-        for _ in 0..3 {
-            life(folder.path()).wait().expect_pass();
-            most = most.max(descriptors());
-        }
-        assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-        let signalled = Instant::now();
-        while handler.try_wait().unwrap().is_none() && signalled.elapsed() < Duration::from_secs(20) {
-            thread::sleep(Duration::from_millis(5));
-        }
-        stop.store(true, Ordering::Relaxed);
-        let ended = handler.try_wait().unwrap();
-        let _ = handler.kill();
-        assert!(
-            ended.is_some_and(|status| status.success()),
-            "{:?} after SIGTERM: {ended:?}",
-            signalled.elapsed()
-        );
-        most
+        let descriptors =
+            || fs::read_dir(format!("/proc/{}/fd", handler.process.id())).map_or(0, Iterator::count);
+        let served = (0..3).map(|_| (guest.spawn(&socket).wait(), descriptors())).collect::<Vec<_>>();
+        let stopped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| handler.stop().0));
+        end.store(true, Ordering::Relaxed);
+        served.iter().for_each(|(guest, _)| guest.expect_pass());
+        (stopped.unwrap(), served.iter().map(|(_, descriptors)| *descriptors).max())
     });
-    println!("{most} descriptors at most, {} lines", reader.join().unwrap());
-    assert!(most < 1500, "{most} descriptors");
+    assert_eq!(code, Some(0));
+    assert!(most < Some(1500), "{most:?} descriptors");
 }
 
 /// The handler serves a guest that its PID namespace hides. If unavailable bytes have to kill the
 /// guest, the handler refuses it at once, and it does not hang.
 #[test]
 fn a_guest_of_another_pid_namespace_is_served_or_refused_at_once() {
-    let test = this_test!();
-    let life = |folder: &Path| {
-        child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
-        })
-    };
-    if child::is_child(test) {
-        life(Path::new(""));
-    }
+    let guest = child::body(this_test!(), |socket| live(socket, 0..PAGES, |_| ()));
     for (loss, expected) in
         [("poison", "a process of another PID namespace: ended after"), ("kill", "cannot be killed")]
     {
-        let folder = tempfile::tempdir().unwrap();
-        memory(&folder.path().join("memory"));
-        let mut handler = Command::new("unshare")
-            .current_dir(folder.path())
-            .args([
-                "--pid",
-                "--fork",
-                "--kill-child",
-                env!("CARGO_BIN_EXE_pagestitch"),
-                "serve",
-                "firecracker",
-            ])
-            .args(["--socket", "socket", "--memory", "memory", "--on-unavailable", loss])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let listens = lines.next().is_some_and(|line| line.contains(" listening at "));
-        let end = listens.then(|| life(folder.path()).wait());
-        let told = lines.find(|line| line.contains("ended after") || line.contains("refused"));
-        let _ = handler.kill();
-        handler.wait().unwrap();
-        let Some((end, told)) = end.zip(told) else {
+        let (folder, unshare) = (folder(), ["unshare", "--pid", "--fork", "--kill-child"]);
+        let Some(handler) = Handler::start_by(&unshare, folder.path(), &["--on-unavailable", loss]) else {
             println!("SKIPPED: no PID namespace can be made here (root, unshare(1))");
             return;
         };
+        let end = guest.spawn(folder.path().join("socket")).wait();
+        let told = handler.find_line("ended after|refused").expect("the end of the guest");
         // Before Linux 6.5, no process of another namespace can be identified for certain.
         assert!(told.contains(expected) || told.contains("before Linux 6.5"), "{told}");
         assert_eq!(end.passed(), told.contains("ended after"), "{}", end.output());

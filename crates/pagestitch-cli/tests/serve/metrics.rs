@@ -1,13 +1,12 @@
 //! The figures of a handler for Prometheus, while it serves.
 
-use super::{PAGE, PAGES, memory, serve};
-use pagestitch_testkit::child;
-use pagestitch_testkit::guest::Guest;
-use pagestitch_testkit::this_test;
+use super::{Handler, PAGE, PAGES, folder, live, serve_command};
+use pagestitch_testkit::{child, this_test, wait};
 use serde_json::Value;
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// The answer to a scrape.
@@ -27,55 +26,46 @@ fn value(page: &str, series: &str) -> f64 {
 
 #[test]
 fn metrics_count_guests_while_they_are_served_and_after_they_have_ended() {
-    let test = this_test!();
-    let life = |path: &str| {
-        child::spawn(test, path, |path| {
-            let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-            let _stream = guest.hand_over(path.as_ref()).unwrap();
-            (0..PAGES)
-                .step_by(50)
-                .for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
-            fs::write(format!("{path}.ready"), "").unwrap();
-            while fs::exists(format!("{path}.ready")).unwrap() {
-                std::thread::sleep(std::time::Duration::from_millis(2));
-            }
-        })
-    };
-    if child::is_child(test) {
-        life("");
-    }
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
-    let mut handler = serve(folder.path(), &["--json", "--metrics", "127.0.0.1:0", "--no-readahead"]);
-    let mut lines = BufReader::new(handler.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let listening: Value = serde_json::from_str(&lines.next().unwrap()).unwrap();
+    let guest = child::body(this_test!(), |socket| {
+        live(socket, (0..PAGES).step_by(50), |_| {
+            let ready = Path::new(socket).with_file_name("ready");
+            fs::write(&ready, "").unwrap();
+            wait::until("the guest may end", || !ready.exists());
+        });
+    });
+    let folder = folder();
+    let ready = folder.path().join("ready");
+    let mut handler =
+        Handler::start(folder.path(), &["--json", "--metrics", "127.0.0.1:0", "--no-readahead"]);
+    let listening: Value = serde_json::from_str(&handler.listening).unwrap();
     let address = listening["metrics"].as_str().unwrap();
     // This connection says nothing, and delays neither the scrapes nor the guest.
     let _silent = TcpStream::connect(address).unwrap();
     let page = scrape(address);
     assert_eq!((value(&page, "guests"), value(&page, "snapshot_bytes")), (0.0, (PAGES * PAGE) as f64));
-    let guest = life(folder.path().join("socket").to_str().unwrap());
-    super::wait_for(&folder.path().join("socket.ready"));
+    let guest = guest.spawn(folder.path().join("socket"));
+    wait::until("the guest has touched its pages", || ready.exists());
     let page = scrape(address);
     // A page is counted a moment after its thread runs on.
     let touched = PAGES.div_ceil(50) as f64 - 1.0;
     assert_eq!((value(&page, "guests"), value(&page, "guests_restored_total")), (1.0, 1.0));
     assert!(value(&page, "faults_total") >= touched, "{page}");
     assert!(value(&page, "fault_seconds_count{part=\"fill\"}") >= touched, "{page}");
-    fs::remove_file(folder.path().join("socket.ready")).unwrap();
+    fs::remove_file(ready).unwrap();
     guest.wait().expect_pass();
-    assert!(lines.any(|line| line.contains(r#""event":"ended""#)));
+    handler.wait_for_line(r#""event":"ended""#);
+    // The handler tells of the end a moment before it counts it.
+    wait::until("the end is counted", || value(&scrape(address), "guests") == 0.0);
     let page = scrape(address);
-    assert_eq!((value(&page, "guests"), value(&page, "guests_ended_total")), (0.0, 1.0));
+    assert_eq!(value(&page, "guests_ended_total"), 1.0);
     assert!(value(&page, "faults_total") >= touched, "{page}");
-    let taken = serve(folder.path(), &["--metrics", address]).wait_with_output().unwrap();
+    let taken = serve_command(&[], folder.path(), &["--metrics", address]).output().unwrap();
     let said = String::from_utf8(taken.stderr).unwrap();
     assert!(
         taken.status.code() == Some(1) && said.contains("for --metrics: Address already in use"),
         "{said}"
     );
-    assert!(Command::new("kill").arg(handler.id().to_string()).status().unwrap().success());
-    assert!(handler.wait().unwrap().success());
+    assert_eq!(handler.stop().0, Some(0));
 }
 
 #[test]

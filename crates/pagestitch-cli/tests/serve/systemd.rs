@@ -1,9 +1,7 @@
 //! The protocol of systemd: socket activation, and the states of a service.
 
-use super::{PAGE, PAGES, memory};
-use pagestitch_testkit::child::{self, ChildTest};
-use pagestitch_testkit::guest::Guest;
-use pagestitch_testkit::this_test;
+use super::{PAGES, folder, live};
+use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -29,27 +27,15 @@ fn activated(folder: &Path, passed: OwnedFd, more: &str) -> Child {
         .unwrap()
 }
 
-/// A guest that reads all its pages. Its connection may wait for a handler.
-fn guest(test: &str, folder: &Path) -> ChildTest {
-    child::spawn(test, folder.join("socket").to_str().unwrap(), |path| {
-        let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
-        let _stream = guest.hand_over(path.as_ref()).unwrap();
-        (0..PAGES).for_each(|page| assert_eq!(guest.read(page * PAGE), (page % 251) as u8 + 1));
-    })
-}
-
 fn terminate(process: &Child) {
     assert!(Command::new("kill").arg(process.id().to_string()).status().unwrap().success());
 }
 
 #[test]
 fn handlers_share_a_socket_of_systemd_and_report_their_states() {
-    let test = this_test!();
-    if child::is_child(test) {
-        guest(test, Path::new(""));
-    }
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
+    // The connection of a guest may wait for a handler.
+    let guest = child::body(this_test!(), |socket| live(socket, 0..PAGES, |_| ()));
+    let folder = folder();
     let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
     let notified = UnixDatagram::bind(folder.path().join("notify")).unwrap();
     notified.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
@@ -60,7 +46,7 @@ fn handlers_share_a_socket_of_systemd_and_report_their_states() {
     };
     // The second handler finds the socket as the first one has left it.
     for _ in 0..2 {
-        let early = guest(test, folder.path());
+        let early = guest.spawn(folder.path().join("socket"));
         let mut handler = activated(folder.path(), listener.try_clone().unwrap().into(), "--json");
         early.wait().expect_pass();
         assert_eq!(next(), "READY=1\nSTATUS=serving no guest\n");
@@ -80,8 +66,7 @@ fn handlers_share_a_socket_of_systemd_and_report_their_states() {
 
 #[test]
 fn an_unusable_socket_of_systemd_is_an_error_line() {
-    let folder = tempfile::tempdir().unwrap();
-    memory(&folder.path().join("memory"));
+    let folder = folder();
     let path = |name: &str| folder.path().join(name);
     let unix = || OwnedFd::from(UnixListener::bind(path("socket")).unwrap());
     let refused = |passed: OwnedFd, more: &str, status: i32| {
