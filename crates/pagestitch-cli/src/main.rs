@@ -1,7 +1,8 @@
 //! The `pagestitch` command.
 //!
 //! Exit status: 0 success; 1 failure, with the reason in one line on standard error; 2 wrong
-//! arguments, which no file and no machine could make right. With `--json`, the reason is an object.
+//! arguments, which no file and no machine could make right. With `--json`, the reason is an object
+//! that also names the kind of error.
 //!
 //! A module uses no module of an earlier row:
 //!
@@ -108,7 +109,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         // The reader of our output has gone, as `head` does, which is no error.
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error.to_string(), if error.is::<Usage>() { WRONG } else { 1 }, form),
+        Err(error) => {
+            let status = if error.is::<Usage>() { WRONG } else { 1 };
+            fail(&error.to_string(), kind_of(error.as_ref()), status, form)
+        }
     }
 }
 
@@ -136,23 +140,35 @@ fn refuse(error: &clap::Error) -> ExitCode {
         return ExitCode::from(if helps { 0 } else { WRONG });
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return fail("no command is named: see pagestitch --help", WRONG, Form::Json);
+        return fail("no command is named: see pagestitch --help", None, WRONG, Form::Json);
     }
     // The usage follows an empty line.
     let text = error.render().to_string();
     let message = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = message.trim_start_matches("error: ").split_whitespace().collect();
-    fail(&words.join(" "), WRONG, Form::Json)
+    fail(&words.join(" "), None, WRONG, Form::Json)
 }
 
 /// Writes the reason of a failure to standard error.
-fn fail(reason: &str, status: u8, form: Form) -> ExitCode {
+fn fail(reason: &str, kind: Option<pagestitch::ErrorKind>, status: u8, form: Form) -> ExitCode {
     let line = match form {
-        Form::Json => json!({"error": reason, "status": status}).to_string(),
+        Form::Json => {
+            let kind = kind.map(|kind| format!("{kind:?}"));
+            json!({"error": reason, "kind": kind, "status": status}).to_string()
+        }
         _ => format!("pagestitch: {reason}"),
     };
     let _ = writeln!(io::stderr(), "{line}");
     ExitCode::from(status)
+}
+
+/// The kind of an error of the library, by which a script can branch.
+fn kind_of(error: &(dyn Error + 'static)) -> Option<pagestitch::ErrorKind> {
+    match error.downcast_ref::<pagestitch_firecracker::Error>() {
+        Some(pagestitch_firecracker::Error::Memory(error)) => Some(error.kind()),
+        Some(_) => None,
+        None => error.downcast_ref::<pagestitch::Error>().map(pagestitch::Error::kind),
+    }
 }
 
 /// Raises the soft limit on descriptors to the hard one, because every file needs a descriptor. The

@@ -225,6 +225,7 @@ fn errors_are_objects_with_json() {
         let object: Value = serde_json::from_str(&said).unwrap_or_else(|_| panic!("{arguments:?}: {said}"));
         assert_eq!((object["status"].as_i64(), said.lines().count()), (Some(status.into()), 1), "{said}");
         assert!(object["error"].as_str().unwrap().contains(expected), "{arguments:?}: {said}");
+        assert_eq!(object["kind"].as_str(), (status == 1).then_some("Io"), "{arguments:?}: {said}");
     }
     assert!(out(&pagestitch(directory.path(), &["--json", "--help"])).contains("Usage: pagestitch"));
 }
