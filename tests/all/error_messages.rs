@@ -102,21 +102,18 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
             refused(filled().inherit_on_fork(), Inline),
             "region r: an inline region serves no forked children: use a pool",
         ),
-        (
-            refused(filled().record(), Inline),
-            "region r: a recording needs workers, to be taken or replayed: use a pool",
-        ),
+        (refused(filled().record(), Inline), "region r: only workers can record or replay: use a pool"),
         (
             refused(filled().readahead(Readahead::Adaptive), Inline),
-            "region r: a signal handler fills its own page and none ahead: leave out readahead(), or use a pool",
+            "region r: a signal handler fills one page and none ahead: leave out readahead(), or use a pool",
         ),
         (
             refused(filled().max_in_flight(1), Inline),
-            "region r: each thread fills its own page, so there are no more faults than threads: leave out max_in_flight(), or use a pool",
+            "region r: each thread fills its own page, so faults cannot be limited: leave out max_in_flight(), or use a pool",
         ),
         (
             refused(filled().record_latency(), Inline),
-            "region r: a signal handler does not look at the clock: leave out record_latency(), or use a pool",
+            "region r: a signal handler reads no clock: leave out record_latency(), or use a pool",
         ),
         (
             refused(filled().chunk(Chunk::source(Arc::new(Scripted::new(10)))), Inline),
