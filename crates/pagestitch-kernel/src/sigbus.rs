@@ -260,7 +260,7 @@ fn serve(address: usize) -> bool {
         .is_some_and(|entry| entry.fault_handler.serve(address))
 }
 
-/// Does what happens without our handler.
+/// Does with a foreign signal what the process would do without our handler.
 fn pass_on(signal: c_int, code: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let Some(before) = BEFORE.get().map(Before::get) else { return end_by_default() };
     match before.sa_sigaction {

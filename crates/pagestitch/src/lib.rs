@@ -26,7 +26,7 @@
 //!
 //! # The nouns
 //!
-//! | noun | what it is |
+//! | noun | meaning |
 //! |---|---|
 //! | [`Region`] | an owned, contiguous range of addresses, a whole number of pages |
 //! | [`SharedRegion`] | a region whose bytes other processes may change: it gives out no `&[u8]` |

@@ -104,8 +104,8 @@ pub enum ErrorKind {
     InUse,
 
     /// The bytes of a page are unavailable, because its source has failed; its
-    /// [failure](crate::Error::failure) tells the reason. Call `retry_failed()` when the source is
-    /// well again.
+    /// [failure](crate::Error::failure) tells the reason. Call `retry_failed()` when the source
+    /// works again.
     SourceFailed,
     /// A fault took longer than its limit: call `retry_failed()` later.
     TimedOut,

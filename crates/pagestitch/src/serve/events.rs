@@ -232,7 +232,7 @@ impl Served {
                 adopted.note_discard(span);
             }
             // The failure of a poisoned page stays: the discarding thread continued before this
-            // call, so the page may have failed anew since.
+            // call, so the page may have failed again since.
             self.pages.invalidate(span);
         }
     }

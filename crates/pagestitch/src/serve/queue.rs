@@ -12,7 +12,7 @@ pub(crate) struct QueuedFault<R> {
     pub(super) request: FaultRequest,
 }
 
-/// Pages that are filled before a thread touches them: a span, or the next ones of the region's
+/// Pages that are filled before a thread touches them: a span, or the next pages of the region's
 /// recording.
 #[derive(Debug)]
 pub(super) struct PrefetchTask<R> {

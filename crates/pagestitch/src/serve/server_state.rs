@@ -179,7 +179,7 @@ impl ServerState {
         }
     }
 
-    /// Queues the next pages of a region's recording, likewise.
+    /// Queues the next pages of a region's recording, and wakes no worker either.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // If the queue is full, pages that are not replayed are filled when they are touched.
         let _ = self.prefetches.0.try_send(PrefetchTask::replay(region));

@@ -73,7 +73,7 @@ pub trait Source: Send + Sync {
     /// are read this way: other pages split the unit, or end it. If the read of a unit fails, the
     /// touched page is read alone. A region that [records](crate::Builder::record) reads page by
     /// page, because only a fault tells of a touch. [`Cached`](super::Cached) reads a unit once for
-    /// all regions, and whatever the chunks.
+    /// all regions, however their chunks split it.
     fn granularity(&self) -> u64 {
         1
     }
