@@ -7,7 +7,6 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
 #[path = "../../crates/pagestitch-cli/src/part.rs"]
-#[expect(dead_code, reason = "part of a program")]
 mod part;
 
 #[path = "../../crates/pagestitch-cli/src/size.rs"]

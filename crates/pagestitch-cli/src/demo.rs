@@ -44,6 +44,8 @@ struct Measurement {
 }
 
 pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
+    // Before the introduction, which announces a region.
+    Support::probe().features()?;
     let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
     let file = Arc::new(FileSource::open(&path)?);
     let content = fs::read(&path)?;

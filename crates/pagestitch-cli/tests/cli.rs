@@ -549,6 +549,7 @@ fn each_command_names_the_remedy_without_userfaultfd() {
         let said = error_line(output, 1);
         assert!(said.contains("no userfaultfd") && said.contains("seccomp profile"), "{said}");
     }
+    assert!(outputs[0].stdout.is_empty(), "the demo announces nothing");
     assert!(String::from_utf8_lossy(&outputs[2].stdout).contains("EPERM"), "probe still prints its table");
 }
 
