@@ -165,9 +165,9 @@ impl<H: Host> Filler for Delivered<'_, H> {
             discard(error);
             return Err(Unfilled::GivenBack);
         }
-        if !matches!(error, InstallError::Changing | InstallError::NoMemory)
-            && self.fetch_again(claim, asked)?
-        {
+        if matches!(error, InstallError::NoMemory) {
+            claim.shrink_to(asked.page);
+        } else if !matches!(error, InstallError::Changing) && self.fetch_again(claim, asked)? {
             discard(error);
             // The queue is full. The faulting thread faults again.
             return Err(Unfilled::GivenBack);

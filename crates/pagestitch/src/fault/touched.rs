@@ -207,7 +207,8 @@ impl<H: Host> Filler for Fault<'_, H> {
         match error {
             // The page is installed, and the others of its block can wait.
             InstallError::NoMemory if !span.contains(page) => return Err(Unfilled::GivenBack),
-            InstallError::Changing | InstallError::NoMemory => {}
+            InstallError::NoMemory => claim.shrink_to(page),
+            InstallError::Changing => {}
             // Another page of its block has failed: the page is filled alone.
             _ if span.first < page && span.contains(page) => {
                 discard(error);

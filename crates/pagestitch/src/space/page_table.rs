@@ -348,9 +348,12 @@ impl Claim<'_> {
         self.span
     }
 
-    /// Claims the rest of `block`, which holds this claim, if all of it is absent; claims no more
+    /// Claims the rest of `block` if it holds this claim and all of it is absent; claims no more
     /// otherwise.
     pub(crate) fn grow(&mut self, block: Span) {
+        if self.span.first < block.first || block.end() < self.span.end() {
+            return;
+        }
         let before = block.prefix(self.span.first.0 - block.first.0);
         let after = block.without_prefix(before.pages + self.span.pages);
         let Some(mut before) = self.claim_all(before) else { return };
@@ -495,6 +498,9 @@ mod tests {
         drop(other);
         claim.grow_within(span(30, 10));
         assert_eq!(claim.span(), span(16, 24));
+        claim.grow(span(20, 60));
+        claim.grow(span(0, 39));
+        assert_eq!(claim.span(), span(16, 24), "a block that holds a part of the claim only");
         claim.grow_within(span(20, 2));
         claim.shrink_to(Page(17));
         assert_eq!(claim.span(), span(17, 1));
