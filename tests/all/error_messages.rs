@@ -12,7 +12,10 @@ use pagestitch::{
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::Scripted;
 use std::fs::{self, File};
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Compares errors with their texts, and shows all differences at once.
 fn check<E: std::fmt::Display, T: AsRef<str>>(cases: impl IntoIterator<Item = (E, T)>) {
@@ -371,4 +374,127 @@ fn the_errors_of_servers_name_the_region_and_the_remedy() {
         refused(filled(), &pool),
         "region r: its server has ended, because the pool was stopped or the server dropped: start another",
     )]);
+}
+
+#[test]
+fn the_errors_of_a_handler_name_the_file_and_the_remedy() {
+    use pagestitch_firecracker::{Error, UnknownHoles};
+    let path = || PathBuf::from("diff");
+    let refused = || io::Error::from_raw_os_error(nix::libc::EACCES);
+    let unknown = |reason| Error::UnknownHoles { path: path(), reason };
+    check([
+        (
+            Error::NoFiles,
+            "a snapshot needs at least one memory file: name the base first, then the diffs over it, oldest first",
+        ),
+        (
+            Error::Extents { path: path(), source: refused() },
+            "cannot read or write the extents of diff: Permission denied (os error 13)",
+        ),
+        (
+            Error::MissingExtents(path()),
+            "the diff diff has no file of extents, and its holes prove nothing, because a copy may add or fill holes: write its extents where Firecracker made it (pagestitch extents), or trust its holes (--assume-holes, Holes::Unchanged)",
+        ),
+        (
+            unknown(UnknownHoles::NotRegular),
+            "the holes of diff are unknown, because only a regular file has holes: write its extents where Firecracker made it (pagestitch extents)",
+        ),
+        (
+            unknown(UnknownHoles::LargeBlocks),
+            "the holes of diff are unknown, because its file system has blocks larger than a page: a hole inside a block is reported as data: write its extents where Firecracker made it (pagestitch extents)",
+        ),
+        (
+            unknown(UnknownHoles::NotReported),
+            "the holes of diff are unknown, because its file system does not report holes: write its extents where Firecracker made it (pagestitch extents)",
+        ),
+        (
+            unknown(UnknownHoles::Hidden),
+            "the holes of diff are unknown, because it occupies less space than its length, but its file system reports no hole: write its extents where Firecracker made it (pagestitch extents)",
+        ),
+        (
+            unknown(UnknownHoles::NoHole),
+            "the holes of diff are unknown, because it has no hole: a copy has filled them, or it is a full snapshot (name that as the base): write its extents where Firecracker made it (pagestitch extents)",
+        ),
+        (
+            Error::BadExtents(path()),
+            "diff is not the list of extents of this diff, or is truncated: write it again (pagestitch extents)",
+        ),
+        (
+            Error::LengthMismatch { path: path(), bytes: 1, base: 2 },
+            "diff has 1 bytes and its base 2: name a diff of this base, which has the same length",
+        ),
+        (
+            Error::NotPageAligned { path: path(), bytes: 1 },
+            "diff has 1 bytes, which is not a whole number of pages: name a memory file that is not truncated",
+        ),
+        (
+            Error::RecordingMismatch { recorded: 1, bytes: 2 },
+            "the recording is of 1 bytes of memory, but the memory file has 2: record a guest of this snapshot",
+        ),
+        (
+            Error::InUse(path()),
+            "diff is in use: another handler listens there; stop it, or choose another path",
+        ),
+        (Error::NotASocket(path()), "diff exists and is no socket: choose another path, or remove it"),
+        (
+            Error::Listen { path: path(), source: refused() },
+            "cannot listen at diff: Permission denied (os error 13)",
+        ),
+        (
+            Error::SocketAccess { path: path(), source: refused() },
+            "cannot set the mode and group of diff: Permission denied (os error 13): name a group of this user, or run as root",
+        ),
+    ]);
+}
+
+#[test]
+fn the_refusals_of_a_handshake_name_what_was_sent_and_what_was_expected() {
+    use pagestitch_firecracker::HandshakeError;
+    check([
+        (
+            HandshakeError::Garbage(String::from("expected value")),
+            "sent no list of memory mappings (expected value): expected the JSON array that Firecracker sends",
+        ),
+        (HandshakeError::TooLong, "sent more than 1024 KiB, which is no list of memory mappings"),
+        (
+            HandshakeError::Closed { bytes: 9, fds: 0 },
+            "closed the connection after 9 bytes and 0 descriptors: expected a JSON array and one userfaultfd",
+        ),
+        (
+            HandshakeError::TimedOut(Duration::from_millis(500), 3, 0),
+            "sent no complete handshake within 500ms: 3 bytes and 0 descriptors came",
+        ),
+        (HandshakeError::Descriptors(2), "sent 2 descriptors: expected one, the userfaultfd"),
+        (
+            HandshakeError::NoDescriptors,
+            "sent more descriptors than this process may open: raise the limit on open files (ulimit -n)",
+        ),
+        (
+            HandshakeError::NotUserfaultfd(String::from("/dev/null")),
+            "sent a descriptor that is no userfaultfd but /dev/null: expected the userfaultfd of its memory",
+        ),
+        (HandshakeError::Empty, "sent an empty list: a guest has memory"),
+        (
+            HandshakeError::MixedPages(4096, 2 << 20),
+            "mixes page sizes of 4096 and 2097152 bytes: all memory of a guest has one",
+        ),
+        (HandshakeError::PageSize(8192), "has pages of 8192 bytes: supported are 4096 and 2097152"),
+        (
+            HandshakeError::Gap { start: 0x2000, end: 0x3000, expected: 0x1000 },
+            "maps bytes 0x2000..0x3000 of the memory file: expected a range from 0x1000 on, because ranges lie end to end",
+        ),
+        (
+            HandshakeError::Size { guest: 1, file: 2 },
+            "has 1 bytes of memory, but the memory file has 2: name the memory file of this guest's snapshot",
+        ),
+        (
+            HandshakeError::Overflow { address: 0x1000, size: 1 },
+            "has a mapping of 0x1 bytes at 0x1000, which ends beyond 2^64",
+        ),
+        (
+            HandshakeError::TooManyClients,
+            "had no complete handshake when 128 others had come: send the handshake at once",
+        ),
+        (HandshakeError::ShuttingDown, "had no complete handshake when the handler shut down"),
+    ]);
 }

@@ -53,8 +53,9 @@ impl AdoptedRegion {
     ///
     /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) for the first source that fails.
     /// All other
-    /// pages are filled; the failed ones are lost, as by [dropping](Self#drop). The same if the
-    /// owner has ended, or keeps discarding pages.
+    /// pages are filled; the failed ones are lost, as by [dropping](Self#drop).
+    /// [`ErrorKind::MemoryGone`](crate::ErrorKind::MemoryGone) if the owner has ended, and
+    /// [`ErrorKind::TimedOut`](crate::ErrorKind::TimedOut) if it keeps discarding pages.
     pub fn finish(self) -> Result<Metrics, Error> {
         self.finish_while(|| true)
     }

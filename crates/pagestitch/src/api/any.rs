@@ -83,7 +83,7 @@ impl AnyRegion {
     /// # Errors
     ///
     /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed
-    /// one are filled. The same kind if the owner of adopted memory has ended.
+    /// one are filled. [`ErrorKind::MemoryGone`] if the owner of adopted memory has ended.
     /// [`ErrorKind::OutOfRange`] if the range leaves the region.
     ///
     /// ```
