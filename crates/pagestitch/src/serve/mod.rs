@@ -17,7 +17,8 @@
 //! | `read_turn` | one worker at a time reads the events of foreign memory |
 //! | `worker_table` | the workers with their progress; workers that hang are replaced |
 //! | `threads` | the join handles of workers |
-//! | `bulkhead` | limits the workers that one region occupies |
+//! | `bulkhead` | limits the faults of one region that are served at once |
+//! | `fetch_semaphore` | limits the fetches of a pool |
 //! | `slow_admission` | limits the workers that slow regions occupy together |
 //! | `timers` | tasks to do after a pause |
 //! | `region_handle` | the weak handle that a server keeps of a region |
