@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 /// The consequence of a shutdown for the guests of a handler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OnStop {
     /// The handler fills the missing pages. The guests then run without it.
     #[default]

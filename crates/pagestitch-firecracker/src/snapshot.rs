@@ -25,6 +25,7 @@ use std::sync::Arc;
 /// A file is read when one of its pages is touched. Its data must not change while guests are
 /// restored from it. If a file is truncated meanwhile, the pages behind its end fail.
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Snapshot {
     bytes: u64,
     /// The start of each piece, and its file: `None` for zeros.
@@ -111,6 +112,7 @@ fn lay(pieces: &mut Pieces, bytes: u64, extent: &Range<u64>, file: &Arc<FileSour
 
 /// The meaning of holes in a diff.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Holes {
     /// Holes prove nothing: a diff needs its [extents](Extents).
     #[default]

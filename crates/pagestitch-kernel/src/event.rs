@@ -14,6 +14,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// A thread that is stopped at a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Fault {
     /// The address of the page's first byte.
     pub address: usize,

@@ -344,6 +344,7 @@ fn mapping_of(line: &str) -> Option<(usize, usize, bool)> {
 
 /// The obstacle to an alias. Its message names an alternative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AliasError {
     /// The memory is not whole pages.
     Unaligned {

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// A descriptor could not be adopted as a userfaultfd.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AdoptError {
     /// The descriptor is of this kind instead.
     NotUserfaultfd(String),

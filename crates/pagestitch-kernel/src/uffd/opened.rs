@@ -11,6 +11,7 @@ pub enum FaultMode {
 
 /// The way in which a uffd was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OpenedBy {
     /// `/dev/userfaultfd`, since Linux 6.1.
     Device,

@@ -16,6 +16,7 @@ use std::sync::Arc;
 /// `build` fails, and names the option, if an option does not apply to the kind of region or to its
 /// server.
 #[derive(Debug)]
+#[must_use]
 pub struct Builder {
     options: Options,
     aligned: bool,
@@ -31,7 +32,6 @@ impl Default for Builder {
 
 impl Region {
     /// Starts to describe a region.
-    #[must_use]
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -39,7 +39,6 @@ impl Region {
 
 impl SharedRegion {
     /// As [`Region::builder`]. Finish with [`build_shared`](Builder::build_shared).
-    #[must_use]
     pub fn builder() -> Builder {
         Region::builder()
     }
@@ -47,14 +46,12 @@ impl SharedRegion {
 
 impl Builder {
     /// Names the region in errors, logs and plans. Default: `"unnamed"`.
-    #[must_use]
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.options.name = Some(name.into());
         self
     }
 
     /// Lets [`Region::as_mut_slice`] write to the region. Default: read-only.
-    #[must_use]
     pub fn writable(mut self) -> Self {
         self.options.access = Access::Writable;
         self
@@ -66,7 +63,6 @@ impl Builder {
     /// The kernel moves pages only between writable mappings. Whole blocks of such a region are
     /// therefore copied in page by page, which takes more than twice as long. Does not suit donated
     /// pages, which have to move.
-    #[must_use]
     pub fn hardware_read_only(mut self) -> Self {
         self.options.hardware_read_only = true;
         self
@@ -75,14 +71,12 @@ impl Builder {
     /// Includes the region in core dumps of the process. Default: left out, because the kernel
     /// walks all addresses of a dumped mapping (half a minute for a tebibyte of absent pages), and
     /// the sources hold the bytes anyway.
-    #[must_use]
     pub fn dumped(mut self) -> Self {
         self.options.dumped = true;
         self
     }
 
     /// Sets the pages that are filled ahead of their touch. Default: [`Readahead::Adaptive`].
-    #[must_use]
     pub fn readahead(mut self, readahead: Readahead) -> Self {
         self.options.readahead = Some(readahead);
         self
@@ -90,7 +84,6 @@ impl Builder {
 
     /// Makes `build` fail if a byte would have to be copied. The error,
     /// [`ErrorKind::NotZeroCopy`], names the chunk and the reason.
-    #[must_use]
     pub fn require_zero_copy(mut self) -> Self {
         self.options.zero_copy = true;
         self
@@ -106,7 +99,6 @@ impl Builder {
     /// assert_eq!(region.offset_of(1), Some(4096));
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    #[must_use]
     pub fn page_aligned(mut self) -> Self {
         self.aligned = true;
         self
@@ -115,7 +107,6 @@ impl Builder {
     /// Limits the mappings that the region uses to map pages in place; pages beyond the limit are
     /// copied. Default: half of the mappings that `vm.max_map_count` still allows this process,
     /// because the rest of the program needs some too.
-    #[must_use]
     pub fn max_mappings(mut self, most: usize) -> Self {
         self.options.max_mappings = Some(most);
         self
@@ -132,7 +123,6 @@ impl Builder {
     /// # Panics
     ///
     /// If `most` is 0.
-    #[must_use]
     pub fn max_in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "max_in_flight must be at least 1: no fault would be served");
         self.options.serve_options.max_in_flight = Some(most);
@@ -142,7 +132,6 @@ impl Builder {
     /// Records the order in which pages are first touched;
     /// [`recording`](crate::AnyRegion::recording) returns it. Only a fault reveals a touch, so such
     /// a region fills nothing ahead. `build` fails if the region also [replays](Self::replay).
-    #[must_use]
     pub fn record(mut self) -> Self {
         self.options.serve_options.record = true;
         self
@@ -151,7 +140,6 @@ impl Builder {
     /// Fills the pages of a recording in their order, from the build on. Workers do so while they
     /// are awake, after faults. A page whose source fails is not poisoned: its first touch reads
     /// the source again.
-    #[must_use]
     pub fn replay(mut self, recording: &Recording) -> Self {
         self.options.serve_options.replay = Some(recording.clone());
         self
@@ -161,7 +149,6 @@ impl Builder {
     /// in the region. It runs on the serving thread and must not touch the region. For a fault that
     /// times out it runs on the watchdog thread, and no other fault times out until it returns.
     /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
-    #[must_use]
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.options.serve_options.reporter = Some(FailureCallback(Arc::new(tell)));
         self
@@ -169,7 +156,6 @@ impl Builder {
 
     /// Measures the time of each part of a fault, for [`Meter::latency`](crate::Meter::latency).
     /// Costs about five clock reads a fault. Default: faults are only counted.
-    #[must_use]
     pub fn record_latency(mut self) -> Self {
         self.options.serve_options.record_latency = true;
         self
@@ -208,21 +194,18 @@ impl Builder {
     /// assert_eq!(region.as_slice()[50_000], 7);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    #[must_use]
     pub fn inherit_on_fork(mut self) -> Self {
         self.options.inherit_on_fork = true;
         self
     }
 
     /// Appends a chunk.
-    #[must_use]
     pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
         self.push(chunk.into());
         self
     }
 
     /// Appends chunks, in order.
-    #[must_use]
     pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl Into<Chunk>>) -> Self {
         let chunks = chunks.into_iter();
         if let Ok(layout) = &mut self.layout {

@@ -25,6 +25,7 @@ use std::sync::Arc;
 /// # let _ = (whole, part, twice, zeros);
 /// ```
 #[derive(Debug, Clone)]
+#[must_use]
 pub struct Chunk {
     pub(super) backing: Backing,
     pub(super) range: Range<u64>,
@@ -34,27 +35,23 @@ pub struct Chunk {
 impl Chunk {
     /// All bytes of a source of your own, or of a wrapper. Clone the `Arc` to take several chunks
     /// of it.
-    #[must_use]
     pub fn source<S: Source + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::of_source(source))
     }
 
     /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take
     /// several chunks of it.
-    #[must_use]
     pub fn fetch<F: Fetch + 'static>(source: Arc<F>) -> Self {
         Self::whole(Backing::Fetched(Fetched(source)))
     }
 
     /// `bytes` zeros.
-    #[must_use]
     pub const fn hole(bytes: u64) -> Self {
         Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison }
     }
 
     /// All bytes of a file or memfd, mapped `MAP_PRIVATE`: writes through the region stay in the
     /// region. A page not yet written to still shows later changes of the file.
-    #[must_use]
     pub fn copy_on_write(file: impl Into<Arc<SharedFile>>) -> Self {
         Self::whole(Backing::Shared(Shared::File(file.into(), Sharing::CopyOnWrite)))
     }
@@ -62,7 +59,6 @@ impl Chunk {
     /// Limits the chunk to a range of bytes, counted from the source's start.
     ///
     /// The build of the region fails if the range is empty or reaches past the source's end.
-    #[must_use]
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = range;
         self
@@ -70,7 +66,6 @@ impl Chunk {
 
     /// Sets what happens to the chunk's pages when its source fails. Default:
     /// [poisoned](OnFailure::Poison).
-    #[must_use]
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.on_failure = on_failure;
         self

@@ -15,6 +15,7 @@ pub enum OnUnavailable {
 /// The bytes of pages that the owner of adopted memory has discarded (`MADV_DONTNEED`,
 /// `MADV_REMOVE`) and touches again.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum OnDiscard {
     /// Zeros, as in any memory: a balloon has discarded them.
     #[default]
