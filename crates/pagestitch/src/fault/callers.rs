@@ -11,8 +11,8 @@ use pagestitch_kernel::{Page, Span};
 use std::ptr;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-/// Marks the pages that this thread fills, until it is dropped.
-pub(crate) struct Mark(Option<&'static Slot>);
+/// Announces the pages that this thread fills, until it is dropped.
+pub(crate) struct FillingCaller(Option<&'static Slot>);
 
 struct Slot {
     /// The kernel's number of the thread; 0 if the slot is free.
@@ -22,9 +22,9 @@ struct Slot {
     pages: AtomicUsize,
 }
 
-impl Mark {
+impl FillingCaller {
     /// Create it before the pages are claimed, because a signal may arrive right after the claim.
-    /// If all slots are taken, the pages stay unmarked, and a handler that touches them waits
+    /// If all slots are taken, the pages are not announced, and a handler that touches them waits
     /// forever.
     pub(crate) fn new(region: &Mapping, span: Span) -> Self {
         let thread = this_thread();
@@ -42,10 +42,10 @@ impl Mark {
     }
 }
 
-impl Drop for Mark {
+impl Drop for FillingCaller {
     fn drop(&mut self) {
         if let Some(slot) = self.0 {
-            // Before the thread: the slot's next owner must never meet this mark's pages.
+            // Before the thread: the slot's next owner must never have the pages of this one.
             slot.pages.store(0, Ordering::SeqCst);
             slot.thread.store(0, Ordering::SeqCst);
         }

@@ -2,7 +2,7 @@
 //! Helper threads join in for large ranges.
 
 use crate::error::{Failure, FailureReason};
-use crate::fault::callers::{self, Mark};
+use crate::fault::callers::{self, FillingCaller};
 use crate::fault::error::failure_at;
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::recovery::{Attempts, Sources};
@@ -179,7 +179,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
         return Ok(RunOutcome::Filled(1));
     }
     let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
-    let mark = Mark::new(region, wanted);
+    let filling = FillingCaller::new(region, wanted);
     // A thread that finds every page present needs no buffers.
     let buffers = match buffers {
         Some(buffers) => buffers,
@@ -192,7 +192,7 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
         Ok(()) => return Ok(RunOutcome::Filled(populate.claimed)),
         Err(end) => end,
     };
-    drop(mark);
+    drop(filling);
     match end {
         Unfilled::Changing | Unfilled::Later | Unfilled::GivenBack => Ok(RunOutcome::Changing),
         // Skips no page: the next look finds the failed page.

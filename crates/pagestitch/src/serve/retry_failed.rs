@@ -3,7 +3,7 @@
 //! else.
 
 use crate::error::{Failure, FailureReason};
-use crate::fault::callers::Mark;
+use crate::fault::callers::FillingCaller;
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::poison::fail;
 use crate::fault::recovery::{Attempts, Next, Sources};
@@ -30,7 +30,7 @@ pub(crate) fn retry_failed(region: &Mapping, span: Span) -> Result<(), Arc<Failu
 }
 
 fn retry_page(region: &Mapping, page: Page, buffers: &mut Buffers) -> Result<(), Arc<Failure>> {
-    let _mark = Mark::new(region, page.span());
+    let _filling = FillingCaller::new(region, page.span());
     let mut retry = RetryPage { region, sources: Sources::new(region, buffers, Attempts::default()) };
     loop {
         match journey(region, Wanted::Poisoned(page), &mut retry) {
