@@ -377,7 +377,7 @@ fn the_errors_of_servers_name_the_region_and_the_remedy() {
 }
 
 #[test]
-fn the_errors_of_a_handler_name_the_file_and_the_remedy() {
+fn the_errors_of_a_snapshot_name_the_file_and_the_remedy() {
     use pagestitch_firecracker::{Error, UnknownHoles};
     let path = || PathBuf::from("diff");
     let refused = || io::Error::from_raw_os_error(nix::libc::EACCES);
@@ -427,6 +427,15 @@ fn the_errors_of_a_handler_name_the_file_and_the_remedy() {
             Error::NotPageAligned { path: path(), bytes: 1 },
             "diff has 1 bytes, which is not a whole number of pages: name a memory file that is not truncated",
         ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_a_handler_name_the_path_and_the_remedy() {
+    use pagestitch_firecracker::Error;
+    let path = || PathBuf::from("diff");
+    let refused = || io::Error::from_raw_os_error(nix::libc::EACCES);
+    check([
         (
             Error::RecordingMismatch { recorded: 1, bytes: 2 },
             "the recording is of 1 bytes of memory, but the memory file has 2: record a guest of this snapshot",

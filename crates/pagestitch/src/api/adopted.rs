@@ -52,8 +52,7 @@ impl AdoptedRegion {
     /// # Errors
     ///
     /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) for the first source that fails.
-    /// All other
-    /// pages are filled; the failed ones are lost, as by [dropping](Self#drop).
+    /// All other pages are filled; the failed ones are lost, as by [dropping](Self#drop).
     /// [`ErrorKind::MemoryGone`](crate::ErrorKind::MemoryGone) if the owner has ended, and
     /// [`ErrorKind::TimedOut`](crate::ErrorKind::TimedOut) if it keeps discarding pages.
     pub fn finish(self) -> Result<Metrics, Error> {
