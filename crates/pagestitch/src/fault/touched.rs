@@ -130,7 +130,7 @@ impl<'a, H: Host> Fault<'a, H> {
         let (region, span) = (self.region, self.asked.page.span());
         match reason {
             // That thread wakes the faulting thread. Only thread numbers of this process can match
-            // a mark of a caller.
+            // a filling caller.
             Unclaimed::Filling => {
                 if region.target.foreign().is_none() && callers::fills(self.asked.thread, region, span.first)
                 {
