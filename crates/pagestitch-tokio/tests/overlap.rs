@@ -180,5 +180,6 @@ fn the_pool_limits_its_fetches() {
         .unwrap();
     touch_all(&region);
     let most = far.most.load(Ordering::SeqCst);
-    assert!((5..=6).contains(&most), "{most} at once");
+    // The two workers have the other places. They are free, because no worker waits for a fetch.
+    assert_eq!(most, 4, "{most} at once");
 }
