@@ -42,14 +42,14 @@ const ROWS: usize = 64;
 const SIDE: usize = 8;
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use pagestitch::{Chunk, Pool, Region};
     use pagestitch_testkit::scripted::Scripted;
     use std::sync::Arc;
 
     /// A region whose first half is present, with one poisoned page.
-    fn region() -> Region {
+    pub(crate) fn half_present() -> Region {
         let source = Scripted::new(400 * 4096).failing(300 * 4096..301 * 4096);
         let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).record_latency();
         let region = builder.build(&Pool::new().unwrap()).unwrap();
@@ -60,7 +60,7 @@ mod tests {
 
     #[test]
     fn a_heat_map_has_a_cell_for_each_part_and_an_escaped_title() {
-        let svg = heatmap(&region().meter());
+        let svg = heatmap(&half_present().meter());
         assert_eq!(svg.matches("<rect x=").count(), 400);
         assert_eq!(svg.matches("#d62728").count(), 1);
         assert_eq!(svg.matches("#eee").count(), 199);

@@ -196,20 +196,9 @@ const LEAST_HEIGHT: u16 = 6;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pagestitch::{Chunk, Pool, Region};
-    use pagestitch_testkit::scripted::Scripted;
+    use crate::heatmap::tests::half_present;
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
-
-    /// A region whose first half is present, with one poisoned page.
-    fn region() -> Region {
-        let source = Scripted::new(400 * 4096).failing(300 * 4096..301 * 4096);
-        let builder = Region::builder().name("a <b>").chunk(Chunk::source(Arc::new(source))).record_latency();
-        let region = builder.build(&Pool::new().unwrap()).unwrap();
-        region.populate(0..200 * 4096).unwrap();
-        region.populate(300 * 4096..301 * 4096).unwrap_err();
-        region
-    }
 
     fn shown(scene: &Scene) -> String {
         let mut terminal = Terminal::new(TestBackend::new(80, 20)).unwrap();
@@ -221,7 +210,7 @@ mod tests {
     fn the_scene_shows_regions_with_maps_and_lines() {
         let scene = Scene::default();
         assert!(shown(&scene).contains("no region yet"));
-        let region = region();
+        let region = half_present();
         scene.add(region.meter());
         scene.say(String::from("something happened"));
         let seen = shown(&scene);
@@ -236,7 +225,7 @@ mod tests {
 
     #[test]
     fn regions_beyond_the_screen_are_counted() {
-        let (scene, region) = (Scene::default(), region());
+        let (scene, region) = (Scene::default(), half_present());
         (0..10).for_each(|_| scene.add(region.meter()));
         assert!(shown(&scene).contains("q quits  7 more regions"), "{}", shown(&scene));
     }
