@@ -1,12 +1,29 @@
 //! The socket of a handler: made at a path, or passed by a service manager.
 
-use super::{Options, systemd};
+use super::systemd;
 use crate::usage::Usage;
+use clap::Args;
 use nix::unistd::Group;
 use pagestitch_firecracker::{Builder, Handler};
 use std::error::Error;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+
+/// The options that name the socket.
+#[derive(Debug, Args)]
+pub(super) struct SocketOptions {
+    /// The path to listen at: the "backend_path" of PUT /snapshot/load. Without it, the socket that
+    /// systemd passes (a .socket unit with one ListenStream=)
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// The permission bits of the socket, in octal; a client needs write permission [default: those
+    /// that the umask leaves]
+    #[arg(long, value_name = "MODE", value_parser = mode)]
+    socket_mode: Option<u32>,
+    /// The group of the socket, by name or number [default: the group of this process]
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+}
 
 /// The socket at which a handler listens.
 #[derive(Debug)]
@@ -19,8 +36,8 @@ pub(super) enum Endpoint {
 
 impl Endpoint {
     /// The socket that the options or the service manager name.
-    pub(super) fn of(options: &Options) -> Result<Self, Box<dyn Error>> {
-        let Options { socket, socket_mode: mode, socket_group: group, .. } = options;
+    pub(super) fn of(options: &SocketOptions) -> Result<Self, Box<dyn Error>> {
+        let SocketOptions { socket, socket_mode: mode, socket_group: group } = options;
         let inherited = systemd::inherited_socket()?;
         let wrong = match (socket, inherited) {
             (Some(path), None) => {

@@ -1,6 +1,5 @@
 //! The events of a handler as lines: text for a person, or one JSON object a line.
 
-use super::Opened;
 use crate::log;
 use crate::output::{Form, bytes, count};
 use crate::scene::Scene;
@@ -10,6 +9,13 @@ use serde_json::{Value, json};
 use std::io::{Write, stdout};
 use std::net::SocketAddr;
 use std::path::Path;
+
+/// The size of a snapshot, and its number of pieces.
+#[derive(Debug)]
+pub(super) struct SnapshotSize {
+    pub(super) bytes: u64,
+    pub(super) pieces: usize,
+}
 
 /// An event in both forms.
 #[derive(Debug)]
@@ -49,8 +55,8 @@ impl Lines {
 
 impl Line {
     /// The handler has opened its socket and its snapshot, and answers scrapes at an address.
-    pub(super) fn listening(socket: &Path, snapshot: &Opened, scraped: Option<SocketAddr>) -> Self {
-        let (socket, Opened { bytes: len, pieces }) = (socket.display().to_string(), snapshot);
+    pub(super) fn listening(socket: &Path, snapshot: &SnapshotSize, scraped: Option<SocketAddr>) -> Self {
+        let (socket, SnapshotSize { bytes: len, pieces }) = (socket.display().to_string(), snapshot);
         let at = scraped.map_or_else(String::new, |address| format!("; metrics at http://{address}/metrics"));
         let memory = format!("{} of memory in {}", bytes(*len), count(*pieces, "piece"));
         Self {

@@ -20,10 +20,10 @@ use crate::live::Live;
 use crate::output::{Form, bytes, count, workers};
 use crate::scene::Scene;
 use clap::{Args, Subcommand, ValueEnum};
-use endpoint::Endpoint;
+use endpoint::{Endpoint, SocketOptions};
 use exporter::Exporter;
 use figures::Figures;
-use lines::{Line, Lines};
+use lines::{Line, Lines, SnapshotSize};
 use pagestitch::{Meter, OnUnavailable, Pool, Process, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
 use serde_json::json;
@@ -50,17 +50,8 @@ pub(crate) enum Peer {
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// The path to listen at: the "backend_path" of PUT /snapshot/load. Without it, the socket that
-    /// systemd passes (a .socket unit with one ListenStream=)
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
-    /// The permission bits of the socket, in octal; a client needs write permission [default: those
-    /// that the umask leaves]
-    #[arg(long, value_name = "MODE", value_parser = endpoint::mode)]
-    socket_mode: Option<u32>,
-    /// The group of the socket, by name or number [default: the group of this process]
-    #[arg(long, value_name = "GROUP")]
-    socket_group: Option<String>,
+    #[command(flatten)]
+    socket: SocketOptions,
     /// The memory file of the snapshot, then diffs over it, oldest first, each with its
     /// DIFF.extents
     #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
@@ -171,23 +162,16 @@ pub(crate) fn run(peer: Peer, form: Form) -> Result<(), Box<dyn Error>> {
     served.lost.recording.or(served.lost.map).map_or(Ok(()), |error| Err(error.into()))
 }
 
-/// The size of a snapshot, and its number of pieces.
-#[derive(Debug)]
-struct Opened {
-    bytes: u64,
-    pieces: usize,
-}
-
 /// Opens the snapshot and the socket.
-fn open(options: &Options) -> Result<(Handler, Opened), Box<dyn Error>> {
-    let endpoint = Endpoint::of(options)?;
+fn open(options: &Options) -> Result<(Handler, SnapshotSize), Box<dyn Error>> {
+    let endpoint = Endpoint::of(&options.socket)?;
     let mut pool = Pool::builder().name("firecracker");
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
     }
     let holes = if options.assume_holes { Holes::Unchanged } else { Holes::Untrusted };
     let snapshot = Snapshot::open_with(&options.memory, holes)?;
-    let opened = Opened { bytes: snapshot.bytes(), pieces: snapshot.pieces() };
+    let opened = SnapshotSize { bytes: snapshot.bytes(), pieces: snapshot.pieces() };
     let replay = options.replay.as_ref().map(Recording::read).transpose()?;
     let builder = Handler::builder(snapshot);
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
