@@ -123,7 +123,7 @@ fn run(command: Command, form: Form) -> Result<(), Box<dyn Error>> {
         Command::Stitch(options) => stitch::run(&options, form),
         Command::Serve(peer) => serve::run(peer, form),
         Command::Extents(options) => serve::extents(&options, form),
-        Command::Stress(options) => stress::run(&options, form == Form::Json),
+        Command::Stress(options) => stress::run(&options, form),
         Command::Bench(options) => bench::run(&options, form),
         Command::Completions(options) => docs::completions(&options, Arguments::command()),
         Command::Man(options) => docs::manual(&options, Arguments::command()),

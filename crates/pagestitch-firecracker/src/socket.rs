@@ -10,7 +10,7 @@ use nix::fcntl::{AtFlags, Flock, FlockArg};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, shutdown, socket,
 };
-use nix::unistd::{Gid, fchownat};
+use nix::unistd::{Gid, fchownat, geteuid};
 use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -124,8 +124,16 @@ impl Socket {
 
 impl SocketAccess {
     /// Sets the access to the file of a socket, through a descriptor, because another process may
-    /// replace the path.
+    /// replace the path. A file that has replaced the socket before the descriptor was opened is
+    /// refused.
     fn set(self, file: &File) -> io::Result<()> {
+        if self.group.or(self.mode).is_none() {
+            return Ok(());
+        }
+        let found = file.metadata()?;
+        if !found.file_type().is_socket() || found.nlink() != 1 || found.uid() != geteuid().as_raw() {
+            return Err(io::Error::other("another file has replaced the socket"));
+        }
         if let Some(group) = self.group {
             fchownat(file, OsStr::new(""), None, Some(Gid::from_raw(group)), AtFlags::AT_EMPTY_PATH)?;
         }
@@ -214,6 +222,23 @@ mod tests {
             UnixStream::connect(&path).unwrap();
             socket.close();
         }
+    }
+
+    #[test]
+    fn a_file_that_has_replaced_the_socket_keeps_its_mode() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("socket"), folder.path().join("link"));
+        let access = SocketAccess { mode: Some(0o666), group: None };
+        let file = File::create(&path).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        assert!(access.set(&file).is_err());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        // A hard link to a socket: its name is elsewhere.
+        fs::remove_file(&path).unwrap();
+        let socket = bound(&path);
+        fs::hard_link(&path, &link).unwrap();
+        assert!(access.set(socket.file.as_ref().unwrap()).is_err());
+        socket.close();
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub enum Limit {
     /// `RLIMIT_NPROC`: counts the threads of the user. The kernel gives the same answer at the
     /// limit of the cgroup (`pids.max`), and where no addresses are left for the thread's stack.
     Threads(u64),
+    /// The number of threads of the cgroup (`pids.max`) or of the system, or the addresses for the
+    /// thread's stack: `RLIMIT_NPROC` is unlimited.
+    Tasks,
     /// Another limit: the size of the address space, the number of mappings (`vm.max_map_count`),
     /// or a limit of the whole system.
     Other,
@@ -87,6 +90,7 @@ impl Limit {
             Self::Commit => Some("vm.overcommit_memory"),
             Self::Descriptors(_) => Some("RLIMIT_NOFILE"),
             Self::Threads(_) => Some("RLIMIT_NPROC"),
+            Self::Tasks => Some("pids.max"),
             Self::Other => None,
         }
     }
@@ -100,7 +104,7 @@ impl Limit {
             | Self::Locked(value)
             | Self::Descriptors(value)
             | Self::Threads(value) => Some(value),
-            Self::Commit | Self::Other => None,
+            Self::Commit | Self::Tasks | Self::Other => None,
         }
     }
 
@@ -113,7 +117,7 @@ impl Limit {
     /// The limit on threads, which the kernel has answered with `EAGAIN`.
     #[must_use]
     pub fn of_threads() -> Self {
-        Self::Threads(soft(Resource::RLIMIT_NPROC).unwrap_or(RLIM_INFINITY))
+        soft(Resource::RLIMIT_NPROC).map_or(Self::Tasks, Self::Threads)
     }
 
     /// The limit that `bytes` more bytes meet, if the kernel has answered with `errno`.
@@ -166,6 +170,9 @@ impl fmt::Display for Limit {
                 f,
                 "this user may have {limit} threads (RLIMIT_NPROC): raise it with ulimit -u, or pids.max of the cgroup"
             ),
+            Self::Tasks => {
+                f.write_str("no more threads may run: raise pids.max of the cgroup, or kernel.threads-max")
+            }
             Self::Other => f.write_str("make the region smaller, or raise vm.max_map_count"),
         }
     }

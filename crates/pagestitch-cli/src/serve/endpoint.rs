@@ -17,7 +17,7 @@ pub(super) struct SocketOptions {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
     /// The permission bits of the socket, in octal; a client needs write permission [default: those
-    /// that the umask leaves]
+    /// that the umask leaves, or 0660 with --socket-group]
     #[arg(long, value_name = "MODE", value_parser = mode)]
     socket_mode: Option<u32>,
     /// The group of the socket, by name or number [default: the group of this process]
@@ -42,7 +42,7 @@ impl Endpoint {
         let wrong = match (socket, inherited) {
             (Some(path), None) => {
                 let group = group.as_deref().map(find_group).transpose()?;
-                return Ok(Self::Path { path: path.clone(), mode: *mode, group });
+                return Ok(Self::Path { path: path.clone(), mode: mode.or(group.map(|_| 0o660)), group });
             }
             (None, Some(listener)) if mode.is_none() && group.is_none() => {
                 return Ok(Self::Inherited(listener));

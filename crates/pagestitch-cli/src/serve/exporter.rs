@@ -1,6 +1,6 @@
 //! Answers scrapes of Prometheus. One thread holds a few connections, each for a few seconds and
-//! with a short request, so that a slow or hostile client delays neither a guest nor another
-//! scrape.
+//! with a short request, so that no client delays a guest, and a silent one delays no scrape. A
+//! flood of connections may end a scrape before its answer.
 
 use super::figures::Figures;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -141,7 +141,7 @@ fn answer(request: &[u8], complete: bool, figures: &Figures) -> Vec<u8> {
 
 /// Parses the address for scrapes.
 pub(super) fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|_| String::from("say an IP address and a port: --metrics 127.0.0.1:9100"))
+    text.parse().map_err(|_| String::from("say an IP address and a port: --metrics 127.0.0.1:9470"))
 }
 
 /// The most connections. One more replaces the oldest.
@@ -214,6 +214,6 @@ mod tests {
         let taken = started();
         let error = Exporter::bind(taken).unwrap_err();
         assert!(error.contains(&format!("cannot listen at {taken} for --metrics")), "{error}");
-        assert!(["", "9100", "localhost:9100", "127.0.0.1"].iter().all(|bad| address(bad).is_err()));
+        assert!(["", "9470", "localhost:9470", "127.0.0.1"].iter().all(|bad| address(bad).is_err()));
     }
 }

@@ -29,6 +29,7 @@ mod sources;
 mod stopped;
 mod tally;
 
+use crate::output::Form;
 use clap::Args;
 use kernel::Injection;
 use serde_json::json;
@@ -57,7 +58,7 @@ pub(crate) struct Options {
     stopped: bool,
 }
 
-pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     pagestitch::Support::probe().features()?;
     let time = || std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(1, |since| since.as_secs());
     let seed = options.seed.unwrap_or_else(time);
@@ -81,7 +82,7 @@ pub(crate) fn run(options: &Options, as_json: bool) -> Result<(), Box<dyn Error>
         })?;
         round += u64::from(options.round.is_none());
     }
-    report(&tally, seed, started.elapsed(), as_json)?;
+    report(&tally, seed, started.elapsed(), form)?;
     Ok(())
 }
 
@@ -113,11 +114,14 @@ fn print_wait_channels() {
     }
 }
 
-fn report(tally: &Tally, seed: u64, took: Duration, as_json: bool) -> std::io::Result<()> {
+fn report(tally: &Tally, seed: u64, took: Duration, form: Form) -> std::io::Result<()> {
     let mut out = stdout().lock();
     let counts = tally.all().into_iter().map(|(name, count)| (name.to_owned(), count));
     let counts = counts.chain(Injection::counts());
-    if as_json {
+    if form == Form::Quiet {
+        return Ok(());
+    }
+    if form == Form::Json {
         let mut all = json!({"seed": seed, "seconds": took.as_secs_f64()});
         counts.for_each(|(name, count)| all[name] = count.into());
         return writeln!(out, "{all}");

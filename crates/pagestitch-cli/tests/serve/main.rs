@@ -191,9 +191,9 @@ fn each_start_error_is_one_line() {
 }
 
 #[test]
-fn the_socket_has_the_requested_mode_and_group() {
+fn a_socket_with_a_group_has_mode_0660() {
     let (folder, group) = (folder(), nix::unistd::getgid().to_string());
-    let _handler = Handler::start(folder.path(), &["--socket-mode", "0660", "--socket-group", &group]);
+    let _handler = Handler::start(folder.path(), &["--socket-group", &group]);
     let socket = fs::metadata(folder.path().join("socket")).unwrap();
     assert_eq!((socket.mode() & 0o7777, socket.gid().to_string()), (0o660, group));
 }

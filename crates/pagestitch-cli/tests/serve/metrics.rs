@@ -71,11 +71,11 @@ fn metrics_count_guests_while_they_are_served_and_after_they_have_ended() {
 #[test]
 fn a_malformed_metrics_address_names_a_right_one() {
     let folder = tempfile::tempdir().unwrap();
-    for bad in ["9100", "localhost:9100", "127.0.0.1:99999", ""] {
+    for bad in ["9470", "localhost:9470", "127.0.0.1:99999", ""] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
         command.args(["serve", "firecracker", "--socket", "s", "--memory", "m", "--metrics", bad]);
         let output = command.current_dir(folder.path()).stdout(Stdio::null()).output().unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.code() == Some(2) && said.contains("--metrics 127.0.0.1:9100"), "{said}");
+        assert!(output.status.code() == Some(2) && said.contains("--metrics 127.0.0.1:9470"), "{said}");
     }
 }

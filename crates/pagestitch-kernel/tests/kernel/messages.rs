@@ -41,6 +41,10 @@ fn a_limit_is_named_with_its_value_and_the_remedy() {
             "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; this user may have 100 threads (RLIMIT_NPROC): raise it with ulimit -u, or pids.max of the cgroup",
         ),
         (
+            reserve(Limit::Tasks),
+            "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; no more threads may run: raise pids.max of the cgroup, or kernel.threads-max",
+        ),
+        (
             reserve(Limit::Other),
             "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; make the region smaller, or raise vm.max_map_count",
         ),
