@@ -177,6 +177,25 @@ fn a_unit_of_reads_has_no_discarded_page_and_ends_with_its_range() {
     assert_eq!(region.close().pages_zeroed, 1);
 }
 
+/// A touch of a discarded page has no unit: the pages that the owner keeps end before it.
+#[test]
+fn a_discarded_end_of_a_unit_is_zeros_and_the_server_goes_on() {
+    let other = start_guest(this_test!(), |guest, _stream| {
+        // The whole last unit, the last pages of the first range, and the last pages of a unit.
+        for (page, pages) in [(992, 8), (298, 2), (12, 4)] {
+            guest.balloon(page * PAGE, pages * PAGE).unwrap();
+            assert_eq!(guest.read((page + pages - 1) * PAGE), 0, "page {page}");
+        }
+        assert_eq!(guest.read(297 * PAGE), byte_at(297 * PAGE as u64));
+        assert_eq!(guest.read(991 * PAGE), byte_at(991 * PAGE as u64));
+    });
+    let noted = Arc::new(Noted::new(TOTAL as u64, 16 * PAGE as u64));
+    let builder = Region::builder().chunk(Chunk::source(noted)).readahead(Readahead::None);
+    let region = builder.build_adopted(other.memory, &Pool::builder().workers(1).start().unwrap()).unwrap();
+    other.process.wait().expect_pass();
+    assert_eq!(region.close().pages_zeroed, 3);
+}
+
 #[test]
 fn guests_that_share_a_cached_source_read_each_block_once() {
     const BLOCK: usize = 64 << 10;

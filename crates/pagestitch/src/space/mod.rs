@@ -227,12 +227,14 @@ impl Mapping {
         let Some(unit) = self.layout.read_unit(size.offset_of(page)) else { return alone };
         let mut rest = size.inside(&unit);
         loop {
-            let run = self.target.contiguous(self.next_gap(rest));
+            let gap = self.next_gap(rest);
+            // An empty gap may lie at the region's end, where no page has an address.
+            if gap.is_empty() || gap.first > page {
+                return alone;
+            }
+            let run = self.target.contiguous(gap);
             if run.contains(page) {
                 return run;
-            }
-            if run.is_empty() || run.first > page {
-                return alone;
             }
             rest = rest.without_prefix(run.end().0 - rest.first.0);
         }

@@ -68,7 +68,7 @@ impl Target {
         }
     }
 
-    /// The leading pages of a span whose addresses are adjacent.
+    /// The leading pages of a span, which has one at least, whose addresses are adjacent.
     pub(crate) fn contiguous(&self, span: Span) -> Span {
         match self {
             Self::Owned(_) => span,
