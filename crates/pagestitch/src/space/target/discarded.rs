@@ -49,8 +49,8 @@ impl DiscardedPages {
         }
     }
 
-    /// True if a span's first page is in the set, with the number of leading pages for which the
-    /// same holds. For pages outside the set, that number is at most [`LOOK`].
+    /// True if the first page of a span, which has one, is in the set, with the number of leading
+    /// pages for which the same holds: at least one. For pages outside the set, that number is at most [`LOOK`].
     pub(super) fn prefix(&self, span: Span) -> (usize, bool) {
         let (first, end) = (span.first.0, span.end().0);
         let set = self.pages[first / WORD].load(Ordering::SeqCst) >> (first % WORD) & 1 == 1;
@@ -69,7 +69,8 @@ impl DiscardedPages {
                 break;
             }
         }
-        (at.min(end) - first, set)
+        // Another thread may have added the first page since the look at it.
+        ((at.min(end) - first).max(1), set)
     }
 
     /// The number of pages from `at` to the end of its group, or of 64 groups, if all of these are
