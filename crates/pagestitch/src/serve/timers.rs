@@ -58,8 +58,9 @@ impl<R> Timers<R> {
         self.entries.lock().len() < MOST
     }
 
-    /// Adds a task to do after `wait`.
+    /// Adds a task to do after `wait`, or after [`LONGEST`] if that is shorter.
     pub(super) fn add(&self, what: TimedTask<R>, wait: Duration) {
+        let wait = wait.min(LONGEST);
         let mut entries = self.entries.lock();
         let at = Instant::now() + wait;
         if entries.iter().all(|(other, _)| at < *other) {
@@ -108,6 +109,8 @@ impl<R> AsFd for Timers<R> {
     }
 }
 
+/// The longest wait, because a source may ask for a pause that no clock can count: a year.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The most tasks.
 const MOST: usize = 1024;
 
@@ -148,6 +151,16 @@ mod tests {
         timers.acknowledge();
         timers.rearm();
         assert!(!is_ready(0));
+    }
+
+    #[test]
+    fn a_pause_beyond_the_end_of_the_clock_is_a_long_pause() {
+        let timers = Timers::<()>::new().unwrap();
+        timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::MAX);
+        assert!(timers.take().is_none());
+        timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::ZERO);
+        assert!(timers.take().is_some());
+        assert!(timers.take().is_none());
     }
 
     #[test]
