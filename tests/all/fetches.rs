@@ -1,12 +1,12 @@
 //! Asynchronous fetches that fail, and fetches at a limit: no fetch occupies a worker.
 
 use crate::until;
-use pagestitch::source::{Fetch, Reply};
+use pagestitch::source::{Fetch, Reply, Source};
 use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region, Retry};
 use pagestitch_testkit::{child, this_test};
 use std::io;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -132,6 +132,54 @@ fn a_limit_that_is_the_number_of_workers_lets_a_worker_wait_for_its_fetch() {
             }
             thread::yield_now();
         }
+    });
+}
+
+/// A source whose read blocks until the test ends it.
+struct Hanging(Mutex<mpsc::Receiver<()>>, Arc<AtomicBool>);
+
+impl Source for Hanging {
+    fn size(&self) -> u64 {
+        PAGE as u64
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        self.1.store(true, Ordering::SeqCst);
+        let _ = self.0.lock().unwrap().recv();
+        into.fill(9);
+        Ok(())
+    }
+}
+
+/// The only worker hangs while a fault waits for a permit: the permit that comes back goes to the
+/// replacement, which then serves that fault.
+#[test]
+fn a_worker_that_hangs_is_replaced_while_a_fault_waits_for_a_permit() {
+    let pool = Pool::builder().workers(1).max_in_flight(2).start().unwrap();
+    let region =
+        |chunk: Chunk| Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    let (held, (end, ends), hangs) =
+        (Arc::new(Held::default()), mpsc::channel(), Arc::new(AtomicBool::new(false)));
+    let other = region(Chunk::from(vec![8; PAGES * PAGE]));
+    let fetched = region(Chunk::fetch(Arc::clone(&held)));
+    let hanging = region(Chunk::source(Arc::new(Hanging(Mutex::new(ends), Arc::clone(&hangs)))));
+    thread::scope(|scope| {
+        // A failed test ends the source, too.
+        let end = end;
+        let readers = [0, 1].map(|page| {
+            let fetched = &fetched;
+            scope.spawn(move || fetched.as_slice()[page * PAGE])
+        });
+        until(|| held.open() == 1 && fetched.metrics().faults == 2);
+        assert_eq!(other.as_slice()[0], 8);
+        let blocked = scope.spawn(|| hanging.as_slice()[0]);
+        until(|| hangs.load(Ordering::SeqCst));
+        held.answer();
+        held.answer();
+        readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), 7));
+        assert_eq!(other.as_slice()[PAGE], 8);
+        drop(end);
+        assert_eq!(blocked.join().unwrap(), 9);
     });
 }
 

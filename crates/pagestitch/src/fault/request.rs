@@ -27,7 +27,7 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
     fn permit_prefetch(&self) -> Option<Self::Permit>;
 
     /// Queues an admitted fault until there is a permit for its fetch. It is served with the permit
-    /// then.
+    /// then, or without one if workers hold all permits.
     fn wait_for_permit(self: &Arc<Self>, request: FaultRequest);
 
     /// Ends the admission of a fetch.

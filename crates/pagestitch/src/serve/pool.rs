@@ -224,8 +224,8 @@ impl PoolBuilder {
     ///
     /// Each worker and each [replacement](Self::max_workers) has one fault in flight; the others are
     /// asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a fetch waits without a
-    /// worker, pages are not fetched ahead, and no worker is replaced. If the limit is the number of
-    /// workers, a worker waits for its fetch.
+    /// worker, pages are not fetched ahead, and no worker is replaced. If the workers, with their
+    /// replacements, are as many as the limit, a worker waits for its fetch.
     pub fn max_in_flight(mut self, most: usize) -> Self {
         self.max_in_flight = Some(most);
         self

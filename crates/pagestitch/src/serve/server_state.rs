@@ -164,6 +164,12 @@ impl ServerState {
         !self.faults.1.is_empty()
     }
 
+    /// True if a fault waits that a woken worker can serve.
+    pub(super) fn has_left_over(&self) -> bool {
+        let can_take_waiting = self.permits.as_ref().is_some_and(|permits| permits.can_take_waiting());
+        can_take_waiting || self.slow_admission.has_waiters() || self.has_queued()
+    }
+
     /// True if there is work that no descriptor reports.
     pub(super) fn has_more(&self) -> bool {
         !self.prefetches.1.is_empty() || self.has_queued()

@@ -11,6 +11,10 @@ impl ServerState {
     /// Starts a worker at a post in place of a worker that is held up. Both have a fault in flight,
     /// so the new worker takes a permit of `max_in_flight()`.
     pub(super) fn start_replacement(state: &Arc<Self>, post: usize) -> Result<(), Error> {
+        // A permit that no worker can use is not taken, because its return wakes workers.
+        if state.workers.working() >= state.workers.most() {
+            return Err(no_slot());
+        }
         let permit = state.permits.as_ref().map(|permits| {
             let what = "the limit on faults in flight is reached: see max_in_flight()";
             permits.take_for_worker().ok_or_else(|| at_most(BuildOption::MaxInFlight, what))
@@ -21,10 +25,7 @@ impl ServerState {
     /// Starts a worker at a post. [`ErrorKind::LimitReached`] if the pool has `max_workers()`
     /// workers.
     pub(super) fn start_worker(state: &Arc<Self>, post: usize, permit: Option<Permit>) -> Result<(), Error> {
-        let Some(slot) = state.workers.add(post) else {
-            let what = "the limit on workers is reached: see max_workers()";
-            return Err(at_most(BuildOption::MaxWorkers, what));
-        };
+        let slot = state.workers.add(post).ok_or_else(no_slot)?;
         let refused = |error| {
             state.workers.cancel(slot);
             error
@@ -44,6 +45,10 @@ impl ServerState {
         state.threads.lock().push(thread);
         Ok(())
     }
+}
+
+fn no_slot() -> Error {
+    at_most(BuildOption::MaxWorkers, "the limit on workers is reached: see max_workers()")
 }
 
 fn at_most(option: BuildOption, what: &str) -> Error {

@@ -201,7 +201,7 @@ impl Watchdog {
         // A worker that hangs may have kept a few faults, or may have read the timer. Another
         // worker takes these over when it is woken. Without a waiting worker, nothing is written to
         // `wake_fd`, because each write would wake a worker later.
-        if waiting > 0 && (self.state.slow_admission.has_waiters() || self.state.has_queued()) {
+        if waiting > 0 && self.state.has_left_over() {
             self.state.wake_one();
         }
         if waiting > 0 && self.short {

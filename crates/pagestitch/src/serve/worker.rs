@@ -254,8 +254,20 @@ impl Worker {
         while let Some((QueuedFault { handle, request }, permit)) = permits.take_waiting() {
             // A region that is being dropped needs no page any more.
             let Some(region) = handle.enter() else { continue };
-            let mut permit = Some(Some(permit));
-            serve_limited(&region, Some(request), |request| self.serve_now(&region, request, permit.take()));
+            let waits_for_source = permit.is_none();
+            if waits_for_source && region.limit.is_none() {
+                // As any fault that occupies a worker, it needs the admission of a slow region.
+                self.serve_admitted(&region, request);
+            } else {
+                let mut permit = permit.map(Some);
+                let serve = |request| self.serve_now(&region, request, permit.take());
+                serve_limited(&region, Some(request), serve);
+            }
+            if waits_for_source {
+                // Events of other regions may have come meanwhile. A worker was woken for the next
+                // fault.
+                return;
+            }
         }
     }
 
