@@ -1,6 +1,7 @@
 //! A source whose failed reads are repeated.
 
 use super::{Complete, Fetch, Reply, Source};
+use crate::error::FailureReason;
 use crate::retry::Retry;
 use std::any::Any;
 use std::hash::{BuildHasher, RandomState};
@@ -19,7 +20,8 @@ use std::{io, thread};
 ///   block once for all of its readers.
 /// * **Several chunks or regions of one source:** this wrapper states the retries once.
 ///
-/// A panic of the source is not repeated. The drop of a region waits for a read that sleeps.
+/// A panic of a [`Source`] is not repeated. A [`Fetch`] that drops its request, by a panic or not, gives
+/// no answer, which is repeated as an error is. The drop of a region waits for a read that sleeps.
 ///
 /// ```
 /// use pagestitch::source::{FileSource, Retrying};
@@ -54,6 +56,10 @@ impl<S: Source> Source for Retrying<S> {
         let mut failures = 0;
         loop {
             let Err(error) = self.inner.read_at(offset, into) else { return Ok(()) };
+            // A wrapper inside has caught a panic.
+            if FailureReason::of(&error) == FailureReason::Panicked {
+                return Err(error);
+            }
             failures += 1;
             match self.retry.after(failures, random()) {
                 Some(pause) => thread::sleep(pause),
