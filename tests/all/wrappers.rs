@@ -5,10 +5,10 @@ use crate::waits::SetOnDrop;
 use crate::zero_copy::memfd;
 use crate::{pattern, reason, until};
 use pagestitch::source::{Cached, FailureReason, Fetch, Hole, Limited, Memory, Reply, Retrying};
-use pagestitch::{Chunk, Method, Pool, Readahead, Region, Retry, Source};
+use pagestitch::{Chunk, Error, Method, Pool, Readahead, Region, Retry, Source};
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -422,7 +422,8 @@ fn regions_that_share_a_cached_fetch_request_each_block_once() {
 #[test]
 fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
     let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-    let later = Arc::new(Later::new(KIB_64, KIB_64).failing(1));
+    // The block, and the page that each region then requests alone.
+    let later = Arc::new(Later::new(KIB_64, KIB_64).failing(3));
     let cached = Arc::new(Cached::new(Arc::clone(&later), 1 << 20));
     let regions = [region_of_fetch(&cached, &pool), region_of_fetch(&cached, &pool)];
     thread::scope(|scope| {
@@ -520,24 +521,147 @@ fn a_unit_ends_with_its_chunk() {
     }
 }
 
-/// The pages of a unit fail alone, before and after the touched page.
+/// The pages of a unit fail alone, before and after the touched page; so do the pages of a block of
+/// a cached source.
 #[test]
 fn a_page_that_fails_takes_no_other_page_of_its_unit() {
     let pool = Pool::builder().workers(2).start().unwrap();
-    for fetched in [false, true] {
+    for (fetched, cached) in [(false, false), (true, false), (false, true), (true, true)] {
         let noted = Arc::new(Noted::new(4 * KIB_64, KIB_64).losing(20 * PAGE + 5));
-        let chunk = match fetched {
-            true => Chunk::fetch(Arc::new(Prompt(Arc::clone(&noted)))),
-            false => Chunk::source(Arc::clone(&noted)),
+        let chunk = match (fetched, cached) {
+            (true, false) => Chunk::fetch(Arc::new(Prompt(Arc::clone(&noted)))),
+            (false, false) => Chunk::source(Arc::clone(&noted)),
+            (true, true) => Chunk::fetch(Arc::new(Cached::new(Prompt(Arc::clone(&noted)), 1 << 20))),
+            (false, true) => Chunk::source(Arc::new(Cached::new(Arc::clone(&noted), 1 << 20))),
         };
         let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
         for page in [31, 16, 24, 17, 21, 19, 22] {
-            assert_eq!(region.as_slice()[page * PAGE as usize], byte_at(page as u64 * PAGE));
+            let mut byte = [0];
+            region.read_at(page * PAGE, &mut byte).unwrap();
+            assert_eq!(byte[0], byte_at(page * PAGE), "fetched {fetched}, cached {cached}");
         }
         let error = region.read_at(20 * PAGE, &mut [0]).unwrap_err();
         assert_eq!((error.chunk(), reason(&error)), (Some(0), FailureReason::Source), "{error}");
         assert!(is_right_but(&region, 20));
         assert_eq!(region.failures().len(), 1);
+    }
+}
+
+/// The read of a request from a cached fetch that answers at once.
+fn read_fetched<F: Fetch + 'static>(cached: &Arc<F>, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
+    let chunk = Chunk::fetch(Arc::clone(cached)).range(offset..offset + len);
+    let region = Region::builder().chunk(chunk).build(&Pool::new().unwrap()).unwrap();
+    let mut bytes = vec![0; len as usize];
+    region.read_at(0, &mut bytes).map(|()| bytes)
+}
+
+#[test]
+fn a_request_to_a_cached_source_reads_its_own_part_once_after_a_failed_block() {
+    let bytes = |offset: u64, len: u64| (offset..offset + len).map(byte_at).collect::<Vec<_>>();
+    let noted = || Arc::new(Noted::new(2 * KIB_64, KIB_64).losing(20 * PAGE + 5));
+    for (offset, len, is_right, expected) in [
+        (17 * PAGE, PAGE, true, vec![(KIB_64, KIB_64 as usize), (17 * PAGE, PAGE as usize)]),
+        (20 * PAGE, PAGE, false, vec![(KIB_64, KIB_64 as usize), (20 * PAGE, PAGE as usize)]),
+        (KIB_64, KIB_64, false, vec![(KIB_64, KIB_64 as usize)]),
+        (0, 2 * KIB_64, false, vec![(0, KIB_64 as usize), (KIB_64, KIB_64 as usize)]),
+    ] {
+        let source = noted();
+        let mut read = vec![0; len as usize];
+        let end = Cached::new(Arc::clone(&source), 1 << 20).read_at(offset, &mut read);
+        assert_eq!((end.is_ok(), source.reads()), (is_right, expected.clone()), "{len} bytes at {offset}");
+        assert!(!is_right || read == bytes(offset, len));
+    }
+    // The request begins in a block that is read, and ends in one that fails.
+    let source = noted();
+    let mut read = vec![0; 2 * PAGE as usize];
+    Cached::new(Arc::clone(&source), 1 << 20).read_at(15 * PAGE, &mut read).unwrap();
+    assert!(read == bytes(15 * PAGE, 2 * PAGE));
+    assert_eq!(source.reads().len(), 3);
+    let source = noted();
+    let cached = Arc::new(Cached::new(Prompt(Arc::clone(&source)), 1 << 20));
+    // The page of this region has bytes of both blocks.
+    assert!(read_fetched(&cached, 15 * PAGE + 100, PAGE).unwrap() == bytes(15 * PAGE + 100, PAGE));
+    assert_eq!(source.reads().len(), 3);
+}
+
+#[test]
+fn a_page_whose_read_panics_takes_no_other_page_of_its_block() {
+    let pool = Pool::new().unwrap();
+    let source = Arc::new(Scripted::new(KIB_64).panicking(5 * PAGE..6 * PAGE));
+    let region = region_of(&Arc::new(Cached::new(source, 1 << 20)), &pool);
+    let error = region.read_at(5 * PAGE, &mut [0]).unwrap_err();
+    assert_eq!(reason(&error), FailureReason::Panicked, "{error}");
+    assert!(is_right_but(&region, 5));
+    // The block is the page, so no other read follows, and no retry.
+    let source = Arc::new(Scripted::new(PAGE).panicking(0..PAGE));
+    let cached = Cached::new(Arc::clone(&source), 1 << 20);
+    let region = region_of(&Arc::new(Retrying::new(cached, quickly(4))), &pool);
+    let error = region.read_at(0, &mut [0]).unwrap_err();
+    assert_eq!((reason(&error), source.reads()), (FailureReason::Panicked, 1), "{error}");
+}
+
+/// A source that changes its granularity.
+struct Changing(AtomicU64);
+
+impl Source for Changing {
+    fn size(&self) -> u64 {
+        1 << 20
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+        Ok(())
+    }
+
+    fn granularity(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+#[test]
+fn clones_of_a_cached_source_agree_on_the_size_of_a_block() {
+    let source = Arc::new(Changing(AtomicU64::new(KIB_64)));
+    let first = Cached::new(Arc::clone(&source), 1 << 20);
+    let second = first.clone();
+    let mut byte = [0];
+    first.read_at(KIB_64 + 7, &mut byte).unwrap();
+    source.0.store(PAGE, Ordering::SeqCst);
+    second.read_at(PAGE + 7, &mut byte).unwrap();
+    assert_eq!((byte[0], second.granularity()), (byte_at(PAGE + 7), KIB_64));
+}
+
+/// Has other bytes as a [`Source`] than as a [`Fetch`].
+struct TwoFaced;
+
+impl Source for TwoFaced {
+    fn size(&self) -> u64 {
+        PAGE
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(1);
+        Ok(())
+    }
+}
+
+impl Fetch for TwoFaced {
+    fn size(&self) -> u64 {
+        PAGE
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        let bytes = vec![2; reply.len()];
+        reply.answer(&bytes);
+    }
+}
+
+#[test]
+fn a_cached_source_keeps_read_and_fetched_blocks_apart() {
+    let pool = Pool::new().unwrap();
+    let cached = Arc::new(Cached::new(TwoFaced, 1 << 20));
+    for _ in 0..2 {
+        assert_eq!(region_of(&cached, &pool).as_slice()[5], 1);
+        assert_eq!(region_of_fetch(&cached, &pool).as_slice()[5], 2);
     }
 }
 

@@ -13,21 +13,31 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use std::{fmt, io, mem};
 
-/// The blocks of a source, by their number.
+/// The blocks of a source.
 #[derive(Debug)]
 pub(super) struct BlockCache {
+    /// The size of a block. Set by the first call that needs it, because the source knows it.
+    block_size: OnceLock<u64>,
     state: Mutex<State>,
+}
+
+/// Identifies a block. One source can implement both [`Source`](super::Source) and
+/// [`Fetch`](super::Fetch) with different bytes, so the number alone is not enough.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum BlockId {
+    Read(u64),
+    Fetched(u64),
 }
 
 #[derive(Debug, Default)]
 struct State {
-    blocks: HashMap<u64, Block>,
+    blocks: HashMap<BlockId, Block>,
     /// The kept blocks, in the order in which they are considered for removal.
-    kept: VecDeque<u64>,
+    kept: VecDeque<BlockId>,
     /// The number of blocks that are being read.
     reading: usize,
 }
@@ -65,18 +75,24 @@ pub(super) enum Found {
 }
 
 impl BlockCache {
-    pub(super) fn new() -> Self {
-        Self { state: Mutex::default() }
+    pub(super) fn new(block_size: OnceLock<u64>) -> Self {
+        Self { block_size, state: Mutex::default() }
+    }
+
+    /// The size of a block: that of the first call, because the number of a block must always mean
+    /// the same bytes.
+    pub(super) fn block_size(&self, preferred: impl FnOnce() -> u64) -> u64 {
+        *self.block_size.get_or_init(preferred)
     }
 
     /// Looks for a block, in a cache of `most` blocks. `waiter` is made if another request reads the
     /// block.
-    pub(super) fn find(self: &Arc<Self>, number: u64, most: usize, waiter: impl FnOnce() -> Waiter) -> Found {
+    pub(super) fn find(self: &Arc<Self>, id: BlockId, most: usize, waiter: impl FnOnce() -> Waiter) -> Found {
         // Dropped after the lock is released.
         let _removed;
         let mut state = self.state.lock();
         let is_full = state.reading >= most;
-        match state.blocks.get_mut(&number) {
+        match state.blocks.get_mut(&id) {
             Some(Block::Kept { bytes, used }) => {
                 *used = true;
                 return Found::Kept(bytes.clone());
@@ -90,8 +106,8 @@ impl BlockCache {
         }
         _removed = state.make_room(most);
         state.reading += 1;
-        state.blocks.insert(number, Block::Reading(Vec::new()));
-        Found::Absent(BlockRead { cache: Arc::clone(self), number, ended: false })
+        state.blocks.insert(id, Block::Reading(Vec::new()));
+        Found::Absent(BlockRead { cache: Arc::clone(self), id, ended: false })
     }
 }
 
@@ -100,12 +116,12 @@ impl State {
     /// last considered.
     fn make_room(&mut self, most: usize) -> Option<Bytes> {
         while self.kept.len() + self.reading >= most {
-            let number = self.kept.pop_front()?;
-            let Entry::Occupied(mut entry) = self.blocks.entry(number) else { continue };
+            let id = self.kept.pop_front()?;
+            let Entry::Occupied(mut entry) = self.blocks.entry(id) else { continue };
             match entry.get_mut() {
                 Block::Kept { used, .. } if *used => {
                     *used = false;
-                    self.kept.push_back(number);
+                    self.kept.push_back(id);
                 }
                 Block::Kept { bytes, .. } => {
                     let bytes = mem::take(bytes);
@@ -122,7 +138,7 @@ impl State {
 /// The read of a block. If it is dropped before its end, the requests that wait fail.
 pub(super) struct BlockRead {
     cache: Arc<BlockCache>,
-    number: u64,
+    id: BlockId,
     ended: bool,
 }
 
@@ -152,10 +168,10 @@ impl BlockRead {
         self.ended = true;
         let mut state = self.cache.state.lock();
         state.reading -= 1;
-        let block = state.blocks.remove(&self.number);
+        let block = state.blocks.remove(&self.id);
         if let Some(bytes) = bytes {
-            state.blocks.insert(self.number, Block::Kept { bytes, used: false });
-            state.kept.push_back(self.number);
+            state.blocks.insert(self.id, Block::Kept { bytes, used: false });
+            state.kept.push_back(self.id);
         }
         match block {
             Some(Block::Reading(waiters)) => waiters,
@@ -197,7 +213,7 @@ impl fmt::Debug for Block {
 
 impl fmt::Debug for BlockRead {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "read of block {}", self.number)
+        write!(f, "read of block {:?}", self.id)
     }
 }
 
@@ -211,7 +227,7 @@ mod tests {
     }
 
     fn read(cache: &Arc<BlockCache>, number: u64, most: usize) -> bool {
-        match cache.find(number, most, unused) {
+        match cache.find(BlockId::Read(number), most, unused) {
             Found::Kept(_) => false,
             Found::Absent(read) => {
                 read.finish(&Bytes::from_static(b"bytes"));
@@ -223,7 +239,7 @@ mod tests {
 
     #[test]
     fn no_more_blocks_are_kept_than_allowed() {
-        let cache = Arc::new(BlockCache::new());
+        let cache = Arc::new(BlockCache::new(OnceLock::new()));
         for number in 0..100 {
             assert!(read(&cache, number % 17, 4), "block {number} comes back after 16 others");
             let state = cache.state.lock();
@@ -233,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_used_block_outlasts_unused_ones() {
-        let cache = Arc::new(BlockCache::new());
+        let cache = Arc::new(BlockCache::new(OnceLock::new()));
         assert!(read(&cache, 0, 4));
         for number in 1..100 {
             assert!(read(&cache, number, 4));
@@ -243,11 +259,11 @@ mod tests {
 
     #[test]
     fn blocks_that_are_being_read_take_room() {
-        let cache = Arc::new(BlockCache::new());
+        let cache = Arc::new(BlockCache::new(OnceLock::new()));
         assert!(read(&cache, 9, 2));
-        let Found::Absent(first) = cache.find(0, 2, unused) else { panic!() };
-        let Found::Absent(second) = cache.find(1, 2, unused) else { panic!() };
-        assert!(matches!(cache.find(2, 2, unused), Found::NoRoom));
+        let Found::Absent(first) = cache.find(BlockId::Read(0), 2, unused) else { panic!() };
+        let Found::Absent(second) = cache.find(BlockId::Read(1), 2, unused) else { panic!() };
+        assert!(matches!(cache.find(BlockId::Read(2), 2, unused), Found::NoRoom));
         assert!(cache.state.lock().kept.is_empty(), "block 9 made room");
         first.finish(&Bytes::new());
         second.fail(&io::Error::other("lost"));
@@ -257,9 +273,9 @@ mod tests {
     #[test]
     fn each_request_that_waits_gets_the_answer_of_the_one_read() {
         for outcome in 0..4 {
-            let cache = Arc::new(BlockCache::new());
+            let cache = Arc::new(BlockCache::new(OnceLock::new()));
             let answers = Arc::new(AtomicUsize::new(0));
-            let Found::Absent(read) = cache.find(3, 1, unused) else { panic!() };
+            let Found::Absent(read) = cache.find(BlockId::Read(3), 1, unused) else { panic!() };
             for _ in 0..5 {
                 let answers = Arc::clone(&answers);
                 let waiter = move |answer| {
@@ -278,7 +294,7 @@ mod tests {
                     assert!(right, "{answer:?}");
                     answers.fetch_add(1, Ordering::Relaxed);
                 };
-                assert!(matches!(cache.find(3, 1, || Box::new(waiter)), Found::Waits));
+                assert!(matches!(cache.find(BlockId::Read(3), 1, || Box::new(waiter)), Found::Waits));
             }
             match outcome {
                 0 => read.finish(&Bytes::from_static(b"xyz")),
@@ -287,7 +303,7 @@ mod tests {
                 _ => drop(read),
             }
             assert_eq!(answers.load(Ordering::Relaxed), 5);
-            assert_eq!(matches!(cache.find(3, 1, unused), Found::Kept(_)), outcome == 0);
+            assert_eq!(matches!(cache.find(BlockId::Read(3), 1, unused), Found::Kept(_)), outcome == 0);
         }
     }
 }

@@ -1,7 +1,9 @@
 //! A source whose blocks are kept for several readers.
 
-use super::block_cache::{Answer, BlockCache, BlockRead, Found, Waiter};
+use super::block_cache::{Answer, BlockCache, BlockId, BlockRead, Found, Waiter};
 use super::{Complete, Fetch, Reply, Source};
+use crate::error::FailureReason;
+use crate::guard::{guarded, quietly};
 use bytes::Bytes;
 use crossbeam_channel::bounded;
 use pagestitch_kernel::page::HUGE;
@@ -17,15 +19,22 @@ use std::{fmt, io};
 ///
 /// * **Block.** The source's [`granularity`](Source::granularity), or 64 KiB if it has none; or
 ///   [`block`](Self::block). The last block ends with the source.
-/// * **Concurrent misses** of a block are one read, whose answer or error all of them get. An error
-///   is not kept: the next request reads the block again.
+/// * **Concurrent misses** of a block are one read, whose bytes all of them get. An error is not
+///   kept: the next request reads the block again. A source that implements both [`Source`] and
+///   [`Fetch`] has blocks of its own for each.
 /// * **Memory.** At most the given capacity, in blocks that are kept or being read; at least one
 ///   block. Least recently used blocks are removed, roughly. While the blocks that are being read
 ///   fill the capacity, further misses are read without being kept. Each thread that copies out of
 ///   a block may keep that block for the moment. A request across several blocks of a [`Fetch`] has
 ///   a buffer of its own.
-/// * **Failures** are those of the source. Wrap [`Retrying`](super::Retrying) inside: it repeats the
-///   read of a block once for all that wait.
+/// * **Failures** are those of the source. If the read of a block fails, each request for a part of
+///   the block reads its own bytes once more, alone, so that only the bad page fails. Wrap
+///   [`Retrying`](super::Retrying) inside: it repeats the read of a block once for all that wait.
+/// * **Signals.** A request waits for the thread that reads its block. So a signal handler that
+///   interrupts a thread in [`populate`](crate::AnyRegion::populate),
+///   [`read_at`](crate::Region::read_at) or [`retry_failed`](crate::AnyRegion::retry_failed) must touch
+///   no absent page of this source: it could wait forever for the thread that it has interrupted.
+///   Block the signal around these calls.
 ///
 /// The bytes of the source must not change. A page table or the kernel's page cache already keeps
 /// the bytes of mapped files and of one region: cache sources that are slow and shared.
@@ -47,8 +56,6 @@ use std::{fmt, io};
 pub struct Cached<S> {
     inner: Arc<S>,
     capacity: u64,
-    /// The size of a block. Set by the first call, because the source knows it.
-    block: OnceLock<u64>,
     cache: Arc<BlockCache>,
 }
 
@@ -56,19 +63,19 @@ impl<S> Cached<S> {
     /// Keeps blocks of `source`, of at most `capacity` bytes together. Clones share the blocks.
     #[must_use]
     pub fn new(source: S, capacity: u64) -> Self {
-        let cache = Arc::new(BlockCache::new());
-        Self { inner: Arc::new(source), capacity, block: OnceLock::new(), cache }
+        let cache = Arc::new(BlockCache::new(OnceLock::new()));
+        Self { inner: Arc::new(source), capacity, cache }
     }
 
     /// Sets the size of a block: rounded up to a power of two, from 512 bytes to 2 MiB. Starts with
     /// an empty cache.
     #[must_use]
     pub fn block(self, bytes: u64) -> Self {
-        Self { block: OnceLock::from(rounded(bytes)), cache: Arc::new(BlockCache::new()), ..self }
+        Self { cache: Arc::new(BlockCache::new(OnceLock::from(rounded(bytes)))), ..self }
     }
 
     fn blocks(&self, size: u64, granularity: impl FnOnce() -> u64) -> Blocks {
-        let block = *self.block.get_or_init(|| match granularity() {
+        let block = self.cache.block_size(|| match granularity() {
             0 | 1 => DEFAULT_BLOCK,
             preferred => rounded(preferred),
         });
@@ -114,36 +121,40 @@ impl Blocks {
         let start = number * self.block;
         (start, self.block.min(self.size.saturating_sub(start)) as usize)
     }
+
+    /// Whether a part is its whole block, so that a read of the part alone fails as the block did.
+    fn is_whole(self, part: &Part) -> bool {
+        part.bytes.len() == self.place(part.number).1
+    }
 }
 
 impl<S: Source> Cached<S> {
-    fn read_part(&self, blocks: Blocks, part: &Part, into: &mut [u8]) -> io::Result<()> {
+    /// The bytes of a block; `None` if it has no room.
+    fn block_of(&self, blocks: Blocks, number: u64) -> io::Result<Option<Bytes>> {
         let mut waits = None;
-        let found = self.cache.find(part.number, blocks.most, || {
+        let found = self.cache.find(BlockId::Read(number), blocks.most, || {
             let (sender, answer) = bounded(1);
             waits = Some(answer);
             Box::new(move |answer| drop(sender.send(answer)))
         });
-        let (start, len) = blocks.place(part.number);
-        let block = match found {
-            Found::Kept(block) => block,
+        match found {
+            Found::Kept(block) => Ok(Some(block)),
             Found::Waits => {
                 let answer = waits.expect("a waiter was made").recv();
                 match answer.expect("each waiter gets an answer") {
-                    Answer::Ready(block) => block,
-                    Answer::Failed(error) | Answer::Retry(_, error) => return Err(error),
+                    Answer::Ready(block) => Ok(Some(block)),
+                    Answer::Failed(error) | Answer::Retry(_, error) => Err(error),
                 }
             }
-            Found::Absent(read) => self.read_block(read, start, len)?,
-            Found::NoRoom => return self.inner.read_at(start + part.bytes.start as u64, into),
-        };
-        into.copy_from_slice(block.get(part.bytes.clone()).ok_or(io::ErrorKind::UnexpectedEof)?);
-        Ok(())
+            Found::Absent(read) => self.read_block(read, blocks.place(number)).map(Some),
+            Found::NoRoom => Ok(None),
+        }
     }
 
-    fn read_block(&self, read: BlockRead, start: u64, len: usize) -> io::Result<Bytes> {
+    fn read_block(&self, read: BlockRead, (start, len): (u64, usize)) -> io::Result<Bytes> {
         let mut bytes = vec![0; len];
-        match self.inner.read_at(start, &mut bytes) {
+        let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
+        match guarded(|| self.inner.read_at(start, &mut bytes)).unwrap_or_else(panicked) {
             Ok(()) => {
                 let block = Bytes::from(bytes);
                 read.finish(&block);
@@ -164,10 +175,21 @@ impl<S: Source> Source for Cached<S> {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let blocks = self.blocks(self.inner.size(), || self.inner.granularity());
-        blocks.parts(offset, into.len()).try_for_each(|part| {
-            let len = part.bytes.len();
-            self.read_part(blocks, &part, &mut into[part.at..][..len])
-        })
+        for part in blocks.parts(offset, into.len()) {
+            let (start, rest) = (offset + part.at as u64, &mut into[part.at..]);
+            let own = ..part.bytes.len();
+            match self.block_of(blocks, part.number) {
+                Ok(Some(block)) => {
+                    rest[own].copy_from_slice(block.get(part.bytes).ok_or(io::ErrorKind::UnexpectedEof)?);
+                }
+                Ok(None) => self.inner.read_at(start, &mut rest[own])?,
+                Err(error) if blocks.is_whole(&part) => return Err(error),
+                // The bad byte of the block may be outside the request. One read for all that is
+                // left, however many blocks are bad.
+                Err(_) => return self.inner.read_at(start, rest),
+            }
+        }
+        Ok(())
     }
 
     fn name(&self) -> String {
@@ -188,7 +210,8 @@ impl<S: Fetch> Cached<S> {
     /// Passes a block to `waiter`. `failures` counts those of its request.
     fn fetch_block(&self, blocks: Blocks, number: u64, failures: u32, waiter: Waiter) {
         let mut own = Some(waiter);
-        let found = self.cache.find(number, blocks.most, || own.take().expect("it is called once"));
+        let found =
+            self.cache.find(BlockId::Fetched(number), blocks.most, || own.take().expect("it is called once"));
         let Some(waiter) = own else { return };
         let read = match found {
             Found::Kept(block) => return waiter(Answer::Ready(block)),
@@ -201,7 +224,7 @@ impl<S: Fetch> Cached<S> {
     }
 }
 
-impl<S: Fetch> Fetch for Cached<S> {
+impl<S: Fetch + 'static> Fetch for Cached<S> {
     fn size(&self) -> u64 {
         self.inner.size()
     }
@@ -211,15 +234,20 @@ impl<S: Fetch> Fetch for Cached<S> {
         let failures = reply.failures();
         let mut parts = blocks.parts(offset, reply.len());
         let Some(first) = parts.next() else { return reply.complete(Ok(&[])) };
+        let request = Request { source: Arc::clone(&self.inner), offset, reply };
         let Some(second) = parts.next() else {
-            return self.fetch_block(blocks, first.number, failures, whole(first.bytes, reply));
+            let number = first.number;
+            let is_whole = blocks.is_whole(&first);
+            let waiter = Box::new(move |answer| request.answer(first.bytes, is_whole, answer));
+            return self.fetch_block(blocks, number, failures, waiter);
         };
-        let request = Gather { bytes: vec![0; reply.len()], missing: reply.len(), reply };
-        let gather = Arc::new(Mutex::new(Some(request)));
+        let len = request.reply.len();
+        let gather = Arc::new(Mutex::new(Some(Gather { bytes: vec![0; len], missing: len, request })));
         for part in [first, second].into_iter().chain(parts) {
             let gather = Arc::clone(&gather);
             let number = part.number;
-            let waiter = Box::new(move |answer| add(&gather, &part, answer));
+            let is_whole = blocks.is_whole(&part);
+            let waiter = Box::new(move |answer| add(&gather, &part, is_whole, answer));
             self.fetch_block(blocks, number, failures, waiter);
         }
     }
@@ -234,29 +262,49 @@ impl<S: Fetch> Fetch for Cached<S> {
     }
 }
 
-/// Answers a request whose bytes lie in one block.
-fn whole(bytes: Range<usize>, reply: Reply) -> Waiter {
-    Box::new(move |answer| match answer {
-        Answer::Ready(block) => {
-            reply.complete(block.get(bytes).ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
-        }
-        Answer::Failed(error) => reply.fail(error),
-        Answer::Retry(pause, error) => reply.retry_after(pause, error),
-    })
-}
-
-/// A request whose bytes lie in several blocks.
-struct Gather {
-    bytes: Vec<u8>,
-    missing: usize,
+/// A request that is answered from blocks, or by the source alone after the failure of a block.
+struct Request<S> {
+    source: Arc<S>,
+    offset: u64,
     reply: Reply,
 }
 
+impl<S: Fetch> Request<S> {
+    /// Answers with `bytes` of the only block that the request needs.
+    fn answer(self, bytes: Range<usize>, is_whole: bool, answer: Answer) {
+        match answer {
+            Answer::Ready(block) => {
+                self.reply.complete(block.get(bytes).ok_or_else(|| io::ErrorKind::UnexpectedEof.into()));
+            }
+            Answer::Failed(error) => self.block_failed(is_whole, error),
+            Answer::Retry(pause, error) => self.reply.retry_after(pause, error),
+        }
+    }
+
+    /// Fails if the request needs the whole block. Otherwise the bad byte of the block may be
+    /// outside the request, so the source gets the request alone.
+    fn block_failed(self, is_whole: bool, error: io::Error) {
+        if is_whole {
+            return self.reply.fail(error);
+        }
+        // A source that panics drops the reply, which fails this request. The others that wait for
+        // the block still get their answer.
+        quietly(|| self.source.fetch(self.offset, self.reply));
+    }
+}
+
+/// A request whose bytes lie in several blocks.
+struct Gather<S> {
+    bytes: Vec<u8>,
+    missing: usize,
+    request: Request<S>,
+}
+
 /// Adds a part to a request, and answers it with the last part, or with the first failure.
-fn add(gather: &Mutex<Option<Gather>>, part: &Part, answer: Answer) {
-    let mut request = gather.lock();
+fn add<S: Fetch>(gather: &Mutex<Option<Gather<S>>>, part: &Part, is_whole: bool, answer: Answer) {
+    let mut state = gather.lock();
     // After a failure, the other parts have no request any more.
-    let Some(Gather { bytes, missing, .. }) = request.as_mut() else { return };
+    let Some(Gather { bytes, missing, .. }) = state.as_mut() else { return };
     if let Answer::Ready(block) = &answer
         && let Some(from) = block.get(part.bytes.clone())
     {
@@ -266,14 +314,14 @@ fn add(gather: &Mutex<Option<Gather>>, part: &Part, answer: Answer) {
             return;
         }
     }
-    let ended = request.take();
-    drop(request);
-    let Some(Gather { bytes, missing, reply }) = ended else { return };
+    let ended = state.take();
+    drop(state);
+    let Some(Gather { bytes, missing, request }) = ended else { return };
     match answer {
-        Answer::Ready(_) if missing == 0 => reply.answer(&bytes),
-        Answer::Ready(_) => reply.fail(io::ErrorKind::UnexpectedEof.into()),
-        Answer::Failed(error) => reply.fail(error),
-        Answer::Retry(pause, error) => reply.retry_after(pause, error),
+        Answer::Ready(_) if missing == 0 => request.reply.answer(&bytes),
+        Answer::Ready(_) => request.reply.fail(io::ErrorKind::UnexpectedEof.into()),
+        Answer::Failed(error) => request.block_failed(is_whole, error),
+        Answer::Retry(pause, error) => request.reply.retry_after(pause, error),
     }
 }
 
