@@ -3,6 +3,12 @@
 //! A signal handler of the application may interrupt such a thread and touch a page that the thread
 //! has claimed. The claim then waits for the handler, and the handler for the claim. The worker
 //! that serves the handler's fault detects this here, and installs the page beside the claim.
+//!
+//! Limit: a source may make the worker wait for the interrupted thread, if both need one lock of the
+//! source, one block of a `Cached` or one slot of a `Limited`. No page of such a source is promised to
+//! the handler. The calls do not block signals, because a read of a source may take any time, and the
+//! signals would wait with it.
+//!
 //! Signal handlers read this table too, so it takes no lock and needs no thread-local storage.
 
 use crate::space::Mapping;

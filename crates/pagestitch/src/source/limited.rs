@@ -19,6 +19,11 @@ use std::{fmt, io};
 /// [`PoolBuilder::max_in_flight`](crate::PoolBuilder::max_in_flight) limits the requests of a pool
 /// over all of its sources.
 ///
+/// **Signals.** A read waits for the threads that have the slots. So a signal handler that interrupts a
+/// thread in [`populate`](crate::AnyRegion::populate), [`read_at`](crate::Region::read_at) or
+/// [`retry_failed`](crate::AnyRegion::retry_failed) must touch no absent page of this source: it could
+/// wait forever for the thread that it has interrupted. Block the signal around these calls.
+///
 /// ```
 /// use pagestitch::source::{FileSource, Limited};
 /// use pagestitch::{Chunk, Pool, Region};
