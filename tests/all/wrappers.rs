@@ -498,6 +498,31 @@ fn assert_covered_once(noted: &Noted, unit: u64, size: u64) {
     assert_eq!(next, size);
 }
 
+/// A unit with a lost page is read once. Then a fault reads its own page alone, wherever that page
+/// is, and `populate` reads page by page.
+#[test]
+fn a_lost_page_of_a_unit_costs_a_fault_one_more_read() {
+    const UNIT: usize = 1 << 20;
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let lossy = || Arc::new(Noted::new(UNIT as u64, UNIT as u64).losing(UNIT as u64 - 2 * PAGE));
+    for at in [0, UNIT as u64 / 2, UNIT as u64 - PAGE] {
+        let noted = lossy();
+        let region = region_of(&noted, &pool);
+        assert_eq!(region.as_slice()[at as usize], byte_at(at));
+        let mut expected = [(0, UNIT), (at, PAGE as usize)];
+        expected.sort_unstable();
+        assert_eq!(noted.reads(), expected);
+        let seen = region.close();
+        assert_eq!((seen.pages_installed(), seen.pages_poisoned), (1, 0));
+    }
+    let noted = lossy();
+    let region = region_of(&noted, &pool);
+    region.populate(..).unwrap_err();
+    assert_eq!(region.close().pages_poisoned, 1);
+    let several = noted.reads().iter().filter(|(_, bytes)| *bytes > PAGE as usize).count();
+    assert_eq!(several, 1, "each page after the failed read is read alone");
+}
+
 /// Chunks that begin and end inside units and inside pages.
 #[test]
 fn a_unit_ends_with_its_chunk() {

@@ -8,7 +8,7 @@ use pagestitch_kernel::{Errno, Outcome, Span};
 use std::io;
 use std::sync::Arc;
 
-/// The reason why the first page of a claim is not installed.
+/// The reason why the first page of a claim, or several first pages, are not installed.
 pub(crate) enum InstallError {
     /// The memory map is changing: the server must read its events first.
     Changing,
@@ -16,10 +16,18 @@ pub(crate) enum InstallError {
     NoMemory,
     /// The source of the page has failed.
     Source(Box<Failure>),
+    /// The source has failed for this number of pages at once. Some of them may be readable alone.
+    Several(usize),
     /// The bytes of the page are gone: they have moved, or their scope has ended.
     Gone,
     /// The kernel refuses the page; its source has given the bytes.
     Refused(Outcome),
+}
+
+impl From<Failure> for InstallError {
+    fn from(failure: Failure) -> Self {
+        Self::Source(Box::new(failure))
+    }
 }
 
 /// The reason why a journey ended before its last page. The pages that are left are absent again.

@@ -11,6 +11,7 @@
 //! filled in a huge page that moves in at once. Only a failing source makes it allocate.
 
 use crate::error::{Failure, FailureReason};
+use crate::fault::error::InstallError;
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, MemoryBytes, Source};
@@ -60,21 +61,25 @@ impl Buffers {
 
 /// Finds the bytes of the leading pages of a span that one method can install, at least one page.
 ///
-/// If a source fails for several pages at once, the first page is read alone, so that only pages
-/// that cannot be read fail.
+/// If a source fails for several pages at once, the error is [`InstallError::Several`]: some of them
+/// may be readable alone.
 pub(crate) fn fill<'a>(
     region: &'a Mapping,
     span: Span,
     buffers: &'a mut Buffers,
-) -> Result<Filled<'a>, Failure> {
-    find(region, span, buffers).inspect_err(|_| region.counters.local().source_errors.add(1))
+) -> Result<Filled<'a>, InstallError> {
+    find(region, span, buffers).inspect_err(|error| {
+        if !matches!(error, InstallError::Several(_)) {
+            region.counters.local().source_errors.add(1);
+        }
+    })
 }
 
-fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, Failure> {
+fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, InstallError> {
     let (layout, page) = (&region.layout, region.page_size());
     let span = region.target.contiguous(span);
     if page.bytes() > PageSize::system().bytes() {
-        return fill_huge(region, span.prefix(1), buffers.block.fresh());
+        return Ok(fill_huge(region, span.prefix(1), buffers.block.fresh())?);
     }
     let (span, removed) = as_it_is(region, span);
     if removed {
@@ -98,7 +103,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
     }
     let whole = usize::try_from(piece.bytes / page.bytes() as u64).unwrap_or(usize::MAX).min(span.pages);
     if whole == 0 {
-        return gather(layout, page.offsets(span.prefix(1)), staging);
+        return Ok(gather(layout, page.offsets(span.prefix(1)), staging)?);
     }
     match piece.backing {
         Backing::Hole(_) => Ok(Filled { pages: whole, content: Content::Zero }),
@@ -133,19 +138,20 @@ fn read_pages<'a>(
     page: PageSize,
     most: usize,
     (buffer, block): (&'a mut [u8], &'a mut Staging),
-) -> Result<Filled<'a>, Failure> {
+) -> Result<Filled<'a>, InstallError> {
     let source = piece.backing.source();
-    let mut pages = (most / page.bytes()).max(1);
+    let pages = (most / page.bytes()).max(1);
     // Only a source that prefers large reads needs the large buffer.
     let buffer = if pages * page.bytes() > buffer.len() { block.fresh() } else { buffer };
-    let mut answer = read(source, piece.offset, &mut buffer[..pages * page.bytes()]);
-    if answer.is_err() && pages > 1 {
-        discard(answer);
-        pages = 1;
-        answer = read(source, piece.offset, &mut buffer[..page.bytes()]);
+    let buffer = &mut buffer[..pages * page.bytes()];
+    match read(source, piece.offset, buffer) {
+        Ok(()) => Ok(Filled { pages, content: Content::Buffered(buffer) }),
+        Err(error) if pages > 1 => {
+            discard(error);
+            Err(InstallError::Several(pages))
+        }
+        Err(error) => Err(piece.failed(error).into()),
     }
-    answer.map_err(|error| piece.failed(error))?;
-    Ok(Filled { pages, content: Content::Buffered(&buffer[..pages * page.bytes()]) })
 }
 
 /// The leading pages of a span that are alike: all discarded by their owner, and zeros since

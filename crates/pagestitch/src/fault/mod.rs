@@ -89,8 +89,8 @@ pub(crate) trait Filler {
     /// Called after so many pages are installed.
     fn installed(&mut self, _pages: usize) {}
 
-    /// The reaction to an error of the claim's first page: try the page again, or end the journey.
-    /// The end gives the pages that are left back and wakes their waiters.
+    /// The reaction to an error of the claim's first page, or of its first pages at once: try again,
+    /// or end the journey. The end gives the pages that are left back and wakes their waiters.
     fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled>;
 }
 

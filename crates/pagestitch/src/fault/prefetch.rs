@@ -13,8 +13,8 @@ use pagestitch_kernel::Span;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Fills absent pages of a span, a block at most, ahead of their first touch. Stops at a page whose
-/// source fails: the page stays absent, and its first touch reads the source again.
+/// Fills absent pages of a span, a block at most, ahead of their first touch. Stops at a read that
+/// fails: its pages stay absent, and their first touches read the source again.
 pub(crate) fn fill_ahead<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) {
     // Processor time instead of wall time, because the reading thread preempts this one now and
     // then.
@@ -80,7 +80,7 @@ impl<H: Host> Filler for Ahead<'_, H> {
     }
 
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
-        fill(self.region, span, self.buffers).map_err(|failure| InstallError::Source(Box::new(failure)))
+        fill(self.region, span, self.buffers)
     }
 
     fn installed(&mut self, pages: usize) {

@@ -98,6 +98,8 @@ impl Recovery {
                 )
             }
             InstallError::Source(failure) => self.policy(region, span, *failure),
+            // The caller fills the page alone.
+            InstallError::Several(_) => Next::Now,
             InstallError::Gone => Next::Fail(failure_at(region, span, gone()).of_kernel()),
             InstallError::Refused(outcome) => {
                 Next::Fail(failure_at(region, span, refusal(outcome)).of_kernel())
@@ -128,7 +130,7 @@ impl Recovery {
 
 /// The next step for a page that is not installed.
 pub(crate) enum Next {
-    /// Fill it again: its bytes are zeros now.
+    /// Fill it again: its bytes are zeros now, or it is read alone.
     Now,
     /// Fill it again after a pause.
     After(Pause),
@@ -153,27 +155,31 @@ pub(crate) struct Sources<'a> {
     region: &'a Mapping,
     buffers: &'a mut Buffers,
     pub(crate) recovery: Recovery,
+    /// The number of next pages that are read one by one, after a read of all of them has failed.
+    one_by_one: usize,
 }
 
 impl<'a> Sources<'a> {
     pub(crate) const fn new(region: &'a Mapping, buffers: &'a mut Buffers, attempts: Attempts) -> Self {
-        Self { region, buffers, recovery: Recovery::after(attempts) }
+        Self { region, buffers, recovery: Recovery::after(attempts), one_by_one: 0 }
     }
 
     /// Finds the bytes of the leading pages of a span.
     #[inline]
     pub(crate) fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
         let began = self.region.counters.clock();
+        let span = if self.one_by_one > 0 { span.prefix(1) } else { span };
         let filled = match self.recovery.gives_zeros() {
             false => fill(self.region, span, self.buffers),
-            true => fill_zeroing(self.region, span.first, self.buffers),
+            true => fill_zeroing(self.region, span.first, self.buffers).map_err(InstallError::from),
         };
         self.region.counters.record_time(FaultPart::Fill, began);
-        filled.map_err(|failure| InstallError::Source(Box::new(failure)))
+        filled
     }
 
     #[inline]
-    pub(crate) fn installed(&mut self) {
+    pub(crate) fn installed(&mut self, pages: usize) {
+        self.one_by_one = self.one_by_one.saturating_sub(pages);
         self.recovery.installed(self.region);
     }
 
@@ -183,6 +189,9 @@ impl<'a> Sources<'a> {
         claim: &mut Claim<'_>,
         error: InstallError,
     ) -> Result<(), Unfilled> {
+        if let InstallError::Several(pages) = error {
+            self.one_by_one = pages;
+        }
         self.recovery.react(self.region, claim, error, |_, pause, _| {
             thread::sleep(pause.length());
             Ok(())

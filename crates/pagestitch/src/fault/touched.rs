@@ -196,8 +196,8 @@ impl<H: Host> Filler for Fault<'_, H> {
     }
 
     #[inline]
-    fn installed(&mut self, _: usize) {
-        self.sources.installed();
+    fn installed(&mut self, pages: usize) {
+        self.sources.installed(pages);
     }
 
     #[cold]
@@ -209,7 +209,11 @@ impl<H: Host> Filler for Fault<'_, H> {
             InstallError::NoMemory if !span.contains(page) => return Err(Unfilled::GivenBack),
             InstallError::NoMemory => claim.shrink_to(page),
             InstallError::Changing => {}
-            // Another page of its block has failed: the page is filled alone.
+            // Another page of its block has failed, or may have: the page is filled alone.
+            InstallError::Several(_) if span.contains(page) => {
+                claim.shrink_to(page);
+                return Ok(());
+            }
             _ if span.first < page && span.contains(page) => {
                 discard(error);
                 claim.shrink_to(page);

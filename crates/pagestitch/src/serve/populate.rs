@@ -231,8 +231,8 @@ impl Filler for Populate<'_> {
         self.sources.fill(span)
     }
 
-    fn installed(&mut self, _: usize) {
-        self.sources.installed();
+    fn installed(&mut self, pages: usize) {
+        self.sources.installed(pages);
     }
 
     fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {

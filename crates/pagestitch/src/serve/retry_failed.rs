@@ -59,8 +59,8 @@ impl Filler for RetryPage<'_> {
         self.sources.fill(span)
     }
 
-    fn installed(&mut self, _: usize) {
-        self.sources.installed();
+    fn installed(&mut self, pages: usize) {
+        self.sources.installed(pages);
     }
 
     /// The poison marker is still there. The page goes back as poisoned: as absent, it could be
