@@ -260,18 +260,18 @@ fn a_worker_serves_other_faults_between_two_reads_of_a_failing_source() {
     assert_eq!((metrics.source_retries, metrics.pages_poisoned, metrics.faults), (2, 0, 1));
 }
 
-/// So many faults wait for a retry that the queue is full. The only worker then sleeps through a pause
-/// itself: it must not wait for room, because no other worker empties the queue.
+/// The queue of retries has no limit for memory of this process: the only worker stays free, and
+/// each fault has its pause.
 #[test]
 #[cfg_attr(sanitized, ignore = "a sanitizer needs much memory for a thousand threads")]
-fn a_worker_whose_queue_of_retries_is_full_retries_a_page_itself() {
+fn a_page_is_retried_while_a_thousand_other_faults_wait_for_their_retries() {
     use std::time::Duration;
-    const QUEUE: u64 = 1024;
+    const WAITING: u64 = 1024;
     let end = child::run(this_test!(), || {
         let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
         let never =
             pagestitch::Retry::times(1).pause(Duration::from_secs(36_000), Duration::from_secs(36_000));
-        let hopeless = Arc::new(Scripted::new(QUEUE * PAGE).failing(0..QUEUE * PAGE));
+        let hopeless = Arc::new(Scripted::new(WAITING * PAGE).failing(0..WAITING * PAGE));
         let region = Region::builder()
             .chunk(Chunk::source(hopeless).on_failure(pagestitch::OnFailure::Retry(never)))
             .chunk(Chunk::source(Flaky::failing(2)).on_failure(quickly(2)))
@@ -283,10 +283,10 @@ fn a_worker_whose_queue_of_retries_is_full_retries_a_page_itself() {
             let thread = thread::Builder::new().stack_size(64 << 10);
             thread.spawn(move || region.as_slice()[(page * PAGE) as usize]).unwrap()
         };
-        (0..QUEUE).for_each(|page| drop(touch(page)));
-        crate::until(|| region.metrics().source_retries == QUEUE);
-        assert_eq!(touch(QUEUE).join().unwrap(), 7);
-        assert_eq!(region.metrics().source_retries, QUEUE + 2);
+        (0..WAITING).for_each(|page| drop(touch(page)));
+        crate::until(|| region.metrics().source_retries == WAITING);
+        assert_eq!(touch(WAITING).join().unwrap(), 7);
+        assert_eq!(region.metrics().source_retries, WAITING + 2);
         println!("the page is filled");
         // The other threads still wait.
         std::process::exit(0);

@@ -183,6 +183,46 @@ fn a_worker_that_hangs_is_replaced_while_a_fault_waits_for_a_permit() {
     });
 }
 
+/// A source that asks for a retry of each first request, and answers the second one.
+#[derive(Default)]
+struct FailsOnce(AtomicUsize);
+
+impl Fetch for FailsOnce {
+    fn size(&self) -> u64 {
+        (MANY * PAGE) as u64
+    }
+
+    fn fetch(&self, _: u64, reply: Reply) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        if reply.failures() == 0 {
+            return reply.retry_after(Duration::from_secs(1), io::ErrorKind::ConnectionReset.into());
+        }
+        let sevens = vec![7; reply.len()];
+        reply.answer(&sevens);
+    }
+}
+
+const MANY: usize = 1100;
+
+/// No limit makes a thread fault again, which would ask the failing source without a pause.
+#[test]
+#[cfg_attr(sanitized, ignore = "a sanitizer needs much memory for a thousand threads")]
+fn any_number_of_threads_wait_for_the_retries_of_their_fetches() {
+    let (pool, _) = one_worker(None);
+    let source = Arc::new(FailsOnce::default());
+    let region = Region::builder().chunk(Chunk::fetch(Arc::clone(&source))).readahead(Readahead::None);
+    let region = region.build(&pool).unwrap();
+    thread::scope(|scope| {
+        for page in 0..MANY {
+            let region = &region;
+            let read = move || assert_eq!(region.as_slice()[page * PAGE], 7);
+            thread::Builder::new().stack_size(64 << 10).spawn_scoped(scope, read).unwrap();
+        }
+    });
+    let metrics = region.close();
+    assert_eq!((source.0.load(Ordering::SeqCst), metrics.faults), (2 * MANY, MANY as u64));
+}
+
 #[test]
 fn a_fetch_that_fails_too_often_poisons_its_page() {
     child::run(this_test!(), || {

@@ -23,18 +23,18 @@ pub(crate) struct Attempts {
 }
 
 /// The time to wait before the next attempt.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) enum Pause {
     /// The kernel may have memory then.
     Memory(Duration),
-    /// The source is read again, as the policy of its chunk says.
-    Source(Duration),
+    /// The source is read again, as the policy of its chunk says. With its last failure.
+    Source(Duration, Box<Failure>),
 }
 
 impl Pause {
-    pub(crate) const fn length(self) -> Duration {
+    pub(crate) const fn length(&self) -> Duration {
         match self {
-            Self::Memory(pause) | Self::Source(pause) => pause,
+            Self::Memory(pause) | Self::Source(pause, _) => *pause,
         }
     }
 }
@@ -117,7 +117,7 @@ impl Recovery {
                     return Next::Fail(failure);
                 };
                 region.counters.local().source_retries.add(1);
-                Next::After(Pause::Source(pause))
+                Next::After(Pause::Source(pause, Box::new(failure)))
             }
             OnFailure::Zeros => {
                 self.zeros = Some(failure);

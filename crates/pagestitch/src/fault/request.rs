@@ -1,7 +1,7 @@
 //! A request to serve a fault, and the trait through which faults use their server.
 
 use crate::fault::error::Unfilled;
-use crate::fault::recovery::{Attempts, Pause};
+use crate::fault::recovery::Attempts;
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::Page;
@@ -33,7 +33,8 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
     /// Ends the admission of a fetch.
     fn fetch_ended(self: &Arc<Self>);
 
-    /// Whether the queue of repeated faults has room.
+    /// Whether a fault of this region can be queued to be served again. False if the owner of
+    /// foreign memory has queued too many, or if the region has no queue.
     fn has_room(&self) -> bool;
 
     /// Queues a fault to be served again after `wait`.
@@ -71,19 +72,19 @@ impl FaultRequest {
 }
 
 /// Gives a claim back without waking the faulting thread, and queues its fault to be served again
-/// after a pause. `Ok`: the queue is full.
+/// after a pause. `Ok`: its region has [no room](Host::has_room) for it.
 ///
 /// The claim ends before the fault is queued: the worker that takes the fault would meet it.
 pub(super) fn serve_later<H: Host>(
     region: &Arc<H>,
     claim: &mut Claim<'_>,
     again: impl FnOnce() -> FaultRequest,
-    pause: Pause,
+    pause: Duration,
 ) -> Result<(), Unfilled> {
     if !region.has_room() {
         return Ok(());
     }
     claim.release_without_wake();
-    region.handle_later(again(), pause.length());
+    region.handle_later(again(), pause);
     Err(Unfilled::Later)
 }

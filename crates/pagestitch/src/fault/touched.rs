@@ -227,11 +227,11 @@ impl<H: Host> Filler for Fault<'_, H> {
         }
         sources.recovery.react(region, claim, error, |claim, pause, attempts| {
             let mut keep = || flight.take().map(InFlightFault::keep);
-            serve_later(region, claim, || asked.again(keep(), attempts), pause)?;
+            serve_later(region, claim, || asked.again(keep(), attempts), pause.length())?;
             match pause {
                 // The worker must not wait for room in the queue, because it may be the only worker
                 // that empties it.
-                Pause::Source(pause) => {
+                Pause::Source(pause, _) => {
                     thread::sleep(pause);
                     Ok(())
                 }

@@ -10,6 +10,7 @@ use crate::serve::{fetch_semaphore, queue, region_handle, slow_admission, timers
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub(crate) struct Served {
     pub(crate) limit: Option<(usize, Bulkhead<FaultRequest>)>,
     /// Permits for the fetches of the pool; unset without a limit.
     pub(super) permits: OnceLock<Arc<FetchSemaphore>>,
+    /// The number of its faults that are served again after a pause.
+    repeated: AtomicUsize,
     /// The timer queue of the pool, for work that is repeated after a pause.
     pub(crate) timers: OnceLock<Arc<Timers>>,
     /// Its forked children, if they are served.
@@ -74,6 +77,7 @@ impl Served {
             latency: LatencyEstimate::default(),
             turns: TurnLock::default(),
             permits: OnceLock::new(),
+            repeated: AtomicUsize::new(0),
             timers: OnceLock::new(),
             limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
             orphans: Orphans::new(children.is_none()),
@@ -85,6 +89,11 @@ impl Served {
     /// The weak handle to this region, for its server to keep.
     pub(crate) fn handle(self: &Arc<Self>) -> &Arc<RegionHandle> {
         self.handle.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
+    }
+
+    /// Called before a worker serves a fault again.
+    pub(super) fn repeat_begins(&self) {
+        self.repeated.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The right to read events; `None` if another thread holds it and will read them.
@@ -138,11 +147,15 @@ impl Host for Served {
     }
 
     fn has_room(&self) -> bool {
-        self.timers.get().is_some_and(|timers| timers.has_room())
+        // A thread of this process waits for each of its faults. The owner of foreign memory can make
+        // faults without end, because a signal interrupts the wait of its thread.
+        let is_limited = self.target.foreign().is_some();
+        self.timers.get().is_some() && !(is_limited && self.repeated.load(Ordering::Relaxed) >= REPEATED_MAX)
     }
 
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration) {
         let timers = self.timers.get().expect("it has room");
+        self.repeated.fetch_add(1, Ordering::Relaxed);
         timers.add(TimedTask::Serve(QueuedFault::new(self, request)), wait);
     }
 
@@ -153,3 +166,5 @@ impl Host for Served {
 
 /// Faults that can wait for admission before the queue has to grow.
 const ROOM: usize = 256;
+/// The most faults of a region in foreign memory that wait to be served again.
+const REPEATED_MAX: usize = 4096;

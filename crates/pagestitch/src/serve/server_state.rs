@@ -326,12 +326,9 @@ impl ServerState {
 
     /// Requests that a worker looks at a region after a pause.
     pub(super) fn look_later(&self, region: &Arc<Served>, wait: Duration) {
-        if !region.turns.request_look() {
-            return;
-        }
-        match self.timers.has_room() {
-            true => self.timers.add(TimedTask::Look(Arc::clone(region.handle())), wait),
-            false => region.turns.look_begins(),
+        // At most one request of a region waits.
+        if region.turns.request_look() {
+            self.timers.add(TimedTask::Look(Arc::clone(region.handle())), wait);
         }
     }
 

@@ -7,6 +7,10 @@
 //! | serve a fault again | its source has failed, and is read again after a pause |
 //! | look at a region again | the worker that holds its read turn may hang, or an event cannot be handled yet |
 //!
+//! The list has no limit of its own. A region has one look in it at most, and its faults have
+//! threads that wait; faults of foreign memory are [limited](crate::fault::Host::has_room) for each
+//! region.
+//!
 //! A timer is among the descriptors for which workers wait. The woken worker takes one task after
 //! the other. Before it starts a task, it sets the timer for the next one, so that another worker
 //! takes over if this one hangs.
@@ -17,6 +21,8 @@ use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
 use pagestitch_kernel::Errno;
 use parking_lot::Mutex;
+use std::cmp;
+use std::collections::BinaryHeap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,8 +40,15 @@ pub(super) enum TimedTask<R> {
 #[derive(Debug)]
 pub(crate) struct Timers<R> {
     timer: TimerFd,
-    /// Unordered, because there are few.
-    entries: Mutex<Vec<(Instant, TimedTask<R>)>>,
+    /// The first one that becomes due is on top.
+    entries: Mutex<BinaryHeap<Entry<R>>>,
+}
+
+/// A task, and the time at which it is due.
+#[derive(Debug)]
+struct Entry<R> {
+    at: Instant,
+    task: TimedTask<R>,
 }
 
 impl<R> Timers<R> {
@@ -51,34 +64,27 @@ impl<R> Timers<R> {
         self.timer.as_fd().as_raw_fd()
     }
 
-    /// False if so many tasks wait that only a hostile owner, or a failing source with that many
-    /// readers, can have caused them. Ask before a task is added: the threads that ask at the same
-    /// time may exceed the limit by one task each.
-    pub(super) fn has_room(&self) -> bool {
-        self.entries.lock().len() < MOST
-    }
-
     /// Adds a task to do after `wait`, or after [`LONGEST`] if that is shorter.
-    pub(super) fn add(&self, what: TimedTask<R>, wait: Duration) {
+    pub(super) fn add(&self, task: TimedTask<R>, wait: Duration) {
         let wait = wait.min(LONGEST);
         let mut entries = self.entries.lock();
         let at = Instant::now() + wait;
-        if entries.iter().all(|(other, _)| at < *other) {
+        if entries.peek().is_none_or(|first| at < first.at) {
             self.set(wait);
         }
-        entries.push((at, what));
+        entries.push(Entry { at, task });
     }
 
     /// The next task that is due.
     pub(super) fn take(&self) -> Option<TimedTask<R>> {
         let mut entries = self.entries.lock();
         let now = Instant::now();
-        let first = entries.iter().enumerate().min_by_key(|(_, (at, _))| *at).map(|(index, _)| index)?;
-        let what = (entries[first].0 <= now).then(|| entries.swap_remove(first).1);
-        if let Some(next) = entries.iter().map(|(at, _)| *at).min() {
-            self.set(next.saturating_duration_since(now));
+        let is_due = entries.peek()?.at <= now;
+        let task = is_due.then(|| entries.pop()).flatten().map(|first| first.task);
+        if let Some(next) = entries.peek() {
+            self.set(next.at.saturating_duration_since(now));
         }
-        what
+        task
     }
 
     /// Called when the timer has expired.
@@ -90,7 +96,7 @@ impl<R> Timers<R> {
     /// Makes the timer expire again if a task is due, because the worker that it woke may hang.
     pub(super) fn rearm(&self) {
         let entries = self.entries.lock();
-        if entries.iter().any(|(at, _)| *at <= Instant::now()) {
+        if entries.peek().is_some_and(|first| first.at <= Instant::now()) {
             self.set(Duration::ZERO);
         }
     }
@@ -111,8 +117,26 @@ impl<R> AsFd for Timers<R> {
 
 /// The longest wait, because a source may ask for a pause that no clock can count: a year.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
-/// The most tasks.
-const MOST: usize = 1024;
+/// Entries are compared by their times only: the earlier one is the greater one.
+impl<R> Ord for Entry<R> {
+    fn cmp(&self, other: &Self) -> cmp::Ordering {
+        other.at.cmp(&self.at)
+    }
+}
+
+impl<R> PartialOrd for Entry<R> {
+    fn partial_cmp(&self, other: &Self) -> Option<cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<R> PartialEq for Entry<R> {
+    fn eq(&self, other: &Self) -> bool {
+        self.at == other.at
+    }
+}
+
+impl<R> Eq for Entry<R> {}
 
 #[cfg(test)]
 mod tests {
@@ -161,16 +185,5 @@ mod tests {
         timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::ZERO);
         assert!(timers.take().is_some());
         assert!(timers.take().is_none());
-    }
-
-    #[test]
-    fn a_full_list_has_no_room() {
-        let timers = Timers::<()>::new().unwrap();
-        let add = || timers.add(TimedTask::Look(RegionHandle::dangling()), Duration::from_secs(3600));
-        (0..MOST).for_each(|_| {
-            assert!(timers.has_room());
-            add();
-        });
-        assert!(!timers.has_room());
     }
 }

@@ -327,6 +327,7 @@ impl Worker {
                 Some(TimedTask::Serve(QueuedFault { handle, request })) => {
                     // A region that is being dropped needs no page any more.
                     let Some(region) = handle.enter() else { continue };
+                    region.repeat_begins();
                     self.serve_admitted(&region, request);
                 }
                 Some(TimedTask::ServeAdmitted(QueuedFault { handle, request })) => {
