@@ -230,6 +230,9 @@ fn a_fetch_that_fails_too_often_poisons_its_page() {
         let held = Arc::new(Held::default());
         let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(retry(2, Duration::from_millis(1)));
         let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+        if !region.serves_system_calls() {
+            return println!("SKIPPED {}: no page faults of the kernel for this user", this_test!());
+        }
         thread::scope(|scope| {
             let memory = region.as_slice();
             let mut file = tempfile::tempfile().unwrap();
