@@ -147,8 +147,8 @@ impl Host for Served {
     }
 
     fn has_room(&self) -> bool {
-        // A thread of this process waits for each of its faults. The owner of foreign memory can make
-        // faults without end, because a signal interrupts the wait of its thread.
+        // A signal makes a waiting thread fault again, so a hostile owner of foreign memory can queue
+        // faults without end. Threads of this process are trusted not to.
         let is_limited = self.target.foreign().is_some();
         self.timers.get().is_some() && !(is_limited && self.repeated.load(Ordering::Relaxed) >= REPEATED_MAX)
     }

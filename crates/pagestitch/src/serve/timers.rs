@@ -7,9 +7,9 @@
 //! | serve a fault again | its source has failed, and is read again after a pause |
 //! | look at a region again | the worker that holds its read turn may hang, or an event cannot be handled yet |
 //!
-//! The list has no limit of its own. A region has one look in it at most, and its faults have
-//! threads that wait; faults of foreign memory are [limited](crate::fault::Host::has_room) for each
-//! region.
+//! The queue has no limit of its own. A region has at most one look in it, and its faults have
+//! threads that wait for them. The faults of foreign memory are
+//! [limited](crate::fault::Host::has_room) for each region.
 //!
 //! A timer is among the descriptors for which workers wait. The woken worker takes one task after
 //! the other. Before it starts a task, it sets the timer for the next one, so that another worker
