@@ -42,7 +42,7 @@ const fn unclaimed(state: PageState) -> Unclaimed {
     match state {
         PageState::Present => Unclaimed::Resident,
         PageState::Poisoned => Unclaimed::Poisoned,
-        // Of an absent page, another thread's claim has just ended.
+        // A page is absent here if another thread's claim on it has just ended.
         PageState::Filling | PageState::Contended | PageState::Invalidated | PageState::Absent => {
             Unclaimed::Filling
         }

@@ -114,9 +114,9 @@ struct Delivered<'a, H> {
 
 impl<H: Host> Delivered<'_, H> {
     /// Has the page of the fault fetched again: after the pause that its source asks for, or at
-    /// once, if it was fetched with others, of which one may have failed. `Ok`: the page has failed,
+    /// once, if it was fetched with others, of which one may have failed. False: the page has failed,
     /// or its region has no room for another retry.
-    fn fetch_again(&self, claim: &mut Claim<'_>, asked: FaultRequest) -> Result<(), Unfilled> {
+    fn fetch_again(&self, claim: &mut Claim<'_>, asked: FaultRequest) -> bool {
         let is_alone = claim.span().pages == 1;
         claim.shrink_to(asked.page);
         let pause = match self.pause {
@@ -124,7 +124,7 @@ impl<H: Host> Delivered<'_, H> {
                 self.region.counters.local().source_retries.add(1);
                 pause
             }
-            None if is_alone => return Ok(()),
+            None if is_alone => return false,
             None => Duration::ZERO,
         };
         let attempts = Attempts { source: asked.attempts.source.saturating_add(1), ..asked.attempts };
@@ -166,14 +166,14 @@ impl<H: Host> Filler for Delivered<'_, H> {
         }
         if matches!(error, InstallError::NoMemory) {
             claim.shrink_to(asked.page);
-        } else if !matches!(error, InstallError::Changing)
-            && let Err(end) = self.fetch_again(claim, asked)
-        {
+        } else if !matches!(error, InstallError::Changing) && self.fetch_again(claim, asked) {
             discard(error);
-            return Err(end);
+            return Err(Unfilled::Later);
         }
         self.recovery.react(region, claim, error, |claim, pause, attempts| {
-            serve_later(region, claim, || asked.again(asked.slot, attempts), pause.length())?;
+            if serve_later(region, claim, || asked.again(asked.slot, attempts), pause.length()) {
+                return Err(Unfilled::Later);
+            }
             // The thread that answers must not sleep. The page fails, because a thread that faults
             // again would ask the source at once, and count its attempts from the start.
             let failure = match pause {

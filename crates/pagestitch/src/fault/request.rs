@@ -1,6 +1,5 @@
 //! A request to serve a fault, and the trait through which faults use their server.
 
-use crate::fault::error::Unfilled;
 use crate::fault::recovery::Attempts;
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
@@ -72,19 +71,20 @@ impl FaultRequest {
 }
 
 /// Gives a claim back without waking the faulting thread, and queues its fault to be served again
-/// after a pause. `Ok`: its region has [no room](Host::has_room) for it.
+/// after a pause. False, and nothing is changed, if its region has [no room](Host::has_room) for it.
 ///
 /// The claim ends before the fault is queued: the worker that takes the fault would meet it.
+#[must_use]
 pub(super) fn serve_later<H: Host>(
     region: &Arc<H>,
     claim: &mut Claim<'_>,
     again: impl FnOnce() -> FaultRequest,
     pause: Duration,
-) -> Result<(), Unfilled> {
+) -> bool {
     if !region.has_room() {
-        return Ok(());
+        return false;
     }
     claim.release_without_wake();
     region.handle_later(again(), pause);
-    Err(Unfilled::Later)
+    true
 }

@@ -110,7 +110,8 @@ impl<'a, H: Host> Fault<'a, H> {
             return true;
         };
         claim.grow_within(unit);
-        // Without the page, if a page before it was discarded meanwhile: the worker reads then.
+        // A page before the touched one may be discarded by now, and the fetch then ends before the
+        // touched page: the worker reads it.
         let Some((pages, source, offset)) = region.fetched_pages(claim.span()) else { return false };
         if !claim.span().prefix(pages).contains(self.asked.page) {
             return false;
@@ -227,7 +228,9 @@ impl<H: Host> Filler for Fault<'_, H> {
         }
         sources.recovery.react(region, claim, error, |claim, pause, attempts| {
             let mut keep = || flight.take().map(InFlightFault::keep);
-            serve_later(region, claim, || asked.again(keep(), attempts), pause.length())?;
+            if serve_later(region, claim, || asked.again(keep(), attempts), pause.length()) {
+                return Err(Unfilled::Later);
+            }
             match pause {
                 // The worker must not wait for room in the queue, because it may be the only worker
                 // that empties it.
