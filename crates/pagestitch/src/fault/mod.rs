@@ -1,14 +1,16 @@
 //! The journey of a fault: locate, claim, fill, install, settle, record. Read this page first.
 //!
-//! [`journey`] is the only function that claims pages to fill them, and that installs them. Its
-//! callers differ in the pages that they want, in the place of the bytes, and in their reaction to
-//! a failure. Each caller is a [`Filler`]:
+//! [`journey`] is the only function that claims pages, fills them and installs them. Two pages are
+//! installed beside it, without a claim: one that a signal handler touches during its own fill
+//! (`beside`), and one that the kernel has unmapped (`owner`). The callers of the journey differ in
+//! the pages that they want, in the place of the bytes, and in their reaction to a failure. Each
+//! caller is a [`Filler`]:
 //!
 //! | caller | file | pages | bytes | on a failure |
 //! |---|---|---|---|---|
-//! | a worker, for a fault | `touched` | the page, or its block | sources | the policy of the chunk; a pause is queued |
+//! | a worker, for a fault | `on_fault` | the page, or its block | sources | the policy of the chunk; a pause is queued |
 //! | a worker, ahead of faults | `prefetch` | absent pages | sources | the page stays absent |
-//! | a fetch that answers | `pending` | the pages of the fetch | the answer | as for the fault, or as for the prefetch |
+//! | a fetch that answers | `fetch` | the pages of the fetch | the answer | as for the fault, or as for the prefetch |
 //! | `populate`, `read_at` | `serve/populate` | absent pages | sources | the policy of the chunk; the caller sleeps through a pause |
 //! | `retry_failed` | `serve/retry_failed` | a poisoned page | sources | the page stays poisoned |
 //! | a signal handler | `serve/inline` | the page | mapped memory | the page stays absent, and the thread gets its signal |
@@ -17,23 +19,23 @@ mod beside;
 pub(crate) mod callers;
 mod claim;
 pub(crate) mod error;
+mod fetch;
 pub(crate) mod fill;
 mod held;
 mod install;
+mod on_fault;
 pub(crate) mod owner;
-mod pending;
 pub(crate) mod poison;
 mod prefetch;
 pub(crate) mod recovery;
 mod request;
-mod touched;
 
 pub(crate) use beside::fill_beside;
 pub(crate) use claim::Wanted;
 pub(crate) use error::{InstallError, Unfilled};
+pub(crate) use on_fault::{AfterFault, serve};
 pub(crate) use prefetch::{fill_ahead, replay};
 pub(crate) use request::{FaultRequest, Host};
-pub(crate) use touched::{AfterFault, serve};
 
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, Wake};

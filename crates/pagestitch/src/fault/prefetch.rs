@@ -2,8 +2,8 @@
 //! recording.
 
 use super::error::{InstallError, Unfilled};
+use super::fetch::{FetchReason, fetch};
 use super::fill::{Buffers, Filled, fill};
-use super::pending::{FetchReason, fetch};
 use super::request::Host;
 use super::{Filler, Mode, Wanted, journey};
 use crate::guard::discard;

@@ -1,4 +1,4 @@
-//! Events of a region other than faults: pages that are discarded, unmapped or moved, and forks.
+//! The messages of a region: faults become requests, and discards, unmaps, moves and forks are handled.
 
 use crate::fault::FaultRequest;
 use crate::fault::owner::{release, show};

@@ -13,22 +13,22 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `memory` | the public description of adopted memory: a userfaultfd, ranges, an owner |
+//! | `adopted_memory` | the public description of adopted memory: a userfaultfd, ranges, an owner |
 //! | `foreign` | foreign memory as it is served: addresses, discarded pages, locks |
 //! | `owner` | the owner's choices: discarded pages, bytes that are unavailable |
 //! | `discarded` | the set of discarded pages |
 //! | `listed` | the userfaultfds that are served, so that none is served twice |
 
+mod adopted_memory;
 mod discarded;
 mod foreign;
 mod listed;
-mod memory;
 mod owner;
 #[cfg(feature = "userfaultfd")]
 mod userfaultfd_crate;
 
+pub use adopted_memory::AdoptedMemory;
 pub(crate) use foreign::{Busy, Foreign};
-pub use memory::AdoptedMemory;
 pub use owner::{OnDiscard, OnUnavailable};
 
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Reservation, Span};

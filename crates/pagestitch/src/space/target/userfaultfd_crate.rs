@@ -1,7 +1,7 @@
 //! Conversions of adopted memory from and to the `Uffd` of the `userfaultfd` crate, behind the
 //! feature `userfaultfd`.
 
-use super::memory::AdoptedMemory;
+use super::adopted_memory::AdoptedMemory;
 use crate::error::Error;
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::OwnMemory;

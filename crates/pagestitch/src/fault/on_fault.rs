@@ -3,8 +3,8 @@
 use crate::error::FailureReason;
 use crate::fault::callers;
 use crate::fault::error::{InstallError, Unfilled, failure_at};
+use crate::fault::fetch::{FetchReason, fetch};
 use crate::fault::fill::{Buffers, Filled};
-use crate::fault::pending::{FetchReason, fetch};
 use crate::fault::poison::{fail, poison};
 use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
