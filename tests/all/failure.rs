@@ -286,9 +286,10 @@ fn a_page_is_retried_while_a_thousand_other_faults_wait_for_their_retries() {
             thread.spawn(move || region.as_slice()[(page * PAGE) as usize]).unwrap()
         };
         (0..WAITING).for_each(|page| drop(touch(page)));
-        crate::until(|| region.metrics().source_retries == WAITING);
+        // The kernel may report the fault of a waiting thread again.
+        crate::until(|| region.metrics().source_retries >= WAITING);
         assert_eq!(touch(WAITING).join().unwrap(), 7);
-        assert_eq!(region.metrics().source_retries, WAITING + 2);
+        assert!(region.metrics().source_retries >= WAITING + 2);
         println!("the page is filled");
         // The other threads still wait.
         std::process::exit(0);
