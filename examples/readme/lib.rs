@@ -1,3 +1,3 @@
 //! Compiles and runs the examples of documents that belong to no package, with the doc tests.
 #![cfg(doctest)]
-#![doc = include_str!("../README.md")]
+#![doc = include_str!("../../README.md")]
