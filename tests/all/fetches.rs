@@ -383,12 +383,14 @@ fn a_prefetch_is_within_the_limits() {
     for (of_region, of_pool, most) in [(None, Some(4), 2), (Some(1), None, 1), (Some(3), Some(4), 2)] {
         let open = Arc::new(Open::default());
         let pool = of_pool.into_iter().fold(Pool::builder(), |pool, most| pool.max_in_flight(most));
-        let pool = pool.workers(2).start().unwrap();
+        // A worker that a slow machine holds up is not replaced, because a replacement's fault counts.
+        let pool = pool.workers(2).max_workers(2).start().unwrap();
         let region = Region::builder().chunk(Chunk::fetch(Arc::new(Counted(Arc::clone(&open)))));
         let region = of_region.into_iter().fold(region, |region, most| region.max_in_flight(most));
         let region = region.build(&pool).unwrap();
         assert!(region.as_slice().iter().all(|&byte| byte == 7));
-        assert!(region.close().pages_ahead > 0);
+        // With a limit of one fault, the reader may always be faster than a prefetch.
+        assert!(region.close().pages_ahead > 0 || of_region == Some(1));
         assert!(open.most.load(Ordering::SeqCst) <= most, "{of_region:?} {of_pool:?}");
     }
 }
