@@ -71,6 +71,7 @@ impl Source for Noted {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let running = self.running.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(running, Ordering::SeqCst);
+        // The time itself is the subject: reads that are allowed at once overlap.
         thread::sleep(Duration::from_micros(200));
         let answer = self.read(offset, into);
         self.running.fetch_sub(1, Ordering::SeqCst);
@@ -121,9 +122,7 @@ impl Later {
     /// Answers each request until `done` is set.
     fn answer_until(&self, done: &AtomicBool) {
         while !done.load(Ordering::SeqCst) {
-            if !self.answer_one() {
-                thread::sleep(Duration::from_micros(50));
-            }
+            until(|| self.answer_one() || done.load(Ordering::SeqCst));
         }
     }
 }
@@ -430,6 +429,7 @@ fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
         let reads: Vec<_> =
             regions.iter().map(|region| scope.spawn(|| region.read_at(0, &mut [0]))).collect();
         until(|| later.waiting() == 1);
+        // No event tells that the second reader waits for the block of the first one.
         thread::sleep(Duration::from_millis(1));
         while !reads.iter().all(thread::ScopedJoinHandle::is_finished) {
             later.answer_one();

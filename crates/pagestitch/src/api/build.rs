@@ -65,11 +65,11 @@ pub(super) fn build(
     check(&options, &layout, &target, server).map_err(in_region)?;
     let below = Below::of(&layout);
     below.check(&name, &layout, server)?;
-    let site = match target {
-        TargetKind::Own => own_site(&name, &mut layout, &options, (below, server))?,
-        TargetKind::Adopted(memory) => adopted_site(memory, &name, layout.total()).map_err(in_region)?,
+    let prepared = match target {
+        TargetKind::Own => prepare_own(&name, &mut layout, &options, (below, server))?,
+        TargetKind::Adopted(memory) => prepare_adopted(memory, &name, layout.total()).map_err(in_region)?,
     };
-    finish(name, options, layout, site, server)
+    finish(name, options, layout, prepared, server)
 }
 
 /// Refuses options that the target, the server or the kernel cannot have, before anything is
@@ -96,7 +96,7 @@ fn check_children(layout: &Layout) -> Result<(), Error> {
 }
 
 /// Reserves a range, registers it, and maps pages in place where the sources allow it.
-fn own_site(
+fn prepare_own(
     name: &str,
     layout: &mut Layout,
     options: &Options,
@@ -134,7 +134,7 @@ fn own_site(
 
 /// Takes over memory that its owner has registered. All of its pages are copied in: none is mapped
 /// or moved.
-fn adopted_site(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<PreparedTarget, Error> {
+fn prepare_adopted(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<PreparedTarget, Error> {
     let (foreign, uffd) = memory.settle(name, bytes)?;
     Ok(PreparedTarget {
         target: Target::Foreign(foreign),
@@ -152,10 +152,10 @@ fn finish(
     name: String,
     options: Options,
     layout: Layout,
-    site: PreparedTarget,
+    prepared: PreparedTarget,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
-    let PreparedTarget { target, uffd, shown, moves, staged, blocks, view } = site;
+    let PreparedTarget { target, uffd, shown, moves, staged, blocks, view } = prepared;
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,

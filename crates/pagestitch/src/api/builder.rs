@@ -242,10 +242,10 @@ impl Builder {
             );
             return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
         }
-        let (view, core) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
         let view = view.expect("own target has a view").into_stable();
         let view = view.expect("only a shared source makes a view unstable, and the layout has none");
-        Ok(Region::new(view, core))
+        Ok(Region::new(view, any))
     }
 
     /// As [`build`](Self::build), for a region with chunks whose bytes other processes may change:
@@ -257,8 +257,8 @@ impl Builder {
     /// [`ErrorKind::UnusableFile`] if a [`writable`](Self::writable) region maps a file that is
     /// open for reading only.
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
-        let (view, core) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
-        Ok(SharedRegion::new(view.expect("own target has a view"), core))
+        let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        Ok(SharedRegion::new(view.expect("own target has a view"), any))
     }
 
     /// As [`build`](Self::build), for memory that its owner has registered: another process, or
@@ -275,8 +275,8 @@ impl Builder {
         memory: AdoptedMemory,
         server: impl Into<Server>,
     ) -> Result<AdoptedRegion, Error> {
-        let (_, core) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
-        Ok(AdoptedRegion::new(core))
+        let (_, any) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
+        Ok(AdoptedRegion::new(any))
     }
 
     fn push(&mut self, chunk: Chunk) {
