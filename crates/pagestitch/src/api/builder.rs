@@ -32,6 +32,14 @@ impl Default for Builder {
 
 impl Region {
     /// Starts to describe a region.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let pool = Pool::new()?;
+    /// let region = Region::builder().name("index").chunk(vec![1u8; 5_000]).chunk(vec![2u8; 5_000]).build(&pool)?;
+    /// assert_eq!((region.len(), region.as_slice()[5_000]), (10_000, 2));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn builder() -> Builder {
         Builder::default()
     }
@@ -39,6 +47,17 @@ impl Region {
 
 impl SharedRegion {
     /// As [`Region::builder`]. Finish with [`build_shared`](Builder::build_shared).
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, SharedRegion};
+    /// let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// let region = SharedRegion::builder().chunk(file).build_shared(&Pool::new()?)?;
+    /// let mut magic = [0; 4];
+    /// region.read_at(0, &mut magic)?;
+    /// assert_eq!(&magic, b"\x7fELF");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn builder() -> Builder {
         Region::builder()
     }
@@ -46,12 +65,28 @@ impl SharedRegion {
 
 impl Builder {
     /// Names the region in errors, logs and plans. Default: `"unnamed"`.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().name("weights").chunk(vec![0u8; 10]).build(&Pool::new()?)?;
+    /// let error = region.read_at(7, &mut [0; 4]).unwrap_err();
+    /// assert_eq!(error.to_string(), "bytes 7..11 are not inside region weights of 10 bytes");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.options.name = Some(name.into());
         self
     }
 
     /// Lets [`Region::as_mut_slice`] write to the region. Default: read-only.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let mut region = Region::builder().chunk(vec![7u8; 10]).writable().build(&Pool::new()?)?;
+    /// region.as_mut_slice().expect("it is writable")[3] = 9;
+    /// assert_eq!(&region.as_slice()[2..5], [7, 9, 7]);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn writable(mut self) -> Self {
         self.options.access = Access::Writable;
         self
@@ -63,6 +98,13 @@ impl Builder {
     /// The kernel moves pages only between writable mappings. Whole blocks of such a region are
     /// therefore copied in page by page, which takes more than twice as long. Does not suit donated
     /// pages, which have to move.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 10]).hardware_read_only().build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[3], 7);        // a stray write of unsafe code would raise SIGSEGV
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn hardware_read_only(mut self) -> Self {
         self.options.hardware_read_only = true;
         self
@@ -71,12 +113,27 @@ impl Builder {
     /// Includes the region in core dumps of the process. Default: left out, because the kernel
     /// walks all addresses of a dumped mapping (half a minute for a tebibyte of absent pages), and
     /// the sources hold the bytes anyway.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 10]).dumped().build(&Pool::new()?)?;
+    /// region.populate(..)?;                       // a dump has the pages that are filled before it
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn dumped(mut self) -> Self {
         self.options.dumped = true;
         self
     }
 
     /// Sets the pages that are filled ahead of their touch. Default: [`Readahead::Adaptive`].
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Readahead, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 1 << 20]).readahead(Readahead::None).build(&Pool::new()?)?;
+    /// assert!(region.as_slice()[..65_536].iter().all(|&byte| byte == 7));
+    /// assert_eq!(region.close().pages_installed(), 16);           // no more pages than were touched
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn readahead(mut self, readahead: Readahead) -> Self {
         self.options.readahead = Some(readahead);
         self
@@ -84,6 +141,18 @@ impl Builder {
 
     /// Makes `build` fail if a byte would have to be copied. The error,
     /// [`ErrorKind::NotZeroCopy`], names the chunk and the reason.
+    ///
+    /// ```
+    /// # use pagestitch::source::{Memfd, UnsealedMemfd};
+    /// # use pagestitch::{Chunk, ErrorKind, Pool, Region};
+    /// let memfd = Memfd::from(UnsealedMemfd::create("frames", 65_536)?.seal()?);
+    /// let aligned = Chunk::from(memfd.clone()).range(4096..12_288);
+    /// let shifted = Chunk::from(memfd).range(100..4196);
+    /// let builder = Region::builder().chunk(aligned).chunk(shifted).require_zero_copy();
+    /// let error = builder.build(&Pool::new()?).unwrap_err();
+    /// assert_eq!((error.kind(), error.chunk()), (ErrorKind::NotZeroCopy, Some(1)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn require_zero_copy(mut self) -> Self {
         self.options.zero_copy = true;
         self
@@ -107,6 +176,16 @@ impl Builder {
     /// Limits the mappings that the region uses to map pages in place; pages beyond the limit are
     /// copied. Default: half of the mappings that `vm.max_map_count` still allows this process,
     /// because the rest of the program needs some too.
+    ///
+    /// ```
+    /// # use pagestitch::source::{Memfd, UnsealedMemfd};
+    /// # use pagestitch::{Chunk, Method, Pool, Region};
+    /// let memfd = Memfd::from(UnsealedMemfd::create("frames", 8192)?.seal()?);
+    /// let swapped = [Chunk::from(memfd.clone()).range(4096..8192), Chunk::from(memfd).range(0..4096)];
+    /// let region = Region::builder().chunks(swapped).max_mappings(0).build(&Pool::new()?)?;
+    /// assert!(region.plan().runs().iter().all(|run| run.method == Method::Copy));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn max_mappings(mut self, most: usize) -> Self {
         self.options.max_mappings = Some(most);
         self
@@ -123,6 +202,15 @@ impl Builder {
     /// # Panics
     ///
     /// If `most` is 0.
+    ///
+    /// ```
+    /// # use pagestitch::source::FileSource;
+    /// # use pagestitch::{Pool, Region};
+    /// let disk = FileSource::open("/proc/self/exe")?;
+    /// let region = Region::builder().chunk(disk).max_in_flight(2).build(&Pool::builder().workers(8).start()?)?;
+    /// assert_eq!(&region.as_slice()[1..4], b"ELF");       // at most two workers read the disk at once
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn max_in_flight(mut self, most: usize) -> Self {
         assert!(most > 0, "max_in_flight must be at least 1: no fault would be served");
         self.options.serve_options.max_in_flight = Some(most);
@@ -132,6 +220,20 @@ impl Builder {
     /// Records the order in which pages are first touched;
     /// [`recording`](crate::AnyRegion::recording) returns it. Only a fault reveals a touch, so such
     /// a region fills nothing ahead. `build` fails if the region also [replays](Self::replay).
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).record().build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// let recording = region.recording().expect("it records");
+    /// assert_eq!(recording.offsets().collect::<Vec<_>>(), [49_152]);
+    /// # let folder = std::env::temp_dir().join(format!("pagestitch-doc-{}", std::process::id()));
+    /// # std::fs::create_dir_all(&folder).unwrap();
+    /// # let path = folder.join("touches");
+    /// recording.write(&path)?;                                    // for the next run of the program
+    /// # std::fs::remove_dir_all(&folder).unwrap();
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn record(mut self) -> Self {
         self.options.serve_options.record = true;
         self
@@ -140,6 +242,16 @@ impl Builder {
     /// Fills the pages of a recording in their order, from the build on. Workers do so while they
     /// are awake, after faults. A page whose source fails is not poisoned: its first touch reads
     /// the source again.
+    ///
+    /// ```no_run
+    /// use pagestitch::source::FileSource;
+    /// use pagestitch::{Pool, Recording, Region};
+    ///
+    /// let recording = Recording::read("touches")?;                // of an earlier run, with the same sizes
+    /// let image = FileSource::open("guest.mem")?;
+    /// let region = Region::builder().chunk(image).replay(&recording).build(&Pool::new()?)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn replay(mut self, recording: &Recording) -> Self {
         self.options.serve_options.replay = Some(recording.clone());
         self
@@ -149,6 +261,30 @@ impl Builder {
     /// in the region. It runs on the serving thread and must not touch the region. For a fault that
     /// times out it runs on the watchdog thread, and no other fault times out until it returns.
     /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, Pool, Region, Source};
+    /// use std::io;
+    /// use std::sync::{Arc, mpsc};
+    ///
+    /// struct Broken;
+    /// impl Source for Broken {
+    ///     fn size(&self) -> u64 {
+    ///         10_000
+    ///     }
+    ///     fn read_at(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+    ///         Err(io::Error::other("the disk is gone"))
+    ///     }
+    /// }
+    /// let (tell, told) = mpsc::channel();
+    /// let region = Region::builder()
+    ///     .chunk(Chunk::source(Arc::new(Broken)))
+    ///     .on_page_failure(move |offset, failure| tell.send((offset, failure.to_string())).unwrap())
+    ///     .build(&Pool::new()?)?;
+    /// assert!(region.read_at(5_000, &mut [0]).is_err());
+    /// assert_eq!(told.recv().unwrap().0, 4096);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn on_page_failure(mut self, tell: impl Fn(u64, &Failure) + Send + Sync + 'static) -> Self {
         self.options.serve_options.reporter = Some(FailureCallback(Arc::new(tell)));
         self
@@ -156,6 +292,18 @@ impl Builder {
 
     /// Measures the time of each part of a fault, for [`Meter::latency`](crate::Meter::latency).
     /// Costs about five clock reads a fault. Default: faults are only counted.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).record_latency().build(&Pool::new()?)?;
+    /// let meter = region.meter();
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// drop(region);                                               // so that the last fault is counted, too
+    /// let latency = meter.latency().expect("it is measured");
+    /// println!("{:?} until a worker begins, {:?} to get the bytes", latency.queue.quantile(0.99), latency.fill.quantile(0.99));
+    /// # assert_eq!(latency.fill.count(), 1);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn record_latency(mut self) -> Self {
         self.options.serve_options.record_latency = true;
         self
@@ -200,12 +348,31 @@ impl Builder {
     }
 
     /// Appends a chunk.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// let region = Region::builder()
+    ///     .chunk(vec![1u8; 5_000])                                // an owner of bytes
+    ///     .chunk(Chunk::from(vec![2u8; 5_000]).range(100..200))   // a part of one
+    ///     .chunk(Chunk::hole(1 << 30))
+    ///     .build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[4_999..5_001], [1, 2]);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
         self.push(chunk.into());
         self
     }
 
     /// Appends chunks, in order.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let rows = (0..1000u16).map(|row| row.to_le_bytes().to_vec());
+    /// let region = Region::builder().chunks(rows).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[2 * 999..], 999u16.to_le_bytes());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl Into<Chunk>>) -> Self {
         let chunks = chunks.into_iter();
         if let Ok(layout) = &mut self.layout {
@@ -232,6 +399,14 @@ impl Builder {
     ///   [`OutOfMemory`](ErrorKind::OutOfMemory): the kernel or a limit of the process;
     /// * [`InvalidRecording`](ErrorKind::InvalidRecording): the recording is of another region;
     /// * [`ForkedChild`](ErrorKind::ForkedChild): the server was created before `fork(2)`.
+    ///
+    /// ```
+    /// # use pagestitch::{Inline, Manual, Pool, Region};
+    /// let by_a_pool = Region::builder().chunk(vec![7u8; 5_000]).build(&Pool::new()?)?;
+    /// let by_the_touching_thread = Region::builder().chunk(vec![7u8; 5_000]).build(Inline)?;
+    /// let by_a_loop = Region::builder().chunk(vec![7u8; 5_000]).build(&Manual::new()?)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
         if let Ok(layout) = &self.layout
             && let Some((chunk, source)) = layout.first_shared()
@@ -256,6 +431,17 @@ impl Builder {
     /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also
     /// [`ErrorKind::UnusableFile`] if a [`writable`](Self::writable) region maps a file that is
     /// open for reading only.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, Region};
+    /// let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// let region = Region::builder().chunk(vec![7u8; 4096]).chunk(file).build_shared(&Pool::new()?)?;
+    /// let mut bytes = [0; 4];
+    /// region.read_at(4095, &mut bytes)?;
+    /// assert_eq!(&bytes, b"\x07\x7fEL");                         // the file's own page, behind a copied one
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
         let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
         Ok(SharedRegion::new(view.expect("own target has a view"), any))
@@ -270,6 +456,17 @@ impl Builder {
     /// As [`build`](Self::build); [`ErrorKind::InvalidOption`] for ranges that are not whole pages,
     /// overlap, or differ from the chunks in length; [`ErrorKind::UnsuitableServer`] for a server
     /// that is [`Inline`](crate::Inline).
+    ///
+    /// ```no_run
+    /// use pagestitch::source::FileSource;
+    /// use pagestitch::{AdoptedMemory, Pool, Region};
+    /// # fn receive() -> (std::os::fd::OwnedFd, usize) { unimplemented!() }
+    ///
+    /// let (uffd, address) = receive();                            // SCM_RIGHTS, see unix(7)
+    /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30);
+    /// let region = Region::builder().chunk(FileSource::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn build_adopted(
         self,
         memory: AdoptedMemory,

@@ -57,6 +57,15 @@ pub struct Scope<'scope, 'env: 'scope> {
 
 impl<'scope, 'env> Scope<'scope, 'env> {
     /// Starts to describe a region that cannot leave the scope.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, scope};
+    /// # let pool = Pool::new()?;
+    /// let bytes = vec![7u8; 5_000];
+    /// let first = scope(|scope| Ok::<_, pagestitch::Error>(scope.region().borrow(&bytes).build(&pool)?.as_slice()[0]))?;
+    /// assert_eq!(first, 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn region(self) -> ScopedBuilder<'scope, 'env> {
         ScopedBuilder { builder: Region::builder(), scope: self }
     }
@@ -72,12 +81,36 @@ pub struct ScopedBuilder<'scope, 'env: 'scope> {
 
 impl<'scope> ScopedBuilder<'scope, '_> {
     /// Appends borrowed bytes as a chunk.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, scope};
+    /// # let pool = Pool::new()?;
+    /// let (head, tail) = (vec![1u8; 5_000], [2u8; 100]);
+    /// scope(|scope| {
+    ///     let region = scope.region().borrow(&head).borrow(&tail).build(&pool)?;
+    ///     assert_eq!(region.as_slice()[4_999..5_001], [1, 2]);
+    ///     Ok::<_, pagestitch::Error>(())
+    /// })?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn borrow(self, bytes: &'scope [u8]) -> Self {
         let lent = Memory::lent(self.scope.lend.lend(bytes));
         self.chunk(lent)
     }
 
     /// Appends a byte range of borrowed bytes as a chunk.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, scope};
+    /// # let pool = Pool::new()?;
+    /// let bytes: Vec<u8> = (0..100).collect();
+    /// scope(|scope| {
+    ///     let region = scope.region().borrow_range(&bytes, 90..100).borrow_range(&bytes, 0..10).build(&pool)?;
+    ///     assert_eq!(region.as_slice()[9..11], [99, 0]);
+    ///     Ok::<_, pagestitch::Error>(())
+    /// })?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn borrow_range(self, bytes: &'scope [u8], range: Range<u64>) -> Self {
         let lent = Memory::lent(self.scope.lend.lend(bytes));
         self.chunk(Chunk::from(lent).range(range))

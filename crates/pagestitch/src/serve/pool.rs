@@ -55,11 +55,27 @@ impl Pool {
     /// # Errors
     ///
     /// As [`PoolBuilder::start`].
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let pool = Pool::new()?;                                    // one for the program
+    /// let regions: Vec<_> = (0..10).map(|i| Region::builder().chunk(vec![i; 5_000]).build(&pool)).collect::<Result<_, _>>()?;
+    /// assert_eq!(regions[7].as_slice()[0], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn new() -> Result<Self, Error> {
         Self::builder().start()
     }
 
     /// A builder for a pool with other options.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// # use std::time::Duration;
+    /// let pool = Pool::builder().workers(8).name("store").warn_after(Duration::from_secs(1)).start()?;
+    /// assert_eq!(pool.workers(), 8);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn builder() -> PoolBuilder {
         PoolBuilder {
             workers: None,
@@ -73,12 +89,26 @@ impl Pool {
 
     /// The number of its workers, without the [replacements](PoolBuilder::max_workers) of workers
     /// that are held up.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// assert_eq!(Pool::builder().workers(3).start()?.workers(), 3);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn workers(&self) -> usize {
         self.handle.state.epolls.len()
     }
 
     /// The state of its workers at this moment.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// let pool = Pool::builder().workers(3).start()?;
+    /// let workers = pool.metrics();
+    /// assert_eq!((workers.working, workers.held_up, workers.shortages), (3, 0, 0));       // sources answer
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn metrics(&self) -> PoolMetrics {
         let workers = &self.handle.state.workers;
@@ -97,6 +127,16 @@ impl Pool {
     /// [`ErrorKind::InUse`] names the regions that are still served; drop them first, because a
     /// touch of a region without workers would hang. [`ErrorKind::ForkedChild`] in a forked child,
     /// because the workers are the parent's.
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, Pool, Region};
+    /// let pool = Pool::new()?;
+    /// let region = Region::builder().chunk(vec![1u8; 100]).build(&pool)?;
+    /// assert_eq!(pool.clone().stop().unwrap_err().kind(), ErrorKind::InUse);
+    /// drop(region);
+    /// println!("{} faults in all", pool.stop()?.faults);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn stop(self) -> Result<Report, Error> {
         if !self.handle.generation.is_current() {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
@@ -184,6 +224,13 @@ impl PoolBuilder {
     /// Set a number if sources are slow, because each worker waits for one source at a time.
     /// [Replacements](Self::max_workers) start only after a source has taken 10 ms. With a number,
     /// workers are not pinned to CPUs by default.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// let pool = Pool::builder().workers(16).start()?;            // 16 reads of slow sources at once
+    /// assert_eq!(pool.workers(), 16);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = Some(workers);
         self
@@ -201,12 +248,26 @@ impl PoolBuilder {
     /// So a slow source is read by as many threads at once as there are faults that wait for it. If
     /// that is too many, limit the region
     /// ([`Builder::max_in_flight`](crate::Builder::max_in_flight)).
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// let pool = Pool::builder().workers(2).max_workers(256).start()?;    // up to 254 sources may hang at once
+    /// assert_eq!(pool.metrics().working, 2);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn max_workers(mut self, most: usize) -> Self {
         self.max_workers = most;
         self
     }
 
     /// Sets the CPUs on which the workers run. Default: [`Placement::Auto`].
+    ///
+    /// ```no_run
+    /// # use pagestitch::{Placement, Pool};
+    /// let pool = Pool::builder().placement(Placement::Cpus(vec![0])).start()?;    // the readers run on CPU 0
+    /// assert_eq!(pool.workers(), 1);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn placement(mut self, placement: Placement) -> Self {
         self.placement = placement;
         self
@@ -214,6 +275,13 @@ impl PoolBuilder {
 
     /// Sets the name of the threads, which their number follows: `pagestitch/0` by default. The
     /// name is cut so that both fit into 15 bytes, the kernel's limit.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// let pool = Pool::builder().name("restore").start()?;        // in `top -H`: restore/0, restore/1, ...
+    /// # drop(pool);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
         self
@@ -226,6 +294,13 @@ impl PoolBuilder {
     /// asynchronous fetches ([`Fetch`](crate::source::Fetch)). At the limit, a fetch waits without a
     /// worker, pages are not fetched ahead, and no worker is replaced. If the workers, with their
     /// replacements, are as many as the limit, a worker waits for its fetch.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// let pool = Pool::builder().workers(4).max_in_flight(64).start()?;   // at most 60 fetches beside 4 workers
+    /// # drop(pool);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn max_in_flight(mut self, most: usize) -> Self {
         self.max_in_flight = Some(most);
         self
@@ -236,6 +311,14 @@ impl PoolBuilder {
     /// The line names the region, the offset, the chunk and its source, the age and the waiting
     /// thread. A fault that waits for a worker counts too. Time in which the process is stopped
     /// (SIGSTOP) does not count.
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// # use std::time::Duration;
+    /// let pool = Pool::builder().warn_after(Duration::from_millis(500)).start()?;
+    /// # drop(pool);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn warn_after(mut self, age: Duration) -> Self {
         self.limits.overdue = Some(age);
         self
@@ -248,6 +331,17 @@ impl PoolBuilder {
     /// no worker has begun the fault, the page stays poisoned until
     /// [`retry_failed`](crate::AnyRegion::retry_failed). `populate` and `read_at` wait as long as
     /// the source takes. Time counts as for [`warn_after`](Self::warn_after).
+    ///
+    /// ```
+    /// # use pagestitch::Pool;
+    /// # use std::time::Duration;
+    /// let pool = Pool::builder()
+    ///     .warn_after(Duration::from_secs(1))                     // a line in the log
+    ///     .fault_timeout(Duration::from_secs(30))                 // SIGBUS for the waiting thread
+    ///     .start()?;
+    /// # drop(pool);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn fault_timeout(mut self, age: Duration) -> Self {
         self.limits.hard = Some(age);
         self
@@ -259,6 +353,13 @@ impl PoolBuilder {
     ///
     /// [`ErrorKind::InvalidOption`] for no workers, a name with a NUL byte, or a CPU that this
     /// process may not use; [`ErrorKind::LimitReached`] if no thread or descriptor is left.
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, Pool};
+    /// let error = Pool::builder().workers(0).start().unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::InvalidOption);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn start(self) -> Result<Pool, Error> {
         if self.name.contains('\0') {
             let what = format!(
