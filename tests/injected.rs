@@ -10,6 +10,7 @@ use pagestitch_kernel::uffd::inject::Injected::{
 };
 use pagestitch_kernel::uffd::inject::{inject, injected};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io;
@@ -77,7 +78,7 @@ fn memory_and_hole() -> (Vec<Chunk>, Vec<u8>) {
 }
 
 fn touched_by_three(region: &Region, expected: &[u8]) {
-    thread::scope(|scope| {
+    scope(|scope| {
         for first in 0..3 {
             scope.spawn(move || {
                 let pages = (0..expected.len()).step_by(PAGE).skip(first * 5);
@@ -103,7 +104,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_in_a_pool() {
             let (chunks, expected) = all_ways();
             let region = built(chunks, readahead, &Pool::new().unwrap());
             let injecting = Injecting::new(kind, 2);
-            thread::scope(|scope| {
+            scope(|scope| {
                 if readahead {
                     scope.spawn(|| region.populate(..).unwrap());
                 }
@@ -146,7 +147,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_of_adopted_memory() {
             .build_adopted(memory, &Pool::new().unwrap())
             .unwrap();
         let injecting = Injecting::new(kind, 2);
-        thread::scope(|scope| {
+        scope(|scope| {
             for _ in 0..3 {
                 let (guest, expected) = (&guest, &expected);
                 scope.spawn(move || {
@@ -168,7 +169,7 @@ fn harmless_answers_of_the_kernel_cost_no_byte_of_a_lazy_memfd() {
         let lazy = LazyMemfd::new(memfd.file().try_clone().unwrap().into(), Arc::new(fill)).unwrap();
         let region = Region::builder().chunk(lazy).build_shared(&Pool::new().unwrap()).unwrap();
         let injecting = Injecting::new(kind, 2);
-        thread::scope(|scope| {
+        scope(|scope| {
             for _ in 0..3 {
                 scope.spawn(|| {
                     let mut read = vec![0; 3 * PAGE];

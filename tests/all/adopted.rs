@@ -14,6 +14,7 @@ use pagestitch::{
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::this_test;
 use std::io::{self, Read, Write};
@@ -94,7 +95,7 @@ fn wait_for_peer(mut stream: &UnixStream) {
 fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
     let other = start_guest(this_test!(), |guest, _stream| {
         let expected = pattern(9, TOTAL);
-        thread::scope(|scope| {
+        scope(|scope| {
             for cpu in 0..4 {
                 let expected = &expected;
                 scope.spawn(move || {
@@ -123,7 +124,7 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
 fn a_discarded_page_of_adopted_memory_stays_zeros() {
     let other = start_guest(this_test!(), |guest, _stream| {
         let (expected, stop) = (pattern(9, TOTAL), AtomicBool::new(false));
-        thread::scope(|scope| {
+        scope(|scope| {
             for cpu in 0..2 {
                 let (expected, stop) = (&expected, &stop);
                 scope.spawn(move || {
@@ -315,7 +316,7 @@ fn a_hanging_source_delays_no_other_page_of_adopted_memory() {
         let expect = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
         // Fast faults first, so that the region counts as fast.
         (0..100).for_each(expect);
-        thread::scope(|scope| {
+        scope(|scope| {
             let at_once = (HANGS - 4..HANGS + 4).map(|page| (page, scope.spawn(move || expect(page))));
             for (page, thread) in at_once.collect::<Vec<_>>() {
                 if page != HANGS {
@@ -387,7 +388,7 @@ fn a_slow_source_that_hangs_for_some_pages_delays_no_other_page_of_adopted_memor
         let pool = Pool::builder().workers(workers).start().unwrap();
         let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source)));
         let region = builder.readahead(Readahead::None).build_adopted(adopt(&guest), &pool).unwrap();
-        let delayed = thread::scope(|scope| {
+        let delayed = scope(|scope| {
             let (send, served) = mpsc::channel();
             let delayed = (0..40).find_map(|group| {
                 for page in group * GROUP..(group + 1) * GROUP {
@@ -460,7 +461,7 @@ fn a_write_protect_fault_of_the_owner_is_released_by_the_server_and_by_a_drop() 
         .unwrap();
         region.populate(..).unwrap();
         guest.protect().unwrap();
-        thread::scope(|scope| {
+        scope(|scope| {
             let (send, writer_id) = mpsc::channel();
             let guest = &guest;
             let writer = scope.spawn(move || {

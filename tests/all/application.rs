@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::os::unix::process::CommandExt;
@@ -121,7 +122,7 @@ fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
             let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
             let region = region(&pattern(3, 10 * PAGE), &pool);
             let start = region.as_ptr().expose_provenance().get();
-            thread::scope(|scope| {
+            scope(|scope| {
                 scope.spawn(|| other.as_slice()[0]);
                 slow.wait_until_held(1);
                 spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5 * PAGE)));
@@ -158,7 +159,7 @@ fn a_signal_handler_discards_pages_during_faults() {
         ADDRESS.store(region.as_ptr().expose_provenance().get() as u64, Ordering::SeqCst);
         handle_user_signal(handler);
         let done = AtomicBool::new(false);
-        thread::scope(|scope| {
+        scope(|scope| {
             let (send, threads) = mpsc::channel::<Pthread>();
             for _ in 0..2 {
                 let (send, region, bytes, done) = (send.clone(), &region, &bytes, &done);
@@ -186,7 +187,7 @@ fn waiting(then: impl FnOnce(&Arc<Scripted>)) {
     let source = Arc::new(Scripted::new(10).holding(0..1));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| region.as_slice()[0]);
         source.wait_until_held(1);
         then(&source);
@@ -222,7 +223,7 @@ fn a_waiting_thread_handles_signals_and_waits_on() {
         let source = Arc::new(Scripted::new(10).holding(0..1));
         let region =
             Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
-        thread::scope(|scope| {
+        scope(|scope| {
             let (send, thread) = mpsc::channel();
             let region = &region;
             let reader = scope.spawn(move || {

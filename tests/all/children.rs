@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::{getpid, getppid};
 use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Readahead, Region, Source};
 use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs;
 use std::io::{self, Read, Write};
@@ -127,7 +128,7 @@ fn forks_beside_threads_that_fault_and_discard() {
         let Some(region) = built(&bytes) else { return };
         let descriptors = || fs::read_dir("/proc/self/fd").unwrap().count();
         let (before, done) = (descriptors(), AtomicBool::new(false));
-        thread::scope(|scope| {
+        scope(|scope| {
             for first in 0..3 {
                 let (region, bytes, done) = (&region, &bytes, &done);
                 scope.spawn(move || {
@@ -197,7 +198,7 @@ fn forks_beside_regions_that_are_built_and_dropped() {
             return;
         }
         let (address, done) = (AtomicUsize::new(0), AtomicBool::new(false));
-        thread::scope(|scope| {
+        scope(|scope| {
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
                     let region = built(&bytes).unwrap();
@@ -246,7 +247,7 @@ fn a_child_that_waits_when_the_region_is_dropped_gets_a_signal() {
         });
         in_parent.write_all(&[1]).unwrap();
         until(|| held.load(Ordering::SeqCst));
-        thread::scope(|scope| {
+        scope(|scope| {
             let dropping = scope.spawn(move || drop(region));
             hold.wait();
             dropping.join().unwrap();

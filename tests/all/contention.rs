@@ -3,10 +3,10 @@
 
 use crate::{pattern, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::sync::{Arc, Barrier};
-use std::thread;
 
 #[test]
 fn a_page_that_many_threads_touch_is_read_once() {
@@ -15,7 +15,7 @@ fn a_page_that_many_threads_touch_is_read_once() {
         .chunk(Chunk::source(Arc::clone(&source)))
         .build(&Pool::builder().workers(4).start().unwrap())
         .unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let touchers: Vec<_> = (0..6)
             .map(|i| {
                 scope.spawn({
@@ -41,7 +41,7 @@ fn eight_threads_in_step_over_the_same_pages_all_go_on() {
     let region =
         Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(3).start().unwrap()).unwrap();
     let barrier = Barrier::new(8);
-    thread::scope(|scope| {
+    scope(|scope| {
         for _ in 0..8 {
             scope.spawn(|| {
                 for offset in (0..bytes.len()).step_by(4096) {

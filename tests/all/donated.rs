@@ -6,11 +6,11 @@ use pagestitch::source::{Donated, FailureReason, Pages};
 use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
+use pagestitch_testkit::scope::scope;
 use proptest::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 pub(crate) fn pages_of(bytes: &[u8]) -> Pages {
     let mut pages = Pages::new(bytes.len()).unwrap();
@@ -148,7 +148,7 @@ proptest! {
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         // Two concurrent readers: a page of the donation is copied for one while it moves for the
         // other.
-        thread::scope(|scope| {
+        scope(|scope| {
             for backwards in [false, true] {
                 let (region, parts, bytes) = (&region, &parts, &bytes);
                 scope.spawn(move || {
@@ -175,7 +175,7 @@ fn a_chunk_behind_a_chunk_of_the_same_donated_page_keeps_its_bytes() {
         let builder = Region::builder().chunk(part(5000, 13_192)).chunk(part(0, 5000));
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         let expected = [&bytes[5000..], &bytes[..5000]].concat();
-        thread::scope(|scope| {
+        scope(|scope| {
             scope.spawn(|| assert!(region.as_slice()[8192..] == expected[8192..], "round {round}"));
             scope.spawn(|| assert!(region.as_slice()[..8192] == expected[..8192], "round {round}"));
         });
@@ -212,7 +212,7 @@ fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
         let builder = Region::builder().chunk(Arc::clone(&donated)).readahead(Readahead::None);
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         let done = AtomicBool::new(false);
-        thread::scope(|scope| {
+        scope(|scope| {
             scope.spawn(|| {
                 let mut page = vec![0; PAGE];
                 while !done.load(Ordering::SeqCst) {

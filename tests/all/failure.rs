@@ -4,6 +4,7 @@
 use crate::{SIGBUS, reason};
 use pagestitch::source::{FailureReason, FileSource};
 use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::io::{ErrorKind as IoErrorKind, Write};
@@ -39,7 +40,7 @@ fn a_poisoned_page_is_sigbus_on_each_touch_of_each_thread() {
     let end = child::run(this_test!(), || {
         let (_, region) = failing();
         region.read_at(4 * PAGE, &mut [0]).unwrap_err();
-        thread::scope(|scope| {
+        scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| println!("read a byte: {}", region.as_slice()[4 * PAGE as usize]));
             }
@@ -247,7 +248,7 @@ fn a_worker_serves_other_faults_between_two_reads_of_a_failing_source() {
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&flaky)).on_failure(retry)).build(&pool).unwrap();
     let other = Region::builder().chunk(vec![8; BYTES]).readahead(Readahead::None).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let waits = scope.spawn(|| region.as_slice()[5]);
         let asked = || flaky.asked.load(std::sync::atomic::Ordering::SeqCst);
         for (round, first) in [(1, 0), (2, BYTES / 2)] {
@@ -349,7 +350,7 @@ fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
     let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
     let start = region.as_ptr().expose_provenance().get();
     let done = std::sync::atomic::AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| {
             for page in 0..5000_u64 {
                 region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();

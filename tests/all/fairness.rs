@@ -3,6 +3,7 @@
 
 use crate::PAGE;
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
+use pagestitch_testkit::scope::scope;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
@@ -63,7 +64,7 @@ fn is_read_by(pool: &Pool, hangs_at_once: bool, other: impl FnOnce(&Pool) -> Reg
     let hanging = Slow::new(800, Duration::from_millis(5));
     hanging.hold(hangs_at_once);
     let (hanging_region, other, stop) = (region(&hanging, pool, None), other(pool), AtomicBool::new(false));
-    thread::scope(|scope| {
+    scope(|scope| {
         for thread in 0..8 {
             let (region, stop) = (&hanging_region, &stop);
             scope.spawn(move || {
@@ -129,7 +130,7 @@ fn concurrent_faults_of_a_region_stay_within_its_limit() {
     let pool = Pool::builder().workers(6).start().unwrap();
     let slow = Slow::new(64, Duration::from_millis(5));
     let region = region(&slow, &pool, Some(2));
-    thread::scope(|scope| {
+    scope(|scope| {
         for thread in 0..16 {
             let region = &region;
             scope.spawn(move || {
@@ -148,7 +149,7 @@ fn regions_are_built_and_dropped_beside_a_slow_region() {
     let pool = Pool::builder().workers(2).start().unwrap();
     let slow = Slow::new(400, Duration::from_millis(2));
     let (slow_region, stop) = (region(&slow, &pool, None), AtomicBool::new(false));
-    thread::scope(|scope| {
+    scope(|scope| {
         for thread in 0..4 {
             let (slow_region, stop) = (&slow_region, &stop);
             scope.spawn(move || {
@@ -175,7 +176,7 @@ fn hanging_regions_do_not_starve_a_fast_region_that_is_built_later() {
     hanging.iter().for_each(|source| source.hold(true));
     let regions: Vec<_> = hanging.iter().map(|source| region(source, &pool, None)).collect();
     let later = OnceLock::new();
-    thread::scope(|scope| {
+    scope(|scope| {
         regions.iter().for_each(|region| drop(scope.spawn(|| assert_eq!(region.as_slice()[0], 7))));
         let held = |source: &Arc<Slow>| source.now.load(Ordering::SeqCst) == 1;
         let all_held = crate::comes_true(|| hanging.iter().all(held));

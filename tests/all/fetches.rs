@@ -3,6 +3,7 @@
 use crate::until;
 use pagestitch::source::{Fetch, Reply, Source};
 use pagestitch::{Chunk, OnFailure, Pool, Readahead, Region, Retry};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -75,7 +76,7 @@ fn a_chunk_that_retries_is_fetched_without_a_worker() {
     let held = Arc::new(Held::default());
     let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(retry(3, Duration::from_millis(1)));
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
         for failures in 1..=2 {
             until(|| held.open() == 1);
@@ -97,7 +98,7 @@ fn a_reply_that_asks_for_a_retry_occupies_no_worker() {
     let held = Arc::new(Held::default());
     let chunk = Chunk::fetch(Arc::clone(&held));
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
         for failures in 0..3 {
             let reply = held.take();
@@ -119,7 +120,7 @@ fn a_limit_that_is_the_number_of_workers_lets_a_worker_wait_for_its_fetch() {
     let held = Arc::new(Held::default());
     let region = Region::builder().chunk(Chunk::fetch(Arc::clone(&held))).readahead(Readahead::None);
     let region = region.build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let readers = [0, 1].map(|page| {
             let region = &region;
             scope.spawn(move || region.as_slice()[page * PAGE])
@@ -163,14 +164,14 @@ fn a_worker_that_hangs_is_replaced_while_a_fault_waits_for_a_permit() {
     let other = region(Chunk::from(vec![8; PAGES * PAGE]));
     let fetched = region(Chunk::fetch(Arc::clone(&held)));
     let hanging = region(Chunk::source(Arc::new(Hanging(Mutex::new(ends), Arc::clone(&hangs)))));
-    thread::scope(|scope| {
+    scope(|scope| {
         // A failed test ends the source, too.
         let end = end;
         let readers = [0, 1].map(|page| {
             let fetched = &fetched;
             scope.spawn(move || fetched.as_slice()[page * PAGE])
         });
-        until(|| held.open() == 1 && fetched.metrics().faults == 2);
+        until(|| held.open() == 1 && fetched.metrics().faults >= 2);
         assert_eq!(other.as_slice()[0], 8);
         let blocked = scope.spawn(|| hanging.as_slice()[0]);
         until(|| hangs.load(Ordering::SeqCst));
@@ -212,7 +213,7 @@ fn any_number_of_threads_wait_for_the_retries_of_their_fetches() {
     let source = Arc::new(FailsOnce::default());
     let region = Region::builder().chunk(Chunk::fetch(Arc::clone(&source))).readahead(Readahead::None);
     let region = region.build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         for page in 0..MANY {
             let region = &region;
             let read = move || assert_eq!(region.as_slice()[page * PAGE], 7);
@@ -238,7 +239,7 @@ fn a_fetch_that_fails_too_often_poisons_its_page() {
         if !region.serves_system_calls() {
             return println!("SKIPPED {}: no page faults of the kernel for this user", this_test!());
         }
-        thread::scope(|scope| {
+        scope(|scope| {
             let memory = region.as_slice();
             let mut file = tempfile::tempfile().unwrap();
             // The kernel reads the page, so that a poisoned page is an error and no signal.
@@ -258,7 +259,7 @@ fn a_failed_fetch_is_zeros_where_its_chunk_declares_zeros() {
     let held = Arc::new(Held::default());
     let chunk = Chunk::fetch(Arc::clone(&held)).on_failure(OnFailure::Zeros);
     let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let readers = [0, 1].map(|page| {
             let region = &region;
             scope.spawn(move || region.as_slice()[page * PAGE + 1])
@@ -286,7 +287,7 @@ fn a_policy_of_one_chunk_changes_nothing_for_the_others() {
         .readahead(Readahead::None)
         .build(&pool)
         .unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let readers = [0, PAGES].map(|page| {
             let region = &region;
             scope.spawn(move || region.as_slice()[page * PAGE])
@@ -302,7 +303,7 @@ fn a_policy_of_one_chunk_changes_nothing_for_the_others() {
 /// Ten threads fault, and no more fetches are open than the limit allows. The worker stays free.
 fn at_the_limit(region: &Region, other: &Region, held: &Held, most: usize) {
     let highest = AtomicU32::new(0);
-    thread::scope(|scope| {
+    scope(|scope| {
         let readers: Vec<_> =
             (0..10).map(|page| scope.spawn(move || region.as_slice()[page * PAGE])).collect();
         for answered in 0..10 {
@@ -343,7 +344,7 @@ fn limits_of_a_region_and_of_its_pool_hold_together() {
     let region = builder.max_in_flight(1).build(&pool).unwrap();
     let builder = Region::builder().chunk(Chunk::fetch(Arc::clone(&free))).readahead(Readahead::None);
     let unlimited = builder.build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| unlimited.as_slice()[0]);
         until(|| free.open() == 1);
         at_the_limit(&region, &other, &held, 1);

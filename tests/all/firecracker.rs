@@ -7,6 +7,7 @@ use pagestitch::OnUnavailable;
 use pagestitch_firecracker::{Error, Handler, Holes, OnStop, Snapshot, UnknownHoles};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -102,7 +103,7 @@ fn guests_read_the_snapshot_in_their_memory() {
     let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
         let expected = expected();
-        thread::scope(|scope| {
+        scope(|scope| {
             for cpu in 0..4 {
                 let (guest, expected) = (&guest, &expected);
                 scope.spawn(move || {
@@ -232,7 +233,7 @@ fn a_hugetlb_guest_is_restored() {
 fn a_guest_killed_while_it_waits_leaves_the_handler_serving() {
     let body = child::body(this_test!(), |path| {
         let (guest, _stream) = connect(path);
-        thread::scope(|scope| {
+        scope(|scope| {
             for cpu in 0..4 {
                 let guest = &guest;
                 scope.spawn(move || {
@@ -332,7 +333,7 @@ fn a_hundred_guests_at_once_are_served() {
         // machine. Their memory is just as separate.
         let guests: Vec<_> = (0..100).map(|_| connect(path)).collect();
         let expected = expected();
-        thread::scope(|scope| {
+        scope(|scope| {
             for (number, (guest, _)) in guests.iter().enumerate() {
                 let expected = &expected;
                 scope.spawn(move || {

@@ -6,9 +6,9 @@ use pagestitch::{AdoptedMemory, Error, ErrorKind, Inline, Manual, Pool, Process,
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Uffd;
 use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::os::fd::AsFd;
-use std::thread;
 
 /// Returns 0 if `result` is the error of a server that another process made.
 fn is_refused<T>(result: Result<T, Error>) -> i32 {
@@ -72,7 +72,7 @@ fn stop_and_serve_ready_in_a_child_leave_the_servers_of_the_parent_alone() {
         let mut manual = Manual::new().unwrap();
         let bytes = pattern(1, 10 * PAGE);
         let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
-        thread::scope(|scope| {
+        scope(|scope| {
             let reader = scope.spawn(|| region.as_slice() == bytes);
             until(|| is_readable(&manual, PollTimeout::ZERO));
             assert!(ForkedChild::start(|| i32::from(manual.serve_ready(64) != 0)).succeeds());

@@ -5,11 +5,11 @@ use crate::donated::pages_of;
 use crate::{PAGE, discard, handle_bus_errors, pattern, touch, until};
 use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread;
 
 fn stitched(bytes: &[u8]) -> Region {
     let chunks = bytes.chunks(1500).map(<[u8]>::to_vec);
@@ -70,7 +70,7 @@ fn a_chunk_that_a_signal_handler_must_not_read_is_refused() {
 fn many_threads_fill_the_same_pages() {
     let bytes = pattern(4, 2000 * PAGE);
     let region = stitched(&bytes);
-    thread::scope(|scope| {
+    scope(|scope| {
         for reader in 0..8usize {
             let (region, bytes) = (&region, &bytes);
             scope.spawn(move || {
@@ -89,7 +89,7 @@ fn many_threads_fill_the_same_pages() {
 fn inline_regions_are_built_and_dropped_during_faults() {
     let bytes = pattern(5, 100 * PAGE);
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
                 for _ in 0..100 {

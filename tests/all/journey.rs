@@ -3,9 +3,9 @@
 use crate::{discard, pattern, until};
 use pagestitch::{Chunk, Method, Pool, Readahead, Region};
 use pagestitch_kernel::PageSize;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
-use std::thread;
 
 fn page() -> usize {
     PageSize::system().bytes()
@@ -87,7 +87,7 @@ fn pages_discarded_during_faults_show_their_bytes() {
     let region =
         Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(2).start().unwrap()).unwrap();
     let start = region.as_ptr().expose_provenance().get();
-    thread::scope(|scope| {
+    scope(|scope| {
         for _ in 0..3 {
             scope.spawn(|| (0..40).for_each(|_| assert!(region.as_slice() == bytes)));
         }
@@ -105,7 +105,7 @@ fn a_slow_source_occupies_one_worker_and_not_the_region() {
         .chunk(bytes.clone())
         .build(&Pool::builder().workers(2).start().unwrap())
         .unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let waiter = scope.spawn(|| region.as_slice()[0]);
         slow.wait_until_held(1);
         assert!(region.as_slice()[page()..] == bytes, "served by the other worker");
@@ -129,7 +129,7 @@ fn other_workers_serve_a_batch_whose_first_fault_is_slow() {
         .build(&Pool::builder().workers(2).start().unwrap())
         .unwrap();
     let at = |index: usize| region.as_slice()[index * page()];
-    thread::scope(|scope| {
+    scope(|scope| {
         let held = [0, 1].map(|index| scope.spawn(move || at(index)));
         blockers.iter().for_each(|blocker| blocker.wait_until_held(1));
         let last = scope.spawn(|| at(2));
@@ -149,7 +149,7 @@ fn other_workers_serve_a_batch_whose_first_fault_is_slow() {
 #[test]
 fn one_pool_serves_many_regions() {
     let pool = Pool::builder().workers(2).start().unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         for thread in 0..4u64 {
             let pool = &pool;
             scope.spawn(move || {

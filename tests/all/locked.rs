@@ -12,11 +12,11 @@ use pagestitch::source::{FileSource, SharedFile};
 use pagestitch::{Builder, Chunk, ErrorKind, Inline, Limit, Manual, Pool, Readahead, Region, Server, Source};
 use pagestitch_kernel::Access;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 const HUGE: usize = 2 << 20;
 
@@ -47,7 +47,7 @@ fn with_servers(body: impl Fn(&str, Server)) {
     let mut manual = Manual::new().unwrap();
     let done = AtomicBool::new(false);
     let server = Server::from(&manual);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| {
             serve_until(&mut manual, 100, || done.load(Ordering::SeqCst));
         });

@@ -4,6 +4,7 @@
 use crate::{PAGE, is_readable, pattern, serve_until, touch, until};
 use nix::poll::PollTimeout;
 use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
@@ -21,7 +22,7 @@ fn a_manual_serves_on_request_and_its_descriptor_reports_faults() {
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
     assert!(!is_ready(&manual));
     assert_eq!(manual.serve_ready(100), 0);
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| region.as_slice()[5 * PAGE]);
         until(|| is_ready(&manual));
         assert_eq!(region.metrics().faults, 0);
@@ -37,7 +38,7 @@ fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
     let bytes = pattern(2, 32 << 20);
     let mut manual = Manual::new().unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&manual).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| region.as_slice() == bytes);
         serve_until(&mut manual, 1, || reader.is_finished());
         assert!(reader.join().unwrap());
@@ -56,7 +57,7 @@ fn a_slow_source_occupies_one_manual_of_a_group() {
     let members = Manual::group(2).unwrap();
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&members[0]).unwrap();
     let done = &AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         let readers = [0, 50].map(|page| {
             let region = &region;
             move || region.as_slice()[page * PAGE]
@@ -88,7 +89,7 @@ fn a_hanging_region_occupies_one_manual_of_a_group_and_delays_no_other_region() 
     };
     let (hangs, other) = (build(&hanging), build(&Arc::new(Scripted::new(100 * PAGE as u64))));
     let done = &AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         let waits: Vec<_> = [0, 5]
             .map(|page| {
                 scope.spawn({
@@ -134,7 +135,7 @@ fn regions_are_served_until_the_last_manual_of_a_group_is_dropped() {
     let mut members = Manual::group(2).unwrap();
     let region = Region::builder().chunk(bytes.clone()).build(&members[1]).unwrap();
     drop(members.pop());
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| region.as_slice() == bytes);
         serve_until(&mut members[0], 64, || reader.is_finished());
         assert!(reader.join().unwrap());

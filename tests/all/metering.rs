@@ -3,6 +3,7 @@
 use crate::readahead::read_slowly;
 use crate::{PAGE, pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
@@ -19,7 +20,7 @@ fn a_fault_is_in_flight_as_long_as_its_source_is_read() {
         .unwrap();
     let meter = region.meter();
     assert_eq!((meter.in_flight(), meter.oldest()), (0, None));
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| region.as_slice()[5 * PAGE + 7]);
         source.wait_until_held(1);
         assert_eq!(meter.in_flight(), 1);

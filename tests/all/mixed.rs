@@ -5,13 +5,13 @@ use crate::shared::memfd_of;
 use crate::{PAGE, pattern, touch};
 use pagestitch::source::{FillMemfd, LazyMemfd, Memory, SharedFile};
 use pagestitch::{Chunk, Pool, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use proptest::prelude::*;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, LazyLock};
-use std::thread;
 
 const SIZE: usize = 16 * PAGE;
 
@@ -91,7 +91,7 @@ proptest! {
         let region = builder.chunks(chunks).build_shared(&Pool::builder().workers(2).start().unwrap()).unwrap();
         let base = region.as_ptr().addr().get();
         let places: Vec<_> = (0..expected.len()).map(|chunk| region.offset_of(chunk).unwrap() as usize).collect();
-        thread::scope(|scope| {
+        scope(|scope| {
             for thread in 0..threads {
                 let (places, expected) = (&places, &expected);
                 scope.spawn(move || {

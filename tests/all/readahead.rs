@@ -4,9 +4,9 @@
 use crate::contention::is_idle;
 use crate::{PAGE, pattern, until};
 use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::sync::Arc;
-use std::thread;
 
 #[test]
 fn a_sequential_reader_takes_few_faults() {
@@ -74,7 +74,7 @@ fn many_readers_of_one_region_see_the_right_bytes() {
         .chunks(bytes.chunks(5_000).map(<[u8]>::to_vec))
         .build(&Pool::builder().workers(3).start().unwrap())
         .unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         for reader in 0..6 {
             let (region, bytes) = (&region, &bytes);
             scope.spawn(move || {

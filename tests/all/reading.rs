@@ -6,11 +6,11 @@ use crate::zero_copy::memfd;
 use bytes::Bytes;
 use pagestitch::source::{Fetch, FileSource, Memfd, Memory, Reply};
 use pagestitch::{Chunk, ErrorKind, Pool, Region, Source};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use proptest::prelude::*;
 use std::io::Write;
 use std::sync::{Arc, LazyLock};
-use std::thread;
 
 /// The kind of a chunk.
 #[derive(Debug, Clone, Copy)]
@@ -115,7 +115,7 @@ proptest! {
         let expected = bytes.concat();
         let region = Region::builder().chunks(chunks.clone()).build(&pool).unwrap();
         prop_assert_eq!(region.len(), expected.len());
-        thread::scope(|scope| {
+        scope(|scope| {
             for thread in 0..threads as u64 {
                 let (region, expected) = (&region, &expected);
                 scope.spawn(move || check(region, expected, seed ^ thread, thread % 4));

@@ -9,6 +9,7 @@ use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
 use pagestitch::source::FailureReason;
 use pagestitch::{Chunk, Error, Inline, Pool, Readahead, Region, Source};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
@@ -51,7 +52,7 @@ fn raising_region(bytes: &[u8]) -> Region {
 }
 
 fn populating(body: impl FnOnce() + Send) {
-    thread::scope(|scope| {
+    scope(|scope| {
         thread::Builder::new()
             .name(String::from("populates"))
             .spawn_scoped(scope, body)
@@ -112,7 +113,7 @@ fn populate_in_a_signal_handler_of_a_thread_that_populates_is_an_error() {
 /// Sends SIGUSR1 to the calling thread all the while that `body` runs in it.
 fn in_a_storm(body: impl FnOnce()) {
     let (me, done) = (pthread_self(), AtomicBool::new(false));
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::SeqCst) {
                 let _ = pthread_kill(me, Signal::SIGUSR1);
@@ -266,7 +267,7 @@ fn no_signal_is_lost_while_the_sigbus_handler_is_installed() {
         let end = child::run(this_test!(), || {
             handle_bus_errors(count);
             let (done, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
-            thread::scope(|scope| {
+            scope(|scope| {
                 scope.spawn(|| {
                     while !done.load(Ordering::SeqCst) {
                         raise(Signal::SIGBUS).unwrap();
@@ -310,7 +311,7 @@ fn with_alternate_stack(bytes: usize, body: impl FnOnce()) -> usize {
 fn a_fault_is_served_on_a_small_alternate_stack() {
     let end = child::run(this_test!(), || {
         let mut deepest = 0;
-        thread::scope(|scope| {
+        scope(|scope| {
             let measure = || {
                 // SAFETY: the call takes a number.
                 let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;

@@ -11,11 +11,11 @@ use nix::unistd::Pid;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, Inline, Manual, Pool, Readahead, Region, Server};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::this_test;
 use std::io::IoSliceMut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 const BLOCK: usize = 2 << 20;
 const PAGES: usize = 1024 + 5;
@@ -119,7 +119,7 @@ fn a_split_region_is_served_by_a_manual() {
             continue;
         }
         let read = AtomicBool::new(false);
-        thread::scope(|scope| {
+        scope(|scope| {
             scope.spawn(|| {
                 assert!(region.as_slice() == expected, "{split:?}");
                 read.store(true, Ordering::SeqCst);

@@ -6,6 +6,7 @@ use crate::{PAGE, SetOnDrop, comes_true, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
 use pagestitch::{Chunk, Pool, Region, Source};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::fs;
 use std::io;
@@ -13,7 +14,6 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 const BLOCK: usize = 2 << 20;
 
@@ -173,7 +173,7 @@ fn page_out_everything() {
 fn a_region_under_constant_swapping_shows_its_bytes() {
     let Some(_swap) = Swap::or_skip() else { return };
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         let pressure = scope.spawn(|| {
             while !done.load(Ordering::SeqCst) {
                 page_out_everything();

@@ -12,15 +12,16 @@ use nix::unistd::Pid;
 use pagestitch::source::Pages;
 use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Region};
 use pagestitch_testkit::forked::ForkedChild;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
+use std::fs;
 use std::num::NonZeroUsize;
 use std::os::unix::process::ExitStatusExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
-use std::{fs, thread};
 
 #[test]
 fn a_waiting_thread_gets_a_signal_when_its_region_is_dropped() {
@@ -131,7 +132,7 @@ fn wait_in_dropped<R>(build: impl FnOnce(&Pool) -> R, start: impl FnOnce(&R) -> 
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
     let region = build(&pool);
     let start = start(&region).expose_provenance().get();
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| other.as_slice()[0]);
         slow.wait_until_held(1);
         spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5000)));
@@ -146,7 +147,7 @@ fn a_drop_waits_for_the_source_that_is_being_read() {
     let source = Arc::new(Scripted::new(10).holding(0..1));
     let region =
         Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&Pool::new().unwrap()).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let (send, populated) = mpsc::channel();
         let region = Arc::new(region);
         let reader = Arc::clone(&region);
@@ -308,7 +309,7 @@ fn a_forked_child_builds_an_inline_region_during_faults_of_its_parent() {
         let bytes = pattern(6, 200 * 4096);
         let busy = Region::builder().chunk(bytes.clone()).build(Inline).unwrap();
         let done = AtomicBool::new(false);
-        thread::scope(|scope| {
+        scope(|scope| {
             // A thread that is inside the signal handler at most forks.
             scope.spawn(|| {
                 while !done.load(Ordering::SeqCst) {
@@ -420,7 +421,7 @@ fn a_dropped_region_leaves_no_source_alive_in_a_queue() {
     let source = Arc::new(Scripted::new(10 * 4096));
     let alive = Arc::downgrade(&source);
     let region = Region::builder().chunk(Chunk::source(source)).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| held.as_slice()[0]);
         hanging.wait_until_held(1);
         let address = region.as_ptr().expose_provenance().get();

@@ -4,6 +4,7 @@ use crate::{PAGE, own_memory, pattern};
 use pagestitch::{AdoptedMemory, ErrorKind, Pool, Process, Region};
 use pagestitch_kernel::{AddressRange, Outcome, PageSize, Uffd};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use std::ffi::c_void;
 use std::thread;
 use userfaultfd::Event;
@@ -37,7 +38,7 @@ fn a_fault_of_adopted_memory_is_read_with_the_userfaultfd_crate_and_filled_with_
     let guest = Guest::new(&[BYTES], false).unwrap();
     let (start, _) = guest.ranges()[0];
     let theirs = userfaultfd::Uffd::from(guest.memory_without_ranges().unwrap());
-    thread::scope(|scope| {
+    scope(|scope| {
         let reader = scope.spawn(|| guest.read(5 * PAGE + 7));
         let touched = loop {
             match theirs.read_event().unwrap() {

@@ -12,6 +12,7 @@ use pagestitch_kernel::Uffd;
 use pagestitch_kernel::uffd::FaultMode;
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
@@ -32,7 +33,7 @@ fn an_overdue_fault_is_counted_once() {
     let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
     let region = builder.build(&pool).unwrap();
     let meter = region.meter();
-    thread::scope(|scope| {
+    scope(|scope| {
         let first = scope.spawn(|| region.as_slice()[3 * PAGE]);
         until(|| meter.faults_overdue() == 1);
         // When a second fault is overdue, the watchdog has looked at the first one again.
@@ -252,7 +253,7 @@ fn no_fault_times_out_because_its_process_was_stopped() {
         let pool = Pool::builder().warn_after(limit).fault_timeout(limit).start().unwrap();
         let source = hanging();
         let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
-        thread::scope(|scope| {
+        scope(|scope| {
             let reader = scope.spawn(|| region.as_slice()[3 * PAGE]);
             source.wait_until_held(1);
             be_stopped_for(limit * 3);

@@ -6,6 +6,7 @@ use crate::zero_copy::memfd;
 use crate::{pattern, reason, until};
 use pagestitch::source::{Cached, FailureReason, Fetch, Hole, Limited, Memory, Reply, Retrying};
 use pagestitch::{Chunk, Error, Method, Pool, Readahead, Region, Retry, Source};
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -207,7 +208,7 @@ fn a_limited_source_serves_so_many_reads_at_once() {
     let noted = Arc::new(Noted::new(64 * PAGE, 1));
     let limited = Arc::new(Limited::new(Arc::clone(&noted), 3));
     let regions = [region_of(&limited, &pool), region_of(&limited, &pool)];
-    thread::scope(|scope| {
+    scope(|scope| {
         for thread in 0..8 {
             let region = &regions[thread % 2];
             scope.spawn(move || {
@@ -229,7 +230,7 @@ fn a_read_that_hangs_or_panics_takes_no_other_slot_of_a_limited_source() {
     let source = Scripted::new(16 * PAGE).holding(0..1).panicking(PAGE..3 * PAGE);
     let source = Arc::new(source);
     let region = region_of(&Arc::new(Limited::new(Arc::clone(&source), 2)), &pool);
-    thread::scope(|scope| {
+    scope(|scope| {
         let hangs = scope.spawn(|| region.as_slice()[0]);
         source.wait_until_held(1);
         for page in 1..3 {
@@ -251,7 +252,7 @@ fn a_request_to_a_limited_fetch_holds_no_thread() {
     let later = Arc::new(Later::new(8 * PAGE, 1));
     let region = region_of_fetch(&Arc::new(Limited::new(Arc::clone(&later), 2)), &pool);
     let other = Region::builder().chunk(pattern(2, 64 << 10)).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let mut touches = Vec::new();
         for page in 0..8 {
             touches.push(scope.spawn({
@@ -259,11 +260,10 @@ fn a_request_to_a_limited_fetch_holds_no_thread() {
                 move || region.as_slice()[page * PAGE as usize] == byte_at(page as u64 * PAGE)
             }));
         }
-        until(|| region.metrics().faults == 8);
-        until(|| later.waiting() == 2);
+        until(|| region.metrics().faults >= 8);
         assert!(other.as_slice()[..] == pattern(2, 64 << 10));
         for answered in 0..8 {
-            assert_eq!(later.waiting(), 2.min(8 - answered));
+            until(|| later.waiting() == 2.min(8 - answered));
             assert!(later.answer_one());
         }
         assert!(touches.into_iter().all(|touch| touch.join().unwrap()));
@@ -280,13 +280,13 @@ fn a_region_with_queued_requests_is_dropped_after_their_answers() {
     // The regions hold the wrapper.
     drop(limited);
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         let touches = [
             scope.spawn(|| first.as_slice()[1] == byte_at(1)),
             scope.spawn(|| second.as_slice()[1] == byte_at(1)),
         ];
-        until(|| first.metrics().faults + second.metrics().faults == 2);
-        assert_eq!(later.waiting(), 1);
+        // The kernel may report a fault more than once.
+        until(|| first.metrics().faults + second.metrics().faults >= 2 && later.waiting() == 1);
         scope.spawn(|| later.answer_until(&done));
         let _ended = SetOnDrop(&done);
         assert!(touches.into_iter().all(|touch| touch.join().unwrap()));
@@ -297,7 +297,7 @@ fn a_region_with_queued_requests_is_dropped_after_their_answers() {
     let limited = Arc::new(Limited::new(Arc::clone(&later), 1));
     let region = Region::builder().chunk(Chunk::fetch(limited)).build(&pool).unwrap();
     done.store(false, Ordering::SeqCst);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| later.answer_until(&done));
         let _ended = SetOnDrop(&done);
         region.populate(..).unwrap();
@@ -312,7 +312,7 @@ fn regions_that_share_a_cached_source_read_each_block_once() {
     let noted = Arc::new(Noted::new(SIZE, KIB_64));
     let cached = Arc::new(Cached::new(Arc::clone(&noted), 2 << 20));
     let regions: Vec<_> = (0..6).map(|_| region_of(&cached, &pool)).collect();
-    thread::scope(|scope| {
+    scope(|scope| {
         for region in &regions {
             scope.spawn(|| assert!((0..SIZE as usize).all(|at| region.as_slice()[at] == byte_at(at as u64))));
         }
@@ -327,7 +327,7 @@ fn concurrent_misses_of_a_block_share_one_read_and_its_error() {
     let source = Arc::new(Scripted::new(2 * KIB_64).holding(0..1).failing(0..1));
     let cached = Arc::new(Cached::new(Arc::clone(&source), 1 << 20));
     let regions: Vec<_> = (0..4).map(|_| region_of(&cached, &pool)).collect();
-    thread::scope(|scope| {
+    scope(|scope| {
         let reads: Vec<_> =
             regions.iter().map(|region| scope.spawn(|| region.read_at(0, &mut [0]))).collect();
         source.wait_until_held(1);
@@ -353,7 +353,7 @@ fn a_cached_source_that_panics_fails_the_pages_and_hangs_no_reader() {
     let source = Arc::new(Scripted::new(KIB_64).holding(0..1).panicking(0..1));
     let cached = Arc::new(Cached::new(Arc::clone(&source), 1 << 20));
     let regions: Vec<_> = (0..4).map(|_| region_of(&cached, &pool)).collect();
-    thread::scope(|scope| {
+    scope(|scope| {
         for region in &regions {
             scope.spawn(|| {
                 let error = region.read_at(0, &mut [0]).unwrap_err();
@@ -378,7 +378,7 @@ fn a_cached_source_keeps_no_more_than_its_capacity() {
     let source = Arc::new(Scripted::new(2 * KIB_64).holding(0..1));
     let cached = Arc::new(Cached::new(Arc::clone(&source), 0));
     let region = region_of(&cached, &pool);
-    thread::scope(|scope| {
+    scope(|scope| {
         let hangs = scope.spawn(|| region.as_slice()[0]);
         source.wait_until_held(1);
         assert_eq!(region.as_slice()[KIB_64 as usize + 5], byte_at(KIB_64 + 5));
@@ -400,7 +400,7 @@ fn regions_that_share_a_cached_fetch_request_each_block_once() {
     };
     let regions = [0, 100, 4096, 70_001].map(|start| (start, build(start)));
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| later.answer_until(&done));
         let _ended = SetOnDrop(&done);
         thread::scope(|scope| {
@@ -425,7 +425,7 @@ fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
     let later = Arc::new(Later::new(KIB_64, KIB_64).failing(3));
     let cached = Arc::new(Cached::new(Arc::clone(&later), 1 << 20));
     let regions = [region_of_fetch(&cached, &pool), region_of_fetch(&cached, &pool)];
-    thread::scope(|scope| {
+    scope(|scope| {
         let reads: Vec<_> =
             regions.iter().map(|region| scope.spawn(|| region.read_at(0, &mut [0]))).collect();
         until(|| later.waiting() == 1);
@@ -440,7 +440,7 @@ fn a_cached_fetch_that_fails_fails_each_waiting_page_and_is_asked_again() {
     });
     let region = region_of_fetch(&cached, &pool);
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| later.answer_until(&done));
         let _ended = SetOnDrop(&done);
         assert_eq!(region.as_slice()[5], byte_at(5), "an error is not kept");
@@ -479,7 +479,7 @@ fn a_source_is_read_in_units_of_its_granularity() {
     let later = Arc::new(Later::new(UNITS * KIB_64, KIB_64));
     let region = region_of_fetch(&later, &pool);
     let done = AtomicBool::new(false);
-    thread::scope(|scope| {
+    scope(|scope| {
         scope.spawn(|| later.answer_until(&done));
         let _ended = SetOnDrop(&done);
         touch_all(&region);
@@ -743,7 +743,7 @@ fn a_retrying_fetch_waits_without_a_thread() {
     let region =
         region_of_fetch(&Arc::new(Retrying::new(prompt, Retry::times(1).pause(PAUSE, PAUSE))), &pool);
     let other = Region::builder().chunk(pattern(3, 64 << 10)).build(&pool).unwrap();
-    thread::scope(|scope| {
+    scope(|scope| {
         let touch = scope.spawn(|| region.as_slice()[5]);
         until(|| noted.reads().len() == 1);
         assert!(other.as_slice()[..] == pattern(3, 64 << 10));
@@ -780,7 +780,7 @@ fn wrappers_of_a_fetch_can_be_stacked() {
     let limited = Limited::new(Prompt(Arc::clone(&noted)), 1);
     let cached = Arc::new(Cached::new(Retrying::new(limited, quickly(3)), 1 << 20));
     let regions = [region_of_fetch(&cached, &pool), region_of_fetch(&cached, &pool)];
-    thread::scope(|scope| {
+    scope(|scope| {
         for region in &regions {
             scope.spawn(|| assert!(is_right(region)));
         }

@@ -293,4 +293,4 @@ fn target() -> PathBuf {
 
 const QEMU: &str = "qemu-system-x86_64";
 /// A guest alone on two CPUs takes about six minutes. A loaded machine takes several times as long.
-const PATIENCE: Duration = Duration::from_secs(1800);
+const PATIENCE: Duration = Duration::from_secs(1200);

@@ -2,12 +2,12 @@
 
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
+use pagestitch_testkit::scope::scope;
 use serde_json::Value;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::thread;
 use tempfile::TempDir;
 
 fn pagestitch(directory: &Path, arguments: &[&str]) -> Output {
@@ -535,7 +535,7 @@ fn a_file_without_permission_is_refused() {
 #[test]
 fn each_command_names_the_remedy_without_userfaultfd() {
     let directory = files();
-    let outputs = thread::scope(|scope| {
+    let outputs = scope(|scope| {
         let run = || {
             // A seccomp filter belongs to a thread, and processes that the thread starts inherit
             // it.

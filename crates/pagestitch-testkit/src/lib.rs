@@ -4,6 +4,7 @@
 //! | module | content |
 //! |---|---|
 //! | [`wait`] | waiting for a condition without a busy CPU |
+//! | [`scope`] | scoped threads whose test fails instead of hanging |
 //! | [`child`] | the body of a test in a process of its own, which may die by a signal or run under a limit |
 //! | [`forked`] | children of `fork(2)` |
 //! | [`deny`] | denies userfaultfd to a thread, as a container does |
@@ -18,5 +19,6 @@ pub mod deny;
 pub mod forked;
 pub mod guest;
 pub mod memory;
+pub mod scope;
 pub mod scripted;
 pub mod wait;

@@ -7,6 +7,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child;
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use std::error::Error;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -37,7 +38,7 @@ pub(crate) const ATTACKS: [(&str, Attack); 12] = [
 ];
 
 fn loop_in_threads(threads: usize, work: impl Fn() + Sync, ready: &dyn Fn()) -> ! {
-    thread::scope(|scope| {
+    scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 loop {
@@ -179,7 +180,7 @@ fn fills_a_tmpfs(socket: &Path, ready: &dyn Fn()) -> Result<(), Box<dyn Error>> 
     let _ = Command::new("umount").arg("-l").arg(&folder).output();
     let guest = Guest::in_file(&file, BYTES)?;
     let _stream = guest.hand_over(socket)?;
-    thread::scope(|scope| {
+    scope(|scope| {
         for number in 0..16 {
             let guest = &guest;
             scope.spawn(move || {
@@ -214,7 +215,7 @@ fn a_guest_that_dies() {
     if child::is_child(MORTAL) {
         child::spawn(MORTAL, "", |socket| {
             let (guest, _stream) = guest(Path::new(socket));
-            thread::scope(|scope| {
+            scope(|scope| {
                 let touch = |first: usize| (first..1000).for_each(|page| touch(&guest, page));
                 scope.spawn(move || touch(0));
                 touch(500);

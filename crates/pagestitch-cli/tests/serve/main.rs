@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pagestitch::{Pool, Process, Region};
 use pagestitch_testkit::guest::Guest;
+use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test, wait};
 use serde_json::Value;
 use std::collections::VecDeque;
@@ -265,7 +266,7 @@ fn a_flood_of_connections_delays_no_shutdown_and_takes_few_descriptors() {
     let folder = folder();
     let mut handler = Handler::start(folder.path(), &["--handshake-timeout", "30"]);
     let (socket, end) = (folder.path().join("socket"), AtomicBool::new(false));
-    let (code, most) = thread::scope(|scope| {
+    let (code, most) = scope(|scope| {
         for kept in [0, 0, 0, 500] {
             let (socket, end) = (&socket, &end);
             scope.spawn(move || {
