@@ -5,6 +5,7 @@ mod adopted;
 mod application;
 mod blocks;
 mod children;
+mod chunks;
 mod conformance;
 mod contention;
 mod donated;

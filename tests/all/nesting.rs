@@ -3,7 +3,7 @@
 
 use crate::pattern;
 use pagestitch::source::Memory;
-use pagestitch::{Chunk, Error, ErrorKind, Inline, Manual, Pool, Region, Server};
+use pagestitch::{Chunk, Error, ErrorKind, Inline, IntoChunk, Manual, Pool, Region, Server};
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ impl AsRef<[u8]> for Owner {
     }
 }
 
-fn named(name: &str, chunk: impl Into<Chunk>, server: impl Into<Server>) -> Result<Arc<Region>, Error> {
+fn named(name: &str, chunk: impl IntoChunk, server: impl Into<Server>) -> Result<Arc<Region>, Error> {
     Region::builder().name(name).chunk(chunk).build(server).map(Arc::new)
 }
 

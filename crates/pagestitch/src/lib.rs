@@ -98,7 +98,7 @@ pub use policy::{OnFailure, Readahead, Recording};
 pub use retry::Retry;
 pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
 pub use source::Source;
-pub use space::{AdoptedMemory, Chunk, OnDiscard, OnUnavailable, Plan, PlanRun};
+pub use space::{AdoptedMemory, Chunk, IntoChunk, OnDiscard, OnUnavailable, Plan, PlanRun};
 
 /// Compiles and runs the example of the package's README with the doc tests.
 #[cfg(doctest)]

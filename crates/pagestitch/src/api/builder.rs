@@ -6,7 +6,7 @@ use crate::api::{AdoptedRegion, Region, SharedRegion};
 use crate::error::{Error, ErrorKind, Failure};
 use crate::policy::{Readahead, Recording};
 use crate::serve::Server;
-use crate::space::{AdoptedMemory, Chunk, FailureCallback, Layout};
+use crate::space::{AdoptedMemory, Chunk, FailureCallback, IntoChunk, Layout};
 use pagestitch_kernel::{Access, PageSize};
 use std::sync::Arc;
 
@@ -347,7 +347,7 @@ impl Builder {
         self
     }
 
-    /// Appends a chunk.
+    /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
     ///
     /// ```
     /// # use pagestitch::{Chunk, Pool, Region};
@@ -359,8 +359,8 @@ impl Builder {
     /// assert_eq!(region.as_slice()[4_999..5_001], [1, 2]);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    pub fn chunk(mut self, chunk: impl Into<Chunk>) -> Self {
-        self.push(chunk.into());
+    pub fn chunk(mut self, chunk: impl IntoChunk) -> Self {
+        self.push(chunk);
         self
     }
 
@@ -373,12 +373,12 @@ impl Builder {
     /// assert_eq!(region.as_slice()[2 * 999..], 999u16.to_le_bytes());
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl Into<Chunk>>) -> Self {
+    pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl IntoChunk>) -> Self {
         let chunks = chunks.into_iter();
         if let Ok(layout) = &mut self.layout {
             layout.reserve(chunks.size_hint().0);
         }
-        chunks.for_each(|chunk| self.push(chunk.into()));
+        chunks.for_each(|chunk| self.push(chunk));
         self
     }
 
@@ -476,12 +476,21 @@ impl Builder {
         Ok(AdoptedRegion::new(any))
     }
 
-    fn push(&mut self, chunk: Chunk) {
+    fn push(&mut self, chunk: impl IntoChunk) {
         if let Ok(layout) = &mut self.layout {
-            let padded = if self.aligned { layout.pad_for(&chunk, PageSize::system()) } else { Ok(()) };
-            if let Err(error) = padded.and_then(|()| layout.push(chunk)) {
+            let number = layout.next_number();
+            let chunk = chunk.into_chunk().map_err(|error| error.inside_chunk(number));
+            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.aligned)) {
                 self.layout = Err(error);
             }
         }
     }
+}
+
+/// Appends a chunk, after the padding that it needs.
+fn lay(layout: &mut Layout, chunk: Chunk, aligned: bool) -> Result<(), Error> {
+    if aligned {
+        layout.pad_for(&chunk, PageSize::system())?;
+    }
+    layout.push(chunk)
 }

@@ -4,7 +4,7 @@ use crate::api::{Builder, Region};
 use crate::error::Error;
 use crate::serve::Server;
 use crate::source::Memory;
-use crate::space::Chunk;
+use crate::space::{Chunk, IntoChunk};
 use pagestitch_kernel::revocable::{self, RevocableScope};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
@@ -117,7 +117,7 @@ impl<'scope> ScopedBuilder<'scope, '_> {
     }
 
     /// As [`Builder::chunk`].
-    pub fn chunk(self, chunk: impl Into<Chunk>) -> Self {
+    pub fn chunk(self, chunk: impl IntoChunk) -> Self {
         Self { builder: self.builder.chunk(chunk), ..self }
     }
 

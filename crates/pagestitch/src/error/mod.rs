@@ -155,6 +155,12 @@ impl Error {
         self
     }
 
+    /// Prefixes the message with the number of the chunk that cannot be made.
+    pub(crate) fn inside_chunk(mut self, number: usize) -> Self {
+        self.message = format!("chunk {number}: {}", self.message);
+        self.of_chunk(number)
+    }
+
     /// Prefixes the message with the name of the region.
     pub(crate) fn inside(mut self, region: &str) -> Self {
         self.message = format!("region {region}: {}", self.message);

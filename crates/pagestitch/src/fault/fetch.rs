@@ -74,7 +74,7 @@ pub(crate) fn fetch<H: Host>(
     let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span));
     let reply = reply.after(wanted.attempts().source);
     // If the source panics, the reply is dropped, which fails the request.
-    quietly(|| source.0.fetch(offset, reply));
+    quietly(|| source.fetch(offset, reply));
 }
 
 impl<H: Host> Complete for Pending<H> {

@@ -18,15 +18,15 @@ pub(crate) enum Backing {
     Donated(Arc<Donated>),
     Shared(Shared),
     Hole(Hole),
-    Read(Arc<dyn Source>),
+    Read(ReadSource),
     Fetched(Fetched),
     Mapped(Arc<Mapped>),
 }
 
 impl Backing {
     /// A source that is read, or the source that it wraps if that needs no read.
-    pub(crate) fn of_source<S: Source + 'static>(source: Arc<S>) -> Self {
-        source.direct().and_then(Self::direct).unwrap_or(Self::Read(source))
+    pub(crate) fn of_source<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
+        source.direct().and_then(Self::direct).unwrap_or_else(|| Self::Read(ReadSource::new(source)))
     }
 
     fn direct(source: &dyn Any) -> Option<Self> {
@@ -54,8 +54,8 @@ impl Backing {
             Self::Donated(donated) => donated.as_ref(),
             Self::Shared(shared) => shared.source(),
             Self::Hole(hole) => hole,
-            Self::Read(source) => source.as_ref(),
-            Self::Fetched(source) => source,
+            Self::Read(read) => read.source.as_ref(),
+            Self::Fetched(fetched) => fetched,
             Self::Mapped(mapped) => mapped.as_ref(),
         }
     }
@@ -106,10 +106,26 @@ impl Backing {
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
             Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
             Self::Hole(_) => of(Kind::Hole, 0),
-            Self::Read(source) => of(Kind::Read, Arc::as_ptr(source).addr()),
-            Self::Fetched(source) => of(Kind::Fetched, Arc::as_ptr(&source.0).addr()),
+            Self::Read(read) => of(Kind::Read, read.address),
+            Self::Fetched(fetched) => of(Kind::Fetched, fetched.address()),
             Self::Mapped(_) => None,
         }
+    }
+}
+
+/// A source that is read.
+#[derive(Clone)]
+pub(crate) struct ReadSource {
+    source: Arc<dyn Source>,
+    /// The address of the user's source. The `Arc` above is another one for each chunk.
+    address: usize,
+}
+
+impl ReadSource {
+    fn new<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
+        let address = Arc::as_ptr(&source).addr();
+        // An unsized source cannot become a `dyn Source`, but the `Arc` around it can.
+        Self { source: Arc::new(source), address }
     }
 }
 

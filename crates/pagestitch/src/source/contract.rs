@@ -87,25 +87,32 @@ pub trait Source: Send + Sync {
     }
 }
 
-/// A shared source is a source, so that one can be wrapped several times.
-impl<S: Source + ?Sized> Source for Arc<S> {
-    fn size(&self) -> u64 {
-        (**self).size()
-    }
+/// Implements [`Source`] for pointers to sources.
+macro_rules! forward {
+    ($($pointer:ty),*) => {$(
+        /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
+        impl<S: Source + ?Sized> Source for $pointer {
+            fn size(&self) -> u64 {
+                (**self).size()
+            }
 
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        (**self).read_at(offset, into)
-    }
+            fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+                (**self).read_at(offset, into)
+            }
 
-    fn name(&self) -> String {
-        (**self).name()
-    }
+            fn name(&self) -> String {
+                (**self).name()
+            }
 
-    fn granularity(&self) -> u64 {
-        (**self).granularity()
-    }
+            fn granularity(&self) -> u64 {
+                (**self).granularity()
+            }
 
-    fn direct(&self) -> Option<&dyn Any> {
-        (**self).direct()
-    }
+            fn direct(&self) -> Option<&dyn Any> {
+                (**self).direct()
+            }
+        }
+    )*};
 }
+
+forward!(Arc<S>, Box<S>, &S);

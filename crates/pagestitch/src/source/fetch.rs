@@ -58,24 +58,31 @@ pub trait Fetch: Send + Sync {
     }
 }
 
-/// A shared source is a source, so that one can be wrapped several times.
-impl<F: Fetch + ?Sized> Fetch for Arc<F> {
-    fn size(&self) -> u64 {
-        (**self).size()
-    }
+/// Implements [`Fetch`] for pointers to sources.
+macro_rules! forward {
+    ($($pointer:ty),*) => {$(
+        /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
+        impl<F: Fetch + ?Sized> Fetch for $pointer {
+            fn size(&self) -> u64 {
+                (**self).size()
+            }
 
-    fn fetch(&self, offset: u64, reply: Reply) {
-        (**self).fetch(offset, reply);
-    }
+            fn fetch(&self, offset: u64, reply: Reply) {
+                (**self).fetch(offset, reply);
+            }
 
-    fn name(&self) -> String {
-        (**self).name()
-    }
+            fn name(&self) -> String {
+                (**self).name()
+            }
 
-    fn granularity(&self) -> u64 {
-        (**self).granularity()
-    }
+            fn granularity(&self) -> u64 {
+                (**self).granularity()
+            }
+        }
+    )*};
 }
+
+forward!(Arc<F>, Box<F>, &F);
 
 /// The destination of requested bytes. Dropping it without an answer is an error of the source, so
 /// that no thread waits forever.
@@ -193,17 +200,38 @@ impl Drop for Reply {
 
 /// An asynchronous source as a blocking one: requests the bytes and waits for the reply.
 #[derive(Clone)]
-pub(crate) struct Fetched(pub(crate) Arc<dyn Fetch>);
+pub(crate) struct Fetched {
+    source: Arc<dyn Fetch>,
+    /// The address of the user's source. The `Arc` above is another one for each chunk.
+    address: usize,
+}
+
+impl Fetched {
+    pub(crate) fn new<F: Fetch + ?Sized + 'static>(source: Arc<F>) -> Self {
+        let address = Arc::as_ptr(&source).addr();
+        // An unsized source cannot become a `dyn Fetch`, but the `Arc` around it can.
+        Self { source: Arc::new(source), address }
+    }
+
+    pub(crate) fn fetch(&self, offset: u64, reply: Reply) {
+        self.source.fetch(offset, reply);
+    }
+
+    /// The address that distinguishes the source from others.
+    pub(super) const fn address(&self) -> usize {
+        self.address
+    }
+}
 
 impl Source for Fetched {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.source.size()
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         for failures in 0.. {
             let (sender, answer) = bounded(1);
-            self.0.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len(), failures });
+            self.source.fetch(offset, Reply { to: Some(To::Thread(sender)), bytes: into.len(), failures });
             match answer.recv().expect("a reply sends an answer, at the latest in its drop") {
                 Ok(bytes) => {
                     into.copy_from_slice(&bytes);
@@ -217,10 +245,10 @@ impl Source for Fetched {
     }
 
     fn name(&self) -> String {
-        self.0.name()
+        self.source.name()
     }
 
     fn granularity(&self) -> u64 {
-        self.0.granularity()
+        self.source.granularity()
     }
 }

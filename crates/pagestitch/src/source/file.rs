@@ -7,6 +7,7 @@ use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -66,6 +67,22 @@ impl FileSource {
             if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
         Ok(Self { file, size, path })
     }
+}
+
+/// Uses a file that is already open for reading, as [`from_file`](FileSource::from_file), under the
+/// path that it has now.
+impl TryFrom<fs::File> for FileSource {
+    type Error = Error;
+
+    fn try_from(file: fs::File) -> Result<Self, Error> {
+        let path = path_of(&file).unwrap_or_else(|_| PathBuf::from("an open file"));
+        Self::from_file(file, path)
+    }
+}
+
+/// The path of an open file; of a memfd, `/memfd:NAME`.
+pub(super) fn path_of(file: &impl AsRawFd) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 impl Source for FileSource {

@@ -11,9 +11,9 @@ use std::{fmt, io};
 
 /// Bytes in this process's memory, kept alive for as long as a region needs them.
 ///
-/// Convert an owner of bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `&'static [u8]`), or
-/// pass any other `AsRef<[u8]>` value, such as a memory-mapped file, to [`Memory::new`]. Cloning
-/// does not copy the bytes. Bytes can be borrowed only inside a [`scope`](crate::scope()).
+/// Convert an owner of bytes (`Vec<u8>`, `Box<[u8]>`, `Arc<[u8]>`, [`Bytes`], `String`, an array,
+/// `&'static [u8]`, `&'static str`), or pass any other `AsRef<[u8]>` value, such as a memory-mapped
+/// file or a [`Region`](crate::Region), to [`Memory::new`]. Cloning does not copy the bytes. Bytes can be borrowed only inside a [`scope`](crate::scope()).
 ///
 /// **Memory of a region** can be a chunk of another region only if the two have different servers:
 /// a server that waits for itself may wait forever, so the build of the second region fails. Memory
@@ -168,5 +168,29 @@ impl From<Arc<[u8]>> for Memory {
 impl From<&'static [u8]> for Memory {
     fn from(bytes: &'static [u8]) -> Self {
         Self::from(Bytes::from_static(bytes))
+    }
+}
+
+impl<const N: usize> From<&'static [u8; N]> for Memory {
+    fn from(bytes: &'static [u8; N]) -> Self {
+        Self::from(bytes.as_slice())
+    }
+}
+
+impl From<&'static str> for Memory {
+    fn from(text: &'static str) -> Self {
+        Self::from(text.as_bytes())
+    }
+}
+
+impl From<String> for Memory {
+    fn from(text: String) -> Self {
+        Self::from(text.into_bytes())
+    }
+}
+
+impl<const N: usize> From<[u8; N]> for Memory {
+    fn from(bytes: [u8; N]) -> Self {
+        Self::new(bytes)
     }
 }

@@ -4,13 +4,13 @@
 //! Only a [`SharedRegion`](crate::SharedRegion), which gives out no `&[u8]`, can hold them.
 
 use super::Source;
+use super::file::path_of;
 use super::lazy::LazyMemfd;
 use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
@@ -134,8 +134,7 @@ impl Source for SharedFile {
 
     /// The target of the descriptor: a path, or `/memfd:NAME`.
     fn name(&self) -> String {
-        let link = fs::read_link(format!("/proc/self/fd/{}", self.as_fd().as_raw_fd()));
-        link.map_or_else(|_| String::from("shared file"), |path| path.display().to_string())
+        path_of(self.file()).map_or_else(|_| String::from("shared file"), |path| path.display().to_string())
     }
 }
 

@@ -1,13 +1,16 @@
 //! A chunk: a byte range of one source, as a part of a region.
 
+use crate::error::Error;
 use crate::policy::OnFailure;
 use crate::source::{
     Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, LazyMemfd, Memfd, Memory, Pages, Physical,
     Shared, SharedFile, Source,
 };
 use bytes::Bytes;
+use pagestitch_kernel::memfd::SealedMemfd;
 use pagestitch_kernel::shared::Sharing;
-use std::ops::Range;
+use std::fs::File;
+use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
 
 /// A byte range of one source. It may start and end at any byte; chunks lie end to end in a region.
@@ -35,14 +38,30 @@ pub struct Chunk {
 impl Chunk {
     /// All bytes of a source of your own, or of a wrapper. Clone the `Arc` to take several chunks
     /// of it.
-    pub fn source<S: Source + 'static>(source: Arc<S>) -> Self {
+    ///
+    /// ```
+    /// use pagestitch::source::{Cached, FileSource, Limited};
+    /// use pagestitch::{Chunk, Pool, Region, Source};
+    /// use std::sync::Arc;
+    ///
+    /// let mut source: Box<dyn Source> = Box::new(FileSource::open("/proc/self/exe")?);
+    /// source = Box::new(Limited::new(source, 4));                   // wrappers take boxed sources
+    /// let shared: Arc<dyn Source> = Arc::new(Cached::new(source, 1 << 20));
+    /// let region = Region::builder()
+    ///     .chunk(Chunk::source(Arc::clone(&shared)).range(..1_000)) // unsized sources, too
+    ///     .chunk(shared)
+    ///     .build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[1..4], region.as_slice()[1_001..1_004]);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn source<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::of_source(source))
     }
 
     /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take
     /// several chunks of it.
-    pub fn fetch<F: Fetch + 'static>(source: Arc<F>) -> Self {
-        Self::whole(Backing::Fetched(Fetched(source)))
+    pub fn fetch<F: Fetch + ?Sized + 'static>(source: Arc<F>) -> Self {
+        Self::whole(Backing::Fetched(Fetched::new(source)))
     }
 
     /// `bytes` zeros.
@@ -56,11 +75,33 @@ impl Chunk {
         Self::whole(Backing::Shared(Shared::File(file.into(), Sharing::CopyOnWrite)))
     }
 
-    /// Limits the chunk to a range of bytes, counted from the source's start.
+    /// Limits the chunk to a range of bytes, counted from the source's start. A bound that is left
+    /// out stays as it is: at first, it is the source's start or end.
     ///
     /// The build of the region fails if the range is empty or reaches past the source's end.
-    pub fn range(mut self, range: Range<u64>) -> Self {
-        self.range = range;
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, Pool, Region};
+    ///
+    /// let region = Region::builder()
+    ///     .chunk(Chunk::from("0123456789").range(7..))
+    ///     .chunk(Chunk::from("0123456789").range(..=2))
+    ///     .build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice(), b"789012");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn range(mut self, range: impl RangeBounds<u64>) -> Self {
+        // A bound past 2^64 - 1 is past the end of each source, too.
+        self.range.start = match range.start_bound() {
+            Bound::Included(&first) => first,
+            Bound::Excluded(&before) => before.saturating_add(1),
+            Bound::Unbounded => self.range.start,
+        };
+        self.range.end = match range.end_bound() {
+            Bound::Included(&last) => last.saturating_add(1),
+            Bound::Excluded(&end) => end,
+            Bound::Unbounded => self.range.end,
+        };
         self
     }
 
@@ -159,6 +200,12 @@ impl From<Physical> for Chunk {
     }
 }
 
+impl From<SealedMemfd> for Chunk {
+    fn from(memfd: SealedMemfd) -> Self {
+        Memfd::from(memfd).into()
+    }
+}
+
 impl From<FileSource> for Chunk {
     fn from(file: FileSource) -> Self {
         Self::source(Arc::new(file))
@@ -171,32 +218,59 @@ impl From<Arc<FileSource>> for Chunk {
     }
 }
 
-impl From<Vec<u8>> for Chunk {
-    fn from(bytes: Vec<u8>) -> Self {
-        Memory::from(bytes).into()
+impl From<Arc<dyn Source>> for Chunk {
+    fn from(source: Arc<dyn Source>) -> Self {
+        Self::source(source)
     }
 }
 
-impl From<Box<[u8]>> for Chunk {
-    fn from(bytes: Box<[u8]>) -> Self {
-        Memory::from(bytes).into()
+impl From<Box<dyn Source>> for Chunk {
+    fn from(source: Box<dyn Source>) -> Self {
+        Self::source(Arc::<dyn Source>::from(source))
     }
 }
 
-impl From<Arc<[u8]>> for Chunk {
-    fn from(bytes: Arc<[u8]>) -> Self {
-        Memory::from(bytes).into()
+/// All bytes of a file that is open for reading, as those of a [`FileSource`]. A builder takes the
+/// file itself, and its `build` then returns the error, which names the chunk.
+///
+/// ```
+/// use pagestitch::{Chunk, Pool, Region};
+/// use std::fs::File;
+///
+/// let region = Region::builder()
+///     .chunk(File::open("/proc/self/exe")?)
+///     .chunk(Chunk::try_from(File::open("/proc/self/exe")?)?.range(1..4))
+///     .build(&Pool::new()?)?;
+/// assert!(region.as_slice().ends_with(b"ELF"));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+impl TryFrom<File> for Chunk {
+    type Error = Error;
+
+    fn try_from(file: File) -> Result<Self, Error> {
+        Ok(FileSource::try_from(file)?.into())
     }
 }
 
-impl From<Bytes> for Chunk {
-    fn from(bytes: Bytes) -> Self {
-        Memory::from(bytes).into()
-    }
+/// Converts owners of bytes by way of [`Memory`].
+macro_rules! from_memory {
+    ($($owner:ty $(, const $N:ident)?;)*) => {$(
+        impl $(<const $N: usize>)? From<$owner> for Chunk {
+            fn from(bytes: $owner) -> Self {
+                Memory::from(bytes).into()
+            }
+        }
+    )*};
 }
 
-impl From<&'static [u8]> for Chunk {
-    fn from(bytes: &'static [u8]) -> Self {
-        Memory::from(bytes).into()
-    }
+from_memory! {
+    Vec<u8>;
+    Box<[u8]>;
+    Arc<[u8]>;
+    Bytes;
+    String;
+    &'static str;
+    &'static [u8];
+    &'static [u8; N], const N;
+    [u8; N], const N;
 }

@@ -83,7 +83,7 @@ impl Layout {
     /// Appends a chunk.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
         let Chunk { backing, range, on_failure } = chunk;
-        let number = self.number_of(self.origins.len());
+        let number = self.next_number();
         check(number, &backing, &range)?;
         match self.policies.last_mut() {
             _ if on_failure == OnFailure::Poison => {}
@@ -91,6 +91,11 @@ impl Layout {
             _ => self.policies.push((number..number + 1, on_failure)),
         }
         self.lay(backing, &range)
+    }
+
+    /// The chunk number of the next chunk that is appended.
+    pub(crate) fn next_number(&self) -> usize {
+        self.number_of(self.origins.len())
     }
 
     /// Appends padding, so that `chunk` begins at the same offset in a page as in its source.
@@ -106,7 +111,7 @@ impl Layout {
 
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
         let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
-            let number = self.number_of(self.origins.len());
+            let number = self.next_number();
             let what = format!("chunk {number} takes the region past 2^64 bytes: split the region");
             Error::new(ErrorKind::TooLarge, what).of_chunk(number)
         })?;

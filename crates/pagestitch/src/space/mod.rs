@@ -4,6 +4,7 @@
 //! | file | content |
 //! |---|---|
 //! | `chunk` | a byte range of one source |
+//! | `into_chunk` | the values that a builder takes as a chunk |
 //! | `layout` | the chunk that holds the byte at an offset |
 //! | `mapped` | pages that are mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
@@ -15,6 +16,7 @@
 mod chunk;
 mod failure_table;
 mod failures;
+mod into_chunk;
 pub(crate) mod layout;
 pub(crate) mod mapped;
 pub(crate) mod page_table;
@@ -23,6 +25,7 @@ pub(crate) mod target;
 
 pub use chunk::Chunk;
 pub(crate) use failure_table::FailureCallback;
+pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
