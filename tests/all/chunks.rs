@@ -194,3 +194,61 @@ fn the_compiler_names_the_function_that_makes_a_chunk() {
         }
     }
 }
+
+#[test]
+fn an_aligned_chunk_starts_at_a_multiple_in_region_and_memory() {
+    let bytes = pattern(3, 3_000);
+    let aligned = |bytes: &[u8], align| Chunk::from(bytes.to_vec()).align(align);
+    let region = Region::builder()
+        .chunk(&b"odd"[..])
+        .chunk(aligned(&bytes[..1_001], 8))
+        .chunk(aligned(&bytes[1_001..1_002], 64))
+        .chunk(b"end")
+        .align(32)
+        .chunk(aligned(&bytes[1_002..], 2))
+        .chunk(aligned(b"x", PAGE as u64))
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    let ranges = [0..3, 8..1_009, 1_024..1_025, 1_025..1_028, 1_056..3_054, 4_096..4_097];
+    assert!(region.chunk_ranges().eq(ranges.clone()));
+    assert_eq!((region.chunk_count(), region.len(), region.is_empty()), (6, 4_097, false));
+    let expected = [b"odd", &bytes[..1_001], &bytes[1_001..1_002], b"end", &bytes[1_002..], b"x"];
+    for (chunk, (range, bytes)) in ranges.into_iter().zip(expected).enumerate() {
+        let slice = region.chunk_slice(chunk).unwrap();
+        assert_eq!(slice, bytes, "chunk {chunk}");
+        assert_eq!(slice.as_ptr().addr() - region.as_ptr().addr().get(), range.start as usize);
+        assert_eq!(region.chunk_len(chunk), Some(bytes.len() as u64));
+        assert_eq!(region.chunk_at(range.start), Some(chunk));
+    }
+    assert_eq!((region.chunk_slice(6), region.chunk_len(6), region.chunk_range(6)), (None, None, None));
+    assert_eq!(region.chunk_at(4), None);
+}
+
+#[test]
+fn an_alignment_that_no_chunk_can_have_is_refused_with_the_number_of_the_chunk() {
+    for align in [0, 24, 2 * PAGE as u64] {
+        let first = || Region::builder().chunk("first");
+        for builder in [first().chunk(Chunk::from("x").align(align)), first().align(align).chunk("x")] {
+            let error = builder.build(&Pool::new().unwrap()).unwrap_err();
+            assert_eq!((error.kind(), error.chunk()), (ErrorKind::InvalidChunk, Some(1)), "{error}");
+        }
+    }
+}
+
+#[test]
+fn page_aligned_chunks_keep_their_alignment() {
+    let memfd = UnsealedMemfd::create("aligned", 2 * PAGE as u64).unwrap();
+    memfd.file().write_all_at(&pattern(5, 2 * PAGE), 0).unwrap();
+    let memfd = Memfd::from(memfd.seal().unwrap());
+    let part = |start| Chunk::from(memfd.clone()).range(start..);
+    let region = Region::builder()
+        .page_aligned()
+        .chunk(part(100))
+        .chunk(part(128).align(64))
+        .chunk(part(100).align(64))
+        .build(&Pool::new().unwrap())
+        .unwrap();
+    let starts: Vec<u64> = region.chunk_ranges().map(|range| range.start % PAGE as u64).collect();
+    assert_eq!(starts, [100, 128, 0]);
+    assert_eq!(region.chunk_slice(2).unwrap(), &pattern(5, 2 * PAGE)[100..]);
+}

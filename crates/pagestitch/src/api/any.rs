@@ -47,19 +47,58 @@ impl AnyRegion {
 
     /// The length of all chunks together, in bytes. Of adopted memory, this is the length of all
     /// ranges.
-    #[expect(clippy::len_without_is_empty, reason = "a region has at least one byte")]
     #[must_use]
     pub fn len(&self) -> usize {
         // The length fits in usize, because it was reserved.
         self.served.layout.total() as usize
     }
 
-    /// The offset of a chunk's first byte; chunks are numbered from 0. `None` if the region has
-    /// fewer chunks.
+    /// Always false, because a region has at least one byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The number of chunks, without padding.
+    #[must_use]
+    pub fn chunk_count(&self) -> usize {
+        let layout = &self.served.layout;
+        layout.number_of(layout.chunks())
+    }
+
+    /// The byte offsets of each chunk in the region, in the order of the builder.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk("one").chunk("three").build(&Pool::new()?)?;
+    /// assert!(region.chunk_ranges().eq([0..3, 3..8]));
+    /// assert_eq!((region.chunk_count(), region.chunk_len(1)), (2, Some(5)));
+    /// assert_eq!(region.chunk_slice(1), Some(&b"three"[..]));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn chunk_ranges(&self) -> impl ExactSizeIterator<Item = Range<u64>> {
+        (0..self.chunk_count())
+            .map(|chunk| self.chunk_range(chunk).expect("it is below the number of chunks"))
+    }
+
+    /// The byte offsets of a chunk in the region; chunks are numbered from 0. `None` if the region
+    /// has fewer chunks.
+    #[must_use]
+    pub fn chunk_range(&self, chunk: usize) -> Option<Range<u64>> {
+        let layout = &self.served.layout;
+        layout.chunk_of(chunk).map(|chunk| layout.offsets_of(chunk))
+    }
+
+    /// The length of a chunk in bytes, numbered as in [`chunk_range`](Self::chunk_range).
+    #[must_use]
+    pub fn chunk_len(&self, chunk: usize) -> Option<u64> {
+        self.chunk_range(chunk).map(|range| range.end - range.start)
+    }
+
+    /// The offset of a chunk's first byte, numbered as in [`chunk_range`](Self::chunk_range).
     #[must_use]
     pub fn offset_of(&self, chunk: usize) -> Option<u64> {
-        let layout = &self.served.layout;
-        layout.chunk_of(chunk).map(|chunk| layout.offsets_of(chunk).start)
+        self.chunk_range(chunk).map(|range| range.start)
     }
 
     /// The number of the chunk that holds the byte at `offset`, counted as in

@@ -20,13 +20,15 @@ use std::sync::Arc;
 pub struct Builder {
     options: Options,
     aligned: bool,
+    /// Each later chunk starts at a multiple of so many bytes.
+    align: u64,
     /// The layout so far, or the error of the first invalid chunk.
     layout: Result<Layout, Error>,
 }
 
 impl Default for Builder {
     fn default() -> Self {
-        Self { options: Options::default(), aligned: false, layout: Ok(Layout::default()) }
+        Self { options: Options::default(), aligned: false, align: 1, layout: Ok(Layout::default()) }
     }
 }
 
@@ -170,6 +172,25 @@ impl Builder {
     /// ```
     pub fn page_aligned(mut self) -> Self {
         self.aligned = true;
+        self
+    }
+
+    /// Starts each later chunk at a multiple of `bytes`, or of the chunk's own
+    /// [alignment](Chunk::align) if that is larger. Default: 1, end to end.
+    ///
+    /// With [`page_aligned`](Self::page_aligned), a chunk whose offset in its source is no multiple
+    /// starts at the start of a page instead, and is not mapped in place.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let tensors = [vec![1u8; 100], vec![2u8; 7], vec![3u8; 64]];
+    /// let region = Region::builder().align(64).chunks(tensors).build(&Pool::new()?)?;
+    /// assert!(region.chunk_ranges().eq([0..100, 128..135, 192..256]));
+    /// assert_eq!(region.chunk_slice(1), Some(&[2; 7][..]));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn align(mut self, bytes: u64) -> Self {
+        self.align = bytes;
         self
     }
 
@@ -480,7 +501,7 @@ impl Builder {
         if let Ok(layout) = &mut self.layout {
             let number = layout.next_number();
             let chunk = chunk.into_chunk().map_err(|error| error.inside_chunk(number));
-            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.aligned)) {
+            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.align, self.aligned)) {
                 self.layout = Err(error);
             }
         }
@@ -488,9 +509,17 @@ impl Builder {
 }
 
 /// Appends a chunk, after the padding that it needs.
-fn lay(layout: &mut Layout, chunk: Chunk, aligned: bool) -> Result<(), Error> {
-    if aligned {
-        layout.pad_for(&chunk, PageSize::system())?;
+fn lay(layout: &mut Layout, chunk: Chunk, align: u64, own_page: bool) -> Result<(), Error> {
+    let (page, aligns) = (PageSize::system(), [align, chunk.align]);
+    let most = page.bytes() as u64;
+    if let Some(align) = aligns.iter().find(|align| !align.is_power_of_two() || **align > most) {
+        let number = layout.next_number();
+        let what = format!(
+            "chunk {number} cannot be aligned to {align} bytes: use a power of two, at most the page size of {most}"
+        );
+        return Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number));
     }
+    let align = align.max(chunk.align);
+    layout.pad_for(&chunk, align, own_page.then_some(page))?;
     layout.push(chunk)
 }

@@ -98,6 +98,14 @@ impl Region {
         &self.view.as_slice()[..self.len()]
     }
 
+    /// The bytes of a chunk, numbered as in [`chunk_range`](AnyRegion::chunk_range). `None` if the
+    /// region has fewer chunks. Reads nothing before a byte is touched.
+    #[must_use]
+    pub fn chunk_slice(&self, chunk: usize) -> Option<&[u8]> {
+        let range = self.any.chunk_range(chunk)?;
+        Some(&self.as_slice()[range.start as usize..range.end as usize])
+    }
+
     /// The bytes for writing; `None` unless the region is built
     /// [`writable`](crate::Builder::writable). Writes stay in the region and never reach the
     /// sources.

@@ -33,6 +33,8 @@ pub struct Chunk {
     pub(super) backing: Backing,
     pub(super) range: Range<u64>,
     pub(super) on_failure: OnFailure,
+    /// The chunk starts at a multiple of so many bytes.
+    pub(crate) align: u64,
 }
 
 impl Chunk {
@@ -66,7 +68,7 @@ impl Chunk {
 
     /// `bytes` zeros.
     pub const fn hole(bytes: u64) -> Self {
-        Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison }
+        Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison, align: 1 }
     }
 
     /// All bytes of a file or memfd, mapped `MAP_PRIVATE`: writes through the region stay in the
@@ -105,6 +107,30 @@ impl Chunk {
         self
     }
 
+    /// Starts the chunk at a multiple of `bytes`: for the numbers in it, for a cache line. Padding
+    /// with meaningless bytes fills the gap before it. A region starts at a page, so the chunk's
+    /// address is aligned too. [`Builder::align`](crate::Builder::align) aligns all later chunks.
+    ///
+    /// The build of the region fails if `bytes` is not a power of two, or exceeds the page size.
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, Pool, Region};
+    ///
+    /// let numbers = 2.5f64.to_ne_bytes();
+    /// let region = Region::builder()
+    ///     .chunk("a header of odd length")
+    ///     .chunk(Chunk::from(numbers).align(align_of::<f64>() as u64))
+    ///     .build(&Pool::new()?)?;
+    /// let bytes = region.chunk_slice(1).expect("two chunks");
+    /// assert!(bytes.as_ptr().cast::<f64>().is_aligned());
+    /// assert_eq!((region.offset_of(1), bytes), (Some(24), &numbers[..]));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub const fn align(mut self, bytes: u64) -> Self {
+        self.align = bytes;
+        self
+    }
+
     /// Sets what happens to the chunk's pages when its source fails. Default:
     /// [poisoned](OnFailure::Poison).
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
@@ -114,7 +140,7 @@ impl Chunk {
 
     fn whole(backing: Backing) -> Self {
         let range = 0..backing.source().size();
-        Self { backing, range, on_failure: OnFailure::Poison }
+        Self { backing, range, on_failure: OnFailure::Poison, align: 1 }
     }
 }
 

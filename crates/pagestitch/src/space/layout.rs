@@ -82,7 +82,7 @@ impl Layout {
 
     /// Appends a chunk.
     pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
-        let Chunk { backing, range, on_failure } = chunk;
+        let Chunk { backing, range, on_failure, align: _ } = chunk;
         let number = self.next_number();
         check(number, &backing, &range)?;
         match self.policies.last_mut() {
@@ -98,10 +98,14 @@ impl Layout {
         self.number_of(self.origins.len())
     }
 
-    /// Appends padding, so that `chunk` begins at the same offset in a page as in its source.
-    pub(crate) fn pad_for(&mut self, chunk: &Chunk, page: PageSize) -> Result<(), Error> {
-        let wanted = if chunk.backing.has_pages() { chunk.range.start } else { 0 };
-        let padding = wanted.wrapping_sub(self.total) % page.bytes() as u64;
+    /// Appends padding, so that `chunk` begins at a multiple of `align`; with a page size, in a page
+    /// of its own. There it has the same offset in the page as in its source, if that is a multiple.
+    pub(crate) fn pad_for(&mut self, chunk: &Chunk, align: u64, page: Option<PageSize>) -> Result<(), Error> {
+        let unit = page.map_or(align, |page| page.bytes() as u64);
+        let has_place =
+            page.is_some() && chunk.backing.has_pages() && chunk.range.start.is_multiple_of(align);
+        let wanted = if has_place { chunk.range.start } else { 0 };
+        let padding = wanted.wrapping_sub(self.total) % unit;
         if padding > 0 {
             self.padding.push(self.origins.len() as u32);
             self.lay(Backing::Hole(Hole), &(0..padding))?;
@@ -547,7 +551,7 @@ mod tests {
         let mut layout = Layout::default();
         for bytes in [5000, 4096, 1, 100, 8192] {
             let chunk = Chunk::hole(bytes);
-            layout.pad_for(&chunk, page).unwrap();
+            layout.pad_for(&chunk, 1, Some(page)).unwrap();
             layout.push(chunk).unwrap();
         }
         layout.finish().unwrap();

@@ -319,7 +319,7 @@ mod tests {
         let mut layout = Layout::default();
         for (start, bytes) in [(100, 5000), (4096, 1), (0, 4096)] {
             let chunk = Chunk::from(memfd.clone()).range(start..start + bytes);
-            layout.pad_for(&chunk, PAGE).unwrap();
+            layout.pad_for(&chunk, 1, Some(PAGE)).unwrap();
             layout.push(chunk).unwrap();
         }
         layout.finish().unwrap();
