@@ -7,7 +7,8 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use pagestitch_bench::environment::Environment;
-use pagestitch_bench::report::{compare, page::page, table::table};
+use pagestitch_bench::report::compare::{self, compare};
+use pagestitch_bench::report::{page::page, table::table};
 use pagestitch_bench::row::{Measured, Row};
 use pagestitch_bench::runner::{self, Watcher};
 use pagestitch_bench::workloads::{self, Workload};
@@ -64,14 +65,17 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         print(workload, &measured, as_json)?;
         runs.push((workload, measured));
     }
-    if let Some(earlier) = earlier {
+    let comparisons = earlier.map(|earlier| {
         let rows: Vec<Row> = runs.iter().flat_map(|(_, run)| run).map(|one| one.row.clone()).collect();
+        compare(&earlier, &rows)
+    });
+    if let Some(comparisons) = &comparisons {
         // With --json, standard output carries rows for a program.
         let mut out: Box<dyn Write> = if as_json { Box::new(stderr()) } else { Box::new(stdout()) };
-        out.write_all(compare::table(&earlier, &rows).as_bytes())?;
+        out.write_all(compare::table(comparisons).as_bytes())?;
     }
     if let Some(path) = &options.report {
-        files::write(path, page(&environment, &runs)?.as_bytes())?;
+        files::write(path, page(&environment, &runs, &comparisons.unwrap_or_default())?.as_bytes())?;
         if form != Form::Quiet {
             writeln!(stderr(), "wrote {}", path.display())?;
         }

@@ -1,102 +1,196 @@
-//! A line chart as SVG.
+//! A line chart as HTML with an inline SVG.
+//!
+//! ```text
+//!   ┌ figure ──────────────────────────────────┐
+//!   │ title                                    │
+//!   │ ── one system   ╌╌ another   ┄┄ a third  │  the legend: text that wraps, beside no line
+//!   │ 1 ms ┤    ╭──                            │  the plot: as wide as the page; its lines are
+//!   │ 1 us ┼──╯─────────────                   │  stretched, its text is not
+//!   │      1      10     100  x                │
+//!   └──────────────────────────────────────────┘
+//! ```
 
-use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
-use plotters::prelude::{
-    ChartBuilder, Color, IntoDrawingArea, IntoLogRange, LineSeries, PathElement, RGBColor, Ranged,
-    SVGBackend, SeriesLabelPosition, WHITE,
-};
-use std::error::Error;
-use std::ops::Range;
+use super::axis::{Axis, Room, Shown, Tick};
+use super::escaped;
+use std::fmt::{self, Write};
 
-/// The content of a chart. The points of a line are in the order of their `x`.
+/// The content of a chart. Both axes are logarithmic.
 pub(super) struct Chart<'a> {
+    /// The title, which names the quantity of the vertical axis.
     pub(super) title: &'a str,
+    /// The quantity of the horizontal axis.
     pub(super) x: &'a str,
-    pub(super) y: &'a str,
-    pub(super) lines: Vec<(String, Vec<(f64, f64)>)>,
-    /// Formats a value of the horizontal axis, which is logarithmic.
+    pub(super) lines: Vec<Line>,
+    /// The ticks of the horizontal axis, in ascending order. A point of a line at one of them has a
+    /// mark.
+    pub(super) x_ticks: Vec<f64>,
     pub(super) x_label: fn(f64) -> String,
-    /// Formats a value of the vertical axis.
     pub(super) y_label: fn(f64) -> String,
-    pub(super) y_logarithmic: bool,
 }
 
+/// A named line. Its points are in the order of their `x`.
+pub(super) type Line = (String, Vec<(f64, f64)>);
+
 impl Chart<'_> {
-    /// The chart as an `<svg>` element.
-    pub(super) fn svg(&self) -> Result<String, Box<dyn Error>> {
-        let points = || self.lines.iter().flat_map(|(_, points)| points);
-        let x = range(points().map(|point| point.0));
-        let y = range(points().map(|point| point.1));
-        let mut svg = String::new();
-        if self.y_logarithmic {
-            self.draw(&mut svg, x, (y.start * 0.8..y.end * 1.25).log_scale())?;
-        } else {
-            self.draw(&mut svg, x, 0.0..y.end * 1.02)?;
+    /// The chart as a `<figure>` element, or nothing if no value is above zero.
+    pub(super) fn html(&self) -> Result<String, fmt::Error> {
+        let values: Vec<f64> =
+            self.lines.iter().flat_map(|(_, points)| points).map(|point| point.1).collect();
+        let values: Vec<f64> = values.into_iter().filter(|&value| value > 0.0).collect();
+        if values.is_empty() || self.x_ticks.is_empty() {
+            return Ok(String::new());
         }
-        Ok(svg)
+        let x = Axis::at(&self.x_ticks, self.x_label, &ROOM_ACROSS);
+        let y = Axis::around(&values, self.y_label, &ROOM_UP);
+        let mut html = String::new();
+        write!(html, "<figure><figcaption>{}</figcaption>\n<ul class=\"legend\">", escaped(self.title))?;
+        for (index, (name, _)) in self.lines.iter().enumerate() {
+            html += &key(index, name);
+        }
+        write!(html, "</ul>\n<div class=\"plot\">")?;
+        writeln!(
+            html,
+            "<svg width=\"100%\" height=\"{HEIGHT}\" role=\"img\" aria-label=\"{}\">",
+            escaped(self.title)
+        )?;
+        html += &grid(&x, &y);
+        self.draw_lines(&mut html, &x, &y)?;
+        self.draw_marks(&mut html, &x, &y)?;
+        writeln!(html, "</svg></div>\n<div class=\"x\">{}</div></figure>", escaped(self.x))?;
+        Ok(html)
     }
 
-    fn draw<Y>(&self, svg: &mut String, x: Range<f64>, y: Y) -> Result<(), Box<dyn Error>>
-    where
-        Y: AsRangedCoord<Value = f64>,
-        Y::CoordDescType: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    {
-        let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
-        area.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&area)
-            .caption(self.title, ("sans-serif", 17))
-            .margin(12)
-            .x_label_area_size(44)
-            .y_label_area_size(72)
-            .build_cartesian_2d(x.log_scale(), y)?;
-        chart
-            .configure_mesh()
-            .light_line_style(RGBColor(245, 245, 245))
-            .bold_line_style(RGBColor(225, 225, 225))
-            .x_labels(if self.y_logarithmic { 12 } else { 8 })
-            .x_desc(self.x)
-            .y_desc(self.y)
-            .x_label_formatter(&|value| (self.x_label)(*value))
-            .y_label_formatter(&|value| (self.y_label)(*value))
-            .label_style(("sans-serif", 12))
-            .draw()?;
-        for ((name, points), color) in self.lines.iter().zip(COLORS.iter().cycle()) {
-            let style = color.stroke_width(2);
-            let line = chart.draw_series(
-                LineSeries::new(points.iter().copied(), style).point_size(if points.len() < 20 {
-                    2
-                } else {
-                    0
-                }),
+    /// The lines, in a coordinate system that is stretched to the size of the plot.
+    fn draw_lines(&self, html: &mut String, x: &Axis, y: &Axis) -> fmt::Result {
+        writeln!(html, "<svg viewBox=\"0 0 {UNITS} {UNITS}\" preserveAspectRatio=\"none\">")?;
+        for (index, (name, points)) in self.lines.iter().enumerate() {
+            let points = points.iter().filter(|point| point.1 > 0.0);
+            let points =
+                points.map(|point| (x.position(point.0) * UNITS, (1.0 - y.position(point.1)) * UNITS));
+            let path: Vec<String> = points.map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
+            let (style, name, path) = (style(index), escaped(name), path.join(" "));
+            // A wide invisible line shows the name while the pointer is near.
+            writeln!(
+                html,
+                "<g class=\"{style}\"><title>{name}</title><path class=\"near\" d=\"M{path}\"/><path d=\"M{path}\"/></g>"
             )?;
-            line.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
-            .background_style(WHITE.mix(0.85))
-            .label_font(("sans-serif", 12))
-            .draw()?;
-        area.present()?;
+        writeln!(html, "</svg>")
+    }
+
+    /// A mark at each tick, with its values.
+    fn draw_marks(&self, html: &mut String, x: &Axis, y: &Axis) -> fmt::Result {
+        for (index, (name, points)) in self.lines.iter().enumerate() {
+            write!(html, "<g class=\"marks {}\">", style(index))?;
+            for &(at, value) in points.iter().filter(|point| point.1 > 0.0 && self.x_ticks.contains(&point.0))
+            {
+                write!(
+                    html,
+                    "<use href=\"#m{}\" x=\"{}\" y=\"{}\"><title>{}, {}: {}</title></use>",
+                    index % MARKS,
+                    percent(x.position(at)),
+                    percent(1.0 - y.position(value)),
+                    escaped(name),
+                    escaped(&(self.x_label)(at)),
+                    escaped(&(self.y_label)(value)),
+                )?;
+            }
+            writeln!(html, "</g>")?;
+        }
         Ok(())
     }
 }
 
-fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
-    let (low, high) =
-        values.fold((f64::MAX, 0.0_f64), |(low, high), value| (low.min(value), high.max(value)));
-    // The two ends of an axis must differ.
-    if low < high { low..high } else { low * 0.5..low * 2.0 }
+/// The entry of a line in the legend.
+fn key(index: usize, name: &str) -> String {
+    format!(
+        "<li class=\"{}\"><svg width=\"34\" height=\"12\"><path d=\"M1 6h32\"/><use href=\"#m{}\" x=\"17\" y=\"6\"/></svg>{}</li>",
+        style(index),
+        index % MARKS,
+        escaped(name)
+    )
 }
 
-const SIZE: (u32, u32) = (760, 420);
-/// Colours that differ for colour-blind readers, too.
-const COLORS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(86, 180, 233),
-    RGBColor(230, 159, 0),
-    RGBColor(120, 120, 120),
-];
+/// Colour, dashes and mark tell lines apart, because a reader may see no colours.
+fn style(index: usize) -> String {
+    format!("c{} d{}", index % COLORS, index % DASHES)
+}
+
+/// The lines and labels of both axes.
+fn grid(x: &Axis, y: &Axis) -> String {
+    let mut svg = String::from("<g class=\"grid\">");
+    let class = |tick: &Tick| if tick.shown == Shown::InWideCharts { " class=\"wide\"" } else { "" };
+    for tick in &x.ticks {
+        let at = percent(tick.at);
+        svg += &format!("<line x1=\"{at}\" x2=\"{at}\" y2=\"100%\"/>");
+        if tick.shown != Shown::Never {
+            let label = escaped(&tick.label);
+            svg += &format!(
+                "<text x=\"{at}\" y=\"100%\" dy=\"1.4em\" text-anchor=\"middle\"{}>{label}</text>",
+                class(tick)
+            );
+        }
+    }
+    for tick in &y.ticks {
+        let at = percent(1.0 - tick.at);
+        svg += &format!("<line x2=\"100%\" y1=\"{at}\" y2=\"{at}\"/>");
+        if tick.shown != Shown::Never {
+            let label = escaped(&tick.label);
+            svg += &format!("<text x=\"-8\" y=\"{at}\" dy=\".35em\" text-anchor=\"end\">{label}</text>");
+        }
+    }
+    svg + "</g>\n"
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.2}%", share * 100.0)
+}
+
+/// The shapes of marks, which a page has once.
+pub(super) const SHAPES: &str = "<svg width=\"0\" height=\"0\" class=\"shapes\"><defs>\
+    <circle id=\"m0\" r=\"3.5\"/><rect id=\"m1\" x=\"-3\" y=\"-3\" width=\"6\" height=\"6\"/>\
+    <path id=\"m2\" d=\"M0-4.5 4.2 3H-4.2z\"/><path id=\"m3\" d=\"M0-4.5 4.5 0 0 4.5-4.5 0z\"/>\
+    <path id=\"m4\" d=\"M0 4.5 4.2-3H-4.2z\"/></defs></svg>\n";
+
+const HEIGHT: f64 = 320.0;
+/// The side of the stretched square in which lines are drawn.
+const UNITS: f64 = 1000.0;
+/// The number of colours, of patterns of dashes, and of shapes in the style sheet and in `SHAPES`.
+/// They have no common factor, so that two lines differ.
+const COLORS: usize = 7;
+const DASHES: usize = 4;
+const MARKS: usize = 5;
+/// A wide chart is one above 600 pixels: see the style sheet. The labels at its left take 76.
+const ROOM_ACROSS: Room =
+    Room { wide: 500.0, narrow: 220.0, of_label: |label| 10.0 + 7.0 * label.chars().count() as f64 };
+const ROOM_UP: Room = Room { wide: HEIGHT, narrow: HEIGHT, of_label: |_| 17.0 };
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chart_names_every_line_and_both_axes() {
+        let line =
+            |name: &str, by: f64| (name.to_owned(), vec![(1.0, 2.0 * by), (2.0, 0.0), (4.0, 3.0 * by)]);
+        let chart = Chart {
+            title: "a <title>",
+            x: "the x",
+            lines: vec![line("one & only", 1.0), line("other", 10.0)],
+            x_ticks: vec![1.0, 2.0, 4.0],
+            x_label: |x| format!("x{x}"),
+            y_label: |y| format!("y{y}"),
+        };
+        let html = chart.html().unwrap();
+        for part in
+            ["a &lt;title&gt;", "the x", "one &amp; only</li>", "other</li>", ">x1<", ">x4<", ">y2<", ">y50<"]
+        {
+            assert!(html.contains(part), "{part} is not in\n{html}");
+        }
+        assert!(html.contains("<title>other, x4: y30</title>"), "{html}");
+        assert_eq!(html.matches("<use").count(), 2 + 4, "a key each, and a mark for each value above zero");
+        assert!(!html.contains("NaN") && !html.contains("inf"), "{html}");
+        let empty = Chart { lines: vec![(String::from("none"), vec![(1.0, 0.0)])], ..chart };
+        assert_eq!(empty.html().unwrap(), "");
+    }
+}

@@ -3,8 +3,71 @@
 use super::table::aligned;
 use crate::format::seconds;
 use crate::row::Row;
+use serde::Serialize;
 use std::io;
 use std::path::Path;
+
+/// A row of both runs. Compare the ratios, because the times of two runs differ by the load of the
+/// machine.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Comparison {
+    /// The name of the workload.
+    pub workload: String,
+    /// The name of the measured system.
+    pub system: String,
+    /// The point of the workload, or nothing if the workload has one point.
+    pub point: String,
+    /// The seconds of the earlier run: the median latency if each touch was timed, else the time.
+    pub seconds_then: f64,
+    /// The seconds of this run.
+    pub seconds_now: f64,
+    /// The ratio to the baseline in the earlier run.
+    pub ratio_then: Option<f64>,
+    /// The ratio to the baseline in this run.
+    pub ratio_now: Option<f64>,
+    /// The change of the ratio in percent.
+    pub change_percent: Option<f64>,
+}
+
+impl Comparison {
+    /// Compares a row of an earlier run with the same row of this run.
+    fn new(then: &Row, now: &Row) -> Self {
+        let time = |row: &Row| row.p50_ns.map_or(row.seconds, |ns| ns as f64 / 1e9);
+        let change = match (then.ratio, now.ratio) {
+            (Some(then), Some(now)) if then > 0.0 => Some((now / then - 1.0) * 100.0),
+            _ => None,
+        };
+        Self {
+            workload: now.workload.clone(),
+            system: now.system.clone(),
+            point: now.point.clone(),
+            seconds_then: time(then),
+            seconds_now: time(now),
+            ratio_then: then.ratio,
+            ratio_now: now.ratio,
+            change_percent: change,
+        }
+    }
+
+    /// The cells of a table, in the order of [`HEAD`].
+    pub(super) fn cells(&self) -> [String; HEAD.len()] {
+        let ratio = |ratio: Option<f64>| ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
+        [
+            self.workload.clone(),
+            self.system.clone(),
+            self.point.clone(),
+            seconds(self.seconds_then),
+            seconds(self.seconds_now),
+            ratio(self.ratio_then),
+            ratio(self.ratio_now),
+            self.change_percent.map_or_else(String::new, |change| format!("{change:+.0} %")),
+        ]
+    }
+}
+
+/// The columns of a comparison. The first three are names.
+pub(super) const HEAD: [&str; 8] =
+    ["workload", "system", "at", "time then", "now", "ratio then", "now", "change"];
 
 /// Reads the rows of an earlier run with `--json`.
 ///
@@ -23,34 +86,21 @@ pub fn read(path: &Path) -> io::Result<Vec<Row>> {
     rows.collect()
 }
 
-/// A table with a line for each row of both runs. Compare the ratios, because the times of two runs
-/// differ by the load of the machine.
+/// Compares the rows that both runs have, in the order of this run.
 #[must_use]
-pub fn table(then: &[Row], now: &[Row]) -> String {
-    let head = ["workload", "system", "at", "time then", "now", "ratio then", "now", "change"];
-    let mut cells = vec![head.map(String::from).to_vec()];
-    for row in now {
-        let Some(old) = then.iter().find(|old| old.key() == row.key()) else { continue };
-        let ratio = |row: &Row| row.ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
-        let change = match (old.ratio, row.ratio) {
-            (Some(old), Some(new)) if old > 0.0 => format!("{:+.0} %", (new / old - 1.0) * 100.0),
-            _ => String::new(),
-        };
-        let time = |row: &Row| row.p50_ns.map_or(row.seconds, |ns| ns as f64 / 1e9);
-        cells.push(vec![
-            row.workload.clone(),
-            row.system.clone(),
-            row.point.clone(),
-            seconds(time(old)),
-            seconds(time(row)),
-            ratio(old),
-            ratio(row),
-            change,
-        ]);
-    }
-    if cells.len() == 1 {
+pub fn compare(then: &[Row], now: &[Row]) -> Vec<Comparison> {
+    let both = now.iter().filter_map(|row| Some((then.iter().find(|old| old.key() == row.key())?, row)));
+    both.map(|(then, now)| Comparison::new(then, now)).collect()
+}
+
+/// A table with a line for each comparison.
+#[must_use]
+pub fn table(comparisons: &[Comparison]) -> String {
+    if comparisons.is_empty() {
         return String::from("\nno row in common with the earlier run\n");
     }
+    let mut cells = vec![HEAD.map(String::from).to_vec()];
+    cells.extend(comparisons.iter().map(|comparison| comparison.cells().to_vec()));
     format!(
         "\ncompared with the earlier run: each ratio is to the baseline of its own run\n{}",
         aligned(&cells)
@@ -64,8 +114,8 @@ mod tests {
     #[test]
     fn rows_of_two_runs_are_matched_by_their_keys() {
         let row = |ratio| Row { workload: String::from("w"), ratio: Some(ratio), ..Row::default() };
-        let text = table(&[row(0.5)], &[row(0.6)]);
+        let text = table(&compare(&[row(0.5)], &[row(0.6)]));
         assert!(text.contains("0.50") && text.contains("0.60") && text.contains("+20 %"), "{text}");
-        assert!(table(&[], &[row(0.5)]).contains("no row in common"));
+        assert!(table(&compare(&[], &[row(0.5)])).contains("no row in common"));
     }
 }

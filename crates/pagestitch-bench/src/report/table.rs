@@ -1,6 +1,7 @@
 //! The rows of a workload as an aligned table.
 
-use crate::format::seconds;
+use super::columns;
+use crate::format::count;
 use crate::row::{Measured, Row};
 use crate::workloads::Workload;
 use std::fmt::Write;
@@ -14,25 +15,29 @@ pub fn table(workload: &Workload, measured: &[Measured]) -> String {
         text += "  no complete round\n";
         return text;
     };
-    let _ =
-        writeln!(text, "  medians of {} rounds, interleaved; < 1 is faster than the baseline", first.rounds);
-    let columns: Vec<&Column> =
-        COLUMNS.iter().filter(|column| rows.iter().any(|row| (column.cell)(row).is_some())).collect();
-    let mut cells = vec![columns.iter().map(|column| column.head.to_owned()).collect::<Vec<_>>()];
+    let _ = writeln!(
+        text,
+        "  medians of {}, interleaved; < 1 is faster than the baseline",
+        count(first.rounds, "round")
+    );
+    let columns = columns::used(&rows);
+    let head = columns.iter().map(|column| column.head).chain(["ratio"]);
+    let mut cells = vec![head.map(str::to_owned).collect::<Vec<_>>()];
     cells.extend(rows.iter().map(|row| {
-        let row = columns.iter().map(|column| (column.cell)(row).unwrap_or_default());
-        row.collect()
+        let row_cells = columns.iter().map(|column| (column.cell)(row).unwrap_or_default());
+        row_cells.chain([ratios(row)]).collect()
     }));
     text += &aligned(&cells);
-    if workload.name == "sparse" {
-        text += &crossovers(&rows);
-    }
+    crossovers(workload, &rows).iter().for_each(|line| text += &format!("  {line}\n"));
     text
 }
 
 /// For each pattern and baseline: the share of touched pages at which the baseline becomes faster.
-fn crossovers(rows: &[&Row]) -> String {
-    let mut text = String::new();
+pub(super) fn crossovers(workload: &Workload, rows: &[&Row]) -> Vec<String> {
+    let mut lines = Vec::new();
+    if workload.name != "sparse" {
+        return lines;
+    }
     let lazy: Vec<&&Row> = rows.iter().filter(|row| row.system.starts_with("pool")).collect();
     for pattern in ["random", "clustered"] {
         for baseline in ["eager, 2 MiB pages", "eager, 4 KiB pages"] {
@@ -49,14 +54,13 @@ fn crossovers(rows: &[&Row]) -> String {
                 || String::from("faster at every share"),
                 |(share, _)| format!("faster below {share}"),
             );
-            let _ = writeln!(
-                text,
-                "  lazy against {baseline}, {pattern}: {verdict}; at worst {:.2}, at {}",
+            lines.push(format!(
+                "lazy against {baseline}, {pattern}: {verdict}; at worst {:.2}, at {}",
                 most.1, most.0
-            );
+            ));
         }
     }
-    text
+    lines
 }
 
 /// Columns of text: the first two aligned left, the others right, and the last one unpadded.
@@ -81,43 +85,9 @@ pub(super) fn aligned(rows: &[Vec<String>]) -> String {
     text
 }
 
-struct Column {
-    head: &'static str,
-    cell: fn(&Row) -> Option<String>,
-}
-
-const COLUMNS: [Column; 12] = [
-    Column { head: "system", cell: |row| Some(row.system.clone()) },
-    Column { head: "at", cell: |row| (!row.point.is_empty()).then(|| row.point.clone()) },
-    Column { head: "time", cell: |row| row.p50_ns.is_none().then(|| seconds(row.seconds)) },
-    Column {
-        head: "of the rounds",
-        cell: |row| {
-            row.p50_ns
-                .is_none()
-                .then(|| format!("{}..{}", seconds(row.seconds_min), seconds(row.seconds_max)))
-        },
-    },
-    Column {
-        head: "each",
-        cell: |row| row.p50_ns.is_none().then(|| seconds(row.seconds / row.pages.max(1) as f64)),
-    },
-    Column { head: "bytes each", cell: |row| row.bytes_each.map(|bytes| format!("{bytes:.1}")) },
-    Column { head: "p50", cell: |row| nanoseconds(row.p50_ns) },
-    Column { head: "p90", cell: |row| nanoseconds(row.p90_ns) },
-    Column { head: "p99", cell: |row| nanoseconds(row.p99_ns) },
-    Column { head: "p99.9", cell: |row| nanoseconds(row.p999_ns) },
-    Column { head: "CPU each", cell: |row| Some(seconds(row.cpu_ns_per_fault / 1e9)) },
-    Column { head: "ratio", cell: |row| Some(ratios(row)) },
-];
-
 fn ratios(row: &Row) -> String {
     let others = row.ratios.iter().filter(|(name, _)| *name != row.system);
     others.map(|(name, ratio)| format!("{ratio:.2} of {name}")).collect::<Vec<_>>().join(", ")
-}
-
-fn nanoseconds(ns: Option<u64>) -> Option<String> {
-    ns.map(|ns| seconds(ns as f64 / 1e9))
 }
 
 #[cfg(test)]

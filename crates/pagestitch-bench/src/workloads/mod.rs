@@ -12,7 +12,7 @@ mod scan;
 mod sparse;
 
 use crate::case::{Case, Options};
-use crate::format::seconds;
+use crate::format::{round_count, round_seconds};
 use crate::row::Row;
 
 /// A workload.
@@ -53,7 +53,7 @@ pub static ALL: [Workload; 11] = [
             x: "chunks",
             y: "time each",
             value: |row| row.seconds / row.pages.max(1) as f64,
-            label: seconds,
+            label: round_seconds,
         }),
         cases: build::cases,
     },
@@ -76,7 +76,7 @@ pub static ALL: [Workload; 11] = [
             x: "% of the pages touched",
             y: "time",
             value: |row| row.seconds,
-            label: seconds,
+            label: round_seconds,
         }),
         cases: sparse::cases,
     },
@@ -87,7 +87,7 @@ pub static ALL: [Workload; 11] = [
             x: "threads",
             y: "faults per second",
             value: |row| row.faults_per_s,
-            label: |rate| format!("{:.0} k", rate / 1e3),
+            label: round_count,
         }),
         cases: parallel::cases,
     },
@@ -112,7 +112,7 @@ pub static ALL: [Workload; 11] = [
             x: "regions",
             y: "median latency",
             value: |row| row.p50_ns.unwrap_or(0) as f64 / 1e9,
-            label: seconds,
+            label: round_seconds,
         }),
         cases: regions::cases,
     },

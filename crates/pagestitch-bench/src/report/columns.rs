@@ -1,0 +1,77 @@
+//! The columns of the tables: all except the ratios.
+
+use crate::format::seconds;
+use crate::row::Row;
+
+/// A column of a table.
+pub(super) struct Column {
+    pub(super) head: &'static str,
+    /// The meaning of its cells.
+    pub(super) about: &'static str,
+    /// The cell of a row, if the row has one.
+    pub(super) cell: fn(&Row) -> Option<String>,
+    pub(super) kind: Kind,
+}
+
+/// The alignment and the importance of a column.
+pub(super) enum Kind {
+    /// Begins at the left.
+    Name,
+    /// Ends at the right.
+    Number,
+    /// A number that a narrow page omits.
+    Detail,
+}
+
+/// The columns that have a cell in some row.
+pub(super) fn used(rows: &[&Row]) -> Vec<&'static Column> {
+    COLUMNS.iter().filter(|column| rows.iter().any(|row| (column.cell)(row).is_some())).collect()
+}
+
+/// All columns.
+pub(super) static COLUMNS: [Column; 11] = [
+    Column {
+        head: "system",
+        about: "the way to get the bytes",
+        cell: |row| Some(row.system.clone()),
+        kind: Kind::Name,
+    },
+    Column {
+        head: "at",
+        about: "the point of the workload",
+        cell: |row| (!row.point.is_empty()).then(|| row.point.clone()),
+        kind: Kind::Name,
+    },
+    number("time", "the time of a round: the median of all rounds", |row| {
+        row.p50_ns.is_none().then(|| seconds(row.seconds))
+    }),
+    Column {
+        kind: Kind::Detail,
+        ..number("of the rounds", "the fastest and the slowest round", |row| {
+            row.p50_ns
+                .is_none()
+                .then(|| format!("{}..{}", seconds(row.seconds_min), seconds(row.seconds_max)))
+        })
+    },
+    number("each", "the time divided by the pages that are touched, or the chunks that are built", |row| {
+        row.p50_ns.is_none().then(|| seconds(row.seconds / row.pages.max(1) as f64))
+    }),
+    number("bytes each", "the memory for each chunk", |row| {
+        row.bytes_each.map(|bytes| format!("{bytes:.1}"))
+    }),
+    number("p50", "the median latency of a touch: the median of the rounds", |row| nanoseconds(row.p50_ns)),
+    number("p90", "the latency that 90 % of the touches do not exceed", |row| nanoseconds(row.p90_ns)),
+    number("p99", "the latency that 99 % of the touches do not exceed", |row| nanoseconds(row.p99_ns)),
+    number("p99.9", "the latency that 99.9 % of the touches do not exceed", |row| nanoseconds(row.p999_ns)),
+    number("CPU each", "the processor time of all threads for each page, or chunk", |row| {
+        Some(seconds(row.cpu_ns_per_fault / 1e9))
+    }),
+];
+
+const fn number(head: &'static str, about: &'static str, cell: fn(&Row) -> Option<String>) -> Column {
+    Column { head, about, cell, kind: Kind::Number }
+}
+
+fn nanoseconds(ns: Option<u64>) -> Option<String> {
+    ns.map(|ns| seconds(ns as f64 / 1e9))
+}
