@@ -3,6 +3,8 @@
 //! A type of another crate in a public signature binds a dependent to one version of that crate. The signatures are those
 //! that rustdoc finds: functions, fields, variants, re-exports, and implementations of traits.
 
+mod examples;
+
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs;

@@ -4,6 +4,14 @@ use std::time::Duration;
 
 /// Retries of a failing source: the pause doubles each time up to a cap. A random part, up to half
 /// of it, is left out, so that requests that fail together do not return together.
+///
+/// ```
+/// use pagestitch::Retry;
+/// use std::time::Duration;
+///
+/// let patient = Retry::times(20).pause(Duration::from_millis(50), Duration::from_secs(5));
+/// assert_ne!(patient, Retry::times(20));                      // 10 ms to a second
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retry {
     times: u32,

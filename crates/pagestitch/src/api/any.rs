@@ -96,6 +96,14 @@ impl AnyRegion {
     }
 
     /// The offset of a chunk's first byte, numbered as in [`chunk_range`](Self::chunk_range).
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![1u8; 100]).chunk(vec![2u8; 50]).build(&Pool::new()?)?;
+    /// assert_eq!((region.offset_of(1), region.offset_of(2)), (Some(100), None));
+    /// assert_eq!((region.chunk_at(99), region.chunk_at(100), region.chunk_at(150)), (Some(0), Some(1), None));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn offset_of(&self, chunk: usize) -> Option<u64> {
         self.chunk_range(chunk).map(|range| range.start)
@@ -192,6 +200,35 @@ impl AnyRegion {
     /// [`ErrorKind::SourceFailed`] names the first chunk whose source fails again; the pages before
     /// it are filled. Before Linux 6.6 a poisoned page cannot be filled again:
     /// [`ErrorKind::Unsupported`]. [`ErrorKind::OutOfRange`] if the range leaves the region.
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, ErrorKind, Pool, Region, Source};
+    /// use std::io;
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicBool, Ordering};
+    ///
+    /// struct Disk {
+    ///     works: AtomicBool,
+    /// }
+    /// impl Source for Disk {
+    ///     fn size(&self) -> u64 {
+    ///         8192
+    ///     }
+    ///     fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+    ///         into.fill(7);
+    ///         if self.works.load(Ordering::Relaxed) { Ok(()) } else { Err(io::Error::other("unplugged")) }
+    ///     }
+    /// }
+    /// let disk = Arc::new(Disk { works: AtomicBool::new(false) });
+    /// let region = Region::builder().chunk(Chunk::source(Arc::clone(&disk))).build(&Pool::new()?)?;
+    /// assert_eq!(region.populate(4096..).unwrap_err().kind(), ErrorKind::SourceFailed);
+    /// assert_eq!(region.failures()[0].0, 4096);
+    ///
+    /// disk.works.store(true, Ordering::Relaxed);
+    /// region.retry_failed(..)?;
+    /// assert_eq!((region.as_slice()[4096], region.failures().len()), (7, 0));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn retry_failed(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             // The uffd is the parent's: it installs pages in the parent's memory.
@@ -236,12 +273,30 @@ impl AnyRegion {
     }
 
     /// The method by which each run of chunks is installed, with the reason.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Method, Pool, Region};
+    /// let region = Region::builder().chunk(vec![1u8; 8192]).chunk(Chunk::hole(8192)).build(&Pool::new()?)?;
+    /// println!("{}", region.plan());                              // a table for people
+    /// let methods: Vec<_> = region.plan().runs().iter().map(|run| run.method).collect();
+    /// assert_eq!(methods, [Method::Copy, Method::Zero]);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn plan(&self) -> Plan {
         Plan::of(&self.served)
     }
 
     /// The region's counters so far. The region's `close` returns their final values.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// let metrics = region.metrics();
+    /// assert_eq!((metrics.faults, metrics.pages_installed(), metrics.bytes_copied), (0, 3, 12_288));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn metrics(&self) -> Metrics {
         self.served.counters.read()
@@ -256,6 +311,16 @@ impl AnyRegion {
     }
 
     /// A handle to the same counters that can be read by any thread, also after the region's drop.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// let meter = region.meter();                                 // for the thread that reports
+    /// region.populate(4096..)?;
+    /// let parts = meter.coverage(3);
+    /// assert_eq!(parts.iter().map(|part| part.present).collect::<Vec<_>>(), [0, 1, 1]);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn meter(&self) -> Meter {
         Meter::new(Arc::clone(&self.served.counters), self.served.presence())

@@ -93,6 +93,14 @@ impl Region {
 
     /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
     /// source fails.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[9_999], 7);                    // one page is filled
+    /// assert_eq!(region.as_slice().chunks(100).count(), 100);     // a slice as any other: nothing is touched here
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
         &self.view.as_slice()[..self.len()]
@@ -109,6 +117,14 @@ impl Region {
     /// The bytes for writing; `None` unless the region is built
     /// [`writable`](crate::Builder::writable). Writes stay in the region and never reach the
     /// sources.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let mut region = Region::builder().chunk(vec![7u8; 10_000]).writable().build(&Pool::new()?)?;
+    /// region.as_mut_slice().expect("it is writable")[..5].copy_from_slice(b"hello");
+    /// assert_eq!(&region.as_slice()[..6], b"hello\x07");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         let len = self.len();
@@ -116,12 +132,31 @@ impl Region {
     }
 
     /// The address of the first byte. Valid until the region is dropped.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// let for_a_c_library = (region.as_ptr(), region.len());
+    /// # let _ = for_a_c_library;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.view.as_ptr()
     }
 
     /// True if system calls can read and write absent pages; see [above](Self#system-calls).
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// use std::io::Write;
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// if !region.serves_system_calls() {
+    ///     region.populate(..)?;                                   // or write(2) fails with EFAULT
+    /// }
+    /// std::fs::File::create("/dev/null")?.write_all(region.as_slice())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn serves_system_calls(&self) -> bool {
         self.any.fills_for_system_calls()
@@ -134,6 +169,18 @@ impl Region {
     /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the chunk whose source
     /// failed; [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the
     /// region.
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// let mut bytes = [0; 4];
+    /// match region.read_at(5_000, &mut bytes) {
+    ///     Ok(()) => assert_eq!(bytes, [7; 4]),
+    ///     Err(error) if error.kind() == ErrorKind::SourceFailed => eprintln!("{error}"),      // no signal
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);

@@ -60,12 +60,31 @@ impl SharedRegion {
     }
 
     /// The address of the first byte. Valid until the region is dropped.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, Region};
+    /// # let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// # let region = Region::builder().chunk(file).build_shared(&Pool::new()?)?;
+    /// let for_a_vmm = (region.as_ptr(), region.len());
+    /// # let _ = for_a_vmm;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn as_ptr(&self) -> NonNull<u8> {
         self.view.as_ptr()
     }
 
     /// The bytes, page by page, with an `unsafe` slice of them.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, Region};
+    /// # let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// # let region = Region::builder().chunk(file).build_shared(&Pool::new()?)?;
+    /// assert_eq!(region.view().touch(0), 0x7f);                   // one byte, by a volatile read
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub const fn view(&self) -> &View {
         &self.view
@@ -83,6 +102,17 @@ impl SharedRegion {
     ///
     /// As [`Region::read_at`](crate::Region::read_at); also [`ErrorKind::SourceFailed`] if a file
     /// that is mapped there was truncated.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, Region};
+    /// # let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// # let region = Region::builder().chunk(file).build_shared(&Pool::new()?)?;
+    /// let mut magic = [0; 4];
+    /// region.read_at(0, &mut magic)?;
+    /// assert_eq!(&magic, b"\x7fELF");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         let read = self.shown(&range, || self.view.read_at(offset, into));
@@ -97,6 +127,20 @@ impl SharedRegion {
     ///
     /// As [`read_at`](Self::read_at); [`ErrorKind::ReadOnly`] if the region was not built
     /// [`writable`](crate::Builder::writable).
+    ///
+    /// ```
+    /// # use pagestitch::source::{SharedFile, UnsealedMemfd};
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// # use std::os::unix::fs::FileExt;
+    /// let memfd = UnsealedMemfd::create("state", 8192)?;
+    /// let file = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone()?))?;
+    /// let region = Region::builder().chunk(file).writable().build_shared(&Pool::new()?)?;
+    /// region.write_at(5_000, b"seen")?;
+    /// let mut seen = [0; 4];
+    /// memfd.file().read_exact_at(&mut seen, 5_000)?;              // by all that have the memfd
+    /// assert_eq!(&seen, b"seen");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, bytes.len())?;
         let written = self.shown(&range, || self.view.write_at(offset, bytes));

@@ -7,6 +7,33 @@ use std::{fmt, io};
 
 /// The failure of a source to give bytes: the chunk, the source, the offset, and the source's
 /// error.
+///
+/// ```
+/// use pagestitch::source::FailureReason;
+/// use pagestitch::{Chunk, Pool, Region, Source};
+/// # use std::io;
+/// # use std::sync::Arc;
+/// # struct Disk;
+/// # impl Source for Disk {
+/// #     fn size(&self) -> u64 {
+/// #         8192
+/// #     }
+/// #     fn read_at(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+/// #         Err(io::Error::other("bad sector"))
+/// #     }
+/// #     fn name(&self) -> String {
+/// #         String::from("/dev/sdz")
+/// #     }
+/// # }
+///
+/// let region = Region::builder().chunk(Chunk::source(Arc::new(Disk))).build(&Pool::new()?)?;
+/// let error = region.populate(4096..).unwrap_err();
+/// let failure = error.failure().expect("a source has failed");
+/// assert_eq!((failure.chunk(), failure.source_name(), failure.source_offset()), (0, "/dev/sdz", 4096));
+/// assert_eq!((failure.reason(), failure.attempts()), (FailureReason::Source, 1));
+/// assert_eq!(failure.io_error().kind(), std::io::ErrorKind::Other);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Failure {
     pub(crate) chunk: usize,

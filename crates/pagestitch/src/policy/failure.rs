@@ -3,6 +3,14 @@
 use crate::retry::Retry;
 
 /// The fate of a page when the source of a chunk fails.
+///
+/// ```
+/// use pagestitch::{Chunk, OnFailure, Retry};
+///
+/// let remote = Chunk::hole(4096).on_failure(OnFailure::Retry(Retry::times(5)));
+/// let optional = Chunk::hole(4096).on_failure(OnFailure::Zeros);
+/// # let _ = (remote, optional);
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum OnFailure {

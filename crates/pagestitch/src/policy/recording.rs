@@ -71,6 +71,17 @@ impl Recording {
     /// # Errors
     ///
     /// [`ErrorKind::Io`] names the path and the kernel's error.
+    ///
+    /// ```no_run
+    /// # use pagestitch::{Pool, Recording, Region};
+    /// Recording::can_write("/var/lib/app/touches")?;              // before the work, not after it
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).record().build(&Pool::new()?)?;
+    /// // The work, which touches the region.
+    /// region.recording().expect("it records").write("/var/lib/app/touches")?;
+    /// let for_the_next_run = Recording::read("/var/lib/app/touches")?;
+    /// # let _ = for_the_next_run;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn write(&self, path: impl AsRef<Path>) -> Result<(), Error> {
         let path = path.as_ref();
         replace(path, &self.to_bytes()).map_err(|error| cannot_write(path, error))
@@ -145,6 +156,16 @@ impl Recording {
     }
 
     /// Encodes the recording, as [`write`](Self::write) does.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Recording, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).record().build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// let recording = region.recording().expect("it records");
+    /// assert_eq!(Recording::from_bytes(&recording.to_bytes())?, recording);
+    /// assert_eq!((recording.len(), recording.region_bytes()), (1, 100_000));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();

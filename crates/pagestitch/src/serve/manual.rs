@@ -110,6 +110,16 @@ impl Manual {
     /// # Errors
     ///
     /// As [`group`](Self::group).
+    ///
+    /// ```
+    /// # use pagestitch::{Manual, Region};
+    /// let manual = Manual::new()?;
+    /// let region = Region::builder().chunk(vec![7u8; 10_000]).build(&manual)?;
+    /// region.populate(..)?;                                       // needs no loop
+    /// assert_eq!(region.as_slice()[9_999], 7);
+    /// # drop(region);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn new() -> Result<Self, Error> {
         let mut one = Self::group(1)?;
         Ok(one.pop().expect("one was asked for"))
@@ -122,6 +132,14 @@ impl Manual {
     ///
     /// [`ErrorKind::InvalidOption`] for 0 threads; [`ErrorKind::LimitReached`] or
     /// [`ErrorKind::OutOfMemory`] if the kernel refuses descriptors or memory.
+    ///
+    /// ```
+    /// # use pagestitch::{Manual, Region};
+    /// let one_for_each_thread = Manual::group(4)?;
+    /// let region = Region::builder().chunk(vec![7u8; 10_000]).build(&one_for_each_thread[0])?;     // served by all four
+    /// # drop(region);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn group(threads: usize) -> Result<Vec<Self>, Error> {
         if threads == 0 {
             let what = "no thread would serve: ask for 1 or more";
@@ -156,6 +174,21 @@ impl Manual {
     /// Stops when no work is left, or after `budget` faults, give or take a batch of 64. While work
     /// is left, the descriptor stays readable. A slow source holds up the caller. In a forked child
     /// it serves nothing and returns 0, because the regions and their faults are the parent's.
+    ///
+    /// ```
+    /// # use pagestitch::{Manual, Region};
+    /// let mut manual = Manual::new()?;
+    /// let region = Region::builder().chunk(vec![7u8; 10_000]).build(&manual)?;
+    /// std::thread::scope(|scope| {
+    ///     let reader = scope.spawn(|| region.as_slice()[5_000]);
+    ///     while !reader.is_finished() {
+    ///         manual.serve_ready(64);                             // in place of this busy loop: wait for its descriptor
+    ///     }
+    ///     assert_eq!(reader.join().unwrap(), 7);
+    /// });
+    /// # drop(region);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn serve_ready(&mut self, budget: usize) -> usize {
         if !self.group.is_of_this_process() {
             return 0;

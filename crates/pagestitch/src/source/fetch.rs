@@ -167,6 +167,35 @@ impl Reply {
     /// `pause`, with one more [failure](Self::failures). No thread waits meanwhile, except for the
     /// thread of a request that blocks. A request that was ahead of its touch just fails, because
     /// the touch asks again.
+    ///
+    /// ```
+    /// use pagestitch::source::{Fetch, Reply};
+    /// use std::io;
+    /// use std::time::Duration;
+    ///
+    /// struct Store;
+    /// impl Store {
+    ///     fn is_busy(&self) -> bool {
+    ///         true
+    ///     }
+    /// }
+    /// impl Fetch for Store {
+    ///     fn size(&self) -> u64 {
+    ///         1 << 20
+    ///     }
+    ///     fn fetch(&self, _offset: u64, reply: Reply) {
+    ///         if self.is_busy() && reply.failures() < 3 {
+    ///             return reply.retry_after(Duration::from_millis(5), io::ErrorKind::ResourceBusy.into());
+    ///         }
+    ///         let sevens = vec![7; reply.len()];
+    ///         reply.answer(&sevens);
+    ///     }
+    /// }
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// # let region = Region::builder().chunk(Chunk::fetch(std::sync::Arc::new(Store))).build(&Pool::new()?)?;
+    /// # assert_eq!(region.as_slice()[0], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn retry_after(mut self, pause: Duration, error: io::Error) {
         match self.to.take() {
             Some(To::Pages(pages)) => pages.retry(pause, error),

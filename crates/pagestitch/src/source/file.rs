@@ -16,6 +16,18 @@ use std::path::{Path, PathBuf};
 /// Its length is that at the open. If the file has been truncated when a page is read, the page
 /// fails; it never reads as zeros. Later changes of the file do not change a page that has been
 /// read.
+///
+/// ```
+/// use pagestitch::source::FileSource;
+/// use pagestitch::{Chunk, Pool, Region};
+/// use std::sync::Arc;
+///
+/// let file = Arc::new(FileSource::open("/proc/self/exe")?);   // one descriptor for any number of chunks
+/// let parts = [Chunk::from(Arc::clone(&file)).range(1..4), Chunk::from(file).range(0..4)];
+/// let region = Region::builder().chunks(parts).build(&Pool::new()?)?;
+/// assert_eq!(region.as_slice(), b"ELF\x7fELF");
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct FileSource {
     file: fs::File,

@@ -5,6 +5,14 @@ use std::any::Any;
 use std::io;
 
 /// Zeros. A page that lies entirely in a hole is the kernel's zero page.
+///
+/// ```
+/// use pagestitch::{Chunk, Pool, Region};
+///
+/// let region = Region::builder().chunk(Chunk::hole(1 << 30)).build(&Pool::new()?)?;
+/// assert_eq!(region.as_slice()[1 << 29], 0);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Hole;
 

@@ -46,6 +46,21 @@ impl Memfd {
     ///
     /// [`ErrorKind::UnusableFile`] if it is not a memfd, or is not sealed against writing and shrinking:
     /// its bytes could then change under a `&[u8]`.
+    ///
+    /// ```
+    /// # use pagestitch::source::{Memfd, UnsealedMemfd};
+    /// # use pagestitch::{ErrorKind, Pool, Region};
+    /// # use std::os::fd::OwnedFd;
+    /// let unsealed = UnsealedMemfd::create("received", 4096)?;
+    /// let received = OwnedFd::from(unsealed.file().try_clone()?);
+    /// assert_eq!(Memfd::from_fd(received.try_clone()?).unwrap_err().kind(), ErrorKind::UnusableFile);
+    ///
+    /// let sealed = unsealed.seal()?;                              // by the sender
+    /// let region = Region::builder().chunk(Memfd::from_fd(received)?).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice().len(), 4096);
+    /// # drop(sealed);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn from_fd(fd: std::os::fd::OwnedFd) -> Result<Self, Error> {
         let sealed = SealedMemfd::try_from(fd);
         sealed.map(Self::from).map_err(|error| Error::of_descriptor("cannot use the descriptor", error))

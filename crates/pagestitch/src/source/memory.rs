@@ -44,6 +44,22 @@ enum Stable {
 
 impl Memory {
     /// Keeps `owner` alive and reads the bytes that its `as_ref` returns. `as_ref` is called once.
+    ///
+    /// ```
+    /// use pagestitch::source::Memory;
+    /// use pagestitch::{Pool, Region};
+    ///
+    /// /// Any owner of bytes: a memory map, a buffer of a library.
+    /// struct Row([u8; 512]);
+    /// impl AsRef<[u8]> for Row {
+    ///     fn as_ref(&self) -> &[u8] {
+    ///         &self.0
+    ///     }
+    /// }
+    /// let region = Region::builder().chunk(Memory::new(Row([7; 512]))).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[511], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn new<T>(owner: T) -> Self
     where
         T: AsRef<[u8]> + Send + 'static,

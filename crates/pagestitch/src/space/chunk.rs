@@ -62,17 +62,64 @@ impl Chunk {
 
     /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take
     /// several chunks of it.
+    ///
+    /// ```
+    /// use pagestitch::source::{Fetch, Reply};
+    /// use pagestitch::{Chunk, Pool, Region};
+    /// use std::sync::Arc;
+    /// use std::sync::mpsc::{Sender, channel};
+    /// use std::{io, thread};
+    ///
+    /// /// Requests go to a thread that answers them.
+    /// struct Queue(Sender<Reply>);
+    /// impl Fetch for Queue {
+    ///     fn size(&self) -> u64 {
+    ///         1 << 20
+    ///     }
+    ///     fn fetch(&self, _offset: u64, reply: Reply) {
+    ///         if let Err(unsent) = self.0.send(reply) {
+    ///             unsent.0.fail(io::ErrorKind::BrokenPipe.into());
+    ///         }
+    ///     }
+    /// }
+    /// let (queue, requests) = channel::<Reply>();
+    /// thread::spawn(move || {
+    ///     for reply in requests {
+    ///         let sevens = vec![7; reply.len()];
+    ///         reply.answer(&sevens);
+    ///     }
+    /// });
+    /// let region = Region::builder().chunk(Chunk::fetch(Arc::new(Queue(queue)))).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[500_000], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn fetch<F: Fetch + ?Sized + 'static>(source: Arc<F>) -> Self {
         Self::whole(Backing::Fetched(Fetched::new(source)))
     }
 
     /// `bytes` zeros.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// let region = Region::builder().chunk(Chunk::hole(1 << 40)).chunk(vec![7u8; 9]).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[(1 << 40) - 1..][..2], [0, 7]);     // a tebibyte, of which two pages are present
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub const fn hole(bytes: u64) -> Self {
         Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison, align: 1 }
     }
 
     /// All bytes of a file or memfd, mapped `MAP_PRIVATE`: writes through the region stay in the
     /// region. A page not yet written to still shows later changes of the file.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Chunk, Pool, Region};
+    /// let program = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// let region = Region::builder().chunk(Chunk::copy_on_write(program)).writable().build_shared(&Pool::new()?)?;
+    /// region.write_at(1, b"elf")?;                                // the file keeps its bytes
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn copy_on_write(file: impl Into<Arc<SharedFile>>) -> Self {
         Self::whole(Backing::Shared(Shared::File(file.into(), Sharing::CopyOnWrite)))
     }
@@ -133,6 +180,28 @@ impl Chunk {
 
     /// Sets what happens to the chunk's pages when its source fails. Default:
     /// [poisoned](OnFailure::Poison).
+    ///
+    /// ```
+    /// use pagestitch::{Chunk, OnFailure, Pool, Region, Retry, Source};
+    /// # use std::io;
+    /// # use std::sync::Arc;
+    /// # struct Thumbnails;
+    /// # impl Source for Thumbnails {
+    /// #     fn size(&self) -> u64 {
+    /// #         8192
+    /// #     }
+    /// #     fn read_at(&self, _offset: u64, _into: &mut [u8]) -> io::Result<()> {
+    /// #         Err(io::Error::other("gone"))
+    /// #     }
+    /// # }
+    /// # let (thumbnails, index) = (Arc::new(Thumbnails), Arc::new(Thumbnails));
+    ///
+    /// let optional = Chunk::source(thumbnails).on_failure(OnFailure::Zeros);
+    /// let needed = Chunk::source(index).on_failure(OnFailure::Retry(Retry::times(5)));
+    /// let region = Region::builder().chunk(optional).chunk(needed).build(&Pool::new()?)?;
+    /// assert_eq!((region.as_slice()[0], region.metrics().pages_given_up), (0, 1));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.on_failure = on_failure;
         self

@@ -106,6 +106,21 @@ impl AdoptedMemory {
 
     /// Appends a range of `bytes` bytes at address `start` of the owner. The region's bytes lie in
     /// its ranges in the order of these calls.
+    ///
+    /// ```no_run
+    /// use pagestitch::{AdoptedMemory, OnDiscard, OnUnavailable, Process};
+    /// # fn receive() -> (std::os::fd::OwnedFd, usize, Process) { unimplemented!() }
+    ///
+    /// let (uffd, address, vmm) = receive();
+    /// let memory = AdoptedMemory::new(uffd)?
+    ///     .range(address, 1 << 30)
+    ///     .range(address + (2 << 30), 1 << 30)                    // the region has two gibibytes
+    ///     .owner(vmm)
+    ///     .on_unavailable(OnUnavailable::Kill)                    // rather than SIGBUS in the guest's kernel
+    ///     .on_discard(OnDiscard::Zeros);                          // of a balloon
+    /// # let _ = memory;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn range(mut self, start: usize, bytes: usize) -> Self {
         self.ranges.push((start, bytes));
         self

@@ -1,0 +1,100 @@
+//! The builders and the pool have an example for each method; the other public items have more examples, never fewer.
+
+use crate::documented;
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+/// The types of which each method has an example: a new user meets them first.
+const COMPLETE: [&str; 6] = ["Builder", "ScopedBuilder", "Scope", "Pool", "PoolBuilder", "Chunk"];
+
+/// The packages, their features, and the most public functions, methods and types without an example.
+/// The numbers only fall.
+const BUDGETS: [(&str, &str, usize); 3] =
+    [("pagestitch", "metrics", 1000), ("pagestitch-firecracker", "", 1000), ("pagestitch-tokio", "", 1000)];
+
+#[test]
+fn every_method_of_the_builders_and_the_pool_has_an_example() {
+    let documented = documented("pagestitch", "metrics");
+    for name in COMPLETE {
+        let methods = methods_of(&documented, name);
+        assert!(!methods.is_empty(), "{name} has no method: shorten the list");
+        let without: Vec<_> = methods.into_iter().filter(|item| !has_example(item)).map(name_of).collect();
+        assert!(without.is_empty(), "{name} has methods without an example in their docs: {without:?}");
+    }
+}
+
+#[test]
+fn no_more_public_items_lack_an_example_than_before() {
+    for (package, features, budget) in BUDGETS {
+        let documented = documented(package, features);
+        let without = without_example(&documented);
+        let count = without.len();
+        assert!(count <= budget, "{package}: {count} items lack an example, {budget} may: {without:#?}");
+        if count < budget {
+            println!("{package}: {count} items lack an example: lower the number {budget} of this test");
+        }
+    }
+}
+
+#[test]
+fn a_planted_method_without_an_example_is_found() {
+    let documented = serde_json::json!({
+        "index": {
+            "1": {"name": "Pool", "inner": {"struct": {"impls": [2, 3]}}, "visibility": "public", "docs": "```\n```"},
+            "2": {"name": null, "inner": {"impl": {"trait": null, "items": [4, 5, 6]}}},
+            "3": {"name": null, "inner": {"impl": {"trait": {"path": "Clone"}, "items": [7]}}},
+            "4": {"name": "new", "inner": {"function": {}}, "visibility": "public", "docs": "```\n```"},
+            "5": {"name": "stop", "inner": {"function": {}}, "visibility": "public", "docs": "Stops."},
+            "6": {"name": "join", "inner": {"function": {}}, "visibility": "default", "docs": null},
+            "7": {"name": "clone", "inner": {"function": {}}, "visibility": "default", "docs": null},
+        },
+    });
+    let methods: Vec<_> = methods_of(&documented, "Pool").into_iter().map(name_of).collect();
+    assert_eq!(methods, ["new", "stop"]);
+    assert_eq!(without_example(&documented), BTreeSet::from([String::from("Pool::stop")]));
+}
+
+/// The public methods of the struct with this name.
+fn methods_of<'d>(documented: &'d Value, name: &str) -> Vec<&'d Value> {
+    let structs = items(documented).filter(|item| item["inner"]["struct"].is_object());
+    structs.filter(|item| item["name"] == name).flat_map(|item| inherent(documented, item)).collect()
+}
+
+/// The public functions and types without an example, with the names of the types of methods. An example of a
+/// type counts for the type only.
+fn without_example(documented: &Value) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for item in items(documented).filter(|item| item["visibility"] == "public") {
+        let kinds = ["struct", "enum", "trait"].map(|kind| item["inner"][kind].is_object());
+        if !kinds.contains(&true) {
+            continue;
+        }
+        found.extend((!has_example(item)).then(|| name_of(item)));
+        let methods = inherent(documented, item).into_iter().filter(|method| !has_example(method));
+        found.extend(methods.map(|method| format!("{}::{}", name_of(item), name_of(method))));
+    }
+    found
+}
+
+/// The public methods of a type in its own implementations, not in those of traits.
+fn inherent<'d>(documented: &'d Value, item: &Value) -> Vec<&'d Value> {
+    let by_id = |id: &Value| documented["index"].get(id.to_string());
+    let impls = ["struct", "enum"].into_iter().filter_map(|kind| item["inner"][kind]["impls"].as_array());
+    let inherent = impls.flatten().filter_map(by_id).map(|item| &item["inner"]["impl"]);
+    let methods =
+        inherent.filter(|of| of["trait"].is_null()).filter_map(|of| of["items"].as_array()).flatten();
+    let methods = methods.filter_map(by_id).filter(|item| item["inner"]["function"].is_object());
+    methods.filter(|item| item["visibility"] == "public").collect()
+}
+
+fn items(documented: &Value) -> impl Iterator<Item = &Value> {
+    documented["index"].as_object().expect("an index").values()
+}
+
+fn has_example(item: &Value) -> bool {
+    item["docs"].as_str().is_some_and(|docs| docs.contains("```"))
+}
+
+fn name_of(item: &Value) -> String {
+    item["name"].as_str().unwrap_or("?").to_owned()
+}
