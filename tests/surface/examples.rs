@@ -5,12 +5,11 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// The types of which each method has an example: a new user meets them first.
-const COMPLETE: [&str; 6] = ["Builder", "ScopedBuilder", "Scope", "Pool", "PoolBuilder", "Chunk"];
+const COMPLETE: [&str; 5] = ["Builder", "Scope", "Pool", "PoolBuilder", "Chunk"];
 
-/// The packages, their features, and the most public functions, methods and types without an example.
-/// The numbers only fall.
+/// The packages, their features, and the most public methods and types that no example shows. The numbers only fall.
 const BUDGETS: [(&str, &str, usize); 3] =
-    [("pagestitch", "metrics", 1000), ("pagestitch-firecracker", "", 1000), ("pagestitch-tokio", "", 1000)];
+    [("pagestitch", "metrics", 35), ("pagestitch-firecracker", "", 0), ("pagestitch-tokio", "", 0)];
 
 #[test]
 fn every_method_of_the_builders_and_the_pool_has_an_example() {
@@ -24,14 +23,14 @@ fn every_method_of_the_builders_and_the_pool_has_an_example() {
 }
 
 #[test]
-fn no_more_public_items_lack_an_example_than_before() {
+fn no_more_public_items_are_without_an_example_than_before() {
     for (package, features, budget) in BUDGETS {
         let documented = documented(package, features);
         let without = without_example(&documented);
         let count = without.len();
-        assert!(count <= budget, "{package}: {count} items lack an example, {budget} may: {without:#?}");
+        assert!(count <= budget, "{package}: no example shows {count} items, {budget} may be: {without:#?}");
         if count < budget {
-            println!("{package}: {count} items lack an example: lower the number {budget} of this test");
+            println!("{package}: no example shows {count} items: lower the number {budget} of this test");
         }
     }
 }
@@ -40,10 +39,11 @@ fn no_more_public_items_lack_an_example_than_before() {
 fn a_planted_method_without_an_example_is_found() {
     let documented = serde_json::json!({
         "index": {
-            "1": {"name": "Pool", "inner": {"struct": {"impls": [2, 3]}}, "visibility": "public", "docs": "```\n```"},
+            "1": {"name": "Pool", "inner": {"struct": {"impls": [2, 3]}}, "visibility": "public", "docs": "```\nPool::new()\n```"},
             "2": {"name": null, "inner": {"impl": {"trait": null, "items": [4, 5, 6]}}},
             "3": {"name": null, "inner": {"impl": {"trait": {"path": "Clone"}, "items": [7]}}},
             "4": {"name": "new", "inner": {"function": {}}, "visibility": "public", "docs": "```\n```"},
+            "8": {"name": "Limit", "inner": {"enum": {"impls": []}}, "visibility": "public", "docs": "See Pool::stop."},
             "5": {"name": "stop", "inner": {"function": {}}, "visibility": "public", "docs": "Stops."},
             "6": {"name": "join", "inner": {"function": {}}, "visibility": "default", "docs": null},
             "7": {"name": "clone", "inner": {"function": {}}, "visibility": "default", "docs": null},
@@ -51,7 +51,7 @@ fn a_planted_method_without_an_example_is_found() {
     });
     let methods: Vec<_> = methods_of(&documented, "Pool").into_iter().map(name_of).collect();
     assert_eq!(methods, ["new", "stop"]);
-    assert_eq!(without_example(&documented), BTreeSet::from([String::from("Pool::stop")]));
+    assert_eq!(without_example(&documented), BTreeSet::from(["Limit", "Pool::stop"].map(String::from)));
 }
 
 /// The public methods of the struct with this name.
@@ -60,20 +60,34 @@ fn methods_of<'d>(documented: &'d Value, name: &str) -> Vec<&'d Value> {
     structs.filter(|item| item["name"] == name).flat_map(|item| inherent(documented, item)).collect()
 }
 
-/// The public functions and types without an example, with the names of the types of methods. An example of a
-/// type counts for the type only.
+/// The public types and methods whose names occur in no example of the package: not in their own docs, nor in those
+/// of another item. A type is also shown by an example of its method.
 fn without_example(documented: &Value) -> BTreeSet<String> {
+    let examples = items(documented).filter_map(|item| item["docs"].as_str()).flat_map(code_of);
+    let examples: Vec<_> = examples.collect();
+    let words: BTreeSet<_> = examples.iter().flat_map(|code| code.split(|c: char| !is_of_name(c))).collect();
+    let is_shown = |item: &Value| words.contains(item["name"].as_str().unwrap_or_default());
     let mut found = BTreeSet::new();
-    for item in items(documented).filter(|item| item["visibility"] == "public") {
-        let kinds = ["struct", "enum", "trait"].map(|kind| item["inner"][kind].is_object());
-        if !kinds.contains(&true) {
-            continue;
-        }
-        found.extend((!has_example(item)).then(|| name_of(item)));
-        let methods = inherent(documented, item).into_iter().filter(|method| !has_example(method));
-        found.extend(methods.map(|method| format!("{}::{}", name_of(item), name_of(method))));
+    for item in items(documented).filter(|item| item["visibility"] == "public" && is_type(item)) {
+        let (shown, hidden): (Vec<_>, Vec<_>) =
+            inherent(documented, item).into_iter().partition(|it| is_shown(it));
+        found.extend((shown.is_empty() && !is_shown(item)).then(|| name_of(item)));
+        found.extend(hidden.into_iter().map(|method| format!("{}::{}", name_of(item), name_of(method))));
     }
     found
+}
+
+/// The code blocks of a documentation comment.
+fn code_of(docs: &str) -> impl Iterator<Item = &str> {
+    docs.split("```").skip(1).step_by(2)
+}
+
+const fn is_of_name(c: char) -> bool {
+    c.is_ascii_alphanumeric() || c == '_'
+}
+
+fn is_type(item: &Value) -> bool {
+    ["struct", "enum", "trait"].iter().any(|kind| item["inner"][kind].is_object())
 }
 
 /// The public methods of a type in its own implementations, not in those of traits.

@@ -65,6 +65,16 @@ impl AdoptedRegion {
     /// # Errors
     ///
     /// As [`finish`](Self::finish). A `go_on` that returns false is no error.
+    ///
+    /// ```no_run
+    /// # fn receive() -> pagestitch::AdoptedRegion { unimplemented!() }
+    /// use std::time::{Duration, Instant};
+    ///
+    /// let guest = receive();
+    /// let end = Instant::now() + Duration::from_secs(60);
+    /// guest.finish_while(|| Instant::now() < end)?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn finish_while(self, go_on: impl Fn() -> bool + Sync) -> Result<Metrics, Error> {
         let filled = self.any.fill_rest(&go_on);
         let metrics = self.any.close();

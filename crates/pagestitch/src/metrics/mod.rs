@@ -250,6 +250,18 @@ metrics! {
 
 impl Metrics {
     /// Pages installed by faults or by populating, with any method.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// let metrics = region.close();
+    /// assert_eq!(metrics.pages_installed(), 3);
+    /// for (name, value) in metrics.all().filter(|(_, value)| *value > 0) {
+    ///     println!("{name} {value}");
+    /// }
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub const fn pages_installed(&self) -> u64 {
         self.pages_copied
@@ -342,6 +354,15 @@ impl Meter {
     }
 
     /// Pages that were filled ahead and that no reader is known to have passed.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 1 << 20]).build(&Pool::new()?)?;
+    /// assert!(region.as_slice().iter().all(|&byte| byte == 7));        // a sequential reader
+    /// let meter = region.meter();
+    /// println!("{} pages ahead, {} of them in vain so far", meter.pages_ahead(), meter.pages_ahead_unused());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn pages_ahead_unused(&self) -> u64 {
         let metrics = self.metrics();
@@ -356,6 +377,18 @@ impl Meter {
 
     /// The oldest fault in flight: the byte offset of its page in the region, and the time since it
     /// was read.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # use std::time::Duration;
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// let meter = region.meter();
+    /// if let Some((offset, age)) = meter.oldest().filter(|(_, age)| *age > Duration::from_secs(1)) {
+    ///     eprintln!("{}: a thread waits for byte {offset} since {age:?}", meter.region());
+    /// }
+    /// assert_eq!((meter.pages_poisoned(), meter.source_errors()), (0, 0));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn oldest(&self) -> Option<(u64, Duration)> {
         let (page, age) = self.counters.in_flight.oldest()?;

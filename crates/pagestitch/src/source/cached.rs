@@ -69,6 +69,14 @@ impl<S> Cached<S> {
 
     /// Sets the size of a block: rounded up to a power of two, from 512 bytes to 2 MiB. Starts with
     /// an empty cache.
+    ///
+    /// ```
+    /// use pagestitch::source::{Cached, FileSource};
+    ///
+    /// let image = Cached::new(FileSource::open("/proc/self/exe")?, 64 << 20).block(256 << 10);
+    /// # let _ = image;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn block(self, bytes: u64) -> Self {
         Self { cache: Arc::new(BlockCache::new(OnceLock::from(rounded(bytes)))), ..self }

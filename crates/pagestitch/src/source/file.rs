@@ -57,6 +57,16 @@ impl FileSource {
     /// # Errors
     ///
     /// As [`open`](Self::open); a file that is open with `O_WRONLY`, `O_PATH` or `O_DIRECT`.
+    ///
+    /// ```
+    /// use pagestitch::source::FileSource;
+    /// use std::fs::File;
+    ///
+    /// let received = File::open("/proc/self/exe")?;
+    /// let source = FileSource::from_file(received, "the program")?;       // the name is for plans and errors
+    /// # let _ = source;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         let unusable = |why: &str| {

@@ -71,6 +71,20 @@ impl Plan {
     }
 
     /// The runs, in the order of the region.
+    ///
+    /// ```
+    /// # use pagestitch::{Method, Pool, Region};
+    /// let region = Region::builder().chunk(vec![1u8; 5_000]).chunk(vec![2u8; 5_000]).build(&Pool::new()?)?;
+    /// let plan = region.plan();
+    /// for run in plan.runs().iter().filter(|run| run.method != Method::Map) {
+    ///     println!("chunks {:?} take a copy: {}", run.chunks, run.reason);
+    /// }
+    /// assert_eq!(plan.gathered_pages(), 2);                       // the chunks meet in one, the region ends in one
+    /// if let Err(reason) = plan.staged() {
+    ///     println!("blocks are copied page by page: {reason}");
+    /// }
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn runs(&self) -> &[PlanRun] {
         &self.runs
