@@ -18,6 +18,32 @@ impl Handler {
 }
 
 /// The options of a handler. Made by [`Handler::builder`].
+///
+/// ```no_run
+/// use pagestitch::{OnUnavailable, Pool, Readahead, Recording};
+/// use pagestitch_firecracker::{Event, Handler, OnStop, Snapshot};
+/// use std::time::Duration;
+///
+/// let pool = Pool::builder().workers(8).warn_after(Duration::from_secs(1)).start()?;
+/// let handler = Handler::builder(Snapshot::open(["base.mem"])?)
+///     .pool(&pool)
+///     .socket_mode(0o660)
+///     .socket_group(1000)                                     // the group of the VMMs
+///     .handshake_timeout(Duration::from_secs(2))
+///     .on_unavailable(OnUnavailable::Kill)                    // default: SIGBUS
+///     .on_stop(OnStop::Finish)                                // the default: guests outlive the handler
+///     .readahead(Readahead::None)                             // a remote disk, read page by page
+///     .replay(Recording::read("touches")?)                    // or .record("touches") in the first run
+///     .record_latency()
+///     .bind("/run/vm/uffd.sock")?;                            // or .listen(listener), with systemd's socket
+/// println!("listening at {}", handler.path().display());
+/// handler.run(|event| match event {
+///     Event::Restored { owner, meter, .. } => println!("{owner}: {} faults so far", meter.faults()),
+///     Event::Ended { pages_lost, .. } if *pages_lost > 0 => eprintln!("the storage lost {pages_lost} pages"),
+///     event => println!("{event}"),
+/// })?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 #[must_use]
 pub struct Builder {

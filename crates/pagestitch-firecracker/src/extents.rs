@@ -48,6 +48,16 @@ impl Extents {
     ///
     /// [`Error::UnknownHoles`] if the file system does not report holes page by page, or the file
     /// has none; [`Error::Extents`].
+    ///
+    /// ```no_run
+    /// use pagestitch_firecracker::Extents;
+    ///
+    /// let extents = Extents::of("monday.diff")?;                  // before the diff is copied to another host
+    /// println!("{} changed bytes in {} ranges", extents.bytes(), extents.ranges().len());
+    /// let beside = extents.write("monday.diff")?;
+    /// assert_eq!(beside, Extents::path_for("monday.diff"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn of(diff: impl AsRef<Path>) -> Result<Self, Error> {
         let path = diff.as_ref();
         let failed = |source| Error::Extents { path: path.into(), source };

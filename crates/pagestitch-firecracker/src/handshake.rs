@@ -186,6 +186,16 @@ impl GuestMappings {
     /// # Errors
     ///
     /// [`HandshakeError`] if no continuation can make it a valid list of mappings.
+    ///
+    /// ```
+    /// use pagestitch_firecracker::GuestMappings;
+    ///
+    /// let message = br#"[{"base_host_virt_addr": 4194304, "size": 8192, "offset": 0, "page_size": 4096}]"#;
+    /// let mappings = GuestMappings::parse(message)?.expect("it is complete");
+    /// assert_eq!((mappings.bytes(), mappings.page_bytes(), mappings.ranges().len()), (8192, 4096, 1));
+    /// assert!(GuestMappings::parse(&message[..20])?.is_none());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn parse(message: &[u8]) -> Result<Option<Self>, HandshakeError> {
         match serde_json::from_slice::<Vec<SentMapping>>(message) {
             Ok(ranges) => Self::check(ranges).map(Some),

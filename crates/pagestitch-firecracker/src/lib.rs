@@ -26,7 +26,7 @@
 //! | `snapshot` | memory files: a base, and diffs over it |
 //! | `extents` | the ranges of a diff that hold changed memory |
 //! | `shutdown` | the request to shut down |
-//! | `error` | the reasons reason a handler cannot start or go on |
+//! | `error` | the reasons for which a handler cannot start or go on |
 //!
 //! The promises:
 //!

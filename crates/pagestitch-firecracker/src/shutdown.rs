@@ -8,6 +8,18 @@ use std::sync::Arc;
 
 /// Shuts a handler down, from a signal handler or another thread. The first request lets the handler
 /// fill the memory of its guests; the second ends that work.
+///
+/// ```no_run
+/// # use pagestitch_firecracker::{Handler, Snapshot};
+/// let handler = Handler::builder(Snapshot::open(["base.mem"])?).bind("/run/vm/uffd.sock")?;
+/// let stop = handler.shutdown_handle();
+/// std::thread::spawn(move || {
+///     let _ = std::io::stdin().read_line(&mut String::new());
+///     stop.shutdown();                                        // fills the memory of all guests; again: at once
+/// });
+/// handler.run(|event| println!("{event}"))?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone)]
 pub struct ShutdownHandle(Arc<EventFd>);
 

@@ -57,6 +57,14 @@ impl Snapshot {
     ///
     /// Those of [`open`](Self::open); [`Error::UnknownHoles`] if the file system does not report
     /// holes page by page, or the file has none.
+    ///
+    /// ```no_run
+    /// use pagestitch_firecracker::{Holes, Snapshot};
+    ///
+    /// let memory = Snapshot::open_with(["base.mem", "monday.diff"], Holes::Unchanged)?;   // on the host that wrote them
+    /// println!("{} bytes in {} pieces", memory.bytes(), memory.pieces());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn open_with(files: impl IntoIterator<Item = impl AsRef<Path>>, holes: Holes) -> Result<Self, Error> {
         let mut snapshot: Option<(u64, Pieces)> = None;
         for path in files {
