@@ -7,9 +7,9 @@ use std::collections::BTreeSet;
 /// The types of which each method has an example: a new user meets them first.
 const COMPLETE: [&str; 5] = ["Builder", "Scope", "Pool", "PoolBuilder", "Chunk"];
 
-/// The packages, their features, and the most public methods and types that no example shows. The numbers only fall.
+/// The packages, their features, and the most public methods and traits that no example shows. The numbers only fall.
 const BUDGETS: [(&str, &str, usize); 3] =
-    [("pagestitch", "metrics", 35), ("pagestitch-firecracker", "", 0), ("pagestitch-tokio", "", 0)];
+    [("pagestitch", "metrics", 12), ("pagestitch-firecracker", "", 1), ("pagestitch-tokio", "", 0)];
 
 #[test]
 fn every_method_of_the_builders_and_the_pool_has_an_example() {
@@ -43,7 +43,7 @@ fn a_planted_method_without_an_example_is_found() {
             "2": {"name": null, "inner": {"impl": {"trait": null, "items": [4, 5, 6]}}},
             "3": {"name": null, "inner": {"impl": {"trait": {"path": "Clone"}, "items": [7]}}},
             "4": {"name": "new", "inner": {"function": {}}, "visibility": "public", "docs": "```\n```"},
-            "8": {"name": "Limit", "inner": {"enum": {"impls": []}}, "visibility": "public", "docs": "See Pool::stop."},
+            "8": {"name": "Source", "inner": {"trait": {}}, "visibility": "public", "docs": "See Pool::stop."},
             "5": {"name": "stop", "inner": {"function": {}}, "visibility": "public", "docs": "Stops."},
             "6": {"name": "join", "inner": {"function": {}}, "visibility": "default", "docs": null},
             "7": {"name": "clone", "inner": {"function": {}}, "visibility": "default", "docs": null},
@@ -51,7 +51,7 @@ fn a_planted_method_without_an_example_is_found() {
     });
     let methods: Vec<_> = methods_of(&documented, "Pool").into_iter().map(name_of).collect();
     assert_eq!(methods, ["new", "stop"]);
-    assert_eq!(without_example(&documented), BTreeSet::from(["Limit", "Pool::stop"].map(String::from)));
+    assert_eq!(without_example(&documented), BTreeSet::from(["Pool::stop", "Source"].map(String::from)));
 }
 
 /// The public methods of the struct with this name.
@@ -60,21 +60,29 @@ fn methods_of<'d>(documented: &'d Value, name: &str) -> Vec<&'d Value> {
     structs.filter(|item| item["name"] == name).flat_map(|item| inherent(documented, item)).collect()
 }
 
-/// The public types and methods whose names occur in no example of the package: not in their own docs, nor in those
-/// of another item. A type is also shown by an example of its method.
+/// The public methods and traits whose names occur in no example of the package: not in their own docs, nor in those
+/// of another item. Counters explain themselves.
 fn without_example(documented: &Value) -> BTreeSet<String> {
-    let examples = items(documented).filter_map(|item| item["docs"].as_str()).flat_map(code_of);
-    let examples: Vec<_> = examples.collect();
-    let words: BTreeSet<_> = examples.iter().flat_map(|code| code.split(|c: char| !is_of_name(c))).collect();
-    let is_shown = |item: &Value| words.contains(item["name"].as_str().unwrap_or_default());
-    let mut found = BTreeSet::new();
-    for item in items(documented).filter(|item| item["visibility"] == "public" && is_type(item)) {
-        let (shown, hidden): (Vec<_>, Vec<_>) =
-            inherent(documented, item).into_iter().partition(|it| is_shown(it));
-        found.extend((shown.is_empty() && !is_shown(item)).then(|| name_of(item)));
-        found.extend(hidden.into_iter().map(|method| format!("{}::{}", name_of(item), name_of(method))));
-    }
-    found
+    let examples: Vec<_> =
+        items(documented).filter_map(|item| item["docs"].as_str()).flat_map(code_of).collect();
+    let words = examples.iter().flat_map(|code| code.split(|c: char| !is_of_name(c)));
+    let known: BTreeSet<_> = words.chain(counters(documented)).collect();
+    let is_hidden = |item: &Value| !known.contains(item["name"].as_str().unwrap_or_default());
+    let public = || items(documented).filter(|item| item["visibility"] == "public");
+    let traits = public().filter(|item| item["inner"]["trait"].is_object() && item["name"] != "Sealed");
+    let traits = traits.filter(|item| is_hidden(item)).map(name_of);
+    let methods =
+        public().flat_map(|item| inherent(documented, item).into_iter().map(move |method| (item, method)));
+    let methods = methods.filter(|(_, method)| is_hidden(method));
+    traits.chain(methods.map(|(item, method)| format!("{}::{}", name_of(item), name_of(method)))).collect()
+}
+
+/// The names of the counters of a region.
+fn counters(documented: &Value) -> impl Iterator<Item = &str> {
+    let metrics = items(documented).filter(|item| item["name"] == "Metrics");
+    let fields = metrics.filter_map(|item| item["inner"]["struct"]["kind"]["plain"]["fields"].as_array());
+    let fields = fields.flatten().filter_map(|id| documented["index"].get(id.to_string()));
+    fields.filter_map(|field| field["name"].as_str())
 }
 
 /// The code blocks of a documentation comment.
@@ -84,10 +92,6 @@ fn code_of(docs: &str) -> impl Iterator<Item = &str> {
 
 const fn is_of_name(c: char) -> bool {
     c.is_ascii_alphanumeric() || c == '_'
-}
-
-fn is_type(item: &Value) -> bool {
-    ["struct", "enum", "trait"].iter().any(|kind| item["inner"][kind].is_object())
 }
 
 /// The public methods of a type in its own implementations, not in those of traits.
