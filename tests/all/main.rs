@@ -17,6 +17,7 @@ mod fetches;
 mod firecracker;
 mod hostile_memory;
 mod huge_parts;
+mod immutable;
 mod inherited;
 mod inline;
 mod journey;

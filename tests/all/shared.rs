@@ -290,6 +290,7 @@ fn a_file_that_cannot_be_mapped_is_copied_and_the_plan_says_so() {
     let region = Region::builder().chunk(Arc::clone(&file)).build_shared(&Pool::new().unwrap()).unwrap();
     let plan = region.plan();
     assert_eq!(plan.runs()[0].reason, PlanReason::UnmappableFile, "{plan}");
+    assert!(bytes_of(&region) == bytes, "the refused page is still the region's");
     let strict = Region::builder().chunk(file).require_zero_copy();
     let error = strict.build_shared(&Pool::new().unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotZeroCopy);

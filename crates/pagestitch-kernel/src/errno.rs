@@ -47,6 +47,8 @@ impl Errno {
     pub const ENOSPC: Self = Self(libc::ENOSPC);
     /// The kernel lacks the call, or a filter hides it.
     pub const ENOSYS: Self = Self(libc::ENOSYS);
+    /// The file or device does not know the request.
+    pub const ENOTTY: Self = Self(libc::ENOTTY);
     /// The offset is past the last data, or the device is gone.
     pub const ENXIO: Self = Self(libc::ENXIO);
     /// The operation is not supported.

@@ -33,7 +33,8 @@
 //! | 5 | [`pages`] | pages of private memory that move into a region |
 //! | | [`shared`] | files, memfds and mappings that other processes may change |
 //! | | [`physical`] | physical memory: `/dev/mem`, PCI resources, and this process's own pages through them |
-//! | 6 | [`uffd`] | the userfaultfd: open, register, and each fill operation, which answers with an [`Outcome`] |
+//! | 6 | [`immutable`] | files whose bytes do not change, by a promise or by fs-verity |
+//! | | [`uffd`] | the userfaultfd: open, register, and each fill operation, which answers with an [`Outcome`] |
 //! | 7 | [`event`] | the kernel's messages, decoded eagerly |
 //! | | [`view`] | the one view of a reservation's bytes, and the sources that it shows in place |
 //! | | [`staging`] | a huge page that is filled apart, and moves into a region whole |
@@ -51,7 +52,8 @@
 //!   is registered already ([`Uffd::adopt`]) fills memory of another process, which the kernel
 //!   confirms, or its caller promises the same of its ranges ([`uffd::OwnMemory`]).
 //! * Other pages are mapped into a reservation only while its view is borrowed mutably. Bytes that
-//!   cannot change (a [`memfd::SealedMemfd`], [`pages::Donated`] memory) leave the view stable.
+//!   cannot change (a [`memfd::SealedMemfd`], an [`immutable::StableFile`], [`pages::Donated`]
+//!   memory) leave the view stable.
 //!   Bytes that other processes may change do not: such a view never becomes a [`StableView`], the
 //!   type that gives out slices.
 //! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`]
@@ -75,6 +77,7 @@ pub mod features;
 pub mod fork;
 pub mod gate;
 mod granule;
+pub mod immutable;
 pub mod limits;
 mod mapping;
 pub mod memfd;

@@ -6,19 +6,19 @@
 
 use crate::access::Access;
 use crate::errno::Errno;
-use crate::granule::granule_of;
+use crate::granule::{granule_in, maps_all_files};
 use crate::limits::with_descriptors;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, HUGE, PageSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
-use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::ptr::NonNull;
 use std::{fmt, fs, io};
@@ -30,6 +30,9 @@ pub struct SharedFile {
     len: u64,
     writable: bool,
     granule: PageSize,
+    /// True if its file system maps all files, so that a mapping of this one cannot be refused.
+    surely_maps: bool,
+    identity: (u64, u64),
 }
 
 impl SharedFile {
@@ -71,6 +74,17 @@ impl SharedFile {
     #[must_use]
     pub const fn is_writable(&self) -> bool {
         self.writable
+    }
+
+    /// True if the kernel does not refuse to map it.
+    pub(crate) const fn surely_maps(&self) -> bool {
+        self.surely_maps
+    }
+
+    /// The numbers of its device and its inode, which no other file has at the same time.
+    #[must_use]
+    pub const fn identity(&self) -> (u64, u64) {
+        self.identity
     }
 
     /// The first part of `range` without bytes in the file: in a memfd, pages that were never
@@ -138,18 +152,38 @@ impl TryFrom<OwnedFd> for SharedFile {
         let file = File::from(fd);
         let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         let metadata = file.metadata()?;
-        // A mapping of a device may mean anything.
-        if !metadata.is_file() {
-            return refuse(
-                "neither a regular file nor a memfd: open one of these, or copy the bytes into memory",
-            );
+        if let Some(why) = not_mappable(&metadata) {
+            return refuse(why);
         }
+        let statistics = fstatfs(&file)?;
         if metadata.len() == 0 {
-            return refuse("the file is empty: give it a length first");
+            return refuse(match statistics.filesystem_type() {
+                PROC_SUPER_MAGIC => {
+                    "a file of /proc has no length and cannot be mapped: copy its bytes into memory"
+                }
+                _ => "the file is empty: give it a length first",
+            });
         }
         let writable = readable(&file)? == Access::Writable;
-        let granule = granule_of(&file)?;
-        Ok(Self { len: metadata.len(), writable, file, granule })
+        let granule = granule_in(&statistics)?;
+        let identity = (metadata.dev(), metadata.ino());
+        let surely_maps = maps_all_files(&statistics);
+        Ok(Self { len: metadata.len(), writable, file, granule, surely_maps, identity })
+    }
+}
+
+/// The reason why a mapping of an inode does not show the bytes of a file; `None` if it does.
+fn not_mappable(metadata: &fs::Metadata) -> Option<&'static str> {
+    let kind = metadata.file_type();
+    if kind.is_file() {
+        None
+    } else if kind.is_dir() {
+        Some("a directory: name a file in it")
+    } else if kind.is_block_device() {
+        Some("a block device is read and not mapped: use a FileSource")
+    } else {
+        // A mapping of a device may mean anything.
+        Some("neither a regular file nor a memfd: open one of these, or copy the bytes into memory")
     }
 }
 

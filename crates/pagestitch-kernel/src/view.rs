@@ -1,7 +1,8 @@
 //! The one view of a reservation's bytes, and the memory that it shows in place.
 //!
 //! ```text
-//!   View ──── map: a sealed memfd   move_in: donated pages ───▶ into_stable() ──▶ StableView: &[u8]
+//!   View ──── map: a sealed memfd   map_stable: a file that does not change
+//!     │       move_in: donated pages ────────────────────────▶ into_stable() ──▶ StableView: &[u8]
 //!     └────── map_file   map_lazy   alias   map_physical ─────▶ the bytes may change: read_at, write_at, a pointer
 //! ```
 //!
@@ -11,6 +12,7 @@
 use crate::access::Access;
 use crate::copy;
 use crate::errno::Errno;
+use crate::immutable::StableFile;
 use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
 use crate::memfd::SealedMemfd;
@@ -21,7 +23,7 @@ use crate::reservation::Reservation;
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::{RegisterMode, Uffd};
 use nix::libc::{self, c_void};
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mprotect};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -65,8 +67,8 @@ impl View {
     /// # Errors
     ///
     /// The errno of `mmap(2)`. After `ENOMEM` (past `vm.max_map_count`) the span is unchanged.
-    /// After another errno, of which none is known to occur, it may be closed to every access. The
-    /// same holds for each function of this kind.
+    /// After another errno it may be closed to every access: [`restore`](Self::restore) makes it
+    /// absent again. The same holds for each function of this kind.
     ///
     /// # Panics
     ///
@@ -76,7 +78,22 @@ impl View {
     pub fn map(&mut self, span: Span, memfd: &SealedMemfd, offset: u64) -> Result<(), Errno> {
         // Private, because a shared mapping of a memfd sealed against writing is EPERM before Linux
         // 6.7.
-        let part = Part { fd: memfd, offset, end: memfd.len() as u64, granule: memfd.granule() };
+        let (end, granule) = (memfd.len() as u64, memfd.granule());
+        let part = Part { fd: memfd, offset, end, granule, surely_maps: true };
+        self.map_over(span, part, MapFlags::MAP_PRIVATE)
+    }
+
+    /// As [`map`](Self::map), for a file whose bytes do not change.
+    ///
+    /// A page that the kernel cannot read from the disk, or that does not match its hash of
+    /// fs-verity, is SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map); `ENODEV` if its file system does not map files.
+    pub fn map_stable(&mut self, span: Span, file: &StableFile, offset: u64) -> Result<(), Errno> {
+        let (end, granule, surely_maps) = (file.len(), file.granule(), file.surely_maps());
+        let part = Part { fd: file, offset, end, granule, surely_maps };
         self.map_over(span, part, MapFlags::MAP_PRIVATE)
     }
 
@@ -161,6 +178,8 @@ impl View {
             offset: physical.file_offset(offset),
             end: physical.file_end(),
             granule: self.reservation.page_size(),
+            // Its open has mapped it.
+            surely_maps: true,
         };
         self.map_over(span, part, MapFlags::MAP_SHARED)?;
         let place = self.physical.partition_point(|known| known.first < span.first);
@@ -332,7 +351,7 @@ impl View {
         &mut self,
         protection: ProtFlags,
         span: Span,
-        Part { fd, offset, end, granule }: Part<'_, impl AsFd>,
+        Part { fd, offset, end, granule, surely_maps }: Part<'_, impl AsFd>,
         flags: MapFlags,
     ) -> Result<(), Errno> {
         let range = self.reservation.addresses(span);
@@ -343,13 +362,40 @@ impl View {
         let whole = AddressRange::new(range.start(), range.bytes(), granule).is_some()
             && granule.offset_of(granule.page_at(offset)) == offset;
         assert!(inside && whole, "{span:?} from {offset}, in multiples of {granule}");
-        let flags = flags | MapFlags::MAP_FIXED | self.reserving(granule, flags);
+        let flags = flags | self.reserving(granule, flags);
+        if !surely_maps {
+            // The kernel unmaps the old pages before it asks the file system, so a refusal would
+            // leave a gap in the reservation.
+            let unit = NonZeroUsize::new(granule.bytes()).expect("a page has bytes");
+            drop(OwnedMapping::of_file_at(fd.as_fd(), offset, unit, protection, flags)?);
+        }
         let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         let start = NonZeroUsize::new(range.start());
         // SAFETY: the range is inside an owned mapping. `self` is its one view and borrowed
         // mutably, so no reference to the replaced bytes exists.
         #[expect(unsafe_code, reason = "mmap over part of an owned mapping")]
-        unsafe { mmap(start, bytes, protection, flags, fd, offset) }.map(drop).map_err(Errno::of)
+        let answer = unsafe { mmap(start, bytes, protection, flags | MapFlags::MAP_FIXED, fd, offset) };
+        answer.map(drop).map_err(Errno::of).inspect_err(|_| close_gap(range))
+    }
+
+    /// Makes a span absent again that one of the functions above could not map.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`, `munlock(2)` or the registration.
+    pub fn restore(&mut self, span: Span, uffd: &Uffd) -> Result<(), Errno> {
+        let range = self.reservation.addresses(span);
+        unlock(at(range), range.bytes())?;
+        // SAFETY: the range is inside an owned mapping, and the advice changes none of its bytes.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DONTFORK) }.map_err(Errno::of)?;
+        // SAFETY: no allocator has given out pages of a reservation as zeros.
+        #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
+        unsafe { uffd.register_range(range, RegisterMode::MISSING) }?;
+        // SAFETY: the range is inside an owned mapping. `self` is its one view and borrowed mutably,
+        // so no reference to its bytes exists.
+        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+        unsafe { mprotect(at(range), range.bytes(), self.access.protection()) }.map_err(Errno::of)
     }
 
     /// Reserves no memory for pages that are shown in place, except for huge pages that a write
@@ -431,6 +477,19 @@ impl StableView {
         }
     }
 
+    /// As [`View::read_at`]: an unreadable byte is an error and no signal.
+    ///
+    /// # Errors
+    ///
+    /// As [`View::read_at`].
+    ///
+    /// # Panics
+    ///
+    /// If the range is not inside the reservation.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+        self.view.read_at(offset, into)
+    }
+
     /// The bytes for writing; `None` if the reservation is not writable.
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
@@ -464,6 +523,20 @@ fn remap(source: AddressRange, target: AddressRange) -> Result<(), Errno> {
     if answer == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
+/// Closes the gap that a refused mapping may have left in a reservation, before another mapping of
+/// the process takes the addresses.
+fn close_gap(range: AddressRange) {
+    let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE | MapFlags::MAP_FIXED_NOREPLACE;
+    let (start, bytes) = (NonZeroUsize::new(range.start()), NonZeroUsize::new(range.bytes()));
+    let Some(bytes) = bytes else { return };
+    // SAFETY: MAP_FIXED_NOREPLACE replaces no mapping. Before Linux 4.17 the kernel takes the
+    // address as a hint and may map another place, which is harmless.
+    #[expect(unsafe_code, reason = "mmap")]
+    let closed = unsafe { mmap_anonymous(start, bytes, ProtFlags::PROT_NONE, flags) };
+    // EEXIST: there is no gap.
+    let _ = closed;
+}
+
 /// Part of a descriptor's file.
 struct Part<'f, F> {
     fd: &'f F,
@@ -472,11 +545,14 @@ struct Part<'f, F> {
     end: u64,
     /// The unit in which the kernel maps the file.
     granule: PageSize,
+    /// False if the kernel may refuse a mapping of the file.
+    surely_maps: bool,
 }
 
 impl<'f> Part<'f, SharedFile> {
     const fn of(file: &'f SharedFile, offset: u64) -> Self {
-        Self { fd: file, offset, end: file.len(), granule: file.granule() }
+        let (end, granule, surely_maps) = (file.len(), file.granule(), file.surely_maps());
+        Self { fd: file, offset, end, granule, surely_maps }
     }
 }
 

@@ -17,6 +17,7 @@ mod build;
 mod builder;
 mod nesting;
 mod options;
+mod refused;
 mod region;
 mod scope;
 mod shared;

@@ -1,11 +1,12 @@
 //! A region: scattered chunks as one contiguous range of addresses, filled on first touch.
 
 use crate::api::AnyRegion;
+use crate::api::refused::refused;
 use crate::error::Error;
 use crate::metrics::Metrics;
 #[cfg(all(test, not(shuttle)))]
 use crate::serve::Served;
-use pagestitch_kernel::StableView;
+use pagestitch_kernel::{Errno, StableView};
 use std::fmt;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -79,6 +80,8 @@ use std::ptr::NonNull;
 pub struct Region {
     view: StableView,
     any: AnyRegion,
+    /// True if pages of files are mapped in place: a touch of one may be a signal.
+    has_files: bool,
 }
 
 impl Region {
@@ -87,8 +90,9 @@ impl Region {
         &self.any.served
     }
 
-    pub(super) const fn new(view: StableView, any: AnyRegion) -> Self {
-        Self { view, any }
+    pub(super) fn new(view: StableView, any: AnyRegion) -> Self {
+        let has_files = any.served.layout.has_immutable_files();
+        Self { view, any, has_files }
     }
 
     /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
@@ -164,6 +168,10 @@ impl Region {
 
     /// Copies bytes from `offset` on into `into`. Absent pages are filled first.
     ///
+    /// If the region maps [immutable files](crate::source::ImmutableFile), the kernel copies, so that
+    /// a page that cannot be read from the disk is an error and no signal. That takes about a
+    /// microsecond more.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the chunk whose source
@@ -183,6 +191,13 @@ impl Region {
     /// ```
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
+        if self.has_files {
+            match self.view.read_at(offset, into) {
+                // The kernel copies for no process here: this one does, without the protection.
+                Err(Errno::EPERM | Errno::ENOSYS) => {}
+                answer => return answer.map_err(|errno| refused(&self.any, "read", &range, errno)),
+            }
+        }
         into.copy_from_slice(&self.as_slice()[range.start as usize..range.end as usize]);
         Ok(())
     }

@@ -121,6 +121,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
             Ok(Filled { pages: whole, content })
         }
         Backing::Read(_)
+        | Backing::Immutable(_)
         | Backing::Fetched(_)
         | Backing::Donated(_)
         | Backing::Shared(_)
@@ -185,7 +186,7 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
             | Backing::Shared(_)
             | Backing::Fetched(_)
             | Backing::Mapped(_) => return None,
-            Backing::Memory(_) | Backing::Memfd(_) | Backing::Read(_) => {
+            Backing::Memory(_) | Backing::Memfd(_) | Backing::Immutable(_) | Backing::Read(_) => {
                 read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
             }
         }
@@ -242,6 +243,7 @@ fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
         Backing::Memory(memory) => memory.bytes_if_lent(),
         Backing::Memfd(memfd) => Some(MemoryBytes::Owned(memfd.sealed().as_ref())),
         Backing::Hole(_)
+        | Backing::Immutable(_)
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Read(_)

@@ -51,6 +51,10 @@ pub enum PlanReason {
     Moved,
     /// A memfd that is filled later, of which each page is mapped once it is there.
     MappedWhenFilled,
+    /// The file's own pages; its opener has promised that they do not change.
+    MappedByPromise,
+    /// The file's own pages, which fs-verity keeps from changing.
+    MappedByVerity,
     /// The file's own pages, until they are written to.
     MappedUntilWritten,
     /// A second mapping of the same pages.
@@ -95,6 +99,10 @@ impl fmt::Display for PlanReason {
             Self::MovesOnTouch => "donated: its pages move in when they are touched",
             Self::Moved => "donated: its pages have moved in",
             Self::MappedWhenFilled => "mapped once the memfd has the page",
+            Self::MappedByPromise => {
+                "mapped in place: the file's own pages, which its opener promised not to change"
+            }
+            Self::MappedByVerity => "mapped in place: the file's own pages, which fs-verity keeps from changing",
             Self::MappedUntilWritten => "mapped in place: the file's own pages, until they are written to",
             Self::MappedTwice => "mapped in place: a second mapping of the same pages",
             Self::MappedFrames => "mapped in place: the frames themselves",

@@ -2,7 +2,7 @@
 
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
-use super::{Fetched, Hole, Memfd, Memory};
+use super::{Fetched, Hole, ImmutableFile, Memfd, Memory};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
@@ -15,6 +15,7 @@ use std::sync::Arc;
 pub(crate) enum Backing {
     Memory(Memory),
     Memfd(Memfd),
+    Immutable(ImmutableFile),
     Donated(Arc<Donated>),
     Shared(Shared),
     Hole(Hole),
@@ -42,6 +43,7 @@ impl Backing {
     pub(crate) fn when_mapped(&self) -> Option<Mapped> {
         match self {
             Self::Memfd(memfd) => Some(Mapped::sealed(memfd)),
+            Self::Immutable(file) => Some(Mapped::immutable(file)),
             Self::Shared(Shared::File(file, sharing)) => Mapped::file(file, *sharing),
             _ => None,
         }
@@ -51,6 +53,7 @@ impl Backing {
         match self {
             Self::Memory(memory) => memory,
             Self::Memfd(memfd) => memfd,
+            Self::Immutable(file) => file,
             Self::Donated(donated) => donated.as_ref(),
             Self::Shared(shared) => shared.source(),
             Self::Hole(hole) => hole,
@@ -62,13 +65,17 @@ impl Backing {
 
     /// Whether the source has pages of its own, which a region can map or take over.
     pub(crate) const fn has_pages(&self) -> bool {
-        matches!(self, Self::Memfd(_) | Self::Donated(_) | Self::Shared(_) | Self::Mapped(_))
+        matches!(
+            self,
+            Self::Memfd(_) | Self::Immutable(_) | Self::Donated(_) | Self::Shared(_) | Self::Mapped(_)
+        )
     }
 
     /// The unit in which the source's pages are mapped.
     pub(crate) fn granule(&self) -> PageSize {
         match self {
             Self::Memfd(memfd) => memfd.sealed().granule(),
+            Self::Immutable(file) => file.stable().granule(),
             Self::Shared(Shared::File(file, _)) => file.granule(),
             Self::Shared(Shared::Lazy(memfd)) => memfd.memfd().granule(),
             _ => PageSize::system(),
@@ -103,6 +110,7 @@ impl Backing {
                 memory.identity().map(|(address, len)| Identity { kind: Kind::Memory, address, len })
             }
             Self::Memfd(memfd) => of(Kind::Memfd, memfd.identity()),
+            Self::Immutable(file) => of(Kind::Immutable, file.identity()),
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
             Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
             Self::Hole(_) => of(Kind::Hole, 0),
@@ -145,6 +153,7 @@ pub(crate) struct Identity {
 enum Kind {
     Memory,
     Memfd,
+    Immutable,
     Donated,
     Shared(SharedKind),
     Hole,

@@ -113,16 +113,21 @@ impl Source for FileSource {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(into, offset).map_err(|error| match error.kind() {
-            io::ErrorKind::UnexpectedEof => FailureReason::Truncated.error(format!(
-                "the file ends before byte {}: it was truncated while in use",
-                offset + into.len() as u64
-            )),
-            _ => error,
-        })
+        read_exact(&self.file, offset, into)
     }
 
     fn name(&self) -> String {
         self.path.display().to_string()
     }
+}
+
+/// Reads all of `into`, or finds that the file was truncated.
+pub(super) fn read_exact(file: &fs::File, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    file.read_exact_at(into, offset).map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => FailureReason::Truncated.error(format!(
+            "the file ends before byte {}: it was truncated while in use",
+            offset + into.len() as u64
+        )),
+        _ => error,
+    })
 }

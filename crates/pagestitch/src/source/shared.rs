@@ -3,10 +3,12 @@
 //!
 //! Only a [`SharedRegion`](crate::SharedRegion), which gives out no `&[u8]`, can hold them.
 
+use super::ImmutableFile;
 use super::Source;
 use super::file::path_of;
 use super::lazy::LazyMemfd;
 use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
 use std::fs;
@@ -61,30 +63,54 @@ impl Shared {
 pub(crate) struct Mapped {
     name: String,
     size: u64,
-    /// Of a shared file: its sharing mode, and its device and inode. `None` for a sealed memfd.
-    file: Option<(Sharing, (u64, u64))>,
+    kind: MappedKind,
+    /// The device and inode of a file that has a name.
+    file: Option<(u64, u64)>,
+}
+
+/// The kinds of files and memfds of which only the mappings are left.
+#[derive(Debug, Clone, Copy)]
+enum MappedKind {
+    Sealed,
+    Shared(Sharing),
+    Immutable(Grounds),
 }
 
 impl Mapped {
     /// The name and size of a sealed memfd.
     pub(super) fn sealed(memfd: &dyn Source) -> Self {
-        Self { name: memfd.name(), size: memfd.size(), file: None }
+        Self { name: memfd.name(), size: memfd.size(), kind: MappedKind::Sealed, file: None }
     }
 
     /// The name, size and identity of a file; `None` for one without a name.
     pub(super) fn file(file: &SharedFile, sharing: Sharing) -> Option<Self> {
         let identity = identity(file.file())?;
-        Some(Self { name: file.name(), size: file.size(), file: Some((sharing, identity)) })
+        let kind = MappedKind::Shared(sharing);
+        Some(Self { name: file.name(), size: file.size(), kind, file: Some(identity) })
+    }
+
+    /// The name, size and identity of an immutable file.
+    pub(super) fn immutable(file: &ImmutableFile) -> Self {
+        let kind = MappedKind::Immutable(file.stable().grounds());
+        Self { name: file.name(), size: file.size(), kind, file: Some(file.stable().identity()) }
     }
 
     pub(crate) fn is_copy_on_write(&self) -> bool {
-        matches!(self.file, Some((Sharing::CopyOnWrite, _)))
+        matches!(self.kind, MappedKind::Shared(Sharing::CopyOnWrite))
+    }
+
+    /// The grounds on which an immutable file does not change.
+    pub(crate) const fn grounds(&self) -> Option<Grounds> {
+        match self.kind {
+            MappedKind::Immutable(grounds) => Some(grounds),
+            MappedKind::Sealed | MappedKind::Shared(_) => None,
+        }
     }
 
     /// Opens the file again, to find out why its bytes cannot be accessed. `None` if another file
     /// has its name now.
     pub(crate) fn reopen(&self) -> Option<fs::File> {
-        let (_, known) = self.file?;
+        let known = self.file?;
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
         let file = options.open(&self.name).ok()?;
         (identity(&file)? == known).then_some(file)

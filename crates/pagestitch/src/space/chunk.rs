@@ -3,8 +3,8 @@
 use crate::error::Error;
 use crate::policy::OnFailure;
 use crate::source::{
-    Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, LazyMemfd, Memfd, Memory, Pages, Physical,
-    Shared, SharedFile, Source,
+    Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, ImmutableFile, LazyMemfd, Memfd, Memory,
+    Pages, Physical, Shared, SharedFile, Source,
 };
 use bytes::Bytes;
 use pagestitch_kernel::memfd::SealedMemfd;
@@ -223,6 +223,13 @@ impl From<Memory> for Chunk {
 impl From<Memfd> for Chunk {
     fn from(memfd: Memfd) -> Self {
         Self::whole(Backing::Memfd(memfd))
+    }
+}
+
+/// Clone the file to take several chunks of it.
+impl From<ImmutableFile> for Chunk {
+    fn from(file: ImmutableFile) -> Self {
+        Self::whole(Backing::Immutable(file))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::source::{
-    Alias, Donated, FileSource, LazyMemfd, Memfd, Memory, Pages, Physical, SharedFile, Source,
+    Alias, Donated, FileSource, ImmutableFile, LazyMemfd, Memfd, Memory, Pages, Physical, SharedFile, Source,
 };
 use crate::space::Chunk;
 use bytes::Bytes;
@@ -19,7 +19,8 @@ use std::sync::Arc;
 /// | `Vec<u8>`, `String`, `Bytes`, `Box<[u8]>`, `Arc<[u8]>`, `[u8; N]`, a literal | the value itself |
 /// | another owner of bytes, such as a memory map or a [`Region`](crate::Region) | [`Memory::new`] |
 /// | borrowed bytes | inside a [`scope`](crate::scope()): [`borrow`](crate::ScopedBuilder::borrow) |
-/// | a file | the [`File`], or [`FileSource::open`]; mapped in place: [`SharedFile::open`](crate::source::SharedFile::open) |
+/// | a file that does not change | mapped in place: [`ImmutableFile::open`] |
+/// | another file | copied: the [`File`], or [`FileSource::open`]; mapped in place: [`SharedFile::open`](crate::source::SharedFile::open) |
 /// | your own [`Source`] or [`Fetch`](crate::source::Fetch) | [`Chunk::source`], [`Chunk::fetch`] |
 ///
 /// ```
@@ -40,7 +41,7 @@ use std::sync::Arc;
     label = "not a chunk of a region",
     note = "a source of your own: `Chunk::source(Arc::new(source))`, or `Chunk::fetch` if it answers later",
     note = "another owner of bytes, such as a memory map: `Memory::new(owner)`",
-    note = "a file by its path: `FileSource::open(path)?`, or `SharedFile::open` to map it in place",
+    note = "a file by its path: `ImmutableFile::open` maps it in place if it does not change, `FileSource::open` copies it",
     note = "borrowed bytes: `scope(|scope| scope.region().borrow(&bytes) ...)`"
 )]
 pub trait IntoChunk: sealed::Sealed {
@@ -83,6 +84,7 @@ into_chunk! {
     Memory;
     Memfd;
     SealedMemfd;
+    ImmutableFile;
     Pages;
     Donated;
     Arc<Donated>;

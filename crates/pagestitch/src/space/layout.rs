@@ -316,6 +316,24 @@ impl Layout {
         self.sources
             .iter()
             .any(|source| matches!(source, Backing::Memory(_) | Backing::Read(_) | Backing::Fetched(_)))
+            || self.has_immutable_files() && (0..self.chunks()).any(|chunk| self.is_read(chunk))
+    }
+
+    /// True if a chunk of an immutable file is read and not mapped, because it has another offset in
+    /// its page than in the file.
+    fn is_read(&self, chunk: usize) -> bool {
+        let page = PageSize::system().bytes() as u64;
+        matches!(self.backing_of(chunk), Backing::Immutable(_))
+            && !(self.starts[chunk] ^ self.source_offset(chunk)).is_multiple_of(page)
+    }
+
+    /// True if a chunk is of an immutable file.
+    pub(crate) fn has_immutable_files(&self) -> bool {
+        self.sources.iter().any(|source| match source {
+            Backing::Immutable(_) => true,
+            Backing::Mapped(mapped) => mapped.grounds().is_some(),
+            _ => false,
+        })
     }
 
     /// True if a chunk is a memfd that is filled later.

@@ -50,7 +50,7 @@ impl Abilities {
         match backing {
             Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
             Backing::Donated(_) => !self.moves,
-            Backing::Memfd(_) | Backing::Shared(_) => true,
+            Backing::Memfd(_) | Backing::Immutable(_) | Backing::Shared(_) => true,
             Backing::Memory(_)
             | Backing::Hole(_)
             | Backing::Read(_)
@@ -95,7 +95,10 @@ impl ShownPages {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
                 Err(errno) => match refusal_reason(backing, page, errno) {
-                    Some(reason) => shown.refused.push((run.span, reason)),
+                    Some(reason) => {
+                        view.restore(run.span, uffd).map_err(|errno| (run.chunk, errno))?;
+                        shown.refused.push((run.span, reason));
+                    }
                     // Other threads have taken the last mappings: the rest is copied.
                     None if errno == Errno::ENOMEM => break,
                     None => return Err((run.chunk, errno)),
@@ -111,7 +114,7 @@ impl ShownPages {
 fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<PlanReason> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => Some(PlanReason::NoMoves),
-        (Backing::Memfd(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
+        (Backing::Memfd(_) | Backing::Immutable(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
             Some(PlanReason::UnmappableFile)
         }
         (_, Errno::ENOMEM) if backing.granule() != page => Some(PlanReason::NoHugePages),
@@ -123,6 +126,7 @@ fn map(run: MappedRun, backing: &Backing, view: &mut View, uffd: &Uffd) -> Resul
     let MappedRun { span, offset, .. } = run;
     match backing {
         Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
+        Backing::Immutable(file) => view.map_stable(span, file.stable(), offset),
         Backing::Donated(donated) => view.move_in(span, donated, offset),
         Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),

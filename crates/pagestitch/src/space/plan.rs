@@ -5,6 +5,7 @@ use crate::method::{Method, PlanReason};
 use crate::source::{Backing, Shared};
 use crate::space::Mapping;
 use crate::space::mapped::{is_aligned, whole_pages};
+use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{PageSize, Span};
@@ -120,9 +121,11 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
         Backing::Fetched(_) => (Method::Buffered, PlanReason::Fetched),
         Backing::Read(_) => (Method::Buffered, PlanReason::Read),
         Backing::Hole(_) => (Method::Zero, PlanReason::Zeros),
-        Backing::Memfd(_) | Backing::Donated(_) | Backing::Shared(_) | Backing::Mapped(_) => {
-            method_of_pages(mapping, chunk, backing)
-        }
+        Backing::Memfd(_)
+        | Backing::Immutable(_)
+        | Backing::Donated(_)
+        | Backing::Shared(_)
+        | Backing::Mapped(_) => method_of_pages(mapping, chunk, backing),
     };
     let offsets = mapping.layout.offsets_of(chunk);
     let number = mapping.layout.number_of(chunk);
@@ -190,9 +193,19 @@ fn shown(mapping: &Mapping, backing: &Backing) -> (Method, PlanReason) {
         Backing::Shared(Shared::Lazy(_)) => (Method::Continue, PlanReason::MappedWhenFilled),
         Backing::Shared(Shared::File(_, Sharing::CopyOnWrite)) => MAPPED_COPY_ON_WRITE,
         Backing::Mapped(mapped) if mapped.is_copy_on_write() => MAPPED_COPY_ON_WRITE,
+        Backing::Immutable(file) => (Method::Map, mapped_on(file.stable().grounds())),
+        Backing::Mapped(mapped) => (Method::Map, mapped.grounds().map_or(PlanReason::Mapped, mapped_on)),
         Backing::Shared(Shared::Alias(_)) => (Method::Alias, PlanReason::MappedTwice),
         Backing::Shared(Shared::Physical(_)) => (Method::Map, PlanReason::MappedFrames),
         _ => (Method::Map, PlanReason::Mapped),
+    }
+}
+
+/// The reason for pages of an immutable file.
+const fn mapped_on(grounds: Grounds) -> PlanReason {
+    match grounds {
+        Grounds::Promise => PlanReason::MappedByPromise,
+        Grounds::Verity => PlanReason::MappedByVerity,
     }
 }
 

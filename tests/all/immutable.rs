@@ -1,0 +1,248 @@
+//! Files that do not change: their own pages as a slice, without a copy.
+
+use crate::{PAGE, pattern, reason};
+use pagestitch::source::{FailureReason, ImmutableFile, SharedFile};
+use pagestitch::{Chunk, ErrorKind, Inline, Method, PlanReason, Pool, Region};
+use pagestitch_testkit::{child, this_test};
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use tempfile::NamedTempFile;
+
+/// A file of these bytes in a folder.
+fn file_in(folder: &Path, bytes: &[u8]) -> NamedTempFile {
+    let mut file = NamedTempFile::new_in(folder).unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+/// Files of these bytes: on the file system of temporary files, and on a tmpfs.
+fn files_of(bytes: &[u8]) -> [NamedTempFile; 2] {
+    [std::env::temp_dir().as_path(), Path::new("/dev/shm")].map(|folder| file_in(folder, bytes))
+}
+
+#[expect(unsafe_code, reason = "the promise that a file does not change")]
+fn open(path: impl AsRef<Path>) -> Result<ImmutableFile, pagestitch::Error> {
+    // SAFETY: only the test has the file. It changes no byte of which it has a slice.
+    unsafe { ImmutableFile::open(path) }
+}
+
+#[test]
+fn a_whole_immutable_file_is_a_slice_of_its_own_pages() {
+    let bytes = pattern(1, 5 * PAGE + 77);
+    for file in files_of(&bytes) {
+        for pool in [true, false] {
+            let builder = Region::builder().chunk(open(file.path()).unwrap()).require_zero_copy();
+            let region = if pool { builder.build(&Pool::new().unwrap()) } else { builder.build(Inline) };
+            let region = region.unwrap();
+            assert!(region.as_slice() == bytes);
+            let plan = region.plan();
+            assert_eq!(plan.runs()[0].reason, PlanReason::MappedByPromise, "{plan}");
+            assert_eq!(plan.runs()[0].source, file.path().display().to_string());
+            let mut part = vec![0; 5000];
+            region.read_at(3333, &mut part).unwrap();
+            assert!(part == bytes[3333..8333]);
+            let seen = region.close();
+            assert_eq!((seen.pages_in_place, seen.faults, seen.bytes_copied), (6, 0, 0));
+        }
+    }
+}
+
+#[test]
+fn ranges_of_immutable_files_in_any_order_are_in_place() {
+    let bytes = pattern(2, 9 * PAGE);
+    let [disk, memory] = files_of(&bytes);
+    let (disk, memory) = (open(disk.path()).unwrap(), open(memory.path()).unwrap());
+    let ranges = [(&disk, 20_000..30_000_u64), (&memory, 1..2), (&disk, 4096..8192), (&memory, 100..30_001)];
+    let chunks = ranges.clone().map(|(file, range)| Chunk::from(file.clone()).range(range));
+    let builder = Region::builder().page_aligned().chunks(chunks).require_zero_copy();
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    for (number, (_, range)) in ranges.into_iter().enumerate() {
+        let start = region.offset_of(number).unwrap() as usize;
+        let expected = &bytes[range.start as usize..range.end as usize];
+        assert!(region.as_slice()[start..start + expected.len()] == *expected, "chunk {number}");
+    }
+    assert_eq!(region.close().bytes_copied, 0);
+}
+
+#[test]
+fn edges_and_unaligned_parts_of_an_immutable_file_are_copied() {
+    let bytes = pattern(3, 3 << 20);
+    for file in files_of(&bytes) {
+        let file = open(file.path()).unwrap();
+        let region = Region::builder()
+            .chunk(Chunk::from(file.clone()).range(0..2 * PAGE as u64 + 5)) // the edge shares its page
+            .chunk(Chunk::from(file).range(1..3 << 20)) // off every page boundary
+            .build(&Pool::new().unwrap())
+            .unwrap();
+        let plan = region.plan();
+        let (edge, off) = (&plan.runs()[0], &plan.runs()[1]);
+        assert_eq!((edge.method, edge.reason), (Method::Buffered, PlanReason::Edge), "{plan}");
+        assert_eq!((off.method, off.reason), (Method::Buffered, PlanReason::OtherOffset), "{plan}");
+        assert!(plan.staged().is_ok(), "whole blocks are read into huge pages: {plan}");
+        assert!(*region.as_slice() == [&bytes[..2 * PAGE + 5], &bytes[1..]].concat());
+        assert_eq!(region.close().pages_in_place, 2);
+    }
+}
+
+#[test]
+fn a_write_to_the_region_leaves_the_immutable_file_as_it_is() {
+    let bytes = pattern(4, 3 * PAGE);
+    for file in files_of(&bytes) {
+        let builder = Region::builder().chunk(open(file.path()).unwrap()).writable();
+        let mut region = builder.require_zero_copy().build(&Pool::new().unwrap()).unwrap();
+        region.as_mut_slice().unwrap()[5000..5004].copy_from_slice(b"mine");
+        assert_eq!(&region.as_slice()[5000..5004], b"mine");
+        assert!(region.as_slice()[..5000] == bytes[..5000]);
+        assert!(fs::read(file.path()).unwrap() == bytes);
+    }
+}
+
+#[test]
+fn an_immutable_file_that_is_replaced_or_removed_keeps_its_bytes() {
+    let bytes = pattern(5, 2 * PAGE);
+    for file in files_of(&bytes) {
+        let region =
+            Region::builder().chunk(open(file.path()).unwrap()).build(&Pool::new().unwrap()).unwrap();
+        let other = file_in(file.path().parent().unwrap(), b"other bytes");
+        fs::rename(other.path(), file.path()).unwrap();
+        assert!(region.as_slice() == bytes);
+        fs::remove_file(file.path()).unwrap();
+        assert!(region.as_slice() == bytes);
+    }
+}
+
+#[test]
+fn a_truncated_immutable_file_is_an_error_of_read_at_and_sigbus_for_a_touch() {
+    for file in files_of(&pattern(6, 3 * PAGE)) {
+        let builder = Region::builder().name("r").chunk(open(file.path()).unwrap());
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        file.as_file().set_len(PAGE as u64).unwrap();
+        region.read_at(0, &mut [0; PAGE]).unwrap();
+        let error = region.read_at(4000, &mut [0; 200]).unwrap_err();
+        assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
+        assert_eq!(error.chunk(), Some(0), "{error}");
+        let end = child::run(this_test!(), || {
+            std::hint::black_box(region.as_slice()[2 * PAGE]);
+        });
+        assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
+    }
+}
+
+#[test]
+fn an_unaligned_page_of_a_truncated_immutable_file_is_an_error() {
+    for file in files_of(&pattern(7, 3 * PAGE)) {
+        let builder = Region::builder().chunk(vec![1u8; 10]).chunk(open(file.path()).unwrap());
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        file.as_file().set_len(PAGE as u64).unwrap();
+        let error = region.populate(..).unwrap_err();
+        assert_eq!((error.chunk(), reason(&error)), (Some(1), FailureReason::Truncated), "{error}");
+    }
+}
+
+#[test]
+fn a_region_of_immutable_files_in_place_holds_no_descriptor_of_them() {
+    let bytes = pattern(8, PAGE);
+    let [file, _] = files_of(&bytes);
+    let open_of = |path: &Path| {
+        let links = fs::read_dir("/proc/self/fd").unwrap().flatten();
+        links.filter(|entry| fs::read_link(entry.path()).is_ok_and(|link| link == path)).count()
+    };
+    let before = open_of(file.path());
+    let region = Region::builder().chunk(open(file.path()).unwrap()).build(&Pool::new().unwrap()).unwrap();
+    assert_eq!(open_of(file.path()), before);
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+#[expect(unsafe_code, reason = "the promise that a file does not change")]
+fn an_open_file_can_be_taken_with_the_promise() {
+    let bytes = pattern(9, 2 * PAGE);
+    for file in files_of(&bytes) {
+        let shared = SharedFile::try_from(OwnedFd::from(File::open(file.path()).unwrap())).unwrap();
+        // SAFETY: only the test has the file, and it changes no byte.
+        let taken = unsafe { ImmutableFile::assume(shared) };
+        let builder = Region::builder().chunk(taken).require_zero_copy();
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        assert!(region.as_slice() == bytes);
+        assert_eq!(region.plan().runs()[0].source, file.path().display().to_string());
+    }
+}
+
+#[test]
+fn things_that_are_no_immutable_file_are_refused_with_a_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let (empty, pipe) = (folder.path().join("empty"), folder.path().join("pipe"));
+    File::create(&empty).unwrap();
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for (path, kind, word) in [
+        (folder.path(), ErrorKind::UnusableFile, "directory"),
+        (&empty, ErrorKind::UnusableFile, "empty"),
+        (&pipe, ErrorKind::UnusableFile, "regular file"),
+        (Path::new("/dev/null"), ErrorKind::UnusableFile, "regular file"),
+        (Path::new("/proc/self/maps"), ErrorKind::UnusableFile, "/proc"),
+        (&folder.path().join("absent"), ErrorKind::Io, "No such file"),
+    ] {
+        let error = open(path).unwrap_err();
+        assert_eq!((error.kind(), error.path()), (kind, Some(path)), "{error}");
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
+#[test]
+fn an_immutable_file_whose_file_system_cannot_map_it_is_copied() {
+    let path = "/sys/kernel/notes";
+    let Ok(bytes) = fs::read(path) else { return println!("SKIPPED: there is no {path}") };
+    if fs::metadata(path).unwrap().len() != bytes.len() as u64 {
+        return println!("SKIPPED: {path} does not say how long it is");
+    }
+    let region = Region::builder().chunk(open(path).unwrap()).build(&Pool::new().unwrap()).unwrap();
+    assert_eq!(region.plan().runs()[0].reason, PlanReason::UnmappableFile, "{}", region.plan());
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn a_file_without_fs_verity_is_no_proof() {
+    for file in files_of(b"bytes") {
+        let error = ImmutableFile::open_verity(file.path()).unwrap_err();
+        assert_eq!((error.kind(), error.path()), (ErrorKind::UnusableFile, Some(file.path())), "{error}");
+        assert!(error.to_string().contains("promise"), "{error}");
+    }
+}
+
+/// Enables fs-verity for a file that is not open for writing.
+#[expect(unsafe_code, reason = "ioctl")]
+fn enable_verity(file: &File) -> nix::Result<()> {
+    use std::os::fd::AsRawFd;
+    /// `struct fsverity_enable_arg`: version 1, SHA-256, blocks of a page, no salt, no signature.
+    #[repr(C)]
+    struct Enable {
+        words: [u32; 4],
+        rest: [u64; 14],
+    }
+    let enable = Enable { words: [1, 1, PAGE as u32, 0], rest: [0; 14] };
+    // SAFETY: the kernel reads the 128 bytes of the structure, which name no other memory.
+    let answer = unsafe { nix::libc::ioctl(file.as_raw_fd(), 0x4080_6685, &raw const enable) };
+    nix::errno::Errno::result(answer).map(drop)
+}
+
+#[test]
+fn a_file_with_fs_verity_is_a_slice_without_a_promise() {
+    let bytes = pattern(10, 4 * PAGE + 10);
+    let folder = std::env::var_os("PAGESTITCH_VERITY").map_or_else(std::env::temp_dir, Into::into);
+    let path = file_in(&folder, &bytes).into_temp_path();
+    if let Err(errno) = enable_verity(&File::open(&path).unwrap()) {
+        return println!(
+            "SKIPPED: no fs-verity in {}, or PAGESTITCH_VERITY names none ({errno})",
+            folder.display()
+        );
+    }
+    assert!(File::options().write(true).open(&path).is_err(), "the kernel refuses writers");
+    let builder = Region::builder().chunk(ImmutableFile::open_verity(&path).unwrap()).require_zero_copy();
+    let region = builder.build(&Pool::new().unwrap()).unwrap();
+    assert!(region.as_slice() == bytes);
+    let plan = region.plan();
+    assert_eq!(plan.runs()[0].reason, PlanReason::MappedByVerity, "{plan}");
+    println!("{plan}");
+}
