@@ -31,10 +31,10 @@ pub(crate) struct Layout {
     starts: Vec<u64>,
     origins: Vec<Origin>,
     sources: Vec<Backing>,
-    /// For each source, the size of its [unit](Self::read_unit) of reads, as a power of two; 0 for
-    /// none.
+    /// For each source up to the last one that has a [unit](Self::read_unit) of reads, the size of
+    /// its unit as a power of two; 0 for none. Most regions have none, and the vector of sources
+    /// grows in place if no other vector grows beside it.
     units: Vec<u8>,
-    has_units: bool,
     /// The sources so far by their identity, while the layout is built: several chunks share one.
     known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
     total: u64,
@@ -220,7 +220,7 @@ impl Layout {
 
     /// Whether a source prefers reads of some size.
     pub(crate) const fn has_read_units(&self) -> bool {
-        self.has_units
+        !self.units.is_empty()
     }
 
     /// The offsets in the region of the bytes around `offset` that its source prefers to read at
@@ -238,7 +238,7 @@ impl Layout {
     /// The length of a read of one source from `offset` on: at most `most`, but it ends with a
     /// [unit](Self::read_unit) of the source, also if that is farther.
     pub(crate) fn read_length(&self, offset: u64, most: u64) -> u64 {
-        if !self.has_units {
+        if !self.has_read_units() {
             return most;
         }
         let chunk = self.locate(offset);
@@ -251,7 +251,7 @@ impl Layout {
     /// A chunk's first byte in its source, and the size of the source's unit of reads.
     fn unit_of(&self, chunk: usize) -> (u64, u64) {
         let Origin { offset, source } = self.origins[chunk];
-        (offset, 1 << self.units[source as usize])
+        (offset, 1 << self.units.get(source as usize).unwrap_or(&0))
     }
 
     /// The offsets of a chunk in the region.
@@ -378,8 +378,10 @@ impl Layout {
                 Error::new(ErrorKind::TooLarge, "a region takes fewer than 2^32 sources: split the region")
             })?;
         let unit = backing.read_unit_shift();
-        self.has_units |= unit > 0;
-        self.units.push(unit);
+        if unit > 0 {
+            self.units.resize(index as usize, 0);
+            self.units.push(unit);
+        }
         self.sources.push(backing);
         if let Some(identity) = identity {
             self.known.insert(identity, index);
