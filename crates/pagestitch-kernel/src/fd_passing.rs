@@ -2,8 +2,8 @@
 
 use crate::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use std::io::{self, IoSlice};
+use std::ffi::c_void;
+use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
@@ -48,11 +48,7 @@ pub fn receive(socket: impl AsFd, into: &mut [u8]) -> io::Result<(usize, Vec<Own
 pub fn receive_all(socket: impl AsFd, into: &mut [u8]) -> io::Result<Received> {
     let mut control = Control([0; CONTROL]);
     let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    // SAFETY: a msghdr is integers and pointers, for which all zeros are valid.
-    #[expect(unsafe_code, reason = "a C struct with private padding")]
-    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-    (header.msg_iov, header.msg_iovlen) = (&raw mut part, 1);
-    (header.msg_control, header.msg_controllen) = ((&raw mut control).cast(), CONTROL);
+    let mut header = header(&raw mut part, (&raw mut control).cast(), CONTROL);
     let fd = socket.as_fd().as_raw_fd();
     // SAFETY: the kernel writes to `into` and `control` at most their true lengths, and this
     // function borrows both mutably through the call.
@@ -67,13 +63,28 @@ pub fn receive_all(socket: impl AsFd, into: &mut [u8]) -> io::Result<Received> {
 ///
 /// # Errors
 ///
-/// The error of `sendmsg(2)`.
+/// The error of `sendmsg(2)`; `EINVAL` for more than 253 descriptors.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-    let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-    let rights = [ControlMessage::ScmRights(&raw)];
-    let control = if raw.is_empty() { &[][..] } else { &rights };
-    let parts = [IoSlice::new(bytes)];
-    Ok(sendmsg::<()>(socket.as_fd().as_raw_fd(), &parts, control, MsgFlags::MSG_NOSIGNAL, None)?)
+    let mut control = Control([0; CONTROL]);
+    let length = control.write(fds).ok_or(Errno::EINVAL)?;
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    let header = header(&raw mut part, (&raw mut control).cast(), length);
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the kernel reads `bytes` and `control`, at most to their true lengths, and writes to
+    // neither. This function borrows both through the call.
+    #[expect(unsafe_code, reason = "sendmsg")]
+    let answer = unsafe { libc::sendmsg(fd, &raw const header, libc::MSG_NOSIGNAL) };
+    Ok(usize::try_from(Errno::result(answer)?).expect("sendmsg answers a length"))
+}
+
+/// A header for one part of data and for control messages.
+fn header(part: *mut libc::iovec, control: *mut c_void, length: usize) -> libc::msghdr {
+    // SAFETY: a msghdr is integers and pointers, for which all zeros are valid.
+    #[expect(unsafe_code, reason = "a C struct with private padding")]
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    (header.msg_iov, header.msg_iovlen) = (part, 1);
+    (header.msg_control, header.msg_controllen) = (control, length);
+    header
 }
 
 /// The descriptors in control messages. Each message is a header of length, level and type, and
@@ -107,8 +118,56 @@ fn own(fd: RawFd) -> OwnedFd {
 #[repr(C, align(8))]
 struct Control([u8; CONTROL]);
 
-/// Space for as many descriptors as one message may carry (`SCM_MAX_FD`), and for credentials that
-/// the kernel may add.
-const CONTROL: usize = HEADER + 253 * size_of::<RawFd>() + 4 + 64;
+impl Control {
+    /// Writes one message that carries the descriptors. Returns its length with its padding, which
+    /// is 0 without descriptors, or `None` if there are too many.
+    fn write(&mut self, fds: &[BorrowedFd<'_>]) -> Option<usize> {
+        if fds.is_empty() || fds.len() > MOST_FDS {
+            return fds.is_empty().then_some(0);
+        }
+        let (header, data) = self.0.split_at_mut(HEADER);
+        let length = HEADER + size_of_val(fds);
+        let (word, level, kind) = (size_of::<usize>(), libc::SOL_SOCKET, libc::SCM_RIGHTS);
+        header[..word].copy_from_slice(&length.to_ne_bytes());
+        header[word..word + 4].copy_from_slice(&level.to_ne_bytes());
+        header[word + 4..].copy_from_slice(&kind.to_ne_bytes());
+        for (place, fd) in data.as_chunks_mut().0.iter_mut().zip(fds) {
+            *place = fd.as_raw_fd().to_ne_bytes();
+        }
+        Some(length.next_multiple_of(word))
+    }
+}
+
+/// The most descriptors that one message may carry (`SCM_MAX_FD`).
+const MOST_FDS: usize = 253;
+/// Space for as many descriptors, and for credentials that the kernel may add.
+const CONTROL: usize = HEADER + MOST_FDS * size_of::<RawFd>() + 4 + 64;
 const HEADER: usize = size_of::<libc::cmsghdr>();
 const _: () = assert!(HEADER == 16 && CONTROL.is_multiple_of(8), "the layout of cmsg(3) on 64-bit Linux");
+
+#[cfg(all(test, not(any(miri, shuttle))))]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn each_number_of_descriptors_arrives_up_to_the_kernels_limit() {
+        let (sends, receives) = UnixStream::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        for count in [0, 1, 2, 3, MOST_FDS - 1, MOST_FDS] {
+            assert_eq!(send(&sends, b"ab", &vec![file.as_fd(); count]).unwrap(), 2);
+            let (bytes, fds) = receive(&receives, &mut [0; 2]).unwrap();
+            assert_eq!((bytes, fds.len()), (2, count));
+        }
+        let error = send(&sends, b"ab", &[file.as_fd(); MOST_FDS + 1]).unwrap_err();
+        assert_eq!(Errno::of(error), Errno::EINVAL);
+    }
+
+    #[test]
+    fn a_closed_socket_is_an_error_of_the_sender_and_no_signal() {
+        let (sends, receives) = UnixStream::pair().unwrap();
+        drop(receives);
+        assert_eq!(send(&sends, b"a", &[]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}

@@ -15,7 +15,6 @@
 
 use crate::errno::Errno;
 use nix::libc::{self, iovec, msghdr};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, socketpair};
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,9 +39,7 @@ impl FdQueue {
     ///
     /// The errno of `socketpair(2)`: a queue takes two descriptors.
     pub fn new() -> Result<Self, Errno> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let (sends, queue) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).map_err(Errno::of)?;
+        let [sends, queue] = socket_pair()?;
         Ok(Self { sends, queue, len: AtomicUsize::new(0), rotating: Mutex::new(()) })
     }
 
@@ -88,11 +85,15 @@ impl FdQueue {
             return false;
         }
         // Without a buffer for control messages, recv(2) closes the descriptor of the message.
-        let taken = recv(self.queue.as_raw_fd(), &mut [0], MsgFlags::MSG_DONTWAIT);
-        if taken.is_ok() {
+        let (fd, mut byte, flags) = (self.queue.as_raw_fd(), 0u8, libc::MSG_DONTWAIT);
+        // SAFETY: the kernel writes to `byte`, which lives through the call, and to no other memory.
+        #[expect(unsafe_code, reason = "recv")]
+        let answer = unsafe { libc::recv(fd, (&raw mut byte).cast(), 1, flags) };
+        let taken = Errno::result(answer).is_ok();
+        if taken {
             self.len.fetch_sub(1, Ordering::Relaxed);
         }
-        taken.is_ok()
+        taken
     }
 
     fn peek(&self) -> Option<OwnedFd> {
@@ -117,6 +118,19 @@ impl fmt::Debug for FdQueue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("FdQueue").field("queue", &self.queue).finish_non_exhaustive()
     }
+}
+
+/// Two sockets that keep the borders of messages. Neither waits.
+fn socket_pair() -> Result<[OwnedFd; 2], Errno> {
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let mut fds = [-1; 2];
+    // SAFETY: the kernel writes to `fds`, which lives through the call, and to no other memory.
+    #[expect(unsafe_code, reason = "socketpair")]
+    Errno::result(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) })?;
+    // SAFETY: the kernel has just made both descriptors for this process, and nothing else owns
+    // them.
+    #[expect(unsafe_code, reason = "raw descriptors become owned ones")]
+    Ok(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// A control message with one descriptor.

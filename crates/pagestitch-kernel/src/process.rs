@@ -4,10 +4,9 @@
 use crate::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socketpair};
 use std::fmt;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 /// A process, by its pidfd. The descriptor is readable (`poll(2)`) when the process has ended. See
@@ -46,8 +45,9 @@ impl Process {
     /// `ESRCH` if the peer has ended (from Linux 6.16 on, the answer is the ended process instead);
     /// before Linux 6.5 as [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
     pub fn peer(socket: impl AsFd) -> Result<Self, Errno> {
-        let pid = getsockopt(&socket, PeerCredentials).map_err(Errno::of)?.pid().cast_unsigned();
-        match getsockopt(&socket, PeerPidfd).map_err(Errno::of) {
+        let [pid, _uid, _gid] = socket_option(socket.as_fd(), libc::SO_PEERCRED)?;
+        let pid = pid.cast_unsigned();
+        match peer_pidfd(socket.as_fd()) {
             Ok(fd) => Ok(Self { fd, pid }),
             Err(Errno::ENOPROTOOPT) => Self::open(pid),
             // The answer of Linux 6.5 to 6.15 for a peer that its parent has waited for.
@@ -62,10 +62,8 @@ impl Process {
     ///
     /// The errno of `socketpair(2)`.
     pub fn peers_are_certain() -> Result<bool, Errno> {
-        let (flags, none) = (SockFlag::SOCK_CLOEXEC, None);
-        let (one, _other) =
-            socketpair(AddressFamily::Unix, SockType::Stream, none, flags).map_err(Errno::of)?;
-        Ok(!matches!(getsockopt(&one, PeerPidfd).map_err(Errno::of), Err(Errno::ENOPROTOOPT)))
+        let (one, _other) = UnixStream::pair().map_err(Errno::of)?;
+        Ok(!matches!(peer_pidfd(one.as_fd()), Err(Errno::ENOPROTOOPT)))
     }
 
     /// True if this process has a descriptor of the same open file as `file`. That proves that it
@@ -140,6 +138,28 @@ impl Process {
     }
 }
 
+/// A pidfd of the peer of a UNIX stream socket.
+fn peer_pidfd(socket: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+    let [fd] = socket_option(socket, libc::SO_PEERPIDFD)?;
+    // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns it.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The value of a socket's option, which is `N` integers.
+fn socket_option<const N: usize>(socket: BorrowedFd<'_>, name: i32) -> Result<[i32; N], Errno> {
+    let (fd, mut value) = (socket.as_raw_fd(), [0; N]);
+    let mut length = libc::socklen_t::try_from(size_of_val(&value)).expect("a few integers");
+    let to = (&raw mut value).cast();
+    // SAFETY: the kernel writes to `value`, at most its true length, and to `length`; both live
+    // through the call.
+    #[expect(unsafe_code, reason = "getsockopt")]
+    let answer = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, to, &raw mut length) };
+    Errno::result(answer)?;
+    assert_eq!(length as usize, size_of_val(&value), "the kernel answers as many integers");
+    Ok(value)
+}
+
 /// The target of a descriptor's link in `/proc`.
 fn link_of(process: &str, fd: RawFd) -> Result<PathBuf, Errno> {
     std::fs::read_link(format!("/proc/{process}/fd/{fd}")).map_err(Errno::of)
@@ -201,7 +221,6 @@ const MOST_COMPARED: usize = 1024;
 mod tests {
     use super::*;
     use std::fs::File;
-    use std::os::unix::net::UnixStream;
 
     #[test]
     fn the_peer_of_a_socket_is_a_process_that_tells_its_end() {
