@@ -147,7 +147,7 @@ impl Extents {
             let (start, end) = line.split_once(' ')?;
             let range: Range<u64> = start.parse().ok()?..end.parse().ok()?;
             let before = ranges.last().map_or(0, |range| range.end);
-            let whole = range.start.is_multiple_of(PAGE) && range.end.is_multiple_of(PAGE);
+            let whole = range.start % PAGE == 0 && range.end % PAGE == 0;
             if !whole || range.is_empty() || range.start < before || range.end > bytes {
                 return None;
             }
@@ -163,14 +163,14 @@ pub(crate) fn data_in(file: &File, bytes: u64) -> io::Result<Option<Vec<Range<u6
     let mut extents: Vec<Range<u64>> = Vec::new();
     let mut at = 0;
     while at < bytes {
-        let start = match lseek(file, at.cast_signed(), Whence::SeekData) {
-            Ok(start) => start.cast_unsigned(),
+        let start = match lseek(file, at as i64, Whence::SeekData) {
+            Ok(start) => start as u64,
             // The rest of the file is a hole.
             Err(Errno::ENXIO) => break,
             Err(Errno::EINVAL) if at == 0 => return Ok(None),
             Err(errno) => return Err(errno.into()),
         };
-        let end = lseek(file, start.cast_signed(), Whence::SeekHole)?.cast_unsigned();
+        let end = lseek(file, start as i64, Whence::SeekHole)? as u64;
         // The file system reports holes by its own blocks, which may be smaller than a page. A page
         // with any data is data.
         let (first, last) = (start / PAGE * PAGE, end.next_multiple_of(PAGE).min(bytes));

@@ -16,6 +16,7 @@ use pagestitch_kernel::fd_passing::Received;
 use serde::Deserialize;
 use std::fmt;
 use std::io;
+use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
@@ -155,7 +156,8 @@ pub(crate) fn brief(what: impl fmt::Display) -> String {
     let escaped = what.to_string();
     let mut short: String = escaped.chars().take(BRIEF).flat_map(char::escape_debug).collect();
     if short.len() > BRIEF || escaped.chars().nth(BRIEF).is_some() {
-        short.truncate(short.floor_char_boundary(BRIEF));
+        let fits = (0..=BRIEF).rev().find(|&end| short.is_char_boundary(end));
+        short.truncate(fits.unwrap_or(0));
         short.push_str("...");
     }
     short
@@ -303,8 +305,10 @@ impl PartialHandshake {
     /// descriptors stay, because closing them may block.
     pub(crate) fn give_up(&mut self) -> (Vec<OwnedFd>, Vec<Range<usize>>) {
         let told = self.mappings.take().map(|mappings| mappings.addresses()).unwrap_or_default();
-        let userfaultfds = self.fds.extract_if(.., |fd| other_than_userfaultfd(fd).is_none());
-        (userfaultfds.collect(), told)
+        let all = mem::take(&mut self.fds).into_iter();
+        let (userfaultfds, others) = all.partition(|fd| other_than_userfaultfd(fd).is_none());
+        self.fds = others;
+        (userfaultfds, told)
     }
 
     /// Turns a complete handshake that cannot be served back into a partial one.

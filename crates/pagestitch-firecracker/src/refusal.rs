@@ -106,7 +106,7 @@ impl PoisonPass<'_> {
                 Outcome::Partial { bytes } => bytes,
                 Outcome::AlreadyThere => PageSize::system().bytes(),
                 // A page that is present, in a range of huge pages.
-                Outcome::Refused(Errno::EINVAL) if !at.is_multiple_of(HUGE_PAGE) => end - at,
+                Outcome::Refused(Errno::EINVAL) if at % HUGE_PAGE != 0 => end - at,
                 // Other memory of the process.
                 Outcome::NotRegistered | Outcome::Refused(Errno::EINVAL) if at == range.start => {
                     return Ok(());

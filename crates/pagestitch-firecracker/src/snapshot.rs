@@ -142,7 +142,7 @@ impl<'a> Layer<'a> {
         let file = Arc::new(FileSource::open(path)?);
         // The metadata of a block device says 0 bytes.
         let bytes = file.size();
-        if bytes == 0 || !bytes.is_multiple_of(4096) {
+        if bytes == 0 || bytes % 4096 != 0 {
             return Err(Error::NotPageAligned { path: path.into(), bytes });
         }
         Ok(Self { path, file, bytes, holes })

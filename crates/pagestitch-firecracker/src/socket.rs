@@ -113,10 +113,9 @@ impl Socket {
     /// the folder.
     fn remove(&self) {
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-        let ours = self.file.as_ref().and_then(|file| file.metadata().ok());
-        if let (Some(ours), Ok(there)) = (ours, fs::symlink_metadata(&self.path))
-            && identity(ours) == identity(there)
-        {
+        let ours = self.file.as_ref().and_then(|file| file.metadata().ok()).map(identity);
+        let there = fs::symlink_metadata(&self.path).ok().map(identity);
+        if ours.is_some() && ours == there {
             let _ = fs::remove_file(&self.path);
         }
     }

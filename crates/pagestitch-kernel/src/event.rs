@@ -98,9 +98,9 @@ impl Batch {
     pub fn read(&mut self, uffd: &Uffd, page: PageSize) -> Result<(), Errno> {
         self.clear();
         let bytes = uffd.read(&mut self.messages)?;
-        let (messages, _) = self.messages[..bytes].as_chunks();
         let mut unknown = Ok(());
-        for message in messages {
+        for message in self.messages[..bytes].chunks_exact(MESSAGE) {
+            let message = message.try_into().expect("the size of a message");
             self.read += 1;
             // Decodes the other messages all the same, because they hold descriptors and waiting
             // threads.

@@ -97,7 +97,8 @@ fn descriptors(mut control: &[u8]) -> Vec<OwnedFd> {
         let Some(data) = length.checked_sub(HEADER).and_then(|length| rest.get(..length)) else { break };
         let (level, kind) = (word(size_of::<usize>()), word(size_of::<usize>() + 4));
         if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            let raw = data.as_chunks().0.iter().map(|&bytes| RawFd::from_ne_bytes(bytes));
+            let raw =
+                data.chunks_exact(4).map(|bytes| RawFd::from_ne_bytes(bytes.try_into().expect("four bytes")));
             fds.extend(raw.map(own));
         }
         control = rest.get(data.len().next_multiple_of(size_of::<usize>())..).unwrap_or_default();
@@ -131,8 +132,8 @@ impl Control {
         header[..word].copy_from_slice(&length.to_ne_bytes());
         header[word..word + 4].copy_from_slice(&level.to_ne_bytes());
         header[word + 4..].copy_from_slice(&kind.to_ne_bytes());
-        for (place, fd) in data.as_chunks_mut().0.iter_mut().zip(fds) {
-            *place = fd.as_raw_fd().to_ne_bytes();
+        for (place, fd) in data.chunks_exact_mut(4).zip(fds) {
+            place.copy_from_slice(&fd.as_raw_fd().to_ne_bytes());
         }
         Some(length.next_multiple_of(word))
     }
@@ -143,7 +144,7 @@ const MOST_FDS: usize = 253;
 /// Space for as many descriptors, and for credentials that the kernel may add.
 const CONTROL: usize = HEADER + MOST_FDS * size_of::<RawFd>() + 4 + 64;
 const HEADER: usize = size_of::<libc::cmsghdr>();
-const _: () = assert!(HEADER == 16 && CONTROL.is_multiple_of(8), "the layout of cmsg(3) on 64-bit Linux");
+const _: () = assert!(HEADER == 16 && CONTROL % 8 == 0, "the layout of cmsg(3) on 64-bit Linux");
 
 #[cfg(all(test, not(any(miri, shuttle))))]
 mod tests {

@@ -26,7 +26,7 @@ impl Process {
     pub fn open(pid: u32) -> Result<Self, Errno> {
         // SAFETY: pidfd_open(2) takes two integers and touches no memory.
         #[expect(unsafe_code, reason = "a system call without a wrapper")]
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.cast_signed(), 0) };
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as i32, 0) };
         let fd = i32::try_from(Errno::result(fd)?).expect("a descriptor is an int");
         // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns
         // it.
@@ -46,7 +46,7 @@ impl Process {
     /// before Linux 6.5 as [`open`](Self::open), and `EINVAL` for a peer of another PID namespace.
     pub fn peer(socket: impl AsFd) -> Result<Self, Errno> {
         let [pid, _uid, _gid] = socket_option(socket.as_fd(), libc::SO_PEERCRED)?;
-        let pid = pid.cast_unsigned();
+        let pid = pid as u32;
         match peer_pidfd(socket.as_fd()) {
             Ok(fd) => Ok(Self { fd, pid }),
             Err(Errno::ENOPROTOOPT) => Self::open(pid),
@@ -167,7 +167,7 @@ fn link_of(process: &str, fd: RawFd) -> Result<PathBuf, Errno> {
 
 /// True if a descriptor of this process and one of another process are of one open file.
 fn same_file(pid: u32, ours: BorrowedFd<'_>, theirs: RawFd) -> Result<bool, Errno> {
-    let (we, they, fd) = (this_process(), pid.cast_signed(), ours.as_raw_fd());
+    let (we, they, fd) = (this_process(), pid as i32, ours.as_raw_fd());
     // SAFETY: kcmp(2) takes five integers and touches no memory.
     #[expect(unsafe_code, reason = "a system call without a wrapper")]
     let answer = unsafe { libc::syscall(libc::SYS_kcmp, we, they, KCMP_FILE, fd, theirs) };
@@ -193,7 +193,7 @@ pub fn is_same_file(one: impl AsRawFd, other: impl AsRawFd) -> bool {
 }
 
 fn this_process() -> libc::pid_t {
-    std::process::id().cast_signed()
+    std::process::id() as libc::pid_t
 }
 
 impl AsFd for Process {

@@ -267,7 +267,7 @@ impl Alias {
 
     /// The number of mappings that it was made of. Each view of it has as many.
     #[must_use]
-    pub const fn mappings(&self) -> usize {
+    pub fn mappings(&self) -> usize {
         self.ends.len()
     }
 
@@ -316,9 +316,10 @@ pub(crate) fn duplicate(part: AddressRange, to: NonNull<c_void>) -> Result<(), E
 /// Refuses huge pages of hugetlbfs: the kernel maps them as wholes, and would replace more than the
 /// duplicated part.
 fn refuse_huge(range: AddressRange, maps: &str) -> Result<(), AliasError> {
-    let met = maps.lines().filter_map(mapping_of).filter(|(start, end, _)| {
-        *start < range.end() && range.start() < *end && (start | end).is_multiple_of(HUGE)
-    });
+    let met = maps
+        .lines()
+        .filter_map(mapping_of)
+        .filter(|(start, end, _)| *start < range.end() && range.start() < *end && (start | end) % HUGE == 0);
     for (start, _, _) in met {
         if is_huge(start) {
             return Err(AliasError::Huge { address: start.max(range.start()) });

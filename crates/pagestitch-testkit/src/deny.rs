@@ -34,7 +34,7 @@ fn deny(errno: Errno, rules: &[(i64, Vec<SeccompRule>)]) {
     let filter = SeccompFilter::new(
         rules.iter().cloned().collect(),
         SeccompAction::Allow,
-        SeccompAction::Errno(errno.raw().cast_unsigned()),
+        SeccompAction::Errno(errno.raw() as u32),
         architecture,
     );
     let program: BpfProgram = filter.expect("a filter").try_into().expect("a program");

@@ -40,7 +40,7 @@ impl ForkedChild {
     /// The pid of the child.
     #[must_use]
     pub const fn id(&self) -> u32 {
-        self.0.as_raw().cast_unsigned()
+        self.0.as_raw() as u32
     }
 
     /// Waits for the end of the child, and returns its status.

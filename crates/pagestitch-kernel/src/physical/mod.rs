@@ -130,7 +130,7 @@ impl Physical {
         pin: Option<Arc<Pin>>,
     ) -> Result<Self, PhysicalError> {
         let page = PageSize::system().bytes() as u64;
-        if range.start >= range.end || !range.start.is_multiple_of(page) || !range.end.is_multiple_of(page) {
+        if range.start >= range.end || range.start % page != 0 || range.end % page != 0 {
             return Err(PhysicalError { name, refusal: Refusal::NotWholePages });
         }
         let this = Self { file, range, access, name, _pin: pin };

@@ -43,7 +43,7 @@ impl Physical {
         let name = format!("own memory at {:#x}", start.addr());
         let refuse = |refusal| PhysicalError { name: name.clone(), refusal };
         let page = PageSize::system().bytes();
-        if bytes == 0 || !start.addr().get().is_multiple_of(page) || !bytes.is_multiple_of(page) {
+        if bytes == 0 || start.addr().get() % page != 0 || bytes % page != 0 {
             return Err(refuse(Refusal::NotWholePages));
         }
         refusal::before_dev_mem(&name)?;
@@ -73,13 +73,12 @@ fn frames(start: NonNull<u8>, pages: usize) -> Result<Vec<u64>, Errno> {
     let mut entries = vec![0u8; pages * ENTRY];
     let first = start.addr().get() / PageSize::system().bytes();
     pagemap.read_exact_at(&mut entries, (first * ENTRY) as u64).map_err(Errno::of)?;
-    let (entries, _) = entries.as_chunks::<ENTRY>();
-    let frame = |entry: &[u8; ENTRY]| {
-        let entry = u64::from_ne_bytes(*entry);
+    let frame = |entry: &[u8]| {
+        let entry = u64::from_ne_bytes(entry.try_into().expect("the size of an entry"));
         // The kernel shows a frame of 0 to a process without the right to see it.
         (entry & PRESENT != 0 && entry & FRAME != 0).then_some(entry & FRAME).ok_or(Errno::EPERM)
     };
-    entries.iter().map(frame).collect()
+    entries.chunks_exact(ENTRY).map(frame).collect()
 }
 
 /// Runs of consecutive frames: the first frame, and the number of frames.

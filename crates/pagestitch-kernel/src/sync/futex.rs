@@ -29,7 +29,7 @@ mod kernel {
         /// Changes the number and wakes all waiting threads.
         pub(in crate::sync) fn change(&self) {
             self.0.fetch_add(1, Ordering::SeqCst);
-            self.call(libc::FUTEX_WAKE, i32::MAX.cast_unsigned());
+            self.call(libc::FUTEX_WAKE, i32::MAX as u32);
         }
 
         fn call(&self, operation: i32, value: u32) {

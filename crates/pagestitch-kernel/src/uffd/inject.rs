@@ -113,7 +113,7 @@ fn fate() -> Option<Injected> {
     let mask = KINDS.load(Ordering::Relaxed);
     let mut wanted = Injected::ALL.into_iter().filter(|kind| mask & 1 << *kind as u32 != 0);
     let kind = wanted.nth((random >> 32) as usize % (mask.count_ones().max(1) as usize));
-    kind.filter(|_| (random as u32).is_multiple_of(one_of))
+    kind.filter(|_| (random as u32) % one_of == 0)
 }
 
 /// The next number of a sequence that all threads share (splitmix64).

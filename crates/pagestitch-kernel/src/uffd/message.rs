@@ -43,11 +43,11 @@ pub(crate) enum Message {
 impl Message {
     /// `None` for an event that this version does not know.
     pub(crate) fn decode(bytes: &[u8; MESSAGE]) -> Option<Self> {
-        let words = bytes[ARG..].as_chunks().0;
-        let word = |index: usize| u64::from_ne_bytes(words[index]);
+        let bytes_of = |index: usize| *bytes[ARG + index * 8..].first_chunk::<8>().expect("3 words");
+        let word = |index: usize| u64::from_ne_bytes(bytes_of(index));
         let number = |index: usize| word(index) as usize;
         // The first half of a word, in either byte order.
-        let half = |index: usize| i32::from_ne_bytes(*words[index].first_chunk().expect("8 bytes"));
+        let half = |index: usize| i32::from_ne_bytes(*bytes_of(index).first_chunk().expect("8 bytes"));
         Some(match bytes[0] {
             EVENT_PAGEFAULT => Self::Pagefault { flags: word(0), address: number(1), thread: half(2) },
             EVENT_FORK => Self::Fork { child: half(0) },

@@ -59,9 +59,7 @@ impl Probe {
         read_only.do_not_fork()?;
         let mut probe = Self { below, read_only, generation: ForkGeneration::current(), moves: false };
         // Without a userfaultfd, the second request is left.
-        if let Ok(own) = open_fd()
-            && handshake(&own.fd, Features::NONE).is_ok()
-        {
+        if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
             probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
         }
         Ok(probe)

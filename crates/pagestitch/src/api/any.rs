@@ -158,8 +158,7 @@ impl AnyRegion {
         match (&self.served.children, &self.served.target) {
             (Some(_), Target::Owned(reservation)) => reservation.inherit_on_fork().map_err(|errno| {
                 let name = self.name();
-                let what = format_args!("region {name}: cannot let forked children inherit its range");
-                Error::refused(what, errno)
+                Error::refused(format!("region {name}: cannot let forked children inherit its range"), errno)
             }),
             _ => Ok(()),
         }

@@ -265,8 +265,7 @@ fn limit(name: &str, what: &str, errno: Errno) -> Error {
 
 fn no_table(name: &str, errno: Errno) -> Error {
     let limit = Limit::met(0, errno);
-    let what = format_args!("region {name}: cannot reserve its page table: {limit}");
-    Error::refused(what, errno)
+    Error::refused(format_args!("region {name}: cannot reserve its page table: {limit}"), errno)
 }
 
 fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {

@@ -429,9 +429,8 @@ impl Builder {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
-        if let Ok(layout) = &self.layout
-            && let Some((chunk, source)) = layout.first_shared()
-        {
+        let shared = self.layout.as_ref().ok().and_then(Layout::first_shared);
+        if let Some((chunk, source)) = shared {
             let what = format!(
                 "region {}: other processes may change chunk {chunk} ({source}): use build_shared(), or seal or copy it",
                 self.options.name()

@@ -123,8 +123,8 @@ impl Error {
 
     /// A page of a region has failed.
     pub(crate) fn of_failure(region: &str, failure: Arc<Failure>) -> Self {
-        let what = format_args!("region {region}");
-        let error = Self::because(failure.reason().kind(), what, Arc::clone(&failure));
+        let (kind, reason) = (failure.reason().kind(), Arc::clone(&failure));
+        let error = Self::because(kind, format_args!("region {region}"), reason);
         error.with_failure(failure)
     }
 

@@ -83,7 +83,7 @@ pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
 
 /// The kernel's number of this thread. Async-signal-safe: a plain system call.
 pub(crate) fn this_thread() -> u32 {
-    gettid().as_raw().cast_unsigned()
+    gettid().as_raw() as u32
 }
 
 static SLOTS: [Slot; 256] = [const { Slot::free() }; 256];

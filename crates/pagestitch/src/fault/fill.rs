@@ -86,9 +86,8 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         return Ok(Filled { pages: span.pages, content: Content::Zero });
     }
     let Buffers { pages: staging, block } = buffers;
-    if let Some(whole) = region.stageable_block(span)
-        && stage(layout, page.offsets(whole), block.fresh()).is_some()
-    {
+    let stages = |whole: &Span| stage(layout, page.offsets(*whole), block.fresh()).is_some();
+    if let Some(whole) = region.stageable_block(span).filter(stages) {
         return Ok(Filled { pages: whole.pages, content: Content::StagedMove(block) });
     }
     let offsets = page.offsets(span);

@@ -176,7 +176,8 @@ impl Recording {
         for run in self.runs.iter() {
             let distance = (run.first.0 as i64).wrapping_sub(end);
             let several = run.pages > 1;
-            put(&mut out, ((distance << 1) ^ (distance >> 63)).cast_unsigned() << 1 | u64::from(several));
+            let zigzag = ((distance << 1) ^ (distance >> 63)) as u64;
+            put(&mut out, zigzag << 1 | u64::from(several));
             if several {
                 put(&mut out, run.pages as u64);
             }
@@ -203,7 +204,7 @@ impl Recording {
         let mut end = 0_i64;
         for _ in 0..count {
             let head = next()?;
-            let distance = (head >> 2).cast_signed() ^ -((head >> 1 & 1).cast_signed());
+            let distance = (head >> 2) as i64 ^ -((head >> 1 & 1) as i64);
             let length = if head & 1 == 1 { next()? } else { 1 };
             let first =
                 end.checked_add(distance).and_then(|first| u64::try_from(first).ok()).ok_or(damaged)?;
@@ -262,9 +263,8 @@ impl Replay {
         let mut few = [Span { first: Page(0), pages: 0 }; AT_ONCE];
         let (mut runs, mut left) = (0, AT_ONCE);
         let mut next = self.next.lock();
-        while left > 0
-            && let Some(run) = self.recording.runs.get(next.0)
-        {
+        while left > 0 {
+            let Some(run) = self.recording.runs.get(next.0) else { break };
             few[runs] = run.without_prefix(next.1).prefix(left);
             left -= few[runs].pages;
             *next = if few[runs].end() == run.end() {

@@ -251,7 +251,7 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
         // faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         FaultKind::Minor | FaultKind::Missing => {
-            let thread = fault.thread.cast_unsigned();
+            let thread = fault.thread as u32;
             let slot = region.counters.begin(page, thread, read);
             return Some(FaultRequest::new(page, read, thread, slot));
         }

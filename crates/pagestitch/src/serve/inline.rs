@@ -127,7 +127,7 @@ impl FaultServer for Inline {
         region.linger();
         let registration =
             Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
-                let what = format_args!("region {}: cannot install a SIGBUS handler", region.name);
+                let what = format!("region {}: cannot install a SIGBUS handler", region.name);
                 Error::refused(what, errno)
             })?;
         Ok(Box::new(Attached {

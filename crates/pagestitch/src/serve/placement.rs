@@ -72,7 +72,7 @@ impl WorkerCpus {
 
     /// True if workers are pinned: a fault then wakes all of them, because the nearest is the
     /// fastest.
-    pub(super) const fn pinned(&self) -> bool {
+    pub(super) fn pinned(&self) -> bool {
         !self.cpus.is_empty()
     }
 

@@ -1,5 +1,6 @@
 //! The join handles of a pool's workers.
 
+use std::mem;
 use std::thread::JoinHandle;
 
 /// The threads of a pool's workers.
@@ -12,12 +13,14 @@ pub(super) struct Threads {
 
 impl Threads {
     pub(super) fn push(&mut self, thread: JoinHandle<u64>) {
-        let ended = self.running.extract_if(.., |thread| thread.is_finished());
-        self.served += ended.filter_map(|thread| thread.join().ok()).sum::<u64>();
+        let all = mem::take(&mut self.running).into_iter();
+        let (ended, running): (Vec<_>, _) = all.partition(JoinHandle::is_finished);
+        self.running = running;
+        self.served += ended.into_iter().filter_map(|thread| thread.join().ok()).sum::<u64>();
         self.running.push(thread);
     }
 
     pub(super) fn take(&mut self) -> (Vec<JoinHandle<u64>>, u64) {
-        (std::mem::take(&mut self.running), self.served)
+        (mem::take(&mut self.running), self.served)
     }
 }

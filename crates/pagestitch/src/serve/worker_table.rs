@@ -108,10 +108,7 @@ impl WorkerTable {
         let post = self.slots[slot].post.load(Ordering::Relaxed);
         let other = |(index, other): (usize, &Slot)| {
             let steps = other.steps.load(Ordering::SeqCst);
-            index != slot
-                && other.post.load(Ordering::Relaxed) == post
-                && steps != VACANT
-                && steps.is_multiple_of(2)
+            index != slot && other.post.load(Ordering::Relaxed) == post && steps != VACANT && steps % 2 == 0
         };
         let others = self.slots.iter().enumerate().any(other);
         if others {
@@ -169,7 +166,7 @@ impl WorkerTable {
     /// Lets the watchdog sleep until a worker wakes it. False if a worker works.
     pub(super) fn try_sleep(&self) -> bool {
         self.watchdog_sleeps.store(true, Ordering::SeqCst);
-        let at_work = |slot: &Slot| !slot.steps.load(Ordering::SeqCst).is_multiple_of(2);
+        let at_work = |slot: &Slot| slot.steps.load(Ordering::SeqCst) % 2 != 0;
         if self.slots.iter().any(at_work) {
             self.watchdog_sleeps.store(false, Ordering::SeqCst);
             return false;
@@ -187,7 +184,7 @@ impl WorkerTable {
         let mut look = Observation { held_up: 0, waiting: 0, busy: false };
         for (slot, seen) in self.slots.iter().zip(seen) {
             let steps = slot.steps.load(Ordering::SeqCst);
-            let at_work = !steps.is_multiple_of(2);
+            let at_work = steps % 2 != 0;
             look.busy |= at_work || steps != seen.steps;
             let still = if at_work && steps == seen.steps { seen.still + passed } else { Duration::ZERO };
             *seen = SeenWorker { steps, still };

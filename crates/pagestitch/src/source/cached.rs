@@ -313,9 +313,11 @@ fn add<S: Fetch>(gather: &Mutex<Option<Gather<S>>>, part: &Part, is_whole: bool,
     let mut state = gather.lock();
     // After a failure, the other parts have no request any more.
     let Some(Gather { bytes, missing, .. }) = state.as_mut() else { return };
-    if let Answer::Ready(block) = &answer
-        && let Some(from) = block.get(part.bytes.clone())
-    {
+    let from = match &answer {
+        Answer::Ready(block) => block.get(part.bytes.clone()),
+        _ => None,
+    };
+    if let Some(from) = from {
         bytes[part.at..][..from.len()].copy_from_slice(from);
         *missing -= from.len();
         if *missing > 0 {

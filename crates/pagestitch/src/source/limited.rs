@@ -183,9 +183,8 @@ impl Slots {
             return;
         }
         state.starting.push(this);
-        while state.free > 0
-            && let Some(waiter) = state.queue.pop_front()
-        {
+        while state.free > 0 {
+            let Some(waiter) = state.queue.pop_front() else { break };
             state.free -= 1;
             // A source that panics drops its reply, which fails the request and frees the slot.
             MutexGuard::unlocked(&mut state, || quietly(|| waiter(Slot(Arc::clone(self)))));
@@ -236,7 +235,7 @@ mod tests {
         fn fetch(&self, offset: u64, reply: Reply) {
             match offset {
                 0 => *self.0.lock() = Some(reply),
-                _ if offset.is_multiple_of(1000) => panic!("scripted to panic"),
+                _ if offset % 1000 == 0 => panic!("scripted to panic"),
                 _ => {
                     assert_eq!(self.1.fetch_add(1, Ordering::Relaxed) as u64 % 999 + 1, offset % 1000);
                     reply.answer(&[1]);

@@ -266,7 +266,7 @@ impl Mapping {
     pub(crate) fn movable_block(&self, page: Page) -> Option<Span> {
         let block = self.block_of(page).filter(|_| self.moves && self.recorder.is_none())?;
         let (movable, _, offset) = self.movable_pages(block)?;
-        (movable == block.pages && offset.is_multiple_of(HUGE as u64)).then_some(block)
+        (movable == block.pages && offset % HUGE as u64 == 0).then_some(block)
     }
 
     /// The block at the start of a span, if it can be filled in staging and moved in.

@@ -189,19 +189,18 @@ impl PageTable {
         while !rest.is_empty() {
             let at = rest.first.0;
             let (used, bit) = self.used(rest.first);
-            let pages =
-                if at.is_multiple_of(BLOCKS) && rest.pages >= BLOCKS && used.load(Ordering::SeqCst) == 0 {
-                    BLOCKS
-                } else if at.is_multiple_of(BLOCK) && rest.pages >= BLOCK {
-                    if used.load(Ordering::SeqCst) & bit != 0 {
-                        self.invalidate_block(rest.first);
-                    }
-                    BLOCK
-                } else {
-                    let pages = rest.pages.min(PAGES_PER_WORD - at % PAGES_PER_WORD);
-                    self.invalidate_in_word(rest.first, pages);
-                    pages
-                };
+            let pages = if at % BLOCKS == 0 && rest.pages >= BLOCKS && used.load(Ordering::SeqCst) == 0 {
+                BLOCKS
+            } else if at % BLOCK == 0 && rest.pages >= BLOCK {
+                if used.load(Ordering::SeqCst) & bit != 0 {
+                    self.invalidate_block(rest.first);
+                }
+                BLOCK
+            } else {
+                let pages = rest.pages.min(PAGES_PER_WORD - at % PAGES_PER_WORD);
+                self.invalidate_in_word(rest.first, pages);
+                pages
+            };
             rest = rest.without_prefix(pages);
         }
     }

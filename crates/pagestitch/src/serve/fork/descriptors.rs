@@ -58,15 +58,19 @@ impl Descriptors {
         };
         // The oldest first, because a child that forked while the newest was made lacks the newest.
         let kept = queues().any(put);
-        if let Some(next) = self.kept.get(queues().count())
-            && queues().last().is_some_and(|newest| newest.len() >= KEPT_IN_ONE / 2)
-            // The reserve must be full, because the socket takes descriptors.
-            && self.spare().len() == SPARE
-            && let Ok(queue) = FdQueue::new()
-        {
-            let _ = next.set(queue);
+        if queues().last().is_some_and(|newest| newest.len() >= KEPT_IN_ONE / 2) {
+            self.add_queue(queues().count());
         }
         kept
+    }
+
+    /// Adds the queue of this number, if it is not one too many. The reserve must be full, because
+    /// the queue takes descriptors.
+    fn add_queue(&self, number: usize) {
+        let Some(next) = self.kept.get(number).filter(|_| self.spare().len() == SPARE) else { return };
+        if let Ok(queue) = FdQueue::new() {
+            let _ = next.set(queue);
+        }
     }
 
     /// In a child: true if the process that serves it has ended.
@@ -93,9 +97,8 @@ impl Descriptors {
     pub(crate) fn refill_spare(&self) -> bool {
         let mut spare = self.spare();
         // Never beyond its capacity, because the fork reader allocates nothing.
-        while spare.len() < SPARE
-            && let Ok(event) = EventFd::new()
-        {
+        while spare.len() < SPARE {
+            let Ok(event) = EventFd::new() else { break };
             spare.push(event);
         }
         !spare.is_empty()

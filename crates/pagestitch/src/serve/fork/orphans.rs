@@ -200,9 +200,8 @@ impl Orphan {
                 let read = batch.read(uffd, region.page_size());
                 // If there is no descriptor for a child of this child either, read again in a
                 // moment.
-                if let (Err(Errno::EMFILE | Errno::ENFILE), Some(children)) = (read, children)
-                    && children.close_spare()
-                {
+                let is_short = matches!(read, Err(Errno::EMFILE | Errno::ENFILE));
+                if is_short && children.is_some_and(|children| children.close_spare()) {
                     let _ = batch.read(uffd, region.page_size());
                 }
                 Remaining::Some

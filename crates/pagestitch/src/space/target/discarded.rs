@@ -32,7 +32,7 @@ impl DiscardedPages {
             let full = self.full_at(at);
             let pages = if full > 0 {
                 full
-            } else if at.is_multiple_of(GROUP) && rest.pages >= GROUP {
+            } else if at % GROUP == 0 && rest.pages >= GROUP {
                 self.pages[at / WORD..(at + GROUP) / WORD]
                     .iter()
                     .for_each(|word| word.store(u64::MAX, Ordering::SeqCst));
@@ -65,7 +65,7 @@ impl DiscardedPages {
             let others = if set { !word } else { word } >> (at % WORD);
             let same = (others.trailing_zeros() as usize).min(WORD - at % WORD);
             at += same;
-            if same == 0 || !at.is_multiple_of(WORD) {
+            if same == 0 || at % WORD != 0 {
                 break;
             }
         }

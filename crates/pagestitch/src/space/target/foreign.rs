@@ -189,9 +189,10 @@ impl Foreign {
 
     /// Called when the bytes of a page are unavailable: kills the owner if that is chosen.
     pub(crate) fn note_unavailable(&self, region: &str) {
-        if self.on_unavailable == OnUnavailable::Kill
-            && let Err(errno) = self.kill_owner()
-        {
+        if self.on_unavailable != OnUnavailable::Kill {
+            return;
+        }
+        if let Err(errno) = self.kill_owner() {
             log!(error, region, %errno, "cannot kill the owner");
         }
     }
