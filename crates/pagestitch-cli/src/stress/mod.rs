@@ -67,7 +67,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     }
     // Panics on purpose are not printed.
     std::panic::set_hook(Box::new(|panic| {
-        if panic.payload_as_str().is_none_or(|message| message != sources::ON_PURPOSE) {
+        if panic.payload().downcast_ref() != Some(&sources::ON_PURPOSE) {
             eprintln!("{panic}");
         }
     }));

@@ -55,7 +55,7 @@ impl Source for FaultySource {
         let range = offset..offset + into.len() as u64;
         match self.fate(&range) {
             None => into.copy_from_slice(self.slice(&range)),
-            Some(number) if number % 3 == 0 => panic!("{ON_PURPOSE}"),
+            Some(number) if number % 3 == 0 => std::panic::panic_any(ON_PURPOSE),
             Some(_) => {
                 // An error after half of the bytes, none of which may become visible.
                 into[..range.end.saturating_sub(range.start) as usize / 2].fill(0xee);
