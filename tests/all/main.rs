@@ -33,6 +33,7 @@ mod nesting;
 mod options;
 mod panics;
 mod peers;
+mod prefetch;
 mod readahead;
 mod reading;
 mod recording;

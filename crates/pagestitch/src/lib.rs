@@ -84,7 +84,8 @@ pub mod source;
 mod space;
 
 pub use api::{
-    AdoptedRegion, AnyRegion, Builder, Region, Scope, ScopedBuilder, ScopedRegion, SharedRegion, scope,
+    AdoptedRegion, AnyRegion, Builder, PrefetchHandle, PrefetchProgress, Region, Scope, ScopedBuilder,
+    ScopedRegion, SharedRegion, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
 pub use method::{Method, PlanReason};

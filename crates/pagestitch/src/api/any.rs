@@ -1,7 +1,9 @@
 //! The part that regions of all kinds share: queries, population, and the teardown in order.
 
+use crate::api::PrefetchHandle;
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
+use crate::fault::PrefetchJob;
 use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
 use crate::serve::Served;
@@ -10,6 +12,7 @@ use crate::serve::{Attachment, fill_rest, populate, retry_failed};
 use crate::space::Plan;
 use crate::space::Target;
 use pagestitch_kernel::Span;
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::FaultMode;
 use std::fmt;
 use std::ops::{Bound, Range, RangeBounds};
@@ -146,6 +149,49 @@ impl AnyRegion {
             return self.touch(span);
         }
         populate(&self.served, span).map_err(|failure| self.failed(failure))
+    }
+
+    /// Has the server fill the absent pages of a range of byte offsets ahead of their touch, and
+    /// returns at once. Dropping the handle cancels the prefetch.
+    ///
+    /// * **After faults.** Idle workers of the [`Pool`](crate::Pool) fill the pages, about a millisecond
+    ///   at a time, while no fault waits. They are all workers but one, and at least one. A
+    ///   [`Manual`](crate::Manual) fills them in its [`serve_ready`](crate::Manual::serve_ready).
+    /// * **Failures** poison no page and repeat no read: the pages stay absent, and their touch reads
+    ///   the source again. [`PrefetchProgress`](crate::PrefetchProgress) counts them.
+    /// * **Whole units.** At both ends of the range, whole units of a source's
+    ///   [`granularity`](crate::Source::granularity) are filled.
+    /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
+    ///   once, below the limits of the pool and the region, and no worker waits for them.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::UnsuitableServer`] for a region that is served [`Inline`](crate::Inline), which has
+    /// no idle worker: call [`populate`](Self::populate). [`ErrorKind::OutOfRange`] if the range leaves
+    /// the region. [`ErrorKind::ForkedChild`] in a forked child, and [`ErrorKind::ServerStopped`] after
+    /// the drop of the last `Manual`.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).build(&Pool::new()?)?;
+    /// region.prefetch(..8192)?.detach();                     // in the background, until it is done
+    /// let rest = region.prefetch(8192..)?;                   // until `rest` is dropped
+    /// assert_eq!(rest.wait().pages_failed, 0);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
+        let span = self.span(range)?;
+        if !self.server.is_of_this_process() {
+            let what = format!(
+                "region {}: it belongs to the parent process: call prefetch() there, or populate() in the forked child",
+                self.name()
+            );
+            return Err(Error::new(ErrorKind::ForkedChild, what));
+        }
+        let block = HUGE / self.served.page_size().bytes();
+        let job = Arc::new(PrefetchJob::new(self.served.with_read_units(span), block));
+        self.server.prefetch(&self.served, &job)?;
+        Ok(PrefetchHandle::new(job))
     }
 
     /// Fills all absent pages of adopted memory until `go_on` returns false.

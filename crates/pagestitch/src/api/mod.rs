@@ -5,6 +5,7 @@
 //! | `builder`, `options` | the description of a region |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `any` | the part that regions of all kinds share; teardown |
+//! | `prefetch` | a prefetch in progress |
 //! | `region` | a region that owns its range |
 //! | `shared` | a region whose bytes other processes may change |
 //! | `adopted` | memory of another process |
@@ -17,6 +18,7 @@ mod build;
 mod builder;
 mod nesting;
 mod options;
+mod prefetch;
 mod refused;
 mod region;
 mod scope;
@@ -25,6 +27,7 @@ mod shared;
 pub use adopted::AdoptedRegion;
 pub use any::AnyRegion;
 pub use builder::Builder;
+pub use prefetch::{PrefetchHandle, PrefetchProgress};
 pub use region::Region;
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use shared::SharedRegion;

@@ -4,6 +4,7 @@
 use crate::fault::error::{InstallError, Unfilled, failure_at};
 use crate::fault::fill::{Content, Filled};
 use crate::fault::poison::fail;
+use crate::fault::prefetch_job::PrefetchJob;
 use crate::fault::recovery::{Attempts, Pause, Recovery, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
 use crate::fault::{Filler, Wanted, journey};
@@ -31,25 +32,27 @@ pub(crate) struct Pending<H: Host> {
 }
 
 /// The reason why pages are fetched.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(crate) enum FetchReason {
     /// The fault of a thread that waits for the page.
     Now(FaultRequest),
     /// A prefetch.
     Ahead,
+    /// A prefetch that the application has requested.
+    Requested(Arc<PrefetchJob>),
 }
 
 impl FetchReason {
-    fn finish(self, region: &Mapping) {
+    fn finish(&self, region: &Mapping) {
         if let Self::Now(asked) = self {
             region.counters.finish(asked.slot);
         }
     }
 
-    fn attempts(self) -> Attempts {
+    fn attempts(&self) -> Attempts {
         match self {
             Self::Now(asked) => asked.attempts,
-            Self::Ahead => Attempts::default(),
+            Self::Ahead | Self::Requested(_) => Attempts::default(),
         }
     }
 }
@@ -70,9 +73,12 @@ pub(crate) fn fetch<H: Host>(
     };
     let began = region.counters.clock();
     let span = claim.keep();
+    let failures = wanted.attempts().source;
+    if let FetchReason::Requested(job) = &wanted {
+        job.fetch_begins();
+    }
     let pending = Pending { region: Arc::clone(region), _guard: guard, span, wanted, began, _permit: permit };
-    let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span));
-    let reply = reply.after(wanted.attempts().source);
+    let reply = Reply::to_pages(Box::new(pending), region.page_size().bytes_of(span)).after(failures);
     // If the source panics, the reply is dropped, which fails the request.
     quietly(|| source.fetch(offset, reply));
 }
@@ -94,19 +100,22 @@ impl<H: Host> Pending<H> {
         let Self { region, span, wanted, began, .. } = self;
         region.counters.record_time(FaultPart::Fill, *began);
         let recovery = Recovery::after(wanted.attempts());
-        let mut delivered = Delivered { region, wanted: *wanted, answer: Some(answer), pause, recovery };
+        let mut delivered = Delivered { region, wanted, answer: Some(answer), pause, recovery };
         match journey(region, Wanted::Fetched(*span), &mut delivered) {
             Err(Unfilled::Later) => {}
             _ => wanted.finish(region),
         }
         region.fetch_ended();
+        if let FetchReason::Requested(job) = wanted {
+            region.go_on_with(job, job.fetch_ended());
+        }
     }
 }
 
 /// The answer of a source, on its way into the pages.
 struct Delivered<'a, H> {
     region: &'a Arc<H>,
-    wanted: FetchReason,
+    wanted: &'a FetchReason,
     answer: Option<io::Result<&'a [u8]>>,
     pause: Option<Duration>,
     recovery: Recovery,
@@ -149,13 +158,19 @@ impl<H: Host> Filler for Delivered<'_, H> {
 
     fn installed(&mut self, pages: usize) {
         self.recovery.installed(self.region);
-        if matches!(self.wanted, FetchReason::Ahead) {
+        if let FetchReason::Requested(job) = self.wanted {
+            job.add_filled(pages);
+        }
+        if !matches!(self.wanted, FetchReason::Now(_)) {
             self.region.counters.local().pages_ahead.add(pages as u64);
         }
     }
 
     fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
-        let (FetchReason::Now(asked), region) = (self.wanted, self.region) else {
+        let (&FetchReason::Now(asked), region) = (self.wanted, self.region) else {
+            if let FetchReason::Requested(job) = self.wanted {
+                job.add_failed(claim.span().pages);
+            }
             discard(error);
             return Err(Unfilled::GivenBack);
         };

@@ -27,6 +27,7 @@ mod on_fault;
 pub(crate) mod owner;
 pub(crate) mod poison;
 mod prefetch;
+mod prefetch_job;
 pub(crate) mod recovery;
 mod request;
 
@@ -34,7 +35,8 @@ pub(crate) use beside::fill_beside;
 pub(crate) use claim::Wanted;
 pub(crate) use error::{InstallError, Unfilled};
 pub(crate) use on_fault::{AfterFault, serve};
-pub(crate) use prefetch::{fill_ahead, replay};
+pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
+pub(crate) use prefetch_job::{NextStep, PrefetchJob};
 pub(crate) use request::{FaultRequest, Host};
 
 use crate::space::Mapping;

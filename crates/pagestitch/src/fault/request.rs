@@ -1,5 +1,6 @@
 //! A request to serve a fault, and the trait through which faults use their server.
 
+use crate::fault::prefetch_job::{NextStep, PrefetchJob};
 use crate::fault::recovery::Attempts;
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
@@ -38,6 +39,10 @@ pub(crate) trait Host: Deref<Target = Mapping> + fmt::Debug + Send + Sync + 'sta
 
     /// Queues a fault to be served again after `wait`.
     fn handle_later(self: &Arc<Self>, request: FaultRequest, wait: Duration);
+
+    /// Goes on with a requested prefetch, as its last step or fetch tells. Also by a thread of a
+    /// source.
+    fn go_on_with(self: &Arc<Self>, job: &Arc<PrefetchJob>, next: NextStep);
 
     /// Records the time that a fault took, in nanoseconds.
     fn record_latency(&self, ns: u64);

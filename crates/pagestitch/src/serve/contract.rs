@@ -1,6 +1,7 @@
 //! The contract between a server and a region. The builder uses only these traits.
 
 use crate::error::{BuildOption, Error};
+use crate::fault::PrefetchJob;
 use crate::serve::served::Served;
 use pagestitch_kernel::Features;
 use std::fmt;
@@ -45,6 +46,9 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     fn serves_system_calls(&self) -> bool {
         true
     }
+
+    /// Starts a prefetch on threads that have no fault to serve.
+    fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error>;
 
     /// Stops taking up faults of the region.
     fn detach(&self, region: &Served);

@@ -6,6 +6,7 @@
 //! serves only sources whose bytes lie at a stable address, and mapped sources.
 
 use crate::error::{BuildOption, Error, ErrorKind};
+use crate::fault::PrefetchJob;
 use crate::fault::callers;
 use crate::fault::fill::{Filled, fill_inline, gather_inline};
 use crate::fault::{Filler, InstallError, Mode, Unfilled, Wanted, fill_beside, journey};
@@ -164,6 +165,14 @@ impl Attachment for Attached {
 
     fn serves_system_calls(&self) -> bool {
         false
+    }
+
+    fn prefetch(&self, region: &Arc<Served>, _job: &Arc<PrefetchJob>) -> Result<(), Error> {
+        let what = format!(
+            "region {}: it is served inline, so no idle worker fills pages ahead: call populate(), or use a pool",
+            region.name
+        );
+        Err(Error::new(ErrorKind::UnsuitableServer, what))
     }
 
     fn detach(&self, _region: &Served) {

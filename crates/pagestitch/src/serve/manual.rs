@@ -1,6 +1,7 @@
 //! Manual: a server without threads. The caller's own loop waits for a descriptor, and then serves.
 
 use crate::error::{BuildOption, Error, ErrorKind};
+use crate::fault::PrefetchJob;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::WorkerCpus;
@@ -97,6 +98,10 @@ struct Attached {
 impl Attachment for Attached {
     fn is_of_this_process(&self) -> bool {
         self.generation.is_current()
+    }
+
+    fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
+        self.state.start_prefetch(region, job)
     }
 
     fn detach(&self, region: &Served) {
@@ -239,5 +244,6 @@ impl Drop for Manual {
 /// signal.
 fn close(region: &Arc<Served>) {
     region.end_service();
+    region.end_prefetches();
     log!(warn, region = region.name, "closed: its last Manual was dropped; drop regions before their server");
 }

@@ -8,6 +8,7 @@
 //! | `placement` | the CPUs on which workers run |
 //! | `server_state` | the state that the workers of a server share |
 //! | `queue` | the entries of its queues |
+//! | `prefetch_queue` | the prefetches that the application has requested |
 //! | `start` | the start of a worker |
 //! | `watch` | descriptors that an epoll watches |
 //! | `end_service` | the end of a region's service |
@@ -44,6 +45,7 @@ mod manual;
 mod placement;
 mod pool;
 mod populate;
+mod prefetch_queue;
 mod queue;
 mod rate_limit;
 pub(crate) mod read_turn;

@@ -11,6 +11,7 @@
 //! to one worker only. If a source holds a worker up, another worker takes its place at its epoll.
 
 use crate::error::{BuildOption, Error, ErrorKind};
+use crate::fault::PrefetchJob;
 use crate::guard::AbortOnPanic;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer};
@@ -181,6 +182,10 @@ impl FaultServer for Pool {
 impl Attachment for Pool {
     fn is_of_this_process(&self) -> bool {
         self.handle.generation.is_current()
+    }
+
+    fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
+        self.handle.state.start_prefetch(region, job)
     }
 
     fn detach(&self, region: &Served) {

@@ -1,17 +1,19 @@
 //! A served region: its mapping and the state that its server needs for it.
 
-use crate::fault::{FaultRequest, Host};
+use crate::fault::{FaultRequest, Host, NextStep, PrefetchJob};
 use crate::serve::bulkhead::Bulkhead;
 use crate::serve::fork::ForkedChildren as ForkedChildrenOf;
 use crate::serve::fork::orphans::Orphans;
 use crate::serve::latency_estimate::LatencyEstimate;
 use crate::serve::read_turn::{ReadTurn, TurnLock};
-use crate::serve::{fetch_semaphore, queue, region_handle, slow_admission, timers};
+use crate::serve::{fetch_semaphore, prefetch_queue, queue, region_handle, slow_admission, timers};
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
+use parking_lot::Mutex;
+use std::mem;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 /// A mapping that is served.
@@ -34,6 +36,8 @@ pub(crate) struct Served {
     pub(crate) children: Option<Arc<ForkedChildren>>,
     /// Moved parts and unserved children, until their missing pages are poisoned.
     pub(crate) orphans: Orphans,
+    /// The prefetches that the application has requested.
+    prefetches: Mutex<Vec<Weak<PrefetchJob>>>,
     /// The weak handle that its server keeps.
     handle: OnceLock<Arc<RegionHandle>>,
 }
@@ -47,6 +51,8 @@ pub(super) type FetchSemaphore = fetch_semaphore::FetchSemaphore<QueuedFault>;
 pub(super) type Permit = fetch_semaphore::Permit<QueuedFault>;
 pub(crate) type Timers = timers::Timers<Served>;
 pub(super) type TimedTask = timers::TimedTask<Served>;
+pub(super) type RequestedPrefetch = prefetch_queue::RequestedPrefetch<Served>;
+pub(super) type PrefetchQueue = prefetch_queue::PrefetchQueue<Served>;
 pub(super) type SlowAdmission = slow_admission::SlowAdmission<Served>;
 
 impl QueuedFault {
@@ -62,6 +68,12 @@ impl PrefetchTask {
 
     pub(super) fn replay(region: &Arc<Served>) -> Self {
         Self { handle: Arc::clone(region.handle()), span: None }
+    }
+}
+
+impl RequestedPrefetch {
+    pub(super) fn new(region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Self {
+        Self { handle: Arc::clone(region.handle()), job: Arc::clone(job) }
     }
 }
 
@@ -82,6 +94,7 @@ impl Served {
             limit: max_in_flight.map(|most| (most, Bulkhead::new(ROOM))),
             orphans: Orphans::new(children.is_none()),
             children,
+            prefetches: Mutex::default(),
             handle: OnceLock::new(),
         }
     }
@@ -89,6 +102,25 @@ impl Served {
     /// The weak handle to this region, for its server to keep.
     pub(crate) fn handle(self: &Arc<Self>) -> &Arc<RegionHandle> {
         self.handle.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
+    }
+
+    /// Keeps a requested prefetch, so that it ends with the service of the region.
+    pub(super) fn note_prefetch(&self, job: &Arc<PrefetchJob>) {
+        let mut prefetches = self.prefetches.lock();
+        prefetches.retain(|job| job.strong_count() > 0);
+        prefetches.push(Arc::downgrade(job));
+    }
+
+    /// Ends the requested prefetches, because no thread fills their pages any more.
+    pub(super) fn end_prefetches(&self) {
+        let prefetches = mem::take(&mut *self.prefetches.lock());
+        prefetches.iter().filter_map(Weak::upgrade).for_each(|job| job.end());
+    }
+
+    /// As [`Mapping::close`], and ends the requested prefetches.
+    pub(crate) fn close(&self) {
+        self.mapping.close();
+        self.end_prefetches();
     }
 
     /// Called before a worker serves a fault again.
@@ -159,6 +191,16 @@ impl Host for Served {
         timers.add(TimedTask::Serve(QueuedFault::new(self, request)), wait);
     }
 
+    fn go_on_with(self: &Arc<Self>, job: &Arc<PrefetchJob>, next: NextStep) {
+        let pause = match next {
+            NextStep::Resume => Duration::ZERO,
+            NextStep::Pause => LIMITED,
+            NextStep::None => return,
+        };
+        let timers = self.timers.get().expect("only a server with workers takes prefetches");
+        timers.add(TimedTask::Prefetch(RequestedPrefetch::new(self, job)), pause);
+    }
+
     fn record_latency(&self, ns: u64) {
         self.latency.record(ns);
     }
@@ -166,5 +208,7 @@ impl Host for Served {
 
 /// Faults that can wait for admission before the queue has to grow.
 const ROOM: usize = 256;
+/// The pause of a requested prefetch that has met a limit.
+const LIMITED: Duration = Duration::from_millis(5);
 /// The most faults of a region in foreign memory that wait to be served again.
 const REPEATED_MAX: usize = 4096;

@@ -2,14 +2,15 @@
 //! their descriptors.
 
 use crate::error::{Error, ErrorKind};
-use crate::fault::FaultRequest;
+use crate::fault::{FaultRequest, PrefetchJob};
 use crate::guard::discard;
 use crate::serve::Served;
 use crate::serve::events::DeferredEvent;
 use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::WorkerCpus;
 use crate::serve::served::{
-    FetchSemaphore, PrefetchTask, QueuedFault, RegionHandle, SlowAdmission, TimedTask, Timers,
+    FetchSemaphore, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, SlowAdmission,
+    TimedTask, Timers,
 };
 use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
@@ -38,6 +39,8 @@ pub(super) struct ServerState {
     faults: (Sender<QueuedFault>, Receiver<QueuedFault>),
     /// Pages to fill ahead while there are no faults, by workers that are awake.
     pub(super) prefetches: (Sender<PrefetchTask>, Receiver<PrefetchTask>),
+    /// Prefetches that the application has requested.
+    pub(super) requested: PrefetchQueue,
     pub(super) slow_admission: SlowAdmission,
     /// The workers, with their progress.
     pub(super) workers: WorkerTable,
@@ -92,6 +95,7 @@ impl ServerState {
             wake_fd: Arc::new(wake_fd),
             faults: bounded(QUEUE_MAX),
             prefetches: bounded(PREFETCH_MAX),
+            requested: PrefetchQueue::new(cpus.workers),
             slow_admission: SlowAdmission::new(QUEUE_MAX),
             workers: WorkerTable::new(cpus.workers, most)?,
             overflowed: AtomicBool::new(false),
@@ -164,15 +168,16 @@ impl ServerState {
         !self.faults.1.is_empty()
     }
 
-    /// True if a fault waits that a woken worker can serve.
+    /// True if a fault or a requested prefetch waits that a woken worker can serve.
     pub(super) fn has_left_over(&self) -> bool {
         let can_take_waiting = self.permits.as_ref().is_some_and(|permits| permits.can_take_waiting());
-        can_take_waiting || self.slow_admission.has_waiters() || self.has_queued()
+        let has_waiters = self.slow_admission.has_waiters() || self.requested.has_work();
+        can_take_waiting || has_waiters || self.has_queued()
     }
 
     /// True if there is work that no descriptor reports.
     pub(super) fn has_more(&self) -> bool {
-        !self.prefetches.1.is_empty() || self.has_queued()
+        !self.prefetches.1.is_empty() || self.has_queued() || self.requested.has_work()
     }
 
     /// Queues pages to be filled ahead by a worker that is awake. It wakes no worker, because that
@@ -197,6 +202,20 @@ impl ServerState {
             self.replay(region);
             self.wake_one();
         }
+    }
+
+    /// Starts a prefetch that the application has requested, with idle workers.
+    pub(super) fn start_prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
+        let regions = self.regions.read();
+        if regions.stopped {
+            return Err(server_ended(&region.name));
+        }
+        // Under the lock, because the end of the server ends the prefetches that it finds.
+        region.note_prefetch(job);
+        drop(regions);
+        self.requested.add(RequestedPrefetch::new(region, job));
+        self.wake_workers(self.requested.most() as u64);
+        Ok(())
     }
 
     /// Wakes one other worker for each fault, as far as there are workers.
@@ -249,11 +268,7 @@ impl ServerState {
     pub(super) fn add(&self, region: &Arc<Served>) -> Result<(), Error> {
         let mut regions = self.regions.write();
         if regions.stopped {
-            let what = format!(
-                "region {}: its server has ended, because the pool was stopped or the server dropped: start another",
-                region.name
-            );
-            return Err(Error::new(ErrorKind::ServerStopped, what));
+            return Err(server_ended(&region.name));
         }
         if let Some(permits) = &self.permits {
             let _ = region.permits.set(Arc::clone(permits));
@@ -378,6 +393,13 @@ impl ServerState {
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
         Err(Error::new(ErrorKind::InUse, what))
     }
+}
+
+fn server_ended(region: &str) -> Error {
+    let what = format!(
+        "region {region}: its server has ended, because the pool was stopped or the server dropped: start another"
+    );
+    Error::new(ErrorKind::ServerStopped, what)
 }
 
 /// The most events that may wait for a worker.

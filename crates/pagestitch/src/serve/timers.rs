@@ -5,6 +5,7 @@
 //! |---|---|
 //! | serve a fault again | the kernel had no memory for its page |
 //! | serve a fault again | its source has failed, and is read again after a pause |
+//! | go on with a requested prefetch | a limit was reached, or a fetch has ended |
 //! | look at a region again | the worker that holds its read turn may hang, or an event cannot be handled yet |
 //!
 //! The queue has no limit of its own. A region has at most one look in it, and its faults have
@@ -15,6 +16,7 @@
 //! the other. Before it starts a task, it sets the timer for the next one, so that another worker
 //! takes over if this one hangs.
 
+use crate::serve::prefetch_queue::RequestedPrefetch;
 use crate::serve::queue::QueuedFault;
 use crate::serve::region_handle::RegionHandle;
 use nix::sys::timer::TimerSetTimeFlags;
@@ -34,6 +36,7 @@ pub(super) enum TimedTask<R> {
     /// A fault that the limit of its region has admitted.
     ServeAdmitted(QueuedFault<R>),
     Look(Arc<RegionHandle<R>>),
+    Prefetch(RequestedPrefetch<R>),
 }
 
 /// All timed tasks of a pool.

@@ -9,13 +9,13 @@
 //! panic aborts the process, because its waiters would hang forever.
 
 use crate::fault::fill::Buffers;
-use crate::fault::{AfterFault, FaultRequest, fill_ahead, replay, serve};
+use crate::fault::{AfterFault, FaultRequest, fill_ahead, fill_requested, replay, serve};
 use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
-use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RegionHandle, TimedTask};
+use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, TimedTask};
 use crate::serve::server_state::ServerState;
 use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -45,6 +45,8 @@ pub(super) struct Worker {
 enum Round {
     /// It has found work.
     Busy,
+    /// It has found no work but pages that the application has requested ahead.
+    Prefetched,
     /// It has found no work.
     Quiet,
     /// The pool stops.
@@ -91,7 +93,7 @@ impl Worker {
                 Round::Quiet if wait == linger && self.state.workers.try_remove(self.slot) => {
                     return self.served;
                 }
-                Round::Quiet | Round::Busy => self.state.workers.mark_waiting(self.slot),
+                Round::Quiet | Round::Prefetched | Round::Busy => self.state.workers.mark_waiting(self.slot),
             }
         }
     }
@@ -105,7 +107,8 @@ impl Worker {
             let left = self.state.has_more();
             let round = self.round(EpollTimeout::ZERO);
             self.state.workers.mark_waiting(self.slot);
-            if round == Round::Quiet && !left {
+            // A whole prefetch would hold up the caller's loop: the rest comes with its next calls.
+            if round == Round::Prefetched || round == Round::Quiet && !left {
                 break;
             }
         }
@@ -144,7 +147,11 @@ impl Worker {
         }
         self.serve_queued();
         self.fill_ahead();
-        if count == Ok(0) { Round::Quiet } else { Round::Busy }
+        match (self.fill_requested(), count) {
+            (true, Ok(0)) => Round::Prefetched,
+            (false, Ok(0)) => Round::Quiet,
+            _ => Round::Busy,
+        }
     }
 
     fn pin_to_cpu(&self) {
@@ -334,6 +341,11 @@ impl Worker {
                     let Some(region) = handle.enter() else { continue };
                     serve_limited(&region, Some(request), |request| self.serve_now(&region, request, None));
                 }
+                Some(TimedTask::Prefetch(prefetch)) => {
+                    if prefetch.job.resume() {
+                        self.state.requested.add(prefetch);
+                    }
+                }
                 Some(TimedTask::Look(handle)) => {
                     if let Some(region) = handle.enter() {
                         region.turns.look_begins();
@@ -354,6 +366,23 @@ impl Worker {
         let (now, later) = region.first_block(span);
         self.state.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
         fill_ahead(&region, now, &mut self.buffers);
+    }
+
+    /// Fills a part of a prefetch that the application has requested. False if there is none, or if
+    /// enough workers have one.
+    fn fill_requested(&mut self) -> bool {
+        let Some((RequestedPrefetch { handle, job }, block)) = self.state.requested.take() else {
+            return false;
+        };
+        match handle.enter() {
+            Some(region) => {
+                self.state.workers.step(self.slot);
+                fill_requested(&region, &job, block, &mut self.buffers);
+            }
+            None => job.end(),
+        }
+        self.state.requested.release();
+        true
     }
 
     /// Fills a few pages of a recording, and queues the rest for the next free worker.

@@ -243,6 +243,16 @@ impl Mapping {
         }
     }
 
+    /// A span with all of the [read units](Self::read_unit) that it begins or ends in.
+    pub(crate) fn with_read_units(&self, span: Span) -> Span {
+        if span.is_empty() || !self.layout.has_read_units() {
+            return span;
+        }
+        let first = self.find_read_unit(span.first).first;
+        let end = self.find_read_unit(Page(span.end().0 - 1)).end();
+        Span { first, pages: end.0 - first.0 }
+    }
+
     /// The number of leading pages of a span that are whole pages of one donation, that donation,
     /// and the offset in it.
     pub(crate) fn movable_pages(&self, span: Span) -> Option<(usize, &Donated, u64)> {
