@@ -15,6 +15,7 @@ mod fairness;
 mod fetches;
 
 mod firecracker;
+mod hand_over;
 mod hostile_memory;
 mod huge_parts;
 mod immutable;

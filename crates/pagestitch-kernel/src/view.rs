@@ -490,6 +490,19 @@ impl StableView {
         self.view.read_at(offset, into)
     }
 
+    /// As [`View::write_at`]. It excludes the slices, because it changes their bytes.
+    ///
+    /// # Errors
+    ///
+    /// As [`View::write_at`].
+    ///
+    /// # Panics
+    ///
+    /// If the range is not inside the reservation.
+    pub fn write_at(&mut self, offset: u64, from: &[u8]) -> Result<(), Errno> {
+        self.view.write_at(offset, from)
+    }
+
     /// The bytes for writing; `None` if the reservation is not writable.
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {

@@ -76,6 +76,7 @@ impl AnyRegion {
     /// let region = Region::builder().chunk("one").chunk("three").build(&Pool::new()?)?;
     /// assert!(region.chunk_ranges().eq([0..3, 3..8]));
     /// assert_eq!((region.chunk_count(), region.chunk_len(1)), (2, Some(5)));
+    /// assert_eq!(region.chunk_range(1), Some(3..8));
     /// assert_eq!(region.chunk_slice(1), Some(&b"three"[..]));
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
@@ -382,6 +383,12 @@ impl AnyRegion {
         let range = self.inside(offset, offset.checked_add(bytes as u64))?;
         self.populate(range.clone())?;
         Ok(range)
+    }
+
+    /// The error of a write to a region that is only read.
+    pub(super) fn read_only(&self) -> Error {
+        let what = format!("region {} is read-only: build it writable() to write to it", self.name());
+        Error::new(ErrorKind::ReadOnly, what)
     }
 
     pub(super) fn describe(&self, kind: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -15,10 +15,7 @@ use std::sync::Arc;
 pub(super) fn refused(region: &AnyRegion, done: &str, range: &Range<u64>, errno: Errno) -> Error {
     let (name, Range { start, end }) = (region.name(), range);
     match errno {
-        Errno::EACCES => {
-            let what = format!("region {name} is read-only: build it writable() to write to it");
-            Error::new(ErrorKind::ReadOnly, what)
-        }
+        Errno::EACCES => region.read_only(),
         Errno::EFAULT => {
             let what = format!("region {name}: bytes {start}..{end} cannot be {done}");
             let failed = |piece: Piece<'_>| {

@@ -62,6 +62,31 @@ use std::ptr::NonNull;
 /// process has no others left; a later build or drop of a region releases them. The addresses of a
 /// region that is served [inline](crate::Inline) always stay reserved that long.
 ///
+/// # Hand-over
+///
+/// A region is `AsRef<[u8]>`, `Send` and `Sync`, and its bytes keep their address. So it becomes the
+/// owner of its bytes where an API takes one, without a copy: in `bytes`, in Arrow buffers, as the
+/// [memory](crate::source::Memory) of another region. `examples/hand_over.rs` reads tensors of a
+/// safetensors file as Arrow buffers.
+///
+/// ```
+/// use pagestitch::{Pool, Region};
+/// use std::io::{BufRead, Cursor, Seek, SeekFrom};
+///
+/// let pool = Pool::new()?;
+/// let build = || Region::builder().chunk("first line\nsec").chunk("ond line\n").build(&pool);
+///
+/// let mut reader = Cursor::new(build()?);                         // Read, BufRead, Seek
+/// reader.seek(SeekFrom::Start(11))?;
+/// assert_eq!(reader.lines().next().unwrap()?, "second line");
+///
+/// let bytes = bytes::Bytes::from_owner(build()?);                 // shared, sliced, sent to tasks
+/// let line = bytes.slice(11..22);
+/// drop(bytes);
+/// assert_eq!(line, "second line");                                // `line` keeps the region
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # Example
 ///
 /// ```
@@ -129,10 +154,65 @@ impl Region {
     /// assert_eq!(&region.as_slice()[..6], b"hello\x07");
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
+    ///
+    /// No slice can be held meanwhile:
+    ///
+    /// ```compile_fail,E0502
+    /// # use pagestitch::{Pool, Region};
+    /// # let mut region = Region::builder().chunk("text").writable().build(&Pool::new()?)?;
+    /// let held = region.as_slice();
+    /// region.as_mut_slice().expect("writable")[0] = b'T';
+    /// assert_eq!(held, b"text");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
         let len = self.len();
         self.view.as_mut_slice().map(|bytes| &mut bytes[..len])
+    }
+
+    /// Writes `bytes` from `offset` on, after it has filled absent pages. Unlike a write to
+    /// [`as_mut_slice`](Self::as_mut_slice), it returns the error of a source that fails. Many
+    /// writers at once use a [`SharedRegion`](crate::SharedRegion::write_at).
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let mut region = Region::builder().chunk("a byte").writable().build(&Pool::new()?)?;
+    /// region.write_at(2, b"text")?;
+    /// assert_eq!(region.as_slice(), b"a text");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    ///
+    /// No slice can be held meanwhile:
+    ///
+    /// ```compile_fail,E0502
+    /// # use pagestitch::{Pool, Region};
+    /// # let mut region = Region::builder().chunk("a byte").writable().build(&Pool::new()?)?;
+    /// let held = region.as_slice();
+    /// region.write_at(2, b"text")?;
+    /// assert_eq!(held, b"a byte");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at); [`ErrorKind::ReadOnly`](crate::ErrorKind::ReadOnly) if the
+    /// region was not built [`writable`](crate::Builder::writable).
+    pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        if self.as_mut_slice().is_none() {
+            return Err(self.any.read_only());
+        }
+        let range = self.any.filled(offset, bytes.len())?;
+        if self.has_files {
+            match self.view.write_at(offset, bytes) {
+                // As for a read.
+                Err(Errno::EPERM | Errno::ENOSYS) => {}
+                answer => return answer.map_err(|errno| refused(&self.any, "written", &range, errno)),
+            }
+        }
+        let all = self.as_mut_slice().expect("it is writable");
+        all[range.start as usize..range.end as usize].copy_from_slice(bytes);
+        Ok(())
     }
 
     /// The address of the first byte. Valid until the region is dropped.
@@ -211,9 +291,26 @@ impl Region {
     /// assert_eq!(region.close().pages_installed(), 1);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
+    ///
+    /// No slice can be held any more:
+    ///
+    /// ```compile_fail,E0505
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk("text").build(&Pool::new()?)?;
+    /// let held = region.as_slice();
+    /// let metrics = region.close();
+    /// assert_eq!(held, b"text");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use = "without the metrics, drop the region"]
     pub fn close(self) -> Metrics {
         self.any.close()
+    }
+}
+
+impl AsRef<[u8]> for Region {
+    fn as_ref(&self) -> &[u8] {
+        self.as_slice()
     }
 }
 

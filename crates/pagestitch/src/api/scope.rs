@@ -148,6 +148,12 @@ pub struct ScopedRegion<'scope> {
     scope: PhantomData<&'scope ()>,
 }
 
+impl AsRef<[u8]> for ScopedRegion<'_> {
+    fn as_ref(&self) -> &[u8] {
+        self.region.as_slice()
+    }
+}
+
 impl Deref for ScopedRegion<'_> {
     type Target = Region;
 

@@ -121,6 +121,9 @@ impl SharedRegion {
     /// the mapping or the physical memory see them. Writes to copied pages, and to
     /// [copy-on-write](crate::Chunk::copy_on_write) chunks, stay in the region.
     ///
+    /// Several threads may write at once; where their writes overlap, either may win. The caller of
+    /// [`View::as_slice`] has promised that no thread writes.
+    ///
     /// # Errors
     ///
     /// As [`read_at`](Self::read_at); [`ErrorKind::ReadOnly`] if the region was not built

@@ -47,6 +47,16 @@ use std::sync::Arc;
 pub trait IntoChunk: sealed::Sealed {
     /// All bytes of the value, as a chunk.
     ///
+    /// ```
+    /// use pagestitch::{Chunk, Error, IntoChunk};
+    ///
+    /// fn tail(value: impl IntoChunk) -> Result<Chunk, Error> {
+    ///     Ok(value.into_chunk()?.range(4096..))
+    /// }
+    /// # tail("")?;
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
     /// # Errors
     ///
     /// Of an open file: the errors of [`FileSource::from_file`]. Other conversions do not fail.
