@@ -1,9 +1,10 @@
 //! `--live`: a heat map of each region, its faults per second, and the duration of their parts.
 
+use crate::density::Density;
 use crate::log;
-use crate::output::{bytes, nanoseconds};
+use crate::output::{bytes, count, nanoseconds, offset};
 use crate::scene::{Content, Scene, Watched};
-use pagestitch::{Coverage, Histogram};
+use pagestitch::{Coverage, Histogram, Support};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
@@ -108,9 +109,21 @@ fn paint(frame: &mut Frame<'_>, content: &mut Content) {
     }
     let last = content.lines.iter().skip(content.lines.len().saturating_sub(LINES_SHOWN));
     frame.render_widget(Paragraph::new(last.map(|line| Line::raw(line.as_str())).collect::<Vec<_>>()), log);
-    let beyond = content.regions.len() - shown;
-    let beyond = if beyond > 0 { format!("  {beyond} more regions") } else { String::new() };
-    frame.render_widget(Paragraph::new(format!("q quits{beyond}")).dim(), help);
+    frame.render_widget(Paragraph::new(help_line(content.regions.len() - shown)), help);
+}
+
+/// The key that quits, the number of regions that are not drawn, and the legend of the maps.
+fn help_line(beyond: usize) -> Line<'static> {
+    let mut spans = vec![Span::raw("q quits").dim()];
+    if beyond > 0 {
+        spans.push(Span::raw(format!("; {} more", count(beyond, "region"))).dim());
+    }
+    spans.push(Span::raw(" ").dim());
+    for density in Density::EACH {
+        let (glyph, name) = (glyph(density), short_name(density));
+        spans.extend([Span::raw("  "), glyph, Span::raw(format!(" {name}")).dim()]);
+    }
+    Line::from(spans)
 }
 
 impl Watched {
@@ -120,17 +133,32 @@ impl Watched {
         frame.render_widget(block, area);
         let [numbers, map] = Layout::vertical([Constraint::Length(2), Constraint::Min(1)]).areas(inside);
         frame.render_widget(Paragraph::new(self.numbers()), numbers);
-        let coverage = self.meter.coverage(usize::from(map.width) * usize::from(map.height));
-        let rows = coverage.chunks(usize::from(map.width).max(1));
-        let rows: Vec<Line<'_>> = rows.map(|row| row.iter().map(cell).collect()).collect();
-        frame.render_widget(Paragraph::new(rows), map);
+        frame.render_widget(Paragraph::new(self.map(map.width.into(), map.height.into())), map);
+    }
+
+    /// The rows of the map, with offsets at their left if there is room.
+    fn map(&self, width: usize, height: usize) -> Vec<Line<'static>> {
+        let columns = if width >= 2 * OFFSET_WIDTH { width - OFFSET_WIDTH } else { width };
+        let coverage = self.meter.coverage(columns * height);
+        // Many labels would hide the map.
+        let step = if height > 8 { 4 } else { 1 };
+        let (mut lines, mut start) = (Vec::new(), 0);
+        for (row, cells) in coverage.chunks(columns.max(1)).enumerate() {
+            let label = if row.is_multiple_of(step) { offset(start * page()) } else { String::new() };
+            let label = Span::raw(format!("{label:>width$} ", width = OFFSET_WIDTH - 1)).dim();
+            let label = Some(label).filter(|_| columns < width);
+            lines.push(label.into_iter().chain(cells.iter().map(cell)).collect());
+            start += cells.iter().map(|cell| cell.pages).sum::<u64>();
+        }
+        lines
     }
 
     fn title(&self) -> String {
         let parts = self.meter.coverage(1);
         let all = parts.first().copied().unwrap_or_default();
         let share = all.present as f64 * 100.0 / all.pages.max(1) as f64;
-        format!(" {}: {:.1} % of {} pages ", self.meter.region(), share, all.pages)
+        let pages = count(all.pages as usize, "page");
+        format!(" {}: {share:.1} % of {pages}, {} ", self.meter.region(), bytes(all.pages * page()))
     }
 
     fn numbers(&self) -> Vec<Line<'static>> {
@@ -138,20 +166,20 @@ impl Watched {
         let oldest =
             self.meter.oldest().map_or_else(String::new, |(_, age)| format!(", the oldest {}", time(age)));
         let mut first = vec![Span::raw(format!(
-            "{faults:.0} faults/s, {pages:.0} pages/s; {} faults, {} copied; {} in flight{oldest}",
-            metrics.faults,
+            "{faults:.0} faults/s, {pages:.0} pages/s; {}, {} copied; {} in flight{oldest}",
+            count(metrics.faults as usize, "fault"),
             bytes(metrics.bytes_copied),
             self.meter.in_flight(),
         ))];
         if metrics.pages_poisoned > 0 {
             first.push(Span::styled(
-                format!("; {} pages lost", metrics.pages_poisoned),
+                format!("; {} lost", count(metrics.pages_poisoned as usize, "page")),
                 Style::new().red().bold(),
             ));
         }
         let second = self.meter.latency().map_or_else(String::new, |latency| {
             format!(
-                "queue {}   fill {}   resolve {}",
+                "p50/p99: queue {}, fill {}, resolve {}",
                 quantiles(&latency.queue),
                 quantiles(&latency.fill),
                 quantiles(&latency.resolve)
@@ -162,33 +190,49 @@ impl Watched {
 }
 
 fn quantiles(histogram: &Histogram) -> String {
-    format!("p50 {} p99 {}", time(histogram.quantile(0.5)), time(histogram.quantile(0.99)))
+    format!("{}/{}", time(histogram.quantile(0.5)), time(histogram.quantile(0.99)))
 }
 
 fn time(time: Duration) -> String {
     nanoseconds(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
 }
 
-/// A part of a region: dark if absent, bright if present, red if a page is poisoned.
+/// A part of a region.
 fn cell(part: &Coverage) -> Span<'static> {
-    let (glyph, color) = match part {
-        // A glyph of its own, because some terminals have no colours.
-        Coverage { poisoned: 1.., .. } => ("×", Color::Red),
-        Coverage { present: 0, .. } => ("·", Color::DarkGray),
-        Coverage { present, pages, .. } => {
-            let ramp = [
-                Color::Indexed(22),
-                Color::Indexed(28),
-                Color::Indexed(34),
-                Color::Indexed(40),
-                Color::Indexed(46),
-            ];
-            ("█", ramp[(present * (ramp.len() as u64 - 1) / pages.max(&1)) as usize])
-        }
-    };
-    Span::styled(glyph, Style::new().fg(color))
+    glyph(Density::of(part))
 }
 
+/// The glyph of a density. Its shape tells the density, because some terminals have no colours.
+fn glyph(density: Density) -> Span<'static> {
+    let present = Style::new().fg(Color::Green);
+    match density {
+        Density::None => Span::styled("·", Style::new().dim()),
+        Density::Few => Span::styled("░", present),
+        Density::Some => Span::styled("▒", present),
+        Density::Most => Span::styled("▓", present),
+        Density::All => Span::styled("█", present),
+        Density::Lost => Span::styled("×", Style::new().red().bold()),
+    }
+}
+
+/// The entry of the legend, which has one line for all.
+const fn short_name(density: Density) -> &'static str {
+    match density {
+        Density::None => "absent",
+        Density::Few => "≤10 %",
+        Density::Some => "≤50 %",
+        Density::Most => ">50 %",
+        Density::All => "all",
+        Density::Lost => "lost",
+    }
+}
+
+fn page() -> u64 {
+    Support::current().page_size().bytes() as u64
+}
+
+/// The room of an offset: `1023.9 MiB` and a space.
+const OFFSET_WIDTH: usize = 11;
 const FRAME: Duration = Duration::from_millis(100);
 const LINES_SHOWN: usize = 5;
 const LEAST_HEIGHT: u16 = 6;
@@ -201,7 +245,11 @@ mod tests {
     use ratatui::backend::TestBackend;
 
     fn shown(scene: &Scene) -> String {
-        let mut terminal = Terminal::new(TestBackend::new(80, 20)).unwrap();
+        shown_at(scene, 80, 20)
+    }
+
+    fn shown_at(scene: &Scene, width: u16, height: u16) -> String {
+        let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
         terminal.draw(|frame| paint(frame, &mut scene.lock())).unwrap();
         terminal.backend().to_string()
     }
@@ -214,9 +262,9 @@ mod tests {
         scene.add(region.meter());
         scene.say(String::from("something happened"));
         let seen = shown(&scene);
-        assert!(seen.contains("a <b>: 50.0 % of 400 pages"), "{seen}");
-        assert!(seen.contains("1 pages lost") && seen.contains("something happened"), "{seen}");
-        assert!(seen.contains("fill p50"), "{seen}");
+        assert!(seen.contains("a <b>: 50.0 % of 400 pages, 1.6 MiB"), "{seen}");
+        assert!(seen.contains("1 page lost") && seen.contains("something happened"), "{seen}");
+        assert!(seen.contains("p50/p99: queue "), "{seen}");
         let count = |glyph: char| seen.chars().filter(|&c| c == glyph).count();
         assert!((195..=205).contains(&count('█')) && count('·') > 190, "{seen}");
         scene.remove("a <b>");
@@ -224,9 +272,26 @@ mod tests {
     }
 
     #[test]
+    fn a_map_tells_densities_by_shape_and_has_offsets_and_a_legend() {
+        let (scene, region) = (Scene::default(), half_present());
+        scene.add(region.meter());
+        let seen = shown_at(&scene, 80, 9);
+        let legend = "· absent  ░ ≤10 %  ▒ ≤50 %  ▓ >50 %  █ all  × lost";
+        assert!(seen.contains(legend), "{seen}");
+        // Two or three pages a cell: one cell has present and absent pages, or none has.
+        let (map, _) = seen.split_once(legend).unwrap();
+        let count = |glyph: char| map.chars().filter(|&c| c == glyph).count();
+        assert!(count('█') > 60 && count('·') > 60 && count('×') == 1, "{seen}");
+        assert!(seen.contains("         0 █") && seen.contains(" KiB "), "{seen}");
+        assert!(!shown_at(&scene, 20, 9).contains("  0 █"), "a narrow picture has no room for offsets");
+        let glyphs: Vec<_> = Density::EACH.iter().map(|&density| glyph(density).content).collect();
+        assert!(glyphs.iter().enumerate().all(|(nth, glyph)| !glyphs[..nth].contains(glyph)), "{glyphs:?}");
+    }
+
+    #[test]
     fn regions_beyond_the_screen_are_counted() {
         let (scene, region) = (Scene::default(), half_present());
         (0..10).for_each(|_| scene.add(region.meter()));
-        assert!(shown(&scene).contains("q quits  7 more regions"), "{}", shown(&scene));
+        assert!(shown(&scene).contains("q quits; 7 regions more"), "{}", shown(&scene));
     }
 }

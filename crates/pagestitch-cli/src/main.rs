@@ -11,10 +11,11 @@
 //! | commands | `bench`, `demo`, `docs`, `probe`, `serve`, `stitch`, `stress` |
 //! | pictures | `live`, `heatmap` |
 //! | messages | `log`, `scene` |
-//! | helpers | `files`, `usage`, `output`, `part`, `size`, `touch` |
+//! | helpers | `density`, `files`, `usage`, `output`, `part`, `size`, `touch` |
 
 mod bench;
 mod demo;
+mod density;
 mod docs;
 mod files;
 mod heatmap;

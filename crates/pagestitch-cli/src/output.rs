@@ -50,6 +50,11 @@ pub(crate) fn bytes(bytes: u64) -> String {
     }
 }
 
+/// `1536` as `1.5 KiB`, and `0` without a unit: a position among bytes.
+pub(crate) fn offset(offset: u64) -> String {
+    if offset == 0 { String::from("0") } else { bytes(offset) }
+}
+
 /// `1500` as `1.5 us`.
 pub(crate) fn nanoseconds(ns: u64) -> String {
     match ns {
@@ -126,7 +131,7 @@ mod tests {
     fn sizes_and_times_have_few_digits() {
         assert_eq!(bytes(0), "0 bytes");
         assert_eq!((bytes(1), bytes(1023)), ("1 byte".into(), "1023 bytes".into()));
-        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!((bytes(1536), offset(1536), offset(0)), ("1.5 KiB".into(), "1.5 KiB".into(), "0".into()));
         assert_eq!(bytes(1 << 40), "1.0 TiB");
         assert_eq!(bytes(u64::MAX), "16.0 EiB");
         assert_eq!(nanoseconds(999), "999 ns");
