@@ -9,6 +9,7 @@ mod populate;
 mod regions;
 mod restore;
 mod scan;
+mod shards;
 mod sparse;
 
 use crate::case::{Case, Options};
@@ -43,7 +44,7 @@ pub(crate) struct Curve {
 }
 
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 11] = [
+pub static ALL: [Workload; 12] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -96,6 +97,12 @@ pub static ALL: [Workload; 11] = [
         about: "a memfd of 256 MiB mapped in place, against a plain mmap of it",
         curve: None,
         cases: mapped::cases,
+    },
+    Workload {
+        name: "shards",
+        about: "40 tensors in 8 files of 80 MiB: opened, laid end to end, used once and dropped, against a plain mmap of each file",
+        curve: None,
+        cases: shards::cases,
     },
     // A workload of its own, because the kernel frees so many mappings for a while after they are
     // unmapped.

@@ -164,6 +164,10 @@ impl Builder {
     /// source, so that it can be mapped in place. Padding with meaningless bytes fills the gaps;
     /// [`offset_of`](crate::AnyRegion::offset_of) returns where a chunk starts.
     ///
+    /// A chunk of a file or memfd that is as long as a huge page (2 MiB) starts at the same offset in a
+    /// huge page. Where the page cache has huge pages, the kernel then maps 2 MiB with one fault, as
+    /// it does for a plain `mmap`. The padding takes addresses and no memory.
+    ///
     /// ```
     /// # use pagestitch::{Pool, Region};
     /// let region = Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(vec![2u8; 5]).build(&Pool::new()?)?;

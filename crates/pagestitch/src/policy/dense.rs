@@ -15,6 +15,7 @@ use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
@@ -53,7 +54,7 @@ impl Dense {
             filled: AtomicU64::new(0),
             block,
             pages,
-            share: if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) { 2 } else { 1 },
+            share: share(),
         })
     }
 
@@ -108,6 +109,14 @@ impl Dense {
         let threshold = u128::from(price) * sparse / u128::from(touched + UNKNOWN);
         (threshold as u64).max(2 * typical)
     }
+}
+
+/// The share of the price at which a block is filled. Decided once, because the standard library
+/// reads files of the cgroup for it.
+fn share() -> u64 {
+    static SHARE: OnceLock<u64> = OnceLock::new();
+    let decide = || if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) { 2 } else { 1 };
+    *SHARE.get_or_init(decide)
 }
 
 /// The cost of a fault outside our code, in nanoseconds: the trap, and two switches of threads.

@@ -71,6 +71,11 @@ impl Backing {
         )
     }
 
+    /// True if the source's pages lie in the kernel's page cache, which may hold huge pages.
+    pub(crate) const fn is_in_page_cache(&self) -> bool {
+        matches!(self, Self::Memfd(_) | Self::Immutable(_) | Self::Shared(Shared::File(..)))
+    }
+
     /// The unit in which the source's pages are mapped.
     pub(crate) fn granule(&self) -> PageSize {
         match self {

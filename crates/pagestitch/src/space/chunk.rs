@@ -8,6 +8,7 @@ use crate::source::{
 };
 use bytes::Bytes;
 use pagestitch_kernel::memfd::SealedMemfd;
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
 use std::fs::File;
 use std::ops::{Bound, Range, RangeBounds};
@@ -206,6 +207,13 @@ impl Chunk {
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.on_failure = on_failure;
         self
+    }
+
+    /// True if the chunk is as long as a huge page, of a source whose pages lie in the page cache.
+    /// The kernel may then map huge pages of it, or of it and the chunks that continue it.
+    pub(super) fn has_huge_pages(&self) -> bool {
+        let len = self.range.end.saturating_sub(self.range.start);
+        self.backing.is_in_page_cache() && len >= HUGE as u64
     }
 
     fn whole(backing: Backing) -> Self {

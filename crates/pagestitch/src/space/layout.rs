@@ -18,6 +18,7 @@ use crate::guard::guarded;
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Shared};
 use crate::space::Chunk;
+use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -99,11 +100,16 @@ impl Layout {
     }
 
     /// Appends padding, so that `chunk` begins at a multiple of `align`; with a page size, in a page
-    /// of its own. There it has the same offset in the page as in its source, if that is a multiple.
+    /// of its own. There it has the same offset in the page as in its source, if that is a multiple;
+    /// a chunk with huge pages has the same offset in the huge page.
     pub(crate) fn pad_for(&mut self, chunk: &Chunk, align: u64, page: Option<PageSize>) -> Result<(), Error> {
-        let unit = page.map_or(align, |page| page.bytes() as u64);
         let has_place =
             page.is_some() && chunk.backing.has_pages() && chunk.range.start.is_multiple_of(align);
+        let unit = match page {
+            Some(_) if has_place && chunk.has_huge_pages() => HUGE as u64,
+            Some(page) => page.bytes() as u64,
+            None => align,
+        };
         let wanted = if has_place { chunk.range.start } else { 0 };
         let padding = wanted.wrapping_sub(self.total) % unit;
         if padding > 0 {
@@ -468,7 +474,7 @@ impl Hasher for IdentityHasher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::{Memory, Source};
+    use crate::source::{Memfd, Memory, Source, UnsealedMemfd};
     use proptest::prelude::*;
 
     fn layout(lengths: &[u64]) -> Layout {
@@ -581,6 +587,23 @@ mod tests {
         for number in 0..5 {
             assert_eq!(layout.number_of(layout.chunk_of(number).unwrap()), number);
         }
+    }
+
+    #[test]
+    fn a_long_chunk_of_a_memfd_keeps_its_offset_in_a_huge_page() {
+        let memfd = Memfd::from(UnsealedMemfd::create("test", 16 << 20).unwrap().seal().unwrap());
+        let (page, huge) = (PageSize::system(), HUGE as u64);
+        let mut layout = Layout::default();
+        let ranges = [0..100, 5000..5000 + huge, 5000 + huge..9 << 20, 8192..9000];
+        for range in ranges.clone() {
+            let chunk = Chunk::from(memfd.clone()).range(range);
+            layout.pad_for(&chunk, 1, Some(page)).unwrap();
+            layout.push(chunk).unwrap();
+        }
+        layout.finish().unwrap();
+        let starts = [0, 1, 2, 3].map(|number| layout.offsets_of(layout.chunk_of(number).unwrap()).start);
+        assert_eq!(starts[..3], [0, huge + 5000, 2 * huge + 5000], "the third chunk continues the second");
+        assert_eq!(starts[3], 11 << 20, "a short chunk starts in the next page");
     }
 
     #[test]
