@@ -6,8 +6,8 @@ use crate::guests::adopt;
 use crate::{PAGE, pattern};
 use pagestitch::source::{Donated, Fetch, FileSource, Memfd, Memory, Reply, SharedFile, UnsealedMemfd};
 use pagestitch::{
-    Access, AdoptedMemory, Builder, Chunk, Error, Inline, Manual, Placement, Pool, Readahead, Recording,
-    Region, Server,
+    Access, AdoptedMemory, Builder, Chunk, Eager, Error, Inline, Manual, OnFailure, Placement, Pool,
+    Readahead, Recording, Region, Server,
 };
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scripted::Scripted;
@@ -121,6 +121,34 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
         (
             refused(filled().chunk(Chunk::source(Arc::new(Scripted::new(10)))), Inline),
             "region r: chunk 1 (scripted) cannot be served inline, as a signal handler must not read it: use a pool, or read it into memory first",
+        ),
+    ]);
+}
+
+#[test]
+fn the_errors_of_a_build_that_fills_name_the_chunk_or_the_size_and_the_remedy() {
+    let failing = || Chunk::source(Arc::new(Scripted::new(4 * PAGE as u64).failing(0..1)));
+    let poisoned = named().chunk(failing().on_failure(OnFailure::Poison)).build(Eager).unwrap();
+    let huge = refused(named().chunk(Chunk::source(Arc::new(Scripted::new(1 << 44)))), Eager);
+    let limit = huge.limit().unwrap();
+    let left = huge.to_string();
+    let left = left.split_once(", and ").unwrap().1.split_once(' ').unwrap().0;
+    let size = format!(
+        "region r: the server Eager fills 17592186044416 bytes at the build, and {left} are left: {limit}; a pool, with userfaultfd, fills only the pages that are touched"
+    );
+    check([
+        (
+            refused(filled().chunk(failing()), Eager),
+            "region r: chunk 1 (scripted), at byte 0 of its source: scripted to fail",
+        ),
+        (
+            refused(filled().record(), Eager),
+            "region r: a region that is filled when it is built does not notice a touch: leave out record(), or use a pool",
+        ),
+        (huge, size.as_str()),
+        (
+            poisoned.retry_failed(..).unwrap_err(),
+            "region r: chunk 0 (scripted), at byte 0 of its source: the server Eager reads the sources only when a region is built: build the region anew",
         ),
     ]);
 }

@@ -9,6 +9,7 @@ mod chunks;
 mod conformance;
 mod contention;
 mod donated;
+mod eager;
 mod error_messages;
 mod failure;
 mod fairness;

@@ -4,7 +4,7 @@
 use crate::guests::adopt;
 use crate::{PAGE, pattern};
 use pagestitch::{
-    BuildOption, Builder, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording, Region, Server,
+    BuildOption, Builder, Eager, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording, Region, Server,
 };
 use pagestitch_testkit::guest::Guest;
 
@@ -54,9 +54,9 @@ fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<Ref
         ("dumped", _, true) => (OptionConflict, Some(Dumped)),
         ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
         ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
-        (_, "inline", true) => (UnsuitableServer, None),
+        (_, "inline" | "eager", true) => (UnsuitableServer, None),
         ("inherit_on_fork", "inline" | "manual", _) => (UnsuitableServer, Some(InheritOnFork)),
-        ("record", "inline", _) => (UnsuitableServer, Some(Record)),
+        ("record", "inline" | "eager", _) => (UnsuitableServer, Some(Record)),
         ("replay", "inline", _) => (UnsuitableServer, Some(Replay)),
         ("readahead", "inline", _) => (UnsuitableServer, Some(Readahead)),
         ("max_in_flight", "inline", _) => (UnsuitableServer, Some(MaxInFlight)),
@@ -80,8 +80,12 @@ fn check(what: &str, built: Result<(), Error>, refusal: std::option::Option<Refu
 #[test]
 fn each_option_is_had_or_refused_by_each_kind_of_region_and_server() {
     let (pool, manual) = (Pool::new().unwrap(), Manual::new().unwrap());
-    let servers: [(&str, Server); 3] =
-        [("pool", (&pool).into()), ("manual", (&manual).into()), ("inline", Inline.into())];
+    let servers: [(&str, Server); 4] = [
+        ("pool", (&pool).into()),
+        ("manual", (&manual).into()),
+        ("inline", Inline.into()),
+        ("eager", Eager.into()),
+    ];
     // Children take a capability and Linux 6.6: what this process may have shows with a pool.
     let children = builder().inherit_on_fork().build(&pool).is_ok();
     for (option, set) in OPTIONS {

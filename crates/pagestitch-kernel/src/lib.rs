@@ -19,6 +19,7 @@
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
+//! | | [`memory_left`] | the memory that the machine and the cgroups of the process have left |
 //! | | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | | `vma_name` | the name of a mapping in `/proc/PID/maps` |
 //! | | `granule` | the page size of a file's mappings |
@@ -81,6 +82,7 @@ pub mod immutable;
 pub mod limits;
 mod mapping;
 pub mod memfd;
+pub mod memory_left;
 pub mod page;
 pub mod pages;
 pub mod physical;

@@ -57,6 +57,12 @@ pub enum Limit {
     /// The number of threads of the cgroup (`pids.max`) or of the system, or the addresses for the
     /// thread's stack: `RLIMIT_NPROC` is unlimited.
     Tasks,
+    /// `RLIMIT_FSIZE`, in bytes: counts the bytes of a memfd too.
+    FileSize(u64),
+    /// `MemAvailable` of the machine, in bytes.
+    AvailableMemory(u64),
+    /// The memory of a cgroup (`memory.max`, or `memory.limit_in_bytes`), in bytes.
+    CgroupMemory(u64),
     /// Another limit: the size of the address space, the number of mappings (`vm.max_map_count`),
     /// or a limit of the whole system.
     Other,
@@ -91,6 +97,9 @@ impl Limit {
             Self::Descriptors(_) => Some("RLIMIT_NOFILE"),
             Self::Threads(_) => Some("RLIMIT_NPROC"),
             Self::Tasks => Some("pids.max"),
+            Self::FileSize(_) => Some("RLIMIT_FSIZE"),
+            Self::AvailableMemory(_) => Some("MemAvailable"),
+            Self::CgroupMemory(_) => Some("memory.max"),
             Self::Other => None,
         }
     }
@@ -103,7 +112,10 @@ impl Limit {
             | Self::Data(value)
             | Self::Locked(value)
             | Self::Descriptors(value)
-            | Self::Threads(value) => Some(value),
+            | Self::Threads(value)
+            | Self::FileSize(value)
+            | Self::AvailableMemory(value)
+            | Self::CgroupMemory(value) => Some(value),
             Self::Commit | Self::Tasks | Self::Other => None,
         }
     }
@@ -112,6 +124,13 @@ impl Limit {
     #[must_use]
     pub fn of_descriptors() -> Self {
         Self::Descriptors(soft(Resource::RLIMIT_NOFILE).unwrap_or(RLIM_INFINITY))
+    }
+
+    /// The limit on the bytes of a file, if a file of `bytes` bytes exceeds it. The kernel answers with
+    /// a signal (SIGXFSZ), so the caller asks first.
+    #[must_use]
+    pub fn of_file_size(bytes: u64) -> Option<Self> {
+        soft(Resource::RLIMIT_FSIZE).filter(|&limit| bytes > limit).map(Self::FileSize)
     }
 
     /// The limit on threads, which the kernel has answered with `EAGAIN`.
@@ -173,6 +192,17 @@ impl fmt::Display for Limit {
             Self::Tasks => {
                 f.write_str("no more threads may run: raise pids.max of the cgroup, or kernel.threads-max")
             }
+            Self::FileSize(limit) => {
+                write!(f, "a file may have {limit} bytes (RLIMIT_FSIZE): raise it with ulimit -f")
+            }
+            Self::AvailableMemory(limit) => write!(
+                f,
+                "the machine has {limit} bytes of memory available: free some, or make the region smaller"
+            ),
+            Self::CgroupMemory(limit) => write!(
+                f,
+                "the cgroup may use {limit} bytes (memory.max): raise its limit (docker run --memory), or make the region smaller"
+            ),
             Self::Other => f.write_str("make the region smaller, or raise vm.max_map_count"),
         }
     }

@@ -57,6 +57,54 @@ impl UnsealedMemfd {
         fcntl(&self.file, FcntlArg::F_ADD_SEALS(all))?;
         SealedMemfd::try_from(OwnedFd::from(self.file))
     }
+
+    /// As [`seal`](Self::seal), without a mapping of its own: a [`View`](crate::View) maps it.
+    ///
+    /// # Errors
+    ///
+    /// As [`seal`](Self::seal).
+    pub fn seal_unmapped(self) -> io::Result<SealedFile> {
+        let all = SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_GROW | NEEDED;
+        fcntl(&self.file, FcntlArg::F_ADD_SEALS(all))?;
+        let len = self.file.metadata()?.len();
+        let granule = granule_of(&self.file)?;
+        Ok(SealedFile { fd: self.file.into(), len, granule })
+    }
+}
+
+/// A memfd whose bytes can neither change nor go away, and that this process has not mapped.
+#[derive(Debug)]
+pub struct SealedFile {
+    /// Invariant: its seals forbid each process to write or shorten it.
+    fd: OwnedFd,
+    len: u64,
+    granule: PageSize,
+}
+
+impl SealedFile {
+    /// The number of its bytes.
+    #[must_use]
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// True if it has no bytes.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The unit in which the kernel maps it.
+    #[must_use]
+    pub const fn granule(&self) -> PageSize {
+        self.granule
+    }
+}
+
+impl AsFd for SealedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 /// A memfd of this process or another one, whose bytes can neither change nor go away.

@@ -15,7 +15,7 @@ use crate::errno::Errno;
 use crate::immutable::StableFile;
 use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
-use crate::memfd::SealedMemfd;
+use crate::memfd::{SealedFile, SealedMemfd};
 use crate::page::{AddressRange, PageSize, Span};
 use crate::pages::Donated;
 use crate::physical::Physical;
@@ -95,6 +95,41 @@ impl View {
         let (end, granule, surely_maps) = (file.len(), file.granule(), file.surely_maps());
         let part = Part { fd: file, offset, end, granule, surely_maps };
         self.map_over(span, part, MapFlags::MAP_PRIVATE)
+    }
+
+    /// As [`map`](Self::map), of a memfd that has no other mapping.
+    ///
+    /// # Errors
+    ///
+    /// As [`map`](Self::map).
+    ///
+    /// # Panics
+    ///
+    /// As [`map`](Self::map).
+    pub fn map_sealed(&mut self, span: Span, memfd: &SealedFile, offset: u64) -> Result<(), Errno> {
+        let (end, granule) = (memfd.len(), memfd.granule());
+        let part = Part { fd: memfd, offset, end, granule, surely_maps: true };
+        self.map_over(span, part, MapFlags::MAP_PRIVATE)
+    }
+
+    /// Shows zeros in a span, without a server: each page is the kernel's zero page until it is
+    /// written to. The span must be closed: neither registered nor shown in place.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` past `vm.max_map_count`, or if the kernel counts writable memory and the span exceeds
+    /// the limit.
+    pub fn show_zeros(&mut self, span: Span) -> Result<(), Errno> {
+        let range = self.reservation.addresses(span);
+        if range.bytes() == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range is inside an owned mapping, and the advice changes none of its bytes.
+        #[expect(unsafe_code, reason = "madvise")]
+        unsafe { madvise(at(range), range.bytes(), MmapAdvise::MADV_DOFORK) }.map_err(Errno::of)?;
+        self.protect(range)?;
+        self.reservation.show(span);
+        Ok(())
     }
 
     /// Shows part of a file in place. The owner of the file must not shorten it, because an access
@@ -378,12 +413,16 @@ impl View {
         answer.map(drop).map_err(Errno::of).inspect_err(|_| close_gap(range))
     }
 
-    /// Makes a span absent again that one of the functions above could not map.
+    /// Makes a span absent again that one of the functions above could not map. With a
+    /// [stand-in](Uffd::stand_in), the span stays closed.
     ///
     /// # Errors
     ///
     /// The errno of `madvise(2)`, `munlock(2)` or the registration.
     pub fn restore(&mut self, span: Span, uffd: &Uffd) -> Result<(), Errno> {
+        if uffd.is_stand_in() {
+            return Ok(());
+        }
         let range = self.reservation.addresses(span);
         unlock(at(range), range.bytes())?;
         // SAFETY: the range is inside an owned mapping, and the advice changes none of its bytes.

@@ -35,7 +35,7 @@
 //! | [`Chunk`] | a byte range of one source, placed in a region; chunks lie end to end, at any length and offset |
 //! | [`Source`] | **what** bytes a range holds |
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
-//! | [`Server`] | **where** faults are served: on the threads of a [`Pool`], on the faulting thread ([`Inline`]), or in the caller's loop ([`Manual`]) |
+//! | [`Server`] | **where** faults are served: on the threads of a [`Pool`], on the faulting thread ([`Inline`]), in the caller's loop ([`Manual`]), or nowhere, because the build fills all pages ([`Eager`]) |
 //!
 //! A region maps pages of a sealed [memfd](source::Memfd) and takes over donated
 //! [pages](source::Pages) without a copy, where a chunk has the same offset within a page in its
@@ -97,7 +97,9 @@ pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, Errno, View};
 pub use policy::{OnFailure, Readahead, Recording};
 pub use retry::Retry;
-pub use serve::{Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server};
+pub use serve::{
+    BestServer, Eager, Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server, best_server,
+};
 pub use source::Source;
 pub use space::{AdoptedMemory, Chunk, IntoChunk, OnDiscard, OnUnavailable, Plan, PlanRun};
 

@@ -23,6 +23,7 @@ mod outcome;
 mod own_process;
 mod read;
 mod register;
+mod stand_in;
 #[cfg(feature = "userfaultfd")]
 mod userfaultfd_crate;
 
@@ -279,6 +280,9 @@ impl Uffd {
     /// True if a thread may wait for a page: its event is unread, or its page is missing.
     #[must_use]
     pub fn has_waiters(&self) -> bool {
+        if self.is_stand_in() {
+            return false;
+        }
         let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.raw())).unwrap_or_default();
         let total = about.lines().find_map(|line| line.strip_prefix("total:")?.trim().parse::<u64>().ok());
         total.is_none_or(|total| total > 0)

@@ -19,4 +19,6 @@ pub enum OpenedBy {
     SystemCall,
     /// By another process, or another part of this program.
     Other,
+    /// Not at all: it stands in for the uffd of memory that needs none.
+    StandIn,
 }

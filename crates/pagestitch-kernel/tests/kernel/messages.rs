@@ -45,6 +45,18 @@ fn a_limit_is_named_with_its_value_and_the_remedy() {
             "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; no more threads may run: raise pids.max of the cgroup, or kernel.threads-max",
         ),
         (
+            reserve(Limit::FileSize(1 << 20)),
+            "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; a file may have 1048576 bytes (RLIMIT_FSIZE): raise it with ulimit -f",
+        ),
+        (
+            reserve(Limit::AvailableMemory(1 << 30)),
+            "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; the machine has 1073741824 bytes of memory available: free some, or make the region smaller",
+        ),
+        (
+            reserve(Limit::CgroupMemory(1 << 30)),
+            "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; the cgroup may use 1073741824 bytes (memory.max): raise its limit (docker run --memory), or make the region smaller",
+        ),
+        (
             reserve(Limit::Other),
             "cannot reserve 8589934592 bytes of addresses: ENOMEM: Out of memory; make the region smaller, or raise vm.max_map_count",
         ),

@@ -8,7 +8,7 @@ use crate::metrics::{Meter, Metrics};
 use crate::policy::Recording;
 use crate::serve::Served;
 use crate::serve::fork::block_forks;
-use crate::serve::{Attachment, fill_rest, populate, retry_failed};
+use crate::serve::{Attachment, fill_rest};
 use crate::space::Plan;
 use crate::space::Target;
 use pagestitch_kernel::Span;
@@ -149,7 +149,7 @@ impl AnyRegion {
         if !self.server.is_of_this_process() {
             return self.touch(span);
         }
-        populate(&self.served, span).map_err(|failure| self.failed(failure))
+        self.server.populate(&self.served, span).map_err(|failure| self.failed(failure))
     }
 
     /// Has the server fill the absent pages of a range of byte offsets ahead of their touch, and
@@ -284,7 +284,7 @@ impl AnyRegion {
             );
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        retry_failed(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
+        self.server.retry_failed(&self.served, self.span(range)?).map_err(|failure| self.failed(failure))
     }
 
     /// The poisoned pages: each page's byte offset in the region, and its failure.
@@ -369,7 +369,7 @@ impl AnyRegion {
     /// ```
     #[must_use]
     pub fn meter(&self) -> Meter {
-        Meter::new(Arc::clone(&self.served.counters), self.served.presence())
+        Meter::new(Arc::clone(&self.served.counters), self.server.presence(&self.served))
     }
 
     pub(super) fn close(self) -> Metrics {

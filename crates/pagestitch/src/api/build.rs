@@ -7,7 +7,7 @@
 //!       ├─ TargetKind::Own ────── open, reserve, register, show ──▶ PreparedTarget
 //!       └─ TargetKind::Adopted ── settle ─────────────────────────▶ PreparedTarget
 //!                                                                      │
-//!       policy, tables, children ──▶ Mapping ──▶ attach to the server
+//!       policy, tables, children ──▶ Mapping ──▶ fill, if the server asks ──▶ attach to it
 //! ```
 
 use crate::api::AnyRegion;
@@ -77,7 +77,8 @@ pub(super) fn build(
 fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Server) -> Result<(), Error> {
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
-    if options.inherit_on_fork { check_children(layout) } else { Ok(()) }
+    let served = options.inherit_on_fork && server.inner().serves_faults();
+    if served { check_children(layout) } else { Ok(()) }
 }
 
 /// Refuses chunks and kernels that cannot serve forked children.
@@ -102,6 +103,9 @@ fn prepare_own(
     options: &Options,
     (below, server): (Below, &Server),
 ) -> Result<PreparedTarget, Error> {
+    if !server.inner().serves_faults() {
+        return prepare_closed(name, layout, options);
+    }
     let uffd = open(name, layout, server, options.inherit_on_fork)?;
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
     let moves = layout.has_donated() && !options.inherit_on_fork && can_move(&uffd);
@@ -113,10 +117,9 @@ fn prepare_own(
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
     let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
     register(name, &uffd, &reservation)?;
-    let shown = show(name, layout, options.max_mappings, moves, (&mut view, &uffd))?;
-    if !options.dumped {
-        reservation.hide_from_dumps().map_err(|errno| limit(name, "keep it out of core dumps", errno))?;
-    }
+    let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
+    let abilities = Abilities { moves_now: !moves, minor_faults };
+    let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
@@ -128,6 +131,27 @@ fn prepare_own(
         moves,
         staged,
         blocks,
+        view: Some(view),
+    })
+}
+
+/// Reserves a range, and maps pages in place where the sources allow it. The rest of the range is
+/// closed until its server has filled it. No page moves in, because a moved page that is discarded
+/// would read as zeros without a userfaultfd.
+fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<PreparedTarget, Error> {
+    let uffd = Uffd::stand_in().map_err(|errno| limit(name, "make a memfd", errno))?;
+    let page = PageSize::system();
+    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
+    let abilities = Abilities { moves_now: false, minor_faults: false };
+    let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
+    Ok(PreparedTarget {
+        target: Target::Owned(reservation),
+        uffd,
+        shown,
+        moves: false,
+        staged: Err("the build fills the region, without userfaultfd (Eager)"),
+        blocks: Blocks::Never,
         view: Some(view),
     })
 }
@@ -155,13 +179,13 @@ fn finish(
     prepared: PreparedTarget,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
-    let PreparedTarget { target, uffd, shown, moves, staged, blocks, view } = prepared;
+    let PreparedTarget { target, uffd, shown, moves, staged, blocks, mut view } = prepared;
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
         access: _,
         hardware_read_only: _,
-        dumped: _,
+        dumped,
         max_mappings: _,
         zero_copy,
         readahead,
@@ -174,7 +198,8 @@ fn finish(
         .map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &serve_options).map_err(no_table)?;
-    let children = inherit_on_fork.then(|| ForkedChildren::new().map(Arc::new)).transpose();
+    let served = inherit_on_fork && server.inner().serves_faults();
+    let children = served.then(|| ForkedChildren::new().map(Arc::new)).transpose();
     let children =
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = serve_options.max_in_flight;
@@ -190,7 +215,20 @@ fn finish(
         refuse_copies(&mapping)?;
     }
     mapping.counters.local().pages_in_place.add(mapping.in_place.pages());
+    if let Some(view) = &mut view {
+        server.inner().fill(&mapping, view, max_in_flight)?;
+    }
+    if !dumped {
+        hide_from_dumps(&mapping)?;
+    }
     Ok((view, attach(Served::new(mapping, max_in_flight, children), server)?))
+}
+
+/// Leaves the region, with everything that is mapped there by now, out of core dumps. Adopted memory
+/// is part of its owner's.
+fn hide_from_dumps(mapping: &Mapping) -> Result<(), Error> {
+    let Target::Owned(reservation) = &mapping.target else { return Ok(()) };
+    reservation.hide_from_dumps().map_err(|errno| limit(&mapping.name, "keep it out of core dumps", errno))
 }
 
 /// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging, or the reason against
@@ -211,13 +249,12 @@ fn show(
     name: &str,
     layout: &mut Layout,
     most: Option<usize>,
-    moves: bool,
+    abilities: Abilities,
     (view, uffd): (&mut View, &Uffd),
 ) -> Result<ShownPages, Error> {
     let page = PageSize::system();
-    let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let budget = || most.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
-    let shown = ShownPages::map(layout, page, budget, Abilities { moves, minor_faults }, view, uffd)
+    let shown = ShownPages::map(layout, page, budget, abilities, view, uffd)
         .map_err(|error| cannot_show(name, layout, error))?;
     if shown.in_place.pages() > 0 {
         layout.drop_mapped_sources(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());

@@ -86,7 +86,7 @@ pub enum ErrorKind {
     /// [`AdoptedMemory::of_this_process`](crate::AdoptedMemory::of_this_process).
     OwnMemory,
 
-    /// The kernel lacks userfaultfd, or the process may not use it: read the sources another way.
+    /// The kernel lacks userfaultfd, or the process may not use it: use [`Eager`](crate::Eager).
     NoUserfaultfd,
     /// The kernel lacks a feature that a call or an [option](crate::Error::option) needs: leave it
     /// out, or update the kernel.

@@ -145,6 +145,11 @@ impl Error {
         self
     }
 
+    pub(crate) fn of_limit(mut self, limit: Limit) -> Self {
+        self.details.limit = Some(limit);
+        self
+    }
+
     pub(crate) fn of_plan(mut self, reason: PlanReason) -> Self {
         self.details.plan_reason = Some(reason);
         self

@@ -227,7 +227,7 @@ fn is_marked(region: &Mapping, span: Span) -> bool {
     region.failure(span.first).is_some()
 }
 
-pub(super) fn count(region: &Mapping, span: Span, method: Method) {
+pub(crate) fn count(region: &Mapping, span: Span, method: Method) {
     let counters = region.counters.local();
     let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
     let counter = match method {

@@ -2,7 +2,8 @@
 //!
 //! [`journey`] is the only function that claims pages, fills them and installs them. Two pages are
 //! installed beside it, without a claim: one that a signal handler touches during its own fill
-//! (`beside`), and one that the kernel has unmapped (`owner`). The callers of the journey differ in
+//! (`beside`), and one that the kernel has unmapped (`owner`). A region that its build fills
+//! (`serve/eager`) makes no journey: no thread can touch it before. The callers of the journey differ in
 //! the pages that they want, in the place of the bytes, and in their reaction to a failure. Each
 //! caller is a [`Filler`]:
 //!
@@ -43,8 +44,8 @@ use crate::space::Mapping;
 use crate::space::page_table::{Claim, Wake};
 use claim::claim;
 use fill::Filled;
-pub(crate) use install::Mode;
 use install::install;
+pub(crate) use install::{Mode, count};
 use pagestitch_kernel::Span;
 
 /// Claims pages, fills them and installs them. Afterwards each page is present or poisoned, or it is

@@ -43,12 +43,24 @@ fn fail_held(region: &Mapping, claim: &mut Claim<'_>, failure: Failure, _: &Held
     if let Err(end) = poison(region, page.span()) {
         return end;
     }
+    settled(region, claim, &failure);
+    Unfilled::Failed(failure)
+}
+
+/// Keeps the failure of the claim's first page, which is inaccessible already, and settles the page as
+/// poisoned.
+pub(crate) fn settle_poisoned(region: &Mapping, claim: &mut Claim<'_>, failure: Arc<Failure>) {
+    region.record_failure(claim.span().first, Arc::clone(&failure));
+    settled(region, claim, &failure);
+}
+
+fn settled(region: &Mapping, claim: &mut Claim<'_>, failure: &Arc<Failure>) {
+    let page = claim.span().first;
     claim.settle(1, PageState::Poisoned);
-    region.settle_failure(page, &failure);
+    region.settle_failure(page, failure);
     count(region, page.span(), Method::Poison);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
-    region.report(page, &failure);
-    Unfilled::Failed(failure)
+    region.report(page, failure);
 }
 
 /// Poisons a span: threads that wait there, or touch it later, get SIGBUS. Repeating it is

@@ -183,6 +183,14 @@ impl<'a> Sources<'a> {
         self.recovery.installed(self.region);
     }
 
+    /// The next step for the first pages of a span that are not filled.
+    pub(crate) fn next(&mut self, span: Span, error: InstallError) -> Next {
+        if let InstallError::Several(pages) = error {
+            self.one_by_one = pages;
+        }
+        self.recovery.next(self.region, span, error)
+    }
+
     /// [Reacts](Recovery::react) on a caller's thread, which sleeps through each pause.
     pub(crate) fn wait_or_fail(
         &mut self,

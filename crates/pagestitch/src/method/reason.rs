@@ -20,6 +20,9 @@ pub enum PlanReason {
 
     /// The region is foreign memory, into which pages are copied.
     ForeignMemory,
+    /// The region is filled when it is built ([`Eager`](crate::Eager)): no page moves in or is mapped
+    /// later.
+    FilledByBuild,
     /// The chunk has another offset in its page than in its source.
     OtherOffset,
     /// The chunk has another offset in its huge page (hugetlbfs) than in its source.
@@ -74,6 +77,9 @@ impl fmt::Display for PlanReason {
             Self::Fetched => "fetched asynchronously, then copied; no worker waits",
             Self::Read => "read into a buffer, then copied",
             Self::ForeignMemory => "foreign memory: pages are copied into it",
+            Self::FilledByBuild => {
+                "the region is filled when it is built (Eager), so no page moves in or is mapped later: copied"
+            }
             Self::OtherOffset => "at another offset in its page than in its source: copied",
             Self::OtherOffsetInHugePage => {
                 "at another offset in its huge page (hugetlbfs) than in its source: copied"

@@ -15,6 +15,7 @@ use crate::retry::Retry;
 #[non_exhaustive]
 pub enum OnFailure {
     /// The page is poisoned: touching it raises SIGBUS; `read_at` and `populate` return the error.
+    /// With [`Eager`](crate::Eager), this is so only if a chunk asks for it; else the build fails.
     #[default]
     Poison,
     /// The source is read again, with pauses; if it still fails, the page is

@@ -1,9 +1,12 @@
 //! The contract between a server and a region. The builder uses only these traits.
 
-use crate::error::{BuildOption, Error};
+use crate::error::{BuildOption, Error, Failure};
 use crate::fault::PrefetchJob;
+use crate::metrics::Presence;
 use crate::serve::served::Served;
-use pagestitch_kernel::Features;
+use crate::serve::{populate, retry_failed};
+use crate::space::Mapping;
+use pagestitch_kernel::{Features, Span, View};
 use std::fmt;
 use std::sync::Arc;
 
@@ -30,6 +33,16 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         Ok(())
     }
 
+    /// False if the build fills the region. Such a region has a stand-in for its uffd.
+    fn serves_faults(&self) -> bool {
+        true
+    }
+
+    /// Fills a region before it attaches, if it serves no faults. `most` limits the threads.
+    fn fill(&self, _region: &Mapping, _view: &mut View, _most: Option<usize>) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Refuses a region that it cannot serve, before memory is reserved.
     fn check(&self, demands: &Demands) -> Result<(), Error>;
 
@@ -49,6 +62,21 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
 
     /// Starts a prefetch on threads that have no fault to serve.
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error>;
+
+    /// Fills the absent pages of a span in the calling thread.
+    fn populate(&self, region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+        populate::populate(region, span)
+    }
+
+    /// Fills the poisoned pages of a span in the calling thread.
+    fn retry_failed(&self, region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+        retry_failed::retry_failed(region, span)
+    }
+
+    /// A handle that tells which pages are present, for metrics.
+    fn presence(&self, region: &Mapping) -> Arc<dyn Presence> {
+        region.presence()
+    }
 
     /// Stops taking up faults of the region.
     fn detach(&self, region: &Served);
@@ -79,3 +107,5 @@ pub(crate) struct Demands {
 
 /// The number of all threads that fill their own pages.
 pub(crate) const INLINE: usize = 0;
+/// The number of the server that fills regions when they are built.
+pub(super) const EAGER: usize = 1;

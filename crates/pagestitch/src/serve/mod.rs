@@ -25,6 +25,8 @@
 //! | `region_handle` | the weak handle that a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps in the caller's own loop |
+//! | `eager` | a server without faults: the build fills the region |
+//! | `best` | a pool, or `eager` where userfaultfd is missing |
 //! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | fills pages whose source has failed before |
 //! | `abandon` | poisons the absent pages of adopted memory whose region is dropped |
@@ -33,8 +35,10 @@
 //! | `rate_limit` | limits log lines that another process can cause |
 
 mod abandon;
+mod best;
 mod bulkhead;
 mod contract;
+mod eager;
 mod end_service;
 mod events;
 mod fetch_semaphore;
@@ -62,15 +66,16 @@ mod watchdog;
 mod worker;
 mod worker_table;
 
+pub use best::{BestServer, best_server};
 use contract::FaultServer;
 pub(crate) use contract::{Attachment, Demands, INLINE};
+pub use eager::Eager;
 pub use inline::Inline;
 use manual::Group;
 pub use manual::Manual;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
-pub(crate) use populate::{fill_rest, populate};
-pub(crate) use retry_failed::retry_failed;
+pub(crate) use populate::fill_rest;
 pub(crate) use served::{ForkedChildren, Served};
 
 use crate::error::{Error, ErrorKind};
@@ -84,6 +89,8 @@ use std::sync::Arc;
 /// | `&`[`Pool`] | threads of the pool | in general: any source, readahead, system calls on absent pages |
 /// | [`Inline`] | the faulting thread | single touches must be fast, and the bytes lie in memory |
 /// | `&`[`Manual`] | the caller's own loop | the program has an event loop, or threads of its own |
+/// | [`Eager`] | the build, which fills all pages | the process may not use userfaultfd |
+/// | `&`[`BestServer`] | a pool, or [`Eager`] | the program runs with and without userfaultfd |
 #[derive(Debug, Clone)]
 pub struct Server(Arc<dyn FaultServer>);
 
@@ -96,6 +103,12 @@ impl From<&Pool> for Server {
 impl From<Inline> for Server {
     fn from(_: Inline) -> Self {
         Self(Arc::new(Inline))
+    }
+}
+
+impl From<Eager> for Server {
+    fn from(_: Eager) -> Self {
+        Self(Arc::new(Eager))
     }
 }
 

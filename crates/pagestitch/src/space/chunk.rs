@@ -33,7 +33,8 @@ use std::sync::Arc;
 pub struct Chunk {
     pub(super) backing: Backing,
     pub(super) range: Range<u64>,
-    pub(super) on_failure: OnFailure,
+    /// `None`: the user has not chosen.
+    pub(super) on_failure: Option<OnFailure>,
     /// The chunk starts at a multiple of so many bytes.
     pub(crate) align: u64,
 }
@@ -107,7 +108,7 @@ impl Chunk {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub const fn hole(bytes: u64) -> Self {
-        Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: OnFailure::Poison, align: 1 }
+        Self { backing: Backing::Hole(Hole), range: 0..bytes, on_failure: None, align: 1 }
     }
 
     /// All bytes of a file or memfd, mapped `MAP_PRIVATE`: writes through the region stay in the
@@ -180,7 +181,8 @@ impl Chunk {
     }
 
     /// Sets what happens to the chunk's pages when its source fails. Default:
-    /// [poisoned](OnFailure::Poison).
+    /// [poisoned](OnFailure::Poison), or the failure of the build with the server
+    /// [`Eager`](crate::Eager).
     ///
     /// ```
     /// use pagestitch::{Chunk, OnFailure, Pool, Region, Retry, Source};
@@ -205,7 +207,7 @@ impl Chunk {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
-        self.on_failure = on_failure;
+        self.on_failure = Some(on_failure);
         self
     }
 
@@ -218,7 +220,7 @@ impl Chunk {
 
     fn whole(backing: Backing) -> Self {
         let range = 0..backing.source().size();
-        Self { backing, range, on_failure: OnFailure::Poison, align: 1 }
+        Self { backing, range, on_failure: None, align: 1 }
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Layout {
     total: u64,
     /// The chunks that are only padding, ascending. They have no chunk number.
     padding: Vec<u32>,
-    /// Runs of chunk numbers with another policy than the default, ascending.
+    /// Runs of chunk numbers whose policy the user has chosen, ascending.
     policies: Vec<(Range<usize>, OnFailure)>,
     /// The chunk at each multiple of `1 << shift`.
     buckets: Vec<u32>,
@@ -87,9 +87,8 @@ impl Layout {
         let number = self.next_number();
         check(number, &backing, &range)?;
         match self.policies.last_mut() {
-            _ if on_failure == OnFailure::Poison => {}
-            Some((run, same)) if run.end == number && *same == on_failure => run.end += 1,
-            _ => self.policies.push((number..number + 1, on_failure)),
+            Some((run, same)) if run.end == number && Some(*same) == on_failure => run.end += 1,
+            _ => self.policies.extend(on_failure.map(|chosen| (number..number + 1, chosen))),
         }
         self.lay(backing, &range)
     }
@@ -150,9 +149,18 @@ impl Layout {
 
     /// The failure policy of the chunk with this number.
     pub(crate) fn on_failure(&self, number: usize) -> OnFailure {
+        self.chosen_policy(number).unwrap_or_default()
+    }
+
+    /// True if the user has chosen that the pages of the chunk with this number are poisoned.
+    pub(crate) fn is_poisoned_by_choice(&self, number: usize) -> bool {
+        self.chosen_policy(number) == Some(OnFailure::Poison)
+    }
+
+    fn chosen_policy(&self, number: usize) -> Option<OnFailure> {
         let next = self.policies.partition_point(|(run, _)| run.end <= number);
         let policy = self.policies.get(next).filter(|(run, _)| run.contains(&number));
-        policy.map_or(OnFailure::Poison, |(_, policy)| *policy)
+        policy.map(|(_, policy)| *policy)
     }
 
     /// The total length of the chunks, in bytes.

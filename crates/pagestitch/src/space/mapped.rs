@@ -38,8 +38,8 @@ impl MappedRun {
 /// The abilities of the kernel that decide how pages are mapped.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Abilities {
-    /// Donated pages can move when they are touched. Otherwise the build moves them.
-    pub(crate) moves: bool,
+    /// The build moves donated pages.
+    pub(crate) moves_now: bool,
     /// Memfds that are filled later can be mapped. Otherwise they are copied.
     pub(crate) minor_faults: bool,
 }
@@ -49,7 +49,7 @@ impl Abilities {
     const fn map(self, backing: &Backing) -> bool {
         match backing {
             Backing::Shared(Shared::Lazy(_)) => self.minor_faults,
-            Backing::Donated(_) => !self.moves,
+            Backing::Donated(_) => self.moves_now,
             Backing::Memfd(_) | Backing::Immutable(_) | Backing::Shared(_) => true,
             Backing::Memory(_)
             | Backing::Hole(_)
@@ -286,7 +286,7 @@ mod tests {
 
     const PAGE: PageSize = PageSize::new(4096).unwrap();
 
-    const ABILITIES: Abilities = Abilities { moves: true, minor_faults: true };
+    const ABILITIES: Abilities = Abilities { moves_now: false, minor_faults: true };
 
     fn decide(chunks: &[(u64, u64)], before: u64, budget: usize) -> Vec<(usize, usize, u64)> {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());

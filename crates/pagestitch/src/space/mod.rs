@@ -393,8 +393,11 @@ impl Wake for Mapping {
         while !rest.is_empty() {
             let now = self.target.contiguous(rest);
             rest = rest.without_prefix(now.pages);
-            if let Err(errno) = self.uffd.wake(self.target.addresses(now)) {
-                log!(error, region = self.name, %errno, "cannot wake");
+            match self.uffd.wake(self.target.addresses(now)) {
+                // No thread waits in memory that needs no uffd.
+                Err(_) if self.uffd.is_stand_in() => {}
+                Err(errno) => log!(error, region = self.name, %errno, "cannot wake"),
+                Ok(()) => {}
             }
         }
     }

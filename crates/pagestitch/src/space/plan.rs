@@ -169,6 +169,10 @@ fn reason_for_copy(
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
         PlanReason::ForeignMemory
+    } else if mapping.uffd.is_stand_in()
+        && matches!(backing, Backing::Donated(_) | Backing::Shared(Shared::Lazy(_)))
+    {
+        PlanReason::FilledByBuild
     } else if !is_aligned(granule, offsets.start, mapping.layout.source_offset(chunk)) {
         if huge { PlanReason::OtherOffsetInHugePage } else { PlanReason::OtherOffset }
     } else if let Some((_, reason)) = refused {
