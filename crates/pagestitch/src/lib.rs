@@ -15,7 +15,7 @@
 //!     .chunk(vec![1u8; 10_000])                                  // memory: copied from where it lies
 //!     .chunk(Chunk::from(FileSource::open("/proc/self/exe")?).range(0..3_000))    // a file: read where it is
 //!     .chunk(Chunk::hole(1 << 30))                               // a gigabyte of zeros
-//!     .chunk(bytes::Bytes::from_static(b"the end"))
+//!     .chunk(&b"the end"[..])                                    // memory of the program itself
 //!     .build(&pool)?;
 //!
 //! let bytes: &[u8] = region.as_slice();                          // nothing has been read yet
