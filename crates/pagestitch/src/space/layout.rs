@@ -110,12 +110,24 @@ impl Layout {
             None => align,
         };
         let wanted = if has_place { chunk.range.start } else { 0 };
-        let padding = wanted.wrapping_sub(self.total) % unit;
+        // The offset from which on no other chunk has bytes in the page.
+        let free = match page {
+            Some(page) if !self.is_continued_by(chunk) => page.round_up(self.total).unwrap_or(self.total),
+            _ => self.total,
+        };
+        let padding = free - self.total + wanted.wrapping_sub(free) % unit;
         if padding > 0 {
             self.padding.push(self.origins.len() as u32);
             self.lay(Backing::Hole(Hole), &(0..padding))?;
         }
         Ok(())
+    }
+
+    /// True if a chunk begins in its source where the last chunk ends.
+    fn is_continued_by(&self, chunk: &Chunk) -> bool {
+        let (Some(last), Some(&start)) = (self.origins.last(), self.starts.last()) else { return false };
+        let source = chunk.backing.identity().and_then(|identity| self.known.get(&identity));
+        source == Some(&last.source) && last.offset + (self.total - start) == chunk.range.start
     }
 
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
@@ -602,16 +614,21 @@ mod tests {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 16 << 20).unwrap().seal().unwrap());
         let (page, huge) = (PageSize::system(), HUGE as u64);
         let mut layout = Layout::default();
-        let ranges = [0..100, 5000..5000 + huge, 5000 + huge..9 << 20, 8192..9000];
+        let ranges = [0..100, 5000..5000 + huge, 5000 + huge..9 << 20, 8192..9000, 808..900];
         for range in ranges.clone() {
             let chunk = Chunk::from(memfd.clone()).range(range);
             layout.pad_for(&chunk, 1, Some(page)).unwrap();
             layout.push(chunk).unwrap();
         }
         layout.finish().unwrap();
-        let starts = [0, 1, 2, 3].map(|number| layout.offsets_of(layout.chunk_of(number).unwrap()).start);
-        assert_eq!(starts[..3], [0, huge + 5000, 2 * huge + 5000], "the third chunk continues the second");
-        assert_eq!(starts[3], 11 << 20, "a short chunk starts in the next page");
+        let starts = [0, 1, 2, 3, 4].map(|number| layout.offsets_of(layout.chunk_of(number).unwrap()).start);
+        assert_eq!(starts[..3], [0, 5000, huge + 5000], "the third chunk continues the second");
+        assert_eq!(starts[3], 9 << 20, "a short chunk starts in the next page");
+        assert_eq!(
+            starts[4],
+            starts[3] + 4096 + 808,
+            "a chunk that would fit behind the last one has its own page"
+        );
     }
 
     #[test]
