@@ -6,7 +6,7 @@ use crate::wrappers::Noted;
 use crate::{PAGE, discard, serve_until, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{
-    AnyRegion, Chunk, Error, ErrorKind, Inline, Manual, Pool, PrefetchHandle, PrefetchProgress, Readahead,
+    AnyRegion, Chunk, Eager, Error, ErrorKind, Inline, Manual, Pool, PrefetchHandle, PrefetchProgress, Readahead,
     Region, Server,
 };
 use pagestitch_testkit::forked::ForkedChild;
@@ -362,8 +362,12 @@ fn a_manual_prefetches_in_its_loop_until_it_is_dropped() {
 #[test]
 fn each_kind_of_region_is_prefetched_or_refused_by_each_server() {
     let (pool, mut manual) = (Pool::new().unwrap(), Manual::new().unwrap());
-    let servers: [(&str, Server); 3] =
-        [("pool", (&pool).into()), ("manual", (&manual).into()), ("inline", Inline.into())];
+    let servers: [(&str, Server); 4] = [
+        ("pool", (&pool).into()),
+        ("manual", (&manual).into()),
+        ("inline", Inline.into()),
+        ("eager", Eager.into()),
+    ];
     let mut check = |what: &str, region: &AnyRegion| {
         let result = region.prefetch(..);
         if what == "inline" {
@@ -371,13 +375,16 @@ fn each_kind_of_region_is_prefetched_or_refused_by_each_server() {
         }
         let prefetch = result.unwrap();
         serve_until(&mut manual, 64, || prefetch.is_done());
-        assert_eq!(counts(prefetch.wait()), [4, 0, 0], "{what}");
+        // No page of an eager region is absent.
+        let filled = if what == "eager" { 0 } else { 4 };
+        assert_eq!(counts(prefetch.wait()), [filled, 0, 0], "{what}");
+        assert_eq!(prefetch.progress().pages_left, 0);
     };
     let builder = || Region::builder().name("r").chunk(vec![7; 4 * PAGE]);
     for (name, server) in &servers {
         check(name, &builder().build(server.clone()).unwrap());
         check(name, &builder().build_shared(server.clone()).unwrap());
-        if *name != "inline" {
+        if matches!(*name, "pool" | "manual") {
             let guest = Guest::new(&[4 * PAGE], false).unwrap();
             let region = builder().build_adopted(adopt(&guest), server.clone()).unwrap();
             check(name, &region);

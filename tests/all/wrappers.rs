@@ -5,7 +5,7 @@ use crate::waits::SetOnDrop;
 use crate::zero_copy::memfd;
 use crate::{pattern, reason, until};
 use pagestitch::source::{Cached, FailureReason, Fetch, Hole, Limited, Memory, Reply, Retrying};
-use pagestitch::{Chunk, Error, Method, Pool, Readahead, Region, Retry, Source};
+use pagestitch::{Chunk, Error, ErrorKind, Method, Pool, Readahead, Region, Retry, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::io;
@@ -485,6 +485,64 @@ fn a_source_is_read_in_units_of_its_granularity() {
         touch_all(&region);
     });
     assert_eq!(later.noted.reads(), units);
+}
+
+/// A call reads the units that its range begins and ends in as a whole, as a fault does.
+#[test]
+fn populate_and_read_at_read_each_unit_of_a_source_once() {
+    const UNITS: u64 = 64;
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let noted = Arc::new(Noted::new(UNITS * KIB_64, KIB_64));
+    let region = region_of(&noted, &pool);
+    let mut byte = [0];
+    region.read_at(5 * KIB_64 + 7 * PAGE, &mut byte).unwrap();
+    assert_eq!(
+        (byte[0], noted.reads()),
+        (byte_at(5 * KIB_64 + 7 * PAGE), vec![(5 * KIB_64, KIB_64 as usize)])
+    );
+    for page in 0..16 {
+        region.read_at(5 * KIB_64 + page * PAGE, &mut byte).unwrap();
+        region.populate(9 * KIB_64 + page * PAGE..9 * KIB_64 + (page + 1) * PAGE).unwrap();
+    }
+    region.populate(11 * KIB_64 - 1..13 * KIB_64 + 1).unwrap();
+    region.populate(..).unwrap();
+    assert_covered_once(&noted, KIB_64, UNITS * KIB_64);
+    assert_eq!(region.close().pages_installed(), UNITS * 16);
+}
+
+/// The helper threads split the range between units, also where a unit lies in two blocks.
+#[test]
+fn threads_that_populate_read_each_unit_of_a_source_once() {
+    const UNIT: u64 = 1 << 20;
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let noted = Arc::new(Noted::new(80 * UNIT, UNIT));
+    let chunk = Chunk::source(Arc::clone(&noted)).range(3 * PAGE..80 * UNIT);
+    let region = Region::builder().chunk(chunk).readahead(Readahead::None).build(&pool).unwrap();
+    region.populate(..).unwrap();
+    let mut next = 3 * PAGE;
+    for (offset, len) in noted.reads() {
+        assert_eq!(offset, next, "{:?}", noted.reads());
+        next = offset + len as u64;
+        assert!(next.is_multiple_of(UNIT), "{:?}", noted.reads());
+    }
+    assert_eq!(next, 80 * UNIT);
+}
+
+/// The lost page is read with the unit, and fails nothing, because the caller does not ask for it.
+#[test]
+fn populate_fails_only_for_pages_of_its_range() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    for lost in [0, 15] {
+        let noted = Arc::new(Noted::new(KIB_64, KIB_64).losing(lost * PAGE));
+        let region = region_of(&noted, &pool);
+        region.populate(5 * PAGE..8 * PAGE).unwrap();
+        assert_eq!(noted.reads().last(), Some(&(5 * PAGE, 3 * PAGE as usize)));
+        assert!(region.failures().is_empty());
+        assert_eq!(region.populate(..).unwrap_err().kind(), ErrorKind::SourceFailed);
+        assert_eq!(region.failures().len(), 1);
+        let seen = region.close();
+        assert_eq!(seen.pages_installed(), if lost == 0 { 3 } else { 15 });
+    }
 }
 
 /// Each read consists of whole units, and no unit is read twice.

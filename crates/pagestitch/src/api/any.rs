@@ -145,11 +145,39 @@ impl AnyRegion {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn populate(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        self.populate_while(range, || true)
+    }
+
+    /// As [`populate`](Self::populate), until `go_on` returns false, which is no error. Several
+    /// threads call it, each before every block of 2 MiB.
+    ///
+    /// # Errors
+    ///
+    /// As [`populate`](Self::populate).
+    ///
+    /// ```
+    /// use std::time::{Duration, Instant};
+    ///
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+    /// let began = Instant::now();
+    /// region.populate_while(.., || began.elapsed() < Duration::from_secs(5))?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn populate_while(
+        &self,
+        range: impl RangeBounds<u64>,
+        go_on: impl Fn() -> bool + Sync,
+    ) -> Result<(), Error> {
+        self.fill(range, &go_on)
+    }
+
+    fn fill(&self, range: impl RangeBounds<u64>, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
         let span = self.span(range)?;
         if !self.server.is_of_this_process() {
             return self.touch(span);
         }
-        self.server.populate(&self.served, span).map_err(|failure| self.failed(failure))
+        self.server.populate(&self.served, span, go_on).map_err(|failure| self.failed(failure))
     }
 
     /// Has the server fill the absent pages of a range of byte offsets ahead of their touch, and

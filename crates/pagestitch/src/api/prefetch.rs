@@ -44,6 +44,9 @@ pub struct PrefetchProgress {
     pub pages_failed: u64,
     /// Pages that it has left as they were: another thread was filling them, or they were poisoned.
     pub pages_skipped: u64,
+    /// Pages that no worker has begun yet. None are left at the end, except after the region was
+    /// dropped.
+    pub pages_left: u64,
 }
 
 impl PrefetchHandle {
@@ -61,8 +64,8 @@ impl PrefetchHandle {
     /// The progress so far.
     #[must_use]
     pub fn progress(&self) -> PrefetchProgress {
-        let [pages_filled, pages_failed, pages_skipped] = self.job.counts();
-        PrefetchProgress { pages_filled, pages_failed, pages_skipped }
+        let [pages_filled, pages_failed, pages_skipped, pages_left] = self.job.counts();
+        PrefetchProgress { pages_filled, pages_failed, pages_skipped, pages_left }
     }
 
     /// Blocks until the prefetch is over; returns its progress.

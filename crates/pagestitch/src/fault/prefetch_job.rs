@@ -27,6 +27,8 @@ pub(crate) struct PrefetchJob {
     filled: AtomicU64,
     failed: AtomicU64,
     skipped: AtomicU64,
+    /// The pages that no worker has taken.
+    left: AtomicU64,
     /// The pages of a block.
     block: usize,
 }
@@ -76,6 +78,7 @@ impl PrefetchJob {
             filled: AtomicU64::new(0),
             failed: AtomicU64::new(0),
             skipped: AtomicU64::new(0),
+            left: AtomicU64::new(span.pages as u64),
             block,
         }
     }
@@ -110,9 +113,10 @@ impl PrefetchJob {
         Poll::Pending
     }
 
-    /// The pages that it has filled, that have failed, and that it has left to other threads.
-    pub(crate) fn counts(&self) -> [u64; 3] {
-        [&self.filled, &self.failed, &self.skipped].map(|count| count.load(Ordering::SeqCst))
+    /// The pages that it has filled, that have failed, that it has left to other threads, and that
+    /// no worker has taken yet.
+    pub(crate) fn counts(&self) -> [u64; 4] {
+        [&self.filled, &self.failed, &self.skipped, &self.left].map(|count| count.load(Ordering::SeqCst))
     }
 
     /// Takes the next block, for a worker that is about to fill it. The flag tells whether other
@@ -129,6 +133,7 @@ impl PrefetchJob {
             state.rest = state.rest.without_prefix(block.pages);
             block
         });
+        self.left.fetch_sub(block.pages as u64, Ordering::SeqCst);
         state.steps += 1;
         state.is_queued = self.can_go_on(&state);
         Some((block, state.is_queued))
@@ -140,6 +145,7 @@ impl PrefetchJob {
         let mut state = self.state.lock();
         state.steps -= 1;
         if !left.is_empty() {
+            self.left.fetch_add(left.pages as u64, Ordering::SeqCst);
             state.later.push(left);
         }
         if is_limited && self.can_go_on(&state) {
@@ -190,6 +196,14 @@ impl PrefetchJob {
         self.set_over(self.state.lock());
     }
 
+    /// Ends it at once, because all of its pages are present but those that `poisoned` counts.
+    pub(crate) fn end_present(&self, poisoned: impl Fn(Span) -> usize) {
+        let rest = self.state.lock().rest;
+        self.add_skipped(poisoned(rest));
+        self.left.store(0, Ordering::SeqCst);
+        self.end();
+    }
+
     fn next_step(&self, mut state: MutexGuard<'_, State>) -> NextStep {
         if state.is_queued || !self.can_go_on(&state) {
             self.end_if_over(state);
@@ -223,7 +237,7 @@ impl PrefetchJob {
 }
 
 impl State {
-    const fn has_pages(&self) -> bool {
+    fn has_pages(&self) -> bool {
         !self.rest.is_empty() || !self.later.is_empty()
     }
 }

@@ -63,9 +63,14 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     /// Starts a prefetch on threads that have no fault to serve.
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error>;
 
-    /// Fills the absent pages of a span in the calling thread.
-    fn populate(&self, region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
-        populate::populate(region, span)
+    /// Fills the absent pages of a span in the calling thread, as long as `go_on` returns true.
+    fn populate(
+        &self,
+        region: &Mapping,
+        span: Span,
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), Arc<Failure>> {
+        populate::populate(region, span, go_on)
     }
 
     /// Fills the poisoned pages of a span in the calling thread.

@@ -7,6 +7,7 @@ use crate::fault::error::failure_at;
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::recovery::{Attempts, Sources};
 use crate::fault::{BLOCK_PAGES, Filler, InstallError, Unfilled, Wanted, journey};
+use crate::guard::discard;
 use crate::signals::NoSignals;
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState, Unclaimed};
@@ -17,70 +18,55 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Fills the absent pages of a span. Stops at the first page whose source fails; the pages before
-/// it are filled.
-pub(crate) fn populate(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
-    populate_once(region, span)?;
+/// Fills the absent pages of a span as long as `go_on` returns true. Stops at the first page whose
+/// source fails; the pages before it are filled.
+pub(crate) fn populate(
+    region: &Mapping,
+    span: Span,
+    go_on: &(dyn Fn() -> bool + Sync),
+) -> Result<(), Arc<Failure>> {
+    let extent = Extent { go_on, ends_at_failure: true };
+    fill_blocks(region, span, extent)?;
     // Only once more: a swapped-out page looks like a discarded page here, and is found present
     // when it is filled.
-    if region.lacks_any(span) { populate_once(region, span) } else { Ok(()) }
+    if region.lacks_any(span) && go_on() { fill_blocks(region, span, extent) } else { Ok(()) }
 }
 
 /// Fills all absent pages of a region that can be filled, as long as `go_on` returns true. The
 /// error is the first page that cannot be filled.
 pub(crate) fn fill_rest(region: &Mapping, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Arc<Failure>> {
-    fill_blocks(region, region.target.all(), Extent::All(go_on))
-}
-
-fn populate_once(region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
-    if span.pages < PARALLEL_PAGES {
-        return fill_absent(region, span, &mut None, Extent::ToFailure);
-    }
-    fill_blocks(region, span, Extent::ToFailure)
+    fill_blocks(region, region.target.all(), Extent { go_on, ends_at_failure: false })
 }
 
 fn fill_blocks(region: &Mapping, span: Span, extent: Extent<'_>) -> Result<(), Arc<Failure>> {
     let work = Work { region, extent, rest: Mutex::new(Remainder { span, failed: None }) };
-    thread::scope(|scope| {
-        let quiet = NoSignals::until_dropped();
-        let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
-        for index in 0..helpers {
-            let named = thread::Builder::new().name(format!("populate/{index}"));
-            // A thread that cannot start is one helper fewer.
-            let _ = named.spawn_scoped(scope, || work.help());
-        }
-        drop(quiet);
-        work.help();
-    });
+    if span.pages < PARALLEL_PAGES {
+        work.help()
+    } else {
+        work.help_in_threads()
+    }
     work.rest.into_inner().failed.map_or(Ok(()), |(_, failure)| Err(failure))
 }
 
-/// The part of a span that is filled.
+/// The part of a span that is filled: until this function returns false.
 #[derive(Clone, Copy)]
-enum Extent<'a> {
-    /// The pages before the first one that cannot be filled.
-    ToFailure,
-    /// Each page that can be filled, as long as this function returns true.
-    All(&'a (dyn Fn() -> bool + Sync)),
+struct Extent<'a> {
+    go_on: &'a (dyn Fn() -> bool + Sync),
+    /// True: the pages before the first one that cannot be filled. False: each page that can be
+    /// filled.
+    ends_at_failure: bool,
 }
 
 impl Extent<'_> {
-    fn goes_on(self) -> bool {
-        match self {
-            Self::ToFailure => true,
-            Self::All(go_on) => go_on(),
-        }
-    }
-
     /// True if the thread waits longer for a memory map that has been changing since `since`.
     fn waits(self, since: &Instant) -> bool {
-        matches!(self, Self::ToFailure) || self.goes_on() && since.elapsed() < CHANGING_MAX
+        (self.go_on)() && (self.ends_at_failure || since.elapsed() < CHANGING_MAX)
     }
 
     /// True if a failure ends the work. It always does after the owner has ended, which needs no
     /// page.
     fn ends_at_failure(self, region: &Mapping) -> bool {
-        matches!(self, Self::ToFailure) || region.owner_has_ended()
+        self.ends_at_failure || region.owner_has_ended()
     }
 }
 
@@ -98,6 +84,20 @@ struct Remainder {
 }
 
 impl Work<'_> {
+    fn help_in_threads(&self) {
+        thread::scope(|scope| {
+            let quiet = NoSignals::until_dropped();
+            let helpers = thread::available_parallelism().map_or(1, NonZeroUsize::get).min(THREADS_MAX) - 1;
+            for index in 0..helpers {
+                let named = thread::Builder::new().name(format!("populate/{index}"));
+                // A thread that cannot start is one helper fewer.
+                let _ = named.spawn_scoped(scope, || self.help());
+            }
+            drop(quiet);
+            self.help();
+        });
+    }
+
     fn help(&self) {
         let mut buffers = None;
         while let Some(block) = self.next_block() {
@@ -113,7 +113,7 @@ impl Work<'_> {
     /// The next block; none after a failure that ends the work. The blocks before the failed one
     /// are taken already, and the threads that took them fill them.
     fn next_block(&self) -> Option<Span> {
-        if !self.extent.goes_on() {
+        if !(self.extent.go_on)() {
             return None;
         }
         let mut rest = self.rest.lock();
@@ -121,8 +121,11 @@ impl Work<'_> {
         if ended || rest.span.is_empty() {
             return None;
         }
-        let (block, later) = self.region.first_block(rest.span);
-        rest.span = later;
+        // A unit of a source is read at once, so it is not split between threads.
+        let end = self.region.with_read_units(self.region.first_block(rest.span).0).end();
+        let pages = end.0 - rest.span.first.0;
+        let block = rest.span.prefix(pages);
+        rest.span = rest.span.without_prefix(pages);
         Some(block)
     }
 }
@@ -152,6 +155,8 @@ fn fill_absent(
                 thread::yield_now();
                 0
             }
+            // The caller needs the rest no longer.
+            RunOutcome::Changing if !(extent.go_on)() => return first,
             RunOutcome::Changing => return first.and_then(|()| Err(no_rest(region, rest))),
             RunOutcome::Failed(failure, _) if extent.ends_at_failure(region) => return Err(failure),
             RunOutcome::Failed(failure, pages) => {
@@ -178,8 +183,11 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
     if region.pages.state(gap.first) == PageState::Present {
         return Ok(RunOutcome::Filled(1));
     }
-    let wanted = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
-    let filling = FillingCaller::new(region, wanted);
+    let block = gap.prefix(BLOCK_PAGES - gap.first.0 % BLOCK_PAGES);
+    // As a fault does: whole units of the source, so that each unit is read once.
+    let units = region.with_read_units(block);
+    let wanted = gap.prefix(units.end().0 - gap.first.0);
+    let filling = FillingCaller::new(region, units);
     // A thread that finds every page present needs no buffers.
     let buffers = match buffers {
         Some(buffers) => buffers,
@@ -187,9 +195,10 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
             buffers.insert(Buffers::new().map_err(|errno| Arc::new(failure_at(region, gap, errno.into())))?)
         }
     };
-    let mut populate = Populate { sources: Sources::new(region, buffers, Attempts::default()), claimed: 0 };
+    let sources = Sources::new(region, buffers, Attempts::default());
+    let mut populate = Populate { sources, units, wanted: wanted.prefix(0) };
     let end = match journey(region, Wanted::Absent(wanted), &mut populate) {
-        Ok(()) => return Ok(RunOutcome::Filled(populate.claimed)),
+        Ok(()) => return Ok(RunOutcome::Filled(populate.wanted.pages)),
         Err(end) => end,
     };
     drop(filling);
@@ -218,13 +227,16 @@ fn wait_for_other(region: &Mapping, gap: Span) -> Result<RunOutcome, Arc<Failure
 
 struct Populate<'a> {
     sources: Sources<'a>,
-    /// The pages of the claim.
-    claimed: usize,
+    /// The pages that may be read with the wanted ones.
+    units: Span,
+    /// The pages of the claim that the caller wants.
+    wanted: Span,
 }
 
 impl Filler for Populate<'_> {
     fn claimed(&mut self, claim: &mut Claim<'_>) {
-        self.claimed = claim.span().pages;
+        self.wanted = claim.span();
+        claim.grow_within(self.units);
     }
 
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
@@ -236,6 +248,11 @@ impl Filler for Populate<'_> {
     }
 
     fn failed(&mut self, claim: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
+        // A page that the caller does not want may have failed: without them, the read is repeated.
+        if !matches!(error, InstallError::Changing) && claim.shrink_within(self.wanted) {
+            discard(error);
+            return Ok(());
+        }
         self.sources.wait_or_fail(claim, error)
     }
 }

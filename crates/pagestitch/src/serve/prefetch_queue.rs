@@ -62,21 +62,22 @@ impl<R> PrefetchQueue<R> {
         if self.working.load(Ordering::SeqCst) >= self.most {
             return None;
         }
-        let mut taken = None;
-        while taken.is_none()
-            && let Some(first) = queue.pop_front()
-        {
-            if let Some((block, goes_on)) = first.job.take() {
-                if goes_on {
-                    // In the place of the one that was taken, so that the queue does not grow.
-                    queue.push_back(first.clone());
-                }
-                self.working.fetch_add(1, Ordering::SeqCst);
-                taken = Some((first, block));
-            }
-        }
+        let taken = self.take_first(&mut queue);
         self.waiting.store(queue.len(), Ordering::SeqCst);
         taken
+    }
+
+    fn take_first(&self, queue: &mut VecDeque<RequestedPrefetch<R>>) -> Option<(RequestedPrefetch<R>, Span)> {
+        loop {
+            let first = queue.pop_front()?;
+            let Some((block, goes_on)) = first.job.take() else { continue };
+            if goes_on {
+                // In the place of the one that was taken, so that the queue does not grow.
+                queue.push_back(first.clone());
+            }
+            self.working.fetch_add(1, Ordering::SeqCst);
+            return Some((first, block));
+        }
     }
 
     /// Ends a worker's block.

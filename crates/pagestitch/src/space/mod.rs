@@ -279,10 +279,12 @@ impl Mapping {
         (movable == block.pages && offset % HUGE as u64 == 0).then_some(block)
     }
 
-    /// The block at the start of a span, if it can be filled in staging and moved in.
+    /// The block at the start of a span, if it can be filled in staging and moved in, and splits no
+    /// [unit](Self::read_unit) of a source.
     pub(crate) fn stageable_block(&self, span: Span) -> Option<Span> {
         let block = self.block_of(span.first).filter(|_| self.staged.is_ok())?;
         let whole = block.first == span.first && block.pages <= span.pages;
+        let whole = whole && self.with_read_units(block) == block;
         (whole && self.lazy.next_gap(block) == block && self.in_place.next_gap(block) == block)
             .then_some(block)
     }

@@ -397,6 +397,16 @@ impl Claim<'_> {
         drop(mem::replace(self, page));
     }
 
+    /// Gives back its pages outside of a span, and wakes their waiters. False if there are none.
+    pub(crate) fn shrink_within(&mut self, span: Span) -> bool {
+        let before = span.first.0.saturating_sub(self.span.first.0).min(self.span.pages);
+        drop(self.split_off(before));
+        let after = self.span.end().0.saturating_sub(span.end().0).min(self.span.pages);
+        let inside = self.split_off(self.span.pages - after);
+        drop(mem::replace(self, inside));
+        before + after > 0
+    }
+
     /// Keeps its pages claimed until it is [resumed](PageTable::resume).
     pub(crate) fn keep(mut self) -> Span {
         let span = self.span;

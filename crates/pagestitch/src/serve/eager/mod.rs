@@ -137,13 +137,18 @@ impl Attachment for Attached {
 
     /// It is over, because no page is absent.
     fn prefetch(&self, _region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
-        job.end();
+        job.end_present(|span| inside(&self.poisoned, span).len());
         Ok(())
     }
 
     fn detach(&self, _region: &Served) {}
 
-    fn populate(&self, region: &Mapping, span: Span) -> Result<(), Arc<Failure>> {
+    fn populate(
+        &self,
+        region: &Mapping,
+        span: Span,
+        _go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), Arc<Failure>> {
         let failed = inside(&self.poisoned, span).first();
         failed.and_then(|&page| region.failure(page)).map_or(Ok(()), Err)
     }
@@ -152,7 +157,7 @@ impl Attachment for Attached {
         // The source is not read, so the attempts stay.
         let again =
             |failure: Arc<Failure>| Failure { attempts: failure.attempts, ..failure.again(irrecoverable()) };
-        self.populate(region, span).map_err(|failure| Arc::new(again(failure)))
+        self.populate(region, span, &|| true).map_err(|failure| Arc::new(again(failure)))
     }
 
     fn presence(&self, _region: &Mapping) -> Arc<dyn Presence> {
