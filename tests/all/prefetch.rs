@@ -6,8 +6,8 @@ use crate::wrappers::Noted;
 use crate::{PAGE, discard, serve_until, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{
-    AnyRegion, Chunk, Eager, Error, ErrorKind, Inline, Manual, Pool, PrefetchHandle, PrefetchProgress, Readahead,
-    Region, Server,
+    AnyRegion, Chunk, Eager, Error, ErrorKind, Inline, Manual, Pool, PrefetchHandle, PrefetchProgress,
+    Readahead, Region, Server,
 };
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::guest::Guest;

@@ -4,6 +4,7 @@
 //!   Its fetches overlap up to a limit, and no thread waits for them.
 //! * [`serve`] is a task that serves the faults of a [`Manual`] server, on the threads of the
 //!   runtime.
+//! * [`populate`] fills a range of a region, and no thread waits for it. Dropping it cancels it.
 //!
 //! A touch of a region blocks its thread, and the runtime does not know. Touch regions in threads
 //! of your own or in `spawn_blocking`, never in a task of the runtime that fills them.
@@ -33,6 +34,10 @@
 //! assert_eq!(region.as_slice()[100_000], 7);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+
+mod populate;
+
+pub use populate::populate;
 
 use bytes::Bytes;
 use pagestitch::source::{Fetch, Reply};
