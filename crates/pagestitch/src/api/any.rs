@@ -470,7 +470,7 @@ impl Drop for AnyRegion {
         self.server.detach(&self.served);
         self.served.close();
         self.server.detach_children(&self.served);
-        log!(debug, region = self.name(), metrics = ?self.metrics(), "region dropped");
+        log!(debug, region = self.name(), metrics = ?self.metrics().non_zero(), "region dropped");
         self.served.end_service();
     }
 }

@@ -24,6 +24,7 @@ use in_flight::InFlight;
 pub(crate) use in_flight::{InFlightFault, Overdue};
 use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
+use std::fmt::{self, Debug};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -308,7 +309,25 @@ pub struct Latency {
     pub resolve: Histogram,
 }
 
+/// The counters that are not zero, for a line of a log.
+struct NonZero(Metrics);
+
+impl Debug for NonZero {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = f.debug_struct("Metrics");
+        self.0.all().filter(|(_, count)| *count > 0).for_each(|(name, count)| {
+            shown.field(name, &count);
+        });
+        shown.finish()
+    }
+}
+
 impl Metrics {
+    /// The counters that are not zero, because a line with all of them is hard to read.
+    pub(crate) const fn non_zero(self) -> impl Debug {
+        NonZero(self)
+    }
+
     /// A reader that is faster than readahead passes more pages than were filled ahead.
     fn bounded(self) -> Self {
         Self { pages_ahead_used: self.pages_ahead_used.min(self.pages_ahead), ..self }
