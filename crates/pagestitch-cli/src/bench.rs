@@ -2,16 +2,18 @@
 //! run.
 
 use crate::files;
+use crate::log;
 use crate::output::Form;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use pagestitch_bench::environment::Environment;
-use pagestitch_bench::report::compare::{self, compare};
+use pagestitch_bench::report::compare::{self, Comparison, compare};
 use pagestitch_bench::report::{page::page, table::table};
 use pagestitch_bench::row::{Measured, Row};
 use pagestitch_bench::runner::{self, Watcher};
 use pagestitch_bench::workloads::{self, Workload};
+use serde_json::json;
 use std::error::Error;
 use std::io::{IsTerminal, Write, stderr, stdout};
 use std::path::{Path, PathBuf};
@@ -54,7 +56,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     if form == Form::Text {
         writeln!(stdout(), "{environment}")?;
     }
-    let mut watcher = Bar::new(form == Form::Quiet)?;
+    let mut watcher = Bar::new(form)?;
     let mut runs: Vec<(&Workload, Vec<Measured>)> = Vec::new();
     for workload in workloads::ALL.iter().filter(|known| options.wants(known)) {
         if watcher.ended() {
@@ -70,15 +72,11 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         compare(&earlier, &rows)
     });
     if let Some(comparisons) = &comparisons {
-        // With --json, standard output carries rows for a program.
-        let mut out: Box<dyn Write> = if as_json { Box::new(stderr()) } else { Box::new(stdout()) };
-        out.write_all(compare::table(comparisons).as_bytes())?;
+        print_comparisons(comparisons, as_json)?;
     }
     if let Some(path) = &options.report {
         files::write(path, page(&environment, &runs, &comparisons.unwrap_or_default())?.as_bytes())?;
-        if form != Form::Quiet {
-            writeln!(stderr(), "wrote {}", path.display())?;
-        }
+        log::note(form, &format!("wrote {}", path.display()));
     }
     Ok(())
 }
@@ -87,6 +85,19 @@ impl Options {
     fn wants(&self, workload: &Workload) -> bool {
         self.workloads.is_empty() || self.workloads.iter().any(|name| name == workload.name)
     }
+}
+
+/// Prints a table, or an object for each comparison: to standard error, because standard output
+/// carries rows that a later run can be compared with.
+fn print_comparisons(comparisons: &[Comparison], as_json: bool) -> Result<(), Box<dyn Error>> {
+    if !as_json {
+        return Ok(stdout().write_all(compare::table(comparisons).as_bytes())?);
+    }
+    let mut err = stderr().lock();
+    for comparison in comparisons {
+        writeln!(err, "{}", json!({"comparison": comparison}))?;
+    }
+    Ok(())
 }
 
 fn read_earlier(path: &Path) -> Result<Vec<Row>, String> {
@@ -113,17 +124,20 @@ struct Bar {
 }
 
 impl Bar {
-    fn new(hidden: bool) -> Result<Self, Box<dyn Error>> {
+    fn new(form: Form) -> Result<Self, Box<dyn Error>> {
         let interrupted = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&interrupted);
         ctrlc::set_handler(move || {
             if seen.swap(true, Ordering::Relaxed) {
                 exit(130);
             }
-            let _ =
-                writeln!(stderr(), "\nending after the complete rounds; press Ctrl-C again to end at once");
+            if stderr().is_terminal() {
+                // The line of ^C ends.
+                let _ = writeln!(stderr());
+            }
+            log::note(form, "ending after the complete rounds; press Ctrl-C again to end at once");
         })?;
-        Ok(Self { bar: ProgressBar::hidden(), hidden, interrupted })
+        Ok(Self { bar: ProgressBar::hidden(), hidden: form == Form::Quiet, interrupted })
     }
 
     fn ended(&self) -> bool {

@@ -1,15 +1,23 @@
 //! Events on standard error, or among the lines of `--live` while that has the terminal.
 
+use crate::output::Form;
 use crate::scene::Scene;
 use parking_lot::Mutex;
+use serde_json::{Map, Value, json};
 use std::env;
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
-/// Starts the log. `times`: each event begins with its time, because the command runs for days.
-pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool) {
+/// Starts the log. `times`: each event has its time, because the command runs for days. `json`: an
+/// event is an object.
+pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool, json: bool) {
     let level = match verbose {
         0 => least,
         1 => LevelFilter::DEBUG,
@@ -20,10 +28,82 @@ pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool) {
         .with_writer(|| Log)
         .with_ansi(io::stderr().is_terminal() && may_color())
         .with_target(false);
-    match times {
-        true => log.init(),
-        false => log.without_time().init(),
+    match (json, times) {
+        (true, _) => log.event_format(Objects { times }).init(),
+        (false, true) => log.init(),
+        (false, false) => log.without_time().init(),
     }
+}
+
+/// Events as JSON objects: the level, the message, and the fields.
+struct Objects {
+    times: bool,
+}
+
+impl<S, N> FormatEvent<S, N> for Objects
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut fields = Fields(Map::new());
+        if self.times {
+            fields.add("time", time());
+        }
+        fields.add("level", event.metadata().level().as_str().to_lowercase());
+        event.record(&mut fields);
+        writeln!(writer, "{}", Value::Object(fields.0))
+    }
+}
+
+/// The fields of an event. Values without a JSON type are text.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn add(&mut self, name: &str, value: impl Into<Value>) {
+        self.0.insert(name.to_owned(), value.into());
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.add(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.add(field.name(), value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.add(field.name(), value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.add(field.name(), value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.add(field.name(), value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.add(field.name(), value);
+    }
+}
+
+/// Writes a note about the work to standard error, in the form of the log.
+pub(crate) fn note(form: Form, message: &str) {
+    let line = match form {
+        Form::Text => message.to_owned(),
+        Form::Json => json!({"level": "info", "message": message}).to_string(),
+        Form::Quiet => return,
+    };
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 /// The current time, as events show it: `2026-11-28T07:22:26.123456Z`.

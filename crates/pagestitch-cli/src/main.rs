@@ -1,8 +1,8 @@
 //! The `pagestitch` command.
 //!
 //! Exit status: 0 success; 1 failure, with the reason in one line on standard error; 2 wrong
-//! arguments, which no file and no machine could make right. With `--json`, the reason is an object
-//! that also names the kind of error.
+//! arguments, which no file and no machine could make right. With `--json`, each line on standard
+//! error is an object: a reason has `error`, with its kind, and an event of the log has `level`.
 //!
 //! A module uses no module of an earlier row:
 //!
@@ -50,8 +50,8 @@ use usage::Usage;
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// Print JSON instead of text: one object, or one object per line for bench and serve. An error
-    /// is an object on standard error
+    /// Print JSON instead of text: one object, or one object per line for bench and serve. Errors,
+    /// warnings and the log are objects on standard error, one per line
     #[arg(long, global = true)]
     json: bool,
     /// Print errors, and results that an option requests, and nothing else: no summary, no event,
@@ -104,7 +104,8 @@ fn main() -> ExitCode {
     // A stress test makes thousands of pages fail.
     let quiet = form == Form::Quiet || matches!(arguments.command, Command::Stress(_));
     let serves = matches!(arguments.command, Command::Serve(_));
-    log::start(arguments.verbose, if quiet { LevelFilter::ERROR } else { LevelFilter::WARN }, serves);
+    let least = if quiet { LevelFilter::ERROR } else { LevelFilter::WARN };
+    log::start(arguments.verbose, least, serves, form == Form::Json);
     raise_descriptor_limit();
     match run(arguments.command, form) {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,8 +1,8 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
-use crate::files::{self, cannot_write, refuse_input};
+use crate::files::{self, Output, is_stdout, refuse_input};
 use crate::heatmap;
-use crate::live::{Live, quit};
+use crate::live::{self, Live};
 use crate::output::{Form, Progress, bytes, count, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::scene::Scene;
@@ -19,9 +19,10 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::error::Error;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Write, stdout};
 use std::path::{Path, PathBuf};
+use std::process::exit;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -42,7 +43,8 @@ pub(crate) struct Options {
     /// file that is truncated meanwhile ends the command with SIGBUS
     #[arg(long, value_name = "ORDER[:SHARE]")]
     touch: Option<Touch>,
-    /// Write the whole region to a file, or to standard output with -
+    /// Write the whole region to a file, which appears when it is complete, or to standard output
+    /// with -
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// The number of handler threads [default: one per CPU, at most 8]
@@ -88,8 +90,19 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let (build_ns, region) = timed(|| build(parts, options, &pool));
     let region = region?;
     let output = options.output.as_deref().map(Output::open).transpose()?;
+    let left = output.as_ref().and_then(Output::left_by_a_kill).map(Path::to_owned);
+    if let Some(part) = left.clone() {
+        ctrlc::set_handler(move || {
+            let _ = fs::remove_file(&part);
+            exit(130);
+        })?;
+    }
     let scene = Scene::default();
     scene.add(region.meter());
+    let quit = move || {
+        left.iter().for_each(|part| drop(fs::remove_file(part)));
+        live::quit();
+    };
     let live = options.live.then(|| Live::show(&scene, quit)).transpose()?;
     let latencies = options.touch.map(|touch| {
         let page = pagestitch::Support::current().page_size().bytes();
@@ -116,16 +129,21 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let summary =
         Summary { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
     // Standard output may carry the bytes of the region.
-    let mut out: Box<dyn Write> = match options.output.as_ref().and_then(|path| path.to_str()) {
-        Some("-") => Box::new(io::stderr()),
-        _ => Box::new(stdout()),
-    };
+    let mut out: Box<dyn Write> =
+        if options.to_stdout() { Box::new(io::stderr()) } else { Box::new(stdout()) };
     match form {
         Form::Json => print_json(&mut out, &summary)?,
         Form::Text => print(&mut out, &summary, true)?,
         Form::Quiet => print(&mut out, &summary, false)?,
     }
     Ok(())
+}
+
+impl Options {
+    /// True if standard output carries the bytes of the region.
+    fn to_stdout(&self) -> bool {
+        self.output.as_deref().is_some_and(is_stdout)
+    }
 }
 
 /// Parses a part. A malformed range is a wrong argument.
@@ -192,7 +210,7 @@ fn empty_input() -> io::Error {
 
 /// Checks the outputs before the work begins.
 fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
-    let to_stdout = options.output.as_deref() == Some(Path::new("-"));
+    let to_stdout = options.to_stdout();
     if options.live && to_stdout {
         return Err(Usage(String::from("--live draws on standard output: write the region to a file")).into());
     }
@@ -204,30 +222,6 @@ fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     let record = options.record.as_deref().map(|path| ("recording", path));
     let heatmap = options.heatmap.as_deref().map(|path| ("map", path));
     files::check(record.into_iter().chain(heatmap), &inputs)
-}
-
-/// The output of the region: standard output, or a file that is opened before the work begins, and
-/// keeps its old bytes until the new ones are written.
-struct Output<'a> {
-    path: &'a Path,
-    file: Option<File>,
-}
-
-impl<'a> Output<'a> {
-    fn open(path: &'a Path) -> Result<Self, String> {
-        let open = || File::options().write(true).create(true).truncate(false).open(path);
-        let file = (path != Path::new("-")).then(open).transpose();
-        Ok(Self { path, file: file.map_err(|error| cannot_write(path, &error))? })
-    }
-
-    /// Standard output, or the emptied file.
-    fn begin(&self) -> io::Result<Box<dyn Write + '_>> {
-        let Some(file) = &self.file else { return Ok(Box::new(stdout().lock())) };
-        if file.metadata()?.is_file() {
-            file.set_len(0)?;
-        }
-        Ok(Box::new(file))
-    }
 }
 
 /// Reads a region block by block, so that an unreadable page is an error and not a signal.
@@ -249,14 +243,11 @@ impl Blocks<'_> {
     }
 
     fn write_out(&self, output: Output<'_>) -> Result<(), Box<dyn Error>> {
-        let named = |error: io::Error| match error.kind() {
-            io::ErrorKind::BrokenPipe => error,
-            kind => io::Error::new(kind, cannot_write(output.path, &error)),
-        };
-        let mut out = output.begin().map_err(named)?;
-        self.each("writing", |block| out.write_all(block).map_err(named))?;
-        out.flush().map_err(named)?;
-        Ok(())
+        let mut out = output.writer();
+        self.each("writing", |block| out.write_all(block).map_err(|error| output.name(&error)))?;
+        out.flush().map_err(|error| output.name(&error))?;
+        drop(out);
+        Ok(output.commit()?)
     }
 
     fn each(

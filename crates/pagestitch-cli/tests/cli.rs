@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 fn pagestitch(directory: &Path, arguments: &[&str]) -> Output {
@@ -122,7 +122,7 @@ fn a_file_truncated_during_the_output_is_an_error_line() {
     fs::write(&shrinking, vec![7; 64 << 20]).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
     command.current_dir(directory.path()).args(["stitch", "shrinking", "-o", "-"]);
-    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let mut stdout = child.stdout.take().unwrap();
     // The command has begun, and waits because the pipe is full.
@@ -166,7 +166,7 @@ fn standard_input_is_a_part() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
         command.current_dir(directory.path()).arg("stitch").args(arguments);
         let input = input.map(|name| fs::File::open(directory.path().join(name)).unwrap().into());
-        command.stdin(input.unwrap_or_else(std::process::Stdio::null)).output().unwrap()
+        command.stdin(input.unwrap_or_else(Stdio::null)).output().unwrap()
     };
     let (a, b) = (concatenated(directory.path(), &["a"]), concatenated(directory.path(), &["b"]));
     for copy in [&[][..], &["--copy"]] {
@@ -237,7 +237,7 @@ fn completions_and_manual_pages_have_all_commands_and_options() {
         let script = out(&pagestitch(directory.path(), &["completions", shell]));
         assert!(script.contains("stitch") && script.contains("handshake-timeout"), "{shell}");
     }
-    let checked = Command::new("bash").args(["-n", "/dev/stdin"]).stdin(std::process::Stdio::piped()).spawn();
+    let checked = Command::new("bash").args(["-n", "/dev/stdin"]).stdin(Stdio::piped()).spawn();
     if let Ok(mut bash) = checked {
         let script = out(&pagestitch(directory.path(), &["completions", "bash"]));
         bash.stdin.take().unwrap().write_all(script.as_bytes()).unwrap();
@@ -504,6 +504,120 @@ fn an_output_file_is_replaced_as_a_whole_after_success() {
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 5, "nothing else is left");
 }
 
+/// The names of the files in a folder.
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// Waits until a process has written some megabytes.
+fn wait_for_output(child: &Child) {
+    let counters = format!("/proc/{}/io", child.id());
+    let written = || -> u64 {
+        let text = fs::read_to_string(&counters).unwrap();
+        text.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().parse().unwrap()
+    };
+    while written() < 10 << 20 {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+fn interrupt(child: Child) {
+    let id = nix::unistd::Pid::from_raw(child.id() as i32);
+    nix::sys::signal::kill(id, nix::sys::signal::SIGINT).unwrap();
+    assert!(!child.wait_with_output().unwrap().status.success());
+}
+
+#[test]
+fn an_output_that_is_not_completed_leaves_the_old_file_and_no_part() {
+    let directory = TempDir::new().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let file = fs::File::create(path("big")).unwrap();
+    let start = || {
+        file.set_len(2 << 30).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+        command.current_dir(directory.path()).args(["stitch", "big", "-o", "written"]);
+        let child = command.stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_output(&child);
+        child
+    };
+    for old in [None, Some(b"old".to_vec())] {
+        old.iter().for_each(|old| fs::write(path("written"), old).unwrap());
+        let expected = if old.is_some() { &["big", "written"][..] } else { &["big"] };
+        let check = || {
+            assert_eq!(
+                (fs::read(path("written")).ok(), names(directory.path())),
+                (old.clone(), expected.iter().map(|&name| name.to_owned()).collect())
+            );
+        };
+        interrupt(start());
+        check();
+        let child = start();
+        file.set_len(4096).unwrap();
+        error_line(&child.wait_with_output().unwrap(), 1);
+        check();
+    }
+}
+
+#[test]
+fn an_interrupted_output_leaves_no_part_where_every_file_has_a_name() {
+    let directory = TempDir::new().unwrap();
+    fs::File::create(directory.path().join("big")).unwrap().set_len(2 << 30).unwrap();
+    // Without procfs, a file without a name cannot get one, as on a file system that has none.
+    let hidden = "mount -t tmpfs none /proc || exit 77; exec \"$0\" stitch big -o written";
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", hidden, env!("CARGO_BIN_EXE_pagestitch")]).current_dir(directory.path());
+    if !nix::unistd::Uid::effective().is_root() {
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED an_interrupted_output_leaves_no_part_where_every_file_has_a_name: only root can hide procfs"
+        );
+        return;
+    }
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait_for_output(&child);
+    assert_eq!(names(directory.path()), ["big".to_owned(), format!("written.{}.part", child.id())]);
+    interrupt(child);
+    assert_eq!(names(directory.path()), ["big"]);
+}
+
+#[test]
+fn a_new_output_has_its_bytes_and_an_existing_one_its_permissions() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = files();
+    let path = directory.path().join("written");
+    for _ in 0..2 {
+        out(&pagestitch(directory.path(), &["stitch", "a", "-o", "written"]));
+        assert!(fs::read(&path).unwrap() == concatenated(directory.path(), &["a"]));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    out(&pagestitch(directory.path(), &["stitch", "b", "-o", "written"]));
+    assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(fs::read(&path).unwrap() == concatenated(directory.path(), &["b"]));
+    let piped = pagestitch(directory.path(), &["stitch", "a", "-o", "/dev/stdout", "--sha256"]);
+    assert!(piped.stdout == concatenated(directory.path(), &["a"]), "the summary goes to standard error");
+    out(&pagestitch(directory.path(), &["stitch", "a", "-o", "/dev/null"]));
+    let said = error_line(&pagestitch(directory.path(), &["stitch", "a", "-o", "/dev/full"]), 1);
+    assert!(said.contains("cannot write /dev/full: No space left"), "{said}");
+}
+
+#[test]
+fn the_log_is_objects_with_json() {
+    let directory = files();
+    let output = pagestitch(directory.path(), &["stitch", "a", "c", "--sha256", "--json", "-vv"]);
+    serde_json::from_str::<Value>(&out(&output)).unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let events: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(
+        events.iter().all(|event| ["debug", "trace"].contains(&event["level"].as_str().unwrap())),
+        "{said}"
+    );
+    let built = events.iter().find(|event| event["message"] == "region built").unwrap();
+    assert_eq!((&built["region"], &built["bytes"]), (&"stitched".into(), &15_000.into()));
+}
+
 #[test]
 fn verbose_logs_regions_and_pages_on_standard_error() {
     let directory = files();
@@ -517,6 +631,7 @@ fn verbose_logs_regions_and_pages_on_standard_error() {
         assert!(once.contains(part), "{part:?} is not in\n{once}");
     }
     assert!(!once.contains("method=") && twice.contains("method=gathered"), "{twice}");
+    assert!(once.contains("metrics=Metrics {") && !once.contains(": 0"), "only counters above zero: {once}");
 }
 
 #[test]
@@ -592,10 +707,21 @@ fn a_benchmark_prints_a_row_for_each_system_and_writes_a_page() {
         assert!(inline[field].as_f64().unwrap() > 0.0, "{field}: {inline}");
     }
     let page = fs::read_to_string(directory.path().join("r.html")).unwrap();
-    assert!(page.contains("<svg") && page.contains("<h2>latency</h2>"));
+    assert!(page.contains("<svg") && page.contains("<h2>latency</h2>") && page.contains("<table>"));
     fs::write(directory.path().join("old.json"), json).unwrap();
     let said = out(&pagestitch(directory.path(), &[&arguments[..], &["--compare", "old.json"]].concat()));
     assert!(said.contains("compared with the earlier run"), "{said}");
+    let more = ["--json", "--compare", "old.json", "--report", "r.html"];
+    let output = pagestitch(
+        directory.path(),
+        &[&["bench", "populate", "--quick", "--rounds", "1"][..], &more].concat(),
+    );
+    let said = String::from_utf8(output.stderr).unwrap();
+    let lines: Vec<Value> = said.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.iter().filter(|line| line["comparison"]["workload"] == "populate").count(), 3, "{said}");
+    assert_eq!((&lines[3]["message"], lines.len()), (&"wrote r.html".into(), 4), "{said}");
+    let page = fs::read_to_string(directory.path().join("r.html")).unwrap();
+    assert!(page.contains("<h2>comparison</h2>"));
 }
 
 #[test]
