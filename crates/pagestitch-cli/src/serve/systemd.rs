@@ -4,9 +4,12 @@
 use crate::output::count;
 use listenfd::ListenFd;
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
-use sd_notify::NotifyState::{self, Ready, Status, Stopping};
 use std::env;
-use std::os::unix::net::UnixListener;
+use std::ffi::OsStr;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener};
 
 /// Takes the socket that a service manager has passed to this process, if it has passed one.
 pub(super) fn inherited_socket() -> Result<Option<UnixListener>, String> {
@@ -32,21 +35,62 @@ pub(super) fn inherited_socket() -> Result<Option<UnixListener>, String> {
 
 /// Reports that guests can connect.
 pub(super) fn ready() {
-    notify(&[Ready, Status("serving no guest")]);
+    notify("READY=1\nSTATUS=serving no guest\n");
 }
 
 /// Reports the number of guests.
 pub(super) fn serving(guests: usize) {
-    notify(&[Status(&format!("serving {}", count(guests, "guest")))]);
+    notify(&format!("STATUS=serving {}\n", count(guests, "guest")));
 }
 
 /// Reports the shutdown, which may take as long as the memory of all guests takes to fill.
 pub(super) fn stopping() {
-    notify(&[Stopping]);
+    notify("STOPPING=1\n");
 }
 
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "systemd was not told the state of this service: see NOTIFY_SOCKET");
+/// Sends states to the socket of the service manager, if there is one.
+fn notify(states: &str) {
+    let Some(socket) = env::var_os("NOTIFY_SOCKET") else { return };
+    if let Err(error) = send(&socket, states) {
+        tracing::warn!(%error, ?socket, "systemd was not told the state of this service: see NOTIFY_SOCKET");
+    }
+}
+
+/// Sends a message to a datagram socket: at a path, or at an abstract address, which `@` begins.
+fn send(socket: &OsStr, message: &str) -> io::Result<()> {
+    let address = match socket.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        [b'/', ..] => SocketAddr::from_pathname(socket)?,
+        _ => return Err(io::Error::other("the address begins neither with / nor with @")),
+    };
+    let sent = UnixDatagram::unbound()?.send_to_addr(message.as_bytes(), &address)?;
+    if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_is_sent_to_a_path_or_to_an_abstract_address() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("notify");
+        let name = format!("@pagestitch-test-{}", std::process::id());
+        let abstract_address = SocketAddr::from_abstract_name(&name.as_bytes()[1..]).unwrap();
+        for (socket, listener) in [
+            (path.as_os_str(), UnixDatagram::bind(&path).unwrap()),
+            (OsStr::new(&name), UnixDatagram::bind_addr(&abstract_address).unwrap()),
+        ] {
+            send(socket, "READY=1\n").unwrap();
+            let mut received = [0; 20];
+            let bytes = listener.recv(&mut received).unwrap();
+            assert_eq!(&received[..bytes], b"READY=1\n", "{socket:?}");
+        }
+        for bad in ["", "relative", "vsock:2:1234"] {
+            assert!(
+                send(OsStr::new(bad), "READY=1\n").is_err_and(|error| error.to_string().contains("begins")),
+                "{bad}"
+            );
+        }
     }
 }

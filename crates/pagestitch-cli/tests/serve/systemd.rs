@@ -2,16 +2,20 @@
 
 use super::{PAGES, folder, live};
 use pagestitch_testkit::{child, this_test};
+use serde_json::Value;
+use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Starts a handler as systemd does: with a descriptor as number 3, and its variables.
-fn activated(folder: &Path, passed: OwnedFd, more: &str) -> Child {
+fn activated(folder: &Path, passed: OwnedFd, notified: &OsStr, more: &str) -> Child {
     let command = format!(
         "exec 3<&0 </dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec {} serve firecracker --memory memory {more}",
         env!("CARGO_BIN_EXE_pagestitch")
@@ -19,7 +23,7 @@ fn activated(folder: &Path, passed: OwnedFd, more: &str) -> Child {
     Command::new("sh")
         .args(["-c", &command])
         .current_dir(folder)
-        .env("NOTIFY_SOCKET", folder.join("notify"))
+        .env("NOTIFY_SOCKET", notified)
         .stdin(Stdio::from(passed))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -37,23 +41,29 @@ fn handlers_share_a_socket_of_systemd_and_report_their_states() {
     let guest = child::body(this_test!(), |socket| live(socket, 0..PAGES, |_| ()));
     let folder = folder();
     let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
-    let notified = UnixDatagram::bind(folder.path().join("notify")).unwrap();
-    notified.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-    let next = || {
+    let path = folder.path().join("notify");
+    let name = format!("@pagestitch-notify-{}", std::process::id());
+    let abstract_address = SocketAddr::from_abstract_name(&name[1..]).unwrap();
+    let next = |notified: &UnixDatagram| {
         let mut message = [0; 200];
         let bytes = notified.recv(&mut message).unwrap();
         String::from_utf8_lossy(&message[..bytes]).into_owned()
     };
-    // The second handler finds the socket as the first one has left it.
-    for _ in 0..2 {
+    // The second handler finds the socket as the first one has left it. The service manager may be
+    // told at a path, or at an abstract address.
+    for (address, notified) in [
+        (path.as_os_str(), UnixDatagram::bind(&path).unwrap()),
+        (OsStr::new(&name), UnixDatagram::bind_addr(&abstract_address).unwrap()),
+    ] {
+        notified.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let early = guest.spawn(folder.path().join("socket"));
-        let mut handler = activated(folder.path(), listener.try_clone().unwrap().into(), "--json");
+        let mut handler = activated(folder.path(), listener.try_clone().unwrap().into(), address, "--json");
         early.wait().expect_pass();
-        assert_eq!(next(), "READY=1\nSTATUS=serving no guest\n");
-        assert_eq!(next(), "STATUS=serving 1 guest\n");
-        assert_eq!(next(), "STATUS=serving 0 guests\n");
+        assert_eq!(next(&notified), "READY=1\nSTATUS=serving no guest\n");
+        assert_eq!(next(&notified), "STATUS=serving 1 guest\n");
+        assert_eq!(next(&notified), "STATUS=serving 0 guests\n");
         terminate(&handler);
-        assert_eq!(next(), "STOPPING=1\n");
+        assert_eq!(next(&notified), "STOPPING=1\n");
         assert!(handler.wait().unwrap().success());
         let output = handler.wait_with_output().unwrap();
         let (lines, said) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr));
@@ -70,7 +80,9 @@ fn an_unusable_socket_of_systemd_is_an_error_line() {
     let path = |name: &str| folder.path().join(name);
     let unix = || OwnedFd::from(UnixListener::bind(path("socket")).unwrap());
     let refused = |passed: OwnedFd, more: &str, status: i32| {
-        let output = activated(folder.path(), passed, more).wait_with_output().unwrap();
+        let output = activated(folder.path(), passed, folder.path().join("notify").as_os_str(), more)
+            .wait_with_output()
+            .unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         let _ = fs::remove_file(path("socket"));
         assert_eq!((output.status.code(), said.lines().count()), (Some(status), 1), "{said}");
@@ -108,4 +120,23 @@ fn an_unusable_socket_of_systemd_is_an_error_line() {
         .unwrap();
     let said = String::from_utf8(two.stderr).unwrap();
     assert!(two.status.code() == Some(1) && said.contains("passes 99999999 sockets"), "{said}");
+}
+
+#[test]
+fn a_warning_is_an_object_with_json() {
+    let folder = folder();
+    let listener = UnixListener::bind(folder.path().join("socket")).unwrap();
+    let mut handler = activated(folder.path(), listener.into(), OsStr::new("nowhere"), "--json");
+    let mut lines = BufReader::new(handler.stderr.take().unwrap()).lines();
+    let warning: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    terminate(&handler);
+    assert!(handler.wait().unwrap().success());
+    assert_eq!((&warning["level"], &warning["socket"]), (&"warn".into(), &"\"nowhere\"".into()));
+    assert!(warning["message"].as_str().unwrap().contains("NOTIFY_SOCKET"), "{warning}");
+    assert!(
+        warning["error"].as_str().unwrap().contains("begins neither") && warning["time"].is_string(),
+        "{warning}"
+    );
+    // The shutdown is another state that nothing receives.
+    assert!(lines.all(|line| serde_json::from_str::<Value>(&line.unwrap()).is_ok()));
 }
