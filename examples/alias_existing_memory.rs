@@ -9,7 +9,6 @@
 use pagestitch::source::{Alias, Memory, Pages, Physical, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, Pool, Region, SharedRegion};
 use std::error::Error;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
@@ -37,7 +36,7 @@ fn shared_memory(pool: &Pool) -> Result<(), Box<dyn Error>> {
     // A shared mapping somewhere in the program, without its descriptor.
     let memfd = UnsealedMemfd::create("existing", BYTES as u64)?;
     memfd.file().write_all_at(&[b's'; BYTES], 0)?;
-    let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?;
+    let file = SharedFile::try_from(&memfd)?;
     let existing: SharedRegion = Region::builder().chunk(file).build_shared(pool)?;
     drop(memfd);
 

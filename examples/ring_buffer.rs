@@ -5,7 +5,6 @@
 use pagestitch::source::{SharedFile, UnsealedMemfd};
 use pagestitch::{Pool, Region, SharedRegion};
 use std::error::Error;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 const CAPACITY: u64 = 2 * 4096;
@@ -19,7 +18,7 @@ struct Ring {
 impl Ring {
     fn new() -> Result<Self, Box<dyn Error>> {
         let memfd = UnsealedMemfd::create("ring", CAPACITY)?;
-        let shared = Arc::new(SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?);
+        let shared = Arc::new(SharedFile::try_from(&memfd)?);
         let twice = Region::builder().chunk(Arc::clone(&shared)).chunk(shared).writable().require_zero_copy();
         Ok(Self { bytes: twice.build_shared(&Pool::new()?)?, head: 0, tail: 0 })
     }

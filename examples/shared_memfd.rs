@@ -4,14 +4,13 @@
 use pagestitch::source::{SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, Pool, Region};
 use std::error::Error;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 const PAGE: u64 = 4096;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let memfd = UnsealedMemfd::create("blackboard", 4 * PAGE)?;
-    let shared = Arc::new(SharedFile::try_from(OwnedFd::from(memfd.file().try_clone()?))?);
+    let shared = Arc::new(SharedFile::try_from(&memfd)?);
     let page = |page: u64| Chunk::from(Arc::clone(&shared)).range(page * PAGE..(page + 1) * PAGE);
 
     // Other processes may change these bytes, so there is no slice of them: the region is a shared

@@ -189,7 +189,7 @@ fn the_compiler_names_the_function_that_makes_a_chunk() {
     for value in ["vec![1u32]", "std::sync::Arc::new(5u8)", "std::path::Path::new(\"/\")"] {
         let lines = messages(value);
         assert!(lines.contains("is not a chunk"), "{value}: {lines}");
-        for remedy in ["Chunk::source(Arc::new(", "Memory::new(", "FileSource::open(", "borrow(&"] {
+        for remedy in ["Chunk::source(Arc::new(", "Memory::new(", "FileSource::open", "borrow(&"] {
             assert!(lines.contains(remedy), "{value}: {remedy} is missing in {lines}");
         }
     }

@@ -44,7 +44,7 @@ fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
     let donated = Arc::new(Donated::from(pages_of(&pattern(1, 2 * PAGE))));
     let donation = |range| Chunk::from(Arc::clone(&donated)).range(range);
     let memfd = UnsealedMemfd::create("shared", 4096).unwrap();
-    let shared = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+    let shared = SharedFile::try_from(&memfd).unwrap();
     check([
         (refused(named(), &pool), "region r: a region needs at least one chunk: the list is empty"),
         (

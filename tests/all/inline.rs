@@ -7,7 +7,6 @@ use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -167,7 +166,7 @@ fn a_bus_error_outside_regions_ends_the_process() {
         assert_ne!(region.as_slice()[PAGE], 0);
         // Past the end of a truncated file.
         let memfd = UnsealedMemfd::create("short", PAGE as u64).unwrap();
-        let file = SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+        let file = SharedFile::try_from(&memfd).unwrap();
         let shared = Region::builder().chunk(Arc::new(file)).build_shared(Inline).unwrap();
         memfd.file().set_len(0).unwrap();
         println!("read {}", touch(shared.as_ptr().addr().get()));

@@ -315,7 +315,7 @@ fn the_time_to_find_a_hole_does_not_grow_with_the_filled_pages() {
     let memfd = UnsealedMemfd::create("lazy", bytes as u64).unwrap();
     let chunk = vec![7; 1 << 20];
     (0..bytes >> 20).for_each(|mib| memfd.file().write_all_at(&chunk, (mib << 20) as u64).unwrap());
-    let file = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap();
+    let file = SharedFile::try_from(&memfd).unwrap();
     let quickest = |offset: u64| {
         let ask = || {
             let began = std::time::Instant::now();

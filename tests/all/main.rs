@@ -8,6 +8,7 @@ mod children;
 mod chunks;
 mod conformance;
 mod contention;
+mod conversions;
 mod donated;
 mod eager;
 mod error_messages;

@@ -7,7 +7,6 @@ use pagestitch::{Access, Chunk, ErrorKind, Method, PlanReason, Pool, Region, Sha
 use pagestitch_testkit::{child, this_test};
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -22,7 +21,7 @@ pub(crate) fn memfd_of(bytes: &[u8]) -> (Arc<SharedFile>, File) {
     let memfd = UnsealedMemfd::create("shared", bytes.len() as u64).unwrap();
     memfd.file().write_all_at(bytes, 0).unwrap();
     let file = memfd.file().try_clone().unwrap();
-    (Arc::new(SharedFile::try_from(OwnedFd::from(memfd.file().try_clone().unwrap())).unwrap()), file)
+    (Arc::new(SharedFile::try_from(&memfd).unwrap()), file)
 }
 
 fn bytes_of(region: &SharedRegion) -> Vec<u8> {

@@ -186,8 +186,7 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     if copy || !fs::metadata(path)?.is_file() || pagestitch::Source::size(&read) == 0 {
         return Ok(read.into());
     }
-    let shared = SharedFile::open(path, Access::ReadOnly);
-    Ok(shared.map_err(|error| format!("cannot open {}: {error}", path.display()))?.into())
+    Ok(SharedFile::open(path, Access::ReadOnly)?.into())
 }
 
 /// Reads standard input to its end, into a memfd whose pages are mapped, unless `copy` is set.

@@ -5,7 +5,7 @@
 //!
 //! let mut pages = Pages::new(10_000)?;        // whole pages, aligned; all zeros
 //! pages[9_999] = 7;
-//! # Ok::<(), pagestitch_kernel::Errno>(())
+//! # Ok::<(), pagestitch_kernel::pages::PagesError>(())
 //! ```
 
 use crate::atomic_table::AtomicTable;
@@ -15,12 +15,12 @@ use crate::page::{AddressRange, HUGE, Page, PageSize, Span};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use nix::sys::mman::{MmapAdvise, ProtFlags};
 use std::collections::BTreeMap;
-use std::fmt;
 use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut, Range};
 use std::slice;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
+use std::{fmt, io};
 
 /// Private, page-aligned memory of this process, zeros at first. A forked child does not inherit
 /// it.
@@ -37,10 +37,11 @@ impl Pages {
     ///
     /// # Errors
     ///
-    /// `EINVAL` for 0 bytes; the errno of `mmap(2)`: `ENOMEM`.
-    pub fn new(bytes: usize) -> Result<Self, Errno> {
+    /// [`PagesError`]: `EINVAL` for 0 bytes; the errno of `mmap(2)`: `ENOMEM`.
+    pub fn new(bytes: usize) -> Result<Self, PagesError> {
         // On a kernel without huge pages the advice fails (EINVAL), and the pages are small.
-        Self::advised(bytes, (bytes >= HUGE).then_some(MmapAdvise::MADV_HUGEPAGE))
+        let advice = (bytes >= HUGE).then_some(MmapAdvise::MADV_HUGEPAGE);
+        Self::advised(bytes, advice).map_err(|errno| PagesError { bytes, errno })
     }
 
     /// As [`new`](Self::new), but never in huge pages.
@@ -48,8 +49,8 @@ impl Pages {
     /// # Errors
     ///
     /// As [`new`](Self::new).
-    pub fn without_huge_pages(bytes: usize) -> Result<Self, Errno> {
-        Self::advised(bytes, Some(MmapAdvise::MADV_NOHUGEPAGE))
+    pub fn without_huge_pages(bytes: usize) -> Result<Self, PagesError> {
+        Self::advised(bytes, Some(MmapAdvise::MADV_NOHUGEPAGE)).map_err(|errno| PagesError { bytes, errno })
     }
 
     fn advised(bytes: usize, advice: Option<MmapAdvise>) -> Result<Self, Errno> {
@@ -62,6 +63,33 @@ impl Pages {
         let words = whole.get().div_ceil(PageSize::system().bytes() * PAGES_PER_WORD);
         let states = AtomicTable::new(NonZeroUsize::new(words).expect("has a page"))?;
         Ok(Self { mapping, len: bytes, states })
+    }
+}
+
+/// The kernel gives no such pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PagesError {
+    /// The number of bytes.
+    pub bytes: usize,
+    /// The kernel's answer.
+    pub errno: Errno,
+}
+
+impl fmt::Display for PagesError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.errno {
+            Errno::EINVAL => f.write_str("pages need at least one byte: ask for 1 or more"),
+            errno => write!(f, "cannot map {} bytes of pages: {errno}", self.bytes),
+        }
+    }
+}
+
+impl std::error::Error for PagesError {}
+
+/// Keeps the number.
+impl From<PagesError> for io::Error {
+    fn from(error: PagesError) -> Self {
+        error.errno.into()
     }
 }
 
@@ -364,7 +392,7 @@ mod tests {
 
     #[test]
     fn pages_without_bytes_are_refused() {
-        assert_eq!(Pages::new(0).unwrap_err(), Errno::EINVAL);
-        assert_eq!(Pages::new(usize::MAX).unwrap_err(), Errno::ENOMEM);
+        assert_eq!(Pages::new(0).unwrap_err().errno, Errno::EINVAL);
+        assert_eq!(Pages::new(usize::MAX).unwrap_err().errno, Errno::ENOMEM);
     }
 }

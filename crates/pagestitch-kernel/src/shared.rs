@@ -9,6 +9,7 @@ use crate::errno::Errno;
 use crate::granule::{granule_in, maps_all_files};
 use crate::limits::with_descriptors;
 use crate::mapping::OwnedMapping;
+use crate::memfd::UnsealedMemfd;
 use crate::page::{AddressRange, HUGE, PageSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
@@ -19,7 +20,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::{fmt, fs, io};
 
@@ -41,14 +42,16 @@ impl SharedFile {
     ///
     /// # Errors
     ///
-    /// The error of `open(2)`; the file is not a regular one, or it is empty.
-    pub fn open(path: impl AsRef<Path>, access: Access) -> io::Result<Self> {
+    /// [`FileError`] names the file: the error of `open(2)`; the file is not a regular one, or it is
+    /// empty.
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self, FileError> {
         // Non-blocking, because the open of a named pipe waits for a writer. The flag has no effect
         // on regular files.
         let mut options = fs::OpenOptions::new();
         options.read(true).write(access == Access::Writable).custom_flags(OFlag::O_NONBLOCK.bits());
         let path = path.as_ref();
-        Self::try_from(OwnedFd::from(with_descriptors(|| options.open(path))?))
+        let opened = with_descriptors(|| options.open(path)).map(OwnedFd::from).and_then(Self::try_from);
+        opened.map_err(|error| FileError { path: path.to_owned(), error })
     }
 
     /// The number of bytes that it had when it was taken.
@@ -143,6 +146,30 @@ impl SharedFile {
     }
 }
 
+/// A file that cannot be opened, or cannot be mapped.
+#[derive(Debug)]
+pub struct FileError {
+    /// The path of the file.
+    pub path: PathBuf,
+    /// The reason.
+    pub error: io::Error,
+}
+
+impl fmt::Display for FileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot open {}: {}", self.path.display(), self.error)
+    }
+}
+
+impl std::error::Error for FileError {}
+
+/// The reason, with its kind and number, and without the path.
+impl From<FileError> for io::Error {
+    fn from(error: FileError) -> Self {
+        error.error
+    }
+}
+
 /// Takes a descriptor, also one that another process has sent, if a mapping of its file shows the
 /// bytes of the file.
 impl TryFrom<OwnedFd> for SharedFile {
@@ -184,6 +211,24 @@ fn not_mappable(metadata: &fs::Metadata) -> Option<&'static str> {
     } else {
         // A mapping of a device may mean anything.
         Some("neither a regular file nor a memfd: open one of these, or copy the bytes into memory")
+    }
+}
+
+/// Takes an open file.
+impl TryFrom<File> for SharedFile {
+    type Error = io::Error;
+
+    fn try_from(file: File) -> io::Result<Self> {
+        Self::try_from(OwnedFd::from(file))
+    }
+}
+
+/// Takes a second descriptor of the memfd, so that its file can be read and written meanwhile.
+impl TryFrom<&UnsealedMemfd> for SharedFile {
+    type Error = io::Error;
+
+    fn try_from(memfd: &UnsealedMemfd) -> io::Result<Self> {
+        Self::try_from(memfd.file().try_clone()?)
     }
 }
 

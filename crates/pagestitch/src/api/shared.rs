@@ -34,7 +34,7 @@ use std::ptr::NonNull;
 /// use std::sync::Arc;
 ///
 /// let memfd = UnsealedMemfd::create("ring", 8192)?;
-/// let shared = Arc::new(SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone()?))?);
+/// let shared = Arc::new(SharedFile::try_from(&memfd)?);
 /// let ring = Region::builder()                       // the same 8 KiB twice in a row: a ring without a seam
 ///     .chunk(Arc::clone(&shared))
 ///     .chunk(shared)
@@ -134,7 +134,7 @@ impl SharedRegion {
     /// # use pagestitch::{Chunk, Pool, Region};
     /// # use std::os::unix::fs::FileExt;
     /// let memfd = UnsealedMemfd::create("state", 8192)?;
-    /// let file = SharedFile::try_from(std::os::fd::OwnedFd::from(memfd.file().try_clone()?))?;
+    /// let file = SharedFile::try_from(&memfd)?;
     /// let region = Region::builder().chunk(file).writable().build_shared(&Pool::new()?)?;
     /// region.write_at(5_000, b"seen")?;
     /// let mut seen = [0; 4];

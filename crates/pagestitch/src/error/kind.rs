@@ -5,7 +5,7 @@
 /// | the caller | kinds |
 /// |---|---|
 /// | corrects its call | [`NoChunks`](Self::NoChunks), [`InvalidChunk`](Self::InvalidChunk), [`TooLarge`](Self::TooLarge), [`InvalidOption`](Self::InvalidOption), [`OptionConflict`](Self::OptionConflict), [`OutOfRange`](Self::OutOfRange), [`ReadOnly`](Self::ReadOnly), [`ForkedChild`](Self::ForkedChild) |
-/// | chooses another server, source or kind of region | [`UnsuitableServer`](Self::UnsuitableServer), [`NestedRegion`](Self::NestedRegion), [`SharedSource`](Self::SharedSource), [`NotZeroCopy`](Self::NotZeroCopy), [`UnusableFile`](Self::UnusableFile), [`InvalidRecording`](Self::InvalidRecording), [`NotUserfaultfd`](Self::NotUserfaultfd), [`OwnMemory`](Self::OwnMemory) |
+/// | chooses another server, source or kind of region | [`UnsuitableServer`](Self::UnsuitableServer), [`NestedRegion`](Self::NestedRegion), [`SharedSource`](Self::SharedSource), [`NotZeroCopy`](Self::NotZeroCopy), [`UnusableFile`](Self::UnusableFile), [`UnusableMemory`](Self::UnusableMemory), [`InvalidRecording`](Self::InvalidRecording), [`NotUserfaultfd`](Self::NotUserfaultfd), [`OwnMemory`](Self::OwnMemory) |
 /// | does without the region, or without a feature | [`NoUserfaultfd`](Self::NoUserfaultfd), [`Unsupported`](Self::Unsupported), [`PermissionDenied`](Self::PermissionDenied) |
 /// | raises a limit, or frees something | [`LimitReached`](Self::LimitReached), [`OutOfMemory`](Self::OutOfMemory), [`InUse`](Self::InUse) |
 /// | retries, now or later | [`SourceFailed`](Self::SourceFailed), [`TimedOut`](Self::TimedOut), [`Io`](Self::Io) |
@@ -77,6 +77,9 @@ pub enum ErrorKind {
     /// seals, a file that is open for reading only. Use another file, or prepare it as the message
     /// says.
     UnusableFile,
+    /// Memory cannot be mapped a second time, or is no physical memory to map: it is private, not
+    /// whole pages, or has another owner. Use another source, as the message says.
+    UnusableMemory,
     /// The bytes are no recording or are damaged, or the recording is of another region: record
     /// anew.
     InvalidRecording,

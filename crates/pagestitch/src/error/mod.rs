@@ -1,6 +1,7 @@
 //! The error type of the library: a kind to match on, details to act on, and one line that names the
 //! thing and the remedy.
 
+mod convert;
 mod failure;
 mod kind;
 mod option;

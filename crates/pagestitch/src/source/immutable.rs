@@ -150,7 +150,7 @@ impl ImmutableFile {
 }
 
 fn open(path: &Path) -> Result<SharedFile, Error> {
-    SharedFile::open(path, Access::ReadOnly).map_err(|error| Error::io("cannot open", path, error))
+    Ok(SharedFile::open(path, Access::ReadOnly)?)
 }
 
 /// Pages that cannot be mapped in place are read with `pread(2)` on first touch.

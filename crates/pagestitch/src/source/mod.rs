@@ -27,6 +27,27 @@
 //! | [`Retrying`] | repeated after a failure, with pauses |
 //! | [`Limited`] | so many at once; the others wait in order |
 //! | [`Cached`] | in blocks, each once for all regions, as long as it is kept |
+//!
+//! # Errors
+//!
+//! A source that cannot be made is an [`Error`](crate::Error), or an error that `?` turns into one:
+//!
+//! ```
+//! use pagestitch::source::{FileSource, Pages, SharedFile, UnsealedMemfd};
+//! use pagestitch::{Access, Chunk, Error, ErrorKind};
+//!
+//! fn chunks(path: &str, bytes: usize) -> Result<[Chunk; 4], Error> {
+//!     Ok([
+//!         FileSource::open(path)?.into(),
+//!         SharedFile::open(path, Access::ReadOnly)?.into(),
+//!         UnsealedMemfd::create("zeros", bytes as u64)?.seal()?.into(),
+//!         Pages::new(bytes)?.into(),
+//!     ])
+//! }
+//! assert!(chunks("/proc/self/exe", 4096).is_ok());
+//! let error = chunks("/missing", 4096).unwrap_err();
+//! assert_eq!((error.kind(), error.raw_os_error()), (ErrorKind::Io, Some(2)));          // ENOENT
+//! ```
 
 mod backing;
 mod block_cache;
@@ -60,8 +81,8 @@ pub use memfd::Memfd;
 pub use memory::Memory;
 pub(crate) use memory::MemoryBytes;
 pub use pagestitch_kernel::memfd::UnsealedMemfd;
-pub use pagestitch_kernel::pages::{Donated, Pages};
+pub use pagestitch_kernel::pages::{Donated, Pages, PagesError};
 pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
-pub use pagestitch_kernel::shared::{Alias, AliasError, SharedFile};
+pub use pagestitch_kernel::shared::{Alias, AliasError, FileError, SharedFile};
 pub use retrying::Retrying;
 pub(crate) use shared::Shared;

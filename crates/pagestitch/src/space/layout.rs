@@ -102,8 +102,7 @@ impl Layout {
     /// of its own. There it has the same offset in the page as in its source, if that is a multiple;
     /// a chunk with huge pages has the same offset in the huge page.
     pub(crate) fn pad_for(&mut self, chunk: &Chunk, align: u64, page: Option<PageSize>) -> Result<(), Error> {
-        let has_place =
-            page.is_some() && chunk.backing.has_pages() && chunk.range.start.is_multiple_of(align);
+        let has_place = page.is_some() && chunk.backing.has_pages() && chunk.range.start % align == 0;
         let unit = match page {
             Some(_) if has_place && chunk.has_huge_pages() => HUGE as u64,
             Some(page) => page.bytes() as u64,
