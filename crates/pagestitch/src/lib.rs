@@ -75,6 +75,7 @@
 //! | touches random pages of memory | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory or in place |
 //! | has an event loop, or a thread for each core | [`Manual`] | as a pool, and the wait for the loop | none |
 //! | runs on tokio | [`Pool`] with async sources, or the task `pagestitch_tokio::serve` | as a pool | none, or a pool's |
+//! | may not use userfaultfd: Docker, gVisor | [`Eager`]; [`best_server`] takes it where there is no pool | none: the build fills all pages that are not mapped in place | none |
 //!
 //! # Costs
 //!
