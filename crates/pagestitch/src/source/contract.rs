@@ -88,17 +88,31 @@ pub trait Source: Send + Sync {
 }
 
 /// Implements [`Source`] for pointers to sources.
-macro_rules! source_for_pointers {
+macro_rules! forward {
     ($($pointer:ty),*) => {$(
         /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
         impl<S: Source + ?Sized> Source for $pointer {
-            forward!(self => (**self); size, name, granularity, direct);
+            fn size(&self) -> u64 {
+                (**self).size()
+            }
 
             fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
                 (**self).read_at(offset, into)
+            }
+
+            fn name(&self) -> String {
+                (**self).name()
+            }
+
+            fn granularity(&self) -> u64 {
+                (**self).granularity()
+            }
+
+            fn direct(&self) -> Option<&dyn Any> {
+                (**self).direct()
             }
         }
     )*};
 }
 
-source_for_pointers!(Arc<S>, Box<S>, &S);
+forward!(Arc<S>, Box<S>, &S);

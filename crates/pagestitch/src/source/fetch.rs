@@ -59,20 +59,30 @@ pub trait Fetch: Send + Sync {
 }
 
 /// Implements [`Fetch`] for pointers to sources.
-macro_rules! fetch_for_pointers {
+macro_rules! forward {
     ($($pointer:ty),*) => {$(
         /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
         impl<F: Fetch + ?Sized> Fetch for $pointer {
-            forward!(self => (**self); size, name, granularity);
+            fn size(&self) -> u64 {
+                (**self).size()
+            }
 
             fn fetch(&self, offset: u64, reply: Reply) {
                 (**self).fetch(offset, reply);
+            }
+
+            fn name(&self) -> String {
+                (**self).name()
+            }
+
+            fn granularity(&self) -> u64 {
+                (**self).granularity()
             }
         }
     )*};
 }
 
-fetch_for_pointers!(Arc<F>, Box<F>, &F);
+forward!(Arc<F>, Box<F>, &F);
 
 /// The destination of requested bytes. Dropping it without an answer is an error of the source, so
 /// that no thread waits forever.

@@ -48,7 +48,9 @@ impl<S> Retrying<S> {
 }
 
 impl<S: Source> Source for Retrying<S> {
-    forward!(self => self.inner; size, name, granularity, direct);
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut failures = 0;
@@ -65,15 +67,37 @@ impl<S: Source> Source for Retrying<S> {
             }
         }
     }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.inner.granularity()
+    }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        self.inner.direct()
+    }
 }
 
 impl<S: Fetch> Fetch for Retrying<S> {
-    forward!(self => self.inner; size, name, granularity);
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
 
     fn fetch(&self, offset: u64, reply: Reply) {
         let (bytes, failures) = (reply.len(), reply.failures());
         let retried = Box::new(Retried { reply, retry: self.retry });
         self.inner.fetch(offset, Reply::to_pages(retried, bytes).after(failures));
+    }
+
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn granularity(&self) -> u64 {
+        self.inner.granularity()
     }
 }
 

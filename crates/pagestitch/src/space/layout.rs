@@ -244,7 +244,7 @@ impl Layout {
     }
 
     /// Whether a source prefers reads of some size.
-    pub(crate) const fn has_read_units(&self) -> bool {
+    pub(crate) fn has_read_units(&self) -> bool {
         !self.units.is_empty()
     }
 
@@ -349,7 +349,7 @@ impl Layout {
     fn is_read(&self, chunk: usize) -> bool {
         let page = PageSize::system().bytes() as u64;
         matches!(self.backing_of(chunk), Backing::Immutable(_))
-            && !(self.starts[chunk] ^ self.source_offset(chunk)).is_multiple_of(page)
+            && (self.starts[chunk] ^ self.source_offset(chunk)) % page != 0
     }
 
     /// True if a chunk is of an immutable file.

@@ -70,7 +70,7 @@ fn poison(region: &Mapping, failed: Vec<(Page, Arc<Failure>)>) -> Result<(), Err
 }
 
 fn refused(region: &Mapping, errno: Errno) -> Error {
-    let what = format_args!("region {}: cannot map its filled pages", region.name);
+    let what = format!("region {}: cannot map its filled pages", region.name);
     match errno {
         Errno::ENOMEM | Errno::EAGAIN => {
             let limit = Limit::met(0, errno);
