@@ -2,9 +2,11 @@
 //! refuses it and says why.
 
 use crate::guests::adopt;
-use crate::{PAGE, pattern};
+use crate::{PAGE, pattern, reason};
+use pagestitch::source::FailureReason;
 use pagestitch::{
-    BuildOption, Builder, Eager, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording, Region, Server,
+    AdoptedRegion, BuildOption, Builder, Eager, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording,
+    Region, Scope, Server, scope,
 };
 use pagestitch_testkit::guest::Guest;
 
@@ -14,24 +16,48 @@ fn builder() -> Builder {
     Region::builder().name("r").chunk(pattern(5, BYTES))
 }
 
-/// An option, by its name.
-type Option = (&'static str, fn(Builder) -> Builder);
-
-const OPTIONS: [Option; 13] = [
-    ("writable", |builder| builder.writable()),
-    ("hardware_read_only", |builder| builder.hardware_read_only()),
-    ("writable and hardware_read_only", |builder| builder.writable().hardware_read_only()),
-    ("dumped", |builder| builder.dumped()),
-    ("readahead", |builder| builder.readahead(Readahead::Adaptive)),
-    ("no readahead", |builder| builder.readahead(Readahead::None)),
-    ("max_mappings", |builder| builder.max_mappings(10)),
-    ("max_in_flight", |builder| builder.max_in_flight(1)),
-    ("record", |builder| builder.record()),
-    ("replay", |builder| builder.replay(&recording())),
-    ("on_page_failure", |builder| builder.on_page_failure(|_, _| {})),
-    ("record_latency", |builder| builder.record_latency()),
-    ("inherit_on_fork", |builder| builder.inherit_on_fork()),
+/// The options, by the names of their methods.
+const OPTIONS: [&str; 16] = [
+    "writable",
+    "hardware_read_only",
+    "writable and hardware_read_only",
+    "dumped",
+    "readahead",
+    "no readahead",
+    "max_mappings",
+    "max_in_flight",
+    "record",
+    "replay",
+    "on_page_failure",
+    "record_latency",
+    "inherit_on_fork",
+    "page_aligned",
+    "align",
+    "require_zero_copy",
 ];
+
+/// Sets an option, in a scope or without one.
+fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
+    match option {
+        "writable" => builder.writable(),
+        "hardware_read_only" => builder.hardware_read_only(),
+        "writable and hardware_read_only" => builder.writable().hardware_read_only(),
+        "dumped" => builder.dumped(),
+        "readahead" => builder.readahead(Readahead::Adaptive),
+        "no readahead" => builder.readahead(Readahead::None),
+        "max_mappings" => builder.max_mappings(10),
+        "max_in_flight" => builder.max_in_flight(1),
+        "record" => builder.record(),
+        "replay" => builder.replay(&recording()),
+        "on_page_failure" => builder.on_page_failure(|_, _| {}),
+        "record_latency" => builder.record_latency(),
+        "inherit_on_fork" => builder.inherit_on_fork(),
+        "page_aligned" => builder.page_aligned(),
+        "align" => builder.align(64),
+        "require_zero_copy" => builder.require_zero_copy(),
+        other => panic!("{other} is no option"),
+    }
+}
 
 fn recording() -> Recording {
     let pool = Pool::new().unwrap();
@@ -41,12 +67,12 @@ fn recording() -> Recording {
 }
 
 /// Why an option is refused, and which option it is; `None`: the region has it.
-fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<Refusal> {
+fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
         Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
         Replay, Writable,
     };
-    use ErrorKind::{OptionConflict, UnsuitableServer};
+    use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
         ("writable and hardware_read_only", _, _) => (OptionConflict, Some(HardwareReadOnly)),
         ("writable", _, true) => (OptionConflict, Some(Writable)),
@@ -55,6 +81,7 @@ fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<Ref
         ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
         ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
         (_, "inline" | "eager", true) => (UnsuitableServer, None),
+        ("require_zero_copy", _, _) => (NotZeroCopy, None),
         ("inherit_on_fork", "inline" | "manual", _) => (UnsuitableServer, Some(InheritOnFork)),
         ("record", "inline" | "eager", _) => (UnsuitableServer, Some(Record)),
         ("replay", "inline", _) => (UnsuitableServer, Some(Replay)),
@@ -65,9 +92,9 @@ fn refusal(option: &str, server: &str, adopted: bool) -> std::option::Option<Ref
     })
 }
 
-type Refusal = (ErrorKind, std::option::Option<BuildOption>);
+type Refusal = (ErrorKind, Option<BuildOption>);
 
-fn check(what: &str, built: Result<(), Error>, refusal: std::option::Option<Refusal>) {
+fn check(what: &str, built: Result<(), Error>, refusal: Option<Refusal>) {
     match (built, refusal) {
         (Ok(()), None) => {}
         (Err(error), Some(expected)) => {
@@ -76,6 +103,30 @@ fn check(what: &str, built: Result<(), Error>, refusal: std::option::Option<Refu
         (built, refusal) => panic!("{what}: {built:?}, expected {refusal:?}"),
     }
 }
+
+/// The results of the builds of each kind of region.
+fn builds<'s>(option: &str, server: &Server, scope: Scope<'s, '_>, bytes: &'s [u8]) -> [Build; 6] {
+    let (owned, scoped) = (|| set(option, builder()), || set(option, scope.region().name("r")).borrow(bytes));
+    let finish = |region: AdoptedRegion| assert!(region.finish().is_ok());
+    // Without marks, missing pages of a dropped region end their owner, which is this process.
+    let guest = || Guest::new(&[BYTES], false).unwrap();
+    let (first, second) = (guest(), guest());
+    [
+        ("owned", false, owned().build(server.clone()).map(drop)),
+        ("shared", false, owned().build_shared(server.clone()).map(drop)),
+        ("adopted", true, owned().build_adopted(adopt(&first), server.clone()).map(finish)),
+        ("scoped", false, scoped().build(server.clone()).map(drop)),
+        ("scoped, shared", false, scoped().build_shared(server.clone()).map(drop)),
+        (
+            "scoped, adopted",
+            true,
+            scoped().build_adopted(adopt(&second), server.clone()).map(|region| finish(region.into_inner())),
+        ),
+    ]
+}
+
+/// The kind of a region, whether it is adopted, and the result of its build.
+type Build = (&'static str, bool, Result<(), Error>);
 
 #[test]
 fn each_option_is_had_or_refused_by_each_kind_of_region_and_server() {
@@ -88,21 +139,33 @@ fn each_option_is_had_or_refused_by_each_kind_of_region_and_server() {
     ];
     // Children take a capability and Linux 6.6: what this process may have shows with a pool.
     let children = builder().inherit_on_fork().build(&pool).is_ok();
-    for (option, set) in OPTIONS {
+    let bytes = pattern(6, BYTES);
+    for option in OPTIONS {
         for (name, server) in &servers {
-            let refused = |adopted| refusal(option, name, adopted);
-            let what = |kind| format!("{option}, {kind}, {name}");
-            if option == "inherit_on_fork" && *name == "pool" && !children {
-                eprintln!("SKIPPED {}: this process cannot serve children", what("owned"));
-            } else {
-                check(&what("owned"), set(builder()).build(server.clone()).map(drop), refused(false));
-                check(&what("shared"), set(builder()).build_shared(server.clone()).map(drop), refused(false));
+            for (kind, adopted, built) in scope(|scope| builds(option, server, scope, &bytes)) {
+                let what = format!("{option}, {kind}, {name}");
+                if option == "inherit_on_fork" && *name == "pool" && !adopted && !children {
+                    eprintln!("SKIPPED {what}: this process cannot serve children");
+                } else {
+                    check(&what, built, refusal(option, name, adopted));
+                }
             }
-            let guest = Guest::new(&[BYTES], false).unwrap();
-            let adopted = set(builder()).build_adopted(adopt(&guest), server.clone());
-            // Without marks, missing pages of a dropped region end their owner, which is this process.
-            let built = adopted.map(|region| assert!(region.finish().is_ok()));
-            check(&what("adopted"), built, refused(true));
         }
     }
+}
+
+#[test]
+fn a_region_that_outlives_its_scope_keeps_its_filled_pages_and_fails_the_others() {
+    let bytes = pattern(7, BYTES);
+    let pool = Pool::new().unwrap();
+    let region = scope(|scope| {
+        let builder = scope.region().readahead(Readahead::None).borrow_range(&bytes, ..2 * PAGE as u64);
+        let region = builder.chunk(bytes.clone()).build(&pool).unwrap();
+        region.populate(..PAGE as u64).unwrap();
+        region.into_inner()
+    });
+    assert_eq!(region.as_slice()[..PAGE], bytes[..PAGE]);
+    assert_eq!(region.as_slice()[2 * PAGE..], bytes);
+    let error = region.populate(PAGE as u64..2 * PAGE as u64).unwrap_err();
+    assert_eq!(reason(&error), FailureReason::ScopeEnded);
 }

@@ -15,9 +15,13 @@ use std::sync::Arc;
 ///
 /// `build` fails, and names the option, if an option does not apply to the kind of region or to its
 /// server.
+///
+/// `S` is the [`Scope`](crate::Scope) of borrowed chunks; a [`ScopedBuilder`](crate::ScopedBuilder)
+/// has one, and all options of this builder.
 #[derive(Debug)]
 #[must_use]
-pub struct Builder {
+pub struct Builder<S = ()> {
+    pub(super) scope: S,
     options: Options,
     aligned: bool,
     /// Each later chunk starts at a multiple of so many bytes.
@@ -28,7 +32,7 @@ pub struct Builder {
 
 impl Default for Builder {
     fn default() -> Self {
-        Self { options: Options::default(), aligned: false, align: 1, layout: Ok(Layout::default()) }
+        Self::in_scope(())
     }
 }
 
@@ -65,7 +69,18 @@ impl SharedRegion {
     }
 }
 
-impl Builder {
+impl<S> Builder<S> {
+    pub(super) fn in_scope(scope: S) -> Self {
+        let (options, layout) = (Options::default(), Ok(Layout::default()));
+        Self { scope, options, aligned: false, align: 1, layout }
+    }
+
+    /// The same region, without the guard of a scope around it.
+    pub(super) fn unscoped(self) -> Builder {
+        let Self { scope: _, options, aligned, align, layout } = self;
+        Builder { scope: (), options, aligned, align, layout }
+    }
+
     /// Names the region in errors, logs and plans. Default: `"unnamed"`.
     ///
     /// ```
@@ -407,6 +422,18 @@ impl Builder {
         self
     }
 
+    fn push(&mut self, chunk: impl IntoChunk) {
+        if let Ok(layout) = &mut self.layout {
+            let number = layout.next_number();
+            let chunk = chunk.into_chunk().map_err(|error| error.inside_chunk(number));
+            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.align, self.aligned)) {
+                self.layout = Err(error);
+            }
+        }
+    }
+}
+
+impl Builder {
     /// Reserves the addresses and starts to serve their faults: by a pool (`&pool`),
     /// [inline](crate::Inline), or by the [caller's own loop](crate::Manual). Reads no source.
     ///
@@ -498,16 +525,6 @@ impl Builder {
     ) -> Result<AdoptedRegion, Error> {
         let (_, any) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
         Ok(AdoptedRegion::new(any))
-    }
-
-    fn push(&mut self, chunk: impl IntoChunk) {
-        if let Ok(layout) = &mut self.layout {
-            let number = layout.next_number();
-            let chunk = chunk.into_chunk().map_err(|error| error.inside_chunk(number));
-            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.align, self.aligned)) {
-                self.layout = Err(error);
-            }
-        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! Regions over borrowed memory: the borrow ends with a scope.
 
-use crate::api::{Builder, Region};
+use crate::api::{AdoptedRegion, Builder, Region, SharedRegion};
 use crate::error::Error;
 use crate::serve::Server;
 use crate::source::Memory;
-use crate::space::{Chunk, IntoChunk};
+use crate::space::{AdoptedMemory, Chunk};
 use pagestitch_kernel::revocable::{self, RevocableScope};
 use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::{Deref, DerefMut, RangeBounds};
 
 /// Runs `body` with a scope in which regions may have chunks of borrowed memory.
 ///
@@ -67,19 +67,15 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn region(self) -> ScopedBuilder<'scope, 'env> {
-        ScopedBuilder { builder: Region::builder(), scope: self }
+        Builder::in_scope(self)
     }
 }
 
-/// A [`Builder`] that also accepts borrowed chunks.
-#[derive(Debug)]
-#[must_use]
-pub struct ScopedBuilder<'scope, 'env: 'scope> {
-    builder: Builder,
-    scope: Scope<'scope, 'env>,
-}
+/// A [`Builder`] that also accepts borrowed chunks. Its region cannot leave the scope.
+pub type ScopedBuilder<'scope, 'env> = Builder<Scope<'scope, 'env>>;
 
-impl<'scope> ScopedBuilder<'scope, '_> {
+/// In a [`scope`].
+impl<'scope> Builder<Scope<'scope, '_>> {
     /// Appends borrowed bytes as a chunk.
     ///
     /// ```
@@ -98,54 +94,128 @@ impl<'scope> ScopedBuilder<'scope, '_> {
         self.chunk(lent)
     }
 
-    /// Appends a byte range of borrowed bytes as a chunk.
+    /// Appends a byte range of borrowed bytes as a chunk, as [`Chunk::range`] does.
     ///
     /// ```
     /// # use pagestitch::{Pool, scope};
     /// # let pool = Pool::new()?;
     /// let bytes: Vec<u8> = (0..100).collect();
     /// scope(|scope| {
-    ///     let region = scope.region().borrow_range(&bytes, 90..100).borrow_range(&bytes, 0..10).build(&pool)?;
+    ///     let region = scope.region().borrow_range(&bytes, 90..).borrow_range(&bytes, ..10).build(&pool)?;
     ///     assert_eq!(region.as_slice()[9..11], [99, 0]);
     ///     Ok::<_, pagestitch::Error>(())
     /// })?;
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    pub fn borrow_range(self, bytes: &'scope [u8], range: Range<u64>) -> Self {
+    pub fn borrow_range(self, bytes: &'scope [u8], range: impl RangeBounds<u64>) -> Self {
         let lent = Memory::lent(self.scope.lend.lend(bytes));
         self.chunk(Chunk::from(lent).range(range))
     }
 
-    /// As [`Builder::chunk`].
-    pub fn chunk(self, chunk: impl IntoChunk) -> Self {
-        Self { builder: self.builder.chunk(chunk), ..self }
-    }
-
-    /// As [`Builder::name`].
-    pub fn name(self, name: impl Into<String>) -> Self {
-        Self { builder: self.builder.name(name), ..self }
-    }
-
-    /// As [`Builder::writable`].
-    pub fn writable(self) -> Self {
-        Self { builder: self.builder.writable(), ..self }
-    }
-
-    /// As [`Builder::build`].
+    /// As [`Builder::build`], for a region that cannot leave the scope.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Readahead, scope};
+    /// # let pool = Pool::new()?;
+    /// let (head, tail) = (vec![1u8; 5_000], vec![2u8; 5_000]);
+    /// scope(|scope| {
+    ///     let builder = scope.region().name("borrowed").readahead(Readahead::None).page_aligned();
+    ///     let region = builder.borrow(&head).chunk("owned").borrow(&tail).build(&pool)?;
+    ///     assert_eq!(region.chunk_slice(1), Some(&b"owned"[..]));
+    ///     assert_eq!(region.chunk_slice(2), Some(&tail[..]));
+    ///     Ok::<_, pagestitch::Error>(())
+    /// })?;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     ///
     /// # Errors
     ///
     /// As [`Builder::build`].
     pub fn build(self, server: impl Into<Server>) -> Result<ScopedRegion<'scope>, Error> {
-        Ok(ScopedRegion { region: self.builder.build(server)?, scope: PhantomData })
+        Ok(ScopedRegion::new(self.unscoped().build(server)?))
+    }
+
+    /// As [`Builder::build_shared`], for a region that cannot leave the scope.
+    ///
+    /// ```
+    /// # use pagestitch::source::SharedFile;
+    /// # use pagestitch::{Access, Pool, scope};
+    /// # let pool = Pool::new()?;
+    /// let (header, mut start) = (vec![7u8; 4096], [0; 4]);
+    /// let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
+    /// scope(|scope| {
+    ///     let region = scope.region().borrow(&header).chunk(file).build_shared(&pool)?;
+    ///     region.read_at(4096, &mut start)
+    /// })?;
+    /// assert_eq!(&start, b"\x7fELF");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build_shared`].
+    pub fn build_shared(
+        self,
+        server: impl Into<Server>,
+    ) -> Result<ScopedRegion<'scope, SharedRegion>, Error> {
+        Ok(ScopedRegion::new(self.unscoped().build_shared(server)?))
+    }
+
+    /// As [`Builder::build_adopted`], for a region that cannot leave the scope.
+    ///
+    /// ```no_run
+    /// # use pagestitch::{AdoptedMemory, Pool, scope};
+    /// # fn receive() -> (std::os::fd::OwnedFd, usize) { unimplemented!() }
+    /// # let pool = Pool::new()?;
+    /// let image = std::fs::read("guest.mem")?;
+    /// let (uffd, address) = receive();                     // SCM_RIGHTS, see unix(7)
+    /// let memory = AdoptedMemory::new(uffd)?.range(address, image.len());
+    /// scope(|scope| scope.region().borrow(&image).build_adopted(memory, &pool)?.into_inner().finish())?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`Builder::build_adopted`].
+    pub fn build_adopted(
+        self,
+        memory: AdoptedMemory,
+        server: impl Into<Server>,
+    ) -> Result<ScopedRegion<'scope, AdoptedRegion>, Error> {
+        Ok(ScopedRegion::new(self.unscoped().build_adopted(memory, server)?))
     }
 }
 
-/// A [`Region`] that cannot leave its scope.
+/// A region that cannot leave its scope: a [`Region`], or one of another kind.
 #[derive(Debug)]
-pub struct ScopedRegion<'scope> {
-    region: Region,
+pub struct ScopedRegion<'scope, R = Region> {
+    region: R,
     scope: PhantomData<&'scope ()>,
+}
+
+impl<R> ScopedRegion<'_, R> {
+    const fn new(region: R) -> Self {
+        Self { region, scope: PhantomData }
+    }
+
+    /// The region itself, for a method that consumes it. If it outlives the scope, its borrowed
+    /// pages that are absent then fail: SIGBUS, never other bytes.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, scope};
+    /// # let pool = Pool::new()?;
+    /// let bytes = vec![7u8; 10_000];
+    /// let metrics = scope(|scope| {
+    ///     let region = scope.region().borrow(&bytes).build(&pool)?;
+    ///     assert_eq!(region.as_slice()[5_000], 7);
+    ///     Ok::<_, pagestitch::Error>(region.into_inner().close())
+    /// })?;
+    /// assert_eq!(metrics.pages_installed(), 1);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn into_inner(self) -> R {
+        self.region
+    }
 }
 
 impl AsRef<[u8]> for ScopedRegion<'_> {
@@ -154,18 +224,18 @@ impl AsRef<[u8]> for ScopedRegion<'_> {
     }
 }
 
-impl Deref for ScopedRegion<'_> {
-    type Target = Region;
+impl<R> Deref for ScopedRegion<'_, R> {
+    type Target = R;
 
-    fn deref(&self) -> &Region {
+    fn deref(&self) -> &R {
         &self.region
     }
 }
 
 /// Swapping the region out of its scope through this is sound: its borrowed chunks fail once the
 /// scope has ended.
-impl DerefMut for ScopedRegion<'_> {
-    fn deref_mut(&mut self) -> &mut Region {
+impl<R> DerefMut for ScopedRegion<'_, R> {
+    fn deref_mut(&mut self) -> &mut R {
         &mut self.region
     }
 }
