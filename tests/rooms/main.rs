@@ -37,7 +37,8 @@ fn files_of(source: &Path) -> BTreeMap<String, String> {
 /// The errors of a crate's source, and the number of files in its circles.
 fn errors_of(source: &Path, has_rooms: bool) -> (Vec<String>, Vec<String>, usize) {
     let (arrows, mut errors) = arrows::arrows(&files_of(source));
-    assert!(!arrows.is_empty() || files_of(source).len() == 1, "{} has no arrows", source.display());
+    // A module beside the root of its crate may stand alone.
+    assert!(!arrows.is_empty() || files_of(source).len() <= 2, "{} has no arrows", source.display());
     if has_rooms {
         errors.extend(rules::wrong_arrows(&arrows));
     }

@@ -42,6 +42,58 @@
 //! source and in the region. A [`SharedRegion`] also maps sources that other processes may change:
 //! files, unsealed memfds, aliases, physical memory. All other bytes are copied once, page by page.
 //!
+//! # Which source?
+//!
+//! The costs are medians of first touches of a random page of 4 KiB with a default pool, on a busy
+//! virtual machine with two CPUs, page cache warm. Their ratios hold elsewhere, too. *In place* means
+//! that the source's own pages are mapped.
+//!
+//! | the bytes are | source | first touch | memory of a touched page |
+//! |---|---|---|---|
+//! | zeros | [`Chunk::hole`] | 7 µs | none while it is only read |
+//! | in your memory | [`Memory`](source::Memory): `Chunk::from(vec)`, `Memory::new(owner)` | 10 µs; 6 µs [`Inline`] | its copy |
+//! | in your memory, borrowed | [`scope`](scope()) | the same | its copy |
+//! | in your memory, and not needed there any more | [`Pages`](source::Pages) | 0.2 µs, because huge pages move whole | none: the page moves |
+//! | in a sealed memfd, made here or received | [`Memfd`](source::Memfd) | in place: 0.3 µs | none |
+//! | in a file that does not change | [`ImmutableFile`](source::ImmutableFile), by a promise or by fs-verity | in place: 0.2 µs | none |
+//! | in a file, a block device | [`FileSource`](source::FileSource), or an open `std::fs::File` | 11 µs and the disk | its copy |
+//! | in a file or memfd that others change | [`SharedFile`](source::SharedFile), in a [`SharedRegion`] | in place: 0.2 µs | none |
+//! | in a mapping without a descriptor | [`Alias`](source::Alias), in a [`SharedRegion`] | in place | none |
+//! | in a device, in reserved memory | [`Physical`](source::Physical), in a [`SharedRegion`] | in place | none |
+//! | one copy for many processes, filled on demand | [`LazyMemfd`](source::LazyMemfd), in a [`SharedRegion`] | your filler, once for all | one page for all |
+//! | computed, compressed, in a database | your [`Source`], with its [`granularity`](Source::granularity) | your read, and 10 µs | its copy |
+//! | behind an async client | `pagestitch_tokio::AsyncSource`, or your [`Fetch`](source::Fetch) | your request | its copy |
+//!
+//! A source that is slow, fails at times, or has several readers gets a wrapper:
+//! [`Cached`](source::Cached), [`Limited`](source::Limited), [`Retrying`](source::Retrying).
+//!
+//! # Which server?
+//!
+//! | the program | server | first touch | threads |
+//! |---|---|---|---|
+//! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to eight; more if sources hang |
+//! | touches random pages of memory | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory or in place |
+//! | has an event loop, or a thread for each core | [`Manual`] | as a pool, and the wait for the loop | none |
+//! | runs on tokio | [`Pool`] with async sources, or the task `pagestitch_tokio::serve` | as a pool | none, or a pool's |
+//! | may not use userfaultfd: Docker, gVisor | [`Eager`]; [`best_server`] takes it where there is no pool | none: the build fills all pages that are not mapped in place | none |
+//!
+//! # Costs
+//!
+//! | | |
+//! |---|---|
+//! | a region | a descriptor, about 5 KiB; 0.1 ms to build and to drop, more with thousands of regions, because the kernel walks all mappings of the process |
+//! | a chunk | 25 bytes beside its source, 50 ns |
+//! | a page | 4 bits, and its entry in the kernel's page table |
+//! | a source | an owned one stays in memory as long as a region has it; a file takes a descriptor, unless all of it is mapped |
+//! | [`Region::read_at`] of resident memory | 1 to 2 µs a call, [`SharedRegion::read_at`] 3 to 6 µs; a slice has no cost |
+//!
+//! # When not to use it
+//!
+//! * One file, read as it is: a plain `mmap` does that.
+//! * All bytes are read once, in order: a read into a buffer is as quick and simpler.
+//! * More bytes than memory, copied and all touched: filled pages stay until the region is dropped.
+//! * Dirty tracking, write-back, or chunks that come later: a region has none of these.
+//!
 //! # Promises
 //!
 //! * **Never zeros for bytes.** Touching a page whose source fails raises SIGBUS;
@@ -53,7 +105,11 @@
 //! * **No privileges.** Since Linux 5.11 an ordinary user needs no capability.
 //!   [`Region::serves_system_calls`] tells whether the kernel itself can touch absent pages.
 //!
-//! Requires Linux 4.14. Linux 6.6 adds poison markers; before it, each failed page costs a mapping.
+//! # Requirements
+//!
+//! Linux 4.14. Linux 6.6 adds poison markers; before it, each failed page costs a mapping. Tests run on
+//! x86-64 only; the crate builds for aarch64. The oldest Rust is 1.85; a release that needs a newer
+//! one has a new minor version. The build needs no C header and no libclang.
 //!
 //! # Features
 //!
@@ -63,6 +119,30 @@
 //! |---|---|
 //! | `metrics` | `Meter::publish`: the numbers of a region for the `metrics` facade |
 //! | `userfaultfd` | [`AdoptedMemory`] from and to the `Uffd` of the `userfaultfd` crate, whose build needs libclang |
+//!
+//! # Beside this crate
+//!
+//! | crate | content |
+//! |---|---|
+//! | [`pagestitch-tokio`](https://docs.rs/pagestitch-tokio) | async sources whose fetches overlap, and faults served by a task |
+//! | [`pagestitch-firecracker`](https://docs.rs/pagestitch-firecracker) | the memory of Firecracker guests that are restored from snapshots |
+//! | [`pagestitch-testkit`](https://docs.rs/pagestitch-testkit) | a conformance suite for sources of your own, scripted sources, tests in child processes |
+//! | [`pagestitch-cli`](https://docs.rs/crate/pagestitch-cli) | the command: `probe` lists the abilities of a machine, `bench` measures it, `serve` restores guests |
+//! | [`pagestitch-kernel`](https://docs.rs/pagestitch-kernel) | the kernel interfaces, and all unsafe code |
+//!
+//! The repository has a guide (`docs/guide.md`: choices, slow regions, memory, containers, SIGBUS,
+//! hangs, the way from `mmap`, UMap or a handler of one's own), the design (`ARCHITECTURE.md`), and
+//! an example for each idea (`examples/`):
+//!
+//! | example | idea |
+//! |---|---|
+//! | `quickstart`, `own_source`, `shared_source` | a first region; a source of your own; one that is slow and shared |
+//! | `files_as_one`, `sealed_memfd`, `shared_memfd`, `donate`, `ring_buffer` | no copy: files, memfds, pages that move, the same bytes twice |
+//! | `inline`, `embed_epoll`, `embed_thread_pool`, `embed_tokio` | other servers than a pool |
+//! | `hand_over` | a region as the bytes of safetensors and Arrow |
+//! | `adopt`, `userfaultfd_crate` | memory of another process, or of the `userfaultfd` crate |
+//! | `physical`, `alias_existing_memory` | devices, mappings without a descriptor |
+//! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
 // One exception, in `serve/inline`: the promise that the fault path may run in a signal handler.
 #![deny(unsafe_code)]

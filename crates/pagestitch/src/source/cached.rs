@@ -177,9 +177,7 @@ impl<S: Source> Cached<S> {
 }
 
 impl<S: Source> Source for Cached<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name, direct);
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let blocks = self.blocks(self.inner.size(), || self.inner.granularity());
@@ -200,17 +198,9 @@ impl<S: Source> Source for Cached<S> {
         Ok(())
     }
 
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
     /// The size of a block.
     fn granularity(&self) -> u64 {
         self.blocks(0, || self.inner.granularity()).block
-    }
-
-    fn direct(&self) -> Option<&dyn Any> {
-        self.inner.direct()
     }
 }
 
@@ -233,9 +223,7 @@ impl<S: Fetch> Cached<S> {
 }
 
 impl<S: Fetch + 'static> Fetch for Cached<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name);
 
     fn fetch(&self, offset: u64, reply: Reply) {
         let blocks = self.blocks(self.inner.size(), || self.inner.granularity());
@@ -258,10 +246,6 @@ impl<S: Fetch + 'static> Fetch for Cached<S> {
             let waiter = Box::new(move |answer| add(&gather, &part, is_whole, answer));
             self.fetch_block(blocks, number, failures, waiter);
         }
-    }
-
-    fn name(&self) -> String {
-        self.inner.name()
     }
 
     /// The size of a block.

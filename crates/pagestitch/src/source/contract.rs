@@ -88,31 +88,17 @@ pub trait Source: Send + Sync {
 }
 
 /// Implements [`Source`] for pointers to sources.
-macro_rules! forward {
+macro_rules! source_for_pointers {
     ($($pointer:ty),*) => {$(
         /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
         impl<S: Source + ?Sized> Source for $pointer {
-            fn size(&self) -> u64 {
-                (**self).size()
-            }
+            forward!(self => (**self); size, name, granularity, direct);
 
             fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
                 (**self).read_at(offset, into)
-            }
-
-            fn name(&self) -> String {
-                (**self).name()
-            }
-
-            fn granularity(&self) -> u64 {
-                (**self).granularity()
-            }
-
-            fn direct(&self) -> Option<&dyn Any> {
-                (**self).direct()
             }
         }
     )*};
 }
 
-forward!(Arc<S>, Box<S>, &S);
+source_for_pointers!(Arc<S>, Box<S>, &S);

@@ -59,30 +59,20 @@ pub trait Fetch: Send + Sync {
 }
 
 /// Implements [`Fetch`] for pointers to sources.
-macro_rules! forward {
+macro_rules! fetch_for_pointers {
     ($($pointer:ty),*) => {$(
         /// A pointer to a source is a source, so that wrappers take shared, boxed and unsized ones.
         impl<F: Fetch + ?Sized> Fetch for $pointer {
-            fn size(&self) -> u64 {
-                (**self).size()
-            }
+            forward!(self => (**self); size, name, granularity);
 
             fn fetch(&self, offset: u64, reply: Reply) {
                 (**self).fetch(offset, reply);
-            }
-
-            fn name(&self) -> String {
-                (**self).name()
-            }
-
-            fn granularity(&self) -> u64 {
-                (**self).granularity()
             }
         }
     )*};
 }
 
-forward!(Arc<F>, Box<F>, &F);
+fetch_for_pointers!(Arc<F>, Box<F>, &F);
 
 /// The destination of requested bytes. Dropping it without an answer is an error of the source, so
 /// that no thread waits forever.

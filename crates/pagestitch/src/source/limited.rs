@@ -56,32 +56,16 @@ impl<S> Limited<S> {
 }
 
 impl<S: Source> Source for Limited<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name, granularity, direct);
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let _slot = self.slots.wait();
         self.inner.read_at(offset, into)
     }
-
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.inner.granularity()
-    }
-
-    fn direct(&self) -> Option<&dyn Any> {
-        self.inner.direct()
-    }
 }
 
 impl<S: Fetch + 'static> Fetch for Limited<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name, granularity);
 
     fn fetch(&self, offset: u64, reply: Reply) {
         let inner = Arc::clone(&self.inner);
@@ -90,14 +74,6 @@ impl<S: Fetch + 'static> Fetch for Limited<S> {
             let held = Box::new(Held { reply, slot });
             inner.fetch(offset, Reply::to_pages(held, bytes).after(failures));
         }));
-    }
-
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.inner.granularity()
     }
 }
 

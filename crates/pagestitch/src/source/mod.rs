@@ -49,6 +49,9 @@
 //! assert_eq!((error.kind(), error.raw_os_error()), (ErrorKind::Io, Some(2)));          // ENOENT
 //! ```
 
+#[macro_use]
+mod forward;
+
 mod backing;
 mod block_cache;
 mod cached;

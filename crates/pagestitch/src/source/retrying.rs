@@ -48,9 +48,7 @@ impl<S> Retrying<S> {
 }
 
 impl<S: Source> Source for Retrying<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name, granularity, direct);
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut failures = 0;
@@ -67,37 +65,15 @@ impl<S: Source> Source for Retrying<S> {
             }
         }
     }
-
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.inner.granularity()
-    }
-
-    fn direct(&self) -> Option<&dyn Any> {
-        self.inner.direct()
-    }
 }
 
 impl<S: Fetch> Fetch for Retrying<S> {
-    fn size(&self) -> u64 {
-        self.inner.size()
-    }
+    forward!(self => self.inner; size, name, granularity);
 
     fn fetch(&self, offset: u64, reply: Reply) {
         let (bytes, failures) = (reply.len(), reply.failures());
         let retried = Box::new(Retried { reply, retry: self.retry });
         self.inner.fetch(offset, Reply::to_pages(retried, bytes).after(failures));
-    }
-
-    fn name(&self) -> String {
-        self.inner.name()
-    }
-
-    fn granularity(&self) -> u64 {
-        self.inner.granularity()
     }
 }
 
