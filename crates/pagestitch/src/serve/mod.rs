@@ -17,12 +17,12 @@
 //! | `latency_estimate` | how long the faults of a region take |
 //! | `read_turn` | one worker at a time reads the events of foreign memory |
 //! | `worker_table` | the workers with their progress; workers that hang are replaced |
-//! | `threads` | the join handles of workers |
+//! | `worker_threads` | the join handles of workers |
 //! | `bulkhead` | limits the faults of one region that are served at once |
 //! | `fetch_semaphore` | limits the fetches of a pool |
 //! | `slow_admission` | limits the workers that slow regions occupy together |
 //! | `timers` | tasks to do after a pause |
-//! | `region_handle` | the weak handle that a server keeps of a region |
+//! | `weak_handle` | the weak handle that a server keeps of a region |
 //! | `inline` | the same steps in the thread that takes the fault |
 //! | `manual` | the same steps in the caller's own loop |
 //! | `eager` | a server without faults: the build fills the region |
@@ -53,18 +53,18 @@ mod prefetch_queue;
 mod queue;
 mod rate_limit;
 pub(crate) mod read_turn;
-mod region_handle;
 mod retry_failed;
 mod served;
 mod server_state;
 mod slow_admission;
 mod start;
-mod threads;
 mod timers;
 mod watch;
 mod watchdog;
+mod weak_handle;
 mod worker;
 mod worker_table;
+mod worker_threads;
 
 pub use best::{BestServer, best_server};
 use contract::FaultServer;

@@ -4,7 +4,7 @@
 //! that hangs leaves one to the faults.
 
 use crate::fault::PrefetchJob;
-use crate::serve::region_handle::RegionHandle;
+use crate::serve::weak_handle::RegionHandle;
 use pagestitch_kernel::Span;
 use parking_lot::Mutex;
 use std::collections::VecDeque;

@@ -1,7 +1,7 @@
 //! The entries of a pool's queues: faults for other workers, and pages to fill before their touch.
 
 use crate::fault::FaultRequest;
-use crate::serve::region_handle::RegionHandle;
+use crate::serve::weak_handle::RegionHandle;
 use pagestitch_kernel::Span;
 use std::sync::Arc;
 

@@ -6,7 +6,7 @@ use crate::serve::fork::ForkedChildren as ForkedChildrenOf;
 use crate::serve::fork::orphans::Orphans;
 use crate::serve::latency_estimate::LatencyEstimate;
 use crate::serve::read_turn::{ReadTurn, TurnLock};
-use crate::serve::{fetch_semaphore, prefetch_queue, queue, region_handle, slow_admission, timers};
+use crate::serve::{fetch_semaphore, prefetch_queue, queue, slow_admission, timers, weak_handle};
 use crate::space::{Mapping, Target};
 use pagestitch_kernel::Span;
 use parking_lot::Mutex;
@@ -43,7 +43,7 @@ pub(crate) struct Served {
 }
 
 // Handles, queues and admission are generic over the region; these aliases are for `Served`.
-pub(crate) type RegionHandle = region_handle::RegionHandle<Served>;
+pub(crate) type RegionHandle = weak_handle::RegionHandle<Served>;
 pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
 pub(crate) type QueuedFault = queue::QueuedFault<Served>;
 pub(super) type PrefetchTask = queue::PrefetchTask<Served>;

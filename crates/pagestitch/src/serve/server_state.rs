@@ -12,9 +12,9 @@ use crate::serve::served::{
     FetchSemaphore, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, SlowAdmission,
     TimedTask, Timers,
 };
-use crate::serve::threads::Threads;
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
+use crate::serve::worker_threads::Threads;
 use crate::space::page_table::Wake;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};

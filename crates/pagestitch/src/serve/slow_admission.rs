@@ -2,7 +2,7 @@
 //! been served yet. Together they may occupy all workers but one, which serves fast regions.
 
 use crate::serve::queue::QueuedFault;
-use crate::serve::region_handle::RegionHandle;
+use crate::serve::weak_handle::RegionHandle;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};

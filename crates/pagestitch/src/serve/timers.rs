@@ -18,7 +18,7 @@
 
 use crate::serve::prefetch_queue::RequestedPrefetch;
 use crate::serve::queue::QueuedFault;
-use crate::serve::region_handle::RegionHandle;
+use crate::serve::weak_handle::RegionHandle;
 use nix::sys::timer::TimerSetTimeFlags;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags};
 use pagestitch_kernel::Errno;

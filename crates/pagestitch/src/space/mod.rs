@@ -6,7 +6,7 @@
 //! | `chunk` | a byte range of one source |
 //! | `into_chunk` | the values that a builder takes as a chunk |
 //! | `layout` | the chunk that holds the byte at an offset |
-//! | `mapped` | pages that are mapped in place |
+//! | `mapped_in_place` | pages that are mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
@@ -18,7 +18,7 @@ mod failure_table;
 mod failures;
 mod into_chunk;
 pub(crate) mod layout;
-pub(crate) mod mapped;
+pub(crate) mod mapped_in_place;
 pub(crate) mod page_table;
 mod plan;
 pub(crate) mod target;
@@ -27,7 +27,7 @@ pub use chunk::Chunk;
 pub(crate) use failure_table::FailureCallback;
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, Piece};
-pub(crate) use mapped::{Abilities, MappedRuns, ShownPages};
+pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
@@ -37,7 +37,7 @@ use crate::metrics::{Counters, Coverage, Presence};
 use crate::policy::{Policy, Recording, Replay, TouchRecorder};
 use crate::source::{Backing, Donated, Fetched, LazyMemfd, Shared};
 use failure_table::Failures;
-use mapped::whole_pages;
+use mapped_in_place::whole_pages;
 use page_table::{PageState, PageTable, Wake};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};

@@ -4,7 +4,7 @@
 use crate::method::{Method, PlanReason};
 use crate::source::{Backing, Shared};
 use crate::space::Mapping;
-use crate::space::mapped::{is_aligned, whole_pages};
+use crate::space::mapped_in_place::{is_aligned, whole_pages};
 use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;

@@ -27,7 +27,7 @@ pub(crate) use descriptors::Descriptors;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::Served;
 use crate::space::Target;
-use crate::space::mapped::ShownPages;
+use crate::space::mapped_in_place::ShownPages;
 use crate::space::target::Foreign;
 use crate::space::{Mapping, PageTables, ServeOptions};
 use pagestitch_kernel::{Batch, Errno, Outcome, Uffd};
