@@ -5,7 +5,7 @@ use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memory};
-use pagestitch::{Chunk, Metrics, Pool, Region, Support};
+use pagestitch::{BestServer, Chunk, Metrics, Region, Support, best_server};
 use pagestitch_bench::touch::first_touches;
 use pagestitch_bench::{timed, warm};
 use serde_json::json;
@@ -32,6 +32,8 @@ pub(crate) struct Options {
 
 /// The figures of the demo.
 struct Measurement {
+    /// True if the build has filled all pages, without userfaultfd.
+    is_eager: bool,
     pieces: usize,
     len: usize,
     build_ns: u64,
@@ -45,7 +47,7 @@ struct Measurement {
 
 pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     // Before the introduction, which announces a region.
-    Support::probe().features()?;
+    let server = best_server()?;
     let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
     let file = Arc::new(FileSource::open(&path)?);
     let content = fs::read(&path)?;
@@ -66,7 +68,10 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
             "Every other piece is a heap buffer of its own; the rest stays in the file. One region shows all of them in order.\n"
         )?;
     }
-    let measured = measure(options, &path, &file, &content, &cuts)?;
+    if form == Form::Text && server.pool().is_none() {
+        writeln!(stdout(), "{server}\n")?;
+    }
+    let measured = measure(options, &path, &file, &content, (&cuts, &server))?;
     match form {
         Form::Text => print(&measured)?,
         Form::Json => print_json(&measured)?,
@@ -101,17 +106,16 @@ fn measure(
     path: &Path,
     file: &Arc<FileSource>,
     content: &[u8],
-    cuts: &[Range<usize>],
+    (cuts, server): (&[Range<usize>], &BestServer),
 ) -> Result<Measurement, Box<dyn Error>> {
     let buffers: Vec<Memory> =
         cuts.iter().step_by(2).map(|cut| Memory::from(content[cut.clone()].to_vec())).collect();
-    let pool = Pool::new()?;
     let build = || {
         let chunks = cuts.iter().enumerate().map(|(index, cut)| match index % 2 {
             0 => Chunk::from(buffers[index / 2].clone()),
             _ => Chunk::from(Arc::clone(file)).range(cut.start as u64..cut.end as u64),
         });
-        Region::builder().name("demo").chunks(chunks).build(&pool)
+        Region::builder().name("demo").chunks(chunks).build(server)
     };
     warm(3 * content.len());
     let (build_ns, region) = timed(build);
@@ -126,6 +130,7 @@ fn measure(
     let again = build()?;
     again.populate(..)?;
     Ok(Measurement {
+        is_eager: server.pool().is_none(),
         pieces: cuts.len(),
         len,
         build_ns,
@@ -154,8 +159,18 @@ fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Resul
 }
 
 fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
-    let Measurement { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } =
-        measured;
+    let Measurement {
+        is_eager: _,
+        pieces,
+        len,
+        build_ns,
+        touch_ns,
+        eager_ns,
+        latencies,
+        after_touch,
+        sha256,
+        expected,
+    } = measured;
     let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
     let pages = len.div_ceil(Support::current().page_size().bytes());
     let mut out = stdout();
@@ -189,11 +204,21 @@ fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
 }
 
 fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
-    let Measurement { pieces, len, build_ns, touch_ns, eager_ns, latencies, after_touch, sha256, expected } =
-        measured;
+    let Measurement {
+        is_eager,
+        pieces,
+        len,
+        build_ns,
+        touch_ns,
+        eager_ns,
+        latencies,
+        after_touch,
+        sha256,
+        expected,
+    } = measured;
     let at = |quantile| latencies.value_at_quantile(quantile);
     let all = json!({
-        "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,
+        "server": if *is_eager { "eager" } else { "pool" }, "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,
         "pages_copied": after_touch.pages_copied, "pages_buffered": after_touch.pages_buffered,
         "pages_gathered": after_touch.pages_gathered, "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max(),
         "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "right": sha256 == expected,

@@ -22,7 +22,8 @@ pub(crate) fn run(form: Form) -> Result<(), Box<dyn Error>> {
         writeln!(stdout(), "Linux {}, pages of {}", support.kernel(), support.page_size())?;
         write!(stdout(), "{}", report(&capabilities, width()))?;
     }
-    // The exit status tells scripts if a region can be built; the output is complete either way.
+    // The exit status tells scripts if pages can be filled on first touch; the output is complete
+    // either way.
     support.features().map(drop).map_err(Into::into)
 }
 

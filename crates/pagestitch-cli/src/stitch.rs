@@ -12,7 +12,7 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
-use pagestitch::{Access, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
+use pagestitch::{Access, BestServer, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
 use serde_json::json;
@@ -73,6 +73,8 @@ struct Summary {
     bytes: usize,
     chunks: usize,
     build_ns: u64,
+    /// True if the build has filled all pages, without userfaultfd.
+    is_eager: bool,
     latencies: Option<Histogram<u64>>,
     sha256: Option<String>,
     plan: Option<Plan>,
@@ -86,8 +88,11 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     if let Some(workers) = options.workers {
         pool = pool.workers(workers);
     }
-    let pool = pool.start()?;
-    let (build_ns, region) = timed(|| build(parts, options, &pool));
+    let server = pool.start_or_eager()?;
+    if form == Form::Text && server.pool().is_none() {
+        writeln!(io::stderr(), "{server}")?;
+    }
+    let (build_ns, region) = timed(|| build(parts, options, &server));
     let region = region?;
     let output = options.output.as_deref().map(Output::open).transpose()?;
     let left = output.as_ref().and_then(Output::left_by_a_kill).map(Path::to_owned);
@@ -126,8 +131,8 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         heatmap::write(path, &region.meter())?;
     }
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
-    let summary =
-        Summary { bytes, chunks: parts.len(), build_ns, latencies, sha256, plan, metrics: region.close() };
+    let (chunks, is_eager, metrics) = (parts.len(), server.pool().is_none(), region.close());
+    let summary = Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics };
     // Standard output may carry the bytes of the region.
     let mut out: Box<dyn Write> =
         if options.to_stdout() { Box::new(io::stderr()) } else { Box::new(stdout()) };
@@ -151,7 +156,7 @@ fn parts() -> impl TypedValueParser<Value = Part> {
     OsStringValueParser::new().try_map(|argument| Part::parse(&argument))
 }
 
-fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion, Box<dyn Error>> {
+fn build(parts: &[Part], options: &Options, server: &BestServer) -> Result<SharedRegion, Box<dyn Error>> {
     let mut files: HashMap<&PathBuf, Chunk> = HashMap::new();
     let mut builder = Region::builder().name("stitched");
     for part in parts {
@@ -173,7 +178,7 @@ fn build(parts: &[Part], options: &Options, pool: &Pool) -> Result<SharedRegion,
     if options.live {
         builder = builder.record_latency();
     }
-    Ok(builder.build_shared(pool)?)
+    Ok(builder.build_shared(server)?)
 }
 
 /// Opens a file as a chunk, which is mapped if possible, unless `copy` is set.
@@ -304,7 +309,7 @@ fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
 }
 
 fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
-    let Summary { bytes, chunks, build_ns, latencies, sha256, plan, metrics } = summary;
+    let Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics } = summary;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
         json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
@@ -319,7 +324,7 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         plan.runs().iter().map(run).collect::<Vec<_>>()
     });
     let all = json!({
-        "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "pages_in_place": metrics.pages_in_place, "pages_installed": metrics.pages_installed(),
+        "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "server": if *is_eager { "eager" } else { "pool" }, "pages_in_place": metrics.pages_in_place, "pages_installed": metrics.pages_installed(),
         "pages_gathered": metrics.pages_gathered, "bytes_copied": metrics.bytes_copied, "faults": metrics.faults,
         "touch": touch, "sha256": sha256, "plan": plan,
     });

@@ -647,25 +647,62 @@ fn a_file_without_permission_is_refused() {
     assert!(said.contains("cannot open a: Permission denied"), "{said}");
 }
 
-#[test]
-fn each_command_names_the_remedy_without_userfaultfd() {
-    let directory = files();
-    let outputs = scope(|scope| {
+/// Runs the command where userfaultfd is denied.
+fn without_userfaultfd(directory: &Path, arguments: &[&str]) -> Output {
+    scope(|scope| {
         let run = || {
             // A seccomp filter belongs to a thread, and processes that the thread starts inherit
             // it.
             deny_userfaultfd(Errno::EPERM);
-            [&["demo"][..], &["stitch", "a"], &["probe"]]
-                .map(|arguments| pagestitch(directory.path(), arguments))
+            pagestitch(directory, arguments)
         };
         scope.spawn(run).join().unwrap()
-    });
-    for output in &outputs {
-        let said = error_line(output, 1);
-        assert!(said.contains("no userfaultfd") && said.contains("seccomp profile"), "{said}");
+    })
+}
+
+#[test]
+fn a_probe_without_userfaultfd_names_the_cost_and_the_remedy() {
+    let directory = files();
+    let output = without_userfaultfd(directory.path(), &["probe"]);
+    let said = error_line(&output, 1);
+    assert!(said.contains("no userfaultfd") && said.contains("seccomp profile"), "{said}");
+    let table = String::from_utf8_lossy(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(table.contains("EPERM") && table.contains("the server Eager fills regions"), "{table}");
+}
+
+#[test]
+fn a_demo_without_userfaultfd_says_so_and_has_the_right_bytes() {
+    let directory = files();
+    let said = out(&without_userfaultfd(directory.path(), &["demo"]));
+    assert!(said.contains("the server Eager fills regions when they are built"), "{said}");
+    assert!(said.contains("seccomp profile") && said.contains("  equal"), "{said}");
+    let json = out(&without_userfaultfd(directory.path(), &["demo", "--json"]));
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["right"], &json["server"]), (&true.into(), &"eager".into()));
+}
+
+#[test]
+fn a_stitch_without_userfaultfd_says_so_and_has_the_right_bytes() {
+    let directory = files();
+    fs::write(directory.path().join("long"), [7; 300_001]).unwrap();
+    let arguments = ["stitch", "a", "long", "long:5+100000", "b", "--sha256"];
+    let expected = out(&pagestitch(directory.path(), &[&arguments[..], &["--json"]].concat()));
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    assert_eq!(expected["server"], "pool");
+    for copy in [&[][..], &["--copy"], &["--copy", "--touch", "random:50%"]] {
+        let arguments = [&arguments[..], copy].concat();
+        let output = without_userfaultfd(directory.path(), &arguments);
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(told.contains("the server Eager fills regions when they are built"), "{told}");
+        assert_eq!(told.lines().count(), 1, "{told}");
+        assert!(out(&output).contains(expected["sha256"].as_str().unwrap()));
+        let json = out(&without_userfaultfd(directory.path(), &[&arguments[..], &["--json"]].concat()));
+        let json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((&json["server"], &json["sha256"]), (&"eager".into(), &expected["sha256"]));
     }
-    assert!(outputs[0].stdout.is_empty(), "the demo announces nothing");
-    assert!(String::from_utf8_lossy(&outputs[2].stdout).contains("EPERM"), "probe still prints its table");
+    let record = ["stitch", "a", "--copy", "--touch", "random", "--record", "r"];
+    let said = error_line(&without_userfaultfd(directory.path(), &[&record[..], &["--quiet"]].concat()), 1);
+    assert!(said.contains("leave out record()"), "{said}");
 }
 
 #[test]

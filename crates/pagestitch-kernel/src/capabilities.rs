@@ -119,7 +119,7 @@ impl Support {
             Ok(_) => Verdict::Yes,
             Err(error) => Verdict::No {
                 reason: format!("userfaultfd(2) answers {}", error.system_call),
-                cost: "no region can be built",
+                cost: "no page is filled on first touch: the server Eager fills regions when they are built, and still works",
                 remedy: error.remedy().to_owned(),
             },
         };
