@@ -4,7 +4,7 @@
 //! `page_aligned` lays each file on a page boundary, so that all of it can be mapped in place.
 
 use pagestitch::source::SharedFile;
-use pagestitch::{Access, Pool, Region};
+use pagestitch::{Access, Region, best_server};
 use std::error::Error;
 use std::fs;
 
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let files = paths.iter().map(|path| SharedFile::open(path, Access::ReadOnly));
     let files = files.collect::<Result<Vec<_>, _>>()?;
     let builder = Region::builder().name("files").page_aligned().chunks(files).require_zero_copy();
-    let region = builder.build_shared(&Pool::new()?)?;
+    let region = builder.build_shared(&best_server()?)?;
 
     println!("{}", region.plan());
     for (number, path) in paths.iter().enumerate() {

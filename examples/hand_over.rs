@@ -6,7 +6,7 @@
 
 use arrow_buffer::{Buffer, ScalarBuffer};
 use bytes::Bytes;
-use pagestitch::{Pool, Region};
+use pagestitch::{Region, best_server};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView, serialize_to_file};
 use std::error::Error;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let files = paths.iter().map(File::open).collect::<Result<Vec<_>, _>>()?;
-    let region = Region::builder().name("tensors").align(64).chunks(files).build(&Pool::new()?)?;
+    let region = Region::builder().name("tensors").align(64).chunks(files).build(&best_server()?)?;
     let shards: Vec<_> = region.chunk_ranges().collect();
     let bytes = Bytes::from_owner(region);
 

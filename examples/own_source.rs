@@ -1,7 +1,7 @@
 //! A source of your own: a sparse object store whose blocks are fetched when their pages are
 //! touched. `cargo run --example own_source`.
 
-use pagestitch::{Chunk, Error, Pool, Region, Source};
+use pagestitch::{Chunk, Error, OnFailure, Pool, Region, Source};
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
@@ -51,13 +51,15 @@ impl Source for ObjectStore {
 
 fn main() -> Result<(), Error> {
     let store = Arc::new(ObjectStore::with_blocks(100, Some(7)));
-    let pool = Pool::builder().workers(4).name("store").start()?;
+    // Where userfaultfd is denied, the build fills the region instead of four workers.
+    let server = Pool::builder().workers(4).name("store").start_or_eager()?;
     // A header in front of the store, so that its blocks start inside pages, which is no problem.
     let region = Region::builder()
         .name("object")
         .chunk(b"HEADER".to_vec())
-        .chunk(Chunk::source(Arc::clone(&store)))
-        .build(&pool)?;
+        // Poison is the default of a pool. Without it, a lost block would fail a build that fills.
+        .chunk(Chunk::source(Arc::clone(&store)).on_failure(OnFailure::Poison))
+        .build(&server)?;
 
     let at = 6 + 42 * BLOCK as usize + 1000;
     println!("byte {at} of {}: {}", region.len(), region.as_slice()[at]);

@@ -2,7 +2,7 @@
 //! exporter works too.
 
 use metrics_exporter_prometheus::PrometheusBuilder;
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::{Chunk, Region, best_server};
 use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .name("example")
         .record_latency()
         .chunks((0..16).map(|_| Chunk::from(Arc::clone(&shared))))
-        .build(&Pool::new()?)?;
+        .build(&best_server()?)?;
     let sum: u64 = region.as_slice().iter().step_by(4096).map(|&byte| u64::from(byte)).sum();
     assert_eq!(sum, 7 * (16 << 20) / 4096);
 

@@ -1,7 +1,7 @@
 //! Scattered pieces as one slice: `cargo run --example quickstart`.
 
 use pagestitch::source::FileSource;
-use pagestitch::{Chunk, Error, Pool, Region};
+use pagestitch::{Chunk, Error, Region, best_server};
 use std::sync::Arc;
 
 fn main() -> Result<(), Error> {
@@ -11,7 +11,9 @@ fn main() -> Result<(), Error> {
     let mapped = bytes::Bytes::from_static(b"from the program itself, ");
     let file = FileSource::open("/proc/self/exe")?;
 
-    let pool = Pool::new()?;
+    // A pool, or the server Eager where userfaultfd is denied.
+    let server = best_server()?;
+    println!("{server}");
     let region = Region::builder()
         .name("quickstart")
         .chunk(heap)
@@ -20,9 +22,9 @@ fn main() -> Result<(), Error> {
         .chunk(Chunk::from(file).range(1..4)) // the letters ELF
         .chunk(Chunk::hole(1 << 30)) // a gigabyte without memory
         .chunk(b" and a gigabyte further on.".to_vec())
-        .build(&pool)?;
+        .build(&server)?;
 
-    // One contiguous slice. No byte has been copied yet.
+    // One contiguous slice. If a pool serves it, no byte has been copied yet.
     let bytes: &[u8] = region.as_slice();
     println!(
         "{} bytes at {:p}, {} pages filled",
@@ -31,7 +33,7 @@ fn main() -> Result<(), Error> {
         region.metrics().pages_installed()
     );
 
-    // The touch of a byte fills its page.
+    // The touch of a byte then fills its page.
     let text = String::from_utf8_lossy(&bytes[..65]);
     println!("{text}{}", String::from_utf8_lossy(&bytes[bytes.len() - 27..]));
     assert_eq!(text, "From the heap, from a shared buffer, from the program itself, ELF");

@@ -3,7 +3,7 @@
 //! A write beyond the end appears at the start, so no record is split.
 
 use pagestitch::source::{SharedFile, UnsealedMemfd};
-use pagestitch::{Pool, Region, SharedRegion};
+use pagestitch::{Region, SharedRegion, best_server};
 use std::error::Error;
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ impl Ring {
         let memfd = UnsealedMemfd::create("ring", CAPACITY)?;
         let shared = Arc::new(SharedFile::try_from(&memfd)?);
         let twice = Region::builder().chunk(Arc::clone(&shared)).chunk(shared).writable().require_zero_copy();
-        Ok(Self { bytes: twice.build_shared(&Pool::new()?)?, head: 0, tail: 0 })
+        Ok(Self { bytes: twice.build_shared(&best_server()?)?, head: 0, tail: 0 })
     }
 
     /// Writes a record in one piece, even across the end of the memory. Returns false if the ring

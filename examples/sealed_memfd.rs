@@ -2,7 +2,7 @@
 //! `cargo run --example sealed_memfd`.
 
 use pagestitch::source::{Memfd, UnsealedMemfd};
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::{Chunk, Region, best_server};
 use std::error::Error;
 use std::os::unix::fs::FileExt;
 
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let backwards =
         (0..10).rev().map(|page| Chunk::from(memfd.clone()).range(page * PAGE..(page + 1) * PAGE));
     let region =
-        Region::builder().name("backwards").chunks(backwards).require_zero_copy().build(&Pool::new()?)?;
+        Region::builder().name("backwards").chunks(backwards).require_zero_copy().build(&best_server()?)?;
 
     for page in region.as_slice().chunks(PAGE as usize) {
         print!("{}", String::from_utf8_lossy(&page[..7]));

@@ -2,7 +2,7 @@
 //! `cargo run --example shared_memfd`.
 
 use pagestitch::source::{SharedFile, UnsealedMemfd};
-use pagestitch::{Chunk, Pool, Region};
+use pagestitch::{Chunk, Region, best_server};
 use std::error::Error;
 use std::sync::Arc;
 
@@ -15,9 +15,9 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     // Other processes may change these bytes, so there is no slice of them: the region is a shared
     // one.
-    let pool = Pool::new()?;
+    let server = best_server()?;
     let build = |order: [u64; 4]| {
-        Region::builder().chunks(order.map(page)).writable().require_zero_copy().build_shared(&pool)
+        Region::builder().chunks(order.map(page)).writable().require_zero_copy().build_shared(&server)
     };
     let (forwards, backwards) = (build([0, 1, 2, 3])?, build([3, 2, 1, 0])?);
 

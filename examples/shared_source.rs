@@ -3,7 +3,7 @@
 //! `cargo run --example shared_source`.
 
 use pagestitch::source::{Cached, Limited, Retrying};
-use pagestitch::{Chunk, Pool, Region, Retry, Source};
+use pagestitch::{Chunk, Region, Retry, Source, best_server};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -48,8 +48,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let reliable = Retrying::new(Limited::new(Arc::clone(&remote), 4), retry);
     let image = Arc::new(Cached::new(reliable, 8 << 20));
 
-    let pool = Pool::new()?;
-    let build = |_| Region::builder().chunk(Chunk::source(Arc::clone(&image))).build(&pool);
+    let server = best_server()?;
+    let build = |_| Region::builder().chunk(Chunk::source(Arc::clone(&image))).build(&server);
     let regions = (0..8).map(build).collect::<Result<Vec<_>, _>>()?;
     thread::scope(|scope| {
         for region in &regions {
