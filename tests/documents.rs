@@ -19,8 +19,8 @@ fn every_path_that_a_document_names_exists() {
     ] {
         let text = read(document);
         let words = text.split(|c: char| c.is_whitespace() || "`()[],;".contains(c));
-        // Without the number of a line.
-        let words = words.filter_map(|word| word.split(':').next());
+        // Without the number of a line, or a heading.
+        let words = words.filter_map(|word| word.split([':', '#']).next());
         let paths = words.map(|word| word.trim_end_matches('.')).filter(|word| {
             ["crates/", "tests/", "examples/", "benches/", "ci/", ".ci/", "docs/"]
                 .iter()

@@ -2,6 +2,8 @@
 #![cfg(doctest)]
 #![doc = include_str!("../../README.md")]
 
+#[doc = include_str!("../../docs/cases.md")]
+struct Cases;
 #[doc = include_str!("../../docs/containers.md")]
 struct Containers;
 #[doc = include_str!("../../docs/debugging.md")]

@@ -73,7 +73,8 @@
 //! |---|---|---|---|
 //! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to eight; more if sources hang |
 //! | touches random pages of memory | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory or in place |
-//! | has an event loop, or a thread for each core | [`Manual`] | as a pool, and the wait for the loop | none |
+//! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`] | 10 µs | one worker for each core |
+//! | has an event loop, or threads, that do **not** touch the region | [`Manual`] | as a pool, and the wait for the loop | none |
 //! | runs on tokio | [`Pool`] with async sources, or the task `pagestitch_tokio::serve` | as a pool | none, or a pool's |
 //! | may not use userfaultfd: Docker, gVisor | [`Eager`]; [`best_server`] takes it where there is no pool | none: the build fills all pages that are not mapped in place | none |
 //!
