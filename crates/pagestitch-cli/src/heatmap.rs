@@ -110,6 +110,10 @@ impl Map {
                 let density = Density::of(&run[0]);
                 let (x, y) = (LEFT + column * self.side, TOP + row * self.side);
                 paths[density as usize] += &mark(density, x, y, run.len(), self.side);
+                if density == Density::Lost {
+                    // The crosses stand on cells.
+                    paths[Density::None as usize] += &mark(Density::None, x, y, run.len(), self.side);
+                }
                 column += run.len();
             }
         }
@@ -258,6 +262,8 @@ pub(crate) mod tests {
             assert!(svg.contains(part), "{part} is not in\n{svg}");
         }
         assert_eq!(svg.matches("class=\"key ").count(), 3, "absent, present, lost");
+        let lost = svg.split("<path class=\"lost\" d=\"").nth(1).unwrap().split('"').next().unwrap();
+        assert_eq!(lost, "M704 144l13 13m0-13l-13 13", "a cross at column 44 of row 4");
     }
 
     #[test]

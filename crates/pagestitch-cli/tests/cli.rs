@@ -706,6 +706,19 @@ fn a_stitch_without_userfaultfd_says_so_and_has_the_right_bytes() {
 }
 
 #[test]
+fn too_few_descriptors_are_an_error_line_with_the_limit() {
+    let directory = TempDir::new().unwrap();
+    (0..30).for_each(|nth| fs::write(directory.path().join(format!("part{nth}")), "bytes").unwrap());
+    let limited = format!("ulimit -n 20; exec {} stitch part*", env!("CARGO_BIN_EXE_pagestitch"));
+    let output = Command::new("sh").args(["-c", &limited]).current_dir(directory.path()).output().unwrap();
+    let said = error_line(&output, 1);
+    assert!(
+        said.contains("this process may open 20 descriptors (RLIMIT_NOFILE): raise it with ulimit -n"),
+        "{said}"
+    );
+}
+
+#[test]
 fn too_little_address_space_is_an_error_line() {
     let directory = files();
     let huge = fs::File::create(directory.path().join("huge")).unwrap();

@@ -93,6 +93,9 @@ impl Error {
             None => (ErrorKind::UnusableFile, None),
         };
         let mut error = Self::because(kind, what, source);
+        if let Some(limit @ Limit::Descriptors(_)) = &limit {
+            error.message += &format!("; {limit}");
+        }
         error.details.limit = limit;
         error.details.errno = errno;
         error
