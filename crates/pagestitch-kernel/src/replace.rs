@@ -10,6 +10,7 @@
 //! A process that is killed leaves no file without a name. A file system that has no such files,
 //! NFS for example, keeps the bytes in PATH.PID.part from the beginning.
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::unistd::linkat;
 use std::ffi::OsString;
@@ -153,7 +154,7 @@ struct Regular {
 impl Destination {
     fn of(path: &Path) -> io::Result<Self> {
         match fs::metadata(path) {
-            Ok(there) if there.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
+            Ok(there) if there.is_dir() => Err(Errno::EISDIR.into()),
             Ok(there) if there.is_file() => {
                 Regular::new(fs::canonicalize(path)?, Some(&there)).map(Self::Regular)
             }

@@ -7,7 +7,7 @@
 use crate::access::Access;
 use crate::errno::Errno;
 use crate::granule::{granule_in, maps_all_files};
-use crate::limits::with_descriptors;
+use crate::limits::{Limit, with_descriptors};
 use crate::mapping::OwnedMapping;
 use crate::memfd::UnsealedMemfd;
 use crate::page::{AddressRange, HUGE, PageSize};
@@ -157,7 +157,11 @@ pub struct FileError {
 
 impl fmt::Display for FileError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cannot open {}: {}", self.path.display(), self.error)
+        write!(f, "cannot open {}: {}", self.path.display(), self.error)?;
+        match self.error.raw_os_error() {
+            Some(libc::EMFILE) => write!(f, "; {}", Limit::of_descriptors()),
+            _ => Ok(()),
+        }
     }
 }
 
