@@ -307,3 +307,37 @@ const BATCH: usize = 64;
 /// After this many looks without work the watchdog sleeps until a worker wakes it, which costs a
 /// fault one system call.
 const QUIET: u32 = 50;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::serve::placement::WorkerCpus;
+    use crate::serve::served::{FetchSemaphore, RegionHandle};
+
+    /// The permit that comes back wakes a worker, and that worker hangs before it takes the waiting
+    /// fault. No other worker would be woken.
+    #[test]
+    fn the_watchdog_wakes_a_worker_for_a_fault_that_waits_for_a_permit() {
+        let mut state = ServerState::new(&WorkerCpus::anywhere(2), 2, String::new()).unwrap();
+        let permits = Arc::new(FetchSemaphore::new(1, 4, Arc::clone(&state.wake_fd)));
+        state.permits = Some(Arc::clone(&permits));
+        let [hangs, waits] = [0, 1].map(|post| state.workers.add(post).unwrap());
+        let mut watchdog = Watchdog::new(Arc::new(state), Limits::default());
+        let state = Arc::clone(&watchdog.state);
+        let is_woken = |watchdog: &mut Watchdog| {
+            let observed = state.workers.observe(&mut watchdog.seen, HELD_UP_AFTER);
+            watchdog.last_resort(observed);
+            state.wake_fd.read().is_ok()
+        };
+        state.workers.mark_working(hangs);
+        assert!(!is_woken(&mut watchdog), "nothing waits");
+        let permit = permits.take().unwrap();
+        permits.wait(QueuedFault::at(&RegionHandle::dangling()));
+        assert!(!is_woken(&mut watchdog), "there is no permit");
+        drop(permit);
+        assert_eq!(state.wake_fd.read(), Ok(1), "the worker that hangs");
+        assert!(is_woken(&mut watchdog) && is_woken(&mut watchdog));
+        state.workers.mark_working(waits);
+        assert!(!is_woken(&mut watchdog), "no worker waits");
+    }
+}
