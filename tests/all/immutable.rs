@@ -2,7 +2,7 @@
 
 use crate::{PAGE, pattern, reason};
 use pagestitch::source::{FailureReason, ImmutableFile, SharedFile};
-use pagestitch::{Chunk, ErrorKind, Inline, Method, PlanReason, Pool, Region};
+use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region};
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::Write;
@@ -197,6 +197,8 @@ fn an_immutable_file_whose_file_system_cannot_map_it_is_copied() {
     if fs::metadata(path).unwrap().len() != bytes.len() as u64 {
         return println!("SKIPPED: {path} does not say how long it is");
     }
+    let eager = Region::builder().chunk(open(path).unwrap()).build(Eager).unwrap();
+    assert!(eager.as_slice() == bytes);
     let region = Region::builder().chunk(open(path).unwrap()).build(&Pool::new().unwrap()).unwrap();
     assert_eq!(region.plan().runs()[0].reason, PlanReason::UnmappableFile, "{}", region.plan());
     assert!(region.as_slice() == bytes);

@@ -4,6 +4,8 @@
 use crate::errno::Errno;
 use nix::libc;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 use std::{fmt, fs, io};
 
 /// Opens a file. If the soft limit on descriptors stops it (`EMFILE`), raises that limit to the
@@ -240,6 +242,31 @@ pub fn mappings_left() -> usize {
         fs::read("/proc/self/maps").map_or(0, |maps| maps.iter().filter(|&&byte| byte == b'\n').count());
     most.unwrap_or(65_530_usize).saturating_sub(present)
 }
+
+/// As [`mappings_left`], for a caller that makes at most `few` mappings.
+///
+/// A count takes time for each mapping of the process. So one that is less than a second old serves
+/// again, less the mappings of such callers since then, as long as it is many times `few`.
+#[must_use]
+pub fn mappings_left_for(few: usize) -> usize {
+    /// The moment of the last count, and its result less the mappings since then.
+    static KNOWN: Mutex<Option<(Instant, usize)>> = Mutex::new(None);
+    // Another thread may hold the lock at a fork, so that a child must not wait for it.
+    let Ok(mut known) = KNOWN.try_lock() else { return mappings_left() };
+    let serves = |known: &&mut (Instant, usize)| known.0.elapsed() < FRESH && known.1 / MANY >= few;
+    if let Some((_, left)) = known.as_mut().filter(serves) {
+        *left -= few;
+        return *left;
+    }
+    let left = mappings_left();
+    *known = Some((Instant::now(), left.saturating_sub(few)));
+    left
+}
+
+/// The age up to which a count of mappings serves again.
+const FRESH: Duration = Duration::from_secs(1);
+/// A count that is so many times the mappings of a caller need not be exact.
+const MANY: usize = 64;
 
 fn commits_in_full() -> bool {
     fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "2")

@@ -301,6 +301,19 @@ impl Reservation {
         }
     }
 
+    /// As [`fence`](Self::fence), for the spans in which pages can be missing. The caller keeps the
+    /// pages of the others until the end, and no thread waits there.
+    ///
+    /// # Errors
+    ///
+    /// As [`fence`](Self::fence).
+    pub fn fence_spans(&self, mut spans: impl Iterator<Item = Span>) -> Result<(), Errno> {
+        match spans.try_for_each(|span| close(self.addresses(span))) {
+            Err(Errno::ENOMEM) => self.fence(),
+            closed => closed,
+        }
+    }
+
     /// The parts of the range in which something is mapped.
     fn mapped_parts(&self) -> Vec<AddressRange> {
         let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();

@@ -21,7 +21,7 @@ use crate::serve::{Served, Server};
 use crate::space::{
     Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, ShownPages, Target,
 };
-use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left};
+use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
 use pagestitch_kernel::{Access, Errno, Features, PageSize, Reservation, Uffd, View};
@@ -253,7 +253,9 @@ fn show(
     (view, uffd): (&mut View, &Uffd),
 ) -> Result<ShownPages, Error> {
     let page = PageSize::system();
-    let budget = || most.unwrap_or_else(|| mappings_left() / BUDGET_SHARE);
+    // A chunk takes a mapping, and the gap before it another one.
+    let few = 2 * layout.chunks();
+    let budget = || most.unwrap_or_else(|| mappings_left_for(few) / BUDGET_SHARE);
     let shown = ShownPages::map(layout, page, budget, abilities, view, uffd)
         .map_err(|error| cannot_show(name, layout, error))?;
     if shown.in_place.pages() > 0 {

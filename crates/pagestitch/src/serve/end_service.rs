@@ -13,13 +13,19 @@ use std::time::{Duration, Instant};
 impl Served {
     /// Ends serving: a thread that waits in the region, or touches a missing page, gets a signal.
     ///
-    /// An owned region is **fenced**: the whole range becomes inaccessible. Then all waiters are
-    /// woken; they retry and meet the fenced range. Missing pages of adopted memory are poisoned
+    /// An owned region is **fenced**: all pages that can be missing become inaccessible. Then all
+    /// waiters are woken; they retry and meet the fenced range. Missing pages of adopted memory are poisoned
     /// instead.
     pub(crate) fn end_service(&self) {
         match &self.target {
             Target::Owned(reservation) => {
-                if let Err(errno) = reservation.fence() {
+                // The time of a fence depends on the present pages. No thread waits for those that
+                // are mapped in place.
+                let fenced = match self.in_place.few_gaps(self.target.all()) {
+                    Some(gaps) => reservation.fence_spans(gaps),
+                    None => reservation.fence(),
+                };
+                if let Err(errno) = fenced {
                     // Without the fence, waiters would read zeros or hang. A refusal is not known
                     // to happen.
                     eprintln!("pagestitch: cannot fence region {} ({errno}): aborting", self.name);

@@ -41,7 +41,7 @@ use std::sync::Arc;
     label = "not a chunk of a region",
     note = "a source of your own: `Chunk::source(Arc::new(source))`, or `Chunk::fetch` if it answers later",
     note = "another owner of bytes, such as a memory map: `Memory::new(owner)`",
-    note = "a file by its path: `ImmutableFile::open` maps it in place if it does not change, `FileSource::open` copies it",
+    note = "a file by its path: `FileSource::open(path)?`, or `ImmutableFile::open` in place if it does not change",
     note = "borrowed bytes: `scope(|scope| scope.region().borrow(&bytes) ...)`"
 )]
 pub trait IntoChunk: sealed::Sealed {

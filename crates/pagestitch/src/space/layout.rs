@@ -109,11 +109,15 @@ impl Layout {
             None => align,
         };
         let wanted = if has_place { chunk.range.start } else { 0 };
+        if has_place && let Some(gap) = self.gap_before(chunk, unit) {
+            if !gap.is_empty() {
+                self.padding.push(self.origins.len() as u32);
+                self.lay(chunk.backing.clone(), &gap)?;
+            }
+            return Ok(());
+        }
         // The offset from which on no other chunk has bytes in the page.
-        let free = match page {
-            Some(page) if !self.is_continued_by(chunk) => page.round_up(self.total).unwrap_or(self.total),
-            _ => self.total,
-        };
+        let free = page.and_then(|page| page.round_up(self.total)).unwrap_or(self.total);
         let padding = free - self.total + wanted.wrapping_sub(free) % unit;
         if padding > 0 {
             self.padding.push(self.origins.len() as u32);
@@ -122,11 +126,16 @@ impl Layout {
         Ok(())
     }
 
-    /// True if a chunk begins in its source where the last chunk ends.
-    fn is_continued_by(&self, chunk: &Chunk) -> bool {
-        let (Some(last), Some(&start)) = (self.origins.last(), self.starts.last()) else { return false };
-        let source = chunk.backing.identity().and_then(|identity| self.known.get(&identity));
-        source == Some(&last.source) && last.offset + (self.total - start) == chunk.range.start
+    /// The bytes of its source between the last chunk and this one, if they are few and the last
+    /// chunk has its place. With them as padding, one mapping shows both chunks.
+    fn gap_before(&self, chunk: &Chunk, unit: u64) -> Option<Range<u64>> {
+        let (last, start) = (self.origins.last()?, self.starts.last()?);
+        let known = self.known.get(&chunk.backing.identity()?)?;
+        let end = last.offset + (self.total - start);
+        let gap = chunk.range.start.checked_sub(end)?;
+        let most = if chunk.backing.is_in_page_cache() { GAP_MAX } else { 0 };
+        let in_place = (self.total ^ end).is_multiple_of(unit);
+        (*known == last.source && in_place && gap <= most).then_some(end..chunk.range.start)
     }
 
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
@@ -431,6 +440,9 @@ impl Layout {
     }
 }
 
+/// The most bytes of a source that are shown between two chunks to save a mapping.
+const GAP_MAX: u64 = 4096;
+
 fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
     let bad = |why: String| {
         let name = backing.source().name();
@@ -613,7 +625,7 @@ mod tests {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 16 << 20).unwrap().seal().unwrap());
         let (page, huge) = (PageSize::system(), HUGE as u64);
         let mut layout = Layout::default();
-        let ranges = [0..100, 5000..5000 + huge, 5000 + huge..9 << 20, 8192..9000, 808..900];
+        let ranges = [0..100, 5000..5000 + huge, 5008 + huge..9 << 20, 8192..9000, 808..900];
         for range in ranges.clone() {
             let chunk = Chunk::from(memfd.clone()).range(range);
             layout.pad_for(&chunk, 1, Some(page)).unwrap();
@@ -621,7 +633,7 @@ mod tests {
         }
         layout.finish().unwrap();
         let starts = [0, 1, 2, 3, 4].map(|number| layout.offsets_of(layout.chunk_of(number).unwrap()).start);
-        assert_eq!(starts[..3], [0, 5000, huge + 5000], "the third chunk continues the second");
+        assert_eq!(starts[..3], [0, 5000, huge + 5008], "the third chunk follows the second as in the memfd");
         assert_eq!(starts[3], 9 << 20, "a short chunk starts in the next page");
         assert_eq!(
             starts[4],

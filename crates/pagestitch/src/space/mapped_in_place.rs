@@ -206,11 +206,25 @@ impl MappedRuns {
         rest
     }
 
+    /// The parts of a span that are in no run, if there are few runs.
+    pub(crate) fn few_gaps(&self, span: Span) -> Option<impl Iterator<Item = Span>> {
+        let mut rest = span;
+        let next = move || {
+            let gap = Some(rest).filter(|rest| !rest.is_empty()).map(|rest| self.next_gap(rest))?;
+            rest = rest.without_prefix(gap.end().0 - rest.first.0);
+            Some(gap).filter(|gap| !gap.is_empty())
+        };
+        (self.runs.len() <= FEW).then(|| std::iter::from_fn(next))
+    }
+
     /// The run that holds a page, or the next one after it.
     fn after(&self, page: Page) -> Option<&MappedRun> {
         self.runs.get(self.runs.partition_point(|run| run.span.end() <= page))
     }
 }
+
+/// The most runs between which each gap is worth a system call of its own.
+const FEW: usize = 64;
 
 /// The end of the extent that starts with the chunk `first`.
 fn extent_end(layout: &Layout, first: usize) -> usize {
@@ -361,6 +375,13 @@ mod tests {
         assert_eq!(gap(2, 20), (6, 4));
         assert_eq!(gap(3, 2), (5, 0));
         assert_eq!(gap(11, 20), (12, 19));
+        let gaps = |first, pages| -> Vec<_> {
+            let gaps = runs.few_gaps(Span { first: Page(first), pages }).unwrap();
+            gaps.map(|gap| (gap.first.0, gap.pages)).collect()
+        };
+        assert_eq!(gaps(0, 20), [(0, 2), (6, 4), (12, 8)]);
+        assert_eq!(gaps(3, 8), [(6, 4)]);
+        assert_eq!(gaps(2, 4), []);
         assert_eq!(
             (runs.contains(Page(4)), runs.contains(Page(6)), runs.contains(Page(11))),
             (true, false, true)
