@@ -1,7 +1,8 @@
 //! Files laid end to end, mapped in place, and read on first touch.
 //! `cargo run --example files_as_one`.
 //!
-//! `page_aligned` lays each file on a page boundary, so that all of it can be mapped in place.
+//! `page_aligned` lays each file on a page boundary, so that all of it can be mapped in place. Other
+//! processes may write to these files; for files that do not change, see `weights`.
 
 use pagestitch::source::SharedFile;
 use pagestitch::{Access, Region, best_server};

@@ -37,10 +37,11 @@
 //! | [`Plan`] | **how** each chunk is installed, with the reason |
 //! | [`Server`] | **where** faults are served: on the threads of a [`Pool`], on the faulting thread ([`Inline`]), in the caller's loop ([`Manual`]), or nowhere, because the build fills all pages ([`Eager`]) |
 //!
-//! A region maps pages of a sealed [memfd](source::Memfd) and takes over donated
-//! [pages](source::Pages) without a copy, where a chunk has the same offset within a page in its
-//! source and in the region. A [`SharedRegion`] also maps sources that other processes may change:
-//! files, unsealed memfds, aliases, physical memory. All other bytes are copied once, page by page.
+//! A region maps pages of a sealed [memfd](source::Memfd) and of an
+//! [immutable file](source::ImmutableFile), and takes over donated [pages](source::Pages), without
+//! a copy, where a chunk has the same offset within a page in its source and in the region. A
+//! [`SharedRegion`] also maps sources that other processes may change: files, unsealed memfds,
+//! aliases, physical memory. All other bytes are copied once, page by page.
 //!
 //! # Which source?
 //!

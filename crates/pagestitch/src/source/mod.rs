@@ -6,8 +6,9 @@
 //! |---|---|---|
 //! | [`Memory`] | at a stable address, owned or borrowed | copied from that address |
 //! | [`Memfd`] | in a sealed memfd | mapped in place if aligned; else copied |
+//! | [`ImmutableFile`] | in a file that does not change | mapped in place if aligned; else read |
 //! | [`Pages`] | donated by their owner | moved if aligned; else copied |
-//! | [`SharedFile`] | in a regular file or an unsealed memfd | mapped in place, and changing; else read |
+//! | [`SharedFile`] | in a regular file that changes, or an unsealed memfd | mapped in place, and changing; else read |
 //! | [`Alias`] | in a shared mapping without a descriptor | mapped in place, and changing; else copied |
 //! | [`Physical`] | in `/dev/mem`, or a PCI resource | mapped in place, and changing; else copied |
 //! | [`LazyMemfd`] | in a memfd that is filled later | mapped in place after the memfd is filled |
@@ -15,6 +16,9 @@
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Fetch`] | delivered later by your own thread | fetched while workers serve other faults, then copied |
 //! | your own [`Source`] | read on demand | read into a buffer, then copied |
+//!
+//! The quick way to a file is [`ImmutableFile`]: it copies nothing, and gives a `&[u8]`. A
+//! [`FileSource`] copies each page, because its file may change; it costs about 30 times as much.
 //!
 //! A wrapper is a source around a source, and wrappers can be stacked:
 //! `Cached::new(Retrying::new(Limited::new(remote, 8), Retry::times(5)), 64 << 20)`. A wrapper of a
