@@ -56,6 +56,14 @@ fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
             "region r: chunk 1 (memory) reaches to byte 11 of a source of 10 bytes: end it at or before 10",
         ),
         (
+            refused(filled().chunk(memory().align(24)), &pool),
+            "region r: chunk 1 cannot be aligned to 24 bytes: use a power of two, at most the page size of 4096",
+        ),
+        (
+            refused(filled().chunk(File::open("/").unwrap()), &pool),
+            "region r: chunk 1: / is a directory: name a file in it",
+        ),
+        (
             refused(named().chunk(donation(0..5000)).chunk(donation(4999..6000)), &pool),
             "region r: chunk 1 (donated pages) donates bytes 0..5000, which another chunk has donated already: a page moves only once",
         ),
@@ -253,6 +261,10 @@ fn the_errors_of_files_name_the_path_and_the_remedy() {
     check([
         (
             FileSource::open(&path).unwrap_err(),
+            format!("cannot open {shown}: No such file or directory (os error 2)"),
+        ),
+        (
+            SharedFile::open(&path, Access::ReadOnly).unwrap_err().into(),
             format!("cannot open {shown}: No such file or directory (os error 2)"),
         ),
         (

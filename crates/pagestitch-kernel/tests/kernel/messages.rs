@@ -1,6 +1,7 @@
 //! The full text of each error of the kernel crate, once: all other tests check the values.
 
 use pagestitch_kernel::limits::{Limit, ReserveError};
+use pagestitch_kernel::pages::{Pages, PagesError};
 use pagestitch_kernel::physical::{PhysicalError, Refusal};
 use pagestitch_kernel::shared::AliasError;
 use pagestitch_kernel::uffd::{AdoptError, OpenError};
@@ -100,6 +101,17 @@ fn a_userfaultfd_that_is_not_opened_or_adopted_is_named_with_the_remedy() {
         (
             AdoptError::NotReady,
             "the userfaultfd has no memory yet: call UFFDIO_API and register memory before it is handed over",
+        ),
+    ]);
+}
+
+#[test]
+fn pages_that_cannot_be_made_are_named_with_their_number() {
+    check([
+        (Pages::new(0).unwrap_err(), "pages need at least one byte: ask for 1 or more"),
+        (
+            PagesError { bytes: 8192, errno: Errno::ENOMEM },
+            "cannot map 8192 bytes of pages: ENOMEM: Out of memory",
         ),
     ]);
 }
