@@ -17,6 +17,7 @@
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
+//! | | [`releasable`] | a value that threads read until it is released, without a lock |
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
 //! | | [`memory_left`] | the memory that the machine and the cgroups of the process have left |
@@ -89,6 +90,7 @@ pub mod physical;
 pub mod process;
 pub mod ranges;
 pub mod rcu;
+pub mod releasable;
 pub mod replace;
 pub mod reservation;
 pub mod revocable;
