@@ -41,6 +41,7 @@ mod prefetch;
 mod readahead;
 mod reading;
 mod recording;
+mod released;
 #[cfg(sanitized)]
 mod sanitized;
 mod scale;

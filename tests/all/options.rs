@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 16] = [
+const OPTIONS: [&str; 18] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -34,6 +34,8 @@ const OPTIONS: [&str; 16] = [
     "page_aligned",
     "align",
     "require_zero_copy",
+    "release_sources",
+    "release_sources and inherit_on_fork",
 ];
 
 /// Sets an option, in a scope or without one.
@@ -55,6 +57,8 @@ fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
         "page_aligned" => builder.page_aligned(),
         "align" => builder.align(64),
         "require_zero_copy" => builder.require_zero_copy(),
+        "release_sources" => builder.release_sources(),
+        "release_sources and inherit_on_fork" => builder.release_sources().inherit_on_fork(),
         other => panic!("{other} is no option"),
     }
 }
@@ -70,7 +74,7 @@ fn recording() -> Recording {
 fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
         Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
-        Replay, Writable,
+        ReleaseSources, Replay, Writable,
     };
     use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
@@ -80,6 +84,9 @@ fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
         ("dumped", _, true) => (OptionConflict, Some(Dumped)),
         ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
         ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
+        ("release_sources", _, true) => (OptionConflict, Some(ReleaseSources)),
+        ("release_sources and inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
+        ("release_sources and inherit_on_fork", _, _) => (OptionConflict, Some(ReleaseSources)),
         (_, "inline" | "eager", true) => (UnsuitableServer, None),
         ("require_zero_copy", _, _) => (NotZeroCopy, None),
         ("inherit_on_fork", "inline" | "manual", _) => (UnsuitableServer, Some(InheritOnFork)),

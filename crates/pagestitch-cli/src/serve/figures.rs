@@ -222,6 +222,7 @@ fn help(counter: &str) -> &'static str {
         "pages_ahead" => "Pages filled ahead of their first touch.",
         "pages_ahead_used" => "Pages filled ahead that a reader has passed.",
         "bytes_copied" => "Bytes copied into the memory of guests.",
+        "bytes_released" => "Bytes of sources in memory that were released.",
         "source_errors" => "Failed reads of memory files.",
         "source_retries" => "Repeated reads of memory files.",
         "pages_given_up" => "Pages with zeros for bytes of a failed source.",

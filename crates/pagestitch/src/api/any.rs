@@ -361,6 +361,16 @@ impl AnyRegion {
         Plan::of(&self.served)
     }
 
+    /// The number of bytes that the sources in memory keep allocated, besides the region itself.
+    /// Falls when sources are [released](crate::Builder::release_sources).
+    ///
+    /// Counts the whole length of each `Vec`, `Bytes` and other owner, also if the region shows only a
+    /// part of it. Borrowed and static memory does not count.
+    #[must_use]
+    pub fn kept_source_bytes(&self) -> u64 {
+        self.served.layout.kept_bytes()
+    }
+
     /// The region's counters so far. The region's `close` returns their final values.
     ///
     /// ```

@@ -19,7 +19,8 @@ use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, ServeOptions, ShownPages, Target,
+    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions, ShownPages,
+    Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
@@ -175,7 +176,7 @@ fn prepare_adopted(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Prep
 fn finish(
     name: String,
     options: Options,
-    layout: Layout,
+    mut layout: Layout,
     prepared: PreparedTarget,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
@@ -190,6 +191,7 @@ fn finish(
         zero_copy,
         readahead,
         inherit_on_fork,
+        release_sources,
         serve_options,
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
@@ -203,9 +205,10 @@ fn finish(
     let children =
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = serve_options.max_in_flight;
+    let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
     let mapping = Mapping::new(
         name,
-        (Arc::new(layout), shown),
+        (Arc::new(layout), releases, shown),
         (moves, staged),
         (policy, serve_options, tables),
         (target, uffd),

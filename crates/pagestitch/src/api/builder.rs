@@ -388,6 +388,42 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Drops each source in owned memory (`Vec<u8>`, `Bytes`, [`Memory::new`]) as soon as the region has
+    /// all of its bytes, so that these are not in memory twice. Default: sources are kept until the
+    /// drop, because a page that is discarded (`MADV_DONTNEED`) is filled from its source again.
+    ///
+    /// * **Discarded pages** of a released source are lost: touching one raises SIGBUS, and `read_at`
+    ///   and `populate` fail with [`FailureReason::Released`](crate::source::FailureReason::Released),
+    ///   whatever the [policy](crate::OnFailure) of the chunk. Before the release, they are filled again.
+    /// * **All bytes**: all pages with bytes of the source, in all of its chunks, are present at the same
+    ///   time. A page that other chunks share counts too. Bytes that are in no chunk do not count.
+    /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
+    ///   Other sources are kept: files, memfds, your own [`Source`](crate::Source), borrowed memory.
+    /// * **Destructors** of owners run on the thread that has filled the last page: a worker, or the
+    ///   caller of `populate`. Like a source, they must not touch or drop a region of the same server.
+    /// * **Inline.** A signal handler frees no memory: [`populate`](crate::AnyRegion::populate) releases
+    ///   the sources of its range.
+    /// * Not for adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork).
+    ///
+    /// [`kept_source_bytes`](crate::AnyRegion::kept_source_bytes) tells how much is left, and
+    /// [`Metrics::bytes_released`](crate::Metrics::bytes_released) how much was released.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).release_sources().build(&Pool::new()?)?;
+    /// assert_eq!(region.kept_source_bytes(), 100_000);
+    /// region.populate(..)?;
+    /// assert_eq!(region.kept_source_bytes(), 0);
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    ///
+    /// [`Memory::new`]: crate::source::Memory::new
+    pub fn release_sources(mut self) -> Self {
+        self.options.release_sources = true;
+        self
+    }
+
     /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
     ///
     /// ```

@@ -18,6 +18,7 @@ pub(super) struct Options {
     pub(super) readahead: Option<Readahead>,
     pub(super) max_mappings: Option<usize>,
     pub(super) inherit_on_fork: bool,
+    pub(super) release_sources: bool,
     pub(super) serve_options: ServeOptions,
 }
 
@@ -32,6 +33,7 @@ impl Default for Options {
             readahead: None,
             max_mappings: None,
             inherit_on_fork: false,
+            release_sources: false,
             serve_options: ServeOptions::default(),
         }
     }
@@ -94,6 +96,16 @@ impl Options {
                 adopted && self.inherit_on_fork,
                 BuildOption::InheritOnFork,
                 "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
+            ),
+            (
+                adopted && self.release_sources,
+                BuildOption::ReleaseSources,
+                "pages of adopted memory are filled again, because only its owner knows which it has: leave out release_sources()",
+            ),
+            (
+                self.inherit_on_fork && self.release_sources,
+                BuildOption::ReleaseSources,
+                "forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
             ),
         ];
         match refused.into_iter().find(|(is, ..)| *is) {

@@ -26,6 +26,8 @@ pub enum BuildOption {
     RecordLatency,
     /// [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
     InheritOnFork,
+    /// [`Builder::release_sources`](crate::Builder::release_sources).
+    ReleaseSources,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -56,6 +58,7 @@ impl fmt::Display for BuildOption {
             Self::Replay => "replay",
             Self::RecordLatency => "record_latency",
             Self::InheritOnFork => "inherit_on_fork",
+            Self::ReleaseSources => "release_sources",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

@@ -31,6 +31,9 @@ pub enum FailureReason {
     ScopeEnded,
     /// A donated page has moved into a region, and was discarded there.
     Discarded,
+    /// The source was [released](crate::Builder::release_sources) when the region had all of its
+    /// bytes, and the page was discarded since.
+    Released,
     /// The memory of the source cannot be read: it is unmapped, lies past the end of a truncated
     /// file, or has an error of its own.
     UnreadableMemory,

@@ -43,6 +43,8 @@ pub(crate) enum Content<'a> {
     Continue,
     /// The bytes are zeros.
     Zero,
+    /// Nowhere else than in the region, because their source is released.
+    Released,
 }
 
 /// The buffers of a thread that fills pages. Created before its first fault, so that faults
@@ -154,6 +156,16 @@ fn read_pages<'a>(
     }
 }
 
+/// The first page of a span whose source is released is in the region, or was discarded there.
+pub(crate) fn in_region<'a>(error: InstallError) -> Result<Filled<'a>, InstallError> {
+    match error {
+        InstallError::Source(failure) if failure.reason == FailureReason::Released => {
+            Ok(Filled { pages: 1, content: Content::Released })
+        }
+        error => Err(error),
+    }
+}
+
 /// The leading pages of a span that are alike: all discarded by their owner, and zeros since
 /// (true), or none of them.
 fn as_it_is(region: &Mapping, span: Span) -> (Span, bool) {
@@ -210,7 +222,8 @@ pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     }
 }
 
-/// Gathers one page under the same rules. `None` if the scope of borrowed memory has ended.
+/// Gathers one page under the same rules. `None` if the scope of borrowed memory has ended, or a
+/// source is released.
 pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
     let mut filled = 0;
     for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
@@ -224,7 +237,7 @@ pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u
     Some(Content::Gathered(buffer))
 }
 
-/// False if the scope of borrowed memory has ended.
+/// False if the scope of borrowed memory has ended, or the source is released.
 fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
     if matches!(piece.backing, Backing::Hole(_)) {
         into.fill(0);
@@ -239,7 +252,7 @@ fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
 /// The bytes of a source that has them at a stable address.
 fn stable_bytes(backing: &Backing) -> Option<MemoryBytes<'_>> {
     match backing {
-        Backing::Memory(memory) => memory.bytes_if_lent(),
+        Backing::Memory(memory) => memory.bytes_if_any(),
         Backing::Memfd(memfd) => Some(MemoryBytes::Owned(memfd.sealed().as_ref())),
         Backing::Hole(_)
         | Backing::Immutable(_)
@@ -260,7 +273,8 @@ pub(crate) fn fill_zeroing<'a>(
     let size = region.page_size().bytes();
     let staging = if size > buffers.pages.len() { buffers.block.fresh() } else { &mut buffers.pages };
     gather_or(&region.layout, region.page_size().offsets(page.span()), staging, |failure, into| {
-        if region.layout.on_failure(failure.chunk) != OnFailure::Zeros {
+        let is_lost = failure.reason == FailureReason::Released;
+        if is_lost || region.layout.on_failure(failure.chunk) != OnFailure::Zeros {
             return Err(failure);
         }
         into.fill(0);

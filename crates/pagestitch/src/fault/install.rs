@@ -9,7 +9,7 @@ use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState, Wake};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
-use pagestitch_kernel::{Outcome, Span, Staging};
+use pagestitch_kernel::{Features, Outcome, Span, Staging};
 use std::ops::Range;
 
 /// The restrictions of a thread that installs pages.
@@ -122,8 +122,8 @@ fn refused(region: &Mapping, outcome: Outcome) -> InstallError {
     error
 }
 
-/// Passes content to the kernel for a span, from the content's byte `done` on. `None` if donated
-/// pages are gone.
+/// Passes content to the kernel for a span, from the content's byte `done` on. `None` if the pages
+/// were in the region, and are gone.
 ///
 /// A quiet thread does not look for poison markers, because looking up a failure takes a lock. A
 /// page that has just faulted has none; a page that is poisoned meanwhile raises its signal when it
@@ -137,6 +137,7 @@ pub(super) fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done:
         Content::Move(donated, offset) => give(region, span, donated, *offset + done as u64, quiet),
         Content::Continue => continue_pages(region, span),
         Content::Zero => zero(region, span, quiet),
+        Content::Released => find_released(region, span),
     }
 }
 
@@ -200,6 +201,26 @@ fn find_moved(region: &Mapping, span: Span, quiet: bool) -> Put {
     // marker only in an empty place, which tells the two apart.
     match region.uffd.poison(region.target.addresses(span.prefix(1))) {
         outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Move)),
+        _ => None,
+    }
+}
+
+/// The answer for a page whose source is released: the page was swapped out when it was looked for,
+/// or was discarded. Not called in a signal handler.
+#[cold]
+#[inline(never)]
+fn find_released(region: &Mapping, span: Span) -> Put {
+    if is_marked(region, span) {
+        return None;
+    }
+    if !region.uffd.features().contains(Features::POISON) {
+        let mut is_here = false;
+        region.target.residency(span.prefix(1), |_, here| is_here = here);
+        return is_here.then_some((Outcome::AlreadyThere, Method::Copy));
+    }
+    // As for a page that has moved: the kernel sets a poison marker only in an empty place.
+    match region.uffd.poison(region.target.addresses(span.prefix(1))) {
+        outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Copy)),
         _ => None,
     }
 }

@@ -58,19 +58,31 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
         Err(reason) => return Err(Unfilled::Unclaimed(reason)),
     };
     filler.claimed(&mut claim);
+    let claimed = claim.span();
+    let end = fill_claim(region, &mut claim, filler);
+    drop(claim);
+    if !F::MODE.is_quiet() {
+        region.release_sources(claimed);
+    }
+    end
+}
+
+/// Fills and installs the pages of a claim.
+#[inline]
+fn fill_claim<F: Filler>(region: &Mapping, claim: &mut Claim<'_>, filler: &mut F) -> Result<(), Unfilled> {
     while !claim.span().is_empty() {
-        if filler.fetches(&mut claim) {
+        if filler.fetches(claim) {
             continue;
         }
         let installed = match filler.fill(claim.span()) {
             // The install settles and records the pages. The bytes are passed by reference, because
             // a signal handler has a small stack.
-            Ok(ref mut filled) => install(region, &mut claim, filled, F::MODE),
+            Ok(ref mut filled) => install(region, claim, filled, F::MODE),
             Err(error) => Err(error),
         };
         match installed {
             Ok(pages) => filler.installed(pages),
-            Err(error) => filler.failed(&mut claim, error)?,
+            Err(error) => filler.failed(claim, error)?,
         }
     }
     Ok(())

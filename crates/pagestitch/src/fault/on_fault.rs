@@ -152,7 +152,9 @@ impl<'a, H: Host> Fault<'a, H> {
     fn answer_signal_handler(&mut self) {
         let (region, page) = (self.region, self.asked.page);
         if fill_beside(region, page, self) {
-            return region.wake(page.span());
+            region.wake(page.span());
+            // The thread with the claim may have looked while this one was inside the sources.
+            return region.release_sources(page.span());
         }
         let what = "a signal handler touches a page that its thread is filling: it gets SIGBUS";
         log!(error, region = region.name, page = page.0, what);
@@ -161,6 +163,7 @@ impl<'a, H: Host> Fault<'a, H> {
         // marker and the reason.
         region.record_failure(page, Arc::new(failure));
         let _ = poison(region, page.span());
+        region.release_sources(page.span());
     }
 
     fn pages_to_prefetch(&self, spent: u64) -> [Option<Span>; 2] {

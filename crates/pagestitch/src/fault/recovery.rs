@@ -2,11 +2,11 @@
 
 use crate::error::Failure;
 use crate::fault::error::{InstallError, Unfilled, failure_at, refusal};
-use crate::fault::fill::{Buffers, Filled, fill, fill_zeroing};
+use crate::fault::fill::{Buffers, Filled, fill, fill_zeroing, in_region};
 use crate::fault::poison::fail;
 use crate::metrics::FaultPart;
 use crate::policy::OnFailure;
-use crate::source::gone;
+use crate::source::{Backing, gone, released};
 use crate::space::Mapping;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::{Errno, Span};
@@ -100,7 +100,7 @@ impl Recovery {
             InstallError::Source(failure) => self.policy(region, span, *failure),
             // The caller fills the page alone.
             InstallError::Several(_) => Next::Now,
-            InstallError::Gone => Next::Fail(failure_at(region, span, gone()).of_kernel()),
+            InstallError::Gone => Next::Fail(lost(region, span)),
             InstallError::Refused(outcome) => {
                 Next::Fail(failure_at(region, span, refusal(outcome)).of_kernel())
             }
@@ -140,6 +140,16 @@ pub(crate) enum Next {
     Fail(Failure),
 }
 
+/// The failure of a page that was discarded, and whose bytes are nowhere else.
+fn lost(region: &Mapping, span: Span) -> Failure {
+    let is_released = |backing: &Backing| matches!(backing, Backing::Memory(memory) if memory.is_released());
+    let mut pieces = region.layout.pieces(region.page_size().offsets(span.prefix(1)));
+    match pieces.find(|piece| is_released(piece.backing)) {
+        Some(piece) => piece.failed(released()),
+        None => failure_at(region, span, gone()).of_kernel(),
+    }
+}
+
 /// The failure of a page for which the kernel had no memory at each attempt.
 pub(crate) fn without_memory(region: &Mapping, span: Span) -> Failure {
     failure_at(region, span, Errno::ENOMEM.into()).of_kernel()
@@ -174,7 +184,7 @@ impl<'a> Sources<'a> {
             true => fill_zeroing(self.region, span.first, self.buffers).map_err(InstallError::from),
         };
         self.region.counters.record_time(FaultPart::Fill, began);
-        filled
+        filled.or_else(in_region)
     }
 
     #[inline]

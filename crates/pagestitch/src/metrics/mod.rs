@@ -237,6 +237,8 @@ metrics! {
     pages_ahead_used,
     /// Bytes copied into the region.
     bytes_copied,
+    /// Bytes of sources that were [released](crate::Builder::release_sources).
+    bytes_released,
     /// Failed reads of a source, including reads ahead, which poison no page.
     source_errors,
     /// Reads repeated by [`OnFailure::Retry`](crate::OnFailure::Retry), and requests sent again by

@@ -221,11 +221,12 @@ unsafe impl FaultHandler for Handler {
 
 /// True if the thread must touch the page again; false if the access must raise its signal.
 fn serve(region: &Served, page: Page) -> bool {
-    if region.pages.state(page) == PageState::Poisoned {
+    let before = region.pages.state(page);
+    if before == PageState::Poisoned {
         return false;
     }
     region.counters.local().faults.add(1);
-    let mut handler = InHandler { region, buffer: None };
+    let mut handler = InHandler { region, before, buffer: None };
     match journey(region, Wanted::Touched(page), &mut handler) {
         // If the memory map is changing, the thread touches the page again.
         Ok(()) | Err(Unfilled::Changing) => true,
@@ -253,6 +254,8 @@ fn serve(region: &Served, page: Page) -> bool {
 /// Fills pages in a signal handler.
 struct InHandler<'r> {
     region: &'r Served,
+    /// The state of the page before the fault.
+    before: PageState,
     /// Not on the stack, because it may be a small one.
     buffer: Option<MutexGuard<'static, [u8; PAGE]>>,
 }
@@ -267,6 +270,9 @@ impl InHandler<'_> {
         };
         match gather_inline(self.region, page, buffer.as_mut_slice()) {
             Some(content) => Ok(Filled { pages: 1, content }),
+            // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
+            // touches it again, and it is absent by then.
+            None if self.before == PageState::Present => Err(InstallError::Changing),
             None => Err(InstallError::Gone),
         }
     }

@@ -29,7 +29,12 @@ pub(crate) fn populate(
     fill_blocks(region, span, extent)?;
     // Only once more: a swapped-out page looks like a discarded page here, and is found present
     // when it is filled.
-    if region.lacks_any(span) && go_on() { fill_blocks(region, span, extent) } else { Ok(()) }
+    if region.lacks_any(span) && go_on() {
+        fill_blocks(region, span, extent)?;
+    }
+    // A signal handler that has filled pages of an inline region cannot free their sources.
+    region.release_sources(span);
+    Ok(())
 }
 
 /// Fills all absent pages of a region that can be filled, as long as `go_on` returns true. The

@@ -2,7 +2,9 @@
 
 use super::Source;
 use crate::error::FailureReason;
+use crate::guard::discard;
 use bytes::Bytes;
+use pagestitch_kernel::releasable::{Releasable, ReleasableGuard, Release};
 use pagestitch_kernel::revocable::{RevocableGuard, RevocableSlice};
 use std::any::Any;
 use std::ops::{Deref, Range};
@@ -39,7 +41,28 @@ enum Stable {
     /// Invariant: the address never changes, because the owner is neither moved nor accessed until
     /// the last clone is dropped.
     Owned(Bytes),
+    /// Bytes of the program itself, which no owner frees.
+    Static(&'static [u8]),
     Lent(RevocableSlice),
+    /// Owned bytes that a region releases when it has all of them.
+    Releasable(Arc<Owned>),
+}
+
+/// Owned bytes until they are released.
+struct Owned {
+    bytes: Releasable<Bytes>,
+    len: usize,
+}
+
+/// The answer to the release of a memory source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Released {
+    /// This number of bytes was released.
+    Bytes(u64),
+    /// A thread reads the bytes: it looks again when it has read them.
+    Busy,
+    /// The bytes were released before, or cannot be released.
+    No,
 }
 
 impl Memory {
@@ -73,26 +96,65 @@ impl Memory {
 
     /// The bytes, for as long as the guard lives.
     pub(crate) fn bytes(&self) -> io::Result<MemoryBytes<'_>> {
-        self.bytes_if_lent().ok_or_else(|| {
-            FailureReason::ScopeEnded
-                .error("the scope of this borrowed memory has ended: drop the region inside the scope")
+        self.bytes_if_any().ok_or_else(|| match self.bytes {
+            Stable::Releasable(_) => released(),
+            _ => FailureReason::ScopeEnded
+                .error("the scope of this borrowed memory has ended: drop the region inside the scope"),
         })
     }
 
     /// As [`bytes`](Self::bytes), without allocating an error: `None` if the scope of the borrow
-    /// has ended.
-    pub(crate) fn bytes_if_lent(&self) -> Option<MemoryBytes<'_>> {
+    /// has ended, or the bytes are released.
+    pub(crate) fn bytes_if_any(&self) -> Option<MemoryBytes<'_>> {
         match &self.bytes {
             Stable::Owned(bytes) => Some(MemoryBytes::Owned(bytes)),
+            Stable::Static(bytes) => Some(MemoryBytes::Owned(bytes)),
             Stable::Lent(lent) => lent.read().map(MemoryBytes::Lent),
+            Stable::Releasable(owned) => owned.bytes.read().map(MemoryBytes::Kept),
         }
     }
 
-    /// The addresses of the bytes. `None` if the scope of the borrow has ended.
+    /// The addresses of the bytes. `None` if the scope of the borrow has ended, or the bytes are
+    /// released.
     pub(crate) fn addresses(&self) -> Option<Range<usize>> {
-        let bytes = self.bytes_if_lent()?;
+        let bytes = self.bytes_if_any()?;
         let start = bytes.as_ptr().addr();
         Some(start..start + bytes.len())
+    }
+
+    /// Lets [`release`](Self::release) drop this share of owned bytes. False for other bytes.
+    pub(crate) fn make_releasable(&mut self) -> bool {
+        let Stable::Owned(bytes) = &self.bytes else { return false };
+        let len = bytes.len();
+        self.bytes = Stable::Releasable(Arc::new(Owned { bytes: Releasable::new(bytes.clone()), len }));
+        true
+    }
+
+    /// Drops the bytes, unless a thread reads them. Their destructor runs in this thread.
+    pub(crate) fn release(&self) -> Released {
+        let Stable::Releasable(owned) = &self.bytes else { return Released::No };
+        match owned.bytes.release() {
+            Release::Taken(bytes) => {
+                discard(bytes);
+                Released::Bytes(owned.len as u64)
+            }
+            Release::Busy => Released::Busy,
+            Release::Before => Released::No,
+        }
+    }
+
+    /// True if the bytes are released.
+    pub(crate) fn is_released(&self) -> bool {
+        matches!(&self.bytes, Stable::Releasable(owned) if owned.bytes.is_released())
+    }
+
+    /// The number of bytes that this source keeps allocated.
+    pub(crate) fn kept_bytes(&self) -> u64 {
+        match &self.bytes {
+            Stable::Owned(bytes) => bytes.len() as u64,
+            Stable::Releasable(owned) if !owned.bytes.is_released() => owned.len as u64,
+            Stable::Releasable(_) | Stable::Static(_) | Stable::Lent(_) => 0,
+        }
     }
 
     /// Address and length: the same memory, whatever value keeps it alive.
@@ -100,8 +162,10 @@ impl Memory {
         match &self.bytes {
             Stable::Owned(bytes) if bytes.is_unique() => None,
             Stable::Owned(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
-            // Two scopes may borrow the same bytes and end at different times.
-            Stable::Lent(_) => None,
+            Stable::Static(bytes) => Some((bytes.as_ptr().addr(), bytes.len() as u64)),
+            // Two scopes may borrow the same bytes and end at different times. Each region releases
+            // its own share.
+            Stable::Lent(_) | Stable::Releasable(_) => None,
         }
     }
 }
@@ -110,7 +174,9 @@ impl Source for Memory {
     fn size(&self) -> u64 {
         match &self.bytes {
             Stable::Owned(bytes) => bytes.len() as u64,
+            Stable::Static(bytes) => bytes.len() as u64,
             Stable::Lent(lent) => lent.len() as u64,
+            Stable::Releasable(owned) => owned.len as u64,
         }
     }
 
@@ -123,7 +189,7 @@ impl Source for Memory {
 
     fn name(&self) -> String {
         match &self.bytes {
-            Stable::Owned(_) => String::from("memory"),
+            Stable::Owned(_) | Stable::Static(_) | Stable::Releasable(_) => String::from("memory"),
             Stable::Lent(_) => String::from("borrowed memory"),
         }
     }
@@ -140,10 +206,12 @@ impl fmt::Debug for Memory {
     }
 }
 
-/// Read access to the bytes; for borrowed bytes it delays the end of the scope.
+/// Read access to the bytes. It delays the end of the scope of borrowed bytes, and prevents a
+/// release.
 pub(crate) enum MemoryBytes<'m> {
     Owned(&'m [u8]),
     Lent(RevocableGuard<'m>),
+    Kept(ReleasableGuard<'m, Bytes>),
 }
 
 impl Deref for MemoryBytes<'_> {
@@ -153,6 +221,7 @@ impl Deref for MemoryBytes<'_> {
         match self {
             Self::Owned(bytes) => bytes,
             Self::Lent(bytes) => bytes,
+            Self::Kept(bytes) => bytes,
         }
     }
 }
@@ -183,7 +252,7 @@ impl From<Arc<[u8]>> for Memory {
 
 impl From<&'static [u8]> for Memory {
     fn from(bytes: &'static [u8]) -> Self {
-        Self::from(Bytes::from_static(bytes))
+        Self { bytes: Stable::Static(bytes) }
     }
 }
 
@@ -210,3 +279,11 @@ impl<const N: usize> From<[u8; N]> for Memory {
         Self::new(bytes)
     }
 }
+
+/// The error for a source that is read after its release.
+pub(crate) fn released() -> io::Error {
+    FailureReason::Released.error(RELEASED)
+}
+
+const RELEASED: &str = "the source was released when the region had all of its bytes (release_sources()), and the page was discarded \
+                        since (MADV_DONTNEED): the bytes are gone";

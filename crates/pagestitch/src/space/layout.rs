@@ -16,7 +16,7 @@ use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
 use crate::guard::guarded;
 use crate::policy::OnFailure;
-use crate::source::{Backing, Hole, Identity, Shared};
+use crate::source::{Backing, Hole, Identity, Memory, Shared};
 use crate::space::Chunk;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, PageSize};
@@ -326,6 +326,40 @@ impl Layout {
         }
     }
 
+    /// Makes the owned memory among the sources releasable. True for each source that is.
+    pub(crate) fn make_releasable(&mut self) -> Vec<bool> {
+        let releasable = |source: &mut Backing| match source {
+            Backing::Memory(memory) => memory.make_releasable(),
+            _ => false,
+        };
+        self.sources.iter_mut().map(releasable).collect()
+    }
+
+    /// The memory of a source, if it is in memory.
+    pub(crate) fn memory_of(&self, source: usize) -> Option<&Memory> {
+        match &self.sources[source] {
+            Backing::Memory(memory) => Some(memory),
+            _ => None,
+        }
+    }
+
+    /// The number of bytes that the sources in memory keep allocated.
+    pub(crate) fn kept_bytes(&self) -> u64 {
+        (0..self.sources.len()).filter_map(|source| self.memory_of(source)).map(Memory::kept_bytes).sum()
+    }
+
+    /// The chunks that have bytes of a range of offsets, in order.
+    pub(crate) fn chunks_in(&self, offsets: &Range<u64>) -> Range<usize> {
+        let first = self.locate(offsets.start);
+        let starts = &self.starts[first..self.chunks()];
+        first..first + starts.partition_point(|&start| start < offsets.end)
+    }
+
+    /// The number of a chunk's source, which chunks of one source share.
+    pub(crate) fn source_of(&self, chunk: usize) -> usize {
+        self.origins[chunk].source as usize
+    }
+
     /// The sources in memory of this process, with their addresses.
     pub(crate) fn memory(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
         self.sources.iter().enumerate().filter_map(|(number, source)| match source {
@@ -505,7 +539,7 @@ impl Hasher for IdentityHasher {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::{Memfd, Memory, Source, UnsealedMemfd};
+    use crate::source::{Memfd, Source, UnsealedMemfd};
     use proptest::prelude::*;
 
     fn layout(lengths: &[u64]) -> Layout {

@@ -8,6 +8,7 @@
 //! | `layout` | the chunk that holds the byte at an offset |
 //! | `mapped_in_place` | pages that are mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
+//! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
@@ -21,6 +22,7 @@ pub(crate) mod layout;
 pub(crate) mod mapped_in_place;
 pub(crate) mod page_table;
 mod plan;
+mod release;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
@@ -29,6 +31,7 @@ pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
+pub(crate) use release::Releases;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 
@@ -93,6 +96,8 @@ pub(crate) struct Mapping {
     pub(crate) replay: Option<Replay>,
     /// `Ok` if whole blocks are filled in staging and moved in, or the reason against it.
     pub(crate) staged: Result<(), &'static str>,
+    /// The sources that are released, if the builder asks for that.
+    releases: Option<Releases>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) target: Target,
     pub(crate) uffd: Uffd,
@@ -133,7 +138,7 @@ impl Mapping {
     /// faults may allocate.
     pub(crate) fn new(
         name: String,
-        (layout, shown): (Arc<Layout>, ShownPages),
+        (layout, releases, shown): (Arc<Layout>, Option<Releases>, ShownPages),
         (moves, staged): (bool, Result<(), &'static str>),
         (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
         (target, uffd): (Target, Uffd),
@@ -158,6 +163,7 @@ impl Mapping {
             recorder: tables.recorder,
             replay: replay.map(Replay::new),
             staged,
+            releases,
             target,
             uffd,
             failures: Failures::default(),
@@ -350,6 +356,21 @@ impl Mapping {
         self.gate.close();
         // No worker will take the queued faults, so they end here.
         self.counters.finish_all();
+    }
+
+    /// Drops the sources with bytes in a span whose pages are all present. Called by each thread that
+    /// has filled these pages, without a claim, because the destructors of sources run here.
+    #[inline]
+    pub(crate) fn release_sources(&self, span: Span) {
+        if let Some(releases) = &self.releases
+            && !span.is_empty()
+        {
+            let bytes = releases.look_at(&self.layout, &self.pages, span);
+            if bytes > 0 {
+                self.counters.local().bytes_released.add(bytes);
+                log!(debug, region = self.name, bytes, "sources released");
+            }
+        }
     }
 
     /// True if the kernel lacks pages of a span. Makes such pages absent in the page table.

@@ -144,6 +144,22 @@ impl PageTable {
         }
     }
 
+    /// The first page of a span that is not present; reads 16 states at a time.
+    pub(crate) fn first_missing(&self, span: Span) -> Option<Page> {
+        let mut rest = span;
+        while !rest.is_empty() {
+            let most = (PAGES_PER_WORD - rest.first.0 % PAGES_PER_WORD).min(rest.pages);
+            let (word, shift) = self.word(rest.first);
+            let others = (word.load(Ordering::SeqCst) >> shift) ^ PageState::Present.repeated();
+            let present = (others.trailing_zeros() / STATE_BITS) as usize;
+            if present < most {
+                return Some(Page(rest.first.0 + present));
+            }
+            rest = rest.without_prefix(most);
+        }
+        None
+    }
+
     /// Makes the claiming thread wake the page's waiters once more when it settles the page. False
     /// if no thread has a claim on it any more.
     pub(crate) fn request_wake(&self, page: Page) -> bool {
@@ -548,6 +564,26 @@ mod tests {
                 }
             }
             prop_assert!(woken.0.lock().is_empty());
+        }
+    }
+
+    #[test]
+    fn the_first_missing_page_is_the_first_that_is_not_present() {
+        let (table, woken) = (table(200), Woken::default());
+        let span = |first, pages| Span { first: Page(first), pages };
+        let fill = |span| table.claim_run(span, &woken).unwrap().settle(span.pages, PageState::Present);
+        fill(span(3, 90));
+        fill(span(94, 50));
+        table.claim(Page(144), &woken).unwrap().settle(1, PageState::Poisoned);
+        for (within, missing) in [
+            (span(0, 200), Some(0)),
+            (span(3, 90), None),
+            (span(3, 91), Some(93)),
+            (span(94, 50), None),
+            (span(100, 100), Some(144)),
+            (span(95, 0), None),
+        ] {
+            assert_eq!(table.first_missing(within), missing.map(Page), "in {within:?}");
         }
     }
 

@@ -43,7 +43,7 @@ impl Served {
                     ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
                 let mapping = Mapping::new(
                     format!("{} in a child", self.name),
-                    (Arc::clone(&self.layout), ShownPages::default()),
+                    (Arc::clone(&self.layout), None, ShownPages::default()),
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, serve_options, tables),
                     (Target::Foreign(adopted), uffd),
