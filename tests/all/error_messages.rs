@@ -3,7 +3,7 @@
 
 use crate::donated::pages_of;
 use crate::guests::adopt;
-use crate::{PAGE, pattern};
+use crate::{PAGE, discard, pattern};
 use pagestitch::source::{Donated, Fetch, FileSource, Memfd, Memory, Reply, SharedFile, UnsealedMemfd};
 use pagestitch::{
     Access, AdoptedMemory, Builder, Chunk, Eager, Error, Inline, Manual, OnFailure, Placement, Pool,
@@ -100,6 +100,10 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
         (
             refused(filled().record().replay(&recording), &pool),
             "region r: a page that is replayed has no first touch: record() another region, without replay()",
+        ),
+        (
+            refused(filled().release_sources().inherit_on_fork(), &pool),
+            "region r: forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
         ),
         (
             refused(other(), &pool),
@@ -206,6 +210,10 @@ fn the_errors_of_adopted_memory_name_the_range_and_the_remedy() {
         (
             refused(|builder| builder.inherit_on_fork()),
             "region r: children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
+        ),
+        (
+            refused(|builder| builder.release_sources()),
+            "region r: a page of adopted memory may be filled again, because only its owner knows which pages are present: leave out release_sources()",
         ),
         (
             refused(|builder| builder.chunk(vec![1; PAGE])),
@@ -373,6 +381,15 @@ fn the_errors_of_pages_name_the_chunk_the_source_and_the_reason() {
             "region r: chunk 1 (file), at byte 0 of its source: the file ends before byte 100: it was truncated while in use",
         ),
     ]);
+    let released = filled().release_sources().build(&pool).unwrap();
+    released.populate(..).unwrap();
+    discard(released.as_ptr().addr().get(), PAGE);
+    check([(
+        released.populate(..).unwrap_err(),
+        "region r: chunk 0 (memory), at byte 0 of its source: the page was discarded (MADV_DONTNEED) after its source was released: \
+         leave out release_sources() if pages are discarded",
+    )]);
+    drop(released);
     let region = filled().build(&pool).unwrap();
     check([
         (

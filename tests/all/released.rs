@@ -212,7 +212,6 @@ fn a_page_that_is_discarded_after_the_release_is_an_error_with_the_reason() {
         let began = Instant::now();
         let error = region.read_at(0, &mut vec![0; bytes.len()]).unwrap_err();
         assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Released));
-        assert!(error.to_string().contains("release_sources()"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(60), "retried");
         let error = region.retry_failed(..).unwrap_err();
         let unsupported = error.kind() == ErrorKind::Unsupported;

@@ -100,7 +100,7 @@ impl Options {
             (
                 adopted && self.release_sources,
                 BuildOption::ReleaseSources,
-                "pages of adopted memory are filled again, because only its owner knows which it has: leave out release_sources()",
+                "a page of adopted memory may be filled again, because only its owner knows which pages are present: leave out release_sources()",
             ),
             (
                 self.inherit_on_fork && self.release_sources,

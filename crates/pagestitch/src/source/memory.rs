@@ -285,5 +285,5 @@ pub(crate) fn released() -> io::Error {
     FailureReason::Released.error(RELEASED)
 }
 
-const RELEASED: &str = "the source was released when the region had all of its bytes (release_sources()), and the page was discarded \
-                        since (MADV_DONTNEED): the bytes are gone";
+const RELEASED: &str = "the page was discarded (MADV_DONTNEED) after its source was released: leave out release_sources() if pages are \
+                        discarded";
