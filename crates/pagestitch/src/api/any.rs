@@ -366,6 +366,14 @@ impl AnyRegion {
     ///
     /// Counts the whole length of each `Vec`, `Bytes` and other owner, also if the region shows only a
     /// part of it. Borrowed and static memory does not count.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// let part = Chunk::from(vec![7u8; 10_000]).range(0..5_000);
+    /// let region = Region::builder().chunk(part).chunk("static").build(&Pool::new()?)?;
+    /// assert_eq!(region.kept_source_bytes(), 10_000);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn kept_source_bytes(&self) -> u64 {
         self.served.layout.kept_bytes()

@@ -362,14 +362,11 @@ impl Mapping {
     /// has filled these pages, without a claim, because the destructors of sources run here.
     #[inline]
     pub(crate) fn release_sources(&self, span: Span) {
-        if let Some(releases) = &self.releases
-            && !span.is_empty()
-        {
-            let bytes = releases.look_at(&self.layout, &self.pages, span);
-            if bytes > 0 {
-                self.counters.local().bytes_released.add(bytes);
-                log!(debug, region = self.name, bytes, "sources released");
-            }
+        let Some(releases) = self.releases.as_ref().filter(|_| !span.is_empty()) else { return };
+        let bytes = releases.look_at(&self.layout, &self.pages, span);
+        if bytes > 0 {
+            self.counters.local().bytes_released.add(bytes);
+            log!(debug, region = self.name, bytes, "sources released");
         }
     }
 

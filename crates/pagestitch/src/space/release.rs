@@ -77,10 +77,8 @@ impl Releases {
             let source = layout.source_of(chunk);
             let watched = &self.sources[source].page;
             let page = watched.load(Ordering::SeqCst);
-            if (page == ANY || span.contains(Page(page)))
-                && let Some(memory) = layout.memory_of(source)
-            {
-                released += self.look_on(layout, pages, source, memory);
+            if page == ANY || span.contains(Page(page)) {
+                released += self.look_on(layout, pages, source);
             }
         }
         released
@@ -88,7 +86,7 @@ impl Releases {
 
     /// Watches the next missing page of a source, or releases the source.
     #[inline(never)]
-    fn look_on(&self, layout: &Layout, pages: &PageTable, source: usize, memory: &Memory) -> u64 {
+    fn look_on(&self, layout: &Layout, pages: &PageTable, source: usize) -> u64 {
         let Watched { chunks, page: watched } = &self.sources[source];
         let chunks = &self.chunks[chunks.clone()];
         let missing = |from| self.first_missing(layout, pages, chunks, from);
@@ -103,7 +101,7 @@ impl Releases {
         }
         // Before the attempt: a thread that is inside now sees it after it has left.
         watched.store(ANY, Ordering::SeqCst);
-        let released = memory.release();
+        let released = layout.memory_of(source).map_or(Released::No, Memory::release);
         if released != Released::Busy {
             watched.store(NONE, Ordering::SeqCst);
         }
@@ -179,12 +177,10 @@ mod models {
         /// Fills what is missing: a source with all of its pages present is released.
         fn check(&self, pages: usize) {
             let all = Span { first: Page(0), pages };
-            while let Some(page) = self.pages.first_missing(all)
-                && !self.memory().is_released()
-            {
+            while !self.memory().is_released() {
+                let page = self.pages.first_missing(all).expect("a complete source is kept");
                 self.fill(page.0);
             }
-            assert!(self.memory().is_released(), "a complete source is kept");
             assert_eq!(self.layout.kept_bytes(), 0);
         }
     }
