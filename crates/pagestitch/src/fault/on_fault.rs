@@ -5,7 +5,7 @@ use crate::fault::callers;
 use crate::fault::error::{InstallError, Unfilled, failure_at};
 use crate::fault::fetch::{FetchReason, fetch};
 use crate::fault::fill::{Buffers, Filled};
-use crate::fault::poison::{fail, poison};
+use crate::fault::poison::{fail, poison_again};
 use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
 use crate::fault::request::{FaultRequest, Host, serve_later};
 use crate::fault::{Filler, Wanted, fill_beside, journey};
@@ -144,7 +144,7 @@ impl<'a, H: Host> Fault<'a, H> {
             }
             // The thread faulted before the page was poisoned. Poisoning again wakes it into its
             // signal, also if the poison marker was discarded since.
-            Unclaimed::Poisoned => drop(poison(region, span)),
+            Unclaimed::Poisoned => poison_again(region, span),
         }
     }
 
@@ -162,7 +162,7 @@ impl<'a, H: Host> Fault<'a, H> {
         // The failure is kept before the page is poisoned: the claim's holder then finds the poison
         // marker and the reason.
         region.record_failure(page, Arc::new(failure));
-        let _ = poison(region, page.span());
+        poison_again(region, page.span());
         region.release_sources(page.span());
     }
 

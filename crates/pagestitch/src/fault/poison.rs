@@ -10,6 +10,7 @@ use crate::space::page_table::{Claim, PageState, Wake};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::{Errno, Outcome, Span};
 use std::sync::Arc;
+use std::thread;
 
 /// Poisons the claim's first page and keeps the failure.
 pub(crate) fn fail(region: &Mapping, claim: &mut Claim<'_>, failure: Failure) -> Unfilled {
@@ -61,6 +62,16 @@ fn settled(region: &Mapping, claim: &mut Claim<'_>, failure: &Arc<Failure>) {
     count(region, page.span(), Method::Poison);
     log!(warn, region = region.name, page = page.0, %failure, "page poisoned");
     region.report(page, failure);
+}
+
+/// Poisons a span again for the threads that wait there. If the memory map is changing, these threads
+/// are woken and fault again.
+pub(crate) fn poison_again(region: &Mapping, span: Span) {
+    if poison(region, span).is_err() {
+        region.wake(span);
+        // Let the thread that changes the map finish.
+        thread::yield_now();
+    }
 }
 
 /// Poisons a span: threads that wait there, or touch it later, get SIGBUS. Repeating it is

@@ -42,7 +42,12 @@ impl Region {
             }
             Err(Unclaimed::Filling) => {}
             Err(Unclaimed::Resident) => self.kernel.wake(page.span()),
-            Err(Unclaimed::Poisoned) => drop(self.poison(page)),
+            Err(Unclaimed::Poisoned) => {
+                if self.poison(page) == Answer::Changing {
+                    self.kernel.wake(page.span());
+                    thread::yield_now();
+                }
+            }
         }
     }
 
@@ -223,6 +228,26 @@ fn touching_a_page_whose_source_fails_is_a_signal_also_after_discards() {
                     region.expect(Page(1));
                     region.expect(Page(0));
                 },
+            ],
+        );
+    });
+}
+
+/// A worker that finds the page poisoned, though its marker was discarded since, cannot poison it while
+/// another page is discarded.
+#[test]
+fn touching_a_poisoned_page_is_a_signal_while_pages_are_discarded() {
+    explore("a poisoned page, and two discards", || {
+        run(
+            &Region::new(2, Some(Page(1))),
+            2,
+            [
+                |region| {
+                    region.expect(Page(1));
+                    region.kernel.remove(Page(1));
+                    region.expect(Page(1));
+                },
+                |region| region.kernel.remove(Page(0)),
             ],
         );
     });

@@ -22,7 +22,7 @@ use crate::error::{Failure, FailureReason};
 use crate::fault::FaultRequest;
 use crate::fault::Unfilled;
 use crate::fault::error::failure_at;
-use crate::fault::poison::{fail_now, poison};
+use crate::fault::poison::{fail_now, poison, poison_again};
 use crate::guard::AbortOnPanic;
 use crate::metrics::Overdue;
 use crate::serve::Served;
@@ -269,7 +269,7 @@ fn give_up(region: &Served, fault: &Overdue) {
         Err(Unclaimed::Filling) => give_up_claimed(region, fault, failure),
         // The page is present or poisoned already, and only the queued fault is late.
         Err(Unclaimed::Resident) => return region.wake(fault.page.span()),
-        Err(Unclaimed::Poisoned) => return drop(poison(region, fault.page.span())),
+        Err(Unclaimed::Poisoned) => return poison_again(region, fault.page.span()),
     };
     if !given_up {
         // The memory map is changing, or is locked: the next look tries again.
