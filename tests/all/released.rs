@@ -4,7 +4,8 @@
 use crate::{PAGE, SIGBUS, SetOnDrop, cannot_inherit, discard, pattern, reason, touch, until};
 use pagestitch::source::{FailureReason, Memory};
 use pagestitch::{
-    BuildOption, Builder, Chunk, ErrorKind, Inline, OnFailure, Pool, Readahead, Region, Retry, SharedRegion,
+    BuildOption, Builder, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Readahead, Region, Retry,
+    SharedRegion,
 };
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
@@ -280,6 +281,18 @@ fn an_inline_region_releases_sources_when_it_is_populated() {
     });
     assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
     assert!(end.output().contains("released") && !end.output().contains("read a byte"), "{}", end.output());
+}
+
+/// A page that is discarded has its bytes from the memfd.
+#[test]
+fn an_eager_region_releases_all_sources_when_it_is_built() {
+    let (drops, bytes) = (Arc::default(), pattern(11, 20 * PAGE + 100));
+    let region =
+        Region::builder().release_sources().chunk(Owner::chunk(&bytes, &drops)).build(Eager).unwrap();
+    assert_eq!((drops.load(Ordering::SeqCst), region.kept_source_bytes()), (1, 0));
+    assert_eq!(region.metrics().bytes_released, bytes.len() as u64);
+    discard(region.as_ptr().addr().get(), 4 * PAGE);
+    assert!(region.as_slice() == bytes);
 }
 
 #[test]

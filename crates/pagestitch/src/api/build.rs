@@ -221,6 +221,9 @@ fn finish(
     if let Some(view) = &mut view {
         server.inner().fill(&mapping, view, max_in_flight)?;
     }
+    if !server.inner().serves_faults() {
+        mapping.release_all_sources();
+    }
     if !dumped {
         hide_from_dumps(&mapping)?;
     }

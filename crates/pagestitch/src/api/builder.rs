@@ -402,7 +402,7 @@ impl<S> Builder<S> {
     /// * **Destructors** of owners run on the thread that has filled the last page: a worker, or the
     ///   caller of `populate`. Like a source, they must not touch or drop a region of the same server.
     /// * **Inline.** A signal handler frees no memory: [`populate`](crate::AnyRegion::populate) releases
-    ///   the sources of its range.
+    ///   the sources of its range. **Eager.** The build releases all sources, and no page is lost.
     /// * Not for adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork).
     ///
     /// [`kept_source_bytes`](crate::AnyRegion::kept_source_bytes) tells how much is left, and

@@ -16,7 +16,7 @@ use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
 use crate::guard::guarded;
 use crate::policy::OnFailure;
-use crate::source::{Backing, Hole, Identity, Memory, Shared};
+use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
 use crate::space::Chunk;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, PageSize};
@@ -341,6 +341,12 @@ impl Layout {
             Backing::Memory(memory) => Some(memory),
             _ => None,
         }
+    }
+
+    /// Drops the sources that are releasable. Returns the number of their bytes.
+    pub(crate) fn release_all(&self) -> u64 {
+        let memory = (0..self.sources.len()).filter_map(|source| self.memory_of(source));
+        memory.map(|memory| if let Released::Bytes(bytes) = memory.release() { bytes } else { 0 }).sum()
     }
 
     /// The number of bytes that the sources in memory keep allocated.

@@ -363,7 +363,17 @@ impl Mapping {
     #[inline]
     pub(crate) fn release_sources(&self, span: Span) {
         let Some(releases) = self.releases.as_ref().filter(|_| !span.is_empty()) else { return };
-        let bytes = releases.look_at(&self.layout, &self.pages, span);
+        self.count_released(releases.look_at(&self.layout, &self.pages, span));
+    }
+
+    /// Drops all sources that can be released, because none is read any more.
+    pub(crate) fn release_all_sources(&self) {
+        if self.releases.is_some() {
+            self.count_released(self.layout.release_all());
+        }
+    }
+
+    fn count_released(&self, bytes: u64) {
         if bytes > 0 {
             self.counters.local().bytes_released.add(bytes);
             log!(debug, region = self.name, bytes, "sources released");

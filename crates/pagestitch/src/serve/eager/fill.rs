@@ -170,7 +170,9 @@ impl Work<'_> {
             }
             // A memfd reads as zeros where it was not written.
             Content::Zero => Method::Zero,
-            Content::StagedMove(_) | Content::Continue => unreachable!("no page moves, and none is lazy"),
+            Content::StagedMove(_) | Content::Continue | Content::Released => {
+                unreachable!("no page moves, none is lazy, and no source is released yet")
+            }
         };
         count(self.region, span, method);
         Ok(span.pages)
