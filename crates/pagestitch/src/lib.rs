@@ -87,7 +87,7 @@
 //! | a chunk | 25 bytes beside its source, 50 ns |
 //! | a page | 4 bits, and its entry in the kernel's page table |
 //! | a source | an owned one stays in memory as long as a region has it; a file takes a descriptor, unless all of it is mapped |
-//! | [`Region::read_at`] of resident memory | 1 to 2 µs a call, [`SharedRegion::read_at`] 3 to 6 µs; a slice has no cost |
+//! | [`Region::read_at`] of resident memory | 2 to 3 µs a call, [`SharedRegion::read_at`] 6 to 7 µs; a slice has no cost |
 //!
 //! # When not to use it
 //!
