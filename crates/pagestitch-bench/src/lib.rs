@@ -12,7 +12,7 @@
 //! | [`row`] | a result: one line of a table, one JSON object |
 //! | [`touch`] | first touches, each of them timed |
 //! | [`environment`] | the machine of a measurement |
-//! | `measure`, `format`, `affinity` | clocks, formatted times, pinned threads |
+//! | `measure`, `format`, `date`, `affinity` | clocks, formatted times, the date, pinned threads |
 //!
 //! The ratios are the lasting result of a measurement. In each round every case runs once, right
 //! after the others, on warmed memory. The ratio of a case is the median of its ratios to the
@@ -20,6 +20,7 @@
 
 mod affinity;
 mod case;
+mod date;
 pub mod environment;
 mod format;
 pub mod guest;

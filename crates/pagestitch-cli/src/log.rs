@@ -98,10 +98,20 @@ impl Visit for Fields {
 
 /// Writes a note about the work to standard error, in the form of the log.
 pub(crate) fn note(form: Form, message: &str) {
+    if form != Form::Quiet {
+        say(form, "info", message);
+    }
+}
+
+/// Writes a description of a defect to standard error, in the form of the log.
+pub(crate) fn defect(form: Form, message: &str) {
+    say(form, "error", message);
+}
+
+fn say(form: Form, level: &str, message: &str) {
     let line = match form {
-        Form::Text => message.to_owned(),
-        Form::Json => json!({"level": "info", "message": message}).to_string(),
-        Form::Quiet => return,
+        Form::Json => json!({"level": level, "message": message}).to_string(),
+        Form::Text | Form::Quiet => message.to_owned(),
     };
     let _ = writeln!(io::stderr(), "{line}");
 }

@@ -6,6 +6,7 @@ use super::compare::{Comparison, HEAD};
 use super::escaped;
 use super::html_table::html_table;
 use super::table::crossovers;
+use crate::date::today;
 use crate::environment::Environment;
 use crate::format::{count, round_count, round_seconds};
 use crate::row::{Measured, Row};
@@ -25,7 +26,8 @@ pub fn page(
 ) -> Result<String, fmt::Error> {
     let mut html =
         format!("{HEAD_BEGIN}{STYLE}{HEAD_END}{SHAPES}<main><header>\n<h1>pagestitch bench</h1>\n");
-    write!(html, "<p class=\"machine\">{}</p>\n{METHOD}", escaped(&environment.to_string()))?;
+    let machine = escaped(&environment.to_string());
+    write!(html, "<p class=\"machine\">pagestitch {VERSION}, {}. {machine}</p>\n{METHOD}", today())?;
     html += &contents(runs, comparisons);
     html += &meanings()?;
     html += "</header>\n";
@@ -174,6 +176,7 @@ const HEAD_BEGIN: &str = "<!doctype html>
 <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">
 <style>
 ";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 const STYLE: &str = include_str!("page.css");
 const HEAD_END: &str = "</style></head><body>\n";
 const METHOD: &str = "<p>Every system ran once in each round, right after the others, on warmed memory. The ratios are the lasting result: medians of

@@ -29,6 +29,7 @@ mod sources;
 mod stopped;
 mod tally;
 
+use crate::log;
 use crate::output::Form;
 use clap::Args;
 use kernel::Injection;
@@ -66,14 +67,14 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         return Ok(stopped::run_child(seed)?);
     }
     // Panics on purpose are not printed.
-    std::panic::set_hook(Box::new(|panic| {
+    std::panic::set_hook(Box::new(move |panic| {
         if panic.payload().downcast_ref() != Some(&sources::ON_PURPOSE) {
-            eprintln!("{panic}");
+            log::defect(form, &panic.to_string());
         }
     }));
     let (tally, started) = (Arc::new(Tally::default()), Instant::now());
     let heartbeat = Arc::new(AtomicU64::new(0));
-    watch_heartbeat(seed, Arc::clone(&heartbeat));
+    watch_heartbeat(seed, Arc::clone(&heartbeat), form);
     let mut round = options.round.unwrap_or(0);
     while started.elapsed() < Duration::from_secs(options.seconds) {
         heartbeat.store(round << 32, Ordering::Relaxed);
@@ -87,7 +88,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
 }
 
 /// Ends the process if no thread has made progress for long, because then a thread is stuck.
-fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
+fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>, form: Form) {
     thread::spawn(move || {
         let mut last = (0, Instant::now());
         loop {
@@ -96,22 +97,28 @@ fn watch_heartbeat(seed: u64, heartbeat: Arc<AtomicU64>) {
             if now != last.0 {
                 last = (now, Instant::now());
             } else if last.1.elapsed() > STUCK_AFTER {
-                eprintln!("pagestitch: a thread is stuck: no progress for {STUCK_AFTER:?}");
-                print_wait_channels();
-                eprintln!("  to repeat it: pagestitch stress --seed {seed} --round {}", now >> 32);
+                let round = now >> 32;
+                log::defect(
+                    form,
+                    &format!(
+                        "pagestitch: a thread is stuck: no progress for {STUCK_AFTER:?}\n{}  to repeat it: pagestitch stress --seed {seed} --round {round}",
+                        wait_channels()
+                    ),
+                );
                 exit(1);
             }
         }
     });
 }
 
-/// Prints the kernel function in which each thread waits, as far as the kernel reveals it.
-fn print_wait_channels() {
+/// A line for each thread with the kernel function in which it waits, as far as the kernel reveals it.
+fn wait_channels() -> String {
     let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().filter_map(Result::ok);
-    for task in tasks {
+    let lines = tasks.map(|task| {
         let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
-        eprintln!("  {} waits in {}", read("comm").trim_end(), read("wchan").trim_end());
-    }
+        format!("  {} waits in {}\n", read("comm").trim_end(), read("wchan").trim_end())
+    });
+    lines.collect()
 }
 
 fn report(tally: &Tally, seed: u64, took: Duration, form: Form) -> std::io::Result<()> {
