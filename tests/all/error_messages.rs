@@ -266,15 +266,10 @@ fn the_errors_of_files_name_the_path_and_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
     let (within, shown) = (folder.path().display(), path.display());
+    let missing = || format!("cannot open {shown}: No such file or directory (os error 2)");
     check([
-        (
-            FileSource::open(&path).unwrap_err(),
-            format!("cannot open {shown}: No such file or directory (os error 2)"),
-        ),
-        (
-            SharedFile::open(&path, Access::ReadOnly).unwrap_err().into(),
-            format!("cannot open {shown}: No such file or directory (os error 2)"),
-        ),
+        (FileSource::open(&path).unwrap_err(), missing()),
+        (SharedFile::open(&path, Access::ReadOnly).unwrap_err().into(), missing()),
         (
             Recording::read(&path).unwrap_err(),
             format!("cannot read {shown}: No such file or directory (os error 2)"),
