@@ -2,45 +2,58 @@
 //! their source asks for a pause.
 
 use crate::guests::{adopt, lacks_poison};
-use crate::{PAGE, SIGBUS, handle_user_signal};
+use crate::{PAGE, SIGBUS, SetOnDrop, handle_user_signal, serve_until};
 use nix::sys::pthread::{Pthread, pthread_kill, pthread_self};
 use nix::sys::signal::Signal;
 use pagestitch::source::{Fetch, Reply};
-use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch::{Chunk, Manual, Pool, Readahead, Region};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-/// The worker that reads the fault finds the turn taken. No later event wakes it, and the other worker
-/// never releases the turn: only the look that it requests serves the fault.
+/// The member that is woken for the fault finds the turn taken. No later event wakes it, the other
+/// member never releases the turn, and no watchdog looks at manuals: only the look that it requests
+/// serves the fault.
 #[test]
 fn a_fault_is_read_again_when_the_worker_with_the_turn_hangs() {
     if lacks_poison(this_test!()) {
         return;
     }
-    let pool = Pool::builder().workers(2).max_workers(2).start().unwrap();
     // A loaded machine may delay a touch until the turn can be taken at once.
     for _ in 0..5 {
+        let (members, done) = (Manual::group(2).unwrap(), &AtomicBool::new(false));
         let guest = Guest::new(&[100 * PAGE], false).unwrap();
         let source = Arc::new(Scripted::new(100 * PAGE as u64).holding(0..1));
         let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
-        let region = builder.build_adopted(adopt(&guest), &pool).unwrap();
+        let region = builder.build_adopted(adopt(&guest), &members[0]).unwrap();
         let touch = |page: usize| assert_eq!(guest.read(page * PAGE), byte_at((page * PAGE) as u64));
-        // The worker keeps its turn while it fills a page of a fast source.
-        (1..50).for_each(touch);
         scope(|scope| {
+            let _ended = SetOnDrop(done);
+            let serve = |mut member: Manual| {
+                serve_until(&mut member, 64, || done.load(Ordering::SeqCst));
+                member
+            };
+            let members: Vec<_> =
+                members.into_iter().map(|member| scope.spawn(move || serve(member))).collect();
+            // A member keeps its turn while it fills a page of a fast source.
+            (1..50).for_each(touch);
             scope.spawn(|| touch(0));
             source.wait_until_held(1);
             touch(60);
             source.release();
+            region.populate(..).unwrap();
+            done.store(true, Ordering::SeqCst);
+            // The region ends before its server.
+            let members: Vec<_> = members.into_iter().map(|member| member.join().unwrap()).collect();
+            region.finish().unwrap();
+            drop(members);
         });
-        region.finish().unwrap();
     }
 }
 
