@@ -13,37 +13,36 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
 
-/// The packages, the features with which they are read, and the other crates that their signatures may name.
+/// The packages, and the other crates that their signatures may name.
 ///
 /// `bytes` is the container of shared bytes that async libraries hand out.
-const ALLOWED: [(&str, &str, &[&str]); 6] = [
-    ("pagestitch-kernel", "", &[]),
-    ("pagestitch", "metrics", &["bytes"]),
-    ("pagestitch-firecracker", "", &[]),
-    ("pagestitch-tokio", "", &["bytes", "tokio"]),
-    ("pagestitch-testkit", "", &[]),
-    ("pagestitch-bench", "", &["hdrhistogram", "serde_core"]),
+const ALLOWED: [(&str, &[&str]); 6] = [
+    ("pagestitch-kernel", &[]),
+    ("pagestitch", &["bytes"]),
+    ("pagestitch-firecracker", &[]),
+    ("pagestitch-tokio", &["bytes", "tokio"]),
+    ("pagestitch-testkit", &[]),
+    ("pagestitch-bench", &["hdrhistogram", "serde_core"]),
 ];
+/// The features with which they are read.
+const FEATURES: &str = "pagestitch/metrics";
 
-/// The output of rustdoc for each package.
+/// The output of rustdoc for the library of each package.
 static DOCUMENTED: LazyLock<BTreeMap<&str, Value>> = LazyLock::new(|| {
-    ALLOWED.iter().map(|(package, features, _)| (*package, documented(package, features))).collect()
-});
-
-/// The output of rustdoc for the library of a package.
-fn documented(package: &str, features: &str) -> Value {
-    let target = target_folder();
+    let (target, packages) = (target_folder(), ALLOWED.map(|(package, _)| package));
     let status = Command::new(env!("CARGO"))
-        .args(["rustdoc", "--quiet", "--lib", "--package", package, "--features", features, "--target-dir"])
+        .args(["doc", "--quiet", "--no-deps", "--lib", "--features", FEATURES, "--target-dir"])
         .arg(&target)
-        .args(["--", "-Zunstable-options", "--output-format=json"])
+        .args(packages.iter().flat_map(|package| ["--package", package]))
         .env("RUSTDOC", Path::new(ROOT).join("tests/surface/rustdoc"))
+        .env("RUSTDOCFLAGS", "-Zunstable-options --output-format=json")
         .current_dir(ROOT)
         .status();
-    assert!(status.expect("cargo").success(), "cargo rustdoc fails for {package}");
-    let file = target.join("doc").join(package.replace('-', "_")).with_extension("json");
-    serde_json::from_slice(&fs::read(file).expect("the output of rustdoc")).expect("JSON")
-}
+    assert!(status.expect("cargo").success(), "cargo doc fails");
+    let file = |package: &str| target.join("doc").join(package.replace('-', "_")).with_extension("json");
+    let read = |package| serde_json::from_slice(&fs::read(file(package)).expect("the output of rustdoc"));
+    packages.into_iter().map(|package| (package, read(package).expect("JSON"))).collect()
+});
 
 /// The target folder of this build.
 fn target_folder() -> PathBuf {
@@ -103,7 +102,7 @@ fn place_of(item: &Value) -> String {
 #[test]
 fn public_signatures_name_no_type_of_another_crate() {
     let mut found = BTreeSet::new();
-    for (package, _, allowed) in ALLOWED {
+    for (package, allowed) in ALLOWED {
         let documented = &DOCUMENTED[package];
         found.extend(foreign_names(documented, allowed));
         for name in allowed {
