@@ -14,6 +14,7 @@ use pagestitch_testkit::deny::deny_userfaultfd;
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
+use proptest::prelude::*;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -464,6 +465,68 @@ fn a_memfd_that_is_filled_later_is_filled_by_the_build() {
     region.read_at(0, &mut seen).unwrap();
     assert!(seen == bytes);
     assert_eq!(region.plan().runs()[0].reason, PlanReason::FilledByBuild);
+}
+
+/// A chunk of some kind, with its bytes.
+fn part(kind: u8, from: usize, len: usize) -> (Chunk, Vec<u8>) {
+    let whole = pattern(u64::from(kind), from + len);
+    let range = from as u64..(from + len) as u64;
+    let cut = |chunk: Chunk| (chunk.range(range.clone()), whole[from..].to_vec());
+    match kind {
+        0 => (Chunk::hole(len as u64), vec![0; len]),
+        1 => cut(memfd(&whole).into()),
+        2 => cut(Chunk::fetch(Arc::new(Prompt(whole.clone())))),
+        3 => cut(Chunk::source(Arc::new(Cached::new(Memory::from(whole.clone()), 1 << 20)))),
+        _ => cut(Memory::from(whole.clone()).into()),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_region_of_any_chunks_has_their_bytes(
+        parts in prop::collection::vec((0..5u8, 0..3 * PAGE, prop_oneof![1..10usize, 1..4 * PAGE, 60 * PAGE..90 * PAGE]), 1..20),
+        aligned in any::<bool>(), writable in any::<bool>(),
+    ) {
+        let parts: Vec<_> = parts.into_iter().map(|(kind, from, len)| part(kind, from, len)).collect();
+        let builder = if aligned { Region::builder().page_aligned() } else { Region::builder() };
+        let builder = builder.chunks(parts.iter().map(|(chunk, _)| chunk.clone()));
+        let region = if writable { builder.writable() } else { builder }.build(Eager).unwrap();
+        for (number, (_, bytes)) in parts.iter().enumerate() {
+            let start = region.offset_of(number).unwrap() as usize;
+            prop_assert!(region.as_slice()[start..start + bytes.len()] == bytes[..], "chunk {}", number);
+        }
+    }
+}
+
+/// Bytes whose drop is seen.
+struct Watched(Vec<u8>, Arc<AtomicUsize>);
+
+impl AsRef<[u8]> for Watched {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn sources_that_are_copied_are_dropped_by_the_build_and_stay_in_the_plan() {
+    let dropped = Arc::new(AtomicUsize::new(0));
+    let watched = |seed| Memory::new(Watched(pattern(seed, 5000), Arc::clone(&dropped)));
+    let chunks = [watched(1).into(), Chunk::source(Arc::new(scripted(3))), watched(2).into()];
+    let region = Region::builder().chunks(chunks).build(Eager).unwrap();
+    assert_eq!(dropped.load(Ordering::SeqCst), 2);
+    assert!(region.as_slice() == [pattern(1, 5000), bytes(3), pattern(2, 5000)].concat());
+    let plan = region.plan();
+    let runs: Vec<_> = plan.runs().iter().map(|run| (run.source.as_str(), run.method, run.reason)).collect();
+    let memory = ("memory", Method::Copy, PlanReason::Memory);
+    assert_eq!(runs, [memory, ("scripted", Method::Buffered, PlanReason::Read), memory]);
 }
 
 /// Waits in its reads until two threads are in one, or for a while.

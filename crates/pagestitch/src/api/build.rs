@@ -206,7 +206,7 @@ fn finish(
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = serve_options.max_in_flight;
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
-    let mapping = Mapping::new(
+    let mut mapping = Mapping::new(
         name,
         (Arc::new(layout), releases, shown),
         (moves, staged),
@@ -223,6 +223,7 @@ fn finish(
     }
     if !server.inner().serves_faults() {
         mapping.release_all_sources();
+        mapping.drop_copied_sources();
     }
     if !dumped {
         hide_from_dumps(&mapping)?;

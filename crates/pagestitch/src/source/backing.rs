@@ -3,6 +3,7 @@
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
 use super::{Fetched, Hole, ImmutableFile, Memfd, Memory};
+use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
@@ -47,6 +48,19 @@ impl Backing {
             Self::Shared(Shared::File(file, sharing)) => Mapped::file(file, *sharing),
             _ => None,
         }
+    }
+
+    /// The remainder of a source whose bytes the build has copied; `None` if its pages are mapped, or if
+    /// nothing is gained.
+    pub(crate) fn when_copied(&self) -> Option<Mapped> {
+        let (method, reason) = match self {
+            Self::Memory(_) => (Method::Copy, PlanReason::Memory),
+            Self::Read(_) => (Method::Buffered, PlanReason::Read),
+            Self::Fetched(_) => (Method::Buffered, PlanReason::Fetched),
+            Self::Donated(_) | Self::Shared(Shared::Lazy(_)) => (Method::Buffered, PlanReason::FilledByBuild),
+            _ => return None,
+        };
+        Some(Mapped::copied(self.source(), method, reason))
     }
 
     pub(crate) fn source(&self) -> &dyn Source {

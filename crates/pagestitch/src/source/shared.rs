@@ -7,6 +7,8 @@ use super::ImmutableFile;
 use super::Source;
 use super::file::path_of;
 use super::lazy::LazyMemfd;
+use crate::guard::guarded;
+use crate::method::{Method, PlanReason};
 use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::immutable::Grounds;
 use pagestitch_kernel::physical::Physical;
@@ -57,8 +59,11 @@ impl Shared {
     }
 }
 
-/// The remainder of a file or memfd whose chunks are all mapped in place. Its descriptor is closed:
-/// the mappings keep its pages, and this keeps its name for plans and errors.
+/// The remainder of a source that its region needs no more. This keeps its name for plans and errors.
+///
+/// * The chunks of a file or memfd are all mapped in place. Its descriptor is closed, because the
+///   mappings keep its pages.
+/// * The build has copied all bytes of another source.
 #[derive(Debug)]
 pub(crate) struct Mapped {
     name: String,
@@ -68,12 +73,14 @@ pub(crate) struct Mapped {
     file: Option<(u64, u64)>,
 }
 
-/// The kinds of files and memfds of which only the mappings are left.
+/// The kinds of sources of which only the mappings, or the copies, are left.
 #[derive(Debug, Clone, Copy)]
 enum MappedKind {
     Sealed,
     Shared(Sharing),
     Immutable(Grounds),
+    /// With the plan of its chunks.
+    Copied(Method, PlanReason),
 }
 
 impl Mapped {
@@ -95,6 +102,22 @@ impl Mapped {
         Self { name: file.name(), size: file.size(), kind, file: Some(file.stable().identity()) }
     }
 
+    /// The name and size of a source whose bytes are copied.
+    pub(super) fn copied(source: &dyn Source, method: Method, reason: PlanReason) -> Self {
+        let name = guarded(|| source.name());
+        let name = name.unwrap_or_else(|said| format!("a source whose name panics: {said}"));
+        let size = guarded(|| source.size()).unwrap_or(0);
+        Self { name, size, kind: MappedKind::Copied(method, reason), file: None }
+    }
+
+    /// The plan of its chunks, if their bytes are copied.
+    pub(crate) const fn plan_of_copies(&self) -> Option<(Method, PlanReason)> {
+        match self.kind {
+            MappedKind::Copied(method, reason) => Some((method, reason)),
+            MappedKind::Sealed | MappedKind::Shared(_) | MappedKind::Immutable(_) => None,
+        }
+    }
+
     pub(crate) fn is_copy_on_write(&self) -> bool {
         matches!(self.kind, MappedKind::Shared(Sharing::CopyOnWrite))
     }
@@ -103,7 +126,7 @@ impl Mapped {
     pub(crate) const fn grounds(&self) -> Option<Grounds> {
         match self.kind {
             MappedKind::Immutable(grounds) => Some(grounds),
-            MappedKind::Sealed | MappedKind::Shared(_) => None,
+            MappedKind::Sealed | MappedKind::Shared(_) | MappedKind::Copied(..) => None,
         }
     }
 

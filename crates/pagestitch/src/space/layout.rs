@@ -14,7 +14,7 @@
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
-use crate::guard::guarded;
+use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
 use crate::space::Chunk;
@@ -22,6 +22,7 @@ use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -364,6 +365,15 @@ impl Layout {
     /// The number of a chunk's source, which chunks of one source share.
     pub(crate) fn source_of(&self, chunk: usize) -> usize {
         self.origins[chunk].source as usize
+    }
+
+    /// Drops the sources whose bytes the build has copied, because no page reads them any more.
+    pub(crate) fn drop_copied_sources(&mut self) {
+        for source in &mut self.sources {
+            if let Some(rest) = source.when_copied() {
+                discard(mem::replace(source, Backing::Mapped(Arc::new(rest))));
+            }
+        }
     }
 
     /// The sources in memory of this process, with their addresses.

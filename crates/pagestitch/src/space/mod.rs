@@ -185,6 +185,13 @@ impl Mapping {
         self.target.page_size()
     }
 
+    /// Drops the sources whose bytes the build has copied.
+    pub(crate) fn drop_copied_sources(&mut self) {
+        if let Some(layout) = Arc::get_mut(&mut self.layout) {
+            layout.drop_copied_sources();
+        }
+    }
+
     /// The number of leading pages of a span that map one memfd that is filled later, that memfd,
     /// and the offset in it.
     pub(crate) fn lazy_pages(&self, span: Span) -> Option<(usize, &LazyMemfd, u64)> {

@@ -135,6 +135,11 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
 
 /// The method for a source that has pages. A chunk counts as mapped only if all of its pages are.
 fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Method, PlanReason) {
+    if let Backing::Mapped(mapped) = backing {
+        if let Some(plan) = mapped.plan_of_copies() {
+            return plan;
+        }
+    }
     let page = mapping.page_size();
     let offsets = mapping.layout.offsets_of(chunk);
     let is_shown = |span: Span| match backing {

@@ -49,6 +49,7 @@ use std::thread;
 /// * **Memory**: the region takes the memory of all pages that are not mapped in place. The build
 ///   refuses a region for which `MemAvailable`, or the limit of a cgroup, has not enough left
 ///   ([`ErrorKind::LimitReached`]). The kernel would end a process for it later.
+///   Sources that are copied are dropped by the build.
 /// * **Holes** of 64 KiB and more take no memory, also if they are read.
 /// * **A source that fails** fails the build, which leaves nothing behind; the error names the chunk
 ///   and the offset. [`on_failure`](crate::Chunk::on_failure) tells otherwise: it retries, gives
