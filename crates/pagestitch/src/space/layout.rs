@@ -615,6 +615,21 @@ mod tests {
         assert_eq!(layout.sources.len(), 2);
     }
 
+    #[test]
+    fn chunks_of_one_sized_or_unsized_arc_share_its_source() {
+        let sized = Arc::new(Units);
+        let unsized_source: Arc<dyn Source> = Arc::clone(&sized) as Arc<dyn Source>;
+        let mut layout = Layout::default();
+        for _ in 0..3 {
+            layout.push(Chunk::source(Arc::clone(&sized))).unwrap();
+            layout.push(Chunk::source(Arc::clone(&unsized_source))).unwrap();
+            layout.push(Chunk::from(Arc::clone(&unsized_source))).unwrap();
+        }
+        assert_eq!(layout.sources.len(), 1);
+        layout.push(Chunk::source(Arc::new(Units))).unwrap();
+        assert_eq!(layout.sources.len(), 2);
+    }
+
     /// A source without bytes that prefers reads of 64 bytes.
     struct Units;
 
