@@ -123,11 +123,50 @@ fn a_truncated_immutable_file_is_an_error_of_read_at_and_sigbus_for_a_touch() {
         let error = region.read_at(4000, &mut [0; 200]).unwrap_err();
         assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
         assert_eq!(error.chunk(), Some(0), "{error}");
+        if has_populate_read() {
+            let error = region.populate(..).unwrap_err();
+            assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
+            region.populate(..PAGE as u64).unwrap();
+        }
         let end = child::run(this_test!(), || {
             std::hint::black_box(region.as_slice()[2 * PAGE]);
         });
         assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
     }
+}
+
+/// True since Linux 5.14, which can read pages of a mapping on request.
+fn has_populate_read() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let numbers: Vec<u32> = release.split(['.', '-']).map_while(|number| number.parse().ok()).collect();
+    numbers >= vec![5, 14]
+}
+
+#[test]
+fn populate_maps_the_pages_of_an_immutable_file() {
+    if !has_populate_read() {
+        return println!("SKIPPED: the kernel does not populate mappings of files");
+    }
+    for file in files_of(&pattern(11, 5 << 20)) {
+        let end = child::run(this_test!(), || {
+            let builder =
+                Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(open(file.path()).unwrap());
+            let region = builder.build(&Pool::new().unwrap()).unwrap();
+            region.populate(..).unwrap();
+            let before = faults();
+            assert!(
+                region.chunk_slice(1).unwrap().iter().step_by(PAGE).map(|&byte| u64::from(byte)).sum::<u64>()
+                    > 0
+            );
+            assert!(faults() - before < 100, "{} faults of {} pages", faults() - before, (5 << 20) / PAGE);
+        });
+        assert!(end.passed(), "{}", end.output());
+    }
+}
+
+/// The faults of this thread without a disk read.
+fn faults() -> i64 {
+    nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_THREAD).unwrap().minor_page_faults()
 }
 
 #[test]

@@ -131,6 +131,9 @@ impl AnyRegion {
     /// Fills the absent pages of a range of byte offsets, on the calling thread. In adopted memory,
     /// pages that the owner has discarded stay absent.
     ///
+    /// Pages of [immutable files](crate::source::ImmutableFile) that are mapped in place are read from
+    /// the disk and mapped (Linux 5.14), as by `MAP_POPULATE`, and an unreadable one is an error.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed
@@ -169,11 +172,12 @@ impl AnyRegion {
         range: impl RangeBounds<u64>,
         go_on: impl Fn() -> bool + Sync,
     ) -> Result<(), Error> {
-        self.fill(range, &go_on)
+        let span = self.span(range)?;
+        self.fill(span, &go_on)?;
+        self.read_in_place(span, &go_on)
     }
 
-    fn fill(&self, range: impl RangeBounds<u64>, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
-        let span = self.span(range)?;
+    fn fill(&self, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
         if !self.server.is_of_this_process() {
             return self.touch(span);
         }
@@ -427,7 +431,7 @@ impl AnyRegion {
     /// Fills the absent pages of `bytes` bytes from `offset` on. Returns their range of offsets.
     pub(super) fn filled(&self, offset: u64, bytes: usize) -> Result<Range<u64>, Error> {
         let range = self.inside(offset, offset.checked_add(bytes as u64))?;
-        self.populate(range.clone())?;
+        self.fill(self.span(range.clone())?, &|| true)?;
         Ok(range)
     }
 

@@ -19,6 +19,7 @@ mod builder;
 mod nesting;
 mod options;
 mod prefetch;
+mod read_in_place;
 mod refused;
 mod region;
 mod scope;

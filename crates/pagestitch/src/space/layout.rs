@@ -110,7 +110,7 @@ impl Layout {
             None => align,
         };
         let wanted = if has_place { chunk.range.start } else { 0 };
-        if has_place && let Some(gap) = self.gap_before(chunk, unit) {
+        if let Some(gap) = self.gap_before(chunk, unit).filter(|_| has_place) {
             if !gap.is_empty() {
                 self.padding.push(self.origins.len() as u32);
                 self.lay(chunk.backing.clone(), &gap)?;
@@ -135,7 +135,7 @@ impl Layout {
         let end = last.offset + (self.total - start);
         let gap = chunk.range.start.checked_sub(end)?;
         let most = if chunk.backing.is_in_page_cache() { GAP_MAX } else { 0 };
-        let in_place = (self.total ^ end).is_multiple_of(unit);
+        let in_place = (self.total ^ end) % unit == 0;
         (*known == last.source && in_place && gap <= most).then_some(end..chunk.range.start)
     }
 

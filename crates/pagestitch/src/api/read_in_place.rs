@@ -1,0 +1,56 @@
+//! Populates pages of immutable files that are mapped in place: reads them into the page cache, and
+//! maps them, so that a page that cannot be read is an error now and no signal later.
+
+use crate::api::AnyRegion;
+use crate::api::refused::refused;
+use crate::error::Error;
+use crate::source::Backing;
+use crate::space::Target;
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::{Errno, Reservation, Span};
+
+impl AnyRegion {
+    /// Reads the pages of a span that are mapped in place, until `go_on` returns false.
+    pub(super) fn read_in_place(&self, span: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
+        let Target::Owned(reservation) = &self.served.target else { return Ok(()) };
+        let mut rest = span;
+        while !rest.is_empty() {
+            let Some((pages, run)) = self.served.in_place.prefix(rest) else {
+                rest = rest.without_prefix(self.served.in_place.next_gap(rest).pages.max(1));
+                continue;
+            };
+            if is_immutable(self.served.layout.backing_of(run.chunk)) {
+                self.read_run(reservation, rest.prefix(pages), go_on)?;
+            }
+            rest = rest.without_prefix(pages);
+        }
+        Ok(())
+    }
+
+    fn read_run(&self, reservation: &Reservation, run: Span, go_on: &dyn Fn() -> bool) -> Result<(), Error> {
+        let page = self.served.page_size();
+        let mut rest = run;
+        while !rest.is_empty() && go_on() {
+            let block = rest.prefix(HUGE / page.bytes());
+            match reservation.populate_read(block) {
+                // EINVAL: Linux before 5.14. The touch of a page reads it then.
+                Ok(()) | Err(Errno::EINVAL) => {}
+                Err(errno) => {
+                    let mut range = page.offsets(block);
+                    range.end = range.end.min(self.len() as u64);
+                    return Err(refused(self, "read", &range, errno));
+                }
+            }
+            rest = rest.without_prefix(block.pages);
+        }
+        Ok(())
+    }
+}
+
+fn is_immutable(backing: &Backing) -> bool {
+    match backing {
+        Backing::Immutable(_) => true,
+        Backing::Mapped(mapped) => mapped.grounds().is_some(),
+        _ => false,
+    }
+}
