@@ -63,7 +63,8 @@
 //! | in a device, in reserved memory | [`Physical`](source::Physical), in a [`SharedRegion`] | in place | none |
 //! | one copy for many processes, filled on demand | [`LazyMemfd`](source::LazyMemfd), in a [`SharedRegion`] | your filler, once for all | one page for all |
 //! | computed, compressed, in a database | your [`Source`], with its [`granularity`](Source::granularity) | your read, and 10 µs | its copy |
-//! | behind an async client | `pagestitch_tokio::AsyncSource`, or your [`Fetch`](source::Fetch) | your request | its copy |
+//! | behind an async client | `pagestitch_tokio::AsyncSource`, with a limit on requests at once; or your [`Fetch`](source::Fetch) | your request | its copy |
+//! | of another process, which hands over its userfaultfd | any of these, copied into that process: [`AdoptedMemory`] | that of the source | its copy, there |
 //!
 //! A source that is slow, fails at times, or has several readers gets a wrapper:
 //! [`Cached`](source::Cached), [`Limited`](source::Limited), [`Retrying`](source::Retrying).
