@@ -215,17 +215,16 @@ fn things_that_are_no_immutable_file_are_refused_with_a_remedy() {
     let (empty, pipe) = (folder.path().join("empty"), folder.path().join("pipe"));
     File::create(&empty).unwrap();
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
-    for (path, kind, word) in [
-        (folder.path(), ErrorKind::UnusableFile, "directory"),
-        (&empty, ErrorKind::UnusableFile, "empty"),
-        (&pipe, ErrorKind::UnusableFile, "regular file"),
-        (Path::new("/dev/null"), ErrorKind::UnusableFile, "regular file"),
-        (Path::new("/proc/self/maps"), ErrorKind::UnusableFile, "/proc"),
-        (&folder.path().join("absent"), ErrorKind::Io, "No such file"),
+    for (path, kind) in [
+        (folder.path(), ErrorKind::UnusableFile),
+        (&empty, ErrorKind::UnusableFile),
+        (&pipe, ErrorKind::UnusableFile),
+        (Path::new("/dev/null"), ErrorKind::UnusableFile),
+        (Path::new("/proc/self/maps"), ErrorKind::UnusableFile),
+        (&folder.path().join("absent"), ErrorKind::Io),
     ] {
         let error = open(path).unwrap_err();
         assert_eq!((error.kind(), error.path()), (kind, Some(path)), "{error}");
-        assert!(error.to_string().contains(word), "{error}");
     }
 }
 
@@ -248,7 +247,6 @@ fn a_file_without_fs_verity_is_no_proof() {
     for file in files_of(b"bytes") {
         let error = ImmutableFile::open_verity(file.path()).unwrap_err();
         assert_eq!((error.kind(), error.path()), (ErrorKind::UnusableFile, Some(file.path())), "{error}");
-        assert!(error.to_string().contains("promise"), "{error}");
     }
 }
 
