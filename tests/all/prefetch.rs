@@ -2,7 +2,7 @@
 //! their handle or their region is dropped.
 
 use crate::guests::{adopt, lacks_poison};
-use crate::wrappers::Noted;
+use crate::wrappers::{Noted, Prompt};
 use crate::{PAGE, discard, serve_until, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{
@@ -390,6 +390,44 @@ fn each_kind_of_region_is_prefetched_or_refused_by_each_server() {
             check(name, &region);
             region.finish().unwrap();
         }
+    }
+}
+
+/// Prefetches of three threads meet faults, each other, cancellations and the drop of their region. Each
+/// one that is awaited ends.
+#[test]
+fn prefetches_end_while_others_begin_are_cancelled_and_lose_their_region() {
+    let limited = Pool::builder().workers(2).max_in_flight(4).start().unwrap();
+    let open = Pool::builder().workers(3).start().unwrap();
+    for round in 0..60 {
+        let pool = if round % 2 == 0 { &limited } else { &open };
+        let chunk = match round % 3 {
+            0 => Chunk::fetch(Arc::new(Prompt::new(BYTES, 1))),
+            1 => Chunk::fetch(Arc::new(Prompt::new(BYTES, 64 << 10))),
+            _ => Chunk::source(Arc::new(Scripted::new(BYTES))),
+        };
+        let region = Region::builder().chunk(chunk).build(pool).unwrap();
+        let kept = Mutex::new(Vec::new());
+        scope(|scope| {
+            for thread in 0..3_u64 {
+                let (region, kept) = (&region, &kept);
+                scope.spawn(move || {
+                    for step in 0..10_u64 {
+                        let at = (round * 31 + thread * 17 + step * 7919) % PAGES as u64;
+                        let start = at * PAGE as u64;
+                        let prefetch = region.prefetch(start..).unwrap();
+                        match step % 4 {
+                            0 => drop(prefetch),
+                            1 => assert_eq!(region.as_slice()[start as usize], byte_at(start)),
+                            2 => assert_eq!(prefetch.wait().pages_left, 0),
+                            _ => kept.lock().unwrap().push(prefetch),
+                        }
+                    }
+                });
+            }
+        });
+        drop(region);
+        assert!(kept.into_inner().unwrap().iter().all(PrefetchHandle::is_done));
     }
 }
 

@@ -196,6 +196,8 @@ impl AnyRegion {
     ///   [`granularity`](crate::Source::granularity) are filled.
     /// * **Asynchronous sources** ([`Fetch`](crate::source::Fetch)) get 16 requests of a prefetch at
     ///   once, below the limits of the pool and the region, and no worker waits for them.
+    /// * **Recordings** ([`record`](crate::Builder::record)) have no touch of a page that is filled
+    ///   ahead.
     ///
     /// # Errors
     ///
