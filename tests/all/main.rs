@@ -9,6 +9,7 @@ mod chunks;
 mod conformance;
 mod contention;
 mod conversions;
+mod decompressions;
 mod delayed_faults;
 mod donated;
 mod eager;

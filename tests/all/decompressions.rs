@@ -1,0 +1,152 @@
+//! The work that a region asks of a source in compressed blocks: a block costs the same for each
+//! byte of it that is read.
+
+use crate::PAGE;
+use pagestitch::source::Cached;
+use pagestitch::{Builder, Chunk, Pool, Readahead, Region, Source};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+
+/// A file of compressed blocks. A read decompresses each block that it overlaps.
+#[derive(Default)]
+struct Compressed {
+    decompressed: AtomicU64,
+}
+
+impl Compressed {
+    fn decompressions(&self) -> u64 {
+        self.decompressed.load(Ordering::SeqCst)
+    }
+}
+
+impl Source for Compressed {
+    fn size(&self) -> u64 {
+        (BLOCKS * BLOCK) as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let (mut at, mut rest) = (offset as usize, into);
+        while !rest.is_empty() {
+            self.decompressed.fetch_add(1, Ordering::SeqCst);
+            let (now, later) = rest.split_at_mut(rest.len().min(BLOCK - at % BLOCK));
+            now.fill(byte_of(at / BLOCK));
+            (at, rest) = (at + now.len(), later);
+        }
+        Ok(())
+    }
+
+    fn granularity(&self) -> u64 {
+        BLOCK as u64
+    }
+}
+
+/// The byte that fills a block; never zero.
+fn byte_of(block: usize) -> u8 {
+    (block % 255) as u8 + 1
+}
+
+/// Different blocks in a random order.
+fn random_blocks() -> impl Iterator<Item = usize> {
+    (0..READ).map(|i| i * 1_597 % BLOCKS)
+}
+
+/// The bytes of a block.
+fn bytes_of(block: usize) -> Range<usize> {
+    block * BLOCK..(block + 1) * BLOCK
+}
+
+/// Builds a region of all blocks, with or without a cache.
+fn build(builder: Builder, source: &Arc<Compressed>, is_cached: bool) -> Region {
+    let chunk = match is_cached {
+        true => Chunk::source(Arc::new(Cached::new(Arc::clone(source), 16 << 20))),
+        false => Chunk::source(Arc::clone(source)),
+    };
+    builder.chunk(chunk).build(&Pool::new().unwrap()).unwrap()
+}
+
+fn assert_block(region: &Region, offset: usize, block: usize) {
+    let bytes = &region.as_slice()[offset + block * BLOCK..][..BLOCK];
+    assert!(*bytes == [byte_of(block); BLOCK], "block {block}");
+}
+
+#[test]
+fn random_blocks_are_decompressed_once() {
+    for is_cached in [false, true] {
+        let source = Arc::<Compressed>::default();
+        let region = build(Region::builder().readahead(Readahead::None), &source, is_cached);
+        random_blocks().for_each(|block| assert_block(&region, 0, block));
+        assert_eq!(source.decompressions(), READ as u64, "cached: {is_cached}");
+        assert_eq!(region.metrics().faults, READ as u64, "one fault a block, cached: {is_cached}");
+    }
+}
+
+/// The blocks that are filled ahead are decompressed for nothing, if their reader never comes.
+#[test]
+fn readahead_decompresses_few_blocks_more() {
+    for is_cached in [false, true] {
+        let source = Arc::<Compressed>::default();
+        let region = build(Region::builder(), &source, is_cached);
+        random_blocks().for_each(|block| assert_block(&region, 0, block));
+        let seen = source.decompressions();
+        println!("{seen} decompressions with readahead, cached: {is_cached}");
+        assert!((READ as u64..READ as u64 * 5 / 4).contains(&seen), "{seen}, cached: {is_cached}");
+    }
+}
+
+#[test]
+fn a_byte_of_a_block_costs_as_much_as_the_block() {
+    let source = Arc::<Compressed>::default();
+    let region = build(Region::builder().readahead(Readahead::None), &source, false);
+    for (step, block) in random_blocks().enumerate() {
+        let at = bytes_of(block).start + step * 401 % BLOCK;
+        assert_eq!(region.as_slice()[at], byte_of(block));
+    }
+    random_blocks().for_each(|block| assert_block(&region, 0, block));
+    assert_eq!(source.decompressions(), READ as u64);
+}
+
+#[test]
+fn threads_that_read_the_same_blocks_decompress_them_once() {
+    let source = Arc::<Compressed>::default();
+    let region = build(Region::builder().readahead(Readahead::None), &source, false);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| random_blocks().for_each(|block| assert_block(&region, 0, block)));
+        }
+    });
+    assert_eq!(source.decompressions(), READ as u64);
+}
+
+#[test]
+fn populate_decompresses_each_block_once() {
+    let source = Arc::<Compressed>::default();
+    let region = build(Region::builder(), &source, false);
+    for block in random_blocks() {
+        let Range { start, end } = bytes_of(block);
+        region.populate(start as u64..end as u64).unwrap();
+    }
+    assert_eq!(source.decompressions(), READ as u64);
+}
+
+/// Two blocks meet in the pages at the ends of a block. Such a page is filled alone, from both. With a
+/// cache each block is decompressed once: the 200 blocks, and their neighbours.
+#[test]
+fn blocks_that_end_inside_pages_cost_their_neighbours_too() {
+    const BEFORE: usize = PAGE / 2;
+    for (is_cached, most) in [(true, 3), (false, 5)] {
+        let source = Arc::<Compressed>::default();
+        let builder = Region::builder().readahead(Readahead::None).chunk(vec![7u8; BEFORE]);
+        let region = build(builder, &source, is_cached);
+        random_blocks().for_each(|block| assert_block(&region, BEFORE, block));
+        let seen = source.decompressions();
+        println!("{seen} decompressions of blocks that end inside pages, cached: {is_cached}");
+        assert!(seen <= READ as u64 * most, "{seen}, cached: {is_cached}");
+    }
+}
+
+const BLOCK: usize = 64 << 10;
+const BLOCKS: usize = 4096;
+const READ: usize = 200;
