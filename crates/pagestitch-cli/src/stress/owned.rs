@@ -10,9 +10,11 @@ use pagestitch::{Region, Support};
 use pagestitch_kernel::Features;
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::memory::{Split, discard};
+use pagestitch_testkit::wait::comes_true;
 use std::ops::Range;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 /// A region with the conditions of its round.
 pub(super) struct OwnedRegion<'a> {
@@ -23,6 +25,8 @@ pub(super) struct OwnedRegion<'a> {
     pub(super) reads_events: bool,
     /// Forked children inherit the region.
     pub(super) inherited: bool,
+    /// Sources in memory are released when the region has their bytes.
+    pub(super) releases: bool,
     /// The memory that is locked during the round.
     pub(super) locked: &'a Locked,
 }
@@ -130,7 +134,8 @@ impl OwnedRegion<'_> {
                 region
                     .read_at(0, &mut read)
                     .map_err(|error| format!("fails after a successful retry: {error}"))?;
-                context.verify(&read, &(0..read.len()))
+                context.verify(&read, &(0..read.len()))?;
+                self.check_released()
             }
             // Before Linux 6.6 a failed page is unmapped for good.
             Err(_) if !Support::current().has(Features::POISON) => Ok(()),
@@ -138,6 +143,15 @@ impl OwnedRegion<'_> {
             Err(error) if self.any_page_may_fail() && is_unmapped(&error) => Ok(()),
             Err(error) => Err(format!("the retry fails: {error}")),
         }
+    }
+
+    /// All pages are present. The worker that has filled the last one may still release its sources.
+    fn check_released(&self) -> Result<(), Failure> {
+        let kept = || self.region.kept_source_bytes();
+        if self.releases && !comes_true(Duration::from_secs(20), || kept() == 0) {
+            return Err(format!("{} bytes of sources are kept, and the region has them all", kept()));
+        }
+        Ok(())
     }
 
     /// An error is right if a source or an answer of the kernel may fail these bytes.

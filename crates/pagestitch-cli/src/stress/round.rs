@@ -37,15 +37,27 @@ fn run_owned(
     let locked = Locked::begin(rng, tally);
     let builder = configure(rng, round);
     let builder = if rng.u8(..4) == 0 { builder.hardware_read_only() } else { builder };
-    let (model, builder) = Model::random(rng, tally, false, builder)?;
+    let (mut model, builder) = Model::random(rng, tally, false, builder)?;
     let injection = Injection::begin(rng, true);
     let server = RunningServer::start(rng, model.inline)?;
     let inherited = server.is_pool() && rng.u8(..3) == 0 && may_serve_children();
+    let releases = !inherited && rng.u8(..3) == 0;
+    // A page of a released source has no bytes after a discard.
+    model.refillable &= !releases;
     let builder = if inherited { builder.inherit_on_fork() } else { builder };
+    let builder = if releases { builder.release_sources() } else { builder };
     let builder = if server.is_inline() { builder } else { configure_events(rng, builder) };
     let region = builder.build(server.server())?;
     let (context, reads_events) = (Context { model: &model, tally, heartbeat }, !server.is_inline());
-    let owned = OwnedRegion { region: &region, context, injection, reads_events, inherited, locked: &locked };
+    let owned = OwnedRegion {
+        region: &region,
+        context,
+        injection,
+        reads_events,
+        inherited,
+        releases,
+        locked: &locked,
+    };
     owned.run(rng)?;
     drop(region);
     Tally::count(&tally.regions, 1);
