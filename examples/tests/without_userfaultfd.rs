@@ -61,7 +61,7 @@ fn examples_with_memory_and_files_run_without_userfaultfd() {
 }
 
 #[test]
-fn an_example_of_a_pool_meets_the_denial() {
+fn examples_of_a_pool_meet_the_denial() {
     let output = run_denied("donate");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && stderr.contains("NoUserfaultfd"), "{}: {stderr}", output.status);

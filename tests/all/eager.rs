@@ -339,7 +339,8 @@ fn own_cgroup() -> Option<(PathBuf, &'static str)> {
 
 /// A cgroup of 256 MiB with this process in a cgroup below it. `None` where none can be made.
 fn limited_cgroup(limit: &str) -> Option<[PathBuf; 2]> {
-    let (own, file) = own_cgroup()?;
+    // Without a mounted cgroup, the files below would be made as ordinary files.
+    let (own, file) = own_cgroup().filter(|(own, _)| own.join("cgroup.procs").exists())?;
     let outer = own.join(format!("pagestitch-{}", std::process::id()));
     let inner = outer.join("inner");
     fs::create_dir_all(&inner).ok()?;
