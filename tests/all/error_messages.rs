@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Compares errors with their texts, and shows all differences at once.
-fn check<E: std::fmt::Display, T: AsRef<str>>(cases: impl IntoIterator<Item = (E, T)>) {
+pub(crate) fn check<E: std::fmt::Display, T: AsRef<str>>(cases: impl IntoIterator<Item = (E, T)>) {
     let cases = cases.into_iter().map(|(error, text)| (error.to_string(), text.as_ref().to_owned()));
     let (said, expected): (Vec<_>, Vec<_>) = cases.unzip();
     assert_eq!(said, expected);

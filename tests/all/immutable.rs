@@ -210,7 +210,7 @@ fn an_open_file_can_be_taken_with_the_promise() {
 }
 
 #[test]
-fn things_that_are_no_immutable_file_are_refused_with_a_remedy() {
+fn things_that_are_no_immutable_file_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let (empty, pipe) = (folder.path().join("empty"), folder.path().join("pipe"));
     File::create(&empty).unwrap();
@@ -226,6 +226,28 @@ fn things_that_are_no_immutable_file_are_refused_with_a_remedy() {
         let error = open(path).unwrap_err();
         assert_eq!((error.kind(), error.path()), (kind, Some(path)), "{error}");
     }
+}
+
+#[test]
+fn the_errors_of_immutable_files_are_shown() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let path = folder.path().join("file");
+    let (within, shown) = (folder.path().display(), path.display());
+    crate::error_messages::check([
+        (open(&path).unwrap_err(), format!("cannot open {shown}: No such file or directory (os error 2)")),
+        (open(folder.path()).unwrap_err(), format!("cannot open {within}: a directory: name a file in it")),
+        (
+            open("/proc/self/maps").unwrap_err(),
+            String::from(
+                "cannot open /proc/self/maps: a file of /proc has no length and cannot be mapped: copy its bytes into memory",
+            ),
+        ),
+    ]);
+    fs::write(&path, "bytes").unwrap();
+    let expected = format!(
+        "cannot use {shown}: its file system is not known to check fs-verity: use ext4, f2fs or btrfs, or promise that the file does not change"
+    );
+    crate::error_messages::check([(ImmutableFile::open_verity(&path).unwrap_err(), expected)]);
 }
 
 #[test]
