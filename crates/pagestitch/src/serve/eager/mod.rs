@@ -48,9 +48,10 @@ use std::thread;
 ///   zeros. A memfd that is filled later is filled and copied.
 /// * **Memory**: the region takes the memory of all pages that are not mapped in place. The build
 ///   refuses a region for which `MemAvailable`, or the limit of a cgroup, has not enough left
-///   ([`ErrorKind::LimitReached`]). The kernel would end a process for it later.
-///   Sources that are copied are dropped by the build.
-/// * **Holes** of 64 KiB and more take no memory, also if they are read.
+///   ([`ErrorKind::LimitReached`]), because the kernel would end a process for it. That is an
+///   estimate: other processes take memory meanwhile. The build drops the sources that it has copied.
+/// * **Holes** of 64 KiB and more take no memory, also if they are read. Each takes two mappings, so
+///   the smallest are filled if too few are left (`vm.max_map_count`).
 /// * **A source that fails** fails the build, which leaves nothing behind; the error names the chunk
 ///   and the offset. [`on_failure`](crate::Chunk::on_failure) tells otherwise: it retries, gives
 ///   zeros, or with [`OnFailure::Poison`](crate::OnFailure::Poison) poisons the page. A touch of that
@@ -61,8 +62,8 @@ use std::thread;
 /// * **Forked children** inherit the region, each page copy-on-write, with or without
 ///   [`inherit_on_fork`](crate::Builder::inherit_on_fork).
 /// * **System calls** can read and write all pages that have not failed.
-/// * **Options**: there are no faults, so readahead, prefetches, replays and the limits of faults have
-///   no work left. A recording is refused, because nothing reveals a touch.
+/// * **Options**: there are no faults, so readahead, prefetches and replays have no work left. A
+///   recording is refused, because nothing reveals a touch.
 ///
 /// ```
 /// use pagestitch::{Chunk, Eager, Region};
