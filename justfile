@@ -24,6 +24,14 @@ guests:
 bench *args:
     cargo run --release -- bench {{ args }}
 
+# the oldest Rust of each crate, with each combination of features
+msrv:
+    ci/msrv
+
+# write the lists of public items, after an intended change
+listings:
+    UPDATE_LISTINGS=1 cargo test -p pagestitch-tests --test surface
+
 # random regions in which everything fails on purpose; the kernel, too
 stress seconds="60":
     cargo run --release --features inject -- stress --seconds {{ seconds }}

@@ -2,16 +2,19 @@
 //!
 //! A type of another crate in a public signature binds a dependent to one version of that crate. The signatures are those
 //! that rustdoc finds: functions, fields, variants, re-exports, and implementations of traits.
+//!
+//! A file of this folder lists the public items of each crate, so that a review sees each change of them.
 
 mod examples;
+mod listing;
 mod manifests;
 
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
+use std::{env, fs};
 
 /// The packages, and the other crates that their signatures may name.
 ///
@@ -115,6 +118,31 @@ fn public_signatures_name_no_type_of_another_crate() {
     }
     let found: Vec<_> = found.into_iter().collect();
     assert!(found.is_empty(), "use a type of std or of our own instead:\n{}", found.join("\n"));
+}
+
+/// The changes of a crate's public items, as the lines of a diff. Writes the listing instead if that is asked for.
+fn changes(package: &str) -> Vec<String> {
+    let file = Path::new(ROOT).join("tests/surface").join(package).with_extension("txt");
+    let now = listing::lines(&DOCUMENTED[package]);
+    if env::var_os("UPDATE_LISTINGS").is_some() {
+        fs::write(&file, now.join("\n") + "\n").expect("a listing");
+    }
+    let listed = fs::read_to_string(&file).unwrap_or_default();
+    let (then, now): (BTreeSet<_>, BTreeSet<_>) =
+        (listed.lines().collect(), now.iter().map(String::as_str).collect());
+    let gone = then.difference(&now).map(|line| format!("-{line}"));
+    gone.chain(now.difference(&then).map(|line| format!("+{line}"))).collect()
+}
+
+#[test]
+fn public_signatures_are_those_of_the_listings() {
+    let changes: Vec<_> = ALLOWED.iter().flat_map(|(package, _)| changes(package)).collect();
+    assert!(
+        changes.is_empty(),
+        "the public items have changed; if that is intended, write the listings with\n\
+         UPDATE_LISTINGS=1 cargo test -p pagestitch-tests --test surface\n{}",
+        changes.join("\n")
+    );
 }
 
 #[test]
