@@ -244,7 +244,11 @@ impl fmt::Display for Plan {
         let pages = bytes.div_ceil(page.bytes() as u64);
         writeln!(
             f,
-            "region {region}: {bytes} bytes, {pages} pages of {page}, {chunks} chunks; {gathered_pages} pages are gathered"
+            "region {region}: {}, {} of {page}, {}; gathered: {}",
+            counted(*bytes, "byte"),
+            counted(pages, "page"),
+            counted(*chunks as u64, "chunk"),
+            counted(*gathered_pages, "page"),
         )?;
         if runs.iter().any(|run| matches!(run.method, Method::Copy | Method::Buffered)) {
             match staged {
@@ -260,6 +264,12 @@ impl fmt::Display for Plan {
         write_row(f, &HEADER, &widths)?;
         rows.iter().try_for_each(|row| write_row(f, row, &widths))
     }
+}
+
+/// A number and its noun, which has an `s` unless there is one.
+fn counted(number: u64, noun: &str) -> String {
+    let end = if number == 1 { "" } else { "s" };
+    format!("{number} {noun}{end}")
 }
 
 impl PlanRun {
