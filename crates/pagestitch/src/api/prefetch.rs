@@ -44,8 +44,8 @@ pub struct PrefetchProgress {
     pub pages_failed: u64,
     /// Pages that it has left as they were: another thread was filling them, or they were poisoned.
     pub pages_skipped: u64,
-    /// Pages that no worker has begun yet. None are left at the end, except after the region was
-    /// dropped.
+    /// Pages that no worker has begun yet. None are left at the end, unless the region was dropped, or
+    /// the owner of adopted memory has ended.
     pub pages_left: u64,
 }
 
@@ -54,8 +54,8 @@ impl PrefetchHandle {
         Self { job, generation: ForkGeneration::current(), is_detached: false }
     }
 
-    /// True if the prefetch is over: each page of the range is filled, failed or skipped, or the
-    /// region was dropped.
+    /// True if the prefetch is over: each page of the range was present before, or is filled, failed or
+    /// skipped; or the region was dropped.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.job.is_over() || !self.generation.is_current()
