@@ -3,14 +3,16 @@
 
 use crate::{PAGE, discard, pattern, reason, until};
 use pagestitch::source::{Donated, FailureReason, Pages};
-use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
+use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 pub(crate) fn pages_of(bytes: &[u8]) -> Pages {
     let mut pages = Pages::new(bytes.len()).unwrap();
@@ -305,4 +307,31 @@ fn pin(bytes: &[u8]) -> Option<std::os::fd::OwnedFd> {
     // SAFETY: the kernel reads one iovec and pins the pages of `bytes`, whose content stays.
     let answer = unsafe { syscall(SYS_io_uring_register, ring.as_raw_fd(), 0_i64, &raw const buffer, 1_i64) };
     (answer == 0).then_some(ring)
+}
+
+/// The signal handler of the library cannot keep a failure. It leaves the page as it is, so that
+/// `populate` finds the reason.
+#[test]
+fn populate_tells_the_reason_of_a_signal_in_a_discarded_moved_page() {
+    static IS_SIGNALLED: AtomicBool = AtomicBool::new(false);
+    extern "C" fn keep_the_thread(_: i32) {
+        IS_SIGNALLED.store(true, Ordering::SeqCst);
+        nix::unistd::pause();
+    }
+    if !moves() {
+        return;
+    }
+    child::run(this_test!(), || {
+        crate::handle_bus_errors(keep_the_thread);
+        let region = Region::builder().chunk(pages_of(&pattern(4, 3 * PAGE))).build(Inline).unwrap();
+        region.populate(..).unwrap();
+        let page = region.as_ptr().addr().get() + PAGE;
+        discard(page, PAGE);
+        thread::spawn(move || crate::touch(page));
+        until(|| IS_SIGNALLED.load(Ordering::SeqCst));
+        for _ in 0..2 {
+            assert_eq!(reason(&region.populate(..).unwrap_err()), FailureReason::Discarded);
+        }
+    })
+    .expect_pass();
 }

@@ -194,7 +194,8 @@ fn give(region: &Mapping, span: Span, donated: &Donated, offset: u64, quiet: boo
 
 /// The answer for a page that has moved into the region before.
 fn find_moved(region: &Mapping, span: Span, quiet: bool) -> Put {
-    if !quiet && is_marked(region, span) {
+    // A poison marker that a signal handler sets would have no failure.
+    if quiet || is_marked(region, span) {
         return None;
     }
     // The page is in the region and swapped out, or was discarded there. The kernel sets a poison

@@ -270,9 +270,6 @@ impl InHandler<'_> {
         };
         match gather_inline(self.region, page, buffer.as_mut_slice()) {
             Some(content) => Ok(Filled { pages: 1, content }),
-            // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
-            // touches it again, and it is absent by then.
-            None if self.before == PageState::Present => Err(InstallError::Changing),
             None => Err(InstallError::Gone),
         }
     }
@@ -295,6 +292,9 @@ impl Filler for InHandler<'_> {
     fn failed(&mut self, _: &mut Claim<'_>, error: InstallError) -> Result<(), Unfilled> {
         match error {
             InstallError::Changing => Err(Unfilled::Changing),
+            // The bytes are gone, but the page may have come meanwhile, and be swapped out: the thread
+            // touches it again, and it is absent by then.
+            InstallError::Gone if self.before == PageState::Present => Err(Unfilled::Changing),
             _ => Err(Unfilled::GivenBack),
         }
     }
