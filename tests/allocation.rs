@@ -4,7 +4,7 @@ use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap
 use nix::sys::signal::Signal::SIGBUS;
 use nix::unistd::gettid;
 use pagestitch::source::Pages;
-use pagestitch::{BuildOption, Chunk, Inline, Pool, Readahead, Region};
+use pagestitch::{BuildOption, Builder, Chunk, Inline, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test, wait};
@@ -51,16 +51,19 @@ static ALLOCATOR: Counting = Counting;
 fn a_worker_allocates_nothing_for_a_fault() {
     // In a process of its own, where no other test allocates.
     child::run(this_test!(), || {
-        assert!((0..20).any(|_| serve_all_pages()), "faults allocate");
+        let keeps = || serve_all_pages(Region::builder());
+        let releases = || serve_all_pages(Region::builder().release_sources());
+        assert!((0..20).any(|_| keeps()), "faults allocate");
+        assert!((0..20).any(|_| releases()), "faults of sources that are released allocate");
     })
     .expect_pass();
 }
 
 /// False if anything was allocated. On a loaded machine that may be for once: for a thread that
 /// replaces a worker without a processor, for the first wait of a thread at a lock.
-fn serve_all_pages() -> bool {
+fn serve_all_pages(builder: Builder) -> bool {
     let pool = Pool::builder().workers(2).start().unwrap();
-    let region = Region::builder()
+    let region = builder
         .chunk(vec![1u8; 300 * PAGE]) // copied from where it lies
         .chunks((0..300).map(|_| vec![2u8; 1000])) // gathered
         .chunk(Chunk::source(Arc::new(Scripted::new(300 * PAGE as u64)))) // read

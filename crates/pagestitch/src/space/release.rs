@@ -128,6 +128,28 @@ const ANY: usize = usize::MAX;
 /// Watches no page: the source is released, or never will be.
 const NONE: usize = usize::MAX - 1;
 
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::space::page_table::PageState;
+    use crate::{Pool, Region};
+
+    /// A page that is swapped out looks like a discarded page, until the kernel is asked to fill it.
+    #[test]
+    fn a_page_that_looks_discarded_after_the_release_is_found_in_the_region() {
+        let pages = PageSize::system().bytes() * 3;
+        let builder = Region::builder().chunk(vec![7u8; pages]).release_sources();
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        region.populate(..).unwrap();
+        assert_eq!(region.kept_source_bytes(), 0);
+        let table = &region.served().pages;
+        table.mark_absent(Page(1));
+        region.populate(..).unwrap();
+        assert_eq!((table.state(Page(1)), region.failures().len()), (PageState::Present, 0));
+        assert!(region.as_slice().iter().all(|&byte| byte == 7));
+    }
+}
+
 #[cfg(all(test, shuttle))]
 mod models {
     use super::*;
