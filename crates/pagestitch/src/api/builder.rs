@@ -394,7 +394,8 @@ impl<S> Builder<S> {
     ///
     /// * **Discarded pages** of a released source are lost: touching one raises SIGBUS, and `read_at`
     ///   and `populate` fail with [`FailureReason::Released`](crate::source::FailureReason::Released),
-    ///   whatever the [policy](crate::OnFailure) of the chunk. Before the release, they are filled again.
+    ///   whatever the [policy](crate::OnFailure) of the chunk. So are pages with some bytes of it. Before
+    ///   the release, they are filled again.
     /// * **All bytes**: all pages with bytes of the source, in all of its chunks, are present at the same
     ///   time. A page that other chunks share counts too. Bytes that are in no chunk do not count.
     /// * **Shared memory.** The region drops its own share: the bytes are freed with the last one.
