@@ -7,7 +7,7 @@ use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 /// A file of these bytes in a folder.
@@ -19,7 +19,13 @@ fn file_in(folder: &Path, bytes: &[u8]) -> NamedTempFile {
 
 /// Files of these bytes: on the file system of temporary files, and on a tmpfs.
 fn files_of(bytes: &[u8]) -> [NamedTempFile; 2] {
-    [std::env::temp_dir().as_path(), Path::new("/dev/shm")].map(|folder| file_in(folder, bytes))
+    [std::env::temp_dir(), memory_folder()].map(|folder| file_in(&folder, bytes))
+}
+
+/// A folder on a tmpfs. A guest has only that of temporary files.
+fn memory_folder() -> PathBuf {
+    let shared = PathBuf::from("/dev/shm");
+    if shared.is_dir() { shared } else { std::env::temp_dir() }
 }
 
 #[expect(unsafe_code, reason = "the promise that a file does not change")]
@@ -230,7 +236,7 @@ fn things_that_are_no_immutable_file_are_refused() {
 
 #[test]
 fn the_errors_of_immutable_files_are_shown() {
-    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let folder = tempfile::tempdir_in(memory_folder()).unwrap();
     let path = folder.path().join("file");
     let (within, shown) = (folder.path().display(), path.display());
     crate::error_messages::check([
