@@ -1,15 +1,17 @@
 //! Donated pages move into a region: they are not copied, and the zeros that they leave behind are
 //! never read.
 
-use crate::{PAGE, discard, pattern, reason, until};
+use crate::{PAGE, SIGBUS, cannot_inherit, discard, pattern, reason, touch, until};
 use pagestitch::source::{Donated, FailureReason, Pages};
 use pagestitch::{Chunk, ErrorKind, Inline, Method, Pool, Readahead, Region};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::Support;
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::ops::Range;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -236,26 +238,69 @@ fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
 
 #[test]
 fn a_discarded_moved_page_is_an_error_and_not_zeros() {
-    if !moves() {
-        return;
+    // With children, pages move when the region is built.
+    let moved_by = [(moves(), false), (true, true)].into_iter().filter(|(tests, _)| *tests);
+    for (_, children) in moved_by {
+        let (bytes, pages) = (pattern(4, 3 * PAGE), 3 * PAGE);
+        let builder = Region::builder().chunk(pages_of(&bytes)).readahead(Readahead::None);
+        let builder = if children { builder.inherit_on_fork() } else { builder };
+        let region = match builder.build(&Pool::new().unwrap()) {
+            Err(error) if cannot_inherit(&error) => return,
+            region => region.unwrap(),
+        };
+        assert!(region.as_slice() == bytes);
+        discard(region.as_ptr().addr().get() + PAGE, PAGE);
+        let error = region.read_at(0, &mut vec![0; pages]).unwrap_err();
+        assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Discarded));
+        // The poison marker is not taken for a moved page.
+        let error = region.retry_failed(..).unwrap_err();
+        assert_eq!(reason(&error), FailureReason::Discarded, "{error}");
+        until(|| {
+            // The discard event may be read only now. It makes the page absent until the next retry.
+            region.retry_failed(..).is_err() && region.failures().len() == 1
+        });
     }
-    let bytes = pattern(4, 3 * PAGE);
-    let region = Region::builder()
-        .chunk(pages_of(&bytes))
-        .readahead(Readahead::None)
-        .build(&Pool::new().unwrap())
-        .unwrap();
-    assert!(region.as_slice() == bytes);
-    discard(region.as_ptr().addr().get() + PAGE, PAGE);
-    let error = region.read_at(0, &mut vec![0; 3 * PAGE]).unwrap_err();
-    assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Discarded));
-    // The poison marker is not taken for a moved page.
-    let error = region.retry_failed(..).unwrap_err();
-    assert_eq!(reason(&error), FailureReason::Discarded, "{error}");
-    until(|| {
-        // The discard event may be read only now. It makes the page absent until the next retry.
-        region.retry_failed(..).is_err() && region.failures().len() == 1
+}
+
+#[test]
+fn a_touch_of_a_discarded_page_that_moved_at_the_build_is_sigbus() {
+    let end = child::run(this_test!(), || {
+        let pool = Pool::new().unwrap();
+        let region = Region::builder().chunk(pages_of(&pattern(4, 3 * PAGE))).inherit_on_fork().build(&pool);
+        let region = match region {
+            Err(error) if cannot_inherit(&error) => return println!("SKIPPED: {error}"),
+            region => region.unwrap(),
+        };
+        let address = region.as_ptr().addr().get() + PAGE;
+        let look = || {
+            discard(address, PAGE);
+            i32::from(touch(address))
+        };
+        assert_eq!(ForkedChild::start(look).wait().signal(), Some(SIGBUS), "the child has read a byte");
+        assert!(touch(address) > 0, "the page of the parent");
+        println!("read a byte: {}", look());
     });
+    let is_skipped = end.passed() && end.output().contains("SKIPPED");
+    assert!(end.signal() == Some(SIGBUS) || is_skipped, "{}", end.output());
+}
+
+#[test]
+fn untouched_pages_that_moved_at_the_build_are_zeros_for_forked_children_too() {
+    let mut pages = Pages::new(40 * PAGE).unwrap();
+    pages[20 * PAGE] = 7;
+    let whole = Pages::new(9 * PAGE).unwrap();
+    let builder = Region::builder().chunk(pages).chunk(whole).readahead(Readahead::None).inherit_on_fork();
+    let region = match builder.build(&Pool::new().unwrap()) {
+        Err(error) if cannot_inherit(&error) => return,
+        region => region.unwrap(),
+    };
+    let is_right = || {
+        region.as_slice().iter().enumerate().all(|(at, &byte)| byte == if at == 20 * PAGE { 7 } else { 0 })
+    };
+    assert!(ForkedChild::start(|| i32::from(!is_right())).succeeds());
+    region.populate(..).unwrap();
+    assert!(is_right());
+    assert_eq!((region.metrics().faults, region.failures().len()), (0, 0));
 }
 
 #[test]
@@ -327,7 +372,7 @@ fn populate_tells_the_reason_of_a_signal_in_a_discarded_moved_page() {
         region.populate(..).unwrap();
         let page = region.as_ptr().addr().get() + PAGE;
         discard(page, PAGE);
-        thread::spawn(move || crate::touch(page));
+        thread::spawn(move || touch(page));
         until(|| IS_SIGNALLED.load(Ordering::SeqCst));
         for _ in 0..2 {
             assert_eq!(reason(&region.populate(..).unwrap_err()), FailureReason::Discarded);

@@ -21,7 +21,7 @@ use crate::pages::Donated;
 use crate::physical::Physical;
 use crate::reservation::Reservation;
 use crate::shared::{Alias, SharedFile, Sharing, duplicate};
-use crate::uffd::{RegisterMode, Uffd};
+use crate::uffd::{Outcome, RegisterMode, Uffd};
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect};
 use std::num::NonZeroUsize;
@@ -222,16 +222,18 @@ impl View {
         Ok(())
     }
 
-    /// Moves donated pages in, at once. Zeros are left in their old place. Linux 5.7.
+    /// Moves donated pages in, at once, and registers them: a page that is discarded later is missing.
+    /// Zeros are left in their old place. Linux 5.7.
     ///
     /// # Errors
     ///
-    /// As [`map`](Self::map); `EINVAL` before Linux 5.7. The pages have not moved then.
+    /// As [`map`](Self::map); `EINVAL` before Linux 5.7. The pages have not moved then. `EAGAIN` if the
+    /// kernel has no memory for page tables.
     ///
     /// # Panics
     ///
     /// As [`map`](Self::map); if one of the pages has moved before.
-    pub fn move_in(&mut self, span: Span, donated: &Donated, offset: u64) -> Result<(), Errno> {
+    pub fn move_in(&mut self, span: Span, donated: &Donated, offset: u64, uffd: &Uffd) -> Result<(), Errno> {
         let Some((range, source)) = self.whole_pages(span, &donated.mapping, offset) else { return Ok(()) };
         let moving = donated.span(offset, range.bytes());
         let taken = donated.take(moving).filter(|taken| taken.span() == moving);
@@ -251,7 +253,43 @@ impl View {
             }
         }
         taken.moved(moving.pages);
+        // SAFETY: no allocator has given out pages of a reservation as zeros. The donated pages are no
+        // allocator's either, and their zeros are shown below.
+        #[expect(unsafe_code, reason = "the view is the vouching owner that register_range asks for")]
+        unsafe { uffd.register_range(range, RegisterMode::MISSING) }?;
+        self.show_untouched(span, uffd)?;
         self.protect(range)
+    }
+
+    /// Shows the zeros of donated pages that were never touched, which the kernel does not have.
+    fn show_untouched(&self, span: Span, uffd: &Uffd) -> Result<(), Errno> {
+        let (mut run, mut shown) = (span.prefix(0), Ok(()));
+        let mut show = |run: Span| shown = shown.and_then(|()| self.zero_missing(run, uffd));
+        self.reservation.residency(span, |page, is_here| {
+            if !is_here && page == run.end() {
+                run.pages += 1;
+            } else if !is_here {
+                show(std::mem::replace(&mut run, page.span()));
+            }
+        })?;
+        show(run);
+        shown
+    }
+
+    /// Shows zeros where a page is missing.
+    fn zero_missing(&self, run: Span, uffd: &Uffd) -> Result<(), Errno> {
+        let (page, mut rest) = (self.reservation.page_size().bytes(), run);
+        while !rest.is_empty() {
+            rest = match uffd.zero(self.reservation.addresses(rest)) {
+                Outcome::Done => return Ok(()),
+                Outcome::Partial { bytes } => rest.without_prefix(bytes / page),
+                // It was swapped out, and the kernel does not tell.
+                Outcome::AlreadyThere => rest.without_prefix(1),
+                Outcome::Changing => rest,
+                _ => return Err(Errno::EAGAIN),
+            };
+        }
+        Ok(())
     }
 
     /// Copies bytes out, without a reference to them, because they may be changing.

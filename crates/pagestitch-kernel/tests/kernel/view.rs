@@ -202,8 +202,8 @@ fn a_move_needs_a_writable_mapping_and_a_copy_does_not() {
 #[test]
 fn donated_pages_move_into_a_view_on_any_kernel() {
     let donated = donation(3);
-    let (_reservation, mut view, _uffd) = raw(4, Access::ReadOnly);
-    view.move_in(span(2, 2), &donated, SIZE as u64).unwrap();
+    let (_reservation, mut view, uffd) = raw(4, Access::ReadOnly);
+    view.move_in(span(2, 2), &donated, SIZE as u64, &uffd).unwrap();
     let view = view.into_stable().unwrap();
     assert_eq!((view.as_slice()[2 * SIZE], view.as_slice()[4 * SIZE - 1]), (2, 3));
     assert_eq!(donated.read_at(SIZE as u64, &mut [0]), Err(Errno::ENODATA));

@@ -217,7 +217,7 @@ fn finish(
     if zero_copy {
         refuse_copies(&mapping)?;
     }
-    mapping.counters.local().pages_in_place.add(mapping.in_place.pages());
+    mapping.counters.local().pages_in_place.add(mapping.in_place.pages() + mapping.moved.pages());
     if let Some(view) = &mut view {
         server.inner().fill(&mapping, view, max_in_flight)?;
     }

@@ -137,7 +137,7 @@ pub(super) fn put(region: &Mapping, span: Span, content: &mut Content<'_>, done:
         Content::Move(donated, offset) => give(region, span, donated, *offset + done as u64, quiet),
         Content::Continue => continue_pages(region, span),
         Content::Zero => zero(region, span, quiet),
-        Content::Released => find_released(region, span),
+        Content::Released => find_in_region(region, span, Method::Copy),
     }
 }
 
@@ -187,41 +187,29 @@ fn give(region: &Mapping, span: Span, donated: &Donated, offset: u64, quiet: boo
         }
     }
     match donated.has_moved(region.page_size().page_at(offset)) {
-        true => find_moved(region, span, quiet),
+        true if quiet => None,
+        true => find_in_region(region, span, Method::Move),
         false => copy_donated(region, span, donated, offset),
     }
 }
 
-/// The answer for a page that has moved into the region before.
-fn find_moved(region: &Mapping, span: Span, quiet: bool) -> Put {
-    // A poison marker that a signal handler sets would have no failure.
-    if quiet || is_marked(region, span) {
-        return None;
-    }
-    // The page is in the region and swapped out, or was discarded there. The kernel sets a poison
-    // marker only in an empty place, which tells the two apart.
-    match region.uffd.poison(region.target.addresses(span.prefix(1))) {
-        outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Move)),
-        _ => None,
-    }
-}
-
-/// The answer for a page whose source is released: the page was swapped out when it was looked for,
-/// or was discarded. Not called in a signal handler.
+/// The answer for a page that has moved into the region before, or whose source is released: it was
+/// swapped out when it was looked for, or was discarded. Not called in a signal handler, because a
+/// poison marker that it sets would have no failure.
 #[cold]
 #[inline(never)]
-fn find_released(region: &Mapping, span: Span) -> Put {
+fn find_in_region(region: &Mapping, span: Span, method: Method) -> Put {
     if is_marked(region, span) {
         return None;
     }
     if !region.uffd.features().contains(Features::POISON) {
         let mut is_here = false;
         region.target.residency(span.prefix(1), |_, here| is_here = here);
-        return is_here.then_some((Outcome::AlreadyThere, Method::Copy));
+        return is_here.then_some((Outcome::AlreadyThere, method));
     }
-    // As for a page that has moved: the kernel sets a poison marker only in an empty place.
+    // The kernel sets a poison marker only in an empty place, which tells the two apart.
     match region.uffd.poison(region.target.addresses(span.prefix(1))) {
-        outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, Method::Copy)),
+        outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, method)),
         _ => None,
     }
 }

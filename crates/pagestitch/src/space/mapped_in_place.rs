@@ -73,6 +73,8 @@ pub(crate) struct ShownPages {
     pub(crate) in_place: MappedRuns,
     /// Pages of memfds that are filled later: each faults once.
     pub(crate) lazy: MappedRuns,
+    /// Donated pages that have moved in.
+    pub(crate) moved: MappedRuns,
     /// Pages that the kernel refused to map, with the reasons, ascending. They are copied.
     pub(crate) refused: Vec<(Span, PlanReason)>,
 }
@@ -93,6 +95,7 @@ impl ShownPages {
             let backing = layout.backing_of(run.chunk);
             match map(run, backing, view, uffd) {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
+                Ok(()) if matches!(backing, Backing::Donated(_)) => shown.moved.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
                 Err(errno) => match refusal_reason(backing, page, errno) {
                     Some(reason) => {
@@ -127,7 +130,7 @@ fn map(run: MappedRun, backing: &Backing, view: &mut View, uffd: &Uffd) -> Resul
     match backing {
         Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
         Backing::Immutable(file) => view.map_stable(span, file.stable(), offset),
-        Backing::Donated(donated) => view.move_in(span, donated, offset),
+        Backing::Donated(donated) => view.move_in(span, donated, offset, uffd),
         Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
         Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
@@ -173,6 +176,11 @@ fn decide(
 }
 
 impl MappedRuns {
+    /// The spans, ascending.
+    pub(crate) fn spans(&self) -> impl Iterator<Item = Span> {
+        self.runs.iter().map(|run| run.span)
+    }
+
     /// The number of their pages.
     pub(crate) fn pages(&self) -> u64 {
         self.runs.iter().map(|run| run.span.pages as u64).sum()

@@ -83,6 +83,8 @@ pub(crate) struct Mapping {
     ///
     /// Invariant: disjoint from `in_place`.
     pub(crate) lazy: MappedRuns,
+    /// Donated pages that the build has moved in. They are present until they are discarded.
+    pub(crate) moved: MappedRuns,
     /// Pages that the kernel refused to map in place, with the reasons; they are copied.
     pub(crate) refused: Vec<(Span, PlanReason)>,
     has_donated: bool,
@@ -147,6 +149,7 @@ impl Mapping {
         let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
         let size = (target.page_size(), target.all().pages);
         let counters = Counters::new(name.clone(), size, record_latency, !allocates);
+        shown.moved.spans().for_each(|span| tables.pages.mark_present(span));
         Self {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),
@@ -155,6 +158,7 @@ impl Mapping {
             layout,
             in_place: Arc::new(shown.in_place),
             lazy: shown.lazy,
+            moved: shown.moved,
             refused: shown.refused,
             moves,
             pages: tables.pages,

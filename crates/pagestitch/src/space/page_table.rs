@@ -246,6 +246,11 @@ impl PageTable {
         }
     }
 
+    /// Makes absent pages present, before a thread can touch them.
+    pub(crate) fn mark_present(&self, span: Span) {
+        self.exchange_run(span, PageState::Absent, PageState::Present);
+    }
+
     /// Makes a present page absent, because the kernel does not have it.
     pub(crate) fn mark_absent(&self, page: Page) {
         let _ = self.exchange(page, PageState::Present, PageState::Absent);

@@ -148,6 +148,7 @@ fn method_of_pages(mapping: &Mapping, chunk: usize, backing: &Backing) -> (Metho
             let own = whole_pages(&mapping.layout, page, chunk..chunk + 1);
             own.is_some_and(|own| own.span.pages >= span.pages)
         }
+        Backing::Donated(_) => mapping.moved.next_gap(span).is_empty(),
         _ => mapping.in_place.next_gap(span).is_empty(),
     };
     if is_shown(page.covering(&offsets)) {
@@ -228,7 +229,9 @@ fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
         let end = mapping.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
         let is_partial = end != page.offset_of(holder.span().end());
-        let moved = || mapping.moves && mapping.movable_pages(holder.span()).is_some();
+        let moved = || {
+            mapping.moved.contains(holder) || mapping.moves && mapping.movable_pages(holder.span()).is_some()
+        };
         let shown = mapping.in_place.contains(holder) || mapping.lazy.contains(holder) || moved();
         if is_partial && last != Some(holder) && !shown {
             count += 1;
