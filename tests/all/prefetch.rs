@@ -3,7 +3,7 @@
 
 use crate::guests::{adopt, lacks_poison};
 use crate::wrappers::{Noted, Prompt};
-use crate::{PAGE, discard, serve_until, until};
+use crate::{PAGE, comes_true, discard, serve_until, until};
 use pagestitch::source::{Fetch, Reply};
 use pagestitch::{
     AnyRegion, Chunk, Eager, Error, ErrorKind, Inline, Manual, Pool, PrefetchHandle, PrefetchProgress,
@@ -68,6 +68,26 @@ fn a_prefetch_of_a_source_that_hangs_returns_at_once_and_leaves_a_worker_to_faul
     assert_eq!((source.reads(), prefetch.is_done()), (2, false));
     source.release();
     assert_eq!(counts(prefetch.wait()), [PAGES as u64, 0, 0]);
+}
+
+#[test]
+fn a_source_that_hangs_holds_up_no_prefetch_of_another_region() {
+    for workers in [1, 3] {
+        let pool = Pool::builder().workers(workers).max_workers(8).start().unwrap();
+        let (source, good) =
+            (Arc::new(Scripted::new(BYTES).holding(0..BYTES)), Arc::new(Scripted::new(BYTES)));
+        let (hangs, other) = (builder(&source).build(&pool).unwrap(), builder(&good).build(&pool).unwrap());
+        let mut held: Vec<_> = (0..2).map(|_| hangs.prefetch(..).unwrap()).collect();
+        source.wait_until_held(1);
+        let prefetch = other.prefetch(..).unwrap();
+        let is_over = comes_true(|| prefetch.is_done());
+        assert!(source.reads() <= 2, "the region that hangs takes no more workers");
+        source.release();
+        assert!(is_over, "it waits for a source of another region");
+        assert!(is_right(&other));
+        held.drain(..).for_each(|held| assert_eq!(held.wait().pages_failed, 0));
+        assert!(is_right(&hangs));
+    }
 }
 
 #[test]

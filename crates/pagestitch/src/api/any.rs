@@ -189,6 +189,7 @@ impl AnyRegion {
     ///
     /// * **After faults.** Idle workers of the [`Pool`](crate::Pool) fill the pages, about a millisecond
     ///   at a time, while no fault waits. They are all workers but one, and at least one. A
+    ///   source that holds its workers up for 10 ms does not end the prefetches of other regions. A
     ///   [`Manual`](crate::Manual) fills them in its [`serve_ready`](crate::Manual::serve_ready).
     /// * **Failures** poison no page and repeat no read: the pages stay absent, and their touch reads
     ///   the source again. [`PrefetchProgress`](crate::PrefetchProgress) counts them.

@@ -103,11 +103,13 @@ impl PrefetchJob {
 
     /// Ready when it is over; otherwise the waker is woken then.
     pub(crate) fn poll(&self, waker: &Waker) -> Poll<()> {
+        // Before the lock: a foreign clone may take long, and workers need the lock.
+        let waker = waker.clone();
         let mut state = self.state.lock();
         if self.is_over() {
             return Poll::Ready(());
         }
-        let before = state.waker.replace(waker.clone());
+        let before = state.waker.replace(waker);
         drop(state);
         drop(before);
         Poll::Pending

@@ -95,7 +95,7 @@ impl ServerState {
             wake_fd: Arc::new(wake_fd),
             faults: bounded(QUEUE_MAX),
             prefetches: bounded(PREFETCH_MAX),
-            requested: PrefetchQueue::new(cpus.workers),
+            requested: PrefetchQueue::new(cpus.workers, most),
             slow_admission: SlowAdmission::new(QUEUE_MAX),
             workers: WorkerTable::new(cpus.workers, most)?,
             overflowed: AtomicBool::new(false),

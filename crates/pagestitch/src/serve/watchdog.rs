@@ -151,6 +151,9 @@ impl Watchdog {
         let posts: Vec<_> = self.state.workers.abandoned(&self.seen).collect();
         let short = !posts.into_iter().all(|post| self.replace(post));
         self.note_shortage(short, look);
+        if look.held_up > 0 {
+            self.state.requested.note_held_up(|slot| self.seen[slot].is_held_up());
+        }
         self.last_resort(look);
         let overflowed = self.state.overflowed.swap(false, Ordering::SeqCst);
         if short || overflowed || !self.read.is_empty() {

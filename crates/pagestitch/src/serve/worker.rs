@@ -371,7 +371,7 @@ impl Worker {
     /// Fills a part of a prefetch that the application has requested. False if there is none, or if
     /// enough workers have one.
     fn fill_requested(&mut self) -> bool {
-        let Some((RequestedPrefetch { handle, job }, block)) = self.state.requested.take() else {
+        let Some((RequestedPrefetch { handle, job }, block)) = self.state.requested.take(self.slot) else {
             return false;
         };
         match handle.enter() {
@@ -381,7 +381,7 @@ impl Worker {
             }
             None => job.end(),
         }
-        self.state.requested.release();
+        self.state.requested.release(self.slot);
         true
     }
 

@@ -208,7 +208,7 @@ impl WorkerTable {
 
 impl SeenWorker {
     /// True if the worker hangs in one step, mostly in a source.
-    fn is_held_up(self) -> bool {
+    pub(super) fn is_held_up(self) -> bool {
         self.still >= HELD_UP_AFTER
     }
 }
