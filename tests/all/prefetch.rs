@@ -478,6 +478,76 @@ fn a_prefetch_is_a_future_that_is_ready_when_it_is_over() {
     }
 }
 
+/// Runs its task at once, in the thread that wakes it: the task requests another prefetch.
+struct RunsAtOnce(Arc<Region>, AtomicUsize);
+
+impl Wake for RunsAtOnce {
+    fn wake(self: Arc<Self>) {
+        self.0.prefetch(..).unwrap().detach();
+        self.1.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_task_that_runs_in_the_thread_that_wakes_it_may_prefetch() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let source = Arc::new(Scripted::new(BYTES).holding(0..PAGE as u64));
+    let region = Arc::new(builder(&source).build(&pool).unwrap());
+    let before = region.prefetch(..8192).unwrap();
+    source.wait_until_held(1);
+    let waker = Arc::new(RunsAtOnce(Arc::clone(&region), AtomicUsize::new(0)));
+    let mut cancelled = Box::pin(region.prefetch(8192..).unwrap());
+    assert!(cancelled.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::clone(&waker)))).is_pending());
+    drop(cancelled);
+    source.release();
+    before.wait();
+    until(|| waker.1.load(Ordering::SeqCst) > 0);
+    until(|| region.metrics().pages_ahead == PAGES as u64);
+}
+
+/// The last owner of a region, as the waker of a task is whose executor has ended. Its token is dropped
+/// after the region.
+struct Owns {
+    region: Region,
+    _token: Arc<()>,
+}
+
+impl Wake for Owns {
+    fn wake(self: Arc<Self>) {}
+}
+
+#[test]
+fn the_waker_of_a_prefetch_may_be_the_last_owner_of_its_region() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let source = Arc::new(Scripted::new(BYTES).holding(0..PAGE as u64));
+    let token = Arc::new(());
+    let owner = Arc::new(Owns { region: builder(&source).build(&pool).unwrap(), _token: Arc::clone(&token) });
+    let meter = owner.region.meter();
+    let mut prefetch = pin!(owner.region.prefetch(..).unwrap());
+    source.wait_until_held(1);
+    assert!(prefetch.as_mut().poll(&mut Context::from_waker(&Waker::from(owner))).is_pending());
+    source.release();
+    until(|| prefetch.is_done() && Arc::strong_count(&token) == 1);
+    assert_eq!(meter.metrics().pages_ahead, PAGES as u64);
+    let other = Region::builder().chunk(vec![8; 50 * PAGE]).build(&pool).unwrap();
+    assert!(other.as_slice().iter().all(|&byte| byte == 8));
+}
+
+#[test]
+fn the_waker_of_an_asynchronous_prefetch_may_be_the_last_owner_of_its_region() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    let source = Arc::new(Held::default());
+    let region = Region::builder().chunk(Chunk::fetch(Arc::clone(&source))).build(&pool).unwrap();
+    let token = Arc::new(());
+    let owner = Arc::new(Owns { region, _token: Arc::clone(&token) });
+    let mut prefetch = pin!(owner.region.prefetch(..).unwrap());
+    until(|| source.open() > 0);
+    assert!(prefetch.as_mut().poll(&mut Context::from_waker(&Waker::from(owner))).is_pending());
+    source.answer_until(|| prefetch.is_done() && Arc::strong_count(&token) == 1);
+    let other = Region::builder().chunk(vec![8; 50 * PAGE]).build(&pool).unwrap();
+    assert!(other.as_slice().iter().all(|&byte| byte == 8));
+}
+
 #[test]
 fn handles_and_progress_can_be_sent_between_threads() {
     const fn is_sent<T: Send + Sync + Unpin + 'static>() {}

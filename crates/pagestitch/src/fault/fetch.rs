@@ -86,14 +86,28 @@ pub(crate) fn fetch<H: Host>(
 impl<H: Host> Complete for Pending<H> {
     fn complete(self: Box<Self>, answer: io::Result<&[u8]>) {
         self.deliver(answer, None);
+        self.leave();
     }
 
     fn retry(self: Box<Self>, pause: Duration, error: io::Error) {
         self.deliver(Err(error), Some(pause));
+        self.leave();
     }
 }
 
 impl<H: Host> Pending<H> {
+    /// Leaves the region, and then wakes the task that polls a requested prefetch.
+    fn leave(self) {
+        let job = match &self.wanted {
+            FetchReason::Requested(job) => Some(Arc::clone(job)),
+            FetchReason::Now(_) | FetchReason::Ahead => None,
+        };
+        drop(self);
+        if let Some(job) = job {
+            job.wake();
+        }
+    }
+
     /// `pause`: the time to wait before the request is sent again, if its source asks for that.
     fn deliver(&self, answer: io::Result<&[u8]>, pause: Option<Duration>) {
         let _abort = AbortOnPanic::armed();

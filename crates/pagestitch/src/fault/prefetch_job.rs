@@ -122,12 +122,13 @@ impl PrefetchJob {
     }
 
     /// Takes the next block, for a worker that is about to fill it. The flag tells whether other
-    /// workers may take more at the same time. `None`: it leaves its queue.
+    /// workers may take more at the same time. `None`: it leaves its queue, and the caller
+    /// [wakes](Self::wake) its task.
     pub(crate) fn take(&self) -> Option<(Span, bool)> {
         let mut state = self.state.lock();
         if !self.can_go_on(&state) {
             state.is_queued = false;
-            self.end_if_over(state);
+            self.end_if_over(&state);
             return None;
         }
         let block = state.later.pop().unwrap_or_else(|| {
@@ -163,7 +164,7 @@ impl PrefetchJob {
         let mut state = self.state.lock();
         state.is_timed = false;
         if state.is_queued || !self.can_go_on(&state) {
-            self.end_if_over(state);
+            self.end_if_over(&state);
             return false;
         }
         state.is_queued = true;
@@ -195,7 +196,19 @@ impl PrefetchJob {
     /// Ends it at once, because its region is not served any more.
     pub(crate) fn end(&self) {
         self.cancel();
-        self.set_over(self.state.lock());
+        self.set_over(&self.state.lock());
+        self.wake();
+    }
+
+    /// Wakes the task that polls it, if it is over. Called after each step that may end it, by a thread
+    /// that holds no lock and is inside no region: a task may run at once, in the thread that wakes
+    /// it, and its waker may own the region.
+    pub(crate) fn wake(&self) {
+        let waker = if self.is_over() { self.state.lock().waker.take() } else { None };
+        if let Some(waker) = waker {
+            quietly(|| waker.wake_by_ref());
+            discard(waker);
+        }
     }
 
     /// Ends it at once, because all of its pages are present but those that `poisoned` counts.
@@ -208,7 +221,7 @@ impl PrefetchJob {
 
     fn next_step(&self, mut state: MutexGuard<'_, State>) -> NextStep {
         if state.is_queued || !self.can_go_on(&state) {
-            self.end_if_over(state);
+            self.end_if_over(&state);
             return NextStep::None;
         }
         state.is_timed = true;
@@ -219,22 +232,16 @@ impl PrefetchJob {
         state.has_pages() && !state.is_timed && state.fetches < FETCHES_MAX && !self.is_cancelled()
     }
 
-    fn end_if_over(&self, state: MutexGuard<'_, State>) {
+    fn end_if_over(&self, state: &State) {
         let is_idle = state.steps == 0 && state.fetches == 0;
         if is_idle && (self.is_cancelled() || !state.has_pages()) {
             self.set_over(state);
         }
     }
 
-    fn set_over(&self, mut state: MutexGuard<'_, State>) {
+    fn set_over(&self, _state: &State) {
         self.is_over.store(true, Ordering::SeqCst);
-        let waker = state.waker.take();
-        drop(state);
         self.over.notify_all();
-        if let Some(waker) = waker {
-            quietly(|| waker.wake_by_ref());
-            discard(waker);
-        }
     }
 }
 

@@ -79,8 +79,9 @@ impl<R> PrefetchQueue<R> {
         self.waiting.load(Ordering::SeqCst) > 0 && self.has_room.load(Ordering::SeqCst)
     }
 
-    /// The next block, for the worker in a slot, which calls [`release`](Self::release) afterwards.
-    pub(super) fn take(&self, slot: usize) -> Option<(RequestedPrefetch<R>, Span)> {
+    /// The next block, for the worker in a slot, which calls [`release`](Self::release) afterwards. A
+    /// prefetch without a block has left the queue: the worker wakes its task.
+    pub(super) fn take(&self, slot: usize) -> Option<(RequestedPrefetch<R>, Option<Span>)> {
         if !self.has_work() {
             return None;
         }
@@ -90,20 +91,20 @@ impl<R> PrefetchQueue<R> {
         taken
     }
 
-    fn take_first(&self, inner: &mut Inner<R>, slot: usize) -> Option<(RequestedPrefetch<R>, Span)> {
+    fn take_first(&self, inner: &mut Inner<R>, slot: usize) -> Option<(RequestedPrefetch<R>, Option<Span>)> {
         loop {
             let first = inner.queue.pop_front()?;
             if inner.working.iter().filter(|working| working.is_of(&first)).count() >= self.most {
                 inner.parked.push(first);
                 continue;
             }
-            let Some((block, goes_on)) = first.job.take() else { continue };
+            let Some((block, goes_on)) = first.job.take() else { return Some((first, None)) };
             if goes_on {
                 // In the place of the one that was taken, so that the queue does not grow.
                 inner.queue.push_back(first.clone());
             }
             inner.working.push(Working { slot, handle: Arc::clone(&first.handle), is_held_up: false });
-            return Some((first, block));
+            return Some((first, Some(block)));
         }
     }
 
@@ -170,7 +171,7 @@ mod tests {
         both.iter().for_each(|prefetch| queue.add(prefetch.clone()));
         let take = |slot| {
             let taken = queue.take(slot);
-            taken.map(|(taken, block)| (Arc::ptr_eq(&taken.job, &both[0].job), block.first.0))
+            taken.map(|(taken, block)| (Arc::ptr_eq(&taken.job, &both[0].job), block.unwrap().first.0))
         };
         assert_eq!((take(0), take(1)), (Some((true, 0)), Some((false, 0))));
         assert!(take(2).is_none() && !queue.has_work());
@@ -214,7 +215,8 @@ mod tests {
         let cancelled = prefetch(&RegionHandle::dangling(), 1024);
         queue.add(cancelled.clone());
         cancelled.job.cancel();
-        assert!(queue.has_work() && queue.take(0).is_none());
+        assert!(queue.has_work());
+        assert_eq!(queue.take(0).unwrap().1, None);
         assert!(!queue.has_work() && cancelled.job.is_over());
     }
 }

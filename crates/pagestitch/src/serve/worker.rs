@@ -341,11 +341,10 @@ impl Worker {
                     let Some(region) = handle.enter() else { continue };
                     serve_limited(&region, Some(request), |request| self.serve_now(&region, request, None));
                 }
-                Some(TimedTask::Prefetch(prefetch)) => {
-                    if prefetch.job.resume() {
-                        self.state.requested.add(prefetch);
-                    }
-                }
+                Some(TimedTask::Prefetch(prefetch)) => match prefetch.job.resume() {
+                    true => self.state.requested.add(prefetch),
+                    false => prefetch.job.wake(),
+                },
                 Some(TimedTask::Look(handle)) => {
                     if let Some(region) = handle.enter() {
                         region.turns.look_begins();
@@ -374,6 +373,10 @@ impl Worker {
         let Some((RequestedPrefetch { handle, job }, block)) = self.state.requested.take(self.slot) else {
             return false;
         };
+        let Some(block) = block else {
+            job.wake();
+            return true;
+        };
         match handle.enter() {
             Some(region) => {
                 self.state.workers.step(self.slot);
@@ -382,6 +385,7 @@ impl Worker {
             None => job.end(),
         }
         self.state.requested.release(self.slot);
+        job.wake();
         true
     }
 
