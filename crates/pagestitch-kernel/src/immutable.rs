@@ -59,6 +59,10 @@ impl StableFile {
             );
         }
         match measure(file.file()) {
+            // Before it had fs-verity, another process may have shortened it.
+            Ok(()) if file.file().metadata()?.len() != file.len() => {
+                refuse("its length has changed since it was opened: open it again")
+            }
             Ok(()) => Ok(Self { file, grounds: Grounds::Verity }),
             Err(Errno::ENODATA) => refuse(
                 "it has no fs-verity: enable it (fsverity enable FILE), or promise that the file does not change",
