@@ -54,7 +54,7 @@
 //! | zeros | [`Chunk::hole`] | 7 µs | none while it is only read |
 //! | in your memory | [`Memory`](source::Memory): `Chunk::from(vec)`, `Memory::new(owner)` | 10 µs; 6 µs [`Inline`] | its copy |
 //! | in your memory, borrowed | [`scope`](scope()) | the same | its copy |
-//! | in your memory, and not needed there any more | [`Pages`](source::Pages) | 0.2 µs, because huge pages move whole | none: the page moves |
+//! | in large memory that you fill yourself, and do not need there any more | [`Pages`](source::Pages) | 0.2 µs, because huge pages move whole | none: the page moves |
 //! | in a sealed memfd, made here or received | [`Memfd`](source::Memfd) | in place: 0.3 µs | none |
 //! | in a file that does not change | [`ImmutableFile`](source::ImmutableFile), by a promise or by fs-verity | in place: 0.2 µs | none |
 //! | in a file, a block device | [`FileSource`](source::FileSource), or an open `std::fs::File` | 11 µs and the disk | its copy |
@@ -75,7 +75,7 @@
 //! |---|---|---|---|
 //! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to eight; more if sources hang |
 //! | touches random pages of memory | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory or in place |
-//! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`] | 10 µs | one worker for each core |
+//! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`]; [`Inline`] for bytes in memory or in place | 10 µs; 6 µs | one worker for each core; none |
 //! | has an event loop, or threads, that do **not** touch the region | [`Manual`] | as a pool, and the wait for the loop | none |
 //! | runs on tokio | [`Pool`] with async sources, or the task `pagestitch_tokio::serve` | as a pool | none, or a pool's |
 //! | may not use userfaultfd: Docker, gVisor | [`Eager`]; [`best_server`] takes it where there is no pool | none: the build fills all pages that are not mapped in place | none |
@@ -100,10 +100,13 @@
 //! # Promises
 //!
 //! * **Never zeros for bytes.** Touching a page whose source fails raises SIGBUS;
-//!   [`Region::read_at`] and [`populate`](AnyRegion::populate) return the source's error.
-//! * **No thread waits on a lost page.** A fill that cannot finish releases its page and wakes the
-//!   waiting threads, which fault again.
-//! * **Safe is sound.** Unsafe code is confined to `pagestitch-kernel`. Borrowed chunks exist only
+//!   [`Region::read_at`] and [`populate`](AnyRegion::populate) return the source's error. The memory
+//!   of another process loses this promise if its server is killed: see `SECURITY.md`.
+//! * **A lost page stops only its own threads.** A fill that cannot finish releases its page and wakes
+//!   the waiting threads, which fault again. A source that hangs holds up the threads at its own pages,
+//!   until [`fault_timeout`](PoolBuilder::fault_timeout) ends their wait with SIGBUS.
+//! * **Safe is sound.** Unsafe code is in `pagestitch-kernel`; `ci/lint` lists the few other files, with
+//!   promises such as that of an [`ImmutableFile`](source::ImmutableFile). Borrowed chunks exist only
 //!   inside a [`scope`](scope()).
 //! * **No privileges.** Since Linux 5.11 an ordinary user needs no capability.
 //!   [`Region::serves_system_calls`] tells whether the kernel itself can touch absent pages.
@@ -131,7 +134,7 @@
 //! | [`pagestitch-firecracker`](https://docs.rs/pagestitch-firecracker) | the memory of Firecracker guests that are restored from snapshots |
 //! | [`pagestitch-testkit`](https://docs.rs/pagestitch-testkit) | a conformance suite for sources of your own, scripted sources, tests in child processes |
 //! | [`pagestitch-cli`](https://docs.rs/crate/pagestitch-cli) | the command: `probe` lists the abilities of a machine, `bench` measures it, `serve` restores guests |
-//! | [`pagestitch-kernel`](https://docs.rs/pagestitch-kernel) | the kernel interfaces, and all unsafe code |
+//! | [`pagestitch-kernel`](https://docs.rs/pagestitch-kernel) | the kernel interfaces, and the unsafe code, except for a few promises |
 //!
 //! The repository has a guide (`docs/guide.md`: choices, slow regions, memory, containers, SIGBUS,
 //! hangs, the way from `mmap`, UMap or a handler of one's own), the design (`ARCHITECTURE.md`), and
@@ -142,12 +145,13 @@
 //! | `quickstart`, `own_source`, `shared_source` | a first region; a source of your own; one that is slow and shared |
 //! | `files_as_one`, `sealed_memfd`, `shared_memfd`, `donate`, `ring_buffer` | no copy: files, memfds, pages that move, the same bytes twice |
 //! | `inline`, `embed_epoll`, `embed_thread_pool`, `embed_tokio` | other servers than a pool |
-//! | `hand_over` | a region as the bytes of safetensors and Arrow |
+//! | `weights`, `hand_over` | tensors as slices of their files; a region as the bytes of safetensors and Arrow |
 //! | `adopt`, `userfaultfd_crate` | memory of another process, or of the `userfaultfd` crate |
 //! | `physical`, `alias_existing_memory` | devices, mappings without a descriptor |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
-// One exception, in `serve/inline`: the promise that the fault path may run in a signal handler.
+// Two exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), and
+// the promise of the caller that a file does not change (`source/immutable`).
 #![deny(unsafe_code)]
 
 #[macro_use]

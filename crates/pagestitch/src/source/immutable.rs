@@ -19,9 +19,10 @@ use std::sync::Arc;
 ///
 /// If a chunk starts at the same offset within a page in the file and in the region, the region maps
 /// the file's own pages: no copy, no fault to a worker, no memory beside the page cache.
-/// [`page_aligned`](crate::Builder::page_aligned) places chunks so. Bytes off a page boundary, and
-/// pages that two chunks share, are read with `pread(2)` on first touch. Cloning shares the file,
-/// which needs no descriptor once all of its chunks are mapped.
+/// [`page_aligned`](crate::Builder::page_aligned) places each chunk so, in pages of its own, also one
+/// that starts or ends inside a page. Other chunks, and pages in which chunks meet that do not continue
+/// each other in the file, are read with `pread(2)` on first touch. Cloning shares the file, which needs
+/// no descriptor once all of its chunks are mapped.
 ///
 /// The grounds on which the bytes do not change are either
 ///
