@@ -4,7 +4,7 @@
 //!   Its fetches overlap up to a limit, and no thread waits for them.
 //! * [`serve`] is a task that serves the faults of a [`Manual`] server, on the threads of the
 //!   runtime.
-//! * [`populate`] fills a range of a region, and no thread waits for it. Dropping it cancels it.
+//! * [`populate()`] fills a range of a region, and no thread waits for it. Dropping it cancels it.
 //!
 //! A touch of a region blocks its thread, and the runtime does not know. Touch regions in threads
 //! of your own or in `spawn_blocking`, never in a task of the runtime that fills them.
