@@ -3,6 +3,7 @@
 use crate::{PAGE, pattern, reason};
 use pagestitch::source::{FailureReason, ImmutableFile, SharedFile};
 use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region};
+use pagestitch_kernel::{Features, Support};
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::Write;
@@ -86,7 +87,8 @@ fn edges_and_unaligned_parts_of_an_immutable_file_are_copied() {
         let (edge, off) = (&plan.runs()[0], &plan.runs()[1]);
         assert_eq!((edge.method, edge.reason), (Method::Buffered, PlanReason::Edge), "{plan}");
         assert_eq!((off.method, off.reason), (Method::Buffered, PlanReason::OtherOffset), "{plan}");
-        assert!(plan.staged().is_ok(), "whole blocks are read into huge pages: {plan}");
+        let can_move = Support::current().has(Features::MOVE);
+        assert_eq!(plan.staged().is_ok(), can_move, "whole blocks are read into huge pages: {plan}");
         assert!(*region.as_slice() == [&bytes[..2 * PAGE + 5], &bytes[1..]].concat());
         assert_eq!(region.close().pages_in_place, 2);
     }
@@ -164,7 +166,9 @@ fn populate_maps_the_pages_of_an_immutable_file() {
                 region.chunk_slice(1).unwrap().iter().step_by(PAGE).map(|&byte| u64::from(byte)).sum::<u64>()
                     > 0
             );
-            assert!(faults() - before < 100, "{} faults of {} pages", faults() - before, (5 << 20) / PAGE);
+            // A sanitizer has faults of its own.
+            let (seen, pages) = (faults() - before, (5 << 20) / PAGE as i64);
+            assert!(seen < pages / 4, "{seen} faults of {pages} pages");
         });
         assert!(end.passed(), "{}", end.output());
     }

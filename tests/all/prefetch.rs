@@ -157,6 +157,9 @@ fn a_failing_source_poisons_no_page_and_the_other_pages_are_filled() {
     assert_eq!(region.metrics().pages_poisoned, 0);
     // The touch of a page beside the failing one succeeds, and that of the failing page poisons it.
     assert_eq!(region.as_slice()[699 * PAGE], byte_at(699 * PAGE as u64));
+    if lacks_poison(this_test!()) {
+        return;
+    }
     region.populate(..).unwrap_err();
     let [.., skipped] = counts(region.prefetch(..).unwrap().wait());
     assert_eq!(skipped, 1, "the poisoned page");

@@ -83,14 +83,14 @@ impl Error {
         Self::of_descriptor(format_args!("{what} {}", path.display()), source).at_path(path)
     }
 
-    /// As [`io`](Self::io), for a file without a path. An error without a number is of a file that
-    /// does not suit its use.
+    /// As [`io`](Self::io), for a file without a path. An error without a number, and that of a
+    /// folder, is of a file that does not suit its use.
     pub(crate) fn of_descriptor(what: impl fmt::Display, source: io::Error) -> Self {
         let errno = source.raw_os_error();
         let (kind, limit) = match errno.map(Errno::from_raw) {
             Some(errno @ (Errno::EMFILE | Errno::ENFILE)) => kind_of(errno),
-            Some(_) => (ErrorKind::Io, None),
-            None => (ErrorKind::UnusableFile, None),
+            Some(_) if source.kind() != io::ErrorKind::IsADirectory => (ErrorKind::Io, None),
+            _ => (ErrorKind::UnusableFile, None),
         };
         let mut error = Self::because(kind, what, source);
         if let Some(limit @ Limit::Descriptors(_)) = &limit {
