@@ -537,7 +537,9 @@ fn an_output_that_is_not_completed_leaves_the_old_file_and_no_part() {
     let file = fs::File::create(path("big")).unwrap();
     let start = || {
         file.set_len(2 << 30).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+        // A shell has its background jobs ignore SIGINT, and with them the tests of such a job.
+        let mut command = Command::new("env");
+        command.args(["--default-signal=INT", env!("CARGO_BIN_EXE_pagestitch")]);
         command.current_dir(directory.path()).args(["stitch", "big", "-o", "written"]);
         let child = command.stderr(Stdio::piped()).spawn().unwrap();
         wait_for_output(&child);
