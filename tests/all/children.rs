@@ -327,6 +327,10 @@ fn a_child_without_a_free_descriptor_gets_a_signal_and_no_thread_hangs() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn regions_that_children_cannot_inherit_are_refused_with_the_reason() {
     let bytes = vec![1u8; 10];
     let error =

@@ -263,6 +263,10 @@ fn a_discarded_moved_page_is_an_error_and_not_zeros() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn a_touch_of_a_discarded_page_that_moved_at_the_build_is_sigbus() {
     let end = child::run(this_test!(), || {
         let pool = Pool::new().unwrap();
@@ -285,6 +289,10 @@ fn a_touch_of_a_discarded_page_that_moved_at_the_build_is_sigbus() {
 }
 
 #[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "fork(2) waits for a thread that waits for the sanitizer, which waits for fork(2)"
+)]
 fn untouched_pages_that_moved_at_the_build_are_zeros_for_forked_children_too() {
     let mut pages = Pages::new(40 * PAGE).unwrap();
     pages[20 * PAGE] = 7;
