@@ -156,6 +156,7 @@ fn resident() -> usize {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "each read takes memory of the sanitizer")]
 fn reads_of_a_huge_hole_take_no_memory() {
     let end = child::run(this_test!(), || {
         let (edge, hole) = (pattern(1, 5000), 1_u64 << 40);
@@ -316,6 +317,7 @@ fn a_source_that_fails_everywhere_can_be_poisoned() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "the sanitizer leaves fewer addresses than the region has")]
 fn a_region_larger_than_the_memory_is_refused() {
     let huge = Arc::new(Scripted::new(1 << 44));
     let error = Region::builder().name("huge").chunk(Chunk::source(Arc::clone(&huge))).build(Eager);
@@ -419,6 +421,7 @@ fn a_poisoned_page_is_a_signal_in_a_forked_child_too() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer may lie where the region was")]
 fn a_touch_after_the_drop_is_no_read() {
     let end = child::run(this_test!(), || {
         let region = Region::builder().chunk(vec![7; 10 * PAGE]).build(Eager).unwrap();

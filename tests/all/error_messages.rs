@@ -138,6 +138,7 @@ fn the_errors_of_options_name_the_option_and_the_remedy() {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "the sanitizer leaves fewer addresses than the region has")]
 fn the_errors_of_a_build_that_fills_name_the_chunk_or_the_size_and_the_remedy() {
     let failing = || Chunk::source(Arc::new(Scripted::new(4 * PAGE as u64).failing(0..1)));
     let poisoned = named().chunk(failing().on_failure(OnFailure::Poison)).build(Eager).unwrap();

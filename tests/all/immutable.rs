@@ -151,6 +151,7 @@ fn has_populate_read() -> bool {
 }
 
 #[test]
+#[cfg_attr(sanitized = "thread", ignore = "each read has faults of the sanitizer")]
 fn populate_maps_the_pages_of_an_immutable_file() {
     if !has_populate_read() {
         return println!("SKIPPED: the kernel does not populate mappings of files");
