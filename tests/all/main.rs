@@ -51,6 +51,7 @@ mod signals;
 mod splits;
 mod swap;
 mod teardown;
+mod units;
 mod userfaultfd_crate;
 mod watchdog;
 mod wrappers;
