@@ -159,21 +159,11 @@ fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Resul
 }
 
 fn print(measured: &Measurement) -> Result<(), Box<dyn Error>> {
-    let Measurement {
-        is_eager: _,
-        pieces,
-        len,
-        build_ns,
-        touch_ns,
-        eager_ns,
-        latencies,
-        after_touch,
-        sha256,
-        expected,
-    } = measured;
+    let Measurement { len, build_ns, touch_ns, eager_ns, latencies, after_touch, .. } = measured;
     let at = |quantile| nanoseconds(latencies.value_at_quantile(quantile));
     let pages = len.div_ceil(Support::current().page_size().bytes());
     let mut out = stdout();
+    let (pieces, sha256, expected) = (measured.pieces, &measured.sha256, &measured.expected);
     let verdict = if sha256 == expected { "equal" } else { "DIFFERENT" };
     writeln!(out, "SHA-256 of the file    {expected}\nSHA-256 of the region  {sha256}  {verdict}\n")?;
     let mut table = table(&["result", ""]);
