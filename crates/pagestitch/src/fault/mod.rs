@@ -59,33 +59,31 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
     };
     filler.claimed(&mut claim);
     let claimed = claim.span();
-    let end = fill_claim(region, &mut claim, filler);
-    drop(claim);
-    if !F::MODE.is_quiet() {
-        region.release_sources(claimed);
-    }
-    end
-}
-
-/// Fills and installs the pages of a claim.
-#[inline]
-fn fill_claim<F: Filler>(region: &Mapping, claim: &mut Claim<'_>, filler: &mut F) -> Result<(), Unfilled> {
-    while !claim.span().is_empty() {
-        if filler.fetches(claim) {
+    let mut end = Ok(());
+    while end.is_ok() && !claim.span().is_empty() {
+        if filler.fetches(&mut claim) {
             continue;
         }
         let installed = match filler.fill(claim.span()) {
             // The install settles and records the pages. The bytes are passed by reference, because
             // a signal handler has a small stack.
-            Ok(ref mut filled) => install(region, claim, filled, F::MODE),
+            Ok(ref mut filled) => install(region, &mut claim, filled, F::MODE),
             Err(error) => Err(error),
         };
-        match installed {
-            Ok(pages) => filler.installed(pages),
-            Err(error) => filler.failed(claim, error)?,
-        }
+        end = match installed {
+            Ok(pages) => {
+                filler.installed(pages);
+                Ok(())
+            }
+            Err(error) => filler.failed(&mut claim, error),
+        };
     }
-    Ok(())
+    drop(claim);
+    // A source whose bytes are all installed is dropped with no claim held.
+    if !F::MODE.is_quiet() {
+        region.release_sources(claimed);
+    }
+    end
 }
 
 /// The caller of a [`journey`]: the place of the bytes, and the reaction to a failure.
