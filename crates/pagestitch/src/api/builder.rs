@@ -462,9 +462,13 @@ impl<S> Builder<S> {
 
     fn push(&mut self, chunk: impl IntoChunk) {
         if let Ok(layout) = &mut self.layout {
-            let number = layout.next_number();
-            let chunk = chunk.into_chunk().map_err(|error| error.inside_chunk(number));
-            if let Err(error) = chunk.and_then(|chunk| lay(layout, chunk, self.align, self.aligned)) {
+            let laid = match chunk.into_chunk() {
+                // Most chunks lie end to end, and there may be millions of them.
+                Ok(chunk) if (self.align, chunk.align, self.aligned) == (1, 1, false) => layout.push(chunk),
+                Ok(chunk) => lay_aligned(layout, chunk, self.align, self.aligned),
+                Err(error) => Err(error.inside_chunk(layout.next_number())),
+            };
+            if let Err(error) = laid {
                 self.layout = Err(error);
             }
         }
@@ -567,7 +571,7 @@ impl Builder {
 }
 
 /// Appends a chunk, after the padding that it needs.
-fn lay(layout: &mut Layout, chunk: Chunk, align: u64, own_page: bool) -> Result<(), Error> {
+fn lay_aligned(layout: &mut Layout, chunk: Chunk, align: u64, own_page: bool) -> Result<(), Error> {
     let (page, aligns) = (PageSize::system(), [align, chunk.align]);
     let most = page.bytes() as u64;
     if let Some(align) = aligns.iter().find(|align| !align.is_power_of_two() || **align > most) {

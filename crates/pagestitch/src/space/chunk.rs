@@ -226,7 +226,9 @@ impl Chunk {
 
 impl From<Memory> for Chunk {
     fn from(memory: Memory) -> Self {
-        Self::whole(Backing::Memory(memory))
+        // The size without a dynamic call, because there may be millions of buffers.
+        let range = 0..memory.size();
+        Self { backing: Backing::Memory(memory), range, on_failure: None, align: 1 }
     }
 }
 

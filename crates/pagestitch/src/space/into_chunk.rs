@@ -73,6 +73,7 @@ macro_rules! into_chunk {
         impl $(<const $N: usize>)? sealed::Sealed for $owner {}
 
         impl $(<const $N: usize>)? IntoChunk for $owner {
+            #[inline]
             fn into_chunk(self) -> Result<Chunk, Error> {
                 Ok(Chunk::from(self))
             }

@@ -110,7 +110,8 @@ impl Layout {
             None => align,
         };
         let wanted = if has_place { chunk.range.start } else { 0 };
-        if let Some(gap) = self.gap_before(chunk, unit).filter(|_| has_place) {
+        let gap = if has_place { self.gap_before(chunk, unit) } else { None };
+        if let Some(gap) = gap {
             if !gap.is_empty() {
                 self.padding.push(self.origins.len() as u32);
                 self.lay(chunk.backing.clone(), &gap)?;
@@ -131,12 +132,13 @@ impl Layout {
     /// chunk has its place. With them as padding, one mapping shows both chunks.
     fn gap_before(&self, chunk: &Chunk, unit: u64) -> Option<Range<u64>> {
         let (last, start) = (self.origins.last()?, self.starts.last()?);
-        let known = self.known.get(&chunk.backing.identity()?)?;
+        let identity = chunk.backing.identity()?;
+        let is_same = self.sources[last.source as usize].identity() == Some(identity);
         let end = last.offset + (self.total - start);
         let gap = chunk.range.start.checked_sub(end)?;
         let most = if chunk.backing.is_in_page_cache() { GAP_MAX } else { 0 };
         let in_place = (self.total ^ end) % unit == 0;
-        (*known == last.source && in_place && gap <= most).then_some(end..chunk.range.start)
+        (is_same && in_place && gap <= most).then_some(end..chunk.range.start)
     }
 
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
