@@ -7,8 +7,8 @@ use pagestitch_kernel::{Page, Span};
 /// The pages that a journey fills.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Wanted {
-    /// The page of a fault.
-    Touched(Page),
+    /// The page of a fault, and the absent pages of its read unit that lie around it.
+    Touched(Page, Span),
     /// The first page of a span, and the absent pages that follow it without a gap.
     Absent(Span),
     /// A poisoned page that is tried again.
@@ -26,7 +26,7 @@ pub(super) fn claim<'t>(
 ) -> Result<Claim<'t>, Unclaimed> {
     let pages = &region.pages;
     match wanted {
-        Wanted::Touched(page) => pages.claim_touched(page, waker, || region.is_resident(page)),
+        Wanted::Touched(page, unit) => pages.claim_touched(page, unit, waker, || region.is_resident(page)),
         Wanted::Absent(span) => pages.claim_run(span, waker).map_err(unclaimed),
         // A page that was discarded, and failed anew before that was noted, is absent here and has
         // its marker.

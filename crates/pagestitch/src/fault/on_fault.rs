@@ -40,7 +40,7 @@ pub(crate) fn serve<H: Host>(
     let mut fault = Fault::take_up(region, asked, permit, buffers);
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
     let started = Instant::now();
-    match journey(region, Wanted::Touched(asked.page), &mut fault) {
+    match journey(region, Wanted::Touched(asked.page, fault.unit), &mut fault) {
         Err(Unfilled::Unclaimed(reason)) => {
             fault.answer_without_claim(reason);
             return AfterFault::default();
@@ -62,6 +62,8 @@ struct Fault<'a, H: Host> {
     flight: Option<InFlightFault<'a>>,
     sources: Sources<'a>,
     prefetch: Prefetch,
+    /// The pages that are read with the page, because its source prefers to read them at once.
+    unit: Span,
     /// The block that is filled with the page.
     block: Option<Span>,
     /// Whether the source of the page answers later.
@@ -82,8 +84,11 @@ impl<'a, H: Host> Fault<'a, H> {
             true => region.counters.take_up_again(slot),
         };
         let sources = Sources::new(region, buffers, attempts);
+        // After a failure the page is filled alone.
+        let has_failed = attempts != Attempts::default();
+        let unit = if has_failed { page.span() } else { region.read_unit(page) };
         let prefetch = Prefetch::default();
-        Self { region, asked, permit, flight, sources, prefetch, block: None, is_fetched: false }
+        Self { region, asked, permit, flight, sources, prefetch, unit, block: None, is_fetched: false }
     }
 
     /// Records a first touch that fills `filled`, and asks the policy for pages to prefetch.
@@ -98,9 +103,9 @@ impl<'a, H: Host> Fault<'a, H> {
 
     /// Requests the page, and the pages that are read with it, from a source that answers later. At
     /// the limit the fault waits for a permit.
-    fn fetch(&mut self, claim: &mut Claim<'_>, unit: Span) -> bool {
-        let region = self.region;
-        if region.fetched_pages(claim.span()).is_none() || self.permit.is_none() && !region.may_fetch() {
+    fn fetch(&mut self, claim: &mut Claim<'_>) -> bool {
+        let (region, page) = (self.region, self.asked.page.span());
+        if region.fetched_pages(page).is_none() || self.permit.is_none() && !region.may_fetch() {
             return false;
         }
         let Some(permit) = self.permit.take().or_else(|| region.permit_fetch()) else {
@@ -109,7 +114,6 @@ impl<'a, H: Host> Fault<'a, H> {
             region.wait_for_permit(self.again());
             return true;
         };
-        claim.grow_within(unit);
         // A page before the touched one may be discarded by now, and the fetch then ends before the
         // touched page: the worker reads it.
         let Some((pages, source, offset)) = region.fetched_pages(claim.span()) else { return false };
@@ -179,18 +183,14 @@ impl<'a, H: Host> Fault<'a, H> {
 
 impl<H: Host> Filler for Fault<'_, H> {
     fn claimed(&mut self, claim: &mut Claim<'_>) {
-        let (page, is_first) = (self.asked.page, !self.asked.is_repeated);
-        // After a failure the page is filled alone.
-        let has_failed = self.asked.attempts != Attempts::default();
-        let unit = if has_failed { page.span() } else { self.region.read_unit(page) };
+        let is_first = !self.asked.is_repeated;
         if is_first {
-            self.note_first_touch(unit);
+            self.note_first_touch(self.unit);
         }
-        self.is_fetched = self.fetch(claim, unit);
+        self.is_fetched = self.fetch(claim);
         if is_first && !self.is_fetched {
-            self.block = self.region.movable_block(page).or(self.prefetch.with_fault);
+            self.block = self.region.movable_block(self.asked.page).or(self.prefetch.with_fault);
             self.block.iter().for_each(|block| claim.grow(*block));
-            claim.grow_within(unit);
         }
     }
 

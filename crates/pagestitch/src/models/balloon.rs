@@ -33,7 +33,7 @@ impl Owned {
     }
 
     fn serve(&self, page: Page) {
-        match self.table.claim_touched(page, &self.kernel, || self.kernel.is_resident(page)) {
+        match self.table.claim_touched(page, page.span(), &self.kernel, || self.kernel.is_resident(page)) {
             Ok(claim) => self.fill(claim),
             Err(Unclaimed::Filling | Unclaimed::Poisoned) => {}
             Err(Unclaimed::Resident) => self.kernel.wake(page.span()),

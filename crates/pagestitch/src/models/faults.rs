@@ -15,12 +15,18 @@ pub(super) struct Region {
     pub(super) kernel: Kernel,
     /// The page whose source fails.
     failing: Option<Page>,
+    /// Whether the source prefers to read all pages at once.
+    is_one_unit: bool,
 }
 
 impl Region {
     pub(super) fn new(pages: usize, failing: Option<Page>) -> Arc<Self> {
+        Arc::new(Self::with_unit(pages, failing, false))
+    }
+
+    fn with_unit(pages: usize, failing: Option<Page>, is_one_unit: bool) -> Self {
         let table = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
-        Arc::new(Self { table, kernel: Kernel::new(pages), failing })
+        Self { table, kernel: Kernel::new(pages), failing, is_one_unit }
     }
 
     /// The loop of a worker: handles discards first, then faults.
@@ -32,7 +38,8 @@ impl Region {
     }
 
     pub(super) fn serve(&self, page: Page) {
-        let claim = self.table.claim_touched(page, &self.kernel, || self.kernel.is_resident(page));
+        let unit = if self.is_one_unit { BOTH } else { page.span() };
+        let claim = self.table.claim_touched(page, unit, &self.kernel, || self.kernel.is_resident(page));
         match claim {
             Ok(claim) => {
                 if !self.fill(claim) {
@@ -190,6 +197,39 @@ fn populate_runs_beside_faults_and_discards() {
                 },
             ],
         );
+    });
+}
+
+#[test]
+fn faults_on_pages_of_one_unit_and_a_discard() {
+    explore("faults on one unit", || {
+        run(
+            &Arc::new(Region::with_unit(2, None, true)),
+            2,
+            [
+                |region| region.expect(Page(1)),
+                |region| region.expect(Page(0)),
+                |region| {
+                    region.kernel.remove(Page(0));
+                    region.expect(Page(1));
+                },
+            ],
+        );
+    });
+}
+
+/// A prefetch and a fault want the unit: one of them claims all of it, so that it is read once.
+#[test]
+fn a_unit_in_one_word_is_claimed_whole() {
+    explore("claims of one unit", || {
+        let region = Arc::new(Region::with_unit(2, None, true));
+        let prefetch = Arc::clone(&region);
+        let prefetch =
+            thread::spawn(move || prefetch.table.claim_run(BOTH, &prefetch.kernel).map(Claim::keep).ok());
+        let touch = |page| region.table.claim_touched(page, BOTH, &region.kernel, || false);
+        let touched = touch(Page(1)).map(Claim::keep).ok();
+        let prefetched = prefetch.join().unwrap();
+        assert!(touched.xor(prefetched) == Some(BOTH), "{touched:?}, {prefetched:?}");
     });
 }
 

@@ -227,7 +227,7 @@ fn serve(region: &Served, page: Page) -> bool {
     }
     region.counters.local().faults.add(1);
     let mut handler = InHandler { region, before, buffer: None };
-    match journey(region, Wanted::Touched(page), &mut handler) {
+    match journey(region, Wanted::Touched(page, page.span()), &mut handler) {
         // If the memory map is changing, the thread touches the page again.
         Ok(()) | Err(Unfilled::Changing) => true,
         // A handler that has interrupted this thread while it fills the page.

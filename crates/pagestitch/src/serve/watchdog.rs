@@ -265,7 +265,9 @@ fn warn(region: &Served, fault: &Overdue) {
 fn give_up(region: &Served, fault: &Overdue) {
     let failure = failure(region, fault);
     let text = failure.to_string();
-    let given_up = match region.pages.claim_touched(fault.page, &**region, || region.is_resident(fault.page))
+    let given_up = match region
+        .pages
+        .claim_touched(fault.page, fault.page.span(), &**region, || region.is_resident(fault.page))
     {
         // No worker serves the fault: the page is poisoned as after a failed source.
         Ok(mut claim) => matches!(fail_now(region, &mut claim, failure), Unfilled::Failed(_)),

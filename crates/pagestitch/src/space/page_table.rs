@@ -113,15 +113,17 @@ impl PageTable {
     }
 
     /// Claims the page of a fault, also if the table has it as present and the kernel, by
-    /// `is_resident`, does not have it.
+    /// `is_resident`, does not have it. The absent pages of `unit`, which holds the page, are claimed
+    /// with it, as far as they lie around it without a gap.
     pub(crate) fn claim_touched<'t>(
         &'t self,
         page: Page,
+        unit: Span,
         waker: &'t dyn Wake,
         is_resident: impl Fn() -> bool,
     ) -> Result<Claim<'t>, Unclaimed> {
         loop {
-            match self.claim(page, waker) {
+            match self.claim_unit(page, unit, waker) {
                 Ok(claim) => return Ok(claim),
                 // The claiming thread wakes all waiters when it settles the page. If it has just
                 // done so, `request_wake` is false: look again.
@@ -142,6 +144,27 @@ impl PageTable {
                 Err(PageState::Poisoned) => return Err(Unclaimed::Poisoned),
             }
         }
+    }
+
+    /// Claims an absent page and the absent pages around it in its unit; returns its state otherwise.
+    ///
+    /// The claim begins at the unit's first page, as the claim of a prefetch does: two threads that
+    /// want the unit meet at its first word, and one of them gets all of it. From the page outwards,
+    /// each would get a part, and the unit would be read twice.
+    #[inline]
+    fn claim_unit<'t>(&'t self, page: Page, unit: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, PageState> {
+        if unit.pages > 1
+            && let Ok(mut claim) = self.claim_run(unit, waker)
+        {
+            if claim.span.contains(page) {
+                return Ok(claim);
+            }
+            // A page between is not absent.
+            claim.release_without_wake();
+        }
+        let mut claim = self.claim(page, waker)?;
+        claim.grow_within(unit);
+        Ok(claim)
     }
 
     /// The first page of a span that is not present; reads 16 states at a time.
@@ -368,19 +391,21 @@ impl Claim<'_> {
         self.span
     }
 
-    /// Claims the rest of `block` if it holds this claim and all of it is absent; claims no more
-    /// otherwise.
+    /// Claims the rest of `block`, which shares a page with this claim, if all of the rest is absent;
+    /// claims no more otherwise.
     pub(crate) fn grow(&mut self, block: Span) {
-        if self.span.first < block.first || block.end() < self.span.end() {
+        let (own, first, end) = (self.span, self.span.first.0, self.span.end().0);
+        if own.is_empty() || block.end().0 <= first || end <= block.first.0 {
             return;
         }
-        let before = block.prefix(self.span.first.0 - block.first.0);
-        let after = block.without_prefix(before.pages + self.span.pages);
+        let before = block.prefix(first.saturating_sub(block.first.0));
+        let after = block.without_prefix(end - block.first.0);
         let Some(mut before) = self.claim_all(before) else { return };
         let Some(mut after) = self.claim_all(after) else { return };
+        let pages = before.span.pages + own.pages + after.span.pages;
+        self.span = Span { first: Page(first - before.span.pages), pages };
         // This claim has their pages now, so their drops must not make any page absent.
         (before.span.pages, after.span.pages) = (0, 0);
-        self.span = block;
     }
 
     /// Claims the absent pages of a span, which holds this claim, as far as they continue the
@@ -528,17 +553,21 @@ mod tests {
         drop(other);
         claim.grow_within(span(30, 10));
         assert_eq!(claim.span(), span(16, 24));
-        claim.grow(span(20, 60));
+        let other = table.claim_run(span(5, 1), &woken).unwrap();
         claim.grow(span(0, 39));
-        assert_eq!(claim.span(), span(16, 24), "a block that holds a part of the claim only");
+        claim.grow(span(50, 9));
+        assert_eq!(claim.span(), span(16, 24), "neither a part of a block, nor a block elsewhere");
+        let _ = other.keep();
+        claim.grow(span(30, 13));
+        assert_eq!(claim.span(), span(16, 27), "a block that begins inside the claim");
         claim.grow_within(span(20, 2));
         claim.shrink_to(Page(17));
         assert_eq!(claim.span(), span(17, 1));
-        for page in [15, 16, 18, 39, 40] {
+        for page in [15, 16, 18, 42, 43] {
             assert_eq!(table.state(Page(page)), PageState::Absent, "page {page}");
         }
         drop(claim);
-        assert_eq!(*woken.0.lock(), [span(35, 1), span(16, 1), span(18, 22), span(17, 1)]);
+        assert_eq!(*woken.0.lock(), [span(35, 1), span(16, 1), span(18, 25), span(17, 1)]);
     }
 
     proptest! {
