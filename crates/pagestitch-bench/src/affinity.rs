@@ -1,4 +1,4 @@
-//! Threads that are pinned to a CPU.
+//! The CPUs of this process, and threads that are pinned to one of them.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
@@ -29,4 +29,11 @@ pub(crate) fn pin(cpu: usize) {
     let mut only = CpuSet::new();
     only.set(cpu).expect("a CPU of this machine");
     sched_setaffinity(Pid::from_raw(0), &only).expect("a CPU that this process may use");
+}
+
+/// The CPUs that this process may use; CPU 0 if the kernel does not tell.
+pub(crate) fn allowed() -> Vec<usize> {
+    let set = sched_getaffinity(Pid::from_raw(0)).unwrap_or_else(|_| CpuSet::new());
+    let cpus: Vec<usize> = (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu) == Ok(true)).collect();
+    if cpus.is_empty() { vec![0] } else { cpus }
 }

@@ -1,6 +1,7 @@
 //! One system at one point of a workload, the options of a run, and the sample that it yields.
 
 use crate::measure::{processor_time, timed};
+use crate::threads::Threads;
 use hdrhistogram::Histogram;
 use std::time::Duration;
 
@@ -13,11 +14,13 @@ pub struct Options {
     pub seed: u64,
     /// Small, for a smoke run. The figures mean little.
     pub quick: bool,
+    /// The numbers of threads, for the workloads that take them; none for those of each workload.
+    pub threads: Option<Threads>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 5, seed: 1, quick: false }
+        Self { rounds: 5, seed: 1, quick: false, threads: None }
     }
 }
 
@@ -25,6 +28,18 @@ impl Options {
     /// A size, or a sixteenth of it in a smoke run.
     pub(crate) const fn size(&self, full: usize) -> usize {
         if self.quick { full / 16 } else { full }
+    }
+
+    /// The numbers of threads that the caller has asked for, or these.
+    pub(crate) fn threads_or(&self, usual: &[usize]) -> Vec<usize> {
+        self.threads.as_ref().map_or(usual, Threads::counts).to_vec()
+    }
+
+    /// As [`threads_or`](Self::threads_or), each with the name of its point: none if the caller has
+    /// not asked.
+    pub(crate) fn thread_points(&self, usual: usize) -> Vec<(usize, String)> {
+        let name = |threads: usize| self.threads.as_ref().map_or_else(String::new, |_| threads.to_string());
+        self.threads_or(&[usual]).into_iter().map(|threads| (threads, name(threads))).collect()
     }
 }
 

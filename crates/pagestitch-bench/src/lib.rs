@@ -8,10 +8,12 @@
 //! | [`workloads`] | the workloads: each is a list of cases with their baselines |
 //! | [`guest`] | the other process of the workload `restore` |
 //! | `systems`, `manual_page` | the systems that workloads compare, and their data |
+//! | `team` | work of several threads at once |
 //! | `case` | one system at one point, and the sample of one run |
 //! | [`row`] | a result: one line of a table, one JSON object |
 //! | [`touch`] | first touches, each of them timed |
 //! | [`environment`] | the machine of a measurement |
+//! | [`threads`] | the numbers of threads of a measurement |
 //! | `measure`, `format`, `date`, `affinity` | clocks, formatted times, the date, pinned threads |
 //!
 //! The ratios are the lasting result of a measurement. In each round every case runs once, right
@@ -30,6 +32,8 @@ pub mod report;
 pub mod row;
 pub mod runner;
 mod systems;
+mod team;
+pub mod threads;
 pub mod touch;
 pub mod workloads;
 

@@ -20,6 +20,8 @@ pub struct Row {
     pub chunk_size: usize,
     /// The number of threads that touch.
     pub threads: usize,
+    /// The number of CPUs that the process may use; 0 if unknown.
+    pub cpus: usize,
     /// The bytes that a run handles.
     pub bytes: u64,
     /// The pages, or chunks, that a run touches or builds.
@@ -58,6 +60,8 @@ pub struct Row {
     pub ratio: Option<f64>,
     /// The ratios to all baselines.
     pub ratios: Vec<(String, f64)>,
+    /// The ratios of the processor time of a page to that of all baselines, if both were measured.
+    pub cpu_ratios: Vec<(String, f64)>,
 }
 
 impl Row {
@@ -65,6 +69,12 @@ impl Row {
     #[must_use]
     pub fn key(&self) -> (&str, &str, &str) {
         (&self.workload, &self.point, &self.system)
+    }
+
+    /// True if some of the threads that touch share a CPU.
+    #[must_use]
+    pub const fn has_more_threads_than_cpus(&self) -> bool {
+        self.cpus > 0 && self.threads > self.cpus
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::case::{Case, Sample};
 use crate::measure::median;
 use crate::row::{Measured, Row};
+use crate::threads::cpus;
 use crate::touch::histogram;
 use crate::workloads::Workload;
 use hdrhistogram::Histogram;
@@ -58,16 +59,8 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
     let seconds: Vec<f64> = own.iter().map(|sample| sample.time.as_secs_f64()).collect();
     let (pages, bytes) = (own[0].pages, own[0].bytes);
     let middle = median(seconds.clone());
-    let ratios: Vec<(String, f64)> = case
-        .baselines
-        .iter()
-        .filter_map(|(system, point)| {
-            let other = cases.iter().position(|other| other.system == *system && other.point == *point)?;
-            let of_rounds = own.iter().zip(&samples[other]).map(|(own, other)| cost(own) / cost(other));
-            let name = if *point == case.point { (*system).to_owned() } else { format!("{system} {point}") };
-            Some((name, median(of_rounds.collect())))
-        })
-        .collect();
+    let ratios = |cost: fn(&Sample) -> Option<f64>| ratios(cases, samples, index, cost);
+    let (ratios, cpu_ratios) = (ratios(|sample| Some(cost(sample))), ratios(processor_each));
     let latencies = own.iter().filter_map(|sample| sample.latencies.as_ref()).fold(None, |all, one| {
         let mut all: Histogram<u64> = all.unwrap_or_else(histogram);
         all += one;
@@ -84,6 +77,7 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
         page_size: pagestitch::Support::current().page_size().bytes(),
         chunk_size: case.chunk_size,
         threads: case.threads,
+        cpus: cpus(),
         bytes,
         pages,
         rounds: own.len(),
@@ -102,8 +96,34 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
         baseline: ratios.first().map(|(name, _)| name.clone()),
         ratio: ratios.first().map(|(_, ratio)| *ratio),
         ratios,
+        cpu_ratios,
     };
     Measured { row, latencies }
+}
+
+/// The medians of the ratios of a cost to that of each baseline in the same round.
+fn ratios(
+    cases: &[Case],
+    samples: &[Vec<Sample>],
+    index: usize,
+    cost: impl Fn(&Sample) -> Option<f64>,
+) -> Vec<(String, f64)> {
+    let case = &cases[index];
+    let to = |(system, point): &(&'static str, String)| {
+        let other = cases.iter().position(|other| other.system == *system && other.point == *point)?;
+        let of_rounds = samples[index].iter().zip(&samples[other]);
+        let of_rounds: Option<Vec<f64>> =
+            of_rounds.map(|(own, other)| Some(cost(own)? / cost(other)?)).collect();
+        let name = if *point == case.point { (*system).to_owned() } else { format!("{system} {point}") };
+        Some((name, median(of_rounds?)))
+    };
+    case.baselines.iter().filter_map(to).collect()
+}
+
+/// The processor time of a page, if it was measured.
+fn processor_each(sample: &Sample) -> Option<f64> {
+    let each = sample.processor.as_secs_f64() / sample.pages.max(1) as f64;
+    (each > 0.0).then_some(each)
 }
 
 /// The compared figure: the median latency if each touch was timed, else the time.

@@ -1,6 +1,7 @@
 //! The compared systems: regions, eager copies, and the data of all of them.
 
 use crate::manual_page::ManualPage;
+use crate::team::{in_parts, part_length, parts};
 use pagestitch::source::{Memory, Pages};
 use pagestitch::{Builder, Chunk, Readahead, Region, Server, Source};
 use pagestitch_kernel::{Access, PageSize, Reservation, StableView, View};
@@ -40,20 +41,25 @@ impl Data {
         Region::builder().chunks(chunks).readahead(readahead)
     }
 
-    /// All bytes, copied at once into huge pages.
-    pub(crate) fn eager_huge(&self) -> Pages {
-        self.copy_into(Pages::new(self.bytes()).expect("memory"))
+    /// All bytes, copied at once by so many threads into huge pages.
+    pub(crate) fn eager_huge(&self, threads: usize) -> Pages {
+        self.copy_into(Pages::new(self.bytes()).expect("memory"), threads)
     }
 
-    /// All bytes, copied at once into pages of the base size.
-    pub(crate) fn eager_small(&self) -> Pages {
-        self.copy_into(Pages::without_huge_pages(self.bytes()).expect("memory"))
+    /// All bytes, copied at once by so many threads into pages of the base size.
+    pub(crate) fn eager_small(&self, threads: usize) -> Pages {
+        self.copy_into(Pages::without_huge_pages(self.bytes()).expect("memory"), threads)
     }
 
-    fn copy_into(&self, mut pages: Pages) -> Pages {
-        for (chunk, into) in self.chunks.iter().zip(pages.chunks_mut(CHUNK)) {
-            chunk.read_at(0, into).expect("memory");
-        }
+    fn copy_into(&self, mut pages: Pages, threads: usize) -> Pages {
+        // No two threads write to the same huge page.
+        let length = part_length(self.bytes(), threads, HUGE_PAGE);
+        let parts = self.chunks.chunks(length / CHUNK).zip(pages.chunks_mut(length)).collect();
+        in_parts(parts, |(chunks, into): (&[Memory], &mut [u8])| {
+            for (chunk, into) in chunks.iter().zip(into.chunks_mut(CHUNK)) {
+                chunk.read_at(0, into).expect("memory");
+            }
+        });
         pages
     }
 
@@ -78,6 +84,12 @@ pub(crate) fn sum(bytes: &[u8]) -> u64 {
     black_box(words.map(|word| u64::from_le_bytes(*word)).fold(0, u64::wrapping_add))
 }
 
+/// The sum of all words, by so many threads: a part of whole huge pages each.
+pub(crate) fn sum_by(threads: usize, bytes: &[u8]) -> u64 {
+    let parts = parts(bytes, threads, HUGE_PAGE).collect();
+    in_parts(parts, sum).into_iter().fold(0, u64::wrapping_add)
+}
+
 /// Reads a byte of each page, in order.
 pub(crate) fn touch_all(bytes: &[u8], offsets: &[usize]) -> u64 {
     black_box(offsets.iter().map(|&offset| u64::from(bytes[offset])).sum())
@@ -85,3 +97,4 @@ pub(crate) fn touch_all(bytes: &[u8], offsets: &[usize]) -> u64 {
 
 pub(crate) const CHUNK: usize = 64 << 10;
 pub(crate) const PAGE: usize = 4096;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;

@@ -4,6 +4,7 @@
 use crate::files;
 use crate::log;
 use crate::output::Form;
+use crate::usage::Usage;
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -12,6 +13,7 @@ use pagestitch_bench::report::compare::{self, Comparison, compare};
 use pagestitch_bench::report::{page::page, table::table};
 use pagestitch_bench::row::{Measured, Row};
 use pagestitch_bench::runner::{self, Watcher};
+use pagestitch_bench::threads::Threads;
 use pagestitch_bench::workloads::{self, Workload};
 use serde_json::json;
 use std::error::Error;
@@ -32,6 +34,10 @@ pub(crate) struct Options {
     /// Decides the order of chunks and of touches
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// The numbers of threads that touch, such as 1,2,4: each is a point of the workloads latency,
+    /// scan, parallel, restore and populate. More threads than CPUs are marked in the results
+    #[arg(long, value_name = "LIST")]
+    threads: Option<Threads>,
     /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]
     quick: bool,
@@ -44,13 +50,13 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
+    options.check()?;
     pagestitch::Support::probe().features()?;
     // Checked before the measurement, which takes minutes.
     let inputs: Vec<_> = options.compare.as_deref().map(|path| ("earlier run", path)).into_iter().collect();
     files::check(options.report.as_deref().map(|path| ("report", path)), &inputs)?;
     let earlier = options.compare.as_deref().map(read_earlier).transpose()?;
-    let measuring =
-        runner::Options { rounds: usize::from(options.rounds), seed: options.seed, quick: options.quick };
+    let measuring = options.measuring();
     let environment = Environment::current();
     let as_json = form == Form::Json;
     if form == Form::Text {
@@ -82,6 +88,29 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
 }
 
 impl Options {
+    /// Refuses an option that none of the workloads has.
+    fn check(&self) -> Result<(), Usage> {
+        let takers: Vec<&str> =
+            workloads::ALL.iter().filter(|known| known.takes_threads()).map(|known| known.name).collect();
+        let other = self.workloads.iter().find(|name| !takers.contains(&name.as_str()));
+        match (&self.threads, other) {
+            (Some(_), Some(name)) => Err(Usage(format!(
+                "the workload {name} has no --threads: leave the option out, or measure {}",
+                takers.join(", ")
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    fn measuring(&self) -> runner::Options {
+        runner::Options {
+            rounds: usize::from(self.rounds),
+            seed: self.seed,
+            quick: self.quick,
+            threads: self.threads.clone(),
+        }
+    }
+
     fn wants(&self, workload: &Workload) -> bool {
         self.workloads.is_empty() || self.workloads.iter().any(|name| name == workload.name)
     }

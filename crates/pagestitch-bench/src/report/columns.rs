@@ -1,6 +1,6 @@
 //! The columns of the tables: all except the ratios.
 
-use crate::format::seconds;
+use crate::format::{count, seconds};
 use crate::row::Row;
 
 /// A column of a table.
@@ -28,6 +28,16 @@ pub(super) fn used(rows: &[&Row]) -> Vec<&'static Column> {
     COLUMNS.iter().filter(|column| rows.iter().any(|row| (column.cell)(row).is_some())).collect()
 }
 
+/// The explanation of the mark of rows with more threads than CPUs, if there is such a row.
+pub(super) fn about_mark(rows: &[&Row]) -> Option<String> {
+    let marked = rows.iter().find(|row| row.has_more_threads_than_cpus())?;
+    let cpus = count(marked.cpus, "CPU");
+    Some(format!("{}: more threads than the {cpus}, which they share", SHARED.trim_start()))
+}
+
+/// The mark of rows with more threads than CPUs.
+const SHARED: &str = " *";
+
 /// All columns.
 pub(super) static COLUMNS: [Column; 11] = [
     Column {
@@ -39,7 +49,10 @@ pub(super) static COLUMNS: [Column; 11] = [
     Column {
         head: "at",
         about: "the point of the workload",
-        cell: |row| (!row.point.is_empty()).then(|| row.point.clone()),
+        cell: |row| {
+            let mark = if row.has_more_threads_than_cpus() { SHARED } else { "" };
+            Some(format!("{}{mark}", row.point).trim_start().to_owned()).filter(|cell| !cell.is_empty())
+        },
         kind: Kind::Name,
     },
     number("time", "the time of a round: the median of all rounds", |row| {

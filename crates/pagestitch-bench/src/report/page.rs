@@ -1,7 +1,7 @@
 //! A run as one self-contained HTML page: charts and tables.
 
 use super::chart::{Chart, Line, SHAPES};
-use super::columns::COLUMNS;
+use super::columns::{COLUMNS, about_mark};
 use super::compare::{Comparison, HEAD};
 use super::escaped;
 use super::html_table::html_table;
@@ -10,7 +10,7 @@ use crate::date::today;
 use crate::environment::Environment;
 use crate::format::{count, round_count, round_seconds};
 use crate::row::{Measured, Row};
-use crate::workloads::Workload;
+use crate::workloads::{BY_THREADS, Curve, THREADS, Workload};
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
@@ -70,8 +70,8 @@ fn section(workload: &Workload, measured: &[Measured]) -> Result<String, fmt::Er
     }
     html += &html_table(&rows)?;
     write!(html, "<p class=\"rounds\">medians of {}, interleaved", count(first.rounds, "round"))?;
-    for verdict in crossovers(workload, &rows) {
-        write!(html, "<br>{}", escaped(&verdict))?;
+    for note in crossovers(workload, &rows).into_iter().chain(about_mark(&rows)) {
+        write!(html, "<br>{}", escaped(&note))?;
     }
     html += "</p></section>\n";
     Ok(html)
@@ -80,19 +80,42 @@ fn section(workload: &Workload, measured: &[Measured]) -> Result<String, fmt::Er
 fn charts(workload: &Workload, measured: &[Measured]) -> Result<String, fmt::Error> {
     let mut html = String::new();
     let lines: Vec<Line> = measured.iter().filter_map(percentiles).collect();
+    let curves = curves_of(workload, measured);
     // A median alone, of regions for example, is a curve below.
-    if !lines.is_empty() && workload.curve.is_none() {
+    if !lines.is_empty() && curves.is_empty() {
         html += &latencies(lines).html()?;
     }
-    let Some(curve) = &workload.curve else { return Ok(html) };
-    for (group, lines) in curves(measured, curve.value) {
+    for curve in curves {
+        html += &curve_charts(curve, measured)?;
+    }
+    Ok(html)
+}
+
+/// The curves of the workload, or those by threads if there are several numbers of threads.
+fn curves_of(workload: &Workload, measured: &[Measured]) -> &'static [Curve] {
+    let differ = measured.windows(2).any(|pair| pair[0].row.threads != pair[1].row.threads);
+    if workload.curves.is_empty() && differ { &BY_THREADS } else { workload.curves }
+}
+
+/// A chart for each group of points that the curve shows.
+fn curve_charts(curve: &Curve, measured: &[Measured]) -> Result<String, fmt::Error> {
+    let mut html = String::new();
+    let shared = measured.iter().find(|measured| measured.row.has_more_threads_than_cpus());
+    let x = match shared {
+        Some(measured) if curve.x == THREADS => {
+            format!("{}; above {} they share a CPU", curve.x, measured.row.cpus)
+        }
+        _ => curve.x.to_owned(),
+    };
+    let groups = curves(measured, curve.value).into_iter();
+    for (group, lines) in groups.filter(|(group, _)| curve.group.is_none_or(|shown| shown == group)) {
         let title = if group.is_empty() { curve.y.to_owned() } else { format!("{}, {group}", curve.y) };
         let mut x_ticks: Vec<f64> =
             lines.iter().flat_map(|(_, points)| points).map(|point| point.0).collect();
         x_ticks.sort_by(f64::total_cmp);
         x_ticks.dedup();
-        let x = curve.x;
-        let chart = Chart { title: &title, x, lines, x_ticks, x_label: round_count, y_label: curve.label };
+        let chart =
+            Chart { title: &title, x: &x, lines, x_ticks, x_label: round_count, y_label: curve.label };
         html += &chart.html()?;
     }
     Ok(html)

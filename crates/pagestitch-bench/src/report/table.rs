@@ -28,7 +28,8 @@ pub fn table(workload: &Workload, measured: &[Measured]) -> String {
         row_cells.chain([ratios(row)]).collect()
     }));
     text += &aligned(&cells);
-    crossovers(workload, &rows).iter().for_each(|line| text += &format!("  {line}\n"));
+    let notes = crossovers(workload, &rows).into_iter().chain(columns::about_mark(&rows));
+    notes.for_each(|line| text += &format!("  {line}\n"));
     text
 }
 

@@ -4,7 +4,8 @@ use crate::affinity::Pinned;
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
 use crate::systems::{CHUNK, Data, zero_pages};
-use crate::touch::{first_touches, shuffled_pages};
+use crate::team::first_touches_by;
+use crate::touch::shuffled_pages;
 use hdrhistogram::Histogram;
 use pagestitch::{Inline, Placement, Pool, Readahead, Server};
 use std::sync::Arc;
@@ -12,37 +13,61 @@ use std::sync::Arc;
 pub(super) fn cases(options: &Options) -> Vec<Case> {
     let data = Data::new(options.size(64 << 20), options.seed);
     warm(3 * data.bytes());
-    let case = |system: &'static str, touch: fn(&Data, &[usize]) -> Histogram<u64>| {
-        let data = Arc::clone(&data);
-        let run = move |seed| {
-            let touches = shuffled_pages(data.bytes(), seed);
-            Sample::of_touches(data.bytes(), || touch(&data, &touches))
-        };
-        Case::new(system, run).chunks_of(CHUNK).against(&["manual-page, same CPU", "manual-page"])
-    };
-    vec![
-        case("inline", |data, touches| served(data, touches, Inline)),
-        case("pool, defaults", |data, touches| served(data, touches, &Pool::new().expect("a pool"))),
-        case("pool, same CPU", |data, touches| {
-            let pinned = Pinned::here();
-            let pool = Pool::builder().placement(Placement::Cpus(vec![pinned.cpu]));
-            served(data, touches, &pool.start().expect("a pool"))
-        }),
-        case("pool of 1", |data, touches| {
-            served(data, touches, &Pool::builder().workers(1).start().expect("a pool"))
-        }),
-        case("manual-page, same CPU", |data, touches| {
-            let pinned = Pinned::here();
-            first_touches(data.manual_page(Some(pinned.cpu)).bytes(), touches)
-        }),
-        case("manual-page", |data, touches| first_touches(data.manual_page(None).bytes(), touches)),
-        case("kernel zero page", |data, touches| {
-            let (_reservation, view) = zero_pages(data.pages());
-            first_touches(view.as_slice(), touches)
-        }),
-    ]
+    let mut cases = Vec::new();
+    for (threads, point) in options.thread_points(1) {
+        for (system, touch) in SYSTEMS {
+            // The handler can have the CPU of one thread only.
+            if threads > 1 && system.ends_with(SAME_CPU) {
+                continue;
+            }
+            let data = Arc::clone(&data);
+            let run = move |seed| {
+                let touches = Touches { threads, offsets: shuffled_pages(data.bytes(), seed) };
+                Sample::of_touches(data.bytes(), || touch(&data, &touches))
+            };
+            let case = Case::new(system, run).at(point.as_str()).chunks_of(CHUNK).by(threads);
+            cases.push(case.against(&["manual-page, same CPU", "manual-page"]));
+        }
+    }
+    cases
 }
 
-fn served(data: &Data, touches: &[usize], server: impl Into<Server>) -> Histogram<u64> {
-    first_touches(data.region(Readahead::None, server).as_slice(), touches)
+/// The touches of a run.
+struct Touches {
+    threads: usize,
+    offsets: Vec<usize>,
 }
+
+impl Touches {
+    fn of(&self, bytes: &[u8]) -> Histogram<u64> {
+        first_touches_by(self.threads, bytes, &self.offsets)
+    }
+
+    fn served(&self, data: &Data, server: impl Into<Server>) -> Histogram<u64> {
+        self.of(data.region(Readahead::None, server).as_slice())
+    }
+}
+
+/// Makes the bytes, and touches them.
+type Touch = fn(&Data, &Touches) -> Histogram<u64>;
+
+const SYSTEMS: [(&str, Touch); 7] = [
+    ("inline", |data, touches| touches.served(data, Inline)),
+    ("pool, defaults", |data, touches| touches.served(data, &Pool::new().expect("a pool"))),
+    ("pool, same CPU", |data, touches| {
+        let pinned = Pinned::here();
+        let pool = Pool::builder().placement(Placement::Cpus(vec![pinned.cpu]));
+        touches.served(data, &pool.start().expect("a pool"))
+    }),
+    ("pool of 1", |data, touches| touches.served(data, &Pool::builder().workers(1).start().expect("a pool"))),
+    ("manual-page, same CPU", |data, touches| {
+        let pinned = Pinned::here();
+        touches.of(data.manual_page(Some(pinned.cpu)).bytes())
+    }),
+    ("manual-page", |data, touches| touches.of(data.manual_page(None).bytes())),
+    ("kernel zero page", |data, touches| {
+        let (_reservation, view) = zero_pages(data.pages());
+        touches.of(view.as_slice())
+    }),
+];
+const SAME_CPU: &str = ", same CPU";

@@ -22,8 +22,10 @@ pub struct Workload {
     pub name: &'static str,
     /// The question that it answers.
     pub about: &'static str,
-    /// The axes of its curve, if its points make one.
-    pub(crate) curve: Option<Curve>,
+    /// The axes of its curves, if its points make some.
+    pub(crate) curves: &'static [Curve],
+    /// True if [`Options::threads`] sets its numbers of threads.
+    pub(crate) takes_threads: bool,
     /// Makes the data, warms the memory, and returns the systems at all points.
     pub(crate) cases: fn(&Options) -> Vec<Case>,
 }
@@ -34,14 +36,55 @@ impl std::fmt::Debug for Workload {
     }
 }
 
-/// The axes of a curve.
+impl Workload {
+    /// True if [`Options::threads`] sets its numbers of threads.
+    #[must_use]
+    pub const fn takes_threads(&self) -> bool {
+        self.takes_threads
+    }
+}
+
+/// The axes of a curve. Its points have a number, and the name of a group may follow.
 pub(crate) struct Curve {
+    /// The group of points that has this curve; all of them, each in a chart, without a name.
+    pub(crate) group: Option<&'static str>,
     pub(crate) x: &'static str,
     pub(crate) y: &'static str,
     pub(crate) value: fn(&Row) -> f64,
     /// Formats a value.
     pub(crate) label: fn(f64) -> String,
 }
+
+/// The processor time of a page, by the number of threads.
+const CPU_BY_THREADS: Curve = Curve {
+    group: None,
+    x: THREADS,
+    y: "processor time of a page",
+    value: |row| row.cpu_ns_per_fault / 1e9,
+    label: round_seconds,
+};
+
+/// The curves of a workload at several numbers of threads, if it has none of its own.
+pub(crate) static BY_THREADS: [Curve; 3] = [
+    Curve {
+        group: None,
+        x: THREADS,
+        y: "median latency",
+        value: |row| row.p50_ns.unwrap_or(0) as f64 / 1e9,
+        label: round_seconds,
+    },
+    Curve {
+        group: None,
+        x: THREADS,
+        y: "pages per second",
+        value: |row| row.faults_per_s,
+        label: round_count,
+    },
+    CPU_BY_THREADS,
+];
+
+/// The quantity of an axis with numbers of threads.
+pub(crate) const THREADS: &str = "threads";
 
 /// All workloads, in the order of a run.
 pub static ALL: [Workload; 12] = [
@@ -50,58 +93,71 @@ pub static ALL: [Workload; 12] = [
     Workload {
         name: "build",
         about: "building a region, and locating a byte, by the number of chunks",
-        curve: Some(Curve {
+        curves: &[Curve {
+            group: None,
             x: "chunks",
             y: "time each",
             value: |row| row.seconds / row.pages.max(1) as f64,
             label: round_seconds,
-        }),
+        }],
+        takes_threads: false,
         cases: build::cases,
     },
     Workload {
         name: "latency",
         about: "the wait of a thread for a page: random first touches of 64 MiB, one thread, no readahead",
-        curve: None,
+        curves: &[],
+        takes_threads: true,
         cases: latency::cases,
     },
     Workload {
         name: "scan",
         about: "reading 512 MiB from start to end once, with the time to build or copy",
-        curve: None,
+        curves: &[],
+        takes_threads: true,
         cases: scan::cases,
     },
     Workload {
         name: "sparse",
         about: "touching a share of the pages of 1 GiB, with the time to build or copy: lazy against eager",
-        curve: Some(Curve {
+        curves: &[Curve {
+            group: None,
             x: "% of the pages touched",
             y: "time",
             value: |row| row.seconds,
             label: round_seconds,
-        }),
+        }],
+        takes_threads: false,
         cases: sparse::cases,
     },
     Workload {
         name: "parallel",
         about: "faults per second of several threads, on disjoint pages and on the same ones",
-        curve: Some(Curve {
-            x: "threads",
-            y: "faults per second",
-            value: |row| row.faults_per_s,
-            label: round_count,
-        }),
+        curves: &[
+            Curve {
+                group: None,
+                x: THREADS,
+                y: "faults per second",
+                value: |row| row.faults_per_s,
+                label: round_count,
+            },
+            CPU_BY_THREADS,
+        ],
+        takes_threads: true,
         cases: parallel::cases,
     },
     Workload {
         name: "mapped",
         about: "a memfd of 256 MiB mapped in place, against a plain mmap of it",
-        curve: None,
+        curves: &[],
+        takes_threads: false,
         cases: mapped::cases,
     },
     Workload {
         name: "shards",
         about: "40 tensors in 8 files of 80 MiB: opened, laid end to end, used once and dropped, against a plain mmap of each file",
-        curve: None,
+        curves: &[],
+        takes_threads: false,
         cases: shards::cases,
     },
     // A workload of its own, because the kernel frees so many mappings for a while after they are
@@ -109,31 +165,42 @@ pub static ALL: [Workload; 12] = [
     Workload {
         name: "mappings",
         about: "building a region of 65,000 pages of a memfd, one mapping each, against as many bare mmap calls",
-        curve: None,
+        curves: &[],
+        takes_threads: false,
         cases: mapped::many,
     },
     Workload {
         name: "regions",
         about: "random first touches of 64 MiB, spread over several regions of one pool",
-        curve: Some(Curve {
+        curves: &[Curve {
+            group: None,
             x: "regions",
             y: "median latency",
             value: |row| row.p50_ns.unwrap_or(0) as f64 / 1e9,
             label: round_seconds,
-        }),
+        }],
+        takes_threads: false,
         cases: regions::cases,
     },
     Workload {
         name: "restore",
         about: "a guest in another process, restored from a memory file of 2 GiB: four threads touch a tenth of it, at random",
-        curve: None,
+        curves: &[],
+        takes_threads: true,
         cases: restore::cases,
     },
     Workload {
         name: "metering",
         about: "timing the parts of each fault, against counting faults: random first touches of 64 MiB",
-        curve: None,
+        curves: &[],
+        takes_threads: false,
         cases: metering::cases,
     },
-    Workload { name: "populate", about: "filling 512 MiB at once", curve: None, cases: populate::cases },
+    Workload {
+        name: "populate",
+        about: "filling 512 MiB at once",
+        curves: &[],
+        takes_threads: true,
+        cases: populate::cases,
+    },
 ];

@@ -3,19 +3,21 @@
 use crate::case::{Case, Options, Sample};
 use crate::measure::warm;
 use crate::systems::{CHUNK, Data, PAGE, touch_all, zero_pages};
+use crate::team::{at_once, parts};
 use crate::touch::shuffled_pages;
 use pagestitch::{Inline, Pool, Readahead, Server};
-use std::sync::{Arc, Barrier};
-use std::thread;
+use std::sync::Arc;
 
 pub(super) fn cases(options: &Options) -> Vec<Case> {
     let data = Data::new(options.size(64 << 20), options.seed);
     warm(3 * data.bytes());
     let pool = Pool::new().expect("a pool");
+    let counts = options.threads_or(&THREADS);
+    let first = counts[0];
     let mut cases = Vec::new();
     for (system, server) in [("inline", Server::from(Inline)), ("pool, defaults", Server::from(&pool))] {
         for pages in ["disjoint", "contended"] {
-            for threads in THREADS {
+            for &threads in &counts {
                 let (data, server) = (Arc::clone(&data), server.clone());
                 let run = move |seed| {
                     let touches = shuffled_pages(data.bytes(), seed);
@@ -28,12 +30,12 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
                 };
                 let case =
                     Case::new(system, run).at(format!("{threads} {pages}")).chunks_of(CHUNK).by(threads);
-                cases.push(case.against_point(format!("1 {pages}")));
+                cases.push(case.against_point(format!("{first} {pages}")));
             }
         }
     }
     // The kernel's own scaling with threads on this machine.
-    for threads in THREADS {
+    for &threads in &counts {
         let bytes = data.bytes();
         let run = move |seed| {
             let (_reservation, view) = zero_pages(bytes / PAGE);
@@ -41,32 +43,18 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             all_at_once(view.as_slice(), disjoint(&touches, threads))
         };
         let case = Case::new("kernel zero page", run).at(format!("{threads} disjoint")).by(threads);
-        cases.push(case.against_point("1 disjoint"));
+        cases.push(case.against_point(format!("{first} disjoint")));
     }
     cases
 }
 
 fn disjoint(touches: &[usize], threads: usize) -> Vec<&[usize]> {
-    touches.chunks(touches.len() / threads).collect()
+    parts(touches, threads, 1).collect()
 }
 
 /// Touches each list of offsets in a thread of its own; measures until the last thread ends.
 fn all_at_once(bytes: &[u8], lists: Vec<&[usize]>) -> Sample {
-    let start = Barrier::new(lists.len() + 1);
-    thread::scope(|scope| {
-        let touching = |offsets| {
-            let start = &start;
-            scope.spawn(move || {
-                start.wait();
-                touch_all(bytes, offsets)
-            })
-        };
-        let threads: Vec<_> = lists.into_iter().map(touching).collect();
-        Sample::of(bytes.len() / PAGE, bytes.len(), || {
-            start.wait();
-            threads.into_iter().map(|thread| thread.join().expect("reads only")).sum::<u64>()
-        })
-    })
+    at_once((bytes.len() / PAGE, bytes.len()), &[], lists, |offsets| touch_all(bytes, offsets)).0
 }
 
 const THREADS: [usize; 4] = [1, 2, 4, 8];

@@ -25,19 +25,23 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     warm(2 * bytes);
     let snapshot = Arc::new(Snapshot::new(bytes));
     let pool = Pool::new().expect("a pool");
+    let points = options.thread_points(THREADS);
+    let points = points.iter().flat_map(|of_threads| [FIRST, ALL, EACH].map(|point| (of_threads, point)));
     let mut cases = Vec::new();
-    for point in [FIRST, ALL, EACH] {
+    for ((threads, name), point) in points {
+        let threads = *threads;
+        let name = format!("{name} {point}");
         let mut case = |system: &'static str, restore: Box<Restore>| {
             let snapshot = Arc::clone(&snapshot);
-            let case =
-                Case::new(system, move |seed| sample(&snapshot, point, seed, &restore)).at(point).by(THREADS);
+            let run = move |seed| sample(&snapshot, point, Touching { threads, seed }, &restore);
+            let case = Case::new(system, run).at(name.trim_start()).by(threads);
             let others: &[&str] = if point == EACH { &[PLAIN] } else { &[EAGER, PLAIN] };
             cases.push(case.against(others));
         };
         for (system, readahead) in [(OURS, Readahead::Adaptive), (BARE, Readahead::None)] {
             let pool = pool.clone();
-            let serve = move |snapshot: &Snapshot, seed| {
-                snapshot.restore(seed, |fd, start| {
+            let serve = move |snapshot: &Snapshot, guest| {
+                snapshot.restore(guest, |fd, start| {
                     let region = snapshot.region(fd, start, &pool, |builder| builder.readahead(readahead));
                     move || drop(region)
                 })
@@ -47,27 +51,30 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
         let pool = pool.clone();
         case(
             REPLAY,
-            Box::new(move |snapshot, seed| {
+            Box::new(move |snapshot, guest| {
                 let recording = RefCell::new(None);
-                snapshot.restore(seed, |fd, start| {
+                snapshot.restore(guest, |fd, start| {
                     let region = snapshot.region(fd, start, &pool, Builder::record);
                     let recording = &recording;
                     move || *recording.borrow_mut() = region.recording()
                 });
                 let recording = recording.take().expect("it was recorded");
-                snapshot.restore(seed, |fd, start| {
+                snapshot.restore(guest, |fd, start| {
                     let region = snapshot.region(fd, start, &pool, |builder| builder.replay(&recording));
                     move || drop(region)
                 })
             }),
         );
-        case(PLAIN, Box::new(|snapshot, seed| snapshot.restore(seed, |fd, start| snapshot.serve(fd, start))));
+        case(
+            PLAIN,
+            Box::new(|snapshot, guest| snapshot.restore(guest, |fd, start| snapshot.serve(fd, start))),
+        );
         // Each touch of an eager copy finds its page present, so it has no latency to compare.
         if point != EACH {
             case(
                 EAGER,
-                Box::new(|snapshot, seed| {
-                    wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), seed)))
+                Box::new(|snapshot, guest| {
+                    wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), guest)))
                 }),
             );
         }
@@ -75,14 +82,9 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     cases
 }
 
-fn sample(
-    snapshot: &Snapshot,
-    point: &str,
-    seed: u64,
-    restore: &dyn Fn(&Snapshot, u64) -> Restored,
-) -> Sample {
+fn sample(snapshot: &Snapshot, point: &str, guest: Touching, restore: &Restore) -> Sample {
     let before = processor_time();
-    let Restored { first, all, latencies } = restore(snapshot, seed);
+    let Restored { first, all, latencies } = restore(snapshot, guest);
     let processor = processor_time() - before;
     // The server goes on after the first touch, so its processor time would be arbitrary here.
     let (time, pages, processor) = match point {
@@ -93,8 +95,15 @@ fn sample(
     Sample { time, processor, pages, bytes: snapshot.bytes() as u64, latencies, ..Sample::default() }
 }
 
-/// Restores a guest, which touches its memory in an order that the seed decides.
-type Restore = dyn Fn(&Snapshot, u64) -> Restored;
+/// The touches of a guest: the number of its threads, and the seed that decides their order.
+#[derive(Debug, Clone, Copy)]
+struct Touching {
+    threads: usize,
+    seed: u64,
+}
+
+/// Restores a guest.
+type Restore = dyn Fn(&Snapshot, Touching) -> Restored;
 
 /// A memory file, all of it in the page cache.
 struct Snapshot {
@@ -140,17 +149,17 @@ impl Snapshot {
         configure(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
     }
 
-    fn task(&self, memory: GuestMemory, seed: u64) -> GuestTask {
-        GuestTask { memory, bytes: self.bytes(), touches: self.touches(), threads: THREADS, seed }
+    fn task(&self, memory: GuestMemory, Touching { threads, seed }: Touching) -> GuestTask {
+        GuestTask { memory, bytes: self.bytes(), touches: self.touches(), threads, seed }
     }
 
     /// Starts a guest, serves it, and ends the service after the guest has ended.
-    fn restore<E: FnOnce()>(&self, seed: u64, serve: impl FnOnce(OwnedFd, usize) -> E) -> Restored {
+    fn restore<E: FnOnce()>(&self, touching: Touching, serve: impl FnOnce(OwnedFd, usize) -> E) -> Restored {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("pagestitch-bench-{}-{number}", process::id()));
         let listener = UnixListener::bind(&path).expect("a socket");
-        let guest = spawn(&self.task(GuestMemory::Handler(path.clone()), seed));
+        let guest = spawn(&self.task(GuestMemory::Handler(path.clone()), touching));
         let (stream, _) = listener.accept().expect("a guest");
         let _ = fs::remove_file(&path);
         let (fd, start) = handshake(&stream);

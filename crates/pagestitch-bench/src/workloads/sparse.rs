@@ -29,8 +29,8 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
                     touch_all(data.region(Readahead::Adaptive, &pool).as_slice(), offsets)
                 }),
             );
-            case("eager, 2 MiB pages", Box::new(|data, offsets| touch_all(&data.eager_huge(), offsets)));
-            case("eager, 4 KiB pages", Box::new(|data, offsets| touch_all(&data.eager_small(), offsets)));
+            case("eager, 2 MiB pages", Box::new(|data, offsets| touch_all(&data.eager_huge(1), offsets)));
+            case("eager, 4 KiB pages", Box::new(|data, offsets| touch_all(&data.eager_small(1), offsets)));
         }
     }
     cases

@@ -657,12 +657,30 @@ fn a_benchmark_prints_a_row_for_each_system_and_writes_a_page() {
 }
 
 #[test]
+fn a_benchmark_of_several_threads_marks_more_threads_than_cpus() {
+    let directory = TempDir::new().unwrap();
+    let arguments = ["bench", "populate", "scan", "--quick", "--rounds", "1", "--threads", "64,1"];
+    let said = out(&pagestitch(directory.path(), &[&arguments[..], &["--report", "r.html"]].concat()));
+    let cpus = std::thread::available_parallelism().unwrap().get();
+    assert_eq!(said.matches("more threads than the").count(), if cpus < 64 { 2 } else { 0 }, "{said}");
+    let point = if cpus < 64 { "64 *" } else { "64" };
+    assert_eq!(said.lines().filter(|line| line.contains(&format!(" {point} "))).count(), 3 + 4, "{said}");
+    let page = fs::read_to_string(directory.path().join("r.html")).unwrap();
+    assert!(page.contains("<figcaption>processor time of a page</figcaption>"), "{page}");
+}
+
+#[test]
 fn bad_benchmark_options_fail_before_the_measurement() {
     let directory = TempDir::new().unwrap();
     fs::write(directory.path().join("bad.json"), "no rows\n").unwrap();
     for (arguments, status, about) in [
         (&["bench", "speed"][..], 2, "[possible values: build, latency,"),
         (&["bench", "--rounds", "0"], 2, "--rounds"),
+        (&["bench", "--threads", "0"], 2, "0 threads cannot be measured: name numbers from 1 to 1024"),
+        (&["bench", "--threads", ""], 2, "`` is no number of threads: name numbers with commas"),
+        (&["bench", "--threads", "1,two"], 2, "`two` is no number of threads: name numbers with commas"),
+        (&["bench", "--threads", "4,2,4"], 2, "4 threads are named twice: name each number once"),
+        (&["bench", "latency", "sparse", "--threads", "1"], 2, "the workload sparse has no --threads"),
         (&["bench", "--compare", "missing.json"], 1, "cannot compare with missing.json: No such file"),
         (&["bench", "--compare", "bad.json"], 1, "bad.json: line 1 is no row of `pagestitch bench --json`"),
         (&["bench", "--report", "no/where.html"], 1, "cannot write no/where.html: No such file"),
