@@ -206,6 +206,28 @@ impl AddressRange {
         self.start + self.bytes
     }
 
+    /// Its first `bytes` bytes, a multiple of the page size, or all of it.
+    ///
+    /// # Panics
+    ///
+    /// If `bytes` is no multiple of the page size.
+    #[must_use]
+    pub const fn prefix(self, bytes: usize) -> Self {
+        assert!(bytes & (self.page.bytes() - 1) == 0, "whole pages");
+        Self { bytes: if bytes < self.bytes { bytes } else { self.bytes }, ..self }
+    }
+
+    /// Its rest after the first `bytes` bytes, a multiple of the page size.
+    ///
+    /// # Panics
+    ///
+    /// If `bytes` is no multiple of the page size.
+    #[must_use]
+    pub const fn without_prefix(self, bytes: usize) -> Self {
+        let dropped = self.prefix(bytes).bytes;
+        Self { start: self.start + dropped, bytes: self.bytes - dropped, ..self }
+    }
+
     /// At most `pages` pages from the byte `offset` on. The offset is a multiple of the page size
     /// and not past the end.
     pub(crate) const fn part(self, offset: usize, pages: usize) -> Self {

@@ -19,8 +19,8 @@ use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions, ShownPages,
-    Target,
+    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions, Shards,
+    ShownPages, Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
@@ -42,7 +42,7 @@ pub(super) enum TargetKind {
 /// The addresses of the pages, and the methods that the kernel offers there.
 struct PreparedTarget {
     target: Target,
-    uffd: Uffd,
+    uffd: Shards,
     shown: ShownPages,
     /// True if donated pages move on first touch.
     moves: bool,
@@ -127,7 +127,7 @@ fn prepare_own(
     let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
-        uffd,
+        uffd: Shards::one(uffd),
         shown,
         moves,
         staged,
@@ -148,7 +148,7 @@ fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<
     let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
-        uffd,
+        uffd: Shards::one(uffd),
         shown,
         moves: false,
         staged: Err("the build fills the region, without userfaultfd (Eager)"),
@@ -163,7 +163,7 @@ fn prepare_adopted(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Prep
     let (foreign, uffd) = memory.settle(name, bytes)?;
     Ok(PreparedTarget {
         target: Target::Foreign(foreign),
-        uffd,
+        uffd: Shards::one(uffd),
         shown: ShownPages::default(),
         moves: false,
         staged: Err("the kernel moves pages only inside a process"),

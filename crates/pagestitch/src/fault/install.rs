@@ -41,7 +41,7 @@ pub(super) fn install(
     let began = if mode == Mode::Timed { region.counters.clock() } else { None };
     let (mut done, mut error) = (0, None);
     while done < filled.pages && error.is_none() {
-        let span = claim.span().prefix(filled.pages - done);
+        let span = region.in_one_shard(claim.span().prefix(filled.pages - done));
         match install_some(region, claim, span, &mut filled.content, done, quiet) {
             Ok(pages) => done += pages,
             Err(refused) => error = Some(refused),
@@ -146,7 +146,7 @@ type Put = Option<(Outcome, Method)>;
 #[inline]
 fn copy(region: &Mapping, span: Span, bytes: &[u8], done: usize, method: Method) -> Put {
     let range = region.target.addresses(span);
-    Some((region.uffd.copy(range, &bytes[done..done + range.bytes()]), method))
+    Some((region.uffd.of(range).copy(range, &bytes[done..done + range.bytes()]), method))
 }
 
 fn copy_memory(region: &Mapping, span: Span, memory: &[u8], bytes: &Range<usize>, done: usize) -> Put {
@@ -154,12 +154,14 @@ fn copy_memory(region: &Mapping, span: Span, memory: &[u8], bytes: &Range<usize>
 }
 
 fn continue_pages(region: &Mapping, span: Span) -> Put {
-    Some((region.uffd.continue_pages(region.target.addresses(span)), Method::Continue))
+    let range = region.target.addresses(span);
+    Some((region.uffd.of(range).continue_pages(range), Method::Continue))
 }
 
 /// Moves staged pages in; if the kernel refuses, copies them.
 fn put_staged(region: &Mapping, span: Span, staging: &mut Staging, done: usize) -> Put {
-    match region.uffd.move_staged(region.target.addresses(span), staging, done) {
+    let range = region.target.addresses(span);
+    match region.uffd.of(range).move_staged(range, staging, done) {
         // Bytes that have not moved are still in staging.
         Outcome::Busy | Outcome::NoMemory | Outcome::Refused(_) => {}
         Outcome::AlreadyThere if is_marked(region, span) => {}
@@ -169,7 +171,8 @@ fn put_staged(region: &Mapping, span: Span, staging: &mut Staging, done: usize) 
 }
 
 fn zero(region: &Mapping, span: Span, quiet: bool) -> Put {
-    let outcome = match region.uffd.zero(region.target.addresses(span)) {
+    let range = region.target.addresses(span);
+    let outcome = match region.uffd.of(range).zero(range) {
         Outcome::AlreadyThere if !quiet && is_marked(region, span) => zero_marked(region, span),
         outcome => outcome,
     };
@@ -179,7 +182,8 @@ fn zero(region: &Mapping, span: Span, quiet: bool) -> Put {
 /// Moves donated pages in; if the kernel refuses, copies the first one. `None` if they are gone.
 fn give(region: &Mapping, span: Span, donated: &Donated, offset: u64, quiet: bool) -> Put {
     if region.moves {
-        match region.uffd.move_donated(region.target.addresses(span), donated, offset) {
+        let range = region.target.addresses(span);
+        match region.uffd.of(range).move_donated(range, donated, offset) {
             // The page is pinned, shared with a forked process, was never touched, or is gone.
             Outcome::Busy | Outcome::NotRegistered | Outcome::Refused(_) => {}
             Outcome::AlreadyThere if !quiet && is_marked(region, span) => {}
@@ -208,7 +212,8 @@ fn find_in_region(region: &Mapping, span: Span, method: Method) -> Put {
         return is_here.then_some((Outcome::AlreadyThere, method));
     }
     // The kernel sets a poison marker only in an empty place, which tells the two apart.
-    match region.uffd.poison(region.target.addresses(span.prefix(1))) {
+    let range = region.target.addresses(span.prefix(1));
+    match region.uffd.of(range).poison(range) {
         outcome @ (Outcome::AlreadyThere | Outcome::Changing) => Some((outcome, method)),
         _ => None,
     }
@@ -216,7 +221,7 @@ fn find_in_region(region: &Mapping, span: Span, method: Method) -> Put {
 
 fn copy_donated(region: &Mapping, span: Span, donated: &Donated, offset: u64) -> Put {
     let range = region.target.addresses(span.prefix(1));
-    let outcome = match region.uffd.copy_donated(range, donated, offset) {
+    let outcome = match region.uffd.of(range).copy_donated(range, donated, offset) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
         outcome => outcome,
     };
@@ -225,7 +230,8 @@ fn copy_donated(region: &Mapping, span: Span, donated: &Donated, offset: u64) ->
 
 /// Replaces the poison marker of a span's first page by zeros.
 fn zero_marked(region: &Mapping, span: Span) -> Outcome {
-    match region.uffd.copy(region.target.addresses(span.prefix(1)), &ZEROS[..region.page_size().bytes()]) {
+    let range = region.target.addresses(span.prefix(1));
+    match region.uffd.of(range).copy(range, &ZEROS[..region.page_size().bytes()]) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: region.page_size().bytes() },
         outcome => outcome,
     }

@@ -78,7 +78,8 @@ pub(crate) fn poison_again(region: &Mapping, span: Span) {
 /// harmless.
 pub(crate) fn poison(region: &Mapping, span: Span) -> Result<(), Unfilled> {
     if region.uffd.features().contains(Features::POISON) {
-        match region.uffd.poison(region.target.addresses(span)) {
+        let range = region.target.addresses(span);
+        match region.uffd.of(range).poison(range) {
             Outcome::Changing => return Err(Unfilled::Changing),
             // Not registered: unmapped, moved, or revoked before. Another mapping may be there by
             // now, which must not change.

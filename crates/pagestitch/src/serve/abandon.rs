@@ -69,13 +69,9 @@ fn release(region: &Served, adopted: &Foreign) {
     }
     // An owner that has begun to discard pages waits until that event is read.
     for _ in 0..2 {
-        read_without_serving(region);
+        region.read_without_serving(&mut Batch::with_capacity(POISON_PAGES));
         thread::sleep(Duration::from_millis(1));
     }
-}
-
-fn read_without_serving(region: &Served) {
-    region.read_events(&mut Batch::with_capacity(POISON_PAGES), &mut |event| region.handle_deferred(event));
 }
 
 /// The first run of absent pages in a span.
@@ -89,13 +85,13 @@ fn first_absent(region: &Served, span: Span) -> Span {
 /// Poisons the absent pages of a span. Returns the number of pages that it has looked at, and the
 /// number of pages that it has poisoned.
 fn poison_missing(region: &Served, adopted: &Foreign, span: Span) -> Result<(usize, usize), Outcome> {
-    match region.uffd.poison(adopted.addresses(span)) {
+    match region.uffd.get(0).poison(adopted.addresses(span)) {
         Outcome::Done => Ok((span.pages, span.pages)),
         Outcome::Partial { bytes } => Ok((bytes / adopted.page.bytes(), bytes / adopted.page.bytes())),
         Outcome::AlreadyThere => Ok((1, 0)),
         Outcome::Changing => {
             // The owner is discarding pages, and waits until that event is read.
-            read_without_serving(region);
+            region.read_without_serving(&mut Batch::with_capacity(POISON_PAGES));
             thread::yield_now();
             Ok((0, 0))
         }

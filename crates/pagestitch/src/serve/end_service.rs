@@ -49,9 +49,7 @@ impl Served {
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
-            self.read_events(&mut Batch::with_capacity(ORPHAN_EVENTS), &mut |event| {
-                self.handle_deferred(event)
-            });
+            self.read_without_serving(&mut Batch::with_capacity(ORPHAN_EVENTS));
             thread::yield_now();
         }
     }

@@ -45,7 +45,7 @@ enum ReadOutcome {
 }
 
 impl Served {
-    /// Reads the events of a region and applies changes of the memory map. Faults stay in the
+    /// Reads the events of one of a region's shards and applies changes of the memory map. Faults stay in the
     /// batch. An event that takes time or memory goes to `defer`, which may refuse it. True if some
     /// work is left: read again in a moment.
     ///
@@ -53,28 +53,38 @@ impl Served {
     /// allocates, because a forking thread may hold the allocator.
     pub(crate) fn read_events(
         &self,
+        shard: usize,
         batch: &mut Batch,
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
         // A page that the owner of adopted memory discards holds other bytes from then on: no page
         // is installed meanwhile.
         let _alone = self.target.foreign().and_then(Foreign::change);
-        self.read_alone(batch, defer)
+        self.read_alone(shard, batch, defer)
+    }
+
+    /// Reads the events of all shards, without serving their faults.
+    pub(super) fn read_without_serving(&self, batch: &mut Batch) {
+        for shard in 0..self.uffd.count() {
+            self.read_events(shard, batch, &mut |event| self.handle_deferred(event));
+        }
     }
 
     /// As [`read_events`](Self::read_events), for a thread that must not wait: an installation
     /// lasts as long as it waits for the memory of a source.
     pub(crate) fn try_read_events(
         &self,
+        shard: usize,
         batch: &mut Batch,
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> Result<bool, Busy> {
         let _alone = self.target.foreign().map(Foreign::try_change).transpose()?;
-        Ok(self.read_alone(batch, defer))
+        Ok(self.read_alone(shard, batch, defer))
     }
 
     fn read_alone(
         &self,
+        shard: usize,
         batch: &mut Batch,
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) -> bool {
@@ -83,11 +93,11 @@ impl Served {
             batch.clear();
             return true;
         }
-        let read = self.read(batch);
+        let read = self.read(shard, batch);
         for event in batch.take_events() {
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.on_discard(start, end),
-                Event::Remap { from, to, bytes } => self.moved((from, to, bytes), defer),
+                Event::Remap { from, to, bytes } => self.moved(shard, (from, to, bytes), defer),
                 Event::Fork { child } => {
                     self.children.iter().for_each(|children| children.reset_shortage());
                     let keep =
@@ -116,6 +126,7 @@ impl Served {
     /// registered with its userfaultfd are ignored.
     fn moved(
         &self,
+        shard: usize,
         (from, to, bytes): (usize, usize, usize),
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) {
@@ -123,13 +134,14 @@ impl Served {
             let range = self.target.addresses(span);
             // At the same distance from the new address as from the old one.
             let to = range.start().wrapping_sub(from).wrapping_add(to);
-            self.orphans.moved(to, range.bytes());
+            self.orphans.moved(shard, to, range.bytes());
             let _ = defer(DeferredEvent::Moved { to, bytes: range.bytes() });
         }
     }
 
-    fn read(&self, batch: &mut Batch) -> ReadOutcome {
-        match batch.read(&self.uffd, self.page_size()) {
+    fn read(&self, shard: usize, batch: &mut Batch) -> ReadOutcome {
+        let uffd = self.uffd.get(shard);
+        match batch.read(uffd, self.page_size()) {
             Ok(()) => ReadOutcome::All,
             // The event of a child carries a descriptor. Until one is free, the parent waits in
             // fork(2), and so do all faults.
@@ -138,12 +150,7 @@ impl Served {
                 let room = |children: &Arc<ForkedChildren>| {
                     children.note_shortage() && !self.orphans.have_children() && children.close_spare()
                 };
-                match self
-                    .children
-                    .as_ref()
-                    .is_some_and(room)
-                    .then(|| batch.read(&self.uffd, self.page_size()))
-                {
+                match self.children.as_ref().is_some_and(room).then(|| batch.read(uffd, self.page_size())) {
                     Some(Ok(())) => ReadOutcome::OneTooMany,
                     _ => ReadOutcome::Nothing,
                 }

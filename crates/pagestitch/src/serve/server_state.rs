@@ -57,7 +57,6 @@ pub(super) struct ServerState {
     pub(super) epolls: Vec<Arc<Epoll>>,
     /// The epoll flags of a region: its faults wake all workers, or one.
     wakes: EpollFlags,
-    /// The regions by the descriptor of their uffd, which epoll reports.
     regions: RwLock<Regions>,
 }
 
@@ -66,8 +65,17 @@ type DeferredTask = (Arc<Served>, DeferredEvent);
 
 #[derive(Debug, Default)]
 struct Regions {
-    served: HashMap<RawFd, Arc<RegionHandle>>,
+    /// The shards by the descriptor of their uffd, which epoll reports: each with its region and
+    /// its number.
+    shards: HashMap<RawFd, (Arc<RegionHandle>, usize)>,
     stopped: bool,
+}
+
+impl Regions {
+    fn served(&self) -> impl Iterator<Item = &Arc<RegionHandle>> {
+        // Each region has a first shard.
+        self.shards.values().filter(|(_, shard)| *shard == 0).map(|(handle, _)| handle)
+    }
 }
 
 impl ServerState {
@@ -113,9 +121,9 @@ impl ServerState {
         })
     }
 
-    /// The handle to the region whose uffd is `fd`, if it is still served.
-    pub(super) fn region(&self, fd: RawFd) -> Option<Arc<RegionHandle>> {
-        self.regions.read().served.get(&fd).cloned()
+    /// The shard whose uffd is `fd`, if its region is still served: the region and the number.
+    pub(super) fn shard(&self, fd: RawFd) -> Option<(Arc<RegionHandle>, usize)> {
+        self.regions.read().shards.get(&fd).cloned()
     }
 
     /// Queues a fault for any worker. Returns it if the queue is full.
@@ -242,7 +250,7 @@ impl ServerState {
 
     /// Handles to all served regions.
     pub(super) fn regions(&self) -> Vec<Arc<RegionHandle>> {
-        self.regions.read().served.values().cloned().collect()
+        self.regions.read().served().cloned().collect()
     }
 
     /// The most workers that slow regions may occupy together: all but one, if there is another
@@ -250,7 +258,7 @@ impl ServerState {
     /// replacement is the only free worker, and to keep it free would leave none at work.
     pub(super) fn slow_workers_max(&self) -> usize {
         let workers = self.workers.working();
-        let keeps_one = self.epolls.len() > 1 && self.regions.read().served.len() > 1;
+        let keeps_one = self.epolls.len() > 1 && self.regions.read().served().nth(1).is_some();
         if keeps_one { workers - 1 } else { workers }
     }
 
@@ -258,7 +266,7 @@ impl ServerState {
     pub(super) fn close(&self) -> Vec<Arc<RegionHandle>> {
         let mut regions = self.regions.write();
         regions.stopped = true;
-        regions.served.values().cloned().collect()
+        regions.served().cloned().collect()
     }
 
     pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
@@ -274,19 +282,29 @@ impl ServerState {
             let _ = region.permits.set(Arc::clone(permits));
         }
         let _ = region.timers.set(Arc::clone(&self.timers));
-        regions.served.insert(region.uffd.as_fd().as_raw_fd(), Arc::clone(region.handle()));
+        for (shard, uffd) in region.uffd.iter().enumerate() {
+            regions.shards.insert(uffd.as_fd().as_raw_fd(), (Arc::clone(region.handle()), shard));
+        }
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
-        let wakes = self.wakes_of(region);
         let watched = match (&region.children, self.fork_reader.get()) {
             (Some(_), Some(fork_reader)) => fork_reader.add(region),
-            _ => self.epolls.iter().try_for_each(|epoll| watch(epoll, &region.uffd, wakes)),
+            _ => (0..region.uffd.count()).try_for_each(|shard| self.watch_shard(region, shard)),
         };
         if watched.is_ok() && region.replay.is_some() {
             self.begin_replay(region);
         }
         watched
             .map_err(|errno| Error::refused(format_args!("region {}: cannot watch it", region.name), errno))
+    }
+
+    /// Watches a shard in the epolls of all workers, its home first: of the workers that sleep, an
+    /// exclusive watch wakes the one that was added first.
+    fn watch_shard(&self, region: &Served, shard: usize) -> Result<(), Errno> {
+        let (wakes, uffd) = (self.wakes_of(region), region.uffd.get(shard));
+        let (before, from_home) =
+            self.epolls.split_at(home_of(shard, region.uffd.count(), self.epolls.len()));
+        from_home.iter().chain(before).try_for_each(|epoll| watch(epoll, uffd, wakes))
     }
 
     /// Starts to serve a forked child of a region.
@@ -347,52 +365,63 @@ impl ServerState {
         }
     }
 
-    /// Makes `epoll` report a region again if there is something to read.
-    pub(super) fn rearm(&self, epoll: &Epoll, region: &Served) {
+    /// Makes `epoll` report a shard again if there is something to read.
+    pub(super) fn rearm(&self, epoll: &Epoll, region: &Served, shard: usize) {
+        let uffd = region.uffd.get(shard);
         // A new watch reports at once. A refusal means that the region is being dropped.
-        if epoll.delete(&region.uffd).is_ok() {
-            let _ = watch(epoll, &region.uffd, self.wakes_of(region));
+        if epoll.delete(uffd).is_ok() {
+            let _ = watch(epoll, uffd, self.wakes_of(region));
         }
     }
 
     /// The epoll flags with which a region is watched.
     fn wakes_of(&self, region: &Served) -> EpollFlags {
-        // Workers take turns at reading from foreign memory, so waking all of them is in vain.
-        let alone =
-            if region.target.foreign().is_some() { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() };
-        self.wakes | alone
+        // Workers take turns at reading from foreign memory, so waking all of them is in vain. Each
+        // shard has a worker of its own.
+        let wakes_one = region.target.foreign().is_some() || region.uffd.count() > 1;
+        self.wakes | if wakes_one { EpollFlags::EPOLLEXCLUSIVE } else { EpollFlags::empty() }
     }
 
     pub(super) fn remove(&self, region: &Served) {
         let mut regions = self.regions.write();
-        let fd = region.uffd.as_fd().as_raw_fd();
-        if regions.served.get(&fd).is_some_and(|handle| handle.is_of(region)) {
-            regions.served.remove(&fd);
+        for uffd in region.uffd.iter() {
+            let fd = uffd.as_fd().as_raw_fd();
+            if regions.shards.get(&fd).is_some_and(|(handle, _)| handle.is_of(region)) {
+                regions.shards.remove(&fd);
+            }
         }
         drop(regions);
         if region.children.is_some() {
             return;
         }
         for epoll in &self.epolls {
-            // ENOENT if the region was not added completely.
-            let _ = epoll.delete(&region.uffd);
+            for uffd in region.uffd.iter() {
+                // ENOENT if the region was not added completely.
+                let _ = epoll.delete(uffd);
+            }
         }
     }
 
     pub(super) fn refuse_regions(&self) -> Result<(), Error> {
         let mut regions = self.regions.write();
-        if regions.served.is_empty() {
+        if regions.shards.is_empty() {
             regions.stopped = true;
             return Ok(());
         }
         let name = |handle: &Arc<RegionHandle>| {
             handle.enter().map_or_else(String::new, |region| region.name.clone())
         };
-        let names: Vec<_> = regions.served.values().map(name).collect();
+        let names: Vec<_> = regions.served().map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
         Err(Error::new(ErrorKind::InUse, what))
     }
+}
+
+/// The worker that a fault of a shard wakes first. The shards of a region are spread evenly over all
+/// workers, and with as many of both, shard `i` is worker `i`'s.
+const fn home_of(shard: usize, shards: usize, workers: usize) -> usize {
+    if shards <= workers { shard * workers / shards } else { shard % workers }
 }
 
 fn server_ended(region: &str) -> Error {

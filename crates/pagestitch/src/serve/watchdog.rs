@@ -218,7 +218,7 @@ impl Watchdog {
         for handle in self.state.regions() {
             let Some(region) = handle.enter() else { continue };
             if region.children.is_none() {
-                self.read_one(&region);
+                (0..region.uffd.count()).for_each(|shard| self.read_one(&region, shard));
             } else {
                 // The fork reader has read its faults, and has set aside those without room.
                 let read = Instant::now();
@@ -240,16 +240,16 @@ impl Watchdog {
         self.state.wake_workers(queued);
     }
 
-    fn read_one(&mut self, region: &Arc<Served>) {
+    fn read_one(&mut self, region: &Arc<Served>, shard: usize) {
         // The watchdog must not wait for one region, because it watches all: it reads at the next
         // look.
-        let read = region.try_read_events(&mut self.batch, &mut |event| region.handle_deferred(event));
+        let read = region.try_read_events(shard, &mut self.batch, &mut |event| region.handle_deferred(event));
         let Ok(again) = read else { return };
         let read = Instant::now();
         let request = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         self.read.extend(request.map(|request| QueuedFault::new(region, request)));
         if again || self.batch.is_full() {
-            self.state.rearm(&self.state.epolls()[0], region);
+            self.state.rearm(&self.state.epolls()[0], region, shard);
         }
     }
 }

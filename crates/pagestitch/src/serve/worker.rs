@@ -138,8 +138,8 @@ impl Worker {
                     let _ = self.state.wake_fd.read();
                 } else if fd == self.state.timers.fd() {
                     self.do_timed_tasks();
-                } else if let Some(handle) = self.state.region(fd) {
-                    self.serve_batch(&handle);
+                } else if let Some((handle, shard)) = self.state.shard(fd) {
+                    self.serve_batch(&handle, shard);
                 }
             }
             Err(Errno::EINTR) => return Round::Busy,
@@ -163,15 +163,15 @@ impl Worker {
         }
     }
 
-    /// Serves the pending events of a region to the last, because no worker is woken a second time
+    /// Serves the pending events of a region's shard to the last, because no worker is woken a second time
     /// for them. After [`BATCHES`] batches it requests another look instead, so that other regions
     /// come first.
-    fn serve_batch(&mut self, handle: &RegionHandle) {
+    fn serve_batch(&mut self, handle: &RegionHandle, shard: usize) {
         let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
         let Some(mut turn) = region.acquire_turn() else { return self.state.look_later(&region, TURN_MAX) };
         for _ in 0..BATCHES {
-            if self.serve_read(&region, &mut turn) == Err(Busy) {
+            if self.serve_read(&region, shard, &mut turn) == Err(Busy) {
                 // The turn is not released: the next worker takes it when it is late, and does not
                 // wait either.
                 return self.state.look_later(&region, TURN_MAX);
@@ -182,18 +182,23 @@ impl Worker {
         }
         // There may always be more to read, so other regions come first.
         turn.release_unread();
-        self.state.rearm(&self.ready, &region);
+        self.state.rearm(&self.ready, &region, shard);
     }
 
     /// Reads a batch of events, serves its first fault and queues the others.
-    fn serve_read(&mut self, region: &Arc<Served>, turn: &mut ReadTurn<'_>) -> Result<(), Busy> {
+    fn serve_read(
+        &mut self,
+        region: &Arc<Served>,
+        shard: usize,
+        turn: &mut ReadTurn<'_>,
+    ) -> Result<(), Busy> {
         let Self { state, ready, batch, buffers, served, slot, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives
         // here.
         let defer = &mut |event| region.handle_deferred(event);
         let again = match turn.may_wait() {
-            true => region.read_events(batch, defer),
-            false => region.try_read_events(batch, defer)?,
+            true => region.read_events(shard, batch, defer),
+            false => region.try_read_events(shard, batch, defer)?,
         };
         if again {
             state.look_later(region, MOMENT);
@@ -228,7 +233,7 @@ impl Worker {
         if batch.is_full() {
             // There may be more to read, and a source may hold this worker up: another worker
             // reads.
-            state.rearm(ready, region);
+            state.rearm(ready, region, shard);
         }
         if let Some(first) = first {
             self.serve_admitted(region, first);
@@ -346,10 +351,9 @@ impl Worker {
                     false => prefetch.job.wake(),
                 },
                 Some(TimedTask::Look(handle)) => {
-                    if let Some(region) = handle.enter() {
-                        region.turns.look_begins();
-                    }
-                    self.serve_batch(&handle);
+                    let Some(region) = handle.enter() else { continue };
+                    region.turns.look_begins();
+                    (0..region.uffd.count()).for_each(|shard| self.serve_batch(&handle, shard));
                 }
                 None => break,
             }

@@ -11,6 +11,7 @@
 //! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
+//! | `shards` | the userfaultfds of the pages, each for a part of the addresses |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
 //! | `plan` | the method by which each chunk is installed, with the reason |
 
@@ -23,6 +24,7 @@ pub(crate) mod mapped_in_place;
 pub(crate) mod page_table;
 mod plan;
 mod release;
+mod shards;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
@@ -32,6 +34,7 @@ pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
+pub(crate) use shards::Shards;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 
@@ -45,7 +48,7 @@ use page_table::{PageState, PageTable, Wake};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd};
+use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
@@ -102,7 +105,8 @@ pub(crate) struct Mapping {
     releases: Option<Releases>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) target: Target,
-    pub(crate) uffd: Uffd,
+    /// Its userfaultfds, one for each part of the addresses.
+    pub(crate) uffd: Shards,
     failures: Failures,
     /// Invariant: each thread that claims pages or calls a source for the region is inside. Closing
     /// it, in the drop of the region, waits for them.
@@ -143,7 +147,7 @@ impl Mapping {
         (layout, releases, shown): (Arc<Layout>, Option<Releases>, ShownPages),
         (moves, staged): (bool, Result<(), &'static str>),
         (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
-        (target, uffd): (Target, Uffd),
+        (target, uffd): (Target, Shards),
         allocates: bool,
     ) -> Self {
         let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
@@ -333,6 +337,18 @@ impl Mapping {
             Target::Owned(_) => self.in_place.next_gap(span),
             Target::Foreign(adopted) => adopted.next_kept(span),
         }
+    }
+
+    /// The leading pages of a [contiguous](Target::contiguous) span that lie in one shard.
+    #[inline]
+    pub(crate) fn in_one_shard(&self, span: Span) -> Span {
+        if self.uffd.count() == 1 { span } else { self.cut_at_shard(span) }
+    }
+
+    #[inline(never)]
+    fn cut_at_shard(&self, span: Span) -> Span {
+        let part = self.uffd.in_one(self.target.addresses(span));
+        span.prefix(part.bytes() / self.page_size().bytes())
     }
 
     /// True if the owner of adopted memory is known to have ended.

@@ -64,7 +64,7 @@ impl<R: Deref<Target = Mapping>> ForkedChildren<R> {
 fn is_dead(child: &Mapping) -> bool {
     // Private memory has no page cache, so UFFDIO_CONTINUE fails. The error tells whether the
     // process lives.
-    child.uffd.continue_pages(first_page(child)) == Outcome::ProcessGone
+    child.uffd.get(0).continue_pages(first_page(child)) == Outcome::ProcessGone
 }
 
 pub(crate) fn first_page(region: &Mapping) -> AddressRange {

@@ -14,7 +14,7 @@ use pagestitch_kernel::Errno;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The regions whose events the fork reader reads.
+/// The regions whose events the fork reader reads. Each has one shard.
 #[derive(Debug)]
 pub(crate) struct ForkReader {
     pub(super) ready: Epoll,
@@ -32,13 +32,13 @@ impl ForkReader {
     }
 
     pub(crate) fn add(&self, region: &Arc<Served>) -> Result<(), Errno> {
-        self.replace(|regions| regions.push((region.uffd.as_fd().as_raw_fd(), Arc::clone(region))));
-        watch(&self.ready, &region.uffd, EpollFlags::EPOLLIN)
+        self.replace(|regions| regions.push((region.uffd.get(0).as_fd().as_raw_fd(), Arc::clone(region))));
+        watch(&self.ready, region.uffd.get(0), EpollFlags::EPOLLIN)
     }
 
     pub(crate) fn remove(&self, region: &Served) {
         // ENOENT if the region was not added completely.
-        let _ = self.ready.delete(&region.uffd);
+        let _ = self.ready.delete(region.uffd.get(0));
         self.replace(|regions| regions.retain(|(_, other)| !std::ptr::eq(other.as_ref(), region)));
     }
 

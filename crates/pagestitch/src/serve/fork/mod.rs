@@ -29,7 +29,7 @@ use crate::serve::Served;
 use crate::space::Target;
 use crate::space::mapped_in_place::ShownPages;
 use crate::space::target::Foreign;
-use crate::space::{Mapping, PageTables, ServeOptions};
+use crate::space::{Mapping, PageTables, ServeOptions, Shards};
 use pagestitch_kernel::{Batch, Errno, Outcome, Uffd};
 use std::sync::Arc;
 use std::thread;
@@ -46,7 +46,7 @@ impl Served {
                     (Arc::clone(&self.layout), None, ShownPages::default()),
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, serve_options, tables),
-                    (Target::Foreign(adopted), uffd),
+                    (Target::Foreign(adopted), Shards::one(uffd)),
                     self.children.is_none(),
                 );
                 let limit = self.limit.as_ref().map(|(most, _)| *most);
@@ -85,9 +85,9 @@ pub(crate) fn block_forks(region: &Served) {
         }),
     }
     // The kernel fills no page while a fork is under way.
-    while region.uffd.continue_pages(first_page(region)) == Outcome::Changing {
+    while region.uffd.get(0).continue_pages(first_page(region)) == Outcome::Changing {
         if region.target.foreign().is_some() {
-            region.read_events(&mut Batch::with_capacity(BATCH), &mut |event| region.handle_deferred(event));
+            region.read_without_serving(&mut Batch::with_capacity(BATCH));
         }
         thread::yield_now();
     }

@@ -40,9 +40,9 @@ impl Orphans {
         Self { known, many: AtomicBool::new(false), log_limit: RateLimit::default() }
     }
 
-    /// Adds a part of the region that was moved to `to`.
-    pub(crate) fn moved(&self, to: usize, bytes: usize) {
-        self.add(OrphanKind::Region { to, bytes });
+    /// Adds a part of a shard that was moved to `to`.
+    pub(crate) fn moved(&self, shard: usize, to: usize, bytes: usize) {
+        self.add(OrphanKind::Region { shard, to, bytes });
     }
 
     /// Adds a child that is not served.
@@ -123,8 +123,8 @@ struct Orphan {
 
 #[derive(Debug)]
 enum OrphanKind {
-    /// A part of the region that was moved to the address `to`.
-    Region { to: usize, bytes: usize },
+    /// A part of a shard that was moved to the address `to`.
+    Region { shard: usize, to: usize, bytes: usize },
     /// All of the region in a child, which has a uffd of its own.
     Child(Uffd),
 }
@@ -213,7 +213,7 @@ impl Orphan {
     fn next(&self, region: &Mapping) -> Option<AddressRange> {
         let page = region.page_size();
         match &self.kind {
-            OrphanKind::Region { to, bytes } => {
+            OrphanKind::Region { to, bytes, .. } => {
                 let seen = page.bytes_of(Span { first: Page(0), pages: self.seen });
                 let rest = bytes.checked_sub(seen).filter(|rest| *rest > 0)?;
                 AddressRange::new(to + seen, rest.min(PAGES * page.bytes()), page)
@@ -230,9 +230,9 @@ impl Orphan {
     fn unregister(&self, region: &Mapping) {
         // A refusal means that the range is unmapped, or that its owner has ended.
         match &self.kind {
-            OrphanKind::Region { to, bytes } => {
+            OrphanKind::Region { to, bytes, .. } => {
                 let all = AddressRange::new(*to, *bytes, region.page_size());
-                let _ = all.map(|all| region.uffd.unregister(all));
+                let _ = all.map(|all| self.uffd(region).unregister(all));
             }
             OrphanKind::Child(uffd) => region.target.ranges().for_each(|(span, _)| {
                 let _ = uffd.unregister(region.target.addresses(span));
@@ -261,7 +261,7 @@ impl Orphan {
 
     fn uffd<'a>(&'a self, region: &'a Mapping) -> &'a Uffd {
         match &self.kind {
-            OrphanKind::Region { .. } => &region.uffd,
+            OrphanKind::Region { shard, .. } => region.uffd.get(*shard),
             OrphanKind::Child(uffd) => uffd,
         }
     }

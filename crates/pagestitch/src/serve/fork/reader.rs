@@ -59,7 +59,7 @@ impl ForkReader {
             // The forking thread waits meanwhile.
             return true;
         }
-        let again = region.read_events(batch, &mut |event| state.defer(region, event));
+        let again = region.read_events(0, batch, &mut |event| state.defer(region, event));
         let read = Instant::now();
         for request in batch.faults().iter().filter_map(|fault| to_request(region, fault, read)) {
             state.enqueue_or_set_aside(region, request);
