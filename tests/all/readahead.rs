@@ -20,6 +20,26 @@ fn a_sequential_reader_takes_few_faults() {
     assert_eq!(seen.pages_installed(), 8192);
 }
 
+/// As the threads of a parallel scan do, each in its own part.
+#[test]
+fn sixteen_interleaved_readers_take_few_faults_each() {
+    const READERS: usize = 16;
+    let part = 1024 * PAGE;
+    let pool = Pool::builder().name("sixteen").start().unwrap();
+    let region = Region::builder().chunk(vec![7u8; READERS * part]).build(&pool).unwrap();
+    for page in 0..1024 {
+        for reader in 0..READERS {
+            assert_eq!(region.as_slice()[reader * part + page * PAGE], 7);
+        }
+        if page % 64 == 0 {
+            until(|| is_idle("sixteen"));
+        }
+    }
+    let seen = region.close();
+    assert!(seen.faults < 1024 * READERS as u64 / 4, "{seen:?}");
+    assert!(seen.pages_ahead > 1024 * READERS as u64 / 2, "{seen:?}");
+}
+
 /// Reads page after page, and lets the pool finish its readahead every 64 pages.
 pub(crate) fn read_slowly(region: &Region, bytes: &[u8], pool: &str) {
     for page in 0..bytes.len() / PAGE {

@@ -12,6 +12,7 @@
 //! because they were measured to be faster.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
@@ -26,10 +27,11 @@ pub(crate) struct Dense {
     rents: AtomicTable,
     /// The cost of filling a block in nanoseconds, a moving average; 0 before the first one.
     price: AtomicU64,
-    /// The number of faults.
-    faults: AtomicU64,
-    /// The cost of all faults together, in nanoseconds.
-    spent: AtomicU64,
+    /// The faults of all threads, except for the last few of each stripe.
+    all: Faults,
+    /// The last few faults of each stripe of threads, so that threads that serve faults at the same
+    /// time seldom write to the same line.
+    recent: Striped<Faults>,
     /// The number of blocks with a fault.
     touched: AtomicU64,
     /// Of these, the blocks that reached the threshold and were filled.
@@ -42,14 +44,21 @@ pub(crate) struct Dense {
     share: u64,
 }
 
+#[derive(Debug, Default)]
+struct Faults {
+    count: AtomicU64,
+    /// The cost of all of them together, in nanoseconds.
+    spent: AtomicU64,
+}
+
 impl Dense {
     pub(crate) fn new(pages: usize, block: usize) -> Result<Self, Errno> {
         let blocks = NonZeroUsize::new(pages.div_ceil(block)).expect("a region has pages");
         Ok(Self {
             rents: AtomicTable::new(blocks)?,
             price: AtomicU64::new(0),
-            faults: AtomicU64::new(0),
-            spent: AtomicU64::new(0),
+            all: Faults::default(),
+            recent: Striped::default(),
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
             block,
@@ -66,10 +75,7 @@ impl Dense {
         if before == 0 {
             self.touched.fetch_add(1, Ordering::Relaxed);
         }
-        let faults = self.faults.fetch_add(1, Ordering::Relaxed) + 1;
-        // The mean, not this fault's cost, because single faults may cost far more or less.
-        let typical = (self.spent.fetch_add(rent, Ordering::Relaxed) + rent) / faults;
-        let threshold = self.threshold(typical);
+        let threshold = self.threshold(self.mean_with(rent));
         // The first fault of a block does not count alone, because it may have waited for a CPU. A
         // block is filled once.
         if before == 0 || before >= FILLED || before + rent < threshold {
@@ -81,6 +87,19 @@ impl Dense {
         self.filled.fetch_add(1, Ordering::Relaxed);
         let first = block * self.block;
         Some(Span { first: Page(first), pages: self.block.min(self.pages - first) })
+    }
+
+    /// Counts a fault. Returns the mean cost of a fault, because single faults may cost far more or
+    /// less.
+    fn mean_with(&self, rent: u64) -> u64 {
+        let Faults { count, spent } = self.recent.local();
+        spent.fetch_add(rent, Ordering::Relaxed);
+        let few = self.all.count.load(Ordering::Relaxed) < FEW;
+        if count.fetch_add(1, Ordering::Relaxed) + 1 >= FEW || few {
+            self.all.spent.fetch_add(spent.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+            self.all.count.fetch_add(count.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        }
+        self.all.spent.load(Ordering::Relaxed) / self.all.count.load(Ordering::Relaxed).max(1)
     }
 
     /// Records the cost of filling `pages` pages of a block.
@@ -126,6 +145,8 @@ const WAKE_UP: u64 = 5_000;
 const FIRST_PRICE: u64 = 24;
 /// The number of imaginary sparse blocks with which a region starts.
 const UNKNOWN: u64 = 8;
+/// The number of faults that a stripe counts before it adds them to all others.
+const FEW: u64 = 16;
 /// This bit of a block's rent is set once the block was filled.
 const FILLED: u64 = 1 << 63;
 

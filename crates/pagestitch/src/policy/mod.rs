@@ -3,6 +3,7 @@
 //! | file | content |
 //! |---|---|
 //! | `readahead` | fills pages ahead of a sequential reader |
+//! | `stream_table` | the sequential readers of a region |
 //! | `failure` | the policies for pages whose source fails |
 //! | `recording` | records the order of first touches, to fill pages in that order the next time |
 //! | `dense` | fills a block once its faults have cost as much as filling it would |
@@ -11,6 +12,7 @@ mod dense;
 mod failure;
 mod readahead;
 mod recording;
+mod stream_table;
 
 pub(crate) use dense::Dense;
 pub use failure::OnFailure;
@@ -54,7 +56,7 @@ impl Policy {
         Ok(match readahead {
             Readahead::None => Self { streams: None, dense: None },
             Readahead::Adaptive => Self {
-                streams: Streams::new(pages, (blocks == Blocks::Whole).then_some(block)),
+                streams: Streams::new(pages, size, (blocks == Blocks::Whole).then_some(block)),
                 dense: (pages >= block && blocks != Blocks::Never)
                     .then(|| Dense::new(pages, block))
                     .transpose()?,

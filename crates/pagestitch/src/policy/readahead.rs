@@ -14,10 +14,12 @@
 //! its marker *after* them, because only a whole block can move in at once.
 //!
 //! A stream begins with two faults on adjacent pages, and its window doubles at each marker. Random
-//! touches meet no marker, and fill one page each.
+//! touches meet no marker, and fill one page each. The streams of a region share a
+//! [budget](BUDGET): each of many streams has a smaller window.
 
-use pagestitch_kernel::{Page, Span};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::policy::stream_table::{Stream, StreamTable};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::{Page, PageSize, Span};
 
 /// The number of pages that are filled ahead of their touch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -27,9 +29,9 @@ pub enum Readahead {
     /// ([`granularity`](crate::Source::granularity)). For sources whose reads are slow or cost
     /// money, because filling ahead occupies a worker.
     None,
-    /// Pages ahead of a sequential reader are filled, up to 32 MiB, for up to eight readers of a
-    /// region. A block of 2 MiB is filled when its faults have cost as much as that would, in any
-    /// order. The default.
+    /// Pages ahead of a sequential reader are filled, up to 32 MiB, and up to 256 MiB ahead of all
+    /// readers of a region together. A region follows some hundreds of readers. A block of 2 MiB is
+    /// filled when its faults have cost as much as that would, in any order. The default.
     ///
     /// A thread that touches a page of such a fill waits until up to a block is filled. If the
     /// slowest touch matters more than the total time, choose [`None`](Self::None).
@@ -53,70 +55,61 @@ pub(crate) struct Prefetch {
 /// The sequential readers of one region.
 #[derive(Debug)]
 pub(super) struct Streams {
-    /// Packed [`Stream`]s; 0 is none, because no stream has its marker at page 0.
-    streams: [AtomicU64; STREAMS],
-    /// The number of streams so far: modulo [`STREAMS`], the entry to replace next.
-    oldest: AtomicUsize,
+    table: StreamTable,
     /// The pages of the region.
     pages: usize,
     /// The pages of a block, if whole blocks can be filled at once.
     block: Option<usize>,
-}
-
-/// One reader: its marker, and the pages filled ahead of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Stream {
-    marker: usize,
-    /// The number of pages filled after the marker or, with `whole`, before it.
-    window: usize,
-    /// The number of pages filled ahead between the last marker and this one: the reader has passed
-    /// them when it faults at this one.
-    due: usize,
-    /// True if the window consists of whole blocks.
-    whole: bool,
+    /// The most pages filled ahead of all streams together, except for the smallest windows.
+    budget: usize,
 }
 
 impl Streams {
-    pub(super) fn new(pages: usize, block: Option<usize>) -> Option<Self> {
-        // The packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no
-        // streams.
+    pub(super) fn new(pages: usize, size: PageSize, block: Option<usize>) -> Option<Self> {
+        // A packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no streams.
         let fits = pages <= (u32::MAX / 4) as usize;
-        fits.then(|| Self { streams: Default::default(), oldest: AtomicUsize::new(0), pages, block })
+        let budget = BUDGET / size.bytes();
+        fits.then(|| Self { table: StreamTable::new(pages), pages, block, budget })
     }
 
     /// Records a fault that fills `filled`: its page, or the pages that its source reads at once.
     /// Returns the pages to fill in addition.
     pub(super) fn on_fault(&self, filled: Span) -> Prefetch {
-        for slot in &self.streams {
-            let seen = slot.load(Ordering::Relaxed);
-            let stream = Stream::unpack(seen);
-            if seen == 0 || !filled.contains(Page(stream.marker)) {
-                continue;
+        match self.table.take(filled) {
+            Some(stream) => self.follow(stream, filled),
+            None => {
+                // The next page becomes a marker, with no page filled after it.
+                self.table.begin(filled.end().0);
+                Prefetch::default()
             }
-            let (next, prefetch) = self.advance(stream, filled);
-            // Only one worker has claimed the marker's page. If another stream has taken the entry
-            // meanwhile, that stream keeps it.
-            let taken = slot.compare_exchange(seen, next.pack(), Ordering::Relaxed, Ordering::Relaxed);
-            return if taken.is_ok() { prefetch } else { Prefetch::default() };
         }
-        let slot = self.oldest.fetch_add(1, Ordering::Relaxed) % STREAMS;
-        // The next page becomes a marker, with no page filled after it.
-        let begun = Stream { marker: filled.end().0, window: 0, due: 0, whole: false };
-        self.streams[slot].store(begun.pack(), Ordering::Relaxed);
-        Prefetch::default()
+    }
+
+    #[cold]
+    fn follow(&self, stream: Stream, filled: Span) -> Prefetch {
+        // With few streams, those of readers that have ended take no share that others need.
+        if self.table.streams() >= FULL_WINDOWS {
+            self.table.sweep();
+        }
+        self.table.advance(self.budget, |most| self.advance(stream, filled, most))
     }
 
     /// The next state of a stream whose reader has faulted at its marker, and the pages to fill.
-    /// The fault fills `unit`, which holds the marker.
+    /// The fault fills `unit`, which holds the marker. At most `most` pages are ahead of the reader
+    /// then, unless the window is the smallest.
     fn advance(
         &self,
         Stream { marker, window, due: passed, whole }: Stream,
         unit: Span,
+        most: usize,
     ) -> (Stream, Prefetch) {
-        let twice = (2 * window).max(WINDOW_MIN).next_multiple_of(unit.pages);
+        let smallest = WINDOW_MIN.next_multiple_of(unit.pages).min(WINDOW_MAX);
+        let twice = (2 * window).max(smallest).next_multiple_of(unit.pages);
+        let filled = unit.end().0 + window;
+        let block_end = |block| (filled + twice).next_multiple_of(block);
         match self.block {
             Some(block) if whole => {
-                let window = twice.min(BLOCKS_MAX * block);
+                let window = twice.min(BLOCKS_MAX * block).min(block + most / block * block);
                 let prefetch = Prefetch {
                     with_fault: self.inside(marker, marker + block),
                     after_fault: self.inside(marker + block, marker + window),
@@ -125,17 +118,16 @@ impl Streams {
                 // The first block is filled with the fault, not ahead.
                 (Stream { marker: marker + window, window, due: window - block, whole }, prefetch)
             }
-            Some(block) if twice >= block => {
-                let filled = unit.end().0 + window;
-                let end = (filled + twice).next_multiple_of(block);
+            Some(block) if twice >= block && window + block_end(block) - filled <= most => {
+                let end = block_end(block);
                 let prefetch =
                     Prefetch { with_fault: None, after_fault: self.inside(filled, end), consumed: passed };
                 let due = window + (end - filled);
                 (Stream { marker: end, window: twice, due, whole: true }, prefetch)
             }
             _ => {
-                let filled = unit.end().0 + window;
-                let (window, due) = (twice.min(WINDOW_MAX), window);
+                let most = most.saturating_sub(window) / unit.pages * unit.pages;
+                let (window, due) = (twice.min(WINDOW_MAX).min(most.max(smallest)), window);
                 let prefetch = Prefetch {
                     with_fault: None,
                     after_fault: self.inside(filled + unit.pages, filled + unit.pages + window),
@@ -153,35 +145,30 @@ impl Streams {
     }
 }
 
-impl Stream {
-    /// 32 bits, 16, 15 and 1: a window is no more than 16 blocks of 512 pages.
-    const fn pack(self) -> u64 {
-        let Self { marker, window, due, whole } = self;
-        (marker as u64) << 32 | (due as u64) << 16 | (window as u64) << 1 | whole as u64
-    }
-
-    const fn unpack(packed: u64) -> Self {
-        let (marker, due) = ((packed >> 32) as usize, (packed >> 16 & 0xffff) as usize);
-        Self { marker, window: (packed & 0xffff) as usize >> 1, due, whole: packed & 1 == 1 }
-    }
-}
-
-const STREAMS: usize = 8;
 const WINDOW_MIN: usize = 8;
 /// 2 MiB of pages of 4 KiB: in a larger window, the fixed cost of a call is negligible anyway.
 const WINDOW_MAX: usize = 512;
 /// 32 MiB: in a larger window, the cost of its one fault is negligible anyway.
 const BLOCKS_MAX: usize = 16;
+/// The number of streams that can all have the largest window.
+const FULL_WINDOWS: usize = 8;
+/// The most bytes filled ahead of all streams of a region together.
+const BUDGET: usize = FULL_WINDOWS * BLOCKS_MAX * HUGE;
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::BTreeSet;
+    use proptest::prelude::*;
+    use std::collections::{BTreeSet, HashMap, HashSet};
+
+    fn streams(pages: usize, block: Option<usize>) -> Streams {
+        Streams::new(pages, PageSize::new(4096).unwrap(), block).unwrap()
+    }
 
     /// Reads pages in order. Returns the number of faults, and the number of pages of each
     /// prefetch.
     fn read(streams: &Streams, pages: impl Iterator<Item = usize>) -> (usize, Vec<usize>) {
-        let (mut present, mut faults, mut windows) = (std::collections::HashSet::new(), 0, Vec::new());
+        let (mut present, mut faults, mut windows) = (HashSet::new(), 0, Vec::new());
         for page in pages {
             if !present.insert(page) {
                 continue;
@@ -199,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_sequential_reader_faults_once_a_window_and_its_window_doubles() {
-        let streams = Streams::new(10_000, None).unwrap();
+        let streams = streams(10_000, None);
         let (faults, windows) = read(&streams, 0..10_000);
         assert!(faults < 40, "{faults} faults for 10,000 pages");
         assert!(windows.is_sorted_by(|a, b| b >= a || *b < 512), "{windows:?}");
@@ -210,7 +197,7 @@ mod tests {
     #[test]
     fn a_reader_of_units_faults_once_a_window_of_whole_units() {
         for block in [None, Some(512)] {
-            let streams = Streams::new(100 * 512, block).unwrap();
+            let streams = streams(100 * 512, block);
             let (mut present, mut faults) = (BTreeSet::new(), 0);
             for page in 0..100 * 512 {
                 if present.contains(&page) {
@@ -230,16 +217,15 @@ mod tests {
 
     #[test]
     fn large_windows_consist_of_whole_blocks() {
-        let streams = Streams::new(100 * 512, Some(512)).unwrap();
+        let streams = streams(100 * 512, Some(512));
         let (faults, windows) = read(&streams, 0..100 * 512);
         assert!(faults < 25, "{faults} faults for 100 blocks");
         assert_eq!(windows.iter().max(), Some(&(15 * 512)));
         let mut stream = Stream { marker: 3 * 512, window: 512, due: 512, whole: true };
         for blocks in [2, 4, 8, 16, 16] {
-            let (next, prefetch) = streams.advance(stream, Page(stream.marker).span());
+            let (next, prefetch) = streams.advance(stream, Page(stream.marker).span(), streams.budget);
             assert_eq!(prefetch.with_fault, streams.inside(stream.marker, stream.marker + 512));
             assert_eq!((next.marker, next.window), (stream.marker + blocks * 512, blocks * 512));
-            assert_eq!(Stream::unpack(next.pack()), next);
             stream = next;
         }
     }
@@ -247,7 +233,7 @@ mod tests {
     #[test]
     fn each_marker_counts_the_prefetched_pages_that_the_reader_has_passed() {
         for block in [None, Some(512)] {
-            let streams = Streams::new(100 * 512, block).unwrap();
+            let streams = streams(100 * 512, block);
             let (mut present, mut ahead, mut passed) = (BTreeSet::new(), BTreeSet::<usize>::new(), 0);
             for page in 0..100 * 512 {
                 if present.contains(&page) {
@@ -269,7 +255,7 @@ mod tests {
     #[test]
     fn no_page_past_the_end_is_prefetched() {
         for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
-            let streams = Streams::new(pages, block).unwrap();
+            let streams = streams(pages, block);
             for page in 0..pages {
                 let prefetch = streams.on_fault(Page(page).span());
                 for span in [prefetch.with_fault, prefetch.after_fault].into_iter().flatten() {
@@ -281,16 +267,118 @@ mod tests {
 
     #[test]
     fn random_touches_stay_at_one_page() {
-        let streams = Streams::new(100_000, Some(512)).unwrap();
+        let streams = streams(100_000, Some(512));
         let (_, windows) = read(&streams, (0..5_000).map(|i| i * 7919 % 100_000));
         assert!(windows.is_empty(), "{windows:?}");
     }
 
+    /// Reads pages in turn, by so many readers at equal distances. Returns the number of faults of
+    /// each reader.
+    fn interleaved(streams: &Streams, readers: usize) -> Vec<usize> {
+        let (part, mut present) = (streams.pages / readers, vec![false; streams.pages]);
+        let mut faults = vec![0; readers];
+        for (page, reader) in (0..part).flat_map(|page| (0..readers).map(move |reader| (page, reader))) {
+            let page = reader * part + page;
+            if present[page] {
+                continue;
+            }
+            present[page] = true;
+            faults[reader] += 1;
+            let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span());
+            for span in [with_fault, after_fault].into_iter().flatten() {
+                present[span.first.0..span.end().0].fill(true);
+            }
+            let (counted, found) = streams.table.ahead();
+            assert!(counted == found && counted <= streams.budget, "{counted} {found}");
+        }
+        faults
+    }
+
     #[test]
-    fn several_readers_have_a_stream_each() {
-        let streams = Streams::new(1 << 20, None).unwrap();
-        let interleaved = (0..4_000).flat_map(|page| (0..8).map(move |reader| reader * 100_000 + page));
-        let (faults, _) = read(&streams, interleaved);
-        assert!(faults < 8 * 40, "{faults} faults for 8 times 4,000 pages");
+    fn many_interleaved_readers_have_a_stream_each() {
+        for block in [None, Some(512)] {
+            for readers in [1, 8, 16, 40] {
+                let faults = interleaved(&streams(readers * 8192, block), readers);
+                assert!(faults.iter().all(|&faults| faults < 60), "{faults:?}");
+                let all: usize = faults.iter().sum();
+                assert!(all < 35 * readers, "{all} faults of {readers} readers");
+            }
+        }
+    }
+
+    /// Readers that share the blocks of a small region.
+    #[test]
+    fn readers_of_a_small_region_have_a_stream_each() {
+        for readers in [2, 4, 8] {
+            let faults = interleaved(&streams(readers * 512, Some(512)), readers);
+            assert!(faults.iter().all(|&faults| faults < 60), "{faults:?}");
+        }
+    }
+
+    #[test]
+    fn touches_at_random_do_not_end_a_stream() {
+        let (streams, mut random) = (streams(1 << 20, Some(512)), 1_usize);
+        let (mut present, mut faults) = (HashSet::new(), 0);
+        for page in 1..8192 {
+            if present.insert(page) {
+                faults += 1;
+                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span());
+                let spans = [with_fault, after_fault].into_iter().flatten();
+                present.extend(spans.flat_map(Span::iter).map(|page| page.0));
+            }
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            streams.on_fault(Page(1 << 19 | random >> 45).span());
+        }
+        assert!(faults < 40, "{faults} faults");
+    }
+
+    /// The pages of a reader in the model.
+    const PART: usize = 50_000_000;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        /// Against a list of streams without an end. The table may lose a stream, and then answers
+        /// as if the reader had just begun.
+        #[test]
+        fn the_table_answers_as_a_list_of_all_streams(
+            touches in prop::collection::vec((0usize..12, 0usize..20), 0..400), blocks in any::<bool>(),
+        ) {
+            let streams = streams(12 * PART, blocks.then_some(512));
+            let (mut list, mut places, mut jumps) = (HashMap::<usize, Stream>::new(), [0; 12], [0; 12]);
+            let (mut lost, mut followed) = (0, 0);
+            for (reader, jump) in touches {
+                // A reader goes on at its marker, or elsewhere.
+                let marker = places[reader];
+                let jumps_now = jump == 0 || marker == 0;
+                jumps[reader] += usize::from(jumps_now);
+                let place = if jumps_now { reader * PART + jumps[reader] * PART / 100 } else { marker };
+                let answer = streams.on_fault(Page(place).span());
+                let expected = list.remove(&place).map(|stream| {
+                    // The answer for some share of the budget.
+                    let mut shares = (0..=streams.budget).rev().step_by(512).chain((0..2048).rev());
+                    let advance = |most| streams.advance(stream, Page(place).span(), most);
+                    shares.find_map(|most| Some(advance(most)).filter(|(_, expected)| *expected == answer))
+                });
+                match expected {
+                    Some(Some((next, _))) => {
+                        list.insert(next.marker, next);
+                        places[reader] = next.marker;
+                        followed += 1;
+                    }
+                    _ => {
+                        lost += usize::from(expected.is_some());
+                        prop_assert_eq!(answer, Prefetch::default());
+                        let marker = place + 1;
+                        list.insert(marker, Stream { marker, window: 0, due: 0, whole: false });
+                        places[reader] = marker;
+                    }
+                }
+                let (counted, found) = streams.table.ahead();
+                prop_assert_eq!(counted, found);
+                prop_assert!(counted <= streams.budget + streams.table.streams() * 2 * WINDOW_MIN);
+            }
+            prop_assert!(lost <= 20 + followed / 10, "{} of {}", lost, followed);
+        }
     }
 }
