@@ -3,6 +3,7 @@
 
 mod adopted;
 mod application;
+mod background;
 mod blocks;
 mod children;
 mod chunks;

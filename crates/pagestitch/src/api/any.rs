@@ -5,7 +5,7 @@ use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
 use crate::fault::PrefetchJob;
 use crate::metrics::{Meter, Metrics};
-use crate::policy::Recording;
+use crate::policy::{FillRate, RateLimit, Recording};
 use crate::serve::Served;
 use crate::serve::fork::block_forks;
 use crate::serve::{Attachment, fill_rest};
@@ -216,16 +216,59 @@ impl AnyRegion {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn prefetch(&self, range: impl RangeBounds<u64>) -> Result<PrefetchHandle, Error> {
-        let span = self.span(range)?;
+        let span = self.served.with_read_units(self.span(range)?);
+        self.start("prefetch", PrefetchJob::new(span, self.block_pages()))
+    }
+
+    /// Has the server fill all absent pages while no fault waits, in the order of their addresses, and
+    /// returns at once. Dropping the handle cancels the fill.
+    ///
+    /// This is a [`prefetch`](Self::prefetch) of the whole region, with these differences:
+    ///
+    /// * **Rate.** It fills no more bytes a second than [`FillRate`] says.
+    /// * **Recording first.** It begins when the pages of a [replayed](crate::Builder::replay) recording
+    ///   are filled.
+    /// * **Complete.** It waits for pages that other threads are filling. If
+    ///   [`is_complete`](crate::PrefetchProgress::is_complete) is true at its end, no page is left to
+    ///   fill: [`AdoptedRegion::finish`](crate::AdoptedRegion::finish) then releases the memory at once,
+    ///   and its owner runs on without this process.
+    ///
+    /// In adopted memory, pages that the owner has discarded stay absent.
+    ///
+    /// # Errors
+    ///
+    /// As [`prefetch`](Self::prefetch).
+    ///
+    /// ```
+    /// use pagestitch::{FillRate, Pool, Region};
+    ///
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).build(&Pool::new()?)?;
+    /// let fill = region.fill_in_background(FillRate::Unlimited)?;
+    /// assert_eq!(region.as_slice()[50_000], 7);               // faults come first
+    /// assert!(fill.wait().is_complete());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn fill_in_background(&self, rate: FillRate) -> Result<PrefetchHandle, Error> {
+        let (all, block) = (self.served.target.all(), self.block_pages());
+        // A unit of a source is read at once.
+        let least = if self.served.layout.has_read_units() { block } else { 1 };
+        let limit = RateLimit::new(rate, self.served.page_size(), least);
+        self.start("fill_in_background", PrefetchJob::background(all, block, limit))
+    }
+
+    fn block_pages(&self) -> usize {
+        HUGE / self.served.page_size().bytes()
+    }
+
+    fn start(&self, call: &str, job: PrefetchJob) -> Result<PrefetchHandle, Error> {
         if !self.server.is_of_this_process() {
             let what = format!(
-                "region {}: it belongs to the parent process: call prefetch() there, or populate() in the forked child",
+                "region {}: it belongs to the parent process: call {call}() there, or populate() in the forked child",
                 self.name()
             );
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        let block = HUGE / self.served.page_size().bytes();
-        let job = Arc::new(PrefetchJob::new(self.served.with_read_units(span), block));
+        let job = Arc::new(job);
         self.server.prefetch(&self.served, &job)?;
         Ok(PrefetchHandle::new(job))
     }

@@ -6,7 +6,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// A prefetch in progress, which [`AnyRegion::prefetch`](crate::AnyRegion::prefetch) returns.
+/// A prefetch in progress, which [`AnyRegion::prefetch`](crate::AnyRegion::prefetch) returns, or a
+/// [background fill](crate::AnyRegion::fill_in_background).
 ///
 /// **Dropping it cancels the prefetch**: no further page is begun, and the drop waits for nothing.
 /// [`detach`](Self::detach) lets the prefetch go on without a handle.
@@ -42,11 +43,28 @@ pub struct PrefetchProgress {
     /// Pages that stay absent, because the read of their source has failed, or the kernel refused
     /// them. They are not poisoned: their touch reads the source again.
     pub pages_failed: u64,
-    /// Pages that it has left as they were: another thread was filling them, or they were poisoned.
+    /// Pages that it has left as they were: they were poisoned, or another thread was filling them. A
+    /// background fill waits for the latter.
     pub pages_skipped: u64,
     /// Pages that no worker has begun yet. None are left at the end, unless the region was dropped, or
     /// the owner of adopted memory has ended.
     pub pages_left: u64,
+}
+
+impl PrefetchProgress {
+    /// True if no page was left out: none has failed, was skipped, or is left. After the end of a
+    /// [background fill](crate::AnyRegion::fill_in_background), the region then has all of its pages.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).build(&Pool::new()?)?;
+    /// assert!(region.prefetch(..8192)?.wait().is_complete());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub const fn is_complete(&self) -> bool {
+        self.pages_failed == 0 && self.pages_skipped == 0 && self.pages_left == 0
+    }
 }
 
 impl PrefetchHandle {

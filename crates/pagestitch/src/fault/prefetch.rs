@@ -111,8 +111,11 @@ impl<'a, H: Host> Ahead<'a, H> {
         let pages = match end {
             // It is filled, or another thread fills it, or it is poisoned.
             Err(Unfilled::Unclaimed(reason)) => {
-                let is_skipped = reason != Unclaimed::Resident;
-                self.job.iter().filter(|_| is_skipped).for_each(|job| job.add_skipped(1));
+                match (self.job, reason) {
+                    (Some(job), Unclaimed::Filling) => job.leave_to_other(gap.prefix(1)),
+                    (Some(job), Unclaimed::Poisoned) => job.add_skipped(1),
+                    (None, _) | (_, Unclaimed::Resident) => {}
+                }
                 1
             }
             _ => self.claimed,

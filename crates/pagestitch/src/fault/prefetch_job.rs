@@ -3,17 +3,24 @@
 //! ```text
 //!   rest:   | taken by workers ... | blocks that no worker has taken yet |
 //!   later:  parts of taken blocks that met a limit, or a memory map that was changing
+//!   others: pages that another thread is filling, in a background fill
 //! ```
 //!
 //! Workers take its blocks one by one. It is over when no page is left and the steps of workers
 //! and the fetches have ended, or when it is cancelled.
+//!
+//! A background fill is a job for a whole region. One with a rate has one step at a time, and a
+//! timed task goes on with it when the next page is due. When only pages of other threads are left,
+//! a timed task looks at them again, so that no page is missing at its end.
 
 use crate::guard::{discard, quietly};
+use crate::policy::RateLimit;
 use pagestitch_kernel::Span;
 use pagestitch_kernel::sync::EventCount;
 use parking_lot::{Mutex, MutexGuard};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 /// The pages of a requested prefetch, shared by its handle, its workers and its fetches.
 #[derive(Debug)]
@@ -31,12 +38,21 @@ pub(crate) struct PrefetchJob {
     left: AtomicU64,
     /// The pages of a block.
     block: usize,
+    /// The most pages of a step.
+    step: usize,
+    /// True if it waits for the pages that other threads are filling.
+    waits_for_others: bool,
+    /// True if it has a rate.
+    is_limited: bool,
 }
 
 #[derive(Debug)]
 struct State {
     rest: Span,
     later: Vec<Span>,
+    /// Pages that other threads are filling, until they are looked at again.
+    others: Vec<Span>,
+    limit: Option<RateLimit>,
     /// The steps of workers and the fetches that have not ended.
     steps: usize,
     fetches: usize,
@@ -53,7 +69,7 @@ pub(crate) enum NextStep {
     /// [Resume](PrefetchJob::resume) it at once.
     Resume,
     /// Resume it after a pause.
-    Pause,
+    Pause(Duration),
     /// It is over, in the queue, or goes on when a fetch ends.
     None,
 }
@@ -61,9 +77,22 @@ pub(crate) enum NextStep {
 impl PrefetchJob {
     /// A job for a span, in blocks of `block` pages.
     pub(crate) fn new(span: Span, block: usize) -> Self {
+        Self::of(span, block, false, None)
+    }
+
+    /// A background fill of a span, in blocks of `block` pages.
+    pub(crate) fn background(span: Span, block: usize, limit: Option<RateLimit>) -> Self {
+        Self::of(span, block, true, limit)
+    }
+
+    fn of(span: Span, block: usize, waits_for_others: bool, limit: Option<RateLimit>) -> Self {
+        let is_limited = limit.is_some();
+        let step = limit.as_ref().map_or(block, |limit| limit.step_pages().min(block));
         let state = State {
             rest: span,
             later: Vec::with_capacity(LATER),
+            others: Vec::with_capacity(LATER),
+            limit,
             steps: 0,
             fetches: 0,
             is_queued: true,
@@ -80,6 +109,9 @@ impl PrefetchJob {
             skipped: AtomicU64::new(0),
             left: AtomicU64::new(span.pages as u64),
             block,
+            step,
+            waits_for_others,
+            is_limited,
         }
     }
 
@@ -131,15 +163,23 @@ impl PrefetchJob {
             self.end_if_over(&state);
             return None;
         }
-        let block = state.later.pop().unwrap_or_else(|| {
-            let block = state.rest.prefix(self.block - state.rest.first.0 % self.block);
-            state.rest = state.rest.without_prefix(block.pages);
-            block
-        });
+        let block = self.next_block(&mut state);
         self.left.fetch_sub(block.pages as u64, Ordering::SeqCst);
         state.steps += 1;
-        state.is_queued = self.can_go_on(&state);
+        // With a rate, the end of this step decides when the next one comes.
+        state.is_queued = !self.is_limited && self.can_go_on(&state);
         Some((block, state.is_queued))
+    }
+
+    fn next_block(&self, state: &mut State) -> Span {
+        if let Some(later) = state.later.pop() {
+            let (block, rest) = (later.prefix(self.step), later.without_prefix(self.step));
+            state.later.extend(Some(rest).filter(|rest| !rest.is_empty()));
+            return block;
+        }
+        let block = state.rest.prefix(self.block - state.rest.first.0 % self.block).prefix(self.step);
+        state.rest = state.rest.without_prefix(block.pages);
+        block
     }
 
     /// Ends a step that leaves some pages for later. `is_limited`: they met a limit, so the next
@@ -154,7 +194,7 @@ impl PrefetchJob {
         if is_limited && self.can_go_on(&state) {
             // Also if it is queued: the next worker that takes it would meet the same limit.
             state.is_timed = true;
-            return NextStep::Pause;
+            return NextStep::Pause(self.pause(&mut state).max(LIMITED));
         }
         self.next_step(state)
     }
@@ -163,6 +203,10 @@ impl PrefetchJob {
     pub(crate) fn resume(&self) -> bool {
         let mut state = self.state.lock();
         state.is_timed = false;
+        let State { rest, later, others, .. } = &mut *state;
+        if rest.is_empty() && later.is_empty() {
+            later.append(others);
+        }
         if state.is_queued || !self.can_go_on(&state) {
             self.end_if_over(&state);
             return false;
@@ -187,6 +231,15 @@ impl PrefetchJob {
 
     pub(super) fn add_failed(&self, pages: usize) {
         self.failed.fetch_add(pages as u64, Ordering::SeqCst);
+    }
+
+    /// Leaves a span to another thread that is filling it.
+    pub(super) fn leave_to_other(&self, span: Span) {
+        if !self.waits_for_others {
+            return self.add_skipped(span.pages);
+        }
+        self.left.fetch_add(span.pages as u64, Ordering::SeqCst);
+        self.state.lock().others.push(span);
     }
 
     pub(super) fn add_skipped(&self, pages: usize) {
@@ -220,12 +273,28 @@ impl PrefetchJob {
     }
 
     fn next_step(&self, mut state: MutexGuard<'_, State>) -> NextStep {
+        if self.has_others_only(&state) {
+            state.is_timed = true;
+            return NextStep::Pause(LIMITED);
+        }
         if state.is_queued || !self.can_go_on(&state) {
             self.end_if_over(&state);
             return NextStep::None;
         }
         state.is_timed = true;
-        NextStep::Resume
+        if self.is_limited { NextStep::Pause(self.pause(&mut state)) } else { NextStep::Resume }
+    }
+
+    /// The pause that the rate asks for.
+    fn pause(&self, state: &mut State) -> Duration {
+        let filled = self.filled.load(Ordering::SeqCst);
+        state.limit.as_mut().map_or(Duration::ZERO, |limit| limit.charge(filled, Instant::now()))
+    }
+
+    /// True if no worker can do more before other threads have filled their pages.
+    fn has_others_only(&self, state: &State) -> bool {
+        let is_idle = state.steps == 0 && state.fetches == 0 && !state.is_timed;
+        is_idle && !state.has_pages() && !state.others.is_empty() && !self.is_cancelled()
     }
 
     fn can_go_on(&self, state: &State) -> bool {
@@ -234,7 +303,8 @@ impl PrefetchJob {
 
     fn end_if_over(&self, state: &State) {
         let is_idle = state.steps == 0 && state.fetches == 0;
-        if is_idle && (self.is_cancelled() || !state.has_pages()) {
+        let has_pages = state.has_pages() || !state.others.is_empty();
+        if is_idle && (self.is_cancelled() || !has_pages) {
             self.set_over(state);
         }
     }
@@ -255,11 +325,15 @@ impl State {
 pub(crate) const FETCHES_MAX: usize = 16;
 /// The parts for later before their list has to grow.
 const LATER: usize = 16;
+/// The pause of a job that has met a limit, or waits for other threads.
+const LIMITED: Duration = Duration::from_millis(5);
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pagestitch_kernel::Page;
+    use crate::policy::FillRate;
+    use pagestitch_kernel::{Page, PageSize};
+    use std::num::NonZeroU64;
 
     fn job(first: usize, pages: usize) -> PrefetchJob {
         PrefetchJob::new(Span { first: Page(first), pages }, 512)
@@ -304,7 +378,7 @@ mod tests {
     fn a_job_pauses_at_a_limit_and_takes_the_same_pages_again() {
         let job = job(0, 100);
         let (block, _) = job.take().unwrap();
-        assert_eq!(job.step_ended(block.without_prefix(40), true), NextStep::Pause);
+        assert_eq!(job.step_ended(block.without_prefix(40), true), NextStep::Pause(LIMITED));
         assert_eq!((taken(&job), job.is_over()), (None, false));
         assert!(job.resume());
         assert_eq!(taken(&job), Some((40, 60, false)));
@@ -312,6 +386,38 @@ mod tests {
         assert_eq!(job.step_ended(NO_PAGES, false), NextStep::None);
         assert!(!job.resume());
         job.fetch_ended();
+        assert!(job.is_over());
+    }
+
+    #[test]
+    fn a_background_fill_looks_again_at_pages_of_other_threads_when_it_has_no_others() {
+        let job = PrefetchJob::background(Span { first: Page(0), pages: 1024 }, 512, None);
+        taken(&job).unwrap();
+        job.leave_to_other(Page(7).span());
+        assert_eq!(job.step_ended(NO_PAGES, false), NextStep::None, "it is queued");
+        assert_eq!(taken(&job), Some((512, 512, false)));
+        assert_eq!(job.step_ended(NO_PAGES, false), NextStep::Pause(LIMITED));
+        assert_eq!((taken(&job), job.is_over(), job.counts()), (None, false, [0, 0, 0, 1]));
+        assert!(job.resume());
+        assert_eq!(taken(&job), Some((7, 1, false)));
+        assert_eq!(job.step_ended(NO_PAGES, false), NextStep::None);
+        assert!(job.is_over() && job.counts() == [0; 4]);
+    }
+
+    #[test]
+    fn a_job_with_a_rate_has_one_step_at_a_time_and_a_pause_after_it() {
+        let rate = FillRate::BytesPerSecond(NonZeroU64::new(100 << 20).unwrap());
+        let limit = RateLimit::new(rate, PageSize::new(4096).unwrap(), 1);
+        let job = PrefetchJob::background(Span { first: Page(0), pages: 1000 }, 512, limit);
+        assert_eq!(taken(&job), Some((0, 256, false)));
+        job.add_filled(256);
+        let NextStep::Pause(pause) = job.step_ended(NO_PAGES, false) else { panic!("it is not over") };
+        assert!(pause <= Duration::from_millis(10));
+        assert_eq!(taken(&job), None, "a timed task will resume it");
+        assert!(job.resume());
+        assert_eq!(taken(&job), Some((256, 256, false)));
+        job.cancel();
+        assert_eq!(job.step_ended(NO_PAGES, false), NextStep::None);
         assert!(job.is_over());
     }
 

@@ -4,18 +4,22 @@
 //! |---|---|
 //! | `readahead` | fills pages ahead of a sequential reader |
 //! | `stream_table` | the sequential readers of a region |
+//! | `fill_rate` | limits the bytes that a background fill fills in a second |
 //! | `failure` | the policies for pages whose source fails |
 //! | `recording` | records the order of first touches, to fill pages in that order the next time |
 //! | `dense` | fills a block once its faults have cost as much as filling it would |
 
 mod dense;
 mod failure;
+mod fill_rate;
 mod readahead;
 mod recording;
 mod stream_table;
 
 pub(crate) use dense::Dense;
 pub use failure::OnFailure;
+pub use fill_rate::FillRate;
+pub(crate) use fill_rate::RateLimit;
 pub(crate) use readahead::Prefetch;
 pub use readahead::Readahead;
 use readahead::Streams;

@@ -194,7 +194,7 @@ impl Host for Served {
     fn go_on_with(self: &Arc<Self>, job: &Arc<PrefetchJob>, next: NextStep) {
         let pause = match next {
             NextStep::Resume => Duration::ZERO,
-            NextStep::Pause => LIMITED,
+            NextStep::Pause(pause) => pause,
             NextStep::None => return,
         };
         let timers = self.timers.get().expect("only a server with workers takes prefetches");
@@ -208,7 +208,5 @@ impl Host for Served {
 
 /// Faults that can wait for admission before the queue has to grow.
 const ROOM: usize = 256;
-/// The pause of a requested prefetch that has met a limit.
-const LIMITED: Duration = Duration::from_millis(5);
 /// The most faults of a region in foreign memory that wait to be served again.
 const REPEATED_MAX: usize = 4096;

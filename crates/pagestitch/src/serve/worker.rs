@@ -147,7 +147,9 @@ impl Worker {
         }
         self.serve_queued();
         self.fill_ahead();
-        match (self.fill_requested(), count) {
+        // Requested prefetches come after readahead and recordings.
+        let has_requested = self.state.prefetches.1.is_empty() && self.fill_requested();
+        match (has_requested, count) {
             (true, Ok(0)) => Round::Prefetched,
             (false, Ok(0)) => Round::Quiet,
             _ => Round::Busy,
