@@ -7,6 +7,8 @@
 //! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
 //! | [`workloads`] | the workloads: each is a list of cases with their baselines |
 //! | [`guest`] | the other process of the workload `restore` |
+//! | `prototypes` | the least that a program can do to fill pages: a limit of each way to serve |
+//! | `hot` | bytes in the processor's caches, and touches of memory that repeats them |
 //! | `systems`, `manual_page` | the systems that workloads compare, and their data |
 //! | `team` | work of several threads at once |
 //! | `case` | one system at one point, and the sample of one run |
@@ -26,8 +28,10 @@ mod date;
 pub mod environment;
 mod format;
 pub mod guest;
+mod hot;
 mod manual_page;
 mod measure;
+mod prototypes;
 pub mod report;
 pub mod row;
 pub mod runner;

@@ -2,11 +2,10 @@
 
 use crate::manual_page::ManualPage;
 use crate::team::{in_parts, part_length, parts};
+use crate::threads::cpus;
 use pagestitch::source::{Memory, Pages};
 use pagestitch::{Builder, Chunk, Readahead, Region, Server, Source};
-use pagestitch_kernel::{Access, PageSize, Reservation, StableView, View};
 use std::hint::black_box;
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 /// Chunks of 64 KiB in heap buffers, in an order that depends on the seed alone.
@@ -63,19 +62,29 @@ impl Data {
         pages
     }
 
+    /// Checks all bytes of a copy.
+    ///
+    /// # Panics
+    ///
+    /// If a byte differs.
+    pub(crate) fn check(&self, copy: &[u8]) {
+        let length = part_length(self.bytes(), cpus(), CHUNK);
+        let parts = self.plain.chunks(length / CHUNK).zip(copy.chunks(length)).collect();
+        in_parts(parts, |(chunks, copy): (&[Arc<[u8]>], &[u8])| {
+            let equal = chunks.iter().zip(copy.chunks(CHUNK)).all(|(chunk, copy)| **chunk == *copy);
+            assert!(equal, "the copy has other bytes than its source");
+        });
+    }
+
     /// A region that the handler of the manual page serves.
     pub(crate) fn manual_page(&self, cpu: Option<usize>) -> ManualPage {
         ManualPage::new(self.plain.clone(), cpu)
     }
 }
 
-/// Addresses without a server, where the kernel itself fills pages with zeros.
-pub(crate) fn zero_pages(pages: usize) -> (Arc<Reservation>, StableView) {
-    let page = PageSize::new(PAGE).expect("a power of two");
-    let pages = NonZeroUsize::new(pages).expect("some pages");
-    let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
-    reservation.open().expect("memory");
-    (reservation, view.into_stable().expect("the view has no mapped pages"))
+/// Memory without a server: a read of a page maps the kernel's page of zeros.
+pub(crate) fn zero_pages(pages: usize) -> Pages {
+    Pages::without_huge_pages(pages * PAGE).expect("memory")
 }
 
 /// The sum of all words.

@@ -4,8 +4,9 @@ use crate::affinity::pin;
 use crate::case::Sample;
 use crate::touch::{first_touches, histogram};
 use hdrhistogram::Histogram;
+use std::panic::resume_unwind;
 use std::sync::Barrier;
-use std::thread;
+use std::thread::{self, ScopedJoinHandle};
 
 /// Runs `work` on each part in a thread of its own. A single part has the calling thread.
 pub(crate) fn in_parts<P: Send, T: Send>(parts: Vec<P>, work: impl Fn(P) -> T + Sync) -> Vec<T> {
@@ -15,7 +16,7 @@ pub(crate) fn in_parts<P: Send, T: Send>(parts: Vec<P>, work: impl Fn(P) -> T + 
     let work = &work;
     thread::scope(|scope| {
         let threads: Vec<_> = parts.into_iter().map(|part| scope.spawn(move || work(part))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("a thread that does its part")).collect()
+        threads.into_iter().map(|thread| result_of(thread)).collect()
     })
 }
 
@@ -46,12 +47,15 @@ pub(crate) fn at_once<P: Send, T: Send>(
         let mut results = Vec::with_capacity(threads.len());
         let sample = Sample::of(pages, bytes, || {
             start.wait();
-            results.extend(
-                threads.into_iter().map(|thread| thread.join().expect("a thread that does its part")),
-            );
+            results.extend(threads.into_iter().map(|thread| result_of(thread)));
         });
         (sample, results)
     })
+}
+
+/// The result of a thread; or its panic goes on here.
+fn result_of<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// The first touches of so many threads, a part of the offsets each.

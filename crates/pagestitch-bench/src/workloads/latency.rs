@@ -65,9 +65,6 @@ const SYSTEMS: [(&str, Touch); 7] = [
         touches.of(data.manual_page(Some(pinned.cpu)).bytes())
     }),
     ("manual-page", |data, touches| touches.of(data.manual_page(None).bytes())),
-    ("kernel zero page", |data, touches| {
-        let (_reservation, view) = zero_pages(data.pages());
-        touches.of(view.as_slice())
-    }),
+    ("kernel zero page", |data, touches| touches.of(&zero_pages(data.pages()))),
 ];
 const SAME_CPU: &str = ", same CPU";

@@ -8,6 +8,7 @@ mod parallel;
 mod populate;
 mod regions;
 mod restore;
+mod scaling;
 mod scan;
 mod shards;
 mod sparse;
@@ -87,7 +88,7 @@ pub(crate) static BY_THREADS: [Curve; 3] = [
 pub(crate) const THREADS: &str = "threads";
 
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 12] = [
+pub static ALL: [Workload; 13] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -145,6 +146,13 @@ pub static ALL: [Workload; 12] = [
         ],
         takes_threads: true,
         cases: parallel::cases,
+    },
+    Workload {
+        name: "scaling",
+        about: "one region and several threads, beside prototypes that do the least: random first touches of 256 MiB, sums of 2 GiB",
+        curves: &scaling::CURVES,
+        takes_threads: true,
+        cases: scaling::cases,
     },
     Workload {
         name: "mapped",

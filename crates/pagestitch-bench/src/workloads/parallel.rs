@@ -38,9 +38,8 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     for &threads in &counts {
         let bytes = data.bytes();
         let run = move |seed| {
-            let (_reservation, view) = zero_pages(bytes / PAGE);
             let touches = shuffled_pages(bytes, seed);
-            all_at_once(view.as_slice(), disjoint(&touches, threads))
+            all_at_once(&zero_pages(bytes / PAGE), disjoint(&touches, threads))
         };
         let case = Case::new("kernel zero page", run).at(format!("{threads} disjoint")).by(threads);
         cases.push(case.against_point(format!("{first} disjoint")));

@@ -1,0 +1,65 @@
+//! The bare SIGBUS handler, in which the touching thread fills its page.
+
+use super::parts::Parts;
+use nix::libc::{self, c_int, c_void, siginfo_t};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Runs `work` while its threads fill the pages that they touch. One memory has the handler at a time.
+pub(super) fn serve<T>(parts: &Parts, work: impl FnOnce() -> T) -> T {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    MEMORY.store(ptr::from_ref(parts).cast_mut(), Ordering::Release);
+    let flags = SaFlags::SA_SIGINFO | SaFlags::SA_NODEFER;
+    let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, SigSet::empty()));
+    work()
+}
+
+/// The handler, until it is dropped.
+struct Installed {
+    before: SigAction,
+}
+
+impl Installed {
+    fn new(action: &SigAction) -> Self {
+        // SAFETY: the handler calls no function that a signal may not interrupt.
+        #[expect(unsafe_code, reason = "a signal handler")]
+        let before = unsafe { sigaction(Signal::SIGBUS, action) };
+        Self { before: before.expect("SIGBUS has a handler") }
+    }
+}
+
+impl Drop for Installed {
+    fn drop(&mut self) {
+        // SAFETY: the handler was installed before, so it may be installed.
+        #[expect(unsafe_code, reason = "a signal handler")]
+        let _ = unsafe { sigaction(Signal::SIGBUS, &self.before) };
+        MEMORY.store(ptr::null_mut(), Ordering::Release);
+    }
+}
+
+/// Fills the page of the address. The interrupted code is a load, so it has no errno to keep.
+extern "C" fn on_bus(_signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
+    // SAFETY: the kernel passes the information of this signal.
+    #[expect(unsafe_code, reason = "the information of a signal")]
+    let info = unsafe { &*info };
+    // SAFETY: a SIGBUS of the kernel has an address.
+    #[expect(unsafe_code, reason = "the address of a fault")]
+    let address = unsafe { info.si_addr() }.addr();
+    // SAFETY: the threads that touch the memory end before `serve` returns, which borrows the memory.
+    #[expect(unsafe_code, reason = "the memory of a signal handler")]
+    let parts = unsafe { MEMORY.load(Ordering::Acquire).as_ref() };
+    match parts.and_then(|parts| Some((parts, parts.find(address)?))) {
+        Some((parts, page)) => parts.fill(page),
+        None => {
+            // The retried access ends the process.
+            // SAFETY: the default action runs no code of this process.
+            #[expect(unsafe_code, reason = "takes a signal handler away")]
+            let _ = unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+        }
+    }
+}
+
+static MEMORY: AtomicPtr<Parts> = AtomicPtr::new(ptr::null_mut());
