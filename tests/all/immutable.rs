@@ -1,14 +1,15 @@
 //! Files that do not change: their own pages as a slice, without a copy.
 
 use crate::{PAGE, pattern, reason};
-use pagestitch::source::{FailureReason, ImmutableFile, SharedFile};
-use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region};
+use pagestitch::source::{Cached, FailureReason, ImmutableFile, Limited, Retrying, SharedFile};
+use pagestitch::{Chunk, Eager, ErrorKind, Inline, Method, PlanReason, Pool, Region, Retry};
 use pagestitch_kernel::{Features, Support};
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use tempfile::NamedTempFile;
 
 /// A file of these bytes in a folder.
@@ -71,6 +72,31 @@ fn ranges_of_immutable_files_in_any_order_are_in_place() {
         assert!(region.as_slice()[start..start + expected.len()] == *expected, "chunk {number}");
     }
     assert_eq!(region.close().bytes_copied, 0);
+}
+
+#[test]
+fn a_pointer_to_an_immutable_file_is_mapped_and_a_wrapper_reads_it() {
+    let bytes = pattern(9, 4 * PAGE);
+    let file = file_in(&std::env::temp_dir(), &bytes);
+    let shared = Arc::new(open(file.path()).unwrap());
+    let pool = Pool::new().unwrap();
+    let half = |start: usize| {
+        let range = (start * PAGE) as u64..((start + 2) * PAGE) as u64;
+        Chunk::source(Arc::clone(&shared)).range(range)
+    };
+    let mapped = Region::builder().chunks([half(0), half(2)]).require_zero_copy().build(&pool).unwrap();
+    assert!(mapped.as_slice() == bytes);
+    assert_eq!(mapped.plan().runs()[0].reason, PlanReason::MappedByPromise);
+    let retrying = Retrying::new(Arc::clone(&shared), Retry::times(1));
+    let limited = Limited::new(Arc::clone(&shared), 1);
+    let cached = Cached::new(shared, 1 << 20);
+    for chunk in
+        [Chunk::source(Arc::new(retrying)), Chunk::source(Arc::new(limited)), Chunk::source(Arc::new(cached))]
+    {
+        let read = Region::builder().chunk(chunk).build(&pool).unwrap();
+        assert!(read.as_slice() == bytes);
+        assert_eq!(read.plan().runs()[0].method, Method::Buffered);
+    }
 }
 
 #[test]

@@ -35,7 +35,8 @@ impl Backing {
         let memory = || source.downcast_ref::<Memory>().cloned().map(Self::Memory);
         let memfd = || source.downcast_ref::<Memfd>().cloned().map(Self::Memfd);
         let hole = || source.downcast_ref::<Hole>().copied().map(Self::Hole);
-        memory().or_else(memfd).or_else(hole)
+        let immutable = || source.downcast_ref::<ImmutableFile>().cloned().map(Self::Immutable);
+        memory().or_else(memfd).or_else(hole).or_else(immutable)
     }
 
     /// The remainder of a source whose chunks are all mapped in place, so that its descriptor can

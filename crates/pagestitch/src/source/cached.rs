@@ -1,6 +1,7 @@
 //! A source whose blocks are kept for several readers.
 
 use super::block_cache::{Answer, BlockCache, BlockId, BlockRead, Found, Waiter};
+use super::immutable::no_file;
 use super::{Complete, Fetch, Reply, Source};
 use crate::error::FailureReason;
 use crate::guard::{guarded, quietly};
@@ -177,7 +178,11 @@ impl<S: Source> Cached<S> {
 }
 
 impl<S: Source> Source for Cached<S> {
-    forward!(self => self.inner; size, name, direct);
+    forward!(self => self.inner; size, name);
+
+    fn direct(&self) -> Option<&dyn Any> {
+        no_file(self.inner.direct())
+    }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let blocks = self.blocks(self.inner.size(), || self.inner.granularity());

@@ -78,10 +78,10 @@ pub trait Source: Send + Sync {
         1
     }
 
-    /// For a wrapper: the wrapped [`Memory`](super::Memory), [`Memfd`](super::Memfd) or
-    /// [`Hole`](super::Hole), whose bytes a region maps or copies without a read. Return
-    /// `self.inner.direct()` if the wrapper changes no byte. Default: `None`, so that the source is
-    /// read.
+    /// For a wrapper: the wrapped [`Memory`](super::Memory), [`Memfd`](super::Memfd),
+    /// [`ImmutableFile`](super::ImmutableFile) or [`Hole`](super::Hole), whose bytes a region maps or
+    /// copies without a read. Return `self.inner.direct()` if the wrapper changes no byte. Default:
+    /// `None`, so that the source is read.
     fn direct(&self) -> Option<&dyn Any> {
         None
     }

@@ -9,6 +9,7 @@ use crate::error::ErrorKind;
 use pagestitch_kernel::Access;
 use pagestitch_kernel::immutable::StableFile;
 use pagestitch_kernel::shared::SharedFile;
+use std::any::Any;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -167,6 +168,16 @@ impl Source for ImmutableFile {
     fn name(&self) -> String {
         self.0.path.display().to_string()
     }
+
+    fn direct(&self) -> Option<&dyn Any> {
+        Some(self)
+    }
+}
+
+/// The source that a wrapper wraps, unless it is a file. A wrapper limits, repeats or keeps the reads
+/// of a file, because these take time and can fail.
+pub(super) fn no_file(wrapped: Option<&dyn Any>) -> Option<&dyn Any> {
+    wrapped.filter(|source| !source.is::<ImmutableFile>())
 }
 
 impl fmt::Debug for ImmutableFile {

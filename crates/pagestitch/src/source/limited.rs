@@ -1,5 +1,6 @@
 //! A source with a limit on concurrent reads.
 
+use super::immutable::no_file;
 use super::{Complete, Fetch, Reply, Source};
 use crate::guard::quietly;
 use crossbeam_channel::bounded;
@@ -56,7 +57,11 @@ impl<S> Limited<S> {
 }
 
 impl<S: Source> Source for Limited<S> {
-    forward!(self => self.inner; size, name, granularity, direct);
+    forward!(self => self.inner; size, name, granularity);
+
+    fn direct(&self) -> Option<&dyn Any> {
+        no_file(self.inner.direct())
+    }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let _slot = self.slots.wait();

@@ -1,5 +1,6 @@
 //! A source whose failed reads are repeated.
 
+use super::immutable::no_file;
 use super::{Complete, Fetch, Reply, Source};
 use crate::error::FailureReason;
 use crate::retry::Retry;
@@ -48,7 +49,11 @@ impl<S> Retrying<S> {
 }
 
 impl<S: Source> Source for Retrying<S> {
-    forward!(self => self.inner; size, name, granularity, direct);
+    forward!(self => self.inner; size, name, granularity);
+
+    fn direct(&self) -> Option<&dyn Any> {
+        no_file(self.inner.direct())
+    }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut failures = 0;
