@@ -374,7 +374,7 @@ fn the_errors_of_pages_name_the_chunk_the_source_and_the_reason() {
         ),
         (
             failed(truncated.into()),
-            "region r: chunk 1 (file), at byte 0 of its source: the file ends before byte 100: it was truncated while in use",
+            "region r: chunk 1 (file), at byte 0 of its source: the file ends before byte 100: it was truncated while in use, or has fewer bytes than its length, as files of sysfs have",
         ),
     ]);
     let released = filled().release_sources().build(&pool).unwrap();

@@ -396,3 +396,13 @@ fn a_disk_error_is_an_error_of_read_at() {
     assert_eq!(reason(&error), FailureReason::Source, "{error}");
     assert_eq!(error.raw_os_error(), Some(nix::libc::EIO), "{error}");
 }
+
+#[test]
+fn a_shared_file_that_ends_early_where_it_is_copied_is_truncated() {
+    let (file, kept) = file_of(&pattern(8, 2 * PAGE));
+    let region = Region::builder().chunk(Chunk::from(file).range(1..)).build_shared(&Pool::new().unwrap());
+    let region = region.unwrap();
+    kept.as_file().set_len(PAGE as u64).unwrap();
+    let error = region.read_at(0, &mut [0; PAGE]).unwrap_err();
+    assert_eq!(reason(&error), FailureReason::Truncated, "{error}");
+}

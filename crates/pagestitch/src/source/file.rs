@@ -128,7 +128,7 @@ impl Source for FileSource {
 pub(super) fn read_exact(file: &fs::File, offset: u64, into: &mut [u8]) -> io::Result<()> {
     file.read_exact_at(into, offset).map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => FailureReason::Truncated.error(format!(
-            "the file ends before byte {}: it was truncated while in use",
+            "the file ends before byte {}: it was truncated while in use, or has fewer bytes than its length, as files of sysfs have",
             offset + into.len() as u64
         )),
         _ => error,

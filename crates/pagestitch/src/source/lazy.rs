@@ -7,12 +7,12 @@
 //! ```
 
 use super::Source;
+use super::file::read_exact;
 use crate::error::{Error, ErrorKind, FailureReason};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::shared::SharedFile;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::{fmt, io};
 
@@ -158,7 +158,7 @@ impl Source for LazyMemfd {
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.fill(offset..offset + into.len() as u64)?;
-        self.shared.file().read_exact_at(into, offset)
+        read_exact(self.shared.file(), offset, into)
     }
 
     fn name(&self) -> String {

@@ -5,7 +5,7 @@
 
 use super::ImmutableFile;
 use super::Source;
-use super::file::path_of;
+use super::file::{path_of, read_exact};
 use super::lazy::LazyMemfd;
 use crate::guard::guarded;
 use crate::method::{Method, PlanReason};
@@ -15,7 +15,7 @@ use pagestitch_kernel::physical::Physical;
 use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::sync::Arc;
 
 /// A source whose bytes other processes may change.
@@ -178,7 +178,7 @@ impl Source for SharedFile {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        self.file().read_exact_at(into, offset)
+        read_exact(self.file(), offset, into)
     }
 
     /// The target of the descriptor: a path, or `/memfd:NAME`.
