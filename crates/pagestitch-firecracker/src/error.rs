@@ -1,5 +1,6 @@
 //! The reasons for which a handler cannot start or go on.
 
+use nix::errno::Errno;
 use std::io;
 use std::path::PathBuf;
 
@@ -83,7 +84,7 @@ pub enum Error {
     #[error("{0} exists and is no socket: choose another path, or remove it")]
     NotASocket(PathBuf),
     /// The socket cannot be opened.
-    #[error("cannot listen at {path}: {source}")]
+    #[error("cannot listen at {path}: {source}{}", remedy_of_listen(source))]
     Listen {
         /// Its path.
         path: PathBuf,
@@ -123,4 +124,14 @@ pub enum UnknownHoles {
     /// It has no hole.
     #[error("it has no hole: a copy has filled them, or it is a full snapshot (name that as the base)")]
     NoHole,
+}
+
+/// The remedy for an error of a socket that is opened.
+fn remedy_of_listen(error: &io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENAMETOOLONG) => ": the path of a socket has at most 107 bytes",
+        Some(Errno::ENOENT) => ": make its folder first",
+        Some(Errno::EMFILE) => ": raise the limit on descriptors with ulimit -n",
+        _ => "",
+    }
 }

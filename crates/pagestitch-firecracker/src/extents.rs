@@ -12,6 +12,7 @@
 
 use crate::{Error, UnknownHoles};
 use nix::errno::Errno;
+use nix::libc::O_NONBLOCK;
 use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 use pagestitch_kernel::replace::replace;
@@ -19,7 +20,7 @@ use std::fmt::Write;
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The ranges of a diff that hold changed memory. Kept in a file beside the diff, `DIFF.extents`,
@@ -47,7 +48,7 @@ impl Extents {
     /// # Errors
     ///
     /// [`Error::UnknownHoles`] if the file system does not report holes page by page, or the file
-    /// has none; [`Error::Extents`].
+    /// has none; [`Error::NotPageAligned`]; [`Error::Extents`].
     ///
     /// ```no_run
     /// use pagestitch_firecracker::Extents;
@@ -61,7 +62,8 @@ impl Extents {
     pub fn of(diff: impl AsRef<Path>) -> Result<Self, Error> {
         let path = diff.as_ref();
         let failed = |source| Error::Extents { path: path.into(), source };
-        let file = File::open(path).map_err(failed)?;
+        // Non-blocking, because the open of a named pipe would wait for a writer.
+        let file = File::options().read(true).custom_flags(O_NONBLOCK).open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         let refused = |reason| Err(Error::UnknownHoles { path: path.into(), reason });
         if !metadata.is_file() {
@@ -74,6 +76,9 @@ impl Extents {
             return refused(UnknownHoles::LargeBlocks);
         }
         let bytes = metadata.len();
+        if bytes == 0 || bytes % PAGE != 0 {
+            return Err(Error::NotPageAligned { path: path.into(), bytes });
+        }
         let ranges = data_in(&file, bytes).map_err(failed)?;
         match ranges.as_deref() {
             None => refused(UnknownHoles::NotReported),

@@ -73,17 +73,23 @@ pub(super) const HEAD: [&str; 8] =
 ///
 /// # Errors
 ///
-/// If the file cannot be read, or a line of it is no row. The error names the line.
+/// If the file cannot be read, a line of it is no row, or it has none. The error names the line.
 pub fn read(path: &Path) -> io::Result<Vec<Row>> {
-    let text = std::fs::read_to_string(path)?;
+    let invalid = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    let text = std::fs::read(path)?;
+    let text = String::from_utf8(text)
+        .map_err(|_| invalid(String::from("it is no text: name the output of `pagestitch bench --json`")))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let rows = lines.map(|(index, line)| {
         serde_json::from_str(line).map_err(|error| {
-            let reason = format!("line {} is no row of `pagestitch bench --json`: {error}", index + 1);
-            io::Error::new(io::ErrorKind::InvalidData, reason)
+            invalid(format!("line {} is no row of `pagestitch bench --json`: {error}", index + 1))
         })
     });
-    rows.collect()
+    let rows = rows.collect::<io::Result<Vec<Row>>>()?;
+    if rows.is_empty() {
+        return Err(invalid(String::from("it has no row: name the output of `pagestitch bench --json`")));
+    }
+    Ok(rows)
 }
 
 /// Compares the rows that both runs have, in the order of this run.

@@ -31,8 +31,10 @@ impl ServerState {
             error
         };
         let ready = Arc::clone(&state.epolls[post]);
-        let worker = Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot)
-            .map_err(|errno| refused(Error::refused("cannot start a worker (memory: ulimit -v)", errno)))?;
+        let worker =
+            Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot).map_err(|errno| {
+                refused(Error::refused("cannot start a worker (memory: ulimit -v, ulimit -d)", errno))
+            })?;
         let named = thread::Builder::new().name(thread_name(&state.name, slot));
         let work = move || {
             let _until_it_ends = permit;
