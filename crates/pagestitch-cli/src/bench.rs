@@ -29,10 +29,10 @@ pub(crate) struct Options {
     #[arg(value_name = "WORKLOAD", value_parser = PossibleValuesParser::new(workloads::ALL.iter().map(|known| known.name)))]
     workloads: Vec<String>,
     /// The number of rounds; in each round every system runs once, right after the others
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
     /// Decides the order of chunks and of touches
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
     seed: u64,
     /// The numbers of threads that touch, such as 1,2,4: each is a point of the workloads latency,
     /// scan, parallel, restore and populate. More threads than CPUs are marked in the results

@@ -1,13 +1,14 @@
 //! `pagestitch demo`: stitches pieces of a real file and of memory, and checks the result.
 
-use crate::output::{Form, bytes, hexadecimal, nanoseconds, table};
+use crate::output::{Form, bytes, count, hexadecimal, nanoseconds, table};
 use crate::touch::Touch;
 use clap::Args;
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memory};
-use pagestitch::{BestServer, Chunk, Metrics, Region, Support, best_server};
+use pagestitch::{BestServer, Chunk, Metrics, Region, Source, Support, best_server};
 use pagestitch_bench::touch::first_touches;
 use pagestitch_bench::{timed, warm};
+use pagestitch_kernel::memory_left::MemoryLeft;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::error::Error;
@@ -16,6 +17,9 @@ use std::io::{Write, stdout};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// The name of the region.
+pub(crate) const REGION: &str = "demo";
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -26,7 +30,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "ORDER[:SHARE]", default_value = "random:2%")]
     touch: Touch,
     /// Decides the cuts in the file and the touched pages
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
     seed: u64,
 }
 
@@ -50,18 +54,15 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let server = best_server()?;
     let path = fs::canonicalize(&options.file).unwrap_or_else(|_| options.file.clone());
     let file = Arc::new(FileSource::open(&path)?);
-    let content = fs::read(&path)?;
-    if content.is_empty() {
-        return Err(format!("{} is empty: name a file with bytes", path.display()).into());
-    }
+    let content = read(&path, &file)?;
     let cuts = cut_at_random(content.len(), options.seed);
     if form == Form::Text {
         writeln!(
             stdout(),
-            "{} ({}) is cut into {} pieces at odd offsets.",
+            "{} ({}) is cut into {} at odd offsets.",
             path.display(),
             bytes(content.len() as u64),
-            cuts.len()
+            count(cuts.len(), "piece")
         )?;
         writeln!(
             stdout(),
@@ -85,6 +86,27 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         .into());
     }
     Ok(())
+}
+
+/// Reads the whole file.
+fn read(path: &Path, file: &FileSource) -> Result<Vec<u8>, Box<dyn Error>> {
+    let (shown, len) = (path.display(), file.size());
+    if len == 0 {
+        return Err(
+            format!("{shown} is empty, or has no length, as files of /proc: name a file with bytes").into()
+        );
+    }
+    let left = MemoryLeft::now().map_or(u64::MAX, |left| left.bytes);
+    if len > left / COPIES {
+        let (len, left) = (bytes(len), bytes(left));
+        return Err(format!(
+            "{shown} has {len}, and the demo holds {COPIES} copies in the {left} of memory that are left: name a smaller file"
+        )
+        .into());
+    }
+    let mut content = vec![0; usize::try_from(len)?];
+    file.read_at(0, &mut content).map_err(|error| format!("cannot read {shown}: {error}"))?;
+    Ok(content)
 }
 
 /// Cuts `len` bytes into some hundred pieces, from a few bytes to many pages long.
@@ -115,7 +137,7 @@ fn measure(
             0 => Chunk::from(buffers[index / 2].clone()),
             _ => Chunk::from(Arc::clone(file)).range(cut.start as u64..cut.end as u64),
         });
-        Region::builder().name("demo").chunks(chunks).build(server)
+        Region::builder().name(REGION).chunks(chunks).build(server)
     };
     warm(3 * content.len());
     let (build_ns, region) = timed(build);
@@ -145,7 +167,6 @@ fn measure(
 
 /// The plain way: copies all pieces into one buffer.
 fn copy_eagerly(buffers: &[Memory], path: &Path, cuts: &[Range<usize>]) -> Result<Vec<u8>, Box<dyn Error>> {
-    use pagestitch::Source;
     let file = FileSource::open(path)?;
     let mut copy = vec![0; cuts.last().map_or(0, |cut| cut.end)];
     for (index, cut) in cuts.iter().enumerate() {
@@ -216,3 +237,6 @@ fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
     writeln!(stdout(), "{all}")?;
     Ok(())
 }
+
+/// The file's own bytes, the buffers of the pieces, the region, and the eager copy.
+const COPIES: u64 = 4;

@@ -32,7 +32,9 @@ pub(crate) fn completions(options: &CompletionsOptions, mut command: Command) ->
 pub(crate) fn manual(options: &ManOptions, command: Command) -> Result<(), Box<dyn Error>> {
     match &options.folder {
         Some(folder) => {
-            Ok(clap_mangen::generate_to(command, folder).map_err(|error| cannot_write(folder, &error))?)
+            let remedy = if folder.is_dir() { "" } else { ": name an existing folder" };
+            let failed = |error| format!("{}{remedy}", cannot_write(folder, &error));
+            Ok(clap_mangen::generate_to(command, folder).map_err(failed)?)
         }
         None => Ok(Man::new(command).render(&mut stdout())?),
     }

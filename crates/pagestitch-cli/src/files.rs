@@ -4,17 +4,19 @@
 use crate::usage::Usage;
 use pagestitch_kernel::replace::{Replacement, can_replace, replace};
 use std::error::Error;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write, stdout};
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
 
-/// Fails if an output cannot be written, or is one of the inputs, which writing would destroy. Each
-/// path comes with its role.
+/// Fails if an output cannot be written, or is one of the inputs or an earlier output, which writing
+/// would destroy. Each path comes with its role.
 pub(crate) fn check<'a>(
     outputs: impl IntoIterator<Item = (&'static str, &'a Path)>,
-    inputs: &[(&str, &Path)],
+    inputs: &[(&'static str, &'a Path)],
 ) -> Result<(), Box<dyn Error>> {
+    let mut taken = inputs.to_vec();
     for (role, output) in outputs {
         if output == Path::new("-") {
             let wrong = format!(
@@ -22,8 +24,9 @@ pub(crate) fn check<'a>(
             );
             return Err(Usage(wrong).into());
         }
-        refuse_input(inputs, role, output)?;
+        refuse_input(&taken, role, output)?;
         can_replace(output).map_err(|error| cannot_write(output, &error))?;
+        taken.push((role, output));
     }
     Ok(())
 }
@@ -34,14 +37,43 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), String> {
 }
 
 pub(crate) fn cannot_write(path: &Path, error: &io::Error) -> String {
-    format!("cannot write {}: {error}", path.display())
+    let folder = folder_of(path);
+    let remedy = match error.kind() {
+        io::ErrorKind::IsADirectory => ": name a file in it",
+        io::ErrorKind::NotFound if !folder.exists() => ": make its folder first",
+        _ => "",
+    };
+    format!("cannot write {}: {error}{remedy}", path.display())
+}
+
+/// The folder of a path.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
+/// Two paths are of the same file if it has the same number, or is missing in the same folder under
+/// the same name. A pipe or a character device has no identity here, because a write destroys none
+/// of its bytes.
+#[derive(PartialEq)]
+enum Identity<'a> {
+    Present(u64, u64),
+    Missing(PathBuf, &'a OsStr),
+}
+
+impl<'a> Identity<'a> {
+    fn of(path: &'a Path) -> Option<Self> {
+        let Ok(file) = fs::metadata(path) else {
+            return Some(Self::Missing(fs::canonicalize(folder_of(path)).ok()?, path.file_name()?));
+        };
+        let kind = file.file_type();
+        (!kind.is_char_device() && !kind.is_fifo()).then(|| Self::Present(file.dev(), file.ino()))
+    }
 }
 
 /// Refuses an output that is the same file as an input, under any name.
 pub(crate) fn refuse_input(inputs: &[(&str, &Path)], role: &str, output: &Path) -> Result<(), Usage> {
-    let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino())).ok();
-    let Some(written) = identity(output) else { return Ok(()) };
-    match inputs.iter().find(|(_, input)| identity(input) == Some(written)) {
+    let Some(written) = Identity::of(output) else { return Ok(()) };
+    match inputs.iter().find(|(_, input)| Identity::of(input).as_ref() == Some(&written)) {
         Some((other, input)) => Err(Usage(format!(
             "the {role} {} is the {other} {}, which writing would destroy: name another file",
             output.display(),
@@ -77,7 +109,7 @@ impl<'a> Output<'a> {
     /// Adds the name of the output to an error.
     pub(crate) fn name(&self, error: &io::Error) -> io::Error {
         let reason = match self {
-            Self::Stdout => cannot_write(Path::new("-"), error),
+            Self::Stdout => format!("cannot write standard output: {error}"),
             Self::File(path, _) => cannot_replace(path, error),
         };
         match error.kind() {

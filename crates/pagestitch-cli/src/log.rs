@@ -125,7 +125,7 @@ pub(crate) fn time() -> String {
 
 /// True if the terminal ignores escape sequences.
 pub(crate) fn is_dumb() -> bool {
-    env::var_os("TERM").is_none_or(|terminal| terminal == "dumb")
+    env::var_os("TERM").is_none_or(|terminal| terminal.is_empty() || terminal == "dumb")
 }
 
 /// True if the user accepts colours: see <https://no-color.org>.

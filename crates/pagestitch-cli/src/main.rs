@@ -46,20 +46,20 @@ use usage::Usage;
 
 /// Scattered memory as one contiguous region, filled on first touch
 #[derive(Debug, Parser)]
-#[command(name = "pagestitch", version, arg_required_else_help = true)]
+#[command(name = "pagestitch", version, arg_required_else_help = true, after_help = STATUS)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
     /// Print JSON instead of text: one object, or one object per line for bench and serve. Errors,
     /// warnings and the log are objects on standard error, one per line
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = OUTPUT)]
     json: bool,
     /// Print errors, and results that an option requests, and nothing else: no summary, no event,
     /// no progress
-    #[arg(short, long, global = true, conflicts_with_all = ["json", "verbose"])]
+    #[arg(short, long, global = true, help_heading = OUTPUT, conflicts_with_all = ["json", "verbose"])]
     quiet: bool,
     /// Log regions and pools; given twice, also each installed page
-    #[arg(short, long, global = true, action = ArgAction::Count)]
+    #[arg(short, long, global = true, help_heading = OUTPUT, action = ArgAction::Count)]
     verbose: u8,
 }
 
@@ -86,7 +86,6 @@ enum Command {
     /// Print a script that completes the arguments of this command in a shell
     Completions(docs::CompletionsOptions),
     /// Print the manual page, or write a page for each command
-    #[command(hide = true)]
     Man(docs::ManOptions),
 }
 
@@ -113,7 +112,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(error.as_ref()) => ExitCode::SUCCESS,
         Err(error) => {
             let status = if error.is::<Usage>() { WRONG } else { 1 };
-            fail(&error.to_string(), kind_of(error.as_ref()), status, form)
+            fail(&reason(error.as_ref()), kind_of(error.as_ref()), status, form)
         }
     }
 }
@@ -138,8 +137,10 @@ fn refuse(error: &clap::Error) -> ExitCode {
         env::args_os().skip(1).take_while(|argument| argument != "--").any(|argument| argument == "--json");
     let helps = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     if !json || helps {
-        let _ = error.print();
-        return ExitCode::from(if helps { 0 } else { WRONG });
+        return match error.print() {
+            Err(lost) if helps && !is_broken_pipe(&lost) => fail(&reason(&lost), None, 1, Form::Text),
+            _ => ExitCode::from(if helps { 0 } else { WRONG }),
+        };
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         return fail("no command is named: see pagestitch --help", None, WRONG, Form::Json);
@@ -149,6 +150,22 @@ fn refuse(error: &clap::Error) -> ExitCode {
     let message = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<&str> = message.trim_start_matches("error: ").split_whitespace().collect();
     fail(&words.join(" "), None, WRONG, Form::Json)
+}
+
+/// The text of an error. A region of this command has a name that the user has not given, so the
+/// text begins without it. Other modules name the file in their errors, so an error of the system
+/// alone is of standard output.
+fn reason(error: &(dyn Error + 'static)) -> String {
+    let text = error.to_string();
+    let alone = error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some());
+    match [stitch::REGION, demo::REGION]
+        .iter()
+        .find_map(|name| text.strip_prefix(&format!("region {name}: ")))
+    {
+        Some(text) => text.to_owned(),
+        None if alone => format!("cannot write standard output: {text}"),
+        None => text,
+    }
 }
 
 /// Writes the reason of a failure to standard error.
@@ -187,3 +204,6 @@ fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
 
 /// The exit status after wrong arguments.
 const WRONG: u8 = 2;
+const STATUS: &str = "Exit status: 0 after success, 1 after a failure, 2 after wrong arguments";
+/// The heading of the options that every command has.
+const OUTPUT: &str = "Output";

@@ -15,16 +15,21 @@ pub(crate) struct Part {
     pub(crate) range: Option<Range<u64>>,
 }
 
-/// A malformed range.
+/// The defect of a malformed part.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct BadPart {
-    range: String,
-    defect: &'static str,
-}
+pub(crate) struct BadPart(String);
 
 impl Part {
     /// Parses an argument. An existing file whose name looks like a part is that file.
     pub(crate) fn parse(argument: &OsStr) -> Result<Self, BadPart> {
+        let part = Self::split(argument)?;
+        if part.path.as_os_str().is_empty() {
+            return Err(BadPart(String::from("it names no file: say FILE, or FILE:4096+1000")));
+        }
+        Ok(part)
+    }
+
+    fn split(argument: &OsStr) -> Result<Self, BadPart> {
         if argument == "-" || Path::new(argument).exists() {
             return Ok(Self { path: argument.into(), range: None });
         }
@@ -43,7 +48,7 @@ impl Part {
 }
 
 fn parse_range(text: &str) -> Result<Range<u64>, BadPart> {
-    let bad = |defect| BadPart { range: text.to_owned(), defect };
+    let bad = |defect| BadPart(format!("the range '{text}' {defect}"));
     let (offset, length) =
         text.split_once('+').ok_or_else(|| bad("is not OFFSET+LENGTH, as in FILE:4096+1000"))?;
     let offset = size::parse(offset).ok_or_else(|| bad(BAD_OFFSET))?;
@@ -65,7 +70,7 @@ const BAD_LENGTH: &str =
 
 impl fmt::Display for BadPart {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the range '{}' {}", self.range, self.defect)
+        f.write_str(&self.0)
     }
 }
 
@@ -94,6 +99,8 @@ mod tests {
     #[test]
     fn a_malformed_range_names_its_defect() {
         for (argument, why) in [
+            ("", "names no file"),
+            (":0+1", "names no file"),
             ("no.bin:", "is not OFFSET+LENGTH"),
             ("no.bin:12", "is not OFFSET+LENGTH"),
             ("no.bin:a+1", "offset that is not a size"),

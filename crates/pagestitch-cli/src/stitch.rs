@@ -15,6 +15,7 @@ use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Access, BestServer, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
+use pagestitch_kernel::memory_left::MemoryLeft;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -23,6 +24,9 @@ use std::fs;
 use std::io::{self, Read, Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::exit;
+
+/// The name of the region.
+pub(crate) const REGION: &str = "stitched";
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -48,7 +52,7 @@ pub(crate) struct Options {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// The number of handler threads [default: one per CPU, at most 8]
-    #[arg(long, value_name = "N", value_parser = workers())]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// Write the order of the first touches by --touch. Needs --copy, because a touch of a mapped
     /// page goes unnoticed
@@ -64,7 +68,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE.svg")]
     heatmap: Option<PathBuf>,
     /// Decides a random order
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
     seed: u64,
 }
 
@@ -109,15 +113,13 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         live::quit();
     };
     let live = options.live.then(|| Live::show(&scene, quit)).transpose()?;
-    let latencies = options.touch.map(|touch| {
-        let page = pagestitch::Support::current().page_size().bytes();
-        touches(touch.offsets(region.len(), page, options.seed), |offset| region.view().touch(offset))
-    });
+    let hidden = options.live || form == Form::Quiet;
+    let latencies = options.touch.map(|touch| touch_pages(&region, touch, options.seed, hidden));
     // Hashing and writing read the pages without touching them, so the recording ends here.
     if let (Some(path), Some(recording)) = (&options.record, region.recording()) {
         recording.write(path)?;
     }
-    let blocks = Blocks { region: &region, hidden: options.live || form == Form::Quiet };
+    let blocks = Blocks { region: &region, hidden };
     let sha256 = options.sha256.then(|| blocks.sha256()).transpose()?;
     if let Some(output) = output {
         blocks.write_out(output)?;
@@ -151,6 +153,15 @@ impl Options {
     }
 }
 
+/// Touches pages, and times each touch.
+fn touch_pages(region: &SharedRegion, touch: Touch, seed: u64, hidden: bool) -> Histogram<u64> {
+    let page = pagestitch::Support::current().page_size().bytes();
+    let offsets = touch.offsets(region.len(), page, seed);
+    let total = offsets.size_hint().0 * page;
+    let mut progress = Progress::new("touching", total as u64, hidden);
+    touches(offsets.inspect(|_| progress.advance(page as u64)), |offset| region.view().touch(offset))
+}
+
 /// Parses a part. A malformed range is a wrong argument.
 fn parts() -> impl TypedValueParser<Value = Part> {
     OsStringValueParser::new().try_map(|argument| Part::parse(&argument))
@@ -158,7 +169,7 @@ fn parts() -> impl TypedValueParser<Value = Part> {
 
 fn build(parts: &[Part], options: &Options, server: &BestServer) -> Result<SharedRegion, Box<dyn Error>> {
     let mut files: HashMap<&PathBuf, Chunk> = HashMap::new();
-    let mut builder = Region::builder().name("stitched");
+    let mut builder = Region::builder().name(REGION);
     for part in parts {
         let chunk = match files.get(&part.path) {
             Some(chunk) => chunk.clone(),
@@ -188,7 +199,14 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
     }
     // The source of a file reports its defects by name, and also reads block devices.
     let read = FileSource::open(path)?;
-    if copy || !fs::metadata(path)?.is_file() || pagestitch::Source::size(&read) == 0 {
+    if pagestitch::Source::size(&read) == 0 {
+        let path = path.display();
+        let reason = format!(
+            "{path} is empty, or has no length, as files of /proc: omit this part, or send it to standard input as the part -"
+        );
+        return Err(reason.into());
+    }
+    if copy || !fs::metadata(path).is_ok_and(|file| file.is_file()) {
         return Ok(read.into());
     }
     Ok(SharedFile::open(path, Access::ReadOnly)?.into())
@@ -196,20 +214,30 @@ fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
 
 /// Reads standard input to its end, into a memfd whose pages are mapped, unless `copy` is set.
 fn standard_input(copy: bool) -> io::Result<Chunk> {
+    let left = MemoryLeft::now().map_or(u64::MAX, |left| left.bytes);
+    let mut input = io::stdin().lock();
     if copy {
         let mut bytes = Vec::new();
-        io::stdin().lock().read_to_end(&mut bytes)?;
-        return if bytes.is_empty() { Err(empty_input()) } else { Ok(bytes.into()) };
+        // The region copies them.
+        take_input(&mut input, &mut bytes, left / 2)?;
+        return Ok(bytes.into());
     }
     let memfd = UnsealedMemfd::create("standard input", 0)?;
-    match io::copy(&mut io::stdin().lock(), &mut memfd.file())? {
-        0 => Err(empty_input()),
-        _ => Ok(Memfd::from(memfd.seal()?).into()),
-    }
+    take_input(&mut input, &mut memfd.file(), left)?;
+    Ok(Memfd::from(memfd.seal()?).into())
 }
 
-fn empty_input() -> io::Error {
-    io::Error::other("it is empty: send bytes to it, or omit the part -")
+/// Reads an input to its end, which must come after a byte and within `most` bytes, because an
+/// endless input would take all memory.
+fn take_input(input: impl Read, into: &mut impl Write, most: u64) -> io::Result<()> {
+    match io::copy(&mut input.take(most.saturating_add(1)), into)? {
+        0 => Err(io::Error::other("it is empty: send bytes to it, or omit the part -")),
+        taken if taken > most => Err(io::Error::other(format!(
+            "it has more bytes than the {} of memory that are left: write it to a file, and name the file",
+            bytes(most)
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Checks the outputs before the work begins.
@@ -225,7 +253,8 @@ fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     }
     let record = options.record.as_deref().map(|path| ("recording", path));
     let heatmap = options.heatmap.as_deref().map(|path| ("map", path));
-    files::check(record.into_iter().chain(heatmap), &inputs)
+    let outputs = options.output.as_deref().filter(|_| !to_stdout).map(|path| ("output", path));
+    files::check(record.into_iter().chain(heatmap), &[inputs, outputs.into_iter().collect()].concat())
 }
 
 /// Reads a region block by block, so that an unreadable page is an error and not a signal.
@@ -332,3 +361,20 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
 }
 
 const BLOCK: usize = 4 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_input_that_is_empty_or_larger_than_the_memory_is_refused() {
+        let take = |input: &[u8], most| {
+            let mut taken = Vec::new();
+            take_input(input, &mut taken, most).map(|()| taken).map_err(|error| error.to_string())
+        };
+        assert_eq!(take(b"seven b", 7), Ok(b"seven b".to_vec()));
+        assert!(take(b"seven b", 6).is_err_and(|error| error.contains("than the 6 bytes of memory")));
+        assert!(take_input(io::repeat(0), &mut io::sink(), 1 << 20).is_err(), "an endless input");
+        assert!(take(b"", 7).is_err_and(|error| error.contains("it is empty")));
+    }
+}

@@ -7,7 +7,7 @@ use nix::unistd::Group;
 use pagestitch_firecracker::{Builder, Handler};
 use std::error::Error;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The options that name the socket.
 #[derive(Debug, Args)]
@@ -23,6 +23,13 @@ pub(super) struct SocketOptions {
     /// The group of the socket, by name or number [default: the group of this process]
     #[arg(long, value_name = "GROUP")]
     socket_group: Option<String>,
+}
+
+impl SocketOptions {
+    /// The path at which the handler makes the socket.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.socket.as_deref()
+    }
 }
 
 /// The socket at which a handler listens.

@@ -88,10 +88,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "ADDRESS", value_parser = exporter::address)]
     metrics: Option<SocketAddr>,
     /// The number of handler threads [default: one per CPU, at most 8]
-    #[arg(long, value_name = "N", value_parser = workers())]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// The seconds within which a client must send its handshake
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     handshake_timeout: u16,
 }
 
@@ -144,7 +144,8 @@ pub(crate) fn run(peer: Peer, form: Form) -> Result<(), Box<dyn Error>> {
     let scraped = exporter.as_ref().map(Exporter::address);
     let (handler, snapshot) = open(&options)?;
     let figures = Figures::of_snapshot(snapshot.bytes);
-    exporter.map_or(Ok(()), |exporter| exporter.start(figures.clone()))?;
+    let scrapes = exporter.map_or(Ok(()), |exporter| exporter.start(figures.clone()));
+    scrapes.map_err(|error| format!("cannot start the thread for --metrics: {error}"))?;
     let shutdown = handler.shutdown_handle();
     let stop = move || {
         shutdown.shutdown();
@@ -246,8 +247,11 @@ struct LostOutputs {
 fn check_outputs(options: &Options) -> Result<(), Box<dyn Error>> {
     let memory = options.memory.iter().map(|path| ("memory file", path.as_path()));
     let mut inputs: Vec<_> = memory.collect();
-    files::check(options.record.as_deref().map(|path| ("recording", path)), &inputs)?;
+    inputs.extend(options.socket.path().map(|path| ("socket", path)));
+    let record = options.record.as_deref().map(|path| ("recording", path));
+    files::check(record, &inputs)?;
     // The recording has been read before it is written, so the same file may serve both.
+    inputs.extend(record);
     inputs.extend(options.replay.as_deref().map(|path| ("recording", path)));
     files::check(options.heatmap.as_deref().map(|path| ("map", path)), &inputs)
 }

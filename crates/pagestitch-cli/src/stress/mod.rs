@@ -46,13 +46,13 @@ use tally::Tally;
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// The duration of the run
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// Decides everything except the scheduling of threads [default: the time]
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     seed: Option<u64>,
     /// Repeat this one round of an earlier run
-    #[arg(long, value_name = "N", requires = "seed")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, requires = "seed")]
     round: Option<u64>,
     /// Run as the process that is stopped and continued: started by this command itself
     #[arg(long, hide = true, requires = "seed")]

@@ -1,6 +1,7 @@
 //! The command as a person uses it: its output, and one clear line for each error.
 
 mod output;
+mod refused;
 
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -9,7 +10,7 @@ use serde_json::Value;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 fn pagestitch(directory: &Path, arguments: &[&str]) -> Output {
@@ -336,7 +337,7 @@ fn a_bad_part_is_an_error_line_with_its_name() {
         (&["stitch", "missing"][..], "cannot open missing: No such file"),
         (&["stitch", "folder"], "folder is a directory: name a file in it"),
         (&["stitch", "/dev/null"], "/dev/null cannot be read at an offset: use a regular file"),
-        (&["stitch", "a", "empty"], "chunk 1 (empty) is empty: leave it out"),
+        (&["stitch", "a", "empty"], "empty is empty, or has no length"),
         (&["stitch", "a:9000+2000"], "reaches to byte 11000 of a source of 10000 bytes"),
         (&["stitch", "pipe"], "pipe cannot be read at an offset"),
         (&["stitch", "a", "-o", "folder"], "cannot write folder: Is a directory"),
@@ -349,7 +350,7 @@ fn a_bad_part_is_an_error_line_with_its_name() {
         ),
         (&["stitch", "a", "--copy", "--replay", "missing"], "cannot read missing: No such file"),
         (&["stitch", "a", "--live"], "--live needs a terminal, but standard output is none"),
-        (&["demo", "--file", "empty"], "is empty: name a file with bytes"),
+        (&["demo", "--file", "empty"], "name a file with bytes"),
         (&["demo", "--file", "missing"], "cannot open missing"),
         (&["demo", "--file", "folder"], "folder is a directory"),
     ] {
@@ -378,7 +379,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--touch", "random:200%"]), "not a share"),
         (stitch(&["--workers", "many"]), "invalid value 'many'"),
         (stitch(&["--workers", "0"]), "0 is not in 1.."),
-        (stitch(&["--seed", "-1"]), "unexpected argument '-1'"),
+        (stitch(&["--seed", "-1"]), "invalid value '-1'"),
+        (stitch(&[""]), "it names no file"),
         (stitch(&["--live", "--json"]), "cannot be used with"),
         (stitch(&["--live", "-o", "-"]), "--live draws on standard output"),
         (stitch(&["--record", "new", "--touch", "random"]), "--copy"),
@@ -413,22 +415,30 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
 /// Runs the command with a terminal of its own as standard output and standard error. Returns the
 /// exit code and the text that the terminal received.
 fn on_terminal(directory: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String) {
+    let (mut child, mut master) = start_on_terminal(directory, arguments, environment);
+    let mut shown = Vec::new();
+    let mut some = [0; 4096];
+    while let Ok(count @ 1..) = std::io::Read::read(&mut master, &mut some) {
+        shown.extend(&some[..count]);
+    }
+    (child.wait().unwrap().code(), String::from_utf8_lossy(&shown).into_owned())
+}
+
+/// Starts the command with a terminal of its own. Returns the other end of the terminal.
+fn start_on_terminal(
+    directory: &Path,
+    arguments: &[&str],
+    environment: &[(&str, &str)],
+) -> (Child, fs::File) {
     let size = nix::pty::Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
     let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(&size, None).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
     command.current_dir(directory).args(arguments).env("TERM", "xterm-256color").env_remove("NO_COLOR");
     command.envs(environment.iter().copied()).stdin(slave.try_clone().unwrap());
     command.stdout(slave.try_clone().unwrap()).stderr(slave);
-    let mut child = command.spawn().unwrap();
-    // The command holds the only other descriptors of the terminal. A read fails with EIO after the
-    // command has ended.
-    drop(command);
-    let (mut shown, mut master) = (Vec::new(), fs::File::from(master));
-    let mut some = [0; 4096];
-    while let Ok(count @ 1..) = std::io::Read::read(&mut master, &mut some) {
-        shown.extend(&some[..count]);
-    }
-    (child.wait().unwrap().code(), String::from_utf8_lossy(&shown).into_owned())
+    // After this, the child holds the only other descriptors of the terminal. A read fails with EIO
+    // after the child has ended.
+    (command.spawn().unwrap(), master.into())
 }
 
 #[test]
