@@ -44,7 +44,7 @@ fn moved(start: usize, bytes: usize) -> usize {
 
 /// Reserves free addresses.
 #[expect(unsafe_code, reason = "as above")]
-fn free(bytes: usize) -> *mut libc::c_void {
+pub(crate) fn free(bytes: usize) -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a new mapping, which mremap replaces.
     unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_NONE, flags, -1, 0) }

@@ -47,6 +47,7 @@ mod released;
 #[cfg(sanitized)]
 mod sanitized;
 mod scale;
+mod shards;
 mod shared;
 mod signals;
 mod splits;

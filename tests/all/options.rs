@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 18] = [
+const OPTIONS: [&str; 20] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -26,6 +26,7 @@ const OPTIONS: [&str; 18] = [
     "no readahead",
     "max_mappings",
     "max_in_flight",
+    "shards",
     "record",
     "replay",
     "on_page_failure",
@@ -36,6 +37,7 @@ const OPTIONS: [&str; 18] = [
     "require_zero_copy",
     "release_sources",
     "release_sources and inherit_on_fork",
+    "shards and inherit_on_fork",
 ];
 
 /// Sets an option, in a scope or without one.
@@ -49,6 +51,8 @@ fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
         "no readahead" => builder.readahead(Readahead::None),
         "max_mappings" => builder.max_mappings(10),
         "max_in_flight" => builder.max_in_flight(1),
+        "shards" => builder.shards(4),
+        "shards and inherit_on_fork" => builder.shards(4).inherit_on_fork(),
         "record" => builder.record(),
         "replay" => builder.replay(&recording()),
         "on_page_failure" => builder.on_page_failure(|_, _| {}),
@@ -74,7 +78,7 @@ fn recording() -> Recording {
 fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
         Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
-        ReleaseSources, Replay, Writable,
+        ReleaseSources, Replay, Shards, Writable,
     };
     use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
@@ -83,6 +87,8 @@ fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
         ("hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),
         ("dumped", _, true) => (OptionConflict, Some(Dumped)),
         ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
+        ("shards" | "shards and inherit_on_fork", _, true) => (OptionConflict, Some(Shards)),
+        ("shards and inherit_on_fork", _, _) => (OptionConflict, Some(Shards)),
         ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
         ("release_sources", _, true) => (OptionConflict, Some(ReleaseSources)),
         ("release_sources and inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
@@ -94,6 +100,7 @@ fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
         ("replay", "inline", _) => (UnsuitableServer, Some(Replay)),
         ("readahead", "inline", _) => (UnsuitableServer, Some(Readahead)),
         ("max_in_flight", "inline", _) => (UnsuitableServer, Some(MaxInFlight)),
+        ("shards", "inline", _) => (UnsuitableServer, Some(Shards)),
         ("record_latency", "inline", _) => (UnsuitableServer, Some(RecordLatency)),
         _ => return None,
     })

@@ -172,7 +172,7 @@ mod space;
 
 pub use api::{
     AdoptedRegion, AnyRegion, Builder, PrefetchHandle, PrefetchProgress, Region, Scope, ScopedBuilder,
-    ScopedRegion, SharedRegion, scope,
+    ScopedRegion, Shard, SharedRegion, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
 pub use method::{Method, PlanReason};

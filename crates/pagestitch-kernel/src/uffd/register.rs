@@ -3,7 +3,7 @@
 use super::Uffd;
 use super::abi::{self, UffdioRange, UffdioRegister};
 use crate::errno::Errno;
-use crate::page::AddressRange;
+use crate::page::{AddressRange, Page, Span};
 use crate::reservation::Reservation;
 use std::ops::BitOr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -48,13 +48,34 @@ impl Uffd {
     /// does not support `modes`; the errors of [`Reservation::open`].
     #[doc(alias = "UFFDIO_REGISTER")]
     pub fn register(&self, reservation: &Reservation, modes: RegisterMode) -> Result<(), Errno> {
-        // SAFETY: the reservation is a mapping of its own. No allocator ever gave out its pages as
-        // zeros.
-        #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
-        unsafe { self.register_range(reservation.range(), modes) }?;
+        self.register_part(reservation, Span { first: Page(0), pages: reservation.pages() }, modes)?;
         // Opened afterwards, because a page that is filled before the range is registered never
         // faults.
         reservation.open()
+    }
+
+    /// Registers a span of a reservation, and leaves it closed. Each page has one uffd. When the
+    /// whole reservation is registered, the caller [opens](Reservation::open) it.
+    ///
+    /// # Errors
+    ///
+    /// As [`register`](Self::register).
+    ///
+    /// # Panics
+    ///
+    /// If the span is not inside the reservation.
+    pub fn register_part(
+        &self,
+        reservation: &Reservation,
+        span: Span,
+        modes: RegisterMode,
+    ) -> Result<(), Errno> {
+        // SAFETY: the reservation is a mapping of its own. No allocator ever gave out its pages as
+        // zeros.
+        #[expect(unsafe_code, reason = "the reservation is the vouching owner that register_range asks for")]
+        unsafe {
+            self.register_range(reservation.addresses(span), modes)
+        }
     }
 
     /// Registers a range of addresses that the caller vouches for.

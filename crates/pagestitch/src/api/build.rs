@@ -13,6 +13,7 @@
 use crate::api::AnyRegion;
 use crate::api::nesting::Below;
 use crate::api::options::Options;
+use crate::api::userfaultfds;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
@@ -22,9 +23,9 @@ use crate::space::{
     Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions, Shards,
     ShownPages, Target,
 };
-use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
+use pagestitch_kernel::limits::{Limit, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::uffd::{self, FaultMode, OpenError, RegisterMode};
+use pagestitch_kernel::uffd;
 use pagestitch_kernel::{Access, Errno, Features, PageSize, Reservation, Uffd, View};
 use pagestitch_kernel::{staging, swap};
 use std::num::NonZeroUsize;
@@ -76,6 +77,10 @@ pub(super) fn build(
 /// Refuses options that the target, the server or the kernel cannot have, before anything is
 /// reserved.
 fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Server) -> Result<(), Error> {
+    if options.shards == Some(0) {
+        let what = "a region has at least one shard: ask for shards(1) or more";
+        return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Shards));
+    }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
     let served = options.inherit_on_fork && server.inner().serves_faults();
@@ -107,17 +112,19 @@ fn prepare_own(
     if !server.inner().serves_faults() {
         return prepare_closed(name, layout, options);
     }
-    let uffd = open(name, layout, server, options.inherit_on_fork)?;
-    layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
-    let moves = layout.has_donated() && !options.inherit_on_fork && can_move(&uffd);
     let page = PageSize::system();
     let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
-    let staged = stages(options, layout, pages.get() * page.bytes(), &uffd);
+    let bytes = pages.get() * page.bytes();
+    let uffds = userfaultfds::open(name, (layout, bytes), options, server)?;
+    let uffd = &uffds[0];
+    layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
+    let moves = layout.has_donated() && !options.inherit_on_fork && can_move(uffd);
+    let staged = stages(options, layout, bytes, uffd);
     let huge = moves || staged.is_ok();
     let logical = huge && options.access == Access::ReadOnly;
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
     let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
-    register(name, &uffd, &reservation)?;
+    let uffd = userfaultfds::register(name, uffds, &reservation)?;
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let abilities = Abilities { moves_now: !moves, minor_faults };
     let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
@@ -127,7 +134,7 @@ fn prepare_own(
     let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
-        uffd: Shards::one(uffd),
+        uffd,
         shown,
         moves,
         staged,
@@ -140,7 +147,7 @@ fn prepare_own(
 /// closed until its server has filled it. No page moves in, because a moved page that is discarded
 /// would read as zeros without a userfaultfd.
 fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<PreparedTarget, Error> {
-    let uffd = Uffd::stand_in().map_err(|errno| limit(name, "make a memfd", errno))?;
+    let uffd = Shards::one(Uffd::stand_in().map_err(|errno| limit(name, "make a memfd", errno))?);
     let page = PageSize::system();
     let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
     let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
@@ -148,7 +155,7 @@ fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<
     let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
-        uffd: Shards::one(uffd),
+        uffd,
         shown,
         moves: false,
         staged: Err("the build fills the region, without userfaultfd (Eager)"),
@@ -190,6 +197,7 @@ fn finish(
         max_mappings: _,
         zero_copy,
         readahead,
+        shards: _,
         inherit_on_fork,
         release_sources,
         serve_options,
@@ -257,7 +265,7 @@ fn show(
     layout: &mut Layout,
     most: Option<usize>,
     abilities: Abilities,
-    (view, uffd): (&mut View, &Uffd),
+    (view, uffd): (&mut View, &Shards),
 ) -> Result<ShownPages, Error> {
     let page = PageSize::system();
     // A chunk takes a mapping, and the gap before it another one.
@@ -370,50 +378,10 @@ fn reserve(
     Ok((reservation, view))
 }
 
-/// Registers the range with the userfaultfd.
-fn register(name: &str, uffd: &Uffd, reservation: &Reservation) -> Result<(), Error> {
-    uffd.register(reservation, RegisterMode::MISSING).map_err(|errno| match errno {
-        Errno::ENOMEM | Errno::EAGAIN => {
-            Error::unreserved(name, ReserveError::met(reservation.range().bytes(), errno))
-        }
-        errno => Error::refused(format_args!("region {name}: cannot register its range"), errno),
-    })
-}
-
-/// The error for a userfaultfd that cannot be opened. `EVENT_FORK` is the one feature that depends
-/// on the privileges of the process instead of the kernel's version, so it has an error of its own.
-fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
-    if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
-        let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
-        let error = Error::new(ErrorKind::PermissionDenied, what).of_option(BuildOption::InheritOnFork);
-        return error.inside(name);
-    }
-    Error::no_userfaultfd(&error).inside(name)
-}
-
 /// True if donated pages move on first touch. If they could be swapped out and lost during the
 /// move, they move when the region is built.
 fn can_move(uffd: &Uffd) -> bool {
     uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()
-}
-
-fn open(name: &str, layout: &Layout, server: &Server, children: bool) -> Result<Uffd, Error> {
-    let events = server.inner().features();
-    let events = if children { events | Features::EVENT_FORK } else { events };
-    let mut wanted = events | Features::POISON | Features::MOVE;
-    if layout.has_lazy() {
-        wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
-    }
-    let uffd = Uffd::open(wanted).map_err(|error| cannot_open(name, children, error))?;
-    server.inner().check_features(uffd.features()).map_err(|error| error.inside(name))?;
-    if uffd.mode() == FaultMode::UserOnly {
-        log!(
-            debug,
-            region = name,
-            "faults of system calls are not served: populate() before a system call reads the region"
-        );
-    }
-    Ok(uffd)
 }
 
 /// A region takes at most this share, one half, of the mappings that the process has left.

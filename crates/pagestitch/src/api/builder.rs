@@ -232,6 +232,37 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Divides the region into at most this many shards: contiguous parts of its addresses, each with
+    /// a userfaultfd of its own, in whole blocks of 2 MiB. Default: one on machines with up to eight
+    /// CPUs. With more, as many as the [`Pool`](crate::Pool) has workers, if each has 8 MiB or more.
+    ///
+    /// The kernel has one queue and one lock for each userfaultfd. Threads on many CPUs wait for each
+    /// other there, unless they fault in different shards. A fault in a shard wakes one worker: the
+    /// shard's own, or another one if that is busy. Any worker that is awake serves any shard, so a
+    /// source that hangs in a fault of a shard does not hold up the others. With as many shards as
+    /// workers, shard `i` wakes worker `i`.
+    ///
+    /// * **A region of a single shard** has a lower latency for single touches, because the wakes of
+    ///   one thread's faults then meet few CPUs.
+    /// * **Limits.** A shard takes a descriptor (`ulimit -n`) and a mapping (`vm.max_map_count`). By
+    ///   default, a region has one shard if they run short.
+    /// * **`mremap(2)`** moves a part of the region within one shard only, and fails with EFAULT across
+    ///   a border.
+    /// * Not for adopted memory, for [`Inline`](crate::Inline), and not with
+    ///   [`inherit_on_fork`](Self::inherit_on_fork). [`Eager`](crate::Eager) ignores it.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, Pool, Region};
+    /// let pool = Pool::builder().workers(4).start()?;
+    /// let region = Region::builder().chunk(Chunk::hole(64 << 20)).shards(4).build(&pool)?;    // 16 MiB each
+    /// assert_eq!(region.as_slice()[40 << 20], 0);                 // wakes the worker `pagestitch/2`
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn shards(mut self, most: usize) -> Self {
+        self.options.shards = Some(most);
+        self
+    }
+
     /// Limits the faults of this region that are served at once. Faults above the limit queue up
     /// and occupy no worker. An asynchronous fetch ([`Fetch`](crate::source::Fetch)) counts until its
     /// reply, also one ahead of a touch.

@@ -6,10 +6,12 @@
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `prefetch` | a prefetch in progress |
+//! | `shard` | the shards of a region |
 //! | `region` | a region that owns its range |
 //! | `shared` | a region whose bytes other processes may change |
 //! | `adopted` | memory of another process |
 //! | `scope` | regions over borrowed memory |
+//! | `userfaultfds` | the userfaultfds of a region, one for each shard |
 //! | `nesting` | memory of one region as a chunk of another |
 
 mod adopted;
@@ -23,7 +25,9 @@ mod read_in_place;
 mod refused;
 mod region;
 mod scope;
+mod shard;
 mod shared;
+mod userfaultfds;
 
 pub use adopted::AdoptedRegion;
 pub use any::AnyRegion;
@@ -31,4 +35,5 @@ pub use builder::Builder;
 pub use prefetch::{PrefetchHandle, PrefetchProgress};
 pub use region::Region;
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
+pub use shard::Shard;
 pub use shared::SharedRegion;

@@ -17,6 +17,8 @@ pub(super) struct Options {
     /// `None`: the user has not chosen.
     pub(super) readahead: Option<Readahead>,
     pub(super) max_mappings: Option<usize>,
+    /// `None`: the user has not chosen.
+    pub(super) shards: Option<usize>,
     pub(super) inherit_on_fork: bool,
     pub(super) release_sources: bool,
     pub(super) serve_options: ServeOptions,
@@ -32,6 +34,7 @@ impl Default for Options {
             zero_copy: false,
             readahead: None,
             max_mappings: None,
+            shards: None,
             inherit_on_fork: false,
             release_sources: false,
             serve_options: ServeOptions::default(),
@@ -59,8 +62,14 @@ impl Options {
             },
             readahead: matches!(&self.readahead, Some(readahead) if !matches!(readahead, Readahead::None)),
             limit: max_in_flight.is_some(),
+            shards: self.has_shards(),
             timed: *record_latency,
         }
+    }
+
+    /// True if the user has asked for more than one shard.
+    const fn has_shards(&self) -> bool {
+        matches!(self.shards, Some(2..))
     }
 
     /// Refuses options that exclude each other, and options that do not apply to adopted memory.
@@ -91,6 +100,16 @@ impl Options {
                 adopted && self.max_mappings.is_some(),
                 BuildOption::MaxMappings,
                 "nothing is mapped in adopted memory: leave out max_mappings()",
+            ),
+            (
+                adopted && self.has_shards(),
+                BuildOption::Shards,
+                "adopted memory has the one userfaultfd of its owner: leave out shards()",
+            ),
+            (
+                self.inherit_on_fork && self.has_shards(),
+                BuildOption::Shards,
+                "each userfaultfd of a region reports a forked child of its own: leave out shards() or inherit_on_fork()",
             ),
             (
                 adopted && self.inherit_on_fork,

@@ -16,6 +16,8 @@ pub enum BuildOption {
     Readahead,
     /// [`Builder::max_mappings`](crate::Builder::max_mappings).
     MaxMappings,
+    /// [`Builder::shards`](crate::Builder::shards).
+    Shards,
     /// [`Builder::max_in_flight`](crate::Builder::max_in_flight), also of a pool.
     MaxInFlight,
     /// [`Builder::record`](crate::Builder::record).
@@ -53,6 +55,7 @@ impl fmt::Display for BuildOption {
             Self::Dumped => "dumped",
             Self::Readahead => "readahead",
             Self::MaxMappings => "max_mappings",
+            Self::Shards => "shards",
             Self::MaxInFlight => "max_in_flight",
             Self::Record => "record",
             Self::Replay => "replay",

@@ -28,6 +28,11 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         Features::EVENT_REMOVE | Features::EVENT_REMAP | Features::THREAD_ID
     }
 
+    /// The number of shards that suits a large region.
+    fn shards(&self) -> usize {
+        1
+    }
+
     /// Refuses a kernel that has not granted the features that it needs.
     fn check_features(&self, _given: Features) -> Result<(), Error> {
         Ok(())
@@ -58,6 +63,11 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
     /// True if system calls can wait for absent pages.
     fn serves_system_calls(&self) -> bool {
         true
+    }
+
+    /// The CPU of the worker that a fault of a shard wakes, if it is pinned.
+    fn cpu_of(&self, _region: &Mapping, _shard: usize) -> Option<usize> {
+        None
     }
 
     /// Starts a prefetch on threads that have no fault to serve.
@@ -106,6 +116,8 @@ pub(crate) struct Demands {
     pub(crate) readahead: bool,
     /// Concurrent faults are limited.
     pub(crate) limit: bool,
+    /// The builder has asked for more than one shard.
+    pub(crate) shards: bool,
     /// The parts of faults are timed.
     pub(crate) timed: bool,
 }

@@ -87,7 +87,7 @@ impl FaultServer for Inline {
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {
-        let Demands { adopted, children, recording, readahead, limit, timed } = demands;
+        let Demands { adopted, children, recording, readahead, limit, shards, timed } = demands;
         let refused = [
             (
                 adopted,
@@ -109,6 +109,11 @@ impl FaultServer for Inline {
                 limit,
                 Some(BuildOption::MaxInFlight),
                 "each thread fills its own page, so faults cannot be limited: leave out max_in_flight(), or use a pool",
+            ),
+            (
+                shards,
+                Some(BuildOption::Shards),
+                "no thread waits at the userfaultfd of an inline region, so more of them do not help: leave out shards(), or use a pool",
             ),
             (
                 timed,

@@ -22,6 +22,7 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
+use crate::space::Mapping;
 use pagestitch_kernel::fork::ForkGeneration;
 use parking_lot::Mutex;
 use std::fmt;
@@ -182,6 +183,10 @@ impl FaultServer for Pool {
 impl Attachment for Pool {
     fn is_of_this_process(&self) -> bool {
         self.handle.generation.is_current()
+    }
+
+    fn cpu_of(&self, region: &Mapping, shard: usize) -> Option<usize> {
+        self.handle.state.cpu_of(region, shard)
     }
 
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {

@@ -48,7 +48,7 @@ impl TurnLock {
         taken.then(|| {
             // Each turn starts with a time, because the worker may enter a source with the turn.
             self.last_read.store(now, Ordering::Relaxed);
-            ReadTurn { lock: Some(self), held: Some(mine), late }
+            ReadTurn { lock: Some(self), in_shard: false, held: Some(mine), late }
         })
     }
 
@@ -83,6 +83,8 @@ fn nanoseconds(moment: Instant) -> u64 {
 pub(crate) struct ReadTurn<'l> {
     /// `None` for an owned region, of which any number of workers read at the same time.
     lock: Option<&'l TurnLock>,
+    /// True if the worker keeps faults of a shard, whose other readers have shards of their own.
+    in_shard: bool,
     /// The uncontended state of the lock while this worker holds it. `None` if it does not.
     held: Option<u64>,
     /// True if the turn was taken from a late worker.
@@ -90,9 +92,10 @@ pub(crate) struct ReadTurn<'l> {
 }
 
 impl ReadTurn<'_> {
-    /// The turn of an owned region, which every worker has at the same time.
-    pub(super) const fn shared() -> Self {
-        Self { lock: None, held: None, late: false }
+    /// The turn of an owned region, which every worker has at the same time. `in_shard`: the region has
+    /// several shards, and its faults are fast.
+    pub(super) const fn shared(in_shard: bool) -> Self {
+        Self { lock: None, in_shard, held: None, late: false }
     }
 
     /// True if the worker may wait until events can be read. After a late worker it may not,
@@ -104,7 +107,7 @@ impl ReadTurn<'_> {
     /// The number of faults of a batch that this worker keeps, because waking another worker takes
     /// longer.
     pub(crate) fn local_share(&self) -> usize {
-        if self.held.is_some() { KEPT } else { 0 }
+        if self.held.is_some() || self.in_shard { KEPT } else { 0 }
     }
 
     /// Called when a batch has been read. Releases the turn if the region is not `fast`, because

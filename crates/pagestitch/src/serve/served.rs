@@ -131,7 +131,7 @@ impl Served {
     /// The right to read events; `None` if another thread holds it and will read them.
     pub(crate) fn acquire_turn(&self) -> Option<ReadTurn<'_>> {
         match &self.target {
-            Target::Owned(_) => Some(ReadTurn::shared()),
+            Target::Owned(_) => Some(ReadTurn::shared(self.uffd.count() > 1 && self.latency.is_fast())),
             Target::Foreign(_) => self.turns.try_acquire(),
         }
     }

@@ -15,6 +15,7 @@ use crate::serve::served::{
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
 use crate::serve::worker_threads::Threads;
+use crate::space::Mapping;
 use crate::space::page_table::Wake;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
@@ -296,6 +297,14 @@ impl ServerState {
         }
         watched
             .map_err(|errno| Error::refused(format_args!("region {}: cannot watch it", region.name), errno))
+    }
+
+    /// The CPU of the worker that a fault of a shard wakes first. `None` if any worker may be the first,
+    /// or if the worker is not pinned.
+    pub(super) fn cpu_of(&self, region: &Mapping, shard: usize) -> Option<usize> {
+        let (shards, workers) = (region.uffd.count(), self.epolls.len());
+        let has_home = shards > 1 || workers == 1;
+        self.cpus.cpu_of(home_of(shard, shards, workers)).filter(|_| has_home)
     }
 
     /// Watches a shard in the epolls of all workers, its home first: of the workers that sleep, an

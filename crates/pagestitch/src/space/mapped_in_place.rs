@@ -13,9 +13,9 @@
 
 use crate::method::PlanReason;
 use crate::source::{Backing, Shared};
-use crate::space::Layout;
+use crate::space::{Layout, Shards};
 use pagestitch_kernel::page::HUGE;
-use pagestitch_kernel::{Errno, Page, PageSize, Span, Uffd, View};
+use pagestitch_kernel::{Errno, Page, PageSize, Span, View};
 use std::ops::Range;
 
 /// A run of pages of the region that are adjacent pages of one source.
@@ -88,18 +88,21 @@ impl ShownPages {
         budget: impl FnOnce() -> usize,
         abilities: Abilities,
         view: &mut View,
-        uffd: &Uffd,
+        shards: &Shards,
     ) -> Result<Self, (usize, Errno)> {
         let mut shown = Self::default();
         for run in decide(layout, page, budget, abilities) {
             let backing = layout.backing_of(run.chunk);
-            match map(run, backing, view, uffd) {
+            match map(run, backing, page, (view, shards)) {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) if matches!(backing, Backing::Donated(_)) => shown.moved.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
                 Err(errno) => match refusal_reason(backing, page, errno) {
                     Some(reason) => {
-                        view.restore(run.span, uffd).map_err(|errno| (run.chunk, errno))?;
+                        let restored = shards
+                            .spans(run.span, page)
+                            .try_for_each(|(uffd, part)| view.restore(part, uffd));
+                        restored.map_err(|errno| (run.chunk, errno))?;
                         shown.refused.push((run.span, reason));
                     }
                     // Other threads have taken the last mappings: the rest is copied.
@@ -125,16 +128,28 @@ fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<Pla
     }
 }
 
-fn map(run: MappedRun, backing: &Backing, view: &mut View, uffd: &Uffd) -> Result<(), Errno> {
+fn map(
+    run: MappedRun,
+    backing: &Backing,
+    page: PageSize,
+    (view, shards): (&mut View, &Shards),
+) -> Result<(), Errno> {
     let MappedRun { span, offset, .. } = run;
+    // Memory that faults is registered with the userfaultfd of its shard.
+    let mut parts =
+        shards.spans(span, page).map(|(uffd, part)| (part, run.offset_of(part.first, page), uffd));
     match backing {
         Backing::Memfd(memfd) => view.map(span, memfd.sealed(), offset),
         Backing::Immutable(file) => view.map_stable(span, file.stable(), offset),
-        Backing::Donated(donated) => view.move_in(span, donated, offset, uffd),
+        Backing::Donated(donated) => {
+            parts.try_for_each(|(part, offset, uffd)| view.move_in(part, donated, offset, uffd))
+        }
         Backing::Shared(Shared::File(file, sharing)) => view.map_file(span, file, offset, *sharing),
         Backing::Shared(Shared::Alias(alias)) => view.alias(span, alias, offset),
         Backing::Shared(Shared::Physical(physical)) => view.map_physical(span, physical, offset),
-        Backing::Shared(Shared::Lazy(memfd)) => view.map_lazy(span, memfd.memfd(), offset, uffd),
+        Backing::Shared(Shared::Lazy(memfd)) => {
+            parts.try_for_each(|(part, offset, uffd)| view.map_lazy(part, memfd.memfd(), offset, uffd))
+        }
         Backing::Memory(_)
         | Backing::Hole(_)
         | Backing::Read(_)

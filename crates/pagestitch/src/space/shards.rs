@@ -11,8 +11,9 @@
 //! A fill wakes only the threads that wait at its own userfaultfd. So each fill lies in one shard, and
 //! goes to the userfaultfd of that shard.
 
-use pagestitch_kernel::uffd::FaultMode;
-use pagestitch_kernel::{AddressRange, Errno, Features, Uffd};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
+use pagestitch_kernel::{AddressRange, Errno, Features, Page, PageSize, Reservation, Span, Uffd};
 use std::iter;
 
 /// The userfaultfds of a mapping, in the order of their addresses.
@@ -33,6 +34,26 @@ impl Shards {
     /// One shard with all addresses.
     pub(crate) fn one(uffd: Uffd) -> Self {
         Self { first: uffd, more: Box::default(), start: 0, bytes: usize::MAX }
+    }
+
+    /// Divides a reservation into as many shards as there are userfaultfds, or as it has blocks, and
+    /// registers and opens it.
+    pub(crate) fn register(mut uffds: Vec<Uffd>, reservation: &Reservation) -> Result<Self, Errno> {
+        let range = reservation.range();
+        let blocks = (range.bytes() / HUGE).max(1);
+        uffds.truncate(blocks);
+        let bytes = (blocks / uffds.len()).max(1) * HUGE;
+        let more = uffds.split_off(1).into_boxed_slice();
+        let first = uffds.pop().expect("the caller has opened one");
+        let shards = Self { first, more, start: range.start(), bytes };
+        let all = Span { first: Page(0), pages: reservation.pages() };
+        for (uffd, span) in shards.spans(all, reservation.page_size()) {
+            uffd.register_part(reservation, span, RegisterMode::MISSING)?;
+        }
+        // Opened afterwards, because a page that is filled before the range is registered never
+        // faults.
+        reservation.open()?;
+        Ok(shards)
     }
 
     /// The number of shards.
@@ -58,6 +79,19 @@ impl Shards {
             let part = self.in_one(rest);
             done += part.bytes();
             (part.bytes() > 0).then(|| (self.of(part), part))
+        })
+    }
+
+    /// The parts of a span that lie in one shard each, with their userfaultfds.
+    pub(crate) fn spans(&self, span: Span, size: PageSize) -> impl Iterator<Item = (&Uffd, Span)> {
+        let (pages, last) = (self.bytes / size.bytes(), self.more.len());
+        let mut rest = span;
+        iter::from_fn(move || {
+            let shard = (rest.first.0 / pages).min(last);
+            let border = if shard == last { rest.end().0 } else { (shard + 1) * pages };
+            let part = rest.prefix(border - rest.first.0);
+            rest = rest.without_prefix(part.pages);
+            (!part.is_empty()).then(|| (self.get(shard), part))
         })
     }
 

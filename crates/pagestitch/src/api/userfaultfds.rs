@@ -1,0 +1,110 @@
+//! The userfaultfds of a region: one for each shard.
+
+use crate::api::options::Options;
+use crate::error::{BuildOption, Error, ErrorKind};
+use crate::serve::Server;
+use crate::space::{Layout, Shards};
+use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left, mappings_left_for};
+use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::uffd::{FaultMode, OpenError};
+use pagestitch_kernel::{Errno, Features, Reservation, Uffd};
+
+/// Opens the userfaultfds of a region of `bytes` bytes, at least one. All have the same features.
+pub(super) fn open(
+    name: &str,
+    (layout, bytes): (&Layout, usize),
+    options: &Options,
+    server: &Server,
+) -> Result<Vec<Uffd>, Error> {
+    let wanted = features(layout, options, server);
+    let first = Uffd::open(wanted).map_err(|error| cannot_open(name, options.inherit_on_fork, error))?;
+    server.inner().check_features(first.features()).map_err(|error| error.inside(name))?;
+    if first.mode() == FaultMode::UserOnly {
+        log!(
+            debug,
+            region = name,
+            "faults of system calls are not served: populate() before a system call reads the region"
+        );
+    }
+    let mut uffds = vec![first];
+    let blocks = (bytes / HUGE).max(1);
+    match options.shards {
+        Some(shards) => {
+            let shards = shards.min(blocks);
+            check_mappings(shards).map_err(|error| error.inside(name))?;
+            let opened = (1..shards).map(|_| Uffd::open(wanted)).collect::<Result<Vec<_>, _>>();
+            uffds.extend(opened.map_err(|error| no_descriptors(shards, error).inside(name))?);
+        }
+        None if options.inherit_on_fork => {}
+        None => {
+            let shards = server.inner().shards().min(blocks / BLOCKS_MIN);
+            // A program that is short of mappings or descriptors needs them more than shards.
+            if shards > 1 && mappings_left_for(shards) / MAPPINGS_SHARE >= shards {
+                let opened = (1..shards).map(|_| Uffd::open(wanted)).collect::<Result<Vec<_>, _>>();
+                uffds.extend(opened.unwrap_or_default());
+            }
+        }
+    }
+    Ok(uffds)
+}
+
+/// Registers the shards of a range, and opens the range.
+pub(super) fn register(name: &str, uffds: Vec<Uffd>, reservation: &Reservation) -> Result<Shards, Error> {
+    Shards::register(uffds, reservation).map_err(|errno| match errno {
+        Errno::ENOMEM | Errno::EAGAIN => {
+            Error::unreserved(name, ReserveError::met(reservation.range().bytes(), errno))
+        }
+        errno => Error::refused(format_args!("region {name}: cannot register its range"), errno),
+    })
+}
+
+fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
+    let mut wanted = server.inner().features() | Features::POISON | Features::MOVE;
+    if options.inherit_on_fork {
+        wanted = wanted | Features::EVENT_FORK;
+    }
+    if layout.has_lazy() {
+        wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
+    }
+    wanted
+}
+
+/// Refuses more shards than there are mappings left. Each shard is a mapping of its own.
+fn check_mappings(shards: usize) -> Result<(), Error> {
+    if shards == 1 {
+        return Ok(());
+    }
+    let left = mappings_left();
+    if shards <= left {
+        return Ok(());
+    }
+    let what = format!(
+        "{shards} shards are as many mappings, and this process has {left} left: raise vm.max_map_count, or ask for fewer shards()"
+    );
+    Err(Error::new(ErrorKind::LimitReached, what).of_limit(Limit::Other).of_option(BuildOption::Shards))
+}
+
+fn no_descriptors(shards: usize, error: OpenError) -> Error {
+    if !matches!(error.system_call, Errno::EMFILE | Errno::ENFILE) {
+        return Error::no_userfaultfd(&error);
+    }
+    let limit = Limit::of_descriptors();
+    let what = format!("{shards} shards take a descriptor each: {limit}, or ask for fewer shards()");
+    Error::refused(what, error.system_call).of_option(BuildOption::Shards)
+}
+
+/// The error for a userfaultfd that cannot be opened. `EVENT_FORK` is the one feature that depends
+/// on the privileges of the process instead of the kernel's version, so it has an error of its own.
+fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
+    if children && error.system_call == Errno::EPERM && Uffd::open(Features::NONE).is_ok() {
+        let what = "inherit_on_fork() needs CAP_SYS_PTRACE, which this process lacks: grant it (setcap, --cap-add), or leave it out";
+        let error = Error::new(ErrorKind::PermissionDenied, what).of_option(BuildOption::InheritOnFork);
+        return error.inside(name);
+    }
+    Error::no_userfaultfd(&error).inside(name)
+}
+
+/// By default, a shard has at least this many blocks: 8 MiB.
+const BLOCKS_MIN: usize = 4;
+/// By default, shards take at most this share of the mappings that the process has left.
+const MAPPINGS_SHARE: usize = 4;
