@@ -84,7 +84,12 @@ pub(crate) fn serve(start: usize, served: ServedRange) {
 pub fn served_in(addresses: impl IntoIterator<Item = (usize, Range<usize>)>) -> Vec<(usize, ServedRange)> {
     let ranges = lock();
     let mut found = Vec::new();
+    let Some(all) = ranges.around_hidden() else { return found };
     for (number, addresses) in addresses {
+        // There may be millions of buffers, and the allocator's lie outside of all ranges.
+        if addresses.end <= all.start || all.end <= addresses.start {
+            continue;
+        }
         // Ranges do not overlap, so the search downwards ends at the first range that ends before
         // the addresses begin.
         let below = ranges.hidden.range(..addresses.end).rev();
@@ -131,6 +136,13 @@ pub(crate) fn release_all() -> bool {
 }
 
 impl Ranges {
+    /// The addresses from the first hidden range to the end of the last one.
+    fn around_hidden(&self) -> Option<Range<usize>> {
+        let (first, _) = self.hidden.first_key_value()?;
+        let (_, last) = self.hidden.last_key_value()?;
+        Some(*first..last.end)
+    }
+
     /// Takes out at most `most` ranges that were set aside long before `now`.
     fn take_old(&mut self, now: Instant, most: usize) -> Vec<Aside> {
         let is_old = |aside: &&Aside| now.saturating_duration_since(aside.since) >= LINGER;

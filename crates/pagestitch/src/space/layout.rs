@@ -392,9 +392,14 @@ impl Layout {
         self.number_of(chunk.unwrap_or(0))
     }
 
+    /// True if a source has a property.
+    pub(crate) fn has_source(&self, property: impl Fn(&Backing) -> bool) -> bool {
+        self.sources.iter().any(property)
+    }
+
     /// True if a chunk has an asynchronous source.
     pub(crate) fn has_fetched(&self) -> bool {
-        self.sources.iter().any(|source| matches!(source, Backing::Fetched(_)))
+        self.has_source(|source| matches!(source, Backing::Fetched(_)))
     }
 
     /// True if a chunk can only be copied.

@@ -168,6 +168,9 @@ fn decide(
     abilities: Abilities,
 ) -> Vec<MappedRun> {
     let mut runs: Vec<MappedRun> = Vec::new();
+    if !layout.has_source(|source| abilities.map(source)) {
+        return runs;
+    }
     let mut budget = Some(budget);
     let mut left = 0_usize;
     let mut chunk = 0;
