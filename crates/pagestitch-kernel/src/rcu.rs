@@ -5,7 +5,7 @@
 //! swaps the value, ends the epoch, and waits until the readers of that epoch have left. Only they
 //! may look at the old value, which the writer then frees.
 
-use crate::striped::Striped;
+use crate::striped::{STRIPES, Stripe, own_stripe};
 use crate::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, yield_now};
 use std::fmt;
@@ -18,9 +18,16 @@ pub struct Rcu<T> {
     value: AtomicPtr<T>,
     epoch: AtomicUsize,
     /// The active readers, by the parity of the epoch in which they began.
-    readers: [Striped<AtomicUsize>; 2],
+    readers: [Readers; 2],
     writer: Mutex<()>,
     owns: PhantomData<T>,
+}
+
+/// The active readers in each stripe, so that readers write to no line of each other.
+type Readers = [Stripe<AtomicUsize>; STRIPES];
+
+const fn no_readers() -> Readers {
+    [const { Stripe(AtomicUsize::new(0)) }; STRIPES]
 }
 
 /// The value at the moment of the read. It lives as long as this guard.
@@ -42,7 +49,7 @@ impl<T: Send + Sync> Rcu<T> {
         Self {
             value: AtomicPtr::new(ptr::null_mut()),
             epoch: AtomicUsize::new(0),
-            readers: [Striped::zero(), Striped::zero()],
+            readers: [const { no_readers() }; 2],
             writer: Mutex::new(()),
             owns: PhantomData,
         }
@@ -52,7 +59,7 @@ impl<T: Send + Sync> Rcu<T> {
     pub fn read(&self) -> ReadGuard<'_, T> {
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let readers = self.readers[epoch % 2].local();
+            let readers = &*self.readers[epoch % 2][own_stripe(STRIPES)];
             readers.fetch_add(1, Ordering::SeqCst);
             let mut seen = ReadGuard { value: None, readers };
             // The epoch has not ended since this reader counted itself, so the writer that ends it
@@ -116,11 +123,7 @@ impl<T: Send + Sync> Writer<'_, T> {
     #[expect(unsafe_code, reason = "the counts of readers are lost")]
     pub unsafe fn reset_in_child(&mut self) {
         self.rcu.value.store(ptr::null_mut(), Ordering::SeqCst);
-        self.rcu
-            .readers
-            .iter()
-            .flat_map(Striped::iter)
-            .for_each(|readers| readers.store(0, Ordering::SeqCst));
+        self.rcu.readers.iter().flatten().for_each(|readers| readers.store(0, Ordering::SeqCst));
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! A handler thread is `'static`, so it cannot hold a `&'env [u8]`, and a value that holds the
 //! borrow can be leaked past its end. The thread holds a [`RevocableSlice`] instead: a pointer
-//! behind a [`Gate`]. The scope closes the gate as its last act, which waits for readers.
+//! behind [gates](Gate). The scope closes the gates as its last act, which waits for readers.
 //! Afterwards [`RevocableSlice::read`] returns `None`.
 //!
 //! ```
@@ -18,6 +18,7 @@
 //! ```
 
 use crate::gate::{Gate, GateGuard};
+use crate::striped::{STRIPES, Striped};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
@@ -28,14 +29,15 @@ use std::sync::Arc;
 ///
 /// The return waits for threads that hold a [`RevocableGuard`].
 pub fn scope<'env, R>(body: impl for<'scope> FnOnce(&'scope RevocableScope<'scope, 'env>) -> R) -> R {
-    let scope = RevocableScope { gate: Arc::new(Gate::new()), scope: PhantomData, env: PhantomData };
-    let _closes = CloseOnDrop(&scope.gate);
+    let gates = Arc::new(Striped::new(STRIPES));
+    let scope = RevocableScope { gates, scope: PhantomData, env: PhantomData };
+    let _closes = CloseOnDrop(&scope.gates);
     body(&scope)
 }
 
 /// A scope that lends bytes which live at least as long as `'scope`. Made by [`scope`].
 pub struct RevocableScope<'scope, 'env: 'scope> {
-    gate: Arc<Gate>,
+    gates: Gates,
     // Invariant in both lifetimes, as in std::thread::scope: 'scope can be neither shortened nor
     // stretched.
     scope: PhantomData<&'scope mut &'scope ()>,
@@ -46,23 +48,23 @@ impl<'scope> RevocableScope<'scope, '_> {
     /// Lends `bytes` until the scope ends.
     #[must_use]
     pub fn lend(&'scope self, bytes: &'scope [u8]) -> RevocableSlice {
-        RevocableSlice { bytes, gate: Arc::clone(&self.gate) }
+        RevocableSlice { bytes, gates: Arc::clone(&self.gates) }
     }
 }
 
 impl fmt::Debug for RevocableScope<'_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RevocableScope").field("ended", &self.gate.is_closed()).finish()
+        f.debug_struct("RevocableScope").field("ended", &is_closed(&self.gates)).finish()
     }
 }
 
 /// Lent bytes. Readable until the scope that has lent them ends.
 #[derive(Clone)]
 pub struct RevocableSlice {
-    /// Invariant: while `gate` is open or has a guard, the bytes are valid for reads and no code
-    /// writes to them.
+    /// Invariant: while one of `gates` is open or has a guard, the bytes are valid for reads and no
+    /// code writes to them.
     bytes: *const [u8],
-    gate: Arc<Gate>,
+    gates: Gates,
 }
 
 // SAFETY: the pointer serves reads of a `&[u8]` only, and that type is Send.
@@ -78,7 +80,7 @@ impl RevocableSlice {
     /// dropped.
     #[must_use]
     pub fn read(&self) -> Option<RevocableGuard<'_>> {
-        let guard = self.gate.enter()?;
+        let guard = self.gates.local().enter()?;
         // SAFETY: the guard keeps `scope()` from returning, so the borrow of the bytes for 'scope
         // is still in force.
         #[expect(unsafe_code, reason = "the borrow's lifetime is replaced by the gate")]
@@ -103,7 +105,7 @@ impl fmt::Debug for RevocableSlice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RevocableSlice")
             .field("len", &self.len())
-            .field("ended", &self.gate.is_closed())
+            .field("ended", &is_closed(&self.gates))
             .finish()
     }
 }
@@ -123,11 +125,19 @@ impl Deref for RevocableGuard<'_> {
     }
 }
 
-struct CloseOnDrop<'g>(&'g Gate);
+/// The gates of a scope, all open or all closed: one for each stripe of threads, so that reading
+/// threads do not write to one line.
+type Gates = Arc<Striped<Gate>>;
+
+fn is_closed(gates: &Striped<Gate>) -> bool {
+    gates.iter().any(Gate::is_closed)
+}
+
+struct CloseOnDrop<'g>(&'g Striped<Gate>);
 
 impl Drop for CloseOnDrop<'_> {
     fn drop(&mut self) {
-        self.0.close();
+        self.0.iter().for_each(Gate::close);
     }
 }
 

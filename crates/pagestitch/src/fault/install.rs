@@ -245,7 +245,6 @@ fn is_marked(region: &Mapping, span: Span) -> bool {
 
 pub(crate) fn count(region: &Mapping, span: Span, method: Method) {
     let counters = region.counters.local();
-    let (pages, bytes) = (span.pages as u64, region.page_size().bytes_of(span) as u64);
     let counter = match method {
         Method::Copy => &counters.pages_copied,
         Method::Buffered => &counters.pages_buffered,
@@ -257,10 +256,7 @@ pub(crate) fn count(region: &Mapping, span: Span, method: Method) {
         Method::Map | Method::Alias => &counters.pages_in_place,
         Method::Poison => &counters.pages_poisoned,
     };
-    counter.add(pages);
-    if matches!(method, Method::Copy | Method::Buffered | Method::Gathered | Method::StagedMove) {
-        counters.bytes_copied.add(bytes);
-    }
+    counter.add(span.pages as u64);
 }
 
 /// A page of zeros, of the largest page size.

@@ -7,8 +7,7 @@
 //! | `facade` | the counters for the `metrics` crate |
 //! | `histogram` | the distribution of latencies, if they are recorded |
 //!
-//! Threads count in different cache lines at the same time; the address of a thread's stack selects
-//! its line.
+//! Threads count in different cache lines at the same time; each thread has its stripe.
 
 mod coverage;
 #[cfg(feature = "metrics")]
@@ -42,11 +41,11 @@ macro_rules! metrics {
         pub(crate) struct Counted { $(pub(crate) $name: Counter,)* }
 
         impl Counters {
-            pub(crate) fn read(&self) -> Metrics {
+            fn sums(&self) -> Metrics {
                 let sum = |of: fn(&Counted) -> &Counter| {
                     self.striped.iter().map(|counted| of(counted).0.load(Ordering::Relaxed)).sum()
                 };
-                Metrics { $($name: sum(|counted| &counted.$name),)* }.bounded()
+                Metrics { $($name: sum(|counted| &counted.$name),)* }
             }
         }
 
@@ -105,7 +104,9 @@ impl Counters {
         };
         let timings = record_latency.then(|| Box::new(timings()));
         let in_flight = if quiet { InFlight::fixed() } else { InFlight::new() };
-        Self { region, page, pages, striped: Striped::default(), in_flight, timings }
+        // A region of few pages has few faults to count.
+        let striped = Striped::new(pages / PAGES_PER_STRIPE);
+        Self { region, page, pages, striped, in_flight, timings }
     }
 
     /// Puts a fault that was read at `read` in flight. Returns its slot, if one is left.
@@ -183,6 +184,14 @@ impl Counters {
                 FaultPart::Resolve => timings.resolve.record(began.elapsed()),
             }
         }
+    }
+
+    /// The sums of all stripes at one moment.
+    pub(crate) fn read(&self) -> Metrics {
+        let sums = self.sums();
+        // The bytes follow from the pages, so a fault has one counter less to write to.
+        let copied = sums.pages_copied + sums.pages_buffered + sums.pages_gathered + sums.pages_staged;
+        Metrics { bytes_copied: copied * self.page.bytes() as u64, ..sums }.bounded()
     }
 
     /// The counters of the calling thread's stripe.
@@ -424,6 +433,9 @@ impl Meter {
         Some(Latency { queue: queue.read(), fill: fill.read(), resolve: resolve.read() })
     }
 }
+
+/// A region has at most one stripe of counters for so many pages.
+const PAGES_PER_STRIPE: usize = 16;
 
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
