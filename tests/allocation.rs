@@ -3,7 +3,7 @@
 use nix::sys::mman::{MRemapFlags, MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mremap};
 use nix::sys::signal::Signal::SIGBUS;
 use nix::unistd::gettid;
-use pagestitch::source::Pages;
+use pagestitch::source::{FileSource, Pages};
 use pagestitch::{BuildOption, Builder, Chunk, Inline, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scripted::Scripted;
@@ -98,6 +98,7 @@ fn fill_own_pages() {
         .chunk(donated(&vec![3u8; 300 * PAGE])) // moved
         .chunks((0..300).map(|_| vec![2u8; 1000])) // gathered
         .chunk(Chunk::hole(300 * PAGE as u64)) // zeroed
+        .chunk(Chunk::from(FileSource::open("/proc/self/exe").unwrap()).range(..300 * PAGE as u64)) // read
         .build(Inline)
         .unwrap();
     let start = region.as_ptr().addr().get();

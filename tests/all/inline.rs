@@ -3,9 +3,10 @@
 
 use crate::donated::pages_of;
 use crate::{PAGE, discard, handle_bus_errors, pattern, touch, until};
-use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
+use pagestitch::source::{Memfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, Pool, Region};
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -59,7 +60,7 @@ fn borrowed_memory_is_served_inline() {
 
 #[test]
 fn a_chunk_that_a_signal_handler_must_not_read_is_refused() {
-    let chunk = Chunk::from(FileSource::open("/proc/self/exe").unwrap()).range(0..100);
+    let chunk = Chunk::source(Arc::new(Scripted::new(100)));
     let builder = Region::builder().name("fast").chunk(vec![1u8; 10]).chunk(chunk);
     let error = builder.build(Inline).unwrap_err();
     assert_eq!((error.kind(), error.chunk()), (ErrorKind::UnsuitableServer, Some(1)), "{error}");

@@ -26,6 +26,7 @@ mod huge_parts;
 mod immutable;
 mod inherited;
 mod inline;
+mod inline_files;
 mod journey;
 mod lazy;
 mod limits;

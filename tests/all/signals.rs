@@ -130,6 +130,14 @@ fn inline_region(bytes: &[u8]) -> Region {
     Region::builder().chunks(bytes.chunks(1500).map(<[u8]>::to_vec)).build(Inline).unwrap()
 }
 
+/// As [`inline_region`], with the second half in a file.
+fn inline_region_with_file(bytes: &[u8]) -> Region {
+    let (memory, file) = bytes.split_at(bytes.len() / 2);
+    let file = crate::inline_files::file_of(file);
+    let chunks = memory.chunks(1500).map(<[u8]>::to_vec);
+    Region::builder().chunks(chunks).chunk(file).build(Inline).unwrap()
+}
+
 /// Runs rounds of `step` under signals, until the handler has read a hundred bytes.
 fn read_in_a_storm(step: impl Fn(usize)) {
     end_if_hung();
@@ -146,7 +154,7 @@ fn read_in_a_storm(step: impl Fn(usize)) {
 #[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
 fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
     let end = child::run(this_test!(), || {
-        let region = inline_region(&pattern(3, 64 * PAGE));
+        let region = inline_region_with_file(&pattern(3, 64 * PAGE));
         let start = region.as_ptr().addr().get();
         read_in_a_storm(|round| {
             for page in 0..64 {
@@ -164,7 +172,7 @@ fn a_signal_handler_touches_absent_pages_over_the_sigbus_handler() {
 #[cfg_attr(sanitized = "thread", ignore = "handlers run with all signals blocked, SIGBUS too")]
 fn a_signal_handler_touches_inline_pages_that_its_thread_populates() {
     let end = child::run(this_test!(), || {
-        let region = inline_region(&pattern(4, 64 * PAGE));
+        let region = inline_region_with_file(&pattern(4, 64 * PAGE));
         let start = region.as_ptr().addr().get();
         read_in_a_storm(|round| {
             ADDRESS.store(start + round % 64 * PAGE, Ordering::SeqCst);
@@ -323,8 +331,9 @@ fn a_fault_is_served_on_a_small_alternate_stack() {
                     let donated = crate::donated::pages_of(&pattern(9, 2 * PAGE));
                     let builder = Region::builder().chunk(donated).chunk(Chunk::hole(2 * PAGE as u64));
                     let builder = builder.chunks(pattern(8, 20 * PAGE).chunks(700).map(<[u8]>::to_vec));
+                    let builder = builder.chunk(crate::inline_files::file_of(&pattern(10, 4 * PAGE)));
                     let region = builder.build(Inline).unwrap();
-                    let read: usize = (0..24)
+                    let read: usize = (0..28)
                         .map(|page| usize::from(touch(region.as_ptr().addr().get() + page * PAGE)))
                         .sum();
                     assert!(read > 0);

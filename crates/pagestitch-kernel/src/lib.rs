@@ -15,6 +15,7 @@
 //! | | [`process`] | another process, by a descriptor that stays with it |
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
+//! | | [`file_read`] | reads of files that a signal handler may make |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
 //! | | [`releasable`] | a value that threads read until it is released, without a lock |
@@ -76,6 +77,7 @@ pub mod event;
 pub mod fd_passing;
 pub mod fd_queue;
 pub mod features;
+pub mod file_read;
 pub mod fork;
 pub mod gate;
 mod granule;

@@ -57,7 +57,7 @@
 //! | in large memory that you fill yourself, and do not need there any more | [`Pages`](source::Pages) | 0.2 µs, because huge pages move whole | none: the page moves |
 //! | in a sealed memfd, made here or received | [`Memfd`](source::Memfd) | in place: 0.3 µs | none |
 //! | in a file that does not change | [`ImmutableFile`](source::ImmutableFile), by a promise or by fs-verity | in place: 0.2 µs | none |
-//! | in a file, a block device | [`FileSource`](source::FileSource), or an open `std::fs::File` | 11 µs and the disk | its copy |
+//! | in a file, a block device | [`FileSource`](source::FileSource), or an open `std::fs::File` | 11 µs and the disk; 7 µs [`Inline`] | its copy |
 //! | in a file or memfd that others change | [`SharedFile`](source::SharedFile), in a [`SharedRegion`] | in place: 0.2 µs | none |
 //! | in a mapping without a descriptor | [`Alias`](source::Alias), in a [`SharedRegion`] | in place | none |
 //! | in a device, in reserved memory | [`Physical`](source::Physical), in a [`SharedRegion`] | in place | none |
@@ -74,8 +74,8 @@
 //! | the program | server | first touch | threads |
 //! |---|---|---|---|
 //! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to eight; more if sources hang |
-//! | touches random pages of memory | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory or in place |
-//! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`]; [`Inline`] for bytes in memory or in place | 10 µs; 6 µs | one worker for each core; none |
+//! | touches random pages of memory or files | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory, in files or in place |
+//! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`]; [`Inline`] for bytes in memory, in files or in place | 10 µs; 6 µs | one worker for each core; none |
 //! | has an event loop, or threads, that do **not** touch the region | [`Manual`] | as a pool, and the wait for the loop | none |
 //! | runs on tokio | [`Pool`] with async sources, or the task `pagestitch_tokio::serve` | as a pool | none, or a pool's |
 //! | may not use userfaultfd: Docker, gVisor | [`Eager`]; [`best_server`] takes it where there is no pool | none: the build fills all pages that are not mapped in place | none |

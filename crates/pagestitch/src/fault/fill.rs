@@ -16,6 +16,7 @@ use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, MemoryBytes, Source};
 use crate::space::{Layout, Mapping, Piece};
+use pagestitch_kernel::file_read::fill_from;
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::{Errno, Page, PageSize, Span, Staging};
 use std::io;
@@ -207,7 +208,7 @@ fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()
 }
 
 /// Finds the bytes of one page for the faulting thread, in a signal handler: without a lock, an
-/// allocation or code of a source. `None` if they must be gathered.
+/// allocation or code of a source. `None` if they must be gathered, or read from a file.
 pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     let offsets = region.page_size().offsets(page.span());
     if let Some((_, donated, offset)) = region.movable_pages(page.span()) {
@@ -222,26 +223,35 @@ pub(crate) fn fill_inline(region: &Mapping, page: Page) -> Option<Content<'_>> {
     }
 }
 
-/// Gathers one page under the same rules. `None` if the scope of borrowed memory has ended, or a
-/// source is released.
+/// Gathers or reads one page under the same rules. `None` if the scope of borrowed memory has ended,
+/// a source is released, or a file cannot be read.
 pub(crate) fn gather_inline<'a>(region: &Mapping, page: Page, buffer: &'a mut [u8]) -> Option<Content<'a>> {
-    let mut filled = 0;
+    let (mut filled, mut pieces) = (0, 0);
     for piece in region.layout.pieces(region.page_size().offsets(page.span())) {
         let now = filled;
         filled += piece.bytes as usize;
+        pieces += 1;
         if !gather_piece(&piece, &mut buffer[now..filled]) {
+            region.counters.local().source_errors.add(1);
             return None;
         }
+    }
+    if (filled, pieces) == (buffer.len(), 1) {
+        return Some(Content::Buffered(buffer));
     }
     buffer[filled..].fill(0);
     Some(Content::Gathered(buffer))
 }
 
-/// False if the scope of borrowed memory has ended, or the source is released.
+/// False if the scope of borrowed memory has ended, the source is released, or the file cannot be
+/// read.
 fn gather_piece(piece: &Piece<'_>, into: &mut [u8]) -> bool {
     if matches!(piece.backing, Backing::Hole(_)) {
         into.fill(0);
         return true;
+    }
+    if let Some(file) = piece.backing.file() {
+        return fill_from(file, piece.offset, into);
     }
     let Some(bytes) = stable_bytes(piece.backing) else { return false };
     let start = piece.offset as usize;

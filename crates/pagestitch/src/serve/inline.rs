@@ -3,7 +3,7 @@
 //!
 //! The journey is that of all pages, one page at a time. The code here takes no lock, allocates
 //! nothing and calls no code of a source, because the signal may interrupt any code. Hence it
-//! serves only sources whose bytes lie at a stable address, and mapped sources.
+//! serves only sources whose bytes lie at a stable address, files, and mapped sources.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::PrefetchJob;
@@ -18,6 +18,7 @@ use crate::space::{Plan, PlanRun};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
+use pagestitch_kernel::striped::{STRIPES, Stripe, own_stripe};
 use pagestitch_kernel::{Page, Span};
 use parking_lot::{Mutex, MutexGuard};
 use std::fmt;
@@ -28,8 +29,13 @@ use std::thread;
 /// time, because no thread is woken. Linux 4.14.
 ///
 /// * **Sources**: memory at a stable address ([`Memory`](crate::source::Memory), sealed memfds,
-///   donated pages, holes) and mapped sources. `build` refuses other sources
-///   ([`ErrorKind::UnsuitableServer`]).
+///   donated pages, holes), files ([`FileSource`](crate::source::FileSource),
+///   [`ImmutableFile`](crate::source::ImmutableFile)) and mapped sources. `build` refuses other sources
+///   ([`ErrorKind::UnsuitableServer`]): their code must not run in a signal handler. A wrapper around
+///   a file is such a source.
+/// * **Files** are read by one `pread(2)` for each page. The signals of the thread wait for the disk. A
+///   read that fails, or a file that has become too short, raises SIGBUS, also if the chunk has another
+///   [policy](crate::OnFailure): `populate` applies the policy, and tells the reason.
 /// * **System calls** that touch an absent page fail with `EFAULT`: call
 ///   [`populate`](crate::AnyRegion::populate) before.
 /// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
@@ -194,17 +200,28 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
             region.page_size()
         )));
     }
-    match Plan::of(region).runs().iter().find(|run| matches!(run.method, Method::Buffered | Method::Continue))
-    {
-        Some(PlanRun { chunks, source, .. }) => {
-            let what = format!(
-                "chunk {} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
-                 into memory first",
-                chunks.start
-            );
-            Err(refused(what).of_chunk(chunks.start))
-        }
-        None => Ok(()),
+    let blocking = Plan::of(region)
+        .runs()
+        .iter()
+        .find_map(|run| Some((first_blocking(region, run)?, run.source.clone())));
+    let Some((chunk, source)) = blocking else { return Ok(()) };
+    let what = format!(
+        "chunk {chunk} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
+         into memory first"
+    );
+    Err(refused(what).of_chunk(chunk))
+}
+
+/// The first chunk of a run that a signal handler cannot fill.
+fn first_blocking(region: &Served, run: &PlanRun) -> Option<usize> {
+    let is_file = |number: usize| {
+        let chunk = region.layout.chunk_of(number);
+        chunk.is_some_and(|chunk| region.layout.backing_of(chunk).file().is_some())
+    };
+    match run.method {
+        Method::Buffered => run.chunks.clone().find(|&number| !is_file(number)),
+        Method::Continue => Some(run.chunks.start),
+        _ => None,
     }
 }
 
@@ -280,8 +297,10 @@ impl InHandler<'_> {
     }
 }
 
+/// A free buffer; the thread's own one, unless another thread has it.
 fn free_buffer() -> Option<MutexGuard<'static, [u8; PAGE]>> {
-    BUFFERS.iter().find_map(Mutex::try_lock)
+    let own = own_stripe(STRIPES);
+    BUFFERS[own..].iter().chain(&BUFFERS[..own]).find_map(|buffer| buffer.try_lock())
 }
 
 impl Filler for InHandler<'_> {
@@ -306,8 +325,9 @@ impl Filler for InHandler<'_> {
 }
 
 const PAGE: usize = 4096;
-/// Buffers for pages in which chunks meet. A thread only tries their locks, so it never waits.
-static BUFFERS: [Mutex<[u8; PAGE]>; 16] = [const { Mutex::new([0; PAGE]) }; 16];
+/// Buffers for pages in which chunks meet, and for pages of files. A thread only tries their locks, so
+/// it never waits.
+static BUFFERS: [Stripe<Mutex<[u8; PAGE]>>; STRIPES] = [const { Stripe(Mutex::new([0; PAGE])) }; STRIPES];
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
@@ -334,7 +354,7 @@ mod tests {
         (0..3).for_each(|page| served.pages.mark_absent(Page(page)));
         let (done, is_done) = mpsc::channel();
         served.with_failures_locked(|| {
-            let busy: Vec<_> = BUFFERS[1..].iter().map(Mutex::lock).collect();
+            let busy: Vec<_> = BUFFERS[1..].iter().map(|buffer| buffer.lock()).collect();
             let serves = Arc::clone(&served);
             thread::spawn(move || (0..3).for_each(|page| done.send(serve(&serves, Page(page))).unwrap()));
             for page in 0..3 {

@@ -2,13 +2,15 @@
 
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
-use super::{Fetched, Hole, ImmutableFile, Memfd, Memory};
+use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 /// A source by kind. Each kind allows a better method than reading, except for `Read`.
@@ -75,6 +77,15 @@ impl Backing {
             Self::Read(read) => read.source.as_ref(),
             Self::Fetched(fetched) => fetched,
             Self::Mapped(mapped) => mapped.as_ref(),
+        }
+    }
+
+    /// The file whose bytes are those of the source, at the same offsets, without any code of it.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Read(ReadSource { file: Some(file), .. }) => Some(file.as_fd()),
+            Self::Immutable(file) => Some(file.stable().file().as_fd()),
+            _ => None,
         }
     }
 
@@ -147,13 +158,17 @@ pub(crate) struct ReadSource {
     source: Arc<dyn Source>,
     /// The address of the user's source. The `Arc` above is another one for each chunk.
     address: usize,
+    /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
+    file: Option<Arc<File>>,
 }
 
 impl ReadSource {
     fn new<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         let address = Arc::as_ptr(&source).addr();
+        let file = (&source as &dyn Any).downcast_ref::<Arc<FileSource>>();
+        let file = file.map(|source| Arc::clone(source.file()));
         // An unsized source cannot become a `dyn Source`, but the `Arc` around it can.
-        Self { source: Arc::new(source), address }
+        Self { source: Arc::new(source), address, file }
     }
 }
 

@@ -10,6 +10,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// A regular file or block device, read with `pread(2)` when its pages are touched.
 ///
@@ -33,7 +34,7 @@ use std::path::{Path, PathBuf};
 /// ```
 #[derive(Debug)]
 pub struct FileSource {
-    file: fs::File,
+    file: Arc<fs::File>,
     size: u64,
     path: PathBuf,
 }
@@ -90,7 +91,12 @@ impl FileSource {
         // A block device's metadata has length 0; seeking finds its end.
         let size =
             if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
-        Ok(Self { file, size, path })
+        Ok(Self { file: Arc::new(file), size, path })
+    }
+
+    /// The open file, which readers of its own may keep.
+    pub(super) const fn file(&self) -> &Arc<fs::File> {
+        &self.file
     }
 }
 
