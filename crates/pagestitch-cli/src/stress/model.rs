@@ -19,7 +19,7 @@ pub(super) struct Model {
     /// Byte ranges of the region whose source may fail.
     failing: Vec<Range<usize>>,
     faulty: Vec<Arc<FaultySource>>,
-    /// True if all bytes are in memory or mapped, so that a region can be served inline.
+    /// True if all bytes are in memory, in files or mapped, so that a region can be served inline.
     pub(super) inline: bool,
     /// True if a discarded page can be filled again.
     pub(super) refillable: bool,
@@ -50,6 +50,13 @@ impl Model {
             2 => (2000, 4000),
             _ => (20, 100_000),
         };
+        let kinds: &[u8] = match rng.u8(..4) {
+            // Many chunks consist of memory and holes only, because each donation is a mapping, and
+            // each failing source takes time.
+            _ if most > 20 => &[HOLE, MEMORY, MEMORY],
+            0 => &INLINE_KINDS,
+            _ => &ALL_KINDS,
+        };
         if rng.u8(..8) == 0 {
             // The first chunk, so that it has the same offset in a huge page of the region and of
             // the memfd.
@@ -57,9 +64,7 @@ impl Model {
         }
         for _ in 0..rng.usize(1..most) {
             let len = rng.usize(1..largest);
-            // Many chunks consist of memory and holes only, because each donation is a mapping, and
-            // each failing source takes time.
-            let kind = if most > 20 { [HOLE, MEMORY, MEMORY][rng.usize(..3)] } else { rng.u8(..KINDS) };
+            let kind = kinds[rng.usize(..kinds.len())];
             builder = builder.chunks(model.chunk(rng, tally, kind, len)?);
         }
         let ragged = model.bytes.len() % PAGE;
@@ -87,17 +92,17 @@ impl Model {
                 self.bytes.resize(self.bytes.len() + len, 0);
                 Chunk::hole(len as u64)
             }
-            1 => {
+            MEMFD => {
                 let memfd = UnsealedMemfd::create("stress", len as u64)?;
                 memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
                 Chunk::from(Memfd::from(memfd.seal()?))
             }
             2 => self.donated(rng, len)?,
-            3 => {
+            FILE => {
                 // A file that has a name only while it is open.
                 let memfd = UnsealedMemfd::create("file", len as u64)?;
                 memfd.file().write_all_at(self.random_bytes(rng, len), 0)?;
-                self.inline = false;
+                Tally::count(&tally.files, 1);
                 let file = memfd.file().try_clone()?;
                 FileSource::from_file(file, "file").map_err(io::Error::other)?.into()
             }
@@ -269,5 +274,9 @@ const RETRYING: u8 = 0;
 const LIMITED: u8 = 1;
 const CACHED: u8 = 2;
 const HOLE: u8 = 0;
+const MEMFD: u8 = 1;
+const FILE: u8 = 3;
 const MEMORY: u8 = 9;
-const KINDS: u8 = 10;
+const ALL_KINDS: [u8; 10] = [HOLE, MEMFD, 2, FILE, 4, 5, 6, MEMORY, MEMORY, MEMORY];
+/// The kinds of chunks that a region can have which is served inline.
+const INLINE_KINDS: [u8; 5] = [HOLE, MEMFD, FILE, FILE, MEMORY];

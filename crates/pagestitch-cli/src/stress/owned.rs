@@ -58,6 +58,9 @@ impl OwnedRegion<'_> {
         Injection::end();
         self.retry_and_verify()?;
         self.context.add(&self.region.metrics());
+        if !self.reads_events {
+            Tally::count(&tally.inline_faults, self.region.metrics().faults);
+        }
         Ok(())
     }
 

@@ -30,7 +30,7 @@ impl RunningServer {
     pub(super) fn start(rng: &mut Rng, inline: bool) -> Result<Self, pagestitch::Error> {
         let mut server = Self { pool: None, manual: None, stop: Arc::default(), threads: vec![] };
         match rng.u8(..5) {
-            0 if inline => {}
+            0 | 4 if inline => {}
             1 => {
                 let manuals = Manual::group(rng.usize(1..3))?;
                 server.manual = Some(Server::from(&manuals[0]));

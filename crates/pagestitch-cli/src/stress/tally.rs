@@ -51,6 +51,10 @@ tally! {
     splits,
     /// Donations whose chunks have another order, and share pages.
     donated_rotations,
+    /// Chunks of files.
+    files,
+    /// Faults in regions that are served inline.
+    inline_faults,
     /// Parts of memfds of huge pages.
     hugetlb_parts,
     /// Parts that were left out, because no huge pages are reserved (vm.nr_hugepages).
