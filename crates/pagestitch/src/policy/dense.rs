@@ -58,7 +58,7 @@ impl Dense {
             rents: AtomicTable::new(blocks)?,
             price: AtomicU64::new(0),
             all: Faults::default(),
-            recent: Striped::default(),
+            recent: Striped::new(blocks.get()),
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
             block,
