@@ -8,7 +8,7 @@ use std::ops::Deref;
 
 /// A table of atomic words, zero at first. Its length costs address space only: a page of the table
 /// takes memory once it is touched. The table for a region of a tebibyte costs as much as the used
-/// part of the region.
+/// part of the region. A small table is allocated, because a mapping costs five system calls.
 pub struct AtomicTable {
     table: Table,
 }
@@ -41,40 +41,71 @@ impl fmt::Debug for AtomicTable {
 #[cfg(any(miri, shuttle))]
 use in_vec::Table;
 #[cfg(not(any(miri, shuttle)))]
-use mapped::Table;
+use lazy::Table;
 
 #[cfg(not(any(miri, shuttle)))]
-mod mapped {
+mod lazy {
     use super::{AtomicU64, Errno, NonZeroUsize};
     use crate::mapping::OwnedMapping;
+    use crate::page::HUGE;
     use nix::sys::mman::{MmapAdvise, ProtFlags};
+    use std::ptr::NonNull;
     use std::slice;
 
     pub(super) struct Table {
-        mapping: OwnedMapping,
+        /// Invariant: `len` initialised words from here on, in `_memory`.
+        start: NonNull<AtomicU64>,
         len: usize,
+        _memory: Memory,
     }
+
+    /// The owner of the words.
+    enum Memory {
+        Allocated(#[expect(dead_code, reason = "owns the words")] Vec<AtomicU64>),
+        Mapped(#[expect(dead_code, reason = "owns the words")] OwnedMapping),
+    }
+
+    // SAFETY: the table owns its words, which are atomic.
+    #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
+    unsafe impl Send for Table {}
+    // SAFETY: as above.
+    #[expect(unsafe_code, reason = "owns memory through a raw pointer")]
+    unsafe impl Sync for Table {}
 
     impl Table {
         pub(super) fn new(len: NonZeroUsize) -> Result<Self, Errno> {
             let bytes = len.checked_mul(WORD).ok_or(Errno::ENOMEM)?;
+            if bytes.get() <= SMALL {
+                return Ok(Self::allocated(len.get()));
+            }
             let mapping = OwnedMapping::new(bytes, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE)?;
-            // One touched word must not cost a huge page. EINVAL on a kernel without huge pages.
-            let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
-            Ok(Self { mapping, len: len.get() })
+            if bytes.get() >= HUGE {
+                // One touched word must not cost a huge page. EINVAL on a kernel without huge pages.
+                let _ = mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
+            }
+            Ok(Self { start: mapping.start().cast(), len: len.get(), _memory: Memory::Mapped(mapping) })
         }
 
+        fn allocated(len: usize) -> Self {
+            let words: Vec<_> = (0..len).map(|_| AtomicU64::new(0)).collect();
+            let start = NonNull::from(words.as_slice()).cast();
+            Self { start, len, _memory: Memory::Allocated(words) }
+        }
+
+        #[inline]
         pub(super) fn words(&self) -> &[AtomicU64] {
-            // SAFETY: the mapping holds `len` initialised words, page-aligned, and lives as long as
-            // `self`. All writes to it are atomic.
+            // SAFETY: by the field's invariant these are `len` initialised words, which live as long
+            // as `self`. All writes to them are atomic.
             #[expect(unsafe_code, reason = "owned memory becomes a slice")]
             unsafe {
-                slice::from_raw_parts(self.mapping.start().as_ptr().cast(), self.len)
+                slice::from_raw_parts(self.start.as_ptr(), self.len)
             }
         }
     }
 
     const WORD: NonZeroUsize = NonZeroUsize::new(size_of::<AtomicU64>()).unwrap();
+    /// The most bytes of a table that is allocated.
+    const SMALL: usize = 16 << 10;
 }
 
 /// For Miri, which cannot map memory, and shuttle, whose atomics the words must be.

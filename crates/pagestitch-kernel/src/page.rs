@@ -10,6 +10,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The size of a huge page in bytes. One entry of a page table's second level covers as much where
 /// pages are 4 KiB.
@@ -21,14 +22,28 @@ pub struct PageSize {
     shift: u32,
 }
 
+/// The system's page size as a power of two; 0 until the first question.
+static SYSTEM: AtomicU32 = AtomicU32::new(0);
+
 impl PageSize {
     /// The size of this system's base pages, from `sysconf(_SC_PAGESIZE)`.
     #[must_use]
+    #[inline]
     pub fn system() -> Self {
+        match SYSTEM.load(Ordering::Relaxed) {
+            0 => Self::ask_system(),
+            shift => Self { shift },
+        }
+    }
+
+    #[cold]
+    fn ask_system() -> Self {
         use nix::unistd::{SysconfVar, sysconf};
         let bytes =
             sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|bytes| usize::try_from(bytes).ok());
-        bytes.and_then(Self::new).expect("Linux answers _SC_PAGESIZE with a power of two")
+        let size = bytes.and_then(Self::new).expect("Linux answers _SC_PAGESIZE with a power of two");
+        SYSTEM.store(size.shift, Ordering::Relaxed);
+        size
     }
 
     /// A page size of `bytes`; `None` if that is not a power of two.

@@ -50,8 +50,32 @@ impl SharedFile {
         let mut options = fs::OpenOptions::new();
         options.read(true).write(access == Access::Writable).custom_flags(OFlag::O_NONBLOCK.bits());
         let path = path.as_ref();
-        let opened = with_descriptors(|| options.open(path)).map(OwnedFd::from).and_then(Self::try_from);
+        // The flags of this open refuse none of the uses that `readable` checks.
+        let opened = with_descriptors(|| options.open(path)).and_then(|file| Self::of(file, |_| Ok(access)));
         opened.map_err(|error| FileError { path: path.to_owned(), error })
+    }
+
+    /// Takes an open file. `access_of` tells how it is open, and refuses flags that do not suit.
+    fn of(file: File, access_of: impl FnOnce(&File) -> io::Result<Access>) -> io::Result<Self> {
+        let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let metadata = file.metadata()?;
+        if let Some(why) = not_mappable(&metadata) {
+            return refuse(why);
+        }
+        let statistics = fstatfs(&file)?;
+        if metadata.len() == 0 {
+            return refuse(match statistics.filesystem_type() {
+                PROC_SUPER_MAGIC => {
+                    "a file of /proc has no length and cannot be mapped: copy its bytes into memory"
+                }
+                _ => "the file is empty: give it a length first",
+            });
+        }
+        let writable = access_of(&file)? == Access::Writable;
+        let granule = granule_in(&statistics)?;
+        let identity = (metadata.dev(), metadata.ino());
+        let surely_maps = maps_all_files(&statistics);
+        Ok(Self { len: metadata.len(), writable, file, granule, surely_maps, identity })
     }
 
     /// The number of bytes that it had when it was taken.
@@ -180,26 +204,7 @@ impl TryFrom<OwnedFd> for SharedFile {
     type Error = io::Error;
 
     fn try_from(fd: OwnedFd) -> io::Result<Self> {
-        let file = File::from(fd);
-        let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        let metadata = file.metadata()?;
-        if let Some(why) = not_mappable(&metadata) {
-            return refuse(why);
-        }
-        let statistics = fstatfs(&file)?;
-        if metadata.len() == 0 {
-            return refuse(match statistics.filesystem_type() {
-                PROC_SUPER_MAGIC => {
-                    "a file of /proc has no length and cannot be mapped: copy its bytes into memory"
-                }
-                _ => "the file is empty: give it a length first",
-            });
-        }
-        let writable = readable(&file)? == Access::Writable;
-        let granule = granule_in(&statistics)?;
-        let identity = (metadata.dev(), metadata.ino());
-        let surely_maps = maps_all_files(&statistics);
-        Ok(Self { len: metadata.len(), writable, file, granule, surely_maps, identity })
+        Self::of(File::from(fd), readable)
     }
 }
 

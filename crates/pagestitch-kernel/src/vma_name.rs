@@ -6,20 +6,30 @@
 //! No kernel of Debian 12 has that option, neither 6.1 nor 6.12 of the backports, cloud or generic, so the
 //! test of names is skipped in the guests.
 
+use crate::errno::Errno;
 use crate::page::AddressRange;
 use nix::libc::{self, c_ulong};
 use std::ffi::CString;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Names a range of anonymous memory `pagestitch`, or `pagestitch:REGION`. The call has no effect
 /// on a kernel without such names.
 pub(crate) fn set(range: AddressRange, region: Option<&str>) {
+    // Whether the kernel has such names does not change.
+    static REFUSED: AtomicBool = AtomicBool::new(false);
+    if REFUSED.load(Ordering::Relaxed) {
+        return;
+    }
     let name = name_of(region);
     let (option, attribute) = (libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME as c_ulong);
     let (start, bytes) = (range.start() as c_ulong, range.bytes() as c_ulong);
     // SAFETY: the kernel reads the name, which lives through the call, and changes no byte of the
     // range.
     #[expect(unsafe_code, reason = "prctl")]
-    let _ = unsafe { libc::prctl(option, attribute, start, bytes, name.as_ptr()) };
+    let answer = unsafe { libc::prctl(option, attribute, start, bytes, name.as_ptr()) };
+    if Errno::result(answer) == Err(Errno::EINVAL) {
+        REFUSED.store(true, Ordering::Relaxed);
+    }
 }
 
 /// The name with the characters that the kernel allows, cut to the length that it allows.

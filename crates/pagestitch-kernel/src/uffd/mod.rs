@@ -44,6 +44,8 @@ use crate::page::AddressRange;
 use crate::pages::Donated;
 use crate::process::is_same_file;
 use nix::libc::c_int;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 /// A userfaultfd that this process has opened, or that another process has sent.
@@ -283,9 +285,13 @@ impl Uffd {
         if self.is_stand_in() {
             return false;
         }
-        let about = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", self.raw())).unwrap_or_default();
-        let total = about.lines().find_map(|line| line.strip_prefix("total:")?.trim().parse::<u64>().ok());
-        total.is_none_or(|total| total > 0)
+        // One read, because the kernel writes the whole file at once; it has about 100 bytes.
+        let mut about = [0; 1024];
+        let opened = File::open(format!("/proc/self/fdinfo/{}", self.raw()));
+        let bytes = opened.and_then(|mut file| file.read(&mut about)).unwrap_or(0);
+        let lines = std::str::from_utf8(&about[..bytes]).unwrap_or_default().lines();
+        let mut totals = lines.filter_map(|line| line.strip_prefix("total:")?.trim().parse::<u64>().ok());
+        totals.next().is_none_or(|total| total > 0)
     }
 
     /// Leaves the descriptor open after the drop, because waiting threads would read zeros after a
