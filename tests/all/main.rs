@@ -17,6 +17,7 @@ mod eager;
 mod error_messages;
 mod failure;
 mod fairness;
+mod fault_free;
 mod fetches;
 
 mod firecracker;

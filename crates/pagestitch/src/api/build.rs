@@ -5,6 +5,7 @@
 //!   options, layout ── check: no address is reserved yet
 //!       │
 //!       ├─ TargetKind::Own ────── open, reserve, register, show ──▶ PreparedTarget
+//!       │                         (without faults: reserve, show)
 //!       └─ TargetKind::Adopted ── settle ─────────────────────────▶ PreparedTarget
 //!                                                                      │
 //!       policy, tables, children ──▶ Mapping ──▶ fill, if the server asks ──▶ attach to it
@@ -15,15 +16,14 @@ use crate::api::nesting::Below;
 use crate::api::options::Options;
 use crate::api::userfaultfds;
 use crate::error::{BuildOption, Error, ErrorKind};
-use crate::method::Method;
 use crate::policy::{Blocks, Policy, Readahead};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions, Shards,
-    ShownPages, Target,
+    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions,
+    Shards, ShownPages, Target,
 };
-use pagestitch_kernel::limits::{Limit, mappings_left_for};
+use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd;
 use pagestitch_kernel::{Access, Errno, Features, PageSize, Reservation, Uffd, View};
@@ -109,6 +109,12 @@ fn prepare_own(
     options: &Options,
     (below, server): (Below, &Server),
 ) -> Result<PreparedTarget, Error> {
+    // Forked children are found through the userfaultfd.
+    if !options.inherit_on_fork {
+        if let Some(prepared) = prepare_fault_free(name, layout, options)? {
+            return Ok(prepared);
+        }
+    }
     if !server.inner().serves_faults() {
         return prepare_closed(name, layout, options);
     }
@@ -143,11 +149,45 @@ fn prepare_own(
     })
 }
 
+/// Reserves a range and maps every page in place, without a userfaultfd. `None` if the layout has
+/// other pages than padding that are not mapped, or the kernel refuses a mapping.
+fn prepare_fault_free(
+    name: &str,
+    layout: &mut Layout,
+    options: &Options,
+) -> Result<Option<PreparedTarget>, Error> {
+    let page = PageSize::system();
+    let budget = budget(layout, options.max_mappings);
+    let Some(runs) = FaultFree::of(layout, page, budget) else { return Ok(None) };
+    let uffd = stand_in(name)?;
+    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let staged = stages(options, layout, pages.get() * page.bytes(), uffd.get(0));
+    let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
+    if runs.has_padding() {
+        // Padding is the kernel's zero pages.
+        let bytes = reservation.range().bytes();
+        let unreserved = |errno| Error::unreserved(name, ReserveError::met(bytes, errno));
+        reservation.open().map_err(unreserved)?;
+    }
+    let shown = runs.map(layout, page, &mut view, &uffd).map_err(|error| cannot_show(name, layout, error))?;
+    let Some(shown) = shown else { return Ok(None) };
+    layout.drop_mapped_sources(|_| true);
+    Ok(Some(PreparedTarget {
+        target: Target::Owned(reservation),
+        uffd,
+        shown,
+        moves: false,
+        staged,
+        blocks: Blocks::Never,
+        view: Some(view),
+    }))
+}
+
 /// Reserves a range, and maps pages in place where the sources allow it. The rest of the range is
 /// closed until its server has filled it. No page moves in, because a moved page that is discarded
 /// would read as zeros without a userfaultfd.
 fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<PreparedTarget, Error> {
-    let uffd = Shards::one(Uffd::stand_in().map_err(|errno| limit(name, "make a memfd", errno))?);
+    let uffd = stand_in(name)?;
     let page = PageSize::system();
     let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
     let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
@@ -214,6 +254,7 @@ fn finish(
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = serve_options.max_in_flight;
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
+    let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let mut mapping = Mapping::new(
         name,
         (Arc::new(layout), releases, shown),
@@ -225,7 +266,7 @@ fn finish(
     if zero_copy {
         refuse_copies(&mapping)?;
     }
-    mapping.counters.local().pages_in_place.add(mapping.in_place.pages() + mapping.moved.pages());
+    mapping.counters.local().pages_in_place.add(shown_pages);
     if let Some(view) = &mut view {
         server.inner().fill(&mapping, view, max_in_flight)?;
     }
@@ -268,15 +309,20 @@ fn show(
     (view, uffd): (&mut View, &Shards),
 ) -> Result<ShownPages, Error> {
     let page = PageSize::system();
-    // A chunk takes a mapping, and the gap before it another one.
-    let few = 2 * layout.chunks();
-    let budget = || most.unwrap_or_else(|| mappings_left_for(few) / BUDGET_SHARE);
-    let shown = ShownPages::map(layout, page, budget, abilities, view, uffd)
+    let shown = ShownPages::map(layout, page, budget(layout, most), abilities, view, uffd)
         .map_err(|error| cannot_show(name, layout, error))?;
     if shown.in_place.pages() > 0 {
         layout.drop_mapped_sources(|offsets| shown.in_place.next_gap(page.covering(&offsets)).is_empty());
     }
     Ok(shown)
+}
+
+/// The number of mappings that the pages of a region may take: `most`, or a share of those that are
+/// left.
+fn budget(layout: &Layout, most: Option<usize>) -> impl FnOnce() -> usize + use<> {
+    // A chunk takes a mapping, and the gap before it another one.
+    let few = 2 * layout.chunks();
+    move || most.unwrap_or_else(|| mappings_left_for(few) / BUDGET_SHARE)
 }
 
 /// Checks that the recording to replay belongs to this region, and returns the readahead to use.
@@ -346,18 +392,10 @@ fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> E
 }
 
 fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
-    match Plan::of(mapping).runs().iter().find(|run| {
-        !matches!(run.method, Method::Map | Method::Alias | Method::Move | Method::Continue | Method::Zero)
-    }) {
-        Some(PlanRun { chunks, source, reason, .. }) => {
-            let what = format!(
-                "region {}: chunk {} ({source}) is not zero-copy: {reason}",
-                mapping.name, chunks.start
-            );
-            Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start).of_plan(*reason))
-        }
-        None => Ok(()),
-    }
+    let Some(PlanRun { chunks, source, reason, .. }) = Plan::first_copy(mapping) else { return Ok(()) };
+    let what =
+        format!("region {}: chunk {} ({source}) is not zero-copy: {reason}", mapping.name, chunks.start);
+    Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start).of_plan(reason))
 }
 
 /// Reserves the addresses. `huge`: huge pages may move in.
@@ -376,6 +414,12 @@ fn reserve(
         reservation.advise_hugepage();
     }
     Ok((reservation, view))
+}
+
+/// The stand-in for the userfaultfds of a region without faults.
+fn stand_in(name: &str) -> Result<Shards, Error> {
+    let uffd = Uffd::stand_in();
+    uffd.map(Shards::one).map_err(|errno| limit(name, "open a descriptor (ulimit -n)", errno))
 }
 
 /// True if donated pages move on first touch. If they could be swapped out and lost during the

@@ -18,6 +18,8 @@ impl Served {
     /// instead.
     pub(crate) fn end_service(&self) {
         match &self.target {
+            // No page of it is missing.
+            Target::Owned(_) if self.uffd.is_stand_in() => {}
             Target::Owned(reservation) => {
                 // The time of a fence depends on the present pages. No thread waits for those that
                 // are mapped in place.

@@ -136,7 +136,9 @@ impl FaultServer for Inline {
         let range = region.target.addresses(region.target.all());
         // The kernel does not know the threads in the signal handler, so they may touch their page
         // again after the drop.
-        region.linger();
+        if !region.uffd.is_stand_in() {
+            region.linger();
+        }
         let registration =
             Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
                 let what = format!("region {}: cannot install a SIGBUS handler", region.name);

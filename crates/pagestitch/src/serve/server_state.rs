@@ -289,6 +289,8 @@ impl ServerState {
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
         let watched = match (&region.children, self.fork_reader.get()) {
+            // It has no faults.
+            _ if region.uffd.is_stand_in() => Ok(()),
             (Some(_), Some(fork_reader)) => fork_reader.add(region),
             _ => (0..region.uffd.count()).try_for_each(|shard| self.watch_shard(region, shard)),
         };
@@ -400,7 +402,7 @@ impl ServerState {
             }
         }
         drop(regions);
-        if region.children.is_some() {
+        if region.children.is_some() || region.uffd.is_stand_in() {
             return;
         }
         for epoll in &self.epolls {

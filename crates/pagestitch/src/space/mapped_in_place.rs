@@ -77,6 +77,8 @@ pub(crate) struct ShownPages {
     pub(crate) moved: MappedRuns,
     /// Pages that the kernel refused to map, with the reasons, ascending. They are copied.
     pub(crate) refused: Vec<(Span, PlanReason)>,
+    /// The number of pages in `in_place` that are padding, and so no source's.
+    pub(crate) padding: usize,
 }
 
 impl ShownPages {
@@ -93,7 +95,7 @@ impl ShownPages {
         let mut shown = Self::default();
         for run in decide(layout, page, budget, abilities) {
             let backing = layout.backing_of(run.chunk);
-            match map(run, backing, page, (view, shards)) {
+            match map_run(run, backing, page, (view, shards)) {
                 Ok(()) if matches!(backing, Backing::Shared(Shared::Lazy(_))) => shown.lazy.runs.push(run),
                 Ok(()) if matches!(backing, Backing::Donated(_)) => shown.moved.runs.push(run),
                 Ok(()) => shown.in_place.runs.push(run),
@@ -117,7 +119,7 @@ impl ShownPages {
 
 /// The reason why the kernel refuses to map one source, which is copied then. `None` if the error
 /// does not concern this source alone.
-fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<PlanReason> {
+pub(super) fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<PlanReason> {
     match (backing, errno) {
         (Backing::Donated(_), Errno::EINVAL) => Some(PlanReason::NoMoves),
         (Backing::Memfd(_) | Backing::Immutable(_) | Backing::Shared(Shared::File(..)), Errno::ENODEV) => {
@@ -128,7 +130,7 @@ fn refusal_reason(backing: &Backing, page: PageSize, errno: Errno) -> Option<Pla
     }
 }
 
-fn map(
+pub(super) fn map_run(
     run: MappedRun,
     backing: &Backing,
     page: PageSize,
@@ -161,7 +163,7 @@ fn map(
 }
 
 /// The runs to map. Each is a mapping for the kernel, and so is the gap before it, if any.
-fn decide(
+pub(super) fn decide(
     layout: &Layout,
     page: PageSize,
     budget: impl FnOnce() -> usize,
@@ -194,6 +196,11 @@ fn decide(
 }
 
 impl MappedRuns {
+    /// The runs must be ascending.
+    pub(super) const fn of(runs: Vec<MappedRun>) -> Self {
+        Self { runs }
+    }
+
     /// The spans, ascending.
     pub(crate) fn spans(&self) -> impl Iterator<Item = Span> {
         self.runs.iter().map(|run| run.span)

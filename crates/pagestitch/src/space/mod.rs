@@ -7,6 +7,7 @@
 //! | `into_chunk` | the values that a builder takes as a chunk |
 //! | `layout` | the chunk that holds the byte at an offset |
 //! | `mapped_in_place` | pages that are mapped in place |
+//! | `fault_free` | regions whose pages are all mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
 //! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
@@ -18,6 +19,7 @@
 mod chunk;
 mod failure_table;
 mod failures;
+mod fault_free;
 mod into_chunk;
 pub(crate) mod layout;
 pub(crate) mod mapped_in_place;
@@ -29,6 +31,7 @@ pub(crate) mod target;
 
 pub use chunk::Chunk;
 pub(crate) use failure_table::FailureCallback;
+pub(crate) use fault_free::FaultFree;
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
@@ -446,15 +449,13 @@ impl Mapping {
 
 impl Wake for Mapping {
     fn wake(&self, span: Span) {
-        let mut rest = span;
+        // No thread waits in memory that needs no uffd.
+        let mut rest = if self.uffd.is_stand_in() { span.prefix(0) } else { span };
         while !rest.is_empty() {
             let now = self.target.contiguous(rest);
             rest = rest.without_prefix(now.pages);
-            match self.uffd.wake(self.target.addresses(now)) {
-                // No thread waits in memory that needs no uffd.
-                Err(_) if self.uffd.is_stand_in() => {}
-                Err(errno) => log!(error, region = self.name, %errno, "cannot wake"),
-                Ok(()) => {}
+            if let Err(errno) = self.uffd.wake(self.target.addresses(now)) {
+                log!(error, region = self.name, %errno, "cannot wake");
             }
         }
     }

@@ -71,6 +71,15 @@ impl Plan {
         }
     }
 
+    /// The run of the first chunk that takes a copy.
+    pub(crate) fn first_copy(mapping: &Mapping) -> Option<PlanRun> {
+        let is_copied = |chunk: &usize| match method_of(mapping, *chunk).0 {
+            Method::Map | Method::Alias | Method::Move | Method::Continue | Method::Zero => false,
+            Method::Copy | Method::Buffered | Method::Gathered | Method::StagedMove | Method::Poison => true,
+        };
+        (0..mapping.layout.chunks()).find(is_copied).map(|chunk| run_of(mapping, chunk))
+    }
+
     /// The runs, in the order of the region.
     ///
     /// ```
@@ -114,8 +123,17 @@ impl Plan {
 }
 
 fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
+    let (method, reason) = method_of(mapping, chunk);
+    let source = mapping.layout.backing_of(chunk).source().name();
+    let offsets = mapping.layout.offsets_of(chunk);
+    let number = mapping.layout.number_of(chunk);
+    let counted = usize::from(!mapping.layout.is_padding(chunk));
+    PlanRun { offsets, chunks: number..number + counted, source, method, reason }
+}
+
+fn method_of(mapping: &Mapping, chunk: usize) -> (Method, PlanReason) {
     let backing = mapping.layout.backing_of(chunk);
-    let (method, reason) = match backing {
+    match backing {
         Backing::Hole(_) if mapping.layout.is_padding(chunk) => (Method::Zero, PlanReason::Padding),
         Backing::Memory(_) => (Method::Copy, PlanReason::Memory),
         Backing::Fetched(_) => (Method::Buffered, PlanReason::Fetched),
@@ -126,11 +144,7 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
         | Backing::Donated(_)
         | Backing::Shared(_)
         | Backing::Mapped(_) => method_of_pages(mapping, chunk, backing),
-    };
-    let offsets = mapping.layout.offsets_of(chunk);
-    let number = mapping.layout.number_of(chunk);
-    let counted = usize::from(!mapping.layout.is_padding(chunk));
-    PlanRun { offsets, chunks: number..number + counted, source: backing.source().name(), method, reason }
+    }
 }
 
 /// The method for a source that has pages. A chunk counts as mapped only if all of its pages are.
