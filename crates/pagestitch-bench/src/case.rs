@@ -16,11 +16,16 @@ pub struct Options {
     pub quick: bool,
     /// The numbers of threads, for the workloads that take them; none for those of each workload.
     pub threads: Option<Threads>,
+    /// Ends a workload before a round that would end later than this after its start. The first
+    /// round is always complete.
+    pub time_limit: Option<Duration>,
+    /// Chooses cases by their system and point.
+    pub keep: fn(system: &str, point: &str) -> bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 5, seed: 1, quick: false, threads: None }
+        Self { rounds: 5, seed: 1, quick: false, threads: None, time_limit: None, keep: |_, _| true }
     }
 }
 
@@ -95,6 +100,7 @@ pub(crate) struct Sample {
     pub(crate) bytes: u64,
     pub(crate) latencies: Option<Histogram<u64>>,
     pub(crate) bytes_each: Option<f64>,
+    pub(crate) descriptors: Option<u64>,
 }
 
 impl Sample {

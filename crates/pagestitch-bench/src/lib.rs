@@ -3,6 +3,7 @@
 //!
 //! | module | content |
 //! |---|---|
+//! | [`many_cores`] | the table of figures by the number of threads, and of ratios with targets |
 //! | [`report`] | tables, a comparison with an earlier run, a page with curves |
 //! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
 //! | [`workloads`] | the workloads: each is a list of cases with their baselines |
@@ -30,6 +31,7 @@ mod format;
 pub mod guest;
 mod hot;
 mod manual_page;
+pub mod many_cores;
 mod measure;
 mod prototypes;
 pub mod report;

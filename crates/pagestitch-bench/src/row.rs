@@ -53,6 +53,8 @@ pub struct Row {
     pub max_ns: Option<u64>,
     /// The bytes of memory for each chunk, if measured.
     pub bytes_each: Option<f64>,
+    /// The descriptors that the process has open, if counted.
+    pub descriptors: Option<u64>,
     /// The baseline of `ratio`: a system, with its point if that is another one.
     pub baseline: Option<String>,
     /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1

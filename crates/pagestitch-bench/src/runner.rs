@@ -7,6 +7,7 @@ use crate::threads::cpus;
 use crate::touch::histogram;
 use crate::workloads::Workload;
 use hdrhistogram::Histogram;
+use std::time::{Duration, Instant};
 
 pub use crate::case::Options;
 
@@ -29,10 +30,15 @@ impl Watcher for Silent {
 
 /// Measures a workload. Returns fewer rounds, or none, if the watcher ends it.
 pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) -> Vec<Measured> {
+    let started = Instant::now();
     let mut cases = (workload.cases)(options);
+    cases.retain(|case| (options.keep)(case.system, &case.point));
     let mut samples: Vec<Vec<Sample>> = cases.iter().map(|_| Vec::new()).collect();
     let count = cases.len();
     'rounds: for round in 0..options.rounds {
+        if !has_time(options, started.elapsed(), round) {
+            break;
+        }
         for turn in 0..count {
             // Each round begins with another case, so that no case is always the first after a
             // pause.
@@ -52,6 +58,12 @@ pub fn run(workload: &Workload, options: &Options, watcher: &mut dyn Watcher) ->
     } else {
         Vec::new()
     }
+}
+
+/// True if the time limit lets another round begin after so many.
+fn has_time(options: &Options, elapsed: Duration, rounds: usize) -> bool {
+    let next = elapsed + elapsed.checked_div(rounds as u32).unwrap_or_default();
+    rounds == 0 || options.time_limit.is_none_or(|limit| next <= limit)
 }
 
 fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: usize) -> Measured {
@@ -93,6 +105,7 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
         p999_ns: at(0.999),
         max_ns: latencies.as_ref().map(Histogram::max),
         bytes_each,
+        descriptors: own.iter().filter_map(|sample| sample.descriptors).max(),
         baseline: ratios.first().map(|(name, _)| name.clone()),
         ratio: ratios.first().map(|(_, ratio)| *ratio),
         ratios,
@@ -132,5 +145,19 @@ fn cost(sample: &Sample) -> f64 {
         Some(latencies) => latencies.value_at_quantile(0.5) as f64,
         // For each page, because points may differ in their number of pages.
         None => sample.time.as_secs_f64() / sample.pages.max(1) as f64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_round_that_would_end_too_late_does_not_begin() {
+        let options = Options { time_limit: Some(Duration::from_secs(10)), ..Options::default() };
+        let may_begin = |seconds, rounds| has_time(&options, Duration::from_secs(seconds), rounds);
+        assert!(may_begin(60, 0), "the first round always begins");
+        assert!(may_begin(5, 1) && may_begin(8, 4) && !may_begin(6, 1) && !may_begin(9, 4));
+        assert!(has_time(&Options::default(), Duration::from_secs(1000), 3), "without a limit");
     }
 }

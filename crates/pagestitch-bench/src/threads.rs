@@ -78,19 +78,23 @@ mod tests {
         let counts = |list: &str| list.parse::<Threads>().map(|threads| threads.counts().to_vec());
         assert_eq!(counts("1"), Ok(vec![1]));
         assert_eq!(counts("8, 1,1024"), Ok(vec![1, 8, 1024]));
-        for (list, about) in [
-            ("", "`` is no number"),
-            ("1,,2", "`` is no number"),
-            ("1;2", "`1;2` is no number"),
-            ("-1", "`-1` is no number"),
-            ("1.5", "`1.5` is no number"),
-            ("99999999999999999999999", "is no number"),
-            ("0", "0 threads cannot be measured"),
-            ("1,1025", "1025 threads cannot be measured"),
-            ("2,1,2", "2 threads are named twice"),
+        let no_number = |text: &str| {
+            format!("`{text}` is no number of threads: name numbers with commas between them, such as 1,2,4")
+        };
+        let out_of_range =
+            |count: usize| format!("{count} threads cannot be measured: name numbers from 1 to 1024");
+        for (list, refusal) in [
+            ("", no_number("")),
+            ("1,,2", no_number("")),
+            ("1;2", no_number("1;2")),
+            ("-1", no_number("-1")),
+            ("1.5", no_number("1.5")),
+            ("99999999999999999999999", no_number("99999999999999999999999")),
+            ("0", out_of_range(0)),
+            ("1,1025", out_of_range(1025)),
+            ("2,1,2", String::from("2 threads are named twice: name each number once")),
         ] {
-            let error = counts(list).expect_err(list);
-            assert!(error.contains(about), "{list}: {error}");
+            assert_eq!(counts(list), Err(refusal), "{list}");
         }
     }
 

@@ -9,6 +9,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use pagestitch_bench::environment::Environment;
+use pagestitch_bench::many_cores;
 use pagestitch_bench::report::compare::{self, Comparison, compare};
 use pagestitch_bench::report::{page::page, table::table};
 use pagestitch_bench::row::{Measured, Row};
@@ -35,12 +36,16 @@ pub(crate) struct Options {
     #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
     seed: u64,
     /// The numbers of threads that touch, such as 1,2,4: each is a point of the workloads latency,
-    /// scan, parallel, restore and populate. More threads than CPUs are marked in the results
+    /// scan, parallel, scaling, restore and populate. More threads than CPUs are marked in the results
     #[arg(long, value_name = "LIST")]
     threads: Option<Threads>,
     /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]
     quick: bool,
+    /// Measure the workload scaling and points of others in under four minutes, and print a table of
+    /// figures by the number of threads and of ratios with their targets, in Markdown
+    #[arg(long)]
+    table: bool,
     /// Write an HTML page with tables and curves, which needs no other file
     #[arg(long, value_name = "FILE.html")]
     report: Option<PathBuf>,
@@ -56,7 +61,6 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     let inputs: Vec<_> = options.compare.as_deref().map(|path| ("earlier run", path)).into_iter().collect();
     files::check(options.report.as_deref().map(|path| ("report", path)), &inputs)?;
     let earlier = options.compare.as_deref().map(read_earlier).transpose()?;
-    let measuring = options.measuring();
     let environment = Environment::current();
     let as_json = form == Form::Json;
     if form == Form::Text {
@@ -64,7 +68,7 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     }
     let mut watcher = Bar::new(form)?;
     let mut runs: Vec<(&Workload, Vec<Measured>)> = Vec::new();
-    for workload in workloads::ALL.iter().filter(|known| options.wants(known)) {
+    for (workload, measuring) in options.plan() {
         if watcher.ended() {
             break;
         }
@@ -73,10 +77,11 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         print(workload, &measured, as_json)?;
         runs.push((workload, measured));
     }
-    let comparisons = earlier.map(|earlier| {
-        let rows: Vec<Row> = runs.iter().flat_map(|(_, run)| run).map(|one| one.row.clone()).collect();
-        compare(&earlier, &rows)
-    });
+    let rows: Vec<Row> = runs.iter().flat_map(|(_, run)| run).map(|one| one.row.clone()).collect();
+    if options.table && !as_json {
+        write!(stdout(), "{}", many_cores::table(&rows))?;
+    }
+    let comparisons = earlier.map(|earlier| compare(&earlier, &rows));
     if let Some(comparisons) = &comparisons {
         print_comparisons(comparisons, as_json)?;
     }
@@ -93,6 +98,9 @@ impl Options {
         let takers: Vec<&str> =
             workloads::ALL.iter().filter(|known| known.takes_threads()).map(|known| known.name).collect();
         let other = self.workloads.iter().find(|name| !takers.contains(&name.as_str()));
+        if self.table && self.workloads.iter().any(|name| name != "scaling") {
+            return Err(Usage(String::from("--table has its own workloads: name none, or scaling")));
+        }
         match (&self.threads, other) {
             (Some(_), Some(name)) => Err(Usage(format!(
                 "the workload {name} has no --threads: leave the option out, or measure {}",
@@ -108,7 +116,18 @@ impl Options {
             seed: self.seed,
             quick: self.quick,
             threads: self.threads.clone(),
+            ..runner::Options::default()
         }
+    }
+
+    /// The workloads to measure, each with its options.
+    fn plan(&self) -> Vec<(&'static Workload, runner::Options)> {
+        let measuring = self.measuring();
+        if self.table {
+            return many_cores::plan(&measuring);
+        }
+        let wanted = workloads::ALL.iter().filter(|known| self.wants(known));
+        wanted.map(|workload| (workload, measuring.clone())).collect()
     }
 
     fn wants(&self, workload: &Workload) -> bool {

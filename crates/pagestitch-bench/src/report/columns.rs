@@ -39,7 +39,7 @@ pub(super) fn about_mark(rows: &[&Row]) -> Option<String> {
 const SHARED: &str = " *";
 
 /// All columns.
-pub(super) static COLUMNS: [Column; 11] = [
+pub(super) static COLUMNS: [Column; 12] = [
     Column {
         head: "system",
         about: "the way to get the bytes",
@@ -71,6 +71,9 @@ pub(super) static COLUMNS: [Column; 11] = [
     }),
     number("bytes each", "the memory for each chunk", |row| {
         row.bytes_each.map(|bytes| format!("{bytes:.1}"))
+    }),
+    number("descriptors", "the descriptors that the process has open", |row| {
+        row.descriptors.map(|descriptors| descriptors.to_string())
     }),
     number("p50", "the median latency of a touch: the median of the rounds", |row| nanoseconds(row.p50_ns)),
     number("p90", "the latency that 90 % of the touches do not exceed", |row| nanoseconds(row.p90_ns)),

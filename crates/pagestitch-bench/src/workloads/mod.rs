@@ -1,6 +1,8 @@
 //! The workloads, with their baselines.
 
 mod build;
+mod crowd;
+mod curve;
 mod latency;
 mod mapped;
 mod metering;
@@ -8,14 +10,16 @@ mod parallel;
 mod populate;
 mod regions;
 mod restore;
-mod scaling;
+pub(crate) mod scaling;
 mod scan;
 mod shards;
 mod sparse;
 
 use crate::case::{Case, Options};
 use crate::format::{round_count, round_seconds};
-use crate::row::Row;
+use curve::CPU_BY_THREADS;
+
+pub(crate) use curve::{BY_THREADS, Curve, THREADS};
 
 /// A workload.
 pub struct Workload {
@@ -45,50 +49,8 @@ impl Workload {
     }
 }
 
-/// The axes of a curve. Its points have a number, and the name of a group may follow.
-pub(crate) struct Curve {
-    /// The group of points that has this curve; all of them, each in a chart, without a name.
-    pub(crate) group: Option<&'static str>,
-    pub(crate) x: &'static str,
-    pub(crate) y: &'static str,
-    pub(crate) value: fn(&Row) -> f64,
-    /// Formats a value.
-    pub(crate) label: fn(f64) -> String,
-}
-
-/// The processor time of a page, by the number of threads.
-const CPU_BY_THREADS: Curve = Curve {
-    group: None,
-    x: THREADS,
-    y: "processor time of a page",
-    value: |row| row.cpu_ns_per_fault / 1e9,
-    label: round_seconds,
-};
-
-/// The curves of a workload at several numbers of threads, if it has none of its own.
-pub(crate) static BY_THREADS: [Curve; 3] = [
-    Curve {
-        group: None,
-        x: THREADS,
-        y: "median latency",
-        value: |row| row.p50_ns.unwrap_or(0) as f64 / 1e9,
-        label: round_seconds,
-    },
-    Curve {
-        group: None,
-        x: THREADS,
-        y: "pages per second",
-        value: |row| row.faults_per_s,
-        label: round_count,
-    },
-    CPU_BY_THREADS,
-];
-
-/// The quantity of an axis with numbers of threads.
-pub(crate) const THREADS: &str = "threads";
-
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 13] = [
+pub static ALL: [Workload; 14] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -189,6 +151,13 @@ pub static ALL: [Workload; 13] = [
         }],
         takes_threads: false,
         cases: regions::cases,
+    },
+    Workload {
+        name: "crowd",
+        about: "building and dropping a region of 16 pages among others on one pool, and the descriptors of all of them",
+        curves: &[],
+        takes_threads: false,
+        cases: crowd::cases,
     },
     Workload {
         name: "restore",
