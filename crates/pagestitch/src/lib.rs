@@ -73,7 +73,7 @@
 //!
 //! | the program | server | first touch | threads |
 //! |---|---|---|---|
-//! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to eight; more if sources hang |
+//! | any; one for all regions | [`Pool`] | 10 µs | one worker a CPU, up to 32; more if sources hang |
 //! | touches random pages of memory or files | [`Inline`] | 6 µs | none; no readahead, and only bytes in memory, in files or in place |
 //! | has a thread for each core, and each touches the region | [`Pool`] with [`Placement::Cpus`]; [`Inline`] for bytes in memory, in files or in place | 10 µs; 6 µs | one worker for each core; none |
 //! | has an event loop, or threads, that do **not** touch the region | [`Manual`] | as a pool, and the wait for the loop | none |

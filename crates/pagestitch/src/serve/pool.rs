@@ -8,7 +8,9 @@
 //! ```
 //!
 //! Every worker waits for every region, and the first one to run serves: `read(2)` gives each event
-//! to one worker only. If a source holds a worker up, another worker takes its place at its epoll.
+//! to one worker only. Of a region with several shards, each shard has a uffd, and its faults wake one
+//! worker: the shard's own, or another one if that is busy. If a source holds a worker up, another
+//! worker takes its place at its epoll.
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::PrefetchJob;
@@ -162,6 +164,10 @@ impl FaultServer for Pool {
         self.handle.generation.is_current()
     }
 
+    fn shards(&self) -> usize {
+        self.handle.state.shards()
+    }
+
     // A pool serves every kind of region.
     fn check(&self, _demands: &Demands) -> Result<(), Error> {
         Ok(())
@@ -229,7 +235,7 @@ pub struct PoolBuilder {
 
 impl PoolBuilder {
     /// Sets the number of threads that serve faults. Default: given by the
-    /// [placement](Self::placement), one for each CPU up to eight.
+    /// [placement](Self::placement), one for each CPU up to 32.
     ///
     /// Set a number if sources are slow, because each worker waits for one source at a time.
     /// [Replacements](Self::max_workers) start only after a source has taken 10 ms. With a number,

@@ -88,17 +88,17 @@ impl ServerState {
         let wake_fd = EventFd::from_flags(flags).map_err(Errno::of)?;
         let timers = Arc::new(Timers::new()?);
         let once = EpollFlags::EPOLLIN | EpollFlags::EPOLLET | EpollFlags::EPOLLEXCLUSIVE;
+        // With a few pinned workers a fault wakes all, so that the worker on the CPU of the fault is
+        // among them. Of other workers, a fault wakes one.
+        let one = if cpus.wake_all() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         let epolls = (0..cpus.workers).map(|_| {
             let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(Errno::of)?;
             watch(&epoll, &*timers, once)?;
             watch(&epoll, &stop, EpollFlags::EPOLLIN)?;
-            watch(&epoll, &wake_fd, EpollFlags::EPOLLIN)?;
+            watch(&epoll, &wake_fd, EpollFlags::EPOLLIN | one)?;
             Ok(Arc::new(epoll))
         });
         let epolls = epolls.collect::<Result<Vec<_>, Errno>>()?;
-        // With pinned workers a fault wakes all, so that the worker on the CPU of the fault is
-        // among them. Of unpinned workers, a fault wakes one.
-        let one = if cpus.pinned() { EpollFlags::empty() } else { EpollFlags::EPOLLEXCLUSIVE };
         Ok(Self {
             stop,
             wake_fd: Arc::new(wake_fd),
@@ -230,18 +230,31 @@ impl ServerState {
     /// Wakes one other worker for each fault, as far as there are workers.
     pub(super) fn wake_others(&self, faults: u64) {
         let others = self.workers.working().saturating_sub(1) as u64;
-        if faults.min(others) > 0 {
-            self.wake_fd.write(faults.min(others)).expect("an eventfd takes small numbers");
-        }
+        self.wake(faults.min(others));
     }
 
     /// Wakes one worker for each fault, as far as there are workers.
     pub(super) fn wake_workers(&self, faults: u64) {
         if faults > 0 {
-            self.wake_fd
-                .write(faults.min(self.workers.working() as u64).max(1))
-                .expect("an eventfd takes small numbers");
+            self.wake(faults.min(self.workers.working() as u64).max(1));
         }
+    }
+
+    /// Wakes so many workers.
+    fn wake(&self, workers: u64) {
+        if workers == 0 {
+            return;
+        }
+        // One write wakes all workers, or one of them.
+        let (writes, each) = if self.cpus.wake_all() { (1, workers) } else { (workers, 1) };
+        for _ in 0..writes {
+            self.wake_fd.write(each).expect("an eventfd takes small numbers");
+        }
+    }
+
+    /// The number of shards that suits a large region.
+    pub(super) fn shards(&self) -> usize {
+        self.cpus.shards()
     }
 
     /// Wakes one worker, which may be the calling one, when it waits next.
