@@ -24,6 +24,10 @@ guests:
 bench *args:
     cargo run --release -- bench {{ args }}
 
+# one static file of the command, whose `bench scaling --table` prints how faults scale on the machine to which it is carried
+many-cores *args:
+    ci/many-cores {{ args }}
+
 # the oldest Rust of each crate, with each combination of features
 msrv:
     ci/msrv

@@ -16,6 +16,8 @@ pub struct Options {
     pub quick: bool,
     /// The numbers of threads, for the workloads that take them; none for those of each workload.
     pub threads: Option<Threads>,
+    /// The shards of the regions on pools in the workload `scaling`; none for those of the builder.
+    pub shards: Option<usize>,
     /// Ends a workload before a round that would end later than this after its start. The first
     /// round is always complete.
     pub time_limit: Option<Duration>,
@@ -25,7 +27,15 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { rounds: 5, seed: 1, quick: false, threads: None, time_limit: None, keep: |_, _| true }
+        Self {
+            rounds: 5,
+            seed: 1,
+            quick: false,
+            threads: None,
+            shards: None,
+            time_limit: None,
+            keep: |_, _| true,
+        }
     }
 }
 

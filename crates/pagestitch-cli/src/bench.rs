@@ -39,6 +39,10 @@ pub(crate) struct Options {
     /// scan, parallel, scaling, restore and populate. More threads than CPUs are marked in the results
     #[arg(long, value_name = "LIST")]
     threads: Option<Threads>,
+    /// The number of shards of each region on a pool in the workload scaling [default: that of the
+    /// library]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    shards: Option<u16>,
     /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]
     quick: bool,
@@ -101,6 +105,11 @@ impl Options {
         if self.table && self.workloads.iter().any(|name| name != "scaling") {
             return Err(Usage(String::from("--table has its own workloads: name none, or scaling")));
         }
+        if let Some(other) = self.workloads.iter().find(|name| self.shards.is_some() && *name != "scaling") {
+            let what =
+                format!("the workload {other} has no --shards: leave the option out, or measure scaling");
+            return Err(Usage(what));
+        }
         match (&self.threads, other) {
             (Some(_), Some(name)) => Err(Usage(format!(
                 "the workload {name} has no --threads: leave the option out, or measure {}",
@@ -116,6 +125,7 @@ impl Options {
             seed: self.seed,
             quick: self.quick,
             threads: self.threads.clone(),
+            shards: self.shards.map(usize::from),
             ..runner::Options::default()
         }
     }

@@ -26,24 +26,24 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
 fn random(options: &Options, threads: &[usize], cases: &mut Vec<Case>) {
     let pages = options.size(256 << 20) / PAGE;
     warm(2 * pages * PAGE);
-    let hot = Hot::new(options.seed);
     let pool = Pool::new().expect("a pool");
+    let (hot, shards) = (Hot::new(options.seed), options.shards);
     for &threads in threads {
-        let mut case =
-            |system: &'static str, limits: &[&'static str], run: Box<dyn Fn(&Touched) -> Sample>| {
-                let (hot, baselines) = (Arc::clone(&hot), [limits, &[ZERO]].concat());
-                let run = move |seed| run(&Touched { hot: Arc::clone(&hot), pages, threads, seed });
-                let case = Case::new(system, run).at(format!("{threads} {RANDOM}")).chunks_of(HUGE_PAGE);
-                cases.push(case.by(threads).against(&baselines));
-            };
+        let touched = Touched { hot: Arc::clone(&hot), pages, threads, seed: 0, shards };
+        let mut case = |system: &'static str, limits: &[&'static str], run: Box<Run>| {
+            let touched = touched.clone();
+            let run = move |seed| run(&Touched { seed, ..touched.clone() });
+            let case = Case::new(system, run).at(format!("{threads} {RANDOM}")).chunks_of(HUGE_PAGE);
+            cases.push(case.by(threads).against(&[limits, &[ZERO]].concat()));
+        };
         let of_pool = |readahead: Readahead| {
             let pool = pool.clone();
-            Box::new(move |touched: &Touched| touched.served(readahead, &pool))
+            Box::new(move |touched: &Touched| touched.pooled(readahead, &pool))
         };
         case(BARE, &["prototype pool", "prototype pool1"], of_pool(Readahead::None));
         case(DEFAULTS, &["prototype pool"], of_pool(Readahead::Adaptive));
         case(OWN_CPUS, &["prototype poollocal"], Box::new(Touched::on_own_cpus));
-        case(INLINE, &["prototype inline"], Box::new(|touched| touched.served(Readahead::None, Inline)));
+        case(INLINE, &["prototype inline"], Box::new(Touched::inline));
         case(EAGER, &["prototype copy"], Box::new(Touched::copied));
         case(ZERO, &["prototype zero"], Box::new(Touched::zeros));
         for (system, prototype, shards) in PROTOTYPES {
@@ -53,7 +53,7 @@ fn random(options: &Options, threads: &[usize], cases: &mut Vec<Case>) {
                 Shards::ForEachCpu => cpus(),
             };
             let run = move |touched: &Touched| {
-                let &Touched { pages, threads, seed, ref hot } = touched;
+                let &Touched { pages, threads, seed, ref hot, .. } = touched;
                 prototype.measure(hot, &Setting { pages, threads, shards, seed })
             };
             case(system, &[], Box::new(run));
@@ -61,12 +61,18 @@ fn random(options: &Options, threads: &[usize], cases: &mut Vec<Case>) {
     }
 }
 
+/// Measures a system.
+type Run = dyn Fn(&Touched) -> Sample;
+
 /// The touches of a run.
+#[derive(Debug, Clone)]
 struct Touched {
     hot: Arc<Hot>,
     pages: usize,
     threads: usize,
     seed: u64,
+    /// The shards of a region on a pool, if the caller has asked for a number.
+    shards: Option<usize>,
 }
 
 impl Touched {
@@ -79,17 +85,27 @@ impl Touched {
         Region::builder().chunks((0..blocks).map(|_| Chunk::from(self.hot.memory())))
     }
 
-    fn served(&self, readahead: Readahead, server: impl Into<Server>) -> Sample {
-        let region = self.region().readahead(readahead).build(server).expect("a region");
+    fn pooled(&self, readahead: Readahead, pool: &Pool) -> Sample {
+        let region = with_shards(self.region(), self.shards).readahead(readahead);
+        self.served(region, pool)
+    }
+
+    fn inline(&self) -> Sample {
+        self.served(self.region().readahead(Readahead::None), Inline)
+    }
+
+    fn served(&self, region: Builder, server: impl Into<Server>) -> Sample {
+        let region = region.build(server).expect("a region");
         self.read(&self.anywhere(), region.as_slice())
     }
 
-    /// Each thread touches its own part, on a CPU of its own that it shares with a worker.
+    /// Each thread touches its own part, which is a shard, on the CPU of the shard's worker.
     fn on_own_cpus(&self) -> Sample {
         let cpus = allowed();
         let workers = cpus[..self.threads.min(cpus.len())].to_vec();
+        let region = with_shards(self.region(), self.shards.or(Some(workers.len())));
         let pool = Pool::builder().placement(Placement::Cpus(workers)).start().expect("a pool");
-        let region = self.region().readahead(Readahead::None).build(&pool).expect("a region");
+        let region = region.readahead(Readahead::None).build(&pool).expect("a region");
         self.read(&Touches::in_own_parts(self.pages, self.threads, self.seed).on(cpus), region.as_slice())
     }
 
@@ -127,12 +143,19 @@ impl Touched {
     }
 }
 
+fn with_shards(region: Builder, shards: Option<usize>) -> Builder {
+    match shards {
+        Some(shards) => region.shards(shards),
+        None => region,
+    }
+}
+
 /// Sums of all words, a part by each thread, with the time to build or copy.
 fn sequential(options: &Options, threads: &[usize], cases: &mut Vec<Case>) {
     let data = Data::new(options.size(2 << 30), options.seed);
     warm(2 * data.bytes());
     let sum = sum_by(cpus(), &data.eager_huge(cpus()));
-    let pool = Pool::new().expect("a pool");
+    let (pool, shards) = (Pool::new().expect("a pool"), options.shards);
     for &threads in threads {
         let mut case = |system: &'static str, run: Box<dyn Fn(&Data) -> Sample>| {
             let data = Arc::clone(&data);
@@ -143,7 +166,8 @@ fn sequential(options: &Options, threads: &[usize], cases: &mut Vec<Case>) {
         case(
             DEFAULTS,
             Box::new(move |data| {
-                summed.of(data, || data.region(Readahead::Adaptive, &pool), |region| region.as_slice())
+                let region = || with_shards(data.builder(Readahead::Adaptive), shards).build(&pool);
+                summed.of(data, || region().expect("a region"), |region| region.as_slice())
             }),
         );
         case(EAGER_HUGE, Box::new(move |data| summed.of(data, || data.eager_huge(threads), |pages| pages)));

@@ -682,7 +682,8 @@ fn a_benchmark_of_several_threads_marks_more_threads_than_cpus() {
 #[test]
 fn the_table_of_many_cores_has_every_figure() {
     let directory = TempDir::new().unwrap();
-    let arguments = ["bench", "scaling", "--table", "--quick", "--rounds", "1", "--threads", "1,4,8"];
+    let arguments =
+        ["bench", "scaling", "--table", "--quick", "--rounds", "1", "--threads", "1,4,8", "--shards", "2"];
     let said = out(&pagestitch(directory.path(), &arguments));
     let table: Vec<&str> = said.lines().filter(|line| line.starts_with("| ")).collect();
     assert_eq!(table.len(), 1 + 30 + 1 + 19, "{said}");
@@ -700,6 +701,12 @@ fn bad_benchmark_options_fail_before_the_measurement() {
         (&["bench", "--threads", ""], 2, "`` is no number of threads: name numbers with commas"),
         (&["bench", "--threads", "1,two"], 2, "`two` is no number of threads: name numbers with commas"),
         (&["bench", "--threads", "4,2,4"], 2, "4 threads are named twice: name each number once"),
+        (
+            &["bench", "latency", "--shards", "2"],
+            2,
+            "the workload latency has no --shards: leave the option out",
+        ),
+        (&["bench", "--shards", "0"], 2, "0 is not in 1.."),
         (&["bench", "latency", "--table"], 2, "--table has its own workloads: name none, or scaling"),
         (&["bench", "latency", "sparse", "--threads", "1"], 2, "the workload sparse has no --threads"),
         (&["bench", "--compare", "missing.json"], 1, "cannot compare with missing.json: No such file"),
