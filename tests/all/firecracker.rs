@@ -3,7 +3,7 @@
 
 use crate::handler::{Refusal, RunningHandler, Seen, has_ended, has_ended_whole, is_restored};
 use crate::{HANG, HugePages, PAGE, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
-use pagestitch::OnUnavailable;
+use pagestitch::{FillRate, OnUnavailable};
 use pagestitch_firecracker::{Error, Handler, Holes, OnStop, Snapshot, UnknownHoles};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
@@ -11,6 +11,7 @@ use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -155,6 +156,57 @@ fn a_guest_outlives_a_stopped_handler() {
     running.stop();
     running.until_reported(|seen| *seen == Seen::Detached);
     guest.wait().expect_pass();
+}
+
+/// The guest reads most pages after the handler has gone.
+#[test]
+fn a_guest_that_is_filled_in_the_background_needs_no_handler() {
+    let body = child::body(this_test!(), |path| {
+        let (guest, _stream) = connect(path);
+        let expected = expected();
+        guest.balloon(20 * PAGE, PAGE).unwrap();
+        assert_eq!(guest.read(5), expected[5]);
+        until(|| !fs::exists(path).unwrap());
+        guest.balloon(30 * PAGE, PAGE).unwrap();
+        assert_eq!((guest.read(20 * PAGE), guest.read(30 * PAGE)), (0, 0));
+        let kept = |at: &usize| !matches!(at / PAGE, 20 | 30);
+        (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+    });
+    let rate = FillRate::BytesPerSecond(NonZeroU64::new(64 << 20).unwrap());
+    for rate in [FillRate::Unlimited, rate] {
+        let folder = tempfile::tempdir().unwrap();
+        let builder = describe(&snapshot_in(folder.path())).background(rate).handshake_timeout(HANG);
+        let mut running = RunningHandler::start(folder, builder);
+        let guests = [0, 1].map(|_| body.spawn(running.socket()));
+        until(|| running.reported(|seen| *seen == Seen::Detached) == 2);
+        assert_eq!(running.reported(|seen| matches!(seen, Seen::Filled { pages_missing: 0, .. })), 2);
+        running.stop();
+        guests.into_iter().for_each(|guest| guest.wait().expect_pass());
+        assert_eq!(running.reported(|seen| *seen == Seen::Detached), 2, "each is detached once");
+    }
+}
+
+#[test]
+fn a_guest_with_pages_that_cannot_be_filled_keeps_its_handler() {
+    let body = child::body(this_test!(), |path| {
+        let (guest, _stream) = connect(path);
+        println!("ready");
+        until(|| fs::exists(format!("{path}.filled")).unwrap());
+        assert_eq!(guest.read(PAGE), expected()[PAGE]);
+        println!("{}", guest.read((PAGES - 1) * PAGE));
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let builder = describe(&snapshot_in(folder.path())).background(FillRate::Unlimited);
+    let base = File::options().write(true).open(folder.path().join("base")).unwrap();
+    base.set_len((TOTAL / 2) as u64).unwrap();
+    let running = RunningHandler::start(folder, builder.handshake_timeout(HANG));
+    let guest = body.spawn(running.socket());
+    running.until_reported(|seen| matches!(seen, Seen::Filled { pages: 900.., pages_missing: 1.. }));
+    fs::write(format!("{}.filled", running.socket().display()), "").unwrap();
+    let end = guest.wait();
+    assert_eq!(end.signal(), Some(signal_of_lost_page()), "{}", end.output());
+    running.until_reported(has_ended);
+    assert_eq!(running.reported(|seen| *seen == Seen::Detached), 0);
 }
 
 #[test]

@@ -91,6 +91,7 @@ pub(crate) enum Seen {
     Refused { pid: Option<u32>, reason: Refusal },
     Ended { pages_lost: usize },
     Recorded { pages: Option<usize> },
+    Filled { pages: u64, pages_missing: u64 },
     Detached,
 }
 
@@ -127,6 +128,7 @@ impl Reported {
             Event::Refused { owner, reason } => Seen::Refused { pid: *owner, reason: Refusal::of(reason) },
             Event::Ended { pages_lost, .. } => Seen::Ended { pages_lost: *pages_lost },
             Event::Recorded { outcome, .. } => Seen::Recorded { pages: outcome.as_ref().ok().copied() },
+            &Event::Filled { pages, pages_missing, .. } => Seen::Filled { pages, pages_missing },
             Event::Detached { .. } => Seen::Detached,
             other => panic!("an event without a test: {other:?}"),
         };

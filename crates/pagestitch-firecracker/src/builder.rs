@@ -5,7 +5,7 @@ use crate::handler::Settings;
 use crate::shutdown::ShutdownHandle;
 use crate::socket::{Socket, SocketAccess};
 use crate::{Error, Handler, Snapshot};
-use pagestitch::{OnUnavailable, OwnMemory, Pool, Readahead, Recording};
+use pagestitch::{FillRate, OnUnavailable, OwnMemory, Pool, Readahead, Recording};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -55,6 +55,7 @@ pub struct Builder {
     handshake_timeout: Duration,
     record: Option<PathBuf>,
     replay: Option<Recording>,
+    background: Option<FillRate>,
     record_latency: bool,
     own: Option<OwnMemory>,
     access: SocketAccess,
@@ -71,6 +72,7 @@ impl Builder {
             handshake_timeout: Duration::from_secs(5),
             record: None,
             replay: None,
+            background: None,
             record_latency: false,
             own: None,
             access: SocketAccess { mode: None, group: None },
@@ -138,6 +140,30 @@ impl Builder {
         self
     }
 
+    /// Fills the memory of each guest while no fault waits, in the order of the addresses and after a
+    /// replayed recording. A guest with all of its memory is detached as by
+    /// [`OnStop::Finish`]: it needs no handler any more. A guest with pages that cannot be read stays
+    /// served. By default only touched pages and readahead are filled. The recorded guest is not filled,
+    /// because a page that is filled ahead has no first touch.
+    ///
+    /// ```no_run
+    /// use pagestitch::FillRate;
+    /// use pagestitch_firecracker::{Event, Handler, Snapshot};
+    /// use std::num::NonZeroU64;
+    ///
+    /// let rate = FillRate::BytesPerSecond(NonZeroU64::new(256 << 20).expect("not zero"));
+    /// let handler = Handler::builder(Snapshot::open(["base.mem"])?).background(rate).bind("/run/vm/uffd.sock")?;
+    /// handler.run(|event| match event {
+    ///     Event::Filled { owner, pages_missing: 0, .. } => println!("{owner} needs no handler any more"),
+    ///     event => println!("{event}"),
+    /// })?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub const fn background(mut self, rate: FillRate) -> Self {
+        self.background = Some(rate);
+        self
+    }
+
     /// Sets the permission bits of the socket file, such as `0o660`, before the first connection. A
     /// process needs write permission to connect. By default the umask decides.
     pub const fn socket_mode(mut self, mode: u32) -> Self {
@@ -191,11 +217,13 @@ impl Builder {
             handshake_timeout,
             record,
             replay,
+            background,
             record_latency,
             own,
             ..
         } = self;
-        let service = Service { snapshot, pool, on_unavailable, readahead, replay, record_latency, own };
+        let service =
+            Service { snapshot, pool, on_unavailable, readahead, replay, background, record_latency, own };
         let settings = Settings { on_stop, handshake_timeout, record };
         Handler::new(socket, service, settings, shutdown).map_err(Error::Poll)
     }

@@ -5,7 +5,7 @@ use crate::handshake::{GuestMappings, Handshake, HandshakeError, PartialHandshak
 use crate::peer_threads::ResultSender;
 use crate::refusal::RefusedGuest;
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use pagestitch::{OnUnavailable, Process};
+use pagestitch::{Metrics, OnUnavailable, Process};
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::uffd::handshake_probe;
 use pagestitch_kernel::{Errno, Features};
@@ -50,7 +50,7 @@ pub(crate) struct ReadyGuest {
     pub(crate) uffd: OwnedFd,
 }
 
-/// The result of one step with a client.
+/// The result of one step with a client, or of the end of a guest.
 #[derive(Debug)]
 pub(crate) enum ClientOutcome {
     /// The handshake is incomplete.
@@ -59,6 +59,11 @@ pub(crate) enum ClientOutcome {
     Refused {
         owner: Option<u32>,
         reason: HandshakeError,
+    },
+    /// A guest that had all of its memory runs without the handler.
+    Detached {
+        owner: Arc<Process>,
+        outcome: Result<Metrics, pagestitch::Error>,
     },
 }
 

@@ -43,6 +43,17 @@ pub enum Event<'a> {
         /// The number of pages, or the error of the file.
         outcome: Result<usize, pagestitch::Error>,
     },
+    /// The [background fill](crate::Builder::background) of a guest has ended. Told once a guest. If no
+    /// page is missing, [`Detached`](Self::Detached) follows: the guest needs no handler any more.
+    Filled {
+        /// The process that owns the guest's memory: its VMM.
+        owner: &'a Process,
+        /// The number of pages that the fill has brought. Faults and a recording bring the others.
+        pages: u64,
+        /// The number of pages that could not be filled. The guest still needs the handler for these:
+        /// their touch reads the snapshot again.
+        pages_missing: u64,
+    },
     /// A guest runs without the handler from now on: with all of its memory or, after an error,
     /// without some of it.
     Detached {
@@ -80,6 +91,15 @@ impl fmt::Display for Event<'_> {
             }
             Self::Recorded { owner, outcome: Err(error), .. } => {
                 write!(f, "{owner}: first touches not recorded: {error}")
+            }
+            Self::Filled { owner, pages, pages_missing: 0 } => {
+                write!(f, "{owner}: all of its memory is filled, {pages} pages in the background")
+            }
+            Self::Filled { owner, pages, pages_missing } => {
+                write!(
+                    f,
+                    "{owner}: {pages} pages filled in the background; {pages_missing} could not be read, so it still needs the handler"
+                )
             }
             Self::Detached { owner, outcome: Ok(metrics) } => {
                 write!(f, "{owner}: detached, {} pages filled", metrics.pages_installed())

@@ -3,12 +3,14 @@
 use crate::Snapshot;
 use crate::handshake::{GuestMappings, HandshakeError};
 use pagestitch::{
-    AdoptedMemory, AdoptedRegion, Metrics, OnUnavailable, OwnMemory, Pool, Process, Readahead, Recording,
-    Region,
+    AdoptedMemory, AdoptedRegion, FillRate, Metrics, OnUnavailable, OwnMemory, Pool, PrefetchHandle,
+    PrefetchProgress, Process, Readahead, Recording, Region,
 };
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 /// The consequence of a shutdown for the guests of a handler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,6 +30,12 @@ pub(crate) struct ServedGuest {
     owner: Arc<Process>,
     /// True if its first touches are recorded.
     recorded: bool,
+    /// The user of its VMM.
+    user: u32,
+    /// Its background fill, until it has ended.
+    fill: Option<PrefetchHandle>,
+    /// True if it has all of its memory, so that it can be detached.
+    is_complete: bool,
     /// Kept open, as Firecracker keeps its end.
     _stream: UnixStream,
 }
@@ -40,6 +48,8 @@ pub(crate) struct Service {
     pub(crate) on_unavailable: OnUnavailable,
     pub(crate) readahead: Readahead,
     pub(crate) replay: Option<Recording>,
+    /// The rate at which guests are filled in the background.
+    pub(crate) background: Option<FillRate>,
     pub(crate) record_latency: bool,
     /// The promise that covers guests of this process; none refuses them.
     pub(crate) own: Option<OwnMemory>,
@@ -54,7 +64,7 @@ impl Service {
         mappings: &GuestMappings,
         uffd: OwnedFd,
     ) -> Result<AdoptedRegion, HandshakeError> {
-        let Self { snapshot, pool, on_unavailable, readahead, replay, record_latency, own } = self;
+        let Self { snapshot, pool, on_unavailable, readahead, replay, record_latency, own, .. } = self;
         let memory = match own {
             Some(promise) => AdoptedMemory::of_this_process(uffd, *promise)?,
             None => AdoptedMemory::new(uffd)?,
@@ -80,9 +90,43 @@ impl ServedGuest {
         region: AdoptedRegion,
         owner: Arc<Process>,
         recorded: bool,
+        user: u32,
         stream: UnixStream,
     ) -> Self {
-        Self { region, owner, recorded, _stream: stream }
+        Self { region, owner, recorded, user, fill: None, is_complete: false, _stream: stream }
+    }
+
+    /// Starts its background fill.
+    pub(crate) fn fill_in_background(&mut self, rate: FillRate) {
+        // A page that is filled ahead has no first touch to record.
+        if self.recorded {
+            return;
+        }
+        match self.region.fill_in_background(rate) {
+            Ok(fill) => self.fill = Some(fill),
+            Err(error) => {
+                tracing::error!(guest = %self.owner, %error, "the guest is not filled in the background");
+            }
+        }
+    }
+
+    /// The progress of its background fill, once, after the fill has ended. Until then, its end wakes
+    /// `waker`.
+    pub(crate) fn end_of_fill(&mut self, waker: &Waker) -> Option<PrefetchProgress> {
+        let fill = self.fill.as_mut()?;
+        let Poll::Ready(progress) = Pin::new(fill).poll(&mut Context::from_waker(waker)) else { return None };
+        self.fill = None;
+        self.is_complete = progress.is_complete();
+        Some(progress)
+    }
+
+    pub(crate) const fn is_complete(&self) -> bool {
+        self.is_complete
+    }
+
+    /// The user of its VMM.
+    pub(crate) const fn user(&self) -> u32 {
+        self.user
     }
 
     /// Its VMM. The descriptor is readable after the VMM has ended.

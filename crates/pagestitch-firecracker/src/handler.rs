@@ -5,14 +5,16 @@
 //!               ┌─ shutdown ──── drain: fill the missing pages of each guest, and detach it
 //!   poll(2) ────┼─ socket ────── accept: a handshake begins
 //!               ├─ handshakes ── read; complete: a guest; incomplete: refused after a time
+//!               ├─ fills ─────── a background fill has ended: detach the guest if it has all pages
 //!               └─ guests ────── the process has ended: release the guest
 //! ```
 
+use crate::background::FillEnds;
 use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
 use crate::guest::OnStop;
 use crate::guest::{ServedGuest, Service};
 use crate::handshake::{Handshake, HandshakeError, MAX_CLIENTS};
-use crate::peer_threads::PeerThreads;
+use crate::peer_threads::{PeerThreads, ResultSender};
 use crate::shutdown::ShutdownHandle;
 use crate::socket::Socket;
 use crate::{Error, Event};
@@ -23,6 +25,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::task::Waker;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -41,6 +44,9 @@ pub struct Handler {
     /// The number of clients that a peer thread holds.
     in_progress: usize,
     guests: Vec<ServedGuest>,
+    /// The number of guests that a peer thread detaches.
+    detaching: usize,
+    fill_ends: FillEnds,
     /// Set after the process ran out of descriptors: the time of the next attempt to accept.
     accept_paused_until: Option<Instant>,
 }
@@ -74,6 +80,8 @@ impl Handler {
             peer_threads,
             in_progress: 0,
             guests,
+            detaching: 0,
+            fill_ends: FillEnds::new()?,
             accept_paused_until: None,
         })
     }
@@ -112,12 +120,17 @@ impl Handler {
     /// Waits for events and handles some of them, so that no peer keeps the handler in one turn.
     /// Returns false at shutdown.
     fn run_once(&mut self, on_event: &mut impl FnMut(&Event<'_>)) -> Result<bool, Error> {
-        let Ready { stop, connection, ended } = self.wait(None)?;
+        let Ready { stop, connection, fills, ended } = self.wait(None)?;
         if stop {
             self.shutdown.take();
             return Ok(false);
         }
         self.reap_guests(&ended, on_event);
+        if fills {
+            self.fill_ends.acknowledge();
+            self.look_at_fills(on_event);
+        }
+        self.detach_complete_guests();
         self.advance_clients(on_event);
         if connection {
             self.accept();
@@ -131,7 +144,8 @@ impl Handler {
         let socket = self.socket.as_ref().filter(|_| self.takes_clients());
         let waiting: Vec<usize> =
             (0..self.clients.len()).filter(|&client| !self.clients[client].is_ready()).collect();
-        let mut fds = vec![readable(self.shutdown.as_fd()), readable(self.peer_threads.as_fd())];
+        let own = [self.shutdown.as_fd(), self.peer_threads.as_fd(), self.fill_ends.as_fd()];
+        let mut fds: Vec<_> = own.into_iter().map(readable).collect();
         fds.extend(socket.map(|socket| readable(socket.as_fd())));
         fds.extend(waiting.iter().map(|&client| readable(self.clients[client].as_fd())));
         fds.extend(self.guests.iter().map(|guest| readable(guest.owner().as_fd())));
@@ -141,17 +155,20 @@ impl Handler {
         }
         let listens = usize::from(socket.is_some());
         let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
-        let (clients, ended) = ready[2 + listens..].split_at(waiting.len());
+        let (clients, ended) = ready[OWN_FDS + listens..].split_at(waiting.len());
         for (&client, _) in waiting.iter().zip(clients).filter(|(_, ready)| **ready) {
             self.clients[client].set_readable();
         }
-        Ok(Ready { stop: ready[0], connection: listens == 1 && ready[2], ended: ended.to_vec() })
+        let connection = listens == 1 && ready[OWN_FDS];
+        Ok(Ready { stop: ready[0], connection, fills: ready[2], ended: ended.to_vec() })
     }
 
     fn time_to_wait(&self, until: Option<Instant>) -> PollTimeout {
         let now = Instant::now();
-        // A client without a thread is tried again after a while.
-        let again = self.clients.iter().any(Client::is_ready).then(|| now + RETRY_INTERVAL);
+        // A client or a guest without a thread is tried again after a while.
+        let lacks_thread = self.clients.iter().any(Client::is_ready)
+            || self.socket.is_some() && self.guests.iter().any(ServedGuest::is_complete);
+        let again = lacks_thread.then(|| now + RETRY_INTERVAL);
         let deadlines = self.clients.iter().filter_map(Client::deadline);
         let next = deadlines.chain(again).chain(self.accept_paused_until).chain(until).min();
         let wait = next.map(|next| next.saturating_duration_since(now));
@@ -224,10 +241,15 @@ impl Handler {
 
     /// Starts threads for clients that have work, and takes the results of earlier ones.
     fn advance_clients(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
-        let seen = self.peer_threads.take_results();
-        self.in_progress -= seen.len();
-        for seen in seen {
+        for seen in self.peer_threads.take_results() {
+            if let ClientOutcome::Detached { owner, outcome } = seen {
+                self.detaching -= 1;
+                on_event(&Event::Detached { owner: &owner, outcome });
+                continue;
+            }
+            self.in_progress -= 1;
             match seen {
+                ClientOutcome::Detached { .. } => {}
                 ClientOutcome::Waiting(client) => self.clients.push(client),
                 ClientOutcome::Complete(ready) => self.start_guest(*ready, on_event),
                 ClientOutcome::Refused { owner, reason } => {
@@ -255,14 +277,17 @@ impl Handler {
 
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {
         let ReadyGuest { client, owner, mappings, uffd } = ready;
+        let user = client.user();
         let record = self.settings.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
         // A second descriptor, because a refusal needs the userfaultfd to poison the memory.
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
             Ok(region) => {
-                let guest = ServedGuest::new(region, owner, record, client.into_stream());
+                let mut guest = ServedGuest::new(region, owner, record, user, client.into_stream());
                 let meter = guest.region().meter();
                 on_event(&Event::Restored { owner: guest.owner(), bytes: mappings.bytes(), meter });
+                self.service.background.iter().for_each(|rate| guest.fill_in_background(*rate));
+                note_end_of_fill(&mut guest, self.fill_ends.waker(), on_event);
                 self.guests.push(guest);
             }
             Err(reason) => match kept {
@@ -273,6 +298,29 @@ impl Handler {
                     on_event(&Event::Refused { owner: None, reason: &reason });
                 }
             },
+        }
+    }
+
+    fn look_at_fills(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
+        let waker = self.fill_ends.waker();
+        self.guests.iter_mut().for_each(|guest| note_end_of_fill(guest, waker, on_event));
+    }
+
+    /// Detaches the guests with all of their memory. A peer can delay this, so a thread of its own does
+    /// it.
+    fn detach_complete_guests(&mut self) {
+        if !self.guests.iter().any(ServedGuest::is_complete) {
+            return;
+        }
+        for guest in std::mem::take(&mut self.guests) {
+            if !guest.is_complete() {
+                self.guests.push(guest);
+                continue;
+            }
+            match self.peer_threads.start(guest.user(), guest, detach) {
+                Ok(()) => self.detaching += 1,
+                Err(guest) => self.guests.push(guest),
+            }
         }
     }
 
@@ -294,6 +342,11 @@ impl Handler {
     fn drain(&mut self, on_event: &mut impl FnMut(&Event<'_>)) {
         self.close_socket();
         self.finish_handshakes(on_event);
+        while self.detaching > 0 && !self.shutdown.is_requested() {
+            let Ok(Ready { ended, .. }) = self.wait(None) else { break };
+            self.reap_guests(&ended, on_event);
+            self.advance_clients(on_event);
+        }
         let (how, stop) = (self.settings.on_stop, self.shutdown.clone());
         for guest in self.guests.drain(..) {
             // True after a second shutdown request.
@@ -363,6 +416,8 @@ impl Drop for Handler {
 struct Ready {
     stop: bool,
     connection: bool,
+    /// True if a background fill has ended.
+    fills: bool,
     /// For each guest: true if its process has ended.
     ended: Vec<bool>,
 }
@@ -380,10 +435,29 @@ fn keep_recording(record: &mut Option<PathBuf>, guest: &ServedGuest, on_event: &
     }
 }
 
+/// Reports the end of a guest's background fill, once.
+fn note_end_of_fill(guest: &mut ServedGuest, waker: &Waker, on_event: &mut impl FnMut(&Event<'_>)) {
+    let Some(progress) = guest.end_of_fill(waker) else { return };
+    // Pages are left if the VMM has ended, which is reported as the end of the guest.
+    if progress.pages_left == 0 {
+        let (pages, pages_missing) = (progress.pages_filled, progress.pages_failed + progress.pages_skipped);
+        on_event(&Event::Filled { owner: guest.owner(), pages, pages_missing });
+    }
+}
+
+/// Detaches a guest with all of its memory, in a thread of its own.
+fn detach(guest: ServedGuest, results: &ResultSender<ClientOutcome>) {
+    let owner = Arc::clone(guest.owner());
+    let outcome = guest.detach(OnStop::Finish, || false);
+    results.send(ClientOutcome::Detached { owner, outcome });
+}
+
 fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
     PollFd::new(fd, PollFlags::POLLIN)
 }
 
+/// The descriptors for which the handler waits besides its socket, clients and guests.
+const OWN_FDS: usize = 3;
 /// A guest takes a connection, a userfaultfd, a pidfd, and one more for a short time.
 const DESCRIPTORS_PER_GUEST: usize = 4;
 /// The pause before another attempt to get descriptors or a thread.

@@ -16,6 +16,7 @@
 //! |---|---|
 //! | `builder` | the options of a handler |
 //! | `handler` | the thread that accepts guests, notices their end, and drains |
+//! | `background` | the ends of background fills |
 //! | `socket` | the listening socket: taken over from a dead handler, left to the next one |
 //! | `client` | a connected peer before it becomes a guest or is refused |
 //! | `peer_threads` | threads for work that a peer can delay |
@@ -32,6 +33,8 @@
 //!
 //! * At shutdown the handler [fills](OnStop::Finish) the missing pages of each guest. The guest
 //!   then runs without it.
+//! * A guest that is filled in the [background](Builder::background) is detached as soon as it has all of
+//!   its memory.
 //! * A page whose bytes are unavailable is an error where it is touched, or it
 //!   [ends](pagestitch::OnUnavailable) the guest. It never reads as zeros.
 //! * The same holds for a refused guest: it does not wait forever.
@@ -80,6 +83,7 @@
 
 #![forbid(unsafe_code)]
 
+mod background;
 mod builder;
 mod client;
 mod error;

@@ -98,6 +98,9 @@ fn to_json(event: &Event<'_>) -> Value {
             "event": "recorded", "pid": owner.pid(), "path": path.display().to_string(),
             "pages": outcome.as_ref().ok(), "error": outcome.as_ref().err().map(ToString::to_string),
         }),
+        Event::Filled { owner, pages, pages_missing } => {
+            json!({"event": "filled", "pid": owner.pid(), "pages": pages, "pages_missing": pages_missing})
+        }
         Event::Detached { owner, outcome } => json!({
             "event": "detached", "pid": owner.pid(),
             "pages": outcome.as_ref().ok().map(Metrics::pages_installed),

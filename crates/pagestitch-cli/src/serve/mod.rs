@@ -19,17 +19,19 @@ use crate::heatmap;
 use crate::live::Live;
 use crate::output::{Form, bytes, count, workers};
 use crate::scene::Scene;
+use crate::size;
 use clap::{Args, Subcommand, ValueEnum};
 use endpoint::{Endpoint, SocketOptions};
 use exporter::Exporter;
 use figures::Figures;
 use lines::{Line, Lines, SnapshotSize};
-use pagestitch::{Meter, OnUnavailable, Pool, Process, Readahead, Recording};
+use pagestitch::{FillRate, Meter, OnUnavailable, Pool, Process, Readahead, Recording};
 use pagestitch_firecracker::{Event, Extents, Handler, Holes, OnStop, Snapshot};
 use serde_json::json;
 use std::error::Error;
 use std::io::{Write, stdout};
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -77,6 +79,11 @@ pub(crate) struct Options {
     /// Fill the pages of a recording for each guest as soon as it connects
     #[arg(long, value_name = "FILE")]
     replay: Option<PathBuf>,
+    /// Fill the memory of each guest while no fault waits, at most RATE bytes a second (such as 256M)
+    /// [without RATE: as fast as idle handler threads fill]. A guest with all of its memory is detached,
+    /// and runs without the handler
+    #[arg(long, value_name = "RATE", num_args = 0..=1, value_parser = rate, default_missing_value = UNLIMITED)]
+    background: Option<FillRate>,
     /// Draw maps of the guests' memory, with their counters
     #[arg(long, conflicts_with = "json")]
     live: bool,
@@ -108,6 +115,20 @@ enum StopOption {
     Finish,
     Abandon,
 }
+
+/// Parses a rate in bytes a second.
+fn rate(text: &str) -> Result<FillRate, String> {
+    if text == UNLIMITED {
+        return Ok(FillRate::Unlimited);
+    }
+    let unusable =
+        || format!("it is no number of bytes a second: write {}, or {UNLIMITED}", size::examples!());
+    let bytes = size::parse(text).ok_or_else(unusable)?;
+    let bytes = NonZeroU64::new(bytes).ok_or("nothing would be filled: leave out --background")?;
+    Ok(FillRate::BytesPerSecond(bytes))
+}
+
+const UNLIMITED: &str = "unlimited";
 
 /// The options of `pagestitch extents`.
 #[derive(Debug, Args)]
@@ -177,6 +198,7 @@ fn open(options: &Options) -> Result<(Handler, SnapshotSize), Box<dyn Error>> {
     let builder = Handler::builder(snapshot);
     let builder = options.record.iter().fold(builder, |builder, path| builder.record(path));
     let builder = replay.into_iter().fold(builder, pagestitch_firecracker::Builder::replay);
+    let builder = options.background.into_iter().fold(builder, pagestitch_firecracker::Builder::background);
     let timed = options.live || options.metrics.is_some();
     let builder = if timed { builder.record_latency() } else { builder };
     let builder = builder

@@ -239,6 +239,7 @@ fn completions_and_manual_pages_have_all_commands_and_options() {
     for shell in ["bash", "zsh", "fish"] {
         let script = out(&pagestitch(directory.path(), &["completions", shell]));
         assert!(script.contains("stitch") && script.contains("handshake-timeout"), "{shell}");
+        assert!(script.contains("background"), "{shell}");
     }
     let checked = Command::new("bash").args(["-n", "/dev/stdin"]).stdin(Stdio::piped()).spawn();
     if let Ok(mut bash) = checked {
@@ -251,7 +252,7 @@ fn completions_and_manual_pages_have_all_commands_and_options() {
     fs::create_dir(directory.path().join("man1")).unwrap();
     out(&pagestitch(directory.path(), &["man", "man1"]));
     let serve = fs::read_to_string(directory.path().join("man1/pagestitch-serve-firecracker.1")).unwrap();
-    assert!(serve.contains("\\-\\-socket\\-mode"), "{serve}");
+    assert!(serve.contains("\\-\\-socket\\-mode") && serve.contains("\\-\\-background"), "{serve}");
     let said = error_line(&pagestitch(directory.path(), &["man", "no/where"]), 1);
     assert!(said.contains("cannot write no/where: No such file"), "{said}");
     let said = error_line(&pagestitch(directory.path(), &["completions", "tcsh"]), 2);
@@ -397,6 +398,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (vec!["bench", "--compare", "a", "--report", "a"], "the report a is the earlier run a, which"),
         (serve(&["--workers", "0"]), "0 is not in 1.."),
         (serve(&["--handshake-timeout", "0"]), "0 is not in 1.."),
+        (serve(&["--background", "0"]), "nothing would be filled"),
+        (serve(&["--background", "1.5G"]), "it is no number of bytes a second"),
         (serve(&["--on-stop", "pray"]), "[possible values: finish, abandon]"),
         (serve(&["--live", "--json"]), "cannot be used with"),
         (serve(&["--record", "./a"]), "the recording ./a is the memory file a, which"),

@@ -148,6 +148,32 @@ fn a_shutdown_under_load_completes_the_memory_of_guests() {
     }
 }
 
+/// The handler is killed when it has told that the guest needs it no more.
+#[test]
+fn a_guest_that_is_filled_in_the_background_outlives_a_killed_handler() {
+    let guest = child::body(this_test!(), |socket| {
+        live(socket, 0..1, |check| {
+            let killed = || fs::exists(format!("{socket}.killed")).unwrap();
+            wait::until("the end of the handler", killed);
+            (0..PAGES).for_each(check);
+        });
+    });
+    for more in [&["--json", "--background"][..], &["--json", "--background", "64M"]] {
+        let folder = folder();
+        let mut handler = Handler::start(folder.path(), more);
+        let guest = guest.spawn(folder.path().join("socket"));
+        let filled: Value = serde_json::from_str(&handler.find_line("filled").unwrap()).unwrap();
+        assert_eq!(filled["pages_missing"], 0, "{filled}");
+        assert!((1..=PAGES as u64).contains(&filled["pages"].as_u64().unwrap()), "{filled}");
+        let detached: Value = serde_json::from_str(&handler.find_line("detached").unwrap()).unwrap();
+        assert!(detached["pid"] == filled["pid"] && detached["error"].is_null(), "{detached}");
+        handler.process.kill().unwrap();
+        handler.process.wait().unwrap();
+        fs::write(folder.path().join("socket.killed"), "").unwrap();
+        guest.wait().expect_pass();
+    }
+}
+
 #[test]
 fn each_start_error_is_one_line() {
     let folder = folder();
@@ -173,6 +199,11 @@ fn each_start_error_is_one_line() {
     fs::write(folder.path().join("short"), [0; PAGE]).unwrap();
     assert!(error_line(&["short"], 1).contains("short has 4096 bytes and its base 12288000"));
     assert!(error_line(&["--handshake-timeout", "0"], 2).contains("0 is not in 1.."));
+    assert!(error_line(&["--background", "0"], 2).contains("nothing would be filled"));
+    assert!(
+        error_line(&["--background", "quickly"], 2).contains("it is no number of bytes a second: write 4096")
+    );
+    assert!(error_line(&["--background", "-1"], 2).contains("-1"));
     assert!(error_line(&["--socket-mode", "0999"], 2).contains("say permission bits in octal"));
     assert!(error_line(&["--socket-group", "no-such-group"], 1).contains("no group 'no-such-group'"));
     assert!(error_line(&["--workers", "0"], 2).contains("0 is not in 1.."));
