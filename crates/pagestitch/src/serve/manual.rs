@@ -165,7 +165,7 @@ impl Manual {
         let group = Arc::new(group);
         let take = |member: usize| {
             let slot = state.workers.add(member).expect("there is a slot for each");
-            let worker = Worker::new(Arc::clone(&state), Arc::clone(&state.epolls()[member]), None, slot);
+            let worker = Worker::new(Arc::clone(&state), member, None, slot);
             let worker = worker.map_err(refused)?;
             group.taken.fetch_add(1, Ordering::SeqCst);
             Ok(Self { worker, group: Arc::clone(&group), member })

@@ -45,7 +45,8 @@ use nix::unistd::Pid;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Placement {
-    /// The placement that suits the machine. The default.
+    /// The placement that suits the machine. The default. A worker that serves
+    /// [adopted memory](crate::AdoptedMemory) is not pinned from then on.
     #[default]
     Auto,
     /// One worker pinned to each CPU that the process may use; in [`Auto`](Self::Auto), 32 workers at
@@ -65,6 +66,8 @@ pub(super) struct WorkerCpus {
     cpus: Vec<usize>,
     /// The number of CPUs that this process may use.
     allowed: usize,
+    /// True if the caller has not chosen the placement.
+    pub(super) is_automatic: bool,
 }
 
 impl WorkerCpus {
@@ -90,13 +93,16 @@ impl WorkerCpus {
                 let what = "a pool needs at least one worker: ask for 1 or more";
                 Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Workers))
             }
-            workers => Ok(Self { workers, cpus, allowed: allowed.len() }),
+            workers => {
+                let is_automatic = *placement == Placement::Auto;
+                Ok(Self { workers, cpus, allowed: allowed.len(), is_automatic })
+            }
         }
     }
 
     /// `workers` workers, which are not pinned to a CPU.
     pub(super) const fn anywhere(workers: usize) -> Self {
-        Self { workers, cpus: Vec::new(), allowed: 1 }
+        Self { workers, cpus: Vec::new(), allowed: 1, is_automatic: false }
     }
 
     /// True if a fault wakes all workers, because the nearest is the fastest: if they are pinned, and
@@ -109,6 +115,11 @@ impl WorkerCpus {
     /// On few CPUs the threads do not wait for each other long enough.
     pub(super) fn shards(&self) -> usize {
         if self.allowed > WAKE_ALL_MAX { self.workers.min(self.allowed) } else { 1 }
+    }
+
+    /// The CPUs to which workers are pinned.
+    pub(super) fn all(&self) -> &[usize] {
+        &self.cpus
     }
 
     pub(super) fn cpu_of(&self, worker: usize) -> Option<usize> {
@@ -182,10 +193,8 @@ mod tests {
         assert_eq!(on(64, None, &Placement::PerCpu).unwrap().workers, 64);
         let cpus = on(4, Some(3), &Placement::Cpus(vec![3, 1])).unwrap();
         assert_eq!((cpus.cpu_of(0), cpus.cpu_of(1), cpus.cpu_of(2)), (Some(3), Some(1), Some(3)));
-        assert_eq!(
-            on(4, None, &Placement::Anywhere).unwrap(),
-            WorkerCpus { workers: 4, cpus: vec![], allowed: 4 }
-        );
+        let anywhere = WorkerCpus { allowed: 4, ..WorkerCpus::anywhere(4) };
+        assert_eq!(on(4, None, &Placement::Anywhere).unwrap(), anywhere);
     }
 
     #[test]

@@ -5,6 +5,10 @@
 //! fast source, one worker that reads and fills is faster than two. With a slow source, the worker
 //! that has read ends its turn before it fills.
 //!
+//! While the region is fast, an event that wakes another worker is a wake in vain. So that worker's
+//! post stops watching the region, until a timed task looks at the region [`TURN_MAX`] later: a worker
+//! that hangs holds up the region for no longer.
+//!
 //! No event stays unread, though a worker that finds the turn taken goes away:
 //!
 //! ```text
@@ -30,6 +34,8 @@ pub(crate) struct TurnLock {
     last_read: AtomicU64,
     /// True if a timed task will look at the region in a moment.
     look_pending: AtomicBool,
+    /// A bit for each post that does not watch the region, until the next look.
+    unwatched: AtomicU64,
 }
 
 impl TurnLock {
@@ -61,13 +67,38 @@ impl TurnLock {
 
     /// Requests a look at the region in a moment. True if no such request was pending.
     pub(crate) fn request_look(&self) -> bool {
-        !self.look_pending.swap(true, Ordering::Relaxed)
+        !self.look_pending.swap(true, Ordering::SeqCst)
     }
 
     /// Called before a worker looks at the region: ends the request.
     pub(crate) fn look_begins(&self) {
-        self.look_pending.store(false, Ordering::Relaxed);
+        self.look_pending.store(false, Ordering::SeqCst);
     }
+
+    /// Lets a post of `posts` stop watching the region. The caller has to request a look afterwards.
+    /// False if no other post watches it, or the post does not watch it already.
+    pub(super) fn try_unwatch(&self, post: usize, posts: usize) -> bool {
+        let Some(bit) = bit_of(post) else { return false };
+        let all = bit_of(posts).map_or(u64::MAX, |beyond| beyond - 1);
+        let unwatch = |posts| Some(posts | bit).filter(|&after| posts & bit == 0 && after != all);
+        self.unwatched.fetch_update(Ordering::SeqCst, Ordering::SeqCst, unwatch).is_ok()
+    }
+
+    /// The posts that do not watch the region.
+    pub(super) fn unwatched(&self) -> impl Iterator<Item = usize> + use<> {
+        let posts = self.unwatched.load(Ordering::SeqCst);
+        (0..u64::BITS as usize).filter(move |post| posts >> post & 1 == 1)
+    }
+
+    /// Called when a post watches the region again.
+    pub(super) fn watched_again(&self, post: usize) {
+        self.unwatched.fetch_and(!bit_of(post).unwrap_or(0), Ordering::SeqCst);
+    }
+}
+
+/// The bit of a post in a word. `None` if the word has no bit for it.
+fn bit_of(post: usize) -> Option<u64> {
+    1u64.checked_shl(u32::try_from(post).ok()?)
 }
 
 /// Nanoseconds from the first call in this process to `moment`.
@@ -215,6 +246,19 @@ mod tests {
         assert!(!other.try_release(false), "contended still, until it has read again");
         assert!(!reads(&mut other, false) && other.try_release(false));
         assert!(lock.try_acquire().is_some());
+    }
+
+    #[test]
+    fn the_last_post_that_watches_a_region_goes_on_watching() {
+        for posts in [1, 2, 3, 63, 64, 100] {
+            let lock = TurnLock::default();
+            let unwatched = (0..posts).filter(|&post| lock.try_unwatch(post, posts)).count();
+            assert_eq!(unwatched, if posts > 64 { 64 } else { posts - 1 }, "{posts} posts");
+            assert_eq!(lock.unwatched().count(), unwatched);
+            assert!(!lock.try_unwatch(0, posts), "it does not watch already");
+            lock.unwatched().for_each(|post| lock.watched_again(post));
+            assert_eq!(lock.unwatched().count(), 0);
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use crate::serve::Served;
 use crate::serve::events::DeferredEvent;
 use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::WorkerCpus;
+use crate::serve::read_turn::TURN_MAX;
 use crate::serve::served::{
     FetchSemaphore, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, SlowAdmission,
     TimedTask, Timers,
@@ -389,12 +390,44 @@ impl ServerState {
         }
     }
 
-    /// Makes `epoll` report a shard again if there is something to read.
-    pub(super) fn rearm(&self, epoll: &Epoll, region: &Served, shard: usize) {
+    /// Makes the epoll of a post report a shard again if there is something to read; or that of another
+    /// post, if this one does not watch the region for a moment.
+    pub(super) fn rearm(&self, post: usize, region: &Served, shard: usize) {
         let uffd = region.uffd.get(shard);
-        // A new watch reports at once. A refusal means that the region is being dropped.
-        if epoll.delete(uffd).is_ok() {
+        let (before, from_post) = self.epolls.split_at(post);
+        // A new watch reports at once. Without a watch, the region is being dropped.
+        let watching = from_post.iter().chain(before).find(|epoll| epoll.delete(uffd).is_ok());
+        if let Some(epoll) = watching {
             let _ = watch(epoll, uffd, self.wakes_of(region));
+        }
+    }
+
+    /// Called at a post whose worker was woken for adopted memory while another worker reads it. The
+    /// other worker reads on, so this post need not watch meanwhile.
+    pub(super) fn leave_to_reader(&self, post: usize, region: &Arc<Served>) {
+        if region.latency.is_fast() && region.turns.try_unwatch(post, self.epolls.len()) {
+            for uffd in region.uffd.iter() {
+                // A refusal means that the region is being dropped.
+                let _ = self.epolls[post].delete(uffd);
+            }
+        }
+        // The reader may hang in a source.
+        self.look_later(region, TURN_MAX);
+    }
+
+    /// Watches a region again at the posts that have left it to a reader.
+    pub(super) fn watch_again(&self, region: &Arc<Served>) {
+        let regions = self.regions.read();
+        for post in region.turns.unwatched() {
+            // Under the lock, because the end of the service deletes the watches afterwards.
+            let watch = |uffd: &Uffd| watch(&self.epolls[post], uffd, self.wakes_of(region));
+            let is_served = |uffd: &Uffd| regions.shards.contains_key(&uffd.as_fd().as_raw_fd());
+            // Refused while the worker of that post is about to delete its watch.
+            if region.uffd.iter().filter(|uffd| is_served(uffd)).all(|uffd| watch(uffd).is_ok()) {
+                region.turns.watched_again(post);
+            } else {
+                self.look_later(region, TURN_MAX);
+            }
         }
     }
 

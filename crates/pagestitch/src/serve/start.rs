@@ -30,9 +30,8 @@ impl ServerState {
             state.workers.cancel(slot);
             error
         };
-        let ready = Arc::clone(&state.epolls[post]);
         let worker =
-            Worker::new(Arc::clone(state), ready, state.cpus.cpu_of(post), slot).map_err(|errno| {
+            Worker::new(Arc::clone(state), post, state.cpus.cpu_of(post), slot).map_err(|errno| {
                 refused(Error::refused("cannot start a worker (memory: ulimit -v, ulimit -d)", errno))
             })?;
         let named = thread::Builder::new().name(thread_name(&state.name, slot));

@@ -249,7 +249,7 @@ impl Watchdog {
         let request = self.batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         self.read.extend(request.map(|request| QueuedFault::new(region, request)));
         if again || self.batch.is_full() {
-            self.state.rearm(&self.state.epolls()[0], region, shard);
+            self.state.rearm(0, region, shard);
         }
     }
 }

@@ -31,6 +31,8 @@ use std::time::{Duration, Instant};
 pub(super) struct Worker {
     state: Arc<ServerState>,
     ready: Arc<Epoll>,
+    /// The index of `ready` among the epolls of the pool.
+    post: usize,
     /// The CPU to which it is pinned; `None` for any.
     cpu: Option<usize>,
     /// Its slot in the table of workers.
@@ -56,13 +58,15 @@ enum Round {
 impl Worker {
     pub(super) fn new(
         state: Arc<ServerState>,
-        ready: Arc<Epoll>,
+        post: usize,
         cpu: Option<usize>,
         slot: usize,
     ) -> Result<Self, Errno> {
+        let ready = Arc::clone(&state.epolls[post]);
         Ok(Self {
             state,
             ready,
+            post,
             cpu,
             slot,
             batch: Batch::with_capacity(BATCH),
@@ -158,11 +162,22 @@ impl Worker {
 
     fn pin_to_cpu(&self) {
         let Some(cpu) = self.cpu else { return };
+        self.run_on(&[cpu]);
+    }
+
+    fn run_on(&self, cpus: &[usize]) {
         let mut set = CpuSet::new();
-        let pinned = set.set(cpu).and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
-        if let Err(errno) = pinned {
-            log!(debug, cpu, %errno, "not pinned: served from any CPU, which is slower");
+        let all = cpus.iter().try_for_each(|&cpu| set.set(cpu));
+        if let Err(errno) = all.and_then(|()| sched_setaffinity(Pid::from_raw(0), &set)) {
+            log!(debug, ?cpus, %errno, "the CPUs of a worker cannot be set, so faults may be slower");
         }
+    }
+
+    /// Lets the worker run on each CPU of an automatic placement. One worker at a time serves foreign
+    /// memory, and it must not wait for its CPU while another one is idle.
+    fn unpin(&mut self) {
+        let (true, Some(_)) = (self.state.cpus.is_automatic, self.cpu.take()) else { return };
+        self.run_on(self.state.cpus.all());
     }
 
     /// Serves the pending events of a region's shard to the last, because no worker is woken a second time
@@ -171,7 +186,12 @@ impl Worker {
     fn serve_batch(&mut self, handle: &RegionHandle, shard: usize) {
         let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
-        let Some(mut turn) = region.acquire_turn() else { return self.state.look_later(&region, TURN_MAX) };
+        let Some(mut turn) = region.acquire_turn() else {
+            return self.state.leave_to_reader(self.post, &region);
+        };
+        if region.target.foreign().is_some() {
+            self.unpin();
+        }
         for _ in 0..BATCHES {
             if self.serve_read(&region, shard, &mut turn) == Err(Busy) {
                 // The turn is not released: the next worker takes it when it is late, and does not
@@ -184,7 +204,7 @@ impl Worker {
         }
         // There may always be more to read, so other regions come first.
         turn.release_unread();
-        self.state.rearm(&self.ready, &region, shard);
+        self.state.rearm(self.post, &region, shard);
     }
 
     /// Reads a batch of events, serves its first fault and queues the others.
@@ -194,7 +214,7 @@ impl Worker {
         shard: usize,
         turn: &mut ReadTurn<'_>,
     ) -> Result<(), Busy> {
-        let Self { state, ready, batch, buffers, served, slot, .. } = self;
+        let Self { state, post, batch, buffers, served, slot, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives
         // here.
         let defer = &mut |event| region.handle_deferred(event);
@@ -235,7 +255,7 @@ impl Worker {
         if batch.is_full() {
             // There may be more to read, and a source may hold this worker up: another worker
             // reads.
-            state.rearm(ready, region, shard);
+            state.rearm(*post, region, shard);
         }
         if let Some(first) = first {
             self.serve_admitted(region, first);
@@ -355,6 +375,7 @@ impl Worker {
                 Some(TimedTask::Look(handle)) => {
                     let Some(region) = handle.enter() else { continue };
                     region.turns.look_begins();
+                    self.state.watch_again(&region);
                     (0..region.uffd.count()).for_each(|shard| self.serve_batch(&handle, shard));
                 }
                 None => break,
