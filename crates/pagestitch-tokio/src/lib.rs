@@ -1,7 +1,8 @@
 //! [`pagestitch`] in a [`tokio`] runtime.
 //!
 //! * An [`AsyncSource`] reads its bytes in tasks, and a [`chunk`] of it may be part of any region.
-//!   Its fetches overlap up to a limit, and no thread waits for them.
+//!   Its fetches overlap up to a limit, and no thread waits for them. [`fetch`] is for a source that
+//!   is cached or retried.
 //! * [`serve`] is a task that serves the faults of a [`Manual`] server, on the threads of the
 //!   runtime.
 //! * [`populate()`] fills a range of a region, and no thread waits for it. Dropping it cancels it.
@@ -86,9 +87,51 @@ pub trait AsyncSource: Send + Sync {
 ///
 /// If `concurrency` is 0, because no read could ever run.
 pub fn chunk<S: AsyncSource + 'static>(source: Arc<S>, runtime: &Handle, concurrency: usize) -> Chunk {
+    Chunk::fetch(Arc::new(fetch(source, runtime, concurrency)))
+}
+
+/// A source for [`Chunk::fetch`], as [`chunk`] makes it, for the wrappers of [`pagestitch::source`].
+///
+/// ```
+/// use bytes::Bytes;
+/// use pagestitch::source::{Cached, Retrying};
+/// use pagestitch::{Chunk, Pool, Region, Retry};
+/// use pagestitch_tokio::{AsyncSource, fetch};
+/// use std::{io, sync::Arc};
+///
+/// struct Object;
+///
+/// impl AsyncSource for Object {
+///     fn size(&self) -> u64 {
+///         1 << 20
+///     }
+///     async fn read(&self, _offset: u64, len: usize) -> io::Result<Bytes> {
+///         Ok(vec![7; len].into())                                     // a GET with a Range header
+///     }
+///     fn granularity(&self) -> u64 {
+///         64 << 10
+///     }
+/// }
+///
+/// let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+/// let object = Retrying::new(fetch(Arc::new(Object), runtime.handle(), 16), Retry::times(5));
+/// let object = Arc::new(Cached::new(object, 16 << 20));               // one cache for all regions
+/// let region = Region::builder().chunk(Chunk::fetch(object)).build(&Pool::new()?)?;
+/// assert_eq!(region.as_slice()[500_000], 7);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Panics
+///
+/// If `concurrency` is 0, because no read could ever run.
+pub fn fetch<S: AsyncSource + 'static>(
+    source: Arc<S>,
+    runtime: &Handle,
+    concurrency: usize,
+) -> impl Fetch + use<S> {
     assert!(concurrency > 0, "concurrency is 0, so no read could ever run: allow 1 or more");
     let permits = Arc::new(Semaphore::new(concurrency.min(Semaphore::MAX_PERMITS)));
-    Chunk::fetch(Arc::new(InTasks { source, runtime: runtime.clone(), permits }))
+    InTasks { source, runtime: runtime.clone(), permits }
 }
 
 struct InTasks<S> {
