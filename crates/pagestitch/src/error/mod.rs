@@ -24,8 +24,8 @@ use std::{fmt, io};
 /// An error of the library. Its `Display` is one line: the thing, the reason, the remedy.
 ///
 /// Branch on its [kind](Self::kind), and read the details from the other methods: the text may
-/// change.
-#[derive(Debug)]
+/// change. `Debug`, which Rust prints for an error of `main`, shows the kind, the line, and the details
+/// that the error has.
 pub struct Error {
     kind: ErrorKind,
     message: String,
@@ -34,7 +34,7 @@ pub struct Error {
 }
 
 /// The things that an error is about.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Details {
     option: Option<BuildOption>,
     chunk: Option<usize>,
@@ -192,6 +192,30 @@ fn kind_of(errno: Errno) -> (ErrorKind, Option<Limit>) {
     }
 }
 
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Details { option, chunk, limit, path, plan_reason, errno, failure } = &*self.details;
+        let mut shown = f.debug_struct("Error");
+        // The line contains that of the source.
+        shown.field("kind", &self.kind).field("message", &self.message);
+        let details: [(&str, Option<&dyn fmt::Debug>); 7] = [
+            ("option", option.as_ref().map(|option| option as _)),
+            ("chunk", chunk.as_ref().map(|chunk| chunk as _)),
+            ("limit", limit.as_ref().map(|limit| limit as _)),
+            ("path", path.as_ref().map(|path| path as _)),
+            ("plan_reason", plan_reason.as_ref().map(|reason| reason as _)),
+            ("errno", errno.as_ref().map(|errno| errno as _)),
+            ("failure", failure.as_ref().map(|failure| failure as _)),
+        ];
+        for (name, detail) in details {
+            if let Some(detail) = detail {
+                shown.field(name, detail);
+            }
+        }
+        shown.finish()
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -288,5 +312,19 @@ impl Error {
     pub fn io_error(&self) -> Option<&io::Error> {
         let own = || self.source.as_ref()?.downcast_ref();
         self.failure().map(Failure::io_error).or_else(own)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_the_details_that_an_error_has() {
+        let plain = Error::new(ErrorKind::InvalidRecording, "the line");
+        assert_eq!(format!("{plain:?}"), "Error { kind: InvalidRecording, message: \"the line\" }");
+        let source = io::Error::from_raw_os_error(2);
+        let shown = format!("{:?}", Error::io("cannot open", Path::new("a"), source));
+        assert!(shown.ends_with(", path: \"a\", errno: 2 }"), "{shown}");
     }
 }
