@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let page = exporter.render();
     println!("{page}");
     assert!(page.contains(r#"pagestitch_pages_staged_total{region="example"}"#));
+    assert!(page.contains("# HELP pagestitch_pages_staged_total "));
     assert!(page.contains(r#"pagestitch_fault_seconds{region="example",part="fill",quantile="0.99"}"#));
     Ok(())
 }
