@@ -2,7 +2,7 @@
 //! the range on first touch. `cargo run --example adopt`. The other process is this program,
 //! started again.
 
-use pagestitch::{AdoptedMemory, Pool, Process, Region};
+use pagestitch::{AdoptedMemory, Pool, Process, Region, Support};
 use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::guest::Guest;
 use std::error::Error;
@@ -21,6 +21,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// Fills the memory of the process that connects.
 fn serve() -> Result<(), Box<dyn Error>> {
+    // Without a userfaultfd the other process ends, and this one would wait for its connection.
+    Support::probe().features()?;
     let path = env::temp_dir().join(format!("pagestitch-adopt-{}", process::id()));
     let listener = UnixListener::bind(&path)?;
     let mut other = Command::new(env::current_exe()?).arg(&path).spawn()?;

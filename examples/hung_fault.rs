@@ -31,7 +31,11 @@ fn print_faults(meter: &Meter) {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::TRACE)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
     let seconds = env::args().nth(1).map_or(Ok(1), |argument| argument.parse())?;
 
     let pool = Pool::builder().warn_after(Duration::from_millis(200)).start()?;

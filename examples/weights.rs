@@ -5,7 +5,7 @@
 //! own pages. Nothing is copied, and the page cache is the only memory.
 
 use pagestitch::source::ImmutableFile;
-use pagestitch::{Chunk, Error, Pool, Region};
+use pagestitch::{BestServer, Chunk, Error, Region, best_server};
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         write_shard(&folder, "shard-0", &[("embed", 3_000), ("layer.0", 70_000)])?,
         write_shard(&folder, "shard-1", &[("layer.1", 70_000), ("norm", 64)])?,
     ];
-    let model = Model::open(&shards, &Pool::new()?)?;
+    let model = Model::open(&shards, &best_server()?)?;
     println!("{}", model.region.plan());
     for (name, bytes) in model.tensors() {
         let floats = bytes.chunks_exact(4).map(|four| f32::from_le_bytes(four.try_into().expect("4 bytes")));
@@ -39,7 +39,7 @@ struct Model {
 }
 
 impl Model {
-    fn open(shards: &[PathBuf], pool: &Pool) -> Result<Self, Error> {
+    fn open(shards: &[PathBuf], server: &BestServer) -> Result<Self, Error> {
         let (mut builder, mut chunks) = (Region::builder().name("weights").page_aligned(), BTreeMap::new());
         for path in shards {
             // SAFETY: no process writes to a shard after it is complete. A new version gets a new
@@ -52,7 +52,7 @@ impl Model {
             }
         }
         // With `require_zero_copy`, a tensor that cannot be mapped is an error with the reason.
-        Ok(Self { region: builder.require_zero_copy().build(pool)?, chunks })
+        Ok(Self { region: builder.require_zero_copy().build(server)?, chunks })
     }
 
     fn tensor(&self, name: &str) -> Option<&[u8]> {

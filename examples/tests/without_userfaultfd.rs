@@ -10,7 +10,7 @@ use std::thread;
 
 /// The other examples are about a pool, a server that the program chooses, or the userfaultfd of
 /// another owner.
-const EXAMPLES: [&str; 10] = [
+const EXAMPLES: [&str; 11] = [
     "quickstart",
     "own_source",
     "shared_source",
@@ -19,6 +19,7 @@ const EXAMPLES: [&str; 10] = [
     "files_as_one",
     "ring_buffer",
     "hand_over",
+    "weights",
     "prometheus",
     "alias_existing_memory",
 ];
@@ -62,7 +63,9 @@ fn examples_with_memory_and_files_run_without_userfaultfd() {
 
 #[test]
 fn examples_of_a_pool_meet_the_denial() {
-    let output = run_denied("donate");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && stderr.contains("NoUserfaultfd"), "{}: {stderr}", output.status);
+    for (name, reason) in [("donate", "NoUserfaultfd"), ("adopt", "EPERM")] {
+        let output = run_denied(name);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains(reason), "{name}: {}: {stderr}", output.status);
+    }
 }
