@@ -7,13 +7,14 @@ use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Runs `work` while its threads fill the pages that they touch. One memory has the handler at a time.
-pub(super) fn serve<T>(parts: &Parts, work: impl FnOnce() -> T) -> T {
+/// Runs `work` while its threads fill the pages that they touch, with some signals masked meanwhile. One
+/// memory has the handler at a time.
+pub(super) fn serve<T>(parts: &Parts, masked: SigSet, work: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     MEMORY.store(ptr::from_ref(parts).cast_mut(), Ordering::Release);
     let flags = SaFlags::SA_SIGINFO | SaFlags::SA_NODEFER;
-    let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, SigSet::empty()));
+    let _installed = Installed::new(&SigAction::new(SigHandler::SigAction(on_bus), flags, masked));
     work()
 }
 

@@ -6,6 +6,7 @@
 //! | `copy` | the measured threads, each its own part | none: the scaling of `UFFDIO_COPY` itself |
 //! | `inline` | the touching thread, in a bare SIGBUS handler | anywhere |
 //! | `inlinelocal` | the same | by each thread in its own part |
+//! | `inlinemasked` | the same, with all signals masked meanwhile, as the library does | anywhere |
 //! | `pool` | a worker for each part, pinned to its own CPU | anywhere |
 //! | `poollocal` | the same | by each thread in its own part, on the CPU of the worker |
 //! | `pool1` | several pinned workers that wait at one userfaultfd | anywhere |
@@ -25,6 +26,7 @@ use crate::affinity::allowed;
 use crate::case::Sample;
 use crate::hot::{Hot, Touches};
 use crate::systems::PAGE;
+use nix::sys::signal::SigSet;
 use pagestitch::source::Pages;
 use pagestitch_kernel::Features;
 use parts::Parts;
@@ -37,6 +39,7 @@ pub(crate) enum Prototype {
     Copy,
     Inline,
     InlineLocal,
+    InlineMasked,
     Pool,
     PoolLocal,
     Pool1,
@@ -72,7 +75,8 @@ impl Prototype {
             Self::Copy => touches.each(touches.lists.clone(), |list| {
                 list.into_iter().for_each(|page| parts.fill_page(page));
             }),
-            Self::Inline | Self::InlineLocal => bus::serve(&parts, read),
+            Self::Inline | Self::InlineLocal => bus::serve(&parts, SigSet::empty(), read),
+            Self::InlineMasked => bus::serve(&parts, SigSet::all(), read),
             Self::Pool1 => workers::serve(&parts, setting.shards, read),
             Self::Pool | Self::PoolLocal => workers::serve(&parts, parts.count(), read),
             Self::Zero => unreachable!("the kernel fills its own pages"),
@@ -86,13 +90,15 @@ impl Prototype {
             Self::Copy => Touches::in_order(pages, threads),
             Self::InlineLocal => Touches::in_own_parts(pages, threads, seed),
             Self::PoolLocal => Touches::in_own_parts(pages, threads, seed).on(allowed()),
-            Self::Inline | Self::Pool | Self::Pool1 | Self::Zero => Touches::anywhere(pages, threads, seed),
+            Self::Inline | Self::InlineMasked | Self::Pool | Self::Pool1 | Self::Zero => {
+                Touches::anywhere(pages, threads, seed)
+            }
         }
     }
 
     const fn features(self) -> Features {
         match self {
-            Self::Inline | Self::InlineLocal => Features::SIGBUS,
+            Self::Inline | Self::InlineLocal | Self::InlineMasked => Features::SIGBUS,
             _ => Features::THREAD_ID,
         }
     }
@@ -126,6 +132,7 @@ mod tests {
             Prototype::Copy,
             Prototype::Inline,
             Prototype::InlineLocal,
+            Prototype::InlineMasked,
             Prototype::Pool,
             Prototype::PoolLocal,
             Prototype::Pool1,

@@ -214,11 +214,12 @@ enum Shards {
     ForEachCpu,
 }
 
-const PROTOTYPES: [(&str, Prototype, Shards); 8] = [
+const PROTOTYPES: [(&str, Prototype, Shards); 9] = [
     ("prototype copy", Prototype::Copy, Shards::One),
     ("prototype copy, in parts", Prototype::Copy, Shards::ForEachCpu),
     ("prototype inline", Prototype::Inline, Shards::One),
     ("prototype inlinelocal", Prototype::InlineLocal, Shards::ForEachThread),
+    ("prototype inlinemasked", Prototype::InlineMasked, Shards::One),
     ("prototype pool", Prototype::Pool, Shards::ForEachCpu),
     ("prototype poollocal", Prototype::PoolLocal, Shards::ForEachThread),
     ("prototype pool1", Prototype::Pool1, Shards::ForEachCpu),
