@@ -6,11 +6,13 @@ use crate::wrappers::{
     KIB_64, Later, Noted, PAGE, Prompt, is_right, is_right_but, region_of, region_of_fetch,
 };
 use pagestitch::source::{Cached, FailureReason};
-use pagestitch::{Chunk, ErrorKind, Pool, Readahead, Region};
+use pagestitch::{Chunk, Eager, ErrorKind, OnFailure, Pool, Readahead, Region, Retry, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::byte_at;
+use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 /// Each unit of a source is read once, whatever the order of the touches.
 #[test]
@@ -50,6 +52,49 @@ fn a_source_is_read_in_units_of_its_granularity() {
         touch_all(&region);
     });
     assert_eq!(later.noted.reads(), units);
+}
+
+/// A source of blocks whose every seventh read fails for a moment.
+struct Busy(AtomicU64);
+
+impl Source for Busy {
+    fn size(&self) -> u64 {
+        32 * KIB_64
+    }
+
+    fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(7);
+        let read = self.0.fetch_add(1, Ordering::Relaxed);
+        if read % 7 == 3 { Err(io::Error::other("busy")) } else { Ok(()) }
+    }
+
+    fn granularity(&self) -> u64 {
+        KIB_64
+    }
+}
+
+#[test]
+fn a_unit_that_fails_for_a_moment_is_read_again_as_a_whole() {
+    let pool = Pool::builder().workers(1).start().unwrap();
+    for server in 0..3 {
+        let busy = Arc::new(Busy(AtomicU64::new(0)));
+        let retry =
+            OnFailure::Retry(Retry::times(5).pause(Duration::from_millis(1), Duration::from_millis(1)));
+        let builder = Region::builder().chunk(Chunk::source(Arc::clone(&busy)).on_failure(retry));
+        let region = if server == 2 { builder.build(Eager) } else { builder.build(&pool) }.unwrap();
+        match server {
+            0 => region.populate(..).unwrap(),
+            1 => region.read_at(0, &mut vec![0; region.len()]).unwrap(),
+            _ => {}
+        }
+        assert!(region.as_slice().iter().all(|&byte| byte == 7));
+        // One by one, each page of a failed unit is a read: 16 and more for each failure.
+        let reads = busy.0.load(Ordering::Relaxed);
+        assert!(reads <= 32 + 32 / 6 + 1, "{reads} reads of 32 units, server {server}");
+        let seen = region.close();
+        assert!(seen.source_errors >= 1 || reads < 4, "{seen:?}");
+        assert_eq!(seen.source_errors, seen.source_retries, "{seen:?}");
+    }
 }
 
 /// A call reads the units that its range begins and ends in as a whole, as a fault does.

@@ -107,6 +107,27 @@ impl Recovery {
         }
     }
 
+    /// The pause before the unit that begins a span is read again as a whole, if the policy of its
+    /// chunk is to retry. `None`: its pages are read one by one, because one of them may be bad. A
+    /// source in blocks of its own reads a block for each of them.
+    fn together(&mut self, region: &Mapping, span: Span) -> Option<Duration> {
+        let chunk = region.layout.locate(region.page_size().offsets(span).start);
+        let OnFailure::Retry(retry) = region.layout.on_failure(chunk) else { return None };
+        if region.read_unit(span.first).pages == 1 {
+            return None;
+        }
+        self.attempts.source += 1;
+        let pause = retry.after(self.attempts.source, random(span));
+        if pause.is_some() {
+            region.counters.local().source_errors.add(1);
+            region.counters.local().source_retries.add(1);
+        } else {
+            // Each page alone has all of its attempts.
+            self.attempts.source = 0;
+        }
+        pause
+    }
+
     /// Applies the failure policy of a chunk to a failed read.
     fn policy(&mut self, region: &Mapping, span: Span, failure: Failure) -> Next {
         self.attempts.source += 1;
@@ -196,9 +217,20 @@ impl<'a> Sources<'a> {
     /// The next step for the first pages of a span that are not filled.
     pub(crate) fn next(&mut self, span: Span, error: InstallError) -> Next {
         if let InstallError::Several(pages) = error {
-            self.one_by_one = pages;
+            self.repeat(span, pages);
+            return Next::Now;
         }
         self.recovery.next(self.region, span, error)
+    }
+
+    /// After a read of several pages at once has failed: has them read together again, after a
+    /// pause, or one by one.
+    #[cold]
+    fn repeat(&mut self, span: Span, pages: usize) {
+        match self.recovery.together(self.region, span) {
+            Some(pause) => thread::sleep(pause),
+            None => self.one_by_one = pages,
+        }
     }
 
     /// [Reacts](Recovery::react) on a caller's thread, which sleeps through each pause.
@@ -208,7 +240,8 @@ impl<'a> Sources<'a> {
         error: InstallError,
     ) -> Result<(), Unfilled> {
         if let InstallError::Several(pages) = error {
-            self.one_by_one = pages;
+            self.repeat(claim.span(), pages);
+            return Ok(());
         }
         self.recovery.react(self.region, claim, error, |_, pause, _| {
             thread::sleep(pause.length());

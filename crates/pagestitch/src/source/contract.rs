@@ -70,8 +70,10 @@ pub trait Source: Send + Sync {
     /// It is rounded up to a power of two, and is 2 MiB at most. A fault then reads the whole unit
     /// that holds its page, counted from the source's start, and installs its pages together. Fills
     /// ahead of a fault read several units. Only absent pages with all of their bytes in one chunk
-    /// are read this way: other pages split the unit, or end it. If the read of a unit fails, the
-    /// touched page is read alone. A region that [records](crate::Builder::record) reads page by
+    /// are read this way: other pages split the unit, or end it. If the read of a unit fails, a fault
+    /// reads the touched page alone; `populate`, `read_at` and [`Eager`](crate::Eager) read the unit
+    /// again, as often as [`OnFailure::Retry`](crate::OnFailure::Retry) of the chunk tells, and then
+    /// page by page. A region that [records](crate::Builder::record) reads page by
     /// page, because only a fault tells of a touch. [`Cached`](super::Cached) reads a unit once for
     /// all regions, however their chunks split it.
     fn granularity(&self) -> u64 {
