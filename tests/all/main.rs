@@ -52,6 +52,7 @@ mod scale;
 mod shards;
 mod shared;
 mod signals;
+mod spare_uffds;
 mod splits;
 mod swap;
 mod teardown;

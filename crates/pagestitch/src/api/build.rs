@@ -130,7 +130,7 @@ fn prepare_own(
     let logical = huge && options.access == Access::ReadOnly;
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
     let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
-    let uffd = userfaultfds::register(name, uffds, &reservation)?;
+    let uffd = userfaultfds::register(name, uffds, server, &reservation)?;
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let abilities = Abilities { moves_now: !moves, minor_faults };
     let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;

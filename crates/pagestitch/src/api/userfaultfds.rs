@@ -17,7 +17,11 @@ pub(super) fn open(
     server: &Server,
 ) -> Result<Vec<Uffd>, Error> {
     let wanted = features(layout, options, server);
-    let first = Uffd::open(wanted).map_err(|error| cannot_open(name, options.inherit_on_fork, error))?;
+    let open = || match server.inner().spare_uffds() {
+        Some(spares) => spares.open(wanted),
+        None => Uffd::open(wanted),
+    };
+    let first = open().map_err(|error| cannot_open(name, options.inherit_on_fork, error))?;
     server.inner().check_features(first.features()).map_err(|error| error.inside(name))?;
     if first.mode() == FaultMode::UserOnly {
         log!(
@@ -32,7 +36,7 @@ pub(super) fn open(
         Some(shards) => {
             let shards = shards.min(blocks);
             check_mappings(shards).map_err(|error| error.inside(name))?;
-            let opened = (1..shards).map(|_| Uffd::open(wanted)).collect::<Result<Vec<_>, _>>();
+            let opened = (1..shards).map(|_| open()).collect::<Result<Vec<_>, _>>();
             uffds.extend(opened.map_err(|error| no_descriptors(shards, error).inside(name))?);
         }
         None if options.inherit_on_fork => {}
@@ -40,7 +44,7 @@ pub(super) fn open(
             let shards = server.inner().shards().min(blocks / BLOCKS_MIN);
             // A program that is short of mappings or descriptors needs them more than shards.
             if shards > 1 && mappings_left_for(shards) / MAPPINGS_SHARE >= shards {
-                let opened = (1..shards).map(|_| Uffd::open(wanted)).collect::<Result<Vec<_>, _>>();
+                let opened = (1..shards).map(|_| open()).collect::<Result<Vec<_>, _>>();
                 uffds.extend(opened.unwrap_or_default());
             }
         }
@@ -49,8 +53,14 @@ pub(super) fn open(
 }
 
 /// Registers the shards of a range, and opens the range.
-pub(super) fn register(name: &str, uffds: Vec<Uffd>, reservation: &Reservation) -> Result<Shards, Error> {
-    Shards::register(uffds, reservation).map_err(|errno| match errno {
+pub(super) fn register(
+    name: &str,
+    uffds: Vec<Uffd>,
+    server: &Server,
+    reservation: &Reservation,
+) -> Result<Shards, Error> {
+    let spares = server.inner().spare_uffds().cloned();
+    Shards::register(uffds, spares, reservation).map_err(|errno| match errno {
         Errno::ENOMEM | Errno::EAGAIN => {
             Error::unreserved(name, ReserveError::met(reservation.range().bytes(), errno))
         }

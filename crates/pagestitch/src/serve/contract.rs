@@ -5,7 +5,7 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::Mapping;
+use crate::space::{Mapping, SpareUffds};
 use pagestitch_kernel::{Features, Span, View};
 use std::fmt;
 use std::sync::Arc;
@@ -31,6 +31,11 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
     /// The number of shards that suits a large region.
     fn shards(&self) -> usize {
         1
+    }
+
+    /// The userfaultfds of its dropped regions, if it keeps them for the next ones.
+    fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
+        None
     }
 
     /// Refuses a kernel that has not granted the features that it needs.

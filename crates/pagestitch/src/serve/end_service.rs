@@ -16,7 +16,10 @@ impl Served {
     /// An owned region is **fenced**: all pages that can be missing become inaccessible. Then all
     /// waiters are woken; they retry and meet the fenced range. Missing pages of adopted memory are poisoned
     /// instead.
-    pub(crate) fn end_service(&self) {
+    ///
+    /// True if the target is fenced and no thread waited there.
+    pub(crate) fn end_service(&self) -> bool {
+        let mut has_waiters = true;
         match &self.target {
             // No page of it is missing.
             Target::Owned(_) if self.uffd.is_stand_in() => {}
@@ -34,7 +37,8 @@ impl Served {
                     std::process::abort();
                 }
                 // No thread starts to wait any more. A woken waiter may run only after the drop.
-                if self.uffd.has_waiters() {
+                has_waiters = self.uffd.has_waiters();
+                if has_waiters {
                     reservation.linger();
                 }
             }
@@ -53,6 +57,16 @@ impl Served {
             }
             self.read_without_serving(&mut Batch::with_capacity(ORPHAN_EVENTS));
             thread::yield_now();
+        }
+        !has_waiters
+    }
+
+    /// Gives the userfaultfds of an owned region back, after the end of its service and without a close.
+    /// Those with children, and those that may be registered elsewhere because a part was moved, are
+    /// closed by the drop.
+    pub(crate) fn retire_uffds(&self) {
+        if self.target.foreign().is_none() && self.children.is_none() && !self.orphans.have_moved() {
+            self.uffd.retire(self.target.addresses(self.target.all()));
         }
     }
 }

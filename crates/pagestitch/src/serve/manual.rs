@@ -7,6 +7,7 @@ use crate::serve::contract::{Attachment, Demands, FaultServer};
 use crate::serve::placement::WorkerCpus;
 use crate::serve::server_state::ServerState;
 use crate::serve::worker::Worker;
+use crate::space::SpareUffds;
 use pagestitch_kernel::Errno;
 use pagestitch_kernel::fork::ForkGeneration;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -69,6 +70,10 @@ impl FaultServer for Group {
 
     fn is_of_this_process(&self) -> bool {
         self.generation.is_current()
+    }
+
+    fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
+        Some(&self.state.spare_uffds)
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {

@@ -24,7 +24,7 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
-use crate::space::Mapping;
+use crate::space::{Mapping, SpareUffds};
 use pagestitch_kernel::fork::ForkGeneration;
 use parking_lot::Mutex;
 use std::fmt;
@@ -166,6 +166,10 @@ impl FaultServer for Pool {
 
     fn shards(&self) -> usize {
         self.handle.state.shards()
+    }
+
+    fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
+        Some(&self.handle.state.spare_uffds)
     }
 
     // A pool serves every kind of region.

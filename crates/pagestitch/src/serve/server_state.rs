@@ -16,8 +16,8 @@ use crate::serve::served::{
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
 use crate::serve::worker_threads::Threads;
-use crate::space::Mapping;
 use crate::space::page_table::Wake;
+use crate::space::{Mapping, SpareUffds};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -57,6 +57,7 @@ pub(super) struct ServerState {
     deferred: (Sender<DeferredTask>, Receiver<DeferredTask>),
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
+    pub(super) spare_uffds: Arc<SpareUffds>,
     /// The epoll flags of a region: its faults wake all workers, or one.
     wakes: EpollFlags,
     regions: RwLock<Regions>,
@@ -117,6 +118,7 @@ impl ServerState {
             deferred: bounded(DEFERRED_MAX),
             fork_reader: OnceLock::new(),
             epolls,
+            spare_uffds: Arc::default(),
             // Edge-triggered: a worker reads to the end, so epoll need not report the rest.
             wakes: EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one,
             regions: RwLock::default(),

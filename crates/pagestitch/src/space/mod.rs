@@ -13,6 +13,7 @@
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
 //! | `shards` | the userfaultfds of the pages, each for a part of the addresses |
+//! | `spare_uffds` | the userfaultfds of dropped regions, for the next ones |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
 //! | `plan` | the method by which each chunk is installed, with the reason |
 
@@ -27,6 +28,7 @@ pub(crate) mod page_table;
 mod plan;
 mod release;
 mod shards;
+mod spare_uffds;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
@@ -38,6 +40,7 @@ pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
 pub(crate) use shards::Shards;
+pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
 

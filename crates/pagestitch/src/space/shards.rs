@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   addresses   |------ shard 0 ------|------ shard 1 ------|--- shard 2 ---|    whole blocks of 2 MiB
-//!   uffds           first                 more[0]               more[1]
+//!   uffds             0                     1                     2
 //! ```
 //!
 //! The kernel has one wait queue and one lock for each userfaultfd. So threads that fault in
@@ -11,41 +11,51 @@
 //! A fill wakes only the threads that wait at its own userfaultfd. So each fill lies in one shard, and
 //! goes to the userfaultfd of that shard.
 
+use crate::space::SpareUffds;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
-use pagestitch_kernel::{AddressRange, Errno, Features, Page, PageSize, Reservation, Span, Uffd};
-use std::iter;
+use pagestitch_kernel::{AddressRange, Errno, Features, Outcome, Page, PageSize, Reservation, Span, Uffd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{iter, mem};
 
 /// The userfaultfds of a mapping, in the order of their addresses.
 #[derive(Debug)]
 pub(crate) struct Shards {
-    first: Uffd,
-    /// The userfaultfds of the shards after the first one.
+    /// One for each shard.
     ///
-    /// Invariant: all have the mode and the features of the first one.
-    more: Box<[Uffd]>,
+    /// Invariant: all have the mode and the features of the first one. Empty only while it is dropped.
+    uffds: Box<[Uffd]>,
     /// The first address.
     start: usize,
     /// The length of each shard but the last, which has the rest.
     bytes: usize,
+    /// Takes the userfaultfds when they are [retired](Self::retire).
+    spares: Option<Arc<SpareUffds>>,
+    /// True if nothing is registered with the userfaultfds any more, and no thread waits.
+    retired: AtomicBool,
 }
 
 impl Shards {
     /// One shard with all addresses.
     pub(crate) fn one(uffd: Uffd) -> Self {
-        Self { first: uffd, more: Box::default(), start: 0, bytes: usize::MAX }
+        let uffds = Box::new([uffd]);
+        Self { uffds, start: 0, bytes: usize::MAX, spares: None, retired: AtomicBool::new(false) }
     }
 
     /// Divides a reservation into as many shards as there are userfaultfds, or as it has blocks, and
-    /// registers and opens it.
-    pub(crate) fn register(mut uffds: Vec<Uffd>, reservation: &Reservation) -> Result<Self, Errno> {
+    /// registers and opens it. `spares` takes the userfaultfds after the end of the region.
+    pub(crate) fn register(
+        mut uffds: Vec<Uffd>,
+        spares: Option<Arc<SpareUffds>>,
+        reservation: &Reservation,
+    ) -> Result<Self, Errno> {
         let range = reservation.range();
         let blocks = (range.bytes() / HUGE).max(1);
         uffds.truncate(blocks);
         let bytes = (blocks / uffds.len()).max(1) * HUGE;
-        let more = uffds.split_off(1).into_boxed_slice();
-        let first = uffds.pop().expect("the caller has opened one");
-        let shards = Self { first, more, start: range.start(), bytes };
+        let (uffds, retired) = (uffds.into_boxed_slice(), AtomicBool::new(false));
+        let shards = Self { uffds, start: range.start(), bytes, spares, retired };
         let all = Span { first: Page(0), pages: reservation.pages() };
         for (uffd, span) in shards.spans(all, reservation.page_size()) {
             uffd.register_part(reservation, span, RegisterMode::MISSING)?;
@@ -58,17 +68,17 @@ impl Shards {
 
     /// The number of shards.
     pub(crate) const fn count(&self) -> usize {
-        1 + self.more.len()
+        self.uffds.len()
     }
 
     /// The userfaultfd of a shard.
     pub(crate) fn get(&self, shard: usize) -> &Uffd {
-        shard.checked_sub(1).map_or(&self.first, |index| &self.more[index])
+        &self.uffds[shard]
     }
 
     /// All userfaultfds, in the order of their shards.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Uffd> {
-        iter::once(&self.first).chain(&self.more)
+        self.uffds.iter()
     }
 
     /// The parts of a range that lie in one shard each, with their userfaultfds.
@@ -84,7 +94,7 @@ impl Shards {
 
     /// The parts of a span that lie in one shard each, with their userfaultfds.
     pub(crate) fn spans(&self, span: Span, size: PageSize) -> impl Iterator<Item = (&Uffd, Span)> {
-        let (pages, last) = (self.bytes / size.bytes(), self.more.len());
+        let (pages, last) = (self.bytes / size.bytes(), self.uffds.len() - 1);
         let mut rest = span;
         iter::from_fn(move || {
             let shard = (rest.first.0 / pages).min(last);
@@ -96,18 +106,18 @@ impl Shards {
     }
 
     /// The features of all userfaultfds.
-    pub(crate) const fn features(&self) -> Features {
-        self.first.features()
+    pub(crate) fn features(&self) -> Features {
+        self.uffds[0].features()
     }
 
     /// The faults that all userfaultfds serve.
-    pub(crate) const fn mode(&self) -> FaultMode {
-        self.first.mode()
+    pub(crate) fn mode(&self) -> FaultMode {
+        self.uffds[0].mode()
     }
 
     /// As [`Uffd::is_stand_in`].
     pub(crate) fn is_stand_in(&self) -> bool {
-        self.first.is_stand_in()
+        self.uffds[0].is_stand_in()
     }
 
     /// As [`Uffd::has_waiters`], for any shard.
@@ -123,7 +133,7 @@ impl Shards {
     /// The userfaultfd that fills a range. The range lies [in one shard](Self::in_one).
     #[inline]
     pub(crate) fn of(&self, range: AddressRange) -> &Uffd {
-        if self.more.is_empty() { &self.first } else { self.find(range) }
+        if self.count() == 1 { &self.uffds[0] } else { self.find(range) }
     }
 
     #[inline(never)]
@@ -135,27 +145,27 @@ impl Shards {
     /// The leading part of a range that lies in one shard.
     #[inline]
     pub(crate) fn in_one(&self, range: AddressRange) -> AddressRange {
-        if self.more.is_empty() { range } else { self.cut_at_border(range) }
+        if self.count() == 1 { range } else { self.cut_at_border(range) }
     }
 
     #[inline(never)]
     fn cut_at_border(&self, range: AddressRange) -> AddressRange {
         let shard = self.shard_at(range.start());
         let border = self.start + (shard + 1) * self.bytes;
-        let is_last = shard == self.more.len();
+        let is_last = shard + 1 == self.count();
         if is_last { range } else { range.prefix(border - range.start()) }
     }
 
     /// The number of the shard that holds an address of the mapping.
     fn shard_at(&self, address: usize) -> usize {
-        ((address - self.start) / self.bytes).min(self.more.len())
+        ((address - self.start) / self.bytes).min(self.count() - 1)
     }
 
     /// As [`Uffd::wake`].
     #[inline]
     pub(crate) fn wake(&self, range: AddressRange) -> Result<(), Errno> {
-        match self.more.is_empty() {
-            true => self.first.wake(range),
+        match self.count() == 1 {
+            true => self.uffds[0].wake(range),
             false => self.parts(range).try_for_each(|(uffd, part)| uffd.wake(part)),
         }
     }
@@ -164,5 +174,26 @@ impl Shards {
     pub(crate) fn unregister(&self, range: AddressRange) -> Result<(), Errno> {
         let refused = self.parts(range).filter_map(|(uffd, part)| uffd.unregister(part).err());
         refused.last().map_or(Ok(()), Err)
+    }
+
+    /// Ends the registration of a fenced range where no thread waits, so that the userfaultfds can
+    /// serve another region after the drop. If the application has changed the range, or is about
+    /// to, they are closed instead, as is each one that may serve a part of it elsewhere.
+    pub(crate) fn retire(&self, range: AddressRange) {
+        if self.spares.is_none() || self.unregister(range).is_err() {
+            return;
+        }
+        // The kernel fills nothing while an event is pending, and answers this first.
+        let page = range.prefix(PageSize::system().bytes());
+        let is_idle = |uffd: &Uffd| uffd.continue_pages(page) == Outcome::NotRegistered;
+        self.retired.store(self.iter().all(is_idle), Ordering::Release);
+    }
+}
+
+impl Drop for Shards {
+    fn drop(&mut self) {
+        if let (Some(spares), true) = (&self.spares, *self.retired.get_mut()) {
+            mem::take(&mut self.uffds).into_iter().for_each(|uffd| spares.keep(uffd));
+        }
     }
 }

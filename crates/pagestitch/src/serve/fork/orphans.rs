@@ -20,6 +20,8 @@ pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
     known: Mutex<OrphanList>,
     many: AtomicBool,
+    /// True if a part of the region was ever moved.
+    moved: AtomicBool,
     /// Limits the log lines about them.
     pub(crate) log_limit: RateLimit,
 }
@@ -37,17 +39,28 @@ impl Orphans {
         let room = if allocates { 0 } else { ROOM };
         let known =
             Mutex::new(OrphanList { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
-        Self { known, many: AtomicBool::new(false), log_limit: RateLimit::default() }
+        Self {
+            known,
+            many: AtomicBool::new(false),
+            moved: AtomicBool::new(false),
+            log_limit: RateLimit::default(),
+        }
     }
 
     /// Adds a part of a shard that was moved to `to`.
     pub(crate) fn moved(&self, shard: usize, to: usize, bytes: usize) {
+        self.moved.store(true, Ordering::Relaxed);
         self.add(OrphanKind::Region { shard, to, bytes });
     }
 
     /// Adds a child that is not served.
     pub(crate) fn child(&self, uffd: Uffd) {
         self.add(OrphanKind::Child(uffd));
+    }
+
+    /// True if a part of the region was ever moved.
+    pub(crate) fn have_moved(&self) -> bool {
+        self.moved.load(Ordering::Relaxed)
     }
 
     /// True if an orphan is a child.
