@@ -48,7 +48,7 @@ const CPU: fn(&Row) -> f64 = |row| row.cpu_ns_per_fault / 1e3;
 const GIB: fn(&Row) -> f64 = |row| row.gib_per_s;
 const ITS_CPU: &str = "its processor time a page, us";
 
-const LINES: [Line; 30] = [
+const LINES: [Line; 32] = [
     Line("random 4 KiB first touch, pool without readahead, million pages/s", BARE, RANDOM, MILLIONS),
     Line(ITS_CPU, BARE, RANDOM, CPU),
     Line(
@@ -78,6 +78,13 @@ const LINES: [Line; 30] = [
     Line(ITS_CPU, INLINE, RANDOM, CPU),
     Line("prototype `inline`: SIGBUS, one userfaultfd", "prototype inline", RANDOM, MILLIONS),
     Line(ITS_CPU, "prototype inline", RANDOM, CPU),
+    Line(
+        "prototype `inlinemasked`: the same, with all signals masked in the handler",
+        "prototype inlinemasked",
+        RANDOM,
+        MILLIONS,
+    ),
+    Line(ITS_CPU, "prototype inlinemasked", RANDOM, CPU),
     Line(
         "prototype `inlinelocal`: a userfaultfd for each thread, in its own part",
         "prototype inlinelocal",

@@ -124,7 +124,7 @@ mod tests {
         );
         assert!(line(&small, "1,000 regions on one pool").ends_with("| - | <= 1.2 | not measured |"));
         let large = table(&rows(16, &[1, 2, 4, 8, 16]));
-        assert!(!large.contains("*: more threads"));
+        assert!(!large.contains("*: more threads") && !large.contains("OTHERS"));
         assert!(line(&large, "without readahead / prototype `pool`").ends_with("| 2.00 | >= 0.8 | met |"));
         assert!(
             line(&large, "its processor time a page / at 1 thread").ends_with("| 1.75 | <= 1.2 | missed |")

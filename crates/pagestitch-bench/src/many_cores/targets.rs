@@ -37,6 +37,8 @@ pub(super) fn table(rows: &Rows<'_>) -> String {
             Some(_) => "missed",
         };
         let figure = figure.map_or_else(|| String::from("-"), digits);
+        let others = crowd(rows).map_or("many", |row| row.point.as_str());
+        let about = about.replace(OTHERS, others);
         text += &format!("| {cpus} | {about} | {figure} | {sign} {target} | {verdict} |\n");
     }
     text
@@ -93,6 +95,8 @@ fn crowd<'a>(rows: &Rows<'a>) -> Option<&'a Row> {
     of_crowd.max_by_key(|row| row.point.parse::<usize>().unwrap_or(0))
 }
 
+/// The place of the number of regions in the largest crowd.
+const OTHERS: &str = "OTHERS";
 /// A machine with that many CPUs has the targets of many.
 const MANY: usize = 16;
 
@@ -183,13 +187,13 @@ static TARGETS: [Target; 19] = [
     },
     Target {
         cpus: 2,
-        about: "building and dropping a small region among 16,000 / among 100",
+        about: "building and dropping a small region among OTHERS / among 100",
         figure: |rows| time_ratio(crowd(rows)?, "pool, defaults 100"),
         bound: Bound::AtMost(1.5),
     },
     Target {
         cpus: 2,
-        about: "open descriptors with 16,000 regions",
+        about: "open descriptors with OTHERS regions",
         figure: |rows| crowd(rows)?.descriptors.map(|descriptors| descriptors as f64),
         bound: Bound::AtMost(100.0),
     },

@@ -68,7 +68,7 @@ pub static ALL: [Workload; 14] = [
     },
     Workload {
         name: "latency",
-        about: "the wait of a thread for a page: random first touches of 64 MiB, one thread, no readahead",
+        about: "the wait of a thread for a page: random first touches of 64 MiB without readahead, by one thread unless --threads names others",
         curves: &[],
         takes_threads: true,
         cases: latency::cases,
@@ -161,7 +161,7 @@ pub static ALL: [Workload; 14] = [
     },
     Workload {
         name: "restore",
-        about: "a guest in another process, restored from a memory file of 2 GiB: four threads touch a tenth of it, at random",
+        about: "a guest in another process, restored from a memory file of 2 GiB: its threads, four unless --threads names others, touch a tenth of it at random",
         curves: &[],
         takes_threads: true,
         cases: restore::cases,

@@ -689,7 +689,7 @@ fn the_table_of_many_cores_has_every_figure() {
         ["bench", "scaling", "--table", "--quick", "--rounds", "1", "--threads", "1,4,8", "--shards", "2"];
     let said = out(&pagestitch(directory.path(), &arguments));
     let table: Vec<&str> = said.lines().filter(|line| line.starts_with("| ")).collect();
-    assert_eq!(table.len(), 1 + 30 + 1 + 19, "{said}");
+    assert_eq!(table.len(), 1 + 32 + 1 + 19, "{said}");
     assert!(table.iter().all(|line| !line.contains("| - |") && !line.ends_with("not measured |")), "{said}");
 }
 
