@@ -226,6 +226,7 @@ impl AnyRegion {
     /// This is a [`prefetch`](Self::prefetch) of the whole region, with these differences:
     ///
     /// * **Rate.** It fills no more bytes a second than [`FillRate`] says.
+    /// * **Faults first.** While threads fault in the region, it fills for 50 us in each millisecond.
     /// * **Recording first.** It begins when the pages of a [replayed](crate::Builder::replay) recording
     ///   are filled.
     /// * **Complete.** It waits for pages that other threads are filling. If

@@ -43,15 +43,20 @@ pub(crate) fn fill_requested<H: Host>(
     if region.owner_has_ended() {
         job.cancel();
     }
-    let mut ahead = Ahead { job: Some(job), ..Ahead::new(region, buffers) };
+    let (step, most) =
+        if job.is_background() { (BACKGROUND_STEP, BACKGROUND_PAGES) } else { (STEP_MAX, READ_PAGES) };
+    let mut ahead = Ahead { job: Some(job), most, ..Ahead::new(region, buffers) };
     let (mut rest, began, mut is_limited) = (block, Instant::now(), false);
-    while !rest.is_empty() && !is_limited && !job.is_cancelled() && began.elapsed() < STEP_MAX {
+    while !rest.is_empty() && !is_limited && !job.is_cancelled() && began.elapsed() < step {
         let gap = region.next_gap(rest);
         rest = rest.without_prefix(if gap.is_empty() { rest.pages } else { gap.first.0 - rest.first.0 });
         if gap.is_empty() {
             break;
         }
         is_limited = ahead.fill_first(&mut rest, gap);
+    }
+    if job.is_background() {
+        job.note_faults(region.counters.faults());
     }
     region.go_on_with(job, job.step_ended(rest, is_limited));
 }
@@ -75,13 +80,13 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
     }
 }
 
-/// The pages of one read, from the start of a gap, or a block that moves as a whole. A longer claim
-/// would hold pages that a fault may need before.
-fn one_read<H: Host>(region: &Arc<H>, gap: Span) -> Span {
+/// The pages of one read, `most` from the start of a gap, or a block that moves as a whole. A longer
+/// claim would hold pages that a fault may need before.
+fn one_read<H: Host>(region: &Arc<H>, gap: Span, most: usize) -> Span {
     if region.stageable_block(gap).is_some() || region.movable_block(gap.first) == Some(gap) {
         return gap;
     }
-    let last = Page(gap.first.0 + gap.pages.min(READ_PAGES) - 1);
+    let last = Page(gap.first.0 + gap.pages.min(most) - 1);
     gap.prefix(region.read_unit(last).end().0 - gap.first.0)
 }
 
@@ -90,6 +95,8 @@ struct Ahead<'a, H> {
     buffers: &'a mut Buffers,
     /// The prefetch that the application has requested, if it is one.
     job: Option<&'a Arc<PrefetchJob>>,
+    /// The most pages of a read for it.
+    most: usize,
     /// The pages of the last claim that are filled, fetched or failed.
     claimed: usize,
     /// The pages of all claims that are installed.
@@ -100,13 +107,13 @@ struct Ahead<'a, H> {
 
 impl<'a, H: Host> Ahead<'a, H> {
     const fn new(region: &'a Arc<H>, buffers: &'a mut Buffers) -> Self {
-        Self { region, buffers, job: None, claimed: 0, installed: 0, is_limited: false }
+        Self { region, buffers, job: None, most: READ_PAGES, claimed: 0, installed: 0, is_limited: false }
     }
 
     /// Fills the first pages of a gap, with which `rest` begins, and takes them off `rest`. True if
     /// the pages can only be filled after a pause.
     fn fill_first(&mut self, rest: &mut Span, gap: Span) -> bool {
-        let end = journey(self.region, Wanted::Absent(one_read(self.region, gap)), self);
+        let end = journey(self.region, Wanted::Absent(one_read(self.region, gap, self.most)), self);
         let is_changing = matches!(end, Err(Unfilled::Changing));
         let pages = match end {
             // It is filled, or another thread fills it, or it is poisoned.
@@ -209,3 +216,8 @@ const STEP_MAX: Duration = Duration::from_millis(1);
 /// The most pages that a requested prefetch claims at once, if no block is staged and the source
 /// prefers no larger reads.
 const READ_PAGES: usize = 64;
+/// As [`STEP_MAX`], for a background fill, for which no thread waits.
+const BACKGROUND_STEP: Duration = Duration::from_micros(50);
+/// As [`READ_PAGES`], for a background fill. A thread that reads faults of adopted memory waits for an
+/// install in progress.
+const BACKGROUND_PAGES: usize = 16;

@@ -40,8 +40,13 @@ pub(crate) struct PrefetchJob {
     block: usize,
     /// The most pages of a step.
     step: usize,
-    /// True if it waits for the pages that other threads are filling.
-    waits_for_others: bool,
+    /// True for a background fill: it waits for the pages that other threads are filling, and gives way
+    /// to faults.
+    is_background: bool,
+    /// The faults of the region at the end of the last step of a background fill.
+    faults: AtomicU64,
+    /// True if there were faults during the last step, or since the step before.
+    gives_way: AtomicBool,
     /// True if it has a rate.
     is_limited: bool,
 }
@@ -85,7 +90,7 @@ impl PrefetchJob {
         Self::of(span, block, true, limit)
     }
 
-    fn of(span: Span, block: usize, waits_for_others: bool, limit: Option<RateLimit>) -> Self {
+    fn of(span: Span, block: usize, is_background: bool, limit: Option<RateLimit>) -> Self {
         let is_limited = limit.is_some();
         let step = limit.as_ref().map_or(block, |limit| limit.step_pages().min(block));
         let state = State {
@@ -110,7 +115,9 @@ impl PrefetchJob {
             left: AtomicU64::new(span.pages as u64),
             block,
             step,
-            waits_for_others,
+            is_background,
+            faults: AtomicU64::new(0),
+            gives_way: AtomicBool::new(false),
             is_limited,
         }
     }
@@ -171,6 +178,19 @@ impl PrefetchJob {
         Some((block, state.is_queued))
     }
 
+    pub(super) const fn is_background(&self) -> bool {
+        self.is_background
+    }
+
+    /// Called at the end of a step of a background fill, with the number of all faults of the region.
+    /// The next step comes after a pause if there were new ones: their threads, and the workers that
+    /// serve them, need the processor.
+    pub(super) fn note_faults(&self, faults: u64) {
+        if self.faults.swap(faults, Ordering::SeqCst) != faults {
+            self.gives_way.store(true, Ordering::SeqCst);
+        }
+    }
+
     fn next_block(&self, state: &mut State) -> Span {
         if let Some(later) = state.later.pop() {
             let (block, rest) = (later.prefix(self.step), later.without_prefix(self.step));
@@ -191,10 +211,12 @@ impl PrefetchJob {
             self.left.fetch_add(left.pages as u64, Ordering::SeqCst);
             state.later.push(left);
         }
-        if is_limited && self.can_go_on(&state) {
+        let gives_way = self.gives_way.swap(false, Ordering::SeqCst);
+        let pause = if is_limited { Some(LIMITED) } else { gives_way.then_some(GIVEN_WAY) };
+        if let Some(pause) = pause.filter(|_| self.can_go_on(&state)) {
             // Also if it is queued: the next worker that takes it would meet the same limit.
             state.is_timed = true;
-            return NextStep::Pause(self.pause(&mut state).max(LIMITED));
+            return NextStep::Pause(self.pause(&mut state).max(pause));
         }
         self.next_step(state)
     }
@@ -235,7 +257,7 @@ impl PrefetchJob {
 
     /// Leaves a span to another thread that is filling it.
     pub(super) fn leave_to_other(&self, span: Span) {
-        if !self.waits_for_others {
+        if !self.is_background {
             return self.add_skipped(span.pages);
         }
         self.left.fetch_add(span.pages as u64, Ordering::SeqCst);
@@ -325,6 +347,8 @@ impl State {
 pub(crate) const FETCHES_MAX: usize = 16;
 /// The parts for later before their list has to grow.
 const LATER: usize = 16;
+/// The pause of a background fill after a step with faults.
+const GIVEN_WAY: Duration = Duration::from_millis(1);
 /// The pause of a job that has met a limit, or waits for other threads.
 const LIMITED: Duration = Duration::from_millis(5);
 
@@ -402,6 +426,23 @@ mod tests {
         assert_eq!(taken(&job), Some((7, 1, false)));
         assert_eq!(job.step_ended(NO_PAGES, false), NextStep::None);
         assert!(job.is_over() && job.counts() == [0; 4]);
+    }
+
+    #[test]
+    fn a_background_fill_pauses_after_faults() {
+        let job = PrefetchJob::background(Span { first: Page(0), pages: 2048 }, 512, None);
+        let step = |faults| {
+            taken(&job).unwrap();
+            job.note_faults(faults);
+            job.step_ended(NO_PAGES, false)
+        };
+        assert_eq!(step(0), NextStep::None, "it is queued");
+        assert_eq!(step(3), NextStep::Pause(GIVEN_WAY));
+        assert_eq!(taken(&job), None, "a timed task will resume it");
+        assert!(job.resume());
+        assert_eq!(step(3), NextStep::None, "it is queued");
+        assert_eq!(step(4), NextStep::None);
+        assert!(job.is_over());
     }
 
     #[test]

@@ -109,6 +109,11 @@ impl Counters {
         Self { region, page, pages, striped, in_flight, timings }
     }
 
+    /// The number of faults so far.
+    pub(crate) fn faults(&self) -> u64 {
+        self.striped.iter().map(|counted| counted.faults.0.load(Ordering::Relaxed)).sum()
+    }
+
     /// Puts a fault that was read at `read` in flight. Returns its slot, if one is left.
     pub(crate) fn begin(&self, page: Page, thread: u32, read: Instant) -> Option<usize> {
         self.in_flight.begin(page, thread, read)
