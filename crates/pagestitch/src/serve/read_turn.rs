@@ -6,8 +6,8 @@
 //! that has read ends its turn before it fills.
 //!
 //! While the region is fast, an event that wakes another worker is a wake in vain. So that worker's
-//! post stops watching the region, until a timed task looks at the region [`TURN_MAX`] later: a worker
-//! that hangs holds up the region for no longer.
+//! post stops watching the region, until a timed task looks at the region [`TURN_MAX`] later, or a
+//! worker begins work that may take long. A worker that hangs holds up the region for no longer.
 //!
 //! No event stays unread, though a worker that finds the turn taken goes away:
 //!

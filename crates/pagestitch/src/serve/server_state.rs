@@ -58,6 +58,10 @@ pub(super) struct ServerState {
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     pub(super) spare_uffds: Arc<SpareUffds>,
+    /// Regions in adopted memory that some posts do not watch for a moment.
+    left: Mutex<Vec<Arc<RegionHandle>>>,
+    /// True if there are some. It changes under the lock, except that it may stay true.
+    has_left: AtomicBool,
     /// The epoll flags of a region: its faults wake all workers, or one.
     wakes: EpollFlags,
     regions: RwLock<Regions>,
@@ -119,6 +123,8 @@ impl ServerState {
             fork_reader: OnceLock::new(),
             epolls,
             spare_uffds: Arc::default(),
+            left: Mutex::new(Vec::with_capacity(LEFT)),
+            has_left: AtomicBool::new(false),
             // Edge-triggered: a worker reads to the end, so epoll need not report the rest.
             wakes: EpollFlags::EPOLLIN | EpollFlags::EPOLLET | one,
             regions: RwLock::default(),
@@ -412,13 +418,37 @@ impl ServerState {
                 // A refusal means that the region is being dropped.
                 let _ = self.epolls[post].delete(uffd);
             }
+            self.left.lock().push(Arc::clone(region.handle()));
+            self.has_left.store(true, Ordering::SeqCst);
         }
         // The reader may hang in a source.
         self.look_later(region, TURN_MAX);
     }
 
+    /// Called before a worker begins work that may take long: it may be the only one that watches the
+    /// regions that others have left to a reader, so the others watch again.
+    pub(super) fn watch_left(&self) {
+        if !self.has_left.load(Ordering::SeqCst) {
+            return;
+        }
+        for _ in 0..LEFT {
+            let Some(handle) = self.next_left() else { return };
+            if let Some(region) = handle.enter() {
+                self.watch_again(&region);
+            }
+        }
+    }
+
+    fn next_left(&self) -> Option<Arc<RegionHandle>> {
+        let mut left = self.left.lock();
+        let next = left.pop();
+        self.has_left.store(!left.is_empty(), Ordering::SeqCst);
+        next
+    }
+
     /// Watches a region again at the posts that have left it to a reader.
     pub(super) fn watch_again(&self, region: &Arc<Served>) {
+        self.left.lock().retain(|handle| !handle.is_of(region));
         let regions = self.regions.read();
         for post in region.turns.unwatched() {
             // Under the lock, because the end of the service deletes the watches afterwards.
@@ -490,6 +520,8 @@ fn server_ended(region: &str) -> Error {
     Error::new(ErrorKind::ServerStopped, what)
 }
 
+/// The regions that are left to their readers before their list has to grow.
+const LEFT: usize = 64;
 /// The most events that may wait for a worker.
 const DEFERRED_MAX: usize = 1024;
 /// The most faults that may wait for a worker. Above this, the worker that reads a fault serves it.

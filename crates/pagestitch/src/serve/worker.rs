@@ -325,6 +325,9 @@ impl Worker {
         permit: Option<Option<Permit>>,
     ) -> bool {
         self.state.workers.step(self.slot);
+        if !region.latency.is_fast() {
+            self.state.watch_left();
+        }
         let AfterFault { prefetch, is_fetched } = serve(region, request, permit, &mut self.buffers);
         self.state.queue_prefetch(region, prefetch.into_iter().flatten());
         is_fetched
@@ -388,6 +391,7 @@ impl Worker {
         let Ok(PrefetchTask { handle, span }) = self.state.prefetches.1.try_recv() else { return };
         let Some(region) = handle.enter() else { return };
         self.state.workers.step(self.slot);
+        self.state.watch_left();
         let Some(span) = span else { return self.replay(&region) };
         let (now, later) = region.first_block(span);
         self.state.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
@@ -407,6 +411,7 @@ impl Worker {
         match handle.enter() {
             Some(region) => {
                 self.state.workers.step(self.slot);
+                self.state.watch_left();
                 fill_requested(&region, &job, block, &mut self.buffers);
             }
             None => job.end(),
