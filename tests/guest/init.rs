@@ -10,9 +10,11 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::sys::termios::{SetArg, cfmakeraw, tcdrain, tcgetattr, tcsetattr};
 use std::env;
 use std::error::Error;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 fn main() {
@@ -32,6 +34,7 @@ fn run() -> Result<i32, Box<dyn Error>> {
         fs::create_dir_all(target)?;
         mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
+    mount_disk()?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
     let serial = open_serial()?;
     let passed = match env::var("TEST_SUITE").as_deref() {
@@ -43,6 +46,16 @@ fn run() -> Result<i32, Box<dyn Error>> {
     writeln!(&serial, "GUEST-EXIT {status}")?;
     tcdrain(&serial)?;
     Ok(status)
+}
+
+/// Mounts the disk with fs-verity, if the machine has one, for every user.
+fn mount_disk() -> Result<(), Box<dyn Error>> {
+    if Path::new(DISK).exists() {
+        fs::create_dir_all(VERITY)?;
+        mount(Some(DISK), VERITY, Some("ext4"), MsFlags::empty(), None::<&str>)?;
+        fs::set_permissions(VERITY, Permissions::from_mode(0o1777))?;
+    }
+    Ok(())
 }
 
 /// Runs the tests of the guarantees, as root and as an ordinary user.
@@ -76,6 +89,9 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
     if !arguments.iter().any(|argument| argument.starts_with("--test-threads")) {
         command.arg("--test-threads=2");
     }
+    if Path::new(VERITY).exists() {
+        command.env("PAGESTITCH_VERITY", VERITY);
+    }
     command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
     let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
     if !ended.success() {
@@ -84,6 +100,9 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
     Ok(ended.success())
 }
 
+const DISK: &str = "/dev/nvme0n1";
+/// The mounted disk.
+const VERITY: &str = "/verity";
 const PHYSICAL: &str = "/tests/physical";
 const ROOT: u32 = 0;
 const ORDINARY: u32 = 65534;

@@ -162,6 +162,9 @@ impl Guest {
         for log in [&console, &tests] {
             let _ = fs::remove_file(log);
         }
+        if self.suite == Suite::Promises {
+            make_disk(&disk_in(&folder)).map_err(failed)?;
+        }
         let host =
             (self.suite == Suite::Physical).then(|| Host::start(&folder)).transpose().map_err(failed)?;
         let guest = self.emulator(&folder).stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
@@ -187,6 +190,12 @@ impl Guest {
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
         // 6.12 panics now and then on the emulated cmpxchg16b of QEMU 7.2.
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", "2", "-m", "1024"]);
+        let disk = disk_in(folder);
+        if disk.exists() {
+            // Both kernels have this driver, ext4 and fs-verity without a module.
+            let drive = format!("file={},if=none,id=disk,format=raw", disk.display());
+            command.args(["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"]);
+        }
         if self.suite != Suite::Promises {
             let memory = format!(
                 "memory-backend-file,id=shm,size=1M,share=on,mem-path={}",
@@ -267,6 +276,28 @@ impl Host {
     }
 }
 
+/// The disk of a guest, if it has one.
+fn disk_in(folder: &Path) -> PathBuf {
+    folder.join("disk")
+}
+
+/// Makes a disk with an ext4 that has fs-verity. Without `mkfs.ext4` there is none, and the test of
+/// fs-verity is skipped.
+fn make_disk(path: &Path) -> io::Result<()> {
+    File::create(path)?.set_len(DISK)?;
+    // Few features, because an old kernel lacks some of those that a new mkfs.ext4 chooses. Older kernels
+    // want blocks of a page.
+    let mut command = Command::new("/usr/sbin/mkfs.ext4");
+    command.args(["-q", "-F", "-b", "4096", "-O", "none,extent,filetype,verity"]).arg(path);
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        failed => {
+            eprintln!("SKIPPED the test of fs-verity in a guest: mkfs.ext4 -O verity ({failed:?})");
+            fs::remove_file(path)
+        }
+    }
+}
+
 /// Waits for the end of the guest, up to a limit, and says how it ended.
 fn wait(mut guest: Child) -> &'static str {
     let (send, closed) = mpsc::channel();
@@ -291,6 +322,8 @@ fn target() -> PathBuf {
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target")).join("guest")
 }
 
+/// The bytes of a guest's disk.
+const DISK: u64 = 16 << 20;
 const QEMU: &str = "qemu-system-x86_64";
 /// A guest alone on two CPUs takes about six minutes. A loaded machine takes several times as long.
 const PATIENCE: Duration = Duration::from_secs(1200);
