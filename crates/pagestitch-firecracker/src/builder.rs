@@ -114,6 +114,18 @@ impl Builder {
 
     /// Also serves guests in *this* process, whose memory the promise covers: in a test, for
     /// example. By default the handler refuses them.
+    ///
+    /// ```no_run
+    /// use pagestitch::OwnMemory;
+    /// use pagestitch_firecracker::{Handler, Snapshot};
+    ///
+    /// // SAFETY: nothing borrows from the memory that the test registers for its guest.
+    /// let promise = unsafe { OwnMemory::promise() };
+    /// let snapshot = Snapshot::open(["base.mem"])?;
+    /// let handler = Handler::builder(snapshot).own_memory(promise).bind("handler.socket")?;
+    /// # let _ = handler;
+    /// # Ok::<(), pagestitch_firecracker::Error>(())
+    /// ```
     pub const fn own_memory(mut self, promise: OwnMemory) -> Self {
         self.own = Some(promise);
         self

@@ -57,6 +57,15 @@ impl AnyRegion {
     }
 
     /// Always false, because a region has at least one byte.
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, Pool, Region};
+    /// let region = Region::builder().chunk("one byte or more").build(&Pool::new()?)?;
+    /// assert!(!region.is_empty());
+    /// let error = Region::builder().build(&Pool::new()?).unwrap_err();
+    /// assert_eq!(error.kind(), ErrorKind::NoChunks);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

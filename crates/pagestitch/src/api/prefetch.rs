@@ -74,6 +74,17 @@ impl PrefetchHandle {
 
     /// True if the prefetch is over: each page of the range was present before, or is filled, failed or
     /// skipped; or the region was dropped.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).build(&Pool::new()?)?;
+    /// let ahead = region.prefetch(..)?;
+    /// while !ahead.is_done() {
+    ///     // Work that needs no byte of the region.
+    ///     std::thread::yield_now();
+    /// }
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.job.is_over() || !self.generation.is_current()

@@ -266,6 +266,15 @@ impl Error {
     }
 
     /// The reason why a chunk cannot be mapped: for [`ErrorKind::NotZeroCopy`].
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, PlanReason, Pool, Region};
+    /// let in_memory = Region::builder().chunk(vec![7u8; 10_000]).require_zero_copy();
+    /// let error = in_memory.build(&Pool::new()?).unwrap_err();
+    /// assert_eq!((error.kind(), error.chunk()), (ErrorKind::NotZeroCopy, Some(0)));
+    /// assert_eq!(error.plan_reason(), Some(PlanReason::Memory));
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn plan_reason(&self) -> Option<PlanReason> {
         self.details.plan_reason

@@ -11,6 +11,15 @@ impl Meter {
     /// for a scrape.
     ///
     /// Serving a fault calls no recorder. Needs the feature `metrics`.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).build(&Pool::new()?)?;
+    /// let meter = region.meter();
+    /// region.populate(..)?;
+    /// meter.publish();                                            // on a timer, for example
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn publish(&self) {
         let region = || self.region().to_owned();
         describe();

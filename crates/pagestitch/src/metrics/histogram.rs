@@ -58,12 +58,31 @@ impl Histogram {
     }
 
     /// The longest duration, to within an eighth.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).record_latency().build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// let resolve = region.meter().latency().expect("it is measured").resolve;
+    /// println!("{} faults, the slowest took {:?}", resolve.count(), resolve.max());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn max(&self) -> Duration {
         self.quantile(1.0)
     }
 
     /// The non-empty buckets: the upper bound of each, and its number of durations.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).record_latency().build(&Pool::new()?)?;
+    /// let fill = region.meter().latency().expect("it is measured").fill;
+    /// for (bound, durations) in fill.steps() {
+    ///     println!("{durations} fills took at most {bound:?}");
+    /// }
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn steps(&self) -> impl Iterator<Item = (Duration, u64)> + '_ {
         let steps = self.counts.iter().enumerate().filter(|&(_, &count)| count > 0);
         steps.map(|(step, &count)| (Duration::from_nanos(end_of(step)), count))

@@ -375,6 +375,15 @@ impl Meter {
     }
 
     /// Bytes that moved in: those of donated pages, and of whole blocks filled in staging.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 8 << 20]).build(&Pool::new()?)?;
+    /// region.populate(..)?;
+    /// let (meter, copied) = (region.meter(), region.metrics().bytes_copied);
+    /// println!("{copied} bytes copied, {} moved, {} mapped", meter.bytes_moved(), meter.bytes_mapped());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn bytes_moved(&self) -> u64 {
         let metrics = self.metrics();

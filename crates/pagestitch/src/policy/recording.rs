@@ -56,6 +56,15 @@ impl Recording {
     }
 
     /// True if no page was touched.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let region = Region::builder().chunk(vec![7u8; 100_000]).record().build(&Pool::new()?)?;
+    /// assert!(region.recording().expect("it records").is_empty());
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// assert!(!region.recording().expect("it records").is_empty());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
@@ -138,6 +147,14 @@ impl Recording {
     }
 
     /// The size of the recorded pages, in bytes.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// # let region = Region::builder().chunk(vec![7u8; 100_000]).record().build(&Pool::new()?)?;
+    /// let recording = region.recording().expect("it records");
+    /// println!("{} of {} bytes were touched", recording.len() * recording.page_bytes(), recording.region_bytes());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     #[must_use]
     pub const fn page_bytes(&self) -> usize {
         self.page.bytes()

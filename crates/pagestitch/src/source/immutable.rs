@@ -102,6 +102,17 @@ impl ImmutableFile {
 
     /// As [`open`](Self::open), for a file or memfd that is already open.
     ///
+    /// ```no_run
+    /// use pagestitch::source::{ImmutableFile, SharedFile};
+    /// # fn receive() -> std::os::fd::OwnedFd { unimplemented!() }
+    ///
+    /// let received = SharedFile::try_from(receive())?;                    // from another process
+    /// // SAFETY: the sender has promised that no process changes the file from now on.
+    /// let weights = unsafe { ImmutableFile::assume(received) };
+    /// # let _ = weights;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Safety
     ///
     /// As [`open`](Self::open).

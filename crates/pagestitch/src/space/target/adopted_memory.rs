@@ -133,6 +133,15 @@ impl AdoptedMemory {
     ///
     /// [`ErrorKind::InvalidOption`] if the size is not a power of two from the system's page size
     /// to 2 MiB.
+    ///
+    /// ```no_run
+    /// # use pagestitch::AdoptedMemory;
+    /// # fn receive() -> (std::os::fd::OwnedFd, usize) { unimplemented!() }
+    /// let (uffd, address) = receive();
+    /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30).page_size(2 << 20)?;   // hugetlbfs
+    /// # let _ = memory;
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
     pub fn page_size(mut self, bytes: usize) -> Result<Self, Error> {
         let page =
             PageSize::new(bytes).filter(|page| (PageSize::system().bytes()..=HUGE).contains(&page.bytes()));
