@@ -232,7 +232,7 @@ fn print_json(measured: &Measurement) -> Result<(), Box<dyn Error>> {
         "server": if *is_eager { "eager" } else { "pool" }, "pieces": pieces, "bytes": len, "pages_touched": latencies.len(), "bytes_copied": after_touch.bytes_copied,
         "pages_copied": after_touch.pages_copied, "pages_buffered": after_touch.pages_buffered,
         "pages_gathered": after_touch.pages_gathered, "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max(),
-        "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "right": sha256 == expected,
+        "build_ns": build_ns, "touch_ns": touch_ns, "eager_ns": eager_ns, "sha256": sha256, "sha256_matches": sha256 == expected,
     });
     writeln!(stdout(), "{all}")?;
     Ok(())

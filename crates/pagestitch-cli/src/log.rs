@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
+use std::panic;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
@@ -16,7 +17,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
 /// Starts the log. `times`: each event has its time, because the command runs for days. `json`: an
-/// event is an object.
+/// event is an object, and so is a panic.
 pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool, json: bool) {
     let level = match verbose {
         0 => least,
@@ -28,6 +29,9 @@ pub(crate) fn start(verbose: u8, least: LevelFilter, times: bool, json: bool) {
         .with_writer(|| Log)
         .with_ansi(io::stderr().is_terminal() && may_color())
         .with_target(false);
+    if json {
+        panic::set_hook(Box::new(|panic| defect(Form::Json, &panic.to_string())));
+    }
     match (json, times) {
         (true, _) => log.event_format(Objects { times }).init(),
         (false, true) => log.init(),

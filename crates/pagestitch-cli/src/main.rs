@@ -152,20 +152,26 @@ fn refuse(error: &clap::Error) -> ExitCode {
     fail(&words.join(" "), None, WRONG, Form::Json)
 }
 
-/// The text of an error. A region of this command has a name that the user has not given, so the
-/// text begins without it. Other modules name the file in their errors, so an error of the system
-/// alone is of standard output.
+/// The text of an error, which names what the user has named. The user has not named the region of
+/// this command, so the text begins without it. Other modules name the file in their errors, so an
+/// error of the system alone is of standard output.
 fn reason(error: &(dyn Error + 'static)) -> String {
     let text = error.to_string();
     let alone = error.downcast_ref::<io::Error>().is_some_and(|error| error.raw_os_error().is_some());
-    match [stitch::REGION, demo::REGION]
-        .iter()
-        .find_map(|name| text.strip_prefix(&format!("region {name}: ")))
-    {
-        Some(text) => text.to_owned(),
-        None if alone => format!("cannot write standard output: {text}"),
-        None => text,
+    let of = |region| text.strip_prefix(&format!("region {region}: "));
+    match (of(stitch::REGION), of(demo::REGION)) {
+        (Some(text), _) => of_part(text, error.downcast_ref::<pagestitch::Error>()),
+        (_, Some(text)) => text.to_owned(),
+        _ if alone => format!("cannot write standard output: {text}"),
+        _ => text,
     }
+}
+
+/// The user knows a chunk as a part, counted from 1.
+fn of_part(text: &str, error: Option<&pagestitch::Error>) -> String {
+    let chunk = error.and_then(pagestitch::Error::chunk);
+    let named = chunk.and_then(|chunk| Some((chunk + 1, text.strip_prefix(&format!("chunk {chunk} "))?)));
+    named.map_or_else(|| text.to_owned(), |(part, rest)| format!("part {part} {rest}"))
 }
 
 /// Writes the reason of a failure to standard error.

@@ -327,6 +327,10 @@ impl View {
     /// Writes bytes, without a reference to the old ones. Two concurrent writers are no data race;
     /// either may win.
     ///
+    /// It takes `&self`, so that several threads can write. A slice of the view does not exclude it:
+    /// the caller of [`as_slice`](Self::as_slice) promises that no write happens meanwhile. A view
+    /// with safe slices has [`StableView::write_at`], which takes `&mut self`.
+    ///
     /// # Errors
     ///
     /// As [`read_at`](Self::read_at); `EACCES` if the reservation is read-only.

@@ -297,7 +297,7 @@ fn the_demo_checks_its_bytes_and_prints_counters() {
     let json: Value =
         serde_json::from_str(&out(&pagestitch(directory.path(), &["demo", "--json", "--file", "a"])))
             .unwrap();
-    assert_eq!((json["right"].as_bool(), json["bytes"].as_u64()), (Some(true), Some(10_000)));
+    assert_eq!((json["sha256_matches"].as_bool(), json["bytes"].as_u64()), (Some(true), Some(10_000)));
 }
 
 #[test]
@@ -573,7 +573,7 @@ fn a_demo_without_userfaultfd_says_so_and_has_the_right_bytes() {
     assert!(said.contains("seccomp profile") && said.contains("  equal"), "{said}");
     let json = out(&without_userfaultfd(directory.path(), &["demo", "--json"]));
     let json: Value = serde_json::from_str(&json).unwrap();
-    assert_eq!((&json["right"], &json["server"]), (&true.into(), &"eager".into()));
+    assert_eq!((&json["sha256_matches"], &json["server"]), (&true.into(), &"eager".into()));
 }
 
 #[test]

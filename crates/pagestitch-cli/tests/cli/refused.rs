@@ -102,10 +102,10 @@ fn an_error_of_standard_output_names_it() {
 fn a_region_has_no_invented_name_in_an_error() {
     let directory = files();
     let said = error_line(&pagestitch(directory.path(), &["stitch", "a:9000+2000"]), 1);
-    assert!(said.starts_with("pagestitch: chunk 0 ("), "{said}");
+    assert!(said.starts_with("pagestitch: part 1 ("), "{said}");
     let said = error_line(&pagestitch(directory.path(), &["--json", "stitch", "a:9000+2000"]), 1);
     assert!(
-        said.starts_with("{\"error\":\"chunk 0 (") && said.contains("\"kind\":\"InvalidChunk\""),
+        said.starts_with("{\"error\":\"part 1 (") && said.contains("\"kind\":\"InvalidChunk\""),
         "{said}"
     );
 }
