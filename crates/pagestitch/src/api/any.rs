@@ -548,7 +548,7 @@ impl Drop for AnyRegion {
         self.server.detach(&self.served);
         self.served.close();
         self.server.detach_children(&self.served);
-        log!(debug, region = self.name(), metrics = ?self.metrics().non_zero(), "region dropped");
+        log!(debug, region = self.name(), metrics = ?self.metrics(), "region dropped");
         if self.served.end_service() {
             self.served.retire_uffds();
         }

@@ -354,7 +354,7 @@ fn attach(served: Served, server: &Server) -> Result<AnyRegion, Error> {
     // Inheritance starts only after the fork reader runs: a fork blocks on its unread event while
     // it holds the allocator lock, which this thread may need.
     any.show_to_children()?;
-    log!(debug, region = any.name(), bytes = any.len(), metrics = ?any.metrics().non_zero(), "region built");
+    log!(debug, region = any.name(), bytes = any.len(), metrics = ?any.metrics(), "region built");
     Ok(any)
 }
 

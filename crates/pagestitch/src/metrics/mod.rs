@@ -23,7 +23,7 @@ use in_flight::InFlight;
 pub(crate) use in_flight::{InFlightFault, Overdue};
 use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
-use std::fmt::{self, Debug};
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -32,7 +32,17 @@ macro_rules! metrics {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// A region's counters at one moment. They only grow. They may lag: a faulting thread runs
         /// on as soon as the kernel has its page, a moment before the page is counted.
-        #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+        ///
+        /// `Debug` and `Display` show the counters that are not zero.
+        ///
+        /// ```
+        /// # use pagestitch::{Pool, Region};
+        /// let region = Region::builder().chunk(vec![7u8; 10_000]).build(&Pool::new()?)?;
+        /// region.populate(..)?;
+        /// println!("{}", region.close());                     // pages copied 3, bytes copied 12288
+        /// # Ok::<(), pagestitch::Error>(())
+        /// ```
+        #[derive(Clone, Copy, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct Metrics { $($(#[$doc])* pub $name: u64,)* }
 
@@ -325,23 +335,30 @@ pub struct Latency {
     pub resolve: Histogram,
 }
 
-/// The counters that are not zero, for a line of a log.
-struct NonZero(Metrics);
-
-impl Debug for NonZero {
+impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = f.debug_struct("Metrics");
-        self.0.all().filter(|(_, count)| *count > 0).for_each(|(name, count)| {
+        self.non_zero().for_each(|(name, count)| {
             shown.field(name, &count);
         });
         shown.finish()
     }
 }
 
+impl fmt::Display for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut counters = self.non_zero().enumerate();
+        counters.try_for_each(|(nth, (name, count))| {
+            let separator = if nth > 0 { ", " } else { "" };
+            write!(f, "{separator}{} {count}", name.replace('_', " "))
+        })
+    }
+}
+
 impl Metrics {
     /// The counters that are not zero, because a line with all of them is hard to read.
-    pub(crate) const fn non_zero(self) -> impl Debug {
-        NonZero(self)
+    fn non_zero(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.all().filter(|(_, count)| *count > 0)
     }
 
     /// A reader that is faster than readahead passes more pages than were filled ahead.
