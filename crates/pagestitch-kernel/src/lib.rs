@@ -1,4 +1,4 @@
-//! The kernel under pagestitch, made honest: the crate with the unsafe code.
+//! Type-safe wrappers of the kernel interfaces under pagestitch: the crate with the unsafe code.
 //!
 //! The modules in the order of their layers: each module uses only modules of the layers above it
 //! in this table.
