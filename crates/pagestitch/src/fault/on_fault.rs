@@ -12,7 +12,7 @@ use crate::fault::{Filler, Wanted, fill_beside, journey};
 use crate::guard::{Entered, discard};
 use crate::metrics::InFlightFault;
 use crate::policy::Prefetch;
-use crate::space::page_table::{Claim, Unclaimed, Wake};
+use crate::space::page_table::{Claim, PageState, Unclaimed, Wake};
 use pagestitch_kernel::Span;
 use std::sync::Arc;
 use std::thread;
@@ -97,7 +97,8 @@ impl<'a, H: Host> Fault<'a, H> {
         if let Some(recorder) = &region.recorder {
             recorder.note(self.asked.page);
         }
-        self.prefetch = region.policy.on_fault(filled);
+        let is_present = |page| region.pages.state(page) == PageState::Present;
+        self.prefetch = region.policy.on_fault(filled, is_present);
         region.counters.local().pages_ahead_used.add(self.prefetch.consumed as u64);
     }
 

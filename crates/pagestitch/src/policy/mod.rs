@@ -69,9 +69,9 @@ impl Policy {
     }
 
     /// Records a fault for which the caller is about to fill `filled`; returns the pages to
-    /// prefetch.
-    pub(crate) fn on_fault(&self, filled: Span) -> Prefetch {
-        self.streams.as_ref().map(|streams| streams.on_fault(filled)).unwrap_or_default()
+    /// prefetch. `is_present` tells whether another page is filled.
+    pub(crate) fn on_fault(&self, filled: Span, is_present: impl FnOnce(Page) -> bool) -> Prefetch {
+        self.streams.as_ref().map(|streams| streams.on_fault(filled, is_present)).unwrap_or_default()
     }
 
     /// Records the cost of filling the page, in nanoseconds; returns its block if that should be

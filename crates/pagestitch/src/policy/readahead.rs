@@ -13,6 +13,9 @@
 //! filled pages, so that the next window is filled while this one is read. A window of blocks has
 //! its marker *after* them, because only a whole block can move in at once.
 //!
+//! A reader that is faster than the workers faults before its marker. If that is at the start of a
+//! block, the block is filled with the fault.
+//!
 //! A stream begins with two faults on adjacent pages, and its window doubles at each marker. Random
 //! touches meet no marker, and fill one page each. The streams of a region share a
 //! [budget](BUDGET): each of many streams has a smaller window.
@@ -74,15 +77,24 @@ impl Streams {
 
     /// Records a fault that fills `filled`: its page, or the pages that its source reads at once.
     /// Returns the pages to fill in addition.
-    pub(super) fn on_fault(&self, filled: Span) -> Prefetch {
-        match self.table.take(filled) {
-            Some(stream) => self.follow(stream, filled),
-            None => {
-                // The next page becomes a marker, with no page filled after it.
-                self.table.begin(filled.end().0);
-                Prefetch::default()
-            }
+    pub(super) fn on_fault(&self, filled: Span, is_present: impl FnOnce(Page) -> bool) -> Prefetch {
+        if let Some(stream) = self.table.take(filled) {
+            return self.follow(stream, filled);
         }
+        if let Some(block) = self.block_of_fast_reader(filled.first, is_present) {
+            return Prefetch { with_fault: Some(block), ..Prefetch::default() };
+        }
+        // The next page becomes a marker, with no page filled after it.
+        self.table.begin(filled.end().0);
+        Prefetch::default()
+    }
+
+    /// The block that begins with a page, if the page before it is present: a reader comes from
+    /// there, and is faster than the workers that fill pages ahead of it.
+    fn block_of_fast_reader(&self, first: Page, is_present: impl FnOnce(Page) -> bool) -> Option<Span> {
+        let block = self.block?;
+        let follows = first.0 % block == 0 && first.0 > 0 && is_present(Page(first.0 - 1));
+        if follows { self.inside(first.0, first.0 + block) } else { None }
     }
 
     #[cold]
@@ -174,7 +186,8 @@ mod tests {
                 continue;
             }
             faults += 1;
-            let Prefetch { with_fault: now, after_fault: ahead, .. } = streams.on_fault(Page(page).span());
+            let Prefetch { with_fault: now, after_fault: ahead, .. } =
+                streams.on_fault(Page(page).span(), |_| false);
             present.extend(now.into_iter().flat_map(Span::iter).map(|page| page.0));
             if let Some(ahead) = ahead {
                 present.extend(ahead.iter().map(|page| page.0));
@@ -205,7 +218,7 @@ mod tests {
                 }
                 faults += 1;
                 let unit = Span { first: Page(page / 16 * 16), pages: 16 };
-                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(unit);
+                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(unit, |_| false);
                 for span in [Some(unit), with_fault, after_fault].into_iter().flatten() {
                     assert_eq!((span.first.0 % 16, span.pages % 16), (0, 0), "{span:?}");
                     present.extend(span.iter().map(|page| page.0));
@@ -239,7 +252,7 @@ mod tests {
                 if present.contains(&page) {
                     continue;
                 }
-                let prefetch = streams.on_fault(Page(page).span());
+                let prefetch = streams.on_fault(Page(page).span(), |_| false);
                 passed += prefetch.consumed;
                 assert_eq!(passed, ahead.range(..page).count(), "at page {page}");
                 present.extend(prefetch.with_fault.into_iter().flat_map(Span::iter).map(|page| page.0));
@@ -257,7 +270,7 @@ mod tests {
         for (pages, block) in (1..200).flat_map(|pages| [(pages, None), (pages, Some(16))]) {
             let streams = streams(pages, block);
             for page in 0..pages {
-                let prefetch = streams.on_fault(Page(page).span());
+                let prefetch = streams.on_fault(Page(page).span(), |_| false);
                 for span in [prefetch.with_fault, prefetch.after_fault].into_iter().flatten() {
                     assert!(span.end().0 <= pages && !span.is_empty(), "{span:?} of {pages}");
                 }
@@ -284,7 +297,7 @@ mod tests {
             }
             present[page] = true;
             faults[reader] += 1;
-            let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span());
+            let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span(), |_| false);
             for span in [with_fault, after_fault].into_iter().flatten() {
                 present[span.first.0..span.end().0].fill(true);
             }
@@ -316,18 +329,33 @@ mod tests {
     }
 
     #[test]
+    fn a_reader_that_is_faster_than_the_workers_faults_once_a_block() {
+        let streams = streams(100 * 512, Some(512));
+        let (mut present, mut faults) = (HashSet::new(), 0);
+        for page in 0..100 * 512 {
+            if present.insert(page) {
+                faults += 1;
+                // No page is filled ahead.
+                let answer = streams.on_fault(Page(page).span(), |page| present.contains(&page.0));
+                present.extend(answer.with_fault.into_iter().flat_map(Span::iter).map(|page| page.0));
+            }
+        }
+        assert!(faults < 4 * 512 + 100, "{faults} faults of 100 blocks");
+    }
+
+    #[test]
     fn touches_at_random_do_not_end_a_stream() {
         let (streams, mut random) = (streams(1 << 20, Some(512)), 1_usize);
         let (mut present, mut faults) = (HashSet::new(), 0);
         for page in 1..8192 {
             if present.insert(page) {
                 faults += 1;
-                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span());
+                let Prefetch { with_fault, after_fault, .. } = streams.on_fault(Page(page).span(), |_| false);
                 let spans = [with_fault, after_fault].into_iter().flatten();
                 present.extend(spans.flat_map(Span::iter).map(|page| page.0));
             }
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            streams.on_fault(Page(1 << 19 | random >> 45).span());
+            streams.on_fault(Page(1 << 19 | random >> 45).span(), |_| false);
         }
         assert!(faults < 40, "{faults} faults");
     }
@@ -353,7 +381,7 @@ mod tests {
                 let jumps_now = jump == 0 || marker == 0;
                 jumps[reader] += usize::from(jumps_now);
                 let place = if jumps_now { reader * PART + jumps[reader] * PART / 100 } else { marker };
-                let answer = streams.on_fault(Page(place).span());
+                let answer = streams.on_fault(Page(place).span(), |_| false);
                 let expected = list.remove(&place).map(|stream| {
                     // The answer for some share of the budget.
                     let mut shares = (0..=streams.budget).rev().step_by(512).chain((0..2048).rev());

@@ -208,6 +208,11 @@ impl ServerState {
         }
     }
 
+    /// True if more pages wait to be filled ahead than there are workers.
+    pub(super) fn prefetches_lag(&self) -> bool {
+        self.prefetches.1.len() > self.epolls.len()
+    }
+
     /// Queues the next pages of a region's recording, and wakes no worker either.
     pub(super) fn replay(&self, region: &Arc<Served>) {
         // If the queue is full, pages that are not replayed are filled when they are touched.

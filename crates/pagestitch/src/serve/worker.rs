@@ -21,7 +21,7 @@ use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
 use nix::unistd::Pid;
-use pagestitch_kernel::{Batch, Errno};
+use pagestitch_kernel::{Batch, Errno, Span};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -329,8 +329,26 @@ impl Worker {
             self.state.watch_left();
         }
         let AfterFault { prefetch, is_fetched } = serve(region, request, permit, &mut self.buffers);
-        self.state.queue_prefetch(region, prefetch.into_iter().flatten());
+        for span in prefetch.into_iter().flatten() {
+            self.prefetch(region, span);
+        }
         is_fetched
+    }
+
+    /// Queues pages to be filled ahead. If the workers lag behind the readers, fills the first block
+    /// at once: in the queue it would come too late, and its reader would fault page by page.
+    fn prefetch(&mut self, region: &Arc<Served>, span: Span) {
+        if !self.state.prefetches_lag() || !region.latency.is_fast() {
+            return self.state.queue_prefetch(region, Some(span));
+        }
+        self.state.workers.step(self.slot);
+        self.fill_first_block(region, span);
+    }
+
+    fn fill_first_block(&mut self, region: &Arc<Served>, span: Span) {
+        let (now, later) = region.first_block(span);
+        self.state.queue_prefetch(region, Some(later).filter(|later| !later.is_empty()));
+        fill_ahead(region, now, &mut self.buffers);
     }
 
     /// Serves queued faults, and the next fault that waits for admission, if it is admitted by now.
@@ -393,9 +411,7 @@ impl Worker {
         self.state.workers.step(self.slot);
         self.state.watch_left();
         let Some(span) = span else { return self.replay(&region) };
-        let (now, later) = region.first_block(span);
-        self.state.queue_prefetch(&region, Some(later).filter(|later| !later.is_empty()));
-        fill_ahead(&region, now, &mut self.buffers);
+        self.fill_first_block(&region, span);
     }
 
     /// Fills a part of a prefetch that the application has requested. False if there is none, or if
