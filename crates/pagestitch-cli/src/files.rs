@@ -138,6 +138,12 @@ impl<'a> Output<'a> {
     }
 }
 
+/// True if a path names standard input, and no file that can be opened by it.
+pub(crate) fn is_stdin(path: &Path) -> bool {
+    let mut names = ["/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"].into_iter();
+    path == Path::new("-") || names.any(|name| path == Path::new(name)) && !path.is_file()
+}
+
 /// True if a path names standard output.
 pub(crate) fn is_stdout(path: &Path) -> bool {
     ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"].into_iter().any(|name| path == Path::new(name))

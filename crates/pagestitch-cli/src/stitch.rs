@@ -1,6 +1,6 @@
 //! `pagestitch stitch`: parts of files as one contiguous region.
 
-use crate::files::{self, Output, is_stdout, refuse_input};
+use crate::files::{self, Output, is_stdin, is_stdout, refuse_input};
 use crate::heatmap;
 use crate::live::{self, Live};
 use crate::output::{Form, Progress, bytes, count, hexadecimal, nanoseconds, workers};
@@ -31,7 +31,8 @@ pub(crate) const REGION: &str = "stitched";
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Files, or parts of files, in order: PATH or PATH:OFFSET+LENGTH. Both are sizes, such as
-    /// 4096, 0x1000, 64K or 2G. The path - is standard input, which is read to its end first
+    /// 4096, 0x1000, 64K or 2G. The path - is standard input, which is read to its end first; a part
+    /// of it needs -- before: stitch a.bin -- -:64K+2G
     #[arg(required = true, value_name = "PART", value_parser = parts())]
     parts: Vec<Part>,
     /// Print the SHA-256 of the whole region
@@ -194,7 +195,7 @@ fn build(parts: &[Part], options: &Options, server: &BestServer) -> Result<Share
 
 /// Opens a file as a chunk, which is mapped if possible, unless `copy` is set.
 fn open(path: &Path, copy: bool) -> Result<Chunk, Box<dyn Error>> {
-    if path == Path::new("-") {
+    if is_stdin(path) {
         return Ok(standard_input(copy).map_err(|error| format!("cannot read standard input: {error}"))?);
     }
     // The source of a file reports its defects by name, and also reads block devices.

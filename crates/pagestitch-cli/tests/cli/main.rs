@@ -183,6 +183,12 @@ fn standard_input_is_a_part() {
         let said = error_line(&run(None, &[&["-"], copy].concat()), 1);
         assert!(said.contains("cannot read standard input: it is empty"), "{said}");
     }
+    // Of a pipe, too, under its other names.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pagestitch"));
+    command.args(["stitch", "/dev/stdin", "-o", "-", "-q"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&a).unwrap();
+    assert!(child.wait_with_output().unwrap().stdout == a);
     assert!(run(Some("a"), &["./-"]).status.code() == Some(1), "a file named - has another path");
 }
 
