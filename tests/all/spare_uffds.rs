@@ -3,13 +3,19 @@
 
 use crate::application::free;
 use crate::lazy::chunk_of;
-use crate::{PAGE, SIGSEGV, discard, pattern, spawn_asleep, touch, until};
+use crate::{
+    PAGE, SIGSEGV, become_ordinary_user, cannot_inherit, discard, pattern, spawn_asleep, touch, until,
+};
 use nix::libc;
-use pagestitch::{Chunk, Manual, Pool, Readahead, Region};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pagestitch::{Chunk, ErrorKind, Manual, Pool, Readahead, Region};
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::Scripted;
 use pagestitch_testkit::{child, this_test};
 use std::fs;
+use std::io::Write;
+use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -183,6 +189,65 @@ fn a_manual_keeps_userfaultfds_too() {
         drop(manual);
         drop(region);
         assert_eq!(userfaultfds(), 0);
+    });
+    end.expect_pass();
+}
+
+/// A userfaultfd belongs to the addresses of the process that has opened it, so one of the parent would
+/// register the parent's memory at the address of the child's region.
+#[test]
+fn a_forked_child_builds_no_region_with_a_kept_userfaultfd() {
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(2).start().unwrap();
+        drop(region(&pattern(1, 10 * PAGE), &pool));
+        assert_eq!(userfaultfds(), 1);
+        let refused = || {
+            let built = Region::builder().chunk(vec![1u8; 10 * PAGE]).readahead(Readahead::None).build(&pool);
+            i32::from(built.unwrap_err().kind() != ErrorKind::ForkedChild)
+        };
+        assert!(ForkedChild::start(refused).succeeds());
+        let bytes = pattern(2, 10 * PAGE);
+        assert_eq!(region(&bytes, &pool).as_slice(), bytes);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn kept_userfaultfds_are_closed_where_a_region_needs_their_descriptors() {
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(2).start().unwrap();
+        let regions: Vec<_> = (0..20).map(|_| region(&[7; 10], &pool)).collect();
+        drop(regions);
+        assert_eq!(userfaultfds(), 20);
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
+        let _others: Vec<_> = iter::from_fn(|| fs::File::open("/").ok()).collect();
+        // It needs other features, so none of the kept ones suits it.
+        let builder = Region::builder().chunk(vec![5u8; 10 * PAGE]).inherit_on_fork();
+        match builder.build(&pool) {
+            Ok(region) => assert_eq!(region.as_slice(), [5; 10 * PAGE]),
+            Err(error) => assert!(cannot_inherit(&error), "{error}"),
+        }
+    });
+    end.expect_pass();
+}
+
+/// A process that gives up its privileges opens userfaultfds for user code only from then on.
+#[test]
+fn a_region_with_a_kept_userfaultfd_tells_whether_each_page_is_served_to_system_calls() {
+    let end = child::run(this_test!(), || {
+        let pool = Pool::builder().workers(2).start().unwrap();
+        drop(region(&[7; 10], &pool));
+        become_ordinary_user();
+        let region = Region::builder()
+            .chunk(Chunk::hole(8 << 20))
+            .readahead(Readahead::None)
+            .shards(2)
+            .build(&pool)
+            .unwrap();
+        let mut null = fs::File::from(nix::unistd::pipe().unwrap().1);
+        let served = region.as_slice().chunks(4 << 20).all(|half| null.write_all(&half[..10]).is_ok());
+        assert_eq!(region.serves_system_calls(), served);
     });
     end.expect_pass();
 }

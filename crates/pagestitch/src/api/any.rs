@@ -532,9 +532,10 @@ impl fmt::Debug for AnyRegion {
 ///    children are torn down in the same way; their absent pages are poisoned.
 /// 3. Fence: the whole range becomes inaccessible (in adopted memory, absent pages are poisoned).
 /// 4. Wake: the waiting threads fault again and meet the fence.
-/// 5. Close the uffds, or keep them for other regions, and unmap, when the last `Arc` is dropped. If a thread waited at step 3, the
-///    addresses stay fenced for a second ([`ranges`](pagestitch_kernel::ranges)): the thread may
-///    run after all of this, and must not meet another mapping there.
+/// 5. Close the uffds, or keep them for other regions, and unmap, when the last `Arc` is dropped. If a
+///    thread waited at step 3, the addresses stay fenced for a second
+///    ([`ranges`](pagestitch_kernel::ranges)): the thread may run after all of this, and must not meet
+///    another mapping there.
 impl Drop for AnyRegion {
     fn drop(&mut self) {
         if !self.server.is_of_this_process() {

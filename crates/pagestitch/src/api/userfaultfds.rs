@@ -23,13 +23,6 @@ pub(super) fn open(
     };
     let first = open().map_err(|error| cannot_open(name, options.inherit_on_fork, error))?;
     server.inner().check_features(first.features()).map_err(|error| error.inside(name))?;
-    if first.mode() == FaultMode::UserOnly {
-        log!(
-            debug,
-            region = name,
-            "faults of system calls are not served: populate() before a system call reads the region"
-        );
-    }
     let mut uffds = vec![first];
     let blocks = (bytes / HUGE).max(1);
     match options.shards {
@@ -48,6 +41,13 @@ pub(super) fn open(
                 uffds.extend(opened.unwrap_or_default());
             }
         }
+    }
+    if uffds.iter().any(|uffd| uffd.mode() == FaultMode::UserOnly) {
+        log!(
+            debug,
+            region = name,
+            "faults of system calls are not served: populate() before a system call reads the region"
+        );
     }
     Ok(uffds)
 }

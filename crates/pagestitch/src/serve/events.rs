@@ -130,6 +130,8 @@ impl Served {
         (from, to, bytes): (usize, usize, usize),
         defer: &mut dyn FnMut(DeferredEvent) -> Result<(), DeferredEvent>,
     ) {
+        // Also of an event without pages, which tells of a duplicate of shared memory.
+        self.orphans.note_move();
         for span in self.target.pages_in(from, from.saturating_add(bytes)) {
             let range = self.target.addresses(span);
             // At the same distance from the new address as from the old one.

@@ -73,7 +73,7 @@ impl FaultServer for Group {
     }
 
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
-        Some(&self.state.spare_uffds)
+        self.generation.is_current().then_some(&self.state.spare_uffds)
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {

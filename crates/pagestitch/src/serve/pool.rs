@@ -169,7 +169,7 @@ impl FaultServer for Pool {
     }
 
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
-        Some(&self.handle.state.spare_uffds)
+        self.handle.generation.is_current().then_some(&self.handle.state.spare_uffds)
     }
 
     // A pool serves every kind of region.
@@ -519,5 +519,27 @@ mod tests {
         assert_eq!(pool.clone().stop().unwrap(), Report { workers: 3, faults: 0 });
         let error = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ServerStopped);
+    }
+
+    /// A worker that requests another look at a region while its service ends leaves no watch.
+    #[test]
+    fn the_end_of_service_leaves_no_watch_behind() {
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let state = &pool.handle.state;
+        let region = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap();
+        let served = region.served();
+        for _ in 0..3000 {
+            let ends = Barrier::new(2);
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    ends.wait();
+                    (0..10).for_each(|_| state.rearm(0, served, 0));
+                });
+                ends.wait();
+                state.remove(served);
+            });
+            assert!(state.epolls[0].delete(served.uffd.get(0)).is_err(), "a watch is left");
+            state.add(served).unwrap();
+        }
     }
 }

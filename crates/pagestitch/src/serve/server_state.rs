@@ -169,7 +169,7 @@ impl ServerState {
         while let Ok((region, event)) = self.deferred.1.try_recv() {
             match event {
                 DeferredEvent::Child(child) => self.serve_child(&region, child),
-                DeferredEvent::NoDescriptor => self.reap_children(&region),
+                DeferredEvent::NoDescriptor => self.free_descriptors(&region),
                 event => drop(region.handle_deferred(event)),
             }
             // This may be the last reference to the region.
@@ -371,6 +371,12 @@ impl ServerState {
         }
     }
 
+    /// Releases the descriptors of children whose processes have ended, and those that no region needs.
+    fn free_descriptors(&self, parent: &Served) {
+        self.reap_children(parent);
+        self.spare_uffds.close_all();
+    }
+
     /// Releases the children whose processes have ended.
     fn reap_children(&self, parent: &Served) {
         for dead in parent.children.iter().flat_map(|children| children.reap()) {
@@ -408,6 +414,12 @@ impl ServerState {
     pub(super) fn rearm(&self, post: usize, region: &Served, shard: usize) {
         let uffd = region.uffd.get(shard);
         let (before, from_post) = self.epolls.split_at(post);
+        // Under the lock, because the end of the service deletes the watches afterwards. A watch that is
+        // left would be in the way of the next region that has this userfaultfd.
+        let regions = self.regions.read();
+        if !regions.shards.contains_key(&uffd.as_fd().as_raw_fd()) {
+            return;
+        }
         // A new watch reports at once. Without a watch, the region is being dropped.
         let watching = from_post.iter().chain(before).find(|epoll| epoll.delete(uffd).is_ok());
         if let Some(epoll) = watching {

@@ -24,7 +24,7 @@ use std::{iter, mem};
 pub(crate) struct Shards {
     /// One for each shard.
     ///
-    /// Invariant: all have the mode and the features of the first one. Empty only while it is dropped.
+    /// Invariant: all have the features of the first one. Empty only while it is dropped.
     uffds: Box<[Uffd]>,
     /// The first address.
     start: usize,
@@ -110,9 +110,11 @@ impl Shards {
         self.uffds[0].features()
     }
 
-    /// The faults that all userfaultfds serve.
+    /// The faults that all userfaultfds serve. One of a dropped region may serve more than others, because
+    /// the process has given up privileges since.
     pub(crate) fn mode(&self) -> FaultMode {
-        self.uffds[0].mode()
+        let restricted = self.iter().map(Uffd::mode).find(|&mode| mode == FaultMode::UserOnly);
+        restricted.unwrap_or(FaultMode::All)
     }
 
     /// As [`Uffd::is_stand_in`].

@@ -4,8 +4,9 @@
 //! To end the registration of one range takes a microsecond.
 
 use pagestitch_kernel::uffd::{OpenError, kernel_features};
-use pagestitch_kernel::{Features, Uffd};
+use pagestitch_kernel::{Errno, Features, Uffd};
 use parking_lot::Mutex;
+use std::mem;
 
 /// Userfaultfds without a registration, an event and a waiting thread.
 #[derive(Debug, Default)]
@@ -21,9 +22,19 @@ impl SpareUffds {
             Some(spare) => Ok(spare),
             None => {
                 drop(spares);
-                Uffd::open(wanted)
+                let is_short = |error: &OpenError| matches!(error.system_call, Errno::EMFILE | Errno::ENFILE);
+                match Uffd::open(wanted) {
+                    Err(error) if is_short(&error) && self.close_all() => Uffd::open(wanted),
+                    opened => opened,
+                }
             }
         }
+    }
+
+    /// Closes all that are kept, because their descriptors are needed. False if there are none.
+    pub(crate) fn close_all(&self) -> bool {
+        let spares = mem::take(&mut *self.0.lock());
+        !spares.is_empty()
     }
 
     /// Keeps a userfaultfd, or closes it if there are enough.

@@ -20,7 +20,7 @@ pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
     known: Mutex<OrphanList>,
     many: AtomicBool,
-    /// True if a part of the region was ever moved.
+    /// True if a part of the region, or a duplicate of it, was ever moved.
     moved: AtomicBool,
     /// Limits the log lines about them.
     pub(crate) log_limit: RateLimit,
@@ -47,9 +47,13 @@ impl Orphans {
         }
     }
 
+    /// Notes that memory which is registered with a userfaultfd of the region was moved.
+    pub(crate) fn note_move(&self) {
+        self.moved.store(true, Ordering::Relaxed);
+    }
+
     /// Adds a part of a shard that was moved to `to`.
     pub(crate) fn moved(&self, shard: usize, to: usize, bytes: usize) {
-        self.moved.store(true, Ordering::Relaxed);
         self.add(OrphanKind::Region { shard, to, bytes });
     }
 
@@ -58,7 +62,7 @@ impl Orphans {
         self.add(OrphanKind::Child(uffd));
     }
 
-    /// True if a part of the region was ever moved.
+    /// True if a part of the region, or a duplicate of it, was ever moved.
     pub(crate) fn have_moved(&self) -> bool {
         self.moved.load(Ordering::Relaxed)
     }
