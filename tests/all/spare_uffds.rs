@@ -19,6 +19,7 @@ use std::iter;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 /// The number of open userfaultfds of this process.
 fn userfaultfds() -> usize {
@@ -134,7 +135,9 @@ fn discards_during_a_drop_neither_hang_nor_meet_the_next_region() {
             scope(|scope| {
                 scope.spawn(|| {
                     // Ends with ENOMEM when the range is unmapped. No other mapping is made meanwhile.
-                    while !ends.load(Ordering::SeqCst) && try_discard(start, 10 * PAGE) {}
+                    while !ends.load(Ordering::SeqCst) && try_discard(start, 10 * PAGE) {
+                        thread::yield_now();
+                    }
                 });
                 until(|| region.metrics().faults > 0);
                 drop(region);
