@@ -11,10 +11,13 @@ use pagestitch::source::{Donated, FileSource};
 use pagestitch::{
     BuildOption, Chunk, ErrorKind, Limit, Manual, Placement, Pool, Readahead, Region, SharedRegion,
 };
+use pagestitch_kernel::memfd::UnsealedMemfd;
+use pagestitch_kernel::{Access, Page, PageSize, View};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::fs;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -295,6 +298,29 @@ fn more_shards_than_descriptors_are_refused_with_the_limit() {
         assert_eq!((error.kind(), error.option()), (ErrorKind::LimitReached, Some(BuildOption::Shards)));
         assert_eq!(error.limit(), Some(Limit::Descriptors(64)), "{error}");
         assert_eq!(build(8).unwrap().as_slice()[1 << 29], 0, "no descriptor has leaked");
+    });
+    end.expect_pass();
+}
+
+#[test]
+#[cfg_attr(
+    sanitized = "thread",
+    ignore = "the sanitizer maps memory of its own, which does not fit the limit"
+)]
+fn more_shards_than_mappings_are_refused_with_the_limit() {
+    let end = child::run(this_test!(), || {
+        let pool = pool();
+        let build = |shards| Region::builder().chunk(Chunk::hole(1 << 30)).shards(shards).build(&pool);
+        let memfd = UnsealedMemfd::create("every", PAGE as u64).unwrap().seal().unwrap();
+        let pages = NonZeroUsize::new(200_000).unwrap();
+        let (reservation, mut view) = View::reserve(pages, PageSize::system(), Access::ReadOnly).unwrap();
+        // Maps every other page of a large range, until the process has no mappings left.
+        let mapped = (0..100_000).take_while(|i| view.map(Page(i * 2).span(), &memfd, 0).is_ok()).count();
+        assert!(mapped < 100_000, "vm.max_map_count is larger than this test expects");
+        let error = build(100).unwrap_err();
+        assert_eq!((error.kind(), error.option()), (ErrorKind::LimitReached, Some(BuildOption::Shards)));
+        drop((view, reservation));
+        assert_eq!(build(100).unwrap().shards().len(), 100);
     });
     end.expect_pass();
 }

@@ -47,6 +47,8 @@ tally! {
     locked,
     /// Rounds without their locks, because the process may not lock.
     locked_skipped,
+    /// Shards of the regions that were built.
+    shards,
     /// Calls on a part of a region, most of which split its mapping.
     splits,
     /// Donations whose chunks have another order, and share pages.

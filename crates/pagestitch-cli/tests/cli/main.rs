@@ -755,5 +755,5 @@ fn a_second_of_stress_passes_and_prints_counters() {
     let counted = |name: &str| counts[name].is_u64();
     let parts =
         ["locked", "locked_skipped", "splits", "donated_rotations", "hugetlb_parts", "hugetlb_parts_skipped"];
-    assert!(parts.into_iter().chain(["stopped"]).all(counted), "{said}");
+    assert!(parts.into_iter().chain(["stopped", "shards"]).all(counted), "{said}");
 }
