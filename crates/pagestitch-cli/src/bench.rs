@@ -46,8 +46,9 @@ pub(crate) struct Options {
     /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]
     quick: bool,
-    /// Measure the workload scaling and points of others in under four minutes, and print a table of
-    /// figures by the number of threads and of ratios with their targets, in Markdown
+    /// Measure the workload scaling and points of others, in under four minutes on an idle machine,
+    /// and print a table of figures by the number of threads and of ratios with their targets, in
+    /// Markdown
     #[arg(long)]
     table: bool,
     /// Write an HTML page with tables and curves, which needs no other file

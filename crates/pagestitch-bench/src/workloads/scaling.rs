@@ -102,9 +102,9 @@ impl Touched {
     /// Each thread touches its own part, which is a shard, on the CPU of the shard's worker.
     fn on_own_cpus(&self) -> Sample {
         let cpus = allowed();
-        let workers = cpus[..self.threads.min(cpus.len())].to_vec();
-        let region = with_shards(self.region(), self.shards.or(Some(workers.len())));
-        let pool = Pool::builder().placement(Placement::Cpus(workers)).start().expect("a pool");
+        let pool = Pool::builder().workers(self.threads).placement(Placement::Cpus(cpus.clone()));
+        let pool = pool.start().expect("a pool");
+        let region = with_shards(self.region(), self.shards.or(Some(self.threads)));
         let region = region.readahead(Readahead::None).build(&pool).expect("a region");
         self.read(&Touches::in_own_parts(self.pages, self.threads, self.seed).on(cpus), region.as_slice())
     }
