@@ -2,8 +2,12 @@
 //! faults holds.
 
 use crate::PAGE;
+use crate::guests::{adopt, lacks_poison};
 use pagestitch::{Chunk, Pool, Readahead, Region, Source};
+use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::this_test;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
@@ -122,6 +126,41 @@ fn at_max_workers_one_worker_serves_the_regions_that_do_not_hang() {
         assert!(is_read_by(&pool(), hangs_at_once, quick));
         let slow = |pool: &Pool| region(&Slow::new(20, Duration::from_millis(3)), pool, None);
         assert!(is_read_by(&pool(), hangs_at_once, slow));
+    }
+}
+
+/// While its faults are fast, all workers but one leave adopted memory to a reader. That reader then
+/// hangs in the source, and no worker may take its place.
+#[test]
+fn a_hanging_page_of_adopted_memory_delays_no_other_page() {
+    if lacks_poison(this_test!()) {
+        return;
+    }
+    const PAGES: usize = 4000;
+    for most in [2, 8] {
+        let pool = Pool::builder().workers(2).max_workers(most).start().unwrap();
+        let at = PAGES * PAGE / 2;
+        let source = Arc::new(Scripted::new((PAGES * PAGE) as u64).holding(at as u64..at as u64 + 1));
+        let guest = Guest::new(&[PAGES * PAGE], false).unwrap();
+        let builder = Region::builder().chunk(Chunk::source(Arc::clone(&source))).readahead(Readahead::None);
+        let region = builder.build_adopted(adopt(&guest), &pool).unwrap();
+        scope(|scope| {
+            let (done, threads) = mpsc::channel();
+            for thread in 0..4 {
+                let (done, guest) = (done.clone(), &guest);
+                scope.spawn(move || {
+                    for offset in (thread * PAGE..PAGES * PAGE).step_by(4 * PAGE) {
+                        assert_eq!(guest.read(offset), byte_at(offset as u64));
+                    }
+                    done.send(thread)
+                });
+            }
+            let others: Vec<_> = (0..3).map_while(|_| threads.recv_timeout(crate::HANG).ok()).collect();
+            source.release();
+            assert!(others.len() == 3 && !others.contains(&0), "{others:?}");
+            assert_eq!(threads.recv_timeout(crate::HANG), Ok(0));
+        });
+        region.finish().unwrap();
     }
 }
 

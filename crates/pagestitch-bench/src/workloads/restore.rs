@@ -7,7 +7,7 @@ use crate::manual_page::serve_plainly;
 use crate::measure::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch::source::{FileSource, UnsealedMemfd};
-use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Pool, Readahead, Region};
+use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, FillRate, Pool, Readahead, Region};
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::memfd::SealedMemfd;
 use std::cell::RefCell;
@@ -48,6 +48,17 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
             };
             case(system, Box::new(serve));
         }
+        let filling = pool.clone();
+        case(
+            FILLING,
+            Box::new(move |snapshot, guest| {
+                snapshot.restore(guest, |fd, start| {
+                    let region = snapshot.region(fd, start, &filling, |builder| builder);
+                    let fill = region.fill_in_background(FillRate::Unlimited).expect("a pool");
+                    move || drop((fill, region))
+                })
+            }),
+        );
         let pool = pool.clone();
         case(
             REPLAY,
@@ -195,6 +206,7 @@ fn handshake(stream: &UnixStream) -> (OwnedFd, usize) {
 const THREADS: usize = 4;
 const OURS: &str = "pool, defaults";
 const REPLAY: &str = "pool, replaying";
+const FILLING: &str = "pool, in background";
 const BARE: &str = "pool, no readahead";
 const PLAIN: &str = "plain handler";
 const EAGER: &str = "eager copy";
