@@ -129,7 +129,7 @@ fn is_file(target: &str) -> bool {
 }
 
 /// The files below the root with this ending, without folders of builds and hidden ones. A folder walk
-/// in place of git, because a user who tests the sources need not be their owner, nor have a clone.
+/// in place of git, because the user of a test run need not own the sources, nor have a clone.
 fn files(ending: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![PathBuf::from(ROOT)];
