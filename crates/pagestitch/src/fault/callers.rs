@@ -33,6 +33,8 @@ impl FillingCaller {
     /// If all slots are taken, the pages are not announced, and a handler that touches them waits
     /// forever.
     pub(crate) fn new(region: &Mapping, span: Span) -> Self {
+        // Before the slot is taken, because a signal may arrive right after that.
+        ANNOUNCED.fetch_add(1, Ordering::SeqCst);
         let thread = this_thread();
         let start = thread as usize % SLOTS.len();
         let slot = SLOTS[start..]
@@ -55,6 +57,7 @@ impl Drop for FillingCaller {
             slot.pages.store(0, Ordering::SeqCst);
             slot.thread.store(0, Ordering::SeqCst);
         }
+        ANNOUNCED.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -81,9 +84,16 @@ pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
     SLOTS.iter().any(|slot| slot.holds(thread, region, page))
 }
 
+/// Whether the calling thread is filling a page itself. Costs one load while no caller fills pages.
+pub(crate) fn fills_itself(region: &Mapping, page: Page) -> bool {
+    ANNOUNCED.load(Ordering::SeqCst) > 0 && fills(this_thread(), region, page)
+}
+
 /// The kernel's number of this thread. Async-signal-safe: a plain system call.
 pub(crate) fn this_thread() -> u32 {
     gettid().as_raw() as u32
 }
 
+/// The number of callers that fill pages, also of those without a slot.
+static ANNOUNCED: AtomicUsize = AtomicUsize::new(0);
 static SLOTS: [Slot; 256] = [const { Slot::free() }; 256];

@@ -21,9 +21,8 @@ use pagestitch_kernel::sigbus::{FaultHandler, Registration};
 use pagestitch_kernel::striped::{STRIPES, Stripe, own_stripe};
 use pagestitch_kernel::{Page, Span};
 use parking_lot::{Mutex, MutexGuard};
-use std::fmt;
 use std::sync::Arc;
-use std::thread;
+use std::{fmt, hint, thread};
 
 /// The thread that touches a page fills it itself, in a SIGBUS handler. This takes about half the
 /// time, because no thread is woken. Linux 4.14.
@@ -38,6 +37,8 @@ use std::thread;
 ///   [policy](crate::OnFailure): `populate` applies the policy, and tells the reason.
 /// * **System calls** that touch an absent page fail with `EFAULT`: call
 ///   [`populate`](crate::AnyRegion::populate) before.
+/// * **Many threads**: the kernel delivers all signals of a process under one lock. With more than about
+///   four threads that fault all the time, the throughput does not grow further: a pool serves more.
 /// * **Readahead**: none. A fault fills one page; `populate` pages that are read in any case.
 /// * **SIGBUS handlers** of the application that are installed before the first inline region: our
 ///   handler calls them for the signals of other memory, with the mask that they were installed
@@ -251,18 +252,16 @@ fn serve(region: &Served, page: Page) -> bool {
     }
     region.counters.local().faults.add(1);
     let mut handler = InHandler { region, before, buffer: None };
+    if before.is_claimed() {
+        // Not a journey: its claim would ask the other thread for a wake, and no thread sleeps.
+        return handler.share(page);
+    }
     match journey(region, Wanted::Touched(page, page.span()), &mut handler) {
         // If the memory map is changing, the thread touches the page again.
         Ok(()) | Err(Unfilled::Changing) => true,
-        // A handler that has interrupted this thread while it fills the page.
-        Err(Unfilled::Unclaimed(Unclaimed::Filling))
-            if callers::fills(callers::this_thread(), region, page) =>
-        {
-            fill_beside(region, page, &mut handler)
-        }
+        Err(Unfilled::Unclaimed(Unclaimed::Filling)) => handler.share(page),
         Err(Unfilled::Unclaimed(reason)) => {
-            // The page is present, another thread is filling it, or another thread is about to
-            // poison it.
+            // The page is present, or another thread is about to poison it.
             if reason == Unclaimed::Resident {
                 region.counters.local().late.add(1);
             }
@@ -285,6 +284,28 @@ struct InHandler<'r> {
 }
 
 impl InHandler<'_> {
+    /// Handles a page that is being filled. Returns as [`serve`].
+    #[cold]
+    fn share(&mut self, page: Page) -> bool {
+        if callers::fills_itself(self.region, page) {
+            // A handler of the application has interrupted this thread while it fills the page.
+            return fill_beside(self.region, page, self);
+        }
+        self.wait_a_moment(page);
+        true
+    }
+
+    /// Waits for the thread that fills a page, but not for long, because signals wait meanwhile. If the
+    /// page comes in time, the thread needs no second signal, which costs more than a fill.
+    fn wait_a_moment(&self, page: Page) {
+        for turn in 0..SPINS + YIELDS {
+            if !self.region.pages.state(page).is_claimed() {
+                return;
+            }
+            if turn < SPINS { hint::spin_loop() } else { thread::yield_now() }
+        }
+    }
+
     fn gather(&mut self, page: Page) -> Result<Filled<'_>, InstallError> {
         self.buffer = free_buffer();
         let Some(buffer) = &mut self.buffer else {
@@ -327,6 +348,10 @@ impl Filler for InHandler<'_> {
 }
 
 const PAGE: usize = 4096;
+/// The turns of a wait that keep the CPU: about as long as a fill takes.
+const SPINS: usize = 64;
+/// The turns that give the CPU away, because the filling thread may need it.
+const YIELDS: usize = 16;
 /// Buffers for pages in which chunks meet, and for pages of files. A thread only tries their locks, so
 /// it never waits.
 static BUFFERS: [Stripe<Mutex<[u8; PAGE]>>; STRIPES] = [const { Stripe(Mutex::new([0; PAGE])) }; STRIPES];
