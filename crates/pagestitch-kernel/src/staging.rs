@@ -8,7 +8,9 @@
 //! ```
 //!
 //! To fill 2 MiB in this way takes less than half the time of 512 copies of small pages, because
-//! the kernel handles one fault, one page and one entry instead of 512 of each.
+//! the kernel handles one fault, one page and one entry instead of 512 of each. Where the memory of
+//! the machine is fragmented, it takes many times as long, because the kernel moves other pages to
+//! make room for a huge one ("direct compaction"). After such a block, staging pauses for some blocks.
 
 use crate::errno::Errno;
 use crate::features::Features;
@@ -18,10 +20,12 @@ use crate::swap;
 use crate::uffd::{Outcome, Uffd};
 use nix::libc;
 use nix::sys::mman::{MmapAdvise, ProtFlags, madvise};
+use nix::time::{ClockId, clock_gettime};
 use std::fmt;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::slice;
+use std::time::Duration;
 
 /// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, empty when
 /// that has moved away.
@@ -29,6 +33,16 @@ pub struct Staging {
     mapping: OwnedMapping,
     /// True if part of it may be present.
     used: bool,
+    pace: Pace,
+}
+
+/// Decides whether a block is staged, by the cost of the last huge pages.
+#[derive(Debug, Default)]
+struct Pace {
+    /// The number of costly huge pages in a row.
+    costly: u32,
+    /// The number of blocks that are not staged next.
+    pause: u32,
 }
 
 impl Staging {
@@ -45,7 +59,7 @@ impl Staging {
         // On a kernel without huge pages the advice fails (EINVAL), and 512 small pages move
         // instead.
         let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
-        Ok(Self { mapping, used: false })
+        Ok(Self { mapping, used: false, pace: Pace::default() })
     }
 
     /// Its bytes, all zeros, to be filled. They are in a huge page if the kernel has one.
@@ -55,6 +69,19 @@ impl Staging {
         }
         self.used = true;
         self.bytes_mut()
+    }
+
+    /// As [`fresh`](Self::fresh), with its memory. `None` while huge pages cost more than they save:
+    /// fill this block in another way.
+    pub fn fresh_if_cheap(&mut self) -> Option<&mut [u8]> {
+        if self.pace.pauses() {
+            return None;
+        }
+        let before = processor_time();
+        // The first write takes the memory.
+        self.fresh()[0] = 0;
+        self.pace.record(processor_time().saturating_sub(before));
+        Some(self.bytes_mut())
     }
 
     /// Makes all of it zeros. Pages that have not moved are small by now, so the pages are freed
@@ -97,6 +124,41 @@ impl Staging {
         }
     }
 }
+
+impl Pace {
+    /// True if the next block is not staged.
+    const fn pauses(&mut self) -> bool {
+        let pauses = self.pause > 0;
+        self.pause = self.pause.saturating_sub(1);
+        pauses
+    }
+
+    /// Records the processor time that a huge page took.
+    const fn record(&mut self, cost: Duration) {
+        if cost.as_nanos() < COSTLY.as_nanos() {
+            self.costly = 0;
+            return;
+        }
+        self.pause = PAUSE_MIN << self.costly;
+        if self.pause < PAUSE_MAX {
+            self.costly += 1;
+        }
+    }
+}
+
+/// The processor time that this thread has used so far. Wall time would count other threads, too.
+fn processor_time() -> Duration {
+    // The call cannot fail, because every thread has this clock.
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from).unwrap_or_default()
+}
+
+/// More than it takes to copy 2 MiB in small pages; a huge page that is free takes a tenth of a
+/// millisecond.
+const COSTLY: Duration = Duration::from_millis(1);
+/// The number of blocks that are not staged after the first costly huge page. It doubles with each
+/// further one.
+const PAUSE_MIN: u32 = 8;
+const PAUSE_MAX: u32 = 512;
 
 impl fmt::Debug for Staging {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -161,4 +223,25 @@ fn thp_is_disabled() -> bool {
     let answer = unsafe { libc::prctl(libc::PR_GET_THP_DISABLE, 0, 0, 0, 0) };
     // Since Linux 6.18 the answer may be 3: huge pages only where they are advised.
     answer == 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn staging_pauses_longer_after_each_costly_page_and_goes_on_after_a_cheap_one() {
+        let mut pace = Pace::default();
+        let paused =
+            |pace: &mut Pace| std::iter::repeat_with(|| pace.pauses()).take_while(|pauses| *pauses).count();
+        assert_eq!(paused(&mut pace), 0);
+        for pause in [8, 16, 32, 64, 128, 256, 512, 512] {
+            pace.record(COSTLY);
+            assert_eq!(paused(&mut pace), pause);
+        }
+        pace.record(COSTLY / 2);
+        assert_eq!(paused(&mut pace), 0);
+        pace.record(COSTLY);
+        assert_eq!(paused(&mut pace), 8);
+    }
 }

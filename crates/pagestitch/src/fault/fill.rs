@@ -89,7 +89,7 @@ fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result
         return Ok(Filled { pages: span.pages, content: Content::Zero });
     }
     let Buffers { pages: staging, block } = buffers;
-    let stages = |whole: &Span| stage(layout, page.offsets(*whole), block.fresh()).is_some();
+    let stages = |whole: &Span| stage(layout, page.offsets(*whole), block).is_some();
     if let Some(whole) = region.stageable_block(span).filter(stages) {
         return Ok(Filled { pages: whole.pages, content: Content::StagedMove(block) });
     }
@@ -185,26 +185,31 @@ fn fill_huge<'a>(region: &'a Mapping, span: Span, fresh: &'a mut [u8]) -> Result
 }
 
 /// Fills a whole block from one chunk or several. `None` if other methods are better: for pages of
-/// zeros, which need no memory; for pages that can move or be mapped themselves; and if a source
-/// fails, to find out for which page.
-fn stage(layout: &Layout, offsets: Range<u64>, mut into: &mut [u8]) -> Option<()> {
+/// zeros, which need no memory; for pages that can move or be mapped themselves; if huge pages cost
+/// too much at the moment; and if a source fails, to find out for which page.
+fn stage(layout: &Layout, offsets: Range<u64>, block: &mut Staging) -> Option<()> {
+    if !layout.pieces(offsets.clone()).all(|piece| is_staged(&piece)) {
+        return None;
+    }
+    let mut into = block.fresh_if_cheap()?;
     for piece in layout.pieces(offsets) {
         let (now, later) = into.split_at_mut(piece.bytes as usize);
-        match piece.backing {
-            // A fresh block holds zeros.
-            Backing::Hole(_) if now.len() < HOLE_MAX => {}
-            Backing::Hole(_)
-            | Backing::Donated(_)
-            | Backing::Shared(_)
-            | Backing::Fetched(_)
-            | Backing::Mapped(_) => return None,
-            Backing::Memory(_) | Backing::Memfd(_) | Backing::Immutable(_) | Backing::Read(_) => {
-                read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
-            }
+        // A fresh block holds zeros.
+        if !matches!(piece.backing, Backing::Hole(_)) {
+            read(piece.backing.source(), piece.offset, now).map_err(discard).ok()?;
         }
         into = later;
     }
     Some(())
+}
+
+/// True if a piece does not keep its block from being staged.
+const fn is_staged(piece: &Piece<'_>) -> bool {
+    match piece.backing {
+        Backing::Hole(_) => piece.bytes < HOLE_MAX as u64,
+        Backing::Donated(_) | Backing::Shared(_) | Backing::Fetched(_) | Backing::Mapped(_) => false,
+        Backing::Memory(_) | Backing::Memfd(_) | Backing::Immutable(_) | Backing::Read(_) => true,
+    }
 }
 
 /// Finds the bytes of one page for the faulting thread, in a signal handler: without a lock, an
