@@ -108,6 +108,8 @@ fn two_processes_share_the_pages_of_a_lazy_memfd() {
     let path = format!("/proc/{}/fd/{}", std::process::id(), memfd.file().as_raw_fd());
     fs::write(note(std::process::id()), path).unwrap();
     let end = child::run(this_test!(), || {
+        // The child has run the test up to here, and has written a file of its own.
+        fs::remove_file(note(std::process::id())).unwrap();
         let path = fs::read_to_string(note(std::os::unix::process::parent_id())).unwrap();
         let theirs = OpenOptions::new().read(true).write(true).open(path).unwrap();
         let filler = Filler::new();
