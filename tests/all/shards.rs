@@ -6,7 +6,9 @@ use crate::donated::pages_of;
 use crate::lazy::chunk_of;
 use crate::{PAGE, SIGABRT, SIGBUS, SIGSEGV, discard, pattern, touch, until};
 use nix::libc;
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::Pid;
 use pagestitch::source::{Donated, FileSource};
 use pagestitch::{
     BuildOption, Chunk, ErrorKind, Limit, Manual, Placement, Pool, Readahead, Region, SharedRegion,
@@ -334,6 +336,30 @@ fn the_worker_of_each_shard_has_its_cpu() {
     assert!(region.shards().iter().all(|shard| shard.cpu == Some(0)));
     let region = builder().build(&Manual::new().unwrap()).unwrap();
     assert!(region.shards().iter().all(|shard| shard.cpu.is_none()));
+}
+
+/// As when CPUs are taken offline, or out of the cpuset of the process: the kernel moves the threads.
+#[test]
+fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
+    let pool = Pool::builder().placement(Placement::PerCpu).name("moved").start().unwrap();
+    let bytes = pattern(6, SHARDS * BLOCK);
+    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+    let region = builder.build(&pool).unwrap();
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let mut one = CpuSet::new();
+    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu) == Ok(true)).unwrap();
+    one.set(first).unwrap();
+    let workers = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
+    let workers = workers
+        .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("moved/")));
+    let mut moved = 0;
+    for worker in workers {
+        let thread = worker.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        sched_setaffinity(Pid::from_raw(thread), &one).unwrap();
+        moved += 1;
+    }
+    assert_eq!(moved, pool.workers());
+    assert_eq!(region.as_slice(), bytes);
 }
 
 #[test]
