@@ -1,9 +1,9 @@
 //! Regions whose pages are all mapped in place, or padding: without a userfaultfd, with each promise
 //! of a region.
 
+use crate::immutable::open;
 use crate::{PAGE, discard, pattern, touch};
 use nix::sys::signal::Signal;
-use pagestitch::source::ImmutableFile;
 use pagestitch::{Chunk, Eager, ErrorKind, Inline, Manual, Method, PlanReason, Pool, Region, Server};
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
@@ -30,11 +30,7 @@ fn chunks() -> ([NamedTempFile; 2], [Chunk; 2]) {
         file.write_all(&pattern(seed, bytes)).unwrap();
         file
     });
-    let [first, second] = files.each_ref().map(|file| {
-        // SAFETY: only the test has the files, and it changes no byte of them.
-        #[expect(unsafe_code, reason = "the promise that a file does not change")]
-        unsafe { ImmutableFile::open(file.path()) }.unwrap()
-    });
+    let [first, second] = files.each_ref().map(|file| open(file.path()).unwrap());
     (files, [Chunk::from(first), Chunk::from(second).range(FROM as u64..(FROM + SECOND) as u64)])
 }
 

@@ -31,7 +31,7 @@ fn memory_folder() -> PathBuf {
 }
 
 #[expect(unsafe_code, reason = "the promise that a file does not change")]
-fn open(path: impl AsRef<Path>) -> Result<ImmutableFile, pagestitch::Error> {
+pub(crate) fn open(path: impl AsRef<Path>) -> Result<ImmutableFile, pagestitch::Error> {
     // SAFETY: only the test has the file. It changes no byte of which it has a slice.
     unsafe { ImmutableFile::open(path) }
 }

@@ -1,7 +1,8 @@
 //! Files in inline regions: the touching thread reads its page in the signal handler.
 
+use crate::immutable::open;
 use crate::{PAGE, SIGBUS, discard, pattern, reason, touch};
-use pagestitch::source::{FailureReason, FileSource, ImmutableFile, Limited, UnsealedMemfd};
+use pagestitch::source::{FailureReason, FileSource, Limited, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Inline, OnFailure, Region};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
@@ -79,13 +80,11 @@ fn a_page_of_a_file_in_memory_and_a_hole_is_gathered_inline() {
 }
 
 #[test]
-#[expect(unsafe_code, reason = "promises that the file does not change")]
 fn an_immutable_file_at_another_offset_in_its_page_is_read_inline() {
     let bytes = pattern(3, 10 * PAGE);
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&bytes).unwrap();
-    // SAFETY: the test does not change the file any more.
-    let file = unsafe { ImmutableFile::open(file.path()) }.unwrap();
+    let file = open(file.path()).unwrap();
     let region = Region::builder().chunk(vec![9u8; 100]).chunk(file).build(Inline).unwrap();
     assert!(region.as_slice()[..100] == [9; 100] && region.as_slice()[100..] == bytes);
 }

@@ -116,11 +116,10 @@ impl Builder {
     /// example. By default the handler refuses them.
     ///
     /// ```no_run
-    /// use pagestitch::OwnMemory;
+    /// # fn promise() -> pagestitch::OwnMemory { unimplemented!() }
     /// use pagestitch_firecracker::{Handler, Snapshot};
     ///
-    /// // SAFETY: nothing borrows from the memory that the test registers for its guest.
-    /// let promise = unsafe { OwnMemory::promise() };
+    /// let promise = promise();                                        // OwnMemory::promise(), which is unsafe
     /// let snapshot = Snapshot::open(["base.mem"])?;
     /// let handler = Handler::builder(snapshot).own_memory(promise).bind("handler.socket")?;
     /// # let _ = handler;

@@ -246,6 +246,7 @@ impl<S> Builder<S> {
     ///   one thread's faults then meet few CPUs.
     /// * **Limits.** A shard takes a descriptor (`ulimit -n`) and a mapping (`vm.max_map_count`). By
     ///   default, a region has one shard if they run short.
+    /// * **A region without faults**, because all of its pages are mapped in place, is one shard.
     /// * **`mremap(2)`** moves a part of the region within one shard only, and fails with EFAULT across
     ///   a border.
     /// * Not for adopted memory, for [`Inline`](crate::Inline), and not with
