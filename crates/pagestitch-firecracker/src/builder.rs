@@ -119,7 +119,7 @@ impl Builder {
     /// # fn promise() -> pagestitch::OwnMemory { unimplemented!() }
     /// use pagestitch_firecracker::{Handler, Snapshot};
     ///
-    /// let promise = promise();                                        // OwnMemory::promise(), which is unsafe
+    /// let promise = promise();                                        // of the unsafe OwnMemory::promise()
     /// let snapshot = Snapshot::open(["base.mem"])?;
     /// let handler = Handler::builder(snapshot).own_memory(promise).bind("handler.socket")?;
     /// # let _ = handler;
