@@ -31,7 +31,7 @@ use std::{fmt, hint, thread};
 ///   donated pages, holes), files ([`FileSource`](crate::source::FileSource),
 ///   [`ImmutableFile`](crate::source::ImmutableFile)) and mapped sources. `build` refuses other sources
 ///   ([`ErrorKind::UnsuitableServer`]): their code must not run in a signal handler. A wrapper around
-///   a file is such a source.
+///   a `FileSource` is such a source.
 /// * **Files** are read by one `pread(2)` for each page. The signals of the thread wait for the disk. A
 ///   read that fails, or a file that has become too short, raises SIGBUS, also if the chunk has another
 ///   [policy](crate::OnFailure): `populate` applies the policy, and tells the reason.
