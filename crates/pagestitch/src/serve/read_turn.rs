@@ -253,7 +253,7 @@ mod tests {
         for posts in [1, 2, 3, 63, 64, 100] {
             let lock = TurnLock::default();
             let unwatched = (0..posts).filter(|&post| lock.try_unwatch(post, posts)).count();
-            assert_eq!(unwatched, if posts > 64 { 64 } else { posts - 1 }, "{posts} posts");
+            assert_eq!(unwatched, posts.min(64) - 1, "{posts} posts");
             assert_eq!(lock.unwatched().count(), unwatched);
             assert!(!lock.try_unwatch(0, posts), "it does not watch already");
             lock.unwatched().for_each(|post| lock.watched_again(post));
