@@ -512,7 +512,7 @@ impl Drop for Handle {
 /// Faults that can wait for permits before their queue has to grow.
 const FETCHES_WAITING: usize = 256;
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 
