@@ -25,6 +25,7 @@ use std::fmt;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::slice;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, empty when
@@ -33,16 +34,14 @@ pub struct Staging {
     mapping: OwnedMapping,
     /// True if part of it may be present.
     used: bool,
-    pace: Pace,
 }
 
 /// Decides whether a block is staged, by the cost of the last huge pages.
-#[derive(Debug, Default)]
 struct Pace {
     /// The number of costly huge pages in a row.
-    costly: u32,
+    costly: AtomicU32,
     /// The number of blocks that are not staged next.
-    pause: u32,
+    pause: AtomicU32,
 }
 
 impl Staging {
@@ -59,7 +58,7 @@ impl Staging {
         // On a kernel without huge pages the advice fails (EINVAL), and 512 small pages move
         // instead.
         let _ = mapping.advise(MmapAdvise::MADV_HUGEPAGE);
-        Ok(Self { mapping, used: false, pace: Pace::default() })
+        Ok(Self { mapping, used: false })
     }
 
     /// Its bytes, all zeros, to be filled. They are in a huge page if the kernel has one.
@@ -74,13 +73,13 @@ impl Staging {
     /// As [`fresh`](Self::fresh), with its memory. `None` while huge pages cost more than they save:
     /// fill this block in another way.
     pub fn fresh_if_cheap(&mut self) -> Option<&mut [u8]> {
-        if self.pace.pauses() {
+        if PACE.pauses() {
             return None;
         }
         let before = processor_time();
         // The first write takes the memory.
         self.fresh()[0] = 0;
-        self.pace.record(processor_time().saturating_sub(before));
+        PACE.record(processor_time().saturating_sub(before));
         Some(self.bytes_mut())
     }
 
@@ -126,25 +125,30 @@ impl Staging {
 }
 
 impl Pace {
+    const fn new() -> Self {
+        Self { costly: AtomicU32::new(0), pause: AtomicU32::new(0) }
+    }
+
     /// True if the next block is not staged.
-    const fn pauses(&mut self) -> bool {
-        let pauses = self.pause > 0;
-        self.pause = self.pause.saturating_sub(1);
-        pauses
+    fn pauses(&self) -> bool {
+        let less = |pause: u32| pause.checked_sub(1);
+        self.pause.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
     }
 
     /// Records the processor time that a huge page took.
-    const fn record(&mut self, cost: Duration) {
-        if cost.as_nanos() < COSTLY.as_nanos() {
-            self.costly = 0;
-            return;
+    fn record(&self, cost: Duration) {
+        if cost < COSTLY {
+            return self.costly.store(0, Ordering::Relaxed);
         }
-        self.pause = PAUSE_MIN << self.costly;
-        if self.pause < PAUSE_MAX {
-            self.costly += 1;
-        }
+        // Of two threads at once, one may be lost, which shortens a pause.
+        let costly = self.costly.load(Ordering::Relaxed);
+        self.pause.store(PAUSE_MIN << costly, Ordering::Relaxed);
+        self.costly.store((costly + 1).min(DOUBLINGS), Ordering::Relaxed);
     }
 }
+
+/// Of all threads together, because they take pages of the same machine.
+static PACE: Pace = Pace::new();
 
 /// The processor time that this thread has used so far. Wall time would count other threads, too.
 fn processor_time() -> Duration {
@@ -156,9 +160,9 @@ fn processor_time() -> Duration {
 /// millisecond.
 const COSTLY: Duration = Duration::from_millis(1);
 /// The number of blocks that are not staged after the first costly huge page. It doubles with each
-/// further one.
+/// further one, up to 512.
 const PAUSE_MIN: u32 = 8;
-const PAUSE_MAX: u32 = 512;
+const DOUBLINGS: u32 = 6;
 
 impl fmt::Debug for Staging {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -231,17 +235,17 @@ mod tests {
 
     #[test]
     fn staging_pauses_longer_after_each_costly_page_and_goes_on_after_a_cheap_one() {
-        let mut pace = Pace::default();
+        let pace = Pace::new();
         let paused =
-            |pace: &mut Pace| std::iter::repeat_with(|| pace.pauses()).take_while(|pauses| *pauses).count();
-        assert_eq!(paused(&mut pace), 0);
+            |pace: &Pace| std::iter::repeat_with(|| pace.pauses()).take_while(|pauses| *pauses).count();
+        assert_eq!(paused(&pace), 0);
         for pause in [8, 16, 32, 64, 128, 256, 512, 512] {
             pace.record(COSTLY);
-            assert_eq!(paused(&mut pace), pause);
+            assert_eq!(paused(&pace), pause);
         }
         pace.record(COSTLY / 2);
-        assert_eq!(paused(&mut pace), 0);
+        assert_eq!(paused(&pace), 0);
         pace.record(COSTLY);
-        assert_eq!(paused(&mut pace), 8);
+        assert_eq!(paused(&pace), 8);
     }
 }
