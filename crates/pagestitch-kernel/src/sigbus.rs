@@ -23,13 +23,15 @@
 use crate::errno::Errno;
 use crate::fork::ForkGeneration;
 use crate::page::AddressRange;
-use crate::rcu::{Rcu, Writer};
+use crate::rcu::{Rcu, ReadGuard, Writer};
+use crate::striped::{STRIPES, Striped};
 use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::signal::{SigSet, Signal, raise};
 use std::mem::MaybeUninit;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::{fmt, mem, ptr};
+use std::time::Duration;
+use std::{fmt, mem, ptr, thread};
 
 /// Fills missing pages in the thread that has touched them.
 ///
@@ -47,11 +49,17 @@ use std::{fmt, mem, ptr};
 pub unsafe trait FaultHandler: Send + Sync {
     /// Fills the page of `address`, so that the retried access succeeds. False if it cannot.
     fn serve(&self, address: usize) -> bool;
+
+    /// True if [`serve`](Self::serve) may wait, as a read of a file waits for its disk. Then only the
+    /// drop of its own [`Registration`] waits for it. Asked once, by [`Registration::new`].
+    fn may_wait(&self) -> bool {
+        false
+    }
 }
 
 /// A range whose faults are served. After its drop they are not, and no fault handler of it runs.
 pub struct Registration {
-    range: AddressRange,
+    entry: Entry,
     generation: ForkGeneration,
 }
 
@@ -67,11 +75,13 @@ impl Registration {
     /// The errno of `sigaction(2)`; none is known to occur.
     pub fn new(range: AddressRange, fault_handler: Arc<dyn FaultHandler>) -> Result<Self, Errno> {
         install()?;
+        let inside = fault_handler.may_wait().then(|| Arc::new(Striped::new(STRIPES)));
+        let entry = Entry { range, fault_handler, inside };
         change(|ranges| {
             let place = ranges.partition_point(|other| other.range.start() < range.start());
-            ranges.insert(place, Entry { range, fault_handler });
+            ranges.insert(place, entry.clone());
         });
-        Ok(Self { range, generation: ForkGeneration::current() })
+        Ok(Self { entry, generation: ForkGeneration::current() })
     }
 }
 
@@ -82,13 +92,17 @@ impl Drop for Registration {
             // parent never leaves.
             return;
         }
-        change(|ranges| ranges.retain(|entry| entry.range != self.range));
+        change(|ranges| ranges.retain(|entry| entry.range != self.entry.range));
+        let Some(inside) = &self.entry.inside else { return };
+        while inside.iter().any(|threads| threads.load(Ordering::SeqCst) > 0) {
+            thread::sleep(MOMENT);
+        }
     }
 }
 
 impl fmt::Debug for Registration {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Registration").field("range", &self.range).finish_non_exhaustive()
+        f.debug_struct("Registration").field("range", &self.entry.range).finish_non_exhaustive()
     }
 }
 
@@ -96,6 +110,8 @@ impl fmt::Debug for Registration {
 struct Entry {
     range: AddressRange,
     fault_handler: Arc<dyn FaultHandler>,
+    /// The threads inside a fault handler that may wait.
+    inside: Option<Arc<Striped<AtomicUsize>>>,
 }
 
 /// Installs the signal handler, once.
@@ -254,10 +270,45 @@ fn end_by_default() {
 }
 
 fn serve(address: usize) -> bool {
+    let Some(inside) = enter(address) else { return false };
+    // SAFETY: the registration keeps the handler while this thread is inside.
+    #[expect(unsafe_code, reason = "a handler that another thread keeps")]
+    unsafe { &*inside.fault_handler }.serve(address)
+}
+
+/// A thread inside a fault handler, which its registration keeps meanwhile.
+struct Inside {
+    fault_handler: *const dyn FaultHandler,
+    /// Changes of the list wait for its readers. `None` if the handler may wait: it is counted instead.
+    _seen: Option<ReadGuard<'static, Vec<Entry>>>,
+    threads: *const AtomicUsize,
+}
+
+/// Not part of its caller, because the fault handler needs the stack.
+#[inline(never)]
+fn enter(address: usize) -> Option<Inside> {
     let seen = RANGES.read();
-    seen.value()
-        .and_then(|ranges| find(ranges, address))
-        .is_some_and(|entry| entry.fault_handler.serve(address))
+    let entry = find(seen.value()?, address)?;
+    let fault_handler = Arc::as_ptr(&entry.fault_handler);
+    let Some(inside) = &entry.inside else {
+        return Some(Inside { fault_handler, _seen: Some(seen), threads: ptr::null() });
+    };
+    // Counted before the list is left, because the drop of the registration takes the entry off the
+    // list first, and looks at the count then.
+    let threads = inside.local();
+    threads.fetch_add(1, Ordering::SeqCst);
+    Some(Inside { fault_handler, _seen: None, threads })
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        // SAFETY: null, or a count that the registration keeps until no thread is counted.
+        #[expect(unsafe_code, reason = "a count that another thread keeps")]
+        let threads = unsafe { self.threads.as_ref() };
+        if let Some(threads) = threads {
+            threads.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
 }
 
 /// Does with a foreign signal what the process would do without our handler.
@@ -354,9 +405,71 @@ pub const STACK_BYTES: usize = 4096;
 
 /// A signal that glibc and musl keep to themselves, and let no program block.
 const KEPT_BY_C: c_int = 33;
+/// The pause between looks at the threads that may wait for a disk.
+const MOMENT: Duration = Duration::from_micros(100);
 
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 static BEFORE: OnceLock<Before> = OnceLock::new();
 /// The process of the ranges, by its fork generation.
 static OWNER: AtomicU64 = AtomicU64::new(0);
 static RANGES: Rcu<Vec<Entry>> = Rcu::empty();
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::page::PageSize;
+    use std::sync::mpsc;
+
+    /// Waits, as a read of a file does whose disk does not answer.
+    struct Hanging {
+        begun: mpsc::SyncSender<()>,
+        is_over: AtomicBool,
+    }
+
+    // SAFETY: the test calls it, and no signal handler.
+    #[expect(unsafe_code, reason = "a fault handler of a test")]
+    unsafe impl FaultHandler for Hanging {
+        fn serve(&self, _: usize) -> bool {
+            self.begun.send(()).unwrap();
+            while !self.is_over.load(Ordering::SeqCst) {
+                thread::sleep(MOMENT);
+            }
+            true
+        }
+
+        fn may_wait(&self) -> bool {
+            true
+        }
+    }
+
+    fn range(number: usize) -> AddressRange {
+        // Addresses that no mapping of a process has.
+        AddressRange::new(4096 * number, 4096, PageSize::new(4096).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_handler_that_hangs_delays_the_drop_of_its_own_registration_alone() {
+        let (begun, has_begun) = mpsc::sync_channel(1);
+        let hanging = Arc::new(Hanging { begun, is_over: AtomicBool::new(false) });
+        let registration =
+            Registration::new(range(2), Arc::clone(&hanging) as Arc<dyn FaultHandler>).unwrap();
+        let serves = thread::spawn(|| serve(range(2).start()));
+        has_begun.recv().unwrap();
+        let (done, is_done) = mpsc::channel();
+        let others = done.clone();
+        let other = Arc::clone(&hanging);
+        thread::spawn(move || {
+            drop(Registration::new(range(4), other).unwrap());
+            others.send("others").unwrap();
+        });
+        let ended = is_done.recv_timeout(Duration::from_secs(20));
+        thread::spawn(move || {
+            drop(registration);
+            done.send("its own").unwrap();
+        });
+        assert!(is_done.recv_timeout(Duration::from_millis(20)).is_err());
+        hanging.is_over.store(true, Ordering::SeqCst);
+        assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok("its own"));
+        assert_eq!((ended, serves.join().unwrap()), (Ok("others"), true));
+    }
+}

@@ -141,10 +141,11 @@ impl FaultServer for Inline {
             region.linger();
         }
         let registration =
-            Registration::new(range, Arc::new(Handler(Arc::clone(region)))).map_err(|errno| {
-                let what = format!("region {}: cannot install a SIGBUS handler", region.name);
-                Error::refused(what, errno)
-            })?;
+            Registration::new(range, Arc::new(Handler { region: Arc::clone(region), buffers: buffers() }))
+                .map_err(|errno| {
+                    let what = format!("region {}: cannot install a SIGBUS handler", region.name);
+                    Error::refused(what, errno)
+                })?;
         Ok(Box::new(Attached {
             registration: Mutex::new(Some(registration)),
             generation: ForkGeneration::current(),
@@ -228,7 +229,10 @@ fn first_blocking(region: &Served, run: &PlanRun) -> Option<usize> {
     }
 }
 
-struct Handler(Arc<Served>);
+struct Handler {
+    region: Arc<Served>,
+    buffers: &'static [Buffer],
+}
 
 // SAFETY: `serve` and its callees make system calls, and use atomics and immutable data. They
 // allocate nothing: they make no `Failure`. They take no lock: buffers are only tried, claims wake
@@ -236,22 +240,28 @@ struct Handler(Arc<Served>);
 #[expect(unsafe_code, reason = "the promise that it may run in a signal handler")]
 unsafe impl FaultHandler for Handler {
     fn serve(&self, address: usize) -> bool {
-        let region = self.0.as_ref();
         // No gate guard: the thread that takes the registration back waits for the handlers that
         // run.
-        let Some(page) = region.target.page_at(address) else { return false };
-        serve(region, page)
+        let Some(page) = self.region.target.page_at(address) else { return false };
+        serve(self, page)
+    }
+
+    fn may_wait(&self) -> bool {
+        let layout = &self.region.layout;
+        !self.region.uffd.is_stand_in()
+            && (0..layout.chunks()).any(|chunk| layout.backing_of(chunk).file().is_some())
     }
 }
 
 /// True if the thread must touch the page again; false if the access must raise its signal.
-fn serve(region: &Served, page: Page) -> bool {
+fn serve(owner: &Handler, page: Page) -> bool {
+    let region = owner.region.as_ref();
     let before = region.pages.state(page);
     if before == PageState::Poisoned {
         return false;
     }
     region.counters.local().faults.add(1);
-    let mut handler = InHandler { region, before, buffer: None };
+    let mut handler = InHandler { owner, before, buffer: None };
     if before.is_claimed() {
         // Not a journey: its claim would ask the other thread for a wake, and no thread sleeps.
         return handler.share(page);
@@ -276,7 +286,7 @@ fn serve(region: &Served, page: Page) -> bool {
 
 /// Fills pages in a signal handler.
 struct InHandler<'r> {
-    region: &'r Served,
+    owner: &'r Handler,
     /// The state of the page before the fault.
     before: PageState,
     /// Not on the stack, because it may be a small one.
@@ -287,9 +297,9 @@ impl InHandler<'_> {
     /// Handles a page that is being filled. Returns as [`serve`].
     #[cold]
     fn share(&mut self, page: Page) -> bool {
-        if callers::fills_itself(self.region, page) {
+        if callers::fills_itself(self.owner.region.as_ref(), page) {
             // A handler of the application has interrupted this thread while it fills the page.
-            return fill_beside(self.region, page, self);
+            return fill_beside(&self.owner.region, page, self);
         }
         self.wait_a_moment(page);
         true
@@ -299,7 +309,7 @@ impl InHandler<'_> {
     /// page comes in time, the thread needs no second signal, which costs more than a fill.
     fn wait_a_moment(&self, page: Page) {
         for turn in 0..SPINS + YIELDS {
-            if !self.region.pages.state(page).is_claimed() {
+            if !self.owner.region.pages.state(page).is_claimed() {
                 return;
             }
             if turn < SPINS { hint::spin_loop() } else { thread::yield_now() }
@@ -307,13 +317,13 @@ impl InHandler<'_> {
     }
 
     fn gather(&mut self, page: Page) -> Result<Filled<'_>, InstallError> {
-        self.buffer = free_buffer();
+        self.buffer = free_buffer(self.owner.buffers);
         let Some(buffer) = &mut self.buffer else {
             // All buffers are in use for a moment: the thread touches the page again.
             thread::yield_now();
             return Err(InstallError::Changing);
         };
-        match gather_inline(self.region, page, buffer.as_mut_slice()) {
+        match gather_inline(&self.owner.region, page, buffer.as_mut_slice()) {
             Some(content) => Ok(Filled { pages: 1, content }),
             None => Err(InstallError::Gone),
         }
@@ -321,16 +331,31 @@ impl InHandler<'_> {
 }
 
 /// A free buffer; the thread's own one, unless another thread has it.
-fn free_buffer() -> Option<MutexGuard<'static, [u8; PAGE]>> {
+fn free_buffer(buffers: &'static [Buffer]) -> Option<MutexGuard<'static, [u8; PAGE]>> {
     let own = own_stripe(STRIPES);
-    BUFFERS[own..].iter().chain(&BUFFERS[..own]).find_map(|buffer| buffer.try_lock())
+    buffers[own..].iter().chain(&buffers[..own]).find_map(|buffer| buffer.try_lock())
+}
+
+/// The buffers of this process. A forked child has others than its parent, because threads that it lacks
+/// may hold the parent's for ever.
+fn buffers() -> &'static [Buffer] {
+    static LAST: Mutex<Option<(ForkGeneration, &[Buffer])>> = Mutex::new(None);
+    let (mut last, process) = (LAST.lock(), ForkGeneration::current());
+    let buffers = match *last {
+        None => &BUFFERS,
+        Some((of, buffers)) if of == process => buffers,
+        // They live as long as the child.
+        Some(_) => (0..STRIPES).map(|_| Stripe(Mutex::new([0; PAGE]))).collect::<Vec<_>>().leak(),
+    };
+    *last = Some((process, buffers));
+    buffers
 }
 
 impl Filler for InHandler<'_> {
     const MODE: Mode = Mode::InSignalHandler;
 
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
-        if let Some(content) = fill_inline(self.region, span.first) {
+        if let Some(content) = fill_inline(&self.owner.region, span.first) {
             return Ok(Filled { pages: 1, content });
         }
         self.gather(span.first)
@@ -352,16 +377,48 @@ const PAGE: usize = 4096;
 const SPINS: usize = 64;
 /// The turns that give the CPU away, because the filling thread may need it.
 const YIELDS: usize = 16;
-/// Buffers for pages in which chunks meet, and for pages of files. A thread only tries their locks, so
-/// it never waits.
-static BUFFERS: [Stripe<Mutex<[u8; PAGE]>>; STRIPES] = [const { Stripe(Mutex::new([0; PAGE])) }; STRIPES];
+/// For a page in which chunks meet, or a page of a file. A thread only tries the lock, so it never
+/// waits.
+type Buffer = Stripe<Mutex<[u8; PAGE]>>;
+static BUFFERS: [Buffer; STRIPES] = [const { Stripe(Mutex::new([0; PAGE])) }; STRIPES];
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
     use crate::{Chunk, Inline as Server, Region};
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, alarm, fork};
     use std::sync::mpsc;
     use std::time::Duration;
+
+    /// Held by each test that takes the buffers.
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    /// The child lacks the threads that hold the buffers, so no thread gives them back.
+    #[test]
+    #[cfg_attr(sanitized = "thread", ignore = "the sanitizer may hold locks of its own at the fork")]
+    fn a_forked_child_serves_a_region_of_its_own_although_all_buffers_were_in_use() {
+        let _alone = ALONE.lock();
+        let in_parent = region();
+        let busy: Vec<_> = BUFFERS.iter().map(|buffer| buffer.lock()).collect();
+        // SAFETY: the child has its own copy of this process's memory, and allocates, which the C library
+        // allows after a fork.
+        #[expect(unsafe_code, reason = "fork(2) limits its child")]
+        let forked = unsafe { fork() }.unwrap();
+        let ForkResult::Parent { child } = forked else {
+            alarm::set(60);
+            let is_right = region().as_slice()[2 * PAGE] == 8;
+            // SAFETY: ends the process of the child, and touches no memory.
+            #[expect(unsafe_code, reason = "exit(3) takes locks that another thread may have held")]
+            unsafe {
+                nix::libc::_exit(i32::from(!is_right))
+            }
+        };
+        let ended = waitpid(child, None).unwrap();
+        drop(busy);
+        assert_eq!(ended, WaitStatus::Exited(child, 0));
+        drop(in_parent);
+    }
 
     /// A region with a page of each kind.
     fn region() -> Region {
@@ -371,6 +428,7 @@ mod tests {
 
     #[test]
     fn a_fault_is_served_while_other_threads_hold_the_locks() {
+        let _alone = ALONE.lock();
         let region = region();
         region.populate(..).unwrap();
         let served = Arc::clone(region.served());
@@ -382,7 +440,7 @@ mod tests {
         let (done, is_done) = mpsc::channel();
         served.with_failures_locked(|| {
             let busy: Vec<_> = BUFFERS[1..].iter().map(|buffer| buffer.lock()).collect();
-            let serves = Arc::clone(&served);
+            let serves = Handler { region: Arc::clone(&served), buffers: &BUFFERS };
             thread::spawn(move || (0..3).for_each(|page| done.send(serve(&serves, Page(page))).unwrap()));
             for page in 0..3 {
                 assert_eq!(is_done.recv_timeout(Duration::from_secs(20)), Ok(true), "page {page}");
