@@ -1,7 +1,8 @@
 //! Lazy memfds: one copy in memory for all mappings, and each page is filled once, at the first
 //! touch of any of them.
 
-use crate::{PAGE, pattern, reason, touch};
+use crate::{PAGE, SIGBUS, lacks_poison, pattern, reason, touch};
+use nix::libc;
 use nix::mount::MsFlags;
 use pagestitch::source::{FailureReason, FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
@@ -144,7 +145,7 @@ fn a_lazy_page_whose_fill_fails_is_an_error_and_sigbus() {
     let end = child::run(this_test!(), || {
         touch(base + 7 * PAGE);
     });
-    assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
+    assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
     let error = region.read_at(8 * PAGE as u64, &mut [0]).unwrap_err();
     assert_eq!((error.kind(), error.chunk()), (ErrorKind::SourceFailed, Some(1)), "{error}");
     assert_eq!(reason(&error), FailureReason::Source, "the store is down: {error}");
@@ -332,4 +333,36 @@ fn the_time_to_find_a_hole_does_not_grow_with_the_filled_pages() {
         before_all < before_little * 20,
         "{before_all:?} before 512 MiB, {before_little:?} before two pages"
     );
+}
+
+/// `mremap(2)` of shared memory duplicates it, with its registration, beside the region.
+#[test]
+fn a_duplicate_of_the_mapping_has_the_bytes_or_a_signal_and_never_hangs() {
+    if !continues() || lacks_poison(this_test!()) {
+        return;
+    }
+    let end = child::run(this_test!(), || {
+        let bytes = pattern(3, PAGES * PAGE);
+        let pool = Pool::builder().workers(2).start().unwrap();
+        let builder = Region::builder().chunk(chunk_of(&bytes, false)).readahead(Readahead::None);
+        let region = builder.build_shared(&pool).unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        assert_eq!(touch(start + PAGE), bytes[PAGE]);
+        let duplicate = duplicate_of(start);
+        assert_eq!(touch(duplicate + PAGE), bytes[PAGE]);
+        println!("filled: the same");
+        println!("absent: {}", touch(duplicate + 5 * PAGE));
+    });
+    let output = end.output();
+    assert_eq!(end.signal(), Some(SIGBUS), "{output}");
+    assert!(output.contains("filled: the same") && !output.contains("absent:"), "{output}");
+}
+
+#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
+fn duplicate_of(start: usize) -> usize {
+    let start = std::ptr::with_exposed_provenance_mut(start);
+    // SAFETY: another mapping of shared pages, at an address that the kernel chooses.
+    let to = unsafe { libc::mremap(start, 0, PAGES * PAGE, libc::MREMAP_MAYMOVE) };
+    assert_ne!(to, libc::MAP_FAILED);
+    to.expose_provenance()
 }

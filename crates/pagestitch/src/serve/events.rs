@@ -8,7 +8,7 @@ use crate::serve::fork::orphans::Remaining;
 use crate::serve::served::ForkedChildren;
 use crate::space::Target;
 use crate::space::target::{Busy, Foreign};
-use pagestitch_kernel::{Batch, Errno, Event, Fault, FaultKind, Uffd};
+use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Fault, FaultKind, Features, Uffd};
 use std::ops::Deref;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -247,10 +247,32 @@ impl Served {
     }
 }
 
+/// Answers a fault beside the region's addresses: the application has grown or duplicated its memory by
+/// `mremap(2)`, so it is registered there too. No source has bytes for it.
+#[cold]
+fn answer_outside(region: &Served, fault: &Fault) {
+    // The owner of adopted memory may have registered other ranges, which it serves itself.
+    if region.target.foreign().is_some() || !region.uffd.features().contains(Features::POISON) {
+        return;
+    }
+    let size = region.page_size();
+    let Some(page) = AddressRange::new(fault.address & !(size.bytes() - 1), size.bytes(), size) else {
+        return;
+    };
+    for uffd in region.uffd.iter() {
+        // Another shard's userfaultfd refuses the page. A page in a memfd has its bytes there.
+        let _ = if fault.kind == FaultKind::Minor { uffd.continue_pages(page) } else { uffd.poison(page) };
+        let _ = uffd.wake(page);
+    }
+}
+
 /// The request for a fault; `None` if its address is outside the target, if it needs no page, or if
 /// it is already answered.
 pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Option<FaultRequest> {
-    let page = region.target.page_at(fault.address)?;
+    let Some(page) = region.target.page_at(fault.address) else {
+        answer_outside(region, fault);
+        return None;
+    };
     let counters = region.counters.local();
     counters.faults_writing.add(u64::from(fault.write));
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
