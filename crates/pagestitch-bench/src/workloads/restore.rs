@@ -25,72 +25,76 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     warm(2 * bytes);
     let snapshot = Arc::new(Snapshot::new(bytes));
     let pool = Pool::new().expect("a pool");
-    let points = options.thread_points(THREADS);
-    let points = points.iter().flat_map(|of_threads| [FIRST, ALL, EACH].map(|point| (of_threads, point)));
     let mut cases = Vec::new();
-    for ((threads, name), point) in points {
-        let threads = *threads;
-        let name = format!("{name} {point}");
-        let mut case = |system: &'static str, restore: Box<Restore>| {
-            let snapshot = Arc::clone(&snapshot);
-            let run = move |seed| sample(&snapshot, point, Touching { threads, seed }, &restore);
-            let case = Case::new(system, run).at(name.trim_start()).by(threads);
+    for (threads, name) in options.thread_points(THREADS) {
+        for point in [FIRST, ALL, EACH] {
             let others: &[&str] = if point == EACH { &[PLAIN] } else { &[EAGER, PLAIN] };
-            cases.push(case.against(others));
-        };
-        for (system, readahead) in [(OURS, Readahead::Adaptive), (BARE, Readahead::None)] {
-            let pool = pool.clone();
-            let serve = move |snapshot: &Snapshot, guest| {
-                snapshot.restore(guest, |fd, start| {
-                    let region = snapshot.region(fd, start, &pool, |builder| builder.readahead(readahead));
-                    move || drop(region)
-                })
-            };
-            case(system, Box::new(serve));
-        }
-        let filling = pool.clone();
-        case(
-            FILLING,
-            Box::new(move |snapshot, guest| {
-                snapshot.restore(guest, |fd, start| {
-                    let region = snapshot.region(fd, start, &filling, |builder| builder);
-                    let fill = region.fill_in_background(FillRate::Unlimited).expect("a pool");
-                    move || drop((fill, region))
-                })
-            }),
-        );
-        let pool = pool.clone();
-        case(
-            REPLAY,
-            Box::new(move |snapshot, guest| {
-                let recording = RefCell::new(None);
-                snapshot.restore(guest, |fd, start| {
-                    let region = snapshot.region(fd, start, &pool, Builder::record);
-                    let recording = &recording;
-                    move || *recording.borrow_mut() = region.recording()
-                });
-                let recording = recording.take().expect("it was recorded");
-                snapshot.restore(guest, |fd, start| {
-                    let region = snapshot.region(fd, start, &pool, |builder| builder.replay(&recording));
-                    move || drop(region)
-                })
-            }),
-        );
-        case(
-            PLAIN,
-            Box::new(|snapshot, guest| snapshot.restore(guest, |fd, start| snapshot.serve(fd, start))),
-        );
-        // Each touch of an eager copy finds its page present, so it has no latency to compare.
-        if point != EACH {
-            case(
-                EAGER,
-                Box::new(|snapshot, guest| {
-                    wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), guest)))
-                }),
-            );
+            for (system, restore) in handlers(&pool) {
+                // Each touch of an eager copy finds its page present, so it has no latency to compare.
+                if (system, point) == (EAGER, EACH) {
+                    continue;
+                }
+                let snapshot = Arc::clone(&snapshot);
+                let run = move |seed| sample(&snapshot, point, Touching { threads, seed }, &restore);
+                let name = format!("{name} {point}");
+                cases.push(Case::new(system, run).at(name.trim_start()).by(threads).against(others));
+            }
         }
     }
     cases
+}
+
+/// The ways to restore a guest, by their names.
+fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 6] {
+    let plain = |snapshot: &Snapshot, guest| snapshot.restore(guest, |fd, start| snapshot.serve(fd, start));
+    let eager =
+        |snapshot: &Snapshot, guest| wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), guest)));
+    [
+        (OURS, on_touch(pool, Readahead::Adaptive)),
+        (BARE, on_touch(pool, Readahead::None)),
+        (FILLING, in_background(pool)),
+        (REPLAY, replayed(pool)),
+        (PLAIN, Box::new(plain)),
+        (EAGER, Box::new(eager)),
+    ]
+}
+
+fn on_touch(pool: &Pool, readahead: Readahead) -> Box<Restore> {
+    let pool = pool.clone();
+    Box::new(move |snapshot, guest| {
+        snapshot.restore(guest, |fd, start| {
+            let region = snapshot.region(fd, start, &pool, |builder| builder.readahead(readahead));
+            move || drop(region)
+        })
+    })
+}
+
+fn in_background(pool: &Pool) -> Box<Restore> {
+    let pool = pool.clone();
+    Box::new(move |snapshot, guest| {
+        snapshot.restore(guest, |fd, start| {
+            let region = snapshot.region(fd, start, &pool, |builder| builder);
+            let fill = region.fill_in_background(FillRate::Unlimited).expect("a pool");
+            move || drop((fill, region))
+        })
+    })
+}
+
+fn replayed(pool: &Pool) -> Box<Restore> {
+    let pool = pool.clone();
+    Box::new(move |snapshot, guest| {
+        let recording = RefCell::new(None);
+        snapshot.restore(guest, |fd, start| {
+            let region = snapshot.region(fd, start, &pool, Builder::record);
+            let recording = &recording;
+            move || *recording.borrow_mut() = region.recording()
+        });
+        let recording = recording.take().expect("it was recorded");
+        snapshot.restore(guest, |fd, start| {
+            let region = snapshot.region(fd, start, &pool, |builder| builder.replay(&recording));
+            move || drop(region)
+        })
+    })
 }
 
 fn sample(snapshot: &Snapshot, point: &str, guest: Touching, restore: &Restore) -> Sample {
