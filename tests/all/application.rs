@@ -25,6 +25,16 @@ fn region(bytes: &[u8], pool: &Pool) -> Region {
     Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
 }
 
+/// Maps shared memory at a second address, which the kernel chooses.
+#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
+pub(crate) fn duplicate_of(start: usize, bytes: usize) -> usize {
+    let start = with_exposed_provenance_mut(start);
+    // SAFETY: another mapping of shared pages, at an address that the kernel chooses.
+    let to = unsafe { libc::mremap(start, 0, bytes, libc::MREMAP_MAYMOVE) };
+    assert_ne!(to, libc::MAP_FAILED);
+    to.expose_provenance()
+}
+
 /// Moves pages to free addresses and returns them.
 #[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
 fn moved(start: usize, bytes: usize) -> usize {

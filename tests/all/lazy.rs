@@ -1,8 +1,8 @@
 //! Lazy memfds: one copy in memory for all mappings, and each page is filled once, at the first
 //! touch of any of them.
 
+use crate::application::duplicate_of;
 use crate::{PAGE, SIGBUS, lacks_poison, pattern, reason, touch};
-use nix::libc;
 use nix::mount::MsFlags;
 use pagestitch::source::{FailureReason, FillMemfd, LazyMemfd, SharedFile, UnsealedMemfd};
 use pagestitch::{Chunk, ErrorKind, Method, Pool, Readahead, Region};
@@ -348,7 +348,7 @@ fn a_duplicate_of_the_mapping_has_the_bytes_or_a_signal_and_never_hangs() {
         let region = builder.build_shared(&pool).unwrap();
         let start = region.as_ptr().expose_provenance().get();
         assert_eq!(touch(start + PAGE), bytes[PAGE]);
-        let duplicate = duplicate_of(start);
+        let duplicate = duplicate_of(start, PAGES * PAGE);
         assert_eq!(touch(duplicate + PAGE), bytes[PAGE]);
         println!("filled: the same");
         println!("absent: {}", touch(duplicate + 5 * PAGE));
@@ -356,13 +356,4 @@ fn a_duplicate_of_the_mapping_has_the_bytes_or_a_signal_and_never_hangs() {
     let output = end.output();
     assert_eq!(end.signal(), Some(SIGBUS), "{output}");
     assert!(output.contains("filled: the same") && !output.contains("absent:"), "{output}");
-}
-
-#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
-fn duplicate_of(start: usize) -> usize {
-    let start = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: another mapping of shared pages, at an address that the kernel chooses.
-    let to = unsafe { libc::mremap(start, 0, PAGES * PAGE, libc::MREMAP_MAYMOVE) };
-    assert_ne!(to, libc::MAP_FAILED);
-    to.expose_provenance()
 }
