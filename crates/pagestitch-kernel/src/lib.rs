@@ -81,6 +81,7 @@ pub mod file_read;
 pub mod fork;
 pub mod gate;
 mod granule;
+mod guarded_ref;
 pub mod immutable;
 pub mod limits;
 mod mapping;

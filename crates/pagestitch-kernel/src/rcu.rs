@@ -5,6 +5,7 @@
 //! swaps the value, ends the epoch, and waits until the readers of that epoch have left. Only they
 //! may look at the old value, which the writer then frees.
 
+use crate::guarded_ref::GuardedRef;
 use crate::striped::{STRIPES, Stripe, own_stripe};
 use crate::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use crate::sync::{Mutex, MutexGuard, yield_now};
@@ -32,7 +33,7 @@ const fn no_readers() -> Readers {
 
 /// The value at the moment of the read. It lives as long as this guard.
 pub struct ReadGuard<'p, T> {
-    value: Option<&'p T>,
+    value: Option<GuardedRef<'p, T>>,
     readers: &'p AtomicUsize,
 }
 
@@ -71,7 +72,7 @@ impl<T: Send + Sync> Rcu<T> {
                 // one of them.
                 #[expect(unsafe_code, reason = "a value behind a pointer")]
                 let value = unsafe { value.as_ref() };
-                seen.value = value;
+                seen.value = value.map(GuardedRef::new);
                 return seen;
             }
         }
@@ -130,8 +131,11 @@ impl<T: Send + Sync> Writer<'_, T> {
 impl<T> ReadGuard<'_, T> {
     /// The value, if the cell had one.
     #[must_use]
-    pub const fn value(&self) -> Option<&T> {
-        self.value
+    pub fn value(&self) -> Option<&T> {
+        let value = self.value.as_ref()?;
+        // SAFETY: this guard counts as a reader until its drop.
+        #[expect(unsafe_code, reason = "reads through the pointer of a guard")]
+        Some(unsafe { value.get() })
     }
 }
 

@@ -15,6 +15,7 @@
 //! assert!(value.read().is_none());
 //! ```
 
+use crate::guarded_ref::GuardedRef;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use std::cell::UnsafeCell;
 use std::fmt;
@@ -64,7 +65,7 @@ impl<T> Releasable<T> {
         // RELEASED was not set before, so no thread writes to the value while the guard lives.
         #[expect(unsafe_code, reason = "shares the value of a cell")]
         let value = unsafe { &*self.value.get() };
-        value.as_ref().map(|value| ReleasableGuard { value, _guard: guard })
+        value.as_ref().map(|value| ReleasableGuard { value: GuardedRef::new(value), _guard: guard })
     }
 
     /// Takes the value, so that no thread can read it any more, unless a thread reads it now.
@@ -97,7 +98,7 @@ impl<T> fmt::Debug for Releasable<T> {
 /// A read of a value: derefs to it and keeps it from being released.
 #[derive(Debug)]
 pub struct ReleasableGuard<'r, T> {
-    value: &'r T,
+    value: GuardedRef<'r, T>,
     _guard: ReadCount<'r>,
 }
 
@@ -105,7 +106,11 @@ impl<T> Deref for ReleasableGuard<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.value
+        // SAFETY: this guard counts as a reader until its drop.
+        #[expect(unsafe_code, reason = "reads through the pointer of a guard")]
+        unsafe {
+            self.value.get()
+        }
     }
 }
 

@@ -18,6 +18,7 @@
 //! ```
 
 use crate::gate::{Gate, GateGuard};
+use crate::guarded_ref::GuardedRef;
 use crate::striped::{STRIPES, Striped};
 use std::fmt;
 use std::marker::PhantomData;
@@ -85,7 +86,7 @@ impl RevocableSlice {
         // is still in force.
         #[expect(unsafe_code, reason = "the borrow's lifetime is replaced by the gate")]
         let bytes = unsafe { &*self.bytes };
-        Some(RevocableGuard { bytes, _guard: guard })
+        Some(RevocableGuard { bytes: GuardedRef::new(bytes), _guard: guard })
     }
 
     /// The number of lent bytes.
@@ -113,7 +114,7 @@ impl fmt::Debug for RevocableSlice {
 /// A read of lent bytes: derefs to them and keeps their scope from ending.
 #[derive(Debug)]
 pub struct RevocableGuard<'l> {
-    bytes: &'l [u8],
+    bytes: GuardedRef<'l, [u8]>,
     _guard: GateGuard<'l>,
 }
 
@@ -121,7 +122,11 @@ impl Deref for RevocableGuard<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        self.bytes
+        // SAFETY: this guard holds the gate until its drop.
+        #[expect(unsafe_code, reason = "reads through the pointer of a guard")]
+        unsafe {
+            self.bytes.get()
+        }
     }
 }
 

@@ -153,14 +153,13 @@ impl PageTable {
     /// each would get a part, and the unit would be read twice.
     #[inline]
     fn claim_unit<'t>(&'t self, page: Page, unit: Span, waker: &'t dyn Wake) -> Result<Claim<'t>, PageState> {
-        if unit.pages > 1
-            && let Ok(mut claim) = self.claim_run(unit, waker)
-        {
-            if claim.span.contains(page) {
-                return Ok(claim);
+        if unit.pages > 1 {
+            let mut claim = self.claim_run(unit, waker);
+            if claim.as_ref().is_ok_and(|claim| claim.span.contains(page)) {
+                return claim;
             }
             // A page between is not absent.
-            claim.release_without_wake();
+            claim.iter_mut().for_each(Claim::release_without_wake);
         }
         let mut claim = self.claim(page, waker)?;
         claim.grow_within(unit);
