@@ -22,13 +22,18 @@ fuzz_target!(|argument: &[u8]| {
         assert!(parsed.is_ok_and(|part| part.path == whole && part.range.is_none()));
         return;
     }
+    if argument.is_empty() {
+        assert!(!parsed.expect_err("it names no file").to_string().is_empty());
+        return;
+    }
     let colon = argument.iter().rposition(|&byte| byte == b':');
     let Some(colon) = colon.filter(|&colon| !argument[colon..].contains(&b'/')) else {
         let part = parsed.expect("without a range it is a name");
         assert!(part.path == whole && part.range.is_none());
         return;
     };
-    let expected = model(&argument[colon + 1..]);
+    // A range of no file is refused.
+    let expected = model(&argument[colon + 1..]).filter(|_| colon > 0);
     match (parsed, expected) {
         (Ok(part), Some((offset, end))) => {
             assert_eq!(part.path.as_os_str().as_bytes(), &argument[..colon]);

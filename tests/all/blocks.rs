@@ -5,6 +5,7 @@ use crate::donated::huge_kib;
 use crate::{PAGE, discard, pattern, reason, stray_write, touch, until};
 use pagestitch::source::FailureReason;
 use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch_kernel::staging;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ const BLOCK_PAGES: u64 = 512;
 
 /// A region of many small chunks, so that several chunks meet in most pages.
 fn stitched(bytes: &[u8]) -> Region {
+    staging::never_pause();
     let chunks = bytes.chunks(10_007).map(<[u8]>::to_vec);
     Region::builder().chunks(chunks).build(&Pool::new().unwrap()).unwrap()
 }
@@ -31,7 +33,6 @@ fn a_whole_block_moves_in_as_a_huge_page() {
     region.populate(..).unwrap();
     assert!(region.as_slice() == bytes);
     if staged(&region) {
-        // Staging pauses where the kernel has to make room for a huge page.
         assert!(region.metrics().pages_staged >= BLOCK_PAGES);
         assert!(region.plan().to_string().contains("filled in a huge page and moved in"));
         // A machine may run out of huge pages, but not in this short time.

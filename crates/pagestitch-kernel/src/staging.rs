@@ -25,7 +25,7 @@ use std::fmt;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::slice;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 /// Private memory of [`HUGE`] bytes, aligned to as many: a huge page when it is filled, empty when
@@ -73,7 +73,7 @@ impl Staging {
     /// As [`fresh`](Self::fresh), with its memory. `None` while huge pages cost more than they save:
     /// fill this block in another way.
     pub fn fresh_if_cheap(&mut self) -> Option<&mut [u8]> {
-        if PACE.pauses() {
+        if pauses() {
             return None;
         }
         let before = processor_time();
@@ -149,6 +149,21 @@ impl Pace {
 
 /// Of all threads together, because they take pages of the same machine.
 static PACE: Pace = Pace::new();
+
+/// True if the next block is not staged, because huge pages cost more than they save. A call is for one
+/// block: the pause ends after some.
+#[must_use]
+pub fn pauses() -> bool {
+    PACE.pauses() && !ALWAYS.load(Ordering::Relaxed)
+}
+
+/// Stages each block from now on, whatever a huge page costs. For tests and measurements, whose result
+/// must not depend on the memory of the machine.
+pub fn never_pause() {
+    ALWAYS.store(true, Ordering::Relaxed);
+}
+
+static ALWAYS: AtomicBool = AtomicBool::new(false);
 
 /// The processor time that this thread has used so far. Wall time would count other threads, too.
 fn processor_time() -> Duration {

@@ -10,7 +10,7 @@ use super::{Filler, Mode, Wanted, journey};
 use crate::guard::discard;
 use crate::space::page_table::{Claim, Unclaimed};
 use nix::time::{ClockId, clock_gettime};
-use pagestitch_kernel::{Page, Span};
+use pagestitch_kernel::{Page, Span, staging};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -83,7 +83,8 @@ fn fill_absent<H: Host>(region: &Arc<H>, span: Span, buffers: &mut Buffers) -> O
 /// The pages of one read, `most` from the start of a gap, or a block that moves as a whole. A longer
 /// claim would hold pages that a fault may need before.
 fn one_read<H: Host>(region: &Arc<H>, gap: Span, most: usize) -> Span {
-    if region.stageable_block(gap).is_some() || region.movable_block(gap.first) == Some(gap) {
+    let stages = || region.stageable_block(gap).is_some() && !staging::pauses();
+    if stages() || region.movable_block(gap.first) == Some(gap) {
         return gap;
     }
     let last = Page(gap.first.0 + gap.pages.min(most) - 1);
