@@ -6,6 +6,7 @@
 //! stripe of the thread that it interrupts. The address of the stack would not do, because the
 //! alternate stacks of signal handlers lie side by side.
 
+use std::num::NonZeroUsize;
 use std::ops::Deref;
 use std::sync::OnceLock;
 use std::thread::available_parallelism;
@@ -35,10 +36,7 @@ impl<T: Default> Striped<T> {
     /// but at most `most`, and at most [`STRIPES`].
     #[must_use]
     pub fn new(most: usize) -> Self {
-        static FOR_CPUS: OnceLock<usize> = OnceLock::new();
-        let for_cpus =
-            FOR_CPUS.get_or_init(|| 2 * available_parallelism().map_or(STRIPES, |cpus| cpus.get()));
-        let count = most.min(*for_cpus).clamp(1, STRIPES);
+        let count = most.min(2 * cpus()).clamp(1, STRIPES);
         // Rounded up, which exceeds `most` by less than the next power of two.
         Self { stripes: (0..count.next_power_of_two()).map(|_| Stripe::default()).collect() }
     }
@@ -55,6 +53,13 @@ impl<T> Striped<T> {
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.stripes.iter().map(Deref::deref)
     }
+}
+
+/// The number of CPUs that this process could use at the first call. Asked once, because the standard
+/// library reads files of the cgroup for it, which takes longer than the build of a region.
+pub fn cpus() -> usize {
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| available_parallelism().map_or(STRIPES, NonZeroUsize::get))
 }
 
 /// The number of the calling thread's stripe, of so many stripes, which are a power of two and at most

@@ -1,7 +1,7 @@
 //! The figures of a handler, in the text format of Prometheus. Those of guests that have ended stay
 //! in the sums, so that no counter falls.
 
-use pagestitch::{Histogram, Meter};
+use pagestitch::{Histogram, Meter, Metrics};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::{Display, Write};
@@ -104,7 +104,7 @@ impl Figures {
             [("", oldest.as_secs_f64())],
         );
         for (name, sum) in &sums.counters {
-            page.counter(name, help(name), *sum);
+            page.counter(name, Metrics::description(name).unwrap_or(UNKNOWN), *sum);
         }
         let parts = [("queue", &sums.queue), ("fill", &sums.fill), ("resolve", &sums.resolve)];
         page.histograms("fault_seconds", FAULT_SECONDS, &parts);
@@ -197,38 +197,6 @@ impl Page {
 /// durations are known to within an eighth of a power of two.
 fn bounds() -> impl Iterator<Item = Duration> {
     (0..BOUNDS).map(|power| Duration::from_nanos(1024 << power))
-}
-
-/// The meaning of a counter of [`Metrics`](pagestitch::Metrics).
-fn help(counter: &str) -> &'static str {
-    match counter {
-        "faults" => "Faults read from the kernel, one for each page and batch.",
-        "faults_writing" => "Faults of writers.",
-        "faults_minor" => "Faults on pages that the page cache has and no page table maps.",
-        "faults_overdue" => "Faults that were reported for taking too long.",
-        "faults_given_up" => "Faults that timed out, so that their pages were poisoned.",
-        "children" => "Forked children that inherited the memory.",
-        "late" => "Faults whose page was present by the time they were served.",
-        "pages_in_place" => "Pages mapped in place: no copy, no fault.",
-        "pages_copied" => "Pages copied from the memory of a source, without a buffer.",
-        "pages_buffered" => "Pages read from one file into a buffer, and copied from there.",
-        "pages_gathered" => "Pages gathered from several files in a buffer, and copied from there.",
-        "pages_staged" => "Pages of blocks of 2 MiB that were filled in staging and moved in.",
-        "pages_moved" => "Donated pages that moved in without a copy.",
-        "pages_continued" => "Pages of a memfd, mapped after their fill without a copy.",
-        "pages_zeroed" => "Pages of zeros.",
-        "pages_poisoned" => "Pages poisoned because their bytes were unavailable: a touch is SIGBUS.",
-        "pages_recovered" => "Poisoned pages that were filled later.",
-        "pages_ahead" => "Pages filled ahead of their first touch.",
-        "pages_ahead_used" => "Pages filled ahead that a reader has passed.",
-        "bytes_copied" => "Bytes copied into the memory of guests.",
-        "bytes_released" => "Bytes of sources in memory that were released.",
-        "source_errors" => "Failed reads of memory files.",
-        "source_retries" => "Repeated reads of memory files.",
-        "pages_given_up" => "Pages with zeros for bytes of a failed source.",
-        "retries" => "Fills that met a change of the memory map or a lack of memory, and were repeated.",
-        _ => UNKNOWN,
-    }
 }
 
 const UNKNOWN: &str = "A counter of pagestitch::Metrics.";

@@ -10,6 +10,7 @@
 //! Threads count in different cache lines at the same time; each thread has its stripe.
 
 mod coverage;
+mod description;
 #[cfg(feature = "metrics")]
 mod facade;
 mod histogram;

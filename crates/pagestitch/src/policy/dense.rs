@@ -12,13 +12,11 @@
 //! because they were measured to be faster.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
-use pagestitch_kernel::striped::Striped;
+use pagestitch_kernel::striped::{self, Striped};
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 
 /// The costs of a region's blocks so far.
 #[derive(Debug)]
@@ -130,12 +128,9 @@ impl Dense {
     }
 }
 
-/// The share of the price at which a block is filled. Decided once, because the standard library
-/// reads files of the cgroup for it.
+/// The share of the price at which a block is filled.
 fn share() -> u64 {
-    static SHARE: OnceLock<u64> = OnceLock::new();
-    let decide = || if thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1) { 2 } else { 1 };
-    *SHARE.get_or_init(decide)
+    if striped::cpus() > 1 { 2 } else { 1 }
 }
 
 /// The cost of a fault outside our code, in nanoseconds: the trap, and two switches of threads.
