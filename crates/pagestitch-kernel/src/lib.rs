@@ -41,6 +41,7 @@
 //! | 7 | [`event`] | the kernel's messages, decoded eagerly |
 //! | | [`view`] | the one view of a reservation's bytes, and the sources that it shows in place |
 //! | | [`staging`] | a huge page that is filled apart, and moves into a region whole |
+//! | | [`arena`] | pages that leave a region: they move to an arena, or are dropped |
 //! | 8 | [`capabilities`] | the abilities of this kernel and process, probed at run time, with reason and remedy |
 //!
 //! # The safety argument, once
@@ -61,7 +62,8 @@
 //!   type that gives out slices.
 //! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`]
 //!   and [`Reservation::fence`] take a page away for good: a later access is a signal, which ends
-//!   the program; it does not read other bytes.
+//!   the program; it does not read other bytes. An [`arena::Evictable`] reservation loses pages that
+//!   are filled again: its caller promises the same bytes, or has no view that gives out slices.
 //!
 //! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a
 //! reservation has one view, which is borrowed mutably. A view that is not stable is read and
@@ -69,6 +71,7 @@
 //! no data race.
 
 pub mod access;
+pub mod arena;
 pub mod atomic_table;
 pub mod capabilities;
 mod copy;
@@ -109,6 +112,7 @@ mod vma_name;
 
 pub use crate::errno::Errno;
 pub use access::Access;
+pub use arena::{Arena, Evictable};
 pub use capabilities::Support;
 pub use event::{Batch, Event, Fault, FaultKind};
 pub use features::Features;

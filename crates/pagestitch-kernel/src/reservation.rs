@@ -193,6 +193,12 @@ impl Reservation {
         let _ = self.mapping.advise(MmapAdvise::MADV_HUGEPAGE);
     }
 
+    /// Advises small pages, because pages leave the range one by one. Has no effect on a kernel without
+    /// huge pages.
+    pub fn use_small_pages(&self) {
+        let _ = self.mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
+    }
+
     /// Lets children of `fork(2)` inherit the range. A child reads zeros unless a server fills
     /// *its* pages, so the caller serves the uffds that come with
     /// [`Event::Fork`](crate::Event::Fork).

@@ -98,7 +98,7 @@ impl Uffd {
 
     /// Lets the kernel copy from an address of this process. The answer to an unreadable address is
     /// [`Outcome::SourceUnreadable`].
-    fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
+    pub(crate) fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
         self.fill(Operation::Copy, range, |part, waiters| {
             let mut request = abi::UffdioCopy::new(part, source + (part.start() - range.start()), waiters);
             // SAFETY: the kernel writes missing pages of registered memory only, which have no

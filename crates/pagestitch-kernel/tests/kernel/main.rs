@@ -1,5 +1,6 @@
 //! Each operation of the kernel crate against the running kernel, with one test for each answer.
 
+mod arena;
 mod messages;
 mod names;
 mod sync;

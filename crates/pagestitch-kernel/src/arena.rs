@@ -1,0 +1,276 @@
+//! Pages that leave a region: they move to the slots of an arena, or are dropped.
+//!
+//! ```text
+//!   region   |■|■| |■|■|■|■|      missing afterwards: a touch is a fault
+//!                 │ ▲
+//!    take_in      │ │   give_back            UFFDIO_MOVE, both ways: no byte is copied
+//!                 ▼ │
+//!   arena    |■|■|■|■| | | | |    slots; `empty` frees a run of them with one call
+//! ```
+//!
+//! Only the destination of a move has to be registered. So the arena has a userfaultfd of its own, and
+//! pages of any region move there, while other threads read the region. The kernel clears the entry
+//! of the page in one step: a page that is pinned, or shared with a forked process, stays.
+//!
+//! A page that leaves may come back with other bytes, if its source has changed. [`Evictable`] is the
+//! promise that no reader sees that.
+
+use crate::access::Access;
+use crate::errno::Errno;
+use crate::features::Features;
+use crate::page::{AddressRange, Page, PageSize, Span};
+use crate::reservation::Reservation;
+use crate::swap;
+use crate::uffd::{OpenError, Outcome, RegisterMode, Uffd};
+use nix::libc::{self, c_void};
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+/// A reservation whose filled pages may be taken away.
+#[derive(Debug, Clone)]
+pub struct Evictable(Arc<Reservation>);
+
+impl Evictable {
+    /// Lets pages of a reservation be taken away.
+    ///
+    /// # Safety
+    ///
+    /// - A page that was taken away is filled with the same bytes again; or no slice of the view's
+    ///   bytes exists, because the view is not stable and the kernel alone reads it.
+    /// - No code writes to the pages; or a page with written bytes is never dropped.
+    #[must_use]
+    #[expect(unsafe_code, reason = "a promise of the caller")]
+    pub const unsafe fn new(reservation: Arc<Reservation>) -> Self {
+        Self(reservation)
+    }
+
+    /// The reservation.
+    #[must_use]
+    pub const fn reservation(&self) -> &Arc<Reservation> {
+        &self.0
+    }
+
+    /// Drops pages: they are missing afterwards, and their memory is free. Pages that are missing
+    /// already, stay so.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`: `EINVAL` for locked pages.
+    pub fn discard(&self, span: Span) -> Result<(), Errno> {
+        discard(self.0.addresses(span))
+    }
+}
+
+/// The reason why there is no arena.
+#[derive(Debug)]
+pub enum ArenaError {
+    /// This kernel does not move pages, or not safely: the reason and the remedy.
+    NoMoves(&'static str),
+    /// No userfaultfd can be opened.
+    Open(OpenError),
+    /// The kernel refuses its memory, or its registration.
+    Refused(Errno),
+}
+
+impl fmt::Display for ArenaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoMoves(reason) => f.write_str(reason),
+            Self::Open(error) => error.fmt(f),
+            Self::Refused(errno) => write!(f, "the kernel refuses memory for standby pages: {errno}"),
+        }
+    }
+}
+
+impl std::error::Error for ArenaError {}
+
+/// Slots for pages that have left their regions. The caller decides which slots are in use.
+#[derive(Debug)]
+pub struct Arena {
+    reservation: Arc<Reservation>,
+    uffd: Uffd,
+}
+
+impl Arena {
+    /// An arena with empty slots. It takes no memory before pages move in.
+    ///
+    /// # Errors
+    ///
+    /// [`ArenaError::NoMoves`] before Linux 6.8, and where a page that is swapped out could be lost in
+    /// a move.
+    pub fn new(slots: NonZeroUsize) -> Result<Self, ArenaError> {
+        // Without SIGBUS, a read of an empty slot by the kernel would wait for ever.
+        let wanted = Features::MOVE | Features::SIGBUS;
+        let uffd = Uffd::open(wanted).map_err(ArenaError::Open)?;
+        if !uffd.features().contains(wanted) {
+            return Err(ArenaError::NoMoves("this kernel cannot move pages: use Linux 6.8 or newer"));
+        }
+        swap::moves_safely().map_err(ArenaError::NoMoves)?;
+        let reservation = Reservation::new(slots, PageSize::system(), Access::LogicallyReadOnly)
+            .map_err(|error| ArenaError::Refused(error.errno))?;
+        reservation.set_name("standby");
+        uffd.register(&reservation, RegisterMode::MISSING).map_err(ArenaError::Refused)?;
+        reservation.use_small_pages();
+        // A dump has the pages of regions, if it has any.
+        reservation.hide_from_dumps().map_err(ArenaError::Refused)?;
+        Ok(Self { reservation, uffd })
+    }
+
+    /// The number of its slots.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.reservation.pages()
+    }
+
+    /// Moves pages of a reservation to empty slots, the first to `slot`.
+    ///
+    /// [`Outcome::NotRegistered`]: the first page is missing. [`Outcome::Busy`]: it is pinned, or shared
+    /// with a forked process. [`Outcome::Refused`]: the memory is locked, or not writable.
+    ///
+    /// # Panics
+    ///
+    /// If there are not as many slots.
+    pub fn take_in(&self, from: &Evictable, span: Span, slot: usize) -> Outcome {
+        let into = self.reservation.addresses(Span { first: Page(slot), pages: span.pages });
+        // SAFETY: the reservation owns the pages at the source. By the promise of `Evictable`, a
+        // reference to their bytes sees the same bytes when they are back, and waits meanwhile.
+        #[expect(unsafe_code, reason = "the promise of Evictable is the one that move_pages asks for")]
+        unsafe {
+            self.uffd.move_pages(into, from.0.addresses(span))
+        }
+    }
+
+    /// Moves the page of a slot to a missing page of a region, and wakes the threads that wait there.
+    /// The slot is empty then.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such slot, or the range is not one page.
+    pub fn give_back(&self, uffd: &Uffd, range: AddressRange, slot: usize) -> Outcome {
+        // SAFETY: the arena owns its pages, and gives out no reference to them.
+        #[expect(unsafe_code, reason = "the arena is the vouching owner that move_pages asks for")]
+        unsafe {
+            uffd.move_pages(range, self.slots_at(slot..slot + 1))
+        }
+    }
+
+    /// Copies the page of a slot to a missing page of a region, if it cannot move. The slot keeps it.
+    ///
+    /// # Panics
+    ///
+    /// As [`give_back`](Self::give_back).
+    pub fn copy_back(&self, uffd: &Uffd, range: AddressRange, slot: usize) -> Outcome {
+        uffd.copy_from(range, self.slots_at(slot..slot + 1).start())
+    }
+
+    /// Empties a run of slots, and frees their memory.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`; none is known to occur.
+    ///
+    /// # Panics
+    ///
+    /// If there are no such slots.
+    pub fn empty(&self, slots: Range<usize>) -> Result<(), Errno> {
+        discard(self.slots_at(slots))
+    }
+
+    fn slots_at(&self, slots: Range<usize>) -> AddressRange {
+        self.reservation.addresses(Span { first: Page(slots.start), pages: slots.len() })
+    }
+}
+
+fn discard(range: AddressRange) -> Result<(), Errno> {
+    // SAFETY: the range is inside a reservation whose pages may be taken away. They are missing
+    // afterwards, because it is registered.
+    #[expect(unsafe_code, reason = "madvise")]
+    let answer = unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_DONTNEED) };
+    Errno::result(answer).map(drop)
+}
+
+/// Drops pages of several reservations with few system calls.
+#[derive(Debug)]
+pub struct Discards {
+    /// This process, for `process_madvise(2)`.
+    own: Option<OwnedFd>,
+}
+
+impl Discards {
+    /// Finds out whether this kernel drops several runs at once (Linux 6.13).
+    #[must_use]
+    pub fn new() -> Self {
+        let own = own_process().ok();
+        let works = |own: &OwnedFd| advise_all(own, &[]).is_ok();
+        Self { own: own.filter(works) }
+    }
+
+    /// Drops spans, as [`Evictable::discard`] does. Returns the number of leading spans that are
+    /// dropped: the span after them is refused.
+    ///
+    /// # Panics
+    ///
+    /// If there are more than [`DISCARDS_MAX`] spans.
+    pub fn discard(&self, spans: &[(&Evictable, Span)]) -> usize {
+        if let Some(own) = self.own.as_ref().filter(|_| spans.len() > 1) {
+            return self.discard_at_once(own, spans);
+        }
+        spans.iter().take_while(|(from, span)| from.discard(*span).is_ok()).count()
+    }
+
+    fn discard_at_once(&self, own: &OwnedFd, spans: &[(&Evictable, Span)]) -> usize {
+        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; DISCARDS_MAX];
+        let mut bytes = 0;
+        for (vector, (from, span)) in vectors[..spans.len()].iter_mut().zip(spans) {
+            let range = from.0.addresses(*span);
+            *vector = libc::iovec { iov_base: range.start() as *mut c_void, iov_len: range.bytes() };
+            bytes += range.bytes();
+        }
+        match advise_all(own, &vectors[..spans.len()]) {
+            Ok(done) if done >= bytes => spans.len(),
+            // Part of it: dropping a page twice is harmless.
+            _ => spans.iter().take_while(|(from, span)| from.discard(*span).is_ok()).count(),
+        }
+    }
+}
+
+impl Default for Discards {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The most spans of one [`Discards::discard`].
+pub const DISCARDS_MAX: usize = 64;
+
+fn own_process() -> Result<OwnedFd, Errno> {
+    // SAFETY: pidfd_open(2) takes integers and touches no memory.
+    #[expect(unsafe_code, reason = "a system call without a wrapper")]
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the kernel has just made this descriptor for this process, and nothing else owns it.
+    #[expect(unsafe_code, reason = "a raw descriptor becomes an owned one")]
+    let own = unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("a descriptor is an int")) };
+    Ok(own)
+}
+
+/// Drops the pages of ranges of this process. All of them are inside of evictable reservations.
+fn advise_all(own: &OwnedFd, ranges: &[libc::iovec]) -> Result<usize, Errno> {
+    // SAFETY: the ranges are inside reservations whose pages may be taken away, and the kernel reads
+    // the vectors.
+    #[expect(unsafe_code, reason = "process_madvise")]
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            own.as_raw_fd(),
+            ranges.as_ptr(),
+            ranges.len(),
+            libc::MADV_DONTNEED,
+            0,
+        )
+    };
+    Errno::result(answer).map(|bytes| usize::try_from(bytes).unwrap_or(0))
+}

@@ -1,0 +1,146 @@
+//! Pages that leave a region, and come back.
+
+use crate::{has, page};
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use pagestitch_kernel::arena::{ArenaError, Discards};
+use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::{
+    Access, Arena, Batch, Evictable, Features, Outcome, Page, PageSize, Span, StableView, Uffd, View,
+};
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::thread;
+
+struct Bounded {
+    from: Evictable,
+    view: StableView,
+    uffd: Uffd,
+}
+
+impl Bounded {
+    /// A region in which page `i` is full of the byte `i + 1`.
+    fn new(pages: usize) -> Self {
+        let access = Access::LogicallyReadOnly;
+        let (reservation, view) =
+            View::reserve(NonZeroUsize::new(pages).unwrap(), PageSize::system(), access).unwrap();
+        let uffd = Uffd::open(Features::THREAD_ID).unwrap();
+        uffd.register(&reservation, RegisterMode::MISSING).unwrap();
+        reservation.use_small_pages();
+        // SAFETY: `fill` gives each page the same bytes each time, and no code writes to it.
+        #[expect(unsafe_code, reason = "a promise of the caller")]
+        let from = unsafe { Evictable::new(reservation) };
+        let bounded = Self { from, view: view.into_stable().unwrap(), uffd };
+        (0..pages).for_each(|page| assert_eq!(bounded.fill(page), Outcome::Done));
+        bounded
+    }
+
+    fn fill(&self, index: usize) -> Outcome {
+        let bytes = vec![index as u8 + 1; PageSize::system().bytes()];
+        self.uffd.copy(self.from.reservation().addresses(page(index)), &bytes)
+    }
+
+    fn byte(&self, index: usize) -> u8 {
+        self.view.as_slice()[index * PageSize::system().bytes()]
+    }
+
+    fn present(&self) -> Vec<bool> {
+        let (reservation, mut present) = (self.from.reservation(), Vec::new());
+        let all = Span { first: Page(0), pages: reservation.pages() };
+        reservation.residency(all, |_, here| present.push(here)).unwrap();
+        present
+    }
+}
+
+fn arena(test: &str, slots: usize) -> Option<Arena> {
+    if !has(test, Features::MOVE) {
+        return None;
+    }
+    match Arena::new(NonZeroUsize::new(slots).unwrap()) {
+        Err(ArenaError::NoMoves(reason)) => {
+            eprintln!("SKIPPED {test}: {reason}");
+            None
+        }
+        arena => Some(arena.unwrap()),
+    }
+}
+
+#[test]
+fn a_page_leaves_for_a_slot_and_comes_back_with_its_bytes() {
+    let Some(arena) = arena("a_page_leaves_for_a_slot_and_comes_back_with_its_bytes", 4) else { return };
+    let bounded = Bounded::new(4);
+    assert_eq!(arena.take_in(&bounded.from, Span { first: Page(1), pages: 2 }, 1), Outcome::Done);
+    assert_eq!(bounded.present(), [true, false, false, true]);
+    assert_eq!(arena.take_in(&bounded.from, page(1), 0), Outcome::NotRegistered, "the page is missing");
+    assert_eq!(arena.take_in(&bounded.from, page(0), 1), Outcome::AlreadyThere, "the slot is in use");
+    let range = |index| bounded.from.reservation().addresses(page(index));
+    assert_eq!(arena.give_back(&bounded.uffd, range(2), 2), Outcome::Done);
+    assert_eq!(bounded.byte(2), 3);
+    assert_eq!(arena.copy_back(&bounded.uffd, range(1), 1), Outcome::Done);
+    assert_eq!(bounded.byte(1), 2);
+    arena.empty(0..4).unwrap();
+    assert_eq!(arena.take_in(&bounded.from, page(0), 1), Outcome::Done, "an emptied slot is free");
+    assert_eq!(bounded.present(), [false, true, true, true]);
+}
+
+#[test]
+fn an_empty_slot_gives_nothing_back() {
+    let Some(arena) = arena("an_empty_slot_gives_nothing_back", 2) else { return };
+    let bounded = Bounded::new(1);
+    assert_eq!(arena.take_in(&bounded.from, page(0), 0), Outcome::Done);
+    arena.empty(0..2).unwrap();
+    let range = bounded.from.reservation().addresses(page(0));
+    assert_eq!(arena.give_back(&bounded.uffd, range, 0), Outcome::NotRegistered);
+    assert_eq!(arena.copy_back(&bounded.uffd, range, 0), Outcome::SourceUnreadable, "the read does not wait");
+    assert_eq!(bounded.fill(0), Outcome::Done);
+    assert_eq!(bounded.byte(0), 1);
+}
+
+#[test]
+fn a_locked_page_stays() {
+    let Some(arena) = arena("a_locked_page_stays", 2) else { return };
+    let bounded = Bounded::new(2);
+    let range = bounded.from.reservation().addresses(page(0));
+    // SAFETY: mlock(2) changes no byte of the region.
+    #[expect(unsafe_code, reason = "mlock")]
+    let locked = unsafe { libc::mlock(range.start() as *const _, range.bytes()) };
+    assert_eq!(locked, 0);
+    let outcome = arena.take_in(&bounded.from, page(0), 0);
+    assert!(matches!(outcome, Outcome::Refused(_)), "{outcome:?}");
+    assert!(bounded.from.discard(page(0)).is_err());
+    assert_eq!(bounded.byte(0), 1);
+}
+
+#[test]
+fn a_thread_that_touches_a_page_in_a_slot_waits_for_it() {
+    let Some(arena) = arena("a_thread_that_touches_a_page_in_a_slot_waits_for_it", 1) else { return };
+    let bounded = Bounded::new(2);
+    assert_eq!(arena.take_in(&bounded.from, page(1), 0), Outcome::Done);
+    thread::scope(|scope| {
+        let toucher = scope.spawn(|| bounded.byte(1));
+        let mut batch = Batch::with_capacity(4);
+        while batch.faults().is_empty() {
+            poll(&mut [PollFd::new(bounded.uffd.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+            batch.read(&bounded.uffd, PageSize::system()).unwrap();
+        }
+        let range = bounded.from.reservation().addresses(page(1));
+        assert_eq!(arena.give_back(&bounded.uffd, range, 0), Outcome::Done);
+        assert_eq!(toucher.join().unwrap(), 2);
+    });
+}
+
+#[test]
+fn spans_of_several_regions_are_dropped_at_once() {
+    let (one, two) = (Bounded::new(8), Bounded::new(4));
+    let discards = Discards::new();
+    let span = |first, pages| Span { first: Page(first), pages };
+    let dropped =
+        discards.discard(&[(&one.from, span(1, 2)), (&two.from, span(0, 1)), (&one.from, span(6, 2))]);
+    assert_eq!(dropped, 3);
+    assert_eq!(one.present(), [true, false, false, true, true, true, false, false]);
+    assert_eq!(two.present(), [false, true, true, true]);
+    assert_eq!(discards.discard(&[(&two.from, span(3, 1))]), 1);
+    assert_eq!(two.present(), [false, true, true, false]);
+    assert_eq!(one.fill(2), Outcome::Done);
+    assert_eq!(one.byte(2), 3);
+}
