@@ -54,7 +54,7 @@ macro_rules! metrics {
         impl Counters {
             fn sums(&self) -> Metrics {
                 let sum = |of: fn(&Counted) -> &Counter| {
-                    self.striped.iter().map(|counted| of(counted).0.load(Ordering::Relaxed)).sum()
+                    self.striped.iter().map(|counted| of(counted).get()).sum()
                 };
                 Metrics { $($name: sum(|counted| &counted.$name),)* }
             }
@@ -122,7 +122,7 @@ impl Counters {
 
     /// The number of faults so far.
     pub(crate) fn faults(&self) -> u64 {
-        self.striped.iter().map(|counted| counted.faults.0.load(Ordering::Relaxed)).sum()
+        self.striped.iter().map(|counted| counted.faults.get()).sum()
     }
 
     /// Puts a fault that was read at `read` in flight. Returns its slot, if one is left.
@@ -475,5 +475,9 @@ pub(crate) struct Counter(AtomicU64);
 impl Counter {
     pub(crate) fn add(&self, n: u64) {
         self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 }

@@ -305,14 +305,20 @@ impl InHandler<'_> {
         true
     }
 
-    /// Waits for the thread that fills a page, but not for long, because signals wait meanwhile. If the
-    /// page comes in time, the thread needs no second signal, which costs more than a fill.
+    /// Waits for the thread that fills a page, but not to the end: the return from the signal takes as long
+    /// as the rest of a fill. After a longer wait both threads go on at once, and meet again at the next
+    /// page.
     fn wait_a_moment(&self, page: Page) {
-        for turn in 0..SPINS + YIELDS {
-            if !self.owner.region.pages.state(page).is_claimed() {
+        let region = &self.owner.region;
+        for _ in 0..SPINS {
+            if !region.pages.state(page).is_claimed() {
                 return;
             }
-            if turn < SPINS { hint::spin_loop() } else { thread::yield_now() }
+            hint::spin_loop();
+        }
+        // The filling thread may need this CPU. Not each time, because a yield takes longer than the wait.
+        if region.counters.local().faults.get() % YIELD_EVERY == 0 {
+            thread::yield_now();
         }
     }
 
@@ -373,10 +379,10 @@ impl Filler for InHandler<'_> {
 }
 
 const PAGE: usize = 4096;
-/// The turns of a wait that keep the CPU: about as long as a fill takes.
-const SPINS: usize = 64;
-/// The turns that give the CPU away, because the filling thread may need it.
-const YIELDS: usize = 16;
+/// The turns of a wait for another thread: about half of a fill.
+const SPINS: usize = 32;
+/// A thread that finds its page in work gives the CPU away at one fault of so many.
+const YIELD_EVERY: u64 = 16;
 /// For a page in which chunks meet, or a page of a file. A thread only tries the lock, so it never
 /// waits.
 type Buffer = Stripe<Mutex<[u8; PAGE]>>;
