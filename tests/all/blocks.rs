@@ -122,12 +122,16 @@ fn populate_with_many_threads_fills_all_pages_before_a_failure() {
 
 #[test]
 fn a_discarded_block_is_filled_again() {
-    let bytes = pattern(5, 3 * BLOCK);
-    let region = stitched(&bytes);
-    for _ in 0..3 {
-        region.populate(..).unwrap();
-        discard(region.as_ptr().addr().get() + BLOCK / 2, BLOCK);
-        assert!(region.as_slice() == bytes);
+    for reports in crate::REPORTS {
+        let bytes = pattern(5, 3 * BLOCK);
+        staging::never_pause();
+        let builder = Region::builder().chunk(bytes.clone()).report_discards(reports);
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        for _ in 0..3 {
+            region.populate(..).unwrap();
+            discard(region.as_ptr().addr().get() + BLOCK / 2, BLOCK);
+            assert!(region.as_slice() == bytes);
+        }
     }
 }
 

@@ -239,10 +239,11 @@ fn a_read_of_a_donation_whose_pages_move_is_an_error_and_not_zeros() {
 #[test]
 fn a_discarded_moved_page_is_an_error_and_not_zeros() {
     // With children, pages move when the region is built.
-    let moved_by = [(moves(), false), (true, true)].into_iter().filter(|(tests, _)| *tests);
-    for (_, children) in moved_by {
+    let kinds = [(moves(), false, true), (moves(), false, false), (true, true, true)];
+    for (_, children, reports) in kinds.into_iter().filter(|(tests, ..)| *tests) {
         let (bytes, pages) = (pattern(4, 3 * PAGE), 3 * PAGE);
         let builder = Region::builder().chunk(pages_of(&bytes)).readahead(Readahead::None);
+        let builder = builder.report_discards(reports);
         let builder = if children { builder.inherit_on_fork() } else { builder };
         let region = match builder.build(&Pool::new().unwrap()) {
             Err(error) if cannot_inherit(&error) => return,

@@ -346,23 +346,29 @@ fn the_failure_callback_hears_of_each_failure_and_may_panic() {
 /// fails again. Otherwise the caller would look for the reason forever.
 #[test]
 fn a_page_that_fails_while_it_is_discarded_is_an_error_each_time() {
-    let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));
-    let region = Region::builder().chunk(Chunk::source(source)).build(&Pool::new().unwrap()).unwrap();
-    let start = region.as_ptr().expose_provenance().get();
-    let done = std::sync::atomic::AtomicBool::new(false);
-    scope(|scope| {
-        scope.spawn(|| {
-            for page in 0..5000_u64 {
-                region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();
+    for reports in crate::REPORTS {
+        let source = Arc::new(Scripted::new(16 * 4096).failing(0..16 * 4096));
+        let region = Region::builder()
+            .chunk(Chunk::source(source))
+            .report_discards(reports)
+            .build(&Pool::new().unwrap())
+            .unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        scope(|scope| {
+            scope.spawn(|| {
+                for page in 0..2500_u64 {
+                    region.populate(page % 16 * 4096..page % 16 * 4096 + 1).unwrap_err();
+                }
+                done.store(true, std::sync::atomic::Ordering::Relaxed);
+            });
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                crate::discard(start, 16 * 4096);
+                // With a pause, because no page can be poisoned during a discard.
+                thread::sleep(std::time::Duration::from_micros(50));
             }
-            done.store(true, std::sync::atomic::Ordering::Relaxed);
         });
-        while !done.load(std::sync::atomic::Ordering::Relaxed) {
-            crate::discard(start, 16 * 4096);
-            // With a pause, because no page can be poisoned during a discard.
-            thread::sleep(std::time::Duration::from_micros(50));
-        }
-    });
+    }
 }
 
 #[test]

@@ -70,30 +70,41 @@ fn the_plan_lists_runs_with_their_method() {
 
 #[test]
 fn a_discarded_page_is_filled_again() {
-    let bytes = pattern(7, 8 * page());
-    let region = Region::builder().chunk(bytes.clone()).build(&Pool::new().unwrap()).unwrap();
-    assert!(region.as_slice() == bytes);
-    let start = region.as_ptr().expose_provenance().get();
-    for round in 1..=50 {
-        discard(start + 2 * page(), 3 * page());
+    for reports in crate::REPORTS {
+        let bytes = pattern(7, 8 * page());
+        let region = Region::builder()
+            .chunk(bytes.clone())
+            .report_discards(reports)
+            .build(&Pool::new().unwrap())
+            .unwrap();
         assert!(region.as_slice() == bytes);
-        until(|| region.metrics().pages_copied == 8 + 3 * round);
+        let start = region.as_ptr().expose_provenance().get();
+        for round in 1..=50 {
+            discard(start + 2 * page(), 3 * page());
+            assert!(region.as_slice() == bytes);
+            until(|| region.metrics().pages_copied == 8 + 3 * round);
+        }
     }
 }
 
 #[test]
 fn pages_discarded_during_faults_show_their_bytes() {
-    let bytes = pattern(8, 64 * page());
-    let region =
-        Region::builder().chunk(bytes.clone()).build(&Pool::builder().workers(2).start().unwrap()).unwrap();
-    let start = region.as_ptr().expose_provenance().get();
-    scope(|scope| {
-        for _ in 0..3 {
-            scope.spawn(|| (0..40).for_each(|_| assert!(region.as_slice() == bytes)));
-        }
-        scope.spawn(|| (0..300).for_each(|i| discard(start + i % 60 * page(), 4 * page())));
-        scope.spawn(|| (0..40).for_each(|_| region.populate(..).unwrap()));
-    });
+    for reports in crate::REPORTS {
+        let bytes = pattern(8, 64 * page());
+        let region = Region::builder()
+            .chunk(bytes.clone())
+            .report_discards(reports)
+            .build(&Pool::builder().workers(2).start().unwrap())
+            .unwrap();
+        let start = region.as_ptr().expose_provenance().get();
+        scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| (0..40).for_each(|_| assert!(region.as_slice() == bytes)));
+            }
+            scope.spawn(|| (0..300).for_each(|i| discard(start + i % 60 * page(), 4 * page())));
+            scope.spawn(|| (0..40).for_each(|_| region.populate(..).unwrap()));
+        });
+    }
 }
 
 #[test]

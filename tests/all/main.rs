@@ -12,6 +12,7 @@ mod contention;
 mod conversions;
 mod decompressions;
 mod delayed_faults;
+mod discards;
 mod donated;
 mod eager;
 mod error_messages;
@@ -114,6 +115,9 @@ fn discard(start: usize, bytes: usize) {
     unsafe { nix::sys::mman::madvise(start, bytes, nix::sys::mman::MmapAdvise::MADV_DONTNEED) }
         .expect("madvise");
 }
+
+/// Regions whose discards the kernel reports, and regions without reports.
+const REPORTS: [bool; 2] = [true, false];
 
 /// Locks the pages of these bytes, as `mlockall(2)` does with all pages.
 #[cfg(not(sanitized))]

@@ -210,16 +210,18 @@ fn a_prefetch_is_over_in_a_forked_child_and_goes_on_in_the_parent() {
 
 #[test]
 fn a_page_that_is_discarded_after_its_prefetch_is_filled_again() {
-    let pool = Pool::builder().workers(2).start().unwrap();
-    let source = Arc::new(Scripted::new(BYTES));
-    let region = builder(&source).build(&pool).unwrap();
-    let start = region.as_ptr().addr().get();
-    let prefetch = region.prefetch(..).unwrap();
-    for round in 0..50 {
-        discard(start + round * 37 * PAGE, 5 * PAGE);
+    for reports in crate::REPORTS {
+        let pool = Pool::builder().workers(2).start().unwrap();
+        let source = Arc::new(Scripted::new(BYTES));
+        let region = builder(&source).report_discards(reports).build(&pool).unwrap();
+        let start = region.as_ptr().addr().get();
+        let prefetch = region.prefetch(..).unwrap();
+        for round in 0..50 {
+            discard(start + round * 37 * PAGE, 5 * PAGE);
+        }
+        prefetch.wait();
+        assert!(is_right(&region));
     }
-    prefetch.wait();
-    assert!(is_right(&region));
 }
 
 #[test]

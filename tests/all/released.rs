@@ -178,25 +178,29 @@ fn a_source_beside_a_failing_one_is_released_after_the_retry() {
 
 #[test]
 fn a_page_that_is_discarded_before_the_release_is_filled_again() {
-    let (drops, bytes) = (Arc::default(), pattern(6, 8 * PAGE));
-    let region = builder().chunk(Owner::chunk(&bytes, &drops)).build(&pool()).unwrap();
-    let start = region.as_ptr().addr().get();
-    for _ in 0..5 {
-        region.populate(..7 * PAGE as u64).unwrap();
-        discard(start, 4 * PAGE);
-        assert!(region.as_slice()[..7 * PAGE] == bytes[..7 * PAGE]);
+    for reports in crate::REPORTS {
+        let (drops, bytes) = (Arc::default(), pattern(6, 8 * PAGE));
+        let region =
+            builder().report_discards(reports).chunk(Owner::chunk(&bytes, &drops)).build(&pool()).unwrap();
+        let start = region.as_ptr().addr().get();
+        for _ in 0..5 {
+            region.populate(..7 * PAGE as u64).unwrap();
+            discard(start, 4 * PAGE);
+            assert!(region.as_slice()[..7 * PAGE] == bytes[..7 * PAGE]);
+        }
+        assert_eq!(drops.load(Ordering::SeqCst), 0);
+        discard(start + PAGE, PAGE);
+        // The event of the discard may not be in the table yet; the touch comes after it.
+        assert_eq!(region.as_slice()[7 * PAGE], bytes[7 * PAGE]);
+        region.read_at(0, &mut vec![0; bytes.len()]).ok();
+        until(|| drops.load(Ordering::SeqCst) == 1);
     }
-    assert_eq!(drops.load(Ordering::SeqCst), 0);
-    discard(start + PAGE, PAGE);
-    // The event of the discard may not be in the table yet; the touch comes after it.
-    assert_eq!(region.as_slice()[7 * PAGE], bytes[7 * PAGE]);
-    region.read_at(0, &mut vec![0; bytes.len()]).ok();
-    until(|| drops.load(Ordering::SeqCst) == 1);
 }
 
 /// A region of six pages whose source is released, and of which page 2 is discarded.
-fn discarded(chunk: impl FnOnce(Chunk) -> Chunk, bytes: &[u8]) -> Region {
-    let region = builder().chunk(chunk(Chunk::from(bytes.to_vec()))).build(&pool()).unwrap();
+fn discarded(chunk: impl FnOnce(Chunk) -> Chunk, bytes: &[u8], reports: bool) -> Region {
+    let region =
+        builder().report_discards(reports).chunk(chunk(Chunk::from(bytes.to_vec()))).build(&pool()).unwrap();
     region.populate(..).unwrap();
     assert_eq!(region.kept_source_bytes(), 0);
     discard(region.as_ptr().addr().get() + 2 * PAGE, PAGE);
@@ -205,43 +209,47 @@ fn discarded(chunk: impl FnOnce(Chunk) -> Chunk, bytes: &[u8]) -> Region {
 
 #[test]
 fn a_page_that_is_discarded_after_the_release_is_an_error_with_the_reason() {
-    let bytes = pattern(7, 6 * PAGE);
-    // No policy helps: another attempt finds the bytes no more, and zeros would be wrong.
-    let policies = [OnFailure::Poison, OnFailure::Zeros, OnFailure::Retry(Retry::times(1000))];
-    for policy in policies {
-        let region = discarded(|chunk| chunk.on_failure(policy), &bytes);
-        let began = Instant::now();
-        let error = region.read_at(0, &mut vec![0; bytes.len()]).unwrap_err();
-        assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Released));
-        assert!(began.elapsed() < Duration::from_secs(60), "retried");
-        let error = region.retry_failed(..).unwrap_err();
-        let unsupported = error.kind() == ErrorKind::Unsupported;
-        assert!(unsupported || reason(&error) == FailureReason::Released, "{error}");
-        until(|| region.retry_failed(..).is_err() && region.failures().len() == 1);
-        let (offset, failure) = region.failures().remove(0);
-        assert_eq!((offset, failure.chunk()), (2 * PAGE as u64, 0));
-        for page in [0, 1, 3, 4, 5] {
-            assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
+    for reports in crate::REPORTS {
+        let bytes = pattern(7, 6 * PAGE);
+        // No policy helps: another attempt finds the bytes no more, and zeros would be wrong.
+        let policies = [OnFailure::Poison, OnFailure::Zeros, OnFailure::Retry(Retry::times(1000))];
+        for policy in policies {
+            let region = discarded(|chunk| chunk.on_failure(policy), &bytes, reports);
+            let began = Instant::now();
+            let error = region.read_at(0, &mut vec![0; bytes.len()]).unwrap_err();
+            assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Released));
+            assert!(began.elapsed() < Duration::from_secs(60), "retried");
+            let error = region.retry_failed(..).unwrap_err();
+            let unsupported = error.kind() == ErrorKind::Unsupported;
+            assert!(unsupported || reason(&error) == FailureReason::Released, "{error}");
+            until(|| region.retry_failed(..).is_err() && region.failures().len() == 1);
+            let (offset, failure) = region.failures().remove(0);
+            assert_eq!((offset, failure.chunk()), (2 * PAGE as u64, 0));
+            for page in [0, 1, 3, 4, 5] {
+                assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
+            }
         }
     }
 }
 
 #[test]
 fn the_failure_names_the_chunk_whose_source_is_released() {
-    let drops = Arc::default();
-    let chunks =
-        [Chunk::hole(100), Chunk::from(Owner::chunk(&[7; 8000], &drops)).on_failure(OnFailure::Zeros)];
-    let region = builder().chunks(chunks).build(&pool()).unwrap();
-    region.populate(..).unwrap();
-    discard(region.as_ptr().addr().get(), PAGE);
-    let error = region.populate(..).unwrap_err();
-    assert_eq!((error.chunk(), reason(&error)), (Some(1), FailureReason::Released), "{error}");
+    for reports in crate::REPORTS {
+        let drops = Arc::default();
+        let chunks =
+            [Chunk::hole(100), Chunk::from(Owner::chunk(&[7; 8000], &drops)).on_failure(OnFailure::Zeros)];
+        let region = builder().report_discards(reports).chunks(chunks).build(&pool()).unwrap();
+        region.populate(..).unwrap();
+        discard(region.as_ptr().addr().get(), PAGE);
+        let error = region.populate(..).unwrap_err();
+        assert_eq!((error.chunk(), reason(&error)), (Some(1), FailureReason::Released), "{error}");
+    }
 }
 
 #[test]
 fn a_touch_of_a_page_that_is_discarded_after_the_release_is_sigbus() {
     let end = child::run(this_test!(), || {
-        let region = discarded(|chunk| chunk, &pattern(8, 6 * PAGE));
+        let region = discarded(|chunk| chunk, &pattern(8, 6 * PAGE), true);
         println!("read a byte: {}", touch(region.as_ptr().addr().get() + 2 * PAGE));
     });
     assert_eq!(end.signal(), Some(SIGBUS), "{}", end.output());
@@ -251,15 +259,22 @@ fn a_touch_of_a_page_that_is_discarded_after_the_release_is_sigbus() {
 /// A page that is discarded is absent for readahead too, which must leave it to its first touch.
 #[test]
 fn readahead_of_a_lost_page_keeps_the_reason_for_its_touch() {
-    let bytes = pattern(9, 64 * PAGE);
-    let region = Region::builder().chunk(bytes.clone()).release_sources().build(&pool()).unwrap();
-    region.populate(..).unwrap();
-    discard(region.as_ptr().addr().get() + 20 * PAGE, PAGE);
-    for page in (0..20).chain(21..64) {
-        assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
+    for reports in crate::REPORTS {
+        let bytes = pattern(9, 64 * PAGE);
+        let region = Region::builder()
+            .report_discards(reports)
+            .chunk(bytes.clone())
+            .release_sources()
+            .build(&pool())
+            .unwrap();
+        region.populate(..).unwrap();
+        discard(region.as_ptr().addr().get() + 20 * PAGE, PAGE);
+        for page in (0..20).chain(21..64) {
+            assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]);
+        }
+        until(|| region.populate(..).is_err_and(|error| reason(&error) == FailureReason::Released));
+        assert_eq!(region.failures().len(), 1);
     }
-    until(|| region.populate(..).is_err_and(|error| reason(&error) == FailureReason::Released));
-    assert_eq!(region.failures().len(), 1);
 }
 
 #[test]

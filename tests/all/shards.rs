@@ -135,31 +135,37 @@ fn a_failed_page_is_a_signal_in_each_shard() {
 /// Threads touch pages of all shards while others are discarded, also across the borders.
 #[test]
 fn discards_across_borders_lose_no_byte_while_all_shards_fault() {
-    let bytes = pattern(1, SHARDS * BLOCK);
-    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
-    let region = builder.build(&pool()).unwrap();
-    let (starts, done) = (starts(&region), AtomicBool::new(false));
-    let (start, bytes) = (starts[0], &bytes);
-    scope(|scope| {
-        for thread in 0..SHARDS {
-            let done = &done;
-            scope.spawn(move || {
-                for turn in (0..).take_while(|_| !done.load(Ordering::Relaxed)) {
-                    let page = (turn * 7 + thread * 512) % (SHARDS * 512);
-                    assert_eq!(touch(start + page * PAGE), bytes[page * PAGE], "page {page}");
-                }
-            });
-        }
-        for turn in 0..60 {
-            let pages = 1 + turn * 5 % 600;
-            starts[1..]
-                .iter()
-                .for_each(|border| discard(border - pages * PAGE / 2 / PAGE * PAGE, pages * PAGE));
-            discard(start, if turn % 10 == 0 { SHARDS * BLOCK } else { PAGE });
-        }
-        done.store(true, Ordering::Relaxed);
-    });
-    assert!((0..bytes.len()).step_by(PAGE).all(|at| touch(start + at) == bytes[at]));
+    for reports in crate::REPORTS {
+        let bytes = pattern(1, SHARDS * BLOCK);
+        let builder = Region::builder()
+            .chunk(bytes.clone())
+            .shards(SHARDS)
+            .report_discards(reports)
+            .readahead(Readahead::None);
+        let region = builder.build(&pool()).unwrap();
+        let (starts, done) = (starts(&region), AtomicBool::new(false));
+        let (start, bytes) = (starts[0], &bytes);
+        scope(|scope| {
+            for thread in 0..SHARDS {
+                let done = &done;
+                scope.spawn(move || {
+                    for turn in (0..).take_while(|_| !done.load(Ordering::Relaxed)) {
+                        let page = (turn * 7 + thread * 512) % (SHARDS * 512);
+                        assert_eq!(touch(start + page * PAGE), bytes[page * PAGE], "page {page}");
+                    }
+                });
+            }
+            for turn in 0..40 {
+                let pages = 1 + turn * 5 % 600;
+                starts[1..]
+                    .iter()
+                    .for_each(|border| discard(border - pages * PAGE / 2 / PAGE * PAGE, pages * PAGE));
+                discard(start, if turn % 10 == 0 { SHARDS * BLOCK } else { PAGE });
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+        assert!((0..bytes.len()).step_by(PAGE).all(|at| touch(start + at) == bytes[at]));
+    }
 }
 
 #[test]
@@ -246,25 +252,33 @@ fn a_source_that_hangs_holds_up_one_worker_and_no_shard() {
 /// Three threads fault in one shard without a pause. The only worker serves the others, too.
 #[test]
 fn a_busy_shard_does_not_starve_the_others() {
-    let bytes = pattern(4, SHARDS * BLOCK);
-    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
-    let region = builder.build(&Pool::builder().workers(1).start().unwrap()).unwrap();
-    let (starts, done, bytes) = (starts(&region), AtomicBool::new(false), &bytes);
-    scope(|scope| {
-        for thread in 0..3 {
-            let (start, done) = (starts[0] + thread * 100 * PAGE, &done);
-            scope.spawn(move || {
-                while !done.load(Ordering::Relaxed) {
-                    discard(start, 100 * PAGE);
-                    (0..100).for_each(|page| assert_ne!(touch(start + page * PAGE), 0));
-                }
-            });
-        }
-        for (shard, start) in starts.iter().enumerate().skip(1) {
-            assert!((0..100).all(|page| touch(start + page * PAGE) == bytes[shard * BLOCK + page * PAGE]));
-        }
-        done.store(true, Ordering::Relaxed);
-    });
+    for reports in crate::REPORTS {
+        let bytes = pattern(4, SHARDS * BLOCK);
+        let builder = Region::builder()
+            .chunk(bytes.clone())
+            .shards(SHARDS)
+            .report_discards(reports)
+            .readahead(Readahead::None);
+        let region = builder.build(&Pool::builder().workers(1).start().unwrap()).unwrap();
+        let (starts, done, bytes) = (starts(&region), AtomicBool::new(false), &bytes);
+        scope(|scope| {
+            for thread in 0..3 {
+                let (start, done) = (starts[0] + thread * 100 * PAGE, &done);
+                scope.spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        discard(start, 100 * PAGE);
+                        (0..100).for_each(|page| assert_ne!(touch(start + page * PAGE), 0));
+                    }
+                });
+            }
+            for (shard, start) in starts.iter().enumerate().skip(1) {
+                assert!(
+                    (0..100).all(|page| touch(start + page * PAGE) == bytes[shard * BLOCK + page * PAGE])
+                );
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    }
 }
 
 #[test]

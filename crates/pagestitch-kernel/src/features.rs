@@ -58,6 +58,12 @@ impl Features {
         self.0
     }
 
+    /// The set without the features of `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     /// True if all of `other` is in it.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {

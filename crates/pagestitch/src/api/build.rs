@@ -238,6 +238,7 @@ fn finish(
         zero_copy,
         readahead,
         shards: _,
+        report_discards: _,
         inherit_on_fork,
         release_sources,
         serve_options,

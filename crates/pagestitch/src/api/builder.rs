@@ -264,6 +264,33 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Sets whether the kernel reports it to the workers when this process discards pages of the region
+    /// (`MADV_DONTNEED`). Default: true.
+    ///
+    /// A discarded page is filled again by its next touch in either case. `false` suits a program that
+    /// discards pages often:
+    ///
+    /// | | `true` | `false` |
+    /// |---|---|---|
+    /// | the thread that discards | waits until a worker has read the report | does not wait |
+    /// | other faults of the region | wait until that thread runs again | are served |
+    /// | [`Meter::coverage`](crate::Meter::coverage) | knows the discard at once | counts the page as present until it is touched, populated or prefetched |
+    ///
+    /// Not for adopted memory, whose owner chooses. The kernel reports no discard of
+    /// [`Inline`](crate::Inline) and [`Eager`](crate::Eager) regions.
+    ///
+    /// ```
+    /// # use pagestitch::{Pool, Region};
+    /// let builder = Region::builder().chunk(vec![7u8; 100_000]).report_discards(false);
+    /// let region = builder.build(&Pool::new()?)?;                 // `madvise(2)` waits for no worker
+    /// assert_eq!(region.as_slice()[50_000], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn report_discards(mut self, report: bool) -> Self {
+        self.options.report_discards = Some(report);
+        self
+    }
+
     /// Limits the faults of this region that are served at once. Faults above the limit queue up
     /// and occupy no worker. An asynchronous fetch ([`Fetch`](crate::source::Fetch)) counts until its
     /// reply, also one ahead of a touch.

@@ -19,6 +19,8 @@ pub(super) struct Options {
     pub(super) max_mappings: Option<usize>,
     /// `None`: the user has not chosen.
     pub(super) shards: Option<usize>,
+    /// `None`: the user has not chosen.
+    pub(super) report_discards: Option<bool>,
     pub(super) inherit_on_fork: bool,
     pub(super) release_sources: bool,
     pub(super) serve_options: ServeOptions,
@@ -35,6 +37,7 @@ impl Default for Options {
             readahead: None,
             max_mappings: None,
             shards: None,
+            report_discards: None,
             inherit_on_fork: false,
             release_sources: false,
             serve_options: ServeOptions::default(),
@@ -63,6 +66,7 @@ impl Options {
             readahead: matches!(&self.readahead, Some(readahead) if !matches!(readahead, Readahead::None)),
             limit: max_in_flight.is_some(),
             shards: self.has_shards(),
+            report_discards: matches!(self.report_discards, Some(true)),
             timed: *record_latency,
         }
     }
@@ -74,37 +78,15 @@ impl Options {
 
     /// Refuses options that exclude each other, and options that do not apply to adopted memory.
     pub(super) fn check_target(&self, adopted: bool) -> Result<(), Error> {
+        if adopted {
+            self.check_adopted()?;
+        }
         let writable = self.access == Access::Writable;
-        let refused = [
+        refuse_first([
             (
                 self.hardware_read_only && writable,
                 BuildOption::HardwareReadOnly,
                 "hardware_read_only() stops the writes that writable() allows: leave out one of the two",
-            ),
-            (
-                adopted && writable,
-                BuildOption::Writable,
-                "only its owner writes to adopted memory: leave out writable()",
-            ),
-            (
-                adopted && self.hardware_read_only,
-                BuildOption::HardwareReadOnly,
-                "adopted memory is mapped by its owner: leave out hardware_read_only()",
-            ),
-            (
-                adopted && self.dumped,
-                BuildOption::Dumped,
-                "adopted memory is part of its owner's core dumps, not of this process's: leave out dumped()",
-            ),
-            (
-                adopted && self.max_mappings.is_some(),
-                BuildOption::MaxMappings,
-                "nothing is mapped in adopted memory: leave out max_mappings()",
-            ),
-            (
-                adopted && self.has_shards(),
-                BuildOption::Shards,
-                "adopted memory has the one userfaultfd of its owner: leave out shards()",
             ),
             (
                 self.inherit_on_fork && self.has_shards(),
@@ -112,24 +94,64 @@ impl Options {
                 "each userfaultfd of a region reports a forked child of its own: leave out shards() or inherit_on_fork()",
             ),
             (
-                adopted && self.inherit_on_fork,
-                BuildOption::InheritOnFork,
-                "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
-            ),
-            (
-                adopted && self.release_sources,
-                BuildOption::ReleaseSources,
-                "a page of adopted memory may be filled again, because only its owner knows which pages are present: leave out release_sources()",
-            ),
-            (
                 self.inherit_on_fork && self.release_sources,
                 BuildOption::ReleaseSources,
                 "forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
             ),
-        ];
-        match refused.into_iter().find(|(is, ..)| *is) {
-            Some((_, option, what)) => Err(Error::new(ErrorKind::OptionConflict, what).of_option(option)),
-            None => Ok(()),
-        }
+        ])
+    }
+
+    /// Refuses options that do not apply to adopted memory.
+    fn check_adopted(&self) -> Result<(), Error> {
+        refuse_first([
+            (
+                self.access == Access::Writable,
+                BuildOption::Writable,
+                "only its owner writes to adopted memory: leave out writable()",
+            ),
+            (
+                self.hardware_read_only,
+                BuildOption::HardwareReadOnly,
+                "adopted memory is mapped by its owner: leave out hardware_read_only()",
+            ),
+            (
+                self.dumped,
+                BuildOption::Dumped,
+                "adopted memory is part of its owner's core dumps, not of this process's: leave out dumped()",
+            ),
+            (
+                self.max_mappings.is_some(),
+                BuildOption::MaxMappings,
+                "nothing is mapped in adopted memory: leave out max_mappings()",
+            ),
+            (
+                self.has_shards(),
+                BuildOption::Shards,
+                "adopted memory has the one userfaultfd of its owner: leave out shards()",
+            ),
+            (
+                self.report_discards.is_some(),
+                BuildOption::ReportDiscards,
+                "the owner of adopted memory has chosen the events of its userfaultfd: leave out report_discards()",
+            ),
+            (
+                self.inherit_on_fork,
+                BuildOption::InheritOnFork,
+                "children of adopted memory's owner cannot be served, because their discarded pages are unknown: leave out inherit_on_fork()",
+            ),
+            (
+                self.release_sources,
+                BuildOption::ReleaseSources,
+                "a page of adopted memory may be filled again, because only its owner knows which pages are present: leave out release_sources()",
+            ),
+        ])
+    }
+}
+
+/// The error of the first conflict: true, the option, and the remedy.
+fn refuse_first<const N: usize>(conflicts: [(bool, BuildOption, &str); N]) -> Result<(), Error> {
+    match conflicts.into_iter().find(|(is, ..)| *is) {
+        Some((_, option, what)) => Err(Error::new(ErrorKind::OptionConflict, what).of_option(option)),
+        None => Ok(()),
     }
 }

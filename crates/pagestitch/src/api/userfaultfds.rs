@@ -70,6 +70,9 @@ pub(super) fn register(
 
 fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     let mut wanted = server.inner().features() | Features::POISON | Features::MOVE;
+    if options.report_discards == Some(false) {
+        wanted = wanted.without(Features::EVENT_REMOVE);
+    }
     if options.inherit_on_fork {
         wanted = wanted | Features::EVENT_FORK;
     }

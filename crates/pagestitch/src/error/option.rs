@@ -18,6 +18,8 @@ pub enum BuildOption {
     MaxMappings,
     /// [`Builder::shards`](crate::Builder::shards).
     Shards,
+    /// [`Builder::report_discards`](crate::Builder::report_discards).
+    ReportDiscards,
     /// [`Builder::max_in_flight`](crate::Builder::max_in_flight), also of a pool.
     MaxInFlight,
     /// [`Builder::record`](crate::Builder::record).
@@ -56,6 +58,7 @@ impl fmt::Display for BuildOption {
             Self::Readahead => "readahead",
             Self::MaxMappings => "max_mappings",
             Self::Shards => "shards",
+            Self::ReportDiscards => "report_discards",
             Self::MaxInFlight => "max_in_flight",
             Self::Record => "record",
             Self::Replay => "replay",

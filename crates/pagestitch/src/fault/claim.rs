@@ -1,5 +1,6 @@
 //! Claim: the right to fill pages, for each kind of journey.
 
+use super::install::Mode;
 use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState, Unclaimed, Wake};
 use pagestitch_kernel::{Page, Span};
@@ -23,10 +24,13 @@ pub(super) fn claim<'t>(
     region: &'t Mapping,
     wanted: Wanted,
     waker: &'t dyn Wake,
+    mode: Mode,
 ) -> Result<Claim<'t>, Unclaimed> {
     let pages = &region.pages;
     match wanted {
-        Wanted::Touched(page, unit) => pages.claim_touched(page, unit, waker, || region.is_resident(page)),
+        Wanted::Touched(page, unit) => {
+            pages.claim_touched(page, unit, waker, || is_resident(region, page, mode))
+        }
         Wanted::Absent(span) => pages.claim_run(span, waker).map_err(unclaimed),
         // A page that was discarded, and failed anew before that was noted, is absent here and has
         // its marker.
@@ -36,6 +40,17 @@ pub(super) fn claim<'t>(
         }
         Wanted::Fetched(span) => Ok(pages.resume(span, waker)),
     }
+}
+
+/// True if the kernel has the page of a fault. Otherwise the page was discarded.
+#[cold]
+fn is_resident(region: &Mapping, page: Page, mode: Mode) -> bool {
+    let is_resident = region.is_resident(page);
+    // A signal handler fills one page at a time, and has a small stack.
+    if !is_resident && !mode.is_quiet() {
+        region.note_discard(page);
+    }
+    is_resident
 }
 
 const fn unclaimed(state: PageState) -> Unclaimed {

@@ -53,7 +53,7 @@ use pagestitch_kernel::Span;
 pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut F) -> Result<(), Unfilled> {
     let quiet = Quiet(region);
     let waker: &dyn Wake = if F::MODE.is_quiet() { &quiet } else { region };
-    let mut claim = match claim(region, wanted, waker) {
+    let mut claim = match claim(region, wanted, waker, F::MODE) {
         Ok(claim) => claim,
         Err(reason) => return Err(Unfilled::Unclaimed(reason)),
     };

@@ -147,6 +147,8 @@ impl<'a, H: Host> Fault<'a, H> {
                 region.counters.local().late.add(1);
                 region.wake(span);
             }
+            // The page is absent by now, and the thread faults again.
+            Unclaimed::Poisoned if region.lacks_marker(span.first) => region.wake(span),
             // The thread faulted before the page was poisoned. Poisoning again wakes it into its
             // signal, also if the poison marker was discarded since.
             Unclaimed::Poisoned => poison_again(region, span),

@@ -47,6 +47,7 @@ pub(crate) fn fill_requested<H: Host>(
         if job.is_background() { (BACKGROUND_STEP, BACKGROUND_PAGES) } else { (STEP_MAX, READ_PAGES) };
     let mut ahead = Ahead { job: Some(job), most, ..Ahead::new(region, buffers) };
     let (mut rest, began, mut is_limited) = (block, Instant::now(), false);
+    region.look_for_discards(block);
     while !rest.is_empty() && !is_limited && !job.is_cancelled() && began.elapsed() < step {
         let gap = region.next_gap(rest);
         rest = rest.without_prefix(if gap.is_empty() { rest.pages } else { gap.first.0 - rest.first.0 });

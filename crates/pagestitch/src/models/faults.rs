@@ -1,7 +1,9 @@
 //! Faults: threads touch and discard pages, workers fill them, a caller populates. One page's
-//! source fails.
+//! source fails. Each model runs with discards that the kernel reports, and with discards that are seen
+//! when a page is touched.
 
 use super::kernel::{Answer, Content, Found, Kernel};
+use crate::space::Discards;
 use crate::space::page_table::{Claim, PageState, PageTable, Unclaimed, Wake};
 use pagestitch_kernel::sync::model::explore;
 use pagestitch_kernel::{Page, Span};
@@ -17,6 +19,7 @@ pub(super) struct Region {
     failing: Option<Page>,
     /// Whether the source prefers to read all pages at once.
     is_one_unit: bool,
+    discards: Discards,
 }
 
 impl Region {
@@ -24,9 +27,19 @@ impl Region {
         Arc::new(Self::with_unit(pages, failing, false))
     }
 
+    /// The region, before it is shared, with discards of this kind.
+    fn of(discards: Discards, region: Arc<Self>) -> Arc<Self> {
+        let mut region = Arc::into_inner(region).expect("it is not shared");
+        region.discards = discards;
+        if discards == Discards::Seen {
+            region.kernel.do_not_tell();
+        }
+        Arc::new(region)
+    }
+
     fn with_unit(pages: usize, failing: Option<Page>, is_one_unit: bool) -> Self {
         let table = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
-        Self { table, kernel: Kernel::new(pages), failing, is_one_unit }
+        Self { table, kernel: Kernel::new(pages), failing, is_one_unit, discards: Discards::Told }
     }
 
     /// The loop of a worker: handles discards first, then faults.
@@ -49,6 +62,7 @@ impl Region {
             }
             Err(Unclaimed::Filling) => {}
             Err(Unclaimed::Resident) => self.kernel.wake(page.span()),
+            Err(Unclaimed::Poisoned) if self.lacks_marker(page) => self.kernel.wake(page.span()),
             Err(Unclaimed::Poisoned) => {
                 if self.poison(page) == Answer::Changing {
                     self.kernel.wake(page.span());
@@ -82,6 +96,14 @@ impl Region {
             self.kernel.wake(page.span());
         }
         answer
+    }
+
+    fn lacks_marker(&self, page: Page) -> bool {
+        let is_gone = self.discards == Discards::Seen && self.kernel.is_missing(page);
+        if is_gone {
+            self.table.unpoison(page);
+        }
+        is_gone
     }
 
     /// Fills the absent pages, and again the pages that the kernel lacks afterwards.
@@ -135,13 +157,22 @@ fn run<const N: usize>(region: &Arc<Region>, workers: usize, bodies: [fn(&Region
     workers.into_iter().for_each(|worker| worker.join().unwrap());
 }
 
+/// Explores a model with each kind of discards.
+fn explore_both(name: &str, body: impl Fn(Discards) + Send + Sync + 'static) {
+    let body = Arc::new(body);
+    for discards in [Discards::Told, Discards::Seen] {
+        let body = Arc::clone(&body);
+        explore(&format!("{name} ({discards:?})"), move || body(discards));
+    }
+}
+
 pub(super) const BOTH: Span = Span { first: Page(0), pages: 2 };
 
 #[test]
 fn one_worker_fills_a_page_that_is_discarded() {
-    explore("a discarded page", || {
+    explore_both("a discarded page", |discards| {
         run(
-            &Region::new(1, None),
+            &Region::of(discards, Region::new(1, None)),
             1,
             [|region| region.expect(Page(0)), |region| region.kernel.remove(Page(0))],
         );
@@ -150,10 +181,10 @@ fn one_worker_fills_a_page_that_is_discarded() {
 
 #[test]
 fn two_workers_fill_a_page_that_two_threads_touch_and_one_discards() {
-    explore("two workers, and a discarded page", || {
+    explore_both("two workers, and a discarded page", |discards| {
         let touches = |region: &Region| region.expect(Page(0));
         run(
-            &Region::new(1, None),
+            &Region::of(discards, Region::new(1, None)),
             2,
             [touches, touches, |region| {
                 region.kernel.remove(Page(0));
@@ -165,10 +196,10 @@ fn two_workers_fill_a_page_that_two_threads_touch_and_one_discards() {
 
 #[test]
 fn a_page_that_another_process_maps_wakes_its_waiters() {
-    explore("a page that appears", || {
+    explore_both("a page that appears", |discards| {
         let touches = |region: &Region| region.expect(Page(0));
         run(
-            &Region::new(1, None),
+            &Region::of(discards, Region::new(1, None)),
             2,
             [touches, touches, |region| {
                 region.kernel.appear(Page(0));
@@ -181,9 +212,9 @@ fn a_page_that_another_process_maps_wakes_its_waiters() {
 
 #[test]
 fn populate_runs_beside_faults_and_discards() {
-    explore("populate, faults and discards", || {
+    explore_both("populate, faults and discards", |discards| {
         run(
-            &Region::new(2, None),
+            &Region::of(discards, Region::new(2, None)),
             2,
             [
                 |region| region.populate(BOTH),
@@ -202,9 +233,9 @@ fn populate_runs_beside_faults_and_discards() {
 
 #[test]
 fn faults_on_pages_of_one_unit_and_a_discard() {
-    explore("faults on one unit", || {
+    explore_both("faults on one unit", |discards| {
         run(
-            &Arc::new(Region::with_unit(2, None, true)),
+            &Region::of(discards, Arc::new(Region::with_unit(2, None, true))),
             2,
             [
                 |region| region.expect(Page(1)),
@@ -235,9 +266,9 @@ fn a_unit_in_one_word_is_claimed_whole() {
 
 #[test]
 fn a_discarded_page_is_present_after_populate() {
-    explore("discard, and populate", || {
+    explore_both("discard, and populate", |discards| {
         run(
-            &Region::new(2, None),
+            &Region::of(discards, Region::new(2, None)),
             2,
             [
                 |region| {
@@ -255,9 +286,9 @@ fn a_discarded_page_is_present_after_populate() {
 
 #[test]
 fn touching_a_page_whose_source_fails_is_a_signal_also_after_discards() {
-    explore("a poisoned page", || {
+    explore_both("a poisoned page", |discards| {
         run(
-            &Region::new(2, Some(Page(1))),
+            &Region::of(discards, Region::new(2, Some(Page(1)))),
             2,
             [
                 |region| region.expect(Page(1)),
@@ -277,9 +308,9 @@ fn touching_a_page_whose_source_fails_is_a_signal_also_after_discards() {
 /// another page is discarded.
 #[test]
 fn touching_a_poisoned_page_is_a_signal_while_pages_are_discarded() {
-    explore("a poisoned page, and two discards", || {
+    explore_both("a poisoned page, and two discards", |discards| {
         run(
-            &Region::new(2, Some(Page(1))),
+            &Region::of(discards, Region::new(2, Some(Page(1)))),
             2,
             [
                 |region| {

@@ -67,6 +67,8 @@ struct State {
     /// Discards in progress: begun, and not continued yet by the discarding thread after its event
     /// was read.
     changing: usize,
+    /// False if discards have no event.
+    tells: bool,
     next: usize,
     fenced: bool,
     closed: bool,
@@ -82,12 +84,18 @@ impl Kernel {
             unread: Vec::new(),
             removals: Vec::new(),
             changing: 0,
+            tells: true,
             next: 0,
             fenced: false,
             closed: false,
             stopped: false,
         };
         Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Sends no events of discards from now on.
+    pub(super) fn do_not_tell(&self) {
+        self.lock().tells = false;
     }
 
     /// Touches a page; waits until the page is present or the thread is woken.
@@ -113,9 +121,14 @@ impl Kernel {
         }
     }
 
-    /// `madvise(MADV_DONTNEED)`: sends the event, and discards the page after the event is read.
+    /// `madvise(MADV_DONTNEED)`: sends the event, if there is one, and discards the page after the event
+    /// is read.
     pub(super) fn remove(&self, page: Page) {
         let mut state = self.lock();
+        if !state.tells {
+            state.entries[page.0] = Entry::Missing;
+            return;
+        }
         let number = state.number();
         state.changing += 1;
         state.removals.push((number, page));
@@ -197,6 +210,10 @@ impl Kernel {
 
     pub(super) fn is_resident(&self, page: Page) -> bool {
         matches!(self.lock().entries[page.0], Entry::Present(_))
+    }
+
+    pub(super) fn is_missing(&self, page: Page) -> bool {
+        self.lock().entries[page.0] == Entry::Missing
     }
 
     /// The range becomes inaccessible. Waiting threads still wait.

@@ -124,6 +124,8 @@ pub(crate) struct Demands {
     pub(crate) limit: bool,
     /// The builder has asked for more than one shard.
     pub(crate) shards: bool,
+    /// The builder has asked that the kernel reports discards.
+    pub(crate) report_discards: bool,
     /// The parts of faults are timed.
     pub(crate) timed: bool,
 }

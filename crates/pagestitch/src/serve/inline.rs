@@ -94,7 +94,8 @@ impl FaultServer for Inline {
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {
-        let Demands { adopted, children, recording, readahead, limit, shards, timed } = demands;
+        let Demands { adopted, children, recording, readahead, limit, shards, report_discards, timed } =
+            demands;
         let refused = [
             (
                 adopted,
@@ -121,6 +122,11 @@ impl FaultServer for Inline {
                 shards,
                 Some(BuildOption::Shards),
                 "no thread waits at the userfaultfd of an inline region, so more of them do not help: leave out shards(), or use a pool",
+            ),
+            (
+                report_discards,
+                Some(BuildOption::ReportDiscards),
+                "no thread reads the reports of an inline region, so the discarding thread would wait for ever: leave out report_discards(), or use a pool",
             ),
             (
                 timed,

@@ -212,6 +212,9 @@ fn fill_run(region: &Mapping, gap: Span, buffers: &mut Option<Buffers>) -> Resul
         // Skips no page: the next look finds the failed page.
         Unfilled::Failed(failure) => Ok(RunOutcome::Failed(failure, 0)),
         Unfilled::Unclaimed(Unclaimed::Resident) => Ok(RunOutcome::Filled(1)),
+        Unfilled::Unclaimed(Unclaimed::Poisoned) if region.lacks_marker(gap.first) => {
+            Ok(RunOutcome::Filled(0))
+        }
         // If no failure is recorded, the page was discarded meanwhile: look again.
         Unfilled::Unclaimed(Unclaimed::Poisoned) => {
             let failure = region.failure(gap.first);

@@ -9,6 +9,8 @@
 //! | `mapped_in_place` | pages that are mapped in place |
 //! | `fault_free` | regions whose pages are all mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
+//! | `discards` | whether the kernel reports the pages that the application discards |
+//! | `lacking` | discarded pages become absent in the page table |
 //! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
@@ -18,10 +20,12 @@
 //! | `plan` | the method by which each chunk is installed, with the reason |
 
 mod chunk;
+mod discards;
 mod failure_table;
 mod failures;
 mod fault_free;
 mod into_chunk;
+mod lacking;
 pub(crate) mod layout;
 pub(crate) mod mapped_in_place;
 pub(crate) mod page_table;
@@ -32,6 +36,7 @@ mod spare_uffds;
 pub(crate) mod target;
 
 pub use chunk::Chunk;
+pub(crate) use discards::Discards;
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub use into_chunk::IntoChunk;
@@ -113,6 +118,8 @@ pub(crate) struct Mapping {
     pub(crate) target: Target,
     /// Its userfaultfds, one for each part of the addresses.
     pub(crate) uffd: Shards,
+    /// How the server learns of discarded pages.
+    pub(crate) discards: Discards,
     failures: Failures,
     /// Invariant: each thread that claims pages or calls a source for the region is inside. Closing
     /// it, in the drop of the region, waits for them.
@@ -178,6 +185,7 @@ impl Mapping {
             replay: replay.map(Replay::new),
             staged,
             releases,
+            discards: Discards::of(&target, uffd.features()),
             target,
             uffd,
             failures: Failures::default(),
@@ -411,22 +419,6 @@ impl Mapping {
             self.counters.local().bytes_released.add(bytes);
             log!(debug, region = self.name, bytes, "sources released");
         }
-    }
-
-    /// True if the kernel lacks pages of a span. Makes such pages absent in the page table.
-    ///
-    /// The table can be behind the kernel: a thread that discards pages runs on as soon as its
-    /// event is read, before the table changes.
-    pub(crate) fn lacks_any(&self, span: Span) -> bool {
-        let mut any = false;
-        // If the kernel cannot tell, the table counts.
-        self.target.residency(span, |page, here| {
-            if !here {
-                self.pages.mark_absent(page);
-                any = true;
-            }
-        });
-        any
     }
 
     /// Makes the pages of a range that map memfds filled later absent in the page table. False if

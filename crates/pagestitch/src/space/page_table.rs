@@ -278,6 +278,11 @@ impl PageTable {
         let _ = self.exchange(page, PageState::Present, PageState::Absent);
     }
 
+    /// Makes a poisoned page absent, because its marker was discarded.
+    pub(crate) fn unpoison(&self, page: Page) {
+        let _ = self.exchange(page, PageState::Poisoned, PageState::Absent);
+    }
+
     fn exchange(&self, page: Page, from: PageState, to: PageState) -> Result<(), PageState> {
         let (word, shift) = self.word(page);
         let mask = STATE_MASK << shift;

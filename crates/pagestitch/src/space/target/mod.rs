@@ -114,6 +114,14 @@ impl Target {
         }
     }
 
+    /// As [`residency`](Self::residency), in one system call for a block. A swapped page counts as
+    /// absent.
+    pub(crate) fn in_memory(&self, span: Span, each: impl FnMut(Page, bool)) {
+        if let Self::Owned(reservation) = self {
+            let _ = reservation.in_memory(span, each);
+        }
+    }
+
     /// True if a page is present. False if the kernel does not tell.
     pub(crate) fn is_resident(&self, page: Page) -> bool {
         match self {
