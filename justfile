@@ -20,6 +20,10 @@ guests:
     ci/guest-kernels
     PAGESTITCH_REQUIRE_GUEST=1 cargo test -p pagestitch-tests --test guest --test physical
 
+# the header and the exported symbols of the C library, after an intended change
+header:
+    UPDATE_LISTINGS=1 cargo test -p pagestitch-capi
+
 # what a fault costs here, beside the plain ways
 bench *args:
     cargo run --release -- bench {{ args }}

@@ -1,0 +1,418 @@
+//! The description of a region: its chunks and options.
+
+use crate::call::{self, CallError};
+use crate::handle::{self, Handle};
+use crate::region::Region;
+use crate::server::Server;
+use crate::source::{CSource, Source};
+use pagestitch::source::{Alias, Caching, FileSource, Memory, Physical, SharedFile};
+use pagestitch::{Access, Chunk, IntoChunk};
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::mem;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Describes a region: chunks, which lie end to end in the order in which they are added, and options.
+#[derive(Debug)]
+pub struct Builder {
+    description: Mutex<Description>,
+}
+
+#[derive(Debug, Default)]
+struct Description {
+    builder: pagestitch::Builder,
+    writable: bool,
+}
+
+impl Handle for Builder {
+    const NAME: &'static str = "builder";
+}
+
+impl Builder {
+    fn new() -> Self {
+        Self { description: Mutex::default() }
+    }
+
+    /// Changes the description, as a call of C asks.
+    fn change(&self, change: impl FnOnce(pagestitch::Builder) -> pagestitch::Builder) {
+        let mut description = self.locked();
+        description.builder = change(mem::take(&mut description.builder));
+    }
+
+    fn add(&self, chunk: impl IntoChunk) -> Result<(), CallError> {
+        let chunk = chunk.into_chunk()?;
+        self.change(|builder| builder.chunk(chunk));
+        Ok(())
+    }
+
+    fn access(&self) -> Access {
+        if self.locked().writable { Access::Writable } else { Access::ReadOnly }
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Description> {
+        self.description.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn make_writable(&self) {
+        self.change(pagestitch::Builder::writable);
+        self.locked().writable = true;
+    }
+
+    /// Builds the region. The builder is empty afterwards.
+    fn build(&self, server: &Server) -> Result<Region, CallError> {
+        let Description { builder, writable } = mem::take(&mut *self.locked());
+        Ok(Region::new(builder.build_shared(server.of_builder())?, writable))
+    }
+}
+
+/// A piece of memory. It has the layout of struct iovec.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Piece {
+    /// Its address, of any alignment.
+    pub start: *const c_void,
+    /// Its length in bytes.
+    pub bytes: usize,
+}
+
+/// A range of a file.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Extent {
+    /// The offset of its first byte.
+    pub offset: u64,
+    /// Its length in bytes. PS_TO_END: up to the end of the file.
+    pub bytes: u64,
+}
+
+/// As a number of bytes of a file: up to its end.
+pub const PS_TO_END: u64 = u64::MAX;
+
+/// Memory of the program, which stays valid and unchanged until the region is freed.
+struct Lent(Piece);
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: the caller of the C function has promised that the bytes stay valid and unchanged
+        // until the region that holds `self` is freed.
+        unsafe { std::slice::from_raw_parts(self.0.start.cast(), self.0.bytes) }
+    }
+}
+
+// SAFETY: threads only read the bytes, which do not change.
+unsafe impl Send for Lent {}
+
+impl Piece {
+    fn checked(self) -> Result<(NonNull<u8>, usize), CallError> {
+        let start = NonNull::new(self.start.cast::<u8>().cast_mut());
+        let start = start.ok_or_else(|| CallError::argument("the memory is a null pointer"))?;
+        let end = start.as_ptr().addr().checked_add(self.bytes);
+        if end.is_none() || isize::try_from(self.bytes).is_err() {
+            return Err(CallError::argument(format_args!(
+                "the memory has {} bytes, more than there are addresses: pass its length",
+                self.bytes
+            )));
+        }
+        Ok((start, self.bytes))
+    }
+
+    fn memory(self) -> Result<Memory, CallError> {
+        self.checked()?;
+        Ok(Memory::new(Lent(self)))
+    }
+}
+
+fn range_of(chunk: Chunk, extent: Extent) -> Result<Chunk, CallError> {
+    if extent.bytes == PS_TO_END {
+        return Ok(chunk.range(extent.offset..));
+    }
+    let end = extent.offset.checked_add(extent.bytes);
+    let end = end.ok_or_else(|| {
+        CallError::argument(format_args!(
+            "{} bytes from offset {} on end past 2^64",
+            extent.bytes, extent.offset
+        ))
+    })?;
+    Ok(chunk.range(extent.offset..end))
+}
+
+/// Starts a description.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_new(builder: *mut *mut Builder) -> c_int {
+    call::status("ps_builder_new", || Builder::new().give(builder))
+}
+
+/// Gives a description up. NULL is ignored.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_free(builder: *mut Builder) -> c_int {
+    call::status("ps_builder_free", || Builder::free(builder).map(drop))
+}
+
+/// Names the region in errors and plans.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_name(builder: *const Builder, name: *const c_char) -> c_int {
+    call::status("ps_builder_name", || {
+        let name = handle::text(name, "the name")?.to_string_lossy();
+        Builder::borrow(builder)?.change(|builder| builder.name(name));
+        Ok(())
+    })
+}
+
+/// Allows writes to the region, by ps_region_write() and through ps_region_data_mut(). Sources in memory and files
+/// that are not in place stay as they are.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_writable(builder: *const Builder) -> c_int {
+    call::status("ps_builder_writable", || {
+        Builder::borrow(builder)?.make_writable();
+        Ok(())
+    })
+}
+
+/// Starts each later chunk on a page of its own. Bytes between chunks are zeros.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_page_aligned(builder: *const Builder) -> c_int {
+    call::status("ps_builder_page_aligned", || {
+        Builder::borrow(builder)?.change(pagestitch::Builder::page_aligned);
+        Ok(())
+    })
+}
+
+/// Makes a byte that would have to be copied an error of the build.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_require_zero_copy(builder: *const Builder) -> c_int {
+    call::status("ps_builder_require_zero_copy", || {
+        Builder::borrow(builder)?.change(pagestitch::Builder::require_zero_copy);
+        Ok(())
+    })
+}
+
+/// Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason. It is
+/// called in a thread of the library, and must not touch the region.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_on_failure(
+    builder: *const Builder,
+    tell: Option<extern "C" fn(ctx: *mut c_void, offset: u64, reason: *const c_char)>,
+    ctx: *mut c_void,
+) -> c_int {
+    call::status("ps_builder_on_failure", || {
+        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
+        let ctx = Context(ctx);
+        Builder::borrow(builder)?.change(|builder| {
+            builder.on_page_failure(move |offset, failure| {
+                let reason = CString::new(failure.to_string().replace('\0', "?")).unwrap_or_default();
+                tell(ctx.pointer(), offset, reason.as_ptr());
+            })
+        });
+        Ok(())
+    })
+}
+
+/// The pointer that a function of C is called with.
+struct Context(*mut c_void);
+
+impl Context {
+    const fn pointer(&self) -> *mut c_void {
+        self.0
+    }
+}
+
+// SAFETY: the header says that a thread of the library calls the function with this pointer.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+/// Adds a piece of memory. The program keeps it valid and unchanged until the region is freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_memory(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+    call::status("ps_add_memory", || Builder::borrow(builder)?.add(Piece { start, bytes }.memory()?))
+}
+
+/// Adds a part of a file, which is read on first touch. `bytes` may be PS_TO_END.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_file(
+    builder: *const Builder,
+    path: *const c_char,
+    offset: u64,
+    bytes: u64,
+) -> c_int {
+    call::status("ps_add_file", || {
+        let file = FileSource::open(handle::path(path)?)?;
+        Builder::borrow(builder)?.add(range_of(file.into(), Extent { offset, bytes })?)
+    })
+}
+
+/// Adds a part of a file, whose whole pages are shown in place: without a copy, and with all later changes of
+/// the file. `bytes` may be PS_TO_END. Call ps_builder_writable() before it to write to the file through the region.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_file_in_place(
+    builder: *const Builder,
+    path: *const c_char,
+    offset: u64,
+    bytes: u64,
+) -> c_int {
+    call::status("ps_add_file_in_place", || {
+        let builder = Builder::borrow(builder)?;
+        let file = SharedFile::open(handle::path(path)?, builder.access())?;
+        builder.add(range_of(file.into(), Extent { offset, bytes })?)
+    })
+}
+
+/// As ps_add_file_in_place(), for an open file or memfd. The descriptor is duplicated.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_fd(builder: *const Builder, fd: c_int, offset: u64, bytes: u64) -> c_int {
+    call::status("ps_add_fd", || {
+        Builder::borrow(builder)?.add(range_of(shared(fd)?.into(), Extent { offset, bytes })?)
+    })
+}
+
+fn shared(fd: c_int) -> Result<Arc<SharedFile>, CallError> {
+    if fd < 0 {
+        return Err(CallError::argument(format_args!("the descriptor is {fd}: pass an open one")));
+    }
+    // SAFETY: the caller passes a descriptor that stays open during this call.
+    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
+    let own = fd
+        .try_clone_to_owned()
+        .map_err(|error| CallError::io("the descriptor cannot be duplicated", &error))?;
+    let file = SharedFile::try_from(own)?;
+    Ok(Arc::new(file))
+}
+
+/// Adds zeros.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_hole(builder: *const Builder, bytes: u64) -> c_int {
+    call::status("ps_add_hole", || Builder::borrow(builder)?.add(Chunk::hole(bytes)))
+}
+
+/// Adds a source that the program implements. The struct is copied. Its function `release` is called also if this
+/// call fails, unless the struct is refused.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_source(builder: *const Builder, source: *const Source) -> c_int {
+    call::status("ps_add_source", || {
+        let builder = Builder::borrow(builder)?;
+        builder.add(Chunk::source(Arc::new(CSource::read(source)?)))
+    })
+}
+
+/// Adds memory of a shared mapping of this process, in whole pages, whatever file it shows: without a copy.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_alias(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+    call::status("ps_add_alias", || {
+        let builder = Builder::borrow(builder)?;
+        let (start, bytes) = Piece { start, bytes }.checked()?;
+        // SAFETY: the caller passes memory of its own, which other code may change: a region of this
+        // library is read through raw pointers.
+        let alias = unsafe { Alias::of(start, bytes) }?;
+        builder.add(alias)
+    })
+}
+
+/// Adds physical memory, through /dev/mem: `address` and `bytes` are whole pages.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_physical(builder: *const Builder, address: u64, bytes: u64) -> c_int {
+    call::status("ps_add_physical", || {
+        let builder = Builder::borrow(builder)?;
+        let end = address.checked_add(bytes);
+        let end = end.ok_or_else(|| {
+            CallError::argument(format_args!("{bytes} bytes from {address:#x} on end past 2^64"))
+        })?;
+        // SAFETY: the caller vouches for accesses of this range, as the header says.
+        let physical = unsafe { Physical::dev_mem(address..end, builder.access(), Caching::Cached) }?;
+        builder.add(physical)
+    })
+}
+
+/// Adds the page frames behind private memory of this process, found by pagemap and mapped through /dev/mem, in whole
+/// pages: without a copy. The frames are pinned. Most kernels refuse it (CONFIG_STRICT_DEVMEM).
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_add_frames(builder: *const Builder, start: *const c_void, bytes: usize) -> c_int {
+    call::status("ps_add_frames", || {
+        let builder = Builder::borrow(builder)?;
+        let (start, bytes) = Piece { start, bytes }.checked()?;
+        // SAFETY: the caller passes memory of its own, which stays mapped until the region is freed.
+        let frames = unsafe { Physical::own_memory(start, bytes, builder.access()) }?;
+        frames.into_iter().try_for_each(|part| builder.add(part))
+    })
+}
+
+/// Builds the region. The builder is empty afterwards, also after an error, and can be used again.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_build(
+    builder: *const Builder,
+    server: *const Server,
+    region: *mut *mut Region,
+) -> c_int {
+    call::status("ps_builder_build", || {
+        handle::place(region, "the place for the region")?;
+        Builder::borrow(builder)?.build(Server::borrow(server)?)?.give(region)
+    })
+}
+
+/// Shows pieces of memory as one, read-only: a page is copied from its pieces when it is first touched. The program
+/// keeps the pieces valid and unchanged until the region is freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_of_pieces(
+    server: *const Server,
+    pieces: *const Piece,
+    count: usize,
+    region: *mut *mut Region,
+) -> c_int {
+    call::status("ps_region_of_pieces", || {
+        stitched(server, region, handle::list(pieces, count, "the list of pieces")?, |builder, piece| {
+            builder.add(piece.memory()?)
+        })
+    })
+}
+
+/// Shows parts of a memfd (or a file) as one, writable: the same memory, without a copy. Each part is whole pages.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_of_memfd(
+    server: *const Server,
+    fd: c_int,
+    parts: *const Extent,
+    count: usize,
+    region: *mut *mut Region,
+) -> c_int {
+    call::status("ps_region_of_memfd", || {
+        let file = shared(fd)?;
+        stitched(server, region, handle::list(parts, count, "the list of parts")?, |builder, part| {
+            builder.make_writable();
+            builder.change(pagestitch::Builder::require_zero_copy);
+            builder.add(range_of(Arc::clone(&file).into(), part)?)
+        })
+    })
+}
+
+/// Shows pieces of memory as one, read-only: the same page frames, by pagemap and /dev/mem, without a copy. Each
+/// piece is whole pages. As ps_add_frames().
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_of_frames(
+    server: *const Server,
+    pieces: *const Piece,
+    count: usize,
+    region: *mut *mut Region,
+) -> c_int {
+    call::status("ps_region_of_frames", || {
+        stitched(server, region, handle::list(pieces, count, "the list of pieces")?, |builder, piece| {
+            let (start, bytes) = piece.checked()?;
+            // SAFETY: as in `ps_add_frames`.
+            let frames = unsafe { Physical::own_memory(start, bytes, Access::ReadOnly) }?;
+            frames.into_iter().try_for_each(|part| builder.add(part))
+        })
+    })
+}
+
+/// A region of a list, in one call.
+fn stitched<T: Copy>(
+    server: *const Server,
+    region: *mut *mut Region,
+    list: &[T],
+    add: impl Fn(&Builder, T) -> Result<(), CallError>,
+) -> Result<(), CallError> {
+    handle::place(region, "the place for the region")?;
+    let (server, builder) = (Server::borrow(server)?, Builder::new());
+    for (number, &element) in list.iter().enumerate() {
+        add(&builder, element).map_err(|error| error.inside_chunk(number))?;
+    }
+    builder.build(server)?.give(region)
+}

@@ -1,0 +1,97 @@
+//! The border of a call: no panic crosses it, and its error stays for `ps_last_error()`.
+
+use crate::status::Status;
+use std::cell::{Cell, RefCell};
+use std::ffi::{CString, c_char, c_int};
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+/// The error of a call.
+#[derive(Debug)]
+pub(crate) struct CallError {
+    status: Status,
+    message: String,
+    errno: i32,
+}
+
+impl CallError {
+    pub(crate) fn new(status: Status, message: impl fmt::Display) -> Self {
+        Self { status, message: message.to_string(), errno: 0 }
+    }
+
+    pub(crate) fn io(what: &str, error: &std::io::Error) -> Self {
+        Self {
+            status: Status::PsIo,
+            message: format!("{what}: {error}"),
+            errno: error.raw_os_error().unwrap_or(0),
+        }
+    }
+
+    /// Names the element of a list that the error is about.
+    pub(crate) fn inside_chunk(mut self, number: usize) -> Self {
+        self.message = format!("element {number}: {}", self.message);
+        self
+    }
+
+    pub(crate) fn argument(message: impl fmt::Display) -> Self {
+        Self::new(Status::PsInvalidArgument, message)
+    }
+}
+
+impl<E: Into<pagestitch::Error>> From<E> for CallError {
+    fn from(error: E) -> Self {
+        let error = error.into();
+        let errno = error.raw_os_error().or_else(|| error.io_error()?.raw_os_error());
+        Self { status: Status::of(&error), message: error.to_string(), errno: errno.unwrap_or(0) }
+    }
+}
+
+thread_local! {
+    static MESSAGE: RefCell<CString> = RefCell::default();
+    static ERRNO: Cell<i32> = const { Cell::new(0) };
+}
+
+/// Runs the body of the call `name`, and answers with its status.
+pub(crate) fn status(name: &str, body: impl FnOnce() -> Result<(), CallError>) -> c_int {
+    match caught(name, body) {
+        Ok(()) => Status::PsOk as c_int,
+        Err(status) => status as c_int,
+    }
+}
+
+/// As [`status`], for a call that returns a value, and `otherwise` after an error.
+pub(crate) fn value<T>(name: &str, otherwise: T, body: impl FnOnce() -> Result<T, CallError>) -> T {
+    caught(name, body).unwrap_or(otherwise)
+}
+
+fn caught<T>(name: &str, body: impl FnOnce() -> Result<T, CallError>) -> Result<T, Status> {
+    // A panic leaves locks usable, because those of the handles are not poisoned.
+    let answer = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        let what = panic.downcast_ref::<String>().map(String::as_str);
+        let what = what.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(CallError::new(Status::PsPanic, format_args!("the library has panicked: {what}")))
+    });
+    answer.map_err(|error| {
+        keep(name, &error);
+        error.status
+    })
+}
+
+fn keep(name: &str, error: &CallError) {
+    let message = format!("{name}: {}", error.message).replace('\0', "?");
+    MESSAGE.set(CString::new(message).unwrap_or_default());
+    ERRNO.set(error.errno);
+}
+
+/// One line about the last call of this thread that failed: the call, the thing and the remedy. Empty if none
+/// has failed. Never NULL. Valid until the next failure in this thread.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_last_error() -> *const c_char {
+    MESSAGE.with_borrow(|message| message.as_ptr())
+}
+
+/// The errno of the last call of this thread that failed. 0: the kernel has refused nothing.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_last_errno() -> c_int {
+    ERRNO.get()
+}

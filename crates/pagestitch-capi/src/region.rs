@@ -1,0 +1,170 @@
+//! Regions: one contiguous range of addresses.
+
+use crate::call::{self, CallError};
+use crate::handle::{self, Handle};
+use crate::status::Status;
+use pagestitch::{Metrics, SharedRegion};
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::ops::Range;
+use std::sync::OnceLock;
+
+/// A contiguous range of addresses. A page has its bytes from its first touch on.
+#[derive(Debug)]
+pub struct Region {
+    region: SharedRegion,
+    writable: bool,
+}
+
+impl Handle for Region {
+    const NAME: &'static str = "region";
+}
+
+impl Region {
+    pub(crate) const fn new(region: SharedRegion, writable: bool) -> Self {
+        Self { region, writable }
+    }
+
+    /// A range of a call. PS_TO_END: up to the end of the region.
+    fn range(&self, offset: u64, bytes: u64) -> Range<u64> {
+        let len = self.region.len() as u64;
+        let to_end = bytes == crate::builder::PS_TO_END;
+        offset..if to_end { len } else { offset.saturating_add(bytes) }
+    }
+}
+
+/// The address of the first byte, valid until the region is freed. NULL: an error.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_data(region: *const Region) -> *const c_void {
+    call::value("ps_region_data", std::ptr::null(), || {
+        Ok(Region::borrow(region)?.region.as_ptr().as_ptr().cast_const().cast())
+    })
+}
+
+/// As ps_region_data(), for writing. NULL: an error, also if the region is only read.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_data_mut(region: *const Region) -> *mut c_void {
+    call::value("ps_region_data_mut", std::ptr::null_mut(), || {
+        let region = Region::borrow(region)?;
+        if region.writable {
+            return Ok(region.region.as_ptr().as_ptr().cast());
+        }
+        Err(CallError::new(
+            Status::PsReadOnly,
+            "the region is only read: call ps_builder_writable() before the build",
+        ))
+    })
+}
+
+/// The number of bytes of the region. 0: an error.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_bytes(region: *const Region) -> usize {
+    call::value("ps_region_bytes", 0, || Ok(Region::borrow(region)?.region.len()))
+}
+
+/// Copies bytes out. Bytes that cannot be had are an error, and not SIGBUS.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_read(
+    region: *const Region,
+    offset: u64,
+    into: *mut c_void,
+    bytes: usize,
+) -> c_int {
+    call::status("ps_region_read", || {
+        let region = Region::borrow(region)?;
+        Ok(region.region.read_at(offset, handle::buffer(into.cast(), bytes, "the buffer")?)?)
+    })
+}
+
+/// Copies bytes in, if the region is writable.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_write(
+    region: *const Region,
+    offset: u64,
+    from: *const c_void,
+    bytes: usize,
+) -> c_int {
+    call::status("ps_region_write", || {
+        let region = Region::borrow(region)?;
+        Ok(region.region.write_at(offset, handle::list(from.cast::<u8>(), bytes, "the buffer")?)?)
+    })
+}
+
+/// Fills the absent pages of a range, in this thread. `bytes` may be PS_TO_END.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_populate(region: *const Region, offset: u64, bytes: u64) -> c_int {
+    call::status("ps_region_populate", || {
+        let region = Region::borrow(region)?;
+        Ok(region.region.populate(region.range(offset, bytes))?)
+    })
+}
+
+/// Asks the server to fill the absent pages of a range, and does not wait. `bytes` may be PS_TO_END.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_prefetch(region: *const Region, offset: u64, bytes: u64) -> c_int {
+    call::status("ps_region_prefetch", || {
+        let region = Region::borrow(region)?;
+        region.region.prefetch(region.range(offset, bytes))?.detach();
+        Ok(())
+    })
+}
+
+/// Tries the pages of a range again whose bytes could not be had. `bytes` may be PS_TO_END.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_retry_failed(region: *const Region, offset: u64, bytes: u64) -> c_int {
+    call::status("ps_region_retry_failed", || {
+        let region = Region::borrow(region)?;
+        Ok(region.region.retry_failed(region.range(offset, bytes))?)
+    })
+}
+
+/// Writes the plan as text: how the pages of each chunk come, and why. As snprintf(3): `into` has room for `room` bytes
+/// with the zero at the end, and may be NULL if `room` is 0. `bytes` becomes the length of the whole text.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_plan(
+    region: *const Region,
+    into: *mut c_char,
+    room: usize,
+    bytes: *mut usize,
+) -> c_int {
+    call::status("ps_region_plan", || {
+        let plan = Region::borrow(region)?.region.plan().to_string();
+        if !bytes.is_null() {
+            handle::place(bytes, "the place for the length")?.write(plan.len());
+        }
+        let into = handle::buffer(into.cast(), room, "the buffer")?;
+        let fits = plan.len().min(room.saturating_sub(1));
+        into[..fits].copy_from_slice(&plan.as_bytes()[..fits]);
+        Ok(())
+    })
+}
+
+/// Reads a counter of the region, such as "faults" or "bytes_copied".
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_metric(region: *const Region, name: *const c_char, value: *mut u64) -> c_int {
+    call::status("ps_region_metric", || {
+        let metrics = Region::borrow(region)?.region.metrics();
+        let name = handle::text(name, "the name of the counter")?.to_string_lossy();
+        let found = metrics.all().find(|&(counter, _)| counter == name);
+        let (_, found) = found.ok_or_else(|| {
+            CallError::argument(format_args!("there is no counter {name:?}: ps_metric_name() has the names"))
+        })?;
+        handle::place(value, "the place for the value")?.write(found);
+        Ok(())
+    })
+}
+
+/// The name of a counter, numbered from 0. NULL after the last one.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_metric_name(number: usize) -> *const c_char {
+    static NAMES: OnceLock<Vec<CString>> = OnceLock::new();
+    let names = NAMES.get_or_init(|| {
+        Metrics::default().all().map(|(name, _)| CString::new(name).unwrap_or_default()).collect()
+    });
+    names.get(number).map_or(std::ptr::null(), |name| name.as_ptr())
+}
+
+/// Frees the region: its addresses become invalid. Waits for reads of its sources. NULL is ignored.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_free(region: *mut Region) -> c_int {
+    call::status("ps_region_free", || Region::free(region).map(drop))
+}

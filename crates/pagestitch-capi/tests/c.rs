@@ -1,0 +1,140 @@
+//! The library as C and C++ programs use it: each file of `tests/c` and `examples/c`, by each compiler there is.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::{env, fs};
+
+const CRATE: &str = env!("CARGO_MANIFEST_DIR");
+
+#[test]
+fn the_public_header_is_generated_from_the_crate() {
+    let config = cbindgen::Config::from_file(Path::new(CRATE).join("cbindgen.toml")).unwrap();
+    let bindings = cbindgen::Builder::new().with_crate(CRATE).with_config(config).generate().unwrap();
+    let mut generated = Vec::new();
+    bindings.write(&mut generated);
+    compare("include/pagestitch.h", &String::from_utf8(generated).unwrap());
+}
+
+#[test]
+fn the_library_exports_the_listed_symbols_only() {
+    let listing =
+        run(Command::new("nm").args(["-D", "--defined-only", "--format=just-symbols"]).arg(library("so")));
+    let mut symbols: Vec<_> = listing.lines().filter(|symbol| !symbol.starts_with("rust_eh")).collect();
+    symbols.sort_unstable();
+    compare("tests/symbols.txt", &(symbols.join("\n") + "\n"));
+}
+
+/// Compares a committed file with its generated content. `UPDATE_LISTINGS=1` writes it.
+fn compare(file: &str, content: &str) {
+    let path = Path::new(CRATE).join(file);
+    if env::var_os("UPDATE_LISTINGS").is_some() {
+        fs::write(&path, content).unwrap();
+    }
+    let committed = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        committed == content,
+        "{file} is old: write it by UPDATE_LISTINGS=1 cargo test -p pagestitch-capi"
+    );
+}
+
+#[test]
+fn c_programs_use_each_call_with_each_server() {
+    let folder = tempfile::tempdir().unwrap();
+    for compiler in COMPILERS.iter().filter(|compiler| is_there(compiler.command)) {
+        let program = compiler.build("tests/c/calls.c", folder.path(), &[]);
+        for server in ["pool", "inline", "eager", "best"] {
+            run(Command::new(&program).arg(server).arg(folder.path()));
+        }
+        run(&mut Command::new(compiler.build("tests/c/manual.c", folder.path(), &["-pthread"])));
+        let debug = if cfg!(debug_assertions) { "-DDEBUG_ASSERTIONS" } else { "-DRELEASE" };
+        run(&mut Command::new(compiler.build("tests/c/bad_input.c", folder.path(), &[debug])));
+    }
+}
+
+/// Valgrind has no userfaultfd, so it runs the eager server.
+#[test]
+fn the_library_reads_and_frees_its_memory_correctly_under_valgrind() {
+    if !is_there("valgrind") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let program = COMPILERS[0].build("tests/c/calls.c", folder.path(), &[]);
+    let valgrind = ["--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite"];
+    run(Command::new("valgrind").args(valgrind).arg(program).arg("eager").arg(folder.path()).arg("valgrind"));
+}
+
+#[test]
+fn the_examples_run() {
+    let (gcc, folder) = (&COMPILERS[0], tempfile::tempdir().unwrap());
+    let view = gcc.build("../../examples/c/contiguous_view.c", folder.path(), &[]);
+    assert_eq!(run(&mut Command::new(view)), "29997 bytes: aabc\n");
+    let answers = gcc.build("../../examples/c/three_answers.c", folder.path(), &[]);
+    let answers = run(&mut Command::new(answers));
+    let (shown, refused) =
+        (answers.matches("one range of addresses"), answers.matches("ps_region_of_frames"));
+    assert_eq!(shown.count() + refused.count(), 3, "{answers}");
+}
+
+/// A compiler, with its language and the library that it links.
+struct Compiler {
+    command: &'static str,
+    flags: &'static [&'static str],
+    library: &'static str,
+}
+
+const COMPILERS: [Compiler; 4] = [
+    Compiler { command: "gcc", flags: &["-std=c11", "-pedantic"], library: "a" },
+    Compiler { command: "g++", flags: &["-x", "c++", "-std=c++17"], library: "so" },
+    Compiler { command: "clang", flags: &["-std=c11", "-pedantic"], library: "so" },
+    Compiler {
+        command: "gcc",
+        flags: &["-std=c11", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+        library: "so",
+    },
+];
+
+impl Compiler {
+    fn build(&self, source: &str, into: &Path, more: &[&str]) -> PathBuf {
+        let source = Path::new(CRATE).join(source);
+        let program =
+            into.join(format!("{}-{}", source.file_stem().unwrap().to_string_lossy(), self.command));
+        let library = library(self.library);
+        let rpath = format!("-Wl,-rpath,{}", library.parent().unwrap().display());
+        let mut command = Command::new(self.command);
+        command.args(self.flags).args(["-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE", "-I"]);
+        command.arg(Path::new(CRATE).join("include")).args(more).arg(&source);
+        run(command.args(["-x", "none"]).arg(library).arg(rpath).arg("-lm").arg("-o").arg(&program));
+        program
+    }
+}
+
+/// False, with a line that says so, if a tool is not installed. Only `gcc` always is, because Rust links with it.
+fn is_there(tool: &str) -> bool {
+    let there = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !there {
+        assert!(env::var_os("PAGESTITCH_REQUIRE_ALL").is_none(), "{tool} is not installed");
+        // A single write past the test runner's capture, so that CI can count skips.
+        let _ = std::io::stderr()
+            .write_all(format!("SKIPPED programs of {tool}: it is not installed\n").as_bytes());
+    }
+    there
+}
+
+/// The library that cargo has built for this test, beside it.
+fn library(extension: impl AsRef<OsStr>) -> PathBuf {
+    let test = env::current_exe().unwrap();
+    let library = test.parent().unwrap().join("libpagestitch_capi").with_extension(extension.as_ref());
+    assert!(library.exists(), "{} is missing: cargo builds it with this test", library.display());
+    library
+}
+
+#[track_caller]
+fn run(command: &mut Command) -> String {
+    let Output { status, stdout, stderr } =
+        command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let (stdout, stderr) = (String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
+    assert!(status.success(), "{command:?}: {status}\n{stdout}{stderr}");
+    stdout.into_owned()
+}

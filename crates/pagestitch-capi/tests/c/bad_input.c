@@ -1,0 +1,144 @@
+/* Every kind of wrong argument is an error that names the thing. */
+#include "test.h"
+#include <errno.h>
+#include <limits.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static char told[200];
+
+static int broken(void *ctx, uint64_t offset, void *into, size_t count) {
+    (void)offset, (void)into, (void)count;
+    return *(int *)ctx;
+}
+
+static void tell(void *ctx, uint64_t offset, const char *reason) {
+    (void)ctx;
+    snprintf(told, sizeof told, "%d: %s", (int)offset, reason);
+}
+
+static void servers(void) {
+    ps_server *server;
+    FAILS(ps_server_best(NULL), PS_INVALID_ARGUMENT, "null pointer");
+    FAILS(ps_server_fd(NULL), PS_INVALID_ARGUMENT, "server");
+    ps_pool_options options;
+    memset(&options, 0, sizeof options);
+    FAILS(ps_server_pool(&options, &server), PS_INVALID_ARGUMENT, "sizeof");
+    options.size = sizeof options + 8;
+    FAILS(ps_server_pool(&options, &server), PS_INVALID_ARGUMENT, "sizeof");
+    options.size = sizeof options;
+    options.workers = 100000000;
+    CHECK(ps_server_pool(&options, &server) < 0 && *ps_last_error());
+    OK(ps_server_free(NULL));
+    OK(ps_server_eager(&server));
+    FAILS(ps_server_serve(server, 1, NULL), PS_INVALID_ARGUMENT, "ps_server_manual");
+    OK(ps_server_free(server));
+#ifdef DEBUG_ASSERTIONS
+    FAILS(ps_server_free(server), PS_INVALID_HANDLE, "freed");
+    ps_builder *builder;
+    OK(ps_builder_new(&builder));
+    FAILS(ps_region_populate((ps_region *)builder, 0, 1), PS_INVALID_HANDLE, "is a builder");
+    OK(ps_builder_free(builder));
+#endif
+}
+
+static void chunks(ps_server *server) {
+    ps_builder *builder;
+    ps_region *region = NULL;
+    char byte = 'x';
+    OK(ps_builder_new(&builder));
+    FAILS(ps_builder_build(builder, server, &region), PS_NO_CHUNKS, "chunk");
+    FAILS(ps_builder_build(builder, server, NULL), PS_INVALID_ARGUMENT, "null pointer");
+    FAILS(ps_builder_build(NULL, server, &region), PS_INVALID_ARGUMENT, "builder");
+    FAILS(ps_builder_name(builder, NULL), PS_INVALID_ARGUMENT, "name");
+    FAILS(ps_builder_on_failure(builder, NULL, NULL), PS_INVALID_ARGUMENT, "NULL");
+    FAILS(ps_add_memory(builder, NULL, 5), PS_INVALID_ARGUMENT, "null pointer");
+    FAILS(ps_add_memory(builder, &byte, SIZE_MAX), PS_INVALID_ARGUMENT, "addresses");
+    FAILS(ps_add_file(builder, "/nowhere/at/all", 0, 1), PS_IO, "/nowhere/at/all");
+    CHECK(ps_last_errno() == ENOENT);
+    FAILS(ps_add_file(builder, NULL, 0, 1), PS_INVALID_ARGUMENT, "path");
+    FAILS(ps_add_file(builder, "/", 0, 1), PS_UNUSABLE_FILE, "/");
+    FAILS(ps_add_fd(builder, -1, 0, 1), PS_INVALID_ARGUMENT, "-1");
+    FAILS(ps_add_fd(builder, 999999, 0, 1), PS_IO, "descriptor");
+    FAILS(ps_add_file(builder, "/proc/self/exe", UINT64_MAX, 5), PS_INVALID_ARGUMENT, "2^64");
+    FAILS(ps_add_alias(builder, &byte, 1), PS_UNUSABLE_MEMORY, "");
+    FAILS(ps_add_physical(builder, UINT64_MAX, 4096), PS_INVALID_ARGUMENT, "2^64");
+    FAILS(ps_add_source(builder, NULL), PS_INVALID_ARGUMENT, "ps_source");
+    ps_source source;
+    memset(&source, 0, sizeof source);
+    source.size = sizeof source;
+    FAILS(ps_add_source(builder, &source), PS_INVALID_ARGUMENT, "read_at");
+    source.size = 3;
+    FAILS(ps_add_source(builder, &source), PS_INVALID_ARGUMENT, "sizeof");
+    OK(ps_add_hole(builder, 0));
+    FAILS(ps_builder_build(builder, server, &region), PS_INVALID_CHUNK, "chunk 0");
+    OK(ps_add_hole(builder, UINT64_MAX));
+    CHECK(ps_builder_build(builder, server, &region) < 0);
+    OK(ps_add_memory(builder, &byte, 1));
+    OK(ps_builder_require_zero_copy(builder));
+    FAILS(ps_builder_build(builder, server, &region), PS_NOT_ZERO_COPY, "chunk 0");
+    OK(ps_builder_free(builder));
+    FAILS(ps_region_of_pieces(server, NULL, 3, &region), PS_INVALID_ARGUMENT, "list");
+    FAILS(ps_region_of_pieces(server, NULL, 0, &region), PS_NO_CHUNKS, "");
+    ps_piece pieces[] = { { &byte, 1 }, { NULL, 5 } };
+    FAILS(ps_region_of_pieces(server, pieces, 2, &region), PS_INVALID_ARGUMENT, "element 1");
+    FAILS(ps_region_of_pieces(server, pieces, SIZE_MAX, &region), PS_INVALID_ARGUMENT, "elements");
+    CHECK(region == NULL);
+}
+
+static void ranges(ps_server *server) {
+    char bytes[5000] = "bytes", into[10];
+    ps_piece piece = { bytes, sizeof bytes };
+    ps_region *region;
+    uint64_t value;
+    OK(ps_region_of_pieces(server, &piece, 1, &region));
+    FAILS(ps_region_read(region, 4995, into, 10), PS_OUT_OF_RANGE, "5000");
+    FAILS(ps_region_read(region, UINT64_MAX, into, 10), PS_OUT_OF_RANGE, "");
+    FAILS(ps_region_read(region, 0, NULL, 10), PS_INVALID_ARGUMENT, "buffer");
+    OK(ps_region_read(region, 0, NULL, 0));
+    FAILS(ps_region_write(region, 0, into, 1), PS_READ_ONLY, "");
+    CHECK(!ps_region_data_mut(region) && strstr(ps_last_error(), "ps_builder_writable"));
+    CHECK(!ps_region_data(NULL) && strstr(ps_last_error(), "null pointer"));
+    CHECK(ps_region_bytes(NULL) == 0);
+    FAILS(ps_region_populate(region, 6000, 1), PS_OUT_OF_RANGE, "");
+    FAILS(ps_region_metric(region, "nonsense", &value), PS_INVALID_ARGUMENT, "nonsense");
+    FAILS(ps_region_metric(region, "faults", NULL), PS_INVALID_ARGUMENT, "value");
+    OK(ps_region_free(region));
+}
+
+/* A source that fails: an error of the calls, and SIGBUS for a touch. */
+static void failing_source(ps_server *server) {
+    int error = EIO;
+    ps_source source;
+    memset(&source, 0, sizeof source);
+    source.size = sizeof source;
+    source.ctx = &error;
+    source.bytes = 10000;
+    source.read_at = broken;
+    source.name = "broken disk";
+    ps_builder *builder;
+    ps_region *region;
+    char into[10];
+    OK(ps_builder_new(&builder));
+    OK(ps_add_source(builder, &source));
+    OK(ps_builder_on_failure(builder, tell, NULL));
+    OK(ps_builder_build(builder, server, &region));
+    OK(ps_builder_free(builder));
+    FAILS(ps_region_read(region, 5000, into, 10), PS_SOURCE_FAILED, "broken disk");
+    CHECK(ps_last_errno() == EIO && strstr(told, "4096: "));
+    error = -7;
+    FAILS(ps_region_populate(region, 8192, 1), PS_SOURCE_FAILED, "-7");
+    OK(ps_region_free(region));
+}
+
+int main(void) {
+    ps_server *server;
+    OK(ps_server_pool(NULL, &server));
+    servers();
+    chunks(server);
+    ranges(server);
+    failing_source(server);
+    OK(ps_server_free(server));
+    return 0;
+}
