@@ -90,6 +90,31 @@ impl Extents {
         }
     }
 
+    /// The extents of a diff of `bytes` bytes that a program has written itself, such as
+    /// `SharedRegion::save_changes` of the crate `pagestitch`, which returns the ranges. `None` unless
+    /// they are whole pages of 4 KiB, ascending, and inside the diff.
+    ///
+    /// ```
+    /// use pagestitch_firecracker::Extents;
+    ///
+    /// let extents = Extents::new(1 << 20, [4096..12_288, 65_536..69_632]).expect("whole pages, in order");
+    /// assert_eq!(extents.ranges().len(), 2);
+    /// assert_eq!(Extents::new(1 << 20, [100..200]), None);
+    /// ```
+    #[must_use]
+    pub fn new(bytes: u64, ranges: impl IntoIterator<Item = Range<u64>>) -> Option<Self> {
+        let ranges: Vec<Range<u64>> = ranges.into_iter().collect();
+        let mut before = 0;
+        for range in &ranges {
+            let whole = range.start % PAGE == 0 && range.end % PAGE == 0;
+            if !whole || range.is_empty() || range.start < before || range.end > bytes {
+                return None;
+            }
+            before = range.end;
+        }
+        Some(Self { bytes, ranges })
+    }
+
     /// The path of the extents of a diff: `DIFF.extents`.
     #[must_use]
     pub fn path_for(diff: impl AsRef<Path>) -> PathBuf {
@@ -147,18 +172,12 @@ impl Extents {
         let mut lines = text.strip_prefix(MAGIC)?.strip_prefix('\n')?.strip_suffix('\n')?.lines();
         let bytes = lines.next()?.strip_prefix("bytes ")?.parse().ok()?;
         let count: usize = lines.next_back()?.strip_prefix("end ")?.parse().ok()?;
-        let mut ranges: Vec<Range<u64>> = Vec::new();
-        for line in lines {
+        let range = |line: &str| {
             let (start, end) = line.split_once(' ')?;
-            let range: Range<u64> = start.parse().ok()?..end.parse().ok()?;
-            let before = ranges.last().map_or(0, |range| range.end);
-            let whole = range.start % PAGE == 0 && range.end % PAGE == 0;
-            if !whole || range.is_empty() || range.start < before || range.end > bytes {
-                return None;
-            }
-            ranges.push(range);
-        }
-        (ranges.len() == count).then_some(Self { bytes, ranges })
+            Some(start.parse().ok()?..end.parse().ok()?)
+        };
+        let ranges: Vec<Range<u64>> = lines.map(range).collect::<Option<_>>()?;
+        (ranges.len() == count).then(|| Self::new(bytes, ranges)).flatten()
     }
 }
 
