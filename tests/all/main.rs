@@ -5,6 +5,7 @@ mod adopted;
 mod application;
 mod background;
 mod blocks;
+mod changes;
 mod children;
 mod chunks;
 mod conformance;

@@ -21,7 +21,7 @@ use crate::features::Features;
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::reservation::Reservation;
 use crate::swap;
-use crate::uffd::{OpenError, Outcome, RegisterMode, Uffd};
+use crate::uffd::{Arrival, OpenError, Outcome, RegisterMode, Uffd};
 use nix::libc::{self, c_void};
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -163,7 +163,7 @@ impl Arena {
     ///
     /// As [`give_back`](Self::give_back).
     pub fn copy_back(&self, uffd: &Uffd, range: AddressRange, slot: usize) -> Outcome {
-        uffd.copy_from(range, self.slots_at(slot..slot + 1).start())
+        uffd.copy_from(range, self.slots_at(slot..slot + 1).start(), Arrival::Writable)
     }
 
     /// Empties a run of slots, and frees their memory.

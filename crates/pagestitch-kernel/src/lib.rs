@@ -21,6 +21,7 @@
 //! | | [`releasable`] | a value that threads read until it is released, without a lock |
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
+//! | | [`page_scan`] | which pages were written since the last scan, and which are present |
 //! | | [`memory_left`] | the memory that the machine and the cgroups of the process have left |
 //! | | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | | `vma_name` | the name of a mapping in `/proc/PID/maps` |
@@ -91,6 +92,7 @@ mod mapping;
 pub mod memfd;
 pub mod memory_left;
 pub mod page;
+pub mod page_scan;
 pub mod pages;
 pub mod physical;
 pub mod process;

@@ -173,8 +173,8 @@ pub mod source;
 mod space;
 
 pub use api::{
-    AdoptedRegion, AnyRegion, Builder, PrefetchHandle, PrefetchProgress, Region, Scope, ScopedBuilder,
-    ScopedRegion, Shard, SharedRegion, scope,
+    AdoptedRegion, AnyRegion, Builder, Changes, PrefetchHandle, PrefetchProgress, Region, Scope,
+    ScopedBuilder, ScopedRegion, Shard, SharedRegion, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
 pub use method::{Method, PlanReason};

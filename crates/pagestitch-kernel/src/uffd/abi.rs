@@ -49,6 +49,12 @@ impl UffdioCopy {
         let (dst, len) = (range.start() as u64, range.bytes() as u64);
         Self { dst, src: source as u64, len, mode: waiters.mode(), copied: 0 }
     }
+
+    /// The same copy, with pages that arrive write-protected.
+    pub(super) const fn protected(self, protected: bool) -> Self {
+        let mode = self.mode | if protected { COPY_MODE_WP } else { 0 };
+        Self { mode, ..self }
+    }
 }
 
 impl UffdioProgress {
@@ -102,6 +108,8 @@ pub(super) const REGISTER_MODE_MISSING: u64 = 1 << 0;
 pub(super) const REGISTER_MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_REGISTER_MODE_MINOR`
 pub(super) const REGISTER_MODE_MINOR: u64 = 1 << 2;
+/// `UFFDIO_COPY_MODE_WP`
+const COPY_MODE_WP: u64 = 1 << 1;
 /// `UFFDIO_WRITEPROTECT_MODE_WP`
 pub(super) const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 /// `UFFDIO_COPY_MODE_DONTWAKE`, and `UFFDIO_ZEROPAGE_MODE_DONTWAKE` and its like: the same bit for

@@ -48,6 +48,15 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+/// Whether a page that is copied in stops its first writer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// The page can be written at once.
+    Writable,
+    /// The page is write-protected: its first write is a fault.
+    Protected,
+}
+
 /// A userfaultfd that this process has opened, or that another process has sent.
 #[derive(Debug)]
 pub struct Uffd {
@@ -93,14 +102,27 @@ impl Uffd {
     #[doc(alias = "UFFDIO_COPY")]
     pub fn copy(&self, range: AddressRange, bytes: &[u8]) -> Outcome {
         assert_eq!(bytes.len(), range.bytes(), "a copy fills its range exactly");
-        self.copy_from(range, bytes.as_ptr().addr())
+        self.copy_from(range, bytes.as_ptr().addr(), Arrival::Writable)
+    }
+
+    /// As [`copy`](Self::copy), for pages that arrive write-protected: the first write to each is a
+    /// write-protect fault. The range is registered for those. Linux 5.7.
+    ///
+    /// # Panics
+    ///
+    /// As [`copy`](Self::copy).
+    #[doc(alias = "UFFDIO_COPY_MODE_WP")]
+    pub fn copy_protected(&self, range: AddressRange, bytes: &[u8]) -> Outcome {
+        assert_eq!(bytes.len(), range.bytes(), "a copy fills its range exactly");
+        self.copy_from(range, bytes.as_ptr().addr(), Arrival::Protected)
     }
 
     /// Lets the kernel copy from an address of this process. The answer to an unreadable address is
     /// [`Outcome::SourceUnreadable`].
-    pub(crate) fn copy_from(&self, range: AddressRange, source: usize) -> Outcome {
+    pub(crate) fn copy_from(&self, range: AddressRange, source: usize, arrival: Arrival) -> Outcome {
         self.fill(Operation::Copy, range, |part, waiters| {
-            let mut request = abi::UffdioCopy::new(part, source + (part.start() - range.start()), waiters);
+            let mut request = abi::UffdioCopy::new(part, source + (part.start() - range.start()), waiters)
+                .protected(arrival == Arrival::Protected);
             // SAFETY: the kernel writes missing pages of registered memory only, which have no
             // value yet, and the `copied` field of `request`. It reads the source, which may be any
             // address.
@@ -221,11 +243,17 @@ impl Uffd {
     /// # Panics
     ///
     /// As [`move_donated`](Self::move_donated).
-    pub fn copy_donated(&self, range: AddressRange, donated: &Donated, offset: u64) -> Outcome {
+    pub fn copy_donated(
+        &self,
+        range: AddressRange,
+        donated: &Donated,
+        offset: u64,
+        arrival: Arrival,
+    ) -> Outcome {
         let span = donated.span(offset, range.bytes());
         let Some(taken) = donated.take(span) else { return Outcome::NotRegistered };
         let part = range.part(0, taken.span().pages);
-        let outcome = self.copy_from(part, donated.range(taken.span()).start());
+        let outcome = self.copy_from(part, donated.range(taken.span()).start(), arrival);
         outcome.of_part(part.bytes(), range.bytes())
     }
 

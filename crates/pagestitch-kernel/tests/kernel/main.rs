@@ -3,6 +3,7 @@
 mod arena;
 mod messages;
 mod names;
+mod page_scan;
 mod sync;
 mod uffd;
 mod view;

@@ -6,6 +6,7 @@ use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::pages::{Donated, Pages};
 use pagestitch_kernel::physical::{Caching, Physical, Refusal};
 use pagestitch_kernel::shared::{Alias, AliasError, SharedFile, Sharing};
+use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{Access, Errno, Outcome, Page, PageSize, Span};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -195,7 +196,7 @@ fn a_move_needs_a_writable_mapping_and_a_copy_does_not() {
     let donated = donation(1);
     let (reservation, view, uffd) = reserve(1, Access::ReadOnly);
     assert_eq!(uffd.move_donated(reservation.range(), &donated, 0), Outcome::Refused(Errno::EINVAL));
-    assert_eq!(uffd.copy_donated(reservation.range(), &donated, 0), Outcome::Done);
+    assert_eq!(uffd.copy_donated(reservation.range(), &donated, 0, Arrival::Writable), Outcome::Done);
     assert_eq!(view.as_slice()[SIZE - 1], 1);
 }
 

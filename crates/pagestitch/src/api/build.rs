@@ -25,6 +25,7 @@ use crate::space::{
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::uffd;
 use pagestitch_kernel::{Access, Errno, Features, PageSize, Reservation, Uffd, View};
 use pagestitch_kernel::{staging, swap};
@@ -83,8 +84,30 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
+    if options.serve_options.track_changes {
+        check_tracked(layout)?;
+    }
     let served = options.inherit_on_fork && server.inner().serves_faults();
     if served { check_children(layout) } else { Ok(()) }
+}
+
+/// Refuses chunks and kernels whose writes are not recorded.
+fn check_tracked(layout: &Layout) -> Result<(), Error> {
+    let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(BuildOption::TrackChanges));
+    if let Some((chunk, source)) = layout.first_written_by_others() {
+        let what = format!(
+            "chunk {chunk} ({source}) is memory that others write to, and their writes are not recorded: map it copy_on_write(), copy it, or leave out track_changes()"
+        );
+        return refused(ErrorKind::OptionConflict, &what).map_err(|error| error.of_chunk(chunk));
+    }
+    let features = uffd::kernel_features().map_err(|error| Error::no_userfaultfd(&error))?;
+    if !features.contains(Features::WRITE_PROTECT_ASYNC) {
+        let what = "the kernel records writes since Linux 6.7 (arm64: 6.10): update the kernel, or leave out track_changes()";
+        return refused(ErrorKind::Unsupported, what);
+    }
+    // The page tables of the region open it again.
+    let scan = PageScan::open().map(drop);
+    scan.map_err(|errno| Error::refused("cannot open /proc/self/pagemap, which tells written pages", errno))
 }
 
 /// Refuses chunks and kernels that cannot serve forked children.
@@ -110,7 +133,8 @@ fn prepare_own(
     (below, server): (Below, &Server),
 ) -> Result<PreparedTarget, Error> {
     // Forked children are found through the userfaultfd.
-    if !options.inherit_on_fork {
+    let tracked = options.serve_options.track_changes;
+    if !options.inherit_on_fork && !tracked {
         if let Some(prepared) = prepare_fault_free(name, layout, options)? {
             return Ok(prepared);
         }
@@ -124,7 +148,7 @@ fn prepare_own(
     let uffds = userfaultfds::open(name, (layout, bytes), options, server)?;
     let uffd = &uffds[0];
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
-    let moves = layout.has_donated() && !options.inherit_on_fork && can_move(uffd);
+    let moves = layout.has_donated() && !options.inherit_on_fork && !tracked && can_move(uffd);
     let staged = stages(options, layout, bytes, uffd);
     let huge = moves || staged.is_ok();
     let logical = huge && options.access == Access::ReadOnly;
@@ -133,7 +157,10 @@ fn prepare_own(
     let uffd = userfaultfds::register(name, uffds, server, &reservation)?;
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let abilities = Abilities { moves_now: !moves, minor_faults };
-    let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
+    let shown = match tracked {
+        true => ShownPages::default(),
+        false => show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?,
+    };
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
@@ -293,6 +320,9 @@ fn hide_from_dumps(mapping: &Mapping) -> Result<(), Error> {
 fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
+    }
+    if options.serve_options.track_changes {
+        return Err("changes are tracked, and a page that moves in has no record of its writes");
     }
     match bytes {
         _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),

@@ -484,6 +484,41 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Has the kernel record which pages are written, for [`changes`](crate::AnyRegion::changes) and
+    /// `save_changes`. Default: writes leave no record.
+    ///
+    /// * **Cost.** Pages arrive write-protected, by copies of small pages: whole blocks take more than
+    ///   twice as long as without. The first write to a page after each
+    ///   [`changes`](crate::AnyRegion::changes) takes about a microsecond more. No worker serves it.
+    /// * **Holes** take memory when they are touched, because the kernel's zero page cannot be protected.
+    /// * **Nothing in place.** Sealed memfds, immutable files and donated pages are copied, and
+    ///   [copy-on-write](Chunk::copy_on_write) chunks too. Memory to which others write (shared files,
+    ///   aliases, physical memory, memfds that are filled later) is refused.
+    /// * **Server**: a [`Pool`](crate::Pool), a [`Manual`](crate::Manual) or [`Inline`](crate::Inline), not
+    ///   [`Eager`](crate::Eager). Not for adopted memory, and not with
+    ///   [`inherit_on_fork`](Self::inherit_on_fork). The region is [`writable`](Self::writable).
+    /// * Requires Linux 6.7, or 6.10 on arm64. Takes one more descriptor.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, ErrorKind, Pool, Region};
+    /// let builder = Region::builder().chunk(Chunk::hole(1 << 30)).writable().track_changes();
+    /// let guest = match builder.build_shared(&Pool::new()?) {
+    ///     Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),  // Linux before 6.7
+    ///     built => built?,
+    /// };
+    /// guest.write_at(1 << 20, b"written")?;
+    /// let mut diff = [0; 7];
+    /// for run in guest.changes()? {
+    ///     guest.read_at(run.start, &mut diff)?;
+    /// }
+    /// assert_eq!(&diff, b"written");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn track_changes(mut self) -> Self {
+        self.options.serve_options.track_changes = true;
+        self
+    }
+
     /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
     ///
     /// ```

@@ -5,6 +5,7 @@
 //! | `builder`, `options` | the description of a region |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `any` | the part that regions of all kinds share; teardown |
+//! | `changes` | the pages that were written, and a file with their bytes |
 //! | `prefetch` | a prefetch in progress |
 //! | `shard` | the shards of a region |
 //! | `region` | a region that owns its range |
@@ -18,6 +19,7 @@ mod adopted;
 mod any;
 mod build;
 mod builder;
+mod changes;
 mod nesting;
 mod options;
 mod prefetch;
@@ -32,6 +34,7 @@ mod userfaultfds;
 pub use adopted::AdoptedRegion;
 pub use any::AnyRegion;
 pub use builder::Builder;
+pub use changes::Changes;
 pub use prefetch::{PrefetchHandle, PrefetchProgress};
 pub use region::Region;
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};

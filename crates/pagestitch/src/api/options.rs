@@ -54,7 +54,8 @@ impl Options {
 
     /// The demands of the region on its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
-        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _ } = &self.serve_options;
+        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _, track_changes } =
+            &self.serve_options;
         Demands {
             adopted,
             children: self.inherit_on_fork,
@@ -68,6 +69,7 @@ impl Options {
             shards: self.has_shards(),
             report_discards: matches!(self.report_discards, Some(true)),
             timed: *record_latency,
+            tracked: *track_changes,
         }
     }
 
@@ -97,6 +99,29 @@ impl Options {
                 self.inherit_on_fork && self.release_sources,
                 BuildOption::ReleaseSources,
                 "forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
+            ),
+        ])?;
+        self.check_tracked(adopted)
+    }
+
+    /// Refuses options that exclude a record of written pages.
+    fn check_tracked(&self, adopted: bool) -> Result<(), Error> {
+        let tracked = self.serve_options.track_changes;
+        refuse_first([
+            (
+                adopted && tracked,
+                BuildOption::TrackChanges,
+                "only the owner of adopted memory can protect its pages: leave out track_changes()",
+            ),
+            (
+                tracked && self.access != Access::Writable,
+                BuildOption::TrackChanges,
+                "a read-only region does not change: add writable(), or leave out track_changes()",
+            ),
+            (
+                self.inherit_on_fork && tracked,
+                BuildOption::TrackChanges,
+                "forked children write to pages of their own: leave out track_changes() or inherit_on_fork()",
             ),
         ])
     }

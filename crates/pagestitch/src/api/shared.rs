@@ -1,13 +1,14 @@
 //! A region whose bytes other processes may change while it is mapped.
 
-use crate::api::AnyRegion;
 use crate::api::refused::refused;
+use crate::api::{AnyRegion, Changes};
 use crate::error::Error;
 #[cfg(doc)]
 use crate::error::ErrorKind;
 use crate::metrics::Metrics;
 use pagestitch_kernel::{Errno, View};
 use std::fmt;
+use std::fs::File;
 use std::ops::{Deref, Range};
 use std::ptr::NonNull;
 
@@ -160,6 +161,42 @@ impl SharedRegion {
             }
             answer => answer,
         }
+    }
+
+    /// Writes the [changes](AnyRegion::changes) since the last call to a sparse file as long as the region:
+    /// a page that was written lies at its offset, and every other page is a hole. Returns the ranges.
+    ///
+    /// Replaces the contents of the file, and does not sync it. Such a file is a diff of a snapshot: the
+    /// crate `pagestitch-firecracker` restores guests from a base and diffs, with the ranges as its
+    /// extents.
+    ///
+    /// # Errors
+    ///
+    /// As [`changes`](AnyRegion::changes) and [`read_at`](Self::read_at); [`ErrorKind::Io`] if the file
+    /// cannot be written. After an error, the changes are left for the next call.
+    ///
+    /// ```
+    /// # use pagestitch::{ErrorKind, Pool, Region};
+    /// # use std::os::unix::fs::FileExt;
+    /// let builder = Region::builder().chunk(vec![7u8; 1 << 20]).writable().track_changes();
+    /// let region = match builder.build_shared(&Pool::new()?) {
+    ///     Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),  // Linux before 6.7
+    ///     built => built?,
+    /// };
+    /// region.write_at(10_000, b"written")?;
+    /// # let folder = std::env::temp_dir().join(format!("pagestitch-doc-{}", std::process::id()));
+    /// # std::fs::create_dir_all(&folder)?;
+    /// # let path = folder.join("build_shared.diff");
+    /// let diff = std::fs::File::options().read(true).write(true).create(true).truncate(true).open(&path)?;
+    /// assert!(region.save_changes(&diff)?.eq([8_192..12_288]));
+    /// let mut bytes = [0; 9];
+    /// diff.read_exact_at(&mut bytes, 9_999)?;
+    /// assert_eq!(&bytes, b"\x07written\x07");
+    /// # std::fs::remove_dir_all(&folder)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn save_changes(&self, file: &File) -> Result<Changes, Error> {
+        self.any.save_changes(file, |offset, into| self.read_at(offset, into))
     }
 
     /// As [`Region::close`](crate::Region::close).

@@ -79,6 +79,12 @@ fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
     }
+    if options.serve_options.track_changes {
+        wanted = wanted
+            | Features::WRITE_PROTECT
+            | Features::WRITE_PROTECT_UNPOPULATED
+            | Features::WRITE_PROTECT_ASYNC;
+    }
     wanted
 }
 

@@ -32,6 +32,8 @@ pub enum BuildOption {
     InheritOnFork,
     /// [`Builder::release_sources`](crate::Builder::release_sources).
     ReleaseSources,
+    /// [`Builder::track_changes`](crate::Builder::track_changes).
+    TrackChanges,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -65,6 +67,7 @@ impl fmt::Display for BuildOption {
             Self::RecordLatency => "record_latency",
             Self::InheritOnFork => "inherit_on_fork",
             Self::ReleaseSources => "release_sources",
+            Self::TrackChanges => "track_changes",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

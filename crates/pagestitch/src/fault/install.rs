@@ -9,6 +9,7 @@ use crate::space::Mapping;
 use crate::space::page_table::{Claim, PageState, Wake};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
+use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{Features, Outcome, Span, Staging};
 use std::ops::Range;
 
@@ -42,6 +43,7 @@ pub(super) fn install(
     let (mut done, mut error) = (0, None);
     while done < filled.pages && error.is_none() {
         let span = region.in_one_shard(claim.span().prefix(filled.pages - done));
+        let span = region.arriving_alike(span);
         match install_some(region, claim, span, &mut filled.content, done, quiet) {
             Ok(pages) => done += pages,
             Err(refused) => error = Some(refused),
@@ -146,7 +148,21 @@ type Put = Option<(Outcome, Method)>;
 #[inline]
 fn copy(region: &Mapping, span: Span, bytes: &[u8], done: usize, method: Method) -> Put {
     let range = region.target.addresses(span);
-    Some((region.uffd.of(range).copy(range, &bytes[done..done + range.bytes()]), method))
+    let (uffd, bytes) = (region.uffd.of(range), &bytes[done..done + range.bytes()]);
+    let outcome = match arrival(region, span) {
+        Arrival::Writable => uffd.copy(range, bytes),
+        Arrival::Protected => uffd.copy_protected(range, bytes),
+    };
+    Some((outcome, method))
+}
+
+/// If changes are tracked, pages arrive write-protected, so that the kernel records their first write.
+#[inline]
+fn arrival(region: &Mapping, span: Span) -> Arrival {
+    match &region.written {
+        Some(written) if written.arrives_armed(span.first) => Arrival::Protected,
+        _ => Arrival::Writable,
+    }
 }
 
 fn copy_memory(region: &Mapping, span: Span, memory: &[u8], bytes: &Range<usize>, done: usize) -> Put {
@@ -171,9 +187,24 @@ fn put_staged(region: &Mapping, span: Span, staging: &mut Staging, done: usize) 
 }
 
 fn zero(region: &Mapping, span: Span, quiet: bool) -> Put {
+    if region.written.is_some() {
+        return copy_zeros(region, span);
+    }
     let range = region.target.addresses(span);
     let outcome = match region.uffd.of(range).zero(range) {
         Outcome::AlreadyThere if !quiet && is_marked(region, span) => zero_marked(region, span),
+        outcome => outcome,
+    };
+    Some((outcome, Method::Zero))
+}
+
+/// Copies zeros, because the kernel's zero page arrives without write protection.
+fn copy_zeros(region: &Mapping, span: Span) -> Put {
+    let page = region.page_size().bytes();
+    let part = span.prefix(ZEROS.len() / page);
+    let (outcome, _) = copy(region, part, &ZEROS, 0, Method::Zero)?;
+    let outcome = match outcome {
+        Outcome::Done if part.pages < span.pages => Outcome::Partial { bytes: part.pages * page },
         outcome => outcome,
     };
     Some((outcome, Method::Zero))
@@ -221,7 +252,7 @@ fn find_in_region(region: &Mapping, span: Span, method: Method) -> Put {
 
 fn copy_donated(region: &Mapping, span: Span, donated: &Donated, offset: u64) -> Put {
     let range = region.target.addresses(span.prefix(1));
-    let outcome = match region.uffd.of(range).copy_donated(range, donated, offset) {
+    let outcome = match region.uffd.of(range).copy_donated(range, donated, offset, arrival(region, span)) {
         Outcome::Done if span.pages > 1 => Outcome::Partial { bytes: range.bytes() },
         outcome => outcome,
     };

@@ -128,6 +128,8 @@ pub(crate) struct Demands {
     pub(crate) report_discards: bool,
     /// The parts of faults are timed.
     pub(crate) timed: bool,
+    /// Written pages are recorded.
+    pub(crate) tracked: bool,
 }
 
 /// The number of all threads that fill their own pages.

@@ -94,8 +94,17 @@ impl FaultServer for Inline {
     }
 
     fn check(&self, demands: &Demands) -> Result<(), Error> {
-        let Demands { adopted, children, recording, readahead, limit, shards, report_discards, timed } =
-            demands;
+        let Demands {
+            adopted,
+            children,
+            recording,
+            readahead,
+            limit,
+            shards,
+            report_discards,
+            timed,
+            tracked: _,
+        } = demands;
         let refused = [
             (
                 adopted,

@@ -19,6 +19,7 @@ use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
 use crate::space::Chunk;
 use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{Errno, PageSize};
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -437,6 +438,18 @@ impl Layout {
         // There are far fewer sources than chunks.
         self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
         let chunk = (0..self.chunks()).find(|&chunk| matches!(self.backing_of(chunk), Backing::Shared(_)))?;
+        Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
+    }
+
+    /// The number and source name of the first chunk that is memory to which others write.
+    pub(crate) fn first_written_by_others(&self) -> Option<(usize, String)> {
+        let is_shared = |backing: &Backing| match backing {
+            Backing::Shared(Shared::File(_, sharing)) => *sharing == Sharing::Shared,
+            Backing::Shared(Shared::Alias(_) | Shared::Physical(_) | Shared::Lazy(_)) => true,
+            _ => false,
+        };
+        self.sources.iter().find(|&source| is_shared(source))?;
+        let chunk = (0..self.chunks()).find(|&chunk| is_shared(self.backing_of(chunk)))?;
         Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 

@@ -18,6 +18,7 @@
 //! | `spare_uffds` | the userfaultfds of dropped regions, for the next ones |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
 //! | `plan` | the method by which each chunk is installed, with the reason |
+//! | `written` | the pages that were written since the last question |
 
 mod chunk;
 mod discards;
@@ -34,6 +35,7 @@ mod release;
 mod shards;
 mod spare_uffds;
 pub(crate) mod target;
+mod written;
 
 pub use chunk::Chunk;
 pub(crate) use discards::Discards;
@@ -48,6 +50,7 @@ pub(crate) use shards::Shards;
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
+pub(crate) use written::WrittenPages;
 
 use crate::method::PlanReason;
 use crate::metrics::{Counters, Coverage, Presence};
@@ -121,6 +124,8 @@ pub(crate) struct Mapping {
     /// How the server learns of discarded pages.
     pub(crate) discards: Discards,
     failures: Failures,
+    /// The record of writes, if changes are tracked. All pages then arrive by a copy, write-protected.
+    pub(crate) written: Option<Box<WrittenPages>>,
     /// Invariant: each thread that claims pages or calls a source for the region is inside. Closing
     /// it, in the drop of the region, waits for them.
     gate: Arc<Gate>,
@@ -136,19 +141,24 @@ pub(crate) struct ServeOptions {
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<FailureCallback>,
+    /// True if the kernel records which pages are written.
+    pub(crate) track_changes: bool,
 }
 
 /// The tables with an entry for each page.
 pub(crate) struct PageTables {
     pages: Arc<PageTable>,
     recorder: Option<TouchRecorder>,
+    written: Option<Box<WrittenPages>>,
 }
 
 impl PageTables {
     pub(crate) fn new(pages: usize, serve_options: &ServeOptions) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
         let recorder = serve_options.record.then(|| TouchRecorder::new(pages)).transpose()?;
-        Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder })
+        let written = serve_options.track_changes.then(|| WrittenPages::new(pages)).transpose()?;
+        let written = written.map(Box::new);
+        Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder, written })
     }
 }
 
@@ -189,6 +199,7 @@ impl Mapping {
             target,
             uffd,
             failures: Failures::default(),
+            written: tables.written,
             gate: Arc::new(Gate::new()),
         }
     }
@@ -357,6 +368,13 @@ impl Mapping {
     #[inline]
     pub(crate) fn in_one_shard(&self, span: Span) -> Span {
         if self.uffd.count() == 1 { span } else { self.cut_at_shard(span) }
+    }
+
+    /// The leading pages of a span that are installed at once: if changes are tracked, all of them
+    /// arrive write-protected, or none.
+    #[inline]
+    pub(crate) fn arriving_alike(&self, span: Span) -> Span {
+        self.written.as_ref().map_or(span, |written| written.alike(span))
     }
 
     #[inline(never)]

@@ -189,6 +189,8 @@ fn reason_for_copy(
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
         PlanReason::ForeignMemory
+    } else if mapping.written.is_some() {
+        PlanReason::ChangesTracked
     } else if mapping.uffd.is_stand_in()
         && matches!(backing, Backing::Donated(_) | Backing::Shared(Shared::Lazy(_)))
     {

@@ -57,8 +57,12 @@ impl Shards {
         let (uffds, retired) = (uffds.into_boxed_slice(), AtomicBool::new(false));
         let shards = Self { uffds, start: range.start(), bytes, spares, retired };
         let all = Span { first: Page(0), pages: reservation.pages() };
+        let modes = match shards.features().contains(Features::WRITE_PROTECT_ASYNC) {
+            true => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
+            false => RegisterMode::MISSING,
+        };
         for (uffd, span) in shards.spans(all, reservation.page_size()) {
-            uffd.register_part(reservation, span, RegisterMode::MISSING)?;
+            uffd.register_part(reservation, span, modes)?;
         }
         // Opened afterwards, because a page that is filled before the range is registered never
         // faults.

@@ -1,0 +1,259 @@
+//! The pages of a region that were written since the last question.
+//!
+//! The kernel keeps the record: each page arrives write-protected, and the first write removes the
+//! marker (`UFFD_FEATURE_WP_ASYNC`). A scan returns the pages without a marker and sets it again. So
+//! no write falls between two scans. Pages arrive by a copy only, because a move and the zero page
+//! have no such marker.
+//!
+//! A discard (`MADV_DONTNEED`) is a change too, once a written page was reported: the page has the
+//! bytes of its source again. The kernel has no marker of an absent page, so this table remembers the
+//! reported pages. One that is found absent is reported again. One that was filled again arrives
+//! without a marker, which counts as written.
+
+use crate::space::page_table::{PageState, PageTable};
+use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::page_scan::PageScan;
+use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
+use parking_lot::Mutex;
+use std::num::NonZeroUsize;
+use std::sync::atomic::Ordering;
+
+/// Finds the written pages of a region.
+#[derive(Debug)]
+pub(crate) struct WrittenPages {
+    scan: PageScan,
+    /// A bit for each page that was reported, and may have other bytes than its sources since.
+    reported: AtomicTable,
+    /// Locked by [`take`](Self::take), so that each change has one finder.
+    turn: Mutex<Turn>,
+}
+
+#[derive(Debug, Default)]
+struct Turn {
+    /// Pages that a caller has returned, for the next one.
+    returned: Vec<Span>,
+    /// Covers all pages with a bit in `reported`.
+    bounds: Option<Span>,
+}
+
+impl WrittenPages {
+    /// For a region of `pages` pages.
+    pub(super) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
+        let words = pages.get().div_ceil(WORD_PAGES);
+        let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
+        Ok(Self { scan: PageScan::open()?, reported, turn: Mutex::default() })
+    }
+
+    /// True if a page that is filled arrives write-protected. A page that was reported as written and
+    /// then discarded does not, because its bytes change by the fill.
+    pub(crate) fn arrives_armed(&self, page: Page) -> bool {
+        self.reported[page.0 / WORD_PAGES].load(Ordering::SeqCst) & bit(page) == 0
+    }
+
+    /// The leading pages of a span, at least one, that arrive alike: write-protected, or not.
+    pub(crate) fn alike(&self, span: Span) -> Span {
+        let armed = self.arrives_armed(span.first);
+        let other = span.iter().position(|page| self.arrives_armed(page) != armed);
+        span.prefix(other.unwrap_or(span.pages))
+    }
+
+    /// The pages that were written since the last call, ascending, as runs that do not touch. After an
+    /// error, they are left for the next call. `range` has the addresses of all pages.
+    pub(crate) fn take(
+        &self,
+        range: AddressRange,
+        size: PageSize,
+        pages: &PageTable,
+    ) -> Result<Vec<Span>, Errno> {
+        let at = Addresses { range, size };
+        let mut turn = self.turn.lock();
+        let mut found = std::mem::take(&mut turn.returned);
+        let taken = self
+            .take_discarded(&at, &turn, &mut found)
+            .and_then(|()| self.take_written(&at, pages, &mut turn, &mut found));
+        let found = merged(found);
+        if let Err(errno) = taken {
+            turn.returned = found;
+            return Err(errno);
+        }
+        Ok(found)
+    }
+
+    /// Returns pages whose bytes could not be saved, so that the next call finds them again.
+    pub(crate) fn give_back(&self, spans: &[Span]) {
+        self.turn.lock().returned.extend_from_slice(spans);
+    }
+
+    fn set_reported(&self, span: Span, turn: &mut Turn) {
+        for (word, bits) in words(span) {
+            self.reported[word].fetch_or(bits, Ordering::SeqCst);
+        }
+        turn.bounds = Some(turn.bounds.map_or(span, |bounds| covering(bounds, span)));
+    }
+
+    /// Finds reported pages that are absent, and removes their bits: from now on they have the bytes of
+    /// their sources, until they are written.
+    fn take_discarded(&self, at: &Addresses, turn: &Turn, found: &mut Vec<Span>) -> Result<(), Errno> {
+        let mut rest = turn.bounds.unwrap_or(Page(0).span().prefix(0));
+        while !rest.is_empty() {
+            let window = rest.prefix(WINDOW_PAGES);
+            rest = rest.without_prefix(WINDOW_PAGES);
+            let Some(part) = self.with_bits(window) else { continue };
+            let mut next = part.first;
+            let present = self.scan.present(at.range_of(part), |run| {
+                let run = at.span_of(run);
+                self.take_bits(gap(next, run.first), found);
+                next = run.end();
+            });
+            present?;
+            self.take_bits(gap(next, part.end()), found);
+        }
+        Ok(())
+    }
+
+    /// The smallest part of a span that holds all of its pages with a bit, in whole words.
+    fn with_bits(&self, span: Span) -> Option<Span> {
+        let used = |&(word, bits): &(usize, u64)| self.reported[word].load(Ordering::SeqCst) & bits != 0;
+        let mut used = words(span).filter(used).map(|(word, _)| word);
+        let first = used.next()?;
+        let last = used.last().unwrap_or(first);
+        let start = Page((first * WORD_PAGES).max(span.first.0));
+        Some(gap(start, Page(((last + 1) * WORD_PAGES).min(span.end().0))))
+    }
+
+    /// Adds the pages of a span with a bit, without the bit.
+    fn take_bits(&self, span: Span, found: &mut Vec<Span>) {
+        for (word, bits) in words(span) {
+            let mut taken = match self.reported[word].load(Ordering::SeqCst) & bits {
+                0 => continue,
+                _ => self.reported[word].fetch_and(!bits, Ordering::SeqCst) & bits,
+            };
+            while taken != 0 {
+                found.push(Page(word * WORD_PAGES + taken.trailing_zeros() as usize).span());
+                taken &= taken - 1;
+            }
+        }
+    }
+
+    /// Finds written pages, and arms them again.
+    fn take_written(
+        &self,
+        at: &Addresses,
+        pages: &PageTable,
+        turn: &mut Turn,
+        found: &mut Vec<Span>,
+    ) -> Result<(), Errno> {
+        self.scan.take_written(at.range, |run, in_memory| {
+            let span = at.span_of(run);
+            let from = found.len();
+            if in_memory {
+                found.push(span);
+            } else {
+                // A poison marker is no write.
+                let written = |page: &Page| pages.state(*page) != PageState::Poisoned;
+                found.extend(span.iter().filter(written).map(Page::span));
+            }
+            found[from..].iter().for_each(|span| self.set_reported(*span, turn));
+        })
+    }
+}
+
+/// The addresses of a region's pages.
+struct Addresses {
+    range: AddressRange,
+    size: PageSize,
+}
+
+impl Addresses {
+    fn range_of(&self, span: Span) -> AddressRange {
+        let first = self.size.offset_of(span.first) as usize;
+        self.range.without_prefix(first).prefix(self.size.bytes_of(span))
+    }
+
+    fn span_of(&self, range: AddressRange) -> Span {
+        let first = self.size.page_at((range.start() - self.range.start()) as u64);
+        Span { first, pages: range.bytes() / self.size.bytes() }
+    }
+}
+
+/// Ascending runs that neither overlap nor touch.
+fn merged(mut spans: Vec<Span>) -> Vec<Span> {
+    spans.sort_unstable_by_key(|span| span.first);
+    let mut runs: Vec<Span> = Vec::with_capacity(spans.len());
+    for span in spans {
+        match runs.last_mut() {
+            Some(last) if span.first <= last.end() => *last = covering(*last, span),
+            _ => runs.push(span),
+        }
+    }
+    runs
+}
+
+/// The smallest span that holds both.
+fn covering(one: Span, other: Span) -> Span {
+    let first = one.first.min(other.first);
+    gap(first, one.end().max(other.end()))
+}
+
+const fn gap(start: Page, end: Page) -> Span {
+    Span { first: start, pages: end.0.saturating_sub(start.0) }
+}
+
+const fn bit(page: Page) -> u64 {
+    1 << (page.0 % WORD_PAGES)
+}
+
+/// The words of a table that hold the bits of a span, with those bits.
+fn words(span: Span) -> impl Iterator<Item = (usize, u64)> {
+    let mut rest = span;
+    std::iter::from_fn(move || {
+        let (word, first) = (rest.first.0 / WORD_PAGES, rest.first.0 % WORD_PAGES);
+        let now = rest.prefix(WORD_PAGES - first);
+        rest = rest.without_prefix(now.pages);
+        let ones = u64::MAX >> (WORD_PAGES - now.pages.max(1));
+        (!now.is_empty()).then_some((word, ones << first))
+    })
+}
+
+/// The pages of a word.
+const WORD_PAGES: usize = u64::BITS as usize;
+/// The most pages in which one scan looks for absent ones: 128 MiB, so that it skips the parts of a
+/// region in which nothing was written.
+const WINDOW_PAGES: usize = 32_768;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn span(first: usize, pages: usize) -> Span {
+        Span { first: Page(first), pages }
+    }
+
+    #[test]
+    fn runs_are_merged_where_they_touch_or_overlap() {
+        let spans = vec![span(9, 1), span(1, 2), span(3, 1), span(8, 4), span(20, 1)];
+        assert_eq!(merged(spans), [span(1, 3), span(8, 4), span(20, 1)]);
+        assert_eq!(merged(Vec::new()), []);
+    }
+
+    #[test]
+    fn the_words_of_a_span_hold_its_bits() {
+        let bits: Vec<_> = words(span(62, 67)).collect();
+        assert_eq!(bits, [(0, 0b11 << 62), (1, u64::MAX), (2, 1)]);
+        assert_eq!(words(span(5, 0)).count(), 0);
+    }
+
+    #[test]
+    fn pages_arrive_alike_up_to_the_first_reported_one() {
+        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap()).unwrap();
+        written.set_reported(span(70, 2), &mut Turn::default());
+        assert_eq!(written.alike(span(0, 200)), span(0, 70));
+        assert_eq!(written.alike(span(70, 130)), span(70, 2));
+        assert_eq!(written.alike(span(72, 128)), span(72, 128));
+        assert_eq!(written.with_bits(span(0, 200)), Some(span(64, 64)));
+        let mut found = Vec::new();
+        written.take_bits(span(71, 50), &mut found);
+        assert_eq!(found, [span(71, 1)]);
+        assert!(written.arrives_armed(Page(71)) && !written.arrives_armed(Page(70)));
+    }
+}
