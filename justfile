@@ -18,7 +18,7 @@ lint:
 # fetch the kernels of the guest tests, and run these
 guests:
     ci/guest-kernels
-    PAGESTITCH_REQUIRE_GUEST=1 cargo test -p pagestitch-tests --test guest --test physical
+    PAGESTITCH_REQUIRE_GUEST=1 cargo test -p pagestitch-guests -p pagestitch-tests --test guest --test physical
 
 # the header and the exported symbols of the C library, after an intended change
 header:

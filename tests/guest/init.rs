@@ -86,6 +86,8 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
     writeln!(&*serial, "GUEST-RUN {program} {} as uid {user}", arguments.join(" "))?;
     let mut command = Command::new(program);
     command.uid(user).gid(user).args(arguments);
+    // The log tells how long each test takes.
+    command.args(["-Zunstable-options", "--report-time"]).env("RUSTC_BOOTSTRAP", "1");
     if !arguments.iter().any(|argument| argument.starts_with("--test-threads")) {
         command.arg("--test-threads=2");
     }
