@@ -224,6 +224,25 @@ impl Guest {
         }
     }
 
+    /// Copies bytes of its memory, of one range, to `to`: faster than [`read`](Self::read) for each byte.
+    ///
+    /// # Panics
+    ///
+    /// If the guest has no such range.
+    pub fn copy_to(&self, offset: usize, to: &mut [u8]) {
+        let (from, bytes) = (self.at(offset).cast::<u8>(), to.len());
+        if let Some(last) = bytes.checked_sub(1) {
+            let contiguous = self.at(offset + last).addr().get() == from.addr().get() + last;
+            assert!(contiguous, "bytes of two ranges");
+        }
+        // SAFETY: reads bytes of one mapping that lives as long as `self`, of which no reference exists,
+        // so they do not overlap with `to`. Bytes have no invalid values.
+        #[expect(unsafe_code, reason = "a virtual CPU reads memory that a server fills")]
+        unsafe {
+            from.copy_to_nonoverlapping(NonNull::from(to).cast(), bytes);
+        }
+    }
+
     /// Writes a byte of its memory.
     ///
     /// # Panics

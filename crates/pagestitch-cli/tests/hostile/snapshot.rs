@@ -22,3 +22,10 @@ pub(crate) fn write(path: &Path) {
     let bytes: Vec<u8> = (0..PAGES * PAGE).map(byte_at).collect();
     memory.write_all_at(&bytes, 0).unwrap();
 }
+
+/// The bytes of the memory file that [`write`] has written.
+pub(crate) fn filled(path: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; PAGES * PAGE];
+    File::open(path).unwrap().read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
