@@ -71,14 +71,25 @@ type Programs = Arc<OnceLock<Result<Vec<PathBuf>, String>>>;
 /// The tests that a guest runs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Suite {
+    /// As root, on two CPUs.
     Promises,
+    /// As an ordinary user, on one CPU. Emulation of one takes half the time, because threads wake each other without an
+    /// interrupt of another CPU.
+    OrdinaryUser,
     /// With reserved memory, and a device whose memory is a file of the host.
     Physical,
     /// The same machine with a locked-down kernel.
     Lockdown,
 }
 
-const SUITES: [Suite; 3] = [Suite::Promises, Suite::Physical, Suite::Lockdown];
+const SUITES: [Suite; 4] = [Suite::Promises, Suite::OrdinaryUser, Suite::Physical, Suite::Lockdown];
+
+impl Suite {
+    /// True if its guest has reserved memory and a device.
+    fn is_physical(self) -> bool {
+        matches!(self, Self::Physical | Self::Lockdown)
+    }
+}
 
 /// A kernel and its suite.
 struct Guest {
@@ -143,6 +154,7 @@ impl Guest {
     fn trial(self, programs: Programs) -> Trial {
         let suite = match self.suite {
             Suite::Promises => "the_promises",
+            Suite::OrdinaryUser => "the_promises_for_an_ordinary_user",
             Suite::Physical => "physical_memory",
             Suite::Lockdown => "lockdown",
         };
@@ -163,7 +175,7 @@ impl Guest {
         for log in [&console, &tests] {
             let _ = fs::remove_file(log);
         }
-        if self.suite == Suite::Promises {
+        if !self.suite.is_physical() {
             make_disk(&disk_in(&folder)).map_err(failed)?;
         }
         let host =
@@ -189,14 +201,15 @@ impl Guest {
         let mut append = format!("console=ttyS0 panic=-1 loglevel=4 {FASTER} TEST_FILTER={filter}");
         let mut command = Command::new(QEMU);
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", "1024"]);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", CPU, "-m", "1024"]);
+        command.args(["-smp", if self.suite == Suite::OrdinaryUser { "1" } else { "2" }]);
         let disk = disk_in(folder);
         if disk.exists() {
             // Both kernels have this driver, ext4 and fs-verity without a module.
             let drive = format!("file={},if=none,id=disk,format=raw", disk.display());
             command.args(["-drive", &drive, "-device", "nvme,drive=disk,serial=disk"]);
         }
-        if self.suite != Suite::Promises {
+        if self.suite.is_physical() {
             let memory = format!(
                 "memory-backend-file,id=shm,size=1M,share=on,mem-path={}",
                 Host::path(folder).display()
@@ -204,12 +217,13 @@ impl Guest {
             command.args(["-object", &memory, "-device", "ivshmem-plain,memdev=shm"]);
             // 16 MiB of reserved memory.
             append += " memmap=16M$0x8000000";
-            append += if self.suite == Suite::Lockdown {
-                " lockdown=integrity TEST_SUITE=lockdown"
-            } else {
-                " TEST_SUITE=physical"
-            };
         }
+        append += match self.suite {
+            Suite::Promises => "",
+            Suite::OrdinaryUser => " TEST_SUITE=ordinary_user",
+            Suite::Physical => " TEST_SUITE=physical",
+            Suite::Lockdown => " lockdown=integrity TEST_SUITE=lockdown",
+        };
         command.arg("-kernel").arg(self.kernel.join("vmlinuz")).arg("-initrd").arg(folder.join("initramfs"));
         command.args([
             "-append",
@@ -331,5 +345,5 @@ const QEMU: &str = "qemu-system-x86_64";
 const CPU: &str = "max,-cx16,-erms,-fsrm,-smap,-smep,-la57,-pku,-pks";
 /// Options of the kernel: no detours for defects that an emulated CPU does not have, and a clock that no loaded machine makes slow.
 const FASTER: &str = "mitigations=off tsc=reliable";
-/// A guest alone on two CPUs takes about six minutes. A loaded machine takes several times as long.
+/// A guest alone on two CPUs takes about three minutes. A loaded machine takes several times as long.
 const PATIENCE: Duration = Duration::from_secs(1200);
