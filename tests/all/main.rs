@@ -5,6 +5,7 @@ mod adopted;
 mod application;
 mod background;
 mod blocks;
+mod bounded;
 mod changes;
 mod children;
 mod chunks;

@@ -192,7 +192,7 @@ fn discard(range: AddressRange) -> Result<(), Errno> {
     Errno::result(answer).map(drop)
 }
 
-/// Drops pages of several reservations with few system calls.
+/// Drops many runs of pages with few system calls.
 #[derive(Debug)]
 pub struct Discards {
     /// This process, for `process_madvise(2)`.
@@ -208,33 +208,33 @@ impl Discards {
         Self { own: own.filter(works) }
     }
 
-    /// Drops spans, as [`Evictable::discard`] does. Returns the number of leading spans that are
-    /// dropped: the span after them is refused.
+    /// Drops spans of a reservation, as [`Evictable::discard`] does. Returns the number of leading spans
+    /// that are dropped: the span after them is refused.
     ///
     /// # Panics
     ///
     /// If there are more than [`DISCARDS_MAX`] spans.
-    pub fn discard(&self, spans: &[(&Evictable, Span)]) -> usize {
-        if let Some(own) = self.own.as_ref().filter(|_| spans.len() > 1) {
-            return self.discard_at_once(own, spans);
+    pub fn discard(&self, from: &Evictable, spans: &[Span]) -> usize {
+        let at_once = |own: &OwnedFd| spans.len() > 1 && discard_at_once(own, from, spans);
+        if self.own.as_ref().is_some_and(at_once) {
+            return spans.len();
         }
-        spans.iter().take_while(|(from, span)| from.discard(*span).is_ok()).count()
+        // Dropping a page twice is harmless.
+        spans.iter().take_while(|span| from.discard(**span).is_ok()).count()
     }
+}
 
-    fn discard_at_once(&self, own: &OwnedFd, spans: &[(&Evictable, Span)]) -> usize {
-        let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; DISCARDS_MAX];
-        let mut bytes = 0;
-        for (vector, (from, span)) in vectors[..spans.len()].iter_mut().zip(spans) {
-            let range = from.0.addresses(*span);
-            *vector = libc::iovec { iov_base: range.start() as *mut c_void, iov_len: range.bytes() };
-            bytes += range.bytes();
-        }
-        match advise_all(own, &vectors[..spans.len()]) {
-            Ok(done) if done >= bytes => spans.len(),
-            // Part of it: dropping a page twice is harmless.
-            _ => spans.iter().take_while(|(from, span)| from.discard(*span).is_ok()).count(),
-        }
+/// True if all spans are dropped.
+fn discard_at_once(own: &OwnedFd, from: &Evictable, spans: &[Span]) -> bool {
+    let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; DISCARDS_MAX];
+    let vectors = &mut vectors[..spans.len()];
+    let mut bytes = 0;
+    for (vector, span) in vectors.iter_mut().zip(spans) {
+        let range = from.0.addresses(*span);
+        *vector = libc::iovec { iov_base: range.start() as *mut c_void, iov_len: range.bytes() };
+        bytes += range.bytes();
     }
+    advise_all(own, vectors) == Ok(bytes)
 }
 
 impl Default for Discards {
@@ -243,8 +243,8 @@ impl Default for Discards {
     }
 }
 
-/// The most spans of one [`Discards::discard`].
-pub const DISCARDS_MAX: usize = 64;
+/// The most spans of one [`Discards::discard`], whose vector is on the stack of a signal handler perhaps.
+pub const DISCARDS_MAX: usize = 32;
 
 fn own_process() -> Result<OwnedFd, Errno> {
     // SAFETY: pidfd_open(2) takes integers and touches no memory.

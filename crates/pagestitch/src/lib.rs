@@ -94,7 +94,6 @@
 //!
 //! * One file, read as it is: a plain `mmap` does that.
 //! * All bytes are read once, in order: a read into a buffer is as quick and simpler.
-//! * More bytes than memory, copied and all touched: filled pages stay until the region is dropped.
 //! * Dirty tracking, write-back, or chunks that come later: a region has none of these.
 //!
 //! # Promises
@@ -152,8 +151,9 @@
 //! | `physical`, `alias_existing_memory` | devices, mappings without a descriptor |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
-// Two exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), and
-// the promise of the caller that a file does not change (`source/immutable`).
+// Three exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the
+// promise of the caller that a file does not change (`source/immutable`), and the promise that a page that
+// has left comes back with the same bytes (`reclaim/promise`).
 #![deny(unsafe_code)]
 
 #[macro_use]
@@ -166,6 +166,7 @@ mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
 mod policy;
+mod reclaim;
 mod retry;
 mod serve;
 mod signals;
@@ -185,6 +186,7 @@ pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, Errno, View};
 pub use policy::{FillRate, OnFailure, Readahead, Recording};
+pub use reclaim::Budget;
 pub use retry::Retry;
 pub use serve::{
     BestServer, Eager, Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server, best_server,

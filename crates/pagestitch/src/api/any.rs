@@ -2,7 +2,7 @@
 
 use crate::api::PrefetchHandle;
 use crate::error::Failure;
-use crate::error::{Error, ErrorKind};
+use crate::error::{BuildOption, Error, ErrorKind};
 use crate::fault::PrefetchJob;
 use crate::metrics::{Meter, Metrics};
 use crate::policy::{FillRate, RateLimit, Recording};
@@ -147,7 +147,8 @@ impl AnyRegion {
     ///
     /// [`ErrorKind::SourceFailed`] names the chunk whose source failed; the pages before the failed
     /// one are filled. [`ErrorKind::MemoryGone`] if the owner of adopted memory has ended.
-    /// [`ErrorKind::OutOfRange`] if the range leaves the region.
+    /// [`ErrorKind::OutOfRange`] if the range leaves the region. [`ErrorKind::LimitReached`] if the range is
+    /// longer than the [budget](crate::Builder::budget) of the region.
     ///
     /// ```
     /// # use pagestitch::{Pool, Region};
@@ -182,8 +183,25 @@ impl AnyRegion {
         go_on: impl Fn() -> bool + Sync,
     ) -> Result<(), Error> {
         let span = self.span(range)?;
+        self.fits_its_budget(span)?;
         self.fill(span, &go_on)?;
         self.read_in_place(span, &go_on)
+    }
+
+    /// Refuses to fill more pages than the region's budget has room for.
+    fn fits_its_budget(&self, span: Span) -> Result<(), Error> {
+        let Some(most) = self.served.residence.as_ref().map(|residence| residence.limit()) else {
+            return Ok(());
+        };
+        if span.pages <= most {
+            return Ok(());
+        }
+        let size = self.served.page_size();
+        let (name, bytes, most) = (self.name(), size.bytes_of(span), most * size.bytes());
+        let what = format!(
+            "region {name}: {bytes} bytes are more than its budget has room for: populate {most} bytes at most"
+        );
+        Err(Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget))
     }
 
     fn fill(&self, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
@@ -487,7 +505,10 @@ impl AnyRegion {
     /// Fills the absent pages of `bytes` bytes from `offset` on. Returns their range of offsets.
     pub(super) fn filled(&self, offset: u64, bytes: usize) -> Result<Range<u64>, Error> {
         let range = self.inside(offset, offset.checked_add(bytes as u64))?;
-        self.fill(self.span(range.clone())?, &|| true)?;
+        let span = self.span(range.clone())?;
+        // Pages beyond the budget would leave before they are read: the reader faults them in.
+        let most = self.served.residence.as_ref().map_or(span.pages, |residence| residence.limit());
+        self.fill(span.prefix(most), &|| true)?;
         Ok(range)
     }
 

@@ -17,11 +17,12 @@ use crate::api::options::Options;
 use crate::api::userfaultfds;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead};
+use crate::reclaim::{Budget, Membership, evictable};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, Releases, ServeOptions,
-    Shards, ShownPages, Target,
+    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, Releases, Residence,
+    ServeOptions, Shards, ShownPages, Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
@@ -51,6 +52,8 @@ struct PreparedTarget {
     /// `Ok` if whole blocks are filled in staging, or the reason against it.
     staged: Result<(), &'static str>,
     blocks: Blocks,
+    /// The region's part in its budget.
+    membership: Option<Membership>,
     view: Option<View>,
 }
 
@@ -87,6 +90,9 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     if options.serve_options.track_changes {
         check_tracked(layout)?;
     }
+    if let Some(budget) = &options.budget {
+        check_budget(budget, layout, server)?;
+    }
     let served = options.inherit_on_fork && server.inner().serves_faults();
     if served { check_children(layout) } else { Ok(()) }
 }
@@ -108,6 +114,23 @@ fn check_tracked(layout: &Layout) -> Result<(), Error> {
     // The page tables of the region open it again.
     let scan = PageScan::open().map(drop);
     scan.map_err(|errno| Error::refused("cannot open /proc/self/pagemap, which tells written pages", errno))
+}
+
+/// Refuses chunks and servers that a region with a budget cannot have.
+fn check_budget(budget: &Budget, layout: &Layout, server: &Server) -> Result<(), Error> {
+    if !server.inner().serves_faults() {
+        let what = "the build fills all pages, so none can leave: leave out budget(), or use a pool";
+        return Err(Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::Budget));
+    }
+    if let Some((chunk, source)) = layout.first_donated() {
+        let what = format!(
+            "chunk {chunk} ({source}) is donated, and a page that leaves could not be filled again: copy it, or leave out budget()"
+        );
+        return Err(Error::new(ErrorKind::OptionConflict, what)
+            .of_chunk(chunk)
+            .of_option(BuildOption::Budget));
+    }
+    budget.check(server.inner().threads())
 }
 
 /// Refuses chunks and kernels that cannot serve forked children.
@@ -151,7 +174,9 @@ fn prepare_own(
     let moves = layout.has_donated() && !options.inherit_on_fork && !tracked && can_move(uffd);
     let staged = stages(options, layout, bytes, uffd);
     let huge = moves || staged.is_ok();
-    let logical = huge && options.access == Access::ReadOnly;
+    // Pages move, in and out, only between writable mappings.
+    let moves_out = !options.hardware_read_only && options.budget.as_ref().is_some_and(Budget::moves);
+    let logical = (huge || moves_out) && options.access == Access::ReadOnly;
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
     let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
     let uffd = userfaultfds::register(name, uffds, server, &reservation)?;
@@ -164,7 +189,17 @@ fn prepare_own(
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
-    let blocks = if staged.is_ok() { Blocks::Whole } else { Blocks::Copied };
+    let join = |budget: &Budget| {
+        reservation.use_small_pages();
+        budget.join(evictable(&reservation))
+    };
+    let membership = options.budget.as_ref().map(join).transpose().map_err(|error| error.inside(name))?;
+    let blocks = match staged {
+        Ok(()) => Blocks::Whole,
+        // A block that is filled for a few touches of it takes the place of pages that are read.
+        Err(_) if membership.is_some() => Blocks::Never,
+        Err(_) => Blocks::Copied,
+    };
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
         uffd,
@@ -172,6 +207,7 @@ fn prepare_own(
         moves,
         staged,
         blocks,
+        membership,
         view: Some(view),
     })
 }
@@ -206,6 +242,7 @@ fn prepare_fault_free(
         moves: false,
         staged,
         blocks: Blocks::Never,
+        membership: None,
         view: Some(view),
     }))
 }
@@ -227,6 +264,7 @@ fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<
         moves: false,
         staged: Err("the build fills the region, without userfaultfd (Eager)"),
         blocks: Blocks::Never,
+        membership: None,
         view: Some(view),
     })
 }
@@ -242,6 +280,7 @@ fn prepare_adopted(memory: AdoptedMemory, name: &str, bytes: u64) -> Result<Prep
         moves: false,
         staged: Err("the kernel moves pages only inside a process"),
         blocks: Blocks::Never,
+        membership: None,
         view: None,
     })
 }
@@ -254,7 +293,7 @@ fn finish(
     prepared: PreparedTarget,
     server: &Server,
 ) -> Result<(Option<View>, AnyRegion), Error> {
-    let PreparedTarget { target, uffd, shown, moves, staged, blocks, mut view } = prepared;
+    let PreparedTarget { target, uffd, shown, moves, staged, blocks, membership, mut view } = prepared;
     // All fields are named, without `..`: an option that is forgotten here does not compile.
     let Options {
         name: _,
@@ -268,6 +307,7 @@ fn finish(
         report_discards: _,
         inherit_on_fork,
         release_sources,
+        budget: _,
         serve_options,
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
@@ -281,6 +321,7 @@ fn finish(
     let children =
         children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
     let max_in_flight = serve_options.max_in_flight;
+    let share = membership.as_ref().map(Membership::share);
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let mut mapping = Mapping::new(
@@ -288,7 +329,7 @@ fn finish(
         (Arc::new(layout), releases, shown),
         (moves, staged),
         (policy, serve_options, tables),
-        (target, uffd),
+        (target, uffd, membership.map(|membership| Box::new(membership) as Box<dyn Residence>)),
         children.is_none(),
     );
     if zero_copy {
@@ -305,7 +346,12 @@ fn finish(
     if !dumped {
         hide_from_dumps(&mapping)?;
     }
-    Ok((view, attach(Served::new(mapping, max_in_flight, children), server)?))
+    let any = attach(Served::new(mapping, max_in_flight, children), server)?;
+    if let Some(share) = share {
+        let handle = Arc::clone(any.served.handle());
+        share.serve(handle);
+    }
+    Ok((view, any))
 }
 
 /// Leaves the region, with everything that is mapped there by now, out of core dumps. Adopted memory
@@ -318,6 +364,9 @@ fn hide_from_dumps(mapping: &Mapping) -> Result<(), Error> {
 /// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging, or the reason against
 /// it.
 fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
+    if options.budget.is_some() {
+        return Err("the region has a budget(): its pages leave one by one");
+    }
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
     }

@@ -3,8 +3,9 @@
 use crate::api::build::{TargetKind, build};
 use crate::api::options::Options;
 use crate::api::{AdoptedRegion, Region, SharedRegion};
-use crate::error::{Error, ErrorKind, Failure};
+use crate::error::{BuildOption, Error, ErrorKind, Failure};
 use crate::policy::{Readahead, Recording};
+use crate::reclaim::Budget;
 use crate::serve::Server;
 use crate::space::{AdoptedMemory, Chunk, FailureCallback, IntoChunk, Layout};
 use pagestitch_kernel::{Access, PageSize};
@@ -519,6 +520,40 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Limits the memory that the region's pages take, together with all other regions of the budget.
+    /// Pages leave when it is used up, and come back from their sources when they are touched. Default:
+    /// filled pages stay until the drop.
+    ///
+    /// * **The same bytes.** A page that comes back must not differ, because
+    ///   [`as_slice`](Region::as_slice) shows it as a `&[u8]`. So [`build`](Self::build) takes sources that
+    ///   cannot change: memory, sealed memfds, [immutable files](crate::source::ImmutableFile), holes.
+    ///   [`build_shared`](Self::build_shared) takes any source that can be read again.
+    /// * **Pages in place** are page cache, which the kernel evicts; they do not count.
+    /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
+    ///   works.
+    /// * Not for [`writable`](Self::writable) regions, donated pages, adopted memory and
+    ///   [`Eager`](crate::Eager), and not with [`inherit_on_fork`](Self::inherit_on_fork) and
+    ///   [`release_sources`](Self::release_sources).
+    ///
+    /// A second call replaces the budget of the first.
+    ///
+    /// ```
+    /// use pagestitch::{Budget, Pool, Region};
+    ///
+    /// let (pool, budget) = (Pool::builder().workers(2).start()?, Budget::bytes(16 << 20)?);
+    /// let build = |byte| Region::builder().chunk(vec![byte; 32 << 20]).budget(&budget).build(&pool);
+    /// let (ones, twos) = (build(1)?, build(2)?);
+    /// for offset in (0..32 << 20).step_by(4096) {
+    ///     assert_eq!((ones.as_slice()[offset], twos.as_slice()[offset]), (1, 2));
+    /// }
+    /// assert!(budget.resident_bytes() <= budget.limit());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn budget(mut self, budget: &Budget) -> Self {
+        self.options.budget = Some(budget.clone());
+        self
+    }
+
     /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
     ///
     /// ```
@@ -604,6 +639,10 @@ impl Builder {
             );
             return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
         }
+        if self.options.budget.is_some() {
+            let changing = self.layout.as_ref().ok().and_then(Layout::first_unstable);
+            changing.map_or(Ok(()), |changing| Err(not_the_same(self.options.name(), changing)))?;
+        }
         let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
         let view = view.expect("own target has a view").into_stable();
         let view = view.expect("only a shared source makes a view unstable, and the layout has none");
@@ -662,6 +701,15 @@ impl Builder {
         let (_, any) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
         Ok(AdoptedRegion::new(any))
     }
+}
+
+/// The error for a chunk whose pages may come back with other bytes.
+fn not_the_same(region: &str, (chunk, source): (usize, String)) -> Error {
+    let what = format!(
+        "region {region}: chunk {chunk} ({source}) may give other bytes when a page comes back: use build_shared(), or an \
+         ImmutableFile, or leave out budget()"
+    );
+    Error::new(ErrorKind::OptionConflict, what).of_chunk(chunk).of_option(BuildOption::Budget)
 }
 
 /// Appends a chunk, after the padding that it needs.

@@ -2,6 +2,7 @@
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::Readahead;
+use crate::reclaim::Budget;
 use crate::serve::Demands;
 use crate::space::ServeOptions;
 use pagestitch_kernel::Access;
@@ -23,6 +24,7 @@ pub(super) struct Options {
     pub(super) report_discards: Option<bool>,
     pub(super) inherit_on_fork: bool,
     pub(super) release_sources: bool,
+    pub(super) budget: Option<Budget>,
     pub(super) serve_options: ServeOptions,
 }
 
@@ -40,6 +42,7 @@ impl Default for Options {
             report_discards: None,
             inherit_on_fork: false,
             release_sources: false,
+            budget: None,
             serve_options: ServeOptions::default(),
         }
     }
@@ -82,6 +85,9 @@ impl Options {
     pub(super) fn check_target(&self, adopted: bool) -> Result<(), Error> {
         if adopted {
             self.check_adopted()?;
+        }
+        if self.budget.is_some() {
+            self.check_budget()?;
         }
         let writable = self.access == Access::Writable;
         refuse_first([
@@ -126,6 +132,32 @@ impl Options {
         ])
     }
 
+    /// Refuses options that exclude a budget.
+    fn check_budget(&self) -> Result<(), Error> {
+        refuse_first([
+            (
+                self.access == Access::Writable,
+                BuildOption::Budget,
+                "a written page would be lost when it leaves, because nothing writes it back: leave out writable() or budget()",
+            ),
+            (
+                self.report_discards == Some(true),
+                BuildOption::ReportDiscards,
+                "each page that leaves would be reported, and its evictor would wait: leave out report_discards() or budget()",
+            ),
+            (
+                self.inherit_on_fork,
+                BuildOption::Budget,
+                "a page that a forked child shares cannot leave: leave out inherit_on_fork() or budget()",
+            ),
+            (
+                self.release_sources,
+                BuildOption::Budget,
+                "a page that leaves is filled from its source again: leave out release_sources() or budget()",
+            ),
+        ])
+    }
+
     /// Refuses options that do not apply to adopted memory.
     fn check_adopted(&self) -> Result<(), Error> {
         refuse_first([
@@ -158,6 +190,11 @@ impl Options {
                 self.report_discards.is_some(),
                 BuildOption::ReportDiscards,
                 "the owner of adopted memory has chosen the events of its userfaultfd: leave out report_discards()",
+            ),
+            (
+                self.budget.is_some(),
+                BuildOption::Budget,
+                "only its owner takes pages of adopted memory away: leave out budget()",
             ),
             (
                 self.inherit_on_fork,

@@ -70,7 +70,8 @@ pub(super) fn register(
 
 fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     let mut wanted = server.inner().features() | Features::POISON | Features::MOVE;
-    if options.report_discards == Some(false) {
+    // Each page that a budget drops would be an event that the evictor waits for.
+    if options.report_discards == Some(false) || options.budget.is_some() {
         wanted = wanted.without(Features::EVENT_REMOVE);
     }
     if options.inherit_on_fork {

@@ -34,6 +34,8 @@ pub enum BuildOption {
     ReleaseSources,
     /// [`Builder::track_changes`](crate::Builder::track_changes).
     TrackChanges,
+    /// [`Builder::budget`](crate::Builder::budget), or [`Budget::bytes`](crate::Budget::bytes).
+    Budget,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -68,6 +70,7 @@ impl fmt::Display for BuildOption {
             Self::InheritOnFork => "inherit_on_fork",
             Self::ReleaseSources => "release_sources",
             Self::TrackChanges => "track_changes",
+            Self::Budget => "budget",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

@@ -157,6 +157,8 @@ impl<H: Host> Delivered<'_, H> {
 }
 
 impl<H: Host> Filler for Delivered<'_, H> {
+    const HAS_NO_BYTES: bool = false;
+
     fn fill(&mut self, span: Span) -> Result<Filled<'_>, InstallError> {
         let content = match self.answer.take() {
             Some(Ok(bytes)) => Content::Buffered(bytes),

@@ -66,15 +66,26 @@ fn install_some(
     let page_bytes = region.page_size().bytes();
     // Blocks discard events until the pages are settled.
     let Ok(_held) = held(region, span) else { return Err(InstallError::Changing) };
-    let Some((outcome, method)) = put(region, span, content, done * page_bytes, quiet) else {
-        return Err(InstallError::Gone);
+    // Zeros are pages of the kernel, and pages of a memfd are page cache.
+    let counted = !matches!(content, Content::Zero | Content::Continue);
+    let residence = region.residence.as_ref().filter(|_| counted);
+    if let Some(residence) = residence {
+        residence.make_room(span.pages, quiet);
+    }
+    let put = put(region, span, content, done * page_bytes, quiet);
+    let pages = match put {
+        Some((Outcome::Done, _)) => span.pages,
+        Some((Outcome::Partial { bytes }, _)) => bytes / page_bytes,
+        Some((Outcome::AlreadyThere, _)) => 1,
+        _ => 0,
     };
-    let pages = match outcome {
-        Outcome::Done => span.pages,
-        Outcome::Partial { bytes } => bytes / page_bytes,
-        Outcome::AlreadyThere => 1,
-        other => return Err(refused(region, other)),
-    };
+    if let Some(residence) = residence {
+        residence.installed(span, pages);
+    }
+    let Some((outcome, method)) = put else { return Err(InstallError::Gone) };
+    if pages == 0 {
+        return Err(refused(region, outcome));
+    }
     settle(region, claim, span.prefix(pages), (outcome, method), quiet);
     Ok(pages)
 }

@@ -40,8 +40,8 @@ pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
 pub(crate) use prefetch_job::{NextStep, PrefetchJob};
 pub(crate) use request::{FaultRequest, Host};
 
-use crate::space::Mapping;
 use crate::space::page_table::{Claim, Wake};
+use crate::space::{Mapping, Prepared};
 use claim::claim;
 use fill::Filled;
 use install::install;
@@ -61,10 +61,11 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
     let claimed = claim.span();
     let mut end = Ok(());
     while end.is_ok() && !claim.span().is_empty() {
+        let Some(span) = bounded(region, &mut claim, filler, &mut end) else { continue };
         if filler.fetches(&mut claim) {
             continue;
         }
-        let installed = match filler.fill(claim.span()) {
+        let installed = match filler.fill(span) {
             // The install settles and records the pages. The bytes are passed by reference, because
             // a signal handler has a small stack.
             Ok(ref mut filled) => install(region, &mut claim, filled, F::MODE),
@@ -79,6 +80,9 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
         };
     }
     drop(claim);
+    if let Some(residence) = &region.residence {
+        residence.tidy();
+    }
     // A source whose bytes are all installed is dropped with no claim held.
     if !F::MODE.is_quiet() {
         region.release_sources(claimed);
@@ -86,9 +90,37 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
     end
 }
 
+/// The next pages of a claim to fill. In a region with a budget, a page that waits in standby comes back
+/// instead: `None`, and `end` tells whether the journey goes on.
+#[inline]
+fn bounded<F: Filler>(
+    region: &Mapping,
+    claim: &mut Claim<'_>,
+    filler: &mut F,
+    end: &mut Result<(), Unfilled>,
+) -> Option<Span> {
+    let Some(residence) = region.residence.as_ref().filter(|_| F::HAS_NO_BYTES) else {
+        return Some(claim.span());
+    };
+    let range = region.target.addresses(claim.span().prefix(1));
+    match residence.prepare(claim, range, region.uffd.of(range)) {
+        Prepared::Fill(span) => Some(span),
+        Prepared::Returned => {
+            filler.installed(1);
+            None
+        }
+        Prepared::Changing => {
+            *end = filler.failed(claim, InstallError::Changing);
+            None
+        }
+    }
+}
+
 /// The caller of a [`journey`]: the place of the bytes, and the reaction to a failure.
 pub(crate) trait Filler {
     const MODE: Mode = Mode::Timed;
+    /// False if the filler has the bytes of all pages before the journey begins.
+    const HAS_NO_BYTES: bool = true;
 
     /// Called once, with the claim.
     fn claimed(&mut self, _claim: &mut Claim<'_>) {}
@@ -114,7 +146,7 @@ struct Quiet<'r>(&'r Mapping);
 
 impl Wake for Quiet<'_> {
     fn wake(&self, span: Span) {
-        let _ = self.0.uffd.wake(self.0.target.addresses(span));
+        self.0.wake_quietly(span);
     }
 }
 

@@ -7,6 +7,7 @@
 //! | `fill_rate` | limits the bytes that a background fill fills in a second |
 //! | `failure` | the policies for pages whose source fails |
 //! | `recording` | records the order of first touches, to fill pages in that order the next time |
+//! | `replacement` | which pages leave first when memory is short |
 //! | `dense` | fills a block once its faults have cost as much as filling it would |
 
 mod dense;
@@ -14,6 +15,7 @@ mod failure;
 mod fill_rate;
 mod readahead;
 mod recording;
+mod replacement;
 mod stream_table;
 
 pub(crate) use dense::Dense;
@@ -25,6 +27,7 @@ pub use readahead::Readahead;
 use readahead::Streams;
 pub use recording::Recording;
 pub(crate) use recording::{Replay, TouchRecorder};
+pub(crate) use replacement::{Fifo, PageKey, Replacement};
 
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};

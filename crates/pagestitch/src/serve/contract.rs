@@ -33,6 +33,11 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         1
     }
 
+    /// The number of threads that serve faults, as far as it is known.
+    fn threads(&self) -> usize {
+        1
+    }
+
     /// The userfaultfds of its dropped regions, if it keeps them for the next ones. None in a forked
     /// child: a userfaultfd registers addresses of the process that has opened it.
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {

@@ -171,6 +171,10 @@ impl FaultServer for Pool {
         self.handle.state.shards()
     }
 
+    fn threads(&self) -> usize {
+        self.workers()
+    }
+
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
         self.handle.generation.is_current().then_some(&self.handle.state.spare_uffds)
     }

@@ -1,7 +1,10 @@
 //! The handle that a server keeps of a region. It keeps no source alive, and does not delay the end
 //! of the region.
 
+use crate::reclaim::EnterRegion;
+use crate::space::Mapping;
 use pagestitch_kernel::gate::{Gate, GateGuard};
+use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Weak};
@@ -45,6 +48,12 @@ impl<R> RegionHandle<R> {
     /// True if this handle refers to `region`.
     pub(crate) fn is_of(&self, region: &R) -> bool {
         std::ptr::eq(self.region.as_ptr(), region)
+    }
+}
+
+impl<R: Deref<Target = Mapping> + fmt::Debug + Send + Sync> EnterRegion for RegionHandle<R> {
+    fn enter_region(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
+        self.enter().map(|region| work(&region)).is_some()
     }
 }
 

@@ -89,6 +89,14 @@ impl Backing {
         }
     }
 
+    /// True if each read of a range gives the same bytes, because they cannot change.
+    pub(crate) const fn is_stable(&self) -> bool {
+        match self {
+            Self::Memory(_) | Self::Memfd(_) | Self::Immutable(_) | Self::Hole(_) | Self::Mapped(_) => true,
+            Self::Donated(_) | Self::Shared(_) | Self::Read(_) | Self::Fetched(_) => false,
+        }
+    }
+
     /// Whether the source has pages of its own, which a region can map or take over.
     pub(crate) const fn has_pages(&self) -> bool {
         matches!(

@@ -435,9 +435,23 @@ impl Layout {
 
     /// The number and source name of the first chunk whose bytes other processes may change.
     pub(crate) fn first_shared(&self) -> Option<(usize, String)> {
+        self.first_of(|backing| matches!(backing, Backing::Shared(_)))
+    }
+
+    /// The first chunk whose bytes may change, with the name of its source.
+    pub(crate) fn first_unstable(&self) -> Option<(usize, String)> {
+        self.first_of(|backing| !backing.is_stable())
+    }
+
+    /// The first chunk of donated pages, with their name.
+    pub(crate) fn first_donated(&self) -> Option<(usize, String)> {
+        self.first_of(|backing| matches!(backing, Backing::Donated(_)))
+    }
+
+    fn first_of(&self, is: impl Fn(&Backing) -> bool) -> Option<(usize, String)> {
         // There are far fewer sources than chunks.
-        self.sources.iter().find(|source| matches!(source, Backing::Shared(_)))?;
-        let chunk = (0..self.chunks()).find(|&chunk| matches!(self.backing_of(chunk), Backing::Shared(_)))?;
+        self.sources.iter().find(|source| is(source))?;
+        let chunk = (0..self.chunks()).find(|&chunk| is(self.backing_of(chunk)))?;
         Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 

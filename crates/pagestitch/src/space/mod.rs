@@ -11,6 +11,7 @@
 //! | `page_table` | the state of each page, and claims on pages |
 //! | `discards` | whether the kernel reports the pages that the application discards |
 //! | `lacking` | discarded pages become absent in the page table |
+//! | `residence` | the trait by which a region's pages count in a memory budget |
 //! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
@@ -32,6 +33,7 @@ pub(crate) mod mapped_in_place;
 pub(crate) mod page_table;
 mod plan;
 mod release;
+mod residence;
 mod shards;
 mod spare_uffds;
 pub(crate) mod target;
@@ -46,6 +48,7 @@ pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
+pub(crate) use residence::{Prepared, Residence};
 pub(crate) use shards::Shards;
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
@@ -118,6 +121,8 @@ pub(crate) struct Mapping {
     /// The sources that are released, if the builder asks for that.
     releases: Option<Releases>,
     pub(crate) counters: Arc<Counters>,
+    /// Its part in a memory budget. Dropped before the target: its pages count as long as they exist.
+    pub(crate) residence: Option<Box<dyn Residence>>,
     pub(crate) target: Target,
     /// Its userfaultfds, one for each part of the addresses.
     pub(crate) uffd: Shards,
@@ -170,7 +175,7 @@ impl Mapping {
         (layout, releases, shown): (Arc<Layout>, Option<Releases>, ShownPages),
         (moves, staged): (bool, Result<(), &'static str>),
         (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
-        (target, uffd): (Target, Shards),
+        (target, uffd, residence): (Target, Shards, Option<Box<dyn Residence>>),
         allocates: bool,
     ) -> Self {
         let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
@@ -196,6 +201,7 @@ impl Mapping {
             staged,
             releases,
             discards: Discards::of(&target, uffd.features()),
+            residence,
             target,
             uffd,
             failures: Failures::default(),
@@ -437,6 +443,11 @@ impl Mapping {
             self.counters.local().bytes_released.add(bytes);
             log!(debug, region = self.name, bytes, "sources released");
         }
+    }
+
+    /// Wakes the threads that wait in a span, without a log, because a log takes locks.
+    pub(crate) fn wake_quietly(&self, span: Span) {
+        let _ = self.uffd.wake(self.target.addresses(span));
     }
 
     /// Makes the pages of a range that map memfds filled later absent in the page table. False if

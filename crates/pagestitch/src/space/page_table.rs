@@ -201,6 +201,21 @@ impl PageTable {
         Ok(Claim { table: self, waker, span: page.span() })
     }
 
+    /// Claims the first page of a span and those that follow it, as far as they are present, to take
+    /// them away. The error is the state of the first page.
+    pub(crate) fn claim_present<'t>(
+        &'t self,
+        span: Span,
+        waker: &'t dyn Wake,
+    ) -> Result<Claim<'t>, PageState> {
+        let pages = self.exchange_run(span, PageState::Present, PageState::Filling);
+        let span = span.prefix(pages);
+        match span.is_empty() {
+            true => self.claim_from(span.first, PageState::Present, waker),
+            false => Ok(Claim { table: self, waker, span }),
+        }
+    }
+
     /// Continues a claim that was [kept](Claim::keep).
     pub(crate) fn resume<'t>(&'t self, span: Span, waker: &'t dyn Wake) -> Claim<'t> {
         Claim { table: self, waker, span }

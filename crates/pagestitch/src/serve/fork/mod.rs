@@ -46,7 +46,7 @@ impl Served {
                     (Arc::clone(&self.layout), None, ShownPages::default()),
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, serve_options, tables),
-                    (Target::Foreign(adopted), Shards::one(uffd)),
+                    (Target::Foreign(adopted), Shards::one(uffd), None),
                     self.children.is_none(),
                 );
                 let limit = self.limit.as_ref().map(|(most, _)| *most);

@@ -1,0 +1,234 @@
+//! The public handle to a budget.
+
+use crate::error::{BuildOption, Error, ErrorKind};
+use crate::policy::Fifo;
+use crate::reclaim::share::{JoinError, Membership, Share, State};
+use crate::reclaim::slots::Slots;
+use crate::reclaim::state::{BATCH, Standby, room_for};
+use pagestitch_kernel::arena::{Arena, ArenaError};
+use pagestitch_kernel::memory_left::MemoryLeft;
+use pagestitch_kernel::{Errno, Evictable, PageSize};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// A limit for the resident bytes of any number of regions: their pages leave when it is used up, and
+/// come back from their sources when they are touched.
+///
+/// Clones share the budget. [`Builder::budget`](crate::Builder::budget) gives it to a region.
+///
+/// * **What counts**: pages that regions of the budget have filled, and pages that wait on the standby
+///   list, an eighth of the budget at most. Pages that are mapped in place are page cache, and do not
+///   count. Nor do zeros of holes, the regions' tables (5 bytes for each page that was ever touched), and
+///   64 KiB and a huge page of buffers for each worker.
+/// * **Standby**: a page that leaves waits for a while before its memory is freed. A touch meanwhile
+///   brings it back without a read of its source.
+/// * **Pages that cannot leave**, because they are locked (`mlock(2)`) or pinned by a device, stay. If
+///   there is nothing else to evict, the regions exceed the budget, and
+///   [`overruns`](Self::overruns) counts the pages.
+/// * **Kernels** before Linux 6.8 cannot move pages: there, pages are dropped at once, without standby.
+///   So they are where swap is on and the kernel may lose a page that moves while it is swapped out
+///   (before Linux 6.16).
+/// * **Forked children** do not have regions with a budget.
+///
+/// ```
+/// use pagestitch::{Budget, Pool, Region};
+///
+/// let budget = Budget::bytes(16 << 20)?;
+/// let region = Region::builder().chunk(vec![7u8; 64 << 20]).budget(&budget).build(&Pool::builder().workers(2).start()?)?;
+/// assert!(region.as_slice().iter().all(|&byte| byte == 7));
+/// assert!(budget.resident_bytes() <= 16 << 20);
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Budget {
+    state: Arc<State>,
+}
+
+impl Budget {
+    /// A budget of so many bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidOption`] for less than 4 MiB, and for more than the memory that the machine and
+    /// the cgroups of this process have left; [`ErrorKind::OutOfMemory`] without memory for its tables.
+    ///
+    /// ```
+    /// use pagestitch::Budget;
+    ///
+    /// let budget = Budget::bytes(64 << 20)?;
+    /// assert_eq!(budget.limit(), 64 << 20);
+    /// println!("{}", Budget::bytes(0).unwrap_err());             // a budget of 0 bytes is too small ...
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn bytes(bytes: u64) -> Result<Self, Error> {
+        let page = PageSize::system().bytes() as u64;
+        let limit = usize::try_from(bytes / page).unwrap_or(usize::MAX);
+        check_size(bytes, limit)?;
+        let slots = NonZeroUsize::new(limit / STANDBY_SHARE).expect("a budget has its least size");
+        let standby = standby(slots)?;
+        let state = State::new(limit, standby, Box::new(Fifo::new(room_for(limit)))).map_err(no_tables)?;
+        Ok(Self { state: Arc::new(state) })
+    }
+
+    /// The limit, in bytes.
+    ///
+    /// ```
+    /// # use pagestitch::Budget;
+    /// assert_eq!(Budget::bytes(8 << 20)?.limit(), 8 << 20);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        in_bytes(self.state.limit)
+    }
+
+    /// The bytes of memory in use, with those of the standby list. It exceeds the limit only by
+    /// [`overruns`](Self::overruns).
+    ///
+    /// ```
+    /// # use pagestitch::{Budget, Pool, Region};
+    /// let budget = Budget::bytes(16 << 20)?;
+    /// let pool = Pool::builder().workers(1).start()?;
+    /// let region = Region::builder().chunk(vec![7u8; 10_000]).budget(&budget).build(&pool)?;
+    /// region.populate(..)?;
+    /// assert_eq!(budget.resident_bytes(), 12_288);
+    /// drop(region);
+    /// assert_eq!(budget.resident_bytes(), 0);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        in_bytes(self.state.frames())
+    }
+
+    /// The bytes of memory of the standby list.
+    ///
+    /// ```
+    /// # use pagestitch::Budget;
+    /// assert_eq!(Budget::bytes(8 << 20)?.standby_bytes(), 0);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn standby_bytes(&self) -> u64 {
+        in_bytes(self.state.standby_pages())
+    }
+
+    /// The number of pages that have left their regions so far.
+    ///
+    /// ```
+    /// # use pagestitch::{Budget, Pool, Region};
+    /// let budget = Budget::bytes(16 << 20)?;
+    /// let pool = Pool::builder().workers(1).start()?;
+    /// let region = Region::builder().chunk(vec![7u8; 32 << 20]).budget(&budget).build(&pool)?;
+    /// assert!(region.as_slice().iter().all(|&byte| byte == 7));
+    /// assert!(budget.evictions() >= 4096);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn evictions(&self) -> u64 {
+        self.state.tally.evictions.load(Ordering::Relaxed)
+    }
+
+    /// The number of pages that have come back from the standby list so far, without a read of their
+    /// source.
+    ///
+    /// ```
+    /// # use pagestitch::Budget;
+    /// assert_eq!(Budget::bytes(8 << 20)?.soft_faults(), 0);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn soft_faults(&self) -> u64 {
+        self.state.tally.soft_faults.load(Ordering::Relaxed)
+    }
+
+    /// The number of pages that were filled above the limit so far, because no page could leave.
+    ///
+    /// ```
+    /// # use pagestitch::Budget;
+    /// assert_eq!(Budget::bytes(8 << 20)?.overruns(), 0);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn overruns(&self) -> u64 {
+        self.state.tally.overruns.load(Ordering::Relaxed)
+    }
+
+    /// Takes a region in. Its pages leave once it is [served](Share::serve).
+    pub(crate) fn join(&self, evictable: Evictable) -> Result<Membership, Error> {
+        Share::join(&self.state, evictable).map_err(|error| match error {
+            JoinError::Full => {
+                let what = "a budget has at most 1,048,576 regions: make another one";
+                Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)
+            }
+            JoinError::NoTable(errno) => no_tables(errno),
+        })
+    }
+
+    /// True if pages move to a standby list, so that the region has to be mapped for writing.
+    pub(crate) fn moves(&self) -> bool {
+        self.state.standby.is_some()
+    }
+
+    /// Refuses a region that `threads` threads serve, if they need more than the budget.
+    pub(crate) fn check(&self, threads: usize) -> Result<(), Error> {
+        if !self.state.generation.is_current() {
+            let what = "the budget belongs to the parent process: after fork(2), make a budget in the child";
+            return Err(Error::new(ErrorKind::ForkedChild, what).of_option(BuildOption::Budget));
+        }
+        let least = LEAST + threads * THREAD_PAGES;
+        if self.state.limit >= least {
+            return Ok(());
+        }
+        let (limit, least) = (self.limit(), in_bytes(least));
+        let what = format!(
+            "a budget of {limit} bytes is too small for {threads} threads that serve: it takes {least} bytes, or fewer workers()"
+        );
+        Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Budget))
+    }
+}
+
+fn check_size(bytes: u64, limit: usize) -> Result<(), Error> {
+    let refused = |what| Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Budget));
+    if limit < LEAST {
+        return refused(format!(
+            "a budget of {bytes} bytes is too small: give it {} bytes or more",
+            in_bytes(LEAST)
+        ));
+    }
+    match MemoryLeft::now() {
+        Some(left) if left.bytes < bytes => {
+            refused(format!("a budget of {bytes} bytes is more than there is ({}): give it less", left.limit))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The standby list; `None` on a kernel that cannot move pages.
+fn standby(slots: NonZeroUsize) -> Result<Option<Standby>, Error> {
+    match Arena::new(slots) {
+        Ok(arena) => Ok(Some(Standby { arena, slots: Slots::new(slots).map_err(no_tables)? })),
+        Err(ArenaError::NoMoves(reason)) => {
+            log!(debug, reason, "pages of the budget are dropped without standby");
+            Ok(None)
+        }
+        Err(ArenaError::Open(error)) => Err(Error::no_userfaultfd(&error)),
+        Err(ArenaError::Refused(errno)) => Err(no_tables(errno)),
+    }
+}
+
+fn no_tables(errno: Errno) -> Error {
+    Error::refused("a budget cannot reserve its tables", errno)
+}
+
+fn in_bytes(pages: usize) -> u64 {
+    (pages * PageSize::system().bytes()) as u64
+}
+
+/// The standby list has at most this share of a budget.
+const STANDBY_SHARE: usize = 8;
+/// The least budget: the batches that leave, the standby list, and some pages beside.
+const LEAST: usize = 16 * BATCH;
+/// The pages that a thread may need at once: those that it fills, and those that it moves out.
+const THREAD_PAGES: usize = 2 * BATCH;

@@ -1,0 +1,265 @@
+//! Moves pages out, drops them, and empties slots.
+
+use crate::policy::PageKey;
+use crate::reclaim::places::Place;
+use crate::reclaim::share::{Share, State};
+use crate::reclaim::slots::Emptying;
+use crate::reclaim::state::{BATCH, Chooser, Standby, count, key_of, member_of, page_of};
+use crate::space::Mapping;
+use crate::space::page_table::{Claim, PageState, Wake};
+use pagestitch_kernel::arena::DISCARDS_MAX;
+use pagestitch_kernel::{Outcome, Page, Span};
+
+impl State {
+    /// Moves a batch of pages to the standby list, and empties slots for the next batch. Passes over its
+    /// turn, and returns false, if another thread is choosing or there is no page.
+    pub(super) fn evict(&self) -> bool {
+        let mut room = [0; BATCH];
+        let Some(mut chooser) = self.try_choose() else { return false };
+        chooser.take_note(&self.arrivals);
+        let Some(standby) = &self.standby else {
+            let victims = chooser.victims(&mut room);
+            drop(chooser);
+            return self.drop_pages(victims) > 0;
+        };
+        let run = standby.begin_empty(&mut chooser, 2 * BATCH);
+        let (slot, most) = standby.slots.take(&mut chooser.ends, BATCH);
+        let victims = chooser.victims(&mut room[..most]);
+        drop(chooser);
+        if let Some(run) = run {
+            self.empty(standby, run);
+        }
+        let chosen = victims.len();
+        self.move_out(standby, victims, slot);
+        (chosen..most).for_each(|step| standby.slots.skip(standby.slots.after(slot, step)));
+        chosen > 0
+    }
+
+    /// Frees memory: that of the oldest slots; if there is none, that of resident pages.
+    pub(super) fn free_some(&self, quiet: bool) {
+        let Some(mut chooser) = self.choose(quiet) else { return };
+        chooser.take_note(&self.arrivals);
+        if let Some(standby) = &self.standby {
+            if let Some(run) = standby.begin_empty(&mut chooser, usize::MAX).filter(|run| run.frames > 0) {
+                drop(chooser);
+                return self.empty(standby, run);
+            }
+        }
+        let mut room = [0; BATCH];
+        let victims = chooser.victims(&mut room);
+        drop(chooser);
+        self.drop_pages(victims);
+    }
+
+    fn empty(&self, standby: &Standby, run: Emptying) {
+        if run.frames > 0 && standby.arena.empty(run.slots()).is_err() {
+            // Not known to happen. The slots stay out of use.
+            return;
+        }
+        standby.slots.finish_empty(run);
+        self.release(run.frames);
+    }
+
+    /// Moves pages to taken slots, from `slot` on.
+    fn move_out(&self, standby: &Standby, victims: &[PageKey], slot: usize) {
+        let mut slot = slot;
+        self.each_region(victims, |share, group| {
+            let out = |share: &Share| share.enter(&mut |region| share.move_out(region, standby, group, slot));
+            if !share.is_some_and(out) {
+                // The region ends, and its pages with it.
+                (0..group.len()).for_each(|step| standby.slots.skip(standby.slots.after(slot, step)));
+            }
+            slot = standby.slots.after(slot, group.len());
+        });
+    }
+
+    /// Drops pages. Returns their number.
+    fn drop_pages(&self, victims: &[PageKey]) -> usize {
+        let mut dropped = 0;
+        self.each_region(victims, |share, group| {
+            if let Some(share) = share {
+                share.enter(&mut |region| dropped += share.drop_pages(region, group));
+            }
+        });
+        dropped
+    }
+
+    /// Calls `each` with the pages of each region, and the region's share if it has not ended.
+    fn each_region(&self, victims: &[PageKey], mut each: impl FnMut(Option<&Share>, &[PageKey])) {
+        let members = self.members.read();
+        for group in victims.chunk_by(|one, two| member_of(*one) == member_of(*two)) {
+            let share = members.value().and_then(|members| members.get(member_of(group[0]))?.as_deref());
+            each(share, group);
+        }
+    }
+}
+
+impl Standby {
+    /// Begins to empty the oldest slots if fewer than so many are free.
+    fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
+        let Chooser { policy, ends } = chooser;
+        let is_short = self.slots.free(ends) < free;
+        is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
+    }
+}
+
+impl Share {
+    /// Calls `work` with the region, inside of its gate. False if the region ends.
+    fn enter(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
+        self.region.get().is_some_and(|region| region.enter_region(work))
+    }
+
+    /// Moves pages, in the order of their addresses, to taken slots from `first` on.
+    fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) {
+        let quiet = Quiet(region);
+        let mut done = 0;
+        while done < pages.len() {
+            let slot = standby.slots.after(first, done);
+            // The slots of a run do not wrap around.
+            let rest = &pages[done..pages.len().min(done + standby.slots.len() - slot)];
+            let run = leading_run(rest);
+            done += match region.pages.claim_present(run, &quiet) {
+                Ok(mut claim) => self.move_run(&mut claim, standby, slot),
+                Err(state) => {
+                    standby.slots.skip(slot);
+                    self.forget_absent(region, run.first, state);
+                    1
+                }
+            };
+        }
+    }
+
+    /// Moves the first pages of a claim; the others stay. Returns the number of pages that are done.
+    fn move_run(&self, claim: &mut Claim<'_>, standby: &Standby, slot: usize) -> usize {
+        let Standby { arena, slots } = standby;
+        let span = claim.span();
+        let outcome = arena.take_in(&self.evictable, span, slot);
+        let moved = match outcome {
+            Outcome::Done => span.pages,
+            Outcome::Partial { bytes } => bytes / self.evictable.reservation().page_size().bytes(),
+            _ => 0,
+        };
+        for (step, page) in span.prefix(moved).iter().enumerate() {
+            slots.fill(slot + step, key_of(self.member, page));
+            self.places.set(page, Place::Slot((slot + step) as u32));
+        }
+        self.pages_left(moved);
+        count(&self.state.tally.evictions, moved);
+        claim.settle(moved, PageState::Absent);
+        if moved == 0 {
+            slots.skip(slot);
+            self.not_moved(claim, outcome);
+        }
+        claim.settle(claim.span().pages, PageState::Present);
+        moved.max(1)
+    }
+
+    /// The first page of a claim has not moved.
+    #[cold]
+    fn not_moved(&self, claim: &mut Claim<'_>, outcome: Outcome) {
+        let page = claim.span().first;
+        if outcome == Outcome::NotRegistered {
+            // The application has discarded it: it takes no memory.
+            self.uncount(page);
+            return claim.settle(1, PageState::Absent);
+        }
+        if outcome != Outcome::Changing {
+            count(&self.state.tally.refused, 1);
+        }
+        self.page_stays(page);
+        claim.settle(1, PageState::Present);
+    }
+
+    /// A chosen page is not present: it is being filled, or the application has discarded it.
+    #[cold]
+    fn forget_absent(&self, region: &Mapping, page: Page, state: PageState) {
+        let quiet = Quiet(region);
+        match region.pages.claim_from(page, state, &quiet) {
+            Ok(mut claim) if !state.is_claimed() => {
+                // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
+                if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
+                    self.uncount(page);
+                }
+                claim.settle(1, state);
+            }
+            Ok(claim) => drop(claim),
+            Err(_) => self.page_stays(page),
+        }
+    }
+
+    /// A resident page takes no memory any more.
+    fn uncount(&self, page: Page) {
+        self.places.set(page, Place::Nowhere);
+        self.left_memory(1);
+    }
+
+    /// Drops pages, in the order of their addresses. Returns their number.
+    fn drop_pages(&self, region: &Mapping, pages: &[PageKey]) -> usize {
+        let quiet = Quiet(region);
+        let (mut done, mut dropped) = (0, 0);
+        while done < pages.len() {
+            let (mut runs, mut claimed) = ([Span { first: Page(0), pages: 0 }; DISCARDS_MAX], 0);
+            while done < pages.len() && claimed < runs.len() {
+                let run = leading_run(&pages[done..]);
+                match region.pages.claim_present(run, &quiet) {
+                    Ok(claim) => {
+                        runs[claimed] = claim.keep();
+                        done += runs[claimed].pages;
+                        claimed += 1;
+                    }
+                    Err(state) => {
+                        done += 1;
+                        self.forget_absent(region, run.first, state);
+                    }
+                }
+            }
+            dropped += self.drop_runs(region, &runs[..claimed]);
+        }
+        dropped
+    }
+
+    /// Drops claimed runs. Returns the number of their pages.
+    fn drop_runs(&self, region: &Mapping, runs: &[Span]) -> usize {
+        let quiet = Quiet(region);
+        let (mut rest, mut dropped) = (runs, 0);
+        while !rest.is_empty() {
+            let (gone, others) = rest.split_at(self.state.discards.discard(&self.evictable, rest));
+            for run in gone {
+                run.iter().for_each(|page| {
+                    self.places.set(page, Place::Nowhere);
+                });
+                self.left_memory(run.pages);
+                dropped += run.pages;
+                region.pages.resume(*run, &quiet).settle(run.pages, PageState::Absent);
+            }
+            let Some((refused, others)) = others.split_first() else { break };
+            count(&self.state.tally.refused, refused.pages);
+            refused.iter().for_each(|page| self.page_stays(page));
+            region.pages.resume(*refused, &quiet).settle(refused.pages, PageState::Present);
+            rest = others;
+        }
+        count(&self.state.tally.evictions, dropped);
+        dropped
+    }
+
+    /// Resident pages take no memory any more.
+    fn left_memory(&self, pages: usize) {
+        self.pages_left(pages);
+        self.state.release(pages);
+    }
+}
+
+/// The pages that follow each other at the start of a sorted list.
+fn leading_run(pages: &[PageKey]) -> Span {
+    let next = pages.windows(2).take_while(|pair| pair[1] == pair[0] + 1).count();
+    Span { first: page_of(pages[0]), pages: 1 + next }
+}
+
+/// Wakes without a log, because a log takes locks.
+struct Quiet<'r>(&'r Mapping);
+
+impl Wake for Quiet<'_> {
+    fn wake(&self, span: Span) {
+        self.0.wake_quietly(span);
+    }
+}

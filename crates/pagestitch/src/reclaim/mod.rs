@@ -1,0 +1,39 @@
+//! Bounded memory: pages leave a region when its budget is used up, and come back when they are touched.
+//!
+//! | file | content |
+//! |---|---|
+//! | `budget` | the public handle: a limit for the resident bytes of any number of regions |
+//! | `state` | the counts of a budget, and the choice of pages that leave |
+//! | `share` | a region's part in a budget: the fault path calls it |
+//! | `evict` | moves pages out, drops them, and empties slots |
+//! | `soft_fault` | brings a page back from the standby list |
+//! | `places` | where the page of a region is: resident, in a slot, or neither |
+//! | `slots` | the standby list: a ring of slots, first in, first out |
+//! | `arrivals` | pages that have come, until the policy takes note of them |
+//! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
+//!
+//! ```text
+//!                 make_room                tidy: a batch of 64
+//!   fault ─────▶ fill, install ─▶ resident ────────────────────▶ standby ─────▶ gone
+//!                                    ▲                              │  empty: one call for many slots
+//!                                    └──────── soft fault ──────────┘
+//!                                              no read of the source
+//! ```
+//!
+//! Victims are chosen under a lock, and moved outside of it. A thread that evicts holds the claim of a page
+//! as a thread that fills does, so that a fault on the page waits for the settled claim. No evictor waits
+//! for another: a lock that is taken, a region that ends, and a page that is being filled are passed over.
+
+mod arrivals;
+mod budget;
+mod evict;
+mod places;
+mod promise;
+mod share;
+mod slots;
+mod soft_fault;
+mod state;
+
+pub use budget::Budget;
+pub(crate) use promise::evictable;
+pub(crate) use share::{EnterRegion, Membership};

@@ -1,0 +1,176 @@
+//! A region's part in a budget.
+
+use crate::reclaim::places::{Place, Places};
+use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, key_of, member_of};
+use crate::space::page_table::Claim;
+use crate::space::{Mapping, Prepared, Residence};
+use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
+use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+
+/// Enters a region for a thread that evicts its pages, and that serves another region perhaps.
+pub(crate) trait EnterRegion: fmt::Debug + Send + Sync {
+    /// Calls `work` with the region, inside of its gate. False if the region ends.
+    fn enter_region(&self, work: &mut dyn FnMut(&Mapping)) -> bool;
+}
+
+/// The state of a budget.
+pub(super) type State = state::State<Share>;
+
+/// A region's part in a budget: the places of its pages.
+#[derive(Debug)]
+pub(crate) struct Share {
+    pub(super) state: Arc<State>,
+    /// Its number among the regions of the budget.
+    pub(super) member: usize,
+    pub(super) places: Places,
+    pub(super) evictable: Evictable,
+    /// The region, once it is served.
+    pub(super) region: OnceLock<Arc<dyn EnterRegion>>,
+    /// The number of its pages that are resident.
+    resident: AtomicUsize,
+}
+
+/// The membership of a mapping in a budget. Its drop ends it.
+#[derive(Debug)]
+pub(crate) struct Membership(Arc<Share>);
+
+/// The reason why a region cannot join a budget.
+#[derive(Debug)]
+pub(crate) enum JoinError {
+    /// The budget has its most regions.
+    Full,
+    /// There is no memory for its table.
+    NoTable(Errno),
+}
+
+impl Share {
+    /// Joins a budget with a region of `pages` pages.
+    pub(super) fn join(state: &Arc<State>, evictable: Evictable) -> Result<Membership, JoinError> {
+        let places = Places::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
+        let mut writer = state.members.write();
+        let mut members = writer.current().cloned().unwrap_or_default();
+        let member = members.iter().position(Option::is_none).unwrap_or(members.len());
+        if member >= MEMBERS_MAX {
+            return Err(JoinError::Full);
+        }
+        let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
+        let share = Arc::new(Self { state, member, places, evictable, region, resident });
+        if member == members.len() {
+            members.push(None);
+        }
+        members[member] = Some(Arc::clone(&share));
+        writer.publish(members);
+        Ok(Membership(share))
+    }
+
+    /// A page of the region takes memory that the budget counts: the policy gets it.
+    pub(super) fn page_came(&self, page: Page, returned: bool) {
+        self.resident.fetch_add(1, Ordering::Relaxed);
+        self.state.arrivals.add(key_of(self.member, page), returned);
+    }
+
+    /// Pages of the region are not resident any more.
+    pub(super) fn pages_left(&self, pages: usize) {
+        self.resident.fetch_sub(pages, Ordering::Relaxed);
+    }
+
+    /// A chosen page stays: the policy gets it again.
+    pub(super) fn page_stays(&self, page: Page) {
+        self.state.arrivals.add(key_of(self.member, page), true);
+    }
+
+    /// Notes that a page is installed. Returns the number of pages of memory that it did not take.
+    fn note_installed(&self, page: Page) -> usize {
+        match self.places.set(page, Place::Resident) {
+            Place::Resident => return 1,
+            // The page has its bytes from its source, and the slot has an outdated frame.
+            Place::Slot(slot) => self.drop_slot(page, slot),
+            Place::Nowhere => {}
+        }
+        self.page_came(page, false);
+        0
+    }
+
+    fn drop_slot(&self, page: Page, slot: u32) {
+        let Some(standby) = &self.state.standby else { return };
+        if standby.slots.begin_return(slot as usize, key_of(self.member, page)) {
+            standby.slots.abandon(slot as usize);
+        }
+    }
+}
+
+impl Residence for Membership {
+    fn prepare(&self, claim: &mut Claim<'_>, range: AddressRange, uffd: &Uffd) -> Prepared {
+        self.0.prepare(claim, range, uffd)
+    }
+
+    fn make_room(&self, pages: usize, quiet: bool) {
+        let state = &self.0.state;
+        for _ in 0..TRIES {
+            if state.try_reserve(pages) {
+                return;
+            }
+            state.free_some(quiet);
+        }
+        state.overrun(pages);
+    }
+
+    fn installed(&self, span: Span, pages: usize) {
+        let present = span.prefix(pages).iter().map(|page| self.0.note_installed(page)).sum::<usize>();
+        self.0.state.release(span.pages - pages + present);
+    }
+
+    fn tidy(&self) {
+        let state = &self.0.state;
+        for _ in 0..TIDY_BATCHES {
+            if !state.is_due() || !state.evict() {
+                return;
+            }
+        }
+    }
+
+    fn limit(&self) -> usize {
+        self.0.state.limit
+    }
+}
+
+impl Membership {
+    /// The region's part in the budget, for the builder.
+    pub(crate) fn share(&self) -> Arc<Share> {
+        Arc::clone(&self.0)
+    }
+}
+
+impl Share {
+    /// The region is served from now on, so its pages can leave.
+    pub(crate) fn serve(&self, region: Arc<dyn EnterRegion>) {
+        let _ = self.region.set(region);
+    }
+}
+
+impl Drop for Membership {
+    /// No thread is inside the region any more, so that none of its pages is claimed or comes.
+    fn drop(&mut self) {
+        let Share { state, member, resident, .. } = &*self.0;
+        // A forked child has neither the region nor the threads that hold locks.
+        if !state.generation.is_current() {
+            return;
+        }
+        let mut chooser = state.choose(false).expect("a thread that waits gets the right");
+        chooser.take_note(&state.arrivals);
+        chooser.policy.forget(&|key| member_of(key) == *member);
+        drop(chooser);
+        state.release(resident.load(Ordering::Relaxed));
+        let mut writer = state.members.write();
+        let mut members = writer.current().cloned().unwrap_or_default();
+        members[*member] = None;
+        writer.publish(members);
+    }
+}
+
+/// How often a thread frees memory before it exceeds the budget.
+const TRIES: usize = 32;
+/// The most batches at the end of a journey: those of the pages of a block.
+const TIDY_BATCHES: usize = 512 / BATCH;

@@ -1,0 +1,249 @@
+//! The standby list: a ring of slots that are filled and emptied in the same order.
+//!
+//! ```text
+//!        emptied ──▶ tail                          head ──▶ taken
+//!   |  free  |  empty  | full | full | hole | full |  taken  |  free  |
+//!                        a page that came back leaves a hole
+//! ```
+//!
+//! ```text
+//!   Free ─take─▶ Taken ─fill─▶ Full ─────────────begin_empty──▶ Emptying ─finish_empty─▶ Free
+//!                  │            │ ▲                  ▲
+//!                  │  begin_return cancel_return     │
+//!                  │            ▼ │                  │
+//!                  │         Returning ─returned─▶ Hole, or ─abandon─▶ Orphan
+//!                  └──────────skip───────────────▶ Hole
+//! ```
+
+use crate::policy::PageKey;
+use pagestitch_kernel::Errno;
+use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// The states of the slots. The ends of the ring are in [`Ends`], under the lock of the budget.
+#[derive(Debug)]
+pub(super) struct Slots {
+    states: AtomicTable,
+    /// The number of slots that have a frame.
+    full: AtomicUsize,
+}
+
+/// Both ends of the ring, as counts that only grow.
+#[derive(Debug, Default)]
+pub(super) struct Ends {
+    head: usize,
+    tail: usize,
+}
+
+/// A run of slots that are being emptied.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Emptying {
+    first: usize,
+    slots: usize,
+    /// The number of frames that they have.
+    pub(super) frames: usize,
+}
+
+/// A slot without a frame and without a thread.
+const FREE: u64 = 0;
+/// A thread moves a page there.
+const TAKEN: u64 = 1;
+/// Its page has come back, or never came.
+const HOLE: u64 = 2;
+/// A thread empties it.
+const EMPTYING: u64 = 3;
+/// It has a frame that no page wants.
+const ORPHAN: u64 = 4;
+/// It has the frame of a page, whose key is above the tag.
+const FULL: u64 = 5;
+/// A thread moves its frame back to its page.
+const RETURNING: u64 = 6;
+const TAG_BITS: u32 = 3;
+
+const fn full(page: PageKey) -> u64 {
+    page << TAG_BITS | FULL
+}
+
+const fn returning(page: PageKey) -> u64 {
+    page << TAG_BITS | RETURNING
+}
+
+impl Slots {
+    pub(super) fn new(slots: NonZeroUsize) -> Result<Self, Errno> {
+        Ok(Self { states: AtomicTable::new(slots)?, full: AtomicUsize::new(0) })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.states.len()
+    }
+
+    /// The number of slots that have a frame.
+    pub(super) fn full(&self) -> usize {
+        self.full.load(Ordering::SeqCst)
+    }
+
+    /// The number of slots that can be taken, at most.
+    pub(super) fn free(&self, ends: &Ends) -> usize {
+        self.len() - (ends.head - ends.tail)
+    }
+
+    /// Takes up to `most` free slots in the order of the ring. Returns the first one, and their number.
+    pub(super) fn take(&self, ends: &mut Ends, most: usize) -> (usize, usize) {
+        let first = ends.head;
+        let most = most.min(self.free(ends));
+        // Slots before the tail may not be emptied yet.
+        let is_free = |at: &usize| self.state(*at) == FREE;
+        let taken = (first..first + most).take_while(is_free).inspect(|at| self.set(*at, TAKEN)).count();
+        ends.head += taken;
+        (first % self.len(), taken)
+    }
+
+    /// The slot that follows a slot by `steps`.
+    pub(super) fn after(&self, slot: usize, steps: usize) -> usize {
+        (slot + steps) % self.len()
+    }
+
+    /// A page has moved to a taken slot.
+    pub(super) fn fill(&self, slot: usize, page: PageKey) {
+        self.full.fetch_add(1, Ordering::SeqCst);
+        self.set(slot, full(page));
+    }
+
+    /// No page has moved to a taken slot.
+    pub(super) fn skip(&self, slot: usize) {
+        self.set(slot, HOLE);
+    }
+
+    /// Begins to move the frame of a slot back. False if the slot does not have the page any more.
+    pub(super) fn begin_return(&self, slot: usize, page: PageKey) -> bool {
+        self.exchange(slot, full(page), returning(page))
+    }
+
+    /// The frame of the slot has moved back.
+    pub(super) fn returned(&self, slot: usize) {
+        self.full.fetch_sub(1, Ordering::SeqCst);
+        self.set(slot, HOLE);
+    }
+
+    /// The frame of the slot cannot move back now.
+    pub(super) fn cancel_return(&self, slot: usize, page: PageKey) {
+        self.set(slot, full(page));
+    }
+
+    /// The page has its bytes from elsewhere: the frame of the slot is freed when the slot is emptied.
+    pub(super) fn abandon(&self, slot: usize) {
+        self.set(slot, ORPHAN);
+    }
+
+    /// Takes slots off the tail to be emptied, until they have `frames` frames. Calls `dropped` with the
+    /// page of each. Stops at a slot that a thread fills or moves back. The run does not wrap around.
+    pub(super) fn begin_empty(
+        &self,
+        ends: &mut Ends,
+        frames: usize,
+        mut dropped: impl FnMut(PageKey),
+    ) -> Emptying {
+        let mut run = Emptying { first: ends.tail % self.len(), slots: 0, frames: 0 };
+        while ends.tail < ends.head && run.frames < frames && run.first + run.slots < self.len() {
+            let before = self.state(ends.tail);
+            match before & TAG {
+                FULL if self.exchange(ends.tail, before, EMPTYING) => {
+                    dropped(before >> TAG_BITS);
+                    run.frames += 1;
+                }
+                // A thread has begun to move it back meanwhile.
+                FULL | TAKEN | RETURNING => break,
+                ORPHAN => {
+                    self.set(ends.tail, EMPTYING);
+                    run.frames += 1;
+                }
+                _ => self.set(ends.tail, EMPTYING),
+            }
+            run.slots += 1;
+            ends.tail += 1;
+        }
+        run
+    }
+
+    /// The memory of the slots is free: they can be taken again.
+    pub(super) fn finish_empty(&self, run: Emptying) {
+        self.full.fetch_sub(run.frames, Ordering::SeqCst);
+        run.slots().for_each(|slot| self.set(slot, FREE));
+    }
+
+    fn state(&self, at: usize) -> u64 {
+        self.states[at % self.len()].load(Ordering::SeqCst)
+    }
+
+    fn set(&self, at: usize, state: u64) {
+        self.states[at % self.len()].store(state, Ordering::SeqCst);
+    }
+
+    fn exchange(&self, at: usize, from: u64, to: u64) -> bool {
+        let state = &self.states[at % self.len()];
+        state.compare_exchange(from, to, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+}
+
+impl Emptying {
+    pub(super) fn slots(self) -> Range<usize> {
+        self.first..self.first + self.slots
+    }
+}
+
+const TAG: u64 = (1 << TAG_BITS) - 1;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+
+    fn slots(len: usize) -> (Slots, Ends) {
+        (Slots::new(NonZeroUsize::new(len).unwrap()).unwrap(), Ends::default())
+    }
+
+    #[test]
+    fn slots_are_emptied_in_the_order_in_which_they_were_taken() {
+        let (slots, mut ends) = slots(4);
+        assert_eq!(slots.take(&mut ends, 3), (0, 3));
+        [0, 2].into_iter().for_each(|slot| slots.fill(slot, 10 + slot as u64));
+        slots.skip(1);
+        let mut dropped = Vec::new();
+        let run = slots.begin_empty(&mut ends, 2, |page| dropped.push(page));
+        assert_eq!((run.slots(), run.frames, dropped), (0..3, 2, vec![10, 12]));
+        assert_eq!(slots.take(&mut ends, 4), (3, 1), "slots that are not emptied yet are not free");
+        slots.finish_empty(run);
+        assert_eq!((slots.take(&mut ends, 4), slots.full()), ((0, 3), 0));
+    }
+
+    #[test]
+    fn a_page_that_comes_back_leaves_a_hole() {
+        let (slots, mut ends) = slots(4);
+        slots.take(&mut ends, 3);
+        (0..3).for_each(|slot| slots.fill(slot, slot as u64));
+        assert!(slots.begin_return(1, 1));
+        assert!(!slots.begin_return(1, 1) && !slots.begin_return(0, 1));
+        let run = slots.begin_empty(&mut ends, 4, |_| {});
+        assert_eq!((run.slots(), run.frames), (0..1, 1), "up to the slot that is being moved back");
+        slots.returned(1);
+        assert!(slots.begin_return(2, 2));
+        slots.abandon(2);
+        let mut dropped = Vec::new();
+        let rest = slots.begin_empty(&mut ends, 4, |page| dropped.push(page));
+        assert_eq!((rest.slots(), rest.frames, dropped), (1..3, 1, vec![]));
+    }
+
+    #[test]
+    fn a_run_ends_at_the_end_of_the_ring() {
+        let (slots, mut ends) = slots(3);
+        slots.take(&mut ends, 2);
+        (0..2).for_each(|slot| slots.fill(slot, 7));
+        let run = slots.begin_empty(&mut ends, 2, |_| {});
+        slots.finish_empty(run);
+        assert_eq!(slots.take(&mut ends, 3), (2, 3));
+        [2, 0, 1].into_iter().for_each(|slot| slots.fill(slot, 7));
+        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).slots(), 2..3);
+        assert_eq!(slots.begin_empty(&mut ends, 3, |_| {}).slots(), 0..2);
+    }
+}

@@ -1,0 +1,206 @@
+//! The counts of a budget, and the choice of pages that leave.
+
+use crate::policy::{PageKey, Replacement};
+use crate::reclaim::arrivals::Arrivals;
+use crate::reclaim::slots::{Ends, Slots};
+use pagestitch_kernel::arena::{Arena, Discards};
+use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::rcu::Rcu;
+use pagestitch_kernel::striped::Stripe;
+use pagestitch_kernel::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::{Mutex, MutexGuard, yield_now};
+use pagestitch_kernel::{Errno, Page};
+use std::fmt;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, PoisonError, TryLockError};
+
+/// The state of a budget, shared by its regions, of which each has a share `S`.
+pub(super) struct State<S> {
+    /// The most pages of memory.
+    pub(super) limit: usize,
+    /// From this number of resident pages on, pages leave.
+    pub(super) resident_max: usize,
+    /// The pages of memory in regions and in slots, and those that are reserved for pages to come.
+    frames: Stripe<AtomicUsize>,
+    pub(super) arrivals: Arrivals,
+    /// None on a kernel that cannot move pages: pages are dropped at once.
+    pub(super) standby: Option<Standby>,
+    pub(super) discards: Discards,
+    chooser: Mutex<Chooser>,
+    /// The regions, by their number.
+    pub(super) members: Rcu<Vec<Option<Arc<S>>>>,
+    pub(super) tally: Tally,
+    pub(super) generation: ForkGeneration,
+}
+
+/// Pages that have left their regions, and are in memory still.
+#[derive(Debug)]
+pub(super) struct Standby {
+    pub(super) arena: Arena,
+    pub(super) slots: Slots,
+}
+
+/// Chooses the pages that leave, and their slots.
+#[derive(Debug)]
+pub(super) struct Chooser {
+    pub(super) policy: Box<dyn Replacement>,
+    pub(super) ends: Ends,
+}
+
+/// The events of a budget since it was made.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Pages that have left their regions.
+    pub(super) evictions: AtomicU64,
+    /// Pages that have come back from standby.
+    pub(super) soft_faults: AtomicU64,
+    /// Pages for which there was no room in the budget, because nothing could leave.
+    pub(super) overruns: AtomicU64,
+    /// Pages that were chosen, and that the kernel did not let go: pinned, or locked.
+    pub(super) refused: AtomicU64,
+}
+
+impl<S: Send + Sync> State<S> {
+    pub(super) fn new(
+        limit: usize,
+        standby: Option<Standby>,
+        policy: Box<dyn Replacement>,
+    ) -> Result<Self, Errno> {
+        let slots = standby.as_ref().map_or(0, |standby| standby.slots.len());
+        let room = NonZeroUsize::new(room_for(limit)).expect("a budget has pages");
+        Ok(Self {
+            limit,
+            // Two batches are free, so that a fault seldom has to wait for memory.
+            resident_max: limit - slots - 2 * BATCH,
+            frames: Stripe(AtomicUsize::new(0)),
+            arrivals: Arrivals::new(room)?,
+            standby,
+            discards: Discards::new(),
+            chooser: Mutex::new(Chooser { policy, ends: Ends::default() }),
+            members: Rcu::empty(),
+            tally: Tally::default(),
+            generation: ForkGeneration::current(),
+        })
+    }
+
+    /// The pages of memory in use or reserved.
+    pub(super) fn frames(&self) -> usize {
+        self.frames.load(Ordering::SeqCst)
+    }
+
+    /// The pages of memory in slots.
+    pub(super) fn standby_pages(&self) -> usize {
+        self.standby.as_ref().map_or(0, |standby| standby.slots.full())
+    }
+
+    /// Reserves memory for pages. False, and nothing is changed, if the budget has no room.
+    pub(super) fn try_reserve(&self, pages: usize) -> bool {
+        let more = |frames: usize| Some(frames + pages).filter(|&frames| frames <= self.limit);
+        self.frames.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+    }
+
+    /// Reserves memory above the limit.
+    pub(super) fn overrun(&self, pages: usize) {
+        self.frames.fetch_add(pages, Ordering::SeqCst);
+        count(&self.tally.overruns, pages);
+    }
+
+    /// Memory of so many pages is free, or not used after all.
+    pub(super) fn release(&self, pages: usize) {
+        if pages > 0 {
+            self.frames.fetch_sub(pages, Ordering::SeqCst);
+        }
+    }
+
+    /// True if pages should leave.
+    pub(super) fn is_due(&self) -> bool {
+        self.frames().saturating_sub(self.standby_pages()) > self.resident_max
+    }
+
+    /// The right to choose; `None` if a thread has it, and the caller cannot wait for that thread.
+    pub(super) fn try_choose(&self) -> Option<MutexGuard<'_, Chooser>> {
+        match self.chooser.try_lock() {
+            Ok(chooser) => Some(chooser),
+            Err(TryLockError::Poisoned(error)) => Some(error.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// As [`try_choose`](Self::try_choose), after a wait. A thread in a signal handler (`quiet`) may have
+    /// interrupted the thread with the right, so it does not wait for long.
+    pub(super) fn choose(&self, quiet: bool) -> Option<MutexGuard<'_, Chooser>> {
+        if !quiet {
+            return Some(self.chooser.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+        for _ in 0..QUIET_TRIES {
+            if let Some(chooser) = self.try_choose() {
+                return Some(chooser);
+            }
+            yield_now();
+        }
+        None
+    }
+}
+
+impl Chooser {
+    /// Tells the policy of the pages that have come.
+    pub(super) fn take_note(&mut self, arrivals: &Arrivals) {
+        arrivals.take(|page, returned| self.policy.admit(page, returned));
+    }
+
+    /// Chooses pages that leave, in the order of their regions and addresses.
+    pub(super) fn victims<'v>(&mut self, room: &'v mut [PageKey]) -> &'v mut [PageKey] {
+        let mut chosen = 0;
+        for place in room.iter_mut() {
+            let Some(page) = self.policy.victim() else { break };
+            *place = page;
+            chosen += 1;
+        }
+        let victims = &mut room[..chosen];
+        victims.sort_unstable();
+        victims
+    }
+}
+
+impl<S: Send + Sync> fmt::Debug for State<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State")
+            .field("limit", &self.limit)
+            .field("frames", &self.frames())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Adds to a counter.
+pub(super) fn count(counter: &AtomicU64, pages: usize) {
+    counter.fetch_add(pages as u64, Ordering::Relaxed);
+}
+
+/// The key of a page of a region.
+pub(super) const fn key_of(member: usize, page: Page) -> PageKey {
+    (member as u64) << PAGE_BITS | page.0 as u64
+}
+
+/// The region of a key.
+pub(super) const fn member_of(key: PageKey) -> usize {
+    (key >> PAGE_BITS) as usize
+}
+
+/// The page of a key.
+pub(super) const fn page_of(key: PageKey) -> Page {
+    Page((key & ((1 << PAGE_BITS) - 1)) as usize)
+}
+
+/// The pages for which queues have room: those of the budget, and some that are above it.
+pub(super) const fn room_for(limit: usize) -> usize {
+    limit + limit / 4 + 64 * BATCH
+}
+
+/// The pages that leave at once.
+pub(super) const BATCH: usize = 64;
+/// The bits of a page's number in a key. A region has at most 2^40 pages.
+const PAGE_BITS: u32 = 40;
+/// The most regions of a budget, because a key has 60 bits.
+pub(super) const MEMBERS_MAX: usize = 1 << 20;
+/// How often a thread in a signal handler tries to get the right to choose.
+const QUIET_TRIES: usize = 64;

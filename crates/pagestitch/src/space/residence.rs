@@ -1,0 +1,40 @@
+//! The part of a region in a memory budget, as the fault path uses it. The room `reclaim` implements it.
+
+use crate::space::page_table::Claim;
+use pagestitch_kernel::{AddressRange, Span, Uffd};
+use std::fmt;
+
+/// Counts the pages of a region in its budget, and makes room for them.
+///
+/// A journey [prepares](Self::prepare) the first pages of its claim, [makes room](Self::make_room) for
+/// the pages that it is about to install, tells [which are installed](Self::installed), and
+/// [tidies](Self::tidy) at its end. `quiet`: the thread is in a signal handler, and takes no lock that
+/// the interrupted thread may hold.
+pub(crate) trait Residence: fmt::Debug + Send + Sync {
+    /// Brings the first page of a claim back from standby, or tells how many pages to fill. The page lies
+    /// in `range`, and is registered with `uffd`.
+    fn prepare(&self, claim: &mut Claim<'_>, range: AddressRange, uffd: &Uffd) -> Prepared;
+
+    /// Reserves memory for pages in the budget. Evicts others before, if it is used up.
+    fn make_room(&self, pages: usize, quiet: bool);
+
+    /// The first `pages` pages of a span are installed. The room for the rest is given back.
+    fn installed(&self, span: Span, pages: usize);
+
+    /// Evicts the pages that are above the share of the budget for resident pages. Waits for no lock.
+    fn tidy(&self);
+
+    /// The most pages that are resident at once.
+    fn limit(&self) -> usize;
+}
+
+/// The next step for the first pages of a claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Prepared {
+    /// These pages are filled from their sources.
+    Fill(Span),
+    /// The first page has come back. It is settled.
+    Returned,
+    /// The memory map is changing: the first page is still absent.
+    Changing,
+}

@@ -1,0 +1,160 @@
+//! Regions with a budget: pages leave, come back with the same bytes, and resident memory stays within it.
+
+use crate::discard;
+use pagestitch::source::FileSource;
+use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Pool, Region, Server};
+use pagestitch_testkit::scope::scope;
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+/// A source of which each word differs.
+fn words(bytes: usize) -> Vec<u8> {
+    (0..bytes as u64 / 8).flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
+}
+
+/// Numbers below a limit, the same ones in each run.
+fn random(seed: u64, limit: usize) -> impl Iterator<Item = usize> {
+    (0u64..).map(move |step| {
+        let mut hasher = DefaultHasher::new();
+        (seed, step).hash(&mut hasher);
+        hasher.finish() as usize % limit
+    })
+}
+
+/// The resident anonymous bytes of the mappings of pagestitch, as the kernel counts them.
+fn resident(ranges: &[(usize, usize)]) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut inside, mut bytes) = (false, 0);
+    for line in maps.lines() {
+        let first = line.split_ascii_whitespace().next().unwrap_or_default();
+        if let Some((start, _)) = first.split_once('-') {
+            let start = usize::from_str_radix(start, 16).unwrap();
+            inside = line.contains("pagestitch:standby")
+                || ranges.iter().any(|range| range.0 <= start && start < range.1);
+        } else if inside && first == "Anonymous:" {
+            bytes += line.split_ascii_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10;
+        }
+    }
+    bytes
+}
+
+fn pool(workers: usize) -> Pool {
+    Pool::builder().workers(workers).start().unwrap()
+}
+
+/// Reads random pages of a region of 24 MiB in a budget of 6 MiB, with several threads.
+fn read_at_random(server: impl Into<Server>, threads: u64) {
+    let (bytes, budget) = (words(24 << 20), Budget::bytes(BUDGET).unwrap());
+    let region = Region::builder().chunk(bytes.clone()).budget(&budget).build(server).unwrap();
+    let range = (region.as_ptr().addr().get(), region.as_ptr().addr().get() + region.len());
+    let is_over = AtomicBool::new(false);
+    let most = scope(|scope| {
+        let sampler = scope.spawn(|| {
+            let mut most = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                most = most.max(resident(&[range]));
+                thread::sleep(Duration::from_millis(10));
+            }
+            most
+        });
+        let readers: Vec<_> = (0..threads)
+            .map(|seed| {
+                let (region, bytes) = (&region, &bytes);
+                scope.spawn(move || {
+                    for at in random(seed, bytes.len() / 8).take(8_000) {
+                        assert_eq!(region.as_slice()[at * 8..][..8], bytes[at * 8..][..8], "word {at}");
+                    }
+                })
+            })
+            .collect();
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+        is_over.store(true, Ordering::Relaxed);
+        sampler.join().unwrap()
+    });
+    assert!(budget.evictions() > 3_000, "{} evictions", budget.evictions());
+    assert!(most <= BUDGET as usize, "{most} resident bytes");
+    assert_eq!(budget.overruns(), 0);
+    drop(region);
+    assert!(budget.resident_bytes() <= budget.standby_bytes(), "only the standby list is left");
+}
+
+#[test]
+fn pages_that_come_back_have_their_bytes_and_memory_stays_within_the_budget() {
+    read_at_random(&pool(1), 1);
+}
+
+#[test]
+fn several_workers_evict_at_once() {
+    read_at_random(&pool(4), 4);
+}
+
+#[test]
+fn a_long_read_and_a_long_populate_of_a_bounded_region() {
+    let (bytes, budget) = (words(24 << 20), Budget::bytes(BUDGET).unwrap());
+    let region = Region::builder().chunk(bytes.clone()).budget(&budget).build(&pool(1)).unwrap();
+    let mut copy = vec![0; bytes.len()];
+    region.read_at(0, &mut copy).unwrap();
+    assert!(copy == bytes, "read_at of more than the budget");
+    assert!(budget.resident_bytes() <= BUDGET);
+    region.populate(..4 << 20).unwrap();
+    let error = region.populate(..).unwrap_err();
+    assert_eq!((error.kind(), error.option()), (ErrorKind::LimitReached, Some(BuildOption::Budget)));
+    assert_eq!(budget.overruns(), 0);
+}
+
+#[test]
+fn holes_do_not_count() {
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let builder = Region::builder().chunk(Chunk::hole(24 << 20)).chunk(vec![7u8; 10_000]).budget(&budget);
+    let region = builder.build(&pool(1)).unwrap();
+    assert_eq!(region.as_slice().chunks(100).map(|bytes| usize::from(bytes[0])).sum::<usize>(), 700);
+    assert!(budget.resident_bytes() <= 3 * 4096, "{}", budget.resident_bytes());
+}
+
+#[test]
+fn a_discarded_page_of_a_bounded_region_is_filled_again_and_counts_once() {
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region = Region::builder().chunk(words(64 << 10)).budget(&budget).build(&pool(1)).unwrap();
+    let before = region.as_slice().to_vec();
+    for _ in 0..3 {
+        discard(region.as_ptr().addr().get(), region.len());
+        assert_eq!(region.as_slice(), before);
+    }
+    assert_eq!(budget.resident_bytes(), 64 << 10);
+}
+
+#[test]
+fn a_budget_that_cannot_work_is_refused() {
+    let refused = |bytes| {
+        let error = Budget::bytes(bytes).unwrap_err();
+        assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidOption, Some(BuildOption::Budget)));
+    };
+    [0, (4 << 20) - 1, 1 << 60].into_iter().for_each(refused);
+    let least = Budget::bytes(4 << 20).unwrap();
+    let error = Region::builder().chunk("text").budget(&least).build(&pool(64)).unwrap_err();
+    assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidOption, Some(BuildOption::Budget)));
+}
+
+#[test]
+fn a_region_that_cannot_lose_pages_refuses_a_budget() {
+    let (budget, pool) = (Budget::bytes(BUDGET).unwrap(), pool(1));
+    let builder = || Region::builder().chunk("text").budget(&budget);
+    let file = FileSource::open("/proc/self/exe").unwrap();
+    let errors = [
+        builder().writable().build(&pool).unwrap_err(),
+        builder().inherit_on_fork().build(&pool).unwrap_err(),
+        builder().release_sources().build(&pool).unwrap_err(),
+        builder().build(Eager).unwrap_err(),
+        builder().chunk(file).build(&pool).unwrap_err(),
+    ];
+    for error in &errors {
+        assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
+    }
+    assert_eq!(errors[4].chunk(), Some(1));
+    assert_eq!(budget.resident_bytes(), 0);
+}
+
+const BUDGET: u64 = 6 << 20;
