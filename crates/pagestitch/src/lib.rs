@@ -149,6 +149,7 @@
 //! | `weights`, `hand_over` | tensors as slices of their files; a region as the bytes of safetensors and Arrow |
 //! | `adopt`, `userfaultfd_crate` | memory of another process, or of the `userfaultfd` crate |
 //! | `physical`, `alias_existing_memory` | devices, mappings without a descriptor |
+//! | `incremental_snapshot` | the pages that were written since the last snapshot, as a sparse file |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
 // Three exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the

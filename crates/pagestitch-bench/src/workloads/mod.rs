@@ -1,6 +1,7 @@
 //! The workloads, with their baselines.
 
 mod build;
+mod changes;
 mod crowd;
 mod curve;
 mod latency;
@@ -50,7 +51,7 @@ impl Workload {
 }
 
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 14] = [
+pub static ALL: [Workload; 15] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -172,6 +173,13 @@ pub static ALL: [Workload; 14] = [
         curves: &[],
         takes_threads: false,
         cases: metering::cases,
+    },
+    Workload {
+        name: "changes",
+        about: "finding the pages of 1 GiB that were written, and arming them again, against reading the kernel's page table",
+        curves: &[],
+        takes_threads: false,
+        cases: changes::cases,
     },
     Workload {
         name: "populate",
