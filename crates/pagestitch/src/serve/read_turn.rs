@@ -138,7 +138,12 @@ impl ReadTurn<'_> {
     /// The number of faults of a batch that this worker keeps, because waking another worker takes
     /// longer.
     pub(crate) fn local_share(&self) -> usize {
-        if self.held.is_some() || self.in_shard { KEPT } else { 0 }
+        if self.is_held() || self.in_shard { KEPT } else { 0 }
+    }
+
+    /// True if this worker holds the turn of foreign memory.
+    pub(crate) const fn is_held(&self) -> bool {
+        self.held.is_some()
     }
 
     /// Called when a batch has been read. Releases the turn if the region is not `fast`, because

@@ -174,15 +174,30 @@ impl Worker {
     }
 
     /// Lets the worker run on each CPU of an automatic placement. One worker at a time serves foreign
-    /// memory, and it must not wait for its CPU while another one is idle.
+    /// memory, and it must not wait for its CPU while another one is idle. While pages wait to be
+    /// filled ahead, the other workers are busy too, and each stays on its CPU.
     fn unpin(&mut self) {
-        let (true, Some(_)) = (self.state.cpus.is_automatic, self.cpu.take()) else { return };
+        if !self.state.prefetches.1.is_empty() || !self.state.cpus.is_automatic || self.cpu.take().is_none() {
+            return;
+        }
         self.run_on(self.state.cpus.all());
+    }
+
+    /// Pins the worker to its CPU again: workers that replay a recording at the same time may
+    /// otherwise share a CPU.
+    fn pin_again(&mut self) {
+        if self.state.cpus.is_automatic && self.cpu.is_none() {
+            self.cpu = self.state.cpus.cpu_of(self.post);
+            self.pin_to_cpu();
+        }
     }
 
     /// Serves the pending events of a region's shard to the last, because no worker is woken a second time
     /// for them. After [`BATCHES`] batches it requests another look instead, so that other regions
     /// come first.
+    ///
+    /// The events of foreign memory come to this worker alone. After a batch with faults it reads on
+    /// without a wait, because the threads that it has just woken have mostly touched the next pages.
     fn serve_batch(&mut self, handle: &RegionHandle, shard: usize) {
         let Some(region) = handle.enter() else { return };
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
@@ -192,13 +207,14 @@ impl Worker {
         if region.target.foreign().is_some() {
             self.unpin();
         }
-        for _ in 0..BATCHES {
+        for batch in 1..=BATCHES {
             if self.serve_read(&region, shard, &mut turn) == Err(Busy) {
                 // The turn is not released: the next worker takes it when it is late, and does not
                 // wait either.
                 return self.state.look_later(&region, TURN_MAX);
             }
-            if turn.try_release(self.batch.is_full()) {
+            let reads_on = turn.is_held() && !self.batch.faults().is_empty() && batch < BATCHES;
+            if !reads_on && turn.try_release(self.batch.is_full()) {
                 return;
             }
         }
@@ -440,6 +456,7 @@ impl Worker {
     /// Fills a few pages of a recording, and queues the rest for the next free worker.
     fn replay(&mut self, region: &Arc<Served>) {
         let Some(runs) = region.replay.as_ref().and_then(Replay::next) else { return };
+        self.pin_again();
         runs.for_each(|run| replay(region, run, &mut self.buffers));
         self.state.replay(region);
     }
