@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// True, with a line that says so, where the kernel records no writes (before Linux 6.7).
-fn records_no_writes(test: &str) -> bool {
+pub(crate) fn records_no_writes(test: &str) -> bool {
     let lacks = !Support::current().has(Features::WRITE_PROTECT_ASYNC);
     if lacks {
         println!("SKIPPED {test}: this kernel records no writes (Linux 6.7)");

@@ -63,6 +63,7 @@ mod units;
 mod userfaultfd_crate;
 mod watchdog;
 mod wrappers;
+mod write_back;
 mod zero_copy;
 
 mod guests;

@@ -29,9 +29,9 @@
 //! | 3 | `mapping` | an owned mapping: unmapped when it is dropped |
 //! | | [`rcu`] | a value that a writer replaces while readers look at it, without a lock |
 //! | | [`revocable`] | borrowed bytes for threads that may outlive the borrow, revoked when it ends |
+//! | | `copy` | copies of bytes that may change meanwhile |
 //! | 4 | [`reservation`] | an owned range of addresses behind one bounds check |
 //! | | [`atomic_table`] | tables that cost memory only where they are touched |
-//! | | `copy` | copies of bytes that may change meanwhile |
 //! | | [`memfd`] | sealed memfds: bytes that no process can change and each can map |
 //! | | [`sigbus`] | faults served in a signal handler, by the thread that takes them |
 //! | 5 | [`pages`] | pages of private memory that move into a region |

@@ -17,6 +17,7 @@
 //! mapping uses them for a while ([`ranges`]).
 
 use crate::access::Access;
+use crate::copy;
 use crate::errno::Errno;
 use crate::limits::ReserveError;
 use crate::mapping::OwnedMapping;
@@ -265,6 +266,19 @@ impl Reservation {
             }
             advised => advised,
         }
+    }
+
+    /// Copies bytes out of the range. The kernel copies them, so that a concurrent write is no data race.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `process_vm_readv(2)`: `EFAULT` for a page that is absent or poisoned.
+    ///
+    /// # Panics
+    ///
+    /// If the bytes are not inside.
+    pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
+        copy::read(&self.mapping, offset, into)
     }
 
     /// Reads the pages of a span in the calling process. A poisoned page is an error here and not a

@@ -176,7 +176,7 @@ mod space;
 
 pub use api::{
     AdoptedRegion, AnyRegion, Builder, Changes, PrefetchHandle, PrefetchProgress, Region, Scope,
-    ScopedBuilder, ScopedRegion, Shard, SharedRegion, scope,
+    ScopedBuilder, ScopedRegion, Shard, SharedRegion, WriteBack, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
 pub use method::{Method, PlanReason};

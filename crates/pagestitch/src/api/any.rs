@@ -409,7 +409,7 @@ impl AnyRegion {
     }
 
     /// The pages of a range of offsets.
-    fn span(&self, range: impl RangeBounds<u64>) -> Result<Span, Error> {
+    pub(super) fn span(&self, range: impl RangeBounds<u64>) -> Result<Span, Error> {
         let start = match range.start_bound() {
             Bound::Included(&start) => Some(start),
             Bound::Excluded(&before) => before.checked_add(1),
@@ -497,6 +497,7 @@ impl AnyRegion {
     }
 
     pub(super) fn close(self) -> Metrics {
+        self.flush_at_end();
         self.server.detach(&self.served);
         self.served.close();
         self.metrics()
@@ -547,7 +548,8 @@ impl fmt::Debug for AnyRegion {
 /// Teardown. Closing the uffd comes last, because a thread that waits in a fault then reads
 /// **zeros**:
 ///
-/// 0. End inheritance: later forks do not inherit the region; forks in progress are still served.
+/// 0. Flush written pages, if they go back to their sources.
+///    End inheritance: later forks do not inherit the region; forks in progress are still served.
 /// 1. Stop intake: no worker reads this uffd any more, and no signal handler serves this range.
 /// 2. Join: wait for the threads at work for the region; no source is called from here on. Forked
 ///    children are torn down in the same way; their absent pages are poisoned.
@@ -563,6 +565,7 @@ impl Drop for AnyRegion {
             // A forked child lacks the range, and its server belongs to the parent.
             return;
         }
+        self.flush_at_end();
         block_forks(&self.served);
         // When this returns, every child whose event the fork reader has read is deferred to a
         // worker.

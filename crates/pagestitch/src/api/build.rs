@@ -21,8 +21,8 @@ use crate::reclaim::{Budget, Membership, evictable};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, Releases, Residence,
-    ServeOptions, Shards, ShownPages, Target,
+    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, RecordFor, Releases,
+    Residence, ServeOptions, Shards, ShownPages, Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
@@ -87,8 +87,8 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
-    if options.serve_options.track_changes {
-        check_tracked(layout)?;
+    if let Some(used_for) = options.serve_options.record_of_writes {
+        check_tracked(layout, used_for)?;
     }
     if let Some(budget) = &options.budget {
         check_budget(budget, layout, server)?;
@@ -98,17 +98,25 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
 }
 
 /// Refuses chunks and kernels whose writes are not recorded.
-fn check_tracked(layout: &Layout) -> Result<(), Error> {
-    let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(BuildOption::TrackChanges));
+fn check_tracked(layout: &Layout, used_for: RecordFor) -> Result<(), Error> {
+    let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(used_for.option()));
+    let unwritable = (used_for == RecordFor::WriteBack).then(|| layout.first_unwritable()).flatten();
+    if let Some((chunk, source)) = unwritable {
+        let what = format!(
+            "chunk {chunk} ({source}) takes no written pages back: make it with Chunk::writable(), or leave out write_back()"
+        );
+        return refused(ErrorKind::OptionConflict, &what).map_err(|error| error.of_chunk(chunk));
+    }
     if let Some((chunk, source)) = layout.first_written_by_others() {
         let what = format!(
-            "chunk {chunk} ({source}) is memory that others write to, and their writes are not recorded: map it copy_on_write(), copy it, or leave out track_changes()"
+            "chunk {chunk} ({source}) is memory that others write to, and their writes are not recorded: map it copy_on_write(), copy it, or leave out {}()",
+            used_for.option()
         );
         return refused(ErrorKind::OptionConflict, &what).map_err(|error| error.of_chunk(chunk));
     }
     let features = uffd::kernel_features().map_err(|error| Error::no_userfaultfd(&error))?;
     if !features.contains(Features::WRITE_PROTECT_ASYNC) {
-        let what = "the kernel records writes since Linux 6.7 (arm64: 6.10): update the kernel, or leave out track_changes()";
+        let what = "the kernel records writes since Linux 6.7 (arm64: 6.10): update the kernel, or leave out track_changes() and write_back()";
         return refused(ErrorKind::Unsupported, what);
     }
     // The page tables of the region open it again.
@@ -156,7 +164,7 @@ fn prepare_own(
     (below, server): (Below, &Server),
 ) -> Result<PreparedTarget, Error> {
     // Forked children are found through the userfaultfd.
-    let tracked = options.serve_options.track_changes;
+    let tracked = options.serve_options.record_of_writes.is_some();
     if !options.inherit_on_fork && !tracked {
         if let Some(prepared) = prepare_fault_free(name, layout, options)? {
             return Ok(prepared);
@@ -308,6 +316,7 @@ fn finish(
         inherit_on_fork,
         release_sources,
         budget: _,
+        two_records: _,
         serve_options,
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
@@ -370,7 +379,7 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Resu
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
     }
-    if options.serve_options.track_changes {
+    if options.serve_options.record_of_writes.is_some() {
         return Err("changes are tracked, and a page that moves in has no record of its writes");
     }
     match bytes {

@@ -2,12 +2,12 @@
 
 use crate::api::build::{TargetKind, build};
 use crate::api::options::Options;
-use crate::api::{AdoptedRegion, Region, SharedRegion};
+use crate::api::{AdoptedRegion, Region, SharedRegion, WriteBack};
 use crate::error::{BuildOption, Error, ErrorKind, Failure};
 use crate::policy::{Readahead, Recording};
 use crate::reclaim::Budget;
 use crate::serve::Server;
-use crate::space::{AdoptedMemory, Chunk, FailureCallback, IntoChunk, Layout};
+use crate::space::{AdoptedMemory, Chunk, FailureCallback, IntoChunk, Layout, RecordFor};
 use pagestitch_kernel::{Access, PageSize};
 use std::sync::Arc;
 
@@ -516,7 +516,43 @@ impl<S> Builder<S> {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn track_changes(mut self) -> Self {
-        self.options.serve_options.track_changes = true;
+        self.options.record_writes(RecordFor::Changes);
+        self
+    }
+
+    /// Has written pages go back to their sources, by [`flush`](crate::AnyRegion::flush) and when the
+    /// region is dropped. Default: writes stay in the region. Implies [`writable`](Self::writable).
+    ///
+    /// All chunks are [writable](Chunk::writable). Nothing is written before a flush or the drop, so a
+    /// program that ends without them loses its writes.
+    ///
+    /// The costs, the servers and the kernel are those of [`track_changes`](Self::track_changes), which
+    /// excludes this option: each written page is found once.
+    ///
+    /// ```
+    /// # use pagestitch::source::{UnsealedMemfd, WritableFile};
+    /// # use pagestitch::{Chunk, ErrorKind, Pool, Region, WriteBack};
+    /// # use std::os::unix::fs::FileExt;
+    /// # use std::sync::Arc;
+    /// # let file = UnsealedMemfd::create("table", 1 << 20)?.file().try_clone()?;
+    /// # let again = file.try_clone()?;
+    /// let table = Arc::new(WritableFile::from_file(file, "table")?);
+    /// let builder = Region::builder().chunk(Chunk::writable(table)).write_back(WriteBack::ToSource);
+    /// let region = match builder.build_shared(&Pool::new()?) {
+    ///     Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),  // Linux before 6.7
+    ///     built => built?,
+    /// };
+    /// region.write_at(70_000, b"row")?;
+    /// region.flush(65_536..131_072)?;                             // in the file, and synced
+    /// # let mut row = [0; 3];
+    /// # again.read_exact_at(&mut row, 70_000)?;
+    /// # assert_eq!(&row, b"row");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn write_back(mut self, to: WriteBack) -> Self {
+        let WriteBack::ToSource = to;
+        self.options.access = Access::Writable;
+        self.options.record_writes(RecordFor::WriteBack);
         self
     }
 

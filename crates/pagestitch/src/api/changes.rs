@@ -1,8 +1,8 @@
 //! The pages of a region that were written, and a file with their bytes.
 
 use crate::api::AnyRegion;
-use crate::error::{BuildOption, Error, ErrorKind};
-use crate::space::WrittenPages;
+use crate::error::{Error, ErrorKind};
+use crate::space::{RecordFor, WrittenPages};
 use pagestitch_kernel::{Errno, Span};
 use std::fs::File;
 use std::iter::FusedIterator;
@@ -96,8 +96,9 @@ impl AnyRegion {
     ///
     /// [`Changes`] has an example.
     pub fn changes(&self) -> Result<Changes, Error> {
-        let (_, spans) = self.take_changes("changes")?;
-        let runs: Vec<_> = self.offsets_of(&spans).collect();
+        let written = self.record_for(RecordFor::Changes, "changes")?;
+        let spans = self.take_written(written, self.served.target.all())?;
+        let runs: Vec<_> = spans.iter().map(|span| self.clipped(*span)).collect();
         Ok(Changes { runs: runs.into_iter() })
     }
 
@@ -107,8 +108,9 @@ impl AnyRegion {
         file: &File,
         read: impl FnMut(u64, &mut [u8]) -> Result<(), Error>,
     ) -> Result<Changes, Error> {
-        let (written, spans) = self.take_changes("save_changes")?;
-        let runs: Vec<_> = self.offsets_of(&spans).collect();
+        let written = self.record_for(RecordFor::Changes, "save_changes")?;
+        let spans = self.take_written(written, self.served.target.all())?;
+        let runs: Vec<_> = spans.iter().map(|span| self.clipped(*span)).collect();
         if let Err(error) = self.write_sparse(file, &runs, read) {
             written.give_back(&spans);
             return Err(error);
@@ -116,27 +118,33 @@ impl AnyRegion {
         Ok(Changes { runs: runs.into_iter() })
     }
 
-    fn take_changes(&self, call: &str) -> Result<(&WrittenPages, Vec<Span>), Error> {
-        let name = self.name();
-        let Some(written) = self.served.written.as_deref() else {
-            let what = format!("region {name} does not track changes: build it with track_changes()");
-            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::TrackChanges));
+    /// The record of written pages, if it is kept for a use.
+    pub(super) fn record_for(&self, used_for: RecordFor, call: &str) -> Result<&WrittenPages, Error> {
+        let (name, option) = (self.name(), used_for.option());
+        let written = self.served.written.as_deref().filter(|written| written.used_for == used_for);
+        let Some(written) = written else {
+            let what = format!("region {name} has no record for {call}(): build it with {option}()");
+            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(option));
         };
         if !self.server.is_of_this_process() {
             let what = format!("region {name}: it belongs to the parent process: call {call}() there");
             return Err(Error::new(ErrorKind::ForkedChild, what));
         }
-        let (target, size) = (&self.served.target, self.served.page_size());
-        let taken = written.take(target.addresses(target.all()), size, &self.served.pages);
-        taken.map(|spans| (written, spans)).map_err(|errno| not_taken(name, errno))
+        Ok(written)
     }
 
-    fn offsets_of(&self, spans: &[Span]) -> impl Iterator<Item = Range<u64>> {
-        let (size, len) = (self.served.page_size(), self.len() as u64);
-        spans.iter().map(move |span| {
-            let offsets = size.offsets(*span);
-            offsets.start..offsets.end.min(len)
-        })
+    /// Takes the written pages of a span, and arms them again.
+    pub(super) fn take_written(&self, written: &WrittenPages, span: Span) -> Result<Vec<Span>, Error> {
+        let target = &self.served.target;
+        let addresses = (target.addresses(target.all()), self.served.page_size());
+        let taken = written.take(addresses, span, &self.served.pages);
+        taken.map_err(|errno| not_taken(self.name(), errno))
+    }
+
+    /// The offsets of a span, as far as the region has bytes.
+    pub(super) fn clipped(&self, span: Span) -> Range<u64> {
+        let offsets = self.served.page_size().offsets(span);
+        offsets.start..offsets.end.min(self.len() as u64)
     }
 
     fn write_sparse(

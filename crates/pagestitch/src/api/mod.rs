@@ -6,6 +6,7 @@
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `changes` | the pages that were written, and a file with their bytes |
+//! | `write_back` | written pages go to their sources |
 //! | `prefetch` | a prefetch in progress |
 //! | `shard` | the shards of a region |
 //! | `region` | a region that owns its range |
@@ -30,6 +31,7 @@ mod scope;
 mod shard;
 mod shared;
 mod userfaultfds;
+mod write_back;
 
 pub use adopted::AdoptedRegion;
 pub use any::AnyRegion;
@@ -40,3 +42,4 @@ pub use region::Region;
 pub use scope::{Scope, ScopedBuilder, ScopedRegion, scope};
 pub use shard::Shard;
 pub use shared::SharedRegion;
+pub use write_back::WriteBack;

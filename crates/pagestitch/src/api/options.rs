@@ -4,7 +4,7 @@ use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::Readahead;
 use crate::reclaim::Budget;
 use crate::serve::Demands;
-use crate::space::ServeOptions;
+use crate::space::{RecordFor, ServeOptions};
 use pagestitch_kernel::Access;
 
 /// All options of a builder. The defaults are those of [`Builder`](crate::Builder).
@@ -25,6 +25,8 @@ pub(super) struct Options {
     pub(super) inherit_on_fork: bool,
     pub(super) release_sources: bool,
     pub(super) budget: Option<Budget>,
+    /// True if the user has asked for two uses of the record of written pages.
+    pub(super) two_records: bool,
     pub(super) serve_options: ServeOptions,
 }
 
@@ -43,6 +45,7 @@ impl Default for Options {
             inherit_on_fork: false,
             release_sources: false,
             budget: None,
+            two_records: false,
             serve_options: ServeOptions::default(),
         }
     }
@@ -55,9 +58,15 @@ impl Options {
         self.name.as_deref().unwrap_or(Self::UNNAMED)
     }
 
+    /// Asks for a record of written pages.
+    pub(super) fn record_writes(&mut self, used_for: RecordFor) {
+        let before = self.serve_options.record_of_writes.replace(used_for);
+        self.two_records |= before.is_some_and(|before| before != used_for);
+    }
+
     /// The demands of the region on its server.
     pub(super) const fn demands(&self, adopted: bool) -> Demands {
-        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _, track_changes } =
+        let ServeOptions { record_latency, max_in_flight, record, replay, reporter: _, record_of_writes } =
             &self.serve_options;
         Demands {
             adopted,
@@ -72,7 +81,10 @@ impl Options {
             shards: self.has_shards(),
             report_discards: matches!(self.report_discards, Some(true)),
             timed: *record_latency,
-            tracked: *track_changes,
+            tracked: match record_of_writes {
+                Some(used_for) => Some(used_for.option()),
+                None => None,
+            },
         }
     }
 
@@ -112,22 +124,27 @@ impl Options {
 
     /// Refuses options that exclude a record of written pages.
     fn check_tracked(&self, adopted: bool) -> Result<(), Error> {
-        let tracked = self.serve_options.track_changes;
+        let Some(option) = self.serve_options.record_of_writes.map(RecordFor::option) else { return Ok(()) };
         refuse_first([
             (
-                adopted && tracked,
-                BuildOption::TrackChanges,
-                "only the owner of adopted memory can protect its pages: leave out track_changes()",
+                adopted,
+                option,
+                "only the owner of adopted memory can protect its pages: leave out track_changes() and write_back()",
             ),
             (
-                tracked && self.access != Access::Writable,
-                BuildOption::TrackChanges,
+                self.access != Access::Writable,
+                option,
                 "a read-only region does not change: add writable(), or leave out track_changes()",
             ),
             (
-                self.inherit_on_fork && tracked,
-                BuildOption::TrackChanges,
-                "forked children write to pages of their own: leave out track_changes() or inherit_on_fork()",
+                self.inherit_on_fork,
+                option,
+                "forked children write to pages of their own: leave out inherit_on_fork(), or track_changes() and write_back()",
+            ),
+            (
+                self.two_records,
+                option,
+                "each written page is found once, by changes() or by flush(): leave out track_changes() or write_back()",
             ),
         ])
     }

@@ -80,7 +80,7 @@ fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;
     }
-    if options.serve_options.track_changes {
+    if options.serve_options.record_of_writes.is_some() {
         wanted = wanted
             | Features::WRITE_PROTECT
             | Features::WRITE_PROTECT_UNPOPULATED

@@ -36,6 +36,8 @@ pub enum BuildOption {
     TrackChanges,
     /// [`Builder::budget`](crate::Builder::budget), or [`Budget::bytes`](crate::Budget::bytes).
     Budget,
+    /// [`Builder::write_back`](crate::Builder::write_back).
+    WriteBack,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -71,6 +73,7 @@ impl fmt::Display for BuildOption {
             Self::ReleaseSources => "release_sources",
             Self::TrackChanges => "track_changes",
             Self::Budget => "budget",
+            Self::WriteBack => "write_back",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

@@ -133,8 +133,8 @@ pub(crate) struct Demands {
     pub(crate) report_discards: bool,
     /// The parts of faults are timed.
     pub(crate) timed: bool,
-    /// Written pages are recorded.
-    pub(crate) tracked: bool,
+    /// The option that asks for a record of written pages.
+    pub(crate) tracked: Option<BuildOption>,
 }
 
 /// The number of all threads that fill their own pages.

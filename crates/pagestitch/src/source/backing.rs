@@ -2,6 +2,7 @@
 
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
+use super::writable::WritableSource;
 use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
 use pagestitch_kernel::PageSize;
@@ -31,6 +32,20 @@ impl Backing {
     /// A source that is read, or the source that it wraps if that needs no read.
     pub(crate) fn of_source<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         source.direct().and_then(Self::direct).unwrap_or_else(|| Self::Read(ReadSource::new(source)))
+    }
+
+    /// A source to which written pages go.
+    pub(crate) fn of_writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
+        let writer: Arc<dyn WritableSource> = Arc::new(Arc::clone(&source));
+        Self::Read(ReadSource { writer: Some(writer), ..ReadSource::new(source) })
+    }
+
+    /// The source, if written pages go there.
+    pub(crate) fn writer(&self) -> Option<&dyn WritableSource> {
+        match self {
+            Self::Read(read) => read.writer.as_deref(),
+            _ => None,
+        }
     }
 
     fn direct(source: &dyn Any) -> Option<Self> {
@@ -153,6 +168,7 @@ impl Backing {
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
             Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
             Self::Hole(_) => of(Kind::Hole, 0),
+            Self::Read(ReadSource { address, writer: Some(_), .. }) => of(Kind::Written, *address),
             Self::Read(read) => of(Kind::Read, read.address),
             Self::Fetched(fetched) => of(Kind::Fetched, fetched.address()),
             Self::Mapped(_) => None,
@@ -168,6 +184,8 @@ pub(crate) struct ReadSource {
     address: usize,
     /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
     file: Option<Arc<File>>,
+    /// The same source, if written pages go there.
+    writer: Option<Arc<dyn WritableSource>>,
 }
 
 impl ReadSource {
@@ -176,7 +194,7 @@ impl ReadSource {
         let file = (&source as &dyn Any).downcast_ref::<Arc<FileSource>>();
         let file = file.map(|source| Arc::clone(source.file()));
         // An unsized source cannot become a `dyn Source`, but the `Arc` around it can.
-        Self { source: Arc::new(source), address, file }
+        Self { source: Arc::new(source), address, file, writer: None }
     }
 }
 
@@ -201,6 +219,7 @@ enum Kind {
     Shared(SharedKind),
     Hole,
     Read,
+    Written,
     Fetched,
 }
 

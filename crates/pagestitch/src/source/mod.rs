@@ -13,6 +13,7 @@
 //! | [`Physical`] | in `/dev/mem`, or a PCI resource | mapped in place, and changing; else copied |
 //! | [`LazyMemfd`] | in a memfd that is filled later | mapped in place after the memfd is filled |
 //! | [`FileSource`] | in a file, read at an offset | read into a buffer, then copied |
+//! | [`WritableFile`], your own [`WritableSource`] | as a file or source that is read, and takes written pages back | read into a buffer, then copied |
 //! | [`Hole`] | zeros | the kernel's zero page |
 //! | your own [`Fetch`] | delivered later by your own thread | fetched while workers serve other faults, then copied |
 //! | your own [`Source`] | read on demand | read into a buffer, then copied |
@@ -71,6 +72,7 @@ mod memfd;
 mod memory;
 mod retrying;
 mod shared;
+mod writable;
 
 pub use crate::error::{Failure, FailureReason};
 pub(crate) use backing::{Backing, Identity};
@@ -93,3 +95,5 @@ pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
 pub use pagestitch_kernel::shared::{Alias, AliasError, FileError, SharedFile};
 pub use retrying::Retrying;
 pub(crate) use shared::Shared;
+pub(crate) use writable::write_all;
+pub use writable::{WritableFile, WritableSource};

@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::policy::OnFailure;
 use crate::source::{
     Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, ImmutableFile, LazyMemfd, Memfd, Memory,
-    Pages, Physical, Shared, SharedFile, Source,
+    Pages, Physical, Shared, SharedFile, Source, WritableSource,
 };
 use bytes::Bytes;
 use pagestitch_kernel::memfd::SealedMemfd;
@@ -60,6 +60,28 @@ impl Chunk {
     /// ```
     pub fn source<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::of_source(source))
+    }
+
+    /// All bytes of a source that takes written pages back, in a region that is built
+    /// [`write_back`](crate::Builder::write_back). In another region, writes stay in the region. Each byte
+    /// belongs to one chunk at most: a chunk sees no write of another one.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, ErrorKind, Pool, Region, WriteBack};
+    /// # use std::sync::{Arc, Mutex};
+    /// let bytes = Arc::new(Mutex::new(vec![7u8; 10_000]));
+    /// let builder = Region::builder().chunk(Chunk::writable(Arc::clone(&bytes))).write_back(WriteBack::ToSource);
+    /// let region = match builder.build_shared(&Pool::new()?) {
+    ///     Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),  // Linux before 6.7
+    ///     built => built?,
+    /// };
+    /// region.write_at(5_000, b"written")?;
+    /// region.flush(..)?;
+    /// assert_eq!(&bytes.lock().unwrap()[5_000..5_007], b"written");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
+        Self::whole(Backing::of_writable(source))
     }
 
     /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take

@@ -455,6 +455,14 @@ impl Layout {
         Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
     }
 
+    /// The number and source name of the first chunk to which written pages cannot go. Padding has no
+    /// bytes of worth.
+    pub(crate) fn first_unwritable(&self) -> Option<(usize, String)> {
+        let is_lost = |&chunk: &usize| self.backing_of(chunk).writer().is_none() && !self.is_padding(chunk);
+        let chunk = (0..self.chunks()).find(is_lost)?;
+        Some((self.number_of(chunk), self.backing_of(chunk).source().name()))
+    }
+
     /// The number and source name of the first chunk that is memory to which others write.
     pub(crate) fn first_written_by_others(&self) -> Option<(usize, String)> {
         let is_shared = |backing: &Backing| match backing {

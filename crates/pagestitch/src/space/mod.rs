@@ -53,7 +53,7 @@ pub(crate) use shards::Shards;
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
-pub(crate) use written::WrittenPages;
+pub(crate) use written::{RecordFor, WrittenPages};
 
 use crate::method::PlanReason;
 use crate::metrics::{Counters, Coverage, Presence};
@@ -146,8 +146,8 @@ pub(crate) struct ServeOptions {
     pub(crate) record: bool,
     pub(crate) replay: Option<Recording>,
     pub(crate) reporter: Option<FailureCallback>,
-    /// True if the kernel records which pages are written.
-    pub(crate) track_changes: bool,
+    /// The use of the kernel's record of written pages, if it keeps one.
+    pub(crate) record_of_writes: Option<RecordFor>,
 }
 
 /// The tables with an entry for each page.
@@ -161,8 +161,8 @@ impl PageTables {
     pub(crate) fn new(pages: usize, serve_options: &ServeOptions) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
         let recorder = serve_options.record.then(|| TouchRecorder::new(pages)).transpose()?;
-        let written = serve_options.track_changes.then(|| WrittenPages::new(pages)).transpose()?;
-        let written = written.map(Box::new);
+        let written = serve_options.record_of_writes.map(|used_for| WrittenPages::new(pages, used_for));
+        let written = written.transpose()?.map(Box::new);
         Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder, written })
     }
 }

@@ -10,17 +10,43 @@
 //! reported pages. One that is found absent is reported again. One that was filled again arrives
 //! without a marker, which counts as written.
 
+use crate::error::{BuildOption, Failure};
 use crate::space::page_table::{PageState, PageTable};
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// The use of a record of written pages. Each written page is found once, so there is one use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RecordFor {
+    /// The caller asks which pages have changed.
+    Changes,
+    /// Written pages go to their sources. A page that was discarded has the bytes of its source, which
+    /// is no change.
+    WriteBack,
+}
+
+impl RecordFor {
+    /// The option that asks for the record.
+    pub(crate) const fn option(self) -> BuildOption {
+        match self {
+            Self::Changes => BuildOption::TrackChanges,
+            Self::WriteBack => BuildOption::WriteBack,
+        }
+    }
+}
 
 /// Finds the written pages of a region.
 #[derive(Debug)]
 pub(crate) struct WrittenPages {
+    pub(crate) used_for: RecordFor,
+    /// The offsets of flushes whose sync has failed, with the failures. Locked by each flush.
+    pub(crate) failed_syncs: Mutex<Vec<(Range<u64>, Arc<Failure>)>>,
     scan: PageScan,
     /// A bit for each page that was reported, and may have other bytes than its sources since.
     reported: AtomicTable,
@@ -36,12 +62,31 @@ struct Turn {
     bounds: Option<Span>,
 }
 
+impl Turn {
+    /// Takes the returned pages of a span.
+    fn take_returned(&mut self, span: Span) -> Vec<Span> {
+        let mut taken = Vec::new();
+        for returned in std::mem::take(&mut self.returned) {
+            let inside = gap(returned.first.max(span.first), returned.end().min(span.end()));
+            if inside.is_empty() {
+                self.returned.push(returned);
+                continue;
+            }
+            taken.push(inside);
+            let rest = [gap(returned.first, inside.first), gap(inside.end(), returned.end())];
+            self.returned.extend(rest.into_iter().filter(|rest| !rest.is_empty()));
+        }
+        taken
+    }
+}
+
 impl WrittenPages {
     /// For a region of `pages` pages.
-    pub(super) fn new(pages: NonZeroUsize) -> Result<Self, Errno> {
+    pub(super) fn new(pages: NonZeroUsize, used_for: RecordFor) -> Result<Self, Errno> {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
-        Ok(Self { scan: PageScan::open()?, reported, turn: Mutex::default() })
+        let (failed_syncs, turn) = (Mutex::default(), Mutex::default());
+        Ok(Self { used_for, failed_syncs, scan: PageScan::open()?, reported, turn })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
@@ -57,23 +102,23 @@ impl WrittenPages {
         span.prefix(other.unwrap_or(span.pages))
     }
 
-    /// The pages that were written since the last call, ascending, as runs that do not touch. After an
+    /// The pages of a span that were written since the last call, ascending, as runs that do not touch. After an
     /// error, they are left for the next call. `range` has the addresses of all pages.
     pub(crate) fn take(
         &self,
-        range: AddressRange,
-        size: PageSize,
+        (range, size): (AddressRange, PageSize),
+        span: Span,
         pages: &PageTable,
     ) -> Result<Vec<Span>, Errno> {
         let at = Addresses { range, size };
         let mut turn = self.turn.lock();
-        let mut found = std::mem::take(&mut turn.returned);
+        let mut found = turn.take_returned(span);
         let taken = self
             .take_discarded(&at, &turn, &mut found)
-            .and_then(|()| self.take_written(&at, pages, &mut turn, &mut found));
+            .and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut found));
         let found = merged(found);
         if let Err(errno) = taken {
-            turn.returned = found;
+            turn.returned.extend(found);
             return Err(errno);
         }
         Ok(found)
@@ -85,6 +130,9 @@ impl WrittenPages {
     }
 
     fn set_reported(&self, span: Span, turn: &mut Turn) {
+        if self.used_for == RecordFor::WriteBack {
+            return;
+        }
         for (word, bits) in words(span) {
             self.reported[word].fetch_or(bits, Ordering::SeqCst);
         }
@@ -139,11 +187,12 @@ impl WrittenPages {
     fn take_written(
         &self,
         at: &Addresses,
+        span: Span,
         pages: &PageTable,
         turn: &mut Turn,
         found: &mut Vec<Span>,
     ) -> Result<(), Errno> {
-        self.scan.take_written(at.range, |run, in_memory| {
+        self.scan.take_written(at.range_of(span), |run, in_memory| {
             let span = at.span_of(run);
             let from = found.len();
             if in_memory {
@@ -237,6 +286,15 @@ mod tests {
     }
 
     #[test]
+    fn returned_pages_are_taken_by_the_span_that_holds_them() {
+        let mut turn = Turn { returned: vec![span(0, 10), span(20, 5)], bounds: None };
+        assert_eq!(turn.take_returned(span(4, 3)), [span(4, 3)]);
+        assert_eq!(merged(turn.returned.clone()), [span(0, 4), span(7, 3), span(20, 5)]);
+        assert_eq!(merged(turn.take_returned(span(0, 100))).len(), 3);
+        assert_eq!(turn.returned, []);
+    }
+
+    #[test]
     fn the_words_of_a_span_hold_its_bits() {
         let bits: Vec<_> = words(span(62, 67)).collect();
         assert_eq!(bits, [(0, 0b11 << 62), (1, u64::MAX), (2, 1)]);
@@ -245,7 +303,7 @@ mod tests {
 
     #[test]
     fn pages_arrive_alike_up_to_the_first_reported_one() {
-        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap()).unwrap();
+        let written = WrittenPages::new(NonZeroUsize::new(200).unwrap(), RecordFor::Changes).unwrap();
         written.set_reported(span(70, 2), &mut Turn::default());
         assert_eq!(written.alike(span(0, 200)), span(0, 70));
         assert_eq!(written.alike(span(70, 130)), span(70, 2));

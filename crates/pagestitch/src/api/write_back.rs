@@ -1,0 +1,153 @@
+//! Write-back: written pages go to their sources, by a flush, and when the region is dropped.
+
+use crate::api::AnyRegion;
+use crate::api::refused::refused;
+use crate::error::{Error, FailureReason};
+use crate::guard::guarded;
+use crate::source::{Backing, WritableSource, write_all};
+use crate::space::layout::Piece;
+use crate::space::{RecordFor, Target, WrittenPages};
+use pagestitch_kernel::{Errno, Span};
+use std::ops::{Range, RangeBounds};
+use std::sync::Arc;
+use std::{io, ptr};
+
+/// The place to which written pages of a region go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum WriteBack {
+    /// The sources of the chunks, which are all [writable](crate::Chunk::writable).
+    ToSource,
+}
+
+impl AnyRegion {
+    /// Writes the pages of a range that were written since the last flush to their sources, and syncs
+    /// these. When it returns, each write that was complete before the call is in its source, and
+    /// synced. Neighbouring pages go as one write, up to 1 MiB.
+    ///
+    /// * **Concurrent writes.** A page that is written during the call is written back with some of its
+    ///   bytes, and again by the next flush. Flushes of one region wait for each other.
+    /// * **Whole pages** go back: the other bytes of a written page go along. Padding does not go back.
+    /// * **A kill** during the call leaves old or new bytes in each page of a file. After a power cut,
+    ///   the same holds for pages that a finished flush has synced; others depend on the file system.
+    /// * **Discarded pages** (`MADV_DONTNEED`) that were not flushed lose their writes.
+    /// * **Devices** that write to pinned pages leave no record, as for [`changes`](Self::changes).
+    ///
+    /// The drop of the region flushes too. It can only log its errors, so flush before the drop.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::SourceFailed`](crate::ErrorKind::SourceFailed) names the first chunk whose source has
+    /// failed, the offset in the source, and its error. The pages that were not written stay dirty: the
+    /// next flush writes them. After a failed sync, written bytes may be lost: each later flush that
+    /// meets the range returns this error. [`ErrorKind::OptionConflict`](crate::ErrorKind::OptionConflict)
+    /// unless the region is built [`write_back`](crate::Builder::write_back).
+    /// [`ErrorKind::OutOfRange`](crate::ErrorKind::OutOfRange) if the range leaves the region.
+    ///
+    /// [`Chunk::writable`](crate::Chunk::writable) has an example.
+    pub fn flush(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
+        let span = self.span(range)?;
+        let written = self.record_for(RecordFor::WriteBack, "flush")?;
+        let offsets = self.served.page_size().offsets(span);
+        // One flush at a time, because a flush that finds a page clean must not return before another
+        // one has written and synced its bytes.
+        let mut failed_syncs = written.failed_syncs.lock();
+        let (sources, first_error) = self.write_dirty(written, span)?;
+        for piece in sources {
+            if let Err(error) = ask(piece.backing, |writer| writer.sync()) {
+                failed_syncs.push((offsets.clone(), Arc::new(piece.failed(error))));
+            }
+        }
+        first_error.map_or(Ok(()), Err)?;
+        let meets = |range: &Range<u64>| range.start < offsets.end && offsets.start < range.end;
+        match failed_syncs.iter().find(|(range, _)| meets(range)) {
+            Some((_, failure)) => Err(Error::of_failure(self.name(), Arc::clone(failure))),
+            None => Ok(()),
+        }
+    }
+
+    /// Flushes before the end of the region. Nothing is left to return an error to.
+    pub(super) fn flush_at_end(&self) {
+        let writes_back = |written: &WrittenPages| written.used_for == RecordFor::WriteBack;
+        if !self.served.written.as_deref().is_some_and(writes_back) {
+            return;
+        }
+        if let Err(error) = self.flush(..) {
+            log!(error, region = self.name(), %error, "written pages are lost: flush before the drop");
+        }
+    }
+
+    /// Writes the dirty pages of a span; the pages of a run with an error stay dirty. Returns a piece of
+    /// each source that was written, and the first error.
+    fn write_dirty(
+        &self,
+        written: &WrittenPages,
+        span: Span,
+    ) -> Result<(Vec<Piece<'_>>, Option<Error>), Error> {
+        let (mut sources, mut first_error) = (Vec::new(), None);
+        let mut buffer = vec![0; WRITTEN_AT_ONCE.min(self.len())];
+        // The pages are armed again before their bytes are read, so that a later write is found.
+        for run in self.take_written(written, span)? {
+            if let Err(error) = self.write_run(run, &mut buffer, &mut sources) {
+                written.give_back(&[run]);
+                first_error.get_or_insert(error);
+            }
+        }
+        Ok((sources, first_error))
+    }
+
+    fn write_run<'r>(
+        &'r self,
+        run: Span,
+        buffer: &mut [u8],
+        sources: &mut Vec<Piece<'r>>,
+    ) -> Result<(), Error> {
+        let offsets = self.clipped(run);
+        for start in offsets.clone().step_by(buffer.len()) {
+            let bytes = (offsets.end - start).min(buffer.len() as u64) as usize;
+            self.read_pages(start, &mut buffer[..bytes])?;
+            let mut rest = &buffer[..bytes];
+            for piece in self.served.layout.pieces(start..start + bytes as u64) {
+                let (now, later) = rest.split_at(piece.bytes as usize);
+                rest = later;
+                // Padding has none.
+                if piece.backing.writer().is_none() {
+                    continue;
+                }
+                let answer = ask(piece.backing, |writer| write_all(writer, piece.offset, now));
+                let failed = answer.map_err(|error| Arc::new(piece.failed(error)));
+                failed.map_err(|failure| Error::of_failure(self.name(), failure))?;
+                if !sources.iter().any(|known: &Piece<'_>| ptr::eq(known.backing, piece.backing)) {
+                    sources.push(piece);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies the current bytes of pages. One that was discarded meanwhile is filled again.
+    fn read_pages(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        let Target::Owned(reservation) = &self.served.target else {
+            unreachable!("adopted memory has no record of writes")
+        };
+        let mut read = reservation.read_at(offset, into);
+        if read == Err(Errno::EFAULT) {
+            self.filled(offset, into.len())?;
+            read = reservation.read_at(offset, into);
+        }
+        read.map_err(|errno| {
+            let range = offset..offset + into.len() as u64;
+            refused(self, "written back", &range, errno)
+        })
+    }
+}
+
+/// Calls the source of written pages; its panic is an error.
+fn ask(backing: &Backing, call: impl FnOnce(&dyn WritableSource) -> io::Result<()>) -> io::Result<()> {
+    let Some(writer) = backing.writer() else { return Ok(()) };
+    let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
+    guarded(|| call(writer)).unwrap_or_else(panicked)
+}
+
+/// The most bytes of one write.
+const WRITTEN_AT_ONCE: usize = 1 << 20;

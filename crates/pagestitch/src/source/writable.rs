@@ -1,0 +1,228 @@
+//! Sources that take bytes back.
+
+use super::contract::Source;
+use super::file::read_exact;
+use crate::error::{Error, ErrorKind, FailureReason};
+use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::limits::with_descriptors;
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+/// A source that takes bytes back: written pages of a region that is built
+/// [`write_back`](crate::Builder::write_back) go there.
+///
+/// # Contract
+///
+/// * **Threads.** The callers of [`flush`](crate::AnyRegion::flush), and of the region's drop, call
+///   [`write_at`](Self::write_at) and [`sync`](Self::sync), one at a time for each region. Reads may
+///   come at the same time.
+/// * **Reads see writes.** After a write, [`read_at`](Source::read_at) returns its bytes, because a
+///   page that is discarded is read again.
+/// * **Failing.** An error leaves the pages dirty. A panic counts as an error.
+///
+/// `std::sync::Mutex<Vec<u8>>` and `RwLock<Vec<u8>>` are such sources, and so is a [`WritableFile`].
+///
+/// ```
+/// use pagestitch::source::WritableSource;
+/// use pagestitch::{Chunk, Source};
+/// use std::io;
+/// use std::sync::{Arc, Mutex};
+///
+/// /// A store that keeps its bytes in memory, and counts the calls of sync.
+/// struct Store(Mutex<(Vec<u8>, usize)>);
+///
+/// impl Source for Store {
+///     fn size(&self) -> u64 {
+///         self.0.lock().unwrap().0.len() as u64
+///     }
+///     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+///         into.copy_from_slice(&self.0.lock().unwrap().0[offset as usize..][..into.len()]);
+///         Ok(())
+///     }
+/// }
+///
+/// impl WritableSource for Store {
+///     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+///         self.0.lock().unwrap().0[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+///         Ok(bytes.len())
+///     }
+///     fn sync(&self) -> io::Result<()> {
+///         self.0.lock().unwrap().1 += 1;
+///         Ok(())
+///     }
+/// }
+/// let chunk = Chunk::writable(Arc::new(Store(Mutex::new((vec![7; 10_000], 0)))));
+/// # let _ = chunk;
+/// ```
+pub trait WritableSource: Source {
+    /// Writes the first bytes of `bytes` at `offset`, at least one; returns their number. The rest is
+    /// written by further calls.
+    ///
+    /// # Errors
+    ///
+    /// The reason why none was written. [`io::ErrorKind::Interrupted`] repeats the call.
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Returns when all written bytes are where they outlive the process, or the machine.
+    ///
+    /// # Errors
+    ///
+    /// Bytes that were written may be lost. The region returns the error for each later flush of the
+    /// range.
+    fn sync(&self) -> io::Result<()>;
+}
+
+/// A pointer to such a source is one.
+impl<S: WritableSource + ?Sized> WritableSource for Arc<S> {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        (**self).write_at(offset, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        (**self).sync()
+    }
+}
+
+/// Writes all bytes, in as many calls as it takes.
+pub(crate) fn write_all(source: &dyn WritableSource, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match source.write_at(offset + done as u64, &bytes[done..]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => done += written.min(bytes.len() - done),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// A file, memfd or block device that is read with `pread(2)` and written with `pwrite(2)`. It does
+/// not grow.
+///
+/// ```
+/// use pagestitch::source::{UnsealedMemfd, WritableFile};
+/// use pagestitch::Chunk;
+/// use std::sync::Arc;
+///
+/// let memfd = UnsealedMemfd::create("table", 1 << 20)?.file().try_clone()?;
+/// let chunk = Chunk::writable(Arc::new(WritableFile::from_file(memfd, "table")?));
+/// # let _ = chunk;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct WritableFile {
+    file: fs::File,
+    size: u64,
+    path: PathBuf,
+}
+
+impl WritableFile {
+    /// Opens a file for reading and writing.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Io`] if the file cannot be opened; [`ErrorKind::UnusableFile`] for a directory or
+    /// a pipe.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        // Non-blocking, because the open of a named pipe would wait for a reader. Files ignore it.
+        let options = fs::OpenOptions::new().read(true).write(true).custom_flags(O_NONBLOCK).clone();
+        let file =
+            with_descriptors(|| options.open(path)).map_err(|error| Error::io("cannot open", path, error))?;
+        Self::from_file(file, path)
+    }
+
+    /// Uses a file that is already open for reading and writing. `path` names it in plans and errors.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn from_file(file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
+        use std::io::{Seek, SeekFrom};
+        let path = path.into();
+        let failed = |error| Error::io("cannot use", &path, error);
+        let kind = file.metadata().map_err(failed)?.file_type();
+        if kind.is_dir() {
+            let what = format!("{} is a directory: name a file in it", path.display());
+            return Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path));
+        }
+        // A block device's metadata has length 0; seeking finds its end. A pipe cannot seek.
+        let size = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
+        Ok(Self { file, size, path })
+    }
+}
+
+impl Source for WritableFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        read_exact(&self.file, offset, into)
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+}
+
+impl WritableSource for WritableFile {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        // A truncated file must not grow again with a hole in it.
+        if self.file.metadata()?.file_type().is_file() && self.file.metadata()?.len() < offset {
+            let what = format!("the file ends before byte {offset}: it was truncated while in use");
+            return Err(FailureReason::Truncated.error(what));
+        }
+        self.file.write_at(bytes, offset)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+/// Implements both traits for a lock around bytes. A poisoned lock is used on, because a copy of bytes
+/// leaves no state behind.
+macro_rules! source_for_locks {
+    ($($lock:ident $read:ident $write:ident),*) => {$(
+        /// The bytes of the owner, which may read them at any time. The length does not change.
+        impl Source for $lock<Vec<u8>> {
+            fn size(&self) -> u64 {
+                self.$read().unwrap_or_else(PoisonError::into_inner).len() as u64
+            }
+
+            fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+                let bytes = self.$read().unwrap_or_else(PoisonError::into_inner);
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                let wanted = bytes.get(start..).and_then(|rest| rest.get(..into.len()));
+                into.copy_from_slice(wanted.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+
+            fn name(&self) -> String {
+                String::from("memory")
+            }
+        }
+
+        /// Copies the bytes in. There is nothing to sync.
+        impl WritableSource for $lock<Vec<u8>> {
+            fn write_at(&self, offset: u64, from: &[u8]) -> io::Result<usize> {
+                let mut bytes = self.$write().unwrap_or_else(PoisonError::into_inner);
+                let start = usize::try_from(offset).unwrap_or(usize::MAX);
+                let into = bytes.get_mut(start..).and_then(|rest| rest.get_mut(..from.len()));
+                into.ok_or(io::ErrorKind::UnexpectedEof)?.copy_from_slice(from);
+                Ok(from.len())
+            }
+
+            fn sync(&self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+    )*};
+}
+
+source_for_locks!(Mutex lock lock, RwLock read write);

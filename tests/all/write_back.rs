@@ -1,0 +1,324 @@
+//! Write-back: written pages reach their sources by a flush or by the drop, and no error loses one.
+
+use crate::changes::records_no_writes;
+use crate::{PAGE, pattern};
+use nix::libc::{EIO, ENOSPC};
+use pagestitch::source::{WritableFile, WritableSource};
+use pagestitch::{BuildOption, Chunk, Eager, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
+use pagestitch_testkit::{child, this_test};
+use proptest::prelude::*;
+use std::fs::{self, File};
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+/// A source that logs its writes, and fails on demand.
+#[derive(Default)]
+struct Disk(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    writes: Vec<(u64, usize)>,
+    syncs: usize,
+    /// Writes that meet these bytes fail with this errno.
+    failing: Option<(Range<u64>, i32)>,
+    sync_fails: bool,
+    /// The most bytes of one write; 0 for no limit.
+    most: usize,
+}
+
+impl Disk {
+    fn of(bytes: &[u8]) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(State { bytes: bytes.to_vec(), ..State::default() })))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn writes(&self) -> Vec<(u64, usize)> {
+        std::mem::take(&mut self.state().writes)
+    }
+}
+
+impl Source for Disk {
+    fn size(&self) -> u64 {
+        self.state().bytes.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        into.copy_from_slice(&self.state().bytes[offset as usize..][..into.len()]);
+        Ok(())
+    }
+}
+
+impl WritableSource for Disk {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        let mut state = self.state();
+        let end = offset + bytes.len() as u64;
+        if let Some((failing, errno)) = &state.failing {
+            if offset < failing.end && failing.start < end {
+                return Err(io::Error::from_raw_os_error(*errno));
+            }
+        }
+        let written = if state.most > 0 { bytes.len().min(state.most) } else { bytes.len() };
+        state.bytes[offset as usize..][..written].copy_from_slice(&bytes[..written]);
+        state.writes.push((offset, written));
+        Ok(written)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.state();
+        state.syncs += 1;
+        if state.sync_fails { Err(io::Error::from_raw_os_error(EIO)) } else { Ok(()) }
+    }
+}
+
+fn written_back(chunks: impl IntoIterator<Item = Chunk>) -> SharedRegion {
+    let builder = Region::builder().chunks(chunks).write_back(WriteBack::ToSource);
+    builder.build_shared(&Pool::new().unwrap()).unwrap()
+}
+
+fn at(page: usize) -> u64 {
+    (page * PAGE) as u64
+}
+
+#[test]
+fn a_flush_writes_neighbouring_dirty_pages_at_once_and_syncs() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let bytes = pattern(1, 20 * PAGE + 50);
+    let disk = Disk::of(&bytes);
+    let region = written_back([Chunk::writable(Arc::clone(&disk))]);
+    region.flush(..).unwrap();
+    assert_eq!((disk.writes(), disk.state().syncs), (vec![], 0), "nothing is dirty");
+    region.write_at(at(3) + 4090, b"three pages").unwrap();
+    region.write_at(at(5), b"a").unwrap();
+    region.write_at(at(20) + 49, b"z").unwrap();
+    region.flush(at(4)..at(5)).unwrap();
+    assert_eq!(disk.writes(), [(at(4), PAGE)], "the page of the range alone");
+    region.flush(..).unwrap();
+    assert_eq!(disk.writes(), [(at(3), PAGE), (at(5), PAGE), (at(20), 50)]);
+    region.write_at(at(6), &[7; 3 * PAGE]).unwrap();
+    region.flush(..).unwrap();
+    assert_eq!(disk.writes(), [(at(6), 3 * PAGE)]);
+    region.flush(..).unwrap();
+    assert_eq!((disk.writes(), disk.state().syncs), (vec![], 3));
+    let mut all = vec![0; bytes.len()];
+    region.read_at(0, &mut all).unwrap();
+    assert!(disk.state().bytes == all);
+}
+
+#[test]
+fn a_page_of_several_chunks_goes_back_to_each_source() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let locks = [1, 2, 3].map(|byte| Arc::new(Mutex::new(vec![byte; 1000])));
+    let shared = Arc::new(RwLock::new(vec![4u8; 2 * PAGE]));
+    let mut chunks: Vec<_> = locks.iter().map(|lock| Chunk::writable(Arc::clone(lock))).collect();
+    chunks.push(Chunk::writable(Arc::clone(&shared)).range(100..));
+    let region = written_back(chunks);
+    region.write_at(995, b"abcdefghij").unwrap();
+    region.write_at(3_000, b"k").unwrap();
+    region.flush(..).unwrap();
+    assert_eq!(&locks[0].lock().unwrap()[994..], b"\x01abcde");
+    assert_eq!(&locks[1].lock().unwrap()[..6], b"fghij\x02");
+    assert_eq!(&shared.read().unwrap()[99..102], b"\x04k\x04");
+}
+
+#[test]
+fn an_error_keeps_the_pages_dirty_and_names_chunk_offset_and_errno() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    for errno in [EIO, ENOSPC] {
+        let disks = [Disk::of(&[1; 4 * PAGE]), Disk::of(&[2; 4 * PAGE])];
+        let region = written_back(disks.iter().map(|disk| Chunk::writable(Arc::clone(disk))));
+        disks[1].state().failing = Some((at(2)..at(3), errno));
+        for page in [1, 5, 6] {
+            region.write_at(at(page), b"new").unwrap();
+        }
+        let error = region.flush(..).unwrap_err();
+        assert_eq!((error.kind(), error.chunk()), (ErrorKind::SourceFailed, Some(1)));
+        assert_eq!(error.raw_os_error(), Some(errno));
+        assert_eq!(error.failure().unwrap().source_offset(), at(1), "where the write starts");
+        assert_eq!(disks[0].writes(), [(at(1), PAGE)], "other pages are written");
+        assert!(region.flush(..).is_err(), "the pages are still dirty");
+        disks[1].state().failing = None;
+        region.flush(..).unwrap();
+        assert_eq!(disks[1].writes(), [(at(1), 2 * PAGE)]);
+        assert_eq!(&disks[1].state().bytes[2 * PAGE..][..4], b"new\x02");
+    }
+}
+
+#[test]
+fn a_failed_sync_is_returned_by_each_later_flush_of_the_range() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let disk = Disk::of(&[1; 8 * PAGE]);
+    let region = written_back([Chunk::writable(Arc::clone(&disk))]);
+    disk.state().sync_fails = true;
+    region.write_at(at(2), b"new").unwrap();
+    assert_eq!(region.flush(at(0)..at(4)).unwrap_err().raw_os_error(), Some(EIO));
+    disk.state().sync_fails = false;
+    region.write_at(at(6), b"new").unwrap();
+    region.flush(at(4)..at(8)).unwrap();
+    for range in [at(3)..at(5), at(0)..at(1)] {
+        assert_eq!(region.flush(range).unwrap_err().raw_os_error(), Some(EIO));
+    }
+}
+
+#[test]
+fn short_writes_are_gone_on_with() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let disk = Disk::of(&[1; 4 * PAGE]);
+    let region = written_back([Chunk::writable(Arc::clone(&disk))]);
+    disk.state().most = 1000;
+    region.write_at(at(1), &[2; 2 * PAGE]).unwrap();
+    region.flush(..).unwrap();
+    assert_eq!(disk.writes().len(), (2 * PAGE).div_ceil(1000));
+    let expected = [[1; PAGE], [2; PAGE], [2; PAGE], [1; PAGE]].concat();
+    assert!(disk.state().bytes == expected);
+}
+
+#[test]
+fn the_drop_of_a_region_flushes() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let builder = |disk: &Arc<Disk>| {
+        Region::builder().chunk(Chunk::writable(Arc::clone(disk))).write_back(WriteBack::ToSource)
+    };
+    let pool = Pool::new().unwrap();
+    let disk = Disk::of(&[1; 2 * PAGE]);
+    let mut region = builder(&disk).build(&pool).unwrap();
+    region.as_mut_slice().expect("writable")[5] = 9;
+    drop(region);
+    assert_eq!(disk.state().bytes[5], 9);
+    let region = builder(&disk).build_shared(&pool).unwrap();
+    region.write_at(at(1), &[8]).unwrap();
+    let _metrics = region.close();
+    assert_eq!(disk.state().bytes[PAGE], 8);
+}
+
+#[test]
+fn a_region_that_cannot_write_back_is_refused() {
+    let pool = Pool::new().unwrap();
+    let disk = || Chunk::writable(Disk::of(&[1; PAGE]));
+    let builder = || Region::builder().write_back(WriteBack::ToSource);
+    let option = Some(BuildOption::WriteBack);
+    for chunk in [Chunk::from(vec![1u8; 10]), Chunk::hole(10)] {
+        let error = builder().chunk(disk()).chunk(chunk).build(&pool).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.option(), error.chunk()),
+            (ErrorKind::OptionConflict, option, Some(1))
+        );
+    }
+    let error = builder().chunk(disk()).track_changes().build(&pool).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::OptionConflict);
+    let error = builder().chunk(disk()).build(Eager).unwrap_err();
+    assert_eq!((error.kind(), error.option()), (ErrorKind::UnsuitableServer, option));
+    let plain = Region::builder().chunk(disk()).writable().build(&pool).unwrap();
+    assert_eq!(plain.flush(..).unwrap_err().option(), option);
+}
+
+const KILLED_PAGES: usize = 256;
+
+fn file_region(path: &Path) -> SharedRegion {
+    written_back([Chunk::writable(Arc::new(WritableFile::open(path).unwrap()))])
+}
+
+/// The child is killed while it writes whole pages and flushes them.
+#[test]
+fn a_kill_during_write_back_leaves_old_or_new_bytes_in_each_page() {
+    let body = child::body(this_test!(), |path| {
+        let region = file_region(Path::new(path));
+        for round in 1..=u8::MAX {
+            for page in 0..KILLED_PAGES {
+                region.write_at(at(page), &[round; PAGE]).unwrap();
+            }
+            println!("round {round}");
+            region.flush(..).unwrap();
+        }
+        panic!("the parent kills this process before");
+    });
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    for _ in 0..3 {
+        File::create(&path).unwrap().set_len(at(KILLED_PAGES)).unwrap();
+        let mut process = body.spawn(&path);
+        // The file changes only by a write-back.
+        crate::until(|| fs::read(&path).unwrap()[0] > 1);
+        process.kill();
+        process.wait();
+        let bytes = fs::read(&path).unwrap();
+        let rounds: Vec<u8> = bytes.chunks(PAGE).map(|page| page[0]).collect();
+        assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+        let (least, most) = (rounds.iter().min().unwrap(), rounds.iter().max().unwrap());
+        assert!(most - least <= 1, "old bytes or new ones: {rounds:?}");
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(usize, u8, usize),
+    Flush(usize, usize),
+    Reopen,
+}
+
+const SIZE: usize = 9 * PAGE + 123;
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..SIZE, any::<u8>(), 1..2 * PAGE).prop_map(|(start, byte, len)| Step::Write(start, byte, len)),
+        2 => (0..SIZE, 0..SIZE).prop_map(|(one, other)| Step::Flush(one.min(other), one.max(other))),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    #[test]
+    fn random_writes_flushes_and_reopens_are_those_of_a_vector(steps in prop::collection::vec(step(), 1..20)) {
+        if records_no_writes(this_test!()) {
+            return Ok(());
+        }
+        let mut expected = pattern(9, SIZE);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, &expected).unwrap();
+        let mut region = file_region(&path);
+        for step in steps {
+            match step {
+                Step::Write(start, byte, len) => {
+                    let bytes = vec![byte; len.min(SIZE - start)];
+                    expected[start..start + bytes.len()].copy_from_slice(&bytes);
+                    region.write_at(start as u64, &bytes).unwrap();
+                }
+                Step::Flush(start, end) => {
+                    region.flush(start as u64..end as u64).unwrap();
+                    let bytes = fs::read(&path).unwrap();
+                    prop_assert!(bytes[start..end] == expected[start..end]);
+                }
+                Step::Reopen => {
+                    drop(region);
+                    prop_assert!(fs::read(&path).unwrap() == expected);
+                    region = file_region(&path);
+                }
+            }
+            let mut all = vec![0; SIZE];
+            region.read_at(0, &mut all).unwrap();
+            prop_assert!(all == expected);
+        }
+    }
+}
