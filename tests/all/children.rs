@@ -1,6 +1,7 @@
 //! Forked children that inherit a region: each child has its own pages, filled from the same
 //! sources.
 
+use crate::machine::rounds;
 use crate::{PAGE, SetOnDrop, cannot_inherit, discard, pattern, touch, until};
 use nix::sys::signal::Signal;
 use nix::unistd::{getpid, getppid};
@@ -448,7 +449,7 @@ fn more_children_than_fit_into_one_socket_are_served() {
         let bytes = pattern(8, 8 * PAGE);
         let Some(region) = built(&bytes) else { return };
         // One after the other, so that no descriptor may be left behind.
-        for _ in 0..300 {
+        for _ in 0..rounds(300) {
             passes(forked(|| i32::from(region.as_slice() != bytes)));
         }
         let (receiver, sender) = nix::unistd::pipe().unwrap();

@@ -58,6 +58,11 @@ pub(crate) fn become_ordinary_user() {
     }
 }
 
+/// The rounds of a long test: so many, or a fifth of them in an emulated guest, whose `init` sets the variable.
+pub(crate) fn rounds(all: u64) -> u64 {
+    if std::env::var_os("PAGESTITCH_EMULATED").is_some() { all / 5 } else { all }
+}
+
 /// True if the thread or process of this folder of `/proc` sleeps, as it does in a page fault.
 fn is_asleep(folder: &Path) -> bool {
     fs::read_to_string(folder.join("stat")).is_ok_and(|stat| stat.contains(") S ") || stat.contains(") D "))

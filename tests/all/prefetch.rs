@@ -2,6 +2,7 @@
 //! their handle or their region is dropped.
 
 use crate::guests::{adopt, lacks_poison};
+use crate::machine::rounds;
 use crate::wrappers::{Noted, Prompt};
 use crate::{PAGE, comes_true, discard, serve_until, until};
 use pagestitch::source::{Fetch, Reply};
@@ -424,7 +425,7 @@ fn each_kind_of_region_is_prefetched_or_refused_by_each_server() {
 fn prefetches_end_while_others_begin_are_cancelled_and_lose_their_region() {
     let limited = Pool::builder().workers(2).max_in_flight(4).start().unwrap();
     let open = Pool::builder().workers(3).start().unwrap();
-    for round in 0..60 {
+    for round in 0..rounds(60) {
         let pool = if round % 2 == 0 { &limited } else { &open };
         let chunk = match round % 3 {
             0 => Chunk::fetch(Arc::new(Prompt::new(BYTES, 1))),

@@ -93,7 +93,11 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
     if Path::new(VERITY).exists() {
         command.env("PAGESTITCH_VERITY", VERITY);
     }
-    command.env("TMPDIR", "/tmp").env("PROPTEST_CASES", "6").env("RUST_BACKTRACE", "0");
+    command
+        .env("TMPDIR", "/tmp")
+        .env("PROPTEST_CASES", "6")
+        .env("PAGESTITCH_EMULATED", "1")
+        .env("RUST_BACKTRACE", "0");
     let ended = command.stdout(serial.try_clone()?).stderr(serial.try_clone()?).status()?;
     if !ended.success() {
         writeln!(&*serial, "{program} ended with {ended}")?;
