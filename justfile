@@ -24,6 +24,10 @@ guests:
 header:
     UPDATE_LISTINGS=1 cargo test -p pagestitch-capi
 
+# the Python package: builds its wheel, and tests it in an environment of its own
+python:
+    ci/python
+
 # what a fault costs here, beside the plain ways
 bench *args:
     cargo run --release -- bench {{ args }}

@@ -48,9 +48,9 @@ fn every_short_path_of_the_architecture_exists() {
 }
 
 #[test]
-fn the_architecture_has_at_most_320_lines() {
+fn the_architecture_has_at_most_360_lines() {
     let lines = read("ARCHITECTURE.md").lines().count();
-    assert!(lines <= 320, "ARCHITECTURE.md has grown to {lines} lines");
+    assert!(lines <= 360, "ARCHITECTURE.md has grown to {lines} lines");
 }
 
 /// A test or tool that needs to know more than an error's kind gets a method of the error for it.

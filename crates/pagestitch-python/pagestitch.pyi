@@ -1,0 +1,110 @@
+"""Scattered memory and files as one buffer, filled on first touch.
+
+>>> import pagestitch
+>>> region = pagestitch.Region([b"head", pagestitch.Hole(5000), b"tail"])
+>>> bytes(memoryview(region)[5004:])
+b'tail'
+
+`memoryview(region)`, `numpy.frombuffer(region, dtype)`, `torch.frombuffer` and `pyarrow.py_buffer` show the region without a
+copy. A page gets its bytes when it is first touched. A page whose bytes cannot be had raises SIGBUS, which ends the process:
+`read_at` and `populate` raise an exception instead.
+"""
+
+from collections.abc import Iterable
+from os import PathLike
+from types import TracebackType
+from typing import Protocol, Self, TypeAlias, final
+
+from typing_extensions import Buffer
+
+class Source(Protocol):
+    """A source that Python code implements.
+
+    `populate` and `read_at` read it. Its pages are shown after `populate()` of the whole region only, because no Python code
+    can run behind a touch of a page: the touching thread may hold the interpreter's lock.
+    """
+
+    @property
+    def size(self) -> int:
+        """The number of its bytes."""
+    def read_at(self, offset: int, length: int) -> bytes:
+        """So many bytes from `offset` on. Any thread may call it."""
+
+_Path: TypeAlias = str | PathLike[str]
+Piece: TypeAlias = Buffer | _Path | tuple[_Path, int, int] | "File" | "Hole" | Source
+
+class Error(Exception):
+    """A region cannot do what was asked; the text names the remedy. Refusals of the kernel are OSError, with their errno."""
+
+@final
+class Hole:
+    """So many zeros, without memory."""
+
+    def __init__(self, length: int) -> None: ...
+    @property
+    def length(self) -> int: ...
+
+@final
+class File:
+    """A part of a file; without `length`, up to its end.
+
+    `in_place` shows its whole pages as `mmap` does: without a copy, and with all later changes of the file. A page past the
+    end of a truncated file is SIGBUS. Without it, and at the edges of pages, the bytes are read on first touch.
+    """
+
+    def __init__(self, path: _Path, offset: int = 0, length: int | None = None, *, in_place: bool = True) -> None: ...
+
+@final
+class Pool:
+    """Threads that answer the page faults of regions. Without `workers`, one for each CPU."""
+
+    def __init__(self, workers: int | None = None) -> None: ...
+    @property
+    def workers(self) -> int: ...
+
+@final
+class Region:
+    """Pieces as one buffer.
+
+    A piece is `bytes` or another read-only buffer, a path, a tuple `(path, offset, length)`, a `File`, a `Hole`, or a `Source`.
+    A buffer that can be written is refused: pass `memoryview(x).toreadonly()`, and leave its bytes alone.
+
+    `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or `"eager"`
+    where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with zeros before it.
+    A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
+    """
+
+    def __init__(
+        self,
+        pieces: Iterable[Piece],
+        *,
+        name: str = "region",
+        server: Pool | str | None = None,
+        writable: bool = False,
+        page_aligned: bool = False,
+        inherit_on_fork: bool = False,
+    ) -> None: ...
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes from `offset` on. Bytes that cannot be had are an exception, and not SIGBUS."""
+    def write_at(self, offset: int, data: bytes) -> None:
+        """Writes bytes from `offset` on, if the region is writable."""
+    def populate(self, offset: int = 0, length: int | None = None) -> None:
+        """Fills the absent pages of a range. Other threads run meanwhile."""
+    def prefetch(self, offset: int = 0, length: int | None = None) -> None:
+        """Asks the server to fill the absent pages of a range, and does not wait."""
+    def plan(self) -> str:
+        """How the pages of each piece come, and why."""
+    def metrics(self) -> dict[str, int]:
+        """The counters of the region by name."""
+    def pieces(self) -> list[tuple[int, int]]:
+        """The offset and length of each piece."""
+    def close(self) -> None:
+        """Gives the addresses up. Raises BufferError while a memoryview or an array shows them."""
+    @property
+    def closed(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...

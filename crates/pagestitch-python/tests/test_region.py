@@ -1,0 +1,257 @@
+"""Regions as Python programs use them."""
+
+import errno
+import gc
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy
+import pagestitch
+import pytest
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture(params=[None, "eager", "pool"])
+def server(request):
+    return pagestitch.Pool(2) if request.param == "pool" else request.param
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "bytes"
+    path.write_bytes(numpy.arange(5 * PAGE // 8, dtype="<u8").tobytes())
+    return path
+
+
+def test_pieces_of_all_sorts_lie_end_to_end(server, file):
+    content = file.read_bytes()
+    pieces = [
+        b"head",
+        memoryview(b"0123456789")[2:5],
+        pagestitch.Hole(5000),
+        file,
+        str(file),
+        (file, 100, 200),
+        pagestitch.File(file, 8, in_place=False),
+        numpy.frombuffer(b"\1\0\0\0\2\0\0\0", dtype="<i4"),
+    ]
+    expected = b"head234" + bytes(5000) + 2 * content + content[100:300] + content[8:] + b"\1\0\0\0\2\0\0\0"
+    region = pagestitch.Region(pieces, name="all", server=server)
+    assert len(region) == len(expected)
+    assert region.read_at(0, len(expected)) == expected
+    assert bytes(region) == expected
+    assert region.pieces()[:3] == [(0, 4), (4, 3), (7, 5000)]
+    assert "memory" in region.plan() and region.metrics()["source_errors"] == 0
+    assert "all" in repr(region)
+
+
+def test_numpy_shows_a_region_without_a_copy(file):
+    region = pagestitch.Region([file], page_aligned=True)
+    array = numpy.frombuffer(region, dtype="<u8")
+    assert array.sum() == sum(range(5 * PAGE // 8)) and not array.flags.writeable
+    with pytest.raises(BufferError, match="1 buffers"):
+        region.close()
+    del array
+    region.close()
+    assert region.closed
+
+
+def test_a_writable_region_keeps_its_pieces():
+    piece = b"unchanged"
+    region = pagestitch.Region([piece], writable=True)
+    memoryview(region)[:2] = b"XX"
+    region.write_at(7, b"YY")
+    assert bytes(region) == b"XXchangYY" and piece == b"unchanged"
+
+
+def test_a_touched_page_is_read_and_no_other(file):
+    region = pagestitch.Region([pagestitch.File(file, in_place=False)], server=pagestitch.Pool(1))
+    assert memoryview(region)[3 * PAGE + 8] == (3 * PAGE + 8) // 8 % 256
+    metrics = region.metrics()
+    assert 1 <= metrics["faults"] <= 2 and sum(v for k, v in metrics.items() if k in ("pages_copied", "pages_buffered")) <= 2
+
+
+def test_a_region_may_be_closed_and_left_by_with():
+    with pagestitch.Region([b"bytes"]) as region:
+        assert bytes(memoryview(region)) == b"bytes"
+    assert region.closed and "closed" in repr(region)
+    region.close()
+    for use in (lambda: len(region), lambda: region.read_at(0, 1), lambda: region.populate(), region.plan):
+        with pytest.raises(ValueError, match="closed"):
+            use()
+    with pytest.raises(BufferError, match="closed"):
+        memoryview(region)
+
+
+def test_a_view_keeps_its_region_and_a_region_its_pieces():
+    piece = bytes(range(256)) * 64
+    count = sys.getrefcount(piece)
+    view = memoryview(pagestitch.Region([piece]))
+    assert sys.getrefcount(piece) > count
+    gc.collect()
+    assert view[5000] == 5000 % 256
+    del view
+    gc.collect()
+    assert sys.getrefcount(piece) == count
+
+
+class Squares:
+    """A source in Python."""
+
+    size = 3 * PAGE
+
+    def __init__(self):
+        self.reads = 0
+
+    def read_at(self, offset, length):
+        self.reads += 1
+        return bytes((i * i) % 251 for i in range(offset, offset + length))
+
+
+def test_a_source_in_python_fills_by_populate_and_read_at(server):
+    source = Squares()
+    region = pagestitch.Region([source, b"end"], server=server)
+    expected = bytes((i * i) % 251 for i in range(3 * PAGE)) + b"end"
+    assert region.read_at(5, 300) == expected[5:305]
+    if server != "eager":
+        with pytest.raises(BufferError, match="populate"):
+            memoryview(region)
+    region.populate()
+    assert bytes(memoryview(region)) == expected
+
+
+def test_a_source_in_python_runs_while_other_threads_do():
+    region = pagestitch.Region([Squares() for _ in range(50)], server=pagestitch.Pool(2))
+    threads = [threading.Thread(target=region.populate) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(bytes(region)) == 150 * PAGE
+
+
+@pytest.mark.parametrize(
+    "answer, error, text",
+    [
+        (lambda offset, length: b"short", pagestitch.Error, "returned 5 bytes"),
+        (lambda offset, length: 7, pagestitch.Error, "bytes"),
+        (lambda offset, length: 1 / 0, pagestitch.Error, "division"),
+        (lambda offset, length: (_ for _ in ()).throw(OSError(errno.EIO, "broken")), OSError, "Input/output error"),
+    ],
+)
+def test_a_source_in_python_that_fails_is_an_exception(answer, error, text):
+    source = Squares()
+    source.read_at = answer
+    region = pagestitch.Region([source])
+    with pytest.raises(error, match=text):
+        region.populate()
+    with pytest.raises(error, match=text):
+        region.read_at(0, 10)
+
+
+def missing(tmp_path):
+    return tmp_path / "no such file"
+
+
+@pytest.mark.parametrize(
+    "make, error, text",
+    [
+        (lambda path: [], pagestitch.Error, "chunk"),
+        (lambda path: 7, TypeError, "iterable"),
+        (lambda path: [7], TypeError, "int is no piece"),
+        (lambda path: [None], TypeError, "NoneType is no piece"),
+        (lambda path: [bytearray(b"x")], BufferError, "toreadonly"),
+        (lambda path: [numpy.zeros(9)[::2]], BufferError, "contiguous"),
+        (lambda path: [b""], pagestitch.Error, "chunk 0"),
+        (lambda path: [pagestitch.Hole(0)], pagestitch.Error, "chunk 0"),
+        (lambda path: [missing(path)], OSError, "no such file"),
+        (lambda path: [path], pagestitch.Error, "directory"),
+        (lambda path: [("/proc/self/exe", -1, 5)], TypeError, "negative"),
+        (lambda path: [("/proc/self/exe", 5)], TypeError, "path, offset, length"),
+        (lambda path: [("/proc/self/exe", 2**64 - 1, 5)], ValueError, r"2\*\*64"),
+        (lambda path: [("/proc/self/exe", 2**40, 5)], pagestitch.Error, "chunk 0"),
+    ],
+)
+def test_a_wrong_piece_is_an_exception_that_names_it(tmp_path, make, error, text):
+    with pytest.raises(error, match=text):
+        pagestitch.Region(make(tmp_path))
+
+
+def test_wrong_arguments_are_exceptions():
+    with pytest.raises(TypeError, match="eager"):
+        pagestitch.Region([b"x"], server="fast")
+    with pytest.raises(OverflowError):
+        pagestitch.Hole(-1)
+    with pytest.raises(pagestitch.Error):
+        pagestitch.Pool(0)
+    region = pagestitch.Region([b"bytes"])
+    for offset, length in [(3, 3), (6, 1), (0, 2**40), (2**63, 1)]:
+        with pytest.raises((IndexError, ValueError)):
+            region.read_at(offset, length)
+    with pytest.raises(OverflowError):
+        region.read_at(-1, 1)
+    with pytest.raises(IndexError):
+        region.populate(6, 1)
+    with pytest.raises(ValueError):
+        region.populate(1, 2**64 - 1)
+    with pytest.raises(pagestitch.Error, match="writable"):
+        region.write_at(0, b"x")
+    with pytest.raises(TypeError):
+        memoryview(region)[0] = 1
+
+
+def child(code):
+    """Runs a program, and returns its exit status and diagnostics."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, timeout=60, text=True)
+    return done.returncode, done.stderr
+
+
+def test_a_truncated_file_is_sigbus_with_the_stack_of_python(file):
+    status, stderr = child(f"""
+        import faulthandler, os, pagestitch
+        faulthandler.enable()
+        region = pagestitch.Region([{str(file)!r}])
+        view = memoryview(region)
+        os.truncate({str(file)!r}, 0)
+        def touches():
+            view[9000]
+        touches()
+    """)
+    assert status == -signal.SIGBUS and "touches" in stderr
+
+
+def test_a_forked_child_has_the_region_if_it_inherits(file):
+    status, stderr = child(f"""
+        import os, pagestitch
+        inherited = pagestitch.Region([pagestitch.File({str(file)!r}, in_place=False)], inherit_on_fork=True)
+        alone = pagestitch.Region([b"bytes"])
+        if os.fork() == 0:
+            try:
+                memoryview(alone)
+            except BufferError as error:
+                assert "inherit_on_fork" in str(error)
+                assert memoryview(inherited)[8] == 1
+                assert bytes(pagestitch.Region([b"of the child"])) == b"of the child"
+                os._exit(3)
+            os._exit(4)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 3
+    """)
+    assert status == 0, stderr
+
+
+def test_the_interpreter_ends_beside_a_region():
+    status, stderr = child("""
+        import pagestitch, threading
+        region = pagestitch.Region([b"x" * 100_000_000])
+        view = memoryview(region)
+        def touch():
+            for i in range(0, len(view), 4096):
+                view[i]
+        threading.Thread(target=touch, daemon=True).start()
+    """)
+    assert status == 0, stderr

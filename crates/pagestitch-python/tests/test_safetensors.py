@@ -1,0 +1,66 @@
+"""The example reads the tensors of several shards, and only those that are asked for."""
+
+import importlib.util
+import pathlib
+
+import numpy
+import pagestitch
+import pytest
+import safetensors.numpy
+
+EXAMPLE = pathlib.Path(__file__).parents[3] / "examples" / "safetensors_shards.py"
+TENSORS, SHAPE = 8, (256, 1024)
+
+
+@pytest.fixture
+def example():
+    spec = importlib.util.spec_from_file_location("safetensors_shards", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two files, and the tensors that are in them."""
+    random = numpy.random.default_rng(1)
+    tensors = {f"layer.{n}": random.standard_normal(SHAPE, dtype="<f4") for n in range(2 * TENSORS)}
+    names, paths = sorted(tensors), [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for path, part in zip(paths, (names[:TENSORS], names[TENSORS:])):
+        safetensors.numpy.save_file({name: tensors[name] for name in part}, path)
+    return paths, tensors
+
+
+def test_each_tensor_has_its_numbers(example, shards):
+    paths, tensors = shards
+    shown = example.Shards(paths)
+    assert sorted(shown.tensors) == sorted(tensors)
+    for name, expected in tensors.items():
+        assert numpy.array_equal(shown[name], expected)
+        assert not shown[name].flags.writeable
+
+
+def bytes_read():
+    """The bytes of this process's reads, as the kernel counts them."""
+    lines = pathlib.Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])
+
+
+def test_a_tensor_is_read_without_the_others(shards):
+    paths, tensors = shards
+    region = pagestitch.Region([pagestitch.File(path, in_place=False) for path in paths])
+    wanted = tensors["layer.3"].tobytes()
+    contents = [path.read_bytes() for path in paths]
+    start = b"".join(contents).index(wanted)
+    before = bytes_read()
+    region.populate(start, len(wanted))
+    assert numpy.array_equal(numpy.frombuffer(region, dtype="u1")[start : start + len(wanted)], numpy.frombuffer(wanted, "u1"))
+    read = bytes_read() - before
+    assert len(wanted) <= read <= 1.02 * len(wanted) + 2 * 4096
+
+
+def test_safetensors_reads_a_region_as_it_reads_bytes(shards):
+    paths, tensors = shards
+    region = pagestitch.Region([paths[0]])
+    loaded = safetensors.numpy.load(bytes(region))
+    assert all(numpy.array_equal(loaded[name], tensors[name]) for name in loaded) and len(loaded) == TENSORS
