@@ -15,6 +15,7 @@
 //! | | [`process`] | another process, by a descriptor that stays with it |
 //! | | [`fd_passing`] | descriptors through a UNIX socket |
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
+//! | | [`cache`] | a hint to the processor that values are needed soon |
 //! | | [`file_read`] | reads of files that a signal handler may make |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
@@ -74,6 +75,7 @@
 pub mod access;
 pub mod arena;
 pub mod atomic_table;
+pub mod cache;
 pub mod capabilities;
 mod copy;
 mod errno;

@@ -408,7 +408,11 @@ impl View {
     ///
     /// The view itself, if another process can.
     pub fn into_stable(self) -> Result<StableView, Self> {
-        if self.stable { Ok(StableView { view: self }) } else { Err(self) }
+        if !self.stable {
+            return Err(self);
+        }
+        let all = AllBytes(NonNull::slice_from_raw_parts(self.as_ptr(), self.reservation.mapping.bytes()));
+        Ok(StableView { view: self, all })
     }
 
     /// Maps part of a descriptor's file over the pages of the span.
@@ -543,18 +547,32 @@ impl View {
 pub struct StableView {
     /// Invariant: the view is stable, and nothing more is mapped into it.
     view: View,
+    /// Invariant: the bytes of the view.
+    all: AllBytes,
 }
+
+/// The place of all bytes, also kept here so that a touch need not find it in the reservation first.
+#[derive(Debug)]
+struct AllBytes(NonNull<[u8]>);
+
+// SAFETY: an address and a length. The view decides which code accesses the bytes.
+#[expect(unsafe_code, reason = "holds a raw pointer")]
+unsafe impl Send for AllBytes {}
+// SAFETY: as above.
+#[expect(unsafe_code, reason = "holds a raw pointer")]
+unsafe impl Sync for AllBytes {}
 
 impl StableView {
     /// The bytes of all pages.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: a missing page gets its value at its first read, and no safe function gives a
-        // filled page other bytes (see the safety argument of the crate). Writes go through
-        // `as_mut_slice`, which excludes this borrow.
+        // SAFETY: the mapping is readable as long as `self` keeps its reservation. A missing page
+        // gets its value at its first read, and no safe function gives a filled page other bytes
+        // (see the safety argument of the crate). Writes go through `as_mut_slice`, which excludes
+        // this borrow.
         #[expect(unsafe_code, reason = "the invariant is the vouching")]
         unsafe {
-            self.view.as_slice()
+            self.all.0.as_ref()
         }
     }
 

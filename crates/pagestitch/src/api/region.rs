@@ -106,6 +106,8 @@ use std::ptr::NonNull;
 pub struct Region {
     view: StableView,
     any: AnyRegion,
+    /// As [`AnyRegion::len`], so that a touch reads no other memory of the region's before its byte.
+    len: usize,
     /// True if pages of files are mapped in place: a touch of one may be a signal.
     has_files: bool,
 }
@@ -118,7 +120,8 @@ impl Region {
 
     pub(super) fn new(view: StableView, any: AnyRegion) -> Self {
         let has_files = any.served.layout.has_immutable_files();
-        Self { view, any, has_files }
+        let len = any.len();
+        Self { view, any, len, has_files }
     }
 
     /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
@@ -133,7 +136,7 @@ impl Region {
     /// ```
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        &self.view.as_slice()[..self.len()]
+        &self.view.as_slice()[..self.len]
     }
 
     /// The bytes of a chunk, numbered as in [`chunk_range`](AnyRegion::chunk_range). `None` if the

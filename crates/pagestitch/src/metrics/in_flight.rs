@@ -2,6 +2,7 @@
 //! worker are among them.
 
 use pagestitch_kernel::Page;
+use pagestitch_kernel::cache::prefetch;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -70,6 +71,14 @@ impl InFlight {
             in_flight.make(segment);
         }
         in_flight
+    }
+
+    /// Prefetches the slots that are taken first.
+    pub(super) fn prefetch(&self) {
+        if let Some([first, ..]) = self.segments[0].get().map(AsRef::as_ref) {
+            prefetch(&first.taken);
+            prefetch(&first.slots[..2]);
+        }
     }
 
     fn make(&self, segment: usize) -> &[SlotGroup] {

@@ -22,6 +22,7 @@ pub use histogram::Histogram;
 use histogram::LatencyRecorder;
 use in_flight::InFlight;
 pub(crate) use in_flight::{InFlightFault, Overdue};
+use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
 use std::fmt;
@@ -208,6 +209,13 @@ impl Counters {
         // The bytes follow from the pages, so a fault has one counter less to write to.
         let copied = sums.pages_copied + sums.pages_buffered + sums.pages_gathered + sums.pages_staged;
         Metrics { bytes_copied: copied * self.page.bytes() as u64, ..sums }.bounded()
+    }
+
+    /// Prefetches the parts that a fault of the calling thread changes.
+    pub(crate) fn prefetch(&self) {
+        prefetch(self);
+        prefetch(self.local());
+        self.in_flight.prefetch();
     }
 
     /// The counters of the calling thread's stripe.

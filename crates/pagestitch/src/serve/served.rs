@@ -44,6 +44,8 @@ pub(crate) struct Served {
 
 // Handles, queues and admission are generic over the region; these aliases are for `Served`.
 pub(crate) type RegionHandle = weak_handle::RegionHandle<Served>;
+pub(super) type Entrance = weak_handle::Entrance<Served>;
+pub(super) type OwnedRegionGuard = weak_handle::OwnedRegionGuard<Served>;
 pub(crate) type ForkedChildren = ForkedChildrenOf<Served>;
 pub(crate) type QueuedFault = queue::QueuedFault<Served>;
 pub(super) type PrefetchTask = queue::PrefetchTask<Served>;

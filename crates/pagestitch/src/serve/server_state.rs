@@ -10,8 +10,8 @@ use crate::serve::fork::fork_reader::ForkReader;
 use crate::serve::placement::WorkerCpus;
 use crate::serve::read_turn::TURN_MAX;
 use crate::serve::served::{
-    FetchSemaphore, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, SlowAdmission,
-    TimedTask, Timers,
+    Entrance, FetchSemaphore, OwnedRegionGuard, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle,
+    RequestedPrefetch, SlowAdmission, TimedTask, Timers,
 };
 use crate::serve::watch::watch;
 use crate::serve::worker_table::WorkerTable;
@@ -74,14 +74,23 @@ type DeferredTask = (Arc<Served>, DeferredEvent);
 struct Regions {
     /// The shards by the descriptor of their uffd, which epoll reports: each with its region and
     /// its number.
-    shards: HashMap<RawFd, (Arc<RegionHandle>, usize)>,
+    shards: HashMap<RawFd, WatchedShard>,
     stopped: bool,
+}
+
+/// A shard of a region.
+#[derive(Debug)]
+struct WatchedShard {
+    entrance: Entrance,
+    handle: Arc<RegionHandle>,
+    /// Its number.
+    shard: usize,
 }
 
 impl Regions {
     fn served(&self) -> impl Iterator<Item = &Arc<RegionHandle>> {
         // Each region has a first shard.
-        self.shards.values().filter(|(_, shard)| *shard == 0).map(|(handle, _)| handle)
+        self.shards.values().filter(|watched| watched.shard == 0).map(|watched| &watched.handle)
     }
 }
 
@@ -131,9 +140,12 @@ impl ServerState {
         })
     }
 
-    /// The shard whose uffd is `fd`, if its region is still served: the region and the number.
-    pub(super) fn shard(&self, fd: RawFd) -> Option<(Arc<RegionHandle>, usize)> {
-        self.regions.read().shards.get(&fd).cloned()
+    /// Enters the region of the shard whose uffd is `fd`, if it is still served. Returns the shard's
+    /// number too.
+    pub(super) fn enter(&self, fd: RawFd) -> Option<(OwnedRegionGuard, usize)> {
+        let regions = self.regions.read();
+        let WatchedShard { entrance, shard, .. } = regions.shards.get(&fd)?;
+        Some((entrance.enter()?, *shard))
     }
 
     /// Queues a fault for any worker. Returns it if the queue is full.
@@ -311,7 +323,9 @@ impl ServerState {
         }
         let _ = region.timers.set(Arc::clone(&self.timers));
         for (shard, uffd) in region.uffd.iter().enumerate() {
-            regions.shards.insert(uffd.as_fd().as_raw_fd(), (Arc::clone(region.handle()), shard));
+            let handle = Arc::clone(region.handle());
+            let watched = WatchedShard { entrance: handle.entrance(), handle, shard };
+            regions.shards.insert(uffd.as_fd().as_raw_fd(), watched);
         }
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
@@ -492,7 +506,7 @@ impl ServerState {
         let mut regions = self.regions.write();
         for uffd in region.uffd.iter() {
             let fd = uffd.as_fd().as_raw_fd();
-            if regions.shards.get(&fd).is_some_and(|(handle, _)| handle.is_of(region)) {
+            if regions.shards.get(&fd).is_some_and(|watched| watched.handle.is_of(region)) {
                 regions.shards.remove(&fd);
             }
         }

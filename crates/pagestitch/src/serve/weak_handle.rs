@@ -3,7 +3,8 @@
 
 use crate::reclaim::EnterRegion;
 use crate::space::Mapping;
-use pagestitch_kernel::gate::{Gate, GateGuard};
+use pagestitch_kernel::cache;
+use pagestitch_kernel::gate::{Gate, GateGuard, OwnedGateGuard};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::AtomicUsize;
@@ -28,6 +29,22 @@ pub(crate) struct RegionGuard<'d, R> {
     _guard: GateGuard<'d>,
 }
 
+/// The way into a region without its handle. A table that holds it saves the look at the handle, which is
+/// in no cache if the region is one of many.
+#[derive(Debug)]
+pub(super) struct Entrance<R> {
+    gate: Arc<Gate>,
+    region: Weak<R>,
+}
+
+/// As [`RegionGuard`], without a borrow.
+#[derive(Debug)]
+pub(super) struct OwnedRegionGuard<R> {
+    /// Dropped before the guard.
+    region: Arc<R>,
+    _guard: OwnedGateGuard,
+}
+
 impl<R> RegionHandle<R> {
     pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
         Self { gate: Arc::clone(gate), region: Arc::downgrade(region), admitted: AtomicUsize::new(0) }
@@ -45,6 +62,11 @@ impl<R> RegionHandle<R> {
         Some(RegionGuard { region: self.region.upgrade()?, _guard: guard })
     }
 
+    /// Another way into the region.
+    pub(super) fn entrance(&self) -> Entrance<R> {
+        Entrance { gate: Arc::clone(&self.gate), region: Weak::clone(&self.region) }
+    }
+
     /// True if this handle refers to `region`.
     pub(crate) fn is_of(&self, region: &R) -> bool {
         std::ptr::eq(self.region.as_ptr(), region)
@@ -54,6 +76,24 @@ impl<R> RegionHandle<R> {
 impl<R: Deref<Target = Mapping> + fmt::Debug + Send + Sync> EnterRegion for RegionHandle<R> {
     fn enter_region(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
         self.enter().map(|region| work(&region)).is_some()
+    }
+}
+
+impl<R> Entrance<R> {
+    /// As [`RegionHandle::enter`].
+    pub(super) fn enter(&self) -> Option<OwnedRegionGuard<R>> {
+        // The gate and the region are in different places, and come from memory at the same time.
+        cache::prefetch_at(self.region.as_ptr());
+        let guard = self.gate.enter_owned()?;
+        Some(OwnedRegionGuard { region: self.region.upgrade()?, _guard: guard })
+    }
+}
+
+impl<R> Deref for OwnedRegionGuard<R> {
+    type Target = Arc<R>;
+
+    fn deref(&self) -> &Arc<R> {
+        &self.region
     }
 }
 

@@ -15,7 +15,7 @@ use crate::policy::Replay;
 use crate::serve::Served;
 use crate::serve::events::to_request;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
-use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RegionHandle, RequestedPrefetch, TimedTask};
+use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RequestedPrefetch, TimedTask};
 use crate::serve::server_state::ServerState;
 use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -142,8 +142,8 @@ impl Worker {
                     let _ = self.state.wake_fd.read();
                 } else if fd == self.state.timers.fd() {
                     self.do_timed_tasks();
-                } else if let Some((handle, shard)) = self.state.shard(fd) {
-                    self.serve_batch(&handle, shard);
+                } else if let Some((region, shard)) = self.state.enter(fd) {
+                    self.serve_batch(&region, shard);
                 }
             }
             Err(Errno::EINTR) => return Round::Busy,
@@ -198,20 +198,20 @@ impl Worker {
     ///
     /// The events of foreign memory come to this worker alone. After a batch with faults it reads on
     /// without a wait, because the threads that it has just woken have mostly touched the next pages.
-    fn serve_batch(&mut self, handle: &RegionHandle, shard: usize) {
-        let Some(region) = handle.enter() else { return };
+    fn serve_batch(&mut self, region: &Arc<Served>, shard: usize) {
+        region.prefetch(shard);
         // Another worker reads from this adopted memory. It may hang in a source: look again later.
         let Some(mut turn) = region.acquire_turn() else {
-            return self.state.leave_to_reader(self.post, &region);
+            return self.state.leave_to_reader(self.post, region);
         };
         if region.target.foreign().is_some() {
             self.unpin();
         }
         for batch in 1..=BATCHES {
-            if self.serve_read(&region, shard, &mut turn) == Err(Busy) {
+            if self.serve_read(region, shard, &mut turn) == Err(Busy) {
                 // The turn is not released: the next worker takes it when it is late, and does not
                 // wait either.
-                return self.state.look_later(&region, TURN_MAX);
+                return self.state.look_later(region, TURN_MAX);
             }
             let reads_on = turn.is_held() && !self.batch.faults().is_empty() && batch < BATCHES;
             if !reads_on && turn.try_release(self.batch.is_full()) {
@@ -220,7 +220,7 @@ impl Worker {
         }
         // There may always be more to read, so other regions come first.
         turn.release_unread();
-        self.state.rearm(self.post, &region, shard);
+        self.state.rearm(self.post, region, shard);
     }
 
     /// Reads a batch of events, serves its first fault and queues the others.
@@ -413,7 +413,7 @@ impl Worker {
                     let Some(region) = handle.enter() else { continue };
                     region.turns.look_begins();
                     self.state.watch_again(&region);
-                    (0..region.uffd.count()).for_each(|shard| self.serve_batch(&handle, shard));
+                    (0..region.uffd.count()).for_each(|shard| self.serve_batch(&region, shard));
                 }
                 None => break,
             }

@@ -18,6 +18,7 @@ use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
 use crate::space::Chunk;
+use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{Errno, PageSize};
@@ -241,6 +242,17 @@ impl Layout {
         let bucket = (offset >> self.shift) as usize;
         let (low, high) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
         low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
+    }
+
+    /// Prefetches the tables that a lookup reads, if they are small.
+    pub(crate) fn prefetch(&self) {
+        prefetch(self);
+        if self.chunks() <= FEW_CHUNKS {
+            prefetch(&self.buckets[..]);
+            prefetch(&self.starts[..]);
+            prefetch(&self.origins[..]);
+            prefetch(&self.sources[..]);
+        }
     }
 
     /// The bytes from `start` to `end` or to the end of their chunk.
@@ -534,6 +546,8 @@ impl Layout {
 
 /// The most bytes of a source that are shown between two chunks to save a mapping.
 const GAP_MAX: u64 = 4096;
+/// The tables of so many chunks take a few cache lines.
+const FEW_CHUNKS: usize = 16;
 
 fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
     let bad = |why: String| {

@@ -63,6 +63,7 @@ use failure_table::Failures;
 use mapped_in_place::whole_pages;
 use page_table::{PageState, PageTable, Wake};
 use pagestitch_kernel::Features;
+use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
@@ -207,6 +208,19 @@ impl Mapping {
             failures: Failures::default(),
             written: tables.written,
             gate: Arc::new(Gate::new()),
+        }
+    }
+
+    /// Has the processor fetch what a fault of a shard needs, while the thread reads the fault. A region
+    /// among many is in no cache, and its parts lie in many places.
+    pub(crate) fn prefetch(&self, shard: usize) {
+        prefetch(self);
+        self.layout.prefetch();
+        self.pages.prefetch();
+        self.counters.prefetch();
+        prefetch(self.uffd.get(shard));
+        if let Target::Owned(reservation) = &self.target {
+            prefetch(&**reservation);
         }
     }
 

@@ -25,6 +25,7 @@
 //! being filled, and the last known state of the others.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::cache::{LINE, prefetch};
 use pagestitch_kernel::sync::EventCount;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::{Errno, Page, Span};
@@ -100,6 +101,14 @@ impl PageTable {
         let words =
             NonZeroUsize::new(blocks + pages.get().div_ceil(PAGES_PER_WORD)).expect("at least one page");
         Ok(Self { words: AtomicTable::new(words)?, blocks, settled: EventCount::new() })
+    }
+
+    /// Prefetches the table, if it is small.
+    pub(crate) fn prefetch(&self) {
+        prefetch(self);
+        if self.words.len() <= FEW_WORDS {
+            prefetch(&self.words[..]);
+        }
     }
 
     pub(crate) fn state(&self, page: Page) -> PageState {
@@ -537,6 +546,8 @@ const BLOCKS: usize = BLOCK * u64::BITS as usize;
 const STATE_BITS: u32 = 4;
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const PAGES_PER_WORD: usize = 16;
+/// A table of so many words takes four cache lines.
+const FEW_WORDS: usize = 4 * LINE / size_of::<u64>();
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {

@@ -19,6 +19,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub(crate) struct Orphans {
     // The standard library's lock: waiting for it does not allocate.
     known: Mutex<OrphanList>,
+    /// True if there are some. It changes under the lock.
+    some: AtomicBool,
     many: AtomicBool,
     /// True if a part of the region, or a duplicate of it, was ever moved.
     moved: AtomicBool,
@@ -41,6 +43,7 @@ impl Orphans {
             Mutex::new(OrphanList { orphans: Vec::with_capacity(room), batch: Batch::with_capacity(BATCH) });
         Self {
             known,
+            some: AtomicBool::new(false),
             many: AtomicBool::new(false),
             moved: AtomicBool::new(false),
             log_limit: RateLimit::default(),
@@ -87,6 +90,9 @@ impl Orphans {
 
     /// Poisons the next pages of each orphan.
     pub(crate) fn close_some(&self, region: &Mapping, children: Option<&Descriptors>) -> Remaining {
+        if !self.some.load(Ordering::SeqCst) {
+            return Remaining::None;
+        }
         let mut known = self.lock();
         let OrphanList { orphans, batch } = &mut *known;
         let (mut rest, mut index, mut blocked) = (Remaining::None, 0, false);
@@ -118,12 +124,15 @@ impl Orphans {
             });
             orphans.extend(born);
         }
+        self.some.store(!orphans.is_empty(), Ordering::SeqCst);
         self.many.store(orphans.len() >= MANY, Ordering::Relaxed);
         rest
     }
 
     fn add(&self, kind: OrphanKind) {
-        self.lock().orphans.push(Orphan::new(kind));
+        let mut known = self.lock();
+        known.orphans.push(Orphan::new(kind));
+        self.some.store(true, Ordering::SeqCst);
     }
 
     fn lock(&self) -> MutexGuard<'_, OrphanList> {
