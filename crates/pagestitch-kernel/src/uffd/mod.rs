@@ -285,7 +285,7 @@ impl Uffd {
         range: AddressRange,
         ask: impl Fn(AddressRange, Waiters) -> Outcome,
     ) -> Outcome {
-        let ask = |range, waiters| across_mappings(operation, range, |part| ask(part, waiters));
+        let ask = |range, waiters| across_mappings(operation, range, &|part| ask(part, waiters));
         #[cfg(feature = "inject")]
         let outcome = inject::around(operation, range, self.opened_by != OpenedBy::Other, ask);
         #[cfg(not(feature = "inject"))]
@@ -354,7 +354,7 @@ impl AsFd for Uffd {
 fn across_mappings(
     operation: Operation,
     range: AddressRange,
-    ask: impl Fn(AddressRange) -> Outcome,
+    ask: &impl Fn(AddressRange) -> Outcome,
 ) -> Outcome {
     let outcome = ask(range);
     if !operation.may_cross(outcome) || range.is_one_page() {
@@ -365,7 +365,7 @@ fn across_mappings(
 
 /// Not part of its caller, because a signal handler, which asks for one page, has a small stack.
 #[inline(never)]
-fn page_by_page(range: AddressRange, ask: impl Fn(AddressRange) -> Outcome) -> Outcome {
+fn page_by_page(range: AddressRange, ask: &impl Fn(AddressRange) -> Outcome) -> Outcome {
     let (mut done, mut pages) = (0, 1);
     while done < range.bytes() {
         let part = range.part(done, pages);

@@ -30,6 +30,15 @@ impl Mode {
     }
 }
 
+/// As [`install`], for the page of a signal handler, with less of its small stack.
+pub(super) fn install_in_handler(
+    region: &Mapping,
+    claim: &mut Claim<'_>,
+    filled: &mut Filled<'_>,
+) -> Result<usize, InstallError> {
+    install_some(region, claim, claim.span().prefix(1), &mut filled.content, 0, true)
+}
+
 /// Installs the filled pages at the start of the claim, settles and records them; returns their
 /// number.
 pub(super) fn install(
@@ -38,13 +47,12 @@ pub(super) fn install(
     filled: &mut Filled<'_>,
     mode: Mode,
 ) -> Result<usize, InstallError> {
-    let quiet = mode.is_quiet();
     let began = if mode == Mode::Timed { region.counters.clock() } else { None };
     let (mut done, mut error) = (0, None);
     while done < filled.pages && error.is_none() {
         let span = region.in_one_shard(claim.span().prefix(filled.pages - done));
         let span = region.arriving_alike(span);
-        match install_some(region, claim, span, &mut filled.content, done, quiet) {
+        match install_some(region, claim, span, &mut filled.content, done, false) {
             Ok(pages) => done += pages,
             Err(refused) => error = Some(refused),
         }

@@ -44,8 +44,8 @@ use crate::space::page_table::{Claim, Wake};
 use crate::space::{Mapping, Prepared};
 use claim::claim;
 use fill::Filled;
-use install::install;
 pub(crate) use install::{Mode, count};
+use install::{install, install_in_handler};
 use pagestitch_kernel::Span;
 
 /// Claims pages, fills them and installs them. Afterwards each page is present or poisoned, or it is
@@ -68,6 +68,7 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
         let installed = match filler.fill(span) {
             // The install settles and records the pages. The bytes are passed by reference, because
             // a signal handler has a small stack.
+            Ok(ref mut filled) if F::MODE.is_quiet() => install_in_handler(region, &mut claim, filled),
             Ok(ref mut filled) => install(region, &mut claim, filled, F::MODE),
             Err(error) => Err(error),
         };
