@@ -264,8 +264,8 @@ const FEATURES: &[FeatureRow] = feature_rows! {
     "MINOR_SHMEM" MINOR_SHMEM "5.14" "sharing memfd pages that are filled later" "a memfd that is filled later (LazyMemfd) is refused";
     "EXACT_ADDRESS" EXACT_ADDRESS "5.18" "the byte that was touched, not its page" "faults name the page, not the byte";
     "WP_HUGETLBFS_SHMEM" WRITE_PROTECT_SHMEM "5.19" "the same for memfds and huge pages; not used for regions yet" "nothing yet";
-    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "write protection of absent pages; not used yet" "nothing yet";
+    "WP_UNPOPULATED" WRITE_PROTECT_UNPOPULATED "6.4" "a part of WP_ASYNC, which implies it" "see WP_ASYNC";
     "POISON" POISON "6.6" "SIGBUS for a page whose source failed" "an empty memfd is mapped over it: one more mapping a run of pages";
-    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "records of written pages that the kernel keeps; not used yet" "nothing yet";
+    "WP_ASYNC" WRITE_PROTECT_ASYNC "6.7" "records of written pages: changes(), and write-back by flush()" "track_changes() and write_back() are refused";
     "MOVE" MOVE "6.8" "moving pages in without a copy" "pages are copied";
 };
