@@ -154,8 +154,7 @@ impl AnyRegion {
         mut read: impl FnMut(u64, &mut [u8]) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let failed = |error| {
-            let what = format_args!("region {}: cannot save its changes", self.name());
-            Error::of_descriptor(what, error)
+            Error::of_descriptor(format_args!("region {}: cannot save its changes", self.name()), error)
         };
         // Older data would look like changes.
         file.set_len(0).and_then(|()| file.set_len(self.len() as u64)).map_err(failed)?;

@@ -54,7 +54,9 @@ impl AnyRegion {
         let mut failed_syncs = written.failed_syncs.lock();
         let (sources, first_error) = self.write_dirty(written, span)?;
         for piece in sources {
-            if let Err(error) = ask(piece.backing, |writer| writer.sync()) {
+            let Err(error) = ask(piece.backing, |writer| writer.sync()) else { continue };
+            // A caller that flushes the range again and again must not fill the memory.
+            if failed_syncs.iter().all(|(range, _)| *range != offsets) {
                 failed_syncs.push((offsets.clone(), Arc::new(piece.failed(error))));
             }
         }
