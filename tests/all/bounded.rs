@@ -2,7 +2,7 @@
 
 use crate::discard;
 use pagestitch::source::FileSource;
-use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Pool, Region, Server};
+use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, Pool, Region, Server};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -148,12 +148,13 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
         builder().inherit_on_fork().build(&pool).unwrap_err(),
         builder().release_sources().build(&pool).unwrap_err(),
         builder().build(Eager).unwrap_err(),
+        builder().build(Inline).unwrap_err(),
         builder().chunk(file).build(&pool).unwrap_err(),
     ];
     for error in &errors {
         assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
     }
-    assert_eq!(errors[4].chunk(), Some(1));
+    assert_eq!(errors[5].chunk(), Some(1));
     assert_eq!(budget.resident_bytes(), 0);
 }
 

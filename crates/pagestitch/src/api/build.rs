@@ -126,8 +126,9 @@ fn check_tracked(layout: &Layout, used_for: RecordFor) -> Result<(), Error> {
 
 /// Refuses chunks and servers that a region with a budget cannot have.
 fn check_budget(budget: &Budget, layout: &Layout, server: &Server) -> Result<(), Error> {
-    if !server.inner().serves_faults() {
-        let what = "the build fills all pages, so none can leave: leave out budget(), or use a pool";
+    if !server.inner().evicts() {
+        let noun = server.inner().noun();
+        let what = format!("{noun} has no thread that evicts pages: leave out budget(), or use a pool");
         return Err(Error::new(ErrorKind::UnsuitableServer, what).of_option(BuildOption::Budget));
     }
     if let Some((chunk, source)) = layout.first_donated() {

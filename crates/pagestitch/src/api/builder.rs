@@ -567,8 +567,9 @@ impl<S> Builder<S> {
     /// * **Pages in place** are page cache, which the kernel evicts; they do not count.
     /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
     ///   works.
-    /// * Not for [`writable`](Self::writable) regions, donated pages, adopted memory and
-    ///   [`Eager`](crate::Eager), and not with [`inherit_on_fork`](Self::inherit_on_fork) and
+    /// * **Server**: a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual), not yet
+    ///   [`Inline`](crate::Inline), and not [`Eager`](crate::Eager).
+    /// * Not for [`writable`](Self::writable) regions, donated pages and adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork) and
     ///   [`release_sources`](Self::release_sources).
     ///
     /// A second call replaces the budget of the first.

@@ -1,7 +1,7 @@
 //! The public handle to a budget.
 
 use crate::error::{BuildOption, Error, ErrorKind};
-use crate::policy::Fifo;
+use crate::policy::S3Fifo;
 use crate::reclaim::share::{JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
 use crate::reclaim::state::{BATCH, Standby, room_for};
@@ -23,6 +23,9 @@ use std::sync::atomic::Ordering;
 ///   64 KiB and a huge page of buffers for each worker.
 /// * **Standby**: a page that leaves waits for a while before its memory is freed. A touch meanwhile
 ///   brings it back without a read of its source.
+/// * **Which pages leave**: pages that were touched once, before those that were touched again while they
+///   were on the standby list, or soon after (S3-FIFO). So one pass over a long region does not displace
+///   the pages in use.
 /// * **Pages that cannot leave**, because they are locked (`mlock(2)`) or pinned by a device, stay. If
 ///   there is nothing else to evict, the regions exceed the budget, and
 ///   [`overruns`](Self::overruns) counts the pages.
@@ -67,7 +70,7 @@ impl Budget {
         check_size(bytes, limit)?;
         let slots = NonZeroUsize::new(limit / STANDBY_SHARE).expect("a budget has its least size");
         let standby = standby(slots)?;
-        let state = State::new(limit, standby, Box::new(Fifo::new(room_for(limit)))).map_err(no_tables)?;
+        let state = State::new(limit, standby, Box::new(S3Fifo::new(room_for(limit)))).map_err(no_tables)?;
         Ok(Self { state: Arc::new(state) })
     }
 

@@ -10,6 +10,7 @@
 //! | `places` | where the page of a region is: resident, in a slot, or neither |
 //! | `slots` | the standby list: a ring of slots, first in, first out |
 //! | `arrivals` | pages that have come, until the policy takes note of them |
+//! | `models` | the model of a page that leaves, in many orders of the threads |
 //! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
 //!
 //! ```text
@@ -27,6 +28,8 @@
 mod arrivals;
 mod budget;
 mod evict;
+#[cfg(all(test, shuttle))]
+mod models;
 mod places;
 mod promise;
 mod share;

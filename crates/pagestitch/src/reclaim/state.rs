@@ -157,7 +157,7 @@ impl Chooser {
             chosen += 1;
         }
         let victims = &mut room[..chosen];
-        victims.sort_unstable();
+        sort(victims);
         victims
     }
 }
@@ -168,6 +168,18 @@ impl<S: Send + Sync> fmt::Debug for State<S> {
             .field("limit", &self.limit)
             .field("frames", &self.frames())
             .finish_non_exhaustive()
+    }
+}
+
+/// Sorts a few keys by insertion, because a sort of the standard library needs more stack than a signal
+/// handler has.
+fn sort(keys: &mut [PageKey]) {
+    for end in 1..keys.len() {
+        let mut at = end;
+        while at > 0 && keys[at - 1] > keys[at] {
+            keys.swap(at - 1, at);
+            at -= 1;
+        }
     }
 }
 

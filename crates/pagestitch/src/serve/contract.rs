@@ -54,6 +54,11 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
         true
     }
 
+    /// True if its threads can evict pages.
+    fn evicts(&self) -> bool {
+        self.serves_faults()
+    }
+
     /// Fills a region before it attaches, if it serves no faults. `most` limits the threads.
     fn fill(&self, _region: &Mapping, _view: &mut View, _most: Option<usize>) -> Result<(), Error> {
         Ok(())

@@ -86,6 +86,11 @@ impl FaultServer for Inline {
         Features::SIGBUS
     }
 
+    /// The stack of a signal handler is small, and the thread that it has interrupted may hold any lock.
+    fn evicts(&self) -> bool {
+        false
+    }
+
     fn check_features(&self, given: Features) -> Result<(), Error> {
         if given.contains(Features::SIGBUS) {
             return Ok(());
