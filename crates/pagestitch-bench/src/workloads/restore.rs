@@ -6,8 +6,8 @@ use crate::guest::{GuestMemory, GuestTask, Restored, spawn, wait};
 use crate::manual_page::serve_plainly;
 use crate::measure::{processor_time, warm};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch::source::{FileSource, UnsealedMemfd};
-use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, FillRate, Pool, Readahead, Region};
+use pagestitch::source::{FileSource, Memfd, UnsealedMemfd};
+use pagestitch::{AdoptedMemory, AdoptedRegion, Builder, Chunk, FillRate, Pool, Readahead, Region};
 use pagestitch_kernel::fd_passing;
 use pagestitch_kernel::memfd::SealedMemfd;
 use std::cell::RefCell;
@@ -45,13 +45,14 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
 }
 
 /// The ways to restore a guest, by their names.
-fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 6] {
+fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 7] {
     let plain = |snapshot: &Snapshot, guest| snapshot.restore(guest, |fd, start| snapshot.serve(fd, start));
     let eager =
         |snapshot: &Snapshot, guest| wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), guest)));
     [
         (OURS, on_touch(pool, Readahead::Adaptive)),
         (BARE, on_touch(pool, Readahead::None)),
+        (SEALED, from_memfd(pool)),
         (FILLING, in_background(pool)),
         (REPLAY, replayed(pool)),
         (PLAIN, Box::new(plain)),
@@ -64,6 +65,20 @@ fn on_touch(pool: &Pool, readahead: Readahead) -> Box<Restore> {
     Box::new(move |snapshot, guest| {
         snapshot.restore(guest, |fd, start| {
             let region = snapshot.region(fd, start, &pool, |builder| builder.readahead(readahead));
+            move || drop(region)
+        })
+    })
+}
+
+/// As the plain handler, this copies from a mapping, because a sealed memfd cannot be truncated. A
+/// file is read, because the rest of a page in which it ends would be zeros in a mapping.
+fn from_memfd(pool: &Pool) -> Box<Restore> {
+    let pool = pool.clone();
+    Box::new(move |snapshot, guest| {
+        snapshot.restore(guest, |fd, start| {
+            let memory = snapshot.memory(fd, start);
+            let builder = Region::builder().chunk(Chunk::source(Arc::clone(&snapshot.mapped)));
+            let region = builder.build_adopted(memory, &pool).expect("a region");
             move || drop(region)
         })
     })
@@ -123,6 +138,8 @@ type Restore = dyn Fn(&Snapshot, Touching) -> Restored;
 /// A memory file, all of it in the page cache.
 struct Snapshot {
     memfd: Arc<SealedMemfd>,
+    /// The same memfd as a source, which keeps its mapping from guest to guest.
+    mapped: Arc<Memfd>,
 }
 
 impl Snapshot {
@@ -135,7 +152,10 @@ impl Snapshot {
                 .write_all_at(&block[..block.len().min(bytes - start)], start as u64)
                 .expect("memory");
         }
-        Self { memfd: Arc::new(memfd.seal().expect("no other holder of the memfd")) }
+        let memfd = memfd.seal().expect("no other holder of the memfd");
+        let copy = memfd.as_fd().try_clone_to_owned().expect("a descriptor");
+        let mapped = Arc::new(Memfd::from_fd(copy).expect("a sealed memfd"));
+        Self { memfd: Arc::new(memfd), mapped }
     }
 
     fn bytes(&self) -> usize {
@@ -151,6 +171,10 @@ impl Snapshot {
         PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.memfd.as_fd().as_raw_fd()))
     }
 
+    fn memory(&self, fd: OwnedFd, start: usize) -> AdoptedMemory {
+        AdoptedMemory::new(fd).expect("a userfaultfd").range(start, self.bytes())
+    }
+
     /// A region that fills a guest's memory, with the options of `configure`.
     fn region(
         &self,
@@ -159,7 +183,7 @@ impl Snapshot {
         pool: &Pool,
         configure: impl FnOnce(Builder) -> Builder,
     ) -> AdoptedRegion {
-        let memory = AdoptedMemory::new(fd).expect("a userfaultfd").range(start, self.bytes());
+        let memory = self.memory(fd, start);
         let file = FileSource::open(self.path()).expect("the snapshot");
         configure(Region::builder().chunk(file)).build_adopted(memory, pool).expect("a region")
     }
@@ -212,6 +236,7 @@ const OURS: &str = "pool, defaults";
 const REPLAY: &str = "pool, replaying";
 const FILLING: &str = "pool, in background";
 const BARE: &str = "pool, no readahead";
+const SEALED: &str = "pool, from a sealed memfd";
 const PLAIN: &str = "plain handler";
 const EAGER: &str = "eager copy";
 const FIRST: &str = "to the first touch";

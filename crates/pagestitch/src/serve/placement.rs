@@ -46,7 +46,8 @@ use nix::unistd::Pid;
 #[non_exhaustive]
 pub enum Placement {
     /// The placement that suits the machine. The default. A worker that serves
-    /// [adopted memory](crate::AdoptedMemory) is not pinned from then on.
+    /// [adopted memory](crate::AdoptedMemory) is not pinned from then on, unless it replays a
+    /// recording.
     #[default]
     Auto,
     /// One worker pinned to each CPU that the process may use; in [`Auto`](Self::Auto), 32 workers at
