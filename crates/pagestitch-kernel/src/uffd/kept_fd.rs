@@ -8,14 +8,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Debug)]
 pub(super) struct KeptFd {
     /// Invariant: `None` only while it is dropped or given up.
-    fd: Option<OwnedFd>,
+    fd: Option<Descriptor>,
     stays: AtomicBool,
+}
+
+#[derive(Debug)]
+enum Descriptor {
+    Own(OwnedFd),
+    /// The process keeps it open, and all stand-ins share it.
+    Shared(BorrowedFd<'static>),
 }
 
 impl KeptFd {
     /// Owns the descriptor of a userfaultfd.
     pub(super) const fn own(fd: OwnedFd) -> Self {
-        Self { fd: Some(fd), stays: AtomicBool::new(false) }
+        Self { fd: Some(Descriptor::Own(fd)), stays: AtomicBool::new(false) }
+    }
+
+    /// Borrows a descriptor that stays open as long as the process lives.
+    pub(super) const fn shared(fd: BorrowedFd<'static>) -> Self {
+        Self { fd: Some(Descriptor::Shared(fd)), stays: AtomicBool::new(false) }
     }
 
     /// Leaves the descriptor open after the drop.
@@ -23,15 +35,25 @@ impl KeptFd {
         self.stays.store(true, Ordering::SeqCst);
     }
 
-    /// Gives the descriptor up, which its new owner closes.
+    /// Gives the descriptor up, which its new owner closes. A shared one is duplicated.
+    ///
+    /// # Panics
+    ///
+    /// If no descriptor is left for the duplicate.
     pub(super) fn into_fd(mut self) -> OwnedFd {
-        self.fd.take().expect("by the field's invariant")
+        match self.fd.take().expect("by the field's invariant") {
+            Descriptor::Own(fd) => fd,
+            Descriptor::Shared(fd) => fd.try_clone_to_owned().expect("a descriptor is left (ulimit -n)"),
+        }
     }
 }
 
 impl AsFd for KeptFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_ref().expect("by the field's invariant").as_fd()
+        match self.fd.as_ref().expect("by the field's invariant") {
+            Descriptor::Own(fd) => fd.as_fd(),
+            Descriptor::Shared(fd) => *fd,
+        }
     }
 }
 

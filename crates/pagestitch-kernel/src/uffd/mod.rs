@@ -334,7 +334,7 @@ impl Uffd {
 }
 
 /// The descriptor, with its registrations. Its new owner closes it, also if it was to be
-/// [kept open](Uffd::keep_open).
+/// [kept open](Uffd::keep_open). That of a [stand-in](Uffd::stand_in) is a duplicate.
 impl From<Uffd> for OwnedFd {
     fn from(uffd: Uffd) -> Self {
         uffd.fd.into_fd()
