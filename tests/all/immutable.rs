@@ -13,7 +13,7 @@ use std::sync::Arc;
 use tempfile::NamedTempFile;
 
 /// A file of these bytes in a folder.
-fn file_in(folder: &Path, bytes: &[u8]) -> NamedTempFile {
+pub(crate) fn file_in(folder: &Path, bytes: &[u8]) -> NamedTempFile {
     let mut file = NamedTempFile::new_in(folder).unwrap();
     file.write_all(bytes).unwrap();
     file
@@ -307,44 +307,4 @@ fn a_file_without_fs_verity_is_no_proof() {
         let error = ImmutableFile::open_verity(file.path()).unwrap_err();
         assert_eq!((error.kind(), error.path()), (ErrorKind::UnusableFile, Some(file.path())), "{error}");
     }
-}
-
-/// Enables fs-verity for a file that is not open for writing.
-#[expect(unsafe_code, reason = "ioctl")]
-fn enable_verity(file: &File) -> nix::Result<()> {
-    use std::os::fd::AsRawFd;
-    /// `struct fsverity_enable_arg`: version 1, SHA-256, blocks of a page, no salt, no signature.
-    #[repr(C)]
-    struct Enable {
-        words: [u32; 4],
-        rest: [u64; 14],
-    }
-    let enable = Enable { words: [1, 1, PAGE as u32, 0], rest: [0; 14] };
-    // SAFETY: the kernel reads the 128 bytes of the structure, which name no other memory.
-    let answer = unsafe { nix::libc::ioctl(file.as_raw_fd(), 0x4080_6685, &raw const enable) };
-    nix::errno::Errno::result(answer).map(drop)
-}
-
-#[test]
-fn a_file_with_fs_verity_is_a_slice_without_a_promise() {
-    let bytes = pattern(10, 4 * PAGE + 10);
-    let folder = std::env::var_os("PAGESTITCH_VERITY");
-    let path = file_in(&folder.clone().map_or_else(std::env::temp_dir, Into::into), &bytes).into_temp_path();
-    match enable_verity(&File::open(&path).unwrap()) {
-        Ok(()) => {}
-        Err(errno) if folder.is_none() => {
-            return println!(
-                "SKIPPED: no fs-verity in {} ({errno}): PAGESTITCH_VERITY names a folder that has it",
-                path.display()
-            );
-        }
-        Err(errno) => panic!("PAGESTITCH_VERITY names {}, without fs-verity: {errno}", path.display()),
-    }
-    assert!(File::options().write(true).open(&path).is_err(), "the kernel refuses writers");
-    let builder = Region::builder().chunk(ImmutableFile::open_verity(&path).unwrap()).require_zero_copy();
-    let region = builder.build(&Pool::new().unwrap()).unwrap();
-    assert!(region.as_slice() == bytes);
-    let plan = region.plan();
-    assert_eq!(plan.runs()[0].reason, PlanReason::MappedByVerity, "{plan}");
-    println!("{plan}");
 }

@@ -69,6 +69,7 @@ mod zero_copy;
 mod guests;
 mod handler;
 mod machine;
+mod verity;
 mod waits;
 
 use guests::{lacks_poison, signal_of_lost_page};

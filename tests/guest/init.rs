@@ -35,6 +35,7 @@ fn run() -> Result<i32, Box<dyn Error>> {
         mount(Some(kind), target, Some(kind), MsFlags::empty(), None::<&str>)?;
     }
     mount_disk()?;
+    mount_cgroups()?;
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)?;
     let serial = open_serial()?;
     let passed = match env::var("TEST_SUITE").as_deref() {
@@ -57,6 +58,12 @@ fn mount_disk() -> Result<(), Box<dyn Error>> {
         fs::set_permissions(VERITY, Permissions::from_mode(0o1777))?;
     }
     Ok(())
+}
+
+/// Mounts cgroups of version 2, with limits on memory.
+fn mount_cgroups() -> Result<(), Box<dyn Error>> {
+    mount(Some("cgroup2"), CGROUPS, Some("cgroup2"), MsFlags::empty(), None::<&str>)?;
+    Ok(fs::write(Path::new(CGROUPS).join("cgroup.subtree_control"), "+memory")?)
 }
 
 /// Runs the tests of the guarantees as a user.
@@ -108,6 +115,7 @@ fn test(serial: &File, program: &str, user: u32, arguments: &[&str]) -> Result<b
 const DISK: &str = "/dev/nvme0n1";
 /// The mounted disk.
 const VERITY: &str = "/verity";
+const CGROUPS: &str = "/sys/fs/cgroup";
 const PHYSICAL: &str = "/tests/physical";
 const ROOT: u32 = 0;
 const ORDINARY: u32 = 65534;

@@ -7,6 +7,9 @@
 //! so slow sources and fast memory each find their own threshold. With more than one CPU the price
 //! is halved, because a worker fills while the touching thread runs.
 //!
+//! A fault pays at most a few times the typical rent, because the worker of a loaded machine may wait
+//! for a CPU in the middle of a fault. That wait says nothing about the block.
+//!
 //! A region learns from its blocks: the larger the share of touched blocks that were filled, the
 //! lower the threshold of the others. Halving the price and learning give up the bound of twice,
 //! because they were measured to be faster.
@@ -25,8 +28,11 @@ pub(crate) struct Dense {
     rents: AtomicTable,
     /// The cost of filling a block in nanoseconds, a moving average; 0 before the first one.
     price: AtomicU64,
-    /// The faults of all threads, except for the last few of each stripe.
-    all: Faults,
+    /// The typical rent of a fault, in nanoseconds: a moving average of bounded rents; 0 before the
+    /// first fault.
+    typical: AtomicU64,
+    /// The number of faults in `typical`.
+    counted: AtomicU64,
     /// The last few faults of each stripe of threads, so that threads that serve faults at the same
     /// time seldom write to the same line.
     recent: Striped<Faults>,
@@ -45,7 +51,7 @@ pub(crate) struct Dense {
 #[derive(Debug, Default)]
 struct Faults {
     count: AtomicU64,
-    /// The cost of all of them together, in nanoseconds.
+    /// The bounded rent of all of them together, in nanoseconds.
     spent: AtomicU64,
 }
 
@@ -55,7 +61,8 @@ impl Dense {
         Ok(Self {
             rents: AtomicTable::new(blocks)?,
             price: AtomicU64::new(0),
-            all: Faults::default(),
+            typical: AtomicU64::new(0),
+            counted: AtomicU64::new(0),
             recent: Striped::new(blocks.get()),
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
@@ -68,12 +75,12 @@ impl Dense {
     /// Records the cost of a fault. Returns its block if that must be filled now.
     pub(crate) fn spent(&self, page: Page, ns: u64) -> Option<Span> {
         let block = page.0 / self.block;
-        let rent = ns + WAKE_UP;
+        let rent = self.bounded(ns.saturating_add(WAKE_UP));
         let before = self.rents.deref()[block].fetch_add(rent, Ordering::Relaxed);
         if before == 0 {
             self.touched.fetch_add(1, Ordering::Relaxed);
         }
-        let threshold = self.threshold(self.mean_with(rent));
+        let threshold = self.threshold(self.typical_with(rent));
         // The first fault of a block does not count alone, because it may have waited for a CPU. A
         // block is filled once.
         if before == 0 || before >= FILLED || before + rent < threshold {
@@ -87,17 +94,35 @@ impl Dense {
         Some(Span { first: Page(first), pages: self.block.min(self.pages - first) })
     }
 
-    /// Counts a fault. Returns the mean cost of a fault, because single faults may cost far more or
-    /// less.
-    fn mean_with(&self, rent: u64) -> u64 {
+    /// The rent that a fault pays.
+    fn bounded(&self, rent: u64) -> u64 {
+        match self.typical.load(Ordering::Relaxed) {
+            0 => rent,
+            typical => rent.min(typical.saturating_mul(BOUND)),
+        }
+    }
+
+    /// Counts a fault. Returns the typical rent.
+    fn typical_with(&self, rent: u64) -> u64 {
         let Faults { count, spent } = self.recent.local();
         spent.fetch_add(rent, Ordering::Relaxed);
-        let few = self.all.count.load(Ordering::Relaxed) < FEW;
+        let few = self.counted.load(Ordering::Relaxed) < FEW;
         if count.fetch_add(1, Ordering::Relaxed) + 1 >= FEW || few {
-            self.all.spent.fetch_add(spent.swap(0, Ordering::Relaxed), Ordering::Relaxed);
-            self.all.count.fetch_add(count.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+            self.average(count.swap(0, Ordering::Relaxed), spent.swap(0, Ordering::Relaxed));
         }
-        self.all.spent.load(Ordering::Relaxed) / self.all.count.load(Ordering::Relaxed).max(1)
+        self.typical.load(Ordering::Relaxed)
+    }
+
+    /// Adds faults to the moving average. Of two threads that do so at once, one may be ignored.
+    fn average(&self, count: u64, spent: u64) {
+        let Some(mean) = spent.checked_div(count) else { return };
+        let counted = self.counted.fetch_add(count, Ordering::Relaxed) + count;
+        let before = u128::from(self.typical.load(Ordering::Relaxed));
+        // All faults count alike until the average has as many as its window.
+        let window = u128::from(counted.min(WINDOW));
+        let weight = u128::from(count).min(window);
+        let typical = (before * (window - weight) + u128::from(mean) * weight) / window;
+        self.typical.store((typical as u64).max(1), Ordering::Relaxed);
     }
 
     /// Records the cost of filling `pages` pages of a block.
@@ -112,8 +137,7 @@ impl Dense {
         self.price.store(price.max(1), Ordering::Relaxed);
     }
 
-    /// The cost of a block's faults at which the block is filled. `typical` is the mean cost of a
-    /// fault.
+    /// The rent of a block's faults at which the block is filled.
     fn threshold(&self, typical: u64) -> u64 {
         let price = match self.price.load(Ordering::Relaxed) {
             0 => FIRST_PRICE * typical,
@@ -142,6 +166,10 @@ const FIRST_PRICE: u64 = 24;
 const UNKNOWN: u64 = 8;
 /// The number of faults that a stripe counts before it adds them to all others.
 const FEW: u64 = 16;
+/// The number of faults in the moving average of rents.
+const WINDOW: u64 = 32;
+/// A fault pays at most this many typical rents.
+const BOUND: u64 = 4;
 /// This bit of a block's rent is set once the block was filled.
 const FILLED: u64 = 1 << 63;
 
@@ -186,6 +214,32 @@ mod tests {
         let blocks = (1..100).map(|block| Page(block * BLOCK));
         assert!(blocks.clone().take(60).all(|page| dense.spent(page, 1_000).is_none()));
         assert!(blocks.skip(60).all(|page| dense.spent(page, 10_000_000).is_none()), "one fault a block");
+    }
+
+    /// A loaded machine: one fault in ten waits for a CPU, in blocks with one or two faults each.
+    #[test]
+    fn preempted_faults_make_no_block_dense() {
+        let dense = dense();
+        for fault in 0..200 {
+            let page = Page(fault * 7_919 % 100 * BLOCK + fault % BLOCK);
+            let ns = if fault % 10 == 3 { 10_000_000 } else { 20_000 };
+            assert_eq!(dense.spent(page, ns), None, "fault {fault}");
+        }
+        assert!(dense.typical.load(Ordering::Relaxed) < 100_000, "{dense:?}");
+        dense.filled(BLOCK, 800_000);
+        assert!(faults_until_filled(&dense, 3, 20_000) > 5);
+    }
+
+    #[test]
+    fn a_source_that_becomes_slow_is_known_to_be_slow_after_some_faults() {
+        let dense = dense();
+        dense.filled(BLOCK, 300_000);
+        let faults =
+            |count, ns| (0..count).filter_map(|fault| dense.spent(Page(fault % 100 * BLOCK), ns)).count();
+        faults(1_000, 1_000);
+        assert!(dense.typical.load(Ordering::Relaxed) < 10_000, "{dense:?}");
+        faults(200, 10_000_000);
+        assert!(dense.typical.load(Ordering::Relaxed) > 5_000_000, "{dense:?}");
     }
 
     #[test]
