@@ -3,6 +3,7 @@
 
 use crate::files;
 use crate::log;
+use crate::number;
 use crate::output::Form;
 use crate::usage::Usage;
 use clap::Args;
@@ -30,7 +31,7 @@ pub(crate) struct Options {
     #[arg(value_name = "WORKLOAD", value_parser = PossibleValuesParser::new(workloads::ALL.iter().map(|known| known.name)))]
     workloads: Vec<String>,
     /// The number of rounds; in each round every system runs once, right after the others
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 5, value_parser = number::up_to::<u16>(u16::MAX.into()))]
     rounds: u16,
     /// Decides the order of chunks and of touches
     #[arg(long, allow_negative_numbers = true, default_value_t = 1)]
@@ -41,7 +42,7 @@ pub(crate) struct Options {
     threads: Option<Threads>,
     /// The number of shards of each region on a pool in the workload scaling [default: that of the
     /// library]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", value_parser = number::up_to::<u16>(u16::MAX.into()))]
     shards: Option<u16>,
     /// Measure small sizes, as a smoke test: the figures mean little
     #[arg(long)]

@@ -35,7 +35,7 @@ impl Live {
     /// Draws the scene. Calls `quit` when the user presses q, Escape or Ctrl-C.
     pub(crate) fn show(scene: &Scene, quit: impl Fn() + Send + 'static) -> Result<Self, String> {
         if !io::stdout().is_terminal() {
-            return Err(String::from("--live needs a terminal, but standard output is none: omit --live"));
+            return Err(String::from("--live needs a terminal, but standard output is not one: omit --live"));
         }
         if log::is_dumb() {
             return Err(String::from(

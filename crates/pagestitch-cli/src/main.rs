@@ -21,6 +21,7 @@ mod files;
 mod heatmap;
 mod live;
 mod log;
+mod number;
 mod output;
 mod part;
 mod probe;

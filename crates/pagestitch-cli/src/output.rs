@@ -1,6 +1,7 @@
 //! Output for people: its form, sizes, times, tables, progress.
 
-use clap::builder::{RangedU64ValueParser, TypedValueParser};
+use crate::number;
+use clap::builder::TypedValueParser;
 use comfy_table::{ContentArrangement, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::env;
@@ -67,7 +68,7 @@ pub(crate) fn nanoseconds(ns: u64) -> String {
 
 /// Parses a number of handler threads.
 pub(crate) fn workers() -> impl TypedValueParser<Value = usize> {
-    RangedU64ValueParser::<usize>::new().range(1..)
+    number::up_to(WORKERS)
 }
 
 /// A progress bar that appears on a terminal after a second of work, unless another picture is
@@ -110,6 +111,8 @@ impl Drop for Progress {
     }
 }
 
+/// The most handler threads on the command line.
+const WORKERS: u64 = 65_535;
 const WIDTH_OF_A_FILE: u16 = 120;
 const SHOWN_AFTER: Duration = Duration::from_secs(1);
 

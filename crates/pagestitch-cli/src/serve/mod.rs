@@ -17,6 +17,7 @@ mod systemd;
 use crate::files;
 use crate::heatmap;
 use crate::live::Live;
+use crate::number;
 use crate::output::{Form, bytes, count, workers};
 use crate::scene::Scene;
 use crate::size;
@@ -98,7 +99,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = workers())]
     workers: Option<usize>,
     /// The seconds within which a client must send its handshake
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value_t = 5, value_parser = number::up_to::<u16>(u16::MAX.into()))]
     handshake_timeout: u16,
 }
 

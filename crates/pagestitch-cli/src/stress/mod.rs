@@ -30,6 +30,7 @@ mod stopped;
 mod tally;
 
 use crate::log;
+use crate::number;
 use crate::output::Form;
 use clap::Args;
 use kernel::Injection;
@@ -46,7 +47,7 @@ use tally::Tally;
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// The duration of the run
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 10, value_parser = number::up_to::<u64>(u32::MAX.into()))]
     seconds: u64,
     /// Decides everything except the scheduling of threads [default: the time]
     #[arg(long, allow_negative_numbers = true)]
