@@ -26,6 +26,7 @@
 //! | | [`memory_left`] | the memory that the machine and the cgroups of the process have left |
 //! | | [`swap`] | which pages are swapped out, and whether such pages can move |
 //! | | `vma_name` | the name of a mapping in `/proc/PID/maps` |
+//! | | `populate` | a defect of `MADV_POPULATE_READ` in older kernels |
 //! | | `granule` | the page size of a file's mappings |
 //! | 3 | `mapping` | an owned mapping: unmapped when it is dropped |
 //! | | [`rcu`] | a value that a writer replaces while readers look at it, without a lock |
@@ -97,6 +98,7 @@ pub mod page;
 pub mod page_scan;
 pub mod pages;
 pub mod physical;
+mod populate;
 pub mod process;
 pub mod ranges;
 pub mod rcu;

@@ -22,6 +22,7 @@ use crate::errno::Errno;
 use crate::limits::ReserveError;
 use crate::mapping::OwnedMapping;
 use crate::page::{AddressRange, Page, PageSize, Span};
+use crate::populate;
 use crate::ranges::{self, ServedRange};
 use crate::swap;
 use crate::vma_name;
@@ -284,11 +285,18 @@ impl Reservation {
     /// Reads the pages of a span in the calling process. A poisoned page is an error here and not a
     /// signal. Linux 5.14.
     ///
+    /// Before Linux 6.9, `madvise(2)` tries a page of a file that cannot be read from the disk again
+    /// and again, without end. There, a copy of a byte of each page reads them first.
+    ///
     /// # Errors
     ///
     /// The errno of `madvise(2)` with `MADV_POPULATE_READ`: `EHWPOISON` or `EFAULT` for a poisoned
     /// page, `ENOMEM` if the range is not mapped, as in a forked child.
     pub fn populate_read(&self, span: Span) -> Result<(), Errno> {
+        if populate::may_not_end() {
+            let mut offsets = span.iter().map(|page| self.page.offset_of(page));
+            offsets.try_for_each(|offset| copy::read(&self.mapping, offset, &mut [0]))?;
+        }
         let range = self.addresses(span);
         // SAFETY: the kernel reads pages of an owned mapping. It writes only missing ones, which
         // have no value yet.
