@@ -131,14 +131,14 @@ fn a_page_with_a_wrong_hash_of_fs_verity_has_no_bytes() {
     if !corrupt(&path, 2) {
         return println!("SKIPPED: the blocks of {} cannot be written", path.display());
     }
-    in_place(&path, &bytes);
+    in_place(this_test!(), &path, &bytes);
     if Support::current().has(Features::POISON) {
         copied(&path, &bytes);
     }
 }
 
 /// The page shown in place: a read and `populate` are errors, and a touch is a signal.
-fn in_place(path: &Path, bytes: &[u8]) {
+fn in_place(test: &str, path: &Path, bytes: &[u8]) {
     let builder = Region::builder().chunk(ImmutableFile::open_verity(path).unwrap()).require_zero_copy();
     let region = builder.build(&Pool::new().unwrap()).unwrap();
     let mut read = vec![0; 2 * PAGE];
@@ -147,7 +147,7 @@ fn in_place(path: &Path, bytes: &[u8]) {
     assert!(read == bytes[3 * PAGE..]);
     assert!(region.as_slice()[..2 * PAGE] == bytes[..2 * PAGE]);
     assert_wrong_hash(&region.populate(..).unwrap_err());
-    let end = child::run(this_test!(), || {
+    let end = child::run(test, || {
         std::hint::black_box(region.as_slice()[2 * PAGE]);
     });
     assert_eq!(end.signal(), Some(libc::SIGBUS), "{}", end.output());
