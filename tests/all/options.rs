@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 20] = [
+const OPTIONS: [&str; 22] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -27,6 +27,8 @@ const OPTIONS: [&str; 20] = [
     "max_mappings",
     "max_in_flight",
     "shards",
+    "report_discards",
+    "no reports of discards",
     "record",
     "replay",
     "on_page_failure",
@@ -53,6 +55,8 @@ fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
         "max_in_flight" => builder.max_in_flight(1),
         "shards" => builder.shards(4),
         "shards and inherit_on_fork" => builder.shards(4).inherit_on_fork(),
+        "report_discards" => builder.report_discards(true),
+        "no reports of discards" => builder.report_discards(false),
         "record" => builder.record(),
         "replay" => builder.replay(&recording()),
         "on_page_failure" => builder.on_page_failure(|_, _| {}),
@@ -78,7 +82,7 @@ fn recording() -> Recording {
 fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
         Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
-        ReleaseSources, Replay, Shards, Writable,
+        ReleaseSources, Replay, ReportDiscards, Shards, Writable,
     };
     use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
@@ -88,6 +92,8 @@ fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
         ("dumped", _, true) => (OptionConflict, Some(Dumped)),
         ("max_mappings", _, true) => (OptionConflict, Some(MaxMappings)),
         ("shards" | "shards and inherit_on_fork", _, true) => (OptionConflict, Some(Shards)),
+        ("report_discards" | "no reports of discards", _, true) => (OptionConflict, Some(ReportDiscards)),
+        ("report_discards", "inline", _) => (UnsuitableServer, Some(ReportDiscards)),
         ("shards and inherit_on_fork", _, _) => (OptionConflict, Some(Shards)),
         ("inherit_on_fork", _, true) => (OptionConflict, Some(InheritOnFork)),
         ("release_sources", _, true) => (OptionConflict, Some(ReleaseSources)),

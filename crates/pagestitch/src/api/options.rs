@@ -95,19 +95,19 @@ impl Options {
 
     /// Refuses options that exclude each other, and options that do not apply to adopted memory.
     pub(super) fn check_target(&self, adopted: bool) -> Result<(), Error> {
+        let writable = self.access == Access::Writable;
+        refuse_first([(
+            self.hardware_read_only && writable,
+            BuildOption::HardwareReadOnly,
+            "hardware_read_only() stops the writes that writable() allows: leave out one of the two",
+        )])?;
         if adopted {
             self.check_adopted()?;
         }
         if self.budget.is_some() {
             self.check_budget()?;
         }
-        let writable = self.access == Access::Writable;
         refuse_first([
-            (
-                self.hardware_read_only && writable,
-                BuildOption::HardwareReadOnly,
-                "hardware_read_only() stops the writes that writable() allows: leave out one of the two",
-            ),
             (
                 self.inherit_on_fork && self.has_shards(),
                 BuildOption::Shards,
