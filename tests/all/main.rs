@@ -54,6 +54,7 @@ mod sanitized;
 mod scale;
 mod shards;
 mod shared;
+mod sharing;
 mod signals;
 mod spare_uffds;
 mod splits;

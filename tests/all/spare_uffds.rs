@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 /// The number of open userfaultfds of this process.
-fn userfaultfds() -> usize {
+pub(crate) fn userfaultfds() -> usize {
     let open = fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
     let is_uffd = |path: &PathBuf| {
         fs::read_link(path).is_ok_and(|link| link.to_string_lossy().contains("[userfaultfd]"))

@@ -125,6 +125,12 @@ impl Batch {
         self.read == self.capacity
     }
 
+    /// True if the last read found no message.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.read == 0
+    }
+
     /// The changes of the map, which the reader handles before the faults.
     pub fn take_events(&mut self) -> impl Iterator<Item = Event> + '_ {
         self.events.drain(..)

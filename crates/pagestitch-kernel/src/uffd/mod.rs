@@ -44,6 +44,7 @@ use crate::page::AddressRange;
 use crate::pages::Donated;
 use crate::process::is_same_file;
 use nix::libc::c_int;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -320,6 +321,13 @@ impl Uffd {
         let lines = std::str::from_utf8(&about[..bytes]).unwrap_or_default().lines();
         let mut totals = lines.filter_map(|line| line.strip_prefix("total:")?.trim().parse::<u64>().ok());
         totals.next().is_none_or(|total| total > 0)
+    }
+
+    /// True if a message is unread, or if the kernel does not tell.
+    #[must_use]
+    pub fn has_unread(&self) -> bool {
+        let mut readable = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut readable, PollTimeout::ZERO) != Ok(0)
     }
 
     /// Leaves the descriptor open after the drop, because waiting threads would read zeros after a

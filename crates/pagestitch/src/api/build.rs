@@ -178,10 +178,10 @@ fn prepare_own(
     let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
     let bytes = pages.get() * page.bytes();
     let uffds = userfaultfds::open(name, (layout, bytes), options, server)?;
-    let uffd = &uffds[0];
+    let features = uffds.features();
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
-    let moves = layout.has_donated() && !options.inherit_on_fork && !tracked && can_move(uffd);
-    let staged = stages(options, layout, bytes, uffd);
+    let moves = layout.has_donated() && !options.inherit_on_fork && !tracked && can_move(features);
+    let staged = stages(options, layout, bytes, features);
     let huge = moves || staged.is_ok();
     // Pages move, in and out, only between writable mappings.
     let moves_out = !options.hardware_read_only && options.budget.as_ref().is_some_and(Budget::moves);
@@ -233,7 +233,7 @@ fn prepare_fault_free(
     let Some(runs) = FaultFree::of(layout, page, budget) else { return Ok(None) };
     let uffd = stand_in(name)?;
     let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
-    let staged = stages(options, layout, pages.get() * page.bytes(), uffd.get(0));
+    let staged = stages(options, layout, pages.get() * page.bytes(), uffd.features());
     let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
     if runs.has_padding() {
         // Padding is the kernel's zero pages.
@@ -373,7 +373,7 @@ fn hide_from_dumps(mapping: &Mapping) -> Result<(), Error> {
 
 /// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging, or the reason against
 /// it.
-fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Result<(), &'static str> {
+fn stages(options: &Options, layout: &Layout, bytes: usize, features: Features) -> Result<(), &'static str> {
     if options.budget.is_some() {
         return Err("the region has a budget(): its pages leave one by one");
     }
@@ -386,7 +386,7 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, uffd: &Uffd) -> Resu
     match bytes {
         _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
         ..HUGE => Err("the region is smaller than a huge page"),
-        _ => staging::available(uffd.features()),
+        _ => staging::available(features),
     }
 }
 
@@ -514,8 +514,8 @@ fn stand_in(name: &str) -> Result<Shards, Error> {
 
 /// True if donated pages move on first touch. If they could be swapped out and lost during the
 /// move, they move when the region is built.
-fn can_move(uffd: &Uffd) -> bool {
-    uffd.features().contains(Features::MOVE) && swap::moves_safely().is_ok()
+fn can_move(features: Features) -> bool {
+    features.contains(Features::MOVE) && swap::moves_safely().is_ok()
 }
 
 /// A region takes at most this share, one half, of the mappings that the process has left.

@@ -9,14 +9,52 @@ use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, OpenError};
 use pagestitch_kernel::{Errno, Features, Reservation, Uffd};
 
-/// Opens the userfaultfds of a region of `bytes` bytes, at least one. All have the same features.
+/// The userfaultfds of a region that is built.
+pub(super) enum Userfaultfds {
+    /// Its own.
+    Own(Vec<Uffd>),
+    /// One of those that small regions of the server share, with these features.
+    Shared(Features),
+}
+
+impl Userfaultfds {
+    pub(super) fn features(&self) -> Features {
+        match self {
+            Self::Own(uffds) => uffds[0].features(),
+            Self::Shared(features) => *features,
+        }
+    }
+}
+
+/// Opens the userfaultfds of a region of `bytes` bytes, at least one, unless it shares one. All have the
+/// same features.
 pub(super) fn open(
     name: &str,
     (layout, bytes): (&Layout, usize),
     options: &Options,
     server: &Server,
-) -> Result<Vec<Uffd>, Error> {
+) -> Result<Userfaultfds, Error> {
     let wanted = features(layout, options, server);
+    if shares(layout, bytes, options) {
+        if let Some(features) = server.inner().open_shared(wanted.without(Features::EVENT_REMOVE)) {
+            return Ok(Userfaultfds::Shared(features));
+        }
+    }
+    open_own(name, bytes, options, (server, wanted)).map(Userfaultfds::Own)
+}
+
+/// True if a region may share a userfaultfd: it is small, and asks for no events of its own.
+fn shares(layout: &Layout, bytes: usize, options: &Options) -> bool {
+    let has_events = options.report_discards != Some(false) || options.inherit_on_fork || layout.has_lazy();
+    bytes <= SHARED_MAX && !has_events && options.shards.is_none()
+}
+
+fn open_own(
+    name: &str,
+    bytes: usize,
+    options: &Options,
+    (server, wanted): (&Server, Features),
+) -> Result<Vec<Uffd>, Error> {
     let open = || match server.inner().spare_uffds() {
         Some(spares) => spares.open(wanted),
         None => Uffd::open(wanted),
@@ -55,12 +93,18 @@ pub(super) fn open(
 /// Registers the shards of a range, and opens the range.
 pub(super) fn register(
     name: &str,
-    uffds: Vec<Uffd>,
+    uffds: Userfaultfds,
     server: &Server,
     reservation: &Reservation,
 ) -> Result<Shards, Error> {
-    let spares = server.inner().spare_uffds().cloned();
-    Shards::register(uffds, spares, reservation).map_err(|errno| match errno {
+    let registered = match uffds {
+        Userfaultfds::Own(uffds) => {
+            let spares = server.inner().spare_uffds().cloned();
+            Shards::register(uffds, spares, reservation)
+        }
+        Userfaultfds::Shared(_) => server.inner().register_shared(reservation),
+    };
+    registered.map_err(|errno| match errno {
         Errno::ENOMEM | Errno::EAGAIN => {
             Error::unreserved(name, ReserveError::met(reservation.range().bytes(), errno))
         }
@@ -124,6 +168,8 @@ fn cannot_open(name: &str, children: bool, error: OpenError) -> Error {
     Error::no_userfaultfd(&error).inside(name)
 }
 
+/// The largest region that shares a userfaultfd.
+const SHARED_MAX: usize = 256 << 10;
 /// By default, a shard has at least this many blocks: 8 MiB.
 const BLOCKS_MIN: usize = 4;
 /// By default, shards take at most this share of the mappings that the process has left.

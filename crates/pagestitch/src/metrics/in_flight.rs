@@ -204,10 +204,17 @@ impl InFlight {
         group.taken.fetch_and(!(1 << bit), Ordering::Release);
     }
 
-    /// Frees all slots, because no worker will take the queued faults.
-    pub(super) fn finish_all(&self) {
+    /// Frees all slots, because no worker will take the queued faults. True if there were some.
+    pub(super) fn finish_all(&self) -> bool {
         let taken: Vec<_> = self.all().map(|(slot, ..)| slot).collect();
+        let had_some = !taken.is_empty();
         taken.into_iter().for_each(|slot| self.finish(slot));
+        had_some
+    }
+
+    /// True if a fault is in flight.
+    pub(super) fn has_any(&self) -> bool {
+        self.all().next().is_some()
     }
 
     /// The oldest fault: its page and its age.

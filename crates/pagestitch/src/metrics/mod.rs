@@ -161,9 +161,14 @@ impl Counters {
         self.in_flight.take_set_aside()
     }
 
-    /// Frees all slots, because no fault is served any more.
-    pub(crate) fn finish_all(&self) {
-        self.in_flight.finish_all();
+    /// Frees all slots, because no fault is served any more. True if there were some.
+    pub(crate) fn finish_all(&self) -> bool {
+        self.in_flight.finish_all()
+    }
+
+    /// True if a fault is in flight.
+    pub(crate) fn has_in_flight(&self) -> bool {
+        self.in_flight.has_any()
     }
 
     /// True at the first call for a fault.

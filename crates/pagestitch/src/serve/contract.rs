@@ -5,8 +5,8 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::{Mapping, SpareUffds};
-use pagestitch_kernel::{Features, Span, View};
+use crate::space::{Mapping, Shards, SpareUffds};
+use pagestitch_kernel::{Errno, Features, Reservation, Span, View};
 use std::fmt;
 use std::sync::Arc;
 
@@ -42,6 +42,17 @@ pub(crate) trait FaultServer: fmt::Debug + Send + Sync {
     /// child: a userfaultfd registers addresses of the process that has opened it.
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
         None
+    }
+
+    /// The features of the userfaultfds that its small regions share. `None` if each region has its own.
+    fn open_shared(&self, _wanted: Features) -> Option<Features> {
+        None
+    }
+
+    /// Registers the range of a small region with a userfaultfd that it shares with others. Called after
+    /// [`open_shared`](Self::open_shared).
+    fn register_shared(&self, _reservation: &Reservation) -> Result<Shards, Errno> {
+        Err(Errno::EOPNOTSUPP)
     }
 
     /// Refuses a kernel that has not granted the features that it needs.

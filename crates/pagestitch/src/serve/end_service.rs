@@ -37,7 +37,7 @@ impl Served {
                     std::process::abort();
                 }
                 // No thread starts to wait any more. A woken waiter may run only after the drop.
-                has_waiters = self.uffd.has_waiters();
+                has_waiters = self.uffd.has_waiters() || self.has_stray_faults();
                 if has_waiters {
                     reservation.linger();
                 }
@@ -55,7 +55,10 @@ impl Served {
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
-            self.read_without_serving(&mut Batch::with_capacity(ORPHAN_EVENTS));
+            // The workers of a pool read the events of a shared userfaultfd.
+            if !self.uffd.is_shared() {
+                self.read_without_serving(&mut Batch::with_capacity(ORPHAN_EVENTS));
+            }
             thread::yield_now();
         }
         !has_waiters

@@ -124,7 +124,7 @@ impl Served {
 
     /// Handles a move of part of the region. Other ranges that the owner of adopted memory has
     /// registered with its userfaultfd are ignored.
-    fn moved(
+    pub(super) fn moved(
         &self,
         shard: usize,
         (from, to, bytes): (usize, usize, usize),

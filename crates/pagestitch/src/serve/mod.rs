@@ -56,6 +56,7 @@ pub(crate) mod read_turn;
 mod retry_failed;
 mod served;
 mod server_state;
+mod shared_uffds;
 mod slow_admission;
 mod start;
 mod timers;

@@ -24,8 +24,9 @@ use crate::serve::server_state::ServerState;
 use crate::serve::watchdog::{Limits, Watchdog};
 use crate::serve::worker_table;
 use crate::signals::NoSignals;
-use crate::space::{Mapping, SpareUffds};
+use crate::space::{Mapping, Shards, SpareUffds};
 use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::{Errno, Features, Reservation};
 use parking_lot::Mutex;
 use std::fmt;
 use std::sync::atomic::Ordering;
@@ -177,6 +178,15 @@ impl FaultServer for Pool {
 
     fn spare_uffds(&self) -> Option<&Arc<SpareUffds>> {
         self.handle.generation.is_current().then_some(&self.handle.state.spare_uffds)
+    }
+
+    fn open_shared(&self, wanted: Features) -> Option<Features> {
+        let is_here = self.handle.generation.is_current();
+        is_here.then(|| self.handle.state.open_shared(wanted)).flatten()
+    }
+
+    fn register_shared(&self, reservation: &Reservation) -> Result<Shards, Errno> {
+        self.handle.state.shared_uffds.register(reservation)
     }
 
     // A pool serves every kind of region.

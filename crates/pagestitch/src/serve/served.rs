@@ -106,6 +106,11 @@ impl Served {
         self.handle.get_or_init(|| Arc::new(RegionHandle::new(self.gate(), self)))
     }
 
+    /// True if a fault was read after the gate was closed.
+    pub(super) fn has_stray_faults(&self) -> bool {
+        self.handle.get().is_some_and(|handle| handle.has_stray())
+    }
+
     /// Keeps a requested prefetch, so that it ends with the service of the region.
     pub(super) fn note_prefetch(&self, job: &Arc<PrefetchJob>) {
         let mut prefetches = self.prefetches.lock();

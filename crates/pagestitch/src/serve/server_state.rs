@@ -13,7 +13,8 @@ use crate::serve::served::{
     Entrance, FetchSemaphore, OwnedRegionGuard, PrefetchQueue, PrefetchTask, QueuedFault, RegionHandle,
     RequestedPrefetch, SlowAdmission, TimedTask, Timers,
 };
-use crate::serve::watch::watch;
+use crate::serve::shared_uffds::SharedUffds;
+use crate::serve::watch::{watch, watch_shared};
 use crate::serve::worker_table::WorkerTable;
 use crate::serve::worker_threads::Threads;
 use crate::space::page_table::Wake;
@@ -21,7 +22,7 @@ use crate::space::{Mapping, SpareUffds};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::{Errno, Span, Uffd};
+use pagestitch_kernel::{Batch, Errno, Features, Span, Uffd};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -58,6 +59,7 @@ pub(super) struct ServerState {
     pub(super) fork_reader: OnceLock<ForkReader>,
     pub(super) epolls: Vec<Arc<Epoll>>,
     pub(super) spare_uffds: Arc<SpareUffds>,
+    pub(super) shared_uffds: SharedUffds,
     /// Regions in adopted memory that some posts do not watch for a moment.
     left: Mutex<Vec<Arc<RegionHandle>>>,
     /// True if there are some. It changes under the lock, except that it may stay true.
@@ -132,6 +134,7 @@ impl ServerState {
             fork_reader: OnceLock::new(),
             epolls,
             spare_uffds: Arc::default(),
+            shared_uffds: SharedUffds::default(),
             left: Mutex::new(Vec::with_capacity(LEFT)),
             has_left: AtomicBool::new(false),
             // Edge-triggered: a worker reads to the end, so epoll need not report the rest.
@@ -290,7 +293,9 @@ impl ServerState {
 
     /// Handles to all served regions.
     pub(super) fn regions(&self) -> Vec<Arc<RegionHandle>> {
-        self.regions.read().served().cloned().collect()
+        let mut handles: Vec<_> = self.regions.read().served().cloned().collect();
+        handles.extend(self.shared_uffds.handles());
+        handles
     }
 
     /// The most workers that slow regions may occupy together: all but one, if there is another
@@ -298,15 +303,19 @@ impl ServerState {
     /// replacement is the only free worker, and to keep it free would leave none at work.
     pub(super) fn slow_workers_max(&self) -> usize {
         let workers = self.workers.working();
-        let keeps_one = self.epolls.len() > 1 && self.regions.read().served().nth(1).is_some();
+        let keeps_one = self.epolls.len() > 1 && self.has_several_regions();
         if keeps_one { workers - 1 } else { workers }
+    }
+
+    fn has_several_regions(&self) -> bool {
+        let shared = self.shared_uffds.regions(2);
+        shared > 1 || self.regions.read().served().nth(1 - shared).is_some()
     }
 
     /// Accepts no more regions. Returns handles to the served ones.
     pub(super) fn close(&self) -> Vec<Arc<RegionHandle>> {
-        let mut regions = self.regions.write();
-        regions.stopped = true;
-        regions.served().cloned().collect()
+        self.regions.write().stopped = true;
+        self.regions()
     }
 
     pub(super) fn epolls(&self) -> &[Arc<Epoll>] {
@@ -322,16 +331,20 @@ impl ServerState {
             let _ = region.permits.set(Arc::clone(permits));
         }
         let _ = region.timers.set(Arc::clone(&self.timers));
-        for (shard, uffd) in region.uffd.iter().enumerate() {
-            let handle = Arc::clone(region.handle());
-            let watched = WatchedShard { entrance: handle.entrance(), handle, shard };
-            regions.shards.insert(uffd.as_fd().as_raw_fd(), watched);
+        if region.uffd.is_shared() {
+            self.shared_uffds.add(region);
+        } else {
+            for (shard, uffd) in region.uffd.iter().enumerate() {
+                let handle = Arc::clone(region.handle());
+                let watched = WatchedShard { entrance: handle.entrance(), handle, shard };
+                regions.shards.insert(uffd.as_fd().as_raw_fd(), watched);
+            }
         }
         drop(regions);
         // A partial watch is undone when the region, which the caller owns by now, is dropped.
         let watched = match (&region.children, self.fork_reader.get()) {
-            // It has no faults.
-            _ if region.uffd.is_stand_in() => Ok(()),
+            // It has no faults, or its userfaultfd is watched already.
+            _ if region.uffd.is_stand_in() || region.uffd.is_shared() => Ok(()),
             (Some(_), Some(fork_reader)) => fork_reader.add(region),
             _ => (0..region.uffd.count()).try_for_each(|shard| self.watch_shard(region, shard)),
         };
@@ -357,6 +370,34 @@ impl ServerState {
         let (before, from_home) =
             self.epolls.split_at(home_of(shard, region.uffd.count(), self.epolls.len()));
         from_home.iter().chain(before).try_for_each(|epoll| watch(epoll, uffd, wakes))
+    }
+
+    /// Opens the userfaultfds that small regions share, and returns their features. `None` if there are
+    /// none.
+    pub(super) fn open_shared(&self, wanted: Features) -> Option<Features> {
+        let number = self.epolls.len().clamp(SHARED_MIN, SHARED_MAX);
+        let watch = |index: usize, uffd: &Uffd| {
+            self.epolls.iter().try_for_each(|epoll| watch_shared(epoll, (index, uffd), self.wakes))
+        };
+        let opened = self.shared_uffds.open((number, wanted), watch).ok()?;
+        Some(opened[0].uffd.features())
+    }
+
+    /// Reads the events of a shared userfaultfd. See [`SharedUffds::read`].
+    pub(super) fn read_shared(
+        &self,
+        index: usize,
+        batch: &mut Batch,
+        each: impl FnMut(&Arc<Served>, FaultRequest),
+    ) {
+        self.shared_uffds.read(index, batch, each, |region| self.look_later(region, Duration::ZERO));
+    }
+
+    /// As [`rearm`](Self::rearm), for a shared userfaultfd.
+    pub(super) fn rearm_shared(&self, post: usize, index: usize) {
+        let (epoll, uffd) = (&self.epolls[post], &self.shared_uffds.get(index).uffd);
+        let _ = epoll.delete(uffd);
+        let _ = watch_shared(epoll, (index, uffd), self.wakes);
     }
 
     /// Starts to serve a forked child of a region.
@@ -503,6 +544,10 @@ impl ServerState {
     }
 
     pub(super) fn remove(&self, region: &Served) {
+        // Faults of a region that shares a userfaultfd end at its gate. Its place goes with its range.
+        if region.uffd.is_shared() {
+            return;
+        }
         let mut regions = self.regions.write();
         for uffd in region.uffd.iter() {
             let fd = uffd.as_fd().as_raw_fd();
@@ -524,14 +569,15 @@ impl ServerState {
 
     pub(super) fn refuse_regions(&self) -> Result<(), Error> {
         let mut regions = self.regions.write();
-        if regions.shards.is_empty() {
+        let shared = self.shared_uffds.handles();
+        if regions.shards.is_empty() && shared.is_empty() {
             regions.stopped = true;
             return Ok(());
         }
         let name = |handle: &Arc<RegionHandle>| {
             handle.enter().map_or_else(String::new, |region| region.name.clone())
         };
-        let names: Vec<_> = regions.served().map(name).collect();
+        let names: Vec<_> = regions.served().chain(&shared).map(name).collect();
         let what =
             format!("the pool still serves {} ({}): drop the regions first", names.len(), names.join(", "));
         Err(Error::new(ErrorKind::InUse, what))
@@ -551,6 +597,10 @@ fn server_ended(region: &str) -> Error {
     Error::new(ErrorKind::ServerStopped, what)
 }
 
+/// The fewest userfaultfds that small regions share: a region and its two neighbours have different ones.
+const SHARED_MIN: usize = 3;
+/// The most.
+const SHARED_MAX: usize = 16;
 /// The regions that are left to their readers before their list has to grow.
 const LEFT: usize = 64;
 /// The most events that may wait for a worker.

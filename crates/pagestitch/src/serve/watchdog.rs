@@ -217,15 +217,22 @@ impl Watchdog {
     fn read_all(&mut self) {
         for handle in self.state.regions() {
             let Some(region) = handle.enter() else { continue };
-            if region.children.is_none() {
+            if region.children.is_none() && !region.uffd.is_shared() {
                 (0..region.uffd.count()).for_each(|shard| self.read_one(&region, shard));
             } else {
-                // The fork reader has read its faults, and has set aside those without room.
+                // The fork reader, or a worker for a shared userfaultfd, has read its faults, and has
+                // set aside those without room.
                 let read = Instant::now();
                 let request = |(page, thread, slot)| FaultRequest::new(page, read, thread, Some(slot));
                 let aside = region.counters.take_set_aside().map(request);
                 self.read.extend(aside.map(|request| QueuedFault::new(&region, request)));
             }
+        }
+        let Self { state, batch, read, .. } = self;
+        for index in 0..state.shared_uffds.count() {
+            state.read_shared(index, batch, |region, request| {
+                read.push_back(QueuedFault::new(region, request));
+            });
         }
         // Deferred events, such as new children, wait for a worker as well.
         self.state.handle_all_deferred();

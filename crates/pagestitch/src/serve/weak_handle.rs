@@ -7,7 +7,7 @@ use pagestitch_kernel::cache;
 use pagestitch_kernel::gate::{Gate, GateGuard, OwnedGateGuard};
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// A weak handle to a region. A queue may hold it for any time.
@@ -18,6 +18,8 @@ pub(crate) struct RegionHandle<R> {
     /// The number of the region's faults that `SlowAdmission` has admitted; it changes under the
     /// lock of that type.
     pub(crate) admitted: AtomicUsize,
+    /// True if a fault of the region was read after its gate was closed.
+    has_stray: AtomicBool,
 }
 
 /// A region while a thread works for it, inside its gate.
@@ -47,13 +49,23 @@ pub(super) struct OwnedRegionGuard<R> {
 
 impl<R> RegionHandle<R> {
     pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
-        Self { gate: Arc::clone(gate), region: Arc::downgrade(region), admitted: AtomicUsize::new(0) }
+        Self {
+            gate: Arc::clone(gate),
+            region: Arc::downgrade(region),
+            admitted: AtomicUsize::new(0),
+            has_stray: AtomicBool::new(false),
+        }
     }
 
     /// A handle to no region.
     #[cfg(test)]
     pub(crate) fn dangling() -> Arc<Self> {
-        Arc::new(Self { gate: Arc::default(), region: Weak::new(), admitted: AtomicUsize::new(0) })
+        Arc::new(Self {
+            gate: Arc::default(),
+            region: Weak::new(),
+            admitted: AtomicUsize::new(0),
+            has_stray: AtomicBool::new(false),
+        })
     }
 
     /// Enters the region's gate until the guard is dropped. `None` if the region is being dropped.
@@ -65,6 +77,15 @@ impl<R> RegionHandle<R> {
     /// Another way into the region.
     pub(super) fn entrance(&self) -> Entrance<R> {
         Entrance { gate: Arc::clone(&self.gate), region: Weak::clone(&self.region) }
+    }
+
+    /// Notes that a thread waits in the region, which is being dropped: its fault came too late.
+    pub(super) fn note_stray(&self) {
+        self.has_stray.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn has_stray(&self) -> bool {
+        self.has_stray.load(Ordering::SeqCst)
     }
 
     /// True if this handle refers to `region`.

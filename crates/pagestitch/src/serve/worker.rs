@@ -14,9 +14,11 @@ use crate::guard::AbortOnPanic;
 use crate::policy::Replay;
 use crate::serve::Served;
 use crate::serve::events::to_request;
+use crate::serve::fork::orphans::Remaining;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
 use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RequestedPrefetch, TimedTask};
 use crate::serve::server_state::ServerState;
+use crate::serve::watch::shared_index;
 use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
@@ -142,6 +144,8 @@ impl Worker {
                     let _ = self.state.wake_fd.read();
                 } else if fd == self.state.timers.fd() {
                     self.do_timed_tasks();
+                } else if let Some(index) = shared_index(ready[0].data()) {
+                    self.serve_shared(index);
                 } else if let Some((region, shard)) = self.state.enter(fd) {
                     self.serve_batch(&region, shard);
                 }
@@ -221,6 +225,45 @@ impl Worker {
         // There may always be more to read, so other regions come first.
         turn.release_unread();
         self.state.rearm(self.post, region, shard);
+    }
+
+    /// As [`serve_batch`](Self::serve_batch), for a userfaultfd that many regions share.
+    fn serve_shared(&mut self, index: usize) {
+        for _ in 0..BATCHES {
+            if !self.serve_read_shared(index) {
+                return;
+            }
+        }
+        self.state.rearm_shared(self.post, index);
+    }
+
+    /// Reads a batch of events of many regions, serves the first fault and queues the others. True if
+    /// there may be more to read.
+    fn serve_read_shared(&mut self, index: usize) -> bool {
+        let Self { state, post, batch, served, .. } = self;
+        let (mut first, mut queued) = (None, 0);
+        state.read_shared(index, batch, |region, request| {
+            if first.is_none() {
+                first = Some(QueuedFault::new(region, request));
+            } else {
+                state.enqueue_or_set_aside(region, request);
+                queued += 1;
+            }
+        });
+        state.wake_others(queued);
+        let is_full = batch.is_full();
+        if is_full {
+            // A source may hold this worker up: another worker reads.
+            state.rearm_shared(*post, index);
+        }
+        if let Some(QueuedFault { handle, request }) = first {
+            *served += 1;
+            // A region that is being dropped needs no page any more.
+            if let Some(region) = handle.enter() {
+                self.serve_admitted(&region, request);
+            }
+        }
+        is_full
     }
 
     /// Reads a batch of events, serves its first fault and queues the others.
@@ -412,11 +455,26 @@ impl Worker {
                 Some(TimedTask::Look(handle)) => {
                     let Some(region) = handle.enter() else { continue };
                     region.turns.look_begins();
+                    if region.uffd.is_shared() {
+                        self.close_moved(&region);
+                        continue;
+                    }
                     self.state.watch_again(&region);
                     (0..region.uffd.count()).for_each(|shard| self.serve_batch(&region, shard));
                 }
                 None => break,
             }
+        }
+    }
+
+    /// Poisons the parts of a region that were moved, as far as the kernel allows it by now.
+    fn close_moved(&self, region: &Arc<Served>) {
+        if let Some(suppressed) = region.orphans.log_limit.permit() {
+            let what = "a part was moved by mremap(2): its unfilled pages are poisoned";
+            log!(error, region = region.name, suppressed, what);
+        }
+        if region.close_orphans() != Remaining::None {
+            self.state.look_later(region, MOMENT);
         }
     }
 

@@ -16,6 +16,7 @@
 //! | `failure_table` | the failure of each poisoned page |
 //! | `failures` | when failures are kept, reported and removed |
 //! | `shards` | the userfaultfds of the pages, each for a part of the addresses |
+//! | `shared_uffd` | a userfaultfd that many small regions share |
 //! | `spare_uffds` | the userfaultfds of dropped regions, for the next ones |
 //! | `target` | the addresses of the pages: a reservation, or memory of another process |
 //! | `plan` | the method by which each chunk is installed, with the reason |
@@ -35,6 +36,7 @@ mod plan;
 mod release;
 mod residence;
 mod shards;
+mod shared_uffd;
 mod spare_uffds;
 pub(crate) mod target;
 mod written;
@@ -50,6 +52,7 @@ pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
 pub(crate) use residence::{Prepared, Residence};
 pub(crate) use shards::Shards;
+pub(crate) use shared_uffd::{SharedPlace, SharedRanges, SharedUffd};
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;
 pub use target::{AdoptedMemory, OnDiscard, OnUnavailable};
@@ -124,9 +127,12 @@ pub(crate) struct Mapping {
     pub(crate) counters: Arc<Counters>,
     /// Its part in a memory budget. Dropped before the target: its pages count as long as they exist.
     pub(crate) residence: Option<Box<dyn Residence>>,
-    pub(crate) target: Target,
     /// Its userfaultfds, one for each part of the addresses.
+    ///
+    /// Invariant: dropped before the target. While it has a place among regions that share userfaultfds,
+    /// no other region has the addresses.
     pub(crate) uffd: Shards,
+    pub(crate) target: Target,
     /// How the server learns of discarded pages.
     pub(crate) discards: Discards,
     failures: Failures,
@@ -203,8 +209,8 @@ impl Mapping {
             releases,
             discards: Discards::of(&target, uffd.features()),
             residence,
-            target,
             uffd,
+            target,
             failures: Failures::default(),
             written: tables.written,
             gate: Arc::new(Gate::new()),
@@ -429,12 +435,16 @@ impl Mapping {
     pub(crate) fn close(&self) {
         // A thread that waits in a fault now may be woken before the gate closes, and run after the
         // drop.
-        if self.uffd.has_waiters() {
+        let is_shared = self.uffd.is_shared();
+        if self.uffd.has_waiters() || is_shared && self.counters.has_in_flight() {
             self.linger();
         }
         self.gate.close();
         // No worker will take the queued faults, so they end here.
-        self.counters.finish_all();
+        let has_left = self.counters.finish_all();
+        if is_shared && has_left {
+            self.linger();
+        }
     }
 
     /// Drops the sources with bytes in a span whose pages are all present. Called by each thread that

@@ -11,13 +11,15 @@
 //! A fill wakes only the threads that wait at its own userfaultfd. So each fill lies in one shard, and
 //! goes to the userfaultfd of that shard.
 
-use crate::space::SpareUffds;
+use crate::space::shared_uffd::SharedPlace;
+use crate::space::spare_uffds::SpareUffds;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, RegisterMode};
 use pagestitch_kernel::{AddressRange, Errno, Features, Outcome, Page, PageSize, Reservation, Span, Uffd};
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{iter, mem};
+use std::{iter, mem, slice};
 
 /// The userfaultfds of a mapping, in the order of their addresses.
 #[derive(Debug)]
@@ -25,7 +27,7 @@ pub(crate) struct Shards {
     /// One for each shard.
     ///
     /// Invariant: all have the features of the first one. Empty only while it is dropped.
-    uffds: Box<[Uffd]>,
+    uffds: Uffds,
     /// The first address.
     start: usize,
     /// The length of each shard but the last, which has the rest.
@@ -36,10 +38,34 @@ pub(crate) struct Shards {
     retired: AtomicBool,
 }
 
+/// The userfaultfds of a mapping.
+#[derive(Debug)]
+enum Uffds {
+    /// They are its own.
+    Own(Box<[Uffd]>),
+    /// One that it shares with other regions.
+    Shared(SharedPlace),
+}
+
+impl Deref for Uffds {
+    type Target = [Uffd];
+
+    #[inline]
+    fn deref(&self) -> &[Uffd] {
+        match self {
+            Self::Own(uffds) => uffds,
+            Self::Shared(place) => slice::from_ref(&place.uffd.uffd),
+        }
+    }
+}
+
 impl Shards {
     /// One shard with all addresses.
     pub(crate) fn one(uffd: Uffd) -> Self {
-        let uffds = Box::new([uffd]);
+        Self::single(Uffds::Own(Box::new([uffd])))
+    }
+
+    fn single(uffds: Uffds) -> Self {
         Self { uffds, start: 0, bytes: usize::MAX, spares: None, retired: AtomicBool::new(false) }
     }
 
@@ -54,7 +80,7 @@ impl Shards {
         let blocks = (range.bytes() / HUGE).max(1);
         uffds.truncate(blocks);
         let bytes = (blocks / uffds.len()).max(1) * HUGE;
-        let (uffds, retired) = (uffds.into_boxed_slice(), AtomicBool::new(false));
+        let (uffds, retired) = (Uffds::Own(uffds.into_boxed_slice()), AtomicBool::new(false));
         let shards = Self { uffds, start: range.start(), bytes, spares, retired };
         let all = Span { first: Page(0), pages: reservation.pages() };
         let modes = match shards.features().contains(Features::WRITE_PROTECT_ASYNC) {
@@ -70,8 +96,20 @@ impl Shards {
         Ok(shards)
     }
 
+    /// Registers a reservation with a userfaultfd that it shares with other regions, and opens it.
+    pub(crate) fn register_shared(place: SharedPlace, reservation: &Reservation) -> Result<Self, Errno> {
+        let shards = Self::single(Uffds::Shared(place));
+        shards.get(0).register(reservation, RegisterMode::MISSING)?;
+        Ok(shards)
+    }
+
+    /// True if other regions have the userfaultfd, too.
+    pub(crate) const fn is_shared(&self) -> bool {
+        matches!(self.uffds, Uffds::Shared(_))
+    }
+
     /// The number of shards.
-    pub(crate) const fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.uffds.len()
     }
 
@@ -126,9 +164,13 @@ impl Shards {
         self.uffds[0].is_stand_in()
     }
 
-    /// As [`Uffd::has_waiters`], for any shard.
+    /// As [`Uffd::has_waiters`], for any shard. Of a shared userfaultfd: true if a fault may be on its
+    /// way to its region. The region knows of all other faults.
     pub(crate) fn has_waiters(&self) -> bool {
-        self.iter().any(Uffd::has_waiters)
+        match &self.uffds {
+            Uffds::Own(uffds) => uffds.iter().any(Uffd::has_waiters),
+            Uffds::Shared(place) => place.uffd.has_faults_under_way(),
+        }
     }
 
     /// As [`Uffd::keep_open`], for all shards.
@@ -198,8 +240,9 @@ impl Shards {
 
 impl Drop for Shards {
     fn drop(&mut self) {
-        if let (Some(spares), true) = (&self.spares, *self.retired.get_mut()) {
-            mem::take(&mut self.uffds).into_iter().for_each(|uffd| spares.keep(uffd));
+        let retired = *self.retired.get_mut();
+        if let (Some(spares), Uffds::Own(uffds), true) = (&self.spares, &mut self.uffds, retired) {
+            mem::take(uffds).into_iter().for_each(|uffd| spares.keep(uffd));
         }
     }
 }
