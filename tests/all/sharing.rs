@@ -1,4 +1,4 @@
-//! Small regions without reports of discards share the userfaultfds of their pool.
+//! Small regions share the userfaultfds of their pool, unless they ask for reports of discards.
 
 use crate::application::free;
 use crate::spare_uffds::userfaultfds;
@@ -24,8 +24,7 @@ fn pool(workers: usize) -> Pool {
 }
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
-    let builder = Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None);
-    builder.report_discards(false).build(pool).unwrap()
+    Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
 }
 
 #[test]
@@ -39,9 +38,10 @@ fn small_regions_share_a_few_userfaultfds() {
         }
         let large = region(&vec![7; (256 << 10) + 1], &pool);
         assert_eq!((large.as_slice()[5], userfaultfds()), (7, 4));
-        let own = Region::builder().chunk(vec![7; 10]).report_discards(false).shards(1).build(&pool).unwrap();
-        assert_eq!((own.as_slice()[5], userfaultfds()), (7, 5));
-        drop((regions, large, own));
+        let own = Region::builder().chunk(vec![7; 10]).report_discards(true).build(&pool).unwrap();
+        let shard = Region::builder().chunk(vec![7; 10]).shards(1).build(&pool).unwrap();
+        assert_eq!((own.as_slice()[5], shard.as_slice()[5], userfaultfds()), (7, 7, 6));
+        drop((regions, large, own, shard));
         pool.stop().unwrap();
         assert_eq!(userfaultfds(), 0, "the pool closes them");
     });
@@ -120,7 +120,7 @@ fn a_thread_that_waits_in_a_dropped_region_gets_a_signal() {
 fn a_region_that_hangs_holds_up_no_other() {
     let pool = pool(2);
     let slow = Arc::new(Scripted::new(PAGE as u64).holding(0..1));
-    let hanging = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).report_discards(false);
+    let hanging = Region::builder().chunk(Chunk::source(Arc::clone(&slow)));
     let hanging = hanging.build(&pool).unwrap();
     let bytes = pattern(1, PAGES * PAGE);
     let others: Vec<_> = (0..20).map(|_| region(&bytes, &pool)).collect();
@@ -138,7 +138,7 @@ fn a_region_that_hangs_holds_up_no_other() {
 fn a_limit_of_faults_is_of_one_region() {
     let pool = pool(4);
     let slow = Arc::new(Scripted::new(4 * PAGE as u64).holding(0..4 * PAGE as u64));
-    let limited = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).report_discards(false);
+    let limited = Region::builder().chunk(Chunk::source(Arc::clone(&slow)));
     let limited = limited.readahead(Readahead::None).max_in_flight(1).build(&pool).unwrap();
     let other = region(&pattern(1, PAGES * PAGE), &pool);
     scope(|scope| {

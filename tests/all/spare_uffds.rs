@@ -32,7 +32,8 @@ pub(crate) fn userfaultfds() -> usize {
 }
 
 fn region(bytes: &[u8], pool: &Pool) -> Region {
-    Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None).build(pool).unwrap()
+    let builder = Region::builder().chunk(bytes.to_vec()).readahead(Readahead::None);
+    builder.report_discards(true).build(pool).unwrap()
 }
 
 /// The number of userfaultfds that are open after a region is built, used by `body` and dropped.

@@ -266,7 +266,7 @@ impl<S> Builder<S> {
     }
 
     /// Sets whether the kernel reports it to the workers when this process discards pages of the region
-    /// (`MADV_DONTNEED`). Default: true.
+    /// (`MADV_DONTNEED`). Default: true, except for small regions of a [`Pool`](crate::Pool).
     ///
     /// A discarded page is filled again by its next touch in either case. `false` suits a program that
     /// discards pages often:
@@ -277,9 +277,9 @@ impl<S> Builder<S> {
     /// | other faults of the region | wait until that thread runs again | are served |
     /// | [`Meter::coverage`](crate::Meter::coverage) | knows the discard at once | counts the page as present until it is touched, populated or prefetched |
     ///
-    /// **Shared userfaultfds.** With `false`, regions of up to 256 KiB share a few userfaultfds of their
-    /// [`Pool`](crate::Pool), so thousands of them take no descriptor each, and are built and dropped in
-    /// less time. Regions with [`shards`](Self::shards), with
+    /// **Shared userfaultfds.** Without reports, regions of up to 256 KiB share a few userfaultfds of their
+    /// pool. So thousands of them take no descriptor each, and are built and dropped in less time. This
+    /// is their default. Regions with [`shards`](Self::shards), with
     /// [`inherit_on_fork`](Self::inherit_on_fork) or with a memfd that is filled later have their own.
     ///
     /// Not for adopted memory, whose owner chooses. The kernel reports no discard of

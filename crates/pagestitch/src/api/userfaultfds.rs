@@ -45,7 +45,7 @@ pub(super) fn open(
 
 /// True if a region may share a userfaultfd: it is small, and asks for no events of its own.
 fn shares(layout: &Layout, bytes: usize, options: &Options) -> bool {
-    let has_events = options.report_discards != Some(false) || options.inherit_on_fork || layout.has_lazy();
+    let has_events = options.report_discards == Some(true) || options.inherit_on_fork || layout.has_lazy();
     bytes <= SHARED_MAX && !has_events && options.shards.is_none()
 }
 

@@ -543,7 +543,7 @@ mod tests {
     fn the_end_of_service_leaves_no_watch_behind() {
         let pool = Pool::builder().workers(1).start().unwrap();
         let state = &pool.handle.state;
-        let region = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap();
+        let region = crate::Region::builder().chunk(vec![0u8; 1]).report_discards(true).build(&pool).unwrap();
         let served = region.served();
         for _ in 0..3000 {
             let ends = Barrier::new(2);
