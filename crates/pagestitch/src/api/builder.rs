@@ -280,7 +280,8 @@ impl<S> Builder<S> {
     /// **Shared userfaultfds.** Without reports, regions of up to 256 KiB share a few userfaultfds of their
     /// pool. So thousands of them take no descriptor each, and are built and dropped in less time. This
     /// is their default. Regions with [`shards`](Self::shards), with
-    /// [`inherit_on_fork`](Self::inherit_on_fork) or with a memfd that is filled later have their own.
+    /// [`inherit_on_fork`](Self::inherit_on_fork), with a [`budget`](Self::budget), with
+    /// [`track_changes`](Self::track_changes) or with a memfd that is filled later have their own.
     ///
     /// Not for adopted memory, whose owner chooses. The kernel reports no discard of
     /// [`Inline`](crate::Inline) and [`Eager`](crate::Eager) regions.

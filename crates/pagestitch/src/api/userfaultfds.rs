@@ -46,7 +46,8 @@ pub(super) fn open(
 /// True if a region may share a userfaultfd: it is small, and asks for no events of its own.
 fn shares(layout: &Layout, bytes: usize, options: &Options) -> bool {
     let has_events = options.report_discards == Some(true) || options.inherit_on_fork || layout.has_lazy();
-    bytes <= SHARED_MAX && !has_events && options.shards.is_none()
+    let leaves_or_tracks = options.budget.is_some() || options.serve_options.track_changes;
+    bytes <= SHARED_MAX && !has_events && !leaves_or_tracks && options.shards.is_none()
 }
 
 fn open_own(
