@@ -37,7 +37,7 @@ pub(crate) fn duplicate_of(start: usize, bytes: usize) -> usize {
 
 /// Moves pages to free addresses and returns them.
 #[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
-fn moved(start: usize, bytes: usize) -> usize {
+pub(crate) fn moved(start: usize, bytes: usize) -> usize {
     // SAFETY: pages of a region, of which no slice is used any more.
     let to = unsafe {
         libc::mremap(

@@ -1,9 +1,8 @@
 //! Small regions share the userfaultfds of their pool, unless they ask for reports of discards.
 
-use crate::application::free;
+use crate::application::moved;
 use crate::spare_uffds::userfaultfds;
 use crate::{PAGE, SIGBUS, SIGSEGV, discard, lacks_poison, pattern, spawn_asleep, touch};
-use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pagestitch::{Chunk, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
@@ -156,16 +155,6 @@ fn a_limit_of_faults_is_of_one_region() {
             assert_eq!(touch.join().unwrap(), byte_at((page * PAGE) as u64));
         }
     });
-}
-
-#[expect(unsafe_code, reason = "mremap(2) by the application is part of the test")]
-fn moved(start: usize, bytes: usize) -> usize {
-    let start = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: pages of a region, of which no slice is used any more.
-    let to =
-        unsafe { libc::mremap(start, bytes, bytes, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, free(bytes)) };
-    assert_ne!(to, libc::MAP_FAILED);
-    to.expose_provenance()
 }
 
 /// Unfilled pages that the application moves are a signal, also after the drop of their region and of
