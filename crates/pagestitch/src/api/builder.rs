@@ -281,7 +281,7 @@ impl<S> Builder<S> {
     /// pool. So thousands of them take no descriptor each, and are built and dropped in less time. This
     /// is their default. Regions with [`shards`](Self::shards), with
     /// [`inherit_on_fork`](Self::inherit_on_fork), with a [`budget`](Self::budget), with
-    /// [`track_changes`](Self::track_changes) or with a memfd that is filled later have their own.
+    /// [`track_changes`](Self::track_changes), with [`write_back`](Self::write_back) or with a memfd that is filled later have their own.
     ///
     /// Not for adopted memory, whose owner chooses. The kernel reports no discard of
     /// [`Inline`](crate::Inline) and [`Eager`](crate::Eager) regions.

@@ -35,7 +35,7 @@ pub(super) fn open(
     server: &Server,
 ) -> Result<Userfaultfds, Error> {
     let wanted = features(layout, options, server);
-    if shares(layout, bytes, options) {
+    if shares(wanted, bytes, options, server) {
         if let Some(features) = server.inner().open_shared(wanted.without(Features::EVENT_REMOVE)) {
             return Ok(Userfaultfds::Shared(features));
         }
@@ -43,11 +43,17 @@ pub(super) fn open(
     open_own(name, bytes, options, (server, wanted)).map(Userfaultfds::Own)
 }
 
-/// True if a region may share a userfaultfd: it is small, and asks for no events of its own.
-fn shares(layout: &Layout, bytes: usize, options: &Options) -> bool {
-    let has_events = options.report_discards == Some(true) || options.inherit_on_fork || layout.has_lazy();
-    let leaves_or_tracks = options.budget.is_some() || options.serve_options.track_changes;
-    bytes <= SHARED_MAX && !has_events && !leaves_or_tracks && options.shards.is_none()
+/// True if a region may share a userfaultfd: it is small, and `wanted` has no features of its own.
+fn shares(wanted: Features, bytes: usize, options: &Options, server: &Server) -> bool {
+    let is_common = wanted.without(Features::EVENT_REMOVE) == common(server).without(Features::EVENT_REMOVE);
+    let is_own =
+        options.report_discards == Some(true) || options.shards.is_some() || options.budget.is_some();
+    bytes <= SHARED_MAX && is_common && !is_own
+}
+
+/// The features of all regions of a server.
+fn common(server: &Server) -> Features {
+    server.inner().features() | Features::POISON | Features::MOVE
 }
 
 fn open_own(
@@ -114,7 +120,7 @@ pub(super) fn register(
 }
 
 fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
-    let mut wanted = server.inner().features() | Features::POISON | Features::MOVE;
+    let mut wanted = common(server);
     // Each page that a budget drops would be an event that the evictor waits for.
     if options.report_discards == Some(false) || options.budget.is_some() {
         wanted = wanted.without(Features::EVENT_REMOVE);
