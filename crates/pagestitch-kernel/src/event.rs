@@ -112,6 +112,12 @@ impl Batch {
         unknown
     }
 
+    /// The number of messages that were read. Several threads may wait for one page.
+    #[must_use]
+    pub const fn messages(&self) -> usize {
+        self.read
+    }
+
     /// Empties the batch.
     pub fn clear(&mut self) {
         self.events.clear();

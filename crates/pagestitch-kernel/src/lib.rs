@@ -17,6 +17,7 @@
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`cache`] | a hint to the processor that values are needed soon |
 //! | | [`file_read`] | reads of files that a signal handler may make |
+//! | | [`priority`] | the nice value of a thread |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
 //! | | [`releasable`] | a value that threads read until it is released, without a lock |
@@ -99,6 +100,7 @@ pub mod page_scan;
 pub mod pages;
 pub mod physical;
 mod populate;
+pub mod priority;
 pub mod process;
 pub mod ranges;
 pub mod rcu;

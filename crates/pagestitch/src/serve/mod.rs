@@ -13,6 +13,7 @@
 //! | `watch` | descriptors that an epoll watches |
 //! | `end_service` | the end of a region's service |
 //! | `worker` | the loop of a worker: read a batch, serve the first fault, queue the rest |
+//! | `urgency` | the priority of a worker while many threads wait for the same pages |
 //! | `events` | pages that are discarded, unmapped or moved, and forks |
 //! | `latency_estimate` | how long the faults of a region take |
 //! | `read_turn` | one worker at a time reads the events of foreign memory |
@@ -60,6 +61,7 @@ mod shared_uffds;
 mod slow_admission;
 mod start;
 mod timers;
+mod urgency;
 mod watch;
 mod watchdog;
 mod weak_handle;

@@ -18,6 +18,7 @@ use crate::serve::fork::orphans::Remaining;
 use crate::serve::read_turn::{ReadTurn, TURN_MAX};
 use crate::serve::served::{Permit, PrefetchTask, QueuedFault, RequestedPrefetch, TimedTask};
 use crate::serve::server_state::ServerState;
+use crate::serve::urgency::Urgency;
 use crate::serve::watch::shared_index;
 use crate::space::target::Busy;
 use nix::sched::{CpuSet, sched_setaffinity};
@@ -42,6 +43,7 @@ pub(super) struct Worker {
     batch: Batch,
     buffers: Buffers,
     served: u64,
+    urgency: Urgency,
 }
 
 /// The outcome of one round of a worker's loop.
@@ -74,6 +76,7 @@ impl Worker {
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
             served: 0,
+            urgency: Urgency::default(),
         })
     }
 
@@ -82,6 +85,7 @@ impl Worker {
     pub(super) fn run(mut self) -> u64 {
         let _abort = AbortOnPanic::armed();
         self.pin_to_cpu();
+        self.urgency = Urgency::of_this_thread();
         // First the faults that a hanging worker has left in the queue: no descriptor reports them.
         self.state.workers.mark_working(self.slot);
         self.serve_queued();
@@ -273,7 +277,7 @@ impl Worker {
         shard: usize,
         turn: &mut ReadTurn<'_>,
     ) -> Result<(), Busy> {
-        let Self { state, post, batch, buffers, served, slot, .. } = self;
+        let Self { state, post, batch, buffers, served, slot, urgency, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives
         // here.
         let defer = &mut |event| region.handle_deferred(event);
@@ -283,6 +287,10 @@ impl Worker {
         };
         if again {
             state.look_later(region, MOMENT);
+        }
+        // The owner of foreign memory must not decide the priority of a worker.
+        if region.target.foreign().is_none() {
+            urgency.note(batch.messages(), batch.faults().len());
         }
         let read = Instant::now();
         let read_again = turn.after_read(read, region.latency.is_fast());
