@@ -38,6 +38,48 @@ fn refused(builder: Builder, server: impl Into<Server>) -> Error {
 }
 
 #[test]
+fn the_errors_of_growth_name_the_numbers_and_the_remedy() {
+    let pool = Pool::new().unwrap();
+    let log = || filled().capacity(5 * PAGE as u64).build(&pool).unwrap();
+    let inner = Memory::new(filled().build(&Pool::new().unwrap()).unwrap());
+    let memfd = UnsealedMemfd::create("shared", 10).unwrap();
+    check([
+        (
+            filled().build(&pool).unwrap().append("1").unwrap_err(),
+            "region r: it has no room for further chunks: build it with capacity()",
+        ),
+        (
+            refused(filled().capacity(10), &pool),
+            "region r: a capacity of 10 bytes is too little: ask for capacity(16384) or more",
+        ),
+        (
+            log().append(vec![1; PAGE + 1]).unwrap_err(),
+            "region r: 4097 bytes after its 16384 bytes exceed its capacity of 20480 bytes: build it with a larger capacity()",
+        ),
+        (
+            log().append("").unwrap_err(),
+            "region r: chunk 1 (memory) is empty: leave it out, or give it a length",
+        ),
+        (
+            log().append(pages_of(&pattern(1, PAGE))).unwrap_err(),
+            "region r: chunk 1 (donated pages) cannot be appended, because its pages move in or are mapped by the build: build a region of it",
+        ),
+        (
+            log().append(SharedFile::try_from(&memfd).unwrap()).unwrap_err(),
+            "region r: other processes may change the appended chunk (/memfd:shared (deleted)): use build_shared(), or seal or copy it",
+        ),
+        (
+            log().append(inner).unwrap_err(),
+            "region r: the appended chunk is memory of region r, which only a build can take: copy the bytes out with read_at()",
+        ),
+        (
+            refused(filled().capacity(1 << 20), Eager),
+            "region r: a region that is filled when it is built takes no further chunks: leave out capacity(), or use a pool",
+        ),
+    ]);
+}
+
+#[test]
 fn the_errors_of_chunks_name_the_chunk_and_the_remedy() {
     let pool = Pool::new().unwrap();
     let memory = || Chunk::from(vec![0u8; 10]);

@@ -24,6 +24,7 @@ mod fault_free;
 mod fetches;
 
 mod firecracker;
+mod growth;
 mod hand_over;
 mod hostile_memory;
 mod huge_parts;

@@ -20,6 +20,8 @@
 //! | | [`priority`] | the nice value of a thread |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
+//! | | [`append_vec`] | a vector that grows at its end while other threads read it |
+//! | | [`versions`] | a value that later versions replace, while the earlier ones can still be read |
 //! | | [`releasable`] | a value that threads read until it is released, without a lock |
 //! | | [`striped`] | a value for each of a few threads, in cache lines of its own |
 //! | | [`ranges`] | ranges that children of fork must not reuse, and that linger after their drop |
@@ -68,6 +70,7 @@
 //!   and [`Reservation::fence`] take a page away for good: a later access is a signal, which ends
 //!   the program; it does not read other bytes. An [`arena::Evictable`] reservation loses pages that
 //!   are filled again: its caller promises the same bytes, or has no view that gives out slices.
+//!   [`View::reveal`] writes bytes that are hidden: no slice shows them before.
 //!
 //! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a
 //! reservation has one view, which is borrowed mutably. A view that is not stable is read and
@@ -75,6 +78,7 @@
 //! no data race.
 
 pub mod access;
+pub mod append_vec;
 pub mod arena;
 pub mod atomic_table;
 pub mod cache;
@@ -115,6 +119,7 @@ pub mod striped;
 pub mod swap;
 pub mod sync;
 pub mod uffd;
+pub mod versions;
 pub mod view;
 mod vma_name;
 

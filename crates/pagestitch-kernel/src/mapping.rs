@@ -112,6 +112,20 @@ impl OwnedMapping {
         }
     }
 
+    /// As [`open`](Self::open), for `bytes` bytes from `offset` on.
+    ///
+    /// # Panics
+    ///
+    /// If the part is not inside the mapping.
+    pub(crate) fn open_part(&self, offset: usize, bytes: usize, protection: ProtFlags) -> Result<(), Errno> {
+        assert!(bytes <= self.addresses().len() - offset, "{bytes} bytes at {offset} of a mapping");
+        // SAFETY: the part is inside the owned mapping, and the call only adds accesses to it.
+        #[expect(unsafe_code, reason = "mprotect of an owned mapping")]
+        unsafe {
+            mprotect(self.at(offset), bytes, protection).map_err(Errno::of)
+        }
+    }
+
     const fn at_address(start: NonNull<c_void>, bytes: NonZeroUsize, generation: ForkGeneration) -> Self {
         Self { start, bytes, generation, hidden: false, lingers: AtomicBool::new(false) }
     }

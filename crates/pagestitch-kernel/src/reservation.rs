@@ -74,6 +74,20 @@ impl Reservation {
         self.mapping.open(self.access.protection())
     }
 
+    /// As [`open`](Self::open), for a span. The rest stays closed: an access there is SIGSEGV.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_span(&self, span: Span) -> Result<(), Errno> {
+        let range = self.addresses(span);
+        if range.bytes() == 0 {
+            return Ok(());
+        }
+        let offset = range.start() - self.range().start();
+        self.mapping.open_part(offset, range.bytes(), self.access.protection())
+    }
+
     /// Keeps other mappings away from the addresses for a while after the drop, because a thread
     /// that waits in the range may run only then.
     pub fn linger(&self) {

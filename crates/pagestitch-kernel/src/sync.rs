@@ -10,6 +10,7 @@ mod event_count;
 mod futex;
 
 pub use event_count::EventCount;
+pub use std::sync::PoisonError;
 
 #[cfg(shuttle)]
 pub use shuttle::{

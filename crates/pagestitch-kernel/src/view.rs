@@ -28,7 +28,8 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 use std::slice;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The one view of a reservation. Other processes may change some of its bytes.
 #[derive(Debug)]
@@ -39,6 +40,12 @@ pub struct View {
     stable: bool,
     /// The spans behind which a device may be. The kernel does not copy from there. Ascending.
     physical: Vec<Span>,
+    /// The number of bytes that slices show. It never falls while the view is shared.
+    ///
+    /// Invariant: no reference to a byte behind them exists.
+    visible: AtomicUsize,
+    /// Held while bytes become visible.
+    revealing: Mutex<()>,
 }
 
 impl View {
@@ -55,8 +62,63 @@ impl View {
         access: Access,
     ) -> Result<(Arc<Reservation>, Self), ReserveError> {
         let reservation = Reservation::new(pages, page, access)?;
-        let view = Self { reservation: Arc::clone(&reservation), access, stable: true, physical: Vec::new() };
+        let view = Self {
+            reservation: Arc::clone(&reservation),
+            access,
+            stable: true,
+            physical: Vec::new(),
+            visible: AtomicUsize::new(reservation.mapping.bytes()),
+            revealing: Mutex::new(()),
+        };
         Ok((reservation, view))
+    }
+
+    /// Hides the bytes from `len` on, until they are [revealed](Self::reveal): no slice shows them.
+    pub fn hide_from(&mut self, len: usize) {
+        let visible = self.visible.get_mut();
+        *visible = len.min(*visible);
+    }
+
+    /// The number of bytes that slices show.
+    #[must_use]
+    #[inline]
+    pub fn visible(&self) -> usize {
+        self.visible.load(Ordering::Acquire)
+    }
+
+    /// Writes the first of the hidden bytes in place, and shows all bytes up to `len`. A reader that
+    /// sees the new length sees the bytes.
+    ///
+    /// A hidden byte has no reader, so this changes no byte behind a slice. If its page is missing,
+    /// the write waits until the page is filled.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES` if bytes must be written and the memory is protected against writes.
+    ///
+    /// # Panics
+    ///
+    /// If the bytes end after `len`, or `len` is less than the visible bytes or more than the
+    /// reservation has.
+    pub fn reveal(&self, first: &[u8], len: usize) -> Result<(), Errno> {
+        let _alone = self.revealing.lock().unwrap_or_else(PoisonError::into_inner);
+        let visible = self.visible();
+        let mapping = &self.reservation.mapping;
+        assert!(first.len() <= len - visible && len <= mapping.bytes(), "{visible} to {len} bytes");
+        if !first.is_empty() {
+            if !self.access.protection().contains(ProtFlags::PROT_WRITE) {
+                return Err(Errno::EACCES);
+            }
+            let at = mapping.at(visible).cast::<u8>();
+            // SAFETY: the bytes are inside the owned mapping, which is mapped for writing. They are
+            // hidden, so no reference to them exists, and the lock keeps other writers out.
+            #[expect(unsafe_code, reason = "writes through a raw pointer")]
+            unsafe {
+                at.copy_from_nonoverlapping(NonNull::from(first).cast(), first.len());
+            }
+        }
+        self.visible.store(len, Ordering::Release);
+        Ok(())
     }
 
     /// Shows part of a sealed memfd in place: the pages of the span are the memfd's own, present at
@@ -367,10 +429,10 @@ impl View {
     ///
     /// # Panics
     ///
-    /// If the byte is not inside the reservation.
+    /// If the byte is not inside the reservation, or is [hidden](Self::hide_from).
     #[must_use]
     pub fn touch(&self, offset: usize) -> u8 {
-        assert!(offset < self.reservation.mapping.bytes(), "byte {offset} is not inside the reservation");
+        assert!(offset < self.visible(), "byte {offset} is not inside the reservation");
         let byte = self.reservation.mapping.at(offset).cast::<u8>();
         // SAFETY: the byte is mapped for reading. Another process may write it meanwhile; as for
         // device memory, a volatile read of one byte is one load.
@@ -380,7 +442,7 @@ impl View {
         }
     }
 
-    /// The bytes of all pages.
+    /// The bytes of all pages, without [hidden](Self::hide_from) ones.
     ///
     /// # Safety
     ///
@@ -393,7 +455,7 @@ impl View {
         let mapping = &self.reservation.mapping;
         // SAFETY: the mapping is readable as long as `self` keeps the reservation. The caller
         // vouches that its bytes do not change.
-        unsafe { slice::from_raw_parts(mapping.start().as_ptr().cast(), mapping.bytes()) }
+        unsafe { slice::from_raw_parts(mapping.start().as_ptr().cast(), self.visible()) }
     }
 
     /// The address of the first byte, for code that works with raw pointers.
@@ -411,8 +473,8 @@ impl View {
         if !self.stable {
             return Err(self);
         }
-        let all = AllBytes(NonNull::slice_from_raw_parts(self.as_ptr(), self.reservation.mapping.bytes()));
-        Ok(StableView { view: self, all })
+        let start = Start(self.as_ptr());
+        Ok(StableView { view: self, start })
     }
 
     /// Maps part of a descriptor's file over the pages of the span.
@@ -528,8 +590,7 @@ impl View {
     /// physical memory.
     fn stretch(&self, offset: u64, most: usize) -> (usize, bool) {
         let page = self.reservation.page_size();
-        let end =
-            offset.checked_add(most as u64).filter(|&end| end <= self.reservation.mapping.bytes() as u64);
+        let end = offset.checked_add(most as u64).filter(|&end| end <= self.visible() as u64);
         let end = end.expect("inside the reservation");
         let at = page.page_at(offset);
         let next = self.physical.get(self.physical.partition_point(|span| span.end() <= at));
@@ -547,23 +608,42 @@ impl View {
 pub struct StableView {
     /// Invariant: the view is stable, and nothing more is mapped into it.
     view: View,
-    /// Invariant: the bytes of the view.
-    all: AllBytes,
+    /// Invariant: the start of the view.
+    start: Start,
 }
 
-/// The place of all bytes, also kept here so that a touch need not find it in the reservation first.
+/// The address of the first byte, also kept here so that a touch need not find it in the reservation
+/// first.
 #[derive(Debug)]
-struct AllBytes(NonNull<[u8]>);
+struct Start(NonNull<u8>);
 
-// SAFETY: an address and a length. The view decides which code accesses the bytes.
+// SAFETY: an address. The view decides which code accesses the bytes.
 #[expect(unsafe_code, reason = "holds a raw pointer")]
-unsafe impl Send for AllBytes {}
+unsafe impl Send for Start {}
 // SAFETY: as above.
 #[expect(unsafe_code, reason = "holds a raw pointer")]
-unsafe impl Sync for AllBytes {}
+unsafe impl Sync for Start {}
 
 impl StableView {
-    /// The bytes of all pages.
+    /// As [`View::hide_from`].
+    pub fn hide_from(&mut self, len: usize) {
+        self.view.hide_from(len);
+    }
+
+    /// As [`View::reveal`].
+    ///
+    /// # Errors
+    ///
+    /// As [`View::reveal`].
+    ///
+    /// # Panics
+    ///
+    /// As [`View::reveal`].
+    pub fn reveal(&self, first: &[u8], len: usize) -> Result<(), Errno> {
+        self.view.reveal(first, len)
+    }
+
+    /// The bytes of all pages, without [hidden](View::hide_from) ones.
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
         // SAFETY: the mapping is readable as long as `self` keeps its reservation. A missing page
@@ -572,7 +652,7 @@ impl StableView {
         // this borrow.
         #[expect(unsafe_code, reason = "the invariant is the vouching")]
         unsafe {
-            self.all.0.as_ref()
+            slice::from_raw_parts(self.start.0.as_ptr(), self.view.visible())
         }
     }
 
@@ -612,7 +692,7 @@ impl StableView {
         // SAFETY: as in `as_slice`, and mapped for writing. This is the only view, and it is
         // borrowed mutably.
         #[expect(unsafe_code, reason = "owned memory becomes a slice")]
-        Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), mapping.bytes()) })
+        Some(unsafe { slice::from_raw_parts_mut(mapping.start().as_ptr().cast(), self.view.visible()) })
     }
 
     /// The address of the first byte, for code that works with raw pointers.

@@ -144,6 +144,7 @@
 //! |---|---|
 //! | `quickstart`, `own_source`, `shared_source` | a first region; a source of your own; one that is slow and shared |
 //! | `files_as_one`, `sealed_memfd`, `shared_memfd`, `donate`, `ring_buffer` | no copy: files, memfds, pages that move, the same bytes twice |
+//! | `append_log` | a region that grows while threads read it |
 //! | `inline`, `embed_epoll`, `embed_thread_pool`, `embed_tokio` | other servers than a pool |
 //! | `pinned_threads` | threads that are pinned to CPUs, each on the CPU of its worker |
 //! | `weights`, `hand_over` | tensors as slices of their files; a region as the bytes of safetensors and Arrow |

@@ -53,10 +53,11 @@ impl AnyRegion {
     #[must_use]
     pub fn len(&self) -> usize {
         // The length fits in usize, because it was reserved.
-        self.served.layout.total() as usize
+        self.served.len() as usize
     }
 
-    /// Always false, because a region has at least one byte.
+    /// False, because a region has at least one byte, unless it is built with a
+    /// [`capacity`](crate::Builder::capacity) and without chunks.
     ///
     /// ```
     /// # use pagestitch::{ErrorKind, Pool, Region};
@@ -75,7 +76,7 @@ impl AnyRegion {
     #[must_use]
     pub fn chunk_count(&self) -> usize {
         let layout = &self.served.layout;
-        layout.number_of(layout.chunks())
+        layout.number_of(self.served.chunks())
     }
 
     /// The byte offsets of each chunk in the region, in the order of the builder.
@@ -99,7 +100,8 @@ impl AnyRegion {
     #[must_use]
     pub fn chunk_range(&self, chunk: usize) -> Option<Range<u64>> {
         let layout = &self.served.layout;
-        layout.chunk_of(chunk).map(|chunk| layout.offsets_of(chunk))
+        let known = layout.chunk_of(chunk).filter(|&chunk| chunk < self.served.chunks());
+        known.map(|chunk| layout.offsets_of(chunk))
     }
 
     /// The length of a chunk in bytes, numbered as in [`chunk_range`](Self::chunk_range).
@@ -127,7 +129,7 @@ impl AnyRegion {
     #[must_use]
     pub fn chunk_at(&self, offset: u64) -> Option<usize> {
         let layout = &self.served.layout;
-        let chunk = (offset < layout.total()).then(|| layout.locate(offset))?;
+        let chunk = (offset < self.served.len()).then(|| layout.locate(offset))?;
         (!layout.is_padding(chunk)).then(|| layout.number_of(chunk))
     }
 
@@ -277,7 +279,7 @@ impl AnyRegion {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn fill_in_background(&self, rate: FillRate) -> Result<PrefetchHandle, Error> {
-        let (all, block) = (self.served.target.all(), self.block_pages());
+        let (all, block) = (self.served.all(), self.block_pages());
         // A unit of a source is read at once.
         let least = if self.served.layout.has_read_units() { block } else { 1 };
         let limit = RateLimit::new(rate, self.served.page_size(), least);
@@ -398,7 +400,7 @@ impl AnyRegion {
     pub fn failures(&self) -> Vec<(u64, Arc<Failure>)> {
         let size = self.served.page_size();
         self.served
-            .failures(self.served.target.all())
+            .failures(self.served.all())
             .into_iter()
             .map(|(page, failure)| (size.offset_of(page), failure))
             .collect()

@@ -21,8 +21,8 @@ use crate::reclaim::{Budget, Membership, evictable};
 use crate::serve::ForkedChildren;
 use crate::serve::{Served, Server};
 use crate::space::{
-    Abilities, AdoptedMemory, FaultFree, Layout, Mapping, PageTables, Plan, PlanRun, RecordFor, Releases,
-    Residence, ServeOptions, Shards, ShownPages, Target,
+    Abilities, AdoptedMemory, FaultFree, Growth, Layout, Mapping, PageTables, Plan, PlanRun, RecordFor,
+    Releases, Residence, ServeOptions, Shards, ShownPages, Target,
 };
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
@@ -67,6 +67,9 @@ pub(super) fn build(
     let name = options.name().to_owned();
     let in_region = |error: Error| error.inside(&name);
     let mut layout = layout.map_err(in_region)?;
+    if options.capacity.is_some() {
+        layout.let_grow();
+    }
     layout.finish().map_err(in_region)?;
     check(&options, &layout, &target, server).map_err(in_region)?;
     let below = Below::of(&layout);
@@ -86,6 +89,7 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
         return Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Shards));
     }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
+    check_capacity(options, layout)?;
     server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
     if let Some(used_for) = options.serve_options.record_of_writes {
         check_tracked(layout, used_for)?;
@@ -142,6 +146,17 @@ fn check_budget(budget: &Budget, layout: &Layout, server: &Server) -> Result<(),
     budget.check(server.inner().threads())
 }
 
+/// Refuses a capacity that has no room for the chunks.
+fn check_capacity(options: &Options, layout: &Layout) -> Result<(), Error> {
+    let Some(capacity) = options.capacity else { return Ok(()) };
+    let least = layout.total().max(1);
+    if capacity >= least {
+        return Ok(());
+    }
+    let what = format!("a capacity of {capacity} bytes is too little: ask for capacity({least}) or more");
+    Err(Error::new(ErrorKind::InvalidOption, what).of_option(BuildOption::Capacity))
+}
+
 /// Refuses chunks and kernels that cannot serve forked children.
 fn check_children(layout: &Layout) -> Result<(), Error> {
     let refused = |kind, what| Err(Error::new(kind, what).of_option(BuildOption::InheritOnFork));
@@ -166,7 +181,7 @@ fn prepare_own(
 ) -> Result<PreparedTarget, Error> {
     // Forked children are found through the userfaultfd.
     let tracked = options.serve_options.record_of_writes.is_some();
-    if !options.inherit_on_fork && !tracked {
+    if !options.inherit_on_fork && !tracked && options.capacity.is_none() {
         if let Some(prepared) = prepare_fault_free(name, layout, options)? {
             return Ok(prepared);
         }
@@ -175,7 +190,8 @@ fn prepare_own(
         return prepare_closed(name, layout, options);
     }
     let page = PageSize::system();
-    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let most = options.capacity.unwrap_or_else(|| layout.total());
+    let pages = pages_for(most, page).map_err(|error| error.inside(name))?;
     let bytes = pages.get() * page.bytes();
     let uffds = userfaultfds::open(name, (layout, bytes), options, server)?;
     let features = uffds.features();
@@ -185,16 +201,22 @@ fn prepare_own(
     let huge = moves || staged.is_ok();
     // Pages move, in and out, only between writable mappings.
     let moves_out = !options.hardware_read_only && options.budget.as_ref().is_some_and(Budget::moves);
-    let logical = (huge || moves_out) && options.access == Access::ReadOnly;
+    // An append writes behind the last byte of a page.
+    let logical = huge || moves_out || options.capacity.is_some();
+    let logical = logical && options.access == Access::ReadOnly;
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
     let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
-    let uffd = userfaultfds::register(name, uffds, server, &reservation)?;
+    let laid = page.covering(&(0..layout.total()));
+    let uffd = userfaultfds::register(name, uffds, server, &reservation, laid)?;
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let abilities = Abilities { moves_now: !moves, minor_faults };
     let shown = match tracked {
         true => ShownPages::default(),
         false => show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?,
     };
+    if options.capacity.is_some() {
+        view.hide_from(layout.total() as usize);
+    }
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
@@ -232,7 +254,7 @@ fn prepare_fault_free(
     let budget = budget(layout, options.max_mappings);
     let Some(runs) = FaultFree::of(layout, page, budget) else { return Ok(None) };
     let uffd = stand_in(name)?;
-    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let pages = pages_for(layout.total(), page).map_err(|error| error.inside(name))?;
     let staged = stages(options, layout, pages.get() * page.bytes(), uffd.features());
     let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
     if runs.has_padding() {
@@ -262,7 +284,7 @@ fn prepare_fault_free(
 fn prepare_closed(name: &str, layout: &mut Layout, options: &Options) -> Result<PreparedTarget, Error> {
     let uffd = stand_in(name)?;
     let page = PageSize::system();
-    let pages = pages_for(layout, page).map_err(|error| error.inside(name))?;
+    let pages = pages_for(layout.total(), page).map_err(|error| error.inside(name))?;
     let (reservation, mut view) = reserve(name, (pages, page), options.access, false)?;
     let abilities = Abilities { moves_now: false, minor_faults: false };
     let shown = show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?;
@@ -318,6 +340,8 @@ fn finish(
         release_sources,
         budget: _,
         two_records: _,
+        capacity,
+        align,
         serve_options,
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
@@ -334,12 +358,14 @@ fn finish(
     let share = membership.as_ref().map(Membership::share);
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
+    let growth = capacity.map(|capacity| Growth::new(capacity, align, layout.chunks()));
     let mut mapping = Mapping::new(
         name,
         (Arc::new(layout), releases, shown),
         (moves, staged),
         (policy, serve_options, tables),
         (target, uffd, membership.map(|membership| Box::new(membership) as Box<dyn Residence>)),
+        growth,
         children.is_none(),
     );
     if zero_copy {
@@ -384,7 +410,9 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, features: Features) 
         return Err("changes are tracked, and a page that moves in has no record of its writes");
     }
     match bytes {
-        _ if !layout.has_copied() => Err("its chunks are mapped: only edges are copied"),
+        _ if !layout.has_copied() && options.capacity.is_none() => {
+            Err("its chunks are mapped: only edges are copied")
+        }
         ..HUGE => Err("the region is smaller than a huge page"),
         _ => staging::available(features),
     }
@@ -458,10 +486,10 @@ fn no_table(name: &str, errno: Errno) -> Error {
     Error::refused(format_args!("region {name}: cannot reserve its page table: {limit}"), errno)
 }
 
-fn pages_for(layout: &Layout, page: PageSize) -> Result<NonZeroUsize, Error> {
-    let bytes = page.round_up(layout.total()).and_then(|bytes| usize::try_from(bytes).ok());
-    bytes.and_then(|bytes| NonZeroUsize::new(bytes / page.bytes())).ok_or_else(|| {
-        let what = format!("{} bytes are more than there are addresses: split it", layout.total());
+fn pages_for(bytes: u64, page: PageSize) -> Result<NonZeroUsize, Error> {
+    let rounded = page.round_up(bytes).and_then(|bytes| usize::try_from(bytes).ok());
+    rounded.and_then(|bytes| NonZeroUsize::new(bytes / page.bytes())).ok_or_else(|| {
+        let what = format!("{bytes} bytes are more than there are addresses: split it");
         Error::new(ErrorKind::TooLarge, what)
     })
 }

@@ -597,6 +597,32 @@ impl<S> Builder<S> {
         self
     }
 
+    /// Reserves addresses for at least this many bytes, so that
+    /// [`append`](crate::Region::append) can add chunks while threads read the region. Without chunks,
+    /// the region begins empty.
+    ///
+    /// A reserved byte takes no memory before it is appended and touched: a capacity of 1 TiB costs
+    /// address space alone. An access between the page of the last byte and the capacity is SIGSEGV.
+    ///
+    /// ```
+    /// use pagestitch::{Pool, Region};
+    ///
+    /// let log = Region::builder().capacity(1 << 40).build(&Pool::new()?)?;
+    /// assert_eq!(log.append("first line\n")?, 0..11);
+    /// assert_eq!(log.append("second line\n")?, 11..23);
+    /// assert_eq!(log.as_slice(), b"first line\nsecond line\n");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    ///
+    /// Not for adopted memory, [`Eager`](crate::Eager),
+    /// [`inherit_on_fork`](Self::inherit_on_fork), [`hardware_read_only`](Self::hardware_read_only),
+    /// [`require_zero_copy`](Self::require_zero_copy), [`release_sources`](Self::release_sources), and
+    /// recordings.
+    pub fn capacity(mut self, bytes: u64) -> Self {
+        self.options.capacity = Some(bytes);
+        self
+    }
+
     /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
     ///
     /// ```
@@ -630,6 +656,13 @@ impl<S> Builder<S> {
         }
         chunks.for_each(|chunk| self.push(chunk));
         self
+    }
+
+    /// The options, with the alignment of the chunks that are appended later, and the layout.
+    fn described(self) -> (Options, Result<Layout, Error>) {
+        let Self { scope: _, mut options, aligned, align, layout } = self;
+        options.align = if aligned { align.max(PageSize::system().bytes() as u64) } else { align };
+        (options, layout)
     }
 
     fn push(&mut self, chunk: impl IntoChunk) {
@@ -686,7 +719,8 @@ impl Builder {
             let changing = self.layout.as_ref().ok().and_then(Layout::first_unstable);
             changing.map_or(Ok(()), |changing| Err(not_the_same(self.options.name(), changing)))?;
         }
-        let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        let (options, layout) = self.described();
+        let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
         let view = view.expect("own target has a view").into_stable();
         let view = view.expect("only a shared source makes a view unstable, and the layout has none");
         Ok(Region::new(view, any))
@@ -712,7 +746,8 @@ impl Builder {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
-        let (view, any) = build(self.options, self.layout, TargetKind::Own, &server.into())?;
+        let (options, layout) = self.described();
+        let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
         Ok(SharedRegion::new(view.expect("own target has a view"), any))
     }
 
@@ -741,7 +776,8 @@ impl Builder {
         memory: AdoptedMemory,
         server: impl Into<Server>,
     ) -> Result<AdoptedRegion, Error> {
-        let (_, any) = build(self.options, self.layout, TargetKind::Adopted(memory), &server.into())?;
+        let (options, layout) = self.described();
+        let (_, any) = build(options, layout, TargetKind::Adopted(memory), &server.into())?;
         Ok(AdoptedRegion::new(any))
     }
 }
@@ -757,16 +793,7 @@ fn not_the_same(region: &str, (chunk, source): (usize, String)) -> Error {
 
 /// Appends a chunk, after the padding that it needs.
 fn lay_aligned(layout: &mut Layout, chunk: Chunk, align: u64, own_page: bool) -> Result<(), Error> {
-    let (page, aligns) = (PageSize::system(), [align, chunk.align]);
-    let most = page.bytes() as u64;
-    if let Some(align) = aligns.iter().find(|align| !align.is_power_of_two() || **align > most) {
-        let number = layout.next_number();
-        let what = format!(
-            "chunk {number} cannot be aligned to {align} bytes: use a power of two, at most the page size of {most}"
-        );
-        return Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number));
-    }
-    let align = align.max(chunk.align);
-    layout.pad_for(&chunk, align, own_page.then_some(page))?;
+    let align = chunk.align_with(align, layout.next_number())?;
+    layout.pad_for(&chunk, align, own_page.then_some(PageSize::system()))?;
     layout.push(chunk)
 }

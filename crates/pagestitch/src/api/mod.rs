@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `builder`, `options` | the description of a region |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
+//! | `growth` | chunks that are appended later |
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `changes` | the pages that were written, and a file with their bytes |
 //! | `write_back` | written pages go to their sources |
@@ -21,6 +22,7 @@ mod any;
 mod build;
 mod builder;
 mod changes;
+mod growth;
 mod nesting;
 mod options;
 mod prefetch;

@@ -27,6 +27,10 @@ pub(super) struct Options {
     pub(super) budget: Option<Budget>,
     /// True if the user has asked for two uses of the record of written pages.
     pub(super) two_records: bool,
+    /// The most bytes of a region that grows.
+    pub(super) capacity: Option<u64>,
+    /// The alignment of all chunks.
+    pub(super) align: u64,
     pub(super) serve_options: ServeOptions,
 }
 
@@ -46,6 +50,8 @@ impl Default for Options {
             release_sources: false,
             budget: None,
             two_records: false,
+            capacity: None,
+            align: 1,
             serve_options: ServeOptions::default(),
         }
     }
@@ -85,7 +91,56 @@ impl Options {
                 Some(used_for) => Some(used_for.option()),
                 None => None,
             },
+            growth: self.capacity.is_some(),
         }
+    }
+
+    /// The options that a region that grows cannot have.
+    fn refused_growth(&self, adopted: bool) -> [(bool, BuildOption, &'static str); 8] {
+        let grows = self.capacity.is_some();
+        let ServeOptions { record, replay, record_of_writes, .. } = &self.serve_options;
+        [
+            (
+                grows && adopted,
+                BuildOption::Capacity,
+                "adopted memory has the length that its owner has given it: leave out capacity()",
+            ),
+            (
+                grows && self.inherit_on_fork,
+                BuildOption::InheritOnFork,
+                "a forked child would not know the appended chunks: leave out inherit_on_fork() or capacity()",
+            ),
+            (
+                grows && self.hardware_read_only,
+                BuildOption::HardwareReadOnly,
+                "an append writes behind the last byte of a page: leave out hardware_read_only() or capacity()",
+            ),
+            (
+                grows && self.zero_copy,
+                BuildOption::Capacity,
+                "appended chunks are copied: leave out require_zero_copy() or capacity()",
+            ),
+            (
+                grows && self.release_sources,
+                BuildOption::ReleaseSources,
+                "appended sources are kept: leave out release_sources() or capacity()",
+            ),
+            (
+                grows && (*record || replay.is_some()),
+                BuildOption::Capacity,
+                "a recording is of a region of one length: leave out record(), replay() or capacity()",
+            ),
+            (
+                grows && record_of_writes.is_some(),
+                BuildOption::TrackChanges,
+                "the record of written pages is of one length: leave out track_changes(), write_back() or capacity()",
+            ),
+            (
+                grows && self.budget.is_some(),
+                BuildOption::Budget,
+                "appended pages do not leave: leave out budget() or capacity()",
+            ),
+        ]
     }
 
     /// True if the user has asked for more than one shard.
@@ -119,6 +174,7 @@ impl Options {
                 "forked children are filled from the same sources: leave out release_sources() or inherit_on_fork()",
             ),
         ])?;
+        refuse_first(self.refused_growth(adopted))?;
         self.check_tracked(adopted)
     }
 

@@ -106,8 +106,6 @@ use std::ptr::NonNull;
 pub struct Region {
     view: StableView,
     any: AnyRegion,
-    /// As [`AnyRegion::len`], so that a touch reads no other memory of the region's before its byte.
-    len: usize,
     /// True if pages of files are mapped in place: a touch of one may be a signal.
     has_files: bool,
 }
@@ -118,10 +116,11 @@ impl Region {
         &self.any.served
     }
 
-    pub(super) fn new(view: StableView, any: AnyRegion) -> Self {
+    pub(super) fn new(mut view: StableView, any: AnyRegion) -> Self {
         let has_files = any.served.layout.has_immutable_files();
-        let len = any.len();
-        Self { view, any, len, has_files }
+        // So that a touch reads no other memory of the region's before its byte.
+        view.hide_from(any.len());
+        Self { view, any, has_files }
     }
 
     /// The bytes. Touching an absent page blocks until the page is filled, or raises SIGBUS if its
@@ -136,7 +135,7 @@ impl Region {
     /// ```
     #[must_use]
     pub fn as_slice(&self) -> &[u8] {
-        &self.view.as_slice()[..self.len]
+        self.view.as_slice()
     }
 
     /// The bytes of a chunk, numbered as in [`chunk_range`](AnyRegion::chunk_range). `None` if the
@@ -171,8 +170,7 @@ impl Region {
     /// ```
     #[must_use]
     pub fn as_mut_slice(&mut self) -> Option<&mut [u8]> {
-        let len = self.len();
-        self.view.as_mut_slice().map(|bytes| &mut bytes[..len])
+        self.view.as_mut_slice()
     }
 
     /// Writes `bytes` from `offset` on, after it has filled absent pages. Unlike a write to
@@ -320,6 +318,10 @@ impl Region {
     /// ```
     pub fn save_changes(&self, file: &File) -> Result<Changes, Error> {
         self.any.save_changes(file, |offset, into| self.read_at(offset, into))
+    }
+
+    pub(super) const fn stable_view(&self) -> &StableView {
+        &self.view
     }
 
     /// Releases everything, as dropping does, and returns the final counters.

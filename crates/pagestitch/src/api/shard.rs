@@ -44,7 +44,8 @@ impl AnyRegion {
         let (served, size) = (&self.served, self.served.page_size());
         let shard = |(number, (_, span))| {
             let pages = size.offsets(span);
-            let range = pages.start..pages.end.min(served.layout.total());
+            let len = served.len();
+            let range = pages.start.min(len)..pages.end.min(len);
             Shard { range, cpu: self.server.cpu_of(served, number) }
         };
         served.uffd.spans(served.target.all(), size).enumerate().map(shard).collect()

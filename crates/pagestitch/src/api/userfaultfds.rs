@@ -7,7 +7,7 @@ use crate::space::{Layout, Shards};
 use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left, mappings_left_for};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::{FaultMode, OpenError};
-use pagestitch_kernel::{Errno, Features, Reservation, Uffd};
+use pagestitch_kernel::{Errno, Features, Reservation, Span, Uffd};
 
 /// The userfaultfds of a region that is built.
 pub(super) enum Userfaultfds {
@@ -46,8 +46,10 @@ pub(super) fn open(
 /// True if a region may share a userfaultfd: it is small, and `wanted` has no features of its own.
 fn shares(wanted: Features, bytes: usize, options: &Options, server: &Server) -> bool {
     let is_common = wanted.without(Features::EVENT_REMOVE) == common(server).without(Features::EVENT_REMOVE);
-    let is_own =
-        options.report_discards == Some(true) || options.shards.is_some() || options.budget.is_some();
+    let is_own = options.report_discards == Some(true)
+        || options.shards.is_some()
+        || options.budget.is_some()
+        || options.capacity.is_some();
     bytes <= SHARED_MAX && is_common && !is_own
 }
 
@@ -97,17 +99,18 @@ fn open_own(
     Ok(uffds)
 }
 
-/// Registers the shards of a range, and opens the range.
+/// Registers the shards of a range, and opens a span of it.
 pub(super) fn register(
     name: &str,
     uffds: Userfaultfds,
     server: &Server,
     reservation: &Reservation,
+    open: Span,
 ) -> Result<Shards, Error> {
     let registered = match uffds {
         Userfaultfds::Own(uffds) => {
             let spares = server.inner().spare_uffds().cloned();
-            Shards::register(uffds, spares, reservation)
+            Shards::register(uffds, spares, reservation, open)
         }
         Userfaultfds::Shared(_) => server.inner().register_shared(reservation),
     };

@@ -38,6 +38,8 @@ pub enum BuildOption {
     Budget,
     /// [`Builder::write_back`](crate::Builder::write_back).
     WriteBack,
+    /// [`Builder::capacity`](crate::Builder::capacity)
+    Capacity,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -74,6 +76,7 @@ impl fmt::Display for BuildOption {
             Self::TrackChanges => "track_changes",
             Self::Budget => "budget",
             Self::WriteBack => "write_back",
+            Self::Capacity => "capacity",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

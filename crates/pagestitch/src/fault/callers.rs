@@ -79,6 +79,11 @@ impl Slot {
     }
 }
 
+/// The number of fills of a page by a thread, each below the one before.
+pub(crate) fn fillings(thread: u32, region: &Mapping, page: Page) -> usize {
+    SLOTS.iter().filter(|slot| slot.holds(thread, region, page)).count()
+}
+
 /// Whether a thread is filling a page itself.
 pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
     SLOTS.iter().any(|slot| slot.holds(thread, region, page))

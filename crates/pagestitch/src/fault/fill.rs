@@ -79,7 +79,7 @@ pub(crate) fn fill<'a>(
 }
 
 fn find<'a>(region: &'a Mapping, span: Span, buffers: &'a mut Buffers) -> Result<Filled<'a>, InstallError> {
-    let (layout, page) = (&region.layout, region.page_size());
+    let (layout, page): (&Layout, _) = (&region.layout, region.page_size());
     let span = region.target.contiguous(span);
     if page.bytes() > PageSize::system().bytes() {
         return Ok(fill_huge(region, span.prefix(1), buffers.block.fresh())?);
@@ -327,7 +327,7 @@ fn read(source: &dyn Source, offset: u64, into: &mut [u8]) -> io::Result<()> {
 }
 
 /// Calls a source; its panic becomes an error instead of ending the thread.
-fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+pub(crate) fn asked(ask: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
     guarded(ask).unwrap_or_else(panicked)
 }

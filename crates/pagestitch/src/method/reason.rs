@@ -25,6 +25,8 @@ pub enum PlanReason {
     /// The region is filled when it is built ([`Eager`](crate::Eager)): no page moves in or is mapped
     /// later.
     FilledByBuild,
+    /// The chunk was [appended](crate::Region::append): nothing is mapped while threads read.
+    Appended,
     /// The chunk has another offset in its page than in its source.
     OtherOffset,
     /// The chunk has another offset in its huge page (hugetlbfs) than in its source.
@@ -83,6 +85,7 @@ impl fmt::Display for PlanReason {
             Self::FilledByBuild => {
                 "the region is filled when it is built (Eager), so no page moves in or is mapped later: copied"
             }
+            Self::Appended => "appended to a region that threads read: copied",
             Self::OtherOffset => "at another offset in its page than in its source: copied",
             Self::OtherOffsetInHugePage => {
                 "at another offset in its huge page (hugetlbfs) than in its source: copied"

@@ -27,7 +27,7 @@ use pagestitch_kernel::striped::Striped;
 use pagestitch_kernel::{Page, PageSize};
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 macro_rules! metrics {
@@ -80,7 +80,7 @@ macro_rules! metrics {
 pub(crate) struct Counters {
     region: String,
     page: PageSize,
-    pages: usize,
+    pages: AtomicUsize,
     striped: Striped<Counted>,
     in_flight: InFlight,
     timings: Option<Box<Timings>>,
@@ -118,7 +118,12 @@ impl Counters {
         let in_flight = if quiet { InFlight::fixed() } else { InFlight::new() };
         // A region of few pages has few faults to count.
         let striped = Striped::new(pages / PAGES_PER_STRIPE);
-        Self { region, page, pages, striped, in_flight, timings }
+        Self { region, page, pages: AtomicUsize::new(pages), striped, in_flight, timings }
+    }
+
+    /// Notes the number of pages of a region that grows.
+    pub(crate) fn set_pages(&self, pages: usize) {
+        self.pages.store(pages, Ordering::Relaxed);
     }
 
     /// The number of faults so far.
@@ -390,7 +395,8 @@ impl Meter {
     /// the coverage of each in order. Reads half a byte for each page.
     #[must_use]
     pub fn coverage(&self, parts: usize) -> Vec<Coverage> {
-        coverage::parts(self.presence.as_ref(), self.counters.pages, parts.min(self.counters.pages))
+        let pages = self.counters.pages.load(Ordering::Relaxed);
+        coverage::parts(self.presence.as_ref(), pages, parts.min(pages))
     }
 
     /// The region's name.

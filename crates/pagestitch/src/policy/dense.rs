@@ -19,7 +19,7 @@ use pagestitch_kernel::striped::{self, Striped};
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// The costs of a region's blocks so far.
 #[derive(Debug)]
@@ -42,8 +42,8 @@ pub(crate) struct Dense {
     filled: AtomicU64,
     /// The pages of a block.
     block: usize,
-    /// The pages of the region.
-    pages: usize,
+    /// The pages of the region so far.
+    pages: AtomicUsize,
     /// The price is divided by this: 2 if a worker can fill while the touching thread runs, else 1.
     share: u64,
 }
@@ -67,7 +67,7 @@ impl Dense {
             touched: AtomicU64::new(0),
             filled: AtomicU64::new(0),
             block,
-            pages,
+            pages: AtomicUsize::new(pages),
             share: share(),
         })
     }
@@ -91,7 +91,13 @@ impl Dense {
         }
         self.filled.fetch_add(1, Ordering::Relaxed);
         let first = block * self.block;
-        Some(Span { first: Page(first), pages: self.block.min(self.pages - first) })
+        let pages = self.pages.load(Ordering::Relaxed).max(page.0 + 1);
+        Some(Span { first: Page(first), pages: self.block.min(pages - first) })
+    }
+
+    /// Notes the number of pages of a region that grows.
+    pub(crate) fn set_pages(&self, pages: usize) {
+        self.pages.store(pages, Ordering::Relaxed);
     }
 
     /// The rent that a fault pays.

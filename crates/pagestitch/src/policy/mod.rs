@@ -71,6 +71,16 @@ impl Policy {
         })
     }
 
+    /// Notes the number of pages of a region that grows: it was made for the most that there can be.
+    pub(crate) fn set_pages(&self, pages: usize) {
+        if let Some(streams) = &self.streams {
+            streams.set_pages(pages);
+        }
+        if let Some(dense) = &self.dense {
+            dense.set_pages(pages);
+        }
+    }
+
     /// Records a fault for which the caller is about to fill `filled`; returns the pages to
     /// prefetch. `is_present` tells whether another page is filled.
     pub(crate) fn on_fault(&self, filled: Span, is_present: impl FnOnce(Page) -> bool) -> Prefetch {

@@ -59,8 +59,6 @@ pub(crate) struct Prefetch {
 #[derive(Debug)]
 pub(super) struct Streams {
     table: StreamTable,
-    /// The pages of the region.
-    pages: usize,
     /// The pages of a block, if whole blocks can be filled at once.
     block: Option<usize>,
     /// The most pages filled ahead of all streams together, except for the smallest windows.
@@ -72,7 +70,12 @@ impl Streams {
         // A packed marker has 32 bits. A region of more than 4 TiB in pages of 4 KiB has no streams.
         let fits = pages <= (u32::MAX / 4) as usize;
         let budget = BUDGET / size.bytes();
-        fits.then(|| Self { table: StreamTable::new(pages), pages, block, budget })
+        fits.then(|| Self { table: StreamTable::new(pages), block, budget })
+    }
+
+    /// Notes the number of pages of a region that grows.
+    pub(super) fn set_pages(&self, pages: usize) {
+        self.table.set_pages(pages);
     }
 
     /// Records a fault that fills `filled`: its page, or the pages that its source reads at once.
@@ -152,7 +155,7 @@ impl Streams {
 
     /// The part of some pages that lies in the region.
     fn inside(&self, first: usize, end: usize) -> Option<Span> {
-        let end = end.min(self.pages);
+        let end = end.min(self.table.pages());
         (first < end).then(|| Span { first: Page(first), pages: end - first })
     }
 }
@@ -288,7 +291,7 @@ mod tests {
     /// Reads pages in turn, by so many readers at equal distances. Returns the number of faults of
     /// each reader.
     fn interleaved(streams: &Streams, readers: usize) -> Vec<usize> {
-        let (part, mut present) = (streams.pages / readers, vec![false; streams.pages]);
+        let (part, mut present) = (streams.table.pages() / readers, vec![false; streams.table.pages()]);
         let mut faults = vec![0; readers];
         for (page, reader) in (0..part).flat_map(|page| (0..readers).map(move |reader| (page, reader))) {
             let page = reader * part + page;

@@ -32,7 +32,7 @@ pub(super) struct Stream {
 pub(super) struct StreamTable {
     sets: Box<[Set]>,
     /// The pages of the region: a marker lies before its end.
-    pages: usize,
+    pages: AtomicUsize,
     /// The number of followed streams.
     streams: AtomicUsize,
     /// The pages filled ahead of all followed streams.
@@ -57,11 +57,20 @@ impl StreamTable {
         let sets = pages.div_ceil(SET_PAGES).next_power_of_two().min(SETS_MAX);
         Self {
             sets: (0..sets).map(|_| Set::default()).collect(),
-            pages,
+            pages: AtomicUsize::new(pages),
             streams: AtomicUsize::new(0),
             ahead: AtomicUsize::new(0),
             sweeps: AtomicUsize::new(0),
         }
+    }
+
+    pub(super) fn pages(&self) -> usize {
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// Notes the number of pages of a region that grows.
+    pub(super) fn set_pages(&self, pages: usize) {
+        self.pages.store(pages, Ordering::Relaxed);
     }
 
     /// Takes the stream out whose marker a fault fills.
@@ -81,7 +90,7 @@ impl StreamTable {
 
     /// Adds a stream that has begun at a marker, perhaps in the place of another one.
     pub(super) fn begin(&self, marker: usize) {
-        if marker >= self.pages {
+        if marker >= self.pages() {
             return;
         }
         let begun = Stream { marker, window: 0, due: 0, whole: false }.pack();
@@ -102,7 +111,7 @@ impl StreamTable {
             Some(ahead + stream.ahead())
         });
         let (stream, step) = taken.expect("the update has run");
-        if stream.marker >= self.pages {
+        if stream.marker >= self.pages() {
             self.forget(stream);
             return step;
         }

@@ -5,7 +5,7 @@ use crate::fault::PrefetchJob;
 use crate::metrics::Presence;
 use crate::serve::served::Served;
 use crate::serve::{populate, retry_failed};
-use crate::space::{Mapping, Shards, SpareUffds};
+use crate::space::{Chunk, Mapping, Shards, SpareUffds};
 use pagestitch_kernel::{Errno, Features, Reservation, Span, View};
 use std::fmt;
 use std::sync::Arc;
@@ -115,6 +115,11 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
         retry_failed::retry_failed(region, span)
     }
 
+    /// Refuses a chunk that is appended and that it cannot serve.
+    fn check_chunk(&self, _region: &Mapping, _chunk: &Chunk) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// A handle that tells which pages are present, for metrics.
     fn presence(&self, region: &Mapping) -> Arc<dyn Presence> {
         region.presence()
@@ -151,6 +156,8 @@ pub(crate) struct Demands {
     pub(crate) timed: bool,
     /// The option that asks for a record of written pages.
     pub(crate) tracked: Option<BuildOption>,
+    /// Chunks are appended later.
+    pub(crate) growth: bool,
 }
 
 /// The number of all threads that fill their own pages.

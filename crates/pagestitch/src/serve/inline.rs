@@ -13,8 +13,9 @@ use crate::fault::{Filler, InstallError, Mode, Unfilled, Wanted, fill_beside, jo
 use crate::method::Method;
 use crate::serve::Served;
 use crate::serve::contract::{Attachment, Demands, FaultServer, INLINE};
+use crate::source::Backing;
 use crate::space::page_table::{Claim, PageState, Unclaimed};
-use crate::space::{Plan, PlanRun};
+use crate::space::{Chunk, Mapping, Plan, PlanRun};
 use pagestitch_kernel::Features;
 use pagestitch_kernel::fork::ForkGeneration;
 use pagestitch_kernel::sigbus::{FaultHandler, Registration};
@@ -109,6 +110,7 @@ impl FaultServer for Inline {
             report_discards,
             timed,
             tracked: _,
+            growth: _,
         } = demands;
         let refused = [
             (
@@ -202,6 +204,19 @@ impl Attachment for Attached {
         false
     }
 
+    fn check_chunk(&self, region: &Mapping, chunk: &Chunk) -> Result<(), Error> {
+        let is_served = match chunk.backing() {
+            Backing::Memory(_) | Backing::Memfd(_) | Backing::Hole(_) => true,
+            other => other.file().is_some(),
+        };
+        if is_served {
+            return Ok(());
+        }
+        let number = region.layout.next_number();
+        let name = chunk.backing().source().name();
+        Err(cannot_serve(number, &name).inside(&region.name))
+    }
+
     fn prefetch(&self, region: &Arc<Served>, _job: &Arc<PrefetchJob>) -> Result<(), Error> {
         let what = format!(
             "region {}: it is served inline, so no idle worker fills pages ahead: call populate(), or use a pool",
@@ -229,11 +244,15 @@ fn refuse_what_blocks(region: &Served) -> Result<(), Error> {
         .iter()
         .find_map(|run| Some((first_blocking(region, run)?, run.source.clone())));
     let Some((chunk, source)) = blocking else { return Ok(()) };
+    Err(cannot_serve(chunk, &source).inside(&region.name))
+}
+
+fn cannot_serve(chunk: usize, source: &str) -> Error {
     let what = format!(
         "chunk {chunk} ({source}) cannot be served inline, as a signal handler must not read it: use a pool, or read it \
          into memory first"
     );
-    Err(refused(what).of_chunk(chunk))
+    Error::new(ErrorKind::UnsuitableServer, what).of_chunk(chunk)
 }
 
 /// The first chunk of a run that a signal handler cannot fill.
@@ -268,8 +287,10 @@ unsafe impl FaultHandler for Handler {
 
     fn may_wait(&self) -> bool {
         let layout = &self.region.layout;
-        !self.region.uffd.is_stand_in()
-            && (0..layout.chunks()).any(|chunk| layout.backing_of(chunk).file().is_some())
+        // A file may be appended later.
+        self.region.growth.is_some()
+            || !self.region.uffd.is_stand_in()
+                && (0..layout.chunks()).any(|chunk| layout.backing_of(chunk).file().is_some())
     }
 }
 

@@ -28,6 +28,7 @@
 //! | `manual` | the same steps in the caller's own loop |
 //! | `eager` | a server without faults: the build fills the region |
 //! | `best` | a pool, or `eager` where userfaultfd is missing |
+//! | `append` | a further chunk at the end of a region |
 //! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | fills pages whose source has failed before |
 //! | `abandon` | poisons the absent pages of adopted memory whose region is dropped |
@@ -36,6 +37,7 @@
 //! | `rate_limit` | limits log lines that another process can cause |
 
 mod abandon;
+mod append;
 mod best;
 mod bulkhead;
 mod contract;
@@ -69,6 +71,7 @@ mod worker;
 mod worker_table;
 mod worker_threads;
 
+pub(crate) use append::append;
 pub use best::{BestServer, best_server};
 use contract::FaultServer;
 pub(crate) use contract::{Attachment, Demands, INLINE};

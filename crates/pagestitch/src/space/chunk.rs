@@ -1,12 +1,13 @@
 //! A chunk: a byte range of one source, as a part of a region.
 
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::policy::OnFailure;
 use crate::source::{
     Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, ImmutableFile, LazyMemfd, Memfd, Memory,
     Pages, Physical, Shared, SharedFile, Source, WritableSource,
 };
 use bytes::Bytes;
+use pagestitch_kernel::PageSize;
 use pagestitch_kernel::memfd::SealedMemfd;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
@@ -235,6 +236,29 @@ impl Chunk {
 
     /// True if the chunk is as long as a huge page, of a source whose pages lie in the page cache.
     /// The kernel may then map huge pages of it, or of it and the chunks that continue it.
+    /// The source.
+    pub(crate) const fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// True for a memfd that is filled later.
+    pub(super) const fn is_filled_later(&self) -> bool {
+        matches!(self.backing, Backing::Shared(Shared::Lazy(_)))
+    }
+
+    /// Its alignment in a region whose chunks are aligned to `align` bytes.
+    pub(crate) fn align_with(&self, align: u64, number: usize) -> Result<u64, Error> {
+        let (page, aligns) = (PageSize::system(), [align, self.align]);
+        let most = page.bytes() as u64;
+        if let Some(align) = aligns.iter().find(|align| !align.is_power_of_two() || **align > most) {
+            let what = format!(
+                "chunk {number} cannot be aligned to {align} bytes: use a power of two, at most the page size of {most}"
+            );
+            return Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number));
+        }
+        Ok(align.max(self.align))
+    }
+
     pub(super) fn has_huge_pages(&self) -> bool {
         let len = self.range.end.saturating_sub(self.range.start);
         self.backing.is_in_page_cache() && len >= HUGE as u64

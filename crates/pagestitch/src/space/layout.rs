@@ -1,5 +1,5 @@
-//! The layout: a table that finds the chunk of each byte of a region. Sorted and immutable; 25
-//! bytes a chunk.
+//! The layout: a table that finds the chunk of each byte of a region. Sorted; 25 bytes a chunk. Its
+//! entries are immutable.
 //!
 //! ```text
 //!   offset   0        5000      5300                 12288        total
@@ -11,6 +11,12 @@
 //!
 //! A lookup reads one bucket, and searches among the few chunks that start in it. It takes O(1) if
 //! chunks have similar lengths, O(log n) at worst, and allocates nothing.
+//!
+//! A layout that grows ([`append`](Layout::append)) gets further entries behind the others while
+//! threads look up. A full one is copied with room for twice as many chunks
+//! ([`grown`](Layout::grown)), and the copy replaces it.
+
+mod append;
 
 use crate::error::Failure;
 use crate::error::{Error, ErrorKind};
@@ -18,6 +24,7 @@ use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
 use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
 use crate::space::Chunk;
+use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
@@ -32,23 +39,27 @@ use std::sync::Arc;
 #[derive(Debug, Default)]
 pub(crate) struct Layout {
     /// The offset in the region of each chunk's first byte, ascending, and then the total.
-    starts: Vec<u64>,
-    origins: Vec<Origin>,
-    sources: Vec<Backing>,
+    ///
+    /// Invariant: a chunk's other entries are there before its end is.
+    starts: AppendVec<u64>,
+    origins: AppendVec<Origin>,
+    sources: AppendVec<Backing>,
     /// For each source up to the last one that has a [unit](Self::read_unit) of reads, the size of
     /// its unit as a power of two; 0 for none. Most regions have none, and the vector of sources
     /// grows in place if no other vector grows beside it.
-    units: Vec<u8>,
+    units: AppendVec<u8>,
     /// The sources so far by their identity, while the layout is built: several chunks share one.
     known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
-    total: u64,
     /// The chunks that are only padding, ascending. They have no chunk number.
-    padding: Vec<u32>,
+    padding: AppendVec<u32>,
     /// Runs of chunk numbers whose policy the user has chosen, ascending.
-    policies: Vec<(Range<usize>, OnFailure)>,
-    /// The chunk at each multiple of `1 << shift`.
-    buckets: Vec<u32>,
+    policies: AppendVec<(Range<usize>, OnFailure)>,
+    /// The chunk at each multiple of `1 << shift` below the total.
+    buckets: AppendVec<u32>,
     shift: u32,
+    /// True if chunks are appended after the build. The last page then has no other bytes than those
+    /// of its chunks.
+    grows: bool,
 }
 
 /// The origin of a chunk's bytes.
@@ -80,8 +91,8 @@ impl Piece<'_> {
 impl Layout {
     /// Reserves capacity for `chunks` more chunks.
     pub(crate) fn reserve(&mut self, chunks: usize) {
-        self.starts.reserve(chunks.saturating_add(1));
-        self.origins.reserve(chunks);
+        self.starts.edit(|starts| starts.reserve(chunks.saturating_add(1)));
+        self.origins.edit(|origins| origins.reserve(chunks));
     }
 
     /// Appends a chunk.
@@ -89,9 +100,11 @@ impl Layout {
         let Chunk { backing, range, on_failure, align: _ } = chunk;
         let number = self.next_number();
         check(number, &backing, &range)?;
-        match self.policies.last_mut() {
-            Some((run, same)) if run.end == number && Some(*same) == on_failure => run.end += 1,
-            _ => self.policies.extend(on_failure.map(|chosen| (number..number + 1, chosen))),
+        if let Some(chosen) = on_failure {
+            self.policies.edit(|policies| match policies.last_mut() {
+                Some((run, same)) if run.end == number && *same == chosen => run.end += 1,
+                _ => policies.push((number..number + 1, chosen)),
+            });
         }
         self.lay(backing, &range)
     }
@@ -121,8 +134,9 @@ impl Layout {
             return Ok(());
         }
         // The offset from which on no other chunk has bytes in the page.
-        let free = page.and_then(|page| page.round_up(self.total)).unwrap_or(self.total);
-        let padding = free - self.total + wanted.wrapping_sub(free) % unit;
+        let total = self.total();
+        let free = page.and_then(|page| page.round_up(total)).unwrap_or(total);
+        let padding = free - total + wanted.wrapping_sub(free) % unit;
         if padding > 0 {
             self.padding.push(self.origins.len() as u32);
             self.lay(Backing::Hole(Hole), &(0..padding))?;
@@ -133,43 +147,57 @@ impl Layout {
     /// The bytes of its source between the last chunk and this one, if they are few and the last
     /// chunk has its place. With them as padding, one mapping shows both chunks.
     fn gap_before(&self, chunk: &Chunk, unit: u64) -> Option<Range<u64>> {
-        let (last, start) = (self.origins.last()?, self.starts.last()?);
+        let (last, start) = (self.origins.last()?, self.starts[self.chunks() - 1]);
         let identity = chunk.backing.identity()?;
         let is_same = self.sources[last.source as usize].identity() == Some(identity);
-        let end = last.offset + (self.total - start);
+        let end = last.offset + (self.total() - start);
         let gap = chunk.range.start.checked_sub(end)?;
         let most = if chunk.backing.is_in_page_cache() { GAP_MAX } else { 0 };
-        let in_place = (self.total ^ end) % unit == 0;
+        let in_place = (self.total() ^ end) % unit == 0;
         (is_same && in_place && gap <= most).then_some(end..chunk.range.start)
     }
 
     fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
-        let total = self.total.checked_add(range.end - range.start).ok_or_else(|| {
+        let total = self.total().checked_add(range.end - range.start).ok_or_else(|| {
             let number = self.next_number();
             let what = format!("chunk {number} takes the region past 2^64 bytes: split the region");
             Error::new(ErrorKind::TooLarge, what).of_chunk(number)
         })?;
         let source = self.source_index(backing)?;
-        self.starts.push(self.total);
         self.origins.push(Origin { offset: range.start, source });
-        self.total = total;
+        if self.starts.is_empty() {
+            self.starts.push(0);
+        }
+        self.starts.push(total);
         Ok(())
     }
 
-    /// Completes the layout, which is immutable from then on.
+    /// Lets chunks follow after [`finish`](Self::finish), which may be without chunks then.
+    pub(crate) fn let_grow(&mut self) {
+        self.grows = true;
+    }
+
+    /// Completes the layout, whose entries are immutable from then on.
     pub(crate) fn finish(&mut self) -> Result<(), Error> {
-        if self.origins.is_empty() {
+        if self.origins.is_empty() && !self.grows {
             return Err(Error::new(
                 ErrorKind::NoChunks,
                 "a region needs at least one chunk: the list is empty",
             ));
         }
         self.known = HashMap::default();
-        self.starts.push(self.total);
-        self.starts.shrink_to_fit();
-        self.origins.shrink_to_fit();
+        if self.starts.is_empty() {
+            self.starts.push(0);
+        }
+        self.starts.edit(Vec::shrink_to_fit);
+        self.origins.edit(Vec::shrink_to_fit);
         self.index();
         Ok(())
+    }
+
+    /// The number of the first `chunks` chunks' bytes.
+    pub(crate) fn end_of_first(&self, chunks: usize) -> u64 {
+        self.starts[chunks]
     }
 
     /// The failure policy of the chunk with this number.
@@ -189,13 +217,13 @@ impl Layout {
     }
 
     /// The total length of the chunks, in bytes.
-    pub(crate) const fn total(&self) -> u64 {
-        self.total
+    pub(crate) fn total(&self) -> u64 {
+        self.starts.last().copied().unwrap_or(0)
     }
 
     /// The number of chunks, including padding.
     pub(crate) fn chunks(&self) -> usize {
-        self.origins.len()
+        self.starts.len().saturating_sub(1)
     }
 
     /// The chunk number of a chunk. Users know a chunk by this number, which does not count
@@ -224,7 +252,8 @@ impl Layout {
     /// last page.
     pub(crate) fn is_free_after(&self, chunk: usize, end: u64) -> bool {
         let next = chunk + 1;
-        let is_last = |chunk| chunk >= self.chunks();
+        // A chunk that is appended later may follow in the last page.
+        let is_last = |chunk| chunk >= self.chunks() && !self.grows;
         is_last(next) || self.is_padding(next) && (is_last(next + 1) || self.offsets_of(next).end >= end)
     }
 
@@ -240,7 +269,8 @@ impl Layout {
     /// The chunk that holds the byte at `offset`. The offset must be in the region.
     pub(crate) fn locate(&self, offset: u64) -> usize {
         let bucket = (offset >> self.shift) as usize;
-        let (low, high) = (self.buckets[bucket] as usize, self.buckets[bucket + 1] as usize);
+        let low = self.buckets[bucket] as usize;
+        let high = self.buckets.get(bucket + 1).map_or_else(|| self.chunks() - 1, |&next| next as usize);
         low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
     }
 
@@ -335,11 +365,13 @@ impl Layout {
             let source = self.origins[chunk].source as usize;
             needed[source] = needed[source] || !is_shown(self.offsets_of(chunk));
         }
-        for (source, _) in self.sources.iter_mut().zip(needed).filter(|(_, needed)| !needed) {
-            if let Some(mapped) = source.when_mapped() {
-                *source = Backing::Mapped(Arc::new(mapped));
+        self.sources.edit(|sources| {
+            for (source, _) in sources.iter_mut().zip(needed).filter(|(_, needed)| !needed) {
+                if let Some(mapped) = source.when_mapped() {
+                    *source = Backing::Mapped(Arc::new(mapped));
+                }
             }
-        }
+        });
     }
 
     /// Makes the owned memory among the sources releasable. True for each source that is.
@@ -348,7 +380,7 @@ impl Layout {
             Backing::Memory(memory) => memory.make_releasable(),
             _ => false,
         };
-        self.sources.iter_mut().map(releasable).collect()
+        self.sources.edit(|sources| sources.iter_mut().map(releasable).collect())
     }
 
     /// The memory of a source, if it is in memory.
@@ -384,11 +416,12 @@ impl Layout {
 
     /// Drops the sources whose bytes the build has copied, because no page reads them any more.
     pub(crate) fn drop_copied_sources(&mut self) {
-        for source in &mut self.sources {
-            if let Some(rest) = source.when_copied() {
-                discard(mem::replace(source, Backing::Mapped(Arc::new(rest))));
-            }
-        }
+        let copied = |source: &mut Backing| {
+            let rest = source.when_copied()?;
+            Some(mem::replace(source, Backing::Mapped(Arc::new(rest))))
+        };
+        let copied: Vec<_> = self.sources.edit(|sources| sources.iter_mut().filter_map(copied).collect());
+        copied.into_iter().for_each(discard);
     }
 
     /// The sources in memory of this process, with their addresses.
@@ -517,8 +550,10 @@ impl Layout {
             })?;
         let unit = backing.read_unit_shift();
         if unit > 0 {
-            self.units.resize(index as usize, 0);
-            self.units.push(unit);
+            self.units.edit(|units| {
+                units.resize(index as usize, 0);
+                units.push(unit);
+            });
         }
         self.sources.push(backing);
         if let Some(identity) = identity {
@@ -529,18 +564,27 @@ impl Layout {
 
     /// Builds the buckets: one for about four chunks.
     fn index(&mut self) {
+        self.index_for(self.total());
+    }
+
+    /// As [`index`](Self::index), for a layout that will have `end` bytes.
+    fn index_for(&mut self, end: u64) {
         let wanted = (self.chunks() as u64 / 4).max(1);
-        self.shift = (u64::BITS - (self.total / wanted).leading_zeros()).min(u64::BITS - 1);
-        let buckets = ((self.total - 1) >> self.shift) + 1;
-        self.buckets = Vec::with_capacity(buckets as usize + 1);
+        self.shift = (u64::BITS - (end / wanted).leading_zeros()).min(u64::BITS - 1);
+        let mut buckets = Vec::with_capacity(self.buckets_for(self.total()));
         let mut chunk = 0;
-        for bucket in 0..buckets {
+        for bucket in 0..self.buckets_for(self.total()) as u64 {
             while self.starts[chunk + 1] <= bucket << self.shift {
                 chunk += 1;
             }
-            self.buckets.push(chunk as u32);
+            buckets.push(chunk as u32);
         }
-        self.buckets.push(self.chunks() as u32 - 1);
+        self.buckets = AppendVec::from(buckets);
+    }
+
+    /// The number of buckets of the first `end` bytes.
+    const fn buckets_for(&self, end: u64) -> usize {
+        if end == 0 { 0 } else { ((end - 1) >> self.shift) as usize + 1 }
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `chunk` | a byte range of one source |
 //! | `into_chunk` | the values that a builder takes as a chunk |
 //! | `layout` | the chunk that holds the byte at an offset |
+//! | `append`, `growth` | chunks that are appended while threads read; the room for them |
 //! | `mapped_in_place` | pages that are mapped in place |
 //! | `fault_free` | regions whose pages are all mapped in place |
 //! | `page_table` | the state of each page, and claims on pages |
@@ -22,11 +23,13 @@
 //! | `plan` | the method by which each chunk is installed, with the reason |
 //! | `written` | the pages that were written since the last question |
 
+mod append;
 mod chunk;
 mod discards;
 mod failure_table;
 mod failures;
 mod fault_free;
+mod growth;
 mod into_chunk;
 mod lacking;
 pub(crate) mod layout;
@@ -45,6 +48,7 @@ pub use chunk::Chunk;
 pub(crate) use discards::Discards;
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
+pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
@@ -69,10 +73,12 @@ use pagestitch_kernel::Features;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::gate::{Gate, OwnedGateGuard};
 use pagestitch_kernel::page::HUGE;
+use pagestitch_kernel::versions::Versions;
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use target::Foreign;
 
 /// A region in one address space: all that the fault path reads and changes.
@@ -97,7 +103,13 @@ use target::Foreign;
 #[derive(Debug)]
 pub(crate) struct Mapping {
     pub(crate) name: String,
-    pub(crate) layout: Arc<Layout>,
+    pub(crate) layout: Versions<Layout>,
+    /// The number of chunks that callers know. Further chunks are being appended.
+    published: AtomicUsize,
+    /// The number of pages that have bytes and are open to accesses.
+    laid: AtomicUsize,
+    /// Present if chunks can be appended.
+    pub(crate) growth: Option<Growth>,
     /// Pages that are mapped in place.
     ///
     /// Invariant: they are present from the build on, never fault, and are never claimed.
@@ -112,7 +124,7 @@ pub(crate) struct Mapping {
     /// Pages that the kernel refused to map in place, with the reasons; they are copied.
     pub(crate) refused: Vec<(Span, PlanReason)>,
     has_donated: bool,
-    has_fetched: bool,
+    has_fetched: AtomicBool,
     /// True if donated pages move on first touch.
     pub(crate) moves: bool,
     pub(crate) pages: Arc<PageTable>,
@@ -183,18 +195,25 @@ impl Mapping {
         (moves, staged): (bool, Result<(), &'static str>),
         (policy, serve_options, tables): (Policy, ServeOptions, PageTables),
         (target, uffd, residence): (Target, Shards, Option<Box<dyn Residence>>),
+        growth: Option<Growth>,
         allocates: bool,
     ) -> Self {
         let ServeOptions { record_latency, replay, reporter, .. } = serve_options;
-        let size = (target.page_size(), target.all().pages);
-        let counters = Counters::new(name.clone(), size, record_latency, !allocates);
+        let laid = match &growth {
+            Some(_) => target.page_size().covering(&(0..layout.total())).pages,
+            None => target.all().pages,
+        };
+        let counters = Counters::new(name.clone(), (target.page_size(), laid), record_latency, !allocates);
         shown.moved.spans().for_each(|span| tables.pages.mark_present(span));
         Self {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),
-            has_fetched: layout.has_fetched(),
+            has_fetched: AtomicBool::new(layout.has_fetched()),
+            published: AtomicUsize::new(layout.chunks()),
+            laid: AtomicUsize::new(laid),
+            growth,
             name,
-            layout,
+            layout: Versions::new(layout),
             in_place: Arc::new(shown.in_place),
             lazy: shown.lazy,
             moved: shown.moved,
@@ -244,11 +263,25 @@ impl Mapping {
         self.target.page_size()
     }
 
+    /// The pages that have bytes.
+    pub(crate) fn all(&self) -> Span {
+        Span { first: Page(0), pages: self.laid.load(Ordering::Relaxed) }
+    }
+
+    /// The number of chunks, including padding.
+    pub(crate) fn chunks(&self) -> usize {
+        self.published.load(Ordering::Acquire)
+    }
+
+    /// The length of all chunks together, in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        let chunks = self.chunks();
+        self.layout.end_of_first(chunks)
+    }
+
     /// Drops the sources whose bytes the build has copied.
     pub(crate) fn drop_copied_sources(&mut self) {
-        if let Some(layout) = Arc::get_mut(&mut self.layout) {
-            layout.drop_copied_sources();
-        }
+        self.layout.edit(Layout::drop_copied_sources);
     }
 
     /// The number of leading pages of a span that map one memfd that is filled later, that memfd,
@@ -266,7 +299,7 @@ impl Mapping {
     /// The number of leading pages of a span that lie in one chunk with an asynchronous source,
     /// that source, and the offset in it.
     pub(crate) fn fetched_pages(&self, span: Span) -> Option<(usize, &Fetched, u64)> {
-        if !self.has_fetched || self.page_size() != PageSize::system() {
+        if !self.has_fetched.load(Ordering::Relaxed) || self.page_size() != PageSize::system() {
             return None;
         }
         let (first, span) = (span.first, self.target.contiguous(span));
@@ -372,7 +405,7 @@ impl Mapping {
     pub(crate) fn block_of(&self, page: Page) -> Option<Span> {
         let pages = HUGE / self.page_size().bytes();
         let block = Span { first: Page(page.0 / pages * pages), pages };
-        (block.end() <= self.target.all().end()).then_some(block)
+        (block.end().0 <= self.laid.load(Ordering::Relaxed)).then_some(block)
     }
 
     /// True if the source is a memfd that is filled later, and the kernel cannot map it in place.

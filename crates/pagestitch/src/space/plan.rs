@@ -44,7 +44,8 @@ impl Plan {
     pub(crate) fn of(mapping: &Mapping) -> Self {
         let layout = &mapping.layout;
         let mut runs: Vec<PlanRun> = Vec::new();
-        for chunk in 0..layout.chunks() {
+        let all = mapping.chunks();
+        for chunk in 0..all {
             let run = run_of(mapping, chunk);
             match runs.last_mut() {
                 Some(last)
@@ -62,9 +63,9 @@ impl Plan {
         let gathered_pages = count_gathered(mapping, page);
         Self {
             region: mapping.name.clone(),
-            bytes: layout.total(),
+            bytes: mapping.len(),
             page,
-            chunks: layout.number_of(layout.chunks()),
+            chunks: layout.number_of(all),
             runs,
             gathered_pages,
             staged: mapping.staged,
@@ -77,7 +78,7 @@ impl Plan {
             Method::Map | Method::Alias | Method::Move | Method::Continue | Method::Zero => false,
             Method::Copy | Method::Buffered | Method::Gathered | Method::StagedMove | Method::Poison => true,
         };
-        (0..mapping.layout.chunks()).find(is_copied).map(|chunk| run_of(mapping, chunk))
+        (0..mapping.chunks()).find(is_copied).map(|chunk| run_of(mapping, chunk))
     }
 
     /// The runs, in the order of the region.
@@ -191,6 +192,8 @@ fn reason_for_copy(
         PlanReason::ForeignMemory
     } else if mapping.written.is_some() {
         PlanReason::ChangesTracked
+    } else if mapping.growth.as_ref().is_some_and(|growth| growth.has_appended(chunk)) {
+        PlanReason::Appended
     } else if mapping.uffd.is_stand_in()
         && matches!(backing, Backing::Donated(_) | Backing::Shared(Shared::Lazy(_)))
     {
@@ -241,7 +244,7 @@ const MAPPED_COPY_ON_WRITE: (Method, PlanReason) = (Method::Map, PlanReason::Map
 fn count_gathered(mapping: &Mapping, page: PageSize) -> u64 {
     let mut count = 0;
     let mut last = None;
-    for chunk in 0..mapping.layout.chunks() {
+    for chunk in 0..mapping.chunks() {
         let end = mapping.layout.offsets_of(chunk).end;
         let holder = page.page_at(end - 1);
         let is_partial = end != page.offset_of(holder.span().end());

@@ -70,11 +70,12 @@ impl Shards {
     }
 
     /// Divides a reservation into as many shards as there are userfaultfds, or as it has blocks, and
-    /// registers and opens it. `spares` takes the userfaultfds after the end of the region.
+    /// registers it and opens a span of it. `spares` takes the userfaultfds after the end of the region.
     pub(crate) fn register(
         mut uffds: Vec<Uffd>,
         spares: Option<Arc<SpareUffds>>,
         reservation: &Reservation,
+        open: Span,
     ) -> Result<Self, Errno> {
         let range = reservation.range();
         let blocks = (range.bytes() / HUGE).max(1);
@@ -92,7 +93,7 @@ impl Shards {
         }
         // Opened afterwards, because a page that is filled before the range is registered never
         // faults.
-        reservation.open()?;
+        reservation.open_span(open)?;
         Ok(shards)
     }
 

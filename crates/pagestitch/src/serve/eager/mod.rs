@@ -98,6 +98,10 @@ impl FaultServer for Eager {
         if demands.adopted {
             return refused("adopted memory is filled through its owner's userfaultfd: use a pool");
         }
+        if demands.growth {
+            let what = "a region that is filled when it is built takes no further chunks: leave out capacity(), or use a pool";
+            return refused(what).map_err(|error| error.of_option(BuildOption::Capacity));
+        }
         if demands.recording == Some(BuildOption::Record) {
             let what = "a region that is filled when it is built does not notice a touch: leave out record(), or use a pool";
             return refused(what).map_err(|error| error.of_option(BuildOption::Record));

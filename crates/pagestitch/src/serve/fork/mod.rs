@@ -31,7 +31,6 @@ use crate::space::mapped_in_place::ShownPages;
 use crate::space::target::Foreign;
 use crate::space::{Mapping, PageTables, ServeOptions, Shards};
 use pagestitch_kernel::{Batch, Errno, Outcome, Uffd};
-use std::sync::Arc;
 use std::thread;
 
 impl Served {
@@ -43,10 +42,11 @@ impl Served {
                     ServeOptions { reporter: self.reporter.clone(), ..ServeOptions::default() };
                 let mapping = Mapping::new(
                     format!("{} in a child", self.name),
-                    (Arc::clone(&self.layout), None, ShownPages::default()),
+                    (self.layout.share(), None, ShownPages::default()),
                     (false, Err("the kernel moves pages only inside a process")),
                     (policy, serve_options, tables),
                     (Target::Foreign(adopted), Shards::one(uffd), None),
+                    None,
                     self.children.is_none(),
                 );
                 let limit = self.limit.as_ref().map(|(most, _)| *most);
