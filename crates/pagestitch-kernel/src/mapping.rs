@@ -208,11 +208,23 @@ impl OwnedMapping {
         protection: ProtFlags,
         flags: MapFlags,
     ) -> Result<Self, Errno> {
+        Self::of_file_near(None, file, offset, bytes, protection, flags)
+    }
+
+    /// As [`of_file_at`](Self::of_file_at), at the address `hint` if it is free.
+    pub(crate) fn of_file_near(
+        hint: Option<NonZeroUsize>,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: NonZeroUsize,
+        protection: ProtFlags,
+        flags: MapFlags,
+    ) -> Result<Self, Errno> {
         let offset = i64::try_from(offset).map_err(|_| Errno::EOVERFLOW)?;
         // SAFETY: no caller passes a flag that fixes the address, so the new mapping replaces no
         // other.
         #[expect(unsafe_code, reason = "mmap")]
-        let start = unsafe { mmap(None, bytes, protection, flags, file, offset) }.map_err(Errno::of)?;
+        let start = unsafe { mmap(hint, bytes, protection, flags, file, offset) }.map_err(Errno::of)?;
         Ok(Self::at_address(start, bytes, ForkGeneration::current()))
     }
 

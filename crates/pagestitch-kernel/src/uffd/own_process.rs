@@ -6,14 +6,20 @@
 //! | request | this process | another process | lock of the other process |
 //! |---|---|---|---|
 //! | `UFFDIO_MOVE` to and from an address without a mapping (since Linux 6.9) | `ENOENT` | `EINVAL` | none |
-//! | `UFFDIO_REGISTER` of a page that cannot become writable | `EPERM` | `EINVAL`: nothing is mapped there | its memory map, for a moment |
+//! | `UFFDIO_REGISTER` of all memory, from a page on that cannot become writable | `EPERM` | `EINVAL`: its program cannot be registered | its memory map, for a moment |
 //!
-//! The first request comes first, because another process cannot make it wait. A userfaultfd of
-//! this process shows once how this kernel answers.
+//! The first request comes first, because another process cannot make it wait. The kernel answers
+//! it with `EAGAIN` as long as an event is unread, such as that of a balloon. A userfaultfd of this
+//! process shows once how this kernel answers.
+//!
+//! The second request has to fail in the other process, whatever is mapped there: its memory would
+//! be registered anew, or for less. The kernel checks all mappings of the range before it changes
+//! one, so the range is as large as possible: every process maps its program, whose file cannot be
+//! registered.
 
 use super::abi::{self, UffdioCopy, Waiters};
 use super::open::{handshake, open_fd};
-use super::register::{RegisterMode, register, unregister, wake};
+use super::register::{RegisterMode, register, wake};
 use crate::errno::Errno;
 use crate::features::Features;
 use crate::fork::ForkGeneration;
@@ -48,6 +54,8 @@ struct Probe {
     /// A page that cannot become writable. Children of fork do not inherit it, because their memory
     /// is not this process's.
     read_only: OwnedMapping,
+    /// The addresses from `read_only` on, to the end of this process's memory.
+    all: AddressRange,
     generation: ForkGeneration,
     /// True if the answer to a move differs on this kernel.
     moves: bool,
@@ -57,7 +65,8 @@ impl Probe {
     fn new() -> Result<Self, Errno> {
         let (below, mut read_only) = (growing()?, read_only()?);
         read_only.do_not_fork()?;
-        let mut probe = Self { below, read_only, generation: ForkGeneration::current(), moves: false };
+        let all = from(read_only.start().addr().get())?;
+        let mut probe = Self { below, read_only, all, generation: ForkGeneration::current(), moves: false };
         // Without a userfaultfd, the second request is left.
         if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
             probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
@@ -92,17 +101,15 @@ impl Probe {
         unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
     }
 
-    /// If another process has a mapping at this very address, it is not registered any more when
-    /// this returns.
+    /// Fails for every process that maps a file. No other one is worth an answer: its memory stays
+    /// registered.
     fn try_register(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        let page = PageSize::system();
-        let start = self.read_only.start().addr().get();
-        let range = AddressRange::new(start, page.bytes(), page).expect("a page");
-        // SAFETY: for memory of this process the kernel refuses, because the page cannot become
-        // writable; so no page of this process becomes missing.
+        // SAFETY: for memory of this process the kernel refuses, because the first page of the range
+        // cannot become writable; so no page of this process becomes missing.
         #[expect(unsafe_code, reason = "registers memory of another process at most")]
-        unsafe { register(fd, range, RegisterMode::MISSING) }?;
-        unregister(fd, range)
+        unsafe {
+            register(fd, self.all, RegisterMode::MISSING)
+        }
     }
 
     fn hole(&self) -> AddressRange {
@@ -122,10 +129,93 @@ fn read_only() -> Result<OwnedMapping, Errno> {
     let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
     let read_only =
         open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(Errno::of)?;
-    OwnedMapping::of_file_at(read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
+    // The lowest address that an ordinary user may map (`vm.mmap_min_addr`), so that all mappings of
+    // another process lie above it.
+    let low = NonZeroUsize::new(1 << 16);
+    OwnedMapping::of_file_near(low, read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
+}
+
+/// The addresses from `start` on, to the end of the highest mapping: the stack, in every process.
+fn from(start: usize) -> Result<AddressRange, Errno> {
+    let maps = std::fs::read_to_string("/proc/self/maps").map_err(Errno::of)?;
+    let ends = maps.lines().filter(|line| !line.ends_with("[vsyscall]")).filter_map(|line| {
+        let (_, rest) = line.split_once('-')?;
+        usize::from_str_radix(rest.split_once(' ')?.0, 16).ok()
+    });
+    let end = ends.max().ok_or(Errno::EINVAL)?;
+    AddressRange::new(start, end - start, PageSize::system()).ok_or(Errno::EINVAL)
 }
 
 const fn page() -> NonZeroUsize {
     // The kernel rounds it up if pages are larger.
     NonZeroUsize::new(4096).expect("not zero")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::open::handshake;
+    use super::*;
+    use crate::fd_passing;
+    use nix::sys::mman::{mmap_anonymous, munmap};
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, fork, read, write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn the_question_leaves_memory_at_the_same_addresses_in_another_process_registered() {
+        if open_fd().is_err() {
+            println!("SKIPPED the_question_leaves_memory_at_the_same_addresses_registered: no userfaultfd");
+            return;
+        }
+        let probe = Probe::new().unwrap();
+        let at = probe.read_only.addresses().start;
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // SAFETY: the child has its own copy of this process's memory, and calls the kernel only.
+        #[expect(unsafe_code, reason = "another process with memory at a given address")]
+        let forked = unsafe { fork() }.unwrap();
+        match forked {
+            ForkResult::Child => {
+                let code = i32::from(!stays_registered(at, &theirs).is_ok_and(|stays| stays));
+                // SAFETY: ends the child.
+                #[expect(unsafe_code, reason = "no destructor of the parent's runs in the child")]
+                unsafe {
+                    nix::libc::_exit(code)
+                }
+            }
+            ForkResult::Parent { child } => {
+                let (_, fds) = fd_passing::receive(&ours, &mut [0]).unwrap();
+                assert_eq!(probe.try_register(fds[0].as_fd()), Err(Errno::EINVAL));
+                write(&ours, &[0]).unwrap();
+                assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
+            }
+        }
+    }
+
+    /// The child: registers a page at this address, and asks after the question of the parent
+    /// whether the kernel still fills it.
+    fn stays_registered(at: usize, parent: &UnixStream) -> Result<bool, Errno> {
+        let range = AddressRange::new(at, PageSize::system().bytes(), PageSize::system()).expect("a page");
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_ANONYMOUS | MapFlags::MAP_FIXED;
+        // SAFETY: the parent has hidden the page from its child, so the child has nothing there.
+        #[expect(unsafe_code, reason = "mmap at a given address")]
+        let page = unsafe { mmap_anonymous(NonZeroUsize::new(at), page(), ProtFlags::all(), flags) }
+            .map_err(Errno::of)?;
+        let own = open_fd().map_err(|_| Errno::EPERM)?;
+        handshake(&own.fd, Features::NONE).map_err(|_| Errno::EPERM)?;
+        // SAFETY: no value is in the page, which was mapped above.
+        #[expect(unsafe_code, reason = "registers the page of the test")]
+        unsafe { register(own.fd.as_fd(), range, RegisterMode::MISSING) }?;
+        fd_passing::send(parent, &[0], &[own.fd.as_fd()]).map_err(Errno::of)?;
+        read(parent, &mut [0]).map_err(Errno::of)?;
+        let bytes = vec![7; range.bytes()];
+        let mut request = UffdioCopy::new(range, bytes.as_ptr().addr(), Waiters::Woken);
+        // SAFETY: the kernel reads `bytes`, which live on, and fills the page of the test.
+        #[expect(unsafe_code, reason = "an ioctl")]
+        let answer = unsafe { abi::copy(own.fd.as_raw_fd(), &raw mut request) };
+        // SAFETY: the page was mapped above, and no reference to it exists.
+        #[expect(unsafe_code, reason = "munmap")]
+        unsafe { munmap(page, range.bytes()) }.map_err(Errno::of)?;
+        // ENOENT: it is not registered any more.
+        Ok(answer.is_ok())
+    }
 }
