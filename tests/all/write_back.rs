@@ -58,10 +58,11 @@ impl WritableSource for Disk {
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
         let mut state = self.state();
         let end = offset + bytes.len() as u64;
-        if let Some((failing, errno)) = &state.failing {
-            if offset < failing.end && failing.start < end {
-                return Err(io::Error::from_raw_os_error(*errno));
-            }
+        if let Some((failing, errno)) = &state.failing
+            && offset < failing.end
+            && failing.start < end
+        {
+            return Err(io::Error::from_raw_os_error(*errno));
         }
         let written = if state.most > 0 { bytes.len().min(state.most) } else { bytes.len() };
         state.bytes[offset as usize..][..written].copy_from_slice(&bytes[..written]);

@@ -14,6 +14,7 @@
 mod builder;
 mod call;
 mod handle;
+mod ranges;
 mod region;
 mod server;
 mod source;

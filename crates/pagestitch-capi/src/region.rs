@@ -2,6 +2,7 @@
 
 use crate::call::{self, CallError};
 use crate::handle::{self, Handle};
+use crate::ranges::PS_TO_END;
 use crate::status::Status;
 use pagestitch::{Metrics, SharedRegion};
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -27,7 +28,7 @@ impl Region {
     /// A range of a call. PS_TO_END: up to the end of the region.
     fn range(&self, offset: u64, bytes: u64) -> Range<u64> {
         let len = self.region.len() as u64;
-        let to_end = bytes == crate::builder::PS_TO_END;
+        let to_end = bytes == PS_TO_END;
         offset..if to_end { len } else { offset.saturating_add(bytes) }
     }
 }

@@ -53,7 +53,7 @@ struct Probe {
     below: OwnedMapping,
     /// A page that cannot become writable. Children of fork do not inherit it, because their memory
     /// is not this process's.
-    read_only: OwnedMapping,
+    _read_only: OwnedMapping,
     /// The addresses from `read_only` on, to the end of this process's memory.
     all: AddressRange,
     generation: ForkGeneration,
@@ -66,7 +66,8 @@ impl Probe {
         let (below, mut read_only) = (growing()?, read_only()?);
         read_only.do_not_fork()?;
         let all = from(read_only.start().addr().get())?;
-        let mut probe = Self { below, read_only, all, generation: ForkGeneration::current(), moves: false };
+        let mut probe =
+            Self { below, _read_only: read_only, all, generation: ForkGeneration::current(), moves: false };
         // Without a userfaultfd, the second request is left.
         if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
             probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
@@ -168,7 +169,7 @@ mod tests {
             return;
         }
         let probe = Probe::new().unwrap();
-        let at = probe.read_only.addresses().start;
+        let at = probe._read_only.addresses().start;
         let (ours, theirs) = UnixStream::pair().unwrap();
         // SAFETY: the child has its own copy of this process's memory, and calls the kernel only.
         #[expect(unsafe_code, reason = "another process with memory at a given address")]

@@ -350,10 +350,7 @@ fn finish(
         .map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &serve_options).map_err(no_table)?;
-    let served = inherit_on_fork && server.inner().serves_faults();
-    let children = served.then(|| ForkedChildren::new().map(Arc::new)).transpose();
-    let children =
-        children.map_err(|errno| limit(&name, "serve forked children (descriptors: ulimit -n)", errno))?;
+    let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
     let max_in_flight = serve_options.max_in_flight;
     let share = membership.as_ref().map(Membership::share);
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
@@ -388,6 +385,12 @@ fn finish(
         share.serve(handle);
     }
     Ok((view, any))
+}
+
+/// The service of children of `fork(2)`, if the region has one.
+fn forked_children(name: &str, served: bool) -> Result<Option<Arc<ForkedChildren>>, Error> {
+    let children = served.then(|| ForkedChildren::new().map(Arc::new)).transpose();
+    children.map_err(|errno| limit(name, "serve forked children (descriptors: ulimit -n)", errno))
 }
 
 /// Leaves the region, with everything that is mapped there by now, out of core dumps. Adopted memory
