@@ -32,13 +32,13 @@ pub(crate) trait Replacement: fmt::Debug + Send {
 }
 
 /// Pages leave in the order in which they have come: the measure for the other policies.
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 #[derive(Debug)]
 pub(crate) struct Fifo {
     queue: VecDeque<PageKey>,
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 impl Fifo {
     /// Room for so many pages.
     pub(crate) fn new(pages: usize) -> Self {
@@ -46,7 +46,7 @@ impl Fifo {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 impl Replacement for Fifo {
     fn admit(&mut self, page: PageKey, _returned: bool) {
         push(&mut self.queue, page);
