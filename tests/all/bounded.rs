@@ -1,6 +1,7 @@
 //! Regions with a budget: pages leave, come back with the same bytes, and resident memory stays within it.
 
 use crate::discard;
+use crate::waits::until;
 use pagestitch::source::FileSource;
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, Pool, Region, Server};
 use pagestitch_testkit::scope::scope;
@@ -123,7 +124,8 @@ fn a_discarded_page_of_a_bounded_region_is_filled_again_and_counts_once() {
         discard(region.as_ptr().addr().get(), region.len());
         assert_eq!(region.as_slice(), before);
     }
-    assert_eq!(budget.resident_bytes(), 64 << 10);
+    // A reader runs on before the worker notes that the page was counted already.
+    until(|| budget.resident_bytes() == 64 << 10);
 }
 
 #[test]

@@ -86,8 +86,9 @@ impl Budget {
         in_bytes(self.state.limit)
     }
 
-    /// The bytes of memory in use, with those of the standby list. It exceeds the limit only by
-    /// [`overruns`](Self::overruns).
+    /// The bytes of memory in use, with those of the standby list and of pages that are being filled. A page
+    /// that is filled again after the program has discarded it counts twice meanwhile. The bytes exceed the
+    /// limit only by [`overruns`](Self::overruns).
     ///
     /// ```
     /// # use pagestitch::{Budget, Pool, Region};
