@@ -8,7 +8,7 @@ use nix::libc::{self, c_int, c_void, siginfo_t};
 use nix::sys::pthread::{pthread_kill, pthread_self};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, Signal, raise};
 use pagestitch::source::FailureReason;
-use pagestitch::{Chunk, Error, Inline, Pool, Readahead, Region, Source};
+use pagestitch::{Budget, Chunk, Error, Inline, Pool, Readahead, Region, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -124,6 +124,45 @@ fn in_a_storm(body: impl FnOnce()) {
         done.store(true, Ordering::SeqCst);
     });
 }
+
+/// Reads pages of a region of [`LONG`] pages, others at each signal.
+extern "C" fn read_some_pages(_signal: c_int) {
+    let start = ADDRESS.load(Ordering::SeqCst);
+    for _ in 0..if start == 0 { 0 } else { 16 } {
+        let at = READ.fetch_add(1, Ordering::SeqCst) * 97 % LONG;
+        if touch(start + at * PAGE) == 0 {
+            WRONG.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Pages of a region that is four times as long as its budget.
+const LONG: usize = 6 * 1024;
+
+#[test]
+fn a_signal_handler_touches_pages_while_its_thread_evicts_pages() {
+    let end = child::run(this_test!(), || {
+        end_if_hung();
+        handle_user_signal(read_some_pages);
+        let budget = Budget::bytes((LONG * PAGE / 4) as u64).unwrap();
+        let (builder, pool) =
+            (Region::builder().budget(&budget), Pool::builder().workers(1).start().unwrap());
+        let region = builder.chunk(vec![7; LONG * PAGE]).build(&pool).unwrap();
+        ADDRESS.store(region.as_ptr().addr().get(), Ordering::SeqCst);
+        in_a_storm(|| {
+            let parts = (0..LONG as u64 * PAGE as u64).step_by(PART as usize).cycle();
+            parts
+                .take_while(|_| READ.load(Ordering::SeqCst) < 10_000)
+                .for_each(|at| region.populate(at..at + PART).unwrap());
+            ADDRESS.store(0, Ordering::SeqCst);
+        });
+        assert!(budget.evictions() > 0 && WRONG.load(Ordering::SeqCst) == 0);
+    });
+    end.expect_pass();
+}
+
+/// The bytes that are populated at once, fewer than the budget.
+const PART: u64 = 1 << 20;
 
 /// An inline region of chunks that meet in pages.
 fn inline_region(bytes: &[u8]) -> Region {

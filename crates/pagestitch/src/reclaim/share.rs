@@ -2,6 +2,7 @@
 
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, key_of, member_of};
+use crate::signals::NoSignals;
 use crate::space::page_table::Claim;
 use crate::space::{Mapping, Prepared, Residence};
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
@@ -108,11 +109,15 @@ impl Residence for Membership {
 
     fn make_room(&self, pages: usize, quiet: bool) {
         let state = &self.0.state;
+        if state.try_reserve(pages) {
+            return;
+        }
+        let _quiet = without_handlers();
         for _ in 0..TRIES {
+            state.free_some(quiet);
             if state.try_reserve(pages) {
                 return;
             }
-            state.free_some(quiet);
         }
         state.overrun(pages);
     }
@@ -124,6 +129,10 @@ impl Residence for Membership {
 
     fn tidy(&self) {
         let state = &self.0.state;
+        if !state.is_due() {
+            return;
+        }
+        let _quiet = without_handlers();
         for _ in 0..TIDY_BATCHES {
             if !state.is_due() || !state.evict() {
                 return;
@@ -158,16 +167,24 @@ impl Drop for Membership {
         if !state.generation.is_current() {
             return;
         }
+        let quiet = without_handlers();
         let mut chooser = state.choose(false).expect("a thread that waits gets the right");
         chooser.take_note(&state.arrivals);
         chooser.policy.forget(&|key| member_of(key) == *member);
         drop(chooser);
+        drop(quiet);
         state.release(resident.load(Ordering::Relaxed));
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         members[*member] = None;
         writer.publish(members);
     }
+}
+
+/// Blocks signals while the thread chooses and evicts pages, because a signal handler that touches such a
+/// page would wait for its own thread.
+fn without_handlers() -> NoSignals {
+    NoSignals::until_dropped()
 }
 
 /// How often a thread frees memory before it exceeds the budget.
