@@ -2,8 +2,8 @@
 //!
 //! The global interpreter lock decides the design: a thread that touches an absent page holds it, and
 //! so the page must come without it. Therefore workers never wait for the interpreter: buffers that a
-//! worker gives up are released later ([`lent`]), and a source that is written in Python fills pages
-//! in `populate` and `read_at` only ([`source`]).
+//! worker gives up are released later (`lent`), and a source that is written in Python fills pages
+//! in `populate` and `read_at` only (`source`).
 #![expect(unsafe_code, reason = "the buffer protocol hands out pointers")]
 
 mod error;
