@@ -3,7 +3,7 @@
 use crate::discard;
 use crate::waits::until;
 use pagestitch::source::FileSource;
-use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, Pool, Region, Server};
+use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
@@ -152,11 +152,12 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
         builder().build(Eager).unwrap_err(),
         builder().build(Inline).unwrap_err(),
         builder().chunk(file).build(&pool).unwrap_err(),
+        builder().chunk(Chunk::from("more").on_failure(OnFailure::Zeros)).build(&pool).unwrap_err(),
     ];
     for error in &errors {
         assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
     }
-    assert_eq!(errors[5].chunk(), Some(1));
+    assert_eq!((errors[5].chunk(), errors[6].chunk()), (Some(1), Some(1)));
     assert_eq!(budget.resident_bytes(), 0);
 }
 

@@ -568,7 +568,8 @@ impl<S> Builder<S> {
     ///
     /// * **The same bytes.** A page that comes back must not differ, because
     ///   [`as_slice`](Region::as_slice) shows it as a `&[u8]`. So [`build`](Self::build) takes sources that
-    ///   cannot change: memory, sealed memfds, [immutable files](crate::source::ImmutableFile), holes.
+    ///   cannot change: memory, sealed memfds, [immutable files](crate::source::ImmutableFile), holes. None
+    ///   of them may have [`OnFailure::Zeros`](crate::OnFailure::Zeros).
     ///   [`build_shared`](Self::build_shared) takes any source that can be read again.
     /// * **Pages in place** are page cache, which the kernel evicts; they do not count.
     /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
@@ -716,8 +717,7 @@ impl Builder {
             return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
         }
         if self.options.budget.is_some() {
-            let changing = self.layout.as_ref().ok().and_then(Layout::first_unstable);
-            changing.map_or(Ok(()), |changing| Err(not_the_same(self.options.name(), changing)))?;
+            self.layout.as_ref().map_or(Ok(()), |layout| check_same_bytes(self.options.name(), layout))?;
         }
         let (options, layout) = self.described();
         let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
@@ -782,13 +782,24 @@ impl Builder {
     }
 }
 
-/// The error for a chunk whose pages may come back with other bytes.
-fn not_the_same(region: &str, (chunk, source): (usize, String)) -> Error {
-    let what = format!(
-        "region {region}: chunk {chunk} ({source}) may give other bytes when a page comes back: use build_shared(), or an \
-         ImmutableFile, or leave out budget()"
-    );
-    Error::new(ErrorKind::OptionConflict, what).of_chunk(chunk).of_option(BuildOption::Budget)
+/// Refuses chunks whose pages may come back with other bytes.
+fn check_same_bytes(region: &str, layout: &Layout) -> Result<(), Error> {
+    let (chunk, what) = if let Some((chunk, source)) = layout.first_unstable() {
+        let what = format!(
+            "region {region}: chunk {chunk} ({source}) may give other bytes when a page comes back: use build_shared(), or an \
+             ImmutableFile, or leave out budget()"
+        );
+        (chunk, what)
+    } else if let Some(chunk) = layout.first_zeroed() {
+        let what = format!(
+            "region {region}: a page of chunk {chunk} may come back as zeros (OnFailure::Zeros): use build_shared(), or another \
+             on_failure(), or leave out budget()"
+        );
+        (chunk, what)
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(ErrorKind::OptionConflict, what).of_chunk(chunk).of_option(BuildOption::Budget))
 }
 
 /// Appends a chunk, after the padding that it needs.

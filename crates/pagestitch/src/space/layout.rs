@@ -488,6 +488,11 @@ impl Layout {
         self.first_of(|backing| !backing.is_stable())
     }
 
+    /// The number of the first chunk whose bytes read as zeros if its source fails.
+    pub(crate) fn first_zeroed(&self) -> Option<usize> {
+        self.policies.iter().find(|(_, policy)| *policy == OnFailure::Zeros).map(|(run, _)| run.start)
+    }
+
     /// The first chunk of donated pages, with their name.
     pub(crate) fn first_donated(&self) -> Option<(usize, String)> {
         self.first_of(|backing| matches!(backing, Backing::Donated(_)))
