@@ -94,7 +94,8 @@
 //!
 //! * One file, read as it is: a plain `mmap` does that.
 //! * All bytes are read once, in order: a read into a buffer is as quick and simpler.
-//! * Dirty tracking, write-back, or chunks that come later: a region has none of these.
+//! * More written bytes than memory: only regions that are read take a [`Budget`].
+//! * Chunks that are replaced or removed: a region only [grows](Builder::capacity).
 //!
 //! # Promises
 //!

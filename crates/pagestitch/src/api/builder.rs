@@ -576,8 +576,11 @@ impl<S> Builder<S> {
     ///   works.
     /// * **Server**: a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual), not yet
     ///   [`Inline`](crate::Inline), and not [`Eager`](crate::Eager).
-    /// * Not for [`writable`](Self::writable) regions, donated pages and adopted memory, and not with [`inherit_on_fork`](Self::inherit_on_fork) and
-    ///   [`release_sources`](Self::release_sources).
+    /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
+    /// * Not for [`writable`](Self::writable) regions, so not with [`track_changes`](Self::track_changes)
+    ///   and [`write_back`](Self::write_back); not for donated pages and adopted memory; and not with
+    ///   [`capacity`](Self::capacity), [`inherit_on_fork`](Self::inherit_on_fork),
+    ///   [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
     ///
     /// A second call replaces the budget of the first.
     ///
