@@ -46,9 +46,9 @@ fn pool(workers: usize) -> Pool {
     Pool::builder().workers(workers).start().unwrap()
 }
 
-/// Reads random pages of a region of 24 MiB in a budget of 6 MiB, with several threads.
+/// Reads random pages of a region of 18 MiB in a budget of 6 MiB, with several threads.
 fn read_at_random(server: impl Into<Server>, threads: u64) {
-    let (bytes, budget) = (words(24 << 20), Budget::bytes(BUDGET).unwrap());
+    let (bytes, budget) = (words(18 << 20), Budget::bytes(BUDGET).unwrap());
     let region = Region::builder().chunk(bytes.clone()).budget(&budget).build(server).unwrap();
     let range = (region.as_ptr().addr().get(), region.as_ptr().addr().get() + region.len());
     let is_over = AtomicBool::new(false);
@@ -57,7 +57,7 @@ fn read_at_random(server: impl Into<Server>, threads: u64) {
             let mut most = 0;
             while !is_over.load(Ordering::Relaxed) {
                 most = most.max(resident(&[range]));
-                thread::sleep(Duration::from_millis(10));
+                thread::sleep(Duration::from_millis(20));
             }
             most
         });
@@ -65,7 +65,7 @@ fn read_at_random(server: impl Into<Server>, threads: u64) {
             .map(|seed| {
                 let (region, bytes) = (&region, &bytes);
                 scope.spawn(move || {
-                    for at in random(seed, bytes.len() / 8).take(8_000) {
+                    for at in random(seed, bytes.len() / 8).take(READS / threads as usize) {
                         assert_eq!(region.as_slice()[at * 8..][..8], bytes[at * 8..][..8], "word {at}");
                     }
                 })
@@ -75,7 +75,7 @@ fn read_at_random(server: impl Into<Server>, threads: u64) {
         is_over.store(true, Ordering::Relaxed);
         sampler.join().unwrap()
     });
-    assert!(budget.evictions() > 3_000, "{} evictions", budget.evictions());
+    assert!(budget.evictions() > 500, "{} evictions", budget.evictions());
     assert!(most <= BUDGET as usize, "{most} resident bytes");
     assert_eq!(budget.overruns(), 0);
     drop(region);
@@ -162,3 +162,5 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
 }
 
 const BUDGET: u64 = 6 << 20;
+/// Few, because an emulated guest takes 10 ms to drop a page.
+const READS: usize = 3_600;
