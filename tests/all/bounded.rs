@@ -4,10 +4,13 @@ use crate::discard;
 use crate::waits::until;
 use pagestitch::source::FileSource;
 use pagestitch::{Budget, BuildOption, Chunk, Eager, ErrorKind, Inline, OnFailure, Pool, Region, Server};
+use pagestitch::{SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -126,6 +129,50 @@ fn a_discarded_page_of_a_bounded_region_is_filled_again_and_counts_once() {
     }
     // A reader runs on before the worker notes that the page was counted already.
     until(|| budget.resident_bytes() == 64 << 10);
+}
+
+/// A page of one byte, whose second read takes until it is released.
+#[derive(Debug, Default)]
+struct Slow {
+    reads: AtomicUsize,
+    is_released: AtomicBool,
+}
+
+impl Source for Slow {
+    fn size(&self) -> u64 {
+        4096
+    }
+
+    fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if self.reads.fetch_add(1, Ordering::SeqCst) == 1 {
+            until(|| self.is_released.load(Ordering::SeqCst));
+        }
+        into.fill(7);
+        Ok(())
+    }
+}
+
+/// The discarded page is still the oldest one of the budget while it is filled again.
+#[test]
+fn a_page_that_is_being_filled_again_does_not_leave() {
+    let (pool, budget) = (pool(4), Budget::bytes(BUDGET).unwrap());
+    let source = Arc::new(Slow::default());
+    let build =
+        |chunk: Chunk| SharedRegion::builder().chunk(chunk).budget(&budget).build_shared(&pool).unwrap();
+    let refilled = build(Chunk::source(Arc::clone(&source)));
+    let other = build(words(6 << 20).into());
+    assert_eq!(refilled.view().touch(0), 7);
+    discard(refilled.as_ptr().addr().get(), 4096);
+    scope(|scope| {
+        let again = scope.spawn(|| refilled.view().touch(0));
+        until(|| source.reads.load(Ordering::SeqCst) == 2);
+        let mut copy = vec![0; other.len()];
+        other.read_at(0, &mut copy).unwrap();
+        let (evictions, reads) = (budget.evictions(), source.reads.load(Ordering::SeqCst));
+        source.is_released.store(true, Ordering::SeqCst);
+        assert_eq!((again.join().unwrap(), reads), (7, 2), "two threads fill the page at once");
+        assert!(evictions >= 64, "{evictions}");
+    });
 }
 
 #[test]

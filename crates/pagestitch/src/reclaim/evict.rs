@@ -174,17 +174,16 @@ impl Share {
     #[cold]
     fn forget_absent(&self, region: &Mapping, page: Page, state: PageState) {
         let quiet = Quiet(region);
-        match region.pages.claim_from(page, state, &quiet) {
-            Ok(mut claim) if !state.is_claimed() => {
-                // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
-                if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
-                    self.uncount(page);
-                }
-                claim.settle(1, state);
-            }
-            Ok(claim) => drop(claim),
-            Err(_) => self.page_stays(page),
+        // The claim of a claimed page belongs to another thread: an exchange of its state for the same
+        // one would take the claim away.
+        let claim =
+            if state.is_claimed() { Err(state) } else { region.pages.claim_from(page, state, &quiet) };
+        let Ok(mut claim) = claim else { return self.page_stays(page) };
+        // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
+        if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
+            self.uncount(page);
         }
+        claim.settle(1, state);
     }
 
     /// A resident page takes no memory any more.
