@@ -157,6 +157,24 @@ fn a_written_page_that_is_discarded_is_reported_again() {
     }
 }
 
+/// The discarding thread continues when its report is read, and may ask before the reader is done.
+#[test]
+fn the_first_discard_is_reported_by_a_call_right_behind_it() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let pool = Pool::new().unwrap();
+    for _ in 0..50 {
+        let region = tracked(Chunk::hole(8 * PAGE as u64), &pool);
+        write(&region, 2);
+        write(&region, 5);
+        assert_eq!(changes(&region), [pages(2..3), pages(5..6)]);
+        assert_eq!(changes(&region), []);
+        discard(region.as_ptr().addr().get() + 4 * PAGE, 3 * PAGE);
+        assert_eq!(changes(&region), [pages(5..6)]);
+    }
+}
+
 /// Writers that stay right behind the fills, while another thread asks for changes and copies them to a
 /// shadow. A lost write leaves a page of the shadow as it was.
 #[test]

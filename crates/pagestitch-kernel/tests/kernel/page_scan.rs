@@ -51,9 +51,10 @@ fn a_scan_returns_written_pages_and_arms_them_again() {
     // A page that arrives without protection counts as written.
     assert_eq!(uffd.copy(reservation.addresses(page(5)), &bytes[..size]), Outcome::Done);
     assert_eq!(written(&scan, &reservation), [(page(5), true)]);
-    let mut present = Vec::new();
-    scan.present(reservation.range(), |run| present.push(span(&reservation, run))).unwrap();
-    assert_eq!(present, [page(5), filled]);
+    let mut absent = Vec::new();
+    scan.absent(reservation.range(), |run| absent.push(span(&reservation, run))).unwrap();
+    let between = |first, end| Span { first: page(first).first, pages: end - first };
+    assert_eq!(absent, [between(0, 5), between(6, 10), between(110, 600)]);
 }
 
 #[test]

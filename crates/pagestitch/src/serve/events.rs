@@ -6,8 +6,8 @@ use crate::serve::Served;
 use crate::serve::fork::first_page;
 use crate::serve::fork::orphans::Remaining;
 use crate::serve::served::ForkedChildren;
-use crate::space::Target;
 use crate::space::target::{Busy, Foreign};
+use crate::space::{DiscardNotice, Target};
 use pagestitch_kernel::{AddressRange, Batch, Errno, Event, Fault, FaultKind, Features, Uffd};
 use std::ops::Deref;
 use std::os::fd::AsFd;
@@ -93,8 +93,13 @@ impl Served {
             batch.clear();
             return true;
         }
+        let notice = self.written.as_ref().map(|written| &written.notice);
+        let _reading = notice.map(DiscardNotice::reading);
         let read = self.read(shard, batch);
         for event in batch.take_events() {
+            if !matches!(event, Event::Fork { .. }) {
+                notice.into_iter().for_each(DiscardNotice::note);
+            }
             match event {
                 Event::Remove { start, end } | Event::Unmap { start, end } => self.on_discard(start, end),
                 Event::Remap { from, to, bytes } => self.moved(shard, (from, to, bytes), defer),

@@ -45,7 +45,7 @@ pub(crate) mod target;
 mod written;
 
 pub use chunk::Chunk;
-pub(crate) use discards::Discards;
+pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub(crate) use growth::{Growth, Reveal};

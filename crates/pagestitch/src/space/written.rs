@@ -8,9 +8,11 @@
 //! A discard (`MADV_DONTNEED`) is a change too, once a written page was reported: the page has the
 //! bytes of its source again. The kernel has no marker of an absent page, so this table remembers the
 //! reported pages. One that is found absent is reported again. One that was filled again arrives
-//! without a marker, which counts as written.
+//! without a marker, which counts as written. Absent pages are looked for only where a discard is
+//! possible, because that takes nearly as long as the scan for written pages.
 
 use crate::error::{BuildOption, Failure};
+use crate::space::discards::{DiscardNotice, Discards};
 use crate::space::page_table::{PageState, PageTable};
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::page_scan::PageScan;
@@ -47,6 +49,8 @@ pub(crate) struct WrittenPages {
     pub(crate) used_for: RecordFor,
     /// The offsets of flushes whose sync has failed, with the failures. Locked by each flush.
     pub(crate) failed_syncs: Mutex<Vec<(Range<u64>, Arc<Failure>)>>,
+    /// Told by the readers of events.
+    pub(crate) notice: DiscardNotice,
     scan: PageScan,
     /// A bit for each page that was reported, and may have other bytes than its sources since.
     reported: AtomicTable,
@@ -86,7 +90,8 @@ impl WrittenPages {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
         let (failed_syncs, turn) = (Mutex::default(), Mutex::default());
-        Ok(Self { used_for, failed_syncs, scan: PageScan::open()?, reported, turn })
+        let (notice, scan) = (DiscardNotice::default(), PageScan::open()?);
+        Ok(Self { used_for, failed_syncs, notice, scan, reported, turn })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
@@ -108,14 +113,14 @@ impl WrittenPages {
         &self,
         (range, size): (AddressRange, PageSize),
         span: Span,
-        pages: &PageTable,
+        (pages, discards): (&PageTable, Discards),
     ) -> Result<Vec<Span>, Errno> {
         let at = Addresses { range, size };
         let mut turn = self.turn.lock();
         let mut found = turn.take_returned(span);
-        let taken = self
-            .take_discarded(&at, &turn, &mut found)
-            .and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut found));
+        let looks = discards == Discards::Seen || self.notice.is_possible();
+        let discarded = if looks { self.take_discarded(&at, &turn, &mut found) } else { Ok(()) };
+        let taken = discarded.and_then(|()| self.take_written(&at, span, pages, &mut turn, &mut found));
         let found = merged(found);
         if let Err(errno) = taken {
             turn.returned.extend(found);
@@ -147,14 +152,7 @@ impl WrittenPages {
             let window = rest.prefix(WINDOW_PAGES);
             rest = rest.without_prefix(WINDOW_PAGES);
             let Some(part) = self.with_bits(window) else { continue };
-            let mut next = part.first;
-            let present = self.scan.present(at.range_of(part), |run| {
-                let run = at.span_of(run);
-                self.take_bits(gap(next, run.first), found);
-                next = run.end();
-            });
-            present?;
-            self.take_bits(gap(next, part.end()), found);
+            self.scan.absent(at.range_of(part), |run| self.take_bits(at.span_of(run), found))?;
         }
         Ok(())
     }
