@@ -71,7 +71,8 @@ class Region:
 
     `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or `"eager"`
     where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with zeros before it.
-    A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
+    `budget` bounds the bytes of memory of a region that is only read: pages beyond it leave, and come back when they are
+    touched. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Region:
         writable: bool = False,
         page_aligned: bool = False,
         inherit_on_fork: bool = False,
+        budget: int | None = None,
     ) -> None: ...
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes from `offset` on. Bytes that cannot be had are an exception, and not SIGBUS."""

@@ -89,6 +89,9 @@ typedef enum {
     PS_OTHER = -99,
 } ps_status;
 
+// The bytes of memory that any number of regions may take together.
+typedef struct ps_budget ps_budget;
+
 // Describes a region: chunks, which lie end to end in the order in which they are added, and options.
 typedef struct ps_builder ps_builder;
 
@@ -156,6 +159,17 @@ extern "C" {
 // value that it was built for, PS_ABI_VERSION.
 uint32_t ps_abi_version(void);
 
+// Makes a budget, for ps_builder_budget(). Pages beyond it leave, and come back with the same bytes when they are
+// touched.
+int ps_budget_new(uint64_t bytes,
+                  ps_budget **budget);
+
+// The bytes that its regions take now. 0 also stands for an error.
+uint64_t ps_budget_resident(const ps_budget *budget);
+
+// Gives the budget up. Its regions keep it. NULL is ignored.
+int ps_budget_free(ps_budget *budget);
+
 // Starts a description.
 int ps_builder_new(ps_builder **builder);
 
@@ -174,6 +188,11 @@ int ps_builder_page_aligned(const ps_builder *builder);
 
 // Makes a byte that would have to be copied an error of the build.
 int ps_builder_require_zero_copy(const ps_builder *builder);
+
+// Bounds the memory of the region, which is only read then. The sources are read again for pages that have left, and
+// must have the same bytes.
+int ps_builder_budget(const ps_builder *builder,
+                      const ps_budget *budget);
 
 // Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason. It is
 // called in a thread of the library, and must not touch the region.

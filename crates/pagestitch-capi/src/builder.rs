@@ -1,5 +1,6 @@
 //! The description of a region: its chunks and options.
 
+use crate::budget::Budget;
 use crate::call::{self, CallError};
 use crate::handle::{self, Handle};
 use crate::ranges::{Extent, PS_TO_END, Piece};
@@ -125,6 +126,17 @@ pub extern "C" fn ps_builder_page_aligned(builder: *const Builder) -> c_int {
 pub extern "C" fn ps_builder_require_zero_copy(builder: *const Builder) -> c_int {
     call::status("ps_builder_require_zero_copy", || {
         Builder::borrow(builder)?.change(pagestitch::Builder::require_zero_copy);
+        Ok(())
+    })
+}
+
+/// Bounds the memory of the region, which is only read then. The sources are read again for pages that have left, and
+/// must have the same bytes.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_budget(builder: *const Builder, budget: *const Budget) -> c_int {
+    call::status("ps_builder_budget", || {
+        let budget = &Budget::borrow(budget)?.budget;
+        Builder::borrow(builder)?.change(|builder| builder.budget(budget));
         Ok(())
     })
 }

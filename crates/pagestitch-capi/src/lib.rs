@@ -11,6 +11,7 @@
     reason = "no Rust code calls these functions, and the header has public ones only"
 )]
 
+mod budget;
 mod builder;
 mod call;
 mod handle;

@@ -34,7 +34,7 @@ pub(crate) struct Region {
 #[pymethods]
 impl Region {
     #[new]
-    #[pyo3(signature = (pieces, *, name="region", server=None, writable=false, page_aligned=false, inherit_on_fork=false))]
+    #[pyo3(signature = (pieces, *, name="region", server=None, writable=false, page_aligned=false, inherit_on_fork=false, budget=None))]
     fn new(
         pieces: &Bound<'_, PyAny>,
         name: &str,
@@ -42,6 +42,7 @@ impl Region {
         writable: bool,
         page_aligned: bool,
         inherit_on_fork: bool,
+        budget: Option<u64>,
     ) -> PyResult<Self> {
         let py = pieces.py();
         release_given_up(py);
@@ -53,6 +54,10 @@ impl Region {
             (inherit_on_fork, pagestitch::Builder::inherit_on_fork),
         ] {
             builder = if set { option(builder) } else { builder };
+        }
+        if let Some(bytes) = budget {
+            let budget = pagestitch::Budget::bytes(bytes).map_err(|error| exception(&error))?;
+            builder = builder.budget(&budget);
         }
         let access = if writable { Access::Writable } else { Access::ReadOnly };
         let mut in_python = false;

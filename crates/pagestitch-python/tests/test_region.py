@@ -89,6 +89,14 @@ def test_a_region_may_be_closed_and_left_by_with():
         memoryview(region)
 
 
+def test_a_region_of_four_times_its_budget_has_its_bytes():
+    pieces = [bytes([n]) * (1 << 20) for n in range(64)]
+    region = pagestitch.Region(pieces, budget=16 << 20, server=pagestitch.Pool(2))
+    assert (numpy.frombuffer(region, dtype="u1")[:: mmap.PAGESIZE] == numpy.repeat(numpy.arange(64, dtype="u1"), 256)).all()
+    with pytest.raises(pagestitch.Error, match="budget"):
+        pagestitch.Region([b"x"], budget=1)
+
+
 def test_a_view_keeps_its_region_and_a_region_its_pieces():
     piece = bytes(range(256)) * 64
     count = sys.getrefcount(piece)

@@ -20,6 +20,8 @@ static void tell(void *ctx, uint64_t offset, const char *reason) {
 
 static void servers(void) {
     ps_server *server;
+    ps_budget *budget;
+    FAILS(ps_budget_new(0, &budget), PS_INVALID_OPTION, "");
     FAILS(ps_server_best(NULL), PS_INVALID_ARGUMENT, "null pointer");
     FAILS(ps_server_fd(NULL), PS_INVALID_ARGUMENT, "server");
     ps_pool_options options;

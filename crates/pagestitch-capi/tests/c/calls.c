@@ -163,6 +163,30 @@ static void a_shared_mapping(ps_server *server) {
     munmap(shared, PAGE);
 }
 
+/* A region of four times its budget. */
+static void bounded(ps_server *server) {
+    enum { BYTES = 64 << 20 };
+    char *bytes = (char *)malloc(BYTES);
+    for (size_t i = 0; i < BYTES; i += PAGE)
+        memset(bytes + i, (int)(i / PAGE % 251), PAGE);
+    ps_budget *budget;
+    ps_builder *builder;
+    ps_region *region;
+    OK(ps_budget_new(16 << 20, &budget));
+    OK(ps_builder_new(&builder));
+    OK(ps_builder_budget(builder, budget));
+    OK(ps_add_memory(builder, bytes, BYTES));
+    OK(ps_builder_build(builder, server, &region));
+    const char *base = (const char *)ps_region_data(region);
+    for (size_t i = 0; i < BYTES; i += PAGE)
+        CHECK(base[i] == (char)(i / PAGE % 251));
+    CHECK(base[0] == 0 && ps_budget_resident(budget) <= 16 << 20);
+    OK(ps_region_free(region));
+    OK(ps_builder_free(builder));
+    OK(ps_budget_free(budget));
+    free(bytes);
+}
+
 int main(int argc, char **argv) {
     CHECK(argc >= 3 && ps_abi_version() == PS_ABI_VERSION);
     CHECK(!strcmp(ps_last_error(), "") && ps_last_errno() == 0);
@@ -170,6 +194,8 @@ int main(int argc, char **argv) {
     memory_and_holes(server);
     if (strcmp(argv[1], "inline"))
         own_source(server);
+    if (!strcmp(argv[1], "pool"))
+        bounded(server);
     files(server, argv[2]);
     one_memfd_twice(server);
     if (argc == 3)
