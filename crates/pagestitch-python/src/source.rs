@@ -14,9 +14,10 @@ thread_local! {
 /// Runs `act` without the interpreter. Sources in Python can be read meanwhile, in this thread.
 pub(crate) fn without_interpreter<T: Send>(py: Python<'_>, act: impl FnOnce() -> T + Send) -> T {
     py.detach(|| {
-        MAY_ATTACH.set(true);
+        // A source may have called this, for another region.
+        let before = MAY_ATTACH.replace(true);
         let answer = act();
-        MAY_ATTACH.set(false);
+        MAY_ATTACH.set(before);
         answer
     })
 }

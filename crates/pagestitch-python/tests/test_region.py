@@ -143,6 +143,15 @@ def test_a_source_in_python_runs_while_other_threads_do():
     assert len(bytes(region)) == 150 * PAGE
 
 
+def test_a_source_in_python_may_read_another_region():
+    below = pagestitch.Region([Squares()])
+    source = Squares()
+    source.read_at = below.read_at
+    region = pagestitch.Region([source, source])
+    region.populate()
+    assert bytes(memoryview(region)) == 2 * below.read_at(0, 3 * PAGE)
+
+
 @pytest.mark.parametrize(
     "answer, error, text",
     [
