@@ -78,6 +78,9 @@ fn read_at_random(server: impl Into<Server>, threads: u64) {
         is_over.store(true, Ordering::Relaxed);
         sampler.join().unwrap()
     });
+    let metrics = budget.metrics();
+    assert!(metrics.refaults > 100, "{metrics:?}");
+    assert!(metrics.evictions >= metrics.soft_faults + metrics.refaults, "{metrics:?}");
     assert!(budget.evictions() > 500, "{} evictions", budget.evictions());
     assert!(most <= BUDGET as usize, "{most} resident bytes");
     assert_eq!(budget.overruns(), 0);

@@ -189,7 +189,7 @@ pub use pagestitch_kernel::process::Process;
 pub use pagestitch_kernel::uffd::OwnMemory;
 pub use pagestitch_kernel::{Access, Errno, View};
 pub use policy::{FillRate, OnFailure, Readahead, Recording};
-pub use reclaim::Budget;
+pub use reclaim::{Budget, BudgetMetrics};
 pub use retry::Retry;
 pub use serve::{
     BestServer, Eager, Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server, best_server,

@@ -2,15 +2,16 @@
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::S3Fifo;
+use crate::reclaim::metrics::BudgetMetrics;
 use crate::reclaim::share::{JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
 use crate::reclaim::state::{BATCH, Standby, room_for};
 use pagestitch_kernel::arena::{Arena, ArenaError};
 use pagestitch_kernel::memory_left::MemoryLeft;
+use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::{Errno, Evictable, PageSize};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// A limit for the resident bytes of any number of regions: their pages leave when it is used up, and
 /// come back from their sources when they are touched.
@@ -157,6 +158,30 @@ impl Budget {
     #[must_use]
     pub fn overruns(&self) -> u64 {
         self.state.tally.overruns.load(Ordering::Relaxed)
+    }
+
+    /// All counts at once.
+    ///
+    /// ```
+    /// # use pagestitch::{Budget, BudgetMetrics};
+    /// assert_eq!(Budget::bytes(8 << 20)?.metrics(), BudgetMetrics::default());
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    #[must_use]
+    pub fn metrics(&self) -> BudgetMetrics {
+        let tally = &self.state.tally;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        // Returns are read first: each comes after its eviction.
+        let (soft_faults, refaults) = (read(&tally.soft_faults), read(&tally.refaults));
+        BudgetMetrics {
+            resident_bytes: self.resident_bytes(),
+            standby_bytes: self.standby_bytes(),
+            evictions: read(&tally.evictions),
+            soft_faults,
+            refaults,
+            kept: read(&tally.refused),
+            overruns: read(&tally.overruns),
+        }
     }
 
     /// Takes a region in. Its pages leave once it is [served](Share::serve).

@@ -225,9 +225,10 @@ impl Share {
             let (gone, others) = rest.split_at(self.state.discards.discard(&self.evictable, rest));
             for run in gone {
                 run.iter().for_each(|page| {
-                    self.places.set(page, Place::Nowhere);
+                    self.places.set(page, Place::Gone);
                 });
                 self.left_memory(run.pages);
+                count(&self.state.tally.evictions, run.pages);
                 dropped += run.pages;
                 region.pages.resume(*run, &quiet).settle(run.pages, PageState::Absent);
             }
@@ -237,7 +238,6 @@ impl Share {
             region.pages.resume(*refused, &quiet).settle(refused.pages, PageState::Present);
             rest = others;
         }
-        count(&self.state.tally.evictions, dropped);
         dropped
     }
 

@@ -7,9 +7,10 @@
 //! | `share` | a region's part in a budget: the fault path calls it |
 //! | `evict` | moves pages out, drops them, and empties slots |
 //! | `soft_fault` | brings a page back from the standby list |
-//! | `places` | where the page of a region is: resident, in a slot, or neither |
+//! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
 //! | `slots` | the standby list: a ring of slots, first in, first out |
 //! | `arrivals` | pages that have come, until the policy takes note of them |
+//! | `metrics` | the counts of a budget, as the user reads them |
 //! | `models` | the model of a page that leaves, in many orders of the threads |
 //! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
 //!
@@ -28,6 +29,7 @@
 mod arrivals;
 mod budget;
 mod evict;
+mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
 mod places;
@@ -38,5 +40,6 @@ mod soft_fault;
 mod state;
 
 pub use budget::Budget;
+pub use metrics::BudgetMetrics;
 pub(crate) use promise::evictable;
 pub(crate) use share::{EnterRegion, Membership};

@@ -1,4 +1,4 @@
-//! The place of each page of a region: resident, in a slot, or neither.
+//! The place of each page of a region: resident, in a slot, or elsewhere.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::Ordering;
@@ -8,8 +8,10 @@ use std::num::NonZeroUsize;
 /// The place of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// It takes no memory that the budget counts.
+    /// It takes no memory that the budget counts, and has not left.
     Nowhere,
+    /// It has left, and is not in a slot.
+    Gone,
     /// It is in its region, and the policy has it.
     Resident,
     /// It was moved to this slot. It may be gone since: the slot tells.
@@ -53,7 +55,8 @@ impl Place {
         match self {
             Self::Nowhere => 0,
             Self::Resident => 1,
-            Self::Slot(slot) => slot + 2,
+            Self::Gone => 2,
+            Self::Slot(slot) => slot + 3,
         }
     }
 
@@ -61,7 +64,8 @@ impl Place {
         match bits {
             0 => Self::Nowhere,
             1 => Self::Resident,
-            slot => Self::Slot(slot - 2),
+            2 => Self::Gone,
+            slot => Self::Slot(slot - 3),
         }
     }
 }
@@ -73,11 +77,11 @@ mod tests {
     #[test]
     fn neighbours_have_places_of_their_own() {
         let places = Places::new(3).unwrap();
-        assert_eq!(places.set(Page(1), Place::Slot(u32::MAX - 2)), Place::Nowhere);
+        assert_eq!(places.set(Page(1), Place::Slot(u32::MAX - 3)), Place::Nowhere);
         assert_eq!(places.set(Page(0), Place::Resident), Place::Nowhere);
         assert_eq!(places.set(Page(2), Place::Slot(0)), Place::Nowhere);
         assert_eq!(places.set(Page(0), Place::Nowhere), Place::Resident);
         let all = [Page(0), Page(1), Page(2)].map(|page| places.get(page));
-        assert_eq!(all, [Place::Nowhere, Place::Slot(u32::MAX - 2), Place::Slot(0)]);
+        assert_eq!(all, [Place::Nowhere, Place::Slot(u32::MAX - 3), Place::Slot(0)]);
     }
 }

@@ -1,7 +1,7 @@
 //! A region's part in a budget.
 
 use crate::reclaim::places::{Place, Places};
-use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, key_of, member_of};
+use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, count, key_of, member_of};
 use crate::signals::NoSignals;
 use crate::space::page_table::Claim;
 use crate::space::{Mapping, Prepared, Residence};
@@ -87,7 +87,11 @@ impl Share {
         match self.places.set(page, Place::Resident) {
             Place::Resident => return 1,
             // The page has its bytes from its source, and the slot has an outdated frame.
-            Place::Slot(slot) => self.drop_slot(page, slot),
+            Place::Slot(slot) => {
+                self.drop_slot(page, slot);
+                count(&self.state.tally.refaults, 1);
+            }
+            Place::Gone => count(&self.state.tally.refaults, 1),
             Place::Nowhere => {}
         }
         self.page_came(page, false);

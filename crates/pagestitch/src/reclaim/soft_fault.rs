@@ -20,7 +20,7 @@ impl Share {
                 Outcome::Changing => return Prepared::Changing,
                 // The page is filled from its source.
                 _ => {
-                    self.places.set(first, Place::Nowhere);
+                    self.places.set(first, Place::Gone);
                 }
             }
         }

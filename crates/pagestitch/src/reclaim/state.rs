@@ -54,6 +54,8 @@ pub(super) struct Tally {
     pub(super) evictions: AtomicU64,
     /// Pages that have come back from standby.
     pub(super) soft_faults: AtomicU64,
+    /// Pages that had left, and were filled from their source again.
+    pub(super) refaults: AtomicU64,
     /// Pages for which there was no room in the budget, because nothing could leave.
     pub(super) overruns: AtomicU64,
     /// Pages that were chosen, and that the kernel did not let go: pinned, or locked.

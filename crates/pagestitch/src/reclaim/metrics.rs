@@ -1,0 +1,41 @@
+//! The counts of a budget, as the user reads them.
+
+/// The counts of a [`Budget`](crate::Budget) at one moment. They may lag, as those of a
+/// [region](crate::Metrics) do.
+///
+/// A page that leaves comes back at most once until it leaves again, so evictions are at least soft faults
+/// and refaults together. Many refaults tell that the budget is smaller than the pages in use.
+///
+/// ```
+/// use pagestitch::{Budget, Pool, Region};
+///
+/// let budget = Budget::bytes(16 << 20)?;
+/// let pool = Pool::builder().workers(1).start()?;
+/// let region = Region::builder().chunk(vec![7u8; 32 << 20]).budget(&budget).build(&pool)?;
+/// for _ in 0..2 {
+///     assert!((0..32 << 20).step_by(4096).all(|offset| region.as_slice()[offset] == 7));
+/// }
+/// let metrics = budget.metrics();
+/// assert!(metrics.evictions > 8_000 && metrics.refaults > 4_000);  // half of it had left before the second pass
+/// assert!(metrics.resident_bytes <= budget.limit());
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BudgetMetrics {
+    /// The bytes of memory in use: [`Budget::resident_bytes`](crate::Budget::resident_bytes).
+    pub resident_bytes: u64,
+    /// The bytes of memory of the standby list, a part of [`resident_bytes`](Self::resident_bytes).
+    pub standby_bytes: u64,
+    /// Pages that have left their regions.
+    pub evictions: u64,
+    /// Pages that have come back from the standby list, without a read of their source.
+    pub soft_faults: u64,
+    /// Pages that had left, and were filled from their source again.
+    pub refaults: u64,
+    /// Pages that should have left, and that the kernel kept: locked, pinned by a device, or shared with a
+    /// forked child.
+    pub kept: u64,
+    /// Pages that were filled above the limit, because no page could leave.
+    pub overruns: u64,
+}
