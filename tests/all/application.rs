@@ -125,32 +125,32 @@ fn a_region_with_unmapped_pages_is_dropped_and_no_thread_hangs() {
 /// or moved.
 #[test]
 fn a_thread_that_waits_in_an_unmapped_or_moved_page_gets_a_signal() {
-    for moves in [false, true] {
-        let end = child::run(this_test!(), || {
-            let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
-            let slow = Arc::new(Scripted::new(10).holding(0..1));
-            let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
-            let region = region(&pattern(3, 10 * PAGE), &pool);
-            let start = region.as_ptr().expose_provenance().get();
-            scope(|scope| {
-                scope.spawn(|| other.as_slice()[0]);
-                slow.wait_until_held(1);
-                spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5 * PAGE)));
-                if moves {
-                    // The move waits until a worker has read its event.
-                    spawn_asleep(scope, move || moved(start + 4 * PAGE, 3 * PAGE));
-                } else {
-                    unmapped(start + 4 * PAGE, 3 * PAGE);
-                }
-                slow.release();
-                // The worker finds the unmapped page when it serves the fault.
-            });
-            drop(region);
+    let body = child::body(this_test!(), |variant| {
+        let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+        let slow = Arc::new(Scripted::new(10).holding(0..1));
+        let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
+        let region = region(&pattern(3, 10 * PAGE), &pool);
+        let start = region.as_ptr().expose_provenance().get();
+        scope(|scope| {
+            scope.spawn(|| other.as_slice()[0]);
+            slow.wait_until_held(1);
+            spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5 * PAGE)));
+            match variant {
+                // The move waits until a worker has read its event.
+                "moved" => spawn_asleep(scope, move || moved(start + 4 * PAGE, 3 * PAGE)),
+                _ => unmapped(start + 4 * PAGE, 3 * PAGE),
+            }
+            slow.release();
+            // The worker finds the unmapped page when it serves the fault.
         });
+        drop(region);
+    });
+    for variant in ["unmapped", "moved"] {
+        let end = body.spawn(variant).wait();
         // Without poison markers, an unavailable page is covered by a mapping that is SIGBUS.
         let expected: &[_] = if has_poison() { &[SIGSEGV] } else { &[SIGSEGV, SIGBUS, SIGABRT] };
-        assert!(expected.contains(&end.signal().unwrap_or(0)), "{}", end.output());
-        assert!(!end.output().contains("read a byte"), "{}", end.output());
+        assert!(expected.contains(&end.signal().unwrap_or(0)), "{variant}: {}", end.output());
+        assert!(!end.output().contains("read a byte"), "{variant}: {}", end.output());
     }
 }
 
