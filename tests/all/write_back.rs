@@ -11,7 +11,7 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
 
 /// A source that logs its writes, and fails on demand.
 #[derive(Default)]
@@ -207,6 +207,45 @@ fn the_drop_of_a_region_flushes() {
     region.write_at(at(1), &[8]).unwrap();
     let _metrics = region.close();
     assert_eq!(disk.state().bytes[PAGE], 8);
+}
+
+#[test]
+fn an_error_of_the_last_flush_reaches_the_caller_of_finish_or_the_callback() {
+    if records_no_writes(this_test!()) {
+        return;
+    }
+    let pool = Pool::new().unwrap();
+    let (tell, told) = mpsc::channel();
+    let region = |disk: &Arc<Disk>| {
+        let tell = tell.clone();
+        let builder = Region::builder().chunk(Chunk::writable(Arc::clone(disk)));
+        let builder = builder.write_back(WriteBack::ToSource);
+        let builder = builder.on_page_failure(move |offset, failure| {
+            tell.send((offset, failure.source_offset())).unwrap();
+        });
+        let region = builder.build_shared(&pool).unwrap();
+        for page in [1, 4, 5] {
+            region.write_at(at(page), b"new").unwrap();
+        }
+        region
+    };
+    let disk = Disk::of(&[1; 8 * PAGE]);
+    disk.state().failing = Some((at(5)..at(6), ENOSPC));
+    let error = region(&disk).finish().unwrap_err();
+    assert_eq!((error.kind(), error.raw_os_error()), (ErrorKind::SourceFailed, Some(ENOSPC)));
+    assert_eq!((disk.writes(), told.try_recv().ok()), (vec![(at(1), PAGE)], None), "told once");
+    drop(region(&disk));
+    let _metrics = region(&disk).close();
+    assert_eq!(told.try_iter().collect::<Vec<_>>(), [(at(4), at(4)), (at(4), at(4))]);
+
+    disk.state().failing = None;
+    disk.state().sync_fails = true;
+    assert_eq!(region(&disk).finish().unwrap_err().raw_os_error(), Some(EIO));
+    disk.state().sync_fails = false;
+    assert!(region(&disk).finish().unwrap().pages_installed() >= 3);
+    assert_eq!(told.try_iter().count(), 0);
+    let plain = Region::builder().chunk(vec![7u8; PAGE]).build(&pool).unwrap();
+    assert_eq!(plain.finish().unwrap().pages_installed(), 0);
 }
 
 #[test]

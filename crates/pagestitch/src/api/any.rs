@@ -498,6 +498,12 @@ impl AnyRegion {
         Meter::new(Arc::clone(&self.served.counters), self.server.presence(&self.served))
     }
 
+    pub(super) fn finish(self) -> Result<Metrics, Error> {
+        let flushed = self.flush_to_finish();
+        let metrics = self.close();
+        flushed.map(|()| metrics)
+    }
+
     pub(super) fn close(self) -> Metrics {
         self.flush_at_end();
         self.server.detach(&self.served);

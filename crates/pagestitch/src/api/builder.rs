@@ -369,6 +369,9 @@ impl<S> Builder<S> {
     /// times out it runs on the watchdog thread, and no other fault times out until it returns.
     /// [`failures`](crate::AnyRegion::failures) lists the failed pages.
     ///
+    /// The drop of a region with [`write_back`](Self::write_back) calls it in the dropping thread, with
+    /// the first page of each run that is not written back. A failed sync tells page 0.
+    ///
     /// ```
     /// use pagestitch::{Chunk, Pool, Region, Source};
     /// use std::io;
@@ -530,7 +533,8 @@ impl<S> Builder<S> {
     /// region is dropped. Default: writes stay in the region. Implies [`writable`](Self::writable).
     ///
     /// All chunks are [writable](Chunk::writable). Nothing is written before a flush or the drop, so a
-    /// program that ends without them loses its writes.
+    /// program that ends without them loses its writes. End the region by
+    /// [`finish`](crate::SharedRegion::finish), which returns the error of the last flush.
     ///
     /// The costs, the servers and the kernel are those of [`track_changes`](Self::track_changes), which
     /// excludes this option: each written page is found once.

@@ -348,6 +348,34 @@ impl Region {
     pub fn close(self) -> Metrics {
         self.any.close()
     }
+
+    /// Ends the region as [`close`](Self::close) does, and returns the error of the last flush, if the
+    /// region is built [`write_back`](crate::Builder::write_back). Of other regions it returns the
+    /// counters alone.
+    ///
+    /// # Errors
+    ///
+    /// As [`flush`](AnyRegion::flush). The pages that were not written are lost with the region. A
+    /// program that wants to try again calls `flush(..)` before.
+    ///
+    /// ```
+    /// # use pagestitch::{Chunk, ErrorKind, Pool, Region, WriteBack};
+    /// # use std::sync::{Arc, Mutex};
+    /// let bytes = Arc::new(Mutex::new(vec![7u8; 10_000]));
+    /// let chunk = Chunk::writable(Arc::clone(&bytes));
+    /// let builder = Region::builder().chunk(chunk).write_back(WriteBack::ToSource);
+    /// let mut region = match builder.build(&Pool::new()?) {
+    ///     Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(()),  // Linux before 6.7
+    ///     built => built?,
+    /// };
+    /// region.write_at(5_000, b"row")?;
+    /// region.finish()?;                                           // all writes are in the source
+    /// assert_eq!(&bytes.lock().unwrap()[5_000..5_003], b"row");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn finish(self) -> Result<Metrics, Error> {
+        self.any.finish()
+    }
 }
 
 impl AsRef<[u8]> for Region {

@@ -10,6 +10,7 @@ use crate::space::{RecordFor, Target, WrittenPages};
 use pagestitch_kernel::{Errno, Span};
 use std::ops::{Range, RangeBounds};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::{io, ptr};
 
 /// The place to which written pages of a region go.
@@ -33,7 +34,8 @@ impl AnyRegion {
     /// * **Discarded pages** (`MADV_DONTNEED`) that were not flushed lose their writes.
     /// * **Devices** that write to pinned pages leave no record, as for [`changes`](Self::changes).
     ///
-    /// The drop of the region flushes too. It can only log its errors, so flush before the drop.
+    /// The end of the region flushes too: `finish` returns an error of that flush, while `close` and the
+    /// drop can only log it and tell [`on_page_failure`](crate::Builder::on_page_failure).
     ///
     /// # Errors
     ///
@@ -48,16 +50,29 @@ impl AnyRegion {
     pub fn flush(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         let span = self.span(range)?;
         let written = self.record_for(RecordFor::WriteBack, "flush")?;
+        self.write_and_sync(written, span, &mut |_, _| {})
+    }
+
+    /// As [`flush`](Self::flush); tells each run that was not written, and a span that was not synced,
+    /// with the error.
+    fn write_and_sync(
+        &self,
+        written: &WrittenPages,
+        span: Span,
+        not_written: &mut dyn FnMut(Span, &Error),
+    ) -> Result<(), Error> {
         let offsets = self.served.page_size().offsets(span);
         // One flush at a time, because a flush that finds a page clean must not return before another
         // one has written and synced its bytes.
         let mut failed_syncs = written.failed_syncs.lock();
-        let (sources, first_error) = self.write_dirty(written, span)?;
+        let (sources, first_error) = self.write_dirty(written, span, not_written)?;
         for piece in sources {
             let Err(error) = ask(piece.backing, |writer| writer.sync()) else { continue };
+            let failure = Arc::new(piece.failed(error));
+            not_written(span, &Error::of_failure(self.name(), Arc::clone(&failure)));
             // A caller that flushes the range again and again must not fill the memory.
             if failed_syncs.iter().all(|(range, _)| *range != offsets) {
-                failed_syncs.push((offsets.clone(), Arc::new(piece.failed(error))));
+                failed_syncs.push((offsets.clone(), failure));
             }
         }
         first_error.map_or(Ok(()), Err)?;
@@ -68,14 +83,32 @@ impl AnyRegion {
         }
     }
 
-    /// Flushes before the end of the region. Nothing is left to return an error to.
+    /// The last flush, before the end of the region, with a caller that takes its error.
+    pub(super) fn flush_to_finish(&self) -> Result<(), Error> {
+        self.last_flush(&mut |_, _| {})
+    }
+
+    /// The last flush, before the end of the region. No caller is left to take its error.
     pub(super) fn flush_at_end(&self) {
-        let writes_back = |written: &WrittenPages| written.used_for == RecordFor::WriteBack;
-        if !self.served.written.as_deref().is_some_and(writes_back) {
-            return;
+        let flushed = self.last_flush(&mut |run, error| {
+            if let Some(failure) = error.failure() {
+                self.served.report(run.first, failure);
+            }
+        });
+        if let Err(error) = flushed {
+            log!(error, region = self.name(), %error, "written pages are lost: end the region by finish()");
         }
-        if let Err(error) = self.flush(..) {
-            log!(error, region = self.name(), %error, "written pages are lost: flush before the drop");
+    }
+
+    /// Flushes if written pages go back, and no last flush was before: a page that it could not write is
+    /// lost, and told once.
+    fn last_flush(&self, not_written: &mut dyn FnMut(Span, &Error)) -> Result<(), Error> {
+        let is_for_sources = |written: &&WrittenPages| written.used_for == RecordFor::WriteBack;
+        match self.served.written.as_deref().filter(is_for_sources) {
+            Some(written) if !written.is_ended.swap(true, Ordering::Relaxed) => {
+                self.write_and_sync(written, self.span(..)?, not_written)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -85,6 +118,7 @@ impl AnyRegion {
         &self,
         written: &WrittenPages,
         span: Span,
+        not_written: &mut dyn FnMut(Span, &Error),
     ) -> Result<(Vec<Piece<'_>>, Option<Error>), Error> {
         let (mut sources, mut first_error) = (Vec::new(), None);
         let mut buffer = vec![0; WRITTEN_AT_ONCE.min(self.len())];
@@ -92,6 +126,7 @@ impl AnyRegion {
         for run in self.take_written(written, span)? {
             if let Err(error) = self.write_run(run, &mut buffer, &mut sources) {
                 written.give_back(&[run]);
+                not_written(run, &error);
                 first_error.get_or_insert(error);
             }
         }

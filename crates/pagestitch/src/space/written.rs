@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The use of a record of written pages. Each written page is found once, so there is one use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub(crate) struct WrittenPages {
     pub(crate) used_for: RecordFor,
     /// The offsets of flushes whose sync has failed, with the failures. Locked by each flush.
     pub(crate) failed_syncs: Mutex<Vec<(Range<u64>, Arc<Failure>)>>,
+    /// True once the last flush, at the end of the region, has begun.
+    pub(crate) is_ended: AtomicBool,
     /// Told by the readers of events.
     pub(crate) notice: DiscardNotice,
     scan: PageScan,
@@ -91,7 +93,8 @@ impl WrittenPages {
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
         let (failed_syncs, turn) = (Mutex::default(), Mutex::default());
         let (notice, scan) = (DiscardNotice::default(), PageScan::open()?);
-        Ok(Self { used_for, failed_syncs, notice, scan, reported, turn })
+        let is_ended = AtomicBool::new(false);
+        Ok(Self { used_for, failed_syncs, is_ended, notice, scan, reported, turn })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and
