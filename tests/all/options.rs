@@ -5,8 +5,8 @@ use crate::guests::adopt;
 use crate::{PAGE, pattern, reason};
 use pagestitch::source::FailureReason;
 use pagestitch::{
-    AdoptedRegion, BuildOption, Builder, Eager, Error, ErrorKind, Inline, Manual, Pool, Readahead, Recording,
-    Region, Scope, Server, scope,
+    AdoptedRegion, Budget, BuildOption, Builder, Eager, Error, ErrorKind, Inline, Manual, Pool, Readahead,
+    Recording, Region, Scope, Server, scope,
 };
 use pagestitch_testkit::guest::Guest;
 
@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 22] = [
+const OPTIONS: [&str; 36] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -40,11 +40,32 @@ const OPTIONS: [&str; 22] = [
     "release_sources",
     "release_sources and inherit_on_fork",
     "shards and inherit_on_fork",
+    "budget",
+    "budget and writable",
+    "budget and hardware_read_only",
+    "budget and dumped",
+    "budget and readahead",
+    "budget and shards",
+    "budget and report_discards",
+    "budget and no reports of discards",
+    "budget and record",
+    "budget and replay",
+    "budget and inherit_on_fork",
+    "budget and release_sources",
+    "budget and track_changes",
+    "budget and capacity",
 ];
 
 /// Sets an option, in a scope or without one.
 fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
+    if let Some(other) = option.strip_prefix("budget and ") {
+        return set(other, set("budget", builder));
+    }
     match option {
+        "budget" => builder.budget(&Budget::bytes(64 << 20).unwrap()),
+        // Without a budget these have tests of their own.
+        "track_changes" => builder.writable().track_changes(),
+        "capacity" => builder.capacity(1 << 20),
         "writable" => builder.writable(),
         "hardware_read_only" => builder.hardware_read_only(),
         "writable and hardware_read_only" => builder.writable().hardware_read_only(),
@@ -81,11 +102,30 @@ fn recording() -> Recording {
 /// Why an option is refused, and which option it is; `None`: the region has it.
 fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
-        Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record, RecordLatency,
-        ReleaseSources, Replay, ReportDiscards, Shards, Writable,
+        Budget, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record,
+        RecordLatency, ReleaseSources, Replay, ReportDiscards, Shards, Writable,
     };
     use ErrorKind::{NotZeroCopy, OptionConflict, UnsuitableServer};
     Some(match (option, server, adopted) {
+        ("budget and hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),
+        ("budget and dumped", _, true) => (OptionConflict, Some(Dumped)),
+        ("budget and writable" | "budget and track_changes", _, true) => (OptionConflict, Some(Writable)),
+        ("budget and shards", _, true) => (OptionConflict, Some(Shards)),
+        ("budget and report_discards", _, _) => (OptionConflict, Some(ReportDiscards)),
+        ("budget and no reports of discards", _, true) => (OptionConflict, Some(ReportDiscards)),
+        ("budget and readahead", "inline", false) => (UnsuitableServer, Some(Readahead)),
+        ("budget and shards", "inline", false) => (UnsuitableServer, Some(Shards)),
+        ("budget and replay", "inline", false) => (UnsuitableServer, Some(Replay)),
+        (budget, _, adopted) if budget.starts_with("budget") => {
+            let (_, other) = budget.split_once(" and ").unwrap_or_default();
+            let refused =
+                ["writable", "record", "inherit_on_fork", "release_sources", "track_changes", "capacity"];
+            match (refused.contains(&other) || adopted, server) {
+                (true, _) => (OptionConflict, Some(Budget)),
+                (false, "inline" | "eager") => (UnsuitableServer, Some(Budget)),
+                (false, _) => return None,
+            }
+        }
         ("writable and hardware_read_only", _, _) => (OptionConflict, Some(HardwareReadOnly)),
         ("writable", _, true) => (OptionConflict, Some(Writable)),
         ("hardware_read_only", _, true) => (OptionConflict, Some(HardwareReadOnly)),

@@ -577,14 +577,14 @@ impl<S> Builder<S> {
     ///   [`build_shared`](Self::build_shared) takes any source that can be read again.
     /// * **Pages in place** are page cache, which the kernel evicts; they do not count.
     /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
-    ///   works.
+    ///   works. Of a prefetch or a [`replay`](Self::replay) of more, the first pages leave again.
     /// * **Server**: a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual), not yet
     ///   [`Inline`](crate::Inline), and not [`Eager`](crate::Eager).
     /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
     /// * Not for [`writable`](Self::writable) regions, so not with [`track_changes`](Self::track_changes)
     ///   and [`write_back`](Self::write_back); not for donated pages and adopted memory; and not with
     ///   [`capacity`](Self::capacity), [`inherit_on_fork`](Self::inherit_on_fork),
-    ///   [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
+    ///   [`record`](Self::record), [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
     ///
     /// A second call replaces the budget of the first.
     ///

@@ -228,6 +228,11 @@ impl Options {
                 BuildOption::Budget,
                 "a page that leaves is filled from its source again: leave out release_sources() or budget()",
             ),
+            (
+                self.serve_options.record,
+                BuildOption::Budget,
+                "a page that comes back would be recorded in the place of a first touch: leave out record() or budget()",
+            ),
         ])
     }
 
