@@ -72,7 +72,7 @@ class Region:
     `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or `"eager"`
     where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with zeros before it.
     `budget` bounds the bytes of memory of a region that is only read: pages beyond it leave, and come back when they are
-    touched. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
+    touched. No piece may be a `Source` then. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
     """
 
     def __init__(

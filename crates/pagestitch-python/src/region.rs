@@ -66,6 +66,11 @@ impl Region {
             in_python |= piece.in_python;
             builder = builder.chunk(piece.chunk);
         }
+        if in_python && budget.is_some() {
+            return Err(PyValueError::new_err(
+                "a piece is read by Python code, which cannot run behind the touch of a page that has left: leave out budget",
+            ));
+        }
         let region =
             without_interpreter(py, || builder.build_shared(server)).map_err(|error| exception(&error))?;
         Ok(Self {

@@ -95,6 +95,9 @@ def test_a_region_of_four_times_its_budget_has_its_bytes():
     assert (numpy.frombuffer(region, dtype="u1")[:: mmap.PAGESIZE] == numpy.repeat(numpy.arange(64, dtype="u1"), 256)).all()
     with pytest.raises(pagestitch.Error, match="budget"):
         pagestitch.Region([b"x"], budget=1)
+    # A touch of a page that has left after populate() would be SIGBUS.
+    with pytest.raises(ValueError, match="leave out budget"):
+        pagestitch.Region([Squares()], budget=16 << 20)
 
 
 def test_a_view_keeps_its_region_and_a_region_its_pieces():
