@@ -33,7 +33,7 @@ fn prefetch_lines(start: *const i8, bytes: usize) {
     (0..bytes).step_by(LINE).for_each(|line| prefetch_line(start.wrapping_add(line)));
 }
 
-#[cfg(not(miri))]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline]
 fn prefetch_line(address: *const i8) {
     use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -44,6 +44,7 @@ fn prefetch_line(address: *const i8) {
     }
 }
 
-/// Miri has no cache.
-#[cfg(miri)]
+/// Miri has no cache, and stable Rust has no such instruction of other processors.
+#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+#[inline]
 fn prefetch_line(_: *const i8) {}

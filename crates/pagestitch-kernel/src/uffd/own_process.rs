@@ -6,19 +6,20 @@
 //! | request | this process | another process | lock of the other process |
 //! |---|---|---|---|
 //! | `UFFDIO_MOVE` to and from an address without a mapping (since Linux 6.9) | `ENOENT` | `EINVAL` | none |
-//! | `UFFDIO_REGISTER` of all memory, from a page on that cannot become writable | `EPERM` | `EINVAL`: its program cannot be registered | its memory map, for a moment |
+//! | `UFFDIO_REGISTER` of all memory, from a page on that cannot become writable | `EPERM` | `EINVAL`: its stack has no minor faults | its memory map, for a moment |
 //!
 //! The first request comes first, because another process cannot make it wait. The kernel answers
 //! it with `EAGAIN` as long as an event is unread, such as that of a balloon. A userfaultfd of this
 //! process shows once how this kernel answers.
 //!
 //! The second request has to fail in the other process, whatever is mapped there: its memory would
-//! be registered anew, or for less. The kernel checks all mappings of the range before it changes
-//! one, so the range is as large as possible: every process maps its program, whose file cannot be
-//! registered.
+//! be registered anew. The kernel checks all mappings of the range before it changes one. So the
+//! range holds the stack, which is anonymous memory, and the mode is that of minor faults, which
+//! anonymous memory does not have. Before Linux 5.14, which lacks the mode, the range holds the vDSO,
+//! which cannot be registered at all.
 
 use super::abi::{self, UffdioCopy, Waiters};
-use super::open::{handshake, open_fd};
+use super::open::{handshake, kernel_features, open_fd};
 use super::register::{RegisterMode, register, wake};
 use crate::errno::Errno;
 use crate::features::Features;
@@ -30,6 +31,7 @@ use nix::libc::MAP_GROWSDOWN;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags};
 use nix::sys::stat::Mode;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::OnceLock;
@@ -54,8 +56,9 @@ struct Probe {
     /// A page that cannot become writable. Children of fork do not inherit it, because their memory
     /// is not this process's.
     _read_only: OwnedMapping,
-    /// The addresses from `read_only` on, to the end of this process's memory.
+    /// The addresses from `_read_only` on, to the end of those that a process has.
     all: AddressRange,
+    mode: RegisterMode,
     generation: ForkGeneration,
     /// True if the answer to a move differs on this kernel.
     moves: bool,
@@ -66,8 +69,16 @@ impl Probe {
         let (below, mut read_only) = (growing()?, read_only()?);
         read_only.do_not_fork()?;
         let all = from(read_only.start().addr().get())?;
-        let mut probe =
-            Self { below, _read_only: read_only, all, generation: ForkGeneration::current(), moves: false };
+        let minor = kernel_features().is_ok_and(|features| features.contains(Features::MINOR_SHMEM));
+        let mode = if minor { RegisterMode::MINOR } else { RegisterMode::MISSING };
+        let mut probe = Self {
+            below,
+            _read_only: read_only,
+            all,
+            mode,
+            generation: ForkGeneration::current(),
+            moves: false,
+        };
         // Without a userfaultfd, the second request is left.
         if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
             probe.moves = probe.try_move(own.fd.as_fd()) == Err(Errno::ENOENT);
@@ -102,14 +113,13 @@ impl Probe {
         unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
     }
 
-    /// Fails for every process that maps a file. No other one is worth an answer: its memory stays
-    /// registered.
+    /// Changes nothing: the request fails for every process that has a stack.
     fn try_register(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         // SAFETY: for memory of this process the kernel refuses, because the first page of the range
         // cannot become writable; so no page of this process becomes missing.
         #[expect(unsafe_code, reason = "registers memory of another process at most")]
         unsafe {
-            register(fd, self.all, RegisterMode::MISSING)
+            register(fd, self.all, self.mode)
         }
     }
 
@@ -130,20 +140,27 @@ fn read_only() -> Result<OwnedMapping, Errno> {
     let path = format!("/proc/self/fd/{}", memfd.as_raw_fd());
     let read_only =
         open(path.as_str(), OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map_err(Errno::of)?;
-    // The lowest address that an ordinary user may map (`vm.mmap_min_addr`), so that all mappings of
-    // another process lie above it.
-    let low = NonZeroUsize::new(1 << 16);
-    OwnedMapping::of_file_near(low, read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, MapFlags::MAP_SHARED)
+    let flags = MapFlags::MAP_SHARED;
+    OwnedMapping::of_file_near(Some(low()), read_only.as_fd(), 0, page(), ProtFlags::PROT_READ, flags)
 }
 
-/// The addresses from `start` on, to the end of the highest mapping: the stack, in every process.
+/// An address below the mappings of most programs. It is random, because another process with this
+/// library has such a page, too.
+fn low() -> NonZeroUsize {
+    const PAGES: u64 = 1 << 18;
+    let random = RandomState::new().build_hasher().finish() % (PAGES - 16);
+    NonZeroUsize::new((16 + random as usize) * page().get()).expect("not the first page")
+}
+
+/// The addresses from `start` on, to the end of those that a process has. The stack is mapped at
+/// this end.
 fn from(start: usize) -> Result<AddressRange, Errno> {
     let maps = std::fs::read_to_string("/proc/self/maps").map_err(Errno::of)?;
     let ends = maps.lines().filter(|line| !line.ends_with("[vsyscall]")).filter_map(|line| {
         let (_, rest) = line.split_once('-')?;
         usize::from_str_radix(rest.split_once(' ')?.0, 16).ok()
     });
-    let end = ends.max().ok_or(Errno::EINVAL)?;
+    let end = ends.max().ok_or(Errno::EINVAL)?.next_power_of_two() - PageSize::system().bytes();
     AddressRange::new(start, end - start, PageSize::system()).ok_or(Errno::EINVAL)
 }
 
