@@ -6,13 +6,16 @@ use crate::live::{self, Live};
 use crate::output::{Form, Progress, bytes, count, hexadecimal, nanoseconds, workers};
 use crate::part::Part;
 use crate::scene::Scene;
+use crate::size;
 use crate::touch::Touch;
 use crate::usage::Usage;
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use hdrhistogram::Histogram;
 use pagestitch::source::{FileSource, Memfd, SharedFile, UnsealedMemfd};
-use pagestitch::{Access, BestServer, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion};
+use pagestitch::{
+    Access, BestServer, Budget, BudgetMetrics, Chunk, Metrics, Plan, Pool, Recording, Region, SharedRegion,
+};
 use pagestitch_bench::timed;
 use pagestitch_bench::touch::touches;
 use pagestitch_kernel::memory_left::MemoryLeft;
@@ -62,6 +65,10 @@ pub(crate) struct Options {
     /// Fill the pages of a recording in advance
     #[arg(long, value_name = "FILE", requires = "copy", conflicts_with = "record")]
     replay: Option<PathBuf>,
+    /// Keep at most this many bytes of the region in memory: 512M. Pages leave, and are read again when
+    /// they are touched. Needs --copy, because mapped pages are page cache
+    #[arg(long, value_name = "BYTES", value_parser = memory, requires = "copy", conflicts_with = "record")]
+    memory: Option<u64>,
     /// Draw a map of the region with its counters while it is touched, hashed or written
     #[arg(long, conflicts_with = "json")]
     live: bool,
@@ -84,10 +91,11 @@ struct Summary {
     sha256: Option<String>,
     plan: Option<Plan>,
     metrics: Metrics,
+    /// The counts of the limit of --memory.
+    budget: Option<BudgetMetrics>,
 }
 
 pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
-    let parts = &options.parts;
     check_outputs(options)?;
     let mut pool = Pool::builder();
     if let Some(workers) = options.workers {
@@ -97,7 +105,8 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
     if form == Form::Text && server.pool().is_none() {
         writeln!(io::stderr(), "{server}")?;
     }
-    let (build_ns, region) = timed(|| build(parts, options, &server));
+    let budget = options.memory.map(Budget::bytes).transpose()?;
+    let (build_ns, region) = timed(|| build(options, budget.as_ref(), &server));
     let region = region?;
     let output = options.output.as_deref().map(Output::open).transpose()?;
     let left = output.as_ref().and_then(Output::left_by_a_kill).map(Path::to_owned);
@@ -134,8 +143,10 @@ pub(crate) fn run(options: &Options, form: Form) -> Result<(), Box<dyn Error>> {
         heatmap::write(path, &region.meter())?;
     }
     let (bytes, plan) = (region.len(), options.explain.then(|| region.plan()));
-    let (chunks, is_eager, metrics) = (parts.len(), server.pool().is_none(), region.close());
-    let summary = Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics };
+    let (chunks, is_eager) = (options.parts.len(), server.pool().is_none());
+    // The close of the region frees the memory that the budget counts.
+    let (budget, metrics) = (budget.map(|budget| budget.metrics()), region.close());
+    let summary = Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget };
     // Standard output may carry the bytes of the region.
     let mut out: Box<dyn Write> =
         if options.to_stdout() { Box::new(io::stderr()) } else { Box::new(stdout()) };
@@ -168,10 +179,20 @@ fn parts() -> impl TypedValueParser<Value = Part> {
     OsStringValueParser::new().try_map(|argument| Part::parse(&argument))
 }
 
-fn build(parts: &[Part], options: &Options, server: &BestServer) -> Result<SharedRegion, Box<dyn Error>> {
+/// Parses the bytes of a limit.
+fn memory(text: &str) -> Result<u64, String> {
+    let unusable = || format!("it is no number of bytes: write {}", size::examples!());
+    size::parse(text).ok_or_else(unusable)
+}
+
+fn build(
+    options: &Options,
+    budget: Option<&Budget>,
+    server: &BestServer,
+) -> Result<SharedRegion, Box<dyn Error>> {
     let mut files: HashMap<&PathBuf, Chunk> = HashMap::new();
     let mut builder = Region::builder().name(REGION);
-    for part in parts {
+    for part in &options.parts {
         let chunk = match files.get(&part.path) {
             Some(chunk) => chunk.clone(),
             None => files.entry(&part.path).or_insert(open(&part.path, options.copy)?).clone(),
@@ -183,6 +204,9 @@ fn build(parts: &[Part], options: &Options, server: &BestServer) -> Result<Share
     }
     if options.record.is_some() {
         builder = builder.record();
+    }
+    if let Some(budget) = budget {
+        builder = builder.budget(budget);
     }
     if let Some(path) = &options.replay {
         builder = builder.replay(&Recording::read(path)?);
@@ -335,11 +359,20 @@ fn print_counters(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         metrics.pages_gathered,
         bytes(metrics.bytes_copied),
         count(metrics.faults as usize, "fault")
+    )?;
+    let Some(budget) = &summary.budget else { return Ok(()) };
+    writeln!(
+        out,
+        "{} in memory at the end; {} evicted, {} back from standby, {} read again",
+        bytes(budget.resident_bytes),
+        count(budget.evictions as usize, "page"),
+        budget.soft_faults,
+        budget.refaults
     )
 }
 
 fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
-    let Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics } = summary;
+    let Summary { bytes, chunks, build_ns, is_eager, latencies, sha256, plan, metrics, budget } = summary;
     let touch = latencies.as_ref().map(|latencies| {
         let at = |quantile| latencies.value_at_quantile(quantile);
         json!({"pages": latencies.len(), "p50_ns": at(0.5), "p99_ns": at(0.99), "max_ns": latencies.max()})
@@ -353,10 +386,16 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         };
         plan.runs().iter().map(run).collect::<Vec<_>>()
     });
+    let budget = budget.map(|budget| {
+        json!({
+            "resident_bytes": budget.resident_bytes, "standby_bytes": budget.standby_bytes, "evictions": budget.evictions,
+            "soft_faults": budget.soft_faults, "refaults": budget.refaults, "overruns": budget.overruns, "kept": budget.kept,
+        })
+    });
     let all = json!({
         "bytes": bytes, "chunks": chunks, "build_ns": build_ns, "server": if *is_eager { "eager" } else { "pool" }, "pages_in_place": metrics.pages_in_place, "pages_installed": metrics.pages_installed(),
         "pages_gathered": metrics.pages_gathered, "bytes_copied": metrics.bytes_copied, "faults": metrics.faults,
-        "touch": touch, "sha256": sha256, "plan": plan,
+        "touch": touch, "sha256": sha256, "plan": plan, "memory": budget,
     });
     writeln!(out, "{all}")
 }

@@ -119,6 +119,26 @@ fn aligned_parts_are_mapped_or_with_copy_copied() {
 }
 
 #[test]
+fn a_region_within_a_limit_of_memory_has_the_same_hash() {
+    let directory = files();
+    fs::write(
+        directory.path().join("long"),
+        (0..16_u32 << 20).map(|at| (at / 1000) as u8).collect::<Vec<_>>(),
+    )
+    .unwrap();
+    let told = |limit: &[&str]| {
+        let stitch = ["stitch", "long", "--copy", "--workers", "1", "--sha256", "--json"];
+        let output = out(&pagestitch(directory.path(), &[&stitch, limit].concat()));
+        serde_json::from_str::<Value>(&output).unwrap()
+    };
+    let limited = told(&["--memory", "5M"]);
+    assert_eq!(limited["sha256"], told(&[])["sha256"]);
+    let memory = &limited["memory"];
+    assert!(memory["resident_bytes"].as_u64() <= Some(5 << 20), "{memory}");
+    assert!(memory["evictions"].as_u64() > Some(2_000), "{memory}");
+}
+
+#[test]
 fn a_file_truncated_during_the_output_is_an_error_line() {
     let directory = files();
     let shrinking = directory.path().join("shrinking");
@@ -397,6 +417,8 @@ fn wrong_arguments_exit_with_2_and_name_the_remedy() {
         (stitch(&["--live", "-o", "-"]), "--live draws on standard output"),
         (stitch(&["--record", "new", "--touch", "random"]), "--copy"),
         (stitch(&["--record", "new", "--copy"]), "--touch"),
+        (stitch(&["--memory", "64M"]), "--copy"),
+        (stitch(&["--memory", "much", "--copy"]), "it is no number of bytes: write 4096"),
         (stitch(&["-o", "./a"]), "the output ./a is the part a, which writing would destroy"),
         (stitch(&["--heatmap", "./a"]), "the map ./a is the part a, which writing would destroy"),
         (stitch(&["--copy", "--touch", "random", "--record", "a"]), "the recording a is the part a, which"),
