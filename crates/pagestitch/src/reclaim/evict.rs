@@ -40,7 +40,9 @@ impl State {
         let Some(mut chooser) = self.choose(quiet) else { return };
         chooser.take_note(&self.arrivals);
         if let Some(standby) = &self.standby {
-            if let Some(run) = standby.begin_empty(&mut chooser, usize::MAX).filter(|run| run.frames > 0) {
+            // A run without frames is emptied too, because its slots are taken off the ring.
+            let run = standby.begin_empty(&mut chooser, usize::MAX);
+            if let Some(run) = run.filter(|run| !run.slots().is_empty()) {
                 drop(chooser);
                 return self.empty(standby, run);
             }
@@ -260,5 +262,30 @@ struct Quiet<'r>(&'r Mapping);
 impl Wake for Quiet<'_> {
     fn wake(&self, span: Span) {
         self.0.wake_quietly(span);
+    }
+}
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::policy::S3Fifo;
+    use crate::reclaim::slots::Slots;
+    use crate::reclaim::state::room_for;
+    use pagestitch_kernel::arena::Arena;
+    use std::num::NonZeroUsize;
+
+    #[test]
+    fn slots_without_a_frame_can_be_taken_again_after_a_search_for_memory() {
+        let number = NonZeroUsize::new(8).unwrap();
+        // Before Linux 6.8 there is no standby list.
+        let Ok(arena) = Arena::new(number) else { return };
+        let standby = Some(Standby { arena, slots: Slots::new(number).unwrap() });
+        let state = State::new(1024, standby, Box::new(S3Fifo::new(room_for(1024)))).unwrap();
+        let slots = &state.standby.as_ref().unwrap().slots;
+        for _ in 0..2 {
+            assert_eq!(slots.take(&mut state.try_choose().unwrap().ends, 8), (0, 8));
+            (0..8).for_each(|slot| slots.skip(slot));
+            state.free_some(false);
+        }
     }
 }
