@@ -142,7 +142,10 @@ impl SharedUffds {
             }
         }
         for fault in batch.faults() {
-            match find(&table, fault.address).filter(|entry| entry.uffd == index) {
+            match find(&table, fault.address) {
+                // A region has taken the address of a moved part since the touch. Poison would be its page's,
+                // because the kernel lets each userfaultfd of the process fill it.
+                Some(entry) if entry.uffd != index => touch_again(&shared.uffd, fault),
                 Some(Entry { handle: Some(handle), .. }) => match handle.enter() {
                     Some(region) => {
                         to_request(&region, fault, read).into_iter().for_each(|asked| each(&region, asked));
@@ -178,7 +181,7 @@ fn moved(
     }
 }
 
-/// A stray pointer has touched a page of a region that is being built: the thread faults again.
+/// A thread has touched a page that this userfaultfd does not serve, or not yet: it faults again.
 #[cold]
 fn touch_again(uffd: &Uffd, fault: &Fault) {
     let _ = page_of(fault).map(|page| uffd.wake(page));
