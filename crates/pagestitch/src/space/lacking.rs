@@ -27,15 +27,20 @@ impl Mapping {
     /// True if the poison marker of a page may have been discarded without a report. Makes such a page
     /// absent, so that its source is read again.
     pub(crate) fn lacks_marker(&self, page: Page) -> bool {
-        self.discards == Discards::Seen && self.lacks_any(page.span())
+        self.can_lose_markers() && self.lacks_any(page.span())
     }
 
-    /// Makes a poisoned page absent, because its marker is gone. A page that was poisoned without a
-    /// marker is covered for good.
+    /// Makes a poisoned page absent, because its marker is gone.
     fn forget_marker(&self, page: Page) {
-        if self.discards == Discards::Seen && self.uffd.features().contains(Features::POISON) {
+        if self.can_lose_markers() {
             self.pages.unpoison(page);
         }
+    }
+
+    /// True if the marker of a poisoned page can be discarded without a report. A page that was poisoned
+    /// without a marker is covered for good, though the kernel has no page there.
+    fn can_lose_markers(&self) -> bool {
+        self.discards == Discards::Seen && self.uffd.features().contains(Features::POISON)
     }
 
     /// Called when a page is found discarded. Where no report comes, the pages around it may be
