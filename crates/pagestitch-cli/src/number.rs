@@ -25,7 +25,7 @@ mod tests {
         {
             let matches = command.clone().try_get_matches_from(["test", text]);
             assert_eq!(
-                matches.as_ref().ok().and_then(|found| found.get_one("n").copied()),
+                matches.as_ref().ok().and_then(|found| found.get_one::<u16>("n").copied()),
                 expected,
                 "{text}"
             );
