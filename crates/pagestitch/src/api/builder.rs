@@ -580,9 +580,6 @@ impl<S> Builder<S> {
     ///   works. Of a prefetch or a [`replay`](Self::replay) of more, the first pages leave again.
     /// * **Server**: a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual), not yet
     ///   [`Inline`](crate::Inline), and not [`Eager`](crate::Eager).
-    /// * **Faults in the kernel**: where only faults of user code are served (an ordinary user),
-    ///   [`SharedRegion::read_at`](crate::SharedRegion::read_at) fails with `EFAULT` if a page has left before
-    ///   it is read. Read less at once, and again.
     /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
     /// * Not for [`writable`](Self::writable) regions, so not with [`track_changes`](Self::track_changes)
     ///   and [`write_back`](Self::write_back); not for donated pages and adopted memory; and not with

@@ -114,8 +114,38 @@ impl SharedRegion {
     /// ```
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
-        let read = self.shown(&range, || self.view.read_at(offset, into));
-        read.map_err(|errno| refused(&self.any, "read", &range, errno))
+        match self.shown(&range, || self.view.read_at(offset, into)) {
+            Err(Errno::EFAULT) if self.any.served.residence.is_some() => self.read_page_by_page(offset, into),
+            read => read.map_err(|errno| refused(&self.any, "read", &range, errno)),
+        }
+    }
+
+    /// Reads bytes of a region with a budget, whose pages may leave between their fill and the read. The
+    /// kernel does not fill them again where only faults of user code are served.
+    fn read_page_by_page(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        let page = self.any.served.page_size().bytes();
+        let (mut offset, mut rest) = (offset, into);
+        while !rest.is_empty() {
+            let inside = offset as usize % page;
+            let (part, later) = rest.split_at_mut(rest.len().min(page - inside));
+            self.read_in_page(offset, part)?;
+            (offset, rest) = (offset + part.len() as u64, later);
+        }
+        Ok(())
+    }
+
+    /// Fills one page and reads bytes of it, until the read comes before the page leaves.
+    fn read_in_page(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+        /// A page stays for as long as it takes to fill a large part of the budget.
+        const TRIES: u32 = 100;
+        let mut tries = 1;
+        loop {
+            let range = self.any.filled(offset, into.len())?;
+            match self.view.read_at(offset, into) {
+                Err(Errno::EFAULT) if tries < TRIES => tries += 1,
+                read => return read.map_err(|errno| refused(&self.any, "read", &range, errno)),
+            }
+        }
     }
 
     /// Writes `bytes` from `offset` on. In pages that are mapped in place, other users of the file,
