@@ -37,13 +37,13 @@ impl Backing {
     /// A source to which written pages go.
     pub(crate) fn of_writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
         let writer: Arc<dyn WritableSource> = Arc::new(Arc::clone(&source));
-        Self::Read(ReadSource { writer: Some(writer), ..ReadSource::new(source) })
+        Self::Read(ReadSource { writer: Some(Arc::new(writer)), ..ReadSource::new(source) })
     }
 
     /// The source, if written pages go there.
     pub(crate) fn writer(&self) -> Option<&dyn WritableSource> {
         match self {
-            Self::Read(read) => read.writer.as_deref(),
+            Self::Read(read) => read.writer.as_deref().map(|writer| &**writer),
             _ => None,
         }
     }
@@ -184,8 +184,9 @@ pub(crate) struct ReadSource {
     address: usize,
     /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
     file: Option<Arc<File>>,
-    /// The same source, if written pages go there.
-    writer: Option<Arc<dyn WritableSource>>,
+    /// The same source, if written pages go there. Behind a second `Arc`, because all chunks would have
+    /// the second word of its pointer.
+    writer: Option<Arc<Arc<dyn WritableSource>>>,
 }
 
 impl ReadSource {
