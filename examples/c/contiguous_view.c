@@ -11,10 +11,11 @@
 int main(void) {
     ps_piece pieces[3];
     for (int i = 0; i < 3; i++) {
-        char *mem = malloc(10000);
+        char *mem = (char *)malloc(10000);
         size_t len = 10000 - (size_t)i;
         memset(mem, 'a' + i, len);
-        pieces[i] = (ps_piece){ mem, len };
+        pieces[i].start = mem;
+        pieces[i].bytes = len;
     }
     ps_server *server;
     ps_region *region;
@@ -22,7 +23,7 @@ int main(void) {
         fprintf(stderr, "%s\n", ps_last_error());
         return 1;
     }
-    const char *base = ps_region_data(region);
+    const char *base = (const char *)ps_region_data(region);
     printf("%zu bytes: %c%c%c%c\n", ps_region_bytes(region), base[0], base[9999], base[10000], base[29996]);
     ps_region_free(region);
     ps_server_free(server);

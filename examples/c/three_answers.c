@@ -20,7 +20,7 @@ static int shown(const char *answer, int status, ps_region *const *place) {
         return 0;
     }
     const ps_region *region = *place;
-    const char *base = ps_region_data(region);
+    const char *base = (const char *)ps_region_data(region);
     int right = base[0] == 'b' && base[PAGE] == 'a' && ps_region_bytes(region) == 2 * PAGE;
     printf("%-14s %s\n", answer, right ? "one range of addresses" : "WRONG BYTES");
     return !right;
@@ -30,11 +30,11 @@ int main(void) {
     int fd = memfd_create("pieces", 0);
     if (fd < 0 || ftruncate(fd, 2 * PAGE))
         return 1;
-    char *shared = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    char *private = mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (shared == MAP_FAILED || private == MAP_FAILED)
+    char *shared = (char *)mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    char *own = (char *)mmap(NULL, 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (shared == MAP_FAILED || own == MAP_FAILED)
         return 1;
-    memset(shared, 'a', PAGE), memset(shared + PAGE, 'b', PAGE), memcpy(private, shared, 2 * PAGE);
+    memset(shared, 'a', PAGE), memset(shared + PAGE, 'b', PAGE), memcpy(own, shared, 2 * PAGE);
 
     ps_server *server;
     if (ps_server_best(&server)) {
@@ -42,7 +42,7 @@ int main(void) {
         return 1;
     }
     /* The second page first. */
-    ps_piece pieces[] = { { private + PAGE, PAGE }, { private, PAGE } };
+    ps_piece pieces[] = { { own + PAGE, PAGE }, { own, PAGE } };
     ps_extent parts[] = { { PAGE, PAGE }, { 0, PAGE } };
     ps_region *copied = NULL, *mapped = NULL, *frames = NULL;
     int wrong = shown("fault handler", ps_region_of_pieces(server, pieces, 2, &copied), &copied);

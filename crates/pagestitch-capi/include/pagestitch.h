@@ -194,8 +194,19 @@ int ps_builder_require_zero_copy(const ps_builder *builder);
 int ps_builder_budget(const ps_builder *builder,
                       const ps_budget *budget);
 
+// Gives forked children the region, with pages of their own. Without it, its addresses are inaccessible there. Needs
+// ps_server_pool(), CAP_SYS_PTRACE and Linux 6.6.
+int ps_builder_inherit_on_fork(const ps_builder *builder);
+
+// Has the kernel record which pages are written, for ps_region_changes(). Needs Linux 6.7.
+int ps_builder_track_changes(const ps_builder *builder);
+
+// Reserves addresses for so many bytes, so that ps_region_append() can add memory later. Not with ps_server_eager().
+int ps_builder_capacity(const ps_builder *builder,
+                        uint64_t bytes);
+
 // Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason. It is
-// called in a thread of the library, and must not touch the region.
+// called in a thread of the library, and must neither touch the region nor leave by longjmp() or an exception.
 int ps_builder_on_failure(const ps_builder *builder,
                           void (*tell)(void *ctx, uint64_t offset, const char *reason),
                           void *ctx);
@@ -290,6 +301,24 @@ int ps_region_prefetch(const ps_region *region, uint64_t offset, uint64_t bytes)
 
 // Tries the pages of a range again whose bytes could not be had. `bytes` may be PS_TO_END.
 int ps_region_retry_failed(const ps_region *region, uint64_t offset, uint64_t bytes);
+
+// Adds memory at the end of a region that ps_builder_capacity() has reserved addresses for. The program keeps it valid
+// and unchanged until the region is freed. `offset`, which may be NULL, becomes its offset in the region.
+int ps_region_append(const ps_region *region,
+                     const void *start,
+                     size_t bytes,
+                     uint64_t *offset);
+
+// Calls `tell`, in this thread, with each range that was written since the last such call. Needs
+// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told.
+int ps_region_changes(const ps_region *region,
+                      void (*tell)(void *ctx, uint64_t offset, uint64_t bytes),
+                      void *ctx);
+
+// Writes the pages that were written since the last such call to an open file, each at its offset in the region. All
+// other pages are holes. Replaces the contents of the file, and does not sync it.
+int ps_region_save_changes(const ps_region *region,
+                           int fd);
 
 // Writes the plan as text: how the pages of each chunk come, and why. As snprintf(3): `into` has room for `room` bytes
 // with the zero at the end, and may be NULL if `room` is 0. `bytes` becomes the length of the whole text.

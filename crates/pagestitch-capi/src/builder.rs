@@ -141,8 +141,36 @@ pub extern "C" fn ps_builder_budget(builder: *const Builder, budget: *const Budg
     })
 }
 
+/// Gives forked children the region, with pages of their own. Without it, its addresses are inaccessible there. Needs
+/// ps_server_pool(), CAP_SYS_PTRACE and Linux 6.6.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_inherit_on_fork(builder: *const Builder) -> c_int {
+    call::status("ps_builder_inherit_on_fork", || {
+        Builder::borrow(builder)?.change(pagestitch::Builder::inherit_on_fork);
+        Ok(())
+    })
+}
+
+/// Has the kernel record which pages are written, for ps_region_changes(). Needs Linux 6.7.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_track_changes(builder: *const Builder) -> c_int {
+    call::status("ps_builder_track_changes", || {
+        Builder::borrow(builder)?.change(pagestitch::Builder::track_changes);
+        Ok(())
+    })
+}
+
+/// Reserves addresses for so many bytes, so that ps_region_append() can add memory later. Not with ps_server_eager().
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_builder_capacity(builder: *const Builder, bytes: u64) -> c_int {
+    call::status("ps_builder_capacity", || {
+        Builder::borrow(builder)?.change(|builder| builder.capacity(bytes));
+        Ok(())
+    })
+}
+
 /// Has `tell` called for each page whose bytes cannot be had, with its offset in the region and the reason. It is
-/// called in a thread of the library, and must not touch the region.
+/// called in a thread of the library, and must neither touch the region nor leave by longjmp() or an exception.
 #[unsafe(no_mangle)]
 pub extern "C" fn ps_builder_on_failure(
     builder: *const Builder,
@@ -221,16 +249,7 @@ pub extern "C" fn ps_add_fd(builder: *const Builder, fd: c_int, offset: u64, byt
 }
 
 fn shared(fd: c_int) -> Result<Arc<SharedFile>, CallError> {
-    if fd < 0 {
-        return Err(CallError::argument(format_args!("the descriptor is {fd}: pass an open one")));
-    }
-    // SAFETY: the caller passes a descriptor that stays open during this call.
-    let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-    let own = fd
-        .try_clone_to_owned()
-        .map_err(|error| CallError::io("the descriptor cannot be duplicated", &error))?;
-    let file = SharedFile::try_from(own)?;
-    Ok(Arc::new(file))
+    Ok(Arc::new(SharedFile::try_from(handle::duplicate(fd)?)?))
 }
 
 /// Adds zeros.

@@ -1,8 +1,9 @@
 //! The pointers that come in: handles, texts, buffers, lists, structs.
 
 use crate::call::CallError;
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int};
 use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// A type whose values C holds by pointer.
@@ -103,6 +104,16 @@ pub(crate) fn text<'call>(start: *const c_char, what: &str) -> Result<&'call CSt
 pub(crate) fn path<'call>(start: *const c_char) -> Result<&'call Path, CallError> {
     use std::os::unix::ffi::OsStrExt;
     Ok(Path::new(std::ffi::OsStr::from_bytes(text(start, "the path")?.to_bytes())))
+}
+
+/// A descriptor of its own for an open file of C.
+pub(crate) fn duplicate(fd: c_int) -> Result<OwnedFd, CallError> {
+    if fd < 0 {
+        return Err(CallError::argument(format_args!("the descriptor is {fd}: pass an open one")));
+    }
+    // SAFETY: the caller passes a descriptor that stays open during this call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    fd.try_clone_to_owned().map_err(|error| CallError::io("the descriptor cannot be duplicated", &error))
 }
 
 /// A struct that begins with its size. A program that was built for a smaller one passes fewer

@@ -2,7 +2,7 @@
 
 use crate::call::{self, CallError};
 use crate::handle::{self, Handle};
-use crate::ranges::PS_TO_END;
+use crate::ranges::{PS_TO_END, Piece};
 use crate::status::Status;
 use pagestitch::{Metrics, SharedRegion};
 use std::ffi::{CString, c_char, c_int, c_void};
@@ -30,6 +30,19 @@ impl Region {
         let len = self.region.len() as u64;
         let to_end = bytes == PS_TO_END;
         offset..if to_end { len } else { offset.saturating_add(bytes) }
+    }
+
+    /// An error if a range leaves the region. A wrong length is found before the buffer is touched.
+    fn check(&self, offset: u64, bytes: usize) -> Result<(), CallError> {
+        let len = self.region.len() as u64;
+        if offset.checked_add(bytes as u64).is_some_and(|end| end <= len) {
+            return Ok(());
+        }
+        let message = format_args!(
+            "region {}: {bytes} bytes from offset {offset} on leave its {len} bytes",
+            self.region.name()
+        );
+        Err(CallError::new(Status::PsOutOfRange, message))
     }
 }
 
@@ -72,6 +85,7 @@ pub extern "C" fn ps_region_read(
 ) -> c_int {
     call::status("ps_region_read", || {
         let region = Region::borrow(region)?;
+        region.check(offset, bytes)?;
         Ok(region.region.read_at(offset, handle::buffer(into.cast(), bytes, "the buffer")?)?)
     })
 }
@@ -115,6 +129,51 @@ pub extern "C" fn ps_region_retry_failed(region: *const Region, offset: u64, byt
     call::status("ps_region_retry_failed", || {
         let region = Region::borrow(region)?;
         Ok(region.region.retry_failed(region.range(offset, bytes))?)
+    })
+}
+
+/// Adds memory at the end of a region that ps_builder_capacity() has reserved addresses for. The program keeps it valid
+/// and unchanged until the region is freed. `offset`, which may be NULL, becomes its offset in the region.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_append(
+    region: *const Region,
+    start: *const c_void,
+    bytes: usize,
+    offset: *mut u64,
+) -> c_int {
+    call::status("ps_region_append", || {
+        let appended = Region::borrow(region)?.region.append(Piece { start, bytes }.memory()?)?;
+        if !offset.is_null() {
+            handle::place(offset, "the place for the offset")?.write(appended.start as u64);
+        }
+        Ok(())
+    })
+}
+
+/// Calls `tell`, in this thread, with each range that was written since the last such call. Needs
+/// ps_builder_track_changes(). Read the bytes afterwards: they then include each write that was told.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_changes(
+    region: *const Region,
+    tell: Option<extern "C" fn(ctx: *mut c_void, offset: u64, bytes: u64)>,
+    ctx: *mut c_void,
+) -> c_int {
+    call::status("ps_region_changes", || {
+        let tell = tell.ok_or_else(|| CallError::argument("the function is NULL"))?;
+        let changes = Region::borrow(region)?.region.changes()?;
+        changes.for_each(|range| tell(ctx, range.start, range.end - range.start));
+        Ok(())
+    })
+}
+
+/// Writes the pages that were written since the last such call to an open file, each at its offset in the region. All
+/// other pages are holes. Replaces the contents of the file, and does not sync it.
+#[unsafe(no_mangle)]
+pub extern "C" fn ps_region_save_changes(region: *const Region, fd: c_int) -> c_int {
+    call::status("ps_region_save_changes", || {
+        let file = std::fs::File::from(handle::duplicate(fd)?);
+        Region::borrow(region)?.region.save_changes(&file)?;
+        Ok(())
     })
 }
 

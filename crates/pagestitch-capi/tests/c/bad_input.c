@@ -18,6 +18,8 @@ static void tell(void *ctx, uint64_t offset, const char *reason) {
     snprintf(told, sizeof told, "%d: %s", (int)offset, reason);
 }
 
+static void changed(void *ctx, uint64_t offset, uint64_t bytes) { (void)ctx, (void)offset, (void)bytes; }
+
 static void servers(void) {
     ps_server *server;
     ps_budget *budget;
@@ -36,12 +38,29 @@ static void servers(void) {
     OK(ps_server_eager(&server));
     FAILS(ps_server_serve(server, 1, NULL), PS_INVALID_ARGUMENT, "ps_server_manual");
     OK(ps_server_free(server));
+}
+
+/* Later use of a freed handle is undefined, and found in builds with debug assertions. */
+static void freed_handles(ps_server *server) {
 #ifdef DEBUG_ASSERTIONS
-    FAILS(ps_server_free(server), PS_INVALID_HANDLE, "freed");
     ps_builder *builder;
+    ps_region *region;
+    ps_budget *budget;
     OK(ps_builder_new(&builder));
     FAILS(ps_region_populate((ps_region *)builder, 0, 1), PS_INVALID_HANDLE, "is a builder");
+    OK(ps_add_hole(builder, 1));
+    OK(ps_builder_build(builder, server, &region));
     OK(ps_builder_free(builder));
+    FAILS(ps_builder_free(builder), PS_INVALID_HANDLE, "builder was freed");
+    FAILS(ps_builder_writable(builder), PS_INVALID_HANDLE, "builder was freed");
+    OK(ps_region_free(region));
+    FAILS(ps_region_free(region), PS_INVALID_HANDLE, "region was freed");
+    CHECK(!ps_region_data(region) && !ps_region_bytes(region));
+    OK(ps_budget_new(1 << 24, &budget));
+    OK(ps_budget_free(budget));
+    FAILS(ps_budget_free(budget), PS_INVALID_HANDLE, "budget was freed");
+#else
+    (void)server;
 #endif
 }
 
@@ -99,6 +118,12 @@ static void ranges(ps_server *server) {
     FAILS(ps_region_read(region, UINT64_MAX, into, 10), PS_OUT_OF_RANGE, "");
     FAILS(ps_region_read(region, 0, NULL, 10), PS_INVALID_ARGUMENT, "buffer");
     OK(ps_region_read(region, 0, NULL, 0));
+    /* A length of more than the buffer has, and than the region. */
+    FAILS(ps_region_read(region, 0, into, 1 << 30), PS_OUT_OF_RANGE, "5000");
+    FAILS(ps_region_append(region, bytes, 1, NULL), PS_INVALID_OPTION, "capacity");
+    FAILS(ps_region_changes(region, NULL, NULL), PS_INVALID_ARGUMENT, "NULL");
+    FAILS(ps_region_changes(region, changed, NULL), PS_OPTION_CONFLICT, "track_changes");
+    FAILS(ps_region_save_changes(region, -1), PS_INVALID_ARGUMENT, "-1");
     FAILS(ps_region_write(region, 0, into, 1), PS_READ_ONLY, "");
     CHECK(!ps_region_data_mut(region) && strstr(ps_last_error(), "ps_builder_writable"));
     CHECK(!ps_region_data(NULL) && strstr(ps_last_error(), "null pointer"));
@@ -138,6 +163,7 @@ int main(void) {
     ps_server *server;
     OK(ps_server_pool(NULL, &server));
     servers();
+    freed_handles(server);
     chunks(server);
     ranges(server);
     failing_source(server);

@@ -2,6 +2,7 @@
  * refuses second mappings of shared memory. */
 #include "test.h"
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PAGE = 4096 };
@@ -187,6 +188,79 @@ static void bounded(ps_server *server) {
     free(bytes);
 }
 
+/* Memory is added at the end, and the addresses stay. */
+static void growing(ps_server *server) {
+    ps_builder *builder;
+    ps_region *region;
+    uint64_t offset = 0;
+    OK(ps_builder_new(&builder));
+    OK(ps_builder_capacity(builder, 1 << 20));
+    OK(ps_builder_build(builder, server, &region));
+    OK(ps_builder_free(builder));
+    const void *start = ps_region_data(region);
+    OK(ps_region_append(region, "first,", 6, NULL));
+    OK(ps_region_append(region, "second", 6, &offset));
+    CHECK(offset == 6 && ps_region_bytes(region) == 12 && ps_region_data(region) == start);
+    CHECK(!memcmp(start, "first,second", 12));
+    OK(ps_region_free(region));
+}
+
+struct change {
+    uint64_t count, offset, bytes;
+};
+
+static void add_change(void *ctx, uint64_t offset, uint64_t bytes) {
+    struct change *change = (struct change *)ctx;
+    change->count++, change->offset = offset, change->bytes = bytes;
+}
+
+/* The pages that were written, as a snapshot of a guest has them. */
+static void changes(ps_server *server) {
+    ps_builder *builder;
+    ps_region *region;
+    OK(ps_builder_new(&builder));
+    OK(ps_builder_writable(builder));
+    OK(ps_builder_track_changes(builder));
+    OK(ps_add_hole(builder, 10 * PAGE));
+    int status = ps_builder_build(builder, server, &region);
+    OK(ps_builder_free(builder));
+    if (status == PS_UNSUPPORTED)
+        return; /* Linux before 6.7 */
+    OK(status);
+    struct change change = { 0, 0, 0 };
+    ((char *)ps_region_data_mut(region))[5 * PAGE + 3] = 'w';
+    OK(ps_region_changes(region, add_change, &change));
+    CHECK(change.count == 1 && change.offset == 5 * PAGE && change.bytes == PAGE);
+    OK(ps_region_write(region, 0, "diff", 4));
+    int fd = memfd_create("diff", 0);
+    char diff[5];
+    OK(ps_region_save_changes(region, fd));
+    CHECK(pread(fd, diff, 5, 0) == 5 && !memcmp(diff, "diff", 5));
+    OK(ps_region_free(region));
+    close(fd);
+}
+
+/* A child has the region, if it inherits it. */
+static void forked(ps_server *server) {
+    ps_builder *builder;
+    ps_region *region;
+    char bytes[] = "of the parent";
+    OK(ps_builder_new(&builder));
+    OK(ps_builder_inherit_on_fork(builder));
+    OK(ps_add_memory(builder, bytes, sizeof bytes));
+    int status = ps_builder_build(builder, server, &region);
+    OK(ps_builder_free(builder));
+    if (status == PS_PERMISSION_DENIED || status == PS_UNSUPPORTED)
+        return; /* no CAP_SYS_PTRACE, or Linux before 6.6 */
+    OK(status);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0)
+        _exit(strcmp((const char *)ps_region_data(region), "of the parent") ? 1 : 0);
+    CHECK(waitpid(child, &status, 0) == child && status == 0);
+    OK(ps_region_free(region));
+}
+
 int main(int argc, char **argv) {
     CHECK(argc >= 3 && ps_abi_version() == PS_ABI_VERSION);
     CHECK(!strcmp(ps_last_error(), "") && ps_last_errno() == 0);
@@ -195,7 +269,7 @@ int main(int argc, char **argv) {
     if (strcmp(argv[1], "inline"))
         own_source(server);
     if (!strcmp(argv[1], "pool"))
-        bounded(server);
+        bounded(server), growing(server), changes(server), forked(server);
     files(server, argv[2]);
     one_memfd_twice(server);
     if (argc == 3)
