@@ -50,6 +50,7 @@ mod readahead;
 mod reading;
 mod recording;
 mod released;
+mod same_bytes;
 #[cfg(sanitized)]
 mod sanitized;
 mod scale;

@@ -69,7 +69,9 @@
 //! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`]
 //!   and [`Reservation::fence`] take a page away for good: a later access is a signal, which ends
 //!   the program; it does not read other bytes. An [`arena::Evictable`] reservation loses pages that
-//!   are filled again: its caller promises the same bytes, or has no view that gives out slices.
+//!   are filled again: its caller promises the same bytes, or has no view that gives out slices. Bytes
+//!   from a source that may change are the same if they have the hash of their first reading, taken in
+//!   a buffer that no other thread writes to, and from which the page is then filled.
 //!   [`View::reveal`] writes bytes that are hidden: no slice shows them before.
 //!
 //! Hence [`StableView::as_slice`] is safe. [`StableView::as_mut_slice`] is safe because a

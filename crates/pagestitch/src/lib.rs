@@ -154,9 +154,9 @@
 //! | `incremental_snapshot` | the pages that were written since the last snapshot, as a sparse file |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
-// Three exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the
-// promise of the caller that a file does not change (`source/immutable`), and the promise that a page that
-// has left comes back with the same bytes (`reclaim/promise`).
+// Four exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the
+// promises of the caller that a file or a source does not change (`source/immutable`, `source/stable`), and
+// the promise that a page that has left comes back with the same bytes (`reclaim/promise`).
 #![deny(unsafe_code)]
 
 #[macro_use]
@@ -181,7 +181,7 @@ pub use api::{
     ScopedBuilder, ScopedRegion, Shard, SharedRegion, WriteBack, scope,
 };
 pub use error::{BuildOption, Error, ErrorKind};
-pub use method::{Method, PlanReason};
+pub use method::{Method, PlanReason, SameBytes};
 pub use metrics::{Coverage, Histogram, Latency, Meter, Metrics};
 pub use pagestitch_kernel::Support;
 pub use pagestitch_kernel::limits::Limit;

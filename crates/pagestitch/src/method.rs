@@ -1,8 +1,10 @@
 //! The methods by which a page gets its bytes. Plans, fills and counters name them alike.
 
 mod reason;
+mod same_bytes;
 
 pub use reason::PlanReason;
+pub use same_bytes::SameBytes;
 
 use std::fmt;
 

@@ -222,7 +222,7 @@ fn prepare_own(
     }
     let join = |budget: &Budget| {
         reservation.use_small_pages();
-        budget.join(evictable(&reservation))
+        budget.join(evictable(&reservation), layout, options.slices)
     };
     let membership = options.budget.as_ref().map(join).transpose().map_err(|error| error.inside(name))?;
     let blocks = match staged {
@@ -339,6 +339,7 @@ fn finish(
         inherit_on_fork,
         release_sources,
         budget: _,
+        slices: _,
         two_records: _,
         capacity,
         align,

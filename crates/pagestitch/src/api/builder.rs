@@ -571,10 +571,13 @@ impl<S> Builder<S> {
     /// filled pages stay until the drop.
     ///
     /// * **The same bytes.** A page that comes back must not differ, because
-    ///   [`as_slice`](Region::as_slice) shows it as a `&[u8]`. So [`build`](Self::build) takes sources that
-    ///   cannot change: memory, sealed memfds, [immutable files](crate::source::ImmutableFile), holes. None
-    ///   of them may have [`OnFailure::Zeros`](crate::OnFailure::Zeros).
-    ///   [`build_shared`](Self::build_shared) takes any source that can be read again.
+    ///   [`as_slice`](Region::as_slice) shows it as a `&[u8]`. Memory, sealed memfds,
+    ///   [immutable files](crate::source::ImmutableFile), [stable sources](crate::source::StableSource) and
+    ///   holes cannot change. Of each page of another source, [`build`](Self::build) keeps a hash of its first
+    ///   reading, and other bytes are an error of the page: a touch is SIGBUS
+    ///   ([`FailureReason::Changed`](crate::source::FailureReason::Changed)). [`build_shared`](Self::build_shared) keeps no
+    ///   hash, and shows the new bytes. The [plan](crate::AnyRegion::plan) tells which holds for each chunk. With
+    ///   [`build`](Self::build), no chunk may have [`OnFailure::Zeros`](crate::OnFailure::Zeros).
     /// * **Pages in place** are page cache, which the kernel evicts; they do not count.
     /// * **populate** of more than the budget is an error. [`read_at`](crate::Region::read_at) of more
     ///   works. Of a prefetch or a [`replay`](Self::replay) of more, the first pages leave again.
@@ -726,7 +729,8 @@ impl Builder {
         if self.options.budget.is_some() {
             self.layout.as_ref().map_or(Ok(()), |layout| check_same_bytes(self.options.name(), layout))?;
         }
-        let (options, layout) = self.described();
+        let (mut options, layout) = self.described();
+        options.slices = true;
         let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
         let view = view.expect("own target has a view").into_stable();
         let view = view.expect("only a shared source makes a view unstable, and the layout has none");
@@ -789,23 +793,13 @@ impl Builder {
     }
 }
 
-/// Refuses chunks whose pages may come back with other bytes.
+/// Refuses chunks whose pages may come back as zeros.
 fn check_same_bytes(region: &str, layout: &Layout) -> Result<(), Error> {
-    let (chunk, what) = if let Some((chunk, source)) = layout.first_unstable() {
-        let what = format!(
-            "region {region}: chunk {chunk} ({source}) may give other bytes when a page comes back: use build_shared(), or an \
-             ImmutableFile, or leave out budget()"
-        );
-        (chunk, what)
-    } else if let Some(chunk) = layout.first_zeroed() {
-        let what = format!(
-            "region {region}: a page of chunk {chunk} may come back as zeros (OnFailure::Zeros): use build_shared(), or another \
-             on_failure(), or leave out budget()"
-        );
-        (chunk, what)
-    } else {
-        return Ok(());
-    };
+    let Some(chunk) = layout.first_zeroed() else { return Ok(()) };
+    let what = format!(
+        "region {region}: a page of chunk {chunk} may come back as zeros (OnFailure::Zeros): use build_shared(), or another \
+         on_failure(), or leave out budget()"
+    );
     Err(Error::new(ErrorKind::OptionConflict, what).of_chunk(chunk).of_option(BuildOption::Budget))
 }
 

@@ -25,6 +25,8 @@ pub(super) struct Options {
     pub(super) inherit_on_fork: bool,
     pub(super) release_sources: bool,
     pub(super) budget: Option<Budget>,
+    /// True if the region gives out slices, so that a page never comes back with other bytes.
+    pub(super) slices: bool,
     /// True if the user has asked for two uses of the record of written pages.
     pub(super) two_records: bool,
     /// The most bytes of a region that grows.
@@ -49,6 +51,7 @@ impl Default for Options {
             inherit_on_fork: false,
             release_sources: false,
             budget: None,
+            slices: false,
             two_records: false,
             capacity: None,
             align: 1,

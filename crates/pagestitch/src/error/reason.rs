@@ -34,6 +34,9 @@ pub enum FailureReason {
     /// The source was [released](crate::Builder::release_sources) when the region had all of its
     /// bytes, and the page was discarded since.
     Released,
+    /// The source gave other bytes than at the first reading of the page, which had left the region
+    /// because of its [budget](crate::Budget). A slice must not change.
+    Changed,
     /// The memory of the source cannot be read: it is unmapped, lies past the end of a truncated
     /// file, or has an error of its own.
     UnreadableMemory,

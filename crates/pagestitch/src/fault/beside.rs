@@ -3,18 +3,19 @@
 use crate::fault::Filler;
 use crate::fault::error::InstallError;
 use crate::fault::fill::{Content, Filled};
-use crate::fault::install::put;
+use crate::fault::install::{put, unchanged};
 use crate::space::Mapping;
 use pagestitch_kernel::{Outcome, Page};
 
 /// Fills a page beside its claim, which cannot be settled before the handler returns. The later
 /// install of the two gets `AlreadyThere`, so this one settles and records nothing. False if the
 /// page cannot be filled: donated pages cannot, because they can move only once, and neither can pages
-/// of a released source.
+/// of a released source, nor pages of a source that has changed.
 #[cold]
 pub(crate) fn fill_beside<F: Filler>(region: &Mapping, page: Page, filler: &mut F) -> bool {
     match filler.fill(page.span()) {
         Ok(Filled { content: Content::Move(..) | Content::Released, .. }) => false,
+        Ok(Filled { content, .. }) if unchanged(region, page.span(), &content, 0).is_err() => false,
         Ok(Filled { mut content, .. }) => {
             let put = put(region, page.span(), &mut content, 0, F::MODE.is_quiet());
             matches!(put, Some((Outcome::Done | Outcome::AlreadyThere | Outcome::Changing, _)))

@@ -1,6 +1,7 @@
 //! Install and settle: pass the bytes of pages to the kernel, and interpret its [`Outcome`].
 
-use crate::fault::error::InstallError;
+use crate::error::FailureReason;
+use crate::fault::error::{InstallError, failure_at};
 use crate::fault::fill::{Content, Filled};
 use crate::fault::held::held;
 use crate::method::Method;
@@ -10,7 +11,7 @@ use crate::space::page_table::{Claim, PageState, Wake};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::pages::Donated;
 use pagestitch_kernel::uffd::Arrival;
-use pagestitch_kernel::{Features, Outcome, Span, Staging};
+use pagestitch_kernel::{Features, Outcome, Page, Span, Staging};
 use std::ops::Range;
 
 /// The restrictions of a thread that installs pages.
@@ -77,9 +78,14 @@ fn install_some(
     // Zeros are pages of the kernel, and pages of a memfd are page cache.
     let counted = !matches!(content, Content::Zero | Content::Continue);
     let residence = region.residence.as_ref().filter(|_| counted);
-    if let Some(residence) = residence {
-        residence.make_room(span.pages, quiet);
-    }
+    let span = match residence {
+        Some(residence) => {
+            let span = unchanged(region, span, content, done * page_bytes)?;
+            residence.make_room(span.pages, quiet);
+            span
+        }
+        None => span,
+    };
     let put = put(region, span, content, done * page_bytes, quiet);
     let pages = match put {
         Some((Outcome::Done, _)) => span.pages,
@@ -96,6 +102,43 @@ fn install_some(
     }
     settle(region, claim, span.prefix(pages), (outcome, method), quiet);
     Ok(pages)
+}
+
+/// The leading pages of a span that have the bytes of their first reading. In a region with a budget, the
+/// source of a page that comes back may have changed, and a slice shows the page perhaps.
+#[inline(never)]
+pub(super) fn unchanged(
+    region: &Mapping,
+    span: Span,
+    content: &Content<'_>,
+    done: usize,
+) -> Result<Span, InstallError> {
+    let Some(residence) = &region.residence else { return Ok(span) };
+    let bytes = match content {
+        Content::Buffered(bytes) | Content::Gathered(bytes) => bytes,
+        Content::StagedMove(staging) => staging.bytes(),
+        // Bytes of stable sources.
+        Content::Copy(..) | Content::Move(..) | Content::Continue | Content::Zero | Content::Released => {
+            return Ok(span);
+        }
+    };
+    match residence.unchanged(span, &bytes[done..][..region.page_size().bytes_of(span)]) {
+        0 => Err(changed(region, span.first)),
+        pages => Ok(span.prefix(pages)),
+    }
+}
+
+#[cold]
+fn changed(region: &Mapping, page: Page) -> InstallError {
+    region.counters.local().source_errors.add(1);
+    let error = FailureReason::Changed.error(
+        "the source changed: its bytes differ from the first reading of this page, and a slice must not change: leave the source as it is, or use build_shared()",
+    );
+    let mut pieces = region.layout.pieces(region.page_size().offsets(page.span()));
+    match pieces.find(|piece| !piece.backing.is_stable()) {
+        Some(piece) => piece.failed(error).into(),
+        None => failure_at(region, page.span(), error).into(),
+    }
 }
 
 /// Settles and records pages that the kernel has.

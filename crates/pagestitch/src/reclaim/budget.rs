@@ -2,10 +2,12 @@
 
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::S3Fifo;
+use crate::reclaim::fingerprints::unstable_pages;
 use crate::reclaim::metrics::BudgetMetrics;
 use crate::reclaim::share::{JoinError, Membership, Share, State};
 use crate::reclaim::slots::Slots;
 use crate::reclaim::state::{BATCH, Standby, room_for};
+use crate::space::Layout;
 use pagestitch_kernel::arena::{Arena, ArenaError};
 use pagestitch_kernel::memory_left::MemoryLeft;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +24,9 @@ use std::sync::Arc;
 ///   list, an eighth of the budget at most. Pages that are mapped in place are page cache, and do not
 ///   count. Nor do zeros of holes, the regions' tables (5 bytes for each page that was ever touched), and
 ///   64 KiB and a huge page of buffers for each worker.
+/// * **Hashes**: a page of a file or of a source of your own may come back with other bytes, which a slice
+///   must not show. So 16 bytes are kept for each such page of a [`Region`](crate::Region), and count: an
+///   eighth of the budget at most.
 /// * **Standby**: a page that leaves waits for a while before its memory is freed. A touch meanwhile
 ///   brings it back without a read of its source.
 /// * **Which pages leave**: pages that were touched once, before those that were touched again while they
@@ -184,15 +189,33 @@ impl Budget {
         }
     }
 
-    /// Takes a region in. Its pages leave once it is [served](Share::serve).
-    pub(crate) fn join(&self, evictable: Evictable) -> Result<Membership, Error> {
-        Share::join(&self.state, evictable).map_err(|error| match error {
+    /// Takes a region in. Its pages leave once it is [served](Share::serve). If the region gives out
+    /// `slices`, pages of sources that may change come back with the bytes of their first reading.
+    pub(crate) fn join(
+        &self,
+        evictable: Evictable,
+        layout: &Layout,
+        slices: bool,
+    ) -> Result<Membership, Error> {
+        let page = PageSize::system();
+        let hashed = if slices { unstable_pages(layout, page) } else { Vec::new() };
+        Share::join(&self.state, evictable, hashed).map_err(|error| match error {
             JoinError::Full => {
                 let what = "a budget has at most 1,048,576 regions: make another one";
                 Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)
             }
             JoinError::NoTable(errno) => no_tables(errno),
+            JoinError::Hashes(pages) => self.too_many_hashes(pages),
         })
+    }
+
+    fn too_many_hashes(&self, pages: usize) -> Error {
+        let [pages, most] = [pages, self.state.hashes_max()].map(in_bytes);
+        let what = format!(
+            "the sources may change, and the hashes of the pages take {pages} bytes of the budget's {most} for hashes: use \
+             build_shared(), an ImmutableFile, Chunk::stable(), or a larger budget"
+        );
+        Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)
     }
 
     /// True if pages move to a standby list, so that the region has to be mapped for writing.

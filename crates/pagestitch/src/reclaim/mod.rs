@@ -10,6 +10,7 @@
 //! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
 //! | `slots` | the standby list: a ring of slots, first in, first out |
 //! | `arrivals` | pages that have come, until the policy takes note of them |
+//! | `fingerprints` | hashes of pages whose source may change: they come back with the bytes of their first reading |
 //! | `metrics` | the counts of a budget, as the user reads them |
 //! | `models` | the model of a page that leaves, in many orders of the threads |
 //! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
@@ -29,6 +30,7 @@
 mod arrivals;
 mod budget;
 mod evict;
+mod fingerprints;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;

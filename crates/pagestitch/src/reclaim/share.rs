@@ -1,5 +1,6 @@
 //! A region's part in a budget.
 
+use crate::reclaim::fingerprints::{Fingerprints, table_pages};
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, count, key_of, member_of};
 use crate::signals::NoSignals;
@@ -27,6 +28,10 @@ pub(crate) struct Share {
     pub(super) member: usize,
     pub(super) places: Places,
     pub(super) evictable: Evictable,
+    /// Present if pages come back from sources that may change.
+    fingerprints: Option<Fingerprints>,
+    /// The pages of memory that the budget counts for them.
+    table_pages: usize,
     /// The region, once it is served.
     pub(super) region: OnceLock<Arc<dyn EnterRegion>>,
     /// The number of its pages that are resident.
@@ -44,20 +49,35 @@ pub(crate) enum JoinError {
     Full,
     /// There is no memory for its table.
     NoTable(Errno),
+    /// The hashes of its pages take so many pages, which are more than the budget keeps.
+    Hashes(usize),
 }
 
 impl Share {
-    /// Joins a budget with a region of `pages` pages.
-    pub(super) fn join(state: &Arc<State>, evictable: Evictable) -> Result<Membership, JoinError> {
+    /// Joins a budget. A hash is kept for each page of `hashed`.
+    pub(super) fn join(
+        state: &Arc<State>,
+        evictable: Evictable,
+        hashed: Vec<Span>,
+    ) -> Result<Membership, JoinError> {
+        let page = evictable.reservation().page_size();
         let places = Places::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
+        let table_pages = table_pages(&hashed, page);
+        let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
+        let fingerprints = fingerprints.transpose().map_err(JoinError::NoTable)?;
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         let member = members.iter().position(Option::is_none).unwrap_or(members.len());
         if member >= MEMBERS_MAX {
             return Err(JoinError::Full);
         }
+        if !state.reserve_hashes(table_pages) {
+            return Err(JoinError::Hashes(table_pages));
+        }
+        make_room(state, table_pages, false);
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
-        let share = Arc::new(Self { state, member, places, evictable, region, resident });
+        let share = Self { state, member, places, evictable, fingerprints, table_pages, region, resident };
+        let share = Arc::new(share);
         if member == members.len() {
             members.push(None);
         }
@@ -112,18 +132,7 @@ impl Residence for Membership {
     }
 
     fn make_room(&self, pages: usize, quiet: bool) {
-        let state = &self.0.state;
-        if state.try_reserve(pages) {
-            return;
-        }
-        let _quiet = without_handlers();
-        for _ in 0..TRIES {
-            state.free_some(quiet);
-            if state.try_reserve(pages) {
-                return;
-            }
-        }
-        state.overrun(pages);
+        make_room(&self.0.state, pages, quiet);
     }
 
     fn installed(&self, span: Span, pages: usize) {
@@ -141,6 +150,17 @@ impl Residence for Membership {
             if !state.is_due() || !state.evict() {
                 return;
             }
+        }
+    }
+
+    fn hashes(&self, page: Page) -> bool {
+        self.0.fingerprints.as_ref().is_some_and(|fingerprints| fingerprints.has(page))
+    }
+
+    fn unchanged(&self, span: Span, bytes: &[u8]) -> usize {
+        match &self.0.fingerprints {
+            Some(fingerprints) => fingerprints.unchanged(span, bytes),
+            None => span.pages,
         }
     }
 
@@ -166,7 +186,7 @@ impl Share {
 impl Drop for Membership {
     /// No thread is inside the region any more, so that none of its pages is claimed or comes.
     fn drop(&mut self) {
-        let Share { state, member, resident, .. } = &*self.0;
+        let Share { state, member, resident, table_pages, .. } = &*self.0;
         // A forked child has neither the region nor the threads that hold locks.
         if !state.generation.is_current() {
             return;
@@ -177,12 +197,28 @@ impl Drop for Membership {
         chooser.policy.forget(&|key| member_of(key) == *member);
         drop(chooser);
         drop(quiet);
-        state.release(resident.load(Ordering::Relaxed));
+        state.release(resident.load(Ordering::Relaxed) + table_pages);
+        state.release_hashes(*table_pages);
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         members[*member] = None;
         writer.publish(members);
     }
+}
+
+/// Reserves memory for pages. Evicts others before, if the budget is used up. `quiet`: in a signal handler.
+fn make_room(state: &State, pages: usize, quiet: bool) {
+    if state.try_reserve(pages) {
+        return;
+    }
+    let _quiet = without_handlers();
+    for _ in 0..TRIES + pages / BATCH {
+        state.free_some(quiet);
+        if state.try_reserve(pages) {
+            return;
+        }
+    }
+    state.overrun(pages);
 }
 
 /// Blocks signals while the thread chooses and evicts pages, because a signal handler that touches such a

@@ -22,6 +22,8 @@ pub(super) struct State<S> {
     pub(super) resident_max: usize,
     /// The pages of memory in regions and in slots, and those that are reserved for pages to come.
     frames: Stripe<AtomicUsize>,
+    /// The pages of memory in tables of hashes, a part of `frames`.
+    hashes: AtomicUsize,
     pub(super) arrivals: Arrivals,
     /// None on a kernel that cannot move pages: pages are dropped at once.
     pub(super) standby: Option<Standby>,
@@ -75,6 +77,7 @@ impl<S: Send + Sync> State<S> {
             // Two batches are free, so that a fault seldom has to wait for memory.
             resident_max: limit - slots - 2 * BATCH,
             frames: Stripe(AtomicUsize::new(0)),
+            hashes: AtomicUsize::new(0),
             arrivals: Arrivals::new(room)?,
             standby,
             discards: Discards::new(),
@@ -99,6 +102,22 @@ impl<S: Send + Sync> State<S> {
     pub(super) fn try_reserve(&self, pages: usize) -> bool {
         let more = |frames: usize| Some(frames + pages).filter(|&frames| frames <= self.limit);
         self.frames.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+    }
+
+    /// The most pages of memory in tables of hashes.
+    pub(super) const fn hashes_max(&self) -> usize {
+        self.limit / HASHES_SHARE
+    }
+
+    /// Counts pages for a table of hashes. False, and nothing is changed, if there are too many.
+    pub(super) fn reserve_hashes(&self, pages: usize) -> bool {
+        let more = |hashes: usize| Some(hashes + pages).filter(|&hashes| hashes <= self.hashes_max());
+        self.hashes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+    }
+
+    /// A table of hashes is gone.
+    pub(super) fn release_hashes(&self, pages: usize) {
+        self.hashes.fetch_sub(pages, Ordering::SeqCst);
     }
 
     /// Reserves memory above the limit.
@@ -212,6 +231,8 @@ pub(super) const fn room_for(limit: usize) -> usize {
 
 /// The pages that leave at once.
 pub(super) const BATCH: usize = 64;
+/// Tables of hashes have at most this share of a budget.
+const HASHES_SHARE: usize = 8;
 /// The bits of a page's number in a key. A region has at most 2^40 pages.
 const PAGE_BITS: u32 = 40;
 /// The most regions of a budget, because a key has 60 bits.

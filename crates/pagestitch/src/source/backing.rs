@@ -2,6 +2,7 @@
 
 use super::contract::Source;
 use super::shared::{Mapped, Shared, SharedKind};
+use super::stable::StableSource;
 use super::writable::WritableSource;
 use super::{Fetched, FileSource, Hole, ImmutableFile, Memfd, Memory};
 use crate::method::{Method, PlanReason};
@@ -37,13 +38,13 @@ impl Backing {
     /// A source to which written pages go.
     pub(crate) fn of_writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
         let writer: Arc<dyn WritableSource> = Arc::new(Arc::clone(&source));
-        Self::Read(ReadSource { writer: Some(Arc::new(writer)), ..ReadSource::new(source) })
+        Self::Read(ReadSource { beside: Beside::Writer(Arc::new(writer)), ..ReadSource::new(source) })
     }
 
     /// The source, if written pages go there.
     pub(crate) fn writer(&self) -> Option<&dyn WritableSource> {
         match self {
-            Self::Read(read) => read.writer.as_deref().map(|writer| &**writer),
+            Self::Read(ReadSource { beside: Beside::Writer(writer), .. }) => Some(&***writer),
             _ => None,
         }
     }
@@ -98,16 +99,24 @@ impl Backing {
     /// The file whose bytes are those of the source, at the same offsets, without any code of it.
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Read(ReadSource { file: Some(file), .. }) => Some(file.as_fd()),
+            Self::Read(ReadSource { beside: Beside::File(file), .. }) => Some(file.as_fd()),
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
             _ => None,
         }
+    }
+
+    /// A source that vouches for its bytes, or the source that it wraps if that needs no read.
+    pub(crate) fn of_stable<S: StableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
+        let direct = source.direct().and_then(Self::direct);
+        direct
+            .unwrap_or_else(|| Self::Read(ReadSource { beside: Beside::Promise, ..ReadSource::new(source) }))
     }
 
     /// True if each read of a range gives the same bytes, because they cannot change.
     pub(crate) const fn is_stable(&self) -> bool {
         match self {
             Self::Memory(_) | Self::Memfd(_) | Self::Immutable(_) | Self::Hole(_) | Self::Mapped(_) => true,
+            Self::Read(ReadSource { beside: Beside::Promise, .. }) => true,
             Self::Donated(_) | Self::Shared(_) | Self::Read(_) | Self::Fetched(_) => false,
         }
     }
@@ -168,7 +177,8 @@ impl Backing {
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
             Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
             Self::Hole(_) => of(Kind::Hole, 0),
-            Self::Read(ReadSource { address, writer: Some(_), .. }) => of(Kind::Written, *address),
+            Self::Read(ReadSource { address, beside: Beside::Writer(_), .. }) => of(Kind::Written, *address),
+            Self::Read(ReadSource { address, beside: Beside::Promise, .. }) => of(Kind::Stable, *address),
             Self::Read(read) => of(Kind::Read, read.address),
             Self::Fetched(fetched) => of(Kind::Fetched, fetched.address()),
             Self::Mapped(_) => None,
@@ -182,20 +192,29 @@ pub(crate) struct ReadSource {
     source: Arc<dyn Source>,
     /// The address of the user's source. The `Arc` above is another one for each chunk.
     address: usize,
+    beside: Beside,
+}
+
+/// The ability that a source has beside reads.
+#[derive(Clone)]
+enum Beside {
+    None,
     /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
-    file: Option<Arc<File>>,
+    File(Arc<File>),
     /// The same source, if written pages go there. Behind a second `Arc`, because all chunks would have
     /// the second word of its pointer.
-    writer: Option<Arc<Arc<dyn WritableSource>>>,
+    Writer(Arc<Arc<dyn WritableSource>>),
+    /// It is a [`StableSource`].
+    Promise,
 }
 
 impl ReadSource {
     fn new<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         let address = Arc::as_ptr(&source).addr();
         let file = (&source as &dyn Any).downcast_ref::<Arc<FileSource>>();
-        let file = file.map(|source| Arc::clone(source.file()));
+        let beside = file.map_or(Beside::None, |source| Beside::File(Arc::clone(source.file())));
         // An unsized source cannot become a `dyn Source`, but the `Arc` around it can.
-        Self { source: Arc::new(source), address, file, writer: None }
+        Self { source: Arc::new(source), address, beside }
     }
 }
 
@@ -221,6 +240,7 @@ enum Kind {
     Hole,
     Read,
     Written,
+    Stable,
     Fetched,
 }
 

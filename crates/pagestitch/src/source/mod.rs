@@ -72,6 +72,7 @@ mod memfd;
 mod memory;
 mod retrying;
 mod shared;
+mod stable;
 mod writable;
 
 pub use crate::error::{Failure, FailureReason};
@@ -95,5 +96,6 @@ pub use pagestitch_kernel::physical::{Caching, Physical, PhysicalError};
 pub use pagestitch_kernel::shared::{Alias, AliasError, FileError, SharedFile};
 pub use retrying::Retrying;
 pub(crate) use shared::Shared;
+pub use stable::StableSource;
 pub(crate) use writable::write_all;
 pub use writable::{WritableFile, WritableSource};

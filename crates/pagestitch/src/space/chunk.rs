@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind};
 use crate::policy::OnFailure;
 use crate::source::{
     Alias, Backing, Donated, Fetch, Fetched, FileSource, Hole, ImmutableFile, LazyMemfd, Memfd, Memory,
-    Pages, Physical, Shared, SharedFile, Source, WritableSource,
+    Pages, Physical, Shared, SharedFile, Source, StableSource, WritableSource,
 };
 use bytes::Bytes;
 use pagestitch_kernel::PageSize;
@@ -83,6 +83,38 @@ impl Chunk {
     /// ```
     pub fn writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
         Self::whole(Backing::of_writable(source))
+    }
+
+    /// All bytes of a source that vouches for them: no hash is kept of its pages in a region with a
+    /// [budget](crate::Builder::budget).
+    ///
+    /// ```
+    /// use pagestitch::source::StableSource;
+    /// use pagestitch::{Budget, Chunk, Pool, Region, Source};
+    /// use std::io;
+    /// use std::sync::Arc;
+    ///
+    /// /// The same byte over and over.
+    /// struct Pattern(u8, u64);
+    /// impl Source for Pattern {
+    ///     fn size(&self) -> u64 {
+    ///         self.1
+    ///     }
+    ///     fn read_at(&self, _offset: u64, into: &mut [u8]) -> io::Result<()> {
+    ///         into.fill(self.0);
+    ///         Ok(())
+    ///     }
+    /// }
+    /// // SAFETY: each read gives the same byte.
+    /// unsafe impl StableSource for Pattern {}
+    ///
+    /// let chunk = Chunk::stable(Arc::new(Pattern(7, 1 << 30)));
+    /// let region = Region::builder().chunk(chunk).budget(&Budget::bytes(8 << 20)?).build(&Pool::new()?)?;
+    /// assert_eq!(region.as_slice()[1 << 29], 7);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn stable<S: StableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
+        Self::whole(Backing::of_stable(source))
     }
 
     /// All bytes of an asynchronous source, or of a wrapper around one. Clone the `Arc` to take

@@ -483,11 +483,6 @@ impl Layout {
         self.first_of(|backing| matches!(backing, Backing::Shared(_)))
     }
 
-    /// The first chunk whose bytes may change, with the name of its source.
-    pub(crate) fn first_unstable(&self) -> Option<(usize, String)> {
-        self.first_of(|backing| !backing.is_stable())
-    }
-
     /// The number of the first chunk whose bytes read as zeros if its source fails.
     pub(crate) fn first_zeroed(&self) -> Option<usize> {
         self.policies.iter().find(|(_, policy)| *policy == OnFailure::Zeros).map(|(run, _)| run.start)

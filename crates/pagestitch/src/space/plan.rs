@@ -1,7 +1,7 @@
 //! The plan of a region, printable: the method by which each run of chunks is installed, with the
 //! reason.
 
-use crate::method::{Method, PlanReason};
+use crate::method::{Method, PlanReason, SameBytes};
 use crate::source::{Backing, Shared};
 use crate::space::Mapping;
 use crate::space::mapped_in_place::{is_aligned, whole_pages};
@@ -38,6 +38,9 @@ pub struct PlanRun {
     pub method: Method,
     /// The reason for the method; if the pages are copied, the reason why they are not mapped.
     pub reason: PlanReason,
+    /// The grounds on which pages that leave come back with the same bytes; `None` if they do not leave:
+    /// the region has no budget, or they take no memory of it.
+    pub same_bytes: Option<SameBytes>,
 }
 
 impl Plan {
@@ -51,6 +54,7 @@ impl Plan {
                 Some(last)
                     if last.method == run.method
                         && last.source == run.source
+                        && last.same_bytes == run.same_bytes
                         && last.reason == run.reason =>
                 {
                     last.offsets.end = run.offsets.end;
@@ -129,7 +133,22 @@ fn run_of(mapping: &Mapping, chunk: usize) -> PlanRun {
     let offsets = mapping.layout.offsets_of(chunk);
     let number = mapping.layout.number_of(chunk);
     let counted = usize::from(!mapping.layout.is_padding(chunk));
-    PlanRun { offsets, chunks: number..number + counted, source, method, reason }
+    let same_bytes = same_bytes(mapping, chunk, method);
+    PlanRun { offsets, chunks: number..number + counted, source, method, reason, same_bytes }
+}
+
+/// The grounds on which pages of a chunk come back with the same bytes, if they leave.
+fn same_bytes(mapping: &Mapping, chunk: usize, method: Method) -> Option<SameBytes> {
+    let residence = mapping.residence.as_ref()?;
+    if matches!(method, Method::Map | Method::Alias | Method::Continue | Method::Zero) {
+        return None;
+    }
+    let first = mapping.page_size().page_at(mapping.layout.offsets_of(chunk).start);
+    Some(match mapping.layout.backing_of(chunk).is_stable() {
+        true => SameBytes::Stable,
+        false if residence.hashes(first) => SameBytes::Hashed,
+        false => SameBytes::Unchecked,
+    })
 }
 
 fn method_of(mapping: &Mapping, chunk: usize) -> (Method, PlanReason) {
@@ -302,7 +321,11 @@ impl PlanRun {
             _ => format!("{}-{}", self.chunks.start, self.chunks.end - 1),
         };
         let offsets = format!("{:#x}..{:#x}", self.offsets.start, self.offsets.end);
-        [offsets, chunks, self.source.clone(), self.method.to_string(), self.reason.to_string()]
+        let reason = match self.same_bytes {
+            Some(same_bytes) => format!("{}; {same_bytes}", self.reason),
+            None => self.reason.to_string(),
+        };
+        [offsets, chunks, self.source.clone(), self.method.to_string(), reason]
     }
 }
 

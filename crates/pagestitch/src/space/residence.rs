@@ -1,7 +1,7 @@
 //! The part of a region in a memory budget, as the fault path uses it. The room `reclaim` implements it.
 
 use crate::space::page_table::Claim;
-use pagestitch_kernel::{AddressRange, Span, Uffd};
+use pagestitch_kernel::{AddressRange, Page, Span, Uffd};
 use std::fmt;
 
 /// Counts the pages of a region in its budget, and makes room for them.
@@ -23,6 +23,14 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
 
     /// Evicts the pages that are above the share of the budget for resident pages. Waits for no lock.
     fn tidy(&self);
+
+    /// True if the source of a page may change, and a hash tells that the page has the bytes of its first
+    /// reading.
+    fn hashes(&self, page: Page) -> bool;
+
+    /// Compares the bytes of pages with their first reading. Returns the number of leading pages that do
+    /// not differ. The bytes are in a buffer of the thread, so that they do not change meanwhile.
+    fn unchanged(&self, span: Span, bytes: &[u8]) -> usize;
 
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
