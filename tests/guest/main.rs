@@ -189,7 +189,7 @@ impl Guest {
         }
         match said.lines().find_map(|line| line.strip_prefix("GUEST-EXIT ")) {
             Some("0") => host.filter(|_| self.suite == Suite::Physical).map_or(Ok(()), |host| host.check()),
-            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, tail(&tests))),
+            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, failures(&said))),
             None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console))),
         }
     }
@@ -322,6 +322,16 @@ fn wait(mut guest: Child) -> &'static str {
     let _ = guest.kill();
     let _ = guest.wait();
     if in_time { "died" } else { "did not end in time" }
+}
+
+/// The part of a log that tells of failed tests: the output of each one, then their names.
+fn failures(said: &str) -> String {
+    let mut failed = false;
+    let telling = said.lines().filter(|line| {
+        failed = (failed || *line == "failures:") && !line.starts_with("test result");
+        failed || line.ends_with("FAILED")
+    });
+    telling.collect::<Vec<_>>().join("\n")
 }
 
 fn tail(log: &Path) -> String {

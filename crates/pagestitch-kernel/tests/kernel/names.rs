@@ -23,11 +23,17 @@ fn a_reservation_has_a_name_where_the_kernel_has_names() {
     }
 }
 
-/// The name of the mapping at the first address of a reservation.
+/// The name of the mapping that holds the first address of a reservation. The kernel joins
+/// neighbours of equal name, which belong to other tests.
 fn name_of(reservation: &Reservation) -> Option<String> {
-    let start = format!("{:x}-", reservation.range().start());
+    let holds = |line: &&str| {
+        let (range, _) = line.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|address| usize::from_str_radix(address, 16).unwrap());
+        (start..end).contains(&reservation.range().start())
+    };
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let line = maps.lines().find(|line| line.starts_with(&start)).expect("the reservation is mapped");
+    let line = maps.lines().find(holds).expect("the reservation is mapped");
     line.split_once('[').map(|(_, name)| format!("[{name}"))
 }
 

@@ -5,7 +5,7 @@ use super::failure_table::FailureCallback;
 use super::page_table::PageState;
 use crate::error::Failure;
 use crate::guard::guarded;
-use pagestitch_kernel::{Page, Span};
+use pagestitch_kernel::{Features, Page, Span};
 use std::sync::Arc;
 
 impl Mapping {
@@ -28,7 +28,18 @@ impl Mapping {
     pub(crate) fn failures(&self, span: Span) -> Vec<(Page, Arc<Failure>)> {
         // A discarded page is absent, and not poisoned any more. A page whose fault timed out is
         // still claimed by the worker in its source, and counts.
-        self.failed_pages(span).filter(|(page, _)| self.pages.state(*page) != PageState::Absent).collect()
+        let counts = |page| self.pages.state(page) != PageState::Absent || self.is_poisoned_by_kernel(page);
+        self.failed_pages(span).filter(|(page, _)| counts(*page)).collect()
+    }
+
+    /// True if a failed page is poisoned although the table has it as absent: its discard was read
+    /// after the page had failed anew.
+    fn is_poisoned_by_kernel(&self, page: Page) -> bool {
+        // A page without a marker is covered for good.
+        let mut poisoned =
+            self.target.foreign().is_none() && !self.uffd.features().contains(Features::POISON);
+        self.target.residency(page.span(), |_, here| poisoned |= here);
+        poisoned
     }
 
     /// The pages of a span that have failed and were not filled since, with their failures,
