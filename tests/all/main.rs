@@ -42,6 +42,7 @@ mod memory;
 mod metering;
 mod mixed;
 mod nesting;
+mod on_memfd;
 mod options;
 mod panics;
 mod peers;

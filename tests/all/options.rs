@@ -17,7 +17,7 @@ fn builder() -> Builder {
 }
 
 /// The options, by the names of their methods.
-const OPTIONS: [&str; 36] = [
+const OPTIONS: [&str; 56] = [
     "writable",
     "hardware_read_only",
     "writable and hardware_read_only",
@@ -54,6 +54,26 @@ const OPTIONS: [&str; 36] = [
     "budget and release_sources",
     "budget and track_changes",
     "budget and capacity",
+    "on_memfd",
+    "on_memfd and writable",
+    "on_memfd and hardware_read_only",
+    "on_memfd and dumped",
+    "on_memfd and readahead",
+    "on_memfd and max_mappings",
+    "on_memfd and max_in_flight",
+    "on_memfd and shards",
+    "on_memfd and report_discards",
+    "on_memfd and no reports of discards",
+    "on_memfd and record",
+    "on_memfd and replay",
+    "on_memfd and on_page_failure",
+    "on_memfd and record_latency",
+    "on_memfd and inherit_on_fork",
+    "on_memfd and page_aligned",
+    "on_memfd and require_zero_copy",
+    "on_memfd and release_sources",
+    "on_memfd and budget",
+    "on_memfd and capacity",
 ];
 
 /// Sets an option, in a scope or without one.
@@ -61,7 +81,11 @@ fn set<S>(option: &str, builder: Builder<S>) -> Builder<S> {
     if let Some(other) = option.strip_prefix("budget and ") {
         return set(other, set("budget", builder));
     }
+    if let Some(other) = option.strip_prefix("on_memfd and ") {
+        return set(other, builder.on_memfd());
+    }
     match option {
+        "on_memfd" => builder.on_memfd(),
         "budget" => builder.budget(&Budget::bytes(64 << 20).unwrap()),
         // Without a budget these have tests of their own.
         "track_changes" => builder.writable().track_changes(),
@@ -100,7 +124,41 @@ fn recording() -> Recording {
 }
 
 /// Why an option is refused, and which option it is; `None`: the region has it.
-fn refusal(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
+fn refusal(option: &str, server: &str, kind: &str, adopted: bool) -> Option<Refusal> {
+    match option.strip_prefix("on_memfd") {
+        Some(other) => refusal_on_memfd(other.trim_start_matches(" and "), server, kind, adopted),
+        None => refusal_in_private_memory(option, server, adopted),
+    }
+}
+
+/// The refusal of an option of a region on a memfd.
+fn refusal_on_memfd(other: &str, server: &str, kind: &str, adopted: bool) -> Option<Refusal> {
+    use BuildOption::{Budget, InheritOnFork, OnMemfd, ReleaseSources, ReportDiscards};
+    use ErrorKind::{OptionConflict, UnsuitableServer};
+    if matches!(kind, "owned" | "scoped") {
+        return Some((OptionConflict, Some(OnMemfd)));
+    }
+    let alone = match other {
+        "" | "capacity" => None,
+        _ => refusal_in_private_memory(other, server, adopted),
+    };
+    match (alone, other, server) {
+        (_, "budget", "pool" | "manual" | "inline") if !adopted => Some((OptionConflict, Some(Budget))),
+        (_, "budget", "eager") if !adopted => Some((UnsuitableServer, Some(OnMemfd))),
+        (Some(refused), ..) if refused.0 != ErrorKind::NotZeroCopy => Some(refused),
+        (_, "capacity", _) if adopted => Some((OptionConflict, Some(BuildOption::Capacity))),
+        (_, _, "inline" | "eager") if adopted => Some((UnsuitableServer, None)),
+        _ if adopted => Some((OptionConflict, Some(OnMemfd))),
+        (_, "capacity", "eager") => Some((UnsuitableServer, Some(BuildOption::Capacity))),
+        (_, _, "eager") => Some((UnsuitableServer, Some(OnMemfd))),
+        (_, "inherit_on_fork", _) => Some((OptionConflict, Some(InheritOnFork))),
+        (_, "release_sources", _) => Some((OptionConflict, Some(ReleaseSources))),
+        (_, "report_discards", _) => Some((OptionConflict, Some(ReportDiscards))),
+        (alone, ..) => alone,
+    }
+}
+
+fn refusal_in_private_memory(option: &str, server: &str, adopted: bool) -> Option<Refusal> {
     use BuildOption::{
         Budget, Dumped, HardwareReadOnly, InheritOnFork, MaxInFlight, MaxMappings, Readahead, Record,
         RecordLatency, ReleaseSources, Replay, ReportDiscards, Shards, Writable,
@@ -207,7 +265,7 @@ fn each_option_is_had_or_refused_by_each_kind_of_region_and_server() {
                 if option == "inherit_on_fork" && *name == "pool" && !adopted && !children {
                     eprintln!("SKIPPED {what}: this process cannot serve children");
                 } else {
-                    check(&what, built, refusal(option, name, adopted));
+                    check(&what, built, refusal(option, name, kind, adopted));
                 }
             }
         }

@@ -109,7 +109,7 @@ impl Arena {
             return Err(ArenaError::NoMoves("this kernel cannot move pages: use Linux 6.8 or newer"));
         }
         swap::moves_safely().map_err(ArenaError::NoMoves)?;
-        let reservation = Reservation::new(slots, PageSize::system(), Access::LogicallyReadOnly)
+        let reservation = Reservation::new(slots, PageSize::system(), Access::LogicallyReadOnly, false)
             .map_err(|error| ArenaError::Refused(error.errno))?;
         reservation.set_name("standby");
         uffd.register(&reservation, RegisterMode::MISSING).map_err(ArenaError::Refused)?;

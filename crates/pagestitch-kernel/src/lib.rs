@@ -65,7 +65,8 @@
 //!   cannot change (a [`memfd::SealedMemfd`], an [`immutable::StableFile`], [`pages::Donated`]
 //!   memory) leave the view stable.
 //!   Bytes that other processes may change do not: such a view never becomes a [`StableView`], the
-//!   type that gives out slices.
+//!   type that gives out slices. Nor does a view on a memfd ([`View::reserve_on`]), whose missing pages
+//!   are zeros for other mappings of the memfd.
 //! * No function of this crate's safe API gives a filled page other bytes. [`Reservation::revoke`]
 //!   and [`Reservation::fence`] take a page away for good: a later access is a signal, which ends
 //!   the program; it does not read other bytes. An [`arena::Evictable`] reservation loses pages that

@@ -47,6 +47,18 @@ impl UnsealedMemfd {
         &self.file
     }
 
+    /// Seals it against growing, shrinking and further seals. Its bytes can be written, and its pages
+    /// discarded, by each process that has it.
+    ///
+    /// # Errors
+    ///
+    /// `EPERM` if it is sealed already.
+    pub fn fix_length(&self) -> io::Result<()> {
+        let length = SealFlag::F_SEAL_SEAL | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SHRINK;
+        fcntl(&self.file, FcntlArg::F_ADD_SEALS(length))?;
+        Ok(())
+    }
+
     /// Seals it against writing, growing, shrinking and further seals.
     ///
     /// # Errors

@@ -42,14 +42,17 @@ pub struct Reservation {
     pub(crate) mapping: OwnedMapping,
     page: PageSize,
     access: Access,
+    on_memfd: bool,
 }
 
 impl Reservation {
     /// Reserves `pages` pages of addresses. [`View::reserve`](crate::View::reserve) adds the view.
+    /// `on_memfd`: the view maps a memfd over all of them.
     pub(crate) fn new(
         pages: NonZeroUsize,
         page: PageSize,
         access: Access,
+        on_memfd: bool,
     ) -> Result<Arc<Self>, ReserveError> {
         let bytes = pages.checked_mul(NonZeroUsize::new(page.bytes()).expect("a page has bytes"));
         let bytes = bytes.ok_or_else(|| ReserveError::met(usize::MAX, Errno::ENOMEM))?;
@@ -57,7 +60,7 @@ impl Reservation {
         ranges::release_old();
         let mut mapping = OwnedMapping::closed_aligned(bytes).map_err(refused)?;
         mapping.do_not_fork().map_err(refused)?;
-        let reservation = Arc::new(Self { mapping, page, access });
+        let reservation = Arc::new(Self { mapping, page, access, on_memfd });
         vma_name::set(reservation.range(), None);
         Ok(reservation)
     }
@@ -112,6 +115,12 @@ impl Reservation {
     /// [`ranges::served_in`].
     pub fn serve(&self, served: ServedRange) {
         ranges::serve(self.range().start(), served);
+    }
+
+    /// True if its pages are those of a memfd, which other processes may write and discard.
+    #[must_use]
+    pub const fn is_on_memfd(&self) -> bool {
+        self.on_memfd
     }
 
     /// The size of its pages.

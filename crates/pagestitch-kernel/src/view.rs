@@ -15,8 +15,8 @@ use crate::errno::Errno;
 use crate::immutable::StableFile;
 use crate::limits::ReserveError;
 use crate::mapping::{OwnedMapping, unlock};
-use crate::memfd::{SealedFile, SealedMemfd};
-use crate::page::{AddressRange, PageSize, Span};
+use crate::memfd::{SealedFile, SealedMemfd, UnsealedMemfd};
+use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::pages::Donated;
 use crate::physical::Physical;
 use crate::reservation::Reservation;
@@ -24,6 +24,7 @@ use crate::shared::{Alias, SharedFile, Sharing, duplicate};
 use crate::uffd::{Outcome, RegisterMode, Uffd};
 use nix::libc::{self, c_void};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, mprotect};
+use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -40,6 +41,8 @@ pub struct View {
     stable: bool,
     /// The spans behind which a device may be. The kernel does not copy from there. Ascending.
     physical: Vec<Span>,
+    /// The memfd that has the pages of the reservation, at the same offsets.
+    memfd: Option<UnsealedMemfd>,
     /// The number of bytes that slices show. It never falls while the view is shared.
     ///
     /// Invariant: no reference to a byte behind them exists.
@@ -61,16 +64,70 @@ impl View {
         page: PageSize,
         access: Access,
     ) -> Result<(Arc<Reservation>, Self), ReserveError> {
-        let reservation = Reservation::new(pages, page, access)?;
-        let view = Self {
-            reservation: Arc::clone(&reservation),
+        let reservation = Reservation::new(pages, page, access, false)?;
+        let view = Self::of(Arc::clone(&reservation), access);
+        Ok((reservation, view))
+    }
+
+    /// As [`reserve`](Self::reserve), for pages that other processes can map: each page that is filled
+    /// becomes a page of the memfd. The memfd is new, without a page, and as long as the range. It is
+    /// in no other mapping, because that would read zeros where a page is missing.
+    ///
+    /// A page is missing while the memfd lacks it. If the memfd has it, because another process has
+    /// written or touched it, an access maps it without a fault.
+    ///
+    /// # Errors
+    ///
+    /// As [`reserve`](Self::reserve); the errno of `mmap(2)`.
+    ///
+    /// # Panics
+    ///
+    /// If the memfd is shorter than the range.
+    pub fn reserve_on(
+        memfd: UnsealedMemfd,
+        (pages, page): (NonZeroUsize, PageSize),
+        access: Access,
+    ) -> Result<(Arc<Reservation>, Self), ReserveError> {
+        let reservation = Reservation::new(pages, page, access, true)?;
+        let mut view = Self::of(Arc::clone(&reservation), access);
+        let refused = |errno| ReserveError::met(reservation.range().bytes(), errno);
+        view.lay_on(&memfd).map_err(refused)?;
+        view.memfd = Some(memfd);
+        Ok((reservation, view))
+    }
+
+    fn of(reservation: Arc<Reservation>, access: Access) -> Self {
+        Self {
             access,
             stable: true,
             physical: Vec::new(),
+            memfd: None,
             visible: AtomicUsize::new(reservation.mapping.bytes()),
             revealing: Mutex::new(()),
-        };
-        Ok((reservation, view))
+            reservation,
+        }
+    }
+
+    /// Maps a memfd over all pages, closed to every access.
+    fn lay_on(&mut self, memfd: &UnsealedMemfd) -> Result<(), Errno> {
+        self.stable = false;
+        let all = Span { first: Page(0), pages: self.reservation.pages() };
+        let end = memfd.file().metadata().map_err(Errno::of)?.len();
+        let granule = self.reservation.page_size();
+        let part = Part { fd: memfd.file(), offset: 0, end, granule, surely_maps: true };
+        self.map_closed(all, part, MapFlags::MAP_SHARED)?;
+        let range = self.reservation.range();
+        // As a private reservation: `mlockall(2)` would fill holes with zeros, and a forked child would
+        // read zeros.
+        unlock(at(range), range.bytes())?;
+        self.reservation.do_not_fork()
+    }
+
+    /// The memfd that has the pages, at the same offsets, if the view was
+    /// [reserved on](Self::reserve_on) one.
+    #[must_use]
+    pub fn memfd(&self) -> Option<&File> {
+        self.memfd.as_ref().map(UnsealedMemfd::file)
     }
 
     /// Hides the bytes from `len` on, until they are [revealed](Self::reveal): no slice shows them.

@@ -14,6 +14,7 @@
 use crate::api::AnyRegion;
 use crate::api::nesting::Below;
 use crate::api::options::Options;
+use crate::api::reserve_on_memfd;
 use crate::api::userfaultfds;
 use crate::error::{BuildOption, Error, ErrorKind};
 use crate::policy::{Blocks, Policy, Readahead};
@@ -90,7 +91,9 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     }
     options.check_target(matches!(target, TargetKind::Adopted(_)))?;
     check_capacity(options, layout)?;
-    server.inner().check(&options.demands(matches!(target, TargetKind::Adopted(_))))?;
+    let demands = options.demands(matches!(target, TargetKind::Adopted(_)));
+    server.inner().check(&demands)?;
+    reserve_on_memfd::check(options, layout, &demands)?;
     if let Some(used_for) = options.serve_options.record_of_writes {
         check_tracked(layout, used_for)?;
     }
@@ -181,7 +184,7 @@ fn prepare_own(
 ) -> Result<PreparedTarget, Error> {
     // Forked children are found through the userfaultfd.
     let tracked = options.serve_options.record_of_writes.is_some();
-    if !options.inherit_on_fork && !tracked && options.capacity.is_none() {
+    if !options.inherit_on_fork && !tracked && options.capacity.is_none() && !options.on_memfd {
         if let Some(prepared) = prepare_fault_free(name, layout, options)? {
             return Ok(prepared);
         }
@@ -196,7 +199,7 @@ fn prepare_own(
     let uffds = userfaultfds::open(name, (layout, bytes), options, server)?;
     let features = uffds.features();
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
-    let moves = layout.has_donated() && !options.inherit_on_fork && !tracked && can_move(features);
+    let moves = moves_in(options, layout, features);
     let staged = stages(options, layout, bytes, features);
     let huge = moves || staged.is_ok();
     // Pages move, in and out, only between writable mappings.
@@ -205,12 +208,14 @@ fn prepare_own(
     let logical = huge || moves_out || options.capacity.is_some();
     let logical = logical && options.access == Access::ReadOnly;
     let access = if logical { Access::LogicallyReadOnly } else { options.access };
-    let (reservation, mut view) = reserve(name, (pages, page), access, huge)?;
+    let on_memfd = reserve_on_memfd::reserve(name, options, (pages, page), access)?;
+    let (reservation, mut view) = on_memfd.map_or_else(|| reserve(name, (pages, page), access, huge), Ok)?;
     let laid = page.covering(&(0..layout.total()));
     let uffd = userfaultfds::register(name, uffds, server, &reservation, laid)?;
     let minor_faults = uffd.features().contains(Features::MISSING_SHMEM | Features::MINOR_SHMEM);
     let abilities = Abilities { moves_now: !moves, minor_faults };
-    let shown = match tracked {
+    // Pages of a memfd neither move in nor are others mapped over them.
+    let shown = match tracked || options.on_memfd {
         true => ShownPages::default(),
         false => show(name, layout, options.max_mappings, abilities, (&mut view, &uffd))?,
     };
@@ -342,6 +347,7 @@ fn finish(
         slices: _,
         two_records: _,
         capacity,
+        on_memfd: _,
         align,
         serve_options,
     } = options;
@@ -382,8 +388,7 @@ fn finish(
     }
     let any = attach(Served::new(mapping, max_in_flight, children), server)?;
     if let Some(share) = share {
-        let handle = Arc::clone(any.served.handle());
-        share.serve(handle);
+        share.serve(any.served.handle().clone());
     }
     Ok((view, any))
 }
@@ -409,6 +414,9 @@ fn stages(options: &Options, layout: &Layout, bytes: usize, features: Features) 
     }
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
+    }
+    if options.on_memfd {
+        return Err("the region is built on_memfd(): the kernel moves private pages only");
     }
     if options.serve_options.record_of_writes.is_some() {
         return Err("changes are tracked, and a page that moves in has no record of its writes");
@@ -542,6 +550,12 @@ fn reserve(
 fn stand_in(name: &str) -> Result<Shards, Error> {
     let uffd = Uffd::stand_in();
     uffd.map(Shards::one).map_err(|errno| limit(name, "open a descriptor (ulimit -n)", errno))
+}
+
+/// True if the region has donated pages that move on first touch.
+fn moves_in(options: &Options, layout: &Layout, features: Features) -> bool {
+    let copies = options.serve_options.record_of_writes.is_some() || options.on_memfd;
+    layout.has_donated() && !options.inherit_on_fork && !copies && can_move(features)
 }
 
 /// True if donated pages move on first touch. If they could be swapped out and lost during the

@@ -23,7 +23,7 @@ use std::sync::Arc;
 #[must_use]
 pub struct Builder<S = ()> {
     pub(super) scope: S,
-    options: Options,
+    pub(super) options: Options,
     aligned: bool,
     /// Each later chunk starts at a multiple of so many bytes.
     align: u64,
@@ -281,7 +281,8 @@ impl<S> Builder<S> {
     /// pool. So thousands of them take no descriptor each, and are built and dropped in less time. This
     /// is their default. Regions with [`shards`](Self::shards), with
     /// [`inherit_on_fork`](Self::inherit_on_fork), with a [`budget`](Self::budget), with
-    /// [`track_changes`](Self::track_changes), with [`write_back`](Self::write_back) or with a memfd that is filled later have their own.
+    /// [`track_changes`](Self::track_changes), with [`write_back`](Self::write_back), [on a memfd](Self::on_memfd) or with a memfd that is filled later
+    /// have their own.
     ///
     /// Not for adopted memory, whose owner chooses. The kernel reports no discard of
     /// [`Inline`](crate::Inline) and [`Eager`](crate::Eager) regions.
@@ -586,7 +587,7 @@ impl<S> Builder<S> {
     /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
     /// * Not for [`writable`](Self::writable) regions, so not with [`track_changes`](Self::track_changes)
     ///   and [`write_back`](Self::write_back); not for donated pages and adopted memory; and not with
-    ///   [`capacity`](Self::capacity), [`inherit_on_fork`](Self::inherit_on_fork),
+    ///   [`capacity`](Self::capacity), [`on_memfd`](Self::on_memfd), [`inherit_on_fork`](Self::inherit_on_fork),
     ///   [`record`](Self::record), [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
     ///
     /// A second call replaces the budget of the first.
@@ -718,6 +719,13 @@ impl Builder {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
+        if self.options.on_memfd {
+            let what = format!(
+                "region {}: other processes may change the pages of a memfd: use build_shared(), or leave out on_memfd()",
+                self.options.name()
+            );
+            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::OnMemfd));
+        }
         let shared = self.layout.as_ref().ok().and_then(Layout::first_shared);
         if let Some((chunk, source)) = shared {
             let what = format!(

@@ -3,7 +3,7 @@
 use crate::api::AnyRegion;
 use crate::error::{Error, ErrorKind};
 use crate::space::{RecordFor, WrittenPages};
-use pagestitch_kernel::{Errno, Span};
+use pagestitch_kernel::{Errno, Page, Span};
 use std::fs::File;
 use std::iter::FusedIterator;
 use std::ops::Range;
@@ -139,9 +139,25 @@ impl AnyRegion {
     /// Takes the written pages of a span, and arms them again.
     pub(super) fn take_written(&self, written: &WrittenPages, span: Span) -> Result<Vec<Span>, Error> {
         let target = &self.served.target;
+        if target.is_on_memfd() {
+            self.map_unmapped(written, span).map_err(|errno| not_taken(self.name(), errno))?;
+        }
         let addresses = (target.addresses(target.all()), self.served.page_size());
         let taken = written.take(addresses, span, (&self.served.pages, self.served.discards));
         taken.map_err(|errno| not_taken(self.name(), errno))
+    }
+
+    /// Maps pages again that the kernel has unmapped, though the memfd has them: reclaim does, and
+    /// `MADV_DONTNEED`. Such a page has no record if it was written. Once mapped, it counts as written.
+    fn map_unmapped(&self, written: &WrittenPages, span: Span) -> Result<(), Errno> {
+        let served = &self.served;
+        let range = served.target.addresses(served.target.all());
+        let map = |page: Page| {
+            let page = served.target.addresses(page.span());
+            // The kernel refuses a page that the memfd lacks because it was discarded.
+            let _ = served.uffd.of(page).continue_pages(page);
+        };
+        written.absent((range, served.page_size()), span, |run| served.pages.each_present(run, map))
     }
 
     /// The offsets of a span, as far as the region has bytes.

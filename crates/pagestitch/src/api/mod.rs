@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `builder`, `options` | the description of a region |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
+//! | `on_memfd`, `reserve_on_memfd` | a region whose pages other processes can map |
 //! | `growth` | chunks that are appended later |
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `changes` | the pages that were written, and a file with their bytes |
@@ -24,11 +25,13 @@ mod builder;
 mod changes;
 mod growth;
 mod nesting;
+mod on_memfd;
 mod options;
 mod prefetch;
 mod read_in_place;
 mod refused;
 mod region;
+mod reserve_on_memfd;
 mod scope;
 mod shard;
 mod shared;

@@ -31,6 +31,8 @@ pub(super) struct Options {
     pub(super) two_records: bool,
     /// The most bytes of a region that grows.
     pub(super) capacity: Option<u64>,
+    /// True if the pages are those of a memfd.
+    pub(super) on_memfd: bool,
     /// The alignment of all chunks.
     pub(super) align: u64,
     pub(super) serve_options: ServeOptions,
@@ -54,6 +56,7 @@ impl Default for Options {
             slices: false,
             two_records: false,
             capacity: None,
+            on_memfd: false,
             align: 1,
             serve_options: ServeOptions::default(),
         }
@@ -95,6 +98,7 @@ impl Options {
                 None => None,
             },
             growth: self.capacity.is_some(),
+            on_memfd: self.on_memfd,
         }
     }
 
@@ -292,7 +296,7 @@ impl Options {
 }
 
 /// The error of the first conflict: true, the option, and the remedy.
-fn refuse_first<const N: usize>(conflicts: [(bool, BuildOption, &str); N]) -> Result<(), Error> {
+pub(super) fn refuse_first<const N: usize>(conflicts: [(bool, BuildOption, &str); N]) -> Result<(), Error> {
     match conflicts.into_iter().find(|(is, ..)| *is) {
         Some((_, option, what)) => Err(Error::new(ErrorKind::OptionConflict, what).of_option(option)),
         None => Ok(()),

@@ -49,7 +49,8 @@ fn shares(wanted: Features, bytes: usize, options: &Options, server: &Server) ->
     let is_own = options.report_discards == Some(true)
         || options.shards.is_some()
         || options.budget.is_some()
-        || options.capacity.is_some();
+        || options.capacity.is_some()
+        || options.on_memfd;
     bytes <= SHARED_MAX && is_common && !is_own
 }
 
@@ -124,12 +125,16 @@ pub(super) fn register(
 
 fn features(layout: &Layout, options: &Options, server: &Server) -> Features {
     let mut wanted = common(server);
-    // Each page that a budget drops would be an event that the evictor waits for.
-    if options.report_discards == Some(false) || options.budget.is_some() {
+    // Each page that a budget drops would be an event that the evictor waits for. Other processes discard
+    // pages of a memfd without an event.
+    if options.report_discards == Some(false) || options.budget.is_some() || options.on_memfd {
         wanted = wanted.without(Features::EVENT_REMOVE);
     }
     if options.inherit_on_fork {
         wanted = wanted | Features::EVENT_FORK;
+    }
+    if options.on_memfd {
+        wanted = wanted | Features::MISSING_SHMEM;
     }
     if layout.has_lazy() {
         wanted = wanted | Features::MISSING_SHMEM | Features::MINOR_SHMEM;

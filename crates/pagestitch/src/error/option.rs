@@ -40,6 +40,8 @@ pub enum BuildOption {
     WriteBack,
     /// [`Builder::capacity`](crate::Builder::capacity)
     Capacity,
+    /// [`Builder::on_memfd`](crate::Builder::on_memfd).
+    OnMemfd,
     /// [`PoolBuilder::name`](crate::PoolBuilder::name).
     Name,
     /// [`PoolBuilder::workers`](crate::PoolBuilder::workers), or the threads of
@@ -77,6 +79,7 @@ impl fmt::Display for BuildOption {
             Self::Budget => "budget",
             Self::WriteBack => "write_back",
             Self::Capacity => "capacity",
+            Self::OnMemfd => "on_memfd",
             Self::Name => "name",
             Self::Workers => "workers",
             Self::MaxWorkers => "max_workers",

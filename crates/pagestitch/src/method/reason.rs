@@ -20,6 +20,8 @@ pub enum PlanReason {
 
     /// The region is foreign memory, into which pages are copied.
     ForeignMemory,
+    /// The region is [on a memfd](crate::Builder::on_memfd) of its own, into which pages are copied.
+    OnMemfd,
     /// The region [tracks changes](crate::Builder::track_changes): its pages arrive by copies.
     ChangesTracked,
     /// The region is filled when it is built ([`Eager`](crate::Eager)): no page moves in or is mapped
@@ -81,6 +83,7 @@ impl fmt::Display for PlanReason {
             Self::Fetched => "fetched asynchronously, then copied; no worker waits",
             Self::Read => "read into a buffer, then copied",
             Self::ForeignMemory => "foreign memory: pages are copied into it",
+            Self::OnMemfd => "the region has a memfd of its own, and pages are copied into it",
             Self::ChangesTracked => "changes are tracked, and a page that is mapped or moved has no record: copied",
             Self::FilledByBuild => {
                 "the region is filled when it is built (Eager), so no page moves in or is mapped later: copied"

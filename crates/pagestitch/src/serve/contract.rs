@@ -158,6 +158,8 @@ pub(crate) struct Demands {
     pub(crate) tracked: Option<BuildOption>,
     /// Chunks are appended later.
     pub(crate) growth: bool,
+    /// The pages are those of a memfd.
+    pub(crate) on_memfd: bool,
 }
 
 /// The number of all threads that fill their own pages.

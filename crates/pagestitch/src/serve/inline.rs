@@ -111,6 +111,7 @@ impl FaultServer for Inline {
             timed,
             tracked: _,
             growth: _,
+            on_memfd: _,
         } = demands;
         let refused = [
             (

@@ -134,20 +134,24 @@ impl LazyMemfd {
     /// Fails if the memfd may have huge pages. One written byte makes a huge page present as a
     /// whole, so the page cache could not tell filled pages from absent ones.
     fn refuse_huge_pages(&self) -> io::Result<()> {
-        let bytes = self.shared.page_bytes()?;
-        if bytes <= PageSize::system().bytes() as u64 {
-            return Ok(());
-        }
-        let what = format!(
-            "the memfd may have pages of {bytes} bytes, which one write makes present, with zeros in the rest: mount its tmpfs with \
-             huge=never, set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise, create it without MFD_HUGETLB"
-        );
-        Err(FailureReason::HugePages.error(what))
+        refuse_huge_pages(self.shared.page_bytes()?)
     }
 
     pub(crate) fn identity(&self) -> usize {
         Arc::as_ptr(&self.shared).addr()
     }
+}
+
+/// Fails if a memfd may have huge pages, because its pages have so many bytes.
+pub(crate) fn refuse_huge_pages(bytes: u64) -> io::Result<()> {
+    if bytes <= PageSize::system().bytes() as u64 {
+        return Ok(());
+    }
+    let what = format!(
+        "the memfd may have pages of {bytes} bytes, which one write makes present, with zeros in the rest: mount its tmpfs with \
+         huge=never, set /sys/kernel/mm/transparent_hugepage/shmem_enabled to never or advise, create it without MFD_HUGETLB"
+    );
+    Err(FailureReason::HugePages.error(what))
 }
 
 /// Used where the memfd cannot be mapped in place.

@@ -85,6 +85,7 @@ pub use fetch::{Fetch, Reply};
 pub use file::FileSource;
 pub use hole::Hole;
 pub use immutable::ImmutableFile;
+pub(crate) use lazy::refuse_huge_pages;
 pub use lazy::{FillMemfd, LazyMemfd};
 pub use limited::Limited;
 pub use memfd::Memfd;

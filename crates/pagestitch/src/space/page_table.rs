@@ -116,6 +116,22 @@ impl PageTable {
         PageState::from_bits(word.load(Ordering::SeqCst) >> shift)
     }
 
+    /// Calls `each` with the present pages of a span. Parts without a page take little time.
+    pub(crate) fn each_present(&self, span: Span, mut each: impl FnMut(Page)) {
+        let mut page = span.first;
+        while page < span.end() {
+            let (word, shift) = self.word(page);
+            if word.load(Ordering::SeqCst) >> shift == 0 {
+                page = Page((page.0 / PAGES_PER_WORD + 1) * PAGES_PER_WORD);
+                continue;
+            }
+            if self.state(page) == PageState::Present {
+                each(page);
+            }
+            page = Page(page.0 + 1);
+        }
+    }
+
     /// Claims a page that is absent; returns its state otherwise.
     pub(crate) fn claim<'t>(&'t self, page: Page, waker: &'t dyn Wake) -> Result<Claim<'t>, PageState> {
         self.claim_from(page, PageState::Absent, waker)

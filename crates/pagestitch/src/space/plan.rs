@@ -209,6 +209,8 @@ fn reason_for_copy(
     let refused = mapping.refused.get(next).filter(|(span, _)| span.first < all.end());
     if mapping.target.foreign().is_some() {
         PlanReason::ForeignMemory
+    } else if mapping.target.is_on_memfd() {
+        PlanReason::OnMemfd
     } else if mapping.written.is_some() {
         PlanReason::ChangesTracked
     } else if mapping.growth.as_ref().is_some_and(|growth| growth.has_appended(chunk)) {

@@ -132,6 +132,17 @@ impl WrittenPages {
         Ok(found)
     }
 
+    /// Calls `each` with the runs of a span's pages that the kernel has not mapped and that have no marker.
+    pub(crate) fn absent(
+        &self,
+        (range, size): (AddressRange, PageSize),
+        span: Span,
+        mut each: impl FnMut(Span),
+    ) -> Result<(), Errno> {
+        let at = Addresses { range, size };
+        self.scan.absent(at.range_of(span), |run| each(at.span_of(run)))
+    }
+
     /// Returns pages whose bytes could not be saved, so that the next call finds them again.
     pub(crate) fn give_back(&self, spans: &[Span]) {
         self.turn.lock().returned.extend_from_slice(spans);

@@ -106,6 +106,10 @@ impl FaultServer for Eager {
             let what = "a region that is filled when it is built does not notice a touch: leave out record(), or use a pool";
             return refused(what).map_err(|error| error.of_option(BuildOption::Record));
         }
+        if demands.on_memfd {
+            let what = "the build fills a private memfd, which no other process can write: leave out on_memfd(), or use a pool and populate()";
+            return refused(what).map_err(|error| error.of_option(BuildOption::OnMemfd));
+        }
         if let Some(option) = demands.tracked {
             let what = "the kernel records writes through a userfaultfd, which Eager does without: leave out track_changes() and write_back(), or use a pool";
             return refused(what).map_err(|error| error.of_option(option));

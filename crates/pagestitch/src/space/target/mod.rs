@@ -60,6 +60,11 @@ impl Target {
         Span { first: Page(0), pages }
     }
 
+    /// True if its pages are those of a memfd, which other processes may write and discard.
+    pub(crate) fn is_on_memfd(&self) -> bool {
+        matches!(self, Self::Owned(reservation) if reservation.is_on_memfd())
+    }
+
     /// The addresses of a span that is [contiguous](Self::contiguous).
     pub(crate) fn addresses(&self, span: Span) -> AddressRange {
         match self {
