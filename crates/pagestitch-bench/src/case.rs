@@ -111,6 +111,10 @@ pub(crate) struct Sample {
     pub(crate) latencies: Option<Histogram<u64>>,
     pub(crate) bytes_each: Option<f64>,
     pub(crate) descriptors: Option<u64>,
+    /// The share of the touches that read their source.
+    pub(crate) reads: Option<f64>,
+    /// The share of the touches that bring a page back from the standby list.
+    pub(crate) soft_faults: Option<f64>,
 }
 
 impl Sample {

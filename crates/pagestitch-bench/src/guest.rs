@@ -1,6 +1,7 @@
 //! A guest that is restored from a snapshot, in another process: the benchmark starts itself again.
 
 use crate::measure::timed;
+use crate::ooc;
 use crate::touch::{histogram, shuffled_pages, touches};
 use hdrhistogram::Histogram;
 use pagestitch::source::Pages;
@@ -43,9 +44,10 @@ pub(crate) struct Restored {
     pub(crate) latencies: Histogram<u64>,
 }
 
-/// Runs as a guest and exits, if this process was started as one. A program that measures calls
-/// this first.
+/// Runs as a guest, or as the reader of a file in the workload `ooc`, and exits, if this process was
+/// started as one. A program that measures calls this first.
 pub fn run_as_guest_if_requested() {
+    ooc::run_if_requested();
     let Ok(task) = env::var(TASK_VARIABLE) else { return };
     let task: GuestTask = serde_json::from_str(&task).expect("a task");
     io::stdout().write_all(&run(&task).expect("a guest")).expect("a parent");

@@ -8,6 +8,7 @@
 //! | [`runner`] | runs the cases of a workload in turn, round by round, and sums up |
 //! | [`workloads`] | the workloads: each is a list of cases with their baselines |
 //! | [`guest`] | the other process of the workload `restore` |
+//! | `ooc` | a reader of a file larger than its memory, in a cgroup of its own |
 //! | `prototypes` | the least that a program can do to fill pages: a limit of each way to serve |
 //! | `hot` | bytes in the processor's caches, and touches of memory that repeats them |
 //! | `systems`, `manual_page` | the systems that workloads compare, and their data |
@@ -33,6 +34,7 @@ mod hot;
 mod manual_page;
 pub mod many_cores;
 mod measure;
+mod ooc;
 mod prototypes;
 pub mod report;
 pub mod row;
@@ -54,7 +56,8 @@ pub use measure::{median, timed, warm};
 pub fn print(workload: &str) {
     guest::run_as_guest_if_requested();
     let quick = std::env::args().any(|argument| argument == "--quick");
-    let options = runner::Options { quick, ..runner::Options::default() };
+    let usual = runner::Options::default();
+    let options = runner::Options { quick, rounds: if quick { 2 } else { usual.rounds }, ..usual };
     let workload = workloads::ALL.iter().find(|known| known.name == workload).expect("a workload's name");
     println!("{}", environment::Environment::current());
     let measured = runner::run(workload, &options, &mut runner::Silent);

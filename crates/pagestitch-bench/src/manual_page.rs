@@ -6,7 +6,8 @@ use handler::Handler;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::uffd::RegisterMode;
-use pagestitch_kernel::{Access, Features, PageSize, StableView, Uffd, View};
+use pagestitch_kernel::{Access, Evictable, Features, Page, PageSize, StableView, Uffd, View};
+use std::collections::VecDeque;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -23,6 +24,12 @@ impl ManualPage {
     /// Takes chunks of one length, a whole number of pages each. The handler stays on `cpu`, if
     /// there is one.
     pub(crate) fn new(chunks: Vec<Arc<[u8]>>, cpu: Option<usize>) -> Self {
+        Self::bounded(chunks, cpu, usize::MAX)
+    }
+
+    /// As [`new`](Self::new), with at most so many pages in memory: the handler drops the page that it
+    /// has filled first, with a call for each.
+    pub(crate) fn bounded(chunks: Vec<Arc<[u8]>>, cpu: Option<usize>, most: usize) -> Self {
         let page = PageSize::system();
         let pages = NonZeroUsize::new(chunks.len() * chunks[0].len() / page.bytes()).expect("some chunks");
         let (reservation, view) = View::reserve(pages, page, Access::ReadOnly).expect("addresses");
@@ -33,11 +40,21 @@ impl ManualPage {
         let base = reservation.range().start();
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
         let stopped = Arc::clone(&stop);
+        // SAFETY: the pages are filled from the same chunks again, and no code writes to them.
+        #[expect(unsafe_code, reason = "the promise that Evictable asks for")]
+        let evictable = unsafe { Evictable::new(reservation) };
         let handler = thread::spawn(move || {
             cpu.inspect(|&cpu| pin(cpu));
             let size = chunks[0].len();
             let page_at = |offset: usize| &chunks[offset / size][offset % size..offset % size + page.bytes()];
-            handle(uffd, &stopped, base, &page_at);
+            let mut filled = VecDeque::new();
+            handle(uffd, &stopped, base, &page_at, &mut |address| {
+                if most < usize::MAX {
+                    filled.push_back(Page((address - base) / page.bytes()));
+                    let first = if filled.len() > most { filled.pop_front() } else { None };
+                    first.iter().for_each(|first| evictable.discard(first.span()).expect("a page to drop"));
+                }
+            });
         });
         let view = view.into_stable().expect("the view has no mapped pages");
         Self { view, stop, handler: Some(handler) }
@@ -55,10 +72,17 @@ pub(crate) fn serve_plainly<'a>(
     base: usize,
     page_at: &dyn Fn(usize) -> &'a [u8],
 ) {
-    handle(Uffd::adopt(fd).expect("another process's userfaultfd"), stop, base, page_at);
+    handle(Uffd::adopt(fd).expect("another process's userfaultfd"), stop, base, page_at, &mut |_| {});
 }
 
-fn handle<'a>(uffd: Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) -> &'a [u8]) {
+/// Fills pages until it is stopped. Calls `filled` with the address of each.
+fn handle<'a>(
+    uffd: Uffd,
+    stop: &EventFd,
+    base: usize,
+    page_at: &dyn Fn(usize) -> &'a [u8],
+    filled: &mut dyn FnMut(usize),
+) {
     let mut handler = Handler::from(uffd);
     loop {
         let mut ready =
@@ -67,7 +91,7 @@ fn handle<'a>(uffd: Uffd, stop: &EventFd, base: usize, page_at: &dyn Fn(usize) -
         if ready[1].any().unwrap_or(false) {
             return;
         }
-        handler.fill_one(|address| page_at(address - base));
+        handler.fill_one(|address| page_at(address - base)).into_iter().for_each(&mut *filled);
     }
 }
 
@@ -102,13 +126,14 @@ mod handler {
     }
 
     impl Handler {
-        /// Reads a fault, and fills its page with the bytes for its address.
-        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) {
+        /// Reads a fault, and fills its page with the bytes for its address. Returns the address.
+        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) -> Option<usize> {
             let page = PageSize::system();
             self.message.read(&self.uffd, page).expect("an event");
-            let Some(fault) = self.message.faults().first() else { return };
+            let fault = self.message.faults().first()?;
             let range = AddressRange::new(fault.address, page.bytes(), page).expect("a page");
             assert_eq!(self.uffd.copy(range, page_at(fault.address)), Outcome::Done, "a copy");
+            Some(fault.address)
         }
     }
 }
@@ -135,10 +160,12 @@ mod handler {
     }
 
     impl Handler {
-        /// Reads a fault, and fills its page with the bytes for its address.
-        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) {
+        /// Reads a fault, and fills its page with the bytes for its address. Returns the address.
+        pub(super) fn fill_one<'a>(&mut self, page_at: impl Fn(usize) -> &'a [u8]) -> Option<usize> {
             let page = PageSize::system().bytes();
-            let Some(Event::Pagefault { addr, .. }) = self.0.read_event().expect("an event") else { return };
+            let Some(Event::Pagefault { addr, .. }) = self.0.read_event().expect("an event") else {
+                return None;
+            };
             let start = addr.addr() / page * page;
             let source = page_at(start).as_ptr();
             let target = std::ptr::with_exposed_provenance_mut(start);
@@ -146,6 +173,7 @@ mod handler {
             // registered range.
             #[expect(unsafe_code, reason = "the userfaultfd crate's copy is an unsafe fn")]
             unsafe { self.0.copy(source.cast(), target, page, true) }.expect("copy");
+            Some(start)
         }
     }
 }

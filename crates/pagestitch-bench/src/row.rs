@@ -55,6 +55,10 @@ pub struct Row {
     pub bytes_each: Option<f64>,
     /// The descriptors that the process has open, if counted.
     pub descriptors: Option<u64>,
+    /// The share of the touches that read their source, if counted: the median of the rounds.
+    pub reads: Option<f64>,
+    /// The share of the touches that bring a page back from the standby list, if counted.
+    pub soft_faults: Option<f64>,
     /// The baseline of `ratio`: a system, with its point if that is another one.
     pub baseline: Option<String>,
     /// The time of this system (p50 if there is one) divided by the time of the baseline. Below 1

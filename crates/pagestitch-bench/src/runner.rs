@@ -106,12 +106,20 @@ fn sum_up(workload: &Workload, cases: &[Case], samples: &[Vec<Sample>], index: u
         max_ns: latencies.as_ref().map(Histogram::max),
         bytes_each,
         descriptors: own.iter().filter_map(|sample| sample.descriptors).max(),
+        reads: median_of(own, |sample| sample.reads),
+        soft_faults: median_of(own, |sample| sample.soft_faults),
         baseline: ratios.first().map(|(name, _)| name.clone()),
         ratio: ratios.first().map(|(_, ratio)| *ratio),
         ratios,
         cpu_ratios,
     };
     Measured { row, latencies }
+}
+
+/// The median of the rounds, if there is a figure.
+fn median_of(samples: &[Sample], figure: fn(&Sample) -> Option<f64>) -> Option<f64> {
+    let figures: Vec<f64> = samples.iter().filter_map(figure).collect();
+    (!figures.is_empty()).then(|| median(figures))
 }
 
 /// The medians of the ratios of a cost to that of each baseline in the same round.

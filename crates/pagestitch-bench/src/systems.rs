@@ -80,6 +80,16 @@ impl Data {
     pub(crate) fn manual_page(&self, cpu: Option<usize>) -> ManualPage {
         ManualPage::new(self.plain.clone(), cpu)
     }
+
+    /// As [`manual_page`](Self::manual_page), with at most so many pages in memory, first in, first out.
+    pub(crate) fn bounded_manual_page(&self, cpu: usize, most: usize) -> ManualPage {
+        ManualPage::bounded(self.plain.clone(), Some(cpu), most)
+    }
+
+    /// The byte that a chunk repeats.
+    pub(crate) fn byte_at(&self, offset: usize) -> u8 {
+        self.plain[offset / CHUNK][0]
+    }
 }
 
 /// Memory without a server: a read of a page maps the kernel's page of zeros.

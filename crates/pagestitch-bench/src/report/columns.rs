@@ -39,7 +39,7 @@ pub(super) fn about_mark(rows: &[&Row]) -> Option<String> {
 const SHARED: &str = " *";
 
 /// All columns.
-pub(super) static COLUMNS: [Column; 12] = [
+pub(super) static COLUMNS: [Column; 14] = [
     Column {
         head: "system",
         about: "the way to get the bytes",
@@ -75,6 +75,10 @@ pub(super) static COLUMNS: [Column; 12] = [
     number("descriptors", "the descriptors that the process has open", |row| {
         row.descriptors.map(|descriptors| descriptors.to_string())
     }),
+    number("reads", "the share of the touches that read their source", |row| percent(row.reads)),
+    number("soft", "the share of the touches that bring a page back from the standby list", |row| {
+        percent(row.soft_faults)
+    }),
     number("p50", "the median latency of a touch: the median of the rounds", |row| nanoseconds(row.p50_ns)),
     number("p90", "the latency that 90 % of the touches do not exceed", |row| nanoseconds(row.p90_ns)),
     number("p99", "the latency that 99 % of the touches do not exceed", |row| nanoseconds(row.p99_ns)),
@@ -86,6 +90,10 @@ pub(super) static COLUMNS: [Column; 12] = [
 
 const fn number(head: &'static str, about: &'static str, cell: fn(&Row) -> Option<String>) -> Column {
     Column { head, about, cell, kind: Kind::Number }
+}
+
+fn percent(share: Option<f64>) -> Option<String> {
+    share.map(|share| format!("{:.1} %", share * 100.0))
 }
 
 fn nanoseconds(ns: Option<u64>) -> Option<String> {

@@ -7,6 +7,7 @@ mod curve;
 mod latency;
 mod mapped;
 mod metering;
+mod ooc;
 mod parallel;
 mod populate;
 mod regions;
@@ -51,7 +52,7 @@ impl Workload {
 }
 
 /// All workloads, in the order of a run.
-pub static ALL: [Workload; 15] = [
+pub static ALL: [Workload; 16] = [
     // The first one, because it measures memory: memory that the allocator kept from another
     // workload would hide its own.
     Workload {
@@ -180,6 +181,13 @@ pub static ALL: [Workload; 15] = [
         curves: &[],
         takes_threads: false,
         cases: changes::cases,
+    },
+    Workload {
+        name: "ooc",
+        about: "reading more than memory holds: 2 GiB of chunks in 512 MiB, and a file of 4 GiB on a disk in a cgroup of 1 GiB (as root, or where cgroups can be made)",
+        curves: &[],
+        takes_threads: false,
+        cases: ooc::cases,
     },
     Workload {
         name: "populate",

@@ -1,0 +1,5 @@
+//! Reading more than memory holds.
+
+fn main() {
+    pagestitch_bench::print("ooc");
+}

@@ -1,0 +1,198 @@
+//! A reader of a file that is larger than its memory, in a process and a memory cgroup of its own.
+//!
+//! The benchmark starts itself again for each run, because a cgroup limits a process: the reader's own
+//! pages and the page cache that its reads fill count together, for a region as for a plain `mmap`.
+//!
+//! | file | content |
+//! |---|---|
+//! | `trace` | the order of the touches |
+//! | `cgroup` | memory cgroups, of both versions |
+//! | `words` | the words of a mapped file, or of a region |
+
+mod cgroup;
+mod trace;
+mod words;
+
+use crate::case::Sample;
+use crate::measure::processor_time;
+use crate::team::{at_once, in_parts, parts};
+use cgroup::Cgroup;
+use nix::sys::resource::{UsageWho, getrusage};
+use pagestitch::source::FileSource;
+use pagestitch::{Budget, Pool, Region};
+use serde::{Deserialize, Serialize};
+use std::env;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio, exit};
+use std::time::Duration;
+use words::{Advice, Words};
+
+pub(crate) use cgroup::has_cgroups;
+pub(crate) use trace::{Pattern, Trace};
+
+/// The way to the bytes of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Way {
+    /// A region with a budget.
+    Region,
+    /// A plain `mmap`, with the kernel's readahead.
+    Mmap,
+    /// A plain `mmap`, advised of random reads.
+    MmapRandom,
+    /// A plain `mmap`, advised of sequential reads.
+    MmapSequential,
+}
+
+/// The task of a reader.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ReadTask {
+    pub(crate) way: Way,
+    pub(crate) file: PathBuf,
+    pub(crate) pattern: Pattern,
+    pub(crate) touches: usize,
+    pub(crate) threads: usize,
+    pub(crate) seed: u64,
+    /// The memory of the reader: that of its cgroup.
+    pub(crate) memory: u64,
+}
+
+/// The figures of a reader.
+#[derive(Debug, Serialize, Deserialize)]
+struct Figures {
+    ns: u64,
+    processor_ns: u64,
+    /// The share of the touches that read the file.
+    reads: f64,
+    soft_faults: Option<f64>,
+}
+
+/// Runs as a reader and exits, if this process was started as one.
+pub(crate) fn run_if_requested() {
+    let Ok(task) = env::var(TASK_VARIABLE) else { return };
+    let task: ReadTask = serde_json::from_str(&task).expect("a task");
+    let figures = serde_json::to_vec(&task.run()).expect("figures");
+    io::stdout().write_all(&figures).expect("a parent");
+    exit(0);
+}
+
+/// Starts a reader in a memory cgroup of its own, with nothing of the file in the page cache, and waits
+/// for its end.
+pub(crate) fn measure(task: &ReadTask, pages: usize) -> Sample {
+    words::forget_cached(&File::open(&task.file).expect("the file"));
+    let cgroup = Cgroup::new(task.memory).expect("a memory cgroup");
+    let mut command = Command::new(env::current_exe().expect("a program knows its file"));
+    command.env(TASK_VARIABLE, serde_json::to_string(task).expect("a task"));
+    command.env(cgroup::VARIABLE, cgroup.folder()).stdout(Stdio::piped());
+    let mut reader = command.spawn().expect("a reader");
+    let mut said = Vec::new();
+    reader.stdout.take().expect("a pipe").read_to_end(&mut said).expect("a reader that speaks");
+    assert!(reader.wait().expect("a reader that ends").success(), "the reader has failed: {task:?}");
+    let figures: Figures = serde_json::from_slice(&said).expect("figures");
+    Sample {
+        time: Duration::from_nanos(figures.ns),
+        processor: Duration::from_nanos(figures.processor_ns),
+        pages: task.pattern.touches(pages, task.touches) as u64,
+        bytes: (task.pattern.touches(pages, task.touches) * PAGE) as u64,
+        reads: Some(figures.reads),
+        soft_faults: figures.soft_faults,
+        ..Sample::default()
+    }
+}
+
+impl ReadTask {
+    /// Joins the cgroup, and reads.
+    fn run(&self) -> Figures {
+        let folder = env::var_os(cgroup::VARIABLE).expect("a cgroup");
+        cgroup::join(Path::new(&folder)).expect("a cgroup to join");
+        match self.way {
+            Way::Region => self.read_region(),
+            Way::Mmap => self.read_mmap(Advice::Normal),
+            Way::MmapRandom => self.read_mmap(Advice::Random),
+            Way::MmapSequential => self.read_mmap(Advice::Sequential),
+        }
+    }
+
+    fn trace(&self, pages: usize) -> Trace {
+        Trace::new(self.pattern, (pages, self.memory as usize / PAGE), self.touches, self.seed)
+    }
+
+    fn read_region(&self) -> Figures {
+        // Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
+        let budget = Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget");
+        let pool = Pool::new().expect("a pool");
+        let file = FileSource::open(&self.file).expect("the file");
+        let region = Region::builder().chunk(file).budget(&budget).build_shared(&pool).expect("a region");
+        let trace = self.trace(region.len() / PAGE);
+        let words = Words::of(&region);
+        warm(&words, &trace.fill);
+        warm(&words, &trace.settle);
+        let before = (region.metrics().pages_installed(), budget.metrics().soft_faults);
+        let (time, processor) = self.touch(&words, &trace);
+        let (reads, soft) = (region.metrics().pages_installed(), budget.metrics().soft_faults);
+        let share = |count: u64| count as f64 / trace.touches.len() as f64;
+        Figures {
+            ns: time,
+            processor_ns: processor,
+            reads: share(reads - before.0),
+            soft_faults: Some(share(soft - before.1)),
+        }
+    }
+
+    fn read_mmap(&self, advice: Advice) -> Figures {
+        let words = Words::mapped(&File::open(&self.file).expect("the file"));
+        let trace = self.trace(words.pages());
+        // With the kernel's readahead: it only fills memory.
+        warm(&words, &trace.fill);
+        words.advise(advice);
+        warm(&words, &trace.settle);
+        let before = major_faults();
+        let (time, processor) = self.touch(&words, &trace);
+        let reads = (major_faults() - before) as f64 / trace.touches.len() as f64;
+        Figures { ns: time, processor_ns: processor, reads, soft_faults: None }
+    }
+
+    /// Touches the pages of a trace; returns the time and the processor time in nanoseconds.
+    fn touch(&self, words: &Words<'_>, trace: &Trace) -> (u64, u64) {
+        let parts: Vec<&[u32]> = parts(&trace.touches, self.threads, 1).collect();
+        let before = processor_time();
+        let read = |part: &[u32]| part.iter().all(|&page| words.are_right(page as usize, self.pattern));
+        let (sample, right) = at_once((0, 0), &[], parts, read);
+        assert!(right.into_iter().all(|right| right), "a page has other bytes than the file");
+        (sample.time.as_nanos() as u64, (processor_time() - before).as_nanos() as u64)
+    }
+}
+
+/// Fills the memory of a reader.
+fn warm(words: &Words<'_>, pages: &[u32]) {
+    let parts: Vec<&[u32]> = parts(pages, WARMERS, 1).collect();
+    let right = in_parts(parts, |part: &[u32]| {
+        part.iter().all(|&page| words.are_right(page as usize, Pattern::Random))
+    });
+    assert!(right.into_iter().all(|right| right), "a page has other bytes than the file");
+}
+
+/// The faults of this process that have waited for the disk.
+fn major_faults() -> i64 {
+    getrusage(UsageWho::RUSAGE_SELF).map_or(0, |usage| usage.major_page_faults())
+}
+
+/// Writes a file whose page `n` has the word `n + 1` all over, and has the kernel write it to the disk.
+pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
+    let mut block = Vec::with_capacity(BLOCK * PAGE);
+    for first in (0..pages).step_by(BLOCK) {
+        block.clear();
+        for page in first..pages.min(first + BLOCK) {
+            (0..PAGE / 8).for_each(|_| block.extend_from_slice(&(page as u64 + 1).to_ne_bytes()));
+        }
+        file.write_all(&block)?;
+    }
+    file.sync_all()
+}
+
+const PAGE: usize = 4096;
+const BLOCK: usize = 256;
+/// The threads that fill the memory of a reader before the measurement.
+const WARMERS: usize = 16;
+const TASK_VARIABLE: &str = "PAGESTITCH_BENCH_READER";

@@ -1,0 +1,123 @@
+//! The order in which pages are touched.
+
+use serde::{Deserialize, Serialize};
+
+/// The pattern of the touches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Pattern {
+    /// Any page, all alike.
+    Random,
+    /// Few pages most of the time: page of rank `n` as often as `n` to the power -0.99.
+    Zipf,
+    /// Half of the touches as for Zipf, the other half in order.
+    ScanAndHotSet,
+    /// All words of all pages once, in order.
+    Sequential,
+}
+
+/// The touches of a run, as page numbers.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    /// The touches that fill the memory, in order.
+    pub(crate) fill: Vec<u32>,
+    /// The touches by which the pages in use come into memory, before the measurement.
+    pub(crate) settle: Vec<u32>,
+    pub(crate) touches: Vec<u32>,
+}
+
+impl Pattern {
+    /// The name of its point.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Random => "random",
+            Self::Zipf => "zipf",
+            Self::ScanAndHotSet => "scan + hot set",
+            Self::Sequential => "sequential",
+        }
+    }
+
+    /// The number of touches, if `touches` are asked for.
+    pub(crate) const fn touches(self, pages: usize, touches: usize) -> usize {
+        match self {
+            Self::Sequential => pages,
+            _ => touches,
+        }
+    }
+}
+
+impl Trace {
+    /// The touches of `pages` pages of which `resident` fit into memory.
+    pub(crate) fn new(
+        pattern: Pattern,
+        (pages, resident): (usize, usize),
+        touches: usize,
+        seed: u64,
+    ) -> Self {
+        if pattern == Pattern::Sequential {
+            return Self { fill: Vec::new(), settle: Vec::new(), touches: (0..pages as u32).collect() };
+        }
+        let mut draw =
+            Draw { pattern, pages, scanned: pages / 2, count: 0, random: fastrand::Rng::with_seed(seed) };
+        // A little more than memory holds, so that pages leave from the first measured touch on.
+        let fill = (0..(resident + resident / 8).min(pages) as u32).collect();
+        let settling = if pattern == Pattern::Random { 0 } else { pages / 4 };
+        let settle = (0..settling).map(|_| draw.page()).collect();
+        Self { fill, settle, touches: (0..touches).map(|_| draw.page()).collect() }
+    }
+}
+
+struct Draw {
+    pattern: Pattern,
+    pages: usize,
+    /// The next page of the scan.
+    scanned: usize,
+    count: usize,
+    random: fastrand::Rng,
+}
+
+impl Draw {
+    fn page(&mut self) -> u32 {
+        self.count += 1;
+        let page = match self.pattern {
+            Pattern::Random => self.random.usize(..self.pages),
+            Pattern::ScanAndHotSet if self.count.is_multiple_of(2) => self.scan(),
+            _ => self.zipf(),
+        };
+        page as u32
+    }
+
+    fn scan(&mut self) -> usize {
+        self.scanned = (self.scanned + 1) % self.pages;
+        self.scanned
+    }
+
+    /// A rank by the inverse of the continuous distribution, spread over all pages.
+    fn zipf(&mut self) -> usize {
+        let flat = 1.0 - SKEW;
+        let most = (self.pages as f64 + 1.0).powf(flat);
+        let rank = (1.0 + self.random.f64() * (most - 1.0)).powf(1.0 / flat) as usize - 1;
+        rank.min(self.pages - 1).wrapping_mul(SPREAD) % self.pages
+    }
+}
+
+const SKEW: f64 = 0.99;
+/// A prime, so that each rank has a page of its own.
+const SPREAD: usize = 2_654_435_761;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_pages_have_most_touches_of_zipf_and_none_is_outside() {
+        let trace = Trace::new(Pattern::Zipf, (4096, 1024), 20_000, 1);
+        let mut counts = vec![0; 4096];
+        trace.touches.iter().for_each(|&page| counts[page as usize] += 1);
+        counts.sort_unstable();
+        let top: usize = counts[4096 - 41..].iter().sum();
+        assert!((9_000..13_000).contains(&top), "the first of a hundred pages have {top} of 20000 touches");
+        let both = Trace::new(Pattern::ScanAndHotSet, (4096, 1024), 1000, 1);
+        let scan: Vec<u32> = both.touches.iter().skip(1).step_by(2).copied().collect();
+        assert!(scan.windows(2).all(|pair| pair[1] == (pair[0] + 1) % 4096), "{scan:?}");
+    }
+}

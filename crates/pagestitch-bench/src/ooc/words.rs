@@ -1,0 +1,112 @@
+//! The words of a mapped file, or of a shared region.
+
+use super::{PAGE, Pattern};
+use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use pagestitch::SharedRegion;
+use std::fs::File;
+use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+use std::slice;
+
+/// Memory with the pages of [`write_pages`](super::write_pages).
+pub(super) struct Words<'r> {
+    start: NonNull<u64>,
+    pages: usize,
+    /// True if the memory is a mapping of this value's.
+    is_mapped: bool,
+    region: PhantomData<&'r SharedRegion>,
+}
+
+/// Advice for a mapping.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Advice {
+    Normal,
+    Random,
+    Sequential,
+}
+
+impl<'r> Words<'r> {
+    pub(super) fn of(region: &'r SharedRegion) -> Self {
+        Self {
+            start: region.as_ptr().cast(),
+            pages: region.len() / PAGE,
+            is_mapped: false,
+            region: PhantomData,
+        }
+    }
+}
+
+impl Words<'_> {
+    pub(super) fn mapped(file: &File) -> Self {
+        let bytes = file.metadata().expect("a file").len() as usize;
+        let length = NonZeroUsize::new(bytes).expect("bytes");
+        // SAFETY: a new mapping, where the kernel chooses.
+        #[expect(unsafe_code, reason = "mmap")]
+        let start = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0) };
+        let start = start.expect("a mapping").cast();
+        Self { start, pages: bytes / PAGE, is_mapped: true, region: PhantomData }
+    }
+
+    pub(super) const fn pages(&self) -> usize {
+        self.pages
+    }
+
+    pub(super) fn advise(&self, advice: Advice) {
+        let advice = match advice {
+            Advice::Normal => MmapAdvise::MADV_NORMAL,
+            Advice::Random => MmapAdvise::MADV_RANDOM,
+            Advice::Sequential => MmapAdvise::MADV_SEQUENTIAL,
+        };
+        // SAFETY: the mapping is this value's, and the advice changes no byte.
+        #[expect(unsafe_code, reason = "madvise")]
+        let advised = unsafe { madvise(self.start.cast(), self.pages * PAGE, advice) };
+        advised.expect("advice");
+    }
+
+    /// Reads a page: its first word, or all of its words for a sequential pattern. True if it has the
+    /// bytes that were written.
+    pub(super) fn are_right(&self, page: usize, pattern: Pattern) -> bool {
+        let (words, expected) = (self.of_page(page), page as u64 + 1);
+        match pattern {
+            Pattern::Sequential => {
+                words.iter().fold(0, |sum: u64, word| sum.wrapping_add(*word)) == expected * WORDS as u64
+            }
+            _ => words[0] == expected,
+        }
+    }
+
+    fn of_page(&self, page: usize) -> &[u64] {
+        assert!(page < self.pages);
+        let start = self.start.as_ptr().cast_const().wrapping_add(page * WORDS);
+        // SAFETY: the page is inside of the memory, which lives as long as `self`. No process writes to
+        // the file, so a page that leaves comes back with the same bytes.
+        #[expect(unsafe_code, reason = "a slice of mapped memory")]
+        unsafe {
+            slice::from_raw_parts(start, WORDS)
+        }
+    }
+}
+
+// SAFETY: the memory is only read.
+#[expect(unsafe_code, reason = "a pointer to memory that is only read")]
+unsafe impl Sync for Words<'_> {}
+
+impl Drop for Words<'_> {
+    fn drop(&mut self) {
+        if self.is_mapped {
+            // SAFETY: the mapping is this value's, and no reference to it exists.
+            #[expect(unsafe_code, reason = "munmap")]
+            let _ = unsafe { munmap(self.start.cast(), self.pages * PAGE) };
+        }
+    }
+}
+
+/// Drops the pages of a file from the page cache.
+pub(super) fn forget_cached(file: &File) {
+    posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).expect("advice");
+}
+
+/// The words of a page.
+const WORDS: usize = PAGE / 8;

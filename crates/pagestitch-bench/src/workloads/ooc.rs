@@ -1,0 +1,175 @@
+//! Out of core: reading more bytes than memory holds.
+//!
+//! | from | systems | memory |
+//! |---|---|---|
+//! | memory | a region with a budget; a plain handler that drops its oldest page; without a limit | a quarter, of the region |
+//! | a file | a region with a budget; `mmap` | a quarter, of a cgroup with the whole process and its page cache |
+
+use crate::affinity::allowed;
+use crate::case::{Case, Options, Sample};
+use crate::measure::warm;
+use crate::ooc::{Pattern, ReadTask, Trace, Way, has_cgroups, measure, write_pages};
+use crate::systems::{CHUNK, Data, PAGE, sum};
+use crate::team::at_once;
+use nix::fcntl::OFlag;
+use pagestitch::{Budget, Placement, Pool, Readahead, Region};
+use std::env;
+use std::fs::{File, OpenOptions};
+use std::hint::black_box;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::process;
+use std::sync::Arc;
+
+pub(super) fn cases(options: &Options) -> Vec<Case> {
+    let mut cases = from_memory(options);
+    cases.extend(from_file(options));
+    cases
+}
+
+/// The cases with a source in memory. All threads have the same CPU.
+fn from_memory(options: &Options) -> Vec<Case> {
+    let data = Data::new(options.size(2 << 30), options.seed);
+    warm(data.bytes());
+    let touches = options.size(1 << 18);
+    let mut cases = Vec::new();
+    for pattern in PATTERNS {
+        for (system, run) in SYSTEMS {
+            let data = Arc::clone(&data);
+            let run = move |seed| run(&data, &data.trace(pattern, touches, seed));
+            let case = Case::new(system, run).at(format!("memory, {}", pattern.name()));
+            cases.push(case.chunks_of(CHUNK).against(&[FIFO, UNLIMITED, EAGER]));
+        }
+    }
+    cases
+}
+
+/// Makes the bytes appear, and touches them.
+type Run = fn(&Data, &Trace) -> Sample;
+
+const SYSTEMS: [(&str, Run); 4] = [
+    ("pool, budget", with_budget),
+    (FIFO, |data, trace| {
+        let cpu = allowed()[0];
+        let plain = data.bounded_manual_page(cpu, data.pages() / QUARTER);
+        data.touch(trace, plain.bytes())
+    }),
+    (UNLIMITED, |data, trace| {
+        data.touch(trace, data.builder(Readahead::Adaptive).build(&pool()).expect("a region").as_slice())
+    }),
+    // With the time of the copy.
+    (EAGER, |data, trace| {
+        let mut sample = Sample::default();
+        let copied = Sample::of(0, 0, || sample = data.touch(trace, &data.eager_small(1)));
+        Sample { time: copied.time, processor: copied.processor, ..sample }
+    }),
+];
+
+fn with_budget(data: &Data, trace: &Trace) -> Sample {
+    let budget = Budget::bytes((data.bytes() / QUARTER) as u64).expect("a budget");
+    let builder = data.builder(Readahead::Adaptive).budget(&budget);
+    let region: Region = builder.build(&pool()).expect("a region");
+    // The touches before the measurement count too: they have the same pattern, but for the first pass.
+    let sample = data.touch(trace, region.as_slice());
+    let touches = (trace.touches.len() + trace.fill.len() + trace.settle.len()) as f64;
+    let share = |count: u64| Some(count as f64 / touches);
+    let (reads, soft_faults) =
+        (share(region.metrics().pages_installed()), share(budget.metrics().soft_faults));
+    Sample { reads, soft_faults, ..sample }
+}
+
+fn pool() -> Pool {
+    Pool::builder().placement(Placement::Cpus(vec![allowed()[0]])).start().expect("a pool")
+}
+
+impl Data {
+    fn trace(&self, pattern: Pattern, touches: usize, seed: u64) -> Trace {
+        Trace::new(pattern, (self.pages(), self.pages() / QUARTER), touches, seed)
+    }
+
+    /// Touches memory that repeats the chunks, first to fill the memory and then to measure.
+    fn touch(&self, trace: &Trace, bytes: &[u8]) -> Sample {
+        let is_sequential = trace.fill.is_empty();
+        let check = |pages: &[u32]| {
+            pages.iter().all(|&page| bytes[page as usize * PAGE] == self.byte_at(page as usize * PAGE))
+        };
+        assert!(check(&trace.fill) && check(&trace.settle), "a page has other bytes than its chunk");
+        let pages = trace.touches.len();
+        let (sample, right) =
+            at_once((pages, pages * PAGE), &allowed()[..1], vec![&trace.touches[..]], |part| {
+                if is_sequential { black_box(sum(bytes)) > 0 } else { check(part) }
+            });
+        assert!(right[0], "a page has other bytes than its chunk");
+        sample
+    }
+}
+
+/// The cases with a file, if there are memory cgroups.
+fn from_file(options: &Options) -> Vec<Case> {
+    let bytes = options.size(4 << 30);
+    let Some(file) = DiskFile::new(bytes).filter(|_| has_cgroups()) else { return Vec::new() };
+    let file = Arc::new(file);
+    let mut cases = Vec::new();
+    for (pattern, threads) in FILE_POINTS {
+        let baselines = baselines(pattern);
+        for &(system, way) in [("pool, budget", Way::Region)].iter().chain(baselines) {
+            let (file, touches) = (Arc::clone(&file), options.size(40_000));
+            let run = move |seed| {
+                let memory = (bytes / QUARTER) as u64;
+                let task = ReadTask { way, file: file.path(), pattern, touches, threads, seed, memory };
+                measure(&task, bytes / PAGE)
+            };
+            let point = match threads {
+                1 => format!("file, {}", pattern.name()),
+                _ => format!("file, {}, {threads} threads", pattern.name()),
+            };
+            let systems: Vec<&str> = baselines.iter().map(|(system, _)| *system).collect();
+            cases.push(Case::new(system, run).at(point).by(threads).against(&systems));
+        }
+    }
+    cases
+}
+
+/// The ways of `mmap` that suit a pattern. Without advice, random reads of a file read much more than
+/// they touch, and take a hundred times as long.
+const fn baselines(pattern: Pattern) -> &'static [(&'static str, Way)] {
+    match pattern {
+        Pattern::Random | Pattern::Zipf | Pattern::ScanAndHotSet => &[("mmap, MADV_RANDOM", Way::MmapRandom)],
+        Pattern::Sequential => &[("mmap", Way::Mmap), ("mmap, MADV_SEQUENTIAL", Way::MmapSequential)],
+    }
+}
+
+/// A file on a disk, without a name: nothing is left of it after the end of this process.
+struct DiskFile(File);
+
+impl DiskFile {
+    fn new(bytes: usize) -> Option<Self> {
+        let folder =
+            [PathBuf::from("/var/tmp"), env::temp_dir()].into_iter().find(|folder| folder.is_dir())?;
+        let options = OpenOptions::new().read(true).write(true).custom_flags(OFlag::O_TMPFILE.bits()).clone();
+        let mut file = options.open(folder).ok()?;
+        write_pages(&mut file, bytes / PAGE).ok()?;
+        Some(Self(file))
+    }
+
+    /// Its path, valid in other processes too.
+    fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.0.as_raw_fd()))
+    }
+}
+
+const PATTERNS: [Pattern; 4] = [Pattern::Random, Pattern::Zipf, Pattern::ScanAndHotSet, Pattern::Sequential];
+const FILE_POINTS: [(Pattern, usize); 6] = [
+    (Pattern::Random, 1),
+    (Pattern::Random, 16),
+    (Pattern::Zipf, 1),
+    (Pattern::Zipf, 16),
+    (Pattern::ScanAndHotSet, 1),
+    (Pattern::Sequential, 1),
+];
+const FIFO: &str = "plain handler, FIFO";
+const UNLIMITED: &str = "pool, no budget";
+const EAGER: &str = "eager copy";
+/// Memory holds this part of the bytes.
+const QUARTER: usize = 4;
