@@ -13,11 +13,13 @@ copy. A page gets its bytes when it is first touched. A page whose bytes cannot 
 from collections.abc import Iterable
 from os import PathLike
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias, final
+from typing import Protocol, Self, TypeAlias, final, overload
 
 from typing_extensions import Buffer
 
-class Source(Protocol):
+__all__ = ["Error", "File", "Hole", "Pool", "Region"]
+
+class _Source(Protocol):
     """A source that Python code implements.
 
     `populate` and `read_at` read it. Its pages are shown after `populate()` of the whole region only, because no Python code
@@ -30,8 +32,12 @@ class Source(Protocol):
     def read_at(self, offset: int, length: int) -> bytes:
         """So many bytes from `offset` on. Any thread may call it."""
 
+class _Open(Protocol):
+    def fileno(self) -> int: ...
+
 _Path: TypeAlias = str | PathLike[str]
-Piece: TypeAlias = Buffer | _Path | tuple[_Path, int, int] | "File" | "Hole" | Source
+_File: TypeAlias = _Path | _Open | int
+_Piece: TypeAlias = Buffer | _Path | _Open | tuple[_File, int, int] | File | Hole | _Source
 
 class Error(Exception):
     """A region cannot do what was asked; the text names the remedy. Refusals of the kernel are OSError, with their errno."""
@@ -40,7 +46,7 @@ class Error(Exception):
 class Hole:
     """So many zeros, without memory."""
 
-    def __init__(self, length: int) -> None: ...
+    def __new__(cls, length: int) -> Self: ...
     @property
     def length(self) -> int: ...
 
@@ -48,17 +54,20 @@ class Hole:
 class File:
     """A part of a file; without `length`, up to its end.
 
+    `file` is a path, or an open file: an object with `fileno()`, or its number. That one is duplicated, so it may be closed
+    at once; its position does not matter.
+
     `in_place` shows its whole pages as `mmap` does: without a copy, and with all later changes of the file. A page past the
     end of a truncated file is SIGBUS. Without it, and at the edges of pages, the bytes are read on first touch.
     """
 
-    def __init__(self, path: _Path, offset: int = 0, length: int | None = None, *, in_place: bool = True) -> None: ...
+    def __new__(cls, file: _File, offset: int = 0, length: int | None = None, *, in_place: bool = True) -> Self: ...
 
 @final
 class Pool:
     """Threads that answer the page faults of regions. Without `workers`, one for each CPU."""
 
-    def __init__(self, workers: int | None = None) -> None: ...
+    def __new__(cls, workers: int | None = None) -> Self: ...
     @property
     def workers(self) -> int: ...
 
@@ -66,18 +75,19 @@ class Pool:
 class Region:
     """Pieces as one buffer.
 
-    A piece is `bytes` or another read-only buffer, a path, a tuple `(path, offset, length)`, a `File`, a `Hole`, or a `Source`.
+    A piece is `bytes` or another read-only buffer, a path, an open file, a tuple `(path, offset, length)`, a `File`, a `Hole`, or an object with
+    `size` and `read_at(offset, length)`.
     A buffer that can be written is refused: pass `memoryview(x).toreadonly()`, and leave its bytes alone.
 
     `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or `"eager"`
     where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with zeros before it.
     `budget` bounds the bytes of memory of a region that is only read: pages beyond it leave, and come back when they are
-    touched. No piece may be a `Source` then. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
+    touched. No piece may be read by Python code then. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
     """
 
-    def __init__(
-        self,
-        pieces: Iterable[Piece],
+    def __new__(
+        cls,
+        pieces: Iterable[_Piece],
         *,
         name: str = "region",
         server: Pool | str | None = None,
@@ -85,7 +95,7 @@ class Region:
         page_aligned: bool = False,
         inherit_on_fork: bool = False,
         budget: int | None = None,
-    ) -> None: ...
+    ) -> Self: ...
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes from `offset` on. Bytes that cannot be had are an exception, and not SIGBUS."""
     def write_at(self, offset: int, data: bytes) -> None:
@@ -105,6 +115,12 @@ class Region:
     @property
     def closed(self) -> bool: ...
     def __len__(self) -> int: ...
+    @overload
+    def __getitem__(self, key: int, /) -> int:
+        """A byte."""
+    @overload
+    def __getitem__(self, key: slice, /) -> memoryview:
+        """A view of a part, without a copy."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def __enter__(self) -> Self: ...
     def __exit__(

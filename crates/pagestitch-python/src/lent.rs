@@ -19,9 +19,12 @@ pub(crate) struct Lent {
 /// for it could wait for a thread that waits for the worker.
 static GIVEN_UP: Mutex<Vec<PyUntypedBuffer>> = Mutex::new(Vec::new());
 
-/// Releases the buffers that regions have given up. Each call of Python does it.
+/// Releases the buffers that regions have given up. Building and closing a region does it.
 pub(crate) fn release_given_up(py: Python<'_>) {
-    let given_up = std::mem::take(&mut *GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner));
+    // A worker may hold the lock for a moment, and in a forked child it holds it forever.
+    let Ok(mut locked) = GIVEN_UP.try_lock() else { return };
+    let given_up = std::mem::take(&mut *locked);
+    drop(locked);
     given_up.into_iter().for_each(|buffer| buffer.release(py));
 }
 

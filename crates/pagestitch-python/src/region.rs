@@ -6,10 +6,10 @@ use crate::pieces::Piece;
 use crate::server;
 use crate::source::without_interpreter;
 use pagestitch::{Access, SharedRegion};
-use pyo3::exceptions::{PyBufferError, PyValueError};
+use pyo3::exceptions::{PyBufferError, PyTypeError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList};
+use pyo3::types::{PyBytes, PyDict, PyList, PyMemoryView};
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 use std::process;
@@ -17,6 +17,15 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Pieces as one buffer. A page has its bytes from its first touch on.
+///
+/// A piece is `bytes` or another read-only buffer, a path, an open file, a tuple `(path, offset, length)`, a `File`,
+/// a `Hole`, or an object with `size` and `read_at(offset, length)`. A buffer that can be written is refused: pass
+/// `memoryview(x).toreadonly()`, and leave its bytes alone.
+///
+/// `server` is a `Pool`; `"eager"`, which fills the region when it is built; or None, for a pool of the process, or
+/// `"eager"` where the process may not use userfaultfd. `page_aligned` starts each piece on a page of its own, with
+/// zeros before it. `budget` bounds the bytes of memory of a region that is only read: pages beyond it leave, and come
+/// back when they are touched. A child of `fork` (`multiprocessing`) has the region with `inherit_on_fork` only.
 #[pyclass(frozen, weakref, module = "pagestitch")]
 #[derive(Debug)]
 pub(crate) struct Region {
@@ -172,6 +181,18 @@ impl Region {
             Ok(region) => format!("<pagestitch.Region {:?} of {} bytes>", region.name(), region.len()),
             Err(_) => String::from("<pagestitch.Region, closed>"),
         }
+    }
+
+    /// `region[i]` is a byte, and `region[a:b]` a memoryview, without a copy.
+    fn __getitem__<'py>(slf: &Bound<'py, Self>, key: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        PyMemoryView::from(slf.as_any())?.get_item(key)
+    }
+
+    /// Pickling, by which `multiprocessing` sends objects, is refused.
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(PyTypeError::new_err(
+            "a region has addresses of this process, and cannot be sent to another one: send the paths, and build it there",
+        ))
     }
 
     const fn __enter__(slf: Py<Self>) -> Py<Self> {

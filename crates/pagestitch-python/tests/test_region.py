@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import mmap
 import os
 import signal
@@ -60,6 +61,39 @@ def test_numpy_shows_a_region_without_a_copy(file):
     del array
     region.close()
     assert region.closed
+
+
+def test_an_open_file_is_a_piece_and_may_be_closed(server, file):
+    with open(file, "rb") as opened:
+        opened.read(5)
+        region = pagestitch.Region([opened, pagestitch.File(opened.fileno(), 8, 16), (opened, 0, 4)], server=server)
+    content = file.read_bytes()
+    assert bytes(region) == content + content[8:24] + content[:4]
+
+
+def test_a_memfd_is_written_through_a_region():
+    memfd = os.memfd_create("shown")
+    os.truncate(memfd, PAGE)
+    region = pagestitch.Region([pagestitch.File(memfd)], writable=True)
+    region.write_at(5, b"seen")
+    assert os.pread(memfd, 4, 5) == b"seen"
+    os.close(memfd)
+
+
+def test_parts_of_a_region_are_bytes_and_views():
+    region = pagestitch.Region([b"head", pagestitch.Hole(PAGE), b"tail"])
+    assert region[0] == ord("h") and region[-1] == ord("l") and len(region[4:]) == PAGE + 4
+    assert bytes(region[-4:]) == b"tail" and bytes(region[:4:2]) == b"ha" and isinstance(region[:1], memoryview)
+    for wrong, error in [(PAGE + 8, IndexError), ("a", TypeError), (None, TypeError)]:
+        with pytest.raises(error):
+            region[wrong]
+    part = region[1:3]
+    with pytest.raises(BufferError, match="release"):
+        region.close()
+    part.release()
+    region.close()
+    with pytest.raises(BufferError, match="closed"):
+        region[0]
 
 
 def test_a_writable_region_keeps_its_pieces():
@@ -174,6 +208,16 @@ def test_a_source_in_python_that_fails_is_an_exception(answer, error, text):
         region.read_at(0, 10)
 
 
+def closed(thing):
+    thing.close()
+    return thing
+
+
+def released(view):
+    view.release()
+    return view
+
+
 def missing(tmp_path):
     return tmp_path / "no such file"
 
@@ -195,11 +239,28 @@ def missing(tmp_path):
         (lambda path: [("/proc/self/exe", 5)], TypeError, "path, offset, length"),
         (lambda path: [("/proc/self/exe", 2**64 - 1, 5)], ValueError, r"2\*\*64"),
         (lambda path: [("/proc/self/exe", 2**40, 5)], pagestitch.Error, "chunk 0"),
+        (lambda path: [closed(open("/proc/self/exe", "rb"))], ValueError, "closed file"),
+        (lambda path: [closed(mmap.mmap(-1, PAGE))], ValueError, "closed"),
+        (lambda path: [pagestitch.Region([b"x"]).__enter__().close()], TypeError, "NoneType"),
+        (lambda path: [closed(pagestitch.Region([b"x"]))], BufferError, "closed"),
+        (lambda path: [released(memoryview(b"x"))], ValueError, "released"),
+        (lambda path: [io.BytesIO(b"x")], OSError, "fileno"),
+        (lambda path: [pagestitch.File(-1)], ValueError, "descriptor is -1"),
+        (lambda path: [pagestitch.File(2**31 - 1)], OSError, "Bad file descriptor"),
+        (lambda path: [pagestitch.File(None)], TypeError, "fileno"),
+        (lambda path: [os.pipe()], TypeError, "path, offset, length"),
+        (lambda path: [pagestitch.File(os.open(path, os.O_RDONLY))], pagestitch.Error, "directory"),
     ],
 )
 def test_a_wrong_piece_is_an_exception_that_names_it(tmp_path, make, error, text):
     with pytest.raises(error, match=text):
         pagestitch.Region(make(tmp_path))
+
+
+def test_the_exception_of_a_wrong_piece_has_its_number():
+    with pytest.raises(BufferError) as raised:
+        pagestitch.Region([b"right", bytearray(b"wrong")])
+    assert raised.value.__notes__ == ["piece 1"]
 
 
 def test_wrong_arguments_are_exceptions():
@@ -231,11 +292,12 @@ def child(code):
     return done.returncode, done.stderr
 
 
-def test_a_truncated_file_is_sigbus_with_the_stack_of_python(file):
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_truncated_file_is_sigbus_with_the_stack_of_python(file, in_place):
     status, stderr = child(f"""
         import faulthandler, os, pagestitch
         faulthandler.enable()
-        region = pagestitch.Region([{str(file)!r}])
+        region = pagestitch.Region([pagestitch.File({str(file)!r}, in_place={in_place})])
         view = memoryview(region)
         os.truncate({str(file)!r}, 0)
         def touches():
