@@ -1,12 +1,15 @@
 //! Many threads touch one page: the page is read once, and all threads go on. Idle threads of a
 //! pool sleep.
 
-use crate::{pattern, until};
-use pagestitch::{Chunk, Placement, Pool, Readahead, Region};
+use crate::{pattern, spawn_asleep, until};
+use pagestitch::{Chunk, Placement, Pool, Readahead, Region, Source};
+use pagestitch_kernel::priority::{nice, set_nice};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
-use std::sync::{Arc, Barrier};
+use std::io;
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
 
 #[test]
 fn a_page_that_many_threads_touch_is_read_once() {
@@ -54,6 +57,52 @@ fn eight_threads_in_step_over_the_same_pages_all_go_on() {
         }
     });
     until(|| region.metrics().pages_installed() == 500);
+}
+
+/// A source that starts a thread, as a runtime does at its first use.
+#[derive(Default)]
+struct Starting {
+    /// The nice values of the worker and of the thread.
+    seen: Mutex<Option<(i32, i32)>>,
+}
+
+impl Source for Starting {
+    fn size(&self) -> u64 {
+        4096
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        *self.seen.lock().unwrap() = Some((nice(), thread::spawn(nice).join().unwrap()));
+        into.fill(7);
+        Ok(())
+    }
+}
+
+/// The worker is held up until many threads wait for the page, in a region with a userfaultfd of its own
+/// and in one that shares it.
+#[test]
+fn threads_that_a_source_starts_do_not_inherit_the_priority_of_a_worker() {
+    let usual = nice();
+    // An ordinary user may not raise a priority.
+    let raised =
+        if usual == 0 && thread::spawn(|| set_nice(-10).is_ok()).join().unwrap() { -10 } else { usual };
+    for own in [true, false] {
+        let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
+        let held = Arc::new(Scripted::new(4096).holding(0..1));
+        let holding = Region::builder().chunk(Chunk::source(Arc::clone(&held))).build(&pool).unwrap();
+        let source = Arc::new(Starting::default());
+        let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).report_discards(own);
+        let region = region.build(&pool).unwrap();
+        scope(|scope| {
+            scope.spawn(|| holding.as_slice()[0]);
+            held.wait_until_held(1);
+            for _ in 0..6 {
+                spawn_asleep(scope, || assert_eq!(region.as_slice()[0], 7));
+            }
+            held.release();
+        });
+        assert_eq!(*source.seen.lock().unwrap(), Some((raised, usual)), "own userfaultfd: {own}");
+    }
 }
 
 #[test]

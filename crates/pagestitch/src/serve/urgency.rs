@@ -7,15 +7,19 @@
 //! page, where it took 40.
 //!
 //! Not at all times: a worker that runs before the touching thread sleeps makes a single thread slower.
+//!
+//! A source may start threads in the meantime, such as those of a runtime that starts at its first use.
+//! They must not inherit the priority: the kernel lets them begin with a nice value of 0. So only a
+//! worker that has this value itself changes it.
 
-use pagestitch_kernel::priority::{nice, set_nice};
+use pagestitch_kernel::priority::{keep_from_children, nice, set_nice};
 
 /// The priority of the thread of a worker.
 #[derive(Debug, Default)]
 pub(super) struct Urgency {
-    /// The nice value of the thread without urgency. `None` if it is not changed: the thread belongs to
-    /// the caller, or the process may not raise it.
-    usual: Option<i32>,
+    /// False if the priority is not changed: the thread belongs to the caller, has a nice value of its
+    /// own, or may not change it.
+    may_rise: bool,
     /// The batches until it is lowered again; 0 if it is not raised.
     left: u32,
 }
@@ -23,7 +27,7 @@ pub(super) struct Urgency {
 impl Urgency {
     /// For the calling thread, which belongs to a pool.
     pub(super) fn of_this_thread() -> Self {
-        Self { usual: Some(nice()), left: 0 }
+        Self { may_rise: nice() == USUAL, left: 0 }
     }
 
     /// Notes a batch of so many messages for so many pages, and raises or lowers the priority.
@@ -37,11 +41,14 @@ impl Urgency {
 
     #[cold]
     fn change(&mut self, is_shared: bool) {
-        let Some(usual) = self.usual else { return };
+        if !self.may_rise {
+            return;
+        }
         if is_shared {
             // Without the privilege it is not tried again.
-            if self.left == 0 && set_nice((usual - RAISE).max(-20)).is_err() {
-                self.usual = None;
+            let raise = || keep_from_children().and_then(|()| set_nice(RAISED));
+            if self.left == 0 && raise().is_err() {
+                self.may_rise = false;
                 return;
             }
             self.left = BATCHES;
@@ -50,13 +57,15 @@ impl Urgency {
         self.left -= 1;
         if self.left == 0 {
             // Lowering the priority needs no privilege.
-            let _ = set_nice(usual);
+            let _ = set_nice(USUAL);
         }
     }
 }
 
-/// By so much the nice value is lower, which is ten times the share of the CPU.
-const RAISE: i32 = 10;
+/// The nice value that threads begin with.
+const USUAL: i32 = 0;
+/// The nice value of a raised priority, which is ten times the share of the CPU.
+const RAISED: i32 = -10;
 /// Batches for single threads until the priority is lowered. With a raised priority few threads wait
 /// for the same page, although they touch the same pages.
 const BATCHES: u32 = 256;
@@ -75,11 +84,14 @@ mod tests {
             urgency.note(8, 1);
             let raised = nice();
             // An ordinary user may not raise it.
-            assert!([before, (before - RAISE).max(-20)].contains(&raised), "{raised}");
+            assert!(raised == before || (before, raised) == (USUAL, RAISED), "{raised}");
             (0..BATCHES).for_each(|_| urgency.note(1, 1));
             assert_eq!(nice(), before);
             Urgency::default().note(8, 1);
             assert_eq!(nice(), before, "the thread of a caller");
+            set_nice(before.max(3)).unwrap();
+            Urgency::of_this_thread().note(8, 1);
+            assert_eq!(nice(), before.max(3), "a thread with a nice value of its own");
         });
         checked.join().unwrap();
     }

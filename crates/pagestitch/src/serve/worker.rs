@@ -244,7 +244,7 @@ impl Worker {
     /// Reads a batch of events of many regions, serves the first fault and queues the others. True if
     /// there may be more to read.
     fn serve_read_shared(&mut self, index: usize) -> bool {
-        let Self { state, post, batch, served, .. } = self;
+        let Self { state, post, batch, served, urgency, .. } = self;
         let (mut first, mut queued) = (None, 0);
         state.read_shared(index, batch, |region, request| {
             if first.is_none() {
@@ -254,6 +254,7 @@ impl Worker {
                 queued += 1;
             }
         });
+        urgency.note(batch.messages(), batch.faults().len());
         state.wake_others(queued);
         let is_full = batch.is_full();
         if is_full {
