@@ -6,15 +6,16 @@ use crate::{PAGE, SIGSEGV, discard, lacks_poison, pattern, reason, serve_until, 
 use pagestitch::source::{FailureReason, Memory, Pages, SharedFile, UnsealedMemfd};
 use pagestitch::{
     BuildOption, Chunk, Eager, Error, ErrorKind, FillRate, Inline, Manual, Method, OnFailure, PlanReason,
-    Pool, Region, Server, SharedRegion,
+    Pool, Region, Server, SharedRegion, Source,
 };
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
-use std::sync::Arc;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 const CAPACITY: u64 = 1 << 40;
 
@@ -304,6 +305,61 @@ fn a_manual_serves_appended_bytes() {
         serve_until(&mut manual, 10, || reader.is_finished());
         assert!(reader.join().unwrap());
     });
+}
+
+/// The thread that serves appends behind a page that was filled and discarded: a write to it would wait
+/// for the same thread.
+#[test]
+fn the_thread_of_a_manual_appends_behind_a_discarded_page() {
+    let mut manual = Manual::new().unwrap();
+    let log = Region::builder().capacity(CAPACITY).report_discards(false).build(&manual).unwrap();
+    let bytes = pattern(8, 20 * 777);
+    scope(|scope| {
+        let appender = scope.spawn(|| {
+            for part in bytes.chunks(777) {
+                let end = log.append(part.to_vec()).unwrap().end;
+                log.populate(end as u64 - 1..).unwrap();
+                discard(log.as_ptr().addr().get() + (end - 1) / PAGE * PAGE, PAGE);
+            }
+        });
+        appender.join().unwrap();
+        let reader = scope.spawn(|| log.as_slice() == bytes);
+        serve_until(&mut manual, 10, || reader.is_finished());
+        assert!(reader.join().unwrap());
+    });
+}
+
+/// More threads than the first table of filling callers has slots for.
+#[test]
+fn an_append_below_a_fill_of_the_last_page_is_refused_beside_many_callers() {
+    let log = Arc::new(log(&pool()));
+    let held = Arc::new(Scripted::new(300 * PAGE as u64).holding(0..300 * PAGE as u64));
+    let other = Region::builder().chunk(Chunk::source(Arc::clone(&held))).build(pool()).unwrap();
+    log.append(Chunk::source(Arc::new(Appending(Arc::downgrade(&log))))).unwrap();
+    scope(|scope| {
+        for page in 0..300 {
+            let other = &other;
+            scope.spawn(move || other.populate(page * PAGE as u64..(page + 1) * PAGE as u64).unwrap());
+        }
+        held.wait_until_held(300);
+        let error = log.populate(..).unwrap_err();
+        assert!(error.to_string().contains("would wait for itself"), "{error}");
+        held.release();
+    });
+}
+
+/// A source that appends to its own region when it is read.
+struct Appending(Weak<Region>);
+
+impl Source for Appending {
+    fn size(&self) -> u64 {
+        10
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        let log = self.0.upgrade().expect("the test has it");
+        log.append("1").map(drop).map_err(io::Error::other)
+    }
 }
 
 #[test]

@@ -14,11 +14,19 @@
 use crate::space::Mapping;
 use nix::unistd::gettid;
 use pagestitch_kernel::{Page, Span};
-use std::ptr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::{iter, ptr};
 
 /// Announces the pages that this thread fills, until it is dropped.
-pub(crate) struct FillingCaller(Option<&'static Slot>);
+pub(crate) struct FillingCaller(&'static Slot);
+
+/// Some slots, and the table of further ones. It is made when all slots are taken, and never freed,
+/// because signal handlers read it.
+struct Table {
+    slots: [Slot; SLOTS],
+    more: OnceLock<Box<Table>>,
+}
 
 struct Slot {
     /// The kernel's number of the thread; 0 if the slot is free.
@@ -30,34 +38,42 @@ struct Slot {
 
 impl FillingCaller {
     /// Create it before the pages are claimed, because a signal may arrive right after the claim.
-    /// If all slots are taken, the pages are not announced, and a handler that touches them waits
-    /// forever.
     pub(crate) fn new(region: &Mapping, span: Span) -> Self {
         // Before the slot is taken, because a signal may arrive right after that.
         ANNOUNCED.fetch_add(1, Ordering::SeqCst);
         let thread = this_thread();
-        let start = thread as usize % SLOTS.len();
-        let slot = SLOTS[start..]
-            .iter()
-            .chain(&SLOTS[..start])
-            .find(|slot| slot.thread.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst).is_ok());
-        if let Some(slot) = slot {
-            slot.region.store(ptr::from_ref(region).addr(), Ordering::SeqCst);
-            slot.first.store(span.first.0, Ordering::SeqCst);
-            slot.pages.store(span.pages, Ordering::SeqCst);
-        }
+        let mut table = &FIRST;
+        let slot = loop {
+            match table.take(thread) {
+                Some(slot) => break slot,
+                None => table = table.more.get_or_init(|| Box::new(Table::new())),
+            }
+        };
+        slot.region.store(ptr::from_ref(region).addr(), Ordering::SeqCst);
+        slot.first.store(span.first.0, Ordering::SeqCst);
+        slot.pages.store(span.pages, Ordering::SeqCst);
         Self(slot)
     }
 }
 
 impl Drop for FillingCaller {
     fn drop(&mut self) {
-        if let Some(slot) = self.0 {
-            // Before the thread: the slot's next owner must never have the pages of this one.
-            slot.pages.store(0, Ordering::SeqCst);
-            slot.thread.store(0, Ordering::SeqCst);
-        }
+        // Before the thread: the slot's next owner must never have the pages of this one.
+        self.0.pages.store(0, Ordering::SeqCst);
+        self.0.thread.store(0, Ordering::SeqCst);
         ANNOUNCED.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+impl Table {
+    const fn new() -> Self {
+        Self { slots: [const { Slot::free() }; SLOTS], more: OnceLock::new() }
+    }
+
+    /// Takes a free slot for a thread. Each thread begins at another one.
+    fn take(&self, thread: u32) -> Option<&Slot> {
+        let (before, from_start) = self.slots.split_at(thread as usize % SLOTS);
+        from_start.iter().chain(before).find(|slot| slot.take(thread))
     }
 }
 
@@ -71,6 +87,10 @@ impl Slot {
         }
     }
 
+    fn take(&self, thread: u32) -> bool {
+        self.thread.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
     fn holds(&self, thread: u32, region: &Mapping, page: Page) -> bool {
         let first = self.first.load(Ordering::SeqCst);
         self.thread.load(Ordering::SeqCst) == thread
@@ -81,12 +101,12 @@ impl Slot {
 
 /// The number of fills of a page by a thread, each below the one before.
 pub(crate) fn fillings(thread: u32, region: &Mapping, page: Page) -> usize {
-    SLOTS.iter().filter(|slot| slot.holds(thread, region, page)).count()
+    slots().filter(|slot| slot.holds(thread, region, page)).count()
 }
 
 /// Whether a thread is filling a page itself.
 pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
-    SLOTS.iter().any(|slot| slot.holds(thread, region, page))
+    slots().any(|slot| slot.holds(thread, region, page))
 }
 
 /// Whether the calling thread is filling a page itself. Costs one load while no caller fills pages.
@@ -94,11 +114,18 @@ pub(crate) fn fills_itself(region: &Mapping, page: Page) -> bool {
     ANNOUNCED.load(Ordering::SeqCst) > 0 && fills(this_thread(), region, page)
 }
 
+fn slots() -> impl Iterator<Item = &'static Slot> {
+    let tables = iter::successors(Some(&FIRST), |table| table.more.get().map(|more| &**more));
+    tables.flat_map(|table| &table.slots)
+}
+
 /// The kernel's number of this thread. Async-signal-safe: a plain system call.
 pub(crate) fn this_thread() -> u32 {
     gettid().as_raw() as u32
 }
 
-/// The number of callers that fill pages, also of those without a slot.
+/// The number of callers that fill pages.
 static ANNOUNCED: AtomicUsize = AtomicUsize::new(0);
-static SLOTS: [Slot; 256] = [const { Slot::free() }; 256];
+static FIRST: Table = Table::new();
+/// The slots of a table.
+const SLOTS: usize = 256;

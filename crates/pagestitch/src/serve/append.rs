@@ -42,7 +42,7 @@ pub(crate) fn append(
     let bytes = bytes.start..bytes.end.min(place.end);
     let filling = FillingCaller::new(region, page.span());
     let (mut claim, state) = loop {
-        let claimed = claim(region, page)?;
+        let claimed = claim(region, server, page)?;
         // The source is read without a claim, because it may take any time.
         if claimed.1 != PageState::Present || !first.is_empty() {
             break claimed;
@@ -76,16 +76,29 @@ fn show(region: &Mapping, reveal: Reveal<'_>, first: &[u8], end: u64) {
     region.publish();
 }
 
-/// Claims a page in its present state. Waits for the thread that is filling it.
-fn claim(region: &Mapping, page: Page) -> Result<(Claim<'_>, PageState), Error> {
+/// Claims a page, and returns its state. Waits for the thread that is filling it.
+fn claim<'r>(
+    region: &'r Mapping,
+    server: &dyn Attachment,
+    page: Page,
+) -> Result<(Claim<'r>, PageState), Error> {
     loop {
         let state = region.pages.state(page);
         if state.is_claimed() {
             wait(region, page)?;
         } else if let Ok(claim) = region.pages.claim_from(page, state, region) {
-            return Ok((claim, state));
+            let waits_for_itself = server.may_be_caller() && state == PageState::Present;
+            let is_gone = waits_for_itself && is_discarded(region, page);
+            return Ok((claim, if is_gone { PageState::Absent } else { state }));
         }
     }
+}
+
+/// True if the kernel lacks a page that was filled. No thread may serve the write to it.
+fn is_discarded(region: &Mapping, page: Page) -> bool {
+    let mut is_here = true;
+    region.target.residency(page.span(), |_, here| is_here = here);
+    !is_here
 }
 
 fn wait(region: &Mapping, page: Page) -> Result<(), Error> {

@@ -92,6 +92,11 @@ pub(crate) trait Attachment: fmt::Debug + Send + Sync {
         true
     }
 
+    /// True if the calling thread may be the only one that serves the region.
+    fn may_be_caller(&self) -> bool {
+        false
+    }
+
     /// The CPU of the worker that a fault of a shard wakes, if it is pinned.
     fn cpu_of(&self, _region: &Mapping, _shard: usize) -> Option<usize> {
         None

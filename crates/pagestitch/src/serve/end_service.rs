@@ -55,7 +55,7 @@ impl Served {
             if is_stuck() && self.target.revoke(self.target.all()).is_ok() {
                 break;
             }
-            // The workers of a pool read the events of a shared userfaultfd.
+            // Only a pool has shared userfaultfds, and its workers or its watchdog read them.
             if !self.uffd.is_shared() {
                 self.read_without_serving(&mut Batch::with_capacity(ORPHAN_EVENTS));
             }

@@ -105,6 +105,10 @@ impl Attachment for Attached {
         self.generation.is_current()
     }
 
+    fn may_be_caller(&self) -> bool {
+        true
+    }
+
     fn prefetch(&self, region: &Arc<Served>, job: &Arc<PrefetchJob>) -> Result<(), Error> {
         self.state.start_prefetch(region, job)
     }
