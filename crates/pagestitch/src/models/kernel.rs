@@ -159,6 +159,25 @@ impl Kernel {
         true
     }
 
+    /// Epoll: waits until an event is unread or there is other work, of which [`poke`](Self::poke) tells.
+    /// False after the stop.
+    pub(super) fn wait_for_work(&self, has_other: impl Fn() -> bool) -> bool {
+        let mut state = self.lock();
+        while state.unread.is_empty() && !has_other() {
+            if state.stopped {
+                return false;
+            }
+            state = self.changed.wait(state).unwrap();
+        }
+        true
+    }
+
+    /// Wakes the threads that wait for work.
+    pub(super) fn poke(&self) {
+        let _state = self.lock();
+        self.changed.notify_all();
+    }
+
     /// Epoll: waits until a thread has waited in a page.
     pub(super) fn wait_for_fault(&self, page: Page) {
         let mut state = self.lock();

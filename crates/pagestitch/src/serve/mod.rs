@@ -66,9 +66,9 @@ mod timers;
 mod urgency;
 mod watch;
 mod watchdog;
-mod weak_handle;
+pub(crate) mod weak_handle;
 mod worker;
-mod worker_table;
+pub(crate) mod worker_table;
 mod worker_threads;
 
 pub(crate) use append::append;

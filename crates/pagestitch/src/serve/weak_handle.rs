@@ -5,9 +5,9 @@ use crate::reclaim::EnterRegion;
 use crate::space::Mapping;
 use pagestitch_kernel::cache;
 use pagestitch_kernel::gate::{Gate, GateGuard, OwnedGateGuard};
+use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::fmt;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// A weak handle to a region. A queue may hold it for any time.
@@ -48,7 +48,7 @@ pub(super) struct OwnedRegionGuard<R> {
 }
 
 impl<R> RegionHandle<R> {
-    pub(super) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
+    pub(crate) fn new(gate: &Arc<Gate>, region: &Arc<R>) -> Self {
         Self {
             gate: Arc::clone(gate),
             region: Arc::downgrade(region),
@@ -80,11 +80,11 @@ impl<R> RegionHandle<R> {
     }
 
     /// Notes that a thread waits in the region, which is being dropped: its fault came too late.
-    pub(super) fn note_stray(&self) {
+    pub(crate) fn note_stray(&self) {
         self.has_stray.store(true, Ordering::SeqCst);
     }
 
-    pub(super) fn has_stray(&self) -> bool {
+    pub(crate) fn has_stray(&self) -> bool {
         self.has_stray.load(Ordering::SeqCst)
     }
 

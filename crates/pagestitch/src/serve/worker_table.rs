@@ -7,13 +7,13 @@
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use pagestitch_kernel::Errno;
-use parking_lot::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use pagestitch_kernel::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// All workers of a pool, or of several [`Manual`](crate::Manual)s.
 #[derive(Debug)]
-pub(super) struct WorkerTable {
+pub(crate) struct WorkerTable {
     slots: Box<[Slot]>,
     posts: usize,
     working: AtomicUsize,
@@ -46,7 +46,7 @@ struct Slot {
 
 /// The watchdog's memory of the worker in one slot.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct SeenWorker {
+pub(crate) struct SeenWorker {
     steps: u64,
     /// How long the worker has been in the same step.
     still: Duration,
@@ -54,7 +54,7 @@ pub(super) struct SeenWorker {
 
 /// The result of one look at all workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Observation {
+pub(crate) struct Observation {
     /// The number of workers that a source holds up.
     pub(super) held_up: usize,
     /// The number of workers that wait for events.
@@ -65,7 +65,7 @@ pub(super) struct Observation {
 
 impl WorkerTable {
     /// A table for at most `most` workers at `posts` posts.
-    pub(super) fn new(posts: usize, most: usize) -> Result<Self, Errno> {
+    pub(crate) fn new(posts: usize, most: usize) -> Result<Self, Errno> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         Ok(Self {
             slots: (0..most.min(MOST).max(posts)).map(|_| Slot::default()).collect(),
@@ -82,7 +82,7 @@ impl WorkerTable {
     }
 
     /// The number of workers, including those that are held up.
-    pub(super) fn working(&self) -> usize {
+    pub(crate) fn working(&self) -> usize {
         self.working.load(Ordering::Relaxed)
     }
 
@@ -92,8 +92,8 @@ impl WorkerTable {
     }
 
     /// Adds a worker at a post and returns its slot. `None` if the table is full.
-    pub(super) fn add(&self, post: usize) -> Option<usize> {
-        let _one = self.change.lock();
+    pub(crate) fn add(&self, post: usize) -> Option<usize> {
+        let _one = self.one_at_a_time();
         let slot = self.slots.iter().position(|slot| slot.steps.load(Ordering::Relaxed) == VACANT)?;
         self.slots[slot].post.store(post, Ordering::Relaxed);
         self.slots[slot].steps.store(FIRST, Ordering::SeqCst);
@@ -103,8 +103,8 @@ impl WorkerTable {
 
     /// Removes a worker that has just found no work, if another worker waits at its post. False if
     /// the worker must stay.
-    pub(super) fn try_remove(&self, slot: usize) -> bool {
-        let _one = self.change.lock();
+    pub(crate) fn try_remove(&self, slot: usize) -> bool {
+        let _one = self.one_at_a_time();
         let post = self.slots[slot].post.load(Ordering::Relaxed);
         let other = |(index, other): (usize, &Slot)| {
             let steps = other.steps.load(Ordering::SeqCst);
@@ -119,8 +119,12 @@ impl WorkerTable {
 
     /// Removes a worker whose thread could not be started.
     pub(super) fn cancel(&self, slot: usize) {
-        let _one = self.change.lock();
+        let _one = self.one_at_a_time();
         self.remove(slot);
+    }
+
+    fn one_at_a_time(&self) -> MutexGuard<'_, ()> {
+        self.change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remove(&self, slot: usize) {
@@ -130,17 +134,17 @@ impl WorkerTable {
 
     /// True if there are more workers than posts: a worker that finds no work for a while then
     /// [ends](Self::try_remove).
-    pub(super) fn has_replacements(&self) -> bool {
+    pub(crate) fn has_replacements(&self) -> bool {
         self.working() > self.posts
     }
 
     /// Records that the worker waits from now on.
-    pub(super) fn mark_waiting(&self, slot: usize) {
+    pub(crate) fn mark_waiting(&self, slot: usize) {
         self.slots[slot].steps.fetch_add(1, Ordering::SeqCst);
     }
 
     /// Records that the worker works from now on, and wakes the watchdog if it sleeps.
-    pub(super) fn mark_working(&self, slot: usize) {
+    pub(crate) fn mark_working(&self, slot: usize) {
         self.slots[slot].steps.fetch_add(1, Ordering::SeqCst);
         // Either this load sees that the watchdog sleeps, or the watchdog sees the step, because it
         // looks once more before it sleeps.
@@ -150,7 +154,7 @@ impl WorkerTable {
     }
 
     /// Records that the worker has made progress.
-    pub(super) fn step(&self, slot: usize) {
+    pub(crate) fn step(&self, slot: usize) {
         let steps = &self.slots[slot].steps;
         // No other thread writes this counter.
         steps.store(steps.load(Ordering::Relaxed).wrapping_add(2), Ordering::Relaxed);
@@ -179,7 +183,7 @@ impl WorkerTable {
     }
 
     /// Looks at all workers. `passed` is the time since the last look.
-    pub(super) fn observe(&self, seen: &mut Vec<SeenWorker>, passed: Duration) -> Observation {
+    pub(crate) fn observe(&self, seen: &mut Vec<SeenWorker>, passed: Duration) -> Observation {
         seen.resize(self.slots.len(), SeenWorker::default());
         let mut look = Observation { held_up: 0, waiting: 0, busy: false };
         for (slot, seen) in self.slots.iter().zip(seen) {
@@ -196,7 +200,7 @@ impl WorkerTable {
     }
 
     /// The posts at which no worker makes progress.
-    pub(super) fn abandoned<'a>(&'a self, seen: &'a [SeenWorker]) -> impl Iterator<Item = usize> + 'a {
+    pub(crate) fn abandoned<'a>(&'a self, seen: &'a [SeenWorker]) -> impl Iterator<Item = usize> + 'a {
         let has_progress = move |post: usize| {
             self.slots.iter().zip(seen).any(|(slot, seen)| {
                 slot.post.load(Ordering::Relaxed) == post && seen.steps != VACANT && !seen.is_held_up()
@@ -217,13 +221,13 @@ const VACANT: u64 = 0;
 /// The step count of a worker that joins. It is even, so the worker waits.
 const FIRST: u64 = 2;
 /// A worker that is in the same step for this long is replaced.
-pub(super) const HELD_UP_AFTER: Duration = Duration::from_millis(10);
+pub(crate) const HELD_UP_AFTER: Duration = Duration::from_millis(10);
 /// The most workers of a pool, by default.
 pub(super) const MOST_BY_DEFAULT: usize = 64;
 /// The highest value of `max_workers()`.
 const MOST: usize = 4096;
 
-#[cfg(test)]
+#[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
 

@@ -56,6 +56,8 @@ pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
 pub(crate) use residence::{Prepared, Residence};
 pub(crate) use shards::Shards;
+#[cfg(all(test, shuttle))]
+pub(crate) use shared_uffd::Readers;
 pub(crate) use shared_uffd::{SharedPlace, SharedRanges, SharedUffd};
 pub(crate) use spare_uffds::SpareUffds;
 pub(crate) use target::Target;

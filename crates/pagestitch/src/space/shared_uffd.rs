@@ -15,42 +15,55 @@
 
 use pagestitch_kernel::Uffd;
 use pagestitch_kernel::fork::ForkGeneration;
+use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
+use pagestitch_kernel::sync::yield_now;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 /// A userfaultfd of a pool, for many regions.
 #[derive(Debug)]
 pub(crate) struct SharedUffd {
     pub(crate) uffd: Uffd,
-    /// The threads that read its events, or have read some and not yet told all regions.
-    readers: AtomicUsize,
+    readers: Readers,
 }
 
-/// A thread that reads the events of a [`SharedUffd`], until the regions of all faults know of them.
-pub(crate) struct Reading<'u>(&'u SharedUffd);
-
 impl SharedUffd {
-    pub(crate) const fn new(uffd: Uffd) -> Self {
-        Self { uffd, readers: AtomicUsize::new(0) }
+    pub(crate) fn new(uffd: Uffd) -> Self {
+        Self { uffd, readers: Readers::default() }
     }
 
     /// Called before events are read.
     pub(crate) fn reading(&self) -> Reading<'_> {
-        self.readers.fetch_add(1, Ordering::SeqCst);
-        Reading(self)
+        self.readers.reading()
     }
 
     /// True if a fault may be on its way to its region: unread, or read a moment ago. Waits a moment
     /// for the readers.
     pub(crate) fn has_faults_under_way(&self) -> bool {
+        self.readers.have_faults_under_way(|| self.uffd.has_unread())
+    }
+}
+
+/// The threads that read the events of a userfaultfd, or have read some and not yet told all regions.
+#[derive(Debug, Default)]
+pub(crate) struct Readers(AtomicUsize);
+
+/// A thread that reads events, until the regions of all faults know of them.
+pub(crate) struct Reading<'r>(&'r Readers);
+
+impl Readers {
+    pub(crate) fn reading(&self) -> Reading<'_> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Reading(self)
+    }
+
+    pub(crate) fn have_faults_under_way(&self, has_unread: impl Fn() -> bool) -> bool {
         // In this order: a fault that is read between the two finds its reader counted.
-        let is_idle = || !self.uffd.has_unread() && self.readers.load(Ordering::SeqCst) == 0;
+        let is_idle = || !has_unread() && self.0.load(Ordering::SeqCst) == 0;
         (0..LOOKS).all(|_| {
             let is_busy = !is_idle();
             if is_busy {
-                thread::yield_now();
+                yield_now();
             }
             is_busy
         })
@@ -59,7 +72,7 @@ impl SharedUffd {
 
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
-        self.0.readers.fetch_sub(1, Ordering::SeqCst);
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
