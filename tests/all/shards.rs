@@ -15,6 +15,7 @@ use pagestitch::{
 };
 use pagestitch_kernel::memfd::UnsealedMemfd;
 use pagestitch_kernel::{Access, Page, PageSize, View};
+use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -351,7 +352,8 @@ fn the_worker_of_each_shard_has_its_cpu() {
     assert!(region.shards().iter().all(|shard| shard.cpu.is_none()));
 }
 
-/// As when CPUs are taken offline, or out of the cpuset of the process: the kernel moves the threads.
+/// As when CPUs are taken offline, or out of the cpuset of the process: the kernel moves the threads, also
+/// those that serve a fault.
 #[test]
 fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
     let pool = Pool::builder().placement(Placement::PerCpu).name("moved").start().unwrap();
@@ -365,14 +367,56 @@ fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
     let workers = fs::read_dir("/proc/self/task").unwrap().map(|task| task.unwrap().path());
     let workers = workers
         .filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.starts_with("moved/")));
-    let mut moved = 0;
-    for worker in workers {
-        let thread = worker.file_name().unwrap().to_str().unwrap().parse().unwrap();
-        sched_setaffinity(Pid::from_raw(thread), &one).unwrap();
-        moved += 1;
-    }
-    assert_eq!(moved, pool.workers());
-    assert_eq!(region.as_slice(), bytes);
+    let (start, done, bytes) = (starts(&region)[0], &AtomicBool::new(false), &bytes);
+    scope(|scope| {
+        let reader = scope.spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                discard(start, SHARDS * BLOCK);
+                (0..bytes.len())
+                    .step_by(29 * PAGE)
+                    .for_each(|at| assert_eq!(touch(start + at), bytes[at], "byte {at}"));
+            }
+        });
+        until(|| region.metrics().faults > 100);
+        let mut moved = 0;
+        for worker in workers {
+            let thread = worker.file_name().unwrap().to_str().unwrap().parse().unwrap();
+            sched_setaffinity(Pid::from_raw(thread), &one).unwrap();
+            moved += 1;
+        }
+        assert_eq!(moved, pool.workers());
+        let before = region.metrics().faults;
+        until(|| region.metrics().faults > before + 100);
+        done.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+    });
+    assert!(region.as_slice() == bytes);
+}
+
+#[test]
+fn forks_lose_no_byte_while_all_shards_fault() {
+    let bytes = pattern(8, SHARDS * BLOCK);
+    let builder = Region::builder().chunk(bytes.clone()).shards(SHARDS).readahead(Readahead::None);
+    let region = builder.build(&pool()).unwrap();
+    let (starts, done, bytes) = (starts(&region), &AtomicBool::new(false), &bytes);
+    scope(|scope| {
+        for (shard, &start) in starts.iter().enumerate() {
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    // Across the border with the next shard, if there is one.
+                    discard(start + 412 * PAGE, if shard + 1 < SHARDS { 200 } else { 100 } * PAGE);
+                    for page in 412..512 {
+                        let at = shard * BLOCK + page * PAGE;
+                        assert_eq!(touch(start + page * PAGE), bytes[at], "byte {at}");
+                    }
+                }
+            });
+        }
+        until(|| region.metrics().faults > 100);
+        assert!((0..10).all(|_| ForkedChild::start(|| 0).succeeds()));
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(region.as_slice() == bytes);
 }
 
 #[test]

@@ -4,15 +4,16 @@ use crate::application::moved;
 use crate::spare_uffds::userfaultfds;
 use crate::{PAGE, SIGBUS, SIGSEGV, discard, lacks_poison, pattern, spawn_asleep, touch};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use pagestitch::{Chunk, Pool, Readahead, Region};
+use pagestitch::source::Memory;
+use pagestitch::{Chunk, Manual, Pool, Readahead, Region};
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
 use std::thread;
 use std::time::Duration;
 
@@ -40,6 +41,10 @@ fn small_regions_share_a_few_userfaultfds() {
         let own = Region::builder().chunk(vec![7; 10]).report_discards(true).build(&pool).unwrap();
         let shard = Region::builder().chunk(vec![7; 10]).shards(1).build(&pool).unwrap();
         assert_eq!((own.as_slice()[5], shard.as_slice()[5], userfaultfds()), (7, 7, 6));
+        let manual = Manual::new().unwrap();
+        let of_a_manual: Vec<_> = (0..3).map(|_| Region::builder().chunk("7").build(&manual)).collect();
+        assert_eq!(userfaultfds(), 9, "each region of a manual has its own");
+        drop((of_a_manual, manual));
         drop((regions, large, own, shard));
         pool.stop().unwrap();
         assert_eq!(userfaultfds(), 0, "the pool closes them");
@@ -88,6 +93,47 @@ fn regions_are_built_and_dropped_by_four_threads_during_faults_in_all() {
             .collect();
         builders.into_iter().for_each(|builder| builder.join().unwrap());
         done.store(true, Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn four_threads_read_thousands_of_regions_that_are_built_and_dropped() {
+    crowd(2000);
+}
+
+#[test]
+#[ignore = "takes seconds, and many mappings"]
+fn four_threads_read_sixteen_thousand_regions_that_are_built_and_dropped() {
+    crowd(16_000);
+}
+
+/// Each thread reads all bytes of one region after the other, and replaces each fourth region.
+fn crowd(regions: usize) {
+    const LENGTH: usize = PAGE + 100;
+    let (pool, bytes) = (pool(2), pattern(3, 1 << 20));
+    let memory = Memory::from(bytes.clone());
+    // Each region has other bytes than the ones before at its addresses.
+    let build = |number: usize| {
+        let start = number * 7919 % (bytes.len() - LENGTH);
+        let chunk = Chunk::from(memory.clone()).range(start as u64..(start + LENGTH) as u64);
+        (start, Region::builder().chunk(chunk).build(&pool).unwrap())
+    };
+    let slots: Vec<_> = (0..regions).map(|number| RwLock::new(Arc::new(build(number)))).collect();
+    scope(|scope| {
+        for thread in 0..4 {
+            let (slots, build, bytes) = (&slots, &build, &bytes);
+            scope.spawn(move || {
+                for step in 0..regions {
+                    let slot = &slots[(step * [1, 3, 7, 9][thread] + thread * regions / 4) % regions];
+                    let seen = Arc::clone(&slot.read().unwrap());
+                    let (start, region) = &*seen;
+                    assert!(region.as_slice() == &bytes[*start..start + LENGTH], "{thread} {step}");
+                    if step % 4 == thread {
+                        *slot.write().unwrap() = Arc::new(build(regions + step * 4 + thread));
+                    }
+                }
+            });
+        }
     });
 }
 

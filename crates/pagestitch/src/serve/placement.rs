@@ -206,5 +206,8 @@ mod tests {
             let error = on(4, workers, &placement).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::InvalidOption, "{error}");
         }
+        // CPU 1 exists, and the process may not use it.
+        let error = WorkerCpus::on(&[0, 2], None, &Placement::Cpus(vec![0, 1])).unwrap_err();
+        assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidOption, Some(BuildOption::Placement)));
     }
 }
