@@ -5,6 +5,8 @@ use super::kernel::Injection;
 use super::locked::Locked;
 use super::tally::Tally;
 use fastrand::Rng;
+use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
+use nix::unistd::Pid;
 use pagestitch::source::FailureReason;
 use pagestitch::{Region, Support};
 use pagestitch_kernel::Features;
@@ -40,7 +42,12 @@ impl OwnedRegion<'_> {
         thread::scope(|scope| {
             let start = |_| {
                 let mut rng = rng.fork();
-                scope.spawn(move || self.touch_at_random(&mut rng))
+                scope.spawn(move || {
+                    if rng.u8(..3) == 0 {
+                        pin(tally);
+                    }
+                    self.touch_at_random(&mut rng)
+                })
             };
             let threads: Vec<_> = (0..threads).map(start).collect();
             self.locked.meanwhile(tally);
@@ -168,6 +175,14 @@ impl OwnedRegion<'_> {
         }
         Ok(())
     }
+}
+
+/// Keeps the calling thread on its CPU, where a worker may be pinned too.
+fn pin(tally: &Tally) {
+    let mut only = CpuSet::new();
+    let set = sched_getcpu().and_then(|cpu| only.set(cpu));
+    let pinned = set.and_then(|()| sched_setaffinity(Pid::from_raw(0), &only));
+    Tally::count(&tally.pinned_threads, pinned.is_ok().into());
 }
 
 fn is_unmapped(error: &pagestitch::Error) -> bool {

@@ -47,12 +47,18 @@ fn run_owned(
     let builder = if inherited { builder.inherit_on_fork() } else { builder };
     let builder = if releases { builder.release_sources() } else { builder };
     let builder = if server.is_inline() { builder } else { configure_events(rng, builder) };
-    let shards = if inherited || server.is_inline() { 1 } else { rng.usize(1..9) };
+    // Without a number, a small region of a pool shares its userfaultfd.
+    let shards =
+        if inherited || server.is_inline() { None } else { [None, Some(1), Some(8)][rng.usize(..3)] };
+    let builder = match shards {
+        Some(most) => builder.shards(rng.usize(1..=most)),
+        None => builder,
+    };
     if rng.bool() {
         // The region gets the userfaultfd of this one.
         drop(Region::builder().chunk(vec![1u8; 10]).build(server.server())?);
     }
-    let region = builder.shards(shards).build(server.server())?;
+    let region = builder.build(server.server())?;
     Tally::count(&tally.shards, region.shards().len() as u64);
     let (context, reads_events) = (Context { model: &model, tally, heartbeat }, !server.is_inline());
     let owned = OwnedRegion {

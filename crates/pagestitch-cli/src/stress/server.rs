@@ -2,7 +2,7 @@
 
 use fastrand::Rng;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pagestitch::{Inline, Manual, Pool, Region, Server};
+use pagestitch::{Inline, Manual, Placement, Pool, Region, Server};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -42,6 +42,7 @@ impl RunningServer {
             _ => {
                 let pool = Pool::builder();
                 let pool = if rng.bool() { pool.workers(rng.usize(1..5)) } else { pool };
+                let pool = if rng.u8(..4) == 0 { pool.placement(Placement::PerCpu) } else { pool };
                 server.pool = Some(pool.start()?);
             }
         }

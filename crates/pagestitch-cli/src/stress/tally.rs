@@ -49,6 +49,8 @@ tally! {
     locked_skipped,
     /// Shards of the regions that were built.
     shards,
+    /// Threads that stayed on one CPU.
+    pinned_threads,
     /// Calls on a part of a region, most of which split its mapping.
     splits,
     /// Donations whose chunks have another order, and share pages.
