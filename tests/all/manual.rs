@@ -1,9 +1,9 @@
 //! `Manual`, a server in the caller's own loop: it serves on request, its descriptor reports
 //! faults, and its last drop leaves no thread waiting.
 
-use crate::{PAGE, is_readable, pattern, serve_until, touch, until};
+use crate::{PAGE, is_readable, pattern, serve_until, spawn_asleep, touch, until};
 use nix::poll::PollTimeout;
-use pagestitch::{Chunk, ErrorKind, Manual, Region, Server};
+use pagestitch::{Chunk, ErrorKind, Manual, Readahead, Region, Server};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -48,6 +48,21 @@ fn a_small_budget_keeps_the_descriptor_readable_until_all_is_served() {
     until(|| {
         manual.serve_ready(1);
         !is_ready(&manual)
+    });
+}
+
+#[test]
+fn a_call_serves_no_more_faults_than_its_budget() {
+    let bytes = pattern(3, 20 * PAGE);
+    let mut manual = Manual::new().unwrap();
+    let builder = Region::builder().chunk(bytes.clone()).readahead(Readahead::None);
+    let region = builder.build(&manual).unwrap();
+    scope(|scope| {
+        for page in 0..20 {
+            let (region, bytes) = (&region, &bytes);
+            spawn_asleep(scope, move || assert_eq!(region.as_slice()[page * PAGE], bytes[page * PAGE]));
+        }
+        assert_eq!([5, 1, 100].map(|budget| manual.serve_ready(budget)), [5, 1, 14]);
     });
 }
 

@@ -185,9 +185,10 @@ impl Manual {
     /// Serves the pending faults and fills ahead, without waiting for more faults. Returns the
     /// number of served faults.
     ///
-    /// Stops when no work is left, or after `budget` faults, give or take a batch of 64. While work
-    /// is left, the descriptor stays readable. A slow source holds up the caller. In a forked child
-    /// it serves nothing and returns 0, because the regions and their faults are the parent's.
+    /// Stops when no work is left, or after `budget` faults. It exceeds the budget only while more than
+    /// 1,024 faults wait, which it then serves as it reads them. While work is left, the descriptor stays
+    /// readable. A slow source holds up the caller. In a forked child it serves nothing and returns 0,
+    /// because the regions and their faults are the parent's.
     ///
     /// ```
     /// # use pagestitch::{Manual, Region};

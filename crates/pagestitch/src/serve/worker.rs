@@ -43,6 +43,8 @@ pub(super) struct Worker {
     batch: Batch,
     buffers: Buffers,
     served: u64,
+    /// The number of served faults at which a call of [`serve_ready`](Self::serve_ready) ends.
+    serves_until: u64,
     urgency: Urgency,
 }
 
@@ -76,6 +78,7 @@ impl Worker {
             batch: Batch::with_capacity(BATCH),
             buffers: Buffers::new()?,
             served: 0,
+            serves_until: u64::MAX,
             urgency: Urgency::default(),
         })
     }
@@ -113,7 +116,8 @@ impl Worker {
     pub(super) fn serve_ready(&mut self, budget: u64) -> u64 {
         let _abort = AbortOnPanic::armed();
         let before = self.served;
-        while self.served - before < budget {
+        self.serves_until = before.saturating_add(budget);
+        while self.served < self.serves_until {
             let left = self.state.has_more();
             let round = self.round(EpollTimeout::ZERO);
             self.state.workers.mark_waiting(self.slot);
@@ -221,7 +225,8 @@ impl Worker {
                 // wait either.
                 return self.state.look_later(region, TURN_MAX);
             }
-            let reads_on = turn.is_held() && !self.batch.faults().is_empty() && batch < BATCHES;
+            let goes_on = batch < BATCHES && self.left() > 0;
+            let reads_on = turn.is_held() && !self.batch.faults().is_empty() && goes_on;
             if !reads_on && turn.try_release(self.batch.is_full()) {
                 return;
             }
@@ -278,6 +283,7 @@ impl Worker {
         shard: usize,
         turn: &mut ReadTurn<'_>,
     ) -> Result<(), Busy> {
+        let left = self.left() as usize;
         let Self { state, post, batch, buffers, served, slot, urgency, .. } = self;
         // Workers do not read regions whose children are served, so no event of a child arrives
         // here.
@@ -297,7 +303,10 @@ impl Worker {
         let read_again = turn.after_read(read, region.latency.is_fast());
         let mut pages = batch.faults().iter().filter_map(|fault| to_request(region, fault, read));
         // A worker that must read again enters no source before that, so it queues the whole batch.
-        let (first, keeps) = if read_again { (None, 0) } else { (pages.next(), turn.local_share()) };
+        let (first, keeps) = match left.checked_sub(1).filter(|_| !read_again) {
+            Some(others) => (pages.next(), turn.local_share().min(others)),
+            None => (None, 0),
+        };
         let (mut queued, mut kept) = (0, 0);
         for (index, request) in pages.enumerate() {
             match state.enqueue(QueuedFault::new(region, request)).ok() {
@@ -423,13 +432,18 @@ impl Worker {
     fn serve_queued(&mut self) {
         self.state.handle_all_deferred();
         // A limited number, because unread faults of the regions come next.
-        self.serve_some_queued(QUEUED_AT_ONCE);
+        self.serve_some_queued(QUEUED_AT_ONCE.min(self.left()));
         self.serve_permitted();
         if self.state.slow_admission.has_waiters() {
             let last_resort = self.state.workers.last_resort.load(Ordering::Relaxed);
             let next = self.state.slow_admission.admit_next(self.state.slow_workers_max(), last_resort);
             self.serve_slow(next);
         }
+    }
+
+    /// The number of faults until a call ends.
+    const fn left(&self) -> u64 {
+        self.serves_until.saturating_sub(self.served)
     }
 
     fn serve_some_queued(&mut self, most: u64) {
