@@ -28,10 +28,18 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
     let mut cases = Vec::new();
     for (threads, name) in options.thread_points(THREADS) {
         for point in [FIRST, ALL, EACH] {
-            let others: &[&str] = if point == EACH { &[PLAIN] } else { &[EAGER, PLAIN] };
+            let others: &[&str] = match point {
+                EACH => &[PLAIN],
+                ALL => &[EAGER, PLAIN, MAPPING],
+                _ => &[EAGER, PLAIN],
+            };
             for (system, restore) in handlers(&pool) {
                 // Each touch of an eager copy finds its page present, so it has no latency to compare.
                 if (system, point) == (EAGER, EACH) {
+                    continue;
+                }
+                // The pages of a new mapping cost time up to the last touch.
+                if system == MAPPING && point != ALL {
                     continue;
                 }
                 let snapshot = Arc::clone(&snapshot);
@@ -45,8 +53,13 @@ pub(super) fn cases(options: &Options) -> Vec<Case> {
 }
 
 /// The ways to restore a guest, by their names.
-fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 7] {
-    let plain = |snapshot: &Snapshot, guest| snapshot.restore(guest, |fd, start| snapshot.serve(fd, start));
+fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 8] {
+    let plain = |snapshot: &Snapshot, guest| {
+        snapshot.restore(guest, |fd, start| serve(Arc::clone(&snapshot.memfd), fd, start))
+    };
+    let mapping = |snapshot: &Snapshot, guest| {
+        snapshot.restore(guest, |fd, start| serve(Arc::new(snapshot.mapped_anew()), fd, start))
+    };
     let eager =
         |snapshot: &Snapshot, guest| wait(spawn(&snapshot.task(GuestMemory::Eager(snapshot.path()), guest)));
     [
@@ -56,6 +69,7 @@ fn handlers(pool: &Pool) -> [(&'static str, Box<Restore>); 7] {
         (FILLING, in_background(pool)),
         (REPLAY, replayed(pool)),
         (PLAIN, Box::new(plain)),
+        (MAPPING, Box::new(mapping)),
         (EAGER, Box::new(eager)),
     ]
 }
@@ -153,9 +167,12 @@ impl Snapshot {
                 .expect("memory");
         }
         let memfd = memfd.seal().expect("no other holder of the memfd");
-        let copy = memfd.as_fd().try_clone_to_owned().expect("a descriptor");
-        let mapped = Arc::new(Memfd::from_fd(copy).expect("a sealed memfd"));
+        let mapped = Arc::new(Memfd::from(mapped_anew(&memfd)));
         Self { memfd: Arc::new(memfd), mapped }
+    }
+
+    fn mapped_anew(&self) -> SealedMemfd {
+        mapped_anew(&self.memfd)
     }
 
     fn bytes(&self) -> usize {
@@ -207,19 +224,25 @@ impl Snapshot {
         end();
         restored
     }
+}
 
-    /// Serves in the plain way: one thread, the file mapped, one page at a time.
-    fn serve(&self, fd: OwnedFd, start: usize) -> impl FnOnce() + use<> {
-        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
-        let (stopped, memfd) = (Arc::clone(&stop), Arc::clone(&self.memfd));
-        let thread = thread::spawn(move || {
-            serve_plainly(fd, &stopped, start, &|offset| &memfd.as_ref().as_ref()[offset..offset + 4096]);
-        });
-        move || {
-            stop.write(1).expect("an eventfd takes a 1");
-            thread.join().expect("a handler");
-        }
+/// Serves in the plain way: one thread, the file mapped, one page at a time.
+fn serve(memfd: Arc<SealedMemfd>, fd: OwnedFd, start: usize) -> impl FnOnce() {
+    let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC).expect("an eventfd"));
+    let stopped = Arc::clone(&stop);
+    let thread = thread::spawn(move || {
+        serve_plainly(fd, &stopped, start, &|offset| &memfd.as_ref().as_ref()[offset..offset + 4096]);
+    });
+    move || {
+        stop.write(1).expect("an eventfd takes a 1");
+        thread.join().expect("a handler");
     }
+}
+
+/// The memfd with a new mapping, whose page tables are empty.
+fn mapped_anew(memfd: &SealedMemfd) -> SealedMemfd {
+    let copy = memfd.as_fd().try_clone_to_owned().expect("a descriptor");
+    SealedMemfd::try_from(copy).expect("a sealed memfd")
 }
 
 fn handshake(stream: &UnixStream) -> (OwnedFd, usize) {
@@ -238,6 +261,8 @@ const FILLING: &str = "pool, in background";
 const BARE: &str = "pool, no readahead";
 const SEALED: &str = "pool, from a sealed memfd";
 const PLAIN: &str = "plain handler";
+/// A handler that is started for its guest, as that of Firecracker's documentation.
+const MAPPING: &str = "plain handler, new mapping";
 const EAGER: &str = "eager copy";
 const FIRST: &str = "to the first touch";
 const ALL: &str = "to the last touch";
