@@ -46,6 +46,7 @@ mod on_memfd;
 mod options;
 mod panics;
 mod peers;
+mod pinned;
 mod prefetch;
 mod readahead;
 mod reading;

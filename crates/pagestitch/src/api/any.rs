@@ -186,8 +186,16 @@ impl AnyRegion {
     ) -> Result<(), Error> {
         let span = self.span(range)?;
         self.fits_its_budget(span)?;
-        self.fill(span, &go_on)?;
-        self.read_in_place(span, &go_on)
+        self.populate_span(span, &go_on)
+    }
+
+    pub(super) fn populate_pages(&self, span: Span) -> Result<(), Error> {
+        self.populate_span(span, &|| true)
+    }
+
+    fn populate_span(&self, span: Span, go_on: &(dyn Fn() -> bool + Sync)) -> Result<(), Error> {
+        self.fill(span, go_on)?;
+        self.read_in_place(span, go_on)
     }
 
     /// Refuses to fill more pages than the region's budget has room for.

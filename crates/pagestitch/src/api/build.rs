@@ -379,10 +379,7 @@ fn finish(
     if let Some(view) = &mut view {
         server.inner().fill(&mapping, view, max_in_flight)?;
     }
-    if !server.inner().serves_faults() {
-        mapping.release_all_sources();
-        mapping.drop_copied_sources();
-    }
+    drop_filled_sources(&mut mapping, server);
     if !dumped {
         hide_from_dumps(&mapping)?;
     }
@@ -391,6 +388,14 @@ fn finish(
         share.serve(any.served.handle().clone());
     }
     Ok((view, any))
+}
+
+/// Drops the sources of a region that the build has filled.
+fn drop_filled_sources(mapping: &mut Mapping, server: &Server) {
+    if !server.inner().serves_faults() {
+        mapping.release_all_sources();
+        mapping.drop_copied_sources();
+    }
 }
 
 /// The service of children of `fork(2)`, if the region has one.

@@ -9,6 +9,7 @@
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `changes` | the pages that were written, and a file with their bytes |
 //! | `write_back` | written pages go to their sources |
+//! | `pin` | pages that leave or stay because the application asks for it |
 //! | `prefetch` | a prefetch in progress |
 //! | `shard` | the shards of a region |
 //! | `region` | a region that owns its range |
@@ -27,6 +28,7 @@ mod growth;
 mod nesting;
 mod on_memfd;
 mod options;
+mod pin;
 mod prefetch;
 mod read_in_place;
 mod refused;

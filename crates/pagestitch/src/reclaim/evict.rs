@@ -53,7 +53,7 @@ impl State {
         self.drop_pages(victims);
     }
 
-    fn empty(&self, standby: &Standby, run: Emptying) {
+    pub(super) fn empty(&self, standby: &Standby, run: Emptying) {
         if run.frames > 0 && standby.arena.empty(run.slots()).is_err() {
             // Not known to happen. The slots stay out of use.
             return;
@@ -62,21 +62,24 @@ impl State {
         self.release(run.frames);
     }
 
-    /// Moves pages to taken slots, from `slot` on.
-    fn move_out(&self, standby: &Standby, victims: &[PageKey], slot: usize) {
-        let mut slot = slot;
+    /// Moves pages to taken slots, from `slot` on. Returns the number of those that have moved.
+    pub(super) fn move_out(&self, standby: &Standby, victims: &[PageKey], slot: usize) -> usize {
+        let (mut slot, mut moved) = (slot, 0);
         self.each_region(victims, |share, group| {
-            let out = |share: &Share| share.enter(&mut |region| share.move_out(region, standby, group, slot));
-            if !share.is_some_and(out) {
+            let mut out = |share: &Share| {
+                share.enter(&mut |region| moved += share.move_out(region, standby, group, slot))
+            };
+            if !share.is_some_and(&mut out) {
                 // The region ends, and its pages with it.
                 (0..group.len()).for_each(|step| standby.slots.skip(standby.slots.after(slot, step)));
             }
             slot = standby.slots.after(slot, group.len());
         });
+        moved
     }
 
     /// Drops pages. Returns their number.
-    fn drop_pages(&self, victims: &[PageKey]) -> usize {
+    pub(super) fn drop_pages(&self, victims: &[PageKey]) -> usize {
         let mut dropped = 0;
         self.each_region(victims, |share, group| {
             if let Some(share) = share {
@@ -98,7 +101,7 @@ impl State {
 
 impl Standby {
     /// Begins to empty the oldest slots if fewer than so many are free.
-    fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
+    pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
         let Chooser { policy, ends } = chooser;
         let is_short = self.slots.free(ends) < free;
         is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
@@ -111,30 +114,40 @@ impl Share {
         self.region.get().is_some_and(|region| region.enter_region(work))
     }
 
-    /// Moves pages, in the order of their addresses, to taken slots from `first` on.
-    fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) {
+    /// Moves pages, in the order of their addresses, to taken slots from `first` on. Returns the number of
+    /// those that have moved.
+    fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) -> usize {
         let quiet = Quiet(region);
-        let mut done = 0;
+        let (mut done, mut all_moved) = (0, 0);
         while done < pages.len() {
             let slot = standby.slots.after(first, done);
             // The slots of a run do not wrap around.
             let rest = &pages[done..pages.len().min(done + standby.slots.len() - slot)];
             let run = leading_run(rest);
-            done += match region.pages.claim_present(run, &quiet) {
+            let moved = match region.pages.claim_present(run, &quiet) {
                 Ok(mut claim) => self.move_run(&mut claim, standby, slot),
                 Err(state) => {
                     standby.slots.skip(slot);
                     self.forget_absent(region, run.first, state);
-                    1
+                    0
                 }
             };
+            all_moved += moved;
+            done += moved.max(1);
         }
+        all_moved
     }
 
-    /// Moves the first pages of a claim; the others stay. Returns the number of pages that are done.
+    /// Moves the first pages of a claim; the others stay. Returns the number of pages that have moved. If it
+    /// is 0, the first page is done.
     fn move_run(&self, claim: &mut Claim<'_>, standby: &Standby, slot: usize) -> usize {
         let Standby { arena, slots } = standby;
-        let span = claim.span();
+        let span = self.pins.free_prefix(claim.span());
+        if span.is_empty() {
+            slots.skip(slot);
+            claim.settle(claim.span().pages, PageState::Present);
+            return 0;
+        }
         let outcome = arena.take_in(&self.evictable, span, slot);
         let moved = match outcome {
             Outcome::Done => span.pages,
@@ -153,7 +166,7 @@ impl Share {
             self.not_moved(claim, outcome);
         }
         claim.settle(claim.span().pages, PageState::Present);
-        moved.max(1)
+        moved
     }
 
     /// The first page of a claim has not moved.
@@ -202,7 +215,13 @@ impl Share {
             let (mut runs, mut claimed) = ([Span { first: Page(0), pages: 0 }; DISCARDS_MAX], 0);
             while done < pages.len() && claimed < runs.len() {
                 let run = leading_run(&pages[done..]);
+                let run = run.prefix(self.pins.free_prefix(run).pages.max(1));
                 match region.pages.claim_present(run, &quiet) {
+                    Ok(mut claim) if self.pins.free_prefix(claim.span()) != claim.span() => {
+                        // A later page may have been pinned since: then the run is claimed again.
+                        done += usize::from(self.pins.has(run.first));
+                        claim.settle(claim.span().pages, PageState::Present);
+                    }
                     Ok(claim) => {
                         runs[claimed] = claim.keep();
                         done += runs[claimed].pages;

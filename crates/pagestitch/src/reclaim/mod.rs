@@ -6,6 +6,8 @@
 //! | `state` | the counts of a budget, and the choice of pages that leave |
 //! | `share` | a region's part in a budget: the fault path calls it |
 //! | `evict` | moves pages out, drops them, and empties slots |
+//! | `requested` | pages that leave or stay because the application asks for it |
+//! | `pins` | pages that do not leave |
 //! | `soft_fault` | brings a page back from the standby list |
 //! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
 //! | `slots` | the standby list: a ring of slots, first in, first out |
@@ -34,8 +36,10 @@ mod fingerprints;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
+mod pins;
 mod places;
 mod promise;
+mod requested;
 mod share;
 mod slots;
 mod soft_fault;

@@ -1,6 +1,7 @@
 //! A region's part in a budget.
 
 use crate::reclaim::fingerprints::{Fingerprints, table_pages};
+use crate::reclaim::pins::Pins;
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, count, key_of, member_of};
 use crate::signals::NoSignals;
@@ -27,6 +28,7 @@ pub(crate) struct Share {
     /// Its number among the regions of the budget.
     pub(super) member: usize,
     pub(super) places: Places,
+    pub(super) pins: Pins,
     pub(super) evictable: Evictable,
     /// Present if pages come back from sources that may change.
     fingerprints: Option<Fingerprints>,
@@ -62,6 +64,7 @@ impl Share {
     ) -> Result<Membership, JoinError> {
         let page = evictable.reservation().page_size();
         let places = Places::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
+        let pins = Pins::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
         let fingerprints = fingerprints.transpose().map_err(JoinError::NoTable)?;
@@ -76,7 +79,8 @@ impl Share {
         }
         make_room(state, table_pages, false);
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
-        let share = Self { state, member, places, evictable, fingerprints, table_pages, region, resident };
+        let share =
+            Self { state, member, places, pins, evictable, fingerprints, table_pages, region, resident };
         let share = Arc::new(share);
         if member == members.len() {
             members.push(None);
@@ -167,6 +171,18 @@ impl Residence for Membership {
     fn limit(&self) -> usize {
         self.0.state.limit
     }
+
+    fn evict(&self, span: Span) -> usize {
+        self.0.evict(span)
+    }
+
+    fn pin(&self, span: Span) -> Result<(), usize> {
+        if self.0.pin(span) { Ok(()) } else { Err(self.0.state.pinned_max()) }
+    }
+
+    fn unpin(&self, span: Span) {
+        self.0.unpin(span);
+    }
 }
 
 impl Membership {
@@ -199,6 +215,7 @@ impl Drop for Membership {
         drop(quiet);
         state.release(resident.load(Ordering::Relaxed) + table_pages);
         state.release_hashes(*table_pages);
+        state.release_pinned(self.0.pins.count());
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         members[*member] = None;
@@ -223,7 +240,7 @@ fn make_room(state: &State, pages: usize, quiet: bool) {
 
 /// Blocks signals while the thread chooses and evicts pages, because a signal handler that touches such a
 /// page would wait for its own thread.
-fn without_handlers() -> NoSignals {
+pub(super) fn without_handlers() -> NoSignals {
     NoSignals::until_dropped()
 }
 

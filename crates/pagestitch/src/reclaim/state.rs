@@ -24,6 +24,8 @@ pub(super) struct State<S> {
     frames: Stripe<AtomicUsize>,
     /// The pages of memory in tables of hashes, a part of `frames`.
     hashes: AtomicUsize,
+    /// The number of pinned pages.
+    pinned: AtomicUsize,
     pub(super) arrivals: Arrivals,
     /// None on a kernel that cannot move pages: pages are dropped at once.
     pub(super) standby: Option<Standby>,
@@ -78,6 +80,7 @@ impl<S: Send + Sync> State<S> {
             resident_max: limit - slots - 2 * BATCH,
             frames: Stripe(AtomicUsize::new(0)),
             hashes: AtomicUsize::new(0),
+            pinned: AtomicUsize::new(0),
             arrivals: Arrivals::new(room)?,
             standby,
             discards: Discards::new(),
@@ -118,6 +121,22 @@ impl<S: Send + Sync> State<S> {
     /// A table of hashes is gone.
     pub(super) fn release_hashes(&self, pages: usize) {
         self.hashes.fetch_sub(pages, Ordering::SeqCst);
+    }
+
+    /// The most pages that can be pinned.
+    pub(super) const fn pinned_max(&self) -> usize {
+        self.limit / PINNED_SHARE
+    }
+
+    /// Counts pages that are pinned. False, and nothing is changed, if there are too many.
+    pub(super) fn reserve_pinned(&self, pages: usize) -> bool {
+        let more = |pinned: usize| Some(pinned + pages).filter(|&pinned| pinned <= self.pinned_max());
+        self.pinned.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+    }
+
+    /// Pages are pinned no more.
+    pub(super) fn release_pinned(&self, pages: usize) {
+        self.pinned.fetch_sub(pages, Ordering::SeqCst);
     }
 
     /// Reserves memory above the limit.
@@ -231,6 +250,8 @@ pub(super) const fn room_for(limit: usize) -> usize {
 
 /// The pages that leave at once.
 pub(super) const BATCH: usize = 64;
+/// Pinned pages have at most this share of a budget.
+const PINNED_SHARE: usize = 2;
 /// Tables of hashes have at most this share of a budget.
 const HASHES_SHARE: usize = 8;
 /// The bits of a page's number in a key. A region has at most 2^40 pages.

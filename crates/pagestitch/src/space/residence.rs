@@ -32,6 +32,16 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// not differ. The bytes are in a buffer of the thread, so that they do not change meanwhile.
     fn unchanged(&self, span: Span, bytes: &[u8]) -> usize;
 
+    /// Has the resident pages of a span leave, except for pinned and locked ones. Returns their number.
+    fn evict(&self, span: Span) -> usize;
+
+    /// Pins a span: its pages that are filled afterwards do not leave. The error is the number of pages that
+    /// all regions of the budget can pin.
+    fn pin(&self, span: Span) -> Result<(), usize>;
+
+    /// Ends the pins of a span.
+    fn unpin(&self, span: Span);
+
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
 }

@@ -1,0 +1,91 @@
+//! Pages that leave or stay because the application asks for it.
+
+use crate::policy::PageKey;
+use crate::reclaim::places::Place;
+use crate::reclaim::share::{Share, State, without_handlers};
+use crate::reclaim::state::{BATCH, key_of, member_of, page_of};
+use pagestitch_kernel::{Page, Span};
+
+impl Share {
+    /// Has the resident pages of a span leave, except for pinned and locked ones. Returns their number.
+    pub(super) fn evict(&self, span: Span) -> usize {
+        let _quiet = without_handlers();
+        self.unlist(span);
+        let (mut rest, mut left, mut room) = (span, 0, [0; BATCH]);
+        while !rest.is_empty() {
+            let (chosen, passed) = self.resident(rest, &mut room);
+            rest = rest.without_prefix(passed);
+            left += self.state.evict_these(&room[..chosen]);
+        }
+        left
+    }
+
+    /// Pins a span. Its pages that are filled from now on do not leave. False if the budget has no room for
+    /// as many pinned pages.
+    pub(super) fn pin(&self, span: Span) -> bool {
+        let wanted = span.pages - span.iter().filter(|page| self.pins.has(*page)).count();
+        let is_reserved = self.state.reserve_pinned(wanted);
+        if is_reserved {
+            self.state.release_pinned(wanted.saturating_sub(self.pins.add(span)));
+        }
+        is_reserved
+    }
+
+    /// Ends the pins of a span: its pages can leave again.
+    pub(super) fn unpin(&self, span: Span) {
+        self.state.release_pinned(self.pins.remove(span));
+        let _quiet = without_handlers();
+        // A page that was chosen while it was pinned is in no queue of the policy.
+        self.unlist(span);
+        let is_resident = |page: &Page| self.places.get(*page) == Place::Resident;
+        span.iter().filter(is_resident).for_each(|page| self.page_stays(page));
+    }
+
+    /// Has the policy forget the pages of a span.
+    fn unlist(&self, span: Span) {
+        let Some(mut chooser) = self.state.choose(false) else { return };
+        chooser.take_note(&self.state.arrivals);
+        chooser.policy.forget(&|key| member_of(key) == self.member && span.contains(page_of(key)));
+    }
+
+    /// Finds a batch of resident pages. Returns their number, and that of the pages that it has looked at.
+    fn resident(&self, span: Span, room: &mut [PageKey; BATCH]) -> (usize, usize) {
+        let mut chosen = 0;
+        for (passed, page) in span.iter().enumerate() {
+            if chosen == BATCH {
+                return (chosen, passed);
+            }
+            if self.places.get(page) == Place::Resident {
+                room[chosen] = key_of(self.member, page);
+                chosen += 1;
+            }
+        }
+        (chosen, span.pages)
+    }
+}
+
+impl State {
+    /// Has pages leave, which are in the order of their regions and addresses. Returns their number.
+    fn evict_these(&self, pages: &[PageKey]) -> usize {
+        let Some(standby) = &self.standby else { return self.drop_pages(pages) };
+        let (mut rest, mut left) = (pages, 0);
+        for _ in 0..TRIES {
+            let Some(mut chooser) = (!rest.is_empty()).then(|| self.choose(false)).flatten() else { break };
+            let run = standby.begin_empty(&mut chooser, 2 * BATCH);
+            let (slot, most) = standby.slots.take(&mut chooser.ends, rest.len());
+            drop(chooser);
+            if let Some(run) = run {
+                self.empty(standby, run);
+            }
+            left += self.move_out(standby, &rest[..most], slot);
+            rest = &rest[most..];
+        }
+        rest.iter().for_each(|page| {
+            self.arrivals.add(*page, true);
+        });
+        left
+    }
+}
+
+/// How often the thread looks for empty slots.
+const TRIES: usize = 32;
