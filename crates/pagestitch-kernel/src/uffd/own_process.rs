@@ -53,31 +53,53 @@ struct Probe {
     /// No page is mapped below it, now or later, because the kernel keeps these addresses free for
     /// it to grow into.
     below: OwnedMapping,
+    generation: ForkGeneration,
+    /// True if the answer to a move differs on this kernel.
+    moves: bool,
+    /// Made when it is first asked for, because it takes a dozen system calls, and the other request
+    /// mostly answers.
+    registration: OnceLock<Result<Registration, Errno>>,
+}
+
+/// A registration that the kernel refuses.
+#[derive(Debug)]
+struct Registration {
     /// A page that cannot become writable. Children of fork do not inherit it, because their memory
     /// is not this process's.
     _read_only: OwnedMapping,
     /// The addresses from `_read_only` on, to the end of those that a process has.
     all: AddressRange,
     mode: RegisterMode,
-    generation: ForkGeneration,
-    /// True if the answer to a move differs on this kernel.
-    moves: bool,
 }
 
-impl Probe {
+impl Registration {
     fn new() -> Result<Self, Errno> {
-        let (below, mut read_only) = (growing()?, read_only()?);
+        let mut read_only = read_only()?;
         read_only.do_not_fork()?;
         let all = from(read_only.start().addr().get())?;
         let minor = kernel_features().is_ok_and(|features| features.contains(Features::MINOR_SHMEM));
         let mode = if minor { RegisterMode::MINOR } else { RegisterMode::MISSING };
+        Ok(Self { _read_only: read_only, all, mode })
+    }
+
+    /// Changes nothing: the request fails for every process that has a stack.
+    fn attempt(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        // SAFETY: for memory of this process the kernel refuses, because the first page of the range
+        // cannot become writable; so no page of this process becomes missing.
+        #[expect(unsafe_code, reason = "registers memory of another process at most")]
+        unsafe {
+            register(fd, self.all, self.mode)
+        }
+    }
+}
+
+impl Probe {
+    fn new() -> Result<Self, Errno> {
         let mut probe = Self {
-            below,
-            _read_only: read_only,
-            all,
-            mode,
+            below: growing()?,
             generation: ForkGeneration::current(),
             moves: false,
+            registration: OnceLock::new(),
         };
         // Without a userfaultfd, the second request is left.
         if let Some(own) = open_fd().ok().filter(|own| handshake(&own.fd, Features::NONE).is_ok()) {
@@ -96,7 +118,9 @@ impl Probe {
                 _ => {}
             }
         }
-        Ok(self.try_register(fd) == Err(Errno::EPERM))
+        let registration = self.registration.get_or_init(Registration::new);
+        let registration = registration.as_ref().map_err(|errno| *errno)?;
+        Ok(registration.attempt(fd) == Err(Errno::EPERM))
     }
 
     /// Changes nothing. `EINVAL` before the handshake.
@@ -111,16 +135,6 @@ impl Probe {
         // writes the `copied` field of `request`.
         #[expect(unsafe_code, reason = "an ioctl")]
         unsafe { abi::r#move(fd.as_raw_fd(), &raw mut request) }.map(drop).map_err(Errno::of)
-    }
-
-    /// Changes nothing: the request fails for every process that has a stack.
-    fn try_register(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        // SAFETY: for memory of this process the kernel refuses, because the first page of the range
-        // cannot become writable; so no page of this process becomes missing.
-        #[expect(unsafe_code, reason = "registers memory of another process at most")]
-        unsafe {
-            register(fd, self.all, self.mode)
-        }
     }
 
     fn hole(&self) -> AddressRange {
@@ -185,8 +199,8 @@ mod tests {
             println!("SKIPPED the_question_leaves_memory_at_the_same_addresses_registered: no userfaultfd");
             return;
         }
-        let probe = Probe::new().unwrap();
-        let at = probe._read_only.addresses().start;
+        let registration = Registration::new().unwrap();
+        let at = registration.all.start();
         let (ours, theirs) = UnixStream::pair().unwrap();
         // SAFETY: the child has its own copy of this process's memory, and calls the kernel only.
         #[expect(unsafe_code, reason = "another process with memory at a given address")]
@@ -202,7 +216,7 @@ mod tests {
             }
             ForkResult::Parent { child } => {
                 let (_, fds) = fd_passing::receive(&ours, &mut [0]).unwrap();
-                assert_eq!(probe.try_register(fds[0].as_fd()), Err(Errno::EINVAL));
+                assert_eq!(registration.attempt(fds[0].as_fd()), Err(Errno::EINVAL));
                 write(&ours, &[0]).unwrap();
                 assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));
             }

@@ -22,7 +22,7 @@ use crate::space::{Mapping, SpareUffds};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use pagestitch_kernel::{Batch, Errno, Features, Span, Uffd};
+use pagestitch_kernel::{Batch, Errno, Features, Span, Uffd, striped};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -100,6 +100,9 @@ impl ServerState {
     /// The state for workers on these CPUs, at most `most`. `name` is the prefix of their threads'
     /// names.
     pub(super) fn new(cpus: &WorkerCpus, most: usize, name: String) -> Result<Self, Errno> {
+        // Asked for here, because otherwise the build of the first region waits for the answer, which takes
+        // sixteen system calls.
+        striped::cpus();
         let stop = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(Errno::of)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_SEMAPHORE;
         let wake_fd = EventFd::from_flags(flags).map_err(Errno::of)?;
