@@ -35,19 +35,6 @@ impl<T> AppendVec<T> {
         Self::from(Vec::new())
     }
 
-    /// Appends a value. As for a `Vec`, the capacity grows.
-    pub fn push(&mut self, value: T) {
-        let len = self.len.load(Ordering::Relaxed);
-        if len == self.capacity {
-            self.edit(|vec| vec.reserve(1));
-        }
-        // SAFETY: `len` is below the capacity, and no other thread has the vector.
-        #[expect(unsafe_code, reason = "writes behind the last value")]
-        unsafe {
-            self.write(len, value);
-        }
-    }
-
     /// Appends a value to the shared vector. A full vector gives the value back.
     ///
     /// # Errors
@@ -59,11 +46,16 @@ impl<T> AppendVec<T> {
         if len == self.capacity {
             return Err(value);
         }
-        // SAFETY: `len` is below the capacity, and the lock keeps other appending threads out.
+        // SAFETY: `len` is below the capacity, so the place is inside the allocation.
+        #[expect(unsafe_code, reason = "a place behind the last value")]
+        let place = unsafe { self.start.add(len) };
+        // SAFETY: the place is behind the published values, so no reference to it exists. The lock keeps
+        // other appending threads out.
         #[expect(unsafe_code, reason = "writes behind the last value")]
         unsafe {
-            self.write(len, value);
+            place.write(value);
         }
+        self.len.store(len + 1, Ordering::Release);
         Ok(())
     }
 
@@ -79,22 +71,6 @@ impl<T> AppendVec<T> {
         let result = edit(&mut vec);
         *self = Self::from(vec);
         result
-    }
-
-    /// Writes the value of number `len`, and publishes it.
-    ///
-    /// # Safety
-    ///
-    /// - `len` is the number of values, and below the capacity.
-    /// - No other thread appends meanwhile.
-    #[expect(unsafe_code, reason = "declares an obligation")]
-    unsafe fn write(&self, len: usize, value: T) {
-        // SAFETY: the caller vouches that the place is inside the allocation.
-        let place = unsafe { self.start.add(len) };
-        // SAFETY: the place is behind the published values, so no reference to it exists. The caller
-        // vouches that no other thread writes it.
-        unsafe { place.write(value) };
-        self.len.store(len + 1, Ordering::Release);
     }
 }
 
@@ -180,7 +156,7 @@ mod tests {
     #[test]
     fn a_full_vector_gives_the_value_back_and_a_copy_takes_it() {
         let mut vec = AppendVec::new();
-        (0..5).for_each(|value| vec.push(Arc::new(value)));
+        vec.edit(|values| values.extend((0..5).map(Arc::new)));
         vec.edit(Vec::shrink_to_fit);
         assert_eq!(vec.spare(), 0);
         let value = vec.append(Arc::new(5)).unwrap_err();

@@ -9,8 +9,7 @@ use crate::policy::{FillRate, RateLimit, Recording};
 use crate::serve::Served;
 use crate::serve::fork::block_forks;
 use crate::serve::{Attachment, fill_rest};
-use crate::space::Plan;
-use crate::space::Target;
+use crate::space::{Layout, Plan, Target};
 use pagestitch_kernel::Span;
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::uffd::FaultMode;
@@ -128,9 +127,11 @@ impl AnyRegion {
     /// [`offset_of`](Self::offset_of). `None` past the end and in padding.
     #[must_use]
     pub fn chunk_at(&self, offset: u64) -> Option<usize> {
-        let layout = &self.served.layout;
-        let chunk = (offset < self.served.len()).then(|| layout.locate(offset))?;
-        (!layout.is_padding(chunk)).then(|| layout.number_of(chunk))
+        if offset >= self.served.len() {
+            return None;
+        }
+        let layout: &Layout = &self.served.layout;
+        layout.number_if_any(layout.locate(offset))
     }
 
     /// True if system calls of this process can read and write absent pages.

@@ -68,10 +68,6 @@ pub(super) fn build(
     let name = options.name().to_owned();
     let in_region = |error: Error| error.inside(&name);
     let mut layout = layout.map_err(in_region)?;
-    if options.capacity.is_some() {
-        layout.let_grow();
-    }
-    layout.finish().map_err(in_region)?;
     check(&options, &layout, &target, server).map_err(in_region)?;
     let below = Below::of(&layout);
     below.check(&name, &layout, server)?;

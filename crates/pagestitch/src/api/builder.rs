@@ -1,14 +1,15 @@
 //! The description of a region; `build` makes a region of it.
 
-use crate::api::build::{TargetKind, build};
+mod chunks;
+mod finish;
+
 use crate::api::options::Options;
-use crate::api::{AdoptedRegion, Region, SharedRegion, WriteBack};
-use crate::error::{BuildOption, Error, ErrorKind, Failure};
+use crate::api::{Region, SharedRegion, WriteBack};
+use crate::error::{Error, Failure};
 use crate::policy::{Readahead, Recording};
 use crate::reclaim::Budget;
-use crate::serve::Server;
-use crate::space::{AdoptedMemory, Chunk, FailureCallback, IntoChunk, Layout, RecordFor};
-use pagestitch_kernel::{Access, PageSize};
+use crate::space::{FailureCallback, LayoutBuilder, RecordFor};
+use pagestitch_kernel::Access;
 use std::sync::Arc;
 
 /// Describes a region. [`Region::builder`] creates it; nothing is reserved before
@@ -28,7 +29,7 @@ pub struct Builder<S = ()> {
     /// Each later chunk starts at a multiple of so many bytes.
     align: u64,
     /// The layout so far, or the error of the first invalid chunk.
-    layout: Result<Layout, Error>,
+    layout: Result<LayoutBuilder, Error>,
 }
 
 impl Default for Builder {
@@ -72,7 +73,7 @@ impl SharedRegion {
 
 impl<S> Builder<S> {
     pub(super) fn in_scope(scope: S) -> Self {
-        let (options, layout) = (Options::default(), Ok(Layout::default()));
+        let (options, layout) = (Options::default(), Ok(LayoutBuilder::default()));
         Self { scope, options, aligned: false, align: 1, layout }
     }
 
@@ -174,44 +175,6 @@ impl<S> Builder<S> {
     /// ```
     pub fn require_zero_copy(mut self) -> Self {
         self.options.zero_copy = true;
-        self
-    }
-
-    /// Starts each later chunk in a page of its own, at the same offset within the page as in its
-    /// source, so that it can be mapped in place. Padding with meaningless bytes fills the gaps;
-    /// [`offset_of`](crate::AnyRegion::offset_of) returns where a chunk starts.
-    ///
-    /// A chunk of a file or memfd that is as long as a huge page (2 MiB) starts at the same offset in a
-    /// huge page. Where the page cache has huge pages, the kernel then maps 2 MiB with one fault, as
-    /// it does for a plain `mmap`. The padding takes addresses and no memory.
-    ///
-    /// ```
-    /// # use pagestitch::{Pool, Region};
-    /// let region = Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(vec![2u8; 5]).build(&Pool::new()?)?;
-    /// assert_eq!(region.offset_of(1), Some(4096));
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn page_aligned(mut self) -> Self {
-        self.aligned = true;
-        self
-    }
-
-    /// Starts each later chunk at a multiple of `bytes`, or of the chunk's own
-    /// [alignment](Chunk::align) if that is larger. Default: 1, end to end.
-    ///
-    /// With [`page_aligned`](Self::page_aligned), a chunk whose offset in its source is no multiple
-    /// starts at the start of a page instead, and is not mapped in place.
-    ///
-    /// ```
-    /// # use pagestitch::{Pool, Region};
-    /// let tensors = [vec![1u8; 100], vec![2u8; 7], vec![3u8; 64]];
-    /// let region = Region::builder().align(64).chunks(tensors).build(&Pool::new()?)?;
-    /// assert!(region.chunk_ranges().eq([0..100, 128..135, 192..256]));
-    /// assert_eq!(region.chunk_slice(1), Some(&[2; 7][..]));
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn align(mut self, bytes: u64) -> Self {
-        self.align = bytes;
         self
     }
 
@@ -634,186 +597,4 @@ impl<S> Builder<S> {
         self.options.capacity = Some(bytes);
         self
     }
-
-    /// Appends a chunk. [`IntoChunk`] lists the types that it takes.
-    ///
-    /// ```
-    /// # use pagestitch::{Chunk, Pool, Region};
-    /// let region = Region::builder()
-    ///     .chunk(vec![1u8; 5_000])                                // an owner of bytes
-    ///     .chunk(Chunk::from(vec![2u8; 5_000]).range(100..200))   // a part of one
-    ///     .chunk(Chunk::hole(1 << 30))
-    ///     .build(&Pool::new()?)?;
-    /// assert_eq!(region.as_slice()[4_999..5_001], [1, 2]);
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn chunk(mut self, chunk: impl IntoChunk) -> Self {
-        self.push(chunk);
-        self
-    }
-
-    /// Appends chunks, in order.
-    ///
-    /// ```
-    /// # use pagestitch::{Pool, Region};
-    /// let rows = (0..1000u16).map(|row| row.to_le_bytes().to_vec());
-    /// let region = Region::builder().chunks(rows).build(&Pool::new()?)?;
-    /// assert_eq!(region.as_slice()[2 * 999..], 999u16.to_le_bytes());
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn chunks(mut self, chunks: impl IntoIterator<Item = impl IntoChunk>) -> Self {
-        let chunks = chunks.into_iter();
-        if let Ok(layout) = &mut self.layout {
-            layout.reserve(chunks.size_hint().0);
-        }
-        chunks.for_each(|chunk| self.push(chunk));
-        self
-    }
-
-    /// The options, with the alignment of the chunks that are appended later, and the layout.
-    fn described(self) -> (Options, Result<Layout, Error>) {
-        let Self { scope: _, mut options, aligned, align, layout } = self;
-        options.align = if aligned { align.max(PageSize::system().bytes() as u64) } else { align };
-        (options, layout)
-    }
-
-    fn push(&mut self, chunk: impl IntoChunk) {
-        if let Ok(layout) = &mut self.layout {
-            let laid = match chunk.into_chunk() {
-                // Most chunks lie end to end, and there may be millions of them.
-                Ok(chunk) if (self.align, chunk.align, self.aligned) == (1, 1, false) => layout.push(chunk),
-                Ok(chunk) => lay_aligned(layout, chunk, self.align, self.aligned),
-                Err(error) => Err(error.inside_chunk(layout.next_number())),
-            };
-            if let Err(error) = laid {
-                self.layout = Err(error);
-            }
-        }
-    }
-}
-
-impl Builder {
-    /// Reserves the addresses and starts to serve their faults: by a pool (`&pool`),
-    /// [inline](crate::Inline), or by the [caller's own loop](crate::Manual). Reads no source.
-    ///
-    /// # Errors
-    ///
-    /// Each error names the thing and the remedy:
-    ///
-    /// * [`InvalidChunk`](ErrorKind::InvalidChunk), [`TooLarge`](ErrorKind::TooLarge): the first
-    ///   invalid chunk; [`NoChunks`](ErrorKind::NoChunks);
-    /// * [`SharedSource`](ErrorKind::SharedSource): a chunk whose bytes other processes may change;
-    /// * [`OptionConflict`](ErrorKind::OptionConflict): options that exclude each other;
-    /// * [`UnsuitableServer`](ErrorKind::UnsuitableServer): the server cannot serve a chunk or an
-    ///   option; [`NestedRegion`](ErrorKind::NestedRegion);
-    /// * [`NoUserfaultfd`](ErrorKind::NoUserfaultfd), [`LimitReached`](ErrorKind::LimitReached),
-    ///   [`OutOfMemory`](ErrorKind::OutOfMemory): the kernel or a limit of the process;
-    /// * [`InvalidRecording`](ErrorKind::InvalidRecording): the recording is of another region;
-    /// * [`ForkedChild`](ErrorKind::ForkedChild): the server was created before `fork(2)`.
-    ///
-    /// ```
-    /// # use pagestitch::{Inline, Manual, Pool, Region};
-    /// let by_a_pool = Region::builder().chunk(vec![7u8; 5_000]).build(&Pool::new()?)?;
-    /// let by_the_touching_thread = Region::builder().chunk(vec![7u8; 5_000]).build(Inline)?;
-    /// let by_a_loop = Region::builder().chunk(vec![7u8; 5_000]).build(&Manual::new()?)?;
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn build(self, server: impl Into<Server>) -> Result<Region, Error> {
-        if self.options.on_memfd {
-            let what = format!(
-                "region {}: other processes may change the pages of a memfd: use build_shared(), or leave out on_memfd()",
-                self.options.name()
-            );
-            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::OnMemfd));
-        }
-        let shared = self.layout.as_ref().ok().and_then(Layout::first_shared);
-        if let Some((chunk, source)) = shared {
-            let what = format!(
-                "region {}: other processes may change chunk {chunk} ({source}): use build_shared(), or seal or copy it",
-                self.options.name()
-            );
-            return Err(Error::new(ErrorKind::SharedSource, what).of_chunk(chunk));
-        }
-        if self.options.budget.is_some() {
-            self.layout.as_ref().map_or(Ok(()), |layout| check_same_bytes(self.options.name(), layout))?;
-        }
-        let (mut options, layout) = self.described();
-        options.slices = true;
-        let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
-        let view = view.expect("own target has a view").into_stable();
-        let view = view.expect("only a shared source makes a view unstable, and the layout has none");
-        Ok(Region::new(view, any))
-    }
-
-    /// As [`build`](Self::build), for a region with chunks whose bytes other processes may change:
-    /// files, unsealed memfds, aliases, physical memory.
-    ///
-    /// # Errors
-    ///
-    /// As [`build`](Self::build), without [`ErrorKind::SharedSource`]; also
-    /// [`ErrorKind::UnusableFile`] if a [`writable`](Self::writable) region maps a file that is
-    /// open for reading only.
-    ///
-    /// ```
-    /// # use pagestitch::source::SharedFile;
-    /// # use pagestitch::{Access, Pool, Region};
-    /// let file = SharedFile::open("/proc/self/exe", Access::ReadOnly)?;
-    /// let region = Region::builder().chunk(vec![7u8; 4096]).chunk(file).build_shared(&Pool::new()?)?;
-    /// let mut bytes = [0; 4];
-    /// region.read_at(4095, &mut bytes)?;
-    /// assert_eq!(&bytes, b"\x07\x7fEL");                         // the file's own page, behind a copied one
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    pub fn build_shared(self, server: impl Into<Server>) -> Result<SharedRegion, Error> {
-        let (options, layout) = self.described();
-        let (view, any) = build(options, layout, TargetKind::Own, &server.into())?;
-        Ok(SharedRegion::new(view.expect("own target has a view"), any))
-    }
-
-    /// As [`build`](Self::build), for memory that its owner has registered: another process, or
-    /// another part of this program. The chunks must hold exactly as many bytes as the ranges of
-    /// `memory`. All chunks are copied, whatever their source.
-    ///
-    /// # Errors
-    ///
-    /// As [`build`](Self::build); [`ErrorKind::InvalidOption`] for ranges that are not whole pages,
-    /// overlap, or differ from the chunks in length; [`ErrorKind::UnsuitableServer`] for a server
-    /// that is [`Inline`](crate::Inline).
-    ///
-    /// ```no_run
-    /// use pagestitch::source::FileSource;
-    /// use pagestitch::{AdoptedMemory, Pool, Region};
-    /// # fn receive() -> (std::os::fd::OwnedFd, usize) { unimplemented!() }
-    ///
-    /// let (uffd, address) = receive();                            // SCM_RIGHTS, see unix(7)
-    /// let memory = AdoptedMemory::new(uffd)?.range(address, 1 << 30);
-    /// let region = Region::builder().chunk(FileSource::open("guest.mem")?).build_adopted(memory, &Pool::new()?)?;
-    /// # Ok::<(), pagestitch::Error>(())
-    /// ```
-    pub fn build_adopted(
-        self,
-        memory: AdoptedMemory,
-        server: impl Into<Server>,
-    ) -> Result<AdoptedRegion, Error> {
-        let (options, layout) = self.described();
-        let (_, any) = build(options, layout, TargetKind::Adopted(memory), &server.into())?;
-        Ok(AdoptedRegion::new(any))
-    }
-}
-
-/// Refuses chunks whose pages may come back as zeros.
-fn check_same_bytes(region: &str, layout: &Layout) -> Result<(), Error> {
-    let Some(chunk) = layout.first_zeroed() else { return Ok(()) };
-    let what = format!(
-        "region {region}: a page of chunk {chunk} may come back as zeros (OnFailure::Zeros): use build_shared(), or another \
-         on_failure(), or leave out budget()"
-    );
-    Err(Error::new(ErrorKind::OptionConflict, what).of_chunk(chunk).of_option(BuildOption::Budget))
-}
-
-/// Appends a chunk, after the padding that it needs.
-fn lay_aligned(layout: &mut Layout, chunk: Chunk, align: u64, own_page: bool) -> Result<(), Error> {
-    let align = chunk.align_with(align, layout.next_number())?;
-    layout.pad_for(&chunk, align, own_page.then_some(PageSize::system()))?;
-    layout.push(chunk)
 }

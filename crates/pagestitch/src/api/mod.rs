@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `builder`, `options` | the description of a region |
+//! | `builder`, `options` | the description of a region: its options, its chunks, and its end |
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `on_memfd`, `reserve_on_memfd` | a region whose pages other processes can map |
 //! | `growth` | chunks that are appended later |

@@ -83,9 +83,9 @@ impl Mapping {
         Ok(())
     }
 
-    /// Publishes the chunks of the layout to callers, after their bytes are visible.
+    /// Publishes the bytes of the layout to callers, after they are visible.
     pub(crate) fn publish(&self) {
-        self.published.store(self.layout.chunks(), Ordering::Release);
+        self.published.store(self.layout.total(), Ordering::Release);
     }
 
     fn open(&self, span: Span) -> Result<(), Errno> {

@@ -17,20 +17,18 @@
 //! ([`grown`](Layout::grown)), and the copy replaces it.
 
 mod append;
+mod builder;
+
+pub(crate) use builder::LayoutBuilder;
 
 use crate::error::Failure;
-use crate::error::{Error, ErrorKind};
 use crate::guard::{discard, guarded};
 use crate::policy::OnFailure;
-use crate::source::{Backing, Hole, Identity, Memory, Released, Shared};
-use crate::space::Chunk;
+use crate::source::{Backing, Memory, Released, Shared};
 use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
-use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{Errno, PageSize};
-use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
@@ -45,11 +43,8 @@ pub(crate) struct Layout {
     origins: AppendVec<Origin>,
     sources: AppendVec<Backing>,
     /// For each source up to the last one that has a [unit](Self::read_unit) of reads, the size of
-    /// its unit as a power of two; 0 for none. Most regions have none, and the vector of sources
-    /// grows in place if no other vector grows beside it.
+    /// its unit as a power of two; 0 for none. Most regions have none.
     units: AppendVec<u8>,
-    /// The sources so far by their identity, while the layout is built: several chunks share one.
-    known: HashMap<Identity, u32, BuildHasherDefault<IdentityHasher>>,
     /// The chunks that are only padding, ascending. They have no chunk number.
     padding: AppendVec<u32>,
     /// Runs of chunk numbers whose policy the user has chosen, ascending.
@@ -89,115 +84,9 @@ impl Piece<'_> {
 }
 
 impl Layout {
-    /// Reserves capacity for `chunks` more chunks.
-    pub(crate) fn reserve(&mut self, chunks: usize) {
-        self.starts.edit(|starts| starts.reserve(chunks.saturating_add(1)));
-        self.origins.edit(|origins| origins.reserve(chunks));
-    }
-
-    /// Appends a chunk.
-    pub(crate) fn push(&mut self, chunk: Chunk) -> Result<(), Error> {
-        let Chunk { backing, range, on_failure, align: _ } = chunk;
-        let number = self.next_number();
-        check(number, &backing, &range)?;
-        if let Some(chosen) = on_failure {
-            self.policies.edit(|policies| match policies.last_mut() {
-                Some((run, same)) if run.end == number && *same == chosen => run.end += 1,
-                _ => policies.push((number..number + 1, chosen)),
-            });
-        }
-        self.lay(backing, &range)
-    }
-
     /// The chunk number of the next chunk that is appended.
     pub(crate) fn next_number(&self) -> usize {
         self.number_of(self.origins.len())
-    }
-
-    /// Appends padding, so that `chunk` begins at a multiple of `align`; with a page size, in a page
-    /// of its own. There it has the same offset in the page as in its source, if that is a multiple;
-    /// a chunk with huge pages has the same offset in the huge page.
-    pub(crate) fn pad_for(&mut self, chunk: &Chunk, align: u64, page: Option<PageSize>) -> Result<(), Error> {
-        let has_place = page.is_some() && chunk.backing.has_pages() && chunk.range.start % align == 0;
-        let unit = match page {
-            Some(_) if has_place && chunk.has_huge_pages() => HUGE as u64,
-            Some(page) => page.bytes() as u64,
-            None => align,
-        };
-        let wanted = if has_place { chunk.range.start } else { 0 };
-        let gap = if has_place { self.gap_before(chunk, unit) } else { None };
-        if let Some(gap) = gap {
-            if !gap.is_empty() {
-                self.padding.push(self.origins.len() as u32);
-                self.lay(chunk.backing.clone(), &gap)?;
-            }
-            return Ok(());
-        }
-        // The offset from which on no other chunk has bytes in the page.
-        let total = self.total();
-        let free = page.and_then(|page| page.round_up(total)).unwrap_or(total);
-        let padding = free - total + wanted.wrapping_sub(free) % unit;
-        if padding > 0 {
-            self.padding.push(self.origins.len() as u32);
-            self.lay(Backing::Hole(Hole), &(0..padding))?;
-        }
-        Ok(())
-    }
-
-    /// The bytes of its source between the last chunk and this one, if they are few and the last
-    /// chunk has its place. With them as padding, one mapping shows both chunks.
-    fn gap_before(&self, chunk: &Chunk, unit: u64) -> Option<Range<u64>> {
-        let (last, start) = (self.origins.last()?, self.starts[self.chunks() - 1]);
-        let identity = chunk.backing.identity()?;
-        let is_same = self.sources[last.source as usize].identity() == Some(identity);
-        let end = last.offset + (self.total() - start);
-        let gap = chunk.range.start.checked_sub(end)?;
-        let most = if chunk.backing.is_in_page_cache() { GAP_MAX } else { 0 };
-        let in_place = (self.total() ^ end) % unit == 0;
-        (is_same && in_place && gap <= most).then_some(end..chunk.range.start)
-    }
-
-    fn lay(&mut self, backing: Backing, range: &Range<u64>) -> Result<(), Error> {
-        let total = self.total().checked_add(range.end - range.start).ok_or_else(|| {
-            let number = self.next_number();
-            let what = format!("chunk {number} takes the region past 2^64 bytes: split the region");
-            Error::new(ErrorKind::TooLarge, what).of_chunk(number)
-        })?;
-        let source = self.source_index(backing)?;
-        self.origins.push(Origin { offset: range.start, source });
-        if self.starts.is_empty() {
-            self.starts.push(0);
-        }
-        self.starts.push(total);
-        Ok(())
-    }
-
-    /// Lets chunks follow after [`finish`](Self::finish), which may be without chunks then.
-    pub(crate) fn let_grow(&mut self) {
-        self.grows = true;
-    }
-
-    /// Completes the layout, whose entries are immutable from then on.
-    pub(crate) fn finish(&mut self) -> Result<(), Error> {
-        if self.origins.is_empty() && !self.grows {
-            return Err(Error::new(
-                ErrorKind::NoChunks,
-                "a region needs at least one chunk: the list is empty",
-            ));
-        }
-        self.known = HashMap::default();
-        if self.starts.is_empty() {
-            self.starts.push(0);
-        }
-        self.starts.edit(Vec::shrink_to_fit);
-        self.origins.edit(Vec::shrink_to_fit);
-        self.index();
-        Ok(())
-    }
-
-    /// The number of the first `chunks` chunks' bytes.
-    pub(crate) fn end_of_first(&self, chunks: usize) -> u64 {
-        self.starts[chunks]
     }
 
     /// The failure policy of the chunk with this number.
@@ -218,18 +107,28 @@ impl Layout {
 
     /// The total length of the chunks, in bytes.
     pub(crate) fn total(&self) -> u64 {
-        self.starts.last().copied().unwrap_or(0)
+        self.starts[self.chunks()]
     }
 
     /// The number of chunks, including padding.
     pub(crate) fn chunks(&self) -> usize {
-        self.starts.len().saturating_sub(1)
+        self.starts.len() - 1
     }
 
     /// The chunk number of a chunk. Users know a chunk by this number, which does not count
     /// padding.
     pub(crate) fn number_of(&self, chunk: usize) -> usize {
         chunk - self.padding.partition_point(|&padding| (padding as usize) < chunk)
+    }
+
+    /// The chunk number of a chunk, or `None` for padding.
+    pub(crate) fn number_if_any(&self, chunk: usize) -> Option<usize> {
+        self.padding.binary_search(&(chunk as u32)).err().map(|paddings| chunk - paddings)
+    }
+
+    /// The number of chunks, including padding, in the first `bytes` bytes, which end with a chunk.
+    pub(crate) fn chunks_in_first(&self, bytes: u64) -> usize {
+        self.starts.iter().rposition(|&start| start <= bytes).unwrap_or(0)
     }
 
     /// The chunk with a chunk number.
@@ -269,9 +168,12 @@ impl Layout {
     /// The chunk that holds the byte at `offset`. The offset must be in the region.
     pub(crate) fn locate(&self, offset: u64) -> usize {
         let bucket = (offset >> self.shift) as usize;
-        let low = self.buckets[bucket] as usize;
-        let high = self.buckets.get(bucket + 1).map_or_else(|| self.chunks() - 1, |&next| next as usize);
-        low + self.starts[low + 1..=high].partition_point(|&start| start <= offset)
+        // Each table is looked at once: a further look would ask for its length again.
+        let buckets: &[u32] = &self.buckets;
+        let starts: &[u64] = &self.starts;
+        let low = buckets[bucket] as usize;
+        let high = buckets.get(bucket + 1).map_or_else(|| starts.len() - 2, |&next| next as usize);
+        low + starts[low + 1..=high].partition_point(|&start| start <= offset)
     }
 
     /// Prefetches the tables that a lookup reads, if they are small.
@@ -539,29 +441,6 @@ impl Layout {
         Piece { chunk: self.number_of(chunk), backing: self.backing_of(chunk), offset, bytes: end - start }
     }
 
-    fn source_index(&mut self, backing: Backing) -> Result<u32, Error> {
-        let identity = backing.identity();
-        if let Some(&known) = identity.and_then(|identity| self.known.get(&identity)) {
-            return Ok(known);
-        }
-        let index =
-            u32::try_from(self.sources.len()).ok().filter(|&index| index < u32::MAX).ok_or_else(|| {
-                Error::new(ErrorKind::TooLarge, "a region takes fewer than 2^32 sources: split the region")
-            })?;
-        let unit = backing.read_unit_shift();
-        if unit > 0 {
-            self.units.edit(|units| {
-                units.resize(index as usize, 0);
-                units.push(unit);
-            });
-        }
-        self.sources.push(backing);
-        if let Some(identity) = identity {
-            self.known.insert(identity, index);
-        }
-        Ok(index)
-    }
-
     /// Builds the buckets: one for about four chunks.
     fn index(&mut self) {
         self.index_for(self.total());
@@ -571,10 +450,11 @@ impl Layout {
     fn index_for(&mut self, end: u64) {
         let wanted = (self.chunks() as u64 / 4).max(1);
         self.shift = (u64::BITS - (end / wanted).leading_zeros()).min(u64::BITS - 1);
-        let mut buckets = Vec::with_capacity(self.buckets_for(self.total()));
+        let (starts, count): (&[u64], _) = (&self.starts, self.buckets_for(self.total()));
+        let mut buckets = Vec::with_capacity(count);
         let mut chunk = 0;
-        for bucket in 0..self.buckets_for(self.total()) as u64 {
-            while self.starts[chunk + 1] <= bucket << self.shift {
+        for bucket in 0..count as u64 {
+            while starts[chunk + 1] <= bucket << self.shift {
                 chunk += 1;
             }
             buckets.push(chunk as u32);
@@ -588,83 +468,22 @@ impl Layout {
     }
 }
 
-/// The most bytes of a source that are shown between two chunks to save a mapping.
-const GAP_MAX: u64 = 4096;
 /// The tables of so many chunks take a few cache lines.
 const FEW_CHUNKS: usize = 16;
-
-fn check(number: usize, backing: &Backing, range: &Range<u64>) -> Result<(), Error> {
-    let bad = |why: String| {
-        let name = backing.source().name();
-        let what = format!("chunk {number} ({name}) {why}");
-        Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number))
-    };
-    let size = backing.source().size();
-    if number >= u32::MAX as usize / 2 {
-        return Err(Error::new(
-            ErrorKind::TooLarge,
-            "a region takes fewer than 2^31 chunks: split the region",
-        ));
-    }
-    if range.start >= range.end {
-        return bad(String::from("is empty: leave it out, or give it a length"));
-    }
-    if range.end > size {
-        return bad(format!(
-            "reaches to byte {} of a source of {size} bytes: end it at or before {size}",
-            range.end
-        ));
-    }
-    match backing {
-        Backing::Donated(donated) => donated.claim(range.clone()).or_else(|other| {
-            bad(format!(
-                "donates bytes {}..{}, which another chunk has donated already: a page moves only once",
-                other.start, other.end
-            ))
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// A hash that spreads addresses. It resists no attacker, because no attacker chooses them.
-#[derive(Debug, Default)]
-struct IdentityHasher(u64);
-
-impl Hasher for IdentityHasher {
-    fn finish(&self) -> u64 {
-        self.0 ^ self.0 >> 32
-    }
-
-    fn write(&mut self, _bytes: &[u8]) {
-        unreachable!("an identity is integers");
-    }
-
-    fn write_isize(&mut self, value: isize) {
-        self.write_u64(value as u64);
-    }
-
-    fn write_u64(&mut self, value: u64) {
-        self.0 = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-    }
-
-    fn write_usize(&mut self, value: usize) {
-        self.write_u64(value as u64);
-    }
-}
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::{Memfd, Source, UnsealedMemfd};
+    use crate::source::Source;
+    use crate::space::Chunk;
     use proptest::prelude::*;
 
     fn layout(lengths: &[u64]) -> Layout {
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         for &bytes in lengths {
             layout.push(Chunk::hole(bytes)).unwrap();
         }
-        layout.finish().unwrap();
-        layout
+        layout.finish(false).unwrap()
     }
 
     proptest! {
@@ -703,35 +522,8 @@ mod tests {
         }
     }
 
-    #[test]
-    fn chunks_of_one_source_share_it() {
-        let memory = Memory::from(vec![0u8; 100]);
-        let mut layout = Layout::default();
-        for start in 0..50 {
-            layout.push(Chunk::from(memory.clone()).range(start..start + 2)).unwrap();
-        }
-        layout.push(Chunk::from(vec![0u8; 100])).unwrap();
-        layout.finish().unwrap();
-        assert_eq!(layout.sources.len(), 2);
-    }
-
-    #[test]
-    fn chunks_of_one_sized_or_unsized_arc_share_its_source() {
-        let sized = Arc::new(Units);
-        let unsized_source: Arc<dyn Source> = Arc::clone(&sized) as Arc<dyn Source>;
-        let mut layout = Layout::default();
-        for _ in 0..3 {
-            layout.push(Chunk::source(Arc::clone(&sized))).unwrap();
-            layout.push(Chunk::source(Arc::clone(&unsized_source))).unwrap();
-            layout.push(Chunk::from(Arc::clone(&unsized_source))).unwrap();
-        }
-        assert_eq!(layout.sources.len(), 1);
-        layout.push(Chunk::source(Arc::new(Units))).unwrap();
-        assert_eq!(layout.sources.len(), 2);
-    }
-
     /// A source without bytes that prefers reads of 64 bytes.
-    struct Units;
+    pub(super) struct Units;
 
     impl Source for Units {
         fn size(&self) -> u64 {
@@ -747,15 +539,15 @@ mod tests {
 
     #[test]
     fn a_unit_of_reads_is_aligned_in_its_source_and_ends_with_its_chunk() {
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         layout.push(Chunk::from(vec![0u8; 10])).unwrap();
-        layout.finish().unwrap();
+        let layout = layout.finish(false).unwrap();
         assert_eq!(layout.read_unit(0), None);
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         layout.push(Chunk::from(vec![0u8; 10])).unwrap();
         layout.push(Chunk::source(Arc::new(Units)).range(100..300)).unwrap();
         layout.push(Chunk::source(Arc::new(Units))).unwrap();
-        layout.finish().unwrap();
+        let layout = layout.finish(false).unwrap();
         let expected = [(9, None), (10, Some(10..38)), (38, Some(38..102)), (101, Some(38..102))];
         for (offset, unit) in expected.into_iter().chain([(205, Some(166..210)), (210, Some(210..274))]) {
             assert_eq!(layout.read_unit(offset), unit, "at {offset}");
@@ -765,59 +557,5 @@ mod tests {
         for (offset, most, length) in lengths {
             assert_eq!(layout.read_length(offset, most), length, "at most {most} at {offset}");
         }
-    }
-
-    #[test]
-    fn padding_is_not_counted() {
-        let page = PageSize::new(4096).unwrap();
-        let mut layout = Layout::default();
-        for bytes in [5000, 4096, 1, 100, 8192] {
-            let chunk = Chunk::hole(bytes);
-            layout.pad_for(&chunk, 1, Some(page)).unwrap();
-            layout.push(chunk).unwrap();
-        }
-        layout.finish().unwrap();
-        let place = |number| layout.chunk_of(number).map(|chunk| layout.offsets_of(chunk).start);
-        assert_eq!([0, 1, 2, 3, 4].map(place), [0, 8192, 12288, 16384, 20480].map(Some));
-        assert_eq!(place(5), None);
-        for number in 0..5 {
-            assert_eq!(layout.number_of(layout.chunk_of(number).unwrap()), number);
-        }
-    }
-
-    #[test]
-    fn a_long_chunk_of_a_memfd_keeps_its_offset_in_a_huge_page() {
-        let memfd = Memfd::from(UnsealedMemfd::create("test", 16 << 20).unwrap().seal().unwrap());
-        let (page, huge) = (PageSize::system(), HUGE as u64);
-        let mut layout = Layout::default();
-        let ranges = [0..100, 5000..5000 + huge, 5008 + huge..9 << 20, 8192..9000, 808..900];
-        for range in ranges.clone() {
-            let chunk = Chunk::from(memfd.clone()).range(range);
-            layout.pad_for(&chunk, 1, Some(page)).unwrap();
-            layout.push(chunk).unwrap();
-        }
-        layout.finish().unwrap();
-        let starts = [0, 1, 2, 3, 4].map(|number| layout.offsets_of(layout.chunk_of(number).unwrap()).start);
-        assert_eq!(starts[..3], [0, 5000, huge + 5008], "the third chunk follows the second as in the memfd");
-        assert_eq!(starts[3], 9 << 20, "a short chunk starts in the next page");
-        assert_eq!(
-            starts[4],
-            starts[3] + 4096 + 808,
-            "a chunk that would fit behind the last one has its own page"
-        );
-    }
-
-    #[test]
-    fn bad_chunks_are_named() {
-        let mut layout = Layout::default();
-        layout.push(Chunk::from(vec![0u8; 10])).unwrap();
-        for range in [3..3, 3..11] {
-            let error = layout.push(Chunk::from(vec![0u8; 10]).range(range)).unwrap_err();
-            assert_eq!((error.kind(), error.chunk()), (ErrorKind::InvalidChunk, Some(1)), "{error}");
-        }
-        layout.push(Chunk::hole(u64::MAX - 10)).unwrap();
-        let error = layout.push(Chunk::hole(1)).unwrap_err();
-        assert_eq!((error.kind(), error.chunk()), (ErrorKind::TooLarge, Some(2)), "{error}");
-        assert_eq!(Layout::default().finish().unwrap_err().kind(), ErrorKind::NoChunks);
     }
 }

@@ -329,7 +329,7 @@ pub(crate) fn is_aligned(page: PageSize, region: u64, source: u64) -> bool {
 mod tests {
     use super::*;
     use crate::source::{Memfd, UnsealedMemfd};
-    use crate::space::Chunk;
+    use crate::space::{Chunk, LayoutBuilder};
 
     const PAGE: PageSize = PageSize::new(4096).unwrap();
 
@@ -337,14 +337,14 @@ mod tests {
 
     fn decide(chunks: &[(u64, u64)], before: u64, budget: usize) -> Vec<(usize, usize, u64)> {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         if before > 0 {
             layout.push(Chunk::hole(before)).unwrap();
         }
         for &(start, bytes) in chunks {
             layout.push(Chunk::from(memfd.clone()).range(start..start + bytes)).unwrap();
         }
-        layout.finish().unwrap();
+        let layout = layout.finish(false).unwrap();
         let runs = super::decide(&layout, PAGE, || budget, ABILITIES);
         runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect()
     }
@@ -367,13 +367,13 @@ mod tests {
     #[test]
     fn an_extent_includes_the_padding_around_it() {
         let memfd = Memfd::from(UnsealedMemfd::create("test", 1 << 20).unwrap().seal().unwrap());
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         for (start, bytes) in [(100, 5000), (4096, 1), (0, 4096)] {
             let chunk = Chunk::from(memfd.clone()).range(start..start + bytes);
             layout.pad_for(&chunk, 1, Some(PAGE)).unwrap();
             layout.push(chunk).unwrap();
         }
-        layout.finish().unwrap();
+        let layout = layout.finish(false).unwrap();
         let runs = super::decide(&layout, PAGE, || 9, ABILITIES);
         let runs: Vec<_> = runs.iter().map(|run| (run.span.first.0, run.span.pages, run.offset)).collect();
         assert_eq!(runs, [(0, 2, 0), (2, 1, 4096), (3, 1, 0)]);

@@ -50,7 +50,7 @@ pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
-pub(crate) use layout::{Layout, Piece};
+pub(crate) use layout::{Layout, LayoutBuilder, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
@@ -80,7 +80,7 @@ use pagestitch_kernel::{Errno, Page, PageSize, Span};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use target::Foreign;
 
 /// A region in one address space: all that the fault path reads and changes.
@@ -106,8 +106,8 @@ use target::Foreign;
 pub(crate) struct Mapping {
     pub(crate) name: String,
     pub(crate) layout: Versions<Layout>,
-    /// The number of chunks that callers know. Further chunks are being appended.
-    published: AtomicUsize,
+    /// The number of bytes that callers know. Further chunks are being appended.
+    published: AtomicU64,
     /// The number of pages that have bytes and are open to accesses.
     laid: AtomicUsize,
     /// Present if chunks can be appended.
@@ -211,7 +211,7 @@ impl Mapping {
             counters: Arc::new(counters),
             has_donated: layout.has_donated(),
             has_fetched: AtomicBool::new(layout.has_fetched()),
-            published: AtomicUsize::new(layout.chunks()),
+            published: AtomicU64::new(layout.total()),
             laid: AtomicUsize::new(laid),
             growth,
             name,
@@ -272,13 +272,13 @@ impl Mapping {
 
     /// The number of chunks, including padding.
     pub(crate) fn chunks(&self) -> usize {
-        self.published.load(Ordering::Acquire)
+        let bytes = self.len();
+        self.layout.chunks_in_first(bytes)
     }
 
     /// The length of all chunks together, in bytes.
     pub(crate) fn len(&self) -> u64 {
-        let chunks = self.chunks();
-        self.layout.end_of_first(chunks)
+        self.published.load(Ordering::Acquire)
     }
 
     /// Drops the sources whose bytes the build has copied.

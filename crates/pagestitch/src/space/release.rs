@@ -153,8 +153,8 @@ mod tests {
 #[cfg(all(test, shuttle))]
 mod models {
     use super::*;
-    use crate::space::Chunk;
     use crate::space::page_table::{PageState, Wake};
+    use crate::space::{Chunk, LayoutBuilder};
     use pagestitch_kernel::sync::model::explore;
     use shuttle::thread;
     use std::num::NonZeroUsize;
@@ -173,9 +173,9 @@ mod models {
 
     impl Region {
         fn new(pages: usize) -> Arc<Self> {
-            let mut layout = Layout::default();
+            let mut layout = LayoutBuilder::default();
             layout.push(Chunk::from(vec![7; pages * PAGE.bytes()])).unwrap();
-            layout.finish().unwrap();
+            let mut layout = layout.finish(false).unwrap();
             let releases = Releases::new(&mut layout, PAGE).unwrap();
             let pages = PageTable::new(NonZeroUsize::new(pages).unwrap()).unwrap();
             Arc::new(Self { layout, pages, releases })

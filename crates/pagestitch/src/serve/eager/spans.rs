@@ -105,6 +105,7 @@ const MAPPINGS_SHARE: usize = 4;
 mod tests {
     use super::*;
     use crate::Chunk;
+    use crate::space::LayoutBuilder;
 
     fn span(first: usize, pages: usize) -> Span {
         Span { first: Page(first), pages }
@@ -113,11 +114,11 @@ mod tests {
     #[test]
     fn a_hole_has_only_whole_pages_and_neighbours_are_one() {
         let page = PageSize::new(4096).unwrap();
-        let mut layout = Layout::default();
+        let mut layout = LayoutBuilder::default();
         for chunk in [Chunk::hole(5000), Chunk::hole(5000), vec![1; 10].into(), Chunk::hole(10_000)] {
             layout.push(chunk).unwrap();
         }
-        layout.finish().unwrap();
+        let layout = layout.finish(false).unwrap();
         assert_eq!(holes(&layout, page), [span(0, 2), span(3, 2)]);
     }
 

@@ -3,7 +3,8 @@
 use crate::error::Error;
 use crate::source::{Backing, Hole};
 use crate::space::Chunk;
-use crate::space::layout::{Layout, Origin, check};
+use crate::space::layout::builder::check;
+use crate::space::layout::{Layout, Origin};
 use pagestitch_kernel::append_vec::AppendVec;
 use std::ops::Range;
 
