@@ -32,19 +32,22 @@ pub(crate) enum Backing {
 impl Backing {
     /// A source that is read, or the source that it wraps if that needs no read.
     pub(crate) fn of_source<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
-        source.direct().and_then(Self::direct).unwrap_or_else(|| Self::Read(ReadSource::new(source)))
+        source.direct().and_then(Self::direct).unwrap_or_else(|| Self::Read(ReadSource::of(source)))
     }
 
     /// A source to which written pages go.
     pub(crate) fn of_writable<S: WritableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
         let writer: Arc<dyn WritableSource> = Arc::new(Arc::clone(&source));
-        Self::Read(ReadSource { beside: Beside::Writer(Arc::new(writer)), ..ReadSource::new(source) })
+        Self::Read(ReadSource::new(source, Beside::Writer(writer)))
     }
 
     /// The source, if written pages go there.
     pub(crate) fn writer(&self) -> Option<&dyn WritableSource> {
         match self {
-            Self::Read(ReadSource { beside: Beside::Writer(writer), .. }) => Some(&***writer),
+            Self::Read(read) => match &read.0.beside {
+                Beside::Writer(writer) => Some(&**writer),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -90,7 +93,7 @@ impl Backing {
             Self::Donated(donated) => donated.as_ref(),
             Self::Shared(shared) => shared.source(),
             Self::Hole(hole) => hole,
-            Self::Read(read) => read.source.as_ref(),
+            Self::Read(read) => &read.0.source,
             Self::Fetched(fetched) => fetched,
             Self::Mapped(mapped) => mapped.as_ref(),
         }
@@ -99,7 +102,10 @@ impl Backing {
     /// The file whose bytes are those of the source, at the same offsets, without any code of it.
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Read(ReadSource { beside: Beside::File(file), .. }) => Some(file.as_fd()),
+            Self::Read(read) => match &read.0.beside {
+                Beside::File(file) => Some(file.as_fd()),
+                _ => None,
+            },
             Self::Immutable(file) => Some(file.stable().file().as_fd()),
             _ => None,
         }
@@ -108,16 +114,15 @@ impl Backing {
     /// A source that vouches for its bytes, or the source that it wraps if that needs no read.
     pub(crate) fn of_stable<S: StableSource + ?Sized + 'static>(source: Arc<S>) -> Self {
         let direct = source.direct().and_then(Self::direct);
-        direct
-            .unwrap_or_else(|| Self::Read(ReadSource { beside: Beside::Promise, ..ReadSource::new(source) }))
+        direct.unwrap_or_else(|| Self::Read(ReadSource::new(source, Beside::Promise)))
     }
 
     /// True if each read of a range gives the same bytes, because they cannot change.
-    pub(crate) const fn is_stable(&self) -> bool {
+    pub(crate) fn is_stable(&self) -> bool {
         match self {
             Self::Memory(_) | Self::Memfd(_) | Self::Immutable(_) | Self::Hole(_) | Self::Mapped(_) => true,
-            Self::Read(ReadSource { beside: Beside::Promise, .. }) => true,
-            Self::Donated(_) | Self::Shared(_) | Self::Read(_) | Self::Fetched(_) => false,
+            Self::Read(read) => matches!(read.0.beside, Beside::Promise),
+            Self::Donated(_) | Self::Shared(_) | Self::Fetched(_) => false,
         }
     }
 
@@ -177,44 +182,58 @@ impl Backing {
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
             Self::Shared(shared) => of(Kind::Shared(shared.kind()), shared.identity()),
             Self::Hole(_) => of(Kind::Hole, 0),
-            Self::Read(ReadSource { address, beside: Beside::Writer(_), .. }) => of(Kind::Written, *address),
-            Self::Read(ReadSource { address, beside: Beside::Promise, .. }) => of(Kind::Stable, *address),
-            Self::Read(read) => of(Kind::Read, read.address),
+            Self::Read(read) => of(read.0.beside.kind(), read.0.address),
             Self::Fetched(fetched) => of(Kind::Fetched, fetched.address()),
             Self::Mapped(_) => None,
         }
     }
 }
 
-/// A source that is read.
+/// A source that is read. A pointer alone, because each source of a layout takes as much memory as the
+/// largest kind, and there may be millions.
 #[derive(Clone)]
-pub(crate) struct ReadSource {
-    source: Arc<dyn Source>,
-    /// The address of the user's source. The `Arc` above is another one for each chunk.
+pub(crate) struct ReadSource(Arc<Reading<dyn Source>>);
+
+/// A source that is read, with what is known of it.
+struct Reading<S: ?Sized> {
+    /// The address of the user's source. The `Arc` around it is another one for each chunk.
     address: usize,
     beside: Beside,
+    source: S,
 }
 
 /// The ability that a source has beside reads.
-#[derive(Clone)]
 enum Beside {
     None,
     /// The file of a [`FileSource`]. A wrapper of one has none, because its own code must run.
     File(Arc<File>),
-    /// The same source, if written pages go there. Behind a second `Arc`, because all chunks would have
-    /// the second word of its pointer.
-    Writer(Arc<Arc<dyn WritableSource>>),
+    /// The same source, if written pages go there.
+    Writer(Arc<dyn WritableSource>),
     /// It is a [`StableSource`].
     Promise,
 }
 
+impl Beside {
+    const fn kind(&self) -> Kind {
+        match self {
+            Self::None | Self::File(_) => Kind::Read,
+            Self::Writer(_) => Kind::Written,
+            Self::Promise => Kind::Stable,
+        }
+    }
+}
+
 impl ReadSource {
-    fn new<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
-        let address = Arc::as_ptr(&source).addr();
+    fn of<S: Source + ?Sized + 'static>(source: Arc<S>) -> Self {
         let file = (&source as &dyn Any).downcast_ref::<Arc<FileSource>>();
         let beside = file.map_or(Beside::None, |source| Beside::File(Arc::clone(source.file())));
+        Self::new(source, beside)
+    }
+
+    fn new<S: Source + ?Sized + 'static>(source: Arc<S>, beside: Beside) -> Self {
+        let address = Arc::as_ptr(&source).addr();
         // An unsized source cannot become a `dyn Source`, but the `Arc` around it can.
-        Self { source: Arc::new(source), address, beside }
+        Self(Arc::new(Reading { address, beside, source }))
     }
 }
 
@@ -247,5 +266,15 @@ enum Kind {
 impl fmt::Debug for Backing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} of {} bytes", self.source().name(), self.source().size())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_takes_no_more_of_a_layout_than_bytes_in_memory() {
+        assert!(size_of::<Backing>() <= size_of::<bytes::Bytes>() + size_of::<usize>());
     }
 }
