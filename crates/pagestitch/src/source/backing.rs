@@ -171,12 +171,17 @@ impl Backing {
 
     /// The key by which two chunks have the same source; `None` if no other chunk can have it, so
     /// that no lookup is needed.
+    #[inline]
     pub(crate) fn identity(&self) -> Option<Identity> {
+        // Apart from the other kinds, because there may be millions of chunks of memory.
+        let Self::Memory(memory) = self else { return self.identity_of_handle() };
+        memory.identity().map(|(address, len)| Identity { kind: Kind::Memory, address, len })
+    }
+
+    /// The [identity](Self::identity) of a source that is not memory of this process.
+    fn identity_of_handle(&self) -> Option<Identity> {
         let of = |kind, address| Some(Identity { kind, address, len: 0 });
         match self {
-            Self::Memory(memory) => {
-                memory.identity().map(|(address, len)| Identity { kind: Kind::Memory, address, len })
-            }
             Self::Memfd(memfd) => of(Kind::Memfd, memfd.identity()),
             Self::Immutable(file) => of(Kind::Immutable, file.identity()),
             Self::Donated(donated) => of(Kind::Donated, Arc::as_ptr(donated).addr()),
@@ -184,7 +189,7 @@ impl Backing {
             Self::Hole(_) => of(Kind::Hole, 0),
             Self::Read(read) => of(read.0.beside.kind(), read.0.address),
             Self::Fetched(fetched) => of(Kind::Fetched, fetched.address()),
-            Self::Mapped(_) => None,
+            Self::Memory(_) | Self::Mapped(_) => None,
         }
     }
 }
