@@ -196,7 +196,8 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
     let (budget, pool) = (Budget::bytes(BUDGET).unwrap(), pool(1));
     let builder = || Region::builder().chunk("text").budget(&budget);
     let errors = [
-        builder().writable().build(&pool).unwrap_err(),
+        builder().writable().build_shared(&pool).unwrap_err(),
+        builder().writable().track_changes().build_shared(&pool).unwrap_err(),
         builder().inherit_on_fork().build(&pool).unwrap_err(),
         builder().release_sources().build(&pool).unwrap_err(),
         builder().build(Eager).unwrap_err(),
@@ -206,7 +207,7 @@ fn a_region_that_cannot_lose_pages_refuses_a_budget() {
     for error in &errors {
         assert_eq!(error.option(), Some(BuildOption::Budget), "{error}");
     }
-    assert_eq!(errors[5].chunk(), Some(1));
+    assert_eq!(errors[6].chunk(), Some(1));
     assert_eq!(budget.resident_bytes(), 0);
 }
 

@@ -157,13 +157,36 @@ impl Arena {
         }
     }
 
-    /// Copies the page of a slot to a missing page of a region, if it cannot move. The slot keeps it.
+    /// Copies the pages of slots to missing pages of a region, and wakes the threads that wait there:
+    /// where they cannot move, and where they arrive write-protected, because a move has no such mode.
+    /// The slots keep their pages.
     ///
     /// # Panics
     ///
-    /// As [`give_back`](Self::give_back).
-    pub fn copy_back(&self, uffd: &Uffd, range: AddressRange, slot: usize) -> Outcome {
-        uffd.copy_from(range, self.slots_at(slot..slot + 1).start(), Arrival::Writable)
+    /// If there are no such slots, or the range differs in length.
+    pub fn copy_back(
+        &self,
+        uffd: &Uffd,
+        range: AddressRange,
+        slots: Range<usize>,
+        arrival: Arrival,
+    ) -> Outcome {
+        let from = self.slots_at(slots);
+        assert_eq!(from.bytes(), range.bytes(), "each slot has a page of the range");
+        uffd.copy_from(range, from.start(), arrival)
+    }
+
+    /// Copies the bytes of the pages of a run of slots.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` if a slot is empty; otherwise as [`Reservation::read_at`].
+    ///
+    /// # Panics
+    ///
+    /// If there are no such slots.
+    pub fn read(&self, first: usize, into: &mut [u8]) -> Result<(), Errno> {
+        self.reservation.read_at(self.reservation.page_size().offset_of(Page(first)), into)
     }
 
     /// Empties a run of slots, and frees their memory.

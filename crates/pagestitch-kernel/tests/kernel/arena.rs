@@ -4,9 +4,9 @@ use crate::{has, page};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pagestitch_kernel::arena::{ArenaError, Discards};
-use pagestitch_kernel::uffd::RegisterMode;
+use pagestitch_kernel::uffd::{Arrival, RegisterMode};
 use pagestitch_kernel::{
-    Access, Arena, Batch, Evictable, Features, Outcome, Page, PageSize, Span, StableView, Uffd, View,
+    Access, Arena, Batch, Errno, Evictable, Features, Outcome, Page, PageSize, Span, StableView, Uffd, View,
 };
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
@@ -73,10 +73,13 @@ fn a_page_leaves_for_a_slot_and_comes_back_with_its_bytes() {
     assert_eq!(bounded.present(), [true, false, false, true]);
     assert_eq!(arena.take_in(&bounded.from, page(1), 0), Outcome::NotRegistered, "the page is missing");
     assert_eq!(arena.take_in(&bounded.from, page(0), 1), Outcome::AlreadyThere, "the slot is in use");
+    let mut bytes = [0; 1];
+    assert_eq!(arena.read(2, &mut bytes), Ok(()));
+    assert_eq!((bytes, arena.read(0, &mut bytes)), ([3], Err(Errno::EFAULT)));
     let range = |index| bounded.from.reservation().addresses(page(index));
     assert_eq!(arena.give_back(&bounded.uffd, range(2), 2), Outcome::Done);
     assert_eq!(bounded.byte(2), 3);
-    assert_eq!(arena.copy_back(&bounded.uffd, range(1), 1), Outcome::Done);
+    assert_eq!(arena.copy_back(&bounded.uffd, range(1), 1..2, Arrival::Writable), Outcome::Done);
     assert_eq!(bounded.byte(1), 2);
     arena.empty(0..4).unwrap();
     assert_eq!(arena.take_in(&bounded.from, page(0), 1), Outcome::Done, "an emptied slot is free");
@@ -91,7 +94,11 @@ fn an_empty_slot_gives_nothing_back() {
     arena.empty(0..2).unwrap();
     let range = bounded.from.reservation().addresses(page(0));
     assert_eq!(arena.give_back(&bounded.uffd, range, 0), Outcome::NotRegistered);
-    assert_eq!(arena.copy_back(&bounded.uffd, range, 0), Outcome::SourceUnreadable, "the read does not wait");
+    assert_eq!(
+        arena.copy_back(&bounded.uffd, range, 0..1, Arrival::Writable),
+        Outcome::SourceUnreadable,
+        "the read does not wait"
+    );
     assert_eq!(bounded.fill(0), Outcome::Done);
     assert_eq!(bounded.byte(0), 1);
 }

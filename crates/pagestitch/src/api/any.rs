@@ -3,7 +3,7 @@
 use crate::api::PrefetchHandle;
 use crate::error::Failure;
 use crate::error::{BuildOption, Error, ErrorKind};
-use crate::fault::PrefetchJob;
+use crate::fault::{PrefetchJob, let_write};
 use crate::metrics::{Meter, Metrics};
 use crate::policy::{FillRate, RateLimit, Recording};
 use crate::serve::Served;
@@ -528,6 +528,16 @@ impl AnyRegion {
         let most = self.served.residence.as_ref().map_or(span.pages, |residence| residence.limit());
         self.fill(span.prefix(most), &|| true)?;
         Ok(range)
+    }
+
+    /// Lets the present pages of a range be written without a fault, if written pages go back from a budget.
+    pub(super) fn let_write(&self, range: &Range<u64>) {
+        let mut rest = self.served.page_size().covering(range);
+        while self.served.written_back().is_some() && !rest.is_empty() {
+            // A page that has left is let be written by its fault.
+            let pages = let_write(&self.served, rest).unwrap_or(1);
+            rest = rest.without_prefix(pages);
+        }
     }
 
     /// The error of a write to a region that is only read.

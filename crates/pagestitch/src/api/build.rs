@@ -91,7 +91,7 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
     server.inner().check(&demands)?;
     reserve_on_memfd::check(options, layout, &demands)?;
     if let Some(used_for) = options.serve_options.record_of_writes {
-        check_tracked(layout, used_for)?;
+        check_tracked(layout, used_for, options.budget.as_ref())?;
     }
     if let Some(budget) = &options.budget {
         check_budget(budget, layout, server)?;
@@ -101,7 +101,7 @@ fn check(options: &Options, layout: &Layout, target: &TargetKind, server: &Serve
 }
 
 /// Refuses chunks and kernels whose writes are not recorded.
-fn check_tracked(layout: &Layout, used_for: RecordFor) -> Result<(), Error> {
+fn check_tracked(layout: &Layout, used_for: RecordFor, budget: Option<&Budget>) -> Result<(), Error> {
     let refused = |kind, what: &str| Err(Error::new(kind, what).of_option(used_for.option()));
     let unwritable = (used_for == RecordFor::WriteBack).then(|| layout.first_unwritable()).flatten();
     if let Some((chunk, source)) = unwritable {
@@ -116,6 +116,10 @@ fn check_tracked(layout: &Layout, used_for: RecordFor) -> Result<(), Error> {
             used_for.option()
         );
         return refused(ErrorKind::OptionConflict, &what).map_err(|error| error.of_chunk(chunk));
+    }
+    if let Some(budget) = budget {
+        // Faults tell the first write to a page, also where the kernel keeps no record.
+        return budget.check_moves();
     }
     let features = uffd::kernel_features().map_err(|error| Error::no_userfaultfd(&error))?;
     if !features.contains(Features::WRITE_PROTECT_ASYNC) {
@@ -223,7 +227,7 @@ fn prepare_own(
     }
     let join = |budget: &Budget| {
         reservation.use_small_pages();
-        budget.join(evictable(&reservation), layout, options.slices)
+        budget.join(evictable(&reservation), layout, (options.slices, tracked))
     };
     let membership = options.budget.as_ref().map(join).transpose().map_err(|error| error.inside(name))?;
     let blocks = match staged {
@@ -352,10 +356,9 @@ fn finish(
     let readahead = settle_readahead(readahead, &serve_options, size, layout.total())
         .map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
-    let tables = PageTables::new(pages, &serve_options).map_err(no_table)?;
+    let tables = PageTables::new(pages, &serve_options, membership.is_some()).map_err(no_table)?;
     let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
-    let max_in_flight = serve_options.max_in_flight;
-    let share = membership.as_ref().map(Membership::share);
+    let (max_in_flight, share) = (serve_options.max_in_flight, membership.as_ref().map(Membership::share));
     let releases = if release_sources { Releases::new(&mut layout, size) } else { None };
     let shown_pages = shown.in_place.pages() - shown.padding as u64 + shown.moved.pages();
     let growth = capacity.map(|capacity| Growth::new(capacity, align, layout.chunks()));

@@ -548,8 +548,10 @@ impl<S> Builder<S> {
     /// * **Server**: a [`Pool`](crate::Pool) or a [`Manual`](crate::Manual), not yet
     ///   [`Inline`](crate::Inline), and not [`Eager`](crate::Eager).
     /// * **After the [scope](crate::scope()) of borrowed memory**, a touch of a page that has left is SIGBUS.
-    /// * Not for [`writable`](Self::writable) regions, so not with [`track_changes`](Self::track_changes)
-    ///   and [`write_back`](Self::write_back); not for donated pages and adopted memory; and not with
+    /// * **Written pages** go back to their sources when they leave, if the region is built
+    ///   [`write_back`](Self::write_back) and [`build_shared`](Self::build_shared): [`Budget`] tells how. Other
+    ///   [`writable`](Self::writable) regions are refused.
+    /// * Not for donated pages and adopted memory; and not with [`track_changes`](Self::track_changes),
     ///   [`capacity`](Self::capacity), [`on_memfd`](Self::on_memfd), [`inherit_on_fork`](Self::inherit_on_fork),
     ///   [`record`](Self::record), [`release_sources`](Self::release_sources) and [`report_discards`](Self::report_discards).
     ///

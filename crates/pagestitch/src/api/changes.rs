@@ -123,17 +123,25 @@ impl AnyRegion {
 
     /// The record of written pages, if it is kept for a use.
     pub(super) fn record_for(&self, used_for: RecordFor, call: &str) -> Result<&WrittenPages, Error> {
-        let (name, option) = (self.name(), used_for.option());
         let written = self.served.written.as_deref().filter(|written| written.used_for == used_for);
-        let Some(written) = written else {
-            let what = format!("region {name} has no record for {call}(): build it with {option}()");
-            return Err(Error::new(ErrorKind::OptionConflict, what).of_option(option));
-        };
-        if !self.server.is_of_this_process() {
-            let what = format!("region {name}: it belongs to the parent process: call {call}() there");
-            return Err(Error::new(ErrorKind::ForkedChild, what));
-        }
+        let Some(written) = written else { return Err(self.lacks_record(used_for, call)) };
+        self.check_process(call)?;
         Ok(written)
+    }
+
+    pub(super) fn lacks_record(&self, used_for: RecordFor, call: &str) -> Error {
+        let (name, option) = (self.name(), used_for.option());
+        let what = format!("region {name} has no record for {call}(): build it with {option}()");
+        Error::new(ErrorKind::OptionConflict, what).of_option(option)
+    }
+
+    /// Refuses a call in a forked child.
+    pub(super) fn check_process(&self, call: &str) -> Result<(), Error> {
+        if self.server.is_of_this_process() {
+            return Ok(());
+        }
+        let what = format!("region {}: it belongs to the parent process: call {call}() there", self.name());
+        Err(Error::new(ErrorKind::ForkedChild, what))
     }
 
     /// Takes the written pages of a span, and arms them again.

@@ -216,9 +216,19 @@ impl Options {
     fn check_budget(&self) -> Result<(), Error> {
         refuse_first([
             (
-                self.access == Access::Writable,
+                self.serve_options.record_of_writes == Some(RecordFor::Changes),
                 BuildOption::Budget,
-                "a written page would be lost when it leaves, because nothing writes it back: leave out writable() or budget()",
+                "the record of changes ends when a page leaves: leave out track_changes() or budget()",
+            ),
+            (
+                self.access == Access::Writable && self.serve_options.record_of_writes.is_none(),
+                BuildOption::Budget,
+                "a written page would be lost when it leaves, because nothing writes it back: add write_back(), or leave out writable() or budget()",
+            ),
+            (
+                self.access == Access::Writable && self.slices,
+                BuildOption::Budget,
+                "a slice must not change when a page comes back: use build_shared(), or leave out budget()",
             ),
             (
                 self.report_discards == Some(true),

@@ -115,37 +115,39 @@ impl SharedRegion {
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         match self.shown(&range, || self.view.read_at(offset, into)) {
-            Err(Errno::EFAULT) if self.any.served.residence.is_some() => self.read_page_by_page(offset, into),
+            Err(Errno::EFAULT) if self.any.served.residence.is_some() => {
+                self.page_by_page(&range, "read", |part| {
+                    let inside = (part.start - offset) as usize..(part.end - offset) as usize;
+                    self.view.read_at(part.start, &mut into[inside])
+                })
+            }
             read => read.map_err(|errno| refused(&self.any, "read", &range, errno)),
         }
     }
 
-    /// Reads bytes of a region with a budget, whose pages may leave between their fill and the read. The
-    /// kernel does not fill them again where only faults of user code are served.
-    fn read_page_by_page(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        let page = self.any.served.page_size().bytes();
-        let (mut offset, mut rest) = (offset, into);
-        while !rest.is_empty() {
-            let inside = offset as usize % page;
-            let (part, later) = rest.split_at_mut(rest.len().min(page - inside));
-            self.read_in_page(offset, part)?;
-            (offset, rest) = (offset + part.len() as u64, later);
-        }
-        Ok(())
-    }
-
-    /// Fills one page and reads bytes of it, until the read comes before the page leaves.
-    fn read_in_page(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
+    /// Fills pages one by one and has `access` copy bytes of each. A page of a region with a budget may
+    /// leave between its fill and the access, and the kernel does not fill it again where only faults of
+    /// user code are served: then both are repeated.
+    fn page_by_page(
+        &self,
+        range: &Range<u64>,
+        done: &str,
+        mut access: impl FnMut(&Range<u64>) -> Result<(), Errno>,
+    ) -> Result<(), Error> {
         /// A page stays for as long as it takes to fill a large part of the budget.
         const TRIES: u32 = 100;
-        let mut tries = 1;
-        loop {
-            let range = self.any.filled(offset, into.len())?;
-            match self.view.read_at(offset, into) {
+        let page = self.any.served.page_size().bytes() as u64;
+        let (mut at, mut tries) = (range.start, 1);
+        while at < range.end {
+            let part = at..range.end.min((at / page + 1) * page);
+            self.any.filled(part.start, (part.end - part.start) as usize)?;
+            match access(&part) {
+                Ok(()) => (at, tries) = (part.end, 1),
                 Err(Errno::EFAULT) if tries < TRIES => tries += 1,
-                read => return read.map_err(|errno| refused(&self.any, "read", &range, errno)),
+                Err(errno) => return Err(refused(&self.any, done, &part, errno)),
             }
         }
+        Ok(())
     }
 
     /// Writes `bytes` from `offset` on. In pages that are mapped in place, other users of the file,
@@ -175,8 +177,17 @@ impl SharedRegion {
     /// ```
     pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, bytes.len())?;
-        let written = self.shown(&range, || self.view.write_at(offset, bytes));
-        written.map_err(|errno| refused(&self.any, "written", &range, errno))
+        let write = |part: &Range<u64>| {
+            self.any.let_write(part);
+            let inside = (part.start - offset) as usize..(part.end - offset) as usize;
+            self.view.write_at(part.start, &bytes[inside])
+        };
+        match self.shown(&range, || write(&range)) {
+            Err(Errno::EFAULT) if self.any.served.residence.is_some() => {
+                self.page_by_page(&range, "written", write)
+            }
+            written => written.map_err(|errno| refused(&self.any, "written", &range, errno)),
+        }
     }
 
     /// Runs a kernel access, and repeats it once if lazy pages have left the kernel's page table.

@@ -2,16 +2,15 @@
 
 use crate::api::AnyRegion;
 use crate::api::refused::refused;
-use crate::error::{Error, FailureReason};
-use crate::guard::guarded;
-use crate::source::{Backing, WritableSource, write_all};
+use crate::error::Error;
+use crate::source::{ask_writer, write_all};
 use crate::space::layout::Piece;
-use crate::space::{RecordFor, Target, WrittenPages};
+use crate::space::{Flushes, RecordFor, Target, WrittenBack, WrittenPages};
 use pagestitch_kernel::{Errno, Span};
 use std::ops::{Range, RangeBounds};
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::{io, ptr};
 
 /// The place to which written pages of a region go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,25 +48,32 @@ impl AnyRegion {
     /// [`Chunk::writable`](crate::Chunk::writable) has an example.
     pub fn flush(&self, range: impl RangeBounds<u64>) -> Result<(), Error> {
         let span = self.span(range)?;
-        let written = self.record_for(RecordFor::WriteBack, "flush")?;
-        self.write_and_sync(written, span, &mut |_, _| {})
+        let Some(flushes) = self.served.flushes.as_deref() else {
+            return Err(self.lacks_record(RecordFor::WriteBack, "flush"));
+        };
+        self.check_process("flush")?;
+        self.write_and_sync(flushes, span, &mut |_, _| {})
     }
 
     /// As [`flush`](Self::flush); tells each run that was not written, and a span that was not synced,
     /// with the error.
     fn write_and_sync(
         &self,
-        written: &WrittenPages,
+        flushes: &Flushes,
         span: Span,
         not_written: &mut dyn FnMut(Span, &Error),
     ) -> Result<(), Error> {
         let offsets = self.served.page_size().offsets(span);
         // One flush at a time, because a flush that finds a page clean must not return before another
         // one has written and synced its bytes.
-        let mut failed_syncs = written.failed_syncs.lock();
-        let (sources, first_error) = self.write_dirty(written, span, not_written)?;
+        let mut failed_syncs = flushes.failed_syncs.lock();
+        let (sources, first_error) = match (self.served.written.as_deref(), self.served.written_back()) {
+            (Some(written), _) => self.write_dirty(written, span, not_written)?,
+            (None, Some(back)) => self.write_bounded(back, span, not_written),
+            (None, None) => unreachable!("written pages are recorded if they go back"),
+        };
         for piece in sources {
-            let Err(error) = ask(piece.backing, |writer| writer.sync()) else { continue };
+            let Err(error) = ask_writer(piece.backing.writer(), |writer| writer.sync()) else { continue };
             let failure = Arc::new(piece.failed(error));
             not_written(span, &Error::of_failure(self.name(), Arc::clone(&failure)));
             // A caller that flushes the range again and again must not fill the memory.
@@ -103,13 +109,32 @@ impl AnyRegion {
     /// Flushes if written pages go back, and no last flush was before: a page that it could not write is
     /// lost, and told once.
     fn last_flush(&self, not_written: &mut dyn FnMut(Span, &Error)) -> Result<(), Error> {
-        let is_for_sources = |written: &&WrittenPages| written.used_for == RecordFor::WriteBack;
-        match self.served.written.as_deref().filter(is_for_sources) {
-            Some(written) if !written.is_ended.swap(true, Ordering::Relaxed) => {
-                self.write_and_sync(written, self.span(..)?, not_written)
+        match self.served.flushes.as_deref() {
+            Some(flushes) if !flushes.is_ended.swap(true, Ordering::Relaxed) => {
+                self.write_and_sync(flushes, self.span(..)?, not_written)
             }
             _ => Ok(()),
         }
+    }
+
+    /// As [`write_dirty`](Self::write_dirty), for a region with a budget. The pieces are those of sources
+    /// that were written since their last sync, also by evictions.
+    fn write_bounded(
+        &self,
+        back: &dyn WrittenBack,
+        span: Span,
+        not_written: &mut dyn FnMut(Span, &Error),
+    ) -> (Vec<Piece<'_>>, Option<Error>) {
+        let mut first_error = None;
+        back.flush(span, &mut |page, failure| {
+            let error = Error::of_failure(self.name(), Arc::new(failure));
+            not_written(page.span(), &error);
+            first_error.get_or_insert(error);
+        });
+        let pieces = self.served.layout.pieces(self.clipped(span));
+        let unsynced =
+            |piece: &Piece<'_>| piece.backing.writer().is_some() && back.take_unsynced(piece.chunk);
+        (pieces.filter(unsynced).collect(), first_error)
     }
 
     /// Writes the dirty pages of a span; the pages of a run with an error stay dirty. Returns a piece of
@@ -151,7 +176,8 @@ impl AnyRegion {
                 if piece.backing.writer().is_none() {
                     continue;
                 }
-                let answer = ask(piece.backing, |writer| write_all(writer, piece.offset, now));
+                let answer =
+                    ask_writer(piece.backing.writer(), |writer| write_all(writer, piece.offset, now));
                 let failed = answer.map_err(|error| Arc::new(piece.failed(error)));
                 failed.map_err(|failure| Error::of_failure(self.name(), failure))?;
                 if !sources.iter().any(|known: &Piece<'_>| ptr::eq(known.backing, piece.backing)) {
@@ -177,13 +203,6 @@ impl AnyRegion {
             refused(self, "written back", &range, errno)
         })
     }
-}
-
-/// Calls the source of written pages; its panic is an error.
-fn ask(backing: &Backing, call: impl FnOnce(&dyn WritableSource) -> io::Result<()>) -> io::Result<()> {
-    let Some(writer) = backing.writer() else { return Ok(()) };
-    let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
-    guarded(|| call(writer)).unwrap_or_else(panicked)
 }
 
 /// The most bytes of one write.

@@ -46,6 +46,8 @@ pub enum FailureReason {
     OwnerEnded,
     /// The kernel has no memory for the page.
     OutOfMemory,
+    /// The [budget](crate::Budget) is full of written pages that their sources do not take back.
+    NoRoom,
     /// The thread is filling the page already: a signal handler or a source has touched the region.
     Nested,
     /// The page was taken away for good: before Linux 6.6 a failed page cannot be filled again.
@@ -61,6 +63,7 @@ impl FailureReason {
             Self::TimedOut => ErrorKind::TimedOut,
             Self::Unmapped | Self::OwnerEnded => ErrorKind::MemoryGone,
             Self::OutOfMemory => ErrorKind::OutOfMemory,
+            Self::NoRoom => ErrorKind::LimitReached,
             Self::Irrecoverable => ErrorKind::Unsupported,
             Self::Kernel => ErrorKind::Kernel,
             _ => ErrorKind::SourceFailed,

@@ -14,6 +14,8 @@ pub(crate) enum InstallError {
     Changing,
     /// The kernel has no memory for the page. There may be some in a moment.
     NoMemory,
+    /// The budget has no room, because written pages cannot go back to their sources.
+    NoRoom,
     /// The source of the page has failed.
     Source(Box<Failure>),
     /// The source has failed for this number of pages at once. Some of them may be readable alone.

@@ -75,13 +75,13 @@ fn install_some(
     let page_bytes = region.page_size().bytes();
     // Blocks discard events until the pages are settled.
     let Ok(_held) = held(region, span) else { return Err(InstallError::Changing) };
-    // Zeros are pages of the kernel, and pages of a memfd are page cache.
-    let counted = !matches!(content, Content::Zero | Content::Continue);
-    let residence = region.residence.as_ref().filter(|_| counted);
+    let residence = region.residence.as_ref().filter(|_| takes_memory(region, content));
     let span = match residence {
         Some(residence) => {
             let span = unchanged(region, span, content, done * page_bytes)?;
-            residence.make_room(span.pages, quiet);
+            if !residence.make_room(span.pages, quiet) {
+                return Err(InstallError::NoRoom);
+            }
             span
         }
         None => span,
@@ -102,6 +102,16 @@ fn install_some(
     }
     settle(region, claim, span.prefix(pages), (outcome, method), quiet);
     Ok(pages)
+}
+
+/// False for zeros, which are a page of the kernel unless their first write is told, and for pages of a
+/// memfd, which are page cache.
+fn takes_memory(region: &Mapping, content: &Content<'_>) -> bool {
+    match content {
+        Content::Zero => region.written_back().is_some(),
+        Content::Continue => false,
+        _ => true,
+    }
 }
 
 /// The leading pages of a span that have the bytes of their first reading. In a region with a budget, the
@@ -218,13 +228,10 @@ fn copy(region: &Mapping, span: Span, bytes: &[u8], done: usize, method: Method)
     Some((outcome, method))
 }
 
-/// If changes are tracked, pages arrive write-protected, so that the kernel records their first write.
+/// If writes are recorded, pages arrive write-protected, so that the kernel tells their first write.
 #[inline]
 fn arrival(region: &Mapping, span: Span) -> Arrival {
-    match &region.written {
-        Some(written) if written.arrives_armed(span.first) => Arrival::Protected,
-        _ => Arrival::Writable,
-    }
+    if region.arrives_protected(span.first) { Arrival::Protected } else { Arrival::Writable }
 }
 
 fn copy_memory(region: &Mapping, span: Span, memory: &[u8], bytes: &Range<usize>, done: usize) -> Put {
@@ -249,7 +256,7 @@ fn put_staged(region: &Mapping, span: Span, staging: &mut Staging, done: usize) 
 }
 
 fn zero(region: &Mapping, span: Span, quiet: bool) -> Put {
-    if region.written.is_some() {
+    if region.records_writes() {
         return copy_zeros(region, span);
     }
     let range = region.target.addresses(span);

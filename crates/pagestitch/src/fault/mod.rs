@@ -31,6 +31,7 @@ mod prefetch;
 mod prefetch_job;
 pub(crate) mod recovery;
 mod request;
+mod write_protect;
 
 pub(crate) use beside::fill_beside;
 pub(crate) use claim::Wanted;
@@ -38,7 +39,8 @@ pub(crate) use error::{InstallError, Unfilled};
 pub(crate) use on_fault::{AfterFault, serve};
 pub(crate) use prefetch::{fill_ahead, fill_requested, replay};
 pub(crate) use prefetch_job::{NextStep, PrefetchJob};
-pub(crate) use request::{FaultRequest, Host};
+pub(crate) use request::{FaultRequest, Host, Touch};
+pub(crate) use write_protect::let_write;
 
 use crate::space::page_table::{Claim, Wake};
 use crate::space::{Mapping, Prepared};
@@ -46,7 +48,7 @@ use claim::claim;
 use fill::Filled;
 pub(crate) use install::{Mode, count};
 use install::{install, install_in_handler};
-use pagestitch_kernel::Span;
+use pagestitch_kernel::{Page, Span};
 
 /// Claims pages, fills them and installs them. Afterwards each page is present or poisoned, or it is
 /// absent and its waiting threads were woken, unless the error tells otherwise.
@@ -104,7 +106,7 @@ fn bounded<F: Filler>(
         return Some(claim.span());
     };
     let range = region.target.addresses(claim.span().prefix(1));
-    match residence.prepare(claim, range, region.uffd.of(range)) {
+    match residence.prepare(claim, range, region.uffd.of(range), filler.writes()) {
         Prepared::Fill(span) => Some(span),
         Prepared::Returned => {
             filler.installed(1);
@@ -122,6 +124,11 @@ pub(crate) trait Filler {
     const MODE: Mode = Mode::Timed;
     /// False if the filler has the bytes of all pages before the journey begins.
     const HAS_NO_BYTES: bool = true;
+
+    /// The page that a thread is about to write.
+    fn writes(&self) -> Option<Page> {
+        None
+    }
 
     /// Called once, with the claim.
     fn claimed(&mut self, _claim: &mut Claim<'_>) {}

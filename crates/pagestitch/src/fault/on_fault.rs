@@ -7,13 +7,14 @@ use crate::fault::fetch::{FetchReason, fetch};
 use crate::fault::fill::{Buffers, Filled};
 use crate::fault::poison::{fail, poison_again};
 use crate::fault::recovery::{Attempts, Pause, Sources, without_memory};
-use crate::fault::request::{FaultRequest, Host, serve_later};
+use crate::fault::request::{FaultRequest, Host, Touch, serve_later};
+use crate::fault::write_protect::{let_write, let_write_beside};
 use crate::fault::{Filler, Wanted, fill_beside, journey};
 use crate::guard::{Entered, discard};
 use crate::metrics::InFlightFault;
 use crate::policy::Prefetch;
 use crate::space::page_table::{Claim, PageState, Unclaimed, Wake};
-use pagestitch_kernel::Span;
+use pagestitch_kernel::{Page, Span};
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
@@ -39,6 +40,10 @@ pub(crate) fn serve<H: Host>(
 ) -> AfterFault {
     let mut fault = Fault::take_up(region, asked, permit, buffers);
     let _entered = Entered::new(|| tracing::trace_span!("fault", region = region.name, page = asked.page.0));
+    // The page has left meanwhile otherwise, or is leaving.
+    if asked.touch == Touch::Denied && let_write(region, asked.page.span()).is_ok() {
+        return AfterFault::default();
+    }
     let started = Instant::now();
     match journey(region, Wanted::Touched(asked.page, fault.unit), &mut fault) {
         Err(Unfilled::Unclaimed(reason)) => {
@@ -77,7 +82,7 @@ impl<'a, H: Host> Fault<'a, H> {
         permit: Option<H::Permit>,
         buffers: &'a mut Buffers,
     ) -> Self {
-        let FaultRequest { page, read, thread, slot, attempts, is_repeated } = asked;
+        let FaultRequest { page, read, thread, slot, attempts, is_repeated, touch: _ } = asked;
         let begin = || region.counters.begin(page, thread, read);
         let flight = match is_repeated {
             false => region.counters.take_up(slot.or_else(begin), read),
@@ -145,7 +150,9 @@ impl<'a, H: Host> Fault<'a, H> {
             }
             Unclaimed::Resident => {
                 region.counters.local().late.add(1);
-                region.wake(span);
+                if self.asked.touch == Touch::Read || let_write(region, span).is_err() {
+                    region.wake(span);
+                }
             }
             // The page is absent by now, and the thread faults again.
             Unclaimed::Poisoned if region.lacks_marker(span.first) => region.wake(span),
@@ -159,6 +166,9 @@ impl<'a, H: Host> Fault<'a, H> {
     fn answer_signal_handler(&mut self) {
         let (region, page) = (self.region, self.asked.page);
         if fill_beside(region, page, self) {
+            if self.asked.touch != Touch::Read {
+                let_write_beside(region, page.span());
+            }
             region.wake(page.span());
             // The thread with the claim may have looked while this one was inside the sources.
             return region.release_sources(page.span());
@@ -185,6 +195,11 @@ impl<'a, H: Host> Fault<'a, H> {
 }
 
 impl<H: Host> Filler for Fault<'_, H> {
+    #[inline]
+    fn writes(&self) -> Option<Page> {
+        (self.asked.touch != Touch::Read).then_some(self.asked.page)
+    }
+
     fn claimed(&mut self, claim: &mut Claim<'_>) {
         let is_first = !self.asked.is_repeated;
         if is_first {
@@ -213,8 +228,10 @@ impl<H: Host> Filler for Fault<'_, H> {
         let (span, page) = (claim.span(), asked.page);
         match error {
             // The page is installed, and the others of its block can wait.
-            InstallError::NoMemory if !span.contains(page) => return Err(Unfilled::GivenBack),
-            InstallError::NoMemory => claim.shrink_to(page),
+            InstallError::NoMemory | InstallError::NoRoom if !span.contains(page) => {
+                return Err(Unfilled::GivenBack);
+            }
+            InstallError::NoMemory | InstallError::NoRoom => claim.shrink_to(page),
             InstallError::Changing => {}
             // Another page of its block has failed, or may have: the page is filled alone.
             InstallError::Several(_) if span.contains(page) => {

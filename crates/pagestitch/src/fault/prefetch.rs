@@ -146,7 +146,7 @@ impl<'a, H: Host> Ahead<'a, H> {
         let pages = match error {
             InstallError::Several(pages) => *pages,
             InstallError::Source(_) => self.region.lazy_pages(span).map_or(1, |(pages, ..)| pages),
-            InstallError::NoMemory => span.pages,
+            InstallError::NoMemory | InstallError::NoRoom => span.pages,
             InstallError::Changing | InstallError::Gone | InstallError::Refused(_) => 1,
         };
         job.add_failed(pages);

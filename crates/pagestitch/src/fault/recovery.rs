@@ -1,6 +1,6 @@
 //! The reaction to a page that is not installed: a pause, zeros, or the end of the page.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::fault::error::{InstallError, Unfilled, failure_at, refusal};
 use crate::fault::fill::{Buffers, Filled, fill, fill_zeroing, in_region};
 use crate::fault::poison::fail;
@@ -97,6 +97,14 @@ impl Recovery {
                     |pause| Next::After(Pause::Memory(*pause)),
                 )
             }
+            InstallError::NoRoom => {
+                let pause = SHORT_OF_ROOM.get(self.attempts.memory);
+                self.attempts.memory += 1;
+                pause.map_or_else(
+                    || Next::Fail(without_room(region, span)),
+                    |pause| Next::After(Pause::Memory(*pause)),
+                )
+            }
             InstallError::Source(failure) => self.policy(region, span, *failure),
             // The caller fills the page alone.
             InstallError::Several(_) => Next::Now,
@@ -174,6 +182,13 @@ fn lost(region: &Mapping, span: Span) -> Failure {
 /// The failure of a page for which the kernel had no memory at each attempt.
 pub(crate) fn without_memory(region: &Mapping, span: Span) -> Failure {
     failure_at(region, span, Errno::ENOMEM.into()).of_kernel()
+}
+
+/// The failure of a page for which the budget had no room at each attempt.
+fn without_room(region: &Mapping, span: Span) -> Failure {
+    let what =
+        "the budget is full of written pages that their sources do not take back: see the error of flush()";
+    failure_at(region, span, FailureReason::NoRoom.error(what))
 }
 
 /// A number that differs between pages and between attempts.
@@ -254,5 +269,12 @@ impl<'a> Sources<'a> {
 /// one the page fails.
 const SHORT_OF_MEMORY: [Duration; 3] =
     [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
+/// The pauses between attempts to find room in a budget whose written pages cannot go back.
+const SHORT_OF_ROOM: [Duration; 4] = [
+    Duration::from_millis(1),
+    Duration::from_millis(10),
+    Duration::from_millis(100),
+    Duration::from_millis(1000),
+];
 /// Multiplier that spreads close numbers (2^64 divided by the golden ratio).
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;

@@ -62,11 +62,35 @@ pub(crate) struct FaultRequest {
     pub(crate) attempts: Attempts,
     /// Whether a worker has taken it up before.
     pub(crate) is_repeated: bool,
+    pub(crate) touch: Touch,
+}
+
+/// The access of a faulting thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Touch {
+    /// A read of an absent page, or an access that is not known.
+    Read,
+    /// A write to an absent page.
+    Write,
+    /// A write to a page that is write-protected.
+    Denied,
 }
 
 impl FaultRequest {
     pub(crate) fn new(page: Page, read: Instant, thread: u32, slot: Option<usize>) -> Self {
-        Self { page, read, thread, slot, attempts: Attempts::default(), is_repeated: false }
+        Self {
+            page,
+            read,
+            thread,
+            slot,
+            attempts: Attempts::default(),
+            is_repeated: false,
+            touch: Touch::Read,
+        }
+    }
+
+    pub(crate) const fn by(self, touch: Touch) -> Self {
+        Self { touch, ..self }
     }
 
     /// The request to serve it again, or to go on with it elsewhere.

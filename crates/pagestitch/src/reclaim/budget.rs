@@ -23,7 +23,7 @@ use std::sync::Arc;
 /// * **What counts**: pages that regions of the budget have filled, and pages that wait on the standby
 ///   list, an eighth of the budget at most. Pages that are mapped in place are page cache, and do not
 ///   count. Nor do zeros of holes, the regions' tables (5 bytes for each page that was ever touched), and
-///   64 KiB and a huge page of buffers for each worker.
+///   64 KiB and a huge page of buffers for each worker, and 256 KiB for each thread that writes pages back.
 /// * **Hashes**: a page of a file or of a source of your own may come back with other bytes, which a slice
 ///   must not show. So 16 bytes are kept for each such page of a [`Region`](crate::Region), and count: an
 ///   eighth of the budget at most.
@@ -35,9 +35,22 @@ use std::sync::Arc;
 /// * **Pages that cannot leave**, because they are locked (`mlock(2)`) or pinned by a device, stay. If
 ///   there is nothing else to evict, the regions exceed the budget, and
 ///   [`overruns`](Self::overruns) counts the pages.
+/// * **Written pages** of a region that is built [`write_back`](crate::Builder::write_back) go to their
+///   sources before their memory is used for other pages: neighbouring pages at once, by the thread that
+///   needs the room. So a thread that writes faster than the source takes bytes waits in its faults, and a
+///   source that hangs holds up the faults of all regions of the budget that need room.
+/// * **A source that takes no bytes back** loses none: the page stays, and is dirty.
+///   [`on_page_failure`](crate::Builder::on_page_failure) gets the first error, and
+///   [`flush`](crate::AnyRegion::flush) returns it. Other pages leave meanwhile. If none is left, a fault that
+///   needs room fails after a second, and touches of its page get SIGBUS
+///   ([`FailureReason::NoRoom`](crate::source::FailureReason::NoRoom)) until
+///   [`retry_failed`](crate::AnyRegion::retry_failed).
+/// * **Padding** between chunks has no source: a page with written padding stays.
+/// * **Discarded pages** (`MADV_DONTNEED`) of a region with write-back may have their written bytes again,
+///   because the kernel does not tell a discard of a page that has left.
 /// * **Kernels** before Linux 6.8 cannot move pages: there, pages are dropped at once, without standby.
 ///   So they are where swap is on and the kernel may lose a page that moves while it is swapped out
-///   (before Linux 6.16).
+///   (before Linux 6.16). Regions with write-back are refused there.
 /// * **Forked children** do not have regions with a budget.
 ///
 /// ```
@@ -185,27 +198,34 @@ impl Budget {
             soft_faults,
             refaults,
             kept: read(&tally.refused),
+            dirty_bytes: in_bytes(self.state.dirty_pages()),
+            write_backs: read(&tally.write_backs),
+            write_failures: read(&tally.write_failures),
             overruns: read(&tally.overruns),
         }
     }
 
     /// Takes a region in. Its pages leave once it is [served](Share::serve). If the region gives out
     /// `slices`, pages of sources that may change come back with the bytes of their first reading.
+    /// `written_back`: written pages go back to their sources.
     pub(crate) fn join(
         &self,
         evictable: Evictable,
         layout: &Layout,
-        slices: bool,
+        (slices, written_back): (bool, bool),
     ) -> Result<Membership, Error> {
         let page = PageSize::system();
         let hashed = if slices { unstable_pages(layout, page) } else { Vec::new() };
-        Share::join(&self.state, evictable, hashed).map_err(|error| match error {
+        let chunks = written_back.then(|| layout.chunks());
+        Share::join(&self.state, evictable, hashed, chunks).map_err(|error| match error {
             JoinError::Full => {
                 let what = "a budget has at most 1,048,576 regions: make another one";
                 Error::new(ErrorKind::LimitReached, what).of_option(BuildOption::Budget)
             }
-            JoinError::NoTable(errno) => no_tables(errno),
             JoinError::Hashes(pages) => self.too_many_hashes(pages),
+            JoinError::NoTable(errno) | JoinError::NoMoves(ArenaError::Refused(errno)) => no_tables(errno),
+            JoinError::NoMoves(ArenaError::NoMoves(reason)) => no_moves(reason),
+            JoinError::NoMoves(ArenaError::Open(error)) => Error::no_userfaultfd(&error),
         })
     }
 
@@ -221,6 +241,15 @@ impl Budget {
     /// True if pages move to a standby list, so that the region has to be mapped for writing.
     pub(crate) fn moves(&self) -> bool {
         self.state.standby.is_some()
+    }
+
+    /// Refuses a writable region on a kernel that drops pages at once, because a write would be lost.
+    pub(crate) fn check_moves(&self) -> Result<(), Error> {
+        match Arena::new(NonZeroUsize::MIN) {
+            Err(ArenaError::NoMoves(reason)) => Err(no_moves(reason)),
+            _ if !self.moves() => Err(no_moves("the kernel could not move pages when the budget was made")),
+            _ => Ok(()),
+        }
     }
 
     /// Refuses a region that `threads` threads serve, if they need more than the budget.
@@ -272,6 +301,13 @@ fn standby(slots: NonZeroUsize) -> Result<Option<Standby>, Error> {
 
 fn no_tables(errno: Errno) -> Error {
     Error::refused("a budget cannot reserve its tables", errno)
+}
+
+fn no_moves(reason: &str) -> Error {
+    let what = format!(
+        "a written page leaves by a move, so that no write is lost, and {reason}; or leave out budget()"
+    );
+    Error::new(ErrorKind::Unsupported, what).of_option(BuildOption::Budget)
 }
 
 fn in_bytes(pages: usize) -> u64 {

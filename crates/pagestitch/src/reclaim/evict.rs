@@ -2,13 +2,16 @@
 
 use crate::policy::PageKey;
 use crate::reclaim::places::Place;
-use crate::reclaim::share::{Share, State};
+use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::slots::Emptying;
 use crate::reclaim::state::{BATCH, Chooser, Standby, count, key_of, member_of, page_of};
+use crate::reclaim::write_back::{Batch, has_padding};
 use crate::space::Mapping;
-use crate::space::page_table::{Claim, PageState, Wake};
+use crate::space::page_table::{Claim, PageState};
 use pagestitch_kernel::arena::DISCARDS_MAX;
+use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Outcome, Page, Span};
+use std::sync::Arc;
 
 impl State {
     /// Moves a batch of pages to the standby list, and empties slots for the next batch. Passes over its
@@ -31,26 +34,54 @@ impl State {
         }
         let chosen = victims.len();
         self.move_out(standby, victims, slot);
-        (chosen..most).for_each(|step| standby.slots.skip(standby.slots.after(slot, step)));
+        standby.skip(slot + chosen, most - chosen);
         chosen > 0
     }
 
-    /// Frees memory: that of the oldest slots; if there is none, that of resident pages.
-    pub(super) fn free_some(&self, quiet: bool) {
-        let Some(mut chooser) = self.choose(quiet) else { return };
+    /// Frees memory: that of the oldest slots; if there is none, that of resident pages. False if there is
+    /// none either.
+    pub(super) fn free_some(&self, quiet: bool) -> bool {
+        let Some(mut chooser) = self.choose(quiet) else { return false };
         chooser.take_note(&self.arrivals);
+        let mut taken = (0, 0);
         if let Some(standby) = &self.standby {
             // A run without frames is emptied too, because its slots are taken off the ring.
             let run = standby.begin_empty(&mut chooser, usize::MAX);
             if let Some(run) = run.filter(|run| !run.slots().is_empty()) {
                 drop(chooser);
-                return self.empty(standby, run);
+                self.empty(standby, run);
+                return true;
+            }
+            if self.writes.regions.load(Ordering::Relaxed) > 0 {
+                taken = standby.slots.take(&mut chooser.ends, BATCH);
             }
         }
         let mut room = [0; BATCH];
         let victims = chooser.victims(&mut room);
         drop(chooser);
-        self.drop_pages(victims);
+        self.take_away(victims, taken)
+    }
+
+    /// Drops pages; those that go back to their sources move to taken slots, as far as there are any.
+    /// False if all stay.
+    fn take_away(&self, victims: &[PageKey], (slot, slots): (usize, usize)) -> bool {
+        let (mut used, mut gone) = (0, 0);
+        self.each_region(victims, |share, group| {
+            let Some(share) = share else { return };
+            let Some(standby) = self.standby.as_ref().filter(|_| share.dirty.is_some()) else {
+                share.enter(&mut |region| gone += share.drop_pages(region, group));
+                return;
+            };
+            let (now, rest) = group.split_at(group.len().min(slots - used));
+            rest.iter().for_each(|page| share.page_stays(page_of(*page)));
+            let at = standby.slots.after(slot, used);
+            used += now.len();
+            if !share.enter(&mut |region| gone += share.move_out(region, standby, now, at)) {
+                standby.skip(at, now.len());
+            }
+        });
+        self.standby.iter().for_each(|standby| standby.skip(slot + used, slots - used));
+        gone > 0
     }
 
     pub(super) fn empty(&self, standby: &Standby, run: Emptying) {
@@ -71,7 +102,7 @@ impl State {
             };
             if !share.is_some_and(&mut out) {
                 // The region ends, and its pages with it.
-                (0..group.len()).for_each(|step| standby.slots.skip(standby.slots.after(slot, step)));
+                standby.skip(slot, group.len());
             }
             slot = standby.slots.after(slot, group.len());
         });
@@ -91,10 +122,18 @@ impl State {
 
     /// Calls `each` with the pages of each region, and the region's share if it has not ended.
     fn each_region(&self, victims: &[PageKey], mut each: impl FnMut(Option<&Share>, &[PageKey])) {
-        let members = self.members.read();
         for group in victims.chunk_by(|one, two| member_of(*one) == member_of(*two)) {
-            let share = members.value().and_then(|members| members.get(member_of(group[0]))?.as_deref());
-            each(share, group);
+            let members = self.members.read();
+            let share = members.value().and_then(|members| members.get(member_of(group[0]))?.as_ref());
+            match share {
+                // A region that joins or ends must not wait for the write of a page.
+                Some(share) if share.dirty.is_some() => {
+                    let share = Arc::clone(share);
+                    drop(members);
+                    each(Some(&share), group);
+                }
+                share => each(share.map(|share| &**share), group),
+            }
         }
     }
 }
@@ -106,41 +145,83 @@ impl Standby {
         let is_short = self.slots.free(ends) < free;
         is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
     }
+
+    /// No pages have moved to taken slots, from `slot` on.
+    fn skip(&self, slot: usize, slots: usize) {
+        (0..slots).for_each(|step| self.slots.skip(self.slots.after(slot, step)));
+    }
 }
 
 impl Share {
-    /// Calls `work` with the region, inside of its gate. False if the region ends.
-    fn enter(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
-        self.region.get().is_some_and(|region| region.enter_region(work))
-    }
-
-    /// Moves pages, in the order of their addresses, to taken slots from `first` on. Returns the number of
-    /// those that have moved.
+    /// Moves pages, in the order of their addresses, to taken slots from `first` on; writes dirty ones to
+    /// their sources. Returns the number of pages that have moved.
     fn move_out(&self, region: &Mapping, standby: &Standby, pages: &[PageKey], first: usize) -> usize {
         let quiet = Quiet(region);
+        let mut batch = Batch::new(&self.state);
         let (mut done, mut all_moved) = (0, 0);
         while done < pages.len() {
             let slot = standby.slots.after(first, done);
             // The slots of a run do not wrap around.
             let rest = &pages[done..pages.len().min(done + standby.slots.len() - slot)];
             let run = leading_run(rest);
-            let moved = match region.pages.claim_present(run, &quiet) {
-                Ok(mut claim) => self.move_run(&mut claim, standby, slot),
+            let (now, moved) = match region.pages.claim_present(run, &quiet) {
+                Ok(mut claim) => {
+                    let (alike, stay) = self.leading_alike(region, claim.span());
+                    let mut part = claim.split_off(alike);
+                    claim.settle(claim.span().pages, PageState::Present);
+                    match stay {
+                        true => (self.keep(&mut part, standby, slot), 0),
+                        false => {
+                            let moved = self.move_run(&mut part, standby, slot, &mut batch);
+                            (moved.max(1), moved)
+                        }
+                    }
+                }
                 Err(state) => {
                     standby.slots.skip(slot);
                     self.forget_absent(region, run.first, state);
-                    0
+                    (1, 0)
                 }
             };
             all_moved += moved;
-            done += moved.max(1);
+            done += now;
+        }
+        if let Some(dirty) = &self.dirty {
+            self.write_batch(region, dirty, standby, &batch);
         }
         all_moved
     }
 
+    /// The number of leading pages of a claimed span that all stay, or all leave.
+    fn leading_alike(&self, region: &Mapping, span: Span) -> (usize, bool) {
+        let Some(dirty) = &self.dirty else { return (span.pages, false) };
+        let pauses = dirty.backoff.pauses();
+        let stays = |page: Page| {
+            dirty.writing.get(page.0) || dirty.is_dirty(page) && (pauses || has_padding(region, page))
+        };
+        let first = stays(span.first);
+        (span.iter().take_while(|page| stays(*page) == first).count(), first)
+    }
+
+    /// The pages of a claim stay: their bytes are being written, or cannot be written.
+    #[cold]
+    fn keep(&self, claim: &mut Claim<'_>, standby: &Standby, slot: usize) -> usize {
+        let pages = claim.span().pages;
+        claim.span().iter().for_each(|page| self.page_stays(page));
+        claim.settle(pages, PageState::Present);
+        standby.skip(slot, pages);
+        pages
+    }
+
     /// Moves the first pages of a claim; the others stay. Returns the number of pages that have moved. If it
     /// is 0, the first page is done.
-    fn move_run(&self, claim: &mut Claim<'_>, standby: &Standby, slot: usize) -> usize {
+    fn move_run(
+        &self,
+        claim: &mut Claim<'_>,
+        standby: &Standby,
+        slot: usize,
+        batch: &mut Batch<'_>,
+    ) -> usize {
         let Standby { arena, slots } = standby;
         let span = self.pins.free_prefix(claim.span());
         if span.is_empty() {
@@ -154,8 +235,13 @@ impl Share {
             Outcome::Partial { bytes } => bytes / self.evictable.reservation().page_size().bytes(),
             _ => 0,
         };
+        // The move has ended all writes, so that each written page has its mark by now.
         for (step, page) in span.prefix(moved).iter().enumerate() {
-            slots.fill(slot + step, key_of(self.member, page));
+            let key = key_of(self.member, page);
+            match self.dirty.as_ref().is_some_and(|dirty| dirty.unmark(page)) {
+                true => self.fill_dirty(standby, (page, key), slot + step, batch),
+                false => slots.fill(slot + step, key),
+            }
             self.places.set(page, Place::Slot((slot + step) as u32));
         }
         self.pages_left(moved);
@@ -202,7 +288,7 @@ impl Share {
     }
 
     /// A resident page takes no memory any more.
-    fn uncount(&self, page: Page) {
+    pub(super) fn uncount(&self, page: Page) {
         self.places.set(page, Place::Nowhere);
         self.left_memory(1);
     }
@@ -273,15 +359,6 @@ impl Share {
 fn leading_run(pages: &[PageKey]) -> Span {
     let next = pages.windows(2).take_while(|pair| pair[1] == pair[0] + 1).count();
     Span { first: page_of(pages[0]), pages: 1 + next }
-}
-
-/// Wakes without a log, because a log takes locks.
-struct Quiet<'r>(&'r Mapping);
-
-impl Wake for Quiet<'_> {
-    fn wake(&self, span: Span) {
-        self.0.wake_quietly(span);
-    }
 }
 
 #[cfg(all(test, not(shuttle)))]

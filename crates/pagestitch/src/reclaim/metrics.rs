@@ -38,4 +38,12 @@ pub struct BudgetMetrics {
     pub kept: u64,
     /// Pages that were filled above the limit, because no page could leave.
     pub overruns: u64,
+    /// The bytes of pages that were written and are not in their sources yet, a part of
+    /// [`resident_bytes`](Self::resident_bytes).
+    pub dirty_bytes: u64,
+    /// Written pages whose bytes went to their sources, before their memory was used for other pages, or by
+    /// a flush.
+    pub write_backs: u64,
+    /// Writes to sources that have failed. Their pages stay in memory.
+    pub write_failures: u64,
 }

@@ -8,9 +8,12 @@
 //! | `evict` | moves pages out, drops them, and empties slots |
 //! | `requested` | pages that leave or stay because the application asks for it |
 //! | `pins` | pages that do not leave |
-//! | `soft_fault` | brings a page back from the standby list |
+//! | `soft_fault` | brings a page back from the standby list or the modified list |
+//! | `dirty` | the written pages of a region, and the states of a page |
+//! | `write_back` | dirty pages that have left go to their sources |
+//! | `flush` | dirty pages go to their sources, and stay |
 //! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
-//! | `slots` | the standby list: a ring of slots, first in, first out |
+//! | `slots` | the standby list and the modified list: a ring of slots, first in, first out |
 //! | `arrivals` | pages that have come, until the policy takes note of them |
 //! | `fingerprints` | hashes of pages whose source may change: they come back with the bytes of their first reading |
 //! | `metrics` | the counts of a budget, as the user reads them |
@@ -31,8 +34,10 @@
 
 mod arrivals;
 mod budget;
+mod dirty;
 mod evict;
 mod fingerprints;
+mod flush;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
@@ -44,6 +49,7 @@ mod share;
 mod slots;
 mod soft_fault;
 mod state;
+mod write_back;
 
 pub use budget::Budget;
 pub use metrics::BudgetMetrics;

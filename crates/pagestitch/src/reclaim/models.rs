@@ -76,7 +76,7 @@ impl Bounded {
         let Ok(mut claim) = self.pages.claim(page, self) else { return };
         let place = self.places.get(page);
         match place {
-            Place::Slot(slot) if self.slots.begin_return(slot as usize, page.0 as u64) => {
+            Place::Slot(slot) if self.slots.begin_return(slot as usize, page.0 as u64).is_some() => {
                 let frame = self.arena[slot as usize].swap(0, Ordering::SeqCst);
                 assert_eq!(frame, page.0 + 1, "the slot has the frame of the page");
                 self.slots.returned(slot as usize);

@@ -1,12 +1,15 @@
 //! A region's part in a budget.
 
+use crate::error::Failure;
+use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::fingerprints::{Fingerprints, table_pages};
 use crate::reclaim::pins::Pins;
 use crate::reclaim::places::{Place, Places};
 use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, count, key_of, member_of};
 use crate::signals::NoSignals;
-use crate::space::page_table::Claim;
-use crate::space::{Mapping, Prepared, Residence};
+use crate::space::page_table::{Claim, Wake};
+use crate::space::{Mapping, Prepared, Residence, WrittenBack};
+use pagestitch_kernel::arena::ArenaError;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
 use std::fmt;
@@ -38,6 +41,9 @@ pub(crate) struct Share {
     pub(super) region: OnceLock<Arc<dyn EnterRegion>>,
     /// The number of its pages that are resident.
     resident: AtomicUsize,
+    /// The written pages, if they go back to their sources. Then a page arrives write-protected, and leaves
+    /// by a move only.
+    pub(super) dirty: Option<DirtyPages>,
 }
 
 /// The membership of a mapping in a budget. Its drop ends it.
@@ -53,18 +59,34 @@ pub(crate) enum JoinError {
     NoTable(Errno),
     /// The hashes of its pages take so many pages, which are more than the budget keeps.
     Hashes(usize),
+    /// Its written pages cannot move.
+    NoMoves(ArenaError),
+}
+
+impl State {
+    /// The pages that were written and are not in their sources yet.
+    pub(super) fn dirty_pages(&self) -> usize {
+        let members = self.members.read();
+        let dirty = |share: &Arc<Share>| share.dirty.as_ref().map_or(0, DirtyPages::count);
+        let resident: usize = members.value().into_iter().flatten().flatten().map(dirty).sum();
+        resident + self.modified_pages()
+    }
 }
 
 impl Share {
-    /// Joins a budget. A hash is kept for each page of `hashed`.
+    /// Joins a budget. A hash is kept for each page of `hashed`. `written_back`: the number of chunks of the
+    /// region, if written pages go back to their sources.
     pub(super) fn join(
         state: &Arc<State>,
         evictable: Evictable,
         hashed: Vec<Span>,
+        written_back: Option<usize>,
     ) -> Result<Membership, JoinError> {
-        let page = evictable.reservation().page_size();
-        let places = Places::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
-        let pins = Pins::new(evictable.reservation().pages()).map_err(JoinError::NoTable)?;
+        let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
+        let places = Places::new(pages).map_err(JoinError::NoTable)?;
+        let pins = Pins::new(pages).map_err(JoinError::NoTable)?;
+        let dirty = written_back.map(|chunks| DirtyPages::new(pages, chunks, BATCH));
+        let dirty = dirty.transpose().map_err(JoinError::NoMoves)?;
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
         let fingerprints = fingerprints.transpose().map_err(JoinError::NoTable)?;
@@ -77,10 +99,23 @@ impl Share {
         if !state.reserve_hashes(table_pages) {
             return Err(JoinError::Hashes(table_pages));
         }
-        make_room(state, table_pages, false);
+        if !make_room(state, table_pages, false) {
+            state.overrun(table_pages);
+        }
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
-        let share =
-            Self { state, member, places, pins, evictable, fingerprints, table_pages, region, resident };
+        state.writes.regions.fetch_add(usize::from(dirty.is_some()), Ordering::Relaxed);
+        let share = Self {
+            state,
+            member,
+            places,
+            pins,
+            evictable,
+            fingerprints,
+            table_pages,
+            region,
+            resident,
+            dirty,
+        };
         let share = Arc::new(share);
         if member == members.len() {
             members.push(None);
@@ -88,6 +123,11 @@ impl Share {
         members[member] = Some(Arc::clone(&share));
         writer.publish(members);
         Ok(Membership(share))
+    }
+
+    /// Calls `work` with the region, inside of its gate. False if the region ends.
+    pub(super) fn enter(&self, work: &mut dyn FnMut(&Mapping)) -> bool {
+        self.region.get().is_some_and(|region| region.enter_region(work))
     }
 
     /// A page of the region takes memory that the budget counts: the policy gets it.
@@ -124,19 +164,25 @@ impl Share {
 
     fn drop_slot(&self, page: Page, slot: u32) {
         let Some(standby) = &self.state.standby else { return };
-        if standby.slots.begin_return(slot as usize, key_of(self.member, page)) {
+        if standby.slots.begin_return(slot as usize, key_of(self.member, page)).is_some() {
             standby.slots.abandon(slot as usize);
         }
     }
 }
 
 impl Residence for Membership {
-    fn prepare(&self, claim: &mut Claim<'_>, range: AddressRange, uffd: &Uffd) -> Prepared {
-        self.0.prepare(claim, range, uffd)
+    fn prepare(
+        &self,
+        claim: &mut Claim<'_>,
+        range: AddressRange,
+        uffd: &Uffd,
+        writes: Option<Page>,
+    ) -> Prepared {
+        self.0.prepare(claim, range, uffd, writes)
     }
 
-    fn make_room(&self, pages: usize, quiet: bool) {
-        make_room(&self.0.state, pages, quiet);
+    fn make_room(&self, pages: usize, quiet: bool) -> bool {
+        make_room(&self.0.state, pages, quiet)
     }
 
     fn installed(&self, span: Span, pages: usize) {
@@ -183,6 +229,29 @@ impl Residence for Membership {
     fn unpin(&self, span: Span) {
         self.0.unpin(span);
     }
+
+    fn written_back(&self) -> Option<&dyn WrittenBack> {
+        self.0.dirty.as_ref().map(|_| self as &dyn WrittenBack)
+    }
+}
+
+impl WrittenBack for Membership {
+    fn arrives_protected(&self, page: Page) -> bool {
+        self.0.dirty.as_ref().is_some_and(|dirty| !dirty.is_dirty(page))
+    }
+
+    fn will_write(&self, page: Page) {
+        self.0.dirty.iter().for_each(|dirty| dirty.mark(page));
+    }
+
+    fn flush(&self, span: Span, failed: &mut dyn FnMut(Page, Failure)) {
+        let Some(dirty) = &self.0.dirty else { return };
+        self.0.enter(&mut |region| self.0.flush(region, dirty, span, failed));
+    }
+
+    fn take_unsynced(&self, chunk: usize) -> bool {
+        self.0.dirty.as_ref().is_some_and(|dirty| dirty.unsynced.clear(chunk))
+    }
 }
 
 impl Membership {
@@ -202,7 +271,7 @@ impl Share {
 impl Drop for Membership {
     /// No thread is inside the region any more, so that none of its pages is claimed or comes.
     fn drop(&mut self) {
-        let Share { state, member, resident, table_pages, .. } = &*self.0;
+        let Share { state, member, resident, table_pages, dirty, .. } = &*self.0;
         // A forked child has neither the region nor the threads that hold locks.
         if !state.generation.is_current() {
             return;
@@ -216,6 +285,10 @@ impl Drop for Membership {
         state.release(resident.load(Ordering::Relaxed) + table_pages);
         state.release_hashes(*table_pages);
         state.release_pinned(self.0.pins.count());
+        if let Some(dirty) = dirty {
+            state.writes.regions.fetch_sub(1, Ordering::Relaxed);
+            state.writes.failing.fetch_sub(usize::from(dirty.backoff.succeeded()), Ordering::SeqCst);
+        }
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         members[*member] = None;
@@ -223,19 +296,40 @@ impl Drop for Membership {
     }
 }
 
-/// Reserves memory for pages. Evicts others before, if the budget is used up. `quiet`: in a signal handler.
-fn make_room(state: &State, pages: usize, quiet: bool) {
+/// Reserves memory for pages. Evicts others before, if the budget is used up. False if there is no room,
+/// because written pages cannot go back to their sources. `quiet`: in a signal handler.
+fn make_room(state: &State, pages: usize, quiet: bool) -> bool {
     if state.try_reserve(pages) {
-        return;
+        return true;
     }
-    let _quiet = without_handlers();
     for _ in 0..TRIES + pages / BATCH {
-        state.free_some(quiet);
+        let steps = state.writes.steps();
+        let blocked = without_handlers();
+        let has_freed = state.free_some(quiet);
+        drop(blocked);
         if state.try_reserve(pages) {
-            return;
+            return true;
+        }
+        if !has_freed && !quiet {
+            // The throttle of writers: no page leaves before another one is written.
+            state.writes.wait_for_next(steps);
         }
     }
+    // More pages would be dirty soon, too, so that no limit would hold.
+    if state.writes.failing.load(Ordering::SeqCst) > 0 {
+        return false;
+    }
     state.overrun(pages);
+    true
+}
+
+/// Wakes without a log, because a log takes locks.
+pub(super) struct Quiet<'r>(pub(super) &'r Mapping);
+
+impl Wake for Quiet<'_> {
+    fn wake(&self, span: Span) {
+        self.0.wake_quietly(span);
+    }
 }
 
 /// Blocks signals while the thread chooses and evicts pages, because a signal handler that touches such a

@@ -7,13 +7,17 @@
 //! ```
 //!
 //! ```text
-//!   Free ─take─▶ Taken ─fill─▶ Full ─────────────begin_empty──▶ Emptying ─finish_empty─▶ Free
+//!             ┌─fill_dirty─▶ Modified ─written─┐
+//!   Free ─take─▶ Taken ─fill─▶ Full ◀──────────┘─begin_empty──▶ Emptying ─finish_empty─▶ Free
 //!                  │            │ ▲                  ▲
-//!                  │  begin_return cancel_return     │
+//!                  │  begin_return cancel_return     │       (also from and to Modified)
 //!                  │            ▼ │                  │
 //!                  │         Returning ─returned─▶ Hole, or ─abandon─▶ Orphan
 //!                  └──────────skip───────────────▶ Hole
 //! ```
+//!
+//! The slots in `Modified` are the modified list: their frames have bytes that are not in their sources
+//! yet, so they are not emptied.
 
 use crate::policy::PageKey;
 use pagestitch_kernel::Errno;
@@ -28,6 +32,17 @@ pub(super) struct Slots {
     states: AtomicTable,
     /// The number of slots that have a frame.
     full: AtomicUsize,
+    /// Those of them whose frame is not written back yet.
+    modified: AtomicUsize,
+}
+
+/// The frame of a slot, compared with the bytes of its page in the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Frame {
+    /// The same bytes.
+    Clean,
+    /// Written bytes, which are not in the source yet.
+    Modified,
 }
 
 /// Both ends of the ring, as counts that only grow.
@@ -60,10 +75,16 @@ const ORPHAN: u64 = 4;
 const FULL: u64 = 5;
 /// A thread moves its frame back to its page.
 const RETURNING: u64 = 6;
+/// It has the frame of a page that is not written back yet.
+const MODIFIED: u64 = 7;
 const TAG_BITS: u32 = 3;
 
 const fn full(page: PageKey) -> u64 {
     page << TAG_BITS | FULL
+}
+
+const fn modified(page: PageKey) -> u64 {
+    page << TAG_BITS | MODIFIED
 }
 
 const fn returning(page: PageKey) -> u64 {
@@ -72,7 +93,8 @@ const fn returning(page: PageKey) -> u64 {
 
 impl Slots {
     pub(super) fn new(slots: NonZeroUsize) -> Result<Self, Errno> {
-        Ok(Self { states: AtomicTable::new(slots)?, full: AtomicUsize::new(0) })
+        let (full, modified) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Ok(Self { states: AtomicTable::new(slots)?, full, modified })
     }
 
     pub(super) fn len(&self) -> usize {
@@ -82,6 +104,11 @@ impl Slots {
     /// The number of slots that have a frame.
     pub(super) fn full(&self) -> usize {
         self.full.load(Ordering::SeqCst)
+    }
+
+    /// The number of slots whose frame is not written back yet.
+    pub(super) fn modified(&self) -> usize {
+        self.modified.load(Ordering::SeqCst)
     }
 
     /// The number of slots that can be taken, at most.
@@ -111,14 +138,38 @@ impl Slots {
         self.set(slot, full(page));
     }
 
+    /// A page that is not written back yet has moved to a taken slot.
+    pub(super) fn fill_dirty(&self, slot: usize, page: PageKey) {
+        self.full.fetch_add(1, Ordering::SeqCst);
+        self.modified.fetch_add(1, Ordering::SeqCst);
+        self.set(slot, modified(page));
+    }
+
+    /// The bytes of the slot are in the source. False if the page has come back meanwhile.
+    pub(super) fn written(&self, slot: usize, page: PageKey) -> bool {
+        let is_clean = self.exchange(slot, modified(page), full(page));
+        self.modified.fetch_sub(usize::from(is_clean), Ordering::SeqCst);
+        is_clean
+    }
+
+    /// True if the slot has a page that is not written back yet.
+    pub(super) fn is_modified(&self, slot: usize, page: PageKey) -> bool {
+        self.state(slot) == modified(page)
+    }
+
     /// No page has moved to a taken slot.
     pub(super) fn skip(&self, slot: usize) {
         self.set(slot, HOLE);
     }
 
-    /// Begins to move the frame of a slot back. False if the slot does not have the page any more.
-    pub(super) fn begin_return(&self, slot: usize, page: PageKey) -> bool {
-        self.exchange(slot, full(page), returning(page))
+    /// Begins to move the frame of a slot back. `None` if the slot does not have the page any more.
+    pub(super) fn begin_return(&self, slot: usize, page: PageKey) -> Option<Frame> {
+        // A modified page becomes clean meanwhile perhaps, and never the other way round.
+        if self.exchange(slot, modified(page), returning(page)) {
+            self.modified.fetch_sub(1, Ordering::SeqCst);
+            return Some(Frame::Modified);
+        }
+        self.exchange(slot, full(page), returning(page)).then_some(Frame::Clean)
     }
 
     /// The frame of the slot has moved back.
@@ -128,7 +179,11 @@ impl Slots {
     }
 
     /// The frame of the slot cannot move back now.
-    pub(super) fn cancel_return(&self, slot: usize, page: PageKey) {
+    pub(super) fn cancel_return(&self, slot: usize, page: PageKey, frame: Frame) {
+        if frame == Frame::Modified {
+            self.modified.fetch_add(1, Ordering::SeqCst);
+            return self.set(slot, modified(page));
+        }
         self.set(slot, full(page));
     }
 
@@ -138,7 +193,8 @@ impl Slots {
     }
 
     /// Takes slots off the tail to be emptied, until they have `frames` frames. Calls `dropped` with the
-    /// page of each. Stops at a slot that a thread fills or moves back. The run does not wrap around.
+    /// page of each. Stops at a slot that a thread fills, moves back or writes back. The run does not wrap
+    /// around.
     pub(super) fn begin_empty(
         &self,
         ends: &mut Ends,
@@ -154,7 +210,7 @@ impl Slots {
                     run.frames += 1;
                 }
                 // A thread has begun to move it back meanwhile.
-                FULL | TAKEN | RETURNING => break,
+                FULL | TAKEN | RETURNING | MODIFIED => break,
                 ORPHAN => {
                     self.set(ends.tail, EMPTYING);
                     run.frames += 1;
@@ -222,16 +278,34 @@ mod tests {
         let (slots, mut ends) = slots(4);
         slots.take(&mut ends, 3);
         (0..3).for_each(|slot| slots.fill(slot, slot as u64));
-        assert!(slots.begin_return(1, 1));
-        assert!(!slots.begin_return(1, 1) && !slots.begin_return(0, 1));
+        assert_eq!(slots.begin_return(1, 1), Some(Frame::Clean));
+        assert_eq!((slots.begin_return(1, 1), slots.begin_return(0, 1)), (None, None));
         let run = slots.begin_empty(&mut ends, 4, |_| {});
         assert_eq!((run.slots(), run.frames), (0..1, 1), "up to the slot that is being moved back");
         slots.returned(1);
-        assert!(slots.begin_return(2, 2));
+        assert!(slots.begin_return(2, 2).is_some());
         slots.abandon(2);
         let mut dropped = Vec::new();
         let rest = slots.begin_empty(&mut ends, 4, |page| dropped.push(page));
         assert_eq!((rest.slots(), rest.frames, dropped), (1..3, 1, vec![]));
+    }
+
+    #[test]
+    fn a_dirty_page_is_not_emptied_before_it_is_written() {
+        let (slots, mut ends) = slots(4);
+        slots.take(&mut ends, 3);
+        (0..3).for_each(|slot| slots.fill_dirty(slot, 10 + slot as u64));
+        assert_eq!((slots.full(), slots.modified()), (3, 3));
+        assert_eq!(slots.begin_empty(&mut ends, 4, |_| {}).slots().len(), 0);
+        assert!(slots.written(0, 10) && !slots.written(0, 10));
+        assert_eq!(slots.begin_return(1, 11), Some(Frame::Modified));
+        slots.cancel_return(1, 11, Frame::Modified);
+        assert_eq!(slots.begin_empty(&mut ends, 4, |_| {}).slots(), 0..1);
+        assert_eq!(slots.begin_return(1, 11), Some(Frame::Modified));
+        assert!(!slots.written(1, 11), "it has come back");
+        slots.returned(1);
+        assert!(slots.written(2, 12));
+        assert_eq!((slots.begin_empty(&mut ends, 4, |_| {}).slots(), slots.modified()), (1..3, 0));
     }
 
     #[test]

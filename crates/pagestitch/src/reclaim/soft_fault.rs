@@ -2,18 +2,27 @@
 
 use crate::reclaim::places::Place;
 use crate::reclaim::share::Share;
+use crate::reclaim::slots::Frame;
 use crate::reclaim::state::{Standby, count, key_of};
 use crate::space::Prepared;
 use crate::space::page_table::{Claim, PageState};
+use pagestitch_kernel::uffd::Arrival;
 use pagestitch_kernel::{AddressRange, Outcome, Page, Uffd};
 
 impl Share {
     /// As [`Residence::prepare`](crate::space::Residence::prepare).
-    pub(super) fn prepare(&self, claim: &mut Claim<'_>, range: AddressRange, uffd: &Uffd) -> Prepared {
+    pub(super) fn prepare(
+        &self,
+        claim: &mut Claim<'_>,
+        range: AddressRange,
+        uffd: &Uffd,
+        writes: Option<Page>,
+    ) -> Prepared {
         let (first, span) = (claim.span().first, claim.span().prefix(FILL_MAX));
         if let Place::Slot(slot) = self.places.get(first) {
-            match self.bring_back(first, slot as usize, range, uffd) {
+            match self.bring_back(first, slot as usize, range, uffd, writes == Some(first)) {
                 Outcome::Done => {
+                    count(&self.state.tally.soft_faults, 1);
                     claim.settle(1, PageState::Present);
                     return Prepared::Returned;
                 }
@@ -25,36 +34,84 @@ impl Share {
             }
         }
         let is_filled = |page: &Page| !matches!(self.places.get(*page), Place::Slot(_));
-        Prepared::Fill(span.prefix(1 + span.without_prefix(1).iter().take_while(is_filled).count()))
+        let filled = span.prefix(1 + span.without_prefix(1).iter().take_while(is_filled).count());
+        let is_written = |page: &Page| filled.contains(*page);
+        if let (Some(dirty), Some(page)) = (&self.dirty, writes.filter(is_written)) {
+            dirty.mark(page);
+        }
+        Prepared::Fill(filled)
     }
 
-    /// Moves the page of a slot back. [`Outcome::NotRegistered`] if the slot does not have it any more.
-    fn bring_back(&self, page: Page, slot: usize, range: AddressRange, uffd: &Uffd) -> Outcome {
-        let Some(Standby { arena, slots }) = &self.state.standby else { return Outcome::NotRegistered };
+    /// Brings the page of a slot back. [`Outcome::NotRegistered`] if the slot does not have it any more.
+    /// The page is claimed.
+    pub(super) fn bring_back(
+        &self,
+        page: Page,
+        slot: usize,
+        range: AddressRange,
+        uffd: &Uffd,
+        is_written: bool,
+    ) -> Outcome {
+        let Some(standby) = &self.state.standby else { return Outcome::NotRegistered };
         let key = key_of(self.member, page);
-        if !slots.begin_return(slot, key) {
-            return Outcome::NotRegistered;
+        let Some(frame) = standby.slots.begin_return(slot, key) else { return Outcome::NotRegistered };
+        if let Some(dirty) = self.dirty.as_ref().filter(|_| is_written || frame == Frame::Modified) {
+            // Before the page can be written.
+            dirty.mark(page);
         }
-        match arena.give_back(uffd, range, slot) {
-            Outcome::Done => slots.returned(slot),
-            Outcome::Changing => {
-                slots.cancel_return(slot, key);
+        // A page that moves can be written without a fault.
+        let protects = self.dirty.as_ref().is_some_and(|dirty| !dirty.is_dirty(page));
+        let back = match protects {
+            true => self.copy_back(standby, slot, (range, uffd), Arrival::Protected),
+            false => match standby.arena.give_back(uffd, range, slot) {
+                // Its frame is pinned.
+                Outcome::Busy => self.copy_back(standby, slot, (range, uffd), Arrival::Writable),
+                moved => {
+                    if moved == Outcome::Done {
+                        standby.slots.returned(slot);
+                    }
+                    moved
+                }
+            },
+        };
+        match back {
+            Outcome::Done => {}
+            // A modified page has its bytes nowhere else.
+            outcome if outcome == Outcome::Changing || frame == Frame::Modified => {
+                standby.slots.cancel_return(slot, key, frame);
                 return Outcome::Changing;
             }
-            // Its frame is pinned.
-            Outcome::Busy if arena.copy_back(uffd, range, slot) == Outcome::Done => {
-                slots.abandon(slot);
-                self.state.overrun(1);
-            }
             refused => {
-                slots.abandon(slot);
+                standby.slots.abandon(slot);
                 return refused;
             }
         }
         self.places.set(page, Place::Resident);
         self.page_came(page, true);
-        count(&self.state.tally.soft_faults, 1);
         Outcome::Done
+    }
+
+    /// Copies the page of a slot. The old frame is free then, or waits for the end of the slot.
+    fn copy_back(
+        &self,
+        Standby { arena, slots }: &Standby,
+        slot: usize,
+        (range, uffd): (AddressRange, &Uffd),
+        arrival: Arrival,
+    ) -> Outcome {
+        let has_room = self.state.try_reserve(1);
+        let copied = arena.copy_back(uffd, range, slot..slot + 1, arrival);
+        match copied {
+            Outcome::Done if has_room => slots.abandon(slot),
+            // The new frame takes the place of the old one in the budget.
+            Outcome::Done if arena.empty(slot..slot + 1).is_ok() => slots.returned(slot),
+            Outcome::Done => {
+                slots.abandon(slot);
+                self.state.overrun(1);
+            }
+            _ => self.state.release(usize::from(has_room)),
+        }
+        copied
     }
 }
 

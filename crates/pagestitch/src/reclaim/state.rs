@@ -2,6 +2,7 @@
 
 use crate::policy::{PageKey, Replacement};
 use crate::reclaim::arrivals::Arrivals;
+use crate::reclaim::dirty::Writes;
 use crate::reclaim::slots::{Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
 use pagestitch_kernel::fork::ForkGeneration;
@@ -31,11 +32,17 @@ pub(super) struct State<S> {
     pub(super) standby: Option<Standby>,
     pub(super) discards: Discards,
     chooser: Mutex<Chooser>,
+    pub(super) writes: Writes,
+    /// Buffers of threads that write pages back: one for each that has done so at the same time.
+    pub(super) buffers: Mutex<Vec<BatchBuffer>>,
     /// The regions, by their number.
     pub(super) members: Rcu<Vec<Option<Arc<S>>>>,
     pub(super) tally: Tally,
     pub(super) generation: ForkGeneration,
 }
+
+/// The bytes of a batch of pages that are written back, and room for the pages with their slots.
+pub(super) type BatchBuffer = (Vec<u8>, Vec<(Page, usize)>);
 
 /// Pages that have left their regions, and are in memory still.
 #[derive(Debug)]
@@ -64,6 +71,10 @@ pub(super) struct Tally {
     pub(super) overruns: AtomicU64,
     /// Pages that were chosen, and that the kernel did not let go: pinned, or locked.
     pub(super) refused: AtomicU64,
+    /// Written pages whose bytes went to their source.
+    pub(super) write_backs: AtomicU64,
+    /// Writes to sources that have failed.
+    pub(super) write_failures: AtomicU64,
 }
 
 impl<S: Send + Sync> State<S> {
@@ -85,6 +96,8 @@ impl<S: Send + Sync> State<S> {
             standby,
             discards: Discards::new(),
             chooser: Mutex::new(Chooser { policy, ends: Ends::default() }),
+            writes: Writes::default(),
+            buffers: Mutex::new(Vec::new()),
             members: Rcu::empty(),
             tally: Tally::default(),
             generation: ForkGeneration::current(),
@@ -99,6 +112,11 @@ impl<S: Send + Sync> State<S> {
     /// The pages of memory in slots.
     pub(super) fn standby_pages(&self) -> usize {
         self.standby.as_ref().map_or(0, |standby| standby.slots.full())
+    }
+
+    /// The pages of memory in slots that are not written back yet.
+    pub(super) fn modified_pages(&self) -> usize {
+        self.standby.as_ref().map_or(0, |standby| standby.slots.modified())
     }
 
     /// Reserves memory for pages. False, and nothing is changed, if the budget has no room.

@@ -1,7 +1,7 @@
 //! The messages of a region: faults become requests, and discards, unmaps, moves and forks are handled.
 
-use crate::fault::FaultRequest;
 use crate::fault::owner::{release, show};
+use crate::fault::{FaultRequest, Touch};
 use crate::serve::Served;
 use crate::serve::fork::first_page;
 use crate::serve::fork::orphans::Remaining;
@@ -282,14 +282,19 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
     counters.faults_writing.add(u64::from(fault.write));
     counters.faults_minor.add(u64::from(fault.kind == FaultKind::Minor));
     match fault.kind {
-        FaultKind::WriteProtect => release(region, page),
+        FaultKind::WriteProtect if region.written_back().is_none() => release(region, page),
         // Except for memfds that are filled later, only a foreign registration requests minor
         // faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
-        FaultKind::Minor | FaultKind::Missing => {
+        kind => {
             let thread = fault.thread as u32;
             let slot = region.counters.begin(page, thread, read);
-            return Some(FaultRequest::new(page, read, thread, slot));
+            let touch = match (kind, fault.write) {
+                (FaultKind::WriteProtect, _) => Touch::Denied,
+                (_, true) => Touch::Write,
+                (_, false) => Touch::Read,
+            };
+            return Some(FaultRequest::new(page, read, thread, slot).by(touch));
         }
     }
     None

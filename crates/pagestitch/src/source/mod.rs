@@ -98,5 +98,5 @@ pub use pagestitch_kernel::shared::{Alias, AliasError, FileError, SharedFile};
 pub use retrying::Retrying;
 pub(crate) use shared::Shared;
 pub use stable::StableSource;
-pub(crate) use writable::write_all;
 pub use writable::{WritableFile, WritableSource};
+pub(crate) use writable::{ask_writer, write_all};

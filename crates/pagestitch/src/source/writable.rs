@@ -3,6 +3,7 @@
 use super::contract::Source;
 use super::file::read_exact;
 use crate::error::{Error, ErrorKind, FailureReason};
+use crate::guard::guarded;
 use nix::libc::O_NONBLOCK;
 use pagestitch_kernel::limits::with_descriptors;
 use std::fs;
@@ -18,7 +19,10 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 ///
 /// * **Threads.** The callers of [`flush`](crate::AnyRegion::flush), and of the region's drop, call
 ///   [`write_at`](Self::write_at) and [`sync`](Self::sync), one at a time for each region. Reads may
-///   come at the same time.
+///   come at the same time. If the region has a [budget](crate::Builder::budget), workers and other threads
+///   that need room write too, several at a time, and never the same bytes.
+/// * **No touch** of the region below a lock that [`write_at`](Self::write_at) takes: the touch may have to
+///   wait for a write.
 /// * **Reads see writes.** After a write, [`read_at`](Source::read_at) returns its bytes, because a
 ///   page that is discarded is read again.
 /// * **Failing.** An error leaves the pages dirty. A panic counts as an error.
@@ -84,6 +88,16 @@ impl<S: WritableSource + ?Sized> WritableSource for Arc<S> {
     fn sync(&self) -> io::Result<()> {
         (**self).sync()
     }
+}
+
+/// Calls the source of written pages; its panic is an error.
+pub(crate) fn ask_writer(
+    writer: Option<&dyn WritableSource>,
+    call: impl FnOnce(&dyn WritableSource) -> io::Result<()>,
+) -> io::Result<()> {
+    let Some(writer) = writer else { return Ok(()) };
+    let panicked = |said| Err(FailureReason::Panicked.error(format!("the source panicked: {said}")));
+    guarded(|| call(writer)).unwrap_or_else(panicked)
 }
 
 /// Writes all bytes, in as many calls as it takes.

@@ -15,6 +15,7 @@
 //! | `residence` | the trait by which a region's pages count in a memory budget |
 //! | `release` | sources that are dropped when the region has all of their bytes |
 //! | `failure_table` | the failure of each poisoned page |
+//! | `flushes` | what earlier flushes of written pages leave for later ones |
 //! | `failures` | when failures are kept, reported and removed |
 //! | `shards` | the userfaultfds of the pages, each for a part of the addresses |
 //! | `shared_uffd` | a userfaultfd that many small regions share |
@@ -29,6 +30,7 @@ mod discards;
 mod failure_table;
 mod failures;
 mod fault_free;
+mod flushes;
 mod growth;
 mod into_chunk;
 mod lacking;
@@ -48,13 +50,14 @@ pub use chunk::Chunk;
 pub(crate) use discards::{DiscardNotice, Discards};
 pub(crate) use failure_table::FailureCallback;
 pub(crate) use fault_free::FaultFree;
+pub(crate) use flushes::Flushes;
 pub(crate) use growth::{Growth, Reveal};
 pub use into_chunk::IntoChunk;
 pub(crate) use layout::{Layout, LayoutBuilder, Piece};
 pub(crate) use mapped_in_place::{Abilities, MappedRuns, ShownPages};
 pub use plan::{Plan, PlanRun};
 pub(crate) use release::Releases;
-pub(crate) use residence::{Prepared, Residence};
+pub(crate) use residence::{Prepared, Residence, WrittenBack};
 pub(crate) use shards::Shards;
 #[cfg(all(test, shuttle))]
 pub(crate) use shared_uffd::Readers;
@@ -150,8 +153,11 @@ pub(crate) struct Mapping {
     /// How the server learns of discarded pages.
     pub(crate) discards: Discards,
     failures: Failures,
-    /// The record of writes, if changes are tracked. All pages then arrive by a copy, write-protected.
+    /// The kernel's record of writes, if changes are tracked. All pages then arrive by a copy,
+    /// write-protected.
     pub(crate) written: Option<Box<WrittenPages>>,
+    /// Present if written pages go back to their sources.
+    pub(crate) flushes: Option<Box<Flushes>>,
     /// Invariant: each thread that claims pages or calls a source for the region is inside. Closing
     /// it, in the drop of the region, waits for them.
     gate: Arc<Gate>,
@@ -176,15 +182,19 @@ pub(crate) struct PageTables {
     pages: Arc<PageTable>,
     recorder: Option<TouchRecorder>,
     written: Option<Box<WrittenPages>>,
+    flushes: Option<Box<Flushes>>,
 }
 
 impl PageTables {
-    pub(crate) fn new(pages: usize, serve_options: &ServeOptions) -> Result<Self, Errno> {
+    /// `has_budget`: faults tell the written pages, so that the kernel does not record them.
+    pub(crate) fn new(pages: usize, serve_options: &ServeOptions, has_budget: bool) -> Result<Self, Errno> {
         let pages = NonZeroUsize::new(pages).expect("a region has pages");
         let recorder = serve_options.record.then(|| TouchRecorder::new(pages)).transpose()?;
-        let written = serve_options.record_of_writes.map(|used_for| WrittenPages::new(pages, used_for));
+        let record_for = serve_options.record_of_writes;
+        let written = record_for.filter(|_| !has_budget).map(|used_for| WrittenPages::new(pages, used_for));
         let written = written.transpose()?.map(Box::new);
-        Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder, written })
+        let flushes = (record_for == Some(RecordFor::WriteBack)).then(Box::default);
+        Ok(Self { pages: Arc::new(PageTable::new(pages)?), recorder, written, flushes })
     }
 }
 
@@ -234,6 +244,7 @@ impl Mapping {
             target,
             failures: Failures::default(),
             written: tables.written,
+            flushes: tables.flushes,
             gate: Arc::new(Gate::new()),
         }
     }
@@ -431,11 +442,38 @@ impl Mapping {
         if self.uffd.count() == 1 { span } else { self.cut_at_shard(span) }
     }
 
-    /// The leading pages of a span that are installed at once: if changes are tracked, all of them
+    /// The leading pages of a span that are installed at once: if writes are recorded, all of them
     /// arrive write-protected, or none.
     #[inline]
     pub(crate) fn arriving_alike(&self, span: Span) -> Span {
-        self.written.as_ref().map_or(span, |written| written.alike(span))
+        if let Some(written) = &self.written {
+            return written.alike(span);
+        }
+        self.written_back().map_or(span, |back| {
+            let first = back.arrives_protected(span.first);
+            let other = span.iter().position(|page| back.arrives_protected(page) != first);
+            span.prefix(other.unwrap_or(span.pages))
+        })
+    }
+
+    /// True if a page that is filled arrives write-protected, because writes are recorded.
+    #[inline]
+    pub(crate) fn arrives_protected(&self, page: Page) -> bool {
+        match &self.written {
+            Some(written) => written.arrives_armed(page),
+            None => self.written_back().is_some_and(|back| back.arrives_protected(page)),
+        }
+    }
+
+    /// True if writes are recorded, by the kernel or by faults.
+    pub(crate) fn records_writes(&self) -> bool {
+        self.written.is_some() || self.written_back().is_some()
+    }
+
+    /// The written pages of a region with a budget.
+    #[inline]
+    pub(crate) fn written_back(&self) -> Option<&dyn WrittenBack> {
+        self.residence.as_ref()?.written_back()
     }
 
     #[inline(never)]

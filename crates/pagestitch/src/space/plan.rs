@@ -211,7 +211,7 @@ fn reason_for_copy(
         PlanReason::ForeignMemory
     } else if mapping.target.is_on_memfd() {
         PlanReason::OnMemfd
-    } else if mapping.written.is_some() {
+    } else if mapping.records_writes() {
         PlanReason::ChangesTracked
     } else if mapping.growth.as_ref().is_some_and(|growth| growth.has_appended(chunk)) {
         PlanReason::Appended

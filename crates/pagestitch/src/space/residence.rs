@@ -1,5 +1,6 @@
 //! The part of a region in a memory budget, as the fault path uses it. The room `reclaim` implements it.
 
+use crate::error::Failure;
 use crate::space::page_table::Claim;
 use pagestitch_kernel::{AddressRange, Page, Span, Uffd};
 use std::fmt;
@@ -12,11 +13,18 @@ use std::fmt;
 /// the interrupted thread may hold.
 pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// Brings the first page of a claim back from standby, or tells how many pages to fill. The page lies
-    /// in `range`, and is registered with `uffd`.
-    fn prepare(&self, claim: &mut Claim<'_>, range: AddressRange, uffd: &Uffd) -> Prepared;
+    /// in `range`, and is registered with `uffd`. `writes`: the page of the claim that is touched by a write.
+    fn prepare(
+        &self,
+        claim: &mut Claim<'_>,
+        range: AddressRange,
+        uffd: &Uffd,
+        writes: Option<Page>,
+    ) -> Prepared;
 
-    /// Reserves memory for pages in the budget. Evicts others before, if it is used up.
-    fn make_room(&self, pages: usize, quiet: bool);
+    /// Reserves memory for pages in the budget. Evicts others before, if it is used up. False if there is
+    /// no room, because written pages cannot go back to their sources.
+    fn make_room(&self, pages: usize, quiet: bool) -> bool;
 
     /// The first `pages` pages of a span are installed. The room for the rest is given back.
     fn installed(&self, span: Span, pages: usize);
@@ -44,6 +52,26 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
 
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
+
+    /// The written pages, if they go back to their sources.
+    fn written_back(&self) -> Option<&dyn WrittenBack>;
+}
+
+/// The written pages of a region with a budget, which go back to their sources. A page arrives
+/// write-protected, so that its first write is a fault.
+pub(crate) trait WrittenBack {
+    /// True if a page that is filled arrives write-protected.
+    fn arrives_protected(&self, page: Page) -> bool;
+
+    /// A page is written soon: the caller has its claim, and lets it be written.
+    fn will_write(&self, page: Page);
+
+    /// Writes the dirty pages of a span to their sources. Tells the first failure of each run, whose pages
+    /// stay dirty.
+    fn flush(&self, span: Span, failed: &mut dyn FnMut(Page, Failure));
+
+    /// True if the source of a chunk, by its number, was written since the last call.
+    fn take_unsynced(&self, chunk: usize) -> bool;
 }
 
 /// The next step for the first pages of a claim.

@@ -84,7 +84,7 @@ impl Shards {
         let (uffds, retired) = (Uffds::Own(uffds.into_boxed_slice()), AtomicBool::new(false));
         let shards = Self { uffds, start: range.start(), bytes, spares, retired };
         let all = Span { first: Page(0), pages: reservation.pages() };
-        let modes = match shards.features().contains(Features::WRITE_PROTECT_ASYNC) {
+        let modes = match shards.features().contains(Features::WRITE_PROTECT) {
             true => RegisterMode::MISSING | RegisterMode::WRITE_PROTECT,
             false => RegisterMode::MISSING,
         };

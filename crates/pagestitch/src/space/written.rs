@@ -11,7 +11,7 @@
 //! without a marker, which counts as written. Absent pages are looked for only where a discard is
 //! possible, because that takes nearly as long as the scan for written pages.
 
-use crate::error::{BuildOption, Failure};
+use crate::error::BuildOption;
 use crate::space::discards::{DiscardNotice, Discards};
 use crate::space::page_table::{PageState, PageTable};
 use pagestitch_kernel::atomic_table::AtomicTable;
@@ -19,9 +19,7 @@ use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::{AddressRange, Errno, Page, PageSize, Span};
 use parking_lot::Mutex;
 use std::num::NonZeroUsize;
-use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 /// The use of a record of written pages. Each written page is found once, so there is one use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,10 +45,6 @@ impl RecordFor {
 #[derive(Debug)]
 pub(crate) struct WrittenPages {
     pub(crate) used_for: RecordFor,
-    /// The offsets of flushes whose sync has failed, with the failures. Locked by each flush.
-    pub(crate) failed_syncs: Mutex<Vec<(Range<u64>, Arc<Failure>)>>,
-    /// True once the last flush, at the end of the region, has begun.
-    pub(crate) is_ended: AtomicBool,
     /// Told by the readers of events.
     pub(crate) notice: DiscardNotice,
     scan: PageScan,
@@ -91,10 +85,8 @@ impl WrittenPages {
     pub(super) fn new(pages: NonZeroUsize, used_for: RecordFor) -> Result<Self, Errno> {
         let words = pages.get().div_ceil(WORD_PAGES);
         let reported = AtomicTable::new(NonZeroUsize::new(words).expect("a region has pages"))?;
-        let (failed_syncs, turn) = (Mutex::default(), Mutex::default());
-        let (notice, scan) = (DiscardNotice::default(), PageScan::open()?);
-        let is_ended = AtomicBool::new(false);
-        Ok(Self { used_for, failed_syncs, is_ended, notice, scan, reported, turn })
+        let (notice, scan, turn) = (DiscardNotice::default(), PageScan::open()?, Mutex::default());
+        Ok(Self { used_for, notice, scan, reported, turn })
     }
 
     /// True if a page that is filled arrives write-protected. A page that was reported as written and

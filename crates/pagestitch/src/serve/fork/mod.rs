@@ -59,7 +59,7 @@ impl Served {
     /// The steps that the kernel may refuse.
     fn prepare_child(&self) -> Result<(PageTables, Policy, Foreign), Errno> {
         let (pages, size) = (self.target.all().pages, self.page_size());
-        let tables = PageTables::new(pages, &ServeOptions::default())?;
+        let tables = PageTables::new(pages, &ServeOptions::default(), false)?;
         let policy = Policy::new(Readahead::None, pages, size, Blocks::Never)?;
         Ok((tables, policy, Foreign::inherited(size, self.target.ranges().collect())?))
     }

@@ -1,0 +1,227 @@
+//! Writes the bytes of pages that have left to their sources.
+
+use crate::error::Failure;
+use crate::policy::PageKey;
+use crate::reclaim::dirty::DirtyPages;
+use crate::reclaim::share::{Quiet, Share, State};
+use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
+use crate::source::{ask_writer, write_all};
+use crate::space::Mapping;
+use crate::space::page_table::{PageState, Wake};
+use pagestitch_kernel::sync::atomic::Ordering;
+use pagestitch_kernel::{Outcome, Page, PageSize, Span};
+use std::sync::PoisonError;
+use std::{mem, thread};
+
+/// Dirty pages that have moved to slots together, with a copy of their bytes.
+pub(super) struct Batch<'s> {
+    state: &'s State,
+    /// Empty before the first dirty page.
+    buffer: Vec<u8>,
+    /// The pages, ascending, with their slots.
+    pages: Vec<(Page, usize)>,
+    /// Pages whose bytes the kernel does not read.
+    unread: Option<Vec<(Page, usize)>>,
+}
+
+impl<'s> Batch<'s> {
+    pub(super) const fn new(state: &'s State) -> Self {
+        Self { state, buffer: Vec::new(), pages: Vec::new(), unread: None }
+    }
+
+    /// Adds a page that is claimed still.
+    fn add(&mut self, standby: &Standby, page: Page, slot: usize) {
+        let size = PageSize::system().bytes();
+        if self.buffer.is_empty() {
+            (self.buffer, self.pages) = self.state.take_buffer();
+            self.state.writes.begin();
+        }
+        let at = self.pages.len() * size;
+        match standby.arena.read(slot, &mut self.buffer[at..at + size]) {
+            Ok(()) => self.pages.push((page, slot)),
+            // A memory error, for example.
+            Err(_) => self.unread.get_or_insert_default().push((page, slot)),
+        }
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if !self.buffer.is_empty() {
+            let (buffer, mut pages) = (mem::take(&mut self.buffer), mem::take(&mut self.pages));
+            pages.clear();
+            let mut kept = self.state.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.push((buffer, pages));
+            drop(kept);
+            self.state.writes.end();
+        }
+    }
+}
+
+impl State {
+    /// The buffers of a batch of pages.
+    pub(super) fn take_buffer(&self) -> BatchBuffer {
+        let kept = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let new = || (vec![0; BATCH * PageSize::system().bytes()], Vec::with_capacity(BATCH));
+        kept.unwrap_or_else(new)
+    }
+}
+
+/// The first pages that follow each other.
+fn neighbours(pages: &[(Page, usize)]) -> Span {
+    let next = pages.windows(2).take_while(|two| two[0].0.0 + 1 == two[1].0.0).count();
+    Span { first: pages[0].0, pages: 1 + next }
+}
+
+impl Share {
+    /// Writes the pages of a batch to their sources. They are clean standby then; pages whose source has
+    /// failed go back to the region. Called without a claim, because a touch may bring pages back
+    /// meanwhile.
+    pub(super) fn write_batch(
+        &self,
+        region: &Mapping,
+        dirty: &DirtyPages,
+        standby: &Standby,
+        batch: &Batch<'_>,
+    ) {
+        let (mut rest, mut bytes) = (&batch.pages[..], &batch.buffer[..]);
+        while !rest.is_empty() {
+            let span = neighbours(rest);
+            let (pages, later) = rest.split_at(span.pages);
+            let (now, after) = bytes.split_at(span.pages * region.page_size().bytes());
+            let mut slots = pages.iter().map(|(_, slot)| *slot);
+            self.write_span(region, dirty, span, now, &mut |page, is_written| {
+                let slot = slots.next().expect("each page has a slot");
+                if is_written {
+                    standby.slots.written(slot, key_of(self.member, page));
+                } else {
+                    self.put_back(region, standby, page, slot);
+                }
+            });
+            self.end_writing(dirty, span);
+            (rest, bytes) = (later, after);
+        }
+        for &(page, slot) in batch.unread.iter().flatten() {
+            self.put_back(region, standby, page, slot);
+            self.end_writing(dirty, page.span());
+        }
+    }
+
+    /// Writes the bytes of pages to their sources: at once, or one by one if that fails. Tells of each page
+    /// whether it is written, and returns the first failure with its page. The pages are marked as being
+    /// written.
+    pub(super) fn write_span(
+        &self,
+        region: &Mapping,
+        dirty: &DirtyPages,
+        span: Span,
+        bytes: &[u8],
+        each: &mut dyn FnMut(Page, bool),
+    ) -> Option<(Page, Box<Failure>)> {
+        let mut first = None;
+        match self.write_pages(region, dirty, span, bytes) {
+            Ok(()) => span.iter().for_each(|page| each(page, true)),
+            Err(failure) if span.pages == 1 => {
+                each(span.first, false);
+                first = Some((span.first, failure));
+            }
+            Err(_) => {
+                for (page, bytes) in span.iter().zip(bytes.chunks(region.page_size().bytes())) {
+                    let written = self.write_pages(region, dirty, page.span(), bytes);
+                    each(page, written.is_ok());
+                    first = first.or_else(|| written.err().map(|failure| (page, failure)));
+                }
+            }
+        }
+        if let Some((page, failure)) = &first {
+            self.note_failure(region, dirty, *page, failure);
+        }
+        first
+    }
+
+    fn write_pages(
+        &self,
+        region: &Mapping,
+        dirty: &DirtyPages,
+        span: Span,
+        bytes: &[u8],
+    ) -> Result<(), Box<Failure>> {
+        let offsets = region.page_size().offsets(span);
+        let mut rest = bytes;
+        for piece in region.layout.pieces(offsets.start..offsets.end.min(region.len())) {
+            let (now, later) = rest.split_at(piece.bytes as usize);
+            rest = later;
+            // Padding has none.
+            if piece.backing.writer().is_none() {
+                continue;
+            }
+            let answer = ask_writer(piece.backing.writer(), |writer| write_all(writer, piece.offset, now));
+            // After the write, because a sync that comes between would miss it.
+            dirty.unsynced.set(piece.chunk);
+            answer.map_err(|error| Box::new(piece.failed(error)))?;
+        }
+        count(&self.state.tally.write_backs, span.pages);
+        if dirty.backoff.succeeded() {
+            self.state.writes.failing.fetch_sub(1, Ordering::SeqCst);
+        }
+        Ok(())
+    }
+
+    /// The bytes of a span are in their sources, or the pages are dirty again.
+    pub(super) fn end_writing(&self, dirty: &DirtyPages, span: Span) {
+        span.iter().for_each(|page| {
+            dirty.writing.clear(page.0);
+        });
+        self.state.writes.pages_done();
+    }
+
+    /// A write has failed. The first failure since a success is told.
+    #[cold]
+    fn note_failure(&self, region: &Mapping, dirty: &DirtyPages, page: Page, failure: &Failure) {
+        count(&self.state.tally.write_failures, 1);
+        if dirty.backoff.failed() {
+            self.state.writes.failing.fetch_add(1, Ordering::SeqCst);
+            region.report(page, failure);
+            log!(error, region = region.name, %failure, "written pages stay in memory, because their source has failed");
+        }
+    }
+
+    /// A page could not be written: it goes back to its region, and is dirty.
+    #[cold]
+    fn put_back(&self, region: &Mapping, standby: &Standby, page: Page, slot: usize) {
+        let quiet = Quiet(region);
+        let range = region.target.addresses(page.span());
+        while standby.slots.is_modified(slot, key_of(self.member, page)) {
+            // A touch brings it back otherwise.
+            if let Ok(mut claim) = region.pages.claim(page, &quiet) {
+                let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
+                let is_back = back == Outcome::Done;
+                claim.settle(1, if is_back { PageState::Present } else { PageState::Absent });
+                // A thread may have faulted before the claim.
+                quiet.wake(page.span());
+            }
+            thread::yield_now();
+        }
+    }
+
+    /// A dirty page has moved to a slot, and its bytes are on their way to the source. The page is claimed.
+    pub(super) fn fill_dirty(
+        &self,
+        standby: &Standby,
+        (page, key): (Page, PageKey),
+        slot: usize,
+        batch: &mut Batch<'_>,
+    ) {
+        let dirty = self.dirty.as_ref().expect("only such a region has dirty pages");
+        dirty.writing.set(page.0);
+        standby.slots.fill_dirty(slot, key);
+        batch.add(standby, page, slot);
+    }
+}
+
+/// True if a page has bytes of padding, which no source takes back.
+pub(super) fn has_padding(region: &Mapping, page: Page) -> bool {
+    let offsets = region.page_size().offsets(page.span());
+    let mut pieces = region.layout.pieces(offsets.start..offsets.end.min(region.len()));
+    pieces.any(|piece| piece.backing.writer().is_none())
+}
