@@ -15,7 +15,7 @@ use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 const CAPACITY: u64 = 1 << 40;
 
@@ -335,21 +335,27 @@ fn an_append_below_a_fill_of_the_last_page_is_refused_beside_many_callers() {
     let log = Arc::new(log(&pool()));
     let held = Arc::new(Scripted::new(300 * PAGE as u64).holding(0..300 * PAGE as u64));
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&held))).build(pool()).unwrap();
-    log.append(Chunk::source(Arc::new(Appending(Arc::downgrade(&log))))).unwrap();
+    let refused = Arc::new(Mutex::new(None));
+    let appending = Appending { log: Arc::downgrade(&log), refused: Arc::clone(&refused) };
+    log.append(Chunk::source(Arc::new(appending))).unwrap();
     scope(|scope| {
         for page in 0..300 {
             let other = &other;
             scope.spawn(move || other.populate(page * PAGE as u64..(page + 1) * PAGE as u64).unwrap());
         }
         held.wait_until_held(300);
-        let error = log.populate(..).unwrap_err();
-        assert!(error.to_string().contains("would wait for itself"), "{error}");
+        assert_eq!(log.populate(..).unwrap_err().kind(), ErrorKind::SourceFailed);
+        assert_eq!(*refused.lock().unwrap(), Some(ErrorKind::InUse));
         held.release();
     });
 }
 
 /// A source that appends to its own region when it is read.
-struct Appending(Weak<Region>);
+struct Appending {
+    log: Weak<Region>,
+    /// The kind of the append's error.
+    refused: Arc<Mutex<Option<ErrorKind>>>,
+}
 
 impl Source for Appending {
     fn size(&self) -> u64 {
@@ -357,8 +363,10 @@ impl Source for Appending {
     }
 
     fn read_at(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-        let log = self.0.upgrade().expect("the test has it");
-        log.append("1").map(drop).map_err(io::Error::other)
+        let log = self.log.upgrade().expect("the test has it");
+        let error = log.append("1").expect_err("this thread fills the page");
+        *self.refused.lock().unwrap() = Some(error.kind());
+        Err(io::Error::other(error))
     }
 }
 

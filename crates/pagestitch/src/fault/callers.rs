@@ -25,7 +25,7 @@ pub(crate) struct FillingCaller(&'static Slot);
 /// because signal handlers read it.
 struct Table {
     slots: [Slot; SLOTS],
-    more: OnceLock<Box<Table>>,
+    more: OnceLock<Box<Self>>,
 }
 
 struct Slot {

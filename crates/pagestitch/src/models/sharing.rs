@@ -178,7 +178,8 @@ impl Shared {
     }
 }
 
-fn run() {
+/// `crowd`: with a second worker, a second thread in the dropped region, and one in the other region.
+fn run(crowd: bool) {
     let shared = Arc::new(Shared {
         memory: Mutex::default(),
         changed: Condvar::new(),
@@ -190,12 +191,13 @@ fn run() {
         thread::spawn(move || body(&shared))
     };
     let (dropped, _standing) = (shared.build(FIRST, 0), shared.build(STANDING, 1));
-    let workers = [spawn(Shared::work), spawn(Shared::work)];
-    let touchers = [
-        spawn(|shared| assert!(shared.touch(FIRST, 0).is_none_or(|bytes| bytes == FIRST))),
-        spawn(|shared| assert!(shared.touch(FIRST, 0).is_none_or(|bytes| bytes == FIRST))),
-        spawn(|shared| assert_eq!(shared.touch(STANDING, 1), Some(STANDING))),
-    ];
+    let workers: Vec<_> = (0..if crowd { 2 } else { 1 }).map(|_| spawn(Shared::work)).collect();
+    let touches = |shared: &Shared| assert!(shared.touch(FIRST, 0).is_none_or(|bytes| bytes == FIRST));
+    let mut touchers = vec![spawn(touches)];
+    if crowd {
+        touchers.push(spawn(touches));
+        touchers.push(spawn(|shared| assert_eq!(shared.touch(STANDING, 1), Some(STANDING))));
+    }
     let lingers = shared.drop_region(&dropped.0, &dropped.1);
     // Alive until the threads have their bytes.
     let _next = (!lingers).then(|| {
@@ -215,5 +217,10 @@ const NEXT: usize = 3;
 
 #[test]
 fn a_thread_that_waits_in_a_dropped_region_gets_its_bytes_or_a_signal() {
-    explore("regions that share a userfaultfd", run);
+    explore("regions that share a userfaultfd", || run(false));
+}
+
+#[test]
+fn threads_that_wait_in_regions_get_their_bytes_or_a_signal() {
+    explore("regions that share a userfaultfd, and more threads", || run(true));
 }
