@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 const COMPLETE: [&str; 5] = ["Builder", "Scope", "Pool", "PoolBuilder", "Chunk"];
 
 /// The packages of which an example shows each public method and trait.
-const SHOWN: [&str; 3] = ["pagestitch", "pagestitch-firecracker", "pagestitch-tokio"];
+const SHOWN: [&str; 4] = ["pagestitch", "pagestitch-firecracker", "pagestitch-tokio", "pagestitch-vm-memory"];
 
 #[test]
 fn every_public_method_of_the_builders_and_the_pool_has_an_example() {

@@ -18,12 +18,14 @@ use std::{env, fs};
 
 /// The packages, and the other crates that their signatures may name.
 ///
-/// `bytes` is the container of shared bytes that async libraries hand out.
-const ALLOWED: [(&str, &[&str]); 6] = [
+/// `bytes` is the container of shared bytes that async libraries hand out. `vm_memory` has the traits for which its crate
+/// is made.
+const ALLOWED: [(&str, &[&str]); 7] = [
     ("pagestitch-kernel", &[]),
     ("pagestitch", &["bytes"]),
     ("pagestitch-firecracker", &[]),
     ("pagestitch-tokio", &["bytes", "tokio"]),
+    ("pagestitch-vm-memory", &["vm_memory"]),
     ("pagestitch-testkit", &[]),
     ("pagestitch-bench", &["hdrhistogram", "serde_core"]),
 ];

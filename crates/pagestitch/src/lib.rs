@@ -133,6 +133,7 @@
 //! | [`pagestitch-tokio`](https://docs.rs/pagestitch-tokio) | async sources whose fetches overlap, and faults served by a task |
 //! | [`pagestitch-capi`](https://docs.rs/pagestitch-capi) | the library for C and C++ |
 //! | [`pagestitch-firecracker`](https://docs.rs/pagestitch-firecracker) | the memory of Firecracker guests that are restored from snapshots |
+//! | [`pagestitch-vm-memory`](https://docs.rs/pagestitch-vm-memory) | guest memory of rust-vmm, for VMMs and vhost-user |
 //! | [`pagestitch-testkit`](https://docs.rs/pagestitch-testkit) | a conformance suite for sources of your own, scripted sources, tests in child processes |
 //! | [`pagestitch-cli`](https://docs.rs/crate/pagestitch-cli) | the command: `probe` lists the abilities of a machine, `bench` measures it, `serve` restores guests |
 //! | [`pagestitch-kernel`](https://docs.rs/pagestitch-kernel) | the kernel interfaces, and the unsafe code, except for a few promises |
