@@ -98,6 +98,7 @@ pub mod gate;
 mod granule;
 mod guarded_ref;
 pub mod immutable;
+mod inode;
 pub mod limits;
 mod mapping;
 pub mod memfd;

@@ -6,7 +6,7 @@
 
 use crate::access::Access;
 use crate::errno::Errno;
-use crate::granule::{granule_in, maps_all_files};
+use crate::inode::{FileSystem, Inode};
 use crate::limits::{Limit, with_descriptors};
 use crate::mapping::OwnedMapping;
 use crate::memfd::UnsealedMemfd;
@@ -14,12 +14,12 @@ use crate::page::{AddressRange, HUGE, PageSize};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc::{self, c_void};
 use nix::sys::mman::ProtFlags;
-use nix::sys::statfs::{HUGETLBFS_MAGIC, PROC_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::{fmt, fs, io};
@@ -58,24 +58,21 @@ impl SharedFile {
     /// Takes an open file. `access_of` tells how it is open, and refuses flags that do not suit.
     fn of(file: File, access_of: impl FnOnce(&File) -> io::Result<Access>) -> io::Result<Self> {
         let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        let metadata = file.metadata()?;
-        if let Some(why) = not_mappable(&metadata) {
+        let inode = Inode::of(&file)?;
+        if let Some(why) = not_mappable(&inode) {
             return refuse(why);
         }
-        let statistics = fstatfs(&file)?;
-        if metadata.len() == 0 {
-            return refuse(match statistics.filesystem_type() {
-                PROC_SUPER_MAGIC => {
-                    "a file of /proc has no length and cannot be mapped: copy its bytes into memory"
-                }
-                _ => "the file is empty: give it a length first",
+        let system = inode.file_system(&file)?;
+        let Inode { len, identity, .. } = inode;
+        if len == 0 {
+            return refuse(match system.is_proc {
+                true => "a file of /proc has no length and cannot be mapped: copy its bytes into memory",
+                false => "the file is empty: give it a length first",
             });
         }
         let writable = access_of(&file)? == Access::Writable;
-        let granule = granule_in(&statistics)?;
-        let identity = (metadata.dev(), metadata.ino());
-        let surely_maps = maps_all_files(&statistics);
-        Ok(Self { len: metadata.len(), writable, file, granule, surely_maps, identity })
+        let FileSystem { granule, maps_all_files: surely_maps, .. } = system;
+        Ok(Self { file, len, writable, granule, surely_maps, identity })
     }
 
     /// The number of bytes that it had when it was taken.
@@ -209,17 +206,13 @@ impl TryFrom<OwnedFd> for SharedFile {
 }
 
 /// The reason why a mapping of an inode does not show the bytes of a file; `None` if it does.
-fn not_mappable(metadata: &fs::Metadata) -> Option<&'static str> {
-    let kind = metadata.file_type();
-    if kind.is_file() {
-        None
-    } else if kind.is_dir() {
-        Some("a directory: name a file in it")
-    } else if kind.is_block_device() {
-        Some("a block device is read and not mapped: use a FileSource")
-    } else {
+fn not_mappable(inode: &Inode) -> Option<&'static str> {
+    match inode.kind() {
+        libc::S_IFREG => None,
+        libc::S_IFDIR => Some("a directory: name a file in it"),
+        libc::S_IFBLK => Some("a block device is read and not mapped: use a FileSource"),
         // A mapping of a device may mean anything.
-        Some("neither a regular file nor a memfd: open one of these, or copy the bytes into memory")
+        _ => Some("neither a regular file nor a memfd: open one of these, or copy the bytes into memory"),
     }
 }
 

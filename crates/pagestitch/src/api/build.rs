@@ -353,8 +353,9 @@ fn finish(
     } = options;
     let (pages, size) = (target.all().pages, target.page_size());
     let no_table = |errno| no_table(&name, errno);
-    let readahead = settle_readahead(readahead, &serve_options, size, layout.total())
-        .map_err(|error| error.inside(&name))?;
+    let has_faults = shown.in_place.pages() < pages as u64;
+    let settled = settle_readahead(readahead, &serve_options, (size, has_faults), layout.total());
+    let readahead = settled.map_err(|error| error.inside(&name))?;
     let policy = Policy::new(readahead, pages, size, blocks).map_err(no_table)?;
     let tables = PageTables::new(pages, &serve_options, membership.is_some()).map_err(no_table)?;
     let children = forked_children(&name, inherit_on_fork && server.inner().serves_faults())?;
@@ -371,9 +372,7 @@ fn finish(
         growth,
         children.is_none(),
     );
-    if zero_copy {
-        refuse_copies(&mapping)?;
-    }
+    refuse_copies(&mapping, zero_copy && has_faults)?;
     mapping.counters.local().pages_in_place.add(shown_pages);
     if let Some(view) = &mut view {
         server.inner().fill(&mapping, view, max_in_flight)?;
@@ -462,11 +461,12 @@ fn budget(layout: &Layout, most: Option<usize>) -> impl FnOnce() -> usize + use<
 /// Checks that the recording to replay belongs to this region, and returns the readahead to use.
 ///
 /// A page that is filled ahead has no first touch, so a region that records fills nothing ahead.
-/// Pages of another size than the system's are not filled ahead either.
+/// Pages of another size than the system's are not filled ahead either, and without faults there is
+/// nothing to fill.
 fn settle_readahead(
     readahead: Option<Readahead>,
     serve_options: &ServeOptions,
-    page: PageSize,
+    (page, has_faults): (PageSize, bool),
     bytes: u64,
 ) -> Result<Readahead, Error> {
     if let Some(recording) = &serve_options.replay {
@@ -477,7 +477,7 @@ fn settle_readahead(
             return Err(Error::new(ErrorKind::OptionConflict, what).of_option(BuildOption::Record));
         }
     }
-    let none = serve_options.record || page != PageSize::system();
+    let none = serve_options.record || page != PageSize::system() || !has_faults;
     Ok(if none { Readahead::None } else { readahead.unwrap_or(Readahead::Adaptive) })
 }
 
@@ -525,8 +525,10 @@ fn cannot_show(name: &str, layout: &Layout, (chunk, errno): (usize, Errno)) -> E
     error.of_chunk(number)
 }
 
-fn refuse_copies(mapping: &Mapping) -> Result<(), Error> {
-    let Some(PlanRun { chunks, source, reason, .. }) = Plan::first_copy(mapping) else { return Ok(()) };
+/// Refuses pages that are copied, if the user has asked for that.
+fn refuse_copies(mapping: &Mapping, asked: bool) -> Result<(), Error> {
+    let copied = asked.then(|| Plan::first_copy(mapping)).flatten();
+    let Some(PlanRun { chunks, source, reason, .. }) = copied else { return Ok(()) };
     let what =
         format!("region {}: chunk {} ({source}) is not zero-copy: {reason}", mapping.name, chunks.start);
     Err(Error::new(ErrorKind::NotZeroCopy, what).of_chunk(chunks.start).of_plan(reason))

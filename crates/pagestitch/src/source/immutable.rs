@@ -75,7 +75,8 @@ pub struct ImmutableFile(Arc<Inner>);
 
 struct Inner {
     stable: StableFile,
-    path: PathBuf,
+    /// Shared with the remainder of the file in a region.
+    path: Arc<Path>,
 }
 
 impl ImmutableFile {
@@ -149,8 +150,12 @@ impl ImmutableFile {
         Ok(Self::of(stable.map_err(|error| Error::io("cannot use", path, error))?, path))
     }
 
-    fn of(stable: StableFile, path: impl Into<PathBuf>) -> Self {
+    fn of(stable: StableFile, path: impl Into<Arc<Path>>) -> Self {
         Self(Arc::new(Inner { stable, path: path.into() }))
+    }
+
+    pub(super) fn path(&self) -> &Arc<Path> {
+        &self.0.path
     }
 
     pub(crate) fn stable(&self) -> &StableFile {

@@ -16,6 +16,7 @@ use pagestitch_kernel::shared::{Alias, SharedFile, Sharing};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 /// A source whose bytes other processes may change.
@@ -66,11 +67,18 @@ impl Shared {
 /// * The build has copied all bytes of another source.
 #[derive(Debug)]
 pub(crate) struct Mapped {
-    name: String,
+    name: Name,
     size: u64,
     kind: MappedKind,
     /// The device and inode of a file that has a name.
     file: Option<(u64, u64)>,
+}
+
+/// The name of a source. The path of an immutable file becomes text only for a plan or an error.
+#[derive(Debug)]
+enum Name {
+    Text(String),
+    Path(Arc<Path>),
 }
 
 /// The kinds of sources of which only the mappings, or the copies, are left.
@@ -86,26 +94,27 @@ enum MappedKind {
 impl Mapped {
     /// The name and size of a sealed memfd.
     pub(super) fn sealed(memfd: &dyn Source) -> Self {
-        Self { name: memfd.name(), size: memfd.size(), kind: MappedKind::Sealed, file: None }
+        Self { name: Name::Text(memfd.name()), size: memfd.size(), kind: MappedKind::Sealed, file: None }
     }
 
     /// The name, size and identity of a file; `None` for one without a name.
     pub(super) fn file(file: &SharedFile, sharing: Sharing) -> Option<Self> {
         let identity = identity(file.file())?;
-        let kind = MappedKind::Shared(sharing);
-        Some(Self { name: file.name(), size: file.size(), kind, file: Some(identity) })
+        let (name, kind) = (Name::Text(file.name()), MappedKind::Shared(sharing));
+        Some(Self { name, size: file.size(), kind, file: Some(identity) })
     }
 
     /// The name, size and identity of an immutable file.
     pub(super) fn immutable(file: &ImmutableFile) -> Self {
-        let kind = MappedKind::Immutable(file.stable().grounds());
-        Self { name: file.name(), size: file.size(), kind, file: Some(file.stable().identity()) }
+        let (stable, name) = (file.stable(), Name::Path(Arc::clone(file.path())));
+        let kind = MappedKind::Immutable(stable.grounds());
+        Self { name, size: file.size(), kind, file: Some(stable.identity()) }
     }
 
     /// The name and size of a source whose bytes are copied.
     pub(super) fn copied(source: &dyn Source, method: Method, reason: PlanReason) -> Self {
         let name = guarded(|| source.name());
-        let name = name.unwrap_or_else(|said| format!("a source whose name panics: {said}"));
+        let name = Name::Text(name.unwrap_or_else(|said| format!("a source whose name panics: {said}")));
         let size = guarded(|| source.size()).unwrap_or(0);
         Self { name, size, kind: MappedKind::Copied(method, reason), file: None }
     }
@@ -135,7 +144,11 @@ impl Mapped {
     pub(crate) fn reopen(&self) -> Option<fs::File> {
         let known = self.file?;
         let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
-        let file = options.open(&self.name).ok()?;
+        let path = match &self.name {
+            Name::Text(name) => Path::new(name),
+            Name::Path(path) => path,
+        };
+        let file = options.open(path).ok()?;
         (identity(&file)? == known).then_some(file)
     }
 }
@@ -157,7 +170,10 @@ impl Source for Mapped {
     }
 
     fn name(&self) -> String {
-        self.name.clone()
+        match &self.name {
+            Name::Text(name) => name.clone(),
+            Name::Path(path) => path.display().to_string(),
+        }
     }
 }
 
