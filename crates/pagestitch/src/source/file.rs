@@ -3,6 +3,7 @@
 use super::Source;
 use crate::error::{Error, ErrorKind, FailureReason};
 use nix::libc::O_NONBLOCK;
+use pagestitch_kernel::Access;
 use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
@@ -49,11 +50,7 @@ impl FileSource {
     /// a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        // Non-blocking, because the open of a named pipe would wait for a writer. Files ignore it.
-        let options = fs::OpenOptions::new().read(true).custom_flags(O_NONBLOCK).clone();
-        let file =
-            with_descriptors(|| options.open(path)).map_err(|error| Error::io("cannot open", path, error))?;
-        Self::from_file(file, path)
+        Self::from_file(open(path, Access::ReadOnly)?, path)
     }
 
     /// Uses a file that is already open for reading. `path` names it in plans and errors.
@@ -73,24 +70,7 @@ impl FileSource {
     /// ```
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let unusable = |why: &str| {
-            Error::new(ErrorKind::UnusableFile, format!("{} {why}", path.display())).at_path(&path)
-        };
-        let failed = |error| Error::io("cannot use", &path, error);
-        let metadata = file.metadata().map_err(failed)?;
-        let kind = metadata.file_type();
-        if kind.is_dir() {
-            return Err(unusable("is a directory: name a file in it"));
-        }
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(unusable("cannot be read at an offset: use a regular file or a block device"));
-        }
-        if let Err(error) = readable(&file) {
-            return Err(unusable(&format!("is {error}")));
-        }
-        // A block device's metadata has length 0; seeking finds its end.
-        let size =
-            if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
+        let (size, _) = check(&mut file, &path)?;
         Ok(Self { file: Arc::new(file), size, path })
     }
 
@@ -98,6 +78,35 @@ impl FileSource {
     pub(super) const fn file(&self) -> &Arc<fs::File> {
         &self.file
     }
+}
+
+/// Opens a regular file or block device for these accesses. If the soft limit on descriptors is
+/// reached, raises it to the hard limit.
+pub(super) fn open(path: &Path, access: Access) -> Result<fs::File, Error> {
+    let mut options = fs::OpenOptions::new();
+    // Non-blocking, because the open of a named pipe would wait for its other end. Files ignore it.
+    options.read(true).write(access == Access::Writable).custom_flags(O_NONBLOCK);
+    with_descriptors(|| options.open(path)).map_err(|error| Error::io("cannot open", path, error))
+}
+
+/// The length of an open file that can be read at any offset, and the accesses that its descriptor
+/// allows. `path` names the file in errors.
+pub(super) fn check(file: &mut fs::File, path: &Path) -> Result<(u64, Access), Error> {
+    let unusable =
+        |why: &str| Error::new(ErrorKind::UnusableFile, format!("{} {why}", path.display())).at_path(path);
+    let failed = |error| Error::io("cannot use", path, error);
+    let metadata = file.metadata().map_err(failed)?;
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        return Err(unusable("is a directory: name a file in it"));
+    }
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(unusable("cannot be read at an offset: use a regular file or a block device"));
+    }
+    let access = readable(file).map_err(|error| unusable(&format!("is {error}")))?;
+    // A block device's metadata has length 0; seeking finds its end.
+    let size = if kind.is_file() { metadata.len() } else { file.seek(SeekFrom::End(0)).map_err(failed)? };
+    Ok((size, access))
 }
 
 /// Uses a file that is already open for reading, as [`from_file`](FileSource::from_file), under the

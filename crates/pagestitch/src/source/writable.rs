@@ -1,14 +1,13 @@
 //! Sources that take bytes back.
 
 use super::contract::Source;
-use super::file::read_exact;
+use super::file::{self, read_exact};
 use crate::error::{Error, ErrorKind, FailureReason};
 use crate::guard::guarded;
-use nix::libc::O_NONBLOCK;
-use pagestitch_kernel::limits::with_descriptors;
+use pagestitch_kernel::Access;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -143,30 +142,24 @@ impl WritableFile {
     /// a pipe.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
-        // Non-blocking, because the open of a named pipe would wait for a reader. Files ignore it.
-        let options = fs::OpenOptions::new().read(true).write(true).custom_flags(O_NONBLOCK).clone();
-        let file =
-            with_descriptors(|| options.open(path)).map_err(|error| Error::io("cannot open", path, error))?;
-        Self::from_file(file, path)
+        Self::from_file(file::open(path, Access::Writable)?, path)
     }
 
     /// Uses a file that is already open for reading and writing. `path` names it in plans and errors.
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
-    pub fn from_file(file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
-        use std::io::{Seek, SeekFrom};
+    /// As [`open`](Self::open); [`ErrorKind::UnusableFile`] also for a file that is open for reading or
+    /// for writing only, or with `O_PATH` or `O_DIRECT`.
+    pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
-        let failed = |error| Error::io("cannot use", &path, error);
-        let kind = file.metadata().map_err(failed)?.file_type();
-        if kind.is_dir() {
-            let what = format!("{} is a directory: name a file in it", path.display());
-            return Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path));
+        match file::check(&mut file, &path)? {
+            (size, Access::Writable) => Ok(Self { file, size, path }),
+            _ => {
+                let what = format!("{} is open for reading only: open it for writing too", path.display());
+                Err(Error::new(ErrorKind::UnusableFile, what).at_path(&path))
+            }
         }
-        // A block device's metadata has length 0; seeking finds its end. A pipe cannot seek.
-        let size = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
-        Ok(Self { file, size, path })
     }
 }
 
@@ -240,3 +233,29 @@ macro_rules! source_for_locks {
 }
 
 source_for_locks!(Mutex lock lock, RwLock read write);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_cannot_be_read_and_written_at_an_offset_are_refused() {
+        let path = std::env::temp_dir().join(format!("pagestitch-writable-{}", std::process::id()));
+        fs::write(&path, "bytes").unwrap();
+        let open = |read, write| fs::OpenOptions::new().read(read).write(write).open(&path).unwrap();
+        assert_eq!(WritableFile::from_file(open(true, true), "f").unwrap().size(), 5);
+        for (file, why) in [
+            (open(true, false), "f is open for reading only: open it for writing too"),
+            (open(false, true), "f is open for writing only: open it for reading too"),
+            (fs::File::open("/").unwrap(), "f is a directory: name a file in it"),
+            (
+                fs::File::open("/dev/null").unwrap(),
+                "f cannot be read at an offset: use a regular file or a block device",
+            ),
+        ] {
+            let error = WritableFile::from_file(file, "f").unwrap_err();
+            assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::UnusableFile, why));
+        }
+        fs::remove_file(&path).unwrap();
+    }
+}
