@@ -21,7 +21,11 @@ pub(crate) fn file_in(folder: &Path, bytes: &[u8]) -> NamedTempFile {
 
 /// Files of these bytes: on the file system of temporary files, and on a tmpfs.
 fn files_of(bytes: &[u8]) -> [NamedTempFile; 2] {
-    [std::env::temp_dir(), memory_folder()].map(|folder| file_in(&folder, bytes))
+    folders().map(|folder| file_in(&folder, bytes))
+}
+
+fn folders() -> [PathBuf; 2] {
+    [std::env::temp_dir(), memory_folder()]
 }
 
 /// A folder on a tmpfs. A guest has only that of temporary files.
@@ -149,10 +153,19 @@ fn an_immutable_file_that_is_replaced_or_removed_keeps_its_bytes() {
 
 #[test]
 fn a_truncated_immutable_file_is_an_error_of_read_at_and_sigbus_for_a_touch() {
-    for file in files_of(&pattern(6, 3 * PAGE)) {
+    let truncated = |file: &NamedTempFile| {
         let builder = Region::builder().name("r").chunk(open(file.path()).unwrap());
         let region = builder.build(&Pool::new().unwrap()).unwrap();
         file.as_file().set_len(PAGE as u64).unwrap();
+        region
+    };
+    let body = child::body(this_test!(), |folder| {
+        let region = truncated(&file_in(Path::new(folder), &pattern(6, 3 * PAGE)));
+        std::hint::black_box(region.as_slice()[2 * PAGE]);
+    });
+    for folder in folders() {
+        let file = file_in(&folder, &pattern(6, 3 * PAGE));
+        let region = truncated(&file);
         region.read_at(0, &mut [0; PAGE]).unwrap();
         let error = region.read_at(4000, &mut [0; 200]).unwrap_err();
         assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
@@ -162,9 +175,7 @@ fn a_truncated_immutable_file_is_an_error_of_read_at_and_sigbus_for_a_touch() {
             assert_eq!((error.kind(), reason(&error)), (ErrorKind::SourceFailed, FailureReason::Truncated));
             region.populate(..PAGE as u64).unwrap();
         }
-        let end = child::run(this_test!(), || {
-            std::hint::black_box(region.as_slice()[2 * PAGE]);
-        });
+        let end = body.spawn(folder).wait();
         assert_eq!(end.signal(), Some(nix::libc::SIGBUS), "{}", end.output());
     }
 }
@@ -182,22 +193,20 @@ fn populate_maps_the_pages_of_an_immutable_file() {
     if !has_populate_read() {
         return println!("SKIPPED: the kernel does not populate mappings of files");
     }
-    for file in files_of(&pattern(11, 5 << 20)) {
-        let end = child::run(this_test!(), || {
-            let builder =
-                Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(open(file.path()).unwrap());
-            let region = builder.build(&Pool::new().unwrap()).unwrap();
-            region.populate(..).unwrap();
-            let before = faults();
-            assert!(
-                region.chunk_slice(1).unwrap().iter().step_by(PAGE).map(|&byte| u64::from(byte)).sum::<u64>()
-                    > 0
-            );
-            // A sanitizer has faults of its own.
-            let (seen, pages) = (faults() - before, (5 << 20) / PAGE as i64);
-            assert!(seen < pages / 4, "{seen} faults of {pages} pages");
-        });
-        assert!(end.passed(), "{}", end.output());
+    let body = child::body(this_test!(), |folder| {
+        let file = file_in(Path::new(folder), &pattern(11, 5 << 20));
+        let builder = Region::builder().page_aligned().chunk(vec![1u8; 5]).chunk(open(file.path()).unwrap());
+        let region = builder.build(&Pool::new().unwrap()).unwrap();
+        region.populate(..).unwrap();
+        let before = faults();
+        let pages = region.chunk_slice(1).unwrap().iter().step_by(PAGE);
+        assert!(pages.map(|&byte| u64::from(byte)).sum::<u64>() > 0);
+        // A sanitizer has faults of its own.
+        let (seen, pages) = (faults() - before, (5 << 20) / PAGE as i64);
+        assert!(seen < pages / 4, "{seen} faults of {pages} pages");
+    });
+    for folder in folders() {
+        body.spawn(folder).wait().expect_pass();
     }
 }
 

@@ -140,7 +140,7 @@ fn crowd(regions: usize) {
 /// The only worker is inside a source while a thread waits in a region that is dropped.
 #[test]
 fn a_thread_that_waits_in_a_dropped_region_gets_a_signal() {
-    let end = child::run(this_test!(), || {
+    let body = child::body(this_test!(), |_| {
         let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
         let slow = Arc::new(Scripted::new(10).holding(0..1));
         let other = Region::builder().chunk(Chunk::source(Arc::clone(&slow))).build(&pool).unwrap();
@@ -152,10 +152,13 @@ fn a_thread_that_waits_in_a_dropped_region_gets_a_signal() {
             spawn_asleep(scope, move || println!("read a byte: {}", touch(start + 5000)));
             drop(dropped);
             let _next: Vec<_> = (0..20).map(|_| region(&pattern(2, PAGES * PAGE), &pool)).collect();
-            thread::sleep(Duration::from_millis(100));
-            slow.release();
+            // The drop has woken the thread: the worker is still in its source.
+            loop {
+                thread::park();
+            }
         });
     });
+    let end = body.spawn("").wait_at_most(Duration::from_secs(60));
     assert_eq!(end.signal(), Some(SIGSEGV), "{}", end.output());
     assert!(!end.output().contains("read a byte"), "{}", end.output());
 }
