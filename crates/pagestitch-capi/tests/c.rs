@@ -85,6 +85,21 @@ fn the_examples_run_as_c_and_as_cpp() {
     }
 }
 
+#[test]
+fn the_programs_of_the_guide_run_as_c_and_as_cpp() {
+    let folder = tempfile::tempdir().unwrap();
+    let guide = fs::read_to_string(Path::new(CRATE).join("../../docs/c.md")).unwrap();
+    let blocks = guide.split("```c\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let programs: Vec<_> = blocks.filter(|block| block.contains("main")).collect();
+    assert_eq!(programs.len(), 1);
+    let source = folder.path().join("guide.c");
+    fs::write(&source, programs[0]).unwrap();
+    for compiler in &COMPILERS[..2] {
+        let program = compiler.build(source.to_str().unwrap(), folder.path(), &[]);
+        assert_eq!(run(&mut Command::new(program)), "the first ELF\n");
+    }
+}
+
 /// A compiler, with its language and the library that it links.
 struct Compiler {
     command: &'static str,

@@ -40,3 +40,11 @@ def test_each_public_name_has_a_text():
         kind = getattr(pagestitch, name)
         assert kind.__doc__, name
         assert all(getattr(kind, method).__doc__ for method in names(kind)), name
+
+
+def test_the_programs_of_the_guide_run(capsys):
+    guide = (pathlib.Path(__file__).parents[3] / "docs" / "python.md").read_text()
+    programs = [rest.split("```")[0] for rest in guide.split("```python\n")[1:]]
+    assert len(programs) == 2
+    for program in programs:
+        exec(compile(program, "docs/python.md", "exec"), {})
