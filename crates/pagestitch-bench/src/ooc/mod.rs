@@ -15,6 +15,7 @@ mod words;
 
 use crate::case::Sample;
 use crate::measure::processor_time;
+use crate::systems::PAGE;
 use crate::team::{at_once, in_parts, parts};
 use cgroup::Cgroup;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -191,7 +192,6 @@ pub(crate) fn write_pages(file: &mut File, pages: usize) -> io::Result<()> {
     file.sync_all()
 }
 
-const PAGE: usize = 4096;
 const BLOCK: usize = 256;
 /// The threads that fill the memory of a reader before the measurement.
 const WARMERS: usize = 16;

@@ -1,6 +1,7 @@
 //! The words of a mapped file, or of a shared region.
 
-use super::{PAGE, Pattern};
+use super::trace::Pattern;
+use crate::systems::PAGE;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 use pagestitch::SharedRegion;
