@@ -50,6 +50,15 @@ fn a_region_without_chunks_grows_byte_by_byte() {
 }
 
 #[test]
+fn a_stream_at_the_end_of_the_bytes_of_the_build_fills_no_closed_page() {
+    let log = Region::builder().chunk(vec![1u8; PAGE + 1]).capacity(CAPACITY).build(pool()).unwrap();
+    // Two faults in a row begin a stream, of which a worker fills the next pages.
+    assert_eq!((log.as_slice()[0], log.as_slice()[PAGE]), (1, 1));
+    let place = log.append(vec![2u8; 3 * PAGE]).unwrap();
+    assert!(log.as_slice()[place].iter().all(|&byte| byte == 2));
+}
+
+#[test]
 fn the_last_page_has_appended_bytes_whether_it_was_touched_or_not() {
     for server in servers() {
         let bytes = pattern(2, 20 * PAGE);

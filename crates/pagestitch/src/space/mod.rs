@@ -215,6 +215,10 @@ impl Mapping {
             Some(_) => target.page_size().covering(&(0..layout.total())).pages,
             None => target.all().pages,
         };
+        if growth.is_some() {
+            // The policy is made for the most pages that there can be, and fills none that are closed.
+            policy.set_pages(laid.max(1));
+        }
         let counters = Counters::new(name.clone(), (target.page_size(), laid), record_latency, !allocates);
         shown.moved.spans().for_each(|span| tables.pages.mark_present(span));
         Self {
