@@ -70,7 +70,7 @@ fn the_errors_of_growth_name_the_numbers_and_the_remedy() {
         ),
         (
             log().append(inner).unwrap_err(),
-            "region r: the appended chunk is memory of region r, which only a build can take: copy the bytes out with read_at()",
+            "region r: the chunk is memory of region r, which only a build can take: copy the bytes out with read_at()",
         ),
         (
             refused(filled().capacity(1 << 20), Eager),

@@ -53,6 +53,7 @@ mod readahead;
 mod reading;
 mod recording;
 mod released;
+mod replacements;
 mod same_bytes;
 #[cfg(sanitized)]
 mod sanitized;

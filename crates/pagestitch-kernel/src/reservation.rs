@@ -329,6 +329,24 @@ impl Reservation {
         Errno::result(answer).map(drop)
     }
 
+    /// Drops the pages of a span: they are missing afterwards.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`: `EINVAL` for locked pages.
+    ///
+    /// # Safety
+    ///
+    /// - The pages are filled with the same bytes again, or no reference to their bytes exists.
+    #[expect(unsafe_code, reason = "declares an obligation")]
+    pub(crate) unsafe fn discard(&self, span: Span) -> Result<(), Errno> {
+        let range = self.addresses(span);
+        // SAFETY: the pages are those of an owned mapping, and the caller vouches for their bytes.
+        let answer =
+            unsafe { libc::madvise(range.start() as *mut c_void, range.bytes(), libc::MADV_DONTNEED) };
+        Errno::result(answer).map(drop)
+    }
+
     /// Takes a span away for good: an access there is SIGBUS. For kernels without `UFFDIO_POISON`
     /// (before 6.6).
     ///

@@ -178,6 +178,25 @@ impl View {
         Ok(())
     }
 
+    /// Drops the pages of a span: they are missing afterwards, and may be filled with other bytes. Pages
+    /// that are shown in place are shown again.
+    ///
+    /// # Errors
+    ///
+    /// The errno of `madvise(2)`: `EINVAL` for locked pages.
+    ///
+    /// # Panics
+    ///
+    /// If the span is not inside the reservation.
+    pub fn discard(&self, span: Span) -> Result<(), Errno> {
+        // SAFETY: a slice of a view comes from `as_slice`, whose caller vouches that its bytes do not
+        // change; a `StableView` is borrowed mutably here.
+        #[expect(unsafe_code, reason = "the callers of as_slice vouch")]
+        unsafe {
+            self.reservation.discard(span)
+        }
+    }
+
     /// Shows part of a sealed memfd in place: the pages of the span are the memfd's own, present at
     /// once and not copied.
     ///
@@ -724,6 +743,19 @@ impl StableView {
     /// If the range is not inside the reservation.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Errno> {
         self.view.read_at(offset, into)
+    }
+
+    /// As [`View::discard`]. It excludes the slices, because other bytes may follow.
+    ///
+    /// # Errors
+    ///
+    /// As [`View::discard`].
+    ///
+    /// # Panics
+    ///
+    /// As [`View::discard`].
+    pub fn discard(&mut self, span: Span) -> Result<(), Errno> {
+        self.view.discard(span)
     }
 
     /// As [`View::write_at`]. It excludes the slices, because it changes their bytes.

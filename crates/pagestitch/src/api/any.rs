@@ -421,6 +421,11 @@ impl AnyRegion {
 
     /// The pages of a range of offsets.
     pub(super) fn span(&self, range: impl RangeBounds<u64>) -> Result<Span, Error> {
+        Ok(self.served.page_size().covering(&self.offsets(range)?))
+    }
+
+    /// A range of offsets, if it is inside the region.
+    pub(super) fn offsets(&self, range: impl RangeBounds<u64>) -> Result<Range<u64>, Error> {
         let start = match range.start_bound() {
             Bound::Included(&start) => Some(start),
             Bound::Excluded(&before) => before.checked_add(1),
@@ -431,8 +436,7 @@ impl AnyRegion {
             Bound::Excluded(&end) => Some(end),
             Bound::Unbounded => Some(self.len() as u64),
         };
-        let range = self.inside(start.unwrap_or(u64::MAX), end)?;
-        Ok(self.served.page_size().covering(&range))
+        self.inside(start.unwrap_or(u64::MAX), end)
     }
 
     /// The method by which each run of chunks is installed, with the reason.

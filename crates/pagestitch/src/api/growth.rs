@@ -112,13 +112,14 @@ impl AnyRegion {
         self.served.growth.as_ref().map_or(self.len() as u64, |growth| growth.capacity())
     }
 
-    fn to_append(&self, chunk: impl IntoChunk) -> Result<Chunk, Error> {
+    /// A chunk that joins the region after the build.
+    pub(super) fn to_append(&self, chunk: impl IntoChunk) -> Result<Chunk, Error> {
         let chunk = chunk.into_chunk().map_err(|error| error.inside(self.name()))?;
         let Backing::Memory(memory) = chunk.backing() else { return Ok(chunk) };
         let below = served_in(memory.addresses().into_iter().map(|range| (0, range)));
         let Some((_, below)) = below.first() else { return Ok(chunk) };
         let what = format!(
-            "region {}: the appended chunk is memory of region {}, which only a build can take: copy the bytes out with read_at()",
+            "region {}: the chunk is memory of region {}, which only a build can take: copy the bytes out with read_at()",
             self.name(),
             below.name
         );

@@ -6,6 +6,7 @@
 //! | `build` | the pipeline before the first fault: check, reserve, register, map, attach |
 //! | `on_memfd`, `reserve_on_memfd` | a region whose pages other processes can map |
 //! | `growth` | chunks that are appended later |
+//! | `replace` | other bytes for pages of a region |
 //! | `any` | the part that regions of all kinds share; teardown |
 //! | `changes` | the pages that were written, and a file with their bytes |
 //! | `write_back` | written pages go to their sources |
@@ -33,6 +34,7 @@ mod prefetch;
 mod read_in_place;
 mod refused;
 mod region;
+mod replace;
 mod reserve_on_memfd;
 mod scope;
 mod shard;

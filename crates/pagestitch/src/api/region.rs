@@ -320,6 +320,11 @@ impl Region {
         self.any.save_changes(file, |offset, into| self.read_at(offset, into))
     }
 
+    /// Its bytes, for changes that exclude slices of them, and the rest.
+    pub(super) const fn parts_mut(&mut self) -> (&mut StableView, &AnyRegion) {
+        (&mut self.view, &self.any)
+    }
+
     pub(super) const fn stable_view(&self) -> &StableView {
         &self.view
     }

@@ -115,7 +115,7 @@ impl SharedRegion {
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
         let range = self.any.filled(offset, into.len())?;
         match self.shown(&range, || self.view.read_at(offset, into)) {
-            Err(Errno::EFAULT) if self.any.served.residence.is_some() => {
+            Err(Errno::EFAULT) if self.any.served.loses_pages() => {
                 self.page_by_page(&range, "read", |part| {
                     let inside = (part.start - offset) as usize..(part.end - offset) as usize;
                     self.view.read_at(part.start, &mut into[inside])

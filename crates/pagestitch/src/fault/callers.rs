@@ -109,6 +109,14 @@ pub(crate) fn fills(thread: u32, region: &Mapping, page: Page) -> bool {
     slots().any(|slot| slot.holds(thread, region, page))
 }
 
+/// Whether a thread is filling any page of a region itself.
+pub(crate) fn fills_any(thread: u32, region: &Mapping) -> bool {
+    let region = ptr::from_ref(region).addr();
+    slots().any(|slot| {
+        slot.thread.load(Ordering::SeqCst) == thread && slot.region.load(Ordering::SeqCst) == region
+    })
+}
+
 /// Whether the calling thread is filling a page itself. Costs one load while no caller fills pages.
 pub(crate) fn fills_itself(region: &Mapping, page: Page) -> bool {
     ANNOUNCED.load(Ordering::SeqCst) > 0 && fills(this_thread(), region, page)

@@ -18,7 +18,7 @@ use std::num::NonZeroUsize;
 pub(super) struct Fingerprints {
     /// Two words a page, which are 0 before its first reading.
     ///
-    /// Invariant: a word that is not 0 does not change.
+    /// Invariant: a word that is not 0 does not change, unless the page gets other bytes.
     words: AtomicTable,
     /// The pages whose source may change, in order.
     spans: Vec<Span>,
@@ -46,6 +46,14 @@ impl Fingerprints {
     pub(super) fn unchanged(&self, span: Span, bytes: &[u8]) -> usize {
         let pages = span.iter().zip(bytes.chunks_exact(self.page.bytes()));
         pages.take_while(|(page, bytes)| !self.has(*page) || self.is_first(*page, bytes)).count()
+    }
+
+    /// Forgets the first readings of pages that get other bytes. The caller has claimed them.
+    pub(super) fn forget(&self, span: Span) {
+        let hashed = span.iter().filter(|page| self.has(*page));
+        hashed.for_each(|page| {
+            self.words[page.0 * WORDS..][..WORDS].iter().for_each(|word| word.store(0, Ordering::SeqCst));
+        });
     }
 
     /// Two threads may fill a page at once: one beside the claim of the other. The first word decides

@@ -162,6 +162,17 @@ impl Share {
         0
     }
 
+    /// Notes that a page has no bytes any more. True if it was resident.
+    fn note_discarded(&self, page: Page) -> bool {
+        // A table that is only read takes no memory.
+        match self.places.get(page) {
+            Place::Nowhere => return false,
+            Place::Slot(slot) => self.drop_slot(page, slot),
+            Place::Resident | Place::Gone => {}
+        }
+        self.places.set(page, Place::Nowhere) == Place::Resident
+    }
+
     fn drop_slot(&self, page: Page, slot: u32) {
         let Some(standby) = &self.state.standby else { return };
         if standby.slots.begin_return(slot as usize, key_of(self.member, page)).is_some() {
@@ -212,6 +223,14 @@ impl Residence for Membership {
             Some(fingerprints) => fingerprints.unchanged(span, bytes),
             None => span.pages,
         }
+    }
+
+    fn discarded(&self, span: Span) {
+        let share = &self.0;
+        let dropped = span.iter().filter(|page| share.note_discarded(*page)).count();
+        share.pages_left(dropped);
+        share.state.release(dropped);
+        share.fingerprints.iter().for_each(|fingerprints| fingerprints.forget(span));
     }
 
     fn limit(&self) -> usize {

@@ -29,6 +29,7 @@
 //! | `eager` | a server without faults: the build fills the region |
 //! | `best` | a pool, or `eager` where userfaultfd is missing |
 //! | `append` | a further chunk at the end of a region |
+//! | `replace` | other bytes for pages of a region |
 //! | `populate` | the same steps for pages that no thread has touched |
 //! | `retry_failed` | fills pages whose source has failed before |
 //! | `abandon` | poisons the absent pages of adopted memory whose region is dropped |
@@ -56,6 +57,7 @@ mod prefetch_queue;
 mod queue;
 mod rate_limit;
 pub(crate) mod read_turn;
+mod replace;
 mod retry_failed;
 mod served;
 mod server_state;
@@ -82,6 +84,7 @@ pub use manual::Manual;
 pub use placement::Placement;
 pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
 pub(crate) use populate::fill_rest;
+pub(crate) use replace::{DropPages, replace};
 pub(crate) use served::{ForkedChildren, Served};
 
 use crate::error::{Error, ErrorKind};

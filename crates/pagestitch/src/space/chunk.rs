@@ -274,7 +274,7 @@ impl Chunk {
     }
 
     /// True for a memfd that is filled later.
-    pub(super) const fn is_filled_later(&self) -> bool {
+    pub(crate) const fn is_filled_later(&self) -> bool {
         matches!(self.backing, Backing::Shared(Shared::Lazy(_)))
     }
 
@@ -289,6 +289,16 @@ impl Chunk {
             return Err(Error::new(ErrorKind::InvalidChunk, what).of_chunk(number));
         }
         Ok(align.max(self.align))
+    }
+
+    /// The number of its bytes.
+    pub(crate) const fn bytes(&self) -> u64 {
+        self.range.end.saturating_sub(self.range.start)
+    }
+
+    /// True if the user has chosen the reaction to a failure of the source.
+    pub(crate) const fn has_policy(&self) -> bool {
+        self.on_failure.is_some()
     }
 
     pub(super) fn has_huge_pages(&self) -> bool {

@@ -18,6 +18,8 @@
 
 mod append;
 mod builder;
+mod replace;
+mod replaced;
 
 pub(crate) use builder::LayoutBuilder;
 
@@ -29,9 +31,11 @@ use pagestitch_kernel::append_vec::AppendVec;
 use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::shared::Sharing;
 use pagestitch_kernel::{Errno, PageSize};
+use replaced::Replaced;
+use std::iter;
 use std::mem;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The chunks of a region, in order, with their sources.
 #[derive(Debug, Default)]
@@ -55,6 +59,8 @@ pub(crate) struct Layout {
     /// True if chunks are appended after the build. The last page then has no other bytes than those
     /// of its chunks.
     grows: bool,
+    /// The pages whose bytes were replaced after the build, if any ever were.
+    replaced: OnceLock<Arc<Replaced>>,
 }
 
 /// The origin of a chunk's bytes.
@@ -189,15 +195,30 @@ impl Layout {
 
     /// The bytes from `start` to `end` or to the end of their chunk.
     pub(crate) fn piece_at(&self, start: u64, end: u64) -> Piece<'_> {
-        self.piece(self.locate(start), &(start..end))
+        match self.replaced.get() {
+            None => self.piece(self.locate(start), &(start..end)),
+            Some(replaced) => self.piece_beside(replaced, start, end),
+        }
     }
 
     /// The pieces that `offsets` consist of, up to the last chunk.
     pub(crate) fn pieces(&self, offsets: Range<u64>) -> impl Iterator<Item = Piece<'_>> {
         let first = self.locate(offsets.start);
-        (first..self.chunks())
-            .take_while(move |&chunk| self.starts[chunk] < offsets.end)
-            .map(move |chunk| self.piece(chunk, &offsets))
+        let (mut rest, end) = (first..self.chunks(), offsets.end.min(self.total()));
+        let mut at = offsets.start;
+        iter::from_fn(move || {
+            let replaced = self.replaced.get();
+            let piece = match replaced.filter(|_| at < end) {
+                Some(replaced) => self.piece_beside(replaced, at, end),
+                None if replaced.is_some() => return None,
+                None => {
+                    let chunk = rest.next().filter(|&chunk| self.starts[chunk] < offsets.end)?;
+                    self.piece(chunk, &offsets)
+                }
+            };
+            at += piece.bytes;
+            Some(piece)
+        })
     }
 
     /// Whether a source prefers reads of some size.

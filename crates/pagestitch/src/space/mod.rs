@@ -296,6 +296,30 @@ impl Mapping {
         self.published.load(Ordering::Acquire)
     }
 
+    /// True if a page of a span is shown in place, or was donated.
+    pub(crate) fn shows_any(&self, span: Span) -> bool {
+        let donated = |chunk| matches!(self.layout.backing_of(chunk), Backing::Donated(_));
+        [&*self.in_place, &self.lazy, &self.moved].iter().any(|runs| runs.next_gap(span) != span)
+            || self.has_donated && self.layout.chunks_in(&self.page_size().offsets(span)).any(donated)
+    }
+
+    /// True if present pages may be absent a moment later, although the application discards none.
+    pub(crate) fn loses_pages(&self) -> bool {
+        self.residence.is_some() || self.layout.has_replaced()
+    }
+
+    /// True if sources are released once their pages are present.
+    pub(crate) const fn releases_sources(&self) -> bool {
+        self.releases.is_some()
+    }
+
+    /// Prepares for the bytes of a chunk that replace others.
+    pub(crate) fn note_replacement(&self, chunk: Option<&Chunk>) {
+        if chunk.is_some_and(|chunk| matches!(chunk.backing, Backing::Fetched(_))) {
+            self.has_fetched.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Drops the sources whose bytes the build has copied.
     pub(crate) fn drop_copied_sources(&mut self) {
         self.layout.edit(Layout::drop_copied_sources);

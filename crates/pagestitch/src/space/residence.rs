@@ -50,6 +50,10 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// Ends the pins of a span.
     fn unpin(&self, span: Span);
 
+    /// The pages of a span are dropped, and get other bytes: also those in standby are not wanted any
+    /// more. The caller has claimed them.
+    fn discarded(&self, span: Span);
+
     /// The most pages that are resident at once.
     fn limit(&self) -> usize;
 

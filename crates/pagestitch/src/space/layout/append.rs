@@ -68,6 +68,7 @@ impl Layout {
             padding: self.padding.copy_with_room(more),
             policies: self.policies.copy_with_room(more),
             grows: true,
+            replaced: self.replaced.clone(),
             ..Self::default()
         };
         copy.index_for(end);
