@@ -106,7 +106,7 @@ fn check_region(region: &Mapping, server: &dyn Attachment, span: Span) -> Result
             "pages of the range are shown in place or were donated: only pages that are copied can get other bytes",
         );
     }
-    if region.written.is_some() || region.releases_sources() {
+    if region.records_writes() || region.releases_sources() {
         return refused(
             ErrorKind::OptionConflict,
             "its record of writes, or the release of its sources, belongs to the bytes of the build: leave out track_changes(), write_back() and release_sources()",
