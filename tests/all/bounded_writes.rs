@@ -1,13 +1,22 @@
 //! Writable regions with a budget: written pages go back to their sources when they leave, and no write is
 //! lost.
 
-use crate::PAGE;
-use pagestitch::source::WritableSource;
+use crate::{PAGE, pattern};
+use nix::libc::{self, EIO, ENOSPC};
+use pagestitch::source::{FailureReason, WritableFile, WritableSource};
 use pagestitch::{Budget, BuildOption, Chunk, ErrorKind, Pool, Region, SharedRegion, Source, WriteBack};
 use pagestitch_testkit::scope::scope;
+use pagestitch_testkit::{child, this_test};
+use proptest::prelude::*;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
@@ -30,6 +39,10 @@ impl Disk {
         let failing = [AtomicUsize::new(0), AtomicUsize::new(usize::MAX)];
         let (errno, most, syncs) = Default::default();
         Arc::new(Self { bytes: Mutex::new(bytes), errno, failing, most, syncs })
+    }
+
+    fn fail(&self, errno: i32) {
+        self.errno.store(errno as usize, Ordering::SeqCst);
     }
 
     fn word(&self, page: usize) -> u64 {
@@ -149,7 +162,7 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
             let flusher = scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
                     region.flush(..).unwrap();
-                    std::thread::sleep(std::time::Duration::from_millis(3));
+                    thread::sleep(Duration::from_millis(3));
                 }
             });
             let shadow = write_and_verify(&region, threads, 9_000 / threads);
@@ -166,5 +179,253 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
             assert_eq!(disk.word(page), *expected, "page {page}");
         }
         assert_eq!((budget.metrics().dirty_bytes, budget.overruns()), (0, 0));
+    }
+}
+
+#[test]
+fn no_write_is_lost_while_the_source_fails_now_and_then() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 2);
+    let is_over = AtomicBool::new(false);
+    let shadow = scope(|scope| {
+        let saboteur = scope.spawn(|| {
+            for errno in [EIO, 0, ENOSPC, 0].into_iter().cycle() {
+                disk.fail(errno);
+                disk.most.store(1_000 * (errno as usize % 2), Ordering::SeqCst);
+                let _ = region.flush(..);
+                thread::sleep(Duration::from_millis(4));
+                if is_over.load(Ordering::Relaxed) {
+                    return disk.fail(0);
+                }
+            }
+        });
+        let shadow = write_and_verify(&region, 2, 3_000);
+        is_over.store(true, Ordering::Relaxed);
+        saboteur.join().unwrap();
+        shadow
+    });
+    assert!(budget.metrics().write_failures > 0, "{:?}", budget.metrics());
+    region.finish().unwrap();
+    for (page, expected) in shadow.iter().enumerate() {
+        assert_eq!(disk.word(page), *expected, "page {page}");
+    }
+}
+
+#[test]
+fn a_budget_full_of_pages_that_cannot_go_back_has_an_end_and_loses_none() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let told = Arc::new(AtomicUsize::new(0));
+    let tell = Arc::clone(&told);
+    let builder = builder(&budget, Chunk::writable(Arc::clone(&disk))).on_page_failure(move |_, failure| {
+        tell.fetch_add(usize::from(failure.reason() == FailureReason::Source), Ordering::SeqCst);
+    });
+    let region = builder.build_shared(&pool(1)).unwrap();
+    disk.fail(EIO);
+    let write = |page: usize| region.write_at((page * PAGE) as u64, &(page as u64 + 1).to_ne_bytes());
+    let (full, error) = (0..PAGES).find_map(|page| write(page).err().map(|error| (page, error))).unwrap();
+    assert_eq!(error.kind(), ErrorKind::LimitReached, "{error}");
+    assert_eq!(error.failure().unwrap().reason(), FailureReason::NoRoom);
+    assert!(full > PAGES / 4 && budget.resident_bytes() <= BUDGET, "{full} {:?}", budget.metrics());
+    assert!(told.load(Ordering::SeqCst) >= 1, "the failure is told");
+    assert_eq!(region.flush(..).unwrap_err().raw_os_error(), Some(EIO));
+    for page in 0..full {
+        assert_eq!(word(&region, page).load(Ordering::Relaxed), page as u64 + 1);
+    }
+    disk.fail(0);
+    region.flush(..).unwrap();
+    region.retry_failed(..).unwrap();
+    (full..PAGES).for_each(|page| write(page).unwrap());
+    region.finish().unwrap();
+    (0..PAGES).for_each(|page| assert_eq!(disk.word(page), page as u64 + 1));
+}
+
+#[test]
+fn pages_of_a_full_disk_stay_and_others_leave() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    disk.failing[0].store(100, Ordering::SeqCst);
+    disk.failing[1].store(120, Ordering::SeqCst);
+    disk.fail(ENOSPC);
+    for page in 0..PAGES {
+        word(&region, page).store(page as u64 + 1, Ordering::Relaxed);
+    }
+    assert_eq!(region.flush(..).unwrap_err().raw_os_error(), Some(ENOSPC));
+    (0..PAGES).for_each(|page| {
+        let expected = if (100..120).contains(&page) { 0 } else { page as u64 + 1 };
+        assert_eq!(disk.word(page), expected, "page {page}");
+        assert_eq!(word(&region, page).load(Ordering::Relaxed), page as u64 + 1, "page {page}");
+    });
+    disk.fail(0);
+    region.flush(..).unwrap();
+    assert_eq!((disk.word(110), budget.metrics().dirty_bytes), (111, 0));
+    assert!(disk.syncs.load(Ordering::SeqCst) >= 2);
+}
+
+#[test]
+fn written_padding_stays_because_no_source_takes_it() {
+    if moves_no_pages() {
+        return;
+    }
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let chunk = || Chunk::writable(Disk::of(vec![1; PAGES * PAGE / 2 - 100]));
+    let region = builder(&budget, chunk().align(PAGE as u64)).chunk(chunk().align(PAGE as u64));
+    let region = region.build_shared(&pool(1)).unwrap();
+    let padding = (PAGES * PAGE / 2 - 50) as u64;
+    region.write_at(padding - 60, &[7; 100]).unwrap();
+    for _ in 0..2 {
+        (0..PAGES).for_each(|page| {
+            let _ = word(&region, page).load(Ordering::Relaxed);
+        });
+        region.flush(..).unwrap();
+    }
+    let mut bytes = [0; 102];
+    region.read_at(padding - 61, &mut bytes).unwrap();
+    assert_eq!((bytes[0], bytes[1..101] == [7; 100], bytes[101]), (1, true, 0));
+}
+
+/// Devices write to pages while these leave: such a page is pinned, and stays.
+#[test]
+#[expect(unsafe_code, reason = "reads of a file go around the page cache, to the memory of a region")]
+fn direct_reads_of_a_file_into_pages_that_leave_lose_no_byte() {
+    if moves_no_pages() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    let contents = pattern(3, 64 * PAGE);
+    fs::write(&path, &contents).unwrap();
+    let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; PAGES * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 2);
+    let Some(direct) = direct.ok().filter(|_| region.serves_system_calls()) else { return };
+    let read = |page: usize, from: usize| {
+        let to = word(&region, page).as_ptr().cast();
+        // SAFETY: the page is inside the region, and no reference to its bytes exists.
+        unsafe { libc::pread(direct.as_raw_fd(), to, PAGE, (from * PAGE) as i64) }
+    };
+    // A file system without direct reads refuses them.
+    if read(0, 0) != PAGE as isize {
+        return;
+    }
+    let of_file = |from: usize| u64::from_ne_bytes(contents[from * PAGE..][..8].try_into().unwrap());
+    let is_over = AtomicBool::new(false);
+    let shadow = scope(|scope| {
+        let flusher = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                region.flush(..).unwrap();
+            }
+        });
+        let mut shadow = vec![0; PAGES];
+        shadow[0] = of_file(0);
+        for touch in 0..4_000 {
+            let random = mix(touch) as usize;
+            let (page, from) = (random % PAGES, random / PAGES % 64);
+            assert_eq!(word(&region, page).load(Ordering::Relaxed), shadow[page], "page {page}");
+            if touch % 2 == 0 {
+                assert_eq!(read(page, from), PAGE as isize);
+                shadow[page] = of_file(from);
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+        flusher.join().unwrap();
+        shadow
+    });
+    region.finish().unwrap();
+    (0..PAGES).for_each(|page| assert_eq!(disk.word(page), shadow[page], "page {page}"));
+}
+
+/// The child is killed while pages of a file leave.
+#[test]
+fn a_kill_while_pages_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
+    let body = child::body(this_test!(), |path| {
+        let file = WritableFile::open(Path::new(path)).unwrap();
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let region = bounded(&budget, Chunk::writable(Arc::new(file)), 2);
+        for round in 1..=u8::MAX {
+            (0..PAGES).for_each(|page| region.write_at((page * PAGE) as u64, &[round; PAGE]).unwrap());
+        }
+        panic!("the parent kills this process before");
+    });
+    if moves_no_pages() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("file");
+    File::create(&path).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
+    let mut process = body.spawn(&path);
+    // The file changes only by write-backs.
+    crate::until(|| fs::read(&path).unwrap()[7 * PAGE] > 1);
+    process.kill();
+    process.wait();
+    let bytes = fs::read(&path).unwrap();
+    assert!(bytes.chunks(PAGE).all(|page| page.iter().all(|byte| *byte == page[0])), "a torn page");
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(usize, u8, usize),
+    Read(usize, usize),
+    Flush(usize, usize),
+    Populate(usize),
+    Evict(usize, usize),
+}
+
+const SIZE: usize = (10 << 20) + 123;
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        4 => (0..SIZE, any::<u8>(), 1usize..3 << 20).prop_map(|(at, byte, len)| Step::Write(at, byte, len)),
+        2 => (0..SIZE, 1usize..3 << 20).prop_map(|(at, len)| Step::Read(at, len)),
+        1 => (0..SIZE, 1usize..SIZE).prop_map(|(at, len)| Step::Flush(at, len)),
+        1 => (0..SIZE).prop_map(Step::Populate),
+        1 => (0..SIZE, 1usize..2 << 20).prop_map(|(at, len)| Step::Evict(at, len)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6, max_shrink_iters: 64, ..ProptestConfig::default() })]
+    #[test]
+    fn random_calls_are_those_of_a_vector(steps in prop::collection::vec(step(), 1..24)) {
+        if moves_no_pages() {
+            return Ok(());
+        }
+        let mut expected = pattern(9, SIZE);
+        let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(expected.clone()));
+        let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+        for step in steps {
+            match step {
+                Step::Write(at, byte, len) => {
+                    let bytes = vec![byte; len.min(SIZE - at)];
+                    expected[at..at + bytes.len()].copy_from_slice(&bytes);
+                    region.write_at(at as u64, &bytes).unwrap();
+                }
+                Step::Read(at, len) => {
+                    let mut bytes = vec![0; len.min(SIZE - at)];
+                    region.read_at(at as u64, &mut bytes).unwrap();
+                    prop_assert!(bytes == expected[at..at + bytes.len()], "{} bytes at {}", bytes.len(), at);
+                }
+                Step::Flush(at, len) => {
+                    let end = (at + len).min(SIZE);
+                    region.flush(at as u64..end as u64).unwrap();
+                    prop_assert!(disk.bytes.lock().unwrap()[at..end] == expected[at..end]);
+                }
+                Step::Populate(at) => region.populate(at as u64..(at + (1 << 20)).min(SIZE) as u64).unwrap(),
+                Step::Evict(at, len) => {
+                    region.evict(at as u64..(at + len).min(SIZE) as u64).unwrap();
+                }
+            }
+        }
+        prop_assert!(budget.resident_bytes() <= BUDGET);
+        region.finish().unwrap();
+        prop_assert!(*disk.bytes.lock().unwrap() == expected);
     }
 }
