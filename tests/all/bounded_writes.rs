@@ -392,9 +392,9 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 6, max_shrink_iters: 64, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4, max_shrink_iters: 64, ..ProptestConfig::default() })]
     #[test]
-    fn random_calls_are_those_of_a_vector(steps in prop::collection::vec(step(), 1..24)) {
+    fn random_calls_are_those_of_a_vector(steps in prop::collection::vec(step(), 1..14)) {
         if moves_no_pages() {
             return Ok(());
         }

@@ -104,7 +104,7 @@ impl DirtyPages {
 pub(super) struct Bits(AtomicTable);
 
 impl Bits {
-    fn new(len: usize) -> Result<Self, Errno> {
+    pub(super) fn new(len: usize) -> Result<Self, Errno> {
         let words = NonZeroUsize::new(len.div_ceil(WORD).max(1)).expect("at least one");
         AtomicTable::new(words).map(Self)
     }

@@ -17,7 +17,7 @@
 //! | `arrivals` | pages that have come, until the policy takes note of them |
 //! | `fingerprints` | hashes of pages whose source may change: they come back with the bytes of their first reading |
 //! | `metrics` | the counts of a budget, as the user reads them |
-//! | `models` | the model of a page that leaves, in many orders of the threads |
+//! | `models`, `models_of_writes` | the models of a page that leaves, and of one that is written, in many orders of the threads |
 //! | `promise` | the one unsafe promise: an evicted page has the same bytes again |
 //!
 //! ```text
@@ -41,6 +41,8 @@ mod flush;
 mod metrics;
 #[cfg(all(test, shuttle))]
 mod models;
+#[cfg(all(test, shuttle))]
+mod models_of_writes;
 mod pins;
 mod places;
 mod promise;
