@@ -17,6 +17,7 @@ mod decompressions;
 mod delayed_faults;
 mod discards;
 mod donated;
+mod drop_behind;
 mod eager;
 mod error_messages;
 mod failure;

@@ -200,7 +200,8 @@ fn prepare_own(
     let features = uffds.features();
     layout.unlock_donated().map_err(|errno| limit(name, "unlock donated pages", errno))?;
     let moves = moves_in(options, layout, features);
-    let staged = stages(options, layout, bytes, features);
+    let ahead = options.budget.as_ref().map(|budget| budget.blocks_ahead(server.inner().threads()));
+    let staged = ahead.unwrap_or(Ok(0)).and_then(|_| stages(options, layout, bytes, features));
     let huge = moves || staged.is_ok();
     // Pages move, in and out, only between writable mappings.
     let moves_out = !options.hardware_read_only && options.budget.as_ref().is_some_and(Budget::moves);
@@ -225,17 +226,8 @@ fn prepare_own(
     if shown.in_place.pages() < pages.get() as u64 {
         reservation.serve(below.served_by(name, server));
     }
-    let join = |budget: &Budget| {
-        reservation.use_small_pages();
-        budget.join(evictable(&reservation), layout, (options.slices, tracked))
-    };
-    let membership = options.budget.as_ref().map(join).transpose().map_err(|error| error.inside(name))?;
-    let blocks = match staged {
-        Ok(()) => Blocks::Whole,
-        // A block that is filled for a few touches of it takes the place of pages that are read.
-        Err(_) if membership.is_some() => Blocks::Never,
-        Err(_) => Blocks::Copied,
-    };
+    let membership = join(options, &reservation, (layout, staged)).map_err(|error| error.inside(name))?;
+    let blocks = blocks(staged, ahead.map(|ahead| ahead.unwrap_or(0)));
     Ok(PreparedTarget {
         target: Target::Owned(reservation),
         uffd,
@@ -246,6 +238,31 @@ fn prepare_own(
         membership,
         view: Some(view),
     })
+}
+
+/// Joins the budget, if the region has one.
+fn join(
+    options: &Options,
+    reservation: &Arc<Reservation>,
+    (layout, staged): (&Layout, Result<(), &str>),
+) -> Result<Option<Membership>, Error> {
+    let Some(budget) = &options.budget else { return Ok(None) };
+    if staged.is_err() {
+        reservation.use_small_pages();
+    }
+    let written_back = options.serve_options.record_of_writes.is_some();
+    budget.join(evictable(reservation), layout, (options.slices, written_back, staged.is_ok())).map(Some)
+}
+
+/// The handling of blocks. In a budget, sequential readers have `ahead` pages ahead of them.
+const fn blocks(staged: Result<(), &str>, ahead: Option<usize>) -> Blocks {
+    match (staged, ahead) {
+        // A block that is filled for a few touches of it takes the place of pages that are read.
+        (Ok(()), Some(most)) => Blocks::Streamed(most),
+        (Ok(()), None) => Blocks::Whole,
+        (Err(_), Some(_)) => Blocks::Never,
+        (Err(_), None) => Blocks::Copied,
+    }
 }
 
 /// Reserves a range and maps every page in place, without a userfaultfd. `None` if the layout has
@@ -412,9 +429,6 @@ fn hide_from_dumps(mapping: &Mapping) -> Result<(), Error> {
 /// `Ok` if whole blocks of a region of `bytes` bytes are filled in staging, or the reason against
 /// it.
 fn stages(options: &Options, layout: &Layout, bytes: usize, features: Features) -> Result<(), &'static str> {
-    if options.budget.is_some() {
-        return Err("the region has a budget(): its pages leave one by one");
-    }
     if options.hardware_read_only {
         return Err("the region is built hardware_read_only(): pages move only between writable mappings");
     }

@@ -1,6 +1,7 @@
 //! Install and settle: pass the bytes of pages to the kernel, and interpret its [`Outcome`].
 
 use crate::error::FailureReason;
+use crate::fault::BLOCK_PAGES;
 use crate::fault::error::{InstallError, failure_at};
 use crate::fault::fill::{Content, Filled};
 use crate::fault::held::held;
@@ -94,7 +95,8 @@ fn install_some(
         _ => 0,
     };
     if let Some(residence) = residence {
-        residence.installed(span, pages);
+        let is_block = matches!(put, Some((Outcome::Done, Method::StagedMove)));
+        residence.installed(span, pages, is_block && pages == BLOCK_PAGES);
     }
     let Some((outcome, method)) = put else { return Err(InstallError::Gone) };
     if pages == 0 {

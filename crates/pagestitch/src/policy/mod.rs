@@ -44,6 +44,8 @@ pub(crate) struct Policy {
 pub(crate) enum Blocks {
     /// Blocks are filled in staging and moved in.
     Whole,
+    /// As `Whole`, for sequential readers only, with at most so many pages ahead of them.
+    Streamed(usize),
     /// Blocks are copied page by page.
     Copied,
     /// Blocks are never filled at once. In foreign memory a thread that waits for one page would
@@ -60,15 +62,18 @@ impl Policy {
         blocks: Blocks,
     ) -> Result<Self, Errno> {
         let block = HUGE / size.bytes();
-        Ok(match readahead {
-            Readahead::None => Self { streams: None, dense: None },
-            Readahead::Adaptive => Self {
-                streams: Streams::new(pages, size, (blocks == Blocks::Whole).then_some(block)),
-                dense: (pages >= block && blocks != Blocks::Never)
-                    .then(|| Dense::new(pages, block))
-                    .transpose()?,
-            },
-        })
+        if readahead == Readahead::None {
+            return Ok(Self { streams: None, dense: None });
+        }
+        let (whole, most, is_dense) = match blocks {
+            Blocks::Whole => (Some(block), None, true),
+            Blocks::Streamed(most) => (Some(block), Some(most), false),
+            Blocks::Copied => (None, None, true),
+            Blocks::Never => (None, None, false),
+        };
+        let streams = Streams::new(pages, size, whole).map(|streams| streams.with_most(most));
+        let dense = (pages >= block && is_dense).then(|| Dense::new(pages, block)).transpose()?;
+        Ok(Self { streams, dense })
     }
 
     /// Notes the number of pages of a region that grows: it was made for the most that there can be.

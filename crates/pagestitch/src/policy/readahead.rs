@@ -73,6 +73,11 @@ impl Streams {
         fits.then(|| Self { table: StreamTable::new(pages), block, budget })
     }
 
+    /// Fills at most so many pages ahead of all streams together.
+    pub(super) fn with_most(self, most: Option<usize>) -> Self {
+        Self { budget: most.unwrap_or(self.budget).min(self.budget), ..self }
+    }
+
     /// Notes the number of pages of a region that grows.
     pub(super) fn set_pages(&self, pages: usize) {
         self.table.set_pages(pages);

@@ -1,6 +1,7 @@
 //! Moves pages out, drops them, and empties slots.
 
 use crate::policy::PageKey;
+use crate::reclaim::blocks::BLOCK_PAGES;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::slots::Emptying;
@@ -20,6 +21,11 @@ impl State {
         let mut room = [0; BATCH];
         let Some(mut chooser) = self.try_choose() else { return false };
         chooser.take_note(&self.arrivals);
+        if let Some(first) = chooser.blocks.victim() {
+            drop(chooser);
+            self.drop_block(first);
+            return true;
+        }
         let Some(standby) = &self.standby else {
             let victims = chooser.victims(&mut room);
             drop(chooser);
@@ -43,6 +49,12 @@ impl State {
     pub(super) fn free_some(&self, quiet: bool) -> bool {
         let Some(mut chooser) = self.choose(quiet) else { return false };
         chooser.take_note(&self.arrivals);
+        if let Some(first) = chooser.blocks.victim() {
+            drop(chooser);
+            // A block whose pages have left already is progress, too.
+            self.drop_block(first);
+            return true;
+        }
         let mut taken = (0, 0);
         if let Some(standby) = &self.standby {
             // A run without frames is emptied too, because its slots are taken off the ring.
@@ -58,8 +70,20 @@ impl State {
         }
         let mut room = [0; BATCH];
         let victims = chooser.victims(&mut room);
+        let block = if victims.is_empty() { chooser.blocks.last_resort() } else { None };
         drop(chooser);
-        self.take_away(victims, taken)
+        self.take_away(victims, taken) || block.is_some_and(|first| self.drop_block(first))
+    }
+
+    /// Drops the pages of a block. False if all stay.
+    fn drop_block(&self, first: PageKey) -> bool {
+        let mut dropped = 0;
+        self.each_region(&[first], |share, _| {
+            if let Some(share) = share {
+                share.enter(&mut |region| dropped += share.drop_block(region, page_of(first)));
+            }
+        });
+        dropped > 0
     }
 
     /// Drops pages; those that go back to their sources move to taken slots, as far as there are any.
@@ -141,7 +165,7 @@ impl State {
 impl Standby {
     /// Begins to empty the oldest slots if fewer than so many are free.
     pub(super) fn begin_empty(&self, chooser: &mut Chooser, free: usize) -> Option<Emptying> {
-        let Chooser { policy, ends } = chooser;
+        let Chooser { policy, ends, .. } = chooser;
         let is_short = self.slots.free(ends) < free;
         is_short.then(|| self.slots.begin_empty(ends, BATCH, |page| policy.dropped(page)))
     }
@@ -320,6 +344,32 @@ impl Share {
                 }
             }
             dropped += self.drop_runs(region, &runs[..claimed]);
+        }
+        dropped
+    }
+
+    /// Drops the pages of a block that are present and not pinned. Returns their number.
+    fn drop_block(&self, region: &Mapping, first: Page) -> usize {
+        let (quiet, mut dropped) = (Quiet(region), 0);
+        let mut rest = Span { first, pages: BLOCK_PAGES };
+        while !rest.is_empty() {
+            let run = self.pins.free_prefix(rest);
+            let mut done = 1;
+            if !run.is_empty() {
+                match region.pages.claim_present(run, &quiet) {
+                    Ok(mut claim) if self.pins.free_prefix(claim.span()) != claim.span() => {
+                        claim.settle(claim.span().pages, PageState::Present);
+                        done = 0;
+                    }
+                    Ok(claim) => {
+                        let run = claim.keep();
+                        dropped += self.drop_runs(region, &[run]);
+                        done = run.pages;
+                    }
+                    Err(state) => self.forget_absent(region, run.first, state),
+                }
+            }
+            rest = rest.without_prefix(done);
         }
         dropped
     }

@@ -14,6 +14,7 @@
 //! | `flush` | dirty pages go to their sources, and stay |
 //! | `places` | where the page of a region is: resident, in a slot, or elsewhere |
 //! | `slots` | the standby list and the modified list: a ring of slots, first in, first out |
+//! | `blocks` | blocks that sequential readers leave behind: they leave first, each as a whole |
 //! | `arrivals` | pages that have come, until the policy takes note of them |
 //! | `fingerprints` | hashes of pages whose source may change: they come back with the bytes of their first reading |
 //! | `metrics` | the counts of a budget, as the user reads them |
@@ -33,6 +34,7 @@
 //! for another: a lock that is taken, a region that ends, and a page that is being filled are passed over.
 
 mod arrivals;
+mod blocks;
 mod budget;
 mod dirty;
 mod evict;

@@ -45,7 +45,7 @@ impl Share {
     fn unlist(&self, span: Span) {
         let Some(mut chooser) = self.state.choose(false) else { return };
         chooser.take_note(&self.state.arrivals);
-        chooser.policy.forget(&|key| member_of(key) == self.member && span.contains(page_of(key)));
+        chooser.forget(&|key| member_of(key) == self.member && span.contains(page_of(key)));
     }
 
     /// Finds a batch of resident pages. Returns their number, and that of the pages that it has looked at.

@@ -5,7 +5,7 @@ use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::fingerprints::{Fingerprints, table_pages};
 use crate::reclaim::pins::Pins;
 use crate::reclaim::places::{Place, Places};
-use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, count, key_of, member_of};
+use crate::reclaim::state::{self, BATCH, MEMBERS_MAX, block_key, count, key_of, member_of};
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
 use crate::space::{Mapping, Prepared, Residence, WrittenBack};
@@ -33,6 +33,8 @@ pub(crate) struct Share {
     pub(super) places: Places,
     pub(super) pins: Pins,
     pub(super) evictable: Evictable,
+    /// True if whole blocks may come at once.
+    pub(super) has_blocks: bool,
     /// Present if pages come back from sources that may change.
     fingerprints: Option<Fingerprints>,
     /// The pages of memory that the budget counts for them.
@@ -80,7 +82,7 @@ impl Share {
         state: &Arc<State>,
         evictable: Evictable,
         hashed: Vec<Span>,
-        written_back: Option<usize>,
+        (written_back, has_blocks): (Option<usize>, bool),
     ) -> Result<Membership, JoinError> {
         let (page, pages) = (evictable.reservation().page_size(), evictable.reservation().pages());
         let places = Places::new(pages).map_err(JoinError::NoTable)?;
@@ -110,6 +112,7 @@ impl Share {
             places,
             pins,
             evictable,
+            has_blocks,
             fingerprints,
             table_pages,
             region,
@@ -146,8 +149,9 @@ impl Share {
         self.state.arrivals.add(key_of(self.member, page), true);
     }
 
-    /// Notes that a page is installed. Returns the number of pages of memory that it did not take.
-    fn note_installed(&self, page: Page) -> usize {
+    /// Notes that a page is installed; the policy gets it if it is `listed`. Returns the number of pages of
+    /// memory that it did not take.
+    fn note_installed(&self, page: Page, listed: bool) -> usize {
         match self.places.set(page, Place::Resident) {
             Place::Resident => return 1,
             // The page has its bytes from its source, and the slot has an outdated frame.
@@ -158,7 +162,12 @@ impl Share {
             Place::Gone => count(&self.state.tally.refaults, 1),
             Place::Nowhere => {}
         }
-        self.page_came(page, false);
+        match listed {
+            true => self.page_came(page, false),
+            false => {
+                self.resident.fetch_add(1, Ordering::Relaxed);
+            }
+        }
         0
     }
 
@@ -196,9 +205,13 @@ impl Residence for Membership {
         make_room(&self.0.state, pages, quiet)
     }
 
-    fn installed(&self, span: Span, pages: usize) {
-        let present = span.prefix(pages).iter().map(|page| self.0.note_installed(page)).sum::<usize>();
+    fn installed(&self, span: Span, pages: usize, is_block: bool) {
+        let note = |page| self.0.note_installed(page, !is_block);
+        let present = span.prefix(pages).iter().map(note).sum::<usize>();
         self.0.state.release(span.pages - pages + present);
+        if is_block {
+            self.0.state.arrivals.add(block_key(self.0.member, span.first), false);
+        }
     }
 
     fn tidy(&self) {
@@ -298,7 +311,7 @@ impl Drop for Membership {
         let quiet = without_handlers();
         let mut chooser = state.choose(false).expect("a thread that waits gets the right");
         chooser.take_note(&state.arrivals);
-        chooser.policy.forget(&|key| member_of(key) == *member);
+        chooser.forget(&|key| member_of(key) == *member);
         drop(chooser);
         drop(quiet);
         state.release(resident.load(Ordering::Relaxed) + table_pages);

@@ -1,5 +1,6 @@
 //! Brings a page back from the standby list, without a read of its source.
 
+use crate::reclaim::blocks::BLOCK_PAGES;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::Share;
 use crate::reclaim::slots::Frame;
@@ -18,7 +19,7 @@ impl Share {
         uffd: &Uffd,
         writes: Option<Page>,
     ) -> Prepared {
-        let (first, span) = (claim.span().first, claim.span().prefix(FILL_MAX));
+        let (first, span) = (claim.span().first, claim.span().prefix(BLOCK_PAGES));
         if let Place::Slot(slot) = self.places.get(first) {
             match self.bring_back(first, slot as usize, range, uffd, writes == Some(first)) {
                 Outcome::Done => {
@@ -33,8 +34,11 @@ impl Share {
                 }
             }
         }
+        let span = if self.has_blocks { span } else { span.prefix(FILL_MAX) };
         let is_filled = |page: &Page| !matches!(self.places.get(*page), Place::Slot(_));
-        let filled = span.prefix(1 + span.without_prefix(1).iter().take_while(is_filled).count());
+        let pages = 1 + span.without_prefix(1).iter().take_while(is_filled).count();
+        let is_block = pages == BLOCK_PAGES && first.0 % BLOCK_PAGES == 0 && self.has_blocks;
+        let filled = span.prefix(if is_block { pages } else { pages.min(FILL_MAX) });
         let is_written = |page: &Page| filled.contains(*page);
         if let (Some(dirty), Some(page)) = (&self.dirty, writes.filter(is_written)) {
             dirty.mark(page);

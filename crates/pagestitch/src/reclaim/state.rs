@@ -2,6 +2,7 @@
 
 use crate::policy::{PageKey, Replacement};
 use crate::reclaim::arrivals::Arrivals;
+use crate::reclaim::blocks::{BLOCK_PAGES, Blocks};
 use crate::reclaim::dirty::Writes;
 use crate::reclaim::slots::{Ends, Slots};
 use pagestitch_kernel::arena::{Arena, Discards};
@@ -55,6 +56,7 @@ pub(super) struct Standby {
 #[derive(Debug)]
 pub(super) struct Chooser {
     pub(super) policy: Box<dyn Replacement>,
+    pub(super) blocks: Blocks,
     pub(super) ends: Ends,
 }
 
@@ -87,15 +89,15 @@ impl<S: Send + Sync> State<S> {
         let room = NonZeroUsize::new(room_for(limit)).expect("a budget has pages");
         Ok(Self {
             limit,
-            // Two batches are free, so that a fault seldom has to wait for memory.
-            resident_max: limit - slots - 2 * BATCH,
+            // Some memory is free, so that a fault seldom has to wait for it.
+            resident_max: limit - slots - free(limit),
             frames: Stripe(AtomicUsize::new(0)),
             hashes: AtomicUsize::new(0),
             pinned: AtomicUsize::new(0),
             arrivals: Arrivals::new(room)?,
             standby,
             discards: Discards::new(),
-            chooser: Mutex::new(Chooser { policy, ends: Ends::default() }),
+            chooser: Mutex::new(Chooser { policy, blocks: Blocks::new(limit), ends: Ends::default() }),
             writes: Writes::default(),
             buffers: Mutex::new(Vec::new()),
             members: Rcu::empty(),
@@ -170,6 +172,11 @@ impl<S: Send + Sync> State<S> {
         }
     }
 
+    /// True if pages may come in whole blocks.
+    pub(super) const fn has_blocks(&self) -> bool {
+        self.standby.is_some() && self.limit >= BLOCKS_LEAST
+    }
+
     /// True if pages should leave.
     pub(super) fn is_due(&self) -> bool {
         self.frames().saturating_sub(self.standby_pages()) > self.resident_max
@@ -203,7 +210,18 @@ impl<S: Send + Sync> State<S> {
 impl Chooser {
     /// Tells the policy of the pages that have come.
     pub(super) fn take_note(&mut self, arrivals: &Arrivals) {
-        arrivals.take(|page, returned| self.policy.admit(page, returned));
+        let Self { policy, blocks, .. } = self;
+        arrivals.take(|key, returned| match block_of(key) {
+            None => policy.admit(key, returned),
+            Some(first) if blocks.add(first) => {}
+            Some(first) => (first..first + BLOCK_PAGES as u64).for_each(|page| policy.admit(page, returned)),
+        });
+    }
+
+    /// Forgets pages.
+    pub(super) fn forget(&mut self, is_gone: &dyn Fn(PageKey) -> bool) {
+        self.policy.forget(is_gone);
+        self.blocks.forget(is_gone);
     }
 
     /// Chooses pages that leave, in the order of their regions and addresses.
@@ -251,6 +269,21 @@ pub(super) const fn key_of(member: usize, page: Page) -> PageKey {
     (member as u64) << PAGE_BITS | page.0 as u64
 }
 
+/// The key of the block that begins with a page.
+pub(super) const fn block_key(member: usize, first: Page) -> PageKey {
+    key_of(member, first) | BLOCK
+}
+
+/// The first page of a block; `None` for the key of a page.
+const fn block_of(key: PageKey) -> Option<PageKey> {
+    if key & BLOCK == 0 { None } else { Some(key & !BLOCK) }
+}
+
+/// The pages that are free at rest: two batches, and two blocks where pages come in blocks.
+const fn free(limit: usize) -> usize {
+    if limit >= BLOCKS_LEAST { 2 * BLOCK_PAGES } else { 2 * BATCH }
+}
+
 /// The region of a key.
 pub(super) const fn member_of(key: PageKey) -> usize {
     (key >> PAGE_BITS) as usize
@@ -272,6 +305,10 @@ pub(super) const BATCH: usize = 64;
 const PINNED_SHARE: usize = 2;
 /// Tables of hashes have at most this share of a budget.
 const HASHES_SHARE: usize = 8;
+/// The bit of a block in a key, above the bits of the region.
+const BLOCK: u64 = 1 << 60;
+/// The least budget whose pages come in blocks.
+pub(super) const BLOCKS_LEAST: usize = 32 * BLOCK_PAGES;
 /// The bits of a page's number in a key. A region has at most 2^40 pages.
 const PAGE_BITS: u32 = 40;
 /// The most regions of a budget, because a key has 60 bits.

@@ -26,8 +26,9 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
     /// no room, because written pages cannot go back to their sources.
     fn make_room(&self, pages: usize, quiet: bool) -> bool;
 
-    /// The first `pages` pages of a span are installed. The room for the rest is given back.
-    fn installed(&self, span: Span, pages: usize);
+    /// The first `pages` pages of a span are installed. The room for the rest is given back. `is_block`: all
+    /// of them are one huge page.
+    fn installed(&self, span: Span, pages: usize, is_block: bool);
 
     /// Evicts the pages that are above the share of the budget for resident pages. Waits for no lock.
     fn tidy(&self);
