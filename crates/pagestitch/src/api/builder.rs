@@ -160,7 +160,7 @@ impl<S> Builder<S> {
     }
 
     /// Makes `build` fail if a byte would have to be copied. The error,
-    /// [`ErrorKind::NotZeroCopy`], names the chunk and the reason.
+    /// [`ErrorKind::NotZeroCopy`](crate::ErrorKind::NotZeroCopy), names the chunk and the reason.
     ///
     /// ```
     /// # use pagestitch::source::{Memfd, UnsealedMemfd};
@@ -466,7 +466,7 @@ impl<S> Builder<S> {
     ///   [`changes`](crate::AnyRegion::changes) takes about a microsecond more. No worker serves it.
     /// * **Holes** take memory when they are touched, because the kernel's zero page cannot be protected.
     /// * **Nothing in place.** Sealed memfds, immutable files and donated pages are copied, and
-    ///   [copy-on-write](Chunk::copy_on_write) chunks too. Memory to which others write (shared files,
+    ///   [copy-on-write](crate::Chunk::copy_on_write) chunks too. Memory to which others write (shared files,
     ///   aliases, physical memory, memfds that are filled later) is refused.
     /// * **Server**: a [`Pool`](crate::Pool), a [`Manual`](crate::Manual) or [`Inline`](crate::Inline), not
     ///   [`Eager`](crate::Eager). Not for adopted memory, and not with
@@ -496,7 +496,7 @@ impl<S> Builder<S> {
     /// Has written pages go back to their sources, by [`flush`](crate::AnyRegion::flush) and when the
     /// region is dropped. Default: writes stay in the region. Implies [`writable`](Self::writable).
     ///
-    /// All chunks are [writable](Chunk::writable). Nothing is written before a flush or the drop, so a
+    /// All chunks are [writable](crate::Chunk::writable). Nothing is written before a flush or the drop, so a
     /// program that ends without them loses its writes. End the region by
     /// [`finish`](crate::SharedRegion::finish), which returns the error of the last flush.
     ///
