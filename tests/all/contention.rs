@@ -3,7 +3,7 @@
 
 use crate::{pattern, spawn_asleep, until};
 use pagestitch::{Chunk, Placement, Pool, Readahead, Region, Source};
-use pagestitch_kernel::priority::{nice, set_nice};
+use pagestitch_kernel::priority::{keep_from_children, nice, set_nice};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use pagestitch_testkit::{child, this_test};
@@ -84,8 +84,8 @@ impl Source for Starting {
 fn threads_that_a_source_starts_do_not_inherit_the_priority_of_a_worker() {
     let usual = nice();
     // An ordinary user may not raise a priority.
-    let raised =
-        if usual == 0 && thread::spawn(|| set_nice(-10).is_ok()).join().unwrap() { -10 } else { usual };
+    let may_raise = thread::spawn(|| keep_from_children().and_then(|()| set_nice(-10)).is_ok());
+    let raised = if may_raise.join().unwrap() && usual == 0 { -10 } else { usual };
     for own in [true, false] {
         let pool = Pool::builder().workers(1).max_workers(1).start().unwrap();
         let held = Arc::new(Scripted::new(4096).holding(0..1));
