@@ -243,31 +243,72 @@ pub fn mappings_left() -> usize {
     most.unwrap_or(65_530_usize).saturating_sub(present)
 }
 
-/// As [`mappings_left`], for a caller that makes at most `few` mappings.
+/// As [`mappings_left`], for a caller that makes at most `few` mappings, and does without those that
+/// the kernel refuses.
 ///
-/// A count takes time for each mapping of the process. So one that is less than a second old serves
-/// again, less the mappings of such callers since then, as long as it is many times `few`.
+/// A count reads a line for each mapping of the process, which takes as long as to open and map ten
+/// files. So there is none for the first [`UNCOUNTED`] mappings of such callers, nor for as many after
+/// each count, and the answer is many times `few`. A count that is less than a second old serves again,
+/// less the mappings of such callers since then, as long as it is many times `few`.
 #[must_use]
 pub fn mappings_left_for(few: usize) -> usize {
-    /// The moment of the last count, and its result less the mappings since then.
-    static KNOWN: Mutex<Option<(Instant, usize)>> = Mutex::new(None);
+    static KNOWN: Mutex<Known> = Mutex::new(Known { count: None, uncounted: 0 });
     // Another thread may hold the lock at a fork, so that a child must not wait for it.
     let Ok(mut known) = KNOWN.try_lock() else { return mappings_left() };
-    let serves = |known: &&mut (Instant, usize)| known.0.elapsed() < FRESH && known.1 / MANY >= few;
-    if let Some((_, left)) = known.as_mut().filter(serves) {
-        *left -= few;
-        return *left;
+    known.answer(few, mappings_left)
+}
+
+/// The numbers of mappings that are known without a count.
+struct Known {
+    /// The moment of the last count, and its result less the mappings since then.
+    count: Option<(Instant, usize)>,
+    /// The mappings since the last count of callers that did not need one.
+    uncounted: usize,
+}
+
+impl Known {
+    fn answer(&mut self, few: usize, count: impl FnOnce() -> usize) -> usize {
+        let serves = |known: &&mut (Instant, usize)| known.0.elapsed() < FRESH && known.1 / MANY >= few;
+        if let Some((_, left)) = self.count.as_mut().filter(serves) {
+            *left -= few;
+            return *left;
+        }
+        if self.uncounted.saturating_add(few) <= UNCOUNTED {
+            self.uncounted += few;
+            return few * MANY;
+        }
+        let left = count();
+        *self = Self { count: Some((Instant::now(), left.saturating_sub(few))), uncounted: 0 };
+        left
     }
-    let left = mappings_left();
-    *known = Some((Instant::now(), left.saturating_sub(few)));
-    left
 }
 
 /// The age up to which a count of mappings serves again.
 const FRESH: Duration = Duration::from_secs(1);
 /// A count that is so many times the mappings of a caller need not be exact.
 const MANY: usize = 64;
+/// The mappings that are made between two counts: few beside the 65,530 that Linux allows a process.
+const UNCOUNTED: usize = 512;
 
 fn commits_in_full() -> bool {
     fs::read_to_string("/proc/sys/vm/overcommit_memory").is_ok_and(|mode| mode.trim() == "2")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_mappings_are_counted_once_in_a_while() {
+        let mut known = Known { count: None, uncounted: 0 };
+        let uncounted = || unreachable!("needs no count");
+        for _ in 0..UNCOUNTED / 100 {
+            assert_eq!(known.answer(100, uncounted), 100 * MANY);
+        }
+        assert_eq!(known.answer(100, || 50_000), 50_000, "the allowance is used up");
+        assert_eq!(known.answer(100, uncounted), 49_800, "the count is fresh");
+        known.count = Some((Instant::now(), 100 * MANY - 1));
+        assert_eq!(known.answer(100, uncounted), 100 * MANY, "the allowance begins again after a count");
+        assert_eq!(known.answer(UNCOUNTED, || 70), 70, "many mappings are counted at once");
+    }
 }

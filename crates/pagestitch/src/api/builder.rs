@@ -180,7 +180,8 @@ impl<S> Builder<S> {
 
     /// Limits the mappings that the region uses to map pages in place; pages beyond the limit are
     /// copied. Default: half of the mappings that `vm.max_map_count` still allows this process,
-    /// because the rest of the program needs some too.
+    /// because the rest of the program needs some too. (A few hundred are taken without a count of
+    /// those that are left.)
     ///
     /// ```
     /// # use pagestitch::source::{Memfd, UnsealedMemfd};
