@@ -1,6 +1,5 @@
 //! `pagestitch completions` and `pagestitch man`: documents that are generated from the arguments.
 
-use crate::files::cannot_write;
 use clap::{Args, Command};
 use clap_complete::Shell;
 use clap_mangen::Man;
@@ -33,7 +32,7 @@ pub(crate) fn manual(options: &ManOptions, command: Command) -> Result<(), Box<d
     match &options.folder {
         Some(folder) => {
             let remedy = if folder.is_dir() { "" } else { ": name an existing folder" };
-            let failed = |error| format!("{}{remedy}", cannot_write(folder, &error));
+            let failed = |error| format!("cannot write to {}: {error}{remedy}", folder.display());
             Ok(clap_mangen::generate_to(command, folder).map_err(failed)?)
         }
         None => Ok(Man::new(command).render(&mut stdout())?),

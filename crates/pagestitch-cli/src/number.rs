@@ -1,4 +1,4 @@
-//! A number of things on the command line: from 1 up to a limit.
+//! Numbers on the command line. An error says the limits.
 
 use clap::builder::TypedValueParser;
 
@@ -11,6 +11,11 @@ pub(crate) fn up_to<T: TryFrom<u64> + Clone + Send + Sync + 'static>(
         let number = number.and_then(|number| T::try_from(number).ok());
         number.ok_or_else(|| format!("say a number from 1 to {most}"))
     }
+}
+
+/// Parses any number below 2^64, such as the seed of a run.
+pub(crate) fn any(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("say a number from 0 to {}", u64::MAX))
 }
 
 #[cfg(test)]
@@ -32,6 +37,14 @@ mod tests {
             if let Err(error) = matches {
                 assert!(error.to_string().contains("say a number from 1 to 300"), "{error}");
             }
+        }
+    }
+    #[test]
+    fn any_number_is_said_with_its_limits() {
+        assert_eq!(any("0"), Ok(0));
+        assert_eq!(any("18446744073709551615"), Ok(u64::MAX));
+        for text in ["", "x", "-1", "18446744073709551616"] {
+            assert_eq!(any(text), Err("say a number from 0 to 18446744073709551615".to_owned()), "{text}");
         }
     }
 }

@@ -50,10 +50,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 10, value_parser = number::up_to::<u64>(u32::MAX.into()))]
     seconds: u64,
     /// Decides everything except the scheduling of threads [default: the time]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(long, allow_negative_numbers = true, value_parser = number::any)]
     seed: Option<u64>,
     /// Repeat this one round of an earlier run
-    #[arg(long, value_name = "N", allow_negative_numbers = true, requires = "seed")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, requires = "seed", value_parser = number::any)]
     round: Option<u64>,
     /// Run as the process that is stopped and continued: started by this command itself
     #[arg(long, hide = true, requires = "seed")]

@@ -74,8 +74,9 @@ fn an_output_that_cannot_be_written_names_the_remedy() {
         (&["bench", "--report", "no/where"], "make its folder first"),
         (
             &["man", "missing"],
-            "cannot write missing: No such file or directory (os error 2): name an existing",
+            "cannot write to missing: No such file or directory (os error 2): name an existing folder",
         ),
+        (&["man", "no/where"], "cannot write to no/where: No such file or directory (os error 2): name an"),
         (&["man", "a"], "name an existing folder"),
     ] {
         let said = error_line(&pagestitch(directory.path(), arguments), 1);
