@@ -268,7 +268,7 @@ fn zeros_stand_for_the_failed_bytes_of_a_chunk_that_asks_for_them() {
     let mut expected = bytes(10);
     expected[4 * PAGE..5 * PAGE].fill(0);
     assert!(region.as_slice() == expected);
-    assert_eq!(region.metrics().pages_given_up, 1);
+    assert_eq!(region.metrics().pages_zeroed_on_failure, 1);
 }
 
 fn poisoned() -> (Region, Arc<Mutex<Vec<u64>>>) {

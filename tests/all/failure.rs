@@ -312,7 +312,7 @@ fn on_failure_zeros_covers_its_own_chunk_only() {
     let expected = [vec![1; 1000], vec![0; 10_000], vec![2; 5000]].concat();
     assert!(region.as_slice() == expected);
     let metrics = region.close();
-    assert_eq!((metrics.pages_given_up, metrics.pages_poisoned), (3, 0));
+    assert_eq!((metrics.pages_zeroed_on_failure, metrics.pages_poisoned), (3, 0));
     // Beside a chunk that declares no zeros: the page that both chunks share fails.
     let region = Region::builder()
         .chunk(hopeless().on_failure(pagestitch::OnFailure::Zeros))

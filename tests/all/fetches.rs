@@ -273,7 +273,7 @@ fn a_failed_fetch_is_zeros_where_its_chunk_declares_zeros() {
     });
     assert_eq!(held.asked(), 2, "the worker has read the source itself");
     let metrics = region.close();
-    assert_eq!((metrics.pages_given_up, metrics.pages_poisoned, metrics.source_errors), (1, 0, 1));
+    assert_eq!((metrics.pages_zeroed_on_failure, metrics.pages_poisoned, metrics.source_errors), (1, 0, 1));
 }
 
 /// One chunk retries and another one has no policy: both are fetched without a worker.

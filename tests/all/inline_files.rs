@@ -143,7 +143,7 @@ fn populate_applies_the_policy_of_a_chunk_to_the_file_of_an_inline_region() {
     let region = truncated(OnFailure::Zeros);
     region.populate(..).unwrap();
     assert_eq!(region.as_slice()[3 * PAGE], 0);
-    assert!(region.close().pages_given_up >= 1);
+    assert!(region.close().pages_zeroed_on_failure >= 1);
 }
 
 #[test]

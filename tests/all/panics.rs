@@ -189,7 +189,7 @@ fn a_panic_in_the_drop_of_an_error_still_gives_declared_zeros() {
         let chunk = Chunk::source(Arc::new(Bad(Wrong::Fails))).on_failure(OnFailure::Zeros);
         let region = build(chunk, |builder| builder);
         assert_eq!(region.as_slice()[15 * PAGE], 0);
-        until(|| region.metrics().pages_given_up == 1);
+        until(|| region.metrics().pages_zeroed_on_failure == 1);
         region.populate(..).unwrap();
         std::mem::forget(region);
     });

@@ -46,7 +46,7 @@ fn an_overdue_fault_is_counted_once() {
     assert_eq!(region.as_slice()[0], byte_at(0));
     drop(region);
     assert_eq!(pool.stop().unwrap().workers, Pool::new().unwrap().workers(), "the watchdog is no worker");
-    assert_eq!((meter.faults_overdue(), meter.faults_given_up()), (2, 0), "each fault once");
+    assert_eq!((meter.faults_overdue(), meter.faults_timed_out()), (2, 0), "each fault once");
 }
 
 #[test]
@@ -72,7 +72,7 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     let region = Region::builder().chunk(Chunk::source(Arc::clone(&source))).build(&pool).unwrap();
     let address = region.as_ptr().expose_provenance().get() + 3 * PAGE;
     let asked = thread::spawn(move || read_through_the_kernel(address));
-    until(|| region.meter().faults_given_up() == 1);
+    until(|| region.meter().faults_timed_out() == 1);
     let failed = region.failures();
     assert_eq!((failed.len(), failed[0].0), (1, 3 * PAGE as u64));
     assert_eq!(failed[0].1.reason(), FailureReason::TimedOut, "{}", failed[0].1);
@@ -80,7 +80,7 @@ fn a_late_answer_of_a_source_fills_the_timed_out_page() {
     source.release();
     until(|| region.failures().is_empty());
     assert_eq!(touch(address), byte_at(3 * PAGE as u64));
-    assert_eq!(region.close().faults_given_up, 1);
+    assert_eq!(region.close().faults_timed_out, 1);
 }
 
 /// The bytes of a region whose source hangs.
@@ -120,7 +120,7 @@ fn a_fault_times_out_beside_memory_that_cannot_be_read() {
     let upper = builder.build_adopted(crate::guests::adopt(&guest), &pool).unwrap();
     let other = Region::builder().chunk(Chunk::source(Arc::clone(&others))).build(&pool).unwrap();
     let timed_out = all_time_out(&other, 1);
-    let both = comes_true(|| upper.metrics().faults_given_up == 2);
+    let both = comes_true(|| upper.metrics().faults_timed_out == 2);
     [slow, others].iter().for_each(|source| source.release());
     assert!(timed_out && both, "{:?}", upper.metrics());
     assert!(asked.into_iter().all(|thread| thread.join().unwrap().is_err()));
@@ -153,7 +153,7 @@ fn all_time_out(region: &Region, pages: usize) -> bool {
     let ask =
         |page: usize| small().spawn(move || read_through_the_kernel(start + page * PAGE).is_err()).unwrap();
     let threads: Vec<_> = (0..pages).map(ask).collect();
-    let given_up = || region.metrics().faults_given_up as usize;
+    let given_up = || region.metrics().faults_timed_out as usize;
     comes_true(|| given_up() >= pages);
     assert_eq!(given_up(), pages);
     threads.into_iter().all(|thread| thread.join().unwrap())
@@ -264,7 +264,7 @@ fn no_fault_times_out_because_its_process_was_stopped() {
             assert_eq!(reader.join().unwrap(), byte_at(3 * PAGE as u64));
         });
         let metrics = region.metrics();
-        assert_eq!((metrics.faults_overdue, metrics.faults_given_up), (0, 0));
+        assert_eq!((metrics.faults_overdue, metrics.faults_timed_out), (0, 0));
     });
     end.expect_pass();
 }

@@ -193,7 +193,8 @@ pub use policy::{FillRate, OnFailure, Readahead, Recording};
 pub use reclaim::{Budget, BudgetMetrics};
 pub use retry::Retry;
 pub use serve::{
-    BestServer, Eager, Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, Report, Server, best_server,
+    BestServer, Eager, Inline, Manual, Placement, Pool, PoolBuilder, PoolMetrics, PoolStats, Server,
+    best_server,
 };
 pub use source::Source;
 pub use space::{AdoptedMemory, Chunk, IntoChunk, OnDiscard, OnUnavailable, Plan, PlanRun};

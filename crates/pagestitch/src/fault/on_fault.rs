@@ -149,7 +149,7 @@ impl<'a, H: Host> Fault<'a, H> {
                 }
             }
             Unclaimed::Resident => {
-                region.counters.local().late.add(1);
+                region.counters.local().faults_spurious.add(1);
                 if self.asked.touch == Touch::Read || let_write(region, span).is_err() {
                     region.wake(span);
                 }

@@ -62,7 +62,7 @@ impl Recovery {
     pub(crate) fn installed(&mut self, region: &Mapping) {
         self.attempts = Attempts::default();
         if let Some(failure) = self.zeros.take() {
-            region.counters.local().pages_given_up.add(1);
+            region.counters.local().pages_zeroed_on_failure.add(1);
             log!(warn, region = region.name, %failure, "page filled with zeros, because its policy is OnFailure::Zeros");
         }
     }

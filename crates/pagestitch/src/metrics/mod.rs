@@ -247,12 +247,12 @@ metrics! {
     faults_overdue,
     /// Of these, faults that timed out, so that their pages were poisoned: see
     /// [`PoolBuilder::fault_timeout`](crate::PoolBuilder::fault_timeout).
-    faults_given_up,
+    faults_timed_out,
     /// Forked children that inherited the region: see
     /// [`Builder::inherit_on_fork`](crate::Builder::inherit_on_fork).
     children,
     /// Faults whose page was present by the time they were served.
-    late,
+    faults_spurious,
     /// Pages mapped in place by the build: no copy, no fault.
     pages_in_place,
     /// Pages copied from the source's own memory, without a buffer.
@@ -289,7 +289,7 @@ metrics! {
     source_retries,
     /// Pages with zeros for bytes of a failed source, by
     /// [`OnFailure::Zeros`](crate::OnFailure::Zeros).
-    pages_given_up,
+    pages_zeroed_on_failure,
     /// Fills that met a change of the memory map or a lack of memory, and were repeated.
     retries,
 }

@@ -24,6 +24,6 @@ pub enum OnFailure {
     /// retried by [`Retrying`](crate::source::Retrying).
     Retry(Retry),
     /// The bytes of this chunk read as zeros, for data that is not essential. Counted by
-    /// [`pages_given_up`](crate::Meter::pages_given_up).
+    /// [`pages_zeroed_on_failure`](crate::Meter::pages_zeroed_on_failure).
     Zeros,
 }

@@ -315,7 +315,7 @@ fn serve(owner: &Handler, page: Page) -> bool {
         Err(Unfilled::Unclaimed(reason)) => {
             // The page is present, or another thread is about to poison it.
             if reason == Unclaimed::Resident {
-                region.counters.local().late.add(1);
+                region.counters.local().faults_spurious.add(1);
             }
             thread::yield_now();
             true

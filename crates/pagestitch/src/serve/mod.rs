@@ -82,7 +82,7 @@ pub use inline::Inline;
 use manual::Group;
 pub use manual::Manual;
 pub use placement::Placement;
-pub use pool::{Pool, PoolBuilder, PoolMetrics, Report};
+pub use pool::{Pool, PoolBuilder, PoolMetrics, PoolStats};
 pub(crate) use populate::fill_rest;
 pub(crate) use replace::{DropPages, replace};
 pub(crate) use served::{ForkedChildren, Served};

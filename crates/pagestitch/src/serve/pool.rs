@@ -145,7 +145,7 @@ impl Pool {
     /// println!("{} faults in all", pool.stop()?.faults);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
-    pub fn stop(self) -> Result<Report, Error> {
+    pub fn stop(self) -> Result<PoolStats, Error> {
         if !self.handle.generation.is_current() {
             let what = "the pool belongs to the parent process: after fork(2), the child cannot stop it; drop it, or make a pool in the child";
             return Err(Error::new(ErrorKind::ForkedChild, what));
@@ -436,7 +436,7 @@ impl PoolBuilder {
 /// The totals of a pool, which [`Pool::stop`] returns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Report {
+pub struct PoolStats {
     /// The number of workers that were joined.
     pub workers: usize,
     /// The number of faults that they served.
@@ -489,7 +489,7 @@ impl Handle {
         Ok(())
     }
 
-    fn join(&self) -> Report {
+    fn join(&self) -> PoolStats {
         // The event stays readable, so every worker sees it.
         self.state.stop.write(1).expect("an eventfd takes a 1");
         // The watchdog and the fork reader start workers, so they end first. A thread does not join
@@ -504,7 +504,7 @@ impl Handle {
         let (threads, before) = self.state.threads.lock().take();
         let faults = threads.into_iter().filter(is_another).map(|thread| thread.join());
         let faults: u64 = faults.map(|served| served.expect("a worker that panics aborts the process")).sum();
-        Report { workers: self.state.epolls.len(), faults: before + faults }
+        PoolStats { workers: self.state.epolls.len(), faults: before + faults }
     }
 }
 
@@ -533,7 +533,7 @@ mod tests {
     #[test]
     fn a_stopped_pool_takes_no_region() {
         let pool = Pool::builder().workers(3).start().unwrap();
-        assert_eq!(pool.clone().stop().unwrap(), Report { workers: 3, faults: 0 });
+        assert_eq!(pool.clone().stop().unwrap(), PoolStats { workers: 3, faults: 0 });
         let error = crate::Region::builder().chunk(vec![0u8; 1]).build(&pool).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ServerStopped);
     }

@@ -287,7 +287,7 @@ fn give_up(region: &Served, fault: &Overdue) {
         // The memory map is changing, or is locked: the next look tries again.
         return region.counters.undo_give_up(fault);
     }
-    region.counters.local().faults_given_up.add(1);
+    region.counters.local().faults_timed_out.add(1);
     log!(
         error,
         region = region.name,

@@ -258,7 +258,7 @@ impl Chunk {
     /// let needed = Chunk::source(index).on_failure(OnFailure::Retry(Retry::times(5)));
     /// let region = Region::builder().chunk(optional).chunk(needed).build(&Pool::new()?)?;
     /// assert_eq!(region.as_slice()[0], 0);
-    /// assert_eq!(region.close().pages_given_up, 1);
+    /// assert_eq!(region.close().pages_zeroed_on_failure, 1);
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub const fn on_failure(mut self, on_failure: OnFailure) -> Self {
