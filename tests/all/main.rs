@@ -15,6 +15,7 @@ mod contention;
 mod conversions;
 mod decompressions;
 mod delayed_faults;
+mod direct;
 mod discards;
 mod donated;
 mod drop_behind;

@@ -17,6 +17,7 @@
 //! | | [`fd_queue`] | descriptors in a socket, which outlive the process that has sent them |
 //! | | [`cache`] | a hint to the processor that values are needed soon |
 //! | | [`file_read`] | reads of files that a signal handler may make |
+//! | | [`direct_read`] | reads of files around the page cache |
 //! | | [`priority`] | the nice value of a thread |
 //! | | [`replace`] | a file that is written as a whole, or stays as it was |
 //! | 2 | [`gate`] | a gate that closes: after [`Gate::close`](gate::Gate::close) no guard of it is left |
@@ -87,6 +88,7 @@ pub mod atomic_table;
 pub mod cache;
 pub mod capabilities;
 mod copy;
+pub mod direct_read;
 mod errno;
 pub mod event;
 pub mod fd_passing;

@@ -20,7 +20,7 @@ use crate::team::{at_once, in_parts, parts};
 use cgroup::Cgroup;
 use nix::sys::resource::{UsageWho, getrusage};
 use pagestitch::source::FileSource;
-use pagestitch::{Budget, Pool, Region};
+use pagestitch::{Budget, Error, Pool, Region};
 use serde::{Deserialize, Serialize};
 use std::env;
 use std::fs::File;
@@ -38,6 +38,8 @@ pub(crate) use trace::{Pattern, Trace};
 pub(crate) enum Way {
     /// A region with a budget.
     Region,
+    /// A region with a budget, whose pages are read around the page cache where the file system can.
+    RegionDirect,
     /// A plain `mmap`, with the kernel's readahead.
     Mmap,
     /// A plain `mmap`, advised of random reads.
@@ -108,7 +110,11 @@ impl ReadTask {
         let folder = env::var_os(cgroup::VARIABLE).expect("a cgroup");
         cgroup::join(Path::new(&folder)).expect("a cgroup to join");
         match self.way {
-            Way::Region => self.read_region(),
+            Way::Region => self.read_region(FileSource::open(&self.file)),
+            Way::RegionDirect => {
+                let file = FileSource::open(&self.file).and_then(FileSource::direct);
+                self.read_region(file.or_else(|_| FileSource::open(&self.file)))
+            }
             Way::Mmap => self.read_mmap(Advice::Normal),
             Way::MmapRandom => self.read_mmap(Advice::Random),
             Way::MmapSequential => self.read_mmap(Advice::Sequential),
@@ -119,12 +125,15 @@ impl ReadTask {
         Trace::new(self.pattern, (pages, self.memory as usize / PAGE), self.touches, self.seed)
     }
 
-    fn read_region(&self) -> Figures {
+    fn read_region(&self, file: Result<FileSource, Error>) -> Figures {
         // Beside the budget, the cgroup holds the program, its tables, and a little of the page cache.
         let budget = Budget::bytes(self.memory - (self.memory / 16).max(24 << 20)).expect("a budget");
         let pool = Pool::new().expect("a pool");
-        let file = FileSource::open(&self.file).expect("the file");
-        let region = Region::builder().chunk(file).budget(&budget).build_shared(&pool).expect("a region");
+        let region = Region::builder()
+            .chunk(file.expect("the file"))
+            .budget(&budget)
+            .build_shared(&pool)
+            .expect("a region");
         let trace = self.trace(region.len() / PAGE);
         let words = Words::of(&region);
         warm(&words, &trace.fill);

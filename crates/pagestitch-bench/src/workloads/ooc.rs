@@ -113,7 +113,10 @@ fn from_file(options: &Options) -> Vec<Case> {
     let mut cases = Vec::new();
     for (pattern, threads) in FILE_POINTS {
         let baselines = baselines(pattern);
-        for &(system, way) in [("pool, budget", Way::Region)].iter().chain(baselines) {
+        for &(system, way) in [("pool, budget", Way::Region), ("pool, budget, direct", Way::RegionDirect)]
+            .iter()
+            .chain(baselines)
+        {
             let (file, touches) = (Arc::clone(&file), options.size(40_000));
             let run = move |seed| {
                 let memory = (bytes / QUARTER) as u64;

@@ -2,13 +2,14 @@
 
 use super::Source;
 use crate::error::{Error, ErrorKind, FailureReason};
-use nix::libc::O_NONBLOCK;
+use nix::libc::{EINVAL, EOPNOTSUPP, O_NONBLOCK};
 use pagestitch_kernel::Access;
+use pagestitch_kernel::direct_read::{DirectFile, read_uncached};
 use pagestitch_kernel::limits::with_descriptors;
 use pagestitch_kernel::shared::readable;
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub struct FileSource {
     file: Arc<fs::File>,
     size: u64,
     path: PathBuf,
+    /// The same file for reads around the page cache, if the user has asked for them.
+    direct: Option<DirectFile>,
 }
 
 impl FileSource {
@@ -71,7 +74,69 @@ impl FileSource {
     pub fn from_file(mut file: fs::File, path: impl Into<PathBuf>) -> Result<Self, Error> {
         let path = path.into();
         let (size, _) = check(&mut file, &path)?;
-        Ok(Self { file: Arc::new(file), size, path })
+        Ok(Self { file: Arc::new(file), size, path, direct: None })
+    }
+
+    /// Reads around the page cache, so that bytes in a region take no memory twice: for files larger than
+    /// memory, most of all in a region with a [`budget`](crate::Builder::budget).
+    ///
+    /// Reads of few pages go to the disk at once (`O_DIRECT`). A touch of a page then waits for the disk,
+    /// also if the page was read before, unless the region has it. Long reads, ahead of a sequential
+    /// reader for example, pass through the page cache without staying there (`RWF_DONTCACHE`, Linux 6.14;
+    /// through the page cache as usual before). So do all reads of a region that is served
+    /// [`Inline`](crate::Inline), as usual.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::UnusableFile`] on a file system without such reads, and [`ErrorKind::Io`] if the file
+    /// cannot be opened once more. Use the file without this then: its bytes are the same.
+    ///
+    /// ```
+    /// use pagestitch::source::FileSource;
+    /// use pagestitch::{Budget, Pool, SharedRegion};
+    ///
+    /// # let path = std::env::current_exe().expect("a program");
+    /// let file = FileSource::open(&path)?.direct().or_else(|_| FileSource::open(&path))?;
+    /// let budget = Budget::bytes(16 << 20)?;
+    /// let pool = Pool::builder().workers(2).start()?;
+    /// let region = SharedRegion::builder().chunk(file).budget(&budget).build_shared(&pool)?;
+    /// let mut magic = [0; 4];
+    /// region.read_at(0, &mut magic)?;
+    /// assert_eq!(&magic, b"\x7fELF");
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn direct(mut self) -> Result<Self, Error> {
+        let direct = DirectFile::reopen(&self.file).map_err(|error| match error.raw_os_error() {
+            Some(EINVAL | EOPNOTSUPP) => {
+                let what = format!(
+                    "{} lies on a file system without reads around the page cache: leave out direct()",
+                    self.path.display()
+                );
+                Error::new(ErrorKind::UnusableFile, what).at_path(&self.path)
+            }
+            _ => Error::io("cannot open for direct reads", &self.path, error),
+        })?;
+        self.direct = Some(direct);
+        Ok(self)
+    }
+
+    /// Reads all of `into` through the page cache, of which nothing new is kept if the kernel can.
+    fn read_uncached(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < into.len() {
+            match read_uncached(self.file.as_fd(), offset + done as u64, &mut into[done..]) {
+                Ok(0) => break,
+                Ok(bytes) => done += bytes,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        // The end of the file, an error or an older kernel: the usual read tells.
+        if done < into.len() {
+            read_exact(&self.file, offset + done as u64, &mut into[done..])
+        } else {
+            Ok(())
+        }
     }
 
     /// The open file, which readers of its own may keep.
@@ -131,7 +196,13 @@ impl Source for FileSource {
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
-        read_exact(&self.file, offset, into)
+        match &self.direct {
+            None => read_exact(&self.file, offset, into),
+            Some(direct) if into.len() <= DIRECT_MAX => {
+                direct.read_exact_at(offset, into).map_err(|error| of_end(error, offset, into.len()))
+            }
+            Some(_) => self.read_uncached(offset, into),
+        }
     }
 
     fn name(&self) -> String {
@@ -141,11 +212,19 @@ impl Source for FileSource {
 
 /// Reads all of `into`, or finds that the file was truncated.
 pub(super) fn read_exact(file: &fs::File, offset: u64, into: &mut [u8]) -> io::Result<()> {
-    file.read_exact_at(into, offset).map_err(|error| match error.kind() {
+    file.read_exact_at(into, offset).map_err(|error| of_end(error, offset, into.len()))
+}
+
+/// The error of a read; if the file ends before, with the reason.
+fn of_end(error: io::Error, offset: u64, bytes: usize) -> io::Error {
+    match error.kind() {
         io::ErrorKind::UnexpectedEof => FailureReason::Truncated.error(format!(
             "the file ends before byte {}: it was truncated while in use, or has fewer bytes than its length, as files of sysfs have",
-            offset + into.len() as u64
+            offset + bytes as u64
         )),
         _ => error,
-    })
+    }
 }
+
+/// The most bytes of a read that goes around the page cache: longer ones take less time through it.
+const DIRECT_MAX: usize = 64 << 10;

@@ -1,0 +1,219 @@
+//! Hit ratios of replacement policies on generated traces: the shares of touches that need no read of a
+//! source. A policy of a budget gets no reference bits: a page that leaves waits in standby for a while,
+//! and a touch that brings it back, a soft fault, is the only sign of use. So the share of soft faults
+//! stands beside each hit ratio.
+//!
+//! | policy | signs of use |
+//! |---|---|
+//! | `S3-FIFO`, `FIFO` | soft faults, with an eighth of the memory in standby: as a budget has it |
+//! | `S3-FIFO, bits` | a perfect reference bit for each page |
+//! | `LRU` | each touch |
+
+use replacement::{PageKey, Replacement, S3Fifo};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+
+#[expect(dead_code, reason = "the benchmark calls a part of the library's own file")]
+#[path = "../crates/pagestitch/src/policy/replacement.rs"]
+mod replacement;
+
+fn main() {
+    let touches = if std::env::args().any(|argument| argument == "--quick") { 40_000 } else { 600_000 };
+    println!("{MEMORY} pages of memory, {PAGES} pages, {touches} touches");
+    println!("{:<16} {:<14} {:>7} {:>7}", "trace", "policy", "hits", "soft");
+    for (name, draw) in TRACES {
+        let mut random = fastrand::Rng::with_seed(1);
+        let trace: Vec<PageKey> = (0..touches).map(|step| draw(step, &mut random)).collect();
+        let caches: [(&str, Box<dyn Cache>); 4] = [
+            ("S3-FIFO", Box::new(Standby::new(S3Fifo::new(2 * MEMORY)))),
+            ("FIFO", Box::new(Standby::new(Fifo::default()))),
+            ("S3-FIFO, bits", Box::new(WithBits::default())),
+            ("LRU", Box::new(Lru::default())),
+        ];
+        for (policy, mut cache) in caches {
+            // The first half fills the memory.
+            let (mut hits, mut soft) = (0, 0);
+            for (step, &page) in trace.iter().enumerate() {
+                let touched = cache.touch(page);
+                if step >= touches / 2 {
+                    hits += usize::from(touched != Touched::Missing);
+                    soft += usize::from(touched == Touched::Standby);
+                }
+            }
+            let percent = |count: usize| count as f64 * 200.0 / touches as f64;
+            println!("{name:<16} {policy:<14} {:>5.1} % {:>5.1} %", percent(hits), percent(soft));
+        }
+    }
+}
+
+/// The next page of a trace.
+type Draw = fn(usize, &mut fastrand::Rng) -> PageKey;
+
+const TRACES: [(&str, Draw); 4] = [
+    ("uniform", |_, random| random.u64(..PAGES as u64)),
+    ("zipf 0.99", |_, random| zipf(random)),
+    ("scan", |step, _| step as u64 % PAGES as u64),
+    ("scan + hot set", |step, random| if step % 2 == 0 { zipf(random) } else { (PAGES + step) as u64 }),
+];
+
+/// A rank by the inverse of the continuous distribution.
+fn zipf(random: &mut fastrand::Rng) -> PageKey {
+    const FLAT: f64 = 0.01;
+    let most = (PAGES as f64 + 1.0).powf(FLAT);
+    (1.0 + random.f64() * (most - 1.0)).powf(1.0 / FLAT) as PageKey - 1
+}
+
+/// The place at which a touch has found its page.
+#[derive(Debug, PartialEq, Eq)]
+enum Touched {
+    Resident,
+    Standby,
+    Missing,
+}
+
+trait Cache {
+    fn touch(&mut self, page: PageKey) -> Touched;
+}
+
+/// Memory of which an eighth is standby.
+struct Standby<P> {
+    policy: P,
+    resident: HashSet<PageKey>,
+    /// The standby list, with the pages that have come back, and the number of those that have not.
+    queue: VecDeque<PageKey>,
+    waiting: HashSet<PageKey>,
+}
+
+impl<P: Replacement> Standby<P> {
+    fn new(policy: P) -> Self {
+        Self { policy, resident: HashSet::new(), queue: VecDeque::new(), waiting: HashSet::new() }
+    }
+}
+
+impl<P: Replacement> Cache for Standby<P> {
+    fn touch(&mut self, page: PageKey) -> Touched {
+        if self.resident.contains(&page) {
+            return Touched::Resident;
+        }
+        let returned = self.waiting.remove(&page);
+        if returned {
+            self.queue.retain(|&other| other != page);
+        }
+        self.resident.insert(page);
+        self.policy.admit(page, returned);
+        if self.resident.len() > MEMORY - MEMORY / 8 {
+            let victim = self.policy.victim().expect("a page is resident");
+            self.resident.remove(&victim);
+            self.queue.push_back(victim);
+            self.waiting.insert(victim);
+        }
+        if self.queue.len() > MEMORY / 8 {
+            let dropped = self.queue.pop_front().expect("the list is long");
+            self.waiting.remove(&dropped);
+            self.policy.dropped(dropped);
+        }
+        if returned { Touched::Standby } else { Touched::Missing }
+    }
+}
+
+/// First in, first out.
+#[derive(Debug, Default)]
+struct Fifo(VecDeque<PageKey>);
+
+impl Replacement for Fifo {
+    fn admit(&mut self, page: PageKey, _returned: bool) {
+        self.0.push_back(page);
+    }
+
+    fn victim(&mut self) -> Option<PageKey> {
+        self.0.pop_front()
+    }
+
+    fn dropped(&mut self, _page: PageKey) {}
+
+    fn forget(&mut self, _is_gone: &dyn Fn(PageKey) -> bool) {}
+}
+
+/// S3-FIFO as its authors describe it: a page that was touched in the small queue moves on to the main one,
+/// and one that was touched in the main queue begins there anew.
+#[derive(Debug, Default)]
+struct WithBits {
+    small: VecDeque<PageKey>,
+    main: VecDeque<PageKey>,
+    /// The touches of each page in memory since it came, 3 at most.
+    touches: HashMap<PageKey, u8>,
+    ghosts: VecDeque<PageKey>,
+    is_ghost: HashSet<PageKey>,
+}
+
+impl WithBits {
+    fn drop_one(&mut self) {
+        while self.small.len() >= MEMORY / 10 {
+            let page = self.small.pop_front().expect("the queue is long");
+            if self.touches[&page] > 0 {
+                self.touches.insert(page, 0);
+                self.main.push_back(page);
+                continue;
+            }
+            self.touches.remove(&page);
+            self.ghosts.push_back(page);
+            self.is_ghost.insert(page);
+            if self.ghosts.len() > MEMORY {
+                self.ghosts.pop_front().iter().for_each(|ghost| drop(self.is_ghost.remove(ghost)));
+            }
+            return;
+        }
+        while let Some(page) = self.main.pop_front() {
+            match self.touches[&page] {
+                0 => return drop(self.touches.remove(&page)),
+                count => {
+                    self.touches.insert(page, count - 1);
+                    self.main.push_back(page);
+                }
+            }
+        }
+    }
+}
+
+impl Cache for WithBits {
+    fn touch(&mut self, page: PageKey) -> Touched {
+        if let Some(touches) = self.touches.get_mut(&page) {
+            *touches = (*touches + 1).min(3);
+            return Touched::Resident;
+        }
+        if self.touches.len() >= MEMORY {
+            self.drop_one();
+        }
+        self.touches.insert(page, 0);
+        let queue = if self.is_ghost.remove(&page) { &mut self.main } else { &mut self.small };
+        queue.push_back(page);
+        Touched::Missing
+    }
+}
+
+/// The page that was not touched for the longest time leaves.
+#[derive(Debug, Default)]
+struct Lru {
+    last: HashMap<PageKey, usize>,
+    order: BTreeMap<usize, PageKey>,
+    now: usize,
+}
+
+impl Cache for Lru {
+    fn touch(&mut self, page: PageKey) -> Touched {
+        self.now += 1;
+        self.order.insert(self.now, page);
+        if let Some(before) = self.last.insert(page, self.now) {
+            self.order.remove(&before);
+            return Touched::Resident;
+        }
+        if self.last.len() > MEMORY {
+            let (_, oldest) = self.order.pop_first().expect("pages are there");
+            self.last.remove(&oldest);
+        }
+        Touched::Missing
+    }
+}
+
+const PAGES: usize = 32_768;
+/// A quarter of the pages.
+const MEMORY: usize = PAGES / 4;
