@@ -57,6 +57,7 @@ def make_shards(folder, size):
     for shard in range(SHARDS):
         names = {f"{shard}.{n}": {"dtype": "I64", "shape": [each // 8], "data_offsets": [n * each, (n + 1) * each]} for n in range(TENSORS)}
         header = json.dumps(names).encode()
+        header += b" " * (-len(header) % 8)
         with open(pathlib.Path(folder) / f"{shard}.safetensors", "wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
             file.truncate(file.tell() + TENSORS * each)

@@ -59,8 +59,32 @@ def test_a_tensor_is_read_without_the_others(shards):
     assert len(wanted) <= read <= 1.02 * len(wanted) + 2 * 4096
 
 
-def test_safetensors_reads_a_region_as_it_reads_bytes(shards):
+def resident(array):
+    """The bytes of the mappings of an array's memory that this process has in its page table, by the kernel's account."""
+    start, end = array.ctypes.data, array.ctypes.data + array.nbytes
+    total, inside = 0, False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            low, high = (int(address, 16) for address in first.split("-"))
+            inside = low < end and start < high
+        elif first == "Rss:" and inside:
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_a_tensor_in_place_is_mapped_without_the_others(example, shards):
     paths, tensors = shards
-    region = pagestitch.Region([paths[0]])
-    loaded = safetensors.numpy.load(bytes(region))
-    assert all(numpy.array_equal(loaded[name], tensors[name]) for name in loaded) and len(loaded) == TENSORS
+    shown = example.Shards(paths)
+    before = resident(shown.bytes)
+    assert numpy.array_equal(shown["layer.3"], tensors["layer.3"])
+    # As in any file mapping, the kernel maps cached pages around a touched one.
+    assert resident(shown.bytes) - before <= 2 * tensors["layer.3"].nbytes < shown.bytes.nbytes / 7
+
+
+def test_safetensors_reads_the_region_of_all_shards_as_one_file(example, shards):
+    paths, tensors = shards
+    content = bytes(example.Shards(paths).region)
+    loaded = safetensors.numpy.load(content)
+    assert all(numpy.array_equal(loaded[name], tensors[name]) for name in tensors)
+    assert {name for name, _ in safetensors.deserialize(content)} >= set(tensors)
