@@ -26,6 +26,15 @@ fn the_library_exports_the_listed_symbols_only() {
     compare("tests/symbols.txt", &(symbols.join("\n") + "\n"));
 }
 
+/// cargo-c takes minutes to build, so this checks only what it asks of the manifest; the workflow of the packages runs it.
+#[test]
+fn the_manifest_has_the_entries_of_cargo_c() {
+    let manifest = fs::read_to_string(Path::new(CRATE).join("Cargo.toml")).unwrap();
+    for entry in ["\ncapi = []\n", "from = \"include/pagestitch.h\"", "name = \"pagestitch\"\nfilename"] {
+        assert!(manifest.contains(entry), "Cargo.toml has no {entry:?}");
+    }
+}
+
 /// Compares a committed file with its generated content. `UPDATE_LISTINGS=1` writes it.
 fn compare(file: &str, content: &str) {
     let path = Path::new(CRATE).join(file);
