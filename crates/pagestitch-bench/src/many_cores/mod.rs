@@ -12,8 +12,10 @@ mod targets;
 
 use crate::row::Row;
 use crate::runner::Options;
+use crate::workloads::restore::{MAPPING, PLAIN};
 use crate::workloads::{ALL, Workload};
 use rows::Rows;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// The workloads of the table, each with its options: the cases that the table names, and a time limit.
@@ -32,8 +34,19 @@ pub fn plan(options: &Options) -> Vec<(&'static Workload, Options)> {
 /// The table, in Markdown.
 #[must_use]
 pub fn table(rows: &[Row]) -> String {
+    let few = of_few_rounds(rows);
     let rows = Rows(rows);
-    format!("\n{}\n{}", figures::table(&rows), targets::table(&rows))
+    format!("\n{}\n{}{few}", figures::table(&rows), targets::table(&rows))
+}
+
+/// A line that names the workloads with fewer rounds than a median needs.
+fn of_few_rounds(rows: &[Row]) -> String {
+    let few = rows.iter().filter(|row| row.rounds < 3).map(|row| row.workload.as_str());
+    let few = few.collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ");
+    match few.as_str() {
+        "" => String::new(),
+        few => format!("\nThe time was enough for one or two rounds, whose figures vary: {few}\n"),
+    }
 }
 
 /// True for the cases of a workload that the table names.
@@ -47,7 +60,7 @@ static PLAN: [(&str, u64, Keep); 6] = [
     ("regions", 15, |_, point| ["1", "1000"].contains(&point)),
     ("crowd", 25, |_, _| true),
     ("restore", 30, |system, point| {
-        point == "to the last touch" && ["pool, defaults", "plain handler"].contains(&system)
+        point == "to the last touch" && ["pool, defaults", PLAIN, MAPPING].contains(&system)
     }),
 ];
 const SCALING: &str = "scaling";
@@ -105,6 +118,14 @@ mod tests {
         let cells = |line: &str| line.matches(" |").count();
         let widths: Vec<usize> = text.lines().filter(|line| line.starts_with("| ")).map(cells).collect();
         assert!(widths.iter().all(|&width| [4, 5].contains(&width)), "{text}");
+    }
+
+    #[test]
+    fn the_table_names_workloads_of_few_rounds() {
+        let mut rows = rows(2, &[1]);
+        assert!(table(&rows).ends_with("vary: restore, scaling\n"));
+        rows.iter_mut().for_each(|row| row.rounds = 3);
+        assert!(!table(&rows).contains("vary"));
     }
 
     #[test]

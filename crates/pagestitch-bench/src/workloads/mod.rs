@@ -11,7 +11,7 @@ mod ooc;
 mod parallel;
 mod populate;
 mod regions;
-mod restore;
+pub(crate) mod restore;
 pub(crate) mod scaling;
 mod scan;
 mod shards;

@@ -260,9 +260,10 @@ const REPLAY: &str = "pool, replaying";
 const FILLING: &str = "pool, in background";
 const BARE: &str = "pool, no readahead";
 const SEALED: &str = "pool, from a sealed memfd";
-const PLAIN: &str = "plain handler";
+/// It has the mapping of the guests before, so most pages of the file are mapped.
+pub(crate) const PLAIN: &str = "plain handler";
 /// A handler that is started for its guest, as that of Firecracker's documentation.
-const MAPPING: &str = "plain handler, new mapping";
+pub(crate) const MAPPING: &str = "plain handler, new mapping";
 const EAGER: &str = "eager copy";
 const FIRST: &str = "to the first touch";
 const ALL: &str = "to the last touch";
