@@ -192,6 +192,16 @@ fn a_budget_that_cannot_work_is_refused() {
 }
 
 #[test]
+fn a_share_of_the_memory_is_above_0_and_at_most_1() {
+    for share in [0.0, -0.5, 1.01, f64::NAN, f64::INFINITY] {
+        let error = Budget::share_of_cgroup(share).unwrap_err();
+        assert_eq!((error.kind(), error.option()), (ErrorKind::InvalidOption, Some(BuildOption::Budget)));
+    }
+    let [tenth, fifth] = [0.1, 0.2].map(|share| Budget::share_of_cgroup(share).unwrap().limit());
+    assert!(tenth > 0 && fifth.abs_diff(2 * tenth) <= 2 * 4096, "{tenth} {fifth}");
+}
+
+#[test]
 fn a_region_that_cannot_lose_pages_refuses_a_budget() {
     let (budget, pool) = (Budget::bytes(BUDGET).unwrap(), pool(1));
     let builder = || Region::builder().chunk("text").budget(&budget);

@@ -9,7 +9,9 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::geteuid;
 use pagestitch::source::{FileSource, SharedFile};
-use pagestitch::{Builder, Chunk, ErrorKind, Inline, Limit, Manual, Pool, Readahead, Region, Server, Source};
+use pagestitch::{
+    Budget, Builder, Chunk, ErrorKind, Inline, Limit, Manual, Pool, Readahead, Region, Server, Source,
+};
 use pagestitch_kernel::Access;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
@@ -249,6 +251,39 @@ fn a_region_past_rlimit_memlock_is_refused_with_the_limit() {
         let bytes = pattern(7, 300_000);
         let region = Region::builder().chunk(bytes.clone()).build(&pool).unwrap();
         assert_eq!(differing(region.as_slice(), &bytes), 0);
+    })
+    .expect_pass();
+}
+
+#[test]
+fn a_region_with_a_budget_serves_its_pages_in_locked_memory_and_evicts_after_it_is_unlocked() {
+    let test = this_test!();
+    if !may_lock(test) {
+        return;
+    }
+    child::run(test, || {
+        let (bytes, budget) = (pattern(8, 6 << 20), Budget::bytes(5 << 20).unwrap());
+        let pool = Pool::builder().workers(1).start().unwrap();
+        let build =
+            |bytes: &[u8]| Region::builder().chunk(bytes.to_vec()).budget(&budget).build(&pool).unwrap();
+        let region = build(&bytes);
+        let touch = || {
+            for at in (0..bytes.len()).step_by(PAGE) {
+                assert_eq!(region.as_slice()[at], bytes[at]);
+            }
+        };
+        touch();
+        // Slots of the standby list are full by now, and are locked, too.
+        lock("current");
+        (0..2).for_each(|_| touch());
+        nix::sys::mman::munlockall().expect("memory can be unlocked");
+        let before = budget.evictions();
+        // All pages are there, above the limit, so only another region has faults.
+        let other = build(&bytes);
+        assert!(other.as_slice() == bytes);
+        touch();
+        assert!(budget.evictions() > before + 500, "{:?}", budget.metrics());
+        assert!(budget.resident_bytes() <= budget.limit(), "{:?}", budget.metrics());
     })
     .expect_pass();
 }

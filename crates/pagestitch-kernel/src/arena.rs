@@ -191,15 +191,22 @@ impl Arena {
 
     /// Empties a run of slots, and frees their memory.
     ///
+    /// `mlockall(2)` may have locked the arena, from which the kernel frees nothing then. So the arena is
+    /// unlocked, and pages of locked regions do not move there from now on.
+    ///
     /// # Errors
     ///
-    /// The errno of `madvise(2)`; none is known to occur.
+    /// The errno of `madvise(2)` or `munlock(2)`; none is known to occur.
     ///
     /// # Panics
     ///
     /// If there are no such slots.
     pub fn empty(&self, slots: Range<usize>) -> Result<(), Errno> {
-        discard(self.slots_at(slots))
+        let range = self.slots_at(slots);
+        discard(range).or_else(|_| {
+            self.reservation.unlock()?;
+            discard(range)
+        })
     }
 
     fn slots_at(&self, slots: Range<usize>) -> AddressRange {

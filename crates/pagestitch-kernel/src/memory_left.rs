@@ -25,18 +25,32 @@ impl MemoryLeft {
         Self::under(Path::new("/"))
     }
 
+    /// The memory that this process can ever have: that of the machine, or the least limit of a memory cgroup
+    /// above the process. `None` if the kernel does not tell.
+    #[must_use]
+    pub fn most() -> Option<u64> {
+        Self::most_under(Path::new("/"))
+    }
+
+    fn most_under(root: &Path) -> Option<u64> {
+        let cgroups = groups(root).into_iter().filter_map(|group| group.limit());
+        meminfo(root, "MemTotal:").into_iter().chain(cgroups).min()
+    }
+
     /// As [`now`](Self::now), with `/proc` and the mounts of cgroups below another folder.
     fn under(root: &Path) -> Option<Self> {
-        let machine = available(root).map(|bytes| Self { bytes, limit: Limit::AvailableMemory(bytes) });
+        let available = meminfo(root, "MemAvailable:");
+        let machine = available.map(|bytes| Self { bytes, limit: Limit::AvailableMemory(bytes) });
         let cgroups = groups(root).into_iter().filter_map(|group| group.left());
         machine.into_iter().chain(cgroups).min_by_key(|left| left.bytes)
     }
 }
 
-/// `MemAvailable`: what new programs can take without swapping, as the kernel estimates.
-fn available(root: &Path) -> Option<u64> {
+/// A line of `/proc/meminfo`. `MemAvailable` is the memory that new programs can take without swapping, as
+/// the kernel estimates.
+fn meminfo(root: &Path, name: &str) -> Option<u64> {
     let meminfo = fs::read_to_string(root.join("proc/meminfo")).ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.split_ascii_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
@@ -54,15 +68,24 @@ enum Version {
 }
 
 impl Group {
+    /// Its limit, if it has one.
+    fn limit(&self) -> Option<u64> {
+        let file = match self.version {
+            Version::One => "memory.limit_in_bytes",
+            Version::Two => "memory.max",
+        };
+        // `max` is no number, and means no limit.
+        fs::read_to_string(self.folder.join(file)).ok()?.trim().parse().ok()
+    }
+
     /// Its limit without the memory in use; `None` if it has no limit.
     fn left(&self) -> Option<MemoryLeft> {
-        let (limit, usage, inactive) = match self.version {
-            Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            Version::Two => ("memory.max", "memory.current", "inactive_file"),
+        let (usage, inactive) = match self.version {
+            Version::One => ("memory.usage_in_bytes", "total_inactive_file"),
+            Version::Two => ("memory.current", "inactive_file"),
         };
         let read = |file| fs::read_to_string(self.folder.join(file)).ok();
-        // `max` is no number, and means no limit.
-        let limit: u64 = read(limit)?.trim().parse().ok()?;
+        let limit = self.limit()?;
         let used: u64 = read(usage)?.trim().parse().ok()?;
         let stat = read("memory.stat").unwrap_or_default();
         let inactive = stat.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse::<u64>().ok());
@@ -134,6 +157,10 @@ mod tests {
             Self(folder)
         }
 
+        fn most(&self) -> Option<u64> {
+            MemoryLeft::most_under(&self.0)
+        }
+
         fn left(&self) -> Option<(u64, Limit)> {
             MemoryLeft::under(&self.0).map(|left| (left.bytes, left.limit))
         }
@@ -152,6 +179,7 @@ mod tests {
     fn without_cgroups_the_machine_decides() {
         let tree = Tree::new("machine", &[MEMINFO]);
         assert_eq!(tree.left(), Some((2 * MIB, Limit::AvailableMemory(2 * MIB))));
+        assert_eq!(tree.most(), Some(4 * MIB));
         assert_eq!(Tree::new("nothing", &[]).left(), None);
     }
 
@@ -172,6 +200,7 @@ mod tests {
             ],
         );
         assert_eq!(tree.left(), Some((MIB / 2, Limit::CgroupMemory(MIB))));
+        assert_eq!(tree.most(), Some(MIB));
     }
 
     #[test]

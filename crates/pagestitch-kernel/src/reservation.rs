@@ -20,7 +20,7 @@ use crate::access::Access;
 use crate::copy;
 use crate::errno::Errno;
 use crate::limits::ReserveError;
-use crate::mapping::OwnedMapping;
+use crate::mapping::{OwnedMapping, unlock};
 use crate::page::{AddressRange, Page, PageSize, Span};
 use crate::populate;
 use crate::ranges::{self, ServedRange};
@@ -242,6 +242,11 @@ impl Reservation {
     /// huge pages.
     pub fn use_small_pages(&self) {
         let _ = self.mapping.advise(MmapAdvise::MADV_NOHUGEPAGE);
+    }
+
+    /// Unlocks the range, which `mlockall(2)` has locked.
+    pub(crate) fn unlock(&self) -> Result<(), Errno> {
+        unlock(self.mapping.start(), self.mapping.bytes())
     }
 
     /// Lets children of `fork(2)` inherit the range. A child reads zeros unless a server fills

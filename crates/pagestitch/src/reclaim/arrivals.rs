@@ -27,7 +27,9 @@ impl Arrivals {
     /// Adds a page. False if the queue is full, which takes more pages than the budget has room for.
     pub(super) fn add(&self, page: PageKey, returned: bool) -> bool {
         let next = |added: usize| {
-            (added - self.taken.load(Ordering::SeqCst) < self.entries.len()).then_some(added + 1)
+            // Other threads may have added and taken more since `added` was read: it is read again then.
+            let waiting = added.saturating_sub(self.taken.load(Ordering::SeqCst));
+            (waiting < self.entries.len()).then_some(added + 1)
         };
         let Ok(at) = self.added.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next) else { return false };
         let entry = (page << 1 | u64::from(returned)) + 1;

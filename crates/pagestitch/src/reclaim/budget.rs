@@ -96,6 +96,42 @@ impl Budget {
         Ok(Self { state: Arc::new(state) })
     }
 
+    /// A budget of a part of the memory that this process can have: that of the machine, or the least limit of
+    /// a memory cgroup above the process (`memory.max`; `memory.limit_in_bytes` of version 1). For a program in
+    /// a container, whose limit is set elsewhere.
+    ///
+    /// The limit is read once. The rest of the program and the page cache take memory of the same cgroup, so a
+    /// share of 1.0 leaves nothing for them.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidOption`] for a share that is not above 0 and at most 1; and as
+    /// [`bytes`](Self::bytes). [`ErrorKind::Unsupported`] if the kernel tells no memory (no `/proc`).
+    ///
+    /// ```
+    /// use pagestitch::Budget;
+    ///
+    /// let budget = Budget::share_of_cgroup(0.1)?;
+    /// println!("{} MiB", budget.limit() >> 20);
+    /// # Ok::<(), pagestitch::Error>(())
+    /// ```
+    pub fn share_of_cgroup(share: f64) -> Result<Self, Error> {
+        let refused = |kind, what: String| Err(Error::new(kind, what).of_option(BuildOption::Budget));
+        if !(share > 0.0 && share <= 1.0) {
+            let what =
+                format!("a share of {share} is no part of the memory: give one above 0.0, 1.0 at most");
+            return refused(ErrorKind::InvalidOption, what);
+        }
+        match MemoryLeft::most() {
+            Some(most) => Self::bytes((most as f64 * share) as u64),
+            None => {
+                let what =
+                    "the kernel does not tell how much memory there is: mount /proc, or use Budget::bytes()";
+                refused(ErrorKind::Unsupported, what.to_owned())
+            }
+        }
+    }
+
     /// The limit, in bytes.
     ///
     /// ```
