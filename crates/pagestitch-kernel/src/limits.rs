@@ -243,19 +243,29 @@ pub fn mappings_left() -> usize {
     most.unwrap_or(65_530_usize).saturating_sub(present)
 }
 
-/// As [`mappings_left`], for a caller that makes at most `few` mappings, and does without those that
-/// the kernel refuses.
+/// As [`mappings_left`], for a caller that makes at most `few` mappings.
 ///
-/// A count reads a line for each mapping of the process, which takes as long as to open and map ten
-/// files. So there is none for the first [`UNCOUNTED`] mappings of such callers, nor for as many after
-/// each count, and the answer is many times `few`. A count that is less than a second old serves again,
-/// less the mappings of such callers since then, as long as it is many times `few`.
+/// A count takes time for each mapping of the process. So one that is less than a second old serves
+/// again, less the mappings of such callers since then, as long as it is many times `few`.
 #[must_use]
 pub fn mappings_left_for(few: usize) -> usize {
+    known(few, 0)
+}
+
+/// As [`mappings_left_for`], for a caller that does without mappings that the kernel refuses.
+///
+/// A count takes as long as to open and map ten files. So there is none for the first few hundred
+/// mappings of such callers, nor for as many after each count: the answer is many times `few`.
+#[must_use]
+pub fn mappings_to_try(few: usize) -> usize {
+    known(few, UNCOUNTED)
+}
+
+fn known(few: usize, uncounted: usize) -> usize {
     static KNOWN: Mutex<Known> = Mutex::new(Known { count: None, uncounted: 0 });
     // Another thread may hold the lock at a fork, so that a child must not wait for it.
     let Ok(mut known) = KNOWN.try_lock() else { return mappings_left() };
-    known.answer(few, mappings_left)
+    known.answer(few, uncounted, mappings_left)
 }
 
 /// The numbers of mappings that are known without a count.
@@ -267,13 +277,14 @@ struct Known {
 }
 
 impl Known {
-    fn answer(&mut self, few: usize, count: impl FnOnce() -> usize) -> usize {
+    /// `uncounted`: the mappings that may be made without a count.
+    fn answer(&mut self, few: usize, uncounted: usize, count: impl FnOnce() -> usize) -> usize {
         let serves = |known: &&mut (Instant, usize)| known.0.elapsed() < FRESH && known.1 / MANY >= few;
         if let Some((_, left)) = self.count.as_mut().filter(serves) {
             *left -= few;
             return *left;
         }
-        if self.uncounted.saturating_add(few) <= UNCOUNTED {
+        if self.uncounted.saturating_add(few) <= uncounted {
             self.uncounted += few;
             return few * MANY;
         }
@@ -303,12 +314,14 @@ mod tests {
         let mut known = Known { count: None, uncounted: 0 };
         let uncounted = || unreachable!("needs no count");
         for _ in 0..UNCOUNTED / 100 {
-            assert_eq!(known.answer(100, uncounted), 100 * MANY);
+            assert_eq!(known.answer(100, UNCOUNTED, uncounted), 100 * MANY);
         }
-        assert_eq!(known.answer(100, || 50_000), 50_000, "the allowance is used up");
-        assert_eq!(known.answer(100, uncounted), 49_800, "the count is fresh");
+        assert_eq!(known.answer(100, UNCOUNTED, || 50_000), 50_000, "the allowance is used up");
+        assert_eq!(known.answer(100, UNCOUNTED, uncounted), 49_800, "the count is fresh");
         known.count = Some((Instant::now(), 100 * MANY - 1));
-        assert_eq!(known.answer(100, uncounted), 100 * MANY, "the allowance begins again after a count");
-        assert_eq!(known.answer(UNCOUNTED, || 70), 70, "many mappings are counted at once");
+        assert_eq!(known.answer(100, 0, || 200), 200, "the caller needs the mappings");
+        known.count = None;
+        assert_eq!(known.answer(100, UNCOUNTED, uncounted), 100 * MANY, "the allowance begins again");
+        assert_eq!(known.answer(UNCOUNTED, UNCOUNTED, || 70), 70, "many mappings are counted at once");
     }
 }

@@ -25,7 +25,7 @@ use crate::space::{
     Abilities, AdoptedMemory, FaultFree, Growth, Layout, Mapping, PageTables, Plan, PlanRun, RecordFor,
     Releases, Residence, ServeOptions, Shards, ShownPages, Target,
 };
-use pagestitch_kernel::limits::{Limit, ReserveError, mappings_left_for};
+use pagestitch_kernel::limits::{Limit, ReserveError, mappings_to_try};
 use pagestitch_kernel::page::HUGE;
 use pagestitch_kernel::page_scan::PageScan;
 use pagestitch_kernel::uffd;
@@ -469,7 +469,7 @@ fn show(
 fn budget(layout: &Layout, most: Option<usize>) -> impl FnOnce() -> usize + use<> {
     // A chunk takes a mapping, and the gap before it another one.
     let few = 2 * layout.chunks();
-    move || most.unwrap_or_else(|| mappings_left_for(few) / BUDGET_SHARE)
+    move || most.unwrap_or_else(|| mappings_to_try(few) / BUDGET_SHARE)
 }
 
 /// Checks that the recording to replay belongs to this region, and returns the readahead to use.
