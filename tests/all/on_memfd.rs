@@ -220,6 +220,9 @@ fn a_region_on_a_memfd_has_shards_and_grows() {
 
 #[test]
 fn a_failed_page_of_a_memfd_is_filled_by_a_retry() {
+    if lacks_poison(this_test!()) {
+        return;
+    }
     let pool = Pool::new().unwrap();
     let source = Arc::new(Scripted::new((PAGES * PAGE) as u64).failing(2 * PAGE as u64..3 * PAGE as u64));
     let region = on_memfd(Chunk::source(Arc::clone(&source)), &pool);
