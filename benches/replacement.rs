@@ -158,13 +158,17 @@ impl WithBits {
             self.ghosts.push_back(page);
             self.is_ghost.insert(page);
             if self.ghosts.len() > MEMORY {
-                self.ghosts.pop_front().iter().for_each(|ghost| drop(self.is_ghost.remove(ghost)));
+                let oldest = self.ghosts.pop_front().expect("there are ghosts");
+                self.is_ghost.remove(&oldest);
             }
             return;
         }
         while let Some(page) = self.main.pop_front() {
             match self.touches[&page] {
-                0 => return drop(self.touches.remove(&page)),
+                0 => {
+                    self.touches.remove(&page);
+                    return;
+                }
                 count => {
                     self.touches.insert(page, count - 1);
                     self.main.push_back(page);

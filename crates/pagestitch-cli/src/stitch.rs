@@ -390,6 +390,7 @@ fn print_json(out: &mut dyn Write, summary: &Summary) -> io::Result<()> {
         json!({
             "resident_bytes": budget.resident_bytes, "standby_bytes": budget.standby_bytes, "evictions": budget.evictions,
             "soft_faults": budget.soft_faults, "refaults": budget.refaults, "overruns": budget.overruns, "kept": budget.kept,
+            "stalled_ns": budget.stalled.as_nanos() as u64,
         })
     });
     let all = json!({

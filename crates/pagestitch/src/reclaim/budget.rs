@@ -15,6 +15,7 @@ use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::{Errno, Evictable, PageSize};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A limit for the resident bytes of any number of regions: their pages leave when it is used up, and
 /// come back from their sources when they are touched.
@@ -241,6 +242,7 @@ impl Budget {
             write_backs: read(&tally.write_backs),
             write_failures: read(&tally.write_failures),
             overruns: read(&tally.overruns),
+            stalled: Duration::from_nanos(read(&tally.stalled_ns)),
         }
     }
 

@@ -1,5 +1,7 @@
 //! The counts of a budget, as the user reads them.
 
+use std::time::Duration;
+
 /// The counts of a [`Budget`](crate::Budget) at one moment. They may lag, as those of a
 /// [region](crate::Metrics) do.
 ///
@@ -38,6 +40,10 @@ pub struct BudgetMetrics {
     pub kept: u64,
     /// Pages that were filled above the limit, because no page could leave.
     pub overruns: u64,
+    /// The time that threads have taken to free memory before they could fill a page, all of them together.
+    /// Memory is freed ahead of faults, so much of it tells that pages come faster than others leave: the
+    /// pages in use exceed the budget, or their sources are written slowly.
+    pub stalled: Duration,
     /// The bytes of pages that were written and are not in their sources yet, a part of
     /// [`resident_bytes`](Self::resident_bytes).
     pub dirty_bytes: u64,

@@ -14,6 +14,7 @@ use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{AddressRange, Errno, Evictable, Page, Span, Uffd};
 use std::fmt;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 /// Enters a region for a thread that evicts its pages, and that serves another region perhaps.
 pub(crate) trait EnterRegion: fmt::Debug + Send + Sync {
@@ -334,6 +335,15 @@ fn make_room(state: &State, pages: usize, quiet: bool) -> bool {
     if state.try_reserve(pages) {
         return true;
     }
+    let began = Instant::now();
+    let has_room = free_room(state, pages, quiet);
+    count(&state.tally.stalled_ns, usize::try_from(began.elapsed().as_nanos()).unwrap_or(0));
+    has_room
+}
+
+/// As [`make_room`], in a budget that is used up.
+#[cold]
+fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
     for _ in 0..TRIES + pages / BATCH {
         let steps = state.writes.steps();
         let blocked = without_handlers();

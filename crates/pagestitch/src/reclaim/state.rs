@@ -71,6 +71,8 @@ pub(super) struct Tally {
     pub(super) refaults: AtomicU64,
     /// Pages for which there was no room in the budget, because nothing could leave.
     pub(super) overruns: AtomicU64,
+    /// The nanoseconds that threads have taken to free memory before they could fill a page.
+    pub(super) stalled_ns: AtomicU64,
     /// Pages that were chosen, and that the kernel did not let go: pinned, or locked.
     pub(super) refused: AtomicU64,
     /// Written pages whose bytes went to their source.
