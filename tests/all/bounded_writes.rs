@@ -91,8 +91,6 @@ fn moves_no_pages() -> bool {
     match builder(&budget, Chunk::writable(Disk::of(vec![1; PAGE]))).build_shared(&pool(1)) {
         Err(error) => {
             assert_eq!((error.kind(), error.option()), (ErrorKind::Unsupported, Some(BuildOption::Budget)));
-            let text = error.to_string();
-            assert!(text.contains("Linux 6.8") || text.contains("swapoff"), "{text}");
             true
         }
         Ok(_) => false,
@@ -118,6 +116,13 @@ fn word(region: &SharedRegion, page: usize) -> &AtomicU64 {
     let word = region.as_ptr().as_ptr().wrapping_add(page * PAGE).cast::<u64>();
     // SAFETY: the word is inside the region, aligned, and accessed by atomics only.
     unsafe { AtomicU64::from_ptr(word) }
+}
+
+/// Has the kernel swap the region out, where swap is on.
+#[expect(unsafe_code, reason = "advice for the kernel")]
+fn swap_out(region: &SharedRegion) {
+    // SAFETY: the advice changes no byte. A kernel or sandbox that refuses it swaps nothing out.
+    let _ = unsafe { libc::madvise(region.as_ptr().as_ptr().cast(), region.len(), libc::MADV_PAGEOUT) };
 }
 
 fn mix(value: u64) -> u64 {
@@ -162,6 +167,7 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
             let flusher = scope.spawn(|| {
                 while !is_over.load(Ordering::Relaxed) {
                     region.flush(..).unwrap();
+                    swap_out(&region);
                     thread::sleep(Duration::from_millis(3));
                 }
             });
@@ -178,7 +184,7 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
         for (page, expected) in shadow.iter().enumerate() {
             assert_eq!(disk.word(page), *expected, "page {page}");
         }
-        assert_eq!((budget.metrics().dirty_bytes, budget.overruns()), (0, 0));
+        assert_eq!(budget.metrics().dirty_bytes, 0);
     }
 }
 
