@@ -1,7 +1,6 @@
 //! Install and settle: pass the bytes of pages to the kernel, and interpret its [`Outcome`].
 
 use crate::error::FailureReason;
-use crate::fault::BLOCK_PAGES;
 use crate::fault::error::{InstallError, failure_at};
 use crate::fault::fill::{Content, Filled};
 use crate::fault::held::held;
@@ -96,7 +95,7 @@ fn install_some(
     };
     if let Some(residence) = residence {
         let is_block = matches!(put, Some((Outcome::Done, Method::StagedMove)));
-        residence.installed(span, pages, is_block && pages == BLOCK_PAGES);
+        residence.installed(span, pages, is_block && pages * page_bytes == HUGE);
     }
     let Some((outcome, method)) = put else { return Err(InstallError::Gone) };
     if pages == 0 {
