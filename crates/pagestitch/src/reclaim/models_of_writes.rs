@@ -192,7 +192,7 @@ impl Written {
         if self.writing.get(0) || !self.dirty.get(0) {
             return claim.settle(1, PageState::Present);
         }
-        let frame = self.region.swap(0, Ordering::SeqCst);
+        let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
         self.region.store(frame | PROTECTED, Ordering::SeqCst);
         self.dirty.clear(0);
         self.writing.set(0);
