@@ -70,7 +70,7 @@ fn with_budget(data: &Data, trace: &Trace) -> Sample {
     let budget = Budget::bytes((data.bytes() / QUARTER) as u64).expect("a budget");
     let builder = data.builder(Readahead::Adaptive).budget(&budget);
     let region: Region = builder.build(&pool()).expect("a region");
-    // The touches before the measurement count too: they have the same pattern, but for the first pass.
+    // The touches before the measurement count too: after the first pass, they have the same pattern.
     let sample = data.touch(trace, region.as_slice());
     let touches = (trace.touches.len() + trace.fill.len() + trace.settle.len()) as f64;
     let share = |count: u64| Some(count as f64 / touches);
