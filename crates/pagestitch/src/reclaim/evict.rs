@@ -376,26 +376,39 @@ impl Share {
 
     /// Drops claimed runs. Returns the number of their pages.
     fn drop_runs(&self, region: &Mapping, runs: &[Span]) -> usize {
-        let quiet = Quiet(region);
         let (mut rest, mut dropped) = (runs, 0);
         while !rest.is_empty() {
             let (gone, others) = rest.split_at(self.state.discards.discard(&self.evictable, rest));
-            for run in gone {
-                run.iter().for_each(|page| {
-                    self.places.set(page, Place::Gone);
-                });
-                self.left_memory(run.pages);
-                count(&self.state.tally.evictions, run.pages);
-                dropped += run.pages;
-                region.pages.resume(*run, &quiet).settle(run.pages, PageState::Absent);
-            }
+            dropped += gone.iter().map(|run| self.settle_gone(region, *run)).sum::<usize>();
             let Some((refused, others)) = others.split_first() else { break };
-            count(&self.state.tally.refused, refused.pages);
-            refused.iter().for_each(|page| self.page_stays(page));
-            region.pages.resume(*refused, &quiet).settle(refused.pages, PageState::Present);
+            // Some of its pages may be locked. The kernel stops at the first of these.
+            dropped += refused.iter().map(|page| self.drop_page(region, page)).sum::<usize>();
             rest = others;
         }
         dropped
+    }
+
+    /// Drops a claimed page, unless the kernel refuses it. Returns the number of pages that are dropped.
+    fn drop_page(&self, region: &Mapping, page: Page) -> usize {
+        let span = page.span();
+        if self.state.discards.discard(&self.evictable, &[span]) == 1 {
+            return self.settle_gone(region, span);
+        }
+        count(&self.state.tally.refused, 1);
+        self.page_stays(page);
+        region.pages.resume(span, &Quiet(region)).settle(1, PageState::Present);
+        0
+    }
+
+    /// The pages of a claimed run are dropped. Returns their number.
+    fn settle_gone(&self, region: &Mapping, run: Span) -> usize {
+        run.iter().for_each(|page| {
+            self.places.set(page, Place::Gone);
+        });
+        self.left_memory(run.pages);
+        count(&self.state.tally.evictions, run.pages);
+        region.pages.resume(run, &Quiet(region)).settle(run.pages, PageState::Absent);
+        run.pages
     }
 
     /// Resident pages take no memory any more.
