@@ -223,7 +223,8 @@ impl Chooser {
     /// Forgets pages.
     pub(super) fn forget(&mut self, is_gone: &dyn Fn(PageKey) -> bool) {
         self.policy.forget(is_gone);
-        self.blocks.forget(is_gone);
+        // A block of which some pages are left stays, because no other list has them.
+        self.blocks.forget(&|first| is_gone(first) && is_gone(first + BLOCK_PAGES as u64 - 1));
     }
 
     /// Chooses pages that leave, in the order of their regions and addresses.
@@ -317,3 +318,22 @@ const PAGE_BITS: u32 = 40;
 pub(super) const MEMBERS_MAX: usize = 1 << 20;
 /// How often a thread in a signal handler tries to get the right to choose.
 const QUIET_TRIES: usize = 64;
+
+#[cfg(all(test, not(shuttle)))]
+mod tests {
+    use super::*;
+    use crate::policy::S3Fifo;
+
+    #[test]
+    fn a_block_of_which_some_pages_are_forgotten_still_leaves() {
+        let policy = Box::new(S3Fifo::new(room_for(BLOCKS_LEAST)));
+        let state = State::<()>::new(BLOCKS_LEAST, None, policy).unwrap();
+        let mut chooser = state.try_choose().unwrap();
+        for (pages, left) in [(1, Some(512)), (511, Some(512)), (512, None)] {
+            state.arrivals.add(block_key(0, Page(512)), false);
+            chooser.take_note(&state.arrivals);
+            chooser.forget(&|key| (512..512 + pages).contains(&page_of(key).0));
+            assert_eq!(chooser.blocks.last_resort(), left);
+        }
+    }
+}
