@@ -18,12 +18,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-const BUDGET: u64 = 6 << 20;
+pub(crate) const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
-const PAGES: usize = (15 << 20) / PAGE;
+pub(crate) const PAGES: usize = (15 << 20) / PAGE;
 
 /// A source in memory that fails on demand.
-struct Disk {
+pub(crate) struct Disk {
     bytes: Mutex<Vec<u8>>,
     /// Writes fail with this errno; 0 for none.
     errno: AtomicUsize,
@@ -35,7 +35,7 @@ struct Disk {
 }
 
 impl Disk {
-    fn of(bytes: Vec<u8>) -> Arc<Self> {
+    pub(crate) fn of(bytes: Vec<u8>) -> Arc<Self> {
         let failing = [AtomicUsize::new(0), AtomicUsize::new(usize::MAX)];
         let (errno, most, syncs) = Default::default();
         Arc::new(Self { bytes: Mutex::new(bytes), errno, failing, most, syncs })
@@ -45,7 +45,7 @@ impl Disk {
         self.errno.store(errno as usize, Ordering::SeqCst);
     }
 
-    fn word(&self, page: usize) -> u64 {
+    pub(crate) fn word(&self, page: usize) -> u64 {
         let bytes = self.bytes.lock().unwrap();
         u64::from_ne_bytes(bytes[page * PAGE..][..8].try_into().unwrap())
     }
@@ -86,7 +86,7 @@ impl WritableSource for Disk {
 }
 
 /// True on a kernel where written pages cannot leave, which the build tells.
-fn moves_no_pages() -> bool {
+pub(crate) fn moves_no_pages() -> bool {
     let budget = Budget::bytes(BUDGET).unwrap();
     match builder(&budget, Chunk::writable(Disk::of(vec![1; PAGE]))).build_shared(&pool(1)) {
         Err(error) => {
@@ -97,21 +97,21 @@ fn moves_no_pages() -> bool {
     }
 }
 
-fn pool(workers: usize) -> Pool {
+pub(crate) fn pool(workers: usize) -> Pool {
     Pool::builder().workers(workers).start().unwrap()
 }
 
-fn builder(budget: &Budget, chunk: Chunk) -> pagestitch::Builder {
+pub(crate) fn builder(budget: &Budget, chunk: Chunk) -> pagestitch::Builder {
     Region::builder().chunk(chunk).budget(budget).write_back(WriteBack::ToSource)
 }
 
-fn bounded(budget: &Budget, chunk: Chunk, workers: usize) -> SharedRegion {
+pub(crate) fn bounded(budget: &Budget, chunk: Chunk, workers: usize) -> SharedRegion {
     builder(budget, chunk).build_shared(&pool(workers)).unwrap()
 }
 
 /// The first word of a page.
 #[expect(unsafe_code, reason = "threads of an application write through the pointer")]
-fn word(region: &SharedRegion, page: usize) -> &AtomicU64 {
+pub(crate) fn word(region: &SharedRegion, page: usize) -> &AtomicU64 {
     assert!(page * PAGE < region.len());
     let word = region.as_ptr().as_ptr().wrapping_add(page * PAGE).cast::<u64>();
     // SAFETY: the word is inside the region, aligned, and accessed by atomics only.

@@ -6,6 +6,7 @@ mod application;
 mod background;
 mod blocks;
 mod bounded;
+mod bounded_corners;
 mod bounded_writes;
 mod changes;
 mod children;

@@ -1,11 +1,12 @@
 //! Swapped pages are present, although `mincore(2)` calls them absent: their source is not read
 //! again, and they keep written bytes.
 
+use crate::bounded_writes::{BUDGET, Disk, bounded, moves_no_pages, word};
 use crate::donated::pages_of;
-use crate::{PAGE, SetOnDrop, comes_true, pattern, until};
+use crate::{PAGE, SetOnDrop, comes_true, discard, pattern, until};
 use nix::libc;
 use pagestitch::source::Donated;
-use pagestitch::{Chunk, Pool, Region, Source};
+use pagestitch::{Budget, Chunk, Pool, Region, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::scripted::{Scripted, byte_at};
 use std::fs;
@@ -200,4 +201,31 @@ fn a_region_under_constant_swapping_shows_its_bytes() {
         drop(ends);
         pressure.join().unwrap();
     });
+}
+
+/// The search for discarded pages takes swapped pages for absent ones.
+#[test]
+fn written_pages_of_a_budget_that_are_swapped_out_go_back_to_their_source() {
+    let Some(_swap) = Swap::or_skip() else { return };
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; BLOCK]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    (0..256).for_each(|page| word(&region, page).store(7, Ordering::Relaxed));
+    let look_for_discards = || {
+        swap_out(region.as_ptr().as_ptr(), 256 * PAGE);
+        word(&region, 300).load(Ordering::Relaxed);
+        discard(region.as_ptr().expose_provenance().get() + 300 * PAGE, PAGE);
+        word(&region, 300).load(Ordering::Relaxed);
+    };
+    look_for_discards();
+    region.flush(..128 * PAGE as u64).unwrap();
+    let flushed = (0..128).filter(|page| disk.word(*page) == 7).count();
+    look_for_discards();
+    region.evict(128 * PAGE as u64..).unwrap();
+    let kept = (0..256).filter(|page| word(&region, *page).load(Ordering::Relaxed) == 7).count();
+    region.finish().unwrap();
+    let finished = (0..256).filter(|page| disk.word(*page) == 7).count();
+    assert_eq!((flushed, kept, finished), (128, 256, 256));
 }

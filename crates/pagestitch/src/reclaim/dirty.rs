@@ -91,10 +91,24 @@ impl DirtyPages {
         was_dirty
     }
 
+    /// The bytes of a page are written to its source from now on, if it is dirty. The caller has the claim of
+    /// the page, and no thread can write to it. Returns whether it was dirty.
+    pub(super) fn begin_writing(&self, page: Page) -> bool {
+        let is_dirty = self.is_dirty(page);
+        if is_dirty {
+            // Before the other mark ends, because a flush must not find the page without one of them.
+            self.writing.set(page.0);
+            self.unmark(page);
+        }
+        is_dirty
+    }
+
     /// The first page of a span that is dirty, or is being written back.
     pub(super) fn first_unwritten(&self, span: Span) -> Option<Page> {
         let (first, end) = (span.first.0, span.end().0);
-        let found = [self.dirty.first_in(first, end), self.writing.first_in(first, end)];
+        // Once more, because a page whose source has failed is dirty again.
+        let marks = [&self.dirty, &self.writing, &self.dirty];
+        let found = marks.map(|mark| mark.first_in(first, end));
         found.into_iter().flatten().min().map(Page)
     }
 }

@@ -262,8 +262,11 @@ impl Share {
         // The move has ended all writes, so that each written page has its mark by now.
         for (step, page) in span.prefix(moved).iter().enumerate() {
             let key = key_of(self.member, page);
-            match self.dirty.as_ref().is_some_and(|dirty| dirty.unmark(page)) {
-                true => self.fill_dirty(standby, (page, key), slot + step, batch),
+            match self.dirty.as_ref().is_some_and(|dirty| dirty.begin_writing(page)) {
+                true => {
+                    slots.fill_dirty(slot + step, key);
+                    batch.add(standby, page, slot + step);
+                }
                 false => slots.fill(slot + step, key),
             }
             self.places.set(page, Place::Slot((slot + step) as u32));
@@ -304,11 +307,21 @@ impl Share {
         let claim =
             if state.is_claimed() { Err(state) } else { region.pages.claim_from(page, state, &quiet) };
         let Ok(mut claim) = claim else { return self.page_stays(page) };
+        if self.looks_absent(page, state) {
+            self.page_stays(page);
+            return claim.settle(1, PageState::Present);
+        }
         // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
         if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
             self.uncount(page);
         }
         claim.settle(1, state);
+    }
+
+    /// True for an absent page that may be swapped out, with written bytes that are nowhere else. The next
+    /// move of it tells.
+    pub(super) fn looks_absent(&self, page: Page, state: PageState) -> bool {
+        self.dirty.is_some() && state == PageState::Absent && self.places.get(page) == Place::Resident
     }
 
     /// A resident page takes no memory any more.

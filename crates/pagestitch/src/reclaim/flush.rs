@@ -28,8 +28,9 @@ use std::thread;
 enum Copied {
     /// They are clean, if their source takes the bytes.
     Clean(usize),
-    /// The first page stays dirty: it is pinned, or has padding.
-    Pinned,
+    /// The first page stays dirty, because it is pinned, or has padding. It is marked as being written, and
+    /// its bytes are not copied yet.
+    Stays,
     /// The first page has no bytes to write.
     Skipped,
     /// Look at the first page again.
@@ -74,7 +75,14 @@ impl Share {
         }
         let (pages, stays) = match self.copy_dirty(region, dirty, (snapshots, buffer), span.prefix(BATCH)) {
             Copied::Clean(pages) => (pages, false),
-            Copied::Pinned => (1, true),
+            Copied::Stays => match self.read_in_place(span.first, buffer) {
+                Ok(()) => (1, true),
+                Err(errno) => {
+                    self.end_writing(dirty, span.first.span());
+                    // It is discarded: the next touch fills it.
+                    return usize::from(errno == Errno::EFAULT);
+                }
+            },
             Copied::Skipped => return 1,
             Copied::Again => {
                 region.pages.wait_while_filling(span.first);
@@ -124,7 +132,7 @@ impl Share {
             true if dirty.writing.get(span.first.0) => Copied::Again,
             // Another thread has written it meanwhile.
             true => Copied::Skipped,
-            false if alone => self.read_in_place(dirty, run.span().first, buffer),
+            false if alone => stays(dirty, run.span().first),
             false => self.move_and_copy(region, dirty, (snapshots, buffer), &mut run),
         };
         run.settle(run.span().pages, PageState::Present);
@@ -135,6 +143,10 @@ impl Share {
     fn find_absent(&self, region: &Mapping, dirty: &DirtyPages, page: Page) -> Copied {
         let quiet = Quiet(region);
         let Ok(mut claim) = region.pages.claim(page, &quiet) else { return Copied::Again };
+        if self.looks_absent(page, PageState::Absent) {
+            claim.settle(1, PageState::Present);
+            return Copied::Again;
+        }
         let range = region.target.addresses(page.span());
         let is_modified = |slot: usize| {
             let standby = self.state.standby.as_ref();
@@ -147,7 +159,7 @@ impl Share {
                 }
                 Copied::Again
             }
-            // It was discarded, or its fill has failed.
+            // Its fill has failed.
             _ => {
                 dirty.unmark(page);
                 Copied::Skipped
@@ -176,7 +188,7 @@ impl Share {
                 return Copied::Skipped;
             }
             // Pinned, or locked.
-            _ => return self.read_in_place(dirty, span.first, buffer),
+            _ => return stays(dirty, span.first),
         };
         let read = snapshots.read(0, &mut buffer[..moved * size]);
         let copied = if read.is_ok() { copy_back(region, snapshots, span.prefix(moved)) } else { 0 };
@@ -184,31 +196,29 @@ impl Share {
             move_back(region, snapshots, page, slot);
         }
         for page in span.prefix(copied).iter() {
-            dirty.unmark(page);
-            dirty.writing.set(page.0);
+            dirty.begin_writing(page);
         }
         // None of its slots is in use.
         let _ = snapshots.empty(0..moved);
         match copied {
-            0 => self.read_in_place(dirty, span.first, buffer),
+            0 => stays(dirty, span.first),
             copied => Copied::Clean(copied),
         }
     }
 
-    /// Copies the bytes of a page that stays, and stays dirty.
-    fn read_in_place(&self, dirty: &DirtyPages, page: Page, buffer: &mut [u8]) -> Copied {
+    /// Copies the bytes of a page that stays, and stays dirty. The caller has no claim of it, because the
+    /// read of a page that is discarded meanwhile is a fault.
+    fn read_in_place(&self, page: Page, buffer: &mut [u8]) -> Result<(), Errno> {
         let reservation = self.evictable.reservation();
         let size = reservation.page_size();
-        match reservation.read_at(size.offset_of(page), &mut buffer[..size.bytes()]) {
-            Ok(()) => {
-                dirty.writing.set(page.0);
-                Copied::Pinned
-            }
-            // It is discarded: the next touch fills it.
-            Err(Errno::EFAULT) => Copied::Skipped,
-            Err(_) => Copied::Again,
-        }
+        reservation.read_at(size.offset_of(page), &mut buffer[..size.bytes()])
     }
+}
+
+/// The caller has the claim of the page.
+fn stays(dirty: &DirtyPages, page: Page) -> Copied {
+    dirty.writing.set(page.0);
+    Copied::Stays
 }
 
 /// Copies pages back write-protected. Returns their number.

@@ -139,9 +139,9 @@ impl Written {
         }
         let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
         assert_eq!(self.arena[slot].swap(frame, Ordering::SeqCst), 0, "a taken slot is empty");
-        let is_dirty = self.dirty.clear(0);
+        let is_dirty = self.dirty.get(0);
         if is_dirty {
-            self.writing.set(0);
+            self.begin_writing();
             self.slots.fill_dirty(slot, 0);
         } else {
             self.slots.fill(slot, 0);
@@ -157,6 +157,17 @@ impl Written {
             }
             self.writing.clear(0);
         }
+    }
+
+    /// As `DirtyPages::begin_writing`.
+    fn begin_writing(&self) {
+        self.writing.set(0);
+        self.dirty.clear(0);
+    }
+
+    /// As `DirtyPages::first_unwritten`.
+    fn is_unwritten(&self) -> bool {
+        [&self.dirty, &self.writing, &self.dirty].iter().any(|mark| mark.get(0))
     }
 
     fn write_back(&self, value: usize) -> bool {
@@ -194,8 +205,7 @@ impl Written {
         }
         let frame = self.region.swap(0, Ordering::SeqCst) & !PROTECTED;
         self.region.store(frame | PROTECTED, Ordering::SeqCst);
-        self.dirty.clear(0);
-        self.writing.set(0);
+        self.begin_writing();
         claim.settle(1, PageState::Present);
         if !self.write_back(frame - 1) {
             self.dirty.set(0);
@@ -253,4 +263,20 @@ fn a_failed_write_back_loses_no_write() {
     explore("a failed write-back", || {
         run(true, &[|page| (0..2).for_each(|_| page.evict()), |page| page.flush()]);
     });
+}
+
+#[test]
+fn a_flush_finds_a_written_page_until_it_is_in_its_source() {
+    for fails in [false, true] {
+        explore("a flush that looks for a page", move || {
+            let written = Written::new();
+            written.write(1);
+            written.failing.store(usize::from(fails), Ordering::SeqCst);
+            let evicts = Arc::clone(&written);
+            let evictor = thread::spawn(move || evicts.evict());
+            let is_unwritten = written.is_unwritten();
+            assert!(is_unwritten || written.source.load(Ordering::SeqCst) == 1, "the flush misses the page");
+            evictor.join().unwrap();
+        });
+    }
 }

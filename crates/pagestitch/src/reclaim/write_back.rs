@@ -1,7 +1,6 @@
 //! Writes the bytes of pages that have left to their sources.
 
 use crate::error::Failure;
-use crate::policy::PageKey;
 use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
@@ -30,7 +29,7 @@ impl<'s> Batch<'s> {
     }
 
     /// Adds a page that is claimed still.
-    fn add(&mut self, standby: &Standby, page: Page, slot: usize) {
+    pub(super) fn add(&mut self, standby: &Standby, page: Page, slot: usize) {
         let size = PageSize::system().bytes();
         if self.buffer.is_empty() {
             (self.buffer, self.pages) = self.state.take_buffer();
@@ -202,20 +201,6 @@ impl Share {
             }
             thread::yield_now();
         }
-    }
-
-    /// A dirty page has moved to a slot, and its bytes are on their way to the source. The page is claimed.
-    pub(super) fn fill_dirty(
-        &self,
-        standby: &Standby,
-        (page, key): (Page, PageKey),
-        slot: usize,
-        batch: &mut Batch<'_>,
-    ) {
-        let dirty = self.dirty.as_ref().expect("only such a region has dirty pages");
-        dirty.writing.set(page.0);
-        standby.slots.fill_dirty(slot, key);
-        batch.add(standby, page, slot);
     }
 }
 
