@@ -13,6 +13,9 @@ use pagestitch_kernel::{Outcome, Page};
 /// of a released source, nor pages of a source that has changed.
 #[cold]
 pub(crate) fn fill_beside<F: Filler>(region: &Mapping, page: Page, filler: &mut F) -> bool {
+    if returns(region, page) {
+        return true;
+    }
     match filler.fill(page.span()) {
         Ok(Filled { content: Content::Move(..) | Content::Released, .. }) => false,
         Ok(Filled { content, .. }) if unchanged(region, page.span(), &content, 0).is_err() => false,
@@ -24,4 +27,11 @@ pub(crate) fn fill_beside<F: Filler>(region: &Mapping, page: Page, filler: &mut 
         Err(InstallError::Changing) => true,
         Err(_) => false,
     }
+}
+
+/// True if the page comes back from standby. Its source may not have its written bytes yet.
+fn returns(region: &Mapping, page: Page) -> bool {
+    let Some(residence) = &region.residence else { return false };
+    let range = region.target.addresses(page.span());
+    residence.return_beside(page, range, region.uffd.of(range))
 }

@@ -42,6 +42,7 @@ pub(crate) use prefetch_job::{NextStep, PrefetchJob};
 pub(crate) use request::{FaultRequest, Host, Touch};
 pub(crate) use write_protect::let_write;
 
+use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
 use crate::space::{Mapping, Prepared};
 use claim::claim;
@@ -106,6 +107,9 @@ fn bounded<F: Filler>(
         return Some(claim.span());
     };
     let range = region.target.addresses(claim.span().prefix(1));
+    // A signal handler that touches the page must find its bytes either in standby or in the region.
+    let fills_itself = region.written_back().is_some() && callers::fills_itself(region, claim.span().first);
+    let _handlers = fills_itself.then(NoSignals::until_dropped);
     match residence.prepare(claim, range, region.uffd.of(range), filler.writes()) {
         Prepared::Fill(span) => Some(span),
         Prepared::Returned => {

@@ -202,6 +202,10 @@ impl Residence for Membership {
         self.0.prepare(claim, range, uffd, writes)
     }
 
+    fn return_beside(&self, page: Page, range: AddressRange, uffd: &Uffd) -> bool {
+        self.0.return_beside(page, range, uffd)
+    }
+
     fn make_room(&self, pages: usize, quiet: bool) -> bool {
         make_room(&self.0.state, pages, quiet)
     }

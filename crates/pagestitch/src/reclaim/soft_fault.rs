@@ -46,6 +46,14 @@ impl Share {
         Prepared::Fill(filled)
     }
 
+    /// As [`Residence::return_beside`](crate::space::Residence::return_beside).
+    #[cold]
+    pub(super) fn return_beside(&self, page: Page, range: AddressRange, uffd: &Uffd) -> bool {
+        let Place::Slot(slot) = self.places.get(page) else { return false };
+        let back = self.bring_back(page, slot as usize, range, uffd, false);
+        matches!(back, Outcome::Done | Outcome::Changing)
+    }
+
     /// Brings the page of a slot back. [`Outcome::NotRegistered`] if the slot does not have it any more.
     /// The page is claimed.
     pub(super) fn bring_back(

@@ -22,6 +22,10 @@ pub(crate) trait Residence: fmt::Debug + Send + Sync {
         writes: Option<Page>,
     ) -> Prepared;
 
+    /// Brings a page back from standby for a signal handler, whose interrupted thread has the page's claim.
+    /// True if the page is there now, or a touch has to try again.
+    fn return_beside(&self, page: Page, range: AddressRange, uffd: &Uffd) -> bool;
+
     /// Reserves memory for pages in the budget. Evicts others before, if it is used up. False if there is
     /// no room, because written pages cannot go back to their sources.
     fn make_room(&self, pages: usize, quiet: bool) -> bool;
