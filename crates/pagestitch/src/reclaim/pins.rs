@@ -1,6 +1,7 @@
 //! Pages that the application has pinned: they do not leave.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::sync::Mutex;
 use pagestitch_kernel::sync::atomic::{AtomicUsize, Ordering};
 use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
@@ -13,12 +14,14 @@ use std::num::NonZeroUsize;
 pub(super) struct Pins {
     bits: AtomicTable,
     pages: AtomicUsize,
+    /// Held by a thread that pins or unpins pages, while it counts them.
+    pub(super) counting: Mutex<()>,
 }
 
 impl Pins {
     pub(super) fn new(pages: usize) -> Result<Self, Errno> {
         let words = NonZeroUsize::new(pages.div_ceil(WORD)).expect("a region has pages");
-        Ok(Self { bits: AtomicTable::new(words)?, pages: AtomicUsize::new(0) })
+        Ok(Self { bits: AtomicTable::new(words)?, pages: AtomicUsize::new(0), counting: Mutex::new(()) })
     }
 
     /// The number of pinned pages.

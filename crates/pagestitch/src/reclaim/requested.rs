@@ -5,6 +5,7 @@ use crate::reclaim::places::Place;
 use crate::reclaim::share::{Share, State, without_handlers};
 use crate::reclaim::state::{BATCH, key_of, member_of, page_of};
 use pagestitch_kernel::{Page, Span};
+use std::sync::PoisonError;
 
 impl Share {
     /// Has the resident pages of a span leave, except for pinned and locked ones. Returns their number.
@@ -23,6 +24,7 @@ impl Share {
     /// Pins a span. Its pages that are filled from now on do not leave. False if the budget has no room for
     /// as many pinned pages.
     pub(super) fn pin(&self, span: Span) -> bool {
+        let _alone = self.pins.counting.lock().unwrap_or_else(PoisonError::into_inner);
         let wanted = span.pages - span.iter().filter(|page| self.pins.has(*page)).count();
         let is_reserved = self.state.reserve_pinned(wanted);
         if is_reserved {
@@ -33,7 +35,9 @@ impl Share {
 
     /// Ends the pins of a span: its pages can leave again.
     pub(super) fn unpin(&self, span: Span) {
+        let alone = self.pins.counting.lock().unwrap_or_else(PoisonError::into_inner);
         self.state.release_pinned(self.pins.remove(span));
+        drop(alone);
         let _quiet = without_handlers();
         // A page that was chosen while it was pinned is in no queue of the policy.
         self.unlist(span);
