@@ -1,11 +1,17 @@
 //! Regions with a budget in rare orders of their threads and calls: no write is lost, and no page stays for
 //! ever.
 
-use crate::bounded_writes::{BUDGET, Disk, builder, moves_no_pages, pool, word};
-use crate::{PAGE, discard};
-use pagestitch::{Budget, Chunk};
+use crate::bounded_writes::{BUDGET, Disk, bounded, builder, moves_no_pages, pool, word};
+use crate::waits::until;
+use crate::{PAGE, discard, handle_user_signal};
+use nix::sys::signal::{Signal, raise};
+use pagestitch::source::WritableSource;
+use pagestitch::{Budget, Chunk, Region, Source};
 use pagestitch_testkit::scope::scope;
-use std::sync::atomic::Ordering;
+use pagestitch_testkit::{child, this_test};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Discarded pages are missing, also those that a flush reads in place.
 #[test]
@@ -22,4 +28,118 @@ fn a_flush_of_discarded_padding_ends() {
         scope.spawn(|| region.flush(..).unwrap());
     });
     assert_eq!(word(&region, 0).load(Ordering::Relaxed).to_ne_bytes(), [1; 8]);
+}
+
+/// A source that raises a signal in the thread that reads its first page, and holds writes up.
+struct Interrupting {
+    disk: Arc<Disk>,
+    raises: AtomicBool,
+    holds: AtomicBool,
+    writes: AtomicUsize,
+}
+
+impl Source for Interrupting {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        if offset == 0 && self.raises.load(Ordering::SeqCst) {
+            raise(Signal::SIGUSR1).unwrap();
+        }
+        self.disk.read_at(offset, into)
+    }
+}
+
+impl WritableSource for Interrupting {
+    fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<usize> {
+        self.writes.fetch_add(1, Ordering::SeqCst);
+        until(|| !self.holds.load(Ordering::SeqCst));
+        self.disk.write_at(offset, bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.disk.sync()
+    }
+}
+
+/// The page has left, and its bytes are on their way to the source, when the handler touches it.
+#[test]
+fn a_signal_handler_reads_the_written_bytes_of_a_page_that_its_thread_is_filling() {
+    static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    static SEEN: AtomicU64 = AtomicU64::new(u64::MAX);
+    #[expect(unsafe_code, reason = "a signal handler reads through a pointer")]
+    extern "C" fn handler(_: i32) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
+        // SAFETY: a word of the region, which is accessed by atomics only.
+        SEEN.store(unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+    let end = child::run(this_test!(), || {
+        if moves_no_pages() {
+            return;
+        }
+        let source = Arc::new(Interrupting {
+            disk: Disk::of(vec![0; 32 * PAGE]),
+            raises: AtomicBool::new(true),
+            holds: AtomicBool::new(true),
+            writes: AtomicUsize::new(0),
+        });
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
+        word(&region, 10).store(77, Ordering::SeqCst);
+        ADDRESS.store(word(&region, 10).as_ptr().expose_provenance(), Ordering::SeqCst);
+        handle_user_signal(handler);
+        scope(|scope| {
+            scope.spawn(|| region.evict(10 * PAGE as u64..11 * PAGE as u64).unwrap());
+            until(|| source.writes.load(Ordering::SeqCst) > 0);
+            scope.spawn(|| {
+                region.populate(..20 * PAGE as u64).unwrap();
+            });
+            until(|| SEEN.load(Ordering::SeqCst) != u64::MAX);
+            source.holds.store(false, Ordering::SeqCst);
+        });
+        assert_eq!(SEEN.load(Ordering::SeqCst), 77);
+        assert_eq!(word(&region, 10).load(Ordering::SeqCst), 77);
+        region.flush(..).unwrap();
+        assert_eq!(source.disk.word(10), 77);
+    });
+    end.expect_pass();
+}
+
+#[test]
+fn pages_leave_after_others_were_replaced_many_times() {
+    let budget = Budget::bytes(6 << 20).unwrap();
+    let region = Region::builder().chunk(vec![7u8; 16 << 20]).budget(&budget);
+    let region = region.build_shared(&pool(1)).unwrap();
+    let touch = |page: usize| assert_ne!(word(&region, page).load(Ordering::Relaxed), 0);
+    for _ in 0..8_000 {
+        region.replace(..PAGE as u64, vec![7u8; PAGE]).unwrap();
+        touch(0);
+    }
+    (0..4096).for_each(touch);
+    let before = budget.metrics();
+    (1..768).for_each(touch);
+    let after = budget.metrics();
+    let came = after.refaults + after.soft_faults - before.refaults - before.soft_faults;
+    assert!(came > 512, "{came} of 767 pages had left");
+}
+
+#[test]
+fn pins_of_one_page_at_once_are_counted_once() {
+    let budget = Budget::bytes(6 << 20).unwrap();
+    let region = Region::builder().chunk(vec![7u8; 16 << 20]).budget(&budget).build(&pool(1)).unwrap();
+    region.populate(..8 * PAGE as u64).unwrap();
+    scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                for _ in 0..6_000 {
+                    region.pin(..8 * PAGE as u64).unwrap();
+                    region.unpin(..8 * PAGE as u64).unwrap();
+                }
+            });
+        }
+    });
+    region.unpin(..).unwrap();
+    region.pin(..3 << 20).unwrap();
+    region.pin(..(3 << 20) + 1).unwrap_err();
 }

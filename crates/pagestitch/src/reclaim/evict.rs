@@ -288,7 +288,7 @@ impl Share {
         let page = claim.span().first;
         if outcome == Outcome::NotRegistered {
             // The application has discarded it: it takes no memory.
-            self.uncount(page);
+            self.uncount(page, Place::Nowhere);
             return claim.settle(1, PageState::Absent);
         }
         if outcome != Outcome::Changing {
@@ -313,7 +313,10 @@ impl Share {
         }
         // A page that is swapped out may look absent: it is dropped, so that no uncounted page stays.
         if self.places.get(page) == Place::Resident && self.evictable.discard(page.span()).is_ok() {
-            self.uncount(page);
+            self.uncount(page, Place::Nowhere);
+        }
+        if self.places.get(page) == Place::Listed {
+            self.places.set(page, Place::Nowhere);
         }
         claim.settle(1, state);
     }
@@ -324,9 +327,9 @@ impl Share {
         self.dirty.is_some() && state == PageState::Absent && self.places.get(page) == Place::Resident
     }
 
-    /// A resident page takes no memory any more.
-    pub(super) fn uncount(&self, page: Page) {
-        self.places.set(page, Place::Nowhere);
+    /// A resident page takes no memory any more: `after` is its place.
+    pub(super) fn uncount(&self, page: Page, after: Place) {
+        self.places.set(page, after);
         self.left_memory(1);
     }
 

@@ -183,7 +183,7 @@ impl Share {
             // The application has discarded it: it takes no memory.
             Outcome::NotRegistered => {
                 dirty.unmark(span.first);
-                self.uncount(span.first);
+                self.uncount(span.first, Place::Listed);
                 claim.settle(1, PageState::Absent);
                 return Copied::Skipped;
             }

@@ -10,6 +10,8 @@ use std::num::NonZeroUsize;
 pub(super) enum Place {
     /// It takes no memory that the budget counts, and has not left.
     Nowhere,
+    /// As `Nowhere`, and the policy has it still, because it was discarded.
+    Listed,
     /// It has left, and is not in a slot.
     Gone,
     /// It is in its region, and the policy has it.
@@ -56,7 +58,8 @@ impl Place {
             Self::Nowhere => 0,
             Self::Resident => 1,
             Self::Gone => 2,
-            Self::Slot(slot) => slot + 3,
+            Self::Listed => 3,
+            Self::Slot(slot) => slot + 4,
         }
     }
 
@@ -65,7 +68,8 @@ impl Place {
             0 => Self::Nowhere,
             1 => Self::Resident,
             2 => Self::Gone,
-            slot => Self::Slot(slot - 3),
+            3 => Self::Listed,
+            slot => Self::Slot(slot - 4),
         }
     }
 }
@@ -77,11 +81,12 @@ mod tests {
     #[test]
     fn neighbours_have_places_of_their_own() {
         let places = Places::new(3).unwrap();
-        assert_eq!(places.set(Page(1), Place::Slot(u32::MAX - 3)), Place::Nowhere);
+        assert_eq!(places.set(Page(1), Place::Slot(u32::MAX - 4)), Place::Nowhere);
         assert_eq!(places.set(Page(0), Place::Resident), Place::Nowhere);
-        assert_eq!(places.set(Page(2), Place::Slot(0)), Place::Nowhere);
+        assert_eq!(places.set(Page(2), Place::Listed), Place::Nowhere);
+        assert_eq!(places.set(Page(2), Place::Slot(0)), Place::Listed);
         assert_eq!(places.set(Page(0), Place::Nowhere), Place::Resident);
         let all = [Page(0), Page(1), Page(2)].map(|page| places.get(page));
-        assert_eq!(all, [Place::Nowhere, Place::Slot(u32::MAX - 3), Place::Slot(0)]);
+        assert_eq!(all, [Place::Nowhere, Place::Slot(u32::MAX - 4), Place::Slot(0)]);
     }
 }

@@ -41,8 +41,8 @@ impl Share {
         let _quiet = without_handlers();
         // A page that was chosen while it was pinned is in no queue of the policy.
         self.unlist(span);
-        let is_resident = |page: &Page| self.places.get(*page) == Place::Resident;
-        span.iter().filter(is_resident).for_each(|page| self.page_stays(page));
+        let was_listed = |page: &Page| matches!(self.places.get(*page), Place::Resident | Place::Listed);
+        span.iter().filter(was_listed).for_each(|page| self.page_stays(page));
     }
 
     /// Has the policy forget the pages of a span.
@@ -52,16 +52,20 @@ impl Share {
         chooser.forget(&|key| member_of(key) == self.member && span.contains(page_of(key)));
     }
 
-    /// Finds a batch of resident pages. Returns their number, and that of the pages that it has looked at.
+    /// Finds a batch of resident pages, after [`unlist`](Self::unlist). Returns their number, and that of the pages that it has looked at.
     fn resident(&self, span: Span, room: &mut [PageKey; BATCH]) -> (usize, usize) {
         let mut chosen = 0;
         for (passed, page) in span.iter().enumerate() {
             if chosen == BATCH {
                 return (chosen, passed);
             }
-            if self.places.get(page) == Place::Resident {
-                room[chosen] = key_of(self.member, page);
-                chosen += 1;
+            match self.places.get(page) {
+                Place::Resident => {
+                    room[chosen] = key_of(self.member, page);
+                    chosen += 1;
+                }
+                Place::Listed => self.page_stays(page),
+                Place::Nowhere | Place::Gone | Place::Slot(_) => {}
             }
         }
         (chosen, span.pages)

@@ -150,10 +150,11 @@ impl Share {
         self.state.arrivals.add(key_of(self.member, page), true);
     }
 
-    /// Notes that a page is installed; the policy gets it if it is `listed`. Returns the number of pages of
-    /// memory that it did not take.
-    fn note_installed(&self, page: Page, listed: bool) -> usize {
-        match self.places.set(page, Place::Resident) {
+    /// Notes that a page is installed. The policy gets it, unless it has the page already, or gets the block
+    /// of the page. Returns the number of pages of memory that it did not take.
+    fn note_installed(&self, page: Page, is_in_block: bool) -> usize {
+        let before = self.places.set(page, Place::Resident);
+        match before {
             Place::Resident => return 1,
             // The page has its bytes from its source, and the slot has an outdated frame.
             Place::Slot(slot) => {
@@ -161,13 +162,13 @@ impl Share {
                 count(&self.state.tally.refaults, 1);
             }
             Place::Gone => count(&self.state.tally.refaults, 1),
-            Place::Nowhere => {}
+            Place::Nowhere | Place::Listed => {}
         }
-        match listed {
-            true => self.page_came(page, false),
-            false => {
+        match is_in_block || before == Place::Listed {
+            true => {
                 self.resident.fetch_add(1, Ordering::Relaxed);
             }
+            false => self.page_came(page, false),
         }
         0
     }
@@ -175,12 +176,17 @@ impl Share {
     /// Notes that a page has no bytes any more. True if it was resident.
     fn note_discarded(&self, page: Page) -> bool {
         // A table that is only read takes no memory.
-        match self.places.get(page) {
-            Place::Nowhere => return false,
-            Place::Slot(slot) => self.drop_slot(page, slot),
-            Place::Resident | Place::Gone => {}
-        }
-        self.places.set(page, Place::Nowhere) == Place::Resident
+        let after = match self.places.get(page) {
+            Place::Nowhere | Place::Listed => return false,
+            Place::Slot(slot) => {
+                self.drop_slot(page, slot);
+                Place::Nowhere
+            }
+            Place::Gone => Place::Nowhere,
+            // A page that is discarded again and again is in the lists of the policy once.
+            Place::Resident => Place::Listed,
+        };
+        self.places.set(page, after) == Place::Resident
     }
 
     fn drop_slot(&self, page: Page, slot: u32) {
@@ -211,10 +217,11 @@ impl Residence for Membership {
     }
 
     fn installed(&self, span: Span, pages: usize, is_block: bool) {
-        let note = |page| self.0.note_installed(page, !is_block);
+        let is_listed = is_block && span.iter().all(|page| self.0.places.get(page) == Place::Listed);
+        let note = |page| self.0.note_installed(page, is_block);
         let present = span.prefix(pages).iter().map(note).sum::<usize>();
         self.0.state.release(span.pages - pages + present);
-        if is_block {
+        if is_block && !is_listed {
             self.0.state.arrivals.add(block_key(self.0.member, span.first), false);
         }
     }
