@@ -44,7 +44,7 @@ pub(crate) use write_protect::let_write;
 
 use crate::signals::NoSignals;
 use crate::space::page_table::{Claim, Wake};
-use crate::space::{Mapping, Prepared};
+use crate::space::{Mapping, Prepared, Residence};
 use claim::claim;
 use fill::Filled;
 pub(crate) use install::{Mode, count};
@@ -94,8 +94,7 @@ pub(crate) fn journey<F: Filler>(region: &Mapping, wanted: Wanted, filler: &mut 
     end
 }
 
-/// The next pages of a claim to fill. In a region with a budget, a page that waits in standby comes back
-/// instead: `None`, and `end` tells whether the journey goes on.
+/// The next pages of a claim to fill; `None` as [`in_budget`].
 #[inline]
 fn bounded<F: Filler>(
     region: &Mapping,
@@ -103,14 +102,32 @@ fn bounded<F: Filler>(
     filler: &mut F,
     end: &mut Result<(), Unfilled>,
 ) -> Option<Span> {
-    let Some(residence) = region.residence.as_ref().filter(|_| F::HAS_NO_BYTES) else {
-        return Some(claim.span());
-    };
-    let range = region.target.addresses(claim.span().prefix(1));
-    // A signal handler that touches the page must find its bytes either in standby or in the region.
-    let fills_itself = region.written_back().is_some() && callers::fills_itself(region, claim.span().first);
-    let _handlers = fills_itself.then(NoSignals::until_dropped);
-    match residence.prepare(claim, range, region.uffd.of(range), filler.writes()) {
+    match region.residence.as_deref().filter(|_| F::HAS_NO_BYTES) {
+        Some(residence) => in_budget(region, residence, claim, filler, end),
+        None => Some(claim.span()),
+    }
+}
+
+/// As [`bounded`], in a region with a budget. There, a page that waits in standby comes back instead: `None`,
+/// and `end` tells whether the journey goes on.
+///
+/// Not a part of its caller, because a signal handler has a small stack.
+#[inline(never)]
+fn in_budget<F: Filler>(
+    region: &Mapping,
+    residence: &dyn Residence,
+    claim: &mut Claim<'_>,
+    filler: &mut F,
+    end: &mut Result<(), Unfilled>,
+) -> Option<Span> {
+    let (range, writes) = (region.target.addresses(claim.span().prefix(1)), filler.writes());
+    // A signal handler that touches a page of its thread's claim must find the written bytes either in
+    // standby or in the region.
+    let fills_itself = callers::fills_itself(region, claim.span().first) && region.written_back().is_some();
+    let handlers = fills_itself.then(NoSignals::until_dropped);
+    let prepared = residence.prepare(claim, range, region.uffd.of(range), writes);
+    drop(handlers);
+    match prepared {
         Prepared::Fill(span) => Some(span),
         Prepared::Returned => {
             filler.installed(1);
