@@ -77,13 +77,7 @@ fn install_some(
     let Ok(_held) = held(region, span) else { return Err(InstallError::Changing) };
     let residence = region.residence.as_ref().filter(|_| takes_memory(region, content));
     let span = match residence {
-        Some(residence) => {
-            let span = unchanged(region, span, content, done * page_bytes)?;
-            if !residence.make_room(span.pages, quiet) {
-                return Err(InstallError::NoRoom);
-            }
-            span
-        }
+        Some(_) => with_room(region, span, content, done * page_bytes, quiet)?,
         None => span,
     };
     let put = put(region, span, content, done * page_bytes, quiet);
@@ -103,6 +97,23 @@ fn install_some(
     }
     settle(region, claim, span.prefix(pages), (outcome, method), quiet);
     Ok(pages)
+}
+
+/// The leading pages of a span that have the bytes of their first reading, with room for them in the budget
+/// of the region.
+#[inline(never)]
+fn with_room(
+    region: &Mapping,
+    span: Span,
+    content: &Content<'_>,
+    done: usize,
+    quiet: bool,
+) -> Result<Span, InstallError> {
+    let span = unchanged(region, span, content, done)?;
+    match &region.residence {
+        Some(residence) if !residence.make_room(span.pages, quiet) => Err(InstallError::NoRoom),
+        _ => Ok(span),
+    }
 }
 
 /// False for zeros, which are a page of the kernel unless their first write is told, and for pages of a
