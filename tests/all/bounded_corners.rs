@@ -1,8 +1,8 @@
 //! Regions with a budget in rare orders of their threads and calls: no write is lost, and no page stays for
 //! ever.
 
-use crate::bounded_writes::{BUDGET, Disk, bounded, builder, moves_no_pages, pool, word};
-use crate::waits::until;
+use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
+use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal};
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
@@ -12,6 +12,8 @@ use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
 
 /// Discarded pages are missing, also those that a flush reads in place.
 #[test]
@@ -142,4 +144,58 @@ fn pins_of_one_page_at_once_are_counted_once() {
     region.unpin(..).unwrap();
     region.pin(..3 << 20).unwrap();
     region.pin(..(3 << 20) + 1).unwrap_err();
+}
+
+/// A source that gives zeros, and may change.
+struct Zeros(u64);
+
+impl Source for Zeros {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        into.fill(0);
+        Ok(())
+    }
+}
+
+/// The build waits for room for its hashes, because the budget is full of written pages.
+#[test]
+fn a_region_ends_while_the_build_of_another_one_waits_for_a_write() {
+    if moves_no_pages() {
+        return;
+    }
+    let source = Arc::new(Interrupting {
+        disk: Disk::of(vec![0; PAGES * PAGE]),
+        raises: AtomicBool::new(false),
+        holds: AtomicBool::new(true),
+        writes: AtomicUsize::new(0),
+    });
+    let budget = Budget::bytes(BUDGET).unwrap();
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 4);
+    let other = bounded(&budget, Chunk::writable(Disk::of(vec![0; PAGE])), 1);
+    // Almost the eighth of the budget that hashes may take.
+    let hashed = Chunk::source(Arc::new(Zeros((BUDGET / 8 - (64 << 10)) / 16 * PAGE as u64)));
+    let has_ended = AtomicBool::new(false);
+    let ends = scope(|scope| {
+        for first in 0..4 {
+            let region = &region;
+            scope.spawn(move || {
+                (first..PAGES).step_by(4).for_each(|page| word(region, page).store(1, Ordering::Relaxed));
+            });
+        }
+        until(|| budget.resident_bytes() > BUDGET / 16 * 15);
+        let build = scope.spawn(|| Region::builder().chunk(hashed).budget(&budget).build(&pool(1)).unwrap());
+        thread::sleep(Duration::from_millis(50));
+        assert!(!build.is_finished());
+        scope.spawn(|| {
+            drop(other);
+            has_ended.store(true, Ordering::SeqCst);
+        });
+        let ends = comes_true(|| has_ended.load(Ordering::SeqCst));
+        source.holds.store(false, Ordering::SeqCst);
+        ends
+    });
+    assert!(ends);
 }

@@ -93,17 +93,21 @@ impl Share {
         let table_pages = table_pages(&hashed, page);
         let fingerprints = (!hashed.is_empty()).then(|| Fingerprints::new(hashed, page));
         let fingerprints = fingerprints.transpose().map_err(JoinError::NoTable)?;
+        if !state.reserve_hashes(table_pages) {
+            return Err(JoinError::Hashes(table_pages));
+        }
+        // Before the lock of the regions, because the room may need the write of a page, and a source may wait
+        // for a thread that ends a region.
+        if !make_room(state, table_pages, false) {
+            state.overrun(table_pages);
+        }
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
         let member = members.iter().position(Option::is_none).unwrap_or(members.len());
         if member >= MEMBERS_MAX {
+            state.release(table_pages);
+            state.release_hashes(table_pages);
             return Err(JoinError::Full);
-        }
-        if !state.reserve_hashes(table_pages) {
-            return Err(JoinError::Hashes(table_pages));
-        }
-        if !make_room(state, table_pages, false) {
-            state.overrun(table_pages);
         }
         let (state, region, resident) = (Arc::clone(state), OnceLock::new(), AtomicUsize::new(0));
         state.writes.regions.fetch_add(usize::from(dirty.is_some()), Ordering::Relaxed);
