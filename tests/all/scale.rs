@@ -71,6 +71,8 @@ fn parts(region: &Region) -> Vec<String> {
 fn many_chunks_of_one_memory_cost_at_most_32_bytes_each() {
     const CHUNKS: u64 = 1_000_000;
     let end = child::run(this_test!(), || {
+        // The kernel may replace a few pages by a huge one at any time.
+        nix::sys::prctl::set_thp_disable(true).unwrap();
         let memory = Memory::from((0..1 << 20).map(|i| (i % 251) as u8 | 1).collect::<Vec<u8>>());
         let source = |chunk: u64| chunk * 7919 % 1_000_000;
         let chunk = |index: u64| Chunk::from(memory.clone()).range(source(index)..source(index) + 37);

@@ -69,6 +69,8 @@ fn frame(byte: &u8) -> u64 {
 #[cfg_attr(sanitized = "thread", ignore = "memory of the sanitizer is counted")]
 fn a_region_in_place_takes_no_memory_of_its_own() {
     let end = child::run(this_test!(), || {
+        // The kernel may replace a few pages by a huge one at any time.
+        nix::sys::prctl::set_thp_disable(true).unwrap();
         let bytes = pattern(3, 64 << 20);
         let region = Region::builder().chunk(memfd(&bytes)).build(&Pool::new().unwrap()).unwrap();
         let before = anonymous_kib();
