@@ -19,7 +19,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let snapshot = FileSource::open(folder.join("guest.mem"))?;
     let builder = Region::builder().name("guest").chunk(snapshot).writable().readahead(Readahead::None);
     let guest = match builder.on_memfd().track_changes().build_shared(&Pool::new()?) {
-        Err(error) if error.kind() == ErrorKind::Unsupported => return Ok(println!("{error}")), // Linux before 6.7
+        // Linux before 6.7 keeps no record of writes.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            println!("{error}");
+            return Ok(());
+        }
         built => GuestRegion::tracked(built?, GuestAddress(0))?,
     };
     let memory = GuestRegionCollection::from_regions(vec![guest])?;

@@ -38,10 +38,8 @@ impl Region {
         if offset.checked_add(bytes as u64).is_some_and(|end| end <= len) {
             return Ok(());
         }
-        let message = format_args!(
-            "region {}: {bytes} bytes from offset {offset} on leave its {len} bytes",
-            self.region.name()
-        );
+        let name = self.region.name();
+        let message = format!("region {name}: {bytes} bytes from offset {offset} on leave its {len} bytes");
         Err(CallError::new(Status::PsOutOfRange, message))
     }
 }

@@ -92,8 +92,9 @@ impl Shared {
     fn copy(&self, region: &Region) {
         let memory = &mut *self.memory();
         memory.places[region.place].is_present = true;
-        let woken = memory.waiting.extract_if(.., |waiter| waiter.place == region.place);
+        let woken = memory.waiting.iter().filter(|waiter| waiter.place == region.place);
         memory.filled.extend(woken.map(|waiter| (waiter.number, region.number)));
+        memory.waiting.retain(|waiter| waiter.place != region.place);
         self.changed.notify_all();
     }
 
