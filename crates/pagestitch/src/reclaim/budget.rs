@@ -42,7 +42,9 @@ use std::time::Duration;
 /// * **Written pages** of a region that is built [`write_back`](crate::Builder::write_back) go to their
 ///   sources before their memory is used for other pages: neighbouring pages at once, by the thread that
 ///   needs the room. So a thread that writes faster than the source takes bytes waits in its faults, and a
-///   source that hangs holds up the faults of all regions of the budget that need room.
+///   source that hangs holds up the faults of all regions of the budget that need room. That thread may be
+///   the only worker of a pool, so a source [never touches](crate::source::WritableSource#contract) a region
+///   that the same pool serves.
 /// * **A source that takes no bytes back** loses none: the page stays, and is dirty.
 ///   [`on_page_failure`](crate::Builder::on_page_failure) gets the first error, and
 ///   [`flush`](crate::AnyRegion::flush) returns it. Other pages leave meanwhile. If none is left, a fault that

@@ -20,6 +20,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 ///   [`write_at`](Self::write_at) and [`sync`](Self::sync), one at a time for each region. Reads may
 ///   come at the same time. If the region has a [budget](crate::Builder::budget), workers and other threads
 ///   that need room write too, several at a time, and never the same bytes.
+/// * **Never** touch any region that the same pool serves, or that has the same budget, in
+///   [`write_at`](Self::write_at) or [`sync`](Self::sync): the touch may wait for the very thread that writes.
 /// * **No touch** of the region below a lock that [`write_at`](Self::write_at) takes: the touch may have to
 ///   wait for a write.
 /// * **Reads see writes.** After a write, [`read_at`](Source::read_at) returns its bytes, because a
