@@ -228,3 +228,27 @@ fn of_end(error: io::Error, offset: u64, bytes: usize) -> io::Error {
 
 /// The most bytes of a read that goes around the page cache: longer ones take less time through it.
 const DIRECT_MAX: usize = 64 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The kernel reads a part of the last page, and refuses to go on from there.
+    #[test]
+    fn a_direct_read_of_a_file_that_was_truncated_inside_a_page_tells_it() {
+        let path = std::env::temp_dir().join(format!("pagestitch-truncated-{}", std::process::id()));
+        fs::write(&path, [7; 8192]).unwrap();
+        let direct = FileSource::open(&path).unwrap().direct();
+        fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(4196).unwrap();
+        fs::remove_file(&path).unwrap();
+        // Not on each file system.
+        let Ok(direct) = direct else { return };
+        let mut room = vec![0; 3 * 4096];
+        let start = room.as_ptr().align_offset(4096);
+        for start in [start, start + 1] {
+            let error = direct.read_at(0, &mut room[start..][..8192]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{error}");
+            assert_eq!(room[start + 4195], 7);
+        }
+    }
+}
