@@ -211,7 +211,7 @@ pub(super) struct Writes {
     /// Notified at each step.
     ends: EventCount,
     /// The number of regions whose last write has failed.
-    pub(super) failing: AtomicUsize,
+    failing: AtomicUsize,
     /// The number of regions whose pages are written back.
     pub(super) regions: AtomicUsize,
 }
@@ -230,6 +230,27 @@ impl Writes {
     pub(super) fn end(&self) {
         self.running.fetch_sub(1, Ordering::SeqCst);
         self.pages_done();
+    }
+
+    /// The write of a region with this backoff has failed. True for the first failure since a success.
+    pub(super) fn failed(&self, backoff: &Backoff) -> bool {
+        // Counted before the failure is known, because a success of another thread takes it back at once.
+        self.failing.fetch_add(1, Ordering::SeqCst);
+        let is_first = backoff.failed();
+        self.failing.fetch_sub(usize::from(!is_first), Ordering::SeqCst);
+        is_first
+    }
+
+    /// The write of a region with this backoff has succeeded, or the region ends.
+    pub(super) fn succeeded(&self, backoff: &Backoff) {
+        if backoff.succeeded() {
+            self.failing.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    /// The number of regions whose last write has failed.
+    pub(super) fn failing(&self) -> usize {
+        self.failing.load(Ordering::SeqCst)
     }
 
     /// The number of steps so far.
@@ -256,6 +277,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
+    use std::thread;
 
     #[test]
     fn the_first_set_bit_is_found_inside_of_a_range() {
@@ -272,5 +294,17 @@ mod tests {
         let backoff = Backoff::new();
         assert!(!backoff.pauses() && backoff.failed() && !backoff.failed());
         assert!(backoff.pauses() && backoff.succeeded() && !backoff.pauses() && !backoff.succeeded());
+    }
+
+    #[test]
+    fn a_region_whose_writes_fail_and_succeed_at_once_is_counted_once() {
+        let (writes, backoff) = (Writes::default(), Backoff::new());
+        thread::scope(|scope| {
+            scope.spawn(|| (0..20_000).for_each(|_| drop(writes.failed(&backoff))));
+            scope.spawn(|| (0..20_000).for_each(|_| writes.succeeded(&backoff)));
+            (0..20_000).for_each(|_| assert!(writes.failing() <= 2, "{} regions", writes.failing()));
+        });
+        writes.succeeded(&backoff);
+        assert_eq!(writes.failing(), 0);
     }
 }

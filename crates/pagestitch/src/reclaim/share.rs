@@ -335,7 +335,7 @@ impl Drop for Membership {
         state.release_pinned(self.0.pins.count());
         if let Some(dirty) = dirty {
             state.writes.regions.fetch_sub(1, Ordering::Relaxed);
-            state.writes.failing.fetch_sub(usize::from(dirty.backoff.succeeded()), Ordering::SeqCst);
+            state.writes.succeeded(&dirty.backoff);
         }
         let mut writer = state.members.write();
         let mut members = writer.current().cloned().unwrap_or_default();
@@ -373,7 +373,7 @@ fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
         }
     }
     // More pages would be dirty soon, too, so that no limit would hold.
-    if state.writes.failing.load(Ordering::SeqCst) > 0 {
+    if state.writes.failing() > 0 {
         return false;
     }
     state.overrun(pages);

@@ -7,7 +7,6 @@ use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
 use crate::source::{ask_writer, write_all};
 use crate::space::Mapping;
 use crate::space::page_table::{PageState, Wake};
-use pagestitch_kernel::sync::atomic::Ordering;
 use pagestitch_kernel::{Outcome, Page, PageSize, Span};
 use std::sync::PoisonError;
 use std::{mem, thread};
@@ -160,9 +159,7 @@ impl Share {
             answer.map_err(|error| Box::new(piece.failed(error)))?;
         }
         count(&self.state.tally.write_backs, span.pages);
-        if dirty.backoff.succeeded() {
-            self.state.writes.failing.fetch_sub(1, Ordering::SeqCst);
-        }
+        self.state.writes.succeeded(&dirty.backoff);
         Ok(())
     }
 
@@ -178,8 +175,7 @@ impl Share {
     #[cold]
     fn note_failure(&self, region: &Mapping, dirty: &DirtyPages, page: Page, failure: &Failure) {
         count(&self.state.tally.write_failures, 1);
-        if dirty.backoff.failed() {
-            self.state.writes.failing.fetch_add(1, Ordering::SeqCst);
+        if self.state.writes.failed(&dirty.backoff) {
             region.report(page, failure);
             log!(error, region = region.name, %failure, "written pages stay in memory, because their source has failed");
         }
