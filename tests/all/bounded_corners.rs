@@ -4,9 +4,10 @@
 use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
 use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal};
+use nix::libc;
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
-use pagestitch::{Budget, Chunk, Region, Source};
+use pagestitch::{Budget, Chunk, Region, SharedRegion, Source};
 use pagestitch_testkit::scope::scope;
 use pagestitch_testkit::{child, this_test};
 use std::io;
@@ -30,6 +31,31 @@ fn a_flush_of_discarded_padding_ends() {
         scope.spawn(|| region.flush(..).unwrap());
     });
     assert_eq!(word(&region, 0).load(Ordering::Relaxed).to_ne_bytes(), [1; 8]);
+}
+
+/// Changes the access of a page.
+#[expect(unsafe_code, reason = "a page without access")]
+fn protect(region: &SharedRegion, page: usize, access: i32) {
+    let address = word(region, page).as_ptr().cast();
+    // SAFETY: the page is inside the region, and no thread touches it while it has no access.
+    assert_eq!(unsafe { libc::mprotect(address, PAGE, access) }, 0);
+}
+
+#[test]
+fn a_flush_fails_for_a_page_that_cannot_be_read_and_the_page_stays_dirty() {
+    if moves_no_pages() {
+        return;
+    }
+    let (budget, disk) = (Budget::bytes(BUDGET).unwrap(), Disk::of(vec![0; 4 * PAGE]));
+    let region = bounded(&budget, Chunk::writable(Arc::clone(&disk)), 1);
+    word(&region, 1).store(7, Ordering::SeqCst);
+    protect(&region, 1, libc::PROT_NONE);
+    let flushed = region.flush(..);
+    protect(&region, 1, libc::PROT_READ | libc::PROT_WRITE);
+    assert!(flushed.is_err(), "the page is not in its source");
+    assert_eq!(budget.metrics().dirty_bytes, PAGE as u64);
+    region.flush(..).unwrap();
+    assert_eq!(disk.word(1), 7);
 }
 
 /// A source that raises a signal in the thread that reads its first page, and holds writes up.

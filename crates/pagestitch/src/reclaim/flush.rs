@@ -10,7 +10,7 @@
 //! The move proves that no device has a page pinned. The threads that touch a page wait for the move and
 //! the copy, and not for the source.
 
-use crate::error::Failure;
+use crate::error::{Failure, FailureReason};
 use crate::reclaim::dirty::DirtyPages;
 use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, without_handlers};
@@ -79,8 +79,11 @@ impl Share {
                 Ok(()) => (1, true),
                 Err(errno) => {
                     self.end_writing(dirty, span.first.span());
-                    // It is discarded: the next touch fills it.
-                    return usize::from(errno == Errno::EFAULT);
+                    // The next touch fills a page that is discarded.
+                    if self.is_there(span.first) {
+                        failed(span.first, unreadable(region, span.first, errno));
+                    }
+                    return 1;
                 }
             },
             Copied::Skipped => return 1,
@@ -211,8 +214,27 @@ impl Share {
     fn read_in_place(&self, page: Page, buffer: &mut [u8]) -> Result<(), Errno> {
         let reservation = self.evictable.reservation();
         let size = reservation.page_size();
-        reservation.read_at(size.offset_of(page), &mut buffer[..size.bytes()])
+        let mut read = || reservation.read_at(size.offset_of(page), &mut buffer[..size.bytes()]);
+        // Once more, because a page that was missing may be there by now.
+        read().or_else(|_| read())
     }
+
+    /// False for a page that is discarded or unmapped.
+    fn is_there(&self, page: Page) -> bool {
+        let mut is_there = false;
+        let told = self.evictable.reservation().residency(page.span(), |_, here| is_there = here);
+        told.is_ok() && is_there
+    }
+}
+
+/// The failure of a page whose written bytes the kernel does not read.
+#[cold]
+fn unreadable(region: &Mapping, page: Page, errno: Errno) -> Failure {
+    let what = format!(
+        "the written page stays dirty, because the kernel cannot read it ({errno}): give it read access; its memory may have an error otherwise"
+    );
+    let offsets = region.page_size().offsets(page.span());
+    region.layout.piece_at(offsets.start, offsets.end).failed(FailureReason::Kernel.error(what))
 }
 
 /// The caller has the claim of the page.
