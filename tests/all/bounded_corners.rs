@@ -58,6 +58,56 @@ fn a_flush_fails_for_a_page_that_cannot_be_read_and_the_page_stays_dirty() {
     assert_eq!(disk.word(1), 7);
 }
 
+/// A source that unmaps a page of its region, and takes no bytes.
+struct Unmapping {
+    disk: Arc<Disk>,
+    address: AtomicUsize,
+}
+
+impl Source for Unmapping {
+    fn size(&self) -> u64 {
+        self.disk.size()
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self.disk.read_at(offset, into)
+    }
+}
+
+impl WritableSource for Unmapping {
+    #[expect(unsafe_code, reason = "a page that is unmapped")]
+    fn write_at(&self, _: u64, _: &[u8]) -> io::Result<usize> {
+        let page = std::ptr::with_exposed_provenance_mut(self.address.load(Ordering::SeqCst));
+        // SAFETY: a page of the region, which no thread touches any more.
+        assert_eq!(unsafe { libc::munmap(page, PAGE) }, 0);
+        Err(io::Error::from_raw_os_error(libc::ENOSPC))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.disk.sync()
+    }
+}
+
+#[test]
+fn a_page_that_is_unmapped_while_its_write_fails_has_an_end() {
+    let end = child::run(this_test!(), || {
+        if moves_no_pages() {
+            return;
+        }
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let source = Arc::new(Unmapping { disk: Disk::of(vec![0; 4 * PAGE]), address: AtomicUsize::new(0) });
+        let region = bounded(&budget, Chunk::writable(Arc::clone(&source)), 1);
+        word(&region, 1).store(7, Ordering::SeqCst);
+        source.address.store(word(&region, 1).as_ptr().expose_provenance(), Ordering::SeqCst);
+        scope(|scope| {
+            scope.spawn(|| region.evict(PAGE as u64..2 * PAGE as u64).unwrap());
+        });
+        region.flush(..).unwrap();
+        assert_eq!(budget.metrics().dirty_bytes, 0);
+    });
+    end.expect_pass();
+}
+
 /// A source that raises a signal in the thread that reads its first page, and holds writes up.
 struct Interrupting {
     disk: Arc<Disk>,

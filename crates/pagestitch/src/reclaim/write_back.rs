@@ -2,6 +2,7 @@
 
 use crate::error::Failure;
 use crate::reclaim::dirty::DirtyPages;
+use crate::reclaim::places::Place;
 use crate::reclaim::share::{Quiet, Share, State};
 use crate::reclaim::state::{BATCH, BatchBuffer, Standby, count, key_of};
 use crate::source::{ask_writer, write_all};
@@ -93,14 +94,14 @@ impl Share {
                 if is_written {
                     standby.slots.written(slot, key_of(self.member, page));
                 } else {
-                    self.put_back(region, standby, page, slot);
+                    self.put_back(region, dirty, standby, page, slot);
                 }
             });
             self.end_writing(dirty, span);
             (rest, bytes) = (later, after);
         }
         for &(page, slot) in batch.unread.iter().flatten() {
-            self.put_back(region, standby, page, slot);
+            self.put_back(region, dirty, standby, page, slot);
             self.end_writing(dirty, page.span());
         }
     }
@@ -183,7 +184,7 @@ impl Share {
 
     /// A page could not be written: it goes back to its region, and is dirty.
     #[cold]
-    fn put_back(&self, region: &Mapping, standby: &Standby, page: Page, slot: usize) {
+    fn put_back(&self, region: &Mapping, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
         let quiet = Quiet(region);
         let range = region.target.addresses(page.span());
         while standby.slots.is_modified(slot, key_of(self.member, page)) {
@@ -191,11 +192,23 @@ impl Share {
             if let Ok(mut claim) = region.pages.claim(page, &quiet) {
                 let back = self.bring_back(page, slot, range, region.uffd.of(range), true);
                 let is_back = back == Outcome::Done;
+                if !is_back && self.evictable.reservation().is_resident(page).is_err() {
+                    self.forget_unmapped(dirty, standby, page, slot);
+                }
                 claim.settle(1, if is_back { PageState::Present } else { PageState::Absent });
                 // A thread may have faulted before the claim.
                 quiet.wake(page.span());
             }
             thread::yield_now();
+        }
+    }
+
+    /// The application has unmapped a claimed page, so that its bytes have no place any more.
+    fn forget_unmapped(&self, dirty: &DirtyPages, standby: &Standby, page: Page, slot: usize) {
+        if standby.slots.begin_return(slot, key_of(self.member, page)).is_some() {
+            standby.slots.abandon(slot);
+            dirty.unmark(page);
+            self.places.set(page, Place::Gone);
         }
     }
 }
