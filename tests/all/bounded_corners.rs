@@ -2,6 +2,7 @@
 //! ever.
 
 use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
+use crate::guests::lacks_poison;
 use crate::waits::{comes_true, until};
 use crate::{PAGE, discard, handle_user_signal};
 use nix::libc;
@@ -104,6 +105,55 @@ fn a_page_that_is_unmapped_while_its_write_fails_has_an_end() {
         });
         region.flush(..).unwrap();
         assert_eq!(budget.metrics().dirty_bytes, 0);
+    });
+    end.expect_pass();
+}
+
+/// A source whose first read raises a signal and fails, as all others except for that of the handler.
+struct FailingFirst {
+    reads: AtomicUsize,
+}
+
+impl Source for FailingFirst {
+    fn size(&self) -> u64 {
+        PAGE as u64
+    }
+
+    fn read_at(&self, _: u64, into: &mut [u8]) -> io::Result<()> {
+        match self.reads.fetch_add(1, Ordering::SeqCst) {
+            0 => raise(Signal::SIGUSR1).unwrap(),
+            1 => {
+                into.fill(7);
+                return Ok(());
+            }
+            _ => {}
+        }
+        Err(io::ErrorKind::Other.into())
+    }
+}
+
+#[test]
+fn a_page_that_a_signal_handler_gets_counts_also_if_the_read_of_its_thread_fails() {
+    static ADDRESS: AtomicUsize = AtomicUsize::new(0);
+    #[expect(unsafe_code, reason = "a signal handler reads through a pointer")]
+    extern "C" fn handler(_: i32) {
+        let word = std::ptr::with_exposed_provenance_mut(ADDRESS.load(Ordering::SeqCst));
+        // SAFETY: a word of the region, which is accessed by atomics only.
+        unsafe { AtomicU64::from_ptr(word) }.load(Ordering::SeqCst);
+    }
+    if lacks_poison(this_test!()) {
+        return;
+    }
+    let end = child::run(this_test!(), || {
+        let budget = Budget::bytes(BUDGET).unwrap();
+        let chunk: Arc<dyn Source> = Arc::new(FailingFirst { reads: AtomicUsize::new(0) });
+        let region = Region::builder().chunk(chunk).budget(&budget).build_shared(&pool(1)).unwrap();
+        ADDRESS.store(word(&region, 0).as_ptr().expose_provenance(), Ordering::SeqCst);
+        handle_user_signal(handler);
+        scope(|scope| {
+            scope.spawn(|| region.populate(..).unwrap_err());
+        });
+        assert_eq!(budget.resident_bytes(), PAGE as u64);
     });
     end.expect_pass();
 }

@@ -118,7 +118,7 @@ fn with_room(
 
 /// False for zeros, which are a page of the kernel unless their first write is told, and for pages of a
 /// memfd, which are page cache.
-fn takes_memory(region: &Mapping, content: &Content<'_>) -> bool {
+pub(super) fn takes_memory(region: &Mapping, content: &Content<'_>) -> bool {
     match content {
         Content::Zero => region.written_back().is_some(),
         Content::Continue => false,

@@ -22,7 +22,8 @@ pub(super) enum Place {
 
 /// The places of a region's pages, 32 bits a page. Memory is taken only where the table is touched.
 ///
-/// Invariant: only the thread with the claim of a page changes its place.
+/// Invariant: only the thread with the claim of a page changes its place, or the thread that fills the page
+/// for a signal handler which has interrupted that one.
 #[derive(Debug)]
 pub(super) struct Places(AtomicTable);
 
