@@ -58,18 +58,10 @@ impl DirectFile {
     /// The errors of `pread(2)`; [`io::ErrorKind::UnexpectedEof`] if the file ends before.
     pub fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let whole = |number: usize| number % self.align == 0;
-        let mut done = 0;
         if whole(into.as_ptr().addr()) && whole(into.len()) && whole(offset as usize) {
-            done = match self.file.read_at(into, offset) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-                read => read?,
-            };
-            if done == into.len() {
-                return Ok(());
-            }
+            return self.file.read_exact_at(into, offset);
         }
-        // The rest of a short read does not begin at a whole block.
-        let mut block = Block::new();
+        let (mut block, mut done) = (Block::new(), 0);
         while done < into.len() {
             let at = offset + done as u64;
             let inside = at as usize % self.align;

@@ -233,7 +233,7 @@ const DIRECT_MAX: usize = 64 << 10;
 mod tests {
     use super::*;
 
-    /// The kernel reads a part of the last page, and refuses to go on from there.
+    /// The kernel reads a part of the last page, and tells the end of the file there.
     #[test]
     fn a_direct_read_of_a_file_that_was_truncated_inside_a_page_tells_it() {
         let path = std::env::temp_dir().join(format!("pagestitch-truncated-{}", std::process::id()));
