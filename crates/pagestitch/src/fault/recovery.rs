@@ -269,11 +269,14 @@ impl<'a> Sources<'a> {
 /// one the page fails.
 const SHORT_OF_MEMORY: [Duration; 3] =
     [Duration::from_millis(1), Duration::from_millis(10), Duration::from_millis(100)];
-/// The pauses between attempts to find room in a budget whose written pages cannot go back.
-const SHORT_OF_ROOM: [Duration; 4] = [
+/// The pauses between attempts to find room in a budget whose written pages cannot go back. The source
+/// of such pages has pauses of up to a second, so a few of them pass before the page fails.
+const SHORT_OF_ROOM: [Duration; 6] = [
     Duration::from_millis(1),
     Duration::from_millis(10),
     Duration::from_millis(100),
+    Duration::from_millis(1000),
+    Duration::from_millis(1000),
     Duration::from_millis(1000),
 ];
 /// Multiplier that spreads close numbers (2^64 divided by the golden ratio).

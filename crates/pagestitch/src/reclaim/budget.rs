@@ -48,7 +48,7 @@ use std::time::Duration;
 /// * **A source that takes no bytes back** loses none: the page stays, and is dirty.
 ///   [`on_page_failure`](crate::Builder::on_page_failure) gets the first error, and
 ///   [`flush`](crate::AnyRegion::flush) returns it. Other pages leave meanwhile. If none is left, a fault that
-///   needs room fails after a second, and touches of its page get SIGBUS
+///   needs room fails after three seconds without a write that succeeds, and touches of its page get SIGBUS
 ///   ([`FailureReason::NoRoom`](crate::source::FailureReason::NoRoom)) until
 ///   [`retry_failed`](crate::AnyRegion::retry_failed).
 /// * **Padding** between chunks has no source: a page with written padding stays.

@@ -359,6 +359,25 @@ fn make_room(state: &State, pages: usize, quiet: bool) -> bool {
 /// As [`make_room`], in a budget that is used up.
 #[cold]
 fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
+    loop {
+        let written = state.tally.write_backs.load(Ordering::Relaxed);
+        if try_to_free(state, pages, quiet) {
+            return true;
+        }
+        if state.writes.failing() == 0 {
+            state.overrun(pages);
+            return true;
+        }
+        // More pages would be dirty soon, too, so that no limit would hold. As long as some pages can be
+        // written, others fail for a moment only.
+        if quiet || state.tally.write_backs.load(Ordering::Relaxed) == written {
+            return false;
+        }
+    }
+}
+
+/// Frees memory and reserves it, in a limited number of attempts.
+fn try_to_free(state: &State, pages: usize, quiet: bool) -> bool {
     for _ in 0..TRIES + pages / BATCH {
         let steps = state.writes.steps();
         let blocked = without_handlers();
@@ -372,12 +391,7 @@ fn free_room(state: &State, pages: usize, quiet: bool) -> bool {
             state.writes.wait_for_next(steps);
         }
     }
-    // More pages would be dirty soon, too, so that no limit would hold.
-    if state.writes.failing() > 0 {
-        return false;
-    }
-    state.overrun(pages);
-    true
+    false
 }
 
 /// Wakes without a log, because a log takes locks.
