@@ -79,5 +79,6 @@ pub(crate) fn spawn_asleep<'scope, R>(
         drop(work());
     });
     let folder = folder.recv().unwrap();
-    until(|| is_asleep(&folder));
+    // A loaded machine may run the thread to its end before it is looked at.
+    until(|| is_asleep(&folder) || !folder.exists());
 }
