@@ -61,7 +61,8 @@ fn pinned_pages_stay_while_others_leave() {
     assert_eq!(region.evict(..50 * PAGE as u64).unwrap(), 0);
     assert_eq!(region.as_slice()[..50 * PAGE], bytes(50));
     region.unpin(..).unwrap();
-    assert_eq!(region.evict(..50 * PAGE as u64).unwrap(), 50 * PAGE as u64);
+    // The worker may still use the slots of the standby list, or evict some of these pages.
+    until(|| region.evict(..50 * PAGE as u64).unwrap() > 0);
     assert_eq!(region.as_slice()[..50 * PAGE], bytes(50));
 }
 

@@ -85,6 +85,10 @@ impl State {
             if let Some(run) = run {
                 self.empty(standby, run);
             }
+            if most == 0 {
+                // Another thread empties the slots.
+                std::thread::yield_now();
+            }
             left += self.move_out(standby, &rest[..most], slot);
             rest = &rest[most..];
         }
