@@ -125,8 +125,7 @@ impl<S: Send + Sync> State<S> {
 
     /// Reserves memory for pages. False, and nothing is changed, if the budget has no room.
     pub(super) fn try_reserve(&self, pages: usize) -> bool {
-        let more = |frames: usize| Some(frames + pages).filter(|&frames| frames <= self.limit);
-        self.frames.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+        add_up_to(&self.frames, pages, self.limit)
     }
 
     /// The most pages of memory in tables of hashes.
@@ -136,8 +135,7 @@ impl<S: Send + Sync> State<S> {
 
     /// Counts pages for a table of hashes. False, and nothing is changed, if there are too many.
     pub(super) fn reserve_hashes(&self, pages: usize) -> bool {
-        let more = |hashes: usize| Some(hashes + pages).filter(|&hashes| hashes <= self.hashes_max());
-        self.hashes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+        add_up_to(&self.hashes, pages, self.hashes_max())
     }
 
     /// A table of hashes is gone.
@@ -152,8 +150,7 @@ impl<S: Send + Sync> State<S> {
 
     /// Counts pages that are pinned. False, and nothing is changed, if there are too many.
     pub(super) fn reserve_pinned(&self, pages: usize) -> bool {
-        let more = |pinned: usize| Some(pinned + pages).filter(|&pinned| pinned <= self.pinned_max());
-        self.pinned.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
+        add_up_to(&self.pinned, pages, self.pinned_max())
     }
 
     /// Pages are pinned no more.
@@ -260,6 +257,12 @@ fn sort(keys: &mut [PageKey]) {
             at -= 1;
         }
     }
+}
+
+/// Adds pages to a counter. False, and nothing is changed, if there would be more than `most`.
+fn add_up_to(counter: &AtomicUsize, pages: usize, most: usize) -> bool {
+    let more = |now: usize| Some(now + pages).filter(|&sum| sum <= most);
+    counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_ok()
 }
 
 /// Adds to a counter.
