@@ -61,15 +61,7 @@ impl Region {
     /// # Ok::<(), pagestitch::Error>(())
     /// ```
     pub fn append(&self, chunk: impl IntoChunk) -> Result<Range<usize>, Error> {
-        let chunk = self.to_append(chunk)?;
-        if matches!(chunk.backing(), Backing::Shared(_)) {
-            let what = format!(
-                "region {}: other processes may change the appended chunk ({}): use build_shared(), or seal or copy it",
-                self.name(),
-                chunk.backing().source().name()
-            );
-            return Err(Error::new(ErrorKind::SharedSource, what));
-        }
+        let chunk = self.to_append_unshared(chunk, "appended chunk")?;
         self.append_chunk(&chunk, &|first, len| self.stable_view().reveal(first, len))
     }
 }
@@ -124,6 +116,21 @@ impl AnyRegion {
             below.name
         );
         Err(Error::new(ErrorKind::NestedRegion, what))
+    }
+
+    /// As [`to_append`](Self::to_append), for a region that gives out slices. An error calls the chunk by
+    /// its `role`.
+    pub(super) fn to_append_unshared(&self, chunk: impl IntoChunk, role: &str) -> Result<Chunk, Error> {
+        let chunk = self.to_append(chunk)?;
+        if !matches!(chunk.backing(), Backing::Shared(_)) {
+            return Ok(chunk);
+        }
+        let what = format!(
+            "region {}: other processes may change the {role} ({}): use build_shared(), or seal or copy it",
+            self.name(),
+            chunk.backing().source().name()
+        );
+        Err(Error::new(ErrorKind::SharedSource, what))
     }
 
     fn append_chunk(&self, chunk: &Chunk, reveal: Reveal<'_>) -> Result<Range<usize>, Error> {

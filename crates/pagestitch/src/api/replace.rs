@@ -3,7 +3,6 @@
 use crate::api::{AnyRegion, Region, SharedRegion};
 use crate::error::{Error, ErrorKind};
 use crate::serve::{self, DropPages};
-use crate::source::Backing;
 use crate::space::{Chunk, IntoChunk};
 use std::ops::RangeBounds;
 
@@ -60,15 +59,7 @@ impl Region {
     /// ```
     pub fn replace(&mut self, range: impl RangeBounds<u64>, chunk: impl IntoChunk) -> Result<(), Error> {
         let (view, any) = self.parts_mut();
-        let chunk = any.to_append(chunk)?;
-        if matches!(chunk.backing(), Backing::Shared(_)) {
-            let what = format!(
-                "region {}: other processes may change the replacement ({}): use build_shared(), or seal or copy it",
-                any.name(),
-                chunk.backing().source().name()
-            );
-            return Err(Error::new(ErrorKind::SharedSource, what));
-        }
+        let chunk = any.to_append_unshared(chunk, "replacement")?;
         any.replace_pages(range, Some(&chunk), &mut |span| view.discard(span))
     }
 
