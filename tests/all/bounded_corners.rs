@@ -4,7 +4,7 @@
 use crate::bounded_writes::{BUDGET, Disk, PAGES, bounded, builder, moves_no_pages, pool, word};
 use crate::guests::lacks_poison;
 use crate::waits::{comes_true, until};
-use crate::{PAGE, discard, handle_user_signal};
+use crate::{PAGE, discard, handle_user_signal, spawn_asleep};
 use nix::libc;
 use nix::sys::signal::{Signal, raise};
 use pagestitch::source::WritableSource;
@@ -14,8 +14,6 @@ use pagestitch_testkit::{child, this_test};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread;
-use std::time::Duration;
 
 /// Discarded pages are missing, also those that a flush reads in place.
 #[test]
@@ -303,7 +301,7 @@ fn a_region_ends_while_the_build_of_another_one_waits_for_a_write() {
     let other = bounded(&budget, Chunk::writable(Disk::of(vec![0; PAGE])), 1);
     // Almost the eighth of the budget that hashes may take.
     let hashed = Chunk::source(Arc::new(Zeros((BUDGET / 8 - (64 << 10)) / 16 * PAGE as u64)));
-    let has_ended = AtomicBool::new(false);
+    let (has_ended, is_built) = (AtomicBool::new(false), AtomicBool::new(false));
     let ends = scope(|scope| {
         for first in 0..4 {
             let region = &region;
@@ -312,9 +310,13 @@ fn a_region_ends_while_the_build_of_another_one_waits_for_a_write() {
             });
         }
         until(|| budget.resident_bytes() > BUDGET / 16 * 15);
-        let build = scope.spawn(|| Region::builder().chunk(hashed).budget(&budget).build(&pool(1)).unwrap());
-        thread::sleep(Duration::from_millis(50));
-        assert!(!build.is_finished());
+        let (budget, builds, is_built) = (&budget, pool(1), &is_built);
+        spawn_asleep(scope, move || {
+            let built = Region::builder().chunk(hashed).budget(budget).build(&builds).unwrap();
+            is_built.store(true, Ordering::SeqCst);
+            built
+        });
+        assert!(!is_built.load(Ordering::SeqCst));
         scope.spawn(|| {
             drop(other);
             has_ended.store(true, Ordering::SeqCst);

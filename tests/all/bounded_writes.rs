@@ -1,6 +1,7 @@
 //! Writable regions with a budget: written pages go back to their sources when they leave, and no write is
 //! lost.
 
+use crate::waits::until;
 use crate::{PAGE, pattern};
 use nix::libc::{self, EIO, ENOSPC};
 use pagestitch::source::{FailureReason, WritableFile, WritableSource};
@@ -15,8 +16,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
-use std::time::Duration;
 
 pub(crate) const BUDGET: u64 = 6 << 20;
 /// More than twice the budget.
@@ -168,7 +167,8 @@ fn no_write_is_lost_while_pages_leave_and_flushes_go_on() {
                 while !is_over.load(Ordering::Relaxed) {
                     region.flush(..).unwrap();
                     swap_out(&region);
-                    thread::sleep(Duration::from_millis(3));
+                    let before = budget.evictions();
+                    until(|| budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
                 }
             });
             let shadow = write_and_verify(&region, threads, 9_000 / threads);
@@ -202,7 +202,9 @@ fn no_write_is_lost_while_the_source_fails_now_and_then() {
                 disk.fail(errno);
                 disk.most.store(1_000 * (errno as usize % 2), Ordering::SeqCst);
                 let _ = region.flush(..);
-                thread::sleep(Duration::from_millis(4));
+                // A source that fails has pauses, in which no page leaves.
+                let before = budget.evictions();
+                until(|| errno != 0 || budget.evictions() > before + 100 || is_over.load(Ordering::Relaxed));
                 if is_over.load(Ordering::Relaxed) {
                     return disk.fail(0);
                 }
@@ -369,7 +371,7 @@ fn a_kill_while_pages_leave_leaves_old_or_new_bytes_in_each_page_of_the_file() {
     File::create(&path).unwrap().set_len((PAGES * PAGE) as u64).unwrap();
     let mut process = body.spawn(&path);
     // The file changes only by write-backs.
-    crate::until(|| fs::read(&path).unwrap()[7 * PAGE] > 1);
+    until(|| fs::read(&path).unwrap()[7 * PAGE] > 1);
     process.kill();
     process.wait();
     let bytes = fs::read(&path).unwrap();
