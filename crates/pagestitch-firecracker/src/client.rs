@@ -1,6 +1,7 @@
 //! A connected peer before it becomes a guest or is refused. A thread of its own reads and closes
 //! its data: see `peer_threads`.
 
+use crate::descriptor_room::DescriptorRoom;
 use crate::handshake::{GuestMappings, Handshake, HandshakeError, PartialHandshake};
 use crate::peer_threads::ResultSender;
 use crate::refusal::RefusedGuest;
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 pub(crate) struct Client {
     stream: UnixStream,
     user: u32,
+    /// For the userfaultfd that the client sends, and for the duplicate of it.
+    room: DescriptorRoom,
     /// Opened when the connection was accepted.
     process: Result<Arc<Process>, Errno>,
     /// True if `process` is certainly the process that connected, even if its pid was reused.
@@ -68,17 +71,22 @@ pub(crate) enum ClientOutcome {
 }
 
 impl Client {
-    pub(crate) fn new(stream: UnixStream, handshake_timeout: Duration) -> Self {
+    pub(crate) fn new(stream: UnixStream, room: DescriptorRoom, handshake_timeout: Duration) -> Self {
         let user = getsockopt(&stream, PeerCredentials).map_or(u32::MAX, |peer| peer.uid());
         let process = Process::peer(&stream).map(Arc::new);
         // A moment that `Instant` cannot represent counts as no limit.
         let until = Instant::now().checked_add(handshake_timeout);
         let (handshake, certain) = (PartialHandshake::default(), peers_are_certain());
-        Self { stream, user, process, certain, handshake, until, readable: false, verdict: None }
+        Self { stream, user, room, process, certain, handshake, until, readable: false, verdict: None }
     }
 
     pub(crate) const fn user(&self) -> u32 {
         self.user
+    }
+
+    /// Frees the descriptor for the duplicate of its userfaultfd.
+    pub(crate) fn free_descriptor(&mut self) {
+        self.room.free(1);
     }
 
     pub(crate) fn into_stream(self) -> UnixStream {
@@ -158,6 +166,7 @@ impl Client {
     /// Reads the data of the client.
     fn read(&mut self) -> Result<Option<Handshake>, HandshakeError> {
         let mut buffer = vec![0; 16 << 10];
+        self.room.free(self.room.len().saturating_sub(1));
         match fd_passing::receive_all(&self.stream, &mut buffer) {
             Ok(received) => self.handshake.take(&buffer[..received.bytes], received),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),

@@ -11,6 +11,7 @@
 
 use crate::background::FillEnds;
 use crate::client::{Client, ClientOutcome, ReadyGuest, Requirements};
+use crate::descriptor_room::DescriptorRoom;
 use crate::guest::OnStop;
 use crate::guest::{ServedGuest, Service};
 use crate::handshake::{Handshake, HandshakeError, MAX_CLIENTS};
@@ -22,7 +23,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::task::Waker;
@@ -183,20 +184,23 @@ impl Handler {
             && self.clients.len() < 2 * MAX_CLIENTS
     }
 
-    /// Accepts a few clients.
+    /// Accepts a few clients, each with room for the descriptors of its guest.
     fn accept(&mut self) {
-        let room = self.descriptor_room();
-        for _ in 0..room {
+        for _ in 0..MAX_ACCEPTS_PER_TURN {
+            let Some(mut room) = DescriptorRoom::keep(DESCRIPTORS_PER_GUEST, &self.shutdown) else {
+                return self.pause_accepting(&Errno::EMFILE.into());
+            };
+            self.accept_paused_until = None;
             let Some(socket) = &self.socket else { return };
+            room.free(DESCRIPTORS_PER_CLIENT);
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.settings.handshake_timeout)),
+                Ok(stream) => {
+                    self.clients.push(Client::new(stream, room, self.settings.handshake_timeout));
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => return self.pause_accepting(&error),
             }
             self.refuse_excess();
-        }
-        if room == 0 {
-            self.pause_accepting(&Errno::EMFILE.into());
         }
     }
 
@@ -208,20 +212,6 @@ impl Handler {
             tracing::warn!(%error, "no descriptor is left for another guest, which waits until a guest ends: raise the limit (ulimit -n)");
         }
         self.accept_paused_until = Some(Instant::now() + RETRY_INTERVAL);
-    }
-
-    /// The number of further clients that the process has descriptors for, up to the most of one
-    /// turn.
-    fn descriptor_room(&mut self) -> usize {
-        let others = self.clients.len() + self.peer_threads.running();
-        let wanted = (others + MAX_ACCEPTS_PER_TURN) * DESCRIPTORS_PER_GUEST;
-        let clone = |_| self.shutdown.as_fd().try_clone_to_owned().ok();
-        let had = (0..wanted).map_while(clone).collect::<Vec<OwnedFd>>().len();
-        let room = (had / DESCRIPTORS_PER_GUEST).saturating_sub(others);
-        if room > 0 {
-            self.accept_paused_until = None;
-        }
-        room
     }
 
     /// Refuses a client if there are too many: the oldest one of the user with the most clients.
@@ -276,10 +266,11 @@ impl Handler {
     }
 
     fn start_guest(&mut self, ready: ReadyGuest, on_event: &mut impl FnMut(&Event<'_>)) {
-        let ReadyGuest { client, owner, mappings, uffd } = ready;
+        let ReadyGuest { mut client, owner, mappings, uffd } = ready;
         let user = client.user();
         let record = self.settings.record.is_some() && self.guests.iter().all(|guest| !guest.is_recorded());
         // A second descriptor, because a refusal needs the userfaultfd to poison the memory.
+        client.free_descriptor();
         let kept = uffd.try_clone();
         match self.service.serve(record, &owner, &mappings, uffd) {
             Ok(region) => {
@@ -365,7 +356,10 @@ impl Handler {
         socket.close();
         while !socket.is_inherited() {
             match socket.accept() {
-                Ok(stream) => self.clients.push(Client::new(stream, self.settings.handshake_timeout)),
+                Ok(stream) => {
+                    let timeout = self.settings.handshake_timeout;
+                    self.clients.push(Client::new(stream, DescriptorRoom::default(), timeout));
+                }
                 Err(error)
                     if matches!(error.raw_os_error(), Some(nix::libc::EINTR | nix::libc::ECONNABORTED)) => {}
                 Err(_) => break,
@@ -458,8 +452,10 @@ fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {
 
 /// The descriptors for which the handler waits besides its socket, clients and guests.
 const OWN_FDS: usize = 3;
-/// A guest takes a connection, a userfaultfd, a pidfd, and one more for a short time.
-const DESCRIPTORS_PER_GUEST: usize = 4;
+/// A client takes a connection and a pidfd.
+const DESCRIPTORS_PER_CLIENT: usize = 2;
+/// Its guest takes a userfaultfd too, and a duplicate of it for a short time.
+const DESCRIPTORS_PER_GUEST: usize = DESCRIPTORS_PER_CLIENT + 2;
 /// The pause before another attempt to get descriptors or a thread.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 /// The most clients that are accepted in one turn.

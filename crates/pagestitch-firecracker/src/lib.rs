@@ -86,6 +86,7 @@
 mod background;
 mod builder;
 mod client;
+mod descriptor_room;
 mod error;
 mod event;
 mod extents;

@@ -47,11 +47,6 @@ impl<T: Send + 'static> PeerThreads<T> {
             && running.get(&user).is_none_or(|&count| count < MAX_THREADS_PER_USER)
     }
 
-    /// The number of running threads.
-    pub(crate) fn running(&self) -> usize {
-        self.0.running().values().sum()
-    }
-
     /// Starts a thread that works on `thing`. Returns `thing` if no thread may or can start.
     pub(crate) fn start<A: Send + 'static>(
         &self,
@@ -171,7 +166,7 @@ mod tests {
         peer_threads.start(2, 7, |thing, results| results.send(thing)).unwrap();
         wait::until("a result", || peer_threads.take_results() == [7]);
         drop(release);
-        wait::until("the end of all threads", || peer_threads.running() == 0);
+        wait::until("the end of all threads", || peer_threads.0.running().is_empty());
         assert!(peer_threads.has_room(1));
     }
 }

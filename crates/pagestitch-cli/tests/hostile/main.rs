@@ -11,7 +11,7 @@ mod snapshot;
 
 use attacks::ATTACKS;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 use pagestitch::Process;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
@@ -85,6 +85,9 @@ impl Handler {
         drop(end);
         attacker.kill();
         attacker.wait();
+        // The connections that the attack has left in the backlog are work for the attacked handler. It
+        // has done that work when it serves a guest that connects after them, and delays no other try.
+        attacked.touches();
         skipped.iter().for_each(|reason| println!("SKIPPED {attack}: {reason}"));
         touches
     }
@@ -115,7 +118,7 @@ fn play(argument: &str) {
         return play_innocent_guest(socket);
     }
     // The test measures the work that the attack makes for the handler, not that of the attacker.
-    let _ = Command::new("renice").args(["-n", "19", "-p", &std::process::id().to_string()]).output();
+    let _ = Command::new("renice").args(["-n", "19", "-p", &gettid().to_string()]).output();
     let attack = ATTACKS.iter().find(|(name, _)| *name == part).unwrap().1;
     let ready = socket.with_file_name("ready");
     if let Err(reason) = attack(socket, &|| signal::send(&ready, "")) {
@@ -150,7 +153,7 @@ fn is_harmless(attack: &str, handler: &Handler, other: &Handler) -> bool {
     let Some(baseline) = handler.touches_during(attack, other) else { return true };
     let Some(attacked) = handler.touches_during(attack, handler) else { return true };
     println!("{attack}: p99 {attacked:?}, and {baseline:?} during the same attack on another handler");
-    attacked <= baseline * MAX_RATIO && attacked <= MAX_LATENCY
+    attacked <= (baseline * MAX_RATIO).max(SLICE) && attacked <= MAX_LATENCY
 }
 
 #[test]
@@ -177,6 +180,9 @@ const INNOCENT: &str = "innocent";
 /// The prefix of the line with the latency of the innocent guest.
 const P99: &str = "p99 in ns: ";
 const MAX_RATIO: u32 = 3;
+/// The time for which the scheduler lets a thread run while others wait for its CPU, on a small machine.
+/// The threads of an attacked handler have such work, and one slice tells nothing of their number.
+const SLICE: Duration = Duration::from_micros(1400);
 const MAX_LATENCY: Duration = Duration::from_millis(50);
 /// Other work on this machine may delay a single try.
 const TRIES: usize = 5;
