@@ -144,6 +144,20 @@ fn build_programs() -> Result<Vec<PathBuf>, String> {
     }
 }
 
+/// Why the tests in a guest did not pass.
+enum Failure {
+    /// The guest died before its first program ran: two emulated CPUs now and then execute an instruction
+    /// that the kernel is about to replace.
+    Kernel(String),
+    Tests(String),
+}
+
+impl From<String> for Failure {
+    fn from(text: String) -> Self {
+        Self::Tests(text)
+    }
+}
+
 impl Guest {
     fn new(kernel: &Path, suite: Suite) -> Self {
         let version =
@@ -160,12 +174,18 @@ impl Guest {
         };
         Trial::test(format!("{suite}_on_linux_{}", self.version.replace('.', "_")), move || {
             let programs = programs.get_or_init(build_programs).as_ref().map_err(String::as_str)?;
-            self.boot(programs).map_err(Failed::from)
+            let mut result = self.boot(programs);
+            for _ in 1..MAX_BOOTS {
+                let Err(Failure::Kernel(console)) = &result else { break };
+                eprintln!("linux {}: booted again, because its kernel panicked:\n{console}", self.version);
+                result = self.boot(programs);
+            }
+            result.map_err(|(Failure::Kernel(text) | Failure::Tests(text))| Failed::from(text))
         })
     }
 
     /// Boots the guest, waits for its end, and reads its verdict.
-    fn boot(&self, programs: &[PathBuf]) -> Result<(), String> {
+    fn boot(&self, programs: &[PathBuf]) -> Result<(), Failure> {
         let folder = target().join("run").join(format!("{}-{:?}", self.version, self.suite));
         let failed = |error: io::Error| format!("{}: {error}", folder.display());
         fs::create_dir_all(&folder).map_err(failed)?;
@@ -188,9 +208,12 @@ impl Guest {
             eprintln!("linux {}: {line}", self.version);
         }
         match said.lines().find_map(|line| line.strip_prefix("GUEST-EXIT ")) {
-            Some("0") => host.filter(|_| self.suite == Suite::Physical).map_or(Ok(()), |host| host.check()),
-            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, failures(&said))),
-            None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console))),
+            Some("0") => {
+                host.filter(|_| self.suite == Suite::Physical).map_or(Ok(()), |host| Ok(host.check()?))
+            }
+            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, failures(&said)).into()),
+            None if said.is_empty() && ended == DIED => Err(Failure::Kernel(tail(&console))),
+            None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console)).into()),
         }
     }
 
@@ -321,7 +344,7 @@ fn wait(mut guest: Child) -> &'static str {
     let in_time = closed.recv_timeout(PATIENCE).is_ok();
     let _ = guest.kill();
     let _ = guest.wait();
-    if in_time { "died" } else { "did not end in time" }
+    if in_time { DIED } else { "did not end in time" }
 }
 
 /// The part of a log that tells of failed tests: the output of each one, then their names.
@@ -337,7 +360,7 @@ fn failures(said: &str) -> String {
 fn tail(log: &Path) -> String {
     let said = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
     let lines: Vec<_> = said.lines().collect();
-    lines[lines.len().saturating_sub(60)..].join("\n")
+    lines[lines.len().saturating_sub(30)..].join("\n")
 }
 
 /// The folder of kernels, static programs and logs: `target/guest` of the workspace.
@@ -346,6 +369,10 @@ fn target() -> PathBuf {
     target.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target")).join("guest")
 }
 
+/// How often a guest is booted whose kernel panics before its first program.
+const MAX_BOOTS: usize = 3;
+/// How an emulator ended that was not killed.
+const DIED: &str = "died";
 /// The bytes of a guest's disk.
 const DISK: u64 = 16 << 20;
 const QEMU: &str = "qemu-system-x86_64";
