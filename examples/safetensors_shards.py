@@ -17,32 +17,47 @@ import pagestitch
 
 TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 
-BLOCK = 2 << 20  # a huge page
+PAGE, BLOCK = 4096, 2 << 20  # a page, a huge page
+
+
+def read_header(path):
+    """The tensors of a file of safetensors, the offset of their bytes, and the size of the file."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        tensors, size = json.loads(file.read(length)), os.fstat(file.fileno()).st_size
+    tensors.pop("__metadata__", None)
+    return tensors, 8 + length, size
+
+
+def arrange(shards, base):
+    """Where the tensors of the shards lie, if they begin `base` bytes into the region: tensors, pieces, and a header."""
+    tensors, gaps, pieces, end = {}, {}, [], 0
+    for path, (names, offset, size) in shards.items():
+        # Each shard starts in a block of its own, so that the kernel shows its pages in place, and many at once.
+        gap = -(base + end) % BLOCK
+        data = end + gap + offset
+        pieces += [pagestitch.Hole(gap), path] if gap else [path]
+        for name, tensor in names.items():
+            tensors[name] = tensor | {"data_offsets": [data + at for at in tensor["data_offsets"]]}
+        # The format allows no bytes outside of tensors.
+        gaps[f"before the tensors of {path}"] = {"dtype": "U8", "shape": [data - end], "data_offsets": [end, data]}
+        end += gap + size
+    return tensors, pieces, json.dumps(tensors | gaps).encode()
 
 
 class Shards:
     """The tensors of several files of safetensors, by name."""
 
     def __init__(self, paths):
-        self.tensors, gaps, pieces, end = {}, {}, [], 0
-        for path in paths:
-            with open(path, "rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                tensors, size = json.loads(file.read(length)), os.fstat(file.fileno()).st_size
-            tensors.pop("__metadata__", None)
-            # Each shard starts in a block of its own, so that the kernel shows its pages in place, and many at once.
-            gap = -end % BLOCK
-            start, data = end + gap, end + gap + 8 + length
-            pieces += [pagestitch.Hole(gap), path] if gap else [path]
-            for name, tensor in tensors.items():
-                self.tensors[name] = tensor | {"data_offsets": [data + offset for offset in tensor["data_offsets"]]}
-            # The format allows no bytes outside of tensors.
-            gaps[f"before the tensors of {path}"] = {"dtype": "U8", "shape": [data - end], "data_offsets": [end, data]}
-            end = start + size
-        header = json.dumps(self.tensors | gaps).encode()
-        header += b" " * (-(8 + len(header)) % BLOCK)
-        self.region = pagestitch.Region([struct.pack("<Q", len(header)) + header, *pieces], name="shards")
-        self.bytes = numpy.frombuffer(self.region, dtype="u1")[8 + len(header) :]
+        shards = {path: read_header(path) for path in paths}
+        # The header has the places of the tensors, which depend on its length: a first one tells the length, with room for the
+        # longer numbers of each entry.
+        entries, _, header = arrange(shards, 0)
+        base = -(-(8 + len(header) + 24 * (len(entries) + len(shards))) // PAGE) * PAGE
+        self.tensors, pieces, header = arrange(shards, base)
+        header = struct.pack("<Q", base - 8) + header.ljust(base - 8)
+        self.region = pagestitch.Region([header, *pieces], name="shards")
+        self.bytes = numpy.frombuffer(self.region, dtype="u1")[base:]
 
     def __getitem__(self, name):
         tensor = self.tensors[name]
