@@ -384,7 +384,8 @@ fn workers_whose_cpus_are_taken_away_serve_from_another_cpu() {
             sched_setaffinity(Pid::from_raw(thread), &one).unwrap();
             moved += 1;
         }
-        assert_eq!(moved, pool.workers());
+        // A further worker serves instead of one that a slow machine holds up.
+        assert!(moved >= pool.workers());
         let before = region.metrics().faults;
         until(|| region.metrics().faults > before + 100);
         done.store(true, Ordering::Relaxed);
