@@ -15,7 +15,7 @@ impl DescriptorRoom {
     }
 
     /// The number of descriptors.
-    pub(crate) const fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
 

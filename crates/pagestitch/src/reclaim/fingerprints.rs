@@ -10,6 +10,7 @@ use crate::space::Layout;
 use pagestitch_kernel::atomic_table::AtomicTable;
 use pagestitch_kernel::sync::atomic::{AtomicU64, Ordering};
 use pagestitch_kernel::{Errno, Page, PageSize, Span};
+use siphasher::sip128::SipHasher24;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::num::NonZeroUsize;
@@ -23,8 +24,9 @@ pub(super) struct Fingerprints {
     /// The pages whose source may change, in order.
     spans: Vec<Span>,
     page: PageSize,
-    /// Random, so that no source can be made to give two pages of one hash.
-    key: [u8; blake3::KEY_LEN],
+    /// SipHash-2-4 with a random key and 128 bits of output: a source that does not know the key cannot
+    /// give two pages of one hash.
+    hasher: SipHasher24,
 }
 
 impl Fingerprints {
@@ -32,7 +34,7 @@ impl Fingerprints {
     pub(super) fn new(spans: Vec<Span>, page: PageSize) -> Result<Self, Errno> {
         let end = spans.last().map_or(0, |last| last.end().0);
         let words = NonZeroUsize::new(end * WORDS).expect("a table has pages");
-        Ok(Self { words: AtomicTable::new(words)?, spans, page, key: random_key() })
+        Ok(Self { words: AtomicTable::new(words)?, spans, page, hasher: SipHasher24::new_with_key(&random_key()) })
     }
 
     /// True if the source of a page may change.
@@ -59,17 +61,12 @@ impl Fingerprints {
     /// Two threads may fill a page at once: one beside the claim of the other. The first word decides
     /// whose bytes are the first reading.
     fn is_first(&self, page: Page, bytes: &[u8]) -> bool {
-        let hash = blake3::keyed_hash(&self.key, bytes);
-        let (first, rest) = hash.as_bytes().split_at(size_of::<u64>());
-        let halves = [first, &rest[..size_of::<u64>()]].map(word);
+        let hash = self.hasher.hash(bytes);
         let words = &self.words[page.0 * WORDS..][..WORDS];
+        // A hash has no half of 0, because 0 is no hash yet.
+        let halves = [hash.h1, hash.h2].map(|half| half.max(1));
         halves.iter().zip(words).all(|(half, word)| is_kept(word, *half))
     }
-}
-
-/// Half of a hash, which is never 0.
-fn word(half: &[u8]) -> u64 {
-    u64::from_le_bytes(half.try_into().expect("half of 16 bytes")).max(1)
 }
 
 /// Keeps a value where there is none yet. False if there is another one.
@@ -81,8 +78,8 @@ fn is_kept(word: &AtomicU64, value: u64) -> bool {
 }
 
 /// A key from the random numbers of the standard library, which come from the kernel.
-fn random_key() -> [u8; blake3::KEY_LEN] {
-    let mut key = [0; blake3::KEY_LEN];
+fn random_key() -> [u8; KEY] {
+    let mut key = [0; KEY];
     for part in key.chunks_exact_mut(size_of::<u64>()) {
         part.copy_from_slice(&RandomState::new().build_hasher().finish().to_le_bytes());
     }
@@ -120,6 +117,8 @@ impl fmt::Debug for Fingerprints {
 /// The words of a hash.
 const WORDS: usize = 2;
 const BYTES: usize = WORDS * size_of::<u64>();
+/// The bytes of a key.
+const KEY: usize = 16;
 
 #[cfg(all(test, not(shuttle)))]
 mod tests {
