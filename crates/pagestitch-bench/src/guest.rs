@@ -1,5 +1,6 @@
 //! A guest that is restored from a snapshot, in another process: the benchmark starts itself again.
 
+use crate::child;
 use crate::measure::timed;
 use crate::ooc;
 use crate::touch::{histogram, shuffled_pages, touches};
@@ -11,7 +12,7 @@ use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio, exit};
+use std::process::{Child, Stdio, exit};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -49,6 +50,7 @@ pub(crate) struct Restored {
 pub fn run_as_guest_if_requested() {
     ooc::run_if_requested();
     let Ok(task) = env::var(TASK_VARIABLE) else { return };
+    child::end_with_the_benchmark();
     let task: GuestTask = serde_json::from_str(&task).expect("a task");
     io::stdout().write_all(&run(&task).expect("a guest")).expect("a parent");
     exit(0);
@@ -56,7 +58,7 @@ pub fn run_as_guest_if_requested() {
 
 /// Starts a guest.
 pub(crate) fn spawn(task: &GuestTask) -> Child {
-    let mut command = Command::new(env::current_exe().expect("a program knows its file"));
+    let mut command = child::this_program();
     command.env(TASK_VARIABLE, serde_json::to_string(task).expect("a task")).stdout(Stdio::piped());
     command.spawn().expect("a guest")
 }

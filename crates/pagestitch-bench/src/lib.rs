@@ -19,6 +19,7 @@
 //! | [`environment`] | the machine of a measurement |
 //! | [`threads`] | the numbers of threads of a measurement |
 //! | `measure`, `format`, `date`, `affinity` | clocks, formatted times, the date, pinned threads |
+//! | `child` | the program started again, as a process that a round measures |
 //!
 //! The ratios are the lasting result of a measurement. In each round every case runs once, right
 //! after the others, on warmed memory. The ratio of a case is the median of its ratios to the
@@ -26,6 +27,7 @@
 
 mod affinity;
 mod case;
+mod child;
 mod date;
 pub mod environment;
 mod format;

@@ -14,6 +14,7 @@ mod trace;
 mod words;
 
 use crate::case::Sample;
+use crate::child;
 use crate::measure::processor_time;
 use crate::systems::PAGE;
 use crate::team::{at_once, in_parts, parts};
@@ -26,7 +27,7 @@ use std::env;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio, exit};
+use std::process::{Stdio, exit};
 use std::time::Duration;
 use words::{Advice, Words};
 
@@ -74,6 +75,7 @@ struct Figures {
 /// Runs as a reader and exits, if this process was started as one.
 pub(crate) fn run_if_requested() {
     let Ok(task) = env::var(TASK_VARIABLE) else { return };
+    child::end_with_the_benchmark();
     let task: ReadTask = serde_json::from_str(&task).expect("a task");
     let figures = serde_json::to_vec(&task.run()).expect("figures");
     io::stdout().write_all(&figures).expect("a parent");
@@ -85,7 +87,7 @@ pub(crate) fn run_if_requested() {
 pub(crate) fn measure(task: &ReadTask, pages: usize) -> Sample {
     words::forget_cached(&File::open(&task.file).expect("the file"));
     let cgroup = Cgroup::new(task.memory).expect("a memory cgroup");
-    let mut command = Command::new(env::current_exe().expect("a program knows its file"));
+    let mut command = child::this_program();
     command.env(TASK_VARIABLE, serde_json::to_string(task).expect("a task"));
     command.env(cgroup::VARIABLE, cgroup.folder()).stdout(Stdio::piped());
     let mut reader = command.spawn().expect("a reader");

@@ -1,5 +1,6 @@
 //! The command as a person uses it: its output, and one clear line for each error.
 
+mod interrupted;
 mod output;
 mod refused;
 
