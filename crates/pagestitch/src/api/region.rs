@@ -9,8 +9,9 @@ use crate::serve::Served;
 use pagestitch_kernel::{Errno, StableView};
 use std::fmt;
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Index};
 use std::ptr::NonNull;
+use std::slice::SliceIndex;
 
 /// Scattered memory as one contiguous slice, filled page by page on first touch.
 ///
@@ -386,6 +387,26 @@ impl Region {
 impl AsRef<[u8]> for Region {
     fn as_ref(&self) -> &[u8] {
         self.as_slice()
+    }
+}
+
+/// A part of the bytes, as of [`as_slice`](Self::as_slice).
+///
+/// ```
+/// # use pagestitch::{Pool, Region};
+/// let region = Region::builder().chunk("scattered ").chunk("memory").build(&Pool::new()?)?;
+/// assert_eq!((region[10], &region[10..]), (b'm', &b"memory"[..]));
+/// # Ok::<(), pagestitch::Error>(())
+/// ```
+///
+/// # Panics
+///
+/// If the part leaves the region, as that of a slice.
+impl<I: SliceIndex<[u8]>> Index<I> for Region {
+    type Output = I::Output;
+
+    fn index(&self, part: I) -> &I::Output {
+        &self.as_slice()[part]
     }
 }
 

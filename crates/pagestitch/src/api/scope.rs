@@ -207,7 +207,7 @@ impl<R> ScopedRegion<'_, R> {
     /// let bytes = vec![7u8; 10_000];
     /// let metrics = scope(|scope| {
     ///     let region = scope.region().borrow(&bytes).build(&pool)?;
-    ///     assert_eq!(region.as_slice()[5_000], 7);
+    ///     assert_eq!(region[5_000], 7);
     ///     Ok::<_, pagestitch::Error>(region.into_inner().close())
     /// })?;
     /// assert_eq!(metrics.pages_installed(), 1);
