@@ -84,7 +84,8 @@
 //!
 //! | | |
 //! |---|---|
-//! | a region | a descriptor, about 5 KiB; 0.1 ms to build and to drop, more with thousands of regions, because the kernel walks all mappings of the process |
+//! | a region above 256 KiB | a descriptor, about 5 KiB; 0.1 ms to build and to drop, more with thousands of such regions, because the kernel walks all mappings of the process |
+//! | a smaller region | about 5 KiB: those of a pool share a few descriptors |
 //! | a chunk | 25 bytes beside its source, 50 ns |
 //! | a page | 4 bits, and its entry in the kernel's page table |
 //! | a source | an owned one stays in memory as long as a region has it, or with [`release_sources`](Builder::release_sources) until the region has all of its bytes; a file takes a descriptor, unless all of it is mapped |
@@ -94,8 +95,10 @@
 //!
 //! * One file, read as it is: a plain `mmap` does that.
 //! * All bytes are read once, in order: a read into a buffer is as quick and simpler.
-//! * More written bytes than memory: only regions that are read take a [`Budget`].
-//! * Chunks that are replaced or removed: a region only [grows](Builder::capacity).
+//! * More written bytes than memory, with no source to take them: a writable region has a [`Budget`]
+//!   only with [`write_back`](Builder::write_back).
+//! * Bytes that move: pages can be [replaced](Region::replace) and a region [grows](Builder::capacity),
+//!   but nothing changes its offset.
 //!
 //! # Promises
 //!
@@ -152,7 +155,8 @@
 //! | `weights`, `hand_over` | tensors as slices of their files; a region as the bytes of safetensors and Arrow |
 //! | `adopt`, `userfaultfd_crate` | memory of another process, or of the `userfaultfd` crate |
 //! | `physical`, `alias_existing_memory` | devices, mappings without a descriptor |
-//! | `incremental_snapshot` | the pages that were written since the last snapshot, as a sparse file |
+//! | `incremental_snapshot`, `write_back` | the pages that were written since the last snapshot, as a sparse file; or back in their source |
+//! | `guest_memory` | the memory of a guest for rust-vmm, with a vhost-user back end |
 //! | `prometheus`, `hung_fault` | numbers for a dashboard; a process to debug |
 
 // Four exceptions: the promise that the fault path may run in a signal handler (`serve/inline`), the

@@ -34,7 +34,12 @@ impl Fingerprints {
     pub(super) fn new(spans: Vec<Span>, page: PageSize) -> Result<Self, Errno> {
         let end = spans.last().map_or(0, |last| last.end().0);
         let words = NonZeroUsize::new(end * WORDS).expect("a table has pages");
-        Ok(Self { words: AtomicTable::new(words)?, spans, page, hasher: SipHasher24::new_with_key(&random_key()) })
+        Ok(Self {
+            words: AtomicTable::new(words)?,
+            spans,
+            page,
+            hasher: SipHasher24::new_with_key(&random_key()),
+        })
     }
 
     /// True if the source of a page may change.
