@@ -287,6 +287,8 @@ pub(super) fn to_request(region: &Served, fault: &Fault, read: Instant) -> Optio
         // faults.
         FaultKind::Minor if region.target.foreign().is_some() => show(region, page),
         kind => {
+            // Its words are in no cache if the region is large.
+            region.prefetch_page(page);
             let thread = fault.thread as u32;
             let slot = region.counters.begin(page, thread, read);
             let touch = match (kind, fault.write) {

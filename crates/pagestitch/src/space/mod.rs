@@ -266,6 +266,15 @@ impl Mapping {
         }
     }
 
+    /// Prefetches the words that a fault of the page reads.
+    #[inline]
+    pub(crate) fn prefetch_page(&self, page: Page) {
+        self.pages.prefetch_state(page);
+        if let Target::Foreign(adopted) = &self.target {
+            adopted.prefetch_page(page);
+        }
+    }
+
     /// The gate that every thread at work for the region passes.
     pub(crate) const fn gate(&self) -> &Arc<Gate> {
         &self.gate

@@ -111,6 +111,12 @@ impl PageTable {
         }
     }
 
+    /// Prefetches the state of a page.
+    #[inline]
+    pub(crate) fn prefetch_state(&self, page: Page) {
+        prefetch(self.word(page).0);
+    }
+
     pub(crate) fn state(&self, page: Page) -> PageState {
         let (word, shift) = self.word(page);
         PageState::from_bits(word.load(Ordering::SeqCst) >> shift)

@@ -2,8 +2,9 @@
 //! so groups whose bits are all set can be skipped.
 
 use pagestitch_kernel::atomic_table::AtomicTable;
+use pagestitch_kernel::cache::prefetch;
 use pagestitch_kernel::sync::atomic::Ordering;
-use pagestitch_kernel::{Errno, Span};
+use pagestitch_kernel::{Errno, Page, Span};
 use std::num::NonZeroUsize;
 
 /// A set of pages that only grows. Adding a span for a second time takes one step for 262,144 of
@@ -47,6 +48,12 @@ impl DiscardedPages {
             };
             rest = rest.without_prefix(pages.min(rest.pages));
         }
+    }
+
+    /// Prefetches the bit of a page.
+    #[inline]
+    pub(super) fn prefetch(&self, page: Page) {
+        prefetch(&self.pages[page.0 / WORD]);
     }
 
     /// True if the first page of a span, which has one, is in the set, with the number of leading
@@ -96,7 +103,6 @@ const LOOK: usize = 1 << 15;
 #[cfg(all(test, not(shuttle)))]
 mod tests {
     use super::*;
-    use pagestitch_kernel::Page;
     use proptest::prelude::*;
 
     const PAGES: usize = 1 << 20;

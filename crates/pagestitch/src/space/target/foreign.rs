@@ -175,6 +175,12 @@ impl Foreign {
         self.discarded.prefix(span)
     }
 
+    /// Prefetches the word that tells whether a page is discarded.
+    #[inline]
+    pub(crate) fn prefetch_page(&self, page: Page) {
+        self.discarded.prefetch(page);
+    }
+
     /// The first run of a span's pages that are not discarded.
     pub(crate) fn next_kept(&self, span: Span) -> Span {
         let mut rest = span;
