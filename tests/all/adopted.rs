@@ -1,7 +1,7 @@
 //! Adopted memory, which another process registers and hands over: its bytes, its balloons, the end
 //! of its owner and the end of its region.
 
-use crate::guests::{adopt, receive};
+use crate::guests::{adopt, assert_shows, receive};
 use crate::wrappers::Noted;
 use crate::{HANG, HugePages, PAGE, SIGKILL, pattern, reason, signal_of_lost_page, until};
 use nix::sys::socket::{SockFlag, SockType};
@@ -15,7 +15,7 @@ use pagestitch_kernel::fd_passing;
 use pagestitch_testkit::child::{self, ChildTest};
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::scripted::{Scripted, byte_at, fill};
 use pagestitch_testkit::this_test;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -104,9 +104,7 @@ fn the_owner_of_adopted_memory_reads_the_bytes_of_the_chunks() {
                         let at = (at * 7919 + cpu * 104_729) % TOTAL;
                         assert_eq!(guest.read(at), expected[at], "byte {at}");
                     }
-                    (cpu..TOTAL)
-                        .step_by(4)
-                        .for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+                    assert_shows(guest, expected, &[]);
                 });
             }
         });
@@ -289,11 +287,7 @@ fn finish_leaves_the_owner_with_all_pages() {
         guest.balloon(10 * PAGE, PAGE).unwrap();
         resume(&stream);
         wait_for_peer(&stream);
-        let expected = pattern(9, TOTAL);
-        for (at, &byte) in expected.iter().enumerate() {
-            let here = if at / PAGE == 10 { 0 } else { byte };
-            assert_eq!(guest.read(at), here, "byte {at}");
-        }
+        assert_shows(guest, &pattern(9, TOTAL), &[10]);
     });
     let region = build(other.memory, &Pool::new().unwrap());
     wait_for_peer(&other.stream);
@@ -374,7 +368,7 @@ impl Source for Hanging {
         if Self::hangs(offset as usize / PAGE) {
             drop(self.opened.wait_while(self.open.lock().unwrap(), |open| !*open).unwrap());
         }
-        into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+        fill(offset, into);
         Ok(())
     }
 }

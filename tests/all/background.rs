@@ -7,7 +7,7 @@ use pagestitch::{
 };
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::scripted::{Scripted, byte_at, is_filled};
 use pagestitch_testkit::this_test;
 use std::io;
 use std::num::NonZeroU64;
@@ -22,7 +22,7 @@ fn builder(source: &Arc<Scripted>) -> pagestitch::Builder {
 }
 
 fn is_right(region: &Region) -> bool {
-    region.as_slice().iter().zip(0..).all(|(&byte, offset)| byte == byte_at(offset))
+    is_filled(0, region.as_slice())
 }
 
 fn rate(bytes_per_second: u64) -> FillRate {

@@ -12,7 +12,7 @@ use pagestitch::{
 use pagestitch_kernel::Errno;
 use pagestitch_testkit::deny::deny_userfaultfd;
 use pagestitch_testkit::forked::ForkedChild;
-use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::scripted::{Scripted, byte_at, fill};
 use pagestitch_testkit::{child, this_test};
 use proptest::prelude::*;
 use std::fs;
@@ -32,7 +32,9 @@ fn page(number: usize) -> std::ops::Range<u64> {
 
 /// The bytes of a scripted source.
 fn bytes(pages: usize) -> Vec<u8> {
-    (0..(pages * PAGE) as u64).map(byte_at).collect()
+    let mut bytes = vec![0; pages * PAGE];
+    fill(0, &mut bytes);
+    bytes
 }
 
 /// A fetch that answers at once, with a pattern.
@@ -236,7 +238,7 @@ impl Source for Flaky {
         if self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+        fill(offset, into);
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! The handler that restores guests from snapshots: bytes, balloons, malformed handshakes at its
 //! socket, and the end of either side.
 
+use crate::guests::assert_shows;
 use crate::handler::{Refusal, RunningHandler, Seen, has_ended, has_ended_whole, is_restored};
 use crate::{HANG, HugePages, PAGE, SIGKILL, own_memory, pattern, signal_of_lost_page, until};
 use pagestitch::{FillRate, OnUnavailable};
@@ -147,8 +148,7 @@ fn a_guest_outlives_a_stopped_handler() {
         }
         guest.balloon(30 * PAGE, PAGE).unwrap();
         assert_eq!((guest.read(20 * PAGE), guest.read(30 * PAGE)), (0, 0));
-        let kept = |at: &usize| !matches!(at / PAGE, 20 | 30);
-        (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+        assert_shows(&guest, &expected, &[20, 30]);
     });
     let mut running = start();
     let guest = body.spawn(running.socket());
@@ -169,8 +169,7 @@ fn a_guest_that_is_filled_in_the_background_needs_no_handler() {
         until(|| !fs::exists(path).unwrap());
         guest.balloon(30 * PAGE, PAGE).unwrap();
         assert_eq!((guest.read(20 * PAGE), guest.read(30 * PAGE)), (0, 0));
-        let kept = |at: &usize| !matches!(at / PAGE, 20 | 30);
-        (0..TOTAL).filter(kept).for_each(|at| assert_eq!(guest.read(at), expected[at], "byte {at}"));
+        assert_shows(&guest, &expected, &[20, 30]);
     });
     let rate = FillRate::BytesPerSecond(NonZeroU64::new(64 << 20).unwrap());
     for rate in [FillRate::Unlimited, rate] {

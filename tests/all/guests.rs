@@ -1,6 +1,6 @@
 //! Memory of guests, in this process or in another one, as adopted memory.
 
-use crate::{SIGBUS, SIGKILL};
+use crate::{PAGE, SIGBUS, SIGKILL};
 use pagestitch::{AdoptedMemory, Process};
 use pagestitch_kernel::{Features, Support, fd_passing};
 use pagestitch_testkit::guest::Guest;
@@ -23,6 +23,16 @@ pub(crate) fn receive(stream: &UnixStream) -> AdoptedMemory {
         memory.range(number("base_host_virt_addr"), number("size"))
     });
     memory.owner(Process::peer(stream).unwrap())
+}
+
+/// Fails unless the guest's memory shows all expected bytes, and zeros in the discarded pages.
+pub(crate) fn assert_shows(guest: &Guest, expected: &[u8], discarded: &[usize]) {
+    for (page, expected) in expected.chunks(PAGE).enumerate() {
+        let mut seen = [0; PAGE];
+        guest.copy_to(page * PAGE, &mut seen);
+        let expected = if discarded.contains(&page) { &[0; PAGE] } else { expected };
+        assert!(seen == expected, "page {page}");
+    }
 }
 
 /// The signal that the owner of adopted memory gets for an unavailable page: SIGBUS at the touch

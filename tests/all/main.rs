@@ -86,6 +86,7 @@ use guests::{lacks_poison, signal_of_lost_page};
 use machine::{HugePages, become_ordinary_user, spawn_asleep};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use pagestitch::source::FailureReason;
+use pagestitch_testkit::bytes::pattern;
 use std::ptr::NonNull;
 use waits::{HANG, SetOnDrop, comes_true, end_if_hung, is_readable, serve_until, until};
 
@@ -167,16 +168,3 @@ const SIGABRT: i32 = 6;
 const SIGBUS: i32 = 7;
 const SIGKILL: i32 = 9;
 const SIGSEGV: i32 = 11;
-
-/// Bytes that are never zero and differ for each seed, so that a test sees zeros, and bytes of
-/// another page, as wrong.
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state as u8 | 1
-    };
-    (0..len).map(|_| next()).collect()
-}

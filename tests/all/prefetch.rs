@@ -13,7 +13,7 @@ use pagestitch::{
 use pagestitch_testkit::forked::ForkedChild;
 use pagestitch_testkit::guest::Guest;
 use pagestitch_testkit::scope::scope;
-use pagestitch_testkit::scripted::{Scripted, byte_at};
+use pagestitch_testkit::scripted::{Scripted, byte_at, is_filled};
 use pagestitch_testkit::this_test;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -29,7 +29,7 @@ fn builder(source: &Arc<Scripted>) -> pagestitch::Builder {
 }
 
 fn is_right(region: &Region) -> bool {
-    region.as_slice().iter().zip(0..).all(|(&byte, offset)| byte == byte_at(offset))
+    is_filled(0, region.as_slice())
 }
 
 fn counts(progress: PrefetchProgress) -> [u64; 3] {

@@ -7,6 +7,7 @@
 mod initramfs;
 
 use libtest_mimic::{Arguments, Failed, Trial};
+use std::collections::{BTreeSet, HashSet};
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let required = env::var_os("PAGESTITCH_REQUIRE_GUEST").is_some();
     let programs = Arc::new(OnceLock::new());
-    let trials = match kernels() {
+    let mut trials = match kernels() {
         Ok(kernels) => {
             let guests = kernels.iter().flat_map(|kernel| SUITES.map(|suite| Guest::new(kernel, suite)));
             guests.map(|guest| guest.trial(Arc::clone(&programs))).collect()
@@ -39,6 +40,10 @@ fn main() -> ExitCode {
             ]
         }
     };
+    trials.push(Trial::test("the_message_of_a_failed_guest_ends_with_the_names_of_its_tests", || {
+        names_end_the_message();
+        Ok(())
+    }));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -211,9 +216,15 @@ impl Guest {
             Some("0") => {
                 host.filter(|_| self.suite == Suite::Physical).map_or(Ok(()), |host| Ok(host.check()?))
             }
-            Some(_) => Err(format!("tests failed on Linux {}:\n{}", self.version, failures(&said)).into()),
+            Some(_) => {
+                let text = format!("tests failed on Linux {}:\n{}", self.version, failures(&said));
+                Err((text + &names(&said)).into())
+            }
             None if said.is_empty() && ended == DIED => Err(Failure::Kernel(tail(&console))),
-            None => Err(format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console)).into()),
+            None => {
+                let text = format!("the guest {ended}:\n{}\n{}", tail(&tests), tail(&console));
+                Err((text + &names(&said)).into())
+            }
         }
     }
 
@@ -313,6 +324,20 @@ impl Host {
     }
 }
 
+fn names_end_the_message() {
+    let passed = "test a::one ... ok <0.1s>\ntest result: ok. 1 passed; 0 failed";
+    assert_eq!(names(passed), "");
+    let ended = format!(
+        "test b::two ... FAILED <0.1s>\n{passed}\nfailures:\n\n---- b::two stdout ----\n    odd\n\nfailures:\n    b::two\n    c::three\n\n"
+    );
+    assert_eq!(names(&ended), "\nfailures:\n    b::two\n    c::three\n");
+    let hangs = format!("{ended}test d::four{STILL_RUNNING}\ntest a::one{STILL_RUNNING}\n");
+    assert_eq!(names(&hangs), "\nfailures:\n    b::two\n    c::three\n    d::four has no result\n");
+    let many: String =
+        (0..MOST_NAMES + 2).map(|number| format!("test {number} ... FAILED <0.1s>\n")).collect();
+    assert!(names(&many).ends_with("\n    and 2 more\n"), "{}", names(&many));
+}
+
 /// The disk of a guest, if it has one.
 fn disk_in(folder: &Path) -> PathBuf {
     folder.join("disk")
@@ -347,6 +372,37 @@ fn wait(mut guest: Child) -> &'static str {
     if in_time { DIED } else { "did not end in time" }
 }
 
+/// A list of the failed tests, and of those that ran for long and have no result. It ends the message, because a long
+/// output is often kept only in part. It has the form of the test runner's own list, from which `.ci/run` takes the names.
+fn names(said: &str) -> String {
+    let tests = || said.lines().filter_map(|line| line.strip_prefix("test "));
+    let failed = tests().filter_map(|line| line.split_once(" ... FAILED")).map(|(name, _)| name.to_owned());
+    let ended: HashSet<_> =
+        tests().filter_map(|line| line.split_once(" ... ")).map(|(name, _)| name).collect();
+    let long =
+        tests().filter_map(|line| line.strip_suffix(STILL_RUNNING)).filter(|name| !ended.contains(name));
+    let long = long.map(|name| format!("{name} has no result"));
+    let names: BTreeSet<String> = failed.chain(long).chain(listed(said).map(str::to_owned)).collect();
+    if names.is_empty() {
+        return String::new();
+    }
+    let more = names.len().saturating_sub(MOST_NAMES);
+    let mut list: Vec<_> = names.into_iter().take(MOST_NAMES).map(|name| format!("    {name}")).collect();
+    list.extend((more > 0).then(|| format!("    and {more} more")));
+    format!("\nfailures:\n{}\n", list.join("\n"))
+}
+
+/// The names in the lists with which test programs end. The output of failed tests has such a first line, too, and then
+/// an empty one.
+fn listed(said: &str) -> impl Iterator<Item = &str> {
+    let mut list = false;
+    said.lines().filter_map(move |line| {
+        let name = line.strip_prefix("    ").filter(|name| list && !name.contains(' '));
+        list = line == "failures:" || name.is_some();
+        name
+    })
+}
+
 /// The part of a log that tells of failed tests: the output of each one, then their names.
 fn failures(said: &str) -> String {
     let mut failed = false;
@@ -375,6 +431,10 @@ const MAX_BOOTS: usize = 3;
 const DIED: &str = "died";
 /// The bytes of a guest's disk.
 const DISK: u64 = 16 << 20;
+/// The end of libtest's line about a test that takes long.
+const STILL_RUNNING: &str = " has been running for over 60 seconds";
+/// The most names of failed tests that end a message.
+const MOST_NAMES: usize = 10;
 const QEMU: &str = "qemu-system-x86_64";
 /// 6.12 panics now and then on the emulated cmpxchg16b of QEMU 7.2. Without the other features the kernel chooses instructions
 /// that are emulated in less time: strings of words and not of bytes, no switch of protections around each copy, four levels of

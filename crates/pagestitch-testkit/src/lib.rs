@@ -4,6 +4,7 @@
 //! | module | content |
 //! |---|---|
 //! | [`wait`] | waiting for a condition without a busy CPU |
+//! | [`bytes`] | megabytes of known bytes |
 //! | [`scope`] | scoped threads whose test fails instead of hanging |
 //! | [`child`] | the body of a test in a process of its own, which may die by a signal or run under a limit |
 //! | [`forked`] | children of `fork(2)` |
@@ -13,6 +14,7 @@
 //! | [`scripted`] | sources that count, fail, panic or hold their reads |
 //! | [`conformance`] | checks the contract of a [`Source`](pagestitch::Source) |
 
+pub mod bytes;
 pub mod child;
 pub mod conformance;
 pub mod deny;

@@ -103,9 +103,7 @@ impl Source for Scripted {
         if meets(&self.failing) && !self.repaired.load(Ordering::SeqCst) {
             return Err(io::Error::new(io::ErrorKind::ConnectionReset, "scripted to fail"));
         }
-        for (byte, at) in into.iter_mut().zip(offset..) {
-            *byte = byte_at(at);
-        }
+        fill(offset, into);
         Ok(())
     }
 
@@ -118,6 +116,28 @@ impl Source for Scripted {
 #[must_use]
 pub const fn byte_at(offset: u64) -> u8 {
     (offset.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1
+}
+
+/// Fills `into` with the bytes from an offset of a [`Scripted`] source on.
+///
+/// ```
+/// use pagestitch_testkit::scripted::{byte_at, fill, is_filled};
+///
+/// let mut bytes = [0; 100];
+/// fill(4000, &mut bytes);
+/// assert_eq!(bytes[99], byte_at(4099));
+/// assert!(is_filled(4000, &bytes));
+/// bytes[99] = 0;
+/// assert!(!is_filled(4000, &bytes));
+/// ```
+pub fn fill(offset: u64, into: &mut [u8]) {
+    into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = byte_at(at));
+}
+
+/// True if these are the bytes from an offset of a [`Scripted`] source on.
+#[must_use]
+pub fn is_filled(offset: u64, bytes: &[u8]) -> bool {
+    bytes.iter().zip(offset..).all(|(&byte, at)| byte == byte_at(at))
 }
 
 #[derive(Debug, Default)]
